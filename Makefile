@@ -1,0 +1,59 @@
+# TORCH   the torch requirement of both virtual environments (the tests' and the hosts')
+# PYTHON  the interpreter they are made with
+# ARGS    passed on to pytest or to the script
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+ARGS ?=
+
+export TORCH
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+PIP := .venv/bin/python -m pip install --quiet --progress-bar off
+
+# A ready venv is marked by a file that names its torch and interpreter, so that another choice installs again.
+READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
+RUFF := .venv/.ruff
+
+.PHONY: test test-quick hosts chromium demo bench lint clean
+
+# torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
+$(READY): pyproject.toml requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) "setuptools>=77" "$(TORCH)"
+	$(PIP) --no-build-isolation -e ".[test]"
+	rm -f .venv/.ready-*
+	touch $@
+
+.venv: $(READY)
+
+hosts: $(READY)
+	.venv/bin/python hosts/install.py
+
+chromium:
+	@if command -v chromium >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	else echo "chromium is not installed: browser tests use another Chrome if there is one, else they are skipped"; fi
+
+test: $(READY) hosts chromium
+	.venv/bin/pytest $(ARGS)
+
+test-quick: $(READY)
+	.venv/bin/pytest -m "not host and not browser" $(ARGS)
+
+demo: $(READY) hosts
+	.venv/bin/python benchmarks/demo.py $(ARGS)
+
+bench: $(READY)
+	@test -n "$(BENCH)" || { echo "usage: make bench BENCH=<name> ARGS=\"--quick --json FILE\"; scripts:"; ls benchmarks/*.py; exit 2; }
+	.venv/bin/python benchmarks/$(BENCH).py $(ARGS)
+
+$(RUFF): $(READY)
+	$(PIP) -e ".[lint]" --no-build-isolation
+	touch $@
+
+lint: $(RUFF)
+	.venv/bin/ruff check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
