@@ -1,0 +1,22 @@
+"""``python PATH/TO/THIS/FOLDER quantize ...`` is the command ``lrq``, with nothing installed."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def _load_package(folder: Path, name: str = "learned_rounding"):
+    """Import this folder as a package, whatever it is called on disk."""
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+here = Path(__file__).resolve().parent
+# Running a folder puts it first on the path, where our `nodes` would shadow other packages' modules.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+_load_package(here)
+
+from learned_rounding.quant_core.cli import main  # noqa: E402
+
+sys.exit(main())

@@ -1,0 +1,10 @@
+"""The library: which layers, which codes, which file. Never imports ComfyUI."""
+
+from .errors import QuantizationError
+from .formats import FORMATS, QuantizedWeight
+from .layer import quantize_weight
+from .pipeline import quantize_file, quantize_tensors
+from .recipes import PRESETS, Recipe
+from .report import Report
+
+__all__ = ["quantize_weight", "quantize_file", "quantize_tensors", "Recipe", "FORMATS", "PRESETS", "QuantizedWeight", "Report", "QuantizationError"]

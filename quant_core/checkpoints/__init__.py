@@ -1,0 +1,14 @@
+"""Tensors in and out of files: streaming reader and writer, metadata, verification, inspection."""
+
+from .inspect import inspect_file
+from .metadata import PROVENANCE_KEY, QUANTIZATION_KEY, layer_configs, provenance, quantization_metadata
+from .reader import SafetensorsFile
+from .source import Source, TensorInfo, TensorSource
+from .verify import verify_file
+from .writer import SafetensorsWriter, header_bytes, remove_leftovers
+
+__all__ = [
+    "inspect_file", "PROVENANCE_KEY", "QUANTIZATION_KEY", "layer_configs", "provenance", "quantization_metadata",
+    "SafetensorsFile", "Source", "TensorInfo", "TensorSource", "verify_file",
+    "SafetensorsWriter", "header_bytes", "remove_leftovers",
+]

@@ -1,0 +1,84 @@
+"""What is in a file, from its header and its small tensors alone."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+from ..formats import FORMATS
+from .dtypes import DTYPE_NAMES
+from .metadata import layer_configs, provenance
+from .reader import SafetensorsFile
+from .source import Source
+from .verify import CODE_DTYPES, layer_granularity
+
+__all__ = ["Inspection", "inspect_file", "quantized_formats"]
+
+
+def quantized_formats(source: Source) -> list[str]:
+    """Names of the quantizations a source already carries; empty for plain weights."""
+    configs, header = layer_configs(source)
+    found = {str(config.get("format")) for config in (*configs.values(), *header.values())}
+    names = source.tensors
+    if any(name.endswith((".scale_weight", "scaled_fp8")) for name in names):
+        found.add("scaled fp8 (old)")
+    if any(name.endswith((".quant_map", ".absmax")) for name in names):
+        found.add("bitsandbytes")
+    if not found:
+        raw = {info.dtype for name, info in names.items() if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in CODE_DTYPES}
+        found |= {f"plain {DTYPE_NAMES[dtype]} weights" for dtype in raw}
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file holds.
+
+    Attributes:
+        dtypes: dtype name → (tensors, bytes).
+        quantized: "format per granularity" → layers; a layer that breaks the contract counts as "… (broken)".
+        stock: what stock ComfyUI does with the file, one sentence.
+        made_by: the provenance entry of the header.
+    """
+
+    path: str
+    size: int
+    tensors: int
+    dtypes: dict[str, tuple[int, int]]
+    quantized: dict[str, int]
+    stock: str
+    made_by: dict
+
+
+def _stock(found: list[str]) -> str:
+    if not found:
+        return "Stock ComfyUI loads it as plain weights."
+    unknown = [name for name in found if name not in FORMATS]
+    if unknown:
+        return f"It holds {', '.join(unknown)}, which this version cannot judge."
+    since = max((FORMATS[name].stock_since for name in found), key=lambda release: [int(part) for part in release.split(".")])
+    return f"Stock ComfyUI {since} and newer loads it."
+
+
+def inspect_file(path: str | os.PathLike) -> Inspection:
+    """Look into a safetensors file. Raises SourceError when it cannot be read."""
+    with SafetensorsFile(path) as source:
+        counts, sizes = Counter(), Counter()
+        for info in source.tensors.values():
+            counts[DTYPE_NAMES[info.dtype]] += 1
+            sizes[DTYPE_NAMES[info.dtype]] += info.nbytes
+        configs, header = layer_configs(source)
+        quantized = Counter()
+        for layer, config in (configs or header).items():
+            try:
+                quantized[f"{config.get('format')} per {layer_granularity(layer, config, source.tensors)}"] += 1
+            except ValueError:
+                quantized[f"{config.get('format')} (broken)"] += 1
+        return Inspection(
+            path=str(path),
+            size=source.size,
+            tensors=len(source.tensors),
+            dtypes={name: (counts[name], sizes[name]) for name in sorted(sizes, key=lambda name: -sizes[name])},
+            quantized=dict(quantized),
+            stock=_stock(quantized_formats(source)),
+            made_by=provenance(source),
+        )

@@ -1,0 +1,68 @@
+"""What a quantized file says of itself, in the header and beside each layer."""
+
+import json
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import SourceError
+from .source import Source
+
+__all__ = ["QUANTIZATION_KEY", "PROVENANCE_KEY", "CONFIG_SUFFIX", "header_layers", "quantization_metadata", "layer_configs", "provenance"]
+
+QUANTIZATION_KEY = "_quantization_metadata"  # read by ComfyUI; overrides the tensors when present
+PROVENANCE_KEY = "learned_rounding"  # read by us: version, recipe, fingerprint
+CONFIG_SUFFIX = ".comfy_quant"
+_CHECKPOINT_PREFIX = "model.diffusion_model."
+
+
+def header_layers(configs: Mapping[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    """The layers as the header lists them.
+
+    ComfyUI before 0.27 looks the layers of a whole checkpoint up without their prefix, later releases with it:
+    such layers are listed under both names.
+    """
+    layers = dict(configs)
+    for layer, config in configs.items():
+        if layer.startswith(_CHECKPOINT_PREFIX):
+            layers[layer.removeprefix(_CHECKPOINT_PREFIX)] = config
+    return layers
+
+
+def quantization_metadata(configs: Mapping[str, dict[str, object]]) -> str:
+    """The header entry for {layer: JSON}."""
+    layers = header_layers(configs)
+    return json.dumps({"format_version": "1.0", "layers": layers}, separators=(",", ":"))
+
+
+def _parse(text: str | bytes, where: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{where} is not valid JSON ({error}); the file is damaged.") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{where} is not a JSON object; the file is damaged.")
+    return value
+
+
+def layer_configs(source: Source) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The layers' JSON as the ``comfy_quant`` tensors give it, and as the header does: two {layer: JSON}."""
+    tensors = {}
+    for name, info in source.tensors.items():
+        if name.endswith(CONFIG_SUFFIX):
+            text = source.read(name) if info.dtype is torch.uint8 else None
+            if text is None:
+                raise SourceError(f"{source.name}: tensor {name} should be of dtype U8.")
+            tensors[name.removesuffix(CONFIG_SUFFIX)] = _parse(text.numpy().tobytes(), f"{source.name}: tensor {name}")
+    header = {}
+    if QUANTIZATION_KEY in source.metadata:
+        header = _parse(source.metadata[QUANTIZATION_KEY], f"{source.name}: header entry {QUANTIZATION_KEY}").get("layers", {})
+    if not isinstance(header, dict) or not all(isinstance(config, dict) for config in header.values()):
+        raise SourceError(f"{source.name}: header entry {QUANTIZATION_KEY} does not map layers to their formats.")
+    return tensors, header
+
+
+def provenance(source: Source) -> dict:
+    """What this project wrote into the header when it made the file; empty for other files."""
+    text = source.metadata.get(PROVENANCE_KEY)
+    return _parse(text, f"{source.name}: header entry {PROVENANCE_KEY}") if text else {}

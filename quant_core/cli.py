@@ -1,0 +1,219 @@
+"""The command ``lrq``, also ``python PATH/TO/CLONE``.
+
+Exit codes: 0 done, 1 an error (one sentence on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import dataclasses
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from .checkpoints import SafetensorsFile, inspect_file, verify_file
+from .errors import QuantizationError, RecipeError
+from .events import Event, LayerFinished, LayerKept, LayerStarted, RunStarted
+from .formats import FORMATS
+from .pipeline import output_name, quantize_file
+from .recipes import PRESETS, Recipe
+from .recipes.presets import AUTO, NONE
+from .report import human_bytes
+from .rounding import ROUNDINGS
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options may be spelt with dashes or underscores, and are never abbreviated."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        spelt = {option.replace("_", "-"): option for option in self._option_string_actions}
+
+        def known(word: str) -> str:
+            option, equals, value = word.partition("=")
+            return spelt.get(option.replace("_", "-"), option) + equals + value if word.startswith("--") else word
+
+        return super().parse_known_args([known(word) for word in (sys.argv[1:] if args is None else args)], namespace)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="lrq", description="Quantize diffusion models and text encoders into files that ComfyUI loads.")
+    parser.add_argument("--debug", action="store_true", help="show the Python trace of an error")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+
+    quantize = commands.add_parser("quantize", help="quantize a safetensors file", description="Quantize a safetensors file, one tensor at a time.")
+    _add_source(quantize)
+    _add_recipe(quantize)
+    quantize.add_argument("-o", "--output", type=Path, help="file to write (default: beside the input, named after the format)")
+    quantize.add_argument("--overwrite", action="store_true", help="replace an output that was made from something else")
+    quantize.add_argument("--device", help="where the arithmetic runs: cuda, cuda:1, cpu … (default: the first GPU, else the CPU)")
+    quantize.add_argument("--report", type=Path, metavar="FILE", help="also write the report, layer by layer, as JSON")
+    quantize.add_argument("--verbose", action="store_true", help="print a line per tensor instead of a progress bar")
+    quantize.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    quantize.set_defaults(run=_quantize)
+
+    plan = commands.add_parser("plan", help="what would become of each tensor; reads the header only")
+    _add_source(plan)
+    _add_recipe(plan)
+    plan.set_defaults(run=_plan)
+
+    for name, run, text in (("inspect", _inspect, "what is in a file, and what stock ComfyUI does with it"), ("verify", _verify, "check a quantized file layer by layer")):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("file", type=Path)
+        command.set_defaults(run=run)
+    for name, run, text in (("formats", _formats, "the formats this version writes"), ("presets", _presets, "the keep lists by model family")):
+        commands.add_parser(name, help=text, description=text).set_defaults(run=run)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", "--input", type=Path, required=True, help="safetensors file with fp16, bf16 or fp32 weights")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--format", choices=list(FORMATS), metavar="NAME", help=f"format of the quantized layers: {', '.join(FORMATS)} (default: {Recipe.format})")
+    form.add_argument("--fp8", action="store_const", const="float8_e4m3fn", dest="format", help="short for --format float8_e4m3fn")
+    form.add_argument("--int8", action="store_const", const="int8_tensorwise", dest="format", help="short for --format int8_tensorwise, per row")
+    parser.add_argument("--scaling_mode", dest="granularity", metavar="PER", help="what shares a scale: tensor, row (default: the format's own)")
+    parser.add_argument("--comfy_quant", action="store_true", help="write ComfyUI's per-layer format; always on, accepted because other tools ask for it")
+    rounding = parser.add_mutually_exclusive_group()
+    rounding.add_argument("--rounding", choices=list(ROUNDINGS), help="how codes are chosen (default: auto)")
+    rounding.add_argument("--simple", action="store_const", const="nearest", dest="rounding", help="short for --rounding nearest")
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument("--preset", metavar="NAME", help=f"keep list: {', '.join(PRESETS)}, {AUTO}, {NONE} (default: {AUTO})")
+    for name, entry in PRESETS.items():
+        preset.add_argument(f"--{name}", action="store_const", const=name, dest="preset", help=f"keep list for {entry.title}")
+    parser.add_argument("--exclude-layers", dest="keep", action="append", metavar="REGEX", help="also keep tensors whose name this finds; may be repeated")
+    parser.add_argument("--heur", action="store_true", default=None, help="also keep layers whose shape gains little")
+    parser.add_argument("--full_precision_matrix_mult", dest="full_precision_matmul", action="store_true", default=None, help="ask ComfyUI to decode weights instead of multiplying in FP8")
+    parser.add_argument("--manual_seed", "--seed", dest="seed", type=int, help="seed of all random draws (default: 0)")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="a recipe in TOML or JSON; other options override it")
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    recipe = Recipe()
+    if args.recipe:
+        try:
+            text = args.recipe.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"The recipe {args.recipe} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        recipe = (Recipe.from_json if args.recipe.suffix == ".json" else Recipe.from_toml)(text)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "format" in given:
+        given.setdefault("granularity", None)  # a recipe's granularity belongs to its own format
+    return Recipe.from_dict({**recipe.to_dict(), **given})
+
+
+class _Progress:
+    """A tqdm bar over the layers, or a line per tensor."""
+
+    def __init__(self, verbose: bool):
+        self._verbose = verbose
+        self._bar = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=event.layers, unit="layer", dynamic_ncols=True, disable=self._verbose)
+        elif isinstance(event, LayerStarted):
+            self._bar.set_postfix_str(event.name[-48:], refresh=False)
+        elif isinstance(event, LayerFinished):
+            self._bar.update()
+            self._line(f"{event.name}  {event.shape[0]}×{event.shape[1]}  {event.format}  error {event.weight_error:.5f}  {event.seconds:.2f} s")
+        elif isinstance(event, LayerKept):
+            self._line(f"{event.name}  {'removed' if event.removed else 'kept'}: {event.reason}")
+
+    def _line(self, text: str) -> None:
+        if self._verbose:
+            print(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    recipe = _recipe(args)
+    if args.dry_run:
+        return _plan(args)
+    output = args.output or output_name(args.input, recipe)
+    with SafetensorsFile(args.input) as source:
+        print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.format} per {recipe.granularity}.")
+        progress = _Progress(args.verbose)
+        try:
+            report = quantize_file(source, output, recipe, device=args.device, overwrite=args.overwrite, on_event=progress)
+        finally:
+            progress.close()
+    print(report.table())
+    if args.report:
+        args.report.write_text(report.to_json() + "\n", encoding="utf-8")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    with SafetensorsFile(args.input) as source:
+        plan = _recipe(args).plan(source)
+        print(plan.explanation)
+        for name, decision in plan.decisions.items():
+            print(f"{decision.action:<8}  {name}" + (f"  ({decision.reason})" if decision.reason else ""))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    found = inspect_file(args.file)
+    print(f"{found.path}: {human_bytes(found.size)}, {found.tensors} tensors")
+    for name, (count, size) in found.dtypes.items():
+        print(f"  {name:<8} {count:>6} tensors  {human_bytes(size):>8}")
+    for name, layers in found.quantized.items():
+        print(f"  {name}: {layers} layers")
+    if found.made_by:
+        print(f"  made by learned_rounding {found.made_by.get('version')}, recipe {found.made_by.get('recipe')}")
+    print(found.stock)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    result = verify_file(args.file)
+    for problem in result.problems:
+        print(problem, file=sys.stderr)
+    if result.problems:
+        print(f"{args.file}: {len(result.problems)} problems in {result.layers} quantized layers.", file=sys.stderr)
+        return 1
+    print(f"{args.file}: sound, {result.layers} quantized layers.")
+    return 0
+
+
+def _formats(args: argparse.Namespace) -> int:
+    for entry in FORMATS.values():
+        print(f"{entry.name}  per {' or '.join(entry.granularities)}; stock ComfyUI {entry.stock_since} and newer loads it; {entry.note}.")
+    return 0
+
+
+def _presets(args: argparse.Namespace) -> int:
+    for preset in PRESETS.values():
+        print(f"{preset.name}: {preset.title}")
+        for kind in ("keep", "remove"):
+            for rule in getattr(preset, kind):
+                print(f"  {kind:<6}  {rule.pattern.pattern}  ({rule.reason})")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except QuantizationError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"lrq: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lrq: interrupted; nothing was left behind.", file=sys.stderr)
+        return 130

@@ -1,0 +1,253 @@
+"""The one loop: tensors in, quantized tensors out, events on the way. Nodes and command line both run it."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .checkpoints import (
+    PROVENANCE_KEY, QUANTIZATION_KEY, SafetensorsFile, SafetensorsWriter, Source, TensorInfo, TensorSource,
+    header_bytes, provenance, quantization_metadata, remove_leftovers,
+)
+from .checkpoints.metadata import CONFIG_SUFFIX
+from .checkpoints.source import fingerprint
+from .errors import NonFiniteWeightError, NothingToQuantizeError, OutputError, OutputExistsError, QuantizationError
+from .events import CancelCheck, LayerFinished, LayerKept, LayerStarted, Listener, RunFinished, RunStarted
+from .formats import QuantizedWeight
+from .formats.weight import config_bytes
+from .layer import quantize_weight
+from .recipes import Plan, Recipe
+from .report import Report
+from .version import VERSION
+
+__all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name"]
+
+NON_FINITE = "holds NaN or Inf, so it stays in full precision"
+
+
+class Sink(Protocol):
+    """Where tensors go."""
+
+    def add(self, name: str, tensor: torch.Tensor) -> int:
+        """Take one tensor; returns its size in bytes."""
+
+
+class _DictSink(dict):
+    def add(self, name: str, tensor: torch.Tensor) -> int:
+        self[name] = tensor
+        return tensor.nbytes
+
+
+@dataclass(frozen=True)
+class QuantizedTensors:
+    """A quantized state dict, the header pairs that belong to it, and the report."""
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+    report: Report
+
+
+def _prefetch(source: Source, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read one tensor ahead while the caller works on the one before."""
+    with ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-read") as pool:
+        ahead = pool.submit(source.read, names[0]) if names else None
+        for index, name in enumerate(names):
+            tensor = ahead.result()
+            ahead = pool.submit(source.read, names[index + 1]) if index + 1 < len(names) else None
+            yield name, tensor
+            del tensor
+
+
+class _Clock:
+    """Seconds since the start, and how long the remaining bytes will take at the pace so far."""
+
+    def __init__(self, total: int):
+        self._start = time.perf_counter()
+        self._total, self._done = total, 0
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def advance(self, count: int) -> float:
+        self._done += count
+        return self.elapsed * (self._total - self._done) / self._done if self._done else 0.0
+
+
+def _quantize_layer(tensor: torch.Tensor, recipe: Recipe, device: torch.device, check: CancelCheck | None) -> QuantizedWeight:
+    quantized = quantize_weight(
+        tensor.to(device), recipe.format, granularity=recipe.granularity, rounding=recipe.rounding,
+        full_precision_matmul=recipe.full_precision_matmul, seed=recipe.seed, check=check,
+    )
+    return replace(quantized, codes=quantized.codes.cpu(), scale=quantized.scale.cpu())
+
+
+def _run(
+    source: Source, plan: Plan, recipe: Recipe, sink: Sink, device: torch.device, emit: Listener, check: CancelCheck
+) -> tuple[Report, dict[str, dict[str, object]]]:
+    """Carry every tensor of ``plan`` from ``source`` to ``sink``; returns the report and {layer: JSON}."""
+    total = sum(1 for _ in plan.names("quantize"))
+    bytes_in = sum(info.nbytes for info in source.tensors.values())
+    preset = plan.preset.name if plan.preset else "none"
+    report = Report(source.name, recipe.format, recipe.granularity, recipe.rounding, preset, bytes_in=bytes_in, device=str(device))
+    configs: dict[str, dict[str, object]] = {}
+
+    def keep(name: str, tensor: torch.Tensor, reason: str, planned: bool = True) -> None:
+        report.bytes_out += sink.add(name, tensor)
+        report.kept.append(LayerKept(name, source.tensors[name].shape, reason, planned=planned))
+        emit(report.kept[-1])
+
+    emit(RunStarted(source.name, recipe.format, recipe.granularity, preset, total, len(source.tensors) - total, bytes_in))
+    for name in plan.names("remove"):
+        report.kept.append(LayerKept(name, source.tensors[name].shape, plan.decisions[name].reason, removed=True))
+        emit(report.kept[-1])
+    clock = _Clock(sum(source.tensors[name].nbytes for name in plan.output_names()))
+
+    def quantize(name: str, tensor: torch.Tensor, index: int) -> None:
+        info = source.tensors[name]
+        emit(LayerStarted(index, total, name, info.shape))
+        began = clock.elapsed
+        try:
+            quantized = _quantize_layer(tensor, recipe, device, check)
+        except NonFiniteWeightError:
+            keep(name, tensor, NON_FINITE, planned=False)
+            clock.advance(info.nbytes)
+            return
+        layer = name.removesuffix(".weight")
+        written = sum(sink.add(key, value) for key, value in quantized.tensors(layer).items())
+        configs[layer] = quantized.config
+        report.bytes_out += written
+        eta = clock.advance(info.nbytes)
+        report.layers.append(LayerFinished(
+            index, total, name, info.shape, recipe.format, recipe.granularity, quantized.weight_error,
+            clock.elapsed - began, info.nbytes, written, clock.elapsed, eta,
+        ))
+        emit(report.layers[-1])
+
+    index = 0
+    for name, tensor in _prefetch(source, list(plan.output_names())):
+        check()
+        if plan.decisions[name].action == "keep":
+            keep(name, tensor, plan.decisions[name].reason)
+            clock.advance(tensor.nbytes)
+        else:
+            quantize(name, tensor, index)
+            index += 1
+        del tensor  # before the reader takes the next one but one
+    if not configs:
+        raise NothingToQuantizeError(f"{source.name}: every layer that was to be quantized {NON_FINITE}; the model is damaged.")
+    report.seconds = clock.elapsed
+    return report, configs
+
+
+def _metadata(source: Source, recipe: Recipe, configs: Mapping[str, dict[str, object]], mark: str) -> dict[str, str]:
+    made = {"version": VERSION, "fingerprint": mark, "recipe": recipe.to_dict()}
+    return {**source.metadata, QUANTIZATION_KEY: quantization_metadata(configs), PROVENANCE_KEY: json.dumps(made, separators=(",", ":"))}
+
+
+def _header_bound(source: Source, plan: Plan, recipe: Recipe, metadata: Mapping[str, str]) -> int:
+    """Room for the header whatever becomes of each layer: quantized, or kept after all."""
+    tensors = [(name, source.tensors[name]) for name in plan.output_names()]
+    for name in plan.names("quantize"):
+        layer = name.removesuffix(".weight")
+        specs = recipe.entry.specs(recipe.granularity, source.tensors[name].shape)
+        tensors += [(f"{layer}.{suffix}", TensorInfo(*spec)) for suffix, spec in specs.items()]
+        tensors.append((layer + CONFIG_SUFFIX, TensorInfo(torch.uint8, (len(config_bytes(recipe.config)),))))
+    return header_bytes(tensors, metadata)
+
+
+def _nothing(*_) -> None:
+    """Default listener and cancellation check."""
+
+
+def quantize_tensors(
+    tensors: Mapping[str, torch.Tensor], recipe: Recipe = Recipe(), *, metadata: Mapping[str, str] | None = None,
+    device: str | torch.device | None = None, on_event: Listener | None = None, check: CancelCheck | None = None,
+) -> QuantizedTensors:
+    """Quantize a state dict of plain weights in memory; ``tensors`` is left untouched, results lie on the CPU.
+
+    ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
+    """
+    source = TensorSource(tensors, metadata)
+    sink = _DictSink()
+    report, configs = _run(source, recipe.plan(source), recipe, sink, _device(device), on_event or _nothing, check or _nothing)
+    (on_event or _nothing)(RunFinished(report))
+    return QuantizedTensors(dict(sink), _metadata(source, recipe, configs, fingerprint(source, VERSION, recipe.to_json())), report)
+
+
+def quantize_file(
+    source: str | os.PathLike | Source, destination: str | os.PathLike, recipe: Recipe = Recipe(), *,
+    device: str | torch.device | None = None, overwrite: bool = False,
+    on_event: Listener | None = None, check: CancelCheck | None = None,
+) -> Report:
+    """Quantize a safetensors file, or any :class:`Source`, into a new safetensors file, one tensor at a time.
+
+    The file appears under its final name only when it is complete and on disk. An output with the same fingerprint
+    (source, recipe, version) is left as it is; any other is refused unless ``overwrite``.
+    ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
+
+    Raises:
+        QuantizationError: see :mod:`.errors`; nothing is left behind then.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        with SafetensorsFile(source) as opened:
+            return quantize_file(opened, destination, recipe, device=device, overwrite=overwrite, on_event=on_event, check=check)
+    destination = Path(destination)
+    emit, check, device = on_event or _nothing, check or _nothing, _device(device)
+    origin = getattr(source, "path", None)
+    if origin and destination.exists() and origin.samefile(destination):
+        raise OutputError(f"{destination} is the source itself; choose another output.")
+    if destination.is_dir():
+        raise OutputError(f"{destination} is a folder; give a file name.")
+    plan = recipe.plan(source)
+    mark = fingerprint(source, VERSION, recipe.to_json())
+    if destination.exists() and not overwrite:
+        if not _made_by(destination, mark, origin):
+            raise OutputExistsError(f"{destination} exists and was made from something else; choose another output or overwrite it.")
+        remove_leftovers(destination)
+        return Report(
+            source.name, recipe.format, recipe.granularity, recipe.rounding, plan.preset.name if plan.preset else "none",
+            output=str(destination), already_done=True,
+        )
+    planned = {name.removesuffix(".weight"): recipe.config for name in plan.names("quantize")}
+    with SafetensorsWriter(destination, _header_bound(source, plan, recipe, _metadata(source, recipe, planned, mark))) as writer:
+        report, configs = _run(source, plan, recipe, writer, device, emit, check)
+        report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))
+    remove_leftovers(destination)
+    report.output = str(destination)
+    emit(RunFinished(report))
+    return report
+
+
+def _made_by(path: Path, mark: str, origin: Path | None) -> bool:
+    """Whether the file at ``path`` is what this run would write; a source changed since does not count."""
+    if origin and origin.stat().st_mtime_ns > path.stat().st_mtime_ns:
+        return False
+    try:
+        with SafetensorsFile(path) as made:
+            return provenance(made).get("fingerprint") == mark
+    except QuantizationError:
+        return False
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise QuantizationError(f"The device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def output_name(source: str | os.PathLike, recipe: Recipe) -> Path:
+    """The file beside the source that a run writes when no output is named."""
+    source = Path(source)
+    return source.with_name(f"{source.stem}_{recipe.label}.safetensors")

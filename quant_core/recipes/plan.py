@@ -1,0 +1,102 @@
+"""The plan: one decision for every tensor of a source, made from names and shapes alone."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ..checkpoints import Source, TensorInfo
+from ..checkpoints.inspect import quantized_formats
+from ..errors import AlreadyQuantizedError, NothingToQuantizeError
+from .presets import AUTO, COMMON, NONE, Preset, Rule, find_preset, recognise
+from .rules import eligibility, heuristic
+
+__all__ = ["Decision", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one tensor, and why (empty for a quantized layer)."""
+
+    action: Literal["quantize", "keep", "remove"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for all tensors of a source.
+
+    Attributes:
+        decisions: tensor name → :class:`Decision`, in the order of the source.
+        preset: the preset used, None for the general rule alone.
+        detected: the preset was recognised, not named by the user.
+    """
+
+    decisions: dict[str, Decision]
+    preset: Preset | None
+    detected: bool
+
+    @property
+    def explanation(self) -> str:
+        """One sentence about the keep list."""
+        if self.preset:
+            return f"{'Recognised as' if self.detected else 'Preset'} {self.preset.title}."
+        if self.detected:
+            return "No preset recognises these layer names: the general rule alone decides."
+        return "The general rule alone decides."
+
+    def names(self, action: str) -> Iterator[str]:
+        """Names of the tensors with that decision."""
+        return (name for name, decision in self.decisions.items() if decision.action == action)
+
+    def output_names(self) -> Iterator[str]:
+        """Names of the tensors that are not removed."""
+        return (name for name, decision in self.decisions.items() if decision.action != "remove")
+
+
+def _found(rules: tuple[Rule, ...], name: str) -> str | None:
+    return next((rule.reason for rule in rules if rule.pattern.search(name)), None)
+
+
+def _decide(name: str, info: TensorInfo, preset: Preset | None, own: list[re.Pattern], heur: bool) -> Decision:
+    if preset and (reason := _found(preset.remove, name)):
+        return Decision("remove", reason)
+    kept = (
+        eligibility(name, info)
+        or _found(COMMON.keep, name)
+        or (preset and _found(preset.keep, name))
+        or next((f"keep pattern {pattern.pattern}" for pattern in own if pattern.search(name)), None)
+        or (heur and heuristic(info))
+    )
+    return Decision("keep", kept) if kept else Decision("quantize")
+
+
+def _choose(name: str, source: Source) -> Preset | None:
+    if name == AUTO:
+        return recognise(source.tensors)
+    return None if name == NONE else find_preset(name)
+
+
+def make_plan(source: Source, *, preset: str = AUTO, keep: tuple[str, ...] = (), heur: bool = False) -> Plan:
+    """Decide for every tensor of ``source``; small tensors may be read, weights are not.
+
+    ``preset``, ``keep`` and ``heur`` are those of a :class:`~.recipe.Recipe`.
+
+    Raises:
+        AlreadyQuantizedError: the source holds codes already.
+        NothingToQuantizeError: no layer would be quantized.
+    """
+    if formats := quantized_formats(source):
+        raise AlreadyQuantizedError(
+            f"{source.name} is quantized already ({', '.join(formats)}); quantizing codes again would ruin the model, so give its full-precision original."
+        )
+    family = _choose(preset, source)
+    own = [re.compile(pattern) for pattern in keep]
+    decisions = {name: _decide(name, info, family, own, heur) for name, info in source.tensors.items()}
+    plan = Plan(decisions, family, detected=preset == AUTO)
+    if next(plan.names("quantize"), None) is None:
+        reasons = sorted({decision.reason for decision in decisions.values()})
+        raise NothingToQuantizeError(
+            f"{source.name} has no layer to quantize: all {len(decisions)} tensors are kept ({'; '.join(reasons[:4]) or 'there are none'})."
+        )
+    return plan

@@ -1,0 +1,77 @@
+"""Scales: amax is a start, not the answer.
+
+For a floating grid the scale matters only modulo a power of two, so one octave above amax is
+searched; for an integer grid the clip ratio. Both minimise tr(E H Eᵀ) with H = I, the Gram of
+white inputs, which is what is known of a layer's inputs without calibration.
+"""
+
+import torch
+
+from ..errors import NonFiniteWeightError
+from ..events import CancelCheck
+from ..formats import Granularity, Grid
+from .slabs import row_slabs
+
+__all__ = ["amax_scale", "search_scale"]
+
+_OCTAVE = tuple(2.0 ** (step / 16) for step in range(16))
+_CLIP = tuple(1.0 - step / 64 for step in range(24))
+# A whole-tensor scale is chosen on at most this many weights, drawn as whole rows.
+_SAMPLE = 1 << 21
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def amax_scale(weight: torch.Tensor, grid: Grid, share: Granularity, check: CancelCheck | None = None) -> torch.Tensor:
+    """The scale that maps the largest magnitude onto the grid's end; 1 where all weights are zero.
+
+    ``weight``: (out, in). Raises :class:`NonFiniteWeightError` when it holds NaN or Inf.
+    """
+    parts = [share.amax(rows) for _, _, rows in row_slabs(weight, check)]
+    amax = torch.stack(parts).amax() if share.whole else torch.cat(parts)
+    if not torch.isfinite(amax).all():
+        raise NonFiniteWeightError("The weight holds NaN or Inf, which no scale can represent.")
+    return torch.where(amax > 0, (amax / grid.max).clamp_min(_SMALLEST), torch.ones_like(amax))
+
+
+def _sampled_rows(weight: torch.Tensor, seed: int) -> torch.Tensor:
+    rows = max(1, _SAMPLE // weight.shape[1])
+    if rows >= weight.shape[0]:
+        return weight
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(weight.shape[0], generator=generator)[:rows].sort().values
+    return weight[chosen.to(weight.device)]
+
+
+def _best_ratio(
+    weight: torch.Tensor, start: torch.Tensor, ratios: torch.Tensor, grid: Grid, share: Granularity, check: CancelCheck | None
+) -> torch.Tensor:
+    """The ratio, of the shape of ``start``, whose scale loses least after hard rounding; the first of equals."""
+    errors = []
+    for first, last, rows in row_slabs(weight, check):
+        slab_start = share.slab(start, first, last)
+        slab_errors = []
+        for ratio in ratios:
+            if check:
+                check()
+            scale = slab_start * ratio
+            error = grid.encode(rows / scale).float().mul_(scale).sub_(rows).square_()
+            slab_errors.append(error.sum() if share.whole else error.sum(dim=1, keepdim=True))
+        errors.append(torch.stack(slab_errors))
+    total = torch.stack(errors).double().sum(dim=0) if share.whole else torch.cat(errors, dim=1)
+    return ratios[total.argmin(dim=0)]
+
+
+def search_scale(
+    weight: torch.Tensor, start: torch.Tensor, grid: Grid, share: Granularity, *, seed: int = 0, check: CancelCheck | None = None
+) -> torch.Tensor:
+    """The best of a few dozen multiples of the amax scale ``start``; never worse than ``start`` itself.
+
+    ``weight``: (out, in). A scale that all rows of a large weight share is chosen on a seeded sample of rows,
+    then held against ``start`` on the whole weight.
+    """
+    ratios = torch.tensor(_OCTAVE if grid.floating else _CLIP, device=weight.device)
+    judged = _sampled_rows(weight, seed) if share.whole else weight
+    ratio = _best_ratio(judged, start, ratios, grid, share, check)
+    if judged is not weight:
+        ratio = _best_ratio(weight, start, torch.stack([ratios[0], ratio]), grid, share, check)
+    return start * ratio

@@ -1,0 +1,3 @@
+"""The release this code belongs to; part of every fingerprint."""
+
+VERSION = "0.1.0"
