@@ -1,0 +1,94 @@
+"""Fixtures for all tests: real ComfyUI servers, and one line on what this run covers.
+
+comfy           a running server with this pack linked; every test that asks for it runs once per host
+server_factory  makes further servers of the same host, for tests that restart one or set it up differently
+host            the host itself, without a server
+comfy_page      the page of `comfy` in headless Chromium
+
+Tests that ask for these are marked `host` (and `browser`) by that alone.
+"""
+
+import os
+
+import pytest
+
+from learned_rounding.hosts import ComfyServer, available_hosts
+from learned_rounding.hosts.browser import chromium_path, open_page
+
+HOSTS = available_hosts()
+NO_HOST = "no ComfyUI on this machine: make hosts"
+NO_CHROMIUM = "no Chromium on this machine: make chromium"
+# Where everything is installed on purpose, a missing part is a fault and not a reason to skip.
+STRICT = bool(os.environ.get("CI"))
+LOG_LINES = 60
+
+
+def pytest_report_header():
+    lines = ["ComfyUI hosts: " + (", ".join(f"{h.version} ({h.path})" for h in HOSTS) or f"none. {NO_HOST}")]
+    if HOSTS and all(h.name != "newer" for h in HOSTS):
+        lines.append("not covered: a newer ComfyUI (set COMFYUI_PATH to one and run make hosts)")
+    lines.append(f"browser: {chromium_path() or NO_CHROMIUM}")
+    return lines
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m picks by marker
+def pytest_collection_modifyitems(items):
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "host" in fixtures:
+            item.add_marker("host")
+        if "comfy_page" in fixtures:
+            item.add_marker("browser")
+        if item.get_closest_marker("browser") and chromium_path() is None and not STRICT:
+            item.add_marker(pytest.mark.skip(reason=NO_CHROMIUM))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", params=HOSTS or [None], ids=lambda host: host.version if host else "no-host")
+def host(request):
+    if request.param is None:
+        (pytest.fail if STRICT else pytest.skip)(NO_HOST)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def comfy(host, tmp_path_factory):
+    with ComfyServer(host, base=tmp_path_factory.mktemp(f"comfyui-{host.version}-")) as server:
+        yield server
+
+
+@pytest.fixture
+def server_factory(host, tmp_path_factory):
+    """server_factory(**options of ComfyServer) → a running server; all are stopped after the test."""
+    servers = []
+
+    def make(**options):
+        options.setdefault("base", tmp_path_factory.mktemp(f"comfyui-{host.version}-own"))
+        server = ComfyServer(host, **options)
+        servers.append(server)
+        return server.start()
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def comfy_page(comfy):
+    with open_page(comfy) as page:
+        yield page
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failed test shows the end of its server's log."""
+    report = (yield).get_result()
+    server = getattr(item, "funcargs", {}).get("comfy")
+    if report.failed and server is not None:
+        report.sections.append((f"log of {server.host}", "\n".join(server.log_text().splitlines()[-LOG_LINES:])))

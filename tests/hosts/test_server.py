@@ -1,0 +1,121 @@
+"""A real ComfyUI starts, runs a stock workflow, tells what went wrong, and can be stopped and started again."""
+
+import pytest
+from learned_rounding.hosts import HostError, HostInterrupted
+from PIL import Image
+
+
+def test_answers_with_its_version_and_stock_nodes(comfy, host):
+    assert comfy.get("/system_stats")["system"]["comfyui_version"] == host.version
+    assert {"KSampler", "SaveImage", "UNETLoader"} <= set(comfy.object_info())
+    assert list(comfy.object_info("KSampler")) == ["KSampler"]
+
+
+def test_runs_a_workflow_and_records_events_in_order(comfy, picture):
+    heard = []
+    result = comfy.queue(picture(color=0x0000FF), on_event=heard.append)
+    assert heard == result.events
+    assert result.executed == ["1", "2", "3"]
+    kinds = [event.type for event in result.events]
+    assert kinds.index("execution_start") < kinds.index("executing") < kinds.index("execution_success")
+    times = [event.at for event in result.events]
+    assert times == sorted(times) and 0 <= times[0] and result.seconds == times[-1]
+    (path,) = result.images
+    assert path.parent == comfy.output_dir
+    with Image.open(path) as image:
+        assert image.size == (64, 32) and image.convert("RGB").getpixel((5, 5)) == (255, 255, 0)
+
+
+def test_a_known_workflow_is_answered_from_the_cache(comfy, picture):
+    workflow = picture()
+    comfy.queue(workflow)
+    again = comfy.queue(workflow)
+    assert again.executed == []
+    assert again.outputs["3"]["images"]
+
+
+def test_a_failing_node_speaks_through_the_error(comfy, picture):
+    workflow = picture()
+    workflow["2"] = {"class_type": "LoadLatent", "inputs": {"latent": "not-a-latent.latent"}}
+    workflow["3"] = {"class_type": "SaveLatent", "inputs": {"samples": ["2", 0], "filename_prefix": "latent"}}
+    (comfy.input_dir / "not-a-latent.latent").write_bytes(b"\x08\0\0\0\0\0\0\0not json")
+    with pytest.raises(HostError, match=r"node 2 \(LoadLatent\): .*[Hh]eader") as caught:
+        comfy.queue(workflow)
+    error = caught.value
+    assert (error.kind, error.node_id, error.node_type) == ("execution", "2", "LoadLatent")
+    assert "load" in error.traceback
+    assert [e.type for e in error.events if e.type == "execution_error"]
+
+
+def test_a_refused_workflow_names_the_input(comfy, picture):
+    workflow = picture()
+    workflow["1"]["inputs"]["width"] = -5
+    with pytest.raises(HostError, match=r"node 1 \(EmptyImage\): .*width") as caught:
+        comfy.queue(workflow)
+    assert caught.value.kind == "validation"
+    assert list(caught.value.node_errors) == ["1"]
+
+
+def test_an_unknown_node_is_refused_by_name(comfy):
+    with pytest.raises(HostError, match="NoSuchNode"):
+        comfy.queue({"1": {"class_type": "NoSuchNode", "inputs": {}}})
+
+
+SLOW_NODE = """
+import comfy.model_management as management, time
+
+class Wait:
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "run", (), True
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"nonce": ("INT", {"default": 0, "max": 2**31})}})
+
+    def run(self, nonce):
+        for _ in range(6000):
+            management.throw_exception_if_processing_interrupted()
+            time.sleep(0.01)
+        return ()
+
+NODE_CLASS_MAPPINGS = {"TestWait": Wait}
+"""
+
+
+@pytest.fixture
+def own_server(server_factory, tmp_path):
+    """A server whose only pack is the node above."""
+    (tmp_path / "__init__.py").write_text(SLOW_NODE)
+    return server_factory(links={"slow": tmp_path})
+
+
+def wait(nonce):
+    return {"1": {"class_type": "TestWait", "inputs": {"nonce": nonce}}}
+
+
+def test_interrupt_timeout_crash_and_restart(own_server, picture):
+    def interrupt(event):
+        if event.type == "executing" and event.data["node"] == "1":
+            own_server.interrupt()
+
+    with pytest.raises(HostInterrupted, match="TestWait"):
+        own_server.queue(wait(1), on_event=interrupt)
+
+    with pytest.raises(HostError, match="did not end in time") as caught:
+        own_server.queue(wait(2), timeout=1)
+    assert caught.value.kind == "timeout"
+    assert own_server.queue(picture()).images  # the one that took too long does not stand in the way
+
+    def kill(event):
+        if event.type == "executing" and event.data["node"] == "1":
+            own_server._process.kill()
+
+    with pytest.raises(HostError, match="died") as caught:
+        own_server.queue(wait(3), on_event=kill)
+    assert caught.value.kind == "died"
+
+    assert own_server.restart().queue(picture()).images
+    own_server.free()
+    assert own_server.queue(picture()).images
+
+
+def test_a_server_that_cannot_start_says_why(server_factory):
+    with pytest.raises(HostError, match="--no-such-option") as caught:
+        server_factory(arguments=["--no-such-option"])
+    assert caught.value.kind == "start"
