@@ -1,0 +1,50 @@
+"""Load Model: a file from ComfyUI's own folders as a light source; no weight is read yet."""
+
+from comfy_api.latest import io, ui
+
+from ..quant_core.checkpoints import SafetensorsFile
+from ..quant_core.checkpoints.inspect import quantized_formats
+from ..quant_core.errors import SourceError
+from ..quant_core.recipes import recognise
+from ..quant_core.report import human_bytes
+from . import host
+from .schema import Source, schema, widget
+
+__all__ = ["LoadModel"]
+
+
+class LoadModel(io.ComfyNode):
+    """See the schema."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="LearnedRoundingLoadModel",
+            display_name="Load Model (Learned Rounding)",
+            description="Choose a full-precision model file to quantize. Nothing is loaded into memory: layers stream from disk when they are quantized.",
+            search_aliases=["load", "file", "quantize", "fp8", "int8", "convert"],
+            inputs=[
+                widget(io.Combo, id="model", options=host.model_files(), tooltip="Diffusion models, checkpoints and text encoders (.safetensors) from ComfyUI's model folders."),
+                widget(
+                    io.Combo, id="clip_type", options=host.clip_types(), default=host.clip_types()[0], optional=True, advanced=True,
+                    tooltip="For a text encoder whose CLIP output is used: the same choice as in ComfyUI's Load CLIP. Ignored for models.",
+                ),
+            ],
+            outputs=[Source.Output(display_name="source", tooltip="For Learned Round Quantize.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model, clip_type=None):
+        return (model, clip_type, *host.file_state(model))
+
+    @classmethod
+    def execute(cls, model, clip_type=None) -> io.NodeOutput:
+        source = host.FileSource.choose(model, clip_type or host.clip_types()[0])
+        with SafetensorsFile(source.path) as opened:
+            preset, formats = recognise(opened.tensors), quantized_formats(opened)
+            count, size = len(opened.tensors), human_bytes(opened.size)
+        if not count:
+            raise SourceError(f"{source.path} holds no tensors; choose another file.")
+        family = preset.title if preset else "no preset recognises it; the general rule will decide"
+        state = f"already quantized: {', '.join(formats)}" if formats else "full precision"
+        return io.NodeOutput(source, ui=ui.PreviewText(f"{source.path.name}: {size}, {count} tensors, {state}\n{family}"))

@@ -1,0 +1,48 @@
+"""Learned Round Quantize: a MODEL, a CLIP or a file in; the quantized MODEL or CLIP and its file out."""
+
+from comfy_api.latest import io
+
+from ..quant_core import Recipe
+from . import host
+from .progress import NodeProgress
+from .schema import QuantizedType, RecipeType, Source, schema
+
+__all__ = ["LearnedRoundQuantize"]
+
+
+class LearnedRoundQuantize(io.ComfyNode):
+    """See the schema."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="LearnedRoundingQuantize",
+            display_name="Learned Round Quantize",
+            description="Quantize a model layer by layer. LoRAs on the incoming MODEL or CLIP are baked in; the incoming one stays usable.",
+            search_aliases=["quantize", "fp8", "int8", "convert", "rounding"],
+            inputs=[
+                io.MultiType.Input("source", types=[io.Model, io.Clip, Source], tooltip="A MODEL, a CLIP, or a file from Load Model (Learned Rounding)."),
+                RecipeType.Input("recipe", optional=True, tooltip="From Configure Quantization; without it FP8 with all defaults."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The quantized model, ready for a sampler."),
+                io.Clip.Output(display_name="CLIP", tooltip="The quantized text encoder, ready for CLIP Text Encode."),
+                QuantizedType.Output(display_name="quantized", tooltip="For Save Quantized."),
+                io.String.Output(display_name="report", tooltip="What was done, as text."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs):
+        # MODEL and CLIP are built only for outputs in use, so connecting one later must run the node again.
+        return host.outputs_in_use_of_running_prompt("LearnedRoundingQuantize")
+
+    @classmethod
+    def execute(cls, source, recipe=None) -> io.NodeOutput:
+        wanted = host.outputs_in_use(cls.hidden.dynprompt, cls.hidden.unique_id)
+        with NodeProgress(cls.hidden.unique_id) as progress:
+            quantized = host.quantize(source, recipe or Recipe(), progress)
+            model = host.build_model(source, quantized) if 0 in wanted else None
+            clip = host.build_clip(source, quantized) if 1 in wanted else None
+        return io.NodeOutput(model, clip, quantized, quantized.report.table())

@@ -1,0 +1,36 @@
+"""Save Quantized: the finished file under a lasting name."""
+
+from comfy_api.latest import io, ui
+
+from . import host
+from .schema import QuantizedType, schema, widget
+
+__all__ = ["SaveQuantized"]
+
+
+class SaveQuantized(io.ComfyNode):
+    """See the schema."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="LearnedRoundingSave",
+            display_name="Save Quantized",
+            description="Keep a quantized model as a file that ComfyUI's own loaders find. Nothing is ever overwritten.",
+            search_aliases=["save", "export", "fp8", "int8"],
+            inputs=[
+                QuantizedType.Input("quantized", tooltip="From Learned Round Quantize."),
+                widget(io.String, id="filename_prefix", default="quantized", tooltip="Start of the file name; may hold folders. Format and a number are added."),
+                widget(
+                    io.Combo, id="folder", options=list(host.SAVE_FOLDERS), default="output",
+                    tooltip="output: the output folder, where ComfyUI's loaders look too; models: the models folder itself.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file, or the files one a line.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, quantized, filename_prefix, folder) -> io.NodeOutput:
+        paths = "\n".join(str(path) for path in host.save(quantized, filename_prefix, folder))
+        return io.NodeOutput(paths, ui=ui.PreviewText(paths))
