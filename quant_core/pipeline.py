@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,7 @@ from .version import VERSION
 
 __all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name"]
 
+_PATIENCE = 0.2  # seconds between two looks at the cancellation check while a tensor is read
 NON_FINITE = "holds NaN or Inf, so it stays in full precision"
 
 
@@ -53,15 +54,20 @@ class QuantizedTensors:
     report: Report
 
 
-def _prefetch(source: Source, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read one tensor ahead while the caller works on the one before."""
-    with ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-read") as pool:
+def _read_ahead(source: Source, names: list[str], check: CancelCheck) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read one tensor ahead while the caller works on the one before; ``check`` is called while waiting."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-read")
+    try:
         ahead = pool.submit(source.read, names[0]) if names else None
         for index, name in enumerate(names):
+            while not wait([ahead], timeout=_PATIENCE).done:
+                check()
             tensor = ahead.result()
             ahead = pool.submit(source.read, names[index + 1]) if index + 1 < len(names) else None
             yield name, tensor
             del tensor
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a read under way ends when the source is closed
 
 
 class _Clock:
@@ -131,7 +137,7 @@ def _run(
         emit(report.layers[-1])
 
     index = 0
-    for name, tensor in _prefetch(source, list(plan.output_names())):
+    for name, tensor in _read_ahead(source, list(plan.output_names()), check):
         check()
         if plan.decisions[name].action == "keep":
             keep(name, tensor, plan.decisions[name].reason)

@@ -20,7 +20,7 @@ __all__ = ["SafetensorsFile", "MAX_HEADER"]
 
 MAX_HEADER = 100_000_000  # the limit of the format's own library
 _LENGTH = struct.Struct("<Q")
-_READ_AT_ONCE = 1 << 26
+_READ_AT_ONCE = 1 << 24  # how soon a closed file stops a reading thread
 _OTHER_KINDS = ((b"PK\x03\x04", "a pickled PyTorch checkpoint"), (b"GGUF", "a GGUF file"), (b"\x80\x02", "a pickled PyTorch checkpoint"))
 
 
@@ -41,6 +41,7 @@ class SafetensorsFile:
         self.path = Path(path)
         self.name = self.path.name
         self._lock = threading.Lock()
+        self._closing = False
         try:
             self._file = open(self.path, "rb", buffering=0)
         except FileNotFoundError:
@@ -99,6 +100,8 @@ class SafetensorsFile:
             self._file.seek(offset)
             done = 0
             while done < len(view):
+                if self._closing:
+                    raise SourceError(f"{self.path} was closed while tensor {name} was read.")
                 try:
                     count = self._file.readinto(view[done : done + _READ_AT_ONCE])
                 except OSError as error:
@@ -120,7 +123,10 @@ class SafetensorsFile:
         return bytes(buffer)
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file; a thread that is reading stops at once with :class:`SourceError`."""
+        self._closing = True
+        with self._lock:
+            self._file.close()
 
     def __enter__(self) -> "SafetensorsFile":
         return self

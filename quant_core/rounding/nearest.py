@@ -4,7 +4,7 @@ import torch
 
 from ..events import CancelCheck
 from ..formats import Granularity, Grid
-from .slabs import row_slabs
+from .slabs import row_slabs, squared_norm
 
 __all__ = ["quantize_nearest"]
 
@@ -27,6 +27,6 @@ def quantize_nearest(
     for start, stop, rows in row_slabs(weight, check):
         slab_scale = share.slab(scale, start, stop)
         codes[start:stop] = slab_codes = grid.encode(rows / slab_scale)
-        lost += slab_codes.float().mul_(slab_scale).sub_(rows).square_().sum(dtype=torch.float64)
-        total += rows.square().sum(dtype=torch.float64)
+        lost += squared_norm(slab_codes.float().mul_(slab_scale).sub_(rows))
+        total += squared_norm(rows)
     return codes, float((lost / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())

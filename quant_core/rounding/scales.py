@@ -10,7 +10,7 @@ import torch
 from ..errors import NonFiniteWeightError
 from ..events import CancelCheck
 from ..formats import Granularity, Grid
-from .slabs import row_slabs
+from .slabs import row_slabs, squared_norm
 
 __all__ = ["amax_scale", "search_scale"]
 
@@ -54,10 +54,10 @@ def _best_ratio(
             if check:
                 check()
             scale = slab_start * ratio
-            error = grid.encode(rows / scale).float().mul_(scale).sub_(rows).square_()
-            slab_errors.append(error.sum() if share.whole else error.sum(dim=1, keepdim=True))
+            error = grid.encode(rows / scale).float().mul_(scale).sub_(rows)
+            slab_errors.append(squared_norm(error) if share.whole else torch.linalg.vector_norm(error, dim=1, keepdim=True))
         errors.append(torch.stack(slab_errors))
-    total = torch.stack(errors).double().sum(dim=0) if share.whole else torch.cat(errors, dim=1)
+    total = torch.stack(errors).sum(dim=0) if share.whole else torch.cat(errors, dim=1)
     return ratios[total.argmin(dim=0)]
 
 

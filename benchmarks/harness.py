@@ -1,0 +1,56 @@
+"""What every benchmark prints and writes: its numbers, and on what they were measured."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from learned_rounding.quant_core.version import VERSION
+
+__all__ = ["arguments", "environment", "finish"]
+
+
+def arguments(description: str, *extra) -> argparse.Namespace:
+    """``--quick`` (CPU, minutes at most) and ``--json FILE``, plus ``extra``: (flag, options) pairs."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number printed to this file")
+    for flag, options in extra:
+        parser.add_argument(flag, **options)
+    return parser.parse_args()
+
+
+def environment() -> dict[str, object]:
+    """Device, versions and the command, without which a number means nothing."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "learned_rounding": VERSION,
+    }
+
+
+def finish(args: argparse.Namespace, rows: list[dict], **more) -> None:
+    """Print ``rows`` as a table and write everything to ``--json``."""
+    if rows:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = [[_text(row.get(column, "")) for column in columns] for row in rows]
+        widths = [max(map(len, cells)) for cells in zip(columns, *text)]
+        for cells in (columns, *text):
+            print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip())
+    for key, value in more.items():
+        print(f"{key}: {value}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({**environment(), "rows": rows, **more}, indent=1) + "\n", encoding="utf-8")
+
+
+def _text(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
