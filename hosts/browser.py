@@ -31,34 +31,38 @@ FLAGS = [
 ]  # fmt: skip
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
+# Nothing lies over the graph: no tour, no map, no frame counter, no advertisement of another kind of nodes.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
+_NO_BANNER = """for (const key of ['vueNodesBannerDismissed', 'comfy.vueNodesMigration.dismissed'])
+    try { localStorage.setItem(key, 'true') } catch { /* a page without storage has no banner */ }"""
+
 _READY = """() => {
     const app = window.app
     return !!(app?.graph && app?.canvas && app.vueAppReady && app.extensionManager
               && window.LiteGraph?.registered_node_types?.KSampler)
 }"""
 
-# Loading replaces the graph in several steps: it is done when the promise is, and the canvas has drawn it.
+# A workflow in API form has no positions. ComfyUI arranges its nodes, but the Vue nodes of older frontends fall back
+# on each other when they are first drawn; a graph that is loaded with positions keeps them.
 _LOAD = """async ([workflow, isGraph]) => {
-    if (isGraph) await window.app.loadGraphData(workflow)
-    else await window.app.loadApiJson(workflow, 'workflow')
-    return window.app.graph._nodes.length
+    const app = window.app
+    if (!isGraph) {
+        await app.loadApiJson(workflow, 'workflow')
+        app.graph.arrange()
+        workflow = app.graph.serialize()
+    }
+    await app.loadGraphData(workflow)
+    return app.graph._nodes.length
 }"""
 
-_QUEUE = """async (wait) => {
-    const api = window.comfyAPI.api.api
-    const ends = ['execution_success', 'execution_error', 'execution_interrupted']
-    let finish
-    const ended = new Promise((resolve) => { finish = (event) => resolve({type: event.type, data: event.detail}) })
-    for (const end of ends) api.addEventListener(end, finish)
-    try {
-        const queued = await window.app.queuePrompt(0, 1)
-        if (queued === false) {
-            return {type: 'refused', data: {error: window.app.lastExecutionError, nodes: window.app.lastNodeErrors}}
-        }
-        return wait ? await ended : {type: 'queued', data: null}
-    } finally {
-        for (const end of ends) api.removeEventListener(end, finish)
-    }
+# Ends are noted from before the first workflow on, so that one that ends at once is not missed.
+_NOTE_ENDS = """() => {
+    if (window.endOfPrompt) return
+    window.endOfPrompt = {}
+    for (const type of ['execution_success', 'execution_error', 'execution_interrupted'])
+        window.comfyAPI.api.api.addEventListener(type, ({detail}) => {
+            window.endOfPrompt[detail.prompt_id] = {type, data: detail}
+        })
 }"""
 
 # The view glides to its place; it has arrived when it is the same for ten frames.
@@ -103,10 +107,10 @@ def open_page(
     chromium = chromium_path()
     if chromium is None:
         raise HostError("no Chromium: install the package chromium or set $CHROMIUM", kind="start")
-    server.post(
-        "/api/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": vue_nodes, **(settings or {})}
-    )
-    with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile, sync_playwright() as pw:
+    server.post("/api/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": vue_nodes, **(settings or {})})
+    with contextlib.ExitStack() as stack:
+        profile = stack.enter_context(tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True))
+        pw = stack.enter_context(sync_playwright())
         context = pw.chromium.launch_persistent_context(
             profile,
             executable_path=chromium,
@@ -121,6 +125,7 @@ def open_page(
             if problems is not None:
                 page.on("pageerror", lambda error: problems.append(str(error)))
                 page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+            page.add_init_script(_NO_BANNER)
             page.goto(server.url, wait_until="domcontentloaded")
             page.wait_for_function(_READY)
             yield page
@@ -129,19 +134,27 @@ def open_page(
 
 
 def load_workflow(page: Page, workflow: Mapping | str | Path) -> int:
-    """Loads a workflow, in the page's own or in API form (a dict, or the path of a JSON file); how many nodes it has."""
+    """Loads a workflow, in the page's own or in API form (a dict, or a JSON file); returns how many nodes it has."""
     if not isinstance(workflow, Mapping):
         workflow = json.loads(Path(workflow).read_text(encoding="utf-8"))
     return page.evaluate(_LOAD, [workflow, "nodes" in workflow])
 
 
 def queue_prompt(page: Page, *, wait: bool = True) -> dict:
-    """Presses the run button and, unless told otherwise, waits for the end.
+    """Does what the run button does and, unless told otherwise, waits for the end.
 
-    The answer's "type" is execution_success, execution_error, execution_interrupted, refused or queued; "data" is
-    the event's own.
+    The answer's "type" is execution_success, execution_error, execution_interrupted (with that event's "data"),
+    refused (with ComfyUI's answer) or, without waiting, queued.
     """
-    return page.evaluate(_QUEUE, wait)
+    page.evaluate(_NOTE_ENDS)
+    with page.expect_response(lambda r: r.request.method == "POST" and r.url.endswith("/prompt")) as response:
+        page.evaluate("() => window.app.queuePrompt(0, 1)")
+    answer = response.value.json()
+    if response.value.status != 200:
+        return {"type": "refused", "data": answer}
+    if not wait:
+        return {"type": "queued", "data": answer}
+    return page.wait_for_function("(id) => window.endOfPrompt[id]", arg=answer["prompt_id"]).json_value()
 
 
 def screenshot(page: Page, path: Path | str, *, fit_view: bool = True) -> Path:

@@ -228,7 +228,8 @@ def _companions(torch_version: str) -> list[str]:
     """The torchvision and torchaudio that belong to a torch: 2.N goes with torchvision 0.(N+15); torchaudio's
     numbers were torch's own until 2.11, its last."""
     minor, patch = map(int, re.match(r"2\.(\d+)\.(\d+)", torch_version).groups())
-    return [f"torchvision==0.{minor + 15}.{patch}", f"torchaudio==2.{minor}.{patch}" if minor < 11 else "torchaudio==2.11.0"]
+    audio = f"2.{minor}.{patch}" if minor < 11 else "2.11.0"
+    return [f"torchvision==0.{minor + 15}.{patch}", f"torchaudio=={audio}"]
 
 
 def _make_companions_importable(python: Path) -> None:

@@ -151,7 +151,12 @@ class ComfyServer:
         with self.log_path.open("ab") as log:
             # cwd and PYTHONPATH keep this repository's `nodes` and `server` out of ComfyUI's imports.
             self._process = subprocess.Popen(
-                self._command(), cwd=self.base, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self._command(),
+                cwd=self.base,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         self._await_answer(begun + self.start_timeout)
         self.start_seconds = time.monotonic() - begun
@@ -367,9 +372,9 @@ class ComfyServer:
             if not message:
                 raise self._lost("the websocket was closed", events)
             message = json.loads(message)
-            event = Event(message["type"], message.get("data") or {}, at)
-            yield event
-            if event.type == "executing" and event.data.get("node") is None and event.data.get("prompt_id") == prompt_id:
+            data = message.get("data") or {}
+            yield Event(message["type"], data, at)
+            if message["type"] == "executing" and data.get("node") is None and data.get("prompt_id") == prompt_id:
                 return
 
     def _result(self, prompt_id: str, events: list[Event], node_errors: dict) -> Result:

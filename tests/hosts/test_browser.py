@@ -1,8 +1,9 @@
 """The page of a real ComfyUI opens, loads and runs a workflow, and can be pictured, with either kind of nodes."""
 
 import pytest
-from learned_rounding.hosts.browser import load_workflow, open_page, queue_prompt, screenshot
 from PIL import Image
+
+from learned_rounding.hosts.browser import load_workflow, open_page, queue_prompt, screenshot
 
 pytestmark = pytest.mark.browser
 
@@ -18,9 +19,20 @@ def test_page_runs_a_workflow_and_is_pictured(comfy, picture, vue_nodes, tmp_pat
         ]
         assert (page.locator("[data-node-id]").count() > 0) == vue_nodes
         assert queue_prompt(page)["type"] == "execution_success"
-        with Image.open(screenshot(page, tmp_path / "page.png")) as image:
+        path = screenshot(page, tmp_path / "page.png")
+        lefts = page.evaluate("() => window.app.graph._nodes.map((node) => node.pos[0])")
+        assert lefts == sorted(set(lefts))  # arranged side by side, though an API workflow has no positions
+        with Image.open(path) as image:
             assert image.size == (1600, 1000)
             assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 100  # a blank page has a handful
+
+
+def test_a_workflow_in_the_pages_own_form(comfy_page, picture):
+    load_workflow(comfy_page, picture())
+    saved = comfy_page.evaluate("() => window.app.graph.serialize()")
+    assert load_workflow(comfy_page, {**saved, "nodes": saved["nodes"][:1], "links": []}) == 1
+    assert load_workflow(comfy_page, saved) == 3
+    assert queue_prompt(comfy_page)["type"] == "execution_success"
 
 
 def test_a_refused_workflow_is_told(comfy_page, picture):

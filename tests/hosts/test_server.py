@@ -1,8 +1,9 @@
 """A real ComfyUI starts, runs a stock workflow, tells what went wrong, and can be stopped and started again."""
 
 import pytest
-from learned_rounding.hosts import HostError, HostInterrupted
 from PIL import Image
+
+from learned_rounding.hosts import HostError, HostInterrupted
 
 
 def test_answers_with_its_version_and_stock_nodes(comfy, host):
