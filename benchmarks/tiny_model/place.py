@@ -1,0 +1,115 @@
+"""Puts the tiny model where stock ComfyUI finds it, conditioning included (no text encoder needed).
+
+python -m learned_rounding.benchmarks.tiny_model.place COMFYUI_BASE [--prompt NAME ...] [--dataset NAME] [--output DIR]
+
+The conditioning goes where the stock node LoadTrainingDataset looks: `datasets/NAME` under the base folder, and in older
+ComfyUI (0.3.75) `NAME` under the output folder. That node returns a list, and ComfyUI runs whatever follows once for
+each entry: place one prompt under its own dataset name to get one picture a run.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+__all__ = ["ASSETS", "CONDITIONING_NAME", "DATASET", "place", "prompt_names", "prompt_splits", "read_conditioning"]
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+CONDITIONING_NAME = "emoji_conditioning.safetensors"
+DATASET = "tiny_emoji"
+FOLDERS = {
+    "tiny_mmdit_emoji.safetensors": "diffusion_models",
+    "tiny_lora_red.safetensors": "loras",
+    "vae_approx/taesd3_encoder.safetensors": "vae_approx",
+    "vae_approx/taesd3_decoder.safetensors": "vae_approx",
+}
+
+
+def _metadata(assets: Path, key: str):
+    with safe_open(assets / CONDITIONING_NAME, framework="pt") as file:
+        return json.loads(file.metadata()[key])
+
+
+def prompt_names(assets: Path = ASSETS) -> list[str]:
+    """Every prompt that the conditioning file holds, in its order."""
+    return _metadata(assets, "names")
+
+
+def prompt_splits(assets: Path = ASSETS) -> dict[str, list[str]]:
+    """showcase, calibration and evaluation (trained on, disjoint) and unseen (never trained on)."""
+    return _metadata(assets, "splits")
+
+
+def read_conditioning(prompts: Iterable[str] | None = None, assets: Path = ASSETS) -> dict[str, torch.Tensor]:
+    """{"context" (N, 16, 512), "pooled" (N, 512), "latents" (N, 16, 8, 8)} in float32; None = every prompt.
+
+    `latents` are the pictures themselves as ComfyUI's LATENT, outside the model's own scaling.
+    """
+    names = prompt_names(assets)
+    wanted = names if prompts is None else list(prompts)
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise KeyError(f"no conditioning for {unknown}; prompt_names() lists the {len(names)} there are")
+    rows = [names.index(name) for name in wanted]
+    with safe_open(assets / CONDITIONING_NAME, framework="pt") as file:
+        return {key: file.get_tensor(key)[rows].float() for key in ("context", "pooled", "latents")}
+
+
+def place(
+    comfy_base_dir: str | Path,
+    *,
+    output_dir: str | Path | None = None,
+    prompts: Iterable[str] | None = None,
+    dataset: str = DATASET,
+    assets: Path = ASSETS,
+) -> list[Path]:
+    """Copy the files under `comfy_base_dir` and write the conditioning of `prompts`; returns all that was written.
+
+    `output_dir` is ComfyUI's output folder if it is not `<base>/output`.
+    """
+    base = Path(comfy_base_dir)
+    written = []
+    for source, folder in FOLDERS.items():
+        target = base / "models" / folder / Path(source).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        written.append(Path(shutil.copyfile(assets / source, target)))
+
+    tensors = read_conditioning(prompts, assets)
+    count = len(tensors["context"])
+    shard = {
+        "latents": [{"samples": tensors["latents"][i : i + 1].clone()} for i in range(count)],
+        "conditioning": [
+            [[tensors["context"][i : i + 1].clone(), {"pooled_output": tensors["pooled"][i : i + 1].clone()}]]
+            for i in range(count)
+        ],
+    }
+    for folder in (base / "datasets" / dataset, Path(output_dir or base / "output") / dataset):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(shard, folder / "shard_0000.pkl")
+        about = {"num_samples": count, "num_shards": 1, "shard_size": count}
+        (folder / "metadata.json").write_text(json.dumps(about, indent=2))
+        written += [folder / "shard_0000.pkl", folder / "metadata.json"]
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="ComfyUI's folder, or its --base-directory")
+    parser.add_argument("--prompt", action="append", help="a name of the conditioning file; repeatable; default: all")
+    parser.add_argument("--dataset", default=DATASET, help="folder name to choose in LoadTrainingDataset")
+    parser.add_argument("--output", type=Path, help="ComfyUI's output folder, if not BASE/output")
+    parser.add_argument("--list", action="store_true", help="print the prompts and stop")
+    args = parser.parse_args()
+    if args.list:
+        print(json.dumps(prompt_splits(), indent=1))
+        return
+    for path in place(args.base, output_dir=args.output, prompts=args.prompt, dataset=args.dataset):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
