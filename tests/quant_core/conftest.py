@@ -1,0 +1,93 @@
+"""Fixtures of the library's tests: made-up models, real layer names, and what must not be left behind."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from learned_rounding.quant_core.checkpoints import TensorInfo
+
+LAYER_NAMES = Path(__file__).parent / "recipes" / "layer_names"
+
+
+@pytest.fixture
+def model():
+    """model(seed=0) → a made-up transformer: two blocks of linears, and everything that must stay as it is."""
+
+    def make(seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape, dtype=torch.bfloat16):
+            return (torch.randn(*shape, generator=generator) * 0.05).to(dtype)
+
+        tensors = {"embed_tokens.weight": random(40, 32), "patch.weight": random(32, 4, 2, 2), "step": torch.tensor(7)}
+        for block in range(2):
+            tensors |= {
+                f"blocks.{block}.attn.qkv.weight": random(96, 32),
+                f"blocks.{block}.attn.qkv.bias": random(96),
+                f"blocks.{block}.norm.weight": random(32, dtype=torch.float32),
+                f"blocks.{block}.mlp.0.weight": random(80, 32, dtype=torch.float16),
+                f"blocks.{block}.mlp.2.weight": random(32, 80, dtype=torch.float32),
+            }
+        return tensors
+
+    return make
+
+
+@pytest.fixture
+def model_file(model, tmp_path):
+    """model_file(name="model.safetensors", tensors=None, **metadata) → path of a file written by safetensors itself."""
+
+    def make(name: str = "model.safetensors", tensors: dict[str, torch.Tensor] | None = None, **metadata: str) -> Path:
+        path = tmp_path / name
+        save_file(model() if tensors is None else tensors, path, metadata or None)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def listing(tmp_path):
+    """listing() → names of all files below the test's folder, hidden ones too."""
+    return lambda: sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def header_source():
+    """header_source({name: shape or TensorInfo}) → a source that knows names, dtypes and shapes, and holds no data."""
+
+    def make(tensors: dict, name: str = "model.safetensors", dtype: torch.dtype = torch.bfloat16):
+        infos = {key: value if isinstance(value, TensorInfo) else TensorInfo(dtype, tuple(value)) for key, value in tensors.items()}
+        return SimpleNamespace(name=name, tensors=infos, metadata={})
+
+    return make
+
+
+@pytest.fixture
+def layer_names():
+    """layer_names(family, prefix="") → {name: shape}, one block of each kind, biases left out.
+
+    Taken from ComfyUI's own model classes, built on torch's meta device.
+    """
+
+    def read(family: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
+        lines = (LAYER_NAMES / f"{family}.txt").read_text(encoding="utf-8").splitlines()
+        return {prefix + name: tuple(map(int, shape.split("x"))) for name, shape in (line.split() for line in lines)}
+
+    return read
+
+
+@pytest.fixture
+def weight_error():
+    """weight_error(quantized, weight) → ‖Ŵ − W‖/‖W‖ in float64, from the codes and the scale alone."""
+
+    def measure(quantized, weight: torch.Tensor) -> float:
+        exact = weight.double()
+        lost = quantized.codes.double() * quantized.scale.double() - exact
+        norm = exact.norm().item()
+        return lost.norm().item() / norm if norm else math.nan
+
+    return measure

@@ -1,0 +1,62 @@
+"""Rounding to the nearest code: error bounds that hold for every single weight."""
+
+import pytest
+import torch
+
+from learned_rounding.quant_core import quantize_weight
+from learned_rounding.quant_core.formats import E4M3, GRANULARITIES, INT8
+from learned_rounding.quant_core.rounding import amax_scale, quantize_nearest
+
+SHAPES = [(1, 1), (1, 300), (300, 1), (7, 13), (64, 96), (33, 127)]
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_errs_by_half_a_step_at_most(shape, granularity, dtype):
+    weight = gaussian(*shape).to(dtype)
+    quantized = quantize_weight(weight, "int8_tensorwise", granularity=granularity, rounding="nearest")
+    error = (quantized.codes.double() * quantized.scale.double() - weight.double()).abs()
+    assert (error <= quantized.scale.double() / 2 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp8_errs_by_half_a_unit_in_the_last_place_at_most(shape, dtype):
+    """e4m3: 2⁻⁴ of the value where it is normal (from 2⁻⁶ on), half the smallest subnormal 2⁻⁹ below."""
+    weight = gaussian(*shape).to(dtype)
+    quantized = quantize_weight(weight, "float8_e4m3fn", rounding="nearest")
+    scale = quantized.scale.double()
+    error = (quantized.codes.double() * scale - weight.double()).abs()
+    assert (error <= torch.maximum(weight.double().abs() * 2**-4, scale * 2**-10) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("format, granularity", [("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "tensor")])
+def test_the_largest_weight_becomes_the_last_code(format, granularity):
+    weight = gaussian(5, 40)
+    quantized = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
+    end = quantized.format.grid.max
+    largest = quantized.codes.float().abs()
+    assert (largest.amax(dim=1) == end).all() if granularity == "row" else largest.amax() == end
+
+
+@pytest.mark.parametrize("grid", [E4M3, INT8], ids=["e4m3", "int8"])
+def test_weights_on_the_grid_come_back_exactly(grid):
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(grid.dtype).float()
+    codes = codes[torch.isfinite(codes) & (codes.abs() <= grid.max)].unflatten(0, (-1, 2) if grid is E4M3 else (-1, 1))
+    weight = codes * 0.125
+    share = GRANULARITIES["tensor"]
+    back, error = quantize_nearest(weight, amax_scale(weight, grid, share), grid, share)
+    assert torch.equal(back.float(), codes) and error == 0
+
+
+@pytest.mark.parametrize("format, granularity", [("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "tensor")])
+@pytest.mark.parametrize("magnitude", [1e-24, 1e-12, 1e-3, 1.0, 1e4, 1e18, 1e24])
+def test_the_reported_error_is_the_real_one(weight_error, format, granularity, magnitude):
+    weight = gaussian(24, 40) * magnitude
+    quantized = quantize_weight(weight, format, granularity=granularity)
+    assert quantized.weight_error == pytest.approx(weight_error(quantized, weight), rel=1e-4)
