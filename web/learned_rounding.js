@@ -1,0 +1,39 @@
+/** The browser half of Learned Rounding: which node gets which widget, and which events reach it. */
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { nodeByExecutionId } from "./progress_state.js";
+import { addProgressWidget, showProgress } from "./progress_widget.js";
+import { addTextWidget } from "./text_widget.js";
+
+const PROGRESS_EVENT = "learned_rounding.progress";
+
+const WIDGETS = {
+  LearnedRoundingQuantize: addProgressWidget,
+  LearnedRoundingLoadModel: (node) => addTextWidget(node, "What the file holds appears here after a run."),
+  LearnedRoundingSave: (node) => addTextWidget(node, "The saved file's path appears here after a run."),
+};
+
+app.registerExtension({
+  name: "LearnedRounding.Widgets",
+
+  setup() {
+    const style = document.createElement("link");
+    style.rel = "stylesheet";
+    style.href = new URL("./learned_rounding.css", import.meta.url).href;
+    document.head.append(style);
+
+    let execution = null;
+    api.addEventListener("execution_start", ({ detail }) => {
+      execution = detail.prompt_id;
+    });
+    api.addEventListener(PROGRESS_EVENT, ({ detail }) => {
+      const node = nodeByExecutionId(app.rootGraph, detail.node);
+      if (node) showProgress(node, detail, execution);
+    });
+  },
+
+  nodeCreated(node) {
+    WIDGETS[node.comfyClass]?.(node);
+  },
+});

@@ -1,0 +1,23 @@
+/** The text a node reports of its last run (`ui.text`), shown on the node. ComfyUI shows it for its own nodes only. */
+
+import { addPanel, element, setText } from "./panel.js";
+
+export const TEXT_WIDGET = "learned_rounding_text";
+
+const HEIGHT = 80; // four lines
+const WIDTH = 320;
+
+/** Give a node its text; `placeholder` stands there until it has run. */
+export function addTextWidget(node, placeholder) {
+  const root = element("div", "lr-panel lr-text", [placeholder], { role: "status" });
+  root.dataset.state = "idle";
+  addPanel(node, TEXT_WIDGET, root, { height: HEIGHT, width: WIDTH });
+  const { onExecuted } = node;
+  node.onExecuted = function (output, ...others) {
+    onExecuted?.call(this, output, ...others);
+    if (!output?.text) return;
+    const text = [output.text].flat().join("\n");
+    setText(root, text, text);
+    root.dataset.state = "done";
+  };
+}
