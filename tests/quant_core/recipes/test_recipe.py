@@ -1,0 +1,146 @@
+"""A recipe: what it accepts, what it refuses, and that it survives being written down."""
+
+import dataclasses
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learned_rounding.quant_core import FORMATS, PRESETS, Recipe
+from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
+from learned_rounding.quant_core.rounding import ROUNDINGS
+
+
+@st.composite
+def recipes(draw) -> Recipe:
+    entry = draw(st.sampled_from(list(FORMATS.values())))
+    return Recipe(
+        format=entry.name,
+        granularity=draw(st.sampled_from([None, *entry.granularities])),
+        rounding=draw(st.sampled_from(list(ROUNDINGS))),
+        preset=draw(st.sampled_from(["auto", "none", *PRESETS])),
+        keep=tuple(map(re.escape, draw(st.lists(st.text(max_size=12), max_size=3)))),
+        heur=draw(st.booleans()),
+        full_precision_matmul=draw(st.booleans()) and entry.full_precision_matmul,
+        seed=draw(st.integers(0, 2**63 - 1)),
+    )
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(recipes())
+def test_json_and_toml_give_the_recipe_back(recipe):
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert "\n" not in recipe.to_json()
+
+
+def test_written_recipes_name_every_field():
+    recipe = Recipe(format="int8_tensorwise", keep=(r"\.0\.", 'a"b'), seed=7)
+    assert recipe.to_dict() == {
+        "format": "int8_tensorwise", "granularity": "row", "rounding": "auto", "preset": "auto",
+        "keep": [r"\.0\.", 'a"b'], "heur": False, "full_precision_matmul": False, "seed": 7,
+    }  # fmt: skip
+    assert set(recipe.to_dict()) == {field.name for field in dataclasses.fields(Recipe)}
+
+
+def test_missing_fields_take_their_defaults():
+    assert Recipe.from_toml('format = "int8_tensorwise"') == Recipe(format="int8_tensorwise")
+    assert Recipe.from_json("{}") == Recipe() == Recipe(format="float8_e4m3fn", granularity="tensor")
+
+
+def test_recipes_are_values():
+    assert Recipe(keep=["a"]) == Recipe(keep=("a",)) and hash(Recipe()) == hash(Recipe())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().seed = 1
+
+
+@pytest.mark.parametrize("read, text", [(Recipe.from_json, '{"format": "float8_e4m3fn", "bits": 8}'), (Recipe.from_toml, "bits = 8")])
+def test_unknown_fields_are_refused(read, text):
+    with pytest.raises(RecipeError, match="no field 'bits'"):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("format", 8), ("format", None), ("format", ["float8_e4m3fn"]), ("granularity", 1), ("granularity", True),
+        ("rounding", None), ("preset", None), ("preset", 3), ("keep", "norm"), ("keep", [1]), ("keep", None), ("keep", {"a": 1}),
+        ("heur", 1), ("heur", "yes"), ("heur", None), ("full_precision_matmul", 0), ("seed", True), ("seed", 1.0), ("seed", "0"), ("seed", None),
+    ],
+)  # fmt: skip
+def test_bad_types_are_refused_by_name(field, value):
+    with pytest.raises(RecipeError, match=field):
+        Recipe(**{field: value})
+
+
+@pytest.mark.parametrize("seed", [2**64, 2**70, -(2**63) - 1])
+def test_seeds_that_no_generator_takes_are_refused(seed):
+    with pytest.raises(RecipeError, match="seed"):
+        Recipe(seed=seed)
+
+
+@pytest.mark.parametrize(
+    "values, kind, near",
+    [
+        ({"format": "float8_e4m3"}, "format", "float8_e4m3fn"),
+        ({"format": "int8_tensorwise", "granularity": "rows"}, "granularity", "row"),
+        ({"rounding": "nearst"}, "rounding", "nearest"),
+        ({"preset": "fluks"}, "preset", "flux"),
+    ],
+)
+def test_unknown_names_suggest_the_nearest(values, kind, near):
+    with pytest.raises(UnknownNameError, match=f"no {kind} '{list(values.values())[-1]}'.*'{near}'"):
+        Recipe(**values)
+
+
+@pytest.mark.parametrize("granularity", [None, "row", "tensor"])
+def test_full_precision_matmul_contradicts_int8(granularity):
+    """ComfyUI ignores the key there, and an option that does nothing is refused."""
+    with pytest.raises(RecipeError, match="no effect on int8_tensorwise"):
+        Recipe(format="int8_tensorwise", granularity=granularity, full_precision_matmul=True)
+    assert Recipe(full_precision_matmul=True).config == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+
+
+def test_a_granularity_the_format_lacks_is_refused():
+    with pytest.raises(RecipeError, match="not per row"):
+        Recipe(granularity="row")
+
+
+@pytest.mark.parametrize("pattern", ["(", "[a", "*x", "a{2,1}", "(?P<n>a)(?P<n>b)"])
+def test_keep_patterns_must_be_regular_expressions(pattern):
+    with pytest.raises(RecipeError, match="no regular expression") as caught:
+        Recipe(keep=("norm", pattern))
+    assert pattern in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "read, text, sentence",
+    [
+        (Recipe.from_json, "{", "not valid JSON"),
+        (Recipe.from_json, "", "not valid JSON"),
+        (Recipe.from_json, "[1]", "not a JSON object"),
+        (Recipe.from_json, "null", "not a JSON object"),
+        (Recipe.from_json, "[" * 100_000, "not valid JSON"),
+        (Recipe.from_toml, "format = ", "not valid TOML"),
+        (Recipe.from_toml, "seed = 1\nseed = 2", "not valid TOML"),
+        (Recipe.from_toml, "[format]\na = 1", "format cannot be"),
+    ],
+)
+def test_damaged_text_is_refused_in_one_sentence(read, text, sentence):
+    with pytest.raises(RecipeError, match=sentence) as caught:
+        read(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "recipe, label",
+    [
+        (Recipe(), "float8_e4m3fn"),
+        (Recipe(format="int8_tensorwise"), "int8_row"),
+        (Recipe(format="int8_tensorwise", granularity="tensor"), "int8_tensor"),
+    ],
+)
+def test_labels_tell_outputs_apart(recipe, label):
+    assert recipe.label == label
