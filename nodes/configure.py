@@ -27,7 +27,7 @@ class ConfigureQuantization(io.ComfyNode):
                 widget(io.Combo, id="format", options=list(FORMATS), default=Recipe.format, tooltip="Format of the quantized layers: FP8 is loaded by older ComfyUI too, INT8 is more precise and faster on most consumer cards."),
                 widget(io.Combo, id="granularity", options=[AUTO, *_GRANULARITIES], default=AUTO, tooltip="What shares a scale: the whole tensor or a row; auto takes the format's own (INT8: row)."),
                 widget(io.Combo, id="preset", options=[AUTO, NONE, *PRESETS], default=AUTO, tooltip="Which sensitive layers stay in full precision: auto recognises the model by its layer names."),
-                widget(io.Int, id="seed", default=0, min=0, max=2**32 - 1, tooltip="Same seed and same model give the same file, byte for byte."),
+                widget(io.Int, id="seed", default=0, min=0, max=2**32 - 1, control_after_generate=False, tooltip="Same seed and same model give the same file, byte for byte."),
                 widget(io.Combo, id="rounding", options=list(ROUNDINGS), default=Recipe.rounding, optional=True, advanced=True, tooltip="; ".join(f"{name}: {text}" for name, text in ROUNDINGS.items()) + "."),
                 widget(io.String, id="keep", default="", multiline=True, optional=True, advanced=True, tooltip="Regular expressions, one a line: layers whose name one of them finds also stay in full precision."),
                 widget(io.Boolean, id="heur", default=False, optional=True, advanced=True, tooltip="Also keep layers whose shape gains little speed when quantized."),

@@ -25,6 +25,7 @@ from server import PromptServer
 
 from ..quant_core import Recipe, Report, quantize_file
 from ..quant_core.checkpoints import SafetensorsFile, TensorInfo, layer_configs
+from ..quant_core.checkpoints.metadata import CONFIG_SUFFIX
 from ..quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError, OutputError, QuantizationError, SourceError
 from ..quant_core.events import Listener
 from .int8_linear import int8_operations
@@ -109,7 +110,8 @@ class PatchedWeights:
         self._patcher = patcher
         state = {rename(key): (key, tensor) for key, tensor in patcher.model_state_dict().items()}
         state.pop(None, None)
-        if any(type(tensor).__name__ == "QuantizedTensor" for _, tensor in state.values()):
+        codes = [new for new, (_, tensor) in state.items() if new.endswith(CONFIG_SUFFIX) or _is_quantized(tensor)]
+        if codes:
             raise AlreadyQuantizedError(f"The {name} is quantized already; connect its full-precision original.")
         self._keys = {new: key for new, (key, _) in state.items()}
         self._patched = _patched_keys(patcher)
@@ -136,6 +138,11 @@ class PatchedWeights:
     def sample(self, name: str, offset: int, length: int) -> bytes:
         flat = self.read(name).contiguous().flatten().view(torch.uint8)
         return flat[offset : offset + length].cpu().numpy().tobytes()
+
+
+def _is_quantized(tensor) -> bool:
+    """ComfyUI's own class of quantized tensors, wherever the release at hand keeps it."""
+    return type(tensor).__name__ == "QuantizedTensor"
 
 
 def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -300,11 +307,8 @@ def quantized_layers(patcher) -> dict[str, str]:
     layers = {}
     for name, module in patcher.model.named_modules():
         weight = getattr(module, "weight", None)
-        if type(getattr(weight, "data", None)).__name__ == "QuantizedTensor" or type(weight).__name__ == "QuantizedTensor":
-            codes = getattr(weight, "_qdata", None)
-            layers[name] = str(codes.dtype if codes is not None else weight.dtype).removeprefix("torch.")
-        elif getattr(module, "is_quantized", False):
-            layers[name] = str(weight.dtype).removeprefix("torch.")
+        if _is_quantized(weight) or getattr(module, "is_quantized", False):
+            layers[name] = str(getattr(weight, "_qdata", weight).dtype).removeprefix("torch.")
     return layers
 
 
@@ -410,9 +414,15 @@ def _quantized_linear(original, name: str, tensors: dict[str, torch.Tensor], con
 # Folder of the output that ComfyUI's loaders search, by kind.
 _OUTPUT_SUBFOLDERS = {DIFFUSION_MODELS: "diffusion_models", CHECKPOINTS: "checkpoints", TEXT_ENCODERS: "clip"}
 
+
+def _models_folder(kind: str) -> Path:
+    paths = [Path(path) for path in folder_paths.get_folder_paths(kind)]
+    return next((path for path in paths if path.name == kind), paths[0])  # older folders (unet, clip) are listed too
+
+
 SAVE_FOLDERS = {
     "output": lambda kind: Path(folder_paths.get_output_directory()) / _OUTPUT_SUBFOLDERS[kind],
-    "models": lambda kind: Path(folder_paths.get_folder_paths(kind)[0]),
+    "models": _models_folder,
 }
 
 

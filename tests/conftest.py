@@ -1,6 +1,6 @@
 """Fixtures for all tests: real ComfyUI servers, and one line on what this run covers.
 
-comfy           a running server with this pack linked; every test that asks for it runs once per host
+comfy           a running server with this pack, the tiny model and a probe node; every test that asks for it runs once per host
 server_factory  makes further servers of the same host, for tests that restart one or set it up differently
 host            the host itself, without a server
 comfy_page      the page of `comfy` in headless Chromium
@@ -9,13 +9,18 @@ Tests that ask for these are marked `host` (and `browser`) by that alone.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 
+from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.browser import chromium_path, open_page
 
 HOSTS = available_hosts()
+TESTS = Path(__file__).resolve().parent
+LINKS = {"learned_rounding": TESTS.parent, "probe": TESTS / "nodes" / "probe"}
+PROMPTS = ("red apple", "owl")  # each is one picture a run
 NO_HOST = "no ComfyUI on this machine: make hosts"
 NO_CHROMIUM = "no Chromium on this machine: make chromium"
 # Where everything is installed on purpose, a missing part is a fault and not a reason to skip.
@@ -59,7 +64,9 @@ def host(request):
 
 @pytest.fixture(scope="session")
 def comfy(host, tmp_path_factory):
-    with ComfyServer(host, base=tmp_path_factory.mktemp(f"comfyui-{host.version}-")) as server:
+    base = tmp_path_factory.mktemp(f"comfyui-{host.version}-")
+    place(base, prompts=PROMPTS)
+    with ComfyServer(host, base=base, links=LINKS) as server:
         yield server
 
 

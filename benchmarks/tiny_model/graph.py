@@ -1,0 +1,67 @@
+"""Workflows around the tiny model for demo, tests and benchmarks, and what they leave behind."""
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file
+
+from learned_rounding.benchmarks.tiny_model.place import DATASET
+from learned_rounding.hosts.workflows import Graph, Node
+
+MODEL, LORA = "tiny_mmdit_emoji.safetensors", "tiny_lora_red.safetensors"
+STEPS, CFG, SIZE = 20, 4.0, 64
+
+__all__ = ["MODEL", "LORA", "TinyGraph", "latents", "pictures", "psnr"]
+
+class TinyGraph(Graph):
+    """A graph with the pieces that every workflow of the tiny model has."""
+
+    def load(self, name: str = MODEL) -> Node:
+        return self.add("UNETLoader", unet_name=name, weight_dtype="default")
+
+    def source(self, name: str = f"diffusion_models/{MODEL}") -> Node:
+        return self.add("LearnedRoundingLoadModel", model=name)
+
+    def lora(self, model: list, strength: float = 1.0) -> Node:
+        return self.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=strength)
+
+    def quantize(self, source: list, format: str = "float8_e4m3fn", granularity: str = "auto", **options) -> Node:
+        options = {"preset": "auto", "seed": 0, **options}
+        recipe = self.add("LearnedRoundingConfigure", format=format, granularity=granularity, **options)
+        return self.add("LearnedRoundingQuantize", source=source, recipe=recipe[0])
+
+    def save(self, quantized: Node, prefix: str, folder: str = "output") -> Node:
+        return self.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix=prefix, folder=folder)
+
+    def sample(self, model: list, prefix: str, seed: int = 1, steps: int = STEPS) -> None:
+        """Sample, decode, and save latent and picture under ``prefix``."""
+        data = self.add("LoadTrainingDataset", folder_name=DATASET)
+        negative = self.add("ConditioningZeroOut", conditioning=data[1])
+        latent = self.add("EmptySD3LatentImage", width=SIZE, height=SIZE, batch_size=1)
+        samples = self.add(
+            "KSampler", model=model, positive=data[1], negative=negative[0], latent_image=latent[0], seed=seed,
+            steps=steps, cfg=CFG, sampler_name="euler", scheduler="simple", denoise=1.0,
+        )
+        vae = self.add("VAELoader", vae_name="taesd3")
+        image = self.add("VAEDecode", samples=samples[0], vae=vae[0])
+        self.add("SaveLatent", samples=samples[0], filename_prefix=f"latents/{prefix}")
+        self.add("SaveImage", images=image[0], filename_prefix=f"images/{prefix}")
+
+
+def latents(server, prefix: str) -> np.ndarray:
+    """All latents that the last run saved under ``prefix``, in order of the prompts."""
+    files = sorted((server.output_dir / "latents").glob(f"{prefix}_*.latent"))
+    assert files, f"no latent {prefix} was saved"
+    return np.stack([load_file(file)["latent_tensor"].numpy() for file in files])
+
+
+def pictures(server, prefix: str) -> np.ndarray:
+    """The same for pictures: (prompts, height, width, 3) in 0…1."""
+    files = sorted((server.output_dir / "images").glob(f"{prefix}_*.png"))
+    assert files, f"no picture {prefix} was saved"
+    return np.stack([np.asarray(Image.open(file).convert("RGB"), dtype=np.float64) / 255 for file in files])
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in 0…1; infinite for equal ones."""
+    error = np.mean((a - b) ** 2)
+    return float("inf") if error == 0 else float(-10 * np.log10(error))

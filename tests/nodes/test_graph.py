@@ -1,0 +1,235 @@
+"""The real thing: a real model through a real ComfyUI, with stock nodes around ours."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from learned_rounding.benchmarks.tiny_model.graph import MODEL, latents, pictures, psnr
+from learned_rounding.hosts import HostInterrupted
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.checkpoints import verify_file
+from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, probed, progress, stock_loads, text
+
+# dB against the unquantized model, per prompt and seed: a little under the worst that plain nearest rounding gave.
+FLOOR = {"float8_e4m3fn": 20.0, "int8_tensorwise": 28.0}
+
+
+def saved_path(result, node) -> Path:
+    return Path(text(result, node))
+
+
+def unique(request, *parts: str) -> str:
+    """A name no other test uses, fit for a file."""
+    return re.sub(r"\W+", "-", "-".join((request.node.name, *parts)))
+
+
+def test_the_pack_loads_without_a_word_of_complaint(comfy):
+    nodes = comfy.object_info()
+    ours = {name: node for name, node in nodes.items() if name.startswith("LearnedRounding")}
+    assert set(ours) == {"LearnedRoundingLoadModel", "LearnedRoundingConfigure", "LearnedRoundingQuantize", "LearnedRoundingSave"}
+    assert f"diffusion_models/{MODEL}" in str(ours["LearnedRoundingLoadModel"]["input"]["required"]["model"])
+    mentions = [line for line in comfy.log_text().splitlines() if "learned_rounding" in line]
+    assert mentions and not [line for line in mentions if "FAILED" in line or "File" in line or "ERROR" in line]
+    assert any("learned_rounding.js" in path for path in comfy.get("/extensions"))
+
+
+@pytest.mark.parametrize("format, granularity", CASES)
+def test_quantize_and_sample_in_one_graph(comfy, request, format, granularity):
+    graph, name = ProbedGraph(), unique(request)
+    model = graph.load()
+    quantized = graph.quantize(model[0], format, granularity)
+    graph.sample(model[0], f"{name}-full")
+    graph.sample(quantized[0], f"{name}-quantized")
+    probe = graph.probe(quantized[0])
+    result = comfy.queue(graph)
+
+    layers = probed(result, probe)["layers"]
+    expected = {event["name"].removesuffix(".weight") for event in progress(result) if event["state"] == "layer"}
+    assert len(expected) > 30
+    assert set(layers) == expected
+    assert set(layers.values()) == {"int8" if format == "int8_tensorwise" else "float8_e4m3fn"}
+    for full, ours in zip(pictures(comfy, f"{name}-full"), pictures(comfy, f"{name}-quantized")):
+        assert FLOOR[format] < psnr(full, ours) < float("inf")
+
+
+@pytest.mark.parametrize("format, granularity", CASES)
+def test_the_saved_file_samples_as_in_the_graph_bit_for_bit(comfy, request, format, granularity):
+    graph, name = ProbedGraph(), unique(request)
+    quantized = graph.quantize(graph.load()[0], format, granularity)
+    graph.sample(quantized[0], f"{name}-graph")
+    saved = graph.save(quantized, name)
+    path = saved_path(comfy.queue(graph), saved)
+    assert path.is_relative_to(comfy.output_dir / "diffusion_models")
+    verification = verify_file(path)
+    assert verification.layers > 30 and not verification.problems
+    if not stock_loads(comfy.host, format):
+        pytest.skip(f"ComfyUI {comfy.host.version} cannot load {format} files by itself; the file was verified only")
+    again = ProbedGraph()
+    again.sample(again.load(path.name)[0], f"{name}-file")
+    comfy.queue(again)
+    assert np.array_equal(latents(comfy, f"{name}-graph"), latents(comfy, f"{name}-file"))
+
+
+def test_the_saved_file_is_there_after_a_restart(server_factory, tiny_base, request):
+    server = server_factory(base=tiny_base)
+    graph, name = ProbedGraph(), unique(request)
+    quantized = graph.quantize(graph.load()[0])
+    graph.sample(quantized[0], f"{name}-before")
+    saved = graph.save(quantized, name)
+    path = saved_path(server.queue(graph), saved)
+    server.restart()
+    again = ProbedGraph()
+    again.sample(again.load(path.name)[0], f"{name}-after")
+    server.queue(again)
+    assert np.array_equal(latents(server, f"{name}-before"), latents(server, f"{name}-after"))
+
+
+def test_a_file_source_gives_the_same_weights_as_the_loaded_model(comfy, request, tmp_path):
+    graph, name = ProbedGraph(), unique(request)
+    from_file = graph.save(graph.quantize(graph.source()[0], "int8_tensorwise"), f"{name}-file")
+    from_model = graph.save(graph.quantize(graph.load()[0], "int8_tensorwise"), f"{name}-model")
+    result = comfy.queue(graph)
+    command_line = tmp_path / "lrq.safetensors"
+    quantize_file(comfy.models_dir / "diffusion_models" / MODEL, command_line, Recipe(format="int8_tensorwise"), device="cpu")
+    expected = load_file(command_line)
+    assert saved_path(result, from_file).read_bytes() == command_line.read_bytes()
+    ours = load_file(saved_path(result, from_model))
+    assert ours.keys() == expected.keys()
+    assert all(ours[key].dtype == expected[key].dtype and ours[key].equal(expected[key]) for key in expected)
+
+
+def test_a_lora_before_is_baked_in_and_the_incoming_model_stays_as_it_was(comfy, request):
+    graph, name = ProbedGraph(), unique(request)
+    model = graph.load()
+    patched = graph.lora(model[0])
+    quantized = graph.quantize(patched[0], "int8_tensorwise")
+    graph.sample(model[0], f"{name}-plain")
+    graph.sample(patched[0], f"{name}-lora")
+    graph.sample(quantized[0], f"{name}-quantized")
+    probe = graph.probe(quantized[0])
+    result = comfy.queue(graph)
+    assert probed(result, probe)["patches"] == 0
+    plain, lora, ours = (pictures(comfy, f"{name}-{kind}") for kind in ("plain", "lora", "quantized"))
+    assert psnr(lora, ours) > psnr(plain, lora) + 6 and psnr(lora, ours) > psnr(plain, ours) + 6
+    after = ProbedGraph()
+    after.sample(after.lora(after.load()[0])[0], f"{name}-again")
+    comfy.queue(after)
+    assert np.array_equal(latents(comfy, f"{name}-lora"), latents(comfy, f"{name}-again"))
+
+
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_tensorwise"])
+def test_a_lora_after_works_and_leaves_no_trace(comfy, request, format):
+    graph, name = ProbedGraph(), unique(request)
+    model = graph.load()
+    quantized = graph.quantize(model[0], format)
+    graph.sample(quantized[0], f"{name}-before")
+    graph.sample(graph.lora(model[0])[0], f"{name}-reference")
+    graph.sample(graph.lora(quantized[0])[0], f"{name}-lora")
+    comfy.queue(graph)
+    after = ProbedGraph(graph)
+    after.sample(quantized[0], f"{name}-after", steps=19)  # other steps: really sampled again, then once more as before
+    comfy.queue(after)
+    before, reference, lora = (pictures(comfy, f"{name}-{kind}") for kind in ("before", "reference", "lora"))
+    assert psnr(reference, lora) > psnr(reference, before) + 3
+    final = ProbedGraph()
+    final.sample(final.quantize(final.load()[0], format)[0], f"{name}-final")
+    comfy.queue(final)
+    assert np.array_equal(latents(comfy, f"{name}-before"), latents(comfy, f"{name}-final"))
+
+
+def test_what_nodes_before_us_set_on_the_model_is_carried_over(comfy):
+    graph = ProbedGraph()
+    shifted = graph.add("ModelSamplingSD3", model=graph.load()[0], shift=1.75)
+    probe = graph.probe(graph.quantize(shifted[0])[0])
+    assert probed(comfy.queue(graph), probe)["shift"] == 1.75
+
+
+def test_nothing_is_built_that_nobody_uses(comfy, request):
+    """Connecting MODEL later runs the node again, without quantizing again."""
+    graph = ProbedGraph()
+    quantized = graph.quantize(graph.source()[0], seed=1001)
+    graph.save(quantized, unique(request))
+    before = comfy.log_text().count("model_type FLOW")
+    first = comfy.queue(graph)
+    assert [event["state"] for event in progress(first)][-1] == "done"
+    assert comfy.log_text().count("model_type FLOW") == before
+    probe = graph.probe(quantized[0])
+    second = comfy.queue(graph)
+    assert len(probed(second, probe)["layers"]) > 30
+    assert comfy.log_text().count("model_type FLOW") == before + 1
+    assert not progress(second)
+
+
+def test_same_inputs_use_the_cache(comfy, request):
+    graph = ProbedGraph()
+    quantized = graph.quantize(graph.source()[0], seed=1002)
+    graph.save(quantized, unique(request))
+    assert quantized.id in comfy.queue(graph).executed
+    assert quantized.id not in comfy.queue(graph).executed
+
+
+def test_progress_comes_layer_by_layer_to_the_client_that_queued(comfy, request, slow_source):
+    graph = ProbedGraph()
+    quantized = graph.quantize(graph.source(slow_source)[0], seed=1003)
+    graph.save(quantized, unique(request))
+    result = comfy.queue(graph)
+    events = result.of("learned_rounding.progress")
+    payloads = [event.data for event in events]
+    assert {payload["node"] for payload in payloads} == {quantized.id}
+    assert payloads[0]["state"] == "start" and payloads[-1]["state"] == "done"
+    layers = [event for event in events if event.data["state"] == "layer"]
+    assert [event.data["index"] for event in layers] == list(range(payloads[0]["total"]))
+    assert len({event.data["name"] for event in layers}) == len(layers) == payloads[-1]["layers"]
+    for payload in (event.data for event in layers):
+        assert 0 < payload["error"] < 0.05 and payload["seconds"] > 0 and payload["eta"] >= 0 and payload["total"] == len(layers)
+    start, end = events[0].at, events[-1].at
+    assert layers[0].at - start < (end - start) / 5
+    middle = layers[len(layers) // 2].at
+    assert start + (end - start) / 5 < middle < end - (end - start) / 5
+    bar = [event.data for event in result.of("progress") if event.data.get("node") == quantized.id]
+    assert bar[-1]["value"] == bar[-1]["max"] == len(layers)
+
+
+def test_interrupt_stops_at_once_and_leaves_nothing(comfy, request, slow_source):
+    before = set((comfy.base / "temp").glob("*")) if (comfy.base / "temp").exists() else set()
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source(slow_source)[0], seed=1004), name := unique(request))
+    seen = []
+
+    def stop(event):
+        if event.type == "learned_rounding.progress" and event.data["state"] == "layer":
+            seen.append(event)
+            if len(seen) == 1:
+                comfy.interrupt()
+
+    with pytest.raises(HostInterrupted) as stopped:
+        comfy.queue(graph, on_event=stop)
+    last = [event for event in stopped.value.events if event.type == "learned_rounding.progress"][-1]
+    assert last.data["state"] == "stopped" and last.data["reason"] == "interrupted"
+    assert len(seen) < seen[0].data["total"] / 2
+    assert not list((comfy.output_dir / "diffusion_models").glob(f"{name}*"))
+    assert not {path for path in set((comfy.base / "temp").glob("*")) - before if "learned_rounding" in path.name}
+    graph = ProbedGraph()
+    saved = graph.save(graph.quantize(graph.source()[0], seed=1004), name)
+    assert verify_file(saved_path(comfy.queue(graph), saved)).layers > 30
+
+
+def test_saving_never_overwrites_and_keeps_the_temporary_file_apart(comfy, request):
+    name, paths = unique(request), []
+    for folder in ("output", "output", "models"):
+        graph = ProbedGraph()
+        saved = graph.save(graph.quantize(graph.source()[0]), f"sub/{name}", folder)
+        graph.add("PreviewAny", source=f"{folder}{len(paths)}")
+        if len(paths) == 1:
+            graph[saved.id]["inputs"]["filename_prefix"] = f"./sub/{name}"  # the same file, yet not the cached node
+        paths.append(saved_path(comfy.queue(graph), saved))
+    assert len(set(paths)) == 3 and all(path.is_file() for path in paths)
+    assert paths[0].name.endswith("_00001_.safetensors") and paths[1].name.endswith("_00002_.safetensors")
+    assert paths[2].is_relative_to(comfy.models_dir / "diffusion_models" / "sub")
+    assert paths[0].read_bytes() == paths[1].read_bytes() == paths[2].read_bytes()
+    with safe_open(paths[0], "pt") as opened:
+        assert "_quantization_metadata" in opened.metadata() and "learned_rounding" in opened.metadata()

@@ -1,0 +1,100 @@
+"""Bad input on the nodes: one clear sentence as a node error, and the server goes on."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from learned_rounding.benchmarks.tiny_model.graph import MODEL
+from learned_rounding.hosts import HostError
+from learned_rounding.tests.nodes.probing import ProbedGraph, probed
+
+
+def refused(comfy, graph) -> str:
+    with pytest.raises(HostError) as caught:
+        comfy.queue(graph)
+    assert not list((comfy.base / "temp").glob(".*.partial"))
+    return str(caught.value)
+
+
+def put(comfy, name: str, tensors: dict) -> str:
+    """A file in the model folder, and how Load Model names it."""
+    save_file(tensors, comfy.models_dir / "diffusion_models" / name)
+    return f"diffusion_models/{name}"
+
+
+def test_a_quantized_model_is_refused_by_name(comfy):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.quantize(graph.load()[0])[0]), "twice")
+    assert "quantized already" in refused(comfy, graph)
+
+
+def test_a_quantized_file_is_refused_by_the_name_of_its_format(comfy):
+    tensors = {"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn), "a.scale_weight": torch.ones(()), "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source(put(comfy, "old_fp8.safetensors", tensors))[0]), "again")
+    assert "scaled fp8" in refused(comfy, graph)
+
+
+def test_a_granularity_the_format_does_not_have(comfy):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source()[0], "float8_e4m3fn", "row"), "row")
+    assert "per tensor, not per row" in refused(comfy, graph)
+
+
+def test_an_option_without_effect(comfy):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source()[0], "int8_tensorwise", full_precision_matrix_mult=True), "x")
+    assert "no effect" in refused(comfy, graph)
+
+
+def test_a_keep_pattern_that_is_no_regular_expression(comfy):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source()[0], keep="blocks\n(unclosed"), "x")
+    assert "(unclosed" in refused(comfy, graph)
+
+
+def test_nothing_left_to_quantize(comfy):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.load()[0], keep="."), "x")
+    assert "no layer to quantize" in refused(comfy, graph)
+
+
+def test_a_model_without_matrices(comfy):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source(put(comfy, "flat.safetensors", {"a.weight": torch.zeros(8)}))[0]), "x")
+    assert "no layer to quantize" in refused(comfy, graph)
+
+
+@pytest.mark.parametrize("prefix", ["../escape", "/tmp/escape", "a/../../../escape", "", "folder/"])
+def test_a_path_outside_the_folder(comfy, prefix, tmp_path):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source()[0]), prefix)
+    assert "no file name inside" in refused(comfy, graph)
+
+
+def test_the_wrong_output_says_which_to_use(comfy):
+    graph = ProbedGraph()
+    quantized = graph.quantize(graph.load()[0])
+    graph.add("CLIPTextEncode", text="a", clip=quantized[1])
+    graph.add("PreviewAny", source=["4", 0])
+    assert "use its MODEL output" in refused(comfy, graph)
+
+
+def test_a_file_that_is_gone(comfy):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source("diffusion_models/gone.safetensors")[0]), "x")
+    assert "gone.safetensors" in refused(comfy, graph)
+
+
+def test_a_damaged_file(comfy):
+    path = comfy.models_dir / "diffusion_models" / "cut.safetensors"
+    path.write_bytes((comfy.models_dir / "diffusion_models" / MODEL).read_bytes()[:100_000])
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source("diffusion_models/cut.safetensors")[0]), "x")
+    assert "truncated" in refused(comfy, graph)
+
+
+def test_the_server_goes_on(comfy):
+    graph = ProbedGraph()
+    probe = graph.probe(graph.quantize(graph.load()[0])[0])
+    assert probed(comfy.queue(graph), probe)["layers"]
