@@ -1,5 +1,7 @@
 """Workflows around the tiny model for demo, tests and benchmarks, and what they leave behind."""
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
@@ -43,22 +45,26 @@ class TinyGraph(Graph):
         )
         vae = self.add("VAELoader", vae_name="taesd3")
         image = self.add("VAEDecode", samples=samples[0], vae=vae[0])
-        self.add("SaveLatent", samples=samples[0], filename_prefix=f"latents/{prefix}")
-        self.add("SaveImage", images=image[0], filename_prefix=f"images/{prefix}")
+        self.add("SaveLatent", samples=samples[0], filename_prefix=prefix)
+        self.add("SaveImage", images=image[0], filename_prefix=prefix)
 
 
-def latents(server, prefix: str) -> np.ndarray:
-    """All latents that the last run saved under ``prefix``, in order of the prompts."""
-    files = sorted((server.output_dir / "latents").glob(f"{prefix}_*.latent"))
-    assert files, f"no latent {prefix} was saved"
-    return np.stack([load_file(file)["latent_tensor"].numpy() for file in files])
+def latents(folder: Path, prefix: str) -> np.ndarray:
+    """All latents that :meth:`TinyGraph.sample` saved under ``prefix`` in the output folder, in order of the prompts."""
+    return np.stack([load_file(file)["latent_tensor"].numpy() for file in _saved(folder, f"{prefix}_*.latent")])
 
 
-def pictures(server, prefix: str) -> np.ndarray:
+def pictures(folder: Path, prefix: str) -> np.ndarray:
     """The same for pictures: (prompts, height, width, 3) in 0…1."""
-    files = sorted((server.output_dir / "images").glob(f"{prefix}_*.png"))
-    assert files, f"no picture {prefix} was saved"
+    files = _saved(folder, f"{prefix}_*.png")
     return np.stack([np.asarray(Image.open(file).convert("RGB"), dtype=np.float64) / 255 for file in files])
+
+
+def _saved(folder: Path, pattern: str) -> list[Path]:
+    files = sorted(Path(folder).glob(pattern))
+    if not files:
+        raise FileNotFoundError(f"nothing named {pattern} was saved in {folder}")
+    return files
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -52,7 +52,7 @@ def test_quantize_and_sample_in_one_graph(comfy, request, format, granularity):
     assert len(expected) > 30
     assert set(layers) == expected
     assert set(layers.values()) == {"int8" if format == "int8_tensorwise" else "float8_e4m3fn"}
-    for full, ours in zip(pictures(comfy, f"{name}-full"), pictures(comfy, f"{name}-quantized")):
+    for full, ours in zip(pictures(comfy.output_dir, f"{name}-full"), pictures(comfy.output_dir, f"{name}-quantized")):
         assert FLOOR[format] < psnr(full, ours) < float("inf")
 
 
@@ -71,7 +71,7 @@ def test_the_saved_file_samples_as_in_the_graph_bit_for_bit(comfy, request, form
     again = ProbedGraph()
     again.sample(again.load(path.name)[0], f"{name}-file")
     comfy.queue(again)
-    assert np.array_equal(latents(comfy, f"{name}-graph"), latents(comfy, f"{name}-file"))
+    assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-file"))
 
 
 def test_the_saved_file_is_there_after_a_restart(server_factory, tiny_base, request):
@@ -85,7 +85,7 @@ def test_the_saved_file_is_there_after_a_restart(server_factory, tiny_base, requ
     again = ProbedGraph()
     again.sample(again.load(path.name)[0], f"{name}-after")
     server.queue(again)
-    assert np.array_equal(latents(server, f"{name}-before"), latents(server, f"{name}-after"))
+    assert np.array_equal(latents(server.output_dir, f"{name}-before"), latents(server.output_dir, f"{name}-after"))
 
 
 def test_a_file_source_gives_the_same_weights_as_the_loaded_model(comfy, request, tmp_path):
@@ -113,12 +113,12 @@ def test_a_lora_before_is_baked_in_and_the_incoming_model_stays_as_it_was(comfy,
     probe = graph.probe(quantized[0])
     result = comfy.queue(graph)
     assert probed(result, probe)["patches"] == 0
-    plain, lora, ours = (pictures(comfy, f"{name}-{kind}") for kind in ("plain", "lora", "quantized"))
+    plain, lora, ours = (pictures(comfy.output_dir, f"{name}-{kind}") for kind in ("plain", "lora", "quantized"))
     assert psnr(lora, ours) > psnr(plain, lora) + 6 and psnr(lora, ours) > psnr(plain, ours) + 6
     after = ProbedGraph()
     after.sample(after.lora(after.load()[0])[0], f"{name}-again")
     comfy.queue(after)
-    assert np.array_equal(latents(comfy, f"{name}-lora"), latents(comfy, f"{name}-again"))
+    assert np.array_equal(latents(comfy.output_dir, f"{name}-lora"), latents(comfy.output_dir, f"{name}-again"))
 
 
 @pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_tensorwise"])
@@ -133,12 +133,12 @@ def test_a_lora_after_works_and_leaves_no_trace(comfy, request, format):
     after = ProbedGraph(graph)
     after.sample(quantized[0], f"{name}-after", steps=19)  # other steps: really sampled again, then once more as before
     comfy.queue(after)
-    before, reference, lora = (pictures(comfy, f"{name}-{kind}") for kind in ("before", "reference", "lora"))
+    before, reference, lora = (pictures(comfy.output_dir, f"{name}-{kind}") for kind in ("before", "reference", "lora"))
     assert psnr(reference, lora) > psnr(reference, before) + 3
     final = ProbedGraph()
     final.sample(final.quantize(final.load()[0], format)[0], f"{name}-final")
     comfy.queue(final)
-    assert np.array_equal(latents(comfy, f"{name}-before"), latents(comfy, f"{name}-final"))
+    assert np.array_equal(latents(comfy.output_dir, f"{name}-before"), latents(comfy.output_dir, f"{name}-final"))
 
 
 def test_what_nodes_before_us_set_on_the_model_is_carried_over(comfy):

@@ -1,0 +1,75 @@
+"""``make demo``: real ComfyUI on the CPU runs the example workflow with the tiny model.
+
+Leaves a picture (original | quantized | difference x8, a row per prompt) and the saved file, and says where.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from learned_rounding.benchmarks.tiny_model.graph import pictures, psnr
+from learned_rounding.benchmarks.tiny_model.place import place
+from learned_rounding.hosts import ComfyServer, available_hosts
+from learned_rounding.hosts.workflows import to_api
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOW = ROOT / "example_workflows" / "quantize_then_sample.json"
+PROMPTS = ("red apple", "owl", "rocket", "guitar", "tropical fish", "hot beverage")
+_GAIN = 8
+_CELL, _GAP, _HEAD = 128, 8, 40
+
+
+def side_by_side(full: np.ndarray, quantized: np.ndarray, title: str) -> Image.Image:
+    """``full``, ``quantized``: (prompts, height, width, 3) in 0…1."""
+    columns = {"original": full, "quantized": quantized, f"difference x{_GAIN}": np.abs(full - quantized) * _GAIN}
+    width = len(columns) * (_CELL + _GAP) + 190
+    sheet = Image.new("RGB", (width, _HEAD + len(full) * (_CELL + _GAP)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw.text((_GAP, 4), title, fill="black", font=font)
+    for column, (name, images) in enumerate(columns.items()):
+        left = _GAP + column * (_CELL + _GAP)
+        draw.text((left, 22), name, fill="dimgray", font=font)
+        for row, image in enumerate(images):
+            cell = Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8)).resize((_CELL, _CELL), Image.LANCZOS)
+            sheet.paste(cell, (left, _HEAD + row * (_CELL + _GAP)))
+    for row, (prompt, one, other) in enumerate(zip(PROMPTS, full, quantized, strict=True)):
+        text = f"{prompt}\nPSNR {psnr(one, other):.1f} dB"
+        draw.text((width - 180, _HEAD + row * (_CELL + _GAP) + _CELL // 2 - 14), text, fill="black", font=font)
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "demo", help="ComfyUI's base directory for the demo")
+    parser.add_argument("--host", help="version of the ComfyUI to use (default: the newest here)")
+    args = parser.parse_args()
+    hosts = [host for host in available_hosts() if args.host in (None, host.version)]
+    if not hosts:
+        parser.error(f"there is no ComfyUI {args.host or ''} here; run make hosts")
+    shutil.rmtree(args.folder, ignore_errors=True)
+    place(args.folder, prompts=PROMPTS)
+    with ComfyServer(hosts[-1], base=args.folder) as server:
+        print(f"ComfyUI {server.host.version} runs {WORKFLOW.relative_to(ROOT)} on the CPU …", flush=True)
+        workflow = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
+        result = server.queue(workflow, on_event=_print)
+    texts = [entry["text"][0] for entry in result.outputs.values() if "text" in entry]
+    saved = next(Path(text) for text in texts if text.endswith(".safetensors"))
+    full, quantized = (pictures(args.folder / "output", name) for name in ("original", "quantized"))
+    picture = args.folder / "side_by_side.png"
+    side_by_side(full, quantized, f"tiny emoji model, {saved.stem}, ComfyUI {hosts[-1].version}").save(picture)
+    print(max(texts, key=len))
+    print(f"picture     {picture}\nsaved file  {saved}")
+
+
+def _print(event) -> None:
+    if event.type == "learned_rounding.progress" and event.data["state"] == "layer":
+        data = event.data
+        print(f"\r{data['index'] + 1}/{data['total']} layers", end="" if data["index"] + 1 < data["total"] else "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
