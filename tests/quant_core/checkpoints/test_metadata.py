@@ -1,0 +1,57 @@
+"""What a quantized file says of itself."""
+
+import json
+
+import pytest
+import torch
+
+from learned_rounding.quant_core.checkpoints import TensorSource, layer_configs, provenance, quantization_metadata
+from learned_rounding.quant_core.errors import SourceError
+
+CONFIG = {"format": "int8_tensorwise", "per_row": True}
+
+
+def config_tensor(text: bytes) -> torch.Tensor:
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+def test_layers_of_a_checkpoint_are_listed_under_both_names():
+    """ComfyUI before 0.27 looks them up without the prefix, later releases with it."""
+    layers = json.loads(quantization_metadata({"model.diffusion_model.a": CONFIG, "text_encoders.b": CONFIG}))["layers"]
+    assert layers == {"model.diffusion_model.a": CONFIG, "a": CONFIG, "text_encoders.b": CONFIG}
+
+
+def test_header_entry_names_its_version_and_is_one_line():
+    text = quantization_metadata({"a": CONFIG})
+    assert text == '{"format_version":"1.0","layers":{"a":{"format":"int8_tensorwise","per_row":true}}}'
+
+
+def test_plain_weights_have_no_configs():
+    assert layer_configs(TensorSource({"a.weight": torch.zeros(2, 2)})) == ({}, {})
+    assert provenance(TensorSource({"a.weight": torch.zeros(2, 2)})) == {}
+
+
+@pytest.mark.parametrize(
+    "tensor, sentence",
+    [
+        (config_tensor(b"{"), "tensor a.comfy_quant is not valid JSON"),
+        (config_tensor(b"\xff\xfe\xfd"), "tensor a.comfy_quant is not valid JSON"),
+        (config_tensor(b"[1]"), "tensor a.comfy_quant is not a JSON object"),
+        (config_tensor(b""), "tensor a.comfy_quant is not valid JSON"),
+        (torch.zeros(4), "tensor a.comfy_quant should be of dtype U8"),
+    ],
+)
+def test_damaged_config_tensors(tensor, sentence):
+    with pytest.raises(SourceError, match=f"f.safetensors: {sentence}"):
+        layer_configs(TensorSource({"a.comfy_quant": tensor}, name="f.safetensors"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"layers": []}', '{"layers": {"a": 1}}', '{"layers": null}'])
+def test_damaged_header_entries(text):
+    with pytest.raises(SourceError, match="f.safetensors: header entry _quantization_metadata"):
+        layer_configs(TensorSource({}, {"_quantization_metadata": text}, name="f.safetensors"))
+
+
+def test_damaged_provenance():
+    with pytest.raises(SourceError, match="header entry learned_rounding is not valid JSON"):
+        provenance(TensorSource({}, {"learned_rounding": "{"}))
