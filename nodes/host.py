@@ -26,6 +26,7 @@ from server import PromptServer
 from ..quant_core import Recipe, Report, quantize_file
 from ..quant_core.checkpoints import SafetensorsFile, TensorInfo, layer_configs
 from ..quant_core.checkpoints.metadata import CONFIG_SUFFIX
+from ..quant_core.checkpoints.source import CPU
 from ..quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError, OutputError, QuantizationError, SourceError
 from ..quant_core.events import Listener
 from .int8_linear import int8_operations
@@ -127,13 +128,13 @@ class PatchedWeights:
         return tensor if backup is None else backup.weight
 
     @torch.inference_mode()
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         key = self._keys[name]
         weight = self._unpatched(key, comfy.utils.get_attr(self._patcher.model, key))
         if key in self._patched:
             patches = self._patcher.patches[key]
-            weight = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
-        return weight.to(self.tensors[name].dtype)
+            weight = comfy.lora.calculate_weight(patches, weight.to(device, torch.float32, copy=True), key)
+        return weight.to(device, self.tensors[name].dtype)
 
     def sample(self, name: str, offset: int, length: int) -> bytes:
         flat = self.read(name).contiguous().flatten().view(torch.uint8)

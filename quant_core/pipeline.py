@@ -4,8 +4,8 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,10 +16,9 @@ from .checkpoints import (
     header_bytes, provenance, quantization_metadata, remove_leftovers,
 )
 from .checkpoints.metadata import CONFIG_SUFFIX
-from .checkpoints.source import fingerprint
+from .checkpoints.source import CPU, fingerprint
 from .errors import NonFiniteWeightError, NothingToQuantizeError, OutputError, OutputExistsError, QuantizationError
 from .events import CancelCheck, LayerFinished, LayerKept, LayerStarted, Listener, RunFinished, RunStarted
-from .formats import QuantizedWeight
 from .formats.weight import config_bytes
 from .layer import quantize_weight
 from .recipes import Plan, Recipe
@@ -41,7 +40,7 @@ class Sink(Protocol):
 
 class _DictSink(dict):
     def add(self, name: str, tensor: torch.Tensor) -> int:
-        self[name] = tensor
+        self[name] = tensor.cpu()
         return tensor.nbytes
 
 
@@ -54,20 +53,58 @@ class QuantizedTensors:
     report: Report
 
 
-def _read_ahead(source: Source, names: list[str], check: CancelCheck) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read one tensor ahead while the caller works on the one before; ``check`` is called while waiting."""
+def _awaited(future: Future, check: CancelCheck):
+    """The future's result; ``check`` is called while waiting."""
+    while not wait([future], timeout=_PATIENCE).done:
+        check()
+    return future.result()
+
+
+def _read_ahead(source: Source, places: list[tuple[str, torch.device]], check: CancelCheck) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read each tensor to its device, one ahead while the caller works on the one before."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-read")
     try:
-        ahead = pool.submit(source.read, names[0]) if names else None
-        for index, name in enumerate(names):
-            while not wait([ahead], timeout=_PATIENCE).done:
-                check()
-            tensor = ahead.result()
-            ahead = pool.submit(source.read, names[index + 1]) if index + 1 < len(names) else None
+        ahead = None
+        for index, (name, device) in enumerate(places):
+            tensor = _awaited(ahead or pool.submit(source.read, name, device), check)
+            ahead = pool.submit(source.read, *places[index + 1]) if index + 1 < len(places) else None
             yield name, tensor
             del tensor
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # a read under way ends when the source is closed
+
+
+class _WriteBehind:
+    """A sink whose tensors are written by a thread of its own, one at a time; a context that waits for the last."""
+
+    def __init__(self, sink: Sink, check: CancelCheck):
+        self._sink, self._check = sink, check
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-write")
+        self._pending: Future | None = None
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Take the tensors of one layer once those of the layer before are written; returns their size in bytes."""
+        self._wait()
+        self._pending = self._pool.submit(self._write, tensors)
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def _write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._sink.add(name, tensor)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            _awaited(self._pending, self._check)
+
+    def __enter__(self) -> "_WriteBehind":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)  # the file is removed next, by whoever opened it
 
 
 class _Clock:
@@ -86,14 +123,6 @@ class _Clock:
         return self.elapsed * (self._total - self._done) / self._done if self._done else 0.0
 
 
-def _quantize_layer(tensor: torch.Tensor, recipe: Recipe, device: torch.device, check: CancelCheck | None) -> QuantizedWeight:
-    quantized = quantize_weight(
-        tensor.to(device), recipe.format, granularity=recipe.granularity, rounding=recipe.rounding,
-        full_precision_matmul=recipe.full_precision_matmul, seed=recipe.seed, check=check,
-    )
-    return replace(quantized, codes=quantized.codes.cpu(), scale=quantized.scale.cpu())
-
-
 def _run(
     source: Source, plan: Plan, recipe: Recipe, sink: Sink, device: torch.device, emit: Listener, check: CancelCheck
 ) -> tuple[Report, dict[str, dict[str, object]]]:
@@ -105,7 +134,7 @@ def _run(
     configs: dict[str, dict[str, object]] = {}
 
     def keep(name: str, tensor: torch.Tensor, reason: str, planned: bool = True) -> None:
-        report.bytes_out += sink.add(name, tensor)
+        report.bytes_out += writing.add({name: tensor})
         report.kept.append(LayerKept(name, source.tensors[name].shape, reason, planned=planned))
         emit(report.kept[-1])
 
@@ -120,13 +149,16 @@ def _run(
         emit(LayerStarted(index, total, name, info.shape))
         began = clock.elapsed
         try:
-            quantized = _quantize_layer(tensor, recipe, device, check)
+            quantized = quantize_weight(
+                tensor, recipe.format, granularity=recipe.granularity, rounding=recipe.rounding,
+                full_precision_matmul=recipe.full_precision_matmul, seed=recipe.seed, check=check,
+            )
         except NonFiniteWeightError:
             keep(name, tensor, NON_FINITE, planned=False)
             clock.advance(info.nbytes)
             return
         layer = name.removesuffix(".weight")
-        written = sum(sink.add(key, value) for key, value in quantized.tensors(layer).items())
+        written = writing.add(quantized.tensors(layer))
         configs[layer] = quantized.config
         report.bytes_out += written
         eta = clock.advance(info.nbytes)
@@ -137,15 +169,17 @@ def _run(
         emit(report.layers[-1])
 
     index = 0
-    for name, tensor in _read_ahead(source, list(plan.output_names()), check):
-        check()
-        if plan.decisions[name].action == "keep":
-            keep(name, tensor, plan.decisions[name].reason)
-            clock.advance(tensor.nbytes)
-        else:
-            quantize(name, tensor, index)
-            index += 1
-        del tensor  # before the reader takes the next one but one
+    places = [(name, device if plan.decisions[name].action == "quantize" else CPU) for name in plan.output_names()]
+    with _WriteBehind(sink, check) as writing:
+        for name, tensor in _read_ahead(source, places, check):
+            check()
+            if plan.decisions[name].action == "keep":
+                keep(name, tensor, plan.decisions[name].reason)
+                clock.advance(tensor.nbytes)
+            else:
+                quantize(name, tensor, index)
+                index += 1
+            del tensor  # before the reader takes the next one but one
     if not configs:
         raise NothingToQuantizeError(f"{source.name}: every layer that was to be quantized {NON_FINITE}; the model is damaged.")
     report.seconds = clock.elapsed

@@ -14,7 +14,8 @@ import torch
 
 from ..errors import SourceError
 from .dtypes import TORCH_DTYPES
-from .source import TensorInfo
+from .source import CPU, TensorInfo
+from .staging import Staging
 
 __all__ = ["SafetensorsFile", "MAX_HEADER"]
 
@@ -42,6 +43,7 @@ class SafetensorsFile:
         self.name = self.path.name
         self._lock = threading.Lock()
         self._closing = False
+        self._staging = Staging()
         try:
             self._file = open(self.path, "rb", buffering=0)
         except FileNotFoundError:
@@ -70,6 +72,8 @@ class SafetensorsFile:
         try:
             header = json.loads(self._file.read(length), object_pairs_hook=_no_duplicates)
             self.metadata = dict(header.pop("__metadata__", None) or {})
+            if not all(isinstance(value, str) for value in self.metadata.values()):
+                raise ValueError("its metadata is no table of strings")
             spans = sorted((self._entry(name, entry) for name, entry in header.items()), key=lambda span: (span[1], span[2]))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise SourceError(f"{self.path} has a damaged header ({error}); fetch the file again.") from None
@@ -110,11 +114,14 @@ class SafetensorsFile:
                     raise SourceError(f"{self.path} ended early at tensor {name}: it was changed while it was read; run again.")
                 done += count
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         info = self.tensors[name]
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        if info.nbytes:
-            self._read_into(memoryview(buffer.numpy()), self._data + self._offsets[name], name)
+        begin = self._data + self._offsets[name]
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8, device=device)
+        if buffer.is_cuda:
+            self._staging.fill(buffer, lambda view, offset: self._read_into(view, begin + offset, name))
+        elif info.nbytes:
+            self._read_into(memoryview(buffer.numpy()), begin, name)
         return buffer.view(info.dtype).view(info.shape)
 
     def sample(self, name: str, offset: int, length: int) -> bytes:

@@ -8,8 +8,9 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["TensorInfo", "Source", "TensorSource", "fingerprint"]
+__all__ = ["CPU", "TensorInfo", "Source", "TensorSource", "fingerprint"]
 
+CPU = torch.device("cpu")
 _PAGE = 4096
 _PAGES = 16
 
@@ -40,8 +41,8 @@ class Source(Protocol):
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, on the CPU or where it lies."""
+    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
+        """The tensor on ``device``."""
 
     def sample(self, name: str, offset: int, length: int) -> bytes:
         """``length`` bytes of the tensor's memory from byte ``offset``."""
@@ -56,8 +57,8 @@ class TensorSource:
         self.tensors = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
         self.metadata = dict(metadata or {})
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
+        return self._tensors[name].to(device)
 
     def sample(self, name: str, offset: int, length: int) -> bytes:
         flat = self._tensors[name].detach().contiguous().flatten().view(torch.uint8)

@@ -20,6 +20,7 @@ import torch
 from ..errors import OutputError
 from .dtypes import DTYPE_NAMES
 from .source import TensorInfo
+from .staging import Staging, byte_views
 
 try:
     import fcntl
@@ -100,6 +101,7 @@ class SafetensorsWriter:
     def __init__(self, path: str | os.PathLike, reserve: int):
         self.path = Path(path)
         self._entries: dict[str, dict] = {}
+        self._staging = Staging()
         self._odd: list[tuple[str, TensorInfo, int]] = []
         self._reserve = _aligned(reserve)
         self._end = 0
@@ -122,31 +124,33 @@ class SafetensorsWriter:
             raise _explain(error, self.path) from error
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
-        """Append one CPU tensor; returns its size in bytes."""
+        """Append one tensor; returns its size in bytes."""
         info = TensorInfo(tensor.dtype, tuple(tensor.shape))
-        data = memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+        views = byte_views(tensor, self._staging)
         with self._errors():
             if info.nbytes % _ALIGNMENT:
                 # Readers want every tensor aligned to its item size and no gaps: such sizes go to the end.
                 self._odd.append((name, info, self._spill.tell()))
-                self._spill.write(data)
+                for view in views:
+                    self._spill.write(view)
             else:
-                self._append(name, info, data)
+                self._append(name, info, views)
         return info.nbytes
 
-    def _append(self, name: str, info: TensorInfo, data: memoryview) -> None:
+    def _append(self, name: str, info: TensorInfo, views: Iterable[memoryview]) -> None:
         self._entries[name] = _entry(info, self._end, self._end + info.nbytes)
         self._end += info.nbytes
-        done = 0
-        while done < len(data):
-            done += self._file.write(data[done:])
+        for view in views:
+            done = 0
+            while done < len(view):
+                done += self._file.write(view[done:])
 
     def finish(self, metadata: Mapping[str, str]) -> int:
         """Write the header, flush to disk and rename; returns the file's size in bytes."""
         with self._errors():
             for name, info, offset in sorted(self._odd, key=lambda odd: -odd[1].dtype.itemsize):
                 self._spill.seek(offset)
-                self._append(name, info, memoryview(self._spill.read(info.nbytes)))
+                self._append(name, info, [memoryview(self._spill.read(info.nbytes))])
             header = _dump({"__metadata__": dict(metadata)} | self._entries)
             if len(header) > self._reserve:
                 raise AssertionError(f"the header needs {len(header)} bytes and {self._reserve} were reserved")

@@ -30,7 +30,9 @@ def amax_scale(weight: torch.Tensor, grid: Grid, share: Granularity, check: Canc
     amax = torch.stack(parts).amax() if share.whole else torch.cat(parts)
     if not torch.isfinite(amax).all():
         raise NonFiniteWeightError("The weight holds NaN or Inf, which no scale can represent.")
-    return torch.where(amax > 0, (amax / grid.max).clamp_min(_SMALLEST), torch.ones_like(amax))
+    # A GPU multiplies by the reciprocal of a plain number, which rounds differently; a tensor it divides by.
+    scale = amax / torch.full_like(amax, grid.max)
+    return torch.where(amax > 0, scale.clamp_min(_SMALLEST), torch.ones_like(amax))
 
 
 def _sampled_rows(weight: torch.Tensor, seed: int) -> torch.Tensor:
