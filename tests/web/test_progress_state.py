@@ -20,6 +20,6 @@ def _node_version() -> tuple[int, ...]:
 def test_pure_functions():
     version = _node_version()
     if version < NEEDED:
-        pytest.skip(f"node {'.'.join(map(str, NEEDED))} or newer is needed, here is {'.'.join(map(str, version)) or 'none'}")
+        pytest.skip("needs node {}.{} or newer; here is {}".format(*NEEDED, ".".join(map(str, version)) or "none"))
     run = subprocess.run(["node", "--test", str(Path(__file__).parent)], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -179,5 +179,12 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
     assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe"}
 
 
+def test_the_wheel_zooms_over_a_panel_too(graph):
+    graph.locator(".lr-progress").hover()
+    before = graph.evaluate("() => window.app.canvas.ds.scale")
+    graph.mouse.wheel(0, -200)
+    graph.wait_for_function("(before) => window.app.canvas.ds.scale > before", arg=before)
+
+
 def test_the_console_stays_quiet(graph):
     assert [line for line in graph.problems if "learned_rounding" in line or "lr-" in line] == []
