@@ -1,0 +1,375 @@
+"""The command line: mostly in this process; a few runs as users start it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import learned_rounding
+from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, pipeline, quantize_weight
+from learned_rounding.quant_core.checkpoints import verify_file
+from learned_rounding.quant_core.cli import main
+
+ROOT = Path(learned_rounding.__file__).parent
+
+
+@pytest.fixture
+def lrq(capsys):
+    """lrq(*words) → (exit code, stdout, lines on stderr without the progress bar)."""
+
+    def run(*words) -> tuple[int, str, list[str]]:
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, error_lines(captured.err)
+
+    return run
+
+
+def error_lines(text: str) -> list[str]:
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip() and not re.search(r"\d+%\|.*\| \d+/\d+ \[", line)]
+
+
+def recipe_of(path) -> dict:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["learned_rounding"])["recipe"]
+
+
+def test_a_bare_name_is_quantized_beside_itself(lrq, model_file, tmp_path, listing, monkeypatch):
+    model_file()
+    monkeypatch.chdir(tmp_path)
+    code, out, err = lrq("quantize", "-i", "model.safetensors")
+    assert (code, err) == (0, [])
+    assert listing() == ["model.safetensors", "model_float8_e4m3fn.safetensors"]
+    assert verify_file("model_float8_e4m3fn.safetensors").problems == []
+    assert recipe_of("model_float8_e4m3fn.safetensors") == Recipe().to_dict()
+    first, *table = out.splitlines()
+    assert "No preset recognises" in first and "float8_e4m3fn per tensor" in first and "model_float8_e4m3fn.safetensors" in first
+    assert any(line.startswith("layers quantized  6") for line in table) and any(line.startswith("worst 1") for line in table)
+
+
+def test_the_output_is_named_beside_an_input_elsewhere(lrq, model_file, tmp_path, listing, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    source = model_file()
+    monkeypatch.chdir(tmp_path / "cwd")
+    assert lrq("quantize", "-i", source, "--int8")[0] == 0
+    assert listing() == ["model.safetensors", "model_int8_row.safetensors"]
+
+
+def test_an_output_in_a_new_folder(lrq, model_file, listing, tmp_path):
+    assert lrq("quantize", "-i", model_file(), "-o", tmp_path / "new" / "q.safetensors")[0] == 0
+    assert listing() == ["model.safetensors", "new/q.safetensors"]
+
+
+OPTIONS = {
+    "nothing": ([], {}),
+    "comfy_quant": (["--comfy_quant"], {}),
+    "comfy-quant": (["--comfy-quant"], {}),
+    "fp8": (["--fp8"], {}),
+    "format": (["--format", "int8_tensorwise"], {"format": "int8_tensorwise", "granularity": "row"}),
+    "format with =": (["--format=int8_tensorwise"], {"format": "int8_tensorwise", "granularity": "row"}),
+    "int8": (["--int8"], {"format": "int8_tensorwise", "granularity": "row"}),
+    "int8 tensor": (["--int8", "--scaling_mode", "tensor"], {"format": "int8_tensorwise", "granularity": "tensor"}),
+    "int8 tensor, dashes and =": (["--int8", "--scaling-mode=tensor"], {"format": "int8_tensorwise", "granularity": "tensor"}),
+    "int8 row": (["--scaling_mode", "row", "--int8"], {"format": "int8_tensorwise", "granularity": "row"}),
+    "simple": (["--simple"], {"rounding": "nearest"}),
+    "rounding": (["--rounding", "nearest"], {"rounding": "nearest"}),
+    "exclude": (["--exclude-layers", "mlp"], {"keep": ["mlp"]}),
+    "exclude twice": (["--exclude_layers", r"\.0\.", "--exclude-layers", "qkv"], {"keep": [r"\.0\.", "qkv"]}),
+    "a value with underscores": (["--exclude-layers=a_b-c"], {"keep": ["a_b-c"]}),
+    "seed": (["--manual_seed", "7"], {"seed": 7}),
+    "seed, dashes": (["--manual-seed=7"], {"seed": 7}),
+    "seed, short": (["--seed", "7"], {"seed": 7}),
+    "full precision": (["--full_precision_matrix_mult"], {"full_precision_matmul": True}),
+    "full precision, dashes": (["--full-precision-matrix-mult"], {"full_precision_matmul": True}),
+    "preset": (["--preset", "none"], {"preset": "none"}),
+    "preset by name": (["--preset", "wan"], {"preset": "wan"}),
+    **{f"--{name}": ([f"--{name}"], {"preset": name}) for name in PRESETS},
+}
+
+
+@pytest.mark.parametrize("words, changed", OPTIONS.values(), ids=OPTIONS)
+def test_options_become_the_recipe(lrq, model_file, tmp_path, words, changed):
+    out = tmp_path / "q.safetensors"
+    code, _, err = lrq("quantize", "-i", model_file(), "-o", out, *words)
+    assert (code, err) == (0, [])
+    assert recipe_of(out) == {**Recipe().to_dict(), **changed}
+    assert verify_file(out).problems == []
+
+
+def test_options_act(lrq, model_file, tmp_path):
+    out = tmp_path / "q.safetensors"
+    lrq("quantize", "-i", model_file(), "-o", out, "--int8", "--exclude-layers", "mlp")
+    tensors = load_file(out)
+    assert {name for name in tensors if name.endswith(".comfy_quant")} == {"blocks.0.attn.qkv.comfy_quant", "blocks.1.attn.qkv.comfy_quant"}
+    assert tensors["blocks.0.attn.qkv.weight"].dtype == torch.int8 and tensors["blocks.0.attn.qkv.weight_scale"].shape == (96, 1)
+
+
+def test_heur_acts(lrq, tmp_path):
+    save_file({"a.weight": torch.zeros(128, 128), "b.weight": torch.zeros(4096, 4096, dtype=torch.bfloat16)}, tmp_path / "in.safetensors")
+    _, plain, _ = lrq("plan", "-i", tmp_path / "in.safetensors")
+    _, heur, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--heur")
+    assert "quantize  a.weight" in plain and "keep      a.weight  (heur:" in heur and "quantize  b.weight" in heur
+
+
+def test_presets_are_recognised_and_named(lrq, layer_names, tmp_path):
+    save_file({name: torch.zeros([min(side, 4) for side in shape]) for name, shape in layer_names("flux").items()}, tmp_path / "in.safetensors")
+    _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors")
+    assert out.startswith("Recognised as Flux.1") and "keep      img_in.weight  (input projection" in out
+    _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--preset", "none")
+    assert "quantize  img_in.weight" in out
+    _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--flux")
+    assert out.startswith("Preset Flux.1")
+
+
+@pytest.mark.parametrize("write", [Recipe.to_toml, Recipe.to_json], ids=["toml", "json"])
+def test_a_recipe_file_and_options_over_it(lrq, model_file, tmp_path, write):
+    recipe = Recipe(format="int8_tensorwise", granularity="tensor", rounding="nearest", keep=("qkv",), seed=5)
+    path = tmp_path / f"recipe.{'toml' if write is Recipe.to_toml else 'json'}"
+    path.write_text(write(recipe), encoding="utf-8")
+    source = model_file()
+    for words, changed in [
+        ([], {}),
+        (["--seed", "6", "--rounding", "auto"], {"seed": 6, "rounding": "auto"}),
+        (["--scaling_mode", "row"], {"granularity": "row"}),
+        (["--exclude-layers", "mlp"], {"keep": ["mlp"]}),
+        (["--fp8"], {"format": "float8_e4m3fn"}),  # its granularity is tensor as well
+        (["--int8"], {"granularity": "row"}),  # a format that is named comes with its own granularity
+    ]:
+        code, _, err = lrq("quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--overwrite", "--recipe", path, *words)
+        assert (code, err) == (0, [])
+        assert recipe_of(tmp_path / "q.safetensors") == {**recipe.to_dict(), **changed}
+
+
+def test_the_report_file(lrq, model_file, tmp_path):
+    code, _, _ = lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--report", tmp_path / "report.json")
+    values = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert code == 0 and len(values["layers"]) == 6 and values["output"] == str(tmp_path / "q.safetensors")
+    assert values["bytes_out"] == (tmp_path / "q.safetensors").stat().st_size
+
+
+def test_a_dry_run_writes_nothing(lrq, model_file, listing):
+    source = model_file()
+    code, out, err = lrq("quantize", "-i", source, "--dry-run")
+    assert (code, err, listing()) == (0, [], ["model.safetensors"])
+    assert "quantize  blocks.0.attn.qkv.weight" in out and "keep      step  (not a weight)" in out
+    assert lrq("quantize", "-i", source, "--dry_run")[1] == lrq("plan", "-i", source)[1] == out
+
+
+def test_verbose_prints_a_line_per_tensor(lrq, model, model_file, tmp_path):
+    code, out, err = lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--verbose")
+    assert (code, err) == (0, [])
+    assert all(sum(line.startswith(f"{name}  ") for line in out.splitlines()) == 1 for name in model())
+
+
+def test_the_same_command_again_is_done_already(lrq, model_file):
+    source = model_file()
+    lrq("quantize", "-i", source)
+    code, out, _ = lrq("quantize", "-i", source)
+    assert code == 0 and "Already done" in out
+
+
+def test_overwrite(lrq, model_file, tmp_path):
+    source, out = model_file(), tmp_path / "q.safetensors"
+    lrq("quantize", "-i", source, "-o", out)
+    assert lrq("quantize", "-i", source, "-o", out, "--int8")[0] == 1
+    assert lrq("quantize", "-i", source, "-o", out, "--int8", "--overwrite")[0] == 0
+    assert recipe_of(out)["format"] == "int8_tensorwise"
+
+
+def test_inspect(lrq, model_file, tmp_path):
+    source = model_file()
+    code, out, err = lrq("inspect", source)
+    assert (code, err) == (0, []) and "15 tensors" not in out and "13 tensors" in out and "BF16" in out and "plain weights" in out
+    lrq("quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--int8")
+    _, out, _ = lrq("inspect", tmp_path / "q.safetensors")
+    assert "int8_tensorwise per row: 6 layers" in out and "made by learned_rounding" in out and "Stock ComfyUI 0.27 and newer loads it." in out
+
+
+def test_verify(lrq, model_file, tmp_path):
+    lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors")
+    code, out, err = lrq("verify", tmp_path / "q.safetensors")
+    assert (code, err) == (0, []) and "sound, 6 quantized layers" in out
+    tensors = load_file(tmp_path / "q.safetensors")
+    tensors["blocks.0.mlp.0.weight_scale"] = torch.tensor(float("nan"))
+    with safe_open(tmp_path / "q.safetensors", "pt") as file:
+        save_file(tensors, tmp_path / "bad.safetensors", file.metadata())
+    code, out, err = lrq("verify", tmp_path / "bad.safetensors")
+    assert code == 1 and out == ""
+    assert "blocks.0.mlp.0: weight_scale" in err[0] and "1 problems in 6 quantized layers" in err[1]
+
+
+def test_formats_and_presets(lrq):
+    code, out, _ = lrq("formats")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(FORMATS)
+    code, out, _ = lrq("presets")
+    assert code == 0 and all(f"{name}: {preset.title}" in out for name, preset in PRESETS.items())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [], ["nonsense"], ["quantize"], ["quantize", "-i", "a", "--nonsense"], ["quantize", "-i", "a", "--manual_seed", "x"],
+        ["quantize", "-i", "a", "--format", "nvfp9"], ["quantize", "-i", "a", "--int8", "--fp8"], ["quantize", "-i", "a", "--flux", "--wan"],
+        ["quantize", "-i", "a", "--flux", "--preset", "none"], ["quantize", "-i", "a", "--simple", "--rounding", "auto"],
+        ["quantize", "-i", "a", "--over"], ["quantize", "-i", "a", "--num_iter", "10"], ["verify"], ["formats", "extra"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(lrq, words):
+    """Unknown options are refused, not ignored; abbreviations are unknown options."""
+    code, out, err = lrq(*words)
+    assert code == 2 and out == "" and any(line.startswith("lrq") and "error:" in line for line in err)
+
+
+def nan_model(tmp_path):
+    save_file({"a.weight": torch.full((8, 8), float("nan"))}, tmp_path / "nan.safetensors")
+
+
+def text_file(tmp_path):
+    (tmp_path / "text.safetensors").write_text("I am no model at all")
+
+
+def quantized(tmp_path):
+    tensors = quantize_weight(torch.ones(8, 8), "int8_tensorwise").tensors("a")
+    save_file(tensors, tmp_path / "quantized.safetensors")
+
+
+def in_the_way(tmp_path):
+    (tmp_path / "out.safetensors").write_text("in the way")
+
+
+def recipe_file(text, name="recipe.toml"):
+    return lambda tmp_path: (tmp_path / name).write_bytes(text)
+
+
+def nothing(tmp_path):
+    pass
+
+
+Q = ["quantize", "-i", "model.safetensors", "-o", "out.safetensors"]
+ERRORS = {
+    "missing source": (nothing, ["quantize", "-i", "none.safetensors"], "There is no file"),
+    "a folder as source": (nothing, ["quantize", "-i", "."], "cannot be opened"),
+    "no safetensors file": (text_file, ["quantize", "-i", "text.safetensors"], "is not a safetensors file"),
+    "quantized already": (quantized, ["quantize", "-i", "quantized.safetensors"], "is quantized already (int8_tensorwise)"),
+    "quantized already, dry": (quantized, ["quantize", "-i", "quantized.safetensors", "--dry-run"], "is quantized already"),
+    "nothing but NaN": (nan_model, ["quantize", "-i", "nan.safetensors"], "NaN or Inf"),
+    "nothing to quantize": (nothing, [*Q, "--exclude-layers", "."], "has no layer to quantize"),
+    "no such granularity": (nothing, [*Q, "--scaling_mode", "tensr"], "did you mean 'tensor'"),
+    "row scales on fp8": (nothing, [*Q, "--scaling_mode", "row"], "not per row"),
+    "no such preset": (nothing, [*Q, "--preset", "fluks"], "did you mean 'flux'"),
+    "a bad pattern": (nothing, [*Q, "--exclude-layers", "("], "is no regular expression"),
+    "full precision on int8": (nothing, [*Q, "--int8", "--full_precision_matrix_mult"], "no effect on int8_tensorwise"),
+    "a huge seed": (nothing, [*Q, "--manual_seed", str(2**70)], "seed"),
+    "no such device": (nothing, [*Q, "--device", "nonsense"], "The device 'nonsense' cannot be used here"),
+    "a device without arithmetic": (nothing, [*Q, "--device", "meta"], "The device 'meta' cannot be used here"),
+    "no such recipe": (nothing, [*Q, "--recipe", "none.toml"], "cannot be read: No such file"),
+    "a recipe that is no text": (recipe_file(b"\xff\xfe"), [*Q, "--recipe", "recipe.toml"], "cannot be read"),
+    "a recipe that is no TOML": (recipe_file(b"a = \n\n b"), [*Q, "--recipe", "recipe.toml"], "not valid TOML"),
+    "a recipe that is no JSON": (recipe_file(b"{", "recipe.json"), [*Q, "--recipe", "recipe.json"], "not valid JSON"),
+    "an unknown field in a recipe": (recipe_file(b"bits = 8"), [*Q, "--recipe", "recipe.toml"], "no field 'bits'"),
+    "the source as output": (nothing, ["quantize", "-i", "model.safetensors", "-o", "model.safetensors"], "is the source itself"),
+    "an output in the way": (in_the_way, Q, "made from something else"),
+    "a folder as output": (nothing, ["quantize", "-i", "model.safetensors", "-o", "."], "is a folder"),
+    "a report that cannot be written": (nothing, [*Q, "--report", "none/report.json"], "report"),
+    "a report in place of a folder": (nothing, [*Q, "--report", "."], "report"),
+    "verify a missing file": (nothing, ["verify", "none.safetensors"], "There is no file"),
+    "inspect text": (text_file, ["inspect", "text.safetensors"], "is not a safetensors file"),
+    "plan a missing file": (nothing, ["plan", "-i", "none.safetensors"], "There is no file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prepare, words, sentence", ERRORS.values(), ids=ERRORS)
+def test_an_error_is_one_line(lrq, model_file, tmp_path, monkeypatch, prepare, words, sentence):
+    model_file()
+    prepare(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = lrq(*words)
+    assert code == 1 and len(err) == 1, err
+    assert err[0].startswith("lrq: ") and sentence in err[0]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_full_disk_is_one_line(lrq, model_file, listing, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, os.strerror(28))
+
+    source = model_file()
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, err = lrq("quantize", "-i", source)
+    assert code == 1 and len(err) == 1 and err[0].startswith("lrq: The disk is full")
+    assert listing() == ["model.safetensors"]
+
+
+def test_debug_shows_the_trace(lrq, tmp_path):
+    code, _, err = lrq("--debug", "quantize", "-i", tmp_path / "none.safetensors")
+    assert code == 1 and err[0].startswith("Traceback") and err[-1].startswith("lrq: There is no file")
+
+
+def test_an_interrupt_leaves_nothing(lrq, model_file, listing, monkeypatch):
+    def interrupt(*args, **options):
+        signal.raise_signal(signal.SIGINT)  # as Ctrl+C does
+        return quantize_weight(*args, **options)
+
+    source = model_file()
+    monkeypatch.setattr(pipeline, "quantize_weight", interrupt)
+    code, _, err = lrq("quantize", "-i", source)
+    assert code == 130 and len(err) == 1 and err[0].startswith("lrq: interrupted")
+    assert listing() == ["model.safetensors"]
+
+
+# As users start it
+
+
+def run(command: list, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, listing):
+    """A copy, with a version of its own: nothing of an installed package may answer in its place."""
+    clone = tmp_path / "custom_nodes" / "ComfyUI-Learned-Rounding"
+    clone.mkdir(parents=True)
+    for name in ("__init__.py", "__main__.py"):
+        shutil.copy(ROOT / name, clone / name)
+    shutil.copytree(ROOT / "quant_core", clone / "quant_core", ignore=shutil.ignore_patterns("__pycache__"))
+    (clone / "quant_core" / "version.py").write_text('VERSION = "9.8.7"\n')
+    (clone / "nodes").mkdir()
+    (clone / "nodes" / "__init__.py").write_text("raise ImportError('the command line needs no nodes')")
+    work = tmp_path / "work"
+    work.mkdir()
+    model_file().rename(work / "model.safetensors")
+    result = run([sys.executable, clone, "quantize", "-i", "model.safetensors", "--int8"], work)
+    assert result.returncode == 0, result.stderr
+    assert error_lines(result.stderr) == [] and "layers quantized  6" in result.stdout
+    assert verify_file(work / "model_int8_row.safetensors").problems == []
+    with safe_open(work / "model_int8_row.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["learned_rounding"])["version"] == "9.8.7"
+    assert [name for name in listing() if name.startswith("work/")] == ["work/model.safetensors", "work/model_int8_row.safetensors"]
+
+
+def test_a_link_to_the_folder_runs_and_an_error_has_no_trace(tmp_path):
+    link = tmp_path / "ComfyUI-Learned-Rounding"
+    link.symlink_to(ROOT, target_is_directory=True)
+    result = run([sys.executable, link, "verify", "none.safetensors"], tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.splitlines() == ["lrq: There is no file none.safetensors; check the path."]
+
+
+def test_the_installed_command_runs(tmp_path):
+    command = Path(sys.executable).with_name("lrq")
+    if not command.exists():
+        pytest.skip("the package is not installed beside this interpreter")
+    result = run([command, "formats"], tmp_path)
+    assert result.returncode == 0 and "float8_e4m3fn" in result.stdout
