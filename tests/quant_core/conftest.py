@@ -60,7 +60,10 @@ def header_source():
     """header_source({name: shape or TensorInfo}) → a source that knows names, dtypes and shapes, and holds no data."""
 
     def make(tensors: dict, name: str = "model.safetensors", dtype: torch.dtype = torch.bfloat16):
-        infos = {key: value if isinstance(value, TensorInfo) else TensorInfo(dtype, tuple(value)) for key, value in tensors.items()}
+        infos = {
+            key: value if isinstance(value, TensorInfo) else TensorInfo(dtype, tuple(value))
+            for key, value in tensors.items()
+        }
         return SimpleNamespace(name=name, tensors=infos, metadata={})
 
     return make

@@ -31,6 +31,8 @@ def lrq(capsys):
             code = main([str(word) for word in words])
         except SystemExit as stop:
             code = stop.code
+        except KeyboardInterrupt:
+            pytest.fail("an interrupt came through")
         captured = capsys.readouterr()
         return code, captured.out, error_lines(captured.err)
 
@@ -38,7 +40,9 @@ def lrq(capsys):
 
 
 def error_lines(text: str) -> list[str]:
-    return [line for line in re.split(r"[\r\n]+", text) if line.strip() and not re.search(r"\d+%\|.*\| \d+/\d+ \[", line)]
+    return [
+        line for line in re.split(r"[\r\n]+", text) if line.strip() and not re.search(r"\d+%\|.*\| \d+/\d+ \[", line)
+    ]
 
 
 def recipe_of(path) -> dict:
@@ -55,8 +59,14 @@ def test_a_bare_name_is_quantized_beside_itself(lrq, model_file, tmp_path, listi
     assert verify_file("model_float8_e4m3fn.safetensors").problems == []
     assert recipe_of("model_float8_e4m3fn.safetensors") == Recipe().to_dict()
     first, *table = out.splitlines()
-    assert "No preset recognises" in first and "float8_e4m3fn per tensor" in first and "model_float8_e4m3fn.safetensors" in first
-    assert any(line.startswith("layers quantized  6") for line in table) and any(line.startswith("worst 1") for line in table)
+    assert (
+        "No preset recognises" in first
+        and "float8_e4m3fn per tensor" in first
+        and "model_float8_e4m3fn.safetensors" in first
+    )
+    assert any(line.startswith("layers quantized  6") for line in table) and any(
+        line.startswith("worst 1") for line in table
+    )
 
 
 def test_the_output_is_named_beside_an_input_elsewhere(lrq, model_file, tmp_path, listing, monkeypatch):
@@ -81,7 +91,10 @@ OPTIONS = {
     "format with =": (["--format=int8_tensorwise"], {"format": "int8_tensorwise", "granularity": "row"}),
     "int8": (["--int8"], {"format": "int8_tensorwise", "granularity": "row"}),
     "int8 tensor": (["--int8", "--scaling_mode", "tensor"], {"format": "int8_tensorwise", "granularity": "tensor"}),
-    "int8 tensor, dashes and =": (["--int8", "--scaling-mode=tensor"], {"format": "int8_tensorwise", "granularity": "tensor"}),
+    "int8 tensor, dashes and =": (
+        ["--int8", "--scaling-mode=tensor"],
+        {"format": "int8_tensorwise", "granularity": "tensor"},
+    ),
     "int8 row": (["--scaling_mode", "row", "--int8"], {"format": "int8_tensorwise", "granularity": "row"}),
     "simple": (["--simple"], {"rounding": "nearest"}),
     "rounding": (["--rounding", "nearest"], {"rounding": "nearest"}),
@@ -112,19 +125,30 @@ def test_options_act(lrq, model_file, tmp_path):
     out = tmp_path / "q.safetensors"
     lrq("quantize", "-i", model_file(), "-o", out, "--int8", "--exclude-layers", "mlp")
     tensors = load_file(out)
-    assert {name for name in tensors if name.endswith(".comfy_quant")} == {"blocks.0.attn.qkv.comfy_quant", "blocks.1.attn.qkv.comfy_quant"}
-    assert tensors["blocks.0.attn.qkv.weight"].dtype == torch.int8 and tensors["blocks.0.attn.qkv.weight_scale"].shape == (96, 1)
+    assert {name for name in tensors if name.endswith(".comfy_quant")} == {
+        "blocks.0.attn.qkv.comfy_quant",
+        "blocks.1.attn.qkv.comfy_quant",
+    }
+    assert tensors["blocks.0.attn.qkv.weight"].dtype == torch.int8 and tensors[
+        "blocks.0.attn.qkv.weight_scale"
+    ].shape == (96, 1)
 
 
 def test_heur_acts(lrq, tmp_path):
-    save_file({"a.weight": torch.zeros(128, 128), "b.weight": torch.zeros(4096, 4096, dtype=torch.bfloat16)}, tmp_path / "in.safetensors")
+    save_file(
+        {"a.weight": torch.zeros(128, 128), "b.weight": torch.zeros(4096, 4096, dtype=torch.bfloat16)},
+        tmp_path / "in.safetensors",
+    )
     _, plain, _ = lrq("plan", "-i", tmp_path / "in.safetensors")
     _, heur, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--heur")
     assert "quantize  a.weight" in plain and "keep      a.weight  (heur:" in heur and "quantize  b.weight" in heur
 
 
 def test_presets_are_recognised_and_named(lrq, layer_names, tmp_path):
-    save_file({name: torch.zeros([min(side, 4) for side in shape]) for name, shape in layer_names("flux").items()}, tmp_path / "in.safetensors")
+    save_file(
+        {name: torch.zeros([min(side, 4) for side in shape]) for name, shape in layer_names("flux").items()},
+        tmp_path / "in.safetensors",
+    )
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors")
     assert out.startswith("Recognised as Flux.1") and "keep      img_in.weight  (input projection" in out
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--preset", "none")
@@ -147,13 +171,17 @@ def test_a_recipe_file_and_options_over_it(lrq, model_file, tmp_path, write):
         (["--fp8"], {"format": "float8_e4m3fn"}),  # its granularity is tensor as well
         (["--int8"], {"granularity": "row"}),  # a format that is named comes with its own granularity
     ]:
-        code, _, err = lrq("quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--overwrite", "--recipe", path, *words)
+        code, _, err = lrq(
+            "quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--overwrite", "--recipe", path, *words
+        )
         assert (code, err) == (0, [])
         assert recipe_of(tmp_path / "q.safetensors") == {**recipe.to_dict(), **changed}
 
 
 def test_the_report_file(lrq, model_file, tmp_path):
-    code, _, _ = lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--report", tmp_path / "report.json")
+    code, _, _ = lrq(
+        "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--report", tmp_path / "report.json"
+    )
     values = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert code == 0 and len(values["layers"]) == 6 and values["output"] == str(tmp_path / "q.safetensors")
     assert values["bytes_out"] == (tmp_path / "q.safetensors").stat().st_size
@@ -191,10 +219,20 @@ def test_overwrite(lrq, model_file, tmp_path):
 def test_inspect(lrq, model_file, tmp_path):
     source = model_file()
     code, out, err = lrq("inspect", source)
-    assert (code, err) == (0, []) and "15 tensors" not in out and "13 tensors" in out and "BF16" in out and "plain weights" in out
+    assert (
+        (code, err) == (0, [])
+        and "15 tensors" not in out
+        and "13 tensors" in out
+        and "BF16" in out
+        and "plain weights" in out
+    )
     lrq("quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--int8")
     _, out, _ = lrq("inspect", tmp_path / "q.safetensors")
-    assert "int8_tensorwise per row: 6 layers" in out and "made by learned_rounding" in out and "Stock ComfyUI 0.27 and newer loads it." in out
+    assert (
+        "int8_tensorwise per row: 6 layers" in out
+        and "made by learned_rounding" in out
+        and "Stock ComfyUI 0.27 and newer loads it." in out
+    )
 
 
 def test_verify(lrq, model_file, tmp_path):
@@ -220,13 +258,23 @@ def test_formats_and_presets(lrq):
 @pytest.mark.parametrize(
     "words",
     [
-        [], ["nonsense"], ["quantize"], ["quantize", "-i", "a", "--nonsense"], ["quantize", "-i", "a", "--manual_seed", "x"],
-        ["quantize", "-i", "a", "--format", "nvfp9"], ["quantize", "-i", "a", "--int8", "--fp8"], ["quantize", "-i", "a", "--flux", "--wan"],
-        ["quantize", "-i", "a", "--flux", "--preset", "none"], ["quantize", "-i", "a", "--simple", "--rounding", "auto"],
-        ["quantize", "-i", "a", "--over"], ["quantize", "-i", "a", "--num_iter", "10"], ["verify"], ["formats", "extra"],
+        [],
+        ["nonsense"],
+        ["quantize"],
+        ["quantize", "-i", "a", "--nonsense"],
+        ["quantize", "-i", "a", "--manual_seed", "x"],
+        ["quantize", "-i", "a", "--format", "nvfp9"],
+        ["quantize", "-i", "a", "--int8", "--fp8"],
+        ["quantize", "-i", "a", "--flux", "--wan"],
+        ["quantize", "-i", "a", "--flux", "--preset", "none"],
+        ["quantize", "-i", "a", "--simple", "--rounding", "auto"],
+        ["quantize", "-i", "a", "--over"],
+        ["quantize", "-i", "a", "--num_iter", "10"],
+        ["verify"],
+        ["formats", "extra"],
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_wrong_usage_exits_with_2(lrq, words):
     """Unknown options are refused, not ignored; abbreviations are unknown options."""
     code, out, err = lrq(*words)
@@ -263,8 +311,16 @@ ERRORS = {
     "missing source": (nothing, ["quantize", "-i", "none.safetensors"], "There is no file"),
     "a folder as source": (nothing, ["quantize", "-i", "."], "cannot be opened"),
     "no safetensors file": (text_file, ["quantize", "-i", "text.safetensors"], "is not a safetensors file"),
-    "quantized already": (quantized, ["quantize", "-i", "quantized.safetensors"], "is quantized already (int8_tensorwise)"),
-    "quantized already, dry": (quantized, ["quantize", "-i", "quantized.safetensors", "--dry-run"], "is quantized already"),
+    "quantized already": (
+        quantized,
+        ["quantize", "-i", "quantized.safetensors"],
+        "is quantized already (int8_tensorwise)",
+    ),
+    "quantized already, dry": (
+        quantized,
+        ["quantize", "-i", "quantized.safetensors", "--dry-run"],
+        "is quantized already",
+    ),
     "nothing but NaN": (nan_model, ["quantize", "-i", "nan.safetensors"], "NaN or Inf"),
     "nothing to quantize": (nothing, [*Q, "--exclude-layers", "."], "has no layer to quantize"),
     "no such granularity": (nothing, [*Q, "--scaling_mode", "tensr"], "did you mean 'tensor'"),
@@ -280,7 +336,11 @@ ERRORS = {
     "a recipe that is no TOML": (recipe_file(b"a = \n\n b"), [*Q, "--recipe", "recipe.toml"], "not valid TOML"),
     "a recipe that is no JSON": (recipe_file(b"{", "recipe.json"), [*Q, "--recipe", "recipe.json"], "not valid JSON"),
     "an unknown field in a recipe": (recipe_file(b"bits = 8"), [*Q, "--recipe", "recipe.toml"], "no field 'bits'"),
-    "the source as output": (nothing, ["quantize", "-i", "model.safetensors", "-o", "model.safetensors"], "is the source itself"),
+    "the source as output": (
+        nothing,
+        ["quantize", "-i", "model.safetensors", "-o", "model.safetensors"],
+        "is the source itself",
+    ),
     "an output in the way": (in_the_way, Q, "made from something else"),
     "a folder as output": (nothing, ["quantize", "-i", "model.safetensors", "-o", "."], "is a folder"),
     "a report that cannot be written": (nothing, [*Q, "--report", "none/report.json"], "report"),
@@ -288,7 +348,7 @@ ERRORS = {
     "verify a missing file": (nothing, ["verify", "none.safetensors"], "There is no file"),
     "inspect text": (text_file, ["inspect", "text.safetensors"], "is not a safetensors file"),
     "plan a missing file": (nothing, ["plan", "-i", "none.safetensors"], "There is no file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("prepare, words, sentence", ERRORS.values(), ids=ERRORS)
@@ -356,7 +416,10 @@ def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, lis
     assert verify_file(work / "model_int8_row.safetensors").problems == []
     with safe_open(work / "model_int8_row.safetensors", "pt") as file:
         assert json.loads(file.metadata()["learned_rounding"])["version"] == "9.8.7"
-    assert [name for name in listing() if name.startswith("work/")] == ["work/model.safetensors", "work/model_int8_row.safetensors"]
+    assert [name for name in listing() if name.startswith("work/")] == [
+        "work/model.safetensors",
+        "work/model_int8_row.safetensors",
+    ]
 
 
 def test_a_link_to_the_folder_runs_and_an_error_has_no_trace(tmp_path):

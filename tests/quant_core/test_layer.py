@@ -17,7 +17,10 @@ def random(*shape, seed=0):
 @pytest.mark.parametrize("format, granularity", TARGETS)
 def test_dtypes_that_hold_the_same_numbers_give_the_same_codes(format, granularity):
     half = (torch.randint(-200, 200, (16, 24), generator=torch.Generator().manual_seed(0)) / 128).to(torch.bfloat16)
-    results = [quantize_weight(half.to(dtype), format, granularity=granularity) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    results = [
+        quantize_weight(half.to(dtype), format, granularity=granularity)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ]
     for other in results[1:]:
         assert torch.equal(other.codes.view(torch.uint8), results[0].codes.view(torch.uint8))
         assert torch.equal(other.scale, results[0].scale) and other.weight_error == results[0].weight_error
@@ -45,7 +48,14 @@ def test_parameters_and_views_are_taken():
 
 @pytest.mark.parametrize(
     "weight",
-    [torch.zeros(4), torch.zeros(2, 2, 2), torch.zeros(0, 4), torch.zeros(4, 0), torch.zeros(2, 2, dtype=torch.int8), torch.tensor(1.0)],
+    [
+        torch.zeros(4),
+        torch.zeros(2, 2, 2),
+        torch.zeros(0, 4),
+        torch.zeros(4, 0),
+        torch.zeros(2, 2, dtype=torch.int8),
+        torch.tensor(1.0),
+    ],
     ids=["vector", "3-d", "no rows", "no columns", "integers", "scalar"],
 )
 def test_anything_but_a_matrix_of_floats_is_refused(weight):
@@ -83,7 +93,7 @@ def test_the_check_can_stop_it_at_any_call(monkeypatch, format, granularity, rou
     for last in (1, total // 2, total):
         calls = 0
 
-        def stop():
+        def stop(last=last):
             nonlocal calls
             calls += 1
             if calls == last:

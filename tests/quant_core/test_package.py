@@ -64,10 +64,16 @@ def test_the_library_knows_no_host(path):
             assert name.split(".")[1] in ("quant_core", "kernels"), f"{path}:{line} imports {name}"
         else:
             top = name.split(".")[0]
-            assert top not in HOST and (top in sys.stdlib_module_names or top in NEEDED), f"{path}:{line} imports {name}"
+            assert top not in HOST and (top in sys.stdlib_module_names or top in NEEDED), (
+                f"{path}:{line} imports {name}"
+            )
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.parent != CORE or path.name != "__init__.py"], ids=lambda path: str(path.relative_to(CORE)))
+@pytest.mark.parametrize(
+    "path",
+    [path for path in MODULES if path.parent != CORE or path.name != "__init__.py"],
+    ids=lambda path: str(path.relative_to(CORE)),
+)
 def test_no_part_imports_from_its_own_floor_or_above(path):
     floor = {name: height for height, names in enumerate(FLOORS) for name in names}
     own = dotted(path)[1]
@@ -115,13 +121,27 @@ assert not [name for name in sys.modules if name.startswith("learned_rounding.no
 
 
 def test_importing_needs_no_comfyui(tmp_path):
-    result = subprocess.run([sys.executable, "-c", WITHOUT_HOST.format(hosts=HOST)], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_HOST.format(hosts=HOST)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
 
 
 def test_front_doors():
     core = import_module("learned_rounding.quant_core")
-    assert {"quantize_weight", "quantize_file", "quantize_tensors", "Recipe", "FORMATS", "PRESETS", "QuantizationError"} <= set(core.__all__)
+    assert {
+        "quantize_weight",
+        "quantize_file",
+        "quantize_tensors",
+        "Recipe",
+        "FORMATS",
+        "PRESETS",
+        "QuantizationError",
+    } <= set(core.__all__)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(CORE)))
@@ -143,7 +163,9 @@ def test_requirements_are_those_of_the_project():
 
 def test_what_is_imported_is_required():
     required = {re.match(r"[\w.-]+", line)[0].lower() for line in PROJECT["project"]["dependencies"]} | {"torch"}
-    used = {name.split(".")[0] for path in MODULES for _, name in imports(path) if not name.startswith(".")} - set(sys.stdlib_module_names)
+    used = {name.split(".")[0] for path in MODULES for _, name in imports(path) if not name.startswith(".")} - set(
+        sys.stdlib_module_names
+    )
     assert used - {"tomllib"} <= required
 
 

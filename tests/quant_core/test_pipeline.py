@@ -1,4 +1,4 @@
-"""File to file and state dict to state dict: what comes out, what is said on the way, and what is left when it stops."""
+"""File to file and state dict to state dict: what comes out, what is said on the way, what a stopped run leaves."""
 
 import errno
 import json
@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, pipeline, quantize_file, quantize_tensors, quantize_weight
 from learned_rounding.quant_core.checkpoints import verify_file, writer
-from learned_rounding.quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError, OutputError, OutputExistsError, QuantizationError, SourceError
+from learned_rounding.quant_core.errors import (
+    AlreadyQuantizedError,
+    NothingToQuantizeError,
+    OutputError,
+    OutputExistsError,
+    QuantizationError,
+    SourceError,
+)
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted, RunFinished, RunStarted
 from learned_rounding.quant_core.pipeline import output_name
 from learned_rounding.quant_core.rounding import slabs
@@ -37,7 +44,9 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(
-        (left[name].dtype, left[name].shape, raw(left[name])) == (right[name].dtype, right[name].shape, raw(right[name])) for name in left
+        (left[name].dtype, left[name].shape, raw(left[name]))
+        == (right[name].dtype, right[name].shape, raw(right[name]))
+        for name in left
     )
 
 
@@ -58,9 +67,13 @@ def test_a_file_is_quantized_layer_by_layer(model, model_file, tmp_path, listing
     expected = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in LINEARS}
     for layer in LINEARS:
         expected |= quantize_weight(
-            tensors[f"{layer}.weight"], recipe.format, granularity=recipe.granularity, rounding=recipe.rounding,
-            full_precision_matmul=recipe.full_precision_matmul, seed=recipe.seed,
-        ).tensors(layer)  # fmt: skip
+            tensors[f"{layer}.weight"],
+            recipe.format,
+            granularity=recipe.granularity,
+            rounding=recipe.rounding,
+            full_precision_matmul=recipe.full_precision_matmul,
+            seed=recipe.seed,
+        ).tensors(layer)
     assert same(load_file(out), expected)
     assert verify_file(out).problems == [] and verify_file(out).layers == len(LINEARS)
     assert listing() == ["model.safetensors", "out.safetensors"]
@@ -68,7 +81,9 @@ def test_a_file_is_quantized_layer_by_layer(model, model_file, tmp_path, listing
     assert report.output == str(out) and report.bytes_out == out.stat().st_size and not report.already_done
     assert report.bytes_in == sum(tensor.nbytes for tensor in tensors.values())
     assert {layer.name for layer in report.layers} == {f"{layer}.weight" for layer in LINEARS}
-    assert {kept.name for kept in report.kept} == expected.keys() & tensors.keys() - {f"{layer}.weight" for layer in LINEARS}
+    assert {kept.name for kept in report.kept} == expected.keys() & tensors.keys() - {
+        f"{layer}.weight" for layer in LINEARS
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -92,9 +107,16 @@ def test_header_and_tensors_say_the_same(model, tmp_path):
         quantize_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", RECIPES["int8 row"], overwrite=True)
         header = json.loads(metadata_of(tmp_path / "out.safetensors")["_quantization_metadata"])
         tensors = load_file(tmp_path / "out.safetensors")
-        beside = {name.removesuffix(".comfy_quant"): json.loads(raw(tensor)) for name, tensor in tensors.items() if name.endswith(".comfy_quant")}
+        beside = {
+            name.removesuffix(".comfy_quant"): json.loads(raw(tensor))
+            for name, tensor in tensors.items()
+            if name.endswith(".comfy_quant")
+        }
         assert beside == {prefix + layer: {"format": "int8_tensorwise", "per_row": True} for layer in LINEARS}
-        assert header == {"format_version": "1.0", "layers": {**beside, **{layer: beside[prefix + layer] for layer in LINEARS}}}
+        assert header == {
+            "format_version": "1.0",
+            "layers": {**beside, **{layer: beside[prefix + layer] for layer in LINEARS}},
+        }
 
 
 def test_metadata_of_the_source_is_kept(model_file, tmp_path):
@@ -108,7 +130,10 @@ def test_metadata_of_the_source_is_kept(model_file, tmp_path):
 
 def test_removed_tensors_are_left_out_and_reported(layer_names, tmp_path):
     tensors = {name: torch.ones([min(side, 32) for side in shape]) for name, shape in layer_names("t5").items()}
-    tensors |= {"lm_head.weight": torch.ones(32, 32), "decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(32, 32)}
+    tensors |= {
+        "lm_head.weight": torch.ones(32, 32),
+        "decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(32, 32),
+    }
     save_file(tensors, tmp_path / "t5.safetensors")
     events = []
     report = quantize_file(tmp_path / "t5.safetensors", tmp_path / "out.safetensors", on_event=events.append)
@@ -128,14 +153,23 @@ def test_events_come_in_order(model, model_file, tmp_path):
     first, *middle, last = events
     tensors = model()
     assert isinstance(first, RunStarted) and isinstance(last, RunFinished) and last.report is report
-    assert (first.source, first.format, first.granularity, first.preset) == ("model.safetensors", "int8_tensorwise", "row", "none")
+    assert (first.source, first.format, first.granularity, first.preset) == (
+        "model.safetensors",
+        "int8_tensorwise",
+        "row",
+        "none",
+    )
     assert (first.layers, first.kept) == (6, len(tensors) - 6)
     assert first.bytes_in == sum(tensor.nbytes for tensor in tensors.values())
     layers = [event for event in middle if isinstance(event, (LayerStarted, LayerFinished))]
     assert [type(event) for event in layers] == [LayerStarted, LayerFinished] * 6
     for index in range(6):
         started, finished = layers[2 * index : 2 * index + 2]
-        assert (started.index, started.total, started.name, started.shape) == (finished.index, finished.total, finished.name, finished.shape) == (index, 6, started.name, tuple(tensors[started.name].shape))
+        assert (
+            (started.index, started.total, started.name, started.shape)
+            == (finished.index, finished.total, finished.name, finished.shape)
+            == (index, 6, started.name, tuple(tensors[started.name].shape))
+        )
         assert middle.index(finished) == middle.index(started) + 1
         assert (finished.format, finished.granularity) == ("int8_tensorwise", "row")
         assert 0 < finished.weight_error < 0.02
@@ -179,7 +213,11 @@ def test_state_dicts_send_the_same_events(model, model_file, tmp_path):
 
 
 def working_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("learned-rounding")]
+    """Our threads that do not end by themselves; one that was told to stop may need a moment."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("learned-rounding")]
+    for thread in threads:
+        thread.join(timeout=20)
+    return [thread.name for thread in threads if thread.is_alive()]
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over an old file"])
@@ -294,7 +332,10 @@ def test_a_layer_with_nan_stays_in_full_precision(model, tmp_path, recipe, bad):
     (kept,) = report.unplanned
     assert kept.name == "blocks.0.mlp.0.weight" and "NaN or Inf" in kept.reason and not kept.planned and kept in events
     assert "blocks.0.mlp.0.weight: holds NaN or Inf" in report.table()
-    assert "blocks.0.mlp.0" not in json.loads(metadata_of(tmp_path / "out.safetensors")["_quantization_metadata"])["layers"]
+    assert (
+        "blocks.0.mlp.0"
+        not in json.loads(metadata_of(tmp_path / "out.safetensors")["_quantization_metadata"])["layers"]
+    )
 
 
 def test_a_nan_in_a_tensor_that_is_kept_anyway_is_nobodys_concern(model, tmp_path):
@@ -388,13 +429,17 @@ def test_the_same_run_again_does_nothing(model_file, tmp_path, listing, monkeypa
 
 
 @pytest.mark.parametrize(
-    "recipe", [Recipe(seed=1), Recipe(rounding="nearest"), Recipe(format="int8_tensorwise"), Recipe(keep=("mlp",))], ids=["seed", "rounding", "format", "keep"]
+    "recipe",
+    [Recipe(seed=1), Recipe(rounding="nearest"), Recipe(format="int8_tensorwise"), Recipe(keep=("mlp",))],
+    ids=["seed", "rounding", "format", "keep"],
 )
 def test_another_recipe_is_not_taken_for_the_same(model_file, tmp_path, recipe):
     source, out = model_file(), tmp_path / "out.safetensors"
     quantize_file(source, out)
     before = out.read_bytes()
-    with pytest.raises(OutputExistsError, match="exists and was made from something else; choose another output or overwrite"):
+    with pytest.raises(
+        OutputExistsError, match="exists and was made from something else; choose another output or overwrite"
+    ):
         quantize_file(source, out, recipe)
     assert out.read_bytes() == before
     assert not quantize_file(source, out, recipe, overwrite=True).already_done
@@ -465,7 +510,14 @@ def test_the_same_bytes_in_every_run_on_any_number_of_threads(tmp_path, recipe):
 def child(code: str, *arguments, **environment) -> str:
     """Run a few lines of Python in a process of their own; returns what they print."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, cwd=os.path.expanduser("~"))
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+        cwd=os.path.expanduser("~"),
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -496,6 +548,7 @@ except OSError:
 @pytest.fixture
 def raw_model(tmp_path):
     """raw_model({name: (dtype, shape)}) → a file of zeros that takes no room on disk, and its size."""
+
     def make(specs):
         header, end = {}, 0
         for name, (dtype, shape) in specs.items():
@@ -513,13 +566,15 @@ def raw_model(tmp_path):
 
 
 def test_a_file_far_larger_than_its_largest_tensor_needs_little_memory(tmp_path, raw_model):
-    """Two of three are convolutions, which are only copied: that takes the same way and far less time."""
+    """Most are convolutions, which are only copied: that takes the same way and far less time."""
     rows, columns, count = 6000, 8000, 13
     largest = rows * columns * 2
-    source, total = raw_model({f"{index}.weight": ("BF16", (rows, columns, 1, 1) if index % 3 else (rows, columns)) for index in range(count)})
+    source, total = raw_model(
+        {f"{index}.weight": ("BF16", (rows, columns, 1, 1) if index % 6 else (rows, columns)) for index in range(count)}
+    )
     assert largest == 96 * MEGABYTE and total > 1200 * MEGABYTE
     out = tmp_path / "out.safetensors"
     peak = int(child(PEAK, source, out)) * 1024
-    assert verify_file(out).layers == 5 and verify_file(out).problems == []
+    assert verify_file(out).layers == 3 and verify_file(out).problems == []
     out.unlink()
     assert peak <= 3 * largest + 400 * MEGABYTE, f"{peak / MEGABYTE:.0f} MB"

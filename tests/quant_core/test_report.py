@@ -19,7 +19,9 @@ def report(*errors: float, **fields) -> Report:
     return Report("model.safetensors", "int8_tensorwise", "row", "auto", "flux", layers=layers, **fields)
 
 
-@pytest.mark.parametrize("errors, median", [((0.3,), 0.3), ((0.1, 0.5), 0.3), ((0.5, 0.1, 0.2), 0.2), ((0.4, 0.1, 0.2, 0.9), 0.3)])
+@pytest.mark.parametrize(
+    "errors, median", [((0.3,), 0.3), ((0.1, 0.5), 0.3), ((0.5, 0.1, 0.2), 0.2), ((0.4, 0.1, 0.2, 0.9), 0.3)]
+)
 def test_the_median_is_that_of_the_layers(errors, median):
     assert report(*errors).median_error == pytest.approx(median)
 
@@ -34,7 +36,14 @@ def test_the_worst_come_first():
 
 
 def test_json_holds_everything():
-    made = report(0.1, 0.2, kept=[LayerKept("a.bias", (8,), "not a weight"), LayerKept("b", (2, 2), "bad", planned=False)], bytes_in=10, bytes_out=5, output="out")
+    made = report(
+        0.1,
+        0.2,
+        kept=[LayerKept("a.bias", (8,), "not a weight"), LayerKept("b", (2, 2), "bad", planned=False)],
+        bytes_in=10,
+        bytes_out=5,
+        output="out",
+    )
     values = json.loads(made.to_json())
     assert values == json.loads(json.dumps(made.to_dict()))
     assert values["median_error"] == pytest.approx(0.15)
@@ -43,8 +52,20 @@ def test_json_holds_everything():
         {"name": "a.bias", "shape": [8], "reason": "not a weight", "removed": False, "planned": True},
         {"name": "b", "shape": [2, 2], "reason": "bad", "removed": False, "planned": False},
     ]
-    assert (values["source"], values["format"], values["granularity"], values["rounding"], values["preset"]) == ("model.safetensors", "int8_tensorwise", "row", "auto", "flux")
-    assert (values["bytes_in"], values["bytes_out"], values["output"], values["already_done"], values["device"]) == (10, 5, "out", False, "cpu")
+    assert (values["source"], values["format"], values["granularity"], values["rounding"], values["preset"]) == (
+        "model.safetensors",
+        "int8_tensorwise",
+        "row",
+        "auto",
+        "flux",
+    )
+    assert (values["bytes_in"], values["bytes_out"], values["output"], values["already_done"], values["device"]) == (
+        10,
+        5,
+        "out",
+        False,
+        "cpu",
+    )
 
 
 def test_json_gives_the_report_back():
@@ -62,7 +83,14 @@ def test_json_without_layers_is_still_json():
 
 
 def test_the_table_says_what_happened():
-    made = report(*(index / 100 for index in range(1, 8)), kept=[LayerKept("a.bias", (8,), "not a weight")] * 3 + [LayerKept("n.weight", (8,), "normalisation")], bytes_in=2_000_000, bytes_out=1_000_000, output="out.safetensors", seconds=3.21)  # fmt: skip
+    made = report(
+        *(index / 100 for index in range(1, 8)),
+        kept=[LayerKept("a.bias", (8,), "not a weight")] * 3 + [LayerKept("n.weight", (8,), "normalisation")],
+        bytes_in=2_000_000,
+        bytes_out=1_000_000,
+        output="out.safetensors",
+        seconds=3.21,
+    )
     table = made.table()
     assert "int8_tensorwise per row, rounding auto" in table
     assert "layers quantized  7" in table
@@ -75,20 +103,35 @@ def test_the_table_says_what_happened():
 
 
 def test_layers_that_could_not_be_quantized_stand_out():
-    made = report(0.1, kept=[LayerKept("a.bias", (8,), "not a weight"), LayerKept("b.weight", (2, 2), "holds NaN", planned=False)])
+    made = report(
+        0.1, kept=[LayerKept("a.bias", (8,), "not a weight"), LayerKept("b.weight", (2, 2), "holds NaN", planned=False)]
+    )
     assert [kept.name for kept in made.unplanned] == ["b.weight"]
     (line,) = [line for line in made.table().splitlines() if line.startswith("KEPT")]
     assert line.endswith("b.weight: holds NaN")
 
 
 def test_a_run_that_was_done_already_says_only_that():
-    assert report(already_done=True, output="out").table() == "Already done: out was made from the same source and recipe."
+    assert (
+        report(already_done=True, output="out").table() == "Already done: out was made from the same source and recipe."
+    )
 
 
 @pytest.mark.parametrize(
     "count, text",
-    [(0, "0 B"), (1, "1 B"), (999, "999 B"), (1000, "1 KB"), (19_200_000, "19.2 MB"), (23_800_000_000, "23.8 GB"), (10**12, "1 TB"), (5 * 10**15, "5e+03 TB"), (10**6, "1 MB"), (10**9, "1 GB")],
-)  # fmt: skip
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (999, "999 B"),
+        (1000, "1 KB"),
+        (19_200_000, "19.2 MB"),
+        (23_800_000_000, "23.8 GB"),
+        (10**12, "1 TB"),
+        (5 * 10**15, "5e+03 TB"),
+        (10**6, "1 MB"),
+        (10**9, "1 GB"),
+    ],
+)
 def test_sizes_are_decimal_with_three_digits(count, text):
     assert human_bytes(count) == text
 

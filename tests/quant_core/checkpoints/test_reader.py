@@ -26,12 +26,19 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
 def random_bytes(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     count = torch.Size(shape).numel() * dtype.itemsize
     high = 2 if dtype is torch.bool else 256
-    return torch.randint(0, high, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).view(dtype).view(shape)
+    return (
+        torch.randint(0, high, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        .view(dtype)
+        .view(shape)
+    )
 
 
 @pytest.mark.parametrize("name", TORCH_DTYPES)
 def test_every_dtype_of_safetensors_own_files(tmp_path, name):
-    tensors = {f"{name}.{shape}": random_bytes(TORCH_DTYPES[name], shape) for shape in [(), (1,), (3, 5), (0,), (0, 4), (2, 0, 3), (2, 1, 3)]}
+    tensors = {
+        f"{name}.{shape}": random_bytes(TORCH_DTYPES[name], shape)
+        for shape in [(), (1,), (3, 5), (0,), (0, 4), (2, 0, 3), (2, 1, 3)]
+    }
     save_file(tensors, tmp_path / "a.safetensors")
     with SafetensorsFile(tmp_path / "a.safetensors") as source:
         assert set(source.tensors) == set(tensors)
@@ -49,16 +56,18 @@ def test_dtype_names_are_those_that_safetensors_writes(tmp_path):
 
 
 def test_tensors_come_in_the_order_of_the_file(tmp_path):
-    save_file({"b": torch.zeros(2), "a": torch.zeros(3), "c": torch.zeros(4, dtype=torch.int64)}, tmp_path / "a.safetensors")
+    save_file(
+        {"b": torch.zeros(2), "a": torch.zeros(3), "c": torch.zeros(4, dtype=torch.int64)}, tmp_path / "a.safetensors"
+    )
     with SafetensorsFile(tmp_path / "a.safetensors") as source:
         offsets = [source._offsets[name] for name in source.tensors]
         assert offsets == sorted(offsets) and len(source.tensors) == 3
 
 
 def test_metadata_size_and_name(tmp_path):
-    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors", {"ß": "long\nstory \"quoted\"", "format": "pt"})
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors", {"ß": 'long\nstory "quoted"', "format": "pt"})
     with SafetensorsFile(str(tmp_path / "a.safetensors")) as source:
-        assert source.metadata == {"ß": "long\nstory \"quoted\"", "format": "pt"}
+        assert source.metadata == {"ß": 'long\nstory "quoted"', "format": "pt"}
         assert source.size == (tmp_path / "a.safetensors").stat().st_size
         assert source.name == "a.safetensors" and source.path == tmp_path / "a.safetensors"
 
@@ -70,7 +79,9 @@ def test_no_metadata_is_an_empty_mapping(raw_file):
 
 
 def test_padding_after_the_header_is_allowed(raw_file):
-    with SafetensorsFile(raw_file('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}      ', struct.pack("<2f", 1.5, -2))) as source:
+    with SafetensorsFile(
+        raw_file('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}      ', struct.pack("<2f", 1.5, -2))
+    ) as source:
         assert source.read("a").tolist() == [1.5, -2]
 
 
@@ -208,7 +219,7 @@ def test_a_header_larger_than_the_format_allows(raw_file):
         ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [12, 20]}}, "tensor b begins at byte 12 instead of 8"),
         ({"a": {**ENTRY, "data_offsets": [8, 16]}}, "tensor a begins at byte 8 instead of 0"),
     ],
-)  # fmt: skip
+)
 def test_damaged_headers(raw_file, header, what):
     assert "fetch the file again" in refused(raw_file(header, bytes(64)), f"has a damaged header.*{what}")
 
@@ -233,7 +244,9 @@ def test_data_behind_the_last_tensor_is_refused(raw_file):
 def test_a_refused_file_is_closed(raw_file, monkeypatch, header):
     opened = []
     real = open
-    monkeypatch.setattr(reader, "open", lambda *args, **options: opened.append(real(*args, **options)) or opened[-1], raising=False)
+    monkeypatch.setattr(
+        reader, "open", lambda *args, **options: opened.append(real(*args, **options)) or opened[-1], raising=False
+    )
     refused(raw_file(header), "damaged")
     assert opened and all(file.closed for file in opened)
 

@@ -11,7 +11,9 @@ def test_a_state_dict_is_a_source(model):
     tensors = model()
     source = TensorSource(tensors, {"a": "b"})
     assert list(source.tensors) == list(tensors) and source.metadata == {"a": "b"}
-    assert all(source.tensors[name] == TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    assert all(
+        source.tensors[name] == TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
+    )
     assert all(source.read(name) is tensor for name, tensor in tensors.items())
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import struct
@@ -17,7 +18,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, SafetensorsWriter, TensorInfo, header_bytes, remove_leftovers, writer
+from learned_rounding.quant_core.checkpoints import (
+    SafetensorsFile,
+    SafetensorsWriter,
+    TensorInfo,
+    header_bytes,
+    remove_leftovers,
+    writer,
+)
 from learned_rounding.quant_core.checkpoints.dtypes import DTYPE_NAMES
 from learned_rounding.quant_core.errors import OutputError
 
@@ -35,10 +43,10 @@ def write(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | Non
 
 
 def mixed() -> dict[str, torch.Tensor]:
-    """All dtypes, sizes that 8 does not divide between those that it does, scalars and empty tensors."""
+    """Scalars, empty tensors, sizes that 8 does not divide; dtypes alternate, so that in this order none is aligned."""
     tensors = {}
-    for seed, (dtype, name) in enumerate(DTYPE_NAMES.items()):
-        for shape in [(), (3,), (8, 4), (5, 7), (0, 3), (1, 1)]:
+    for shape in [(), (3,), (8, 4), (5, 7), (0, 3), (1, 1)]:
+        for seed, (dtype, name) in enumerate(DTYPE_NAMES.items()):
             count = torch.Size(shape).numel() * dtype.itemsize
             data = torch.randint(0, 2, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
             tensors[f"{name}.{'x'.join(map(str, shape))}"] = data.view(dtype).view(shape)
@@ -57,7 +65,7 @@ def header_of(path) -> tuple[dict, int]:
 
 
 def test_safetensors_reads_every_dtype_and_size(tmp_path):
-    tensors, metadata = mixed(), {"format": "pt", "ß\n": "\"quoted\" \\ and \x01"}
+    tensors, metadata = mixed(), {"format": "pt", "ß\n": '"quoted" \\ and \x01'}
     size = write(tmp_path / "a.safetensors", tensors, metadata)
     assert size == (tmp_path / "a.safetensors").stat().st_size
     loaded = load_file(tmp_path / "a.safetensors")
@@ -82,7 +90,7 @@ def test_our_reader_reads_it_too(tmp_path):
 
 
 def test_every_tensor_is_aligned_and_nothing_lies_between(tmp_path):
-    """Readers map the file and view it in place: an offset that the item size does not divide costs a copy, or fails."""
+    """Readers view the mapped file in place: an offset that the item size does not divide costs a copy, or fails."""
     write(tmp_path / "a.safetensors", mixed())
     header, start = header_of(tmp_path / "a.safetensors")
     header.pop("__metadata__", None)
@@ -93,7 +101,7 @@ def test_every_tensor_is_aligned_and_nothing_lies_between(tmp_path):
         assert (start + entry["data_offsets"][0]) % items[entry["dtype"]] == 0, name
         spans.append(tuple(entry["data_offsets"]))
     spans.sort()
-    assert spans[0][0] == 0 and all(before[1] == after[0] for before, after in zip(spans, spans[1:]))
+    assert spans[0][0] == 0 and all(before[1] == after[0] for before, after in itertools.pairwise(spans))
     assert start + spans[-1][1] == (tmp_path / "a.safetensors").stat().st_size
 
 
@@ -140,7 +148,7 @@ SHAPES = st.lists(st.integers(0, 3), max_size=6).map(tuple)
     st.dictionaries(NAMES, st.tuples(st.sampled_from(list(DTYPE_NAMES)), SHAPES), max_size=8),
     st.dictionaries(st.text(max_size=12), st.text(max_size=40), max_size=4),
 )
-@example({"\U0001f600\x00\"\\\x7f  ": (torch.bool, (1,) * 6)}, {"\U0001f600": "\x00\x1f\"\\/"})
+@example({'\U0001f600\x00"\\\x7f  ': (torch.bool, (1,) * 6)}, {"\U0001f600": '\x00\x1f"\\/'})
 def test_the_room_left_for_the_header_is_never_too_small(specs, metadata):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
@@ -150,7 +158,9 @@ def test_the_room_left_for_the_header_is_never_too_small(specs, metadata):
             assert set(file.keys()) == set(tensors)
             assert (file.metadata() or {}) == metadata
         with SafetensorsFile(path) as file:
-            assert {name: spec for name, spec in file.tensors.items()} == {name: TensorInfo(*spec) for name, spec in specs.items()}
+            assert {name: spec for name, spec in file.tensors.items()} == {
+                name: TensorInfo(*spec) for name, spec in specs.items()
+            }
             assert file.metadata == metadata
 
 
@@ -250,9 +260,14 @@ SENTENCES = {
 def test_a_disk_that_fails_leaves_nothing(tmp_path, listing, monkeypatch, room, code):
     """41,000 bytes hold both large tensors; what is left to write is the odd one and the header."""
     real = open
-    monkeypatch.setattr(writer, "open", lambda path, mode, **options: _Full(real(path, mode, **options), room, code), raising=False)
+    monkeypatch.setattr(
+        writer, "open", lambda path, mode, **options: _Full(real(path, mode, **options), room, code), raising=False
+    )
     with pytest.raises(OutputError, match=SENTENCES[code]) as caught:
-        write(tmp_path / "a.safetensors", {"a": torch.zeros(1000), "b": torch.zeros(9000), "odd": torch.zeros(1001, dtype=torch.uint8)})
+        write(
+            tmp_path / "a.safetensors",
+            {"a": torch.zeros(1000), "b": torch.zeros(9000), "odd": torch.zeros(1001, dtype=torch.uint8)},
+        )
     monkeypatch.undo()
     assert str(tmp_path / "a.safetensors") in str(caught.value)
     assert listing() == []
@@ -272,15 +287,19 @@ def test_a_failure_at_the_very_end_leaves_nothing(tmp_path, listing, monkeypatch
 
 
 def test_a_writer_takes_as_many_writes_as_the_system_wants(tmp_path, monkeypatch):
-    """One write call may take only part of what it is given, and on a disk that is nearly full it does so without an error."""
+    """One write call may take only a part, and on a disk that is nearly full it does so without an error."""
 
     class Short(_Full):
         def write(self, data) -> int:
             return self._file.write(memoryview(data).cast("B")[:777])
 
     real = open
-    monkeypatch.setattr(writer, "open", lambda path, mode, **options: Short(real(path, mode, **options), 0, 0), raising=False)
-    tensors = {"a": torch.arange(1000), "odd": torch.arange(1001).to(torch.uint8)} | {f"long name {index}": torch.zeros(1) for index in range(40)}
+    monkeypatch.setattr(
+        writer, "open", lambda path, mode, **options: Short(real(path, mode, **options), 0, 0), raising=False
+    )
+    tensors = {"a": torch.arange(1000), "odd": torch.arange(1001).to(torch.uint8)} | {
+        f"long name {index}": torch.zeros(1) for index in range(40)
+    }
     write(tmp_path / "a.safetensors", tensors)
     monkeypatch.undo()
     loaded = load_file(tmp_path / "a.safetensors")
@@ -330,7 +349,11 @@ def test_leftovers_of_dead_runs_are_removed(tmp_path, listing, name):
 
 
 def test_files_of_other_outputs_are_left_alone(tmp_path, listing):
-    others = [leftover(tmp_path / "b.safetensors"), leftover(tmp_path / "ba.safetensors"), leftover(tmp_path / "x.safetensors")]
+    others = [
+        leftover(tmp_path / "b.safetensors"),
+        leftover(tmp_path / "ba.safetensors"),
+        leftover(tmp_path / "x.safetensors"),
+    ]
     (tmp_path / "a.safetensors.partial").write_bytes(b"somebody else's")
     before = listing()
     assert remove_leftovers(tmp_path / "a.safetensors") == 0
@@ -349,8 +372,11 @@ def test_a_living_run_in_this_process_keeps_its_file(tmp_path):
 
 def test_a_living_run_in_another_process_keeps_its_file(tmp_path):
     partial = leftover(tmp_path / "a.safetensors")
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'rb'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", hold, str(partial)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'rb'); fcntl.flock(f, fcntl.LOCK_EX); "
+    hold += "print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(partial)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout.readline() == "held\n"
         assert remove_leftovers(tmp_path / "a.safetensors") == 0 and partial.exists()
         holder.stdin.close()

@@ -29,7 +29,9 @@ def test_codes_are_the_nearest_ties_to_even(grid):
     _, values = finite_values(grid)
     ties = (values[1:] + values[:-1]) / 2
     step = values.diff()
-    numbers = torch.cat([values, ties, ties + step / 16, ties - step / 16, torch.linspace(-500, 500, 997, dtype=torch.float64)]).float()
+    numbers = torch.cat(
+        [values, ties, ties + step / 16, ties - step / 16, torch.linspace(-500, 500, 997, dtype=torch.float64)]
+    ).float()
     assert torch.equal(grid.encode(numbers.clone()).double(), nearest_even(grid, numbers))
 
 

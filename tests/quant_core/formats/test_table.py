@@ -47,7 +47,10 @@ def test_json_of_a_layer(name, granularity, full_precision, config):
     ],
 )
 def test_specs_give_dtypes_and_shapes(name, granularity, dtype, scale):
-    assert find_format(name).specs(granularity, (6, 4)) == {"weight": (dtype, (6, 4)), "weight_scale": (torch.float32, scale)}
+    assert find_format(name).specs(granularity, (6, 4)) == {
+        "weight": (dtype, (6, 4)),
+        "weight_scale": (torch.float32, scale),
+    }
 
 
 @pytest.mark.parametrize("wrong, near", [("float8_e4m3", "float8_e4m3fn"), ("int8_tensorwize", "int8_tensorwise")])

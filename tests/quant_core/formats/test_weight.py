@@ -11,7 +11,14 @@ from learned_rounding.quant_core.checkpoints.source import TensorSource
 
 CASES = [
     ("float8_e4m3fn", None, False, torch.float8_e4m3fn, (), '{"format":"float8_e4m3fn"}'),
-    ("float8_e4m3fn", None, True, torch.float8_e4m3fn, (), '{"format":"float8_e4m3fn","full_precision_matrix_mult":true}'),
+    (
+        "float8_e4m3fn",
+        None,
+        True,
+        torch.float8_e4m3fn,
+        (),
+        '{"format":"float8_e4m3fn","full_precision_matrix_mult":true}',
+    ),
     ("int8_tensorwise", None, False, torch.int8, (6, 1), '{"format":"int8_tensorwise","per_row":true}'),
     ("int8_tensorwise", "row", False, torch.int8, (6, 1), '{"format":"int8_tensorwise","per_row":true}'),
     ("int8_tensorwise", "tensor", False, torch.int8, (), '{"format":"int8_tensorwise"}'),
@@ -46,7 +53,9 @@ def test_header_entry_says_what_the_tensor_says(weight, format, granularity, ful
     assert text in header  # byte for byte the same spelling
 
 
-@pytest.mark.parametrize("format, granularity", [("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "tensor")])
+@pytest.mark.parametrize(
+    "format, granularity", [("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "tensor")]
+)
 def test_dequantize_is_scale_times_code(weight, format, granularity):
     quantized = quantize_weight(weight, format, granularity=granularity)
     decoded = quantized.dequantize()

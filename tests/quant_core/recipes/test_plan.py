@@ -10,35 +10,54 @@ from learned_rounding.quant_core.recipes import make_plan
 
 EXPECTED = {
     "flux": {
-        "keep": """img_in txt_in time_in.in_layer time_in.out_layer vector_in.in_layer vector_in.out_layer guidance_in.in_layer
-            guidance_in.out_layer final_layer.linear final_layer.adaLN_modulation.1 double_blocks.0.img_attn.norm.query_norm
-            double_blocks.0.txt_attn.norm.key_norm single_blocks.0.norm.query_norm""",
-        "quantize": """double_blocks.0.img_attn.qkv double_blocks.0.img_attn.proj double_blocks.0.img_mlp.0 double_blocks.0.img_mlp.2
-            double_blocks.0.txt_attn.qkv double_blocks.0.txt_mlp.2 double_blocks.0.img_mod.lin double_blocks.0.txt_mod.lin
-            single_blocks.0.linear1 single_blocks.0.linear2 single_blocks.0.modulation.lin""",
+        "keep": """
+            img_in txt_in time_in.in_layer time_in.out_layer vector_in.in_layer vector_in.out_layer
+            guidance_in.in_layer guidance_in.out_layer final_layer.linear final_layer.adaLN_modulation.1
+            double_blocks.0.img_attn.norm.query_norm double_blocks.0.txt_attn.norm.key_norm
+            single_blocks.0.norm.query_norm
+        """,
+        "quantize": """
+            double_blocks.0.img_attn.qkv double_blocks.0.img_attn.proj double_blocks.0.img_mlp.0
+            double_blocks.0.img_mlp.2 double_blocks.0.txt_attn.qkv double_blocks.0.txt_mlp.2
+            double_blocks.0.img_mod.lin double_blocks.0.txt_mod.lin single_blocks.0.linear1
+            single_blocks.0.linear2 single_blocks.0.modulation.lin
+        """,
     },
     "t5": {
-        "keep": """shared encoder.final_layer_norm encoder.block.0.layer.0.layer_norm
-            encoder.block.0.layer.0.SelfAttention.relative_attention_bias""",
-        "quantize": """encoder.block.0.layer.0.SelfAttention.q encoder.block.0.layer.0.SelfAttention.k
+        "keep": """
+            shared encoder.final_layer_norm encoder.block.0.layer.0.layer_norm
+            encoder.block.0.layer.0.SelfAttention.relative_attention_bias
+        """,
+        "quantize": """
+            encoder.block.0.layer.0.SelfAttention.q encoder.block.0.layer.0.SelfAttention.k
             encoder.block.0.layer.0.SelfAttention.v encoder.block.0.layer.0.SelfAttention.o
             encoder.block.0.layer.1.DenseReluDense.wi_0 encoder.block.0.layer.1.DenseReluDense.wi_1
-            encoder.block.0.layer.1.DenseReluDense.wo""",
+            encoder.block.0.layer.1.DenseReluDense.wo
+        """,
     },
     "wan_t2v": {
-        "keep": """text_embedding.0 text_embedding.2 time_embedding.0 time_embedding.2 time_projection.1 head.head patch_embedding
-            blocks.0.norm3 blocks.0.self_attn.norm_q blocks.0.cross_attn.norm_k""",
-        "quantize": """blocks.0.ffn.0 blocks.0.ffn.2 blocks.0.self_attn.q blocks.0.self_attn.k blocks.0.self_attn.v blocks.0.self_attn.o
-            blocks.0.cross_attn.q blocks.0.cross_attn.o""",
+        "keep": """
+            text_embedding.0 text_embedding.2 time_embedding.0 time_embedding.2 time_projection.1 head.head
+            patch_embedding blocks.0.norm3 blocks.0.self_attn.norm_q blocks.0.cross_attn.norm_k
+        """,
+        "quantize": """
+            blocks.0.ffn.0 blocks.0.ffn.2 blocks.0.self_attn.q blocks.0.self_attn.k blocks.0.self_attn.v
+            blocks.0.self_attn.o blocks.0.cross_attn.q blocks.0.cross_attn.o
+        """,
     },
     "wan_i2v": {
         "keep": "img_emb.proj.0 img_emb.proj.1 img_emb.proj.3 img_emb.proj.4",
         "quantize": "blocks.0.cross_attn.k_img blocks.0.cross_attn.v_img",
     },
-    "wan_vace": {"keep": "vace_patch_embedding", "quantize": "vace_blocks.0.ffn.0 vace_blocks.0.before_proj vace_blocks.0.after_proj"},
+    "wan_vace": {
+        "keep": "vace_patch_embedding",
+        "quantize": "vace_blocks.0.ffn.0 vace_blocks.0.before_proj vace_blocks.0.after_proj",
+    },
     "wan_s2v": {
-        "keep": """trainable_cond_mask cond_encoder casual_audio_encoder.encoder.final_linear audio_injector.injector.0.q
-            audio_injector.injector_adain_layers.0.linear frame_packer.proj""",
+        "keep": """
+            trainable_cond_mask cond_encoder casual_audio_encoder.encoder.final_linear
+            audio_injector.injector.0.q audio_injector.injector_adain_layers.0.linear frame_packer.proj
+        """,
         "quantize": "blocks.0.ffn.0",
     },
     "wan_animate": {
@@ -46,19 +65,37 @@ EXPECTED = {
         "quantize": "blocks.0.ffn.0",
     },
     "hunyuan": {
-        "keep": """img_in.proj double_blocks.0.img_attn.norm.query_norm single_blocks.0.norm.key_norm txt_in.input_embedder
-            txt_in.individual_token_refiner.blocks.0.norm1 txt_in.individual_token_refiner.blocks.0.norm2""",
-        "quantize": """double_blocks.0.img_attn.qkv double_blocks.0.txt_mlp.0 single_blocks.0.linear1 single_blocks.0.linear2
-            txt_in.individual_token_refiner.blocks.0.self_attn.qkv""",
+        "keep": """
+            img_in.proj double_blocks.0.img_attn.norm.query_norm single_blocks.0.norm.key_norm
+            txt_in.input_embedder txt_in.individual_token_refiner.blocks.0.norm1
+            txt_in.individual_token_refiner.blocks.0.norm2
+        """,
+        "quantize": """
+            double_blocks.0.img_attn.qkv double_blocks.0.txt_mlp.0 single_blocks.0.linear1
+            single_blocks.0.linear2 txt_in.individual_token_refiner.blocks.0.self_attn.qkv
+        """,
     },
-    "hunyuan_1_5": {"keep": "vision_in.proj.0 vision_in.proj.4 cond_type_embedding byt5_in.layernorm", "quantize": "vision_in.proj.1 byt5_in.fc1"},
+    "hunyuan_1_5": {
+        "keep": "vision_in.proj.0 vision_in.proj.4 cond_type_embedding byt5_in.layernorm",
+        "quantize": "vision_in.proj.1 byt5_in.fc1",
+    },
 }
-PRESET_OF = {"t5": "t5xxl", "wan_t2v": "wan", "wan_i2v": "wan", "wan_vace": "wan", "wan_s2v": "wan", "wan_animate": "wan", "hunyuan_1_5": "hunyuan"}
+PRESET_OF = {
+    "t5": "t5xxl",
+    "wan_t2v": "wan",
+    "wan_i2v": "wan",
+    "wan_vace": "wan",
+    "wan_s2v": "wan",
+    "wan_animate": "wan",
+    "hunyuan_1_5": "hunyuan",
+}
 PREFIXES = ["", "model.diffusion_model."]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("family, action", [(family, action) for family, actions in EXPECTED.items() for action in actions])
+@pytest.mark.parametrize(
+    "family, action", [(family, action) for family, actions in EXPECTED.items() for action in actions]
+)
 def test_what_becomes_of_real_layers(layer_names, header_source, family, action, prefix):
     if family == "t5" and prefix:
         prefix = ""  # a text encoder stands in a file of its own
@@ -89,9 +126,12 @@ def test_presets_named_and_recognised_decide_alike(layer_names, header_source, f
 
 def test_a_decoder_is_left_out_of_a_t5(layer_names, header_source):
     extra = {
-        "encoder.embed_tokens.weight": (32128, 4096), "decoder.embed_tokens.weight": (32128, 4096), "lm_head.weight": (32128, 4096),
-        "decoder.block.0.layer.0.SelfAttention.q.weight": (4096, 4096), "decoder.final_layer_norm.weight": (4096,),
-    }  # fmt: skip
+        "encoder.embed_tokens.weight": (32128, 4096),
+        "decoder.embed_tokens.weight": (32128, 4096),
+        "lm_head.weight": (32128, 4096),
+        "decoder.block.0.layer.0.SelfAttention.q.weight": (4096, 4096),
+        "decoder.final_layer_norm.weight": (4096,),
+    }
     plan = make_plan(header_source({**layer_names("t5"), **extra}))
     actions = {name: plan.decisions[name].action for name in extra}
     assert actions == {name: "keep" if name.startswith("encoder") else "remove" for name in extra}
@@ -101,8 +141,18 @@ def test_a_decoder_is_left_out_of_a_t5(layer_names, header_source):
 
 def test_a_vae_decoder_is_never_removed(layer_names, header_source):
     """`decoder` stands in the names of every VAE too."""
-    names = {**layer_names("flux", "model.diffusion_model."), "vae.decoder.conv_in.weight": (512, 16, 3, 3), "decoder.conv_in.weight": (512, 16, 3, 3)}
+    names = {
+        **layer_names("flux", "model.diffusion_model."),
+        "vae.decoder.conv_in.weight": (512, 16, 3, 3),
+        "decoder.conv_in.weight": (512, 16, 3, 3),
+    }
     assert not list(make_plan(header_source(names)).names("remove"))
+    text = {
+        **layer_names("t5"),
+        "vae.decoder.conv_in.weight": (512, 512),
+        "text_model.decoder.layer.weight": (512, 512),
+    }
+    assert not list(make_plan(header_source(text), preset="t5xxl").names("remove"))
 
 
 WHOLE = {
@@ -124,16 +174,23 @@ def test_text_encoders_and_vae_of_a_whole_checkpoint_stay_as_they_are(layer_name
 
 
 def test_the_diffusion_model_of_a_whole_checkpoint_gets_its_own_keep_list(layer_names, header_source):
-    whole = {**layer_names("flux", "model.diffusion_model."), **layer_names("t5", "text_encoders.t5xxl.transformer."), **WHOLE}
+    whole = {
+        **layer_names("flux", "model.diffusion_model."),
+        **layer_names("t5", "text_encoders.t5xxl.transformer."),
+        **WHOLE,
+    }
     plan = make_plan(header_source(whole))
     for name in ("img_in", "txt_in", "time_in.in_layer", "final_layer.linear"):
         assert plan.decisions[f"model.diffusion_model.{name}.weight"].action == "keep", name
 
 
 GENERAL = {
-    "keep": """norm norm1 norm_out.linear blocks.0.attn_norm blocks.0.q_norm blocks.0.layernorm blocks.0.rms_norm groupnorm token_embed
-        x_embedder t_embedder.mlp.0 embed_tokens model.wte shared pos_emb lm_head""",
-    "quantize": "blocks.0.attn.qkv blocks.0.normal_proj blocks.0.abnormal conformer.proj shared_experts.up normalize_in",
+    "keep": """
+            norm norm1 norm_out.linear blocks.0.attn_norm blocks.0.q_norm blocks.0.layernorm
+            blocks.0.rms_norm groupnorm token_embed x_embedder t_embedder.mlp.0 embed_tokens model.wte
+            shared pos_emb lm_head
+        """,
+    "quantize": "blocks.0.attn.qkv normal_proj abnormal conformer.proj shared_experts.up normalize_in",
 }
 
 
@@ -147,10 +204,22 @@ def test_the_general_rule(header_source, action):
 
 
 def test_biases_and_convolutions_are_kept(header_source):
-    source = header_source({"a.weight": (64, 64), "a.bias": (64,), "conv.weight": (8, 8, 3, 3), "step": (), "b.weight": TensorInfo(torch.int64, (8, 8))})
+    source = header_source(
+        {
+            "a.weight": (64, 64),
+            "a.bias": (64,),
+            "conv.weight": (8, 8, 3, 3),
+            "step": (),
+            "b.weight": TensorInfo(torch.int64, (8, 8)),
+        }
+    )
     assert {name: decision.action for name, decision in make_plan(source).decisions.items()} == {
-        "a.weight": "quantize", "a.bias": "keep", "conv.weight": "keep", "step": "keep", "b.weight": "keep",
-    }  # fmt: skip
+        "a.weight": "quantize",
+        "a.bias": "keep",
+        "conv.weight": "keep",
+        "step": "keep",
+        "b.weight": "keep",
+    }
 
 
 def test_decisions_follow_the_order_of_the_source(layer_names, header_source):
@@ -172,7 +241,9 @@ def test_own_patterns_do_not_bring_back_what_a_preset_removes(layer_names, heade
 
 
 def test_heur_keeps_small_layers(header_source):
-    source = header_source({"a.weight": (4096, 4096), "b.weight": (64, 4096), "c.weight": (3072, 3072), "d.weight": (4096, 100)})
+    source = header_source(
+        {"a.weight": (4096, 4096), "b.weight": (64, 4096), "c.weight": (3072, 3072), "d.weight": (4096, 100)}
+    )
     assert list(make_plan(source).names("quantize")) == ["a.weight", "b.weight", "c.weight", "d.weight"]
     heur = make_plan(source, heur=True)
     assert list(heur.names("quantize")) == ["a.weight"]
@@ -194,12 +265,16 @@ def test_explanations_without_a_preset(header_source):
 
 @pytest.mark.parametrize("names", [{}, {"norm.weight": (8, 8)}, {"conv.weight": (8, 8, 3, 3), "a.bias": (8,)}])
 def test_nothing_to_quantize_says_what_was_kept(header_source, names):
-    with pytest.raises(NothingToQuantizeError, match=rf"model.safetensors has no layer to quantize.*{len(names)} tensors"):
+    with pytest.raises(
+        NothingToQuantizeError, match=rf"model.safetensors has no layer to quantize.*{len(names)} tensors"
+    ):
         make_plan(header_source(names))
 
 
 @pytest.mark.parametrize("preset", ["auto", "none", *PRESETS])
 def test_quantized_sources_are_refused_by_the_name_of_their_format(preset):
     codes = TensorSource({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e5m2)}, name="old.safetensors")
-    with pytest.raises(AlreadyQuantizedError, match="old.safetensors is quantized already.*F8_E5M2.*full-precision original"):
+    with pytest.raises(
+        AlreadyQuantizedError, match="old.safetensors is quantized already.*F8_E5M2.*full-precision original"
+    ):
         make_plan(codes, preset=preset)

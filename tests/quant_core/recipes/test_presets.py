@@ -13,16 +13,30 @@ from learned_rounding.quant_core.recipes.toml import tomllib
 FILES = sorted((Path(presets.__file__).parent / "presets").glob("*.toml"))
 # What is recognised as what; a family of its own without a preset must be recognised as nothing.
 FAMILIES = {
-    "flux": "flux", "t5": "t5xxl", "umt5": "t5xxl", "hunyuan": "hunyuan", "hunyuan_1_5": "hunyuan",
-    "wan_t2v": "wan", "wan_i2v": "wan", "wan_vace": "wan", "wan_s2v": "wan", "wan_animate": "wan",
-}  # fmt: skip
+    "flux": "flux",
+    "t5": "t5xxl",
+    "umt5": "t5xxl",
+    "hunyuan": "hunyuan",
+    "hunyuan_1_5": "hunyuan",
+    "wan_t2v": "wan",
+    "wan_i2v": "wan",
+    "wan_vace": "wan",
+    "wan_s2v": "wan",
+    "wan_animate": "wan",
+}
 OTHERS = {"flux2", "chroma", "chroma_radiance", "qwen_image"}
 DIFFUSION = [name for name in FAMILIES if name not in ("t5", "umt5")]
 
 
 def tencent_spelling(names):
     """Hunyuan Video as published, before ComfyUI renames its layers."""
-    renames = (("_attn.qkv.", "_attn_qkv."), ("_attn.proj.", "_attn_proj."), ("_mod.lin.", "_mod.linear."), ("mlp.0.", "mlp.fc1."), ("mlp.2.", "mlp.fc2."))
+    renames = (
+        ("_attn.qkv.", "_attn_qkv."),
+        ("_attn.proj.", "_attn_proj."),
+        ("_mod.lin.", "_mod.linear."),
+        ("mlp.0.", "mlp.fc1."),
+        ("mlp.2.", "mlp.fc2."),
+    )
     for new, old in renames:
         names = [name.replace(new, old) for name in names]
     return names
@@ -93,6 +107,23 @@ def test_no_two_presets_fit_one_family(layer_names, family):
     assert len([preset for preset in PRESETS.values() if preset.fits(layer_names(family))]) <= 1
 
 
+@pytest.mark.parametrize(
+    "preset, gone",
+    [(preset, gone) for preset in PRESETS.values() for gone in preset.absent],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_names_that_must_be_absent_rule_a_family_out(preset, gone):
+    assert preset.fits(preset.detect[0])
+    for prefix in ("", "model.diffusion_model."):
+        assert not preset.fits([*preset.detect[0], prefix + gone])
+
+
+@pytest.mark.parametrize("gone", ["distilled_guidance_layer.in_proj.weight", "double_stream_modulation_img.lin.weight"])
+def test_relatives_of_flux_are_no_flux(layer_names, gone):
+    """Chroma and Flux.2, should a fine-tune of theirs carry every name that Flux.1 has."""
+    assert recognise([*layer_names("flux"), gone]) is None
+
+
 def test_a_whole_checkpoint_is_recognised_by_its_diffusion_model(layer_names):
     """Flux with its text encoders and VAE in one file, as ComfyUI's single-file checkpoints hold them."""
     names = {
@@ -104,6 +135,8 @@ def test_a_whole_checkpoint_is_recognised_by_its_diffusion_model(layer_names):
     assert recognise(names).name == "flux"
 
 
-@pytest.mark.parametrize("names", [[], ["blocks.0.attn.qkv.weight"], ["double_blocks.0.img_attn.qkv.weight", "img_in.weight"]])
+@pytest.mark.parametrize(
+    "names", [[], ["blocks.0.attn.qkv.weight"], ["double_blocks.0.img_attn.qkv.weight", "img_in.weight"]]
+)
 def test_too_few_names_are_recognised_as_nothing(names):
     assert recognise(names) is None

@@ -35,7 +35,9 @@ def test_fp8_errs_by_half_a_unit_in_the_last_place_at_most(shape, dtype):
     assert (error <= torch.maximum(weight.double().abs() * 2**-4, scale * 2**-10) * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("format, granularity", [("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "tensor")])
+@pytest.mark.parametrize(
+    "format, granularity", [("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "tensor")]
+)
 def test_the_largest_weight_becomes_the_last_code(format, granularity):
     weight = gaussian(5, 40)
     quantized = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
@@ -54,7 +56,9 @@ def test_weights_on_the_grid_come_back_exactly(grid):
     assert torch.equal(back.float(), codes) and error == 0
 
 
-@pytest.mark.parametrize("format, granularity", [("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "tensor")])
+@pytest.mark.parametrize(
+    "format, granularity", [("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "tensor")]
+)
 @pytest.mark.parametrize("magnitude", [1e-24, 1e-12, 1e-3, 1.0, 1e4, 1e18, 1e24])
 def test_the_reported_error_is_the_real_one(weight_error, format, granularity, magnitude):
     weight = gaussian(24, 40) * magnitude

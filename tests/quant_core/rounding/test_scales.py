@@ -46,7 +46,14 @@ def test_the_search_is_never_worse_than_nearest(weight_error, kind, format, gran
         assert torch.isfinite(searched.dequantize()).all()
 
 
-@pytest.mark.parametrize("format, granularity, columns, gain", [("float8_e4m3fn", "tensor", 128, 0.98), ("int8_tensorwise", "row", 2048, 0.995), ("int8_tensorwise", "tensor", 2048, 0.95)])
+@pytest.mark.parametrize(
+    "format, granularity, columns, gain",
+    [
+        ("float8_e4m3fn", "tensor", 128, 0.98),
+        ("int8_tensorwise", "row", 2048, 0.995),
+        ("int8_tensorwise", "tensor", 2048, 0.95),
+    ],
+)
 def test_the_search_helps(weight_error, format, granularity, columns, gain):
     """Rare large weights stretch an INT8 scale; where the largest falls within an FP8 octave is luck."""
     weight = draw("gaussian", (64, columns), 0)
@@ -79,7 +86,10 @@ def test_a_sampled_search_is_never_worse_either(weight_error, monkeypatch, forma
 def test_the_seed_draws_the_sample(monkeypatch):
     monkeypatch.setattr(scales, "_SAMPLE", 512)  # one row of many
     weight = draw("gaussian", (64, 512), 0)
-    found = [quantize_weight(weight, "int8_tensorwise", granularity="tensor", seed=seed).scale.item() for seed in (0, 0, 1, 2, 3, 4, 5)]
+    found = [
+        quantize_weight(weight, "int8_tensorwise", granularity="tensor", seed=seed).scale.item()
+        for seed in (0, 0, 1, 2, 3, 4, 5)
+    ]
     assert found[0] == found[1]
     assert len(set(found)) > 1
 
@@ -151,7 +161,9 @@ def test_subnormal_weights_survive(format, granularity, dtype, rounding):
     weight = (draw("uniform", (8, 32), 0).double() * smallest).to(dtype)
     assert weight.any() and (weight.abs() < smallest).all()
     quantized = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
-    assert (quantized.scale >= torch.finfo(torch.float32).smallest_normal).all() and torch.isfinite(quantized.scale).all()
+    assert (quantized.scale >= torch.finfo(torch.float32).smallest_normal).all() and torch.isfinite(
+        quantized.scale
+    ).all()
     assert (quantized.dequantize().double() - weight.double()).norm() <= weight.double().norm()
     assert math.isfinite(quantized.weight_error)
 

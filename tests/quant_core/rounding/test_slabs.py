@@ -1,5 +1,7 @@
 """Slabs: whole rows, in order, all of them, and a chance to cancel before each."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ def test_slabs_cover_the_weight_once(monkeypatch, shape, limit):
     pieces = list(slabs.row_slabs(weight))
     assert torch.equal(torch.cat([rows for _, _, rows in pieces]), weight.float())
     assert pieces[0][0] == 0 and pieces[-1][1] == shape[0]
-    assert all(before[1] == after[0] for before, after in zip(pieces, pieces[1:]))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(pieces))
     assert all(rows.dtype == torch.float32 and rows.numel() <= max(limit, shape[1]) for _, _, rows in pieces)
 
 
