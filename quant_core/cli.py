@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .checkpoints import SafetensorsFile, inspect_file, verify_file
-from .errors import QuantizationError, RecipeError
+from .errors import OutputError, QuantizationError, RecipeError
 from .events import Event, LayerFinished, LayerKept, LayerStarted, RunStarted
 from .formats import FORMATS
 from .pipeline import output_name, quantize_file
@@ -142,8 +142,8 @@ def _quantize(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     if args.dry_run:
         return _plan(args)
-    output = args.output or output_name(args.input, recipe)
     with SafetensorsFile(args.input) as source:
+        output = args.output or output_name(args.input, recipe)
         print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.format} per {recipe.granularity}.")
         progress = _Progress(args.verbose)
         try:
@@ -152,7 +152,10 @@ def _quantize(args: argparse.Namespace) -> int:
             progress.close()
     print(report.table())
     if args.report:
-        args.report.write_text(report.to_json() + "\n", encoding="utf-8")
+        try:
+            args.report.write_text(report.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"The report {args.report} cannot be written: {error.strerror}; {output} is complete.") from error
     return 0
 
 

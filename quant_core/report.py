@@ -14,8 +14,10 @@ _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 def human_bytes(count: float) -> str:
     """Decimal units, three digits: 19.2 MB."""
-    power = min(int(math.log(count, 1000)), len(_UNITS) - 1) if count >= 1 else 0
-    return f"{count / 1000**power:.3g} {_UNITS[power]}"
+    power = 0
+    while count >= 999.5 and power < len(_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {_UNITS[power]}"
 
 
 @dataclass

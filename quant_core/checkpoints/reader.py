@@ -45,6 +45,8 @@ class SafetensorsFile:
         self._closing = False
         self._staging = Staging()
         try:
+            if self.path.is_dir():
+                raise SourceError(f"{self.path} is a folder; give a .safetensors file in it.")
             self._file = open(self.path, "rb", buffering=0)
         except FileNotFoundError:
             raise SourceError(f"There is no file {self.path}; check the path.") from None
@@ -84,6 +86,8 @@ class SafetensorsFile:
             end = stop
         if self._data + end > self.size:
             raise SourceError(f"{self.path} is truncated: it should have {self._data + end:,} bytes and has {self.size:,}; fetch it again.")
+        if self._data + end < self.size:
+            raise SourceError(f"{self.path} has {self.size - self._data - end:,} bytes after its last tensor; it is damaged, fetch it again.")
         self._offsets = {name: begin for name, begin, _, _ in spans}
         self.tensors = {name: info for name, _, _, info in spans}
 

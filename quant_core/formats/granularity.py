@@ -14,13 +14,11 @@ class Granularity:
 
     Attributes:
         shape: shape of the scale tensor, from (out, in).
-        amax: largest magnitude per scale of a slab of whole rows, broadcastable to the slab.
         slab: the scales that belong to rows start:stop, broadcastable to them.
-        whole: one scale spans several slabs, so amax and errors add up over them.
+        whole: all rows share one scale.
     """
 
     shape: Callable[[int, int], tuple[int, ...]]
-    amax: Callable[[torch.Tensor], torch.Tensor]
     slab: Callable[[torch.Tensor, int, int], torch.Tensor]
     whole: bool
 
@@ -28,13 +26,11 @@ class Granularity:
 GRANULARITIES: Mapping[str, Granularity] = {
     "tensor": Granularity(
         shape=lambda out, inner: (),
-        amax=lambda rows: rows.abs().amax(),
         slab=lambda scale, start, stop: scale,
         whole=True,
     ),
     "row": Granularity(
         shape=lambda out, inner: (out, 1),
-        amax=lambda rows: rows.abs().amax(dim=1, keepdim=True),
         slab=lambda scale, start, stop: scale[start:stop],
         whole=False,
     ),

@@ -25,9 +25,9 @@ class Grid:
         return self.dtype.is_floating_point
 
     def encode(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Nearest code of each value, ties to even. ``scaled``: float32, any shape, overwritten as scratch."""
-        scaled.clamp_(-self.max, self.max)
-        return (scaled if self.floating else scaled.round_()).to(self.dtype)
+        """Nearest code of each value, ties to even. ``scaled``: float32, any shape."""
+        clamped = scaled.clamp(-self.max, self.max)
+        return (clamped if self.floating else clamped.round_()).to(self.dtype)
 
 
 E4M3 = Grid(torch.float8_e4m3fn, 448.0)

@@ -20,7 +20,7 @@ __all__ = ["AUTO", "NONE", "COMMON", "PRESETS", "Preset", "Rule", "find_preset",
 AUTO = "auto"
 NONE = "none"
 _FOLDER = Path(__file__).parent / "presets"
-_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "text_encoders.t5xxl.transformer.")
+_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 
 
 @dataclass(frozen=True)

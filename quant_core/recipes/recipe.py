@@ -55,6 +55,8 @@ class Recipe:
             find_preset(self.preset)
         if self.full_precision_matmul and not self.entry.full_precision_matmul:
             raise RecipeError(f"full_precision_matrix_mult has no effect on {self.format}: ComfyUI ignores it there; leave it out.")
+        if not -(2**63) <= self.seed < 2**64:
+            raise RecipeError(f"The recipe's seed {self.seed} does not fit into 64 bits.")
         for pattern in self.keep:
             try:
                 re.compile(pattern)

@@ -10,7 +10,8 @@ import torch
 from ..errors import NonFiniteWeightError
 from ..events import CancelCheck
 from ..formats import Granularity, Grid
-from .slabs import row_slabs, squared_norm
+from .nearest import round_rows
+from .slabs import row_slabs
 
 __all__ = ["amax_scale", "search_scale"]
 
@@ -26,8 +27,11 @@ def amax_scale(weight: torch.Tensor, grid: Grid, share: Granularity, check: Canc
 
     ``weight``: (out, in). Raises :class:`NonFiniteWeightError` when it holds NaN or Inf.
     """
-    parts = [share.amax(rows) for _, _, rows in row_slabs(weight, check)]
-    amax = torch.stack(parts).amax() if share.whole else torch.cat(parts)
+    amax = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+    for start, stop, rows in row_slabs(weight, check):
+        amax[start:stop] = rows.abs().amax(dim=1, keepdim=True)
+    if share.whole:
+        amax = amax.amax()
     if not torch.isfinite(amax).all():
         raise NonFiniteWeightError("The weight holds NaN or Inf, which no scale can represent.")
     # A GPU multiplies by the reciprocal of a plain number, which rounds differently; a tensor it divides by.
@@ -48,18 +52,14 @@ def _best_ratio(
     weight: torch.Tensor, start: torch.Tensor, ratios: torch.Tensor, grid: Grid, share: Granularity, check: CancelCheck | None
 ) -> torch.Tensor:
     """The ratio, of the shape of ``start``, whose scale loses least after hard rounding; the first of equals."""
-    errors = []
+    errors = torch.empty(len(ratios), weight.shape[0], 1, dtype=torch.float64, device=weight.device)
     for first, last, rows in row_slabs(weight, check):
         slab_start = share.slab(start, first, last)
-        slab_errors = []
-        for ratio in ratios:
+        for candidate, ratio in enumerate(ratios):
             if check:
                 check()
-            scale = slab_start * ratio
-            error = grid.encode(rows / scale).float().mul_(scale).sub_(rows)
-            slab_errors.append(squared_norm(error) if share.whole else torch.linalg.vector_norm(error, dim=1, keepdim=True))
-        errors.append(torch.stack(slab_errors))
-    total = torch.stack(errors).sum(dim=0) if share.whole else torch.cat(errors, dim=1)
+            errors[candidate, first:last] = round_rows(rows, slab_start * ratio, grid)[1]
+    total = torch.linalg.vector_norm(errors, dim=(1, 2)) if share.whole else errors
     return ratios[total.argmin(dim=0)]
 
 
@@ -76,4 +76,4 @@ def search_scale(
     ratio = _best_ratio(judged, start, ratios, grid, share, check)
     if judged is not weight:
         ratio = _best_ratio(weight, start, torch.stack([ratios[0], ratio]), grid, share, check)
-    return start * ratio
+    return (start * ratio).clamp_min(_SMALLEST)

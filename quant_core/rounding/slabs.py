@@ -6,10 +6,10 @@ import torch
 
 from ..events import CancelCheck
 
-__all__ = ["row_slabs", "squared_norm"]
+__all__ = ["row_slabs"]
 
 # Elements of one slab: 4 MiB of float32 stay in a CPU's cache; a GPU wants larger launches and has the room.
-_SLAB = {"cpu": 1 << 20}
+_SLAB = {"cpu": 1 << 18}
 _SLAB_ACCELERATOR = 1 << 26
 
 
@@ -23,7 +23,3 @@ def row_slabs(weight: torch.Tensor, check: CancelCheck | None = None) -> Iterato
         rows = weight[start : start + step]
         yield start, start + rows.shape[0], rows.float()
 
-
-def squared_norm(rows: torch.Tensor) -> torch.Tensor:
-    """Σ x² as a float64 0-d tensor; summed row by row, so that it does not depend on the number of threads."""
-    return torch.linalg.vector_norm(rows, dim=1).double().square_().sum()

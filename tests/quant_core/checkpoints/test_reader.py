@@ -237,7 +237,7 @@ def test_data_behind_the_last_tensor_is_refused(raw_file):
     path = raw_file({"a": ENTRY}, bytes(9))
     with pytest.raises(SafetensorError):
         load_file(path)
-    refused(path, "")
+    refused(path, "after its last tensor")
 
 
 @pytest.mark.parametrize("header", [b'{"a":[]}', b'{"a":1}'])
