@@ -309,7 +309,7 @@ def nothing(tmp_path):
 Q = ["quantize", "-i", "model.safetensors", "-o", "out.safetensors"]
 ERRORS = {
     "missing source": (nothing, ["quantize", "-i", "none.safetensors"], "There is no file"),
-    "a folder as source": (nothing, ["quantize", "-i", "."], "cannot be opened"),
+    "a folder as source": (nothing, ["quantize", "-i", "."], "is a folder"),
     "no safetensors file": (text_file, ["quantize", "-i", "text.safetensors"], "is not a safetensors file"),
     "quantized already": (
         quantized,

@@ -138,7 +138,7 @@ def test_a_missing_file(tmp_path):
 
 
 def test_a_folder(tmp_path):
-    refused(tmp_path, "cannot be opened: Is a directory")
+    refused(tmp_path, "is a folder")
 
 
 @pytest.mark.parametrize(
