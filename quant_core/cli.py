@@ -41,7 +41,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser(prog="lrq", description="Quantize diffusion models and text encoders into files that ComfyUI loads.")
-    parser.add_argument("--debug", action="store_true", help="show the Python trace of an error")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
 
     quantize = commands.add_parser("quantize", help="quantize a safetensors file", description="Quantize a safetensors file, one tensor at a time.")
@@ -66,6 +65,10 @@ def _parser() -> _Parser:
         command.set_defaults(run=run)
     for name, run, text in (("formats", _formats, "the formats this version writes"), ("presets", _presets, "the keep lists by model family")):
         commands.add_parser(name, help=text, description=text).set_defaults(run=run)
+    for command in (parser, *commands.choices.values()):
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the Python trace of an error"
+        )
     return parser
 
 
@@ -186,7 +189,7 @@ def _verify(args: argparse.Namespace) -> int:
     for problem in result.problems:
         print(problem, file=sys.stderr)
     if result.problems:
-        print(f"{args.file}: {len(result.problems)} problems in {result.layers} quantized layers.", file=sys.stderr)
+        print(f"{args.file}: {len(result.problems)} problem(s) in {result.layers} quantized layers.", file=sys.stderr)
         return 1
     print(f"{args.file}: sound, {result.layers} quantized layers.")
     return 0
@@ -213,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except QuantizationError as error:
-        if args.debug:
+        if hasattr(args, "debug"):
             traceback.print_exc()
         print(f"lrq: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 import torch
 
+from .checkpoints.dtypes import SOURCE_DTYPES
 from .errors import QuantizationError
 from .events import CancelCheck
 from .formats import QuantizedWeight, find_format
@@ -31,15 +32,16 @@ def quantize_weight(
 
     Raises:
         NonFiniteWeightError: the weight holds NaN or Inf.
-        QuantizationError: the weight is not a non-empty matrix of floats.
+        QuantizationError: the weight is not a non-empty matrix of one of these dtypes.
         UnknownNameError: no such format, granularity or rounding.
     """
     check_rounding(rounding)
     entry = find_format(format)
     granularity, share = entry.granularity(granularity)
-    if weight.ndim != 2 or weight.numel() == 0 or not weight.dtype.is_floating_point:
+    if weight.ndim != 2 or weight.numel() == 0 or weight.dtype not in SOURCE_DTYPES:
         raise QuantizationError(
-            f"A weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be quantized: give a non-empty matrix of floats."
+            f"A weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be quantized: "
+            "give a non-empty matrix of float16, bfloat16 or float32."
         )
     weight = weight.detach()
     scale = amax_scale(weight, entry.grid, share, check)

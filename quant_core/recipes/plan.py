@@ -13,6 +13,8 @@ from .rules import eligibility, heuristic
 
 __all__ = ["Decision", "Plan", "make_plan"]
 
+_CONTROL = ("control_model.", "controlnet_", "input_hint_block.", "zero_convs.")
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -84,11 +86,15 @@ def make_plan(source: Source, *, preset: str = AUTO, keep: tuple[str, ...] = (),
 
     Raises:
         AlreadyQuantizedError: the source holds codes already.
-        NothingToQuantizeError: no layer would be quantized.
+        NothingToQuantizeError: no layer would be quantized, or ComfyUI would load none of them.
     """
     if formats := quantized_formats(source):
         raise AlreadyQuantizedError(
             f"{source.name} is quantized already ({', '.join(formats)}); quantizing codes again would ruin the model, so give its full-precision original."
+        )
+    if any(name.startswith(_CONTROL) for name in source.tensors):
+        raise NothingToQuantizeError(
+            f"{source.name} is a ControlNet, whose loader in ComfyUI takes no quantized layers; leave it as it is."
         )
     family = _choose(preset, source)
     own = [re.compile(pattern) for pattern in keep]

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from learned_rounding.benchmarks.tiny_model.graph import MODEL, latents, pictures, psnr
 from learned_rounding.hosts import HostInterrupted
+from learned_rounding.hosts.workflows import Node
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.checkpoints import verify_file
 from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, probed, progress, stock_loads, text
@@ -233,3 +235,29 @@ def test_saving_never_overwrites_and_keeps_the_temporary_file_apart(comfy, reque
     assert paths[0].read_bytes() == paths[1].read_bytes() == paths[2].read_bytes()
     with safe_open(paths[0], "pt") as opened:
         assert "_quantization_metadata" in opened.metadata() and "learned_rounding" in opened.metadata()
+
+
+def test_a_whole_checkpoint_keeps_its_other_parts(comfy, request):
+    """Only the diffusion model is quantized, the VAE is copied bit for bit, and the stock loader takes the file."""
+    name = unique(request)
+    model = load_file(comfy.models_dir / "diffusion_models" / MODEL)
+    checkpoint = {f"model.diffusion_model.{key}": tensor for key, tensor in model.items()}
+    checkpoint["first_stage_model.decoder.mid.attn_1.q.weight"] = torch.randn(64, 64).to(torch.bfloat16)
+    folder = comfy.models_dir / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    save_file(checkpoint, folder / f"{name}.safetensors")
+    graph = ProbedGraph()
+    quantized = graph.quantize(graph.source(f"checkpoints/{name}.safetensors")[0])
+    saved = graph.save(quantized, name)
+    graph.sample(quantized[0], f"{name}-graph")
+    path = saved_path(comfy.queue(graph), saved)
+    assert path.is_relative_to(comfy.output_dir / "checkpoints")
+    assert not verify_file(path).problems
+    made = load_file(path)
+    vae = "first_stage_model.decoder.mid.attn_1.q.weight"
+    assert made[vae].dtype == torch.bfloat16 and made[vae].equal(checkpoint[vae])
+    again = ProbedGraph()
+    loaded = again.add("CheckpointLoaderSimple", ckpt_name=path.name)
+    again.sample(loaded[0], f"{name}-file")
+    assert len(probed(comfy.queue({**again, "99": {"class_type": "ProbeModel", "inputs": {"model": loaded[0]}}}), Node("99"))["layers"]) > 30
+    assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-file"))

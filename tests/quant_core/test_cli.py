@@ -245,7 +245,7 @@ def test_verify(lrq, model_file, tmp_path):
         save_file(tensors, tmp_path / "bad.safetensors", file.metadata())
     code, out, err = lrq("verify", tmp_path / "bad.safetensors")
     assert code == 1 and out == ""
-    assert "blocks.0.mlp.0: weight_scale" in err[0] and "1 problems in 6 quantized layers" in err[1]
+    assert "blocks.0.mlp.0: weight_scale" in err[0] and "1 problem(s) in 6 quantized layers" in err[1]
 
 
 def test_formats_and_presets(lrq):

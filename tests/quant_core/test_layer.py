@@ -59,7 +59,7 @@ def test_parameters_and_views_are_taken():
     ids=["vector", "3-d", "no rows", "no columns", "integers", "scalar"],
 )
 def test_anything_but_a_matrix_of_floats_is_refused(weight):
-    with pytest.raises(QuantizationError, match="non-empty matrix of floats"):
+    with pytest.raises(QuantizationError, match="non-empty matrix of float"):
         quantize_weight(weight, "int8_tensorwise")
 
 

@@ -278,3 +278,9 @@ def test_quantized_sources_are_refused_by_the_name_of_their_format(preset):
         AlreadyQuantizedError, match="old.safetensors is quantized already.*F8_E5M2.*full-precision original"
     ):
         make_plan(codes, preset=preset)
+
+
+def test_a_control_net_is_refused_because_its_loader_takes_no_quantized_layers():
+    tensors = {"controlnet_blocks.0.weight": torch.zeros(8, 8), "transformer_blocks.0.ff.weight": torch.zeros(8, 8)}
+    with pytest.raises(NothingToQuantizeError, match="ControlNet"):
+        Recipe().plan(TensorSource(tensors))

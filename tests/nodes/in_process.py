@@ -1,0 +1,88 @@
+"""Run by a host's own Python: checks that need ComfyUI's classes in the same process. Prints JSON.
+
+    python in_process.py COMFYUI PACK FOLDER CHECK
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+comfyui, pack, folder, check = sys.argv[1:]
+sys.argv = ["main.py", "--cpu", "--base-directory", folder]
+sys.path.insert(0, comfyui)
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.sd  # noqa: E402
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("pack", Path(pack) / "__init__.py", submodule_search_locations=[pack])
+sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from pack.nodes import host  # noqa: E402
+from pack.quant_core import Recipe  # noqa: E402
+
+TINY_T5 = {"t5xxl_model_config": {"d_model": 64, "d_kv": 32, "num_heads": 2}}
+
+
+def t5_weights() -> dict[str, torch.Tensor]:
+    """A T5-XXL whose width is 64, random, in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(torch.bfloat16)
+
+    tensors = {"shared.weight": normal(32128, 64) * 8, "encoder.final_layer_norm.weight": torch.ones(64).bfloat16()}
+    for block in range(24):
+        layer = f"encoder.block.{block}.layer"
+        for name in "qkvo":
+            tensors[f"{layer}.0.SelfAttention.{name}.weight"] = normal(64, 64)
+        for name, shape in {"wi_0": (10240, 64), "wi_1": (10240, 64), "wo": (64, 10240)}.items():
+            tensors[f"{layer}.1.DenseReluDense.{name}.weight"] = normal(*shape)
+        for part in (0, 1):
+            tensors[f"{layer}.{part}.layer_norm.weight"] = torch.ones(64).bfloat16()
+    tensors["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = normal(32, 2)
+    return tensors
+
+
+def load(path, **options):
+    return comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.PIXART, model_options={**TINY_T5, **options})
+
+
+def encode(clip) -> torch.Tensor:
+    return clip.encode_from_tokens(clip.tokenize("a red apple on a table"), return_pooled=False)
+
+
+def text_encoder() -> dict:
+    """CLIP in → quantized CLIP out, and its file through ComfyUI's own loader: the same conditioning."""
+    path = Path(folder) / "t5.safetensors"
+    save_file(t5_weights(), path)
+    clip = load(path)
+    before = encode(clip)
+    found = {}
+    for format in ("float8_e4m3fn", "int8_tensorwise"):
+        quantized = host.quantize(clip, Recipe(format=format), lambda event: None)
+        ours = host.build_clip(clip, quantized)
+        (file,) = quantized.files.values()
+        (saved,) = host.save(quantized, "t5", "output")
+        stock = load(saved)
+        conditioning = encode(ours)
+        found[format] = {
+            "layers": len(host.quantized_layers(ours.patcher)),
+            "stock_layers": len(host.quantized_layers(stock.patcher)),
+            "error": float((conditioning - before).norm() / before.norm()),
+            "same_as_file": bool(torch.equal(conditioning, encode(stock))),
+            "incoming_unchanged": bool(torch.equal(encode(clip), before)),
+            "incoming_layers": len(host.quantized_layers(clip.patcher)),
+            "same_file": file.read_bytes() == saved.read_bytes(),
+            "saved": str(saved.relative_to(folder_paths.get_output_directory())),
+        }
+    return found
+
+
+with torch.inference_mode():
+    print("RESULT" + json.dumps({"text_encoder": text_encoder}[check]()))

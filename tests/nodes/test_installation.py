@@ -1,0 +1,41 @@
+"""What ComfyUI Manager does: clone into custom_nodes, install requirements.txt in ComfyUI's environment, restart."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from learned_rounding.benchmarks.tiny_model.place import place
+from learned_rounding.hosts.server import PACK
+from learned_rounding.tests.nodes.probing import ProbedGraph, text
+
+
+def pip(host, *arguments: str) -> str:
+    command = [host.python, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def torch_version(host) -> str:
+    return next(line for line in pip(host, "show", "torch").splitlines() if line.startswith("Version"))
+
+
+def test_a_clone_with_its_requirements_is_all_it_takes(host, server_factory, tmp_path):
+    if shutil.which("git") is None or not (PACK / ".git").exists():
+        pytest.skip("not a git clone")
+    base = tmp_path / "comfyui"
+    place(base, prompts=("red apple",))
+    clone = base / "custom_nodes" / "ComfyUI-Learned-Rounding"
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", f"file://{PACK}", clone], check=True)
+
+    before = torch_version(host)
+    wanted = json.loads(pip(host, "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-", "-r", str(clone / "requirements.txt")))
+    names = {package["metadata"]["name"].lower() for package in wanted["install"]}
+    assert not {name for name in names if name.startswith(("torch", "nvidia", "triton"))}, names
+    pip(host, "install", "--quiet", "-r", str(clone / "requirements.txt"))
+    assert torch_version(host) == before
+
+    server = server_factory(base=base, links={})
+    graph = ProbedGraph()
+    saved = graph.save(graph.quantize(graph.load()[0]), "installed")
+    assert text(server.queue(graph), saved).endswith("installed_float8_e4m3fn_00001_.safetensors")
