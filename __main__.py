@@ -7,7 +7,9 @@ from pathlib import Path
 
 def _load_package(folder: Path, name: str = "learned_rounding"):
     """Import this folder as a package, whatever it is called on disk."""
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 

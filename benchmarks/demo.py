@@ -23,6 +23,11 @@ _GAIN = 8
 _CELL, _GAP, _HEAD = 128, 8, 40
 
 
+def prepare(base: Path, output_dir: Path | None = None) -> None:
+    """Put the tiny model and a handful of prompts into a ComfyUI base directory."""
+    place(base, output_dir=output_dir, prompts=PROMPTS)
+
+
 def side_by_side(full: np.ndarray, quantized: np.ndarray, title: str) -> Image.Image:
     """``full``, ``quantized``: (prompts, height, width, 3) in 0…1."""
     columns = {"original": full, "quantized": quantized, f"difference x{_GAIN}": np.abs(full - quantized) * _GAIN}
@@ -34,7 +39,9 @@ def side_by_side(full: np.ndarray, quantized: np.ndarray, title: str) -> Image.I
         left = _GAP + column * (_CELL + _GAP)
         draw.text((left, 22), name, fill="dimgray", font=font)
         for row, image in enumerate(images):
-            cell = Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8)).resize((_CELL, _CELL), Image.LANCZOS)
+            cell = Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8)).resize(
+                (_CELL, _CELL), Image.LANCZOS
+            )
             sheet.paste(cell, (left, _HEAD + row * (_CELL + _GAP)))
     for row, (prompt, one, other) in enumerate(zip(PROMPTS, full, quantized, strict=True)):
         text = f"{prompt}\nPSNR {psnr(one, other):.1f} dB"
@@ -44,14 +51,16 @@ def side_by_side(full: np.ndarray, quantized: np.ndarray, title: str) -> Image.I
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "demo", help="ComfyUI's base directory for the demo")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "build" / "demo", help="ComfyUI's base directory for the demo"
+    )
     parser.add_argument("--host", help="version of the ComfyUI to use (default: the newest here)")
     args = parser.parse_args()
     hosts = [host for host in available_hosts() if args.host in (None, host.version)]
     if not hosts:
         parser.error(f"there is no ComfyUI {args.host or ''} here; run make hosts")
     shutil.rmtree(args.folder, ignore_errors=True)
-    place(args.folder, prompts=PROMPTS)
+    prepare(args.folder)
     with ComfyServer(hosts[-1], base=args.folder) as server:
         print(f"ComfyUI {server.host.version} runs {WORKFLOW.relative_to(ROOT)} on the CPU …", flush=True)
         workflow = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
@@ -68,7 +77,11 @@ def main() -> None:
 def _print(event) -> None:
     if event.type == "learned_rounding.progress" and event.data["state"] == "layer":
         data = event.data
-        print(f"\r{data['index'] + 1}/{data['total']} layers", end="" if data["index"] + 1 < data["total"] else "\n", flush=True)
+        print(
+            f"\r{data['index'] + 1}/{data['total']} layers",
+            end="" if data["index"] + 1 < data["total"] else "\n",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

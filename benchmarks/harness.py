@@ -42,9 +42,9 @@ def finish(args: argparse.Namespace, rows: list[dict], **more) -> None:
     if rows:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         text = [[_text(row.get(column, "")) for column in columns] for row in rows]
-        widths = [max(map(len, cells)) for cells in zip(columns, *text)]
+        widths = [max(map(len, cells)) for cells in zip(columns, *text, strict=True)]
         for cells in (columns, *text):
-            print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)).rstrip())
+            print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
     for key, value in more.items():
         print(f"{key}: {value}")
     if args.json:

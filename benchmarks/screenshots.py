@@ -25,7 +25,7 @@ SETTLED = "() => new Promise((done) => requestAnimationFrame(() => requestAnimat
 
 
 def preparer(name: str) -> Callable:
-    """"package.module:function" → the function; it is called as function(base_directory, output_dir=…)."""
+    """ "package.module:function" → the function; it is called as function(base_directory, output_dir=…)."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 

@@ -58,7 +58,16 @@ def one_pass(source: str, target: str, name: str) -> None:
     report = quantize_file(source, target, PASSES[name])
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "peak_rss_mb": peak / 1024, "rss_before_mb": before / 1024, "bytes_out": report.bytes_out}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "peak_rss_mb": peak / 1024,
+                "rss_before_mb": before / 1024,
+                "bytes_out": report.bytes_out,
+            }
+        )
+    )
 
 
 def _copy(source: Path, target: Path, sync: bool) -> float:
@@ -103,11 +112,19 @@ def main() -> None:
         rows = []
         for name, results in runs.items():
             seconds = statistics.median(run["seconds"] for run in results)
-            row = {"pass": name, "seconds": seconds, "GB/s in": source.stat().st_size / 1e9 / seconds, "x cp": seconds / copied, "x cp+sync": seconds / synced}
+            row = {
+                "pass": name,
+                "seconds": seconds,
+                "GB/s in": source.stat().st_size / 1e9 / seconds,
+                "x cp": seconds / copied,
+                "x cp+sync": seconds / synced,
+            }
             if "peak_rss_mb" in results[0]:
                 row["peak RSS MB"] = max(run["peak_rss_mb"] for run in results)
             rows.append(row)
-        finish(args, rows, source_gb=source.stat().st_size / 1e9, largest_tensor_mb=6 * width * width * 2 / 1e6, runs=runs)
+        finish(
+            args, rows, source_gb=source.stat().st_size / 1e9, largest_tensor_mb=6 * width * width * 2 / 1e6, runs=runs
+        )
     finally:
         shutil.rmtree(folder)
 

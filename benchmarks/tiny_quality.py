@@ -24,7 +24,9 @@ CASES = [
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], ("--host", {"help": "version of the ComfyUI to use (default: the newest here)"}))
+    args = arguments(
+        __doc__.splitlines()[0], ("--host", {"help": "version of the ComfyUI to use (default: the newest here)"})
+    )
     seeds, count = (2, 2) if args.quick else (16, 4)
     host = [host for host in available_hosts() if args.host in (None, host.version)][-1]
     prompts = prompt_splits()["evaluation"][:count]
@@ -41,22 +43,31 @@ def main() -> None:
                     graph.sample(model, f"{prefix}-{seed:02}", seed=seed)
                 outputs = server.queue(graph, timeout=1800).outputs
                 text = outputs[saved.id]["text"][0] if saved else None
-                return np.concatenate([pictures(server.output_dir, f"{prefix}-{seed:02}") for seed in range(seeds)]), text
+                return np.concatenate(
+                    [pictures(server.output_dir, f"{prefix}-{seed:02}") for seed in range(seeds)]
+                ), text
 
             full, _ = sample(lambda graph: (graph.load()[0], None), "full")
             for number, (name, granularity, rounding) in enumerate(CASES):
 
-                def quantized(graph, name=name, granularity=granularity, rounding=rounding):
+                def quantized(graph, name=name, granularity=granularity, rounding=rounding, number=number):
                     node = graph.quantize(graph.load()[0], name, granularity, rounding=rounding)
                     return node[0], graph.save(node, f"case{number}")
 
                 images, path = sample(quantized, f"case{number}")
                 values = [psnr(a, b) for a, b in zip(full, images, strict=True)]
                 size = Path(path).stat().st_size
-                rows.append({
-                    "format": name, "per": granularity, "rounding": rounding, "MB": size / 1e6, "of original": size / original,
-                    "PSNR mean dB": float(np.mean(values)), "PSNR worst dB": float(np.min(values)),
-                })
+                rows.append(
+                    {
+                        "format": name,
+                        "per": granularity,
+                        "rounding": rounding,
+                        "MB": size / 1e6,
+                        "of original": size / original,
+                        "PSNR mean dB": float(np.mean(values)),
+                        "PSNR worst dB": float(np.min(values)),
+                    }
+                )
     finish(args, rows, comfyui=host.version, original_mb=original / 1e6, seeds=seeds, prompts=prompts)
 
 

@@ -21,9 +21,9 @@ class Node:
 class Graph(dict):
     """An API workflow that is built by calls:
 
-        graph = Graph()
-        model = graph.add("UNETLoader", unet_name="tiny.safetensors", weight_dtype="default")
-        graph.add("ModelSave", model=model[0], filename_prefix="copy")
+    graph = Graph()
+    model = graph.add("UNETLoader", unet_name="tiny.safetensors", weight_dtype="default")
+    graph.add("ModelSave", model=model[0], filename_prefix="copy")
     """
 
     def add(self, class_type: str, **inputs: Any) -> Node:
@@ -59,8 +59,10 @@ def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[
     for node in workflow["nodes"]:
         if node["type"] in ("Note", "MarkdownNote"):
             continue
-        inputs = {entry["name"]: sources[entry["link"]] for entry in node.get("inputs", ()) if entry.get("link") is not None}
+        inputs = {
+            entry["name"]: sources[entry["link"]] for entry in node.get("inputs", ()) if entry.get("link") is not None
+        }
         names = _widget_names(object_info[node["type"]])
-        values = {name: value for name, value in zip(names, node.get("widgets_values") or ()) if name is not None}
+        values = {name: value for name, value in zip(names, node.get("widgets_values") or (), strict=False) if name is not None}
         api[str(node["id"])] = {"class_type": node["type"], "inputs": {**values, **inputs}}
     return api

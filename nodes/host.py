@@ -27,13 +27,33 @@ from ..quant_core import Recipe, Report, quantize_file
 from ..quant_core.checkpoints import SafetensorsFile, TensorInfo, layer_configs
 from ..quant_core.checkpoints.metadata import CONFIG_SUFFIX
 from ..quant_core.checkpoints.source import CPU
-from ..quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError, OutputError, QuantizationError, SourceError
+from ..quant_core.errors import (
+    AlreadyQuantizedError,
+    NothingToQuantizeError,
+    OutputError,
+    QuantizationError,
+    SourceError,
+)
 from ..quant_core.events import Listener
 from .int8_linear import int8_operations
 
 __all__ = [
-    "SAVE_FOLDERS", "FileSource", "Quantized", "build_clip", "build_model", "clip_types", "file_state", "is_interrupt",
-    "model_files", "outputs_in_use", "outputs_in_use_of_running_prompt", "progress_bar", "quantize", "quantized_layers", "save", "send",
+    "SAVE_FOLDERS",
+    "FileSource",
+    "Quantized",
+    "build_clip",
+    "build_model",
+    "clip_types",
+    "file_state",
+    "is_interrupt",
+    "model_files",
+    "outputs_in_use",
+    "outputs_in_use_of_running_prompt",
+    "progress_bar",
+    "quantize",
+    "quantized_layers",
+    "save",
+    "send",
 ]
 
 log = logging.getLogger(__name__)
@@ -44,16 +64,28 @@ _EXTENSIONS = (".safetensors", ".sft")
 
 # Text encoders that ComfyUI loads without looking for quantized layers: they are small, and stay as they are.
 _PLAIN_ENCODERS = {
-    "clip_l", "clip_g", "clip_h", "t5base", "pile_t5xl", "mt5xl", "hydit_clip", "byt5_small", "sam3_clip", "t5gemma",
+    "clip_l",
+    "clip_g",
+    "clip_h",
+    "t5base",
+    "pile_t5xl",
+    "mt5xl",
+    "hydit_clip",
+    "byt5_small",
+    "sam3_clip",
+    "t5gemma",
 }
 
 # ---------------------------------------------------------------------------------------------------------- folders
 
 
 def model_files() -> list[str]:
-    """"folder/name" of every safetensors file a user can choose."""
+    """ "folder/name" of every safetensors file a user can choose."""
     return [
-        f"{kind}/{name}" for kind in _KINDS for name in folder_paths.get_filename_list(kind) if name.lower().endswith(_EXTENSIONS)
+        f"{kind}/{name}"
+        for kind in _KINDS
+        for name in folder_paths.get_filename_list(kind)
+        if name.lower().endswith(_EXTENSIONS)
     ]
 
 
@@ -66,7 +98,9 @@ def _path(choice: str) -> Path:
     kind, _, name = choice.partition("/")
     path = folder_paths.get_full_path(kind, name) if kind in _KINDS and name else None
     if path is None:
-        raise SourceError(f"There is no model file '{choice}' in ComfyUI's model folders; refresh the list and choose again.")
+        raise SourceError(
+            f"There is no model file '{choice}' in ComfyUI's model folders; refresh the list and choose again."
+        )
     return Path(path)
 
 
@@ -120,7 +154,9 @@ class PatchedWeights:
         narrow = _narrowest(plain.values())
         self.tensors = {}
         for new, (_, tensor) in state.items():
-            dtype = torch.float32 if new not in plain else narrow if narrow and _fits(plain[new], narrow) else tensor.dtype
+            dtype = (
+                torch.float32 if new not in plain else narrow if narrow and _fits(plain[new], narrow) else tensor.dtype
+            )
             self.tensors[new] = TensorInfo(dtype, tuple(tensor.shape))
 
     def _unpatched(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -154,7 +190,10 @@ def _narrowest(tensors) -> torch.dtype | None:
     """The 16-bit dtype that holds most of these float32 weights without loss; None when they are no widened 16-bit weights."""
     tensors = [tensor for tensor in tensors if tensor.dtype is torch.float32]
     total = sum(tensor.numel() for tensor in tensors)
-    fitting = {dtype: sum(tensor.numel() for tensor in tensors if _fits(tensor, dtype)) for dtype in (torch.bfloat16, torch.float16)}
+    fitting = {
+        dtype: sum(tensor.numel() for tensor in tensors if _fits(tensor, dtype))
+        for dtype in (torch.bfloat16, torch.float16)
+    }
     best = max(fitting, key=fitting.get)
     return best if fitting[best] > total / 2 else None
 
@@ -197,7 +236,9 @@ def _parts(source) -> tuple[str, dict[str, object]]:
     if isinstance(source, comfy.sd.CLIP):
         return TEXT_ENCODERS, _encoder_parts(source)
     prefix = "diffusion_model."
-    return DIFFUSION_MODELS, {"": PatchedWeights(source, "MODEL", lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)}
+    return DIFFUSION_MODELS, {
+        "": PatchedWeights(source, "MODEL", lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)
+    }
 
 
 def _encoder_parts(clip) -> dict[str, PatchedWeights]:
@@ -205,10 +246,14 @@ def _encoder_parts(clip) -> dict[str, PatchedWeights]:
     names = {key.partition(".")[0] for key in clip.patcher.model_state_dict() if ".transformer." in key}
     parts = sorted(names - _PLAIN_ENCODERS)
     if not parts:
-        raise NothingToQuantizeError(f"ComfyUI loads no quantized weights for {', '.join(sorted(names)) or 'this text encoder'}; leave it as it is.")
+        raise NothingToQuantizeError(
+            f"ComfyUI loads no quantized weights for {', '.join(sorted(names)) or 'this text encoder'}; leave it as it is."
+        )
 
     def rename(part: str):
-        return lambda key: key.removeprefix(f"{part}.").removeprefix("transformer.") if key.startswith(f"{part}.") else None
+        return lambda key: (
+            key.removeprefix(f"{part}.").removeprefix("transformer.") if key.startswith(f"{part}.") else None
+        )
 
     return {part: PatchedWeights(clip.patcher, f"CLIP ({part})", rename(part)) for part in parts}
 
@@ -242,10 +287,16 @@ def quantize(source, recipe: Recipe, on_event: Listener) -> Quantized:
         for part, tensors in parts.items():
             _make_room(tensors, device)
             files[part] = folder / f"learned_rounding_{os.urandom(6).hex()}.safetensors"
-            reports.append(quantize_file(
-                tensors, files[part], recipe, device=device, on_event=on_event,
-                check=comfy.model_management.throw_exception_if_processing_interrupted,
-            ))
+            reports.append(
+                quantize_file(
+                    tensors,
+                    files[part],
+                    recipe,
+                    device=device,
+                    on_event=on_event,
+                    check=comfy.model_management.throw_exception_if_processing_interrupted,
+                )
+            )
     except BaseException:
         _remove(files.values())
         raise
@@ -289,7 +340,9 @@ def _model_options(path: Path) -> dict:
     unknown = {format for format in formats if not _knows(format)}
     if unknown <= {"int8_tensorwise"}:
         return {"custom_operations": int8_operations(comfy.ops.manual_cast)} if unknown else {}
-    raise QuantizationError(f"This ComfyUI cannot run {', '.join(sorted(unknown))}; update ComfyUI, or choose another format.")
+    raise QuantizationError(
+        f"This ComfyUI cannot run {', '.join(sorted(unknown))}; update ComfyUI, or choose another format."
+    )
 
 
 def _check_built(patcher, path: Path, what: str) -> None:
@@ -320,7 +373,9 @@ def build_model(source, quantized: Quantized):
     path = quantized.files[""]
     options = _model_options(path)
     if quantized.kind == CHECKPOINTS:
-        model = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False, model_options=options)[0]
+        model = comfy.sd.load_checkpoint_guess_config(
+            str(path), output_vae=False, output_clip=False, model_options=options
+        )[0]
     else:
         model = comfy.sd.load_diffusion_model(str(path), model_options=options)
     _check_built(model, path, "model")
@@ -334,7 +389,9 @@ def _carry_over(original, model) -> None:
     """What nodes between the loader and us set on the MODEL: sampling, attention patches, wrappers … LoRAs are baked."""
     twin = original.clone()
     model.model_options = twin.model_options
-    model.object_patches = {key: patch for key, patch in twin.object_patches.items() if not key.startswith("diffusion_model")}
+    model.object_patches = {
+        key: patch for key, patch in twin.object_patches.items() if not key.startswith("diffusion_model")
+    }
     for name in ("attachments", "additional_models", "callbacks", "wrappers", "injections"):
         setattr(model, name, getattr(twin, name))
 
@@ -348,9 +405,13 @@ def build_clip(source, quantized: Quantized):
     embeddings = folder_paths.get_folder_paths("embeddings")
     path = str(quantized.files[""])
     if quantized.kind == CHECKPOINTS:
-        return comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=True, embedding_directory=embeddings)[1]
+        return comfy.sd.load_checkpoint_guess_config(
+            path, output_vae=False, output_clip=True, embedding_directory=embeddings
+        )[1]
     clip = comfy.sd.load_clip(
-        ckpt_paths=[path], embedding_directory=embeddings, clip_type=comfy.sd.CLIPType[source.clip_type.upper()],
+        ckpt_paths=[path],
+        embedding_directory=embeddings,
+        clip_type=comfy.sd.CLIPType[source.clip_type.upper()],
         model_options=_model_options(quantized.files[""]),
     )
     _check_built(clip.patcher, quantized.files[""], "text encoder")
@@ -375,7 +436,9 @@ def _rebuilt_clip(clip, quantized: Quantized):
         setattr(twin.get_submodule(parent), child, _quantized_linear(model.get_submodule(name), name, tensors, config))
     rebuilt = clip.clone()
     rebuilt.cond_stage_model = twin
-    rebuilt.patcher = type(clip.patcher)(twin, load_device=clip.patcher.load_device, offload_device=clip.patcher.offload_device)
+    rebuilt.patcher = type(clip.patcher)(
+        twin, load_device=clip.patcher.load_device, offload_device=clip.patcher.offload_device
+    )
     for name in ("object_patches", "model_options", "hook_mode", "is_clip", "force_cast_weights"):
         if hasattr(clip.patcher, name):
             setattr(rebuilt.patcher, name, copy.copy(getattr(clip.patcher, name)))
@@ -390,7 +453,9 @@ def _module_name(model, part: str, layer: str) -> str:
             return name
         except AttributeError:
             continue
-    raise QuantizationError(f"The text encoder has no layer {part}.{layer}; please report the model, it is not supported yet.")
+    raise QuantizationError(
+        f"The text encoder has no layer {part}.{layer}; please report the model, it is not supported yet."
+    )
 
 
 def _quantized_linear(original, name: str, tensors: dict[str, torch.Tensor], config: dict):
@@ -402,7 +467,9 @@ def _quantized_linear(original, name: str, tensors: dict[str, torch.Tensor], con
     else:
         operations = int8_operations(comfy.ops.manual_cast)
     device = original.weight.device
-    linear = operations.Linear(original.in_features, original.out_features, bias=bias is not None, device=device, dtype=dtype)
+    linear = operations.Linear(
+        original.in_features, original.out_features, bias=bias is not None, device=device, dtype=dtype
+    )
     state = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
     if bias is not None:
         state[f"{name}.bias"] = bias

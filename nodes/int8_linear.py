@@ -34,7 +34,9 @@ def int8_operations(operations):
             def forward_comfy_cast_weights(self, input):
                 if not self.is_quantized:
                     return super().forward_comfy_cast_weights(input)
-                weight = self.weight.to(input.device, non_blocking=True).to(torch.float32) * self.weight_scale.to(input.device)
+                weight = self.weight.to(input.device, non_blocking=True).to(torch.float32) * self.weight_scale.to(
+                    input.device
+                )
                 bias = None if self.bias is None else self.bias.to(input.device, input.dtype)
                 for function in self.weight_function:
                     weight = function(weight)
@@ -43,7 +45,11 @@ def int8_operations(operations):
                 return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
             def convert_weight(self, weight, inplace=False, **kwargs):
-                return weight.to(torch.float32) * self.weight_scale.to(weight.device) if weight.dtype is torch.int8 else weight
+                return (
+                    weight.to(torch.float32) * self.weight_scale.to(weight.device)
+                    if weight.dtype is torch.int8
+                    else weight
+                )
 
             def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
                 # A patched layer stays decoded: exact, and the codes come back when ComfyUI restores its backup.

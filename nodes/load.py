@@ -24,9 +24,19 @@ class LoadModel(io.ComfyNode):
             description="Choose a full-precision model file to quantize. Nothing is loaded into memory: layers stream from disk when they are quantized.",
             search_aliases=["load", "file", "quantize", "fp8", "int8", "convert"],
             inputs=[
-                widget(io.Combo, id="model", options=host.model_files(), tooltip="Diffusion models, checkpoints and text encoders (.safetensors) from ComfyUI's model folders."),
                 widget(
-                    io.Combo, id="clip_type", options=host.clip_types(), default=host.clip_types()[0], optional=True, advanced=True,
+                    io.Combo,
+                    id="model",
+                    options=host.model_files(),
+                    tooltip="Diffusion models, checkpoints and text encoders (.safetensors) from ComfyUI's model folders.",
+                ),
+                widget(
+                    io.Combo,
+                    id="clip_type",
+                    options=host.clip_types(),
+                    default=host.clip_types()[0],
+                    optional=True,
+                    advanced=True,
                     tooltip="For a text encoder whose CLIP output is used: the same choice as in ComfyUI's Load CLIP. Ignored for models.",
                 ),
             ],
@@ -47,4 +57,6 @@ class LoadModel(io.ComfyNode):
             raise SourceError(f"{source.path} holds no tensors; choose another file.")
         family = preset.title if preset else "no preset recognises it; the general rule will decide"
         state = f"already quantized: {', '.join(formats)}" if formats else "full precision"
-        return io.NodeOutput(source, ui=ui.PreviewText(f"{source.path.name}: {size}, {count} tensors, {state}\n{family}"))
+        return io.NodeOutput(
+            source, ui=ui.PreviewText(f"{source.path.name}: {size}, {count} tensors, {state}\n{family}")
+        )

@@ -13,25 +13,45 @@ _WORST = 5
 
 def _layer(event: LayerFinished) -> dict:
     return {
-        "state": "layer", "index": event.index, "total": event.total, "name": event.name, "shape": list(event.shape),
-        "format": event.format, "granularity": event.granularity, "error": event.weight_error, "seconds": event.seconds,
-        "bytes_in": event.bytes_in, "bytes_out": event.bytes_out, "elapsed": event.elapsed, "eta": event.eta,
+        "state": "layer",
+        "index": event.index,
+        "total": event.total,
+        "name": event.name,
+        "shape": list(event.shape),
+        "format": event.format,
+        "granularity": event.granularity,
+        "error": event.weight_error,
+        "seconds": event.seconds,
+        "bytes_in": event.bytes_in,
+        "bytes_out": event.bytes_out,
+        "elapsed": event.elapsed,
+        "eta": event.eta,
     }
 
 
 def _finished(event: RunFinished) -> dict:
     report = event.report
     return {
-        "state": "done", "layers": len(report.layers), "seconds": report.seconds, "bytes_in": report.bytes_in,
-        "bytes_out": report.bytes_out, "median_error": None if math.isnan(report.median_error) else report.median_error,
+        "state": "done",
+        "layers": len(report.layers),
+        "seconds": report.seconds,
+        "bytes_in": report.bytes_in,
+        "bytes_out": report.bytes_out,
+        "median_error": None if math.isnan(report.median_error) else report.median_error,
         "worst": [{"name": layer.name, "error": layer.weight_error} for layer in report.worst[:_WORST]],
     }
 
 
 _PAYLOADS = {
     RunStarted: lambda event: {
-        "state": "start", "source": event.source, "format": event.format, "granularity": event.granularity,
-        "preset": event.preset, "total": event.layers, "kept": event.kept, "bytes_in": event.bytes_in,
+        "state": "start",
+        "source": event.source,
+        "format": event.format,
+        "granularity": event.granularity,
+        "preset": event.preset,
+        "total": event.layers,
+        "kept": event.kept,
+        "bytes_in": event.bytes_in,
     },
     LayerFinished: _layer,
     RunFinished: _finished,

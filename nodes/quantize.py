@@ -21,8 +21,14 @@ class LearnedRoundQuantize(io.ComfyNode):
             description="Quantize a model layer by layer. LoRAs on the incoming MODEL or CLIP are baked in; the incoming one stays usable.",
             search_aliases=["quantize", "fp8", "int8", "convert", "rounding"],
             inputs=[
-                io.MultiType.Input("source", types=[io.Model, io.Clip, Source], tooltip="A MODEL, a CLIP, or a file from Load Model (Learned Rounding)."),
-                RecipeType.Input("recipe", optional=True, tooltip="From Configure Quantization; without it FP8 with all defaults."),
+                io.MultiType.Input(
+                    "source",
+                    types=[io.Model, io.Clip, Source],
+                    tooltip="A MODEL, a CLIP, or a file from Load Model (Learned Rounding).",
+                ),
+                RecipeType.Input(
+                    "recipe", optional=True, tooltip="From Configure Quantization; without it FP8 with all defaults."
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model, ready for a sampler."),

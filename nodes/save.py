@@ -20,9 +20,17 @@ class SaveQuantized(io.ComfyNode):
             search_aliases=["save", "export", "fp8", "int8"],
             inputs=[
                 QuantizedType.Input("quantized", tooltip="From Learned Round Quantize."),
-                widget(io.String, id="filename_prefix", default="quantized", tooltip="Start of the file name; may hold folders. Format and a number are added."),
                 widget(
-                    io.Combo, id="folder", options=list(host.SAVE_FOLDERS), default="output",
+                    io.String,
+                    id="filename_prefix",
+                    default="quantized",
+                    tooltip="Start of the file name; may hold folders. Format and a number are added.",
+                ),
+                widget(
+                    io.Combo,
+                    id="folder",
+                    options=list(host.SAVE_FOLDERS),
+                    default="output",
                     tooltip="output: the output folder, where ComfyUI's loaders look too; models: the models folder itself.",
                 ),
             ],

@@ -7,4 +7,14 @@ from .pipeline import quantize_file, quantize_tensors
 from .recipes import PRESETS, Recipe
 from .report import Report
 
-__all__ = ["quantize_weight", "quantize_file", "quantize_tensors", "Recipe", "FORMATS", "PRESETS", "QuantizedWeight", "Report", "QuantizationError"]
+__all__ = [
+    "quantize_weight",
+    "quantize_file",
+    "quantize_tensors",
+    "Recipe",
+    "FORMATS",
+    "PRESETS",
+    "QuantizedWeight",
+    "Report",
+    "QuantizationError",
+]

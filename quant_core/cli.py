@@ -40,15 +40,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="lrq", description="Quantize diffusion models and text encoders into files that ComfyUI loads.")
+    parser = _Parser(
+        prog="lrq", description="Quantize diffusion models and text encoders into files that ComfyUI loads."
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
 
-    quantize = commands.add_parser("quantize", help="quantize a safetensors file", description="Quantize a safetensors file, one tensor at a time.")
+    quantize = commands.add_parser(
+        "quantize", help="quantize a safetensors file", description="Quantize a safetensors file, one tensor at a time."
+    )
     _add_source(quantize)
     _add_recipe(quantize)
-    quantize.add_argument("-o", "--output", type=Path, help="file to write (default: beside the input, named after the format)")
-    quantize.add_argument("--overwrite", action="store_true", help="replace an output that was made from something else")
-    quantize.add_argument("--device", help="where the arithmetic runs: cuda, cuda:1, cpu … (default: the first GPU, else the CPU)")
+    quantize.add_argument(
+        "-o", "--output", type=Path, help="file to write (default: beside the input, named after the format)"
+    )
+    quantize.add_argument(
+        "--overwrite", action="store_true", help="replace an output that was made from something else"
+    )
+    quantize.add_argument(
+        "--device", help="where the arithmetic runs: cuda, cuda:1, cpu … (default: the first GPU, else the CPU)"
+    )
     quantize.add_argument("--report", type=Path, metavar="FILE", help="also write the report, layer by layer, as JSON")
     quantize.add_argument("--verbose", action="store_true", help="print a line per tensor instead of a progress bar")
     quantize.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -59,11 +69,17 @@ def _parser() -> _Parser:
     _add_recipe(plan)
     plan.set_defaults(run=_plan)
 
-    for name, run, text in (("inspect", _inspect, "what is in a file, and what stock ComfyUI does with it"), ("verify", _verify, "check a quantized file layer by layer")):
+    for name, run, text in (
+        ("inspect", _inspect, "what is in a file, and what stock ComfyUI does with it"),
+        ("verify", _verify, "check a quantized file layer by layer"),
+    ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("file", type=Path)
         command.set_defaults(run=run)
-    for name, run, text in (("formats", _formats, "the formats this version writes"), ("presets", _presets, "the keep lists by model family")):
+    for name, run, text in (
+        ("formats", _formats, "the formats this version writes"),
+        ("presets", _presets, "the keep lists by model family"),
+    ):
         commands.add_parser(name, help=text, description=text).set_defaults(run=run)
     for command in (parser, *commands.choices.values()):
         command.add_argument(
@@ -73,28 +89,72 @@ def _parser() -> _Parser:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-i", "--input", type=Path, required=True, help="safetensors file with fp16, bf16 or fp32 weights")
+    parser.add_argument(
+        "-i", "--input", type=Path, required=True, help="safetensors file with fp16, bf16 or fp32 weights"
+    )
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--format", choices=list(FORMATS), metavar="NAME", help=f"format of the quantized layers: {', '.join(FORMATS)} (default: {Recipe.format})")
-    form.add_argument("--fp8", action="store_const", const="float8_e4m3fn", dest="format", help="short for --format float8_e4m3fn")
-    form.add_argument("--int8", action="store_const", const="int8_tensorwise", dest="format", help="short for --format int8_tensorwise, per row")
-    parser.add_argument("--scaling_mode", dest="granularity", metavar="PER", help="what shares a scale: tensor, row (default: the format's own)")
-    parser.add_argument("--comfy_quant", action="store_true", help="write ComfyUI's per-layer format; always on, accepted because other tools ask for it")
+    form.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        metavar="NAME",
+        help=f"format of the quantized layers: {', '.join(FORMATS)} (default: {Recipe.format})",
+    )
+    form.add_argument(
+        "--fp8", action="store_const", const="float8_e4m3fn", dest="format", help="short for --format float8_e4m3fn"
+    )
+    form.add_argument(
+        "--int8",
+        action="store_const",
+        const="int8_tensorwise",
+        dest="format",
+        help="short for --format int8_tensorwise, per row",
+    )
+    parser.add_argument(
+        "--scaling_mode",
+        dest="granularity",
+        metavar="PER",
+        help="what shares a scale: tensor, row (default: the format's own)",
+    )
+    parser.add_argument(
+        "--comfy_quant",
+        action="store_true",
+        help="write ComfyUI's per-layer format; always on, accepted because other tools ask for it",
+    )
     rounding = parser.add_mutually_exclusive_group()
     rounding.add_argument("--rounding", choices=list(ROUNDINGS), help="how codes are chosen (default: auto)")
-    rounding.add_argument("--simple", action="store_const", const="nearest", dest="rounding", help="short for --rounding nearest")
+    rounding.add_argument(
+        "--simple", action="store_const", const="nearest", dest="rounding", help="short for --rounding nearest"
+    )
     preset = parser.add_mutually_exclusive_group()
-    preset.add_argument("--preset", metavar="NAME", help=f"keep list: {', '.join(PRESETS)}, {AUTO}, {NONE} (default: {AUTO})")
+    preset.add_argument(
+        "--preset", metavar="NAME", help=f"keep list: {', '.join(PRESETS)}, {AUTO}, {NONE} (default: {AUTO})"
+    )
     for name, entry in PRESETS.items():
-        preset.add_argument(f"--{name}", action="store_const", const=name, dest="preset", help=f"keep list for {entry.title}")
-    parser.add_argument("--exclude-layers", dest="keep", action="append", metavar="REGEX", help="also keep tensors whose name this finds; may be repeated")
+        preset.add_argument(
+            f"--{name}", action="store_const", const=name, dest="preset", help=f"keep list for {entry.title}"
+        )
+    parser.add_argument(
+        "--exclude-layers",
+        dest="keep",
+        action="append",
+        metavar="REGEX",
+        help="also keep tensors whose name this finds; may be repeated",
+    )
     parser.add_argument("--heur", action="store_true", default=None, help="also keep layers whose shape gains little")
-    parser.add_argument("--full_precision_matrix_mult", dest="full_precision_matmul", action="store_true", default=None, help="ask ComfyUI to decode weights instead of multiplying in FP8")
+    parser.add_argument(
+        "--full_precision_matrix_mult",
+        dest="full_precision_matmul",
+        action="store_true",
+        default=None,
+        help="ask ComfyUI to decode weights instead of multiplying in FP8",
+    )
     parser.add_argument("--manual_seed", "--seed", dest="seed", type=int, help="seed of all random draws (default: 0)")
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="a recipe in TOML or JSON; other options override it")
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="a recipe in TOML or JSON; other options override it"
+    )
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -103,7 +163,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         try:
             text = args.recipe.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"The recipe {args.recipe} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+            raise RecipeError(
+                f"The recipe {args.recipe} cannot be read: {getattr(error, 'strerror', None) or error}."
+            ) from None
         recipe = (Recipe.from_json if args.recipe.suffix == ".json" else Recipe.from_toml)(text)
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
@@ -128,7 +190,9 @@ class _Progress:
             self._bar.set_postfix_str(event.name[-48:], refresh=False)
         elif isinstance(event, LayerFinished):
             self._bar.update()
-            self._line(f"{event.name}  {event.shape[0]}×{event.shape[1]}  {event.format}  error {event.weight_error:.5f}  {event.seconds:.2f} s")
+            self._line(
+                f"{event.name}  {event.shape[0]}×{event.shape[1]}  {event.format}  error {event.weight_error:.5f}  {event.seconds:.2f} s"
+            )
         elif isinstance(event, LayerKept):
             self._line(f"{event.name}  {'removed' if event.removed else 'kept'}: {event.reason}")
 
@@ -150,7 +214,9 @@ def _quantize(args: argparse.Namespace) -> int:
         print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.format} per {recipe.granularity}.")
         progress = _Progress(args.verbose)
         try:
-            report = quantize_file(source, output, recipe, device=args.device, overwrite=args.overwrite, on_event=progress)
+            report = quantize_file(
+                source, output, recipe, device=args.device, overwrite=args.overwrite, on_event=progress
+            )
         finally:
             progress.close()
     print(report.table())
@@ -158,7 +224,9 @@ def _quantize(args: argparse.Namespace) -> int:
         try:
             args.report.write_text(report.to_json() + "\n", encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"The report {args.report} cannot be written: {error.strerror}; {output} is complete.") from error
+            raise OutputError(
+                f"The report {args.report} cannot be written: {error.strerror}; {output} is complete."
+            ) from error
     return 0
 
 
@@ -197,7 +265,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _formats(args: argparse.Namespace) -> int:
     for entry in FORMATS.values():
-        print(f"{entry.name}  per {' or '.join(entry.granularities)}; stock ComfyUI {entry.stock_since} and newer loads it; {entry.note}.")
+        print(
+            f"{entry.name}  per {' or '.join(entry.granularities)}; stock ComfyUI {entry.stock_since} and newer loads it; {entry.note}."
+        )
     return 0
 
 

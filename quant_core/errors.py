@@ -4,8 +4,16 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
-    "QuantizationError", "SourceError", "AlreadyQuantizedError", "NothingToQuantizeError",
-    "NonFiniteWeightError", "OutputError", "OutputExistsError", "RecipeError", "UnknownNameError", "VerificationError",
+    "QuantizationError",
+    "SourceError",
+    "AlreadyQuantizedError",
+    "NothingToQuantizeError",
+    "NonFiniteWeightError",
+    "OutputError",
+    "OutputExistsError",
+    "RecipeError",
+    "UnknownNameError",
+    "VerificationError",
 ]
 
 

@@ -3,7 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Event", "RunStarted", "LayerStarted", "LayerFinished", "LayerKept", "RunFinished", "Listener", "CancelCheck"]
+__all__ = [
+    "Event",
+    "RunStarted",
+    "LayerStarted",
+    "LayerFinished",
+    "LayerKept",
+    "RunFinished",
+    "Listener",
+    "CancelCheck",
+]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from .rounding import amax_scale, check_rounding, quantize_nearest, search_scale
 
 __all__ = ["quantize_weight"]
 
+
 def quantize_weight(
     weight: torch.Tensor,
     format: str,

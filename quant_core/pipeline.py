@@ -12,8 +12,17 @@ from typing import Protocol
 import torch
 
 from .checkpoints import (
-    PROVENANCE_KEY, QUANTIZATION_KEY, SafetensorsFile, SafetensorsWriter, Source, TensorInfo, TensorSource,
-    header_bytes, provenance, quantization_metadata, remove_leftovers,
+    PROVENANCE_KEY,
+    QUANTIZATION_KEY,
+    SafetensorsFile,
+    SafetensorsWriter,
+    Source,
+    TensorInfo,
+    TensorSource,
+    header_bytes,
+    provenance,
+    quantization_metadata,
+    remove_leftovers,
 )
 from .checkpoints.metadata import CONFIG_SUFFIX
 from .checkpoints.source import CPU, fingerprint
@@ -27,6 +36,7 @@ from .version import VERSION
 
 __all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name"]
 
+DEFAULT_RECIPE = Recipe()
 _PATIENCE = 0.2  # seconds between two looks at the cancellation check while a tensor is read
 NON_FINITE = "holds NaN or Inf, so it stays in full precision"
 
@@ -60,7 +70,9 @@ def _awaited(future: Future, check: CancelCheck):
     return future.result()
 
 
-def _read_ahead(source: Source, places: list[tuple[str, torch.device]], check: CancelCheck) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_ahead(
+    source: Source, places: list[tuple[str, torch.device]], check: CancelCheck
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Read each tensor to its device, one ahead while the caller works on the one before."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-read")
     try:
@@ -130,7 +142,9 @@ def _run(
     total = sum(1 for _ in plan.names("quantize"))
     bytes_in = sum(info.nbytes for info in source.tensors.values())
     preset = plan.preset.name if plan.preset else "none"
-    report = Report(source.name, recipe.format, recipe.granularity, recipe.rounding, preset, bytes_in=bytes_in, device=str(device))
+    report = Report(
+        source.name, recipe.format, recipe.granularity, recipe.rounding, preset, bytes_in=bytes_in, device=str(device)
+    )
     configs: dict[str, dict[str, object]] = {}
 
     def keep(name: str, tensor: torch.Tensor, reason: str, planned: bool = True) -> None:
@@ -138,7 +152,9 @@ def _run(
         report.kept.append(LayerKept(name, source.tensors[name].shape, reason, planned=planned))
         emit(report.kept[-1])
 
-    emit(RunStarted(source.name, recipe.format, recipe.granularity, preset, total, len(source.tensors) - total, bytes_in))
+    emit(
+        RunStarted(source.name, recipe.format, recipe.granularity, preset, total, len(source.tensors) - total, bytes_in)
+    )
     for name in plan.names("remove"):
         report.kept.append(LayerKept(name, source.tensors[name].shape, plan.decisions[name].reason, removed=True))
         emit(report.kept[-1])
@@ -150,8 +166,13 @@ def _run(
         began = clock.elapsed
         try:
             quantized = quantize_weight(
-                tensor, recipe.format, granularity=recipe.granularity, rounding=recipe.rounding,
-                full_precision_matmul=recipe.full_precision_matmul, seed=recipe.seed, check=check,
+                tensor,
+                recipe.format,
+                granularity=recipe.granularity,
+                rounding=recipe.rounding,
+                full_precision_matmul=recipe.full_precision_matmul,
+                seed=recipe.seed,
+                check=check,
             )
         except NonFiniteWeightError:
             keep(name, tensor, NON_FINITE, planned=False)
@@ -162,10 +183,22 @@ def _run(
         configs[layer] = quantized.config
         report.bytes_out += written
         eta = clock.advance(info.nbytes)
-        report.layers.append(LayerFinished(
-            index, total, name, info.shape, recipe.format, recipe.granularity, quantized.weight_error,
-            clock.elapsed - began, info.nbytes, written, clock.elapsed, eta,
-        ))
+        report.layers.append(
+            LayerFinished(
+                index,
+                total,
+                name,
+                info.shape,
+                recipe.format,
+                recipe.granularity,
+                quantized.weight_error,
+                clock.elapsed - began,
+                info.nbytes,
+                written,
+                clock.elapsed,
+                eta,
+            )
+        )
         emit(report.layers[-1])
 
     index = 0
@@ -181,14 +214,20 @@ def _run(
                 index += 1
             del tensor  # before the reader takes the next one but one
     if not configs:
-        raise NothingToQuantizeError(f"{source.name}: every layer that was to be quantized {NON_FINITE}; the model is damaged.")
+        raise NothingToQuantizeError(
+            f"{source.name}: every layer that was to be quantized {NON_FINITE}; the model is damaged."
+        )
     report.seconds = clock.elapsed
     return report, configs
 
 
 def _metadata(source: Source, recipe: Recipe, configs: Mapping[str, dict[str, object]], mark: str) -> dict[str, str]:
     made = {"version": VERSION, "fingerprint": mark, "recipe": recipe.to_dict()}
-    return {**source.metadata, QUANTIZATION_KEY: quantization_metadata(configs), PROVENANCE_KEY: json.dumps(made, separators=(",", ":"))}
+    return {
+        **source.metadata,
+        QUANTIZATION_KEY: quantization_metadata(configs),
+        PROVENANCE_KEY: json.dumps(made, separators=(",", ":")),
+    }
 
 
 def _header_bound(source: Source, plan: Plan, recipe: Recipe, metadata: Mapping[str, str]) -> int:
@@ -207,8 +246,13 @@ def _nothing(*_) -> None:
 
 
 def quantize_tensors(
-    tensors: Mapping[str, torch.Tensor], recipe: Recipe = Recipe(), *, metadata: Mapping[str, str] | None = None,
-    device: str | torch.device | None = None, on_event: Listener | None = None, check: CancelCheck | None = None,
+    tensors: Mapping[str, torch.Tensor],
+    recipe: Recipe = DEFAULT_RECIPE,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    device: str | torch.device | None = None,
+    on_event: Listener | None = None,
+    check: CancelCheck | None = None,
 ) -> QuantizedTensors:
     """Quantize a state dict of plain weights in memory; ``tensors`` is left untouched, results lie on the CPU.
 
@@ -216,15 +260,24 @@ def quantize_tensors(
     """
     source = TensorSource(tensors, metadata)
     sink = _DictSink()
-    report, configs = _run(source, recipe.plan(source), recipe, sink, _device(device), on_event or _nothing, check or _nothing)
+    report, configs = _run(
+        source, recipe.plan(source), recipe, sink, _device(device), on_event or _nothing, check or _nothing
+    )
     (on_event or _nothing)(RunFinished(report))
-    return QuantizedTensors(dict(sink), _metadata(source, recipe, configs, fingerprint(source, VERSION, recipe.to_json())), report)
+    return QuantizedTensors(
+        dict(sink), _metadata(source, recipe, configs, fingerprint(source, VERSION, recipe.to_json())), report
+    )
 
 
 def quantize_file(
-    source: str | os.PathLike | Source, destination: str | os.PathLike, recipe: Recipe = Recipe(), *,
-    device: str | torch.device | None = None, overwrite: bool = False,
-    on_event: Listener | None = None, check: CancelCheck | None = None,
+    source: str | os.PathLike | Source,
+    destination: str | os.PathLike,
+    recipe: Recipe = DEFAULT_RECIPE,
+    *,
+    device: str | torch.device | None = None,
+    overwrite: bool = False,
+    on_event: Listener | None = None,
+    check: CancelCheck | None = None,
 ) -> Report:
     """Quantize a safetensors file, or any :class:`Source`, into a new safetensors file, one tensor at a time.
 
@@ -237,7 +290,9 @@ def quantize_file(
     """
     if isinstance(source, (str, os.PathLike)):
         with SafetensorsFile(source) as opened:
-            return quantize_file(opened, destination, recipe, device=device, overwrite=overwrite, on_event=on_event, check=check)
+            return quantize_file(
+                opened, destination, recipe, device=device, overwrite=overwrite, on_event=on_event, check=check
+            )
     destination = Path(destination)
     emit, check, device = on_event or _nothing, check or _nothing, _device(device)
     origin = getattr(source, "path", None)
@@ -249,14 +304,23 @@ def quantize_file(
     mark = fingerprint(source, VERSION, recipe.to_json())
     if destination.exists() and not overwrite:
         if not _made_by(destination, mark, origin):
-            raise OutputExistsError(f"{destination} exists and was made from something else; choose another output or overwrite it.")
+            raise OutputExistsError(
+                f"{destination} exists and was made from something else; choose another output or overwrite it."
+            )
         remove_leftovers(destination)
         return Report(
-            source.name, recipe.format, recipe.granularity, recipe.rounding, plan.preset.name if plan.preset else "none",
-            output=str(destination), already_done=True,
+            source.name,
+            recipe.format,
+            recipe.granularity,
+            recipe.rounding,
+            plan.preset.name if plan.preset else "none",
+            output=str(destination),
+            already_done=True,
         )
     planned = {name.removesuffix(".weight"): recipe.config for name in plan.names("quantize")}
-    with SafetensorsWriter(destination, _header_bound(source, plan, recipe, _metadata(source, recipe, planned, mark))) as writer:
+    with SafetensorsWriter(
+        destination, _header_bound(source, plan, recipe, _metadata(source, recipe, planned, mark))
+    ) as writer:
         report, configs = _run(source, plan, recipe, writer, device, emit, check)
         report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))
     remove_leftovers(destination)

@@ -52,7 +52,9 @@ class Report:
         """Median over layers of ‖Ŵ − W‖/‖W‖; NaN without layers."""
         errors = sorted(layer.weight_error for layer in self.layers)
         middle = len(errors) // 2
-        return math.nan if not errors else errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
+        return (
+            math.nan if not errors else errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
+        )
 
     @property
     def worst(self) -> list[LayerFinished]:
@@ -83,13 +85,24 @@ class Report:
         rows = [
             ("format", f"{self.format} per {self.granularity}, rounding {self.rounding}"),
             ("layers quantized", f"{len(self.layers)}"),
-            ("tensors kept", f"{len(self.kept)} ({', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])[:3])})" if self.kept else "0"),
-            ("weight error", f"median {self.median_error:.5f}, worst {self.worst[0].weight_error:.5f}" if self.layers else "none"),
+            (
+                "tensors kept",
+                f"{len(self.kept)} ({', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])[:3])})"
+                if self.kept
+                else "0",
+            ),
+            (
+                "weight error",
+                f"median {self.median_error:.5f}, worst {self.worst[0].weight_error:.5f}" if self.layers else "none",
+            ),
             ("size", f"{human_bytes(self.bytes_in)} → {human_bytes(self.bytes_out)} ({ratio:.0%})"),
             ("seconds", f"{self.seconds:.1f} on {self.device}"),
         ]
         rows += [("file", self.output)] if self.output else []
-        rows += [(f"worst {place}", f"{layer.weight_error:.5f}  {layer.name} {layer.shape[0]}×{layer.shape[1]}") for place, layer in enumerate(self.worst[:worst], 1)]
+        rows += [
+            (f"worst {place}", f"{layer.weight_error:.5f}  {layer.name} {layer.shape[0]}×{layer.shape[1]}")
+            for place, layer in enumerate(self.worst[:worst], 1)
+        ]
         rows += [("KEPT", f"{kept.name}: {kept.reason}") for kept in self.unplanned]
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)

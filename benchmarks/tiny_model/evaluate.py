@@ -124,7 +124,9 @@ def main() -> None:
     if args.sheet:
         shown = groups["showcase"] + checked[:16]
         plain = as_pixels(draw(model, decoder, *features(shown), steps=args.steps))
-        model.load_state_dict(merge_lora(weights, {k: v.to(device) for k, v in load_file(args.assets / LORA_NAME).items()}))
+        model.load_state_dict(
+            merge_lora(weights, {k: v.to(device) for k, v in load_file(args.assets / LORA_NAME).items()})
+        )
         red = as_pixels(draw(model, decoder, *features(shown), steps=args.steps))
         columns = [(name, [emoji.images[index[name]], plain[i], red[i]]) for i, name in enumerate(shown)]
         draw_sheet(args.sheet, columns, ["training\npicture", "sampled", "with LoRA"])

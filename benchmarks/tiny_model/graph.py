@@ -14,6 +14,7 @@ STEPS, CFG, SIZE = 20, 4.0, 64
 
 __all__ = ["MODEL", "LORA", "TinyGraph", "latents", "pictures", "psnr"]
 
+
 class TinyGraph(Graph):
     """A graph with the pieces that every workflow of the tiny model has."""
 
@@ -40,8 +41,17 @@ class TinyGraph(Graph):
         negative = self.add("ConditioningZeroOut", conditioning=data[1])
         latent = self.add("EmptySD3LatentImage", width=SIZE, height=SIZE, batch_size=1)
         samples = self.add(
-            "KSampler", model=model, positive=data[1], negative=negative[0], latent_image=latent[0], seed=seed,
-            steps=steps, cfg=CFG, sampler_name="euler", scheduler="simple", denoise=1.0,
+            "KSampler",
+            model=model,
+            positive=data[1],
+            negative=negative[0],
+            latent_image=latent[0],
+            seed=seed,
+            steps=steps,
+            cfg=CFG,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
         )
         vae = self.add("VAELoader", vae_name="taesd3")
         image = self.add("VAEDecode", samples=samples[0], vae=vae[0])

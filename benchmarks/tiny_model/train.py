@@ -139,7 +139,9 @@ def train_taesd(images: torch.Tensor, plan: Plan) -> tuple[Encoder, Decoder]:
                 encoder[-1].weight.div_(std.float()[:, None, None, None])
                 encoder[-1].bias.copy_((encoder[-1].bias.double() - mean) / std)
             encoder.requires_grad_(False)
-            print(f"latents before normalization: |mean| <= {mean.abs().max():.3f}, std {std.min():.3f}..{std.max():.3f}")
+            print(
+                f"latents before normalization: |mean| <= {mean.abs().max():.3f}, std {std.min():.3f}..{std.max():.3f}"
+            )
         wanted = _augmented(images[next(draws)].float() / 255).to(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             latent = encode(wanted)

@@ -8,7 +8,18 @@ from .verify import verify_file
 from .writer import SafetensorsWriter, header_bytes, remove_leftovers
 
 __all__ = [
-    "inspect_file", "PROVENANCE_KEY", "QUANTIZATION_KEY", "layer_configs", "provenance", "quantization_metadata",
-    "SafetensorsFile", "Source", "TensorInfo", "TensorSource", "verify_file",
-    "SafetensorsWriter", "header_bytes", "remove_leftovers",
+    "inspect_file",
+    "PROVENANCE_KEY",
+    "QUANTIZATION_KEY",
+    "layer_configs",
+    "provenance",
+    "quantization_metadata",
+    "SafetensorsFile",
+    "Source",
+    "TensorInfo",
+    "TensorSource",
+    "verify_file",
+    "SafetensorsWriter",
+    "header_bytes",
+    "remove_leftovers",
 ]

@@ -24,7 +24,11 @@ def quantized_formats(source: Source) -> list[str]:
     if any(name.endswith((".quant_map", ".absmax")) for name in names):
         found.add("bitsandbytes")
     if not found:
-        raw = {info.dtype for name, info in names.items() if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in CODE_DTYPES}
+        raw = {
+            info.dtype
+            for name, info in names.items()
+            if name.endswith(".weight") and len(info.shape) == 2 and info.dtype in CODE_DTYPES
+        }
         found |= {f"plain {DTYPE_NAMES[dtype]} weights" for dtype in raw}
     return sorted(found)
 
@@ -55,7 +59,9 @@ def _stock(found: list[str]) -> str:
     unknown = [name for name in found if name not in FORMATS]
     if unknown:
         return f"It holds {', '.join(unknown)}, which this version cannot judge."
-    since = max((FORMATS[name].stock_since for name in found), key=lambda release: [int(part) for part in release.split(".")])
+    since = max(
+        (FORMATS[name].stock_since for name in found), key=lambda release: [int(part) for part in release.split(".")]
+    )
     return f"Stock ComfyUI {since} and newer loads it."
 
 

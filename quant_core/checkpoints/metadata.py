@@ -8,7 +8,15 @@ import torch
 from ..errors import SourceError
 from .source import Source
 
-__all__ = ["QUANTIZATION_KEY", "PROVENANCE_KEY", "CONFIG_SUFFIX", "header_layers", "quantization_metadata", "layer_configs", "provenance"]
+__all__ = [
+    "QUANTIZATION_KEY",
+    "PROVENANCE_KEY",
+    "CONFIG_SUFFIX",
+    "header_layers",
+    "quantization_metadata",
+    "layer_configs",
+    "provenance",
+]
 
 QUANTIZATION_KEY = "_quantization_metadata"  # read by ComfyUI; overrides the tensors when present
 PROVENANCE_KEY = "learned_rounding"  # read by us: version, recipe, fingerprint
@@ -56,7 +64,9 @@ def layer_configs(source: Source) -> tuple[dict[str, dict], dict[str, dict]]:
             tensors[name.removesuffix(CONFIG_SUFFIX)] = _parse(text.numpy().tobytes(), f"{source.name}: tensor {name}")
     header = {}
     if QUANTIZATION_KEY in source.metadata:
-        header = _parse(source.metadata[QUANTIZATION_KEY], f"{source.name}: header entry {QUANTIZATION_KEY}").get("layers", {})
+        header = _parse(source.metadata[QUANTIZATION_KEY], f"{source.name}: header entry {QUANTIZATION_KEY}").get(
+            "layers", {}
+        )
     if not isinstance(header, dict) or not all(isinstance(config, dict) for config in header.values()):
         raise SourceError(f"{source.name}: header entry {QUANTIZATION_KEY} does not map layers to their formats.")
     return tensors, header

@@ -22,7 +22,11 @@ __all__ = ["SafetensorsFile", "MAX_HEADER"]
 MAX_HEADER = 100_000_000  # the limit of the format's own library
 _LENGTH = struct.Struct("<Q")
 _READ_AT_ONCE = 1 << 24  # how soon a closed file stops a reading thread
-_OTHER_KINDS = ((b"PK\x03\x04", "a pickled PyTorch checkpoint"), (b"GGUF", "a GGUF file"), (b"\x80\x02", "a pickled PyTorch checkpoint"))
+_OTHER_KINDS = (
+    (b"PK\x03\x04", "a pickled PyTorch checkpoint"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x80\x02", "a pickled PyTorch checkpoint"),
+)
 
 
 def _no_duplicates(pairs):
@@ -63,31 +67,45 @@ class SafetensorsFile:
         start = self._file.read(_LENGTH.size + 1)
         kind = next((kind for magic, kind in _OTHER_KINDS if start.startswith(magic)), "another kind of file")
         if len(start) < _LENGTH.size + 1 or start[_LENGTH.size :] != b"{":
-            raise SourceError(f"{self.path} is not a safetensors file but {kind if self.size else 'empty'}; give a .safetensors file.")
+            raise SourceError(
+                f"{self.path} is not a safetensors file but {kind if self.size else 'empty'}; give a .safetensors file."
+            )
         (length,) = _LENGTH.unpack(start[: _LENGTH.size])
         if length > MAX_HEADER:
-            raise SourceError(f"{self.path} claims a header of {length:,} bytes, more than the {MAX_HEADER:,} the format allows; the file is damaged.")
+            raise SourceError(
+                f"{self.path} claims a header of {length:,} bytes, more than the {MAX_HEADER:,} the format allows; the file is damaged."
+            )
         self._data = _LENGTH.size + length
         if self._data > self.size:
-            raise SourceError(f"{self.path} is truncated: its header alone needs {self._data:,} bytes and the file has {self.size:,}; fetch it again.")
+            raise SourceError(
+                f"{self.path} is truncated: its header alone needs {self._data:,} bytes and the file has {self.size:,}; fetch it again."
+            )
         self._file.seek(_LENGTH.size)
         try:
             header = json.loads(self._file.read(length), object_pairs_hook=_no_duplicates)
             self.metadata = dict(header.pop("__metadata__", None) or {})
             if not all(isinstance(value, str) for value in self.metadata.values()):
                 raise ValueError("its metadata is no table of strings")
-            spans = sorted((self._entry(name, entry) for name, entry in header.items()), key=lambda span: (span[1], span[2]))
+            spans = sorted(
+                (self._entry(name, entry) for name, entry in header.items()), key=lambda span: (span[1], span[2])
+            )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise SourceError(f"{self.path} has a damaged header ({error}); fetch the file again.") from None
         end = 0
         for name, begin, stop, _ in spans:
             if begin != end:
-                raise SourceError(f"{self.path} has a damaged header (tensor {name} begins at byte {begin:,} instead of {end:,}); fetch the file again.")
+                raise SourceError(
+                    f"{self.path} has a damaged header (tensor {name} begins at byte {begin:,} instead of {end:,}); fetch the file again."
+                )
             end = stop
         if self._data + end > self.size:
-            raise SourceError(f"{self.path} is truncated: it should have {self._data + end:,} bytes and has {self.size:,}; fetch it again.")
+            raise SourceError(
+                f"{self.path} is truncated: it should have {self._data + end:,} bytes and has {self.size:,}; fetch it again."
+            )
         if self._data + end < self.size:
-            raise SourceError(f"{self.path} has {self.size - self._data - end:,} bytes after its last tensor; it is damaged, fetch it again.")
+            raise SourceError(
+                f"{self.path} has {self.size - self._data - end:,} bytes after its last tensor; it is damaged, fetch it again."
+            )
         self._offsets = {name: begin for name, begin, _, _ in spans}
         self.tensors = {name: info for name, _, _, info in spans}
 
@@ -113,9 +131,13 @@ class SafetensorsFile:
                 try:
                     count = self._file.readinto(view[done : done + _READ_AT_ONCE])
                 except OSError as error:
-                    raise SourceError(f"{self.path} cannot be read at tensor {name}: {error.strerror}; check the disk.") from error
+                    raise SourceError(
+                        f"{self.path} cannot be read at tensor {name}: {error.strerror}; check the disk."
+                    ) from error
                 if not count:
-                    raise SourceError(f"{self.path} ended early at tensor {name}: it was changed while it was read; run again.")
+                    raise SourceError(
+                        f"{self.path} ended early at tensor {name}: it was changed while it was read; run again."
+                    )
                 done += count
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:

@@ -51,7 +51,9 @@ class Source(Protocol):
 class TensorSource:
     """A state dict as a :class:`Source`; nothing is copied."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, name: str = "state dict"):
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, name: str = "state dict"
+    ):
         self._tensors = tensors
         self.name = name
         self.tensors = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}

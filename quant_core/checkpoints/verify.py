@@ -32,7 +32,9 @@ def layer_granularity(layer: str, config: Mapping[str, object], tensors: Mapping
     """The granularity that the layer's scale shape means. Raises ValueError with one sentence when nothing fits."""
     format = FORMATS.get(config.get("format"))
     if format is None:
-        raise ValueError(f"{layer}: its format '{config.get('format')}' is not one this version knows ({', '.join(FORMATS)})")
+        raise ValueError(
+            f"{layer}: its format '{config.get('format')}' is not one this version knows ({', '.join(FORMATS)})"
+        )
     weight = tensors.get(f"{layer}.weight")
     if weight is None:
         raise ValueError(f"{layer}: has a quantization entry but no weight")
@@ -40,12 +42,21 @@ def layer_granularity(layer: str, config: Mapping[str, object], tensors: Mapping
         raise ValueError(f"{layer}: the weight has shape {weight.shape}; only matrices are read as quantized")
     wanted = []
     for granularity in format.granularities:
-        specs = {f"{layer}.{suffix}": TensorInfo(*spec) for suffix, spec in format.specs(granularity, weight.shape).items()}
+        specs = {
+            f"{layer}.{suffix}": TensorInfo(*spec) for suffix, spec in format.specs(granularity, weight.shape).items()
+        }
         if all(tensors.get(name) == spec for name, spec in specs.items()):
             return granularity
-        wanted.append(", ".join(f"{name.removeprefix(layer + '.')} {spec.dtype} {spec.shape}" for name, spec in specs.items()))
+        wanted.append(
+            ", ".join(f"{name.removeprefix(layer + '.')} {spec.dtype} {spec.shape}" for name, spec in specs.items())
+        )
     have = ", ".join(
-        f"{suffix} " + (f"{tensors[f'{layer}.{suffix}'].dtype} {tensors[f'{layer}.{suffix}'].shape}" if f"{layer}.{suffix}" in tensors else "missing")
+        f"{suffix} "
+        + (
+            f"{tensors[f'{layer}.{suffix}'].dtype} {tensors[f'{layer}.{suffix}'].shape}"
+            if f"{layer}.{suffix}" in tensors
+            else "missing"
+        )
         for suffix in format.specs(next(iter(format.granularities)), weight.shape)
     )
     raise ValueError(f"{layer}: {format.name} needs {' or '.join(wanted)}; the file has {have}")

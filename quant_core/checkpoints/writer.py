@@ -51,13 +51,17 @@ def _dump(header: Mapping) -> bytes:
 
 def header_bytes(tensors: Iterable[tuple[str, TensorInfo]], metadata: Mapping[str, str]) -> int:
     """An upper bound of the header's size, wherever the tensors will lie."""
-    header = {"__metadata__": dict(metadata)} | {name: _entry(info, _WIDEST_OFFSET, _WIDEST_OFFSET) for name, info in tensors}
+    header = {"__metadata__": dict(metadata)} | {
+        name: _entry(info, _WIDEST_OFFSET, _WIDEST_OFFSET) for name, info in tensors
+    }
     return _aligned(len(_dump(header)))
 
 
 def _explain(error: OSError, path: Path) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"The disk is full: {path} could not be written and nothing of it is left; free some space and run again.")
+        return OutputError(
+            f"The disk is full: {path} could not be written and nothing of it is left; free some space and run again."
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(f"The folder {path.parent} is read-only for this user; choose another output.")
     return OutputError(f"{path} cannot be written: {error.strerror or error}; check the disk and the folder.")
@@ -146,7 +150,9 @@ class SafetensorsWriter:
         if self._end - self._flushing >= _FLUSH and hasattr(os, "posix_fadvise"):
             # Starts writing to the disk now, beside the computation, so that the final fsync finds little left.
             begin = _LENGTH.size + self._reserve
-            os.posix_fadvise(self._file.fileno(), begin + self._flushing, self._end - self._flushing, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(
+                self._file.fileno(), begin + self._flushing, self._end - self._flushing, os.POSIX_FADV_DONTNEED
+            )
             self._flushing = self._end
 
     def _write(self, view: memoryview) -> None:
@@ -191,4 +197,3 @@ class SafetensorsWriter:
 
     def __exit__(self, *exc) -> None:
         self.abort()
-

@@ -39,7 +39,9 @@ class Format:
             raise UnknownNameError("granularity", name, GRANULARITIES)
         if name not in self.granularities:
             have = " or ".join(self.granularities)
-            raise RecipeError(f"Format {self.name} has one scale per {have}, not per {name}; choose another format or granularity.")
+            raise RecipeError(
+                f"Format {self.name} has one scale per {have}, not per {name}; choose another format or granularity."
+            )
         return name, GRANULARITIES[name]
 
     def config(self, granularity: str, *, full_precision_matmul: bool = False) -> dict[str, object]:

@@ -73,7 +73,9 @@ def _load(name: str) -> Preset:
 
 COMMON = _load("common")
 PRESETS: Mapping[str, Preset] = {
-    path.stem: _load(path.stem) for path in sorted(_FOLDER.glob("*.toml")) if path.stem != COMMON.name and _load(path.stem).detect
+    path.stem: _load(path.stem)
+    for path in sorted(_FOLDER.glob("*.toml"))
+    if path.stem != COMMON.name and _load(path.stem).detect
 }
 
 

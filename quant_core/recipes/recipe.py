@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..checkpoints import Source
 from ..errors import RecipeError
 from ..formats import Format, find_format
 from ..rounding import check_rounding
-from ..checkpoints import Source
 from .plan import Plan, make_plan
 from .presets import AUTO, NONE, find_preset
 from .toml import tomllib
@@ -54,7 +54,9 @@ class Recipe:
         if self.preset not in (AUTO, NONE):
             find_preset(self.preset)
         if self.full_precision_matmul and not self.entry.full_precision_matmul:
-            raise RecipeError(f"full_precision_matrix_mult has no effect on {self.format}: ComfyUI ignores it there; leave it out.")
+            raise RecipeError(
+                f"full_precision_matrix_mult has no effect on {self.format}: ComfyUI ignores it there; leave it out."
+            )
         if not -(2**63) <= self.seed < 2**64:
             raise RecipeError(f"The recipe's seed {self.seed} does not fit into 64 bits.")
         for pattern in self.keep:
@@ -76,7 +78,11 @@ class Recipe:
     @property
     def label(self) -> str:
         """Short name for file names: the format, and the granularity where the format has several."""
-        return self.format if len(self.entry.granularities) == 1 else f"{self.format.removesuffix('_tensorwise')}_{self.granularity}"
+        return (
+            self.format
+            if len(self.entry.granularities) == 1
+            else f"{self.format.removesuffix('_tensorwise')}_{self.granularity}"
+        )
 
     def plan(self, source: Source) -> Plan:
         """One decision for every tensor of ``source``, see :func:`~.plan.make_plan`."""
@@ -124,8 +130,14 @@ class Recipe:
 
 
 _TYPES = {
-    "format": str, "granularity": (str, type(None)), "rounding": str, "preset": str, "keep": (tuple, list),
-    "heur": bool, "full_precision_matmul": bool, "seed": int,
+    "format": str,
+    "granularity": (str, type(None)),
+    "rounding": str,
+    "preset": str,
+    "keep": (tuple, list),
+    "heur": bool,
+    "full_precision_matmul": bool,
+    "seed": int,
 }
 
 

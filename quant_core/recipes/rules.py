@@ -20,7 +20,10 @@ _HEURISTICS: tuple[tuple[Callable[[int, int], bool], str], ...] = (
     (lambda small, large: small < _HEUR_BLOCK, f"a side shorter than {_HEUR_BLOCK}"),
     (lambda small, large: small % _HEUR_BLOCK or large % _HEUR_BLOCK, f"a side that {_HEUR_BLOCK} does not divide"),
     (lambda small, large: large / small > 4 and small < 5120, "aspect ratio above 4 and the shorter side below 5120"),
-    (lambda small, large: small * large < 15_000_000 and large / small < 2, "fewer than 15 million parameters, nearly square"),
+    (
+        lambda small, large: small * large < 15_000_000 and large / small < 2,
+        "fewer than 15 million parameters, nearly square",
+    ),
     (lambda small, large: large < 4096, "longer side below 4096"),
 )
 

@@ -49,7 +49,12 @@ def _sampled_rows(weight: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def _best_ratio(
-    weight: torch.Tensor, start: torch.Tensor, ratios: torch.Tensor, grid: Grid, share: Granularity, check: CancelCheck | None
+    weight: torch.Tensor,
+    start: torch.Tensor,
+    ratios: torch.Tensor,
+    grid: Grid,
+    share: Granularity,
+    check: CancelCheck | None,
 ) -> torch.Tensor:
     """The ratio, of the shape of ``start``, whose scale loses least after hard rounding; the first of equals."""
     errors = torch.empty(len(ratios), weight.shape[0], 1, dtype=torch.float64, device=weight.device)
@@ -64,7 +69,13 @@ def _best_ratio(
 
 
 def search_scale(
-    weight: torch.Tensor, start: torch.Tensor, grid: Grid, share: Granularity, *, seed: int = 0, check: CancelCheck | None = None
+    weight: torch.Tensor,
+    start: torch.Tensor,
+    grid: Grid,
+    share: Granularity,
+    *,
+    seed: int = 0,
+    check: CancelCheck | None = None,
 ) -> torch.Tensor:
     """The best of a few dozen multiples of the amax scale ``start``; never worse than ``start`` itself.
 

@@ -22,4 +22,3 @@ def row_slabs(weight: torch.Tensor, check: CancelCheck | None = None) -> Iterato
             check()
         rows = weight[start : start + step]
         yield start, start + rows.shape[0], rows.float()
-

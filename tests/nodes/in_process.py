@@ -1,6 +1,6 @@
 """Run by a host's own Python: checks that need ComfyUI's classes in the same process. Prints JSON.
 
-    python in_process.py COMFYUI PACK FOLDER CHECK
+python in_process.py COMFYUI PACK FOLDER CHECK
 """
 
 import importlib.util

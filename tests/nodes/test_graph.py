@@ -16,8 +16,8 @@ from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.checkpoints import verify_file
 from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, probed, progress, stock_loads, text
 
-# dB against the unquantized model, per prompt and seed: a little under the worst that plain nearest rounding gave.
-FLOOR = {"float8_e4m3fn": 20.0, "int8_tensorwise": 28.0}
+# dB against the unquantized model: under the worst picture of plain nearest rounding (benchmarks/README.md).
+FLOOR = {"float8_e4m3fn": 38.0, "int8_tensorwise": 27.0}
 
 
 def saved_path(result, node) -> Path:
@@ -32,7 +32,12 @@ def unique(request, *parts: str) -> str:
 def test_the_pack_loads_without_a_word_of_complaint(comfy):
     nodes = comfy.object_info()
     ours = {name: node for name, node in nodes.items() if name.startswith("LearnedRounding")}
-    assert set(ours) == {"LearnedRoundingLoadModel", "LearnedRoundingConfigure", "LearnedRoundingQuantize", "LearnedRoundingSave"}
+    assert set(ours) == {
+        "LearnedRoundingLoadModel",
+        "LearnedRoundingConfigure",
+        "LearnedRoundingQuantize",
+        "LearnedRoundingSave",
+    }
     assert f"diffusion_models/{MODEL}" in str(ours["LearnedRoundingLoadModel"]["input"]["required"]["model"])
     mentions = [line for line in comfy.log_text().splitlines() if "learned_rounding" in line]
     assert mentions and not [line for line in mentions if "FAILED" in line or "File" in line or "ERROR" in line]
@@ -54,7 +59,7 @@ def test_quantize_and_sample_in_one_graph(comfy, request, format, granularity):
     assert len(expected) > 30
     assert set(layers) == expected
     assert set(layers.values()) == {"int8" if format == "int8_tensorwise" else "float8_e4m3fn"}
-    for full, ours in zip(pictures(comfy.output_dir, f"{name}-full"), pictures(comfy.output_dir, f"{name}-quantized")):
+    for full, ours in zip(pictures(comfy.output_dir, f"{name}-full"), pictures(comfy.output_dir, f"{name}-quantized"), strict=True):
         assert FLOOR[format] < psnr(full, ours) < float("inf")
 
 
@@ -96,7 +101,9 @@ def test_a_file_source_gives_the_same_weights_as_the_loaded_model(comfy, request
     from_model = graph.save(graph.quantize(graph.load()[0], "int8_tensorwise"), f"{name}-model")
     result = comfy.queue(graph)
     command_line = tmp_path / "lrq.safetensors"
-    quantize_file(comfy.models_dir / "diffusion_models" / MODEL, command_line, Recipe(format="int8_tensorwise"), device="cpu")
+    quantize_file(
+        comfy.models_dir / "diffusion_models" / MODEL, command_line, Recipe(format="int8_tensorwise"), device="cpu"
+    )
     expected = load_file(command_line)
     assert saved_path(result, from_file).read_bytes() == command_line.read_bytes()
     ours = load_file(saved_path(result, from_model))
@@ -187,7 +194,12 @@ def test_progress_comes_layer_by_layer_to_the_client_that_queued(comfy, request,
     assert [event.data["index"] for event in layers] == list(range(payloads[0]["total"]))
     assert len({event.data["name"] for event in layers}) == len(layers) == payloads[-1]["layers"]
     for payload in (event.data for event in layers):
-        assert 0 < payload["error"] < 0.05 and payload["seconds"] > 0 and payload["eta"] >= 0 and payload["total"] == len(layers)
+        assert (
+            0 < payload["error"] < 0.05
+            and payload["seconds"] > 0
+            and payload["eta"] >= 0
+            and payload["total"] == len(layers)
+        )
     start, end = events[0].at, events[-1].at
     assert layers[0].at - start < (end - start) / 5
     middle = layers[len(layers) // 2].at
@@ -259,5 +271,12 @@ def test_a_whole_checkpoint_keeps_its_other_parts(comfy, request):
     again = ProbedGraph()
     loaded = again.add("CheckpointLoaderSimple", ckpt_name=path.name)
     again.sample(loaded[0], f"{name}-file")
-    assert len(probed(comfy.queue({**again, "99": {"class_type": "ProbeModel", "inputs": {"model": loaded[0]}}}), Node("99"))["layers"]) > 30
+    assert (
+        len(
+            probed(
+                comfy.queue({**again, "99": {"class_type": "ProbeModel", "inputs": {"model": loaded[0]}}}), Node("99")
+            )["layers"]
+        )
+        > 30
+    )
     assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-file"))

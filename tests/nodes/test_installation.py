@@ -29,7 +29,19 @@ def test_a_clone_with_its_requirements_is_all_it_takes(host, server_factory, tmp
     subprocess.run(["git", "clone", "--quiet", "--depth=1", f"file://{PACK}", clone], check=True)
 
     before = torch_version(host)
-    wanted = json.loads(pip(host, "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-", "-r", str(clone / "requirements.txt")))
+    wanted = json.loads(
+        pip(
+            host,
+            "install",
+            "--quiet",
+            "--dry-run",
+            "--ignore-installed",
+            "--report",
+            "-",
+            "-r",
+            str(clone / "requirements.txt"),
+        )
+    )
     names = {package["metadata"]["name"].lower() for package in wanted["install"]}
     assert not {name for name in names if name.startswith(("torch", "nvidia", "triton"))}, names
     pip(host, "install", "--quiet", "-r", str(clone / "requirements.txt"))

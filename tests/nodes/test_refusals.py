@@ -29,7 +29,11 @@ def test_a_quantized_model_is_refused_by_name(comfy):
 
 
 def test_a_quantized_file_is_refused_by_the_name_of_its_format(comfy):
-    tensors = {"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn), "a.scale_weight": torch.ones(()), "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    tensors = {
+        "a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn),
+        "a.scale_weight": torch.ones(()),
+        "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn),
+    }
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source(put(comfy, "old_fp8.safetensors", tensors))[0]), "again")
     assert "scaled fp8" in refused(comfy, graph)

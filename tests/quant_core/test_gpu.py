@@ -55,7 +55,9 @@ def test_a_file_quantized_on_the_gpu_is_sound_and_repeatable(tmp_path, format, g
         writer.finish({})
     outputs = []
     for name in ("a", "b"):
-        report = quantize_file(tmp_path / "in.safetensors", tmp_path / name, Recipe(format=format, granularity=granularity), device="cuda")
+        report = quantize_file(
+            tmp_path / "in.safetensors", tmp_path / name, Recipe(format=format, granularity=granularity), device="cuda"
+        )
         assert report.device.startswith("cuda") and len(report.layers) == 6
         outputs.append((tmp_path / name).read_bytes())
     assert outputs[0] == outputs[1]

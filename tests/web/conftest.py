@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from learned_rounding.benchmarks.tiny_model.model import MMDiT
 from learned_rounding.hosts.browser import load_workflow, open_page
-from safetensors.torch import save_file
 
 WORKFLOW = json.loads((Path(__file__).parent / "workflow.json").read_text(encoding="utf-8"))
 SEED = 3  # its place among the widgets of Configure Quantization

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from learned_rounding.hosts.browser import load_workflow, open_page
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from learned_rounding.hosts.browser import load_workflow, queue_prompt
 
 pytestmark = pytest.mark.browser

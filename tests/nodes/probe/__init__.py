@@ -30,7 +30,9 @@ class ProbeModel:
 
     def probe(self, model):
         sampling = model.get_model_object("model_sampling")
-        text = json.dumps({"layers": _quantized_layers(model), "shift": float(sampling.shift), "patches": len(model.patches)})
+        text = json.dumps(
+            {"layers": _quantized_layers(model), "shift": float(sampling.shift), "patches": len(model.patches)}
+        )
         return {"ui": {"text": [text]}}
 
 
