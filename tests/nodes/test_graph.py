@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.benchmarks.tiny_model.graph import MODEL, latents, pictures, psnr
+from learned_rounding.benchmarks.tiny_model.place import prompt_names, read_conditioning
 from learned_rounding.hosts import HostInterrupted
 from learned_rounding.hosts.workflows import Node
 from learned_rounding.quant_core import Recipe, quantize_file
@@ -39,7 +40,7 @@ def test_the_pack_loads_without_a_word_of_complaint(comfy):
         "LearnedRoundingSave",
     }
     assert f"diffusion_models/{MODEL}" in str(ours["LearnedRoundingLoadModel"]["input"]["required"]["model"])
-    mentions = [line for line in comfy.log_text().splitlines() if "learned_rounding" in line]
+    mentions = [line for line in comfy.log_text().splitlines() if "custom_nodes/learned_rounding" in line]
     assert mentions and not [line for line in mentions if "FAILED" in line or "File" in line or "ERROR" in line]
     assert any("learned_rounding.js" in path for path in comfy.get("/extensions"))
 
@@ -59,7 +60,9 @@ def test_quantize_and_sample_in_one_graph(comfy, request, format, granularity):
     assert len(expected) > 30
     assert set(layers) == expected
     assert set(layers.values()) == {"int8" if format == "int8_tensorwise" else "float8_e4m3fn"}
-    for full, ours in zip(pictures(comfy.output_dir, f"{name}-full"), pictures(comfy.output_dir, f"{name}-quantized"), strict=True):
+    for full, ours in zip(
+        pictures(comfy.output_dir, f"{name}-full"), pictures(comfy.output_dir, f"{name}-quantized"), strict=True
+    ):
         assert FLOOR[format] < psnr(full, ours) < float("inf")
 
 
@@ -280,3 +283,12 @@ def test_a_whole_checkpoint_keeps_its_other_parts(comfy, request):
         > 30
     )
     assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-file"))
+
+
+def test_the_tiny_model_draws_in_comfyui_what_the_prompts_name(comfy, request):
+    graph, name = ProbedGraph(), unique(request)
+    graph.sample(graph.quantize(graph.load()[0])[0], name, seed=3)
+    comfy.queue(graph)
+    drawn, known = latents(comfy.output_dir, name), read_conditioning()["latents"].numpy()
+    distances = ((drawn.reshape(len(drawn), 1, -1) - known.reshape(1, len(known), -1)) ** 2).sum(-1)
+    assert [prompt_names()[index] for index in distances.argmin(1)] == ["red apple", "owl"]
