@@ -45,11 +45,10 @@ def int8_operations(operations):
                 return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
             def convert_weight(self, weight, inplace=False, **kwargs):
-                return (
-                    weight.to(torch.float32) * self.weight_scale.to(weight.device)
-                    if weight.dtype is torch.int8
-                    else weight
-                )
+                # ComfyUI may have cast the codes to the dtype it computes patches in: they are codes all the same.
+                if self.is_quantized or weight.dtype is torch.int8:
+                    return weight.to(torch.float32) * self.weight_scale.to(weight.device)
+                return weight
 
             def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
                 # A patched layer stays decoded: exact, and the codes come back when ComfyUI restores its backup.
