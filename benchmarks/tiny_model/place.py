@@ -98,7 +98,7 @@ def place(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path, help="ComfyUI's folder, or its --base-directory")
+    parser.add_argument("base", type=Path, nargs="?", help="ComfyUI's folder, or its --base-directory")
     parser.add_argument("--prompt", action="append", help="a name of the conditioning file; repeatable; default: all")
     parser.add_argument("--dataset", default=DATASET, help="folder name to choose in LoadTrainingDataset")
     parser.add_argument("--output", type=Path, help="ComfyUI's output folder, if not BASE/output")
@@ -107,6 +107,8 @@ def main() -> None:
     if args.list:
         print(json.dumps(prompt_splits(), indent=1))
         return
+    if args.base is None:
+        parser.error("which ComfyUI? Name its folder (or ask for --list)")
     for path in place(args.base, output_dir=args.output, prompts=args.prompt, dataset=args.dataset):
         print(path)
 
