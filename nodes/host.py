@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
 import comfy.sd
@@ -151,13 +151,10 @@ class PatchedWeights:
         self._keys = {new: key for new, (key, _) in state.items()}
         self._patched = _patched_keys(patcher)
         plain = {new: self._unpatched(key, tensor) for new, (key, tensor) in state.items() if key not in self._patched}
-        narrow = _narrowest(plain.values())
-        self.tensors = {}
-        for new, (_, tensor) in state.items():
-            dtype = (
-                torch.float32 if new not in plain else narrow if narrow and _fits(plain[new], narrow) else tensor.dtype
-            )
-            self.tensors[new] = TensorInfo(dtype, tuple(tensor.shape))
+        dtypes = _stored_dtypes(plain)
+        self.tensors = {
+            new: TensorInfo(dtypes.get(new, torch.float32), tuple(tensor.shape)) for new, (_, tensor) in state.items()
+        }
 
     def _unpatched(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         backup = self._patcher.backup.get(key)
@@ -172,10 +169,6 @@ class PatchedWeights:
             weight = comfy.lora.calculate_weight(patches, weight.to(device, torch.float32, copy=True), key)
         return weight.to(device, self.tensors[name].dtype)
 
-    def sample(self, name: str, offset: int, length: int) -> bytes:
-        flat = self.read(name).contiguous().flatten().view(torch.uint8)
-        return flat[offset : offset + length].cpu().numpy().tobytes()
-
 
 def _is_quantized(tensor) -> bool:
     """ComfyUI's own class of quantized tensors, wherever the release at hand keeps it."""
@@ -186,16 +179,19 @@ def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype is torch.float32 and torch.equal(tensor.to(dtype).to(torch.float32), tensor)
 
 
-def _narrowest(tensors) -> torch.dtype | None:
-    """The 16-bit dtype that holds most of these float32 weights without loss; None when they are no widened 16-bit weights."""
-    tensors = [tensor for tensor in tensors if tensor.dtype is torch.float32]
-    total = sum(tensor.numel() for tensor in tensors)
+def _stored_dtypes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
+    """Each tensor's dtype; for float32 weights that were widened from a 16-bit dtype, that dtype.
+
+    Widened is a model of which one 16-bit dtype holds more than half of the float32 weights without loss.
+    """
     fitting = {
-        dtype: sum(tensor.numel() for tensor in tensors if _fits(tensor, dtype))
+        dtype: {name for name, tensor in tensors.items() if _fits(tensor, dtype)}
         for dtype in (torch.bfloat16, torch.float16)
     }
-    best = max(fitting, key=fitting.get)
-    return best if fitting[best] > total / 2 else None
+    sizes = {dtype: sum(tensors[name].numel() for name in names) for dtype, names in fitting.items()}
+    narrow = max(sizes, key=sizes.get)
+    widened = sizes[narrow] > sum(t.numel() for t in tensors.values() if t.dtype is torch.float32) / 2
+    return {name: narrow if widened and name in fitting[narrow] else tensor.dtype for name, tensor in tensors.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- quantizing
@@ -512,24 +508,23 @@ def _place(path: Path, folder: Path, stem: str) -> Path:
     """Link ``path`` into ``folder`` under the first free number, or copy it where links are not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for number in _numbers():
-            target = folder / f"{stem}_{number:05}_.safetensors"
-            try:
-                os.link(path, target)
-                return target
-            except FileExistsError:
-                continue
-            except OSError:
-                return _copy(path, folder, stem)
+        try:
+            return _first_free(folder, stem, lambda target: os.link(path, target))
+        except OSError:
+            return _copy(path, folder, stem)
     except OSError as error:
         raise OutputError(f"The model cannot be saved in {folder}: {error.strerror or error}.") from error
 
 
-def _numbers() -> Iterator[int]:
-    number = 1
-    while True:
-        yield number
-        number += 1
+def _first_free(folder: Path, stem: str, take) -> Path:
+    """The first numbered name that ``take`` creates without a FileExistsError."""
+    for number in itertools.count(1):
+        target = folder / f"{stem}_{number:05}_.safetensors"
+        try:
+            take(target)
+            return target
+        except FileExistsError:
+            continue
 
 
 def _copy(path: Path, folder: Path, stem: str) -> Path:
@@ -539,14 +534,8 @@ def _copy(path: Path, folder: Path, stem: str) -> Path:
             shutil.copyfileobj(source, target, 1 << 24)
             target.flush()
             os.fsync(target.fileno())
-        for number in _numbers():
-            target = folder / f"{stem}_{number:05}_.safetensors"
-            try:
-                os.close(os.open(target, os.O_CREAT | os.O_EXCL))  # claims the name
-            except FileExistsError:
-                continue
-            os.replace(partial, target)
-            return target
+        claimed = _first_free(folder, stem, lambda target: os.close(os.open(target, os.O_CREAT | os.O_EXCL)))
+        return partial.replace(claimed)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -31,13 +31,14 @@ from .events import CancelCheck, LayerFinished, LayerKept, LayerStarted, Listene
 from .formats.weight import config_bytes
 from .layer import quantize_weight
 from .recipes import Plan, Recipe
+from .recipes.presets import NONE
 from .report import Report
 from .version import VERSION
 
 __all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name"]
 
 DEFAULT_RECIPE = Recipe()
-_PATIENCE = 0.2  # seconds between two looks at the cancellation check while a tensor is read
+_PATIENCE = 0.2  # seconds between two looks at the cancellation check while a tensor is read or written
 NON_FINITE = "holds NaN or Inf, so it stays in full precision"
 
 
@@ -135,16 +136,18 @@ class _Clock:
         return self.elapsed * (self._total - self._done) / self._done if self._done else 0.0
 
 
+def _report(source: Source, plan: Plan, recipe: Recipe, **more) -> Report:
+    preset = plan.preset.name if plan.preset else NONE
+    return Report(source.name, recipe.format, recipe.granularity, recipe.rounding, preset, **more)
+
+
 def _run(
     source: Source, plan: Plan, recipe: Recipe, sink: Sink, device: torch.device, emit: Listener, check: CancelCheck
 ) -> tuple[Report, dict[str, dict[str, object]]]:
     """Carry every tensor of ``plan`` from ``source`` to ``sink``; returns the report and {layer: JSON}."""
     total = sum(1 for _ in plan.names("quantize"))
     bytes_in = sum(info.nbytes for info in source.tensors.values())
-    preset = plan.preset.name if plan.preset else "none"
-    report = Report(
-        source.name, recipe.format, recipe.granularity, recipe.rounding, preset, bytes_in=bytes_in, device=str(device)
-    )
+    report = _report(source, plan, recipe, bytes_in=bytes_in, device=str(device))
     configs: dict[str, dict[str, object]] = {}
 
     def keep(name: str, tensor: torch.Tensor, reason: str, planned: bool = True) -> None:
@@ -152,9 +155,8 @@ def _run(
         report.kept.append(LayerKept(name, source.tensors[name].shape, reason, planned=planned))
         emit(report.kept[-1])
 
-    emit(
-        RunStarted(source.name, recipe.format, recipe.granularity, preset, total, len(source.tensors) - total, bytes_in)
-    )
+    kept = len(source.tensors) - total
+    emit(RunStarted(source.name, recipe.format, recipe.granularity, report.preset, total, kept, bytes_in))
     for name in plan.names("remove"):
         report.kept.append(LayerKept(name, source.tensors[name].shape, plan.decisions[name].reason, removed=True))
         emit(report.kept[-1])
@@ -221,7 +223,9 @@ def _run(
     return report, configs
 
 
-def _metadata(source: Source, recipe: Recipe, configs: Mapping[str, dict[str, object]], mark: str) -> dict[str, str]:
+def _metadata(
+    source: Source, recipe: Recipe, configs: Mapping[str, dict[str, object]], mark: str | None
+) -> dict[str, str]:
     made = {"version": VERSION, "fingerprint": mark, "recipe": recipe.to_dict()}
     return {
         **source.metadata,
@@ -258,15 +262,11 @@ def quantize_tensors(
 
     ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
     """
-    source = TensorSource(tensors, metadata)
-    sink = _DictSink()
-    report, configs = _run(
-        source, recipe.plan(source), recipe, sink, _device(device), on_event or _nothing, check or _nothing
-    )
-    (on_event or _nothing)(RunFinished(report))
-    return QuantizedTensors(
-        dict(sink), _metadata(source, recipe, configs, fingerprint(source, VERSION, recipe.to_json())), report
-    )
+    source, sink, emit = TensorSource(tensors, metadata), _DictSink(), on_event or _nothing
+    report, configs = _run(source, recipe.plan(source), recipe, sink, _device(device), emit, check or _nothing)
+    emit(RunFinished(report))
+    mark = fingerprint(source, VERSION, recipe.to_json())
+    return QuantizedTensors(dict(sink), _metadata(source, recipe, configs, mark), report)
 
 
 def quantize_file(
@@ -308,15 +308,7 @@ def quantize_file(
                 f"{destination} exists and was made from something else; choose another output or overwrite it."
             )
         remove_leftovers(destination)
-        return Report(
-            source.name,
-            recipe.format,
-            recipe.granularity,
-            recipe.rounding,
-            plan.preset.name if plan.preset else "none",
-            output=str(destination),
-            already_done=True,
-        )
+        return _report(source, plan, recipe, output=str(destination), already_done=True)
     planned = {name.removesuffix(".weight"): recipe.config for name in plan.names("quantize")}
     with SafetensorsWriter(
         destination, _header_bound(source, plan, recipe, _metadata(source, recipe, planned, mark))
@@ -329,9 +321,9 @@ def quantize_file(
     return report
 
 
-def _made_by(path: Path, mark: str, origin: Path | None) -> bool:
+def _made_by(path: Path, mark: str | None, origin: Path | None) -> bool:
     """Whether the file at ``path`` is what this run would write; a source changed since does not count."""
-    if origin and origin.stat().st_mtime_ns > path.stat().st_mtime_ns:
+    if mark is None or (origin and origin.stat().st_mtime_ns > path.stat().st_mtime_ns):
         return False
     try:
         with SafetensorsFile(path) as made:

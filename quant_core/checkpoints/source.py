@@ -44,6 +44,10 @@ class Source(Protocol):
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """The tensor on ``device``."""
 
+
+class SampledSource(Source, Protocol):
+    """A source that can give a few bytes without reading whole tensors, and so has a fingerprint."""
+
     def sample(self, name: str, offset: int, length: int) -> bytes:
         """``length`` bytes of the tensor's memory from byte ``offset``."""
 
@@ -67,12 +71,14 @@ class TensorSource:
         return flat[offset : offset + length].cpu().numpy().tobytes()
 
 
-def fingerprint(source: Source, *extra: str) -> str:
-    """A hash that changes when the source, or any string in ``extra``, does.
+def fingerprint(source: Source, *extra: str) -> str | None:
+    """A hash that changes when the source, or any string in ``extra``, does; None unless it is a SampledSource.
 
     It covers all names, dtypes, shapes and header pairs, and sixteen pages spread over each tensor: enough to
     tell one model from another and a fine-tune from its base without reading the whole file twice.
     """
+    if not hasattr(source, "sample"):
+        return None
     digest = hashlib.blake2b(digest_size=16)
     for text in (*extra, *(f"{k}={v}" for k, v in sorted(source.metadata.items()))):
         digest.update(text.encode() + b"\0")

@@ -8,7 +8,7 @@ from ..events import CancelCheck
 
 __all__ = ["row_slabs"]
 
-# Elements of one slab: 4 MiB of float32 stay in a CPU's cache; a GPU wants larger launches and has the room.
+# Elements of one slab: 1 MiB of float32 stays in a CPU's cache; a GPU wants larger launches and has the room.
 _SLAB = {"cpu": 1 << 18}
 _SLAB_ACCELERATOR = 1 << 26
 

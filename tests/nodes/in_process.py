@@ -3,8 +3,10 @@
 python in_process.py COMFYUI PACK FOLDER CHECK
 """
 
+import errno
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -57,6 +59,20 @@ def encode(clip) -> torch.Tensor:
     return clip.encode_from_tokens(clip.tokenize("a red apple on a table"), return_pooled=False)
 
 
+def without_links(call):
+    """Run ``call`` as on a file system that has no hard links."""
+    link = os.link
+
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    os.link = refuse
+    try:
+        return call()
+    finally:
+        os.link = link
+
+
 def text_encoder() -> dict:
     """CLIP in → quantized CLIP out, and its file through ComfyUI's own loader: the same conditioning."""
     path = Path(folder) / "t5.safetensors"
@@ -69,6 +85,7 @@ def text_encoder() -> dict:
         ours = host.build_clip(clip, quantized)
         (file,) = quantized.files.values()
         (saved,) = host.save(quantized, "t5", "output")
+        copied = without_links(lambda quantized=quantized: host.save(quantized, "t5", "output"))[0]
         stock = load(saved)
         conditioning = encode(ours)
         found[format] = {
@@ -78,6 +95,8 @@ def text_encoder() -> dict:
             "same_as_file": bool(torch.equal(conditioning, encode(stock))),
             "incoming_unchanged": bool(torch.equal(encode(clip), before)),
             "incoming_layers": len(host.quantized_layers(clip.patcher)),
+            "copied": copied != saved and copied.read_bytes() == saved.read_bytes(),
+            "leftovers": [path.name for path in copied.parent.glob(".*")],
             "same_file": file.read_bytes() == saved.read_bytes(),
             "saved": str(saved.relative_to(folder_paths.get_output_directory())),
         }

@@ -29,5 +29,6 @@ def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path):
         assert result["layers"] == result["stock_layers"] == 24 * 7
         assert 0 < result["error"] < bound
         assert result["same_as_file"] and result["same_file"]
+        assert result["copied"] and result["leftovers"] == []
         assert result["incoming_unchanged"] and result["incoming_layers"] == 0
         assert result["saved"].startswith("clip/t5_t5xxl_")

@@ -25,5 +25,6 @@ def test_an_example_runs_unchanged(comfy, path):
         assert psnr(pictures(comfy.output_dir, "original"), pictures(comfy.output_dir, "quantized")) > 20
 
 
-def test_there_are_examples():
-    assert {path.stem for path in WORKFLOWS} >= {"quantize_file", "quantize_then_sample"}
+def test_the_examples_are_in_the_template_browser(comfy):
+    listed = comfy.get("/workflow_templates")
+    assert {"quantize_file", "quantize_then_sample"} <= set(listed["learned_rounding"])
