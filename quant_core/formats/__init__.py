@@ -1,18 +1,27 @@
-"""What a quantized weight is: number grid × scale granularity × file keys; one table of formats."""
+"""What a quantized weight is: number grid × scale granularity × rotation × file keys; one table of formats."""
 
-from .granularity import GRANULARITIES, Granularity
-from .grids import E4M3, INT8, Grid
-from .table import FORMATS, Format, find_format
-from .weight import QuantizedWeight
+from .encoding import Encoding, make_encoding
+from .granularity import GRANULARITIES, Tiles
+from .grids import E4M3, E5M2, INT8, Grid
+from .rotation import Rotation, rotation_groups
+from .table import FORMATS, Format, find_format, sibling
+from .weight import QuantizedWeight, Rounded
 
 __all__ = [
     "E4M3",
+    "E5M2",
     "INT8",
     "Grid",
     "GRANULARITIES",
-    "Granularity",
+    "Tiles",
+    "Rotation",
+    "rotation_groups",
     "FORMATS",
     "Format",
     "find_format",
+    "sibling",
+    "Encoding",
+    "make_encoding",
     "QuantizedWeight",
+    "Rounded",
 ]

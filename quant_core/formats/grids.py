@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Grid", "E4M3", "INT8"]
+from ...kernels.grid import GridArithmetic
+from ...kernels.reference import grid_step
+
+__all__ = ["Grid", "E4M3", "E5M2", "INT8"]
 
 
 @dataclass(frozen=True)
@@ -13,11 +16,16 @@ class Grid:
 
     Attributes:
         dtype: dtype of the codes as they stand in a file.
-        max: largest representable magnitude; larger values clamp.
+        arithmetic: mantissa bits, smallest step and largest magnitude, as kernels take them.
     """
 
     dtype: torch.dtype
-    max: float
+    arithmetic: GridArithmetic
+
+    @property
+    def max(self) -> float:
+        """Largest representable magnitude; larger values clamp."""
+        return self.arithmetic.largest
 
     @property
     def floating(self) -> bool:
@@ -29,7 +37,22 @@ class Grid:
         clamped = scaled.clamp(-self.max, self.max)
         return (clamped if self.floating else clamped.round_()).to(self.dtype)
 
+    def neighbours(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two neighbouring grid values that enclose each value (float32), the lower one first.
 
-E4M3 = Grid(torch.float8_e4m3fn, 448.0)
+        Of a value on the grid one is the value itself, the other lies farther from zero; beyond the grid's end both
+        are its end.
+        """
+        magnitude = scaled.abs().clamp_max_(self.max)
+        step = grid_step(magnitude, self.arithmetic)
+        inner = (magnitude / step).floor_() * step
+        outer = (inner + step).clamp_max_(self.max)
+        negative = scaled < 0
+        return torch.where(negative, -outer, inner), torch.where(negative, -inner, outer)
+
+
+
+E4M3 = Grid(torch.float8_e4m3fn, GridArithmetic(mantissa=3, smallest=2.0**-9, largest=448.0))
+E5M2 = Grid(torch.float8_e5m2, GridArithmetic(mantissa=2, smallest=2.0**-16, largest=57344.0))
 # Symmetric: −128 is left out, as in every int8 matmul kernel ComfyUI uses.
-INT8 = Grid(torch.int8, 127.0)
+INT8 = Grid(torch.int8, GridArithmetic(mantissa=-1, smallest=1.0, largest=127.0))

@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
+from ..errors import UnknownNameError
+from .grids import E4M3, E5M2, INT8, Grid
 
-from ..errors import RecipeError, UnknownNameError
-from .granularity import GRANULARITIES, Granularity
-from .grids import E4M3, INT8, Grid
-
-__all__ = ["Format", "FORMATS", "find_format"]
+__all__ = ["Format", "FORMATS", "find_format", "sibling"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +17,7 @@ class Format:
         name: the ``format`` string of the layer's JSON.
         grid: the number grid of the codes.
         granularities: name → extra JSON keys; the first is the default.
-        stock_since: oldest ComfyUI release whose stock loaders read it.
+        stock_since: oldest ComfyUI release whose stock loaders read it; None: they do not, this pack does.
         full_precision_matmul: the JSON key ``full_precision_matrix_mult`` has an effect.
         note: one sentence for people.
     """
@@ -28,31 +25,9 @@ class Format:
     name: str
     grid: Grid
     granularities: Mapping[str, Mapping[str, object]]
-    stock_since: str
+    stock_since: str | None
     full_precision_matmul: bool
     note: str
-
-    def granularity(self, name: str | None = None) -> tuple[str, Granularity]:
-        """The named granularity, or this format's own when ``name`` is None."""
-        name = name or next(iter(self.granularities))
-        if name not in GRANULARITIES:
-            raise UnknownNameError("granularity", name, GRANULARITIES)
-        if name not in self.granularities:
-            have = " or ".join(self.granularities)
-            raise RecipeError(
-                f"Format {self.name} has one scale per {have}, not per {name}; choose another format or granularity."
-            )
-        return name, GRANULARITIES[name]
-
-    def config(self, granularity: str, *, full_precision_matmul: bool = False) -> dict[str, object]:
-        """The layer's JSON: the content of its ``comfy_quant`` tensor and of its header entry."""
-        extra = {"full_precision_matrix_mult": True} if full_precision_matmul else {}
-        return {"format": self.name, **self.granularities[granularity], **extra}
-
-    def specs(self, granularity: str, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Key suffix → (dtype, shape) of the layer's tensors, its JSON tensor left aside."""
-        _, share = self.granularity(granularity)
-        return {"weight": (self.grid.dtype, tuple(shape)), "weight_scale": (torch.float32, share.shape(*shape))}
 
 
 _TABLE = (
@@ -65,12 +40,44 @@ _TABLE = (
         note="8-bit float, one scale per tensor; runs on FP8 tensor cores from SM 8.9 on, is decoded on older cards",
     ),
     Format(
+        name="float8_e5m2",
+        grid=E5M2,
+        granularities={"tensor": {}},
+        stock_since="0.8",
+        full_precision_matmul=True,
+        note="8-bit float with two mantissa bits: twice the error of e4m3, for models whose weights span a huge range",
+    ),
+    Format(
         name="int8_tensorwise",
         grid=INT8,
         granularities={"row": {"per_row": True}, "tensor": {}},
         stock_since="0.27",
         full_precision_matmul=False,
         note="8-bit integer, one scale per row or per tensor; runs on INT8 tensor cores from SM 7.5 on",
+    ),
+    Format(
+        name="float8_e4m3fn_rowwise",
+        grid=E4M3,
+        granularities={"row": {}},
+        stock_since=None,
+        full_precision_matmul=False,
+        note="8-bit float, one scale per row",
+    ),
+    Format(
+        name="float8_e4m3fn_blockwise",
+        grid=E4M3,
+        granularities={"block": {}},
+        stock_since=None,
+        full_precision_matmul=False,
+        note="8-bit float, one scale per square block",
+    ),
+    Format(
+        name="int8_blockwise",
+        grid=INT8,
+        granularities={"block": {}},
+        stock_since=None,
+        full_precision_matmul=False,
+        note="8-bit integer, one scale per square block",
     ),
 )
 
@@ -82,3 +89,10 @@ def find_format(name: str) -> Format:
     if name not in FORMATS:
         raise UnknownNameError("format", name, FORMATS)
     return FORMATS[name]
+
+
+def sibling(entry: Format, granularity: str) -> Format | None:
+    """The format of the same number grid that has this granularity, if there is one."""
+    return next(
+        (other for other in FORMATS.values() if other.grid == entry.grid and granularity in other.granularities), None
+    )

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import QuantizationError
+from .encoding import Encoding
 from .table import Format
 
-__all__ = ["QuantizedWeight", "config_tensor", "config_bytes"]
+__all__ = ["QuantizedWeight", "Rounded", "config_tensor", "config_bytes"]
 
 
 def config_bytes(config: Mapping[str, object]) -> bytes:
@@ -22,38 +24,87 @@ def config_tensor(config: Mapping[str, object]) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """How a weight was rounded, and what that cost.
+
+    Attributes:
+        winner: the solver whose codes were taken; "nearest" where no other was better.
+        weight_error: ‖Ŵ − W‖/‖W‖, 0 for an all-zero weight.
+        gain: what the rounding minimises, relative to nearest; below 1 is better, None when nothing was compared.
+        output_error: √(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)), None without a Gram H.
+        note: one sentence for people, empty when there is nothing to say.
+    """
+
+    winner: str
+    weight_error: float
+    gain: float | None = None
+    output_error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
-    """Ŵ = scale · codes.
+    """Ŵ = scale · codes, rotated back where the encoding rotates.
 
     Attributes:
         codes: (out, in), dtype of the format's grid.
-        scale: float32; () for tensor granularity, (out, 1) for row.
-        format: entry of :data:`FORMATS`.
-        granularity: key of the format's granularities.
-        weight_error: ‖Ŵ − W‖/‖W‖, 0 for an all-zero weight.
-        full_precision_matmul: ask ComfyUI to decode the weight instead of multiplying codes.
+        scale: float32; () for tensor granularity, (out, 1) for row, (⌈out/bs⌉, ⌈in/bs⌉) for block.
+        encoding: how it stands in a file.
+        rounded: how it was rounded.
+        shape: shape of the original weight.
+        bias: the corrected bias (out,), in the dtype it came in; None when there was none to correct.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
-    format: Format
-    granularity: str
-    weight_error: float
-    full_precision_matmul: bool = False
+    encoding: Encoding
+    rounded: Rounded
+    shape: tuple[int, ...]
+    bias: torch.Tensor | None = None
+
+    @property
+    def format(self) -> Format:
+        """Entry of :data:`FORMATS`."""
+        return self.encoding.format
+
+    @property
+    def granularity(self) -> str:
+        """What shares a scale."""
+        return self.encoding.granularity
+
+    @property
+    def weight_error(self) -> float:
+        """‖Ŵ − W‖/‖W‖."""
+        return self.rounded.weight_error
+
+    @property
+    def output_error(self) -> float | None:
+        """√(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)), None without a Gram."""
+        return self.rounded.output_error
 
     @property
     def config(self) -> dict[str, object]:
         """The layer's JSON."""
-        return self.format.config(self.granularity, full_precision_matmul=self.full_precision_matmul)
+        return self.encoding.config
 
     def dequantize(self) -> torch.Tensor:
-        """Ŵ as float32, (out, in)."""
-        return self.codes.float() * self.scale
+        """Ŵ as float32, in the original's shape and basis."""
+        tiles = self.encoding.tiles(self.codes.shape)
+        weight = self.codes.float() * tiles.spread(self.scale.reshape(tiles.counts))
+        if self.encoding.rotation:
+            weight = self.encoding.rotation.apply(weight)
+        return weight.reshape(self.shape)
 
     def tensors(self, layer: str) -> dict[str, torch.Tensor]:
         """{name: tensor} exactly as they stand in the file, for a layer of base name ``layer``."""
+        if len(self.shape) != 2:
+            raise QuantizationError(
+                f"{layer}: a weight of shape {self.shape} cannot stand quantized in a file, only matrices can."
+            )
+        bias = {} if self.bias is None else {f"{layer}.bias": self.bias}
         return {
             f"{layer}.weight": self.codes,
             f"{layer}.weight_scale": self.scale,
             f"{layer}.comfy_quant": config_tensor(self.config),
+            **bias,
         }

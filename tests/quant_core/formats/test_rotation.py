@@ -1,0 +1,67 @@
+"""ConvRot: an orthogonal rotation that changes no product."""
+
+import pytest
+import torch
+
+from learned_rounding.quant_core.errors import RecipeError
+from learned_rounding.quant_core.formats import Rotation, rotation_groups
+from learned_rounding.quant_core.formats.rotation import hadamard
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_the_matrix_is_orthogonal_symmetric_and_regular(size):
+    matrix = hadamard(size)
+    assert torch.equal(matrix @ matrix.t(), torch.eye(size))  # all entries are ±1/√size, a power of two: exact
+    assert torch.equal(matrix, matrix.t())
+    assert (matrix.abs() == size**-0.5).all()
+    assert matrix.sum(dim=0).unique().tolist() == [1.0]  # every row sums to the same: a constant stays constant
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_products_and_grams_survive(size):
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(5, 512, generator=generator), torch.randn(40, 512, generator=generator)
+    rotation = Rotation(size)
+    torch.testing.assert_close(rotation.apply(inputs) @ rotation.apply(weight).t(), inputs @ weight.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotation.apply(rotation.apply(weight)), weight, rtol=1e-4, atol=1e-5)
+    rotated = rotation.apply(inputs)
+    torch.testing.assert_close(rotation.apply_gram(inputs.t() @ inputs), rotated.t() @ rotated, rtol=1e-4, atol=1e-3)
+
+
+def test_an_outlier_spreads_over_its_group_alone():
+    weight = torch.zeros(1, 128)
+    weight[0, 70] = 8.0
+    rotated = Rotation(64).apply(weight)
+    assert not rotated[0, :64].any() and (rotated[0, 64:].abs() == 1).all()
+
+
+@pytest.mark.parametrize(
+    "convrot, inner, groups",
+    [
+        (None, 512, [None]),
+        (False, 512, [None]),
+        (True, 512, [256]),
+        (True, 192, [64]),
+        (True, 48, [16]),
+        (True, 100, [None]),
+        (64, 512, [64]),
+        (256, 192, [64]),
+        (16, 512, [16]),
+        ("auto", 512, [None, 256, 64, 16]),
+        ("auto", 80, [None, 16]),
+        ("auto", 7, [None]),
+    ],
+)
+def test_the_largest_group_that_divides_is_taken(convrot, inner, groups):
+    assert rotation_groups(convrot, inner) == groups
+
+
+@pytest.mark.parametrize("convrot", [1, 32, "on", 2.5])
+def test_other_groups_are_refused(convrot):
+    with pytest.raises(RecipeError, match="ConvRot can be on, off, auto, 256, 64 or 16"):
+        rotation_groups(convrot, 512)
+
+
+def test_channels_that_no_group_divides_are_refused():
+    with pytest.raises(RecipeError, match="groups of 64 do not divide 100 input channels"):
+        Rotation(64).apply(torch.zeros(2, 100))
