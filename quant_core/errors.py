@@ -12,6 +12,8 @@ __all__ = [
     "OutputError",
     "OutputExistsError",
     "RecipeError",
+    "CalibrationError",
+    "MissingPackageError",
     "UnknownNameError",
     "VerificationError",
 ]
@@ -47,6 +49,14 @@ class OutputExistsError(OutputError):
 
 class RecipeError(QuantizationError):
     """A recipe or an option of it makes no sense, or contradicts another."""
+
+
+class CalibrationError(QuantizationError):
+    """What is said of a layer's inputs does not fit the layer, or is damaged."""
+
+
+class MissingPackageError(QuantizationError):
+    """An option needs a package that is not installed; says how to install it."""
 
 
 class VerificationError(QuantizationError):

@@ -1,14 +1,23 @@
-"""One weight, start to end: scale → codes → :class:`QuantizedWeight`."""
+"""One weight, start to end: rotation → scale → codes → never worse than nearest → bias → :class:`QuantizedWeight`."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
+from .calibration import Gram, Inputs, dense_gram, mean_vector
 from .checkpoints.dtypes import SOURCE_DTYPES
 from .errors import QuantizationError
 from .events import CancelCheck
-from .formats import QuantizedWeight, find_format
-from .rounding import amax_scale, check_rounding, quantize_nearest, search_scale
+from .formats import Encoding, QuantizedWeight, make_encoding, rotation_groups
+from .rounding import Method, Quadratic, Rounder, correct_bias, make_objective, synthetic_mean
 
 __all__ = ["quantize_weight"]
+
+log = logging.getLogger(__name__)
+
+_PARTS = (1, 4, 16)  # of the rows, when a GPU's memory is short; then the CPU
 
 
 def quantize_weight(
@@ -16,37 +25,153 @@ def quantize_weight(
     format: str,
     *,
     granularity: str | None = None,
-    rounding: str = "auto",
+    block_size: int | None = None,
+    convrot: bool | int | str | None = None,
     full_precision_matmul: bool = False,
+    gram: Gram | None = None,
+    holdout_gram: Gram | None = None,
+    output_weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    mean_input: torch.Tensor | None = None,
+    rounding: str = "auto",
     seed: int = 0,
     check: CancelCheck | None = None,
+    **options,
 ) -> QuantizedWeight:
     """Quantize one weight on the device it lies on.
 
     Args:
-        weight: (out, in), float16, bfloat16 or float32; left untouched.
+        weight: (out, in), float16, bfloat16 or float32; left untouched. A convolution's (out, in, …) is taken as
+            (out, −1); it can be quantized, but not stand in a file.
         format: key of :data:`FORMATS`.
         granularity: one of the format's granularities; None for its own.
-        rounding: key of :data:`ROUNDINGS`.
-        seed: draws the rows on which a shared scale is judged.
+        block_size: side of a block, for granularity block; None for 128.
+        convrot: rotate the inputs: True by the largest group of 256, 64, 16 channels that divides them, a number by
+            the largest up to it, "auto" by whichever group, or none, has the least error.
+        gram: H = XᵀX/tokens of the layer's inputs, (in, in), or a :class:`~.calibration.LowRankGram`.
+        holdout_gram: the Gram of other inputs, on which the result is judged.
+        output_weight: float (out,), how much each output channel counts under ``gram``.
+        bias, mean_input: (out,) and (in,), for the bias correction.
+        rounding: key of :data:`~.rounding.ROUNDINGS`.
+        seed: of all random draws.
         check: called often; raise in it to cancel.
+        options: of the rounding, see :data:`~.rounding.OPTIONS`.
 
     Raises:
         NonFiniteWeightError: the weight holds NaN or Inf.
-        QuantizationError: the weight is not a non-empty matrix of one of these dtypes.
-        UnknownNameError: no such format, granularity or rounding.
+        CalibrationError: the Grams or the mean do not fit the weight, or are damaged.
+        QuantizationError: the weight is empty or of another dtype.
+        RecipeError: no such format, granularity, rounding or option, or one without effect.
     """
-    check_rounding(rounding)
-    entry = find_format(format)
-    granularity, share = entry.granularity(granularity)
-    if weight.ndim != 2 or weight.numel() == 0 or weight.dtype not in SOURCE_DTYPES:
+    method = Method(rounding, **options).resolve(gram is not None)
+    if weight.ndim < 2 or weight.numel() == 0 or weight.dtype not in SOURCE_DTYPES:
         raise QuantizationError(
             f"A weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be quantized: "
             "give a non-empty matrix of float16, bfloat16 or float32."
         )
-    weight = weight.detach()
-    scale = amax_scale(weight, entry.grid, share, check)
-    if rounding == "auto":
-        scale = search_scale(weight, scale, entry.grid, share, seed=seed, check=check)
-    codes, weight_error = quantize_nearest(weight, scale, entry.grid, share, check)
-    return QuantizedWeight(codes, scale, entry, granularity, weight_error, full_precision_matmul)
+    shape, matrix = tuple(weight.shape), weight.detach().flatten(1)
+    encodings = [
+        make_encoding(
+            format, granularity, block_size=block_size, convrot=group, full_precision_matmul=full_precision_matmul
+        )
+        for group in rotation_groups(convrot, matrix.shape[1])
+    ]
+    inputs = Inputs(gram, holdout_gram, mean_input)
+    layer = _Layer(matrix, inputs, bias, output_weight, method, seed, check)
+    best = min((layer.quantize(encoding) for encoding in encodings), key=_error)
+    return replace(best, shape=shape)
+
+
+def _error(result: QuantizedWeight) -> float:
+    return result.weight_error if result.output_error is None else result.output_error
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A weight (out, in) with all that decides how it is rounded."""
+
+    weight: torch.Tensor
+    inputs: Inputs
+    bias: torch.Tensor | None
+    output_weight: torch.Tensor | None
+    method: Method
+    seed: int
+    check: CancelCheck | None
+
+    def quantize(self, encoding: Encoding) -> QuantizedWeight:
+        """As :meth:`_attempt`, and again with less memory or on the CPU whenever the device has too little."""
+        for device, parts in self._ladder():
+            try:
+                return self._attempt(encoding, device, parts)
+            except torch.OutOfMemoryError:
+                if device.type == "cpu":
+                    raise
+            # Outside of the handler, so that the exception no longer holds the tensors of its frames.
+            log.warning(
+                "%s has too little free memory for a layer of shape %s in %d part(s); trying with less.",
+                device,
+                tuple(self.weight.shape),
+                parts,
+            )
+            torch.cuda.empty_cache()
+        raise AssertionError("the ladder ends on the CPU")
+
+    def _ladder(self) -> Iterator[tuple[torch.device, int]]:
+        device = self.weight.device
+        if device.type != "cpu":
+            divisible = self.method.rounding == "calibrated" and not self.method.gradient
+            yield from ((device, parts) for parts in (_PARTS if divisible else _PARTS[:1]))
+        yield torch.device("cpu"), 1
+
+    def _attempt(self, encoding: Encoding, device: torch.device, parts: int) -> QuantizedWeight:
+        weight = self.weight.to(device)
+        shape = tuple(weight.shape)
+        if encoding.rotation:
+            weight = encoding.rotation.apply(weight)
+        tiles = encoding.tiles(shape)
+        row_weight = None if self.output_weight is None else self.output_weight.to(device, torch.float32)
+        gram = self._gram(self.inputs.gram, encoding, device)
+
+        def judge() -> Quadratic:
+            held_out = self._gram(self.inputs.holdout_gram, encoding, device)
+            return Quadratic(hessian=gram if held_out is None else held_out, row_weight=row_weight)
+
+        known = not (gram is None and self.inputs.holdout_gram is None)
+        learned = self.method.rounding in ("principal", "calibrated")
+        rounder = Rounder(
+            weight,
+            encoding.format.grid,
+            tiles,
+            self.method,
+            objective=make_objective(self.method, gram, row_weight, self.seed) if learned else None,
+            judge=judge if known else None,
+            parts=parts,
+            seed=self.seed,
+            check=self.check,
+        )
+        taken, rounded = rounder.round()
+        mean, note = self._mean(shape[1], device)
+        bias = self.bias
+        if bias is not None and mean is not None:
+            mean = encoding.rotation.apply(mean) if encoding.rotation else mean
+            moved = correct_bias(bias.to(device), mean, weight, taken.codes, taken.scale, tiles, self.check)
+            bias = moved.to(bias.device)
+        home = self.weight.device
+        scale = taken.scale.reshape(encoding.scale_shape(shape)).to(home)
+        return QuantizedWeight(taken.codes.to(home), scale, encoding, replace(rounded, note=note), shape, bias)
+
+    def _gram(self, gram: Gram | None, encoding: Encoding, device: torch.device) -> torch.Tensor | None:
+        if gram is None:
+            return None
+        dense = dense_gram(gram, self.weight.shape[1], device)
+        return encoding.rotation.apply_gram(dense) if encoding.rotation else dense
+
+    def _mean(self, inner: int, device: torch.device) -> tuple[torch.Tensor | None, str]:
+        """x̄ for the bias correction, or None, and what a user should know about it."""
+        wanted = self.method.get("bias_correction")
+        if self.bias is None or wanted == "none":
+            return None, ""
+        if wanted == "synthetic":
+            mean = synthetic_mean(inner, self.method.get("calib_samples"), self.seed, device)
+            return mean, "bias corrected with a synthetic mean input, whose expectation is zero"
+        return None if self.inputs.mean is None else mean_vector(self.inputs.mean, inner, device), ""

@@ -1,7 +1,43 @@
-"""Which code each weight gets, and under which scale."""
+"""Which code each weight gets, and under which scale: objectives × solvers × formats.
 
-from .methods import ROUNDINGS, check_rounding
-from .nearest import quantize_nearest
+An objective (:mod:`.objectives`) says what is minimised; a scale (:mod:`.scales`) is searched for it; a solver
+(:mod:`.nearest`, :mod:`.sequential`, :mod:`.gradient`, :mod:`.stochastic`) chooses the codes; :mod:`.rounder` puts them
+together and keeps nearest where nothing is better.
+"""
+
+from .bias import correct_bias, synthetic_mean
+from .gradient import round_gradient
+from .methods import BIAS_CORRECTIONS, OPTIONS, ROUNDINGS, Method
+from .nearest import quantize_nearest, weight_error
+from .objectives import Calibrated, Identity, Objective, Principal, Quadratic
+from .optimizers import OPTIMIZERS, SCHEDULES
+from .rounder import Candidate, Rounder, make_objective
 from .scales import amax_scale, search_scale
+from .sequential import round_sequential
+from .stochastic import round_stochastic
 
-__all__ = ["ROUNDINGS", "check_rounding", "quantize_nearest", "amax_scale", "search_scale"]
+__all__ = [
+    "ROUNDINGS",
+    "BIAS_CORRECTIONS",
+    "OPTIONS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Method",
+    "Rounder",
+    "Candidate",
+    "make_objective",
+    "Objective",
+    "Quadratic",
+    "Identity",
+    "Calibrated",
+    "Principal",
+    "amax_scale",
+    "search_scale",
+    "quantize_nearest",
+    "round_sequential",
+    "round_gradient",
+    "round_stochastic",
+    "weight_error",
+    "correct_bias",
+    "synthetic_mean",
+]

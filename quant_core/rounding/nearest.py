@@ -3,32 +3,48 @@
 import torch
 
 from ..events import CancelCheck
-from ..formats import Granularity, Grid
-from .slabs import row_slabs
+from ..formats import Grid, Tiles
+from .slabs import error_slabs, row_slabs
 
-__all__ = ["quantize_nearest", "round_rows"]
+__all__ = ["quantize_nearest", "weight_error"]
 
 
-def round_rows(rows: torch.Tensor, scale: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """q = round(w/s) for whole rows (float32), and ‖s·q − w‖ per row as float64 (rows, 1).
+def _row_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of each row as float64 (rows, 1); per row, so that no sum depends on the number of threads.
 
-    The norm is per row so that no sum depends on the number of threads, and taken before scaling so that no square
-    over- or underflows.
+    Rows are divided by their largest magnitude first: no square over- or underflows.
     """
-    scaled = rows / scale
-    codes = grid.encode(scaled)
-    error = torch.linalg.vector_norm(codes.float().sub_(scaled), dim=1, keepdim=True)
-    return codes, error.double() * scale.double()
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    scaled = rows / largest.clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.linalg.vector_norm(scaled, dim=1, keepdim=True).double() * largest.double()
+
+
+def _ratio(lost: torch.Tensor, total: torch.Tensor) -> float:
+    norm = torch.linalg.vector_norm(total)
+    return float(torch.linalg.vector_norm(lost) / norm) if norm else 0.0
+
+
+def weight_error(
+    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, tiles: Tiles, check: CancelCheck | None = None
+) -> float:
+    """‖s·q − W‖/‖W‖ of any codes; 0 when W is all zero."""
+    lost = torch.empty(weight.shape[0], 1, dtype=torch.float64, device=weight.device)
+    total = torch.empty_like(lost)
+    for start, stop, rows in row_slabs(weight, check):
+        total[start:stop] = _row_norms(rows)
+    for start, stop, errors in error_slabs(weight, codes, scale, tiles, check):
+        lost[start:stop] = _row_norms(errors)
+    return _ratio(lost, total)
 
 
 def quantize_nearest(
-    weight: torch.Tensor, scale: torch.Tensor, grid: Grid, share: Granularity, check: CancelCheck | None = None
+    weight: torch.Tensor, scale: torch.Tensor, grid: Grid, tiles: Tiles, check: CancelCheck | None = None
 ) -> tuple[torch.Tensor, float]:
-    """Round a whole weight.
+    """q = round(w/s) for a whole weight.
 
     Args:
         weight: (out, in), any float dtype.
-        scale: float32, of the granularity's shape.
+        scale: float32, one per tile.
 
     Returns:
         codes (out, in) of ``grid.dtype``, and ‖s·q − W‖/‖W‖ (0 when W is all zero).
@@ -37,7 +53,8 @@ def quantize_nearest(
     lost = torch.empty(weight.shape[0], 1, dtype=torch.float64, device=weight.device)
     total = torch.empty_like(lost)
     for start, stop, rows in row_slabs(weight, check):
-        codes[start:stop], lost[start:stop] = round_rows(rows, share.slab(scale, start, stop), grid)
-        total[start:stop] = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-    norm = torch.linalg.vector_norm(total)
-    return codes, float(torch.linalg.vector_norm(lost) / norm) if norm else 0.0
+        spread = tiles.spread(scale, start, stop)
+        codes[start:stop] = grid.encode(rows / spread)
+        lost[start:stop] = _row_norms(codes[start:stop].float().mul_(spread).sub_(rows))
+        total[start:stop] = _row_norms(rows)
+    return codes, _ratio(lost, total)

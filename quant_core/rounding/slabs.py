@@ -5,20 +5,34 @@ from collections.abc import Iterator
 import torch
 
 from ..events import CancelCheck
+from ..formats import Tiles
 
-__all__ = ["row_slabs"]
+__all__ = ["row_slabs", "error_slabs"]
 
 # Elements of one slab: 1 MiB of float32 stays in a CPU's cache; a GPU wants larger launches and has the room.
 _SLAB = {"cpu": 1 << 18}
 _SLAB_ACCELERATOR = 1 << 26
 
 
-def row_slabs(weight: torch.Tensor, check: CancelCheck | None = None) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield (start, stop, rows start:stop as float32) over ``weight`` (out, in); ``check`` may raise to cancel."""
+def row_slabs(
+    weight: torch.Tensor, check: CancelCheck | None = None, multiple: int = 1
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield (start, stop, rows start:stop as float32) over ``weight`` (out, in); ``check`` may raise to cancel.
+
+    ``multiple``: each slab but the last has a multiple of so many rows.
+    """
     limit = _SLAB.get(weight.device.type, _SLAB_ACCELERATOR)
-    step = max(1, limit // max(1, weight.shape[1]))
+    step = max(1, limit // max(1, weight.shape[1]) // multiple) * multiple
     for start in range(0, weight.shape[0], step):
         if check:
             check()
         rows = weight[start : start + step]
         yield start, start + rows.shape[0], rows.float()
+
+
+def error_slabs(
+    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, tiles: Tiles, check: CancelCheck | None = None
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield (start, stop, rows start:stop of E = s·q − W) as float32; ``scale`` (tile counts)."""
+    for start, stop, rows in row_slabs(weight, check):
+        yield start, stop, codes[start:stop].float().mul_(tiles.spread(scale, start, stop)).sub_(rows)

@@ -1,15 +1,100 @@
+"""Options of the rounding: every one acts or is refused by name."""
+
+import dataclasses
+
 import pytest
 
-from learned_rounding.quant_core.errors import UnknownNameError
-from learned_rounding.quant_core.rounding import ROUNDINGS, check_rounding
+from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
+from learned_rounding.quant_core.rounding import OPTIONS, OPTIMIZERS, ROUNDINGS, SCHEDULES, Method
+
+VALUES = {
+    "optimizer": "adamw",
+    "num_iter": 10,
+    "lr": 0.1,
+    "lr_schedule": "plateau",
+    "early_stop": 5,
+    "top_p": 0.3,
+    "min_k": 2,
+    "max_k": 64,
+    "full_matrix": True,
+    "weight_cost": 0.05,
+    "damping": 0.1,
+    "sweeps": 2,
+    "bias_correction": "none",
+}
 
 
-def test_every_listed_rounding_is_known():
-    assert {"auto", "nearest"} <= set(ROUNDINGS)
-    for name in ROUNDINGS:
-        check_rounding(name)
+def test_the_table_is_the_method():
+    assert {field.name for field in dataclasses.fields(Method)} == {"rounding", *OPTIONS}
+    assert set(VALUES) | {"calib_samples"} == set(OPTIONS)
+    for option in OPTIONS.values():
+        assert set(option.acts) <= set(ROUNDINGS)
+    assert all(choice.schedule in SCHEDULES for choice in OPTIMIZERS.values())
+
+
+@pytest.mark.parametrize("rounding", [name for name in ROUNDINGS if name != "auto"])
+@pytest.mark.parametrize("name", VALUES)
+def test_an_option_acts_or_is_refused(name, rounding):
+    if rounding in OPTIONS[name].acts:
+        assert getattr(Method(rounding, **{name: VALUES[name]}), name) == VALUES[name]
+    else:
+        with pytest.raises(RecipeError, match=f"{name} has no effect on rounding '{rounding}'"):
+            Method(rounding, **{name: VALUES[name]})
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"optimizer": "adamww"}, "no optimizer 'adamww'.*did you mean 'adamw'"),
+        ({"lr_schedule": "cosine"}, "no lr_schedule 'cosine'"),
+        ({"bias_correction": "yes"}, "no bias_correction 'yes'"),
+        ({"num_iter": -1}, "num_iter must lie between 0"),
+        ({"num_iter": 2.5}, "num_iter cannot be 2.5"),
+        ({"num_iter": True}, "num_iter cannot be True"),
+        ({"lr": 0.0}, "lr must lie between"),
+        ({"top_p": 0.0}, "top_p must lie between"),
+        ({"top_p": 1.5}, "top_p must lie between"),
+        ({"full_matrix": 1}, "full_matrix cannot be 1"),
+        ({"damping": float("nan")}, "damping must lie between"),
+        ({"min_k": 100, "max_k": 50}, "min_k 100 is larger than max_k 50"),
+        ({"sweeps": 1, "num_iter": 5}, "sweeps has no effect on rounding by an optimizer"),
+        ({"calib_samples": 10}, "calib_samples has no effect without bias_correction 'synthetic'"),
+        ({"top_p": 0.1, "damping": 0.1}, "leave one out"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, text):
+    with pytest.raises((RecipeError, UnknownNameError), match=text):
+        Method(**options)
 
 
 def test_an_unknown_rounding_suggests_the_nearest():
     with pytest.raises(UnknownNameError, match="no rounding 'neerest'.*did you mean 'nearest'"):
-        check_rounding("neerest")
+        Method("neerest")
+    with pytest.raises(UnknownNameError):
+        Method(7)
+
+
+def test_auto_becomes_what_the_layer_allows():
+    assert Method().resolve(calibrated=True).rounding == "calibrated"
+    assert Method().resolve(calibrated=False).rounding == "auto"
+    assert Method(top_p=0.1).resolve(calibrated=False).rounding == "principal"
+    assert Method(num_iter=10).resolve(calibrated=False).rounding == "principal"
+    assert Method(num_iter=10).resolve(calibrated=True).rounding == "calibrated"
+    assert Method(bias_correction="none").resolve(calibrated=False).rounding == "auto"
+    assert Method("nearest").resolve(calibrated=True).rounding == "nearest"
+    with pytest.raises(RecipeError, match="top_p has no effect on rounding 'calibrated'"):
+        Method(top_p=0.1).resolve(calibrated=True)
+    with pytest.raises(RecipeError, match="damping acts on calibrated rounding, which needs a calibration"):
+        Method(damping=0.1).resolve(calibrated=False)
+    with pytest.raises(RecipeError, match="Calibrated rounding needs a calibration"):
+        Method("calibrated").resolve(calibrated=False)
+
+
+def test_iterations_alone_mean_gradient_steps():
+    assert Method(num_iter=10).gradient and Method(optimizer="radam").gradient and Method(early_stop=0).gradient
+    assert not Method().gradient and not Method(top_p=0.1).gradient
+
+
+def test_a_layer_of_unknown_inputs_is_searched():
+    method = Method("calibrated", damping=0.1, bias_correction="none").uncalibrated()
+    assert method == Method(bias_correction="none")

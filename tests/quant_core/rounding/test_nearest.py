@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from learned_rounding.quant_core import quantize_weight
-from learned_rounding.quant_core.formats import E4M3, GRANULARITIES, INT8
+from learned_rounding.quant_core import FORMATS, quantize_weight
+from learned_rounding.quant_core.formats import E4M3, E5M2, GRANULARITIES, INT8
 from learned_rounding.quant_core.rounding import amax_scale, quantize_nearest
 
+TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
 SHAPES = [(1, 1), (1, 300), (300, 1), (7, 13), (64, 96), (33, 127)]
 
 
@@ -46,19 +47,17 @@ def test_the_largest_weight_becomes_the_last_code(format, granularity):
     assert (largest.amax(dim=1) == end).all() if granularity == "row" else largest.amax() == end
 
 
-@pytest.mark.parametrize("grid", [E4M3, INT8], ids=["e4m3", "int8"])
+@pytest.mark.parametrize("grid", [E4M3, E5M2, INT8], ids=["e4m3", "e5m2", "int8"])
 def test_weights_on_the_grid_come_back_exactly(grid):
     codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(grid.dtype).float()
-    codes = codes[torch.isfinite(codes) & (codes.abs() <= grid.max)].unflatten(0, (-1, 2) if grid is E4M3 else (-1, 1))
+    codes = codes[torch.isfinite(codes) & (codes.abs() <= grid.max)].unflatten(0, (-1, 1) if grid is INT8 else (-1, 2))
     weight = codes * 0.125
-    share = GRANULARITIES["tensor"]
-    back, error = quantize_nearest(weight, amax_scale(weight, grid, share), grid, share)
+    tiles = GRANULARITIES["tensor"](*weight.shape, 128)
+    back, error = quantize_nearest(weight, amax_scale(weight, grid, tiles), grid, tiles)
     assert torch.equal(back.float(), codes) and error == 0
 
 
-@pytest.mark.parametrize(
-    "format, granularity", [("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "tensor")]
-)
+@pytest.mark.parametrize("format, granularity", TARGETS)
 @pytest.mark.parametrize("magnitude", [1e-24, 1e-12, 1e-3, 1.0, 1e4, 1e18, 1e24])
 def test_the_reported_error_is_the_real_one(weight_error, format, granularity, magnitude):
     weight = gaussian(24, 40) * magnitude

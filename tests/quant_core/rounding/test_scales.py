@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from learned_rounding.quant_core import quantize_weight
+from learned_rounding.quant_core import FORMATS, quantize_weight
 from learned_rounding.quant_core.errors import NonFiniteWeightError
-from learned_rounding.quant_core.formats import E4M3, GRANULARITIES, INT8
-from learned_rounding.quant_core.rounding import amax_scale, scales, search_scale, slabs
+from learned_rounding.quant_core.formats import E4M3, GRANULARITIES, INT8, make_encoding
+from learned_rounding.quant_core.rounding import amax_scale, quantize_nearest, scales, search_scale, slabs
 
-TARGETS = [("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "tensor")]
+TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
 SHAPES = [(1, 257), (257, 1), (1, 1), (3, 5), (40, 64), (31, 97)]
 
 
@@ -66,8 +66,9 @@ def test_the_search_helps(weight_error, format, granularity, columns, gain):
 def test_the_search_looks_above_amax_for_fp8_and_below_for_int8():
     weight = draw("gaussian", (64, 2048), 3)
     for grid, share in ((E4M3, "tensor"), (INT8, "row")):
-        start = amax_scale(weight, grid, GRANULARITIES[share])
-        ratio = search_scale(weight, start, grid, GRANULARITIES[share]) / start
+        tiles = GRANULARITIES[share](64, 2048, 128)
+        start = amax_scale(weight, grid, tiles)
+        ratio = search_scale(weight, start, grid, tiles)[0] / start
         assert ((ratio >= 1) & (ratio < 2)).all() if grid.floating else ((ratio > 0.5) & (ratio <= 1)).all()
         assert (ratio != 1).any()
 
@@ -175,3 +176,35 @@ def test_enormous_weights_survive(format, granularity):
     quantized = quantize_weight(weight, format, granularity=granularity)
     assert torch.isfinite(quantized.scale).all() and torch.isfinite(quantized.dequantize()).all()
     assert math.isfinite(quantized.weight_error)
+
+
+@pytest.mark.parametrize("format, granularity", TARGETS)
+def test_the_search_minimises_what_it_says(format, granularity):
+    """The gain is the ratio of the weighted errors, of the chosen scale and of the start."""
+    weight = draw("heavy tails", (40, 96), 1)
+    encoding = make_encoding(format, granularity, block_size=16 if granularity == "block" else None)
+    grid, tiles = encoding.format.grid, encoding.tiles((40, 96))
+    columns, rows = torch.rand(96, generator=torch.Generator().manual_seed(2)), torch.linspace(0.1, 5, 40)
+
+    def error(scale):
+        lost = quantize_nearest(weight, scale, grid, tiles)[0].float() * tiles.spread(scale) - weight
+        return float((lost.double().square() * columns * rows[:, None]).sum().sqrt())
+
+    start = amax_scale(weight, grid, tiles)
+    scale, gain = search_scale(weight, start, grid, tiles, column_weight=columns, row_weight=rows)
+    assert gain == pytest.approx(error(scale) / error(start), rel=1e-4)
+    assert gain <= 1
+    shared = tiles.counts == (1, 1)
+    assert shared or gain < 1
+
+
+def test_weights_of_columns_and_rows_move_the_scale():
+    weight = draw("gaussian", (8, 512), 0)
+    weight[:, 0] = 1.0  # an outlier column in every row
+    tiles = GRANULARITIES["row"](8, 512, 128)
+    start = amax_scale(weight, INT8, tiles)
+    only_others, only_outlier = torch.ones(512), torch.zeros(512)
+    only_others[0], only_outlier[0] = 0, 1
+    clipped, _ = search_scale(weight, start, INT8, tiles, column_weight=only_others)
+    kept, _ = search_scale(weight, start, INT8, tiles, column_weight=only_outlier)
+    assert (clipped < 0.7 * start).all() and torch.equal(kept, start)

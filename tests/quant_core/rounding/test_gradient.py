@@ -1,0 +1,101 @@
+"""Gradient rounding: only neighbouring codes, judged after rounding, more steps never worse."""
+
+import sys
+
+import pytest
+import torch
+
+from learned_rounding.quant_core import FORMATS, quantize_weight
+from learned_rounding.quant_core.errors import MissingPackageError
+from learned_rounding.quant_core.formats import make_encoding
+from learned_rounding.quant_core.rounding import OPTIMIZERS, SCHEDULES, Calibrated, amax_scale, round_gradient
+
+TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
+
+
+@pytest.fixture
+def problem(gaussian, anisotropic):
+    """problem(format, granularity, shape) → everything round_gradient takes before its options."""
+
+    def make(format="int8_tensorwise", granularity="row", shape=(24, 96)):
+        weight, known = gaussian(*shape) * 0.02, anisotropic(shape[1])
+        encoding = make_encoding(format, granularity, block_size=16 if granularity == "block" else None)
+        grid, tiles = encoding.format.grid, encoding.tiles(shape)
+        scale = amax_scale(weight, grid, tiles)
+        return weight, scale, grid, tiles, Calibrated(known.gram).quadratic(weight)
+
+    return make
+
+
+def damped_loss(codes, weight, scale, grid, tiles, quadratic) -> float:
+    error = codes.float() * tiles.spread(scale) - weight
+    return float((quadratic.gradient(error) * error).sum().double())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("format, granularity", TARGETS)
+def test_every_optimizer_beats_nearest_with_neighbouring_codes(problem, format, granularity, optimizer):
+    weight, scale, grid, tiles, quadratic = problem(format, granularity)
+    codes = round_gradient(weight, scale, grid, tiles, quadratic, optimizer=optimizer, num_iter=130)
+    low, high = grid.neighbours(weight / tiles.spread(scale))
+    assert ((codes.float() == low) | (codes.float() == high)).all()
+    nearest = grid.encode(weight / tiles.spread(scale))
+    arguments = (weight, scale, grid, tiles, quadratic)
+    assert damped_loss(codes, *arguments) < 0.8 * damped_loss(nearest, *arguments)
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_more_steps_are_never_worse(problem, optimizer, schedule):
+    arguments = problem()
+    losses = [
+        damped_loss(
+            round_gradient(*arguments, optimizer=optimizer, num_iter=steps, lr_schedule=schedule), *arguments
+        )
+        for steps in (0, 1, 5, 40, 126, 160)
+    ]
+    assert all(after <= before for before, after in zip(losses, losses[1:], strict=False))
+    assert losses[-1] < losses[0]
+
+
+def test_without_steps_it_is_nearest(problem):
+    weight, scale, grid, tiles, quadratic = problem()
+    codes = round_gradient(weight, scale, grid, tiles, quadratic, optimizer="adamw", num_iter=0)
+    assert torch.equal(codes, grid.encode(weight / tiles.spread(scale)))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_same_steps_give_the_same_codes(problem, optimizer):
+    first, second = (round_gradient(*problem(), optimizer=optimizer, num_iter=30) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_it_stops_when_nothing_improves(problem):
+    calls = []
+    round_gradient(
+        *problem(), optimizer="original", num_iter=10**5, lr=1e-9, early_stop=7, check=lambda: calls.append(1)
+    )
+    assert len(calls) < 50
+
+
+def test_weights_on_the_grid_and_beyond_its_end_are_left_alone(gaussian, anisotropic):
+    weight = torch.cat([gaussian(3, 32).round().clamp(-127, 127), torch.full((1, 32), 300.0)])
+    encoding = make_encoding("int8_tensorwise", "row")
+    tiles, quadratic = encoding.tiles((4, 32)), Calibrated(anisotropic(32).gram).quadratic(weight)
+    codes = round_gradient(
+        weight, torch.ones(4, 1), encoding.format.grid, tiles, quadratic, optimizer="adamw", num_iter=20
+    )
+    assert torch.equal(codes.float(), weight.clamp(max=127))
+
+
+def test_it_runs_inside_inference_mode(gaussian, anisotropic):
+    with torch.inference_mode():
+        known = anisotropic(48)
+        result = quantize_weight(gaussian(8, 48), "int8_tensorwise", gram=known.gram, optimizer="adamw", num_iter=20)
+    assert result.rounded.winner == "adamw"
+
+
+def test_the_missing_package_is_named(monkeypatch, problem):
+    monkeypatch.setitem(sys.modules, "prodigyplus.prodigy_plus_schedulefree", None)
+    with pytest.raises(MissingPackageError, match="pip install prodigy-plus-schedule-free"):
+        round_gradient(*problem(), optimizer="prodigy", num_iter=1)
