@@ -4,21 +4,25 @@ Exit codes: 0 done, 1 an error (one sentence on stderr), 2 wrong usage, 130 inte
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from .calibration import CalibrationFile
 from .checkpoints import SafetensorsFile, inspect_file, verify_file
 from .errors import OutputError, QuantizationError, RecipeError
 from .events import Event, LayerFinished, LayerKept, LayerStarted, RunStarted
-from .formats import FORMATS
+from .formats import FORMATS, GRANULARITIES, find_format, sibling
+from .formats.granularity import BLOCK_SIZE
 from .pipeline import output_name, quantize_file
 from .recipes import PRESETS, Recipe
 from .recipes.presets import AUTO, NONE
 from .report import human_bytes
-from .rounding import ROUNDINGS
+from .rounding import OPTIONS, ROUNDINGS
+from .rounding.methods import Option
 
 __all__ = ["main"]
 
@@ -37,6 +41,13 @@ class _Parser(argparse.ArgumentParser):
             return spelt.get(option.replace("_", "-"), option) + equals + value if word.startswith("--") else word
 
         return super().parse_known_args([known(word) for word in (sys.argv[1:] if args is None else args)], namespace)
+
+
+class _ExactFormat(argparse.Action):
+    """A format by its own name is taken at its word; --fp8 and --int8 only name the numbers."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.format, namespace.exact_format = values, True
 
 
 def _parser() -> _Parser:
@@ -58,6 +69,9 @@ def _parser() -> _Parser:
     )
     quantize.add_argument(
         "--device", help="where the arithmetic runs: cuda, cuda:1, cpu … (default: the first GPU, else the CPU)"
+    )
+    quantize.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="statistics of the layers' inputs, for calibrated rounding"
     )
     quantize.add_argument("--report", type=Path, metavar="FILE", help="also write the report, layer by layer, as JSON")
     quantize.add_argument("--verbose", action="store_true", help="print a line per tensor instead of a progress bar")
@@ -99,24 +113,39 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--format",
         choices=list(FORMATS),
+        action=_ExactFormat,
         metavar="NAME",
         help=f"format of the quantized layers: {', '.join(FORMATS)} (default: {Recipe.format})",
     )
     form.add_argument(
-        "--fp8", action="store_const", const="float8_e4m3fn", dest="format", help="short for --format float8_e4m3fn"
+        "--fp8", action="store_const", const="float8_e4m3fn", dest="format", help="FP8, as float8_e4m3fn or, per row or block, its sibling"
     )
     form.add_argument(
         "--int8",
         action="store_const",
         const="int8_tensorwise",
         dest="format",
-        help="short for --format int8_tensorwise, per row",
+        help="INT8, as int8_tensorwise per row or, per block, int8_blockwise",
     )
+    parser.set_defaults(exact_format=False)
     parser.add_argument(
         "--scaling_mode",
         dest="granularity",
         metavar="PER",
-        help="what shares a scale: tensor, row (default: the format's own)",
+        help=f"what shares a scale: {', '.join(GRANULARITIES)} (default: the format's own)",
+    )
+    parser.add_argument("--block_size", type=int, metavar="N", help=f"side of a block (default: {BLOCK_SIZE})")
+    parser.add_argument(
+        "--convrot",
+        nargs="?",
+        const=True,
+        type=_convrot,
+        metavar="GROUP",
+        help="INT8 per row: rotate the inputs by Hadamard groups of 256, 64 or 16 channels, the largest that divides; "
+        "GROUP sets the largest allowed, auto tries all and none",
+    )
+    parser.add_argument(
+        "--convrot-group-size", type=int, metavar="N", help="the largest group allowed, with or without --convrot"
     )
     parser.add_argument(
         "--comfy_quant",
@@ -128,6 +157,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     rounding.add_argument(
         "--simple", action="store_const", const="nearest", dest="rounding", help="short for --rounding nearest"
     )
+    for name, option in OPTIONS.items():
+        _add_option(parser, name, option)
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument(
         "--preset", metavar="NAME", help=f"keep list: {', '.join(PRESETS)}, {AUTO}, {NONE} (default: {AUTO})"
@@ -157,6 +188,19 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_option(parser: argparse.ArgumentParser, name: str, option: Option) -> None:
+    acts = "any rounding" if len(option.acts) > 2 else " or ".join(option.acts)
+    text = f"{acts}: {option.help}" + ("" if option.default in (None, False) else f" (default: {option.default})")
+    if option.kind is bool:
+        parser.add_argument(f"--{name}", action="store_true", default=None, help=text)
+    else:
+        parser.add_argument(f"--{name}", type=option.kind, choices=option.choices or None, help=text)
+
+
+def _convrot(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def _recipe(args: argparse.Namespace) -> Recipe:
     recipe = Recipe()
     if args.recipe:
@@ -169,8 +213,15 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         recipe = (Recipe.from_json if args.recipe.suffix == ".json" else Recipe.from_toml)(text)
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
     given = {name: value for name, value in given.items() if value is not None}
+    if args.convrot_group_size is not None:
+        given["convrot"] = args.convrot_group_size
     if "format" in given:
-        given.setdefault("granularity", None)  # a recipe's granularity belongs to its own format
+        # a recipe's choices within its own format
+        given = {"granularity": None, "block_size": None, "convrot": None, **given}
+    if "granularity" in given and not args.exact_format:
+        own = find_format(given.get("format", recipe.format))
+        other = None if given["granularity"] in (None, *own.granularities) else sibling(own, given["granularity"])
+        given["format"] = (other or own).name
     return Recipe.from_dict({**recipe.to_dict(), **given})
 
 
@@ -190,8 +241,10 @@ class _Progress:
             self._bar.set_postfix_str(event.name[-48:], refresh=False)
         elif isinstance(event, LayerFinished):
             self._bar.update()
+            output = "" if event.output_error is None else f"  output error {event.output_error:.5f}"
             self._line(
-                f"{event.name}  {event.shape[0]}×{event.shape[1]}  {event.format}  error {event.weight_error:.5f}  {event.seconds:.2f} s"
+                f"{event.name}  {event.shape[0]}×{event.shape[1]}  {event.format}  {event.solver}"
+                f"  error {event.weight_error:.5f}{output}  {event.seconds:.2f} s"
             )
         elif isinstance(event, LayerKept):
             self._line(f"{event.name}  {'removed' if event.removed else 'kept'}: {event.reason}")
@@ -209,14 +262,15 @@ def _quantize(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     if args.dry_run:
         return _plan(args)
-    with SafetensorsFile(args.input) as source:
+    statistics = CalibrationFile(args.calibration) if args.calibration else contextlib.nullcontext()
+    with SafetensorsFile(args.input) as source, statistics as calibration:
+        method = recipe.resolve(calibration is not None)
         output = args.output or output_name(args.input, recipe)
-        print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.format} per {recipe.granularity}.")
+        print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.encoding}, rounding {method.rounding}.")
         progress = _Progress(args.verbose)
+        options = {"device": args.device, "overwrite": args.overwrite, "on_event": progress}
         try:
-            report = quantize_file(
-                source, output, recipe, device=args.device, overwrite=args.overwrite, on_event=progress
-            )
+            report = quantize_file(source, output, recipe, calibration=calibration, **options)
         finally:
             progress.close()
     print(report.table())
@@ -265,9 +319,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _formats(args: argparse.Namespace) -> int:
     for entry in FORMATS.values():
-        print(
-            f"{entry.name}  per {' or '.join(entry.granularities)}; stock ComfyUI {entry.stock_since} and newer loads it; {entry.note}."
-        )
+        stock = f"stock ComfyUI {entry.stock_since} and newer loads it" if entry.stock_since else "needs this node pack"
+        print(f"{entry.name}  per {' or '.join(entry.granularities)}; {stock}; {entry.note}.")
     return 0
 
 

@@ -45,7 +45,11 @@ class LayerStarted(Event):
 
 @dataclass(frozen=True)
 class LayerFinished(Event):
-    """``weight_error`` is ‖Ŵ − W‖/‖W‖; times are in seconds, ``eta`` is what the whole run still needs."""
+    """One quantized layer; times are in seconds, ``eta`` is what the whole run still needs.
+
+    ``solver``, ``weight_error``, ``gain``, ``output_error`` and ``note`` are those of
+    :class:`~learned_rounding.quant_core.formats.Rounded`.
+    """
 
     index: int
     total: int
@@ -59,6 +63,10 @@ class LayerFinished(Event):
     bytes_out: int
     elapsed: float
     eta: float
+    solver: str = "nearest"
+    gain: float | None = None
+    output_error: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

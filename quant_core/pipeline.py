@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from .calibration import Calibration, Inputs
 from .checkpoints import (
     PROVENANCE_KEY,
     QUANTIZATION_KEY,
@@ -26,7 +27,7 @@ from .checkpoints import (
 )
 from .checkpoints.metadata import CONFIG_SUFFIX
 from .checkpoints.source import CPU, fingerprint
-from .errors import NonFiniteWeightError, NothingToQuantizeError, OutputError, OutputExistsError, QuantizationError
+from .errors import CalibrationError, NonFiniteWeightError, NothingToQuantizeError, OutputError, OutputExistsError, QuantizationError
 from .events import CancelCheck, LayerFinished, LayerKept, LayerStarted, Listener, RunFinished, RunStarted
 from .formats.weight import config_bytes
 from .layer import quantize_weight
@@ -40,6 +41,7 @@ __all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name
 DEFAULT_RECIPE = Recipe()
 _PATIENCE = 0.2  # seconds between two looks at the cancellation check while a tensor is read or written
 NON_FINITE = "holds NaN or Inf, so it stays in full precision"
+CORRECTED = "bias of a quantized layer, corrected for its mean error"
 
 
 class Sink(Protocol):
@@ -142,47 +144,65 @@ def _report(source: Source, plan: Plan, recipe: Recipe, **more) -> Report:
 
 
 def _run(
-    source: Source, plan: Plan, recipe: Recipe, sink: Sink, device: torch.device, emit: Listener, check: CancelCheck
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    sink: Sink,
+    device: torch.device,
+    emit: Listener,
+    check: CancelCheck,
 ) -> tuple[Report, dict[str, dict[str, object]]]:
     """Carry every tensor of ``plan`` from ``source`` to ``sink``; returns the report and {layer: JSON}."""
     total = sum(1 for _ in plan.names("quantize"))
     bytes_in = sum(info.nbytes for info in source.tensors.values())
     report = _report(source, plan, recipe, bytes_in=bytes_in, device=str(device))
     configs: dict[str, dict[str, object]] = {}
+    biases = _biases(source, plan, recipe, calibration)
 
-    def keep(name: str, tensor: torch.Tensor, reason: str, planned: bool = True) -> None:
+    def kept(name: str, reason: str, **more) -> None:
+        clock.advance(source.tensors[name].nbytes)
+        report.kept.append(LayerKept(name, source.tensors[name].shape, reason, **more))
+        emit(report.kept[-1])
+
+    def keep(name: str, tensor: torch.Tensor, reason: str, **more) -> None:
         report.bytes_out += writing.add({name: tensor})
-        report.kept.append(LayerKept(name, source.tensors[name].shape, reason, planned=planned))
-        emit(report.kept[-1])
+        kept(name, reason, **more)
 
-    kept = len(source.tensors) - total
-    emit(RunStarted(source.name, recipe.format, recipe.granularity, report.preset, total, kept, bytes_in))
+    others = len(source.tensors) - total
+    emit(RunStarted(source.name, recipe.format, recipe.granularity, report.preset, total, others, bytes_in))
+    clock = _Clock(bytes_in)
     for name in plan.names("remove"):
-        report.kept.append(LayerKept(name, source.tensors[name].shape, plan.decisions[name].reason, removed=True))
-        emit(report.kept[-1])
-    clock = _Clock(sum(source.tensors[name].nbytes for name in plan.output_names()))
+        kept(name, plan.decisions[name].reason, removed=True)
 
     def quantize(name: str, tensor: torch.Tensor, index: int) -> None:
         info = source.tensors[name]
         emit(LayerStarted(index, total, name, info.shape))
         began = clock.elapsed
+        layer = name.removesuffix(".weight")
+        known = (calibration and calibration.inputs(layer)) or Inputs()
+        bias_name = biases.get(name)
+        bias = source.read(bias_name) if bias_name else None
         try:
             quantized = quantize_weight(
                 tensor,
-                recipe.format,
-                granularity=recipe.granularity,
-                rounding=recipe.rounding,
-                full_precision_matmul=recipe.full_precision_matmul,
-                seed=recipe.seed,
+                **_layer_options(recipe, known, calibration),
+                gram=known.gram,
+                holdout_gram=known.holdout_gram,
+                mean_input=known.mean,
+                bias=bias,
                 check=check,
             )
         except NonFiniteWeightError:
             keep(name, tensor, NON_FINITE, planned=False)
-            clock.advance(info.nbytes)
+            if bias_name:
+                keep(bias_name, bias, plan.decisions[bias_name].reason)
             return
-        layer = name.removesuffix(".weight")
+        except CalibrationError as error:
+            raise CalibrationError(f"{layer}: {error}") from error
         written = writing.add(quantized.tensors(layer))
         configs[layer] = quantized.config
+        rounded = quantized.rounded
         report.bytes_out += written
         eta = clock.advance(info.nbytes)
         report.layers.append(
@@ -199,18 +219,28 @@ def _run(
                 written,
                 clock.elapsed,
                 eta,
+                rounded.winner,
+                rounded.gain,
+                rounded.output_error,
+                rounded.note,
             )
         )
         emit(report.layers[-1])
+        if bias_name:
+            kept(bias_name, plan.decisions[bias_name].reason if quantized.bias is bias else CORRECTED)
 
     index = 0
-    places = [(name, device if plan.decisions[name].action == "quantize" else CPU) for name in plan.output_names()]
+    read_with_weight = set(biases.values())
+    places = [
+        (name, device if plan.decisions[name].action == "quantize" else CPU)
+        for name in plan.output_names()
+        if name not in read_with_weight
+    ]
     with _WriteBehind(sink, check) as writing:
         for name, tensor in _read_ahead(source, places, check):
             check()
             if plan.decisions[name].action == "keep":
                 keep(name, tensor, plan.decisions[name].reason)
-                clock.advance(tensor.nbytes)
             else:
                 quantize(name, tensor, index)
                 index += 1
@@ -221,6 +251,22 @@ def _run(
         )
     report.seconds = clock.elapsed
     return report, configs
+
+
+def _biases(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> dict[str, str]:
+    """Weight → bias of the layers whose bias may be corrected; they are read and written with their weight."""
+    wanted = recipe.get("bias_correction")
+    if wanted == "none" or (wanted == "auto" and calibration is None):
+        return {}
+    pairs = ((name, name.removesuffix(".weight") + ".bias") for name in plan.names("quantize"))
+    decisions = plan.decisions
+    return {name: bias for name, bias in pairs if bias in decisions and decisions[bias].action == "keep"}
+
+
+def _layer_options(recipe: Recipe, known: Inputs, calibration: Calibration | None) -> dict[str, object]:
+    """What the recipe asks of a layer; one that the calibration does not know cannot be asked for learned rounding."""
+    method = recipe.uncalibrated() if calibration is not None and known.gram is None else recipe
+    return method.layer_options
 
 
 def _metadata(
@@ -239,9 +285,9 @@ def _header_bound(source: Source, plan: Plan, recipe: Recipe, metadata: Mapping[
     tensors = [(name, source.tensors[name]) for name in plan.output_names()]
     for name in plan.names("quantize"):
         layer = name.removesuffix(".weight")
-        specs = recipe.entry.specs(recipe.granularity, source.tensors[name].shape)
+        specs = recipe.encoding.specs(source.tensors[name].shape)
         tensors += [(f"{layer}.{suffix}", TensorInfo(*spec)) for suffix, spec in specs.items()]
-        tensors.append((layer + CONFIG_SUFFIX, TensorInfo(torch.uint8, (len(config_bytes(recipe.config)),))))
+        tensors.append((layer + CONFIG_SUFFIX, TensorInfo(torch.uint8, (len(config_bytes(recipe.encoding.config)),))))
     return header_bytes(tensors, metadata)
 
 
@@ -253,6 +299,7 @@ def quantize_tensors(
     tensors: Mapping[str, torch.Tensor],
     recipe: Recipe = DEFAULT_RECIPE,
     *,
+    calibration: Calibration | None = None,
     metadata: Mapping[str, str] | None = None,
     device: str | torch.device | None = None,
     on_event: Listener | None = None,
@@ -260,12 +307,15 @@ def quantize_tensors(
 ) -> QuantizedTensors:
     """Quantize a state dict of plain weights in memory; ``tensors`` is left untouched, results lie on the CPU.
 
+    ``calibration``: what is known of the layers' inputs; layers that it does not know are rounded to nearest.
     ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
     """
     source, sink, emit = TensorSource(tensors, metadata), _DictSink(), on_event or _nothing
-    report, configs = _run(source, recipe.plan(source), recipe, sink, _device(device), emit, check or _nothing)
+    recipe.resolve(calibration is not None)
+    plan, device, check = recipe.plan(source), _device(device), check or _nothing
+    report, configs = _run(source, plan, recipe, calibration, sink, device, emit, check)
     emit(RunFinished(report))
-    mark = fingerprint(source, VERSION, recipe.to_json())
+    mark = _mark(source, recipe, calibration)
     return QuantizedTensors(dict(sink), _metadata(source, recipe, configs, mark), report)
 
 
@@ -274,6 +324,7 @@ def quantize_file(
     destination: str | os.PathLike,
     recipe: Recipe = DEFAULT_RECIPE,
     *,
+    calibration: Calibration | None = None,
     device: str | torch.device | None = None,
     overwrite: bool = False,
     on_event: Listener | None = None,
@@ -282,7 +333,8 @@ def quantize_file(
     """Quantize a safetensors file, or any :class:`Source`, into a new safetensors file, one tensor at a time.
 
     The file appears under its final name only when it is complete and on disk. An output with the same fingerprint
-    (source, recipe, version) is left as it is; any other is refused unless ``overwrite``.
+    (source, recipe, calibration, version) is left as it is; any other is refused unless ``overwrite``.
+    ``calibration``: what is known of the layers' inputs; layers that it does not know are rounded to nearest.
     ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
 
     Raises:
@@ -291,7 +343,14 @@ def quantize_file(
     if isinstance(source, (str, os.PathLike)):
         with SafetensorsFile(source) as opened:
             return quantize_file(
-                opened, destination, recipe, device=device, overwrite=overwrite, on_event=on_event, check=check
+                opened,
+                destination,
+                recipe,
+                calibration=calibration,
+                device=device,
+                overwrite=overwrite,
+                on_event=on_event,
+                check=check,
             )
     destination = Path(destination)
     emit, check, device = on_event or _nothing, check or _nothing, _device(device)
@@ -300,8 +359,9 @@ def quantize_file(
         raise OutputError(f"{destination} is the source itself; choose another output.")
     if destination.is_dir():
         raise OutputError(f"{destination} is a folder; give a file name.")
+    recipe.resolve(calibration is not None)
     plan = recipe.plan(source)
-    mark = fingerprint(source, VERSION, recipe.to_json())
+    mark = _mark(source, recipe, calibration)
     if destination.exists() and not overwrite:
         if not _made_by(destination, mark, origin):
             raise OutputExistsError(
@@ -309,16 +369,23 @@ def quantize_file(
             )
         remove_leftovers(destination)
         return _report(source, plan, recipe, output=str(destination), already_done=True)
-    planned = {name.removesuffix(".weight"): recipe.config for name in plan.names("quantize")}
+    planned = {name.removesuffix(".weight"): recipe.encoding.config for name in plan.names("quantize")}
     with SafetensorsWriter(
         destination, _header_bound(source, plan, recipe, _metadata(source, recipe, planned, mark))
     ) as writer:
-        report, configs = _run(source, plan, recipe, writer, device, emit, check)
+        report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
         report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))
     remove_leftovers(destination)
     report.output = str(destination)
     emit(RunFinished(report))
     return report
+
+
+def _mark(source: Source, recipe: Recipe, calibration: Calibration | None) -> str | None:
+    """The fingerprint of a run; None where it has none, and so never counts as done already."""
+    if calibration is None:
+        return fingerprint(source, VERSION, recipe.to_json())
+    return calibration.mark and fingerprint(source, VERSION, recipe.to_json(), calibration.mark)
 
 
 def _made_by(path: Path, mark: str | None, origin: Path | None) -> bool:

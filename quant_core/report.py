@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 
 from .events import LayerFinished, LayerKept
@@ -10,6 +12,10 @@ from .events import LayerFinished, LayerKept
 __all__ = ["Report", "human_bytes"]
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values) if values else math.nan
 
 
 def human_bytes(count: float) -> str:
@@ -50,11 +56,22 @@ class Report:
     @property
     def median_error(self) -> float:
         """Median over layers of ‖Ŵ − W‖/‖W‖; NaN without layers."""
-        errors = sorted(layer.weight_error for layer in self.layers)
-        middle = len(errors) // 2
-        return (
-            math.nan if not errors else errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
-        )
+        return _median([layer.weight_error for layer in self.layers])
+
+    @property
+    def median_output_error(self) -> float:
+        """Median of the output error over the layers whose inputs are known; NaN without any."""
+        return _median([layer.output_error for layer in self.layers if layer.output_error is not None])
+
+    @property
+    def median_gain(self) -> float:
+        """Median, over the layers where roundings were compared, of what is minimised relative to nearest; NaN without."""
+        return _median([layer.gain for layer in self.layers if layer.gain is not None])
+
+    @property
+    def solvers(self) -> dict[str, int]:
+        """Solver → how many layers it won, the busiest first."""
+        return dict(Counter(layer.solver for layer in self.layers).most_common())
 
     @property
     def worst(self) -> list[LayerFinished]:
@@ -68,7 +85,9 @@ class Report:
 
     def to_dict(self) -> dict:
         """Plain values, with the summary numbers beside the lists."""
-        return {**dataclasses.asdict(self), "median_error": None if not self.layers else self.median_error}
+        summary = {name: getattr(self, name) for name in ("median_error", "median_output_error", "median_gain")}
+        finite = {name: None if math.isnan(value) else value for name, value in summary.items()}
+        return {**dataclasses.asdict(self), **finite, "solvers": self.solvers}
 
     def to_json(self) -> str:
         """Indented JSON."""
@@ -95,6 +114,7 @@ class Report:
                 "weight error",
                 f"median {self.median_error:.5f}, worst {self.worst[0].weight_error:.5f}" if self.layers else "none",
             ),
+            *self._rounding_rows(),
             ("size", f"{human_bytes(self.bytes_in)} → {human_bytes(self.bytes_out)} ({ratio:.0%})"),
             ("seconds", f"{self.seconds:.1f} on {self.device}"),
         ]
@@ -103,6 +123,18 @@ class Report:
             (f"worst {place}", f"{layer.weight_error:.5f}  {layer.name} {layer.shape[0]}×{layer.shape[1]}")
             for place, layer in enumerate(self.worst[:worst], 1)
         ]
+        notes = Counter(layer.note for layer in self.layers if layer.note)
+        rows += [("note", f"{note} ({count} layers)") for note, count in notes.items()]
         rows += [("KEPT", f"{kept.name}: {kept.reason}") for kept in self.unplanned]
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+    def _rounding_rows(self) -> list[tuple[str, str]]:
+        rows = []
+        if not math.isnan(self.median_output_error):
+            errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
+            rows.append(("output error", f"median {self.median_output_error:.5f}, worst {max(errors):.5f}"))
+        if not math.isnan(self.median_gain):
+            won = ", ".join(f"{solver} {count}" for solver, count in self.solvers.items())
+            rows.append(("against nearest", f"median {self.median_gain:.3f}×; layers won: {won}"))
+        return rows

@@ -9,7 +9,7 @@ from .dtypes import DTYPE_NAMES
 from .metadata import layer_configs, provenance
 from .reader import SafetensorsFile
 from .source import Source
-from .verify import CODE_DTYPES, layer_granularity
+from .verify import CODE_DTYPES, layer_encoding
 
 __all__ = ["Inspection", "inspect_file", "quantized_formats"]
 
@@ -39,7 +39,7 @@ class Inspection:
 
     Attributes:
         dtypes: dtype name → (tensors, bytes).
-        quantized: "format per granularity" → layers; a layer that breaks the contract counts as "… (broken)".
+        quantized: "format per granularity", block size and rotation with it → layers; a layer that breaks the contract counts as "… (broken)".
         stock: what stock ComfyUI does with the file, one sentence.
         made_by: the provenance entry of the header.
     """
@@ -59,6 +59,9 @@ def _stock(found: list[str]) -> str:
     unknown = [name for name in found if name not in FORMATS]
     if unknown:
         return f"It holds {', '.join(unknown)}, which this version cannot judge."
+    ours = [name for name in found if FORMATS[name].stock_since is None]
+    if ours:
+        return f"Stock ComfyUI does not load {', '.join(ours)}; use it through this node pack."
     since = max(
         (FORMATS[name].stock_since for name in found), key=lambda release: [int(part) for part in release.split(".")]
     )
@@ -76,7 +79,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         quantized = Counter()
         for layer, config in (configs or header).items():
             try:
-                quantized[f"{config.get('format')} per {layer_granularity(layer, config, source.tensors)}"] += 1
+                quantized[str(layer_encoding(layer, config, source.tensors))] += 1
             except ValueError:
                 quantized[f"{config.get('format')} (broken)"] += 1
         return Inspection(

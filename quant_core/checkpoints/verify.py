@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..formats import FORMATS
+from ..errors import RecipeError
+from ..formats import FORMATS, Encoding
 from .metadata import CONFIG_SUFFIX, QUANTIZATION_KEY, header_layers, layer_configs
 from .reader import SafetensorsFile
 from .source import Source, TensorInfo
 
-__all__ = ["Verification", "verify_file", "CODE_DTYPES", "layer_granularity"]
+__all__ = ["Verification", "verify_file", "CODE_DTYPES", "layer_encoding"]
 
-CODE_DTYPES = {entry.grid.dtype for entry in FORMATS.values()} | {torch.float8_e5m2}
+CODE_DTYPES = {entry.grid.dtype for entry in FORMATS.values()}
+
+_SHAPE_KEYS = ("per_row", "group_size")  # of a layer's JSON, which repeat what its scale's shape says
 
 
 @dataclass
@@ -28,8 +31,8 @@ class Verification:
     problems: list[str] = field(default_factory=list)
 
 
-def layer_granularity(layer: str, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> str:
-    """The granularity that the layer's scale shape means. Raises ValueError with one sentence when nothing fits."""
+def layer_encoding(layer: str, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> Encoding:
+    """The encoding that the layer's JSON and its scale's shape mean. Raises ValueError with one sentence when none fits."""
     format = FORMATS.get(config.get("format"))
     if format is None:
         raise ValueError(
@@ -42,36 +45,35 @@ def layer_granularity(layer: str, config: Mapping[str, object], tensors: Mapping
         raise ValueError(f"{layer}: the weight has shape {weight.shape}; only matrices are read as quantized")
     wanted = []
     for granularity in format.granularities:
-        specs = {
-            f"{layer}.{suffix}": TensorInfo(*spec) for suffix, spec in format.specs(granularity, weight.shape).items()
-        }
-        if all(tensors.get(name) == spec for name, spec in specs.items()):
-            return granularity
-        wanted.append(
-            ", ".join(f"{name.removeprefix(layer + '.')} {spec.dtype} {spec.shape}" for name, spec in specs.items())
-        )
+        try:
+            encoding = Encoding.from_config(config, granularity)
+        except RecipeError as error:
+            wanted.append(str(error).rstrip("."))
+            continue
+        specs = {suffix: TensorInfo(*spec) for suffix, spec in encoding.specs(weight.shape).items()}
+        if all(tensors.get(f"{layer}.{suffix}") == spec for suffix, spec in specs.items()):
+            return encoding
+        wanted.append(", ".join(f"{suffix} {spec.dtype} {spec.shape}" for suffix, spec in specs.items()))
     have = ", ".join(
         f"{suffix} "
-        + (
-            f"{tensors[f'{layer}.{suffix}'].dtype} {tensors[f'{layer}.{suffix}'].shape}"
-            if f"{layer}.{suffix}" in tensors
-            else "missing"
-        )
-        for suffix in format.specs(next(iter(format.granularities)), weight.shape)
+        + (f"{found.dtype} {found.shape}" if (found := tensors.get(f"{layer}.{suffix}")) else "missing")
+        for suffix in ("weight", "weight_scale")
     )
     raise ValueError(f"{layer}: {format.name} needs {' or '.join(wanted)}; the file has {have}")
 
 
 def _layer_problems(source: Source, layer: str, config: Mapping[str, object]) -> Iterator[str]:
     try:
-        granularity = layer_granularity(layer, config, source.tensors)
+        encoding = layer_encoding(layer, config, source.tensors)
     except ValueError as error:
         yield f"{error}."
         return
-    expected = FORMATS[config["format"]].granularities[granularity]
-    for key in {key for extra in FORMATS[config["format"]].granularities.values() for key in extra}:
-        if config.get(key) != expected.get(key):
-            yield f"{layer}: its JSON says {key}={config.get(key)} and its scale's shape says {expected.get(key)}."
+    for key in _SHAPE_KEYS:
+        if config.get(key) != encoding.config.get(key):
+            yield f"{layer}: its JSON says {key}={config.get(key)} and its scale's shape says {encoding.config.get(key)}."
+    inner = source.tensors[f"{layer}.weight"].shape[1]
+    if encoding.rotation and inner % encoding.rotation.size:
+        yield f"{layer}: ConvRot groups of {encoding.rotation.size} do not divide its {inner} input channels."
     for suffix in ("weight_scale", "input_scale"):
         name = f"{layer}.{suffix}"
         if name in source.tensors:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from ..checkpoints import Source
 from ..errors import RecipeError
-from ..formats import Format, find_format
-from ..rounding import check_rounding
+from ..formats import Encoding, make_encoding
+from ..formats.rotation import rotation_groups
+from ..rounding import Method
 from .plan import Plan, make_plan
 from .presets import AUTO, NONE, find_preset
 from .toml import tomllib
@@ -18,18 +19,21 @@ __all__ = ["Recipe"]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What to make of a model.
+class Recipe(Method):
+    """What to make of a model: how to round, in which format, which layers.
 
     Attributes:
         format: the file format string of the quantized layers.
         granularity: what shares a scale; None for the format's own.
-        rounding: how codes are chosen, see :data:`~learned_rounding.quant_core.layer.ROUNDINGS`.
+        block_size: side of a block, for granularity block; None for 128.
+        convrot: rotate the inputs, see :func:`~learned_rounding.quant_core.layer.quantize_weight`; None for no.
         preset: keep list by model family; "auto" looks at the layer names, "none" takes the general rule alone.
         keep: more regular expressions; a tensor whose full name one of them finds stays in full precision.
         heur: also keep layers whose shape gains little, see :mod:`.rules`.
         full_precision_matmul: ask ComfyUI to decode weights instead of multiplying in FP8.
         seed: of everything that draws numbers.
+
+    The others are those of :class:`~learned_rounding.quant_core.rounding.Method`.
 
     Raises:
         RecipeError: (from the constructor) an unknown name or a contradiction; every option acts or is refused.
@@ -37,7 +41,8 @@ class Recipe:
 
     format: str = "float8_e4m3fn"
     granularity: str | None = None
-    rounding: str = "auto"
+    block_size: int | None = None
+    convrot: bool | int | str | None = None
     preset: str = AUTO
     keep: tuple[str, ...] = ()
     heur: bool = False
@@ -45,18 +50,16 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name))
+        for name in _TYPES:
+            _check_type(name, getattr(self, name))
+        super().__post_init__()
         object.__setattr__(self, "keep", tuple(self.keep))
-        granularity, _ = self.entry.granularity(self.granularity)
-        object.__setattr__(self, "granularity", granularity)
-        check_rounding(self.rounding)
+        object.__setattr__(self, "convrot", self.convrot or None)
+        encoding = self.encoding
+        object.__setattr__(self, "granularity", encoding.granularity)
+        object.__setattr__(self, "block_size", encoding.block_size)
         if self.preset not in (AUTO, NONE):
             find_preset(self.preset)
-        if self.full_precision_matmul and not self.entry.full_precision_matmul:
-            raise RecipeError(
-                f"full_precision_matrix_mult has no effect on {self.format}: ComfyUI ignores it there; leave it out."
-            )
         if not -(2**63) <= self.seed < 2**64:
             raise RecipeError(f"The recipe's seed {self.seed} does not fit into 64 bits.")
         for pattern in self.keep:
@@ -66,23 +69,31 @@ class Recipe:
                 raise RecipeError(f"The keep pattern '{pattern}' is no regular expression: {error}.") from None
 
     @property
-    def entry(self) -> Format:
-        """The format's entry in the table."""
-        return find_format(self.format)
-
-    @property
-    def config(self) -> dict[str, object]:
-        """The JSON of a layer quantized by this recipe."""
-        return self.entry.config(self.granularity, full_precision_matmul=self.full_precision_matmul)
+    def encoding(self) -> Encoding:
+        """How a layer stands in a file; with ConvRot, one whose inputs the largest allowed group divides."""
+        largest = max((size for size in rotation_groups(self.convrot, 0) if size), default=None)
+        return make_encoding(
+            self.format,
+            self.granularity,
+            block_size=self.block_size,
+            convrot=largest,
+            full_precision_matmul=self.full_precision_matmul,
+        )
 
     @property
     def label(self) -> str:
-        """Short name for file names: the format, and the granularity where the format has several."""
-        return (
-            self.format
-            if len(self.entry.granularities) == 1
-            else f"{self.format.removesuffix('_tensorwise')}_{self.granularity}"
-        )
+        """Short name for file names: the format, what it leaves open where that is something, and the rotation."""
+        entry = self.encoding.format
+        several = len(entry.granularities) > 1
+        name = f"{self.format.removesuffix('_tensorwise')}_{self.granularity}" if several else self.format
+        return name + ("_convrot" if self.convrot else "")
+
+    @property
+    def layer_options(self) -> dict[str, object]:
+        """The keyword arguments that :func:`~learned_rounding.quant_core.layer.quantize_weight` takes from a recipe."""
+        names = [field.name for field in dataclasses.fields(Method)]
+        names += ["format", "granularity", "block_size", "convrot", "full_precision_matmul", "seed"]
+        return {name: getattr(self, name) for name in names}
 
     def plan(self, source: Source) -> Plan:
         """One decision for every tensor of ``source``, see :func:`~.plan.make_plan`."""
@@ -117,7 +128,8 @@ class Recipe:
 
     def to_toml(self) -> str:
         """One line per field; strings, lists, numbers and booleans are written alike in JSON and TOML."""
-        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in self.to_dict().items())
+        given = ((key, value) for key, value in self.to_dict().items() if value is not None)  # TOML has no null
+        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in given)
         return "\n".join(lines).replace("\x7f", "\\u007f") + "\n"
 
     @classmethod
@@ -132,17 +144,19 @@ class Recipe:
 _TYPES = {
     "format": str,
     "granularity": (str, type(None)),
-    "rounding": str,
+    "block_size": (int, type(None)),
+    "convrot": (bool, int, str, type(None)),
     "preset": str,
     "keep": (tuple, list),
     "heur": bool,
     "full_precision_matmul": bool,
     "seed": int,
 }
+_NUMBERS = ("block_size", "seed")
 
 
 def _check_type(name: str, value: object) -> None:
-    if not isinstance(value, _TYPES[name]) or (_TYPES[name] is int and isinstance(value, bool)):
+    if not isinstance(value, _TYPES[name]) or (name in _NUMBERS and isinstance(value, bool)):
         raise RecipeError(f"The recipe's {name} cannot be {value!r}.")
     if name == "keep" and not all(isinstance(pattern, str) for pattern in value):
         raise RecipeError("The recipe's keep patterns must be strings.")
