@@ -138,9 +138,10 @@ class _Clock:
         return self.elapsed * (self._total - self._done) / self._done if self._done else 0.0
 
 
-def _report(source: Source, plan: Plan, recipe: Recipe, **more) -> Report:
+def _report(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None, **more) -> Report:
     preset = plan.preset.name if plan.preset else NONE
-    return Report(source.name, recipe.format, recipe.granularity, recipe.rounding, preset, **more)
+    rounding = recipe.resolve(calibration is not None).rounding
+    return Report(source.name, recipe.format, recipe.granularity, rounding, preset, **more)
 
 
 def _run(
@@ -156,7 +157,7 @@ def _run(
     """Carry every tensor of ``plan`` from ``source`` to ``sink``; returns the report and {layer: JSON}."""
     total = sum(1 for _ in plan.names("quantize"))
     bytes_in = sum(info.nbytes for info in source.tensors.values())
-    report = _report(source, plan, recipe, bytes_in=bytes_in, device=str(device))
+    report = _report(source, plan, recipe, calibration, bytes_in=bytes_in, device=str(device))
     configs: dict[str, dict[str, object]] = {}
     biases = _biases(source, plan, recipe, calibration)
 
@@ -368,7 +369,7 @@ def quantize_file(
                 f"{destination} exists and was made from something else; choose another output or overwrite it."
             )
         remove_leftovers(destination)
-        return _report(source, plan, recipe, output=str(destination), already_done=True)
+        return _report(source, plan, recipe, calibration, output=str(destination), already_done=True)
     planned = {name.removesuffix(".weight"): recipe.encoding.config for name in plan.names("quantize")}
     with SafetensorsWriter(
         destination, _header_bound(source, plan, recipe, _metadata(source, recipe, planned, mark))

@@ -110,7 +110,7 @@ def round_gradient(
             solver = chosen.make([x], lr=chosen.lr if lr is None else lr)
             schedule = SCHEDULES[lr_schedule or chosen.schedule](solver)
         h = x.clamp(0, 1)
-        gradient = quadratic.gradient(choice.error(h)).mul_(choice.delta)
+        gradient = quadratic.gradient(choice.error(h), exact=False).mul_(choice.delta)
         gradient += (0.5 * pull) * curvature * (1 - 2 * h)
         gradient.masked_fill_(((x < 0) & (gradient > 0)) | ((x > 1) & (gradient < 0)), 0.0)
         x.grad = gradient.div_(unit)

@@ -63,11 +63,14 @@ class Quadratic:
         matrix.diagonal().add_(self.damping)
         return matrix
 
-    def gradient(self, error: torch.Tensor) -> torch.Tensor:
-        """U·Uᵀ·E·H + λE: half the gradient of what solvers minimise, float32 (out, in)."""
+    def gradient(self, error: torch.Tensor, *, exact: bool = True) -> torch.Tensor:
+        """U·Uᵀ·E·H + λE: half the gradient of what solvers minimise, float32 (out, in).
+
+        ``exact`` False allows a bfloat16 product on a GPU, see :meth:`loss`.
+        """
         seen = error if self.rows is None else self.rows @ (self.rows.t() @ error)
         if self.hessian is not None:
-            seen = seen @ self.hessian
+            seen = self._through_hessian(seen, exact)
         elif self.factor is not None:
             seen = (seen @ self.factor) @ self.factor.t()
         if self.row_weight is not None:
@@ -89,16 +92,19 @@ class Quadratic:
                 square = (error @ self.factor).square_()
             elif self.hessian is None:
                 square = error.square()
-            elif exact or not error.is_cuda:
-                square = (error @ self.hessian).mul_(error)
             else:
-                square = (error.bfloat16() @ self._hessian16).float().mul_(error)
+                square = self._through_hessian(error, exact) * error
             per_row = square.sum(dim=1, dtype=torch.float64)
             total += float(per_row.sum() if self.row_weight is None else per_row @ self.row_weight[start:stop].double())
         if self.rows is not None:
             square = projected @ self.hessian * projected if self.hessian is not None else projected.square()
             total = float(square.sum(dtype=torch.float64))
         return max(total, 0.0) ** 0.5
+
+    def _through_hessian(self, error: torch.Tensor, exact: bool) -> torch.Tensor:
+        if exact or not error.is_cuda:
+            return error @ self.hessian
+        return (error.bfloat16() @ self._hessian16).float()
 
     @cached_property
     def _hessian16(self) -> torch.Tensor:

@@ -82,6 +82,7 @@ def test_an_output_in_a_new_folder(lrq, model_file, listing, tmp_path):
     assert listing() == ["model.safetensors", "new/q.safetensors"]
 
 
+ROW = {"format": "int8_tensorwise", "granularity": "row"}
 OPTIONS = {
     "nothing": ([], {}),
     "comfy_quant": (["--comfy_quant"], {}),
@@ -96,6 +97,37 @@ OPTIONS = {
         {"format": "int8_tensorwise", "granularity": "tensor"},
     ),
     "int8 row": (["--scaling_mode", "row", "--int8"], {"format": "int8_tensorwise", "granularity": "row"}),
+    "int8 block": (
+        ["--int8", "--scaling_mode", "block", "--block_size", "16"],
+        {"format": "int8_blockwise", "granularity": "block", "block_size": 16},
+    ),
+    "fp8 row": (["--fp8", "--scaling_mode", "row"], {"format": "float8_e4m3fn_rowwise", "granularity": "row"}),
+    "fp8 block, without --fp8": (
+        ["--scaling-mode", "block"],
+        {"format": "float8_e4m3fn_blockwise", "granularity": "block", "block_size": 128},
+    ),
+    "e5m2": (["--format", "float8_e5m2"], {"format": "float8_e5m2"}),
+    "convrot": (["--int8", "--convrot"], {**ROW, "convrot": True}),
+    "convrot group": (["--int8", "--convrot", "--convrot-group-size", "16"], {**ROW, "convrot": 16}),
+    "convrot group alone": (["--int8", "--convrot_group_size=16"], {**ROW, "convrot": 16}),
+    "convrot with a value": (["--int8", "--convrot", "64"], {**ROW, "convrot": 64}),
+    "convrot auto": (["--int8", "--convrot", "auto"], {**ROW, "convrot": "auto"}),
+    "principal": (["--rounding", "principal"], {"rounding": "principal"}),
+    "rank": (["--top_p", "0.3", "--min_k", "2", "--max-k", "9"], {"top_p": 0.3, "min_k": 2, "max_k": 9}),
+    "complete SVD": (["--full_matrix", "--weight_cost", "0.05"], {"full_matrix": True, "weight_cost": 0.05}),
+    "steps": (["--num_iter", "3"], {"num_iter": 3}),
+    "original": (["--optimizer", "original", "--num-iter", "3"], {"optimizer": "original", "num_iter": 3}),
+    "adamw": (["--optimizer", "adamw", "--num_iter", "3", "--lr", "0.1"], {"optimizer": "adamw", "num_iter": 3, "lr": 0.1}),
+    "radam": (
+        ["--optimizer=radam", "--num_iter=3", "--lr_schedule", "plateau", "--early_stop", "2"],
+        {"optimizer": "radam", "num_iter": 3, "lr_schedule": "plateau", "early_stop": 2},
+    ),
+    "prodigy": (["--optimizer", "prodigy", "--num_iter", "3"], {"optimizer": "prodigy", "num_iter": 3}),
+    "stochastic": (["--rounding", "stochastic"], {"rounding": "stochastic"}),
+    "synthetic bias": (
+        ["--bias_correction", "synthetic", "--calib_samples", "8"],
+        {"bias_correction": "synthetic", "calib_samples": 8},
+    ),
     "simple": (["--simple"], {"rounding": "nearest"}),
     "rounding": (["--rounding", "nearest"], {"rounding": "nearest"}),
     "exclude": (["--exclude-layers", "mlp"], {"keep": ["mlp"]}),
@@ -134,6 +166,46 @@ def test_options_act(lrq, model_file, tmp_path):
     ].shape == (96, 1)
 
 
+def test_a_calibration_acts(lrq, model, model_file, tmp_path):
+    """Layers that it knows are calibrated, the others searched; their biases are corrected, in their own dtype."""
+    layer, inputs = "blocks.0.attn.qkv", torch.randn(200, 32, generator=torch.Generator().manual_seed(0)) + 0.5
+    inputs = inputs @ torch.diag(torch.logspace(0, -2, 32)) @ torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    gram = inputs.t() @ inputs / len(inputs)
+    statistics = {f"{layer}.gram": gram.bfloat16(), f"{layer}.mean": inputs.mean(dim=0)}
+    save_file(statistics, tmp_path / "calibration.safetensors")
+    words = ["quantize", "-i", model_file(), "--int8", "--report", tmp_path / "report.json", "--calibration"]
+    code, out, err = lrq(*words, tmp_path / "calibration.safetensors", "-o", tmp_path / "q.safetensors")
+    assert (code, err) == (0, []) and "rounding calibrated" in out
+    made = {entry["name"]: entry for entry in json.loads((tmp_path / "report.json").read_text())["layers"]}
+    assert [entry["solver"] for name, entry in made.items() if layer in name] == ["sequential"]
+    assert all(entry["output_error"] is None for name, entry in made.items() if layer not in name)
+    assert verify_file(tmp_path / "q.safetensors").problems == []
+    tensors, bias = load_file(tmp_path / "q.safetensors"), model()[f"{layer}.bias"]
+    assert tensors[f"{layer}.bias"].dtype is bias.dtype and not torch.equal(tensors[f"{layer}.bias"], bias)
+    assert torch.equal(tensors["blocks.1.attn.qkv.bias"], model()["blocks.1.attn.qkv.bias"])
+    # Again with the same statistics it is done already; with others it is another run.
+    assert "Already done" in lrq(*words, tmp_path / "calibration.safetensors", "-o", tmp_path / "q.safetensors")[1]
+    save_file({**statistics, f"{layer}.gram": gram * 2}, tmp_path / "calibration.safetensors")
+    assert lrq(*words, tmp_path / "calibration.safetensors", "-o", tmp_path / "q.safetensors")[0] == 1
+    assert lrq("inspect", tmp_path / "q.safetensors")[0] == 0
+
+
+def test_a_low_rank_calibration_acts_too(lrq, model_file, tmp_path):
+    layer, generator = "blocks.0.mlp.2", torch.Generator().manual_seed(0)
+    parts = {"factor": torch.randn(80, 8, generator=generator), "diagonal": torch.full((80,), 0.1)}
+    save_file({f"{layer}.gram.{name}": part for name, part in parts.items()}, tmp_path / "c.safetensors")
+    words = ["quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--verbose", "--calibration"]
+    code, out, _ = lrq(*words, tmp_path / "c.safetensors")
+    (line,) = [line for line in out.splitlines() if line.startswith(f"{layer}.weight")]
+    assert code == 0 and "sequential" in line and "output error" in line
+    save_file({f"{layer}.gram.factor": parts["factor"]}, tmp_path / "half.safetensors")
+    code, _, err = lrq(*words, tmp_path / "half.safetensors", "--overwrite")
+    assert code == 1 and "has no counterpart" in err[0]
+    save_file({f"{layer}.gram": torch.eye(7)}, tmp_path / "wrong.safetensors")
+    code, _, err = lrq(*words, tmp_path / "wrong.safetensors", "--overwrite")
+    assert code == 1 and f"{layer}: A Gram of shape (7, 7) does not fit" in err[0]
+
+
 def test_heur_acts(lrq, tmp_path):
     save_file(
         {"a.weight": torch.zeros(128, 128), "b.weight": torch.zeros(4096, 4096, dtype=torch.bfloat16)},
@@ -169,6 +241,7 @@ def test_a_recipe_file_and_options_over_it(lrq, model_file, tmp_path, write):
         (["--scaling_mode", "row"], {"granularity": "row"}),
         (["--exclude-layers", "mlp"], {"keep": ["mlp"]}),
         (["--fp8"], {"format": "float8_e4m3fn"}),  # its granularity is tensor as well
+        (["--scaling_mode", "block"], {"format": "int8_blockwise", "granularity": "block", "block_size": 128}),
         (["--int8"], {"granularity": "row"}),  # a format that is named comes with its own granularity
     ]:
         code, _, err = lrq(
@@ -233,6 +306,12 @@ def test_inspect(lrq, model_file, tmp_path):
         and "made by learned_rounding" in out
         and "Stock ComfyUI 0.27 and newer loads it." in out
     )
+    lrq("quantize", "-i", source, "-o", tmp_path / "r.safetensors", "--int8", "--convrot", "--scaling_mode", "row")
+    assert "int8_tensorwise per row, ConvRot 16" in lrq("inspect", tmp_path / "r.safetensors")[1]
+    lrq("quantize", "-i", source, "-o", tmp_path / "b.safetensors", "--int8", "--scaling_mode", "block")
+    _, out, _ = lrq("inspect", tmp_path / "b.safetensors")
+    assert "int8_blockwise per block of 128: 6 layers" in out
+    assert "Stock ComfyUI does not load int8_blockwise; use it through this node pack." in out
 
 
 def test_verify(lrq, model_file, tmp_path):
@@ -269,7 +348,9 @@ def test_formats_and_presets(lrq):
         ["quantize", "-i", "a", "--flux", "--preset", "none"],
         ["quantize", "-i", "a", "--simple", "--rounding", "auto"],
         ["quantize", "-i", "a", "--over"],
-        ["quantize", "-i", "a", "--num_iter", "10"],
+        ["quantize", "-i", "a", "--num_iter", "ten"],
+        ["quantize", "-i", "a", "--optimizer", "adam"],
+        ["quantize", "-i", "a", "--rounding", "learned"],
         ["verify"],
         ["formats", "extra"],
     ],
@@ -324,7 +405,19 @@ ERRORS = {
     "nothing but NaN": (nan_model, ["quantize", "-i", "nan.safetensors"], "NaN or Inf"),
     "nothing to quantize": (nothing, [*Q, "--exclude-layers", "."], "has no layer to quantize"),
     "no such granularity": (nothing, [*Q, "--scaling_mode", "tensr"], "did you mean 'tensor'"),
-    "row scales on fp8": (nothing, [*Q, "--scaling_mode", "row"], "not per row"),
+    "row scales on a format by name": (
+        nothing,
+        [*Q, "--format", "float8_e4m3fn", "--scaling_mode", "row"],
+        "not per row; float8_e4m3fn_rowwise has",
+    ),
+    "convrot on fp8": (nothing, [*Q, "--convrot"], "ConvRot exists for int8_tensorwise per row"),
+    "a convrot of another size": (nothing, [*Q, "--int8", "--convrot", "32"], "256, 64 or 16, not 32"),
+    "a block size without blocks": (nothing, [*Q, "--block_size", "64"], "Block size 64 has no effect"),
+    "steps of nearest": (nothing, [*Q, "--simple", "--num_iter", "5"], "num_iter has no effect on rounding 'nearest'"),
+    "damping without calibration": (nothing, [*Q, "--damping", "0.1"], "needs a calibration"),
+    "no calibration": (nothing, [*Q, "--rounding", "calibrated"], "Calibrated rounding needs a calibration"),
+    "a missing calibration": (nothing, [*Q, "--calibration", "none.safetensors"], "There is no file"),
+    "a model as calibration": (nothing, [*Q, "--calibration", "model.safetensors"], "holds no Grams of layers"),
     "no such preset": (nothing, [*Q, "--preset", "fluks"], "did you mean 'flux'"),
     "a bad pattern": (nothing, [*Q, "--exclude-layers", "("], "is no regular expression"),
     "full precision on int8": (nothing, [*Q, "--int8", "--full_precision_matrix_mult"], "no effect on int8_tensorwise"),
@@ -403,7 +496,8 @@ def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, lis
     clone.mkdir(parents=True)
     for name in ("__init__.py", "__main__.py"):
         shutil.copy(ROOT / name, clone / name)
-    shutil.copytree(ROOT / "quant_core", clone / "quant_core", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("quant_core", "kernels"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     (clone / "quant_core" / "version.py").write_text('VERSION = "9.8.7"\n')
     (clone / "nodes").mkdir()
     (clone / "nodes" / "__init__.py").write_text("raise ImportError('the command line needs no nodes')")

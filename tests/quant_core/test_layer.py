@@ -1,11 +1,15 @@
 """quantize_weight: what it takes, what it refuses, and that it leaves its input alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from learned_rounding.quant_core import FORMATS, QuantizationError, quantize_weight
-from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
-from learned_rounding.quant_core.rounding import slabs
+from learned_rounding.quant_core import FORMATS, QuantizationError, layer, quantize_weight
+from learned_rounding.quant_core.calibration import Inputs, LowRankGram
+from learned_rounding.quant_core.errors import CalibrationError, RecipeError, UnknownNameError
+from learned_rounding.quant_core.formats import make_encoding
+from learned_rounding.quant_core.rounding import Method, slabs
 
 TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
 
@@ -101,3 +105,72 @@ def test_the_check_can_stop_it_at_any_call(monkeypatch, format, granularity, rou
         with pytest.raises(Stop):
             quantize_weight(weight, format, granularity=granularity, rounding=rounding, check=stop)
         assert calls == last
+
+
+def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog):
+    """On a real card in test_gpu.py; here only who is asked in which order, and what is said."""
+    tried = []
+
+    def attempt(self, encoding, device, parts):
+        tried.append((device.type, parts))
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("no room")
+        return "made"
+
+    monkeypatch.setattr(layer._Layer, "_attempt", attempt)
+    weight = SimpleNamespace(device=torch.device("cuda"), shape=(8, 4))
+
+    def quantize(method, where=weight):
+        tried.clear()
+        caplog.clear()
+        made = layer._Layer(where, Inputs(), None, None, method, 0, None).quantize(make_encoding("int8_tensorwise"))
+        assert made == "made" and len(caplog.records) == len(tried) - 1
+        assert all("too little free memory for a layer of shape (8, 4)" in line.getMessage() for line in caplog.records)
+        return tried
+
+    assert quantize(Method("calibrated")) == [("cuda", 1), ("cuda", 4), ("cuda", 16), ("cpu", 1)]
+    assert quantize(Method("principal")) == [("cuda", 1), ("cpu", 1)]  # its rows depend on each other
+    assert quantize(Method("calibrated", num_iter=5)) == [("cuda", 1), ("cpu", 1)]
+    assert quantize(Method(), SimpleNamespace(device=torch.device("cpu"), shape=(8, 4))) == [("cpu", 1)]
+
+
+def test_what_is_no_layer_of_these_inputs_is_refused():
+    for gram, text in [
+        (torch.eye(7), r"Gram of shape \(7, 7\) does not fit a layer of 8 input channels"),
+        (torch.full((8, 8), float("nan")), "holds NaN or Inf"),
+        (-torch.eye(8), "negative diagonal"),
+        (LowRankGram(torch.zeros(7, 2), torch.zeros(8)), "low-rank Gram of shapes"),
+    ]:
+        with pytest.raises(CalibrationError, match=text):
+            quantize_weight(random(4, 8), "int8_tensorwise", gram=gram)
+
+
+def test_a_low_rank_gram_is_a_gram():
+    factor, diagonal = random(32, 5, seed=1), torch.rand(32, generator=torch.Generator().manual_seed(2))
+    whole = factor @ factor.t() + torch.diag(diagonal)
+    weight = random(16, 32)
+    expected = quantize_weight(weight, "int8_tensorwise", gram=whole)
+    made = quantize_weight(weight, "int8_tensorwise", gram=LowRankGram(factor.half().float(), diagonal))
+    assert (made.codes == expected.codes).float().mean() > 0.9
+    assert made.output_error == pytest.approx(expected.output_error, rel=0.05)
+
+
+def test_held_out_inputs_have_the_last_word():
+    """Calibrated on inputs that others contradict, sequential rounding loses to nearest, which is then taken."""
+    basis = torch.linalg.qr(random(48, 48, seed=3)).Q
+    strong = torch.logspace(0, -4, 48)
+    gram, others = (basis * strong) @ basis.t(), (basis * strong.flip(0)) @ basis.t()
+    weight = random(64, 48)
+    assert quantize_weight(weight, "int8_tensorwise", gram=gram, damping=1e-4).rounded.winner == "sequential"
+    made = quantize_weight(weight, "int8_tensorwise", gram=gram, holdout_gram=others, damping=1e-4)
+    assert made.rounded.winner == "nearest" and made.rounded.gain <= 1
+
+
+def test_output_channels_may_count_differently():
+    """A scale shared by all rows follows the rows that count; the reported gain counts them too."""
+    weight, gram = torch.cat([random(8, 64) * 0.01, random(8, 64, seed=1)]), torch.eye(64)
+    counts = torch.cat([torch.ones(8), torch.full((8,), 1e-9)])
+    plain = quantize_weight(weight, "int8_tensorwise", granularity="tensor", gram=gram)
+    favoured = quantize_weight(weight, "int8_tensorwise", granularity="tensor", gram=gram, output_weight=counts)
+    small = [(made.dequantize()[:8] - weight[:8]).norm() for made in (plain, favoured)]
+    assert small[1] < 0.8 * small[0]

@@ -23,12 +23,16 @@ FLOORS = [
     {"errors", "events", "version"},
     {"formats", "report"},
     {"rounding", "checkpoints"},
+    {"calibration"},
     {"recipes", "layer"},
     {"pipeline"},
     {"cli"},
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}
 NEEDED = {"torch", "safetensors", "tqdm", "tomli"}
+# Imported where a user asks for them, with a sentence of ours when they are missing: import name → package.
+OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free"}
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 
 def dotted(path: Path) -> list[str]:
@@ -64,7 +68,7 @@ def test_the_library_knows_no_host(path):
             assert name.split(".")[1] in ("quant_core", "kernels"), f"{path}:{line} imports {name}"
         else:
             top = name.split(".")[0]
-            assert top not in HOST and (top in sys.stdlib_module_names or top in NEEDED), (
+            assert top not in HOST and (top in sys.stdlib_module_names or top in NEEDED or top in OPTIONAL), (
                 f"{path}:{line} imports {name}"
             )
 
@@ -166,7 +170,17 @@ def test_what_is_imported_is_required():
     used = {name.split(".")[0] for path in MODULES for _, name in imports(path) if not name.startswith(".")} - set(
         sys.stdlib_module_names
     )
-    assert used - {"tomllib"} <= required
+    assert used - {"tomllib"} - set(OPTIONAL) <= required
+    extras = {re.match(r"[\w.-]+", line)[0] for line in PROJECT["project"]["optional-dependencies"]["prodigy"]}
+    assert extras == set(OPTIONAL.values())
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_kernels_know_nothing_above_them(path):
+    for line, name in imports(path):
+        own = name.startswith(".kernels") or name.split(".")[0] in ("torch", "triton")
+        assert own or name.split(".")[0] in sys.stdlib_module_names, f"{path}:{line} imports {name}"
+    assert "triton" in path.parts or not any(name.split(".")[0] == "triton" for _, name in imports(path))
 
 
 def test_one_version():
@@ -175,7 +189,7 @@ def test_one_version():
 
 def test_every_package_and_every_preset_is_shipped():
     tools = PROJECT["tool"]["setuptools"]
-    packages = {".".join(["learned_rounding", *dotted(path)]) for path in MODULES if path.name == "__init__.py"}
+    packages = {".".join(["learned_rounding", *dotted(path)]) for path in MODULES + KERNELS if path.name == "__init__.py"}
     assert packages <= set(tools["packages"])
     patterns = tools["package-data"]["learned_rounding.quant_core.recipes"]
     shipped = {path for pattern in patterns for path in (CORE / "recipes").glob(pattern)}

@@ -16,13 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, pipeline, quantize_file, quantize_tensors, quantize_weight
+from learned_rounding.quant_core.calibration import Inputs, LayerInputs
 from learned_rounding.quant_core.checkpoints import verify_file, writer
 from learned_rounding.quant_core.errors import (
     AlreadyQuantizedError,
+    CalibrationError,
     NothingToQuantizeError,
     OutputError,
     OutputExistsError,
     QuantizationError,
+    RecipeError,
     SourceError,
 )
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted, RunFinished, RunStarted
@@ -35,6 +38,13 @@ RECIPES = {
     "fp8 nearest": Recipe(rounding="nearest", full_precision_matmul=True),
     "int8 row": Recipe(format="int8_tensorwise"),
     "int8 tensor": Recipe(format="int8_tensorwise", granularity="tensor"),
+    "int8 convrot": Recipe(format="int8_tensorwise", convrot="auto"),
+    "int8 block": Recipe(format="int8_blockwise", block_size=16),
+    "fp8 row, principal": Recipe(format="float8_e4m3fn_rowwise", rounding="principal"),
+    "fp8 block, steps": Recipe(format="float8_e4m3fn_blockwise", optimizer="adamw", num_iter=5),
+    "e5m2 stochastic, synthetic bias": Recipe(
+        format="float8_e5m2", rounding="stochastic", bias_correction="synthetic", calib_samples=4
+    ),
 }
 
 
@@ -66,14 +76,8 @@ def test_a_file_is_quantized_layer_by_layer(model, model_file, tmp_path, listing
     report = quantize_file(source, out, recipe)
     expected = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in LINEARS}
     for layer in LINEARS:
-        expected |= quantize_weight(
-            tensors[f"{layer}.weight"],
-            recipe.format,
-            granularity=recipe.granularity,
-            rounding=recipe.rounding,
-            full_precision_matmul=recipe.full_precision_matmul,
-            seed=recipe.seed,
-        ).tensors(layer)
+        bias = tensors.get(f"{layer}.bias") if recipe.bias_correction else None
+        expected |= quantize_weight(tensors[f"{layer}.weight"], **recipe.layer_options, bias=bias).tensors(layer)
     assert same(load_file(out), expected)
     assert verify_file(out).problems == [] and verify_file(out).layers == len(LINEARS)
     assert listing() == ["model.safetensors", "out.safetensors"]
@@ -578,3 +582,37 @@ def test_a_file_far_larger_than_its_largest_tensor_needs_little_memory(tmp_path,
     assert verify_file(out).layers == 3 and verify_file(out).problems == []
     out.unlink()
     assert peak <= 3 * largest + 400 * MEGABYTE, f"{peak / MEGABYTE:.0f} MB"
+
+
+def test_layers_that_a_calibration_knows_are_calibrated(model, model_file, tmp_path):
+    tensors, layer = model(), "blocks.0.attn.qkv"
+    inputs = torch.randn(300, 32, generator=torch.Generator().manual_seed(0)) + 0.3
+    inputs = inputs @ torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    known = Inputs(inputs.t() @ inputs / 300, None, inputs.mean(dim=0))
+    events = []
+    recipe = Recipe(format="int8_tensorwise", damping=0.02)
+    report = quantize_file(
+        model_file(), tmp_path / "q", recipe, calibration=LayerInputs({layer: known}), on_event=events.append
+    )
+    made = {finished.name.removesuffix(".weight"): finished for finished in report.layers}
+    assert report.rounding == "calibrated"
+    assert made[layer].solver == "sequential" and made[layer].gain < 0.8 and made[layer].output_error is not None
+    assert all(made[other].output_error is None for other in LINEARS if other != layer)
+    (corrected,) = [kept for kept in report.kept if "corrected" in kept.reason]
+    assert corrected.name == f"{layer}.bias"
+    assert {kept.name for kept in report.kept} | {f"{name}.weight" for name in LINEARS} == set(tensors)
+    written = load_file(tmp_path / "q")
+    decoded = written[f"{layer}.weight"].float() * written[f"{layer}.weight_scale"]
+    before = inputs @ tensors[f"{layer}.weight"].float().t() + tensors[f"{layer}.bias"].float()
+    after = inputs @ decoded.t() + written[f"{layer}.bias"].float()
+    uncorrected = inputs @ decoded.t() + tensors[f"{layer}.bias"].float()
+    assert (after - before).mean(dim=0).norm() < 0.5 * (uncorrected - before).mean(dim=0).norm()
+
+
+def test_a_calibration_that_does_not_fit_is_named(model_file, tmp_path, listing):
+    known = LayerInputs({LINEARS[0]: Inputs(torch.eye(31))})
+    with pytest.raises(CalibrationError, match=f"{LINEARS[0]}: A Gram of shape"):
+        quantize_file(model_file(), tmp_path / "q", Recipe(), calibration=known)
+    with pytest.raises(RecipeError, match="needs a calibration"):
+        quantize_file(model_file(), tmp_path / "q", Recipe(rounding="calibrated"))
+    assert listing() == ["model.safetensors"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -71,7 +72,8 @@ def test_json_holds_everything():
 def test_json_gives_the_report_back():
     made = report(0.1, 0.2, kept=[LayerKept("a.bias", (8,), "not a weight")], bytes_in=10)
     values = json.loads(made.to_json())
-    values.pop("median_error")
+    for summary in ("median_error", "median_output_error", "median_gain", "solvers"):
+        values.pop(summary)
     layers = [LayerFinished(**{**entry, "shape": tuple(entry["shape"])}) for entry in values.pop("layers")]
     kept = [LayerKept(**{**entry, "shape": tuple(entry["shape"])}) for entry in values.pop("kept")]
     assert Report(**values, layers=layers, kept=kept) == made
@@ -100,6 +102,22 @@ def test_the_table_says_what_happened():
     assert "3.2 on cpu" in table and "out.safetensors" in table
     assert "worst 1           0.07000  blocks.6.weight 96×32" in table and "worst 5" in table and "worst 6" not in table
     assert "worst 2" not in made.table(worst=1)
+
+
+def test_the_table_says_which_solver_won_and_by_how_much():
+    layers = [
+        replace(layer(f"blocks.{index}.weight", 0.1, index), solver=solver, gain=gain, output_error=error, note=note)
+        for index, (solver, gain, error, note) in enumerate(
+            [("sequential", 0.4, 0.01, ""), ("nearest", 1.0, 0.03, "rounded on the CPU"), ("sequential", 0.5, 0.02, "")]
+        )
+    ]
+    made = Report("model.safetensors", "int8_tensorwise", "row", "calibrated", "flux", layers=layers)
+    table = made.table()
+    assert "output error      median 0.02000, worst 0.03000" in table
+    assert "against nearest   median 0.500×; layers won: sequential 2, nearest 1" in table
+    assert "rounded on the CPU (1 layers)" in table
+    assert made.to_dict()["solvers"] == {"sequential": 2, "nearest": 1}
+    assert "against nearest" not in report(0.1).table() and report(0.1).to_dict()["median_gain"] is None
 
 
 def test_layers_that_could_not_be_quantized_stand_out():

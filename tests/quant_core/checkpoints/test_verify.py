@@ -139,8 +139,13 @@ BREAKS = {
     ),
     "unknown format": (
         "fp8",
+        set_both("format", "float8_e3m4"),
+        "its format 'float8_e3m4' is not one this version knows",
+    ),
+    "another format": (
+        "fp8",
         set_both("format", "float8_e4m3fn_rowwise"),
-        "its format 'float8_e4m3fn_rowwise' is not one this version knows",
+        r"float8_e4m3fn_rowwise needs weight torch.float8_e4m3fn \(96, 32\), weight_scale torch.float32 \(96, 1\); the file",
     ),
     "no format": ("fp8", set_both("format", None), "its format 'None' is not one"),
     "per_row missing": (

@@ -4,21 +4,42 @@ import dataclasses
 import re
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from learned_rounding.quant_core import FORMATS, PRESETS, Recipe
+from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, quantize_weight
 from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
-from learned_rounding.quant_core.rounding import ROUNDINGS
+from learned_rounding.quant_core.rounding import OPTIONS, ROUNDINGS
+
+
+# Each option with a value that is not its default, by the roundings it can go with.
+LEARNED = {
+    "auto": {"bias_correction": "none"},
+    "nearest": {"bias_correction": "synthetic", "calib_samples": 7},
+    "stochastic": {},
+    "principal": {"top_p": 0.125, "min_k": 3, "max_k": 9, "full_matrix": True, "weight_cost": 0.5, "optimizer": "radam"},
+    "calibrated": {"damping": 0.25, "num_iter": 9, "lr": 0.5, "lr_schedule": "plateau", "early_stop": 0},
+}
 
 
 @st.composite
 def recipes(draw) -> Recipe:
     entry = draw(st.sampled_from(list(FORMATS.values())))
+    granularity = draw(st.sampled_from(list(entry.granularities)))
+    rounding = draw(st.sampled_from(list(ROUNDINGS)))
+    rotated = (entry.name, granularity) == ("int8_tensorwise", "row")
+    given = draw(st.lists(st.sampled_from(list(LEARNED[rounding]) or ["bias_correction"]), unique=True))
+    options = {name: LEARNED[rounding].get(name, "none") for name in given}
+    if "calib_samples" in options:
+        options["bias_correction"] = "synthetic"
     return Recipe(
+        rounding=rounding,
+        **options,
         format=entry.name,
-        granularity=draw(st.sampled_from([None, *entry.granularities])),
-        rounding=draw(st.sampled_from(list(ROUNDINGS))),
+        granularity=granularity,
+        block_size=draw(st.sampled_from([None, 8, 256])) if granularity == "block" else None,
+        convrot=draw(st.sampled_from([None, False, True, 16, "auto"])) if rotated else None,
         preset=draw(st.sampled_from(["auto", "none", *PRESETS])),
         keep=tuple(map(re.escape, draw(st.lists(st.text(max_size=12), max_size=3)))),
         heur=draw(st.booleans()),
@@ -40,9 +61,12 @@ def test_json_and_toml_give_the_recipe_back(recipe):
 def test_written_recipes_name_every_field():
     recipe = Recipe(format="int8_tensorwise", keep=(r"\.0\.", 'a"b'), seed=7)
     assert recipe.to_dict() == {
+        "rounding": "auto",
+        **dict.fromkeys(OPTIONS),
         "format": "int8_tensorwise",
         "granularity": "row",
-        "rounding": "auto",
+        "block_size": None,
+        "convrot": None,
         "preset": "auto",
         "keep": [r"\.0\.", 'a"b'],
         "heur": False,
@@ -126,7 +150,8 @@ def test_full_precision_matmul_contradicts_int8(granularity):
     """ComfyUI ignores the key there, and an option that does nothing is refused."""
     with pytest.raises(RecipeError, match="no effect on int8_tensorwise"):
         Recipe(format="int8_tensorwise", granularity=granularity, full_precision_matmul=True)
-    assert Recipe(full_precision_matmul=True).config == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    config = Recipe(full_precision_matmul=True).encoding.config
+    assert config == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
 
 
 def test_a_granularity_the_format_lacks_is_refused():
@@ -166,7 +191,35 @@ def test_damaged_text_is_refused_in_one_sentence(read, text, sentence):
         (Recipe(), "float8_e4m3fn"),
         (Recipe(format="int8_tensorwise"), "int8_row"),
         (Recipe(format="int8_tensorwise", granularity="tensor"), "int8_tensor"),
+        (Recipe(format="int8_tensorwise", convrot="auto"), "int8_row_convrot"),
+        (Recipe(format="int8_blockwise"), "int8_blockwise"),
+        (Recipe(format="float8_e4m3fn_rowwise", rounding="principal"), "float8_e4m3fn_rowwise"),
     ],
 )
 def test_labels_tell_outputs_apart(recipe, label):
     assert recipe.label == label
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ({"convrot": True}, "ConvRot exists for int8_tensorwise per row"),
+        ({"convrot": "yes", "format": "int8_tensorwise"}, "ConvRot can be on, off, auto"),
+        ({"convrot": 32, "format": "int8_tensorwise"}, "ConvRot can be on, off, auto"),
+        ({"convrot": 2.0, "format": "int8_tensorwise"}, "convrot cannot be 2.0"),
+        ({"block_size": 64}, "Block size 64 has no effect"),
+        ({"block_size": True, "format": "int8_blockwise"}, "block_size cannot be True"),
+        ({"rounding": "nearest", "top_p": 0.1}, "top_p has no effect on rounding 'nearest'"),
+        ({"rounding": 3}, "no rounding '3'"),
+    ],
+)
+def test_options_without_effect_are_refused(values, text):
+    with pytest.raises(RecipeError, match=text):
+        Recipe(**values)
+
+
+def test_a_layer_gets_everything_that_concerns_it():
+    recipe = Recipe(format="int8_tensorwise", convrot=64, rounding="principal", top_p=0.5, keep=("x",), seed=3)
+    made = quantize_weight(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), **recipe.layer_options)
+    assert made.encoding == recipe.encoding and made.rounded.winner == "sequential"
+    assert set(recipe.layer_options) == {field.name for field in dataclasses.fields(Recipe)} - {"keep", "heur", "preset"}
