@@ -33,7 +33,8 @@ def _implementation(tensor: torch.Tensor):
 
 def round_block(weight, shift, before, coupling, scale, tile_rows, grid):
     """Round a block of columns one after the other, feeding each column's error to the others; see :mod:`.reference`."""
-    return _implementation(weight).round_block(weight, shift, before, coupling, scale, tile_rows, grid)
+    implementation = reference if coupling is None else _implementation(weight)  # independent columns need no kernel
+    return implementation.round_block(weight, shift, before, coupling, scale, tile_rows, grid)
 
 
 def scale_errors(weight, scale, ratios, column_weight, tile_rows, tile_columns, group, grid):

@@ -28,7 +28,7 @@ def round_block(
     weight: torch.Tensor,
     shift: torch.Tensor,
     before: torch.Tensor | None,
-    coupling: torch.Tensor,
+    coupling: torch.Tensor | None,
     scale: torch.Tensor,
     tile_rows: int,
     grid: GridArithmetic,
@@ -45,7 +45,7 @@ def round_block(
         weight: float32 (B, R): columns of the weight, transposed; R rows of the weight.
         shift: float32 (B, R): what errors outside this block ask for; overwritten.
         before: float32 (B, R) errors that are replaced, or None for none.
-        coupling: float32 (B, B), zero diagonal.
+        coupling: float32 (B, B), zero diagonal; None for columns that do not depend on each other.
         scale: float32 (B or 1, ⌈R/tile_rows⌉), shared by ``tile_rows`` neighbouring rows.
         grid: where codes must lie.
 
@@ -54,6 +54,9 @@ def round_block(
     """
     columns, rows = weight.shape
     spread = scale.repeat_interleave(tile_rows, dim=1)[:, :rows] if scale.shape[1] > 1 else scale
+    if coupling is None:
+        values = round_to_grid((weight - shift) / spread, grid)
+        return values.half(), values * spread - weight
     values = torch.empty(columns, rows, dtype=torch.float16, device=weight.device)
     errors = torch.empty_like(weight)
     for column in range(columns - 1, -1, -1):

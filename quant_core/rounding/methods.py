@@ -73,7 +73,7 @@ OPTIONS: Mapping[str, Option] = {
     "damping": Option(
         float, 0.01, _CALIBRATED, "how much all directions count beside the calibrated ones, of their mean", low=1e-8, high=1e3
     ),
-    "sweeps": Option(int, 0, _CALIBRATED, "sweeps of coordinate descent after sequential rounding", False, high=1000),
+    "sweeps": Option(int, 1, _CALIBRATED, "sweeps of coordinate descent after sequential rounding", False, high=1000),
     "bias_correction": Option(
         str, "auto", _ANY, "take the mean output error back in the bias", choices=tuple(BIAS_CORRECTIONS)
     ),

@@ -54,8 +54,8 @@ class Quadratic:
 
     def matrix(self, order: torch.Tensor) -> torch.Tensor:
         """H + λI as a new float32 matrix (in, in), columns and rows taken in ``order``."""
-        if self.hessian is not None:
-            matrix = self.hessian[order[:, None], order]
+        if self.hessian is not None:  # in two steps: indexing by both at once would make index matrices of that size
+            matrix = self.hessian.index_select(0, order).index_select(1, order)
         elif self.factor is not None:
             matrix = self.factor[order] @ self.factor[order].t()
         else:

@@ -93,12 +93,16 @@ class Rounder:
         learned = self._within_bound(scale, quadratic, least)
         judge = self.judge() if self.judge else quadratic
         del quadratic
-        before = self._loss(judge, simple)
-        losses = {id(one): self._loss(judge, one, near=before) for one in (*learned, searched)}
-        taken = min((*learned, searched, simple), key=lambda one: losses.get(id(one), before))
-        lost = losses.get(id(taken), before)
+        candidates = [simple, searched, *learned]
+        losses = [self._loss(judge, one) for one in candidates]
+        close = [index for index, loss in enumerate(losses) if loss <= min(losses) * (1 + _CLOSE)]
+        if len(close) > 1:
+            for index in {0, *close}:
+                losses[index] = self._loss(judge, candidates[index], exact=True)
+        lost = min(losses)
+        taken = candidates[losses.index(lost)]
         output_error = _relative(lost, self._total(judge)) if self.judge else None
-        return taken, Rounded(taken.solver, taken.weight_error, _relative(lost, before, 1.0), output_error)
+        return taken, Rounded(taken.solver, taken.weight_error, _relative(lost, losses[0], 1.0), output_error)
 
     def _within_bound(self, scale: torch.Tensor, quadratic: Quadratic, nearest: float) -> list[Candidate]:
         """What the solver makes, damped more until its weight error is within bounds; nothing where it never is.
@@ -138,15 +142,9 @@ class Rounder:
     def _measured(self, solver: str, codes: torch.Tensor, scale: torch.Tensor) -> Candidate:
         return Candidate(solver, codes, scale, weight_error(self.weight, codes, scale, self.tiles, self.check))
 
-    def _loss(self, quadratic: Quadratic, candidate: Candidate, near: float | None = None) -> float:
-        """The loss of a candidate; in full precision when it is ``near`` another."""
-
-        def errors():
-            return error_slabs(self.weight, candidate.codes, candidate.scale, self.tiles, self.check)
-
-        loss = quadratic.loss(errors(), exact=False)
-        close = near is not None and abs(loss - near) <= _CLOSE * near
-        return quadratic.loss(errors()) if close else loss
+    def _loss(self, quadratic: Quadratic, candidate: Candidate, *, exact: bool = False) -> float:
+        errors = error_slabs(self.weight, candidate.codes, candidate.scale, self.tiles, self.check)
+        return quadratic.loss(errors, exact=exact)
 
     def _total(self, quadratic: Quadratic) -> float:
         return quadratic.loss(row_slabs(self.weight, self.check), exact=False)

@@ -35,10 +35,11 @@ _PROJECTED_BLOCKS = 96  # with U the columns of a block are not fed to each othe
 def memory_bytes(out: int, inner: int, parts: int, *, sweeps: int = 0) -> int:
     """Peak of what :func:`round_sequential` allocates, beside the weight, its codes and the quadratic form.
 
-    8·in² while H + λI is factored in place; then 4·in², 4·in² more with sweeps, and 18·⌈out/parts⌉·in for the columns,
-    their errors and values, and a copy of each while it is put in order.
+    8·in² while H + λI is put in order, to be factored in place; then 4·in², and 18·⌈out/parts⌉·in for the columns, their
+    errors and values, and a copy of each while it is put in order. Sweeps need 4·in² more.
     """
-    return max(8 * inner**2, (8 if sweeps else 4) * inner**2 + 18 * -(-out // parts) * inner)
+    more = 4 * inner**2 if sweeps else 0
+    return more + max(8 * inner**2, 4 * inner**2 + 18 * -(-out // parts) * inner)
 
 
 def _unit_factor(quadratic: Quadratic, order: torch.Tensor) -> torch.Tensor:
@@ -47,9 +48,10 @@ def _unit_factor(quadratic: Quadratic, order: torch.Tensor) -> torch.Tensor:
     extra = 1e-4 * float(matrix.diagonal().mean())
     for _ in range(6):
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
-        torch.linalg.cholesky_ex(matrix, out=(matrix, info))  # in place: memory for one matrix of in² less
+        factor = matrix.mT  # the same matrix, laid out as the factorisation wants it to work in place
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
         if not info:
-            return matrix.div_(matrix.diagonal().clone())
+            return factor.div_(factor.diagonal().clone())
         matrix = quadratic.matrix(order)  # rounding errors have made a nearly singular H indefinite
         matrix.diagonal().add_(extra)
         extra *= 10
@@ -75,7 +77,9 @@ class _Columns:
         self._tile_rows = tiles.rows if scale.shape[1] > 1 else self.weight.shape[1]
         self._order, self._grid = order, grid
 
-    def round(self, block: slice, shift: torch.Tensor, coupling: torch.Tensor, *, again: bool = False) -> None:
+    def round(
+        self, block: slice, shift: torch.Tensor, coupling: torch.Tensor | None = None, *, again: bool = False
+    ) -> None:
         """Round the columns of ``block``, see :func:`~learned_rounding.kernels.round_block`; ``again``: replace errors."""
         self._values[block], self.errors[block] = kernels.round_block(
             self.weight[block],
@@ -113,10 +117,8 @@ def _feed_forward_projected(columns: _Columns, quadratic: Quadratic, order: torc
     size = min(_BLOCK, max(8, len(order) // _PROJECTED_BLOCKS))
     pulls = _low_rank_factor(factor, quadratic.damping, list(_blocks(len(order), size, check))[::-1])
     fed = torch.zeros(factor.shape[1], u.shape[1], device=u.device)
-    apart = torch.zeros(size, size, device=u.device)
     for block in _blocks(len(order), size, check):
-        width = block.stop - block.start
-        columns.round(block, (pulls[block] @ fed) @ u.t(), apart[:width, :width])
+        columns.round(block, (pulls[block] @ fed) @ u.t())
         fed += factor[block].t() @ (columns.errors[block] @ u)
 
 

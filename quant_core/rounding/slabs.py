@@ -9,9 +9,9 @@ from ..formats import Tiles
 
 __all__ = ["row_slabs", "error_slabs"]
 
-# Elements of one slab: 1 MiB of float32 stays in a CPU's cache; a GPU wants larger launches and has the room.
+# Elements of one slab: 1 MiB of float32 stays in a CPU's cache; a GPU wants larger launches, of 16 MiB.
 _SLAB = {"cpu": 1 << 18}
-_SLAB_ACCELERATOR = 1 << 26
+_SLAB_ACCELERATOR = 1 << 22
 
 
 def row_slabs(

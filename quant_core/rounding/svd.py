@@ -29,8 +29,16 @@ def leading_singular_vectors(
         v, u = leading_singular_vectors(weight.t(), k, seed=seed)
         return u, v
     v = _leading_eigenvectors(weight, k) if weight.shape[1] <= _EXACT else _subspace(weight, k, seed)
-    u, triangle = torch.linalg.qr(weight @ v)
-    return u * triangle.diagonal().sign().where(triangle.diagonal() != 0, triangle.new_ones(())), v
+    return _orthonormal(weight @ v), v
+
+
+def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of columns that are nearly orthogonal already: by their Gram, by QR where they are not."""
+    scaled = vectors / vectors.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+    lower, info = torch.linalg.cholesky_ex(scaled.t() @ scaled)
+    if not info and lower.diagonal().min() > 0.5:
+        return torch.linalg.solve_triangular(lower, scaled.t(), upper=False).t().contiguous()
+    return torch.linalg.qr(vectors).Q
 
 
 def _leading_eigenvectors(weight: torch.Tensor, k: int) -> torch.Tensor:

@@ -70,6 +70,15 @@ def test_round_block_is_that_of_plain_torch(fast, device, grid, columns, rows, t
     torch.testing.assert_close(got[1], got[0].float() * spread - weight, rtol=1e-5, atol=1e-5)
 
 
+def test_columns_without_coupling_are_rounded_at_once(grid):
+    weight, shift = random(5, 12), random(5, 12, seed=1)
+    scale = 0.05 + random(5, 3, seed=2).abs()
+    arguments = (scale, 4, grid.arithmetic)
+    apart = reference.round_block(weight, shift.clone(), None, None, *arguments)
+    zero = reference.round_block(weight, shift.clone(), None, torch.zeros(5, 5), *arguments)
+    assert torch.equal(apart[0], zero[0]) and torch.equal(apart[1], zero[1])
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("tile", [(1, 200), (24, 200), (8, 8), (16, 16)], ids=["row", "tensor", "block 8", "block 16"])
 def test_scale_errors_are_those_of_plain_torch(fast, device, grid, tile, weighted):
