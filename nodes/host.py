@@ -35,7 +35,7 @@ from ..quant_core.errors import (
     SourceError,
 )
 from ..quant_core.events import Listener
-from .int8_linear import int8_operations
+from .decoded_linear import decoding_operations
 
 __all__ = [
     "SAVE_FOLDERS",
@@ -281,7 +281,7 @@ def quantize(source, recipe: Recipe, on_event: Listener) -> Quantized:
     files, reports = {}, []
     try:
         for part, tensors in parts.items():
-            _make_room(tensors, device)
+            _make_room(tensors, recipe, device)
             files[part] = folder / f"learned_rounding_{os.urandom(6).hex()}.safetensors"
             reports.append(
                 quantize_file(
@@ -311,15 +311,17 @@ def _joined(reports: list[Report]) -> Report:
     return first
 
 
-def _make_room(tensors, device: torch.device) -> None:
-    """Ask ComfyUI for the memory of the largest layer: its weight, its codes, and float32 scratch."""
+def _make_room(tensors, recipe: Recipe, device: torch.device) -> None:
+    """Ask ComfyUI for the memory of the largest layer: its weight, its codes, and float32 scratch of the rounding."""
     if isinstance(tensors, Path):
         with SafetensorsFile(tensors) as opened:
             infos = opened.tensors
     else:
         infos = tensors.tensors
     largest = max((info.nbytes for info in infos.values()), default=0)
-    comfy.model_management.free_memory(6 * largest, device)
+    method = recipe.resolve(calibrated=False)
+    times = 32 if method.gradient else 16 if method.rounding == "principal" else 6
+    comfy.model_management.free_memory(times * largest, device)
 
 
 # ----------------------------------------------------------------------------------------------------------- building
@@ -333,12 +335,9 @@ def _model_options(path: Path) -> dict:
     """Own operations for formats this ComfyUI cannot read by itself."""
     with SafetensorsFile(path) as opened:
         formats = {config["format"] for config in layer_configs(opened)[0].values()}
-    unknown = {format for format in formats if not _knows(format)}
-    if unknown <= {"int8_tensorwise"}:
-        return {"custom_operations": int8_operations(comfy.ops.manual_cast)} if unknown else {}
-    raise QuantizationError(
-        f"This ComfyUI cannot run {', '.join(sorted(unknown))}; update ComfyUI, or choose another format."
-    )
+    if all(map(_knows, formats)):
+        return {}
+    return {"custom_operations": decoding_operations(comfy.ops.manual_cast)}
 
 
 def _check_built(patcher, path: Path, what: str) -> None:
@@ -461,7 +460,7 @@ def _quantized_linear(original, name: str, tensors: dict[str, torch.Tensor], con
     if _knows(config["format"]):
         operations = comfy.ops.mixed_precision_ops({name: config}, dtype, full_precision_mm=True)
     else:
-        operations = int8_operations(comfy.ops.manual_cast)
+        operations = decoding_operations(comfy.ops.manual_cast)
     device = original.weight.device
     linear = operations.Linear(
         original.in_features, original.out_features, bias=bias is not None, device=device, dtype=dtype

@@ -11,6 +11,10 @@ EVENT = "learned_rounding.progress"
 _WORST = 5
 
 
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else value  # JSON has no NaN
+
+
 def _layer(event: LayerFinished) -> dict:
     return {
         "state": "layer",
@@ -21,6 +25,9 @@ def _layer(event: LayerFinished) -> dict:
         "format": event.format,
         "granularity": event.granularity,
         "error": event.weight_error,
+        "output_error": event.output_error,
+        "solver": event.solver,
+        "gain": event.gain,
         "seconds": event.seconds,
         "bytes_in": event.bytes_in,
         "bytes_out": event.bytes_out,
@@ -37,7 +44,10 @@ def _finished(event: RunFinished) -> dict:
         "seconds": report.seconds,
         "bytes_in": report.bytes_in,
         "bytes_out": report.bytes_out,
-        "median_error": None if math.isnan(report.median_error) else report.median_error,
+        "median_error": _finite(report.median_error),
+        "median_output_error": _finite(report.median_output_error),
+        "median_gain": _finite(report.median_gain),
+        "solvers": report.solvers,
         "worst": [{"name": layer.name, "error": layer.weight_error} for layer in report.worst[:_WORST]],
     }
 

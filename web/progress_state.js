@@ -10,14 +10,19 @@ export const WORST = 5;
 export const IDLE = Object.freeze({ phase: "idle" });
 
 /** How many parts, such as the encoders of a CLIP, were finished before in the same execution: their sums. */
-const NO_PARTS = Object.freeze({ count: 0, layers: 0, seconds: 0, bytesIn: 0, bytesOut: 0, medians: [], worst: [] });
+const NO_PARTS = Object.freeze({
+  count: 0, layers: 0, seconds: 0, bytesIn: 0, bytesOut: 0, medians: [], gains: [], solvers: {}, worst: [],
+});
 
 const fresh = (execution) => ({
   phase: "running", execution, before: NO_PARTS, label: "", source: "", total: 0, finished: 0,
-  layer: null, eta: null, rate: null, bytes: 0, since: null, worst: [], kept: [],
+  layer: null, learned: "", eta: null, rate: null, bytes: 0, since: null, worst: [], kept: [],
 });
 
 const worstOf = (layers) => [...layers].sort((a, b) => b.error - a.error).slice(0, WORST);
+
+const sumOf = (left, right) =>
+  Object.fromEntries([...new Set([...Object.keys(left), ...Object.keys(right)])].map((key) => [key, (left[key] ?? 0) + (right[key] ?? 0)]));
 
 const nameAndError = ({ name, error }) => ({ name, error });
 
@@ -46,6 +51,7 @@ const REDUCERS = {
       total: event.total,
       finished: Math.max(run.finished, event.index + 1),
       layer: event.name,
+      learned: event.gain === null || event.gain === undefined ? "" : `${event.solver} ${formatGain(event.gain)} nearest`,
       eta: event.eta,
       since,
       bytes,
@@ -69,6 +75,8 @@ const REDUCERS = {
       bytesIn: before.bytesIn + event.bytes_in,
       bytesOut: before.bytesOut + event.bytes_out,
       medians: event.median_error === null ? before.medians : [...before.medians, event.median_error],
+      gains: (event.median_gain ?? null) === null ? before.gains : [...before.gains, event.median_gain],
+      solvers: sumOf(before.solvers, event.solvers ?? {}),
       worst: worstOf([...before.worst, ...event.worst.map(nameAndError)]),
     };
     return { ...run, phase: "done", finished: run.total, layer: null, eta: null, rate: null, parts, worst: parts.worst };
@@ -91,7 +99,10 @@ export function percent({ phase, finished, total }) {
   return total ? Math.min(100, Math.floor((100 * finished) / total)) : 0;
 }
 
-/** [first line, second line] of plain words about the state. The current layer's name is not among them. */
+/**
+ * [first line, second line, detail] of plain words about the state; the detail, if there is one, is for a tooltip.
+ * The current layer's name is not among them.
+ */
 export function words(state) {
   const kept = state.kept?.length ? `${state.kept.length} kept (NaN or Inf)` : "";
   const join = (...facts) => facts.filter(Boolean).join(" · ");
@@ -101,19 +112,20 @@ export function words(state) {
     case "running": {
       if (state.layer === null) return ["Reading the model…", join(kept)];
       const eta = state.finished < state.total ? `${formatDuration(state.eta)} left` : "writing the file";
-      return ["", join(eta, state.rate && `${formatBytes(state.rate)}/s`, kept)];
+      return ["", join(eta, state.rate && `${formatBytes(state.rate)}/s`, state.learned, kept)];
     }
     case "done": {
-      const { layers, seconds, bytesIn, bytesOut, medians } = state.parts;
+      const { layers, seconds, bytesIn, bytesOut, medians, gains, solvers } = state.parts;
       const share = bytesIn ? ` (${Math.round((100 * bytesOut) / bytesIn)} %)` : "";
       return [
-        `${formatBytes(bytesIn)} → ${formatBytes(bytesOut)}${share}`,
+        join(`${formatBytes(bytesIn)} → ${formatBytes(bytesOut)}${share}`, gains.length > 0 && `${formatRange(gains, formatGain)} nearest`),
         join(
           `${layers} ${layers === 1 ? "layer" : "layers"} in ${formatDuration(seconds)}`,
           medians.length > 0 && `median error ${formatRange(medians)}`,
           kept,
         ),
-      ];
+        gains.length > 0 && `Layers won: ${Object.entries(solvers).map(([solver, count]) => `${solver} ${count}`).join(", ")}`,
+      ].filter(Boolean);
     }
     default: {
       const reached = state.total ? `after ${state.finished} of ${state.total} layers` : "";
@@ -162,9 +174,14 @@ export function formatError(error) {
   return Number.isFinite(error) ? error.toFixed(5) : "–";
 }
 
+/** What was minimised, relative to rounding to nearest: 0.52×. */
+export function formatGain(gain) {
+  return `${gain.toFixed(2)}×`;
+}
+
 // The median of all parts together lies between the smallest and the largest of theirs.
-function formatRange(medians) {
-  const [low, high] = [Math.min(...medians), Math.max(...medians)].map(formatError);
+function formatRange(medians, format = formatError) {
+  const [low, high] = [Math.min(...medians), Math.max(...medians)].map((median) => format(median));
   return low === high ? low : `${low}–${high}`;
 }
 

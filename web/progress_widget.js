@@ -66,14 +66,14 @@ class ProgressPanel {
   #draw() {
     const state = this.#state;
     const share = percent(state);
-    const [first, second] = words(state);
+    const [first, second, detail] = words(state);
     this.root.dataset.state = state.phase;
     this.root.classList.toggle("lr-failed", state.phase === "stopped" && !state.interrupted);
     setText(this.label, state.label ?? "", state.source);
     setText(this.count, state.total ? `${share} % · ${state.finished} / ${state.total}` : "");
     this.fill.style.width = `${share}%`;
     this.bar.setAttribute("aria-valuenow", share);
-    setText(this.first, first, first);
+    setText(this.first, first, detail ?? first);
     this.layer.show(state.phase === "running" ? (state.layer ?? "") : "");
     setText(this.second, second, state.kept?.map(({ name, reason }) => `${name}: ${reason}`).join("\n"));
     this.worst.hidden = !state.worst?.length;

@@ -58,6 +58,12 @@ class Encoding:
             "weight_scale": (torch.float32, self.scale_shape(shape)),
         }
 
+    def decode(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Ŵ = scale · codes as float32 (out, in), rotated back; ``scale`` as in a file."""
+        tiles = self.tiles(tuple(codes.shape))
+        weight = codes.float() * tiles.spread(scale.reshape(tiles.counts))
+        return self.rotation.apply(weight) if self.rotation else weight
+
     def __str__(self) -> str:
         """For people: "int8_tensorwise per row, ConvRot 256"."""
         block = f" of {self.block_size}" if self.block_size else ""

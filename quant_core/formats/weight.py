@@ -89,11 +89,7 @@ class QuantizedWeight:
 
     def dequantize(self) -> torch.Tensor:
         """Ŵ as float32, in the original's shape and basis."""
-        tiles = self.encoding.tiles(self.codes.shape)
-        weight = self.codes.float() * tiles.spread(self.scale.reshape(tiles.counts))
-        if self.encoding.rotation:
-            weight = self.encoding.rotation.apply(weight)
-        return weight.reshape(self.shape)
+        return self.encoding.decode(self.codes, self.scale).reshape(self.shape)
 
     def tensors(self, layer: str) -> dict[str, torch.Tensor]:
         """{name: tensor} exactly as they stand in the file, for a layer of base name ``layer``."""

@@ -1,6 +1,7 @@
 """From a weight to its codes: objective → scale → solver → never worse than nearest."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +21,10 @@ from .stochastic import round_stochastic
 __all__ = ["Rounder", "Candidate", "make_objective"]
 
 _CLOSE = 0.02  # losses nearer than this are told apart in full precision
-_REPETITIONS = 6  # of a solver whose codes cost more weight error than the objective allows
+# How often a solver may be repeated until its codes spend the weight error that the objective allows, which share of it
+# is enough, and which is aimed at.
+_REPETITIONS = 5
+_ENOUGH, _AIM = 0.6, 0.85
 
 
 @dataclass(frozen=True)
@@ -105,27 +109,36 @@ class Rounder:
         return taken, Rounded(taken.solver, taken.weight_error, _relative(lost, losses[0], 1.0), output_error)
 
     def _within_bound(self, scale: torch.Tensor, quadratic: Quadratic, nearest: float) -> list[Candidate]:
-        """What the solver makes, damped more until its weight error is within bounds; nothing where it never is.
+        """What the solver makes with the damping that spends the allowed weight error; nothing where none keeps it.
 
         ``nearest``: the least weight error of nearest, to which the bound is relative.
         """
+        if not nearest:  # already exact
+            return []
+        kept, tried = [], []  # candidates within the bound, each better than the one before; (log λ, log excess)
         for _ in range(_REPETITIONS):
-            if self.method.gradient:
-                options = {name: self.method.get(name) for name in ("num_iter", "lr", "lr_schedule", "early_stop")}
-                solver = self.method.optimizer or "original"
-                codes = self._solve(round_gradient, scale, quadratic, optimizer=solver, **options)
-            else:
-                solver = "sequential"
-                sweeps = self.method.get("sweeps")
-                codes = self._solve(round_sequential, scale, quadratic, sweeps=sweeps, parts=self.parts)
-            made = self._measured(solver, codes, scale)
-            if quadratic.weight_bound is None or made.weight_error <= quadratic.weight_bound * nearest:
+            made = self._solved(scale, quadratic)
+            if quadratic.weight_bound is None:
                 return [made]
-            # Measured: what codes cost beyond nearest falls about as the fourth root of the damping.
-            excess = (made.weight_error / nearest - 1) / (quadratic.weight_bound - 1)
-            damping = quadratic.damping * min(max(excess**4, 1.3), 64.0)
-            quadratic = dataclasses.replace(quadratic, damping=damping)
-        return []
+            excess = max((made.weight_error / nearest - 1) / (quadratic.weight_bound - 1), 1e-3)
+            if excess <= 1 and (not kept or made.weight_error > kept[0].weight_error):
+                kept = [made]
+            if _ENOUGH <= excess <= 1:
+                break
+            tried.append((math.log(quadratic.damping), math.log(excess)))
+            quadratic = dataclasses.replace(quadratic, damping=math.exp(_next_damping(tried)))
+        return kept
+
+    def _solved(self, scale: torch.Tensor, quadratic: Quadratic) -> Candidate:
+        if self.method.gradient:
+            options = {name: self.method.get(name) for name in ("num_iter", "lr", "lr_schedule", "early_stop")}
+            solver = self.method.optimizer or "original"
+            codes = self._solve(round_gradient, scale, quadratic, optimizer=solver, **options)
+        else:
+            solver = "sequential"
+            sweeps = 0 if quadratic.rows is not None else self.method.get("sweeps")
+            codes = self._solve(round_sequential, scale, quadratic, sweeps=sweeps, parts=self.parts)
+        return self._measured(solver, codes, scale)
 
     def _solve(self, solver: Callable[..., torch.Tensor], scale: torch.Tensor, *args, **options) -> torch.Tensor:
         return solver(self.weight, scale, self.grid, self.tiles, *args, check=self.check, **options)
@@ -148,6 +161,19 @@ class Rounder:
 
     def _total(self, quadratic: Quadratic) -> float:
         return quadratic.loss(row_slabs(self.weight, self.check), exact=False)
+
+
+def _next_damping(tried: list[tuple[float, float]]) -> float:
+    """Where log excess may reach its aim, from (log λ, log excess) so far: the more λ, the less excess.
+
+    The first step takes the excess to fall as λ^−0.8, between what is seen where λ is small and where it is large; later
+    ones follow the line through the two points nearest to the aim.
+    """
+    aim = math.log(_AIM)
+    (x, y), *others = sorted(tried, key=lambda point: abs(point[1] - aim))
+    slope = (others[0][1] - y) / (others[0][0] - x) if others and others[0][0] != x else -0.8
+    step = (aim - y) / min(slope, -0.1)
+    return x + min(max(step, -math.log(64)), math.log(64))
 
 
 def _relative(part: float, whole: float, empty: float = 0.0) -> float:

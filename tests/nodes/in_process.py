@@ -28,6 +28,12 @@ spec.loader.exec_module(module)
 from pack.nodes import host  # noqa: E402
 from pack.quant_core import Recipe  # noqa: E402
 
+RECIPES = {
+    "float8_e4m3fn": Recipe(),
+    "int8_tensorwise": Recipe(format="int8_tensorwise"),
+    "int8 convrot": Recipe(format="int8_tensorwise", convrot=True),
+    "int8_blockwise": Recipe(format="int8_blockwise", block_size=32),
+}
 TINY_T5 = {"t5xxl_model_config": {"d_model": 64, "d_kv": 32, "num_heads": 2}}
 
 
@@ -74,25 +80,25 @@ def without_links(call):
 
 
 def text_encoder() -> dict:
-    """CLIP in → quantized CLIP out, and its file through ComfyUI's own loader: the same conditioning."""
+    """CLIP in → quantized CLIP out, and its file through ComfyUI's loader, with our layers where it needs them."""
     path = Path(folder) / "t5.safetensors"
     save_file(t5_weights(), path)
     clip = load(path)
     before = encode(clip)
     found = {}
-    for format in ("float8_e4m3fn", "int8_tensorwise"):
-        quantized = host.quantize(clip, Recipe(format=format), lambda event: None)
+    for name, recipe in RECIPES.items():
+        quantized = host.quantize(clip, recipe, lambda event: None)
         ours = host.build_clip(clip, quantized)
         (file,) = quantized.files.values()
         (saved,) = host.save(quantized, "t5", "output")
         copied = without_links(lambda quantized=quantized: host.save(quantized, "t5", "output"))[0]
-        stock = load(saved)
+        loaded = load(saved, **host._model_options(saved))
         conditioning = encode(ours)
-        found[format] = {
+        found[name] = {
             "layers": len(host.quantized_layers(ours.patcher)),
-            "stock_layers": len(host.quantized_layers(stock.patcher)),
+            "loaded_layers": len(host.quantized_layers(loaded.patcher)),
             "error": float((conditioning - before).norm() / before.norm()),
-            "same_as_file": bool(torch.equal(conditioning, encode(stock))),
+            "same_as_file": bool(torch.equal(conditioning, encode(loaded))),
             "incoming_unchanged": bool(torch.equal(encode(clip), before)),
             "incoming_layers": len(host.quantized_layers(clip.patcher)),
             "copied": copied != saved and copied.read_bytes() == saved.read_bytes(),

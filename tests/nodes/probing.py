@@ -8,7 +8,8 @@ from learned_rounding.quant_core import FORMATS
 
 __all__ = ["CASES", "ProbedGraph", "probed", "progress", "stock_loads", "text"]
 
-CASES = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
+CASES = [(name, granularity, "off") for name, entry in FORMATS.items() for granularity in entry.granularities]
+CASES.append(("int8_tensorwise", "row", "on"))
 
 
 class ProbedGraph(TinyGraph):
@@ -24,7 +25,8 @@ def _parts(version: str) -> tuple[int, ...]:
 
 def stock_loads(host, format: str) -> bool:
     """Whether the host's own loaders read files of that format."""
-    return _parts(host.version) >= _parts(FORMATS[format].stock_since)
+    since = FORMATS[format].stock_since
+    return since is not None and _parts(host.version) >= _parts(since)
 
 
 def text(result, node: Node) -> str:

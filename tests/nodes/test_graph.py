@@ -1,5 +1,6 @@
 """The real thing: a real model through a real ComfyUI, with stock nodes around ours."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from learned_rounding.benchmarks.tiny_model.graph import MODEL, latents, picture
 from learned_rounding.benchmarks.tiny_model.place import prompt_names, read_conditioning
 from learned_rounding.hosts import HostInterrupted
 from learned_rounding.hosts.workflows import Node
-from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
 from learned_rounding.quant_core.checkpoints import verify_file
+from learned_rounding.quant_core.formats import E4M3, E5M2, INT8
 from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, probed, progress, stock_loads, text
 
 # dB against the unquantized model: under the worst picture of plain nearest rounding (benchmarks/README.md).
-FLOOR = {"float8_e4m3fn": 38.0, "int8_tensorwise": 27.0}
+FLOOR = {E4M3: 38.0, E5M2: 32.0, INT8: 27.0}
 
 
 def saved_path(result, node) -> Path:
@@ -45,11 +47,11 @@ def test_the_pack_loads_without_a_word_of_complaint(comfy):
     assert any("learned_rounding.js" in path for path in comfy.get("/extensions"))
 
 
-@pytest.mark.parametrize("format, granularity", CASES)
-def test_quantize_and_sample_in_one_graph(comfy, request, format, granularity):
+@pytest.mark.parametrize("format, granularity, convrot", CASES)
+def test_quantize_and_sample_in_one_graph(comfy, request, format, granularity, convrot):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
-    quantized = graph.quantize(model[0], format, granularity)
+    quantized = graph.quantize(model[0], format, granularity, convrot=convrot)
     graph.sample(model[0], f"{name}-full")
     graph.sample(quantized[0], f"{name}-quantized")
     probe = graph.probe(quantized[0])
@@ -59,17 +61,17 @@ def test_quantize_and_sample_in_one_graph(comfy, request, format, granularity):
     expected = {event["name"].removesuffix(".weight") for event in progress(result) if event["state"] == "layer"}
     assert len(expected) > 30
     assert set(layers) == expected
-    assert set(layers.values()) == {"int8" if format == "int8_tensorwise" else "float8_e4m3fn"}
+    assert set(layers.values()) == {str(FORMATS[format].grid.dtype).removeprefix("torch.")}
     for full, ours in zip(
         pictures(comfy.output_dir, f"{name}-full"), pictures(comfy.output_dir, f"{name}-quantized"), strict=True
     ):
-        assert FLOOR[format] < psnr(full, ours) < float("inf")
+        assert FLOOR[FORMATS[format].grid] < psnr(full, ours) < float("inf")
 
 
-@pytest.mark.parametrize("format, granularity", CASES)
-def test_the_saved_file_samples_as_in_the_graph_bit_for_bit(comfy, request, format, granularity):
+@pytest.mark.parametrize("format, granularity, convrot", CASES)
+def test_the_saved_file_samples_as_in_the_graph_bit_for_bit(comfy, request, format, granularity, convrot):
     graph, name = ProbedGraph(), unique(request)
-    quantized = graph.quantize(graph.load()[0], format, granularity)
+    quantized = graph.quantize(graph.load()[0], format, granularity, convrot=convrot)
     graph.sample(quantized[0], f"{name}-graph")
     saved = graph.save(quantized, name)
     path = saved_path(comfy.queue(graph), saved)
@@ -82,6 +84,44 @@ def test_the_saved_file_samples_as_in_the_graph_bit_for_bit(comfy, request, form
     again.sample(again.load(path.name)[0], f"{name}-file")
     comfy.queue(again)
     assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-file"))
+
+
+def test_every_option_of_the_node_becomes_one_of_the_recipe(comfy, request):
+    """Untouched widgets are the recipe's defaults; each one that is touched arrives."""
+    learned = {"rounding": "principal", "top_p": 0.25, "min_k": 2, "max_k": 64, "full_matrix": True, "weight_cost": 0.05}
+    steps = {"optimizer": "adamw", "num_iter": 3, "lr": 0.125, "lr_schedule": "plateau", "early_stop": 2}
+    bias = {"bias_correction": "synthetic", "calib_samples": 4}
+    cases = [
+        ({"preset": "none"}, {"preset": "none"}),
+        ({"granularity": "row", **learned}, {"format": "float8_e4m3fn_rowwise", "granularity": "row", **learned}),
+        (
+            {"format": "int8_tensorwise", "granularity": "block", "block_size": 32, **steps},
+            {"format": "int8_blockwise", "granularity": "block", "block_size": 32, **steps},
+        ),
+        (
+            {"format": "int8_tensorwise", "convrot": "64", "rounding": "stochastic", **bias},
+            {"format": "int8_tensorwise", "granularity": "row", "convrot": 64, "rounding": "stochastic", **bias},
+        ),
+        ({"format": "int8_tensorwise", "convrot": "auto"}, {"format": "int8_tensorwise", "granularity": "row", "convrot": "auto"}),
+    ]
+    for number, (options, changed) in enumerate(cases):
+        graph = ProbedGraph()
+        source = graph.source()
+        saved = graph.save(graph.quantize(source[0], **options), unique(request, str(number)))
+        with safe_open(saved_path(comfy.queue(graph), saved), "pt") as opened:
+            recipe = json.loads(opened.metadata()["learned_rounding"])["recipe"]
+        assert recipe == {**Recipe().to_dict(), **changed}
+
+
+def test_progress_tells_what_learned_rounding_won(comfy, request):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source()[0], rounding="principal", seed=1005), unique(request))
+    events = progress(comfy.queue(graph))
+    layers = [event for event in events if event["state"] == "layer"]
+    assert {event["solver"] for event in layers} <= {"sequential", "nearest"} and layers[0]["output_error"] is None
+    assert all(event["gain"] <= 1 for event in layers)
+    assert sum(events[-1]["solvers"].values()) == len(layers) and 0 < events[-1]["median_gain"] < 0.8
+    assert events[-1]["median_output_error"] is None
 
 
 def test_the_saved_file_is_there_after_a_restart(server_factory, tiny_base, request):
@@ -133,11 +173,14 @@ def test_a_lora_before_is_baked_in_and_the_incoming_model_stays_as_it_was(comfy,
     assert np.array_equal(latents(comfy.output_dir, f"{name}-lora"), latents(comfy.output_dir, f"{name}-again"))
 
 
-@pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_tensorwise"])
-def test_a_lora_after_works_and_leaves_no_trace(comfy, request, format):
+@pytest.mark.parametrize(
+    "format, convrot",
+    [("float8_e4m3fn", "off"), ("int8_tensorwise", "off"), ("int8_tensorwise", "on"), ("float8_e4m3fn_blockwise", "off")],
+)
+def test_a_lora_after_works_and_leaves_no_trace(comfy, request, format, convrot):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
-    quantized = graph.quantize(model[0], format)
+    quantized = graph.quantize(model[0], format, convrot=convrot)
     graph.sample(quantized[0], f"{name}-before")
     graph.sample(graph.lora(model[0])[0], f"{name}-reference")
     graph.sample(graph.lora(quantized[0])[0], f"{name}-lora")
@@ -148,7 +191,7 @@ def test_a_lora_after_works_and_leaves_no_trace(comfy, request, format):
     before, reference, lora = (pictures(comfy.output_dir, f"{name}-{kind}") for kind in ("before", "reference", "lora"))
     assert psnr(reference, lora) > psnr(reference, before) + 3
     final = ProbedGraph()
-    final.sample(final.quantize(final.load()[0], format)[0], f"{name}-final")
+    final.sample(final.quantize(final.load()[0], format, convrot=convrot)[0], f"{name}-final")
     comfy.queue(final)
     assert np.array_equal(latents(comfy.output_dir, f"{name}-before"), latents(comfy.output_dir, f"{name}-final"))
 

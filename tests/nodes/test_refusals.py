@@ -41,7 +41,7 @@ def test_a_quantized_file_is_refused_by_the_name_of_its_format(comfy):
 
 def test_a_granularity_the_format_does_not_have(comfy):
     graph = ProbedGraph()
-    graph.save(graph.quantize(graph.source()[0], "float8_e4m3fn", "row"), "row")
+    graph.save(graph.quantize(graph.source()[0], "float8_e5m2", "row"), "row")
     assert "per tensor, not per row" in refused(comfy, graph)
 
 
@@ -49,6 +49,22 @@ def test_an_option_without_effect(comfy):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0], "int8_tensorwise", full_precision_matrix_mult=True), "x")
     assert "no effect" in refused(comfy, graph)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"rounding": "nearest", "num_iter": 5}, "num_iter has no effect on rounding 'nearest'"),
+        ({"rounding": "calibrated"}, "Calibrated rounding needs a calibration"),
+        ({"damping": 0.5}, "damping acts on calibrated rounding, which needs a calibration"),
+        ({"convrot": "on"}, "ConvRot exists for int8_tensorwise per row"),
+        ({"block_size": 64}, "Block size 64 has no effect"),
+    ],
+)
+def test_choices_that_contradict_each_other(comfy, options, sentence):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source()[0], **options), "x")
+    assert sentence in refused(comfy, graph)
 
 
 def test_a_keep_pattern_that_is_no_regular_expression(comfy):

@@ -39,6 +39,21 @@ test("a run goes from idle over its layers to a summary", () => {
   assert.deepEqual(state.words(end), ["8 MB → 4.1 MB (51 %)", "4 layers in 4.0 s · median error 0.02500"]);
 });
 
+test("what learned rounding won is told while it runs and at the end", () => {
+  const learned = { solver: "sequential", gain: 0.517, output_error: 0.01 };
+  const running = play([start(), layer(0, 0.01, learned)]);
+  assert.equal(state.words(running)[1], "3.0 s left · 2 MB/s · sequential 0.52× nearest");
+  const plain = play([layer(1, 0.01, { solver: "nearest", gain: null })], "run", running);
+  assert.equal(state.words(plain)[1], "2.0 s left · 2 MB/s");
+  const end = play([done({ median_gain: 0.5, solvers: { sequential: 3, nearest: 1 } })], "run", plain);
+  assert.deepEqual(state.words(end), [
+    "8 MB → 4.1 MB (51 %) · 0.50× nearest", "4 layers in 4.0 s · median error 0.02500", "Layers won: sequential 3, nearest 1",
+  ]);
+  const both = play([start(), done({ median_gain: 0.6, solvers: { sequential: 2, adamw: 1 } })], "run", end);
+  assert.equal(state.words(both)[0], "16 MB → 8.2 MB (51 %) · 0.50×–0.60× nearest");
+  assert.equal(state.words(both)[2], "Layers won: sequential 5, nearest 1, adamw 1");
+});
+
 test("only the worst five layers are kept, worst first", () => {
   const errors = [0.3, 0.1, 0.6, 0.2, 0.5, 0.4, 0.7];
   const now = play([start({ total: 7 }), ...errors.map((error, index) => layer(index, error, { total: 7 }))]);

@@ -4,14 +4,16 @@ import json
 
 import torch
 
+CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 def _quantized_layers(model):
-    """{module: dtype of its codes}; knows ComfyUI's tensor class and this pack's int8 layer by their attributes."""
+    """{module: dtype of its codes}; knows ComfyUI's tensor class and this pack's decoding layer by their attributes."""
     found = {}
     for name, module in model.model.named_modules():
         weight = getattr(module, "weight", None)
         codes = getattr(weight, "_qdata", weight)
-        if isinstance(weight, torch.Tensor) and codes.dtype in (torch.int8, torch.float8_e4m3fn):
+        if isinstance(weight, torch.Tensor) and codes.dtype in CODES:
             found[name.removeprefix("diffusion_model.")] = str(codes.dtype).removeprefix("torch.")
     return found
 
