@@ -1,6 +1,8 @@
 """What every benchmark prints and writes: its numbers, and on what they were measured."""
 
 import argparse
+import datetime
+import itertools
 import json
 import os
 import platform
@@ -25,9 +27,10 @@ def arguments(description: str, *extra) -> argparse.Namespace:
 
 
 def environment() -> dict[str, object]:
-    """Device, versions and the command, without which a number means nothing."""
+    """Date, device, versions and the command, without which a number means nothing."""
     cuda = torch.cuda.is_available()
     return {
+        "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -38,18 +41,22 @@ def environment() -> dict[str, object]:
 
 
 def finish(args: argparse.Namespace, rows: list[dict], **more) -> None:
-    """Print ``rows`` as a table and write everything to ``--json``."""
-    if rows:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        text = [[_text(row.get(column, "")) for column in columns] for row in rows]
-        widths = [max(map(len, cells)) for cells in zip(columns, *text, strict=True)]
-        for cells in (columns, *text):
-            print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
+    """Print ``rows`` as a table, one for each "section" of them, and write everything to ``--json``."""
+    for _, section in itertools.groupby(rows, key=lambda row: row.get("section")):
+        _print_table(list(section))
     for key, value in more.items():
         print(f"{key}: {value}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**environment(), "rows": rows, **more}, indent=1) + "\n", encoding="utf-8")
+
+
+def _print_table(rows: list[dict]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = [[_text(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(columns, *text, strict=True)]
+    for cells in (columns, *text):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 def _text(value) -> str:

@@ -20,7 +20,7 @@ from .optimizers import OPTIMIZERS, SCHEDULES
 
 __all__ = ["round_gradient"]
 
-_FIRST_CYCLE = 125
+_FIRST_CYCLE = 166  # so that 500 steps are two cycles
 _PULL = 1.5  # r at the end of a cycle
 
 

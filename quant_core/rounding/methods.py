@@ -62,7 +62,10 @@ OPTIONS: Mapping[str, Option] = {
     "lr_schedule": Option(
         str, None, _BOTH, "how the learning rate changes (by default as suits the optimizer)", True, tuple(SCHEDULES)
     ),
-    "early_stop": Option(int, 250, _BOTH, "end after so many gradient steps without a new best; 0: never", True, high=10**6),
+    "early_stop": Option(
+        int, 0, _BOTH, "end after so many gradient steps without a new best; the start of a cycle brings none; 0: never",
+        True, high=10**6,
+    ),
     "top_p": Option(float, 0.2, _PRINCIPAL, "share of the singular directions that count", low=1e-6, high=1.0),
     "min_k": Option(int, 1, _PRINCIPAL, "at least so many singular directions", low=1, high=10**6),
     "max_k": Option(int, 1280, _PRINCIPAL, "at most so many singular directions", low=1, high=10**6),

@@ -109,6 +109,17 @@ def test_principal_keeps_its_bargain(gaussian, weight_error, format, granularity
     assert weight_error(learned, weight) <= 1.03 * weight_error(searched, weight) * (1 + 1e-5)
 
 
+def test_principal_keeps_its_bargain_on_localized_directions(gaussian):
+    """Singular vectors of trained weights lean on few rows and columns; the cost is then searched, not computed."""
+    weight = gaussian(200, 200) * 0.02
+    weight[:40] *= 8
+    weight[:, :30] *= 5
+    nearest = quantize_weight(weight, "int8_tensorwise").weight_error
+    made = quantize_weight(weight, "int8_tensorwise", rounding="principal")
+    assert made.rounded.winner == "sequential" and made.rounded.gain < 0.6
+    assert made.weight_error <= 1.03 * nearest * (1 + 1e-6)
+
+
 def test_the_cost_bounds_the_weight_error(gaussian):
     weight = gaussian(200, 200)
     nearest = quantize_weight(weight, "int8_tensorwise").weight_error

@@ -1,0 +1,170 @@
+"""What a result of ``rounding.py`` looks like to people: tables for the README and one plot."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+__all__ = ["markdown", "plot"]
+
+# Methods drawn, with their colours: greys without data, blues with a calibration, oranges for the published tool.
+_DRAWN = {
+    "nearest": "#8c8c8c",
+    "scale search": "#bdbdbd",
+    "principal": "#5c5c5c",
+    "calibrated, 0 sweeps": "#9ecae1",
+    "calibrated, 1 sweep": "#4292c6",
+    "calibrated, 4 sweeps": "#08519c",
+    "published, learned": "#e6842a",
+}
+
+
+def markdown(result: dict) -> str:
+    """Every section as Markdown tables, below a line on where and when it was measured."""
+    parts = [f"{_where(result)}, torch {result['torch']} (`{result['command']}`)."]
+    encoder = [row for row in result["rows"] if row["section"] == "minilm"]
+    if encoder:
+        measured = [row for row in encoder if "median" in row]
+        widely, few = _by_coverage(measured)
+        exact = [row for row in encoder if row not in measured]
+        parts += [
+            "Error of the final embedding: weights only / weights and 8-bit activations.",
+            _pivot(exact + widely, _both_errors),
+            "Error of the final embedding, weights only, with corrected biases.",
+            _pivot([row for row in widely if "bias" in row], lambda row: f"{row['bias']:.4f}"),
+            "Output error of a layer relative to nearest: median / worst / layers where it is worse.",
+            _pivot(widely, _layers),
+            "Seconds for all 36 layers.",
+            _pivot(widely, _seconds),
+        ]
+        if few:
+            parts += [
+                "Further ways to round: error of the final embedding; output error of a layer; seconds.",
+                *(_pivot(few, cell) for cell in (_both_errors, _layers, _seconds)),
+            ]
+    random = [row for row in result["rows"] if row["section"] == "synthetic"]
+    for weight in dict.fromkeys(row["weight"] for row in random):
+        few = [
+            row
+            for row in random
+            if row["weight"] == weight
+            and (row["format"], row["per"]) in (("float8_e4m3fn", "tensor"), ("int8_tensorwise", "row"))
+        ]
+        parts += [
+            f"Random weight, {weight}: errors in %, principal loss relative to nearest.",
+            _table(
+                ["format", "method", "weight error", "principal loss", "white", "anisotropic", "aligned", "seconds"],
+                (
+                    [_format(row), row["method"], _percent(row["weight error"]), f"{row['principal']:.3f}"]
+                    + [_percent(row[kind]) for kind in ("white", "anisotropic", "aligned")]
+                    + [f"{row['seconds']:.3g}"]
+                    for row in few
+                ),
+            ),
+        ]
+    timed = [row for row in result["rows"] if row["section"] == "speed"]
+    if timed:
+        memory = " / peak memory in MB beside the weight" if "peak MB" in timed[0] else ""
+        parts += [
+            f"Seconds a layer{memory}.",
+            _pivot(
+                timed, lambda row: f"{row['seconds']:.3g}" + (f" / {row['peak MB']:.0f}" if memory else ""), "shape"
+            ),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(result: dict, path: Path) -> None:
+    """Grouped bars: the error of the final embedding of each format, by method."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("The plot needs matplotlib: run 'pip install matplotlib'.", file=sys.stderr)
+        raise SystemExit(2) from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "rounding", "font.size": 9})
+    from matplotlib import pyplot
+
+    rows = [row for row in result["rows"] if row["section"] == "minilm" and row["embedding"]]
+    if not rows:
+        print("The plot shows the minilm section, which this result lacks.", file=sys.stderr)
+        raise SystemExit(2)
+    formats = list(dict.fromkeys(map(_format, rows)))
+    values: dict[str, dict[str, float]] = {method: {} for method in _DRAWN}
+    labels = {method: method for method in _DRAWN}
+    for row in rows:
+        learned = row["method"].startswith("published") and row["method"] != "published, nearest"
+        method = "published, learned" if learned else row["method"]
+        if method in values:
+            values[method][_format(row)] = row["embedding"]
+            labels[method] = row["method"]
+    drawn = [method for method in _DRAWN if values[method]]
+    width = 0.85 / len(drawn)
+    figure, axes = pyplot.subplots(figsize=(11, 4.6), layout="constrained")
+    for number, method in enumerate(drawn):
+        places = [place for place, name in enumerate(formats) if name in values[method]]
+        offset = (number - (len(drawn) - 1) / 2) * width
+        axes.bar(
+            [place + offset for place in places],
+            [values[method][formats[place]] for place in places],
+            width * 0.92,
+            color=_DRAWN[method],
+            label=labels[method],
+        )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_xticks(range(len(formats)), [name.replace("_", "\n").replace(" ", "\n", 1) for name in formats])
+    axes.set_ylabel("relative error of the final embedding")
+    axes.set_title(f"MiniLM-L6 with 8-bit weights, 36 layers; lower is better ({_where(result)})")
+    axes.grid(axis="y", linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=len(drawn), loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _by_coverage(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The rows of methods measured with most formats, and the others."""
+    counts = Counter(row["method"] for row in rows)
+    most = {method for method, count in counts.items() if 2 * count > max(counts.values())}
+    return [row for row in rows if row["method"] in most], [row for row in rows if row["method"] not in most]
+
+
+def _both_errors(row: dict) -> str:
+    return f"{row['embedding']:.4f} / {row['8-bit']:.4f}"
+
+
+def _layers(row: dict) -> str:
+    return f"{row['median']:.3f} / {row['worst']:.3f} / {row['worse']}"
+
+
+def _seconds(row: dict) -> str:
+    return f"{row['seconds']:.3g}"
+
+
+def _where(result: dict) -> str:
+    return f"{result['device']}, {result['cores']} cores, {result['date']}"
+
+
+def _format(row: dict) -> str:
+    return f"{row['format']} {row['per']}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g}"
+
+
+def _pivot(rows: list[dict], cell: Callable[[dict], str], *keys: str) -> str:
+    """A line for each format (and value of ``keys``), a column for each method."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault((*(row[key] for key in keys), _format(row)), {})[row["method"]] = cell(row)
+    cells = ([*line, *(by_method.get(method, "") for method in methods)] for line, by_method in lines.items())
+    return _table([*keys, "format", *methods], cells)
+
+
+def _table(columns: list[str], lines: Iterable[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
