@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .configure import ConfigureQuantization
 from .load import LoadModel
+from .options import RoundingOptions
 from .quantize import LearnedRoundQuantize
 from .save import SaveQuantized
 
@@ -14,4 +15,4 @@ class LearnedRoundingExtension(ComfyExtension):
     """What ComfyUI loads."""
 
     async def get_node_list(self):
-        return [LoadModel, ConfigureQuantization, LearnedRoundQuantize, SaveQuantized]
+        return [LoadModel, ConfigureQuantization, RoundingOptions, LearnedRoundQuantize, SaveQuantized]

@@ -7,39 +7,12 @@ from ..quant_core.formats import GRANULARITIES, find_format, sibling
 from ..quant_core.formats.rotation import GROUP_SIZES
 from ..quant_core.recipes import PRESETS
 from ..quant_core.recipes.presets import AUTO, NONE
-from ..quant_core.rounding import OPTIONS, ROUNDINGS
-from .schema import RecipeType, schema, widget
+from ..quant_core.rounding import ROUNDINGS
+from .schema import OptionsType, RecipeType, schema, widget
 
 __all__ = ["ConfigureQuantization"]
 
-_DEFAULT = -1  # of a number that was not chosen
 _CONVROT = {"off": None, "on": True, AUTO: AUTO, **{str(size): size for size in GROUP_SIZES}}
-
-
-def _tooltip(option) -> str:
-    acts = "" if len(option.acts) > 2 else f"Rounding {' or '.join(option.acts)}: "
-    default = "" if option.default in (None, False) else f" The default is {option.default}."
-    return f"{acts}{option.help}.{default}"
-
-
-def _widget(name: str, option):
-    """The widget of an option of the rounding; its default means that the option was not given."""
-    shared = {"id": name, "optional": True, "advanced": True}
-    if option.choices:
-        choices = list(dict.fromkeys([AUTO, *option.choices]))
-        return widget(io.Combo, options=choices, default=AUTO, tooltip=_tooltip(option), **shared)
-    if option.kind is bool:
-        return widget(io.Boolean, default=False, tooltip=_tooltip(option), **shared)
-    limits = {"default": _DEFAULT, "min": _DEFAULT, "max": min(option.high, 10**6)}
-    limits["tooltip"] = f"{_tooltip(option)} {_DEFAULT}: not chosen."
-    if option.kind is int:
-        return widget(io.Int, **limits, **shared)
-    return widget(io.Float, step=0.001, round=False, **limits, **shared)
-
-
-def _given(name: str, value):
-    """What a widget of an option stands for; None when it was left alone."""
-    return None if value in (AUTO, _DEFAULT) or (OPTIONS[name].kind is bool and not value) else value
 
 
 class ConfigureQuantization(io.ComfyNode):
@@ -126,17 +99,9 @@ class ConfigureQuantization(io.ComfyNode):
                     optional=True,
                     tooltip="INT8 per row: rotate the inputs in groups of 256, 64 or 16 channels, so that outliers spread; on takes the largest that divides, a number the largest up to it, auto whichever has the least error.",
                 ),
-                widget(
-                    io.Int,
-                    id="block_size",
-                    default=_DEFAULT,
-                    min=_DEFAULT,
-                    max=1024,
-                    optional=True,
-                    advanced=True,
-                    tooltip=f"Side of a block, a power of two from 8 to 1024. The default is 128. {_DEFAULT}: not chosen.",
+                OptionsType.Input(
+                    "options", optional=True, tooltip="From Rounding Options; without it every option has its default."
                 ),
-                *(_widget(name, option) for name, option in OPTIONS.items()),
             ],
             outputs=[RecipeType.Output(display_name="recipe", tooltip="For Learned Round Quantize.")],
         )
@@ -153,8 +118,7 @@ class ConfigureQuantization(io.ComfyNode):
         heur=False,
         full_precision_matrix_mult=False,
         convrot="off",
-        block_size=_DEFAULT,
-        **options,
+        options=None,
     ) -> io.NodeOutput:
         own = find_format(format)
         if granularity != AUTO and granularity not in own.granularities:
@@ -162,10 +126,9 @@ class ConfigureQuantization(io.ComfyNode):
         return io.NodeOutput(
             Recipe(
                 rounding=rounding,
-                **{name: _given(name, value) for name, value in options.items()},
+                **(options or {}),
                 format=format,
                 granularity=None if granularity == AUTO else granularity,
-                block_size=None if block_size == _DEFAULT else block_size,
                 convrot=_CONVROT[convrot] if convrot in _CONVROT else convrot,
                 preset=preset,
                 keep=tuple(line.strip() for line in keep.splitlines() if line.strip()),

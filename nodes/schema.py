@@ -5,11 +5,12 @@ from functools import cache
 
 from comfy_api.latest import io
 
-__all__ = ["CATEGORY", "Source", "RecipeType", "QuantizedType", "schema", "widget"]
+__all__ = ["CATEGORY", "Source", "OptionsType", "RecipeType", "QuantizedType", "schema", "widget"]
 
 CATEGORY = "quantization/learned rounding"
 
 Source = io.Custom("LEARNED_ROUNDING_SOURCE")
+OptionsType = io.Custom("LEARNED_ROUNDING_OPTIONS")
 RecipeType = io.Custom("LEARNED_ROUNDING_RECIPE")
 QuantizedType = io.Custom("LEARNED_ROUNDING_QUANTIZED")
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from learned_rounding.benchmarks.tiny_model.place import DATASET
 from learned_rounding.hosts.workflows import Graph, Node
+from learned_rounding.quant_core.rounding import OPTIONS
 
 MODEL, LORA = "tiny_mmdit_emoji.safetensors", "tiny_lora_red.safetensors"
 STEPS, CFG, SIZE = 20, 4.0, 64
@@ -28,6 +29,9 @@ class TinyGraph(Graph):
         return self.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=strength)
 
     def quantize(self, source: list, format: str = "float8_e4m3fn", granularity: str = "auto", **options) -> Node:
+        chosen = {name: options.pop(name) for name in list(options) if name in (*OPTIONS, "block_size")}
+        if chosen:
+            options["options"] = self.add("LearnedRoundingOptions", **chosen)[0]
         options = {"preset": "auto", "seed": 0, **options}
         recipe = self.add("LearnedRoundingConfigure", format=format, granularity=granularity, **options)
         return self.add("LearnedRoundingQuantize", source=source, recipe=recipe[0])

@@ -38,6 +38,7 @@ def test_the_pack_loads_without_a_word_of_complaint(comfy):
     assert set(ours) == {
         "LearnedRoundingLoadModel",
         "LearnedRoundingConfigure",
+        "LearnedRoundingOptions",
         "LearnedRoundingQuantize",
         "LearnedRoundingSave",
     }

@@ -116,7 +116,7 @@ def test_principal_keeps_its_bargain_on_localized_directions(gaussian):
     weight[:, :30] *= 5
     nearest = quantize_weight(weight, "int8_tensorwise").weight_error
     made = quantize_weight(weight, "int8_tensorwise", rounding="principal")
-    assert made.rounded.winner == "sequential" and made.rounded.gain < 0.6
+    assert made.rounded.winner == "sequential" and made.rounded.gain < 0.8
     assert made.weight_error <= 1.03 * nearest * (1 + 1e-6)
 
 
