@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import json
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
 import comfy.sd
@@ -35,7 +37,7 @@ from ..quant_core.errors import (
     SourceError,
 )
 from ..quant_core.events import Listener
-from .decoded_linear import decoding_operations
+from .decoded_linear import as_bytes, decoding_operations
 
 __all__ = [
     "SAVE_FOLDERS",
@@ -331,13 +333,43 @@ def _knows(format: str) -> bool:
     return format in getattr(comfy.quant_ops, "QUANT_ALGOS", {})
 
 
-def _model_options(path: Path) -> dict:
-    """Own operations for formats this ComfyUI cannot read by itself."""
+def _layers_to_decode(path: Path) -> list[str]:
+    """The quantized layers of a file, when it holds a format that this ComfyUI cannot read by itself; else none."""
     with SafetensorsFile(path) as opened:
-        formats = {config["format"] for config in layer_configs(opened)[0].values()}
-    if all(map(_knows, formats)):
-        return {}
-    return {"custom_operations": decoding_operations(comfy.ops.manual_cast)}
+        configs = layer_configs(opened)[0]
+    return [] if all(_knows(config["format"]) for config in configs.values()) else list(configs)
+
+
+def _decoding(loader) -> dict:
+    """Options that make one of ComfyUI's loaders use our operations.
+
+    Its dynamic loading of newer releases hands LoRAs to layers of its own only, so that is left out.
+    """
+    classic = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(loader).parameters else {}
+    return {"model_options": {"custom_operations": decoding_operations(comfy.ops.manual_cast)}, **classic}
+
+
+def _load_model(path: Path, kind: str):
+    """The MODEL in a file of formats that ComfyUI knows."""
+    if kind == CHECKPOINTS:
+        return comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+def _load_decoding_model(path: Path, kind: str, disable_dynamic: bool = True):
+    """The MODEL in a file of which ComfyUI does not know a format."""
+    tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    tensors = as_bytes(tensors, _layers_to_decode(path))
+    if kind == CHECKPOINTS:
+        load = comfy.sd.load_state_dict_guess_config
+        model = load(tensors, output_vae=False, output_clip=False, metadata=metadata, **_decoding(load))[0]
+    else:
+        load = comfy.sd.load_diffusion_model_state_dict
+        model = load(tensors, metadata=metadata, **_decoding(load))
+    if model is None:
+        raise QuantizationError("ComfyUI does not recognise this model; save it, and load it where it is supported.")
+    model.cached_patcher_init = (_load_decoding_model, (path, kind))  # by which newer ComfyUI makes it once more
+    return model
 
 
 def _check_built(patcher, path: Path, what: str) -> None:
@@ -366,13 +398,7 @@ def build_model(source, quantized: Quantized):
     if quantized.kind == TEXT_ENCODERS:
         return ExecutionBlocker("Learned Round Quantize was given a text encoder: use its CLIP output, not MODEL.")
     path = quantized.files[""]
-    options = _model_options(path)
-    if quantized.kind == CHECKPOINTS:
-        model = comfy.sd.load_checkpoint_guess_config(
-            str(path), output_vae=False, output_clip=False, model_options=options
-        )[0]
-    else:
-        model = comfy.sd.load_diffusion_model(str(path), model_options=options)
+    model = (_load_decoding_model if _layers_to_decode(path) else _load_model)(path, quantized.kind)
     _check_built(model, path, "model")
     model.model.learned_rounding_file = quantized  # the model may be read again from its file
     if not isinstance(source, FileSource):
@@ -397,19 +423,18 @@ def build_clip(source, quantized: Quantized):
         return _rebuilt_clip(source, quantized)
     if quantized.kind == DIFFUSION_MODELS:
         return ExecutionBlocker("Learned Round Quantize was given a diffusion model: use its MODEL output, not CLIP.")
-    embeddings = folder_paths.get_folder_paths("embeddings")
-    path = str(quantized.files[""])
-    if quantized.kind == CHECKPOINTS:
+    path, embeddings = quantized.files[""], folder_paths.get_folder_paths("embeddings")
+    if quantized.kind == CHECKPOINTS:  # its text encoder stays as it is
         return comfy.sd.load_checkpoint_guess_config(
-            path, output_vae=False, output_clip=True, embedding_directory=embeddings
+            str(path), output_vae=False, output_clip=True, output_model=False, embedding_directory=embeddings
         )[1]
     clip = comfy.sd.load_clip(
-        ckpt_paths=[path],
+        ckpt_paths=[str(path)],
         embedding_directory=embeddings,
         clip_type=comfy.sd.CLIPType[source.clip_type.upper()],
-        model_options=_model_options(quantized.files[""]),
+        **(_decoding(comfy.sd.load_clip) if _layers_to_decode(path) else {}),
     )
-    _check_built(clip.patcher, quantized.files[""], "text encoder")
+    _check_built(clip.patcher, path, "text encoder")
     clip.cond_stage_model.learned_rounding_file = quantized
     return clip
 
@@ -431,9 +456,9 @@ def _rebuilt_clip(clip, quantized: Quantized):
         setattr(twin.get_submodule(parent), child, _quantized_linear(model.get_submodule(name), name, tensors, config))
     rebuilt = clip.clone()
     rebuilt.cond_stage_model = twin
-    rebuilt.patcher = type(clip.patcher)(
-        twin, load_device=clip.patcher.load_device, offload_device=clip.patcher.offload_device
-    )
+    decoded = not all(_knows(config["format"]) for _, config in layers.values())
+    patcher = comfy.model_patcher.ModelPatcher if decoded else type(clip.patcher)  # as in _decoding
+    rebuilt.patcher = patcher(twin, load_device=clip.patcher.load_device, offload_device=clip.patcher.offload_device)
     for name in ("object_patches", "model_options", "hook_mode", "is_clip", "force_cast_weights"):
         if hasattr(clip.patcher, name):
             setattr(rebuilt.patcher, name, copy.copy(getattr(clip.patcher, name)))
