@@ -137,13 +137,12 @@ class _Layer:
             return Quadratic(hessian=gram if held_out is None else held_out, row_weight=row_weight)
 
         known = not (gram is None and self.inputs.holdout_gram is None)
-        learned = self.method.rounding in ("principal", "calibrated")
         rounder = Rounder(
             weight,
             encoding.format.grid,
             tiles,
             self.method,
-            objective=make_objective(self.method, gram, row_weight, self.seed) if learned else None,
+            make_objective(self.method, gram, row_weight, self.seed),
             judge=judge if known else None,
             parts=parts,
             seed=self.seed,

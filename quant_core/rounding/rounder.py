@@ -12,7 +12,7 @@ from ..formats import Grid, Rounded, Tiles
 from .gradient import round_gradient
 from .methods import Method
 from .nearest import quantize_nearest, weight_error
-from .objectives import Calibrated, Objective, Principal, Quadratic
+from .objectives import Calibrated, Identity, Objective, Principal, Quadratic
 from .scales import amax_scale, search_scale
 from .sequential import round_sequential
 from .slabs import error_slabs, row_slabs
@@ -40,9 +40,11 @@ class Candidate:
 def make_objective(
     method: Method, gram: torch.Tensor | None, row_weight: torch.Tensor | None = None, seed: int = 0
 ) -> Objective:
-    """What a method minimises: principal or calibrated, the latter with the inputs' ``gram`` (in, in)."""
+    """What a method minimises; calibrated rounding with the inputs' ``gram`` (in, in)."""
     if method.rounding == "calibrated":
         return Calibrated(gram, method.get("damping"), row_weight)
+    if method.rounding != "principal":
+        return Identity()
     names = ("top_p", "min_k", "max_k", "full_matrix", "weight_cost")
     return Principal(**{name: method.get(name) for name in names}, seed=seed)
 
@@ -54,7 +56,7 @@ class Rounder:
     Attributes:
         weight: (out, in), any float dtype, in the basis it is stored in.
         grid, tiles: where codes must lie and what shares a scale.
-        objective: what is minimised by a learned method; None for the others.
+        objective: what is minimised, by the scale search at least.
         judge: gives the quadratic form that candidates are compared by, held out from the objective where possible;
             None to compare them by the objective itself. Called when the solver is done, so that both need not fit
             into memory beside its scratch.
@@ -65,7 +67,7 @@ class Rounder:
     grid: Grid
     tiles: Tiles
     method: Method
-    objective: Objective | None = None
+    objective: Objective
     judge: Callable[[], Quadratic] | None = None
     parts: int = 1
     seed: int = 0
@@ -80,7 +82,7 @@ class Rounder:
         elif self.method.rounding == "stochastic":
             taken = self._measured("stochastic", self._solve(round_stochastic, amax, seed=self.seed), amax)
         elif self.method.rounding == "auto":
-            scale, gain = self._search(amax)
+            scale, gain = self._search(amax, self.objective.quadratic(self.weight))
             taken = self._nearest(scale)
         else:
             return self._learned(amax)
@@ -90,10 +92,10 @@ class Rounder:
 
     def _learned(self, amax: torch.Tensor) -> tuple[Candidate, Rounded]:
         quadratic = self.objective.quadratic(self.weight.float())
-        scale, _ = self._search(amax, column_weight=quadratic.column_weight, row_weight=quadratic.row_weight)
+        scale, _ = self._search(amax, quadratic)
         simple, searched = self._nearest(amax), self._nearest(scale)
         bounded = quadratic.weight_bound is not None
-        least = simple.weight_error * self._search(amax)[1] if bounded else simple.weight_error
+        least = simple.weight_error * self._search(amax, Quadratic())[1] if bounded else simple.weight_error
         learned = self._within_bound(scale, quadratic, least)
         judge = self.judge() if self.judge else quadratic
         del quadratic
@@ -143,9 +145,16 @@ class Rounder:
     def _solve(self, solver: Callable[..., torch.Tensor], scale: torch.Tensor, *args, **options) -> torch.Tensor:
         return solver(self.weight, scale, self.grid, self.tiles, *args, check=self.check, **options)
 
-    def _search(self, amax: torch.Tensor, **weights) -> tuple[torch.Tensor, float]:
+    def _search(self, amax: torch.Tensor, quadratic: Quadratic) -> tuple[torch.Tensor, float]:
         return search_scale(
-            self.weight, amax, self.grid, self.tiles, **weights, seed=self.seed, check=self.check
+            self.weight,
+            amax,
+            self.grid,
+            self.tiles,
+            column_weight=quadratic.column_weight,
+            row_weight=quadratic.row_weight,
+            seed=self.seed,
+            check=self.check,
         )
 
     def _nearest(self, scale: torch.Tensor) -> Candidate:
