@@ -85,7 +85,7 @@ def decoding_operations(operations):
             def convert_weight(self, weight, inplace=False, **kwargs):
                 # ComfyUI may have cast the codes to the dtype it computes patches in: they are codes all the same.
                 # Only while the layer runs, its weight functions are given the decoded weight; 0.3.75 brings it here.
-                if self.encoding is None or not (self.is_quantized or self._are_codes(weight)):
+                if self.encoding is None or self.running or not (self.is_quantized or self._are_codes(weight)):
                     return weight
                 return self.encoding.decode(weight, self.weight_scale.to(weight.device))
 

@@ -21,15 +21,13 @@ import utils.install_util  # noqa: E402, F401 (ComfyUI's, before a dependency fi
 import comfy.sd  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("pack", Path(pack) / "__init__.py", submodule_search_locations=[pack])
 sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from pack.nodes import host  # noqa: E402
-from pack.quant_core import FORMATS, Recipe  # noqa: E402
-
-MODEL, LORA = "tiny_mmdit_emoji.safetensors", "tiny_lora_red.safetensors"
+from pack.quant_core import Recipe  # noqa: E402
 
 RECIPES = {
     "float8_e4m3fn": Recipe(),
@@ -113,47 +111,5 @@ def text_encoder() -> dict:
     return found
 
 
-def decoding() -> dict:
-    """MODELs of formats that this host does not know, as on a device that computes in FP8 and has little memory."""
-    comfy.model_management.supports_fp8_compute = lambda *_: True
-    models = Path(folder_paths.models_dir)
-    source = host.FileSource(models / "diffusion_models" / MODEL, "diffusion_models", "")
-    lora = load_file(models / "loras" / LORA)
-    return {
-        name: patched_layers(source, Recipe(format=name), lora) for name in FORMATS if not host._knows(name)
-    }
-
-
-def patched_layers(source, recipe: Recipe, lora: dict) -> dict:
-    """What a LoRA does to the layers that are decoded, by either of ComfyUI's ways to apply it."""
-    quantized = host.quantize(source, recipe, lambda event: None)
-    model = host.build_model(source, quantized)
-    held = host.quantized_layers(model)
-    kept = [name for name, _ in model.model.named_parameters() if name.rpartition(".")[0] not in held]
-    kept += [name for name, _ in model.model.named_parameters() if name.endswith(".bias")]
-    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-    layers = [key.removesuffix(".weight") for key in patched.patches]
-    codes = {name: model.model.get_submodule(name).weight.clone() for name in layers}
-
-    def outputs(**how) -> list[torch.Tensor]:
-        patched.patch_model(torch.device("cpu"), **how)
-        linears = [model.model.get_submodule(name) for name in layers]
-        results = [linear(torch.ones(1, linear.in_features)) for linear in linears]
-        patched.unpatch_model(torch.device("cpu"))
-        return results
-
-    plain = [layer(torch.ones(1, layer.in_features)) for layer in map(model.model.get_submodule, layers)]
-    whole, partial = outputs(), outputs(lowvram_model_memory=1)
-    pairs = list(zip(plain, whole, partial, strict=True))
-    return {
-        "held": len(held),
-        "patched": len(layers),
-        "kept_dtypes": sorted({str(model.model.get_parameter(name).dtype) for name in kept}),
-        "effect": min(float((ours - before).norm() / before.norm()) for before, ours, _ in pairs),
-        "difference": max(float((ours - low).norm() / ours.norm()) for _, ours, low in pairs),
-        "unpatched": all(torch.equal(codes[name], model.model.get_submodule(name).weight) for name in layers),
-    }
-
-
 with torch.inference_mode():
-    print("RESULT" + json.dumps({"text_encoder": text_encoder, "decoding": decoding}[check]()))
+    print("RESULT" + json.dumps({"text_encoder": text_encoder}[check]()))

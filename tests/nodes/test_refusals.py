@@ -1,5 +1,7 @@
 """Bad input on the nodes: one clear sentence as a node error, and the server goes on."""
 
+import subprocess
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -65,6 +67,15 @@ def test_choices_that_contradict_each_other(comfy, options, sentence):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0], **options), "x")
     assert sentence in refused(comfy, graph)
+
+
+def test_an_optimizer_whose_package_is_missing(comfy):
+    has = [comfy.host.python, "-c", "import prodigyplus"]
+    if subprocess.run(has, capture_output=True).returncode == 0:
+        pytest.skip("prodigy-plus-schedule-free is installed here")
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source()[0], rounding="principal", optimizer="prodigy"), "x")
+    assert "pip install prodigy-plus-schedule-free" in refused(comfy, graph)
 
 
 def test_a_keep_pattern_that_is_no_regular_expression(comfy):

@@ -1,30 +1,16 @@
 """Text encoders, inside the host's own process: no stock node loads one small enough for a test."""
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
 
-from learned_rounding.hosts.server import PACK
+from learned_rounding.tests.nodes.probing import in_process
 
-HERE = Path(__file__).resolve().parent
 # Relative error of the conditioning of a random model of width 64.
 BOUNDS = {"float8_e4m3fn": 0.6, "int8_tensorwise": 0.3, "int8 convrot": 0.3, "int8_blockwise": 0.3}
-
-
-def in_process(host, folder: Path, check: str) -> dict:
-    command = [host.python, HERE / "in_process.py", host.path, PACK, folder, check]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.split("RESULT")[1])
 
 
 def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path):
     if host.version == "0.3.75":
         pytest.skip("ComfyUI 0.3.75 recognises only T5 encoders of full width, and loads no quantized ones")
-    for folder in ("custom_nodes", "models", "output", "temp"):
-        (tmp_path / folder).mkdir()
     found = in_process(host, tmp_path, "text_encoder")
     for format, bound in BOUNDS.items():
         result = found[format]
