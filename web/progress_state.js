@@ -24,6 +24,13 @@ const worstOf = (layers) => [...layers].sort((a, b) => b.error - a.error).slice(
 const sumOf = (left, right) =>
   Object.fromEntries([...new Set([...Object.keys(left), ...Object.keys(right)])].map((key) => [key, (left[key] ?? 0) + (right[key] ?? 0)]));
 
+/** What rounding a layer brought; empty where nothing was compared with nearest. */
+const learnedWords = ({ solver, gain = null, output_error = null }) =>
+  [
+    gain !== null && `${solver} ${formatGain(gain)} nearest`,
+    output_error !== null && `output error ${formatError(output_error)}`,
+  ].filter(Boolean).join(" · ");
+
 const nameAndError = ({ name, error }) => ({ name, error });
 
 const REDUCERS = {
@@ -51,7 +58,7 @@ const REDUCERS = {
       total: event.total,
       finished: Math.max(run.finished, event.index + 1),
       layer: event.name,
-      learned: event.gain === null || event.gain === undefined ? "" : `${event.solver} ${formatGain(event.gain)} nearest`,
+      learned: learnedWords(event),
       eta: event.eta,
       since,
       bytes,

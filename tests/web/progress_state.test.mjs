@@ -42,8 +42,8 @@ test("a run goes from idle over its layers to a summary", () => {
 test("what learned rounding won is told while it runs and at the end", () => {
   const learned = { solver: "sequential", gain: 0.517, output_error: 0.01 };
   const running = play([start(), layer(0, 0.01, learned)]);
-  assert.equal(state.words(running)[1], "3.0 s left · 2 MB/s · sequential 0.52× nearest");
-  const plain = play([layer(1, 0.01, { solver: "nearest", gain: null })], "run", running);
+  assert.equal(state.words(running)[1], "3.0 s left · 2 MB/s · sequential 0.52× nearest · output error 0.01000");
+  const plain = play([layer(1, 0.01, { solver: "nearest", gain: null, output_error: null })], "run", running);
   assert.equal(state.words(plain)[1], "2.0 s left · 2 MB/s");
   const end = play([done({ median_gain: 0.5, solvers: { sequential: 3, nearest: 1 } })], "run", plain);
   assert.deepEqual(state.words(end), [
