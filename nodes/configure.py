@@ -97,7 +97,8 @@ class ConfigureQuantization(io.ComfyNode):
                     options=list(_CONVROT),
                     default="off",
                     optional=True,
-                    tooltip="INT8 per row: rotate the inputs in groups of 256, 64 or 16 channels, so that outliers spread; on takes the largest that divides, a number the largest up to it, auto whichever has the least error.",
+                    tooltip="INT8 per row: rotate the inputs in groups of 256, 64 or 16 channels, so that outliers spread; "
+                    "on takes the largest that divides, a number the largest up to it, auto whichever has the least error.",
                 ),
                 OptionsType.Input(
                     "options", optional=True, tooltip="From Rounding Options; without it every option has its default."

@@ -27,7 +27,14 @@ from .checkpoints import (
 )
 from .checkpoints.metadata import CONFIG_SUFFIX
 from .checkpoints.source import CPU, fingerprint
-from .errors import CalibrationError, NonFiniteWeightError, NothingToQuantizeError, OutputError, OutputExistsError, QuantizationError
+from .errors import (
+    CalibrationError,
+    NonFiniteWeightError,
+    NothingToQuantizeError,
+    OutputError,
+    OutputExistsError,
+    QuantizationError,
+)
 from .events import CancelCheck, LayerFinished, LayerKept, LayerStarted, Listener, RunFinished, RunStarted
 from .formats.weight import config_bytes
 from .layer import quantize_weight

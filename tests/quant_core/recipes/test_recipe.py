@@ -12,7 +12,6 @@ from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, quantize_weigh
 from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
 from learned_rounding.quant_core.rounding import OPTIONS, ROUNDINGS
 
-
 # Each option with a value that is not its default, by the roundings it can go with.
 LEARNED = {
     "auto": {"bias_correction": "none"},

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
-from learned_rounding.quant_core.rounding import OPTIONS, OPTIMIZERS, ROUNDINGS, SCHEDULES, Method
+from learned_rounding.quant_core.rounding import OPTIMIZERS, OPTIONS, ROUNDINGS, SCHEDULES, Method
 
 VALUES = {
     "optimizer": "adamw",
