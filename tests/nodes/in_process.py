@@ -17,10 +17,12 @@ sys.path.insert(0, comfyui)
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+import utils.install_util  # noqa: E402, F401 (ComfyUI's, before a dependency finds another one)
+
+# isort: split
 import comfy.sd  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
-import utils.install_util  # noqa: E402, F401 (ComfyUI's, before a dependency finds another one)
 from safetensors.torch import save_file  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("pack", Path(pack) / "__init__.py", submodule_search_locations=[pack])
