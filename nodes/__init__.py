@@ -2,11 +2,15 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .calibrate import Calibrate
+from .calibrate_text import CalibrateTextEncoder
 from .configure import ConfigureQuantization
 from .load import LoadModel
+from .load_calibration import LoadCalibration
 from .options import RoundingOptions
 from .quantize import LearnedRoundQuantize
 from .save import SaveQuantized
+from .save_calibration import SaveCalibration
 
 __all__ = ["LearnedRoundingExtension"]
 
@@ -15,4 +19,14 @@ class LearnedRoundingExtension(ComfyExtension):
     """What ComfyUI loads."""
 
     async def get_node_list(self):
-        return [LoadModel, ConfigureQuantization, RoundingOptions, LearnedRoundQuantize, SaveQuantized]
+        return [
+            LoadModel,
+            ConfigureQuantization,
+            RoundingOptions,
+            LearnedRoundQuantize,
+            SaveQuantized,
+            Calibrate,
+            CalibrateTextEncoder,
+            SaveCalibration,
+            LoadCalibration,
+        ]

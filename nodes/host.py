@@ -1,7 +1,9 @@
 """The one place that touches ComfyUI's internals: folders, model management, loaders, server."""
 
+import contextlib
 import copy
 import dataclasses
+import hashlib
 import inspect
 import itertools
 import json
@@ -18,14 +20,17 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
+import comfy.samplers
 import comfy.sd
 import comfy.utils
 import folder_paths
+import nodes
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 
 from ..quant_core import Recipe, Report, quantize_file
+from ..quant_core.calibration import SUFFIX, CalibrationFile, Collector
 from ..quant_core.checkpoints import SafetensorsFile, TensorInfo, layer_configs
 from ..quant_core.checkpoints.metadata import CONFIG_SUFFIX
 from ..quant_core.checkpoints.source import CPU
@@ -37,24 +42,38 @@ from ..quant_core.errors import (
     SourceError,
 )
 from ..quant_core.events import Listener
+from ..quant_core.recipes import make_plan
+from ..quant_core.recipes.presets import NONE
+from ..quant_core.report import human_bytes
 from .decoded_linear import as_bytes, decoding_operations
 
 __all__ = [
     "SAVE_FOLDERS",
     "FileSource",
+    "KEEP",
+    "Calibrated",
     "Quantized",
     "build_clip",
     "build_model",
+    "calibrate_clip",
+    "calibrate_model",
+    "calibration_files",
+    "calibration_state",
     "clip_types",
     "file_state",
     "is_interrupt",
+    "load_calibration",
     "model_files",
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",
+    "pictures",
     "progress_bar",
     "quantize",
     "quantized_layers",
+    "samplers",
     "save",
+    "save_calibration",
+    "schedulers",
     "send",
 ]
 
@@ -108,7 +127,11 @@ def _path(choice: str) -> Path:
 
 def file_state(choice: str) -> tuple[int, int]:
     """Changes when the chosen file does."""
-    status = _path(choice).stat()
+    return _state(_path(choice))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
     return status.st_mtime_ns, status.st_size
 
 
@@ -259,8 +282,7 @@ def _encoder_parts(clip) -> dict[str, PatchedWeights]:
 def _identity(source) -> tuple:
     """Equal for two sources exactly when quantizing them gives the same."""
     if isinstance(source, FileSource):
-        status = source.path.stat()
-        return source.path, status.st_mtime_ns, status.st_size
+        return source.path, *_state(source.path)
     patcher = source.patcher if isinstance(source, comfy.sd.CLIP) else source
     return weakref.ref(patcher.model), patcher.patches_uuid
 
@@ -269,35 +291,36 @@ def _identity(source) -> tuple:
 _last: tuple[tuple, Recipe, Quantized] | None = None
 
 
-def quantize(source, recipe: Recipe, on_event: Listener) -> Quantized:
+def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrated | None" = None) -> Quantized:
     """Quantize a MODEL, CLIP or :class:`FileSource` into files in ComfyUI's temp folder, on the device ComfyUI gives."""
     global _last
-    identity = _identity(source)
+    identity = (*_identity(source), calibration and calibration.mark)
     if _last and _last[:2] == (identity, recipe):
         return _last[2]
     _last = None
     kind, parts = _parts(source)
     device = comfy.model_management.get_torch_device()
-    folder = Path(folder_paths.get_temp_directory())
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _temporary_folder()
     files, reports = {}, []
-    try:
-        for part, tensors in parts.items():
-            _make_room(tensors, recipe, device)
-            files[part] = folder / f"learned_rounding_{os.urandom(6).hex()}.safetensors"
-            reports.append(
-                quantize_file(
-                    tensors,
-                    files[part],
-                    recipe,
-                    device=device,
-                    on_event=on_event,
-                    check=comfy.model_management.throw_exception_if_processing_interrupted,
+    with calibration.open() if calibration else contextlib.nullcontext() as statistics:
+        try:
+            for part, tensors in parts.items():
+                _make_room(tensors, recipe, statistics is not None, device)
+                files[part] = folder / f"learned_rounding_{os.urandom(6).hex()}.safetensors"
+                reports.append(
+                    quantize_file(
+                        tensors,
+                        files[part],
+                        recipe,
+                        calibration=statistics.part(part) if statistics and part else statistics,
+                        device=device,
+                        on_event=on_event,
+                        check=comfy.model_management.throw_exception_if_processing_interrupted,
+                    )
                 )
-            )
-    except BaseException:
-        _remove(files.values())
-        raise
+        except BaseException:
+            _remove(files.values())
+            raise
     quantized = Quantized(files, kind, recipe.label, _joined(reports))
     _last = (identity, recipe, quantized)
     return quantized
@@ -313,7 +336,13 @@ def _joined(reports: list[Report]) -> Report:
     return first
 
 
-def _make_room(tensors, recipe: Recipe, device: torch.device) -> None:
+def _temporary_folder() -> Path:
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _make_room(tensors, recipe: Recipe, calibrated: bool, device: torch.device) -> None:
     """Ask ComfyUI for the memory of the largest layer: its weight, its codes, and float32 scratch of the rounding."""
     if isinstance(tensors, Path):
         with SafetensorsFile(tensors) as opened:
@@ -321,9 +350,242 @@ def _make_room(tensors, recipe: Recipe, device: torch.device) -> None:
     else:
         infos = tensors.tensors
     largest = max((info.nbytes for info in infos.values()), default=0)
-    method = recipe.resolve(calibrated=False)
+    method = recipe.resolve(calibrated)
     times = 32 if method.gradient else 16 if method.rounding == "principal" else 6
-    comfy.model_management.free_memory(times * largest, device)
+    inner = max((info.shape[1] for info in infos.values() if len(info.shape) == 2), default=0) if calibrated else 0
+    comfy.model_management.free_memory(times * largest + 12 * inner**2, device)  # three float32 matrices (in, in)
+
+
+# -------------------------------------------------------------------------------------------------------- calibrating
+
+# How much of the Grams to keep: None for all of it, else the share of the directions that is left.
+KEEP = {"full": None, "compact": 32}
+_RUNS_FOR_HOLDOUT = 4  # from so many on, every fourth is held out as a whole
+
+samplers, schedulers = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibration file; a temporary one is removed when nothing uses it any more. ``mark`` changes when it does."""
+
+    path: Path
+    mark: str
+    temporary: bool = True
+
+    def __post_init__(self):
+        if self.temporary:
+            weakref.finalize(self, _remove, (self.path,))
+
+    def open(self) -> CalibrationFile:
+        """For reading, as a context."""
+        return CalibrationFile(self.path)
+
+
+def _linear_layers(patcher, parts: Mapping[str, PatchedWeights], module_name) -> dict[str, torch.nn.Module]:
+    """Name in a calibration → linear layer, of all that some recipe could quantize."""
+    layers = {}
+    for part, weights in parts.items():
+        for name in make_plan(weights, preset=NONE).names("quantize"):
+            layer = name.removesuffix(".weight")
+            module = patcher.model.get_submodule(module_name(part, layer))
+            if isinstance(module, torch.nn.Linear):
+                layers[f"{part}.{layer}" if len(parts) > 1 else layer] = module
+    return layers
+
+
+@contextlib.contextmanager
+def _collecting(patcher, layers, keep: str, tokens: int, seed: int, earlier: Calibrated | None):
+    """A :class:`Collector` with the memory that ComfyUI can spare; its files are gone afterwards."""
+    device = patcher.load_device
+    if device.type == "cpu":
+        spare = comfy.model_management.get_total_memory(device) // 4
+    else:  # half of what the model and its activations leave
+        spare = (comfy.model_management.get_total_memory(device) - patcher.model_size() - (8 << 30)) // 2
+    folder = _temporary_folder() / f"learned_rounding_grams_{os.urandom(6).hex()}"
+    folder.mkdir()
+    options = {"device": device, "device_bytes": max(spare, 0), "rank": KEEP[keep], "tokens": tokens, "seed": seed}
+    try:
+        with earlier.open() if earlier else contextlib.nullcontext() as known:
+            with Collector(layers, folder, earlier=known, **options) as collector:
+                if collector.disk_bytes:
+                    log.info("Calibrating %d layers needs up to %s in %s.", len(layers), human_bytes(collector.disk_bytes), folder)
+                yield collector
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finish(collector: Collector, provenance: dict) -> tuple[Calibrated, str]:
+    path = _temporary_folder() / f"learned_rounding_{os.urandom(6).hex()}{SUFFIX}"
+    size = collector.save(path, provenance)
+    with CalibrationFile(path) as made:
+        calibrated, layers = Calibrated(path, made.mark), len(made.layers)
+    lines = [
+        f"{layers} linear layers, {collector.inputs} different inputs, {collector.tokens} tokens or more of each",
+        f"{human_bytes(size)} in {provenance['keep']} form",
+    ]
+    if collector.kept < 1:
+        lines.append(f"directions are known of at least {collector.kept:.0%} of each input's energy, of the rest the size only")
+    return calibrated, "\n".join(lines)
+
+
+def _hash(*values) -> str:
+    """A mark of prompts or conditioning, from which nobody can read them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            value = value.float().cpu().numpy().tobytes()
+        digest.update(value if isinstance(value, bytes) else str(value).encode())
+    return digest.hexdigest()
+
+
+def calibrate_model(
+    model,
+    conditioning: list[tuple[list, list]],
+    latents: list[dict],
+    *,
+    seed: int,
+    samples: int,
+    keep: str,
+    tokens: int,
+    earlier: Calibrated | None = None,
+    **sampling,
+) -> tuple[Calibrated, list, str]:
+    """Sample with a MODEL as KSampler does and learn what its linear layers are given.
+
+    Args:
+        conditioning: pairs of positive and negative; each is sampled ``samples`` times, with seeds counted up.
+        latents: LATENTs, taken in turns.
+        keep: key of :data:`KEEP`.
+        tokens: looked at in each call of the model.
+        earlier: a calibration to continue.
+        sampling: the other arguments of KSampler, by name.
+
+    Returns:
+        the calibration, the sampled LATENTs, and a summary.
+    """
+    weights = _parts(model)[1]
+    layers = _linear_layers(model, weights, lambda part, layer: f"diffusion_model.{layer}")
+    runs = [(*pair, latents[index % len(latents)]) for index, pair in enumerate(conditioning) for _ in range(samples)]
+    apart = len(runs) >= _RUNS_FOR_HOLDOUT
+    sampled = []
+    with _collecting(model, layers, keep, tokens, seed, earlier) as collector:
+        for index, (positive, negative, latent) in enumerate(runs):
+            hold_out = index % _RUNS_FOR_HOLDOUT == _RUNS_FOR_HOLDOUT - 1 if apart else None
+            with collector.watching(model.model.diffusion_model, hold_out):
+                (result,) = nodes.common_ksampler(
+                    model, seed + index, positive=positive, negative=negative, latent=latent, **sampling
+                )
+            sampled.append(result)
+        provenance = {
+            "kind": "diffusion model",
+            "class": type(model.model).__name__,
+            "prompts": [_hash(*(entry[0] for entry in positive)) for positive, _ in conditioning],
+            "runs": len(runs),
+            "seed": seed,
+            "tokens per call": tokens,
+            "keep": keep,
+            **sampling,
+        }
+        calibrated, summary = _finish(collector, provenance)
+        return calibrated, sampled, summary
+
+
+def calibrate_clip(
+    clip, prompts: list[str], *, keep: str, tokens: int, seed: int, earlier: Calibrated | None = None
+) -> tuple[Calibrated, str]:
+    """Encode ``prompts`` and learn what the linear layers of a CLIP are given; returns the calibration and a summary."""
+    parts = _encoder_parts(clip)
+    model = clip.cond_stage_model
+    layers = _linear_layers(clip.patcher, parts, lambda part, layer: _module_name(model, part, layer))
+    with _collecting(clip.patcher, layers, keep, tokens, seed, earlier) as collector:
+        bar = comfy.utils.ProgressBar(len(prompts))
+        apart = len(prompts) >= _RUNS_FOR_HOLDOUT
+        for index, prompt in enumerate(prompts):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            hold_out = index % _RUNS_FOR_HOLDOUT == _RUNS_FOR_HOLDOUT - 1 if apart else None
+            with collector.watching(model.get_submodule(next(iter(parts))), hold_out):
+                nodes.CLIPTextEncode().encode(clip, prompt)
+            bar.update(1)
+        provenance = {
+            "kind": "text encoder",
+            "class": type(model).__name__,
+            "prompts": [_hash(prompt) for prompt in prompts],
+            "seed": seed,
+            "tokens per call": tokens,
+            "keep": keep,
+        }
+        return _finish(collector, provenance)
+
+
+def pictures(model, latents: list[dict], vae=None) -> torch.Tensor:
+    """What was sampled as an IMAGE (pictures, height, width, 3): decoded, or in the latents' own colours without a VAE."""
+    frames = [_frames(model, latent["samples"], vae) for latent in latents]
+    same = [frame for frame in frames if frame.shape[1:] == frames[0].shape[1:]]
+    return torch.cat(same)
+
+
+def _frames(model, samples, vae) -> torch.Tensor:
+    if vae is not None:
+        return vae.decode(samples).flatten(0, -4)
+    factors = getattr(model.model.latent_format, "latent_rgb_factors", None)
+    if not isinstance(samples, torch.Tensor) or samples.ndim not in (4, 5) or factors is None:
+        return torch.zeros(1, 64, 64, 3)
+    x = model.model.process_latent_in(samples).float().cpu()
+    x = x.movedim(1, -1).flatten(0, -4)  # (pictures, height, width, channels)
+    bias = getattr(model.model.latent_format, "latent_rgb_factors_bias", None)
+    colours = x @ torch.tensor(factors) + (0 if bias is None else torch.tensor(bias))
+    small = ((colours + 1) / 2).clamp(0, 1)
+    return small.repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+
+# Where calibrations are looked for; the first is where they are saved.
+_CALIBRATIONS = "calibrations"
+
+
+def _calibration_folders() -> list[Path]:
+    return [
+        Path(folder_paths.get_output_directory()) / _CALIBRATIONS,
+        Path(folder_paths.models_dir) / _CALIBRATIONS,
+    ]
+
+
+def calibration_files() -> list[str]:
+    """Names of the calibrations a user can choose."""
+    found = {
+        path.relative_to(folder).as_posix()
+        for folder in _calibration_folders()
+        for path in folder.rglob(f"*{SUFFIX}")
+    }
+    return sorted(found)
+
+
+def _calibration_path(name: str) -> Path:
+    for folder in _calibration_folders():
+        path = (folder / name).resolve()
+        if path.is_relative_to(folder.resolve()) and path.is_file():
+            return path
+    raise SourceError(f"There is no calibration '{name}'; refresh the list and choose again.")
+
+
+def calibration_state(name: str) -> tuple[int, int]:
+    """Changes when the chosen calibration does."""
+    return _state(_calibration_path(name))
+
+
+def load_calibration(name: str) -> tuple[Calibrated, str]:
+    """A saved calibration, and what it says of itself."""
+    path = _calibration_path(name)
+    with CalibrationFile(path) as made:
+        lines = [f"{path.name}: {human_bytes(path.stat().st_size)}, {len(made.layers)} linear layers"]
+        lines += [f"{key}: {value}" for key, value in made.provenance.items() if not isinstance(value, list)]
+        return Calibrated(path, made.mark, temporary=False), "\n".join(lines)
+
+
+def save_calibration(calibration: Calibrated, prefix: str) -> Path:
+    """Give a calibration a lasting name in the output folder; never overwrites, never leaves the folder."""
+    folder, stem = _target(_calibration_folders()[0], prefix)
+    return _place(calibration.path, folder, stem, SUFFIX)
 
 
 # ----------------------------------------------------------------------------------------------------------- building
@@ -516,34 +778,39 @@ SAVE_FOLDERS = {
 
 def save(quantized: Quantized, prefix: str, folder: str) -> list[Path]:
     """Give each file of ``quantized`` a lasting name; never overwrites, never leaves the folder."""
-    base = SAVE_FOLDERS[folder](quantized.kind).resolve()
-    prefix = prefix.strip().replace("\\", "/")
-    target = (base / prefix).resolve()
-    if not prefix or prefix.endswith("/") or not target.is_relative_to(base) or target == base:
-        raise OutputError(f"'{prefix}' is no file name inside {base}; give a name, with folders before it if you like.")
+    target, name = _target(SAVE_FOLDERS[folder](quantized.kind), prefix)
     paths = []
     for part, path in quantized.files.items():
-        stem = "_".join(filter(None, (target.name, part, quantized.label)))
-        paths.append(_place(path, target.parent, stem))
+        stem = "_".join(filter(None, (name, part, quantized.label)))
+        paths.append(_place(path, target, stem, ".safetensors"))
     return paths
 
 
-def _place(path: Path, folder: Path, stem: str) -> Path:
+def _target(base: Path, prefix: str) -> tuple[Path, str]:
+    """The folder inside ``base`` and the start of the file name that a user's prefix means."""
+    base, prefix = base.resolve(), prefix.strip().replace("\\", "/")
+    target = (base / prefix).resolve()
+    if not prefix or prefix.endswith("/") or not target.is_relative_to(base) or target == base:
+        raise OutputError(f"'{prefix}' is no file name inside {base}; give a name, with folders before it if you like.")
+    return target.parent, target.name
+
+
+def _place(path: Path, folder: Path, stem: str, suffix: str) -> Path:
     """Link ``path`` into ``folder`` under the first free number, or copy it where links are not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            return _first_free(folder, stem, lambda target: os.link(path, target))
+            return _first_free(folder, stem, suffix, lambda target: os.link(path, target))
         except OSError:
-            return _copy(path, folder, stem)
+            return _copy(path, folder, stem, suffix)
     except OSError as error:
         raise OutputError(f"The model cannot be saved in {folder}: {error.strerror or error}.") from error
 
 
-def _first_free(folder: Path, stem: str, take) -> Path:
+def _first_free(folder: Path, stem: str, suffix: str, take) -> Path:
     """The first numbered name that ``take`` creates without a FileExistsError."""
     for number in itertools.count(1):
-        target = folder / f"{stem}_{number:05}_.safetensors"
+        target = folder / f"{stem}_{number:05}_{suffix}"
         try:
             take(target)
             return target
@@ -551,14 +818,14 @@ def _first_free(folder: Path, stem: str, take) -> Path:
             continue
 
 
-def _copy(path: Path, folder: Path, stem: str) -> Path:
+def _copy(path: Path, folder: Path, stem: str, suffix: str) -> Path:
     partial = folder / f".{stem}.{os.urandom(4).hex()}.partial"
     try:
         with open(path, "rb") as source, open(partial, "xb") as target:
             shutil.copyfileobj(source, target, 1 << 24)
             target.flush()
             os.fsync(target.fileno())
-        claimed = _first_free(folder, stem, lambda target: os.close(os.open(target, os.O_CREAT | os.O_EXCL)))
+        claimed = _first_free(folder, stem, suffix, lambda target: os.close(os.open(target, os.O_CREAT | os.O_EXCL)))
         return partial.replace(claimed)
     finally:
         partial.unlink(missing_ok=True)

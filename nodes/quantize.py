@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..quant_core import Recipe
 from . import host
 from .progress import NodeProgress
-from .schema import QuantizedType, RecipeType, Source, schema
+from .schema import CalibrationType, QuantizedType, RecipeType, Source, schema
 
 __all__ = ["LearnedRoundQuantize"]
 
@@ -29,6 +29,11 @@ class LearnedRoundQuantize(io.ComfyNode):
                 RecipeType.Input(
                     "recipe", optional=True, tooltip="From Configure Quantization; without it FP8 with all defaults."
                 ),
+                CalibrationType.Input(
+                    "calibration",
+                    optional=True,
+                    tooltip="From Calibrate or Load Calibration: rounds for the real inputs of each layer, which halves the error.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model, ready for a sampler."),
@@ -45,10 +50,10 @@ class LearnedRoundQuantize(io.ComfyNode):
         return host.outputs_in_use_of_running_prompt("LearnedRoundingQuantize")
 
     @classmethod
-    def execute(cls, source, recipe=None) -> io.NodeOutput:
+    def execute(cls, source, recipe=None, calibration=None) -> io.NodeOutput:
         wanted = host.outputs_in_use(cls.hidden.dynprompt, cls.hidden.unique_id)
         with NodeProgress(cls.hidden.unique_id) as progress:
-            quantized = host.quantize(source, recipe or Recipe(), progress)
+            quantized = host.quantize(source, recipe or Recipe(), progress, calibration)
             model = host.build_model(source, quantized) if 0 in wanted else None
             clip = host.build_clip(source, quantized) if 1 in wanted else None
         return io.NodeOutput(model, clip, quantized, quantized.report.table())

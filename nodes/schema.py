@@ -5,7 +5,7 @@ from functools import cache
 
 from comfy_api.latest import io
 
-__all__ = ["CATEGORY", "Source", "OptionsType", "RecipeType", "QuantizedType", "schema", "widget"]
+__all__ = ["CATEGORY", "Source", "OptionsType", "RecipeType", "QuantizedType", "CalibrationType", "schema", "widget"]
 
 CATEGORY = "quantization/learned rounding"
 
@@ -13,6 +13,7 @@ Source = io.Custom("LEARNED_ROUNDING_SOURCE")
 OptionsType = io.Custom("LEARNED_ROUNDING_OPTIONS")
 RecipeType = io.Custom("LEARNED_ROUNDING_RECIPE")
 QuantizedType = io.Custom("LEARNED_ROUNDING_QUANTIZED")
+CalibrationType = io.Custom("LEARNED_ROUNDING_CALIBRATION")
 
 # Added to ComfyUI after the oldest release we support; they only refine how a node looks.
 _NEWER = ("advanced", "search_aliases", "essentials_category")

@@ -8,7 +8,7 @@ import torch
 
 from .calibration import Gram, Inputs, dense_gram, mean_vector
 from .checkpoints.dtypes import SOURCE_DTYPES
-from .errors import QuantizationError
+from .errors import QuantizationError, RecipeError
 from .events import CancelCheck
 from .formats import Encoding, QuantizedWeight, make_encoding, rotation_groups
 from .rounding import Method, Quadratic, Rounder, correct_bias, make_objective, synthetic_mean
@@ -33,6 +33,7 @@ def quantize_weight(
     output_weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     mean_input: torch.Tensor | None = None,
+    input_scale: float | None = None,
     rounding: str = "auto",
     seed: int = 0,
     check: CancelCheck | None = None,
@@ -52,6 +53,7 @@ def quantize_weight(
         holdout_gram: the Gram of other inputs, on which the result is judged.
         output_weight: float (out,), how much each output channel counts under ``gram``.
         bias, mean_input: (out,) and (in,), for the bias correction.
+        input_scale: what ComfyUI shall divide the inputs by before it quantizes them; for float8_e4m3fn.
         rounding: key of :data:`~.rounding.ROUNDINGS`.
         seed: of all random draws.
         check: called often; raise in it to cancel.
@@ -76,10 +78,12 @@ def quantize_weight(
         )
         for group in rotation_groups(convrot, matrix.shape[1])
     ]
+    if input_scale is not None and not (encodings[0].static_inputs and 0 < input_scale < float("inf")):
+        raise RecipeError(f"An input scale of {input_scale} has no meaning for {encodings[0]}; leave it out.")
     inputs = Inputs(gram, holdout_gram, mean_input)
     layer = _Layer(matrix, inputs, bias, output_weight, method, seed, check)
     best = min((layer.quantize(encoding) for encoding in encodings), key=_error)
-    return replace(best, shape=shape)
+    return replace(best, shape=shape, input_scale=input_scale)
 
 
 def _error(result: QuantizedWeight) -> float:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from .calibration import Calibration, Inputs
+from .calibration import Calibration, Inputs, input_scale
 from .checkpoints import (
     PROVENANCE_KEY,
     QUANTIZATION_KEY,
@@ -198,6 +198,7 @@ def _run(
                 gram=known.gram,
                 holdout_gram=known.holdout_gram,
                 mean_input=known.mean,
+                input_scale=_input_scale(recipe, known),
                 bias=bias,
                 check=check,
             )
@@ -277,6 +278,12 @@ def _layer_options(recipe: Recipe, known: Inputs, calibration: Calibration | Non
     return method.layer_options
 
 
+def _input_scale(recipe: Recipe, known: Inputs) -> float | None:
+    if known.histogram is None or known.amax is None or not recipe.encoding.static_inputs:
+        return None
+    return input_scale(known.histogram, float(known.amax.max()))
+
+
 def _metadata(
     source: Source, recipe: Recipe, configs: Mapping[str, dict[str, object]], mark: str | None
 ) -> dict[str, str]:
@@ -288,13 +295,17 @@ def _metadata(
     }
 
 
-def _header_bound(source: Source, plan: Plan, recipe: Recipe, metadata: Mapping[str, str]) -> int:
+def _header_bound(
+    source: Source, plan: Plan, recipe: Recipe, calibrated: bool, metadata: Mapping[str, str]
+) -> int:
     """Room for the header whatever becomes of each layer: quantized, or kept after all."""
     tensors = [(name, source.tensors[name]) for name in plan.output_names()]
     for name in plan.names("quantize"):
         layer = name.removesuffix(".weight")
         specs = recipe.encoding.specs(source.tensors[name].shape)
         tensors += [(f"{layer}.{suffix}", TensorInfo(*spec)) for suffix, spec in specs.items()]
+        if calibrated and recipe.encoding.static_inputs:
+            tensors.append((f"{layer}.input_scale", TensorInfo(torch.float32, ())))
         tensors.append((layer + CONFIG_SUFFIX, TensorInfo(torch.uint8, (len(config_bytes(recipe.encoding.config)),))))
     return header_bytes(tensors, metadata)
 
@@ -321,6 +332,7 @@ def quantize_tensors(
     source, sink, emit = TensorSource(tensors, metadata), _DictSink(), on_event or _nothing
     recipe.resolve(calibration is not None)
     plan, device, check = recipe.plan(source), _device(device), check or _nothing
+    _check_calibration(source, calibration)
     report, configs = _run(source, plan, recipe, calibration, sink, device, emit, check)
     emit(RunFinished(report))
     mark = _mark(source, recipe, calibration)
@@ -369,6 +381,7 @@ def quantize_file(
         raise OutputError(f"{destination} is a folder; give a file name.")
     recipe.resolve(calibration is not None)
     plan = recipe.plan(source)
+    _check_calibration(source, calibration)
     mark = _mark(source, recipe, calibration)
     if destination.exists() and not overwrite:
         if not _made_by(destination, mark, origin):
@@ -379,7 +392,8 @@ def quantize_file(
         return _report(source, plan, recipe, calibration, output=str(destination), already_done=True)
     planned = {name.removesuffix(".weight"): recipe.encoding.config for name in plan.names("quantize")}
     with SafetensorsWriter(
-        destination, _header_bound(source, plan, recipe, _metadata(source, recipe, planned, mark))
+        destination,
+        _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark)),
     ) as writer:
         report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
         report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))
@@ -387,6 +401,12 @@ def quantize_file(
     report.output = str(destination)
     emit(RunFinished(report))
     return report
+
+
+def _check_calibration(source: Source, calibration: Calibration | None) -> None:
+    if calibration is not None:
+        weights = ((name, info.shape) for name, info in source.tensors.items() if name.endswith(".weight"))
+        calibration.check({name.removesuffix(".weight"): shape for name, shape in weights})
 
 
 def _mark(source: Source, recipe: Recipe, calibration: Calibration | None) -> str | None:

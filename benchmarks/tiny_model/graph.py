@@ -28,39 +28,51 @@ class TinyGraph(Graph):
     def lora(self, model: list, strength: float = 1.0) -> Node:
         return self.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=strength)
 
-    def quantize(self, source: list, format: str = "float8_e4m3fn", granularity: str = "auto", **options) -> Node:
+    def calibrate(self, model: list, seed: int = 101, steps: int = STEPS, **options) -> Node:
+        """Calibrate with the prompts that were placed."""
+        options = {"samples": 1, "keep": "full", "tokens": 512, "seed": seed, "steps": steps, **self._sampling(), **options}
+        return self.add("LearnedRoundingCalibrate", model=model, **options)
+
+    def quantize(
+        self,
+        source: list,
+        format: str = "float8_e4m3fn",
+        granularity: str = "auto",
+        calibration: list | None = None,
+        **options,
+    ) -> Node:
         chosen = {name: options.pop(name) for name in list(options) if name in (*OPTIONS, "block_size")}
         if chosen:
             options["options"] = self.add("LearnedRoundingOptions", **chosen)[0]
         options = {"preset": "auto", "seed": 0, **options}
         recipe = self.add("LearnedRoundingConfigure", format=format, granularity=granularity, **options)
-        return self.add("LearnedRoundingQuantize", source=source, recipe=recipe[0])
+        known = {"calibration": calibration} if calibration else {}
+        return self.add("LearnedRoundingQuantize", source=source, recipe=recipe[0], **known)
 
     def save(self, quantized: Node, prefix: str, folder: str = "output") -> Node:
         return self.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix=prefix, folder=folder)
 
     def sample(self, model: list, prefix: str, seed: int = 1, steps: int = STEPS) -> None:
         """Sample, decode, and save latent and picture under ``prefix``."""
-        data = self.add("LoadTrainingDataset", folder_name=DATASET)
-        negative = self.add("ConditioningZeroOut", conditioning=data[1])
-        latent = self.add("EmptySD3LatentImage", width=SIZE, height=SIZE, batch_size=1)
-        samples = self.add(
-            "KSampler",
-            model=model,
-            positive=data[1],
-            negative=negative[0],
-            latent_image=latent[0],
-            seed=seed,
-            steps=steps,
-            cfg=CFG,
-            sampler_name="euler",
-            scheduler="simple",
-            denoise=1.0,
-        )
+        samples = self.add("KSampler", model=model, seed=seed, steps=steps, denoise=1.0, **self._sampling())
         vae = self.add("VAELoader", vae_name="taesd3")
         image = self.add("VAEDecode", samples=samples[0], vae=vae[0])
         self.add("SaveLatent", samples=samples[0], filename_prefix=prefix)
         self.add("SaveImage", images=image[0], filename_prefix=prefix)
+
+    def _sampling(self) -> dict:
+        """What KSampler and Calibrate ask for alike."""
+        data = self.add("LoadTrainingDataset", folder_name=DATASET)
+        negative = self.add("ConditioningZeroOut", conditioning=data[1])
+        latent = self.add("EmptySD3LatentImage", width=SIZE, height=SIZE, batch_size=1)
+        return {
+            "positive": data[1],
+            "negative": negative[0],
+            "latent_image": latent[0],
+            "cfg": CFG,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+        }
 
 
 def latents(folder: Path, prefix: str) -> np.ndarray:

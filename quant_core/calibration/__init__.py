@@ -1,15 +1,22 @@
-"""What is known of layers' inputs: Grams, means, and where they are kept."""
+"""What is known of layers' inputs: gathered while a model runs, kept in files, given to the rounding."""
 
-from .gram import Gram, Inputs, LowRankGram, dense_gram, mean_vector
-from .statistics import Calibration, CalibrationFile, LayerInputs
+from .collect import Collector
+from .file import SUFFIX, CalibrationFile
+from .gram import Gram, Inputs, LowRankGram, PackedGram, dense_gram, mean_vector
+from .histogram import input_scale
+from .statistics import Calibration, LayerInputs
 
 __all__ = [
-    "Gram",
-    "Inputs",
-    "LowRankGram",
-    "dense_gram",
-    "mean_vector",
     "Calibration",
     "CalibrationFile",
+    "Collector",
+    "Gram",
+    "Inputs",
     "LayerInputs",
+    "LowRankGram",
+    "PackedGram",
+    "SUFFIX",
+    "dense_gram",
+    "input_scale",
+    "mean_vector",
 ]

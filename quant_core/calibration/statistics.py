@@ -1,18 +1,12 @@
-"""Statistics of many layers' inputs, in memory or in a file."""
+"""What is known of a model's layers, in memory or in a file."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol
 
-from ..checkpoints import SafetensorsFile
-from ..checkpoints.source import fingerprint
-from ..errors import CalibrationError, SourceError
-from .gram import Inputs, LowRankGram
+from ..errors import CalibrationError
+from .gram import Inputs
 
-__all__ = ["Calibration", "LayerInputs", "CalibrationFile"]
-
-_KINDS = ("gram", "holdout_gram", "mean")
+__all__ = ["Calibration", "LayerInputs"]
 
 
 class Calibration(Protocol):
@@ -27,6 +21,9 @@ class Calibration(Protocol):
     def inputs(self, layer: str) -> Inputs | None:
         """Of the layer of that base name (its weight's name without ``.weight``); None for unknown."""
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise :class:`CalibrationError` unless it is of a model with layers of these names and shapes (out, in)."""
+
 
 class LayerInputs:
     """A calibration in memory: layer → :class:`Inputs`."""
@@ -39,44 +36,7 @@ class LayerInputs:
     def inputs(self, layer: str) -> Inputs | None:
         return self._layers.get(layer)
 
-
-class CalibrationFile:
-    """A safetensors file, read layer by layer.
-
-    Of each layer it may hold ``<layer>.gram`` and ``<layer>.holdout_gram``, (in, in) in any float dtype, either of
-    them as ``….factor`` (in, rank) and ``….diagonal`` (in,) instead, and ``<layer>.mean`` (in,). A context.
-
-    Raises:
-        SourceError: the file is missing or is no safetensors file.
-        CalibrationError: it holds no statistics.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self._file = SafetensorsFile(path)
-        if not any(name.endswith((".gram", ".gram.factor")) for name in self._file.tensors):
-            self._file.close()
-            raise CalibrationError(f"{path} holds no Grams of layers, so it is no calibration; choose another file.")
-        self.mark = fingerprint(self._file)
-
-    def inputs(self, layer: str) -> Inputs | None:
-        found = {kind: self._read(f"{layer}.{kind}") for kind in _KINDS}
-        return Inputs(**found) if any(value is not None for value in found.values()) else None
-
-    def _read(self, name: str):
-        tensors = self._file.tensors
-        if name in tensors:
-            return self._file.read(name)
-        parts = [f"{name}.factor", f"{name}.diagonal"]
-        present = [part for part in parts if part in tensors]
-        if not present:
-            return None
-        if present != parts:
-            raise SourceError(f"{self.path}: {present[0]} has no counterpart; the file is damaged.")
-        return LowRankGram(*(self._file.read(part) for part in parts))
-
-    def __enter__(self) -> "CalibrationFile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._file.close()
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for layer in self._layers:
+            if layer not in shapes:
+                raise CalibrationError(f"The calibration knows a layer {layer}, which the model does not have.")

@@ -43,6 +43,11 @@ class Encoding:
             config["full_precision_matrix_mult"] = True
         return config
 
+    @property
+    def static_inputs(self) -> bool:
+        """ComfyUI quantizes the inputs, by a scale that the layer may carry."""
+        return self.format.static_inputs and not self.full_precision_matmul
+
     def tiles(self, shape: tuple[int, int]) -> Tiles:
         """Which parts of a weight of that shape share a scale."""
         return GRANULARITIES[self.granularity](*shape, self.block_size)

@@ -20,6 +20,7 @@ class Format:
         stock_since: oldest ComfyUI release whose stock loaders read it; None: they do not, this pack does.
         full_precision_matmul: the JSON key ``full_precision_matrix_mult`` has an effect.
         note: one sentence for people.
+        static_inputs: a layer may carry an ``input_scale``, by which ComfyUI divides its inputs.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Format:
     stock_since: str | None
     full_precision_matmul: bool
     note: str
+    static_inputs: bool = False
 
 
 _TABLE = (
@@ -38,6 +40,7 @@ _TABLE = (
         stock_since="0.3.75",
         full_precision_matmul=True,
         note="8-bit float, one scale per tensor; runs on FP8 tensor cores from SM 8.9 on, is decoded on older cards",
+        static_inputs=True,
     ),
     Format(
         name="float8_e5m2",

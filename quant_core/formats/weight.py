@@ -53,6 +53,7 @@ class QuantizedWeight:
         rounded: how it was rounded.
         shape: shape of the original weight.
         bias: the corrected bias (out,), in the dtype it came in; None when there was none to correct.
+        input_scale: what ComfyUI divides the layer's inputs by before it quantizes them; None for 1.
     """
 
     codes: torch.Tensor
@@ -61,6 +62,7 @@ class QuantizedWeight:
     rounded: Rounded
     shape: tuple[int, ...]
     bias: torch.Tensor | None = None
+    input_scale: float | None = None
 
     @property
     def format(self) -> Format:
@@ -98,9 +100,11 @@ class QuantizedWeight:
                 f"{layer}: a weight of shape {self.shape} cannot stand quantized in a file, only matrices can."
             )
         bias = {} if self.bias is None else {f"{layer}.bias": self.bias}
+        inputs = {} if self.input_scale is None else {f"{layer}.input_scale": torch.tensor(self.input_scale)}
         return {
             f"{layer}.weight": self.codes,
             f"{layer}.weight_scale": self.scale,
+            **inputs,
             f"{layer}.comfy_quant": config_tensor(self.config),
             **bias,
         }

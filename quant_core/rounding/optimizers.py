@@ -1,5 +1,6 @@
 """The optimizers and learning-rate schedules that gradient rounding can be told to use."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ OPTIMIZERS: Mapping[str, OptimizerChoice] = {
 }
 
 
-class Schedule:
+class Schedule(ABC):
     """Changes the learning rate after each step; depends on what happened so far, never on how many steps will follow."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -64,9 +65,9 @@ class Schedule:
         for group in self._optimizer.param_groups:
             group["lr"] *= factor
 
+    @abstractmethod
     def step(self, improved: bool, since: int) -> None:
         """``improved``: the step gave a new best; ``since``: steps since the best before it, or since the best."""
-        raise NotImplementedError
 
 
 class _Adaptive(Schedule):

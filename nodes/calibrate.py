@@ -1,0 +1,99 @@
+"""Calibrate: sample with the original model, and learn what its layers are given."""
+
+from comfy_api.latest import io, ui
+
+from . import host
+from .calibration_inputs import earlier_input, keep_input, only, tokens_input
+from .schema import CalibrationType, schema, widget
+
+__all__ = ["Calibrate"]
+
+
+class Calibrate(io.ComfyNode):
+    """See the schema."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="LearnedRoundingCalibrate",
+            display_name="Calibrate",
+            description="Sample with the original MODEL as KSampler does and note what its linear layers are given, for calibrated rounding. The MODEL stays as it is.",
+            search_aliases=["calibration", "activations", "gram", "quantize", "learned rounding", "fp8", "int8"],
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The full-precision MODEL that is going to be quantized, with its LoRAs."),
+                io.Conditioning.Input(
+                    "positive", tooltip="Prompts like those the model is meant for: one, or a list of several, which is better."
+                ),
+                io.Conditioning.Input("negative", tooltip="As for KSampler; one for all, or one for each positive."),
+                io.Latent.Input("latent_image", tooltip="As for KSampler; of the size, length and kind you use."),
+                widget(
+                    io.Int,
+                    id="seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Of the noise and of the choice of tokens; each further picture takes the next.",
+                ),
+                widget(io.Int, id="steps", default=20, min=1, max=10000, tooltip="As for KSampler: all of them are learned from."),
+                widget(
+                    io.Float, id="cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="As for KSampler."
+                ),
+                widget(io.Combo, id="sampler_name", options=list(host.samplers), tooltip="As for KSampler."),
+                widget(io.Combo, id="scheduler", options=list(host.schedulers), tooltip="As for KSampler."),
+                widget(
+                    io.Int,
+                    id="samples",
+                    default=1,
+                    min=1,
+                    max=1000,
+                    tooltip="Pictures for each prompt. From four in all on, every fourth is held out to judge the rounding by.",
+                ),
+                keep_input(),
+                tokens_input(512),
+                earlier_input(),
+                io.Vae.Input("vae", optional=True, tooltip="To decode the pictures; without it they have the latents' colours."),
+            ],
+            outputs=[
+                CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
+                io.Image.Output(display_name="pictures", tooltip="What was sampled."),
+                io.String.Output(display_name="summary", tooltip="What was learned, as text."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        samples,
+        keep,
+        tokens,
+        calibration=None,
+        vae=None,
+    ) -> io.NodeOutput:
+        model = only("model", model)
+        made, latents, summary = host.calibrate_model(
+            model,
+            [(each, negative[min(index, len(negative) - 1)]) for index, each in enumerate(positive)],
+            latent_image,
+            seed=only("seed", seed),
+            samples=only("samples", samples),
+            keep=only("keep", keep),
+            tokens=only("tokens", tokens),
+            earlier=only("calibration", calibration),
+            steps=only("steps", steps),
+            cfg=only("cfg", cfg),
+            sampler_name=only("sampler_name", sampler_name),
+            scheduler=only("scheduler", scheduler),
+        )
+        pictures = host.pictures(model, latents, only("vae", vae))
+        return io.NodeOutput(made, pictures, summary, ui=ui.PreviewImage(pictures, cls=cls))

@@ -1,0 +1,58 @@
+"""Calibrate Text Encoder: encode prompts with the original CLIP, and learn what its layers are given."""
+
+from comfy_api.latest import io
+
+from ..quant_core.errors import RecipeError
+from . import host
+from .calibration_inputs import earlier_input, keep_input, tokens_input
+from .schema import CalibrationType, schema, widget
+
+__all__ = ["CalibrateTextEncoder"]
+
+
+class CalibrateTextEncoder(io.ComfyNode):
+    """See the schema."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="LearnedRoundingCalibrateText",
+            display_name="Calibrate Text Encoder",
+            description="Encode prompts with the original CLIP and note what its linear layers are given, for calibrated rounding. The CLIP stays as it is.",
+            search_aliases=["calibration", "activations", "t5", "clip", "quantize", "learned rounding"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The full-precision CLIP that is going to be quantized."),
+                widget(
+                    io.String,
+                    id="prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="Prompts like those you use, one a line. From four on, every fourth is held out to judge the rounding by; a few dozen are enough.",
+                ),
+                keep_input(),
+                widget(
+                    io.Int,
+                    id="seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    control_after_generate=False,
+                    tooltip="Of the choice of tokens.",
+                ),
+                tokens_input(512),
+                earlier_input(),
+            ],
+            outputs=[
+                CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
+                io.String.Output(display_name="summary", tooltip="What was learned, as text."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, prompts, keep, seed, tokens=512, calibration=None) -> io.NodeOutput:
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        if not lines:
+            raise RecipeError("Calibrate Text Encoder has no prompts; write some, one a line.")
+        return io.NodeOutput(
+            *host.calibrate_clip(clip, lines, keep=keep, tokens=tokens, seed=seed, earlier=calibration)
+        )

@@ -1,0 +1,50 @@
+"""Inputs that both calibrating nodes have."""
+
+from comfy_api.latest import io
+
+from ..quant_core.errors import RecipeError
+from . import host
+from .schema import CalibrationType, widget
+
+__all__ = ["earlier_input", "keep_input", "only", "tokens_input"]
+
+
+def keep_input():
+    """How much of the Grams to keep."""
+    return widget(
+        io.Combo,
+        id="keep",
+        options=list(host.KEEP),
+        default="full",
+        tooltip="full: everything, up to in² bytes for each input of a layer, on disk where memory is short; compact: leading directions and the diagonal, a thirtieth of that, and less gain.",
+    )
+
+
+def tokens_input(default: int):
+    """How many tokens are looked at."""
+    return widget(
+        io.Int,
+        id="tokens",
+        default=default,
+        min=16,
+        max=65536,
+        optional=True,
+        advanced=True,
+        tooltip="How many tokens of each call of the model are looked at, drawn with the seed; more is slower and a little better.",
+    )
+
+
+def earlier_input():
+    """A calibration to continue."""
+    return CalibrationType.Input(
+        "calibration", optional=True, tooltip="A calibration of the same architecture to continue with more prompts."
+    )
+
+
+def only(name: str, values):
+    """The one value of an input that takes no list; None when it is not connected."""
+    if values is None:
+        return None
+    if len(values) != 1:
+        raise RecipeError(f"Calibrate takes one {name}, and {len(values)} are connected; connect a single one.")
+    return values[0]

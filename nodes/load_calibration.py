@@ -1,0 +1,41 @@
+"""Load Calibration: a saved calibration, for the model it was made with or another of the same architecture."""
+
+from comfy_api.latest import io, ui
+
+from . import host
+from .schema import CalibrationType, schema, widget
+
+__all__ = ["LoadCalibration"]
+
+
+class LoadCalibration(io.ComfyNode):
+    """See the schema."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="LearnedRoundingLoadCalibration",
+            display_name="Load Calibration",
+            description="Choose a saved calibration. It fits every model whose layers have the same names and shapes.",
+            search_aliases=["calibration", "load", "open"],
+            inputs=[
+                widget(
+                    io.Combo,
+                    id="file",
+                    options=host.calibration_files(),
+                    tooltip="From output/calibrations and models/calibrations (.calib.safetensors).",
+                ),
+            ],
+            outputs=[
+                CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to continue it."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        return (file, *host.calibration_state(file))
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        calibration, text = host.load_calibration(file)
+        return io.NodeOutput(calibration, ui=ui.PreviewText(text))

@@ -1,0 +1,37 @@
+"""Save Calibration: statistics under a lasting name, for other fine-tunes and for the command line."""
+
+from comfy_api.latest import io, ui
+
+from . import host
+from .schema import CalibrationType, schema, widget
+
+__all__ = ["SaveCalibration"]
+
+
+class SaveCalibration(io.ComfyNode):
+    """See the schema."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="LearnedRoundingSaveCalibration",
+            display_name="Save Calibration",
+            description="Keep a calibration as a file in output/calibrations. It serves every fine-tune of the same architecture. Nothing is ever overwritten.",
+            search_aliases=["calibration", "save", "export"],
+            inputs=[
+                CalibrationType.Input("calibration", tooltip="From Calibrate or Calibrate Text Encoder."),
+                widget(
+                    io.String,
+                    id="filename_prefix",
+                    default="calibration",
+                    tooltip="Start of the file name; may hold folders. A number is added.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file; lrq quantize --calibration takes it too.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, calibration, filename_prefix) -> io.NodeOutput:
+        path = str(host.save_calibration(calibration, filename_prefix))
+        return io.NodeOutput(path, ui=ui.PreviewText(path))

@@ -1,0 +1,184 @@
+"""Sums over the inputs of a layer as they come by: a Gram in full or in low rank, and what is kept per channel."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import CalibrationError
+from .gram import Gram, Inputs, LowRankGram, PackedGram, roots
+from .histogram import BINS, histogram
+from .panels import panels
+
+__all__ = ["Accumulator", "FullGram", "SketchedGram"]
+
+
+@contextlib.contextmanager
+def _exact_products(rows: torch.Tensor) -> Iterator[None]:
+    """Let a GPU multiply 16-bit rows on its tensor cores: TF32 holds them without loss and sums in float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or rows.dtype in (torch.bfloat16, torch.float16)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+class FullGram:
+    """H in full, as the running mean of its correlations; ``line`` may lie in memory or in a mapped file."""
+
+    def __init__(self, inner: int, line: torch.Tensor, device: torch.device):
+        self._inner, self._line = inner, line
+        self.square = torch.zeros(inner, dtype=torch.float64, device=device)  # Σx²
+        self._tokens = 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take rows (tokens, in) into account."""
+        device, known = rows.device, self._tokens
+        before = roots(self.square / max(known, 1)).float()
+        values = rows.float()
+        self.square += values.square().sum(dim=0, dtype=torch.float64)
+        self._tokens += len(rows)
+        after = roots(self.square / self._tokens).float()
+        with _exact_products(rows):
+            for start, stop, panel in panels(self._line, self._inner):
+                # C ← (C·r·rᵀ·known + XᵀX) / (tokens·r'·r'ᵀ), a panel at a time
+                mean = panel.to(device, torch.float32).mul_(before[start:, None]).mul_(before[start:stop]).mul_(known)
+                mean.addmm_(values[:, start:].t(), values[:, start:stop])
+                mean.div_(after[start:, None]).div_(after[start:stop]).div_(self._tokens)
+                panel.copy_(mean)
+
+    def start(self, gram: Gram, tokens: int) -> None:
+        """Begin with what an earlier calibration found."""
+        if not isinstance(gram, PackedGram):
+            raise CalibrationError("A calibration kept in low rank cannot be continued in full; keep it in low rank again.")
+        self._line.copy_(gram.panels)
+        self.square.copy_(gram.roots.double().square() * tokens)
+        self._tokens = tokens
+
+    def result(self) -> PackedGram:
+        """H so far."""
+        return PackedGram(self._line, roots(self.square / max(self._tokens, 1)).float().cpu())
+
+    @property
+    def kept(self) -> float:
+        """The share of the inputs' energy tr H that is known with its directions."""
+        return 1.0
+
+
+class SketchedGram:
+    """H in low rank with its exact diagonal: Frequent Directions (arXiv 1501.01711) while the inputs stream by.
+
+    The sketch S (rank, in) keeps the leading directions; what each step cuts off is lowered evenly, and the exact
+    diagonal takes up what the sketch has lost.
+    """
+
+    def __init__(self, inner: int, rank: int, device: torch.device):
+        self._rank = min(rank, inner)
+        self._sketch = torch.zeros(0, inner, device=device)
+        self.square = torch.zeros(inner, dtype=torch.float64, device=device)
+        self._tokens = 0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take rows (tokens, in) into account."""
+        values = rows.float()
+        self.square += values.square().sum(dim=0, dtype=torch.float64)
+        self._tokens += len(rows)
+        stacked = torch.cat([self._sketch, values])
+        if len(stacked) > self._rank:
+            energies, vectors = torch.linalg.eigh((stacked @ stacked.t()).double())  # ascending
+            cut = energies[-self._rank - 1].clamp_min(0)
+            energies, vectors = energies[-self._rank :], vectors[:, -self._rank :]
+            shrunk = ((energies - cut).clamp_min(0) / energies.clamp_min(1e-300)).sqrt()
+            stacked = (vectors * shrunk).t().float() @ stacked
+        self._sketch = stacked
+
+    def start(self, gram: Gram, tokens: int) -> None:
+        """Begin with what an earlier calibration found."""
+        if not isinstance(gram, LowRankGram):
+            raise CalibrationError("A full calibration cannot be continued in low rank; keep it in full again.")
+        factor = gram.factor.double()
+        self.square.copy_((factor.square().sum(dim=1) + gram.diagonal.double()) * tokens)
+        self._sketch, self._tokens = (factor.t() * math.sqrt(tokens)).to(self._sketch), tokens
+
+    def result(self) -> LowRankGram:
+        """H so far."""
+        tokens = max(self._tokens, 1)
+        factor = (self._sketch.t() / math.sqrt(tokens)).contiguous()
+        rest = self.square / tokens - factor.double().square().sum(dim=1)
+        return LowRankGram(factor.cpu(), rest.clamp_min(0).float().cpu())
+
+    @property
+    def kept(self) -> float:
+        """The share of the inputs' energy tr H that is known with its directions."""
+        total = float(self.square.sum())
+        return float(self._sketch.double().square().sum()) / total if total else 1.0
+
+
+class Accumulator:
+    """Statistics of one input of ``inner`` channels.
+
+    Args:
+        gram: what becomes of the Gram.
+        held: where rows held out from it are kept, (rows, in), any float dtype and device.
+        device: where the arithmetic runs.
+    """
+
+    def __init__(self, gram: FullGram | SketchedGram, inner: int, held: torch.Tensor, device: torch.device):
+        self.gram, self.inner = gram, inner
+        self.tokens = self.held_tokens = 0
+        self._held = held
+        self._amax = torch.zeros(inner, device=device)
+        self._sum = torch.zeros(inner, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(BINS, dtype=torch.float64, device=device)
+
+    def see(self, x: torch.Tensor) -> None:
+        """Note the largest magnitudes of inputs (tokens, in), sampled or not."""
+        low, high = torch.aminmax(x, dim=0)
+        torch.maximum(self._amax, torch.maximum(-low, high).to(self._amax), out=self._amax)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take rows (tokens, in) into account."""
+        if not len(rows):
+            return
+        self.gram.add(rows)
+        self._sum += rows.sum(dim=0, dtype=torch.float64)
+        self._counts += histogram(rows)
+        self.tokens += len(rows)
+
+    def hold_out(self, rows: torch.Tensor, generator: torch.Generator) -> None:
+        """Keep a fair sample (reservoir sampling) of all the rows (tokens, in) ever given to this method."""
+        size, seen = len(self._held), torch.arange(len(rows)) + self.held_tokens
+        drawn = (torch.rand(len(rows), generator=generator, dtype=torch.float64) * (seen + 1)).long()
+        places = torch.where(seen < size, seen, drawn).tolist()
+        chosen = {place: row for row, place in enumerate(places) if place < size}  # of two for one place the later
+        taken = rows[torch.tensor(list(chosen.values()), dtype=torch.long).to(rows.device)]
+        self._held[torch.tensor(list(chosen), dtype=torch.long).to(self._held.device)] = taken.to(self._held)
+        self.held_tokens += len(rows)
+
+    def start(self, known: Inputs, tokens: int, held_tokens: int) -> None:
+        """Begin with what an earlier calibration found.
+
+        Raises:
+            CalibrationError: it keeps its Grams in another way, or lacks something.
+        """
+        if any(part is None for part in (known.gram, known.mean, known.amax, known.histogram)):
+            raise CalibrationError("This calibration holds Grams only, so it cannot be continued.")
+        self.gram.start(known.gram, tokens)
+        self.tokens = tokens
+        self._sum.copy_(known.mean.double() * tokens)
+        self._amax.copy_(known.amax)
+        self._counts.copy_(known.histogram)
+        if known.holdout_gram is not None:
+            rows = known.holdout_gram.factor.t() * math.sqrt(known.holdout_gram.factor.shape[1])
+            count = min(len(rows), len(self._held))
+            self._held[:count] = rows[:count].to(self._held)
+            self.held_tokens = held_tokens if count == len(self._held) else count  # no more than there is room for
+
+    def result(self) -> Inputs:
+        """All statistics so far, channels on the CPU."""
+        rows = self._held[: self.held_tokens]
+        held_out = LowRankGram(rows.t().cpu() / math.sqrt(len(rows)), torch.zeros(self.inner)) if len(rows) else None
+        mean = (self._sum / max(self.tokens, 1)).float().cpu()
+        return Inputs(self.gram.result(), held_out, mean, self._amax.cpu(), self._counts.cpu())
