@@ -8,9 +8,13 @@ from learned_rounding.tests.nodes.probing import in_process
 BOUNDS = {"float8_e4m3fn": 0.6, "int8_tensorwise": 0.3, "int8 convrot": 0.3, "int8_blockwise": 0.3}
 
 
-def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path):
+@pytest.fixture(autouse=True)
+def _small_encoders(host):
     if host.version == "0.3.75":
         pytest.skip("ComfyUI 0.3.75 recognises only T5 encoders of full width, and loads no quantized ones")
+
+
+def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path):
     found = in_process(host, tmp_path, "text_encoder")
     for format, bound in BOUNDS.items():
         result = found[format]
@@ -20,3 +24,10 @@ def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path):
         assert result["copied"] and result["leftovers"] == []
         assert result["incoming_unchanged"] and result["incoming_layers"] == 0
         assert result["saved"].startswith("clip/t5_t5xxl_")
+
+
+def test_a_t5_is_calibrated_with_prompts(host, tmp_path):
+    found = in_process(host, tmp_path, "calibrated_text_encoder")
+    assert found["layers"] == 24 * 7 and found["inputs"] == 24 * 4  # q, k, v share one, and wi_0 with wi_1
+    assert found["unchanged"] and found["hooks"] == 0
+    assert found["error"]["auto"] < 0.8 * found["error"]["nearest"]

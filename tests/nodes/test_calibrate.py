@@ -1,0 +1,179 @@
+"""Calibrate in the graph: real sampling, real hooks, and the rounding that follows."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from learned_rounding.benchmarks.tiny_model.evaluate import merge_lora
+from learned_rounding.benchmarks.tiny_model.graph import LORA, MODEL, latents, pictures, psnr
+from learned_rounding.benchmarks.tiny_model.place import read_conditioning
+from learned_rounding.hosts import HostError, HostInterrupted
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.calibration import CalibrationFile
+from learned_rounding.quant_core.checkpoints import verify_file
+from learned_rounding.tests.nodes.probing import ProbedGraph, text
+from learned_rounding.tests.nodes.test_graph import saved_path, unique
+
+
+def temporary(comfy):
+    folder = comfy.base / "temp"
+    return {path.name for path in folder.glob("learned_rounding*")} if folder.exists() else set()
+
+
+def saved_calibration(graph, calibration, name):
+    return graph.add("LearnedRoundingSaveCalibration", calibration=calibration[0], filename_prefix=name)
+
+
+def error(folder, full, other):
+    """Root of the mean squared error of what was sampled."""
+    return float(np.sqrt(np.mean((latents(folder, full) - latents(folder, other)) ** 2)))
+
+
+def test_calibrate_quantize_and_sample_in_one_graph(comfy, request):
+    graph, name = ProbedGraph(), unique(request)
+    model = graph.load()
+    graph.sample(model[0], f"{name}-before")
+    calibration = graph.calibrate(model[0], samples=4)
+    shown = graph.add("PreviewAny", source=calibration[2])
+    for rounding in ("nearest", "auto"):
+        known = {"calibration": calibration[0]} if rounding == "auto" else {}
+        quantized = graph.quantize(model[0], rounding=rounding, **known)
+        graph.sample(quantized[0], f"{name}-{rounding}", seed=7)
+        report = graph.add("PreviewAny", source=quantized[3])
+    graph.sample(model[0], f"{name}-full", seed=7)
+    result = comfy.queue(graph)
+
+    after = ProbedGraph()
+    after.sample(after.load()[0], f"{name}-after", steps=19)  # other steps, so that it is really sampled again
+    comfy.queue(after)
+    again = ProbedGraph(after)
+    again.sample(again.load()[0], f"{name}-again")
+    comfy.queue(again)
+    folder = comfy.output_dir
+    assert np.array_equal(latents(folder, f"{name}-before"), latents(folder, f"{name}-again"))  # hooks leave no trace
+    assert error(folder, f"{name}-full", f"{name}-auto") < 0.75 * error(folder, f"{name}-full", f"{name}-nearest")
+    assert "rounding calibrated" in text(result, report) and "output error" in text(result, report)
+    assert "different inputs" in text(result, shown)
+    drawn = result.outputs[calibration.id]["images"]
+    assert len(drawn) == 2 * 4  # prompts × samples
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(pictures(folder, f"{name}-auto"), pictures(folder, f"{name}-nearest"))
+
+
+@pytest.mark.parametrize("keep", ["full", "compact"])
+def test_a_saved_calibration_serves_the_graph_and_the_command_line_alike(comfy, request, keep, tmp_path):
+    name, recipe = unique(request), Recipe(format="int8_tensorwise", convrot=True)
+    graph = ProbedGraph()
+    model = graph.load()
+    calibration = graph.calibrate(model[0], keep=keep, samples=2, seed=201)
+    saved = saved_calibration(graph, calibration, name)
+    path = saved_path(comfy.queue(graph), saved)
+    assert path.is_relative_to(comfy.output_dir / "calibrations")
+    with CalibrationFile(path) as known:
+        assert known.provenance["runs"] == 4 and known.provenance["keep"] == keep
+        assert known.provenance["steps"] == 20 and len(known.provenance["prompts"]) == 2
+        assert min(known.tokens(layer)[0] for layer in known.layers) > 0 and len(known.layers) > 30
+        quantize_file(comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "q", recipe, calibration=known, device="cpu")
+    assert not verify_file(tmp_path / "q").problems
+    again = ProbedGraph()
+    loaded = again.add("LearnedRoundingLoadCalibration", file=path.name)
+    source = again.source()
+    made = again.save(again.quantize(source[0], "int8_tensorwise", convrot="on", calibration=loaded[0]), name)
+    assert saved_path(comfy.queue(again), made).read_bytes() == (tmp_path / "q").read_bytes()
+
+
+def test_interrupted_while_capturing(comfy, request):
+    name, before = unique(request), temporary(comfy)
+    plain = ProbedGraph()
+    plain.sample(plain.load()[0], f"{name}-before", seed=11)
+    comfy.queue(plain)
+    graph = ProbedGraph()
+    calibration = graph.calibrate(graph.load()[0], seed=301, samples=50)
+    saved_calibration(graph, calibration, name)
+
+    def stop(event):
+        if event.type == "progress":
+            comfy.interrupt()
+
+    with pytest.raises(HostInterrupted):
+        comfy.queue(graph, on_event=stop)
+    assert temporary(comfy) <= before and not list((comfy.output_dir / "calibrations").glob(f"{name}*"))
+    plain = ProbedGraph()
+    model = plain.load()
+    plain.sample(model[0], f"{name}-other", seed=12)
+    plain.sample(model[0], f"{name}-after", seed=11)
+    comfy.queue(plain)
+    assert np.array_equal(latents(comfy.output_dir, f"{name}-before"), latents(comfy.output_dir, f"{name}-after"))
+
+
+def test_two_calibrations_and_one_that_continues(comfy, request):
+    name, graph = unique(request), ProbedGraph()
+    model = graph.load()
+    first = graph.calibrate(model[0], seed=401)
+    second = graph.calibrate(model[0], seed=402)
+    both = graph.calibrate(model[0], seed=402, calibration=first[0])
+    nodes = [saved_calibration(graph, calibration, f"{name}-{number}") for number, calibration in enumerate((first, second, both))]
+    result = comfy.queue(graph)
+    tokens = []
+    for node in nodes:
+        with CalibrationFile(saved_path(result, node)) as known:
+            tokens.append(sum(known.tokens(next(iter(known.layers)))))
+    assert tokens[0] == tokens[1] and tokens[2] == 2 * tokens[0]
+
+
+def test_a_lora_is_calibrated_with_the_model(comfy, request):
+    name, graph = unique(request), ProbedGraph()
+    model = graph.load()
+    patched = graph.lora(model[0])
+    found = {}
+    for kind, node in (("plain", model), ("lora", patched)):
+        found[kind] = saved_calibration(graph, graph.calibrate(node[0], seed=501), f"{name}-{kind}")
+    quantized = graph.quantize(patched[0], calibration=graph.calibrate(patched[0], seed=501)[0])
+    graph.sample(patched[0], f"{name}-full", seed=7)
+    graph.sample(quantized[0], f"{name}-quantized", seed=7)
+    result = comfy.queue(graph)
+    grams = {}
+    for kind, node in found.items():
+        with CalibrationFile(saved_path(result, node)) as known:
+            grams[kind] = known.inputs("joint_blocks.2.x_block.mlp.fc1").gram
+    assert not torch.equal(grams["plain"].panels, grams["lora"].panels)
+    full, ours = (pictures(comfy.output_dir, f"{name}-{kind}") for kind in ("full", "quantized"))
+    assert psnr(full, ours) > 38
+
+
+def test_a_calibration_serves_a_fine_tune_and_no_other_architecture(comfy, request, slow_source):
+    name, models = unique(request), comfy.models_dir / "diffusion_models"
+    tuned = merge_lora(
+        {key: tensor.float() for key, tensor in load_file(models / MODEL).items()},
+        load_file(comfy.models_dir / "loras" / LORA),
+    )
+    save_file({key: tensor.to(torch.bfloat16).contiguous() for key, tensor in tuned.items()}, models / f"{name}.safetensors")
+    graph = ProbedGraph()
+    calibration = graph.calibrate(graph.load()[0], samples=4, seed=601)
+    fine_tune = graph.load(f"{name}.safetensors")
+    graph.sample(fine_tune[0], f"{name}-full", seed=7)
+    for rounding, known in (("nearest", None), ("auto", calibration[0])):
+        graph.sample(graph.quantize(fine_tune[0], rounding=rounding, calibration=known)[0], f"{name}-{rounding}", seed=7)
+    comfy.queue(graph)
+    folder = comfy.output_dir
+    assert error(folder, f"{name}-full", f"{name}-auto") < 0.85 * error(folder, f"{name}-full", f"{name}-nearest")
+    other = ProbedGraph()
+    calibration = other.calibrate(other.load()[0], samples=4, seed=601)
+    other.save(other.quantize(other.source(slow_source)[0], calibration=calibration[0]), name)
+    with pytest.raises(HostError, match="made for another architecture: the model has no layer"):
+        comfy.queue(other)
+
+
+def test_what_cannot_be_calibrated_says_why(comfy):
+    graph = ProbedGraph()
+    model = graph.load()
+    quantized = graph.quantize(model[0])
+    graph.add("PreviewAny", source=graph.calibrate(quantized[0], seed=801)[2])
+    with pytest.raises(HostError, match="quantized already"):
+        comfy.queue(graph)
+    graph = ProbedGraph()
+    full = graph.calibrate(graph.load()[0], seed=802)
+    graph.add("PreviewAny", source=graph.calibrate(graph.load()[0], seed=803, keep="compact", calibration=full[0])[2])
+    with pytest.raises(HostError, match="keep it in full"):
+        comfy.queue(graph)
