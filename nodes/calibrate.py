@@ -17,7 +17,8 @@ class Calibrate(io.ComfyNode):
         return schema(
             node_id="LearnedRoundingCalibrate",
             display_name="Calibrate",
-            description="Sample with the original MODEL as KSampler does and note what its linear layers are given, for calibrated rounding. The MODEL stays as it is.",
+            description="Sample with the original MODEL as KSampler does and note what its linear layers are given, "
+            "for calibrated rounding. The MODEL stays as it is.",
             search_aliases=["calibration", "activations", "gram", "quantize", "learned rounding", "fp8", "int8"],
             is_input_list=True,
             inputs=[

@@ -16,7 +16,8 @@ def keep_input():
         id="keep",
         options=list(host.KEEP),
         default="full",
-        tooltip="full: everything, up to in² bytes for each input of a layer, on disk where memory is short; compact: leading directions and the diagonal, a thirtieth of that, and less gain.",
+        tooltip="full: everything, up to in² bytes for each input of a layer, on disk where memory is short; "
+        "compact: leading directions and the diagonal, a thirtieth of that, and less gain.",
     )
 
 

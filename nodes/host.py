@@ -24,10 +24,11 @@ import comfy.samplers
 import comfy.sd
 import comfy.utils
 import folder_paths
-import nodes
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
+
+import nodes
 
 from ..quant_core import Recipe, Report, quantize_file
 from ..quant_core.calibration import SUFFIX, CalibrationFile, Collector

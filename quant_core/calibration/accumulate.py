@@ -26,40 +26,57 @@ def _exact_products(rows: torch.Tensor) -> Iterator[None]:
 
 
 class FullGram:
-    """H in full, as the running mean of its correlations; ``line`` may lie in memory or in a mapped file."""
+    """H in full. A float32 ``line`` holds sums; a float16 one, in a mapped file mostly, the running mean of correlations."""
 
     def __init__(self, inner: int, line: torch.Tensor, device: torch.device):
         self._inner, self._line = inner, line
+        self._sums = line.dtype is torch.float32
         self.square = torch.zeros(inner, dtype=torch.float64, device=device)  # Σx²
         self._tokens = 0
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows (tokens, in) into account."""
-        device, known = rows.device, self._tokens
-        before = roots(self.square / max(known, 1)).float()
+        known, before = self._tokens, self._roots().float()
         values = rows.float()
         self.square += values.square().sum(dim=0, dtype=torch.float64)
         self._tokens += len(rows)
-        after = roots(self.square / self._tokens).float()
+        after = self._roots().float()
         with _exact_products(rows):
             for start, stop, panel in panels(self._line, self._inner):
-                # C ← (C·r·rᵀ·known + XᵀX) / (tokens·r'·r'ᵀ), a panel at a time
-                mean = panel.to(device, torch.float32).mul_(before[start:, None]).mul_(before[start:stop]).mul_(known)
-                mean.addmm_(values[:, start:].t(), values[:, start:stop])
-                mean.div_(after[start:, None]).div_(after[start:stop]).div_(self._tokens)
+                left, right = values[:, start:].t(), values[:, start:stop]
+                if self._sums:
+                    panel.addmm_(left, right)
+                    continue
+                # C ← (C·r·rᵀ·known + XᵀX) / (tokens·r'·r'ᵀ); converted on the device, which is faster at it
+                mean = panel.to(rows.device).float().mul_(before[start:, None]).mul_(before[start:stop] * known)
+                mean.addmm_(left, right).div_(after[start:, None]).div_(after[start:stop] * self._tokens)
                 panel.copy_(mean)
+
+    def _roots(self) -> torch.Tensor:
+        return roots(self.square / max(self._tokens, 1))
 
     def start(self, gram: Gram, tokens: int) -> None:
         """Begin with what an earlier calibration found."""
         if not isinstance(gram, PackedGram):
             raise CalibrationError("A calibration kept in low rank cannot be continued in full; keep it in low rank again.")
-        self._line.copy_(gram.panels)
         self.square.copy_(gram.roots.double().square() * tokens)
         self._tokens = tokens
+        self._line.copy_(gram.panels)
+        if self._sums:
+            self._scale(self._line, gram.roots.to(self._line) * tokens**0.5)
+
+    def _scale(self, line: torch.Tensor, factors: torch.Tensor) -> None:
+        for start, stop, panel in panels(line, self._inner):
+            panel.mul_(factors[start:, None]).mul_(factors[start:stop])
 
     def result(self) -> PackedGram:
         """H so far."""
-        return PackedGram(self._line, roots(self.square / max(self._tokens, 1)).float().cpu())
+        line = self._line
+        if self._sums:
+            line = line.clone()
+            self._scale(line, (self._roots() * max(self._tokens, 1) ** 0.5).reciprocal().to(line))
+            line = line.half()
+        return PackedGram(line, self._roots().float().cpu())
 
     @property
     def kept(self) -> float:

@@ -20,9 +20,8 @@ def magnitudes(device: torch.device | str = "cpu") -> torch.Tensor:
 
 def histogram(values: torch.Tensor) -> torch.Tensor:
     """Counts of |values|, float64 (bins,), on their device."""
-    bins = ((values.abs().float().log2() - _LOWEST) * _PER_OCTAVE).nan_to_num_(BINS - 1).clamp_(0, BINS - 1).long().flatten()
-    counts = torch.zeros(BINS, dtype=torch.float64, device=values.device)
-    return counts.index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))  # bincount would wait for the GPU
+    exponents = values.abs().float().log2_().nan_to_num_(_HIGHEST).clamp_(_LOWEST, _HIGHEST)
+    return torch.histc(exponents, BINS, _LOWEST, _HIGHEST).double()
 
 
 def input_scale(counts: torch.Tensor, amax: float) -> float | None:

@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 
 from learned_rounding.benchmarks.tiny_model.evaluate import merge_lora
 from learned_rounding.benchmarks.tiny_model.graph import LORA, MODEL, latents, pictures, psnr
-from learned_rounding.benchmarks.tiny_model.place import read_conditioning
 from learned_rounding.hosts import HostError, HostInterrupted
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import CalibrationFile

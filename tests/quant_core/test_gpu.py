@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize_weight
+from learned_rounding.quant_core.calibration import CalibrationFile, Collector, collect, dense_gram
+from learned_rounding.quant_core.calibration.accumulate import SketchedGram
 from learned_rounding.quant_core.checkpoints import SafetensorsFile, SafetensorsWriter, header_bytes, verify_file
 from learned_rounding.quant_core.checkpoints.source import TensorSource
 from learned_rounding.quant_core.formats import make_encoding
@@ -164,3 +166,38 @@ def test_too_little_memory_changes_the_place_and_not_the_result(capped, caplog):
         assert made.rounded.gain == pytest.approx(roomy.rounded.gain, rel=0.01)
     assert all("too little free memory" in line for lines in places for line in lines)
     assert len(places[1]) == 3  # one part, 4, 16, and then the CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("device_bytes", [1 << 30, 0], ids=["on the device", "in files"])
+def test_grams_are_gathered_as_on_a_cpu(tmp_path, monkeypatch, dtype, device_bytes):
+    monkeypatch.setattr(collect, "ROTATION", 1)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2500, 300), torch.nn.GELU(), torch.nn.Linear(300, 40)).to("cuda", dtype)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    batches = [torch.randn(3, 100, 2500, device="cuda").mul(torch.rand(2500, device="cuda")).to(dtype) for _ in range(4)]
+    path = tmp_path / "c"
+    with Collector(layers, tmp_path, device=torch.device("cuda"), device_bytes=device_bytes) as collector:
+        for index, x in enumerate(batches):
+            with collector.watching(model, hold_out=index == 3), torch.inference_mode():
+                model(x)
+        collector.save(path, {})
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with CalibrationFile(path) as found:
+        for known, held_out in ((found.inputs("0").gram, False), (found.inputs("0").holdout_gram, True)):
+            rows = torch.cat(batches[3:] if held_out else batches[:3]).flatten(0, 1).double()
+            expected = rows.t() @ rows / len(rows)
+            made = dense_gram(known, 2500, torch.device("cuda")).double()
+            assert (made - expected).norm() / expected.norm() < (3e-3 if held_out else 1e-3)
+        assert found.inputs("0").amax.equal(torch.cat(batches).abs().amax((0, 1)).float().cpu())
+
+
+def test_low_rank_grams_on_the_gpu_are_those_of_the_cpu():
+    rows = torch.randn(800, 256, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 256)
+    made = []
+    for device in ("cpu", "cuda"):
+        sketch = SketchedGram(256, 16, torch.device(device))
+        for part in rows.to(device).split(200):
+            sketch.add(part)
+        made.append(dense_gram(sketch.result(), 256, torch.device("cpu")))
+    assert (made[0] - made[1]).norm() / made[0].norm() < 1e-4

@@ -1,0 +1,210 @@
+"""A transformer of Flux.1's shapes with random weights: what capturing costs, and how long calibrated rounding takes.
+
+``capture`` runs blocks of linear layers, attention and activation as the model's own are, on random tokens, with and
+without a :class:`Collector`; its Grams lie on the device or in files. The two take turns; median seconds a call.
+``rounding`` quantizes every layer of the whole model, one after the other, each with a packed Gram of its true size;
+reading the Gram from the disk is not in it.
+"""
+
+import itertools
+import statistics
+import tempfile
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from learned_rounding.benchmarks.harness import arguments, finish
+from learned_rounding.quant_core import quantize_weight
+from learned_rounding.quant_core.calibration import Collector, PackedGram
+from learned_rounding.quant_core.calibration.accumulate import FullGram
+from learned_rounding.quant_core.calibration.panels import packed_size
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DOUBLE, SINGLE = 19, 38  # blocks of Flux.1
+CASES = (
+    ("float8_e4m3fn", "tensor", None),
+    ("int8_tensorwise", "row", None),
+    ("int8_tensorwise", "row", True),
+)
+
+
+class _Mlp(nn.Sequential):
+    def __init__(self, width: int):
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+
+def _attention(qkv: torch.Tensor) -> torch.Tensor:
+    heads = [part.unflatten(-1, (-1, 64 if qkv.shape[-1] < 3 * 128 else 128)).transpose(1, 2) for part in qkv.chunk(3, dim=-1)]
+    return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+class _Double(nn.Module):
+    """Two streams, each with its own linear layers, attending together."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+        self.proj = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.mlp = nn.ModuleList(_Mlp(width) for _ in range(2))
+
+    def forward(self, streams: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        lengths = [x.shape[1] for x in streams]
+        normed = [functional.layer_norm(x, x.shape[-1:]) for x in streams]
+        seen = _attention(torch.cat([qkv(x) for qkv, x in zip(self.qkv, normed, strict=True)], dim=1)).split(lengths, dim=1)
+        streams = [x + proj(y) for x, proj, y in zip(streams, self.proj, seen, strict=True)]
+        return tuple(x + mlp(functional.layer_norm(x, x.shape[-1:])) for x, mlp in zip(streams, self.mlp, strict=True))
+
+
+class _Single(nn.Module):
+    """One stream; attention and MLP beside each other."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.linear1 = nn.Linear(width, 7 * width)
+        self.linear2 = nn.Linear(5 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv, mlp = self.linear1(functional.layer_norm(x, x.shape[-1:])).split([3 * self.width, 4 * self.width], dim=-1)
+        return x + self.linear2(torch.cat([_attention(qkv), functional.gelu(mlp, approximate="tanh")], dim=-1))
+
+
+class Transformer(nn.Module):
+    """Blocks of Flux.1's shapes."""
+
+    def __init__(self, width: int, double: int, single: int):
+        super().__init__()
+        self.double_blocks = nn.ModuleList(_Double(width) for _ in range(double))
+        self.single_blocks = nn.ModuleList(_Single(width) for _ in range(single))
+
+    def forward(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        streams = (text, image)
+        for block in self.double_blocks:
+            streams = block(streams)
+        x = torch.cat(streams, dim=1)
+        for block in self.single_blocks:
+            x = block(x)
+        return x
+
+
+def _seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def capture(args) -> list[dict]:
+    width, tokens, blocks = (128, 128, (1, 2)) if args.quick else (3072, 4096, (args.blocks, 2 * args.blocks))
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = Transformer(width, *blocks).to(torch.bfloat16).requires_grad_(False)
+    text, image = (torch.randn(1, count, width, device=DEVICE, dtype=torch.bfloat16) for count in (tokens // 8, tokens))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    rows = []
+    for place, device_bytes in (("device", 1 << 40), ("files", 0)):
+        for rank in (None, 32) if place == "device" else (None,):
+            options = {"device": DEVICE, "device_bytes": device_bytes, "rank": rank}
+            with tempfile.TemporaryDirectory() as folder, Collector(layers, folder, **options) as collector:
+
+                def watched(collector=collector):
+                    with collector.watching(model):
+                        model(text, image)
+
+                for call in (lambda: model(text, image), watched, watched):
+                    _seconds(call)  # warm up; the first also makes the files
+                plain, ours = zip(
+                    *((_seconds(lambda: model(text, image)), _seconds(watched)) for _ in range(args.calls)), strict=True
+                )
+                plain, ours = statistics.median(plain), statistics.mean(ours)  # Grams in files take turns of eight calls
+                rows.append(
+                    {
+                        "section": "capture",
+                        "Grams": "low rank" if rank else f"on the {place}" if place == "device" else "in files",
+                        "blocks": f"{blocks[0]} + {blocks[1]}",
+                        "plain s": plain,
+                        "captured s": ours,
+                        "ratio": ours / plain,
+                        "disk GB": collector.disk_bytes / 1e9,
+                    }
+                )
+    return rows
+
+
+def _layers(width: int, double: int, single: int):
+    for block in range(double):
+        for stream in range(2):
+            yield from (
+                (f"double.{block}.{stream}.{name}", shape)
+                for name, shape in (
+                    ("qkv", (3 * width, width)),
+                    ("proj", (width, width)),
+                    ("mlp.0", (4 * width, width)),
+                    ("mlp.2", (width, 4 * width)),
+                )
+            )
+    for block in range(single):
+        yield f"single.{block}.linear1", (7 * width, width)
+        yield f"single.{block}.linear2", (width, 5 * width)
+
+
+def _gram(inner: int) -> PackedGram:
+    """Of random inputs with a falling spectrum; packed, on the device."""
+    generator = torch.Generator(DEVICE).manual_seed(inner)
+    gram = FullGram(inner, torch.zeros(packed_size(inner), dtype=torch.float16, device=DEVICE), DEVICE)
+    scale = torch.rand(inner, generator=generator, device=DEVICE) + 0.1
+    mix = torch.randn(inner // 8, inner, generator=generator, device=DEVICE) / inner**0.5
+    for _ in range(4):
+        x = torch.randn(inner, inner // 8, generator=generator, device=DEVICE) @ mix
+        gram.add((x + 0.3 * torch.randn(inner, inner, generator=generator, device=DEVICE)) * scale)
+    return gram.result()
+
+
+def rounding(args) -> list[dict]:
+    width, double, single = (128, 1, 2) if args.quick else (3072, DOUBLE, SINGLE)
+    shapes = list(_layers(width, double, single))
+    grams = {inner: _gram(inner) for inner in {shape[1] for _, shape in shapes}}
+    weights = {
+        shape: (0.02 * torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)).bfloat16()
+        for shape in {shape for _, shape in shapes}
+    }
+    rows = []
+    for format, granularity, convrot in CASES:
+
+        def one(shape, format=format, granularity=granularity, convrot=convrot):
+            quantize_weight(
+                weights[shape], format, granularity=granularity, convrot=convrot, gram=grams[shape[1]], rounding="calibrated"
+            )
+
+        for shape in weights:
+            _seconds(lambda shape=shape: one(shape))
+        taken = [(name, shape, _seconds(lambda shape=shape: one(shape))) for name, shape in shapes]
+        rows.append(
+            {
+                "section": "rounding",
+                "format": format,
+                "per": granularity + (", rotated" if convrot else ""),
+                "layers": len(shapes),
+                "weights GB": sum(out * inner for _, (out, inner) in shapes) * 2 / 1e9,
+                "seconds": sum(seconds for *_, seconds in taken),
+                "slowest": max(seconds for *_, seconds in taken),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    args = arguments(
+        __doc__.splitlines()[0],
+        ("--blocks", {"type": int, "default": 2, "help": "double blocks of the capture section, and twice as many single ones"}),
+        ("--calls", {"type": int, "default": 16, "help": "calls of the capture section (default: 16, two turns of files)"}),
+    )
+    with torch.no_grad():
+        finish(args, list(itertools.chain(capture(args), rounding(args))))
+
+
+if __name__ == "__main__":
+    main()
