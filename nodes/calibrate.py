@@ -52,7 +52,7 @@ class Calibrate(io.ComfyNode):
                     tooltip="Pictures for each prompt. From four in all on, every fourth is held out to judge the rounding by.",
                 ),
                 keep_input(),
-                tokens_input(512),
+                tokens_input(256),
                 earlier_input(),
                 io.Vae.Input("vae", optional=True, tooltip="To decode the pictures; without it they have the latents' colours."),
             ],

@@ -39,7 +39,7 @@ class CalibrateTextEncoder(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Of the choice of tokens.",
                 ),
-                tokens_input(512),
+                tokens_input(256),
                 earlier_input(),
             ],
             outputs=[
@@ -49,7 +49,7 @@ class CalibrateTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, prompts, keep, seed, tokens=512, calibration=None) -> io.NodeOutput:
+    def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None) -> io.NodeOutput:
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
             raise RecipeError("Calibrate Text Encoder has no prompts; write some, one a line.")

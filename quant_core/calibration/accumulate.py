@@ -36,21 +36,29 @@ class FullGram:
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows (tokens, in) into account."""
+        if self._sums:
+            self._count(rows)
+            self._sum_up(rows)
+            return
         known, before = self._tokens, self._roots().float()
-        values = rows.float()
-        self.square += values.square().sum(dim=0, dtype=torch.float64)
-        self._tokens += len(rows)
-        after = self._roots().float()
+        self._count(rows)
+        after, values = self._roots().float(), rows.float()
         with _exact_products(rows):
             for start, stop, panel in panels(self._line, self._inner):
-                left, right = values[:, start:].t(), values[:, start:stop]
-                if self._sums:
-                    panel.addmm_(left, right)
-                    continue
                 # C ← (C·r·rᵀ·known + XᵀX) / (tokens·r'·r'ᵀ); converted on the device, which is faster at it
                 mean = panel.to(rows.device).float().mul_(before[start:, None]).mul_(before[start:stop] * known)
-                mean.addmm_(left, right).div_(after[start:, None]).div_(after[start:stop] * self._tokens)
-                panel.copy_(mean)
+                mean.addmm_(values[:, start:].t(), values[:, start:stop])
+                panel.copy_(mean.div_(after[start:, None]).div_(after[start:stop] * self._tokens))
+
+    def _sum_up(self, rows: torch.Tensor) -> None:
+        values = rows.float()
+        with _exact_products(rows):
+            for start, stop, panel in panels(self._line, self._inner):
+                panel.addmm_(values[:, start:].t(), values[:, start:stop])
+
+    def _count(self, rows: torch.Tensor) -> None:
+        self.square += rows.float().square().sum(dim=0, dtype=torch.float64)
+        self._tokens += len(rows)
 
     def _roots(self) -> torch.Tensor:
         return roots(self.square / max(self._tokens, 1))
@@ -146,14 +154,15 @@ class Accumulator:
         self.gram, self.inner = gram, inner
         self.tokens = self.held_tokens = 0
         self._held = held
-        self._amax = torch.zeros(inner, device=device)
+        self._low = torch.zeros(inner, dtype=held.dtype, device=device)
+        self._high = torch.zeros(inner, dtype=held.dtype, device=device)
         self._sum = torch.zeros(inner, dtype=torch.float64, device=device)
         self._counts = torch.zeros(BINS, dtype=torch.float64, device=device)
 
     def see(self, x: torch.Tensor) -> None:
         """Note the largest magnitudes of inputs (tokens, in), sampled or not."""
         low, high = torch.aminmax(x, dim=0)
-        torch.maximum(self._amax, torch.maximum(-low, high).to(self._amax), out=self._amax)
+        self._low, self._high = torch.minimum(self._low, low), torch.maximum(self._high, high)
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows (tokens, in) into account."""
@@ -164,15 +173,10 @@ class Accumulator:
         self._counts += histogram(rows)
         self.tokens += len(rows)
 
-    def hold_out(self, rows: torch.Tensor, generator: torch.Generator) -> None:
-        """Keep a fair sample (reservoir sampling) of all the rows (tokens, in) ever given to this method."""
-        size, seen = len(self._held), torch.arange(len(rows)) + self.held_tokens
-        drawn = (torch.rand(len(rows), generator=generator, dtype=torch.float64) * (seen + 1)).long()
-        places = torch.where(seen < size, seen, drawn).tolist()
-        chosen = {place: row for row, place in enumerate(places) if place < size}  # of two for one place the later
-        taken = rows[torch.tensor(list(chosen.values()), dtype=torch.long).to(rows.device)]
-        self._held[torch.tensor(list(chosen), dtype=torch.long).to(self._held.device)] = taken.to(self._held)
-        self.held_tokens += len(rows)
+    def hold_out(self, rows: torch.Tensor, places: torch.Tensor, seen: int) -> None:
+        """Put held-out rows (n, in) at these places (n,), all different; ``seen``: of how many they are a sample."""
+        self._held[places.to(self._held.device)] = rows.to(self._held)
+        self.held_tokens += seen
 
     def start(self, known: Inputs, tokens: int, held_tokens: int) -> None:
         """Begin with what an earlier calibration found.
@@ -185,7 +189,7 @@ class Accumulator:
         self.gram.start(known.gram, tokens)
         self.tokens = tokens
         self._sum.copy_(known.mean.double() * tokens)
-        self._amax.copy_(known.amax)
+        self._high.copy_(known.amax)
         self._counts.copy_(known.histogram)
         if known.holdout_gram is not None:
             rows = known.holdout_gram.factor.t() * math.sqrt(known.holdout_gram.factor.shape[1])
@@ -198,4 +202,5 @@ class Accumulator:
         rows = self._held[: self.held_tokens]
         held_out = LowRankGram(rows.t().cpu() / math.sqrt(len(rows)), torch.zeros(self.inner)) if len(rows) else None
         mean = (self._sum / max(self.tokens, 1)).float().cpu()
-        return Inputs(self.gram.result(), held_out, mean, self._amax.cpu(), self._counts.cpu())
+        amax = torch.maximum(-self._low, self._high).float().cpu()
+        return Inputs(self.gram.result(), held_out, mean, amax, self._counts.cpu())

@@ -50,7 +50,7 @@ class Collector:
         device: torch.device,
         device_bytes: int,
         rank: int | None = None,
-        tokens: int = 512,
+        tokens: int = 256,
         holdout_rows: int = 512,
         seed: int = 0,
         earlier: CalibrationFile | None = None,
@@ -66,6 +66,7 @@ class Collector:
         self._files: list[Path] = []
         self._recent: dict[int, tuple[weakref.ref, str]] = {}
         self._chosen: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._calls = 0
         self._hold_out: bool | None = None
         if earlier is not None:
@@ -92,7 +93,7 @@ class Collector:
     @property
     def tokens(self) -> int:
         """The least number of tokens that a Gram is the mean of."""
-        return min((found.tokens for found in self._found.values()), default=0)
+        return min((found.tokens for found in self._found.values() if found.tokens), default=0)
 
     @contextlib.contextmanager
     def watching(self, model: torch.nn.Module, hold_out: bool | None = None) -> Iterator[None]:
@@ -116,6 +117,7 @@ class Collector:
         self._calls += 1
         self._recent.clear()
         self._chosen.clear()
+        self._kept.clear()
 
     def _hook(self, name: str):
         def hook(layer: torch.nn.Module, args: tuple) -> None:
@@ -146,7 +148,8 @@ class Collector:
         if self._hold_out is not True:
             found.add(rows[learned])
         if self._hold_out is not False:
-            found.hold_out(rows[held], self._generator(len(rows), found.held_tokens))
+            taken, places = self._reservoir(held, found.held_tokens)
+            found.hold_out(rows[taken], places, len(held))
 
     def _choose(self, count: int, every: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices of the tokens to learn from and of those to hold out; the same for all layers of a call."""
@@ -160,6 +163,18 @@ class Collector:
                 parts = order, order
             self._chosen[count, every] = tuple(part.sort().values.to(self._device) for part in parts)
         return self._chosen[count, every]
+
+    def _reservoir(self, held: torch.Tensor, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the held-out tokens to keep, and where, for a fair sample of all so far (reservoir sampling)."""
+        key = id(held), seen
+        if key not in self._kept:
+            counts = torch.arange(len(held)) + seen
+            drawn = torch.rand(len(held), generator=self._generator(len(held), seen + 1), dtype=torch.float64)
+            places = torch.where(counts < self._holdout_rows, counts, (drawn * (counts + 1)).long()).tolist()
+            last = {place: token for token, place in enumerate(places) if place < self._holdout_rows}  # two for one place
+            chosen = torch.tensor([list(last.values()), list(last)], dtype=torch.long).to(self._device)
+            self._kept[key] = held[chosen[0]], chosen[1]
+        return self._kept[key]
 
     def _generator(self, *numbers: int) -> torch.Generator:
         mixed = hash((self._seed, self._calls, *numbers))  # of whole numbers alone, so the same in every process
@@ -205,15 +220,17 @@ class Collector:
         Raises:
             CalibrationError: nothing was seen, or inputs were not finite.
         """
-        if not self._found:
+        known = {name: found for name, found in self._found.items() if found.tokens}  # others never had a turn
+        if not known:
             raise CalibrationError("No linear layer was called, so there is nothing to calibrate with.")
-        for name, found in self._found.items():
+        for name, found in known.items():
             if not math.isfinite(float(found.gram.square.sum())):
                 raise CalibrationError(f"The inputs of {name} hold NaN or Inf; sample the model once to see what is wrong.")
-        shapes = {name: tuple(self._layers[name].weight.shape) for name in self._sites}
-        counts = {name: (found.tokens, found.held_tokens) for name, found in self._found.items()}
-        results = {name: found.result() for name, found in self._found.items()}
-        return write_calibration(path, results, self._sites, shapes, counts, provenance)
+        sites = {layer: site for layer, site in self._sites.items() if site in known}
+        shapes = {layer: tuple(self._layers[layer].weight.shape) for layer in sites}
+        counts = {name: (found.tokens, found.held_tokens) for name, found in known.items()}
+        results = {name: found.result() for name, found in known.items()}
+        return write_calibration(path, results, sites, shapes, counts, provenance)
 
     def close(self) -> None:
         """Give back all memory and remove the files."""

@@ -177,7 +177,8 @@ def test_grams_are_gathered_as_on_a_cpu(tmp_path, monkeypatch, dtype, device_byt
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
     batches = [torch.randn(3, 100, 2500, device="cuda").mul(torch.rand(2500, device="cuda")).to(dtype) for _ in range(4)]
     path = tmp_path / "c"
-    with Collector(layers, tmp_path, device=torch.device("cuda"), device_bytes=device_bytes) as collector:
+    options = {"device": torch.device("cuda"), "device_bytes": device_bytes, "tokens": 300}
+    with Collector(layers, tmp_path, **options) as collector:
         for index, x in enumerate(batches):
             with collector.watching(model, hold_out=index == 3), torch.inference_mode():
                 model(x)
