@@ -21,6 +21,7 @@ import utils.install_util  # noqa: E402, F401 (ComfyUI's, before a dependency fi
 
 # isort: split
 import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -29,7 +30,7 @@ spec = importlib.util.spec_from_file_location("pack", Path(pack) / "__init__.py"
 sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from pack.nodes import host  # noqa: E402
-from pack.quant_core import Recipe  # noqa: E402
+from pack.quant_core import FORMATS, Recipe  # noqa: E402
 
 RECIPES = {
     "float8_e4m3fn": Recipe(),
@@ -143,6 +144,54 @@ def calibrated_text_encoder() -> dict:
     }
 
 
-CHECKS = {"text_encoder": text_encoder, "calibrated_text_encoder": calibrated_text_encoder}
+def decoding() -> dict:
+    """Formats that this ComfyUI cannot run: our layer decodes them, in full and with little memory, with a LoRA and without."""
+    assets = Path(pack) / "assets"
+    original = comfy.sd.load_diffusion_model(str(assets / "tiny_mmdit_emoji.safetensors"))
+    lora = comfy.utils.load_torch_file(str(assets / "tiny_lora_red.safetensors"))
+    generator = torch.Generator().manual_seed(0)
+    x, context = torch.randn(1, 16, 8, 8, generator=generator), torch.randn(1, 16, 512, generator=generator)
+    pooled = torch.randn(1, 512, generator=generator)
+
+    def run(model) -> torch.Tensor:
+        return model.model.apply_model(x, torch.tensor([500.0]), c_crossattn=context, y=pooled)
+
+    def patched(model, **options) -> torch.Tensor:
+        model.patch_model(device_to=torch.device("cpu"), **options)
+        try:
+            return run(model)
+        finally:
+            model.unpatch_model(device_to=torch.device("cpu"))
+
+    def distance(a, b) -> float:
+        return float((a - b).norm() / b.norm())
+
+    with_lora = comfy.sd.load_lora_for_models(original, None, lora, 1.0, 0.0)[0]
+    expected, expected_lora = patched(original), patched(with_lora)
+    found = {}
+    for name, entry in FORMATS.items():
+        if host._knows(name):
+            continue
+        quantized = host.quantize(original, Recipe(format=name, rounding="nearest"), lambda event: None)
+        model = host.build_model(original, quantized)
+        before = patched(model)
+        ours = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+        whole, little = patched(ours), patched(ours, lowvram_model_memory=1)
+        found[name] = {
+            "error": distance(before, expected),
+            "error with the LoRA": distance(whole, expected_lora),
+            "the LoRA moves by": distance(expected_lora, expected),
+            "little memory differs by": distance(little, whole),
+            "unpatched": bool(torch.equal(patched(model), before)),
+            "codes": {str(module.weight.dtype) for _, module in model.model.named_modules() if getattr(module, "is_quantized", False)}
+            == {str(entry.grid.dtype)},
+            "kept in float32": all(
+                value.dtype is torch.float32 for key, value in model.model.named_parameters() if key.endswith("norm.weight")
+            ),
+        }
+    return found
+
+
+CHECKS = {"decoding": decoding, "text_encoder": text_encoder, "calibrated_text_encoder": calibrated_text_encoder}
 with torch.inference_mode():
     print("RESULT" + json.dumps(CHECKS[check]()))

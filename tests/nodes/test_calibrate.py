@@ -33,7 +33,7 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     graph.sample(model[0], f"{name}-before")
-    calibration = graph.calibrate(model[0], samples=4)
+    calibration = graph.calibrate(model[0], samples=4, steps=10)
     shown = graph.add("PreviewAny", source=calibration[2])
     for rounding in ("nearest", "auto"):
         known = {"calibration": calibration[0]} if rounding == "auto" else {}
@@ -65,13 +65,13 @@ def test_a_saved_calibration_serves_the_graph_and_the_command_line_alike(comfy, 
     name, recipe = unique(request), Recipe(format="int8_tensorwise", convrot=True)
     graph = ProbedGraph()
     model = graph.load()
-    calibration = graph.calibrate(model[0], keep=keep, samples=2, seed=201)
+    calibration = graph.calibrate(model[0], keep=keep, samples=2, seed=201, steps=10)
     saved = saved_calibration(graph, calibration, name)
     path = saved_path(comfy.queue(graph), saved)
     assert path.is_relative_to(comfy.output_dir / "calibrations")
     with CalibrationFile(path) as known:
         assert known.provenance["runs"] == 4 and known.provenance["keep"] == keep
-        assert known.provenance["steps"] == 20 and len(known.provenance["prompts"]) == 2
+        assert known.provenance["steps"] == 10 and len(known.provenance["prompts"]) == 2
         assert min(known.tokens(layer)[0] for layer in known.layers) > 0 and len(known.layers) > 30
         quantize_file(comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "q", recipe, calibration=known, device="cpu")
     assert not verify_file(tmp_path / "q").problems
@@ -109,9 +109,9 @@ def test_interrupted_while_capturing(comfy, request):
 def test_two_calibrations_and_one_that_continues(comfy, request):
     name, graph = unique(request), ProbedGraph()
     model = graph.load()
-    first = graph.calibrate(model[0], seed=401)
-    second = graph.calibrate(model[0], seed=402)
-    both = graph.calibrate(model[0], seed=402, calibration=first[0])
+    first = graph.calibrate(model[0], seed=401, steps=5)
+    second = graph.calibrate(model[0], seed=402, steps=5)
+    both = graph.calibrate(model[0], seed=402, steps=5, calibration=first[0])
     nodes = [saved_calibration(graph, calibration, f"{name}-{number}") for number, calibration in enumerate((first, second, both))]
     result = comfy.queue(graph)
     tokens = []
@@ -127,8 +127,8 @@ def test_a_lora_is_calibrated_with_the_model(comfy, request):
     patched = graph.lora(model[0])
     found = {}
     for kind, node in (("plain", model), ("lora", patched)):
-        found[kind] = saved_calibration(graph, graph.calibrate(node[0], seed=501), f"{name}-{kind}")
-    quantized = graph.quantize(patched[0], calibration=graph.calibrate(patched[0], seed=501)[0])
+        found[kind] = saved_calibration(graph, graph.calibrate(node[0], seed=501, steps=10), f"{name}-{kind}")
+    quantized = graph.quantize(patched[0], calibration=graph.calibrate(patched[0], seed=501, steps=10)[0])
     graph.sample(patched[0], f"{name}-full", seed=7)
     graph.sample(quantized[0], f"{name}-quantized", seed=7)
     result = comfy.queue(graph)
@@ -149,7 +149,7 @@ def test_a_calibration_serves_a_fine_tune_and_no_other_architecture(comfy, reque
     )
     save_file({key: tensor.to(torch.bfloat16).contiguous() for key, tensor in tuned.items()}, models / f"{name}.safetensors")
     graph = ProbedGraph()
-    calibration = graph.calibrate(graph.load()[0], samples=4, seed=601)
+    calibration = graph.calibrate(graph.load()[0], samples=4, seed=601, steps=10)
     fine_tune = graph.load(f"{name}.safetensors")
     graph.sample(fine_tune[0], f"{name}-full", seed=7)
     for rounding, known in (("nearest", None), ("auto", calibration[0])):
@@ -158,7 +158,7 @@ def test_a_calibration_serves_a_fine_tune_and_no_other_architecture(comfy, reque
     folder = comfy.output_dir
     assert error(folder, f"{name}-full", f"{name}-auto") < 0.85 * error(folder, f"{name}-full", f"{name}-nearest")
     other = ProbedGraph()
-    calibration = other.calibrate(other.load()[0], samples=4, seed=601)
+    calibration = other.calibrate(other.load()[0], samples=4, seed=601, steps=10)
     other.save(other.quantize(other.source(slow_source)[0], calibration=calibration[0]), name)
     with pytest.raises(HostError, match="made for another architecture: the model has no layer"):
         comfy.queue(other)
@@ -168,11 +168,11 @@ def test_what_cannot_be_calibrated_says_why(comfy):
     graph = ProbedGraph()
     model = graph.load()
     quantized = graph.quantize(model[0])
-    graph.add("PreviewAny", source=graph.calibrate(quantized[0], seed=801)[2])
+    graph.add("PreviewAny", source=graph.calibrate(quantized[0], seed=801, steps=2)[2])
     with pytest.raises(HostError, match="quantized already"):
         comfy.queue(graph)
     graph = ProbedGraph()
-    full = graph.calibrate(graph.load()[0], seed=802)
-    graph.add("PreviewAny", source=graph.calibrate(graph.load()[0], seed=803, keep="compact", calibration=full[0])[2])
+    full = graph.calibrate(graph.load()[0], seed=802, steps=2)
+    graph.add("PreviewAny", source=graph.calibrate(graph.load()[0], seed=803, steps=2, keep="compact", calibration=full[0])[2])
     with pytest.raises(HostError, match="keep it in full"):
         comfy.queue(graph)

@@ -1,0 +1,17 @@
+"""Our layer for formats that a host cannot run, inside the host's own process."""
+
+from learned_rounding.quant_core import FORMATS
+from learned_rounding.tests.nodes.probing import in_process, stock_loads
+
+# Relative error of what the tiny model predicts for random inputs, nearest rounding.
+BOUND = 0.2
+
+
+def test_layers_that_decode_work_with_loras_and_with_little_memory(host, tmp_path):
+    found = in_process(host, tmp_path, "decoding")
+    assert {name for name in FORMATS if not stock_loads(host, name)} <= set(found) | {"int8_tensorwise"}
+    for name, result in found.items():
+        assert 0 < result["error"] < BOUND and result["error with the LoRA"] < BOUND, (name, result)
+        assert result["error with the LoRA"] < result["the LoRA moves by"], (name, result)
+        assert result["little memory differs by"] < 1e-5, (name, result)
+        assert result["unpatched"] and result["codes"] and result["kept in float32"], (name, result)
