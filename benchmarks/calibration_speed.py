@@ -36,7 +36,10 @@ class _Mlp(nn.Sequential):
 
 
 def _attention(qkv: torch.Tensor) -> torch.Tensor:
-    heads = [part.unflatten(-1, (-1, 64 if qkv.shape[-1] < 3 * 128 else 128)).transpose(1, 2) for part in qkv.chunk(3, dim=-1)]
+    heads = [
+        part.unflatten(-1, (-1, 64 if qkv.shape[-1] < 3 * 128 else 128)).transpose(1, 2)
+        for part in qkv.chunk(3, dim=-1)
+    ]
     return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
@@ -52,7 +55,9 @@ class _Double(nn.Module):
     def forward(self, streams: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         lengths = [x.shape[1] for x in streams]
         normed = [functional.layer_norm(x, x.shape[-1:]) for x in streams]
-        seen = _attention(torch.cat([qkv(x) for qkv, x in zip(self.qkv, normed, strict=True)], dim=1)).split(lengths, dim=1)
+        seen = _attention(torch.cat([qkv(x) for qkv, x in zip(self.qkv, normed, strict=True)], dim=1)).split(
+            lengths, dim=1
+        )
         streams = [x + proj(y) for x, proj, y in zip(streams, self.proj, seen, strict=True)]
         return tuple(x + mlp(functional.layer_norm(x, x.shape[-1:])) for x, mlp in zip(streams, self.mlp, strict=True))
 
@@ -119,7 +124,10 @@ def capture(args) -> list[dict]:
                 plain, ours = zip(
                     *((_seconds(lambda: model(text, image)), _seconds(watched)) for _ in range(args.calls)), strict=True
                 )
-                plain, ours = statistics.median(plain), statistics.mean(ours)  # Grams in files take turns of eight calls
+                plain, ours = (
+                    statistics.median(plain),
+                    statistics.mean(ours),
+                )  # Grams in files take turns of eight calls
                 rows.append(
                     {
                         "section": "capture",
@@ -176,7 +184,12 @@ def rounding(args) -> list[dict]:
 
         def one(shape, format=format, granularity=granularity, convrot=convrot):
             quantize_weight(
-                weights[shape], format, granularity=granularity, convrot=convrot, gram=grams[shape[1]], rounding="calibrated"
+                weights[shape],
+                format,
+                granularity=granularity,
+                convrot=convrot,
+                gram=grams[shape[1]],
+                rounding="calibrated",
             )
 
         for shape in weights:
@@ -199,8 +212,14 @@ def rounding(args) -> list[dict]:
 def main() -> None:
     args = arguments(
         __doc__.splitlines()[0],
-        ("--blocks", {"type": int, "default": 2, "help": "double blocks of the capture section, and twice as many single ones"}),
-        ("--calls", {"type": int, "default": 16, "help": "calls of the capture section (default: 16, two turns of files)"}),
+        (
+            "--blocks",
+            {"type": int, "default": 2, "help": "double blocks of the capture section, and twice as many single ones"},
+        ),
+        (
+            "--calls",
+            {"type": int, "default": 16, "help": "calls of the capture section (default: 16, two turns of files)"},
+        ),
     )
     with torch.no_grad():
         finish(args, list(itertools.chain(capture(args), rounding(args))))

@@ -22,9 +22,12 @@ class Calibrate(io.ComfyNode):
             search_aliases=["calibration", "activations", "gram", "quantize", "learned rounding", "fp8", "int8"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The full-precision MODEL that is going to be quantized, with its LoRAs."),
+                io.Model.Input(
+                    "model", tooltip="The full-precision MODEL that is going to be quantized, with its LoRAs."
+                ),
                 io.Conditioning.Input(
-                    "positive", tooltip="Prompts like those the model is meant for: one, or a list of several, which is better."
+                    "positive",
+                    tooltip="Prompts like those the model is meant for: one, or a list of several, which is better.",
                 ),
                 io.Conditioning.Input("negative", tooltip="As for KSampler; one for all, or one for each positive."),
                 io.Latent.Input("latent_image", tooltip="As for KSampler; of the size, length and kind you use."),
@@ -37,9 +40,23 @@ class Calibrate(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Of the noise and of the choice of tokens; each further picture takes the next.",
                 ),
-                widget(io.Int, id="steps", default=20, min=1, max=10000, tooltip="As for KSampler: all of them are learned from."),
                 widget(
-                    io.Float, id="cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="As for KSampler."
+                    io.Int,
+                    id="steps",
+                    default=20,
+                    min=1,
+                    max=10000,
+                    tooltip="As for KSampler: all of them are learned from.",
+                ),
+                widget(
+                    io.Float,
+                    id="cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="As for KSampler.",
                 ),
                 widget(io.Combo, id="sampler_name", options=list(host.samplers), tooltip="As for KSampler."),
                 widget(io.Combo, id="scheduler", options=list(host.schedulers), tooltip="As for KSampler."),
@@ -54,7 +71,9 @@ class Calibrate(io.ComfyNode):
                 keep_input(),
                 tokens_input(256),
                 earlier_input(),
-                io.Vae.Input("vae", optional=True, tooltip="To decode the pictures; without it they have the latents' colours."),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="To decode the pictures; without it they have the latents' colours."
+                ),
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),

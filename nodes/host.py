@@ -410,7 +410,12 @@ def _collecting(patcher, layers, keep: str, tokens: int, seed: int, earlier: Cal
         with earlier.open() if earlier else contextlib.nullcontext() as known:
             with Collector(layers, folder, earlier=known, **options) as collector:
                 if collector.disk_bytes:
-                    log.info("Calibrating %d layers needs up to %s in %s.", len(layers), human_bytes(collector.disk_bytes), folder)
+                    log.info(
+                        "Calibrating %d layers needs up to %s in %s.",
+                        len(layers),
+                        human_bytes(collector.disk_bytes),
+                        folder,
+                    )
                 yield collector
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -426,7 +431,9 @@ def _finish(collector: Collector, provenance: dict) -> tuple[Calibrated, str]:
         f"{human_bytes(size)} in {provenance['keep']} form",
     ]
     if collector.kept < 1:
-        lines.append(f"directions are known of at least {collector.kept:.0%} of each input's energy, of the rest the size only")
+        lines.append(
+            f"directions are known of at least {collector.kept:.0%} of each input's energy, of the rest the size only"
+        )
     return calibrated, "\n".join(lines)
 
 
@@ -554,9 +561,7 @@ def _calibration_folders() -> list[Path]:
 def calibration_files() -> list[str]:
     """Names of the calibrations a user can choose."""
     found = {
-        path.relative_to(folder).as_posix()
-        for folder in _calibration_folders()
-        for path in folder.rglob(f"*{SUFFIX}")
+        path.relative_to(folder).as_posix() for folder in _calibration_folders() for path in folder.rglob(f"*{SUFFIX}")
     }
     return sorted(found)
 

@@ -27,7 +27,9 @@ class LoadCalibration(io.ComfyNode):
                 ),
             ],
             outputs=[
-                CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to continue it."),
+                CalibrationType.Output(
+                    display_name="calibration", tooltip="For Learned Round Quantize, or to continue it."
+                ),
             ],
         )
 

@@ -27,7 +27,9 @@ class SaveCalibration(io.ComfyNode):
                     tooltip="Start of the file name; may hold folders. A number is added.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="The file; lrq quantize --calibration takes it too.")],
+            outputs=[
+                io.String.Output(display_name="path", tooltip="The file; lrq quantize --calibration takes it too.")
+            ],
             is_output_node=True,
         )
 

@@ -66,7 +66,9 @@ class FullGram:
     def start(self, gram: Gram, tokens: int) -> None:
         """Begin with what an earlier calibration found."""
         if not isinstance(gram, PackedGram):
-            raise CalibrationError("A calibration kept in low rank cannot be continued in full; keep it in low rank again.")
+            raise CalibrationError(
+                "A calibration kept in low rank cannot be continued in full; keep it in low rank again."
+            )
         self.square.copy_(gram.roots.double().square() * tokens)
         self._tokens = tokens
         self._line.copy_(gram.panels)

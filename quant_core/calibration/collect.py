@@ -171,7 +171,9 @@ class Collector:
             counts = torch.arange(len(held)) + seen
             drawn = torch.rand(len(held), generator=self._generator(len(held), seen + 1), dtype=torch.float64)
             places = torch.where(counts < self._holdout_rows, counts, (drawn * (counts + 1)).long()).tolist()
-            last = {place: token for token, place in enumerate(places) if place < self._holdout_rows}  # two for one place
+            last = {
+                place: token for token, place in enumerate(places) if place < self._holdout_rows
+            }  # two for one place
             chosen = torch.tensor([list(last.values()), list(last)], dtype=torch.long).to(self._device)
             self._kept[key] = held[chosen[0]], chosen[1]
         return self._kept[key]
@@ -183,7 +185,9 @@ class Collector:
     def _begin(self, name: str, x: torch.Tensor) -> Accumulator:
         inner = x.shape[-1]
         gram, place = self._gram(name, inner)
-        found = Accumulator(gram, inner, torch.zeros(self._holdout_rows, inner, dtype=x.dtype, device=place), self._device)
+        found = Accumulator(
+            gram, inner, torch.zeros(self._holdout_rows, inner, dtype=x.dtype, device=place), self._device
+        )
         if self._earlier is not None and (known := self._earlier.inputs(name)) is not None:
             found.start(known, *self._earlier.tokens(name))
         return found
@@ -202,7 +206,9 @@ class Collector:
     def _mapped(self, size: int) -> torch.Tensor:
         path = self._folder / f"gram_{len(self._files):05}"
         try:
-            with open(path, "xb") as file:  # written out, since a full disk would kill the process that maps a sparse file
+            with open(
+                path, "xb"
+            ) as file:  # written out, since a full disk would kill the process that maps a sparse file
                 self._files.append(path)
                 for start in range(0, 2 * size, len(_ZEROS)):
                     file.write(_ZEROS[: 2 * size - start])
@@ -225,7 +231,9 @@ class Collector:
             raise CalibrationError("No linear layer was called, so there is nothing to calibrate with.")
         for name, found in known.items():
             if not math.isfinite(float(found.gram.square.sum())):
-                raise CalibrationError(f"The inputs of {name} hold NaN or Inf; sample the model once to see what is wrong.")
+                raise CalibrationError(
+                    f"The inputs of {name} hold NaN or Inf; sample the model once to see what is wrong."
+                )
         sites = {layer: site for layer, site in self._sites.items() if site in known}
         shapes = {layer: tuple(self._layers[layer].weight.shape) for layer in sites}
         counts = {name: (found.tokens, found.held_tokens) for name, found in known.items()}

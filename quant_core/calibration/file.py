@@ -62,13 +62,20 @@ class CalibrationFile:
 
     def _parse(self) -> None:
         if not any(name.endswith((".gram", ".gram.panels", ".gram.factor")) for name in self._file.tensors):
-            raise CalibrationError(f"{self.path} holds no Grams of layers, so it is no calibration; choose another file.")
+            raise CalibrationError(
+                f"{self.path} holds no Grams of layers, so it is no calibration; choose another file."
+            )
         try:
             header = json.loads(self._file.metadata.get(_KEY, "{}"))
             if header.get("version", _VERSION) > _VERSION:
                 raise CalibrationError(f"{self.path} was made by a newer version of this node pack; update it.")
-            layers = {str(name): (str(site), int(out), int(inner)) for name, (site, out, inner) in header.get("layers", {}).items()}
-            self._tokens = {str(site): (int(learned), int(held)) for site, (learned, held) in header.get("tokens", {}).items()}
+            layers = {
+                str(name): (str(site), int(out), int(inner))
+                for name, (site, out, inner) in header.get("layers", {}).items()
+            }
+            self._tokens = {
+                str(site): (int(learned), int(held)) for site, (learned, held) in header.get("tokens", {}).items()
+            }
             self.provenance = dict(header.get("provenance", {}))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CalibrationError(f"{self.path} has a damaged header ({error}); calibrate again.") from None

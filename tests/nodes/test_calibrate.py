@@ -73,7 +73,9 @@ def test_a_saved_calibration_serves_the_graph_and_the_command_line_alike(comfy, 
         assert known.provenance["runs"] == 4 and known.provenance["keep"] == keep
         assert known.provenance["steps"] == 10 and len(known.provenance["prompts"]) == 2
         assert min(known.tokens(layer)[0] for layer in known.layers) > 0 and len(known.layers) > 30
-        quantize_file(comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "q", recipe, calibration=known, device="cpu")
+        quantize_file(
+            comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "q", recipe, calibration=known, device="cpu"
+        )
     assert not verify_file(tmp_path / "q").problems
     again = ProbedGraph()
     loaded = again.add("LearnedRoundingLoadCalibration", file=path.name)
@@ -112,7 +114,10 @@ def test_two_calibrations_and_one_that_continues(comfy, request):
     first = graph.calibrate(model[0], seed=401, steps=5)
     second = graph.calibrate(model[0], seed=402, steps=5)
     both = graph.calibrate(model[0], seed=402, steps=5, calibration=first[0])
-    nodes = [saved_calibration(graph, calibration, f"{name}-{number}") for number, calibration in enumerate((first, second, both))]
+    nodes = [
+        saved_calibration(graph, calibration, f"{name}-{number}")
+        for number, calibration in enumerate((first, second, both))
+    ]
     result = comfy.queue(graph)
     tokens = []
     for node in nodes:
@@ -147,13 +152,17 @@ def test_a_calibration_serves_a_fine_tune_and_no_other_architecture(comfy, reque
         {key: tensor.float() for key, tensor in load_file(models / MODEL).items()},
         load_file(comfy.models_dir / "loras" / LORA),
     )
-    save_file({key: tensor.to(torch.bfloat16).contiguous() for key, tensor in tuned.items()}, models / f"{name}.safetensors")
+    save_file(
+        {key: tensor.to(torch.bfloat16).contiguous() for key, tensor in tuned.items()}, models / f"{name}.safetensors"
+    )
     graph = ProbedGraph()
     calibration = graph.calibrate(graph.load()[0], samples=4, seed=601, steps=10)
     fine_tune = graph.load(f"{name}.safetensors")
     graph.sample(fine_tune[0], f"{name}-full", seed=7)
     for rounding, known in (("nearest", None), ("auto", calibration[0])):
-        graph.sample(graph.quantize(fine_tune[0], rounding=rounding, calibration=known)[0], f"{name}-{rounding}", seed=7)
+        graph.sample(
+            graph.quantize(fine_tune[0], rounding=rounding, calibration=known)[0], f"{name}-{rounding}", seed=7
+        )
     comfy.queue(graph)
     folder = comfy.output_dir
     assert error(folder, f"{name}-full", f"{name}-auto") < 0.85 * error(folder, f"{name}-full", f"{name}-nearest")
@@ -173,6 +182,8 @@ def test_what_cannot_be_calibrated_says_why(comfy):
         comfy.queue(graph)
     graph = ProbedGraph()
     full = graph.calibrate(graph.load()[0], seed=802, steps=2)
-    graph.add("PreviewAny", source=graph.calibrate(graph.load()[0], seed=803, steps=2, keep="compact", calibration=full[0])[2])
+    graph.add(
+        "PreviewAny", source=graph.calibrate(graph.load()[0], seed=803, steps=2, keep="compact", calibration=full[0])[2]
+    )
     with pytest.raises(HostError, match="keep it in full"):
         comfy.queue(graph)

@@ -41,7 +41,9 @@ def layers_of(block):
 def batches(count, dtype=torch.float32, scale=3.0):
     generator = torch.Generator().manual_seed(1)
     colour = torch.randn(WIDTH, WIDTH, generator=generator)
-    return [(scale * torch.randn(2, TOKENS // 2, WIDTH, generator=generator) @ colour + 1).to(dtype) for _ in range(count)]
+    return [
+        (scale * torch.randn(2, TOKENS // 2, WIDTH, generator=generator) @ colour + 1).to(dtype) for _ in range(count)
+    ]
 
 
 def gather(block, inputs, folder, hold_out=False, **options):
