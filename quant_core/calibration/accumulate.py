@@ -13,6 +13,8 @@ from .panels import panels
 
 __all__ = ["Accumulator", "FullGram", "SketchedGram"]
 
+_COUNTED = 4  # of so many additions one is counted in the histogram, the first to begin with
+
 
 @contextlib.contextmanager
 def _exact_products(rows: torch.Tensor) -> Iterator[None]:
@@ -31,37 +33,36 @@ class FullGram:
     def __init__(self, inner: int, line: torch.Tensor, device: torch.device):
         self._inner, self._line = inner, line
         self._sums = line.dtype is torch.float32
-        self.square = torch.zeros(inner, dtype=torch.float64, device=device)  # Σx²
+        self._square = torch.zeros(inner, dtype=torch.float64, device=device)  # Σx², beside correlations
         self._tokens = 0
+
+    @property
+    def square(self) -> torch.Tensor:
+        """Σx² of each channel, float64 (in,)."""
+        if not self._sums:
+            return self._square
+        return torch.cat([panel.diagonal() for *_, panel in panels(self._line, self._inner)]).double()
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows (tokens, in) into account."""
-        if self._sums:
-            self._count(rows)
-            self._sum_up(rows)
-            return
-        known, before = self._tokens, self._roots().float()
-        self._count(rows)
-        after, values = self._roots().float(), rows.float()
         with _exact_products(rows):
-            for start, stop, panel in panels(self._line, self._inner):
-                # C ← (C·r·rᵀ·known + XᵀX) / (tokens·r'·r'ᵀ); converted on the device, which is faster at it
-                mean = panel.to(rows.device).float().mul_(before[start:, None]).mul_(before[start:stop] * known)
-                mean.addmm_(values[:, start:].t(), values[:, start:stop])
-                panel.copy_(mean.div_(after[start:, None]).div_(after[start:stop] * self._tokens))
-
-    def _sum_up(self, rows: torch.Tensor) -> None:
-        values = rows.float()
-        with _exact_products(rows):
-            for start, stop, panel in panels(self._line, self._inner):
-                panel.addmm_(values[:, start:].t(), values[:, start:stop])
-
-    def _count(self, rows: torch.Tensor) -> None:
-        self.square += rows.float().square().sum(dim=0, dtype=torch.float64)
+            (self._sum_up if self._sums else self._average)(rows.float())
         self._tokens += len(rows)
 
-    def _roots(self) -> torch.Tensor:
-        return roots(self.square / max(self._tokens, 1))
+    def _sum_up(self, values: torch.Tensor) -> None:
+        for start, stop, panel in panels(self._line, self._inner):
+            panel.addmm_(values[:, start:].t(), values[:, start:stop])
+
+    def _average(self, values: torch.Tensor) -> None:
+        known, total = self._tokens, self._tokens + len(values)
+        before = roots(self._square / max(known, 1)).float()
+        self._square += values.square().sum(dim=0, dtype=torch.float64)
+        after = roots(self._square / total).float()
+        for start, stop, panel in panels(self._line, self._inner):
+            # C ← (C·r·rᵀ·known + XᵀX) / (total·r'·r'ᵀ); converted on the device, which is faster at it
+            mean = panel.to(values.device).float().mul_(before[start:, None]).mul_(before[start:stop] * known)
+            mean.addmm_(values[:, start:].t(), values[:, start:stop])
+            panel.copy_(mean.div_(after[start:, None]).div_(after[start:stop] * total))
 
     def start(self, gram: Gram, tokens: int) -> None:
         """Begin with what an earlier calibration found."""
@@ -69,7 +70,7 @@ class FullGram:
             raise CalibrationError(
                 "A calibration kept in low rank cannot be continued in full; keep it in low rank again."
             )
-        self.square.copy_(gram.roots.double().square() * tokens)
+        self._square.copy_(gram.roots.double().square() * tokens)
         self._tokens = tokens
         self._line.copy_(gram.panels)
         if self._sums:
@@ -81,12 +82,13 @@ class FullGram:
 
     def result(self) -> PackedGram:
         """H so far."""
+        root = roots(self.square / max(self._tokens, 1))
         line = self._line
         if self._sums:
             line = line.clone()
-            self._scale(line, (self._roots() * max(self._tokens, 1) ** 0.5).reciprocal().to(line))
+            self._scale(line, (root * max(self._tokens, 1) ** 0.5).reciprocal().to(line))
             line = line.half()
-        return PackedGram(line, self._roots().float().cpu())
+        return PackedGram(line, root.float().cpu())
 
     @property
     def kept(self) -> float:
@@ -154,7 +156,7 @@ class Accumulator:
 
     def __init__(self, gram: FullGram | SketchedGram, inner: int, held: torch.Tensor, device: torch.device):
         self.gram, self.inner = gram, inner
-        self.tokens = self.held_tokens = 0
+        self.tokens = self.held_tokens = self._additions = 0
         self._held = held
         self._low = torch.zeros(inner, dtype=held.dtype, device=device)
         self._high = torch.zeros(inner, dtype=held.dtype, device=device)
@@ -172,7 +174,9 @@ class Accumulator:
             return
         self.gram.add(rows)
         self._sum += rows.sum(dim=0, dtype=torch.float64)
-        self._counts += histogram(rows)
+        if self._additions % _COUNTED == 0:
+            self._counts += histogram(rows)
+        self._additions += 1
         self.tokens += len(rows)
 
     def hold_out(self, rows: torch.Tensor, places: torch.Tensor, seen: int) -> None:

@@ -50,7 +50,7 @@ class Inputs:
         holdout_gram: the Gram of other inputs, on which results are judged.
         mean: x̄, (in,).
         amax: largest magnitude of each channel, (in,).
-        histogram: how often each magnitude occurs, see :mod:`.histogram`.
+        histogram: how often each magnitude occurs among some of them, see :mod:`.histogram`.
     """
 
     gram: Gram | None = None

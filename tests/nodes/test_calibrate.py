@@ -40,6 +40,7 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request):
         quantized = graph.quantize(model[0], rounding=rounding, **known)
         graph.sample(quantized[0], f"{name}-{rounding}", seed=7)
         report = graph.add("PreviewAny", source=quantized[3])
+    saved = graph.save(quantized, name)
     graph.sample(model[0], f"{name}-full", seed=7)
     result = comfy.queue(graph)
 
@@ -54,6 +55,8 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request):
     assert error(folder, f"{name}-full", f"{name}-auto") < 0.75 * error(folder, f"{name}-full", f"{name}-nearest")
     assert "rounding calibrated" in text(result, report) and "output error" in text(result, report)
     assert "different inputs" in text(result, shown)
+    path = saved_path(result, saved)
+    assert not verify_file(path).problems and any(key.endswith(".input_scale") for key in load_file(path))
     drawn = result.outputs[calibration.id]["images"]
     assert len(drawn) == 2 * 4  # prompts × samples
     with pytest.raises(AssertionError):

@@ -174,3 +174,9 @@ def test_output_channels_may_count_differently():
     favoured = quantize_weight(weight, "int8_tensorwise", granularity="tensor", gram=gram, output_weight=counts)
     small = [(made.dequantize()[:8] - weight[:8]).norm() for made in (plain, favoured)]
     assert small[1] < 0.8 * small[0]
+
+
+@pytest.mark.parametrize("format, scale", [("int8_tensorwise", 0.1), ("float8_e4m3fn", 0.0), ("float8_e4m3fn", float("inf"))])
+def test_an_input_scale_without_meaning_is_refused(format, scale):
+    with pytest.raises(RecipeError, match="input scale"):
+        quantize_weight(random(16, 32), format, input_scale=scale)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, pipeline, quantize_file, quantize_tensors, quantize_weight
 from learned_rounding.quant_core.calibration import Inputs, LayerInputs
+from learned_rounding.quant_core.calibration.histogram import histogram
 from learned_rounding.quant_core.checkpoints import verify_file, writer
 from learned_rounding.quant_core.errors import (
     AlreadyQuantizedError,
@@ -616,3 +617,31 @@ def test_a_calibration_that_does_not_fit_is_named(model_file, tmp_path, listing)
     with pytest.raises(RecipeError, match="needs a calibration"):
         quantize_file(model_file(), tmp_path / "q", Recipe(rounding="calibrated"))
     assert listing() == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "recipe, scaled",
+    [
+        (Recipe(), True),
+        (Recipe(full_precision_matmul=True), False),
+        (Recipe(format="float8_e4m3fn_rowwise"), False),
+        (Recipe(format="int8_tensorwise"), False),
+    ],
+    ids=["fp8", "decoded", "fp8 per row", "int8"],
+)
+def test_inputs_that_fp8_would_flush_get_a_scale(model_file, tmp_path, recipe, scaled):
+    inputs = torch.randn(300, 32, generator=torch.Generator().manual_seed(0)) * 1e-3
+    gram = inputs.t() @ inputs / 300
+    small = Inputs(gram, amax=inputs.abs().amax(0), histogram=histogram(inputs))
+    usual = Inputs(gram * 1e6, amax=inputs.abs().amax(0) * 1e3, histogram=histogram(inputs * 1e3))
+    known = LayerInputs({LINEARS[0]: small, LINEARS[3]: usual})
+    quantize_file(model_file(), tmp_path / "q", recipe, calibration=known)
+    written = load_file(tmp_path / "q")
+    found = {name for name in written if name.endswith("input_scale")}
+    assert found == ({f"{LINEARS[0]}.input_scale"} if scaled else set())
+    if scaled:
+        scale = written[f"{LINEARS[0]}.input_scale"]
+        assert scale.shape == () and scale.dtype is torch.float32
+        codes = (inputs / scale).to(torch.float8_e4m3fn).float()
+        assert (codes * scale - inputs).norm() < 0.03 * inputs.norm()
+    assert verify_file(tmp_path / "q").problems == []

@@ -73,7 +73,7 @@ def test_the_statistics_are_those_of_the_inputs(block, tmp_path, monkeypatch, de
         assert relative(dense_gram(known.gram, WIDTH, CPU), rows.t() @ rows / len(rows)) < 1e-3
         torch.testing.assert_close(known.mean, rows.mean(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(known.amax, rows.abs().amax(0))
-        assert known.histogram.sum() == rows.numel() and found.tokens("q") == (len(rows), 0)
+        assert known.histogram.sum() == 2 * TOKENS * WIDTH and found.tokens("q") == (len(rows), 0)
         assert found.provenance == {"steps": 2} and found.layers["out"] == (WIDTH, 2 * WIDTH)
     assert not list(tmp_path.glob("gram_*"))
 
@@ -170,7 +170,7 @@ def test_a_calibration_is_continued(block, tmp_path, rank):
     assert relative(dense_gram(both.gram, WIDTH, CPU), dense_gram(at_once.gram, WIDTH, CPU)) < tolerance
     torch.testing.assert_close(both.mean, at_once.mean, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(both.amax, at_once.amax)
-    assert both.histogram.sum() == at_once.histogram.sum()
+    assert both.histogram.sum() == at_once.histogram.sum() == 2 * TOKENS * WIDTH
 
 
 def test_what_does_not_fit_is_refused_by_layer_name(block, tmp_path):
