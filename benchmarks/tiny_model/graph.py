@@ -28,10 +28,10 @@ class TinyGraph(Graph):
     def lora(self, model: list, strength: float = 1.0) -> Node:
         return self.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=strength)
 
-    def calibrate(self, model: list, seed: int = 101, steps: int = STEPS, **options) -> Node:
-        """Calibrate with the prompts that were placed."""
-        options = {"samples": 1, "keep": "full", "tokens": 512, "seed": seed, "steps": steps, **self._sampling(), **options}
-        return self.add("LearnedRoundingCalibrate", model=model, **options)
+    def calibrate(self, model: list, seed: int = 101, steps: int = STEPS, dataset: str = DATASET, **options) -> Node:
+        """Calibrate with the prompts that were placed under ``dataset``."""
+        known = {"samples": 1, "keep": "full", "tokens": 512, "seed": seed, "steps": steps, **self._sampling(dataset)}
+        return self.add("LearnedRoundingCalibrate", model=model, **{**known, **options})
 
     def quantize(
         self,
@@ -60,9 +60,9 @@ class TinyGraph(Graph):
         self.add("SaveLatent", samples=samples[0], filename_prefix=prefix)
         self.add("SaveImage", images=image[0], filename_prefix=prefix)
 
-    def _sampling(self) -> dict:
+    def _sampling(self, dataset: str = DATASET) -> dict:
         """What KSampler and Calibrate ask for alike."""
-        data = self.add("LoadTrainingDataset", folder_name=DATASET)
+        data = self.add("LoadTrainingDataset", folder_name=dataset)
         negative = self.add("ConditioningZeroOut", conditioning=data[1])
         latent = self.add("EmptySD3LatentImage", width=SIZE, height=SIZE, batch_size=1)
         return {
