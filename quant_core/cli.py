@@ -19,7 +19,7 @@ from .formats import FORMATS, GRANULARITIES, find_format, sibling
 from .formats.granularity import BLOCK_SIZE
 from .pipeline import output_name, quantize_file
 from .recipes import PRESETS, Recipe
-from .recipes.presets import AUTO, NONE
+from .recipes.presets import ALIASES, AUTO, NONE
 from .report import human_bytes
 from .rounding import OPTIONS, ROUNDINGS
 from .rounding.methods import Option
@@ -161,9 +161,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         _add_option(parser, name, option)
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument(
-        "--preset", metavar="NAME", help=f"keep list: {', '.join(PRESETS)}, {AUTO}, {NONE} (default: {AUTO})"
+        "--preset", metavar="NAME", help=f"keep list, see lrq presets; {AUTO} or {NONE} (default: {AUTO})"
     )
-    for name, entry in PRESETS.items():
+    for name, entry in {**PRESETS, **ALIASES}.items():
         preset.add_argument(
             f"--{name}", action="store_const", const=name, dest="preset", help=f"keep list for {entry.title}"
         )
@@ -326,10 +326,11 @@ def _formats(args: argparse.Namespace) -> int:
 
 def _presets(args: argparse.Namespace) -> int:
     for preset in PRESETS.values():
-        print(f"{preset.name}: {preset.title}")
+        also = f" (also {', '.join(preset.aliases)})" if preset.aliases else ""
+        print(f"{preset.name}: {preset.title}{also}")
         for kind in ("keep", "remove"):
             for rule in getattr(preset, kind):
-                print(f"  {kind:<6}  {rule.pattern.pattern}  ({rule.reason})")
+                print(f"  {kind:<6}  {rule.text}  ({rule.reason})")
     return 0
 
 

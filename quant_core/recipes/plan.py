@@ -40,12 +40,20 @@ class Plan:
 
     @property
     def explanation(self) -> str:
-        """One sentence about the keep list."""
+        """What the keep list is and how sure that is, in a sentence or two."""
         if self.preset:
-            return f"{'Recognised as' if self.detected else 'Preset'} {self.preset.title}."
+            return f"{'Recognised as' if self.detected else 'Preset'} {self.preset.title}. {self._sureness}"
         if self.detected:
             return "No preset recognises these layer names: the general rule alone decides."
         return "The general rule alone decides."
+
+    @property
+    def _sureness(self) -> str:
+        layers = list(self.names("quantize"))
+        unknown = [name for name in layers if not self.preset.blocks.search(name)]
+        if unknown:
+            return f"Less sure: it does not know {len(unknown)} of the {len(layers)} layers to quantize, such as {unknown[0]}."
+        return f"It knows all {len(layers)} layers to quantize."
 
     def names(self, action: str) -> Iterator[str]:
         """Names of the tensors with that decision."""

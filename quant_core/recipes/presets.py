@@ -1,32 +1,71 @@
 """Presets: keep lists per model family, as data in ``presets/*.toml``.
 
-A preset file has ``title``; ``detect``, a list of lists of tensor names, one of which must be there whole (with or
-without a checkpoint's prefix); ``absent``, names that must not be; ``include``, other presets whose rules come
-first; and ``[[keep]]`` / ``[[remove]]`` rules of ``pattern`` (regular expression, searched in the full tensor
-name) and ``reason``. ``common.toml`` is the general rule and holds for every model.
+A preset file has
+
+* ``title``, and ``aliases``: other names of the preset;
+* ``detect``: lists of marks, one of which must be there whole, and ``absent``: marks that must not be. A mark is a tensor's name and
+  perhaps its shape, ``cap_embedder.1.weight 3840x*``. Without ``detect`` a preset is taken only by its name;
+* ``blocks``: the layers that make up the model; a layer to quantize elsewhere is unknown to the preset, and the plan says so;
+* ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``;
+* ``include``: presets whose rules come first.
+
+A mark is the whole name and a pattern a regular expression for its beginning, both less what a checkpoint puts before the
+names of its model (``model.diffusion_model.`` …); so neither can hit a layer deeper in another model by chance.
+``_common.toml`` is the general rule and holds for every model.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ..checkpoints import TensorInfo
 from ..errors import UnknownNameError
 from .toml import tomllib
 
-__all__ = ["AUTO", "NONE", "COMMON", "PRESETS", "Preset", "Rule", "find_preset", "recognise"]
+__all__ = ["ALIASES", "AUTO", "NONE", "COMMON", "PRESETS", "Mark", "Preset", "Rule", "find_preset", "recognise"]
 
 AUTO = "auto"
 NONE = "none"
 _FOLDER = Path(__file__).parent / "presets"
-_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
+_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.")
+_START = f"^(?:{'|'.join(map(re.escape, _PREFIXES[1:]))})?"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A tensor by which a family is known: its name, and its shape if that matters (None for any side)."""
+
+    name: str
+    shape: tuple[int | None, ...] | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Mark":
+        """From ``name`` or ``name 3840x*``."""
+        name, _, shape = text.partition(" ")
+        return cls(name, tuple(None if side == "*" else int(side) for side in shape.split("x")) if shape else None)
+
+    def there(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether the tensors have it."""
+        found = (tensors[prefix + self.name] for prefix in _PREFIXES if prefix + self.name in tensors)
+        return any(self.shape is None or self._has_shape(info.shape) for info in found)
+
+    def _has_shape(self, shape: tuple[int, ...]) -> bool:
+        sides = zip(shape, self.shape, strict=False)
+        return len(shape) == len(self.shape) and all(wanted in (None, side) for side, wanted in sides)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A pattern searched in full tensor names, and why what it finds is kept or removed."""
+    """Tensors by the beginning of their names, and why they are kept or removed.
 
+    Attributes:
+        text: the pattern as the preset has it.
+        pattern: to be searched in full tensor names.
+    """
+
+    text: str
     pattern: re.Pattern[str]
     reason: str
 
@@ -37,19 +76,21 @@ class Preset:
 
     name: str
     title: str
+    aliases: tuple[str, ...]
     keep: tuple[Rule, ...]
     remove: tuple[Rule, ...]
-    detect: tuple[tuple[str, ...], ...]
-    absent: tuple[str, ...]
+    blocks: re.Pattern[str]
+    detect: tuple[tuple[Mark, ...], ...]
+    absent: tuple[Mark, ...]
 
-    def fits(self, names: Iterable[str]) -> bool:
-        """Whether the tensor names are those of this family."""
-        names = set(names)
+    def fits(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether the tensors are those of this family."""
+        found = any(all(mark.there(tensors) for mark in marks) for marks in self.detect)
+        return found and not any(mark.there(tensors) for mark in self.absent)
 
-        def there(key: str) -> bool:
-            return any(prefix + key in names for prefix in _PREFIXES)
 
-        return any(all(map(there, keys)) for keys in self.detect) and not any(map(there, self.absent))
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(f"{_START}(?:{text})")
 
 
 @cache
@@ -58,36 +99,37 @@ def _load(name: str) -> Preset:
     included = [_load(other) for other in data.get("include", ())]
 
     def rules(kind: str) -> tuple[Rule, ...]:
-        own = tuple(Rule(re.compile(rule["pattern"]), rule["reason"]) for rule in data.get(kind, ()))
+        own = tuple(Rule(rule["pattern"], _pattern(rule["pattern"]), rule["reason"]) for rule in data.get(kind, ()))
         return tuple(rule for preset in included for rule in getattr(preset, kind)) + own
 
     return Preset(
         name=name,
         title=data["title"],
+        aliases=tuple(data.get("aliases", ())),
         keep=rules("keep"),
         remove=rules("remove"),
-        detect=tuple(map(tuple, data.get("detect", ()))),
-        absent=tuple(data.get("absent", ())),
+        blocks=_pattern(data.get("blocks", "")),
+        detect=tuple(tuple(map(Mark.parse, marks)) for marks in data.get("detect", ())),
+        absent=tuple(map(Mark.parse, data.get("absent", ()))),
     )
 
 
-COMMON = _load("common")
+COMMON = _load("_common")
 PRESETS: Mapping[str, Preset] = {
-    path.stem: _load(path.stem)
-    for path in sorted(_FOLDER.glob("*.toml"))
-    if path.stem != COMMON.name and _load(path.stem).detect
+    path.stem: _load(path.stem) for path in sorted(_FOLDER.glob("*.toml")) if path.stem != COMMON.name
 }
+ALIASES: Mapping[str, Preset] = {alias: preset for preset in PRESETS.values() for alias in preset.aliases}
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name, or :class:`UnknownNameError` with the nearest known one."""
-    if name not in PRESETS:
-        raise UnknownNameError("preset", name, (*PRESETS, AUTO, NONE))
-    return PRESETS[name]
+    """The preset of that name or alias, or :class:`UnknownNameError` with the nearest known one."""
+    known = {**PRESETS, **ALIASES}
+    if name not in known:
+        raise UnknownNameError("preset", name, (*known, AUTO, NONE))
+    return known[name]
 
 
-def recognise(names: Iterable[str]) -> Preset | None:
-    """The one preset whose family these tensor names belong to; None when none or several fit."""
-    names = set(names)
-    fitting = [preset for preset in PRESETS.values() if preset.fits(names)]
+def recognise(tensors: Mapping[str, TensorInfo]) -> Preset | None:
+    """The one preset whose family these tensors belong to; None when none or several fit."""
+    fitting = [preset for preset in PRESETS.values() if preset.fits(tensors)]
     return fitting[0] if len(fitting) == 1 else None
