@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from learned_rounding.architectures import read
 from learned_rounding.quant_core.checkpoints import TensorInfo
-
-LAYER_NAMES = Path(__file__).parent / "recipes" / "layer_names"
 
 
 @pytest.fixture
@@ -71,16 +70,12 @@ def header_source():
 
 @pytest.fixture
 def layer_names():
-    """layer_names(family, prefix="") → {name: shape}, one block of each kind, biases left out.
+    """layer_names(architecture, prefix="") → {name: shape} of all its tensors, from ComfyUI's own model classes."""
 
-    Taken from ComfyUI's own model classes, built on torch's meta device.
-    """
+    def names(architecture: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
+        return {prefix + name: tensor.shape for name, tensor in read(architecture).items()}
 
-    def read(family: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
-        lines = (LAYER_NAMES / f"{family}.txt").read_text(encoding="utf-8").splitlines()
-        return {prefix + name: tuple(map(int, shape.split("x"))) for name, shape in (line.split() for line in lines)}
-
-    return read
+    return names
 
 
 @pytest.fixture

@@ -1,52 +1,65 @@
-"""Presets: every file parses, and each family is recognised by its real layer names, and by nothing else's."""
+"""Presets as files: they parse, their names are those users know, and what tells families apart does.
+
+That each family is recognised by its real tensors, and what its rules hit there: test_architectures.py.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from learned_rounding.quant_core import PRESETS, Recipe
+from learned_rounding.quant_core.checkpoints import TensorInfo
 from learned_rounding.quant_core.errors import UnknownNameError
 from learned_rounding.quant_core.recipes import find_preset, presets, recognise
+from learned_rounding.quant_core.recipes.presets import ALIASES, Mark
 from learned_rounding.quant_core.recipes.toml import tomllib
 
 FILES = sorted((Path(presets.__file__).parent / "presets").glob("*.toml"))
-# What is recognised as what; a family of its own without a preset must be recognised as nothing.
-FAMILIES = {
-    "flux": "flux",
-    "t5": "t5xxl",
-    "umt5": "t5xxl",
-    "hunyuan": "hunyuan",
-    "hunyuan_1_5": "hunyuan",
-    "wan_t2v": "wan",
-    "wan_i2v": "wan",
-    "wan_vace": "wan",
-    "wan_s2v": "wan",
-    "wan_animate": "wan",
-}
-OTHERS = {"flux2", "chroma", "chroma_radiance", "qwen_image"}
-DIFFUSION = [name for name in FAMILIES if name not in ("t5", "umt5")]
+KEYS = {"title", "aliases", "include", "detect", "absent", "blocks", "keep", "remove"}
+# The names of the published tool's keep lists, all of them.
+VOCABULARY = """
+    t5xxl mistral visual generic_text gemma4 qwen35 flux2 distillation_large distillation_small nerf_large nerf_small
+    radiance wan hunyuan qwen zimage zimage_l zimage_s zimage_refiner lens anima krea2 ideogram4 boogu ltxv2
+"""
+BY_NAME = "flux sdxl sd15 sd3 lumina2 hidream chroma auraflow pixart mochi cosmos ltxv ace_step umt5 clip_l clip_g llama gemma3"
 
 
-def tencent_spelling(names):
+def infos(names, shape=(8, 8)):
+    """{name: info}, from names or from {name: shape}."""
+    shapes = names if isinstance(names, dict) else dict.fromkeys(names, shape)
+    return {name: TensorInfo(torch.bfloat16, tuple(shape)) for name, shape in shapes.items()}
+
+
+def marked(preset):
+    """Tensors that just satisfy the first list of marks."""
+    return infos({mark.name: [side or 8 for side in mark.shape or (8, 8)] for mark in preset.detect[0]})
+
+
+def tencent_spelling(shapes):
     """Hunyuan Video as published, before ComfyUI renames its layers."""
     renames = (
         ("_attn.qkv.", "_attn_qkv."),
         ("_attn.proj.", "_attn_proj."),
+        ("_attn.norm.query_norm.", "_attn_q_norm."),
+        ("_attn.norm.key_norm.", "_attn_k_norm."),
+        (".norm.query_norm.", ".q_norm."),
+        (".norm.key_norm.", ".k_norm."),
         ("_mod.lin.", "_mod.linear."),
         ("mlp.0.", "mlp.fc1."),
         ("mlp.2.", "mlp.fc2."),
     )
     for new, old in renames:
-        names = [name.replace(new, old) for name in names]
-    return names
+        shapes = {name.replace(new, old): shape for name, shape in shapes.items()}
+    return shapes
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_parses_and_uses_known_keys(path):
     data = tomllib.loads(path.read_text(encoding="utf-8"))
-    assert set(data) <= {"title", "detect", "absent", "include", "keep", "remove"} and data["title"]
-    assert all(names and all(isinstance(name, str) for name in names) for names in data.get("detect", []))
+    assert set(data) <= KEYS and data["title"] and set(data) & {"keep", "include"}
+    assert all(marks and all(isinstance(mark, str) for mark in marks) for marks in data.get("detect", []))
     assert all((path.parent / f"{other}.toml").exists() for other in data.get("include", []))
     for rule in (*data.get("keep", ()), *data.get("remove", ())):
         assert set(rule) == {"pattern", "reason"} and rule["reason"]
@@ -54,88 +67,97 @@ def test_every_file_parses_and_uses_known_keys(path):
 
 
 def test_names():
-    assert {"flux", "t5xxl", "wan", "hunyuan"} <= set(PRESETS)
+    assert {*VOCABULARY.split(), *BY_NAME.split()} <= {*PRESETS, *ALIASES}
     assert all(find_preset(name) is preset and preset.name == name for name, preset in PRESETS.items())
-    assert {"common", "avoid", "auto", "none"}.isdisjoint(PRESETS)  # parts of presets, and words with another meaning
-    assert all(preset.title and preset.detect for preset in PRESETS.values())
-    assert all(Recipe(preset=name).preset == name for name in (*PRESETS, "auto", "none"))
+    assert all(find_preset(alias) is preset for alias, preset in ALIASES.items())
+    # parts of presets, and words with another meaning
+    assert {"common", "_common", "auto", "none"}.isdisjoint({*PRESETS, *ALIASES})
+    assert len(ALIASES) == sum(len(preset.aliases) for preset in PRESETS.values()) and not set(ALIASES) & set(PRESETS)
+    assert len({preset.title for preset in PRESETS.values()}) == len(PRESETS)
+    assert all(Recipe(preset=name).preset == name for name in (*PRESETS, *ALIASES, "auto", "none"))
 
 
 def test_an_unknown_preset_suggests_the_nearest():
-    with pytest.raises(UnknownNameError, match="no preset 'hunyuan_video'.*did you mean 'hunyuan'"):
-        find_preset("hunyuan_video")
-
-
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
-@pytest.mark.parametrize("family", DIFFUSION)
-def test_diffusion_models_are_recognised_with_and_without_a_prefix(layer_names, family, prefix):
-    assert recognise(layer_names(family, prefix)).name == FAMILIES[family]
-
-
-@pytest.mark.parametrize("family", ["t5", "umt5"])
-def test_text_encoders_are_recognised(layer_names, family):
-    assert recognise(layer_names(family)).name == "t5xxl"
-
-
-def test_a_t5_with_the_names_of_transformers_is_recognised(layer_names):
-    names = [*layer_names("t5"), "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]
-    assert recognise(names).name == "t5xxl"
-    assert recognise(name for name in names if name != "shared.weight").name == "t5xxl"
+    with pytest.raises(UnknownNameError, match="no preset 'hunyuan_vidio'.*did you mean 'hunyuan_video'"):
+        find_preset("hunyuan_vidio")
 
 
 @pytest.mark.parametrize("family", ["hunyuan", "hunyuan_1_5"])
-def test_hunyuan_is_recognised_as_published(layer_names, family):
-    names = tencent_spelling(layer_names(family))
-    assert not set(names) & {"double_blocks.0.img_attn.qkv.weight"}
-    assert recognise(names).name == "hunyuan"
+def test_hunyuan_is_recognised_as_published_and_its_norms_are_known(layer_names, family):
+    shapes = layer_names(family)
+    published = tencent_spelling(shapes)
+    assert not set(published) & {"double_blocks.0.img_attn.qkv.weight"} and len(published) == len(shapes)
+    assert recognise(infos(published)).name == "hunyuan"
+    rules = find_preset("hunyuan").keep
+    norms = [name for name in published if "_norm." in name]
+    assert norms and all(any(rule.pattern.search(name) for rule in rules) for name in norms)
 
 
-def test_flux_schnell_is_recognised(layer_names):
-    assert recognise(name for name in layer_names("flux") if "guidance_in" not in name).name == "flux"
+def test_a_t5_with_the_names_of_transformers_is_recognised(layer_names):
+    shapes = layer_names("t5")
+    shapes |= dict.fromkeys(["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"], (32128, 4096))
+    assert recognise(infos(shapes)).name == "t5xxl"
+    del shapes["shared.weight"]
+    assert recognise(infos(shapes)).name == "t5xxl"
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("family", sorted(OTHERS))
-def test_families_without_a_preset_are_not_taken_for_another(layer_names, family, prefix):
-    found = recognise(layer_names(family, prefix))
-    assert found is None or found.name not in FAMILIES.values()
-
-
-@pytest.mark.parametrize("family", sorted({*FAMILIES, *OTHERS}))
-def test_no_two_presets_fit_one_family(layer_names, family):
-    assert len([preset for preset in PRESETS.values() if preset.fits(layer_names(family))]) <= 1
+@pytest.mark.parametrize("text, shape, fits", [
+    ("w", (3, 4), True),
+    ("w 3x4", (3, 4), True),
+    ("w 3x*", (3, 9), True),
+    ("w *x4", (3, 4), True),
+    ("w 3x4", (4, 3), False),
+    ("w 3x*", (3,), False),
+    ("w 3", (3, 1), False),
+    ("v", (3, 4), False),
+])  # fmt: skip
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "net.", "model."])
+def test_marks(text, shape, fits, prefix):
+    tensors = infos({f"{prefix}w": shape, f"{prefix}blocks.0.v": shape})
+    assert Mark.parse(text).there(tensors) is fits
 
 
 @pytest.mark.parametrize(
     "preset, gone",
     [(preset, gone) for preset in PRESETS.values() for gone in preset.absent],
-    ids=lambda value: getattr(value, "name", value),
+    ids=lambda value: value.name,
 )
-def test_names_that_must_be_absent_rule_a_family_out(preset, gone):
-    assert preset.fits(preset.detect[0])
+def test_marks_that_must_be_absent_rule_a_family_out(preset, gone):
+    shape = [side or 8 for side in gone.shape or (8, 8)]
+    if any(mark.name == gone.name for mark in preset.detect[0]):  # the same tensor of another shape
+        assert not preset.fits({**marked(preset), **infos({gone.name: shape})})
+        return
+    assert preset.fits(marked(preset))
     for prefix in ("", "model.diffusion_model."):
-        assert not preset.fits([*preset.detect[0], prefix + gone])
+        assert not preset.fits({**marked(preset), **infos({prefix + gone.name: shape})})
 
 
 @pytest.mark.parametrize("gone", ["distilled_guidance_layer.in_proj.weight", "double_stream_modulation_img.lin.weight"])
 def test_relatives_of_flux_are_no_flux(layer_names, gone):
     """Chroma and Flux.2, should a fine-tune of theirs carry every name that Flux.1 has."""
-    assert recognise([*layer_names("flux"), gone]) is None
+    found = recognise(infos([*layer_names("flux"), gone]))
+    assert found is None or found.name != "flux"
 
 
-def test_a_whole_checkpoint_is_recognised_by_its_diffusion_model(layer_names):
-    """Flux with its text encoders and VAE in one file, as ComfyUI's single-file checkpoints hold them."""
-    names = {
-        **layer_names("flux", "model.diffusion_model."),
-        **layer_names("t5", "text_encoders.t5xxl.transformer."),
-        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (3072, 768),
-        "vae.decoder.mid.attn_1.k.weight": (512, 512, 1, 1),
-    }
-    assert recognise(names).name == "flux"
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_patterns_begin_where_the_models_names_begin(preset):
+    """Deeper in another model the same words hit nothing, unless a pattern says that it holds anywhere."""
+    for rule in (*preset.keep, *preset.remove):
+        example = next((name for name in EXAMPLES if rule.pattern.search(name)), None)
+        anywhere = rule.text.startswith(".*")
+        if example:
+            assert bool(rule.pattern.search(f"other.{example}")) is anywhere, rule.text
+
+
+EXAMPLES = """
+    img_in.weight final_layer.linear.weight time_in.in_layer.weight txt_in.weight head.head.weight proj_out.weight
+    x_embedder.weight transformer_blocks.0.attn1.to_q.weight blocks.0.attn.weight layers.0.mlp.weight last.linear.weight
+    first.weight tproj.1.weight decoder.block.0.weight lm_head.weight visual.merger.weight
+""".split()
 
 
 @pytest.mark.parametrize(
     "names", [[], ["blocks.0.attn.qkv.weight"], ["double_blocks.0.img_attn.qkv.weight", "img_in.weight"]]
 )
 def test_too_few_names_are_recognised_as_nothing(names):
-    assert recognise(names) is None
+    assert recognise(infos(names)) is None
