@@ -11,7 +11,7 @@ from .checkpoints.dtypes import SOURCE_DTYPES
 from .errors import QuantizationError, RecipeError
 from .events import CancelCheck
 from .formats import Encoding, QuantizedWeight, make_encoding, rotation_groups
-from .rounding import Method, Quadratic, Rounder, correct_bias, make_objective, synthetic_mean
+from .rounding import Method, Quadratic, Rounder, correct_bias, make_objectives, synthetic_mean
 
 __all__ = ["quantize_weight"]
 
@@ -146,7 +146,9 @@ class _Layer:
             encoding.format.grid,
             tiles,
             self.method,
-            make_objective(self.method, gram, row_weight, self.seed),
+            make_objectives(
+                self.method, gram, row_weight, judged=self.inputs.holdout_gram is not None, seed=self.seed
+            ),
             judge=judge if known else None,
             parts=parts,
             seed=self.seed,

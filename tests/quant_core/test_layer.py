@@ -166,6 +166,28 @@ def test_held_out_inputs_have_the_last_word():
     assert made.rounded.winner == "nearest" and made.rounded.gain <= 1
 
 
+def test_held_out_inputs_choose_the_damping():
+    """A Gram of few inputs is trusted less, one of many more; either way the best of the dampings is what is taken."""
+    spread = torch.logspace(0, -3, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(5))]
+    mixing = torch.linalg.qr(random(64, 64, seed=6)).Q
+    weight = random(48, 64)
+
+    def gram(count: int, seed: int) -> torch.Tensor:
+        inputs = (random(count, 64, seed=seed) * spread.sqrt()) @ mixing
+        return inputs.t() @ inputs / count
+
+    held_out, errors = gram(4096, 8), {}
+    for count in (24, 4096):
+        known = {"gram": gram(count, 7), "holdout_gram": held_out}
+        errors[count] = {
+            damping: quantize_weight(weight, "int8_tensorwise", damping=damping, **known).output_error
+            for damping in (0.01, 0.1, 1.0, None)
+        }
+        assert errors[count][None] == min(errors[count].values())
+    few, many = errors[24], errors[4096]
+    assert few[1.0] < 0.8 * few[0.01] and many[0.01] < 0.8 * many[1.0]
+
+
 def test_output_channels_may_count_differently():
     """A scale shared by all rows follows the rows that count; the reported gain counts them too."""
     weight, gram = torch.cat([random(8, 64) * 0.01, random(8, 64, seed=1)]), torch.eye(64)
