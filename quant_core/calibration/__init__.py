@@ -4,6 +4,7 @@ from .collect import Collector
 from .file import SUFFIX, CalibrationFile
 from .gram import Gram, Inputs, LowRankGram, PackedGram, dense_gram, mean_vector
 from .histogram import input_scale
+from .sensitivity import Sensitivity
 from .statistics import Calibration, LayerInputs
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LowRankGram",
     "PackedGram",
     "SUFFIX",
+    "Sensitivity",
     "dense_gram",
     "input_scale",
     "mean_vector",

@@ -40,6 +40,9 @@ class Collector:
         holdout_rows: how many held-out tokens to keep for each input.
         seed: of the choice of tokens.
         earlier: a calibration of the same layers to continue.
+
+    Attributes:
+        sensitivity: layer → :attr:`~.gram.Inputs.sensitivity`, where that was measured; saved with the rest.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Collector:
         self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._calls = 0
         self._hold_out: bool | None = None
+        self.sensitivity = dict(earlier.sensitivity) if earlier is not None else {}
         if earlier is not None:
             earlier.check({name: tuple(layer.weight.shape) for name, layer in self._layers.items()})
 
@@ -238,7 +242,7 @@ class Collector:
         shapes = {layer: tuple(self._layers[layer].weight.shape) for layer in sites}
         counts = {name: (found.tokens, found.held_tokens) for name, found in known.items()}
         results = {name: found.result() for name, found in known.items()}
-        return write_calibration(path, results, sites, shapes, counts, provenance)
+        return write_calibration(path, results, sites, shapes, counts, provenance, self.sensitivity)
 
     def close(self) -> None:
         """Give back all memory and remove the files."""

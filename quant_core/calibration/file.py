@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ class CalibrationFile:
     Of each input it may hold, under the name of a layer that is given it: ``gram`` and ``holdout_gram``, (in, in) in any
     float dtype, or packed as ``….panels`` and ``….roots``, or in low rank as ``….factor`` (in, rank) and ``….diagonal``;
     ``mean`` and ``amax`` (in,), and ``histogram``. The header says which layers share an input, their shapes, and what was
-    sampled; without it every layer has an input of its own.
+    sampled, and how sensitive the model is to errors of each; without it every layer has an input of its own.
 
     Attributes:
         path: where it lies.
@@ -76,6 +77,7 @@ class CalibrationFile:
             self._tokens = {
                 str(site): (int(learned), int(held)) for site, (learned, held) in header.get("tokens", {}).items()
             }
+            self._sensitivity = {str(name): float(value) for name, value in header.get("sensitivity", {}).items()}
             self.provenance = dict(header.get("provenance", {}))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CalibrationError(f"{self.path} has a damaged header ({error}); calibrate again.") from None
@@ -95,7 +97,13 @@ class CalibrationFile:
         if self._last is None or self._last[0] != site:  # layers that share an input mostly follow each other
             found = {kind: self._read(f"{site}.{kind}") for kind in _KINDS}
             self._last = site, Inputs(**found) if any(value is not None for value in found.values()) else None
-        return self._last[1]
+        known, sensitivity = self._last[1], self._sensitivity.get(name)
+        return known if known is None or sensitivity is None else replace(known, sensitivity=sensitivity)
+
+    @property
+    def sensitivity(self) -> Mapping[str, float]:
+        """Layer → :attr:`~.gram.Inputs.sensitivity`, of those that were measured."""
+        return self._sensitivity
 
     def tokens(self, layer: str) -> tuple[int, int]:
         """How many tokens the Gram is the mean of, and from how many the held-out rows were drawn."""
@@ -185,6 +193,7 @@ def write_calibration(
     shapes: Mapping[str, tuple[int, ...]],
     tokens: Mapping[str, tuple[int, int]],
     provenance: Mapping[str, object],
+    sensitivity: Mapping[str, float] | None = None,
 ) -> int:
     """Write statistics as :class:`CalibrationFile` reads them; returns the file's size in bytes.
 
@@ -194,12 +203,14 @@ def write_calibration(
         shapes: layer → (out, in).
         tokens: name of an input → how many tokens its Gram is the mean of, and how many were held out.
         provenance: what was sampled, as JSON values.
+        sensitivity: layer → see :class:`~.gram.Inputs`; of as many as were measured.
     """
     header = {
         "version": _VERSION,
         "architecture": architecture(shapes),
         "layers": {layer: [site, *shapes[layer]] for layer, site in sites.items()},
         "tokens": {site: list(counts) for site, counts in tokens.items()},
+        "sensitivity": {layer: value for layer, value in (sensitivity or {}).items() if layer in sites},
         "provenance": dict(provenance),
     }
     metadata = {_KEY: json.dumps(header, separators=(",", ":"))}

@@ -51,6 +51,8 @@ class Inputs:
         mean: x̄, (in,).
         amax: largest magnitude of each channel, (in,).
         histogram: how often each magnitude occurs among some of them, see :mod:`.histogram`.
+        sensitivity: the relative squared error of the model's output that comes of a relative squared error 1 of the
+            layer's output, see :mod:`.sensitivity`.
     """
 
     gram: Gram | None = None
@@ -58,6 +60,15 @@ class Inputs:
     mean: torch.Tensor | None = None
     amax: torch.Tensor | None = None
     histogram: torch.Tensor | None = None
+    sensitivity: float | None = None
+
+    @property
+    def holdout_rows(self) -> torch.Tensor | None:
+        """Held-out inputs themselves, (tokens, in), where they are kept as such."""
+        kept = self.holdout_gram
+        if not isinstance(kept, LowRankGram) or kept.diagonal.any():
+            return None
+        return kept.factor.t() * kept.factor.shape[1] ** 0.5
 
 
 def roots(diagonal: torch.Tensor) -> torch.Tensor:
