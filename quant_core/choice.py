@@ -19,7 +19,7 @@ from .checkpoints import Source
 from .errors import NonFiniteWeightError, NothingToQuantizeError, RecipeError
 from .events import CancelCheck, LayerMeasured, Listener
 from .formats import GROUP_SIZES, QuantizedWeight
-from .layer import quantize_weight
+from .layer import output_error, quantize_weight
 from .recipes import Decision, FormatChoice, Plan, Recipe
 from .report import Choice, human_bytes
 
@@ -110,10 +110,9 @@ def _options(
 ) -> list[_Option]:
     """Keeping the layer, and every candidate that its shape allows."""
     weight = source.read(name, device)
-    matrix = weight.flatten(1).float()
+    matrix = weight.float()
     rows = known.holdout_rows
     rows = None if rows is None else rows[:_MOST_ROWS].to(device, torch.float32)
-    expected = None if rows is None else rows @ matrix.t()
     gram = known.gram if rows is None else None
     found = [_Option(source.tensors[name].nbytes, 0.0)]
     for choice in _STOCK + (_BLOCKS if recipe.block_formats else ()):
@@ -126,18 +125,15 @@ def _options(
         except NonFiniteWeightError:
             return found
         size = sum(tensor.nbytes for tensor in made.tensors(name.removesuffix(".weight")).values())
-        found.append(_Option(size, weigh * _error(made, rows, expected), choice))
+        found.append(_Option(size, weigh * _error(matrix, made, rows) ** 2, choice))
     return found
 
 
-def _error(made: QuantizedWeight, rows: torch.Tensor | None, expected: torch.Tensor | None) -> float:
-    """Relative squared error of the layer's output, its inputs quantized as well where some are known."""
+def _error(weight: torch.Tensor, made: QuantizedWeight, rows: torch.Tensor | None) -> float:
+    """Relative error of the layer's output, its inputs quantized as well where some are known."""
     if rows is None:
-        return (made.weight_error if made.output_error is None else made.output_error) ** 2
-    weight = made.dequantize().to(rows)
-    got = made.encoding.quantize_inputs(rows) @ weight.t()
-    total = float(expected.square().sum(dtype=torch.float64))
-    return float((got - expected).square().sum(dtype=torch.float64)) / total if total else 0.0
+        return made.weight_error if made.output_error is None else made.output_error
+    return output_error(weight, made, rows)
 
 
 def _hull(options: list[_Option]) -> list[_Option]:

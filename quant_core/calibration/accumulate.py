@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import CalibrationError
-from .gram import Gram, Inputs, LowRankGram, PackedGram, roots
+from ..formats import make_encoding
+from .gram import Gram, Inputs, LowRankGram, PackedGram, PairedGram, roots
 from .histogram import BINS, histogram
 from .panels import panels
 
-__all__ = ["Accumulator", "FullGram", "SketchedGram"]
+__all__ = ["Accumulator", "FullGram", "PairedGrams", "SketchedGram"]
 
 _COUNTED = 4  # of so many additions one is counted in the histogram, the first to begin with
 
@@ -94,6 +95,45 @@ class FullGram:
     def kept(self) -> float:
         """The share of the inputs' energy tr H that is known with its directions."""
         return 1.0
+
+
+class PairedGrams:
+    """H of inputs side by side with what INT8 per token makes of them; ``line`` as for a :class:`FullGram` of 2·in."""
+
+    kept = 1.0
+
+    def __init__(self, inner: int, line: torch.Tensor, device: torch.device):
+        self._both = FullGram(2 * inner, line, device)
+        self._sum = torch.zeros(2 * inner, dtype=torch.float64, device=device)
+        self._tokens, self._inner = 0, inner
+
+    @property
+    def square(self) -> torch.Tensor:
+        """Σx² of each channel, float64 (in,)."""
+        return self._both.square[: self._inner]
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take rows (tokens, in) into account."""
+        both = torch.cat([rows.float(), _INT8.quantize_inputs(rows)], dim=1)
+        self._both.add(both)
+        self._sum += both.sum(dim=0, dtype=torch.float64)
+        self._tokens += len(rows)
+
+    def start(self, gram: Gram, tokens: int) -> None:
+        """Begin with what an earlier calibration found."""
+        if not isinstance(gram, PairedGram):
+            raise CalibrationError("A calibration without quantized inputs cannot be continued with them; leave them out.")
+        self._both.start(PackedGram(gram.panels, gram.roots), tokens)
+        self._sum.copy_(gram.mean.double() * tokens)
+        self._tokens = tokens
+
+    def result(self) -> PairedGram:
+        """H so far."""
+        found = self._both.result()
+        return PairedGram(found.panels, found.roots, (self._sum / max(self._tokens, 1)).float().cpu())
+
+
+_INT8 = make_encoding("int8_tensorwise")
 
 
 class SketchedGram:

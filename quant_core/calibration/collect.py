@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CalibrationError, OutputError
-from .accumulate import Accumulator, FullGram, SketchedGram
+from .accumulate import Accumulator, FullGram, PairedGrams, SketchedGram
 from .file import CalibrationFile, write_calibration
 from .panels import packed_size
 
@@ -36,6 +36,7 @@ class Collector:
         device: where the model runs.
         device_bytes: how much of its memory Grams may take.
         rank: None to keep Grams in full; a number to keep the leading ``in / rank`` directions and the diagonal.
+        quantized_inputs: also keep, in full, how inputs go with what INT8 makes of them: four times the memory.
         tokens: how many tokens of a call are looked at.
         holdout_rows: how many held-out tokens to keep for each input.
         seed: of the choice of tokens.
@@ -53,6 +54,7 @@ class Collector:
         device: torch.device,
         device_bytes: int,
         rank: int | None = None,
+        quantized_inputs: bool = False,
         tokens: int = 256,
         holdout_rows: int = 512,
         seed: int = 0,
@@ -60,7 +62,7 @@ class Collector:
     ):
         self._layers, self._folder, self._device = dict(layers), Path(folder), device
         self._left, self._rank, self._tokens, self._seed = device_bytes, rank, tokens, seed
-        self._earlier = earlier
+        self._earlier, self._paired = earlier, quantized_inputs
         channels = sum(layer.weight.shape[1] for layer in self._layers.values())
         self._holdout_rows = max(16, min(holdout_rows, _HELD_BYTES // (4 * max(channels, 1))))
         self._sites: dict[str, str] = {}  # layer → the layer whose statistics are its own too
@@ -81,7 +83,7 @@ class Collector:
         """The most that files can take if no layers share an input."""
         if self._rank:
             return 0
-        sizes = [packed_size(layer.weight.shape[1]) for layer in self._layers.values()]
+        sizes = [self._size(layer.weight.shape[1]) for layer in self._layers.values()]
         return 0 if 4 * sum(sizes) <= self._left else 2 * sum(sizes)
 
     @property
@@ -196,16 +198,19 @@ class Collector:
             found.start(known, *self._earlier.tokens(name))
         return found
 
-    def _gram(self, name: str, inner: int) -> tuple[FullGram | SketchedGram, torch.device]:
+    def _gram(self, name: str, inner: int) -> tuple[FullGram | PairedGrams | SketchedGram, torch.device]:
         self._turns[name] = 1, 0
         if self._rank:
             return SketchedGram(inner, max(1, inner // self._rank), self._device), torch.device("cpu")
-        size = packed_size(inner)
+        size, kind = self._size(inner), PairedGrams if self._paired else FullGram
         if 4 * size <= self._left:
             self._left -= 4 * size
-            return FullGram(inner, torch.zeros(size, device=self._device), self._device), self._device
+            return kind(inner, torch.zeros(size, device=self._device), self._device), self._device
         self._turns[name] = ROTATION, len(self._files)
-        return FullGram(inner, self._mapped(size), self._device), torch.device("cpu")
+        return kind(inner, self._mapped(size), self._device), torch.device("cpu")
+
+    def _size(self, inner: int) -> int:
+        return packed_size(2 * inner if self._paired else inner)
 
     def _mapped(self, size: int) -> torch.Tensor:
         path = self._folder / f"gram_{len(self._files):05}"

@@ -12,7 +12,7 @@ import torch
 from ..checkpoints import SafetensorsFile, SafetensorsWriter, TensorInfo, header_bytes
 from ..checkpoints.source import fingerprint
 from ..errors import CalibrationError, SourceError
-from .gram import Inputs, LowRankGram, PackedGram
+from .gram import Inputs, LowRankGram, PackedGram, PairedGram
 from .statistics import Calibration
 
 __all__ = ["SUFFIX", "CalibrationFile", "architecture", "write_calibration"]
@@ -22,7 +22,11 @@ _KEY = "learned_rounding_calibration"
 _VERSION = 1
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of layers in whole checkpoints
 _KINDS = ("gram", "holdout_gram", "mean", "amax", "histogram")
-_FORMS = {("panels", "roots"): PackedGram, ("factor", "diagonal"): LowRankGram}  # what a Gram may consist of
+_FORMS = {  # what a Gram may consist of, the longer first
+    ("panels", "roots", "mean"): PairedGram,
+    ("panels", "roots"): PackedGram,
+    ("factor", "diagonal"): LowRankGram,
+}
 
 
 def architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -134,14 +138,10 @@ class CalibrationFile:
         tensors = self._file.tensors
         if name in tensors:
             return self._file.read(name)
-        for parts, make in _FORMS.items():
-            names = [f"{name}.{part}" for part in parts]
-            present = [part for part in names if part in tensors]
-            if present and present != names:
-                raise SourceError(f"{self.path}: {present[0]} has no counterpart; the file is damaged.")
-            if present:
-                return make(*(self._file.read(part) for part in names))
-        return None
+        present = tuple(part for part in dict.fromkeys(sum(_FORMS, ())) if f"{name}.{part}" in tensors)
+        if present and present not in _FORMS:
+            raise SourceError(f"{self.path}: {name}.{present[0]} has no counterpart; the file is damaged.")
+        return _FORMS[present](*(self._file.read(f"{name}.{part}") for part in present)) if present else None
 
     def close(self) -> None:
         """Close the file."""

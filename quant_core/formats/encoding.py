@@ -7,6 +7,7 @@ import torch
 
 from ..errors import RecipeError, UnknownNameError
 from .granularity import BLOCK_SIZE, GRANULARITIES, Tiles
+from .grids import Grid
 from .rotation import Rotation
 from .table import Format, find_format, sibling
 
@@ -46,7 +47,7 @@ class Encoding:
     @property
     def static_inputs(self) -> bool:
         """ComfyUI quantizes the inputs, by a scale that the layer may carry."""
-        return self.format.inputs == "tensor" and not self.full_precision_matmul
+        return self.quantized_inputs is not None and self.format.inputs == "tensor"
 
     def tiles(self, shape: tuple[int, int]) -> Tiles:
         """Which parts of a weight of that shape share a scale."""
@@ -69,14 +70,20 @@ class Encoding:
         weight = codes.float() * tiles.spread(scale.reshape(tiles.counts))
         return self.rotation.apply(weight) if self.rotation else weight
 
+    @property
+    def quantized_inputs(self) -> tuple[Grid, str] | None:
+        """The grid of quantized inputs, and what shares a scale among them; None where inputs stay as they are."""
+        kind = None if self.full_precision_matmul else self.format.inputs
+        return kind and (self.format.grid, kind)
+
     def quantize_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
         """X̂: what is left of a layer's inputs (tokens, in) when they are quantized for the product; float32, rotated back.
 
         Without an ``input_scale`` ComfyUI takes FP8 inputs as they are; other scales follow each token's largest value.
         """
-        kind = None if self.full_precision_matmul else self.format.inputs
-        if kind is None:
+        if self.quantized_inputs is None:
             return inputs.float()
+        _, kind = self.quantized_inputs
         values = self.rotation.apply(inputs) if self.rotation else inputs.float()
         if kind == "tensor":
             return self.format.grid.encode(values).float()

@@ -6,9 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from learned_rounding.quant_core.calibration import CalibrationFile, Collector, LowRankGram, PackedGram, dense_gram
+from learned_rounding.quant_core.calibration import (
+    CalibrationFile,
+    Collector,
+    LowRankGram,
+    PackedGram,
+    PairedGram,
+    dense_gram,
+    quantized_grams,
+)
 from learned_rounding.quant_core.calibration import collect as collecting
 from learned_rounding.quant_core.errors import CalibrationError, OutputError
+from learned_rounding.quant_core.formats import make_encoding
 
 CPU = torch.device("cpu")
 WIDTH, TOKENS = 48, 40
@@ -228,3 +237,24 @@ def test_a_plain_file_needs_no_header(tmp_path):
         assert found.inputs("q").gram.equal(2 * torch.eye(3)) and found.inputs("k") is None and found.layers == {}
         found.check({})
     assert json.dumps(found.provenance) == "{}"
+
+
+@pytest.mark.parametrize("device_bytes", [1 << 30, 0], ids=["in memory", "in files"])
+def test_quantized_inputs_are_kept_beside_the_inputs(block, tmp_path, monkeypatch, device_bytes):
+    """Gathered in two calibrations, the second of which continues the first."""
+    monkeypatch.setattr(collecting, "ROTATION", 1)
+    inputs, options = batches(6), {"device_bytes": device_bytes, "quantized_inputs": True}
+    (tmp_path / "first").mkdir()
+    with gather(block, inputs[:3], tmp_path / "first", **options) as earlier:
+        found = gather(block, inputs[3:], tmp_path, earlier=earlier, **options)
+    x = torch.cat([x.flatten(0, 1) for x in inputs])
+    seen = make_encoding("int8_tensorwise").quantize_inputs(x)
+    with found:
+        gram = found.inputs("q").gram
+        assert isinstance(gram, PairedGram)
+        assert relative(dense_gram(gram, WIDTH, CPU), x.t() @ x / len(x)) < 1e-3
+        for got, expected in zip(quantized_grams(gram, WIDTH, CPU), (x.t() @ seen, seen.t() @ seen), strict=True):
+            assert relative(got, expected / len(x)) < 1e-3
+        torch.testing.assert_close(gram.mean, torch.cat([x, seen], dim=1).mean(0), rtol=1e-3, atol=1e-3)
+    with CalibrationFile(found.path) as earlier, pytest.raises(CalibrationError, match="without quantized inputs|cannot be continued"):
+        gather(block, inputs, tmp_path / "first", earlier=earlier)
