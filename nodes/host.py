@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -31,7 +32,7 @@ from server import PromptServer
 import nodes
 
 from ..quant_core import Recipe, Report, quantize_file
-from ..quant_core.calibration import SUFFIX, CalibrationFile, Collector
+from ..quant_core.calibration import SUFFIX, CalibrationFile, Collector, Sensitivity
 from ..quant_core.checkpoints import SafetensorsFile, TensorInfo, layer_configs
 from ..quant_core.checkpoints.metadata import CONFIG_SUFFIX
 from ..quant_core.checkpoints.source import CPU
@@ -63,6 +64,7 @@ __all__ = [
     "clip_types",
     "file_state",
     "is_interrupt",
+    "knows",
     "load_calibration",
     "model_files",
     "outputs_in_use",
@@ -359,8 +361,9 @@ def _make_room(tensors, recipe: Recipe, calibrated: bool, device: torch.device) 
 
 # -------------------------------------------------------------------------------------------------------- calibrating
 
-# How much of the Grams to keep: None for all of it, else the share of the directions that is left.
-KEEP = {"full": None, "compact": 32}
+# How much of the Grams to keep, in the words of a Collector.
+KEEP = {"full": {}, "compact": {"rank": 32}, "with quantized inputs": {"quantized_inputs": True}}
+_PROBES = (0.25, 0.75)  # where in a run sensitivities are measured
 _RUNS_FOR_HOLDOUT = 4  # from so many on, every fourth is held out as a whole
 
 samplers, schedulers = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
@@ -405,7 +408,7 @@ def _collecting(patcher, layers, keep: str, tokens: int, seed: int, earlier: Cal
         spare = (comfy.model_management.get_total_memory(device) - patcher.model_size() - (8 << 30)) // 2
     folder = _temporary_folder() / f"learned_rounding_grams_{os.urandom(6).hex()}"
     folder.mkdir()
-    options = {"device": device, "device_bytes": max(spare, 0), "rank": KEEP[keep], "tokens": tokens, "seed": seed}
+    options = {"device": device, "device_bytes": max(spare, 0), "tokens": tokens, "seed": seed, **KEEP[keep]}
     try:
         with earlier.open() if earlier else contextlib.nullcontext() as known:
             with Collector(layers, folder, earlier=known, **options) as collector:
@@ -430,6 +433,9 @@ def _finish(collector: Collector, provenance: dict) -> tuple[Calibrated, str]:
         f"{layers} linear layers, {collector.inputs} different inputs, {collector.tokens} tokens or more of each",
         f"{human_bytes(size)} in {provenance['keep']} form",
     ]
+    if collector.sensitivity:
+        most = sorted(collector.sensitivity, key=collector.sensitivity.get, reverse=True)[:3]
+        lines.append(f"errors hurt most in {', '.join(most)}")
     if collector.kept < 1:
         lines.append(
             f"directions are known of at least {collector.kept:.0%} of each input's energy, of the rest the size only"
@@ -456,6 +462,7 @@ def calibrate_model(
     samples: int,
     keep: str,
     tokens: int,
+    sensitivity: bool = False,
     earlier: Calibrated | None = None,
     **sampling,
 ) -> tuple[Calibrated, list, str]:
@@ -466,6 +473,7 @@ def calibrate_model(
         latents: LATENTs, taken in turns.
         keep: key of :data:`KEEP`.
         tokens: looked at in each call of the model.
+        sensitivity: also measure, in one more run, what errors of each layer do to the model's output.
         earlier: a calibration to continue.
         sampling: the other arguments of KSampler, by name.
 
@@ -485,6 +493,11 @@ def calibrate_model(
                     model, seed + index, positive=positive, negative=negative, latent=latent, **sampling
                 )
             sampled.append(result)
+        if sensitivity:
+            probing = _Probing(model, layers, weights, collector.calls // len(runs))
+            positive, negative, latent = runs[0]
+            nodes.common_ksampler(probing.model, seed, positive=positive, negative=negative, latent=latent, **sampling)
+            collector.sensitivity = probing.sensitivity.found
         provenance = {
             "kind": "diffusion model",
             "class": type(model.model).__name__,
@@ -499,8 +512,51 @@ def calibrate_model(
         return calibrated, sampled, summary
 
 
+def _sensitivity(layers: Mapping[str, torch.nn.Module], weights: Mapping[str, PatchedWeights], device) -> Sensitivity:
+    """For the layers of :func:`_linear_layers`, whose weights are read as the model applies them."""
+    bar = comfy.utils.ProgressBar(len(layers) * len(_PROBES))
+
+    def read(name: str) -> torch.Tensor:
+        part = next((part for part in weights if len(weights) > 1 and name.startswith(f"{part}.")), None)
+        source = next(iter(weights.values())) if part is None else weights[part]
+        bar.update(1)
+        return source.read(f"{name if part is None else name.removeprefix(f'{part}.')}.weight", device)
+
+    return Sensitivity(layers, read, comfy.model_management.throw_exception_if_processing_interrupted)
+
+
+class _Probing:
+    """A clone of a MODEL whose sampling measures sensitivities in some of the ``calls`` of a run."""
+
+    def __init__(self, model, layers, weights, calls: int):
+        self.sensitivity = _sensitivity(layers, weights, model.load_device)
+        self.model = model.clone()
+        self._inner = model.model_options.get("model_function_wrapper")
+        self.model.set_model_unet_function_wrapper(self)
+        self._places = {int(share * calls) for share in _PROBES}
+        self._seen = 0
+
+    def __call__(self, apply_model, given: dict) -> torch.Tensor:
+        def run() -> torch.Tensor:
+            if self._inner is not None:
+                return self._inner(apply_model, given)
+            return apply_model(given["input"], given["timestep"], **given["c"])
+
+        if self._seen in self._places:
+            self.sensitivity.probe(run)
+        self._seen += 1
+        return run()
+
+
 def calibrate_clip(
-    clip, prompts: list[str], *, keep: str, tokens: int, seed: int, earlier: Calibrated | None = None
+    clip,
+    prompts: list[str],
+    *,
+    keep: str,
+    tokens: int,
+    seed: int,
+    sensitivity: bool = False,
+    earlier: Calibrated | None = None,
 ) -> tuple[Calibrated, str]:
     """Encode ``prompts`` and learn what the linear layers of a CLIP are given; returns the calibration and a summary."""
     parts = _encoder_parts(clip)
@@ -515,6 +571,11 @@ def calibrate_clip(
             with collector.watching(model.get_submodule(next(iter(parts))), hold_out):
                 nodes.CLIPTextEncode().encode(clip, prompt)
             bar.update(1)
+        if sensitivity:
+            probing = _sensitivity(layers, parts, clip.patcher.load_device)
+            for prompt in prompts[: len(_PROBES)]:
+                probing.probe(functools.partial(clip.encode_from_tokens, clip.tokenize(prompt)))
+            collector.sensitivity = probing.found
         provenance = {
             "kind": "text encoder",
             "class": type(model).__name__,
@@ -597,7 +658,8 @@ def save_calibration(calibration: Calibrated, prefix: str) -> Path:
 # ----------------------------------------------------------------------------------------------------------- building
 
 
-def _knows(format: str) -> bool:
+def knows(format: str) -> bool:
+    """Whether this ComfyUI itself multiplies that format."""
     return format in getattr(comfy.quant_ops, "QUANT_ALGOS", {})
 
 
@@ -605,7 +667,7 @@ def _layers_to_decode(path: Path) -> list[str]:
     """The quantized layers of a file, when it holds a format that this ComfyUI cannot read by itself; else none."""
     with SafetensorsFile(path) as opened:
         configs = layer_configs(opened)[0]
-    return [] if all(_knows(config["format"]) for config in configs.values()) else list(configs)
+    return [] if all(knows(config["format"]) for config in configs.values()) else list(configs)
 
 
 def _decoding(loader) -> dict:
@@ -724,7 +786,7 @@ def _rebuilt_clip(clip, quantized: Quantized):
         setattr(twin.get_submodule(parent), child, _quantized_linear(model.get_submodule(name), name, tensors, config))
     rebuilt = clip.clone()
     rebuilt.cond_stage_model = twin
-    decoded = not all(_knows(config["format"]) for _, config in layers.values())
+    decoded = not all(knows(config["format"]) for _, config in layers.values())
     patcher = comfy.model_patcher.ModelPatcher if decoded else type(clip.patcher)  # as in _decoding
     rebuilt.patcher = patcher(twin, load_device=clip.patcher.load_device, offload_device=clip.patcher.offload_device)
     for name in ("object_patches", "model_options", "hook_mode", "is_clip", "force_cast_weights"):
@@ -750,7 +812,7 @@ def _quantized_linear(original, name: str, tensors: dict[str, torch.Tensor], con
     """ComfyUI's quantized counterpart of the linear layer ``original``."""
     bias = original.bias
     dtype = bias.dtype if bias is not None else original.weight.dtype
-    if _knows(config["format"]):
+    if knows(config["format"]):
         operations = comfy.ops.mixed_precision_ops({name: config}, dtype, full_precision_mm=True)
     else:
         operations = decoding_operations(comfy.ops.manual_cast)

@@ -49,7 +49,8 @@ def quantize_weight(
         granularity: one of the format's granularities; None for its own.
         block_size: side of a block, for granularity block; None for 128.
         convrot: rotate the inputs: True by the largest group of 256, 64, 16 channels that divides them, a number by
-            the largest up to it, "auto" by whichever group, or none, has the least error.
+            the largest up to it, "auto" by whichever group, or none, has the least error; that of quantized inputs
+            counts too where some are held out.
         gram: H = XᵀX/tokens of the layer's inputs, (in, in), or another :data:`~.calibration.Gram`. With a
             :class:`~.calibration.PairedGram`, INT8 is rounded for inputs that are quantized too.
         holdout_gram: the Gram of other inputs, on which the result is judged.
@@ -84,7 +85,8 @@ def quantize_weight(
         raise RecipeError(f"An input scale of {input_scale} has no meaning for {encodings[0]}; leave it out.")
     inputs = Inputs(gram, holdout_gram, mean_input)
     layer = _Layer(matrix, inputs, bias, output_weight, method, seed, check)
-    best = min((layer.quantize(encoding) for encoding in encodings), key=_error)
+    made = [layer.quantize(encoding) for encoding in encodings]
+    best = min(made, key=layer.cost) if len(made) > 1 else made[0]
     return replace(best, shape=shape, input_scale=input_scale)
 
 
@@ -97,10 +99,6 @@ def output_error(weight: torch.Tensor, made: QuantizedWeight, rows: torch.Tensor
     got = made.encoding.quantize_inputs(rows) @ made.dequantize().to(rows).t()
     total = torch.linalg.vector_norm(expected, dtype=torch.float64)
     return float(torch.linalg.vector_norm(got - expected, dtype=torch.float64) / total) if total else 0.0
-
-
-def _error(result: QuantizedWeight) -> float:
-    return result.weight_error if result.output_error is None else result.output_error
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,13 @@ class _Layer:
         if not known or self.method.rounding != "calibrated" or encoding.quantized_inputs != (INT8, "token"):
             return plain
         return self._for_quantized_inputs(encoding, plain)
+
+    def cost(self, made: QuantizedWeight) -> float:
+        """What encodings are compared by: the error with quantized inputs if some are held out, else what is known."""
+        rows = self.inputs.holdout_rows
+        if rows is not None:
+            return output_error(self.weight.float(), made, rows.to(self.weight.device, torch.float32))
+        return made.weight_error if made.output_error is None else made.output_error
 
     def _alone(self, encoding: Encoding) -> QuantizedWeight:
         """As :meth:`_attempt`, and again with less memory or on the CPU whenever the device has too little."""

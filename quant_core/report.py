@@ -31,7 +31,7 @@ class Choice:
     """What formats were chosen from by measurement.
 
     Attributes:
-        curve: (bytes of the file, expected error of the model's output, relative), from all layers in 8 bits to none.
+        curve: (bytes of the file, expected error of the model's output, relative), from the smallest possible to every layer in full.
         chosen: the point that was taken.
         sensitive: errors are those of the model's output; otherwise the root mean square of its layers' outputs.
     """
@@ -45,7 +45,7 @@ class Choice:
         what = "the model's output" if self.sensitive else "the layers' outputs (sensitivities were not measured)"
         (size, error), (least, worst) = self.chosen, self.curve[0]
         return (
-            f"error of {what} {error:.4f} expected at {human_bytes(size)}; every layer in 8 bits: {worst:.4f} at "
+            f"error of {what} {error:.4f} expected at {human_bytes(size)}; the smallest possible: {worst:.4f} at "
             f"{human_bytes(least)}"
         )
 

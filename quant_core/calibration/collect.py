@@ -92,6 +92,11 @@ class Collector:
         return min((found.gram.kept for found in self._found.values()), default=1.0)
 
     @property
+    def calls(self) -> int:
+        """How many calls of the model were watched."""
+        return self._calls
+
+    @property
     def inputs(self) -> int:
         """How many different inputs were seen."""
         return len(self._found)

@@ -35,7 +35,7 @@ class Recipe(Method):
         heur: also keep layers whose shape gains little, see :mod:`.rules`.
         full_precision_matmul: ask ComfyUI to decode weights instead of multiplying in FP8.
         seed: of everything that draws numbers.
-        target_size: of the file in GB (10⁹ bytes), for format measured; None: see there.
+        target_size: of the file without its header in GB (10⁹ bytes), for format measured; None: see there.
         target_error: for format measured, how large the error of the model's output may become, relative; None: any.
         block_formats: for format measured, try the block-wise formats too, which need this node pack to load.
 

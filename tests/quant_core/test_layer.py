@@ -229,6 +229,20 @@ def test_weights_make_up_for_quantized_inputs(outliers, options):
         assert errors["quantized inputs"] < 0.99 * errors["inputs as they are"]
 
 
+def test_rotation_is_chosen_for_quantized_inputs_where_some_are_known(outliers):
+    """An outlier channel hardly bothers the rounding of weights, and ruins that of inputs."""
+    weight, others = random(64, 96, seed=21), outliers(512, 30)
+    known = {"gram": others.t() @ others / 512, "rounding": "nearest", "convrot": "auto"}
+    held_out = LowRankGram(others.t() / 512**0.5, torch.zeros(96))
+    made = quantize_weight(weight, "int8_tensorwise", **known, holdout_gram=held_out)
+    assert made.encoding.rotation.size == 16
+    errors = [
+        layer.output_error(weight, quantize_weight(weight, "int8_tensorwise", rounding="nearest", convrot=group), others)
+        for group in (None, 16)
+    ]
+    assert errors[1] < 0.6 * errors[0]
+
+
 def test_formats_that_leave_inputs_alone_take_paired_grams_as_plain_ones(outliers):
     grams = PairedGrams(96, torch.zeros(packed_size(192)), CPU)
     grams.add(outliers(500, 0))
