@@ -2,7 +2,9 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -12,27 +14,43 @@ from .gram import Gram, Inputs, LowRankGram, PackedGram, PairedGram, roots
 from .histogram import BINS, histogram
 from .panels import panels
 
-__all__ = ["Accumulator", "FullGram", "PairedGrams", "SketchedGram"]
+__all__ = ["Accumulator", "FullGram", "PairedGrams", "SketchedGram", "Worker"]
 
-_COUNTED = 4  # of so many additions one is counted in the histogram, the first to begin with
+_COUNTED = 4  # of so many rows one is counted in the histogram
+_EXTREMES = 64  # smallest and largest values of calls that wait to be compared
 
 
 @contextlib.contextmanager
 def _exact_products(rows: torch.Tensor) -> Iterator[None]:
     """Let a GPU multiply 16-bit rows on its tensor cores: TF32 holds them without loss and sums in float32."""
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or rows.dtype in (torch.bfloat16, torch.float16)
+    torch.backends.cuda.matmul.allow_tf32 = before or rows.dtype in _HALF
     try:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-class FullGram:
-    """H in full. A float32 ``line`` holds sums; a float16 one, in a mapped file mostly, the running mean of correlations."""
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """leftᵀ·right of rows (tokens, n) and (tokens, m), summed in float32; nothing of 16-bit rows is lost."""
+    if left.is_cuda and left.dtype in _HALF and _WIDE_SUMS:
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    with _exact_products(left):
+        return left.float().t() @ right.float()
 
-    def __init__(self, inner: int, line: torch.Tensor, device: torch.device):
-        self._inner, self._line = inner, line
+
+_HALF = (torch.bfloat16, torch.float16)
+_WIDE_SUMS = hasattr(torch.ops.aten.mm, "dtype")  # torch multiplies 16-bit matrices into a float32 one
+
+
+class FullGram:
+    """H in full. A float32 ``line`` holds sums; a float16 one, in a mapped file mostly, the running mean of correlations.
+
+    ``worker``: sums up beside the model's own work, where ``line`` is far from the device; None to do so at once.
+    """
+
+    def __init__(self, inner: int, line: torch.Tensor, device: torch.device, worker: "Worker | None" = None):
+        self._inner, self._line, self._worker = inner, line, worker
         self._sums = line.dtype is torch.float32
         self._square = torch.zeros(inner, dtype=torch.float64, device=device)  # Σx², beside correlations
         self._tokens = 0
@@ -46,24 +64,30 @@ class FullGram:
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows (tokens, in) into account."""
-        with _exact_products(rows):
-            (self._sum_up if self._sums else self._average)(rows.float())
-        self._tokens += len(rows)
+        known, self._tokens = self._tokens, self._tokens + len(rows)
+        if self._sums:
+            self._sum_up(rows)
+        elif self._worker is None:
+            self._average(rows, known)
+        else:
+            self._worker.submit(self._average, rows, known)
 
-    def _sum_up(self, values: torch.Tensor) -> None:
+    def _sum_up(self, rows: torch.Tensor) -> None:
         for start, stop, panel in panels(self._line, self._inner):
-            panel.addmm_(values[:, start:].t(), values[:, start:stop])
+            panel.add_(_product(rows[:, start:], rows[:, start:stop]))
 
-    def _average(self, values: torch.Tensor) -> None:
-        known, total = self._tokens, self._tokens + len(values)
+    def _average(self, rows: torch.Tensor, known: int) -> None:
+        total = known + len(rows)
         before = roots(self._square / max(known, 1)).float()
-        self._square += values.square().sum(dim=0, dtype=torch.float64)
+        self._square += rows.float().square().sum(dim=0, dtype=torch.float64)
         after = roots(self._square / total).float()
         for start, stop, panel in panels(self._line, self._inner):
             # C ← (C·r·rᵀ·known + XᵀX) / (total·r'·r'ᵀ); converted on the device, which is faster at it
-            mean = panel.to(values.device).float().mul_(before[start:, None]).mul_(before[start:stop] * known)
-            mean.addmm_(values[:, start:].t(), values[:, start:stop])
-            panel.copy_(mean.div_(after[start:, None]).div_(after[start:stop] * total))
+            mean = panel.to(rows.device) if self._worker is None else self._worker.fetch(panel)
+            mean = mean.float().mul_(before[start:, None]).mul_(before[start:stop] * known)
+            mean.add_(_product(rows[:, start:], rows[:, start:stop]))
+            mean = mean.div_(after[start:, None]).div_(after[start:stop] * total).to(panel.dtype)
+            panel.copy_(mean) if self._worker is None else self._worker.store(mean, panel)
 
     def start(self, gram: Gram, tokens: int) -> None:
         """Begin with what an earlier calibration found."""
@@ -102,8 +126,8 @@ class PairedGrams:
 
     kept = 1.0
 
-    def __init__(self, inner: int, line: torch.Tensor, device: torch.device):
-        self._both = FullGram(2 * inner, line, device)
+    def __init__(self, inner: int, line: torch.Tensor, device: torch.device, worker: "Worker | None" = None):
+        self._both = FullGram(2 * inner, line, device, worker)
         self._sum = torch.zeros(2 * inner, dtype=torch.float64, device=device)
         self._tokens, self._inner = 0, inner
 
@@ -134,6 +158,63 @@ class PairedGrams:
 
 
 _INT8 = make_encoding("int8_tensorwise")
+
+
+class Worker:
+    """Work beside the model's own: a thread with a stream and page-locked memory of its own; on a CUDA ``device``.
+
+    At most four tasks wait, so that what they hold stays small.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-grams")
+        self._room = threading.Semaphore(4)
+        self._tasks: list[Future] = []
+        self._staging = torch.empty(0, dtype=torch.float16)
+
+    def submit(self, task: Callable, rows: torch.Tensor, *args) -> None:
+        """Run ``task(rows, *args)`` when the rows are ready."""
+        ready = torch.cuda.current_stream(self._device).record_event()
+        rows.record_stream(self._stream)
+        self._room.acquire()
+        self._tasks = [task for task in self._tasks if not task.done() or task.exception()]
+        self._tasks.append(self._pool.submit(self._run, ready, task, rows, *args))
+
+    @torch.inference_mode()
+    def _run(self, ready: torch.cuda.Event, task: Callable, *args) -> None:
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                task(*args)
+                self._stream.synchronize()
+        finally:
+            self._room.release()
+
+    def fetch(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of host memory on the device."""
+        return self._staged(values).copy_(values).to(self._device, non_blocking=True)
+
+    def store(self, values: torch.Tensor, target: torch.Tensor) -> None:
+        """Bring values of the device into host memory."""
+        staged = self._staged(target).copy_(values, non_blocking=True)
+        self._stream.synchronize()
+        target.copy_(staged)
+
+    def _staged(self, values: torch.Tensor) -> torch.Tensor:
+        if self._staging.numel() < values.numel():
+            self._staging = torch.empty(values.numel(), dtype=values.dtype, pin_memory=True)
+        return self._staging[: values.numel()].view(values.shape)
+
+    def wait(self) -> None:
+        """Return when all is done; raises what a task raised."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.result()
+
+    def close(self) -> None:
+        """Drop what has not begun, and wait for what has."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class SketchedGram:
@@ -192,11 +273,21 @@ class Accumulator:
         gram: what becomes of the Gram.
         held: where rows held out from it are kept, (rows, in), any float dtype and device.
         device: where the arithmetic runs.
+        batch: how many rows to wait for before they are summed up, which is faster in one go.
     """
 
-    def __init__(self, gram: FullGram | SketchedGram, inner: int, held: torch.Tensor, device: torch.device):
-        self.gram, self.inner = gram, inner
-        self.tokens = self.held_tokens = self._additions = 0
+    def __init__(
+        self,
+        gram: FullGram | PairedGrams | SketchedGram,
+        inner: int,
+        held: torch.Tensor,
+        device: torch.device,
+        batch: int = 1,
+    ):
+        self.gram, self.inner, self._batch = gram, inner, batch
+        self._waiting: list[torch.Tensor] = []
+        self._extremes: list[torch.Tensor] = []
+        self.tokens = self.held_tokens = 0
         self._held = held
         self._low = torch.zeros(inner, dtype=held.dtype, device=device)
         self._high = torch.zeros(inner, dtype=held.dtype, device=device)
@@ -205,19 +296,36 @@ class Accumulator:
 
     def see(self, x: torch.Tensor) -> None:
         """Note the largest magnitudes of inputs (tokens, in), sampled or not."""
-        low, high = torch.aminmax(x, dim=0)
-        self._low, self._high = torch.minimum(self._low, low), torch.maximum(self._high, high)
+        self._extremes += torch.aminmax(x, dim=0)
+        if len(self._extremes) >= _EXTREMES:
+            self._settle_extremes()
+
+    def _settle_extremes(self) -> None:
+        if self._extremes:
+            found = torch.stack(self._extremes)
+            self._low = torch.minimum(self._low, found.amin(dim=0))
+            self._high = torch.maximum(self._high, found.amax(dim=0))
+            self._extremes.clear()
 
     def add(self, rows: torch.Tensor) -> None:
-        """Take rows (tokens, in) into account."""
+        """Take rows (tokens, in) into account, now or with those that follow; the rows must not change any more."""
         if not len(rows):
             return
+        self._waiting.append(rows)
+        self.tokens += len(rows)
+        if sum(map(len, self._waiting)) >= self._batch:
+            self.settle()
+
+    @torch.inference_mode()  # in which a model may run and so make tensors that change in no other
+    def settle(self) -> None:
+        """Sum up all rows that wait."""
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
+        self._waiting.clear()
         self.gram.add(rows)
         self._sum += rows.sum(dim=0, dtype=torch.float64)
-        if self._additions % _COUNTED == 0:
-            self._counts += histogram(rows)
-        self._additions += 1
-        self.tokens += len(rows)
+        self._counts += histogram(rows[::_COUNTED])
 
     def hold_out(self, rows: torch.Tensor, places: torch.Tensor, seen: int) -> None:
         """Put held-out rows (n, in) at these places (n,), all different; ``seen``: of how many they are a sample."""
@@ -243,8 +351,11 @@ class Accumulator:
             self._held[:count] = rows[:count].to(self._held)
             self.held_tokens = held_tokens if count == len(self._held) else count  # no more than there is room for
 
+    @torch.inference_mode()
     def result(self) -> Inputs:
         """All statistics so far, channels on the CPU."""
+        self.settle()
+        self._settle_extremes()
         rows = self._held[: self.held_tokens]
         held_out = LowRankGram(rows.t().cpu() / math.sqrt(len(rows)), torch.zeros(self.inner)) if len(rows) else None
         mean = (self._sum / max(self.tokens, 1)).float().cpu()

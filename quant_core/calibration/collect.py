@@ -10,13 +10,17 @@ from pathlib import Path
 import torch
 
 from ..errors import CalibrationError, OutputError
-from .accumulate import Accumulator, FullGram, PairedGrams, SketchedGram
+from .accumulate import Accumulator, FullGram, PairedGrams, SketchedGram, Worker
 from .file import CalibrationFile, write_calibration
 from .panels import packed_size
 
 __all__ = ["Collector", "ROTATION"]
 
-ROTATION = 8  # a Gram in a file is summed up in every eighth call, from eight times the tokens
+# A Gram in a file takes its turn in every eighth call, from eight times the tokens; one in low rank, whose step is slow
+# and which needs fewer, from as many as any.
+ROTATION = 8
+_BATCH = 2048  # rows that are summed up in one go, memory permitting
+_WAITING_SHARE = 8  # the part of the device memory that rows may wait in
 _HELD_OUT = 0.25  # of the tokens, where no run is held out as a whole
 _HELD_BYTES = 1 << 30  # for held-out rows of all layers together
 
@@ -28,7 +32,7 @@ class Collector:
     tensor share one. What the hooks see they only read, and they are gone when :meth:`watching` ends, however it ends.
 
     Memory: Grams lie in float32 on ``device`` as long as ``device_bytes`` last, then in files in ``folder`` (2 bytes for
-    each of in²/2 numbers); held-out rows take at most 1 GB.
+    each of in²/2 numbers); rows that wait to be summed up take an eighth of ``device_bytes``, held-out rows at most 1 GB.
 
     Args:
         layers: name (of its weight, without ``.weight``) → linear layer.
@@ -64,10 +68,14 @@ class Collector:
         self._left, self._rank, self._tokens, self._seed = device_bytes, rank, tokens, seed
         self._earlier, self._paired = earlier, quantized_inputs
         channels = sum(layer.weight.shape[1] for layer in self._layers.values())
+        self._batch = min(_BATCH, device_bytes // _WAITING_SHARE // (4 * max(channels, 1)))
+        self._left -= device_bytes // _WAITING_SHARE
+        self._worker: Worker | None = None
         self._holdout_rows = max(16, min(holdout_rows, _HELD_BYTES // (4 * max(channels, 1))))
         self._sites: dict[str, str] = {}  # layer → the layer whose statistics are its own too
         self._found: dict[str, Accumulator] = {}
-        self._turns: dict[str, tuple[int, int]] = {}  # a Gram takes tokens when call + second is a multiple of first
+        # A Gram takes tokens at first, and then when call + second is a multiple of first.
+        self._turns: dict[str, tuple[int, int]] = {}
         self._files: list[Path] = []
         self._recent: dict[int, tuple[weakref.ref, str]] = {}
         self._chosen: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -89,6 +97,7 @@ class Collector:
     @property
     def kept(self) -> float:
         """The least share, over all inputs, of the energy tr H that is known with its directions; 1 for full Grams."""
+        self.settle()
         return min((found.gram.kept for found in self._found.values()), default=1.0)
 
     @property
@@ -153,9 +162,10 @@ class Collector:
         found, rows = self._found[name], x.detach().flatten(0, -2)
         found.see(rows)
         every, phase = self._turns[name]
-        if (self._calls + phase) % every:
+        had_none = not (found.held_tokens if self._hold_out else found.tokens)
+        if (self._calls + phase) % every and not had_none:
             return
-        learned, held = self._choose(len(rows), every)
+        learned, held = self._choose(len(rows), 1 if self._rank else every)
         if self._hold_out is not True:
             found.add(rows[learned])
         if self._hold_out is not False:
@@ -195,24 +205,26 @@ class Collector:
 
     def _begin(self, name: str, x: torch.Tensor) -> Accumulator:
         inner = x.shape[-1]
-        gram, place = self._gram(name, inner)
-        found = Accumulator(
-            gram, inner, torch.zeros(self._holdout_rows, inner, dtype=x.dtype, device=place), self._device
-        )
+        gram = self._gram(name, inner)
+        held = torch.zeros(self._holdout_rows, inner, dtype=x.dtype, device=self._device)
+        found = Accumulator(gram, inner, held, self._device, self._batch)
         if self._earlier is not None and (known := self._earlier.inputs(name)) is not None:
             found.start(known, *self._earlier.tokens(name))
         return found
 
-    def _gram(self, name: str, inner: int) -> tuple[FullGram | PairedGrams | SketchedGram, torch.device]:
+    def _gram(self, name: str, inner: int) -> FullGram | PairedGrams | SketchedGram:
         self._turns[name] = 1, 0
         if self._rank:
-            return SketchedGram(inner, max(1, inner // self._rank), self._device), torch.device("cpu")
+            self._turns[name] = ROTATION, len(self._found)
+            return SketchedGram(inner, max(1, inner // self._rank), self._device)
         size, kind = self._size(inner), PairedGrams if self._paired else FullGram
         if 4 * size <= self._left:
             self._left -= 4 * size
-            return kind(inner, torch.zeros(size, device=self._device), self._device), self._device
+            return kind(inner, torch.zeros(size, device=self._device), self._device)
         self._turns[name] = ROTATION, len(self._files)
-        return kind(inner, self._mapped(size), self._device), torch.device("cpu")
+        if self._worker is None and self._device.type == "cuda":
+            self._worker = Worker(self._device)
+        return kind(inner, self._mapped(size), self._device, self._worker)
 
     def _size(self, inner: int) -> int:
         return packed_size(2 * inner if self._paired else inner)
@@ -240,7 +252,8 @@ class Collector:
         Raises:
             CalibrationError: nothing was seen, or inputs were not finite.
         """
-        known = {name: found for name, found in self._found.items() if found.tokens}  # others never had a turn
+        self.settle()
+        known = {name: found for name, found in self._found.items() if found.tokens}
         if not known:
             raise CalibrationError("No linear layer was called, so there is nothing to calibrate with.")
         for name, found in known.items():
@@ -254,8 +267,17 @@ class Collector:
         results = {name: found.result() for name, found in known.items()}
         return write_calibration(path, results, sites, shapes, counts, provenance, self.sensitivity)
 
+    def settle(self) -> None:
+        """Sum up everything that was seen so far."""
+        for found in self._found.values():
+            found.settle()
+        if self._worker is not None:
+            self._worker.wait()
+
     def close(self) -> None:
         """Give back all memory and remove the files."""
+        if self._worker is not None:
+            self._worker.close()
         self._found.clear()
         for path in self._files:
             path.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def test_the_statistics_are_those_of_the_inputs(block, tmp_path, monkeypatch, de
         assert relative(dense_gram(known.gram, WIDTH, CPU), rows.t() @ rows / len(rows)) < 1e-3
         torch.testing.assert_close(known.mean, rows.mean(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(known.amax, rows.abs().amax(0))
-        assert known.histogram.sum() == 2 * TOKENS * WIDTH and found.tokens("q") == (len(rows), 0)
+        assert known.histogram.sum() == len(rows) // 4 * WIDTH and found.tokens("q") == (len(rows), 0)
         assert found.provenance == {"steps": 2} and found.layers["out"] == (WIDTH, 2 * WIDTH)
     assert not list(tmp_path.glob("gram_*"))
 
@@ -144,12 +144,24 @@ def test_tokens_are_capped_and_the_same_seed_gives_the_same_file(block, tmp_path
 
 def test_grams_in_files_take_turns(block, tmp_path):
     with gather(block, batches(16), tmp_path, device_bytes=0, tokens=5) as found:
-        assert found.tokens("q")[0] == 2 * TOKENS  # in two of sixteen calls, from up to eight times five tokens
+        assert found.tokens("q")[0] == 3 * TOKENS  # in the first and two more calls, from up to eight times five tokens
         amax = torch.cat([x.flatten(0, 1) for x in batches(16)]).abs().amax(0)
         torch.testing.assert_close(found.inputs("q").amax, amax)  # of all tokens all the same
 
 
-def test_low_rank_keeps_the_diagonal_and_the_leading_directions(block, tmp_path):
+def test_every_input_has_a_turn_however_few_calls_there_are(block, tmp_path):
+    for options in ({"device_bytes": 0}, {"rank": 4}):
+        with gather(block, batches(1), tmp_path, **options) as found:
+            assert all(found.inputs(layer).gram is not None for layer in ("q", "k", "late", "out"))
+
+
+def test_low_rank_takes_turns_with_no_more_tokens_than_any(block, tmp_path):
+    with gather(block, batches(16), tmp_path, rank=4, tokens=5) as found:
+        assert found.tokens("q")[0] == 3 * 5
+
+
+def test_low_rank_keeps_the_diagonal_and_the_leading_directions(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(collecting, "ROTATION", 1)
     inputs = batches(6)
     rows = torch.cat([x.flatten(0, 1) for x in inputs])
     expected = rows.t() @ rows / len(rows)
@@ -165,7 +177,8 @@ def test_low_rank_keeps_the_diagonal_and_the_leading_directions(block, tmp_path)
 
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "low rank"])
-def test_a_calibration_is_continued(block, tmp_path, rank):
+def test_a_calibration_is_continued(block, tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(collecting, "ROTATION", 1)
     inputs = batches(8)
     (tmp_path / "first").mkdir()
     block.calls = 1
