@@ -17,7 +17,8 @@ __all__ = ["output_error", "quantize_weight"]
 
 log = logging.getLogger(__name__)
 
-_COMPENSATION = 0.01  # damping, relative to the mean of the diagonal, when weights make up for quantized inputs
+# Dampings, relative to the mean of the diagonal, when weights make up for quantized inputs; held-out ones choose.
+_COMPENSATION = (0.001, 0.01, 0.1, 1.0)
 _PARTS = (1, 4, 16)  # of the rows, when a GPU's memory is short; then the CPU
 
 
@@ -218,15 +219,18 @@ class _Layer:
         weight, gram = self.weight.float(), self.inputs.gram
         inner, device = weight.shape[1], weight.device
         cross, seen = quantized_grams(gram, inner, device)
-        damping = _COMPENSATION * seen.diagonal().mean()
-        damped = seen + damping * torch.eye(inner, device=device)
-        cross.diagonal().add_(damping)
-        target = torch.linalg.solve(damped, cross.t() @ weight.t()).t().contiguous()
+        reduced, wanted = encoding.quantize_inputs(rows), rows @ weight.t()
+
+        def target_of(damping: float) -> torch.Tensor:
+            ridge = damping * seen.diagonal().mean() * torch.eye(inner, device=device)
+            return torch.linalg.solve(seen + ridge, (cross + ridge).t() @ weight.t()).t().contiguous()
+
+        target = min(map(target_of, _COMPENSATION), key=lambda made: float((reduced @ made.t() - wanted).norm()))
         mean, mean_seen = gram.mean.to(device).split(inner)
         bias = self.bias
         if bias is not None and self.method.get("bias_correction") == "auto":
             bias = (bias.to(device).float() - target @ mean_seen + weight @ mean).to(bias)
-        held_out = LowRankGram(encoding.quantize_inputs(rows).t() / len(rows) ** 0.5, torch.zeros(inner))
+        held_out = LowRankGram(reduced.t() / len(rows) ** 0.5, torch.zeros(inner))
         return replace(self, weight=target, inputs=Inputs(seen, held_out, mean_seen), bias=bias)
 
     def _gram(self, gram: Gram | None, encoding: Encoding, device: torch.device) -> torch.Tensor | None:

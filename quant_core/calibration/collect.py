@@ -182,7 +182,7 @@ class Collector:
                 parts = order[~apart], order[apart]
             else:
                 parts = order, order
-            self._chosen[count, every] = tuple(part.sort().values.to(self._device) for part in parts)
+            self._chosen[count, every] = tuple(self._sent(part.sort().values) for part in parts)
         return self._chosen[count, every]
 
     def _reservoir(self, held: torch.Tensor, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,9 +195,15 @@ class Collector:
             last = {
                 place: token for token, place in enumerate(places) if place < self._holdout_rows
             }  # two for one place
-            chosen = torch.tensor([list(last.values()), list(last)], dtype=torch.long).to(self._device)
+            chosen = self._sent(torch.tensor([list(last.values()), list(last)], dtype=torch.long))
             self._kept[key] = held[chosen[0]], chosen[1]
         return self._kept[key]
+
+    def _sent(self, indices: torch.Tensor) -> torch.Tensor:
+        """On the device; without waiting, as a copy of ordinary memory would, for all that the model has begun."""
+        if self._device.type != "cuda":
+            return indices.to(self._device)
+        return indices.pin_memory().to(self._device, non_blocking=True)
 
     def _generator(self, *numbers: int) -> torch.Generator:
         mixed = hash((self._seed, self._calls, *numbers))  # of whole numbers alone, so the same in every process

@@ -188,7 +188,7 @@ def test_a_calibration_is_continued(block, tmp_path, monkeypatch, rank):
         with gather(block, inputs[4:], tmp_path, rank=rank, earlier=first) as found:
             both = found.inputs("q")
             assert found.tokens("q")[0] == 8 * TOKENS
-    tolerance = 0.05 if rank else 1e-3
+    tolerance = 0.1 if rank else 1e-3
     assert relative(dense_gram(both.gram, WIDTH, CPU), dense_gram(at_once.gram, WIDTH, CPU)) < tolerance
     torch.testing.assert_close(both.mean, at_once.mean, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(both.amax, at_once.amax)
