@@ -17,9 +17,9 @@ from .panels import packed_size
 __all__ = ["Collector", "ROTATION"]
 
 # A Gram in a file takes its turn in every eighth call, from eight times the tokens; one in low rank, whose step is slow
-# and which needs fewer, from as many as any.
-ROTATION = 8
-_BATCH = 2048  # rows that are summed up in one go, memory permitting
+# and which needs fewer, from as many as any. Turns begin when a Gram has seen so many tokens.
+ROTATION, _AT_ONCE = 8, 2048
+_BATCH, _FEWEST = 2048, 64  # rows that are summed up in one go, as memory permits
 _WAITING_SHARE = 8  # the part of the device memory that rows may wait in
 _HELD_OUT = 0.25  # of the tokens, where no run is held out as a whole
 _HELD_BYTES = 1 << 30  # for held-out rows of all layers together
@@ -32,7 +32,8 @@ class Collector:
     tensor share one. What the hooks see they only read, and they are gone when :meth:`watching` ends, however it ends.
 
     Memory: Grams lie in float32 on ``device`` as long as ``device_bytes`` last, then in files in ``folder`` (2 bytes for
-    each of in²/2 numbers); rows that wait to be summed up take an eighth of ``device_bytes``, held-out rows at most 1 GB.
+    each of in²/2 numbers); rows that wait to be summed up take an eighth of ``device_bytes``, or what
+    64 rows of each input take, held-out rows at most 1 GB.
 
     Args:
         layers: name (of its weight, without ``.weight``) → linear layer.
@@ -68,13 +69,13 @@ class Collector:
         self._left, self._rank, self._tokens, self._seed = device_bytes, rank, tokens, seed
         self._earlier, self._paired = earlier, quantized_inputs
         channels = sum(layer.weight.shape[1] for layer in self._layers.values())
-        self._batch = min(_BATCH, device_bytes // _WAITING_SHARE // (4 * max(channels, 1)))
+        self._batch = max(_FEWEST, min(_BATCH, device_bytes // _WAITING_SHARE // (4 * max(channels, 1))))
         self._left -= device_bytes // _WAITING_SHARE
         self._worker: Worker | None = None
         self._holdout_rows = max(16, min(holdout_rows, _HELD_BYTES // (4 * max(channels, 1))))
         self._sites: dict[str, str] = {}  # layer → the layer whose statistics are its own too
         self._found: dict[str, Accumulator] = {}
-        # A Gram takes tokens at first, and then when call + second is a multiple of first.
+        # A Gram that has enough tokens takes more only when call + second is a multiple of first.
         self._turns: dict[str, tuple[int, int]] = {}
         self._files: list[Path] = []
         self._recent: dict[int, tuple[weakref.ref, str]] = {}
@@ -162,8 +163,8 @@ class Collector:
         found, rows = self._found[name], x.detach().flatten(0, -2)
         found.see(rows)
         every, phase = self._turns[name]
-        had_none = not (found.held_tokens if self._hold_out else found.tokens)
-        if (self._calls + phase) % every and not had_none:
+        enough = (found.held_tokens if self._hold_out else found.tokens) >= _AT_ONCE
+        if enough and (self._calls + phase) % every:
             return
         learned, held = self._choose(len(rows), 1 if self._rank else every)
         if self._hold_out is not True:

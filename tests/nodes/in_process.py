@@ -123,9 +123,10 @@ def calibrated_text_encoder() -> dict:
     save_file(t5_weights(), path)
     clip = load(path)
     before = encode(clip)
-    calibration, _ = host.calibrate_clip(clip, PROMPTS, keep="compact", tokens=512, seed=0)
+    calibration, _ = host.calibrate_clip(clip, PROMPTS, keep="compact", tokens=512, seed=0, sensitivity=True)
     with calibration.open() as known:
         layers, inputs = len(known.layers), len({id(known.inputs(layer)) for layer in known.layers})
+        sensitive = sum(value > 0 for value in known.sensitivity.values())
 
     def error(rounding, calibration=None):
         recipe = Recipe(format="int8_tensorwise", rounding=rounding, keep=(r"\.wo\.",))  # 10,240 inputs take minutes
@@ -135,6 +136,7 @@ def calibrated_text_encoder() -> dict:
     return {
         "layers": layers,
         "inputs": inputs,
+        "sensitive": sensitive,
         "unchanged": bool(torch.equal(encode(clip), before)),
         "hooks": sum(len(module._forward_pre_hooks) for module in clip.cond_stage_model.modules()),
         "error": {

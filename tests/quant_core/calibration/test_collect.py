@@ -142,20 +142,23 @@ def test_tokens_are_capped_and_the_same_seed_gives_the_same_file(block, tmp_path
     assert files[0] == files[1] != files[2]
 
 
-def test_grams_in_files_take_turns(block, tmp_path):
+def test_grams_in_files_take_turns(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(collecting, "_AT_ONCE", 1)
     with gather(block, batches(16), tmp_path, device_bytes=0, tokens=5) as found:
         assert found.tokens("q")[0] == 3 * TOKENS  # in the first and two more calls, from up to eight times five tokens
         amax = torch.cat([x.flatten(0, 1) for x in batches(16)]).abs().amax(0)
         torch.testing.assert_close(found.inputs("q").amax, amax)  # of all tokens all the same
 
 
-def test_every_input_has_a_turn_however_few_calls_there_are(block, tmp_path):
-    for options in ({"device_bytes": 0}, {"rank": 4}):
-        with gather(block, batches(1), tmp_path, **options) as found:
-            assert all(found.inputs(layer).gram is not None for layer in ("q", "k", "late", "out"))
+@pytest.mark.parametrize("options", [{"device_bytes": 0}, {"rank": 4}], ids=["in files", "low rank"])
+def test_turns_begin_when_there_are_tokens_enough(block, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(collecting, "_AT_ONCE", 3 * TOKENS)
+    with gather(block, batches(12), tmp_path, **options) as found:
+        assert found.tokens("q")[0] == 4 * TOKENS  # of the first three calls, and of the eighth
 
 
-def test_low_rank_takes_turns_with_no_more_tokens_than_any(block, tmp_path):
+def test_low_rank_takes_turns_with_no_more_tokens_than_any(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(collecting, "_AT_ONCE", 1)
     with gather(block, batches(16), tmp_path, rank=4, tokens=5) as found:
         assert found.tokens("q")[0] == 3 * 5
 
