@@ -1,12 +1,12 @@
 """Sums over the inputs of a layer as they come by: a Gram in full or in low rank, and what is kept per channel."""
 
-import contextlib
 import math
 from collections.abc import Iterator
 
 import torch
 
 from ..errors import CalibrationError
+from .background import Background, Transfer
 from .gram import Gram, Inputs, LowRankGram, PackedGram, roots
 from .histogram import BINS, histogram
 from .panels import panels
@@ -14,17 +14,25 @@ from .panels import panels
 __all__ = ["Accumulator", "FullGram", "SketchedGram"]
 
 _COUNTED = 4  # of so many additions one is counted in the histogram, the first to begin with
+_PIECE = 4096  # rows of a panel that travel at a time
 
 
-@contextlib.contextmanager
-def _exact_products(rows: torch.Tensor) -> Iterator[None]:
-    """Let a GPU multiply 16-bit rows on its tensor cores: TF32 holds them without loss and sums in float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or rows.dtype in (torch.bfloat16, torch.float16)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+def _factors(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` as :func:`_add_product` takes them: 16-bit where the GPU sums their products, which are exact, in float32."""
+    mixed = rows.is_cuda and torch.version.hip is None and torch.__version__ >= (2, 8)
+    if mixed and rows.dtype is torch.bfloat16:
+        mixed = torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    elif mixed and rows.dtype is torch.float16:
+        mixed = not torch.backends.cuda.matmul.allow_fp16_accumulation
+    return rows if mixed else rows.float()
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a·b in float32."""
+    if a.dtype is torch.float32:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 class FullGram:
@@ -45,24 +53,33 @@ class FullGram:
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows (tokens, in) into account."""
-        with _exact_products(rows):
-            (self._sum_up if self._sums else self._average)(rows.float())
+        (self._sum_up if self._sums else self._average)(_factors(rows))
         self._tokens += len(rows)
 
-    def _sum_up(self, values: torch.Tensor) -> None:
+    def _sum_up(self, rows: torch.Tensor) -> None:
         for start, stop, panel in panels(self._line, self._inner):
-            panel.addmm_(values[:, start:].t(), values[:, start:stop])
+            _add_product(panel, rows[:, start:].t(), rows[:, start:stop])
 
-    def _average(self, values: torch.Tensor) -> None:
-        known, total = self._tokens, self._tokens + len(values)
+    def _average(self, rows: torch.Tensor) -> None:
+        known, total = self._tokens, self._tokens + len(rows)
         before = roots(self._square / max(known, 1)).float()
-        self._square += values.square().sum(dim=0, dtype=torch.float64)
+        self._square += rows.float().square().sum(dim=0, dtype=torch.float64)
         after = roots(self._square / total).float()
+        transfer = Transfer(rows.device)
+        for first, last, start, stop, piece in self._pieces():
+            # C ← (C·r·rᵀ·known + XᵀX) / (total·r'·r'ᵀ)
+            mean = (transfer.fetch(piece) * before[first:last, None]).mul_(before[start:stop] * known)
+            _add_product(mean, rows[:, first:last].t(), rows[:, start:stop])
+            transfer.store(mean.div_(after[first:last, None]).div_(after[start:stop] * total).half(), piece)
+        transfer.finish()
+
+    def _pieces(self) -> Iterator[tuple[int, int, int, int, torch.Tensor]]:
+        """(first row, last row, first column, last column, view) of all that is kept."""
         for start, stop, panel in panels(self._line, self._inner):
-            # C ← (C·r·rᵀ·known + XᵀX) / (total·r'·r'ᵀ); converted on the device, which is faster at it
-            mean = panel.to(values.device).float().mul_(before[start:, None]).mul_(before[start:stop] * known)
-            mean.addmm_(values[:, start:].t(), values[:, start:stop])
-            panel.copy_(mean.div_(after[start:, None]).div_(after[start:stop] * total))
+            first = start
+            for piece in panel.split(_PIECE):
+                yield first, first + len(piece), start, stop, piece
+                first += len(piece)
 
     def start(self, gram: Gram, tokens: int) -> None:
         """Begin with what an earlier calibration found."""
@@ -150,38 +167,66 @@ class Accumulator:
 
     Args:
         gram: what becomes of the Gram.
-        held: where rows held out from it are kept, (rows, in), any float dtype and device.
+        held: where rows held out from it are kept, (rows, in), any float dtype, on ``device``.
+        waiting: where rows wait until there are enough of them for the GPU to be busy, (rows, in); may have none.
         device: where the arithmetic runs.
+        background: who updates the Gram, if not the caller.
     """
 
-    def __init__(self, gram: FullGram | SketchedGram, inner: int, held: torch.Tensor, device: torch.device):
+    def __init__(
+        self,
+        gram: FullGram | SketchedGram,
+        inner: int,
+        held: torch.Tensor,
+        waiting: torch.Tensor,
+        device: torch.device,
+        background: Background | None = None,
+    ):
         self.gram, self.inner = gram, inner
-        self.tokens = self.held_tokens = self._additions = 0
-        self._held = held
-        self._low = torch.zeros(inner, dtype=held.dtype, device=device)
-        self._high = torch.zeros(inner, dtype=held.dtype, device=device)
+        self.tokens = self.held_tokens = self._additions = self._filled = 0
+        self._held, self._waiting, self._background = held, waiting, background
+        self._amax = torch.zeros(inner, dtype=held.dtype, device=device)
         self._sum = torch.zeros(inner, dtype=torch.float64, device=device)
         self._counts = torch.zeros(BINS, dtype=torch.float64, device=device)
 
     def see(self, x: torch.Tensor) -> None:
         """Note the largest magnitudes of inputs (tokens, in), sampled or not."""
-        low, high = torch.aminmax(x, dim=0)
-        self._low, self._high = torch.minimum(self._low, low), torch.maximum(self._high, high)
+        torch.maximum(self._amax, torch.linalg.vector_norm(x, math.inf, dim=0), out=self._amax)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Take rows (tokens, in) into account."""
-        if not len(rows):
+    def add(self, x: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Take the ``chosen`` tokens (indices) of inputs (tokens, in) into account, at the latest in :meth:`flush`."""
+        count = len(chosen)
+        if not count:
             return
-        self.gram.add(rows)
+        self.tokens += count
+        if self._filled + count > len(self._waiting):
+            self.flush()
+        if count > len(self._waiting) or x.dtype is not self._waiting.dtype:
+            self._learn(x.index_select(0, chosen))
+        else:
+            torch.index_select(x, 0, chosen, out=self._waiting[self._filled : self._filled + count])
+            self._filled += count
+
+    def flush(self) -> None:
+        """Learn from the rows that wait."""
+        if self._filled:
+            rows, self._filled = self._waiting[: self._filled], 0
+            self._learn(rows)
+
+    def _learn(self, rows: torch.Tensor) -> None:
+        if self._background is None:
+            self.gram.add(rows)
+        else:
+            self._background.do(self.gram.add, rows)
         self._sum += rows.sum(dim=0, dtype=torch.float64)
         if self._additions % _COUNTED == 0:
             self._counts += histogram(rows)
         self._additions += 1
-        self.tokens += len(rows)
 
-    def hold_out(self, rows: torch.Tensor, places: torch.Tensor, seen: int) -> None:
-        """Put held-out rows (n, in) at these places (n,), all different; ``seen``: of how many they are a sample."""
-        self._held[places.to(self._held.device)] = rows.to(self._held)
+    def hold_out(self, x: torch.Tensor, chosen: torch.Tensor, places: torch.Tensor, seen: int) -> None:
+        """Put ``chosen`` tokens of x at these places (n,), all different; ``seen``: of how many they are a sample."""
+        if len(chosen):
+            self._held.index_copy_(0, places, x.index_select(0, chosen).to(self._held))
         self.held_tokens += seen
 
     def start(self, known: Inputs, tokens: int, held_tokens: int) -> None:
@@ -195,7 +240,7 @@ class Accumulator:
         self.gram.start(known.gram, tokens)
         self.tokens = tokens
         self._sum.copy_(known.mean.double() * tokens)
-        self._high.copy_(known.amax)
+        self._amax.copy_(known.amax)
         self._counts.copy_(known.histogram)
         if known.holdout_gram is not None:
             rows = known.holdout_gram.factor.t() * math.sqrt(known.holdout_gram.factor.shape[1])
@@ -208,5 +253,4 @@ class Accumulator:
         rows = self._held[: self.held_tokens]
         held_out = LowRankGram(rows.t().cpu() / math.sqrt(len(rows)), torch.zeros(self.inner)) if len(rows) else None
         mean = (self._sum / max(self.tokens, 1)).float().cpu()
-        amax = torch.maximum(-self._low, self._high).float().cpu()
-        return Inputs(self.gram.result(), held_out, mean, amax, self._counts.cpu())
+        return Inputs(self.gram.result(), held_out, mean, self._amax.float().cpu(), self._counts.cpu())

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CalibrationError, OutputError
 from .accumulate import Accumulator, FullGram, SketchedGram
+from .background import Background
 from .file import CalibrationFile, write_calibration
 from .panels import packed_size
 
@@ -19,6 +20,8 @@ __all__ = ["Collector", "ROTATION"]
 ROTATION = 8  # a Gram in a file is summed up in every eighth call, from eight times the tokens
 _HELD_OUT = 0.25  # of the tokens, where no run is held out as a whole
 _HELD_BYTES = 1 << 30  # for held-out rows of all layers together
+_LANES = 2  # threads that update Grams in files: one copies while the GPU computes for the other
+_WAITING_BYTES = 2048  # for each channel of a Gram on the device: 1,024 rows of 16 bits that wait to be learned from
 
 
 class Collector:
@@ -27,8 +30,10 @@ class Collector:
     Each call of the model gives up to ``tokens`` seeded tokens to every layer's Gram; layers that are given the very same
     tensor share one. What the hooks see they only read, and they are gone when :meth:`watching` ends, however it ends.
 
-    Memory: Grams lie in float32 on ``device`` as long as ``device_bytes`` last, then in files in ``folder`` (2 bytes for
-    each of in²/2 numbers); held-out rows take at most 1 GB.
+    Memory: Grams lie in float32 on ``device``, with up to 1,024 rows each that wait to be learned from at once, as long
+    as ``device_bytes`` last, then in files in ``folder`` (2 bytes for each of in²/2 numbers; on the device are the rows
+    for four of them and pieces of two, and 0.2 GB of host memory is page-locked); held-out rows of all layers together
+    take at most 1 GB.
 
     Args:
         layers: name (of its weight, without ``.weight``) → linear layer.
@@ -64,6 +69,7 @@ class Collector:
         self._found: dict[str, Accumulator] = {}
         self._turns: dict[str, tuple[int, int]] = {}  # a Gram takes tokens when call + second is a multiple of first
         self._files: list[Path] = []
+        self._background: list[Background] = []
         self._recent: dict[int, tuple[weakref.ref, str]] = {}
         self._chosen: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -77,8 +83,8 @@ class Collector:
         """The most that files can take if no layers share an input."""
         if self._rank:
             return 0
-        sizes = [packed_size(layer.weight.shape[1]) for layer in self._layers.values()]
-        return 0 if 4 * sum(sizes) <= self._left else 2 * sum(sizes)
+        widths = [layer.weight.shape[1] for layer in self._layers.values()]
+        return 0 if sum(map(_device_bytes, widths)) <= self._left else 2 * sum(map(packed_size, widths))
 
     @property
     def kept(self) -> float:
@@ -112,6 +118,15 @@ class Collector:
             for handle in handles:
                 handle.remove()
             self._recent.clear()
+            self._flush()
+
+    @torch.inference_mode()
+    def _flush(self) -> None:
+        """Learn from all rows that wait."""
+        for found in self._found.values():
+            found.flush()
+        for background in self._background:
+            background.finish()
 
     def _next_call(self, *_) -> None:
         self._calls += 1
@@ -126,7 +141,7 @@ class Collector:
 
         return hook
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _take(self, name: str, x: torch.Tensor) -> None:
         seen, leader = self._recent.setdefault(id(x), (weakref.ref(x), name))
         if seen() is not x:  # another tensor that lay at the same address
@@ -146,13 +161,12 @@ class Collector:
             return
         learned, held = self._choose(len(rows), every)
         if self._hold_out is not True:
-            found.add(rows[learned])
+            found.add(rows, learned)
         if self._hold_out is not False:
-            taken, places = self._reservoir(held, found.held_tokens)
-            found.hold_out(rows[taken], places, len(held))
+            found.hold_out(rows, *self._reservoir(held, found.held_tokens), len(held))
 
     def _choose(self, count: int, every: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the tokens to learn from and of those to hold out; the same for all layers of a call."""
+        """Indices of the tokens to learn from, on the device, and of those to hold out; the same for all layers of a call."""
         if (count, every) not in self._chosen:
             generator = self._generator(count, 0)
             order = torch.randperm(count, generator=generator)[: self._tokens * every]
@@ -161,11 +175,12 @@ class Collector:
                 parts = order[~apart], order[apart]
             else:
                 parts = order, order
-            self._chosen[count, every] = tuple(part.sort().values.to(self._device) for part in parts)
+            learned, held = (part.sort().values for part in parts)
+            self._chosen[count, every] = self._send(learned), held
         return self._chosen[count, every]
 
     def _reservoir(self, held: torch.Tensor, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of the held-out tokens to keep, and where, for a fair sample of all so far (reservoir sampling)."""
+        """Which of the held-out tokens to keep, and where, for a fair sample of all so far (reservoir sampling); on the device."""
         key = id(held), seen
         if key not in self._kept:
             counts = torch.arange(len(held)) + seen
@@ -174,9 +189,15 @@ class Collector:
             last = {
                 place: token for token, place in enumerate(places) if place < self._holdout_rows
             }  # two for one place
-            chosen = torch.tensor([list(last.values()), list(last)], dtype=torch.long).to(self._device)
-            self._kept[key] = held[chosen[0]], chosen[1]
+            tokens = held[torch.tensor(list(last.values()), dtype=torch.long)]
+            self._kept[key] = tuple(self._send(torch.stack([tokens, torch.tensor(list(last), dtype=torch.long)])))
         return self._kept[key]
+
+    def _send(self, indices: torch.Tensor) -> torch.Tensor:
+        """``indices`` on the device; a GPU is not waited for."""
+        if self._device.type == "cuda":
+            indices = indices.pin_memory()
+        return indices.to(self._device, non_blocking=True)
 
     def _generator(self, *numbers: int) -> torch.Generator:
         mixed = hash((self._seed, self._calls, *numbers))  # of whole numbers alone, so the same in every process
@@ -184,24 +205,33 @@ class Collector:
 
     def _begin(self, name: str, x: torch.Tensor) -> Accumulator:
         inner = x.shape[-1]
-        gram, place = self._gram(name, inner)
-        found = Accumulator(
-            gram, inner, torch.zeros(self._holdout_rows, inner, dtype=x.dtype, device=place), self._device
+        gram, waiting, background = self._gram(name, inner)
+        held, waiting = (
+            torch.zeros(rows, inner, dtype=x.dtype, device=self._device)
+            for rows in (self._holdout_rows, waiting // x.element_size())
         )
+        found = Accumulator(gram, inner, held, waiting, self._device, background)
         if self._earlier is not None and (known := self._earlier.inputs(name)) is not None:
             found.start(known, *self._earlier.tokens(name))
         return found
 
-    def _gram(self, name: str, inner: int) -> tuple[FullGram | SketchedGram, torch.device]:
+    def _gram(self, name: str, inner: int) -> tuple[FullGram | SketchedGram, int, Background | None]:
+        """A Gram, how many bytes of each channel may wait for it, and who updates it, if not the hook."""
         self._turns[name] = 1, 0
         if self._rank:
-            return SketchedGram(inner, max(1, inner // self._rank), self._device), torch.device("cpu")
+            return SketchedGram(inner, max(1, inner // self._rank), self._device), 0, None
         size = packed_size(inner)
-        if 4 * size <= self._left:
-            self._left -= 4 * size
-            return FullGram(inner, torch.zeros(size, device=self._device), self._device), self._device
-        self._turns[name] = ROTATION, len(self._files)
-        return FullGram(inner, self._mapped(size), self._device), torch.device("cpu")
+        if _device_bytes(inner) <= self._left:
+            self._left -= _device_bytes(inner)
+            return FullGram(inner, torch.zeros(size, device=self._device), self._device), _WAITING_BYTES, None
+        number = len(self._files)
+        self._turns[name] = ROTATION, number
+        background = None
+        if self._device.type == "cuda":
+            if not self._background:
+                self._background = [Background(self._device) for _ in range(_LANES)]
+            background = self._background[number // ROTATION % _LANES]  # those of one call on all of them
+        return FullGram(inner, self._mapped(size), self._device), 0, background
 
     def _mapped(self, size: int) -> torch.Tensor:
         path = self._folder / f"gram_{len(self._files):05}"
@@ -226,6 +256,7 @@ class Collector:
         Raises:
             CalibrationError: nothing was seen, or inputs were not finite.
         """
+        self._flush()
         known = {name: found for name, found in self._found.items() if found.tokens}  # others never had a turn
         if not known:
             raise CalibrationError("No linear layer was called, so there is nothing to calibrate with.")
@@ -242,6 +273,9 @@ class Collector:
 
     def close(self) -> None:
         """Give back all memory and remove the files."""
+        for background in self._background:
+            background.close()
+        self._background.clear()
         self._found.clear()
         for path in self._files:
             path.unlink(missing_ok=True)
@@ -252,6 +286,11 @@ class Collector:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _device_bytes(inner: int) -> int:
+    """What a full Gram takes on the device, with the rows that wait for it."""
+    return 4 * packed_size(inner) + _WAITING_BYTES * inner
 
 
 _ZEROS = memoryview(bytes(1 << 22))

@@ -1,5 +1,6 @@
 """What the hooks find must be what one computes from the same inputs directly, and nothing may be left of them."""
 
+import contextlib
 import json
 
 import pytest
@@ -78,6 +79,26 @@ def test_the_statistics_are_those_of_the_inputs(block, tmp_path, monkeypatch, de
     assert not list(tmp_path.glob("gram_*"))
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_rows_that_wait_are_learned_from_when_the_watching_ends(block, tmp_path, monkeypatch, stopped):
+    monkeypatch.setattr(collecting, "_WAITING_BYTES", 4 * 90)  # two calls and a half
+    inputs, path = batches(5), tmp_path / "c"
+    with Collector(layers_of(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+        with contextlib.suppress(InterruptedError), collector.watching(block, hold_out=False):
+            for x in inputs:
+                block(x)
+            if stopped:
+                raise InterruptedError
+        assert collector.tokens == 4 * TOKENS  # "late" shared its first input
+        collector.save(path, {})
+    rows = torch.cat([x.flatten(0, 1) for x in inputs])
+    with CalibrationFile(path) as found:
+        known = found.inputs("q")
+        assert relative(dense_gram(known.gram, WIDTH, CPU), rows.t() @ rows / len(rows)) < 1e-3
+        torch.testing.assert_close(known.mean, rows.mean(0), rtol=1e-4, atol=1e-4)
+        assert known.histogram.sum() == 2 * TOKENS * WIDTH  # of the first of three additions
+
+
 def test_layers_share_an_input_as_long_as_they_are_given_the_same_tensor(block, tmp_path):
     inputs = batches(3)
     with gather(block, inputs, tmp_path) as found:
@@ -121,6 +142,13 @@ def test_tokens_are_held_out_where_no_run_is(block, tmp_path):
         learned, held = found.tokens("q")
         assert learned + held == 20 * TOKENS and 0.15 < held / (learned + held) < 0.35
         assert found.inputs("q").holdout_gram.factor.shape == (WIDTH, 64)
+
+
+def test_inputs_of_one_token_are_learned_from_or_held_out(block, tmp_path):
+    inputs = [x[:1, :1] for x in batches(30)]
+    with gather(block, inputs, tmp_path, hold_out=None, holdout_rows=1) as found:
+        learned, held = found.tokens("q")
+        assert learned + held == 30 and learned and held
 
 
 def test_tokens_are_capped_and_the_same_seed_gives_the_same_file(block, tmp_path):
