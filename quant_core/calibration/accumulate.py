@@ -1,6 +1,7 @@
 """Sums over the inputs of a layer as they come by: a Gram in full or in low rank, and what is kept per channel."""
 
 import math
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -114,52 +115,75 @@ class FullGram:
 
 
 class SketchedGram:
-    """H in low rank with its exact diagonal: Frequent Directions (arXiv 1501.01711) while the inputs stream by.
+    """H in low rank with its exact diagonal: fixed-rank Nyström approximation (arXiv 1706.05736) while inputs stream by.
 
-    The sketch S (rank, in) keeps the leading directions; what each step cuts off is lowered evenly, and the exact
-    diagonal takes up what the sketch has lost.
+    What is summed up is Y = XᵀX·Ω with random signs Ω (in, 2·rank), 8·in·rank bytes. H ≈ Y·(ΩᵀY)⁻¹·Yᵀ, of which the
+    leading directions stay; the exact diagonal takes up what they leave.
     """
 
     def __init__(self, inner: int, rank: int, device: torch.device):
         self._rank = min(rank, inner)
-        self._sketch = torch.zeros(0, inner, device=device)
+        self._signs = _signs(inner, min(2 * rank, inner), device)
+        self._product = torch.zeros(self._signs.shape, device=device)
         self.square = torch.zeros(inner, dtype=torch.float64, device=device)
         self._tokens = 0
+        self._kept: float | None = None
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows (tokens, in) into account."""
-        values = rows.float()
+        factors, values = _factors(rows), rows.float()
+        products = torch.zeros(len(rows), self._signs.shape[1], device=rows.device)
+        _add_product(products, factors, self._signs.to(factors.dtype))
+        self._product.addmm_(values.t(), products)
         self.square += values.square().sum(dim=0, dtype=torch.float64)
-        self._tokens += len(rows)
-        stacked = torch.cat([self._sketch, values])
-        if len(stacked) > self._rank:
-            energies, vectors = torch.linalg.eigh((stacked @ stacked.t()).double())  # ascending
-            cut = energies[-self._rank - 1].clamp_min(0)
-            energies, vectors = energies[-self._rank :], vectors[:, -self._rank :]
-            shrunk = ((energies - cut).clamp_min(0) / energies.clamp_min(1e-300)).sqrt()
-            stacked = (vectors * shrunk).t().float() @ stacked
-        self._sketch = stacked
+        self._tokens, self._kept = self._tokens + len(rows), None
 
     def start(self, gram: Gram, tokens: int) -> None:
         """Begin with what an earlier calibration found."""
         if not isinstance(gram, LowRankGram):
             raise CalibrationError("A full calibration cannot be continued in low rank; keep it in full again.")
-        factor = gram.factor.double()
-        self.square.copy_((factor.square().sum(dim=1) + gram.diagonal.double()) * tokens)
-        self._sketch, self._tokens = (factor.t() * math.sqrt(tokens)).to(self._sketch), tokens
+        factor, diagonal = (part.to(self._product) for part in (gram.factor, gram.diagonal))
+        self.square.copy_((factor.double().square().sum(dim=1) + diagonal.double()) * tokens)
+        signs = self._signs.float()
+        self._product.copy_((factor @ (factor.t() @ signs) + diagonal[:, None] * signs) * tokens)
+        self._tokens = tokens
 
     def result(self) -> LowRankGram:
         """H so far."""
         tokens = max(self._tokens, 1)
-        factor = (self._sketch.t() / math.sqrt(tokens)).contiguous()
-        rest = self.square / tokens - factor.double().square().sum(dim=1)
-        return LowRankGram(factor.cpu(), rest.clamp_min(0).float().cpu())
+        product, signs = self._product.double() / tokens, self._signs.double()
+        core = signs.t() @ product
+        energies, vectors = torch.linalg.eigh((core + core.t()) / 2)  # ascending
+        known = energies > _NOISE * energies[-1].clamp_min(0)
+        factor = product @ (vectors * torch.where(known, energies.clamp_min(1e-300).rsqrt(), 0))
+        factor = factor @ torch.linalg.eigh(factor.t() @ factor).eigenvectors[:, -self._rank :]
+        shares = factor.square().sum(dim=1)
+        total = float(self.square.sum()) / tokens
+        self._kept = float(shares.sum()) / total if total else 1.0
+        return LowRankGram(
+            factor.float().contiguous().cpu(), (self.square / tokens - shares).clamp_min(0).float().cpu()
+        )
 
     @property
     def kept(self) -> float:
         """The share of the inputs' energy tr H that is known with its directions."""
-        total = float(self.square.sum())
-        return float(self._sketch.double().square().sum()) / total if total else 1.0
+        if self._kept is None:
+            self.result()
+        return self._kept
+
+
+_NOISE = 1e-8  # of the largest eigenvalue: what float32 sums cannot tell from nothing
+_known_signs: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakValueDictionary()
+
+
+def _signs(inner: int, count: int, device: torch.device) -> torch.Tensor:
+    """Random signs (inner, count), bfloat16: always the same, and one tensor for all Grams of a size."""
+    key = inner, count, device
+    signs = _known_signs.get(key)
+    if signs is None:
+        drawn = torch.randint(2, (inner, count), generator=torch.Generator().manual_seed(inner), dtype=torch.int8)
+        signs = _known_signs[key] = drawn.mul_(2).sub_(1).to(device, torch.bfloat16)
+    return signs
 
 
 class Accumulator:

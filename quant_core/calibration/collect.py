@@ -32,8 +32,8 @@ class Collector:
 
     Memory: Grams lie in float32 on ``device``, with up to 1,024 rows each that wait to be learned from at once, as long
     as ``device_bytes`` last, then in files in ``folder`` (2 bytes for each of in²/2 numbers; on the device are the rows
-    for four of them and pieces of two, and 0.2 GB of host memory is page-locked); held-out rows of all layers together
-    take at most 1 GB.
+    for four of them and pieces of two, and 0.2 GB of host memory is page-locked). In low rank they take 8·in²/``rank``
+    bytes of ``device`` each; held-out rows of all layers together at most 1 GB.
 
     Args:
         layers: name (of its weight, without ``.weight``) → linear layer.

@@ -9,6 +9,7 @@ from torch import nn
 
 from learned_rounding.quant_core.calibration import CalibrationFile, Collector, LowRankGram, PackedGram, dense_gram
 from learned_rounding.quant_core.calibration import collect as collecting
+from learned_rounding.quant_core.calibration.accumulate import SketchedGram
 from learned_rounding.quant_core.errors import CalibrationError, OutputError
 
 CPU = torch.device("cpu")
@@ -99,6 +100,21 @@ def test_rows_that_wait_are_learned_from_when_the_watching_ends(block, tmp_path,
         assert known.histogram.sum() == 2 * TOKENS * WIDTH  # of the first of three additions
 
 
+def test_low_rank_sees_past_an_outlier_channel():
+    """One channel 1000 times as large as others, as transformers have them, takes no precision from the rest."""
+    rows = torch.randn(600, 128, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 129) ** -0.7
+    rows = rows @ torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(1)))[0]
+    rows[:, 5] *= 1000
+    sketch = SketchedGram(128, 16, CPU)
+    for part in rows.split(200):
+        sketch.add(part)
+    others = torch.arange(128) != 5
+    made, expected = (
+        matrix[others][:, others] for matrix in (dense_gram(sketch.result(), 128, CPU), rows.t() @ rows / 600)
+    )
+    assert relative(made, expected) < 0.2
+
+
 def test_layers_share_an_input_as_long_as_they_are_given_the_same_tensor(block, tmp_path):
     inputs = batches(3)
     with gather(block, inputs, tmp_path) as found:
@@ -178,7 +194,7 @@ def test_low_rank_keeps_the_diagonal_and_the_leading_directions(block, tmp_path)
         made = dense_gram(gram, WIDTH, CPU)
         torch.testing.assert_close(made.diagonal(), expected.diagonal(), rtol=0.02, atol=0)
         values, vectors = torch.linalg.eigh(expected)
-        assert torch.cosine_similarity(gram.factor[:, -1].float(), vectors[:, -1], dim=0).abs() > 0.99
+        assert torch.cosine_similarity(gram.factor[:, -1].float(), vectors[:, -1], dim=0).abs() > 0.98
         plain = torch.diag(expected.diagonal())
         assert relative(made, expected) < 0.6 * relative(plain, expected)
 
@@ -194,8 +210,13 @@ def test_a_calibration_is_continued(block, tmp_path, rank):
         with gather(block, inputs[4:], tmp_path, rank=rank, earlier=first) as found:
             both = found.inputs("q")
             assert found.tokens("q")[0] == 8 * TOKENS
-    tolerance = 0.05 if rank else 1e-3
-    assert relative(dense_gram(both.gram, WIDTH, CPU), dense_gram(at_once.gram, WIDTH, CPU)) < tolerance
+    continued, expected = (dense_gram(known.gram, WIDTH, CPU) for known in (both, at_once))
+    if rank:  # what the first file left out is lost, so it comes a little less close
+        rows = torch.cat([x.flatten(0, 1) for x in inputs])
+        full = rows.t() @ rows / len(rows)
+        assert relative(continued, full) < 1.15 * relative(expected, full)
+    else:
+        assert relative(continued, expected) < 1e-3
     torch.testing.assert_close(both.mean, at_once.mean, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(both.amax, at_once.amax)
     assert both.histogram.sum() == at_once.histogram.sum() == 2 * TOKENS * WIDTH
