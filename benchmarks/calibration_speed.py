@@ -1,7 +1,8 @@
 """A transformer of Flux.1's shapes with random weights: what capturing costs, and how long calibrated rounding takes.
 
 ``capture`` runs blocks of linear layers, attention and activation as the model's own are, on random tokens, with and
-without a :class:`Collector`; its Grams lie on the device or in files. The two take turns; median seconds a call.
+without a :class:`Collector`; its Grams lie on the device, in low rank, or in files. A run is ``--calls`` calls, as those
+of a sampling, and ends when all is learned; the two take turns; median seconds of a run, divided by its calls.
 ``rounding`` quantizes every layer of the whole model, one after the other, each with a packed Gram of its true size;
 reading the Gram from the disk is not in it.
 """
@@ -23,6 +24,7 @@ from learned_rounding.quant_core.calibration.panels import packed_size
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DOUBLE, SINGLE = 19, 38  # blocks of Flux.1
+_ROUNDS = 3
 CASES = (
     ("float8_e4m3fn", "tensor", None),
     ("int8_tensorwise", "row", None),
@@ -115,19 +117,18 @@ def capture(args) -> list[dict]:
             options = {"device": DEVICE, "device_bytes": device_bytes, "rank": rank}
             with tempfile.TemporaryDirectory() as folder, Collector(layers, folder, **options) as collector:
 
-                def watched(collector=collector):
-                    with collector.watching(model):
+                def run():
+                    for _ in range(args.calls):
                         model(text, image)
 
-                for call in (lambda: model(text, image), watched, watched):
-                    _seconds(call)  # warm up; the first also makes the files
-                plain, ours = zip(
-                    *((_seconds(lambda: model(text, image)), _seconds(watched)) for _ in range(args.calls)), strict=True
-                )
-                plain, ours = (
-                    statistics.median(plain),
-                    statistics.mean(ours),
-                )  # Grams in files take turns of eight calls
+                def watched(collector=collector, run=run):
+                    with collector.watching(model):
+                        run()
+
+                for call in (run, watched):
+                    _seconds(call)  # warm up; the second also makes the files
+                taken = [[_seconds(call) / args.calls for call in (run, watched)] for _ in range(_ROUNDS)]
+                plain, ours = map(statistics.median, zip(*taken, strict=True))
                 rows.append(
                     {
                         "section": "capture",
@@ -218,7 +219,11 @@ def main() -> None:
         ),
         (
             "--calls",
-            {"type": int, "default": 16, "help": "calls of the capture section (default: 16, two turns of files)"},
+            {
+                "type": int,
+                "default": 24,
+                "help": "calls in a run of the capture section (default: 24, three turns of files)",
+            },
         ),
     )
     with torch.no_grad():
