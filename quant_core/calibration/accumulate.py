@@ -1,56 +1,47 @@
 """Sums over the inputs of a layer as they come by: a Gram in full or in low rank, and what is kept per channel."""
 
-import contextlib
 import math
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections.abc import Iterator
 
 import torch
 
 from ..errors import CalibrationError
 from ..formats import make_encoding
+from .background import Background, Transfer
 from .gram import Gram, Inputs, LowRankGram, PackedGram, PairedGram, roots
 from .histogram import BINS, histogram
 from .panels import panels
 
-__all__ = ["Accumulator", "FullGram", "PairedGrams", "SketchedGram", "Worker"]
+__all__ = ["Accumulator", "FullGram", "PairedGrams", "SketchedGram"]
 
-_COUNTED = 4  # of so many rows one is counted in the histogram
-_EXTREMES = 64  # smallest and largest values of calls that wait to be compared
-
-
-@contextlib.contextmanager
-def _exact_products(rows: torch.Tensor) -> Iterator[None]:
-    """Let a GPU multiply 16-bit rows on its tensor cores: TF32 holds them without loss and sums in float32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or rows.dtype in _HALF
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+_COUNTED = 4  # of so many additions one is counted in the histogram, the first to begin with
+_PIECE = 4096  # rows of a panel that travel at a time
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """leftᵀ·right of rows (tokens, n) and (tokens, m), summed in float32; nothing of 16-bit rows is lost."""
-    if left.is_cuda and left.dtype in _HALF and _WIDE_SUMS:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    with _exact_products(left):
-        return left.float().t() @ right.float()
+def _factors(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` as :func:`_add_product` takes them: 16-bit where the GPU sums their products, which are exact, in float32."""
+    mixed = rows.is_cuda and torch.version.hip is None and torch.__version__ >= (2, 8)
+    if mixed and rows.dtype is torch.bfloat16:
+        mixed = torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    elif mixed and rows.dtype is torch.float16:
+        mixed = not torch.backends.cuda.matmul.allow_fp16_accumulation
+    return rows if mixed else rows.float()
 
 
-_HALF = (torch.bfloat16, torch.float16)
-_WIDE_SUMS = hasattr(torch.ops.aten.mm, "dtype")  # torch multiplies 16-bit matrices into a float32 one
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a·b in float32."""
+    if a.dtype is torch.float32:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 class FullGram:
-    """H in full. A float32 ``line`` holds sums; a float16 one, in a mapped file mostly, the running mean of correlations.
+    """H in full. A float32 ``line`` holds sums; a float16 one, in a mapped file mostly, the running mean of correlations."""
 
-    ``worker``: sums up beside the model's own work, where ``line`` is far from the device; None to do so at once.
-    """
-
-    def __init__(self, inner: int, line: torch.Tensor, device: torch.device, worker: "Worker | None" = None):
-        self._inner, self._line, self._worker = inner, line, worker
+    def __init__(self, inner: int, line: torch.Tensor, device: torch.device):
+        self._inner, self._line = inner, line
         self._sums = line.dtype is torch.float32
         self._square = torch.zeros(inner, dtype=torch.float64, device=device)  # Σx², beside correlations
         self._tokens = 0
@@ -64,30 +55,33 @@ class FullGram:
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows (tokens, in) into account."""
-        known, self._tokens = self._tokens, self._tokens + len(rows)
-        if self._sums:
-            self._sum_up(rows)
-        elif self._worker is None:
-            self._average(rows, known)
-        else:
-            self._worker.submit(self._average, rows, known)
+        (self._sum_up if self._sums else self._average)(_factors(rows))
+        self._tokens += len(rows)
 
     def _sum_up(self, rows: torch.Tensor) -> None:
         for start, stop, panel in panels(self._line, self._inner):
-            panel.add_(_product(rows[:, start:], rows[:, start:stop]))
+            _add_product(panel, rows[:, start:].t(), rows[:, start:stop])
 
-    def _average(self, rows: torch.Tensor, known: int) -> None:
-        total = known + len(rows)
+    def _average(self, rows: torch.Tensor) -> None:
+        known, total = self._tokens, self._tokens + len(rows)
         before = roots(self._square / max(known, 1)).float()
         self._square += rows.float().square().sum(dim=0, dtype=torch.float64)
         after = roots(self._square / total).float()
+        transfer = Transfer(rows.device)
+        for first, last, start, stop, piece in self._pieces():
+            # C ← (C·r·rᵀ·known + XᵀX) / (total·r'·r'ᵀ)
+            mean = (transfer.fetch(piece) * before[first:last, None]).mul_(before[start:stop] * known)
+            _add_product(mean, rows[:, first:last].t(), rows[:, start:stop])
+            transfer.store(mean.div_(after[first:last, None]).div_(after[start:stop] * total).half(), piece)
+        transfer.finish()
+
+    def _pieces(self) -> Iterator[tuple[int, int, int, int, torch.Tensor]]:
+        """(first row, last row, first column, last column, view) of all that is kept."""
         for start, stop, panel in panels(self._line, self._inner):
-            # C ← (C·r·rᵀ·known + XᵀX) / (total·r'·r'ᵀ); converted on the device, which is faster at it
-            mean = panel.to(rows.device) if self._worker is None else self._worker.fetch(panel)
-            mean = mean.float().mul_(before[start:, None]).mul_(before[start:stop] * known)
-            mean.add_(_product(rows[:, start:], rows[:, start:stop]))
-            mean = mean.div_(after[start:, None]).div_(after[start:stop] * total).to(panel.dtype)
-            panel.copy_(mean) if self._worker is None else self._worker.store(mean, panel)
+            first = start
+            for piece in panel.split(_PIECE):
+                yield first, first + len(piece), start, stop, piece
+                first += len(piece)
 
     def start(self, gram: Gram, tokens: int) -> None:
         """Begin with what an earlier calibration found."""
@@ -126,8 +120,8 @@ class PairedGrams:
 
     kept = 1.0
 
-    def __init__(self, inner: int, line: torch.Tensor, device: torch.device, worker: "Worker | None" = None):
-        self._both = FullGram(2 * inner, line, device, worker)
+    def __init__(self, inner: int, line: torch.Tensor, device: torch.device):
+        self._both = FullGram(2 * inner, line, device)
         self._sum = torch.zeros(2 * inner, dtype=torch.float64, device=device)
         self._tokens, self._inner = 0, inner
 
@@ -160,110 +154,76 @@ class PairedGrams:
 _INT8 = make_encoding("int8_tensorwise")
 
 
-class Worker:
-    """Work beside the model's own: a thread with a stream and page-locked memory of its own; on a CUDA ``device``.
-
-    At most four tasks wait, so that what they hold stays small.
-    """
-
-    def __init__(self, device: torch.device):
-        self._device, self._stream = device, torch.cuda.Stream(device)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-grams")
-        self._room = threading.Semaphore(4)
-        self._tasks: list[Future] = []
-        self._staging = torch.empty(0, dtype=torch.float16)
-
-    def submit(self, task: Callable, rows: torch.Tensor, *args) -> None:
-        """Run ``task(rows, *args)`` when the rows are ready."""
-        ready = torch.cuda.current_stream(self._device).record_event()
-        rows.record_stream(self._stream)
-        self._room.acquire()
-        self._tasks = [task for task in self._tasks if not task.done() or task.exception()]
-        self._tasks.append(self._pool.submit(self._run, ready, task, rows, *args))
-
-    @torch.inference_mode()
-    def _run(self, ready: torch.cuda.Event, task: Callable, *args) -> None:
-        try:
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                self._stream.wait_event(ready)
-                task(*args)
-                self._stream.synchronize()
-        finally:
-            self._room.release()
-
-    def fetch(self, values: torch.Tensor) -> torch.Tensor:
-        """A copy of host memory on the device."""
-        return self._staged(values).copy_(values).to(self._device, non_blocking=True)
-
-    def store(self, values: torch.Tensor, target: torch.Tensor) -> None:
-        """Bring values of the device into host memory."""
-        staged = self._staged(target).copy_(values, non_blocking=True)
-        self._stream.synchronize()
-        target.copy_(staged)
-
-    def _staged(self, values: torch.Tensor) -> torch.Tensor:
-        if self._staging.numel() < values.numel():
-            self._staging = torch.empty(values.numel(), dtype=values.dtype, pin_memory=True)
-        return self._staging[: values.numel()].view(values.shape)
-
-    def wait(self) -> None:
-        """Return when all is done; raises what a task raised."""
-        tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.result()
-
-    def close(self) -> None:
-        """Drop what has not begun, and wait for what has."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
 class SketchedGram:
-    """H in low rank with its exact diagonal: Frequent Directions (arXiv 1501.01711) while the inputs stream by.
+    """H in low rank with its exact diagonal: fixed-rank Nyström approximation (arXiv 1706.05736) while inputs stream by.
 
-    The sketch S (rank, in) keeps the leading directions; what each step cuts off is lowered evenly, and the exact
-    diagonal takes up what the sketch has lost.
+    What is summed up is Y = XᵀX·Ω with random signs Ω (in, 2·rank), 8·in·rank bytes. H ≈ Y·(ΩᵀY)⁻¹·Yᵀ, of which the
+    leading directions stay; the exact diagonal takes up what they leave.
     """
 
     def __init__(self, inner: int, rank: int, device: torch.device):
         self._rank = min(rank, inner)
-        self._sketch = torch.zeros(0, inner, device=device)
+        self._signs = _signs(inner, min(2 * rank, inner), device)
+        self._product = torch.zeros(self._signs.shape, device=device)
         self.square = torch.zeros(inner, dtype=torch.float64, device=device)
         self._tokens = 0
+        self._kept: float | None = None
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows (tokens, in) into account."""
-        values = rows.float()
+        factors, values = _factors(rows), rows.float()
+        products = torch.zeros(len(rows), self._signs.shape[1], device=rows.device)
+        _add_product(products, factors, self._signs.to(factors.dtype))
+        self._product.addmm_(values.t(), products)
         self.square += values.square().sum(dim=0, dtype=torch.float64)
-        self._tokens += len(rows)
-        stacked = torch.cat([self._sketch, values])
-        if len(stacked) > self._rank:
-            energies, vectors = torch.linalg.eigh((stacked @ stacked.t()).double())  # ascending
-            cut = energies[-self._rank - 1].clamp_min(0)
-            energies, vectors = energies[-self._rank :], vectors[:, -self._rank :]
-            shrunk = ((energies - cut).clamp_min(0) / energies.clamp_min(1e-300)).sqrt()
-            stacked = (vectors * shrunk).t().float() @ stacked
-        self._sketch = stacked
+        self._tokens, self._kept = self._tokens + len(rows), None
 
     def start(self, gram: Gram, tokens: int) -> None:
         """Begin with what an earlier calibration found."""
         if not isinstance(gram, LowRankGram):
             raise CalibrationError("A full calibration cannot be continued in low rank; keep it in full again.")
-        factor = gram.factor.double()
-        self.square.copy_((factor.square().sum(dim=1) + gram.diagonal.double()) * tokens)
-        self._sketch, self._tokens = (factor.t() * math.sqrt(tokens)).to(self._sketch), tokens
+        factor, diagonal = (part.to(self._product) for part in (gram.factor, gram.diagonal))
+        self.square.copy_((factor.double().square().sum(dim=1) + diagonal.double()) * tokens)
+        signs = self._signs.float()
+        self._product.copy_((factor @ (factor.t() @ signs) + diagonal[:, None] * signs) * tokens)
+        self._tokens = tokens
 
     def result(self) -> LowRankGram:
         """H so far."""
         tokens = max(self._tokens, 1)
-        factor = (self._sketch.t() / math.sqrt(tokens)).contiguous()
-        rest = self.square / tokens - factor.double().square().sum(dim=1)
-        return LowRankGram(factor.cpu(), rest.clamp_min(0).float().cpu())
+        product, signs = self._product.double() / tokens, self._signs.double()
+        core = signs.t() @ product
+        energies, vectors = torch.linalg.eigh((core + core.t()) / 2)  # ascending
+        known = energies > _NOISE * energies[-1].clamp_min(0)
+        factor = product @ (vectors * torch.where(known, energies.clamp_min(1e-300).rsqrt(), 0))
+        factor = factor @ torch.linalg.eigh(factor.t() @ factor).eigenvectors[:, -self._rank :]
+        shares = factor.square().sum(dim=1)
+        total = float(self.square.sum()) / tokens
+        self._kept = float(shares.sum()) / total if total else 1.0
+        return LowRankGram(
+            factor.float().contiguous().cpu(), (self.square / tokens - shares).clamp_min(0).float().cpu()
+        )
 
     @property
     def kept(self) -> float:
         """The share of the inputs' energy tr H that is known with its directions."""
-        total = float(self.square.sum())
-        return float(self._sketch.double().square().sum()) / total if total else 1.0
+        if self._kept is None:
+            self.result()
+        return self._kept
+
+
+_NOISE = 1e-8  # of the largest eigenvalue: what float32 sums cannot tell from nothing
+_known_signs: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakValueDictionary()
+
+
+def _signs(inner: int, count: int, device: torch.device) -> torch.Tensor:
+    """Random signs (inner, count), bfloat16: always the same, and one tensor for all Grams of a size."""
+    key = inner, count, device
+    signs = _known_signs.get(key)
+    if signs is None:
+        drawn = torch.randint(2, (inner, count), generator=torch.Generator().manual_seed(inner), dtype=torch.int8)
+        signs = _known_signs[key] = drawn.mul_(2).sub_(1).to(device, torch.bfloat16)
+    return signs
 
 
 class Accumulator:
@@ -271,9 +231,10 @@ class Accumulator:
 
     Args:
         gram: what becomes of the Gram.
-        held: where rows held out from it are kept, (rows, in), any float dtype and device.
+        held: where rows held out from it are kept, (rows, in), any float dtype, on ``device``.
+        waiting: where rows wait until there are enough of them for the GPU to be busy, (rows, in); may have none.
         device: where the arithmetic runs.
-        batch: how many rows to wait for before they are summed up, which is faster in one go.
+        background: who updates the Gram, if not the caller.
     """
 
     def __init__(
@@ -281,55 +242,55 @@ class Accumulator:
         gram: FullGram | PairedGrams | SketchedGram,
         inner: int,
         held: torch.Tensor,
+        waiting: torch.Tensor,
         device: torch.device,
-        batch: int = 1,
+        background: Background | None = None,
     ):
-        self.gram, self.inner, self._batch = gram, inner, batch
-        self._waiting: list[torch.Tensor] = []
-        self._extremes: list[torch.Tensor] = []
-        self.tokens = self.held_tokens = 0
-        self._held = held
-        self._low = torch.zeros(inner, dtype=held.dtype, device=device)
-        self._high = torch.zeros(inner, dtype=held.dtype, device=device)
+        self.gram, self.inner = gram, inner
+        self.tokens = self.held_tokens = self._additions = self._filled = 0
+        self._held, self._waiting, self._background = held, waiting, background
+        self._amax = torch.zeros(inner, dtype=held.dtype, device=device)
         self._sum = torch.zeros(inner, dtype=torch.float64, device=device)
         self._counts = torch.zeros(BINS, dtype=torch.float64, device=device)
 
     def see(self, x: torch.Tensor) -> None:
         """Note the largest magnitudes of inputs (tokens, in), sampled or not."""
-        self._extremes += torch.aminmax(x, dim=0)
-        if len(self._extremes) >= _EXTREMES:
-            self._settle_extremes()
+        torch.maximum(self._amax, torch.linalg.vector_norm(x, math.inf, dim=0), out=self._amax)
 
-    def _settle_extremes(self) -> None:
-        if self._extremes:
-            found = torch.stack(self._extremes)
-            self._low = torch.minimum(self._low, found.amin(dim=0))
-            self._high = torch.maximum(self._high, found.amax(dim=0))
-            self._extremes.clear()
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Take rows (tokens, in) into account, now or with those that follow; the rows must not change any more."""
-        if not len(rows):
+    def add(self, x: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Take the ``chosen`` tokens (indices) of inputs (tokens, in) into account, at the latest in :meth:`flush`."""
+        count = len(chosen)
+        if not count:
             return
-        self._waiting.append(rows)
-        self.tokens += len(rows)
-        if sum(map(len, self._waiting)) >= self._batch:
-            self.settle()
+        self.tokens += count
+        if self._filled + count > len(self._waiting):
+            self.flush()
+        if count > len(self._waiting) or x.dtype is not self._waiting.dtype:
+            self._learn(x.index_select(0, chosen))
+        else:
+            torch.index_select(x, 0, chosen, out=self._waiting[self._filled : self._filled + count])
+            self._filled += count
 
-    @torch.inference_mode()  # in which a model may run and so make tensors that change in no other
-    def settle(self) -> None:
-        """Sum up all rows that wait."""
-        if not self._waiting:
-            return
-        rows = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
-        self._waiting.clear()
-        self.gram.add(rows)
+    def flush(self) -> None:
+        """Learn from the rows that wait."""
+        if self._filled:
+            rows, self._filled = self._waiting[: self._filled], 0
+            self._learn(rows)
+
+    def _learn(self, rows: torch.Tensor) -> None:
+        if self._background is None:
+            self.gram.add(rows)
+        else:
+            self._background.do(self.gram.add, rows)
         self._sum += rows.sum(dim=0, dtype=torch.float64)
-        self._counts += histogram(rows[::_COUNTED])
+        if self._additions % _COUNTED == 0:
+            self._counts += histogram(rows)
+        self._additions += 1
 
-    def hold_out(self, rows: torch.Tensor, places: torch.Tensor, seen: int) -> None:
-        """Put held-out rows (n, in) at these places (n,), all different; ``seen``: of how many they are a sample."""
-        self._held[places.to(self._held.device)] = rows.to(self._held)
+    def hold_out(self, x: torch.Tensor, chosen: torch.Tensor, places: torch.Tensor, seen: int) -> None:
+        """Put ``chosen`` tokens of x at these places (n,), all different; ``seen``: of how many they are a sample."""
+        if len(chosen):
+            self._held.index_copy_(0, places, x.index_select(0, chosen).to(self._held))
         self.held_tokens += seen
 
     def start(self, known: Inputs, tokens: int, held_tokens: int) -> None:
@@ -343,7 +304,7 @@ class Accumulator:
         self.gram.start(known.gram, tokens)
         self.tokens = tokens
         self._sum.copy_(known.mean.double() * tokens)
-        self._high.copy_(known.amax)
+        self._amax.copy_(known.amax)
         self._counts.copy_(known.histogram)
         if known.holdout_gram is not None:
             rows = known.holdout_gram.factor.t() * math.sqrt(known.holdout_gram.factor.shape[1])
@@ -351,13 +312,9 @@ class Accumulator:
             self._held[:count] = rows[:count].to(self._held)
             self.held_tokens = held_tokens if count == len(self._held) else count  # no more than there is room for
 
-    @torch.inference_mode()
     def result(self) -> Inputs:
         """All statistics so far, channels on the CPU."""
-        self.settle()
-        self._settle_extremes()
         rows = self._held[: self.held_tokens]
         held_out = LowRankGram(rows.t().cpu() / math.sqrt(len(rows)), torch.zeros(self.inner)) if len(rows) else None
         mean = (self._sum / max(self.tokens, 1)).float().cpu()
-        amax = torch.maximum(-self._low, self._high).float().cpu()
-        return Inputs(self.gram.result(), held_out, mean, amax, self._counts.cpu())
+        return Inputs(self.gram.result(), held_out, mean, self._amax.float().cpu(), self._counts.cpu())

@@ -193,6 +193,29 @@ def test_grams_are_gathered_as_on_a_cpu(tmp_path, monkeypatch, dtype, device_byt
         assert found.inputs("0").amax.equal(torch.cat(batches).abs().amax((0, 1)).float().cpu())
 
 
+@pytest.mark.parametrize("place", ["on the device", "in files", "in low rank"])
+def test_capturing_is_the_same_every_time(tmp_path, place):
+    """Many calls in one run, more inputs than turns: rows wait, and files are updated while the model goes on."""
+    torch.manual_seed(0)
+    width, calls, tokens = 2100, 17, 1200
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(10))).to("cuda", torch.bfloat16)
+    layers = dict(model.named_children())
+    batches = [torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(calls)]
+    options = {"device_bytes": 1 << 30 if place == "on the device" else 0, "rank": 32 if place == "in low rank" else None}
+    files = []
+    for name in "ab":
+        with Collector(layers, tmp_path, device=torch.device("cuda"), **options) as collector:
+            with collector.watching(model), torch.inference_mode():
+                for x in batches:
+                    model(x)
+            collector.save(tmp_path / name, {})
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+    with CalibrationFile(tmp_path / "a") as found:
+        learned, held = found.tokens("0")
+        assert learned + held == (3 * tokens if place == "in files" else calls * 256)
+
+
 def test_low_rank_grams_on_the_gpu_are_those_of_the_cpu():
     rows = torch.randn(800, 256, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 256)
     made = []

@@ -1,5 +1,6 @@
 """What the hooks find must be what one computes from the same inputs directly, and nothing may be left of them."""
 
+import contextlib
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from learned_rounding.quant_core.calibration import (
     quantized_grams,
 )
 from learned_rounding.quant_core.calibration import collect as collecting
+from learned_rounding.quant_core.calibration.accumulate import SketchedGram
 from learned_rounding.quant_core.errors import CalibrationError, OutputError
 from learned_rounding.quant_core.formats import make_encoding
 
@@ -82,9 +84,44 @@ def test_the_statistics_are_those_of_the_inputs(block, tmp_path, monkeypatch, de
         assert relative(dense_gram(known.gram, WIDTH, CPU), rows.t() @ rows / len(rows)) < 1e-3
         torch.testing.assert_close(known.mean, rows.mean(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(known.amax, rows.abs().amax(0))
-        assert known.histogram.sum() == len(rows) // 4 * WIDTH and found.tokens("q") == (len(rows), 0)
+        assert known.histogram.sum() == 2 * TOKENS * WIDTH and found.tokens("q") == (len(rows), 0)
         assert found.provenance == {"steps": 2} and found.layers["out"] == (WIDTH, 2 * WIDTH)
     assert not list(tmp_path.glob("gram_*"))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_rows_that_wait_are_learned_from_when_the_watching_ends(block, tmp_path, monkeypatch, stopped):
+    monkeypatch.setattr(collecting, "_WAITING_BYTES", 4 * 90)  # two calls and a half
+    inputs, path = batches(5), tmp_path / "c"
+    with Collector(layers_of(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+        with contextlib.suppress(InterruptedError), collector.watching(block, hold_out=False):
+            for x in inputs:
+                block(x)
+            if stopped:
+                raise InterruptedError
+        assert collector.tokens == 4 * TOKENS  # "late" shared its first input
+        collector.save(path, {})
+    rows = torch.cat([x.flatten(0, 1) for x in inputs])
+    with CalibrationFile(path) as found:
+        known = found.inputs("q")
+        assert relative(dense_gram(known.gram, WIDTH, CPU), rows.t() @ rows / len(rows)) < 1e-3
+        torch.testing.assert_close(known.mean, rows.mean(0), rtol=1e-4, atol=1e-4)
+        assert known.histogram.sum() == 2 * TOKENS * WIDTH  # of the first of three additions
+
+
+def test_low_rank_sees_past_an_outlier_channel():
+    """One channel 1000 times as large as others, as transformers have them, takes no precision from the rest."""
+    rows = torch.randn(600, 128, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 129) ** -0.7
+    rows = rows @ torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(1)))[0]
+    rows[:, 5] *= 1000
+    sketch = SketchedGram(128, 16, CPU)
+    for part in rows.split(200):
+        sketch.add(part)
+    others = torch.arange(128) != 5
+    made, expected = (
+        matrix[others][:, others] for matrix in (dense_gram(sketch.result(), 128, CPU), rows.t() @ rows / 600)
+    )
+    assert relative(made, expected) < 0.2
 
 
 def test_layers_share_an_input_as_long_as_they_are_given_the_same_tensor(block, tmp_path):
@@ -132,6 +169,13 @@ def test_tokens_are_held_out_where_no_run_is(block, tmp_path):
         assert found.inputs("q").holdout_gram.factor.shape == (WIDTH, 64)
 
 
+def test_inputs_of_one_token_are_learned_from_or_held_out(block, tmp_path):
+    inputs = [x[:1, :1] for x in batches(30)]
+    with gather(block, inputs, tmp_path, hold_out=None, holdout_rows=1) as found:
+        learned, held = found.tokens("q")
+        assert learned + held == 30 and learned and held
+
+
 def test_tokens_are_capped_and_the_same_seed_gives_the_same_file(block, tmp_path):
     files = []
     for seed in (5, 5, 6):
@@ -142,29 +186,14 @@ def test_tokens_are_capped_and_the_same_seed_gives_the_same_file(block, tmp_path
     assert files[0] == files[1] != files[2]
 
 
-def test_grams_in_files_take_turns(block, tmp_path, monkeypatch):
-    monkeypatch.setattr(collecting, "_AT_ONCE", 1)
+def test_grams_in_files_take_turns(block, tmp_path):
     with gather(block, batches(16), tmp_path, device_bytes=0, tokens=5) as found:
         assert found.tokens("q")[0] == 3 * TOKENS  # in the first and two more calls, from up to eight times five tokens
         amax = torch.cat([x.flatten(0, 1) for x in batches(16)]).abs().amax(0)
         torch.testing.assert_close(found.inputs("q").amax, amax)  # of all tokens all the same
 
 
-@pytest.mark.parametrize("options", [{"device_bytes": 0}, {"rank": 4}], ids=["in files", "low rank"])
-def test_turns_begin_when_there_are_tokens_enough(block, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(collecting, "_AT_ONCE", 3 * TOKENS)
-    with gather(block, batches(12), tmp_path, **options) as found:
-        assert found.tokens("q")[0] == 4 * TOKENS  # of the first three calls, and of the eighth
-
-
-def test_low_rank_takes_turns_with_no_more_tokens_than_any(block, tmp_path, monkeypatch):
-    monkeypatch.setattr(collecting, "_AT_ONCE", 1)
-    with gather(block, batches(16), tmp_path, rank=4, tokens=5) as found:
-        assert found.tokens("q")[0] == 3 * 5
-
-
-def test_low_rank_keeps_the_diagonal_and_the_leading_directions(block, tmp_path, monkeypatch):
-    monkeypatch.setattr(collecting, "ROTATION", 1)
+def test_low_rank_keeps_the_diagonal_and_the_leading_directions(block, tmp_path):
     inputs = batches(6)
     rows = torch.cat([x.flatten(0, 1) for x in inputs])
     expected = rows.t() @ rows / len(rows)
@@ -174,14 +203,13 @@ def test_low_rank_keeps_the_diagonal_and_the_leading_directions(block, tmp_path,
         made = dense_gram(gram, WIDTH, CPU)
         torch.testing.assert_close(made.diagonal(), expected.diagonal(), rtol=0.02, atol=0)
         values, vectors = torch.linalg.eigh(expected)
-        assert torch.cosine_similarity(gram.factor[:, -1].float(), vectors[:, -1], dim=0).abs() > 0.99
+        assert torch.cosine_similarity(gram.factor[:, -1].float(), vectors[:, -1], dim=0).abs() > 0.98
         plain = torch.diag(expected.diagonal())
         assert relative(made, expected) < 0.6 * relative(plain, expected)
 
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "low rank"])
-def test_a_calibration_is_continued(block, tmp_path, monkeypatch, rank):
-    monkeypatch.setattr(collecting, "ROTATION", 1)
+def test_a_calibration_is_continued(block, tmp_path, rank):
     inputs = batches(8)
     (tmp_path / "first").mkdir()
     block.calls = 1
@@ -191,8 +219,13 @@ def test_a_calibration_is_continued(block, tmp_path, monkeypatch, rank):
         with gather(block, inputs[4:], tmp_path, rank=rank, earlier=first) as found:
             both = found.inputs("q")
             assert found.tokens("q")[0] == 8 * TOKENS
-    tolerance = 0.1 if rank else 1e-3
-    assert relative(dense_gram(both.gram, WIDTH, CPU), dense_gram(at_once.gram, WIDTH, CPU)) < tolerance
+    continued, expected = (dense_gram(known.gram, WIDTH, CPU) for known in (both, at_once))
+    if rank:  # what the first file left out is lost, so it comes a little less close
+        rows = torch.cat([x.flatten(0, 1) for x in inputs])
+        full = rows.t() @ rows / len(rows)
+        assert relative(continued, full) < 1.15 * relative(expected, full)
+    else:
+        assert relative(continued, expected) < 1e-3
     torch.testing.assert_close(both.mean, at_once.mean, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(both.amax, at_once.amax)
     assert both.histogram.sum() == at_once.histogram.sum() == 2 * TOKENS * WIDTH
@@ -274,3 +307,8 @@ def test_quantized_inputs_are_kept_beside_the_inputs(block, tmp_path, monkeypatc
         torch.testing.assert_close(gram.mean, torch.cat([x, seen], dim=1).mean(0), rtol=1e-3, atol=1e-3)
     with CalibrationFile(found.path) as earlier, pytest.raises(CalibrationError, match="without quantized inputs|cannot be continued"):
         gather(block, inputs, tmp_path / "first", earlier=earlier)
+
+
+def test_every_input_has_a_turn_however_few_calls_there_are(block, tmp_path):
+    with gather(block, batches(1), tmp_path, device_bytes=0) as found:
+        assert all(found.inputs(layer).gram is not None for layer in ("q", "k", "late", "out"))
