@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize_weight
-from learned_rounding.quant_core.calibration import CalibrationFile, Collector, collect, dense_gram
-from learned_rounding.quant_core.calibration.accumulate import SketchedGram
+from learned_rounding.quant_core.calibration import (
+    CalibrationFile,
+    Collector,
+    Inputs,
+    LayerInputs,
+    LowRankGram,
+    collect,
+    dense_gram,
+)
+from learned_rounding.quant_core.calibration.accumulate import PairedGrams, SketchedGram
+from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.checkpoints import SafetensorsFile, SafetensorsWriter, header_bytes, verify_file
 from learned_rounding.quant_core.checkpoints.source import TensorSource
+from learned_rounding.quant_core.choice import measure_plan
 from learned_rounding.quant_core.formats import make_encoding
 from learned_rounding.quant_core.rounding import Calibrated, amax_scale, round_sequential
 from learned_rounding.quant_core.rounding.sequential import memory_bytes
@@ -225,3 +235,43 @@ def test_low_rank_grams_on_the_gpu_are_those_of_the_cpu():
             sketch.add(part)
         made.append(dense_gram(sketch.result(), 256, torch.device("cpu")))
     assert (made[0] - made[1]).norm() / made[0].norm() < 1e-4
+
+
+def test_weights_make_up_for_quantized_inputs_as_on_a_cpu():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(256, 256, generator=generator) * torch.logspace(0, -1.5, 256)
+    rows = torch.randn(4512, 256, generator=generator) @ mixing
+    rows[:, 3] *= 20
+    weight = (torch.randn(320, 256, generator=generator) * 0.05).bfloat16()
+    held_out = LowRankGram(rows[4000:].t() / 512**0.5, torch.zeros(256))
+    errors = []
+    for device in ("cpu", "cuda"):
+        grams = PairedGrams(256, torch.zeros(packed_size(512), device=device), torch.device(device))
+        grams.add(rows[:4000].to(device))
+        made = quantize_weight(weight.to(device), "int8_tensorwise", gram=grams.result(), holdout_gram=held_out)
+        errors.append(made.output_error)
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+
+
+def test_formats_are_measured_as_on_a_cpu():
+    generator = torch.Generator().manual_seed(0)
+    tensors, known = {}, {}
+    for index in range(4):
+        rows = torch.randn(300, 256, generator=generator)
+        rows[:, 3] *= 1 + 100 * (index % 2)
+        tensors[f"{index}.weight"] = torch.randn(256 + 64 * index, 256, generator=generator).bfloat16()
+        held_out = LowRankGram(rows.t() / 300**0.5, torch.zeros(256))
+        known[str(index)] = Inputs(rows.t() @ rows / 300, held_out, sensitivity=2.0**index)
+    plans = [
+        measure_plan(
+            TensorSource(tensors),
+            Recipe(format="measured"),
+            LayerInputs(known),
+            device=torch.device(device),
+            emit=lambda event: None,
+            check=lambda: None,
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert plans[0].decisions == plans[1].decisions
+    assert plans[0].choice.chosen == pytest.approx(plans[1].choice.chosen, rel=1e-3)
