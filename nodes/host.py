@@ -412,13 +412,9 @@ def _collecting(patcher, layers, keep: str, tokens: int, seed: int, earlier: Cal
     try:
         with earlier.open() if earlier else contextlib.nullcontext() as known:
             with Collector(layers, folder, earlier=known, **options) as collector:
-                if collector.disk_bytes:
-                    log.info(
-                        "Calibrating %d layers needs up to %s in %s.",
-                        len(layers),
-                        human_bytes(collector.disk_bytes),
-                        folder,
-                    )
+                places = {f"of {device}": collector.device_bytes, f"in {folder.parent}": collector.disk_bytes}
+                needed = " and ".join(f"{human_bytes(size)} {place}" for place, size in places.items() if size)
+                show(f"Calibrating {len(layers)} layers takes up to {needed}.")
                 yield collector
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -440,6 +436,7 @@ def _finish(collector: Collector, provenance: dict) -> tuple[Calibrated, str]:
         lines.append(
             f"directions are known of at least {collector.kept:.0%} of each input's energy, of the rest the size only"
         )
+    show("\n".join(lines))
     return calibrated, "\n".join(lines)
 
 
@@ -927,6 +924,14 @@ def send(event: str, payload: dict) -> None:
     """To the client that queued the running prompt."""
     server = PromptServer.instance
     server.send_sync(event, payload, server.client_id)
+
+
+def show(text: str) -> None:
+    """On the node that runs, and in the log."""
+    log.info("%s", text)
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and server.last_node_id is not None:
+        server.send_progress_text(text, server.last_node_id, server.client_id)
 
 
 def progress_bar(total: int, node_id: str):

@@ -93,6 +93,14 @@ class Collector:
         return 0 if sum(map(self._device_bytes, widths)) <= self._left else 2 * sum(map(self._size, widths))
 
     @property
+    def device_bytes(self) -> int:
+        """The most that Grams, and rows that wait for them, can take of the device's memory."""
+        widths = [layer.weight.shape[1] for layer in self._layers.values()]
+        if self._rank:
+            return sum(8 * width * max(1, width // self._rank) for width in widths)
+        return min(sum(map(self._device_bytes, widths)), max(self._left, 0))
+
+    @property
     def kept(self) -> float:
         """The least share, over all inputs, of the energy tr H that is known with its directions; 1 for full Grams."""
         return min((found.gram.kept for found in self._found.values()), default=1.0)

@@ -55,6 +55,8 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request):
     assert error(folder, f"{name}-full", f"{name}-auto") < 0.75 * error(folder, f"{name}-full", f"{name}-nearest")
     assert "rounding calibrated" in text(result, report) and "output error" in text(result, report)
     assert "different inputs" in text(result, shown)
+    told = b"".join(event.data for event in result.of("binary"))
+    assert b"layers takes up to" in told and b"different inputs" in told  # on the node, before and after
     path = saved_path(result, saved)
     assert not verify_file(path).problems and any(key.endswith(".input_scale") for key in load_file(path))
     drawn = result.outputs[calibration.id]["images"]

@@ -312,3 +312,16 @@ def test_quantized_inputs_are_kept_beside_the_inputs(block, tmp_path, monkeypatc
 def test_every_input_has_a_turn_however_few_calls_there_are(block, tmp_path):
     with gather(block, batches(1), tmp_path, device_bytes=0) as found:
         assert all(found.inputs(layer).gram is not None for layer in ("q", "k", "late", "out"))
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 4}, {"quantized_inputs": True}], ids=["full", "low rank", "paired"])
+def test_the_memory_is_known_before_it_is_taken(block, tmp_path, options):
+    """No layer shares an input here, so what is stated is what is taken."""
+    layers = {name: layer for name, layer in layers_of(block).items() if name in ("q", "out")}
+    for device_bytes in (1 << 30, 0):
+        with Collector(layers, tmp_path, device=CPU, device_bytes=device_bytes, **options) as collector:
+            stated = collector.device_bytes, collector.disk_bytes
+            with collector.watching(block, False):
+                block(batches(1)[0])
+            files = sum(path.stat().st_size for path in tmp_path.glob("gram_*"))
+        assert files == stated[1] and (stated[0] > 0) == (files == 0)
