@@ -361,8 +361,10 @@ def _make_room(tensors, recipe: Recipe, calibrated: bool, device: torch.device) 
 
 # -------------------------------------------------------------------------------------------------------- calibrating
 
-# How much of the Grams to keep, in the words of a Collector.
-KEEP = {"full": {}, "compact": {"rank": 32}, "with quantized inputs": {"quantized_inputs": True}}
+# How much of the Grams to keep, in the words of a Collector; None for in low rank, as far as its file stays small.
+KEEP = {"full": {}, "compact": None, "with quantized inputs": {"quantized_inputs": True}}
+_COMPACT_BYTES, _COMPACT_RANKS = 640 << 20, (32, 64, 128, 256)  # beside the held-out inputs
+_RAM = 2 << 30  # for Grams where the model itself runs in main memory
 _PROBES = (0.25, 0.75)  # where in a run sensitivities are measured
 _RUNS_FOR_HOLDOUT = 4  # from so many on, every fourth is held out as a whole
 
@@ -403,12 +405,13 @@ def _collecting(patcher, layers, keep: str, tokens: int, seed: int, earlier: Cal
     """A :class:`Collector` with the memory that ComfyUI can spare; its files are gone afterwards."""
     device = patcher.load_device
     if device.type == "cpu":
-        spare = comfy.model_management.get_total_memory(device) // 4
+        spare = min(comfy.model_management.get_total_memory(device) // 4, _RAM)
     else:  # half of what the model and its activations leave
         spare = (comfy.model_management.get_total_memory(device) - patcher.model_size() - (8 << 30)) // 2
     folder = _temporary_folder() / f"learned_rounding_grams_{os.urandom(6).hex()}"
     folder.mkdir()
-    options = {"device": device, "device_bytes": max(spare, 0), "tokens": tokens, "seed": seed, **KEEP[keep]}
+    options = {"device": device, "device_bytes": max(spare, 0), "tokens": tokens, "seed": seed}
+    options |= {"rank": _compact_rank(layers)} if KEEP[keep] is None else KEEP[keep]
     try:
         with earlier.open() if earlier else contextlib.nullcontext() as known:
             with Collector(layers, folder, earlier=known, **options) as collector:
@@ -418,6 +421,13 @@ def _collecting(patcher, layers, keep: str, tokens: int, seed: int, earlier: Cal
                 yield collector
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compact_rank(layers: Mapping[str, torch.nn.Module]) -> int:
+    """The part of their directions that inputs can keep, in 16 bits, if no layers share one."""
+    widths = [layer.weight.shape[1] for layer in layers.values()]
+    fitting = (rank for rank in _COMPACT_RANKS if sum(2 * width * width // rank for width in widths) <= _COMPACT_BYTES)
+    return next(fitting, _COMPACT_RANKS[-1])
 
 
 def _finish(collector: Collector, provenance: dict) -> tuple[Calibrated, str]:

@@ -201,7 +201,7 @@ def _decision(name: str, taken: Mapping[str, _Option], before: Decision) -> Deci
     if name not in taken:
         return before
     if taken[name].format is None:
-        return Decision("keep", "measured: hurts most for its size")
+        return Decision("keep", "measured: what it saves is not worth its error")
     return Decision("quantize", format=taken[name].format)
 
 

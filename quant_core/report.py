@@ -11,6 +11,7 @@ from .events import LayerFinished, LayerKept
 
 __all__ = ["Choice", "Report", "human_bytes"]
 
+_OUTLINE = 6  # points
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
@@ -48,6 +49,12 @@ class Choice:
             f"error of {what} {error:.4f} expected at {human_bytes(size)}; the smallest possible: {worst:.4f} at "
             f"{human_bytes(least)}"
         )
+
+    @property
+    def outline(self) -> str:
+        """The curve for people, in a few points from the smallest to the largest file."""
+        step = max(1, (len(self.curve) - 1) // (_OUTLINE - 1))
+        return ", ".join(f"{human_bytes(size)} {error:.4f}" for size, error in self.curve[::step])
 
 
 @dataclass
@@ -129,7 +136,7 @@ class Report:
         ratio = self.bytes_out / self.bytes_in if self.bytes_in else 1.0
         rows = [
             ("format", f"{self._format}, rounding {self.rounding}"),
-            *([("measured", str(self.choice))] if self.choice else []),
+            *([("measured", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
             ("layers quantized", f"{len(self.layers)}"),
             (
                 "tensors kept",
