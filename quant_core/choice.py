@@ -95,8 +95,7 @@ def _candidates(source: Source, recipe: Recipe, plan: Plan, calibration: Calibra
 
 
 def _sensitivity(calibration: Calibration, name: str) -> float | None:
-    known = calibration.inputs(name.removesuffix(".weight"))
-    return known and known.sensitivity
+    return calibration.sensitivity_of(name.removesuffix(".weight"))
 
 
 def _options(

@@ -120,7 +120,19 @@ class _Layer:
         known = isinstance(self.inputs.gram, PairedGram) and self.inputs.holdout_rows is not None
         if not known or self.method.rounding != "calibrated" or encoding.quantized_inputs != (INT8, "token"):
             return plain
-        return self._for_quantized_inputs(encoding, plain)
+        try:
+            return self._for_quantized_inputs(encoding, plain)
+        except torch.OutOfMemoryError:
+            if self.weight.device.type == "cpu":
+                raise
+        log.warning(
+            "%s has too little free memory for a layer of shape %s to make up for its quantized inputs; it is calibrated "
+            "without them.",
+            self.weight.device,
+            tuple(self.weight.shape),
+        )
+        torch.cuda.empty_cache()
+        return plain
 
     def cost(self, made: QuantizedWeight) -> float:
         """What encodings are compared by: the error with quantized inputs if some are held out, else what is known."""

@@ -104,6 +104,9 @@ class CalibrationFile:
         known, sensitivity = self._last[1], self._sensitivity.get(name)
         return known if known is None or sensitivity is None else replace(known, sensitivity=sensitivity)
 
+    def sensitivity_of(self, layer: str) -> float | None:
+        return self._sensitivity.get(self._known_as(layer))
+
     @property
     def sensitivity(self) -> Mapping[str, float]:
         """Layer → :attr:`~.gram.Inputs.sensitivity`, of those that were measured."""
@@ -162,6 +165,9 @@ class _Part:
 
     def inputs(self, layer: str) -> Inputs | None:
         return self._whole.inputs(self._prefix + layer)
+
+    def sensitivity_of(self, layer: str) -> float | None:
+        return self._whole.sensitivity_of(self._prefix + layer)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         own = {name: shape for name, shape in self._whole.layers.items() if name.startswith(self._prefix)}
