@@ -18,6 +18,7 @@ from .panels import packed_size
 __all__ = ["Collector", "ROTATION"]
 
 ROTATION = 8  # a Gram in a file is summed up in every eighth call, from eight times the tokens
+_LEAST_RANK = 16  # of a Gram in low rank: with fewer random signs its directions are not to be trusted
 _HELD_OUT = 0.25  # of the tokens, where no run is held out as a whole
 _HELD_BYTES = 1 << 30  # for held-out rows of all layers together
 _LANES = 2  # threads that update Grams in files: one copies while the GPU computes for the other
@@ -40,7 +41,8 @@ class Collector:
         folder: for the files; must exist.
         device: where the model runs.
         device_bytes: how much of its memory Grams may take.
-        rank: None to keep Grams in full; a number to keep the leading ``in / rank`` directions and the diagonal.
+        rank: None to keep Grams in full; a number to keep the leading ``in / rank`` directions, at least 16, and the
+            diagonal.
         quantized_inputs: also keep, in full, how inputs go with what INT8 makes of them: four times the memory.
         tokens: how many tokens of a call are looked at.
         holdout_rows: how many held-out tokens to keep for each input.
@@ -97,7 +99,7 @@ class Collector:
         """The most that Grams, and rows that wait for them, can take of the device's memory."""
         widths = [layer.weight.shape[1] for layer in self._layers.values()]
         if self._rank:
-            return sum(8 * width * max(1, width // self._rank) for width in widths)
+            return sum(8 * width * max(_LEAST_RANK, width // self._rank) for width in widths)
         return min(sum(map(self._device_bytes, widths)), max(self._left, 0))
 
     @property
@@ -247,7 +249,7 @@ class Collector:
         """A Gram, how many bytes of each channel may wait for it, and who updates it, if not the hook."""
         self._turns[name] = 1, 0
         if self._rank:
-            return SketchedGram(inner, max(1, inner // self._rank), self._device), 0, None
+            return SketchedGram(inner, max(_LEAST_RANK, inner // self._rank), self._device), 0, None
         size, kind = self._size(inner), PairedGrams if self._paired else FullGram
         if self._device_bytes(inner) <= self._left:
             self._left -= self._device_bytes(inner)

