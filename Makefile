@@ -5,7 +5,12 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 ARGS ?=
 
+# Threads that wait must not spin: two processes on two cores would take ten times as long.
+OMP_WAIT_POLICY ?= PASSIVE
+GOMP_SPINCOUNT ?= 0
+
 export TORCH
+export OMP_WAIT_POLICY GOMP_SPINCOUNT
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 
