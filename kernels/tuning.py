@@ -85,12 +85,12 @@ def shape_key(what: str, x: torch.Tensor, codes: torch.Tensor, *details) -> str:
 def _milliseconds(call: Callable[[], object], runs: int = 10) -> float:
     """The median of a few runs on the device, after two that are not counted.
 
-    The device first idles for a millisecond, in which the runs queue up: their launches do not count.
+    The device first idles for ten milliseconds, in which the runs queue up: their launches do not count.
     """
     for _ in range(2):
         call()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
-    torch.cuda._sleep(2_000_000)
+    torch.cuda._sleep(20_000_000)
     marks[0].record()
     for mark in marks[1:]:
         call()
