@@ -5,7 +5,12 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 ARGS ?=
 
+# Threads that wait must not spin: two processes on two cores would take ten times as long.
+OMP_WAIT_POLICY ?= PASSIVE
+GOMP_SPINCOUNT ?= 0
+
 export TORCH
+export OMP_WAIT_POLICY GOMP_SPINCOUNT
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 
@@ -13,7 +18,7 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 RUFF := .venv/.ruff
 
-.PHONY: test test-quick hosts chromium demo bench lint clean
+.PHONY: test test-quick hosts chromium demo bench lint architectures clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
 $(READY): pyproject.toml requirements.txt
@@ -53,6 +58,9 @@ $(RUFF): $(READY)
 
 lint: $(RUFF)
 	.venv/bin/ruff check .
+
+architectures: $(READY) hosts
+	.venv/bin/python tests/architectures/lists.py && .venv/bin/python tests/architectures/table.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,9 +1,11 @@
 """A transformer of Flux.1's shapes with random weights: what capturing costs, and how long calibrated rounding takes.
 
 ``capture`` runs blocks of linear layers, attention and activation as the model's own are, on random tokens, with and
-without a :class:`Collector`; its Grams lie on the device or in files. The two take turns; median seconds a call.
-``rounding`` quantizes every layer of the whole model, one after the other, each with a packed Gram of its true size;
-reading the Gram from the disk is not in it.
+without a :class:`Collector`; its Grams lie on the device, in low rank, or in files. A run is ``--calls`` calls, as those
+of a sampling, and ends when all is learned; the two take turns; median seconds of a run, divided by its calls.
+``rounding`` quantizes every layer of the whole model, one after the other, each with a packed Gram of its true size and
+512 held-out inputs, which choose the damping; reading the Gram from the disk is not in it. ``measured`` is what it takes to
+choose the formats of all layers.
 """
 
 import itertools
@@ -13,85 +15,25 @@ import time
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from learned_rounding.benchmarks.harness import arguments, finish
-from learned_rounding.quant_core import quantize_weight
-from learned_rounding.quant_core.calibration import Collector, PackedGram
+from learned_rounding.benchmarks.transformer import Transformer
+from learned_rounding.quant_core import Recipe, quantize_weight
+from learned_rounding.quant_core.calibration import Collector, Inputs, LayerInputs, LowRankGram
 from learned_rounding.quant_core.calibration.accumulate import FullGram
 from learned_rounding.quant_core.calibration.panels import packed_size
+from learned_rounding.quant_core.checkpoints import TensorSource
+from learned_rounding.quant_core.choice import measure_plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DOUBLE, SINGLE = 19, 38  # blocks of Flux.1
+HELD_OUT = 512  # inputs
+_ROUNDS = 3
 CASES = (
     ("float8_e4m3fn", "tensor", None),
     ("int8_tensorwise", "row", None),
     ("int8_tensorwise", "row", True),
 )
-
-
-class _Mlp(nn.Sequential):
-    def __init__(self, width: int):
-        super().__init__(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
-
-
-def _attention(qkv: torch.Tensor) -> torch.Tensor:
-    heads = [
-        part.unflatten(-1, (-1, 64 if qkv.shape[-1] < 3 * 128 else 128)).transpose(1, 2)
-        for part in qkv.chunk(3, dim=-1)
-    ]
-    return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-
-
-class _Double(nn.Module):
-    """Two streams, each with its own linear layers, attending together."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
-        self.proj = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-        self.mlp = nn.ModuleList(_Mlp(width) for _ in range(2))
-
-    def forward(self, streams: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        lengths = [x.shape[1] for x in streams]
-        normed = [functional.layer_norm(x, x.shape[-1:]) for x in streams]
-        seen = _attention(torch.cat([qkv(x) for qkv, x in zip(self.qkv, normed, strict=True)], dim=1)).split(
-            lengths, dim=1
-        )
-        streams = [x + proj(y) for x, proj, y in zip(streams, self.proj, seen, strict=True)]
-        return tuple(x + mlp(functional.layer_norm(x, x.shape[-1:])) for x, mlp in zip(streams, self.mlp, strict=True))
-
-
-class _Single(nn.Module):
-    """One stream; attention and MLP beside each other."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-        self.linear1 = nn.Linear(width, 7 * width)
-        self.linear2 = nn.Linear(5 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv, mlp = self.linear1(functional.layer_norm(x, x.shape[-1:])).split([3 * self.width, 4 * self.width], dim=-1)
-        return x + self.linear2(torch.cat([_attention(qkv), functional.gelu(mlp, approximate="tanh")], dim=-1))
-
-
-class Transformer(nn.Module):
-    """Blocks of Flux.1's shapes."""
-
-    def __init__(self, width: int, double: int, single: int):
-        super().__init__()
-        self.double_blocks = nn.ModuleList(_Double(width) for _ in range(double))
-        self.single_blocks = nn.ModuleList(_Single(width) for _ in range(single))
-
-    def forward(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        streams = (text, image)
-        for block in self.double_blocks:
-            streams = block(streams)
-        x = torch.cat(streams, dim=1)
-        for block in self.single_blocks:
-            x = block(x)
-        return x
 
 
 def _seconds(call) -> float:
@@ -115,19 +57,18 @@ def capture(args) -> list[dict]:
             options = {"device": DEVICE, "device_bytes": device_bytes, "rank": rank}
             with tempfile.TemporaryDirectory() as folder, Collector(layers, folder, **options) as collector:
 
-                def watched(collector=collector):
-                    with collector.watching(model):
+                def run():
+                    for _ in range(args.calls):
                         model(text, image)
 
-                for call in (lambda: model(text, image), watched, watched):
-                    _seconds(call)  # warm up; the first also makes the files
-                plain, ours = zip(
-                    *((_seconds(lambda: model(text, image)), _seconds(watched)) for _ in range(args.calls)), strict=True
-                )
-                plain, ours = (
-                    statistics.median(plain),
-                    statistics.mean(ours),
-                )  # Grams in files take turns of eight calls
+                def watched(collector=collector, run=run):
+                    with collector.watching(model):
+                        run()
+
+                for call in (run, watched):
+                    _seconds(call)  # warm up; the second also makes the files
+                taken = [[_seconds(call) / args.calls for call in (run, watched)] for _ in range(_ROUNDS)]
+                plain, ours = map(statistics.median, zip(*taken, strict=True))
                 rows.append(
                     {
                         "section": "capture",
@@ -159,22 +100,26 @@ def _layers(width: int, double: int, single: int):
         yield f"single.{block}.linear2", (width, 5 * width)
 
 
-def _gram(inner: int) -> PackedGram:
-    """Of random inputs with a falling spectrum; packed, on the device."""
+def _inputs(inner: int) -> Inputs:
+    """Of random inputs with a falling spectrum: a packed Gram and held-out rows, on the device."""
     generator = torch.Generator(DEVICE).manual_seed(inner)
     gram = FullGram(inner, torch.zeros(packed_size(inner), dtype=torch.float16, device=DEVICE), DEVICE)
     scale = torch.rand(inner, generator=generator, device=DEVICE) + 0.1
     mix = torch.randn(inner // 8, inner, generator=generator, device=DEVICE) / inner**0.5
+
+    def rows(count: int) -> torch.Tensor:
+        x = torch.randn(count, inner // 8, generator=generator, device=DEVICE) @ mix
+        return (x + 0.3 * torch.randn(count, inner, generator=generator, device=DEVICE)) * scale
+
     for _ in range(4):
-        x = torch.randn(inner, inner // 8, generator=generator, device=DEVICE) @ mix
-        gram.add((x + 0.3 * torch.randn(inner, inner, generator=generator, device=DEVICE)) * scale)
-    return gram.result()
+        gram.add(rows(inner))
+    return Inputs(gram.result(), LowRankGram(rows(HELD_OUT).t() / HELD_OUT**0.5, torch.zeros(inner)), sensitivity=1.0)
 
 
 def rounding(args) -> list[dict]:
     width, double, single = (128, 1, 2) if args.quick else (3072, DOUBLE, SINGLE)
     shapes = list(_layers(width, double, single))
-    grams = {inner: _gram(inner) for inner in {shape[1] for _, shape in shapes}}
+    known = {inner: _inputs(inner) for inner in {shape[1] for _, shape in shapes}}
     weights = {
         shape: (0.02 * torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)).bfloat16()
         for shape in {shape for _, shape in shapes}
@@ -188,7 +133,8 @@ def rounding(args) -> list[dict]:
                 format,
                 granularity=granularity,
                 convrot=convrot,
-                gram=grams[shape[1]],
+                gram=known[shape[1]].gram,
+                holdout_gram=known[shape[1]].holdout_gram,
                 rounding="calibrated",
             )
 
@@ -206,6 +152,12 @@ def rounding(args) -> list[dict]:
                 "slowest": max(seconds for *_, seconds in taken),
             }
         )
+    source = TensorSource({f"{name}.weight": weights[shape] for name, shape in shapes})
+    calibration = LayerInputs({name: known[shape[1]] for name, shape in shapes})
+    recipe = Recipe(format="measured")
+    nothing = {"emit": lambda event: None, "check": lambda: None}
+    seconds = _seconds(lambda: measure_plan(source, recipe, calibration, device=DEVICE, **nothing))
+    rows.append({"section": "measured", "layers": len(shapes), "seconds": seconds})
     return rows
 
 
@@ -218,7 +170,11 @@ def main() -> None:
         ),
         (
             "--calls",
-            {"type": int, "default": 16, "help": "calls of the capture section (default: 16, two turns of files)"},
+            {
+                "type": int,
+                "default": 24,
+                "help": "calls in a run of the capture section (default: 24, three turns of files)",
+            },
         ),
     )
     with torch.no_grad():

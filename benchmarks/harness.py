@@ -13,6 +13,8 @@ import torch
 
 from learned_rounding.quant_core.version import VERSION
 
+_LONGEST = 1000  # characters that are worth printing
+
 __all__ = ["arguments", "environment", "finish"]
 
 
@@ -45,7 +47,8 @@ def finish(args: argparse.Namespace, rows: list[dict], **more) -> None:
     for _, section in itertools.groupby(rows, key=lambda row: row.get("section")):
         _print_table(list(section))
     for key, value in more.items():
-        print(f"{key}: {value}")
+        text = str(value)
+        print(f"{key}: {text if len(text) <= _LONGEST else '(see the JSON)'}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**environment(), "rows": rows, **more}, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Thin ComfyUI nodes, one file each. ``host.py`` alone touches ComfyUI's internals."""
+"""Thin ComfyUI nodes, one file each. ``host/`` alone touches ComfyUI's internals."""
 
 from comfy_api.latest import ComfyExtension
 

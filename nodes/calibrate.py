@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .calibration_inputs import earlier_input, keep_input, only, tokens_input
+from .calibration_inputs import earlier_input, keep_input, only, sensitivity_input, tokens_input
 from .schema import CalibrationType, schema, widget
 
 __all__ = ["Calibrate"]
@@ -74,6 +74,7 @@ class Calibrate(io.ComfyNode):
                 io.Vae.Input(
                     "vae", optional=True, tooltip="To decode the pictures; without it they have the latents' colours."
                 ),
+                sensitivity_input(),
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
@@ -99,6 +100,7 @@ class Calibrate(io.ComfyNode):
         tokens,
         calibration=None,
         vae=None,
+        sensitivity=(False,),
     ) -> io.NodeOutput:
         model = only("model", model)
         made, latents, summary = host.calibrate_model(
@@ -109,6 +111,7 @@ class Calibrate(io.ComfyNode):
             samples=only("samples", samples),
             keep=only("keep", keep),
             tokens=only("tokens", tokens),
+            sensitivity=only("sensitivity", sensitivity),
             earlier=only("calibration", calibration),
             steps=only("steps", steps),
             cfg=only("cfg", cfg),

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..quant_core.errors import RecipeError
 from . import host
-from .calibration_inputs import earlier_input, keep_input, tokens_input
+from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
 from .schema import CalibrationType, schema, widget
 
 __all__ = ["CalibrateTextEncoder"]
@@ -41,6 +41,7 @@ class CalibrateTextEncoder(io.ComfyNode):
                 ),
                 tokens_input(256),
                 earlier_input(),
+                sensitivity_input(),
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
@@ -49,10 +50,12 @@ class CalibrateTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None) -> io.NodeOutput:
+    def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False) -> io.NodeOutput:
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
             raise RecipeError("Calibrate Text Encoder has no prompts; write some, one a line.")
         return io.NodeOutput(
-            *host.calibrate_clip(clip, lines, keep=keep, tokens=tokens, seed=seed, earlier=calibration)
+            *host.calibrate_clip(
+                clip, lines, keep=keep, tokens=tokens, seed=seed, sensitivity=sensitivity, earlier=calibration
+            )
         )

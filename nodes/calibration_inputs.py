@@ -6,7 +6,7 @@ from ..quant_core.errors import RecipeError
 from . import host
 from .schema import CalibrationType, widget
 
-__all__ = ["earlier_input", "keep_input", "only", "tokens_input"]
+__all__ = ["earlier_input", "keep_input", "only", "sensitivity_input", "tokens_input"]
 
 
 def keep_input():
@@ -17,7 +17,8 @@ def keep_input():
         options=list(host.KEEP),
         default="full",
         tooltip="full: everything, up to in² bytes for each input of a layer, on disk where memory is short; "
-        "compact: leading directions and the diagonal, a thirtieth of that, and less gain.",
+        "compact: leading directions and the diagonal, a thirtieth of that, and less gain; "
+        "with quantized inputs: four times full, for INT8 without ConvRot, whose weights then make up for part of the inputs' error.",
     )
 
 
@@ -32,6 +33,17 @@ def tokens_input(default: int):
         optional=True,
         advanced=True,
         tooltip="How many tokens of each call of the model are looked at, drawn with the seed; more is slower and a little better.",
+    )
+
+
+def sensitivity_input():
+    """Whether to measure what hurts."""
+    return widget(
+        io.Boolean,
+        id="sensitivity",
+        default=False,
+        optional=True,
+        tooltip="Also measure what an error of each layer does to the model's output, for format measured: calls the model twice for each layer.",
     )
 
 

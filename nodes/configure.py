@@ -5,9 +5,10 @@ from comfy_api.latest import io
 from ..quant_core import FORMATS, Recipe
 from ..quant_core.formats import GRANULARITIES, find_format, sibling
 from ..quant_core.formats.rotation import GROUP_SIZES
-from ..quant_core.recipes import PRESETS
+from ..quant_core.recipes import MEASURED, PRESETS, recommended_format
 from ..quant_core.recipes.presets import AUTO, NONE
 from ..quant_core.rounding import ROUNDINGS
+from . import host
 from .schema import OptionsType, RecipeType, schema, widget
 
 __all__ = ["ConfigureQuantization"]
@@ -29,9 +30,10 @@ class ConfigureQuantization(io.ComfyNode):
                 widget(
                     io.Combo,
                     id="format",
-                    options=list(FORMATS),
-                    default=Recipe.format,
-                    tooltip="Format of the quantized layers: FP8 is loaded by older ComfyUI too, INT8 is more precise and faster on most consumer cards.",
+                    options=[*FORMATS, AUTO, MEASURED],
+                    default=AUTO,
+                    tooltip="Format of the quantized layers: FP8 is loaded by older ComfyUI too, INT8 is more precise and faster on most consumer cards. "
+                    "auto takes what suits this card: INT8 per row with ConvRot, or FP8; measured chooses for each layer with a calibration.",
                 ),
                 widget(
                     io.Combo,
@@ -100,6 +102,39 @@ class ConfigureQuantization(io.ComfyNode):
                     tooltip="INT8 per row: rotate the inputs in groups of 256, 64 or 16 channels, so that outliers spread; "
                     "on takes the largest that divides, a number the largest up to it, auto whichever has the least error.",
                 ),
+                widget(
+                    io.Float,
+                    id="target_size",
+                    default=0.0,
+                    min=0.0,
+                    max=10000.0,
+                    step=0.1,
+                    round=0.001,
+                    optional=True,
+                    tooltip="Format measured: how large the file may be, in GB. "
+                    "0: as large as the target error asks for, or 5 % larger than with every layer in 8 bits.",
+                ),
+                widget(
+                    io.Float,
+                    id="target_error",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.001,
+                    round=0.00001,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Format measured: how large the relative error of the model's output may be; "
+                    "as few bytes as that takes are spent. 0: not asked for.",
+                ),
+                widget(
+                    io.Boolean,
+                    id="block_formats",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Format measured: try the block-wise formats too, which need this node pack to load.",
+                ),
                 OptionsType.Input(
                     "options", optional=True, tooltip="From Rounding Options; without it every option has its default."
                 ),
@@ -119,22 +154,33 @@ class ConfigureQuantization(io.ComfyNode):
         heur=False,
         full_precision_matrix_mult=False,
         convrot="off",
+        target_size=0.0,
+        target_error=0.0,
+        block_formats=False,
         options=None,
     ) -> io.NodeOutput:
-        own = find_format(format)
-        if granularity != AUTO and granularity not in own.granularities:
+        granularity = None if granularity == AUTO else granularity
+        convrot = _CONVROT[convrot] if convrot in _CONVROT else convrot
+        if format == AUTO:
+            suits = recommended_format(int8=host.knows("int8_tensorwise"))
+            format, granularity, convrot = suits.format, granularity or suits.granularity, convrot or suits.convrot
+        if format != MEASURED and granularity and granularity not in find_format(format).granularities:
+            own = find_format(format)
             format = (sibling(own, granularity) or own).name
         return io.NodeOutput(
             Recipe(
                 rounding=rounding,
                 **(options or {}),
                 format=format,
-                granularity=None if granularity == AUTO else granularity,
-                convrot=_CONVROT[convrot] if convrot in _CONVROT else convrot,
+                granularity=granularity,
+                convrot=convrot,
                 preset=preset,
                 keep=tuple(line.strip() for line in keep.splitlines() if line.strip()),
                 heur=heur,
                 full_precision_matmul=full_precision_matrix_mult,
                 seed=seed,
+                target_size=target_size or None,
+                target_error=target_error or None,
+                block_formats=block_formats,
             )
         )

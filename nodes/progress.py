@@ -2,7 +2,7 @@
 
 import math
 
-from ..quant_core.events import Event, LayerFinished, LayerKept, RunFinished, RunStarted
+from ..quant_core.events import Event, LayerFinished, LayerKept, LayerMeasured, RunFinished, RunStarted
 from . import host
 
 __all__ = ["EVENT", "NodeProgress"]
@@ -53,6 +53,12 @@ def _finished(event: RunFinished) -> dict:
 
 
 _PAYLOADS = {
+    LayerMeasured: lambda event: {
+        "state": "measuring",
+        "index": event.index,
+        "total": event.total,
+        "name": event.name,
+    },
     RunStarted: lambda event: {
         "state": "start",
         "source": event.source,
@@ -76,8 +82,12 @@ class NodeProgress:
         self._bar = None
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, RunStarted):
+        if isinstance(event, LayerMeasured) and event.index == 0:
+            self._bar = host.progress_bar(event.total, self._node)
+        elif isinstance(event, RunStarted):
             self._bar = host.progress_bar(event.layers, self._node)
+        elif isinstance(event, LayerMeasured):
+            self._bar.update(1)
         elif isinstance(event, LayerFinished) or (isinstance(event, LayerKept) and not event.planned):
             self._bar.update(1)
         if isinstance(event, LayerKept) and not event.planned:

@@ -14,11 +14,11 @@ from pathlib import Path
 from .calibration import CalibrationFile
 from .checkpoints import SafetensorsFile, inspect_file, verify_file
 from .errors import OutputError, QuantizationError, RecipeError
-from .events import Event, LayerFinished, LayerKept, LayerStarted, RunStarted
+from .events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, RunStarted
 from .formats import FORMATS, GRANULARITIES, find_format, sibling
 from .formats.granularity import BLOCK_SIZE
 from .pipeline import output_name, quantize_file
-from .recipes import PRESETS, Recipe
+from .recipes import MEASURED, PRESETS, Recipe, recommended_format
 from .recipes.presets import ALIASES, AUTO, NONE
 from .report import human_bytes
 from .rounding import OPTIONS, ROUNDINGS
@@ -112,10 +112,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
         "--format",
-        choices=list(FORMATS),
+        choices=[*FORMATS, AUTO, MEASURED],
         action=_ExactFormat,
         metavar="NAME",
-        help=f"format of the quantized layers: {', '.join(FORMATS)} (default: {Recipe.format})",
+        help=f"format of the quantized layers: {', '.join(FORMATS)}; {AUTO} takes what suits the card: INT8 per row with "
+        f"ConvRot, or FP8; {MEASURED} chooses for each layer with a calibration (default: {Recipe.format})",
     )
     form.add_argument(
         "--fp8", action="store_const", const="float8_e4m3fn", dest="format", help="FP8, as float8_e4m3fn or, per row or block, its sibling"
@@ -133,6 +134,23 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         dest="granularity",
         metavar="PER",
         help=f"what shares a scale: {', '.join(GRANULARITIES)} (default: the format's own)",
+    )
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
+        "--target_size", type=float, metavar="GB", help=f"--format {MEASURED}: how large the file may be, in 10⁹ bytes"
+    )
+    target.add_argument(
+        "--target_error",
+        type=float,
+        metavar="E",
+        help=f"--format {MEASURED}: how large the error of the model's output may be, relative (default of both: 5%% more "
+        "bytes than with every layer in 8 bits, for what hurts most)",
+    )
+    parser.add_argument(
+        "--block_formats",
+        action="store_true",
+        default=None,
+        help=f"--format {MEASURED}: try the block-wise formats too, which need this node pack to load",
     )
     parser.add_argument("--block_size", type=int, metavar="N", help=f"side of a block (default: {BLOCK_SIZE})")
     parser.add_argument(
@@ -215,6 +233,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     given = {name: value for name, value in given.items() if value is not None}
     if args.convrot_group_size is not None:
         given["convrot"] = args.convrot_group_size
+    if given.get("format") == AUTO:
+        suits = recommended_format()
+        given = {**suits.options, **given, "format": suits.format}
     if "format" in given:
         # a recipe's choices within its own format
         given = {"granularity": None, "block_size": None, "convrot": None, **given}
@@ -233,10 +254,13 @@ class _Progress:
         self._bar = None
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, RunStarted):
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=event.layers, unit="layer", dynamic_ncols=True, disable=self._verbose)
+        if isinstance(event, LayerMeasured) and event.index == 0:
+            self._start(event.total, "measuring")
+        elif isinstance(event, LayerMeasured):
+            self._bar.update()
+        elif isinstance(event, RunStarted):
+            self.close()
+            self._start(event.layers)
         elif isinstance(event, LayerStarted):
             self._bar.set_postfix_str(event.name[-48:], refresh=False)
         elif isinstance(event, LayerFinished):
@@ -248,6 +272,11 @@ class _Progress:
             )
         elif isinstance(event, LayerKept):
             self._line(f"{event.name}  {'removed' if event.removed else 'kept'}: {event.reason}")
+
+    def _start(self, layers: int, what: str | None = None) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=layers, unit="layer", desc=what, dynamic_ncols=True, disable=self._verbose)
 
     def _line(self, text: str) -> None:
         if self._verbose:
@@ -266,7 +295,7 @@ def _quantize(args: argparse.Namespace) -> int:
     with SafetensorsFile(args.input) as source, statistics as calibration:
         method = recipe.resolve(calibration is not None)
         output = args.output or output_name(args.input, recipe)
-        print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.encoding}, rounding {method.rounding}.")
+        print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.description}, rounding {method.rounding}.")
         progress = _Progress(args.verbose)
         options = {"device": args.device, "overwrite": args.overwrite, "on_event": progress}
         try:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "Event",
+    "LayerMeasured",
     "RunStarted",
     "LayerStarted",
     "LayerFinished",
@@ -18,6 +19,15 @@ __all__ = [
 @dataclass(frozen=True)
 class Event:
     """Base of all events."""
+
+
+@dataclass(frozen=True)
+class LayerMeasured(Event):
+    """Before a run that chooses formats by measurement: it turns to one layer of ``total``; ``index`` counts from 0."""
+
+    index: int
+    total: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class LayerStarted(Event):
 class LayerFinished(Event):
     """One quantized layer; times are in seconds, ``eta`` is what the whole run still needs.
 
-    ``solver``, ``weight_error``, ``gain``, ``output_error`` and ``note`` are those of
+    ``convrot`` is the group of its rotation. ``solver``, ``weight_error``, ``gain``, ``output_error`` and ``note`` are those of
     :class:`~learned_rounding.quant_core.formats.Rounded`.
     """
 
@@ -67,6 +77,7 @@ class LayerFinished(Event):
     gain: float | None = None
     output_error: float | None = None
     note: str = ""
+    convrot: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .calibration import Gram, Inputs, dense_gram, mean_vector
+from .calibration import Gram, Inputs, LowRankGram, PairedGram, dense_gram, mean_vector, quantized_grams
 from .checkpoints.dtypes import SOURCE_DTYPES
 from .errors import QuantizationError, RecipeError
 from .events import CancelCheck
-from .formats import Encoding, QuantizedWeight, make_encoding, rotation_groups
-from .rounding import Method, Quadratic, Rounder, correct_bias, make_objective, synthetic_mean
+from .formats import INT8, Encoding, QuantizedWeight, make_encoding, rotation_groups
+from .rounding import Method, Quadratic, Rounder, correct_bias, make_objectives, synthetic_mean
 
-__all__ = ["quantize_weight"]
+__all__ = ["output_error", "quantize_weight"]
 
 log = logging.getLogger(__name__)
 
+# Dampings, relative to the mean of the diagonal, when weights make up for quantized inputs; held-out ones choose.
+_COMPENSATION = (0.001, 0.01, 0.1, 1.0)
 _PARTS = (1, 4, 16)  # of the rows, when a GPU's memory is short; then the CPU
 
 
@@ -48,8 +50,10 @@ def quantize_weight(
         granularity: one of the format's granularities; None for its own.
         block_size: side of a block, for granularity block; None for 128.
         convrot: rotate the inputs: True by the largest group of 256, 64, 16 channels that divides them, a number by
-            the largest up to it, "auto" by whichever group, or none, has the least error.
-        gram: H = XᵀX/tokens of the layer's inputs, (in, in), or a :class:`~.calibration.LowRankGram`.
+            the largest up to it, "auto" by whichever group, or none, has the least error; that of quantized inputs
+            counts too where some are held out.
+        gram: H = XᵀX/tokens of the layer's inputs, (in, in), or another :data:`~.calibration.Gram`. With a
+            :class:`~.calibration.PairedGram`, INT8 is rounded for inputs that are quantized too.
         holdout_gram: the Gram of other inputs, on which the result is judged.
         output_weight: float (out,), how much each output channel counts under ``gram``.
         bias, mean_input: (out,) and (in,), for the bias correction.
@@ -82,12 +86,20 @@ def quantize_weight(
         raise RecipeError(f"An input scale of {input_scale} has no meaning for {encodings[0]}; leave it out.")
     inputs = Inputs(gram, holdout_gram, mean_input)
     layer = _Layer(matrix, inputs, bias, output_weight, method, seed, check)
-    best = min((layer.quantize(encoding) for encoding in encodings), key=_error)
+    made = [layer.quantize(encoding) for encoding in encodings]
+    best = min(made, key=layer.cost) if len(made) > 1 else made[0]
     return replace(best, shape=shape, input_scale=input_scale)
 
 
-def _error(result: QuantizedWeight) -> float:
-    return result.weight_error if result.output_error is None else result.output_error
+def output_error(weight: torch.Tensor, made: QuantizedWeight, rows: torch.Tensor) -> float:
+    """‖X̂·Ŵᵀ − X·Wᵀ‖/‖X·Wᵀ‖ for inputs X, ``rows`` (tokens, in), as ComfyUI quantizes them; 0 where outputs are zero.
+
+    ``weight``, ``rows``: float32, on one device.
+    """
+    expected = rows @ weight.t()
+    got = made.encoding.quantize_inputs(rows) @ made.dequantize().to(rows).t()
+    total = torch.linalg.vector_norm(expected, dtype=torch.float64)
+    return float(torch.linalg.vector_norm(got - expected, dtype=torch.float64) / total) if total else 0.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,33 @@ class _Layer:
     check: CancelCheck | None
 
     def quantize(self, encoding: Encoding) -> QuantizedWeight:
+        """The best that is known for this encoding."""
+        plain = self._alone(encoding)
+        known = isinstance(self.inputs.gram, PairedGram) and self.inputs.holdout_rows is not None
+        if not known or self.method.rounding != "calibrated" or encoding.quantized_inputs != (INT8, "token"):
+            return plain
+        try:
+            return self._for_quantized_inputs(encoding, plain)
+        except torch.OutOfMemoryError:
+            if self.weight.device.type == "cpu":
+                raise
+        log.warning(
+            "%s has too little free memory for a layer of shape %s to make up for its quantized inputs; it is calibrated "
+            "without them.",
+            self.weight.device,
+            tuple(self.weight.shape),
+        )
+        torch.cuda.empty_cache()
+        return plain
+
+    def cost(self, made: QuantizedWeight) -> float:
+        """What encodings are compared by: the error with quantized inputs if some are held out, else what is known."""
+        rows = self.inputs.holdout_rows
+        if rows is not None:
+            return output_error(self.weight.float(), made, rows.to(self.weight.device, torch.float32))
+        return made.weight_error if made.output_error is None else made.output_error
+
+    def _alone(self, encoding: Encoding) -> QuantizedWeight:
         """As :meth:`_attempt`, and again with less memory or on the CPU whenever the device has too little."""
         for device, parts in self._ladder():
             try:
@@ -146,7 +185,9 @@ class _Layer:
             encoding.format.grid,
             tiles,
             self.method,
-            make_objective(self.method, gram, row_weight, self.seed),
+            make_objectives(
+                self.method, gram, row_weight, judged=self.inputs.holdout_gram is not None, seed=self.seed
+            ),
             judge=judge if known else None,
             parts=parts,
             seed=self.seed,
@@ -162,6 +203,47 @@ class _Layer:
         home = self.weight.device
         scale = taken.scale.reshape(encoding.scale_shape(shape)).to(home)
         return QuantizedWeight(taken.codes.to(home), scale, encoding, replace(rounded, note=note), shape, bias)
+
+    def _for_quantized_inputs(self, encoding: Encoding, plain: QuantizedWeight) -> QuantizedWeight:
+        """``plain``, nearest, or what makes up for part of the error of INT8 inputs: whichever measures best with them.
+
+        The last are the codes of W·XᵀX̂·(X̂ᵀX̂)⁻¹, which minimise ‖X·Wᵀ − X̂·Ŵᵀ‖; rotated inputs have too little error for it.
+        """
+        weight, rows = self.weight.float(), self.inputs.holdout_rows.to(self.weight.device, torch.float32)
+        simple = replace(self, method=replace(self.method.uncalibrated(), rounding="nearest"), inputs=Inputs(mean=self.inputs.mean))
+        nearest = simple.quantize(encoding)
+        made = [nearest, plain]
+        if encoding.rotation is None:
+            made.append(self._compensating(rows, encoding).quantize(encoding))
+        errors = [output_error(weight, one, rows) for one in made]
+        taken = made[errors.index(min(errors))]
+        rounded = replace(
+            taken.rounded,
+            weight_error=float((taken.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)),
+            output_error=min(errors),
+            gain=min(errors) / errors[0] if errors[0] else 1.0,
+            note="output errors hold those of the INT8 inputs",
+        )
+        return replace(taken, rounded=rounded)
+
+    def _compensating(self, rows: torch.Tensor, encoding: Encoding) -> "_Layer":
+        """The layer that, given X̂, comes nearest to what this one makes of X; ``rows`` are held-out X (tokens, in)."""
+        weight, gram = self.weight.float(), self.inputs.gram
+        inner, device = weight.shape[1], weight.device
+        cross, seen = quantized_grams(gram, inner, device)
+        reduced, wanted = encoding.quantize_inputs(rows), rows @ weight.t()
+
+        def target_of(damping: float) -> torch.Tensor:
+            ridge = damping * seen.diagonal().mean() * torch.eye(inner, device=device)
+            return torch.linalg.solve(seen + ridge, (cross + ridge).t() @ weight.t()).t().contiguous()
+
+        target = min(map(target_of, _COMPENSATION), key=lambda made: float((reduced @ made.t() - wanted).norm()))
+        mean, mean_seen = gram.mean.to(device).split(inner)
+        bias = self.bias
+        if bias is not None and self.method.get("bias_correction") == "auto":
+            bias = (bias.to(device).float() - target @ mean_seen + weight @ mean).to(bias)
+        held_out = LowRankGram(reduced.t() / len(rows) ** 0.5, torch.zeros(inner))
+        return replace(self, weight=target, inputs=Inputs(seen, held_out, mean_seen), bias=bias)
 
     def _gram(self, gram: Gram | None, encoding: Encoding, device: torch.device) -> torch.Tensor | None:
         if gram is None:

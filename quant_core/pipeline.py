@@ -27,6 +27,7 @@ from .checkpoints import (
 )
 from .checkpoints.metadata import CONFIG_SUFFIX
 from .checkpoints.source import CPU, fingerprint
+from .choice import measure_plan
 from .errors import (
     CalibrationError,
     NonFiniteWeightError,
@@ -148,7 +149,7 @@ class _Clock:
 def _report(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None, **more) -> Report:
     preset = plan.preset.name if plan.preset else NONE
     rounding = recipe.resolve(calibration is not None).rounding
-    return Report(source.name, recipe.format, recipe.granularity, rounding, preset, **more)
+    return Report(source.name, recipe.format, recipe.granularity or "", rounding, preset, choice=plan.choice, **more)
 
 
 def _run(
@@ -178,7 +179,7 @@ def _run(
         kept(name, reason, **more)
 
     others = len(source.tensors) - total
-    emit(RunStarted(source.name, recipe.format, recipe.granularity, report.preset, total, others, bytes_in))
+    emit(RunStarted(source.name, report.format, report.granularity, report.preset, total, others, bytes_in))
     clock = _Clock(bytes_in)
     for name in plan.names("remove"):
         kept(name, plan.decisions[name].reason, removed=True)
@@ -187,6 +188,7 @@ def _run(
         info = source.tensors[name]
         emit(LayerStarted(index, total, name, info.shape))
         began = clock.elapsed
+        own = recipe.of(plan.decisions[name])
         layer = name.removesuffix(".weight")
         known = (calibration and calibration.inputs(layer)) or Inputs()
         bias_name = biases.get(name)
@@ -194,11 +196,11 @@ def _run(
         try:
             quantized = quantize_weight(
                 tensor,
-                **_layer_options(recipe, known, calibration),
+                **_layer_options(own, known, calibration),
                 gram=known.gram,
                 holdout_gram=known.holdout_gram,
                 mean_input=known.mean,
-                input_scale=_input_scale(recipe, known),
+                input_scale=_input_scale(own, known),
                 bias=bias,
                 check=check,
             )
@@ -220,8 +222,8 @@ def _run(
                 total,
                 name,
                 info.shape,
-                recipe.format,
-                recipe.granularity,
+                quantized.format.name,
+                quantized.granularity,
                 quantized.weight_error,
                 clock.elapsed - began,
                 info.nbytes,
@@ -232,6 +234,7 @@ def _run(
                 rounded.gain,
                 rounded.output_error,
                 rounded.note,
+                quantized.encoding.rotation and quantized.encoding.rotation.size,
             )
         )
         emit(report.layers[-1])
@@ -301,12 +304,12 @@ def _header_bound(
     """Room for the header whatever becomes of each layer: quantized, or kept after all."""
     tensors = [(name, source.tensors[name]) for name in plan.output_names()]
     for name in plan.names("quantize"):
-        layer = name.removesuffix(".weight")
-        specs = recipe.encoding.specs(source.tensors[name].shape)
+        layer, encoding = name.removesuffix(".weight"), recipe.of(plan.decisions[name]).encoding
+        specs = encoding.specs(source.tensors[name].shape)
         tensors += [(f"{layer}.{suffix}", TensorInfo(*spec)) for suffix, spec in specs.items()]
-        if calibrated and recipe.encoding.static_inputs:
+        if calibrated and encoding.static_inputs:
             tensors.append((f"{layer}.input_scale", TensorInfo(torch.float32, ())))
-        tensors.append((layer + CONFIG_SUFFIX, TensorInfo(torch.uint8, (len(config_bytes(recipe.encoding.config)),))))
+        tensors.append((layer + CONFIG_SUFFIX, TensorInfo(torch.uint8, (len(config_bytes(encoding.config)),))))
     return header_bytes(tensors, metadata)
 
 
@@ -333,6 +336,8 @@ def quantize_tensors(
     recipe.resolve(calibration is not None)
     plan, device, check = recipe.plan(source), _device(device), check or _nothing
     _check_calibration(source, calibration)
+    if recipe.measured:
+        plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
     report, configs = _run(source, plan, recipe, calibration, sink, device, emit, check)
     emit(RunFinished(report))
     mark = _mark(source, recipe, calibration)
@@ -390,7 +395,11 @@ def quantize_file(
             )
         remove_leftovers(destination)
         return _report(source, plan, recipe, calibration, output=str(destination), already_done=True)
-    planned = {name.removesuffix(".weight"): recipe.encoding.config for name in plan.names("quantize")}
+    if recipe.measured:
+        plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
+    planned = {
+        name.removesuffix(".weight"): recipe.of(plan.decisions[name]).encoding.config for name in plan.names("quantize")
+    }
     with SafetensorsWriter(
         destination,
         _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark)),

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from .events import LayerFinished, LayerKept
 
-__all__ = ["Report", "human_bytes"]
+__all__ = ["Choice", "Report", "human_bytes"]
 
+_OUTLINE = 6  # points
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
@@ -26,6 +27,36 @@ def human_bytes(count: float) -> str:
     return f"{count:.3g} {_UNITS[power]}"
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What formats were chosen from by measurement.
+
+    Attributes:
+        curve: (bytes of the file, expected error of the model's output, relative), from the smallest possible to every layer in full.
+        chosen: the point that was taken.
+        sensitive: errors are those of the model's output; otherwise the root mean square of its layers' outputs.
+    """
+
+    curve: tuple[tuple[int, float], ...]
+    chosen: tuple[int, float]
+    sensitive: bool
+
+    def __str__(self) -> str:
+        """For people: the chosen point, and where the others lie."""
+        what = "the model's output" if self.sensitive else "the layers' outputs (sensitivities were not measured)"
+        (size, error), (least, worst) = self.chosen, self.curve[0]
+        return (
+            f"error of {what} {error:.4f} expected at {human_bytes(size)}; the smallest possible: {worst:.4f} at "
+            f"{human_bytes(least)}"
+        )
+
+    @property
+    def outline(self) -> str:
+        """The curve for people, in a few points from the smallest to the largest file."""
+        step = max(1, (len(self.curve) - 1) // (_OUTLINE - 1))
+        return ", ".join(f"{human_bytes(size)} {error:.4f}" for size, error in self.curve[::step])
+
+
 @dataclass
 class Report:
     """The outcome of one run.
@@ -37,6 +68,7 @@ class Report:
         seconds: wall-clock time of the run.
         output: path of the file, None when tensors were returned.
         already_done: the output was there, with the same fingerprint; nothing was computed.
+        choice: what formats were chosen from, where they were measured.
     """
 
     source: str
@@ -52,6 +84,7 @@ class Report:
     device: str = "cpu"
     output: str | None = None
     already_done: bool = False
+    choice: Choice | None = None
 
     @property
     def median_error(self) -> float:
@@ -102,7 +135,8 @@ class Report:
             reasons[kept.reason] = reasons.get(kept.reason, 0) + 1
         ratio = self.bytes_out / self.bytes_in if self.bytes_in else 1.0
         rows = [
-            ("format", f"{self.format} per {self.granularity}, rounding {self.rounding}"),
+            ("format", f"{self._format}, rounding {self.rounding}"),
+            *([("measured", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
             ("layers quantized", f"{len(self.layers)}"),
             (
                 "tensors kept",
@@ -128,6 +162,14 @@ class Report:
         rows += [("KEPT", f"{kept.name}: {kept.reason}") for kept in self.unplanned]
         width = max(len(label) for label, _ in rows)
         return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+    @property
+    def _format(self) -> str:
+        if self.choice is None:
+            return f"{self.format} per {self.granularity}"
+        rotated = {layer.name: f", ConvRot {layer.convrot}" if layer.convrot else "" for layer in self.layers}
+        counts = Counter(f"{layer.format} per {layer.granularity}{rotated[layer.name]}" for layer in self.layers)
+        return "; ".join(f"{name}: {count} layers" for name, count in counts.most_common())
 
     def _rounding_rows(self) -> list[tuple[str, str]]:
         rows = []

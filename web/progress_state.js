@@ -1,7 +1,7 @@
 /**
  * What the progress widget shows, as values: no DOM, no ComfyUI, so that plain node can test it.
  *
- * A run is told by events "start", "layer", "kept", "done", "stopped" (nodes/progress.py). The page may have missed
+ * A run is told by events "measuring", "start", "layer", "kept", "done", "stopped" (nodes/progress.py). The page may have missed
  * the first ones (reloaded, or another workflow was open), so every event stands on its own feet.
  */
 
@@ -15,7 +15,7 @@ const NO_PARTS = Object.freeze({
 });
 
 const fresh = (execution) => ({
-  phase: "running", execution, before: NO_PARTS, label: "", source: "", total: 0, finished: 0,
+  phase: "running", measuring: false, execution, before: NO_PARTS, label: "", source: "", total: 0, finished: 0,
   layer: null, learned: "", eta: null, rate: null, bytes: 0, since: null, worst: [], kept: [],
 });
 
@@ -34,6 +34,11 @@ const learnedWords = ({ solver, gain = null, output_error = null }) =>
 const nameAndError = ({ name, error }) => ({ name, error });
 
 const REDUCERS = {
+  measuring(state, event, execution) {
+    const run = state.phase === "running" && state.execution === execution ? state : fresh(execution);
+    return { ...run, measuring: true, total: event.total, finished: event.index, layer: event.name };
+  },
+
   start(state, event, execution) {
     const next = state.phase === "done" && execution !== null && state.execution === execution;
     return {
@@ -54,6 +59,7 @@ const REDUCERS = {
     const bytes = run.bytes + event.bytes_in;
     return {
       ...run,
+      measuring: false,
       label: run.label || `${event.format} per ${event.granularity}`,
       total: event.total,
       finished: Math.max(run.finished, event.index + 1),
@@ -118,6 +124,7 @@ export function words(state) {
       return ["Progress appears here while the workflow runs.", ""];
     case "running": {
       if (state.layer === null) return ["Reading the model…", join(kept)];
+      if (state.measuring) return ["", `measuring what each format costs, layer ${state.finished + 1} of ${state.total}`];
       const eta = state.finished < state.total ? `${formatDuration(state.eta)} left` : "writing the file";
       return ["", join(eta, state.rate && `${formatBytes(state.rate)}/s`, state.learned, kept)];
     }

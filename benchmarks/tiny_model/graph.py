@@ -60,6 +60,28 @@ class TinyGraph(Graph):
         self.add("SaveLatent", samples=samples[0], filename_prefix=prefix)
         self.add("SaveImage", images=image[0], filename_prefix=prefix)
 
+    def sample_in_parts(self, model: list, prefix: str, marks: list[int], seed: int = 1) -> None:
+        """As :meth:`sample`, in parts that end after the steps in ``marks``, whose latents are saved as ``prefix-STEP``."""
+        known = self._sampling()
+        samples, total = known.pop("latent_image"), marks[-1]
+        for start, stop in zip([0, *marks], marks, strict=False):
+            part = self.add(
+                "KSamplerAdvanced",
+                model=model,
+                latent_image=samples,
+                add_noise="enable" if start == 0 else "disable",
+                noise_seed=seed,
+                steps=total,
+                start_at_step=start,
+                end_at_step=stop,
+                return_with_leftover_noise="disable" if stop == total else "enable",
+                **known,
+            )
+            samples = part[0]
+            self.add("SaveLatent", samples=samples, filename_prefix=f"{prefix}-{stop:02}")
+        vae = self.add("VAELoader", vae_name="taesd3")
+        self.add("SaveImage", images=self.add("VAEDecode", samples=samples, vae=vae[0])[0], filename_prefix=prefix)
+
     def _sampling(self, dataset: str = DATASET) -> dict:
         """What KSampler and Calibrate ask for alike."""
         data = self.add("LoadTrainingDataset", folder_name=dataset)

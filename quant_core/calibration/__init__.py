@@ -2,8 +2,9 @@
 
 from .collect import Collector
 from .file import SUFFIX, CalibrationFile
-from .gram import Gram, Inputs, LowRankGram, PackedGram, dense_gram, mean_vector
+from .gram import Gram, Inputs, LowRankGram, PackedGram, PairedGram, dense_gram, mean_vector, quantized_grams
 from .histogram import input_scale
+from .sensitivity import Sensitivity
 from .statistics import Calibration, LayerInputs
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "LayerInputs",
     "LowRankGram",
     "PackedGram",
+    "PairedGram",
     "SUFFIX",
+    "Sensitivity",
     "dense_gram",
     "input_scale",
     "mean_vector",
+    "quantized_grams",
 ]

@@ -10,15 +10,19 @@ from pathlib import Path
 import torch
 
 from ..errors import CalibrationError, OutputError
-from .accumulate import Accumulator, FullGram, SketchedGram
+from .accumulate import Accumulator, FullGram, PairedGrams, SketchedGram
+from .background import Background
 from .file import CalibrationFile, write_calibration
 from .panels import packed_size
 
 __all__ = ["Collector", "ROTATION"]
 
 ROTATION = 8  # a Gram in a file is summed up in every eighth call, from eight times the tokens
+_LEAST_RANK = 16  # of a Gram in low rank: with fewer random signs its directions are not to be trusted
 _HELD_OUT = 0.25  # of the tokens, where no run is held out as a whole
 _HELD_BYTES = 1 << 30  # for held-out rows of all layers together
+_LANES = 2  # threads that update Grams in files: one copies while the GPU computes for the other
+_WAITING_BYTES = 2048  # for each channel of a Gram on the device: 1,024 rows of 16 bits that wait to be learned from
 
 
 class Collector:
@@ -27,19 +31,26 @@ class Collector:
     Each call of the model gives up to ``tokens`` seeded tokens to every layer's Gram; layers that are given the very same
     tensor share one. What the hooks see they only read, and they are gone when :meth:`watching` ends, however it ends.
 
-    Memory: Grams lie in float32 on ``device`` as long as ``device_bytes`` last, then in files in ``folder`` (2 bytes for
-    each of in²/2 numbers); held-out rows take at most 1 GB.
+    Memory: Grams lie in float32 on ``device``, with up to 1,024 rows each that wait to be learned from at once, as long
+    as ``device_bytes`` last, then in files in ``folder`` (2 bytes for each of in²/2 numbers; on the device are the rows
+    for four of them and pieces of two, and 0.2 GB of host memory is page-locked). In low rank they take 8·in²/``rank``
+    bytes of ``device`` each; held-out rows of all layers together at most 1 GB.
 
     Args:
         layers: name (of its weight, without ``.weight``) → linear layer.
         folder: for the files; must exist.
         device: where the model runs.
         device_bytes: how much of its memory Grams may take.
-        rank: None to keep Grams in full; a number to keep the leading ``in / rank`` directions and the diagonal.
+        rank: None to keep Grams in full; a number to keep the leading ``in / rank`` directions, at least 16, and the
+            diagonal.
+        quantized_inputs: also keep, in full, how inputs go with what INT8 makes of them: four times the memory.
         tokens: how many tokens of a call are looked at.
         holdout_rows: how many held-out tokens to keep for each input.
         seed: of the choice of tokens.
         earlier: a calibration of the same layers to continue.
+
+    Attributes:
+        sensitivity: layer → :attr:`~.gram.Inputs.sensitivity`, where that was measured; saved with the rest.
     """
 
     def __init__(
@@ -50,6 +61,7 @@ class Collector:
         device: torch.device,
         device_bytes: int,
         rank: int | None = None,
+        quantized_inputs: bool = False,
         tokens: int = 256,
         holdout_rows: int = 512,
         seed: int = 0,
@@ -57,18 +69,20 @@ class Collector:
     ):
         self._layers, self._folder, self._device = dict(layers), Path(folder), device
         self._left, self._rank, self._tokens, self._seed = device_bytes, rank, tokens, seed
-        self._earlier = earlier
+        self._earlier, self._paired = earlier, quantized_inputs
         channels = sum(layer.weight.shape[1] for layer in self._layers.values())
         self._holdout_rows = max(16, min(holdout_rows, _HELD_BYTES // (4 * max(channels, 1))))
         self._sites: dict[str, str] = {}  # layer → the layer whose statistics are its own too
         self._found: dict[str, Accumulator] = {}
-        self._turns: dict[str, tuple[int, int]] = {}  # a Gram takes tokens when call + second is a multiple of first
+        self._turns: dict[str, tuple[int, int]] = {}  # a Gram takes tokens at first, and when call + second is a multiple of first
         self._files: list[Path] = []
+        self._background: list[Background] = []
         self._recent: dict[int, tuple[weakref.ref, str]] = {}
         self._chosen: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._calls = 0
         self._hold_out: bool | None = None
+        self.sensitivity = dict(earlier.sensitivity) if earlier is not None else {}
         if earlier is not None:
             earlier.check({name: tuple(layer.weight.shape) for name, layer in self._layers.items()})
 
@@ -77,13 +91,26 @@ class Collector:
         """The most that files can take if no layers share an input."""
         if self._rank:
             return 0
-        sizes = [packed_size(layer.weight.shape[1]) for layer in self._layers.values()]
-        return 0 if 4 * sum(sizes) <= self._left else 2 * sum(sizes)
+        widths = [layer.weight.shape[1] for layer in self._layers.values()]
+        return 0 if sum(map(self._device_bytes, widths)) <= self._left else 2 * sum(map(self._size, widths))
+
+    @property
+    def device_bytes(self) -> int:
+        """The most that Grams, and rows that wait for them, can take of the device's memory."""
+        widths = [layer.weight.shape[1] for layer in self._layers.values()]
+        if self._rank:
+            return sum(8 * width * max(_LEAST_RANK, width // self._rank) for width in widths)
+        return min(sum(map(self._device_bytes, widths)), max(self._left, 0))
 
     @property
     def kept(self) -> float:
         """The least share, over all inputs, of the energy tr H that is known with its directions; 1 for full Grams."""
         return min((found.gram.kept for found in self._found.values()), default=1.0)
+
+    @property
+    def calls(self) -> int:
+        """How many calls of the model were watched."""
+        return self._calls
 
     @property
     def inputs(self) -> int:
@@ -112,6 +139,15 @@ class Collector:
             for handle in handles:
                 handle.remove()
             self._recent.clear()
+            self._flush()
+
+    @torch.inference_mode()
+    def _flush(self) -> None:
+        """Learn from all rows that wait."""
+        for found in self._found.values():
+            found.flush()
+        for background in self._background:
+            background.finish()
 
     def _next_call(self, *_) -> None:
         self._calls += 1
@@ -126,7 +162,7 @@ class Collector:
 
         return hook
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _take(self, name: str, x: torch.Tensor) -> None:
         seen, leader = self._recent.setdefault(id(x), (weakref.ref(x), name))
         if seen() is not x:  # another tensor that lay at the same address
@@ -142,17 +178,17 @@ class Collector:
         found, rows = self._found[name], x.detach().flatten(0, -2)
         found.see(rows)
         every, phase = self._turns[name]
-        if (self._calls + phase) % every:
+        had_none = not (found.held_tokens if self._hold_out else found.tokens)
+        if (self._calls + phase) % every and not had_none:
             return
         learned, held = self._choose(len(rows), every)
         if self._hold_out is not True:
-            found.add(rows[learned])
+            found.add(rows, learned)
         if self._hold_out is not False:
-            taken, places = self._reservoir(held, found.held_tokens)
-            found.hold_out(rows[taken], places, len(held))
+            found.hold_out(rows, *self._reservoir(held, found.held_tokens), len(held))
 
     def _choose(self, count: int, every: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the tokens to learn from and of those to hold out; the same for all layers of a call."""
+        """Indices of the tokens to learn from, on the device, and of those to hold out; the same for all layers of a call."""
         if (count, every) not in self._chosen:
             generator = self._generator(count, 0)
             order = torch.randperm(count, generator=generator)[: self._tokens * every]
@@ -161,11 +197,12 @@ class Collector:
                 parts = order[~apart], order[apart]
             else:
                 parts = order, order
-            self._chosen[count, every] = tuple(part.sort().values.to(self._device) for part in parts)
+            learned, held = (part.sort().values for part in parts)
+            self._chosen[count, every] = self._send(learned), held
         return self._chosen[count, every]
 
     def _reservoir(self, held: torch.Tensor, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of the held-out tokens to keep, and where, for a fair sample of all so far (reservoir sampling)."""
+        """Which of the held-out tokens to keep, and where, for a fair sample of all so far (reservoir sampling); on the device."""
         key = id(held), seen
         if key not in self._kept:
             counts = torch.arange(len(held)) + seen
@@ -174,9 +211,15 @@ class Collector:
             last = {
                 place: token for token, place in enumerate(places) if place < self._holdout_rows
             }  # two for one place
-            chosen = torch.tensor([list(last.values()), list(last)], dtype=torch.long).to(self._device)
-            self._kept[key] = held[chosen[0]], chosen[1]
+            tokens = held[torch.tensor(list(last.values()), dtype=torch.long)]
+            self._kept[key] = tuple(self._send(torch.stack([tokens, torch.tensor(list(last), dtype=torch.long)])))
         return self._kept[key]
+
+    def _send(self, indices: torch.Tensor) -> torch.Tensor:
+        """``indices`` on the device; a GPU is not waited for."""
+        if self._device.type == "cuda":
+            indices = indices.pin_memory()
+        return indices.to(self._device, non_blocking=True)
 
     def _generator(self, *numbers: int) -> torch.Generator:
         mixed = hash((self._seed, self._calls, *numbers))  # of whole numbers alone, so the same in every process
@@ -184,24 +227,41 @@ class Collector:
 
     def _begin(self, name: str, x: torch.Tensor) -> Accumulator:
         inner = x.shape[-1]
-        gram, place = self._gram(name, inner)
-        found = Accumulator(
-            gram, inner, torch.zeros(self._holdout_rows, inner, dtype=x.dtype, device=place), self._device
+        gram, waiting, background = self._gram(name, inner)
+        held, waiting = (
+            torch.zeros(rows, inner, dtype=x.dtype, device=self._device)
+            for rows in (self._holdout_rows, waiting // x.element_size())
         )
+        found = Accumulator(gram, inner, held, waiting, self._device, background)
         if self._earlier is not None and (known := self._earlier.inputs(name)) is not None:
             found.start(known, *self._earlier.tokens(name))
         return found
 
-    def _gram(self, name: str, inner: int) -> tuple[FullGram | SketchedGram, torch.device]:
+    def _size(self, inner: int) -> int:
+        """How many numbers a full Gram has."""
+        return packed_size(2 * inner if self._paired else inner)
+
+    def _device_bytes(self, inner: int) -> int:
+        """What a full Gram takes on the device, with the rows that wait for it."""
+        return 4 * self._size(inner) + _WAITING_BYTES * inner
+
+    def _gram(self, name: str, inner: int) -> tuple[FullGram | PairedGrams | SketchedGram, int, Background | None]:
+        """A Gram, how many bytes of each channel may wait for it, and who updates it, if not the hook."""
         self._turns[name] = 1, 0
         if self._rank:
-            return SketchedGram(inner, max(1, inner // self._rank), self._device), torch.device("cpu")
-        size = packed_size(inner)
-        if 4 * size <= self._left:
-            self._left -= 4 * size
-            return FullGram(inner, torch.zeros(size, device=self._device), self._device), self._device
-        self._turns[name] = ROTATION, len(self._files)
-        return FullGram(inner, self._mapped(size), self._device), torch.device("cpu")
+            return SketchedGram(inner, max(_LEAST_RANK, inner // self._rank), self._device), 0, None
+        size, kind = self._size(inner), PairedGrams if self._paired else FullGram
+        if self._device_bytes(inner) <= self._left:
+            self._left -= self._device_bytes(inner)
+            return kind(inner, torch.zeros(size, device=self._device), self._device), _WAITING_BYTES, None
+        number = len(self._files)
+        self._turns[name] = ROTATION, number
+        background = None
+        if self._device.type == "cuda":
+            if not self._background:
+                self._background = [Background(self._device) for _ in range(_LANES)]
+            background = self._background[number // ROTATION % _LANES]  # those of one call on all of them
+        return kind(inner, self._mapped(size), self._device), 0, background
 
     def _mapped(self, size: int) -> torch.Tensor:
         path = self._folder / f"gram_{len(self._files):05}"
@@ -226,7 +286,8 @@ class Collector:
         Raises:
             CalibrationError: nothing was seen, or inputs were not finite.
         """
-        known = {name: found for name, found in self._found.items() if found.tokens}  # others never had a turn
+        self._flush()
+        known = {name: found for name, found in self._found.items() if found.tokens}
         if not known:
             raise CalibrationError("No linear layer was called, so there is nothing to calibrate with.")
         for name, found in known.items():
@@ -238,10 +299,13 @@ class Collector:
         shapes = {layer: tuple(self._layers[layer].weight.shape) for layer in sites}
         counts = {name: (found.tokens, found.held_tokens) for name, found in known.items()}
         results = {name: found.result() for name, found in known.items()}
-        return write_calibration(path, results, sites, shapes, counts, provenance)
+        return write_calibration(path, results, sites, shapes, counts, provenance, self.sensitivity)
 
     def close(self) -> None:
         """Give back all memory and remove the files."""
+        for background in self._background:
+            background.close()
+        self._background.clear()
         self._found.clear()
         for path in self._files:
             path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from ..checkpoints import SafetensorsFile, SafetensorsWriter, TensorInfo, header_bytes
 from ..checkpoints.source import fingerprint
 from ..errors import CalibrationError, SourceError
-from .gram import Inputs, LowRankGram, PackedGram
+from .gram import Inputs, LowRankGram, PackedGram, PairedGram
 from .statistics import Calibration
 
 __all__ = ["SUFFIX", "CalibrationFile", "architecture", "write_calibration"]
@@ -21,7 +22,11 @@ _KEY = "learned_rounding_calibration"
 _VERSION = 1
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of layers in whole checkpoints
 _KINDS = ("gram", "holdout_gram", "mean", "amax", "histogram")
-_FORMS = {("panels", "roots"): PackedGram, ("factor", "diagonal"): LowRankGram}  # what a Gram may consist of
+_FORMS = {  # what a Gram may consist of, the longer first
+    ("panels", "roots", "mean"): PairedGram,
+    ("panels", "roots"): PackedGram,
+    ("factor", "diagonal"): LowRankGram,
+}
 
 
 def architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -36,7 +41,7 @@ class CalibrationFile:
     Of each input it may hold, under the name of a layer that is given it: ``gram`` and ``holdout_gram``, (in, in) in any
     float dtype, or packed as ``….panels`` and ``….roots``, or in low rank as ``….factor`` (in, rank) and ``….diagonal``;
     ``mean`` and ``amax`` (in,), and ``histogram``. The header says which layers share an input, their shapes, and what was
-    sampled; without it every layer has an input of its own.
+    sampled, and how sensitive the model is to errors of each; without it every layer has an input of its own.
 
     Attributes:
         path: where it lies.
@@ -76,6 +81,7 @@ class CalibrationFile:
             self._tokens = {
                 str(site): (int(learned), int(held)) for site, (learned, held) in header.get("tokens", {}).items()
             }
+            self._sensitivity = {str(name): float(value) for name, value in header.get("sensitivity", {}).items()}
             self.provenance = dict(header.get("provenance", {}))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CalibrationError(f"{self.path} has a damaged header ({error}); calibrate again.") from None
@@ -95,7 +101,16 @@ class CalibrationFile:
         if self._last is None or self._last[0] != site:  # layers that share an input mostly follow each other
             found = {kind: self._read(f"{site}.{kind}") for kind in _KINDS}
             self._last = site, Inputs(**found) if any(value is not None for value in found.values()) else None
-        return self._last[1]
+        known, sensitivity = self._last[1], self._sensitivity.get(name)
+        return known if known is None or sensitivity is None else replace(known, sensitivity=sensitivity)
+
+    def sensitivity_of(self, layer: str) -> float | None:
+        return self._sensitivity.get(self._known_as(layer))
+
+    @property
+    def sensitivity(self) -> Mapping[str, float]:
+        """Layer → :attr:`~.gram.Inputs.sensitivity`, of those that were measured."""
+        return self._sensitivity
 
     def tokens(self, layer: str) -> tuple[int, int]:
         """How many tokens the Gram is the mean of, and from how many the held-out rows were drawn."""
@@ -126,14 +141,10 @@ class CalibrationFile:
         tensors = self._file.tensors
         if name in tensors:
             return self._file.read(name)
-        for parts, make in _FORMS.items():
-            names = [f"{name}.{part}" for part in parts]
-            present = [part for part in names if part in tensors]
-            if present and present != names:
-                raise SourceError(f"{self.path}: {present[0]} has no counterpart; the file is damaged.")
-            if present:
-                return make(*(self._file.read(part) for part in names))
-        return None
+        present = tuple(part for part in dict.fromkeys(sum(_FORMS, ())) if f"{name}.{part}" in tensors)
+        if present and present not in _FORMS:
+            raise SourceError(f"{self.path}: {name}.{present[0]} has no counterpart; the file is damaged.")
+        return _FORMS[present](*(self._file.read(f"{name}.{part}") for part in present)) if present else None
 
     def close(self) -> None:
         """Close the file."""
@@ -154,6 +165,9 @@ class _Part:
 
     def inputs(self, layer: str) -> Inputs | None:
         return self._whole.inputs(self._prefix + layer)
+
+    def sensitivity_of(self, layer: str) -> float | None:
+        return self._whole.sensitivity_of(self._prefix + layer)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         own = {name: shape for name, shape in self._whole.layers.items() if name.startswith(self._prefix)}
@@ -185,6 +199,7 @@ def write_calibration(
     shapes: Mapping[str, tuple[int, ...]],
     tokens: Mapping[str, tuple[int, int]],
     provenance: Mapping[str, object],
+    sensitivity: Mapping[str, float] | None = None,
 ) -> int:
     """Write statistics as :class:`CalibrationFile` reads them; returns the file's size in bytes.
 
@@ -194,12 +209,14 @@ def write_calibration(
         shapes: layer → (out, in).
         tokens: name of an input → how many tokens its Gram is the mean of, and how many were held out.
         provenance: what was sampled, as JSON values.
+        sensitivity: layer → see :class:`~.gram.Inputs`; of as many as were measured.
     """
     header = {
         "version": _VERSION,
         "architecture": architecture(shapes),
         "layers": {layer: [site, *shapes[layer]] for layer, site in sites.items()},
         "tokens": {site: list(counts) for site, counts in tokens.items()},
+        "sensitivity": {layer: value for layer, value in (sensitivity or {}).items() if layer in sites},
         "provenance": dict(provenance),
     }
     metadata = {_KEY: json.dumps(header, separators=(",", ":"))}

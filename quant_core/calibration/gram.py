@@ -7,7 +7,7 @@ import torch
 from ..errors import CalibrationError
 from .panels import packed_size, unpack
 
-__all__ = ["Gram", "Inputs", "LowRankGram", "PackedGram", "dense_gram", "mean_vector", "roots"]
+__all__ = ["Gram", "Inputs", "LowRankGram", "PackedGram", "PairedGram", "dense_gram", "mean_vector", "quantized_grams", "roots"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,21 @@ class PackedGram:
     roots: torch.Tensor
 
 
-Gram = torch.Tensor | LowRankGram | PackedGram
+@dataclass(frozen=True)
+class PairedGram:
+    """The Gram of inputs side by side with what INT8 per token makes of them, [X, X̂] (tokens, 2·in).
+
+    Attributes:
+        panels, roots: as those of a :class:`PackedGram` of 2·in channels.
+        mean: float32 (2·in,): the means of X and of X̂.
+    """
+
+    panels: torch.Tensor
+    roots: torch.Tensor
+    mean: torch.Tensor
+
+
+Gram = torch.Tensor | LowRankGram | PackedGram | PairedGram
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,8 @@ class Inputs:
         mean: x̄, (in,).
         amax: largest magnitude of each channel, (in,).
         histogram: how often each magnitude occurs among some of them, see :mod:`.histogram`.
+        sensitivity: the relative squared error of the model's output that comes of a relative squared error 1 of the
+            layer's output, see :mod:`.sensitivity`.
     """
 
     gram: Gram | None = None
@@ -58,6 +74,15 @@ class Inputs:
     mean: torch.Tensor | None = None
     amax: torch.Tensor | None = None
     histogram: torch.Tensor | None = None
+    sensitivity: float | None = None
+
+    @property
+    def holdout_rows(self) -> torch.Tensor | None:
+        """Held-out inputs themselves, (tokens, in), where they are kept as such."""
+        kept = self.holdout_gram
+        if not isinstance(kept, LowRankGram) or kept.diagonal.any():
+            return None
+        return kept.factor.t() * kept.factor.shape[1] ** 0.5
 
 
 def roots(diagonal: torch.Tensor) -> torch.Tensor:
@@ -70,6 +95,8 @@ def _fits(gram: Gram, inner: int) -> bool:
         return gram.factor.ndim == 2 and len(gram.factor) == inner and tuple(gram.diagonal.shape) == (inner,)
     if isinstance(gram, PackedGram):
         return gram.panels.numel() == packed_size(inner) and tuple(gram.roots.shape) == (inner,)
+    if isinstance(gram, PairedGram):
+        return _fits(PackedGram(gram.panels, gram.roots), 2 * inner) and tuple(gram.mean.shape) == (2 * inner,)
     return tuple(gram.shape) == (inner, inner)
 
 
@@ -84,10 +111,9 @@ def dense_gram(gram: Gram, inner: int, device: torch.device) -> torch.Tensor:
     Raises:
         CalibrationError: the shape is not that of ``inner`` input channels, or values are not finite.
     """
-    if not _fits(gram, inner):
-        raise CalibrationError(
-            f"A Gram of shape {_shapes(gram)} does not fit a layer of {inner} input channels; it must be ({inner}, {inner})."
-        )
+    _check_fits(gram, inner)
+    if isinstance(gram, PairedGram):
+        return _paired(gram, inner, device)[:inner, :inner].contiguous()
     if isinstance(gram, LowRankGram):
         factor = gram.factor.detach().to(device, torch.float32)
         matrix = factor @ factor.t()
@@ -97,6 +123,28 @@ def dense_gram(gram: Gram, inner: int, device: torch.device) -> torch.Tensor:
         matrix = unpack(gram.panels.detach().to(device), inner).mul_(root).mul_(root[:, None])
     else:
         matrix = gram.detach().to(device, torch.float32)
+    return _sound(matrix)
+
+
+def quantized_grams(gram: PairedGram, inner: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(XᵀX̂, X̂ᵀX̂)/tokens, two float32 matrices (in, in) on ``device``. Raises as :func:`dense_gram`."""
+    _check_fits(gram, inner)
+    both = _paired(gram, inner, device)
+    return both[:inner, inner:].contiguous(), both[inner:, inner:].contiguous()
+
+
+def _paired(gram: PairedGram, inner: int, device: torch.device) -> torch.Tensor:
+    return dense_gram(PackedGram(gram.panels, gram.roots), 2 * inner, device)
+
+
+def _check_fits(gram: Gram, inner: int) -> None:
+    if not _fits(gram, inner):
+        raise CalibrationError(
+            f"A Gram of shape {_shapes(gram)} does not fit a layer of {inner} input channels; it must be ({inner}, {inner})."
+        )
+
+
+def _sound(matrix: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(matrix.diagonal()).all() or not torch.isfinite(matrix.sum()):
         raise CalibrationError("The Gram holds NaN or Inf; calibrate again.")
     if (matrix.diagonal() < 0).any():

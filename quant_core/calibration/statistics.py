@@ -21,6 +21,9 @@ class Calibration(Protocol):
     def inputs(self, layer: str) -> Inputs | None:
         """Of the layer of that base name (its weight's name without ``.weight``); None for unknown."""
 
+    def sensitivity_of(self, layer: str) -> float | None:
+        """:attr:`~.gram.Inputs.sensitivity` of a layer, without reading the rest."""
+
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise :class:`CalibrationError` unless it is of a model with layers of these names and shapes (out, in)."""
 
@@ -35,6 +38,10 @@ class LayerInputs:
 
     def inputs(self, layer: str) -> Inputs | None:
         return self._layers.get(layer)
+
+    def sensitivity_of(self, layer: str) -> float | None:
+        known = self._layers.get(layer)
+        return known and known.sensitivity
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for layer in self._layers:

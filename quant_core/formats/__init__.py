@@ -3,7 +3,7 @@
 from .encoding import Encoding, make_encoding
 from .granularity import GRANULARITIES, Tiles
 from .grids import E4M3, E5M2, INT8, Grid
-from .rotation import Rotation, rotation_groups
+from .rotation import GROUP_SIZES, Rotation, rotation_groups
 from .table import FORMATS, Format, find_format, sibling
 from .weight import QuantizedWeight, Rounded
 
@@ -14,6 +14,7 @@ __all__ = [
     "Grid",
     "GRANULARITIES",
     "Tiles",
+    "GROUP_SIZES",
     "Rotation",
     "rotation_groups",
     "FORMATS",

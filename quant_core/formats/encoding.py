@@ -7,6 +7,7 @@ import torch
 
 from ..errors import RecipeError, UnknownNameError
 from .granularity import BLOCK_SIZE, GRANULARITIES, Tiles
+from .grids import Grid
 from .rotation import Rotation
 from .table import Format, find_format, sibling
 
@@ -46,7 +47,7 @@ class Encoding:
     @property
     def static_inputs(self) -> bool:
         """ComfyUI quantizes the inputs, by a scale that the layer may carry."""
-        return self.format.static_inputs and not self.full_precision_matmul
+        return self.quantized_inputs is not None and self.format.inputs == "tensor"
 
     def tiles(self, shape: tuple[int, int]) -> Tiles:
         """Which parts of a weight of that shape share a scale."""
@@ -68,6 +69,29 @@ class Encoding:
         tiles = self.tiles(tuple(codes.shape))
         weight = codes.float() * tiles.spread(scale.reshape(tiles.counts))
         return self.rotation.apply(weight) if self.rotation else weight
+
+    @property
+    def quantized_inputs(self) -> tuple[Grid, str] | None:
+        """The grid of quantized inputs, and what shares a scale among them; None where inputs stay as they are."""
+        kind = None if self.full_precision_matmul else self.format.inputs
+        return kind and (self.format.grid, kind)
+
+    def quantize_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        """X̂: what is left of a layer's inputs (tokens, in) when they are quantized for the product; float32, rotated back.
+
+        Without an ``input_scale`` ComfyUI takes FP8 inputs as they are; other scales follow each token's largest value.
+        """
+        if self.quantized_inputs is None:
+            return inputs.float()
+        _, kind = self.quantized_inputs
+        values = self.rotation.apply(inputs) if self.rotation else inputs.float()
+        if kind == "tensor":
+            return self.format.grid.encode(values).float()
+        width = self.block_size if kind == "block" else values.shape[-1]
+        groups = torch.nn.functional.pad(values, (0, -values.shape[-1] % width)).unflatten(-1, (-1, width))
+        scale = (groups.abs().amax(dim=-1, keepdim=True) / self.format.grid.max).clamp_min(1e-30)
+        seen = (self.format.grid.encode(groups / scale).float() * scale).flatten(-2)[..., : values.shape[-1]]
+        return self.rotation.apply(seen) if self.rotation else seen
 
     def __str__(self) -> str:
         """For people: "int8_tensorwise per row, ConvRot 256"."""

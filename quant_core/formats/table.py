@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import UnknownNameError
 from .grids import E4M3, E5M2, INT8, Grid
@@ -20,7 +21,8 @@ class Format:
         stock_since: oldest ComfyUI release whose stock loaders read it; None: they do not, this pack does.
         full_precision_matmul: the JSON key ``full_precision_matrix_mult`` has an effect.
         note: one sentence for people.
-        static_inputs: a layer may carry an ``input_scale``, by which ComfyUI divides its inputs.
+        inputs: what shares a scale when a layer's inputs are quantized to the same grid: the whole "tensor", by an
+            ``input_scale`` that the layer may carry, each "token", or the "block" of a token; None leaves them as they are.
     """
 
     name: str
@@ -29,7 +31,7 @@ class Format:
     stock_since: str | None
     full_precision_matmul: bool
     note: str
-    static_inputs: bool = False
+    inputs: Literal["tensor", "token", "block"] | None = None
 
 
 _TABLE = (
@@ -40,7 +42,7 @@ _TABLE = (
         stock_since="0.3.75",
         full_precision_matmul=True,
         note="8-bit float, one scale per tensor; runs on FP8 tensor cores from SM 8.9 on, is decoded on older cards",
-        static_inputs=True,
+        inputs="tensor",
     ),
     Format(
         name="float8_e5m2",
@@ -57,6 +59,7 @@ _TABLE = (
         stock_since="0.27",
         full_precision_matmul=False,
         note="8-bit integer, one scale per row or per tensor; runs on INT8 tensor cores from SM 7.5 on",
+        inputs="token",
     ),
     Format(
         name="float8_e4m3fn_rowwise",
@@ -65,6 +68,7 @@ _TABLE = (
         stock_since=None,
         full_precision_matmul=False,
         note="8-bit float, one scale per row",
+        inputs="token",
     ),
     Format(
         name="float8_e4m3fn_blockwise",
@@ -73,6 +77,7 @@ _TABLE = (
         stock_since=None,
         full_precision_matmul=False,
         note="8-bit float, one scale per square block",
+        inputs="block",
     ),
     Format(
         name="int8_blockwise",
@@ -81,6 +86,7 @@ _TABLE = (
         stock_since=None,
         full_precision_matmul=False,
         note="8-bit integer, one scale per square block",
+        inputs="block",
     ),
 )
 

@@ -1,7 +1,8 @@
 """Which layer gets what: recipes, presets as data, rules, detection by layer names."""
 
-from .plan import Decision, Plan, make_plan
+from .plan import Decision, FormatChoice, Plan, make_plan
 from .presets import PRESETS, Preset, find_preset, recognise
-from .recipe import Recipe
+from .recipe import MEASURED, Recipe
+from .recommended import recommended_format
 
-__all__ = ["Decision", "Plan", "make_plan", "PRESETS", "Preset", "find_preset", "recognise", "Recipe"]
+__all__ = ["Decision", "FormatChoice", "Plan", "make_plan", "PRESETS", "Preset", "find_preset", "recognise", "MEASURED", "Recipe", "recommended_format"]

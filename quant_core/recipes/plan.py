@@ -8,20 +8,37 @@ from typing import Literal
 from ..checkpoints import Source, TensorInfo
 from ..checkpoints.inspect import quantized_formats
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
+from ..report import Choice
 from .presets import AUTO, COMMON, NONE, Preset, Rule, find_preset, recognise
 from .rules import eligibility, heuristic
 
-__all__ = ["Decision", "Plan", "make_plan"]
+__all__ = ["Decision", "FormatChoice", "Plan", "make_plan"]
 
 _CONTROL = ("control_model.", "controlnet_", "input_hint_block.", "zero_convs.")
 
 
 @dataclass(frozen=True)
+class FormatChoice:
+    """A format for one layer, in the words of a :class:`~.recipe.Recipe`."""
+
+    format: str
+    granularity: str | None = None
+    block_size: int | None = None
+    convrot: bool | int | str | None = None
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The fields as keyword arguments."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
 class Decision:
-    """What becomes of one tensor, and why (empty for a quantized layer)."""
+    """What becomes of one tensor, and why (empty for a quantized layer); ``format``: its own, None for the recipe's."""
 
     action: Literal["quantize", "keep", "remove"]
     reason: str = ""
+    format: FormatChoice | None = None
 
 
 @dataclass(frozen=True)
@@ -32,11 +49,13 @@ class Plan:
         decisions: tensor name → :class:`Decision`, in the order of the source.
         preset: the preset used, None for the general rule alone.
         detected: the preset was recognised, not named by the user.
+        choice: what formats were chosen from, where they were measured.
     """
 
     decisions: dict[str, Decision]
     preset: Preset | None
     detected: bool
+    choice: Choice | None = None
 
     @property
     def explanation(self) -> str:

@@ -11,11 +11,13 @@ from ..errors import RecipeError
 from ..formats import Encoding, make_encoding
 from ..formats.rotation import rotation_groups
 from ..rounding import Method
-from .plan import Plan, make_plan
+from .plan import Decision, Plan, make_plan
 from .presets import AUTO, NONE, find_preset
 from .toml import tomllib
 
-__all__ = ["Recipe"]
+__all__ = ["MEASURED", "Recipe"]
+
+MEASURED = "measured"  # as a format: each layer has its own, found with a calibration
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Recipe(Method):
     """What to make of a model: how to round, in which format, which layers.
 
     Attributes:
-        format: the file format string of the quantized layers.
+        format: the file format string of the quantized layers; "measured" to choose for each layer by its real inputs,
+            see :mod:`~learned_rounding.quant_core.choice`.
         granularity: what shares a scale; None for the format's own.
         block_size: side of a block, for granularity block; None for 128.
         convrot: rotate the inputs, see :func:`~learned_rounding.quant_core.layer.quantize_weight`; None for no.
@@ -32,6 +35,9 @@ class Recipe(Method):
         heur: also keep layers whose shape gains little, see :mod:`.rules`.
         full_precision_matmul: ask ComfyUI to decode weights instead of multiplying in FP8.
         seed: of everything that draws numbers.
+        target_size: of the file without its header in GB (10⁹ bytes), for format measured; None: see there.
+        target_error: for format measured, how large the error of the model's output may become, relative; None: any.
+        block_formats: for format measured, try the block-wise formats too, which need this node pack to load.
 
     The others are those of :class:`~learned_rounding.quant_core.rounding.Method`.
 
@@ -48,6 +54,9 @@ class Recipe(Method):
     heur: bool = False
     full_precision_matmul: bool = False
     seed: int = 0
+    target_size: float | None = None
+    target_error: float | None = None
+    block_formats: bool = False
 
     def __post_init__(self):
         for name in _TYPES:
@@ -55,9 +64,11 @@ class Recipe(Method):
         super().__post_init__()
         object.__setattr__(self, "keep", tuple(self.keep))
         object.__setattr__(self, "convrot", self.convrot or None)
-        encoding = self.encoding
-        object.__setattr__(self, "granularity", encoding.granularity)
-        object.__setattr__(self, "block_size", encoding.block_size)
+        self._check_measured()
+        if not self.measured:
+            encoding = self.encoding
+            object.__setattr__(self, "granularity", encoding.granularity)
+            object.__setattr__(self, "block_size", encoding.block_size)
         if self.preset not in (AUTO, NONE):
             find_preset(self.preset)
         if not -(2**63) <= self.seed < 2**64:
@@ -68,9 +79,40 @@ class Recipe(Method):
             except re.error as error:
                 raise RecipeError(f"The keep pattern '{pattern}' is no regular expression: {error}.") from None
 
+    def _check_measured(self) -> None:
+        given = {name for name in (*_MEASURED_ONLY, *_CHOSEN) if getattr(self, name) not in (None, False)}
+        for name in sorted(given & set(_CHOSEN if self.measured else _MEASURED_ONLY)):
+            hint = "which chooses it for each layer" if self.measured else f"only on format {MEASURED}"
+            raise RecipeError(f"{name} has no effect on format {self.format}, {hint}; leave it out.")
+        if {"target_size", "target_error"} <= given:
+            raise RecipeError("target_size and target_error contradict each other; leave one out.")
+        for name in _TARGETS & given:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise RecipeError(f"The recipe's {name} must be a positive number, not {getattr(self, name)}.")
+
+    def resolve(self, calibrated: bool) -> Method:
+        """As :meth:`Method.resolve`; format measured is refused without a calibration."""
+        if self.measured and not calibrated:
+            raise RecipeError(
+                f"Format {MEASURED} chooses by the layers' real inputs, which takes a calibration; connect or give one."
+            )
+        return super().resolve(calibrated)
+
+    @property
+    def measured(self) -> bool:
+        """Whether each layer has a format of its own, found by measurement."""
+        return self.format == MEASURED
+
+    def of(self, decision: Decision) -> "Recipe":
+        """The recipe of the layer that this decision was made for."""
+        if decision.format is None:
+            return self
+        none = dict.fromkeys(_MEASURED_ONLY, None) | {"block_formats": False}
+        return dataclasses.replace(self, **none, **decision.format.options)
+
     @property
     def encoding(self) -> Encoding:
-        """How a layer stands in a file; with ConvRot, one whose inputs the largest allowed group divides."""
+        """How a layer stands in a file, unless that is measured; with ConvRot, one whose inputs the largest allowed group divides."""
         largest = max((size for size in rotation_groups(self.convrot, 0) if size), default=None)
         return make_encoding(
             self.format,
@@ -81,8 +123,15 @@ class Recipe(Method):
         )
 
     @property
+    def description(self) -> str:
+        """The format for people: "int8_tensorwise per row, ConvRot 256"."""
+        return "the format measured best for each layer" if self.measured else str(self.encoding)
+
+    @property
     def label(self) -> str:
         """Short name for file names: the format, what it leaves open where that is something, and the rotation."""
+        if self.measured:
+            return MEASURED
         entry = self.encoding.format
         several = len(entry.granularities) > 1
         name = f"{self.format.removesuffix('_tensorwise')}_{self.granularity}" if several else self.format
@@ -151,8 +200,14 @@ _TYPES = {
     "heur": bool,
     "full_precision_matmul": bool,
     "seed": int,
+    "target_size": (int, float, type(None)),
+    "target_error": (int, float, type(None)),
+    "block_formats": bool,
 }
-_NUMBERS = ("block_size", "seed")
+_TARGETS = {"target_size", "target_error"}
+_MEASURED_ONLY = ("target_size", "target_error", "block_formats")
+_CHOSEN = ("granularity", "block_size", "convrot", "full_precision_matmul")  # by measurement, then
+_NUMBERS = ("block_size", "seed", *_TARGETS)
 
 
 def _check_type(name: str, value: object) -> None:

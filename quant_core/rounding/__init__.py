@@ -11,7 +11,7 @@ from .methods import BIAS_CORRECTIONS, OPTIONS, ROUNDINGS, Method
 from .nearest import quantize_nearest, weight_error
 from .objectives import Calibrated, Identity, Objective, Principal, Quadratic
 from .optimizers import OPTIMIZERS, SCHEDULES
-from .rounder import Candidate, Rounder, make_objective
+from .rounder import Candidate, Rounder, make_objectives
 from .scales import amax_scale, search_scale
 from .sequential import round_sequential
 from .stochastic import round_stochastic
@@ -25,7 +25,7 @@ __all__ = [
     "Method",
     "Rounder",
     "Candidate",
-    "make_objective",
+    "make_objectives",
     "Objective",
     "Quadratic",
     "Identity",

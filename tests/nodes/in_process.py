@@ -96,8 +96,8 @@ def text_encoder() -> dict:
         (file,) = quantized.files.values()
         (saved,) = host.save(quantized, "t5", "output")
         copied = without_links(lambda quantized=quantized: host.save(quantized, "t5", "output"))[0]
-        ours_reads = bool(host._layers_to_decode(saved))
-        loaded = load(saved, **(host._decoding(comfy.sd.load_clip)["model_options"] if ours_reads else {}))
+        ours_reads = bool(host.building._layers_to_decode(saved))
+        loaded = load(saved, **(host.building._decoding(comfy.sd.load_clip)["model_options"] if ours_reads else {}))
         conditioning = encode(ours)
         found[name] = {
             "layers": len(host.quantized_layers(ours.patcher)),
@@ -114,7 +114,14 @@ def text_encoder() -> dict:
     return found
 
 
-PROMPTS = [f"{size} {colour} {thing}" for size in ("big", "small") for colour in ("red", "blue") for thing in ("apple", "owl")]
+WORDS = (
+    ("a photo of a", "an oil painting of one", "many", "a sketch:", "close-up,", "the old", "no"),
+    ("red", "deep blue", "golden", "pale green", "black and white"),
+    ("apple", "owl", "castle", "bicycle", "wave", "dancer", "robot", "letter A", "fox", "train", "lamp"),
+    ("by the sea", "at night", "in a crowded market", "under snow", "on a table", "from above"),
+)
+# Unlike each other: from a few that resemble each other one learns what does not hold for others.
+PROMPTS = [" ".join(words[index % len(words)] for words in WORDS) for index in range(48)]
 
 
 def calibrated_text_encoder() -> dict:
@@ -123,9 +130,10 @@ def calibrated_text_encoder() -> dict:
     save_file(t5_weights(), path)
     clip = load(path)
     before = encode(clip)
-    calibration, _ = host.calibrate_clip(clip, PROMPTS, keep="compact", tokens=512, seed=0)
+    calibration, _ = host.calibrate_clip(clip, PROMPTS, keep="compact", tokens=512, seed=0, sensitivity=True)
     with calibration.open() as known:
         layers, inputs = len(known.layers), len({id(known.inputs(layer)) for layer in known.layers})
+        sensitive = sum(value > 0 for value in known.sensitivity.values())
 
     def error(rounding, calibration=None):
         recipe = Recipe(format="int8_tensorwise", rounding=rounding, keep=(r"\.wo\.",))  # 10,240 inputs take minutes
@@ -135,6 +143,7 @@ def calibrated_text_encoder() -> dict:
     return {
         "layers": layers,
         "inputs": inputs,
+        "sensitive": sensitive,
         "unchanged": bool(torch.equal(encode(clip), before)),
         "hooks": sum(len(module._forward_pre_hooks) for module in clip.cond_stage_model.modules()),
         "error": {
@@ -170,7 +179,7 @@ def decoding() -> dict:
     expected, expected_lora = patched(original), patched(with_lora)
     found = {}
     for name, entry in FORMATS.items():
-        if host._knows(name):
+        if host.knows(name):
             continue
         quantized = host.quantize(original, Recipe(format=name, rounding="nearest"), lambda event: None)
         model = host.build_model(original, quantized)

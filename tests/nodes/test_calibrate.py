@@ -10,7 +10,7 @@ from learned_rounding.benchmarks.tiny_model.graph import LORA, MODEL, latents, p
 from learned_rounding.hosts import HostError, HostInterrupted
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import CalibrationFile
-from learned_rounding.quant_core.checkpoints import verify_file
+from learned_rounding.quant_core.checkpoints import SafetensorsFile, verify_file
 from learned_rounding.tests.nodes.probing import ProbedGraph, text
 from learned_rounding.tests.nodes.test_graph import saved_path, unique
 
@@ -55,6 +55,8 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request):
     assert error(folder, f"{name}-full", f"{name}-auto") < 0.75 * error(folder, f"{name}-full", f"{name}-nearest")
     assert "rounding calibrated" in text(result, report) and "output error" in text(result, report)
     assert "different inputs" in text(result, shown)
+    told = b"".join(event.data for event in result.of("binary"))
+    assert b"layers takes up to" in told and b"different inputs" in told  # on the node, before and after
     path = saved_path(result, saved)
     assert not verify_file(path).problems and any(key.endswith(".input_scale") for key in load_file(path))
     drawn = result.outputs[calibration.id]["images"]
@@ -85,6 +87,38 @@ def test_a_saved_calibration_serves_the_graph_and_the_command_line_alike(comfy, 
     source = again.source()
     made = again.save(again.quantize(source[0], "int8_tensorwise", convrot="on", calibration=loaded[0]), name)
     assert saved_path(comfy.queue(again), made).read_bytes() == (tmp_path / "q").read_bytes()
+
+
+def test_formats_are_measured_by_what_hurts(comfy, request):
+    """Calibrate with sensitivities → format measured → sample, in one graph, in no more bytes than INT8 with ConvRot takes."""
+    graph, name = ProbedGraph(), unique(request)
+    model = graph.load()
+    calibration = graph.calibrate(model[0], samples=4, steps=10, sensitivity=True)
+    shown = graph.add("PreviewAny", source=calibration[2])
+    usual = graph.quantize(model[0], format="int8_tensorwise", convrot="on", calibration=calibration[0])
+    saved = {"usual": graph.save(usual, f"{name}-usual")}
+    result = comfy.queue(graph)
+    assert "errors hurt most in" in text(result, shown)
+    with SafetensorsFile(saved_path(result, saved["usual"])) as file:
+        size = sum(info.nbytes for info in file.tensors.values())
+
+    graph = ProbedGraph(graph)
+    quantized = graph.quantize(model[0], format="measured", target_size=size / 1e9, calibration=calibration[0])
+    report = graph.add("PreviewAny", source=quantized[3])
+    saved["measured"] = graph.save(quantized, f"{name}-measured")
+    for tag, chosen in (("full", model), ("usual", usual), ("measured", quantized)):
+        graph.sample(chosen[0], f"{name}-{tag}", seed=7)
+    result = comfy.queue(graph)
+    events = [event.data for event in result.of("learned_rounding.progress") if event.data["node"] == quantized.id]
+    measuring = [event for event in events if event["state"] == "measuring"]
+    assert len(measuring) == measuring[0]["total"] and events[len(measuring)]["state"] == "start"
+    assert "expected at" in text(result, report)
+    path = saved_path(result, saved["measured"])
+    assert not verify_file(path).problems
+    with SafetensorsFile(path) as file:
+        assert sum(info.nbytes for info in file.tensors.values()) <= size
+    folder = comfy.output_dir
+    assert error(folder, f"{name}-full", f"{name}-measured") < 1.1 * error(folder, f"{name}-full", f"{name}-usual")
 
 
 def test_interrupted_while_capturing(comfy, request):

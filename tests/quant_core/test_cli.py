@@ -83,6 +83,9 @@ def test_an_output_in_a_new_folder(lrq, model_file, listing, tmp_path):
 
 
 ROW = {"format": "int8_tensorwise", "granularity": "row"}
+# Presets of models whose every layer stays: with them there is nothing to quantize.
+KEEP_ALL = {name for name, preset in PRESETS.items() if any(rule.text == ".*" for rule in preset.keep)}
+
 OPTIONS = {
     "nothing": ([], {}),
     "comfy_quant": (["--comfy_quant"], {}),
@@ -140,7 +143,7 @@ OPTIONS = {
     "full precision, dashes": (["--full-precision-matrix-mult"], {"full_precision_matmul": True}),
     "preset": (["--preset", "none"], {"preset": "none"}),
     "preset by name": (["--preset", "wan"], {"preset": "wan"}),
-    **{f"--{name}": ([f"--{name}"], {"preset": name}) for name in PRESETS},
+    **{f"--{name}": ([f"--{name}"], {"preset": name}) for name in PRESETS if name not in KEEP_ALL},
 }
 
 
@@ -188,6 +191,44 @@ def test_a_calibration_acts(lrq, model, model_file, tmp_path):
     save_file({**statistics, f"{layer}.gram": gram * 2}, tmp_path / "calibration.safetensors")
     assert lrq(*words, tmp_path / "calibration.safetensors", "-o", tmp_path / "q.safetensors")[0] == 1
     assert lrq("inspect", tmp_path / "q.safetensors")[0] == 0
+
+
+def test_formats_are_measured_with_a_calibration(lrq, model, model_file, tmp_path):
+    names = [name.removesuffix(".weight") for name, tensor in model().items() if tensor.ndim == 2 and "blocks" in name]
+    statistics = {}
+    for index, layer in enumerate(names):
+        inputs = torch.randn(64, model()[f"{layer}.weight"].shape[1], generator=torch.Generator().manual_seed(index))
+        statistics |= {
+            f"{layer}.gram": inputs.t() @ inputs / 64,
+            f"{layer}.holdout_gram.factor": inputs.t().contiguous() / 8,
+            f"{layer}.holdout_gram.diagonal": torch.zeros(inputs.shape[1]),
+        }
+    save_file(statistics, tmp_path / "c.safetensors")
+    words = ["quantize", "-i", model_file(), "--format", "measured", "--calibration", tmp_path / "c.safetensors", "-o"]
+    code, out, err = lrq(*words, tmp_path / "q.safetensors", "--target-error", "0.5")
+    assert code == 0 and "measured best for each layer" in out and "expected at" in out
+    assert lrq("verify", tmp_path / "q.safetensors")[0] == 0
+    assert "Already done" in lrq(*words, tmp_path / "q.safetensors", "--target-error", "0.5")[1]
+    assert "out of reach" in lrq(*words, tmp_path / "r.safetensors", "--target-size", "1e-6")[2][0]
+
+
+@pytest.mark.parametrize(
+    "capability, hip, expected",
+    [
+        ((8, 9), None, "int8_row_convrot"),
+        ((7, 0), None, "float8_e4m3fn"),
+        ((9, 4), "6", "float8_e4m3fn"),
+        (None, None, "float8_e4m3fn"),
+    ],
+)
+def test_format_auto_is_what_suits_the_card(lrq, model_file, tmp_path, monkeypatch, capability, hip, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    code, out, err = lrq("quantize", "-i", model_file(), "--format", "auto", "--device", "cpu")
+    assert (code, err.count("lrq:")) == (0, 0)
+    (made,) = tmp_path.glob("model_*")
+    assert made.stem == f"model_{expected}"
 
 
 def test_a_low_rank_calibration_acts_too(lrq, model_file, tmp_path):

@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize_weight
-from learned_rounding.quant_core.calibration import CalibrationFile, Collector, collect, dense_gram
-from learned_rounding.quant_core.calibration.accumulate import SketchedGram
+from learned_rounding.quant_core.calibration import (
+    CalibrationFile,
+    Collector,
+    Inputs,
+    LayerInputs,
+    LowRankGram,
+    collect,
+    dense_gram,
+)
+from learned_rounding.quant_core.calibration.accumulate import PairedGrams, SketchedGram
+from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.checkpoints import SafetensorsFile, SafetensorsWriter, header_bytes, verify_file
 from learned_rounding.quant_core.checkpoints.source import TensorSource
+from learned_rounding.quant_core.choice import measure_plan
 from learned_rounding.quant_core.formats import make_encoding
 from learned_rounding.quant_core.rounding import Calibrated, amax_scale, round_sequential
 from learned_rounding.quant_core.rounding.sequential import memory_bytes
@@ -193,6 +203,29 @@ def test_grams_are_gathered_as_on_a_cpu(tmp_path, monkeypatch, dtype, device_byt
         assert found.inputs("0").amax.equal(torch.cat(batches).abs().amax((0, 1)).float().cpu())
 
 
+@pytest.mark.parametrize("place", ["on the device", "in files", "in low rank"])
+def test_capturing_is_the_same_every_time(tmp_path, place):
+    """Many calls in one run, more inputs than turns: rows wait, and files are updated while the model goes on."""
+    torch.manual_seed(0)
+    width, calls, tokens = 2100, 17, 1200
+    model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(10))).to("cuda", torch.bfloat16)
+    layers = dict(model.named_children())
+    batches = [torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(calls)]
+    options = {"device_bytes": 1 << 30 if place == "on the device" else 0, "rank": 32 if place == "in low rank" else None}
+    files = []
+    for name in "ab":
+        with Collector(layers, tmp_path, device=torch.device("cuda"), **options) as collector:
+            with collector.watching(model), torch.inference_mode():
+                for x in batches:
+                    model(x)
+            collector.save(tmp_path / name, {})
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+    with CalibrationFile(tmp_path / "a") as found:
+        learned, held = found.tokens("0")
+        assert learned + held == (3 * tokens if place == "in files" else calls * 256)
+
+
 def test_low_rank_grams_on_the_gpu_are_those_of_the_cpu():
     rows = torch.randn(800, 256, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 256)
     made = []
@@ -202,3 +235,43 @@ def test_low_rank_grams_on_the_gpu_are_those_of_the_cpu():
             sketch.add(part)
         made.append(dense_gram(sketch.result(), 256, torch.device("cpu")))
     assert (made[0] - made[1]).norm() / made[0].norm() < 1e-4
+
+
+def test_weights_make_up_for_quantized_inputs_as_on_a_cpu():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(256, 256, generator=generator) * torch.logspace(0, -1.5, 256)
+    rows = torch.randn(4512, 256, generator=generator) @ mixing
+    rows[:, 3] *= 20
+    weight = (torch.randn(320, 256, generator=generator) * 0.05).bfloat16()
+    held_out = LowRankGram(rows[4000:].t() / 512**0.5, torch.zeros(256))
+    errors = []
+    for device in ("cpu", "cuda"):
+        grams = PairedGrams(256, torch.zeros(packed_size(512), device=device), torch.device(device))
+        grams.add(rows[:4000].to(device))
+        made = quantize_weight(weight.to(device), "int8_tensorwise", gram=grams.result(), holdout_gram=held_out)
+        errors.append(made.output_error)
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+
+
+def test_formats_are_measured_as_on_a_cpu():
+    generator = torch.Generator().manual_seed(0)
+    tensors, known = {}, {}
+    for index in range(4):
+        rows = torch.randn(300, 256, generator=generator)
+        rows[:, 3] *= 1 + 100 * (index % 2)
+        tensors[f"{index}.weight"] = torch.randn(256 + 64 * index, 256, generator=generator).bfloat16()
+        held_out = LowRankGram(rows.t() / 300**0.5, torch.zeros(256))
+        known[str(index)] = Inputs(rows.t() @ rows / 300, held_out, sensitivity=2.0**index)
+    plans = [
+        measure_plan(
+            TensorSource(tensors),
+            Recipe(format="measured"),
+            LayerInputs(known),
+            device=torch.device(device),
+            emit=lambda event: None,
+            check=lambda: None,
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert plans[0].decisions == plans[1].decisions
+    assert plans[0].choice.chosen == pytest.approx(plans[1].choice.chosen, rel=1e-3)

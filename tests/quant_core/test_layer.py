@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from learned_rounding.quant_core import FORMATS, QuantizationError, layer, quantize_weight
-from learned_rounding.quant_core.calibration import Inputs, LowRankGram
+from learned_rounding.quant_core.calibration import Inputs, LowRankGram, dense_gram
+from learned_rounding.quant_core.calibration.accumulate import PairedGrams
+from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.errors import CalibrationError, RecipeError, UnknownNameError
 from learned_rounding.quant_core.formats import make_encoding
 from learned_rounding.quant_core.rounding import Method, slabs
 
+CPU = torch.device("cpu")
 TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
 
 
@@ -164,6 +167,88 @@ def test_held_out_inputs_have_the_last_word():
     assert quantize_weight(weight, "int8_tensorwise", gram=gram, damping=1e-4).rounded.winner == "sequential"
     made = quantize_weight(weight, "int8_tensorwise", gram=gram, holdout_gram=others, damping=1e-4)
     assert made.rounded.winner == "nearest" and made.rounded.gain <= 1
+
+
+def test_held_out_inputs_choose_the_damping():
+    """A Gram of few inputs is trusted less, one of many more; either way the best of the dampings is what is taken."""
+    spread = torch.logspace(0, -3, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(5))]
+    mixing = torch.linalg.qr(random(64, 64, seed=6)).Q
+    weight = random(48, 64)
+
+    def gram(count: int, seed: int) -> torch.Tensor:
+        inputs = (random(count, 64, seed=seed) * spread.sqrt()) @ mixing
+        return inputs.t() @ inputs / count
+
+    held_out, errors = gram(4096, 8), {}
+    for count in (24, 4096):
+        known = {"gram": gram(count, 7), "holdout_gram": held_out}
+        errors[count] = {
+            damping: quantize_weight(weight, "int8_tensorwise", damping=damping, **known).output_error
+            for damping in (0.01, 0.1, 1.0, None)
+        }
+        assert errors[count][None] == min(errors[count].values())
+    few, many = errors[24], errors[4096]
+    assert few[1.0] < 0.9 * few[0.01] and many[0.01] < 0.9 * many[1.0]
+
+
+@pytest.fixture
+def outliers():
+    """outliers(count, seed) → inputs (count, 96), two of whose channels leave the others few INT8 steps."""
+    mixing = random(96, 96, seed=20) * torch.logspace(0, -1.5, 96)
+
+    def make(count: int, seed: int) -> torch.Tensor:
+        inputs = random(count, 96, seed=seed) @ mixing
+        inputs[:, 3] *= 20
+        inputs[:, 7] += 15
+        return inputs
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"convrot": 16}], ids=["row", "tensor", "rotated"])
+def test_weights_make_up_for_quantized_inputs(outliers, options):
+    """Judged on inputs never seen, with the corrected bias, as INT8 kernels multiply."""
+    grams = PairedGrams(96, torch.zeros(packed_size(192)), CPU)
+    for seed in range(8):
+        grams.add(outliers(1000, seed))
+    paired, weight, bias = grams.result(), random(64, 96, seed=21) * 0.05, random(64, seed=22)
+    others, unseen = outliers(512, 30), outliers(4000, 31)
+    known = {
+        "holdout_gram": LowRankGram(others.t() / 512**0.5, torch.zeros(96)), "mean_input": paired.mean[:96], "bias": bias
+    }
+    errors = {}
+    for name, gram in {"inputs as they are": dense_gram(paired, 96, CPU), "quantized inputs": paired}.items():
+        made = quantize_weight(weight, "int8_tensorwise", gram=gram, **known, **options)
+        got = made.encoding.quantize_inputs(unseen) @ made.dequantize().t() + made.bias
+        errors[name] = float((got - unseen @ weight.t() - bias).norm() / (unseen @ weight.t()).norm())
+    assert made.output_error == pytest.approx(errors["quantized inputs"], rel=0.1) and "INT8 inputs" in made.rounded.note
+    assert made.weight_error == pytest.approx(float((made.dequantize() - weight).norm() / weight.norm()), rel=1e-4)
+    if options.get("convrot"):
+        assert errors["quantized inputs"] <= 1.02 * errors["inputs as they are"]
+    else:
+        assert errors["quantized inputs"] < 0.99 * errors["inputs as they are"]
+
+
+def test_rotation_is_chosen_for_quantized_inputs_where_some_are_known(outliers):
+    """An outlier channel hardly bothers the rounding of weights, and ruins that of inputs."""
+    weight, others = random(64, 96, seed=21), outliers(512, 30)
+    known = {"gram": others.t() @ others / 512, "rounding": "nearest", "convrot": "auto"}
+    held_out = LowRankGram(others.t() / 512**0.5, torch.zeros(96))
+    made = quantize_weight(weight, "int8_tensorwise", **known, holdout_gram=held_out)
+    assert made.encoding.rotation.size == 16
+    errors = [
+        layer.output_error(weight, quantize_weight(weight, "int8_tensorwise", rounding="nearest", convrot=group), others)
+        for group in (None, 16)
+    ]
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_formats_that_leave_inputs_alone_take_paired_grams_as_plain_ones(outliers):
+    grams = PairedGrams(96, torch.zeros(packed_size(192)), CPU)
+    grams.add(outliers(500, 0))
+    weight, paired = random(32, 96), grams.result()
+    made = [quantize_weight(weight, "float8_e4m3fn", gram=gram) for gram in (paired, dense_gram(paired, 96, CPU))]
+    assert torch.equal(*(one.codes.view(torch.uint8) for one in made))
 
 
 def test_output_channels_may_count_differently():

@@ -25,6 +25,7 @@ FLOORS = [
     {"rounding", "checkpoints"},
     {"calibration"},
     {"recipes", "layer"},
+    {"choice"},
     {"pipeline"},
     {"cli"},
 ]

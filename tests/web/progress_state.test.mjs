@@ -20,6 +20,20 @@ const done = (more) => ({
 const play = (events, execution = "run", from = state.IDLE) =>
   events.reduce((now, event) => state.advance(now, event, execution), from);
 
+test("formats are measured before the run itself starts", () => {
+  const measuring = (index) => ({ state: "measuring", index, total: 4, name: `blocks.${index}.attn.qkv.weight` });
+  const half = play([measuring(0), measuring(1), measuring(2)]);
+  assert.equal(state.percent(half), 50);
+  assert.deepEqual(state.words(half), ["", "measuring what each format costs, layer 3 of 4"]);
+  const missed = play([measuring(3), layer(0, 0.01)]);
+  assert.equal(missed.finished, 3);
+  assert.deepEqual(state.words(missed)[1].includes("measuring"), false);
+  const run = play([start({ format: "measured", granularity: "" }), layer(0, 0.01)], "run", half);
+  assert.equal(run.label, "measured");
+  assert.equal(state.percent(run), 25);
+  assert.equal(play([measuring(0)], "again", play([done()])).finished, 0);
+});
+
 test("a run goes from idle over its layers to a summary", () => {
   assert.deepEqual(state.words(state.IDLE), ["Progress appears here while the workflow runs.", ""]);
   const begun = play([start()]);

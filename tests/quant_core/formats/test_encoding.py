@@ -82,3 +82,40 @@ def test_people_read_everything_that_was_chosen():
     assert str(make_encoding("int8_tensorwise", convrot=64)) == "int8_tensorwise per row, ConvRot 64"
     assert str(make_encoding("int8_blockwise", block_size=32)) == "int8_blockwise per block of 32"
     assert make_encoding("int8_tensorwise", convrot=64).rotation == Rotation(64)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_inputs_are_quantized_as_the_format_says(name):
+    """To the same grid, each token or block by its own largest value; what no kernel quantizes stays."""
+    inputs = torch.randn(5, 80, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 5)[:, None]
+    encoding = make_encoding(name)
+    made, kind = encoding.quantize_inputs(inputs), FORMATS[name].inputs
+    if kind is None:
+        assert torch.equal(made, inputs) and encoding.quantized_inputs is None
+        return
+    assert encoding.quantized_inputs == (FORMATS[name].grid, kind)
+    width = {"tensor": None, "token": 80, "block": 128}[kind]
+    scale = inputs.abs().amax(1, keepdim=True) / FORMATS[name].grid.max if width else torch.ones(5, 1)
+    steps = FORMATS[name].grid.encode(inputs / scale).float() * scale
+    torch.testing.assert_close(made, steps)
+    assert 0 < (made - inputs).norm() / inputs.norm() < 0.06
+
+
+def test_blocks_of_a_token_have_scales_of_their_own():
+    inputs = torch.cat([torch.ones(1, 16) * 1e-3, torch.ones(1, 24) * 1e3], dim=1)
+    made = make_encoding("int8_blockwise", block_size=16).quantize_inputs(inputs)
+    torch.testing.assert_close(made, inputs)
+
+
+def test_rotated_inputs_are_quantized_where_they_are_rotated():
+    inputs = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    inputs[:, 5] *= 100
+    plain, rotated = (make_encoding("int8_tensorwise", "row", convrot=group) for group in (None, 64))
+    errors = [float((one.quantize_inputs(inputs) - inputs)[:, :5].norm()) for one in (plain, rotated)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_decoded_weight_is_multiplied_with_inputs_as_they_are():
+    inputs = torch.randn(2, 16) * 1e-4
+    assert torch.equal(make_encoding("float8_e4m3fn", full_precision_matmul=True).quantize_inputs(inputs), inputs)
+    assert not torch.equal(make_encoding("float8_e4m3fn").quantize_inputs(inputs), inputs)

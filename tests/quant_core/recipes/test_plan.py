@@ -221,7 +221,8 @@ def test_own_patterns_keep_more(layer_names, header_source):
     source = header_source(layer_names("flux"))
     plain, own = make_plan(source), make_plan(source, keep=(r"single_blocks\.0\.linear1\.", "img_mod"))
     more = set(plain.names("quantize")) - set(own.names("quantize"))
-    assert more == {"single_blocks.0.linear1.weight", "double_blocks.0.img_mod.lin.weight"}
+    modulations = {f"double_blocks.{block}.img_mod.lin.weight" for block in range(19)}
+    assert more == {"single_blocks.0.linear1.weight", *modulations}
     assert own.decisions["double_blocks.0.img_mod.lin.weight"].reason == "keep pattern img_mod"
 
 

@@ -71,6 +71,9 @@ def test_written_recipes_name_every_field():
         "heur": False,
         "full_precision_matmul": False,
         "seed": 7,
+        "target_size": None,
+        "target_error": None,
+        "block_formats": False,
     }
     assert set(recipe.to_dict()) == {field.name for field in dataclasses.fields(Recipe)}
 
@@ -221,4 +224,6 @@ def test_a_layer_gets_everything_that_concerns_it():
     recipe = Recipe(format="int8_tensorwise", convrot=64, rounding="principal", top_p=0.5, keep=("x",), seed=3)
     made = quantize_weight(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), **recipe.layer_options)
     assert made.encoding == recipe.encoding and made.rounded.winner == "sequential"
-    assert set(recipe.layer_options) == {field.name for field in dataclasses.fields(Recipe)} - {"keep", "heur", "preset"}
+    assert set(recipe.layer_options) == {field.name for field in dataclasses.fields(Recipe)} - {
+        *("keep", "heur", "preset", "target_size", "target_error", "block_formats")
+    }

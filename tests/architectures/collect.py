@@ -1,6 +1,6 @@
 """Lists the true tensors of every model that ComfyUI knows: its own classes, built at their true size on torch's meta device.
 
-    PYTHON architectures/collect.py COMFYUI > lists.json
+    PYTHON tests/architectures/collect.py COMFYUI > lists.json
 
 PYTHON is a ComfyUI's own interpreter and COMFYUI the folder of its main.py; nothing of this package is imported. The
 output is ``{"version": …, "lists": {name: [[tensor, kind, [sides]], …]}}``. A tensor's kind is that of the module that

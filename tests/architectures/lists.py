@@ -141,7 +141,7 @@ def rebuild(host) -> tuple[str, dict[str, dict[str, Tensor]]]:
 
 
 def main() -> None:
-    from learned_rounding.architectures.collect import DIFFUSION, TEXT_ENCODERS
+    from learned_rounding.tests.architectures.collect import DIFFUSION, TEXT_ENCODERS
     from learned_rounding.hosts import available_hosts
 
     hosts = available_hosts()

@@ -1,0 +1,285 @@
+"""Linear layers of 8-bit codes, in Triton: tensor cores multiply codes, the ordinary cores scale the sums of each block."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import tuning
+from .quantize import as_stored, decode_e4m3, quantize_inputs
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # older than Triton 3.4
+    TensorDescriptor = None
+try:
+    from . import hopper
+except (ImportError, AttributeError):  # older than Triton 3.6, or its Gluon has changed
+    hopper = None
+
+__all__ = ["CANDIDATES", "SHIPPED", "SHIPPED_FEW_ROWS", "Launch", "autotuned_linear", "multiply", "scaled_linear", "shipped_launch"]
+
+
+class Launch(NamedTuple):
+    """How a product is cut up.
+
+    Attributes:
+        rows, columns, inner: one step's tile; ``inner`` is cut down to the block size.
+        warps, stages: of a program, of its pipeline.
+        tma: tiles are fetched by the tensor memory accelerator of SM 9.0.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+# Shipped launches by whether the card has the accelerator: the largest tile of which there are enough to keep every
+# processor busy so many times over. Measured on an H200 for SM 9.0; without the accelerator chosen to fit the shared
+# memory of every card from SM 8.0 on.
+SHIPPED = {
+    True: (
+        (5, Launch(128, 128, 128, 8, 3, tma=True)),
+        (1, Launch(64, 128, 128, 4, 3, tma=True)),
+        (0, Launch(64, 64, 128, 4, 4, tma=True)),
+    ),
+    False: ((1, Launch(128, 128, 64, 8, 3)), (0, Launch(64, 64, 128, 4, 3))),
+}
+FEW_ROWS = 16
+SHIPPED_FEW_ROWS = Launch(16, 64, 128, 4, 4)
+# How busy the specialized product must keep the card to be the faster one: by whether codes are integers.
+BUSY = {True: 0.8, False: 0.7}
+# What autotuning chooses from, besides the shipped one.
+CANDIDATES = (
+    Launch(16, 32, 128, 4, 4),
+    Launch(32, 64, 128, 4, 4),
+    Launch(64, 64, 128, 4, 4),
+    Launch(64, 128, 64, 4, 4),
+    Launch(128, 64, 128, 8, 3),
+    Launch(128, 128, 128, 8, 3),
+    Launch(64, 64, 128, 4, 4, tma=True),
+    Launch(64, 128, 128, 4, 3, tma=True),
+    Launch(128, 128, 128, 8, 3, tma=True),
+    Launch(128, 64, 128, 4, 3, tma=True),
+)
+
+
+@triton.jit
+def _codes(bits, like, INTEGER: tl.constexpr, DECODE: tl.constexpr):
+    """Codes of a weight as the tensor cores take them."""
+    if INTEGER:
+        code = bits
+    elif DECODE:
+        code = decode_e4m3(bits).to(like)
+    else:
+        code = bits.to(tl.float8e4nv, bitcast=True)
+    return code
+
+
+@triton.jit
+def _scaled_matmul(
+    a,
+    b,
+    out,
+    bias,
+    input_scale,
+    scale,
+    rows,
+    columns,
+    inner,
+    a_stride,
+    b_stride,
+    input_scale_stride,
+    scale_stride,
+    row_scaled,
+    INTEGER: tl.constexpr,
+    DECODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    TMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    # Neighbouring programs share rows and columns, so that both stay in the L2 cache.
+    TALL: tl.constexpr = 8
+    tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    program = tl.program_id(0)
+    band = program // (TALL * tiles_across)
+    height = tl.minimum(tiles_down - band * TALL, TALL)
+    tile_row = band * TALL + program % (TALL * tiles_across) % height
+    tile_column = program % (TALL * tiles_across) // height
+    row = tile_row * ROWS + tl.arange(0, ROWS)
+    column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.arange(0, INNER)
+    if not TMA:
+        # Rows and columns beyond the end read the last ones, and are not stored.
+        a_place = a + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * a_stride + k[None, :]
+        b_place = b + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * b_stride + k[:, None]
+    kind: tl.constexpr = tl.int32 if INTEGER and BLOCK == 0 else tl.float32
+    total = tl.zeros([ROWS, COLUMNS], kind)
+    for step in range(0, tl.cdiv(inner, INNER)):
+        if TMA:
+            x = a.load([tile_row * ROWS, step * INNER])
+            w = b.load([tile_column * COLUMNS, step * INNER]).T
+        elif EVEN:
+            x = tl.load(a_place)
+            w = tl.load(b_place)
+        else:
+            live = k < inner - step * INNER
+            x = tl.load(a_place, mask=live[None, :], other=0)
+            w = tl.load(b_place, mask=live[:, None], other=0)
+        if not INTEGER and not DECODE:
+            x = x.to(tl.float8e4nv, bitcast=True)
+        w = _codes(w, x.dtype, INTEGER, DECODE)
+        if BLOCK == 0:
+            total = tl.dot(x, w, total, out_dtype=kind)
+        else:
+            block = step * INNER // BLOCK
+            part = tl.dot(x, w, out_dtype=tl.int32 if INTEGER else tl.float32).to(tl.float32)
+            own = tl.full([ROWS], 1.0, tl.float32)
+            if not DECODE:
+                own = tl.load(input_scale + block * input_scale_stride + tl.minimum(row, rows - 1))
+            if BLOCK % COLUMNS == 0:  # a tile within one block of columns has one scale: it goes into those of the rows
+                first = tl.minimum(tile_column * COLUMNS, columns - 1)
+                total += part * (own * tl.load(scale + first // BLOCK * scale_stride + block))[:, None]
+            else:
+                beside = tl.load(scale + tl.minimum(column, columns - 1) // BLOCK * scale_stride + block)
+                total += part * own[:, None] * beside[None, :]
+        if not TMA:
+            a_place += INNER
+            b_place += INNER
+    value = total.to(tl.float32)
+    if BLOCK == 0:
+        if not DECODE:
+            value *= tl.load(input_scale + row, mask=row < rows, other=0.0)[:, None]
+        value *= tl.load(scale + column * row_scaled, mask=column < columns, other=0.0)[None, :]
+    if HAS_BIAS:
+        value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    place = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(place, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+def multiply(x, input_scale, codes, scale, bias, block_size: int, out_dtype: torch.dtype, launch: Launch) -> torch.Tensor:
+    """x·ŵᵀ + bias; x are codes with their scale, or plain numbers (``input_scale`` None) against a weight that is decoded."""
+    rows, inner = x.shape
+    step = min(launch.inner, block_size) if block_size else launch.inner
+    columns = codes.shape[0]
+    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
+    decode = input_scale is None
+    tiles = triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns)
+    a, b = x if decode else as_stored(x), as_stored(codes)
+    if launch.tma:
+        a = TensorDescriptor(a, a.shape, a.stride(), [launch.rows, step])
+        b = TensorDescriptor(b, b.shape, b.stride(), [launch.columns, step])
+    _scaled_matmul[(tiles,)](
+        a,
+        b,
+        out,
+        scale if bias is None else bias,
+        scale if decode else input_scale,
+        scale,
+        rows,
+        columns,
+        inner,
+        x.stride(0),
+        codes.stride(0),
+        0 if decode else input_scale.stride(1),
+        scale.stride(0) if block_size else 0,
+        int(scale.numel() > 1),
+        INTEGER=codes.dtype is torch.int8,
+        DECODE=decode,
+        BLOCK=block_size,
+        HAS_BIAS=bias is not None,
+        EVEN=inner % step == 0,
+        TMA=launch.tma,
+        ROWS=launch.rows,
+        COLUMNS=launch.columns,
+        INNER=step,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return out
+
+
+def _can_tma(*operands: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator takes these matrices: aligned, and rows of a multiple of 16 bytes."""
+    return (
+        TensorDescriptor is not None
+        and torch.cuda.get_device_capability(operands[0].device) >= (9, 0)
+        and all(entry.data_ptr() % 16 == 0 and entry.stride(0) * entry.element_size() % 16 == 0 for entry in operands)
+    )
+
+
+def _specialized(codes: torch.Tensor, rows: int, block_size: int) -> bool:
+    """Whether the product written for SM 9.0 takes this, and is the faster one."""
+    return (
+        hopper is not None
+        and torch.cuda.get_device_capability(codes.device)[0] == 9
+        and block_size > 0
+        and block_size % hopper.SHIPPED.inner == 0
+        and hopper.busy(rows, codes.shape[0], codes.device) >= BUSY[codes.dtype is torch.int8]
+    )
+
+
+def shipped_launch(inputs: torch.Tensor, codes: torch.Tensor, block_size: int, decode: bool):
+    """The launch for these inputs (M, K) and codes (N, K), without measuring."""
+    rows, columns = inputs.shape[0], codes.shape[0]
+    tma = not decode and _can_tma(inputs, codes)
+    if rows <= FEW_ROWS:
+        return SHIPPED_FEW_ROWS
+    if tma and _specialized(codes, rows, block_size):
+        return hopper.SHIPPED
+    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    return next(
+        launch
+        for least, launch in SHIPPED[tma]
+        if triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns) >= least * processors
+    )
+
+
+def _launches(inputs: torch.Tensor, codes: torch.Tensor, block_size: int, decode: bool) -> dict[str, NamedTuple]:
+    """What autotuning compares, by name, the shipped launch first."""
+    tma = not decode and _can_tma(inputs, codes)
+    others = [launch for launch in CANDIDATES if tma or not launch.tma]
+    if tma and hopper is not None and block_size and block_size % hopper.SHIPPED.inner == 0:
+        others.append(hopper.SHIPPED)
+    return {" ".join(map(str, launch)): launch for launch in (shipped_launch(inputs, codes, block_size, decode), *others)}
+
+
+def _linear(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose) -> torch.Tensor:
+    """Quantize x, unless the card has no arithmetic for its codes, and multiply as ``choose(run, inputs, decode)`` says."""
+    codes = codes if codes.stride(1) == 1 else codes.contiguous()
+    decode = codes.dtype is not torch.int8 and torch.cuda.get_device_capability(x.device) < (8, 9)
+    inputs, input_scale = (x.contiguous(), None) if decode else quantize_inputs(x, codes.dtype, block_size, rotate_by)
+    scale = scale.float().contiguous()
+
+    def run(launch) -> torch.Tensor:
+        product = multiply if isinstance(launch, Launch) else hopper.block_matmul
+        return product(inputs, input_scale, codes, scale, bias, block_size, out_dtype, launch)
+
+    return run(choose(run, inputs, codes, decode))
+
+
+def scaled_linear(x, codes, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
+    """See :func:`...scaled_linear`; with shipped launches."""
+    return _linear(
+        x, codes, scale, bias, block_size, rotate_by, out_dtype,
+        lambda run, inputs, codes, decode: shipped_launch(inputs, codes, block_size, decode),
+    )
+
+
+def autotuned_linear(x, codes, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
+    """See :func:`...scaled_linear`; with the launch that was measured to be the fastest for this shape."""
+
+    def choose(run, inputs, codes, decode: bool):
+        launches = _launches(inputs, codes, block_size, decode)
+        key = tuning.shape_key("launch", x, codes, block_size, out_dtype)
+        return launches[tuning.fastest(key, list(launches), lambda name: run(launches[name]))]
+
+    return _linear(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose)

@@ -1,0 +1,50 @@
+"""The one place that touches ComfyUI's internals.
+
+* ``folders``: which model files there are, where a file of ours goes, and under which name.
+* ``sources``: models as tensor sources: files, and the weights of a MODEL or CLIP with their patches baked in.
+* ``quantizing``: from a source to quantized files in the temporary folder.
+* ``calibrating``: run the original model as its user does, and learn what its linear layers are given.
+* ``calibrations``: what passes between the calibrating nodes, and its files.
+* ``building``: from quantized files back to a MODEL or CLIP, by ComfyUI's own loaders wherever they know the format.
+* ``saving``: quantized files to where ComfyUI's loaders look.
+* ``running``: the prompt that runs: outputs in use, progress, messages to its client, interrupts.
+"""
+
+from .building import build_clip, build_model, knows, quantized_layers
+from .calibrating import KEEP, calibrate_clip, calibrate_model, pictures, samplers, schedulers
+from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
+from .folders import FileSource, clip_types, file_state, model_files
+from .quantizing import Quantized, quantize
+from .running import is_interrupt, outputs_in_use, outputs_in_use_of_running_prompt, progress_bar, send
+from .saving import SAVE_FOLDERS, save
+
+__all__ = [
+    "build_clip",
+    "build_model",
+    "calibrate_clip",
+    "calibrate_model",
+    "Calibrated",
+    "calibration_files",
+    "calibration_state",
+    "clip_types",
+    "file_state",
+    "FileSource",
+    "is_interrupt",
+    "KEEP",
+    "knows",
+    "load_calibration",
+    "model_files",
+    "outputs_in_use",
+    "outputs_in_use_of_running_prompt",
+    "pictures",
+    "progress_bar",
+    "quantize",
+    "Quantized",
+    "quantized_layers",
+    "samplers",
+    "save",
+    "save_calibration",
+    "SAVE_FOLDERS",
+    "schedulers",
+    "send",
+]

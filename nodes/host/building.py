@@ -1,0 +1,179 @@
+"""From quantized files back to a MODEL or CLIP, by ComfyUI's own loaders wherever they know the format."""
+
+import copy
+import inspect
+from pathlib import Path
+
+import comfy.model_patcher
+import comfy.ops
+import comfy.quant_ops
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ...quant_core.checkpoints import SafetensorsFile, layer_configs
+from ...quant_core.errors import QuantizationError
+from ..decoded_linear import as_bytes, decoding_operations
+from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
+from .quantizing import Quantized
+from .sources import is_quantized, module_name
+
+__all__ = ["build_clip", "build_model", "knows", "quantized_layers"]
+
+
+def knows(format: str) -> bool:
+    """Whether this ComfyUI itself multiplies that format."""
+    return format in getattr(comfy.quant_ops, "QUANT_ALGOS", {})
+
+
+def _layers_to_decode(path: Path) -> list[str]:
+    """The quantized layers of a file, when it holds a format that this ComfyUI cannot read by itself; else none."""
+    with SafetensorsFile(path) as opened:
+        configs = layer_configs(opened)[0]
+    return [] if all(knows(config["format"]) for config in configs.values()) else list(configs)
+
+
+def _decoding(loader) -> dict:
+    """Options that make one of ComfyUI's loaders use our operations.
+
+    Its dynamic loading of newer releases hands LoRAs to layers of its own only, so that is left out.
+    """
+    classic = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(loader).parameters else {}
+    return {"model_options": {"custom_operations": decoding_operations(comfy.ops.manual_cast)}, **classic}
+
+
+def _load_model(path: Path, kind: str):
+    """The MODEL in a file of formats that ComfyUI knows."""
+    if kind == CHECKPOINTS:
+        return comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+def _load_decoding_model(path: Path, kind: str, disable_dynamic: bool = True):
+    """The MODEL in a file of which ComfyUI does not know a format."""
+    tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    tensors = as_bytes(tensors, _layers_to_decode(path))
+    if kind == CHECKPOINTS:
+        load = comfy.sd.load_state_dict_guess_config
+        model = load(tensors, output_vae=False, output_clip=False, metadata=metadata, **_decoding(load))[0]
+    else:
+        load = comfy.sd.load_diffusion_model_state_dict
+        model = load(tensors, metadata=metadata, **_decoding(load))
+    if model is None:
+        raise QuantizationError("ComfyUI does not recognise this model; save it, and load it where it is supported.")
+    model.cached_patcher_init = (_load_decoding_model, (path, kind))  # by which newer ComfyUI makes it once more
+    return model
+
+
+def _check_built(patcher, path: Path, what: str) -> None:
+    """Every layer that is quantized in the file must be so in the model: ComfyUI's loader does not say when one is not."""
+    with SafetensorsFile(path) as opened:
+        expected = len(layer_configs(opened)[0])
+    found = len(quantized_layers(patcher))
+    if found < expected:
+        raise QuantizationError(
+            f"ComfyUI's loader took only {found} of {expected} quantized layers of this {what}; please report the model, it is not supported yet."
+        )
+
+
+def quantized_layers(patcher) -> dict[str, str]:
+    """{module name: dtype of its codes} of the layers of a ModelPatcher that hold codes."""
+    layers = {}
+    for name, module in patcher.model.named_modules():
+        weight = getattr(module, "weight", None)
+        if is_quantized(weight) or getattr(module, "is_quantized", False):
+            layers[name] = str(getattr(weight, "_qdata", weight).dtype).removeprefix("torch.")
+    return layers
+
+
+def build_model(source, quantized: Quantized):
+    """The quantized MODEL, made by ComfyUI's own loader; an ExecutionBlocker when there is none to make."""
+    if quantized.kind == TEXT_ENCODERS:
+        return ExecutionBlocker("Learned Round Quantize was given a text encoder: use its CLIP output, not MODEL.")
+    path = quantized.files[""]
+    model = (_load_decoding_model if _layers_to_decode(path) else _load_model)(path, quantized.kind)
+    _check_built(model, path, "model")
+    model.model.learned_rounding_file = quantized  # the model may be read again from its file
+    if not isinstance(source, FileSource):
+        _carry_over(source, model)
+    return model
+
+
+def _carry_over(original, model) -> None:
+    """What nodes between the loader and us set on the MODEL: sampling, attention patches, wrappers … LoRAs are baked."""
+    twin = original.clone()
+    model.model_options = twin.model_options
+    model.object_patches = {
+        key: patch for key, patch in twin.object_patches.items() if not key.startswith("diffusion_model")
+    }
+    for name in ("attachments", "additional_models", "callbacks", "wrappers", "injections"):
+        setattr(model, name, getattr(twin, name))
+
+
+def build_clip(source, quantized: Quantized):
+    """The quantized CLIP; an ExecutionBlocker when there is none to make."""
+    if isinstance(source, comfy.sd.CLIP):
+        return _rebuilt_clip(source, quantized)
+    if quantized.kind == DIFFUSION_MODELS:
+        return ExecutionBlocker("Learned Round Quantize was given a diffusion model: use its MODEL output, not CLIP.")
+    path, embeddings = quantized.files[""], folder_paths.get_folder_paths("embeddings")
+    if quantized.kind == CHECKPOINTS:  # its text encoder stays as it is
+        return comfy.sd.load_checkpoint_guess_config(
+            str(path), output_vae=False, output_clip=True, output_model=False, embedding_directory=embeddings
+        )[1]
+    clip = comfy.sd.load_clip(
+        ckpt_paths=[str(path)],
+        embedding_directory=embeddings,
+        clip_type=comfy.sd.CLIPType[source.clip_type.upper()],
+        **(_decoding(comfy.sd.load_clip) if _layers_to_decode(path) else {}),
+    )
+    _check_built(clip.patcher, path, "text encoder")
+    clip.cond_stage_model.learned_rounding_file = quantized
+    return clip
+
+
+def _rebuilt_clip(clip, quantized: Quantized):
+    """A twin of ``clip`` whose quantized layers are ComfyUI's own quantized linear layers."""
+    model = clip.cond_stage_model
+    layers = {}  # module name → the layer's tensors
+    for part, path in quantized.files.items():
+        with SafetensorsFile(path) as opened:
+            for layer, config in layer_configs(opened)[0].items():
+                names = [name for name in opened.tensors if name.rpartition(".")[0] == layer]
+                tensors = {name.rpartition(".")[2]: opened.read(name) for name in names}
+                layers[module_name(model, part, layer)] = (tensors, config)
+    weights = {id(module.weight): module.weight for module in map(model.get_submodule, layers)}
+    twin = copy.deepcopy(model, memo=weights)
+    for name, (tensors, config) in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, _quantized_linear(model.get_submodule(name), name, tensors, config))
+    rebuilt = clip.clone()
+    rebuilt.cond_stage_model = twin
+    decoded = not all(knows(config["format"]) for _, config in layers.values())
+    patcher = comfy.model_patcher.ModelPatcher if decoded else type(clip.patcher)  # as in _decoding
+    rebuilt.patcher = patcher(twin, load_device=clip.patcher.load_device, offload_device=clip.patcher.offload_device)
+    for name in ("object_patches", "model_options", "hook_mode", "is_clip", "force_cast_weights"):
+        if hasattr(clip.patcher, name):
+            setattr(rebuilt.patcher, name, copy.copy(getattr(clip.patcher, name)))
+    return rebuilt
+
+
+def _quantized_linear(original, name: str, tensors: dict[str, torch.Tensor], config: dict):
+    """ComfyUI's quantized counterpart of the linear layer ``original``."""
+    bias = original.bias
+    dtype = bias.dtype if bias is not None else original.weight.dtype
+    if knows(config["format"]):
+        operations = comfy.ops.mixed_precision_ops({name: config}, dtype, full_precision_mm=True)
+    else:
+        operations = decoding_operations(comfy.ops.manual_cast)
+    device = original.weight.device
+    linear = operations.Linear(
+        original.in_features, original.out_features, bias=bias is not None, device=device, dtype=dtype
+    )
+    state = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    if bias is not None:
+        state[f"{name}.bias"] = bias
+    linear._load_from_state_dict(state, f"{name}.", {}, True, [], [], [])
+    return linear

@@ -1,0 +1,146 @@
+"""ComfyUI's folders: which model files there are, where a file of ours goes, and under which name."""
+
+import itertools
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.sd
+import folder_paths
+
+from ...quant_core.errors import OutputError, SourceError
+
+__all__ = [
+    "CHECKPOINTS",
+    "DIFFUSION_MODELS",
+    "TEXT_ENCODERS",
+    "FileSource",
+    "clip_types",
+    "destination",
+    "file_state",
+    "model_files",
+    "place",
+    "remove",
+    "stamp",
+    "temporary_folder",
+]
+
+log = logging.getLogger(__name__)
+
+
+DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS = "diffusion_models", "checkpoints", "text_encoders"
+_KINDS = (DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS)
+_EXTENSIONS = (".safetensors", ".sft")
+
+
+def model_files() -> list[str]:
+    """ "folder/name" of every safetensors file a user can choose."""
+    return [
+        f"{kind}/{name}"
+        for kind in _KINDS
+        for name in folder_paths.get_filename_list(kind)
+        if name.lower().endswith(_EXTENSIONS)
+    ]
+
+
+def clip_types() -> list[str]:
+    """The choices of ComfyUI's own Load CLIP."""
+    return [entry.name.lower() for entry in comfy.sd.CLIPType]
+
+
+def _path(choice: str) -> Path:
+    kind, _, name = choice.partition("/")
+    path = folder_paths.get_full_path(kind, name) if kind in _KINDS and name else None
+    if path is None:
+        raise SourceError(
+            f"There is no model file '{choice}' in ComfyUI's model folders; refresh the list and choose again."
+        )
+    return Path(path)
+
+
+def file_state(choice: str) -> tuple[int, int]:
+    """Changes when the chosen file does."""
+    return stamp(_path(choice))
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Changes when the file does."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A model file that nothing has been read of yet. ``kind``: the model folder it is in; ``clip_type``: for text encoders."""
+
+    path: Path
+    kind: str
+    clip_type: str
+
+    @classmethod
+    def choose(cls, choice: str, clip_type: str) -> "FileSource":
+        """From what :func:`model_files` lists."""
+        return cls(_path(choice), choice.partition("/")[0], clip_type)
+
+
+def remove(paths) -> None:
+    """Delete files, or leave it to ComfyUI's next start."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:  # Windows: still mapped by a model; ComfyUI empties its temp folder when it starts
+            log.debug("could not remove %s", path)
+
+
+def temporary_folder() -> Path:
+    """ComfyUI's own, which it empties when it starts."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def destination(base: Path, prefix: str) -> tuple[Path, str]:
+    """The folder inside ``base`` and the start of the file name that a user's prefix means."""
+    base, prefix = base.resolve(), prefix.strip().replace("\\", "/")
+    target = (base / prefix).resolve()
+    if not prefix or prefix.endswith("/") or not target.is_relative_to(base) or target == base:
+        raise OutputError(f"'{prefix}' is no file name inside {base}; give a name, with folders before it if you like.")
+    return target.parent, target.name
+
+
+def place(path: Path, folder: Path, stem: str, suffix: str) -> Path:
+    """Link ``path`` into ``folder`` under the first free number, or copy it where links are not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return _first_free(folder, stem, suffix, lambda target: os.link(path, target))
+        except OSError:
+            return _copy(path, folder, stem, suffix)
+    except OSError as error:
+        raise OutputError(f"The model cannot be saved in {folder}: {error.strerror or error}.") from error
+
+
+def _first_free(folder: Path, stem: str, suffix: str, take) -> Path:
+    """The first numbered name that ``take`` creates without a FileExistsError."""
+    for number in itertools.count(1):
+        target = folder / f"{stem}_{number:05}_{suffix}"
+        try:
+            take(target)
+            return target
+        except FileExistsError:
+            continue
+
+
+def _copy(path: Path, folder: Path, stem: str, suffix: str) -> Path:
+    partial = folder / f".{stem}.{os.urandom(4).hex()}.partial"
+    try:
+        with open(path, "rb") as source, open(partial, "xb") as target:
+            shutil.copyfileobj(source, target, 1 << 24)
+            target.flush()
+            os.fsync(target.fileno())
+        claimed = _first_free(folder, stem, suffix, lambda target: os.close(os.open(target, os.O_CREAT | os.O_EXCL)))
+        return partial.replace(claimed)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""From a source to quantized files in ComfyUI's temporary folder."""
+
+import contextlib
+import dataclasses
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import torch
+
+from ...quant_core import Recipe, Report, quantize_file
+from ...quant_core.checkpoints import SafetensorsFile
+from ...quant_core.events import Listener
+from .calibrations import Calibrated
+from .folders import FileSource, remove, stamp, temporary_folder
+from .sources import parts_of
+
+__all__ = ["Quantized", "quantize"]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Finished temporary files of one run, removed when nothing uses them any more.
+
+    Attributes:
+        files: part name ("" for a whole model) → path.
+        kind: the model folder the files belong in.
+        label: format and granularity, for file names.
+        report: what was done.
+    """
+
+    files: dict[str, Path]
+    kind: str
+    label: str
+    report: Report
+
+    def __post_init__(self):
+        weakref.finalize(self, remove, tuple(self.files.values()))
+
+
+def _identity(source) -> tuple:
+    """Equal for two sources exactly when quantizing them gives the same."""
+    if isinstance(source, FileSource):
+        return source.path, *stamp(source.path)
+    patcher = source.patcher if isinstance(source, comfy.sd.CLIP) else source
+    return weakref.ref(patcher.model), patcher.patches_uuid
+
+
+# The last result, so that connecting another output afterwards does not quantize again.
+_last: tuple[tuple, Recipe, Quantized] | None = None
+
+
+def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrated | None" = None) -> Quantized:
+    """Quantize a MODEL, CLIP or :class:`FileSource` into files in ComfyUI's temp folder, on the device ComfyUI gives."""
+    global _last
+    identity = (*_identity(source), calibration and calibration.mark)
+    if _last and _last[:2] == (identity, recipe):
+        return _last[2]
+    _last = None
+    kind, parts = parts_of(source)
+    device = comfy.model_management.get_torch_device()
+    folder = temporary_folder()
+    files, reports = {}, []
+    with calibration.open() if calibration else contextlib.nullcontext() as statistics:
+        try:
+            for part, tensors in parts.items():
+                _make_room(tensors, recipe, statistics is not None, device)
+                files[part] = folder / f"learned_rounding_{os.urandom(6).hex()}.safetensors"
+                reports.append(
+                    quantize_file(
+                        tensors,
+                        files[part],
+                        recipe,
+                        calibration=statistics.part(part) if statistics and part else statistics,
+                        device=device,
+                        on_event=on_event,
+                        check=comfy.model_management.throw_exception_if_processing_interrupted,
+                    )
+                )
+        except BaseException:
+            remove(files.values())
+            raise
+    quantized = Quantized(files, kind, recipe.label, _joined(reports))
+    _last = (identity, recipe, quantized)
+    return quantized
+
+
+def _joined(reports: list[Report]) -> Report:
+    first, *others = reports
+    for other in others:
+        for field in dataclasses.fields(Report):
+            if field.name in ("layers", "kept", "bytes_in", "bytes_out", "seconds"):
+                setattr(first, field.name, getattr(first, field.name) + getattr(other, field.name))
+    first.output = None  # a temporary file is no output
+    return first
+
+
+def _make_room(tensors, recipe: Recipe, calibrated: bool, device: torch.device) -> None:
+    """Ask ComfyUI for the memory of the largest layer: its weight, its codes, and float32 scratch of the rounding."""
+    if isinstance(tensors, Path):
+        with SafetensorsFile(tensors) as opened:
+            infos = opened.tensors
+    else:
+        infos = tensors.tensors
+    largest = max((info.nbytes for info in infos.values()), default=0)
+    method = recipe.resolve(calibrated)
+    times = 32 if method.gradient else 16 if method.rounding == "principal" else 6
+    inner = max((info.shape[1] for info in infos.values() if len(info.shape) == 2), default=0) if calibrated else 0
+    comfy.model_management.free_memory(times * largest + 12 * inner**2, device)  # three float32 matrices (in, in)

@@ -1,0 +1,77 @@
+"""Every preset against the true tensors of every model that ComfyUI knows."""
+
+import functools
+
+import pytest
+
+from learned_rounding.quant_core import PRESETS
+from learned_rounding.tests.architectures import architectures, read
+from learned_rounding.tests.architectures.lists import rebuild, version
+from learned_rounding.tests.architectures.table import DOCUMENT, document, examine
+
+# Models that no preset is for: none of them makes pictures, sound or text for them.
+GENERAL = {
+    "depth_anything_3", "hunyuan3d", "hunyuan3d_2_1", "hunyuan3d_mini", "rt_detr", "sam3", "sam31", "trellis2", "triposplat",
+}  # fmt: skip
+# The least share of parameters that a family's models have in quantized layers, where it is not 0.85: what is kept
+# there is large, or is no linear layer.
+LEAST = {
+    "ace_step": 0.55,  # lyric encoder
+    "gemma4": 0.35,  # embeddings of every layer
+    "generic_text": 0.73,  # embedding
+    "lens": 0.65,  # modulations
+    "qwen35": 0.64,  # embedding
+    "sd15": 0.28,  # convolutions
+    "sdxl": 0.56,  # convolutions
+    "svd": 0.43,  # convolutions
+    "t5xxl": 0.81,  # embedding
+}
+ODD = {"gpt_oss_20b": 0.03}  # its experts are no linear layers
+# Names that published files carry and ComfyUI's classes do not.
+ELSEWHERE = {("t5xxl", r"(decoder|lm_head)\.")}
+
+found = functools.cache(examine)
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_models_are_recognised_and_only_linear_layers_quantized(name):
+    plan, tensors = found(name), read(name)
+    assert (plan.preset is None) == (name in GENERAL)
+    assert {tensors[layer].kind for layer in plan.quantized} <= {"linear"}
+    if plan.preset in ("clip", "full_precision_text"):
+        assert not plan.quantized
+    elif plan.preset:
+        assert plan.sure  # no layer that the preset does not know
+        assert ODD.get(name, LEAST.get(plan.preset, 0.85)) <= plan.share <= 1
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_what_is_quantized_can_be_rotated_and_cut_into_blocks(name):
+    plan = found(name)
+    if plan.quantized and plan.preset:
+        rotated = 0.24 if name == "omnigen2" else 0.9  # widths of 2520
+        assert plan.fitting(16, slice(1, 2)) >= rotated
+        assert plan.fitting(8) == 1 or name == "qwen25_7b"  # its vision layers of 3420
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_every_pattern_hits_something(preset):
+    """Presets that are not detected are for models that others detect."""
+    models = [name for name in architectures() if found(name).preset == preset.name] if preset.detect else architectures()
+    names = [tensor for name in models for tensor in read(name)]
+    assert models
+    for rule in (*preset.keep, *preset.remove):
+        assert (preset.name, rule.text) in ELSEWHERE or any(map(rule.pattern.search, names)), rule.text
+
+
+def test_the_document_is_what_these_lists_and_presets_make():
+    assert DOCUMENT.read_text(encoding="utf-8") == document()
+
+
+def test_lists_are_what_comfyui_makes(host):
+    """Where the ComfyUI is here that the lists are from."""
+    if host.version != version("flux"):
+        pytest.skip(f"the lists are from ComfyUI {version('flux')}")
+    _, made = rebuild(host)
+    assert set(made) == set(architectures())
+    assert [name for name, tensors in made.items() if tensors != read(name)] == []
