@@ -14,7 +14,6 @@ was meant and builds the same model again.
 
 import importlib
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -447,10 +446,9 @@ def collect(comfyui: Path) -> dict:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    import comfy.ops
     import comfyui_version
     import torch
-
-    import comfy.ops
 
     class Operations(comfy.ops.disable_weight_init):
         """ComfyUI's operations under names of their own, so that what bypasses them is told apart."""

@@ -141,8 +141,8 @@ def rebuild(host) -> tuple[str, dict[str, dict[str, Tensor]]]:
 
 
 def main() -> None:
-    from learned_rounding.tests.architectures.collect import DIFFUSION, TEXT_ENCODERS
     from learned_rounding.hosts import available_hosts
+    from learned_rounding.tests.architectures.collect import DIFFUSION, TEXT_ENCODERS
 
     hosts = available_hosts()
     if not hosts:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from learned_rounding.tests.architectures import read
 from learned_rounding.quant_core.checkpoints import TensorInfo
+from learned_rounding.tests.architectures import read
 
 
 @pytest.fixture
