@@ -1,5 +1,15 @@
 """Triton implementations, under the names of :mod:`..reference`."""
 
+from .linear import autotuned_linear, scaled_linear
+from .quantize import dequantize_weight, quantize_inputs, quantize_weight
 from .rounding import round_block, scale_errors
 
-__all__ = ["round_block", "scale_errors"]
+__all__ = [
+    "autotuned_linear",
+    "dequantize_weight",
+    "quantize_inputs",
+    "quantize_weight",
+    "round_block",
+    "scale_errors",
+    "scaled_linear",
+]

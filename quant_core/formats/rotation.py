@@ -5,27 +5,16 @@ R is block diagonal; each block is the regular Hadamard matrix H₄⊗H₄⊗…
 inverse.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
 
+from ...kernels.hadamard import rotate
 from ..errors import RecipeError
 
-__all__ = ["Rotation", "GROUP_SIZES", "hadamard", "rotation_groups"]
+__all__ = ["Rotation", "GROUP_SIZES", "rotation_groups"]
 
 GROUP_SIZES = (256, 64, 16)
-_H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
-
-
-@functools.cache
-def hadamard(size: int) -> torch.Tensor:
-    """The orthogonal regular Hadamard matrix of order ``size``, a power of four; float32 on the CPU."""
-    base = torch.tensor(_H4, dtype=torch.float32) / 2
-    matrix = base
-    while matrix.shape[0] < size:
-        matrix = torch.kron(matrix, base)
-    return matrix
 
 
 def rotation_groups(convrot: bool | int | str | None, inner: int) -> list[int | None]:
@@ -58,8 +47,7 @@ class Rotation:
         """values·R along the last dimension (in), as float32."""
         if values.shape[-1] % self.size:
             raise RecipeError(f"ConvRot groups of {self.size} do not divide {values.shape[-1]} input channels.")
-        groups = values.float().unflatten(-1, (-1, self.size))
-        return (groups @ hadamard(self.size).to(values.device)).flatten(-2)
+        return rotate(values, self.size)
 
     def apply_gram(self, gram: torch.Tensor) -> torch.Tensor:
         """Rᵀ·H·R: the Gram (in, in) of rotated inputs."""

@@ -1,0 +1,28 @@
+"""The Hadamard matrix of ConvRot."""
+
+import functools
+
+import torch
+
+__all__ = ["hadamard", "rotate"]
+
+_H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
+
+
+@functools.cache
+def hadamard(size: int) -> torch.Tensor:
+    """The orthogonal regular Hadamard matrix H₄⊗H₄⊗… of order ``size``, a power of four; float32 on the CPU.
+
+    Symmetric, and so its own inverse; its entries ±1/√size are exact in every float dtype.
+    """
+    base = torch.tensor(_H4, dtype=torch.float32) / 2
+    matrix = base
+    while matrix.shape[0] < size:
+        matrix = torch.kron(matrix, base)
+    return matrix
+
+
+def rotate(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Groups of ``size`` neighbours along the last dimension times that matrix, as float32."""
+    groups = values.float().unflatten(-1, (-1, size))
+    return (groups @ hadamard(size).to(values.device)).flatten(-2)
