@@ -201,6 +201,14 @@ def decoding() -> dict:
     return found
 
 
-CHECKS = {"decoding": decoding, "text_encoder": text_encoder, "calibrated_text_encoder": calibrated_text_encoder}
+CHECKS = {
+    "decoding": decoding,
+    "text_encoder": text_encoder,
+    "calibrated_text_encoder": calibrated_text_encoder,
+}
+if check.startswith("layout_"):
+    import layout_checks
+
+    CHECKS |= layout_checks.CHECKS
 with torch.inference_mode():
     print("RESULT" + json.dumps(CHECKS[check]()))
