@@ -14,6 +14,7 @@ from pack.nodes import host
 from pack.quant_core import FORMATS, Recipe
 from pack.quant_core.checkpoints import SafetensorsFile, layer_configs, verify_file
 from pack.quant_core.formats import make_encoding
+from pack.quant_core.formats.weight import config_tensor
 from torch.nn.functional import linear
 
 OURS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
@@ -23,6 +24,10 @@ INPUTS = ((5, 100), (2, 5, 100), (100,), (2, 3, 4, 100))
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype is b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def operations() -> dict:
@@ -93,7 +98,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     target = torch.empty_like(coded, dtype=other)
     target.copy_(coded)
     holds |= {
-        "to a dtype": cast.dtype is other and torch.equal(cast._qdata.view(torch.uint8), coded._qdata.view(torch.uint8)),
+        "to a dtype": cast.dtype is other and _same_bytes(cast._qdata, coded._qdata),
         "to a device": {tensor.device.type for tensor in (moved, moved._qdata, moved._params.scale)} == {"meta"},
         "clone": torch.equal(coded.dequantize(), decoded) and not copy.dequantize().any(),
         "copy_": target.dtype is other and torch.equal(target.to(dtype).dequantize(), decoded),
@@ -114,12 +119,30 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     learned = x.clone().requires_grad_()
     linear(learned, coded, bias).sum().backward()
     holds["gradient"] = torch.allclose(learned.grad.float(), decoded.float().sum(0).expand_as(x), rtol=0.02, atol=0.1)
+    holds |= _layer(coded, encoding, normal(2, 100, 5).transpose(1, 2))
     torch.compiler.reset()
     compiled = torch.compile(lambda x: linear(x, coded, bias), backend="aot_eager", fullgraph=True)
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
             holds[f"compiled, {mode.__name__}"] = all(torch.equal(compiled(x), linear(x, coded, bias)) for x in inputs[:2])
     return holds
+
+
+def _layer(coded, encoding, crooked) -> dict[str, bool]:
+    """A layer of ComfyUI's that was loaded from these codes. ``crooked``: inputs that are not contiguous."""
+    state = {**coded.state_dict("a.weight"), "a.comfy_quant": config_tensor(encoding.config)}
+    layer = comfy.ops.mixed_precision_ops({}, coded.dtype).Linear(*reversed(coded.shape), bias=False)
+    layer._load_from_state_dict(dict(state), "a.", {}, True, [], [], [])
+    with torch.no_grad():
+        parts = layer(crooked)
+    with torch.inference_mode():
+        whole = layer(crooked)
+    saved = layer.state_dict(prefix="a.")
+    return {
+        "layer: linear is mm, whatever the strides": torch.equal(whole, parts) and torch.equal(whole, linear(crooked.contiguous(), coded)),
+        "layer: saved as loaded": saved.keys() == state.keys() and all(_same_bytes(saved[name], state[name]) for name in state),
+        "layer: moved": layer.to("meta").weight._params.scale.device.type == "meta",
+    }
 
 
 def _streamed(coded):
@@ -291,12 +314,12 @@ def damaged() -> dict[str, str]:
     operations = comfy.ops.mixed_precision_ops({}, torch.float32)
     layout = "LearnedRoundingInt8Blockwise"
     coded = comfy.quant_ops.QuantizedTensor.from_float(torch.randn(64, 96), layout, block_size=32)
-    sound = {**coded.state_dict("a.weight"), "a.comfy_quant": _json(b'{"format":"int8_blockwise","group_size":32}')}
+    sound = {**coded.state_dict("a.weight"), "a.comfy_quant": config_tensor({"format": "int8_blockwise", "group_size": 32})}
     cases = {
         "sound": sound,
         "no scale": {name: tensor for name, tensor in sound.items() if name != "a.weight_scale"},
         "no weight": {name: tensor for name, tensor in sound.items() if name != "a.weight"},
-        "another block size": {**sound, "a.comfy_quant": _json(b'{"format":"int8_blockwise","group_size":64}')},
+        "another block size": {**sound, "a.comfy_quant": config_tensor({"format": "int8_blockwise", "group_size": 64})},
         "FP8 codes": {**sound, "a.weight": sound["a.weight"].view(torch.float8_e4m3fn)},
         "a bank of matrices": {**sound, "a.weight": sound["a.weight"][None]},
     }
@@ -308,14 +331,27 @@ def damaged() -> dict[str, str]:
     return {name: _raised(load, state_dict) for name, state_dict in cases.items()}
 
 
-def _json(text: bytes) -> torch.Tensor:
-    return torch.tensor(list(text), dtype=torch.uint8)
-
-
 class _Listener(logging.Handler):
     def __init__(self, said: list[str]):
         super().__init__()
         self.emit = lambda record: said.append(record.getMessage())
+
+
+def compiled() -> dict[str, dict]:
+    """The tiny model through torch.compile, in our formats and in a native one."""
+    tiny = _Tiny()
+    files = {name: tiny.file(format=name) for name in (*OURS, "int8_tensorwise")}
+    host.add_layouts()
+    found = {}
+    for name, quantized in files.items():
+        model = comfy.sd.load_diffusion_model(str(quantized.files[""]))
+        plain = tiny.run(model)
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model.model.diffusion_model = torch.compile(model.model.diffusion_model, backend="aot_eager")
+        same = torch.equal(tiny.run(model), plain)
+        found[name] = {"same": same, "breaks": len(torch._dynamo.utils.counters["graph_break"])}
+    return found
 
 
 def changed() -> dict[str, dict]:
@@ -356,4 +392,5 @@ CHECKS = {
     "layout_native": native,
     "layout_damaged": damaged,
     "layout_changed": changed,
+    "layout_compiled": compiled,
 }

@@ -50,6 +50,14 @@ def test_stock_functions_load_run_patch_and_save_our_formats(host, tmp_path):
 
 
 @pytest.mark.usefixtures("taught")
+def test_models_in_our_formats_compile_as_native_ones_do(host, tmp_path):
+    found = in_process(host, tmp_path, "layout_compiled")
+    native = found.pop("int8_tensorwise")
+    assert found.keys() == set(OURS)
+    assert all(result == {"same": True, "breaks": native["breaks"]} for result in found.values()), (found, native)
+
+
+@pytest.mark.usefixtures("taught")
 def test_native_files_do_not_pass_through_our_code(host, tmp_path):
     found = in_process(host, tmp_path, "layout_native")
     assert found["entries kept"] and found["twice"]
