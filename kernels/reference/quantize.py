@@ -19,7 +19,8 @@ def _encode(groups: torch.Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> 
     """
     largest = LARGEST[dtype]
     amax = groups.abs().amax(dims, keepdim=True).clamp_min(SMALLEST_AMAX)
-    scaled = (groups * (largest / amax)).nan_to_num_(0.0).clamp_(-largest, largest)
+    inverse = torch.full_like(amax, largest) / amax  # a number divided by a tensor would be rounded twice
+    scaled = (groups * inverse).nan_to_num_(0.0).clamp_(-largest, largest)
     return (scaled.round_() if dtype is torch.int8 else scaled).to(dtype), amax / largest
 
 
@@ -30,7 +31,8 @@ def quantize_inputs(x: torch.Tensor, dtype: torch.dtype, block_size: int, rotate
     width = block_size or max(inner, 1)
     groups = torch.nn.functional.pad(values, (0, -inner % width)).unflatten(1, (-1, width))
     codes, scale = _encode(groups, (2,), dtype)
-    by_block = scale.squeeze(2).t().contiguous()  # a tile of a matmul reads the scales of its rows side by side
+    by_block = scale.new_empty(scale.shape[1], rows)  # a tile of a product reads the scales of its rows side by side
+    by_block.copy_(scale.squeeze(2).t())
     return codes.flatten(1)[:, :inner].contiguous(), by_block.t()
 
 

@@ -11,10 +11,14 @@ from .quantize import as_stored, decode_e4m3, quantize_inputs
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # older than 3.4
+except ImportError:  # older than Triton 3.4
     TensorDescriptor = None
+try:
+    from . import hopper
+except (ImportError, AttributeError):  # older than Triton 3.6, or its Gluon has changed
+    hopper = None
 
-__all__ = ["CANDIDATES", "SHIPPED", "Launch", "autotuned_linear", "multiply", "scaled_linear"]
+__all__ = ["CANDIDATES", "SHIPPED", "SHIPPED_FEW_ROWS", "Launch", "autotuned_linear", "multiply", "scaled_linear", "shipped_launch"]
 
 
 class Launch(NamedTuple):
@@ -22,7 +26,6 @@ class Launch(NamedTuple):
 
     Attributes:
         rows, columns, inner: one step's tile; ``inner`` is cut down to the block size.
-        parts: a program works on so many tiles side by side (1 or 2): the sums of one need fewer registers.
         warps, stages: of a program, of its pipeline.
         tma: tiles are fetched by the tensor memory accelerator of SM 9.0.
     """
@@ -30,35 +33,38 @@ class Launch(NamedTuple):
     rows: int
     columns: int
     inner: int
-    parts: int
     warps: int
     stages: int
     tma: bool = False
 
 
-# Shipped launches: (has the accelerator, most tokens) → launch; the first that fits is taken.
-# SM 9.0 measured on an H200 (benchmarks/kernels.py); the others fit the shared memory of every card from SM 8.0 on.
+# Shipped launches by whether the card has the accelerator: the largest tile of which there are enough to keep every
+# processor busy so many times over. Measured on an H200 for SM 9.0; without the accelerator chosen to fit the shared
+# memory of every card from SM 8.0 on.
 SHIPPED = {
-    (False, 16): Launch(16, 64, 128, 1, 4, 3),
-    (False, 64): Launch(64, 64, 128, 1, 4, 3),
-    (False, None): Launch(128, 128, 64, 1, 8, 3),
-    (True, 16): Launch(16, 64, 128, 1, 4, 4),
-    (True, 64): Launch(64, 64, 128, 1, 4, 4, tma=True),
-    (True, None): Launch(128, 64, 128, 2, 8, 3, tma=True),
+    True: (
+        (5, Launch(128, 128, 128, 8, 3, tma=True)),
+        (1, Launch(64, 128, 128, 4, 3, tma=True)),
+        (0, Launch(64, 64, 128, 4, 4, tma=True)),
+    ),
+    False: ((1, Launch(128, 128, 64, 8, 3)), (0, Launch(64, 64, 128, 4, 3))),
 }
+FEW_ROWS = 16
+SHIPPED_FEW_ROWS = Launch(16, 64, 128, 4, 4)
+# How busy the specialized product must keep the card to be the faster one: by whether codes are integers.
+BUSY = {True: 0.8, False: 0.7}
 # What autotuning chooses from, besides the shipped one.
 CANDIDATES = (
-    Launch(16, 32, 128, 1, 4, 4),
-    Launch(32, 64, 128, 1, 4, 4),
-    Launch(64, 64, 128, 1, 4, 4),
-    Launch(64, 128, 64, 1, 4, 4),
-    Launch(128, 64, 128, 1, 4, 3),
-    Launch(128, 128, 128, 1, 8, 3),
-    Launch(64, 64, 128, 1, 4, 4, tma=True),
-    Launch(64, 128, 128, 1, 4, 3, tma=True),
-    Launch(128, 128, 128, 1, 8, 3, tma=True),
-    Launch(128, 64, 128, 2, 8, 3, tma=True),
-    Launch(128, 256, 128, 1, 8, 4, tma=True),
+    Launch(16, 32, 128, 4, 4),
+    Launch(32, 64, 128, 4, 4),
+    Launch(64, 64, 128, 4, 4),
+    Launch(64, 128, 64, 4, 4),
+    Launch(128, 64, 128, 4, 3),
+    Launch(128, 128, 128, 8, 3),
+    Launch(64, 64, 128, 4, 4, tma=True),
+    Launch(64, 128, 128, 4, 3, tma=True),
+    Launch(128, 128, 128, 8, 3, tma=True),
+    Launch(128, 64, 128, 4, 3, tma=True),
 )
 
 
@@ -72,51 +78,6 @@ def _codes(bits, like, INTEGER: tl.constexpr, DECODE: tl.constexpr):
     else:
         code = bits.to(tl.float8e4nv, bitcast=True)
     return code
-
-
-@triton.jit
-def _product(a, b, INTEGER: tl.constexpr):
-    """The products' sums as float32; integers are summed exactly."""
-    return tl.dot(a, b, out_dtype=tl.int32 if INTEGER else tl.float32, input_precision="ieee").to(tl.float32)
-
-
-@triton.jit
-def _finish(
-    total,
-    out,
-    bias,
-    row,
-    column,
-    rows,
-    columns,
-    input_scale,
-    scale,
-    row_scaled,
-    BLOCK: tl.constexpr,
-    DECODE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Scale what is not scaled yet, add the bias and store."""
-    value = total.to(tl.float32)
-    if BLOCK == 0:
-        if not DECODE:
-            value *= tl.load(input_scale + row, mask=row < rows, other=0.0)[:, None]
-        value *= tl.load(scale + column * row_scaled, mask=column < columns, other=0.0)[None, :]
-    if HAS_BIAS:
-        value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    place = out + row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(place, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
-
-
-@triton.jit
-def _block_scale(scale, column, columns, step, scale_stride, INNER: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """The weight's scale of a step: one number where a tile's columns lie in one block, else one a column."""
-    place = scale + step * INNER // BLOCK
-    if BLOCK % COLUMNS == 0:
-        factor = tl.load(place + tl.minimum(tl.min(column, axis=0), columns - 1) // BLOCK * scale_stride)
-    else:
-        factor = tl.load(place + tl.minimum(column, columns - 1) // BLOCK * scale_stride)
-    return factor
 
 
 @triton.jit
@@ -144,79 +105,61 @@ def _scaled_matmul(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
     # Neighbouring programs share rows and columns, so that both stay in the L2 cache.
     TALL: tl.constexpr = 8
-    tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS * PARTS)
+    tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0)
     band = program // (TALL * tiles_across)
     height = tl.minimum(tiles_down - band * TALL, TALL)
     tile_row = band * TALL + program % (TALL * tiles_across) % height
     tile_column = program % (TALL * tiles_across) // height
     row = tile_row * ROWS + tl.arange(0, ROWS)
-    column = tile_column * (COLUMNS * PARTS) + tl.arange(0, COLUMNS)
+    column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, INNER)
-    second = column + COLUMNS
     if not TMA:
         # Rows and columns beyond the end read the last ones, and are not stored.
         a_place = a + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * a_stride + k[None, :]
         b_place = b + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * b_stride + k[:, None]
-        if PARTS == 2:
-            c_place = b + tl.minimum(second, columns - 1).to(tl.int64)[None, :] * b_stride + k[:, None]
     kind: tl.constexpr = tl.int32 if INTEGER and BLOCK == 0 else tl.float32
     total = tl.zeros([ROWS, COLUMNS], kind)
-    total2 = total
     for step in range(0, tl.cdiv(inner, INNER)):
         if TMA:
             x = a.load([tile_row * ROWS, step * INNER])
-            w = b.load([tile_column * (COLUMNS * PARTS), step * INNER]).T
-            if PARTS == 2:
-                v = b.load([tile_column * (COLUMNS * PARTS) + COLUMNS, step * INNER]).T
+            w = b.load([tile_column * COLUMNS, step * INNER]).T
         elif EVEN:
             x = tl.load(a_place)
             w = tl.load(b_place)
-            if PARTS == 2:
-                v = tl.load(c_place)
         else:
             live = k < inner - step * INNER
             x = tl.load(a_place, mask=live[None, :], other=0)
             w = tl.load(b_place, mask=live[:, None], other=0)
-            if PARTS == 2:
-                v = tl.load(c_place, mask=live[:, None], other=0)
         if not INTEGER and not DECODE:
             x = x.to(tl.float8e4nv, bitcast=True)
         w = _codes(w, x.dtype, INTEGER, DECODE)
-        if PARTS == 2:
-            v = _codes(v, x.dtype, INTEGER, DECODE)
         if BLOCK == 0:
             total = tl.dot(x, w, total, out_dtype=kind)
-            if PARTS == 2:
-                total2 = tl.dot(x, v, total2, out_dtype=kind)
         else:
-            if DECODE:
-                own = tl.full([ROWS], 1.0, tl.float32)
-            else:
-                own = tl.load(input_scale + step * INNER // BLOCK * input_scale_stride + tl.minimum(row, rows - 1))
-            s = _block_scale(scale, column, columns, step, scale_stride, INNER, BLOCK, COLUMNS)
-            if BLOCK % COLUMNS == 0:
-                total += _product(x, w, INTEGER) * (own * s)[:, None]
-            else:
-                total += _product(x, w, INTEGER) * own[:, None] * s[None, :]
-            if PARTS == 2:
-                s = _block_scale(scale, second, columns, step, scale_stride, INNER, BLOCK, COLUMNS)
-                if BLOCK % COLUMNS == 0:
-                    total2 += _product(x, v, INTEGER) * (own * s)[:, None]
-                else:
-                    total2 += _product(x, v, INTEGER) * own[:, None] * s[None, :]
+            block = step * INNER // BLOCK
+            part = tl.dot(x, w, out_dtype=tl.int32 if INTEGER else tl.float32).to(tl.float32)
+            if not DECODE:
+                own = tl.load(input_scale + block * input_scale_stride + tl.minimum(row, rows - 1))
+                part *= own[:, None]
+            # A tile within one block of columns has one scale, which costs nothing beside that of its rows.
+            first = tl.minimum(tile_column * COLUMNS if BLOCK % COLUMNS == 0 else column, columns - 1)
+            total += part * tl.load(scale + first // BLOCK * scale_stride + block)
         if not TMA:
             a_place += INNER
             b_place += INNER
-            if PARTS == 2:
-                c_place += INNER
-    _finish(total, out, bias, row, column, rows, columns, input_scale, scale, row_scaled, BLOCK, DECODE, HAS_BIAS)
-    if PARTS == 2:
-        _finish(total2, out, bias, row, second, rows, columns, input_scale, scale, row_scaled, BLOCK, DECODE, HAS_BIAS)
+    value = total.to(tl.float32)
+    if BLOCK == 0:
+        if not DECODE:
+            value *= tl.load(input_scale + row, mask=row < rows, other=0.0)[:, None]
+        value *= tl.load(scale + column * row_scaled, mask=column < columns, other=0.0)[None, :]
+    if HAS_BIAS:
+        value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    place = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(place, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 def multiply(x, input_scale, codes, scale, bias, block_size: int, out_dtype: torch.dtype, launch: Launch) -> torch.Tensor:
@@ -226,7 +169,7 @@ def multiply(x, input_scale, codes, scale, bias, block_size: int, out_dtype: tor
     columns = codes.shape[0]
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
     decode = input_scale is None
-    tiles = triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns * launch.parts)
+    tiles = triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns)
     a, b = x if decode else as_stored(x), as_stored(codes)
     if launch.tma:
         a = TensorDescriptor(a, a.shape, a.stride(), [launch.rows, step])
@@ -255,7 +198,6 @@ def multiply(x, input_scale, codes, scale, bias, block_size: int, out_dtype: tor
         ROWS=launch.rows,
         COLUMNS=launch.columns,
         INNER=step,
-        PARTS=launch.parts,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
@@ -271,43 +213,70 @@ def _can_tma(*operands: torch.Tensor) -> bool:
     )
 
 
-def _shipped(x: torch.Tensor, tma: bool, decode: bool) -> Launch:
-    tma = tma and not decode
-    return next(
-        launch
-        for (accelerator, most), launch in SHIPPED.items()
-        if accelerator == tma and (most is None or x.shape[0] <= most)
+def _specialized(codes: torch.Tensor, rows: int, block_size: int) -> bool:
+    """Whether the product written for SM 9.0 takes this, and is the faster one."""
+    return (
+        hopper is not None
+        and torch.cuda.get_device_capability(codes.device)[0] == 9
+        and block_size > 0
+        and block_size % hopper.SHIPPED.inner == 0
+        and hopper.busy(rows, codes.shape[0], codes.device) >= BUSY[codes.dtype is torch.int8]
     )
 
 
-def _with_inputs(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose) -> torch.Tensor:
-    """Quantize x, unless the card has no arithmetic for its codes, and multiply as ``choose(inputs, tma, decode)`` says."""
+def shipped_launch(inputs: torch.Tensor, codes: torch.Tensor, block_size: int, decode: bool):
+    """The launch for these inputs (M, K) and codes (N, K), without measuring."""
+    rows, columns = inputs.shape[0], codes.shape[0]
+    tma = not decode and _can_tma(inputs, codes)
+    if rows <= FEW_ROWS:
+        return SHIPPED_FEW_ROWS
+    if tma and _specialized(codes, rows, block_size):
+        return hopper.SHIPPED
+    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    return next(
+        launch
+        for least, launch in SHIPPED[tma]
+        if triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns) >= least * processors
+    )
+
+
+def _launches(inputs: torch.Tensor, codes: torch.Tensor, block_size: int, decode: bool) -> dict[str, NamedTuple]:
+    """What autotuning compares, by name, the shipped launch first."""
+    tma = not decode and _can_tma(inputs, codes)
+    others = [launch for launch in CANDIDATES if tma or not launch.tma]
+    if tma and hopper is not None and block_size and block_size % hopper.SHIPPED.inner == 0:
+        others.append(hopper.SHIPPED)
+    return {" ".join(map(str, launch)): launch for launch in (shipped_launch(inputs, codes, block_size, decode), *others)}
+
+
+def _linear(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose) -> torch.Tensor:
+    """Quantize x, unless the card has no arithmetic for its codes, and multiply as ``choose(run, inputs, decode)`` says."""
     codes = codes if codes.stride(1) == 1 else codes.contiguous()
     decode = codes.dtype is not torch.int8 and torch.cuda.get_device_capability(x.device) < (8, 9)
     inputs, input_scale = (x.contiguous(), None) if decode else quantize_inputs(x, codes.dtype, block_size, rotate_by)
     scale = scale.float().contiguous()
 
-    def run(launch: Launch) -> torch.Tensor:
-        return multiply(inputs, input_scale, codes, scale, bias, block_size, out_dtype, launch)
+    def run(launch) -> torch.Tensor:
+        product = multiply if isinstance(launch, Launch) else hopper.block_matmul
+        return product(inputs, input_scale, codes, scale, bias, block_size, out_dtype, launch)
 
-    return run(choose(run, _can_tma(inputs, codes), decode))
+    return run(choose(run, inputs, codes, decode))
 
 
 def scaled_linear(x, codes, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
     """See :func:`...scaled_linear`; with shipped launches."""
-    return _with_inputs(
-        x, codes, scale, bias, block_size, rotate_by, out_dtype, lambda run, tma, decode: _shipped(x, tma, decode)
+    return _linear(
+        x, codes, scale, bias, block_size, rotate_by, out_dtype,
+        lambda run, inputs, codes, decode: shipped_launch(inputs, codes, block_size, decode),
     )
 
 
 def autotuned_linear(x, codes, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
     """See :func:`...scaled_linear`; with the launch that was measured to be the fastest for this shape."""
 
-    def choose(run, tma: bool, decode: bool) -> Launch:
-        shipped = _shipped(x, tma, decode)
-        launches = [shipped, *(launch for launch in CANDIDATES if launch != shipped and (tma and not decode or not launch.tma))]
-        known = {" ".join(map(str, launch)): launch for launch in launches}
+    def choose(run, inputs, codes, decode: bool):
+        launches = _launches(inputs, codes, block_size, decode)
         key = tuning.shape_key("launch", x, codes, block_size, out_dtype)
-        return known[tuning.fastest(key, list(known), lambda name: run(known[name]))]
+        return launches[tuning.fastest(key, list(launches), lambda name: run(launches[name]))]
 
-    return _with_inputs(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose)
+    return _linear(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose)

@@ -15,7 +15,7 @@ __all__ = ["CONFIGS", "dequantize_weight", "quantize_inputs", "quantize_weight"]
 # Shipped launch configurations: kernel name → (constexpr values, warps).
 CONFIGS = {
     "quantize_blocks": ({"ROWS": 8, "COLUMNS": 512}, 4),
-    "quantize_tiles": ({"ROWS": 32}, 4),
+    "quantize_tiles": ({"VALUES": 4096}, 4),
     "dequantize": ({"ROWS": 8, "COLUMNS": 512}, 4),
 }
 _SMALLEST = tl.constexpr(SMALLEST_AMAX)
@@ -256,6 +256,11 @@ def blocks_config(width: int) -> dict[str, int]:
     return {"ROWS": max(config["ROWS"] * config["COLUMNS"] // columns, 1), "COLUMNS": columns, "WIDTH": width}
 
 
+def tiles_config(size: int) -> dict[str, int]:
+    """The configuration of quantize_tiles for blocks of that size: as many values at a time as usual."""
+    return {"ROWS": min(CONFIGS["quantize_tiles"][0]["VALUES"] // size, size), "SIZE": size}
+
+
 def dequantize_config(block_size: int) -> dict[str, int]:
     """The configuration of dequantize for blocks of that size, or none: whole blocks, as many values as usual."""
     config = CONFIGS["dequantize"][0]
@@ -293,16 +298,24 @@ def quantize_inputs(x: torch.Tensor, dtype: torch.dtype, block_size: int, rotate
 def quantize_weight(weight: torch.Tensor, dtype: torch.dtype, block_size: int):
     """See :func:`...quantize_weight`."""
     if not block_size:
-        return quantize_inputs(weight, dtype, 0, 0)
+        codes, scale = quantize_inputs(weight, dtype, 0, 0)
+        return codes, scale.reshape(-1)[:, None]
     weight = _rows(weight)
     rows, columns = weight.shape
     counts = triton.cdiv(rows, block_size), triton.cdiv(columns, block_size)
     codes = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     scale = torch.empty(counts, dtype=torch.float32, device=weight.device)
-    config, warps = CONFIGS["quantize_tiles"]
-    config = {"ROWS": min(config["ROWS"], block_size), "SIZE": block_size}
     _quantize_tiles[counts](
-        weight, as_stored(codes), scale, rows, columns, weight.stride(0), counts[1], **grid_of(dtype, weight.device), **config, num_warps=warps
+        weight,
+        as_stored(codes),
+        scale,
+        rows,
+        columns,
+        weight.stride(0),
+        counts[1],
+        **grid_of(dtype, weight.device),
+        **tiles_config(block_size),
+        num_warps=CONFIGS["quantize_tiles"][1],
     )
     return codes, scale
 

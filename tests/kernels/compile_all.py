@@ -13,8 +13,10 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from learned_rounding.kernels.triton import rounding
+from learned_rounding.kernels.reference import LARGEST
+from learned_rounding.kernels.triton import hopper, linear, quantize, rounding
 from learned_rounding.quant_core.formats import E4M3, E5M2, INT8
 
 F32, I32 = "*fp32", "i32"
@@ -24,38 +26,114 @@ SEARCH = dict.fromkeys(("scale", "ratios", "column_weight", "errors"), F32) | {"
 SEARCH |= dict.fromkeys(
     ("out", "inner", "row_stride", "candidates", "tile_rows", "tile_columns", "tiles", "group", "groups"), I32
 )
+QUANTIZE = {"x": "*bf16", "weight": "*bf16", "scale": F32}
+QUANTIZE |= dict.fromkeys(("rows", "columns", "x_stride", "stride", "scale_stride", "row_scaled", "tiles"), I32)
+PRODUCT = {"out": "*bf16", "bias": "*bf16", "input_scale": F32, "scale": F32, "row_scaled": I32}
+PRODUCT |= dict.fromkeys(
+    ("rows", "columns", "inner", "a_stride", "b_stride", "input_scale_stride", "scale_stride"), I32
+)
+# Sizes that are multiples of 16 in every real model; the compiler is told so at run time.
+EVEN = {"columns", "inner", "x_stride", "stride", "a_stride", "b_stride"}
 
 
-def cases():
-    """(kernel, argument types, constexpr values, warps)"""
+def rounding_cases():
     for grid in (E4M3, E5M2, INT8):
         numbers = rounding.grid_constants(grid.arithmetic)
         config, warps = rounding.CONFIGS["round_block"]
         for flag in (False, True):
-            yield rounding._round_block, BLOCK, {"HAS_BEFORE": flag, **numbers, **config}, warps
+            yield rounding._round_block, BLOCK, {"HAS_BEFORE": flag, **numbers, **config}, warps, 3
         config, warps = rounding.CONFIGS["scale_errors"]
         for shape in (config, rounding.square_tile(128), rounding.square_tile(8)):
             for flag in (False, True):
-                yield rounding._scale_errors, SEARCH, {"HAS_WEIGHT": flag, **numbers, **shape, "CANDIDATES": 32}, warps
+                yield rounding._scale_errors, SEARCH, {"HAS_WEIGHT": flag, **numbers, **shape, "CANDIDATES": 32}, warps, 3
 
 
-def compile_case(kernel, types, constants, warps, sm):
-    """Registers and bytes spilled to local memory."""
+def quantizing_cases(sm):
+    for dtype, largest in LARGEST.items():
+        integer, native = dtype.itemsize == 1 and not dtype.is_floating_point, sm >= 89
+        types = QUANTIZE | {"codes": "*i8" if integer else "*u8"}
+        numbers = {"LARGEST": largest, "INTEGER": integer, "NATIVE": native}
+        warps = quantize.CONFIGS["quantize_blocks"][1]
+        for width in (16, 64, 128, 1024):
+            yield quantize._quantize_blocks, types, numbers | quantize.blocks_config(width), warps, 3
+        for columns in (640, 3072, 12288, 18432):
+            for group in (0, 16, 256):
+                config, warps = quantize.rows_config(columns)
+                yield quantize._quantize_rows, types, {**numbers, "GROUP": group, **config}, warps, 3
+        warps = quantize.CONFIGS["quantize_tiles"][1]
+        for size in (16, 128, 1024):
+            yield quantize._quantize_tiles, types, numbers | quantize.tiles_config(size), warps, 3
+        del numbers["LARGEST"]
+        for block, group in ((0, 0), (0, 256), (64, 0), (128, 0)):
+            config = quantize.dequantize_config(block)
+            types = types | {"weight": "*bf16"}
+            yield quantize._dequantize, types, {**numbers, "BLOCK": block, "GROUP": group, **config}, 4, 3
+
+
+def product_cases(sm):
+    shipped = [linear.SHIPPED_FEW_ROWS, *(launch for row in linear.SHIPPED.values() for _, launch in row)]
+    launches = dict.fromkeys((*shipped, *linear.CANDIDATES))
+    for dtype in LARGEST:
+        integer = not dtype.is_floating_point
+        decode = not integer and sm < 89
+        kind = "i8" if integer else "u8"
+        for launch in launches:
+            if launch.tma and sm < 90:
+                continue
+            for block in (0, 64, 128):
+                inner = min(launch.inner, block) if block else launch.inner
+                a, b = "*bf16" if decode else f"*{kind}", f"*{kind}"
+                if launch.tma:
+                    a, b = (f"tensordesc<{kind}[{side},{inner}]>" for side in (launch.rows, launch.columns))
+                constants = {"INTEGER": integer, "DECODE": decode, "BLOCK": block, "HAS_BIAS": True, "EVEN": True}
+                constants |= {"TMA": launch.tma, "ROWS": launch.rows, "COLUMNS": launch.columns, "INNER": inner}
+                yield linear._scaled_matmul, PRODUCT | {"a": a, "b": b}, constants, launch.warps, launch.stages
+
+
+def hopper_cases():
+    launch = hopper.SHIPPED
+    for dtype, kind in ((hopper.gl.int8, "i8"), (hopper.gl.float8e4nv, "fp8e4nv")):
+        tiles = [launch.rows, launch.inner], [launch.columns, launch.inner]
+        layouts = (hopper.gl.NVMMASharedLayout.get_default_for(tile, dtype) for tile in tiles)
+        a, b = (f"tensordesc<{kind}[{side},{width}],{layout!r}>" for (side, width), layout in zip(tiles, layouts, strict=True))
+        constants = {"INTEGER": kind == "i8", "BLOCK": 128, "HAS_BIAS": True, "ROWS": launch.rows, "PART": launch.part}
+        constants |= {"INNER": launch.inner, "STAGES": launch.stages}
+        yield hopper._block_matmul, PRODUCT | {"a": a, "b": b}, constants, hopper.WARPS, 3
+
+
+def cases(sm):
+    """(kernel, argument types, constexpr values, warps, stages)"""
+    yield from rounding_cases()
+    yield from quantizing_cases(sm)
+    yield from product_cases(sm)
+    if sm == 90:
+        yield from hopper_cases()
+
+
+def compile_case(kernel, types, constants, warps, stages, sm):
+    """Registers, whether values were spilled to memory, and the tensor core instructions."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name][0] == "*" or name in EVEN and name in types
+    }
     fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    registers, local = re.search(r"REG:(\d+).*?LOCAL:(\d+)", usage.stdout).groups()
-    return int(registers), int(local)
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage.stdout).groups())
+    products = sorted(set(re.findall(r"wgmma|mma\.sync", made.asm["ptx"])))
+    return {"registers": registers, "spilled": stack + local, "shared": made.metadata.shared, "products": products}
 
 
 if __name__ == "__main__":
-    for kernel, types, constants, warps in cases():
-        registers, local = compile_case(kernel, types, constants, warps, int(sys.argv[1]))
-        print(json.dumps({"kernel": kernel.__name__, **constants, "registers": registers, "spilled": local}))
+    for kernel, types, constants, warps, stages in cases(int(sys.argv[1])):
+        found = compile_case(kernel, types, constants, warps, stages, int(sys.argv[1]))
+        print(json.dumps({"kernel": kernel.__name__, **constants, "warps": warps, "stages": stages, **found}))

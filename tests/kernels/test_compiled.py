@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-CASES = 24  # 3 grids × (2 of round_block + 3 shapes × 2 of scale_errors)
+# Shared memory that a program may have: on SM 8.6 and 8.9 less than on the cards of data centres.
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+KERNELS = {"_round_block", "_scale_errors", "_quantize_blocks", "_quantize_rows", "_quantize_tiles", "_dequantize", "_scaled_matmul"}
 
 
-@pytest.mark.parametrize("sm", [80, 86, 89, 90])
+@pytest.mark.parametrize("sm", SHARED)
 def test_no_kernel_spills(sm):
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -19,5 +21,11 @@ def test_no_kernel_spills(sm):
     done = subprocess.run([sys.executable, script, str(sm)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     made = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(made) == CASES
+    assert {case["kernel"] for case in made} == KERNELS | ({"_block_matmul"} if sm == 90 else set())
     assert [case for case in made if case["spilled"] or not case["registers"]] == []
+    assert [case for case in made if case["shared"] > SHARED[sm]] == []
+    for case in made:
+        if case["kernel"] == "_block_matmul" or case["kernel"] == "_scaled_matmul" and sm == 90 and case["ROWS"] >= 64:
+            assert case["products"] == ["wgmma"], case  # the tensor cores of SM 9.0 at their full rate
+        elif case["kernel"] == "_scaled_matmul":
+            assert case["products"] == ["mma.sync"], case

@@ -1,0 +1,236 @@
+"""The block-scaled product on SM 9.0, in Gluon: Triton with layouts, barriers and partitions of warps said by hand.
+
+In plain Triton the tensor cores wait while the ordinary cores scale the sums of a block. Here a third partition fetches
+codes, and two partitions have half of a tile's rows each: one scales its sums while the other one's are made.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = ["SHIPPED", "Specialized", "block_matmul", "busy"]
+
+
+class Specialized(NamedTuple):
+    """How the product is cut up; the attributes' product of rows and columns is a tile.
+
+    Attributes:
+        rows: of a tile; each of the two multiplying partitions has half of them.
+        part: columns that are summed at a time; a tile has four times as many.
+        inner: of a step.
+        stages: steps that are fetched ahead.
+    """
+
+    rows: int
+    part: int
+    inner: int
+    stages: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tile."""
+        return 4 * self.part
+
+
+SHIPPED = Specialized(128, 64, 128, 4)
+WARPS = 4  # of each multiplying partition
+
+
+@gluon.jit
+def _tile_of(index, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Row and column of a tile; neighbours share both, so that both stay in the L2 cache."""
+    TALL: gl.constexpr = 8
+    down, across = gl.cdiv(rows, ROWS), gl.cdiv(columns, COLUMNS)
+    band = index // (TALL * across)
+    height = gl.minimum(down - band * TALL, TALL)
+    within = index % (TALL * across)
+    return band * TALL + within % height, within // height
+
+
+@gluon.jit
+def _fetch(a, b, rings, sizes, constants: gl.constexpr):
+    """The partition that asks for the blocks of every step, as soon as their place is free."""
+    a_ring, b_ring, ready, free = rings
+    rows, columns, inner, _, _ = sizes
+    ROWS: gl.constexpr = constants[3]
+    COLUMNS: gl.constexpr = 4 * constants[4]
+    INNER: gl.constexpr = constants[5]
+    STAGES: gl.constexpr = constants[6]
+    steps = gl.cdiv(inner, INNER)
+    tiles = gl.cdiv(rows, ROWS) * gl.cdiv(columns, COLUMNS)
+    step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        down, across = _tile_of(tile, rows, columns, ROWS, COLUMNS)
+        for k in range(0, steps):
+            slot = step % STAGES
+            bar = ready.index(slot)
+            mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(bar, a.block_type.nbytes + b.block_type.nbytes)
+            tma.async_copy_global_to_shared(a, [down * ROWS, k * INNER], bar, a_ring.index(slot))
+            tma.async_copy_global_to_shared(b, [across * COLUMNS, k * INNER], bar, b_ring.index(slot))
+            step += 1
+
+
+@gluon.jit
+def _store(value, out, bias, top, left, rows, columns, HAS_BIAS: gl.constexpr, ROWS: gl.constexpr, PART: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [4, 1], [1, 0])
+    row = top + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    column = left + gl.arange(0, PART, gl.SliceLayout(0, layout))
+    value = gl.convert_layout(value, layout)
+    if HAS_BIAS:
+        value += gl.load(bias + column, mask=column < columns, other=0.0).to(gl.float32)[None, :]
+    place = out + row.to(gl.int64)[:, None] * columns + column[None, :]
+    gl.store(place, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@gluon.jit
+def _sums(x, w, INDEX: gl.constexpr, place, PART: gl.constexpr):
+    """The products' sums of a part of a tile's columns, in the registers of ``place``."""
+    part = w.slice(INDEX * PART, PART, 0).permute((1, 0))
+    return hopper.warpgroup_mma_wait(0, deps=(hopper.warpgroup_mma(x, part, place, use_acc=False, is_async=True),))
+
+
+@gluon.jit
+def _multiply(tensors, rings, sizes, HALF: gl.constexpr, constants: gl.constexpr):
+    """A partition that works on half of a tile's rows: while it scales sums, the other half has the tensor cores."""
+    out, bias, input_scale, scale = tensors
+    a_ring, b_ring, ready, free = rings
+    rows, columns, inner, input_scale_stride, scale_stride = sizes
+    INTEGER: gl.constexpr = constants[0]
+    BLOCK: gl.constexpr = constants[1]
+    HAS_BIAS: gl.constexpr = constants[2]
+    ROWS: gl.constexpr = constants[3]
+    PART: gl.constexpr = constants[4]
+    INNER: gl.constexpr = constants[5]
+    STAGES: gl.constexpr = constants[6]
+    COLUMNS: gl.constexpr = 4 * PART
+    OWN: gl.constexpr = ROWS // 2
+    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
+    kind: gl.constexpr = gl.int32 if INTEGER else gl.float32
+    steps = gl.cdiv(inner, INNER)
+    tiles = gl.cdiv(rows, ROWS) * gl.cdiv(columns, COLUMNS)
+    last_block = (columns - 1) // BLOCK
+    step = 0
+    part = gl.zeros([OWN, PART], kind, sums)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        down, across = _tile_of(tile, rows, columns, ROWS, COLUMNS)
+        top, left = down * ROWS + HALF * OWN, across * COLUMNS
+        row = gl.minimum(top + gl.arange(0, OWN, gl.SliceLayout(1, sums)), rows - 1)
+        total0 = gl.zeros([OWN, PART], gl.float32, sums)
+        total1 = total0
+        total2 = total0
+        total3 = total0
+        for k in range(0, steps):
+            slot = step % STAGES
+            own = gl.load(input_scale + k * INNER // BLOCK * input_scale_stride + row)
+            step_scale = scale + k * INNER // BLOCK
+            s0 = own * gl.load(step_scale + gl.minimum(left // BLOCK, last_block) * scale_stride)
+            s1 = own * gl.load(step_scale + gl.minimum((left + PART) // BLOCK, last_block) * scale_stride)
+            s2 = own * gl.load(step_scale + gl.minimum((left + 2 * PART) // BLOCK, last_block) * scale_stride)
+            s3 = own * gl.load(step_scale + gl.minimum((left + 3 * PART) // BLOCK, last_block) * scale_stride)
+            mbarrier.wait(ready.index(slot), step // STAGES & 1)
+            x, w = a_ring.index(slot).slice(HALF * OWN, OWN, 0), b_ring.index(slot)
+            part = _sums(x, w, 0, part, PART)
+            total0 += part.to(gl.float32) * s0[:, None]
+            part = _sums(x, w, 1, part, PART)
+            total1 += part.to(gl.float32) * s1[:, None]
+            part = _sums(x, w, 2, part, PART)
+            total2 += part.to(gl.float32) * s2[:, None]
+            part = _sums(x, w, 3, part, PART)
+            mbarrier.arrive(free.index(slot), count=1)
+            total3 += part.to(gl.float32) * s3[:, None]
+            step += 1
+        _store(total0, out, bias, top, left, rows, columns, HAS_BIAS, OWN, PART)
+        _store(total1, out, bias, top, left + PART, rows, columns, HAS_BIAS, OWN, PART)
+        _store(total2, out, bias, top, left + 2 * PART, rows, columns, HAS_BIAS, OWN, PART)
+        _store(total3, out, bias, top, left + 3 * PART, rows, columns, HAS_BIAS, OWN, PART)
+
+
+@gluon.jit
+def _block_matmul(
+    a,
+    b,
+    out,
+    bias,
+    input_scale,
+    scale,
+    rows,
+    columns,
+    inner,
+    input_scale_stride,
+    scale_stride,
+    INTEGER: gl.constexpr,
+    BLOCK: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ROWS: gl.constexpr,
+    PART: gl.constexpr,
+    INNER: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, ROWS, INNER], a.layout)
+    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, 4 * PART, INNER], b.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=2)
+    hopper.fence_async_shared()
+    tensors = (out, bias, input_scale, scale)
+    rings = (a_ring, b_ring, ready, free)
+    sizes = (rows, columns, inner, input_scale_stride, scale_stride)
+    constants: gl.constexpr = (INTEGER, BLOCK, HAS_BIAS, ROWS, PART, INNER, STAGES)
+    gl.warp_specialize(
+        [
+            (_multiply, (tensors, rings, sizes, 0, constants)),
+            (_multiply, (tensors, rings, sizes, 1, constants)),
+            (_fetch, (a, b, rings, sizes, constants)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def busy(rows: int, columns: int, device: torch.device) -> float:
+    """The share of the card that works while the last round of tiles does, over all rounds: 1 when they come out even."""
+    tiles = triton.cdiv(rows, SHIPPED.rows) * triton.cdiv(columns, SHIPPED.columns)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return tiles / (triton.cdiv(tiles, processors) * processors)
+
+
+def block_matmul(x, input_scale, codes, scale, bias, block_size: int, out_dtype, launch: Specialized) -> torch.Tensor:
+    """x·ŵᵀ + bias of codes x (M, K) and ``codes`` (N, K), both in blocks of a multiple of 128."""
+    (rows, inner), columns = x.shape, codes.shape[0]
+    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
+    dtype = gl.int8 if codes.dtype is torch.int8 else gl.float8e4nv
+    a_tile, b_tile = [launch.rows, launch.inner], [launch.columns, launch.inner]
+    a_layout, b_layout = (gl.NVMMASharedLayout.get_default_for(tile, dtype) for tile in (a_tile, b_tile))
+    tiles = triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    _block_matmul[(min(tiles, processors),)](
+        TensorDescriptor.from_tensor(x, a_tile, a_layout),
+        TensorDescriptor.from_tensor(codes, b_tile, b_layout),
+        out,
+        scale if bias is None else bias,
+        input_scale,
+        scale,
+        rows,
+        columns,
+        inner,
+        input_scale.stride(1),
+        scale.stride(0),
+        INTEGER=codes.dtype is torch.int8,
+        BLOCK=block_size,
+        HAS_BIAS=bias is not None,
+        ROWS=launch.rows,
+        PART=launch.part,
+        INNER=launch.inner,
+        STAGES=launch.stages,
+        num_warps=WARPS,
+    )
+    return out

@@ -1,0 +1,129 @@
+"""The kernels on a real card, at the sizes they are made for: every backend against float64, graphs, compilers, caches."""
+
+import pytest
+import torch
+
+from learned_rounding import kernels
+from learned_rounding.kernels import tuning
+
+pytestmark = pytest.mark.gpu
+
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+LAYERS = {
+    "int8_block_linear": (kernels.quantize_int8_block_weight, 128),
+    "fp8_block_linear": (kernels.quantize_fp8_block_weight, 128),
+    "int8_row_linear": (kernels.quantize_int8_row_weight, 0),
+    "fp8_row_linear": (kernels.quantize_fp8_row_weight, 0),
+}
+
+
+def random(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
+
+
+def layer(name, weight, block_size=None):
+    quantize, usual = LAYERS[name]
+    blocks = {"block_size": block_size or usual} if usual else {}
+    codes, scale = quantize(weight, *blocks.values())
+    return lambda x, bias=None, **options: getattr(kernels, name)(x, codes, scale, bias, **blocks, **options)
+
+
+def relative(got, want):
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    yield tuning.cache_file()
+    tuning._remembered.cache_clear()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch", "reference"])
+@pytest.mark.parametrize(
+    "tokens, out, inner", [(1, 3072, 3072), (40, 320, 640), (256, 3072, 12288), (1000, 1100, 720), (4096, 3072, 3072)]
+)
+def test_layers_against_float64(cache, name, backend, tokens, out, inner):
+    x, weight, bias = random(tokens, inner), random(out, inner, seed=1), random(out, seed=2)
+    want = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    with kernels.using(backend):
+        got = layer(name, weight)(x, bias)
+    assert got.dtype is torch.bfloat16
+    assert relative(got, want) < (0.02 if "int8" in name else 0.05)
+
+
+@pytest.mark.parametrize("name", ["int8_block_linear", "fp8_block_linear"])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 1024])
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_block_sizes_and_output_dtypes(name, block_size, out_dtype):
+    x, weight, bias = random(1024, 3072), random(3000, 3072, seed=1), random(3000, seed=2)
+    want = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    with kernels.using("triton"):
+        got = layer(name, weight, block_size)(x, bias, out_dtype=out_dtype)
+    assert got.dtype is out_dtype and relative(got, want) < (0.02 if "int8" in name else 0.05)
+
+
+@pytest.mark.parametrize("dtype", [INT8, FP8])
+@pytest.mark.parametrize("tokens, out, inner", [(300, 700, 384), (4096, 3072, 3072), (2048, 12288, 1040)])
+def test_the_product_written_for_hopper_is_the_plain_one_to_the_bit(dtype, tokens, out, inner):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs SM 9.0")
+    from learned_rounding.kernels.triton import hopper, linear, quantize
+
+    codes, scale = quantize.quantize_weight(random(out, inner, seed=1), dtype, 128)
+    inputs, input_scale = quantize.quantize_inputs(random(tokens, inner), dtype, 128, 0)
+    for bias in (None, random(out, seed=2)):
+        arguments = (inputs, input_scale, codes, scale, bias, 128, torch.bfloat16)
+        plain = linear.multiply(*arguments, linear.Launch(64, 128, 128, 4, 3, tma=True))
+        assert torch.equal(hopper.block_matmul(*arguments, hopper.SHIPPED), plain)
+
+
+def test_more_than_two_billion_values():
+    x = torch.zeros(2**31 // 2048 + 100, 2048, dtype=torch.bfloat16, device="cuda")
+    x[-1] = random(2048)
+    weight = random(128, 2048, seed=1)
+    want = x[-1:].double() @ weight.double().t()
+    with kernels.using("triton"):
+        for name in ("int8_block_linear", "int8_row_linear"):
+            got = layer(name, weight)(x)
+            assert relative(got[-1:], want) < 0.02 and not got[:-1].any()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_in_a_cuda_graph(cache, name):
+    weight, x = random(1024, 1024, seed=1), random(512, 1024)
+    run = layer(name, weight)
+    want = run(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(x)
+    x.copy_(random(512, 1024, seed=3))
+    graph.replay()
+    assert not torch.equal(out, want) and torch.equal(out, run(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_in_torch_compile(cache, name):
+    run = layer(name, random(1024, 1024, seed=1))
+    block = torch.compile(lambda x: torch.nn.functional.gelu(run(x)) * 2, fullgraph=True)
+    for tokens in (512, 384):
+        x = random(tokens, 1024, seed=tokens)
+        torch.testing.assert_close(block(x), torch.nn.functional.gelu(run(x)) * 2, rtol=0.02, atol=0.02)
+
+
+def test_autotuning_keeps_its_choice_on_disk(cache):
+    x, run = random(512, 1024), layer("int8_block_linear", random(1024, 1024, seed=1))
+    with kernels.using("triton"):
+        want = run(x)
+    with kernels.using("autotuned"):
+        first, again = run(x), run(x)
+    assert torch.equal(first, again) and relative(first, want.double()) < 1e-2
+    assert "launch; " in cache.read_text() and torch.cuda.get_device_name() in cache.read_text()
+
+
+def test_the_same_bytes_every_time():
+    x, run = random(4096, 3072), layer("int8_block_linear", random(3072, 3072, seed=1))
+    with kernels.using("triton"):
+        first = run(x)
+        assert all(torch.equal(run(x), first) for _ in range(20))
