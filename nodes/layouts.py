@@ -20,7 +20,7 @@ from comfy_kitchen.tensor import (
 )
 
 from .. import kernels
-from ..quant_core.formats import make_encoding
+from ..quant_core.formats import Encoding, make_encoding
 from ..quant_core.rounding import round_stochastic
 
 __all__ = ["LAYOUTS", "QuantizedTensor"]
@@ -64,6 +64,11 @@ class _ScaledLayout(QuantizedLayout):
     encode: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
     @classmethod
+    def encoding(cls, block_size: int | None) -> Encoding:
+        """The format with that block size; None for 128, and for what has no blocks."""
+        return make_encoding(cls.format, block_size=block_size)
+
+    @classmethod
     def quantize(cls, tensor, scale=None, stochastic_rounding=0, inplace_ops=False, block_size=None):
         """Codes and parameters of a weight (out, in) of any float dtype; a scale follows from the largest magnitude.
 
@@ -78,7 +83,7 @@ class _ScaledLayout(QuantizedLayout):
             raise ValueError(f"{cls.format} holds matrices only, not a tensor of shape {tuple(tensor.shape)}; leave it as it is.")
         if scale not in (None, "recalculate"):
             raise ValueError(f"{cls.format} derives its scales from the weight; leave scale out.")
-        encoding = make_encoding(cls.format, block_size=block_size)
+        encoding = cls.encoding(block_size)
         params = _Params(torch.empty(0), tensor.dtype, tuple(tensor.shape), encoding.block_size)
         codes, scale = cls.encode(tensor, **params.options)
         if stochastic_rounding:

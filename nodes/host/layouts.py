@@ -93,25 +93,30 @@ def _load_layer(load, config: dict, module, super_load, state_dict, prefix: str,
     params = layout.Params(loaded._params.scale, loaded._params.orig_dtype, loaded._params.orig_shape, encoding.block_size)
     weight = QuantizedTensor(loaded._qdata.view(dtype), layout.__name__, params)
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
-    module.quant_format, module.layout_type, module.encoding = encoding.format.name, layout.__name__, encoding
-    module.__class__ = _own(type(module))
+    module.quant_format, module.layout_type = encoding.format.name, layout.__name__
+    module.__class__ = _ours(type(module))
 
 
-@functools.lru_cache(maxsize=8)  # ComfyUI makes one class per model
-def _own(linear):
-    """A subclass of ComfyUI's quantized Linear for our layers: what ComfyUI's own leaves out of theirs.
+class _OurLinear:
+    """What ComfyUI's quantized Linear leaves out for a layer of ours.
 
     It saves the layer's whole JSON, and its inputs are contiguous: torch takes other ones apart into products with a
     stack of decoded weights, where it is not in inference mode.
     """
 
-    class Linear(linear):
-        def _forward(self, input, weight, bias):
-            return super()._forward(input.contiguous(), weight, bias)
+    def _forward(self, input, weight, bias):
+        return super()._forward(input.contiguous(), weight, bias)
 
-        def state_dict(self, *args, destination=None, prefix="", **kwargs):
-            state = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
-            state[f"{prefix}comfy_quant"] = config_tensor(self.encoding.config)
-            return state
+    def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        from ..layouts import LAYOUTS
 
-    return Linear
+        state, key = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs), f"{prefix}comfy_quant"
+        if key in state and self.quant_format in LAYOUTS:
+            state[key] = config_tensor(LAYOUTS[self.quant_format].encoding(self.weight._params.block_size).config)
+        return state
+
+
+@functools.lru_cache(maxsize=8)  # ComfyUI makes one class per model
+def _ours(linear):
+    """ComfyUI's class of a quantized layer, with what it leaves out."""
+    return linear if issubclass(linear, _OurLinear) else type("Linear", (_OurLinear, linear), {})

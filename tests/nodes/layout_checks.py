@@ -138,9 +138,17 @@ def _layer(coded, encoding, crooked) -> dict[str, bool]:
     with torch.inference_mode():
         whole = layer(crooked)
     saved = layer.state_dict(prefix="a.")
+    layer._load_from_state_dict(dict(state), "a.", {}, True, [], [], [])
+    again = layer.state_dict(prefix="a.")
+    kind = type(layer)
+    layer._load_from_state_dict({"a.weight": coded.dequantize()}, "a.", {}, True, [], [], [])
+    plain = layer.state_dict(prefix="a.")
+    layer._load_from_state_dict(dict(state), "a.", {}, True, [], [], [])
     return {
         "layer: linear is mm, whatever the strides": torch.equal(whole, parts) and torch.equal(whole, linear(crooked.contiguous(), coded)),
         "layer: saved as loaded": saved.keys() == state.keys() and all(_same_bytes(saved[name], state[name]) for name in state),
+        "layer: loaded again": all(_same_bytes(again[name], state[name]) for name in state) and type(layer) is kind,
+        "layer: loaded with a plain weight": plain.keys() == {"a.weight"},
         "layer: moved": layer.to("meta").weight._params.scale.device.type == "meta",
     }
 
