@@ -5,6 +5,7 @@ power of two, so that another prompt length measures nothing anew.
 """
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -81,18 +82,22 @@ def shape_key(what: str, x: torch.Tensor, codes: torch.Tensor, *details) -> str:
     return "; ".join(map(str, parts))
 
 
-def _milliseconds(call: Callable[[], object], runs: int = 5) -> float:
-    """The median of a few runs, after two that are not counted."""
-    times = []
-    for run in range(runs + 2):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+def _milliseconds(call: Callable[[], object], runs: int = 10) -> float:
+    """The median of a few runs on the device, after two that are not counted.
+
+    The device first idles for ten milliseconds, in which the runs queue up: their launches do not count.
+    """
+    for _ in range(2):
         call()
-        stop.record()
-        stop.synchronize()
-        if run >= 2:
-            times.append(start.elapsed_time(stop))
-    return sorted(times)[len(times) // 2]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    torch.cuda._sleep(20_000_000)
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    marks[-1].synchronize()
+    times = sorted(start.elapsed_time(stop) for start, stop in itertools.pairwise(marks))
+    return times[runs // 2]
 
 
 def fastest(key: str, names: Sequence[str], run: Callable[[str], object]) -> str:

@@ -59,7 +59,7 @@ CANDIDATES = (
     Launch(32, 64, 128, 4, 4),
     Launch(64, 64, 128, 4, 4),
     Launch(64, 128, 64, 4, 4),
-    Launch(128, 64, 128, 4, 3),
+    Launch(128, 64, 128, 8, 3),
     Launch(128, 128, 128, 8, 3),
     Launch(64, 64, 128, 4, 4, tma=True),
     Launch(64, 128, 128, 4, 3, tma=True),
@@ -142,12 +142,15 @@ def _scaled_matmul(
         else:
             block = step * INNER // BLOCK
             part = tl.dot(x, w, out_dtype=tl.int32 if INTEGER else tl.float32).to(tl.float32)
+            own = tl.full([ROWS], 1.0, tl.float32)
             if not DECODE:
                 own = tl.load(input_scale + block * input_scale_stride + tl.minimum(row, rows - 1))
-                part *= own[:, None]
-            # A tile within one block of columns has one scale, which costs nothing beside that of its rows.
-            first = tl.minimum(tile_column * COLUMNS if BLOCK % COLUMNS == 0 else column, columns - 1)
-            total += part * tl.load(scale + first // BLOCK * scale_stride + block)
+            if BLOCK % COLUMNS == 0:  # a tile within one block of columns has one scale: it goes into those of the rows
+                first = tl.minimum(tile_column * COLUMNS, columns - 1)
+                total += part * (own * tl.load(scale + first // BLOCK * scale_stride + block))[:, None]
+            else:
+                beside = tl.load(scale + tl.minimum(column, columns - 1) // BLOCK * scale_stride + block)
+                total += part * own[:, None] * beside[None, :]
         if not TMA:
             a_place += INNER
             b_place += INNER

@@ -272,7 +272,7 @@ def rows_config(columns: int) -> tuple[dict[str, object], int]:
     """The configuration of quantize_rows for rows of that many columns."""
     columns = triton.next_power_of_2(columns)
     limit = 16384
-    return {"COLUMNS": min(columns, limit), "WHOLE": columns <= limit}, min(max(columns // 512, 1), 16)
+    return {"COLUMNS": min(columns, limit), "WHOLE": columns <= limit}, max(min(columns, limit) // 2048, 1)
 
 
 def quantize_inputs(x: torch.Tensor, dtype: torch.dtype, block_size: int, rotate_by: int):

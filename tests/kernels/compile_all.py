@@ -54,10 +54,10 @@ def quantizing_cases(sm):
         types = QUANTIZE | {"codes": "*i8" if integer else "*u8"}
         numbers = {"LARGEST": largest, "INTEGER": integer, "NATIVE": native}
         warps = quantize.CONFIGS["quantize_blocks"][1]
-        for width in (16, 64, 128, 1024):
+        for width in (16, 128, 1024):
             yield quantize._quantize_blocks, types, numbers | quantize.blocks_config(width), warps, 3
-        for columns in (640, 3072, 12288, 18432):
-            for group in (0, 16, 256):
+        for columns in (3072, 18432):
+            for group in (0, 256):
                 config, warps = quantize.rows_config(columns)
                 yield quantize._quantize_rows, types, {**numbers, "GROUP": group, **config}, warps, 3
         warps = quantize.CONFIGS["quantize_tiles"][1]

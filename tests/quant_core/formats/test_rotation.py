@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from learned_rounding.kernels.hadamard import hadamard
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.formats import Rotation, rotation_groups
-from learned_rounding.kernels.hadamard import hadamard
 
 
 @pytest.mark.parametrize("size", [16, 64, 256])
