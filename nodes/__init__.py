@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
+from . import host
 from .calibrate import Calibrate
 from .calibrate_text import CalibrateTextEncoder
 from .configure import ConfigureQuantization
@@ -19,6 +20,7 @@ class LearnedRoundingExtension(ComfyExtension):
     """What ComfyUI loads."""
 
     async def get_node_list(self):
+        host.add_layouts()  # not in on_load, which ComfyUI 0.3.75 does not call
         return [
             LoadModel,
             ConfigureQuantization,

@@ -21,6 +21,7 @@ from .checkpoints import (
     TensorInfo,
     TensorSource,
     header_bytes,
+    loading_note,
     provenance,
     quantization_metadata,
     remove_leftovers,
@@ -293,6 +294,7 @@ def _metadata(
     made = {"version": VERSION, "fingerprint": mark, "recipe": recipe.to_dict()}
     return {
         **source.metadata,
+        **loading_note(configs),
         QUANTIZATION_KEY: quantization_metadata(configs),
         PROVENANCE_KEY: json.dumps(made, separators=(",", ":")),
     }

@@ -6,6 +6,7 @@
 * ``calibrating``: run the original model as its user does, and learn what its linear layers are given.
 * ``calibrations``: what passes between the calibrating nodes, and its files.
 * ``building``: from quantized files back to a MODEL or CLIP, by ComfyUI's own loaders wherever they know the format.
+* ``layouts``: ComfyUI's own loaders read the formats of this pack.
 * ``saving``: quantized files to where ComfyUI's loaders look.
 * ``running``: the prompt that runs: outputs in use, progress, messages to its client, interrupts.
 """
@@ -14,11 +15,13 @@ from .building import build_clip, build_model, knows, quantized_layers
 from .calibrating import KEEP, calibrate_clip, calibrate_model, pictures, samplers, schedulers
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
 from .folders import FileSource, clip_types, file_state, model_files
+from .layouts import add_layouts
 from .quantizing import Quantized, quantize
 from .running import is_interrupt, outputs_in_use, outputs_in_use_of_running_prompt, progress_bar, send
 from .saving import SAVE_FOLDERS, save
 
 __all__ = [
+    "add_layouts",
     "build_clip",
     "build_model",
     "calibrate_clip",

@@ -1,7 +1,7 @@
 """Tensors in and out of files: streaming reader and writer, metadata, verification, inspection."""
 
 from .inspect import inspect_file
-from .metadata import PROVENANCE_KEY, QUANTIZATION_KEY, layer_configs, provenance, quantization_metadata
+from .metadata import PROVENANCE_KEY, QUANTIZATION_KEY, layer_configs, loading_note, provenance, quantization_metadata
 from .reader import SafetensorsFile
 from .source import Source, TensorInfo, TensorSource
 from .verify import verify_file
@@ -12,6 +12,7 @@ __all__ = [
     "PROVENANCE_KEY",
     "QUANTIZATION_KEY",
     "layer_configs",
+    "loading_note",
     "provenance",
     "quantization_metadata",
     "SafetensorsFile",

@@ -61,7 +61,7 @@ def _stock(found: list[str]) -> str:
         return f"It holds {', '.join(unknown)}, which this version cannot judge."
     ours = [name for name in found if FORMATS[name].stock_since is None]
     if ours:
-        return f"Stock ComfyUI does not load {', '.join(ours)}; use it through this node pack."
+        return f"ComfyUI's own loaders read {', '.join(ours)} only with this node pack installed."
     since = max(
         (FORMATS[name].stock_since for name in found), key=lambda release: [int(part) for part in release.split(".")]
     )

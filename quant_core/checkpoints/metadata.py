@@ -6,13 +6,16 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import SourceError
+from ..formats import FORMATS
 from .source import Source
 
 __all__ = [
     "QUANTIZATION_KEY",
     "PROVENANCE_KEY",
+    "NOTE_KEY",
     "CONFIG_SUFFIX",
     "header_layers",
+    "loading_note",
     "quantization_metadata",
     "layer_configs",
     "provenance",
@@ -20,7 +23,9 @@ __all__ = [
 
 QUANTIZATION_KEY = "_quantization_metadata"  # read by ComfyUI; overrides the tensors when present
 PROVENANCE_KEY = "learned_rounding"  # read by us: version, recipe, fingerprint
+NOTE_KEY = "note"  # read by people whose ComfyUI does not load the file
 CONFIG_SUFFIX = ".comfy_quant"
+_HOME = "https://github.com/learned-rounding/learned_rounding"
 _CHECKPOINT_PREFIX = "model.diffusion_model."
 
 
@@ -41,6 +46,13 @@ def quantization_metadata(configs: Mapping[str, dict[str, object]]) -> str:
     """The header entry for {layer: JSON}."""
     layers = header_layers(configs)
     return json.dumps({"format_version": "1.0", "layers": layers}, separators=(",", ":"))
+
+
+def loading_note(configs: Mapping[str, dict[str, object]]) -> dict[str, str]:
+    """The header entry that names what loads the file; none where stock ComfyUI does. ``configs``: {layer: JSON}."""
+    formats = {str(config["format"]) for config in configs.values()}
+    ours = sorted(name for name in formats if FORMATS[name].stock_since is None)
+    return {NOTE_KEY: f"ComfyUI loads {', '.join(ours)} layers with the node pack Learned Rounding installed: {_HOME}"} if ours else {}
 
 
 def _parse(text: str | bytes, where: str) -> dict:

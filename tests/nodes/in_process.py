@@ -38,6 +38,11 @@ RECIPES = {
     "int8 convrot": Recipe(format="int8_tensorwise", convrot=True),
     "int8_blockwise": Recipe(format="int8_blockwise", block_size=32),
 }
+OURS = {
+    "int8_blockwise": Recipe(format="int8_blockwise", block_size=32),
+    "float8_e4m3fn_blockwise": Recipe(format="float8_e4m3fn_blockwise", block_size=64),
+    "float8_e4m3fn_rowwise": Recipe(format="float8_e4m3fn_rowwise"),
+}
 TINY_T5 = {"t5xxl_model_config": {"d_model": 64, "d_kv": 32, "num_heads": 2}}
 
 
@@ -83,14 +88,14 @@ def without_links(call):
         os.link = link
 
 
-def text_encoder() -> dict:
+def text_encoder(recipes=RECIPES) -> dict:
     """CLIP in → quantized CLIP out, and its file through ComfyUI's loader, with our layers where it needs them."""
     path = Path(folder) / "t5.safetensors"
     save_file(t5_weights(), path)
     clip = load(path)
     before = encode(clip)
     found = {}
-    for name, recipe in RECIPES.items():
+    for name, recipe in recipes.items():
         quantized = host.quantize(clip, recipe, lambda event: None)
         ours = host.build_clip(clip, quantized)
         (file,) = quantized.files.values()
@@ -101,6 +106,7 @@ def text_encoder() -> dict:
         conditioning = encode(ours)
         found[name] = {
             "layers": len(host.quantized_layers(ours.patcher)),
+            "stock_layers": not ours_reads,
             "loaded_layers": len(host.quantized_layers(loaded.patcher)),
             "error": float((conditioning - before).norm() / before.norm()),
             "same_as_file": bool(torch.equal(conditioning, encode(loaded))),
@@ -112,6 +118,12 @@ def text_encoder() -> dict:
             "saved": str(saved.relative_to(folder_paths.get_output_directory())),
         }
     return found
+
+
+def taught_text_encoder() -> dict:
+    """The same with our formats, by ComfyUI's own layers."""
+    host.add_layouts()
+    return text_encoder(OURS)
 
 
 WORDS = (
@@ -201,6 +213,15 @@ def decoding() -> dict:
     return found
 
 
-CHECKS = {"decoding": decoding, "text_encoder": text_encoder, "calibrated_text_encoder": calibrated_text_encoder}
+CHECKS = {
+    "decoding": decoding,
+    "text_encoder": text_encoder,
+    "taught_text_encoder": taught_text_encoder,
+    "calibrated_text_encoder": calibrated_text_encoder,
+}
+if check.startswith("layout_"):
+    import layout_checks
+
+    CHECKS |= layout_checks.CHECKS
 with torch.inference_mode():
     print("RESULT" + json.dumps(CHECKS[check]()))

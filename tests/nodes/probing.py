@@ -9,7 +9,7 @@ from learned_rounding.hosts.server import PACK
 from learned_rounding.hosts.workflows import Node
 from learned_rounding.quant_core import FORMATS
 
-__all__ = ["CASES", "ProbedGraph", "in_process", "probed", "progress", "stock_loads", "text"]
+__all__ = ["CASES", "ProbedGraph", "in_process", "loads", "probed", "progress", "stock_loads", "takes_layouts", "text"]
 
 CASES = [(name, granularity, "off") for name, entry in FORMATS.items() for granularity in entry.granularities]
 CASES.append(("int8_tensorwise", "row", "on"))
@@ -27,9 +27,19 @@ def _parts(version: str) -> tuple[int, ...]:
 
 
 def stock_loads(host, format: str) -> bool:
-    """Whether the host's own loaders read files of that format."""
+    """Whether the host's own loaders read files of that format without this pack."""
     since = FORMATS[format].stock_since
     return since is not None and _parts(host.version) >= _parts(since)
+
+
+def takes_layouts(host) -> bool:
+    """Whether the host's own loaders can be taught this pack's formats."""
+    return "def _load_quantized_module(module, super_load, state_dict, prefix," in (host.path / "comfy" / "ops.py").read_text()
+
+
+def loads(host, format: str) -> bool:
+    """Whether the host's own loaders read files of that format when this pack is installed."""
+    return takes_layouts(host) if FORMATS[format].stock_since is None else stock_loads(host, format)
 
 
 def text(result, node: Node) -> str:

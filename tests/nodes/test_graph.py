@@ -17,10 +17,17 @@ from learned_rounding.hosts.workflows import Node
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
 from learned_rounding.quant_core.checkpoints import verify_file
 from learned_rounding.quant_core.formats import E4M3, E5M2, INT8
-from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, probed, progress, stock_loads, text
+from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, loads, probed, progress, takes_layouts, text
 
 # dB against the unquantized model: under the worst picture of plain nearest rounding (benchmarks/README.md).
 FLOOR = {E4M3: 38.0, E5M2: 32.0, INT8: 27.0}
+FLOOR_FP8_INPUTS = 24.0  # inputs in FP8 too, three mantissa bits; ComfyUI's own FP8 leaves them as they are on a CPU
+
+
+def floor(host, format: str) -> float:
+    entry = FORMATS[format]
+    fp8_inputs = entry.grid == E4M3 and entry.inputs != "tensor" and takes_layouts(host)
+    return FLOOR_FP8_INPUTS if fp8_inputs else FLOOR[entry.grid]
 
 
 def saved_path(result, node) -> Path:
@@ -71,7 +78,7 @@ def test_quantize_and_sample_in_one_graph(comfy, request, format, granularity, c
     for full, ours in zip(
         pictures(comfy.output_dir, f"{name}-full"), pictures(comfy.output_dir, f"{name}-quantized"), strict=True
     ):
-        assert FLOOR[FORMATS[format].grid] < psnr(full, ours) < float("inf")
+        assert floor(comfy.host, format) < psnr(full, ours) < float("inf")
 
 
 @pytest.mark.parametrize("format, granularity, convrot", CASES)
@@ -84,12 +91,44 @@ def test_the_saved_file_samples_as_in_the_graph_bit_for_bit(comfy, request, form
     assert path.is_relative_to(comfy.output_dir / "diffusion_models")
     verification = verify_file(path)
     assert verification.layers > 30 and not verification.problems
-    if not stock_loads(comfy.host, format):
-        pytest.skip(f"ComfyUI {comfy.host.version} cannot load {format} files by itself; the file was verified only")
+    if not loads(comfy.host, format):
+        pytest.skip(f"ComfyUI {comfy.host.version} cannot load {format} files; the file was verified only")
     again = ProbedGraph()
     again.sample(again.load(path.name)[0], f"{name}-file")
     comfy.queue(again)
     assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-file"))
+
+
+@pytest.mark.parametrize("format", [name for name, entry in FORMATS.items() if entry.stock_since is None])
+def test_a_file_of_ours_goes_the_round_of_stock_nodes(comfy, request, format):
+    """Load, LoRA and save nodes of ComfyUI's own: what they save samples as what they were given, LoRA and all."""
+    if not takes_layouts(comfy.host):
+        pytest.skip(f"ComfyUI {comfy.host.version} cannot load {format} files")
+    graph, name = ProbedGraph(), unique(request)
+    saved = graph.save(graph.quantize(graph.source()[0], format), name)
+    path = saved_path(comfy.queue(graph), saved)
+    graph = ProbedGraph()
+    model = graph.load(path.name)
+    models = {"plain": model, "lora": graph.lora(model[0])}
+    for kind, node in models.items():
+        graph.sample(node[0], f"{name}-{kind}")
+        graph.add("ModelSave", model=node[0], filename_prefix=f"diffusion_models/{name}-{kind}")
+    comfy.queue(graph)
+    graph = ProbedGraph()
+    probes = {}
+    for kind in models:
+        model = graph.load(f"{name}-{kind}_00001_.safetensors")
+        probes[kind] = graph.probe(model[0])
+        graph.sample(model[0], f"{name}-{kind}-again")
+    result = comfy.queue(graph)
+    for kind, probe in probes.items():
+        found = probed(result, probe)
+        assert len(found["layers"]) > 30 and set(found["layers"].values()) == {str(FORMATS[format].grid.dtype).removeprefix("torch.")}
+        made = comfy.output_dir / "diffusion_models" / f"{name}-{kind}_00001_.safetensors"
+        assert verify_file(made).layers == len(found["layers"])
+        first, second = (latents(comfy.output_dir, f"{name}-{kind}{end}") for end in ("", "-again"))
+        assert np.array_equal(first, second)
+    assert psnr(*(pictures(comfy.output_dir, f"{name}-{kind}") for kind in models)) < 40
 
 
 def test_every_option_of_the_node_becomes_one_of_the_recipe(comfy, request):
@@ -301,7 +340,8 @@ def test_saving_never_overwrites_and_keeps_the_temporary_file_apart(comfy, reque
         assert "_quantization_metadata" in opened.metadata() and "learned_rounding" in opened.metadata()
 
 
-def test_a_whole_checkpoint_keeps_its_other_parts(comfy, request):
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_blockwise"])
+def test_a_whole_checkpoint_keeps_its_other_parts(comfy, request, format):
     """Only the diffusion model is quantized, the VAE is copied bit for bit, and the stock loader takes the file."""
     name = unique(request)
     model = load_file(comfy.models_dir / "diffusion_models" / MODEL)
@@ -311,7 +351,7 @@ def test_a_whole_checkpoint_keeps_its_other_parts(comfy, request):
     folder.mkdir(exist_ok=True)
     save_file(checkpoint, folder / f"{name}.safetensors")
     graph = ProbedGraph()
-    quantized = graph.quantize(graph.source(f"checkpoints/{name}.safetensors")[0])
+    quantized = graph.quantize(graph.source(f"checkpoints/{name}.safetensors")[0], format)
     saved = graph.save(quantized, name)
     graph.sample(quantized[0], f"{name}-graph")
     path = saved_path(comfy.queue(graph), saved)
@@ -320,6 +360,8 @@ def test_a_whole_checkpoint_keeps_its_other_parts(comfy, request):
     made = load_file(path)
     vae = "first_stage_model.decoder.mid.attn_1.q.weight"
     assert made[vae].dtype == torch.bfloat16 and made[vae].equal(checkpoint[vae])
+    if not loads(comfy.host, format):
+        pytest.skip(f"ComfyUI {comfy.host.version} cannot load {format} files; the file was verified only")
     again = ProbedGraph()
     loaded = again.add("CheckpointLoaderSimple", ckpt_name=path.name)
     again.sample(loaded[0], f"{name}-file")

@@ -352,7 +352,7 @@ def test_inspect(lrq, model_file, tmp_path):
     lrq("quantize", "-i", source, "-o", tmp_path / "b.safetensors", "--int8", "--scaling_mode", "block")
     _, out, _ = lrq("inspect", tmp_path / "b.safetensors")
     assert "int8_blockwise per block of 128: 6 layers" in out
-    assert "Stock ComfyUI does not load int8_blockwise; use it through this node pack." in out
+    assert "ComfyUI's own loaders read int8_blockwise only with this node pack installed." in out
 
 
 def test_verify(lrq, model_file, tmp_path):

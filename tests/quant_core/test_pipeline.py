@@ -30,6 +30,7 @@ from learned_rounding.quant_core.errors import (
     SourceError,
 )
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted, RunFinished, RunStarted
+from learned_rounding.quant_core.formats import find_format
 from learned_rounding.quant_core.pipeline import output_name
 from learned_rounding.quant_core.rounding import slabs
 
@@ -91,6 +92,15 @@ def test_a_file_is_quantized_layer_by_layer(model, model_file, tmp_path, listing
     }
 
 
+def _note(recipe: Recipe) -> set[str]:
+    return {"note"} if find_format(recipe.format).stock_since is None else set()
+
+
+def test_a_file_that_stock_comfyui_does_not_load_says_what_does(model_file, tmp_path):
+    quantize_file(model_file(), tmp_path / "out.safetensors", Recipe(format="int8_blockwise"))
+    assert "int8_blockwise" in metadata_of(tmp_path / "out.safetensors")["note"]
+
+
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_state_dict_gives_what_its_file_gives(model, model_file, tmp_path, recipe):
     tensors = model()
@@ -99,7 +109,7 @@ def test_a_state_dict_gives_what_its_file_gives(model, model_file, tmp_path, rec
     quantize_file(model_file(author="me"), tmp_path / "out.safetensors", recipe)
     assert same(made.tensors, load_file(tmp_path / "out.safetensors"))
     of_file = metadata_of(tmp_path / "out.safetensors")
-    assert made.metadata.keys() == of_file.keys() == {"author", "_quantization_metadata", "learned_rounding"}
+    assert made.metadata.keys() == of_file.keys() == {"author", "_quantization_metadata", "learned_rounding"} | _note(recipe)
     assert json.loads(made.metadata["_quantization_metadata"]) == json.loads(of_file["_quantization_metadata"])
     assert same(tensors, before)
     save_file(made.tensors, tmp_path / "again.safetensors", made.metadata)

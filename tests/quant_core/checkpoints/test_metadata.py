@@ -1,12 +1,20 @@
 """What a quantized file says of itself."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from learned_rounding.quant_core.checkpoints import TensorSource, layer_configs, provenance, quantization_metadata
+from learned_rounding.quant_core.checkpoints import (
+    TensorSource,
+    layer_configs,
+    loading_note,
+    provenance,
+    quantization_metadata,
+)
 from learned_rounding.quant_core.errors import SourceError
+from learned_rounding.quant_core.recipes.toml import tomllib
 
 CONFIG = {"format": "int8_tensorwise", "per_row": True}
 
@@ -55,3 +63,11 @@ def test_damaged_header_entries(text):
 def test_damaged_provenance():
     with pytest.raises(SourceError, match="header entry learned_rounding is not valid JSON"):
         provenance(TensorSource({}, {"learned_rounding": "{"}))
+
+
+def test_the_note_names_this_pack_for_formats_that_stock_comfyui_does_not_load():
+    assert loading_note({"a": CONFIG, "b": {"format": "float8_e4m3fn"}}) == {}
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
+    note = loading_note({"a": CONFIG, "b": {"format": "int8_blockwise"}, "c": {"format": "float8_e4m3fn_rowwise"}})["note"]
+    assert "float8_e4m3fn_rowwise, int8_blockwise layers" in note and "tensorwise" not in note
+    assert project["tool"]["comfy"]["DisplayName"] in note and project["project"]["urls"]["Repository"] in note
