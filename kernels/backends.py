@@ -28,6 +28,8 @@ BACKENDS: Mapping[str, str] = {
     "torch": "torch's own 8-bit matrix products",
     "reference": "plain torch: decode, then multiply",
 }
+# What a backend means for an operation that has no implementation of that name.
+_INSTEAD = {"torch": "reference", "autotuned": "triton"}
 VARIABLE = "LEARNED_ROUNDING_BACKEND"
 _chosen = [os.environ.get(VARIABLE, "auto")]
 
@@ -169,13 +171,13 @@ def _say_once(message: str) -> None:
 def implementation(operation: str, *arguments) -> Callable:
     """The function that is to compute an operation with these arguments."""
     entries = OPERATIONS[operation]
-    name = _chosen[0]
+    name = _chosen[0] if _chosen[0] in entries else _INSTEAD.get(_chosen[0])
     if name in entries and not entries[name].refusal(*arguments):
         return entries[name].load()
     refused = refusals(operation, *arguments)
     possible = [name for name in entries if name not in refused]
     if possible == ["reference"]:
         _say_once(f"Kernels run in plain torch: {refused['triton']}.")
-    elif name == "auto" and operation == "scaled_linear":
+    elif _chosen[0] == "auto" and operation == "scaled_linear":
         possible = [tuning.fastest_backend(possible, entries, arguments)]
     return entries[possible[0]].load()

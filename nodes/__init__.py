@@ -8,6 +8,7 @@ from .calibrate_text import CalibrateTextEncoder
 from .configure import ConfigureQuantization
 from .load import LoadModel
 from .load_calibration import LoadCalibration
+from .load_quantized import LoadQuantized
 from .options import RoundingOptions
 from .quantize import LearnedRoundQuantize
 from .save import SaveQuantized
@@ -31,4 +32,5 @@ class LearnedRoundingExtension(ComfyExtension):
             CalibrateTextEncoder,
             SaveCalibration,
             LoadCalibration,
+            LoadQuantized,
         ]

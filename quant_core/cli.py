@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import kernels
 from .calibration import CalibrationFile
 from .checkpoints import SafetensorsFile, inspect_file, verify_file
 from .errors import OutputError, QuantizationError, RecipeError
@@ -69,6 +70,11 @@ def _parser() -> _Parser:
     )
     quantize.add_argument(
         "--device", help="where the arithmetic runs: cuda, cuda:1, cpu … (default: the first GPU, else the CPU)"
+    )
+    quantize.add_argument(
+        "--kernel_backend",
+        choices=[*kernels.BACKENDS],
+        help="how a GPU computes: auto or triton for the Triton kernels, torch or reference for plain torch (default: auto)",
     )
     quantize.add_argument(
         "--calibration", type=Path, metavar="FILE", help="statistics of the layers' inputs, for calibrated rounding"
@@ -299,7 +305,8 @@ def _quantize(args: argparse.Namespace) -> int:
         progress = _Progress(args.verbose)
         options = {"device": args.device, "overwrite": args.overwrite, "on_event": progress}
         try:
-            report = quantize_file(source, output, recipe, calibration=calibration, **options)
+            with kernels.using(args.kernel_backend or kernels.backend()):
+                report = quantize_file(source, output, recipe, calibration=calibration, **options)
         finally:
             progress.close()
     print(report.table())

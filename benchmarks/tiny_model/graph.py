@@ -25,6 +25,9 @@ class TinyGraph(Graph):
     def source(self, name: str = f"diffusion_models/{MODEL}") -> Node:
         return self.add("LearnedRoundingLoadModel", model=name)
 
+    def load_quantized(self, name: str) -> Node:
+        return self.add("LearnedRoundingLoadQuantized", model=f"diffusion_models/{name}")
+
     def lora(self, model: list, strength: float = 1.0) -> Node:
         return self.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=strength)
 

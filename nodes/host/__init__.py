@@ -11,7 +11,7 @@
 * ``running``: the prompt that runs: outputs in use, progress, messages to its client, interrupts.
 """
 
-from .building import build_clip, build_model, knows, quantized_layers
+from .building import build_clip, build_model, knows, load_quantized, quantized_layers
 from .calibrating import KEEP, calibrate_clip, calibrate_model, pictures, samplers, schedulers
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
 from .folders import FileSource, clip_types, file_state, model_files
@@ -36,6 +36,7 @@ __all__ = [
     "KEEP",
     "knows",
     "load_calibration",
+    "load_quantized",
     "model_files",
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",

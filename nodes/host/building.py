@@ -20,7 +20,7 @@ from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 from .quantizing import Quantized
 from .sources import is_quantized, module_name
 
-__all__ = ["build_clip", "build_model", "knows", "quantized_layers"]
+__all__ = ["build_clip", "build_model", "knows", "load_quantized", "quantized_layers"]
 
 
 def knows(format: str) -> bool:
@@ -88,13 +88,53 @@ def quantized_layers(patcher) -> dict[str, str]:
     return layers
 
 
+def load_quantized(source: FileSource) -> tuple:
+    """(MODEL, CLIP) in a quantized file, through layers of ours where this ComfyUI cannot run a format; blockers for what it is not.
+
+    Raises:
+        QuantizationError: the file holds no quantized layers, or ComfyUI does not take all of them.
+    """
+    with SafetensorsFile(source.path) as opened:
+        if not layer_configs(opened)[0]:
+            raise QuantizationError(
+                f"{source.path.name} holds no quantized layers; load it with ComfyUI's own loader, or quantize it first."
+            )
+    no_model = ExecutionBlocker(f"{source.path.name} is a text encoder: use the CLIP output, not MODEL.")
+    no_clip = ExecutionBlocker(f"{source.path.name} is a diffusion model: use the MODEL output, not CLIP.")
+    model = no_model if source.kind == TEXT_ENCODERS else _model_in(source.path, source.kind)
+    clip = no_clip if source.kind == DIFFUSION_MODELS else _clip_in(source.path, source.kind, source.clip_type)
+    return model, clip
+
+
+def _model_in(path: Path, kind: str):
+    """The MODEL in a quantized file."""
+    model = (_load_decoding_model if _layers_to_decode(path) else _load_model)(path, kind)
+    _check_built(model, path, "model")
+    return model
+
+
+def _clip_in(path: Path, kind: str, clip_type: str):
+    """The CLIP in a quantized file; that of a checkpoint is not quantized itself."""
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    if kind == CHECKPOINTS:
+        return comfy.sd.load_checkpoint_guess_config(
+            str(path), output_vae=False, output_clip=True, output_model=False, embedding_directory=embeddings
+        )[1]
+    clip = comfy.sd.load_clip(
+        ckpt_paths=[str(path)],
+        embedding_directory=embeddings,
+        clip_type=comfy.sd.CLIPType[clip_type.upper()],
+        **(_decoding(comfy.sd.load_clip) if _layers_to_decode(path) else {}),
+    )
+    _check_built(clip.patcher, path, "text encoder")
+    return clip
+
+
 def build_model(source, quantized: Quantized):
     """The quantized MODEL, made by ComfyUI's own loader; an ExecutionBlocker when there is none to make."""
     if quantized.kind == TEXT_ENCODERS:
         return ExecutionBlocker("Learned Round Quantize was given a text encoder: use its CLIP output, not MODEL.")
-    path = quantized.files[""]
-    model = (_load_decoding_model if _layers_to_decode(path) else _load_model)(path, quantized.kind)
-    _check_built(model, path, "model")
+    model = _model_in(quantized.files[""], quantized.kind)
     model.model.learned_rounding_file = quantized  # the model may be read again from its file
     if not isinstance(source, FileSource):
         _carry_over(source, model)
@@ -118,19 +158,9 @@ def build_clip(source, quantized: Quantized):
         return _rebuilt_clip(source, quantized)
     if quantized.kind == DIFFUSION_MODELS:
         return ExecutionBlocker("Learned Round Quantize was given a diffusion model: use its MODEL output, not CLIP.")
-    path, embeddings = quantized.files[""], folder_paths.get_folder_paths("embeddings")
-    if quantized.kind == CHECKPOINTS:  # its text encoder stays as it is
-        return comfy.sd.load_checkpoint_guess_config(
-            str(path), output_vae=False, output_clip=True, output_model=False, embedding_directory=embeddings
-        )[1]
-    clip = comfy.sd.load_clip(
-        ckpt_paths=[str(path)],
-        embedding_directory=embeddings,
-        clip_type=comfy.sd.CLIPType[source.clip_type.upper()],
-        **(_decoding(comfy.sd.load_clip) if _layers_to_decode(path) else {}),
-    )
-    _check_built(clip.patcher, path, "text encoder")
-    clip.cond_stage_model.learned_rounding_file = quantized
+    clip = _clip_in(quantized.files[""], quantized.kind, source.clip_type)
+    if quantized.kind == TEXT_ENCODERS:
+        clip.cond_stage_model.learned_rounding_file = quantized
     return clip
 
 

@@ -51,13 +51,17 @@ def _obstacle() -> str | None:
 def add_layouts() -> None:
     """Make ComfyUI's loaders read our formats. A format that it already has stays as it is.
 
-    Where this ComfyUI is built otherwise nothing is touched, and the log says so: models quantized in the graph still
-    run, through layers of our own.
+    Where this ComfyUI is built otherwise nothing is touched, and the log says so: models quantized in the graph, and
+    those of our Load Quantized Model, still run, through layers of our own.
     """
     algorithms = getattr(comfy.quant_ops, "QUANT_ALGOS", {})
     missing = [name for name in _OURS if name not in algorithms]
     if missing and (obstacle := _obstacle()):
-        log.warning("Learned Rounding: ComfyUI's own loaders cannot read %s files here: %s.", ", ".join(missing), obstacle)
+        log.warning(
+            "Learned Rounding: ComfyUI's own loaders cannot read %s files here (%s); Load Quantized Model does.",
+            ", ".join(missing),
+            obstacle,
+        )
     elif missing:
         from ..layouts import LAYOUTS
 

@@ -102,6 +102,17 @@ def test_a_backend_can_be_chosen_for_a_while():
     assert kernels.backend() == before
 
 
+@pytest.mark.parametrize("name, module", [("torch", "reference"), ("reference", "reference"), ("auto", "triton"), ("autotuned", "triton")])
+def test_what_a_backend_means_for_operations_that_do_not_have_it(monkeypatch, name, module):
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    for entries in backends.OPERATIONS.values():
+        for key, entry in entries.items():
+            monkeypatch.setitem(entries, key, entry._replace(load=lambda key=key: key))
+    with kernels.using(name):
+        assert backends.implementation("quantize_inputs", OnCuda(), torch.int8, 0, 0) == module
+
+
 def test_without_a_card_the_log_says_so_once(caplog):
     backends._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=backends.log.name):

@@ -52,6 +52,7 @@ def test_the_pack_loads_without_a_word_of_complaint(comfy):
         "LearnedRoundingCalibrateText",
         "LearnedRoundingSaveCalibration",
         "LearnedRoundingLoadCalibration",
+        "LearnedRoundingLoadQuantized",
     }
     assert f"diffusion_models/{MODEL}" in str(ours["LearnedRoundingLoadModel"]["input"]["required"]["model"])
     start = comfy.log_text().partition("To see the GUI")[0]
@@ -91,12 +92,15 @@ def test_the_saved_file_samples_as_in_the_graph_bit_for_bit(comfy, request, form
     assert path.is_relative_to(comfy.output_dir / "diffusion_models")
     verification = verify_file(path)
     assert verification.layers > 30 and not verification.problems
-    if not loads(comfy.host, format):
-        pytest.skip(f"ComfyUI {comfy.host.version} cannot load {format} files; the file was verified only")
     again = ProbedGraph()
-    again.sample(again.load(path.name)[0], f"{name}-file")
+    again.sample(again.load_quantized(path.name)[0], f"{name}-ours")
+    ways = ["ours"]
+    if loads(comfy.host, format):
+        again.sample(again.load(path.name)[0], f"{name}-stock")
+        ways.append("stock")
     comfy.queue(again)
-    assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-file"))
+    for way in ways:
+        assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-{way}"))
 
 
 @pytest.mark.parametrize("format", [name for name, entry in FORMATS.items() if entry.stock_since is None])

@@ -41,6 +41,22 @@ def test_a_quantized_file_is_refused_by_the_name_of_its_format(comfy):
     assert "scaled fp8" in refused(comfy, graph)
 
 
+def test_a_full_precision_file_is_not_loaded_as_a_quantized_one(comfy):
+    graph = ProbedGraph()
+    graph.sample(graph.load_quantized(MODEL)[0], "plain")
+    assert "holds no quantized layers" in refused(comfy, graph)
+
+
+def test_the_output_that_a_file_does_not_have(comfy):
+    graph = ProbedGraph()
+    saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), "no-clip")
+    path = comfy.queue(graph).outputs[saved.id]["text"][0]
+    graph = ProbedGraph()
+    clip = graph.load_quantized(path.rpartition("/")[2])[1]
+    graph.add("PreviewAny", source=graph.add("CLIPTextEncode", clip=clip, text="a")[0])
+    assert "is a diffusion model" in refused(comfy, graph)
+
+
 def test_a_granularity_the_format_does_not_have(comfy):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0], "float8_e5m2", "row"), "row")

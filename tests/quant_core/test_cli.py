@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import learned_rounding
+from learned_rounding import kernels
 from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, pipeline, quantize_weight
 from learned_rounding.quant_core.checkpoints import verify_file
 from learned_rounding.quant_core.cli import main
@@ -154,6 +155,18 @@ def test_options_become_the_recipe(lrq, model_file, tmp_path, words, changed):
     assert (code, err) == (0, [])
     assert recipe_of(out) == {**Recipe().to_dict(), **changed}
     assert verify_file(out).problems == []
+
+
+@pytest.mark.parametrize("spelt", ["--kernel_backend", "--kernel-backend"])
+def test_a_kernel_backend_holds_for_the_command(lrq, model_file, tmp_path, monkeypatch, spelt):
+    seen = []
+    plain = pipeline.quantize_file
+    monkeypatch.setattr("learned_rounding.quant_core.cli.quantize_file", lambda *a, **k: seen.append(kernels.backend()) or plain(*a, **k))
+    before = kernels.backend()
+    assert lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", spelt, "reference")[0] == 0
+    assert seen == ["reference"] and kernels.backend() == before
+    code, _, err = lrq("quantize", "-i", model_file(), spelt, "fast")
+    assert code == 2 and "autotuned" in err[-1]
 
 
 def test_options_act(lrq, model_file, tmp_path):

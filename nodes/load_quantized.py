@@ -1,0 +1,58 @@
+"""Load Quantized Model: a quantized file in any format of ours, on any ComfyUI, without its own loaders' help."""
+
+from comfy_api.latest import io, ui
+
+from ..quant_core.checkpoints import SafetensorsFile
+from ..quant_core.checkpoints.inspect import quantized_formats
+from . import host
+from .schema import schema, widget
+
+__all__ = ["LoadQuantized"]
+
+
+class LoadQuantized(io.ComfyNode):
+    """See the schema."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="LearnedRoundingLoadQuantized",
+            display_name="Load Quantized Model",
+            description="Load a quantized file, also in a format that this ComfyUI cannot run by itself: its layers are then decoded as they run.",
+            search_aliases=["load", "fp8", "int8", "blockwise", "quantized"],
+            inputs=[
+                widget(
+                    io.Combo,
+                    id="model",
+                    options=host.model_files(),
+                    tooltip="A quantized diffusion model, checkpoint or text encoder (.safetensors) from ComfyUI's model folders.",
+                ),
+                widget(
+                    io.Combo,
+                    id="clip_type",
+                    options=host.clip_types(),
+                    default=host.clip_types()[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="For a text encoder: the same choice as in ComfyUI's Load CLIP. Ignored for models.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model of a diffusion model file or a checkpoint."),
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoder of a text encoder file or a checkpoint."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model, clip_type=None):
+        return (model, clip_type, *host.file_state(model))
+
+    @classmethod
+    def execute(cls, model, clip_type=None) -> io.NodeOutput:
+        source = host.FileSource.choose(model, clip_type or host.clip_types()[0])
+        outputs = host.load_quantized(source)
+        with SafetensorsFile(source.path) as opened:
+            formats = quantized_formats(opened)
+        decoded = [name for name in formats if not host.knows(name)]
+        how = f"decoded as they run: {', '.join(decoded)}" if decoded else "run by ComfyUI itself"
+        return io.NodeOutput(*outputs, ui=ui.PreviewText(f"{source.path.name}: {', '.join(formats)}, {how}"))
