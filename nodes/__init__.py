@@ -21,7 +21,9 @@ class LearnedRoundingExtension(ComfyExtension):
     """What ComfyUI loads."""
 
     async def get_node_list(self):
-        host.add_layouts()  # not in on_load, which ComfyUI 0.3.75 does not call
+        # Not in on_load, which ComfyUI 0.3.75 does not call.
+        host.add_layouts()
+        host.add_native_int8_setting()
         return [
             LoadModel,
             ConfigureQuantization,

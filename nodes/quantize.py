@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..quant_core import Recipe
 from . import host
 from .progress import NodeProgress
-from .schema import CalibrationType, QuantizedType, RecipeType, Source, schema
+from .schema import CalibrationType, QuantizedType, RecipeType, Source, schema, widget
 
 __all__ = ["LearnedRoundQuantize"]
 
@@ -34,6 +34,15 @@ class LearnedRoundQuantize(io.ComfyNode):
                     optional=True,
                     tooltip="From Calibrate or Load Calibration: rounds for the real inputs of each layer, which about halves the error of its output.",
                 ),
+                widget(
+                    io.Boolean,
+                    id="native_int8_kernels",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="INT8 per row or tensor: run the MODEL on this pack's Triton kernels wherever ComfyUI would fall back to plain torch, "
+                    "as it does below CUDA 13. For all models there is a setting.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model, ready for a sampler."),
@@ -50,10 +59,10 @@ class LearnedRoundQuantize(io.ComfyNode):
         return host.outputs_in_use_of_running_prompt("LearnedRoundingQuantize")
 
     @classmethod
-    def execute(cls, source, recipe=None, calibration=None) -> io.NodeOutput:
+    def execute(cls, source, recipe=None, calibration=None, native_int8_kernels=False) -> io.NodeOutput:
         wanted = host.outputs_in_use(cls.hidden.dynprompt, cls.hidden.unique_id)
         with NodeProgress(cls.hidden.unique_id) as progress:
             quantized = host.quantize(source, recipe or Recipe(), progress, calibration)
-            model = host.build_model(source, quantized) if 0 in wanted else None
+            model = host.build_model(source, quantized, native_int8_kernels) if 0 in wanted else None
             clip = host.build_clip(source, quantized) if 1 in wanted else None
         return io.NodeOutput(model, clip, quantized, quantized.report.table())

@@ -14,8 +14,20 @@ const WIDGETS = {
   LearnedRoundingSave: (node) => addTextWidget(node, "The saved file's path appears here after a run."),
 };
 
+const NATIVE_INT8 = {
+  id: "LearnedRounding.NativeInt8",
+  category: ["Learned Rounding", "Kernels", "NativeInt8"],
+  name: "Native INT8 layers on this pack's Triton kernels",
+  tooltip:
+    "Wherever ComfyUI would run INT8 layers in plain torch, as it does below CUDA 13. Needs an NVIDIA card, SM 8.0 or newer.",
+  type: "boolean",
+  defaultValue: false,
+  onChange: (on) => api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(on) }),
+};
+
 app.registerExtension({
   name: "LearnedRounding.Widgets",
+  settings: [NATIVE_INT8],
 
   setup() {
     const style = document.createElement("link");

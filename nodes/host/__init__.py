@@ -7,6 +7,7 @@
 * ``calibrations``: what passes between the calibrating nodes, and its files.
 * ``building``: from quantized files back to a MODEL or CLIP, by ComfyUI's own loaders wherever they know the format.
 * ``layouts``: ComfyUI's own loaders read the formats of this pack.
+* ``native_int8``: ComfyUI's own INT8 layers on this pack's kernels, where that is asked for.
 * ``saving``: quantized files to where ComfyUI's loaders look.
 * ``running``: the prompt that runs: outputs in use, progress, messages to its client, interrupts.
 """
@@ -16,12 +17,14 @@ from .calibrating import KEEP, calibrate_clip, calibrate_model, pictures, sample
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
 from .folders import FileSource, clip_types, file_state, model_files
 from .layouts import add_layouts
+from .native_int8 import add_native_int8_setting, with_native_int8
 from .quantizing import Quantized, quantize
 from .running import is_interrupt, outputs_in_use, outputs_in_use_of_running_prompt, progress_bar, send
 from .saving import SAVE_FOLDERS, save
 
 __all__ = [
     "add_layouts",
+    "add_native_int8_setting",
     "build_clip",
     "build_model",
     "calibrate_clip",
@@ -51,4 +54,5 @@ __all__ = [
     "SAVE_FOLDERS",
     "schedulers",
     "send",
+    "with_native_int8",
 ]

@@ -17,6 +17,7 @@ from ...quant_core.checkpoints import SafetensorsFile, layer_configs
 from ...quant_core.errors import QuantizationError
 from ..decoded_linear import as_bytes, decoding_operations
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
+from .native_int8 import with_native_int8
 from .quantizing import Quantized
 from .sources import is_quantized, module_name
 
@@ -130,15 +131,18 @@ def _clip_in(path: Path, kind: str, clip_type: str):
     return clip
 
 
-def build_model(source, quantized: Quantized):
-    """The quantized MODEL, made by ComfyUI's own loader; an ExecutionBlocker when there is none to make."""
+def build_model(source, quantized: Quantized, native_int8_kernels: bool = False):
+    """The quantized MODEL, made by ComfyUI's own loader; an ExecutionBlocker when there is none to make.
+
+    ``native_int8_kernels``: see :func:`.native_int8.with_native_int8`.
+    """
     if quantized.kind == TEXT_ENCODERS:
         return ExecutionBlocker("Learned Round Quantize was given a text encoder: use its CLIP output, not MODEL.")
     model = _model_in(quantized.files[""], quantized.kind)
     model.model.learned_rounding_file = quantized  # the model may be read again from its file
     if not isinstance(source, FileSource):
         _carry_over(source, model)
-    return model
+    return with_native_int8(model) if native_int8_kernels else model
 
 
 def _carry_over(original, model) -> None:

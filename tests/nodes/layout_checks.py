@@ -3,12 +3,14 @@
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import comfy.sd
 import comfy.utils
+import folder_paths
 import torch
 from pack.nodes import host
 from pack.quant_core import FORMATS, Recipe
@@ -182,6 +184,14 @@ class _Tiny:
 
     def with_lora(self, model):
         return comfy.sd.load_lora_for_models(model, None, self.lora, 1.0, 0.0)[0]
+
+    def sampled(self, model) -> torch.Tensor:
+        """As a sampler calls the model: with what was attached to it."""
+        model.pre_run()
+        options = comfy.model_patcher.create_model_options_clone(model.model_options)
+        options = comfy.patcher_extension.copy_nested_dicts(options["transformer_options"])
+        options["wrappers"] = comfy.patcher_extension.copy_nested_dicts(model.wrappers)
+        return model.model.apply_model(self.x, torch.tensor([500.0]), transformer_options=options, **self.context)
 
     def run(self, model, **options) -> torch.Tensor:
         model.patch_model(device_to=torch.device("cpu"), **options)
@@ -362,6 +372,65 @@ def compiled() -> dict[str, dict]:
     return found
 
 
+def native_int8() -> dict:
+    """ComfyUI's own INT8 layers on our kernels: who asks for it gets it, and it computes what comfy-kitchen's own does."""
+    from comfy_kitchen.constraints import FunctionConstraints
+    from comfy_kitchen.registry import registry
+
+    settings = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    stored = []
+    for text in ('{"LearnedRounding.NativeInt8": true}', "damaged", '{"LearnedRounding.NativeInt8": true}', "{}"):
+        settings.write_text(text)
+        host.add_native_int8_setting()
+        stored.append(registry.is_available("learned_rounding"))
+    module = sys.modules["pack.nodes.host.native_int8"]
+    needs = registry.get_constraints("learned_rounding", "int8_linear")
+    calls = []
+
+    def counted(**arguments):
+        calls.append(arguments["input_act"])
+        return module.int8_linear(**arguments)
+
+    anywhere = {"int8_linear": FunctionConstraints()}
+    registry.register("learned_rounding", SimpleNamespace(int8_linear=counted), anywhere)  # on this CPU too
+    tiny = _Tiny()
+    found = {
+        "stored": stored,
+        "needs": [sorted(needs.default_devices), list(needs.min_compute_capability)],
+        "before": [name for name in registry._priority if name in ("learned_rounding", "eager")],
+        "models": {},
+    }
+    recipes = {"row": {}, "tensor": {"granularity": "tensor"}, "convrot": {"convrot": True}}
+    for name, options in recipes.items():
+        file = tiny.file(format="int8_tensorwise", **options)
+        plain, ours = host.build_model(tiny.original, file), host.build_model(tiny.original, file, True)
+        expected, without = tiny.sampled(plain), len(calls)
+        made = tiny.sampled(ours)
+        found["models"][name] = {
+            "calls without": without,
+            "calls": len(calls) - without,
+            "layers": len(host.quantized_layers(ours)),
+            "distance": _distance(made, expected),
+            "off again": not registry.is_available("learned_rounding"),
+        }
+        calls.clear()
+    module._switch(True)
+    tiny.sampled(plain)
+    found["calls with the setting"] = len(calls)
+    module._switch(False)
+    tiny.sampled(plain)
+    found["calls after it"] = len(calls) - found["calls with the setting"]
+    x, coded = torch.randn(3, 128), comfy.quant_ops.QuantizedTensor.from_float(torch.randn(32, 128), "TensorWiseINT8Layout")
+    acted = {}
+    for name, act in getattr(comfy.ops, "INPUT_ACT_EAGER", {}).items():
+        inputs = torch.cat([x, x], 1) if name == "swiglu" else x
+        product = module.int8_linear(inputs, coded._qdata, coded._params.scale, None, torch.float32, input_act=name)
+        acted[name] = _distance(product, linear(act(inputs), coded))
+    found["activations"] = acted
+    return found
+
+
 def changed() -> dict[str, dict]:
     """Where ComfyUI's internals are others than we know: nothing is touched, it is said once, and our own layers still run."""
     tiny = _Tiny()
@@ -401,4 +470,5 @@ CHECKS = {
     "layout_damaged": damaged,
     "layout_changed": changed,
     "layout_compiled": compiled,
+    "layout_native_int8": native_int8,
 }

@@ -175,9 +175,9 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
         "async () => [window.app.graph.serialize(), (await window.app.graphToPrompt()).output]"
     )
     values = {node["type"]: node.get("widgets_values") or [] for node in saved["nodes"]}
-    assert len(values["LearnedRoundingQuantize"]) == 0
+    assert len(values["LearnedRoundingQuantize"]) == 1
     assert len(values["LearnedRoundingLoadModel"]) == len(values["LearnedRoundingSave"]) == 2
-    assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe"}
+    assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels"}
 
 
 def test_the_wheel_zooms_over_a_panel_too(graph):
