@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..quant_core import FORMATS, Recipe
-from ..quant_core.formats import GRANULARITIES, find_format, sibling
+from ..quant_core.formats import GRANULARITIES, with_granularity
 from ..quant_core.formats.rotation import GROUP_SIZES
 from ..quant_core.recipes import MEASURED, PRESETS, recommended_format
 from ..quant_core.recipes.presets import AUTO, NONE
@@ -135,6 +135,16 @@ class ConfigureQuantization(io.ComfyNode):
                     advanced=True,
                     tooltip="Format measured: try the block-wise formats too, which need this node pack to load.",
                 ),
+                widget(
+                    io.String,
+                    id="layer_config",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip='Rules for single layers, in JSON: {"img_mlp": {"format": "int8", "convrot": true}, "final_layer": "skip"}. '
+                    "Patterns are regular expressions; the most specific one decides, before preset and keep list.",
+                ),
                 OptionsType.Input(
                     "options", optional=True, tooltip="From Rounding Options; without it every option has its default."
                 ),
@@ -157,6 +167,7 @@ class ConfigureQuantization(io.ComfyNode):
         target_size=0.0,
         target_error=0.0,
         block_formats=False,
+        layer_config="",
         options=None,
     ) -> io.NodeOutput:
         granularity = None if granularity == AUTO else granularity
@@ -164,9 +175,8 @@ class ConfigureQuantization(io.ComfyNode):
         if format == AUTO:
             suits = recommended_format(int8=host.knows("int8_tensorwise"))
             format, granularity, convrot = suits.format, granularity or suits.granularity, convrot or suits.convrot
-        if format != MEASURED and granularity and granularity not in find_format(format).granularities:
-            own = find_format(format)
-            format = (sibling(own, granularity) or own).name
+        if format != MEASURED:
+            format = with_granularity(format, granularity)
         return io.NodeOutput(
             Recipe(
                 rounding=rounding,
@@ -182,5 +192,6 @@ class ConfigureQuantization(io.ComfyNode):
                 target_size=target_size or None,
                 target_error=target_error or None,
                 block_formats=block_formats,
+                layer_config=layer_config.strip(),
             )
         )

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error (one sentence on stderr), 2 wrong usage, 130 inte
 import argparse
 import contextlib
 import dataclasses
+import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ from .calibration import CalibrationFile
 from .checkpoints import SafetensorsFile, inspect_file, verify_file
 from .errors import OutputError, QuantizationError, RecipeError
 from .events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, RunStarted
-from .formats import FORMATS, GRANULARITIES, find_format, sibling
+from .formats import FORMATS, GRANULARITIES, with_granularity
 from .formats.granularity import BLOCK_SIZE
 from .pipeline import output_name, quantize_file
 from .recipes import MEASURED, PRESETS, Recipe, recommended_format
+from .recipes.layers import parse_layer_config
 from .recipes.presets import ALIASES, AUTO, NONE
 from .report import human_bytes
 from .rounding import OPTIONS, ROUNDINGS
@@ -198,6 +200,16 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="REGEX",
         help="also keep tensors whose name this finds; may be repeated",
     )
+    parser.add_argument(
+        "--custom-layers", action="append", default=[], metavar="REGEX", help="layers that get --custom-type; may be repeated"
+    )
+    parser.add_argument("--custom-type", metavar="FORMAT", help="format of --custom-layers: fp8, int8 or a format's name")
+    parser.add_argument(
+        "--layer-config",
+        metavar="JSON",
+        help='rules for single layers, as a file or as text: {"REGEX": {"format": "int8", "convrot": true}, "REGEX": "skip"}; '
+        "the most specific rule decides",
+    )
     parser.add_argument("--heur", action="store_true", default=None, help="also keep layers whose shape gains little")
     parser.add_argument(
         "--full_precision_matrix_mult",
@@ -235,7 +247,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
                 f"The recipe {args.recipe} cannot be read: {getattr(error, 'strerror', None) or error}."
             ) from None
         recipe = (Recipe.from_json if args.recipe.suffix == ".json" else Recipe.from_toml)(text)
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Recipe)}
+    given["layer_config"] = _layer_config(args)
     given = {name: value for name, value in given.items() if value is not None}
     if args.convrot_group_size is not None:
         given["convrot"] = args.convrot_group_size
@@ -246,10 +259,26 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         # a recipe's choices within its own format
         given = {"granularity": None, "block_size": None, "convrot": None, **given}
     if "granularity" in given and not args.exact_format:
-        own = find_format(given.get("format", recipe.format))
-        other = None if given["granularity"] in (None, *own.granularities) else sibling(own, given["granularity"])
-        given["format"] = (other or own).name
+        given["format"] = with_granularity(given.get("format", recipe.format), given["granularity"])
     return Recipe.from_dict({**recipe.to_dict(), **given})
+
+
+def _layer_config(args: argparse.Namespace) -> str | None:
+    """--layer-config and --custom-layers as one text; None without either."""
+    if bool(args.custom_layers) != bool(args.custom_type):
+        raise RecipeError("--custom-layers and --custom-type go together: the layers, and the format they get.")
+    text = args.layer_config
+    if text is not None and not text.lstrip().startswith("{"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            raise RecipeError(
+                f"The layer config {text} cannot be read: {getattr(error, 'strerror', None) or error}."
+            ) from None
+    if not args.custom_layers:
+        return text
+    parse_layer_config(text or "")  # before it is merged
+    return json.dumps({**json.loads(text or "{}"), **dict.fromkeys(args.custom_layers, args.custom_type)})
 
 
 class _Progress:
@@ -322,10 +351,12 @@ def _quantize(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     with SafetensorsFile(args.input) as source:
-        plan = _recipe(args).plan(source)
+        recipe = _recipe(args)
+        plan = recipe.plan(source)
         print(plan.explanation)
         for name, decision in plan.decisions.items():
-            print(f"{decision.action:<8}  {name}" + (f"  ({decision.reason})" if decision.reason else ""))
+            own = f"  as {recipe.of(decision).description}" if decision.format else ""
+            print(f"{decision.action:<8}  {name}{own}" + (f"  ({decision.reason})" if decision.reason else ""))
     return 0
 
 

@@ -4,7 +4,7 @@ from .encoding import Encoding, make_encoding
 from .granularity import GRANULARITIES, Tiles
 from .grids import E4M3, E5M2, INT8, Grid
 from .rotation import GROUP_SIZES, Rotation, rotation_groups
-from .table import FORMATS, Format, find_format, sibling
+from .table import FORMATS, Format, find_format, sibling, with_granularity
 from .weight import QuantizedWeight, Rounded
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Format",
     "find_format",
     "sibling",
+    "with_granularity",
     "Encoding",
     "make_encoding",
     "QuantizedWeight",

@@ -7,7 +7,7 @@ from typing import Literal
 from ..errors import UnknownNameError
 from .grids import E4M3, E5M2, INT8, Grid
 
-__all__ = ["Format", "FORMATS", "find_format", "sibling"]
+__all__ = ["Format", "FORMATS", "find_format", "sibling", "with_granularity"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,13 @@ def find_format(name: str) -> Format:
     if name not in FORMATS:
         raise UnknownNameError("format", name, FORMATS)
     return FORMATS[name]
+
+
+def with_granularity(name: str, granularity: str | None) -> str:
+    """That format, or its sibling where the granularity is the sibling's; :class:`UnknownNameError` for an unknown one."""
+    entry = find_format(name)
+    other = None if granularity in (None, *entry.granularities) else sibling(entry, granularity)
+    return (other or entry).name
 
 
 def sibling(entry: Format, granularity: str) -> Format | None:

@@ -1,6 +1,7 @@
 """Which layer gets what: recipes, presets as data, rules, detection by layer names."""
 
-from .plan import Decision, FormatChoice, Plan, make_plan
+from .layers import FormatChoice
+from .plan import Decision, Plan, make_plan
 from .presets import PRESETS, Preset, find_preset, recognise
 from .recipe import MEASURED, Recipe
 from .recommended import recommended_format

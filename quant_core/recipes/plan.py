@@ -1,7 +1,6 @@
 """The plan: one decision for every tensor of a source, made from names and shapes alone."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,32 +8,18 @@ from ..checkpoints import Source, TensorInfo
 from ..checkpoints.inspect import quantized_formats
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..report import Choice
+from .layers import FormatChoice, LayerRule, most_specific
 from .presets import AUTO, COMMON, NONE, Preset, Rule, find_preset, recognise
 from .rules import eligibility, heuristic
 
-__all__ = ["Decision", "FormatChoice", "Plan", "make_plan"]
+__all__ = ["Decision", "Plan", "make_plan"]
 
 _CONTROL = ("control_model.", "controlnet_", "input_hint_block.", "zero_convs.")
 
 
 @dataclass(frozen=True)
-class FormatChoice:
-    """A format for one layer, in the words of a :class:`~.recipe.Recipe`."""
-
-    format: str
-    granularity: str | None = None
-    block_size: int | None = None
-    convrot: bool | int | str | None = None
-
-    @property
-    def options(self) -> dict[str, object]:
-        """The fields as keyword arguments."""
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
 class Decision:
-    """What becomes of one tensor, and why (empty for a quantized layer); ``format``: its own, None for the recipe's."""
+    """What becomes of one tensor, and why (empty where it is quantized as all are); ``format``: its own, None for the recipe's."""
 
     action: Literal["quantize", "keep", "remove"]
     reason: str = ""
@@ -87,16 +72,16 @@ def _found(rules: tuple[Rule, ...], name: str) -> str | None:
     return next((rule.reason for rule in rules if rule.pattern.search(name)), None)
 
 
-def _decide(name: str, info: TensorInfo, preset: Preset | None, own: list[re.Pattern], heur: bool) -> Decision:
+def _decide(
+    name: str, info: TensorInfo, preset: Preset | None, own: Iterable[LayerRule], heur: bool
+) -> Decision:
     if preset and (reason := _found(preset.remove, name)):
         return Decision("remove", reason)
-    kept = (
-        eligibility(name, info)
-        or _found(COMMON.keep, name)
-        or (preset and _found(preset.keep, name))
-        or next((f"keep pattern {pattern.pattern}" for pattern in own if pattern.search(name)), None)
-        or (heur and heuristic(info))
-    )
+    if reason := eligibility(name, info):
+        return Decision("keep", reason)
+    if rule := most_specific(own, name):
+        return Decision("quantize" if rule.format else "keep", rule.reason, rule.format)
+    kept = _found(COMMON.keep, name) or (preset and _found(preset.keep, name)) or (heur and heuristic(info))
     return Decision("keep", kept) if kept else Decision("quantize")
 
 
@@ -106,10 +91,13 @@ def _choose(name: str, source: Source) -> Preset | None:
     return None if name == NONE else find_preset(name)
 
 
-def make_plan(source: Source, *, preset: str = AUTO, keep: tuple[str, ...] = (), heur: bool = False) -> Plan:
+def make_plan(
+    source: Source, *, preset: str = AUTO, rules: Iterable[LayerRule] = (), heur: bool = False
+) -> Plan:
     """Decide for every tensor of ``source``; small tensors may be read, weights are not.
 
-    ``preset``, ``keep`` and ``heur`` are those of a :class:`~.recipe.Recipe`.
+    ``preset`` and ``heur`` are those of a :class:`~.recipe.Recipe`. ``rules``: of the user's own; where one holds for a
+    layer neither preset nor ``heur`` has a say.
 
     Raises:
         AlreadyQuantizedError: the source holds codes already.
@@ -124,8 +112,7 @@ def make_plan(source: Source, *, preset: str = AUTO, keep: tuple[str, ...] = (),
             f"{source.name} is a ControlNet, whose loader in ComfyUI takes no quantized layers; leave it as it is."
         )
     family = _choose(preset, source)
-    own = [re.compile(pattern) for pattern in keep]
-    decisions = {name: _decide(name, info, family, own, heur) for name, info in source.tensors.items()}
+    decisions = {name: _decide(name, info, family, rules, heur) for name, info in source.tensors.items()}
     plan = Plan(decisions, family, detected=preset == AUTO)
     if next(plan.names("quantize"), None) is None:
         reasons = sorted({decision.reason for decision in decisions.values()})

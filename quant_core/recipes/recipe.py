@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from ..errors import RecipeError
 from ..formats import Encoding, make_encoding
 from ..formats.rotation import rotation_groups
 from ..rounding import Method
+from .layers import LayerRule, layer_rules
 from .plan import Decision, Plan, make_plan
 from .presets import AUTO, NONE, find_preset
 from .toml import tomllib
@@ -32,6 +32,8 @@ class Recipe(Method):
         convrot: rotate the inputs, see :func:`~learned_rounding.quant_core.layer.quantize_weight`; None for no.
         preset: keep list by model family; "auto" looks at the layer names, "none" takes the general rule alone.
         keep: more regular expressions; a tensor whose full name one of them finds stays in full precision.
+        layer_config: JSON of rules for single layers, see :func:`~.layers.parse_layer_config`; where it and ``keep`` both
+            find a layer, the more specific pattern decides.
         heur: also keep layers whose shape gains little, see :mod:`.rules`.
         full_precision_matmul: ask ComfyUI to decode weights instead of multiplying in FP8.
         seed: of everything that draws numbers.
@@ -57,6 +59,7 @@ class Recipe(Method):
     target_size: float | None = None
     target_error: float | None = None
     block_formats: bool = False
+    layer_config: str = ""
 
     def __post_init__(self):
         for name in _TYPES:
@@ -73,14 +76,14 @@ class Recipe(Method):
             find_preset(self.preset)
         if not -(2**63) <= self.seed < 2**64:
             raise RecipeError(f"The recipe's seed {self.seed} does not fit into 64 bits.")
-        for pattern in self.keep:
+        for rule in self.rules:
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise RecipeError(f"The keep pattern '{pattern}' is no regular expression: {error}.") from None
+                self.of(Decision("quantize", format=rule.format))
+            except RecipeError as error:
+                raise RecipeError(f"The {rule.origin}, at '{rule.pattern}': {error}") from None
 
     def _check_measured(self) -> None:
-        given = {name for name in (*_MEASURED_ONLY, *_CHOSEN) if getattr(self, name) not in (None, False)}
+        given = {name for name in (*_MEASURED_ONLY, *_CHOSEN) if getattr(self, name) not in (None, False, "")}
         for name in sorted(given & set(_CHOSEN if self.measured else _MEASURED_ONLY)):
             hint = "which chooses it for each layer" if self.measured else f"only on format {MEASURED}"
             raise RecipeError(f"{name} has no effect on format {self.format}, {hint}; leave it out.")
@@ -99,6 +102,11 @@ class Recipe(Method):
         return super().resolve(calibrated)
 
     @property
+    def rules(self) -> tuple[LayerRule, ...]:
+        """The user's own rules for single layers."""
+        return layer_rules(self.keep, self.layer_config)
+
+    @property
     def measured(self) -> bool:
         """Whether each layer has a format of its own, found by measurement."""
         return self.format == MEASURED
@@ -107,7 +115,7 @@ class Recipe(Method):
         """The recipe of the layer that this decision was made for."""
         if decision.format is None:
             return self
-        none = dict.fromkeys(_MEASURED_ONLY, None) | {"block_formats": False}
+        none = dict.fromkeys(_MEASURED_ONLY, None) | {"block_formats": False, "layer_config": "", "keep": ()}
         return dataclasses.replace(self, **none, **decision.format.options)
 
     @property
@@ -146,7 +154,7 @@ class Recipe(Method):
 
     def plan(self, source: Source) -> Plan:
         """One decision for every tensor of ``source``, see :func:`~.plan.make_plan`."""
-        return make_plan(source, preset=self.preset, keep=self.keep, heur=self.heur)
+        return make_plan(source, preset=self.preset, rules=self.rules, heur=self.heur)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, in field order."""
@@ -203,10 +211,11 @@ _TYPES = {
     "target_size": (int, float, type(None)),
     "target_error": (int, float, type(None)),
     "block_formats": bool,
+    "layer_config": str,
 }
 _TARGETS = {"target_size", "target_error"}
 _MEASURED_ONLY = ("target_size", "target_error", "block_formats")
-_CHOSEN = ("granularity", "block_size", "convrot", "full_precision_matmul")  # by measurement, then
+_CHOSEN = ("granularity", "block_size", "convrot", "full_precision_matmul", "layer_config")  # by measurement, then
 _NUMBERS = ("block_size", "seed", *_TARGETS)
 
 

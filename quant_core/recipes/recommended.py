@@ -2,7 +2,7 @@
 
 import torch
 
-from .plan import FormatChoice
+from .layers import FormatChoice
 
 __all__ = ["recommended_format"]
 

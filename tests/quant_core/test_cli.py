@@ -157,6 +157,31 @@ def test_options_become_the_recipe(lrq, model_file, tmp_path, words, changed):
     assert verify_file(out).problems == []
 
 
+def test_custom_layers_get_their_type(lrq, model_file, tmp_path):
+    out = tmp_path / "q.safetensors"
+    words = ["--custom-layers", "mlp", "--custom_layers", "qkv", "--custom-type", "int8", "--layer-config", '{"blocks.0.mlp.0": "skip"}']
+    assert lrq("quantize", "-i", model_file(), "-o", out, *words)[0] == 0
+    assert json.loads(recipe_of(out)["layer_config"]) == {"blocks.0.mlp.0": "skip", "mlp": "int8", "qkv": "int8"}
+    code, lines, _ = lrq("plan", "-i", model_file(), *words)
+    assert code == 0 and "keep      blocks.0.mlp.0.weight  (layer config blocks.0.mlp.0)" in lines
+    assert "quantize  blocks.1.mlp.0.weight  as int8_tensorwise per row  (layer config mlp)" in lines
+
+
+def test_a_layer_config_in_a_file(lrq, model_file, tmp_path):
+    config = tmp_path / "layers.json"
+    config.write_text('{"mlp": "skip"}')
+    code, lines, _ = lrq("plan", "-i", model_file(), "--layer-config", config)
+    assert code == 0 and "(layer config mlp)" in lines
+    for words, sentence in (
+        (["--layer-config", tmp_path / "none.json"], "cannot be read"),
+        (["--custom-layers", "mlp"], "go together"),
+        (["--custom-type", "int8"], "go together"),
+        (["--custom-layers", "mlp", "--custom-type", "int9"], "no format 'int9'"),
+    ):
+        code, _, err = lrq("plan", "-i", model_file(), *words)
+        assert code == 1 and sentence in err[-1]
+
+
 @pytest.mark.parametrize("spelt", ["--kernel_backend", "--kernel-backend"])
 def test_a_kernel_backend_holds_for_the_command(lrq, model_file, tmp_path, monkeypatch, spelt):
     seen = []

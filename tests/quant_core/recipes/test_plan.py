@@ -219,7 +219,7 @@ def test_decisions_follow_the_order_of_the_source(layer_names, header_source):
 
 def test_own_patterns_keep_more(layer_names, header_source):
     source = header_source(layer_names("flux"))
-    plain, own = make_plan(source), make_plan(source, keep=(r"single_blocks\.0\.linear1\.", "img_mod"))
+    plain, own = make_plan(source), Recipe(keep=(r"single_blocks\.0\.linear1\.", "img_mod")).plan(source)
     more = set(plain.names("quantize")) - set(own.names("quantize"))
     modulations = {f"double_blocks.{block}.img_mod.lin.weight" for block in range(19)}
     assert more == {"single_blocks.0.linear1.weight", *modulations}
@@ -228,7 +228,7 @@ def test_own_patterns_keep_more(layer_names, header_source):
 
 def test_own_patterns_do_not_bring_back_what_a_preset_removes(layer_names, header_source):
     source = header_source({**layer_names("t5"), "lm_head.weight": (32128, 4096)})
-    assert make_plan(source, keep=("SelfAttention",)).decisions["lm_head.weight"].action == "remove"
+    assert Recipe(keep=("SelfAttention",)).plan(source).decisions["lm_head.weight"].action == "remove"
 
 
 def test_heur_keeps_small_layers(header_source):
@@ -244,7 +244,7 @@ def test_heur_keeps_small_layers(header_source):
 def test_a_recipe_hands_all_of_its_fields_on(layer_names, header_source):
     source = header_source(layer_names("flux"))
     recipe = Recipe(preset="none", keep=("linear2",), heur=True)
-    assert recipe.plan(source) == make_plan(source, preset="none", keep=("linear2",), heur=True)
+    assert recipe.plan(source) == make_plan(source, preset="none", rules=recipe.rules, heur=True)
     assert recipe.plan(source).decisions != Recipe(preset="none").plan(source).decisions
 
 

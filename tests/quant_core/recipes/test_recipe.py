@@ -74,6 +74,7 @@ def test_written_recipes_name_every_field():
         "target_size": None,
         "target_error": None,
         "block_formats": False,
+        "layer_config": "",
     }
     assert set(recipe.to_dict()) == {field.name for field in dataclasses.fields(Recipe)}
 
@@ -225,5 +226,5 @@ def test_a_layer_gets_everything_that_concerns_it():
     made = quantize_weight(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), **recipe.layer_options)
     assert made.encoding == recipe.encoding and made.rounded.winner == "sequential"
     assert set(recipe.layer_options) == {field.name for field in dataclasses.fields(Recipe)} - {
-        *("keep", "heur", "preset", "target_size", "target_error", "block_formats")
+        *("keep", "heur", "preset", "target_size", "target_error", "block_formats", "layer_config")
     }

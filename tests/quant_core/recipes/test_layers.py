@@ -1,0 +1,122 @@
+"""Rules for single layers: which one decides, what it makes of a layer, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.checkpoints import SafetensorsFile, layer_configs, verify_file
+from learned_rounding.quant_core.errors import RecipeError
+from learned_rounding.quant_core.recipes.layers import (
+    FormatChoice,
+    LayerRule,
+    layer_rules,
+    most_specific,
+    parse_layer_config,
+)
+
+INT8 = FormatChoice("int8_tensorwise")
+
+
+@pytest.mark.parametrize(
+    "patterns, name, decides",
+    [
+        (["mlp", "blocks"], "blocks.0.mlp.weight", "blocks"),  # the longer one
+        (["blocks", "mlp"], "blocks.0.mlp.weight", "blocks"),
+        (["blocks.*mlp", "blocks.0.mlp"], "blocks.0.mlp.weight", "blocks.0.mlp"),  # the layer's own name
+        (["a very long pattern that finds nothing", "mlp"], "blocks.0.mlp.weight", "mlp"),
+        (["mlp", "m.p"], "blocks.0.mlp.weight", "m.p"),  # as long: the last
+        (["attn"], "blocks.0.mlp.weight", None),
+    ],
+)
+def test_the_most_specific_rule_decides(patterns, name, decides):
+    rule = most_specific([LayerRule(pattern, INT8, "layer config") for pattern in patterns], name)
+    assert (rule and rule.pattern) == decides
+
+
+@pytest.mark.parametrize(
+    "value, choice",
+    [
+        ("skip", None),
+        ({"skip": True}, None),
+        ("fp8", FormatChoice("float8_e4m3fn")),
+        ("int8_blockwise", FormatChoice("int8_blockwise")),
+        ({"format": "int8", "convrot": True}, FormatChoice("int8_tensorwise", convrot=True)),
+        ({"format": "int8", "granularity": "block", "block_size": 64}, FormatChoice("int8_blockwise", "block", 64)),
+        ({"format": "fp8", "granularity": "row"}, FormatChoice("float8_e4m3fn_rowwise", "row")),
+        ({"format": "fp8", "full_precision_matrix_mult": True}, FormatChoice("float8_e4m3fn", full_precision_matmul=True)),
+    ],
+)
+def test_what_a_rule_says(value, choice):
+    (rule,) = parse_layer_config(json.dumps({"x": value}))
+    assert rule.format == choice and rule.reason == "layer config x"
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "must be a JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"x": 3}', "neither a format nor"),
+        ('{"x": {"skip": false}}', "neither a format nor"),
+        ('{"x": {"convrot": true}}', "neither a format nor"),
+        ('{"x": "int9"}', "no format 'int9'"),
+        ('{"x": {"format": "int8", "blocksize": 64}}', "knows no 'blocksize'"),
+        ('{"x": {"format": "int8", "block_size": "64"}}', "block_size cannot be '64'"),
+        ('{"x": {"format": "int8", "block_size": true}}', "block_size cannot be True"),
+        ('{"x": {"format": "int8", "block_size": 64}}', "at 'x'.*no effect"),
+        ('{"x": {"format": "fp8", "convrot": true}}', "at 'x'.*ConvRot exists for"),
+        ('{"x": {"format": "int8", "full_precision_matrix_mult": true}}', "at 'x'.*no effect"),
+        ('{"(": "int8"}', "no regular expression"),
+    ],
+)
+def test_what_is_refused(text, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        Recipe(layer_config=text)
+
+
+def test_measured_formats_leave_no_room_for_rules():
+    with pytest.raises(RecipeError, match="layer_config has no effect on format measured"):
+        Recipe(format="measured", layer_config='{"x": "int8"}')
+
+
+def test_rules_come_before_preset_and_heuristics(layer_names, header_source):
+    source = header_source(layer_names("flux"))
+    recipe = Recipe(heur=True, keep=("img_mlp",), layer_config='{"^img_in": "int8", "img_mlp.0": "fp8"}')
+    plan = recipe.plan(source)
+    decisions = plan.decisions
+    assert plan.preset.name == "flux" and decisions["txt_in.weight"].action == "keep"
+    assert decisions["img_in.weight"].action == "quantize" and decisions["img_in.weight"].reason == "layer config ^img_in"
+    assert decisions["double_blocks.0.img_mlp.2.weight"].reason == "keep pattern img_mlp"
+    assert decisions["double_blocks.0.img_mlp.0.weight"].format == FormatChoice("float8_e4m3fn")
+    assert decisions["img_in.bias"].action == "keep"  # no rule makes a bias a matrix
+
+
+def test_a_file_of_rules_is_sound(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    names = ["a.qkv", "a.mlp", "b.qkv", "b.mlp"]
+    tensors = {f"{name}.weight": torch.randn(64, 64, generator=generator).bfloat16() for name in names}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"mlp": {"format": "int8", "convrot": 16}, "b.mlp": "skip", "a.qkv": {"format": "fp8", "granularity": "block", "block_size": 32}}
+    recipe = Recipe(rounding="nearest", full_precision_matmul=True, layer_config=json.dumps(config))
+    quantize_file(tmp_path / "model.safetensors", tmp_path / "q.safetensors", recipe)
+    assert verify_file(tmp_path / "q.safetensors").problems == []
+    with SafetensorsFile(tmp_path / "q.safetensors") as opened:
+        found = layer_configs(opened)[0]
+    assert {layer: entry["format"] for layer, entry in found.items()} == {
+        "a.qkv": "float8_e4m3fn_blockwise",
+        "a.mlp": "int8_tensorwise",
+        "b.qkv": "float8_e4m3fn",
+    }
+    assert found["a.qkv"]["group_size"] == 32 and found["a.mlp"]["convrot_groupsize"] == 16
+    assert found["b.qkv"]["full_precision_matrix_mult"] and "full_precision_matrix_mult" not in found["a.mlp"]
+    assert torch.equal(load_file(tmp_path / "q.safetensors")["b.mlp.weight"], tensors["b.mlp.weight"])
+
+
+def test_rules_survive_json_and_toml():
+    recipe = Recipe(layer_config='{"a\\\\.b": {"format": "int8", "convrot": true}}')
+    assert Recipe.from_json(recipe.to_json()) == Recipe.from_toml(recipe.to_toml()) == recipe
+    assert layer_rules(recipe.keep, recipe.layer_config) == recipe.rules
