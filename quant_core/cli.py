@@ -53,6 +53,27 @@ class _ExactFormat(argparse.Action):
         namespace.format, namespace.exact_format = values, True
 
 
+# Options of other tools that ask for what is done anyway, and why.
+_ALWAYS = {
+    "--comfy_quant": "write ComfyUI's per-layer format",
+    "--save-quant-metadata": "name every layer's format in the header",
+    "--low-memory": "stream the layers from disk to disk",
+}
+# Options of other tools that are refused, and what to do instead.
+_REFUSED = {
+    "--input_scale": "an input_scale that is not measured clips a layer's inputs; give a --calibration, which holds real ones",
+    "--fallback": "name those layers in --layer-config, with the format that they are to get",
+    "--convert-fp8-scaled": "that is the command lrq migrate",
+}
+
+
+class _Refusal(argparse.Action):
+    """An option that is known, and says why it is not taken."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{self.option_strings[0]} is not taken: {_REFUSED[self.option_strings[0]]}")
+
+
 def _parser() -> _Parser:
     parser = _Parser(
         prog="lrq", description="Quantize diffusion models and text encoders into files that ComfyUI loads."
@@ -173,11 +194,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--convrot-group-size", type=int, metavar="N", help="the largest group allowed, with or without --convrot"
     )
-    parser.add_argument(
-        "--comfy_quant",
-        action="store_true",
-        help="write ComfyUI's per-layer format; always on, accepted because other tools ask for it",
-    )
+    for name, text in _ALWAYS.items():
+        parser.add_argument(name, action="store_true", help=f"{text}; always on, accepted because other tools ask for it")
+    for name in _REFUSED:
+        parser.add_argument(name, nargs="?", action=_Refusal, help=argparse.SUPPRESS)
     rounding = parser.add_mutually_exclusive_group()
     rounding.add_argument("--rounding", choices=list(ROUNDINGS), help="how codes are chosen (default: auto)")
     rounding.add_argument(
@@ -227,6 +247,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _add_option(parser: argparse.ArgumentParser, name: str, option: Option) -> None:
     acts = "any rounding" if len(option.acts) > 2 else " or ".join(option.acts)
     text = f"{acts}: {option.help}" + ("" if option.default in (None, False) else f" (default: {option.default})")
+    text = text.replace("%", "%%")  # argparse would take it for a placeholder
     if option.kind is bool:
         parser.add_argument(f"--{name}", action="store_true", default=None, help=text)
     else:

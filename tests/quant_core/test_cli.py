@@ -157,6 +157,29 @@ def test_options_become_the_recipe(lrq, model_file, tmp_path, words, changed):
     assert verify_file(out).problems == []
 
 
+# The vocabulary of the published tool.
+KNOWN = """
+    -i --input -o --output --comfy_quant --int8 --simple --heur --full_precision_matrix_mult --input_scale --t5xxl --distillation_large
+    --distillation_small --nerf_large --nerf_small --radiance --wan --qwen --hunyuan --zimage --zimage_l --zimage_s --flux2 --full_matrix
+    --scaling_mode --block_size --calib_samples --manual_seed --optimizer --num_iter --lr --top_p --min_k --max_k --kernel_backend
+    --exclude-layers --custom-layers --custom-type --layer-config --fallback --convrot --convrot-group-size --save-quant-metadata
+    --low-memory --convert-fp8-scaled --dry-run --verbose --device
+"""
+REFUSED = {"--input_scale": "calibration", "--fallback": "--layer-config", "--convert-fp8-scaled": "lrq migrate"}
+
+
+@pytest.mark.parametrize("option", KNOWN.split())
+def test_every_option_that_users_know_acts_or_is_refused_by_name(lrq, model_file, option):
+    if option in REFUSED:
+        for words in ([option], [option, "int8"]):
+            code, _, err = lrq("quantize", "-i", model_file(), *words)
+            assert code == 2 and f"{option} is not taken" in err[-1] and REFUSED[option] in err[-1]
+    else:
+        code, lines, _ = lrq("quantize", "--help")
+        listed = lines if isinstance(lines, str) else "\n".join(lines)
+        assert code == 0 and any(spelt in listed for spelt in (option, option.replace("-", "_").replace("__", "--")))
+
+
 def test_custom_layers_get_their_type(lrq, model_file, tmp_path):
     out = tmp_path / "q.safetensors"
     words = ["--custom-layers", "mlp", "--custom_layers", "qkv", "--custom-type", "int8", "--layer-config", '{"blocks.0.mlp.0": "skip"}']
