@@ -19,6 +19,7 @@ from .errors import OutputError, QuantizationError, RecipeError
 from .events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, RunStarted
 from .formats import FORMATS, GRANULARITIES, with_granularity
 from .formats.granularity import BLOCK_SIZE
+from .migrate import migrate_file
 from .pipeline import output_name, quantize_file
 from .recipes import MEASURED, PRESETS, Recipe, recommended_format
 from .recipes.layers import parse_layer_config
@@ -111,6 +112,21 @@ def _parser() -> _Parser:
     _add_source(plan)
     _add_recipe(plan)
     plan.set_defaults(run=_plan)
+
+    migrate = commands.add_parser(
+        "migrate",
+        help="relabel a quantized file as ComfyUI reads it today",
+        description="Write a quantized file (old scaled FP8, scales under a wrong name, missing JSON, orphans) as ComfyUI reads it today. "
+        "Codes stay as they are.",
+    )
+    migrate.add_argument("-i", "--input", type=Path, required=True, help="quantized safetensors file")
+    migrate.add_argument("-o", "--output", type=Path, help="file to write (default: beside the input, with _native)")
+    migrate.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    migrate.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="gives FP8 layers input scales that were measured"
+    )
+    migrate.add_argument("--drop_input_scale", action="store_true", help="leave every input_scale out")
+    migrate.set_defaults(run=_migrate)
 
     for name, run, text in (
         ("inspect", _inspect, "what is in a file, and what stock ComfyUI does with it"),
@@ -378,6 +394,20 @@ def _plan(args: argparse.Namespace) -> int:
         for name, decision in plan.decisions.items():
             own = f"  as {recipe.of(decision).description}" if decision.format else ""
             print(f"{decision.action:<8}  {name}{own}" + (f"  ({decision.reason})" if decision.reason else ""))
+    return 0
+
+
+def _migrate(args: argparse.Namespace) -> int:
+    output = args.output or args.input.with_name(f"{args.input.stem}_native{args.input.suffix}")
+    statistics = CalibrationFile(args.calibration) if args.calibration else contextlib.nullcontext()
+    with statistics as calibration:
+        options = {"drop_input_scale": args.drop_input_scale, "overwrite": args.overwrite}
+        done = migrate_file(args.input, output, calibration=calibration, **options)
+    print(f"{args.input} → {output}")
+    for name, layers in done.layers.items():
+        print(f"  {name}: {layers} layers")
+    for change, count in done.changes.items():
+        print(f"  {change}: {count}")
     return 0
 
 

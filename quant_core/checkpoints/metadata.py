@@ -51,7 +51,7 @@ def quantization_metadata(configs: Mapping[str, dict[str, object]]) -> str:
 def loading_note(configs: Mapping[str, dict[str, object]]) -> dict[str, str]:
     """The header entry that names what loads the file; none where stock ComfyUI does. ``configs``: {layer: JSON}."""
     formats = {str(config["format"]) for config in configs.values()}
-    ours = sorted(name for name in formats if FORMATS[name].stock_since is None)
+    ours = sorted(name for name in formats if name in FORMATS and FORMATS[name].stock_since is None)
     return {NOTE_KEY: f"ComfyUI loads {', '.join(ours)} layers with the node pack Learned Rounding installed: {_HOME}"} if ours else {}
 
 

@@ -157,6 +157,16 @@ def test_options_become_the_recipe(lrq, model_file, tmp_path, words, changed):
     assert verify_file(out).problems == []
 
 
+def test_migrate_says_what_it_did(lrq, tmp_path):
+    old = tmp_path / "old.safetensors"
+    save_file({"a.weight": torch.ones(16, 16).to(torch.float8_e4m3fn), "a.scale_weight": torch.tensor(0.5)}, old)
+    code, out, _ = lrq("migrate", "-i", old)
+    assert code == 0 and "float8_e4m3fn per tensor: 1 layers" in out and verify_file(tmp_path / "old_native.safetensors").layers == 1
+    code, _, err = lrq("migrate", "-i", old)
+    assert code == 1 and "exists" in err[-1]
+    assert lrq("migrate", "-i", old, "--overwrite")[0] == 0
+
+
 # The vocabulary of the published tool.
 KNOWN = """
     -i --input -o --output --comfy_quant --int8 --simple --heur --full_precision_matrix_mult --input_scale --t5xxl --distillation_large

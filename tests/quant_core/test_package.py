@@ -26,7 +26,7 @@ FLOORS = [
     {"calibration"},
     {"recipes", "layer"},
     {"choice"},
-    {"pipeline"},
+    {"pipeline", "migrate"},
     {"cli"},
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}

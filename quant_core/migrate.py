@@ -1,0 +1,207 @@
+"""Quantized files that ComfyUI misreads, or reads by its old rules only, into its own format of today; codes stay as they are.
+
+What changes is how codes are labelled: old scaled FP8 (``scaled_fp8``, ``scale_weight``, ``scale_input``), scales of rows or
+blocks under the name of a format per tensor, layers without their JSON, scales that belong to nothing, input scales.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .calibration import Calibration, input_scale
+from .checkpoints import (
+    QUANTIZATION_KEY,
+    SafetensorsFile,
+    SafetensorsWriter,
+    Source,
+    TensorInfo,
+    header_bytes,
+    layer_configs,
+    loading_note,
+    quantization_metadata,
+)
+from .errors import NothingToQuantizeError, OutputError, OutputExistsError, SourceError
+from .formats import FORMATS, Encoding, make_encoding
+from .formats.weight import config_tensor
+
+__all__ = ["Migration", "migrate_file"]
+
+_MARK = "scaled_fp8"
+# Suffix of a tensor beside a layer's weight → that of the same tensor today.
+_TODAY = {
+    "weight_scale": "weight_scale",
+    "scale_weight": "weight_scale",
+    "input_scale": "input_scale",
+    "scale_input": "input_scale",
+    "comfy_quant": "comfy_quant",
+}
+_CODES = {entry.grid.dtype for entry in FORMATS.values()}
+_BLOCK_SIZES = [2**power for power in range(10, 2, -1)]
+
+
+@dataclass
+class Migration:
+    """What was done.
+
+    Attributes:
+        layers: how many layers each encoding has in the new file.
+        changes: sentence → how many layers or tensors it is true of.
+    """
+
+    layers: Counter = field(default_factory=Counter)
+    changes: Counter = field(default_factory=Counter)
+
+
+def _beside(source: Source) -> dict[str, dict[str, str]]:
+    """{layer: {suffix of today: tensor name}} of everything that may belong to a quantized layer, its weight included."""
+    found: dict[str, dict[str, str]] = {}
+    for name in source.tensors:
+        layer, _, suffix = name.rpartition(".")
+        if suffix in _TODAY:
+            found.setdefault(layer, {})[_TODAY[suffix]] = name
+    for layer, tensors in found.items():
+        if (weight := source.tensors.get(f"{layer}.weight")) and weight.dtype in _CODES:
+            tensors["weight"] = f"{layer}.weight"
+    return found
+
+
+def _granularity(weight: TensorInfo, scale: TensorInfo) -> tuple[str, int | None] | None:
+    """What shares a scale of that shape, and the side of a block; None when that is none of the ways there are."""
+    out, inner = weight.shape
+    count = 1
+    for side in scale.shape:
+        count *= side
+    if count == 1:
+        return "tensor", None
+    if scale.shape in ((out,), (out, 1)):
+        return "row", None
+    sides = ((size, (-(-out // size), -(-inner // size))) for size in _BLOCK_SIZES)
+    return next((("block", size) for size, counts in sides if counts == scale.shape), None)
+
+
+def _encoding(layer: str, weight: TensorInfo, scale: TensorInfo, config: Mapping, full_precision: bool) -> Encoding:
+    """How the layer's codes and scale really stand. Raises SourceError when no format is like that."""
+    known = _granularity(weight, scale) if len(weight.shape) == 2 else None
+    format = known and next(
+        (entry for entry in FORMATS.values() if entry.grid.dtype is weight.dtype and known[0] in entry.granularities), None
+    )
+    if not format:
+        raise SourceError(
+            f"{layer}: codes {weight.dtype} {weight.shape} with a scale {scale.shape} are none of the formats {', '.join(FORMATS)}; "
+            "make the file again from its full-precision original."
+        )
+    rotated = config.get("convrot") and format.name == "int8_tensorwise" and known[0] == "row"
+    return make_encoding(
+        format.name,
+        known[0],
+        block_size=known[1],
+        convrot=config.get("convrot_groupsize", 256) if rotated else None,
+        full_precision_matmul=full_precision and format.full_precision_matmul,
+    )
+
+
+def migrate_file(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    calibration: Calibration | None = None,
+    drop_input_scale: bool = False,
+    overwrite: bool = False,
+) -> Migration:
+    """Write the quantized file ``source`` as ComfyUI's format of today; a tensor at a time, nothing until it is complete.
+
+    Args:
+        calibration: gives FP8 layers per tensor a measured ``input_scale``, in place of what they have.
+        drop_input_scale: leave every input scale out. One that equals the weight's scale is a copy that clips inputs, and
+            is left out anyway, as is 1.
+
+    Raises:
+        NothingToQuantizeError: the source holds no quantized layer.
+        SourceError: a layer is in no known format.
+        OutputError: the output cannot be written, exists (without ``overwrite``) or is the source.
+    """
+    destination = Path(destination)
+    with SafetensorsFile(source) as opened:
+        if destination.exists():
+            if opened.path.samefile(destination):
+                raise OutputError(f"{destination} is the source itself; choose another output.")
+            if not overwrite:
+                raise OutputExistsError(f"{destination} exists; choose another output or overwrite it.")
+        done = Migration()
+        configs, others, small = _sort(opened, calibration, drop_input_scale, done)
+        metadata = {key: value for key, value in opened.metadata.items() if key != QUANTIZATION_KEY}
+        metadata |= {QUANTIZATION_KEY: quantization_metadata(configs), **loading_note(configs)}
+        infos = {name: opened.tensors[name] for name in others}
+        infos |= {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
+        with SafetensorsWriter(destination, header_bytes(infos.items(), metadata)) as writer:
+            for name in others:
+                writer.add(name, opened.read(name))
+            for name, tensor in small.items():
+                writer.add(name, tensor)
+            writer.finish(metadata)
+    return done
+
+
+def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
+    """The new file: {layer: JSON}, names of tensors that are copied, and new small tensors by name."""
+    tensors, header = layer_configs(opened)
+    given = {**header, **tensors}
+    marks = [name for name in opened.tensors if name.rpartition(".")[2] == _MARK]
+    full_precision = any(opened.tensors[name].shape == (2,) for name in marks)  # ComfyUI's old sign for it
+    configs, small, gone = {}, {}, set(marks)
+    if marks:
+        done.changes["old scaled FP8 marker replaced"] = len(marks)
+    for layer, found in _beside(opened).items():
+        config = given.get(layer, {})
+        if config.get("format") is not None and config["format"] not in FORMATS:
+            configs[layer] = config  # MXFP8, NVFP4 …: not ours to judge
+            continue
+        gone.update(name for suffix, name in found.items() if suffix != "weight")
+        if "weight" not in found or "weight_scale" not in found:
+            done.changes["tensors that belong to no quantized layer removed"] += len(found) - ("weight" in found)
+            continue
+        infos = (opened.tensors[found[suffix]] for suffix in ("weight", "weight_scale"))
+        full = bool(config.get("full_precision_matrix_mult", full_precision))
+        encoding = _encoding(layer, *infos, config, full)
+        configs[layer] = encoding.config
+        done.layers[str(encoding)] += 1
+        if encoding.config != config:
+            done.changes[f"layers labelled {encoding.format.name}, before {config.get('format', 'by no JSON')}"] += 1
+        shape = encoding.scale_shape(opened.tensors[found["weight"]].shape)
+        scale = _scale(opened, found["weight_scale"]).reshape(shape)
+        small[f"{layer}.weight_scale"] = scale
+        small[f"{layer}.comfy_quant"] = config_tensor(encoding.config)
+        inputs = _input_scale(opened, layer, found.get("input_scale"), scale, encoding, calibration, drop_input_scale, done)
+        if inputs is not None:
+            small[f"{layer}.input_scale"] = torch.tensor(inputs)
+    if not configs:
+        raise NothingToQuantizeError(f"{opened.name} holds no quantized layer; there is nothing to migrate.")
+    return configs, [name for name in opened.tensors if name not in gone], small
+
+
+def _scale(opened: Source, name: str) -> torch.Tensor:
+    scale = opened.read(name).float()
+    if not (scale.numel() and (torch.isfinite(scale) & (scale > 0)).all()):
+        raise SourceError(
+            f"{opened.name}: {name} holds values that are not finite and positive; make the file again from its full-precision original."
+        )
+    return scale
+
+
+def _input_scale(opened, layer, name, scale, encoding, calibration, drop: bool, done: Migration) -> float | None:
+    """The input scale that the layer gets, None for none."""
+    known = calibration.inputs(layer) if calibration and encoding.static_inputs else None
+    if known is not None and known.histogram is not None and not drop:
+        done.changes["input scales measured"] += 1
+        return input_scale(known.histogram, float(known.amax.max()))
+    if name is None:
+        return None
+    old = float(_scale(opened, name).reshape(-1)[0])
+    if drop or not encoding.static_inputs or old == 1 or (scale.numel() == 1 and old == float(scale)):
+        done.changes["input scales left out"] += 1
+        return None
+    return old
