@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import kernels
 from .calibration import CalibrationFile
-from .checkpoints import SafetensorsFile, inspect_file, verify_file
+from .checkpoints import inspect_file, open_source, verify_file
 from .errors import OutputError, QuantizationError, RecipeError
 from .events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, RunStarted
 from .formats import FORMATS, GRANULARITIES, with_granularity
@@ -149,7 +149,11 @@ def _parser() -> _Parser:
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-i", "--input", type=Path, required=True, help="safetensors file with fp16, bf16 or fp32 weights"
+        "-i",
+        "--input",
+        type=Path,
+        required=True,
+        help="model with fp16, bf16 or fp32 weights: a safetensors file, the index.json of shards, a folder of either, or .ckpt, .pt, .pth, .bin",
     )
 
 
@@ -364,7 +368,7 @@ def _quantize(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _plan(args)
     statistics = CalibrationFile(args.calibration) if args.calibration else contextlib.nullcontext()
-    with SafetensorsFile(args.input) as source, statistics as calibration:
+    with open_source(args.input) as source, statistics as calibration:
         method = recipe.resolve(calibration is not None)
         output = args.output or output_name(args.input, recipe)
         print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.description}, rounding {method.rounding}.")
@@ -387,7 +391,7 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    with SafetensorsFile(args.input) as source:
+    with open_source(args.input) as source:
         recipe = _recipe(args)
         plan = recipe.plan(source)
         print(plan.explanation)

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from .checkpoints import (
     TensorSource,
     header_bytes,
     loading_note,
+    open_source,
     provenance,
     quantization_metadata,
     remove_leftovers,
@@ -357,7 +358,7 @@ def quantize_file(
     on_event: Listener | None = None,
     check: CancelCheck | None = None,
 ) -> Report:
-    """Quantize a safetensors file, or any :class:`Source`, into a new safetensors file, one tensor at a time.
+    """Quantize a model file (see :func:`~.checkpoints.sources.open_source`), or any :class:`Source`, into a new safetensors file.
 
     The file appears under its final name only when it is complete and on disk. An output with the same fingerprint
     (source, recipe, calibration, version) is left as it is; any other is refused unless ``overwrite``.
@@ -368,7 +369,7 @@ def quantize_file(
         QuantizationError: see :mod:`.errors`; nothing is left behind then.
     """
     if isinstance(source, (str, os.PathLike)):
-        with SafetensorsFile(source) as opened:
+        with open_source(source) as opened:
             return quantize_file(
                 opened,
                 destination,
@@ -381,8 +382,8 @@ def quantize_file(
             )
     destination = Path(destination)
     emit, check, device = on_event or _nothing, check or _nothing, _device(device)
-    origin = getattr(source, "path", None)
-    if origin and destination.exists() and origin.samefile(destination):
+    origins = getattr(source, "paths", ())
+    if destination.exists() and any(origin.samefile(destination) for origin in origins):
         raise OutputError(f"{destination} is the source itself; choose another output.")
     if destination.is_dir():
         raise OutputError(f"{destination} is a folder; give a file name.")
@@ -391,7 +392,7 @@ def quantize_file(
     _check_calibration(source, calibration)
     mark = _mark(source, recipe, calibration)
     if destination.exists() and not overwrite:
-        if not _made_by(destination, mark, origin):
+        if not _made_by(destination, mark, origins):
             raise OutputExistsError(
                 f"{destination} exists and was made from something else; choose another output or overwrite it."
             )
@@ -427,9 +428,9 @@ def _mark(source: Source, recipe: Recipe, calibration: Calibration | None) -> st
     return calibration.mark and fingerprint(source, VERSION, recipe.to_json(), calibration.mark)
 
 
-def _made_by(path: Path, mark: str | None, origin: Path | None) -> bool:
+def _made_by(path: Path, mark: str | None, origins: Iterable[Path]) -> bool:
     """Whether the file at ``path`` is what this run would write; a source changed since does not count."""
-    if mark is None or (origin and origin.stat().st_mtime_ns > path.stat().st_mtime_ns):
+    if mark is None or any(origin.stat().st_mtime_ns > path.stat().st_mtime_ns for origin in origins):
         return False
     try:
         with SafetensorsFile(path) as made:
@@ -452,4 +453,9 @@ def _device(device: str | torch.device | None) -> torch.device:
 def output_name(source: str | os.PathLike, recipe: Recipe) -> Path:
     """The file beside the source that a run writes when no output is named."""
     source = Path(source)
-    return source.with_name(f"{source.stem}_{recipe.label}.safetensors")
+    if source.is_dir():
+        source = source.absolute()
+        stem = source.name
+    else:
+        stem = source.name.removesuffix(".index.json").rpartition(".")[0] or source.name
+    return source.parent / f"{stem}_{recipe.label}.safetensors"

@@ -44,6 +44,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self.paths = (self.path,)
         self.name = self.path.name
         self._lock = threading.Lock()
         self._closing = False

@@ -478,6 +478,10 @@ def nan_model(tmp_path):
     save_file({"a.weight": torch.full((8, 8), float("nan"))}, tmp_path / "nan.safetensors")
 
 
+def empty_folder(folder):
+    (folder / "empty").mkdir()
+
+
 def text_file(tmp_path):
     (tmp_path / "text.safetensors").write_text("I am no model at all")
 
@@ -502,7 +506,7 @@ def nothing(tmp_path):
 Q = ["quantize", "-i", "model.safetensors", "-o", "out.safetensors"]
 ERRORS = {
     "missing source": (nothing, ["quantize", "-i", "none.safetensors"], "There is no file"),
-    "a folder as source": (nothing, ["quantize", "-i", "."], "is a folder"),
+    "a folder without a model": (empty_folder, ["quantize", "-i", "empty"], "holds no safetensors files"),
     "no safetensors file": (text_file, ["quantize", "-i", "text.safetensors"], "is not a safetensors file"),
     "quantized already": (
         quantized,

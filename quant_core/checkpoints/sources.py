@@ -1,0 +1,166 @@
+"""Models as they are published: a safetensors file, shards with an index, a folder of either, or a pickle of weights."""
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from ..errors import SourceError
+from .reader import SafetensorsFile
+from .source import CPU, TensorSource
+
+__all__ = ["PickledWeights", "ShardedFiles", "open_source"]
+
+_INDEX = ".index.json"
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_NESTED = ("state_dict", "model", "module")  # under which training tools keep the weights
+
+
+class ShardedFiles:
+    """Safetensors shards and their index as one :class:`~.source.Source`. A context manager.
+
+    Args:
+        path: the ``….safetensors.index.json``.
+
+    Raises:
+        SourceError: the index is damaged, leads out of its folder, or names tensors that its shards do not hold.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.name = self.path.name.removesuffix(_INDEX)
+        self._stack = contextlib.ExitStack()
+        places = _weight_map(self.path)
+        try:
+            files = {
+                file: self._stack.enter_context(SafetensorsFile(self.path.parent / file))
+                for file in sorted(set(places.values()))
+            }
+            self._files = {name: files[file] for name, file in places.items()}
+            for name, file in places.items():
+                if name not in files[file].tensors:
+                    raise SourceError(f"{self.path} says that tensor {name} is in {file}, which does not hold it; fetch both again.")
+        except BaseException:
+            self._stack.close()
+            raise
+        self.paths = (self.path, *(file.path for file in files.values()))
+        self.size = sum(file.size for file in files.values())
+        self.metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
+        self.tensors = {
+            name: info for file in files.values() for name, info in file.tensors.items() if self._files.get(name) is file
+        }
+
+    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
+        """The tensor on ``device``."""
+        return self._files[name].read(name, device)
+
+    def sample(self, name: str, offset: int, length: int) -> bytes:
+        """``length`` bytes of the tensor's memory from byte ``offset``."""
+        return self._files[name].sample(name, offset, length)
+
+    def close(self) -> None:
+        """Close all shards."""
+        self._stack.close()
+
+    def __enter__(self) -> "ShardedFiles":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """{tensor: file name} of an index."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not valid JSON ({error}); fetch it again.") from None
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise SourceError(f"{path} has no weight_map from tensors to files; give the index of a sharded model.")
+    for file in places.values():
+        if file in (".", "..") or Path(file).name != file or "\\" in file:
+            raise SourceError(f"{path} names the file '{file}', which is not in its own folder; the index is damaged.")
+    return places
+
+
+class PickledWeights(TensorSource):
+    """Weights that torch saved, read by its loader of weights alone: no code in the file is run. A context manager.
+
+    Raises:
+        SourceError: the file holds more than weights, or is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.paths = (self.path,)
+        super().__init__(dict(_weights(self._load())), name=self.path.name)
+        self.size = sum(info.nbytes for info in self.tensors.values())
+        if not self.tensors:
+            raise SourceError(f"{self.path} holds no weights by name; give a model's state dict.")
+
+    def _load(self) -> object:
+        options = {"map_location": "cpu", "weights_only": True}
+        try:
+            try:
+                return torch.load(self.path, mmap=True, **options)
+            except RuntimeError:  # a file of torch before 1.6 cannot be mapped
+                return torch.load(self.path, **options)
+        except OSError as error:
+            raise SourceError(f"{self.path} cannot be opened: {error.strerror}.") from error
+        except pickle.UnpicklingError:
+            raise SourceError(
+                f"{self.path} holds more than weights, and what is in a pickle could run as code: it is not opened. "
+                "Convert it to safetensors where you trust it."
+            ) from None
+        except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+            raise SourceError(f"{self.path} is damaged ({error}); fetch it again.") from None
+
+    def __enter__(self) -> "PickledWeights":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+
+def _weights(loaded: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors by name, of a state dict or of what training tools wrap around it."""
+    for key in _NESTED:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    for name, value in loaded.items() if isinstance(loaded, Mapping) else ():
+        if isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_sparse:
+            yield name, value.detach()
+
+
+def _in_folder(folder: Path) -> Path:
+    """The index or the one safetensors file of a folder."""
+    found = sorted(folder.glob(f"*{_INDEX}")) or sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if (folder / "model_index.json").exists():
+        parts = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
+        raise SourceError(f"{folder} is a whole pipeline; give the folder of one part: {', '.join(dict.fromkeys(parts)) or 'none is there'}.")
+    raise SourceError(
+        f"{folder} holds {len(found) or 'no'} safetensors files{' and no index' if found else ''}; give one file, or the index of its shards."
+    )
+
+
+def open_source(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles | PickledWeights:
+    """Open a model file, an index of shards or a folder that holds either, for reading a tensor at a time.
+
+    Raises:
+        SourceError: it is none of these.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _in_folder(path)
+    if path.name.endswith(_INDEX):
+        return ShardedFiles(path)
+    return (PickledWeights if path.suffix.lower() in _PICKLES and path.exists() else SafetensorsFile)(path)

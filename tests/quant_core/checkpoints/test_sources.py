@@ -1,0 +1,134 @@
+"""Models as they are published: shards, folders and pickles give the same file as one safetensors file does."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.checkpoints import SafetensorsFile, open_source
+from learned_rounding.quant_core.errors import OutputError, SourceError
+from learned_rounding.quant_core.pipeline import output_name
+
+RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def sharded(model, tmp_path):
+    """A folder of two shards and their index."""
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    tensors = model()
+    halves = [dict(list(tensors.items())[half::2]) for half in range(2)]
+    places = {}
+    for number, half in enumerate(halves, 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file(half, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(half, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return folder
+
+
+def same(path, model_file, tmp_path) -> bool:
+    quantize_file(model_file(), tmp_path / "one.safetensors", RECIPE)
+    quantize_file(path, tmp_path / "other.safetensors", RECIPE)
+    one, other = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "other.safetensors")
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("given", ["folder", "index"])
+def test_shards(sharded, model_file, tmp_path, given):
+    path = sharded if given == "folder" else sharded / INDEX
+    assert same(path, model_file, tmp_path)
+    again = quantize_file(path, tmp_path / "other.safetensors", RECIPE)
+    assert again.already_done
+    assert output_name(path, RECIPE).name == f"{'transformer' if given == 'folder' else 'model'}_int8_row.safetensors"
+
+
+def test_a_shard_is_no_output(sharded):
+    with pytest.raises(OutputError, match="is the source itself"):
+        quantize_file(sharded, sharded / "model-00001-of-00002.safetensors", RECIPE, overwrite=True)
+
+
+def test_a_folder_of_one_file(model_file, tmp_path):
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    os.link(model_file(), folder / "diffusion.safetensors")
+    assert same(folder, model_file, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin"])
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"state_dict": t, "epoch": 3}], ids=["plain", "in a training's file"])
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "before 1.6"])
+def test_pickles_of_weights(model, model_file, tmp_path, suffix, wrap, new):
+    torch.save(wrap(model()), tmp_path / f"model{suffix}", _use_new_zipfile_serialization=new)
+    assert same(tmp_path / f"model{suffix}", model_file, tmp_path)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("was-here",)
+
+
+def test_a_pickle_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for new in (True, False):
+        torch.save({"a": Evil()}, tmp_path / "evil.pt", _use_new_zipfile_serialization=new)
+        with pytest.raises(SourceError, match="could run as code"):
+            open_source(tmp_path / "evil.pt")
+    assert not (tmp_path / "was-here").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"\x80\x02 no pickle", b"nothing at all"])
+def test_a_damaged_pickle(tmp_path, content):
+    (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(SourceError):
+        open_source(tmp_path / "bad.pt")
+
+
+def test_a_pickle_without_weights(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(SourceError, match="no weights by name"):
+        open_source(tmp_path / "list.pt")
+
+
+@pytest.mark.parametrize(
+    "index, sentence",
+    [
+        ("{", "not valid JSON"),
+        ("[]", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        ('{"weight_map": {"a": 3}}', "no weight_map"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "not in its own folder"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "not in its own folder"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "no file"),
+        ('{"weight_map": {"nobody": "model-00001-of-00002.safetensors"}}', "does not hold it"),
+    ],
+)
+def test_an_index_that_is_wrong(sharded, index, sentence):
+    (sharded / INDEX).write_text(index)
+    with pytest.raises(SourceError, match=sentence):
+        open_source(sharded)
+
+
+def test_folders_that_hold_no_one_model(tmp_path, model):
+    with pytest.raises(SourceError, match="holds no safetensors files"):
+        open_source(tmp_path)
+    for name in ("a", "b"):
+        save_file(model(), tmp_path / f"{name}.safetensors")
+    with pytest.raises(SourceError, match="holds 2 safetensors files and no index"):
+        open_source(tmp_path)
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "transformer").mkdir(parents=True)
+    (pipeline / "model_index.json").write_text("{}")
+    save_file(model(), pipeline / "transformer" / "x.safetensors")
+    with pytest.raises(SourceError, match="whole pipeline.*transformer"):
+        open_source(pipeline)
+
+
+def test_a_file_is_a_file(model_file):
+    with open_source(model_file()) as opened:
+        assert isinstance(opened, SafetensorsFile)
