@@ -15,6 +15,7 @@ from pathlib import Path
 from .. import kernels
 from .calibration import CalibrationFile
 from .checkpoints import inspect_file, open_source, verify_file
+from .checkpoints.inspect import quantized_formats
 from .errors import OutputError, QuantizationError, RecipeError
 from .events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, RunStarted
 from .formats import FORMATS, GRANULARITIES, with_granularity
@@ -25,6 +26,7 @@ from .recipes import MEASURED, PRESETS, Recipe, recommended_format
 from .recipes.layers import parse_layer_config
 from .recipes.presets import ALIASES, AUTO, NONE
 from .report import human_bytes
+from .requantize import DecodedSource
 from .rounding import OPTIONS, ROUNDINGS
 from .rounding.methods import Option
 
@@ -155,6 +157,26 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="model with fp16, bf16 or fp32 weights: a safetensors file, the index.json of shards, a folder of either, or .ckpt, .pt, .pth, .bin",
     )
+
+
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="decode a source that is quantized already by its own scales first; its error stays, the original would be better",
+    )
+
+
+@contextlib.contextmanager
+def _source(args: argparse.Namespace):
+    """The source, decoded first where that is asked for."""
+    with open_source(args.input) as opened:
+        if not (args.requantize and quantized_formats(opened)):
+            yield opened
+            return
+        decoded = DecodedSource(opened)
+        found = ", ".join(f"{count} layers of {name}" for name, count in decoded.layers.items())
+        print(f"Decoded first, with the error that quantizing has left in them: {found}.")
+        yield decoded
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -368,7 +390,7 @@ def _quantize(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _plan(args)
     statistics = CalibrationFile(args.calibration) if args.calibration else contextlib.nullcontext()
-    with open_source(args.input) as source, statistics as calibration:
+    with _source(args) as source, statistics as calibration:
         method = recipe.resolve(calibration is not None)
         output = args.output or output_name(args.input, recipe)
         print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.description}, rounding {method.rounding}.")
@@ -391,7 +413,7 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    with open_source(args.input) as source:
+    with _source(args) as source:
         recipe = _recipe(args)
         plan = recipe.plan(source)
         print(plan.explanation)

@@ -6,8 +6,8 @@ blocks under the name of a format per tensor, layers without their JSON, scales 
 
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from .errors import NothingToQuantizeError, OutputError, OutputExistsError, Sour
 from .formats import FORMATS, Encoding, make_encoding
 from .formats.weight import config_tensor
 
-__all__ = ["Migration", "migrate_file"]
+__all__ = ["CodedLayer", "Migration", "coded_layers", "migrate_file", "old_marks", "read_scale"]
 
 _MARK = "scaled_fp8"
 # Suffix of a tensor beside a layer's weight → that of the same tensor today.
@@ -146,33 +146,68 @@ def migrate_file(
     return done
 
 
+@dataclass(frozen=True)
+class CodedLayer:
+    """A layer as a quantized file has it.
+
+    Attributes:
+        name: its base name.
+        found: suffix of today → name of the tensor, of everything that stands beside the weight, and of the weight if it holds codes.
+        config: its JSON, empty when it has none.
+        encoding: how codes and scale really stand; None where one of the two is missing, or the format is not one of ours.
+    """
+
+    name: str
+    found: dict[str, str]
+    config: dict
+    encoding: Encoding | None
+
+    @property
+    def foreign(self) -> bool:
+        """In a format that this version does not know."""
+        return self.config.get("format") is not None and self.config["format"] not in FORMATS
+
+
+def old_marks(source: Source) -> list[str]:
+    """Names of the tensors by which scaled FP8 used to be known."""
+    return [name for name in source.tensors if name.rpartition(".")[2] == _MARK]
+
+
+def coded_layers(source: Source) -> Iterator[CodedLayer]:
+    """Every layer of a quantized file, labelled rightly or not. Raises SourceError when one is in no known format."""
+    tensors, header = layer_configs(source)
+    given = {**header, **tensors}
+    full_precision = any(source.tensors[name].shape == (2,) for name in old_marks(source))  # ComfyUI's old sign for it
+    for name, found in _beside(source).items():
+        layer = CodedLayer(name, found, given.get(name, {}), None)
+        if not layer.foreign and {"weight", "weight_scale"} <= found.keys():
+            infos = (source.tensors[found[suffix]] for suffix in ("weight", "weight_scale"))
+            full = bool(layer.config.get("full_precision_matrix_mult", full_precision))
+            layer = replace(layer, encoding=_encoding(name, *infos, layer.config, full))
+        yield layer
+
+
 def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
     """The new file: {layer: JSON}, names of tensors that are copied, and new small tensors by name."""
-    tensors, header = layer_configs(opened)
-    given = {**header, **tensors}
-    marks = [name for name in opened.tensors if name.rpartition(".")[2] == _MARK]
-    full_precision = any(opened.tensors[name].shape == (2,) for name in marks)  # ComfyUI's old sign for it
+    marks = old_marks(opened)
     configs, small, gone = {}, {}, set(marks)
     if marks:
         done.changes["old scaled FP8 marker replaced"] = len(marks)
-    for layer, found in _beside(opened).items():
-        config = given.get(layer, {})
-        if config.get("format") is not None and config["format"] not in FORMATS:
+    for entry in coded_layers(opened):
+        layer, found, config, encoding = entry.name, entry.found, entry.config, entry.encoding
+        if entry.foreign:
             configs[layer] = config  # MXFP8, NVFP4 …: not ours to judge
             continue
         gone.update(name for suffix, name in found.items() if suffix != "weight")
-        if "weight" not in found or "weight_scale" not in found:
+        if encoding is None:
             done.changes["tensors that belong to no quantized layer removed"] += len(found) - ("weight" in found)
             continue
-        infos = (opened.tensors[found[suffix]] for suffix in ("weight", "weight_scale"))
-        full = bool(config.get("full_precision_matrix_mult", full_precision))
-        encoding = _encoding(layer, *infos, config, full)
         configs[layer] = encoding.config
         done.layers[str(encoding)] += 1
         if encoding.config != config:
             done.changes[f"layers labelled {encoding.format.name}, before {config.get('format', 'by no JSON')}"] += 1
         shape = encoding.scale_shape(opened.tensors[found["weight"]].shape)
-        scale = _scale(opened, found["weight_scale"]).reshape(shape)
+        scale = read_scale(opened, found["weight_scale"]).reshape(shape)
         small[f"{layer}.weight_scale"] = scale
         small[f"{layer}.comfy_quant"] = config_tensor(encoding.config)
         inputs = _input_scale(opened, layer, found.get("input_scale"), scale, encoding, calibration, drop_input_scale, done)
@@ -183,7 +218,8 @@ def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
     return configs, [name for name in opened.tensors if name not in gone], small
 
 
-def _scale(opened: Source, name: str) -> torch.Tensor:
+def read_scale(opened: Source, name: str) -> torch.Tensor:
+    """A scale as float32. Raises SourceError unless it is finite and positive."""
     scale = opened.read(name).float()
     if not (scale.numel() and (torch.isfinite(scale) & (scale > 0)).all()):
         raise SourceError(
@@ -200,7 +236,7 @@ def _input_scale(opened, layer, name, scale, encoding, calibration, drop: bool, 
         return input_scale(known.histogram, float(known.amax.max()))
     if name is None:
         return None
-    old = float(_scale(opened, name).reshape(-1)[0])
+    old = float(read_scale(opened, name).reshape(-1)[0])
     if drop or not encoding.static_inputs or old == 1 or (scale.numel() == 1 and old == float(scale)):
         done.changes["input scales left out"] += 1
         return None

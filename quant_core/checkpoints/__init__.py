@@ -3,7 +3,7 @@
 from .inspect import inspect_file
 from .metadata import PROVENANCE_KEY, QUANTIZATION_KEY, layer_configs, loading_note, provenance, quantization_metadata
 from .reader import SafetensorsFile
-from .source import Source, TensorInfo, TensorSource
+from .source import SampledSource, Source, TensorInfo, TensorSource
 from .sources import open_source
 from .verify import verify_file
 from .writer import SafetensorsWriter, header_bytes, remove_leftovers
@@ -18,6 +18,7 @@ __all__ = [
     "provenance",
     "quantization_metadata",
     "SafetensorsFile",
+    "SampledSource",
     "Source",
     "TensorInfo",
     "TensorSource",

@@ -27,6 +27,7 @@ FLOORS = [
     {"recipes", "layer"},
     {"choice"},
     {"pipeline", "migrate"},
+    {"requantize"},
     {"cli"},
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}
