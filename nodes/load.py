@@ -39,24 +39,35 @@ class LoadModel(io.ComfyNode):
                     advanced=True,
                     tooltip="For a text encoder whose CLIP output is used: the same choice as in ComfyUI's Load CLIP. Ignored for models.",
                 ),
+                widget(
+                    io.Boolean,
+                    id="requantize",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Decode a file that is quantized already by its own scales first. "
+                    "Its error stays in the result; the full-precision original is better.",
+                ),
             ],
             outputs=[Source.Output(display_name="source", tooltip="For Learned Round Quantize.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, clip_type=None):
-        return (model, clip_type, *host.file_state(model))
+    def fingerprint_inputs(cls, model, clip_type=None, requantize=False):
+        return (model, clip_type, requantize, *host.file_state(model))
 
     @classmethod
-    def execute(cls, model, clip_type=None) -> io.NodeOutput:
-        source = host.FileSource.choose(model, clip_type or host.clip_types()[0])
+    def execute(cls, model, clip_type=None, requantize=False) -> io.NodeOutput:
+        source = host.FileSource.choose(model, clip_type or host.clip_types()[0], requantize)
         with SafetensorsFile(source.path) as opened:
             preset, formats = recognise(opened.tensors), quantized_formats(opened)
             count, size = len(opened.tensors), human_bytes(opened.size)
         if not count:
             raise SourceError(f"{source.path} holds no tensors; choose another file.")
         family = preset.title if preset else "no preset recognises it; the general rule will decide"
-        state = f"already quantized: {', '.join(formats)}" if formats else "full precision"
+        state = "full precision"
+        if formats:
+            state = f"already quantized: {', '.join(formats)}{', to be decoded first' if requantize else ''}"
         return io.NodeOutput(
             source, ui=ui.PreviewText(f"{source.path.name}: {size}, {count} tensors, {state}\n{family}")
         )

@@ -73,16 +73,20 @@ def stamp(path: Path) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class FileSource:
-    """A model file that nothing has been read of yet. ``kind``: the model folder it is in; ``clip_type``: for text encoders."""
+    """A model file that nothing has been read of yet.
+
+    ``kind``: the model folder it is in; ``clip_type``: for text encoders; ``requantize``: decode it first if it is quantized.
+    """
 
     path: Path
     kind: str
     clip_type: str
+    requantize: bool = False
 
     @classmethod
-    def choose(cls, choice: str, clip_type: str) -> "FileSource":
+    def choose(cls, choice: str, clip_type: str, requantize: bool = False) -> "FileSource":
         """From what :func:`model_files` lists."""
-        return cls(_path(choice), choice.partition("/")[0], clip_type)
+        return cls(_path(choice), choice.partition("/")[0], clip_type, requantize)
 
 
 def remove(paths) -> None:

@@ -13,7 +13,9 @@ import torch
 
 from ...quant_core import Recipe, Report, quantize_file
 from ...quant_core.checkpoints import SafetensorsFile
+from ...quant_core.checkpoints.inspect import quantized_formats
 from ...quant_core.events import Listener
+from ...quant_core.requantize import DecodedSource
 from .calibrations import Calibrated
 from .folders import FileSource, remove, stamp, temporary_folder
 from .sources import parts_of
@@ -44,7 +46,7 @@ class Quantized:
 def _identity(source) -> tuple:
     """Equal for two sources exactly when quantizing them gives the same."""
     if isinstance(source, FileSource):
-        return source.path, *stamp(source.path)
+        return source.path, source.requantize, *stamp(source.path)
     patcher = source.patcher if isinstance(source, comfy.sd.CLIP) else source
     return weakref.ref(patcher.model), patcher.patches_uuid
 
@@ -69,9 +71,9 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
             for part, tensors in parts.items():
                 _make_room(tensors, recipe, statistics is not None, device)
                 files[part] = folder / f"learned_rounding_{os.urandom(6).hex()}.safetensors"
-                reports.append(
-                    quantize_file(
-                        tensors,
+                with _plain(source, tensors) as weights:
+                    report = quantize_file(
+                        weights,
                         files[part],
                         recipe,
                         calibration=statistics.part(part) if statistics and part else statistics,
@@ -79,13 +81,23 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
                         on_event=on_event,
                         check=comfy.model_management.throw_exception_if_processing_interrupted,
                     )
-                )
+                reports.append(report)
         except BaseException:
             remove(files.values())
             raise
     quantized = Quantized(files, kind, recipe.label, _joined(reports))
     _last = (identity, recipe, quantized)
     return quantized
+
+
+@contextlib.contextmanager
+def _plain(source, tensors):
+    """What is to be quantized; a quantized file decoded where its user asked for that."""
+    if not (isinstance(source, FileSource) and source.requantize):
+        yield tensors
+        return
+    with SafetensorsFile(tensors) as opened:
+        yield DecodedSource(opened) if quantized_formats(opened) else opened
 
 
 def _joined(reports: list[Report]) -> Report:

@@ -105,7 +105,8 @@ def make_plan(
     """
     if formats := quantized_formats(source):
         raise AlreadyQuantizedError(
-            f"{source.name} is quantized already ({', '.join(formats)}); quantizing codes again would ruin the model, so give its full-precision original."
+            f"{source.name} is quantized already ({', '.join(formats)}); quantizing codes again would ruin the model, "
+            "so give its full-precision original, or have it decoded first (requantize)."
         )
     if any(name.startswith(_CONTROL) for name in source.tensors):
         raise NothingToQuantizeError(

@@ -41,6 +41,20 @@ def test_a_quantized_file_is_refused_by_the_name_of_its_format(comfy):
     assert "scaled fp8" in refused(comfy, graph)
 
 
+def test_a_quantized_file_is_decoded_first_where_that_is_asked_for(comfy):
+    graph = ProbedGraph()
+    saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), "to-requantize")
+    path = comfy.queue(graph).outputs[saved.id]["text"][0]
+    name = f"diffusion_models/{path.rpartition('/')[2]}"
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source(name)[0], "int8_tensorwise"), "again")
+    assert "quantized already" in refused(comfy, graph)
+    graph = ProbedGraph()
+    source = graph.add("LearnedRoundingLoadModel", model=name, requantize=True)
+    probe = graph.probe(graph.quantize(source[0], "int8_tensorwise", rounding="nearest")[0])
+    assert set(probed(comfy.queue(graph), probe)["layers"].values()) == {"int8"}
+
+
 def test_a_full_precision_file_is_not_loaded_as_a_quantized_one(comfy):
     graph = ProbedGraph()
     graph.sample(graph.load_quantized(MODEL)[0], "plain")
