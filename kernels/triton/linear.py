@@ -13,9 +13,10 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # older than Triton 3.4
     TensorDescriptor = None
-try:
+# Gluon is experimental: only releases that the product for SM 9.0 was compiled with.
+if tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7)):
     from . import hopper
-except (ImportError, AttributeError):  # older than Triton 3.6, or its Gluon has changed
+else:
     hopper = None
 
 __all__ = ["CANDIDATES", "SHIPPED", "SHIPPED_FEW_ROWS", "Launch", "autotuned_linear", "multiply", "scaled_linear", "shipped_launch"]
