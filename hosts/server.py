@@ -31,6 +31,7 @@ PACK_NAME = "learned_rounding"
 FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
 LOG_TAIL_LINES = 40
 STOP_SECONDS = 10
+HOST_DEVICE = os.environ.get("LEARNED_ROUNDING_HOST_DEVICE", "cpu")
 # A proxy set in the environment is not meant for 127.0.0.1.
 _HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -99,7 +100,7 @@ class ComfyServer:
     base     its base directory (custom_nodes, models, input, output, temp, user); a temporary one unless given
     links    name in custom_nodes → folder; this repository as `learned_rounding` unless given; {} links nothing
     arguments, environment   additions to ComfyUI's command line and environment
-    cpu      False lets ComfyUI use the GPU
+    cpu      whether ComfyUI leaves the GPU alone; unless given, so it does, except with LEARNED_ROUNDING_HOST_DEVICE=cuda
     """
 
     def __init__(
@@ -110,11 +111,12 @@ class ComfyServer:
         links: Mapping[str, Path | str] | None = None,
         arguments: Iterable[str] = (),
         environment: Mapping[str, str] | None = None,
-        cpu: bool = True,
+        cpu: bool | None = None,
         start_timeout: float = 240,
     ):
         self.host = host
         self.links = {PACK_NAME: PACK} if links is None else dict(links)
+        cpu = HOST_DEVICE == "cpu" if cpu is None else cpu
         self.arguments = [*(["--cpu"] if cpu else []), *arguments]
         self.environment = dict(environment or {})
         self.start_timeout = start_timeout

@@ -100,7 +100,7 @@ def _encoding(layer: str, weight: TensorInfo, scale: TensorInfo, config: Mapping
         known[0],
         block_size=known[1],
         convrot=config.get("convrot_groupsize", 256) if rotated else None,
-        full_precision_matmul=full_precision and format.full_precision_matmul,
+        full_precision_matmul=full_precision and format.full_precision_matmul != "never",
     )
 
 
@@ -205,7 +205,9 @@ def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
         configs[layer] = encoding.config
         done.layers[str(encoding)] += 1
         if encoding.config != config:
-            done.changes[f"layers labelled {encoding.format.name}, before {config.get('format', 'by no JSON')}"] += 1
+            before = config.get("format", "by no JSON")
+            now = encoding.format.name
+            done.changes[f"layers labelled {now}, before {before}" if now != before else f"{now} layers whose JSON was put right"] += 1
         shape = encoding.scale_shape(opened.tensors[found["weight"]].shape)
         scale = read_scale(opened, found["weight_scale"]).reshape(shape)
         small[f"{layer}.weight_scale"] = scale

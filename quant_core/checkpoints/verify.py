@@ -71,6 +71,11 @@ def _layer_problems(source: Source, layer: str, config: Mapping[str, object]) ->
     for key in _SHAPE_KEYS:
         if config.get(key) != encoding.config.get(key):
             yield f"{layer}: its JSON says {key}={config.get(key)} and its scale's shape says {encoding.config.get(key)}."
+    if encoding.format.full_precision_matmul == "always" and not config.get("full_precision_matrix_mult"):
+        yield (
+            f"{layer}: its JSON lacks full_precision_matrix_mult, and no NVIDIA card multiplies {encoding.format.name} codes; "
+            "lrq migrate adds it."
+        )
     inner = source.tensors[f"{layer}.weight"].shape[1]
     if encoding.rotation and inner % encoding.rotation.size:
         yield f"{layer}: ConvRot groups of {encoding.rotation.size} do not divide its {inner} input channels."

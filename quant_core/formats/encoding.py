@@ -143,11 +143,12 @@ def make_encoding(
         raise RecipeError(
             f"ConvRot exists for int8_tensorwise per row, not for {entry.name} per {granularity}; leave it out."
         )
-    if full_precision_matmul and not entry.full_precision_matmul:
+    if full_precision_matmul and entry.full_precision_matmul == "never":
         raise RecipeError(
             f"full_precision_matrix_mult has no effect on {entry.name}: ComfyUI ignores it there; leave it out."
         )
-    return Encoding(entry, granularity, block_size, Rotation(convrot) if convrot else None, full_precision_matmul)
+    decoded = full_precision_matmul or entry.full_precision_matmul == "always"
+    return Encoding(entry, granularity, block_size, Rotation(convrot) if convrot else None, decoded)
 
 
 _ROTATED = {("int8_tensorwise", "row")}

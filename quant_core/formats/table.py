@@ -19,7 +19,8 @@ class Format:
         grid: the number grid of the codes.
         granularities: name → extra JSON keys; the first is the default.
         stock_since: oldest ComfyUI release whose stock loaders read it; None: they do not, this pack does.
-        full_precision_matmul: the JSON key ``full_precision_matrix_mult`` has an effect.
+        full_precision_matmul: whether the JSON key ``full_precision_matrix_mult``, by which ComfyUI decodes a weight instead
+            of multiplying its codes, is a "choice", "always" there because nothing multiplies such codes, or "never".
         note: one sentence for people.
         inputs: what shares a scale when a layer's inputs are quantized to the same grid: the whole "tensor", by an
             ``input_scale`` that the layer may carry, each "token", or the "block" of a token; None leaves them as they are.
@@ -29,7 +30,7 @@ class Format:
     grid: Grid
     granularities: Mapping[str, Mapping[str, object]]
     stock_since: str | None
-    full_precision_matmul: bool
+    full_precision_matmul: Literal["choice", "always", "never"]
     note: str
     inputs: Literal["tensor", "token", "block"] | None = None
 
@@ -40,7 +41,7 @@ _TABLE = (
         grid=E4M3,
         granularities={"tensor": {}},
         stock_since="0.3.75",
-        full_precision_matmul=True,
+        full_precision_matmul="choice",
         note="8-bit float, one scale per tensor; runs on FP8 tensor cores from SM 8.9 on, is decoded on older cards",
         inputs="tensor",
     ),
@@ -49,15 +50,15 @@ _TABLE = (
         grid=E5M2,
         granularities={"tensor": {}},
         stock_since="0.8",
-        full_precision_matmul=True,
-        note="8-bit float with two mantissa bits: twice the error of e4m3, for models whose weights span a huge range",
+        full_precision_matmul="always",  # no NVIDIA card multiplies two E5M2 matrices
+        note="8-bit float with two mantissa bits, decoded on every card: twice the error of e4m3, for weights of a huge range",
     ),
     Format(
         name="int8_tensorwise",
         grid=INT8,
         granularities={"row": {"per_row": True}, "tensor": {}},
         stock_since="0.27",
-        full_precision_matmul=False,
+        full_precision_matmul="never",
         note="8-bit integer, one scale per row or per tensor; runs on INT8 tensor cores from SM 7.5 on",
         inputs="token",
     ),
@@ -66,7 +67,7 @@ _TABLE = (
         grid=E4M3,
         granularities={"row": {}},
         stock_since=None,
-        full_precision_matmul=False,
+        full_precision_matmul="never",
         note="8-bit float, one scale per row",
         inputs="token",
     ),
@@ -75,7 +76,7 @@ _TABLE = (
         grid=E4M3,
         granularities={"block": {}},
         stock_since=None,
-        full_precision_matmul=False,
+        full_precision_matmul="never",
         note="8-bit float, one scale per square block",
         inputs="block",
     ),
@@ -84,7 +85,7 @@ _TABLE = (
         grid=INT8,
         granularities={"block": {}},
         stock_since=None,
-        full_precision_matmul=False,
+        full_precision_matmul="never",
         note="8-bit integer, one scale per square block",
         inputs="block",
     ),

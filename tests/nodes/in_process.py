@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 comfyui, pack, folder, check = sys.argv[1:]
-sys.argv = ["main.py", "--cpu", "--base-directory", folder]
+cpu = os.environ.get("LEARNED_ROUNDING_HOST_DEVICE", "cpu") == "cpu"
+sys.argv = ["main.py", *(["--cpu"] if cpu else []), "--base-directory", folder]
 sys.path.insert(0, comfyui)
 
 import comfy.options  # noqa: E402
@@ -171,14 +172,15 @@ def decoding() -> dict:
     original = comfy.sd.load_diffusion_model(str(assets / "tiny_mmdit_emoji.safetensors"))
     lora = comfy.utils.load_torch_file(str(assets / "tiny_lora_red.safetensors"))
     generator = torch.Generator().manual_seed(0)
-    x, context = torch.randn(1, 16, 8, 8, generator=generator), torch.randn(1, 16, 512, generator=generator)
-    pooled = torch.randn(1, 512, generator=generator)
+    device = comfy.model_management.get_torch_device()
+    shapes = ((1, 16, 8, 8), (1, 16, 512), (1, 512))
+    x, context, pooled = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
 
     def run(model) -> torch.Tensor:
-        return model.model.apply_model(x, torch.tensor([500.0]), c_crossattn=context, y=pooled)
+        return model.model.apply_model(x, torch.tensor([500.0], device=device), c_crossattn=context, y=pooled)
 
     def patched(model, **options) -> torch.Tensor:
-        model.patch_model(device_to=torch.device("cpu"), **options)
+        model.patch_model(device_to=device, **options)
         try:
             return run(model)
         finally:

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 OURS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
 SHAPE, BLOCK = (70, 100), 32
+DEVICE = comfy.model_management.get_torch_device()
 INPUTS = ((5, 100), (2, 5, 100), (100,), (2, 3, 4, 100))
 
 
@@ -46,7 +47,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
     options = {"block_size": BLOCK} if FORMATS[layout.format].inputs == "block" else {}
     encoding = make_encoding(layout.format, **options)
@@ -81,7 +82,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
         "t": torch.equal(coded.t().dequantize(), decoded.t()) and coded.t().shape == weight.t().shape,
         "t twice": torch.equal(linear(x, coded.t().t()), product),
         "t of a clone": torch.equal(coded.t().clone().dequantize(), decoded.t()),
-        "linear with the transpose": torch.equal(linear(normal(3, 70).zero_() + 1, coded.t()), linear(torch.ones(3, 70, dtype=dtype), decoded.t())),
+        "linear with the transpose": torch.equal(linear(normal(3, 70).zero_() + 1, coded.t()), linear(torch.ones(3, 70, dtype=dtype, device=DEVICE), decoded.t())),
         "mm": torch.equal(torch.mm(x, coded.t()), product),
         "mm from the left": torch.equal(torch.mm(coded, x.t()), torch.mm(decoded, x.t())),
         "mm with the weight itself": torch.equal(torch.mm(x[:, :70], coded), torch.mm(x[:, :70], decoded)),
@@ -159,7 +160,7 @@ def _streamed(coded):
     """Through a flat buffer and back, as ComfyUI streams weights from main memory."""
     import comfy.memory_management  # not in every release
 
-    buffer = torch.zeros(comfy.memory_management.vram_aligned_size([coded]), dtype=torch.uint8)
+    buffer = torch.zeros(comfy.memory_management.vram_aligned_size([coded]), dtype=torch.uint8, device=DEVICE)
     (view,) = comfy.memory_management.interpret_gathered_like([coded], buffer)
     view.copy_(coded)
     return view
@@ -173,11 +174,10 @@ class _Tiny:
         self.original = comfy.sd.load_diffusion_model(str(assets / "tiny_mmdit_emoji.safetensors"))
         self.lora = comfy.utils.load_torch_file(str(assets / "tiny_lora_red.safetensors"))
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(1, 16, 8, 8, generator=generator)
-        self.context = {
-            "c_crossattn": torch.randn(1, 16, 512, generator=generator),
-            "y": torch.randn(1, 512, generator=generator),
-        }
+        shapes = ((1, 16, 8, 8), (1, 16, 512), (1, 512))
+        self.x, context, pooled = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+        self.time = torch.tensor([500.0], device=DEVICE)
+        self.context = {"c_crossattn": context, "y": pooled}
 
     def file(self, **recipe) -> host.Quantized:
         return host.quantize(self.original, Recipe(rounding="nearest", **recipe), lambda event: None)
@@ -191,12 +191,15 @@ class _Tiny:
         options = comfy.model_patcher.create_model_options_clone(model.model_options)
         options = comfy.patcher_extension.copy_nested_dicts(options["transformer_options"])
         options["wrappers"] = comfy.patcher_extension.copy_nested_dicts(model.wrappers)
-        return model.model.apply_model(self.x, torch.tensor([500.0]), transformer_options=options, **self.context)
+        return self._applied(model, {}, transformer_options=options)
 
     def run(self, model, **options) -> torch.Tensor:
-        model.patch_model(device_to=torch.device("cpu"), **options)
+        return self._applied(model, options)
+
+    def _applied(self, model, patching: dict, **options) -> torch.Tensor:
+        model.patch_model(device_to=DEVICE, **patching)
         try:
-            return model.model.apply_model(self.x, torch.tensor([500.0]), **self.context)
+            return model.model.apply_model(self.x, self.time, **self.context, **options)
         finally:
             model.unpatch_model(device_to=torch.device("cpu"))
 
@@ -392,6 +395,8 @@ def native_int8() -> dict:
         calls.append(arguments["input_act"])
         return module.int8_linear(**arguments)
 
+    for name in ("cuda", "triton"):  # as below CUDA 13, and where there is no card
+        registry.disable(name)
     anywhere = {"int8_linear": FunctionConstraints()}
     registry.register("learned_rounding", SimpleNamespace(int8_linear=counted), anywhere)  # on this CPU too
     tiny = _Tiny()
@@ -421,7 +426,8 @@ def native_int8() -> dict:
     module._switch(False)
     tiny.sampled(plain)
     found["calls after it"] = len(calls) - found["calls with the setting"]
-    x, coded = torch.randn(3, 128), comfy.quant_ops.QuantizedTensor.from_float(torch.randn(32, 128), "TensorWiseINT8Layout")
+    x, weight = torch.randn(3, 128, device=DEVICE), torch.randn(32, 128, device=DEVICE)
+    coded = comfy.quant_ops.QuantizedTensor.from_float(weight, "TensorWiseINT8Layout")
     acted = {}
     for name, act in getattr(comfy.ops, "INPUT_ACT_EAGER", {}).items():
         inputs = torch.cat([x, x], 1) if name == "swiglu" else x

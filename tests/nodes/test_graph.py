@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.benchmarks.tiny_model.graph import MODEL, latents, pictures, psnr
 from learned_rounding.benchmarks.tiny_model.place import prompt_names, read_conditioning
 from learned_rounding.hosts import HostInterrupted
+from learned_rounding.hosts.server import HOST_DEVICE
 from learned_rounding.hosts.workflows import Node
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
 from learned_rounding.quant_core.checkpoints import verify_file
@@ -21,12 +22,13 @@ from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, loads, prob
 
 # dB against the unquantized model: under the worst picture of plain nearest rounding (benchmarks/README.md).
 FLOOR = {E4M3: 38.0, E5M2: 32.0, INT8: 27.0}
-FLOOR_FP8_INPUTS = 24.0  # inputs in FP8 too, three mantissa bits; ComfyUI's own FP8 leaves them as they are on a CPU
+FLOOR_FP8_INPUTS = 24.0  # inputs in FP8 too, three mantissa bits; ComfyUI's own FP8 per tensor leaves them as they are on a CPU
 
 
 def floor(host, format: str) -> float:
     entry = FORMATS[format]
-    fp8_inputs = entry.grid == E4M3 and entry.inputs != "tensor" and takes_layouts(host)
+    quantized_inputs = loads(host, format) and (HOST_DEVICE == "cuda" or entry.inputs != "tensor")
+    fp8_inputs = entry.grid == E4M3 and quantized_inputs
     return FLOOR_FP8_INPUTS if fp8_inputs else FLOOR[entry.grid]
 
 

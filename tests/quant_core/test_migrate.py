@@ -96,7 +96,8 @@ def test_input_scales_from_a_calibration(migrate):
         (INT8, (64, 1), "int8_blockwise", {"format": "int8_tensorwise", "per_row": True}),
         (INT8, (1,), "int8_tensorwise", {"format": "int8_tensorwise"}),
         (FP8, (), None, {"format": "float8_e4m3fn"}),
-        (torch.float8_e5m2, (), None, {"format": "float8_e5m2"}),
+        (torch.float8_e5m2, (), None, {"format": "float8_e5m2", "full_precision_matrix_mult": True}),
+        (torch.float8_e5m2, (), "float8_e5m2", {"format": "float8_e5m2", "full_precision_matrix_mult": True}),
     ],
 )
 def test_labels_follow_the_scales(migrate, dtype, shape, label, expected):

@@ -16,6 +16,7 @@ HEADER = "_quantization_metadata"
 RECIPES = {
     "fp8": Recipe(rounding="nearest"),
     "fp8 full precision": Recipe(rounding="nearest", full_precision_matmul=True),
+    "e5m2": Recipe(format="float8_e5m2", rounding="nearest"),
     "int8 row": Recipe(format="int8_tensorwise", rounding="nearest"),
     "int8 tensor": Recipe(format="int8_tensorwise", granularity="tensor", rounding="nearest"),
 }
@@ -86,6 +87,11 @@ def both(*changes):
 
 
 BREAKS = {
+    "codes nothing multiplies": (
+        "e5m2",
+        set_both("full_precision_matrix_mult", None),
+        "lacks full_precision_matrix_mult, and no NVIDIA card multiplies float8_e5m2 codes; lrq migrate adds it",
+    ),
     "no scale": ("int8 row", drop("weight_scale"), "weight_scale missing"),
     "scale of another shape": (
         "int8 row",

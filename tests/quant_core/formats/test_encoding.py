@@ -15,7 +15,7 @@ CASES = [
         {},
         *({"block_size": size} for size in (8, 1024) if granularity == "block"),
         *({"convrot": size} for size in (256, 64, 16) if (name, granularity) == ("int8_tensorwise", "row")),
-        *({"full_precision_matmul": True} for _ in "x" if entry.full_precision_matmul),
+        *({"full_precision_matmul": True} for _ in "x" if entry.full_precision_matmul != "never"),
     )
 ]
 

@@ -15,19 +15,19 @@ def test_keys_are_the_format_strings():
 @pytest.mark.parametrize(
     "name, grid, granularities, full_precision",
     [
-        ("float8_e4m3fn", E4M3, ["tensor"], True),
-        ("float8_e5m2", E5M2, ["tensor"], True),
-        ("int8_tensorwise", INT8, ["row", "tensor"], False),
-        ("float8_e4m3fn_rowwise", E4M3, ["row"], False),
-        ("float8_e4m3fn_blockwise", E4M3, ["block"], False),
-        ("int8_blockwise", INT8, ["block"], False),
+        ("float8_e4m3fn", E4M3, ["tensor"], "choice"),
+        ("float8_e5m2", E5M2, ["tensor"], "always"),
+        ("int8_tensorwise", INT8, ["row", "tensor"], "never"),
+        ("float8_e4m3fn_rowwise", E4M3, ["row"], "never"),
+        ("float8_e4m3fn_blockwise", E4M3, ["block"], "never"),
+        ("int8_blockwise", INT8, ["block"], "never"),
     ],
 )
 def test_entries(name, grid, granularities, full_precision):
     entry = find_format(name)
     assert entry.grid is grid
     assert list(entry.granularities) == granularities
-    assert entry.full_precision_matmul is full_precision
+    assert entry.full_precision_matmul == full_precision
 
 
 @pytest.mark.parametrize("wrong, near", [("float8_e4m3", "float8_e4m3fn"), ("int8_tensorwize", "int8_tensorwise")])

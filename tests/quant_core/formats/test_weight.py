@@ -15,7 +15,7 @@ FULL = {"full_precision_matmul": True}
 CASES = [
     ("float8_e4m3fn", {}, FP8, (), '{"format":"float8_e4m3fn"}'),
     ("float8_e4m3fn", FULL, FP8, (), '{"format":"float8_e4m3fn","full_precision_matrix_mult":true}'),
-    ("float8_e5m2", {}, torch.float8_e5m2, (), '{"format":"float8_e5m2"}'),
+    ("float8_e5m2", {}, torch.float8_e5m2, (), '{"format":"float8_e5m2","full_precision_matrix_mult":true}'),
     ("float8_e4m3fn_rowwise", {}, FP8, (6, 1), '{"format":"float8_e4m3fn_rowwise"}'),
     ("float8_e4m3fn_blockwise", {}, FP8, (1, 1), '{"format":"float8_e4m3fn_blockwise","group_size":128}'),
     ("int8_blockwise", {"block_size": 8}, INT, (1, 4), '{"format":"int8_blockwise","group_size":8}'),
