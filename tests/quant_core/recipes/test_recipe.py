@@ -42,7 +42,7 @@ def recipes(draw) -> Recipe:
         preset=draw(st.sampled_from(["auto", "none", *PRESETS])),
         keep=tuple(map(re.escape, draw(st.lists(st.text(max_size=12), max_size=3)))),
         heur=draw(st.booleans()),
-        full_precision_matmul=draw(st.booleans()) and entry.full_precision_matmul,
+        full_precision_matmul=entry.full_precision_matmul != "never" and draw(st.booleans()),
         seed=draw(st.integers(0, 2**63 - 1)),
     )
 
