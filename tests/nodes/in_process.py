@@ -143,9 +143,9 @@ def calibrated_text_encoder() -> dict:
     save_file(t5_weights(), path)
     clip = load(path)
     before = encode(clip)
-    calibration, _ = host.calibrate_clip(clip, PROMPTS, keep="compact", tokens=512, seed=0, sensitivity=True)
+    calibration, summary = host.calibrate_clip(clip, PROMPTS, keep="compact", tokens=512, seed=0, sensitivity=True)
     with calibration.open() as known:
-        layers, inputs = len(known.layers), len({id(known.inputs(layer)) for layer in known.layers})
+        layers = len(known.layers)
         sensitive = sum(value > 0 for value in known.sensitivity.values())
 
     def error(rounding, calibration=None):
@@ -155,7 +155,7 @@ def calibrated_text_encoder() -> dict:
 
     return {
         "layers": layers,
-        "inputs": inputs,
+        "summary": summary,
         "sensitive": sensitive,
         "unchanged": bool(torch.equal(encode(clip), before)),
         "hooks": sum(len(module._forward_pre_hooks) for module in clip.cond_stage_model.modules()),

@@ -8,11 +8,14 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.benchmarks.tiny_model.evaluate import merge_lora
 from learned_rounding.benchmarks.tiny_model.graph import LORA, MODEL, latents, pictures, psnr
 from learned_rounding.hosts import HostError, HostInterrupted
+from learned_rounding.hosts.server import HOST_DEVICE
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import CalibrationFile
 from learned_rounding.quant_core.checkpoints import SafetensorsFile, verify_file
 from learned_rounding.tests.nodes.probing import ProbedGraph, text
 from learned_rounding.tests.nodes.test_graph import saved_path, unique
+
+WEIGHTS_ALONE = {"full_precision_matrix_mult": True}  # a GPU would quantize the inputs too, a CPU does not
 
 
 def temporary(comfy):
@@ -37,10 +40,10 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request):
     shown = graph.add("PreviewAny", source=calibration[2])
     for rounding in ("nearest", "auto"):
         known = {"calibration": calibration[0]} if rounding == "auto" else {}
-        quantized = graph.quantize(model[0], rounding=rounding, **known)
+        quantized = graph.quantize(model[0], rounding=rounding, **WEIGHTS_ALONE, **known)
         graph.sample(quantized[0], f"{name}-{rounding}", seed=7)
         report = graph.add("PreviewAny", source=quantized[3])
-    saved = graph.save(quantized, name)
+    saved = graph.save(graph.quantize(model[0], calibration=calibration[0]), name)
     graph.sample(model[0], f"{name}-full", seed=7)
     result = comfy.queue(graph)
 
@@ -79,7 +82,7 @@ def test_a_saved_calibration_serves_the_graph_and_the_command_line_alike(comfy, 
         assert known.provenance["steps"] == 10 and len(known.provenance["prompts"]) == 2
         assert min(known.tokens(layer)[0] for layer in known.layers) > 0 and len(known.layers) > 30
         quantize_file(
-            comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "q", recipe, calibration=known, device="cpu"
+            comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "q", recipe, calibration=known, device=HOST_DEVICE
         )
     assert not verify_file(tmp_path / "q").problems
     again = ProbedGraph()
@@ -170,7 +173,8 @@ def test_a_lora_is_calibrated_with_the_model(comfy, request):
     found = {}
     for kind, node in (("plain", model), ("lora", patched)):
         found[kind] = saved_calibration(graph, graph.calibrate(node[0], seed=501, steps=10), f"{name}-{kind}")
-    quantized = graph.quantize(patched[0], calibration=graph.calibrate(patched[0], seed=501, steps=10)[0])
+    known = graph.calibrate(patched[0], seed=501, steps=10)[0]
+    quantized = graph.quantize(patched[0], calibration=known, **WEIGHTS_ALONE)
     graph.sample(patched[0], f"{name}-full", seed=7)
     graph.sample(quantized[0], f"{name}-quantized", seed=7)
     result = comfy.queue(graph)
@@ -197,9 +201,8 @@ def test_a_calibration_serves_a_fine_tune_and_no_other_architecture(comfy, reque
     fine_tune = graph.load(f"{name}.safetensors")
     graph.sample(fine_tune[0], f"{name}-full", seed=7)
     for rounding, known in (("nearest", None), ("auto", calibration[0])):
-        graph.sample(
-            graph.quantize(fine_tune[0], rounding=rounding, calibration=known)[0], f"{name}-{rounding}", seed=7
-        )
+        quantized = graph.quantize(fine_tune[0], rounding=rounding, calibration=known, **WEIGHTS_ALONE)
+        graph.sample(quantized[0], f"{name}-{rounding}", seed=7)
     comfy.queue(graph)
     folder = comfy.output_dir
     assert error(folder, f"{name}-full", f"{name}-auto") < 0.85 * error(folder, f"{name}-full", f"{name}-nearest")
