@@ -155,7 +155,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--input",
         type=Path,
         required=True,
-        help="model with fp16, bf16 or fp32 weights: a safetensors file, the index.json of shards, a folder of either, or .ckpt, .pt, .pth, .bin",
+        help="model with fp16, bf16 or fp32 weights: a safetensors file, the index.json of shards, a folder of either, "
+        ".ckpt, .pt, .pth, .bin, or .gguf (needs the package gguf), which is decoded first",
     )
 
 
@@ -168,15 +169,14 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def _source(args: argparse.Namespace):
-    """The source, decoded first where that is asked for."""
+    """The source, decoded first where that is asked for, and GGUF always."""
     with open_source(args.input) as opened:
-        if not (args.requantize and quantized_formats(opened)):
-            yield opened
-            return
-        decoded = DecodedSource(opened)
-        found = ", ".join(f"{count} layers of {name}" for name, count in decoded.layers.items())
-        print(f"Decoded first, with the error that quantizing has left in them: {found}.")
-        yield decoded
+        source = DecodedSource(opened) if args.requantize and quantized_formats(opened) else opened
+        decoded = getattr(source, "layers", {})
+        if decoded:
+            found = ", ".join(f"{count} layers of {name}" for name, count in decoded.items())
+            print(f"Decoded first, with the error that quantizing has left in them: {found}.")
+        yield source
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Models as they are published: a safetensors file, shards with an index, a folder of either, or a pickle of weights."""
+"""Models as they are published: a safetensors file, shards with an index, a folder of either, a pickle of weights, or GGUF."""
 
 import contextlib
 import json
@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from ..errors import SourceError
+from .gguf import GGUFFile
 from .reader import SafetensorsFile
 from .source import CPU, TensorSource
 
 __all__ = ["PickledWeights", "ShardedFiles", "open_source"]
 
 _INDEX = ".index.json"
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _NESTED = ("state_dict", "model", "module")  # under which training tools keep the weights
 
 
@@ -152,7 +152,10 @@ def _in_folder(folder: Path) -> Path:
     )
 
 
-def open_source(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles | PickledWeights:
+_FILES = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), PickledWeights) | {".gguf": GGUFFile}  # others are safetensors
+
+
+def open_source(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles | PickledWeights | GGUFFile:
     """Open a model file, an index of shards or a folder that holds either, for reading a tensor at a time.
 
     Raises:
@@ -163,4 +166,4 @@ def open_source(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles | Pic
         path = _in_folder(path)
     if path.name.endswith(_INDEX):
         return ShardedFiles(path)
-    return (PickledWeights if path.suffix.lower() in _PICKLES and path.exists() else SafetensorsFile)(path)
+    return _FILES.get(path.suffix.lower() if path.exists() else "", SafetensorsFile)(path)

@@ -1,15 +1,17 @@
-"""Models as they are published: shards, folders and pickles give the same file as one safetensors file does."""
+"""Models as they are published: shards, folders, pickles and GGUF give the same file as one safetensors file does."""
 
 import json
 import os
+import sys
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, open_source
-from learned_rounding.quant_core.errors import OutputError, SourceError
+from learned_rounding.quant_core import Recipe, cli, quantize_file
+from learned_rounding.quant_core.checkpoints import SafetensorsFile, open_source, verify_file
+from learned_rounding.quant_core.errors import MissingPackageError, OutputError, SourceError
 from learned_rounding.quant_core.pipeline import output_name
 
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
@@ -132,3 +134,83 @@ def test_folders_that_hold_no_one_model(tmp_path, model):
 def test_a_file_is_a_file(model_file):
     with open_source(model_file()) as opened:
         assert isinstance(opened, SafetensorsFile)
+
+
+def gguf_file(path, tensors, code="F32", architecture="flux", shapes=None):
+    """A GGUF with the matrices coded as ``code`` where whole blocks fit, the rest as float32."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, tensor in tensors.items():
+        kind = gguf.GGMLQuantizationType[code]
+        block, _ = gguf.GGML_QUANT_SIZES[kind]
+        kind = kind if tensor.ndim == 2 and tensor.shape[-1] % block == 0 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    for name, shape in (shapes or {}).items():
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("code, dtype", [("BF16", torch.bfloat16), ("F16", torch.float16), ("F32", torch.float32)])
+def test_an_unquantized_gguf_is_its_model(model, tmp_path, code, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in model().items()}
+    with open_source(gguf_file(tmp_path / "model.gguf", tensors, code)) as opened:
+        assert opened.layers == {} and list(opened.tensors) == list(tensors)
+        for name, tensor in tensors.items():
+            assert opened.tensors[name].shape == tuple(tensor.shape)
+            assert torch.equal(opened.read(name).float(), tensor.float())
+
+
+@pytest.mark.parametrize("code, error", [("Q8_0", 0.008), ("Q5_1", 0.05), ("Q4_0", 0.12)])
+def test_a_quantized_gguf_is_decoded(model, tmp_path, code, error, capsys):
+    tensors = {name: tensor.float() for name, tensor in model().items()}
+    path = gguf_file(tmp_path / "model.gguf", tensors, code)
+    with open_source(path) as opened:
+        assert opened.layers[code] > 0
+        coded = [name for name, info in opened.tensors.items() if info.dtype == torch.bfloat16]
+        assert len(coded) == opened.layers[code]
+        for name in coded:
+            assert torch.dist(opened.read(name).float(), tensors[name]) < error * tensors[name].norm()
+    out = tmp_path / "out.safetensors"
+    assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple"]) == 0
+    assert f"{len(coded)} layers of {code}" in capsys.readouterr().out
+    assert verify_file(out).layers > 0
+    assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple"]) == 0
+    assert "was made from the same source and recipe" in capsys.readouterr().out
+
+
+def test_a_gguf_gives_a_tensor_the_shape_it_had(tmp_path):
+    kernel = torch.randn(32, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    path = gguf_file(tmp_path / "unet.gguf", {"conv.weight": kernel.flatten().reshape(32, 36)}, shapes={"conv.weight": kernel.shape})
+    with open_source(path) as opened:
+        assert torch.equal(opened.read("conv.weight"), kernel)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(20), b"nothing at all", b"GGUF\x03\0\0\0" + b"\xff" * 64])
+def test_a_damaged_gguf(tmp_path, content):
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(SourceError, match="damaged"):
+        open_source(tmp_path / "bad.gguf")
+
+
+def test_a_truncated_gguf(model, tmp_path):
+    path = gguf_file(tmp_path / "model.gguf", model(), "Q8_0")
+    whole = path.read_bytes()
+    for end in range(0, len(whole) - 64, len(whole) // 16):
+        path.write_bytes(whole[:end])
+        with pytest.raises(SourceError, match="damaged"):
+            open_source(path)
+
+
+def test_a_text_encoder_in_gguf_is_refused(model, tmp_path):
+    with pytest.raises(SourceError, match="t5encoder.*original safetensors"):
+        open_source(gguf_file(tmp_path / "t5.gguf", model(), architecture="t5encoder"))
+
+
+def test_gguf_needs_its_package(model, tmp_path, monkeypatch):
+    path = gguf_file(tmp_path / "model.gguf", model())
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingPackageError, match="pip install gguf"):
+        open_source(path)
