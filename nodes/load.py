@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from ..quant_core.checkpoints import SafetensorsFile
 from ..quant_core.checkpoints.inspect import quantized_formats
 from ..quant_core.errors import SourceError
 from ..quant_core.recipes import recognise
@@ -28,7 +27,8 @@ class LoadModel(io.ComfyNode):
                     io.Combo,
                     id="model",
                     options=host.model_files(),
-                    tooltip="Diffusion models, checkpoints and text encoders (.safetensors) from ComfyUI's model folders.",
+                    tooltip="Diffusion models, checkpoints and text encoders from ComfyUI's model folders: .safetensors, shards by their index, "
+                    ".gguf, .ckpt, .pt, .pth, .bin.",
                 ),
                 widget(
                     io.Combo,
@@ -59,15 +59,15 @@ class LoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip_type=None, requantize=False) -> io.NodeOutput:
         source = host.FileSource.choose(model, clip_type or host.clip_types()[0], requantize)
-        with SafetensorsFile(source.path) as opened:
-            preset, formats = recognise(opened.tensors), quantized_formats(opened)
-            count, size = len(opened.tensors), human_bytes(opened.size)
+        with host.opened(source) as weights:
+            preset, formats, decoded = recognise(weights.tensors), quantized_formats(weights), getattr(weights, "layers", {})
+            count, size = len(weights.tensors), human_bytes(sum(info.nbytes for info in weights.tensors.values()))
         if not count:
             raise SourceError(f"{source.path} holds no tensors; choose another file.")
         family = preset.title if preset else "no preset recognises it; the general rule will decide"
         state = "full precision"
-        if formats:
-            state = f"already quantized: {', '.join(formats)}{', to be decoded first' if requantize else ''}"
+        if formats or decoded:
+            state = f"already quantized: {', '.join(formats or decoded)}{'' if formats else ', to be decoded first'}"
         return io.NodeOutput(
             source, ui=ui.PreviewText(f"{source.path.name}: {size}, {count} tensors, {state}\n{family}")
         )

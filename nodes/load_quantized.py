@@ -24,7 +24,7 @@ class LoadQuantized(io.ComfyNode):
                 widget(
                     io.Combo,
                     id="model",
-                    options=host.model_files(),
+                    options=host.quantized_files(),
                     tooltip="A quantized diffusion model, checkpoint or text encoder (.safetensors) from ComfyUI's model folders.",
                 ),
                 widget(

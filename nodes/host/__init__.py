@@ -2,6 +2,7 @@
 
 * ``folders``: which model files there are, where a file of ours goes, and under which name.
 * ``sources``: models as tensor sources: files, and the weights of a MODEL or CLIP with their patches baked in.
+* ``opening``: a model file as ComfyUI will see it: decoded where that is asked for, under ComfyUI's names.
 * ``quantizing``: from a source to quantized files in the temporary folder.
 * ``calibrating``: run the original model as its user does, and learn what its linear layers are given.
 * ``calibrations``: what passes between the calibrating nodes, and its files.
@@ -15,9 +16,10 @@
 from .building import build_clip, build_model, knows, load_quantized, quantized_layers
 from .calibrating import KEEP, calibrate_clip, calibrate_model, pictures, samplers, schedulers
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
-from .folders import FileSource, clip_types, file_state, model_files
+from .folders import FileSource, clip_types, file_state, model_files, quantized_files
 from .layouts import add_layouts
 from .native_int8 import add_native_int8_setting, with_native_int8
+from .opening import opened
 from .quantizing import Quantized, quantize
 from .running import is_interrupt, outputs_in_use, outputs_in_use_of_running_prompt, progress_bar, send
 from .saving import SAVE_FOLDERS, save
@@ -41,12 +43,14 @@ __all__ = [
     "load_calibration",
     "load_quantized",
     "model_files",
+    "opened",
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",
     "pictures",
     "progress_bar",
     "quantize",
     "Quantized",
+    "quantized_files",
     "quantized_layers",
     "samplers",
     "save",

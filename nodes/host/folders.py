@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "file_state",
     "model_files",
     "place",
+    "quantized_files",
     "remove",
     "stamp",
     "temporary_folder",
@@ -32,17 +34,25 @@ log = logging.getLogger(__name__)
 
 DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS = "diffusion_models", "checkpoints", "text_encoders"
 _KINDS = (DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS)
-_EXTENSIONS = (".safetensors", ".sft")
+_OURS = (".safetensors", ".sft")
+_SOURCES = (*_OURS, ".safetensors.index.json", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 
 
 def model_files() -> list[str]:
-    """ "folder/name" of every safetensors file a user can choose."""
-    return [
-        f"{kind}/{name}"
-        for kind in _KINDS
-        for name in folder_paths.get_filename_list(kind)
-        if name.lower().endswith(_EXTENSIONS)
-    ]
+    """ "folder/name" of every file that can be a source; shards by their index."""
+    return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(_SOURCES)]
+
+
+def quantized_files() -> list[str]:
+    """ "folder/name" of every file that can be a quantized model."""
+    return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(_OURS)]
+
+
+def _names(kind: str) -> list[str]:
+    """The files in a model folder, those too that ComfyUI's own loaders do not take; no shard of a model."""
+    found = (name for base in folder_paths.get_folder_paths(kind) for name in folder_paths.recursive_search(base, [".git"])[0])
+    return sorted({name for name in found if not _SHARD.search(name)})
 
 
 def clip_types() -> list[str]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,11 @@ import comfy.sd
 import torch
 
 from ...quant_core import Recipe, Report, quantize_file
-from ...quant_core.checkpoints import SafetensorsFile
-from ...quant_core.checkpoints.inspect import quantized_formats
+from ...quant_core.checkpoints import TensorInfo
 from ...quant_core.events import Listener
-from ...quant_core.requantize import DecodedSource
 from .calibrations import Calibrated
 from .folders import FileSource, remove, stamp, temporary_folder
+from .opening import opened
 from .sources import parts_of
 
 __all__ = ["Quantized", "quantize"]
@@ -69,9 +69,9 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
     with calibration.open() if calibration else contextlib.nullcontext() as statistics:
         try:
             for part, tensors in parts.items():
-                _make_room(tensors, recipe, statistics is not None, device)
                 files[part] = folder / f"learned_rounding_{os.urandom(6).hex()}.safetensors"
-                with _plain(source, tensors) as weights:
+                with opened(source) if isinstance(source, FileSource) else contextlib.nullcontext(tensors) as weights:
+                    _make_room(weights.tensors.values(), recipe, statistics is not None, device)
                     report = quantize_file(
                         weights,
                         files[part],
@@ -90,16 +90,6 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
     return quantized
 
 
-@contextlib.contextmanager
-def _plain(source, tensors):
-    """What is to be quantized; a quantized file decoded where its user asked for that."""
-    if not (isinstance(source, FileSource) and source.requantize):
-        yield tensors
-        return
-    with SafetensorsFile(tensors) as opened:
-        yield DecodedSource(opened) if quantized_formats(opened) else opened
-
-
 def _joined(reports: list[Report]) -> Report:
     first, *others = reports
     for other in others:
@@ -110,15 +100,10 @@ def _joined(reports: list[Report]) -> Report:
     return first
 
 
-def _make_room(tensors, recipe: Recipe, calibrated: bool, device: torch.device) -> None:
+def _make_room(infos: Collection[TensorInfo], recipe: Recipe, calibrated: bool, device: torch.device) -> None:
     """Ask ComfyUI for the memory of the largest layer: its weight, its codes, and float32 scratch of the rounding."""
-    if isinstance(tensors, Path):
-        with SafetensorsFile(tensors) as opened:
-            infos = opened.tensors
-    else:
-        infos = tensors.tensors
-    largest = max((info.nbytes for info in infos.values()), default=0)
+    largest = max((info.nbytes for info in infos), default=0)
     method = recipe.resolve(calibrated)
     times = 32 if method.gradient else 16 if method.rounding == "principal" else 6
-    inner = max((info.shape[1] for info in infos.values() if len(info.shape) == 2), default=0) if calibrated else 0
+    inner = max((info.shape[1] for info in infos if len(info.shape) == 2), default=0) if calibrated else 0
     comfy.model_management.free_memory(times * largest + 12 * inner**2, device)  # three float32 matrices (in, in)

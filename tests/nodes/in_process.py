@@ -225,5 +225,9 @@ if check.startswith("layout_"):
     import layout_checks
 
     CHECKS |= layout_checks.CHECKS
+if check.startswith("opening_"):
+    import opening_checks
+
+    CHECKS |= opening_checks.CHECKS
 with torch.inference_mode():
     print("RESULT" + json.dumps(CHECKS[check]()))

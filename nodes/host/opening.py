@@ -1,0 +1,69 @@
+"""A model file as ComfyUI will see it: decoded where that is asked for, diffusers' names turned into ComfyUI's."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import comfy.utils
+import torch
+from comfy import model_detection
+
+from ...quant_core.checkpoints import Source, TensorInfo, open_source
+from ...quant_core.checkpoints.inspect import quantized_formats
+from ...quant_core.checkpoints.source import CPU
+from ...quant_core.requantize import DecodedSource
+from .folders import DIFFUSION_MODELS, FileSource
+
+__all__ = ["opened"]
+
+State = dict[str, torch.Tensor]
+
+
+@contextlib.contextmanager
+def opened(file: FileSource) -> Iterator[Source]:
+    """The tensors of a file under ComfyUI's names, of whatever kind the file is."""
+    with open_source(file.path) as source:
+        if file.requantize and quantized_formats(source):
+            source = DecodedSource(source)
+        convert = _converter(source) if file.kind == DIFFUSION_MODELS else None
+        yield RenamedWeights(source, convert) if convert else source
+
+
+class RenamedWeights:
+    """A source whose tensors another program joined and named otherwise. Read whole, into memory, with the first tensor."""
+
+    def __init__(self, source: Source, convert: Callable[[State], State]):
+        self.name, self.metadata, self.layers = source.name, source.metadata, getattr(source, "layers", {})
+        self._source, self._convert = source, convert
+        self._weights: State = {}
+        self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in convert(_shapes(source)).items()}
+
+    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
+        """The tensor on ``device``."""
+        if not self._weights:
+            self._weights = self._convert({name: self._source.read(name) for name in self._source.tensors})
+        return self._weights[name].to(device)
+
+
+def _shapes(source: Source) -> State:
+    return {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in source.tensors.items()}
+
+
+def _known(state: State) -> bool:
+    return model_detection.model_config_from_unet(copy.copy(state), "") is not None
+
+
+def _converter(source: Source) -> Callable[[State], State] | None:
+    """ComfyUI's own way from diffusers' names to its own, as its loader chooses it; None for names it knows as they are."""
+    shapes = _shapes(source)
+    prefix = model_detection.unet_prefix_from_state_dict(shapes)
+    if any(name.startswith(prefix) for name in shapes) or _known(shapes):
+        return None
+    renamed = model_detection.convert_diffusers_mmdit(copy.copy(shapes), "")
+    if renamed is not None:
+        return (lambda state: model_detection.convert_diffusers_mmdit(state, "")) if _known(renamed) else None
+    config = model_detection.model_config_from_diffusers_unet(copy.copy(shapes))
+    if config is None:
+        return None
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    return lambda state: {ours: state[theirs] for theirs, ours in names.items() if theirs in state}

@@ -1,0 +1,95 @@
+"""Checks of in_process.py: what a model file is opened as."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.utils
+import folder_paths
+import torch
+from comfy import model_detection
+from pack.nodes import host
+from pack.quant_core import Recipe
+from pack.quant_core.checkpoints import TensorInfo
+from pack.tests.architectures import read
+from safetensors.torch import load_file, save_file
+
+TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors"
+MODELS = Path(folder_paths.models_dir) / "diffusion_models"
+RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
+
+
+def renamed(state: dict[str, torch.Tensor], names: dict) -> dict[str, torch.Tensor]:
+    """``state`` under diffusers' names, by ComfyUI's map of them read backwards."""
+    found = {}
+    for theirs, place in names.items():
+        ours, part, change = (place, None, None) if isinstance(place, str) else (*place, None)[:3]
+        if ours in state:
+            tensor = state[ours] if part is None else state[ours].narrow(*part)
+            found[theirs] = (change(tensor) if change else tensor).contiguous()  # a change undoes itself
+    return found
+
+
+def tiny() -> dict[str, torch.Tensor]:
+    """The tiny model under diffusers' names."""
+    state = load_file(TINY)
+    blocks = model_detection.count_blocks(state, "joint_blocks.{}.")
+    depth = state["x_embedder.proj.weight"].shape[0] // 64
+    return renamed(state, comfy.utils.mmdit_to_diffusers({"depth": depth, "num_blocks": blocks}))
+
+
+def of_real_size(name: str, config: dict, to_diffusers) -> bool:
+    """Whether a published model, of which the header alone is there, gets its names and shapes back."""
+    names = to_diffusers(config)
+    known = {place if isinstance(place, str) else place[0] for place in names.values()}
+    shapes = {}
+    for key, tensor in read(name).items():  # ComfyUI 0.3.75 calls the scale of a norm just that
+        key = key if key in known else re.sub(r"_norm\.weight$", "_norm.scale", key)
+        shapes[key] = torch.empty(tensor.shape, device="meta")
+    theirs = renamed(shapes, names)
+    assert theirs.keys().isdisjoint({key for key in shapes if key.endswith("qkv.weight")})
+    source = SimpleNamespace(
+        name=name, metadata={}, tensors={key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in theirs.items()}
+    )
+    ours = host.opening.RenamedWeights(source, host.opening._converter(source)).tensors
+    return {key: info.shape for key, info in ours.items()} == {key: tuple(value.shape) for key, value in shapes.items()}
+
+
+def diffusers() -> dict:
+    """Files with diffusers' names are those of ComfyUI's, in whatever kind of file they are."""
+    MODELS.mkdir(parents=True, exist_ok=True)
+    original, theirs = load_file(TINY), tiny()
+    halves = [dict(list(theirs.items())[half::2]) for half in range(2)]
+    shards = [f"tiny-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    places = {}
+    for file, half in zip(shards, halves, strict=True):
+        save_file(half, MODELS / file)
+        places |= dict.fromkeys(half, file)
+    (MODELS / "tiny.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    save_file(theirs, MODELS / "diffusers.safetensors")
+    save_file(original, MODELS / "comfyui.safetensors")
+    torch.save(original, MODELS / "pickle.pt")
+    made = {}
+    for choice in host.model_files():
+        source = host.FileSource.choose(choice, host.clip_types()[0])
+        with host.opened(source) as weights:
+            same = weights.tensors.keys() == original.keys()
+            same = same and all(torch.equal(weights.read(name), tensor) for name, tensor in original.items())
+        quantized = host.quantize(source, RECIPE, lambda event: None)
+        made[choice] = {"same": same, "codes": load_file(quantized.files[""])}
+    expected = made["diffusion_models/comfyui.safetensors"]["codes"]
+    for result in made.values():
+        codes = result.pop("codes")
+        result["quantized alike"] = codes.keys() == expected.keys() and all(torch.equal(codes[name], expected[name]) for name in codes)
+    sdxl = {key: torch.empty(tensor.shape, device="meta") for key, tensor in read("sdxl").items()}
+    flux = {"depth": 19, "depth_single_blocks": 38, "hidden_size": 3072}
+    return {
+        "files": made,
+        "quantized_files": host.quantized_files(),
+        "SDXL": of_real_size("sdxl", model_detection.model_config_from_unet(sdxl, "").unet_config, comfy.utils.unet_to_diffusers),
+        "Flux": of_real_size("flux", flux, comfy.utils.flux_to_diffusers),
+    }
+
+
+CHECKS = {"opening_diffusers": diffusers}

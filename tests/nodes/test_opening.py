@@ -1,0 +1,11 @@
+"""Model files of every kind, as ComfyUI will see them, inside the host's own process."""
+
+from learned_rounding.tests.nodes.probing import in_process
+
+
+def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
+    found = in_process(host, tmp_path, "opening_diffusers")
+    kinds = ("comfyui.safetensors", "diffusers.safetensors", "pickle.pt", "tiny.safetensors.index.json")
+    assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "quantized alike": True} for kind in kinds}
+    assert found["quantized_files"] == ["diffusion_models/comfyui.safetensors", "diffusion_models/diffusers.safetensors"]
+    assert found["SDXL"] and found["Flux"]
