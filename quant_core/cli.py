@@ -17,11 +17,12 @@ from .calibration import CalibrationFile
 from .checkpoints import inspect_file, open_source, verify_file
 from .checkpoints.inspect import quantized_formats
 from .errors import OutputError, QuantizationError, RecipeError
+from .estimate import estimate_seconds, estimate_size
 from .events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, RunStarted
 from .formats import FORMATS, GRANULARITIES, with_granularity
 from .formats.granularity import BLOCK_SIZE
 from .migrate import migrate_file
-from .pipeline import output_name, quantize_file
+from .pipeline import output_name, quantize_file, usable_device
 from .recipes import MEASURED, PRESETS, Recipe, recommended_format
 from .recipes.layers import parse_layer_config
 from .recipes.presets import ALIASES, AUTO, NONE
@@ -110,9 +111,11 @@ def _parser() -> _Parser:
     quantize.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     quantize.set_defaults(run=_quantize)
 
-    plan = commands.add_parser("plan", help="what would become of each tensor; reads the header only")
+    plan = commands.add_parser("plan", help="what would become of each tensor, and the size of it all; reads the header only")
     _add_source(plan)
     _add_recipe(plan)
+    plan.add_argument("--time", action="store_true", help="try a layer of each shape, and say how long rounding them all will take")
+    plan.add_argument("--device", help="of --time: cuda, cuda:1, cpu … (default: the first GPU, else the CPU)")
     plan.set_defaults(run=_plan)
 
     migrate = commands.add_parser(
@@ -420,6 +423,14 @@ def _plan(args: argparse.Namespace) -> int:
         for name, decision in plan.decisions.items():
             own = f"  as {recipe.of(decision).description}" if decision.format else ""
             print(f"{decision.action:<8}  {name}{own}" + (f"  ({decision.reason})" if decision.reason else ""))
+        if recipe.measured:
+            print("Formats are chosen when the layers are measured: neither size nor time can be told before.")
+            return 0
+        before = sum(info.nbytes for info in source.tensors.values())
+        print(f"Size: {human_bytes(before)} → {human_bytes(estimate_size(source, recipe, plan))}.")
+        if getattr(args, "time", False):
+            device = usable_device(args.device)
+            print(f"Rounding will take about {estimate_seconds(source, recipe, plan, device):.3g} s on {device}, without a calibration.")
     return 0
 
 

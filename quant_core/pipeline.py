@@ -46,7 +46,7 @@ from .recipes.presets import NONE
 from .report import Report
 from .version import VERSION
 
-__all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name"]
+__all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name", "usable_device"]
 
 DEFAULT_RECIPE = Recipe()
 _PATIENCE = 0.2  # seconds between two looks at the cancellation check while a tensor is read or written
@@ -337,7 +337,7 @@ def quantize_tensors(
     """
     source, sink, emit = TensorSource(tensors, metadata), _DictSink(), on_event or _nothing
     recipe.resolve(calibration is not None)
-    plan, device, check = recipe.plan(source), _device(device), check or _nothing
+    plan, device, check = recipe.plan(source), usable_device(device), check or _nothing
     _check_calibration(source, calibration)
     if recipe.measured:
         plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
@@ -381,7 +381,7 @@ def quantize_file(
                 check=check,
             )
     destination = Path(destination)
-    emit, check, device = on_event or _nothing, check or _nothing, _device(device)
+    emit, check, device = on_event or _nothing, check or _nothing, usable_device(device)
     origins = getattr(source, "paths", ())
     if destination.exists() and any(origin.samefile(destination) for origin in origins):
         raise OutputError(f"{destination} is the source itself; choose another output.")
@@ -439,7 +439,8 @@ def _made_by(path: Path, mark: str | None, origins: Iterable[Path]) -> bool:
         return False
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None for the first GPU, else the CPU. Raises :class:`QuantizationError` for one that does not work."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -25,7 +25,7 @@ FLOORS = [
     {"rounding", "checkpoints"},
     {"calibration"},
     {"recipes", "layer"},
-    {"choice"},
+    {"choice", "estimate"},
     {"pipeline", "migrate"},
     {"requantize"},
     {"cli"},
