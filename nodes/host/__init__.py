@@ -9,6 +9,7 @@
 * ``layouts``: ComfyUI's own loaders read the formats of this pack.
 * ``native_int8``: ComfyUI's own INT8 layers on this pack's kernels, where that is asked for.
 * ``saving``: quantized files to where ComfyUI's loaders look.
+* ``verifying``: a saved file, reloaded and compared with what was written.
 * ``running``: the prompt that runs: outputs in use, progress, messages to its client, interrupts.
 """
 
@@ -21,6 +22,7 @@ from .native_int8 import add_native_int8_setting, with_native_int8
 from .quantizing import Quantized, quantize
 from .running import is_interrupt, outputs_in_use, outputs_in_use_of_running_prompt, progress_bar, send
 from .saving import SAVE_FOLDERS, save
+from .verifying import verify_saved
 
 __all__ = [
     "add_layouts",
@@ -54,5 +56,6 @@ __all__ = [
     "SAVE_FOLDERS",
     "schedulers",
     "send",
+    "verify_saved",
     "with_native_int8",
 ]
