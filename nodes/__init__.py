@@ -5,6 +5,8 @@ from comfy_api.latest import ComfyExtension
 from . import host
 from .calibrate import Calibrate
 from .calibrate_text import CalibrateTextEncoder
+from .compare import Compare
+from .compare_text import CompareTextEncoders
 from .configure import ConfigureQuantization
 from .load import LoadModel
 from .load_calibration import LoadCalibration
@@ -32,6 +34,8 @@ class LearnedRoundingExtension(ComfyExtension):
             SaveQuantized,
             Calibrate,
             CalibrateTextEncoder,
+            Compare,
+            CompareTextEncoders,
             SaveCalibration,
             LoadCalibration,
             LoadQuantized,

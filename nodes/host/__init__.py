@@ -5,6 +5,7 @@
 * ``quantizing``: from a source to quantized files in the temporary folder.
 * ``calibrating``: run the original model as its user does, and learn what its linear layers are given.
 * ``calibrations``: what passes between the calibrating nodes, and its files.
+* ``comparing``: run two models on the same, and measure how far apart they are.
 * ``building``: from quantized files back to a MODEL or CLIP, by ComfyUI's own loaders wherever they know the format.
 * ``layouts``: ComfyUI's own loaders read the formats of this pack.
 * ``native_int8``: ComfyUI's own INT8 layers on this pack's kernels, where that is asked for.
@@ -16,6 +17,7 @@
 from .building import build_clip, build_model, knows, load_quantized, quantized_layers
 from .calibrating import KEEP, calibrate_clip, calibrate_model, pictures, samplers, schedulers
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
+from .comparing import compare_clips, compare_models
 from .folders import FileSource, clip_types, file_state, model_files
 from .layouts import add_layouts
 from .native_int8 import add_native_int8_setting, with_native_int8
@@ -35,6 +37,8 @@ __all__ = [
     "calibration_files",
     "calibration_state",
     "clip_types",
+    "compare_clips",
+    "compare_models",
     "file_state",
     "FileSource",
     "is_interrupt",

@@ -6,6 +6,7 @@ python in_process.py COMFYUI PACK FOLDER CHECK
 import errno
 import importlib.util
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -166,6 +167,24 @@ def calibrated_text_encoder() -> dict:
     }
 
 
+def compared_text_encoders() -> dict:
+    """A CLIP against itself and against what was made of it."""
+    path = Path(folder) / "t5.safetensors"
+    save_file(t5_weights(), path)
+    clip = load(path)
+    recipe = Recipe(format="int8_tensorwise", rounding="nearest")
+    ours = host.build_clip(clip, host.quantize(clip, recipe, lambda event: None))
+    measured = host.compare_clips(clip, ours, ["a red apple on a table", "an owl"])
+    before, after = encode(clip).double(), encode(ours).double()
+    ratio = float(before.square().sum() / (after - before).square().sum())
+    return {
+        "prompts": len(measured.scores),
+        "expected SNR": 10 * math.log10(ratio),
+        "same": host.compare_clips(clip, clip, ["an owl"]).markdown().split("| ")[8].strip(" |"),
+        **measured.scores[0],
+    }
+
+
 def decoding() -> dict:
     """Formats that this ComfyUI cannot run: our layer decodes them, in full and with little memory, with a LoRA and without."""
     assets = Path(pack) / "assets"
@@ -275,6 +294,7 @@ def verifying() -> dict:
 
 
 CHECKS = {
+    "compared_text_encoders": compared_text_encoders,
     "decoding": decoding,
     "verifying": verifying,
     "text_encoder": text_encoder,

@@ -52,6 +52,8 @@ def test_the_pack_loads_without_a_word_of_complaint(comfy):
         "LearnedRoundingSave",
         "LearnedRoundingCalibrate",
         "LearnedRoundingCalibrateText",
+        "LearnedRoundingCompare",
+        "LearnedRoundingCompareText",
         "LearnedRoundingSaveCalibration",
         "LearnedRoundingLoadCalibration",
         "LearnedRoundingLoadQuantized",

@@ -20,8 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Each part may import those on lower floors, and itself. A part that is not listed here needs a place first.
 FLOORS = [
-    {"errors", "events", "version"},
-    {"formats", "report"},
+    {"errors", "events", "version", "markdown"},
+    {"formats", "report", "comparison"},
     {"rounding", "checkpoints"},
     {"calibration"},
     {"recipes", "layer"},
@@ -32,8 +32,9 @@ FLOORS = [
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}
 NEEDED = {"torch", "safetensors", "tqdm", "tomli"}
-# Imported where a user asks for them, with a sentence of ours when they are missing: import name → package.
-OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free"}
+# Imported where they are asked for, with a sentence of ours or without their number when they are missing: import name → package.
+OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "lpips": "lpips"}
+EXTRAS = ("prodigy", "compare")
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 
@@ -173,7 +174,8 @@ def test_what_is_imported_is_required():
         sys.stdlib_module_names
     )
     assert used - {"tomllib"} - set(OPTIONAL) <= required
-    extras = {re.match(r"[\w.-]+", line)[0] for line in PROJECT["project"]["optional-dependencies"]["prodigy"]}
+    optional = PROJECT["project"]["optional-dependencies"]
+    extras = {re.match(r"[\w.-]+", line)[0] for name in EXTRAS for line in optional[name]}
     assert extras == set(OPTIONAL.values())
 
 
