@@ -8,11 +8,13 @@ from .calibrate_text import CalibrateTextEncoder
 from .compare import Compare
 from .compare_text import CompareTextEncoders
 from .configure import ConfigureQuantization
+from .inspect_file import Inspect
 from .load import LoadModel
 from .load_calibration import LoadCalibration
 from .load_quantized import LoadQuantized
 from .options import RoundingOptions
 from .quantize import LearnedRoundQuantize
+from .report import QuantizationReport
 from .save import SaveQuantized
 from .save_calibration import SaveCalibration
 
@@ -36,6 +38,8 @@ class LearnedRoundingExtension(ComfyExtension):
             CalibrateTextEncoder,
             Compare,
             CompareTextEncoders,
+            QuantizationReport,
+            Inspect,
             SaveCalibration,
             LoadCalibration,
             LoadQuantized,

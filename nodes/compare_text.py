@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .drawing import as_image, bar_chart
+from .drawing import as_image, named_bars
 from .prompts import prompt_lines
 from .schema import schema, widget
 
@@ -36,7 +36,6 @@ class CompareTextEncoders(io.ComfyNode):
     @classmethod
     def execute(cls, reference, compared, prompts) -> io.NodeOutput:
         measured = host.compare_clips(reference, compared, prompt_lines(prompts))
-        edges = [number + 0.5 for number in range(len(measured.scores) + 1)]
-        heights = [score["SNR (dB)"] for score in measured.scores]
-        plot = as_image(bar_chart(measured.summary, "prompt", "SNR of the conditioning (dB)", edges, heights, numbered=True))
+        bars = {str(number): score["SNR (dB)"] for number, score in enumerate(measured.scores, 1)}
+        plot = as_image(named_bars(measured.summary, "prompt", "SNR of the conditioning (dB)", bars))
         return io.NodeOutput(plot, measured.markdown(), ui=ui.PreviewImage(plot, cls=cls))

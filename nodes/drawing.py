@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["as_image", "bar_chart", "line_chart", "picture_rows", "stacked"]
+__all__ = ["as_image", "bar_chart", "line_chart", "named_bars", "picture_rows", "stacked"]
 
 _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 96, 24, 80, 68  # what stands around the axes
@@ -15,7 +15,7 @@ _TEXT, _TITLE = 16, 20  # pixels
 _CELL, _GAP = 288, 16
 _INK, _FAINT, _GRID = "#1b1b1f", "#5c5c66", "#e3e3e8"
 _COLOURS = ("#1f6fd6", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285")  # told apart by their lightness too
-_TICKS, _NUMBERS = 6, 20
+_TICKS, _NAMES = 6, 20
 
 
 def _font(size: int):
@@ -31,16 +31,16 @@ def _ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def _numbers(count: int) -> range:
-    """1, 2, 3, … with gaps where there is no room for all."""
-    return range(1, count + 1, -(-count // _NUMBERS))
+def _labelled(names: Sequence[str]) -> dict[int, str]:
+    """Ticks at 1, 2, 3, … of these names, with gaps where there is no room for all."""
+    return dict(list(enumerate(names, 1))[:: -(-len(names) // _NAMES)])
 
 
 class _Axes:
     """A drawing with labelled axes, and where a point lies in it."""
 
-    def __init__(self, title: str, x_label: str, y_label: str, width: tuple[float, float], xs, ys: Sequence[float]):
-        """``width``: the range of the x axis; ``xs``, ``ys``: where ticks are."""
+    def __init__(self, title: str, x_label: str, y_label: str, width: tuple[float, float], xs: Mapping, ys: Sequence[float]):
+        """``width``: the range of the x axis; ``xs``: where its ticks are, and their labels; ``ys``: ticks of the other."""
         self.image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
         self.draw = ImageDraw.Draw(self.image)
         self._width, self._ys = width, ys
@@ -48,10 +48,10 @@ class _Axes:
         for y in ys:
             self.draw.line([self.at(width[0], y), self.at(width[1], y)], fill=_GRID)
             self.draw.text((_LEFT - 10, self.at(width[0], y)[1]), f"{y:.4g}", fill=_FAINT, font=_font(_TEXT), anchor="rm")
-        for x in xs:
+        for x, label in xs.items():
             column = self.at(x, ys[0])
             self.draw.line([column, (column[0], column[1] + 5)], fill=_FAINT)
-            self.draw.text((column[0], column[1] + 10), f"{x:.4g}", fill=_FAINT, font=_font(_TEXT), anchor="mt")
+            self.draw.text((column[0], column[1] + 10), label, fill=_FAINT, font=_font(_TEXT), anchor="mt")
         self.draw.line([self.at(width[0], ys[0]), self.at(width[1], ys[0])], fill=_FAINT)
         middle = (_LEFT + _WIDTH - _RIGHT) // 2
         self.draw.text((middle, _HEIGHT - 10), x_label, fill=_INK, font=_font(_TEXT), anchor="ms")
@@ -71,7 +71,7 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Seque
     count = max(map(len, lines.values()))
     finite = [value for line in lines.values() for value in line if math.isfinite(value)]
     ys = _ticks(min(finite, default=0), max(finite, default=1))
-    axes = _Axes(title, x_label, y_label, (1, max(count, 2)), _numbers(count), ys)
+    axes = _Axes(title, x_label, y_label, (1, max(count, 2)), _labelled([str(x) for x in range(1, count + 1)]), ys)
     if not finite:
         axes.draw.text((_WIDTH // 2, _HEIGHT // 2), "equal, bit for bit", fill=_INK, font=_font(_TITLE), anchor="mm")
     for index, (name, line) in enumerate(lines.items()):
@@ -87,17 +87,24 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Seque
     return axes.image
 
 
-def bar_chart(
-    title: str, x_label: str, y_label: str, edges: Sequence[float], heights: Sequence[float], numbered: bool = False
-) -> Image.Image:
-    """A bar of each height between two neighbouring edges. ``numbered``: bars are 1, 2, 3, … instead of ranges of a number."""
+def bar_chart(title: str, x_label: str, y_label: str, edges: Sequence[float], heights: Sequence[float]) -> Image.Image:
+    """A bar of each height between two neighbouring edges."""
+    xs = {x: f"{x:.4g}" for x in _ticks(edges[0], edges[-1]) if edges[0] <= x <= edges[-1]}
+    return _bars(title, x_label, y_label, edges, heights, xs)
+
+
+def named_bars(title: str, x_label: str, y_label: str, bars: Mapping[str, float]) -> Image.Image:
+    """A bar of each value over its name."""
+    edges = [number + 0.5 for number in range(len(bars) + 1)]
+    return _bars(title, x_label, y_label, edges, list(bars.values()), _labelled(list(bars)))
+
+
+def _bars(title: str, x_label: str, y_label: str, edges, heights, xs: Mapping[float, str]) -> Image.Image:
     finite = [height if math.isfinite(height) else 0.0 for height in heights]
-    xs = _numbers(len(heights)) if numbered else [x for x in _ticks(edges[0], edges[-1]) if edges[0] <= x <= edges[-1]]
     ys = _ticks(min(0.0, *finite), max(1e-9, *finite))
     axes = _Axes(title, x_label, y_label, (edges[0], edges[-1]), xs, ys)
     for left, right, height in zip(edges, edges[1:], finite, strict=False):
-        corners = (axes.at(left, 0), axes.at(right, height))
-        (x0, y0), (x1, y1) = corners
+        (x0, y0), (x1, y1) = axes.at(left, 0), axes.at(right, height)
         if height:
             axes.draw.rectangle((x0 + 1, min(y0, y1), max(x1 - 1, x0 + 1), max(y0, y1)), fill=_COLOURS[0])
     return axes.image

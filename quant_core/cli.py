@@ -25,7 +25,6 @@ from .pipeline import output_name, quantize_file
 from .recipes import MEASURED, PRESETS, Recipe, recommended_format
 from .recipes.layers import parse_layer_config
 from .recipes.presets import ALIASES, AUTO, NONE
-from .report import human_bytes
 from .requantize import DecodedSource
 from .rounding import OPTIONS, ROUNDINGS
 from .rounding.methods import Option
@@ -438,15 +437,7 @@ def _migrate(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    found = inspect_file(args.file)
-    print(f"{found.path}: {human_bytes(found.size)}, {found.tensors} tensors")
-    for name, (count, size) in found.dtypes.items():
-        print(f"  {name:<8} {count:>6} tensors  {human_bytes(size):>8}")
-    for name, layers in found.quantized.items():
-        print(f"  {name}: {layers} layers")
-    if found.made_by:
-        print(f"  made by learned_rounding {found.made_by.get('version')}, recipe {found.made_by.get('recipe')}")
-    print(found.stock)
+    print(inspect_file(args.file))
     return 0
 
 

@@ -54,6 +54,8 @@ def test_the_pack_loads_without_a_word_of_complaint(comfy):
         "LearnedRoundingCalibrateText",
         "LearnedRoundingCompare",
         "LearnedRoundingCompareText",
+        "LearnedRoundingReport",
+        "LearnedRoundingInspect",
         "LearnedRoundingSaveCalibration",
         "LearnedRoundingLoadCalibration",
         "LearnedRoundingLoadQuantized",
