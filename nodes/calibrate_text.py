@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from . import host
 from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
-from .prompts import prompt_lines
+from .prompts import check_prompts, prompt_lines
 from .schema import CalibrationType, schema, widget
 
 __all__ = ["CalibrateTextEncoder"]
@@ -48,6 +48,10 @@ class CalibrateTextEncoder(io.ComfyNode):
                 io.String.Output(display_name="summary", tooltip="What was learned, as text."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, prompts=None):
+        return check_prompts(prompts)
 
     @classmethod
     def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False) -> io.NodeOutput:

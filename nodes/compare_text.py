@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from . import host
 from .drawing import as_image, named_bars
-from .prompts import prompt_lines
+from .prompts import check_prompts, prompt_lines
 from .schema import schema, widget
 
 __all__ = ["CompareTextEncoders"]
@@ -32,6 +32,10 @@ class CompareTextEncoders(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="All numbers, as a table in markdown."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, prompts=None):
+        return check_prompts(prompts)
 
     @classmethod
     def execute(cls, reference, compared, prompts) -> io.NodeOutput:

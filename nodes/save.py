@@ -39,6 +39,10 @@ class SaveQuantized(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return filename_prefix is None or host.check_name(filename_prefix)  # None: it comes from another node
+
+    @classmethod
     def execute(cls, quantized, filename_prefix, folder) -> io.NodeOutput:
         saved = host.save(quantized, filename_prefix, folder)
         paths = "\n".join(str(path) for path in saved)

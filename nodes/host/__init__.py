@@ -23,7 +23,7 @@ from .layouts import add_layouts
 from .native_int8 import add_native_int8_setting, with_native_int8
 from .quantizing import Quantized, quantize
 from .running import is_interrupt, outputs_in_use, outputs_in_use_of_running_prompt, progress_bar, send
-from .saving import SAVE_FOLDERS, save
+from .saving import SAVE_FOLDERS, check_name, save
 from .verifying import verify_saved
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Calibrated",
     "calibration_files",
     "calibration_state",
+    "check_name",
     "clip_types",
     "compare_clips",
     "compare_models",
