@@ -46,6 +46,7 @@ class Compare(io.ComfyNode):
                 io.Image.Output(display_name="plot", tooltip="SNR by step, and pictures side by side."),
                 io.String.Output(display_name="report", tooltip="All numbers, as tables in markdown."),
             ],
+            is_output_node=True,
         )
 
     @classmethod

@@ -31,6 +31,7 @@ class CompareTextEncoders(io.ComfyNode):
                 io.Image.Output(display_name="plot", tooltip="SNR of the conditioning by prompt."),
                 io.String.Output(display_name="report", tooltip="All numbers, as a table in markdown."),
             ],
+            is_output_node=True,
         )
 
     @classmethod

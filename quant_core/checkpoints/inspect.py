@@ -58,7 +58,7 @@ class Inspection:
 
     def __str__(self) -> str:
         """All of it for people, in a few lines."""
-        lines = [f"{self.path}: {human_bytes(self.size)}, {self.tensors} tensors"]
+        lines = [f"{self.path}: {human_bytes(self.size)}, {self.tensors} tensors", self.stock]
         lines += [
             f"  {name:<8} {count:>6} tensors  {human_bytes(size):>8}" for name, (count, size) in self.dtypes.items()
         ]
@@ -67,7 +67,7 @@ class Inspection:
             lines += [f"    {layers:>4} × {pattern}" for pattern, layers in self.layers[name].items()]
         if self.made_by:
             lines.append(f"  made by learned_rounding {self.made_by.get('version')}, recipe {self.made_by.get('recipe')}")
-        return "\n".join([*lines, self.stock])
+        return "\n".join(lines)
 
 
 def _stock(found: list[str]) -> str:

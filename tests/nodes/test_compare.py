@@ -64,6 +64,13 @@ def test_numbers_are_those_of_what_ksampler_makes(comfy, request):
     assert len(result.outputs[node.id]["images"]) == 1
 
 
+def test_it_runs_by_itself(comfy):
+    graph = ProbedGraph()
+    model = graph.load()
+    node = graph.compare(model[0], model[0], steps=1, seed=9)
+    assert len(comfy.queue(graph).outputs[node.id]["images"]) == 1
+
+
 def test_a_model_is_equal_to_itself_and_stays_as_it_was(comfy, request):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
