@@ -75,20 +75,18 @@ def _verified(path: Path, kind: str) -> str:
             how += ", because ComfyUI does not recognise the model"
     if model is not None:
         how = "reloaded by ComfyUI's own loader"
+    modules = {} if model is None else dict(model.model.named_modules())
     with SafetensorsFile(path) as opened:
         configs = layer_configs(opened)[0]
         smallest = _smallest_per_encoding(opened, configs)
         for layer, config in configs.items():
             comfy.model_management.throw_exception_if_processing_interrupted()
-            _check_layer(opened, layer, config, _module(model, layer), run=layer in smallest.values())
+            _check_layer(opened, layer, config, _module(modules, layer), run=layer in smallest.values())
     return f"Verified: {len(configs)} layers, {how}; ran {', '.join(smallest)}."
 
 
-def _module(model, layer: str):
-    """The layer in the reloaded model; None without a model, or where it has another name there."""
-    if model is None:
-        return None
-    modules = dict(model.model.named_modules())
+def _module(modules: Mapping[str, torch.nn.Module], layer: str) -> torch.nn.Module | None:
+    """The layer among the modules of the reloaded model; None without a model, or where it has another name there."""
     return modules.get(f"diffusion_model.{layer}") or modules.get(layer.removeprefix("model."))
 
 
