@@ -5,12 +5,16 @@ from comfy_api.latest import ComfyExtension
 from . import host
 from .calibrate import Calibrate
 from .calibrate_text import CalibrateTextEncoder
+from .compare import Compare
+from .compare_text import CompareTextEncoders
 from .configure import ConfigureQuantization
+from .inspect_file import Inspect
 from .load import LoadModel
 from .load_calibration import LoadCalibration
 from .load_quantized import LoadQuantized
 from .options import RoundingOptions
 from .quantize import LearnedRoundQuantize
+from .report import QuantizationReport
 from .save import SaveQuantized
 from .save_calibration import SaveCalibration
 
@@ -32,6 +36,10 @@ class LearnedRoundingExtension(ComfyExtension):
             SaveQuantized,
             Calibrate,
             CalibrateTextEncoder,
+            Compare,
+            CompareTextEncoders,
+            QuantizationReport,
+            Inspect,
             SaveCalibration,
             LoadCalibration,
             LoadQuantized,

@@ -3,7 +3,8 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .calibration_inputs import earlier_input, keep_input, only, sensitivity_input, tokens_input
+from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
+from .sampling_inputs import only, pairs, sampling_inputs
 from .schema import CalibrationType, schema, widget
 
 __all__ = ["Calibrate"]
@@ -25,41 +26,11 @@ class Calibrate(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="The full-precision MODEL that is going to be quantized, with its LoRAs."
                 ),
-                io.Conditioning.Input(
-                    "positive",
-                    tooltip="Prompts like those the model is meant for: one, or a list of several, which is better.",
+                *sampling_inputs(
+                    positive="Prompts like those the model is meant for: one, or a list of several, which is better.",
+                    seed="Of the noise and of the choice of tokens; each further picture takes the next.",
+                    steps="As for KSampler: all of them are learned from.",
                 ),
-                io.Conditioning.Input("negative", tooltip="As for KSampler; one for all, or one for each positive."),
-                io.Latent.Input("latent_image", tooltip="As for KSampler; of the size, length and kind you use."),
-                widget(
-                    io.Int,
-                    id="seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Of the noise and of the choice of tokens; each further picture takes the next.",
-                ),
-                widget(
-                    io.Int,
-                    id="steps",
-                    default=20,
-                    min=1,
-                    max=10000,
-                    tooltip="As for KSampler: all of them are learned from.",
-                ),
-                widget(
-                    io.Float,
-                    id="cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="As for KSampler.",
-                ),
-                widget(io.Combo, id="sampler_name", options=list(host.samplers), tooltip="As for KSampler."),
-                widget(io.Combo, id="scheduler", options=list(host.schedulers), tooltip="As for KSampler."),
                 widget(
                     io.Int,
                     id="samples",
@@ -105,14 +76,14 @@ class Calibrate(io.ComfyNode):
         model = only("model", model)
         made, latents, summary = host.calibrate_model(
             model,
-            [(each, negative[min(index, len(negative) - 1)]) for index, each in enumerate(positive)],
+            pairs(positive, negative),
             latent_image,
-            seed=only("seed", seed),
             samples=only("samples", samples),
             keep=only("keep", keep),
             tokens=only("tokens", tokens),
             sensitivity=only("sensitivity", sensitivity),
             earlier=only("calibration", calibration),
+            seed=only("seed", seed),
             steps=only("steps", steps),
             cfg=only("cfg", cfg),
             sampler_name=only("sampler_name", sampler_name),

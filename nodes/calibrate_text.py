@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..quant_core.errors import RecipeError
 from . import host
 from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
+from .prompts import check_prompts, prompt_lines
 from .schema import CalibrationType, schema, widget
 
 __all__ = ["CalibrateTextEncoder"]
@@ -50,12 +50,13 @@ class CalibrateTextEncoder(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, prompts=None):
+        return check_prompts(prompts)
+
+    @classmethod
     def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False) -> io.NodeOutput:
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-        if not lines:
-            raise RecipeError("Calibrate Text Encoder has no prompts; write some, one a line.")
         return io.NodeOutput(
             *host.calibrate_clip(
-                clip, lines, keep=keep, tokens=tokens, seed=seed, sensitivity=sensitivity, earlier=calibration
+                clip, prompt_lines(prompts), keep=keep, tokens=tokens, seed=seed, sensitivity=sensitivity, earlier=calibration
             )
         )

@@ -2,11 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..quant_core.errors import RecipeError
 from . import host
 from .schema import CalibrationType, widget
 
-__all__ = ["earlier_input", "keep_input", "only", "sensitivity_input", "tokens_input"]
+__all__ = ["earlier_input", "keep_input", "sensitivity_input", "tokens_input"]
 
 
 def keep_input():
@@ -52,12 +51,3 @@ def earlier_input():
     return CalibrationType.Input(
         "calibration", optional=True, tooltip="A calibration of the same architecture to continue with more prompts."
     )
-
-
-def only(name: str, values):
-    """The one value of an input that takes no list; None when it is not connected."""
-    if values is None:
-        return None
-    if len(values) != 1:
-        raise RecipeError(f"Calibrate takes one {name}, and {len(values)} are connected; connect a single one.")
-    return values[0]

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..quant_core import FORMATS, Recipe
+from ..quant_core.errors import RecipeError
 from ..quant_core.formats import GRANULARITIES, with_granularity
 from ..quant_core.formats.rotation import GROUP_SIZES
 from ..quant_core.recipes import MEASURED, PRESETS, recommended_format
@@ -153,6 +154,16 @@ class ConfigureQuantization(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, format=None, granularity=None, convrot=None, keep=None, layer_config=None):
+        # Before anything is loaded. None is what comes from another node; its default is assumed, which contradicts nothing.
+        try:
+            if format is not None:
+                _recipe(format, granularity or AUTO, convrot or "off", keep or "", layer_config or "")
+        except RecipeError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(
         cls,
         format,
@@ -170,28 +181,39 @@ class ConfigureQuantization(io.ComfyNode):
         layer_config="",
         options=None,
     ) -> io.NodeOutput:
-        granularity = None if granularity == AUTO else granularity
-        convrot = _CONVROT[convrot] if convrot in _CONVROT else convrot
-        if format == AUTO:
-            suits = recommended_format(int8=host.knows("int8_tensorwise"))
-            format, granularity, convrot = suits.format, granularity or suits.granularity, convrot or suits.convrot
-        if format != MEASURED:
-            format = with_granularity(format, granularity)
-        return io.NodeOutput(
-            Recipe(
-                rounding=rounding,
-                **(options or {}),
-                format=format,
-                granularity=granularity,
-                convrot=convrot,
-                preset=preset,
-                keep=tuple(line.strip() for line in keep.splitlines() if line.strip()),
-                heur=heur,
-                full_precision_matmul=full_precision_matrix_mult,
-                seed=seed,
-                target_size=target_size or None,
-                target_error=target_error or None,
-                block_formats=block_formats,
-                layer_config=layer_config.strip(),
-            )
+        recipe = _recipe(
+            format,
+            granularity,
+            convrot,
+            keep,
+            layer_config,
+            rounding=rounding,
+            **(options or {}),
+            preset=preset,
+            heur=heur,
+            full_precision_matmul=full_precision_matrix_mult,
+            seed=seed,
+            target_size=target_size or None,
+            target_error=target_error or None,
+            block_formats=block_formats,
         )
+        return io.NodeOutput(recipe)
+
+
+def _recipe(format: str, granularity: str, convrot: str, keep: str, layer_config: str, **others) -> Recipe:
+    """The recipe of what the widgets say; ``others`` are its own arguments. Raises RecipeError when they contradict each other."""
+    granularity = None if granularity == AUTO else granularity
+    convrot = _CONVROT[convrot] if convrot in _CONVROT else convrot
+    if format == AUTO:
+        suits = recommended_format(int8=host.knows("int8_tensorwise"))
+        format, granularity, convrot = suits.format, granularity or suits.granularity, convrot or suits.convrot
+    if format != MEASURED:
+        format = with_granularity(format, granularity)
+    return Recipe(
+        format=format,
+        granularity=granularity,
+        convrot=convrot,
+        keep=tuple(line.strip() for line in keep.splitlines() if line.strip()),
+        layer_config=layer_config.strip(),
+        **others,
+    )

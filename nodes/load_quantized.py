@@ -19,12 +19,12 @@ class LoadQuantized(io.ComfyNode):
             node_id="LearnedRoundingLoadQuantized",
             display_name="Load Quantized Model",
             description="Load a quantized file, also in a format that this ComfyUI cannot run by itself: its layers are then decoded as they run.",
-            search_aliases=["load", "fp8", "int8", "blockwise", "quantized"],
+            search_aliases=["load", "fp8", "int8", "blockwise", "quantize", "quantized"],
             inputs=[
                 widget(
                     io.Combo,
                     id="model",
-                    options=host.quantized_files(),
+                    options=host.safetensors_files(),
                     tooltip="A quantized diffusion model, checkpoint or text encoder (.safetensors) from ComfyUI's model folders.",
                 ),
                 widget(

@@ -1,6 +1,6 @@
 """Save Quantized: the finished file under a lasting name."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from . import host
 from .schema import QuantizedType, schema, widget
@@ -16,8 +16,8 @@ class SaveQuantized(io.ComfyNode):
         return schema(
             node_id="LearnedRoundingSave",
             display_name="Save Quantized",
-            description="Keep a quantized model as a file that ComfyUI's own loaders find. Nothing is ever overwritten.",
-            search_aliases=["save", "export", "fp8", "int8"],
+            description="Keep a quantized model as a file that ComfyUI's own loaders find, and verify that they read it. Nothing is ever overwritten.",
+            search_aliases=["save", "export", "verify", "fp8", "int8", "convert", "quantize"],
             inputs=[
                 QuantizedType.Input("quantized", tooltip="From Learned Round Quantize."),
                 widget(
@@ -39,6 +39,11 @@ class SaveQuantized(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return filename_prefix is None or host.check_name(filename_prefix)  # None: it comes from another node
+
+    @classmethod
     def execute(cls, quantized, filename_prefix, folder) -> io.NodeOutput:
-        paths = "\n".join(str(path) for path in host.save(quantized, filename_prefix, folder))
-        return io.NodeOutput(paths, ui=ui.PreviewText(paths))
+        saved = host.save(quantized, filename_prefix, folder)
+        paths = "\n".join(str(path) for path in saved)
+        return io.NodeOutput(paths, ui={"text": [paths, host.verify_saved(quantized, saved)]})

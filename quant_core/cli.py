@@ -449,15 +449,7 @@ def _migrate(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    found = inspect_file(args.file)
-    print(f"{found.path}: {human_bytes(found.size)}, {found.tensors} tensors")
-    for name, (count, size) in found.dtypes.items():
-        print(f"  {name:<8} {count:>6} tensors  {human_bytes(size):>8}")
-    for name, layers in found.quantized.items():
-        print(f"  {name}: {layers} layers")
-    if found.made_by:
-        print(f"  made by learned_rounding {found.made_by.get('version')}, recipe {found.made_by.get('recipe')}")
-    print(found.stock)
+    print(inspect_file(args.file))
     return 0
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from .events import LayerFinished, LayerKept
+from .markdown import markdown_table
 
 __all__ = ["Choice", "Report", "human_bytes"]
 
@@ -129,7 +130,42 @@ class Report:
     def table(self, worst: int = 5) -> str:
         """The summary users see at the end: totals, the worst layers, and layers that had to be kept."""
         if self.already_done:
-            return f"Already done: {self.output} was made from the same source and recipe."
+            return self._already
+        rows = self._rows()
+        rows += [
+            (f"worst {place}", f"{layer.weight_error:.5f}  {layer.name} {layer.shape[0]}×{layer.shape[1]}")
+            for place, layer in enumerate(self.worst[:worst], 1)
+        ]
+        rows += self._note_rows()
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+    def markdown(self, worst: int = 20) -> str:
+        """The same in markdown, with the worst layers as a table of their own."""
+        if self.already_done:
+            return self._already
+        shapes = {layer.name: "×".join(map(str, layer.shape)) for layer in self.layers}
+        layers = [
+            (
+                layer.name,
+                shapes[layer.name],
+                f"{layer.format} per {layer.granularity}",
+                layer.solver,
+                f"{layer.weight_error:.5f}",
+                "–" if layer.output_error is None else f"{layer.output_error:.5f}",
+            )
+            for layer in self.worst[:worst]
+        ]
+        summary = markdown_table(["", self.source], self._rows() + self._note_rows())
+        by_layer = markdown_table(["worst layers", "shape", "format", "solver", "weight error", "output error"], layers)
+        return f"{summary}\n\n{by_layer}\n" if layers else f"{summary}\n"
+
+    @property
+    def _already(self) -> str:
+        return f"Already done: {self.output} was made from the same source and recipe."
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """(label, text) of the totals."""
         reasons: dict[str, int] = {}
         for kept in self.kept:
             reasons[kept.reason] = reasons.get(kept.reason, 0) + 1
@@ -152,16 +188,12 @@ class Report:
             ("size", f"{human_bytes(self.bytes_in)} → {human_bytes(self.bytes_out)} ({ratio:.0%})"),
             ("seconds", f"{self.seconds:.1f} on {self.device}"),
         ]
-        rows += [("file", self.output)] if self.output else []
-        rows += [
-            (f"worst {place}", f"{layer.weight_error:.5f}  {layer.name} {layer.shape[0]}×{layer.shape[1]}")
-            for place, layer in enumerate(self.worst[:worst], 1)
-        ]
+        return rows + ([("file", self.output)] if self.output else [])
+
+    def _note_rows(self) -> list[tuple[str, str]]:
         notes = Counter(layer.note for layer in self.layers if layer.note)
-        rows += [("note", f"{note} ({count} layers)") for note, count in notes.items()]
-        rows += [("KEPT", f"{kept.name}: {kept.reason}") for kept in self.unplanned]
-        width = max(len(label) for label, _ in rows)
-        return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+        rows = [("note", f"{note} ({count} layers)") for note, count in notes.items()]
+        return rows + [("KEPT", f"{kept.name}: {kept.reason}") for kept in self.unplanned]
 
     @property
     def _format(self) -> str:

@@ -11,7 +11,8 @@ const PROGRESS_EVENT = "learned_rounding.progress";
 const WIDGETS = {
   LearnedRoundingQuantize: addProgressWidget,
   LearnedRoundingLoadModel: (node) => addTextWidget(node, "What the file holds appears here after a run."),
-  LearnedRoundingSave: (node) => addTextWidget(node, "The saved file's path appears here after a run."),
+  LearnedRoundingSave: (node) => addTextWidget(node, "The saved file's path, and how it was verified, appear here after a run.", { lines: 6 }),
+  LearnedRoundingInspect: (node) => addTextWidget(node, "What the file holds appears here after a run.", { lines: 16, width: 480 }),
 };
 
 const NATIVE_INT8 = {

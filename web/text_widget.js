@@ -4,14 +4,13 @@ import { addPanel, element, setText } from "./panel.js";
 
 export const TEXT_WIDGET = "learned_rounding_text";
 
-const HEIGHT = 80; // four lines
-const WIDTH = 320;
+const LINE = 16;
 
-/** Give a node its text; `placeholder` stands there until it has run. */
-export function addTextWidget(node, placeholder) {
+/** Give a node its text, with room for `lines` of it; `placeholder` stands there until it has run. */
+export function addTextWidget(node, placeholder, { lines = 4, width = 320 } = {}) {
   const root = element("div", "lr-panel lr-text", [placeholder], { role: "status" });
   root.dataset.state = "idle";
-  addPanel(node, TEXT_WIDGET, root, { height: HEIGHT, width: WIDTH });
+  addPanel(node, TEXT_WIDGET, root, { height: (lines + 1) * LINE, width });
   const { onExecuted } = node;
   node.onExecuted = function (output, ...others) {
     onExecuted?.call(this, output, ...others);

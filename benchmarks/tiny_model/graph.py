@@ -36,6 +36,11 @@ class TinyGraph(Graph):
         known = {"samples": 1, "keep": "full", "tokens": 512, "seed": seed, "steps": steps, **self._sampling(dataset)}
         return self.add("LearnedRoundingCalibrate", model=model, **{**known, **options})
 
+    def compare(self, reference: list, compared: list, seed: int = 1, steps: int = STEPS, **options) -> Node:
+        """Compare two models with the prompts that were placed, in pictures too."""
+        known = {"seed": seed, "steps": steps, "vae": self.add("VAELoader", vae_name="taesd3")[0], **self._sampling()}
+        return self.add("LearnedRoundingCompare", reference=reference, compared=compared, **{**known, **options})
+
     def quantize(
         self,
         source: list,

@@ -6,23 +6,27 @@
 * ``quantizing``: from a source to quantized files in the temporary folder.
 * ``calibrating``: run the original model as its user does, and learn what its linear layers are given.
 * ``calibrations``: what passes between the calibrating nodes, and its files.
+* ``comparing``: run two models on the same, and measure how far apart they are.
 * ``building``: from quantized files back to a MODEL or CLIP, by ComfyUI's own loaders wherever they know the format.
 * ``layouts``: ComfyUI's own loaders read the formats of this pack.
 * ``native_int8``: ComfyUI's own INT8 layers on this pack's kernels, where that is asked for.
 * ``saving``: quantized files to where ComfyUI's loaders look.
+* ``verifying``: a saved file, reloaded and compared with what was written.
 * ``running``: the prompt that runs: outputs in use, progress, messages to its client, interrupts.
 """
 
 from .building import build_clip, build_model, knows, load_quantized, quantized_layers
 from .calibrating import KEEP, calibrate_clip, calibrate_model, pictures, samplers, schedulers
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
-from .folders import FileSource, clip_types, file_state, model_files, quantized_files
+from .comparing import compare_clips, compare_models
+from .folders import FileSource, clip_types, file_state, model_files, safetensors_files
 from .layouts import add_layouts
 from .native_int8 import add_native_int8_setting, with_native_int8
 from .opening import opened
 from .quantizing import Quantized, quantize
 from .running import is_interrupt, outputs_in_use, outputs_in_use_of_running_prompt, progress_bar, send
-from .saving import SAVE_FOLDERS, save
+from .saving import SAVE_FOLDERS, check_name, save
+from .verifying import verify_saved
 
 __all__ = [
     "add_layouts",
@@ -34,7 +38,10 @@ __all__ = [
     "Calibrated",
     "calibration_files",
     "calibration_state",
+    "check_name",
     "clip_types",
+    "compare_clips",
+    "compare_models",
     "file_state",
     "FileSource",
     "is_interrupt",
@@ -50,13 +57,14 @@ __all__ = [
     "progress_bar",
     "quantize",
     "Quantized",
-    "quantized_files",
     "quantized_layers",
+    "safetensors_files",
     "samplers",
     "save",
     "save_calibration",
     "SAVE_FOLDERS",
     "schedulers",
     "send",
+    "verify_saved",
     "with_native_int8",
 ]

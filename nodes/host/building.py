@@ -21,7 +21,16 @@ from .native_int8 import with_native_int8
 from .quantizing import Quantized
 from .sources import is_quantized, module_name
 
-__all__ = ["build_clip", "build_model", "knows", "load_quantized", "quantized_layers"]
+__all__ = [
+    "build_clip",
+    "build_model",
+    "knows",
+    "layers_to_decode",
+    "load_quantized",
+    "quantized_layers",
+    "quantized_linear",
+    "reload",
+]
 
 
 def knows(format: str) -> bool:
@@ -29,7 +38,7 @@ def knows(format: str) -> bool:
     return format in getattr(comfy.quant_ops, "QUANT_ALGOS", {})
 
 
-def _layers_to_decode(path: Path) -> list[str]:
+def layers_to_decode(path: Path) -> list[str]:
     """The quantized layers of a file, when it holds a format that this ComfyUI cannot read by itself; else none."""
     with SafetensorsFile(path) as opened:
         configs = layer_configs(opened)[0]
@@ -55,7 +64,7 @@ def _load_model(path: Path, kind: str):
 def _load_decoding_model(path: Path, kind: str, disable_dynamic: bool = True):
     """The MODEL in a file of which ComfyUI does not know a format."""
     tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
-    tensors = as_bytes(tensors, _layers_to_decode(path))
+    tensors = as_bytes(tensors, layers_to_decode(path))
     if kind == CHECKPOINTS:
         load = comfy.sd.load_state_dict_guess_config
         model = load(tensors, output_vae=False, output_clip=False, metadata=metadata, **_decoding(load))[0]
@@ -65,6 +74,22 @@ def _load_decoding_model(path: Path, kind: str, disable_dynamic: bool = True):
     if model is None:
         raise QuantizationError("ComfyUI does not recognise this model; save it, and load it where it is supported.")
     model.cached_patcher_init = (_load_decoding_model, (path, kind))  # by which newer ComfyUI makes it once more
+    return model
+
+
+def reload(path: Path, kind: str):
+    """The MODEL in a saved file of formats that ComfyUI knows, as its own loader makes it; None for a model it does not recognise.
+
+    The codes stay in the file, which is mapped into memory.
+    """
+    tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    if kind == CHECKPOINTS:
+        loaded = comfy.sd.load_state_dict_guess_config(tensors, output_vae=False, output_clip=False, metadata=metadata)
+        model = loaded and loaded[0]
+    else:
+        model = comfy.sd.load_diffusion_model_state_dict(tensors, metadata=metadata)
+    if model is not None:
+        _check_built(model, path, "model")
     return model
 
 
@@ -109,7 +134,7 @@ def load_quantized(source: FileSource) -> tuple:
 
 def _model_in(path: Path, kind: str):
     """The MODEL in a quantized file."""
-    model = (_load_decoding_model if _layers_to_decode(path) else _load_model)(path, kind)
+    model = (_load_decoding_model if layers_to_decode(path) else _load_model)(path, kind)
     _check_built(model, path, "model")
     return model
 
@@ -125,7 +150,7 @@ def _clip_in(path: Path, kind: str, clip_type: str):
         ckpt_paths=[str(path)],
         embedding_directory=embeddings,
         clip_type=comfy.sd.CLIPType[clip_type.upper()],
-        **(_decoding(comfy.sd.load_clip) if _layers_to_decode(path) else {}),
+        **(_decoding(comfy.sd.load_clip) if layers_to_decode(path) else {}),
     )
     _check_built(clip.patcher, path, "text encoder")
     return clip
@@ -182,7 +207,10 @@ def _rebuilt_clip(clip, quantized: Quantized):
     twin = copy.deepcopy(model, memo=weights)
     for name, (tensors, config) in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, _quantized_linear(model.get_submodule(name), name, tensors, config))
+        original = model.get_submodule(name)
+        dtype = (original.weight if original.bias is None else original.bias).dtype
+        linear = quantized_linear(name, tensors, config, original.bias, dtype, original.weight.device)
+        setattr(twin.get_submodule(parent), child, linear)
     rebuilt = clip.clone()
     rebuilt.cond_stage_model = twin
     decoded = not all(knows(config["format"]) for _, config in layers.values())
@@ -194,20 +222,23 @@ def _rebuilt_clip(clip, quantized: Quantized):
     return rebuilt
 
 
-def _quantized_linear(original, name: str, tensors: dict[str, torch.Tensor], config: dict):
-    """ComfyUI's quantized counterpart of the linear layer ``original``."""
-    bias = original.bias
-    dtype = bias.dtype if bias is not None else original.weight.dtype
+def quantized_linear(name: str, tensors: dict[str, torch.Tensor], config: dict, bias=None, dtype=torch.float32, device=None):
+    """A linear layer of codes that decodes them when it runs: ComfyUI's own where it knows the format.
+
+    Args:
+        tensors: the layer's tensors by the last part of their names, as they stand in a file.
+        config: the layer's JSON.
+        bias: instead of that among the tensors; the layer has one when either is there.
+        dtype: what the layer computes in.
+    """
     if knows(config["format"]):
         operations = comfy.ops.mixed_precision_ops({name: config}, dtype, full_precision_mm=True)
     else:
         operations = decoding_operations(comfy.ops.manual_cast)
-    device = original.weight.device
-    linear = operations.Linear(
-        original.in_features, original.out_features, bias=bias is not None, device=device, dtype=dtype
-    )
     state = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
     if bias is not None:
         state[f"{name}.bias"] = bias
+    outer, inner = tensors["weight"].shape
+    linear = operations.Linear(inner, outer, bias=f"{name}.bias" in state, device=device, dtype=dtype)
     linear._load_from_state_dict(state, f"{name}.", {}, True, [], [], [])
     return linear

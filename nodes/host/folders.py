@@ -23,7 +23,7 @@ __all__ = [
     "file_state",
     "model_files",
     "place",
-    "quantized_files",
+    "safetensors_files",
     "remove",
     "stamp",
     "temporary_folder",
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS = "diffusion_models", "checkpoints", "text_encoders"
 _KINDS = (DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS)
-_OURS = (".safetensors", ".sft")
-_SOURCES = (*_OURS, ".safetensors.index.json", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+_SAFETENSORS = (".safetensors", ".sft")
+_SOURCES = (*_SAFETENSORS, ".safetensors.index.json", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 
 
@@ -44,9 +44,9 @@ def model_files() -> list[str]:
     return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(_SOURCES)]
 
 
-def quantized_files() -> list[str]:
-    """ "folder/name" of every file that can be a quantized model."""
-    return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(_OURS)]
+def safetensors_files() -> list[str]:
+    """ "folder/name" of every safetensors file that is a model by itself."""
+    return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(_SAFETENSORS)]
 
 
 def _names(kind: str) -> list[str]:

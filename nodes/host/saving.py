@@ -4,10 +4,11 @@ from pathlib import Path
 
 import folder_paths
 
+from ...quant_core.errors import OutputError
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, destination, place
 from .quantizing import Quantized
 
-__all__ = ["SAVE_FOLDERS", "save"]
+__all__ = ["SAVE_FOLDERS", "check_name", "save"]
 
 
 # Folder of the output that ComfyUI's loaders search, by kind.
@@ -23,6 +24,15 @@ SAVE_FOLDERS = {
     "output": lambda kind: Path(folder_paths.get_output_directory()) / _OUTPUT_SUBFOLDERS[kind],
     "models": _models_folder,
 }
+
+
+def check_name(prefix: str) -> bool | str:
+    """Whether ``prefix`` is a file name that stays inside the folder; else one sentence that says why not."""
+    try:
+        destination(Path(folder_paths.get_output_directory()), prefix)
+    except OutputError as error:
+        return str(error)
+    return True
 
 
 def save(quantized: Quantized, prefix: str, folder: str) -> list[Path]:

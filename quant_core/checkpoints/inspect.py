@@ -1,10 +1,12 @@
 """What is in a file, from its header and its small tensors alone."""
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 
 from ..formats import FORMATS
+from ..report import human_bytes
 from .dtypes import DTYPE_NAMES
 from .metadata import layer_configs, provenance
 from .reader import SafetensorsFile
@@ -40,6 +42,7 @@ class Inspection:
     Attributes:
         dtypes: dtype name → (tensors, bytes).
         quantized: "format per granularity", block size and rotation with it → layers; a layer that breaks the contract counts as "… (broken)".
+        layers: the same keys → {name of layers, with * for their numbers: how many of them}.
         stock: what stock ComfyUI does with the file, one sentence.
         made_by: the provenance entry of the header.
     """
@@ -49,8 +52,22 @@ class Inspection:
     tensors: int
     dtypes: dict[str, tuple[int, int]]
     quantized: dict[str, int]
+    layers: dict[str, dict[str, int]]
     stock: str
     made_by: dict
+
+    def __str__(self) -> str:
+        """All of it for people, in a few lines."""
+        lines = [f"{self.path}: {human_bytes(self.size)}, {self.tensors} tensors", self.stock]
+        lines += [
+            f"  {name:<8} {count:>6} tensors  {human_bytes(size):>8}" for name, (count, size) in self.dtypes.items()
+        ]
+        for name, count in self.quantized.items():
+            lines.append(f"  {name}: {count} layers")
+            lines += [f"    {layers:>4} × {pattern}" for pattern, layers in self.layers[name].items()]
+        if self.made_by:
+            lines.append(f"  made by learned_rounding {self.made_by.get('version')}, recipe {self.made_by.get('recipe')}")
+        return "\n".join(lines)
 
 
 def _stock(found: list[str]) -> str:
@@ -76,18 +93,20 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             counts[DTYPE_NAMES[info.dtype]] += 1
             sizes[DTYPE_NAMES[info.dtype]] += info.nbytes
         configs, header = layer_configs(source)
-        quantized = Counter()
+        layers: dict[str, Counter] = {}
         for layer, config in (configs or header).items():
             try:
-                quantized[str(layer_encoding(layer, config, source.tensors))] += 1
+                kind = str(layer_encoding(layer, config, source.tensors))
             except ValueError:
-                quantized[f"{config.get('format')} (broken)"] += 1
+                kind = f"{config.get('format')} (broken)"
+            layers.setdefault(kind, Counter())[re.sub(r"\b\d+\b", "*", layer)] += 1
         return Inspection(
             path=str(path),
             size=source.size,
             tensors=len(source.tensors),
             dtypes={name: (counts[name], sizes[name]) for name in sorted(sizes, key=lambda name: -sizes[name])},
-            quantized=dict(quantized),
+            quantized={kind: counts.total() for kind, counts in layers.items()},
+            layers={kind: dict(counts) for kind, counts in layers.items()},
             stock=_stock(quantized_formats(source)),
             made_by=provenance(source),
         )

@@ -6,6 +6,7 @@ python in_process.py COMFYUI PACK FOLDER CHECK
 import errno
 import importlib.util
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ spec = importlib.util.spec_from_file_location("pack", Path(pack) / "__init__.py"
 sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from pack.nodes import host  # noqa: E402
-from pack.quant_core import FORMATS, Recipe  # noqa: E402
+from pack.quant_core import FORMATS, QuantizationError, Recipe  # noqa: E402
 
 RECIPES = {
     "float8_e4m3fn": Recipe(),
@@ -102,7 +103,7 @@ def text_encoder(recipes=RECIPES) -> dict:
         (file,) = quantized.files.values()
         (saved,) = host.save(quantized, "t5", "output")
         copied = without_links(lambda quantized=quantized: host.save(quantized, "t5", "output"))[0]
-        ours_reads = bool(host.building._layers_to_decode(saved))
+        ours_reads = bool(host.building.layers_to_decode(saved))
         loaded = load(saved, **(host.building._decoding(comfy.sd.load_clip)["model_options"] if ours_reads else {}))
         conditioning = encode(ours)
         found[name] = {
@@ -166,6 +167,24 @@ def calibrated_text_encoder() -> dict:
     }
 
 
+def compared_text_encoders() -> dict:
+    """A CLIP against itself and against what was made of it."""
+    path = Path(folder) / "t5.safetensors"
+    save_file(t5_weights(), path)
+    clip = load(path)
+    recipe = Recipe(format="int8_tensorwise", rounding="nearest")
+    ours = host.build_clip(clip, host.quantize(clip, recipe, lambda event: None))
+    measured = host.compare_clips(clip, ours, ["a red apple on a table", "an owl"])
+    before, after = encode(clip).double(), encode(ours).double()
+    ratio = float(before.square().sum() / (after - before).square().sum())
+    return {
+        "prompts": len(measured.scores),
+        "expected SNR": 10 * math.log10(ratio),
+        "same": host.compare_clips(clip, clip, ["an owl"]).markdown().split("| ")[8].strip(" |"),
+        **measured.scores[0],
+    }
+
+
 def decoding() -> dict:
     """Formats that this ComfyUI cannot run: our layer decodes them, in full and with little memory, with a LoRA and without."""
     assets = Path(pack) / "assets"
@@ -215,8 +234,69 @@ def decoding() -> dict:
     return found
 
 
+def rewritten(path: Path, change) -> None:
+    """``change(tensors, metadata)`` of a file, which is no link to another one afterwards."""
+    tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    tensors, metadata = {name: tensor.clone() for name, tensor in tensors.items()}, dict(metadata)
+    change(tensors, metadata)
+    path.unlink()
+    save_file(tensors, path, metadata)
+
+
+def without_entry(tensors, metadata, layer) -> None:
+    del tensors[f"{layer}.comfy_quant"]
+    header = json.loads(metadata["_quantization_metadata"])
+    del header["layers"][layer]
+    metadata["_quantization_metadata"] = json.dumps(header)
+
+
+def verifying() -> dict:
+    """Sound files of all formats, damaged ones, and layers that multiply by something else."""
+    host.add_layouts()
+    path = Path(pack) / "assets" / "tiny_mmdit_emoji.safetensors"
+    layer = "joint_blocks.0.x_block.mlp.fc1"  # 1024×256
+
+    def saved(name, kind="diffusion_models"):
+        source = host.FileSource(path, kind, "")
+        quantized = host.quantize(source, Recipe(format=name, rounding="nearest"), lambda event: None)
+        return quantized, host.save(quantized, "verified", "output")
+
+    def said(quantized, paths):
+        try:
+            return host.verify_saved(quantized, paths), None
+        except QuantizationError as error:
+            return str(error), [file.name for file in paths[0].parent.glob("*.failed*")]
+
+    sound = {name: said(*saved(name)) for name in FORMATS}
+    text_encoder = said(*saved("float8_e4m3fn", "text_encoders"))
+    saved("float8_e5m2")  # what was quantized last is kept, whatever its kind
+    damages = {
+        "scale": lambda tensors, _: tensors[f"{layer}.weight_scale"].fill_(float("nan")),
+        "entry": lambda tensors, metadata: without_entry(tensors, metadata, layer),
+        "kept": lambda tensors, _: tensors.pop(f"{layer}.bias"),
+        "shape": lambda tensors, _: tensors.update({f"{layer}.weight": tensors[f"{layer}.weight"][:512].clone()}),
+    }
+    found = {}
+    for damage, change in damages.items():
+        quantized, paths = saved("float8_e4m3fn")
+        rewritten(paths[0], change)
+        found[damage] = (*said(quantized, paths), paths[0].exists())
+    verifying = host.verifying
+    make = verifying.quantized_linear
+
+    def shifted(name, tensors, *others):
+        return make(name, {**tensors, "weight_scale": tensors["weight_scale"] * 1.5}, *others)
+
+    verifying.quantized_linear = shifted
+    quantized, paths = saved("float8_e4m3fn")
+    found["output"] = (*said(quantized, paths), paths[0].exists())
+    return {"sound": sound, "text encoder": text_encoder, "damaged": found, "knows": [name for name in FORMATS if host.knows(name)]}
+
+
 CHECKS = {
+    "compared_text_encoders": compared_text_encoders,
     "decoding": decoding,
+    "verifying": verifying,
     "text_encoder": text_encoder,
     "taught_text_encoder": taught_text_encoder,
     "calibrated_text_encoder": calibrated_text_encoder,

@@ -86,7 +86,7 @@ def diffusers() -> dict:
     flux = {"depth": 19, "depth_single_blocks": 38, "hidden_size": 3072}
     return {
         "files": made,
-        "quantized_files": host.quantized_files(),
+        "safetensors_files": host.safetensors_files(),
         "SDXL": of_real_size("sdxl", model_detection.model_config_from_unet(sdxl, "").unet_config, comfy.utils.unet_to_diffusers),
         "Flux": of_real_size("flux", flux, comfy.utils.flux_to_diffusers),
     }

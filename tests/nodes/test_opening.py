@@ -7,5 +7,5 @@ def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
     found = in_process(host, tmp_path, "opening_diffusers")
     kinds = ("comfyui.safetensors", "diffusers.safetensors", "pickle.pt", "tiny.safetensors.index.json")
     assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "quantized alike": True} for kind in kinds}
-    assert found["quantized_files"] == ["diffusion_models/comfyui.safetensors", "diffusion_models/diffusers.safetensors"]
+    assert found["safetensors_files"] == ["diffusion_models/comfyui.safetensors", "diffusion_models/diffusers.safetensors"]
     assert found["SDXL"] and found["Flux"]

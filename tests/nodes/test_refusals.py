@@ -159,3 +159,31 @@ def test_the_server_goes_on(comfy):
     graph = ProbedGraph()
     probe = graph.probe(graph.quantize(graph.load()[0])[0])
     assert probed(comfy.queue(graph), probe)["layers"]
+
+
+@pytest.mark.parametrize(
+    "options, prefix, sentence",
+    [
+        ({"format": "float8_e5m2", "granularity": "row"}, "x", "per tensor, not per row"),
+        ({"convrot": "on"}, "x", "ConvRot exists for int8_tensorwise per row"),
+        ({"keep": "(unclosed"}, "x", "(unclosed"),
+        ({"layer_config": '{"a": {"format": "int9"}}'}, "x", "int9"),
+        ({"format": "fp9"}, "x", "There is no format 'fp9'"),
+        ({}, "../escape", "no file name inside"),
+    ],
+)
+def test_what_the_widgets_say_is_checked_before_anything_runs(comfy, options, prefix, sentence):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source()[0], **options), prefix)
+    with pytest.raises(HostError) as caught:
+        comfy.queue(graph)
+    assert caught.value.kind == "validation" and sentence in str(caught.value)
+
+
+def test_what_comes_from_another_node_is_checked_by_the_run(comfy):
+    graph = ProbedGraph()
+    patterns = graph.add("PrimitiveString", value="(unclosed")
+    graph.save(graph.quantize(graph.source()[0], keep=patterns[0]), "x")
+    with pytest.raises(HostError) as caught:
+        comfy.queue(graph)
+    assert caught.value.kind == "execution" and "(unclosed" in str(caught.value)

@@ -20,8 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Each part may import those on lower floors, and itself. A part that is not listed here needs a place first.
 FLOORS = [
-    {"errors", "events", "version"},
-    {"formats", "report"},
+    {"errors", "events", "version", "markdown"},
+    {"formats", "report", "comparison"},
     {"rounding", "checkpoints"},
     {"calibration"},
     {"recipes", "layer"},
@@ -32,8 +32,8 @@ FLOORS = [
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}
 NEEDED = {"torch", "safetensors", "tqdm", "tomli"}
-# Imported where a user asks for them, with a sentence of ours when they are missing: import name → package.
-OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf"}
+# Imported where they are asked for, with a sentence of ours or without their number when they are missing: import name → package.
+OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf", "lpips": "lpips"}
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 

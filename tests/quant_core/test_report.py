@@ -135,6 +135,18 @@ def test_a_run_that_was_done_already_says_only_that():
     )
 
 
+def test_markdown_holds_the_totals_and_the_worst_layers():
+    made = report(0.1, 0.3, 0.2, bytes_in=2_000_000, bytes_out=1_000_000)
+    lines = made.markdown(worst=2).splitlines()
+    assert lines[:2] == ["|  | model.safetensors |", "| :-- | --: |"]
+    assert "| size | 2 MB → 1 MB (50%) |" in lines
+    head = lines.index("| worst layers | shape | format | solver | weight error | output error |")
+    assert [line.split(" | ")[0].lstrip("| ") for line in lines[head + 2 :]] == ["blocks.1.weight", "blocks.2.weight"]
+    assert lines[head + 2].endswith("| 0.30000 | – |")
+    assert "worst layers" not in report().markdown()
+    assert report(already_done=True, output="out").markdown().startswith("Already done")
+
+
 @pytest.mark.parametrize(
     "count, text",
     [

@@ -92,7 +92,8 @@ def test_a_real_run_from_start_to_file(graph, model_file, workflow):
 
     loaded, saved = graph.locator(".lr-text").all_inner_texts()
     assert loaded.startswith(f"{model_file[1].name}: ")
-    assert Path(saved).is_file() and Path(saved).suffix == ".safetensors"
+    path, verified = saved.splitlines()
+    assert Path(path).is_file() and Path(path).suffix == ".safetensors" and verified.startswith("Verified: ")
 
 
 def test_waits_then_follows_the_layers(graph):

@@ -42,7 +42,7 @@ def test_plain_weights(model, model_file):
         (INT8_TENSOR, {"int8_tensorwise per tensor": 6}, "0.27"),
     ],
 )
-def test_quantized_files(model_file, tmp_path, recipe, quantized, since):
+def test_safetensors_files(model_file, tmp_path, recipe, quantized, since):
     quantize_file(model_file(), tmp_path / "q.safetensors", recipe)
     found = inspect_file(tmp_path / "q.safetensors")
     assert found.quantized == quantized

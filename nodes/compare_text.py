@@ -1,0 +1,46 @@
+"""Compare Text Encoders: encode prompts with two CLIPs, and see how far apart they are."""
+
+from comfy_api.latest import io, ui
+
+from . import host
+from .drawing import as_image, named_bars
+from .prompts import check_prompts, prompt_lines
+from .schema import schema, widget
+
+__all__ = ["CompareTextEncoders"]
+
+
+class CompareTextEncoders(io.ComfyNode):
+    """See the schema."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="LearnedRoundingCompareText",
+            display_name="Compare Text Encoders",
+            description="How far is this text encoder from full precision? Encodes prompts with both CLIPs and compares the conditioning.",
+            search_aliases=["snr", "cosine", "quality", "t5", "clip", "fp8", "int8", "quantize"],
+            inputs=[
+                io.Clip.Input("reference", tooltip="The full-precision CLIP."),
+                io.Clip.Input("compared", tooltip="The quantized CLIP."),
+                widget(
+                    io.String, id="prompts", default="", multiline=True, tooltip="Prompts like those you use, one a line."
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot", tooltip="SNR of the conditioning by prompt."),
+                io.String.Output(display_name="report", tooltip="All numbers, as a table in markdown."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, prompts=None):
+        return check_prompts(prompts)
+
+    @classmethod
+    def execute(cls, reference, compared, prompts) -> io.NodeOutput:
+        measured = host.compare_clips(reference, compared, prompt_lines(prompts))
+        bars = {str(number): score["SNR (dB)"] for number, score in enumerate(measured.scores, 1)}
+        plot = as_image(named_bars(measured.summary, "prompt", "SNR of the conditioning (dB)", bars))
+        return io.NodeOutput(plot, measured.markdown(), ui=ui.PreviewImage(plot, cls=cls))

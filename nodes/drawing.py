@@ -1,0 +1,140 @@
+"""Charts and rows of pictures as one IMAGE, drawn with Pillow, which every ComfyUI has."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["as_image", "bar_chart", "line_chart", "named_bars", "picture_rows", "stacked"]
+
+_WIDTH, _HEIGHT = 960, 480
+_LEFT, _RIGHT, _TOP, _BOTTOM = 96, 24, 80, 68  # what stands around the axes
+_TEXT, _TITLE = 16, 20  # pixels
+_CELL, _GAP = 288, 16
+_INK, _FAINT, _GRID = "#1b1b1f", "#5c5c66", "#e3e3e8"
+_COLOURS = ("#1f6fd6", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285")  # told apart by their lightness too
+_TICKS, _NAMES = 6, 20
+
+
+def _font(size: int):
+    return ImageFont.load_default(size)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About six round numbers that cover the range."""
+    rough = (high - low) / _TICKS or 1.0
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(times * power for times in (1, 2, 5, 10) if times * power >= rough)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [number * step for number in range(first, max(last, first + 1) + 1)]
+
+
+def _labelled(names: Sequence[str]) -> dict[int, str]:
+    """Ticks at 1, 2, 3, … of these names, with gaps where there is no room for all."""
+    return dict(list(enumerate(names, 1))[:: -(-len(names) // _NAMES)])
+
+
+class _Axes:
+    """A drawing with labelled axes, and where a point lies in it."""
+
+    def __init__(self, title: str, x_label: str, y_label: str, width: tuple[float, float], xs: Mapping, ys: Sequence[float]):
+        """``width``: the range of the x axis; ``xs``: where its ticks are, and their labels; ``ys``: ticks of the other."""
+        self.image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
+        self.draw = ImageDraw.Draw(self.image)
+        self._width, self._ys = width, ys
+        self.draw.text((_LEFT, 16), title, fill=_INK, font=_font(_TITLE))
+        for y in ys:
+            self.draw.line([self.at(width[0], y), self.at(width[1], y)], fill=_GRID)
+            self.draw.text((_LEFT - 10, self.at(width[0], y)[1]), f"{y:.4g}", fill=_FAINT, font=_font(_TEXT), anchor="rm")
+        for x, label in xs.items():
+            column = self.at(x, ys[0])
+            self.draw.line([column, (column[0], column[1] + 5)], fill=_FAINT)
+            self.draw.text((column[0], column[1] + 10), label, fill=_FAINT, font=_font(_TEXT), anchor="mt")
+        self.draw.line([self.at(width[0], ys[0]), self.at(width[1], ys[0])], fill=_FAINT)
+        middle = (_LEFT + _WIDTH - _RIGHT) // 2
+        self.draw.text((middle, _HEIGHT - 10), x_label, fill=_INK, font=_font(_TEXT), anchor="ms")
+        across = Image.new("RGB", (_HEIGHT - _TOP - _BOTTOM, _TEXT + 6), "white")
+        place = (across.width // 2, across.height // 2)
+        ImageDraw.Draw(across).text(place, y_label, fill=_INK, font=_font(_TEXT), anchor="mm")
+        self.image.paste(across.rotate(90, expand=True), (6, _TOP))
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        right = (x - self._width[0]) / (self._width[1] - self._width[0])
+        up = (y - self._ys[0]) / (self._ys[-1] - self._ys[0])
+        return _LEFT + right * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Sequence[float]]) -> Image.Image:
+    """Lines over 1, 2, 3, …, with a legend. Values that are not finite are left out."""
+    count = max(map(len, lines.values()))
+    finite = [value for line in lines.values() for value in line if math.isfinite(value)]
+    ys = _ticks(min(finite, default=0), max(finite, default=1))
+    axes = _Axes(title, x_label, y_label, (1, max(count, 2)), _labelled([str(x) for x in range(1, count + 1)]), ys)
+    if not finite:
+        axes.draw.text((_WIDTH // 2, _HEIGHT // 2), "equal, bit for bit", fill=_INK, font=_font(_TITLE), anchor="mm")
+    for index, (name, line) in enumerate(lines.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        points = [axes.at(x, y) for x, y in enumerate(line, 1) if math.isfinite(y)]
+        axes.draw.line(points, fill=colour, width=3, joint="curve")
+        for x, y in points:
+            axes.draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        if index < len(_COLOURS):
+            left, middle = _LEFT + 130 * index, _TOP - 22
+            axes.draw.line([(left, middle), (left + 24, middle)], fill=colour, width=3)
+            axes.draw.text((left + 32, middle), name, fill=_INK, font=_font(_TEXT), anchor="lm")
+    return axes.image
+
+
+def bar_chart(title: str, x_label: str, y_label: str, edges: Sequence[float], heights: Sequence[float]) -> Image.Image:
+    """A bar of each height between two neighbouring edges."""
+    xs = {x: f"{x:.4g}" for x in _ticks(edges[0], edges[-1]) if edges[0] <= x <= edges[-1]}
+    return _bars(title, x_label, y_label, edges, heights, xs)
+
+
+def named_bars(title: str, x_label: str, y_label: str, bars: Mapping[str, float]) -> Image.Image:
+    """A bar of each value over its name."""
+    edges = [number + 0.5 for number in range(len(bars) + 1)]
+    return _bars(title, x_label, y_label, edges, list(bars.values()), _labelled(list(bars)))
+
+
+def _bars(title: str, x_label: str, y_label: str, edges, heights, xs: Mapping[float, str]) -> Image.Image:
+    finite = [height if math.isfinite(height) else 0.0 for height in heights]
+    ys = _ticks(min(0.0, *finite), max(1e-9, *finite))
+    axes = _Axes(title, x_label, y_label, (edges[0], edges[-1]), xs, ys)
+    for left, right, height in zip(edges, edges[1:], finite, strict=False):
+        (x0, y0), (x1, y1) = axes.at(left, 0), axes.at(right, height)
+        if height:
+            axes.draw.rectangle((x0 + 1, min(y0, y1), max(x1 - 1, x0 + 1), max(y0, y1)), fill=_COLOURS[0])
+    return axes.image
+
+
+def picture_rows(columns: Mapping[str, torch.Tensor]) -> Image.Image:
+    """Pictures (rows, height, width, 3) in 0…1 side by side under the names of their columns."""
+    rows, height, width, _ = next(iter(columns.values())).shape
+    scale = _CELL / max(height, width)
+    cell = (round(width * scale), round(height * scale))
+    sheet = Image.new("RGB", (_WIDTH, _TEXT + 24 + rows * (cell[1] + _GAP)), "white")
+    for column, (name, pictures) in enumerate(columns.items()):
+        left = _LEFT // 2 + column * (_CELL + _GAP)
+        ImageDraw.Draw(sheet).text((left, 8), name, fill=_INK, font=_font(_TEXT))
+        for row, picture in enumerate(pictures):
+            drawn = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
+            sheet.paste(drawn.resize(cell, Image.LANCZOS), (left, _TEXT + 24 + row * (cell[1] + _GAP)))
+    return sheet
+
+
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """One below the other."""
+    sheet = Image.new("RGB", (_WIDTH, sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
+    return sheet
+
+
+def as_image(picture: Image.Image) -> torch.Tensor:
+    """An IMAGE (1, height, width, 3) in 0…1."""
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]

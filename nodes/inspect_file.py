@@ -1,0 +1,41 @@
+"""Inspect: what is in a model file, as ``lrq inspect`` tells it."""
+
+from comfy_api.latest import io, ui
+
+from ..quant_core.checkpoints import inspect_file
+from . import host
+from .schema import schema, widget
+
+__all__ = ["Inspect"]
+
+
+class Inspect(io.ComfyNode):
+    """See the schema."""
+
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="LearnedRoundingInspect",
+            display_name="Inspect",
+            description="What is in this file, which layers are quantized and how, and will stock ComfyUI load it? Reads the header only.",
+            search_aliases=["file", "format", "metadata", "header", "fp8", "int8", "quantize"],
+            inputs=[
+                widget(
+                    io.Combo,
+                    id="model",
+                    options=host.safetensors_files(),
+                    tooltip="A diffusion model, checkpoint or text encoder (.safetensors) from ComfyUI's model folders.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="text", tooltip="The same text as lrq inspect.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model):
+        return (model, *host.file_state(model))
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        text = str(inspect_file(host.FileSource.choose(model, "").path))
+        return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -1,0 +1,21 @@
+"""Prompts as a text box holds them."""
+
+from ..quant_core.errors import RecipeError
+
+__all__ = ["check_prompts", "prompt_lines"]
+
+
+def prompt_lines(text: str) -> list[str]:
+    """One prompt a line, without blank ones. Raises RecipeError when there are none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise RecipeError("There are no prompts here; write some, one a line.")
+    return lines
+
+
+def check_prompts(text: str | None) -> bool | str:
+    """Whether there are any, before a workflow runs; else one sentence. None: they come from another node."""
+    try:
+        return text is None or bool(prompt_lines(text))
+    except RecipeError as error:
+        return str(error)

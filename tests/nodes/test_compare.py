@@ -1,0 +1,92 @@
+"""Compare in a real graph: its numbers against what KSampler and SaveImage left behind."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from learned_rounding.benchmarks.tiny_model.graph import latents, pictures, psnr
+from learned_rounding.quant_core.comparison import ssim
+from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, text
+from learned_rounding.tests.nodes.test_graph import unique
+
+SCALE, SHIFT = 1.5305, 0.0609  # between SD3's latents and what the model sees
+
+
+def tables(markdown: str) -> list[list[list[str]]]:
+    """The cells of each table in a markdown text, its header first."""
+    found = []
+    for before, line in zip(["", *markdown.splitlines()], markdown.splitlines(), strict=False):
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if line.startswith("| ") and not line.startswith("| :--"):
+            found = [*found[:-1], [*found[-1], cells]] if before.startswith("|") else [*found, [cells]]
+    return found
+
+
+def compared(graph, model, other, name, **options):
+    """A Compare node whose report is shown and whose pictures are saved."""
+    node = graph.compare(model[0], other[0], **options)
+    for slot, kind in enumerate(("reference", "compared", "plot")):
+        graph.add("SaveImage", images=node[slot], filename_prefix=f"{name}-{kind}")
+    return graph.add("PreviewAny", source=node[3]), node
+
+
+def test_numbers_are_those_of_what_ksampler_makes(comfy, request):
+    graph, name = ProbedGraph(), unique(request)
+    model = graph.load()
+    quantized = graph.quantize(model[0], "int8_tensorwise", rounding="nearest")
+    shown, node = compared(graph, model, quantized, name, steps=8)
+    for kind, made in (("full", model), ("ours", quantized)):
+        graph.sample(made[0], f"{name}-{kind}", steps=8)
+    result = comfy.queue(graph)
+
+    header, first, second, means = tables(text(result, shown))[0]
+    assert header == ["prompt", "latent SNR (dB)", "PSNR (dB)", "SSIM"]
+    folder = comfy.output_dir
+    full, ours = ((latents(folder, f"{name}-{kind}")[0] - SHIFT) * SCALE for kind in ("full", "ours"))
+    snr = 10 * math.log10((full**2).sum() / ((ours - full) ** 2).sum())
+    assert float(first[1]) == pytest.approx(snr, abs=0.1)
+    before, after = (pictures(folder, f"{name}-{kind}")[0] for kind in ("full", "ours"))
+    assert float(first[2]) == pytest.approx(psnr(before, after), abs=1)  # the files have 8 bits
+    assert float(first[3]) == pytest.approx(ssim(*(torch.from_numpy(each)[None] for each in (before, after))), abs=0.01)
+    assert means[0] == "mean" and float(means[1]) == pytest.approx((float(first[1]) + float(second[1])) / 2, abs=0.02)
+
+    steps = tables(text(result, shown))[1]
+    assert steps[0] == ["step", "prompt 1 (dB)", "prompt 2 (dB)"] and [row[0] for row in steps[1:]] == [f"{n}" for n in range(1, 9)]
+    assert steps[-1][1:] == [first[1], second[1]] and all(float(cell) > 10 for row in steps[1:] for cell in row[1:])
+    assert np.array_equal(pictures(folder, f"{name}-reference")[0], before)
+    assert np.array_equal(pictures(folder, f"{name}-compared")[0], after)
+    assert len(pictures(folder, f"{name}-reference")) == len(pictures(folder, f"{name}-compared")) == 2
+    plot = Image.open(folder / f"{name}-plot_00001_.png")
+    assert plot.width == 960 and len(np.unique(np.asarray(plot))) > 100
+    assert len(result.outputs[node.id]["images"]) == 1
+
+
+def test_it_runs_by_itself(comfy):
+    graph = ProbedGraph()
+    model = graph.load()
+    node = graph.compare(model[0], model[0], steps=1, seed=9)
+    assert len(comfy.queue(graph).outputs[node.id]["images"]) == 1
+
+
+def test_a_model_is_equal_to_itself_and_stays_as_it_was(comfy, request):
+    graph, name = ProbedGraph(), unique(request)
+    model = graph.load()
+    shown, node = compared(graph, model, model, name, steps=3, seed=5)
+    del graph[node.id]["inputs"]["vae"]
+    result = comfy.queue(graph)
+    scores, steps = tables(text(result, shown))
+    assert scores[0] == ["prompt", "latent SNR (dB)"]  # latents alone without a VAE
+    assert {cell for row in [*scores[1:], *steps[1:]] for cell in row[1:]} == {"equal"}
+    assert pictures(comfy.output_dir, f"{name}-reference").shape[1:] == (64, 64, 3)
+
+
+def test_text_encoders(host, tmp_path):
+    if host.version == "0.3.75":
+        pytest.skip("ComfyUI 0.3.75 recognises only T5 encoders of full width, and loads no quantized ones")
+    found = in_process(host, tmp_path, "compared_text_encoders")
+    assert found["prompts"] == 2 and found["same"] == "equal"
+    assert found["SNR (dB)"] == pytest.approx(found["expected SNR"], abs=1e-6)
+    assert 0.5 < found["cosine similarity"] < 1 and 0 < found["SNR (dB)"] < 60

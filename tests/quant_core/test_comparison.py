@@ -1,0 +1,80 @@
+"""Measures of a comparison against formulas and against scikit-image's numbers."""
+
+import math
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from learned_rounding.quant_core.comparison import Comparison, cosine, lpips, psnr, snr, ssim
+
+# scikit-image 0.26.0: structural_similarity(a, b, channel_axis=-1, gaussian_weights=True, sigma=1.5,
+# use_sample_covariance=False, data_range=1.0) and peak_signal_noise_ratio(a, b, data_range=1.0) of waves(gain).
+SCIKIT_IMAGE = {0.05: (0.9734094845193804, 29.507035158672963), 0.3: (0.5547154082084886, 14.80197082304624)}
+
+
+def waves(gain: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A picture of waves (1, 48, 40, 3), and the same with finer waves over it."""
+    axes = (torch.arange(size, dtype=torch.float64) for size in (48, 40, 3))
+    y, x, c = torch.meshgrid(*axes, indexing="ij")
+    picture = 0.5 + 0.5 * torch.sin(0.3 * x + 0.17 * y + c)
+    return picture[None], (picture + gain * torch.sin(1.7 * x - 0.9 * y + 2 * c)).clamp(0, 1)[None]
+
+
+@pytest.mark.parametrize("gain", SCIKIT_IMAGE)
+def test_pictures_are_measured_as_scikit_image_does(gain):
+    a, b = waves(gain)
+    assert (ssim(a, b), psnr(a, b)) == pytest.approx(SCIKIT_IMAGE[gain], rel=1e-9)
+    assert (ssim(b, a), psnr(b, a)) == pytest.approx(SCIKIT_IMAGE[gain], rel=1e-9)
+    both = [torch.cat(pair) for pair in zip((a, b), (b, a), strict=True)]
+    assert ssim(*both) == pytest.approx(ssim(a, b))
+    assert ssim(a.float(), b.float()) == pytest.approx(ssim(a, b), rel=1e-5)
+
+
+def test_equal_pictures():
+    a, _ = waves(0)
+    assert ssim(a, a) == pytest.approx(1) and psnr(a, a) == math.inf == snr(a, a)
+
+
+def test_a_picture_smaller_than_the_window_has_no_ssim():
+    assert math.isnan(ssim(torch.zeros(1, 10, 40, 3), torch.zeros(1, 10, 40, 3)))
+
+
+def test_snr_and_cosine():
+    a = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
+    assert snr(a, a * 1.1) == pytest.approx(20, rel=1e-5)
+    assert snr(a, 2 * a) == pytest.approx(0)
+    assert snr(torch.zeros(2), torch.ones(2)) == -math.inf
+    assert cosine(a, 3 * a) == pytest.approx(1)
+    assert cosine(a, torch.tensor([[3.0, 4.0], [5.0, 0.0]])) == pytest.approx(0.5)
+
+
+def test_lpips_needs_its_package_and_its_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    module = ModuleType("lpips")
+    module.LPIPS = lambda net, verbose: lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True)
+    monkeypatch.setitem(sys.modules, "lpips", module)
+    a, b = torch.zeros(2, 4, 6, 3), torch.full((2, 4, 6, 3), 0.25)
+    assert lpips(a, b) is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
+    assert lpips(a, b) == pytest.approx(0.5)  # pictures in −1…1
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert lpips(a, b) is None
+
+
+def test_the_tables():
+    made = Comparison("a | b", [{"SNR (dB)": 20.0, "SSIM": 0.5}, {"SNR (dB)": 30.0, "SSIM": math.nan}], [[1.0, math.inf], [2.0, -math.inf]])
+    assert made.means["SNR (dB)"] == 25
+    lines = made.markdown().splitlines()
+    assert lines[:6] == [
+        "## a | b",
+        "",
+        "| prompt | SNR (dB) | SSIM |",
+        "| :-- | --: | --: |",
+        "| 1 | 20 | 0.5 |",
+        "| 2 | 30 | – |",
+    ]
+    assert lines[-4:] == ["| step | prompt 1 (dB) | prompt 2 (dB) |", "| :-- | --: | --: |", "| 1 | 1 | 2 |", "| 2 | equal | −∞ |"]
+    assert "mean" not in Comparison("one", [{"SNR (dB)": 20.0}]).markdown()
