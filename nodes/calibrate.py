@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from . import host
 from .calibration_inputs import earlier_input, keep_input, only, sensitivity_input, tokens_input
+from .progress import NodeProgress
 from .schema import CalibrationType, schema, widget
 
 __all__ = ["Calibrate"]
@@ -81,6 +82,7 @@ class Calibrate(io.ComfyNode):
                 io.Image.Output(display_name="pictures", tooltip="What was sampled."),
                 io.String.Output(display_name="summary", tooltip="What was learned, as text."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -103,20 +105,22 @@ class Calibrate(io.ComfyNode):
         sensitivity=(False,),
     ) -> io.NodeOutput:
         model = only("model", model)
-        made, latents, summary = host.calibrate_model(
-            model,
-            [(each, negative[min(index, len(negative) - 1)]) for index, each in enumerate(positive)],
-            latent_image,
-            seed=only("seed", seed),
-            samples=only("samples", samples),
-            keep=only("keep", keep),
-            tokens=only("tokens", tokens),
-            sensitivity=only("sensitivity", sensitivity),
-            earlier=only("calibration", calibration),
-            steps=only("steps", steps),
-            cfg=only("cfg", cfg),
-            sampler_name=only("sampler_name", sampler_name),
-            scheduler=only("scheduler", scheduler),
-        )
+        with NodeProgress(cls.hidden.unique_id) as progress:
+            made, latents, summary = host.calibrate_model(
+                model,
+                [(each, negative[min(index, len(negative) - 1)]) for index, each in enumerate(positive)],
+                latent_image,
+                seed=only("seed", seed),
+                samples=only("samples", samples),
+                keep=only("keep", keep),
+                tokens=only("tokens", tokens),
+                on_event=progress,
+                sensitivity=only("sensitivity", sensitivity),
+                earlier=only("calibration", calibration),
+                steps=only("steps", steps),
+                cfg=only("cfg", cfg),
+                sampler_name=only("sampler_name", sampler_name),
+                scheduler=only("scheduler", scheduler),
+            )
         pictures = host.pictures(model, latents, only("vae", vae))
         return io.NodeOutput(made, pictures, summary, ui=ui.PreviewImage(pictures, cls=cls))

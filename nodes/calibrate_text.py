@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..quant_core.errors import RecipeError
 from . import host
 from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
+from .progress import NodeProgress
 from .schema import CalibrationType, schema, widget
 
 __all__ = ["CalibrateTextEncoder"]
@@ -47,6 +48,7 @@ class CalibrateTextEncoder(io.ComfyNode):
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
                 io.String.Output(display_name="summary", tooltip="What was learned, as text."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -54,8 +56,15 @@ class CalibrateTextEncoder(io.ComfyNode):
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
             raise RecipeError("Calibrate Text Encoder has no prompts; write some, one a line.")
-        return io.NodeOutput(
-            *host.calibrate_clip(
-                clip, lines, keep=keep, tokens=tokens, seed=seed, sensitivity=sensitivity, earlier=calibration
+        with NodeProgress(cls.hidden.unique_id) as progress:
+            made, summary = host.calibrate_clip(
+                clip,
+                lines,
+                keep=keep,
+                tokens=tokens,
+                seed=seed,
+                on_event=progress,
+                sensitivity=sensitivity,
+                earlier=calibration,
             )
-        )
+        return io.NodeOutput(made, summary)

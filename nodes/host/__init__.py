@@ -9,7 +9,7 @@
 * ``layouts``: ComfyUI's own loaders read the formats of this pack.
 * ``native_int8``: ComfyUI's own INT8 layers on this pack's kernels, where that is asked for.
 * ``saving``: quantized files to where ComfyUI's loaders look.
-* ``running``: the prompt that runs: outputs in use, progress, messages to its client, interrupts.
+* ``running``: the prompt that runs: outputs in use, progress, messages to pages, interrupts.
 """
 
 from .building import build_clip, build_model, knows, load_quantized, quantized_layers
@@ -19,12 +19,21 @@ from .folders import FileSource, clip_types, file_state, model_files
 from .layouts import add_layouts
 from .native_int8 import add_native_int8_setting, with_native_int8
 from .quantizing import Quantized, quantize
-from .running import is_interrupt, outputs_in_use, outputs_in_use_of_running_prompt, progress_bar, send
+from .running import (
+    add_route,
+    is_interrupt,
+    outputs_in_use,
+    outputs_in_use_of_running_prompt,
+    progress_bar,
+    running_prompt,
+    send,
+)
 from .saving import SAVE_FOLDERS, save
 
 __all__ = [
     "add_layouts",
     "add_native_int8_setting",
+    "add_route",
     "build_clip",
     "build_model",
     "calibrate_clip",
@@ -48,6 +57,7 @@ __all__ = [
     "quantize",
     "Quantized",
     "quantized_layers",
+    "running_prompt",
     "samplers",
     "save",
     "save_calibration",
