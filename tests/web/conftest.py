@@ -57,11 +57,11 @@ def page(comfy, model_file, request):
 
 @pytest.fixture
 def workflow():
-    """workflow(seed=…, model=…, further keys of the workflow) → Load Model → Configure → Quantize → Save, as a graph with positions."""
+    """workflow(seed=…, model=…, rounding=…, further keys of the workflow) → Load Model → Configure → Quantize → Save, as a graph with positions."""
 
-    def make(*, seed=0, model=None, **more):
+    def make(*, seed=0, model=None, rounding="auto", **more):
         graph = copy.deepcopy(WORKFLOW)
-        graph["nodes"][1]["widgets_values"][SEED] = seed
+        graph["nodes"][1]["widgets_values"][SEED : SEED + 2] = [seed, rounding]
         if model:
             graph["nodes"][0]["widgets_values"][0] = model
         return {**graph, **more}

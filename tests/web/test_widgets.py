@@ -1,12 +1,15 @@
 """The widgets in real pages: what a real run and synthetic events show, in either kind of nodes, on every host."""
 
+import contextlib
 import os
 import random
+import re
+import uuid
 from pathlib import Path
 
 import pytest
 
-from learned_rounding.hosts.browser import load_workflow, queue_prompt
+from learned_rounding.hosts.browser import load_workflow, queue_prompt, visit
 
 pytestmark = pytest.mark.browser
 
@@ -43,6 +46,8 @@ _PANEL = """(root) => {
         overflow: [root.scrollWidth - root.clientWidth, root.scrollHeight - root.clientHeight],
     }
 }"""
+
+_REACHED = "(count) => Number(document.querySelector('.lr-count')?.innerText.match(/(\\d+) \\//)?.[1]) >= count"
 
 # Cells stand in one row. A filled cell has one colour inside, a hatched one has gaps.
 _CELLS = """(canvas, count) => Array.from({length: count}, (_, index) => {
@@ -375,6 +380,40 @@ def test_one_panel_through_collapse_copy_and_subgraph(graph):
     graph.wait_for_function("() => document.querySelectorAll('.lr-progress').length === 2")
     states = graph.locator(".lr-progress").evaluate_all("(roots) => roots.map(({dataset}) => dataset.state).sort()")
     assert states == ["idle", "running"]
+
+
+def test_reloaded_and_further_pages_show_the_whole_run_and_can_cancel_it(comfy, page, workflow, slow_model):
+    slow = workflow(seed=random.randrange(1 << 31), model=slow_model, rounding="principal", id=str(uuid.uuid4()))
+    with contextlib.closing(page.context.new_page()) as first, contextlib.closing(page.context.new_page()) as second:
+        visit(first, comfy)
+        load_workflow(first, slow)
+        assert queue_prompt(first, wait=False)["type"] == "queued"
+        first.wait_for_function(_REACHED, arg=2)
+        visit(first, comfy)
+        visit(second, comfy)
+        load_workflow(second, slow)
+        for each in (first, second):
+            each.wait_for_function(_REACHED, arg=2)
+            done, todo = map(int, re.fullmatch(r"kept 1 int8_tensorwise per row (\d+) to do (\d+)", panel(each)["legend"]).groups())
+            assert done >= 2 and done + todo == 24
+            each.wait_for_function(_REACHED, arg=done + 1)
+        second.get_by_role("button", name="Cancel", exact=True).click()
+        for each in (first, second):
+            each.locator(".lr-progress[data-state=stopped]").wait_for()
+            assert panel(each)["first"] == "Interrupted" and panel(each)["buttons"] == []
+        second.evaluate(
+            """async (id) => {
+                const {changeTracker} = window.app.extensionManager.workflow.activeWorkflow
+                window.app.graph.getNodeById(id).pos[0] += 40
+                changeTracker.checkState()
+                window.before = document.querySelector('.lr-progress')
+                await changeTracker.undo()
+            }""",
+            QUANTIZE,
+        )
+        second.wait_for_function("() => !window.before.isConnected")
+        second.locator(".lr-progress[data-state=stopped]").wait_for()
+        assert second.locator(".lr-progress").count() == 1
 
 
 def test_the_wheel_zooms_over_a_panel_too(graph):
