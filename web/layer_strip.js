@@ -42,7 +42,9 @@ export class LayerStrip {
   #painted = null; // the cells as they are on the canvas, null for none
   #pointed = null; // index under the pointer
   #chosen = null; // index chosen by keys or a click
+  #size = [0, 0]; // as last observed; to ask for it would have the browser lay out the page in between
   #shape = layout(0, 1, 1);
+  #hatches = {}; // patterns by colour
 
   constructor({ onPoint, onPick, describe }) {
     this.onPoint = onPoint;
@@ -58,7 +60,10 @@ export class LayerStrip {
     this.root.addEventListener("click", ({ offsetX, offsetY }) => this.#choose(this.#at(offsetX, offsetY), true));
     this.root.addEventListener("keydown", (event) => this.#press(event));
     this.root.addEventListener("focus", () => this.#chosen === null && this.root.matches(":focus-visible") && this.#choose(0));
-    new ResizeObserver(() => this.#repaint()).observe(this.root);
+    new ResizeObserver(([{ contentRect }]) => {
+      this.#size = [contentRect.width, contentRect.height];
+      this.#repaint();
+    }).observe(this.root);
   }
 
   /** Show these cells; the array is not changed later. */
@@ -137,7 +142,7 @@ export class LayerStrip {
   }
 
   #repaint() {
-    const { clientWidth: width, clientHeight: height } = this.root;
+    const [width, height] = this.#size;
     if (!width || !height) return;
     const fine = Math.max(FINE, window.devicePixelRatio);
     [this.canvas.width, this.canvas.height] = [width, height].map((side) => Math.round(side * fine));
@@ -158,11 +163,15 @@ export class LayerStrip {
       const [x, y] = [(index % columns) * width, Math.floor(index / columns) * height];
       context.clearRect(x, y, width, height);
       context.globalAlpha = cell.state === "quantized" ? shade(cell) : 1;
-      context.fillStyle = HATCHES[cell.state] ? hatch(context, HATCHES[cell.state]) : background(cell.state === "planned" ? "planned" : cell.format);
+      context.fillStyle = HATCHES[cell.state] ? this.#hatch(context, HATCHES[cell.state]) : background(cell.state === "planned" ? "planned" : cell.format);
       context.fillRect(x, y, width - right, height - below);
     });
     context.globalAlpha = 1;
     this.#painted = this.#cells;
+  }
+
+  #hatch(context, colour) {
+    return (this.#hatches[colour] ??= hatch(context, colour));
   }
 }
 

@@ -2,7 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { LayerStrip, background } from "./layer_strip.js";
-import { addPanel, element, setText } from "./panel.js";
+import { addPanel, bringIntoView, element, setText } from "./panel.js";
 import {
   IDLE, WORST, advance, cellLines, follows, formatError, keepRule, legend, percent, replay, shortName, splitName, words,
 } from "./progress_state.js";
@@ -109,6 +109,7 @@ class ProgressPanel {
   }
 
   #draw() {
+    bringIntoView(this.#node, this.root);
     const state = this.#state;
     const share = percent(state);
     const [first, second, detail] = words(state);

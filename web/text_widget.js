@@ -1,6 +1,6 @@
 /** The text a node reports of its last run (`ui.text`), shown on the node. ComfyUI shows it for its own nodes only. */
 
-import { addPanel, element, setText } from "./panel.js";
+import { addPanel, bringIntoView, element, setText } from "./panel.js";
 
 export const TEXT_WIDGET = "learned_rounding_text";
 
@@ -19,5 +19,6 @@ export function addTextWidget(node, placeholder) {
     const text = [output.text].flat().join("\n");
     setText(root, text, text);
     root.dataset.state = "done";
+    bringIntoView(node, root);
   };
 }

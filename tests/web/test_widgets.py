@@ -404,7 +404,7 @@ def test_reloaded_and_further_pages_show_the_whole_run_and_can_cancel_it(comfy, 
         second.evaluate(
             """async (id) => {
                 const {changeTracker} = window.app.extensionManager.workflow.activeWorkflow
-                window.app.graph.getNodeById(id).pos[0] += 40
+                window.app.graph.getNodeById(id).title = 'renamed'
                 changeTracker.checkState()
                 window.before = document.querySelector('.lr-progress')
                 await changeTracker.undo()
