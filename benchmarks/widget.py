@@ -23,6 +23,13 @@ MARK = "learned_rounding.message"
 RENDERING = {"UpdateLayoutTree", "Layout", "PrePaint", "Paint", "Layerize", "Commit"}
 CATEGORIES = "devtools.timeline,blink.user_timing"
 
+# One node in full view: Vue draws no other.
+WORKFLOW = {
+    "nodes": [{"id": 1, "type": "LearnedRoundingQuantize", "pos": [200, 200], "size": [400, 440], "flags": {}, "order": 0, "mode": 0}],
+    "links": [], "groups": [], "config": {}, "extra": {"ds": {"scale": 1, "offset": [0, 0]}}, "version": 0.4,
+    "last_node_id": 1, "last_link_id": 0,
+}  # fmt: skip
+
 # Each message in a task of its own, as from the socket; a pace of 0 leaves no time between them.
 _PLAY = """async ([messages, pace, mark]) => {
     const {api} = window.comfyAPI.api
@@ -127,7 +134,7 @@ def main() -> None:
             for vue_nodes in (False, True):
                 with open_page(server, vue_nodes=vue_nodes) as page:
                     for pace, delay in PACES.items():
-                        load_workflow(page, {"1": {"class_type": "LearnedRoundingQuantize", "inputs": {}}})
+                        load_workflow(page, WORKFLOW)
                         page.locator(".lr-progress").wait_for(state="visible")
                         texts = [json.dumps(message) for message in messages("1", layers)]
                         play = functools.partial(page.evaluate, _PLAY, [texts, delay, MARK])
