@@ -10,7 +10,7 @@ import {
 export const PROGRESS_WIDGET = "learned_rounding_progress";
 
 // Everything at once; fixed, so that the node does not jump when a run starts.
-const SIZES = { quantize: { height: 262, width: 360 }, calibrate: { height: 104, width: 340 } };
+const SIZES = { quantize: { height: 262, width: 360 }, calibrate: { height: 120, width: 340 } };
 const CONFIGURE = "LearnedRoundingConfigure";
 const SHADES = "The stronger a colour, the more of the error of rounding to nearest is gone.";
 const HINT = "Click a layer to copy a rule that keeps it.";

@@ -18,7 +18,7 @@ QUANTIZE = 3  # its id in workflow.json
 # As the server sends them: of one prompt of this workflow, one after the other.
 _SEND = """(details) => {
     for (const detail of details) {
-        if (detail.state === 'start') window.sent = {prompt: crypto.randomUUID(), seq: 0}
+        if (detail.state === 'start' || detail.done === 0) window.sent = {prompt: crypto.randomUUID(), seq: 0}
         const {prompt} = window.sent
         const message = {workflow: window.app.rootGraph.id, prompt, seq: window.sent.seq++, ...detail}
         window.comfyAPI.api.api.dispatchEvent(new CustomEvent('learned_rounding.progress', {detail: message}))
@@ -380,6 +380,30 @@ def test_one_panel_through_collapse_copy_and_subgraph(graph):
     graph.wait_for_function("() => document.querySelectorAll('.lr-progress').length === 2")
     states = graph.locator(".lr-progress").evaluate_all("(roots) => roots.map(({dataset}) => dataset.state).sort()")
     assert states == ["idle", "running"]
+
+
+def test_calibrate_tells_of_its_steps(graph):
+    node = graph.evaluate(
+        """() => {
+            const {graph} = window.app
+            graph.clear()
+            const node = window.LiteGraph.createNode('LearnedRoundingCalibrate')
+            graph.add(node)
+            node.pos = [100, 100]
+            return node.id
+        }"""
+    )
+    graph.locator(".lr-progress").wait_for(state="visible")
+    step = {"state": "calibrating", "layers": 36, "unit": "steps", "total": 40}
+    send(graph, {**step, "done": 0, "elapsed": 0}, {**step, "done": 10, "elapsed": 5.0}, node=node)
+    shown = panel(graph)
+    assert (shown["state"], shown["percent"], shown["count"]) == ("running", 25, "25 % · 10 / 40")
+    assert (shown["label"], shown["second"]) == ("calibrating 36 layers", "15 s left · 2.0 steps/s")
+    assert shown["buttons"] == ["Cancel"] and shown["overflow"] == [0, 0]
+    send(graph, {"state": "calibrated", "layers": 36, "tokens": 512, "bytes": 19_200_000, "seconds": 42.0}, node=node)
+    shown = panel(graph)
+    assert (shown["state"], shown["percent"], shown["second"]) == ("done", 100, "19.2 MB in 42 s")
+    assert shown["buttons"] == [] and shown["overflow"] == [0, 0]
 
 
 def test_reloaded_and_further_pages_show_the_whole_run_and_can_cancel_it(comfy, page, workflow, slow_model):
