@@ -24,7 +24,7 @@ from .server import ComfyServer, HostError
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-__all__ = ["chromium_path", "load_workflow", "open_page", "queue_prompt", "screenshot"]
+__all__ = ["chromium_path", "load_workflow", "open_page", "queue_prompt", "screenshot", "visit"]
 
 # The page of a host has no business outside this machine; these keep Chromium from trying.
 FLAGS = [
@@ -127,12 +127,17 @@ def open_page(
             if problems is not None:
                 page.on("pageerror", lambda error: problems.append(str(error)))
                 page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
-            page.add_init_script(_NO_BANNER)
-            page.goto(server.url, wait_until="domcontentloaded")
-            page.wait_for_function(_READY)
+            context.add_init_script(_NO_BANNER)
+            visit(page, server)
             yield page
         finally:
             context.close()
+
+
+def visit(page: Page, server: ComfyServer) -> None:
+    """Brings the server's page into a tab, again if it is there; returns when the application and all node types are loaded."""
+    page.goto(server.url, wait_until="domcontentloaded")
+    page.wait_for_function(_READY)
 
 
 def load_workflow(page: Page, workflow: Mapping | str | Path) -> int:

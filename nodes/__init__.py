@@ -13,6 +13,7 @@ from .load import LoadModel
 from .load_calibration import LoadCalibration
 from .load_quantized import LoadQuantized
 from .options import RoundingOptions
+from .progress import add_progress_route
 from .quantize import LearnedRoundQuantize
 from .report import QuantizationReport
 from .save import SaveQuantized
@@ -28,6 +29,7 @@ class LearnedRoundingExtension(ComfyExtension):
         # Not in on_load, which ComfyUI 0.3.75 does not call.
         host.add_layouts()
         host.add_native_int8_setting()
+        add_progress_route()
         return [
             LoadModel,
             ConfigureQuantization,

@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from . import host
 from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
+from .progress import NodeProgress
 from .sampling_inputs import only, pairs, sampling_inputs
 from .schema import CalibrationType, schema, widget
 
@@ -52,6 +53,7 @@ class Calibrate(io.ComfyNode):
                 io.Image.Output(display_name="pictures", tooltip="What was sampled."),
                 io.String.Output(display_name="summary", tooltip="What was learned, as text."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -74,20 +76,22 @@ class Calibrate(io.ComfyNode):
         sensitivity=(False,),
     ) -> io.NodeOutput:
         model = only("model", model)
-        made, latents, summary = host.calibrate_model(
-            model,
-            pairs(positive, negative),
-            latent_image,
-            samples=only("samples", samples),
-            keep=only("keep", keep),
-            tokens=only("tokens", tokens),
-            sensitivity=only("sensitivity", sensitivity),
-            earlier=only("calibration", calibration),
-            seed=only("seed", seed),
-            steps=only("steps", steps),
-            cfg=only("cfg", cfg),
-            sampler_name=only("sampler_name", sampler_name),
-            scheduler=only("scheduler", scheduler),
-        )
+        with NodeProgress(cls.hidden.unique_id) as progress:
+            made, latents, summary = host.calibrate_model(
+                model,
+                pairs(positive, negative),
+                latent_image,
+                samples=only("samples", samples),
+                keep=only("keep", keep),
+                tokens=only("tokens", tokens),
+                on_event=progress,
+                sensitivity=only("sensitivity", sensitivity),
+                earlier=only("calibration", calibration),
+                seed=only("seed", seed),
+                steps=only("steps", steps),
+                cfg=only("cfg", cfg),
+                sampler_name=only("sampler_name", sampler_name),
+                scheduler=only("scheduler", scheduler),
+            )
         pictures = host.pictures(model, latents, only("vae", vae))
         return io.NodeOutput(made, pictures, summary, ui=ui.PreviewImage(pictures, cls=cls))

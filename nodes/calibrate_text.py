@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from . import host
 from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
+from .progress import NodeProgress
 from .prompts import check_prompts, prompt_lines
 from .schema import CalibrationType, schema, widget
 
@@ -47,6 +48,7 @@ class CalibrateTextEncoder(io.ComfyNode):
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
                 io.String.Output(display_name="summary", tooltip="What was learned, as text."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -55,8 +57,15 @@ class CalibrateTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False) -> io.NodeOutput:
-        return io.NodeOutput(
-            *host.calibrate_clip(
-                clip, prompt_lines(prompts), keep=keep, tokens=tokens, seed=seed, sensitivity=sensitivity, earlier=calibration
+        with NodeProgress(cls.hidden.unique_id) as progress:
+            made, summary = host.calibrate_clip(
+                clip,
+                prompt_lines(prompts),
+                keep=keep,
+                tokens=tokens,
+                seed=seed,
+                on_event=progress,
+                sensitivity=sensitivity,
+                earlier=calibration,
             )
-        )
+        return io.NodeOutput(made, summary)

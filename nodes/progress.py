@@ -1,18 +1,53 @@
-"""A run's events on their way to ComfyUI's progress bar and to the widget."""
+"""A run's events on their way to ComfyUI's progress bar and to the panels of all pages that show its workflow.
+
+Every message names its prompt, its workflow and its place in the run, so that a page knows whether it missed one. The
+messages of the latest runs are kept: a page that was reloaded, or opened in the middle of a run, asks for them once.
+"""
 
 import math
+from collections import OrderedDict
+from collections.abc import Mapping
 
-from ..quant_core.events import Event, LayerFinished, LayerKept, LayerMeasured, RunFinished, RunStarted
+from ..quant_core.events import (
+    CalibrationAdvanced,
+    CalibrationFinished,
+    Event,
+    LayerFinished,
+    LayerKept,
+    LayerMeasured,
+    RunFinished,
+    RunStarted,
+)
 from . import host
 
-__all__ = ["EVENT", "NodeProgress"]
+__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route"]
 
 EVENT = "learned_rounding.progress"
+ROUTE = "/learned_rounding/progress"
 _WORST = 5
+_RUNS = 16  # whose messages are kept; 1 MB each for a model of 2,000 layers
 
 
 def _finite(value: float) -> float | None:
     return None if math.isnan(value) else value  # JSON has no NaN
+
+
+def _started(event: RunStarted) -> dict:
+    reasons = list(dict.fromkeys(layer.kept for layer in event.plan))
+    return {
+        "state": "start",
+        "source": event.source,
+        "format": event.format,
+        "granularity": event.granularity,
+        "rounding": event.rounding,
+        "preset": event.preset,
+        "total": event.layers,
+        "kept": event.kept,
+        "bytes_in": event.bytes_in,
+        # [name, shape, place of the reason for which it is kept], reasons apart because most layers share a few
+        "plan": [[layer.name, list(layer.shape), reasons.index(layer.kept)] for layer in event.plan],
+        "reasons": reasons,
+    }
 
 
 def _layer(event: LayerFinished) -> dict:
@@ -24,16 +59,22 @@ def _layer(event: LayerFinished) -> dict:
         "shape": list(event.shape),
         "format": event.format,
         "granularity": event.granularity,
+        "convrot": event.convrot,
         "error": event.weight_error,
         "output_error": event.output_error,
         "solver": event.solver,
         "gain": event.gain,
+        "scale": event.scale,
         "seconds": event.seconds,
         "bytes_in": event.bytes_in,
         "bytes_out": event.bytes_out,
         "elapsed": event.elapsed,
         "eta": event.eta,
     }
+
+
+def _kept(event: LayerKept) -> dict | None:
+    return None if event.planned else {"state": "kept", "name": event.name, "shape": list(event.shape), "reason": event.reason}
 
 
 def _finished(event: RunFinished) -> dict:
@@ -52,34 +93,51 @@ def _finished(event: RunFinished) -> dict:
     }
 
 
+# What a page is told of an event; None for nothing.
 _PAYLOADS = {
-    LayerMeasured: lambda event: {
-        "state": "measuring",
-        "index": event.index,
-        "total": event.total,
-        "name": event.name,
-    },
-    RunStarted: lambda event: {
-        "state": "start",
-        "source": event.source,
-        "format": event.format,
-        "granularity": event.granularity,
-        "preset": event.preset,
-        "total": event.layers,
-        "kept": event.kept,
-        "bytes_in": event.bytes_in,
-    },
+    LayerMeasured: lambda event: {"state": "measuring", **vars(event)},
+    RunStarted: _started,
     LayerFinished: _layer,
+    LayerKept: _kept,
     RunFinished: _finished,
+    CalibrationAdvanced: lambda event: {"state": "calibrating", **vars(event)},
+    CalibrationFinished: lambda event: {"state": "calibrated", **vars(event)},
 }
+
+# (workflow, node) → the messages of its latest run, the latest runs last.
+_runs: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
+
+
+def _messages_of(query: Mapping[str, str]) -> list[list[dict]]:
+    """For each node of a workflow that ran lately, all messages of its latest run, in order.
+
+    Raises:
+        ValueError: the query names no workflow.
+    """
+    if not query.get("workflow"):
+        raise ValueError(f"{ROUTE} needs the id of a workflow: ?workflow=ID")
+    return [list(messages) for (workflow, _), messages in tuple(_runs.items()) if workflow == query["workflow"]]
+
+
+def add_progress_route() -> None:
+    """Answer pages that missed messages."""
+    host.add_route(ROUTE, _messages_of)
 
 
 class NodeProgress:
-    """A listener for one node's run. As a context it tells the widget of a run that ends by an exception."""
+    """A listener for one node's run. As a context it tells the panels of a run that ends by an exception."""
 
     def __init__(self, node_id: str):
         self._node = node_id
         self._bar = None
+        self._run = {"node": node_id, **host.running_prompt()}
+        self._messages: list[dict] = []
+        if self._run["workflow"] is not None:
+            key = self._run["workflow"], node_id
+            _runs[key] = self._messages
+            _runs.move_to_end(key)
+            while len(_runs) > _RUNS:
+                _runs.popitem(last=False)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, LayerMeasured) and event.index == 0:
@@ -90,13 +148,14 @@ class NodeProgress:
             self._bar.update(1)
         elif isinstance(event, LayerFinished) or (isinstance(event, LayerKept) and not event.planned):
             self._bar.update(1)
-        if isinstance(event, LayerKept) and not event.planned:
-            self._send({"state": "kept", "name": event.name, "reason": event.reason})
-        elif type(event) in _PAYLOADS:
-            self._send(_PAYLOADS[type(event)](event))
+        if payload := type(event) in _PAYLOADS and _PAYLOADS[type(event)](event):
+            self._send(payload)
 
     def _send(self, payload: dict) -> None:
-        host.send(EVENT, {"node": self._node, **payload})
+        message = {**self._run, "seq": len(self._messages), **payload}
+        self._messages.append(message)
+        # Without a workflow no other page could tell whether the node is one of its own.
+        host.send(EVENT, message, everyone=self._run["workflow"] is not None)
 
     def __enter__(self) -> "NodeProgress":
         return self

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 __all__ = [
     "Event",
     "LayerMeasured",
+    "PlannedLayer",
     "RunStarted",
     "LayerStarted",
     "LayerFinished",
     "LayerKept",
     "RunFinished",
+    "CalibrationAdvanced",
+    "CalibrationFinished",
     "Listener",
     "CancelCheck",
 ]
@@ -31,8 +34,20 @@ class LayerMeasured(Event):
 
 
 @dataclass(frozen=True)
+class PlannedLayer:
+    """A weight of two or more dimensions; ``kept`` says why it stays as it is, empty where it is going to be quantized."""
+
+    name: str
+    shape: tuple[int, ...]
+    kept: str = ""
+
+
+@dataclass(frozen=True)
 class RunStarted(Event):
-    """``layers``: how many will be quantized; ``kept``: tensors copied as they are; ``bytes_in``: source size in bytes."""
+    """``layers``: how many will be quantized; ``kept``: tensors copied as they are; ``bytes_in``: source size in bytes.
+
+    ``plan``: all weights of two or more dimensions, in the order of the source. ``rounding``: what the recipe's comes to.
+    """
 
     source: str
     format: str
@@ -41,6 +56,8 @@ class RunStarted(Event):
     layers: int
     kept: int
     bytes_in: int
+    plan: tuple[PlannedLayer, ...] = ()
+    rounding: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,8 +74,8 @@ class LayerStarted(Event):
 class LayerFinished(Event):
     """One quantized layer; times are in seconds, ``eta`` is what the whole run still needs.
 
-    ``convrot`` is the group of its rotation. ``solver``, ``weight_error``, ``gain``, ``output_error`` and ``note`` are those of
-    :class:`~learned_rounding.quant_core.formats.Rounded`.
+    ``convrot`` is the group of its rotation, ``scale`` the smallest and the largest of its scales. ``solver``, ``weight_error``,
+    ``gain``, ``output_error`` and ``note`` are those of :class:`~learned_rounding.quant_core.formats.Rounded`.
     """
 
     index: int
@@ -78,6 +95,7 @@ class LayerFinished(Event):
     output_error: float | None = None
     note: str = ""
     convrot: int | None = None
+    scale: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,31 @@ class RunFinished(Event):
     """``report`` is the :class:`~learned_rounding.quant_core.report.Report` of the run."""
 
     report: object
+
+
+@dataclass(frozen=True)
+class CalibrationAdvanced(Event):
+    """How far a calibration of ``layers`` layers is: ``done`` of ``total`` of its present ``unit``, 0 at the start.
+
+    ``unit``: "steps" of the sampler over all pictures, "prompts" that are encoded, or, after either, "probes" of layers' sensitivity.
+    ``elapsed``: seconds since the first of that unit began.
+    """
+
+    layers: int
+    unit: str
+    done: int
+    total: int
+    elapsed: float
+
+
+@dataclass(frozen=True)
+class CalibrationFinished(Event):
+    """``tokens``: looked at for each of the ``layers`` at least; ``bytes``: of the file; ``seconds``: the whole calibration."""
+
+    layers: int
+    tokens: int
+    bytes: int
+    seconds: float
 
 
 Listener = Callable[[Event], None]

@@ -38,7 +38,7 @@ from .errors import (
     OutputExistsError,
     QuantizationError,
 )
-from .events import CancelCheck, LayerFinished, LayerKept, LayerStarted, Listener, RunFinished, RunStarted
+from .events import CancelCheck, LayerFinished, LayerKept, LayerStarted, Listener, PlannedLayer, RunFinished, RunStarted
 from .formats.weight import config_bytes
 from .layer import quantize_weight
 from .recipes import Plan, Recipe
@@ -181,7 +181,20 @@ def _run(
         kept(name, reason, **more)
 
     others = len(source.tensors) - total
-    emit(RunStarted(source.name, report.format, report.granularity, report.preset, total, others, bytes_in))
+    layers = tuple(_planned(source, plan))
+    emit(
+        RunStarted(
+            source.name,
+            report.format,
+            report.granularity,
+            report.preset,
+            total,
+            others,
+            bytes_in,
+            layers,
+            report.rounding,
+        )
+    )
     clock = _Clock(bytes_in)
     for name in plan.names("remove"):
         kept(name, plan.decisions[name].reason, removed=True)
@@ -237,6 +250,7 @@ def _run(
                 rounded.output_error,
                 rounded.note,
                 quantized.encoding.rotation and quantized.encoding.rotation.size,
+                tuple(torch.stack(quantized.scale.aminmax()).tolist()),
             )
         )
         emit(report.layers[-1])
@@ -265,6 +279,13 @@ def _run(
         )
     report.seconds = clock.elapsed
     return report, configs
+
+
+def _planned(source: Source, plan: Plan) -> Iterator[PlannedLayer]:
+    for name in plan.output_names():
+        shape, decision = source.tensors[name].shape, plan.decisions[name]
+        if name.endswith(".weight") and len(shape) > 1:
+            yield PlannedLayer(name, shape, decision.reason if decision.action == "keep" else "")
 
 
 def _biases(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> dict[str, str]:

@@ -3,13 +3,16 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { nodeByExecutionId } from "./progress_state.js";
-import { addProgressWidget, showProgress } from "./progress_widget.js";
+import { addProgressWidget, showProgress, showRun } from "./progress_widget.js";
 import { addTextWidget } from "./text_widget.js";
 
 const PROGRESS_EVENT = "learned_rounding.progress";
+const PROGRESS_ROUTE = "/learned_rounding/progress";
 
 const WIDGETS = {
-  LearnedRoundingQuantize: addProgressWidget,
+  LearnedRoundingQuantize: (node) => addProgressWidget(node, "quantize"),
+  LearnedRoundingCalibrate: (node) => addProgressWidget(node, "calibrate"),
+  LearnedRoundingCalibrateText: (node) => addProgressWidget(node, "calibrate"),
   LearnedRoundingLoadModel: (node) => addTextWidget(node, "What the file holds appears here after a run."),
   LearnedRoundingSave: (node) => addTextWidget(node, "The saved file's path, and how it was verified, appear here after a run.", { lines: 6 }),
   LearnedRoundingInspect: (node) => addTextWidget(node, "What the file holds appears here after a run.", { lines: 16, width: 480 }),
@@ -26,6 +29,39 @@ const NATIVE_INT8 = {
   onChange: (on) => api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(on) }),
 };
 
+/** Ask once for all messages of the latest runs of the workflow in view; the page missed some. */
+async function catchUp() {
+  const answer = await api.fetchApi(`${PROGRESS_ROUTE}?workflow=${encodeURIComponent(app.rootGraph.id)}`);
+  if (!answer.ok) return;
+  for (const run of await answer.json()) {
+    const node = nodeByExecutionId(app.rootGraph, run[0].node);
+    if (node) showRun(node, run);
+  }
+}
+
+/** A function that does something, and as often as it is called meanwhile once more. */
+function oneAtATime(work) {
+  let again = false;
+  let busy = false;
+  return async () => {
+    again = true;
+    if (busy) return;
+    busy = true;
+    try {
+      while (again) {
+        again = false;
+        await work();
+      }
+    } catch {
+      // No answer: the next message that does not follow asks again.
+    } finally {
+      busy = false;
+    }
+  };
+}
+
+const catchingUp = oneAtATime(catchUp);
+
 app.registerExtension({
   name: "LearnedRounding.Widgets",
   settings: [NATIVE_INT8],
@@ -36,15 +72,15 @@ app.registerExtension({
     style.href = new URL("./learned_rounding.css", import.meta.url).href;
     document.head.append(style);
 
-    let execution = null;
-    api.addEventListener("execution_start", ({ detail }) => {
-      execution = detail.prompt_id;
-    });
     api.addEventListener(PROGRESS_EVENT, ({ detail }) => {
+      if (detail.workflow !== null && detail.workflow !== app.rootGraph.id) return; // another page's, or another tab's
       const node = nodeByExecutionId(app.rootGraph, detail.node);
-      if (node) showProgress(node, detail, execution);
+      if (node && !showProgress(node, detail)) catchingUp();
     });
+    api.addEventListener("reconnected", catchingUp);
   },
+
+  afterConfigureGraph: catchingUp, // a workflow was opened, or the page reloaded, perhaps in the middle of a run
 
   nodeCreated(node) {
     WIDGETS[node.comfyClass]?.(node);

@@ -40,6 +40,15 @@ export function addPanel(node, name, root, { height, width, fixed = false }) {
   return widget;
 }
 
+/**
+ * Where a workflow is loaded anew over the same nodes, as undo does, nodes drawn by Vue go on showing the elements of the
+ * nodes before; put the element of this one in its predecessor's place.
+ */
+export function bringIntoView(node, root) {
+  if (root.isConnected || node.graph !== app.canvas.graph) return;
+  document.querySelector(`[data-node-id="${node.id}"] .${root.classList[1]}`)?.replaceWith(root);
+}
+
 // Nodes drawn by Vue hand the wheel on themselves; over a widget on the canvas it would do nothing.
 function zoomCanvas(event) {
   if (!event.currentTarget.closest("[data-node-id]")) app.canvas.processMouseWheel(event);

@@ -1,28 +1,33 @@
 /**
- * What the progress widget shows, as values: no DOM, no ComfyUI, so that plain node can test it.
+ * What the progress panels show, as values: no DOM, no ComfyUI, so that plain node can test it.
  *
- * A run is told by events "measuring", "start", "layer", "kept", "done", "stopped" (nodes/progress.py). The page may have missed
- * the first ones (reloaded, or another workflow was open), so every event stands on its own feet.
+ * A run is told by messages "measuring", "start", "layer", "kept", "done", "calibrating", "calibrated", "stopped"
+ * (nodes/progress.py), each with the run's prompt and its place in the run. A page that missed some is given all of them
+ * again, and until then shows what it can of each.
  */
 
-export const WORST = 5;
+export const WORST = 3;
 
-export const IDLE = Object.freeze({ phase: "idle" });
+export const IDLE = Object.freeze({ phase: "idle", prompt: null, seq: -1, cells: Object.freeze([]) });
 
-/** How many parts, such as the encoders of a CLIP, were finished before in the same execution: their sums. */
+/** How many parts, such as the encoders of a CLIP, were finished before in the same run: their sums. */
 const NO_PARTS = Object.freeze({
-  count: 0, layers: 0, seconds: 0, bytesIn: 0, bytesOut: 0, medians: [], gains: [], solvers: {}, worst: [],
+  count: 0, layers: 0, seconds: 0, bytesIn: 0, bytesOut: 0, medians: [], outputs: [], gains: [], solvers: {}, worst: [],
 });
 
-const fresh = (execution) => ({
-  phase: "running", measuring: false, execution, before: NO_PARTS, label: "", source: "", total: 0, finished: 0,
-  layer: null, learned: "", eta: null, rate: null, bytes: 0, since: null, worst: [], kept: [],
+const FRESH = Object.freeze({
+  phase: "running", measuring: false, before: NO_PARTS, label: "", source: "", total: 0, finished: 0, layer: null,
+  rounding: "", learned: "", eta: null, rate: null, bytes: 0, since: null, unit: null, worst: [], kept: [], cells: [],
 });
+
+const running = (state) => (state.phase === "running" ? state : FRESH);
 
 const worstOf = (layers) => [...layers].sort((a, b) => b.error - a.error).slice(0, WORST);
 
 const sumOf = (left, right) =>
   Object.fromEntries([...new Set([...Object.keys(left), ...Object.keys(right)])].map((key) => [key, (left[key] ?? 0) + (right[key] ?? 0)]));
+
+const andKnown = (values, value) => ((value ?? null) === null ? values : [...values, value]);
 
 /** What rounding a layer brought; empty where nothing was compared with nearest. */
 const learnedWords = ({ solver, gain = null, output_error = null }) =>
@@ -33,34 +38,47 @@ const learnedWords = ({ solver, gain = null, output_error = null }) =>
 
 const nameAndError = ({ name, error }) => ({ name, error });
 
+const labelOf = ({ format, granularity }) => [format, granularity && `per ${granularity}`].filter(Boolean).join(" ");
+
+/** The cells with that of one layer replaced; behind them where the plan was missed. */
+function withCell(cells, cell) {
+  const place = cells.findIndex(({ name, state }) => name === cell.name && state === "planned");
+  return place < 0 ? [...cells, cell] : cells.with(place, cell);
+}
+
 const REDUCERS = {
-  measuring(state, event, execution) {
-    const run = state.phase === "running" && state.execution === execution ? state : fresh(execution);
-    return { ...run, measuring: true, total: event.total, finished: event.index, layer: event.name };
+  measuring(state, event) {
+    return { ...running(state), measuring: true, total: event.total, finished: event.index, layer: event.name };
   },
 
-  start(state, event, execution) {
-    const next = state.phase === "done" && execution !== null && state.execution === execution;
+  start(state, event) {
+    const next = state.phase === "done";
+    const planned = event.plan.map(([name, shape, place]) => {
+      const reason = event.reasons[place];
+      return { state: reason ? "kept" : "planned", name, shape, reason };
+    });
     return {
-      ...fresh(execution),
+      ...FRESH,
       before: next ? state.parts : NO_PARTS,
       worst: next ? state.worst : [],
       kept: next ? state.kept : [],
-      label: [event.format, event.granularity && `per ${event.granularity}`].filter(Boolean).join(" "),
+      cells: next ? [...state.cells, ...planned] : planned,
+      label: labelOf(event),
+      rounding: event.rounding,
       source: event.source ?? "",
       total: event.total,
       since: 0,
     };
   },
 
-  layer(state, event, execution) {
-    const run = state.phase === "running" ? state : fresh(execution);
+  layer(state, event) {
+    const run = running(state);
     const since = run.since ?? event.elapsed - event.seconds;
     const bytes = run.bytes + event.bytes_in;
     return {
       ...run,
       measuring: false,
-      label: run.label || `${event.format} per ${event.granularity}`,
+      label: run.label || labelOf(event),
       total: event.total,
       finished: Math.max(run.finished, event.index + 1),
       layer: event.name,
@@ -70,16 +88,23 @@ const REDUCERS = {
       bytes,
       rate: event.elapsed > since ? bytes / (event.elapsed - since) : null,
       worst: worstOf([...run.worst, nameAndError(event)]),
+      cells: withCell(run.cells, { ...event, state: "quantized" }),
     };
   },
 
-  kept(state, event, execution) {
-    const run = state.phase === "running" ? state : fresh(execution);
-    return { ...run, finished: run.finished + 1, kept: [...run.kept, { name: event.name, reason: event.reason }] };
+  kept(state, event) {
+    const run = running(state);
+    const { name, reason, shape } = event;
+    return {
+      ...run,
+      finished: run.finished + 1,
+      kept: [...run.kept, { name, reason }],
+      cells: withCell(run.cells, { state: "refused", name, shape, reason }),
+    };
   },
 
-  done(state, event, execution) {
-    const run = state.phase === "running" ? state : fresh(execution);
+  done(state, event) {
+    const run = running(state);
     const { before } = run;
     const parts = {
       count: before.count + 1,
@@ -87,23 +112,50 @@ const REDUCERS = {
       seconds: before.seconds + event.seconds,
       bytesIn: before.bytesIn + event.bytes_in,
       bytesOut: before.bytesOut + event.bytes_out,
-      medians: event.median_error === null ? before.medians : [...before.medians, event.median_error],
-      gains: (event.median_gain ?? null) === null ? before.gains : [...before.gains, event.median_gain],
+      medians: andKnown(before.medians, event.median_error),
+      outputs: andKnown(before.outputs, event.median_output_error),
+      gains: andKnown(before.gains, event.median_gain),
       solvers: sumOf(before.solvers, event.solvers ?? {}),
       worst: worstOf([...before.worst, ...event.worst.map(nameAndError)]),
     };
     return { ...run, phase: "done", finished: run.total, layer: null, eta: null, rate: null, parts, worst: parts.worst };
   },
 
-  stopped(state, event, execution) {
-    const run = state.phase === "idle" ? fresh(execution) : state;
+  calibrating(state, event) {
+    const { unit, done, total, elapsed, layers } = event;
+    const rate = done && elapsed > 0 ? done / elapsed : null;
+    return {
+      ...running(state), unit, total, finished: done, rate, eta: rate && (total - done) / rate, label: `calibrating ${layersWord(layers)}`,
+    };
+  },
+
+  calibrated(state, event) {
+    const { layers, tokens, bytes, seconds } = event;
+    return { ...running(state), phase: "done", label: `calibrated ${layersWord(layers)}`, calibrated: { layers, tokens, bytes, seconds } };
+  },
+
+  stopped(state, event) {
+    const run = state.phase === "idle" ? FRESH : state;
     return { ...run, phase: "stopped", interrupted: event.reason === "interrupted", reason: event.reason };
   },
 };
 
-/** The state after an event. `execution` tells one press of the run button from another; null if that is not known. */
-export function advance(state, event, execution = null) {
-  return REDUCERS[event.state]?.(state, event, execution) ?? state;
+/** The state after a message; unchanged by one that it holds already, and by one of a later release. */
+export function advance(state, event) {
+  if (!(event.state in REDUCERS) || (event.prompt === state.prompt && event.seq <= state.seq)) return state;
+  const before = event.prompt === state.prompt ? state : IDLE;
+  return { ...REDUCERS[event.state](before, event), prompt: event.prompt, seq: event.seq };
+}
+
+/** Whether nothing is missing between a state and a message. */
+export function follows(state, event) {
+  return event.seq === 0 || (event.prompt === state.prompt && event.seq <= state.seq + 1);
+}
+
+/** The state after all messages of a run; the one there is where that is further. */
+export function replay(state, run) {
+  const told = run.reduce(advance, IDLE);
+  return told.prompt === state.prompt && told.seq < state.seq ? state : told;
 }
 
 /** Finished share of the run, 0 to 100. */
@@ -117,36 +169,113 @@ export function percent({ phase, finished, total }) {
  * The current layer's name is not among them.
  */
 export function words(state) {
-  const kept = state.kept?.length ? `${state.kept.length} kept (NaN or Inf)` : "";
   const join = (...facts) => facts.filter(Boolean).join(" · ");
   switch (state.phase) {
     case "idle":
       return ["Progress appears here while the workflow runs.", ""];
     case "running": {
-      if (state.layer === null) return ["Reading the model…", join(kept)];
+      if (state.unit) return calibratingWords(state, join);
+      if (state.layer === null) return ["Reading the model…", ""];
       if (state.measuring) return ["", `measuring what each format costs, layer ${state.finished + 1} of ${state.total}`];
       const eta = state.finished < state.total ? `${formatDuration(state.eta)} left` : "writing the file";
-      return ["", join(eta, state.rate && `${formatBytes(state.rate)}/s`, state.learned, kept)];
+      return ["", join(eta, state.rate && `${formatBytes(state.rate)}/s`, state.learned)];
     }
     case "done": {
-      const { layers, seconds, bytesIn, bytesOut, medians, gains, solvers } = state.parts;
+      if (state.calibrated) {
+        const { tokens, bytes, seconds } = state.calibrated;
+        return [`${tokens} tokens or more of each layer's inputs`, `${formatBytes(bytes)} in ${formatDuration(seconds)}`];
+      }
+      const { layers, seconds, bytesIn, bytesOut, medians, outputs, gains, solvers } = state.parts;
       const share = bytesIn ? ` (${Math.round((100 * bytesOut) / bytesIn)} %)` : "";
       return [
         join(`${formatBytes(bytesIn)} → ${formatBytes(bytesOut)}${share}`, gains.length > 0 && `${formatRange(gains, formatGain)} nearest`),
         join(
-          `${layers} ${layers === 1 ? "layer" : "layers"} in ${formatDuration(seconds)}`,
-          medians.length > 0 && `median error ${formatRange(medians)}`,
-          kept,
+          `${layersWord(layers)} in ${formatDuration(seconds)}`,
+          outputs.length > 0 ? `median output error ${formatRange(outputs)}` : medians.length > 0 && `median error ${formatRange(medians)}`,
         ),
         gains.length > 0 && `Layers won: ${Object.entries(solvers).map(([solver, count]) => `${solver} ${count}`).join(", ")}`,
       ].filter(Boolean);
     }
     default: {
-      const reached = state.total ? `after ${state.finished} of ${state.total} layers` : "";
+      const reached = state.total ? `after ${state.finished} of ${state.total} ${state.unit ?? "layers"}` : "";
       return state.interrupted ? ["Interrupted", reached] : [state.reason, reached];
     }
   }
 }
+
+function calibratingWords({ unit, finished, total, rate, eta }, join) {
+  const [one, doing] = UNITS_OF_CALIBRATION[unit];
+  const left = finished < total ? rate && `${formatDuration(eta)} left` : "";
+  return [doing, join(left, rate && (rate >= 1 ? `${rate.toFixed(1)} ${unit}/s` : `${formatDuration(1 / rate)} each ${one}`))];
+}
+
+const UNITS_OF_CALIBRATION = {
+  steps: ["step", "Sampling with the original model"],
+  prompts: ["prompt", "Encoding prompts with the original model"],
+  probes: ["probe", "Measuring what an error of each layer does"],
+};
+
+/** What there is to say of a layer besides its name, for its card: at most three lines. `rounding`: the run's. */
+export function cellLines(cell, rounding) {
+  const shape = cell.shape?.join("×") ?? "";
+  if (cell.state !== "quantized") {
+    return [shape, cell.state === "planned" ? "going to be quantized" : `kept in full precision: ${cell.reason}`];
+  }
+  const rotated = cell.convrot ? `, ConvRot ${cell.convrot}` : "";
+  const [low, high] = cell.scale ?? [];
+  const scale = low === undefined ? "" : ` · scale ${formatScale(low)}${high > low ? ` to ${formatScale(high)}` : ""}`;
+  return [`${shape} · ${labelOf(cell)}${rotated}`, errorWords(cell, rounding), `${cell.solver}${scale}`];
+}
+
+// The gain is that of the error told here, except with principal rounding, which minimises something else.
+function errorWords({ error, output_error = null, gain = null }, rounding) {
+  const [told, what] = output_error === null ? [error, "weight error"] : [output_error, "output error"];
+  if (gain === null) return `${what} ${formatError(told)}`;
+  const comparable = gain > 0 && (output_error !== null || rounding !== "principal");
+  return `${what} ${comparable ? `${formatError(told / gain)} → ` : ""}${formatError(told)} (${formatGain(gain)} nearest)`;
+}
+
+/** A line for each way in which layers are stored: [{kind, label, count}], in the order in which they come. */
+export function legend(cells) {
+  const entries = new Map();
+  for (const cell of cells) {
+    const [kind, label] = KINDS[cell.state](cell);
+    const entry = entries.get(label) ?? { kind, label, count: 0 };
+    entry.count += 1;
+    entries.set(label, entry);
+  }
+  return [...entries.values()];
+}
+
+const KINDS = {
+  planned: () => ["planned", "to do"],
+  kept: () => ["kept", "kept"],
+  refused: () => ["refused", "kept (NaN or Inf)"],
+  quantized: (cell) => [cell.format, labelOf(cell)],
+};
+
+/** How strongly a cell is coloured, 0.6 to 1: the more of nearest's error is gone, the stronger. */
+export function shade({ gain }) {
+  return 1 - 0.4 * Math.min(1, Math.max(0, ((gain ?? 1) - 0.4) / 0.6));
+}
+
+/** The keep pattern of Configure Quantization that finds this layer alone. */
+export function keepRule(name) {
+  return `^${name.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")}$`;
+}
+
+/**
+ * How a strip of a given size shows a number of cells: in rows, so that a cell is not too narrow to be hit.
+ *
+ * Returns {columns, rows, width, height}, the last two of a cell, in the units of the size.
+ */
+export function layout(count, width, height) {
+  const rows = Math.max(1, Math.min(Math.ceil((count * MIN_CELL) / width), Math.floor(height / MIN_CELL)));
+  const columns = Math.max(1, Math.ceil(count / rows));
+  return { columns, rows: Math.max(1, Math.ceil(count / columns)), width: width / columns, height: height / rows };
+}
+
+const MIN_CELL = 4;
 
 /** A layer's name without what all names share. */
 export function shortName(name) {
@@ -182,6 +311,10 @@ export function formatDuration(seconds) {
   if (whole < 3600) return `${Math.floor(whole / 60)} min ${two(whole % 60)} s`;
   return `${Math.floor(whole / 3600)} h ${two(Math.floor((whole % 3600) / 60))} min`;
 }
+
+const layersWord = (count) => `${count} ${count === 1 ? "layer" : "layers"}`;
+
+const formatScale = (scale) => String(Number(scale.toPrecision(3)));
 
 /** Relative weight error ‖Ŵ − W‖/‖W‖, with the report's five decimals. */
 export function formatError(error) {

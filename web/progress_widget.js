@@ -1,42 +1,65 @@
-/** The progress panel on Learned Round Quantize: bar, current layer, time left, the worst layers, the summary. */
+/** The progress panel: bar, current layer, time left, a strip of all layers, the worst of them, the summary. */
 
-import { addPanel, element, setText } from "./panel.js";
-import { IDLE, WORST, advance, formatError, percent, shortName, splitName, words } from "./progress_state.js";
+import { api } from "../../scripts/api.js";
+import { LayerStrip, background } from "./layer_strip.js";
+import { addPanel, bringIntoView, element, setText } from "./panel.js";
+import {
+  IDLE, WORST, advance, cellLines, follows, formatError, keepRule, legend, percent, replay, shortName, splitName, words,
+} from "./progress_state.js";
 
 export const PROGRESS_WIDGET = "learned_rounding_progress";
 
-const HEIGHT = 192; // everything at once; fixed, so that the node does not jump when a run starts
-const WIDTH = 340;
+// Everything at once; fixed, so that the node does not jump when a run starts.
+const SIZES = { quantize: { height: 262, width: 360 }, calibrate: { height: 120, width: 340 } };
+const CONFIGURE = "LearnedRoundingConfigure";
+const SHADES = "The stronger a colour, the more of the error of rounding to nearest is gone.";
+const HINT = "Click a layer to copy a rule that keeps it.";
 
 /** Panels by node; ComfyUI drops nodes without telling, so they are held weakly. */
 const panels = new WeakMap();
 
-/** Give a node its panel. */
-export function addProgressWidget(node) {
-  const panel = new ProgressPanel();
+/** Give a node its panel; `task` is a key of the sizes. */
+export function addProgressWidget(node, task) {
+  const panel = new ProgressPanel(node);
   panels.set(node, panel);
-  addPanel(node, PROGRESS_WIDGET, panel.root, { height: HEIGHT, width: WIDTH, fixed: true });
+  addPanel(node, PROGRESS_WIDGET, panel.root, { ...SIZES[task], fixed: true });
 }
 
-/** Tell a node's panel of an event; nodes without one are ignored. */
-export function showProgress(node, event, execution) {
-  panels.get(node)?.receive(event, execution);
+/** Tell a node's panel of a message; false if one before it was missed. Nodes without a panel miss nothing. */
+export function showProgress(node, event) {
+  return panels.get(node)?.receive(event) ?? true;
+}
+
+/** Give a node's panel all messages of its latest run. */
+export function showRun(node, run) {
+  panels.get(node)?.replay(run);
 }
 
 class ProgressPanel {
+  #node;
   #state = IDLE;
   #scheduled = false;
+  #told = null; // the cells that the legend tells of
+  #cancelled = null; // the prompt whose end was asked for
+  #rule = null;
 
-  constructor() {
+  constructor(node) {
+    this.#node = node;
     this.label = element("span", "lr-label");
     this.count = element("span", "lr-count");
     this.fill = element("div", "lr-fill");
     this.bar = element("div", "lr-bar", [this.fill], {
-      role: "progressbar", "aria-label": "Quantization progress", "aria-valuemin": "0", "aria-valuemax": "100",
+      role: "progressbar", "aria-label": "Progress", "aria-valuemin": "0", "aria-valuemax": "100",
     });
     this.first = element("div", "lr-first", [], { role: "status" });
     this.layer = nameElement("lr-layer");
     this.second = element("div", "lr-second");
+    this.strip = new LayerStrip({
+      onPoint: (cell) => this.#tell(cell),
+      onPick: (cell) => this.#pick(cell),
+      describe: (cell) => [shortName(cell.name), ...cellLines(cell, this.#state.rounding)].join(", "),
+    });
+    this.legend = element("div", "lr-legend");
     this.rows = Array.from({ length: WORST }, () => {
       const name = nameElement("lr-name");
       const error = element("span", "lr-error");
@@ -46,15 +69,37 @@ class ProgressPanel {
       element("div", "lr-heading", ["Largest weight errors"], { title: "‖Ŵ − W‖ / ‖W‖ of a layer" }),
       element("ol", "lr-list", this.rows.map(({ row }) => row)),
     ]);
+    this.cardName = nameElement("lr-card-name");
+    this.cardLines = Array.from({ length: 3 }, () => element("div", "lr-card-line"));
+    this.card = element("div", "lr-card", [this.cardName.root, ...this.cardLines], { hidden: "" });
+    this.notice = element("span", "lr-notice", [], { role: "status" });
+    this.keep = button("Add to keep", "Add the rule to the keep list of the connected Configure Quantization", () => this.#keep());
+    this.cancel = button("Cancel", "Cancel the running workflow", () => this.#cancel());
     this.root = element("div", "lr-panel lr-progress", [
       element("div", "lr-head", [this.label, this.count]),
-      this.bar, this.first, this.layer.root, this.second, this.worst,
+      this.bar, this.first, this.layer.root, this.second, this.strip.root, this.legend,
+      element("div", "lr-detail", [this.worst, this.card]),
+      element("div", "lr-foot", [this.notice, this.keep, this.cancel]),
     ]);
+    // Nodes drawn by Vue would be dragged.
+    for (const target of [this.strip.root, this.keep, this.cancel]) target.addEventListener("pointerdown", (event) => event.stopPropagation());
+    this.root.addEventListener("focusout", ({ relatedTarget }) => this.root.contains(relatedTarget) || this.strip.release());
     this.#draw();
   }
 
-  receive(event, execution) {
-    this.#state = advance(this.#state, event, execution);
+  receive(event) {
+    const complete = follows(this.#state, event);
+    this.#become(advance(this.#state, event));
+    return complete;
+  }
+
+  replay(run) {
+    this.#become(replay(this.#state, run));
+  }
+
+  #become(state) {
+    if (state.prompt !== this.#state.prompt) this.#setRule(null);
+    this.#state = state;
     if (this.#scheduled) return; // many small layers may finish between two frames
     this.#scheduled = true;
     requestAnimationFrame(() => {
@@ -64,6 +109,7 @@ class ProgressPanel {
   }
 
   #draw() {
+    bringIntoView(this.#node, this.root);
     const state = this.#state;
     const share = percent(state);
     const [first, second, detail] = words(state);
@@ -75,16 +121,117 @@ class ProgressPanel {
     this.bar.setAttribute("aria-valuenow", share);
     setText(this.first, first, detail ?? first);
     this.layer.show(state.phase === "running" ? (state.layer ?? "") : "");
-    setText(this.second, second, state.kept?.map(({ name, reason }) => `${name}: ${reason}`).join("\n"));
-    this.worst.hidden = !state.worst?.length;
+    setText(this.second, second, second);
+    this.strip.show(state.cells);
+    this.#drawLegend();
+    this.#drawWorst();
+    this.#drawFoot();
+  }
+
+  #drawLegend() {
+    const { cells } = this.#state;
+    if (cells === this.#told) return;
+    this.#told = cells;
+    const entries = legend(cells);
+    entries.forEach(({ kind, label, count }, place) => {
+      const entry = this.legend.children[place] ?? this.legend.appendChild(element("span", "lr-entry", [element("i", "lr-swatch"), ""]));
+      const [swatch, text] = entry.childNodes;
+      if (swatch.dataset.kind !== kind) {
+        swatch.dataset.kind = kind;
+        swatch.style.background = background(kind);
+      }
+      const told = `${label} ${count}`;
+      if (text.data !== told) text.data = told;
+    });
+    while (this.legend.children.length > entries.length) this.legend.lastChild.remove();
+    this.legend.title = [...entries.map(({ label, count }) => `${label}: ${count}`), ...this.#refused(), SHADES].join("\n");
+  }
+
+  #refused() {
+    return (this.#state.kept ?? []).map(({ name, reason }) => `${name}: ${reason}`);
+  }
+
+  #drawWorst() {
+    const worst = this.#state.worst ?? [];
+    this.worst.hidden = !worst.length || !this.card.hidden;
     this.rows.forEach(({ row, name, error }, place) => {
-      const layer = state.worst?.[place];
+      const layer = worst[place];
       row.hidden = !layer;
       if (!layer) return;
       name.show(layer.name);
       setText(error, formatError(layer.error));
     });
   }
+
+  #drawFoot() {
+    const running = this.#state.phase === "running";
+    this.cancel.hidden = !running;
+    this.cancel.disabled = this.#cancelled !== null && this.#cancelled === this.#state.prompt;
+    setText(this.cancel, this.cancel.disabled ? "Cancelling…" : "Cancel", this.cancel.title);
+    this.keep.hidden = this.#rule === null || !configureOf(this.#node);
+    if (this.#rule === null) setText(this.notice, this.#state.cells.length ? HINT : "");
+  }
+
+  /** Show the card of a layer in place of the worst ones, or these again. */
+  #tell(cell) {
+    this.card.hidden = !cell;
+    if (cell) {
+      this.cardName.show(cell.name);
+      const lines = cellLines(cell, this.#state.rounding);
+      this.cardLines.forEach((line, place) => setText(line, lines[place] ?? "", lines[place]));
+    }
+    this.#drawWorst();
+  }
+
+  async #pick({ name }) {
+    const rule = keepRule(name);
+    this.#setRule(rule);
+    try {
+      await navigator.clipboard.writeText(rule);
+      setText(this.notice, `Keep rule copied: ${rule}`, rule);
+    } catch {
+      setText(this.notice, rule, `The browser lets no page copy here; select it by hand: ${rule}`);
+    }
+  }
+
+  #setRule(rule) {
+    this.#rule = rule;
+    this.#drawFoot();
+  }
+
+  /** Append the rule to the keep list of Configure Quantization. */
+  #keep() {
+    const configure = configureOf(this.#node);
+    const list = configure?.widgets.find(({ name }) => name === "keep");
+    if (!list) return;
+    const lines = list.value.split("\n").filter((line) => line.trim());
+    const known = lines.includes(this.#rule);
+    if (!known) {
+      list.value = [...lines, this.#rule].join("\n");
+      list.callback?.(list.value);
+      configure.setDirtyCanvas(true, true);
+    }
+    setText(this.notice, `${known ? "Already in" : "Added to"} keep of ${configure.title}`, this.#rule);
+  }
+
+  #cancel() {
+    this.#cancelled = this.#state.prompt;
+    this.#drawFoot();
+    api.interrupt(this.#state.prompt);
+  }
+}
+
+function button(text, title, onClick) {
+  const made = element("button", "lr-button", [text], { type: "button", title, hidden: "" });
+  made.addEventListener("click", onClick);
+  return made;
+}
+
+/** The Configure Quantization whose recipe a node takes, if one is connected directly. */
+function configureOf(node) {
+  const slot = node.inputs?.findIndex(({ name }) => name === "recipe") ?? -1;
+  const origin = slot < 0 ? null : node.getInputNode(slot);
+  return origin?.comfyClass === CONFIGURE ? origin : null;
 }
 
 /** A layer name that gives up its middle when there is no room, with the whole name as title. */

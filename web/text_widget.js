@@ -1,6 +1,6 @@
 /** The text a node reports of its last run (`ui.text`), shown on the node. ComfyUI shows it for its own nodes only. */
 
-import { addPanel, element, setText } from "./panel.js";
+import { addPanel, bringIntoView, element, setText } from "./panel.js";
 
 export const TEXT_WIDGET = "learned_rounding_text";
 
@@ -18,5 +18,6 @@ export function addTextWidget(node, placeholder, { lines = 4, width = 320 } = {}
     const text = [output.text].flat().join("\n");
     setText(root, text, text);
     root.dataset.state = "done";
+    bringIntoView(node, root);
   };
 }

@@ -12,7 +12,7 @@
 * ``native_int8``: ComfyUI's own INT8 layers on this pack's kernels, where that is asked for.
 * ``saving``: quantized files to where ComfyUI's loaders look.
 * ``verifying``: a saved file, reloaded and compared with what was written.
-* ``running``: the prompt that runs: outputs in use, progress, messages to its client, interrupts.
+* ``running``: the prompt that runs: outputs in use, progress, messages to pages, interrupts.
 """
 
 from .building import build_clip, build_model, knows, load_quantized, quantized_layers
@@ -24,13 +24,22 @@ from .layouts import add_layouts
 from .native_int8 import add_native_int8_setting, with_native_int8
 from .opening import opened
 from .quantizing import Quantized, quantize
-from .running import is_interrupt, outputs_in_use, outputs_in_use_of_running_prompt, progress_bar, send
+from .running import (
+    add_route,
+    is_interrupt,
+    outputs_in_use,
+    outputs_in_use_of_running_prompt,
+    progress_bar,
+    running_prompt,
+    send,
+)
 from .saving import SAVE_FOLDERS, check_name, save
 from .verifying import verify_saved
 
 __all__ = [
     "add_layouts",
     "add_native_int8_setting",
+    "add_route",
     "build_clip",
     "build_model",
     "calibrate_clip",
@@ -58,6 +67,7 @@ __all__ = [
     "quantize",
     "Quantized",
     "quantized_layers",
+    "running_prompt",
     "safetensors_files",
     "samplers",
     "save",

@@ -5,16 +5,19 @@ import functools
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Mapping
 
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import torch
+from comfy.patcher_extension import WrappersMP
 
 import nodes
 
 from ...quant_core.calibration import SUFFIX, CalibrationFile, Collector, Sensitivity
+from ...quant_core.events import CalibrationAdvanced, CalibrationFinished, Listener
 from ...quant_core.recipes import make_plan
 from ...quant_core.recipes.presets import NONE
 from ...quant_core.report import human_bytes
@@ -77,7 +80,7 @@ def _compact_rank(layers: Mapping[str, torch.nn.Module]) -> int:
     return next(fitting, _COMPACT_RANKS[-1])
 
 
-def _finish(collector: Collector, provenance: dict) -> tuple[Calibrated, str]:
+def _finish(collector: Collector, provenance: dict, on_event: Listener, began: float) -> tuple[Calibrated, str]:
     path = temporary_folder() / f"learned_rounding_{os.urandom(6).hex()}{SUFFIX}"
     size = collector.save(path, provenance)
     with CalibrationFile(path) as made:
@@ -94,6 +97,7 @@ def _finish(collector: Collector, provenance: dict) -> tuple[Calibrated, str]:
             f"directions are known of at least {collector.kept:.0%} of each input's energy, of the rest the size only"
         )
     show("\n".join(lines))
+    on_event(CalibrationFinished(layers, collector.tokens, size, time.perf_counter() - began))
     return calibrated, "\n".join(lines)
 
 
@@ -116,6 +120,7 @@ def calibrate_model(
     samples: int,
     keep: str,
     tokens: int,
+    on_event: Listener,
     sensitivity: bool = False,
     earlier: Calibrated | None = None,
     **sampling,
@@ -127,6 +132,7 @@ def calibrate_model(
         latents: LATENTs, taken in turns.
         keep: key of :data:`KEEP`.
         tokens: looked at in each call of the model.
+        on_event: told of each step.
         sensitivity: also measure, in one more run, what errors of each layer do to the model's output.
         earlier: a calibration to continue.
         sampling: the other arguments of KSampler, by name.
@@ -138,17 +144,19 @@ def calibrate_model(
     layers = _linear_layers(model, weights, lambda part, layer: f"diffusion_model.{layer}")
     runs = [(*pair, latents[index % len(latents)]) for index, pair in enumerate(conditioning) for _ in range(samples)]
     apart = len(runs) >= _RUNS_FOR_HOLDOUT
-    sampled = []
+    sampled, began = [], time.perf_counter()
+    steps = _Count(on_event, len(layers), "steps", len(runs) * sampling["steps"])
     with _collecting(model, layers, keep, tokens, seed, earlier) as collector:
         for index, (positive, negative, latent) in enumerate(runs):
             hold_out = index % _RUNS_FOR_HOLDOUT == _RUNS_FOR_HOLDOUT - 1 if apart else None
             with collector.watching(model.model.diffusion_model, hold_out):
                 (result,) = nodes.common_ksampler(
-                    model, seed + index, positive=positive, negative=negative, latent=latent, **sampling
+                    _stepping(model, steps, index, len(runs)), seed + index, positive=positive, negative=negative, latent=latent, **sampling
                 )
             sampled.append(result)
         if sensitivity:
-            probing = _Probing(model, layers, weights, collector.calls // len(runs))
+            probes = _Count(on_event, len(layers), "probes", len(layers) * len(_PROBES))
+            probing = _Probing(model, layers, weights, collector.calls // len(runs), probes)
             positive, negative, latent = runs[0]
             nodes.common_ksampler(probing.model, seed, positive=positive, negative=negative, latent=latent, **sampling)
             collector.sensitivity = probing.sensitivity.found
@@ -162,11 +170,47 @@ def calibrate_model(
             "keep": keep,
             **sampling,
         }
-        calibrated, summary = _finish(collector, provenance)
+        calibrated, summary = _finish(collector, provenance, on_event, began)
         return calibrated, sampled, summary
 
 
-def _sensitivity(layers: Mapping[str, torch.nn.Module], weights: Mapping[str, PatchedWeights], device) -> Sensitivity:
+class _Count:
+    """Tells how far the work of one unit is, from its start on."""
+
+    def __init__(self, on_event: Listener, layers: int, unit: str, total: int):
+        self._emit, self._layers, self._unit = on_event, layers, unit
+        self._began = time.perf_counter()
+        self._done = 0
+        self.reach(0, total)
+
+    def reach(self, done: int, total: int) -> None:
+        self._done, self._total = done, total
+        elapsed = time.perf_counter() - self._began
+        self._emit(CalibrationAdvanced(self._layers, self._unit, done, total, elapsed))
+
+    def advance(self) -> None:
+        self.reach(self._done + 1, self._total)
+
+
+def _stepping(model, steps: _Count, run: int, runs: int):
+    """A clone of a MODEL whose sampler tells of each step; ``run`` of ``runs`` counts from 0."""
+
+    def sample(executor, inner, sigmas, extra, callback, *others):
+        def step(index, denoised, x, total):
+            steps.reach(run * total + index + 1, runs * total)
+            if callback is not None:
+                callback(index, denoised, x, total)
+
+        return executor(inner, sigmas, extra, step, *others)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "learned_rounding", sample)
+    return model
+
+
+def _sensitivity(
+    layers: Mapping[str, torch.nn.Module], weights: Mapping[str, PatchedWeights], device, probes: _Count
+) -> Sensitivity:
     """For the layers of :func:`_linear_layers`, whose weights are read as the model applies them."""
     bar = comfy.utils.ProgressBar(len(layers) * len(_PROBES))
 
@@ -174,6 +218,7 @@ def _sensitivity(layers: Mapping[str, torch.nn.Module], weights: Mapping[str, Pa
         part = next((part for part in weights if len(weights) > 1 and name.startswith(f"{part}.")), None)
         source = next(iter(weights.values())) if part is None else weights[part]
         bar.update(1)
+        probes.advance()
         return source.read(f"{name if part is None else name.removeprefix(f'{part}.')}.weight", device)
 
     return Sensitivity(layers, read, comfy.model_management.throw_exception_if_processing_interrupted)
@@ -182,8 +227,8 @@ def _sensitivity(layers: Mapping[str, torch.nn.Module], weights: Mapping[str, Pa
 class _Probing:
     """A clone of a MODEL whose sampling measures sensitivities in some of the ``calls`` of a run."""
 
-    def __init__(self, model, layers, weights, calls: int):
-        self.sensitivity = _sensitivity(layers, weights, model.load_device)
+    def __init__(self, model, layers, weights, calls: int, probes: _Count):
+        self.sensitivity = _sensitivity(layers, weights, model.load_device, probes)
         self.model = model.clone()
         self._inner = model.model_options.get("model_function_wrapper")
         self.model.set_model_unet_function_wrapper(self)
@@ -209,15 +254,18 @@ def calibrate_clip(
     keep: str,
     tokens: int,
     seed: int,
+    on_event: Listener,
     sensitivity: bool = False,
     earlier: Calibrated | None = None,
 ) -> tuple[Calibrated, str]:
     """Encode ``prompts`` and learn what the linear layers of a CLIP are given; returns the calibration and a summary."""
+    began = time.perf_counter()
     parts = encoder_parts(clip)
     model = clip.cond_stage_model
     layers = _linear_layers(clip.patcher, parts, lambda part, layer: module_name(model, part, layer))
     with _collecting(clip.patcher, layers, keep, tokens, seed, earlier) as collector:
         bar = comfy.utils.ProgressBar(len(prompts))
+        encoded = _Count(on_event, len(layers), "prompts", len(prompts))
         apart = len(prompts) >= _RUNS_FOR_HOLDOUT
         for index, prompt in enumerate(prompts):
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -225,9 +273,12 @@ def calibrate_clip(
             with collector.watching(model.get_submodule(next(iter(parts))), hold_out):
                 nodes.CLIPTextEncode().encode(clip, prompt)
             bar.update(1)
+            encoded.advance()
         if sensitivity:
-            probing = _sensitivity(layers, parts, clip.patcher.load_device)
-            for prompt in prompts[: len(_PROBES)]:
+            probed = prompts[: len(_PROBES)]
+            probes = _Count(on_event, len(layers), "probes", len(layers) * len(probed))
+            probing = _sensitivity(layers, parts, clip.patcher.load_device, probes)
+            for prompt in probed:
                 probing.probe(functools.partial(clip.encode_from_tokens, clip.tokenize(prompt)))
             collector.sensitivity = probing.found
         provenance = {
@@ -238,7 +289,7 @@ def calibrate_clip(
             "tokens per call": tokens,
             "keep": keep,
         }
-        return _finish(collector, provenance)
+        return _finish(collector, provenance, on_event, began)
 
 
 def pictures(model, latents: list[dict], vae=None) -> torch.Tensor:

@@ -1,14 +1,24 @@
-"""The prompt that runs: outputs in use, progress, messages to its client, interrupts."""
+"""The prompt that runs: outputs in use, progress, messages to pages, interrupts."""
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import comfy.model_management
 import comfy.utils
+from aiohttp import web
 from server import PromptServer
 
-__all__ = ["is_interrupt", "outputs_in_use", "outputs_in_use_of_running_prompt", "progress_bar", "send", "show"]
+__all__ = [
+    "add_route",
+    "is_interrupt",
+    "outputs_in_use",
+    "outputs_in_use_of_running_prompt",
+    "progress_bar",
+    "running_prompt",
+    "send",
+    "show",
+]
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +38,45 @@ def _links(nodes: Mapping[str, dict]) -> Iterator[tuple[str, int]]:
 
 def outputs_in_use_of_running_prompt(node_class: str) -> str:
     """For all nodes of that class in the prompt now running: which of their outputs are in use."""
-    running, _ = PromptServer.instance.prompt_queue.get_current_queue()
-    nodes = running[0][2] if running else {}
+    running = _running()
+    nodes = running[2] if running else {}
     ours = {key for key, node in nodes.items() if node.get("class_type") == node_class}
     return json.dumps(sorted({link for link in _links(nodes) if link[0] in ours}))
 
 
-def send(event: str, payload: dict) -> None:
-    """To the client that queued the running prompt."""
+def _running() -> tuple | None:
+    """ComfyUI's queue item of the prompt now running: (number, id, nodes, extra data, …)."""
+    running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    return running[0] if running else None
+
+
+def running_prompt() -> dict[str, str | None]:
+    """The ids of the prompt now running and of its workflow, which a prompt that came from no page has not."""
+    running = _running()
+    if running is None:
+        return {"prompt": None, "workflow": None}
+    workflow = (running[3].get("extra_pnginfo") or {}).get("workflow")
+    return {"prompt": running[1], "workflow": (workflow.get("id") or None) if isinstance(workflow, dict) else None}
+
+
+def send(event: str, payload: dict, *, everyone: bool = False) -> None:
+    """To the client that queued the running prompt, or to all."""
     server = PromptServer.instance
-    server.send_sync(event, payload, server.client_id)
+    server.send_sync(event, payload, None if everyone else server.client_id)
+
+
+def add_route(path: str, answer: Callable[[Mapping[str, str]], object]) -> None:
+    """Answer GET requests: ``answer`` makes JSON values of the query, or raises ValueError with what is wrong with it."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+
+    @server.routes.get(path)
+    async def get(request):
+        try:
+            return web.json_response(answer(request.query))
+        except ValueError as error:
+            return web.Response(status=400, text=str(error))
 
 
 def show(text: str) -> None:

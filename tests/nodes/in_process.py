@@ -144,7 +144,9 @@ def calibrated_text_encoder() -> dict:
     save_file(t5_weights(), path)
     clip = load(path)
     before = encode(clip)
-    calibration, summary = host.calibrate_clip(clip, PROMPTS, keep="compact", tokens=512, seed=0, sensitivity=True)
+    events = []
+    options = {"keep": "compact", "tokens": 512, "seed": 0, "sensitivity": True, "on_event": events.append}
+    calibration, summary = host.calibrate_clip(clip, PROMPTS, **options)
     with calibration.open() as known:
         layers = len(known.layers)
         sensitive = sum(value > 0 for value in known.sensitivity.values())
@@ -158,6 +160,8 @@ def calibrated_text_encoder() -> dict:
         "layers": layers,
         "summary": summary,
         "sensitive": sensitive,
+        "advanced": [(event.unit, event.done, event.total) for event in events[:-1]],
+        "finished": vars(events[-1]),
         "unchanged": bool(torch.equal(encode(clip), before)),
         "hooks": sum(len(module._forward_pre_hooks) for module in clip.cond_stage_model.modules()),
         "error": {

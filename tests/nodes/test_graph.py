@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from learned_rounding.benchmarks.tiny_model.graph import MODEL, latents, pictures, psnr
 from learned_rounding.benchmarks.tiny_model.place import prompt_names, read_conditioning
-from learned_rounding.hosts import HostInterrupted
+from learned_rounding.hosts import HostError, HostInterrupted
 from learned_rounding.hosts.server import HOST_DEVICE
 from learned_rounding.hosts.workflows import Node
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
@@ -295,6 +295,8 @@ def test_progress_comes_layer_by_layer_to_the_client_that_queued(comfy, request,
     payloads = [event.data for event in events]
     assert {payload["node"] for payload in payloads} == {quantized.id}
     assert payloads[0]["state"] == "start" and payloads[-1]["state"] == "done"
+    assert [payload["seq"] for payload in payloads] == list(range(len(payloads)))
+    assert {payload["prompt"] for payload in payloads} == {result.prompt_id}
     layers = [event for event in events if event.data["state"] == "layer"]
     assert [event.data["index"] for event in layers] == list(range(payloads[0]["total"]))
     assert len({event.data["name"] for event in layers}) == len(layers) == payloads[-1]["layers"]
@@ -311,6 +313,12 @@ def test_progress_comes_layer_by_layer_to_the_client_that_queued(comfy, request,
     assert start + (end - start) / 5 < middle < end - (end - start) / 5
     bar = [event.data for event in result.of("progress") if event.data.get("node") == quantized.id]
     assert bar[-1]["value"] == bar[-1]["max"] == len(layers)
+
+
+def test_pages_that_missed_messages_ask_by_workflow(comfy):
+    with pytest.raises(HostError, match=r"400\n.*\?workflow=ID"):
+        comfy.get("/learned_rounding/progress")
+    assert comfy.get("/learned_rounding/progress?workflow=unknown") == []
 
 
 def test_interrupt_stops_at_once_and_leaves_nothing(comfy, request, slow_source):

@@ -36,5 +36,8 @@ def test_a_t5_is_calibrated_with_prompts(host, tmp_path):
     assert found["layers"] == 24 * 7
     assert f"{24 * 4} different inputs" in found["summary"]  # q, k, v share one, and wi_0 with wi_1
     assert found["sensitive"] > 0.9 * found["layers"]
+    steps = [("prompts", done, 48) for done in range(49)] + [("probes", done, 2 * 24 * 7) for done in range(2 * 24 * 7 + 1)]
+    assert [tuple(event) for event in found["advanced"]] == steps
+    assert found["finished"]["layers"] == 24 * 7 and found["finished"]["bytes"] > 0 and found["finished"]["seconds"] > 0
     assert found["unchanged"] and found["hooks"] == 0
     assert found["error"]["auto"] < 0.8 * found["error"]["nearest"]

@@ -178,6 +178,11 @@ def test_events_come_in_order(model, model_file, tmp_path):
     )
     assert (first.layers, first.kept) == (6, len(tensors) - 6)
     assert first.bytes_in == sum(tensor.nbytes for tensor in tensors.values())
+    assert first.rounding == "auto" == report.rounding
+    matrices = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(".weight") and tensor.ndim > 1}
+    assert {layer.name: layer.shape for layer in first.plan} == matrices
+    reasons = {event.name: event.reason for event in middle if isinstance(event, LayerKept)}
+    assert all(layer.kept == reasons.get(layer.name, "") for layer in first.plan) and len(matrices) > 6
     layers = [event for event in middle if isinstance(event, (LayerStarted, LayerFinished))]
     assert [type(event) for event in layers] == [LayerStarted, LayerFinished] * 6
     for index in range(6):
@@ -190,6 +195,8 @@ def test_events_come_in_order(model, model_file, tmp_path):
         assert middle.index(finished) == middle.index(started) + 1
         assert (finished.format, finished.granularity) == ("int8_tensorwise", "row")
         assert 0 < finished.weight_error < 0.02
+        scale = load_file(tmp_path / "out.safetensors")[f"{finished.name.removesuffix('.weight')}.weight_scale"]
+        assert finished.scale == (scale.min().item(), scale.max().item())
         rows, columns = finished.shape
         assert finished.bytes_in == tensors[finished.name].nbytes
         assert finished.bytes_out == rows * columns + 4 * rows + len('{"format":"int8_tensorwise","per_row":true}')

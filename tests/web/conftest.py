@@ -33,6 +33,16 @@ def model_file(comfy):
     return f"diffusion_models/{path.name}", path
 
 
+@pytest.fixture(scope="module")
+def slow_model(comfy):
+    """A model whose layers take a while, as Load Model names it."""
+    layer = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    tensors = {f"blocks.{index}.mlp.weight": layer.roll(index, 0).contiguous() for index in range(24)}
+    tensors["blocks.0.norm_table.weight"] = torch.ones(4, 4, 4)
+    save_file(tensors, comfy.models_dir / "diffusion_models" / "slow.safetensors")
+    return "diffusion_models/slow.safetensors"
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["canvas-nodes", "vue-nodes"])
 def page(comfy, model_file, request):
     """One page for all tests of a module: opening one takes longer than any of them."""
@@ -40,18 +50,21 @@ def page(comfy, model_file, request):
     with open_page(comfy, vue_nodes=request.param, problems=problems, timeout=60) as page:
         page.problems = problems
         page.vue_nodes = request.param
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         page.evaluate(_RECORD)
         yield page
 
 
 @pytest.fixture
 def workflow():
-    """workflow(seed=…) → Load Model → Configure → Quantize → Save, as a graph with positions."""
+    """workflow(seed=…, model=…, rounding=…, further keys of the workflow) → Load Model → Configure → Quantize → Save, as a graph with positions."""
 
-    def make(*, seed=0):
+    def make(*, seed=0, model=None, rounding="auto", **more):
         graph = copy.deepcopy(WORKFLOW)
-        graph["nodes"][1]["widgets_values"][SEED] = seed
-        return graph
+        graph["nodes"][1]["widgets_values"][SEED : SEED + 2] = [seed, rounding]
+        if model:
+            graph["nodes"][0]["widgets_values"][0] = model
+        return {**graph, **more}
 
     return make
 

@@ -7,7 +7,10 @@ import * as state from "../../web/progress_state.js";
 
 const start = (more) => ({
   state: "start", source: "model.safetensors", format: "int8_tensorwise", granularity: "row", preset: "flux",
-  total: 4, kept: 2, bytes_in: 8000, ...more,
+  rounding: "auto", total: 4, kept: 2, bytes_in: 8000, plan: [], reasons: [], ...more,
+});
+const planned = (count) => ({
+  plan: Array.from({ length: count }, (_, index) => [`blocks.${index}.attn.qkv.weight`, [8, 8], 0]), reasons: [""],
 });
 const layer = (index, error, more) => ({
   state: "layer", index, total: 4, name: `blocks.${index}.attn.qkv.weight`, shape: [8, 8], format: "int8_tensorwise",
@@ -17,8 +20,9 @@ const done = (more) => ({
   state: "done", layers: 4, seconds: 4, bytes_in: 8_000_000, bytes_out: 4_100_000, median_error: 0.025,
   worst: [{ name: "blocks.3.attn.qkv.weight", error: 0.04 }], ...more,
 });
-const play = (events, execution = "run", from = state.IDLE) =>
-  events.reduce((now, event) => state.advance(now, event, execution), from);
+// Each message follows the one before.
+const play = (events, prompt = "run", from = state.IDLE) =>
+  events.reduce((now, event) => state.advance(now, { prompt, seq: now.prompt === prompt ? now.seq + 1 : 0, ...event }), from);
 
 test("formats are measured before the run itself starts", () => {
   const measuring = (index) => ({ state: "measuring", index, total: 4, name: `blocks.${index}.attn.qkv.weight` });
@@ -31,7 +35,8 @@ test("formats are measured before the run itself starts", () => {
   const run = play([start({ format: "measured", granularity: "" }), layer(0, 0.01)], "run", half);
   assert.equal(run.label, "measured");
   assert.equal(state.percent(run), 25);
-  assert.equal(play([measuring(0)], "again", play([done()])).finished, 0);
+  const again = play([measuring(0)], "again", play([start(), done()]));
+  assert.deepEqual([again.phase, again.finished, again.cells.length], ["running", 0, 0]);
 });
 
 test("a run goes from idle over its layers to a summary", () => {
@@ -68,10 +73,10 @@ test("what learned rounding won is told while it runs and at the end", () => {
   assert.equal(state.words(both)[2], "Layers won: sequential 5, nearest 1, adamw 1");
 });
 
-test("only the worst five layers are kept, worst first", () => {
+test("only the worst three layers are kept, worst first", () => {
   const errors = [0.3, 0.1, 0.6, 0.2, 0.5, 0.4, 0.7];
   const now = play([start({ total: 7 }), ...errors.map((error, index) => layer(index, error, { total: 7 }))]);
-  assert.deepEqual(now.worst.map(({ error }) => error), [0.7, 0.6, 0.5, 0.4, 0.3]);
+  assert.deepEqual(now.worst.map(({ error }) => error), [0.7, 0.6, 0.5]);
   assert.deepEqual(Object.keys(now.worst[0]), ["name", "error"]);
 });
 
@@ -83,18 +88,19 @@ test("states are values: an event leaves the one before as it was", () => {
 });
 
 test("a page that comes late shows what it can", () => {
-  const now = play([layer(2, 0.03)], null);
+  const now = play([layer(2, 0.03, { seq: 7 })]);
   assert.equal(now.phase, "running");
   assert.equal(state.percent(now), 75);
   assert.equal(now.label, "int8_tensorwise per row");
   assert.equal(now.rate, 2_000_000); // of what it saw, not of the whole time
-  assert.equal(play([done()], null).phase, "done");
+  assert.equal(now.cells.length, 1);
+  assert.equal(play([done({ seq: 9 })]).phase, "done");
 });
 
 test("a layer that had to be kept counts as finished and is told", () => {
   const now = play([start(), layer(0, 0.01), { state: "kept", name: "blocks.1.w", reason: "holds NaN" }]);
   assert.equal(now.finished, 2);
-  assert.match(state.words(now)[1], /1 kept \(NaN or Inf\)$/);
+  assert.deepEqual(now.kept, [{ name: "blocks.1.w", reason: "holds NaN" }]);
 });
 
 test("interruption and errors are told apart, with how far the run came", () => {
@@ -116,13 +122,93 @@ test("parts of one execution are added up, another execution begins anew", () =>
   assert.deepEqual(second.worst.map(({ name }) => name), ["b", "blocks.3.attn.qkv.weight"]);
   const other = play([start(), done()], "next run", second);
   assert.match(state.words(other)[1], /^4 layers/);
-  const unknown = play([start(), done()], null, play([start(), done()], null));
-  assert.match(state.words(unknown)[1], /^4 layers/);
 });
 
 test("a run without layers has no median", () => {
   const end = play([start({ total: 0 }), done({ layers: 0, median_error: null, worst: [], bytes_out: 8_000_000 })]);
   assert.deepEqual(state.words(end), ["8 MB → 8 MB (100 %)", "0 layers in 4.0 s"]);
+});
+
+test("every layer has a cell, from the plan on, in the order of the source", () => {
+  const plan = [["embed.weight", [4, 4], 1], ["blocks.0.attn.qkv.weight", [8, 8], 0], ["blocks.1.attn.qkv.weight", [8, 8], 0]];
+  const begun = play([start({ total: 2, plan, reasons: ["", "an embedding"] })]);
+  assert.deepEqual(begun.cells.map(({ state }) => state), ["kept", "planned", "planned"]);
+  const nan = { state: "kept", name: "blocks.1.attn.qkv.weight", shape: [8, 8], reason: "holds NaN" };
+  const end = play([layer(0, 0.02, { gain: 0.5, output_error: 0.01, solver: "sequential", scale: [0.001, 0.00234], convrot: 16 }), nan], "run", begun);
+  assert.deepEqual(end.cells.map(({ name }) => name), plan.map(([name]) => name));
+  assert.deepEqual(end.cells.map((cell) => state.cellLines(cell, end.rounding)), [
+    ["4×4", "kept in full precision: an embedding"],
+    ["8×8 · int8_tensorwise per row, ConvRot 16", "output error 0.02000 → 0.01000 (0.50× nearest)", "sequential · scale 0.001 to 0.00234"],
+    ["8×8", "kept in full precision: holds NaN"],
+  ]);
+  assert.deepEqual(state.legend(end.cells), [
+    { kind: "kept", label: "kept", count: 1 },
+    { kind: "int8_tensorwise", label: "int8_tensorwise per row", count: 1 },
+    { kind: "refused", label: "kept (NaN or Inf)", count: 1 },
+  ]);
+  assert.deepEqual(state.cellLines(begun.cells[1]), ["8×8", "going to be quantized"]);
+  const second = play([done(), start({ plan: [["other.weight", [2, 2], 0]], reasons: [""] })], "run", end);
+  assert.equal(second.cells.length, 4);
+});
+
+test("an error before rounding is told only where it is known", () => {
+  const error = (more, rounding) => state.cellLines({ ...layer(0, 0.02), state: "quantized", solver: "nearest", ...more }, rounding)[1];
+  assert.equal(error({}, "nearest"), "weight error 0.02000");
+  assert.equal(error({ gain: 0.8 }, "auto"), "weight error 0.02500 → 0.02000 (0.80× nearest)");
+  assert.equal(error({ gain: 0.8, solver: "sequential" }, "principal"), "weight error 0.02000 (0.80× nearest)");
+});
+
+test("colours are the stronger the more of nearest's error is gone", () => {
+  assert.deepEqual([{ gain: null }, { gain: 1 }, { gain: 0.7 }, { gain: 0.4 }, { gain: 0.1 }].map(state.shade), [0.6, 0.6, 0.8, 1, 1]);
+});
+
+test("a keep rule finds its layer alone", () => {
+  const name = "model.blocks.1.attn(0)[x]+$\\.weight";
+  const rule = new RegExp(state.keepRule(name));
+  assert.ok(rule.test(name));
+  for (const other of [name.replace(".", "x"), `a${name}`, `${name}a`]) assert.ok(!rule.test(other));
+  assert.equal(state.keepRule("blocks.1.w.weight"), "^blocks\\.1\\.w\\.weight$");
+});
+
+test("a strip shows all its cells, none too narrow to be hit", () => {
+  for (const count of [1, 3, 57, 304, 1000, 2000]) {
+    const { columns, rows, width, height } = state.layout(count, 330, 44);
+    assert.ok(columns * rows >= count && columns * (rows - 1) < count, `${count}`);
+    assert.ok(columns * width <= 330.001 && rows * height <= 44.001);
+  }
+  assert.deepEqual(state.layout(57, 330, 44).rows, 1);
+  assert.ok(state.layout(800, 330, 44).width >= 4);
+});
+
+test("missed messages are noticed, and all of them make the same state", () => {
+  const messages = [start(planned(4)), layer(0, 0.01), layer(1, 0.02), layer(2, 0.03)]
+    .map((message, seq) => ({ prompt: "run", seq, ...message }));
+  const whole = messages.reduce(state.advance, state.IDLE);
+  const late = state.advance(state.IDLE, messages[2]);
+  assert.ok(!state.follows(state.IDLE, messages[2]));
+  assert.ok(state.follows(whole, { ...layer(3, 0.04), prompt: "run", seq: 4 }));
+  assert.ok(!state.follows(whole, { ...layer(3, 0.04), prompt: "run", seq: 5 }));
+  assert.ok(!state.follows(whole, { ...layer(3, 0.04), prompt: "another", seq: 4 }));
+  assert.ok(state.follows(whole, { ...start(), prompt: "another", seq: 0 }));
+  assert.deepEqual(state.replay(late, messages), whole);
+  assert.deepEqual(state.replay(state.IDLE, messages), whole);
+  assert.equal(state.replay(whole, messages.slice(0, 2)), whole, "what is further stays");
+  assert.equal(state.advance(whole, messages[3]), whole, "a message that comes twice counts once");
+});
+
+test("a calibration tells of steps, probes, and what it made", () => {
+  const step = (unit, done, total, elapsed) => ({ state: "calibrating", layers: 36, unit, done, total, elapsed });
+  const half = play([step("steps", 0, 40, 0), step("steps", 20, 40, 10)]);
+  assert.equal(half.label, "calibrating 36 layers");
+  assert.equal(state.percent(half), 50);
+  assert.deepEqual(state.words(half), ["Sampling with the original model", "10 s left · 2.0 steps/s"]);
+  const probing = play([step("probes", 3, 72, 12)], "run", half);
+  assert.deepEqual(state.words(probing), ["Measuring what an error of each layer does", "4 min 36 s left · 4.0 s each probe"]);
+  const end = play([{ state: "calibrated", layers: 36, tokens: 512, bytes: 19_200_000, seconds: 42 }], "run", probing);
+  assert.deepEqual(state.words(end), ["512 tokens or more of each layer's inputs", "19.2 MB in 42 s"]);
+  assert.equal(state.percent(end), 100);
+  const stopped = play([{ state: "stopped", reason: "interrupted" }], "run", half);
+  assert.deepEqual(state.words(stopped), ["Interrupted", "after 20 of 40 steps"]);
 });
 
 test("unknown events change nothing", () => {

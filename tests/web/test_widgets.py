@@ -1,20 +1,28 @@
 """The widgets in real pages: what a real run and synthetic events show, in either kind of nodes, on every host."""
 
+import contextlib
 import os
 import random
+import re
+import uuid
 from pathlib import Path
 
 import pytest
 
-from learned_rounding.hosts.browser import load_workflow, queue_prompt
+from learned_rounding.hosts.browser import load_workflow, queue_prompt, visit
 
 pytestmark = pytest.mark.browser
 
 QUANTIZE = 3  # its id in workflow.json
 
+# As the server sends them: of one prompt of this workflow, one after the other.
 _SEND = """(details) => {
-    for (const detail of details)
-        window.comfyAPI.api.api.dispatchEvent(new CustomEvent('learned_rounding.progress', {detail}))
+    for (const detail of details) {
+        if (detail.state === 'start' || detail.done === 0) window.sent = {prompt: crypto.randomUUID(), seq: 0}
+        const {prompt} = window.sent
+        const message = {workflow: window.app.rootGraph.id, prompt, seq: window.sent.seq++, ...detail}
+        window.comfyAPI.api.api.dispatchEvent(new CustomEvent('learned_rounding.progress', {detail: message}))
+    }
 }"""
 
 # Two frames: the panel draws in the next one.
@@ -26,6 +34,9 @@ _PANEL = """(root) => {
     const bar = root.querySelector('[role=progressbar]')
     return {
         state: root.dataset.state,
+        legend: text('.lr-legend').replaceAll('\\n', ' '), notice: text('.lr-notice'),
+        card: [...root.querySelectorAll('.lr-card:not([hidden]) > *')].map((line) => line.title),
+        buttons: [...root.querySelectorAll('button')].filter((button) => button.checkVisibility()).map((button) => button.innerText),
         label: text('.lr-label'), count: text('.lr-count'), first: text('.lr-first'), second: text('.lr-second'),
         layer: layer.hidden ? '' : layer.title,
         percent: Number(bar.getAttribute('aria-valuenow')),
@@ -34,6 +45,40 @@ _PANEL = """(root) => {
             .map((row) => [row.querySelector('.lr-name').title, row.querySelector('.lr-error').textContent]),
         overflow: [root.scrollWidth - root.clientWidth, root.scrollHeight - root.clientHeight],
     }
+}"""
+
+_REACHED = "(count) => Number(document.querySelector('.lr-count')?.innerText.match(/(\\d+) \\//)?.[1]) >= count"
+
+# Cells stand in one row. A filled cell has one colour inside, a hatched one has gaps.
+_CELLS = """(canvas, count) => Array.from({length: count}, (_, index) => {
+    const side = canvas.width / count
+    const {data} = canvas.getContext('2d').getImageData(Math.ceil(index * side) + 1, 4, Math.floor(side) - 5, canvas.height - 12)
+    const pixels = Array.from({length: data.length / 4}, (_, pixel) => [...data.slice(4 * pixel, 4 * pixel + 4)])
+    return [new Set(pixels.map(String)).size === 1 ? 'filled' : 'hatched', pixels[0]]
+})"""
+
+# [text, contrast ratio of WCAG 2] of all visible text; colours of canvas pixels, whatever notation they come in.
+_CONTRAST = """(root) => {
+    const context = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true})
+    const over = (colours) => {
+        context.clearRect(0, 0, 1, 1)
+        for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1) }
+        return [...context.getImageData(0, 0, 1, 1).data]
+    }
+    const luminance = (colour) => colour.slice(0, 3)
+        .map((part) => part / 255 <= 0.04045 ? part / 255 / 12.92 : ((part / 255 + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0)
+    const found = []
+    const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT)
+    for (let text = walker.nextNode(); text; text = walker.nextNode()) {
+        const parent = text.parentElement
+        if (!text.data.trim() || !parent.checkVisibility()) continue
+        const grounds = []
+        for (let at = parent; at; at = at.parentElement) grounds.unshift(getComputedStyle(at).backgroundColor)
+        const [back, front] = [over(grounds), over([...grounds, getComputedStyle(parent).color])].map(luminance)
+        found.push([text.data, (Math.max(back, front) + 0.05) / (Math.min(back, front) + 0.05)])
+    }
+    return found
 }"""
 
 _BARS = """() => {
@@ -53,19 +98,54 @@ def panel(page):
     return page.locator(".lr-progress").evaluate(_PANEL)
 
 
-def start(total, **more):
+NAME = "double_blocks.{}.img_attn.qkv.weight"
+
+
+def start(total, kept=(), **more):
+    """``kept``: names of further layers, before the others."""
+    plan = [[name, [32, 64], 1] for name in kept] + [[NAME.format(index), [64, 64], 0] for index in range(total)]
     return {
         "state": "start", "source": "model.safetensors", "format": "int8_tensorwise", "granularity": "row",
-        "preset": "flux", "total": total, "kept": 3, "bytes_in": 80_000_000, **more,
+        "rounding": "calibrated", "preset": "flux", "total": total, "kept": 3, "bytes_in": 80_000_000, "plan": plan,
+        "reasons": ["", "first layer"], **more,
     }  # fmt: skip
 
 
-def layer(index, total, error, name="double_blocks.{}.img_attn.qkv.weight", **more):
+def layer(index, total, error, name=NAME, **more):
     return {
         "state": "layer", "index": index, "total": total, "name": name.format(index), "shape": [64, 64],
         "format": "int8_tensorwise", "granularity": "row", "error": error, "seconds": 1.0, "bytes_in": 4_000_000,
         "bytes_out": 2_000_000, "elapsed": index + 1.0, "eta": total - index - 1.0, **more,
     }  # fmt: skip
+
+
+def node_box(page, node=QUANTIZE):
+    """[left, top, right, bottom] of a node as it is drawn."""
+    return page.evaluate(
+        """(id) => {
+            const drawn = document.querySelector(`[data-node-id="${id}"]`)?.getBoundingClientRect()
+            if (drawn) return [drawn.left, drawn.top, drawn.right, drawn.bottom]
+            const {canvas, graph} = window.app
+            const [x, y, width, height] = graph.getNodeById(id).getBounding()
+            const at = (x, y) => canvas.ds.convertOffsetToCanvas([x, y])
+            const {left, top} = canvas.canvas.getBoundingClientRect()
+            const [[x0, y0], [x1, y1]] = [at(x, y), at(x + width, y + height)]
+            return [left + x0, top + y0, left + x1, top + y1]
+        }""",
+        node,
+    )
+
+
+def cells(page, count):
+    """What is painted where each of ``count`` cells is: ("filled" or "hatched", its colour in RGBA)."""
+    return [tuple(cell) for cell in page.locator(".lr-cells").evaluate(_CELLS, count)]
+
+
+def point(page, index, count, *, click=False):
+    """Move the pointer onto one of ``count`` cells, which stand in one row."""
+    box = page.locator(".lr-strip").bounding_box()
+    at = box["x"] + (index + 0.5) * box["width"] / count, box["y"] + box["height"] / 2
+    (page.mouse.click if click else page.mouse.move)(*at)
 
 
 def test_a_real_run_from_start_to_file(graph, model_file, workflow):
@@ -81,7 +161,7 @@ def test_a_real_run_from_start_to_file(graph, model_file, workflow):
     assert (shown["state"], shown["percent"], shown["layer"]) == ("done", 100, "")
     assert shown["label"] == "int8_tensorwise per row"
     assert shown["count"] == f"100 % · {done['layers']} / {done['layers']}"
-    assert shown["worst"] == [[layer["name"], f"{layer['error']:.5f}"] for layer in done["worst"]]
+    assert shown["worst"] == [[layer["name"], f"{layer['error']:.5f}"] for layer in done["worst"][:3]]
     assert f"{done['layers']} layers in " in shown["second"]
     assert f"median error {done['median_error']:.5f}" in shown["second"]
     assert shown["overflow"] == [0, 0]
@@ -89,6 +169,12 @@ def test_a_real_run_from_start_to_file(graph, model_file, workflow):
     bars = graph.evaluate("() => window.bars")
     assert bars == sorted(bars) and bars[-1] == 100
     assert any(0 < value < 100 for value in bars), "the bar was never seen on its way"
+
+    plan = [events[0]["reasons"][place] for _, _, place in events[0]["plan"]]
+    kept = sum(map(bool, plan))
+    assert kept and len(plan) == kept + events[0]["total"]
+    assert shown["legend"] == f"kept {kept} int8_tensorwise per row {done['layers']}"
+    assert {kind for kind, _ in cells(graph, len(plan))} == {"hatched", "filled"}
 
     loaded, saved = graph.locator(".lr-text").all_inner_texts()
     assert loaded.startswith(f"{model_file[1].name}: ")
@@ -107,7 +193,7 @@ def test_waits_then_follows_the_layers(graph):
     assert shown["filled"] == pytest.approx(0.75, abs=0.01)
     assert shown["layer"] == "double_blocks.5.img_attn.qkv.weight"
     assert shown["second"] == "2.0 s left · 4 MB/s"
-    assert [error for _, error in shown["worst"]] == ["0.06000", "0.05000", "0.04000", "0.03000", "0.02000"]
+    assert [error for _, error in shown["worst"]] == ["0.06000", "0.05000", "0.04000"]
 
 
 def test_interruption_and_error(graph):
@@ -123,26 +209,13 @@ def test_interruption_and_error(graph):
 
 def test_long_names_and_kept_layers_stay_inside(graph):
     name = "model.diffusion_model.a_rather_long_name_of_a_family.{}.of_blocks.with.another_long_part.to_out.weight"
-    kept = {"state": "kept", "name": "x_embedder.weight", "reason": "holds NaN"}
+    kept = {"state": "kept", "name": NAME.format(0), "shape": [64, 64], "reason": "holds NaN"}
     send(graph, start(900), kept, *(layer(index, 900, 0.01, name, eta=5000) for index in range(1, 700)))
     shown = panel(graph)
-    assert "1 kept" in shown["second"] and len(shown["worst"]) == 5
+    assert "kept (NaN or Inf) 1" in shown["legend"] and len(shown["worst"]) == 3
     assert shown["overflow"] == [0, 0]
-    inside, node = graph.evaluate(
-        """(id) => {
-            const box = (rect) => [rect.left, rect.top, rect.right, rect.bottom]
-            const panel = box(document.querySelector('.lr-progress').getBoundingClientRect())
-            const drawn = document.querySelector(`[data-node-id="${id}"]`)
-            if (drawn) return [panel, box(drawn.getBoundingClientRect())]
-            const {canvas, graph} = window.app
-            const [x, y, width, height] = graph.getNodeById(id).getBounding()
-            const at = (x, y) => canvas.ds.convertOffsetToCanvas([x, y])
-            const {left, top} = canvas.canvas.getBoundingClientRect()
-            const [[x0, y0], [x1, y1]] = [at(x, y), at(x + width, y + height)]
-            return [panel, [left + x0, top + y0, left + x1, top + y1]]
-        }""",
-        QUANTIZE,
-    )
+    box = graph.locator(".lr-progress").bounding_box()
+    inside, node = [box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]], node_box(graph)
     assert node[0] < inside[0] and node[1] < inside[1] and inside[2] < node[2] and inside[3] < node[3], (inside, node)
 
 
@@ -179,6 +252,193 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
     assert len(values["LearnedRoundingQuantize"]) == 1
     assert (len(values["LearnedRoundingLoadModel"]), len(values["LearnedRoundingSave"])) == (3, 2)
     assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels"}
+
+
+def test_the_strip_shows_format_gain_and_what_is_kept(graph):
+    learned = {"solver": "sequential", "gain": 0.4, "output_error": 0.01}
+    nan = {"state": "kept", "name": NAME.format(3), "shape": [64, 64], "reason": "holds NaN"}
+    float8 = {"format": "float8_e4m3fn", "granularity": "tensor"}
+    kept = ["txt_in.weight", "img_in.weight"]
+    send(graph, start(6, kept), layer(0, 6, 0.02, **learned), layer(1, 6, 0.02), layer(2, 6, 0.02, **float8, **learned), nan)
+    painted = cells(graph, 8)
+    assert [kind for kind, _ in painted] == ["hatched"] * 2 + ["filled"] * 3 + ["hatched"] + ["filled"] * 2
+    (*strong, alpha), (*weak, faint) = painted[2][1], painted[3][1]
+    assert alpha == 255 and faint == pytest.approx(0.6 * 255, abs=2)
+    assert strong == pytest.approx(weak, abs=3), "one format, one colour"
+    assert painted[4][1] != painted[2][1] and painted[6][1] == painted[7][1] != painted[2][1]
+    assert panel(graph)["legend"] == (
+        "kept 2 int8_tensorwise per row 2 float8_e4m3fn per tensor 1 kept (NaN or Inf) 1 to do 2"
+    )
+    before = graph.locator(".lr-cells").evaluate("(canvas) => canvas.width")
+    _, _, right, below = node_box(graph)
+    graph.mouse.move(right - 4, below - 4)
+    graph.mouse.down()
+    graph.mouse.move(right + 100, below, steps=4)
+    graph.mouse.up()
+    graph.wait_for_function("(before) => document.querySelector('.lr-cells').width > before + 100", arg=before)
+    assert cells(graph, 8)[2:5] == painted[2:5] and [kind for kind, _ in cells(graph, 8)] == [kind for kind, _ in painted]
+
+
+def test_pointing_at_a_layer_shows_its_card(graph):
+    more = {"solver": "sequential", "gain": 0.5, "output_error": 0.01, "scale": [0.001, 0.002], "convrot": 16}
+    send(graph, start(4, ["txt_in.weight"]), layer(0, 4, 0.02, **more))
+    assert panel(graph)["card"] == []
+    point(graph, 1, 5)
+    assert panel(graph)["card"] == [
+        "double_blocks.0.img_attn.qkv.weight",
+        "64×64 · int8_tensorwise per row, ConvRot 16",
+        "output error 0.02000 → 0.01000 (0.50× nearest)",
+        "sequential · scale 0.001 to 0.002",
+    ]
+    assert panel(graph)["worst"] == [] and panel(graph)["overflow"] == [0, 0]
+    point(graph, 0, 5)
+    assert panel(graph)["card"][:3] == ["txt_in.weight", "32×64", "kept in full precision: first layer"]
+    graph.locator(".lr-count").hover()
+    assert panel(graph)["card"] == [] and len(panel(graph)["worst"]) == 1
+
+
+def test_a_click_copies_a_keep_rule_and_a_button_applies_it(graph):
+    send(graph, start(4), layer(0, 4, 0.02))
+    assert panel(graph)["buttons"] == ["Cancel"]
+    point(graph, 2, 4, click=True)
+    rule = r"^double_blocks\.2\.img_attn\.qkv\.weight$"
+    graph.wait_for_function("() => document.querySelector('.lr-notice').innerText.startsWith('Keep rule copied')")
+    assert graph.evaluate("() => navigator.clipboard.readText()") == rule
+    keep = "() => window.app.graph.getNodeById(2).widgets.find(({name}) => name === 'keep').value"
+    assert graph.evaluate(keep) == ""
+    for told in ("Added to", "Already in"):
+        graph.get_by_role("button", name="Add to keep").click()
+        assert panel(graph)["notice"].startswith(told)
+        assert graph.evaluate(keep) == rule
+    point(graph, 3, 4, click=True)
+    graph.get_by_role("button", name="Add to keep").click()
+    assert graph.evaluate(keep).split("\n") == [rule, rule.replace("2", "3")]
+    graph.evaluate("(id) => window.app.graph.getNodeById(id).disconnectInput(1)", QUANTIZE)
+    send(graph, layer(1, 4, 0.02))
+    assert panel(graph)["buttons"] == ["Cancel"], "nothing to add it to"
+
+
+def test_the_keyboard_reaches_everything(graph):
+    send(graph, start(6), layer(0, 6, 0.02))
+    strip = graph.get_by_role("slider", name="Layers")
+    strip.focus()
+    for key, place in {"ArrowRight": 2, "End": 6, "ArrowLeft": 5, "Home": 1}.items():
+        strip.press(key)
+        assert strip.get_attribute("aria-valuenow") == str(place)
+        assert strip.get_attribute("aria-valuetext").startswith(f"double_blocks.{place - 1}.img_attn.qkv, 64×64")
+    strip.press("ArrowRight")
+    strip.press("Enter")
+    graph.wait_for_function("() => document.querySelector('.lr-notice').innerText.startsWith('Keep rule copied')")
+    assert graph.evaluate("() => navigator.clipboard.readText()") == r"^double_blocks\.1\.img_attn\.qkv\.weight$"
+    for name in ("Add to keep", "Cancel"):
+        graph.keyboard.press("Tab")
+        assert graph.evaluate("() => document.activeElement.innerText") == name
+    strip.focus()
+    strip.press("Escape")
+    assert panel(graph)["card"] == []
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_names_and_contrast_in_both_themes(graph, theme):
+    graph.evaluate("(theme) => window.app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
+    more = {"solver": "sequential", "gain": 0.5, "output_error": 0.01, "scale": [0.001, 0.002]}
+    send(graph, start(6, ["txt_in.weight"]), layer(0, 6, 0.02, **more))
+    point(graph, 1, 7, click=True)
+    texts = graph.locator(".lr-progress").evaluate(_CONTRAST)
+    assert len(texts) >= 10
+    assert {text: ratio for text, ratio in texts if ratio < 4.5} == {}
+    graph.locator(".lr-count").hover()
+    graph.get_by_role("slider").press("Escape")
+    assert {text: ratio for text, ratio in graph.locator(".lr-progress").evaluate(_CONTRAST) if ratio < 4.5} == {}
+    roles = graph.locator(".lr-progress").evaluate(
+        "(root) => [...root.querySelectorAll('[tabindex], button, [role=progressbar]')].map((one) => [one.tagName, one.title || one.ariaLabel])"
+    )
+    assert len(roles) == 4 and all(name for _, name in roles), roles
+    graph.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+
+def test_one_panel_through_collapse_copy_and_subgraph(graph):
+    send(graph, start(4), layer(0, 4, 0.02))
+    graph.evaluate("(id) => window.app.graph.getNodeById(id).collapse()", QUANTIZE)
+    graph.locator(".lr-progress").wait_for(state="hidden")
+    send(graph, layer(1, 4, 0.02))
+    graph.evaluate("(id) => window.app.graph.getNodeById(id).collapse()", QUANTIZE)
+    graph.locator(".lr-progress").wait_for(state="visible")
+    assert panel(graph)["count"] == "50 % · 2 / 4"
+    assert [kind for kind, _ in cells(graph, 4)] == ["filled"] * 4
+
+    copied = graph.evaluate(
+        """(id) => {
+            const {canvas, graph} = window.app
+            canvas.selectNodes([graph.getNodeById(id)])
+            canvas.copyToClipboard()
+            canvas.pasteFromClipboard()
+            return graph._nodes.filter(({type}) => type === 'LearnedRoundingQuantize').map(({id, widgets}) => [id, widgets.length])
+        }""",
+        QUANTIZE,
+    )
+    assert len(copied) == 2 and {count for _, count in copied} == {2}
+    graph.wait_for_function("() => document.querySelectorAll('.lr-progress').length === 2")
+    states = graph.locator(".lr-progress").evaluate_all("(roots) => roots.map(({dataset}) => dataset.state).sort()")
+    assert states == ["idle", "running"]
+
+
+def test_calibrate_tells_of_its_steps(graph):
+    node = graph.evaluate(
+        """() => {
+            const {graph} = window.app
+            graph.clear()
+            const node = window.LiteGraph.createNode('LearnedRoundingCalibrate')
+            graph.add(node)
+            node.pos = [100, 100]
+            return node.id
+        }"""
+    )
+    graph.locator(".lr-progress").wait_for(state="visible")
+    step = {"state": "calibrating", "layers": 36, "unit": "steps", "total": 40}
+    send(graph, {**step, "done": 0, "elapsed": 0}, {**step, "done": 10, "elapsed": 5.0}, node=node)
+    shown = panel(graph)
+    assert (shown["state"], shown["percent"], shown["count"]) == ("running", 25, "25 % · 10 / 40")
+    assert (shown["label"], shown["second"]) == ("calibrating 36 layers", "15 s left · 2.0 steps/s")
+    assert shown["buttons"] == ["Cancel"] and shown["overflow"] == [0, 0]
+    send(graph, {"state": "calibrated", "layers": 36, "tokens": 512, "bytes": 19_200_000, "seconds": 42.0}, node=node)
+    shown = panel(graph)
+    assert (shown["state"], shown["percent"], shown["second"]) == ("done", 100, "19.2 MB in 42 s")
+    assert shown["buttons"] == [] and shown["overflow"] == [0, 0]
+
+
+def test_reloaded_and_further_pages_show_the_whole_run_and_can_cancel_it(comfy, page, workflow, slow_model):
+    slow = workflow(seed=random.randrange(1 << 31), model=slow_model, rounding="principal", id=str(uuid.uuid4()))
+    with contextlib.closing(page.context.new_page()) as first, contextlib.closing(page.context.new_page()) as second:
+        visit(first, comfy)
+        load_workflow(first, slow)
+        assert queue_prompt(first, wait=False)["type"] == "queued"
+        first.wait_for_function(_REACHED, arg=2)
+        visit(first, comfy)
+        visit(second, comfy)
+        load_workflow(second, slow)
+        for each in (first, second):
+            each.wait_for_function(_REACHED, arg=2)
+            done, todo = map(int, re.fullmatch(r"kept 1 int8_tensorwise per row (\d+) to do (\d+)", panel(each)["legend"]).groups())
+            assert done >= 2 and done + todo == 24
+            each.wait_for_function(_REACHED, arg=done + 1)
+        second.get_by_role("button", name="Cancel", exact=True).click()
+        for each in (first, second):
+            each.locator(".lr-progress[data-state=stopped]").wait_for()
+            assert panel(each)["first"] == "Interrupted" and panel(each)["buttons"] == []
+        second.evaluate(
+            """async (id) => {
+                const {changeTracker} = window.app.extensionManager.workflow.activeWorkflow
+                window.app.graph.getNodeById(id).title = 'renamed'
+                changeTracker.checkState()
+                window.before = document.querySelector('.lr-progress')
+                await changeTracker.undo()
+            }""",
+            QUANTIZE,
+        )
+        second.wait_for_function("() => !window.before.isConnected")
+        second.locator(".lr-progress[data-state=stopped]").wait_for()
+        assert second.locator(".lr-progress").count() == 1
 
 
 def test_the_wheel_zooms_over_a_panel_too(graph):

@@ -1,0 +1,190 @@
+/**
+ * All layers of a run as coloured cells: the colour is the format's, the stronger the more of nearest's error is gone;
+ * kept layers are hatched. One canvas, of which only cells that changed are painted.
+ */
+
+import { element } from "./panel.js";
+import { layout, shade } from "./progress_state.js";
+
+// Between dark and light, so that they stand out from either theme.
+const COLOURS = {
+  float8_e4m3fn: "#3d8fe0",
+  float8_e4m3fn_rowwise: "#23a3a8",
+  float8_e4m3fn_blockwise: "#6f7de8",
+  float8_e5m2: "#a06be0",
+  int8_tensorwise: "#d9822b",
+  int8_blockwise: "#4fa04c",
+};
+const OTHER = "#c264a6"; // a format of a later release
+const HATCHES = { kept: "#8c8c8c", refused: "#e0554e" };
+const PLANNED = "#8c8c8c55";
+const FINE = 2; // pixels of the canvas for one of the page, at least: nodes are looked at enlarged, too
+const HATCH = 4; // side of the hatch's tile, in pixels of the page
+
+/** How the cells of a legend's kind look, as a CSS background. */
+export function background(kind) {
+  const line = HATCHES[kind];
+  if (line) return `repeating-linear-gradient(135deg, ${line} 0 1.5px, transparent 1.5px 3px)`;
+  return kind === "planned" ? PLANNED : (COLOURS[kind] ?? OTHER);
+}
+
+const STEPS = { ArrowLeft: () => -1, ArrowRight: () => 1, ArrowUp: (row) => -row, ArrowDown: (row) => row };
+
+/**
+ * The strip. Arrow keys, Home and End move through its layers, Enter, Space or a click picks one.
+ *
+ * onPoint(cell or null)  another layer is pointed at, or none any more
+ * onPick(cell)           this one is wanted
+ * describe(cell)         in words, for those who do not see it
+ */
+export class LayerStrip {
+  #cells = [];
+  #painted = null; // the cells as they are on the canvas, null for none
+  #pointed = null; // index under the pointer
+  #chosen = null; // index chosen by keys or a click
+  #size = [0, 0]; // as last observed; to ask for it would have the browser lay out the page in between
+  #shape = layout(0, 1, 1);
+  #hatches = {}; // patterns by colour
+
+  constructor({ onPoint, onPick, describe }) {
+    this.onPoint = onPoint;
+    this.onPick = onPick;
+    this.describe = describe;
+    this.canvas = element("canvas", "lr-cells", [], { "aria-hidden": "true" });
+    this.cursor = element("div", "lr-cursor", [], { hidden: "" });
+    this.root = element("div", "lr-strip", [this.canvas, this.cursor], {
+      tabindex: "0", role: "slider", "aria-label": "Layers; Enter copies a keep rule", "aria-valuemin": "1",
+    });
+    this.root.addEventListener("pointermove", ({ offsetX, offsetY }) => this.#point(this.#at(offsetX, offsetY)));
+    this.root.addEventListener("pointerleave", () => this.#point(null));
+    this.root.addEventListener("click", ({ offsetX, offsetY }) => this.#choose(this.#at(offsetX, offsetY), true));
+    this.root.addEventListener("keydown", (event) => this.#press(event));
+    this.root.addEventListener("focus", () => this.#chosen === null && this.root.matches(":focus-visible") && this.#choose(0));
+    new ResizeObserver(([{ contentRect }]) => {
+      this.#size = [contentRect.width, contentRect.height];
+      this.#repaint();
+    }).observe(this.root);
+  }
+
+  /** Show these cells; the array is not changed later. */
+  show(cells) {
+    if (cells === this.#cells) return;
+    const others = cells.length !== this.#cells.length;
+    this.#cells = cells;
+    this.root.hidden = cells.length === 0;
+    this.root.setAttribute("aria-valuemax", cells.length);
+    if (others) {
+      this.#pointed = null;
+      this.#chosen = null;
+      this.#repaint();
+    } else {
+      this.#paint();
+    }
+    this.#mark();
+  }
+
+  /** Forget which layer was chosen. */
+  release() {
+    this.#chosen = null;
+    this.#mark();
+  }
+
+  get #index() {
+    return this.#pointed ?? this.#chosen;
+  }
+
+  #at(x, y) {
+    const { columns, width, height } = this.#shape;
+    const index = Math.floor(y / height) * columns + Math.min(columns - 1, Math.floor(x / width));
+    return x >= 0 && y >= 0 && index < this.#cells.length ? index : null;
+  }
+
+  #point(index) {
+    if (index === this.#pointed) return;
+    this.#pointed = index;
+    this.#mark();
+  }
+
+  #choose(index, picked = false) {
+    if (index === null) return;
+    this.#chosen = index;
+    this.#mark();
+    if (picked) this.onPick(this.#cells[index]);
+  }
+
+  #press(event) {
+    const last = this.#cells.length - 1;
+    const from = this.#chosen ?? 0;
+    const ends = { Home: 0, End: last };
+    if (event.key in STEPS) this.#choose(Math.min(last, Math.max(0, from + STEPS[event.key](this.#shape.columns))));
+    else if (event.key in ends) this.#choose(ends[event.key]);
+    else if (event.key === "Enter" || event.key === " ") this.#choose(from, true);
+    else if (event.key === "Escape" && this.#chosen !== null) this.release();
+    else return;
+    event.preventDefault();
+    event.stopPropagation(); // ComfyUI has its own use for some of these keys
+  }
+
+  /** Bring the frame around a cell, and all that tells of it, to where the pointer or the keys are. */
+  #mark() {
+    const index = this.#index;
+    const cell = this.#cells[index] ?? null;
+    this.cursor.hidden = !cell;
+    if (cell) {
+      const { columns, width, height } = this.#shape;
+      Object.assign(this.cursor.style, {
+        left: `${(index % columns) * width}px`, top: `${Math.floor(index / columns) * height}px`, width: `${width}px`, height: `${height}px`,
+      });
+    }
+    this.root.setAttribute("aria-valuenow", (index ?? 0) + 1);
+    this.root.setAttribute("aria-valuetext", cell ? this.describe(cell) : "no layer chosen");
+    this.onPoint(cell);
+  }
+
+  #repaint() {
+    const [width, height] = this.#size;
+    if (!width || !height) return;
+    const fine = Math.max(FINE, window.devicePixelRatio);
+    [this.canvas.width, this.canvas.height] = [width, height].map((side) => Math.round(side * fine));
+    this.#shape = layout(this.#cells.length, width, height);
+    this.#painted = null;
+    this.#paint();
+    this.#mark();
+  }
+
+  #paint() {
+    const { columns, width, height } = this.#shape;
+    const context = this.canvas.getContext("2d");
+    const fine = Math.max(FINE, window.devicePixelRatio);
+    context.setTransform(fine, 0, 0, fine, 0, 0);
+    const [right, below] = [width, height].map((side) => (side > 3 ? 1 : side / 4)); // space between cells
+    this.#cells.forEach((cell, index) => {
+      if (this.#painted?.[index] === cell) return;
+      const [x, y] = [(index % columns) * width, Math.floor(index / columns) * height];
+      context.clearRect(x, y, width, height);
+      context.globalAlpha = cell.state === "quantized" ? shade(cell) : 1;
+      context.fillStyle = HATCHES[cell.state] ? this.#hatch(context, HATCHES[cell.state]) : background(cell.state === "planned" ? "planned" : cell.format);
+      context.fillRect(x, y, width - right, height - below);
+    });
+    context.globalAlpha = 1;
+    this.#painted = this.#cells;
+  }
+
+  #hatch(context, colour) {
+    return (this.#hatches[colour] ??= hatch(context, colour));
+  }
+}
+
+/** A pattern of diagonal lines that meet at the edges of its tile. */
+function hatch(context, colour) {
+  const tile = new OffscreenCanvas(HATCH, HATCH);
+  const lines = tile.getContext("2d");
+  lines.strokeStyle = colour;
+  lines.lineWidth = 1.2;
+  for (const shift of [-HATCH, 0, HATCH]) {
+    lines.moveTo(shift, HATCH);
+    lines.lineTo(shift + HATCH, 0);
+  }
+  lines.stroke();
+  return context.createPattern(tile, "repeat");
+}
