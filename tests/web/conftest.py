@@ -37,7 +37,7 @@ def model_file(comfy):
 def slow_model(comfy):
     """A model whose layers take a while, as Load Model names it."""
     layer = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    tensors = {f"blocks.{index}.mlp.weight": layer.roll(index, 0).contiguous() for index in range(24)}
+    tensors = {f"blocks.{index}.mlp.weight": layer.roll(index, 0).contiguous() for index in range(48)}
     tensors["blocks.0.norm_table.weight"] = torch.ones(4, 4, 4)
     save_file(tensors, comfy.models_dir / "diffusion_models" / "slow.safetensors")
     return "diffusion_models/slow.safetensors"
