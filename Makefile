@@ -18,7 +18,7 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 RUFF := .venv/.ruff
 
-.PHONY: test test-quick hosts chromium demo bench lint architectures clean
+.PHONY: test test-quick faults hosts chromium demo bench lint architectures clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
 $(READY): pyproject.toml requirements.txt
@@ -44,6 +44,9 @@ test: $(READY) hosts chromium
 
 test-quick: $(READY)
 	.venv/bin/pytest -m "not host and not browser" $(ARGS)
+
+faults: $(READY) hosts
+	.venv/bin/pytest tests/faults tests/fuzz tests/load --thorough --faults-table $(ARGS)
 
 demo: $(READY) hosts
 	.venv/bin/python benchmarks/demo.py $(ARGS)

@@ -4,6 +4,8 @@ comfy           a running server with this pack, the tiny model and a probe node
 server_factory  makes further servers of the same host, for tests that restart one or set it up differently
 host            the host itself, without a server
 comfy_page      the page of `comfy` in headless Chromium
+tried           tried(fault, times, outcome) puts a line into the table of faults (evidence.py)
+often           often(default, thorough) → how often to try, by --thorough
 
 Tests that ask for these are marked `host` (and `browser`) by that alone.
 """
@@ -16,6 +18,7 @@ import pytest
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.browser import chromium_path, open_page
+from learned_rounding.tests.evidence import DOCUMENT, rewritten, table
 
 HOSTS = available_hosts()
 TESTS = Path(__file__).resolve().parent
@@ -26,6 +29,11 @@ NO_CHROMIUM = "no Chromium on this machine: make chromium"
 # Where everything is installed on purpose, a missing part is a fault and not a reason to skip.
 STRICT = bool(os.environ.get("CI"))
 LOG_LINES = 60
+
+
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="tests of faults, fuzz and load try more often")
+    parser.addoption("--faults-table", action="store_true", help=f"write what was tried into {DOCUMENT.name}")
 
 
 def pytest_report_header():
@@ -90,6 +98,32 @@ def server_factory(host, tmp_path_factory):
 def comfy_page(comfy):
     with open_page(comfy) as page:
         yield page
+
+
+@pytest.fixture
+def often(request):
+    return lambda default, thorough: thorough if request.config.getoption("--thorough") else default
+
+
+@pytest.fixture
+def tried(request):
+    host = request.getfixturevalue("host") if "host" in request.fixturenames else None
+
+    def note(fault: str, times: int, outcome: str) -> None:
+        request.node.user_properties.append(("fault", (fault, f"ComfyUI {host.version}" if host else "library", times, outcome)))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    tries = [
+        value for report in terminalreporter.getreports("passed") for name, value in report.user_properties if name == "fault" and report.when == "call"
+    ]
+    if tries:
+        terminalreporter.section("faults")
+        terminalreporter.write(table(tries))
+    if config.getoption("--faults-table"):
+        DOCUMENT.write_text(rewritten(DOCUMENT.read_text(encoding="utf-8"), tries), encoding="utf-8")
 
 
 @pytest.hookimpl(hookwrapper=True)
