@@ -26,6 +26,7 @@ import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("pack", Path(pack) / "__init__.py", submodule_search_locations=[pack])
@@ -297,9 +298,20 @@ def verifying() -> dict:
     return {"sound": sound, "text encoder": text_encoder, "damaged": found, "knows": [name for name in FORMATS if host.knows(name)]}
 
 
+def document() -> dict:
+    """The example that lies in the folder, with the file that it names."""
+    file = Path(folder) / "by_hand.safetensors"
+    with safe_open(file, "pt") as stored:
+        layers = sum(name.endswith(".comfy_quant") for name in stored.keys())
+    names = {"__name__": "example", "example_file": str(file), "example_layers": layers}
+    exec(compile((Path(folder) / "example.py").read_text(), "example.py", "exec"), names)
+    return {"layers": len(names["layers"])}
+
+
 CHECKS = {
     "compared_text_encoders": compared_text_encoders,
     "decoding": decoding,
+    "document": document,
     "verifying": verifying,
     "text_encoder": text_encoder,
     "taught_text_encoder": taught_text_encoder,
