@@ -11,6 +11,7 @@ from ..formats import with_granularity
 __all__ = ["FormatChoice", "LayerRule", "layer_rules", "most_specific", "parse_layer_config"]
 
 SKIP = "skip"
+_LONGEST = 2000  # characters of a pattern
 # Short names of formats, as on the command line.
 SHORT = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise"}
 # Key of a rule → field of a FormatChoice and the types it may have.
@@ -65,9 +66,13 @@ def layer_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
     kept = tuple(LayerRule(pattern, None, "keep pattern") for pattern in keep)
     rules = (*kept, *parse_layer_config(config))
     for rule in rules:
+        if len(rule.pattern) > _LONGEST:
+            raise RecipeError(
+                f"The {rule.origin} '{rule.pattern[:40]}…' has {len(rule.pattern):,} characters and may have {_LONGEST:,}; split it."
+            )
         try:
             re.compile(rule.pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise RecipeError(f"The {rule.origin} '{rule.pattern}' is no regular expression: {error}.") from None
     return rules
 
