@@ -62,8 +62,10 @@ class SafetensorsFile:
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             self._parse()
-        except BaseException:
+        except BaseException as error:
             self._file.close()
+            if isinstance(error, OSError):
+                raise SourceError(f"{self.path} cannot be read: {error.strerror}; check the disk.") from error
             raise
 
     def _parse(self) -> None:
