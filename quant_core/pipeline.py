@@ -36,6 +36,7 @@ from .errors import (
     CalibrationError,
     NonFiniteWeightError,
     NothingToQuantizeError,
+    OutOfMemoryError,
     OutputError,
     OutputExistsError,
     QuantizationError,
@@ -253,6 +254,11 @@ def _run(
             return
         except CalibrationError as error:
             raise CalibrationError(f"{layer}: {error}") from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemoryError(
+                f"{device} has too little memory for layer {layer}, {'×'.join(map(str, info.shape))}; close other programs and models, "
+                "or choose another device or a lighter rounding."
+            ) from error
         writing.wait()  # so that the layer's time holds what the disk takes
         tensors = quantized.tensors(layer)
         configs[layer] = quantized.config
