@@ -1,17 +1,16 @@
 """A user's own rules for single layers: a format, or full precision. The most specific one decides."""
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import RecipeError
 from ..formats import with_granularity
+from .patterns import compiled
 
 __all__ = ["FormatChoice", "LayerRule", "layer_rules", "most_specific", "parse_layer_config"]
 
 SKIP = "skip"
-_LONGEST = 2000  # characters of a pattern
 # Short names of formats, as on the command line.
 SHORT = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise"}
 # Key of a rule → field of a FormatChoice and the types it may have.
@@ -57,7 +56,7 @@ class LayerRule:
 def most_specific(rules: Iterable[LayerRule], name: str) -> LayerRule | None:
     """Of the rules that find ``name``: one that is the name of the layer itself, else that with the longest pattern, else the last."""
     layer = name.removesuffix(".weight")
-    found = [rule for rule in rules if re.search(rule.pattern, name)]
+    found = [rule for rule in rules if compiled(rule.pattern).search(name)]
     return max(reversed(found), key=lambda rule: (rule.pattern in (name, layer), len(rule.pattern)), default=None)
 
 
@@ -66,14 +65,10 @@ def layer_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
     kept = tuple(LayerRule(pattern, None, "keep pattern") for pattern in keep)
     rules = (*kept, *parse_layer_config(config))
     for rule in rules:
-        if len(rule.pattern) > _LONGEST:
-            raise RecipeError(
-                f"The {rule.origin} '{rule.pattern[:40]}…' has {len(rule.pattern):,} characters and may have {_LONGEST:,}; split it."
-            )
         try:
-            re.compile(rule.pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise RecipeError(f"The {rule.origin} '{rule.pattern}' is no regular expression: {error}.") from None
+            compiled(rule.pattern)
+        except RecipeError as error:
+            raise RecipeError(f"The {rule.origin}: {error}") from None
     return rules
 
 
