@@ -1,6 +1,6 @@
 """The command ``lrq``, also ``python PATH/TO/CLONE``.
 
-Exit codes: 0 done, 1 an error (one sentence on stderr), 2 wrong usage, 130 interrupted.
+Exit codes: see :data:`EXIT_CODES`.
 """
 
 import argparse
@@ -31,7 +31,14 @@ from .requantize import DecodedSource
 from .rounding import OPTIONS, ROUNDINGS
 from .rounding.methods import Option
 
-__all__ = ["main"]
+__all__ = ["EXIT_CODES", "main"]
+
+EXIT_CODES = {
+    0: "done, or done already",
+    1: "an error, in one sentence on stderr; verify: the file has problems",
+    2: "wrong usage",
+    130: "interrupted; nothing was left behind",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,7 +87,10 @@ class _Refusal(argparse.Action):
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="lrq", description="Quantize diffusion models and text encoders into files that ComfyUI loads."
+        prog="lrq",
+        description="Quantize diffusion models and text encoders into files that ComfyUI loads.",
+        epilog="exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+        + ". A run that was killed is taken up by the same command.",
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
 
@@ -483,14 +493,23 @@ def _presets(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except QuantizationError as error:
+    except KeyboardInterrupt:
+        print(f"lrq: {EXIT_CODES[130]}.", file=sys.stderr)
+        return 130
+    except Exception as error:
         if hasattr(args, "debug"):
             traceback.print_exc()
-        print(f"lrq: {error}", file=sys.stderr)
+        known = isinstance(error, QuantizationError)
+        print(f"lrq: {error if known else _unexpected(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("lrq: interrupted; nothing was left behind.", file=sys.stderr)
-        return 130
+
+
+def _unexpected(error: Exception) -> str:
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"something unexpected went wrong ({what}); run again with --debug for the trace, and report it."

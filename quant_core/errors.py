@@ -9,6 +9,7 @@ __all__ = [
     "AlreadyQuantizedError",
     "NothingToQuantizeError",
     "NonFiniteWeightError",
+    "OutOfMemoryError",
     "OutputError",
     "OutputExistsError",
     "RecipeError",
@@ -37,6 +38,10 @@ class NothingToQuantizeError(QuantizationError):
 
 class NonFiniteWeightError(QuantizationError):
     """A weight holds NaN or Inf, which no scale can represent."""
+
+
+class OutOfMemoryError(QuantizationError):
+    """A device has too little memory for a layer, even in parts."""
 
 
 class OutputError(QuantizationError):

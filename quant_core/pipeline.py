@@ -1,9 +1,10 @@
 """The one loop: tensors in, quantized tensors out, events on the way. Nodes and command line both run it."""
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from .. import kernels
 from .calibration import Calibration, Inputs, input_scale
 from .checkpoints import (
     PROVENANCE_KEY,
@@ -34,9 +36,11 @@ from .errors import (
     CalibrationError,
     NonFiniteWeightError,
     NothingToQuantizeError,
+    OutOfMemoryError,
     OutputError,
     OutputExistsError,
     QuantizationError,
+    SourceError,
 )
 from .events import CancelCheck, LayerFinished, LayerKept, LayerStarted, Listener, PlannedLayer, RunFinished, RunStarted
 from .formats.weight import config_bytes
@@ -55,16 +59,30 @@ CORRECTED = "bias of a quantized layer, corrected for its mean error"
 
 
 class Sink(Protocol):
-    """Where tensors go."""
+    """Where tensors go.
+
+    Attributes:
+        notes: of layers that a run before has finished.
+    """
+
+    notes: Sequence[dict]
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
         """Take one tensor; returns its size in bytes."""
 
+    def note(self, value: dict) -> None:
+        """Take what is to be known of the tensors since the last note, as JSON."""
+
 
 class _DictSink(dict):
+    notes = ()
+
     def add(self, name: str, tensor: torch.Tensor) -> int:
         self[name] = tensor.cpu()
         return tensor.nbytes
+
+    def note(self, value: dict) -> None:
+        """A state dict has no next run."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +125,18 @@ class _WriteBehind:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-write")
         self._pending: Future | None = None
 
-    def add(self, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Take the tensors of one layer once those of the layer before are written; returns their size in bytes."""
-        self._wait()
-        self._pending = self._pool.submit(self._write, tensors)
-        return sum(tensor.nbytes for tensor in tensors.values())
+    def add(self, tensors: Mapping[str, torch.Tensor], note: dict) -> None:
+        """Take the tensors of one layer, and what is to be known of it, once those of the layer before are written."""
+        self.wait()
+        self._pending = self._pool.submit(self._write, tensors, note)
 
-    def _write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _write(self, tensors: Mapping[str, torch.Tensor], note: dict) -> None:
         for name, tensor in tensors.items():
             self._sink.add(name, tensor)
+        self._sink.note(note)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until everything taken is written."""
         if self._pending is not None:
             _awaited(self._pending, self._check)
 
@@ -127,7 +146,7 @@ class _WriteBehind:
     def __exit__(self, kind, *_) -> None:
         try:
             if kind is None:
-                self._wait()
+                self.wait()
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)  # the file is removed next, by whoever opened it
 
@@ -142,6 +161,10 @@ class _Clock:
     @property
     def elapsed(self) -> float:
         return time.perf_counter() - self._start
+
+    def skip(self, count: int) -> None:
+        """Bytes that cost no time say nothing of the pace."""
+        self._total -= count
 
     def advance(self, count: int) -> float:
         self._done += count
@@ -171,14 +194,20 @@ def _run(
     configs: dict[str, dict[str, object]] = {}
     biases = _biases(source, plan, recipe, calibration)
 
-    def kept(name: str, reason: str, **more) -> None:
-        clock.advance(source.tensors[name].nbytes)
-        report.kept.append(LayerKept(name, source.tensors[name].shape, reason, **more))
-        emit(report.kept[-1])
+    def tell(event: LayerFinished | LayerKept) -> None:
+        (report.layers if isinstance(event, LayerFinished) else report.kept).append(event)
+        emit(event)
 
-    def keep(name: str, tensor: torch.Tensor, reason: str, **more) -> None:
-        report.bytes_out += writing.add({name: tensor})
-        kept(name, reason, **more)
+    def kept(name: str, reason: str, **more) -> LayerKept:
+        clock.advance(source.tensors[name].nbytes)
+        return LayerKept(name, source.tensors[name].shape, reason, **more)
+
+    def put(tensors: Mapping[str, torch.Tensor], *events: LayerFinished | LayerKept) -> None:
+        report.bytes_out += sum(tensor.nbytes for tensor in tensors.values())
+        layer = events[0].name.removesuffix(".weight")
+        writing.add(tensors, _note(events, configs.get(layer)))
+        for event in events:
+            tell(event)
 
     others = len(source.tensors) - total
     layers = tuple(_planned(source, plan))
@@ -197,7 +226,7 @@ def _run(
     )
     clock = _Clock(bytes_in)
     for name in plan.names("remove"):
-        kept(name, plan.decisions[name].reason, removed=True)
+        tell(kept(name, plan.decisions[name].reason, removed=True))
 
     def quantize(name: str, tensor: torch.Tensor, index: int) -> None:
         info = source.tensors[name]
@@ -220,55 +249,70 @@ def _run(
                 check=check,
             )
         except NonFiniteWeightError:
-            keep(name, tensor, NON_FINITE, planned=False)
-            if bias_name:
-                keep(bias_name, bias, plan.decisions[bias_name].reason)
+            beside = {bias_name: bias} if bias_name else {}
+            put({name: tensor, **beside}, kept(name, NON_FINITE, planned=False), *(kept(also, plan.decisions[also].reason) for also in beside))
             return
         except CalibrationError as error:
             raise CalibrationError(f"{layer}: {error}") from error
-        written = writing.add(quantized.tensors(layer))
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemoryError(
+                f"{device} has too little memory for layer {layer}, {'×'.join(map(str, info.shape))}; close other programs and models, "
+                "or choose another device or a lighter rounding."
+            ) from error
+        writing.wait()  # so that the layer's time holds what the disk takes
+        tensors = quantized.tensors(layer)
         configs[layer] = quantized.config
         rounded = quantized.rounded
-        report.bytes_out += written
         eta = clock.advance(info.nbytes)
-        report.layers.append(
-            LayerFinished(
-                index,
-                total,
-                name,
-                info.shape,
-                quantized.format.name,
-                quantized.granularity,
-                quantized.weight_error,
-                clock.elapsed - began,
-                info.nbytes,
-                written,
-                clock.elapsed,
-                eta,
-                rounded.winner,
-                rounded.gain,
-                rounded.output_error,
-                rounded.note,
-                quantized.encoding.rotation and quantized.encoding.rotation.size,
-                tuple(torch.stack(quantized.scale.aminmax()).tolist()),
-            )
+        finished = LayerFinished(
+            index,
+            total,
+            name,
+            info.shape,
+            quantized.format.name,
+            quantized.granularity,
+            quantized.weight_error,
+            clock.elapsed - began,
+            info.nbytes,
+            sum(tensor.nbytes for tensor in tensors.values()),
+            clock.elapsed,
+            eta,
+            rounded.winner,
+            rounded.gain,
+            rounded.output_error,
+            rounded.note,
+            quantized.encoding.rotation and quantized.encoding.rotation.size,
+            tuple(torch.stack(quantized.scale.aminmax()).tolist()),
         )
-        emit(report.layers[-1])
-        if bias_name:
-            kept(bias_name, plan.decisions[bias_name].reason if quantized.bias is bias else CORRECTED)
+        corrected = quantized.bias is not bias
+        put(tensors, finished, *(kept(also, CORRECTED if corrected else plan.decisions[also].reason) for also in filter(None, [bias_name])))
 
-    index = 0
+    def take_up(note: dict) -> None:
+        """What a run before has made of a layer."""
+        if note["config"]:
+            configs[note["events"][0][1]["name"].removesuffix(".weight")] = note["config"]
+        for kind, fields in note["events"]:
+            clock.skip(source.tensors[fields["name"]].nbytes)
+            event = _EVENTS[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+            if isinstance(event, LayerFinished):
+                emit(LayerStarted(event.index, total, event.name, event.shape))
+            tell(event)
+
+    for note in sink.notes:
+        take_up(note)
+    done = {event.name for event in (*report.layers, *report.kept)}
+    index = sum(1 for name in plan.names("quantize") if name in done)
     read_with_weight = set(biases.values())
     places = [
         (name, device if plan.decisions[name].action == "quantize" else CPU)
         for name in plan.output_names()
-        if name not in read_with_weight
+        if name not in read_with_weight | done
     ]
     with _WriteBehind(sink, check) as writing:
         for name, tensor in _read_ahead(source, places, check):
             check()
             if plan.decisions[name].action == "keep":
-                keep(name, tensor, plan.decisions[name].reason)
+                put({name: tensor}, kept(name, plan.decisions[name].reason))
             else:
                 quantize(name, tensor, index)
                 index += 1
@@ -279,6 +323,14 @@ def _run(
         )
     report.seconds = clock.elapsed
     return report, configs
+
+
+_EVENTS = {kind.__name__: kind for kind in (LayerFinished, LayerKept)}
+
+
+def _note(events: Iterable[LayerFinished | LayerKept], config: dict | None) -> dict:
+    """What the next run must know of a layer to tell of it as this one did."""
+    return {"events": [[type(event).__name__, vars(event)] for event in events], "config": config}
 
 
 def _planned(source: Source, plan: Plan) -> Iterator[PlannedLayer]:
@@ -382,7 +434,8 @@ def quantize_file(
     """Quantize a model file (see :func:`~.checkpoints.sources.open_source`), or any :class:`Source`, into a new safetensors file.
 
     The file appears under its final name only when it is complete and on disk. An output with the same fingerprint
-    (source, recipe, calibration, version) is left as it is; any other is refused unless ``overwrite``.
+    (source, recipe, calibration, version) is left as it is; any other is refused unless ``overwrite``. Where a run of the same
+    was killed, its finished layers are taken up, and the file comes out as if it had not been.
     ``calibration``: what is known of the layers' inputs; layers that it does not know are rounded to nearest.
     ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
 
@@ -424,16 +477,40 @@ def quantize_file(
     planned = {
         name.removesuffix(".weight"): recipe.of(plan.decisions[name]).encoding.config for name in plan.names("quantize")
     }
-    with SafetensorsWriter(
-        destination,
-        _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark)),
-    ) as writer:
+    reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
+    before = _states(origins)
+    run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
+    with SafetensorsWriter(destination, reserve, run) as writer:
         report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
+        _check_unchanged(source, before)
         report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))
     remove_leftovers(destination)
     report.output = str(destination)
     emit(RunFinished(report))
     return report
+
+
+def _states(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    """What changes with a file's contents; of those that still lie there."""
+    states = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            states[path] = found.st_ino, found.st_size, found.st_mtime_ns
+    return states
+
+
+def _check_unchanged(source: Source, before: Mapping[Path, tuple[int, ...]]) -> None:
+    """A file that was replaced is still read as it was; one that was written to is a mixture."""
+    for path, state in _states(before).items():
+        if state[0] == before[path][0] and state != before[path]:
+            raise SourceError(f"{source.name}: {path} was changed while it was read; run again.")
+
+
+def _computes_on(device: torch.device) -> list[str]:
+    """What may round ties otherwise: the arithmetic of one run is that of one machine."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return [name, torch.__version__, kernels.backend()]
 
 
 def _check_calibration(source: Source, calibration: Calibration | None) -> None:

@@ -81,6 +81,9 @@ def layer_configs(source: Source) -> tuple[dict[str, dict], dict[str, dict]]:
         )
     if not isinstance(header, dict) or not all(isinstance(config, dict) for config in header.values()):
         raise SourceError(f"{source.name}: header entry {QUANTIZATION_KEY} does not map layers to their formats.")
+    for layer, config in (*tensors.items(), *header.items()):
+        if not isinstance(config.get("format"), (str, type(None))):
+            raise SourceError(f"{source.name}: the format of layer {layer} is no name but {config['format']!r:.60}; the file is damaged.")
     return tensors, header
 
 

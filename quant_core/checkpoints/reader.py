@@ -21,6 +21,8 @@ __all__ = ["SafetensorsFile", "MAX_HEADER"]
 
 MAX_HEADER = 100_000_000  # the limit of the format's own library
 _LENGTH = struct.Struct("<Q")
+_MAX_RANK = 64  # as many dimensions as torch's operators take
+_TOO_LARGE = 2**63
 _READ_AT_ONCE = 1 << 24  # how soon a closed file stops a reading thread
 _OTHER_KINDS = (
     (b"PK\x03\x04", "a pickled PyTorch checkpoint"),
@@ -60,8 +62,10 @@ class SafetensorsFile:
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             self._parse()
-        except BaseException:
+        except BaseException as error:
             self._file.close()
+            if isinstance(error, OSError):
+                raise SourceError(f"{self.path} cannot be read: {error.strerror}; check the disk.") from error
             raise
 
     def _parse(self) -> None:
@@ -87,6 +91,8 @@ class SafetensorsFile:
             self.metadata = dict(header.pop("__metadata__", None) or {})
             if not all(isinstance(value, str) for value in self.metadata.values()):
                 raise ValueError("its metadata is no table of strings")
+            for text in (*header, *self.metadata, *self.metadata.values()):
+                text.encode()  # JSON can escape half a character, which no output can hold
             spans = sorted(
                 (self._entry(name, entry) for name, entry in header.items()), key=lambda span: (span[1], span[2])
             )
@@ -114,10 +120,14 @@ class SafetensorsFile:
     def _entry(name: str, entry: dict) -> tuple[str, int, int, TensorInfo]:
         if entry["dtype"] not in TORCH_DTYPES:
             raise ValueError(f"tensor {name} has the unknown dtype {entry['dtype']}")
+        if len(entry["shape"]) > _MAX_RANK:
+            raise ValueError(f"tensor {name} has {len(entry['shape']):,} dimensions")
         info = TensorInfo(TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]))
         begin, stop = entry["data_offsets"]
         if not all(type(number) is int and number >= 0 for number in (begin, stop, *info.shape)):
             raise ValueError(f"tensor {name} has no whole numbers for its shape and place")
+        if max((begin, stop, *info.shape)) >= _TOO_LARGE:
+            raise ValueError(f"tensor {name} has a number of more than 63 bits for its shape or place")
         if stop - begin != info.nbytes:
             raise ValueError(f"tensor {name} needs {info.nbytes:,} bytes and is given {stop - begin:,}")
         return name, begin, stop, info

@@ -1,12 +1,12 @@
 """A user's own rules for single layers: a format, or full precision. The most specific one decides."""
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import RecipeError
 from ..formats import with_granularity
+from .patterns import compiled
 
 __all__ = ["FormatChoice", "LayerRule", "layer_rules", "most_specific", "parse_layer_config"]
 
@@ -56,7 +56,7 @@ class LayerRule:
 def most_specific(rules: Iterable[LayerRule], name: str) -> LayerRule | None:
     """Of the rules that find ``name``: one that is the name of the layer itself, else that with the longest pattern, else the last."""
     layer = name.removesuffix(".weight")
-    found = [rule for rule in rules if re.search(rule.pattern, name)]
+    found = [rule for rule in rules if compiled(rule.pattern).search(name)]
     return max(reversed(found), key=lambda rule: (rule.pattern in (name, layer), len(rule.pattern)), default=None)
 
 
@@ -66,9 +66,9 @@ def layer_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
     rules = (*kept, *parse_layer_config(config))
     for rule in rules:
         try:
-            re.compile(rule.pattern)
-        except re.error as error:
-            raise RecipeError(f"The {rule.origin} '{rule.pattern}' is no regular expression: {error}.") from None
+            compiled(rule.pattern)
+        except RecipeError as error:
+            raise RecipeError(f"The {rule.origin}: {error}") from None
     return rules
 
 

@@ -194,7 +194,7 @@ class Recipe(Method):
         """Inverse of :meth:`to_toml`."""
         try:
             return cls.from_dict(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise RecipeError(f"The recipe is not valid TOML: {error}.") from None
 
 

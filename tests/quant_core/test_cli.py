@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import learned_rounding
 from learned_rounding import kernels
-from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, pipeline, quantize_weight
+from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, cli, pipeline, quantize_weight
 from learned_rounding.quant_core.checkpoints import verify_file
 from learned_rounding.quant_core.cli import main
 
@@ -646,3 +646,21 @@ def test_the_installed_command_runs(tmp_path):
         pytest.skip("the package is not installed beside this interpreter")
     result = run([command, "formats"], tmp_path)
     assert result.returncode == 0 and "float8_e4m3fn" in result.stdout
+
+
+def test_what_nobody_foresaw_is_one_line_too(lrq, monkeypatch, tmp_path):
+    def broken(*args):
+        raise ZeroDivisionError("a line\nand another")
+
+    monkeypatch.setattr(cli, "inspect_file", broken)
+    code, _, err = lrq("inspect", tmp_path)
+    assert code == 1 and len(err) == 1
+    assert "ZeroDivisionError: a line and another" in err[0] and "--debug" in err[0]
+    code, _, err = lrq("inspect", tmp_path, "--debug")
+    assert code == 1 and err[0].startswith("Traceback") and err[-1].startswith("lrq: something unexpected")
+
+
+def test_the_help_tells_the_exit_codes(lrq):
+    _, out, _ = lrq("--help")
+    said = " ".join(out.split())
+    assert all(f"{code} {meaning}" in said for code, meaning in cli.EXIT_CODES.items())

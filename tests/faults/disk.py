@@ -1,0 +1,127 @@
+"""A disk that fails at a chosen operation, and a process that runs on it.
+
+Every write, cut, flush, rename and removal of the writer counts as one operation; every look at the cancellation check counts too
+where a process is to be killed there.
+"""
+
+import errno
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.checkpoints import writer
+
+__all__ = ["Disk", "File", "failing", "killed", "killing", "processes", "run"]
+
+_REAL_OPEN = open
+
+
+class Disk:
+    """Calls ``fault(file, data)`` before operation number ``at`` and all after it; ``file`` and ``data`` are those of a write."""
+
+    def __init__(self, at: int | None = None, fault: Callable | None = None):
+        self.operations, self._at, self._fault = [], at, fault
+
+    def step(self, operation: str, file=None, data: bytes | memoryview = b"") -> None:
+        self.operations.append(operation)
+        if self._at is not None and len(self.operations) > self._at:
+            self._fault(file, data)
+
+    def open(self, path, mode="r", **options):
+        name = "journal" if str(path).endswith(".journal") else "file"
+        return File(_REAL_OPEN(path, mode, **options), self.step, name, reads=mode == "rb")
+
+    def call(self, function: Callable, name: str) -> Callable:
+        def counted(*args, **options):
+            self.step(name)
+            return function(*args, **options)
+
+        return counted
+
+    @contextmanager
+    def under(self, *modules):
+        """Files that these modules open lie on it; the writer's removals, renames and flushes count."""
+        with pytest.MonkeyPatch.context() as patch:
+            for module in modules or (writer,):
+                patch.setattr(module, "open", self.open, raising=False)
+            if not modules:
+                for name in ("fsync", "replace"):
+                    patch.setattr(os, name, self.call(getattr(os, name), name))
+            yield self
+
+
+class File:
+    """A file whose operations are told of before they are done; reading is one where it is for nothing else."""
+
+    def __init__(self, file, step: Callable, name: str, reads: bool):
+        self._file, self._step, self._name, self._reads = file, step, name, reads
+
+    def write(self, data) -> int:
+        self._step(f"write {self._name}", self._file, data)
+        return self._file.write(data)
+
+    def truncate(self, size: int) -> int:
+        self._step(f"cut {self._name}")
+        return self._file.truncate(size)
+
+    def read(self, *size) -> bytes:
+        if self._reads:
+            self._step("read")
+        return self._file.read(*size)
+
+    def readinto(self, view) -> int:
+        if self._reads:
+            self._step("read")
+        return self._file.readinto(view)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def failing(code: int) -> Callable:
+    """A fault that is an error of the system."""
+
+    def fail(file, data):
+        raise OSError(code, os.strerror(code))
+
+    assert code in errno.errorcode
+    return fail
+
+
+def killing(file, data) -> None:
+    """A fault that is kill -9, in the middle of a write."""
+    if len(data) > 1:
+        file.write(memoryview(data)[: len(data) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(source: Path, target: Path, recipe: Recipe, kind: str, at: int | None, overwrite: bool = False) -> None:
+    """In a process of its own: quantize, and die at operation ``at`` of the disk, or at a look at the cancellation check."""
+    checks = Disk(at if kind == "check" else None, killing)
+    with Disk(at if kind == "disk" else None, killing).under():
+        quantize_file(source, target, recipe, device="cpu", overwrite=overwrite, check=lambda: checks.step("check"))
+
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload([__name__])
+
+
+def killed(*args) -> bool:
+    """Whether :func:`run` was killed; it ends well otherwise."""
+    process = processes.Process(target=run, args=args)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0

@@ -1,0 +1,238 @@
+"""Disks that are full, fail, are slow or change below a run: the whole file or none, one sentence, and the next run works."""
+
+import errno
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+from safetensors.torch import save, save_file
+
+from learned_rounding.quant_core import quantize_file
+from learned_rounding.quant_core.checkpoints import reader, writer
+from learned_rounding.quant_core.cli import main
+from learned_rounding.quant_core.errors import OutputError, SourceError
+from learned_rounding.quant_core.events import LayerStarted
+from learned_rounding.tests.faults.conftest import make_case, tensors
+from learned_rounding.tests.faults.disk import Disk, failing, killed
+
+SEED = 30
+NAMES = ["with space", "ü€漢😀", "[a]*?", "-rf", "~", "%s{0}$HOME", "a'b\"c", "tab\tline\nbreak", "..", "\u202egnp", "#;&|<>", "\udcff raw byte", "CON"]
+
+
+def quantized(case):
+    return quantize_file(case.source, case.target, case.recipe, device="cpu")
+
+
+def operations(case, *modules) -> int:
+    with Disk().under(*modules) as disk:
+        quantized(case)
+    case.clear()
+    return len(disk.operations)
+
+
+@pytest.mark.parametrize("code, sentence", [(errno.ENOSPC, "The disk is full"), (errno.EIO, "check the disk")], ids=["ENOSPC", "EIO"])
+def test_writing_fails_anywhere(case, often, tried, code, sentence):
+    every = operations(case)
+    points = random.Random(SEED).sample(range(every), often(40, every))
+    for at in points:
+        with Disk(at, failing(code)).under(), pytest.raises(OutputError, match=sentence):
+            quantized(case)
+        late = case.target.exists()  # only the flush of the folder, after the rename, may fail then
+        assert not late or at == every - 1
+        case.check()
+        assert late or [path.name for path in case.target.parent.iterdir()] == [case.source.name]
+        case.again()
+        case.clear()
+    tried(f"{errno.errorcode[code]} at a random write", len(points), "whole or none")
+
+
+def test_reading_fails_anywhere(case, often, tried):
+    every = operations(case, reader)
+    points = random.Random(SEED).sample(range(every), often(25, every))
+    for at in points:
+        with Disk(at, failing(errno.EIO)).under(reader), pytest.raises(SourceError, match="cannot be read.*check the disk"):
+            quantized(case)
+        case.check(complete=False)
+        case.again()
+        case.clear()
+    tried("EIO at a random read", len(points), "whole or none")
+
+
+CHANGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "written over": lambda path: path.write_bytes(save(tensors(1))),
+    "one byte changed": lambda path: _poke(path),
+}
+
+
+def _poke(path):
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changes_below_a_run_makes_no_file(one_case, change, often, tried):
+    layers = range(0, 8, often(3, 1))
+    before = one_case.source.read_bytes()
+    for index in layers:
+
+        def listener(event, index=index):
+            if isinstance(event, LayerStarted) and event.index == index:
+                CHANGES[change](one_case.source)
+
+        with pytest.raises(SourceError, match="changed while it was read; run again|ended early"):
+            quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", on_event=listener)
+        one_case.source.write_bytes(before)
+        one_case.check(complete=False)
+        one_case.again()
+        one_case.clear()
+    tried(f"source {change} during the run", len(layers), "none, one sentence, next run works")
+
+
+def test_a_source_that_is_replaced_or_removed_is_read_to_its_end(one_case, tried):
+    for change in (os.unlink, lambda path: os.replace(save_other(path), path)):
+        before = one_case.source.read_bytes()
+
+        def listener(event, change=change):
+            if isinstance(event, LayerStarted) and event.index == 2:
+                change(one_case.source)
+
+        quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", on_event=listener)
+        one_case.source.write_bytes(before)
+        one_case.check(complete=True)
+        one_case.clear()
+    tried("source replaced or removed during the run", 2, "the file of the old source, whole")
+
+
+def save_other(path):
+    other = path.with_name("other")
+    save_file(tensors(1), other)
+    return other
+
+
+def test_a_read_only_folder(one_case, capsys, monkeypatch, tried):
+    def refuse(path, mode="r", **options):
+        if "x" in mode:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return open(path, mode, **options)
+
+    monkeypatch.setattr(writer, "open", refuse, raising=False)
+    assert main(["quantize", "-i", str(one_case.source), "-o", str(one_case.target)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("lrq: The folder ") and "is read-only for this user; choose another output" in line
+    monkeypatch.undo()
+    one_case.check(complete=False)
+    one_case.again()
+    tried("read-only folder", 1, "none, one sentence, next run works")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_file_names(tmp_path, name, tried):
+    """Under any name the file is the same, a dead run of it is taken up, and other files stay."""
+    case = make_case(tmp_path, name=f"{name}.safetensors")
+    other = tmp_path / f".other{name}.safetensors.00000000.partial"
+    other.write_bytes(b"another's")
+    renamed = case.source.rename(tmp_path / f"in {name}.safetensors")
+    assert killed(renamed, case.target, case.recipe, "disk", 30)
+    quantize_file(renamed, case.target, case.recipe, device="cpu")
+    assert case.target.read_bytes() == case.expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name, renamed.name, case.target.name])
+    tried("a file name with odd characters", 1, "whole or none")
+
+
+def test_the_command_line_prints_names_that_its_terminal_cannot(tmp_path, tried):
+    case = make_case(tmp_path, name="\udcff 漢.safetensors")
+    command = [sys.executable, "-m", "learned_rounding", "quantize", "-i", case.source, "-o", case.target, "--int8", "--device", "cpu"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    case.check(complete=True)
+    tried("a file name that the terminal cannot show", 1, "whole or none")
+
+
+def test_a_disk_that_stops_taking_data_does_not_stop_the_check(one_case, often, tried):
+    """Each chosen write goes on only after the run has looked at its cancellation check meanwhile."""
+    every = operations(one_case)
+    points = random.Random(SEED).sample(range(every - 8), often(3, 20))
+    for at in points:
+        looked, waiting = threading.Event(), threading.Event()
+
+        def slow(file, data, looked=looked, waiting=waiting):
+            if threading.current_thread() is not threading.main_thread():
+                waiting.set()
+                assert looked.wait(timeout=60)
+
+        with Disk(at, slow).under():
+            quantize_file(
+                one_case.source,
+                one_case.target,
+                one_case.recipe,
+                device="cpu",
+                check=lambda looked=looked, waiting=waiting: waiting.is_set() and looked.set(),
+            )
+        one_case.check(complete=True)
+        one_case.clear()
+    tried("a disk that keeps a write waiting", len(points), "whole; may be cancelled meanwhile")
+
+
+def test_a_disk_that_takes_little_at_a_time(one_case, monkeypatch, tried):
+    class Short:
+        def __init__(self, file):
+            self._file = file
+
+        def write(self, data):
+            return self._file.write(memoryview(data).cast("B")[:61])
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+    monkeypatch.setattr(writer, "open", lambda *args, **options: Short(open(*args, **options)), raising=False)
+    quantized(one_case)
+    one_case.check(complete=True)
+    tried("a disk that takes 61 bytes at a time", 1, "whole or none")
+
+
+class Stop(Exception):
+    """What a host raises to cancel."""
+
+
+def test_cancelled_at_a_random_check(case, often, tried):
+    checks = []
+    quantize_file(case.source, case.target, case.recipe, device="cpu", check=lambda: checks.append(1))
+    case.clear()
+    points = random.Random(SEED).sample(range(len(checks)), min(len(checks), often(20, 200)))
+    for at in points:
+        seen = []
+
+        def check(at=at, seen=seen):
+            seen.append(1)
+            if len(seen) > at:
+                raise Stop
+
+        with pytest.raises(Stop):
+            quantize_file(case.source, case.target, case.recipe, device="cpu", check=check)
+        assert [path.name for path in case.target.parent.iterdir()] == [case.source.name]
+        case.check(complete=False)
+    case.again()
+    tried("cancelled at a random check", len(points), "whole or none")
+
+
+def test_a_check_during_the_read(one_case, tried):
+    """A read that waits, as on a network disk, goes on only after the run has looked at its check."""
+    looked, waiting = threading.Event(), threading.Event()
+
+    def slow(file, data):
+        if threading.current_thread().name.startswith("learned-rounding-read"):
+            waiting.set()
+            assert looked.wait(timeout=60)
+
+    with Disk(operations(one_case, reader) - 3, slow).under(reader):
+        quantize_file(
+            one_case.source, one_case.target, one_case.recipe, device="cpu", check=lambda: waiting.is_set() and looked.set()
+        )
+    one_case.check(complete=True)
+    assert looked.is_set()
+    tried("a disk that keeps a read waiting", 1, "whole; may be cancelled meanwhile")
