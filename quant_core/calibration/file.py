@@ -83,7 +83,7 @@ class CalibrationFile:
             }
             self._sensitivity = {str(name): float(value) for name, value in header.get("sensitivity", {}).items()}
             self.provenance = dict(header.get("provenance", {}))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CalibrationError(f"{self.path} has a damaged header ({error}); calibrate again.") from None
         self._sites = {name: site for name, (site, _, _) in layers.items()}
         self.layers = {name: (out, inner) for name, (_, out, inner) in layers.items()}

@@ -7,6 +7,7 @@ references to groups, and flags.
 
 import functools
 import re
+import warnings
 from collections.abc import Callable
 
 from ..errors import RecipeError
@@ -21,12 +22,13 @@ _COUNT = re.compile(r"\{(\d*)(?:(,)(\d*))?\}")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|0[0-7]{0,2}|N\{[^}]*\}|.)", re.DOTALL)
 _REPEATS = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-# What holds between two characters: (the one before is part of a word, so is the next, at the start, at the end).
-_PLACES: dict[str, Callable[[bool, bool, bool, bool], bool]] = {
+_INSIDE, _LAST_LINE_ENDS, _ENDS = range(3)
+# What holds between two characters: (the one before is part of a word, so is the next, at the start, how near the end).
+_PLACES: dict[str, Callable[[bool, bool, bool, int], bool]] = {
     "^": lambda before, after, start, end: start,
     r"\A": lambda before, after, start, end: start,
-    "$": lambda before, after, start, end: end,
-    r"\Z": lambda before, after, start, end: end and not after,
+    "$": lambda before, after, start, end: end != _INSIDE,
+    r"\Z": lambda before, after, start, end: end == _ENDS,
     r"\b": lambda before, after, start, end: before != after,
     r"\B": lambda before, after, start, end: before == after,
 }
@@ -43,7 +45,7 @@ class Pattern:
         if len(text) > _LONGEST:
             raise RecipeError(f"The pattern '{text[:40]}…' has {len(text):,} characters and may have {_LONGEST:,}; split it.")
         try:
-            re.compile(text)
+            _test(text)
         except (re.error, RecursionError, OverflowError) as error:
             raise RecipeError(f"'{text}' is no regular expression: {error}.") from None
         self._text, self._at, self._depth = text, 0, 0
@@ -55,7 +57,7 @@ class Pattern:
         """Whether it is found anywhere in ``name``."""
         states, before = frozenset(), None
         for index, char in enumerate((*name, None)):
-            end = char is None or (char == "\n" and index == len(name) - 1)
+            end = _ENDS if char is None else _LAST_LINE_ENDS if char == "\n" and index == len(name) - 1 else _INSIDE
             key = states, before, char, end
             if key not in self._steps:
                 if len(self._steps) >= _REMEMBERED:
@@ -67,7 +69,7 @@ class Pattern:
             before = _is_word(char)
         return False
 
-    def _step(self, states: frozenset[int], before: bool | None, char: str | None, end: bool) -> frozenset[int] | None:
+    def _step(self, states: frozenset[int], before: bool | None, char: str | None, end: int) -> frozenset[int] | None:
         """The states after ``char``; None where a way has ended."""
         place = bool(before), _is_word(char), before is None, end
         ahead, seen, todo = set(), set(), [self._start, *states]
@@ -130,14 +132,14 @@ class Pattern:
         if self._peek("("):
             return self._group()
         if self._peek("["):
-            return "char", re.compile(self._take(_CLASS)[0]).fullmatch
+            return "char", _test(self._take(_CLASS)[0])
         if self._peek("\\"):
             escape = self._take(_ESCAPE)[0]
             if escape in _PLACES:
                 return "char", _PLACES[escape]
             if escape[1] in "123456789":
                 raise self._refuse("refers to a group")
-            return "char", re.compile(escape).fullmatch
+            return "char", _test(escape)
         char = self._text[self._at]
         self._at += 1
         if char in _PLACES:
@@ -184,6 +186,13 @@ class Pattern:
         for _ in range(least):
             begin = self._build(inner, begin)
         return begin
+
+
+def _test(text: str) -> Callable:
+    """Python's own expression for the whole of a text, without its warnings of what a set may mean one day."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return re.compile(text).fullmatch
 
 
 def _is_word(char: str | None) -> bool:

@@ -37,7 +37,7 @@ def test_it_finds_what_python_finds(text, names):
                 Pattern(text)
             return
     found = Pattern(text)
-    for name in filter(None, names):  # of an empty one Python changes its mind about \\B
+    for name in filter(None, names):  # of an empty one Python changes its mind about \B
         assert found.search(name) == bool(expected.search(name)), (text, name)
 
 

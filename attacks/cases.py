@@ -1,0 +1,168 @@
+"""Files that somebody made to do harm, as generators: each writes one, or a folder of some, and is told of in README.md.
+
+Every case is put through all that reads files by `tests/fuzz/test_attacks.py`.
+"""
+
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["CASES", "CANARY", "PATTERNS", "safetensors"]
+
+CANARY = "executed"  # a file of this name appears where a pickle was run
+_CODES = "a.comfy_quant"
+
+
+def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """The bytes of a file with that header (JSON, or bytes as they stand) and the length it claims."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def _entry(dtype: str, shape: list, begin: int, end: int) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def _one(entry: object, data: bytes = b"", name: str = "a.weight", **metadata: str) -> bytes:
+    return safetensors({"__metadata__": metadata, name: entry} if metadata else {name: entry}, data)
+
+
+def _coded(config: bytes, scale: float = 1.0, **metadata: str) -> bytes:
+    """A layer of 8 × 8 FP8 codes with that JSON beside it."""
+    header = {
+        "a.weight": _entry("F8_E4M3", [8, 8], 0, 64),
+        "a.weight_scale": _entry("F32", [], 64, 68),
+        _CODES: _entry("U8", [len(config)], 68, 68 + len(config)),
+    }
+    return safetensors({"__metadata__": metadata} | header if metadata else header, bytes(64) + struct.pack("<f", scale) + config)
+
+
+class _Touch:
+    """A pickle that makes the canary when it is run."""
+
+    def __init__(self, folder: Path):
+        self._path = str(folder / CANARY)
+
+    def __reduce__(self):
+        return open, (self._path, "w")
+
+
+def _index(*files: str) -> bytes:
+    return json.dumps({"weight_map": {f"t{index}.weight": file for index, file in enumerate(files)}}).encode()
+
+
+_F32 = _entry("F32", [8, 8], 0, 256)
+_FP8 = b'{"format":"float8_e4m3fn"}'
+_DEEP = b"[" * 100_000
+
+# name → (file name, its bytes or what makes them for a folder, what was tried)
+CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
+    "length_beyond_file": ("x.safetensors", safetensors({}, length=2**40), "a header length beyond the file, to have its bytes allocated"),
+    "length_of_64_bits": ("x.safetensors", safetensors({}, length=2**64 - 1), "a header length of 64 ones, to overflow a sum"),
+    "length_zero": ("x.safetensors", safetensors({}, length=0), "an empty header"),
+    "header_deep": ("x.safetensors", safetensors(b'{"a":' + _DEEP), "JSON nested 100,000 deep, to exhaust the stack"),
+    "header_list": ("x.safetensors", safetensors(b'{"a.weight":[1,2]}'), "a tensor's entry that is no object"),
+    "header_not_utf8": ("x.safetensors", safetensors(b'{"\xff":1}'), "bytes that are no UTF-8 in a name"),
+    "header_half_character": ("x.safetensors", _one(_F32, bytes(256), "a\ud800.weight"), "half a surrogate pair as a name, which no output can hold"),
+    "header_huge_number": (
+        "x.safetensors",
+        safetensors(b'{"a.weight":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}'),
+        "a number of 5,000 digits as a dimension",
+    ),
+    "metadata_number": ("x.safetensors", safetensors({"__metadata__": {"a": 1}}), "metadata that is no text"),
+    "name_twice": (
+        "x.safetensors",
+        safetensors(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"),
+        "one name twice, so that two readers see two files",
+    ),
+    "many_entries": (
+        "x.safetensors",
+        safetensors(b'{"a":{}' + b"".join(b',"%d":{}' % index for index in range(20_000)) + b"}"),
+        "20,000 entries that are none",
+    ),
+    "offsets_overlap": ("x.safetensors", safetensors({"a": _entry("U8", [8], 0, 8), "b": _entry("U8", [8], 4, 12)}, bytes(12)), "two tensors that share bytes"),
+    "offsets_hole": (
+        "x.safetensors",
+        safetensors({"a": _entry("U8", [4], 0, 4), "b": _entry("U8", [4], 8, 12)}, bytes(12)),
+        "bytes between tensors that belong to none",
+    ),
+    "offsets_beyond": ("x.safetensors", _one(_entry("U8", [2**40], 0, 2**40), bytes(8)), "a tensor of a terabyte in a file of a few bytes"),
+    "offsets_negative": ("x.safetensors", _one(_entry("U8", [8], -8, 0), bytes(8)), "an offset before the data"),
+    "offsets_float": ("x.safetensors", _one(_entry("U8", [8], 0.0, 8.0), bytes(8)), "offsets that are no whole numbers"),
+    "shape_overflow": ("x.safetensors", _one(_entry("U8", [2**32, 2**32, 0], 0, 0)), "dimensions whose product overflows 64 bits before a zero"),
+    "shape_product": ("x.safetensors", _one(_entry("U8", [2**63, 2], 0, 0)), "dimensions whose product is 0 in 64 bits"),
+    "shape_rank": ("x.safetensors", _one(_entry("U8", [1] * 10_000, 0, 1), b"x"), "10,000 dimensions"),
+    "shape_bool": ("x.safetensors", _one(_entry("U8", [True], 0, 1), b"x"), "true as a dimension"),
+    "data_behind": ("x.safetensors", _one(_entry("U8", [1], 0, 1), b"x" * 1000), "data behind the last tensor, as a file in a file"),
+    "name_path": ("x.safetensors", _one(_F32, bytes(256), "../../etc/passwd.weight"), "a path as a tensor's name"),
+    "name_empty": ("x.safetensors", _one(_F32, bytes(256), ""), "a tensor without a name"),
+    "name_control": ("x.safetensors", _one(_F32, bytes(256), "\x1b[2J\r\n\0.weight"), "control characters of terminals as a name"),
+    "name_long": ("x.safetensors", _one(_F32, bytes(256), "blocks." * 20_000 + "weight"), "a name of 140,000 characters, against patterns"),
+    "weights_nan": ("x.safetensors", _one(_F32, struct.pack("<f", float("nan")) * 64), "weights of nothing but NaN"),
+    "weights_huge": ("x.safetensors", _one(_F32, struct.pack("<f", 3e38) * 64), "weights at the end of float32"),
+    "scale_nan": ("x.safetensors", _coded(_FP8, float("nan")), "a scale that is NaN"),
+    "scale_infinite": ("x.safetensors", _coded(_FP8, float("inf")), "an infinite scale"),
+    "scale_negative": ("x.safetensors", _coded(_FP8, -1.0), "a negative scale"),
+    "codes_deep": ("x.safetensors", _coded(b'{"format":' + _DEEP), "a layer's JSON nested 100,000 deep"),
+    "codes_list": ("x.safetensors", _coded(b'{"format":["float8_e4m3fn"]}'), "a list as a layer's format"),
+    "codes_unknown": ("x.safetensors", _coded(b'{"format":"__import__(\'os\')"}'), "code as a layer's format"),
+    "codes_group_zero": (
+        "x.safetensors",
+        _coded(b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":0,"group_size":0}'),
+        "groups of no channels, to divide by zero",
+    ),
+    "codes_group_huge": ("x.safetensors", _coded(b'{"format":"int8_blockwise","group_size":99999999999999999999}'), "a block wider than 64 bits"),
+    "metadata_deep": ("x.safetensors", _coded(_FP8, _quantization_metadata=_DEEP.decode()), "a header entry nested 100,000 deep"),
+    "metadata_layers_text": ("x.safetensors", _coded(_FP8, _quantization_metadata='{"layers":"a"}'), "text in place of the header's table of layers"),
+    "provenance_lies": ("x.safetensors", _one(_F32, bytes(256), learned_rounding='{"fingerprint":{}}'), "a fingerprint that is no text"),
+    "calibration_deep": (
+        "x.calib.safetensors",
+        _one(_F32, bytes(256), "a.gram", learned_rounding_calibration=_DEEP.decode()),
+        "a calibration's header nested 100,000 deep",
+    ),
+    "calibration_types": (
+        "x.calib.safetensors",
+        _one(_F32, bytes(256), "a.gram", learned_rounding_calibration='{"version":"1","layers":[1],"tokens":5}'),
+        "wrong kinds of values in a calibration's header",
+    ),
+    "calibration_infinite": (
+        "x.calib.safetensors",
+        _one(_F32, bytes(256), "a.gram", learned_rounding_calibration='{"layers":{"a":["a",1e999,8]}}'),
+        "an infinite number of channels in a calibration",
+    ),
+    "calibration_nan": ("x.calib.safetensors", _one(_F32, struct.pack("<f", float("nan")) * 64, "a.gram"), "a Gram of nothing but NaN"),
+    "calibration_flat": ("x.calib.safetensors", _one(_entry("F32", [64], 0, 256), bytes(256), "a.gram"), "a Gram that is no matrix"),
+    "calibration_panels": (
+        "x.calib.safetensors",
+        safetensors({"a.gram.panels": _entry("F16", [1], 0, 2), "a.gram.roots": _entry("F16", [1], 2, 4)}, bytes(4)),
+        "a packed Gram of the wrong size",
+    ),
+    "pickle_runs": ("x.ckpt", lambda folder: pickle.dumps({"a.weight": _Touch(folder)}), "a pickle that runs code when it is opened"),
+    "pickle_as_safetensors": ("x.safetensors", lambda folder: pickle.dumps(_Touch(folder)), "the same under another name"),
+    "pickle_cut": ("x.pt", lambda folder: pickle.dumps({"a.weight": _Touch(folder)})[:20], "half a pickle"),
+    "zip_empty": ("x.pt", b"PK\x05\x06" + bytes(18), "an empty archive as a checkpoint"),
+    "index_climbs": ("x.safetensors.index.json", _index("../secret.safetensors"), "an index that leads out of its folder"),
+    "index_absolute": ("x.safetensors.index.json", _index("/etc/passwd"), "an index that leads to a file of the system"),
+    "index_windows": ("x.safetensors.index.json", _index("..\\secret.safetensors"), "an index that leads out by the other kind of slash"),
+    "index_itself": ("x.safetensors.index.json", _index("x.safetensors.index.json"), "an index that is its own shard"),
+    "index_null": ("x.safetensors.index.json", _index("a\0b"), "a shard whose name no system takes"),
+    "index_deep": ("x.safetensors.index.json", b'{"weight_map":' + _DEEP, "an index nested 100,000 deep"),
+    "gguf_counts": ("x.gguf", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "a GGUF file of 2⁶⁰ tensors"),
+    "gguf_string": ("x.gguf", b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**62), "a GGUF key of 2⁶² characters"),
+    "gguf_head": ("x.gguf", b"GGUF", "nothing but GGUF's first four bytes"),
+}
+
+# pattern of a rule → what was tried
+PATTERNS = {
+    "(a+)+$": "a repeat of a repeat, exponential in Python",
+    "(a|a)*$": "two ways through each letter",
+    "(.*a){20}": "twenty times anything",
+    ".*.*.*.*.*.*=": "a polynomial of degree six",
+    "(" * 900 + ")" * 900: "900 groups in each other",
+    "(((a{99}){99}){99}){99}": "ninety-six million letters in a short pattern",
+    "(?=(a+))+": "looking around, which cannot be bounded",
+    "a{999999999999}": "a count wider than 32 bits",
+    "[": "half a class",
+}

@@ -1,0 +1,52 @@
+"""Every attack is replayed against every door, and is told of in attacks/README.md."""
+
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from learned_rounding.attacks.cases import CANARY, CASES, PATTERNS
+from learned_rounding.quant_core.recipes import Recipe
+from learned_rounding.quant_core.recipes.layers import most_specific
+from learned_rounding.tests.fuzz.doors import TEXTS, refused, tried_all
+
+README = Path(__file__).parents[2] / "attacks" / "README.md"
+MEMORY = 300 << 20
+# What can be read all the same, and is harmless.
+SOUND = {"name_path", "name_empty", "name_control", "name_long", "weights_nan", "weights_huge", "provenance_lies"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_attack_is_refused_by_a_sentence(tmp_path, name, tried):
+    file, content, _ = CASES[name]
+    path = tmp_path / file
+    path.write_bytes(content(tmp_path) if callable(content) else content)
+    before = path.read_bytes()
+    tracemalloc.start()
+    try:
+        said = tried_all(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.read_bytes() == before and not (tmp_path / CANARY).exists()
+    assert peak < MEMORY
+    assert any(said.values())
+    if name not in SOUND and "codes" not in name and "calibration" not in name and "scale" not in name and "metadata" not in name:
+        assert said["plan"] is not None and said["quantize"] is not None
+    tried("a file from attacks/, through every door", len(said), "refused by a sentence, or harmless")
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_a_pattern_cannot_hang(text, tried):
+    door = TEXTS["keep pattern"]
+    if refused(door, text) is None:
+        rule = Recipe(keep=(text,)).rules[0]
+        most_specific([rule], "a" * 2000 + "!")
+    tried("a pattern from attacks/", 1, "refused by a sentence, or harmless")
+
+
+def test_the_list_of_attacks_is_complete():
+    lines = [f"* `{name}`: {what}." for name, (_, _, what) in CASES.items()]
+    lines += [f"* pattern `{text if len(text) < 40 else text[:12] + '…'}`: {what}." for text, what in PATTERNS.items()]
+    listed = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("* ")]
+    assert listed == lines
