@@ -26,7 +26,9 @@ __all__ = [
     "safetensors_files",
     "remove",
     "stamp",
+    "temporary",
     "temporary_folder",
+    "unfinished_folder",
 ]
 
 log = logging.getLogger(__name__)
@@ -113,6 +115,23 @@ def temporary_folder() -> Path:
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def unfinished_folder() -> Path:
+    """Beside ComfyUI's temp folder, so that runs outlive the server; that folder itself where nothing else can be written."""
+    beside = temporary_folder().parent / ".learned_rounding"
+    try:
+        beside.mkdir(exist_ok=True)
+    except OSError:
+        return temporary_folder()
+    return beside
+
+
+def temporary(path: Path) -> Path:
+    """``path``, a finished file, moved into ComfyUI's temp folder under a name of its own."""
+    moved = temporary_folder() / f"learned_rounding_{os.urandom(6).hex()}{path.suffix}"
+    shutil.move(path, moved)
+    return moved
 
 
 def destination(base: Path, prefix: str) -> tuple[Path, str]:

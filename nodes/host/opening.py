@@ -8,7 +8,7 @@ import comfy.utils
 import torch
 from comfy import model_detection
 
-from ...quant_core.checkpoints import Source, TensorInfo, open_source
+from ...quant_core.checkpoints import Source, TensorInfo, TensorSource, open_source
 from ...quant_core.checkpoints.inspect import quantized_formats
 from ...quant_core.checkpoints.source import CPU
 from ...quant_core.requantize import DecodedSource
@@ -43,6 +43,10 @@ class RenamedWeights:
         if not self._weights:
             self._weights = self._convert({name: self._source.read(name) for name in self._source.tensors})
         return self._weights[name].to(device)
+
+    def sample(self, name: str, offset: int, length: int) -> bytes:
+        """See :class:`SampledSource`."""
+        return TensorSource({name: self.read(name)}).sample(name, offset, length)
 
 
 def _shapes(source: Source) -> State:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from ...quant_core import Recipe, Report, quantize_file
 from ...quant_core.checkpoints import TensorInfo
 from ...quant_core.events import Listener
 from .calibrations import Calibrated
-from .folders import FileSource, remove, stamp, temporary_folder
+from .folders import FileSource, remove, stamp, temporary, unfinished_folder
 from .opening import opened
 from .sources import parts_of
 
@@ -56,7 +55,10 @@ _last: tuple[tuple, Recipe, Quantized] | None = None
 
 
 def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrated | None" = None) -> Quantized:
-    """Quantize a MODEL, CLIP or :class:`FileSource` into files in ComfyUI's temp folder, on the device ComfyUI gives."""
+    """Quantize a MODEL, CLIP or :class:`FileSource` into files in ComfyUI's temp folder, on the device ComfyUI gives.
+
+    A file lies elsewhere until it is finished: where the server dies, the next run of the same goes on with it.
+    """
     global _last
     identity = (*_identity(source), calibration and calibration.mark)
     if _last and _last[:2] == (identity, recipe):
@@ -64,23 +66,24 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
     _last = None
     kind, parts = parts_of(source)
     device = comfy.model_management.get_torch_device()
-    folder = temporary_folder()
     files, reports = {}, []
     with calibration.open() if calibration else contextlib.nullcontext() as statistics:
         try:
             for part, tensors in parts.items():
-                files[part] = folder / f"learned_rounding_{os.urandom(6).hex()}.safetensors"
+                unfinished = unfinished_folder() / f"{part or kind}.safetensors"
                 with opened(source) if isinstance(source, FileSource) else contextlib.nullcontext(tensors) as weights:
                     _make_room(weights.tensors.values(), recipe, statistics is not None, device)
                     report = quantize_file(
                         weights,
-                        files[part],
+                        unfinished,
                         recipe,
                         calibration=statistics.part(part) if statistics and part else statistics,
                         device=device,
+                        overwrite=True,
                         on_event=on_event,
                         check=comfy.model_management.throw_exception_if_processing_interrupted,
                     )
+                files[part] = temporary(unfinished)
                 reports.append(report)
         except BaseException:
             remove(files.values())

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 import comfy.lora
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
 
-from ...quant_core.checkpoints import TensorInfo
+from ...quant_core.checkpoints import TensorInfo, TensorSource
 from ...quant_core.checkpoints.metadata import CONFIG_SUFFIX
 from ...quant_core.checkpoints.source import CPU
 from ...quant_core.errors import (
@@ -58,6 +59,7 @@ class PatchedWeights:
             raise AlreadyQuantizedError(f"The {name} is quantized already; connect its full-precision original.")
         self._keys = {new: key for new, (key, _) in state.items()}
         self._patched = _patched_keys(patcher)
+        self._sampled = TensorSource({})
         plain = {new: self._unpatched(key, tensor) for new, (key, tensor) in state.items() if key not in self._patched}
         dtypes = _stored_dtypes(plain)
         self.tensors = {
@@ -76,6 +78,14 @@ class PatchedWeights:
             patches = self._patcher.patches[key]
             weight = comfy.lora.calculate_weight(patches, weight.to(device, torch.float32, copy=True), key)
         return weight.to(device, self.tensors[name].dtype)
+
+    def sample(self, name: str, offset: int, length: int) -> bytes:
+        """See :class:`SampledSource`; all samples of a tensor are asked for one after the other."""
+        if name not in self._sampled.tensors:
+            weight = comfy.utils.get_attr(self._patcher.model, self._keys[name])
+            device = comfy.model_management.get_torch_device() if self._keys[name] in self._patched else weight.device
+            self._sampled = TensorSource({name: self.read(name, device)})
+        return self._sampled.sample(name, offset, length)
 
 
 def is_quantized(tensor) -> bool:

@@ -325,5 +325,9 @@ if check.startswith("opening_"):
     import opening_checks
 
     CHECKS |= opening_checks.CHECKS
+if check.startswith("resume_"):
+    import resume_checks
+
+    CHECKS |= resume_checks.CHECKS
 with torch.inference_mode():
     print("RESULT" + json.dumps(CHECKS[check]()))

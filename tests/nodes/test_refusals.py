@@ -14,7 +14,7 @@ from learned_rounding.tests.nodes.probing import ProbedGraph, probed
 def refused(comfy, graph) -> str:
     with pytest.raises(HostError) as caught:
         comfy.queue(graph)
-    assert not list((comfy.base / "temp").glob(".*.partial"))
+    assert not list((comfy.base / ".learned_rounding").glob("*"))
     return str(caught.value)
 
 
