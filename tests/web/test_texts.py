@@ -43,6 +43,14 @@ def test_every_node_has_a_help_page_that_tells_of_all_inputs_and_outputs(comfy):
             assert f"**{told}**" in page, f"{name}: {told}"
 
 
+def test_the_help_is_there_in_chinese_under_the_names_that_a_chinese_page_shows(comfy):
+    for name, texts in json.loads((ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8")).items():
+        page = comfy.get(f"{HELP}/{name}/zh.md")
+        assert page.startswith(f"# {texts['display_name']}\n")
+        for told in (*texts["inputs"].values(), *texts["outputs"].values()):
+            assert f"**{told['name']}**" in page, f"{name}: {told['name']}"
+
+
 @pytest.mark.browser
 def test_the_page_speaks_the_chosen_language(comfy, host):
     if host.version.startswith("0.3."):
