@@ -4,9 +4,11 @@ English needs no translation file: it is what the nodes themselves say.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from learned_rounding.hosts.browser import load_workflow, open_page
 
@@ -49,6 +51,34 @@ def test_the_help_is_there_in_chinese_under_the_names_that_a_chinese_page_shows(
         assert page.startswith(f"# {texts['display_name']}\n")
         for told in (*texts["inputs"].values(), *texts["outputs"].values()):
             assert f"**{told['name']}**" in page, f"{name}: {told['name']}"
+
+
+def test_every_help_page_has_a_picture_that_carries_a_workflow_with_the_node(comfy):
+    for name in our_nodes(comfy):
+        for page in (f"{name}.md", f"{name}/zh.md"):
+            assert re.findall(r"!\[.*\]\((.*)\)", comfy.get(f"{HELP}/{page}")) == [f"images/{name}.png"]  # frontends add the folder
+        with Image.open(ROOT / "web" / "docs" / "images" / f"{name}.png") as picture:
+            nodes = {node["type"]: node for node in json.loads(picture.text["workflow"])["nodes"]}
+        assert {name} <= nodes.keys() <= {*comfy.object_info(), "MarkdownNote"}
+        assert len(nodes[name].get("widgets_values", ())) >= len([slot for slot in nodes[name]["inputs"] if "widget" in slot])
+
+
+# What a page does with a picture that is dragged from its help onto the canvas.
+_DROP = """async (url) => {
+    const data = new DataTransfer()
+    data.setData('text/uri-list', url)
+    const canvas = window.app.canvas.canvas ?? window.app.canvasEl
+    const {left, top} = canvas.getBoundingClientRect()
+    const options = {dataTransfer: data, bubbles: true, cancelable: true, clientX: left + 300, clientY: top + 300}
+    canvas.dispatchEvent(new DragEvent('dragover', options))
+    canvas.dispatchEvent(new DragEvent('drop', options))
+}"""
+
+
+def test_a_picture_of_the_help_opens_its_workflow_when_dropped_on_the_canvas(comfy, comfy_page):
+    comfy_page.evaluate(_DROP, f"{comfy.url}{HELP}/images/LearnedRoundingCompareText.png")
+    comfy_page.wait_for_function("() => window.app.graph._nodes.some((node) => node.type === 'LearnedRoundingCompareText')")
+    assert comfy_page.evaluate("() => window.app.graph._nodes.length") == 5
 
 
 @pytest.mark.browser

@@ -1,0 +1,152 @@
+"""The pictures of the help pages: each node in a small workflow, which the picture carries, so that it opens when dropped on the canvas.
+
+    python benchmarks/help_pictures.py      writes web/docs/images/NODE.png, by the newest installed host
+"""
+
+import io
+import json
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from learned_rounding.benchmarks.tiny_model.place import place
+from learned_rounding.hosts import ComfyServer, available_hosts
+from learned_rounding.hosts.browser import load_workflow, open_page
+from learned_rounding.hosts.workflows import Graph
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "web" / "docs" / "images"
+COLOURS = 64
+MARGIN = 24  # pixels around the node
+# Nodes that an example shows.
+EXAMPLES = {
+    "LearnedRoundingLoadModel": "quantize_file",
+    "LearnedRoundingConfigure": "quantize_file",
+    "LearnedRoundingQuantize": "quantize_then_sample",
+    "LearnedRoundingSave": "quantize_file",
+    "LearnedRoundingCalibrate": "calibrate_and_compare",
+    "LearnedRoundingCompare": "calibrate_and_compare",
+    "LearnedRoundingReport": "checkpoint",
+}
+# Files that the workflows name, so that no node is marked for a missing one; nothing is run.
+NAMED = (
+    "models/diffusion_models/model.safetensors",
+    "models/text_encoders/t5xxl_fp16.safetensors",
+    "output/calibrations/model_00001_.calib.safetensors",
+)
+# Where a node is on the page when the view shows all of it, in full size.
+PLACE = """async (type) => {
+    const {canvas, graph} = window.app
+    const node = graph._nodes.find((each) => each.type === type)
+    canvas.ds.scale = 1
+    canvas.ds.offset = [300 - node.pos[0], 130 - node.pos[1]]
+    canvas.setDirty(true, true)
+    for (let frame = 0; frame < 4; frame++) await new Promise(requestAnimationFrame)
+    const {left, top} = canvas.canvas.getBoundingClientRect()
+    return {x: left + 300, y: top + 100, width: node.size[0], height: node.size[1] + 30}
+}"""
+
+
+def sampling(graph: Graph, clip: list) -> dict:
+    words = {name: graph.add("CLIPTextEncode", clip=clip, text=text)[0] for name, text in (("positive", "a red apple"), ("negative", ""))}
+    return words | {"latent_image": graph.add("EmptySD3LatentImage", width=1024, height=1024, batch_size=1)[0]}
+
+
+def text_encoder(graph: Graph):
+    return graph.add("CLIPLoader", clip_name="t5xxl_fp16.safetensors", type="flux")
+
+
+def options() -> Graph:
+    graph = Graph()
+    chosen = graph.add("LearnedRoundingOptions", optimizer="adamw", num_iter=500)
+    recipe = graph.add("LearnedRoundingConfigure", format="int8_tensorwise", granularity="auto", preset="auto", seed=0, rounding="principal", options=chosen[0])
+    source = graph.add("LearnedRoundingLoadModel", model="diffusion_models/model.safetensors")
+    quantized = graph.add("LearnedRoundingQuantize", source=source[0], recipe=recipe[0])
+    graph.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix="model", folder="output")
+    return graph
+
+
+def load_quantized() -> Graph:
+    graph = Graph()
+    loaded = graph.add("LearnedRoundingLoadQuantized", model="diffusion_models/model.safetensors")
+    known = sampling(graph, text_encoder(graph)[0])
+    graph.add("KSampler", model=loaded[0], seed=0, steps=20, cfg=4, sampler_name="euler", scheduler="simple", denoise=1, **known)
+    return graph
+
+
+def inspect() -> Graph:
+    graph = Graph()
+    graph.add("LearnedRoundingInspect", model="diffusion_models/model.safetensors")
+    return graph
+
+
+def calibration() -> Graph:
+    """Calibrate and save in one run, load and quantize in another."""
+    graph = Graph()
+    model = graph.add("UNETLoader", unet_name="model.safetensors", weight_dtype="default")
+    known = {"seed": 0, "steps": 20, "cfg": 4, "sampler_name": "euler", "scheduler": "simple", "samples": 4, "keep": "full", "tokens": 256}
+    made = graph.add("LearnedRoundingCalibrate", model=model[0], **known, **sampling(graph, text_encoder(graph)[0]))
+    graph.add("LearnedRoundingSaveCalibration", calibration=made[0], filename_prefix="model")
+    loaded = graph.add("LearnedRoundingLoadCalibration", file="model_00001_.calib.safetensors")
+    source = graph.add("LearnedRoundingLoadModel", model="diffusion_models/model.safetensors")
+    quantized = graph.add("LearnedRoundingQuantize", source=source[0], calibration=loaded[0])
+    graph.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix="model", folder="output")
+    return graph
+
+
+def text_encoders() -> Graph:
+    graph = Graph()
+    clip = text_encoder(graph)
+    prompts = "a red apple on a table\nan owl at night\na sketch of a castle\na train in the snow"
+    made = graph.add("LearnedRoundingCalibrateText", clip=clip[0], prompts=prompts, keep="full", seed=0, tokens=256)
+    quantized = graph.add("LearnedRoundingQuantize", source=clip[0], calibration=made[0])
+    graph.add("LearnedRoundingCompareText", reference=clip[0], compared=quantized[1], prompts="a blue bicycle\na fox by the sea")
+    graph.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix="t5xxl", folder="output")
+    return graph
+
+
+# Nodes that no example shows.
+MADE = {
+    "LearnedRoundingOptions": options,
+    "LearnedRoundingLoadQuantized": load_quantized,
+    "LearnedRoundingInspect": inspect,
+    "LearnedRoundingSaveCalibration": calibration,
+    "LearnedRoundingLoadCalibration": calibration,
+    "LearnedRoundingCalibrateText": text_encoders,
+    "LearnedRoundingCompareText": text_encoders,
+}
+
+
+def take(page, node: str) -> None:
+    if node in EXAMPLES:
+        load_workflow(page, json.loads((ROOT / "example_workflows" / f"{EXAMPLES[node]}.json").read_text(encoding="utf-8")))
+    else:
+        load_workflow(page, MADE[node]())
+    workflow = page.evaluate("() => window.app.graph.serialize()")
+    at = page.evaluate(PLACE, node)
+    clip = {"x": at["x"] - MARGIN, "y": at["y"] - MARGIN, "width": at["width"] + 2 * MARGIN, "height": at["height"] + 2 * MARGIN}
+    picture = Image.open(io.BytesIO(page.screenshot(clip=clip)))
+    info = PngInfo()
+    info.add_text("workflow", json.dumps(workflow))
+    picture.convert("RGB").quantize(COLOURS).save(OUT / f"{node}.png", pnginfo=info, optimize=True)
+
+
+def main() -> None:
+    OUT.mkdir(exist_ok=True)
+    host = max(available_hosts(), key=lambda host: [int(part) for part in host.version.split(".")])
+    with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
+        place(server.base, output_dir=server.output_dir)
+        for name in NAMED:
+            path = server.base / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        with open_page(server, size=(1400, 1100)) as page:
+            for node in (*EXAMPLES, *MADE):
+                take(page, node)
+    print(sum(path.stat().st_size for path in OUT.glob("*.png")), "bytes in", OUT)
+
+
+if __name__ == "__main__":
+    main()
