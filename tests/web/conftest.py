@@ -33,14 +33,15 @@ def model_file(comfy):
     return f"diffusion_models/{path.name}", path
 
 
-@pytest.fixture(scope="module")
-def slow_model(comfy):
-    """A model whose layers take a while, as Load Model names it."""
-    layer = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    tensors = {f"blocks.{index}.mlp.weight": layer.roll(index, 0).contiguous() for index in range(48)}
-    tensors["blocks.0.norm_table.weight"] = torch.ones(4, 4, 4)
-    save_file(tensors, comfy.models_dir / "diffusion_models" / "slow.safetensors")
-    return "diffusion_models/slow.safetensors"
+@pytest.fixture
+def gate(comfy):
+    """gate(n): n more layers are quantized, and the next one waits; None: none waits any more."""
+
+    def set_gate(layers: int | None) -> None:
+        comfy.post("/probe/gate", {"layers": layers})
+
+    yield set_gate
+    set_gate(None)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["canvas-nodes", "vue-nodes"])

@@ -1,8 +1,12 @@
-"""A custom node for the tests: what a MODEL really holds, told from inside the server."""
+"""For the tests, from inside the server: what a MODEL really holds, and runs that wait until they are told to go on."""
 
 import json
+import sys
+import threading
 
 import torch
+from aiohttp import web
+from server import PromptServer
 
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -36,6 +40,42 @@ class ProbeModel:
             {"layers": _quantized_layers(model), "shift": float(sampling.shift), "patches": len(model.patches)}
         )
         return {"ui": {"text": [text]}}
+
+
+class Gate:
+    """Lets so many layers be quantized and has the next one wait; None lets all of them."""
+
+    def __init__(self):
+        self._left, self._changed, self._wrapped = None, threading.Condition(), False
+
+    def set(self, layers: int | None) -> None:
+        with self._changed:
+            self._left = layers
+            self._changed.notify_all()
+        if not self._wrapped:
+            pipeline = next(module for name, module in sys.modules.items() if name.endswith("learned_rounding.quant_core.pipeline"))
+            pipeline.quantize_weight, self._wrapped = self._behind(pipeline.quantize_weight), True
+
+    def _behind(self, quantize_weight):
+        def waiting(*args, check, **options):
+            with self._changed:
+                while self._left == 0:
+                    self._changed.wait(0.1)
+                    check()
+                if self._left:
+                    self._left -= 1
+            return quantize_weight(*args, check=check, **options)
+
+        return waiting
+
+
+gate = Gate()
+
+
+@PromptServer.instance.routes.post("/probe/gate")
+async def set_gate(request):
+    gate.set((await request.json())["layers"])
+    return web.json_response({})
 
 
 NODE_CLASS_MAPPINGS = {"ProbeModel": ProbeModel}
