@@ -5,7 +5,7 @@ from pathlib import Path
 import folder_paths
 
 from ...quant_core.errors import OutputError
-from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, destination, place
+from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, destination, place, remove
 from .quantizing import Quantized
 
 __all__ = ["SAVE_FOLDERS", "check_name", "save"]
@@ -36,10 +36,14 @@ def check_name(prefix: str) -> bool | str:
 
 
 def save(quantized: Quantized, prefix: str, folder: str) -> list[Path]:
-    """Give each file of ``quantized`` a lasting name; never overwrites, never leaves the folder."""
+    """Give each file of ``quantized`` a lasting name, or none; never overwrites, never leaves the folder."""
     target, name = destination(SAVE_FOLDERS[folder](quantized.kind), prefix)
     paths = []
-    for part, path in quantized.files.items():
-        stem = "_".join(filter(None, (name, part, quantized.label)))
-        paths.append(place(path, target, stem, ".safetensors"))
+    try:
+        for part, path in quantized.files.items():
+            stem = "_".join(filter(None, (name, part, quantized.label)))
+            paths.append(place(path, target, stem, ".safetensors"))
+    except BaseException:
+        remove(paths)
+        raise
     return paths

@@ -36,6 +36,42 @@ def test_ten_thousand_layers_take_four_times_the_work_of_a_quarter(tmp_path, tri
     tried("a file of 10,000 layers", 1, "quantized, work in proportion to the layers")
 
 
+HEADERS = {
+    "lists": b'{"a":[' + b"[]," * 3_000_000 + b"0]}",
+    "objects": b'{"a":[' + b'{"":0},' * 1_300_000 + b"0]}",
+    "names": b"{" + b",".join(b'"%x":0' % index for index in range(800_000)) + b"}",
+    "metadata": b'{"__metadata__":{' + b",".join(b'"%x":""' % index for index in range(700_000)) + b"}}",
+    "tensors": b"{" + b",".join(b'"%x":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}' % index for index in range(150_000)) + b"}",
+}  # each of about 9 MB; the format ends at 100 MB
+TIMES = 40  # bytes of memory for one of a header, at most: an empty object of Python has 64
+OPEN = """
+import resource, sys
+from learned_rounding.quant_core.checkpoints import SafetensorsFile
+from learned_rounding.quant_core.errors import SourceError
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak()
+try:
+    SafetensorsFile(sys.argv[1])
+except SourceError:
+    pass
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="getrusage counts otherwise elsewhere")
+@pytest.mark.parametrize("kind", HEADERS)
+def test_memory_for_a_header_is_in_proportion_to_it(tmp_path, kind, tried):
+    header, file = HEADERS[kind], tmp_path / "header.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+    done = subprocess.run([sys.executable, "-c", OPEN, file], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < TIMES * len(header)
+    tried("a header of 9 MB made to fill the memory", 1, f"at most {TIMES} bytes for one of it")
+
+
 SIDES = 8192, 4096  # 64 MiB
 COUNT = 1600
 CEILING = 1e9

@@ -298,6 +298,35 @@ def verifying() -> dict:
     return {"sound": sound, "text encoder": text_encoder, "damaged": found, "knows": [name for name in FORMATS if host.knows(name)]}
 
 
+def full_disk() -> dict:
+    """The disk is full at the second of two files that are copied."""
+    sources = {part: Path(folder) / f"{part}.bin" for part in ("first", "second")}
+    for path in sources.values():
+        path.write_bytes(os.urandom(1 << 16))
+    quantized = host.Quantized(sources, "text_encoders", "label", None)
+    copy, copied = host.folders.shutil.copyfileobj, []
+
+    def full(source, target, *_):
+        copied.append(target.write(source.read(1 << 15)))
+        if len(copied) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        copy(source, target)
+
+    def files() -> list[str]:
+        return sorted(path.name for path in Path(folder_paths.get_output_directory()).rglob("*") if path.is_file())
+
+    host.folders.shutil.copyfileobj = full
+    try:
+        without_links(lambda: host.save(quantized, "full", "output"))
+    except QuantizationError as error:
+        said = str(error)
+    finally:
+        host.folders.shutil.copyfileobj = copy
+    left = files()
+    without_links(lambda: host.save(quantized, "full", "output"))
+    return {"said": said, "left": left, "afterwards": files()}
+
+
 def document() -> dict:
     """The example that lies in the folder, with the file that it names."""
     file = Path(folder) / "by_hand.safetensors"
@@ -312,6 +341,7 @@ CHECKS = {
     "compared_text_encoders": compared_text_encoders,
     "decoding": decoding,
     "document": document,
+    "full_disk": full_disk,
     "verifying": verifying,
     "text_encoder": text_encoder,
     "taught_text_encoder": taught_text_encoder,
@@ -321,6 +351,10 @@ if check.startswith("layout_"):
     import layout_checks
 
     CHECKS |= layout_checks.CHECKS
+if check.startswith("memory_"):
+    import memory_checks
+
+    CHECKS |= memory_checks.CHECKS
 if check.startswith("opening_"):
     import opening_checks
 

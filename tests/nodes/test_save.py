@@ -36,3 +36,11 @@ def test_the_node_says_that_it_verified(comfy, request):
     result = comfy.queue(graph)
     assert saved_path(result, saved).is_file() and text(result, saved).endswith("_00001_.safetensors")
     assert result.outputs[saved.id]["text"][1].startswith("Verified: ")
+
+
+def test_a_full_disk_leaves_all_files_or_none(host, tmp_path, tried):
+    found = in_process(host, tmp_path, "full_disk")
+    assert found["said"].endswith("text_encoders: No space left on device.") or found["said"].endswith("clip: No space left on device."), found["said"]
+    assert found["left"] == []
+    assert found["afterwards"] == ["full_first_label_00001_.safetensors", "full_second_label_00001_.safetensors"]
+    tried("ENOSPC when Save Quantized copies", 1, "none, one sentence, next run works")

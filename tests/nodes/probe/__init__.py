@@ -46,11 +46,13 @@ class Gate:
     """Lets so many layers be quantized and has the next one wait; None lets all of them."""
 
     def __init__(self):
+        self.made = 0
         self._left, self._changed, self._wrapped = None, threading.Condition(), False
 
     def set(self, layers: int | None) -> None:
         with self._changed:
             self._left = layers
+            self.made = 0
             self._changed.notify_all()
         if not self._wrapped:
             pipeline = next(module for name, module in sys.modules.items() if name.endswith("learned_rounding.quant_core.pipeline"))
@@ -64,6 +66,7 @@ class Gate:
                     check()
                 if self._left:
                     self._left -= 1
+                self.made += 1
             return quantize_weight(*args, check=check, **options)
 
         return waiting
@@ -74,8 +77,9 @@ gate = Gate()
 
 @PromptServer.instance.routes.post("/probe/gate")
 async def set_gate(request):
+    made = gate.made
     gate.set((await request.json())["layers"])
-    return web.json_response({})
+    return web.json_response({"made": made})
 
 
 NODE_CLASS_MAPPINGS = {"ProbeModel": ProbeModel}

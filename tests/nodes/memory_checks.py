@@ -1,0 +1,71 @@
+"""Checks of in_process.py: another model fills the memory of the GPU."""
+
+import dataclasses
+import logging.handlers
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import folder_paths
+import torch
+from pack.nodes import host
+from pack.quant_core import Recipe, layer
+from safetensors.torch import save_file
+
+SIDE = 8192  # a layer of 128 MiB
+FREE = 512 << 20  # bytes that are left; a layer needs more
+RECIPE = Recipe(format="int8_tensorwise", rounding="nearest", preset="none")
+
+
+def weights(count: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(SIDE, SIDE, generator=generator).bfloat16()
+    return {f"blocks.{index}.weight": weight.roll(index) for index in range(count)}
+
+
+def other_model():
+    """A model of 16 layers, on the GPU."""
+    operations = comfy.ops.disable_weight_init
+    layers = [operations.Linear(SIDE, SIDE, bias=False, dtype=torch.bfloat16, device="cpu") for _ in range(16)]
+    for linear, weight in zip(layers, weights(16).values(), strict=True):
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    device = comfy.model_management.get_torch_device()
+    patcher = comfy.model_patcher.ModelPatcher(torch.nn.Sequential(*layers), load_device=device, offload_device=torch.device("cpu"))
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher
+
+
+def squeezed() -> dict:
+    """The other model gives way to the run, and comes back afterwards as it was."""
+    path = Path(folder_paths.base_path) / "layers.safetensors"
+    save_file(weights(4), path)
+
+    def quantized(seed: int) -> bytes:
+        recipe = dataclasses.replace(RECIPE, seed=seed)
+        return host.quantize(host.FileSource(path, "diffusion_models", ""), recipe, lambda event: None).files[""].read_bytes()
+
+    alone = quantized(0)
+    quantized(1)  # so that the last result is another one's
+    other = other_model()
+    device = comfy.model_management.get_torch_device()
+    x = torch.ones(1, SIDE, dtype=torch.bfloat16, device=device)
+    before = other.model(x)
+    loaded = other.loaded_size()
+    torch.cuda.empty_cache()
+    filler = torch.empty(torch.cuda.mem_get_info()[0] - FREE, dtype=torch.uint8, device=device)
+    warnings = logging.handlers.BufferingHandler(100)  # a layer that is made with less memory, or on the CPU, is told of
+    layer.log.addHandler(warnings)
+    squeezed = quantized(0)
+    during = other.loaded_size()
+    del filler
+    comfy.model_management.load_models_gpu([other])
+    return {
+        "same": alone == squeezed,
+        "gave way": loaded - during,
+        "warned": [record.getMessage() for record in warnings.buffer],
+        "came back": other.loaded_size() == loaded and bool(torch.equal(other.model(x), before)),
+    }
+
+
+CHECKS = {"memory_squeezed": squeezed}
