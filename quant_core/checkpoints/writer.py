@@ -16,6 +16,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +42,8 @@ _LENGTH = struct.Struct("<Q")
 _PARTIAL, _JOURNAL = ".partial", ".journal"
 _SPILL = 1 << 24
 _FLUSH = 1 << 26
-_SYNC = 1 << 28  # bytes that a power cut may cost
+_SYNC = 1 << 28  # bytes between two calls for the disk to have them; a power cut costs these and what it was behind with
+_WORTH_A_THREAD = 1 << 16  # bytes that take longer to sum than to hand over
 _LOCKED_BYTE = 2**31 - 2  # the last that Windows' own library can lock
 _WIDEST_OFFSET = 10**15
 
@@ -87,6 +89,15 @@ def _lock(file: BinaryIO) -> bool:
     except OSError:
         return False
     return bool(os.fstat(file.fileno()).st_nlink)
+
+
+def _sync(descriptors: Iterable[int]) -> None:
+    """Wait until the disk has these files, and close them."""
+    with contextlib.ExitStack() as opened:
+        for descriptor in descriptors:
+            opened.callback(os.close, descriptor)
+        for descriptor in descriptors:
+            os.fsync(descriptor)
 
 
 def _leftovers(path: Path, suffix: str) -> list[Path]:
@@ -136,6 +147,9 @@ class SafetensorsWriter:
         self._begin = _LENGTH.size + self._reserve
         self._end = self._flushing = self._synced = 0
         self._partial = self._journal = None
+        self._beside = ThreadPoolExecutor(2, thread_name_prefix="learned-rounding-disk")  # one sums while another waits for the disk
+        self._syncing: Future | None = None
+        self._lasting = run is not None
         with self._errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if run is None or not any(self._take_up(partial, run) for partial in _leftovers(self.path, _PARTIAL)):
@@ -229,11 +243,8 @@ class SafetensorsWriter:
         """All tensors since the last note belong together; ``value`` (JSON) is what another run needs to know of them."""
         with self._errors():
             self._journal.append({"note": value})
-            if self._end - self._synced >= _SYNC:
-                for file in (self._file, self._journal.file):
-                    os.fsync(file.fileno())
-                self._sync_folder()
-                self._synced = self._end
+            if self._lasting and self._end - self._synced >= _SYNC:
+                self._sync_beside()
 
     def _place(self, name: str, info: TensorInfo, begin: int) -> None:
         """Give a tensor its place: next in the file or, where its size is odd, behind all others; ``begin``: in the journal."""
@@ -244,12 +255,31 @@ class SafetensorsWriter:
             self._end += info.nbytes
 
     def _append(self, views: Iterable[memoryview]) -> int:
-        """Returns the checksum."""
+        """Returns the checksum, which is made while the system takes the bytes."""
         crc = 0
         for view in views:
-            write_all(self._file, view)
-            crc = zlib.crc32(view, crc)
+            if len(view) < _WORTH_A_THREAD:
+                write_all(self._file, view)
+                crc = zlib.crc32(view, crc)
+                continue
+            summed = self._beside.submit(zlib.crc32, view, crc)
+            try:
+                write_all(self._file, view)
+            finally:
+                crc = summed.result()  # the view's memory is used again
         return crc
+
+    def _sync_beside(self) -> None:
+        """Have what is written so far survive a power cut, without waiting for it; does nothing while the disk is still behind."""
+        if self._syncing is not None:
+            if not self._syncing.done():
+                return
+            self._syncing.result()
+        else:
+            self._sync_folder()
+        # Of their own, so that the files may be closed meanwhile.
+        self._syncing = self._beside.submit(_sync, [os.dup(file.fileno()) for file in (self._file, self._journal.file)])
+        self._synced = self._end
 
     def _flush(self) -> None:
         if self._end - self._flushing >= _FLUSH and hasattr(os, "posix_fadvise"):
@@ -280,6 +310,8 @@ class SafetensorsWriter:
                 raise AssertionError(f"the header needs {len(header)} bytes and {self._reserve} were reserved")
             self._file.seek(0)
             write_all(self._file, _LENGTH.pack(self._reserve) + header.ljust(self._reserve))
+            if self._syncing is not None:
+                self._syncing.result()  # the system tells of a failure once
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._partial, self.path)
@@ -288,7 +320,8 @@ class SafetensorsWriter:
         return self._begin + self._end
 
     def _forget(self) -> None:
-        """Remove the journal."""
+        """Remove the journal, end the threads."""
+        self._beside.shutdown(wait=False)
         if self._journal is not None:
             with contextlib.suppress(OSError):
                 self._journal.file.close()

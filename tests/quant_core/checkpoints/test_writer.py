@@ -5,10 +5,12 @@ import fcntl
 import itertools
 import json
 import os
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -283,6 +285,59 @@ def test_a_failure_at_the_very_end_leaves_nothing(tmp_path, listing, monkeypatch
     with pytest.raises(OutputError, match=SENTENCES[code]):
         write(tmp_path / "a.safetensors", {"a": torch.zeros(1000)})
     monkeypatch.undo()
+    assert listing() == []
+
+
+def resumable(path, tensors: dict[str, torch.Tensor]) -> SafetensorsWriter:
+    reserve = header_bytes([(name, info(tensor)) for name, tensor in tensors.items()], {})
+    return SafetensorsWriter(path, reserve, run="a run")
+
+
+def test_nobody_waits_for_the_disk_before_the_end(tmp_path, listing, monkeypatch):
+    tensors = {name: torch.randn(40_000) for name in "abc"}
+    main, free, synced = threading.get_ident(), threading.Event(), []
+
+    def fsync(descriptor: int) -> None:
+        if threading.get_ident() != main and not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            synced.append(descriptor)
+            assert free.wait(60)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(writer, "_SYNC", 1)
+    with resumable(tmp_path / "a.safetensors", tensors) as out:
+        for name, tensor in tensors.items():
+            out.add(name, tensor)
+            out.note(name)
+        free.set()
+        out.finish({})
+    assert len(synced) == 2  # the file and its journal, once: the disk was behind all the time
+    assert listing() == ["a.safetensors"]
+    assert all(torch.equal(load_file(tmp_path / "a.safetensors")[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("notes", [1, 2], ids=["at the end", "at the next note"])
+def test_a_disk_that_fails_behind_the_run_leaves_nothing(tmp_path, listing, monkeypatch, notes):
+    """The system tells of lost writes once, and perhaps to who has not asked yet."""
+    tensors, main, told = {"a": torch.zeros(1000), "b": torch.zeros(1000)}, threading.get_ident(), threading.Event()
+
+    def fsync(descriptor: int) -> None:
+        if threading.get_ident() != main:
+            told.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(writer, "_SYNC", 1)
+    out = resumable(tmp_path / "a.safetensors", tensors)
+    out.add("a", tensors["a"])
+    out.note(1)
+    assert told.wait(60)
+    out._syncing.exception()
+    with pytest.raises(OutputError, match="Input/output error"):
+        if notes == 2:
+            out.add("b", tensors["b"])
+            out.note(2)
+        else:
+            out.finish({})
     assert listing() == []
 
 
