@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import TimeoutError
 
 from learned_rounding.hosts.browser import load_workflow, queue_prompt, visit
 
@@ -48,6 +49,17 @@ _PANEL = """(root) => {
 }"""
 
 _REACHED = "(count) => Number(document.querySelector('.lr-count')?.innerText.match(/(\\d+) \\//)?.[1]) >= count"
+
+# Where an output of a node and the first input of another are.
+_SLOTS = """([origin, name, target]) => {
+    const {canvas} = window.app
+    const {left, top} = canvas.canvas.getBoundingClientRect()
+    const at = (point) => canvas.ds.convertOffsetToCanvas(point).map((value, axis) => value + [left, top][axis])
+    const find = (type) => window.app.graph._nodes.find((node) => node.type === type)
+    const from = find(origin)
+    const slot = from.outputs.findIndex((output) => output.name === name)
+    return [at(from.getConnectionPos(false, slot)), at(find(target).getConnectionPos(true, 0))]
+}"""
 
 # Cells stand in one row. A filled cell has one colour inside, a hatched one has gaps.
 _CELLS = """(canvas, count) => Array.from({length: count}, (_, index) => {
@@ -180,6 +192,60 @@ def test_a_real_run_from_start_to_file(graph, model_file, workflow):
     assert loaded.startswith(f"{model_file[1].name}: ")
     path, verified = saved.splitlines()
     assert Path(path).is_file() and Path(path).suffix == ".safetensors" and verified.startswith("Verified: ")
+
+
+def test_a_node_from_the_menu_is_connected_and_runs(page, workflow):
+    """By mouse and keyboard alone, as a user does it."""
+    if page.vue_nodes:
+        pytest.skip("nodes are connected the same way, by slots of the page")
+    graph = workflow(seed=random.randrange(1 << 31))
+    graph["nodes"] = [node for node in graph["nodes"] if node["id"] != QUANTIZE]
+    graph["links"] = []
+    for node in graph["nodes"]:
+        for slot in (*node["inputs"], *node["outputs"]):
+            slot.update(dict.fromkeys({"link", "links"} & slot.keys()))
+    load_workflow(page, graph)
+    page.evaluate("() => Object.assign(window.app.canvas.ds, {scale: 0.8, offset: [200, 200]}) && window.app.canvas.setDirty(true, true)")
+    page.evaluate(_FRAMES)
+    place = 1250, 600  # right of all nodes, as they lie now
+    page.mouse.move(*place)
+    for _ in range(10):  # a page that is still settling takes no notice of a click
+        page.mouse.dblclick(*place)
+        with contextlib.suppress(TimeoutError):
+            page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'", timeout=3000)
+            break
+    page.keyboard.type("Learned Round Quantize")
+    page.wait_for_function("() => document.body.innerText.includes('Learned Round Quantize')")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => window.app.graph._nodes.length === 4")
+    page.evaluate(_FRAMES)
+    page.mouse.move(place[0] + 5, place[1] + 5)
+    page.evaluate(_FRAMES)
+    for _ in range(10):  # newer pages carry the node until a click
+        page.mouse.click(*place)
+        with contextlib.suppress(TimeoutError):
+            page.wait_for_function("() => window.app.graph._nodes.every((node) => !node.flags.ghost)", timeout=3000)
+            break
+    page.locator(".lr-progress").wait_for(state="visible")
+    for origin, slot, target in (
+        ("LearnedRoundingLoadModel", "source", "LearnedRoundingQuantize"),
+        ("LearnedRoundingQuantize", "quantized", "LearnedRoundingSave"),
+    ):
+        page.evaluate(_FRAMES)
+        start, end = page.evaluate(_SLOTS, [origin, slot, target])
+        page.mouse.move(*start)
+        page.evaluate(_FRAMES)
+        page.mouse.down()
+        page.evaluate(_FRAMES)
+        page.mouse.move(*end, steps=8)
+        page.evaluate(_FRAMES)
+        page.mouse.up()
+        page.wait_for_function(
+            "(type) => window.app.graph._nodes.find((node) => node.type === type).inputs[0].link != null", arg=target
+        )
+    assert queue_prompt(page)["type"] == "execution_success"
+    page.locator(".lr-progress[data-state=done]").wait_for()
+    assert "layers in" in panel(page)["second"]
 
 
 def test_waits_then_follows_the_layers(graph):
