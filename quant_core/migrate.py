@@ -137,7 +137,7 @@ def migrate_file(
         metadata |= {QUANTIZATION_KEY: quantization_metadata(configs), **loading_note(configs)}
         infos = {name: opened.tensors[name] for name in others}
         infos |= {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
-        with SafetensorsWriter(destination, header_bytes(infos.items(), metadata)) as writer:
+        with SafetensorsWriter(destination, header_bytes(infos.items(), metadata), overwrite=overwrite) as writer:
             for name in others:
                 writer.add(name, opened.read(name))
             for name, tensor in small.items():

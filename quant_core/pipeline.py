@@ -148,7 +148,7 @@ class _WriteBehind:
             if kind is None:
                 self.wait()
         finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)  # the file is removed next, by whoever opened it
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)  # a write that hangs ends when it can: nobody waits for it
 
 
 class _Clock:
@@ -480,7 +480,7 @@ def quantize_file(
     reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
     before = _states(origins)
     run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
-    with SafetensorsWriter(destination, reserve, run) as writer:
+    with SafetensorsWriter(destination, reserve, run, overwrite=overwrite) as writer:
         report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
         _check_unchanged(source, before)
         report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))

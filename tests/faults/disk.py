@@ -1,7 +1,7 @@
 """A disk that fails at a chosen operation, and a process that runs on it.
 
-Every write, cut, flush, rename and removal of the writer counts as one operation; every look at the cancellation check counts too
-where a process is to be killed there.
+Every write, cut, flush, naming and removal of the writer counts as one operation, and reads where they are asked for; every look at the
+cancellation check counts too where a process is to be killed there.
 """
 
 import errno
@@ -17,7 +17,7 @@ import pytest
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.checkpoints import writer
 
-__all__ = ["Disk", "File", "failing", "killed", "killing", "processes", "run"]
+__all__ = ["Disk", "File", "failing", "killed", "killing", "once", "processes", "run"]
 
 _REAL_OPEN = open
 
@@ -25,17 +25,19 @@ _REAL_OPEN = open
 class Disk:
     """Calls ``fault(file, data)`` before operation number ``at`` and all after it; ``file`` and ``data`` are those of a write."""
 
-    def __init__(self, at: int | None = None, fault: Callable | None = None):
-        self.operations, self._at, self._fault = [], at, fault
+    def __init__(self, at: int | None = None, fault: Callable | None = None, reads: bool = False):
+        self.operations, self._at, self._fault, self._reads = [], at, fault, reads
 
     def step(self, operation: str, file=None, data: bytes | memoryview = b"") -> None:
+        if operation.startswith("read") and not self._reads:
+            return
         self.operations.append(operation)
         if self._at is not None and len(self.operations) > self._at:
             self._fault(file, data)
 
     def open(self, path, mode="r", **options):
         name = "journal" if str(path).endswith(".journal") else "file"
-        return File(_REAL_OPEN(path, mode, **options), self.step, name, reads=mode == "rb")
+        return File(_REAL_OPEN(path, mode, **options), self.step, name)
 
     def call(self, function: Callable, name: str) -> Callable:
         def counted(*args, **options):
@@ -46,21 +48,21 @@ class Disk:
 
     @contextmanager
     def under(self, *modules):
-        """Files that these modules open lie on it; the writer's removals, renames and flushes count."""
+        """Files that these modules open lie on it; the writer's removals, namings and flushes count."""
         with pytest.MonkeyPatch.context() as patch:
             for module in modules or (writer,):
                 patch.setattr(module, "open", self.open, raising=False)
             if not modules:
-                for name in ("fsync", "replace"):
+                for name in ("fsync", "replace", "link", "unlink"):
                     patch.setattr(os, name, self.call(getattr(os, name), name))
             yield self
 
 
 class File:
-    """A file whose operations are told of before they are done; reading is one where it is for nothing else."""
+    """A file whose operations are told of before they are done."""
 
-    def __init__(self, file, step: Callable, name: str, reads: bool):
-        self._file, self._step, self._name, self._reads = file, step, name, reads
+    def __init__(self, file, step: Callable, name: str):
+        self._file, self._step, self._name = file, step, name
 
     def write(self, data) -> int:
         self._step(f"write {self._name}", self._file, data)
@@ -71,13 +73,11 @@ class File:
         return self._file.truncate(size)
 
     def read(self, *size) -> bytes:
-        if self._reads:
-            self._step("read")
+        self._step(f"read {self._name}")
         return self._file.read(*size)
 
     def readinto(self, view) -> int:
-        if self._reads:
-            self._step("read")
+        self._step(f"read {self._name}")
         return self._file.readinto(view)
 
     def __getattr__(self, name):
@@ -98,6 +98,12 @@ def failing(code: int) -> Callable:
 
     assert code in errno.errorcode
     return fail
+
+
+def once(fault: Callable) -> Callable:
+    """The fault, the first time only."""
+    faults = iter([fault])
+    return lambda file, data: next(faults, lambda *_: None)(file, data)
 
 
 def killing(file, data) -> None:
