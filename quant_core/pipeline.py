@@ -22,6 +22,7 @@ from .checkpoints import (
     Source,
     TensorInfo,
     TensorSource,
+    final_path,
     header_bytes,
     loading_note,
     open_source,
@@ -454,13 +455,11 @@ def quantize_file(
                 on_event=on_event,
                 check=check,
             )
-    destination = Path(destination)
+    destination = final_path(destination)
     emit, check, device = on_event or _nothing, check or _nothing, usable_device(device)
     origins = getattr(source, "paths", ())
     if destination.exists() and any(origin.samefile(destination) for origin in origins):
         raise OutputError(f"{destination} is the source itself; choose another output.")
-    if destination.is_dir():
-        raise OutputError(f"{destination} is a folder; give a file name.")
     recipe.resolve(calibration is not None)
     plan = recipe.plan(source)
     _check_calibration(source, calibration)

@@ -39,7 +39,7 @@ except ImportError:  # Windows
 
     fcntl = None
 
-__all__ = ["SafetensorsWriter", "destination", "header_bytes", "remove_leftovers"]
+__all__ = ["SafetensorsWriter", "final_path", "header_bytes", "remove_leftovers"]
 
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
@@ -137,7 +137,7 @@ def _escape(name: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
-def destination(path: str | os.PathLike) -> Path:
+def final_path(path: str | os.PathLike) -> Path:
     """The file that a run towards ``path`` writes: a link is followed. Raises :class:`OutputError` where none can be."""
     path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     try:
@@ -206,7 +206,7 @@ class SafetensorsWriter:
         overwrite: bool = True,
         parse: Callable[[object], object] = lambda note: note,
     ):
-        self.path = destination(path)
+        self.path = final_path(path)
         self.notes: list[object] = []
         self._layout = _Layout()
         self._staging = Staging()

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 
+import gguf
 import pytest
+import torch
 from safetensors.torch import save, save_file
 
 from learned_rounding.quant_core import quantize_file
@@ -124,6 +126,31 @@ def test_a_source_that_changes_below_a_run_makes_no_file(one_case, change, often
     tried(f"source {change} during the run", len(layers), "none, one sentence, next run works")
 
 
+def _gguf(path):
+    file = gguf.GGUFWriter(path, "flux")
+    for name, tensor in tensors().items():
+        file.add_tensor(name, tensor.float().numpy())
+    for step in (file.write_header_to_file, file.write_kv_data_to_file, file.write_tensors_to_file, file.close):
+        step()
+
+
+@pytest.mark.parametrize("suffix, write", [(".pt", lambda path: torch.save(tensors(), path)), (".gguf", _gguf)], ids=["pt", "gguf"])
+def test_other_files_may_be_cut_short_below_a_run(tmp_path, suffix, write, often, tried):
+    """A file that is mapped and then cut short ends the process, and a server with it."""
+    source, target, layers = tmp_path / f"model{suffix}", tmp_path / "out.safetensors", range(0, 4, often(2, 1))
+    for index in layers:
+        write(source)
+
+        def listener(event, index=index):
+            if isinstance(event, LayerStarted) and event.index == index:
+                CHANGES["truncated"](source)
+
+        with pytest.raises(SourceError, match="ended early"):
+            quantize_file(source, target, device="cpu", on_event=listener)
+        assert list(tmp_path.iterdir()) == [source]
+    tried(f"{suffix} file truncated during the run", len(layers), "none, one sentence, next run works")
+
+
 def test_a_source_that_is_replaced_or_removed_is_read_to_its_end(one_case, tried):
     for change in (os.unlink, lambda path: os.replace(save_other(path), path)):
         before = one_case.source.read_bytes()
@@ -159,6 +186,57 @@ def test_a_read_only_folder(one_case, capsys, monkeypatch, tried):
     one_case.check(complete=False)
     one_case.again()
     tried("read-only folder", 1, "none, one sentence, next run works")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name")
+def test_a_pipe_is_no_output(one_case, tried):
+    os.mkfifo(one_case.target)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="no ordinary file but a device or a pipe"):
+            quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", overwrite=overwrite)
+    assert one_case.target.is_fifo()
+    one_case.clear()
+    tried("a pipe as the output", 2, "none, one sentence, next run works")
+
+
+def test_a_link_is_followed(one_case, tmp_path_factory, tried):
+    """The file it leads to is written, there already or not; the link stays."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "real.safetensors"
+    one_case.target.symlink_to(elsewhere)
+    for overwrite in (False, True):
+        quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", overwrite=overwrite)
+        assert one_case.target.is_symlink() and elsewhere.read_bytes() == one_case.expected
+        assert [path.name for path in elsewhere.parent.iterdir()] == [elsewhere.name]
+        elsewhere.write_bytes(b"another's")
+    with pytest.raises(OutputError, match="made from something else"):
+        quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu")
+    assert elsewhere.read_bytes() == b"another's"
+    tried("a link as the output", 3, "the file it leads to, whole or untouched")
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".safetensors", "a" * 245 + ".safetensors", "new/folder/" + "a" * 300])
+def test_names_that_no_disk_takes(one_case, name, tried):
+    with pytest.raises(OutputError, match="cannot be written: File name too long"):
+        quantize_file(one_case.source, one_case.target.parent / name, one_case.recipe, device="cpu")
+    assert list(one_case.target.parent.iterdir()) == [one_case.source]
+    tried("an output name that is too long", 1, "none, one sentence, next run works")
+
+
+def test_a_run_that_fails_leaves_no_folder_behind(one_case, tried):
+    deep = one_case.target.parent / "new" / "deep" / "out.safetensors"
+    with Disk(3, failing(errno.EIO)).under(), pytest.raises(OutputError):
+        quantize_file(one_case.source, deep, one_case.recipe, device="cpu")
+    leftovers = sorted(path.name for path in deep.parent.iterdir())  # the disk refused to remove them
+    with Disk(3, once(failing(errno.EIO))).under(), pytest.raises(OutputError):
+        quantize_file(one_case.source, deep.with_name("other.safetensors"), one_case.recipe, device="cpu")
+    assert sorted(path.name for path in deep.parent.iterdir()) == leftovers
+    quantize_file(one_case.source, deep, one_case.recipe, device="cpu")
+    assert [path.name for path in deep.parent.iterdir()] == [deep.name]
+    further = one_case.target.parent / "further" / "out.safetensors"
+    with Disk(3, once(failing(errno.EIO))).under(), pytest.raises(OutputError):
+        quantize_file(one_case.source, further, one_case.recipe, device="cpu")
+    assert not further.parent.exists()
+    tried("a disk that fails below a new folder", 3, "none, one sentence, next run works")
 
 
 @pytest.mark.parametrize("name", NAMES)

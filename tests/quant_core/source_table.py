@@ -34,7 +34,7 @@ makes and verifies every file; a test compares. Which layers of which model are 
 """
 TAIL = """
 *--requantize* (in a graph, the switch of **Load Model**) has to be given for files that are quantized already: better take the original.
-GGUF needs `pip install gguf`; text encoders in GGUF are refused. Pickles are read by torch's loader of weights alone: nothing in
+GGUF needs `pip install gguf`; text encoders in GGUF are refused. Pickles are followed, not run, to where their tensors lie: nothing in
 them is run. Diffusion models with diffusers' layer names, sharded or not, are taken by **Load Model** in a graph, where ComfyUI's own
 converters turn the names into ComfyUI's (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt, Z-Image); the command line has no ComfyUI to ask, and leaves
 names as they are.
