@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import math
+import os
+import secrets
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .events import LayerFinished, LayerKept
 from .markdown import markdown_table
@@ -126,6 +129,23 @@ class Report:
     def to_json(self) -> str:
         """Indented JSON."""
         return json.dumps(self.to_dict(), indent=1)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON; a file that is there stays whole until it is replaced. Raises OSError."""
+        text = self.to_json() + "\n"
+        if path.exists() and not path.is_file():  # a terminal, a pipe
+            path.write_text(text, encoding="utf-8")
+            return
+        target = Path(os.path.realpath(path))
+        partial = target.with_name(f".{secrets.token_hex(4)}.partial")
+        try:
+            with open(partial, "x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def table(self, worst: int = 5) -> str:
         """The summary users see at the end: totals, the worst layers, and layers that had to be kept."""
