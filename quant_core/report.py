@@ -71,7 +71,8 @@ class Report:
         bytes_in, bytes_out: size of the source's tensors and of the output file, or of its tensors when no file was written.
         seconds: wall-clock time of the run.
         output: path of the file, None when tensors were returned.
-        already_done: the output was there, with the same fingerprint; nothing was computed.
+        already_done: the output was there, with the same fingerprint; nothing was computed, or it was and came out the same.
+        taken_up: layers that a run before, which was stopped, had finished.
         choice: what formats were chosen from, where they were measured.
     """
 
@@ -88,6 +89,7 @@ class Report:
     device: str = "cpu"
     output: str | None = None
     already_done: bool = False
+    taken_up: int = 0
     choice: Choice | None = None
 
     @property
@@ -182,7 +184,7 @@ class Report:
 
     @property
     def _already(self) -> str:
-        return f"Already done: {self.output} was made from the same source and recipe."
+        return f"Already done: {self.output or 'it'} was made from the same source and recipe."
 
     def _rows(self) -> list[tuple[str, str]]:
         """(label, text) of the totals."""
@@ -193,7 +195,7 @@ class Report:
         rows = [
             ("format", f"{self._format}, rounding {self.rounding}"),
             *([("measured", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
-            ("layers quantized", f"{len(self.layers)}"),
+            ("layers quantized", f"{len(self.layers)}" + (f", {self.taken_up} of them by a run that was stopped" if self.taken_up else "")),
             (
                 "tensors kept",
                 f"{len(self.kept)} ({', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])[:3])})"

@@ -194,7 +194,8 @@ class SafetensorsWriter:
         parse: makes of a note what :attr:`notes` holds; whatever is wrong with one, it and all after it is not taken up.
 
     Attributes:
-        notes: what was taken up, as :meth:`note` was given it; its tensors are not to be added again.
+        notes: what was taken up, as ``parse`` made it; its tensors are not to be added again.
+        stood: a file of the same contents was there when this one was finished, and was left.
     """
 
     def __init__(
@@ -217,7 +218,7 @@ class SafetensorsWriter:
         self._beside = ThreadPoolExecutor(2, thread_name_prefix="learned-rounding-disk")  # one sums while another waits for the disk
         self._syncing: Future | None = None
         self._lasting, self._overwrite, self._parse = run is not None, overwrite, parse
-        self._writing, self._over = threading.Lock(), False
+        self._writing, self._over, self.stood = threading.Lock(), False, False
         self._made = [folder for folder in self.path.parents if not os.path.lexists(folder)]
         with self._access():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +280,8 @@ class SafetensorsWriter:
                 odd = info.nbytes % _ALIGNMENT
                 where, place = (journal.file, begin) if odd else (file, self._begin + end)
                 where.seek(place)
-                if checksum(where, info.nbytes) != record["crc"]:
+                crc = checksum(where, info.nbytes)
+                if crc is None or crc != record["crc"]:
                     break
                 end += 0 if odd else info.nbytes
                 since.append((record["name"], info, begin))
@@ -427,6 +429,7 @@ class SafetensorsWriter:
                 raise OutputExistsError(
                     f"{self.path} exists and was made from something else; choose another output or overwrite it."
                 ) from error
+            self.stood = True
             with contextlib.suppress(OSError):
                 os.utime(self.path)  # newer than its source again, so that the next run need not make it again to know
 

@@ -93,7 +93,7 @@ class File:
 def failing(code: int) -> Callable:
     """A fault that is an error of the system."""
 
-    def fail(file, data):
+    def fail(*_):
         raise OSError(code, os.strerror(code))
 
     assert code in errno.errorcode

@@ -4,9 +4,11 @@ import contextlib
 import errno
 import os
 import random
+import stat
 import subprocess
 import sys
 import threading
+import time
 
 import gguf
 import pytest
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from learned_rounding.quant_core import quantize_file
+from learned_rounding.quant_core.calibration import CalibrationFile
 from learned_rounding.quant_core.checkpoints import reader, writer
 from learned_rounding.quant_core.cli import main
 from learned_rounding.quant_core.errors import OutputError, SourceError
@@ -306,6 +309,142 @@ def test_a_disk_that_takes_little_at_a_time(one_case, monkeypatch, tried):
 
 class Stop(Exception):
     """What a host raises to cancel."""
+
+
+@pytest.mark.parametrize("end", ["write", "read"])
+def test_who_cancels_does_not_wait_for_a_disk_that_hangs(one_case, often, tried, end):
+    """The run is over and its files are gone while the write, or the read, still hangs; it ends when it can and leaves nothing."""
+    module = (reader,) if end == "read" else ()
+    every = operations(one_case, *module)
+    points = random.Random(SEED).sample(range(10, every // 2), often(3, 20))
+    for at in points:
+        free, waiting = threading.Event(), threading.Event()
+
+        def hang(file, data, free=free, waiting=waiting):
+            if threading.current_thread().name.startswith(f"learned-rounding-{end}") and not waiting.is_set():
+                waiting.set()
+                assert free.wait(timeout=60)
+
+        def check(waiting=waiting):
+            if waiting.is_set():
+                raise Stop
+
+        with Disk(at, hang, reads=bool(module)).under(*module):
+            with pytest.raises(Stop):
+                quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", check=check)
+            assert not free.is_set() and list(one_case.target.parent.iterdir()) == [one_case.source]
+            one_case.again()  # a run of the same meanwhile
+            one_case.clear()
+            free.set()
+            for thread in threading.enumerate():
+                if thread.name.startswith("learned-rounding"):
+                    thread.join(timeout=60)
+                    assert not thread.is_alive()
+        assert list(one_case.target.parent.iterdir()) == [one_case.source]
+    tried(f"cancelled while a {end} hangs", len(points), "at once, none, next run works")
+
+
+def test_removals_that_fail_hide_no_error(one_case, monkeypatch, tried):
+    """The disk fails, and then refuses to remove what was written: the first is told, the next run cleans up."""
+    with Disk(30, failing(errno.EIO)).under(), pytest.raises(OutputError, match="Input/output error; check the disk"):
+        quantized(one_case)
+    assert len(list(one_case.target.parent.glob(".*"))) == 2
+    one_case.again()
+    tried("EIO at a write, and at every removal after it", 1, "none, one sentence, next run works")
+
+
+def _folders_fail(monkeypatch, code: int) -> None:
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP], ids=errno.errorcode.get)
+def test_a_disk_that_flushes_no_folders(one_case, monkeypatch, code, tried):
+    _folders_fail(monkeypatch, code)
+    one_case.again()
+    tried("a disk that flushes no folders", 1, "whole")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
+def test_a_folder_that_cannot_be_flushed_is_told_of_truly(one_case, monkeypatch, code, tried):
+    _folders_fail(monkeypatch, code)
+    with pytest.raises(OutputError, match="is complete, but the disk does not confirm its name"):
+        quantized(one_case)
+    monkeypatch.undo()
+    one_case.check(complete=True)
+    one_case.again()
+    tried("the folder's flush fails", 1, "whole, one sentence")
+
+
+def _no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_disk_without_locks(one_case, monkeypatch, tried):
+    """Whether a run lives cannot be seen there: its files are left alone for a day, then taken up or removed."""
+    monkeypatch.setattr(writer.fcntl, "flock", _no_locks)
+    assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 40)
+    partial, journal = sorted(one_case.target.parent.glob(".*"), reverse=True)
+    assert quantized(one_case).taken_up == 0
+    one_case.check(complete=True)
+    assert partial.exists() and journal.exists()
+    one_case.clear()
+    long_ago = time.time() - 90_000
+    os.utime(partial, (long_ago, long_ago))
+    assert quantized(one_case).taken_up > 0
+    one_case.again()
+    tried("a disk without locks", 2, "whole or none; a dead run is taken up after a day")
+
+
+def test_a_new_file_that_another_run_takes_for_a_dead_ones(one_case, monkeypatch, tried):
+    """The other has it locked, and removes it at the worst moment."""
+    real, others = writer.fcntl.flock, []
+
+    def flock(descriptor, flags):
+        if not others:
+            (partial,) = one_case.target.parent.glob(".*.partial")
+            others.append(open(partial, "r+b"))
+            real(others[0].fileno(), flags)
+            try:
+                real(descriptor, flags)
+            finally:
+                partial.unlink()
+        real(descriptor, flags)
+
+    monkeypatch.setattr(writer.fcntl, "flock", flock)
+    quantized(one_case)
+    one_case.check(complete=True)
+    others[0].close()
+    one_case.again()
+    tried("a new file is removed as a dead run's", 1, "whole")
+
+
+def test_a_calibration_that_changes_below_a_run_makes_no_file(one_case, often, tried):
+    """Half of the layers rounded for one, half for the other, and the mark of the first."""
+    path = one_case.source.with_name("x.calib.safetensors")
+
+    def statistics(seed):
+        inputs = torch.randn(200, 65, generator=torch.Generator().manual_seed(seed))
+        return save({f"blocks.{block}.mlp.gram": inputs.t() @ inputs / 200 for block in range(4)})
+
+    def listener(event):
+        if isinstance(event, LayerStarted) and event.index == 4:
+            path.write_bytes(statistics(2))
+
+    path.write_bytes(statistics(1))
+    with CalibrationFile(path) as calibration, pytest.raises(SourceError, match="x.calib.safetensors was changed while it was read; run again"):
+        quantize_file(one_case.source, one_case.target, one_case.recipe, calibration=calibration, device="cpu", on_event=listener)
+    one_case.check(complete=False)
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [one_case.source.name, path.name]
+    path.unlink()
+    one_case.again()
+    tried("calibration written over during the run", 1, "none, one sentence, next run works")
 
 
 def test_cancelled_at_a_random_check(case, often, tried):
