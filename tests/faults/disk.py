@@ -5,11 +5,12 @@ cancellation check counts too where a process is to be killed there.
 """
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.checkpoints import writer
 
-__all__ = ["Disk", "File", "failing", "killed", "killing", "once", "processes", "run"]
+__all__ = ["Disk", "File", "failing", "flushed", "killed", "killing", "once", "processes", "run"]
 
 _REAL_OPEN = open
 
@@ -113,10 +114,28 @@ def killing(file, data) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(source: Path, target: Path, recipe: Recipe, kind: str, at: int | None, overwrite: bool = False) -> None:
+@contextmanager
+def flushed(log: Path):
+    """Every layer is flushed before the next begins, and it is written down which file has reached the disk up to where."""
+    real, note = os.fsync, writer.SafetensorsWriter.note
+
+    def fsync(descriptor: int) -> None:
+        name, size = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor).st_size
+        real(descriptor)
+        with _REAL_OPEN(log, "a") as file:
+            file.write(json.dumps([name, size]) + "\n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(writer.SafetensorsWriter, "note", lambda self, value: (note(self, value), self._syncing.result()))
+        patch.setattr(writer, "_SYNC", 1)
+        yield
+
+
+def run(source: Path, target: Path, recipe: Recipe, kind: str, at: int | None, overwrite: bool = False, log: Path | None = None) -> None:
     """In a process of its own: quantize, and die at operation ``at`` of the disk, or at a look at the cancellation check."""
     checks = Disk(at if kind == "check" else None, killing)
-    with Disk(at if kind == "disk" else None, killing).under():
+    with flushed(log) if log else nullcontext(), Disk(at if kind == "disk" else None, killing).under():
         quantize_file(source, target, recipe, device="cpu", overwrite=overwrite, check=lambda: checks.step("check"))
 
 

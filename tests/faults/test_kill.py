@@ -129,6 +129,28 @@ def test_a_power_cut_loses_what_was_not_on_the_disk(case, often, tried):
     tried("power cut: unflushed parts of both files lost or zero", count, "whole or none")
 
 
+def test_layers_that_a_flush_has_reached_survive_a_power_cut(one_case, made, often, tried):
+    """Everything behind what the last finished flush found is lost, and the layers before it are not."""
+    survived = []
+    for at in random.Random(SEED).sample(range(50, 100), often(6, 40)):
+        flushes = one_case.source.with_suffix(".flushes")
+        assert killed(one_case.source, one_case.target, one_case.recipe, "disk", at, False, flushes)
+        sure = dict(json.loads(line) for line in flushes.read_text().splitlines())  # file → its size when its last flush began
+        flushes.unlink()
+        layers = len(noted(one_case.target.parent))
+        for path in one_case.target.parent.glob(".*"):
+            os.truncate(path, sure.get(path.name, 0))
+        kept = noted(one_case.target.parent)
+        survived.append(len(kept))
+        assert layers - len(kept) <= 1  # of which the flush was under way
+        made.clear()
+        one_case.again()
+        assert len(made) == 8 - sum(name.endswith(("qkv.weight", "mlp.weight")) for name in kept)
+        one_case.clear()
+    assert max(survived) > 8
+    tried("power cut: all that no flush has reached is lost", len(survived), "no layer made again that a flush had reached")
+
+
 def test_everything_is_on_the_disk_before_it_has_its_name(one_case):
     with Disk().under() as disk:
         quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu")
