@@ -228,6 +228,7 @@ def _run(
         for event in events:
             tell(event)
 
+    _check_names(source, plan, recipe)
     others = len(source.tensors) - total
     layers = tuple(_planned(source, plan))
     emit(
@@ -362,6 +363,20 @@ def _planned(source: Source, plan: Plan) -> Iterator[PlannedLayer]:
         shape, decision = source.tensors[name].shape, plan.decisions[name]
         if name.endswith(".weight") and len(shape) > 1:
             yield PlannedLayer(name, shape, decision.reason if decision.action == "keep" else "")
+
+
+def _check_names(source: Source, plan: Plan, recipe: Recipe) -> None:
+    """Refuse a source that has, beside a plain weight, what quantizing it makes: the output would hold one name twice."""
+    kept = set(plan.names("keep"))
+    for name in plan.names("quantize"):
+        layer = name.removesuffix(".weight")
+        suffixes = [*recipe.of(plan.decisions[name]).encoding.specs(source.tensors[name].shape), "input_scale", CONFIG_SUFFIX[1:]]
+        for suffix in suffixes:
+            if f"{layer}.{suffix}" in kept:
+                raise SourceError(
+                    f"{source.name}: {layer}.{suffix} stands beside a weight in full precision, which has no use for it; the file is damaged, or half "
+                    "of it was quantized: give the original."
+                )
 
 
 def _biases(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> dict[str, str]:

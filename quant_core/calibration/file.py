@@ -102,10 +102,9 @@ class CalibrationFile:
         site = self._sites.get(name, name)
         if self._last is None or self._last[0] != site:  # layers that share an input mostly follow each other
             found = {kind: self._read(f"{site}.{kind}") for kind in _KINDS}
-            for kind, wanted in (("amax", None), ("histogram", BINS)):
-                values = found[kind]
-                if values is not None and (values.ndim != 1 or not values.numel() or (wanted or len(values)) != len(values)):
-                    raise CalibrationError(f"{self.path}: {site}.{kind} has the shape {tuple(values.shape)}; the file is damaged, calibrate again.")
+            shapes = {kind: tuple(found[kind].shape) for kind in ("amax", "histogram") if found[kind] is not None}
+            if any(len(shape) != 1 or not all(shape) for shape in shapes.values()) or shapes.get("histogram", (BINS,)) != (BINS,) or [*shapes] == ["histogram"]:
+                raise CalibrationError(f"{self.path}: what {site} was given is described by {shapes}, which says nothing; calibrate again.")
             self._last = site, Inputs(**found) if any(value is not None for value in found.values()) else None
         known, sensitivity = self._last[1], self._sensitivity.get(name)
         return known if known is None or sensitivity is None else replace(known, sensitivity=sensitivity)

@@ -284,6 +284,7 @@ class SafetensorsWriter:
                 if crc is None or crc != record["crc"]:
                     break
                 end += 0 if odd else info.nbytes
+                record["name"].encode()  # raises for what is no name
                 since.append((record["name"], info, begin))
         return layout, notes, cut
 

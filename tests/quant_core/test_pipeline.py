@@ -704,3 +704,12 @@ def test_inputs_that_fp8_would_flush_get_a_scale(model_file, tmp_path, recipe, s
         codes = (inputs / scale).to(torch.float8_e4m3fn).float()
         assert (codes * scale - inputs).norm() < 0.03 * inputs.norm()
     assert verify_file(tmp_path / "q").problems == []
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "comfy_quant", "input_scale"])
+def test_a_source_that_has_what_quantizing_makes_is_refused(tmp_path, listing, suffix):
+    """The output would hold the name twice, or a scale that belongs to other codes."""
+    save_file({"a.weight": torch.randn(16, 16), f"a.{suffix}": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(SourceError, match=f"a.{suffix} stands beside a weight in full precision|quantized already|comfy_quant"):
+        quantize_file(tmp_path / "model.safetensors", tmp_path / "out.safetensors", Recipe(preset="none", rounding="nearest"))
+    assert listing() == ["model.safetensors"]
