@@ -24,6 +24,7 @@ __all__ = ["SafetensorsFile", "StoredTensors", "open_regular", "MAX_HEADER", "MA
 
 MAX_HEADER = 100_000_000  # the limit of the format's own library
 _LENGTH = struct.Struct("<Q")
+_MAX_COMMAS = 2_500_000  # of a header; a tensor has eight, and models have thousands
 MAX_RANK = 64  # as many dimensions as torch's operators take
 TOO_LARGE = 2**63
 _READ_AT_ONCE = 1 << 24  # how soon a closed file stops a reading thread
@@ -190,9 +191,11 @@ class SafetensorsFile(StoredTensors):
             raise SourceError(
                 f"{self.path} is truncated: its header alone needs {start_of_data:,} bytes and the file has {self.size:,}; fetch it again."
             )
-        self._file.seek(_LENGTH.size)
+        text = self._bytes(_LENGTH.size, length)
+        if text.count(b",") > _MAX_COMMAS:  # as many values, each of which takes a hundred bytes of memory
+            raise SourceError(f"{self.path} has a damaged header (more than {_MAX_COMMAS:,} values); fetch the file again.")
         try:
-            header = json.loads(self._file.read(length), object_pairs_hook=_no_duplicates)
+            header = json.loads(text, object_pairs_hook=_no_duplicates)
             self.metadata = dict(header.pop("__metadata__", None) or {})
             if not all(isinstance(value, str) for value in self.metadata.values()):
                 raise ValueError("its metadata is no table of strings")
