@@ -112,7 +112,7 @@ def test_runs_that_fail_give_back_what_they_took(tmp_path, monkeypatch, often, t
         fail()
     after = held()
     assert after[:2] == (threads, files) == (0, files)
-    assert after[2] - memory < 24e6  # of the size of one run, though there were many
+    assert after[2] - memory < 48e6  # the allocator's ups and downs; a tensor that stayed of each run would be 72 MB, or 720
     tried("cancelled, out of memory and on a full disk, in one process", 3 * runs, "threads, files and memory given back")
 
 

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import os
+import re
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from learned_rounding.quant_core.requantize import DecodedSource
 __all__ = ["FILES", "TEXTS", "bounded", "refused", "tried_all"]
 
 OUT = "out.safetensors"
+STRAY = re.compile("holds codes|has a weight_scale but no")
 MEMORY, SECONDS = 300 << 20, 60  # what reading may take at most, of memory and of a processor
 NEAREST = Recipe(rounding="nearest", preset="none")
 
@@ -136,7 +138,8 @@ def tried_all(path: Path) -> dict[str, QuantizationError | None]:
         said[name] = refused(door, path)
         if made.parent.exists():
             assert [entry.name for entry in made.parent.iterdir()] == [OUT] and said[name] is None
-            assert verify_file(made).problems == [] or not name.startswith("quantize")
+            problems = verify_file(made).problems  # of what was kept as the source had it, codes without a scale say, there may be some
+            assert not name.startswith("quantize") or all(STRAY.search(problem) for problem in problems), problems
             made.unlink()
             made.parent.rmdir()
     assert set(path.parent.iterdir()) == beside
