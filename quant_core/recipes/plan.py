@@ -10,11 +10,10 @@ from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..report import Choice
 from .layers import FormatChoice, LayerRule, most_specific
 from .presets import AUTO, COMMON, NONE, Preset, Rule, find_preset, recognise
+from .refused import refusal
 from .rules import eligibility, heuristic
 
 __all__ = ["Decision", "Plan", "make_plan"]
-
-_CONTROL = ("control_model.", "controlnet_", "input_hint_block.", "zero_convs.")
 
 
 @dataclass(frozen=True)
@@ -108,10 +107,8 @@ def make_plan(
             f"{source.name} is quantized already ({', '.join(formats)}); quantizing codes again would ruin the model, "
             "so give its full-precision original, or have it decoded first (requantize)."
         )
-    if any(name.startswith(_CONTROL) for name in source.tensors):
-        raise NothingToQuantizeError(
-            f"{source.name} is a ControlNet, whose loader in ComfyUI takes no quantized layers; leave it as it is."
-        )
+    if reason := refusal(source.tensors):
+        raise NothingToQuantizeError(f"{source.name} is {reason}.")
     family = _choose(preset, source)
     decisions = {name: _decide(name, info, family, rules, heur) for name, info in source.tensors.items()}
     plan = Plan(decisions, family, detected=preset == AUTO)

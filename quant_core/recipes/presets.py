@@ -24,13 +24,14 @@ from ..checkpoints import TensorInfo
 from ..errors import UnknownNameError
 from .toml import tomllib
 
-__all__ = ["ALIASES", "AUTO", "NONE", "COMMON", "PRESETS", "Mark", "Preset", "Rule", "find_preset", "recognise"]
+__all__ = ["ALIASES", "AUTO", "NONE", "COMMON", "PRESETS", "STARTS", "Mark", "Preset", "Rule", "find_preset", "recognise"]
 
 AUTO = "auto"
 NONE = "none"
 _FOLDER = Path(__file__).parent / "presets"
-_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.")
-_START = f"^(?:{'|'.join(map(re.escape, _PREFIXES[1:]))})?"
+STARTS = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.")  # before the names of a checkpoint's model
+_PREFIXES = ("", *STARTS)
+_START = f"^(?:{'|'.join(map(re.escape, STARTS))})?"
 
 
 @dataclass(frozen=True)

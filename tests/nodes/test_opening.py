@@ -8,4 +8,5 @@ def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
     kinds = ("comfyui.safetensors", "diffusers.safetensors", "pickle.pt", "tiny.safetensors.index.json")
     assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "quantized alike": True} for kind in kinds}
     assert found["safetensors_files"] == ["diffusion_models/comfyui.safetensors", "diffusion_models/diffusers.safetensors"]
-    assert found["SDXL"] and found["Flux"]
+    renamed = dict.fromkeys(("sdxl", "flux", "sd35_large", "auraflow", "pixart_sigma"), True) | {"zimage": host.version != "0.3.75"}
+    assert {family: found[family] for family in renamed} == renamed

@@ -7,6 +7,8 @@ from learned_rounding.quant_core import PRESETS, Recipe
 from learned_rounding.quant_core.checkpoints import TensorInfo, TensorSource
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError
 from learned_rounding.quant_core.recipes import make_plan
+from learned_rounding.quant_core.recipes.refused import refusal
+from learned_rounding.tests.architectures import architectures
 
 EXPECTED = {
     "flux": {
@@ -269,6 +271,30 @@ def test_quantized_sources_are_refused_by_the_name_of_their_format(preset):
         AlreadyQuantizedError, match="old.safetensors is quantized already.*F8_E5M2.*full-precision original"
     ):
         make_plan(codes, preset=preset)
+
+
+DIFFUSERS = {
+    "auraflow": "joint_transformer_blocks.0.attn.add_k_proj.weight",
+    "pixart": "adaln_single.emb.timestep_embedder.linear_1.bias pos_embed.proj.bias transformer_blocks.0.attn1.to_q.weight",
+    "zimage": "noise_refiner.0.attention.norm_k.weight noise_refiner.0.attention.to_k.weight",
+    "flux": "x_embedder.weight transformer_blocks.0.attn.add_k_proj.weight single_transformer_blocks.0.proj_mlp.weight",
+    "sd3": "pos_embed.proj.weight transformer_blocks.0.attn.add_q_proj.weight",
+    "unet": "conv_in.weight down_blocks.0.resnets.0.norm1.weight mid_block.attentions.0.proj_in.weight",
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("family", DIFFUSERS)
+def test_diffusers_names_are_refused_because_comfyui_drops_their_scales(header_source, family, prefix):
+    """ComfyUI's own converters make such names of real models in tests/nodes/test_opening.py."""
+    source = header_source({prefix + name: (64, 64) for name in DIFFUSERS[family].split()})
+    with pytest.raises(NothingToQuantizeError, match="model.safetensors is under diffusers' layer names.*Load Model"):
+        make_plan(source)
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_no_model_under_comfyuis_names_is_refused(layer_names, name):
+    assert all(refusal(layer_names(name, prefix)) is None for prefix in PREFIXES)
 
 
 def test_a_control_net_is_refused_because_its_loader_takes_no_quantized_layers():
