@@ -1,12 +1,13 @@
 """Quantized files that ComfyUI misreads, or reads by its old rules only, into its own format of today; codes stay as they are.
 
 What changes is how codes are labelled: old scaled FP8 (``scaled_fp8``, ``scale_weight``, ``scale_input``), scales of rows or
-blocks under the name of a format per tensor, layers without their JSON, scales that belong to nothing, input scales.
+blocks under the name of a format per tensor, layers without their JSON, scales that belong to nothing, input scales. FP8 without a
+scale becomes the plain weights that ComfyUI takes it for.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from .errors import NothingToQuantizeError, OutputError, OutputExistsError, Sour
 from .formats import FORMATS, Encoding, make_encoding
 from .formats.weight import config_tensor
 
-__all__ = ["CodedLayer", "Migration", "coded_layers", "migrate_file", "old_marks", "read_scale"]
+__all__ = ["PLAIN", "UNSCALED", "CodedLayer", "Migration", "coded_layers", "foreign_layers", "migrate_file", "old_marks", "read_scale"]
 
 _MARK = "scaled_fp8"
 # Suffix of a tensor beside a layer's weight → that of the same tensor today.
@@ -40,6 +41,8 @@ _TODAY = {
     "comfy_quant": "comfy_quant",
 }
 _CODES = {entry.grid.dtype for entry in FORMATS.values()}
+UNSCALED = {dtype for dtype in _CODES if dtype.is_floating_point}  # codes that are numbers without a scale too
+PLAIN = torch.bfloat16  # holds every number of FP8, and as much as eight bits say
 _BLOCK_SIZES = [2**power for power in range(10, 2, -1)]
 
 
@@ -133,13 +136,17 @@ def migrate_file(
                 raise OutputExistsError(f"{destination} exists; choose another output or overwrite it.")
         done = Migration()
         configs, others, small = _sort(opened, calibration, drop_input_scale, done)
+        plain = _unscaled(opened, others, configs)
+        if plain:
+            done.changes["tensors of FP8 without a scale decoded, which ComfyUI takes for plain weights"] = len(plain)
         metadata = {key: value for key, value in opened.metadata.items() if key != QUANTIZATION_KEY}
         metadata |= {QUANTIZATION_KEY: quantization_metadata(configs), **loading_note(configs)}
-        infos = {name: opened.tensors[name] for name in others}
+        infos = {name: replace(opened.tensors[name], dtype=PLAIN) if name in plain else opened.tensors[name] for name in others}
         infos |= {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
         with SafetensorsWriter(destination, header_bytes(infos.items(), metadata)) as writer:
             for name in others:
-                writer.add(name, opened.read(name))
+                values = opened.read(name)
+                writer.add(name, values.to(PLAIN) if name in plain else values)
             for name, tensor in small.items():
                 writer.add(name, tensor)
             writer.finish(metadata)
@@ -165,7 +172,21 @@ class CodedLayer:
     @property
     def foreign(self) -> bool:
         """In a format that this version does not know."""
-        return self.config.get("format") is not None and self.config["format"] not in FORMATS
+        return _foreign(self.config)
+
+
+def foreign_layers(source: Source) -> dict[str, dict]:
+    """{layer: JSON} of those in formats that are not ours, as far as their weights are there."""
+    tensors, header = layer_configs(source)
+    return {
+        layer: config
+        for layer, config in {**header, **tensors}.items()
+        if _foreign(config) and f"{layer}.weight" in source.tensors
+    }
+
+
+def _foreign(config: Mapping) -> bool:
+    return config.get("format") is not None and config["format"] not in FORMATS
 
 
 def old_marks(source: Source) -> list[str]:
@@ -218,6 +239,11 @@ def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
     if not configs:
         raise NothingToQuantizeError(f"{opened.name} holds no quantized layer; there is nothing to migrate.")
     return configs, [name for name in opened.tensors if name not in gone], small
+
+
+def _unscaled(opened: Source, names: Iterable[str], configs: Mapping[str, Mapping]) -> set[str]:
+    """Those of FP8 that belong to no quantized layer."""
+    return {name for name in names if opened.tensors[name].dtype in UNSCALED and name.rpartition(".")[0] not in configs}
 
 
 def read_scale(opened: Source, name: str) -> torch.Tensor:

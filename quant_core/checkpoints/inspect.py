@@ -13,7 +13,9 @@ from .reader import SafetensorsFile
 from .source import Source
 from .verify import CODE_DTYPES, layer_encoding
 
-__all__ = ["Inspection", "inspect_file", "quantized_formats"]
+__all__ = ["BITSANDBYTES", "Inspection", "inspect_file", "quantized_formats"]
+
+BITSANDBYTES = "bitsandbytes"
 
 
 def quantized_formats(source: Source) -> list[str]:
@@ -24,7 +26,7 @@ def quantized_formats(source: Source) -> list[str]:
     if any(name.endswith((".scale_weight", "scaled_fp8")) for name in names):
         found.add("scaled fp8 (old)")
     if any(name.endswith((".quant_map", ".absmax")) for name in names):
-        found.add("bitsandbytes")
+        found.add(BITSANDBYTES)
     if not found:
         raw = {
             info.dtype

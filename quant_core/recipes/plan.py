@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..checkpoints import Source, TensorInfo
-from ..checkpoints.inspect import quantized_formats
+from ..checkpoints.inspect import BITSANDBYTES, quantized_formats
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..report import Choice
 from .layers import FormatChoice, LayerRule, most_specific
@@ -103,9 +103,10 @@ def make_plan(
         NothingToQuantizeError: no layer would be quantized, or ComfyUI would load none of them.
     """
     if formats := quantized_formats(source):
+        decode = "" if BITSANDBYTES in formats else ", or have it decoded first (requantize)"
         raise AlreadyQuantizedError(
             f"{source.name} is quantized already ({', '.join(formats)}); quantizing codes again would ruin the model, "
-            "so give its full-precision original, or have it decoded first (requantize)."
+            f"so give its full-precision original{decode}."
         )
     if reason := refusal(source.tensors):
         raise NothingToQuantizeError(f"{source.name} is {reason}.")

@@ -347,6 +347,10 @@ CHECKS = {
     "taught_text_encoder": taught_text_encoder,
     "calibrated_text_encoder": calibrated_text_encoder,
 }
+if check.startswith("foreign_"):
+    import foreign_checks
+
+    CHECKS |= foreign_checks.CHECKS
 if check.startswith("layout_"):
     import layout_checks
 

@@ -126,6 +126,15 @@ def test_orphans_go_and_formats_of_others_stay(migrate):
     assert {name for name in made if name.startswith(("gone", "nothing"))} == {"gone.weight"}
 
 
+def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate):
+    """ComfyUI uses such a layer as it is."""
+    old = old_fp8() | {"plain.weight": codes(), "plain.bias": random(64).to(FP8)}
+    done, made, jsons = migrate(old)
+    assert set(jsons) == {"blocks.0.mlp"}
+    assert all(torch.equal(made[name], old[name].bfloat16()) and made[name].dtype is torch.bfloat16 for name in ("plain.weight", "plain.bias"))
+    assert done.changes["tensors of FP8 without a scale decoded, which ComfyUI takes for plain weights"] == 2
+
+
 def test_formats_of_others_stay_as_they_are(tmp_path):
     other = {"format": "nvfp4", "group_size": 16}
     old = {"a.weight": codes(), "a.weight_scale": torch.ones(()), "b.weight": torch.zeros(4, 4, dtype=torch.uint8)}
