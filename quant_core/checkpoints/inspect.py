@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..formats import FORMATS
 from ..report import human_bytes
 from .dtypes import DTYPE_NAMES
-from .metadata import layer_configs, provenance
+from .metadata import ENCODER_PREFIX, layer_configs, provenance
 from .reader import SafetensorsFile
 from .source import Source
 from .verify import CODE_DTYPES, layer_encoding
@@ -16,6 +16,7 @@ from .verify import CODE_DTYPES, layer_encoding
 __all__ = ["BITSANDBYTES", "Inspection", "inspect_file", "quantized_formats"]
 
 BITSANDBYTES = "bitsandbytes"
+_ENCODERS_SINCE = "0.33"  # the oldest ComfyUI of which that is known
 
 
 def quantized_formats(source: Source) -> list[str]:
@@ -72,7 +73,8 @@ class Inspection:
         return "\n".join(lines)
 
 
-def _stock(found: list[str]) -> str:
+def _stock(found: list[str], encoders: bool) -> str:
+    """``encoders``: text encoders of a checkpoint are quantized."""
     if not found:
         return "Stock ComfyUI loads it as plain weights."
     unknown = [name for name in found if name not in FORMATS]
@@ -81,9 +83,8 @@ def _stock(found: list[str]) -> str:
     ours = [name for name in found if FORMATS[name].stock_since is None]
     if ours:
         return f"ComfyUI's own loaders read {', '.join(ours)} only with this node pack installed."
-    since = max(
-        (FORMATS[name].stock_since for name in found), key=lambda release: [int(part) for part in release.split(".")]
-    )
+    releases = [FORMATS[name].stock_since for name in found] + [_ENCODERS_SINCE] * encoders
+    since = max(releases, key=lambda release: [int(part) for part in release.split(".")])
     return f"Stock ComfyUI {since} and newer loads it."
 
 
@@ -109,6 +110,6 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             dtypes={name: (counts[name], sizes[name]) for name in sorted(sizes, key=lambda name: -sizes[name])},
             quantized={kind: counts.total() for kind, counts in layers.items()},
             layers={kind: dict(counts) for kind, counts in layers.items()},
-            stock=_stock(quantized_formats(source)),
+            stock=_stock(quantized_formats(source), any(layer.startswith(ENCODER_PREFIX) for layer in configs or header)),
             made_by=provenance(source),
         )

@@ -1,7 +1,8 @@
 """The plan: one decision for every tensor of a source, made from names and shapes alone."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..checkpoints import Source, TensorInfo
@@ -14,6 +15,9 @@ from .refused import refusal
 from .rules import eligibility, heuristic
 
 __all__ = ["Decision", "Plan", "make_plan"]
+
+_BESIDE = " Beside it {}, which ComfyUI reads quantized from 0.33 on; keep layers ^{} for older ones."
+_ENCODER = re.compile(r"text_encoders\.(?P<part>[^.]+)\.transformer\.")
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,21 @@ class Plan:
         preset: the preset used, None for the general rule alone.
         detected: the preset was recognised, not named by the user.
         choice: what formats were chosen from, where they were measured.
+        encoders: beginning of the names of a text encoder inside a checkpoint → its preset.
     """
 
     decisions: dict[str, Decision]
     preset: Preset | None
     detected: bool
     choice: Choice | None = None
+    encoders: Mapping[str, Preset] = field(default_factory=dict)
 
     @property
     def explanation(self) -> str:
-        """What the keep list is and how sure that is, in a sentence or two."""
+        """What the keep list is and how sure that is, in a few sentences."""
         if self.preset:
-            return f"{'Recognised as' if self.detected else 'Preset'} {self.preset.title}. {self._sureness}"
+            beside = "".join(_BESIDE.format(preset.title, start) for start, preset in self.encoders.items())
+            return f"{'Recognised as' if self.detected else 'Preset'} {self.preset.title}.{beside} {self._sureness}"
         if self.detected:
             return "No preset recognises these layer names: the general rule alone decides."
         return "The general rule alone decides."
@@ -53,7 +60,11 @@ class Plan:
     @property
     def _sureness(self) -> str:
         layers = list(self.names("quantize"))
-        unknown = [name for name in layers if not self.preset.blocks.search(name)]
+        unknown = []
+        for name in layers:
+            start = _encoder(name)
+            if not self.encoders.get(start, self.preset).blocks.search(name.removeprefix(start)):
+                unknown.append(name)
         if unknown:
             return f"Less sure: it does not know {len(unknown)} of the {len(layers)} layers to quantize, such as {unknown[0]}."
         return f"It knows all {len(layers)} layers to quantize."
@@ -67,20 +78,38 @@ class Plan:
         return (name for name, decision in self.decisions.items() if decision.action != "remove")
 
 
+def _encoder(name: str) -> str:
+    """The beginning of the names of the text encoder in a checkpoint that a tensor belongs to; empty for others."""
+    found = _ENCODER.match(name)
+    return found[0] if found else ""
+
+
+def _encoders(tensors: Mapping[str, TensorInfo], family: Preset) -> dict[str, Preset]:
+    """Beginning of names → preset, of the text encoders beside a model of that family that ComfyUI reads quantized."""
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if (found := _ENCODER.match(name)) and found["part"] in family.encoders:
+            parts.setdefault(found[0], {})[name.removeprefix(found[0])] = info
+    known = {start: recognise(part) for start, part in parts.items()}
+    return {start: preset for start, preset in known.items() if preset}
+
+
 def _found(rules: tuple[Rule, ...], name: str) -> str | None:
     return next((rule.reason for rule in rules if rule.pattern.search(name)), None)
 
 
 def _decide(
-    name: str, info: TensorInfo, preset: Preset | None, own: Iterable[LayerRule], heur: bool
+    name: str, info: TensorInfo, start: str, preset: Preset | None, own: Iterable[LayerRule], heur: bool
 ) -> Decision:
-    if preset and (reason := _found(preset.remove, name)):
+    """``start``: what presets do not see of the name."""
+    seen = name.removeprefix(start)
+    if preset and (reason := _found(preset.remove, seen)):
         return Decision("remove", reason)
     if reason := eligibility(name, info):
         return Decision("keep", reason)
     if rule := most_specific(own, name):
         return Decision("quantize" if rule.format else "keep", rule.reason, rule.format)
-    kept = _found(COMMON.keep, name) or (preset and _found(preset.keep, name)) or (heur and heuristic(info))
+    kept = _found(COMMON.keep, seen) or (preset and _found(preset.keep, seen)) or (heur and heuristic(info))
     return Decision("keep", kept) if kept else Decision("quantize")
 
 
@@ -111,8 +140,12 @@ def make_plan(
     if reason := refusal(source.tensors):
         raise NothingToQuantizeError(f"{source.name} is {reason}.")
     family = _choose(preset, source)
-    decisions = {name: _decide(name, info, family, rules, heur) for name, info in source.tensors.items()}
-    plan = Plan(decisions, family, detected=preset == AUTO)
+    encoders = _encoders(source.tensors, family) if family else {}
+    decisions = {}
+    for name, info in source.tensors.items():
+        start = _encoder(name)
+        decisions[name] = _decide(name, info, start if start in encoders else "", encoders.get(start, family), rules, heur)
+    plan = Plan(decisions, family, detected=preset == AUTO, encoders=encoders)
     if next(plan.names("quantize"), None) is None:
         reasons = sorted({decision.reason for decision in decisions.values()})
         raise NothingToQuantizeError(

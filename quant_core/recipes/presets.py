@@ -6,6 +6,8 @@ A preset file has
 * ``detect``: lists of marks, one of which must be there whole, and ``absent``: marks that must not be. A mark is a tensor's name and
   perhaps its shape, ``cap_embedder.1.weight 3840x*``. Without ``detect`` a preset is taken only by its name;
 * ``blocks``: the layers that make up the model; a layer to quantize elsewhere is unknown to the preset, and the plan says so;
+* ``encoders``: text encoders in which ComfyUI looks for quantized layers when they lie in a checkpoint beside such a model, by
+  the names of their parts; their rules are those of the preset that recognises them;
 * ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``;
 * ``include``: presets whose rules come first.
 
@@ -83,6 +85,7 @@ class Preset:
     blocks: re.Pattern[str]
     detect: tuple[tuple[Mark, ...], ...]
     absent: tuple[Mark, ...]
+    encoders: tuple[str, ...]
 
     def fits(self, tensors: Mapping[str, TensorInfo]) -> bool:
         """Whether the tensors are those of this family."""
@@ -112,6 +115,7 @@ def _load(name: str) -> Preset:
         blocks=_pattern(data.get("blocks", "")),
         detect=tuple(tuple(map(Mark.parse, marks)) for marks in data.get("detect", ())),
         absent=tuple(map(Mark.parse, data.get("absent", ()))),
+        encoders=tuple(data.get("encoders", ())),
     )
 
 

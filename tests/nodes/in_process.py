@@ -347,6 +347,10 @@ CHECKS = {
     "taught_text_encoder": taught_text_encoder,
     "calibrated_text_encoder": calibrated_text_encoder,
 }
+if check.startswith("checkpoint_"):
+    import checkpoint_checks
+
+    CHECKS |= checkpoint_checks.CHECKS
 if check.startswith("foreign_"):
     import foreign_checks
 

@@ -165,6 +165,38 @@ def test_text_encoders_and_vae_of_a_whole_checkpoint_stay_as_they_are(layer_name
     assert plan.decisions["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"].action == "quantize"
 
 
+ENCODERS = [(preset, encoder) for preset in PRESETS.values() for encoder in preset.encoders]
+# Part of a checkpoint → a list of its tensors, where that has another name.
+LISTS = {
+    "t5xxl": "t5", "umt5xxl": "umt5", "llama": "llama3_8b", "qwen3vl": "qwen3vl_8b", "gpt_oss": "gpt_oss_20b",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset, encoder", ENCODERS, ids=[f"{preset.name}-{encoder}" for preset, encoder in ENCODERS])
+def test_each_part_of_a_checkpoint_gets_its_own_rule(layer_names, header_source, preset, encoder):
+    """The text encoder alone and in the checkpoint: the same decisions, removals included."""
+    start = f"text_encoders.{encoder}.transformer."
+    alone = {**layer_names(LISTS.get(encoder, encoder)), "lm_head.weight": (64, 64)}
+    own = make_plan(header_source(alone)).decisions
+    family = layer_names(next(name for name in architectures() if preset.fits(header_source(layer_names(name)).tensors)) if preset.detect else "flux")
+    whole = {f"model.diffusion_model.{name}": shape for name, shape in family.items()} | {f"{start}{name}": shape for name, shape in alone.items()}
+    whole |= layer_names("clip_l", "text_encoders.clip_l.transformer.") | layer_names("clip_l", "text_encoders.unheard_of.transformer.")
+    plan = make_plan(header_source(whole), preset="auto" if preset.detect else preset.name)
+    assert {name: plan.decisions[start + name] for name in own} == own
+    assert "quantize" in {decision.action for decision in own.values()}
+    assert {plan.decisions[name].action for name in whole if ".clip_l." in name or ".unheard_of." in name} == {"keep"}
+    assert own.keys() and f"keep layers ^{start}" in plan.explanation
+    assert not preset.detect or "It knows all" in plan.explanation
+
+
+def test_text_encoders_that_comfyui_reads_in_full_precision_stay(layer_names, header_source):
+    """PixArt's T5: ComfyUI does not look for quantized layers there. And that of a model which nothing recognises."""
+    start = "text_encoders.t5xxl.transformer."
+    for family in (layer_names("pixart_sigma", "model.diffusion_model."), {"model.diffusion_model.a.weight": (64, 64)}):
+        plan = make_plan(header_source({**family, **layer_names("t5", start)}))
+        assert {plan.decisions[name].action for name in layer_names("t5", start)} == {"keep"}
+
+
 def test_the_diffusion_model_of_a_whole_checkpoint_gets_its_own_keep_list(layer_names, header_source):
     whole = {
         **layer_names("flux", "model.diffusion_model."),

@@ -17,7 +17,7 @@ from learned_rounding.quant_core.recipes.presets import ALIASES, Mark
 from learned_rounding.quant_core.recipes.toml import tomllib
 
 FILES = sorted((Path(presets.__file__).parent / "presets").glob("*.toml"))
-KEYS = {"title", "aliases", "include", "detect", "absent", "blocks", "keep", "remove"}
+KEYS = {"title", "aliases", "include", "detect", "absent", "blocks", "encoders", "keep", "remove"}
 # The names of the published tool's keep lists, all of them.
 VOCABULARY = """
     t5xxl mistral visual generic_text gemma4 qwen35 flux2 distillation_large distillation_small nerf_large nerf_small
