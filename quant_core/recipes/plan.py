@@ -10,7 +10,7 @@ from ..checkpoints.inspect import BITSANDBYTES, quantized_formats
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..report import Choice
 from .layers import FormatChoice, LayerRule, most_specific
-from .presets import AUTO, COMMON, NONE, Preset, Rule, find_preset, recognise
+from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognise
 from .refused import refusal
 from .rules import eligibility, heuristic
 
@@ -109,7 +109,7 @@ def _decide(
         return Decision("keep", reason)
     if rule := most_specific(own, name):
         return Decision("quantize" if rule.format else "keep", rule.reason, rule.format)
-    kept = _found(COMMON.keep, seen) or (preset and _found(preset.keep, seen)) or (heur and heuristic(info))
+    kept = _found(COMMON.keep, seen) or _found((preset or GENERAL).keep, seen) or (heur and heuristic(info))
     return Decision("keep", kept) if kept else Decision("quantize")
 
 

@@ -13,7 +13,7 @@ A preset file has
 
 A mark is the whole name and a pattern a regular expression for its beginning, both less what a checkpoint puts before the
 names of its model (``model.diffusion_model.`` …); so neither can hit a layer deeper in another model by chance.
-``_common.toml`` is the general rule and holds for every model.
+``_common.toml`` holds for every model, ``_general.toml`` beside it for those that no preset is for: both are the general rule.
 """
 
 import re
@@ -26,7 +26,7 @@ from ..checkpoints import TensorInfo
 from ..errors import UnknownNameError
 from .toml import tomllib
 
-__all__ = ["ALIASES", "AUTO", "NONE", "COMMON", "PRESETS", "STARTS", "Mark", "Preset", "Rule", "find_preset", "recognise"]
+__all__ = ["ALIASES", "AUTO", "NONE", "COMMON", "GENERAL", "PRESETS", "STARTS", "Mark", "Preset", "Rule", "find_preset", "recognise"]
 
 AUTO = "auto"
 NONE = "none"
@@ -119,9 +119,9 @@ def _load(name: str) -> Preset:
     )
 
 
-COMMON = _load("_common")
+COMMON, GENERAL = _load("_common"), _load("_general")
 PRESETS: Mapping[str, Preset] = {
-    path.stem: _load(path.stem) for path in sorted(_FOLDER.glob("*.toml")) if path.stem != COMMON.name
+    path.stem: _load(path.stem) for path in sorted(_FOLDER.glob("[!_]*.toml"))
 }
 ALIASES: Mapping[str, Preset] = {alias: preset for preset in PRESETS.values() for alias in preset.aliases}
 

@@ -1,13 +1,17 @@
 """Every preset against the true tensors of every model that ComfyUI knows."""
 
 import functools
+import math
+import re
 
 import pytest
 
 from learned_rounding.quant_core import PRESETS
+from learned_rounding.quant_core.recipes import make_plan
 from learned_rounding.tests.architectures import architectures, read
 from learned_rounding.tests.architectures.lists import rebuild, version
 from learned_rounding.tests.architectures.table import DOCUMENT, document, examine
+from learned_rounding.tests.architectures.table import source as header
 
 # Models that no preset is for: none of them makes pictures, sound or text for them.
 GENERAL = {
@@ -62,6 +66,33 @@ def test_every_pattern_hits_something(preset):
     assert models
     for rule in (*preset.keep, *preset.remove):
         assert (preset.name, rule.text) in ELSEWHERE or any(map(rule.pattern.search, names)), rule.text
+
+
+# Layers at the edge of a model whose names do not tell: the general rule quantizes them.
+UNTOLD = {
+    "anima": {"llm_adapter.out_proj"},
+    "gemma4": {"audio_model.subsample_conv_projection.input_proj_linear", "per_layer_model_projection", "vision_model.patch_dense"},
+    "hidream_o1": {"visual.merger.linear_fc1", "visual.merger.linear_fc2"},
+    "krea2": {"txtfusion.projector"},
+    "minimax_music": {"diffusion_transformer.transformer.project_in", "diffusion_transformer.transformer.project_out", "audio_decoder.projection"},
+    "mochi": {"t5_yproj"},
+    "wan": {"casual_audio_encoder.encoder.final_linear", "face_encoder.out_proj", "motion_encoder.dec.direction", "trainable_cond_mask"},
+    "ace_step": {"lyric_embs"},
+    "ace_step_15": {"tokenizer.quantizer.project_in", "tokenizer.quantizer.project_out"},
+    **dict.fromkeys(("generic_text", "qwen35"), {"visual.merger.linear_fc1", "visual.merger.linear_fc2", "audio_decoder.projection"}),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized and found(name).preset])
+def test_the_general_rule_is_safe_for_a_model_that_nothing_recognises(name):
+    """As if no preset knew it: what its preset keeps outside numbered blocks is kept, and nearly all that it quantizes is quantized."""
+    source = header(name)
+    general, own = make_plan(source, preset="none"), make_plan(source)
+    wrong = {layer for layer in set(general.names("quantize")) - set(own.names("quantize")) if not re.search(r"\.\d+\.", layer)}
+    plain = {layer.removeprefix("model.").removesuffix(".weight") for layer in wrong}
+    assert plain <= UNTOLD.get(own.preset.name, set())
+    missed = sum(math.prod(source.tensors[layer].shape) for layer in set(own.names("quantize")) - set(general.names("quantize")))
+    assert missed <= 0.025 * sum(math.prod(source.tensors[layer].shape) for layer in own.names("quantize"))
 
 
 def test_the_document_is_what_these_lists_and_presets_make():

@@ -136,7 +136,7 @@ def test_a_vae_decoder_is_never_removed(layer_names, header_source):
     names = {
         **layer_names("flux", "model.diffusion_model."),
         "vae.decoder.conv_in.weight": (512, 16, 3, 3),
-        "decoder.conv_in.weight": (512, 16, 3, 3),
+        "decoder.norm.weight": (512,),
     }
     assert not list(make_plan(header_source(names)).names("remove"))
     text = {
@@ -212,9 +212,9 @@ GENERAL = {
     "keep": """
             norm norm1 norm_out.linear blocks.0.attn_norm blocks.0.q_norm blocks.0.layernorm
             blocks.0.rms_norm groupnorm token_embed x_embedder t_embedder.mlp.0 embed_tokens model.wte
-            shared pos_emb lm_head
+            shared pos_emb lm_head img_in input_proj time_in.in_layer final_layer.linear proj_out head.head caption_projection.linear_1
         """,
-    "quantize": "blocks.0.attn.qkv normal_proj abnormal conformer.proj shared_experts.up normalize_in",
+    "quantize": "blocks.0.attn.qkv normal_proj abnormal conformer.proj shared_experts.up normalize blocks.0.proj_out blocks.0.time_mixer",
 }
 
 
@@ -329,7 +329,38 @@ def test_no_model_under_comfyuis_names_is_refused(layer_names, name):
     assert all(refusal(layer_names(name, prefix)) is None for prefix in PREFIXES)
 
 
-def test_a_control_net_is_refused_because_its_loader_takes_no_quantized_layers():
-    tensors = {"controlnet_blocks.0.weight": torch.zeros(8, 8), "transformer_blocks.0.ff.weight": torch.zeros(8, 8)}
-    with pytest.raises(NothingToQuantizeError, match="ControlNet"):
-        Recipe().plan(TensorSource(tensors))
+OTHERS = {
+    "a ControlNet": """
+        controlnet_blocks.0.weight controlnet_cond_embedding.conv_in.weight control_model.input_hint_block.0.weight after_proj_list.18.weight
+        model.control_model.input_hint_block.0.weight
+    """,
+    "a patch for a model": """
+        control_layers.0.attention.qkv.weight control_all_x_embedder.2-1.weight lllite_conditioning1.conv1.weight redux_up.weight
+        image_proj.proj.weight
+    """,
+    "a LoRA": """
+        lora_unet_double_blocks_0_img_attn_proj.lora_up.weight transformer.blocks.0.attn.to_q.lora_A.weight unet.mid_block.to_q_lora.down.weight
+        diffusion_model.blocks.0.ffn.0.lora_B.default.weight lycoris_blocks_0.lokr_w1 lora_te_text_model.hada_w1_a blocks.0.q.dora_scale
+        diffusion_model.blocks.0.ffn.0.diff_b transformer.single_transformer_blocks.0.attn.to_k.lora.up.weight
+    """,
+    "an image encoder": """
+        vision_model.encoder.layers.0.layer_norm1.weight visual.transformer.resblocks.0.attn.in_proj_weight encoder.layer.0.layer_scale1.lambda1
+    """,
+    "a VAE": """
+        decoder.conv_in.weight encoder.middle.0.residual.0.gamma decoder.up_blocks.0.resnets.0.conv1.weight quant_conv.weight
+        taesd_decoder.1.weight decoder.mid.attn_1.q.weight
+    """,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind, names in OTHERS.items() for name in names.split()])
+def test_what_is_no_model_is_refused_by_what_it_is(header_source, kind, name):
+    """Each mark alone, beside a layer that the general rule would quantize."""
+    source = header_source({name: (64, 64), "blocks.0.attn.to_q.weight": (64, 64)})
+    with pytest.raises(NothingToQuantizeError, match=f"^model.safetensors is {kind}"):
+        make_plan(source)
+
+
+def test_an_image_encoder_beside_a_text_encoder_is_not_refused(layer_names):
+    assert refusal([*layer_names("clip_l"), "vision_model.encoder.layers.0.layer_norm1.weight"]) is None
+    assert refusal(["vision_model.encoder.layers.0.layer_norm1.weight"])
