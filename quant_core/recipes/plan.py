@@ -8,6 +8,7 @@ from typing import Literal
 from ..checkpoints import Source, TensorInfo
 from ..checkpoints.inspect import BITSANDBYTES, quantized_formats
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
+from ..formats import FORMATS
 from ..report import Choice
 from .layers import FormatChoice, LayerRule, most_specific
 from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognise
@@ -94,8 +95,16 @@ def _encoders(tensors: Mapping[str, TensorInfo], family: Preset) -> dict[str, Pr
     return {start: preset for start, preset in known.items() if preset}
 
 
-def _found(rules: tuple[Rule, ...], name: str) -> str | None:
+def _found(rules: Iterable[Rule], name: str) -> str | None:
     return next((rule.reason for rule in rules if rule.pattern.search(name)), None)
+
+
+def _impossible(rules: Iterable[Rule], name: str, format: FormatChoice | None) -> str | None:
+    """Why ComfyUI would not read the layer quantized, or not in that format."""
+    if reason := _found((rule for rule in rules if rule.cannot), name):
+        return reason
+    ours = format is not None and FORMATS[format.format].stock_since is None
+    return f"embedding: ComfyUI reads no {format.format} there" if ours and _found((rule for rule in rules if rule.table), name) else None
 
 
 def _decide(
@@ -107,9 +116,13 @@ def _decide(
         return Decision("remove", reason)
     if reason := eligibility(name, info):
         return Decision("keep", reason)
-    if rule := most_specific(own, name):
+    rules = (*COMMON.keep, *(preset or GENERAL).keep)
+    rule = most_specific(own, name)
+    if reason := _impossible(rules, seen, rule and rule.format):
+        return Decision("keep", reason)
+    if rule:
         return Decision("quantize" if rule.format else "keep", rule.reason, rule.format)
-    kept = _found(COMMON.keep, seen) or _found((preset or GENERAL).keep, seen) or (heur and heuristic(info))
+    kept = _found(rules, seen) or (heur and heuristic(info))
     return Decision("keep", kept) if kept else Decision("quantize")
 
 
@@ -125,7 +138,7 @@ def make_plan(
     """Decide for every tensor of ``source``; small tensors may be read, weights are not.
 
     ``preset`` and ``heur`` are those of a :class:`~.recipe.Recipe`. ``rules``: of the user's own; where one holds for a
-    layer neither preset nor ``heur`` has a say.
+    layer neither preset nor ``heur`` has a say, unless ComfyUI could not read what it asks for.
 
     Raises:
         AlreadyQuantizedError: the source holds codes already.

@@ -8,7 +8,7 @@ A preset file has
 * ``blocks``: the layers that make up the model; a layer to quantize elsewhere is unknown to the preset, and the plan says so;
 * ``encoders``: text encoders in which ComfyUI looks for quantized layers when they lie in a checkpoint beside such a model, by
   the names of their parts; their rules are those of the preset that recognises them;
-* ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``;
+* ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``, and perhaps ``cannot`` or ``table``, see :class:`Rule`;
 * ``include``: presets whose rules come first.
 
 A mark is the whole name and a pattern a regular expression for its beginning, both less what a checkpoint puts before the
@@ -66,11 +66,21 @@ class Rule:
     Attributes:
         text: the pattern as the preset has it.
         pattern: to be searched in full tensor names.
+        cannot: ComfyUI does not read such layers quantized, so that no rule of a user's own may ask for it.
+        table: an embedding, which ComfyUI looks rows up in: it reads formats of its own there, and none of ours.
     """
 
     text: str
     pattern: re.Pattern[str]
     reason: str
+    cannot: bool = False
+    table: bool = False
+
+    @classmethod
+    def parse(cls, rule: Mapping[str, object]) -> "Rule":
+        """From an entry of a preset file."""
+        flags = {key: value for key, value in rule.items() if key != "pattern"}
+        return cls(rule["pattern"], _pattern(rule["pattern"]), **flags)
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ def _load(name: str) -> Preset:
     included = [_load(other) for other in data.get("include", ())]
 
     def rules(kind: str) -> tuple[Rule, ...]:
-        own = tuple(Rule(rule["pattern"], _pattern(rule["pattern"]), rule["reason"]) for rule in data.get(kind, ()))
+        own = tuple(map(Rule.parse, data.get(kind, ())))
         return tuple(rule for preset in included for rule in getattr(preset, kind)) + own
 
     return Preset(

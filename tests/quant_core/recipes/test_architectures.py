@@ -8,6 +8,7 @@ import pytest
 
 from learned_rounding.quant_core import PRESETS
 from learned_rounding.quant_core.recipes import make_plan
+from learned_rounding.quant_core.recipes.presets import COMMON
 from learned_rounding.tests.architectures import architectures, read
 from learned_rounding.tests.architectures.lists import rebuild, version
 from learned_rounding.tests.architectures.table import DOCUMENT, document, examine
@@ -93,6 +94,21 @@ def test_the_general_rule_is_safe_for_a_model_that_nothing_recognises(name):
     assert plain <= UNTOLD.get(own.preset.name, set())
     missed = sum(math.prod(source.tensors[layer].shape) for layer in set(own.names("quantize")) - set(general.names("quantize")))
     assert missed <= 0.025 * sum(math.prod(source.tensors[layer].shape) for layer in own.names("quantize"))
+
+
+# Tables that no language model has, left to the general words; and linear layers with a table's name.
+ODD_TABLES = re.compile(
+    r"(lyric|timbre)_encoder\.embed_tokens|style_embedder|embed_image_indicator|llm_adapter\.embed|addition_t_embedding|trainable_cond_mask|audio_extra_embedding|embed_tokens_audio"
+)
+
+
+def test_tables_are_known_by_their_names():
+    """Those that ComfyUI holds as embeddings, which it looks rows up in; no linear layer is taken for one."""
+    tables = [rule.pattern for rule in COMMON.keep if rule.table]
+    for name in set(architectures()) - GENERAL:
+        for tensor, entry in read(name).items():
+            if tensor.endswith(".weight") and not ODD_TABLES.search(tensor) and entry.kind in ("embedding", "linear"):
+                assert any(pattern.search(tensor) for pattern in tables) is (entry.kind == "embedding"), (name, tensor)
 
 
 def test_the_document_is_what_these_lists_and_presets_make():

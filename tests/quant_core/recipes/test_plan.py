@@ -7,6 +7,7 @@ from learned_rounding.quant_core import PRESETS, Recipe
 from learned_rounding.quant_core.checkpoints import TensorInfo, TensorSource
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError
 from learned_rounding.quant_core.recipes import make_plan
+from learned_rounding.quant_core.recipes.layers import layer_rules
 from learned_rounding.quant_core.recipes.refused import refusal
 from learned_rounding.tests.architectures import architectures
 
@@ -258,6 +259,34 @@ def test_own_patterns_keep_more(layer_names, header_source):
     modulations = {f"double_blocks.{block}.img_mod.lin.weight" for block in range(19)}
     assert more == {"single_blocks.0.linear1.weight", *modulations}
     assert own.decisions["double_blocks.0.img_mod.lin.weight"].reason == "keep pattern img_mod"
+
+
+@pytest.mark.parametrize(
+    "family, prefix, layer, reason",
+    [
+        ("hidream", "", "double_stream_blocks.0.block.ff_i.gate", "ComfyUI does not read"),
+        ("clip_l", "", "text_model.encoder.layers.0.mlp.fc1", "full precision only"),
+        ("clip_l", "text_encoders.clip_l.transformer.", "text_model.encoder.layers.0.mlp.fc1", "full precision only"),
+        ("t5_base", "", "encoder.block.0.layer.0.SelfAttention.q", "full precision only"),
+    ],
+)
+def test_own_rules_cannot_ask_for_what_comfyui_does_not_read(layer_names, header_source, family, prefix, layer, reason):
+    beside = layer_names("flux", "model.diffusion_model.") if prefix else {}
+    source, rule = header_source({**layer_names(family, prefix), **beside}), layer_rules((), f'{{"{layer}": "int8"}}')[0]
+    name = f"{prefix}{layer}.weight"
+    try:
+        decision = make_plan(source, rules=[rule]).decisions[name]
+        assert decision.action == "keep" and reason in decision.reason
+    except NothingToQuantizeError as error:  # where it is all there is
+        assert reason in str(error)
+
+
+@pytest.mark.parametrize("format, action", [("int8_tensorwise", "quantize"), ("float8_e4m3fn", "quantize"), ("int8_blockwise", "keep")])
+def test_an_embedding_is_quantized_in_what_comfyui_reads_there(layer_names, header_source, format, action):
+    """It looks rows of codes up, and takes the scale for that of the whole table or of each row."""
+    plan = Recipe(layer_config=f'{{"shared": "{format}"}}').plan(header_source(layer_names("t5")))
+    assert plan.decisions["shared.weight"].action == action
+    assert action == "quantize" or "ComfyUI reads no int8_blockwise there" in plan.decisions["shared.weight"].reason
 
 
 def test_own_patterns_do_not_bring_back_what_a_preset_removes(layer_names, header_source):

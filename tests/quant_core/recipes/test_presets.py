@@ -62,7 +62,7 @@ def test_every_file_parses_and_uses_known_keys(path):
     assert all(marks and all(isinstance(mark, str) for mark in marks) for marks in data.get("detect", []))
     assert all((path.parent / f"{other}.toml").exists() for other in data.get("include", []))
     for rule in (*data.get("keep", ()), *data.get("remove", ())):
-        assert set(rule) == {"pattern", "reason"} and rule["reason"]
+        assert {"pattern", "reason"} <= set(rule) <= {"pattern", "reason", "cannot", "table"} and rule["reason"]
         re.compile(rule["pattern"])
 
 
