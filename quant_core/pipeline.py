@@ -174,7 +174,7 @@ class _Clock:
 def _report(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None, **more) -> Report:
     preset = plan.preset.name if plan.preset else NONE
     rounding = recipe.resolve(calibration is not None).rounding
-    return Report(source.name, recipe.format, recipe.granularity or "", rounding, preset, choice=plan.choice, **more)
+    return Report(source.name, recipe.format, recipe.granularity or "", rounding, preset, choice=plan.choice, recognised=plan.explanation, **more)
 
 
 def _run(

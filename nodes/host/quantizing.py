@@ -108,6 +108,7 @@ def _joined(reports: list[Report]) -> Report:
         for field in dataclasses.fields(Report):
             if field.name in ("layers", "kept", "bytes_in", "bytes_out", "seconds"):
                 setattr(first, field.name, getattr(first, field.name) + getattr(other, field.name))
+    first.recognised = " ".join(dict.fromkeys(report.recognised for report in reports))
     first.output = None  # a temporary file is no output
     return first
 

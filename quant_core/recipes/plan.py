@@ -10,7 +10,7 @@ from ..checkpoints.inspect import BITSANDBYTES, quantized_formats
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..formats import FORMATS
 from ..report import Choice
-from .layers import FormatChoice, LayerRule, most_specific
+from .layers import FormatChoice, LayerRule, finding, most_specific
 from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognise
 from .refused import refusal
 from .rules import eligibility, heuristic
@@ -40,6 +40,7 @@ class Plan:
         detected: the preset was recognised, not named by the user.
         choice: what formats were chosen from, where they were measured.
         encoders: beginning of the names of a text encoder inside a checkpoint → its preset.
+        idle: rules of the user's own that find no layer.
     """
 
     decisions: dict[str, Decision]
@@ -47,10 +48,16 @@ class Plan:
     detected: bool
     choice: Choice | None = None
     encoders: Mapping[str, Preset] = field(default_factory=dict)
+    idle: tuple[LayerRule, ...] = ()
 
     @property
     def explanation(self) -> str:
-        """What the keep list is and how sure that is, in a few sentences."""
+        """What the keep list is, how sure that is, and which rules of the user's own find nothing, in a few sentences."""
+        idle = f" No layer has a name that is found by: {', '.join(rule.reason for rule in self.idle)}." if self.idle else ""
+        return self._family + idle
+
+    @property
+    def _family(self) -> str:
         if self.preset:
             beside = "".join(_BESIDE.format(preset.title, start) for start, preset in self.encoders.items())
             return f"{'Recognised as' if self.detected else 'Preset'} {self.preset.title}.{beside} {self._sureness}"
@@ -108,16 +115,18 @@ def _impossible(rules: Iterable[Rule], name: str, format: FormatChoice | None) -
 
 
 def _decide(
-    name: str, info: TensorInfo, start: str, preset: Preset | None, own: Iterable[LayerRule], heur: bool
+    name: str, info: TensorInfo, start: str, preset: Preset | None, own: dict[LayerRule, bool], heur: bool
 ) -> Decision:
-    """``start``: what presets do not see of the name."""
+    """``start``: what presets do not see of the name. ``own``: whether each of the user's rules has found a layer; noted here."""
     seen = name.removeprefix(start)
     if preset and (reason := _found(preset.remove, seen)):
         return Decision("remove", reason)
     if reason := eligibility(name, info):
         return Decision("keep", reason)
     rules = (*COMMON.keep, *(preset or GENERAL).keep)
-    rule = most_specific(own, name)
+    found = finding(own, name)
+    own.update(dict.fromkeys(found, True))
+    rule = most_specific(found, name)
     if reason := _impossible(rules, seen, rule and rule.format):
         return Decision("keep", reason)
     if rule:
@@ -154,11 +163,12 @@ def make_plan(
         raise NothingToQuantizeError(f"{source.name} is {reason}.")
     family = _choose(preset, source)
     encoders = _encoders(source.tensors, family) if family else {}
-    decisions = {}
+    decisions, own = {}, dict.fromkeys(rules, False)
     for name, info in source.tensors.items():
         start = _encoder(name)
-        decisions[name] = _decide(name, info, start if start in encoders else "", encoders.get(start, family), rules, heur)
-    plan = Plan(decisions, family, detected=preset == AUTO, encoders=encoders)
+        decisions[name] = _decide(name, info, start if start in encoders else "", encoders.get(start, family), own, heur)
+    idle = tuple(rule for rule, found in own.items() if not found)
+    plan = Plan(decisions, family, detected=preset == AUTO, encoders=encoders, idle=idle)
     if next(plan.names("quantize"), None) is None:
         reasons = sorted({decision.reason for decision in decisions.values()})
         raise NothingToQuantizeError(

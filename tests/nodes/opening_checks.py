@@ -10,6 +10,7 @@ import folder_paths
 import torch
 from comfy import model_detection
 from pack.nodes import host
+from pack.nodes.load import LoadModel
 from pack.quant_core import Recipe
 from pack.quant_core.checkpoints import TensorInfo
 from pack.quant_core.recipes.refused import refusal
@@ -89,7 +90,9 @@ def diffusers() -> dict:
             same = weights.tensors.keys() == original.keys()
             same = same and all(torch.equal(weights.read(name), tensor) for name, tensor in original.items())
         quantized = host.quantize(source, RECIPE, lambda event: None)
-        made[choice] = {"same": same, "codes": load_file(quantized.files[""])}
+        shown = LoadModel.execute(choice).ui.value.splitlines()[-1]
+        told = shown == quantized.report.recognised and dict(quantized.report._rows())["model"] == shown
+        made[choice] = {"same": same, "told": shown if told else "", "codes": load_file(quantized.files[""])}
     expected = made["diffusion_models/comfyui.safetensors"]["codes"]
     for result in made.values():
         codes = result.pop("codes")

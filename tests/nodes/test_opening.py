@@ -6,7 +6,8 @@ from learned_rounding.tests.nodes.probing import in_process
 def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
     found = in_process(host, tmp_path, "opening_diffusers")
     kinds = ("comfyui.safetensors", "diffusers.safetensors", "pickle.pt", "tiny.safetensors.index.json")
-    assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "quantized alike": True} for kind in kinds}
+    told = "Recognised as Stable Diffusion 3 and 3.5. It knows all 37 layers to quantize."
+    assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "told": told, "quantized alike": True} for kind in kinds}
     assert found["safetensors_files"] == ["diffusion_models/comfyui.safetensors", "diffusion_models/diffusers.safetensors"]
     renamed = dict.fromkeys(("sdxl", "flux", "sd35_large", "auraflow", "pixart_sigma"), True) | {"zimage": host.version != "0.3.75"}
     assert {family: found[family] for family in renamed} == renamed

@@ -98,7 +98,7 @@ def test_the_general_rule_is_safe_for_a_model_that_nothing_recognises(name):
 
 # Tables that no language model has, left to the general words; and linear layers with a table's name.
 ODD_TABLES = re.compile(
-    r"(lyric|timbre)_encoder\.embed_tokens|style_embedder|embed_image_indicator|llm_adapter\.embed|addition_t_embedding|trainable_cond_mask|audio_extra_embedding|embed_tokens_audio"
+    r"(lyric_encoder|timbre_encoder|attention_pooler|detokenizer)\.embed_tokens|style_embedder|embed_image_indicator|llm_adapter\.embed|addition_t_embedding|trainable_cond_mask|audio_extra_embedding|embed_tokens_audio"
 )
 
 

@@ -261,6 +261,13 @@ def test_own_patterns_keep_more(layer_names, header_source):
     assert own.decisions["double_blocks.0.img_mod.lin.weight"].reason == "keep pattern img_mod"
 
 
+def test_own_rules_that_find_no_layer_are_named(layer_names, header_source):
+    source = header_source(layer_names("flux"))
+    plan = Recipe(keep=("img_mpl", "img_mlp", "img_mlp.0.bias"), layer_config='{"nothing": "int8", "linear1": "int8"}').plan(source)
+    assert plan.explanation.endswith(" No layer has a name that is found by: keep pattern img_mpl, keep pattern img_mlp.0.bias, layer config nothing.")
+    assert "No layer" not in Recipe(keep=("img_mlp",)).plan(source).explanation
+
+
 @pytest.mark.parametrize(
     "family, prefix, layer, reason",
     [
