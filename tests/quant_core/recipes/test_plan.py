@@ -301,6 +301,14 @@ def test_own_patterns_do_not_bring_back_what_a_preset_removes(layer_names, heade
     assert Recipe(keep=("SelfAttention",)).plan(source).decisions["lm_head.weight"].action == "remove"
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_what_qwen35_predicts_further_words_with_is_kept(layer_names, header_source, prefix):
+    """Published files have it, ComfyUI's class has not."""
+    more = {f"{prefix}{name}.weight": (64, 64) for name in ("mtp.fc", "mtp.layers.0.self_attn.q_proj", "mtp.layers.0.mlp.down_proj")}
+    plan = make_plan(header_source({**layer_names("qwen35_2b"), **more}))
+    assert plan.preset.name == "qwen35" and {plan.decisions[name].action for name in more} == {"keep"}
+
+
 def test_heur_keeps_small_layers(header_source):
     source = header_source(
         {"a.weight": (4096, 4096), "b.weight": (64, 4096), "c.weight": (3072, 3072), "d.weight": (4096, 100)}
