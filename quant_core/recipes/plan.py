@@ -9,6 +9,7 @@ from ..checkpoints import Source, TensorInfo
 from ..checkpoints.inspect import BITSANDBYTES, quantized_formats
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..formats import FORMATS
+from ..formats.granularity import BLOCK_SIZE
 from ..report import Choice
 from .layers import FormatChoice, LayerRule, finding, most_specific
 from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognise
@@ -115,7 +116,7 @@ def _impossible(rules: Iterable[Rule], name: str, format: FormatChoice | None) -
 
 
 def _decide(
-    name: str, info: TensorInfo, start: str, preset: Preset | None, own: dict[LayerRule, bool], heur: bool
+    name: str, info: TensorInfo, start: str, preset: Preset | None, own: dict[LayerRule, bool], heur: int | None
 ) -> Decision:
     """``start``: what presets do not see of the name. ``own``: whether each of the user's rules has found a layer; noted here."""
     seen = name.removeprefix(start)
@@ -131,7 +132,7 @@ def _decide(
         return Decision("keep", reason)
     if rule:
         return Decision("quantize" if rule.format else "keep", rule.reason, rule.format)
-    kept = _found(rules, seen) or (heur and heuristic(info))
+    kept = _found(rules, seen) or (heur and heuristic(info, heur))
     return Decision("keep", kept) if kept else Decision("quantize")
 
 
@@ -142,11 +143,11 @@ def _choose(name: str, source: Source) -> Preset | None:
 
 
 def make_plan(
-    source: Source, *, preset: str = AUTO, rules: Iterable[LayerRule] = (), heur: bool = False
+    source: Source, *, preset: str = AUTO, rules: Iterable[LayerRule] = (), heur: bool = False, block_size: int = BLOCK_SIZE
 ) -> Plan:
     """Decide for every tensor of ``source``; small tensors may be read, weights are not.
 
-    ``preset`` and ``heur`` are those of a :class:`~.recipe.Recipe`. ``rules``: of the user's own; where one holds for a
+    ``preset``, ``heur`` and the ``block_size`` that it goes by are those of a :class:`~.recipe.Recipe`. ``rules``: of the user's own; where one holds for a
     layer neither preset nor ``heur`` has a say, unless ComfyUI could not read what it asks for.
 
     Raises:
@@ -166,7 +167,7 @@ def make_plan(
     decisions, own = {}, dict.fromkeys(rules, False)
     for name, info in source.tensors.items():
         start = _encoder(name)
-        decisions[name] = _decide(name, info, start if start in encoders else "", encoders.get(start, family), own, heur)
+        decisions[name] = _decide(name, info, start if start in encoders else "", encoders.get(start, family), own, block_size if heur else None)
     idle = tuple(rule for rule, found in own.items() if not found)
     plan = Plan(decisions, family, detected=preset == AUTO, encoders=encoders, idle=idle)
     if next(plan.names("quantize"), None) is None:

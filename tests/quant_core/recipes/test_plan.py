@@ -319,6 +319,14 @@ def test_heur_keeps_small_layers(header_source):
     assert all(heur.decisions[name].reason.startswith("heur: ") for name in ("b.weight", "c.weight", "d.weight"))
 
 
+@pytest.mark.parametrize("block_size, kept", [(None, True), (64, False), (256, True)])
+def test_heur_goes_by_the_block_size_in_force(header_source, block_size, kept):
+    source = header_source({"a.weight": (64 * 90, 64 * 111), "b.weight": (8192, 8192)})
+    plan = Recipe(format="int8_blockwise", block_size=block_size, heur=True).plan(source)
+    assert (plan.decisions["a.weight"].action == "keep") is kept
+    assert not kept or plan.decisions["a.weight"].reason == f"heur: a side that {block_size or 128} does not divide"
+
+
 def test_a_recipe_hands_all_of_its_fields_on(layer_names, header_source):
     source = header_source(layer_names("flux"))
     recipe = Recipe(preset="none", keep=("linear2",), heur=True)
