@@ -455,6 +455,8 @@ def _migrate(args: argparse.Namespace) -> int:
         print(f"  {name}: {layers} layers")
     for change, count in done.changes.items():
         print(f"  {change}: {count}")
+    for name in done.removed:
+        print(f"  removed: {name}")
     return 0
 
 
