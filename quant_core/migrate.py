@@ -16,7 +16,6 @@ import torch
 from .calibration import Calibration, input_scale
 from .checkpoints import (
     QUANTIZATION_KEY,
-    SafetensorsFile,
     SafetensorsWriter,
     Source,
     TensorInfo,
@@ -24,6 +23,7 @@ from .checkpoints import (
     header_bytes,
     layer_configs,
     loading_note,
+    open_safetensors,
     quantization_metadata,
 )
 from .checkpoints.verify import verify_source
@@ -126,7 +126,7 @@ def migrate_file(
     drop_input_scale: bool = False,
     overwrite: bool = False,
 ) -> Migration:
-    """Write the quantized file ``source`` as ComfyUI's format of today; a tensor at a time, nothing until it is complete.
+    """Write the quantized file ``source``, or its shards, as ComfyUI's format of today; a tensor at a time, nothing until it is complete.
 
     Args:
         calibration: gives FP8 layers per tensor a measured ``input_scale``, in place of what they have.
@@ -139,9 +139,9 @@ def migrate_file(
         OutputError: the output cannot be written, exists (without ``overwrite``) or is the source.
     """
     destination = Path(destination)
-    with SafetensorsFile(source) as opened:
+    with open_safetensors(source) as opened:
         if destination.exists():
-            if opened.path.samefile(destination):
+            if any(path.samefile(destination) for path in opened.paths):
                 raise OutputError(f"{destination} is the source itself; choose another output.")
             if not overwrite:
                 raise OutputExistsError(f"{destination} exists; choose another output or overwrite it.")

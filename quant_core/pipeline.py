@@ -549,12 +549,12 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def output_name(source: str | os.PathLike, recipe: Recipe) -> Path:
-    """The file beside the source that a run writes when no output is named."""
+def output_name(source: str | os.PathLike, label: str) -> Path:
+    """The file beside the source that is written when no output is named; ``label``: what is made of it, in a word."""
     source = Path(source)
     if source.is_dir():
         source = source.absolute()
         stem = source.name
     else:
         stem = source.name.removesuffix(".index.json").rpartition(".")[0] or source.name
-    return source.parent / f"{stem}_{recipe.label}.safetensors"
+    return source.parent / f"{stem}_{label}.safetensors"

@@ -9,8 +9,8 @@ from ..formats import FORMATS
 from ..report import human_bytes
 from .dtypes import DTYPE_NAMES
 from .metadata import ENCODER_PREFIX, layer_configs, provenance
-from .reader import SafetensorsFile
 from .source import Source
+from .sources import open_safetensors
 from .verify import CODE_DTYPES, layer_encoding
 
 __all__ = ["BITSANDBYTES", "Inspection", "inspect_file", "quantized_formats"]
@@ -89,8 +89,8 @@ def _stock(found: list[str], encoders: bool) -> str:
 
 
 def inspect_file(path: str | os.PathLike) -> Inspection:
-    """Look into a safetensors file. Raises SourceError when it cannot be read."""
-    with SafetensorsFile(path) as source:
+    """Look into a safetensors file, or into shards by their index or folder. Raises SourceError when it cannot be read."""
+    with open_safetensors(path) as source:
         counts, sizes = Counter(), Counter()
         for info in source.tensors.values():
             counts[DTYPE_NAMES[info.dtype]] += 1

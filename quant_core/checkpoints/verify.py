@@ -13,8 +13,8 @@ import torch
 from ..errors import RecipeError
 from ..formats import FORMATS, Encoding
 from .metadata import CONFIG_SUFFIX, QUANTIZATION_KEY, header_layers, layer_configs
-from .reader import SafetensorsFile
 from .source import Source, TensorInfo
+from .sources import open_safetensors
 
 __all__ = ["Verification", "verify_file", "verify_source", "CODE_DTYPES", "layer_encoding"]
 
@@ -112,6 +112,9 @@ def verify_source(source: Source) -> Verification:
 
 
 def verify_file(path: str | os.PathLike) -> Verification:
-    """Check a safetensors file layer by layer; weights are not read. Raises SourceError when it cannot be read at all."""
-    with SafetensorsFile(path) as source:
+    """Check a safetensors file, or shards by their index or folder, layer by layer; weights are not read.
+
+    Raises SourceError when it cannot be read at all.
+    """
+    with open_safetensors(path) as source:
         return verify_source(source)

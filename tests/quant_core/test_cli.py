@@ -372,6 +372,58 @@ def test_the_report_file(lrq, model_file, tmp_path):
     assert values["bytes_out"] == (tmp_path / "q.safetensors").stat().st_size
 
 
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--device", "nonsense"], "The device 'nonsense' cannot be used here"),
+        (["--calibration", "nofile"], "nofile"),
+        (["--report", "no/such/folder/report.json"], "there is no folder"),
+        (["--rounding", "calibrated"], "calibration"),
+    ],
+)
+def test_a_dry_run_looks_at_every_option(lrq, model_file, listing, words, sentence):
+    source = model_file()
+    for more in (["--dry-run"], []):
+        code, _, err = lrq("quantize", "-i", source, *words, *more)
+        assert code == 1 and len(err) == 1 and sentence in err[0]
+    assert listing() == ["model.safetensors"]
+    assert lrq("plan", "-i", source, "--device", "nonsense")[0] == 1
+
+
+@pytest.mark.parametrize("words", [["plan", "-i", "model.safetensors"], ["presets"]], ids=" ".join)
+def test_a_reader_that_goes_away_ends_it_quietly(model_file, tmp_path, words):
+    """As `lrq plan … | head -1` does, whoever is faster."""
+    model_file()
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, ROOT, *words], stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_shards_of_a_quantized_model(lrq, model_file, tmp_path):
+    """inspect, verify and migrate take an index or a folder as plan does."""
+    lrq("quantize", "-i", model_file(), "-o", tmp_path / "one.safetensors", "--int8", "--simple")
+    tensors, folder = load_file(tmp_path / "one.safetensors"), tmp_path / "parts"
+    folder.mkdir()
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        metadata = file.metadata()
+    places = {}
+    for number in (1, 2):
+        half = dict(list(tensors.items())[number - 1 :: 2])
+        save_file(half, folder / f"model-{number}.safetensors", metadata)
+        places |= dict.fromkeys(half, f"model-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    for given in (folder, folder / "model.safetensors.index.json"):
+        assert lrq("verify", given)[1] == lrq("verify", tmp_path / "one.safetensors")[1].replace(str(tmp_path / "one.safetensors"), str(given))
+        assert "int8_tensorwise per row: 6 layers" in lrq("inspect", given)[1]
+        assert lrq("migrate", "-i", given, "-o", tmp_path / "new.safetensors", "--overwrite")[0] == 0
+        assert lrq("verify", tmp_path / "new.safetensors")[0] == 0
+        made = load_file(tmp_path / "new.safetensors")
+        assert made.keys() == tensors.keys() and all(torch.equal(made[name], tensors[name]) for name in tensors)
+    assert lrq("migrate", "-i", folder)[0] == 0 and (tmp_path / "parts_native.safetensors").exists()
+
+
 def test_a_dry_run_writes_nothing(lrq, model_file, listing):
     source = model_file()
     code, out, err = lrq("quantize", "-i", source, "--dry-run")
