@@ -11,6 +11,7 @@ from pathlib import Path
 import comfy.sd
 import folder_paths
 
+from ...quant_core.checkpoints.sources import files_of
 from ...quant_core.errors import OutputError, SourceError
 
 __all__ = [
@@ -72,15 +73,15 @@ def _path(choice: str) -> Path:
     return Path(path)
 
 
-def file_state(choice: str) -> tuple[int, int]:
-    """Changes when the chosen file does."""
+def file_state(choice: str) -> tuple[int, ...]:
+    """Changes when the chosen file does, or a shard of it."""
     return stamp(_path(choice))
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """Changes when the file does."""
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+def stamp(path: Path) -> tuple[int, ...]:
+    """Changes when the file does, or one of the shards that it is the index of."""
+    found = (file.stat() for file in files_of(path) if file.exists())  # one that is missing is told when the model is read
+    return tuple(number for status in found for number in (status.st_mtime_ns, status.st_size))
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,21 @@ def of_real_size(name: str, config: dict, to_diffusers) -> bool:
     return {key: info.shape for key, info in ours.items()} == mapped and len(mapped) > 0.95 * len(shapes)
 
 
+def shards_replaced(shard: str) -> dict[str, bool]:
+    """One shard has other weights, its index stays: the node has another fingerprint and quantizes again."""
+    choice = "diffusion_models/tiny.safetensors.index.json"
+    source = host.FileSource.choose(choice, host.clip_types()[0])
+    before, made = LoadModel.fingerprint_inputs(choice), host.quantize(source, RECIPE, lambda event: None)
+    again = host.quantize(source, RECIPE, lambda event: None)
+    save_file({name: tensor * 2 for name, tensor in load_file(MODELS / shard).items()}, MODELS / shard)
+    other = host.quantize(source, RECIPE, lambda event: None)
+    return {
+        "the same before": made is again and made.files[""].exists(),
+        "another fingerprint": LoadModel.fingerprint_inputs(choice) != before,
+        "other codes": other is not made and made.files[""].read_bytes() != other.files[""].read_bytes(),
+    }
+
+
 def diffusers() -> dict:
     """Files with diffusers' names are those of ComfyUI's, in whatever kind of file they are."""
     MODELS.mkdir(parents=True, exist_ok=True)
@@ -93,6 +108,7 @@ def diffusers() -> dict:
         shown = LoadModel.execute(choice).ui.value.splitlines()[-1]
         told = shown == quantized.report.recognised and dict(quantized.report._rows())["model"] == shown
         made[choice] = {"same": same, "told": shown if told else "", "codes": load_file(quantized.files[""])}
+    replaced = shards_replaced(shards[1])
     expected = made["diffusion_models/comfyui.safetensors"]["codes"]
     for result in made.values():
         codes = result.pop("codes")
@@ -100,6 +116,7 @@ def diffusers() -> dict:
     sdxl = {key: torch.empty(tensor.shape, device="meta") for key, tensor in read("sdxl").items()}
     return {
         "files": made,
+        "shards": replaced,
         "safetensors_files": host.safetensors_files(),
         "sdxl": of_real_size("sdxl", model_detection.model_config_from_unet(sdxl, "").unet_config, comfy.utils.unet_to_diffusers),
         **{name: of_real_size(name, config, getattr(comfy.utils, f"{names}_to_diffusers")) for name, (names, config) in PUBLISHED.items()},

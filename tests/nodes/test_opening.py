@@ -8,6 +8,7 @@ def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
     kinds = ("comfyui.safetensors", "diffusers.safetensors", "pickle.pt", "tiny.safetensors.index.json")
     told = "Recognised as Stable Diffusion 3 and 3.5. It knows all 37 layers to quantize."
     assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "told": told, "quantized alike": True} for kind in kinds}
+    assert found["shards"] == dict.fromkeys(found["shards"], True) and len(found["shards"]) == 3
     assert found["safetensors_files"] == ["diffusion_models/comfyui.safetensors", "diffusion_models/diffusers.safetensors"]
     renamed = dict.fromkeys(("sdxl", "flux", "sd35_large", "auraflow", "pixart_sigma"), True) | {"zimage": host.version != "0.3.75"}
     assert {family: found[family] for family in renamed} == renamed
