@@ -1,5 +1,6 @@
 """Model files of every kind, as ComfyUI will see them, inside the host's own process."""
 
+from learned_rounding.tests.architectures.table import RENAMED
 from learned_rounding.tests.nodes.probing import in_process
 
 
@@ -10,5 +11,5 @@ def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
     assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "told": told, "quantized alike": True} for kind in kinds}
     assert found["shards"] == dict.fromkeys(found["shards"], True) and len(found["shards"]) == 3
     assert found["safetensors_files"] == ["diffusion_models/comfyui.safetensors", "diffusion_models/diffusers.safetensors"]
-    renamed = dict.fromkeys(("sdxl", "flux", "sd35_large", "auraflow", "pixart_sigma"), True) | {"zimage": host.version != "0.3.75"}
+    renamed = dict.fromkeys(RENAMED, True) | {"zimage": host.version != "0.3.75"}
     assert {family: found[family] for family in renamed} == renamed

@@ -6,13 +6,14 @@ import re
 
 import pytest
 
-from learned_rounding.quant_core import PRESETS
+from learned_rounding.quant_core import FORMATS, PRESETS
 from learned_rounding.quant_core.recipes import make_plan
 from learned_rounding.quant_core.recipes.presets import COMMON
 from learned_rounding.quant_core.recipes.presets import GENERAL as GENERAL_RULE
 from learned_rounding.tests.architectures import architectures, read
+from learned_rounding.tests.architectures.collect import TEXT_ENCODERS
 from learned_rounding.tests.architectures.lists import rebuild, version
-from learned_rounding.tests.architectures.table import DOCUMENT, document, examine
+from learned_rounding.tests.architectures.table import DIFFUSERS, DOCUMENT, RENAMED, document, examine
 from learned_rounding.tests.architectures.table import source as header
 
 # Models that no preset is for: none of them makes pictures, sound or text for them.
@@ -205,6 +206,21 @@ def test_tables_are_known_by_their_names():
         for tensor, entry in read(name).items():
             if tensor.endswith(".weight") and not ODD_TABLES.search(tensor) and entry.kind in ("embedding", "linear"):
                 assert any(pattern.search(tensor) for pattern in tables) is (entry.kind == "embedding"), (name, tensor)
+
+
+@pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized])
+def test_every_format_takes_the_plan(name):
+    """Sizes as `lrq plan` estimates them: codes in eight bits, the rest in 16, and scales."""
+    plan = found(name)
+    codes = plan.parameters * (2 - plan.share)
+    assert plan.sizes.keys() == FORMATS.keys()
+    assert all(codes < size < codes * 1.01 for size in plan.sizes.values())
+    assert plan.checkpoint or name in TEXT_ENCODERS or plan.preset is None
+
+
+def test_models_that_are_renamed_are_those_of_which_that_is_tried():
+    """By tests/nodes/test_opening.py; of the U-Nets it tries SDXL."""
+    assert {found(name).preset for name in RENAMED} | {"sd15"} == set(DIFFUSERS)
 
 
 def test_the_document_is_what_these_lists_and_presets_make():

@@ -9,7 +9,7 @@ from learned_rounding.quant_core.errors import AlreadyQuantizedError, NothingToQ
 from learned_rounding.quant_core.recipes import make_plan
 from learned_rounding.quant_core.recipes.layers import layer_rules
 from learned_rounding.quant_core.recipes.refused import refusal
-from learned_rounding.tests.architectures import architectures
+from learned_rounding.tests.architectures import architectures, table
 
 EXPECTED = {
     "flux": {
@@ -168,9 +168,7 @@ def test_text_encoders_and_vae_of_a_whole_checkpoint_stay_as_they_are(layer_name
 
 ENCODERS = [(preset, encoder) for preset in PRESETS.values() for encoder in preset.encoders]
 # Part of a checkpoint → a list of its tensors, where that has another name.
-LISTS = {
-    "t5xxl": "t5", "umt5xxl": "umt5", "llama": "llama3_8b", "qwen3vl": "qwen3vl_8b", "gpt_oss": "gpt_oss_20b",
-}  # fmt: skip
+LISTS = {part: name for name, parts in table.ENCODERS.items() for part in parts}
 
 
 @pytest.mark.parametrize("preset, encoder", ENCODERS, ids=[f"{preset.name}-{encoder}" for preset, encoder in ENCODERS])
