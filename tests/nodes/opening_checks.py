@@ -10,6 +10,7 @@ import folder_paths
 import torch
 from comfy import model_detection
 from pack.nodes import host
+from pack.nodes.configure import ConfigureQuantization
 from pack.nodes.load import LoadModel
 from pack.quant_core import Recipe
 from pack.quant_core.checkpoints import TensorInfo
@@ -69,6 +70,18 @@ def of_real_size(name: str, config: dict, to_diffusers) -> bool:
     return {key: info.shape for key, info in ours.items()} == mapped and len(mapped) > 0.95 * len(shapes)
 
 
+def own_rules() -> dict:
+    """What Configure Quantization's layer config makes of the tiny model."""
+    rules = {"mlp": "skip", "attn.qkv": {"format": "fp8"}}
+    recipe = ConfigureQuantization.execute("int8_tensorwise", "row", "auto", 0, rounding="nearest", layer_config=json.dumps(rules)).args[0]
+    source = host.FileSource.choose("diffusion_models/comfyui.safetensors", host.clip_types()[0])
+    report = host.quantize(source, recipe, lambda event: None).report
+    return {
+        "kept": sorted({kept.name.split(".")[-2] for kept in report.kept if kept.reason == "layer config mlp" and "joint_blocks" in kept.name}),
+        "formats": sorted({(layer.name.split(".")[-2], layer.format) for layer in report.layers if layer.name.startswith("joint_blocks")}),
+    }
+
+
 def shards_replaced(shard: str) -> dict[str, bool]:
     """One shard has other weights, its index stays: the node has another fingerprint and quantizes again."""
     choice = "diffusion_models/tiny.safetensors.index.json"
@@ -117,6 +130,7 @@ def diffusers() -> dict:
     return {
         "files": made,
         "shards": replaced,
+        "own rules": own_rules(),
         "safetensors_files": host.safetensors_files(),
         "sdxl": of_real_size("sdxl", model_detection.model_config_from_unet(sdxl, "").unet_config, comfy.utils.unet_to_diffusers),
         **{name: of_real_size(name, config, getattr(comfy.utils, f"{names}_to_diffusers")) for name, (names, config) in PUBLISHED.items()},

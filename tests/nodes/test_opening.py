@@ -10,6 +10,9 @@ def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
     told = "Recognised as Stable Diffusion 3 and 3.5. It knows all 37 layers to quantize."
     assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "told": told, "quantized alike": True} for kind in kinds}
     assert found["shards"] == dict.fromkeys(found["shards"], True) and len(found["shards"]) == 3
+    formats = {name: format for name, format in found["own rules"]["formats"]}
+    assert found["own rules"]["kept"] == ["fc1", "fc2"]
+    assert formats["qkv"] == "float8_e4m3fn" and {format for name, format in formats.items() if name != "qkv"} == {"int8_tensorwise"}
     assert found["safetensors_files"] == ["diffusion_models/comfyui.safetensors", "diffusion_models/diffusers.safetensors"]
     renamed = dict.fromkeys(RENAMED, True) | {"zimage": host.version != "0.3.75"}
     assert {family: found[family] for family in renamed} == renamed

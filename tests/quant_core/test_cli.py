@@ -19,6 +19,7 @@ from learned_rounding import kernels
 from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, cli, pipeline, quantize_weight
 from learned_rounding.quant_core.checkpoints import verify_file
 from learned_rounding.quant_core.cli import main
+from learned_rounding.quant_core.recipes.presets import ALIASES
 
 ROOT = Path(learned_rounding.__file__).parent
 
@@ -188,6 +189,31 @@ def test_every_option_that_users_know_acts_or_is_refused_by_name(lrq, model_file
         code, lines, _ = lrq("quantize", "--help")
         listed = lines if isinstance(lines, str) else "\n".join(lines)
         assert code == 0 and any(spelt in listed for spelt in (option, option.replace("-", "_").replace("__", "--")))
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
+def test_every_preset_has_a_flag_of_its_own(name):
+    for spelt in (name, name.replace("_", "-")):
+        assert cli._parser().parse_args(["plan", "-i", "x", f"--{spelt}"]).preset == name
+
+
+VALUES = {int: "3", float: "0.5", cli._convrot: "64"}  # types → a value; text takes any
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "migrate"])
+def test_every_option_is_understood_with_dashes_and_underscores(command):
+    parser = cli._parser()
+    options = parser._subparsers._group_actions[0].choices[command]._option_string_actions
+    tried = 0
+    for option, action in options.items():
+        if not option.startswith("--") or isinstance(action, cli._Refusal) or option == "--help":
+            continue
+        value = [] if action.nargs == 0 else [next(iter(action.choices or ()), VALUES.get(action.type, "text"))]
+        spelt = {option, f"--{option[2:].replace('-', '_')}", f"--{option[2:].replace('_', '-')}"}
+        ways = [vars(parser.parse_args([command, "-i", "x", way, *value])) for way in spelt]
+        assert all(way == ways[0] for way in ways) and ways[0] != vars(parser.parse_args([command, "-i", "x"])), option
+        tried += len(spelt) > 1
+    assert tried >= (1 if command == "migrate" else 20)
 
 
 def test_custom_layers_get_their_type(lrq, model_file, tmp_path):

@@ -259,6 +259,14 @@ def test_own_patterns_keep_more(layer_names, header_source):
     assert own.decisions["double_blocks.0.img_mod.lin.weight"].reason == "keep pattern img_mod"
 
 
+def test_a_layer_that_the_preset_does_not_know_makes_it_less_sure(layer_names, header_source):
+    known = make_plan(header_source(layer_names("flux"))).explanation
+    assert known == "Recognised as Flux.1 (dev, schnell, Kontext, Fill), Ovis-Image, LongCat-Image. It knows all 304 layers to quantize."
+    more = {**layer_names("flux"), "pulid.0.to_q.weight": (64, 64), "pulid.1.to_q.weight": (64, 64)}
+    sentence = " Less sure: it does not know 2 of the 306 layers to quantize, such as pulid.0.to_q.weight."
+    assert make_plan(header_source(more)).explanation.endswith(sentence)
+
+
 def test_own_rules_that_find_no_layer_are_named(layer_names, header_source):
     source = header_source(layer_names("flux"))
     plan = Recipe(keep=("img_mpl", "img_mlp", "img_mlp.0.bias"), layer_config='{"nothing": "int8", "linear1": "int8"}').plan(source)
