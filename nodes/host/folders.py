@@ -38,6 +38,7 @@ __all__ = [
     "temporary",
     "temporary_folder",
     "unfinished_folder",
+    "without_folders",
 ]
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ _SAFETENSORS = (".safetensors", ".sft")
 _INDEX = ".safetensors.index.json"
 _SOURCES = (*_SAFETENSORS, _INDEX, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
+# Up to the last part of an absolute path, on any system.
+_FOLDERS = re.compile(r"""(?<![\w.:/\\])(?:[A-Za-z]:)?[/\\]{1,2}(?:[^\s'"/\\]+[/\\])*(?=[^\s'"/\\])""")
 _COPY = "learned_rounding_copy"  # .NAME.….partial: what is being copied
 _CHUNK = 1 << 24  # bytes between two looks at whether the user cancelled
 
@@ -121,6 +124,16 @@ class FileSource:
     def choose(cls, choice: str, clip_type: str, requantize: bool = False) -> "FileSource":
         """From what :func:`model_files` lists."""
         return cls(_path(choice), choice.partition("/")[0], clip_type, requantize)
+
+
+def without_folders(text: str) -> str:
+    """``text`` with paths inside ComfyUI's folders relative to these, and of other absolute paths the last part alone."""
+    listed = [path for paths, *_ in folder_paths.folder_names_and_paths.values() for path in paths]
+    kinds = (folder_paths.get_directory_by_type(kind) for kind in ("output", "input", "temp"))
+    roots = {Path(path) for path in (*listed, *filter(None, kinds), folder_paths.models_dir, folder_paths.base_path)}
+    for root in sorted(roots | {root.resolve() for root in roots}, key=lambda root: -len(str(root))):
+        text = text.replace(f"{root}{os.sep}", "").replace(str(root), root.name)
+    return _FOLDERS.sub("", text)
 
 
 def remove(paths) -> None:

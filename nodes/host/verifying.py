@@ -294,6 +294,7 @@ def _run(loaded: _Loaded, device: torch.device) -> dict[str, str]:
     encodings = {layer: layer_encoding(layer, config, _infos(loaded.file, layer)) for layer, config in loaded.configs.items()}
     smallest = {str(encodings[layer]): layer for layer in sorted(sizes, key=sizes.get, reverse=True)}
     for layer in smallest.values():
+        comfy.model_management.throw_exception_if_processing_interrupted()
         module = loaded.modules[layer].to(device)
         codes, scale, bias = (loaded.file.get(f"{layer}.{key}") for key in ("weight", "weight_scale", "bias"))
         weight = encodings[layer].decode(codes, scale.reshape(encodings[layer].scale_shape(codes.shape)))

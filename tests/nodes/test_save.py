@@ -85,3 +85,53 @@ def test_a_full_disk_leaves_all_files_or_none(host, tmp_path, tried):
     assert found["left"] == []
     assert found["afterwards"] == ["full_first_label_00001_.safetensors", "full_second_label_00001_.safetensors"]
     tried("ENOSPC when Save Quantized copies", 1, "none, one sentence, next run works")
+
+
+NAMES = ["verified_float8_e4m3fn_00001_.safetensors", "verified_float8_e4m3fn_00002_.safetensors"]
+
+
+def test_models_are_saved_on_other_disks_over_nothing_that_is_there(host, tmp_path, tried):
+    found = in_process(host, tmp_path, "saving_other_disks")
+    for disk in ("another disk", "a disk without links"):
+        saved = found[disk]
+        assert saved["names"] == saved["files"] == NAMES and saved["same"] and saved["copies"], disk
+        assert saved["verified"].startswith("Verified: ")
+    assert found["temp"] == {"same": True, "moves": 1, "left": []}
+    assert "cannot be moved into ComfyUI's temp folder" in found["full temp"]["said"] and "No space left on device" in found["full temp"]["said"]
+    assert found["full temp"]["left"] == []
+    tried("ENOSPC when a result moves into ComfyUI's temp folder on another disk", 1, "none, one sentence")
+
+
+# Where a server dies while it saves → what it leaves, and under which name the next one saves.
+LEFT = {
+    "copying": (["partial"], NAMES[0]),
+    "copied": (["partial"], NAMES[0]),
+    "named": (["partial", "whole"], NAMES[1]),
+    "named without links": (["whole"], NAMES[1]),
+    "verifying": (["whole"], NAMES[1]),
+}
+
+
+@pytest.mark.parametrize("point", LEFT)
+def test_a_server_that_dies_while_it_saves_leaves_a_whole_file_or_none(host, tmp_path, tried, point):
+    left, name = LEFT[point]
+    dying = in_process(host, tmp_path, f"saving_dies_{point}")
+    assert sorted("partial" if file.endswith(".partial") else "whole" for file in dying) == left
+    found = in_process(host, tmp_path, "saving_after_death")
+    assert found["found"] == dying and found["whole"] == left.count("whole")
+    assert found["saved"] == name and found["files"] == NAMES[: NAMES.index(name) + 1]  # what was being copied is gone
+    assert found["verified"].startswith("Verified: ")
+    tried("a server killed while it saves", 1, "whole or none; the next save removes the rest")
+
+
+def test_a_run_and_a_save_that_are_interrupted_anywhere_leave_nothing(host, tmp_path, tried):
+    found = in_process(host, tmp_path, "saving_interrupts")
+    assert found.pop("afterwards")
+    tries = 0
+    for point, outcomes in found.items():
+        assert any(outcome["interrupted"] for outcome in outcomes), point
+        for outcome in outcomes:
+            assert outcome["interrupted"] or outcome["same"], (point, outcome)
+            assert outcome["left"] == [], (point, outcome)
+        tries += len(outcomes)
+    tried("ComfyUI's interrupt at a random call of reading, rounding, writing, saving or verifying", tries, "whole or none")
