@@ -299,7 +299,10 @@ def _run(loaded: _Loaded, device: torch.device) -> dict[str, str]:
         codes, scale, bias = (loaded.file.get(f"{layer}.{key}") for key in ("weight", "weight_scale", "bias"))
         weight = encodings[layer].decode(codes, scale.reshape(encodings[layer].scale_shape(codes.shape)))
         dtype = _computes_in(module)
-        inputs = torch.randn(_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+        inputs = torch.randn(_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        if (fixed := loaded.file.get(f"{layer}.input_scale")) is not None:  # larger ones are cut off where ComfyUI multiplies codes
+            inputs *= fixed * torch.finfo(codes.dtype).max / inputs.abs().max()
+        inputs = inputs.to(dtype)
         expected = torch.nn.functional.linear(inputs.float(), weight, bias if bias is None else bias.float())
         output = module(inputs.to(device)).float().cpu()
         error = float((output - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))

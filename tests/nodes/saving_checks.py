@@ -115,6 +115,25 @@ def as_published(name: str) -> str:
     return with_scales(name)
 
 
+def static_inputs() -> tuple:
+    """A file with scales of small inputs, on a host that quantizes inputs for the product, as one with a GPU does."""
+    made, reload = quantized(), host.verifying.reload
+
+    def add_scales(tensors, _) -> None:
+        tensors |= {name.replace("weight_scale", "input_scale"): torch.tensor(1e-4) for name in tensors if name.endswith("weight_scale")}
+
+    def quantizing(*args):
+        patcher = reload(*args)
+        for module in patcher.model.modules():
+            if hasattr(module, "_full_precision_mm"):
+                module._full_precision_mm = False
+        return patcher
+
+    rewritten(made.files[""], add_scales)
+    with replaced(host.verifying, "reload", quantizing):
+        return verified(made)
+
+
 def sound() -> dict:
     """Files that are as they should be, of all formats and kinds."""
     host.add_layouts()
@@ -134,6 +153,7 @@ def sound() -> dict:
         path = base / f"{name}.safetensors"
         save_file(tensors, path)
         found[name] = verified(quantized(kind=kind, path=path))
+    found["static inputs"] = static_inputs()
     return {"found": found, "knows": [name for name in FORMATS if host.knows(name)]}
 
 
