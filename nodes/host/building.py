@@ -19,6 +19,7 @@ from ..decoded_linear import as_bytes, decoding_operations
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 from .native_int8 import with_native_int8
 from .quantizing import Quantized
+from .running import is_interrupt
 from .sources import is_quantized, module_name
 
 __all__ = [
@@ -86,6 +87,9 @@ def _mapped_model(path: Path, kind: str):
     return made[0] if isinstance(made, tuple) else made
 
 
+_UNLIKE = "size mismatch"  # as torch says where ComfyUI takes a model for another one, of other widths
+
+
 def reload(path: Path, kind: str, clip_type: str = ""):
     """What ComfyUI's own loader makes of a saved file, as a ModelPatcher; None for a model that it does not recognise.
 
@@ -100,9 +104,9 @@ def reload(path: Path, kind: str, clip_type: str = ""):
             return _reloaded_clip(path, clip_type)
         model = _mapped_model(path, kind)
     except RuntimeError as error:
-        if "size mismatch" in str(error):  # what ComfyUI takes for another model, of other widths
-            return None
-        raise
+        if _UNLIKE not in str(error):
+            raise
+        return None
     if model is not None:
         _check_built(model, path, "model")
     return model
@@ -116,7 +120,9 @@ def _reloaded_clip(path: Path, clip_type: str):
     for name in sorted(comfy.sd.CLIPType.__members__, key=lambda name: name != clip_type.upper()):
         try:
             return _clip_in(path, TEXT_ENCODERS, name).patcher
-        except QuantizationError as error:
+        except Exception as error:  # what a loader says of another model's file
+            if is_interrupt(error) or _UNLIKE in str(error):
+                raise
             problems.append(error)
     raise problems[0]
 

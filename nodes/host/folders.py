@@ -130,8 +130,9 @@ def without_folders(text: str) -> str:
     """``text`` with paths inside ComfyUI's folders relative to these, and of other absolute paths the last part alone."""
     listed = [path for paths, *_ in folder_paths.folder_names_and_paths.values() for path in paths]
     kinds = (folder_paths.get_directory_by_type(kind) for kind in ("output", "input", "temp"))
-    roots = {Path(path) for path in (*listed, *filter(None, kinds), folder_paths.models_dir, folder_paths.base_path)}
-    for root in sorted(roots | {root.resolve() for root in roots}, key=lambda root: -len(str(root))):
+    paths = map(Path, (*listed, *filter(None, kinds), folder_paths.models_dir, folder_paths.base_path))
+    roots = {root for path in paths for root in (path.absolute(), path.resolve())}
+    for root in sorted(roots, key=lambda root: -len(str(root))):
         text = text.replace(f"{root}{os.sep}", "").replace(str(root), root.name)
     return _FOLDERS.sub("", text)
 

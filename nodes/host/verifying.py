@@ -50,7 +50,10 @@ def verify_saved(quantized: Quantized, paths: list[Path]) -> str:
             if problems := verify_file(path).problems:
                 raise VerificationError(problems[0])
         _check_contents(quantized.report, paths)
-        return "\n".join(_verified(path, quantized) for path in paths)
+        try:
+            return "\n".join(_verified(path, quantized) for path in paths)
+        except (MemoryError, torch.OutOfMemoryError):
+            return "Not verified: there is too little memory to load the model. The file holds what was quantized, byte for byte."
     except BaseException as error:  # whatever a loader says of a file that it cannot read
         if is_interrupt(error) or not isinstance(error, Exception):
             remove(paths)

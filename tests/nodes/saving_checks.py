@@ -154,7 +154,13 @@ def sound() -> dict:
         save_file(tensors, path)
         found[name] = verified(quantized(kind=kind, path=path))
     found["static inputs"] = static_inputs()
-    return {"found": found, "knows": [name for name in FORMATS if host.knows(name)]}
+
+    def too_large(*_):
+        raise MemoryError
+
+    with replaced(host.verifying, "reload", too_large):
+        too_little = verified(quantized())
+    return {"found": found, "too little memory": too_little, "knows": [name for name in FORMATS if host.knows(name)]}
 
 
 def rewritten(path: Path, change: Callable) -> None:
@@ -442,6 +448,10 @@ def interrupts() -> dict:
         host.verify_saved(made, [path])
         return path.read_bytes()
 
+    def clear() -> None:
+        for path in output().rglob("verified*"):
+            path.unlink()
+
     def left() -> list[str]:
         host.quantizing._last = None
         gc.collect()
@@ -468,14 +478,13 @@ def interrupts() -> dict:
 
     for point, (place, name) in POINTS.items():
         calls, whole = tried(None, place, name)
-        clear = [path.unlink() for path in output().rglob("verified*")]
-        outcomes = []
+        clear()
+        found[point] = []
         for at in draw.sample(range(calls), min(TRIES, calls)):
             _, made = tried(at, place, name)
-            same = made == whole
-            clear += [path.unlink() for path in output().rglob("verified*")] if made is not None else []
-            outcomes.append({"at": at, "of": calls, "interrupted": made is None, "same": same, "left": left()})
-        found[point] = outcomes
+            if made is not None:  # it was too late
+                clear()
+            found[point].append({"at": at, "of": calls, "interrupted": made is None, "same": made == whole, "left": left()})
     found["afterwards"] = run() == whole
     return found
 
