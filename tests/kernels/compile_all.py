@@ -30,7 +30,7 @@ QUANTIZE = {"x": "*bf16", "weight": "*bf16", "scale": F32}
 QUANTIZE |= dict.fromkeys(("rows", "columns", "x_stride", "stride", "scale_stride", "row_scaled", "tiles"), I32)
 PRODUCT = {"out": "*bf16", "bias": "*bf16", "input_scale": F32, "scale": F32, "row_scaled": I32}
 PRODUCT |= dict.fromkeys(
-    ("rows", "columns", "inner", "a_stride", "b_stride", "input_scale_stride", "scale_stride"), I32
+    ("rows", "columns", "inner", "first", "units", "a_stride", "b_stride", "input_scale_stride", "scale_stride"), I32
 )
 # Sizes that are multiples of 16 in every real model; the compiler is told so at run time.
 EVEN = {"columns", "inner", "x_stride", "stride", "a_stride", "b_stride"}
@@ -95,12 +95,13 @@ def product_cases(sm):
 def hopper_cases():
     launch = hopper.SHIPPED
     for dtype, kind in ((hopper.gl.int8, "i8"), (hopper.gl.float8e4nv, "fp8e4nv")):
-        tiles = [launch.rows, launch.inner], [launch.columns, launch.inner]
-        layouts = (hopper.gl.NVMMASharedLayout.get_default_for(tile, dtype) for tile in tiles)
-        a, b = (f"tensordesc<{kind}[{side},{width}],{layout!r}>" for (side, width), layout in zip(tiles, layouts, strict=True))
-        constants = {"INTEGER": kind == "i8", "BLOCK": 128, "HAS_BIAS": True, "ROWS": launch.rows, "PART": launch.part}
-        constants |= {"INNER": launch.inner, "STAGES": launch.stages}
-        yield hopper._block_matmul, PRODUCT | {"a": a, "b": b}, constants, hopper.WARPS, 3
+        for parts in (4, 2):
+            tiles = [launch.rows, launch.inner], [parts * launch.part, launch.inner]
+            layouts = (hopper.gl.NVMMASharedLayout.get_default_for(tile, dtype) for tile in tiles)
+            a, b = (f"tensordesc<{kind}[{side},{width}],{layout!r}>" for (side, width), layout in zip(tiles, layouts, strict=True))
+            constants = {"INTEGER": kind == "i8", "BLOCK": 128, "HAS_BIAS": True, "ROWS": launch.rows, "PART": launch.part}
+            constants |= {"INNER": launch.inner, "STAGES": launch.stages, "PARTS": parts}
+            yield hopper._block_matmul, PRODUCT | {"a": a, "b": b}, constants, hopper.WARPS, 3
 
 
 def cases(sm):
