@@ -14,7 +14,7 @@ from .gguf import GGUFFile
 from .reader import SafetensorsFile
 from .source import CPU, TensorSource
 
-__all__ = ["PickledWeights", "ShardedFiles", "files_of", "open_safetensors", "open_source"]
+__all__ = ["PickledWeights", "ShardedFiles", "open_safetensors", "open_source"]
 
 _INDEX = ".index.json"
 _NESTED = ("state_dict", "model", "module")  # under which training tools keep the weights
@@ -153,12 +153,6 @@ def _in_folder(folder: Path) -> Path:
 
 
 _FILES = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), PickledWeights) | {".gguf": GGUFFile}  # others are safetensors
-
-
-def files_of(path: Path) -> tuple[Path, ...]:
-    """The file and, of an index, its shards, there or not. Raises SourceError when an index is damaged."""
-    shards = sorted(set(_weight_map(path).values())) if path.name.endswith(_INDEX) else ()
-    return (path, *(path.parent / shard for shard in shards))
 
 
 def open_safetensors(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles:
