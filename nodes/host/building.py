@@ -14,13 +14,14 @@ import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...quant_core.checkpoints import SafetensorsFile, layer_configs
+from ...quant_core.checkpoints.metadata import ENCODER_PREFIX
 from ...quant_core.errors import QuantizationError
 from ..decoded_linear import as_bytes, decoding_operations
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 from .native_int8 import with_native_int8
 from .quantizing import Quantized
 from .running import is_interrupt
-from .sources import is_quantized, module_name
+from .sources import READS_ENCODERS, is_quantized, module_name
 
 __all__ = [
     "build_clip",
@@ -51,12 +52,12 @@ def _classic(loader) -> dict:
     return {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(loader).parameters else {}
 
 
-def _decoding(loader) -> dict:
+def _decoding(loader, options: str = "model_options") -> dict:
     """Options that make one of ComfyUI's loaders use our operations.
 
     Dynamic loading hands LoRAs to layers of ComfyUI's own only, so that is left out.
     """
-    return {"model_options": {"custom_operations": decoding_operations(comfy.ops.manual_cast)}, **_classic(loader)}
+    return {options: {"custom_operations": decoding_operations(comfy.ops.manual_cast)}, **_classic(loader)}
 
 
 def _load_model(path: Path, kind: str):
@@ -108,7 +109,7 @@ def reload(path: Path, kind: str, clip_type: str = ""):
             raise
         return None
     if model is not None:
-        _check_built(model, path, "model")
+        _check_built(model, path, "model", kind)
     return model
 
 
@@ -127,10 +128,19 @@ def _reloaded_clip(path: Path, clip_type: str):
     raise problems[0]
 
 
-def _check_built(patcher, path: Path, what: str) -> None:
-    """Every layer that is quantized in the file must be so in the model: ComfyUI's loader does not say when one is not."""
+def _coded(path: Path, encoders: bool | None) -> int:
+    """How many layers of a file are quantized: of text encoders in a checkpoint, of all else, or of both."""
     with SafetensorsFile(path) as opened:
-        expected = len(layer_configs(opened)[0])
+        layers = layer_configs(opened)[0]
+    return sum(encoders is None or layer.startswith(ENCODER_PREFIX) is encoders for layer in layers)
+
+
+def _check_built(patcher, path: Path, what: str, kind: str, encoders: bool = False) -> None:
+    """Every layer that is quantized in the file must be so in the model: ComfyUI's loader does not say when one is not.
+
+    ``encoders``: those of text encoders in a checkpoint, not the others.
+    """
+    expected = _coded(path, encoders if kind == CHECKPOINTS else None)
     found = len(quantized_layers(patcher))
     if found < expected:
         raise QuantizationError(
@@ -169,24 +179,28 @@ def load_quantized(source: FileSource) -> tuple:
 def _model_in(path: Path, kind: str):
     """The MODEL in a quantized file."""
     model = (_load_decoding_model if layers_to_decode(path) else _load_model)(path, kind)
-    _check_built(model, path, "model")
+    _check_built(model, path, "model", kind)
     return model
 
 
 def _clip_in(path: Path, kind: str, clip_type: str):
-    """The CLIP in a quantized file; that of a checkpoint is not quantized itself."""
+    """The CLIP in a quantized file; of a checkpoint ComfyUI reads it alone, and codes in it perhaps not."""
     embeddings = folder_paths.get_folder_paths("embeddings")
     if kind == CHECKPOINTS:
-        return comfy.sd.load_checkpoint_guess_config(
-            str(path), output_vae=False, output_clip=True, output_model=False, embedding_directory=embeddings
-        )[1]
+        load = comfy.sd.load_checkpoint_guess_config
+        decode = _coded(path, encoders=True) and (layers_to_decode(path) or not READS_ENCODERS)
+        ours = _decoding(load, "te_model_options") if decode else {}
+        clip = load(str(path), output_vae=False, output_clip=True, output_model=False, embedding_directory=embeddings, **ours)[1]
+        if clip is not None:
+            _check_built(clip.patcher, path, "text encoder", kind, encoders=True)
+        return clip
     clip = comfy.sd.load_clip(
         ckpt_paths=[str(path)],
         embedding_directory=embeddings,
         clip_type=comfy.sd.CLIPType[clip_type.upper()],
         **(_decoding(comfy.sd.load_clip) if layers_to_decode(path) else {}),
     )
-    _check_built(clip.patcher, path, "text encoder")
+    _check_built(clip.patcher, path, "text encoder", kind)
     return clip
 
 

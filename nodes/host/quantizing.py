@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ import comfy.sd
 import torch
 
 from ...quant_core import Recipe, Report, quantize_file
-from ...quant_core.checkpoints import TensorInfo
+from ...quant_core.checkpoints import Source, TensorInfo
+from ...quant_core.checkpoints.metadata import ENCODER_PREFIX
 from ...quant_core.events import Listener
 from .calibrations import Calibrated
 from .folders import FileSource, remove, stamp, temporary, unfinished_folder
 from .opening import opened
-from .sources import parts_of
+from .sources import READS_ENCODERS, parts_of
 
 __all__ = ["Quantized", "quantize"]
 
@@ -78,7 +80,7 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
                     report = quantize_file(
                         weights,
                         unfinished,
-                        recipe,
+                        _readable(recipe, weights),
                         calibration=statistics.part(part) if statistics and part else statistics,
                         device=device,
                         overwrite=True,
@@ -95,12 +97,20 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
     return quantized
 
 
+def _readable(recipe: Recipe, weights: Source) -> Recipe:
+    """The recipe without what this ComfyUI would misread: quantized text encoders in a checkpoint, where it looks for none."""
+    if READS_ENCODERS or not any(name.startswith(ENCODER_PREFIX) for name in weights.tensors):
+        return recipe
+    return dataclasses.replace(recipe, keep=(*recipe.keep, f"^{re.escape(ENCODER_PREFIX)}"))
+
+
 def _joined(reports: list[Report]) -> Report:
     first, *others = reports
     for other in others:
         for field in dataclasses.fields(Report):
             if field.name in ("layers", "kept", "bytes_in", "bytes_out", "seconds"):
                 setattr(first, field.name, getattr(first, field.name) + getattr(other, field.name))
+    first.recognised = " ".join(dict.fromkeys(report.recognised for report in reports))
     first.output = None  # a temporary file is no output
     return first
 
