@@ -74,6 +74,7 @@ class Report:
         already_done: the output was there, with the same fingerprint; nothing was computed, or it was and came out the same.
         taken_up: layers that a run before, which was stopped, had finished.
         choice: what formats were chosen from, where they were measured.
+        recognised: what the model was taken for, and how sure that is.
     """
 
     source: str
@@ -91,6 +92,7 @@ class Report:
     already_done: bool = False
     taken_up: int = 0
     choice: Choice | None = None
+    recognised: str = ""
 
     @property
     def median_error(self) -> float:
@@ -193,6 +195,7 @@ class Report:
             reasons[kept.reason] = reasons.get(kept.reason, 0) + 1
         ratio = self.bytes_out / self.bytes_in if self.bytes_in else 1.0
         rows = [
+            *([("model", self.recognised)] if self.recognised else []),
             ("format", f"{self._format}, rounding {self.rounding}"),
             *([("measured", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
             ("layers quantized", f"{len(self.layers)}" + (f", {self.taken_up} of them by a run that was stopped" if self.taken_up else "")),

@@ -13,7 +13,7 @@ from .pickles import PickledWeights
 from .reader import MAX_HEADER, SafetensorsFile, StoredTensors, open_regular
 from .source import CPU
 
-__all__ = ["ShardedFiles", "open_source"]
+__all__ = ["ShardedFiles", "open_safetensors", "open_source"]
 
 _INDEX = ".index.json"
 
@@ -107,8 +107,8 @@ def _in_folder(folder: Path) -> Path:
 _FILES = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), PickledWeights) | {".gguf": GGUFFile}  # others are safetensors
 
 
-def open_source(path: str | os.PathLike) -> StoredTensors | ShardedFiles:
-    """Open a model file, an index of shards or a folder that holds either, for reading a tensor at a time.
+def open_safetensors(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles:
+    """Open a safetensors file, an index of shards or a folder that holds either.
 
     Raises:
         SourceError: it is none of these.
@@ -116,6 +116,15 @@ def open_source(path: str | os.PathLike) -> StoredTensors | ShardedFiles:
     path = Path(path)
     if os.path.isdir(path):  # unlike Path's own, False too for a name that no disk takes
         path = _in_folder(path)
-    if path.name.endswith(_INDEX):
-        return ShardedFiles(path)
-    return _FILES.get(path.suffix.lower(), SafetensorsFile)(path)
+    return (ShardedFiles if path.name.endswith(_INDEX) else SafetensorsFile)(path)
+
+
+def open_source(path: str | os.PathLike) -> StoredTensors | ShardedFiles:
+    """The same, and pickles of weights and GGUF.
+
+    Raises:
+        SourceError: it is none of these.
+    """
+    path = Path(path)
+    known = None if os.path.isdir(path) else _FILES.get(path.suffix.lower())
+    return known(path) if known else open_safetensors(path)
