@@ -12,7 +12,18 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-NOT_SHIPPED = {"assets", "benchmarks", "hosts", "tests"}
+NOT_SHIPPED = {".ci", "assets", "attacks", "benchmarks", "docs", "hosts", "tests"}
+
+
+def git(*words: str) -> set[str]:
+    """The file names that a git command prints."""
+    return set(subprocess.run(["git", *words, "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")) - {""}
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The registry's package: what git tracks, without what .comfyignore names. Its patterns are git's."""
+    return git("ls-files") - git("ls-files", "--cached", "--ignored", "--exclude-from=.comfyignore")
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +33,7 @@ def project():
 
 def test_every_package_is_listed(project):
     """The list is by hand (the root folder is the package): a folder left out would be missing from wheels only."""
-    tracked = subprocess.run(
-        ["git", "ls-files", "*__init__.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    folders = {Path(name).parent for name in tracked}
+    folders = {Path(name).parent for name in git("ls-files", "*__init__.py")}
     expected = {".".join(("learned_rounding", *f.parts)) for f in folders if not NOT_SHIPPED & set(f.parts)}
     assert set(project["tool"]["setuptools"]["packages"]) == expected
 
@@ -35,3 +43,22 @@ def test_requirements_are_the_same_in_both_files_and_leave_torch_alone(project):
     assert [line for line in lines if line] == project["project"]["dependencies"]
     extras = sum(project["project"]["optional-dependencies"].values(), [])
     assert not [line for line in lines + extras if re.match(r"torch\b", line)]
+
+
+def test_the_registry_gets_what_runs_and_what_users_read(project, shipped):
+    settings = project["tool"]["setuptools"]
+    folders = {name: "/".join(name.split(".")[1:]) for name in settings["packages"]}
+    modules = {name for name in git("ls-files", "*.py") if str(Path(name).parent).replace(".", "") in folders.values()}
+    data = {
+        name
+        for package, patterns in settings["package-data"].items()
+        for name in git("ls-files", *(f":(glob){'/'.join(filter(None, (folders[package], pattern)))}" for pattern in patterns))
+    }
+    assert {*modules, *data, "LICENSE", "README.md", "MANUAL.md", "CHANGELOG.md", "pyproject.toml", "requirements.txt"} <= shipped
+    assert len(modules) > 80 and {Path(name).parts[0] for name in data} == {"web", "locales", "example_workflows", "subgraphs", "quant_core"}
+    assert git("ls-files", "web/docs") <= shipped
+
+
+def test_the_registry_gets_nothing_that_only_developers_need(shipped):
+    assert {Path(name).parts[0] for name in shipped} & NOT_SHIPPED == set()
+    assert sum((ROOT / name).stat().st_size for name in shipped) < 4e6
