@@ -44,6 +44,19 @@ def test_an_example_runs_with_the_tiny_model(comfy, name):
         assert psnr(pictures(comfy.output_dir, "original"), pictures(comfy.output_dir, "quantized")) > 20
 
 
+def test_the_slots_of_the_examples_are_those_of_the_nodes(comfy):
+    """A page keeps the slots that a file names."""
+    known = comfy.object_info()
+    for workflow in WORKFLOWS.values():
+        for node in workflow["nodes"]:
+            if node["type"] != "MarkdownNote":
+                info = known[node["type"]]
+                inputs = {name: kind for group in info["input"].values() for name, (kind, *_) in group.items()}
+                assert [slot["type"] for slot in node["inputs"]] == [inputs[slot["name"]] for slot in node["inputs"]]
+                outputs = [{key: slot[key] for key in ("name", "type")} for slot in node["outputs"]]
+                assert outputs in ([], [{"name": name, "type": kind} for name, kind in zip(info["output_name"], info["output"], strict=True)])
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_an_example_is_for_users(name):
     """Usual loaders and nodes of the two hosts, files that are public with the address of each, and a note that says what to choose."""
