@@ -3,6 +3,7 @@
     python benchmarks/help_pictures.py      writes web/docs/images/NODE.png, by the newest installed host
 """
 
+import argparse
 import io
 import json
 import tempfile
@@ -134,6 +135,7 @@ def take(page, node: str) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     OUT.mkdir(exist_ok=True)
     host = max(available_hosts(), key=lambda host: [int(part) for part in host.version.split(".")])
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:

@@ -1,7 +1,10 @@
 """What pip and ComfyUI are told about this repository stays true."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,15 +48,34 @@ def test_requirements_are_the_same_in_both_files_and_leave_torch_alone(project):
     assert not [line for line in lines + extras if re.match(r"torch\b", line)]
 
 
-def test_the_registry_gets_what_runs_and_what_users_read(project, shipped):
+@pytest.fixture(scope="module")
+def data(project):
+    """What ships beside modules, by what setuptools is told."""
     settings = project["tool"]["setuptools"]
     folders = {name: "/".join(name.split(".")[1:]) for name in settings["packages"]}
-    modules = {name for name in git("ls-files", "*.py") if str(Path(name).parent).replace(".", "") in folders.values()}
-    data = {
-        name
-        for package, patterns in settings["package-data"].items()
-        for name in git("ls-files", *(f":(glob){'/'.join(filter(None, (folders[package], pattern)))}" for pattern in patterns))
-    }
+    patterns = [f":(glob){'/'.join(filter(None, (folders[package], pattern)))}" for package, some in settings["package-data"].items() for pattern in some]
+    return git("ls-files", *patterns)
+
+
+def test_pip_installs_a_clone(data, tmp_path):
+    """Into a folder of its own; with all that ships, and the command."""
+    clone, target = tmp_path / "clone", tmp_path / "target"
+    for name in git("ls-files"):
+        if Path(name).parts[0] not in NOT_SHIPPED:
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target, clone]
+    subprocess.run(pip, check=True, capture_output=True)
+    assert {name for name in data if not (target / "learned_rounding" / name).is_file()} == set()
+    called = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(target)}, "check": True, "capture_output": True, "text": True}
+    formats = subprocess.run([target / "bin" / "lrq", "formats"], **called).stdout
+    assert "int8_tensorwise" in formats
+    assert subprocess.run([sys.executable, clone, "formats"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout == formats
+
+
+def test_the_registry_gets_what_runs_and_what_users_read(project, shipped, data):
+    folders = {"/".join(name.split(".")[1:]) for name in project["tool"]["setuptools"]["packages"]}
+    modules = {name for name in git("ls-files", "*.py") if str(Path(name).parent).replace(".", "") in folders}
     assert {*modules, *data, "LICENSE", "README.md", "MANUAL.md", "CHANGELOG.md", "pyproject.toml", "requirements.txt"} <= shipped
     assert len(modules) > 80 and {Path(name).parts[0] for name in data} == {"web", "locales", "example_workflows", "subgraphs", "quant_core"}
     assert git("ls-files", "web/docs") <= shipped

@@ -5,6 +5,7 @@
 A page of another language than those in web/docs/NODE/ gets web/docs/NODE.md, which is where English is written.
 """
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ def _slot(name: str, tooltip: str) -> dict[str, str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with ComfyServer(available_hosts()[-1]) as server:
         texts = definitions(server.object_info())
     LOCALE.parent.mkdir(exist_ok=True)
