@@ -230,6 +230,17 @@ def test_the_manual_names_every_node():
         assert f"[{path.read_text(encoding='utf-8').splitlines()[0][2:]}](web/docs/{path.name})" in text
 
 
+def test_every_finding_names_its_command_its_device_and_its_date():
+    """Or the finding above it that has them; or that it was tried by hand."""
+    (section,) = re.findall(r"^## Findings\n(.*?)^## ", (ROOT / "DEVELOPMENT.md").read_text(encoding="utf-8"), re.M | re.S)
+    findings = section.split("\n* ")[1:]
+    assert len(findings) > 8
+    for finding in findings:
+        assert "(The same run.)" in finding or (
+            re.search(r"\b2\d{3}-\d\d-\d\d", finding) and re.search(r"\bH[12]00\b|\bCPU\b", finding) and re.search("`python benchmarks/|by hand", finding)
+        ), finding
+
+
 def anchors(path: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

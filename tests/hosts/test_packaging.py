@@ -1,5 +1,6 @@
 """What pip and ComfyUI are told about this repository stays true."""
 
+import ast
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 try:
     import tomllib
@@ -84,3 +86,36 @@ def test_the_registry_gets_what_runs_and_what_users_read(project, shipped, data)
 def test_the_registry_gets_nothing_that_only_developers_need(shipped):
     assert {Path(name).parts[0] for name in shipped} & NOT_SHIPPED == set()
     assert sum((ROOT / name).stat().st_size for name in shipped) < 4e6
+
+
+# What the registry refuses in a node pack, and what installs something while ComfyUI runs.
+_CALLS = re.compile(r"eval|exec|compile|__import__|os\.(system|popen|fork|exec\w+|spawn\w+|posix_spawn\w*)|(pickle|marshal)\.loads?|ctypes\.CDLL")
+_IMPORTS = {"subprocess", "pip", "ensurepip", "marshal", "ctypes", "urllib", "requests", "socket", "http"}
+
+
+def test_shipped_python_runs_no_other_program_no_made_up_code_and_asks_no_network(shipped):
+    modules = [ROOT / name for name in shipped if name.endswith(".py")]
+    assert len(modules) > 80
+    for path in modules:
+        tree = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        called = [ast.unparse(node.func) for node in tree if isinstance(node, ast.Call)]
+        assert [call for call in called if _CALLS.fullmatch(call)] == [], path
+        imported = [alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names]
+        imported += [node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module]
+        assert not {name.split(".")[0] for name in imported} & _IMPORTS, path
+
+
+def test_the_registry_finds_all_that_it_shows(project, shipped):
+    """Icon and banner lie in the repository, where their addresses point; of the sizes that the registry shows."""
+    about, registry = project["project"], project["tool"]["comfy"]
+    assert re.fullmatch(r"[a-z][a-z0-9_-]{0,99}", about["name"]) and not about["name"].startswith("comfyui")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", about["version"]) and about["description"] and about["license"] == "Apache-2.0"
+    assert {"Operating System :: OS Independent", "Environment :: GPU :: NVIDIA CUDA"} <= set(about["classifiers"])
+    assert registry["PublisherId"] and registry["DisplayName"] and registry["requires-comfyui"] == ">=0.3.75"
+    repository = about["urls"]["Repository"]
+    assert about["urls"]["Bug Tracker"] == f"{repository}/issues" and about["urls"]["Documentation"].startswith(repository)
+    raw = repository.replace("github.com", "raw.githubusercontent.com") + "/main/"
+    for key, fits in {"Icon": lambda width, height: width == height <= 400, "Banner": lambda width, height: 9 * width == 21 * height}.items():
+        assert registry[key].startswith(raw)
+        with Image.open(ROOT / registry[key].removeprefix(raw)) as picture:
+            assert picture.format == "PNG" and fits(*picture.size), key
