@@ -15,7 +15,7 @@ from learned_rounding.benchmarks.tiny_model.graph import CFG, LORA, MODEL, SIZE,
 from learned_rounding.benchmarks.tiny_model.place import ASSETS, DATASET
 from learned_rounding.hosts.workflows import widget_names
 
-__all__ = ["EXAMPLES", "place_further", "with_tiny_model"]
+__all__ = ["EXAMPLES", "place_further", "with_tiny_model", "with_tiny_parts"]
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 CHECKPOINT, TEXT_ENCODER = "tiny_checkpoint.safetensors", "tiny_t5.safetensors"
@@ -46,7 +46,11 @@ DROPPED = ("CLIPLoader",)
 
 def with_tiny_model(name: str, object_info: Mapping[str, Any]) -> dict:
     """An example in the browser's own form, made to run with what `place` and :func:`place_further` put there."""
-    workflow = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
+    return with_tiny_parts(json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8")), object_info)
+
+
+def with_tiny_parts(workflow: dict, object_info: Mapping[str, Any]) -> dict:
+    """The same of any workflow of the browser, in place."""
     gone = {node["id"] for node in workflow["nodes"] if node["type"] in DROPPED}
     workflow["links"] = [link for link in workflow["links"] if link[1] not in gone]
     workflow["nodes"] = [node for node in workflow["nodes"] if node["id"] not in gone]
@@ -74,7 +78,7 @@ def _replace(node: dict, links: list[list]) -> None:
 def _choose(node: dict, object_info: Mapping[str, Any]) -> None:
     chosen = VALUES.get(node["type"], {})
     names = widget_names(object_info[node["type"]]) if chosen else []
-    values = node["widgets_values"]
+    values = node.get("widgets_values") or []
     for place, value in enumerate(values):
         if isinstance(value, str):
             folder, _, file = value.rpartition("/")
