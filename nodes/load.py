@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io, ui
 
+from ..quant_core.checkpoints import Source as Weights
 from ..quant_core.checkpoints.inspect import quantized_formats
-from ..quant_core.errors import SourceError
-from ..quant_core.recipes import recognise
+from ..quant_core.errors import QuantizationError, SourceError
+from ..quant_core.recipes import Recipe
 from ..quant_core.report import human_bytes
 from . import host
 from .schema import Source, schema, widget
@@ -60,14 +61,21 @@ class LoadModel(io.ComfyNode):
     def execute(cls, model, clip_type=None, requantize=False) -> io.NodeOutput:
         source = host.FileSource.choose(model, clip_type or host.clip_types()[0], requantize)
         with host.opened(source) as weights:
-            preset, formats, decoded = recognise(weights.tensors), quantized_formats(weights), getattr(weights, "layers", {})
+            family, formats, decoded = _family(weights), quantized_formats(weights), getattr(weights, "layers", {})
             count, size = len(weights.tensors), human_bytes(sum(info.nbytes for info in weights.tensors.values()))
         if not count:
             raise SourceError(f"{source.path} holds no tensors; choose another file.")
-        family = preset.title if preset else "no preset recognises it; the general rule will decide"
         state = "full precision"
         if formats or decoded:
             state = f"already quantized: {', '.join(formats or decoded)}{'' if formats else ', to be decoded first'}"
         return io.NodeOutput(
             source, ui=ui.PreviewText(f"{source.path.name}: {size}, {count} tensors, {state}\n{family}")
         )
+
+
+def _family(weights: Weights) -> str:
+    """What the model is taken for and how sure that is, or why nothing of it can be quantized."""
+    try:
+        return Recipe().plan(weights).explanation
+    except QuantizationError as error:
+        return str(error)

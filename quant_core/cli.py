@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from .. import kernels
 from .calibration import CalibrationFile
-from .checkpoints import inspect_file, open_source, verify_file
+from .checkpoints import Source, inspect_file, open_source, verify_file
 from .checkpoints.inspect import quantized_formats
 from .errors import OutputError, QuantizationError, RecipeError
 from .estimate import estimate_seconds, estimate_size
@@ -38,6 +39,7 @@ EXIT_CODES = {
     1: "an error, in one sentence on stderr; verify: the file has problems",
     2: "wrong usage",
     130: "interrupted; nothing was left behind",
+    141: "whoever read the output went away",
 }
 
 
@@ -134,7 +136,7 @@ def _parser() -> _Parser:
         description="Write a quantized file (old scaled FP8, scales under a wrong name, missing JSON, orphans) as ComfyUI reads it today. "
         "Codes stay as they are.",
     )
-    migrate.add_argument("-i", "--input", type=Path, required=True, help="quantized safetensors file")
+    migrate.add_argument("-i", "--input", type=Path, required=True, help="quantized safetensors file, the index.json of shards, or a folder of either")
     migrate.add_argument("-o", "--output", type=Path, help="file to write (default: beside the input, with _native)")
     migrate.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     migrate.add_argument(
@@ -148,7 +150,7 @@ def _parser() -> _Parser:
         ("verify", _verify, "check a quantized file layer by layer"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("file", type=Path)
+        command.add_argument("file", type=Path, help="a safetensors file, the index.json of shards, or a folder of either")
         command.set_defaults(run=run)
     for name, run, text in (
         ("formats", _formats, "the formats this version writes"),
@@ -171,8 +173,6 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         help="model with fp16, bf16 or fp32 weights: a safetensors file, the index.json of shards, a folder of either, "
         ".ckpt, .pt, .pth, .bin, or .gguf (needs the package gguf), which is decoded first",
     )
-
-
     parser.add_argument(
         "--requantize",
         action="store_true",
@@ -400,12 +400,15 @@ class _Progress:
 
 def _quantize(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
-    if args.dry_run:
-        return _plan(args)
+    usable_device(args.device)
+    if args.report and not args.report.absolute().parent.is_dir():
+        raise OutputError(f"The report {args.report} cannot be written: there is no folder {args.report.absolute().parent}.")
     statistics = CalibrationFile(args.calibration) if args.calibration else contextlib.nullcontext()
     with _source(args) as source, statistics as calibration:
         method = recipe.resolve(calibration is not None)
-        output = args.output or output_name(args.input, recipe)
+        if args.dry_run:
+            return _print_plan(args, recipe, source)
+        output = args.output or output_name(args.input, recipe.label)
         print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.description}, rounding {method.rounding}.")
         progress = _Progress(args.verbose)
         options = {"device": args.device, "overwrite": args.overwrite, "on_event": progress}
@@ -426,26 +429,30 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    usable_device(args.device)
     with _source(args) as source:
-        recipe = _recipe(args)
-        plan = recipe.plan(source)
-        print(plan.explanation)
-        for name, decision in plan.decisions.items():
-            own = f"  as {recipe.of(decision).description}" if decision.format else ""
-            print(f"{decision.action:<8}  {name}{own}" + (f"  ({decision.reason})" if decision.reason else ""))
-        if recipe.measured:
-            print("Formats are chosen when the layers are measured: neither size nor time can be told before.")
-            return 0
-        before = sum(info.nbytes for info in source.tensors.values())
-        print(f"Size: {human_bytes(before)} → {human_bytes(estimate_size(source, recipe, plan))}.")
-        if getattr(args, "time", False):
-            device = usable_device(args.device)
-            print(f"Rounding will take about {estimate_seconds(source, recipe, plan, device):.3g} s on {device}, without a calibration.")
+        return _print_plan(args, _recipe(args), source)
+
+
+def _print_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> int:
+    plan = recipe.plan(source)
+    print(plan.explanation)
+    for name, decision in plan.decisions.items():
+        own = f"  as {recipe.of(decision).description}" if decision.format else ""
+        print(f"{decision.action:<8}  {name}{own}" + (f"  ({decision.reason})" if decision.reason else ""))
+    if recipe.measured:
+        print("Formats are chosen when the layers are measured: neither size nor time can be told before.")
+        return 0
+    before = sum(info.nbytes for info in source.tensors.values())
+    print(f"Size: {human_bytes(before)} → {human_bytes(estimate_size(source, recipe, plan))}.")
+    if getattr(args, "time", False):
+        device = usable_device(args.device)
+        print(f"Rounding will take about {estimate_seconds(source, recipe, plan, device):.3g} s on {device}, without a calibration.")
     return 0
 
 
 def _migrate(args: argparse.Namespace) -> int:
-    output = args.output or args.input.with_name(f"{args.input.stem}_native{args.input.suffix}")
+    output = args.output or output_name(args.input, "native")
     statistics = CalibrationFile(args.calibration) if args.calibration else contextlib.nullcontext()
     with statistics as calibration:
         options = {"drop_input_scale": args.drop_input_scale, "overwrite": args.overwrite}
@@ -455,6 +462,8 @@ def _migrate(args: argparse.Namespace) -> int:
         print(f"  {name}: {layers} layers")
     for change, count in done.changes.items():
         print(f"  {change}: {count}")
+    for name in done.removed:
+        print(f"  removed: {name}")
     return 0
 
 
@@ -496,12 +505,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
-    args = _parser().parse_args(argv)
+    try:
+        try:
+            return _run(_parser().parse_args(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # or Python would complain of it once more when it ends
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 141
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
         print(f"lrq: {EXIT_CODES[130]}.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if hasattr(args, "debug"):
             traceback.print_exc()

@@ -1,12 +1,13 @@
 """Quantized files that ComfyUI misreads, or reads by its old rules only, into its own format of today; codes stay as they are.
 
 What changes is how codes are labelled: old scaled FP8 (``scaled_fp8``, ``scale_weight``, ``scale_input``), scales of rows or
-blocks under the name of a format per tensor, layers without their JSON, scales that belong to nothing, input scales.
+blocks under the name of a format per tensor, layers without their JSON, scales that belong to nothing, input scales. FP8 without a
+scale becomes the plain weights that ComfyUI takes it for.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,20 +16,22 @@ import torch
 from .calibration import Calibration, input_scale
 from .checkpoints import (
     QUANTIZATION_KEY,
-    SafetensorsFile,
     SafetensorsWriter,
     Source,
     TensorInfo,
+    TensorSource,
     header_bytes,
     layer_configs,
     loading_note,
+    open_safetensors,
     quantization_metadata,
 )
+from .checkpoints.verify import verify_source
 from .errors import NothingToQuantizeError, OutputError, OutputExistsError, SourceError
 from .formats import FORMATS, Encoding, make_encoding
 from .formats.weight import config_tensor
 
-__all__ = ["CodedLayer", "Migration", "coded_layers", "migrate_file", "old_marks", "read_scale"]
+__all__ = ["PLAIN", "UNSCALED", "CodedLayer", "Migration", "coded_layers", "foreign_layers", "migrate_file", "old_marks", "read_scale"]
 
 _MARK = "scaled_fp8"
 # Suffix of a tensor beside a layer's weight → that of the same tensor today.
@@ -40,6 +43,8 @@ _TODAY = {
     "comfy_quant": "comfy_quant",
 }
 _CODES = {entry.grid.dtype for entry in FORMATS.values()}
+UNSCALED = {dtype for dtype in _CODES if dtype.is_floating_point}  # codes that are numbers without a scale too
+PLAIN = torch.bfloat16  # holds every number of FP8, and as much as eight bits say
 _BLOCK_SIZES = [2**power for power in range(10, 2, -1)]
 
 
@@ -50,10 +55,12 @@ class Migration:
     Attributes:
         layers: how many layers each encoding has in the new file.
         changes: sentence → how many layers or tensors it is true of.
+        removed: names of tensors that belonged to no quantized layer.
     """
 
     layers: Counter = field(default_factory=Counter)
     changes: Counter = field(default_factory=Counter)
+    removed: list[str] = field(default_factory=list)
 
 
 def _beside(source: Source) -> dict[str, dict[str, str]]:
@@ -71,7 +78,7 @@ def _beside(source: Source) -> dict[str, dict[str, str]]:
 
 def _granularity(weight: TensorInfo, scale: TensorInfo) -> tuple[str, int | None] | None:
     """What shares a scale of that shape, and the side of a block; None when that is none of the ways there are."""
-    out, inner = weight.shape
+    out, _ = weight.shape
     count = 1
     for side in scale.shape:
         count *= side
@@ -79,8 +86,12 @@ def _granularity(weight: TensorInfo, scale: TensorInfo) -> tuple[str, int | None
         return "tensor", None
     if scale.shape in ((out,), (out, 1)):
         return "row", None
-    sides = ((size, (-(-out // size), -(-inner // size))) for size in _BLOCK_SIZES)
-    return next((("block", size) for size, counts in sides if counts == scale.shape), None)
+    return next((("block", size) for size in _BLOCK_SIZES if _counts(weight, size) == scale.shape), None)
+
+
+def _counts(weight: TensorInfo, size: int) -> tuple[int, ...]:
+    """Shape of the scales of a weight in blocks of that side."""
+    return tuple(-(-side // size) for side in weight.shape)
 
 
 def _encoding(layer: str, weight: TensorInfo, scale: TensorInfo, config: Mapping, full_precision: bool) -> Encoding:
@@ -94,6 +105,9 @@ def _encoding(layer: str, weight: TensorInfo, scale: TensorInfo, config: Mapping
             f"{layer}: codes {weight.dtype} {weight.shape} with a scale {scale.shape} are none of the formats {', '.join(FORMATS)}; "
             "make the file again from its full-precision original."
         )
+    given = config.get("group_size")
+    if known[0] == "block" and given != known[1] and type(given) is int and given > 0 and _counts(weight, given) == scale.shape:
+        raise SourceError(f"{layer}: blocks of {given}, as its JSON says, are none of the formats; make the file again from its full-precision original.")
     rotated = config.get("convrot") and format.name == "int8_tensorwise" and known[0] == "row"
     return make_encoding(
         format.name,
@@ -112,7 +126,7 @@ def migrate_file(
     drop_input_scale: bool = False,
     overwrite: bool = False,
 ) -> Migration:
-    """Write the quantized file ``source`` as ComfyUI's format of today; a tensor at a time, nothing until it is complete.
+    """Write the quantized file ``source``, or its shards, as ComfyUI's format of today; a tensor at a time, nothing until it is complete.
 
     Args:
         calibration: gives FP8 layers per tensor a measured ``input_scale``, in place of what they have.
@@ -121,29 +135,44 @@ def migrate_file(
 
     Raises:
         NothingToQuantizeError: the source holds no quantized layer.
-        SourceError: a layer is in no known format.
+        SourceError: a layer is in no known format, or would not be sound afterwards.
         OutputError: the output cannot be written, exists (without ``overwrite``) or is the source.
     """
     destination = Path(destination)
-    with SafetensorsFile(source) as opened:
+    with open_safetensors(source) as opened:
         if destination.exists():
-            if opened.path.samefile(destination):
+            if any(path.samefile(destination) for path in opened.paths):
                 raise OutputError(f"{destination} is the source itself; choose another output.")
             if not overwrite:
                 raise OutputExistsError(f"{destination} exists; choose another output or overwrite it.")
         done = Migration()
         configs, others, small = _sort(opened, calibration, drop_input_scale, done)
+        plain = _unscaled(opened, others, configs)
+        if plain:
+            done.changes["tensors of FP8 without a scale decoded, which ComfyUI takes for plain weights"] = len(plain)
         metadata = {key: value for key, value in opened.metadata.items() if key != QUANTIZATION_KEY}
         metadata |= {QUANTIZATION_KEY: quantization_metadata(configs), **loading_note(configs)}
-        infos = {name: opened.tensors[name] for name in others}
+        infos = {name: replace(opened.tensors[name], dtype=PLAIN) if name in plain else opened.tensors[name] for name in others}
         infos |= {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
+        _check_sound(opened.name, configs, infos, small)
         with SafetensorsWriter(destination, header_bytes(infos.items(), metadata)) as writer:
             for name in others:
-                writer.add(name, opened.read(name))
+                values = opened.read(name)
+                writer.add(name, values.to(PLAIN) if name in plain else values)
             for name, tensor in small.items():
                 writer.add(name, tensor)
             writer.finish(metadata)
     return done
+
+
+def _check_sound(name: str, configs: Mapping[str, dict], infos: Mapping[str, TensorInfo], small: Mapping[str, torch.Tensor]) -> None:
+    """The file that would be written passes ``lrq verify``, layers in formats of others left aside."""
+    others = {layer for layer, config in configs.items() if _foreign(config)}
+    ours = {layer: config for layer, config in configs.items() if layer not in others}
+    made = TensorSource(small, {QUANTIZATION_KEY: quantization_metadata(ours)}, name)
+    made.tensors |= {tensor: info for tensor, info in infos.items() if tensor.rpartition(".")[0] not in others}
+    if problems := verify_source(made).problems:
+        raise SourceError(f"{name} would not become a sound file: {problems[0]}")
 
 
 @dataclass(frozen=True)
@@ -165,7 +194,21 @@ class CodedLayer:
     @property
     def foreign(self) -> bool:
         """In a format that this version does not know."""
-        return self.config.get("format") is not None and self.config["format"] not in FORMATS
+        return _foreign(self.config)
+
+
+def foreign_layers(source: Source) -> dict[str, dict]:
+    """{layer: JSON} of those in formats that are not ours, as far as their weights are there."""
+    tensors, header = layer_configs(source)
+    return {
+        layer: config
+        for layer, config in {**header, **tensors}.items()
+        if _foreign(config) and f"{layer}.weight" in source.tensors
+    }
+
+
+def _foreign(config: Mapping) -> bool:
+    return config.get("format") is not None and config["format"] not in FORMATS
 
 
 def old_marks(source: Source) -> list[str]:
@@ -177,12 +220,14 @@ def coded_layers(source: Source) -> Iterator[CodedLayer]:
     """Every layer of a quantized file, labelled rightly or not. Raises SourceError when one is in no known format."""
     tensors, header = layer_configs(source)
     given = {**header, **tensors}
-    full_precision = any(source.tensors[name].shape == (2,) for name in old_marks(source))  # ComfyUI's old sign for it
+    # ComfyUI's old sign for it, of the layers whose names begin as the mark's does
+    marks = {name.removesuffix(_MARK): source.tensors[name].shape == (2,) for name in sorted(old_marks(source), key=len, reverse=True)}
     for name, found in _beside(source).items():
         layer = CodedLayer(name, found, given.get(name, {}), None)
         if not layer.foreign and {"weight", "weight_scale"} <= found.keys():
             infos = (source.tensors[found[suffix]] for suffix in ("weight", "weight_scale"))
-            full = bool(layer.config.get("full_precision_matrix_mult", full_precision))
+            marked = next((full for start, full in marks.items() if name.startswith(start)), False)
+            full = bool(layer.config.get("full_precision_matrix_mult", marked))
             layer = replace(layer, encoding=_encoding(name, *infos, layer.config, full))
         yield layer
 
@@ -200,7 +245,10 @@ def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
             continue
         gone.update(name for suffix, name in found.items() if suffix != "weight")
         if encoding is None:
-            done.changes["tensors that belong to no quantized layer removed"] += len(found) - ("weight" in found)
+            _check_orphan(opened, layer, found)
+            orphans = [name for suffix, name in found.items() if suffix != "weight"]
+            done.changes["tensors that belong to no quantized layer removed"] += len(orphans)
+            done.removed += orphans
             continue
         configs[layer] = encoding.config
         done.layers[str(encoding)] += 1
@@ -218,6 +266,22 @@ def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
     if not configs:
         raise NothingToQuantizeError(f"{opened.name} holds no quantized layer; there is nothing to migrate.")
     return configs, [name for name in opened.tensors if name not in gone], small
+
+
+def _check_orphan(opened: Source, layer: str, found: Mapping[str, str]) -> None:
+    """Refuse to drop a scale that says something of a weight which holds no codes."""
+    if "weight_scale" in found and f"{layer}.weight" in opened.tensors:
+        scale = opened.read(found["weight_scale"]).float()
+        if not (scale == 1).all():
+            raise SourceError(
+                f"{opened.name}: {found['weight_scale']} scales a weight that is no code ({opened.tensors[f'{layer}.weight'].dtype}), so what "
+                "was meant is not known; make the file again from its full-precision original."
+            )
+
+
+def _unscaled(opened: Source, names: Iterable[str], configs: Mapping[str, Mapping]) -> set[str]:
+    """Those of FP8 that belong to no quantized layer."""
+    return {name for name in names if opened.tensors[name].dtype in UNSCALED and name.rpartition(".")[0] not in configs}
 
 
 def read_scale(opened: Source, name: str) -> torch.Tensor:

@@ -174,7 +174,7 @@ class _Clock:
 def _report(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None, **more) -> Report:
     preset = plan.preset.name if plan.preset else NONE
     rounding = recipe.resolve(calibration is not None).rounding
-    return Report(source.name, recipe.format, recipe.granularity or "", rounding, preset, choice=plan.choice, **more)
+    return Report(source.name, recipe.format, recipe.granularity or "", rounding, preset, choice=plan.choice, recognised=plan.explanation, **more)
 
 
 def _run(
@@ -549,12 +549,12 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def output_name(source: str | os.PathLike, recipe: Recipe) -> Path:
-    """The file beside the source that a run writes when no output is named."""
+def output_name(source: str | os.PathLike, label: str) -> Path:
+    """The file beside the source that is written when no output is named; ``label``: what is made of it, in a word."""
     source = Path(source)
     if source.is_dir():
         source = source.absolute()
         stem = source.name
     else:
         stem = source.name.removesuffix(".index.json").rpartition(".")[0] or source.name
-    return source.parent / f"{stem}_{recipe.label}.safetensors"
+    return source.parent / f"{stem}_{label}.safetensors"

@@ -70,6 +70,7 @@ class Report:
         output: path of the file, None when tensors were returned.
         already_done: the output was there, with the same fingerprint; nothing was computed.
         choice: what formats were chosen from, where they were measured.
+        recognised: what the model was taken for, and how sure that is.
     """
 
     source: str
@@ -86,6 +87,7 @@ class Report:
     output: str | None = None
     already_done: bool = False
     choice: Choice | None = None
+    recognised: str = ""
 
     @property
     def median_error(self) -> float:
@@ -171,6 +173,7 @@ class Report:
             reasons[kept.reason] = reasons.get(kept.reason, 0) + 1
         ratio = self.bytes_out / self.bytes_in if self.bytes_in else 1.0
         rows = [
+            *([("model", self.recognised)] if self.recognised else []),
             ("format", f"{self._format}, rounding {self.rounding}"),
             *([("measured", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
             ("layers quantized", f"{len(self.layers)}"),

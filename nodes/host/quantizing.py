@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ import comfy.sd
 import torch
 
 from ...quant_core import Recipe, Report, quantize_file
-from ...quant_core.checkpoints import TensorInfo
+from ...quant_core.checkpoints import Source, TensorInfo
+from ...quant_core.checkpoints.metadata import ENCODER_PREFIX
 from ...quant_core.events import Listener
 from .calibrations import Calibrated
 from .folders import FileSource, remove, stamp, temporary, unfinished_folder
 from .opening import opened
-from .sources import parts_of
+from .sources import READS_ENCODERS, parts_of
 
 __all__ = ["Quantized", "quantize"]
 
@@ -31,12 +33,14 @@ class Quantized:
         kind: the model folder the files belong in.
         label: format and granularity, for file names.
         report: what was done.
+        clip_type: of a text encoder's file, the choice of Load CLIP that its user made.
     """
 
     files: dict[str, Path]
     kind: str
     label: str
     report: Report
+    clip_type: str = ""
 
     def __post_init__(self):
         weakref.finalize(self, remove, tuple(self.files.values()))
@@ -76,7 +80,7 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
                     report = quantize_file(
                         weights,
                         unfinished,
-                        recipe,
+                        _readable(recipe, weights),
                         calibration=statistics.part(part) if statistics and part else statistics,
                         device=device,
                         overwrite=True,
@@ -88,9 +92,16 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
         except BaseException:
             remove(files.values())
             raise
-    quantized = Quantized(files, kind, recipe.label, _joined(reports))
+    quantized = Quantized(files, kind, recipe.label, _joined(reports), getattr(source, "clip_type", ""))
     _last = (identity, recipe, quantized)
     return quantized
+
+
+def _readable(recipe: Recipe, weights: Source) -> Recipe:
+    """The recipe without what this ComfyUI would misread: quantized text encoders in a checkpoint, where it looks for none."""
+    if READS_ENCODERS or not any(name.startswith(ENCODER_PREFIX) for name in weights.tensors):
+        return recipe
+    return dataclasses.replace(recipe, keep=(*recipe.keep, f"^{re.escape(ENCODER_PREFIX)}"))
 
 
 def _joined(reports: list[Report]) -> Report:
@@ -99,6 +110,7 @@ def _joined(reports: list[Report]) -> Report:
         for field in dataclasses.fields(Report):
             if field.name in ("layers", "kept", "bytes_in", "bytes_out", "seconds"):
                 setattr(first, field.name, getattr(first, field.name) + getattr(other, field.name))
+    first.recognised = " ".join(dict.fromkeys(report.recognised for report in reports))
     first.output = None  # a temporary file is no output
     return first
 

@@ -18,9 +18,11 @@ from ...quant_core.errors import (
 )
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 
-__all__ = ["PatchedWeights", "encoder_parts", "is_quantized", "module_name", "parts_of"]
+__all__ = ["READS_ENCODERS", "PatchedWeights", "encoder_parts", "is_quantized", "module_name", "parts_of"]
 
 
+# Whether this ComfyUI looks for quantized layers in the text encoders of a checkpoint; 0.3.75 does not.
+READS_ENCODERS = hasattr(comfy.utils, "detect_layer_quantization")
 # Text encoders that ComfyUI loads without looking for quantized layers: they are small, and stay as they are.
 _PLAIN_ENCODERS = {
     "clip_l",

@@ -4,7 +4,7 @@ from .inspect import inspect_file
 from .metadata import PROVENANCE_KEY, QUANTIZATION_KEY, layer_configs, loading_note, provenance, quantization_metadata
 from .reader import SafetensorsFile
 from .source import SampledSource, Source, TensorInfo, TensorSource
-from .sources import open_source
+from .sources import open_safetensors, open_source
 from .verify import verify_file
 from .writer import SafetensorsWriter, header_bytes, remove_leftovers
 
@@ -14,6 +14,7 @@ __all__ = [
     "QUANTIZATION_KEY",
     "layer_configs",
     "loading_note",
+    "open_safetensors",
     "open_source",
     "provenance",
     "quantization_metadata",

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from ..formats import FORMATS
 from ..report import human_bytes
 from .dtypes import DTYPE_NAMES
-from .metadata import layer_configs, provenance
-from .reader import SafetensorsFile
+from .metadata import ENCODER_PREFIX, layer_configs, provenance
 from .source import Source
+from .sources import open_safetensors
 from .verify import CODE_DTYPES, layer_encoding
 
-__all__ = ["Inspection", "inspect_file", "quantized_formats"]
+__all__ = ["BITSANDBYTES", "Inspection", "inspect_file", "quantized_formats"]
+
+BITSANDBYTES = "bitsandbytes"
+_ENCODERS_SINCE = "0.33"  # the oldest ComfyUI of which that is known
 
 
 def quantized_formats(source: Source) -> list[str]:
@@ -24,7 +27,7 @@ def quantized_formats(source: Source) -> list[str]:
     if any(name.endswith((".scale_weight", "scaled_fp8")) for name in names):
         found.add("scaled fp8 (old)")
     if any(name.endswith((".quant_map", ".absmax")) for name in names):
-        found.add("bitsandbytes")
+        found.add(BITSANDBYTES)
     if not found:
         raw = {
             info.dtype
@@ -70,7 +73,8 @@ class Inspection:
         return "\n".join(lines)
 
 
-def _stock(found: list[str]) -> str:
+def _stock(found: list[str], encoders: bool) -> str:
+    """``encoders``: text encoders of a checkpoint are quantized."""
     if not found:
         return "Stock ComfyUI loads it as plain weights."
     unknown = [name for name in found if name not in FORMATS]
@@ -79,15 +83,14 @@ def _stock(found: list[str]) -> str:
     ours = [name for name in found if FORMATS[name].stock_since is None]
     if ours:
         return f"ComfyUI's own loaders read {', '.join(ours)} only with this node pack installed."
-    since = max(
-        (FORMATS[name].stock_since for name in found), key=lambda release: [int(part) for part in release.split(".")]
-    )
+    releases = [FORMATS[name].stock_since for name in found] + [_ENCODERS_SINCE] * encoders
+    since = max(releases, key=lambda release: [int(part) for part in release.split(".")])
     return f"Stock ComfyUI {since} and newer loads it."
 
 
 def inspect_file(path: str | os.PathLike) -> Inspection:
-    """Look into a safetensors file. Raises SourceError when it cannot be read."""
-    with SafetensorsFile(path) as source:
+    """Look into a safetensors file, or into shards by their index or folder. Raises SourceError when it cannot be read."""
+    with open_safetensors(path) as source:
         counts, sizes = Counter(), Counter()
         for info in source.tensors.values():
             counts[DTYPE_NAMES[info.dtype]] += 1
@@ -107,6 +110,6 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             dtypes={name: (counts[name], sizes[name]) for name in sorted(sizes, key=lambda name: -sizes[name])},
             quantized={kind: counts.total() for kind, counts in layers.items()},
             layers={kind: dict(counts) for kind, counts in layers.items()},
-            stock=_stock(quantized_formats(source)),
+            stock=_stock(quantized_formats(source), any(layer.startswith(ENCODER_PREFIX) for layer in configs or header)),
             made_by=provenance(source),
         )

@@ -14,6 +14,7 @@ __all__ = [
     "PROVENANCE_KEY",
     "NOTE_KEY",
     "CONFIG_SUFFIX",
+    "ENCODER_PREFIX",
     "header_layers",
     "loading_note",
     "quantization_metadata",
@@ -27,6 +28,7 @@ NOTE_KEY = "note"  # read by people whose ComfyUI does not load the file
 CONFIG_SUFFIX = ".comfy_quant"
 _HOME = "https://github.com/learned-rounding/learned_rounding"
 _CHECKPOINT_PREFIX = "model.diffusion_model."
+ENCODER_PREFIX = "text_encoders."  # of text encoders in a whole checkpoint
 
 
 def header_layers(configs: Mapping[str, dict[str, object]]) -> dict[str, dict[str, object]]:

@@ -14,7 +14,7 @@ from .gguf import GGUFFile
 from .reader import SafetensorsFile
 from .source import CPU, TensorSource
 
-__all__ = ["PickledWeights", "ShardedFiles", "open_source"]
+__all__ = ["PickledWeights", "ShardedFiles", "open_safetensors", "open_source"]
 
 _INDEX = ".index.json"
 _NESTED = ("state_dict", "model", "module")  # under which training tools keep the weights
@@ -155,8 +155,8 @@ def _in_folder(folder: Path) -> Path:
 _FILES = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), PickledWeights) | {".gguf": GGUFFile}  # others are safetensors
 
 
-def open_source(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles | PickledWeights | GGUFFile:
-    """Open a model file, an index of shards or a folder that holds either, for reading a tensor at a time.
+def open_safetensors(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles:
+    """Open a safetensors file, an index of shards or a folder that holds either.
 
     Raises:
         SourceError: it is none of these.
@@ -164,6 +164,15 @@ def open_source(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles | Pic
     path = Path(path)
     if path.is_dir():
         path = _in_folder(path)
-    if path.name.endswith(_INDEX):
-        return ShardedFiles(path)
-    return _FILES.get(path.suffix.lower() if path.exists() else "", SafetensorsFile)(path)
+    return (ShardedFiles if path.name.endswith(_INDEX) else SafetensorsFile)(path)
+
+
+def open_source(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles | PickledWeights | GGUFFile:
+    """The same, and pickles of weights and GGUF.
+
+    Raises:
+        SourceError: it is none of these.
+    """
+    path = Path(path)
+    known = _FILES.get(path.suffix.lower()) if path.is_file() else None
+    return known(path) if known else open_safetensors(path)

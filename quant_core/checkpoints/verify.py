@@ -13,10 +13,10 @@ import torch
 from ..errors import RecipeError
 from ..formats import FORMATS, Encoding
 from .metadata import CONFIG_SUFFIX, QUANTIZATION_KEY, header_layers, layer_configs
-from .reader import SafetensorsFile
 from .source import Source, TensorInfo
+from .sources import open_safetensors
 
-__all__ = ["Verification", "verify_file", "CODE_DTYPES", "layer_encoding"]
+__all__ = ["Verification", "verify_file", "verify_source", "CODE_DTYPES", "layer_encoding"]
 
 CODE_DTYPES = {entry.grid.dtype for entry in FORMATS.values()}
 
@@ -105,8 +105,16 @@ def _problems(source: Source, configs: Mapping[str, dict], header: Mapping[str, 
                 yield f"{layer}: has a weight_scale but no {CONFIG_SUFFIX[1:]} tensor."
 
 
+def verify_source(source: Source) -> Verification:
+    """Check tensors that are or would be a file, layer by layer; weights are not read."""
+    configs, header = layer_configs(source)
+    return Verification(len(configs or header), list(_problems(source, configs, header)))
+
+
 def verify_file(path: str | os.PathLike) -> Verification:
-    """Check a safetensors file layer by layer; weights are not read. Raises SourceError when it cannot be read at all."""
-    with SafetensorsFile(path) as source:
-        configs, header = layer_configs(source)
-        return Verification(len(configs or header), list(_problems(source, configs, header)))
+    """Check a safetensors file, or shards by their index or folder, layer by layer; weights are not read.
+
+    Raises SourceError when it cannot be read at all.
+    """
+    with open_safetensors(path) as source:
+        return verify_source(source)

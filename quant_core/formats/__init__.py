@@ -1,6 +1,7 @@
 """What a quantized weight is: number grid × scale granularity × rotation × file keys; one table of formats."""
 
 from .encoding import Encoding, make_encoding
+from .foreign import FOREIGN, ForeignFormat
 from .granularity import GRANULARITIES, Tiles
 from .grids import E4M3, E5M2, INT8, Grid
 from .rotation import GROUP_SIZES, Rotation, rotation_groups
@@ -17,6 +18,8 @@ __all__ = [
     "GROUP_SIZES",
     "Rotation",
     "rotation_groups",
+    "FOREIGN",
+    "ForeignFormat",
     "FORMATS",
     "Format",
     "find_format",

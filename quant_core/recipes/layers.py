@@ -1,14 +1,14 @@
 """A user's own rules for single layers: a format, or full precision. The most specific one decides."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import RecipeError
 from ..formats import with_granularity
 from .patterns import compiled
 
-__all__ = ["FormatChoice", "LayerRule", "layer_rules", "most_specific", "parse_layer_config"]
+__all__ = ["FormatChoice", "LayerRule", "finding", "layer_rules", "most_specific", "parse_layer_config"]
 
 SKIP = "skip"
 # Short names of formats, as on the command line.
@@ -53,11 +53,18 @@ class LayerRule:
         return f"{self.origin} {self.pattern}"
 
 
-def most_specific(rules: Iterable[LayerRule], name: str) -> LayerRule | None:
-    """Of the rules that find ``name``: one that is the name of the layer itself, else that with the longest pattern, else the last."""
+def finding(rules: Iterable[LayerRule], name: str) -> list[LayerRule]:
+    """The rules whose pattern finds ``name``."""
+    return [rule for rule in rules if compiled(rule.pattern).search(name)]
+
+
+def most_specific(found: Sequence[LayerRule], name: str) -> LayerRule | None:
+    """Of rules that find ``name``: one that is the name of the layer itself, else that with the longest pattern.
+
+    Of several as long one that keeps the layer, else the last.
+    """
     layer = name.removesuffix(".weight")
-    found = [rule for rule in rules if compiled(rule.pattern).search(name)]
-    return max(reversed(found), key=lambda rule: (rule.pattern in (name, layer), len(rule.pattern)), default=None)
+    return max(reversed(found), key=lambda rule: (rule.pattern in (name, layer), len(rule.pattern), rule.format is None), default=None)
 
 
 def layer_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:

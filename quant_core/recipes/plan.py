@@ -1,20 +1,25 @@
 """The plan: one decision for every tensor of a source, made from names and shapes alone."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..checkpoints import Source, TensorInfo
-from ..checkpoints.inspect import quantized_formats
+from ..checkpoints.inspect import BITSANDBYTES, quantized_formats
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
+from ..formats import FORMATS
+from ..formats.granularity import BLOCK_SIZE
 from ..report import Choice
-from .layers import FormatChoice, LayerRule, most_specific
-from .presets import AUTO, COMMON, NONE, Preset, Rule, find_preset, recognise
+from .layers import FormatChoice, LayerRule, finding, most_specific
+from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognise
+from .refused import refusal
 from .rules import eligibility, heuristic
 
 __all__ = ["Decision", "Plan", "make_plan"]
 
-_CONTROL = ("control_model.", "controlnet_", "input_hint_block.", "zero_convs.")
+_BESIDE = " Beside it {}, which ComfyUI reads quantized from 0.33 on; keep layers ^{} for older ones."
+_ENCODER = re.compile(r"text_encoders\.(?P<part>[^.]+)\.transformer\.")
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,28 @@ class Plan:
         preset: the preset used, None for the general rule alone.
         detected: the preset was recognised, not named by the user.
         choice: what formats were chosen from, where they were measured.
+        encoders: beginning of the names of a text encoder inside a checkpoint → its preset.
+        idle: rules of the user's own that find no layer.
     """
 
     decisions: dict[str, Decision]
     preset: Preset | None
     detected: bool
     choice: Choice | None = None
+    encoders: Mapping[str, Preset] = field(default_factory=dict)
+    idle: tuple[LayerRule, ...] = ()
 
     @property
     def explanation(self) -> str:
-        """What the keep list is and how sure that is, in a sentence or two."""
+        """What the keep list is, how sure that is, and which rules of the user's own find nothing, in a few sentences."""
+        idle = f" No layer has a name that is found by: {', '.join(rule.reason for rule in self.idle)}." if self.idle else ""
+        return self._family + idle
+
+    @property
+    def _family(self) -> str:
         if self.preset:
-            return f"{'Recognised as' if self.detected else 'Preset'} {self.preset.title}. {self._sureness}"
+            beside = "".join(_BESIDE.format(preset.title, start) for start, preset in self.encoders.items())
+            return f"{'Recognised as' if self.detected else 'Preset'} {self.preset.title}.{beside} {self._sureness}"
         if self.detected:
             return "No preset recognises these layer names: the general rule alone decides."
         return "The general rule alone decides."
@@ -54,7 +69,11 @@ class Plan:
     @property
     def _sureness(self) -> str:
         layers = list(self.names("quantize"))
-        unknown = [name for name in layers if not self.preset.blocks.search(name)]
+        unknown = []
+        for name in layers:
+            start = _encoder(name)
+            if not self.encoders.get(start, self.preset).blocks.search(name.removeprefix(start)):
+                unknown.append(name)
         if unknown:
             return f"Less sure: it does not know {len(unknown)} of the {len(layers)} layers to quantize, such as {unknown[0]}."
         return f"It knows all {len(layers)} layers to quantize."
@@ -68,20 +87,52 @@ class Plan:
         return (name for name, decision in self.decisions.items() if decision.action != "remove")
 
 
-def _found(rules: tuple[Rule, ...], name: str) -> str | None:
+def _encoder(name: str) -> str:
+    """The beginning of the names of the text encoder in a checkpoint that a tensor belongs to; empty for others."""
+    found = _ENCODER.match(name)
+    return found[0] if found else ""
+
+
+def _encoders(tensors: Mapping[str, TensorInfo], family: Preset) -> dict[str, Preset]:
+    """Beginning of names → preset, of the text encoders beside a model of that family that ComfyUI reads quantized."""
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if (found := _ENCODER.match(name)) and found["part"] in family.encoders:
+            parts.setdefault(found[0], {})[name.removeprefix(found[0])] = info
+    known = {start: recognise(part) for start, part in parts.items()}
+    return {start: preset for start, preset in known.items() if preset}
+
+
+def _found(rules: Iterable[Rule], name: str) -> str | None:
     return next((rule.reason for rule in rules if rule.pattern.search(name)), None)
 
 
+def _impossible(rules: Iterable[Rule], name: str, format: FormatChoice | None) -> str | None:
+    """Why ComfyUI would not read the layer quantized, or not in that format."""
+    if reason := _found((rule for rule in rules if rule.cannot), name):
+        return reason
+    ours = format is not None and FORMATS[format.format].stock_since is None
+    return f"embedding: ComfyUI reads no {format.format} there" if ours and _found((rule for rule in rules if rule.table), name) else None
+
+
 def _decide(
-    name: str, info: TensorInfo, preset: Preset | None, own: Iterable[LayerRule], heur: bool
+    name: str, info: TensorInfo, start: str, preset: Preset | None, own: dict[LayerRule, bool], heur: int | None
 ) -> Decision:
-    if preset and (reason := _found(preset.remove, name)):
+    """``start``: what presets do not see of the name. ``own``: whether each of the user's rules has found a layer; noted here."""
+    seen = name.removeprefix(start)
+    if preset and (reason := _found(preset.remove, seen)):
         return Decision("remove", reason)
     if reason := eligibility(name, info):
         return Decision("keep", reason)
-    if rule := most_specific(own, name):
+    rules = (*COMMON.keep, *(preset or GENERAL).keep)
+    found = finding(own, name)
+    own.update(dict.fromkeys(found, True))
+    rule = most_specific(found, name)
+    if reason := _impossible(rules, seen, rule and rule.format):
+        return Decision("keep", reason)
+    if rule:
         return Decision("quantize" if rule.format else "keep", rule.reason, rule.format)
-    kept = _found(COMMON.keep, name) or (preset and _found(preset.keep, name)) or (heur and heuristic(info))
+    kept = _found(rules, seen) or (heur and heuristic(info, heur))
     return Decision("keep", kept) if kept else Decision("quantize")
 
 
@@ -92,29 +143,33 @@ def _choose(name: str, source: Source) -> Preset | None:
 
 
 def make_plan(
-    source: Source, *, preset: str = AUTO, rules: Iterable[LayerRule] = (), heur: bool = False
+    source: Source, *, preset: str = AUTO, rules: Iterable[LayerRule] = (), heur: bool = False, block_size: int = BLOCK_SIZE
 ) -> Plan:
     """Decide for every tensor of ``source``; small tensors may be read, weights are not.
 
-    ``preset`` and ``heur`` are those of a :class:`~.recipe.Recipe`. ``rules``: of the user's own; where one holds for a
-    layer neither preset nor ``heur`` has a say.
+    ``preset``, ``heur`` and the ``block_size`` that it goes by are those of a :class:`~.recipe.Recipe`. ``rules``: of the user's own; where one holds for a
+    layer neither preset nor ``heur`` has a say, unless ComfyUI could not read what it asks for.
 
     Raises:
         AlreadyQuantizedError: the source holds codes already.
         NothingToQuantizeError: no layer would be quantized, or ComfyUI would load none of them.
     """
     if formats := quantized_formats(source):
+        decode = "" if BITSANDBYTES in formats else ", or have it decoded first (requantize)"
         raise AlreadyQuantizedError(
             f"{source.name} is quantized already ({', '.join(formats)}); quantizing codes again would ruin the model, "
-            "so give its full-precision original, or have it decoded first (requantize)."
+            f"so give its full-precision original{decode}."
         )
-    if any(name.startswith(_CONTROL) for name in source.tensors):
-        raise NothingToQuantizeError(
-            f"{source.name} is a ControlNet, whose loader in ComfyUI takes no quantized layers; leave it as it is."
-        )
+    if reason := refusal(source.tensors):
+        raise NothingToQuantizeError(f"{source.name} is {reason}.")
     family = _choose(preset, source)
-    decisions = {name: _decide(name, info, family, rules, heur) for name, info in source.tensors.items()}
-    plan = Plan(decisions, family, detected=preset == AUTO)
+    encoders = _encoders(source.tensors, family) if family else {}
+    decisions, own = {}, dict.fromkeys(rules, False)
+    for name, info in source.tensors.items():
+        start = _encoder(name)
+        decisions[name] = _decide(name, info, start if start in encoders else "", encoders.get(start, family), own, block_size if heur else None)
+    idle = tuple(rule for rule, found in own.items() if not found)
+    plan = Plan(decisions, family, detected=preset == AUTO, encoders=encoders, idle=idle)
     if next(plan.names("quantize"), None) is None:
         reasons = sorted({decision.reason for decision in decisions.values()})
         raise NothingToQuantizeError(

@@ -6,12 +6,14 @@ A preset file has
 * ``detect``: lists of marks, one of which must be there whole, and ``absent``: marks that must not be. A mark is a tensor's name and
   perhaps its shape, ``cap_embedder.1.weight 3840x*``. Without ``detect`` a preset is taken only by its name;
 * ``blocks``: the layers that make up the model; a layer to quantize elsewhere is unknown to the preset, and the plan says so;
-* ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``;
+* ``encoders``: text encoders in which ComfyUI looks for quantized layers when they lie in a checkpoint beside such a model, by
+  the names of their parts; their rules are those of the preset that recognises them;
+* ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``, and perhaps ``cannot`` or ``table``, see :class:`Rule`;
 * ``include``: presets whose rules come first.
 
 A mark is the whole name and a pattern a regular expression for its beginning, both less what a checkpoint puts before the
 names of its model (``model.diffusion_model.`` …); so neither can hit a layer deeper in another model by chance.
-``_common.toml`` is the general rule and holds for every model.
+``_common.toml`` holds for every model, ``_general.toml`` beside it for those that no preset is for: both are the general rule.
 """
 
 import re
@@ -24,13 +26,14 @@ from ..checkpoints import TensorInfo
 from ..errors import UnknownNameError
 from .toml import tomllib
 
-__all__ = ["ALIASES", "AUTO", "NONE", "COMMON", "PRESETS", "Mark", "Preset", "Rule", "find_preset", "recognise"]
+__all__ = ["ALIASES", "AUTO", "NONE", "COMMON", "GENERAL", "PRESETS", "STARTS", "Mark", "Preset", "Rule", "find_preset", "recognise"]
 
 AUTO = "auto"
 NONE = "none"
 _FOLDER = Path(__file__).parent / "presets"
-_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.")
-_START = f"^(?:{'|'.join(map(re.escape, _PREFIXES[1:]))})?"
+STARTS = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.")  # before the names of a checkpoint's model
+_PREFIXES = ("", *STARTS)
+_START = f"^(?:{'|'.join(map(re.escape, STARTS))})?"
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,21 @@ class Rule:
     Attributes:
         text: the pattern as the preset has it.
         pattern: to be searched in full tensor names.
+        cannot: ComfyUI does not read such layers quantized, so that no rule of a user's own may ask for it.
+        table: an embedding, which ComfyUI looks rows up in: it reads formats of its own there, and none of ours.
     """
 
     text: str
     pattern: re.Pattern[str]
     reason: str
+    cannot: bool = False
+    table: bool = False
+
+    @classmethod
+    def parse(cls, rule: Mapping[str, object]) -> "Rule":
+        """From an entry of a preset file."""
+        flags = {key: value for key, value in rule.items() if key != "pattern"}
+        return cls(rule["pattern"], _pattern(rule["pattern"]), **flags)
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Preset:
     blocks: re.Pattern[str]
     detect: tuple[tuple[Mark, ...], ...]
     absent: tuple[Mark, ...]
+    encoders: tuple[str, ...]
 
     def fits(self, tensors: Mapping[str, TensorInfo]) -> bool:
         """Whether the tensors are those of this family."""
@@ -99,7 +113,7 @@ def _load(name: str) -> Preset:
     included = [_load(other) for other in data.get("include", ())]
 
     def rules(kind: str) -> tuple[Rule, ...]:
-        own = tuple(Rule(rule["pattern"], _pattern(rule["pattern"]), rule["reason"]) for rule in data.get(kind, ()))
+        own = tuple(map(Rule.parse, data.get(kind, ())))
         return tuple(rule for preset in included for rule in getattr(preset, kind)) + own
 
     return Preset(
@@ -111,12 +125,13 @@ def _load(name: str) -> Preset:
         blocks=_pattern(data.get("blocks", "")),
         detect=tuple(tuple(map(Mark.parse, marks)) for marks in data.get("detect", ())),
         absent=tuple(map(Mark.parse, data.get("absent", ()))),
+        encoders=tuple(data.get("encoders", ())),
     )
 
 
-COMMON = _load("_common")
+COMMON, GENERAL = _load("_common"), _load("_general")
 PRESETS: Mapping[str, Preset] = {
-    path.stem: _load(path.stem) for path in sorted(_FOLDER.glob("*.toml")) if path.stem != COMMON.name
+    path.stem: _load(path.stem) for path in sorted(_FOLDER.glob("[!_]*.toml"))
 }
 ALIASES: Mapping[str, Preset] = {alias: preset for preset in PRESETS.values() for alias in preset.aliases}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..checkpoints import Source
 from ..errors import RecipeError
 from ..formats import Encoding, make_encoding
+from ..formats.granularity import BLOCK_SIZE
 from ..formats.rotation import rotation_groups
 from ..rounding import Method
 from .layers import LayerRule, layer_rules
@@ -154,7 +155,7 @@ class Recipe(Method):
 
     def plan(self, source: Source) -> Plan:
         """One decision for every tensor of ``source``, see :func:`~.plan.make_plan`."""
-        return make_plan(source, preset=self.preset, rules=self.rules, heur=self.heur)
+        return make_plan(source, preset=self.preset, rules=self.rules, heur=self.heur, block_size=self.block_size or BLOCK_SIZE)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, in field order."""

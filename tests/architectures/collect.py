@@ -3,7 +3,8 @@
     PYTHON tests/architectures/collect.py COMFYUI > lists.json
 
 PYTHON is a ComfyUI's own interpreter and COMFYUI the folder of its main.py; nothing of this package is imported. The
-output is ``{"version": …, "lists": {name: [[tensor, kind, [sides]], …]}}``. A tensor's kind is that of the module that
+output is ``{"version": …, "missing": […], "lists": {name: [[tensor, kind, [sides]], …]}}``, missing being the classes of
+diffusion models that ComfyUI knows and no list is of. A tensor's kind is that of the module that
 holds it: ``linear`` (of ComfyUI's operations: the only ones read as quantized), ``embedding``, ``experts`` and ``conv`` (of
 its operations too), ``norm``, or ``other`` (a parameter that a model uses by itself, a layer outside the operations, a
 buffer). What a file calls differently than the module does is listed under the file's name.
@@ -36,6 +37,7 @@ class Architecture:
         options: diffusion model: its ``unet_config``; text encoder: a JSON file beside its module, or values.
         sizes: where they are from.
         renamed: beginnings of names, in the module → in the file; the first that fits.
+        beside: shapes of tensors that its checkpoint must have beside the model for ComfyUI to recognise it, each of the kind other.
         metadata: what the file's header must say for ComfyUI to recognise the model.
         device: where to build it; "cpu" for a class that computes while it is built (memory is reserved, not touched).
     """
@@ -46,6 +48,7 @@ class Architecture:
     sizes: str = OWN
     renamed: dict[str, str] = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)
+    beside: dict = field(default_factory=dict)
     device: str = "meta"
 
 
@@ -245,6 +248,10 @@ DIFFUSION: dict[str, Architecture] = {
     "sd20": A("Stable Diffusion 2.0 and 2.1", "SD20", _unet()),
     "sd21_unclip_l": A("Stable Diffusion 2.1 unCLIP-L", "SD21UnclipL", _unet(adm_in_channels=1536)),
     "sd21_unclip_h": A("Stable Diffusion 2.1 unCLIP-H", "SD21UnclipH", _unet(adm_in_channels=2048)),
+    "lotus_d": A("Lotus D (depth)", "LotusD", _unet(adm_in_channels=4)),
+    "stable_zero123": A(
+        "Stable Zero123", "Stable_Zero123", _unet(context_dim=768, use_linear_in_transformer=False, in_channels=8), RELEASE,
+        beside={"cc_projection.weight": [768, 772], "cc_projection.bias": [768]}),
     "sdxl": A("Stable Diffusion XL", "SDXL", _xl(*_SDXL)),
     "sdxl_instructpix2pix": A("SDXL InstructPix2Pix", "SDXL_instructpix2pix", _xl(*_SDXL, in_channels=8)),
     "sdxl_refiner": A("SDXL Refiner", "SDXLRefiner", _unet(
@@ -381,6 +388,7 @@ DIFFUSION: dict[str, Architecture] = {
     "cogvideox_5b_i2v": A("CogVideoX 5B I2V", "CogVideoX_I2V", _cog(
         48, 42, in_channels=32, use_learned_positional_embeddings=True, use_rotary_positional_embeddings=False), RELEASE),
     "cogvideox_15_5b": A("CogVideoX 1.5 5B", "CogVideoX_T2V", _cog(48, 42, patch_size_t=2), RELEASE),
+    "cogvideox_15_5b_inpaint": A("CogVideoX 1.5 5B Inpainting", "CogVideoX_Inpaint", _cog(48, 42, in_channels=48, patch_size_t=2), RELEASE),
     "seedvr2_3b": A("SeedVR2 3B", "SeedVR2", _seed(32, 2560, mlp_type="swiglu", vid_out_norm=True)),
     "seedvr2_7b": A("SeedVR2 7B", "SeedVR2", _seed(
         36, 3072, mlp_type="normal", mm_layers=36, rope_type="rope3d", rope_dim=64)),
@@ -473,21 +481,23 @@ def collect(comfyui: Path) -> dict:
         ("norm", (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm)),
     )
 
-    def tensors(model: torch.nn.Module, renamed: dict[str, str]) -> list:
-        found = []
+    def tensors(model: torch.nn.Module, entry: Architecture) -> list:
+        found = [[name, "other", shape] for name, shape in entry.beside.items()]
         for name, tensor in model.state_dict().items():
             owner = model.get_submodule(name.rpartition(".")[0])
             kind = next((kind for kind, types in kinds if isinstance(owner, types)), "other")
-            found.append([_file_name(name, renamed), kind, list(tensor.shape)])
+            found.append([_file_name(name, entry.renamed), kind, list(tensor.shape)])
         return found
 
     builders = ((DIFFUSION, _diffusion_model), (TEXT_ENCODERS, _text_encoder))
     lists = {
-        name: tensors(build(entry, Operations, comfyui), entry.renamed)
+        name: tensors(build(entry, Operations, comfyui), entry)
         for entries, build in builders
         for name, entry in entries.items()
     }
-    return {"version": comfyui_version.__version__, "lists": lists}
+    known = {model.__name__ for model in importlib.import_module("comfy.supported_models").models}
+    missing = sorted(known - {entry.build for entry in DIFFUSION.values()})
+    return {"version": comfyui_version.__version__, "missing": missing, "lists": lists}
 
 
 def _file_name(name: str, renamed: dict[str, str]) -> str:
@@ -503,21 +513,24 @@ def _diffusion_model(entry: Architecture, operations, comfyui: Path):
     import comfy.model_base
     import comfy.model_detection
     import comfy.supported_models
+    import torch
 
     def stop(self, model_config, model_type=None, device=None, unet_model=comfy.model_base.UNetModel):
         raise _Built(unet_model(**model_config.unet_config, device=entry.device, operations=operations))
 
+    beside = {name: torch.empty(shape, device="meta") for name, shape in entry.beside.items()}
+
     def build(config):
         original, comfy.model_base.BaseModel.__init__ = comfy.model_base.BaseModel.__init__, stop
         try:
-            config.get_model({}, device=entry.device)
+            config.get_model(beside, device=entry.device)
         except _Built as built:
             return built.args[0]
         finally:
             comfy.model_base.BaseModel.__init__ = original
 
     def state(model):
-        return {_file_name(name, entry.renamed): tensor for name, tensor in model.state_dict().items()}
+        return beside | {_file_name(name, entry.renamed): tensor for name, tensor in model.state_dict().items()}
 
     model = build(getattr(comfy.supported_models, entry.build)(dict(entry.options)))
     metadata = {"config": json.dumps({"transformer": entry.metadata})}

@@ -129,15 +129,15 @@ def text(entry, comfyui: str, tensors: Mapping[str, Tensor]) -> str:
     return "\n".join([head, *collapse(tensors)]) + "\n"
 
 
-def rebuild(host) -> tuple[str, dict[str, dict[str, Tensor]]]:
-    """(version, {name: tensors}) as that ComfyUI's classes make them now."""
+def rebuild(host) -> tuple[str, dict[str, dict[str, Tensor]], list[str]]:
+    """(version, {name: tensors}, classes of models that have no list) as that ComfyUI's classes make them now."""
     script = Path(__file__).with_name("collect.py")
     done = subprocess.run([str(host.python), str(script), str(host.path)], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     lists = {
         name: {tensor: Tensor(kind, tuple(shape)) for tensor, kind, shape in rows} for name, rows in found["lists"].items()
     }
-    return found["version"], lists
+    return found["version"], lists, found["missing"]
 
 
 def main() -> None:
@@ -147,7 +147,7 @@ def main() -> None:
     hosts = available_hosts()
     if not hosts:
         sys.exit("no ComfyUI on this machine: make hosts")
-    comfyui, lists = rebuild(hosts[-1])
+    comfyui, lists, _ = rebuild(hosts[-1])
     _FOLDER.mkdir(exist_ok=True)
     for path in _FOLDER.glob("*.txt"):
         path.unlink()

@@ -11,12 +11,15 @@ from typing import NamedTuple
 
 import torch
 
+from learned_rounding.quant_core import FORMATS, PRESETS, Recipe
 from learned_rounding.quant_core.checkpoints import TensorInfo
 from learned_rounding.quant_core.errors import NothingToQuantizeError
+from learned_rounding.quant_core.estimate import estimate_size
 from learned_rounding.quant_core.recipes import make_plan, recognise
+from learned_rounding.tests.architectures.collect import TEXT_ENCODERS
 from learned_rounding.tests.architectures.lists import architectures, read, title
 
-__all__ = ["DOCUMENT", "Found", "document", "examine"]
+__all__ = ["CHECKPOINT", "DIFFUSERS", "DOCUMENT", "ENCODERS", "RENAMED", "Found", "document", "examine", "source"]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
@@ -24,14 +27,24 @@ HEAD = """# Models
 What becomes of the models that ComfyUI knows when nothing but a format is chosen, from their true tensors (built from ComfyUI's own classes,
 `tests/architectures/lists`) and the presets. Written by `python tests/architectures/table.py`; a test compares.
 
-*quantized* is the share of the parameters in quantized layers; every format of `lrq formats` takes all of these layers, per tensor and per
-row. *ConvRot 256* is the share of the layers that rotate in groups of 256 (others take 64 or 16), *blocks of 128* that of layers which whole
-blocks cover (others have smaller blocks at their edge). *size* is that of the INT8 or FP8 file, its kept part in 16 bits. Any other model
-gets the general rule alone, and the plan says so.
+*quantized* is the share of the parameters in quantized layers; every format takes all of these layers. *ConvRot 256* is the share of the layers
+that rotate in groups of 256 (others take 64 or 16), *blocks of 128* that of layers which whole blocks cover (others have smaller blocks at their
+edge). Then the size of the file in GB for each format, its kept part in 16 bits, as `lrq plan` estimates it.
 
-| model | preset | parameters | quantized | layers | ConvRot 256 | blocks of 128 | size |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+From which files: each of [the kinds of file](sources.md), whose errors by format stand there, and what depends on the model, *also from*: a *checkpoint* in
+which it lies with other parts gives the same decisions; *in a checkpoint* a text encoder beside a model whose family ComfyUI reads it quantized with;
+*diffusers* by Load Model in a graph, which has ComfyUI rename its layers (`tests/nodes/test_opening.py`). Any other model gets the general
+rule alone, and the plan says so.
+
 """
+COLUMNS = ("model", "preset", "parameters", "quantized", "layers", "ConvRot 256", "blocks of 128", *(f"`{name}`" for name in FORMATS), "also from")
+# Lists of models of which tests/nodes/test_opening.py has ComfyUI rename diffusers' names.
+RENAMED = ("sdxl", "flux", "sd35_large", "auraflow", "pixart_sigma", "zimage")
+# Presets of models that ComfyUI renames from diffusers' names.
+DIFFUSERS = ("sd15", "sdxl", "sd3", "flux", "auraflow", "pixart", "zimage")
+# Lists of text encoders → names of their parts in checkpoints, where they are others.
+ENCODERS = {"t5": ("t5xxl",), "t5_old": ("t5xxl",), "umt5": ("umt5xxl",), "llama3_8b": ("llama",), "qwen3vl_8b": ("qwen3vl",), "gpt_oss_20b": ("gpt_oss",)}
+CHECKPOINT = "model.diffusion_model."
 
 
 class Found(NamedTuple):
@@ -42,12 +55,16 @@ class Found(NamedTuple):
         parameters: of the whole model.
         quantized: shapes of the layers to quantize, by tensor name.
         sure: the preset knows every one of them.
+        sizes: format → bytes of the file.
+        checkpoint: the decisions are the same in a whole checkpoint.
     """
 
     preset: str | None
     parameters: int
     quantized: dict[str, tuple[int, ...]]
     sure: bool
+    sizes: dict[str, int]
+    checkpoint: bool
 
     @property
     def share(self) -> float:
@@ -59,41 +76,52 @@ class Found(NamedTuple):
         return sum(all(side % step == 0 for side in shape[sides]) for shape in self.quantized.values()) / len(self.quantized)
 
 
-def source(name: str) -> SimpleNamespace:
+def source(name: str, prefix: str = "") -> SimpleNamespace:
     """The header of a bfloat16 file of that model."""
-    infos = {tensor: TensorInfo(torch.bfloat16, entry.shape) for tensor, entry in read(name).items()}
+    infos = {prefix + tensor: TensorInfo(torch.bfloat16, entry.shape) for tensor, entry in read(name).items()}
     return SimpleNamespace(name=name, tensors=infos, metadata={})
 
 
 def examine(name: str) -> Found:
-    """The plan of the model of that list, with nothing but detection."""
+    """The plan of the model of that list, with nothing but detection, and what becomes of it in each format."""
     header = source(name)
     parameters = sum(math.prod(info.shape) for info in header.tensors.values())
     preset = recognise(header.tensors)
     try:
         plan = make_plan(header)
     except NothingToQuantizeError:
-        return Found(preset and preset.name, parameters, {}, True)
+        return Found(preset and preset.name, parameters, {}, True, {}, False)
     layers = {tensor: header.tensors[tensor].shape for tensor in plan.names("quantize")}
     sure = preset is not None and all(preset.blocks.search(tensor) for tensor in layers)
-    return Found(preset and preset.name, parameters, layers, sure)
+    sizes = {format: estimate_size(header, Recipe(format=format), plan) for format in FORMATS}
+    inside = make_plan(source(name, CHECKPOINT)).decisions
+    checkpoint = inside == {CHECKPOINT + tensor: decision for tensor, decision in plan.decisions.items()}
+    return Found(preset and preset.name, parameters, layers, sure, sizes, checkpoint)
 
 
-def _row(name: str) -> str:
+def _origins(name: str, found: Found) -> str:
+    if name in TEXT_ENCODERS:
+        beside = [preset.name for preset in PRESETS.values() if preset.detect and {name, *ENCODERS.get(name, ())} & set(preset.encoders)]
+        return f"in a checkpoint ({', '.join(beside)})" if beside else "–"
+    renamed = ["diffusers"] if found.preset in DIFFUSERS else []
+    return ", ".join(["checkpoint"] * found.checkpoint + renamed) or "–"
+
+
+def _row(name: str) -> list[str]:
     found = examine(name)
     cells = [title(name), found.preset or "general rule", f"{found.parameters / 1e9:.2f} B"]
-    if found.quantized:
-        size = found.parameters * (2 - found.share) / 1e9
-        shares = (found.fitting(256, slice(1, 2)), found.fitting(128))
-        cells += [f"{found.share:.1%}", str(len(found.quantized)), *(f"{share:.0%}" for share in shares), f"{size:.1f} GB"]
-    else:
-        cells += ["none: ComfyUI reads it in full precision only", "0", "–", "–", f"{found.parameters * 2 / 1e9:.1f} GB"]
-    return f"| {' | '.join(cells)} |\n"
+    if not found.quantized:
+        kept = ["none: ComfyUI reads it in full precision only", "0", "–", "–"]
+        return [*cells, *kept, *[f"{found.parameters * 2 / 1e9:.1f}"] * len(FORMATS), "–"]
+    shares = (found.fitting(256, slice(1, 2)), found.fitting(128))
+    sizes = (f"{size / 1e9:.1f}" for size in found.sizes.values())
+    return [*cells, f"{found.share:.1%}", str(len(found.quantized)), *(f"{share:.0%}" for share in shares), *sizes, _origins(name, found)]
 
 
 def document() -> str:
     """The whole document."""
-    return HEAD + "".join(map(_row, sorted(architectures(), key=lambda name: title(name).lower())))
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *map(_row, sorted(architectures(), key=lambda name: title(name).lower()))]
+    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 if __name__ == "__main__":

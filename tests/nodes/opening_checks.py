@@ -10,13 +10,24 @@ import folder_paths
 import torch
 from comfy import model_detection
 from pack.nodes import host
+from pack.nodes.configure import ConfigureQuantization
+from pack.nodes.load import LoadModel
 from pack.quant_core import Recipe
 from pack.quant_core.checkpoints import TensorInfo
+from pack.quant_core.recipes.refused import refusal
 from pack.tests.architectures import read
 from safetensors.torch import load_file, save_file
 
 TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors"
 MODELS = Path(folder_paths.models_dir) / "diffusion_models"
+# Published models → whose names ComfyUI maps how.
+PUBLISHED = {
+    "flux": ("flux", {"depth": 19, "depth_single_blocks": 38, "hidden_size": 3072}),
+    "sd35_large": ("mmdit", {"depth": 38}),
+    "auraflow": ("auraflow", {"n_double_layers": 4, "n_layers": 36}),
+    "pixart_sigma": ("pixart", {"depth": 28}),
+    "zimage": ("z_image", {"n_layers": 30, "dim": 3840}),
+}
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
 
 
@@ -40,7 +51,7 @@ def tiny() -> dict[str, torch.Tensor]:
 
 
 def of_real_size(name: str, config: dict, to_diffusers) -> bool:
-    """Whether a published model, of which the header alone is there, gets its names and shapes back."""
+    """Whether a published model, of which the header alone is there, gets its names and shapes back, and none is planned without that."""
     names = to_diffusers(config)
     known = {place if isinstance(place, str) else place[0] for place in names.values()}
     shapes = {}
@@ -52,8 +63,38 @@ def of_real_size(name: str, config: dict, to_diffusers) -> bool:
     source = SimpleNamespace(
         name=name, metadata={}, tensors={key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in theirs.items()}
     )
-    ours = host.opening.RenamedWeights(source, host.opening._converter(source)).tensors
-    return {key: info.shape for key, info in ours.items()} == {key: tuple(value.shape) for key, value in shapes.items()}
+    assert "diffusers" in refusal(theirs) and refusal(shapes) is None
+    convert = host.opening._converter(source)
+    ours = host.opening.RenamedWeights(source, convert).tensors if convert else {}
+    mapped = {key: tuple(value.shape) for key, value in shapes.items() if key in known}  # tables of positions are made anew
+    return {key: info.shape for key, info in ours.items()} == mapped and len(mapped) > 0.95 * len(shapes)
+
+
+def own_rules() -> dict:
+    """What Configure Quantization's layer config makes of the tiny model."""
+    rules = {"mlp": "skip", "attn.qkv": {"format": "fp8"}}
+    recipe = ConfigureQuantization.execute("int8_tensorwise", "row", "auto", 0, rounding="nearest", layer_config=json.dumps(rules)).args[0]
+    source = host.FileSource.choose("diffusion_models/comfyui.safetensors", host.clip_types()[0])
+    report = host.quantize(source, recipe, lambda event: None).report
+    return {
+        "kept": sorted({kept.name.split(".")[-2] for kept in report.kept if kept.reason == "layer config mlp" and "joint_blocks" in kept.name}),
+        "formats": sorted({(layer.name.split(".")[-2], layer.format) for layer in report.layers if layer.name.startswith("joint_blocks")}),
+    }
+
+
+def shards_replaced(shard: str) -> dict[str, bool]:
+    """One shard has other weights, its index stays: the node has another fingerprint and quantizes again."""
+    choice = "diffusion_models/tiny.safetensors.index.json"
+    source = host.FileSource.choose(choice, host.clip_types()[0])
+    before, made = LoadModel.fingerprint_inputs(choice), host.quantize(source, RECIPE, lambda event: None)
+    again = host.quantize(source, RECIPE, lambda event: None)
+    save_file({name: tensor * 2 for name, tensor in load_file(MODELS / shard).items()}, MODELS / shard)
+    other = host.quantize(source, RECIPE, lambda event: None)
+    return {
+        "the same before": made is again and made.files[""].exists(),
+        "another fingerprint": LoadModel.fingerprint_inputs(choice) != before,
+        "other codes": other is not made and made.files[""].read_bytes() != other.files[""].read_bytes(),
+    }
 
 
 def diffusers() -> dict:
@@ -77,18 +118,22 @@ def diffusers() -> dict:
             same = weights.tensors.keys() == original.keys()
             same = same and all(torch.equal(weights.read(name), tensor) for name, tensor in original.items())
         quantized = host.quantize(source, RECIPE, lambda event: None)
-        made[choice] = {"same": same, "codes": load_file(quantized.files[""])}
+        shown = LoadModel.execute(choice).ui.value.splitlines()[-1]
+        told = shown == quantized.report.recognised and dict(quantized.report._rows())["model"] == shown
+        made[choice] = {"same": same, "told": shown if told else "", "codes": load_file(quantized.files[""])}
+    replaced = shards_replaced(shards[1])
     expected = made["diffusion_models/comfyui.safetensors"]["codes"]
     for result in made.values():
         codes = result.pop("codes")
         result["quantized alike"] = codes.keys() == expected.keys() and all(torch.equal(codes[name], expected[name]) for name in codes)
     sdxl = {key: torch.empty(tensor.shape, device="meta") for key, tensor in read("sdxl").items()}
-    flux = {"depth": 19, "depth_single_blocks": 38, "hidden_size": 3072}
     return {
         "files": made,
+        "shards": replaced,
+        "own rules": own_rules(),
         "safetensors_files": host.safetensors_files(),
-        "SDXL": of_real_size("sdxl", model_detection.model_config_from_unet(sdxl, "").unet_config, comfy.utils.unet_to_diffusers),
-        "Flux": of_real_size("flux", flux, comfy.utils.flux_to_diffusers),
+        "sdxl": of_real_size("sdxl", model_detection.model_config_from_unet(sdxl, "").unet_config, comfy.utils.unet_to_diffusers),
+        **{name: of_real_size(name, config, getattr(comfy.utils, f"{names}_to_diffusers")) for name, (names, config) in PUBLISHED.items()},
     }
 
 

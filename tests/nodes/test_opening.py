@@ -1,11 +1,18 @@
 """Model files of every kind, as ComfyUI will see them, inside the host's own process."""
 
+from learned_rounding.tests.architectures.table import RENAMED
 from learned_rounding.tests.nodes.probing import in_process
 
 
 def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
     found = in_process(host, tmp_path, "opening_diffusers")
     kinds = ("comfyui.safetensors", "diffusers.safetensors", "pickle.pt", "tiny.safetensors.index.json")
-    assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "quantized alike": True} for kind in kinds}
+    told = "Recognised as Stable Diffusion 3 and 3.5. It knows all 37 layers to quantize."
+    assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "told": told, "quantized alike": True} for kind in kinds}
+    assert found["shards"] == dict.fromkeys(found["shards"], True) and len(found["shards"]) == 3
+    formats = {name: format for name, format in found["own rules"]["formats"]}
+    assert found["own rules"]["kept"] == ["fc1", "fc2"]
+    assert formats["qkv"] == "float8_e4m3fn" and {format for name, format in formats.items() if name != "qkv"} == {"int8_tensorwise"}
     assert found["safetensors_files"] == ["diffusion_models/comfyui.safetensors", "diffusion_models/diffusers.safetensors"]
-    assert found["SDXL"] and found["Flux"]
+    renamed = dict.fromkeys(RENAMED, True) | {"zimage": host.version != "0.3.75"}
+    assert {family: found[family] for family in renamed} == renamed

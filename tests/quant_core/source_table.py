@@ -35,10 +35,12 @@ makes and verifies every file; a test compares. Which layers of which model are 
 """
 TAIL = """
 *--requantize* (in a graph, the switch of **Load Model**) has to be given for files that are quantized already: better take the original.
+It decodes ComfyUI's `nvfp4`, `mxfp8`, `convrot_w4a4` and `asym_w4a8_int8` too, bit for bit as ComfyUI does (`tests/nodes/test_foreign.py`), but not
+bitsandbytes.
 GGUF needs `pip install gguf`; text encoders in GGUF are refused. Pickles are read by torch's loader of weights alone: nothing in
 them is run. Diffusion models with diffusers' layer names, sharded or not, are taken by **Load Model** in a graph, where ComfyUI's own
-converters turn the names into ComfyUI's (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt, Z-Image); the command line has no ComfyUI to ask, and leaves
-names as they are.
+converters turn the names into ComfyUI's (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt; Z-Image not on 0.3.75). The command line has no ComfyUI to ask, and
+refuses them: the scales of quantized layers would be lost when ComfyUI renames them.
 """
 
 Weights = Mapping[str, torch.Tensor]
@@ -129,7 +131,7 @@ SOURCES: Mapping[str, Callable[[Weights, Path], Path]] = {
     "safetensors, float16": _safetensors(lambda tensors: {name: tensor.half() for name, tensor in tensors.items()}),
     "safetensors, float32": _safetensors(lambda tensors: {name: tensor.float() for name, tensor in tensors.items()}),
     "bfloat16 with float32 islands": _safetensors(_islands),
-    "whole checkpoint (text encoder and VAE stay)": _safetensors(_checkpoint),
+    "whole checkpoint (CLIP and VAE stay)": _safetensors(_checkpoint),
     "shards, by their index": _shards,
     "folder of shards": lambda tensors, folder: _shards(tensors, folder).parent,
     "`.ckpt`, `.pt`, `.pth`, `.bin`": _pickle,
@@ -137,6 +139,7 @@ SOURCES: Mapping[str, Callable[[Weights, Path], Path]] = {
     "GGUF, Q8_0": _gguf("Q8_0"),
     "GGUF, Q4_0": _gguf("Q4_0"),
     "old scaled FP8, `--requantize`": _safetensors(_scaled_fp8),
+    "FP8 without scales, `--requantize`": _safetensors(lambda tensors: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}),
     **{f"`{format}`, `--requantize`": _native(format) for format in FORMATS},
 }
 

@@ -19,6 +19,7 @@ from learned_rounding import kernels
 from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, cli, pipeline, quantize_weight
 from learned_rounding.quant_core.checkpoints import verify_file
 from learned_rounding.quant_core.cli import main
+from learned_rounding.quant_core.recipes.presets import ALIASES
 
 ROOT = Path(learned_rounding.__file__).parent
 
@@ -190,6 +191,31 @@ def test_every_option_that_users_know_acts_or_is_refused_by_name(lrq, model_file
         assert code == 0 and any(spelt in listed for spelt in (option, option.replace("-", "_").replace("__", "--")))
 
 
+@pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
+def test_every_preset_has_a_flag_of_its_own(name):
+    for spelt in (name, name.replace("_", "-")):
+        assert cli._parser().parse_args(["plan", "-i", "x", f"--{spelt}"]).preset == name
+
+
+VALUES = {int: "3", float: "0.5", cli._convrot: "64"}  # types → a value; text takes any
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "migrate"])
+def test_every_option_is_understood_with_dashes_and_underscores(command):
+    parser = cli._parser()
+    options = parser._subparsers._group_actions[0].choices[command]._option_string_actions
+    tried = 0
+    for option, action in options.items():
+        if not option.startswith("--") or isinstance(action, cli._Refusal) or option == "--help":
+            continue
+        value = [] if action.nargs == 0 else [next(iter(action.choices or ()), VALUES.get(action.type, "text"))]
+        spelt = {option, f"--{option[2:].replace('-', '_')}", f"--{option[2:].replace('_', '-')}"}
+        ways = [vars(parser.parse_args([command, "-i", "x", way, *value])) for way in spelt]
+        assert all(way == ways[0] for way in ways) and ways[0] != vars(parser.parse_args([command, "-i", "x"])), option
+        tried += len(spelt) > 1
+    assert tried >= (1 if command == "migrate" else 20)
+
+
 def test_custom_layers_get_their_type(lrq, model_file, tmp_path):
     out = tmp_path / "q.safetensors"
     words = ["--custom-layers", "mlp", "--custom_layers", "qkv", "--custom-type", "int8", "--layer-config", '{"blocks.0.mlp.0": "skip"}']
@@ -336,7 +362,7 @@ def test_presets_are_recognised_and_named(lrq, layer_names, tmp_path):
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors")
     assert out.startswith("Recognised as Flux.1") and "keep      img_in.weight  (input projection" in out
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--preset", "none")
-    assert "quantize  img_in.weight" in out
+    assert "keep      img_in.weight  (input projection by its name" in out
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--flux")
     assert out.startswith("Preset Flux.1")
 
@@ -370,6 +396,58 @@ def test_the_report_file(lrq, model_file, tmp_path):
     values = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert code == 0 and len(values["layers"]) == 6 and values["output"] == str(tmp_path / "q.safetensors")
     assert values["bytes_out"] == (tmp_path / "q.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--device", "nonsense"], "The device 'nonsense' cannot be used here"),
+        (["--calibration", "nofile"], "nofile"),
+        (["--report", "no/such/folder/report.json"], "there is no folder"),
+        (["--rounding", "calibrated"], "calibration"),
+    ],
+)
+def test_a_dry_run_looks_at_every_option(lrq, model_file, listing, words, sentence):
+    source = model_file()
+    for more in (["--dry-run"], []):
+        code, _, err = lrq("quantize", "-i", source, *words, *more)
+        assert code == 1 and len(err) == 1 and sentence in err[0]
+    assert listing() == ["model.safetensors"]
+    assert lrq("plan", "-i", source, "--device", "nonsense")[0] == 1
+
+
+@pytest.mark.parametrize("words", [["plan", "-i", "model.safetensors"], ["presets"]], ids=" ".join)
+def test_a_reader_that_goes_away_ends_it_quietly(model_file, tmp_path, words):
+    """As `lrq plan … | head -1` does, whoever is faster."""
+    model_file()
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, ROOT, *words], stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_shards_of_a_quantized_model(lrq, model_file, tmp_path):
+    """inspect, verify and migrate take an index or a folder as plan does."""
+    lrq("quantize", "-i", model_file(), "-o", tmp_path / "one.safetensors", "--int8", "--simple")
+    tensors, folder = load_file(tmp_path / "one.safetensors"), tmp_path / "parts"
+    folder.mkdir()
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        metadata = file.metadata()
+    places = {}
+    for number in (1, 2):
+        half = dict(list(tensors.items())[number - 1 :: 2])
+        save_file(half, folder / f"model-{number}.safetensors", metadata)
+        places |= dict.fromkeys(half, f"model-{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    for given in (folder, folder / "model.safetensors.index.json"):
+        assert lrq("verify", given)[1] == lrq("verify", tmp_path / "one.safetensors")[1].replace(str(tmp_path / "one.safetensors"), str(given))
+        assert "int8_tensorwise per row: 6 layers" in lrq("inspect", given)[1]
+        assert lrq("migrate", "-i", given, "-o", tmp_path / "new.safetensors", "--overwrite")[0] == 0
+        assert lrq("verify", tmp_path / "new.safetensors")[0] == 0
+        made = load_file(tmp_path / "new.safetensors")
+        assert made.keys() == tensors.keys() and all(torch.equal(made[name], tensors[name]) for name in tensors)
+    assert lrq("migrate", "-i", folder)[0] == 0 and (tmp_path / "parts_native.safetensors").exists()
 
 
 def test_a_dry_run_writes_nothing(lrq, model_file, listing):

@@ -123,7 +123,40 @@ def test_orphans_go_and_formats_of_others_stay(migrate):
     done, made, jsons = migrate(old)
     assert jsons["a"]["convrot_groupsize"] == 16
     assert done.changes["tensors that belong to no quantized layer removed"] == 3
+    assert set(done.removed) == {"gone.weight_scale", "gone.comfy_quant", "nothing.scale_input"}
     assert {name for name in made if name.startswith(("gone", "nothing"))} == {"gone.weight"}
+
+
+def test_each_part_of_a_checkpoint_has_its_own_mark(migrate):
+    """ComfyUI takes two elements for full precision of the part that the mark stands in."""
+    old = old_fp8(0, "model.diffusion_model.") | old_fp8(2, "text_encoders.t5xxl.transformer.")
+    _, _, jsons = migrate(old)
+    full = {layer: "full_precision_matrix_mult" in config for layer, config in jsons.items()}
+    assert full == {"model.diffusion_model.blocks.0.mlp": False, "text_encoders.t5xxl.transformer.blocks.0.mlp": True}
+
+
+@pytest.mark.parametrize(
+    "tensors, config, sentence",
+    [
+        ({"a.weight": codes(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)}, {"format": "int8_tensorwise", "convrot": True}, "groups of 256 do not divide"),
+        ({"a.weight": codes(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)}, {"format": "int8_blockwise", "group_size": 100}, "blocks of 100"),
+        ({"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(), None, "scales a weight that is no code"),
+        ({"a.weight": codes(INT8)} | old_fp8(), None, "a: holds codes"),
+    ],
+)
+def test_what_would_not_be_what_was_meant_is_not_written(tmp_path, migrate, tensors, config, sentence):
+    with pytest.raises(SourceError, match=sentence):
+        migrate({**tensors, **({"a.comfy_quant": config_tensor(config)} if config else {})})
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate):
+    """ComfyUI uses such a layer as it is."""
+    old = old_fp8() | {"plain.weight": codes(), "plain.bias": random(64).to(FP8)}
+    done, made, jsons = migrate(old)
+    assert set(jsons) == {"blocks.0.mlp"}
+    assert all(torch.equal(made[name], old[name].bfloat16()) and made[name].dtype is torch.bfloat16 for name in ("plain.weight", "plain.bias"))
+    assert done.changes["tensors of FP8 without a scale decoded, which ComfyUI takes for plain weights"] == 2
 
 
 def test_formats_of_others_stay_as_they_are(tmp_path):

@@ -508,8 +508,8 @@ def test_leftovers_of_dead_runs_go_with_a_finished_one(model_file, tmp_path, lis
 
 
 def test_outputs_are_named_after_the_recipe():
-    assert output_name("a/b.v1.safetensors", Recipe()) == Path("a/b.v1_float8_e4m3fn.safetensors")
-    assert output_name("b.safetensors", Recipe(format="int8_tensorwise")) == Path("b_int8_row.safetensors")
+    assert output_name("a/b.v1.safetensors", Recipe().label) == Path("a/b.v1_float8_e4m3fn.safetensors")
+    assert output_name("b.safetensors", Recipe(format="int8_tensorwise").label) == Path("b_int8_row.safetensors")
 
 
 # The same bytes, and little memory

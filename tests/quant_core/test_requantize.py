@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, verify_file
+from learned_rounding.quant_core.checkpoints import SafetensorsFile, TensorSource, verify_file
 from learned_rounding.quant_core.cli import main
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, SourceError
 from learned_rounding.quant_core.formats.weight import config_tensor
@@ -55,11 +55,97 @@ def test_old_scaled_fp8_becomes_int8(tmp_path, capsys):
     assert main(words) == 0 and "already done" in capsys.readouterr().out.lower()
 
 
-def test_what_cannot_be_decoded(tmp_path):
-    tensors = {"a.weight": torch.zeros(4, 4, dtype=torch.uint8), "a.comfy_quant": config_tensor({"format": "nvfp4"})}
-    save_file(tensors, tmp_path / "q.safetensors")
-    with SafetensorsFile(tmp_path / "q.safetensors") as opened, pytest.raises(SourceError, match="nvfp4, which cannot be decoded"):
-        DecodedSource(opened)
+def place(row, block, blocks):
+    """Where cuBLAS looks for the scale of a block: tiles of 128 rows × 4 blocks, in them 32 rows of 4 × 4."""
+    tile = row // 128 * -(-blocks // 4) + block // 4
+    return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
+
+
+def test_scales_of_blocks_are_found_in_their_tiles(tmp_path):
+    out, inner = 160, 192
+    generator = torch.Generator().manual_seed(0)
+    exponents, codes = torch.zeros(2 * 2 * 512, dtype=torch.uint8), torch.randn(out, inner, generator=generator).to(torch.float8_e4m3fn)
+    wanted = codes.float()
+    for row in range(out):
+        for block in range(inner // 32):
+            exponent = (row * 7 + block * 3) % 21 - 10
+            exponents[place(row, block, inner // 32)] = exponent + 127
+            wanted[row, block * 32 : block * 32 + 32] *= 2.0**exponent
+    config = {"format": "mxfp8", "orig_shape": [150, inner]}
+    save_file({"a.weight": codes, "a.weight_scale": exponents.reshape(256, 8), "a.comfy_quant": config_tensor(config)}, tmp_path / "q.safetensors")
+    with SafetensorsFile(tmp_path / "q.safetensors") as opened:
+        assert torch.equal(DecodedSource(opened).read("a.weight"), wanted[:150].bfloat16())
+
+
+def test_smoothed_inputs_are_folded_into_the_weight():
+    """ComfyUI multiplies the inputs of such a layer by ``pre_quant_scale``."""
+    tensors = {
+        "a.weight": torch.full((128, 32), 0x24, dtype=torch.uint8),  # 1 and 2, the high half first
+        "a.weight_scale": torch.full((128, 4), 3.0).to(torch.float8_e4m3fn),
+        "a.weight_scale_2": torch.tensor(0.5),
+        "a.pre_quant_scale": torch.arange(64.0),
+        "a.comfy_quant": config_tensor({"format": "nvfp4"}),
+    }
+    decoded = DecodedSource(TensorSource(tensors))
+    assert torch.equal(decoded.read("a.weight").float()[7], torch.tensor([1.5, 3.0]).repeat(32) * torch.arange(64.0))
+    assert [*decoded.tensors] == ["a.weight"]
+
+
+PLAIN = {"a.weight": plain()["a.weight"], "a.bias": torch.ones(64).bfloat16()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_without_scales_is_what_it_says(tmp_path, capsys, dtype):
+    """A common download: the weights of a model, and perhaps its biases, turned to FP8 by themselves."""
+    codes = {name: tensor.to(dtype) for name, tensor in PLAIN.items()}
+    save_file(codes, tmp_path / "plain.safetensors")
+    words = ["quantize", "-i", str(tmp_path / "plain.safetensors"), "-o", str(tmp_path / "new.safetensors"), "--int8"]
+    assert main(words) == 1 and "requantize" in capsys.readouterr().err
+    assert main([*words, "--requantize"]) == 0
+    assert "1 layers of F8_E" in capsys.readouterr().out
+    assert verify_file(tmp_path / "new.safetensors").problems == []
+    made = load_file(tmp_path / "new.safetensors")
+    assert error(made["a.weight"].float() * made["a.weight_scale"], codes["a.weight"]) < 0.02
+    assert torch.equal(made["a.bias"], PLAIN["a.bias"])
+
+
+def test_one_layer_without_a_scale_among_scaled_ones():
+    codes = {name: plain()[name].to(torch.float8_e4m3fn) for name in ("a.weight", "b.weight")}
+    decoded = DecodedSource(TensorSource({"scaled_fp8": torch.zeros(0), **codes, "a.scale_weight": torch.tensor([0.5])}))
+    assert torch.equal(decoded.read("a.weight"), (codes["a.weight"].float() * 0.5).bfloat16())
+    assert torch.equal(decoded.read("b.weight"), codes["b.weight"].bfloat16())
+    assert dict(decoded.layers) == {"float8_e4m3fn per tensor": 1, "F8_E4M3 without scales": 1}
+
+
+BYTES, INT8 = torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    "tensors, format, sentence",
+    [
+        ({"a.weight": BYTES}, "gguf_q4", "a is in the format gguf_q4, which cannot be decoded"),
+        ({"a.weight": BYTES}, "nvfp4", "nvfp4 and lacks its weight_scale"),
+        ({"a.weight": INT8}, "int8_tensorwise", "int8_tensorwise and lacks its weight_scale"),
+        ({"a.weight": INT8}, None, "plain I8 weights and no scales"),
+        ({"a.weight": BYTES, "a.weight.absmax": torch.ones(64), "a.weight.quant_map": torch.ones(16)}, None, "bitsandbytes, which is not decoded"),
+        ({"a.weight": BYTES, "a.weight_scale": torch.ones(3), "a.weight_scale_2": torch.ones(())}, "nvfp4", "a is no sound layer of the format nvfp4"),
+        ({"a.weight": INT8, "a.weight_scale": torch.ones(64)}, {"format": "convrot_w4a4", "convrot_groupsize": 100}, "256, 64 or 16"),
+        ({"a.weight": BYTES, "a.weight_scale": torch.ones(4)}, {"format": "mxfp8", "orig_shape": [65, 64]}, r"gives the shape \[65, 64\]"),
+        ({"a.weight": BYTES, "a.weight_scale": torch.ones(4)}, {"format": "mxfp8", "orig_shape": "x"}, "gives the shape x"),
+    ],
+)
+def test_what_cannot_be_decoded(tmp_path, tensors, format, sentence):
+    config = format if isinstance(format, dict) or format is None else {"format": format}
+    json = {"a.comfy_quant": config_tensor(config)} if config else {}
+    save_file({**tensors, **json}, tmp_path / "q.safetensors")
+    with SafetensorsFile(tmp_path / "q.safetensors") as opened, pytest.raises(SourceError, match=sentence):
+        DecodedSource(opened).read("a.weight")
+
+
+def test_what_is_not_decoded_is_not_promised_to_be():
+    codes = TensorSource({"a.weight": BYTES, "a.weight.absmax": torch.ones(64)})
+    with pytest.raises(AlreadyQuantizedError, match="full-precision original\\.$"):
+        Recipe().plan(codes)
 
 
 def test_a_plain_file_is_read_as_it_is(tmp_path, capsys):

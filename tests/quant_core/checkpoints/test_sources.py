@@ -47,7 +47,7 @@ def test_shards(sharded, model_file, tmp_path, given):
     assert same(path, model_file, tmp_path)
     again = quantize_file(path, tmp_path / "other.safetensors", RECIPE)
     assert again.already_done
-    assert output_name(path, RECIPE).name == f"{'transformer' if given == 'folder' else 'model'}_int8_row.safetensors"
+    assert output_name(path, RECIPE.label).name == f"{'transformer' if given == 'folder' else 'model'}_int8_row.safetensors"
 
 
 def test_a_shard_is_no_output(sharded):

@@ -1,13 +1,20 @@
 """Every preset against the true tensors of every model that ComfyUI knows."""
 
 import functools
+import math
+import re
 
 import pytest
 
-from learned_rounding.quant_core import PRESETS
+from learned_rounding.quant_core import FORMATS, PRESETS
+from learned_rounding.quant_core.recipes import make_plan
+from learned_rounding.quant_core.recipes.presets import COMMON
+from learned_rounding.quant_core.recipes.presets import GENERAL as GENERAL_RULE
 from learned_rounding.tests.architectures import architectures, read
+from learned_rounding.tests.architectures.collect import TEXT_ENCODERS
 from learned_rounding.tests.architectures.lists import rebuild, version
-from learned_rounding.tests.architectures.table import DOCUMENT, document, examine
+from learned_rounding.tests.architectures.table import DIFFUSERS, DOCUMENT, RENAMED, document, examine
+from learned_rounding.tests.architectures.table import source as header
 
 # Models that no preset is for: none of them makes pictures, sound or text for them.
 GENERAL = {
@@ -28,9 +35,67 @@ LEAST = {
 }
 ODD = {"gpt_oss_20b": 0.03}  # its experts are no linear layers
 # Names that published files carry and ComfyUI's classes do not.
-ELSEWHERE = {("t5xxl", r"(decoder|lm_head)\.")}
+ELSEWHERE = {("t5xxl", r"(decoder|lm_head)\."), ("qwen35", r"mtp\.")}
+# Beginnings of the parts of a checkpoint, which no list of one model has.
+BESIDE = {
+    r"(first_stage_model|vae|audio_vae|vocoder|pretransform)\.",
+    r"(cond_stage_model|conditioner|text_encoders?|text_embedding_projection|clip_[lgh])\.",
+}
+
+# Linear layers of the blocks that a preset keeps; all others there are quantized.
+KEPT = {
+    "anima": r"blocks\.(0\.|1\.adaln_modulation)",
+    "gemma4": r"layers\.\d+\.per_layer_(input_gate|projection)\.",
+    "ltxv2": r"transformer_blocks\.((0|1|46|47)\.|\d+\.\w+\.to_gate_logits)",
+    "qwen": r"transformer_blocks\.0\.img_mod\.",
+    "qwen35": r"language_model\.layers\.((0|63)\.|\d+\.linear_attn\.in_proj_[ab]\.)|visual\.blocks\.0\.",
+    "zimage": r"(layers|noise_refiner)\.\d+\.adaLN_modulation",
+    **dict.fromkeys(("sd15", "sdxl", "svd"), r".*\.(emb_layers|time_pos_embed)\."),
+}
+# Presets that are taken only by name → models they are for; what they keep there beyond the preset that is detected; what less.
+BY_NAME = {
+    "visual": ({"qwen3vl_8b", "qwen25_7b", "gemma3_4b_vision", "minimax_music_lm"}, r"(visual\.blocks|vision_model\.encoder\.layers)\.\d+\.mlp\.", None),
+    "nerf_large": ({"chroma_radiance"}, r"double_blocks\.\d+\.(img|txt)_attn\.proj\.", None),
+    "nerf_small": ({"chroma_radiance"}, None, r"txt_in\."),
+    "zimage_s": ({"zimage"}, None, r"final_layer\.|(layers|noise_refiner)\.\d+\.adaLN_modulation\."),
+    "zimage_refiner": ({"zimage"}, r"(context|noise)_refiner\.\d+\.(attention|feed_forward)\.", r"final_layer\.|layers\.\d+\.adaLN_modulation\."),
+    "distillation_small": ({"chroma"}, None, r"(img_in|txt_in|final_layer)\."),
+}
+# Patterns that find layers which another family's own preset quantizes: (preset, pattern) → those families.
+ANY = set(PRESETS)  # single blocks, by their number
+_TXT_IN = {"hunyuan"}  # a refiner of the text inside it
+FOREIGN = {
+    ("chroma", r"(img_in|txt_in)\."): _TXT_IN,
+    ("flux", r"(img_in|txt_in)\."): _TXT_IN,
+    ("flux2", r"(img_in|txt_in)\."): _TXT_IN,
+    ("lens", r"(img_in|txt_in)\."): _TXT_IN,
+    ("qwen", r"(img_in|txt_in)\."): _TXT_IN,
+    ("nerf_large", r"txt_in\."): _TXT_IN,
+    ("radiance", r"(img_in_patch|txt_in)\."): _TXT_IN,
+    ("seedvr2", r"(vid_in|txt_in)\."): _TXT_IN,
+    # parts of blocks that only this family keeps
+    ("anima", r"blocks\.(0\.|1\.adaln_modulation)"): ANY,
+    ("qwen35", r"(language_model\.)?layers\.(0|63)\."): ANY,
+    ("ltxv2", r"transformer_blocks\.(0|1|46|47)\."): ANY,
+    ("lens", r"transformer_blocks\.\d+\.(img|txt)_mod\.1\."): {"qwen"},
+    ("nerf_large", r"double_blocks\.\d+\.(img|txt)_attn\.proj\."): {"chroma", "flux", "flux2", "hunyuan", "radiance"},
+    ("zimage", r"(layers|noise_refiner)\.\d+\.adaLN_modulation\."): {"lumina2"},
+    ("zimage_refiner", r"(context|noise)_refiner\."): {"boogu", "lumina2", "omnigen2", "zimage"},
+    # image encoders of language models
+    ("gemma4", r"(vision_model|multi_modal_projector)\."): {"generic_text"},
+    ("hidream_o1", r"visual\."): {"generic_text", "qwen35"},
+    ("qwen35", r"visual\.(pos_embed|patch_embed|merger|blocks\.0\.)"): {"generic_text"},
+    ("visual", r"(visual\.blocks|vision_model\.encoder\.layers)\.\d+\.mlp\."): {"generic_text", "qwen35"},
+    # what is left out of a T5: another model has a decoder that it runs
+    ("t5xxl", r"(decoder|lm_head)\."): {"ace_step_15"},
+}
 
 found = functools.cache(examine)
+
+
+def whole(pattern: str | None) -> re.Pattern:
+    """For tensors' names as the presets' patterns are; None finds nothing."""
+    return re.compile(rf"^(?:model\.)?(?:{pattern})" if pattern else r"(?!)")
 
 
 @pytest.mark.parametrize("name", architectures())
@@ -45,6 +110,43 @@ def test_models_are_recognised_and_only_linear_layers_quantized(name):
         assert ODD.get(name, LEAST.get(plan.preset, 0.85)) <= plan.share <= 1
 
 
+@pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized and found(name).preset])
+def test_every_linear_layer_of_the_blocks_is_quantized_but_those(name):
+    preset = PRESETS[found(name).preset]
+    layers = {tensor for tensor, entry in read(name).items() if entry.kind == "linear" and tensor.endswith(".weight") and preset.blocks.search(tensor)}
+    kept = whole(KEPT.get(preset.name))
+    assert layers - found(name).quantized.keys() == {layer for layer in layers if kept.search(layer)}
+
+
+@pytest.mark.parametrize("preset, name", [(preset, name) for preset, (names, _, _) in BY_NAME.items() for name in sorted(names)])
+def test_presets_taken_by_name_differ_from_the_detected_one_by_what_they_say(preset, name):
+    detected, named = make_plan(header(name)), make_plan(header(name), preset=preset)
+    before, after = set(detected.names("quantize")), set(named.names("quantize"))
+    more, less = map(whole, BY_NAME[preset][1:])
+    assert before - after == {layer for layer in before if more.search(layer)}
+    assert after - before == {layer for layer, entry in read(name).items() if entry.kind == "linear" and layer.endswith("weight") and less.search(layer)}
+    assert "It knows all" in named.explanation
+
+
+def test_every_preset_is_detected_or_taken_by_name():
+    assert {preset.name for preset in PRESETS.values() if not preset.detect} == BY_NAME.keys()
+    for rule in (*COMMON.keep, *GENERAL_RULE.keep):
+        hits = any(rule.pattern.search(tensor) for name in architectures() for tensor in read(name))
+        assert hits or rule.text in BESIDE, rule.text
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_patterns_find_no_layer_that_another_family_quantizes(preset):
+    """What a pattern finds elsewhere has the same role there: its own preset keeps it too, but for these."""
+    for rule in (*preset.keep, *preset.remove):
+        if rule.cannot and rule.text == ".*":
+            continue  # for models that have no other layers
+        elsewhere = {found(name).preset for name in architectures() if any(map(rule.pattern.search, found(name).quantized))}
+        own = {preset.name, None} | ({"generic_text"} if preset.name == "visual" else set())
+        known = FOREIGN.get((preset.name, rule.text), set())
+        assert elsewhere - own <= known and (known is ANY or known - own <= elsewhere), rule.text
+
+
 @pytest.mark.parametrize("name", architectures())
 def test_what_is_quantized_can_be_rotated_and_cut_into_blocks(name):
     plan = found(name)
@@ -56,12 +158,69 @@ def test_what_is_quantized_can_be_rotated_and_cut_into_blocks(name):
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
 def test_every_pattern_hits_something(preset):
-    """Presets that are not detected are for models that others detect."""
-    models = [name for name in architectures() if found(name).preset == preset.name] if preset.detect else architectures()
+    """In the models that the preset is for."""
+    models = [name for name in architectures() if found(name).preset == preset.name] if preset.detect else BY_NAME[preset.name][0]
     names = [tensor for name in models for tensor in read(name)]
     assert models
     for rule in (*preset.keep, *preset.remove):
         assert (preset.name, rule.text) in ELSEWHERE or any(map(rule.pattern.search, names)), rule.text
+
+
+# Layers at the edge of a model whose names do not tell: the general rule quantizes them.
+UNTOLD = {
+    "anima": {"llm_adapter.out_proj"},
+    "gemma4": {"audio_model.subsample_conv_projection.input_proj_linear", "per_layer_model_projection", "vision_model.patch_dense"},
+    "hidream_o1": {"visual.merger.linear_fc1", "visual.merger.linear_fc2"},
+    "krea2": {"txtfusion.projector"},
+    "minimax_music": {"diffusion_transformer.transformer.project_in", "diffusion_transformer.transformer.project_out", "audio_decoder.projection"},
+    "mochi": {"t5_yproj"},
+    "wan": {"casual_audio_encoder.encoder.final_linear", "face_encoder.out_proj", "motion_encoder.dec.direction", "trainable_cond_mask"},
+    "ace_step": {"lyric_embs"},
+    "ace_step_15": {"tokenizer.quantizer.project_in", "tokenizer.quantizer.project_out"},
+    **dict.fromkeys(("generic_text", "qwen35"), {"visual.merger.linear_fc1", "visual.merger.linear_fc2", "audio_decoder.projection"}),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized and found(name).preset])
+def test_the_general_rule_is_safe_for_a_model_that_nothing_recognises(name):
+    """As if no preset knew it: what its preset keeps outside numbered blocks is kept, and nearly all that it quantizes is quantized."""
+    source = header(name)
+    general, own = make_plan(source, preset="none"), make_plan(source)
+    wrong = {layer for layer in set(general.names("quantize")) - set(own.names("quantize")) if not re.search(r"\.\d+\.", layer)}
+    plain = {layer.removeprefix("model.").removesuffix(".weight") for layer in wrong}
+    assert plain <= UNTOLD.get(own.preset.name, set())
+    missed = sum(math.prod(source.tensors[layer].shape) for layer in set(own.names("quantize")) - set(general.names("quantize")))
+    assert missed <= 0.025 * sum(math.prod(source.tensors[layer].shape) for layer in own.names("quantize"))
+
+
+# Tables that no language model has, left to the general words; and linear layers with a table's name.
+ODD_TABLES = re.compile(
+    r"(lyric_encoder|timbre_encoder|attention_pooler|detokenizer)\.embed_tokens|style_embedder|embed_image_indicator|llm_adapter\.embed|addition_t_embedding|trainable_cond_mask|audio_extra_embedding|embed_tokens_audio"
+)
+
+
+def test_tables_are_known_by_their_names():
+    """Those that ComfyUI holds as embeddings, which it looks rows up in; no linear layer is taken for one."""
+    tables = [rule.pattern for rule in COMMON.keep if rule.table]
+    for name in set(architectures()) - GENERAL:
+        for tensor, entry in read(name).items():
+            if tensor.endswith(".weight") and not ODD_TABLES.search(tensor) and entry.kind in ("embedding", "linear"):
+                assert any(pattern.search(tensor) for pattern in tables) is (entry.kind == "embedding"), (name, tensor)
+
+
+@pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized])
+def test_every_format_takes_the_plan(name):
+    """Sizes as `lrq plan` estimates them: codes in eight bits, the rest in 16, and scales."""
+    plan = found(name)
+    codes = plan.parameters * (2 - plan.share)
+    assert plan.sizes.keys() == FORMATS.keys()
+    assert all(codes < size < codes * 1.01 for size in plan.sizes.values())
+    assert plan.checkpoint or name in TEXT_ENCODERS or plan.preset is None
+
+
+def test_models_that_are_renamed_are_those_of_which_that_is_tried():
+    """By tests/nodes/test_opening.py; of the U-Nets it tries SDXL."""
+    assert {found(name).preset for name in RENAMED} | {"sd15"} == set(DIFFUSERS)
 
 
 def test_the_document_is_what_these_lists_and_presets_make():
@@ -72,6 +231,7 @@ def test_lists_are_what_comfyui_makes(host):
     """Where the ComfyUI is here that the lists are from."""
     if host.version != version("flux"):
         pytest.skip(f"the lists are from ComfyUI {version('flux')}")
-    _, made = rebuild(host)
+    _, made, missing = rebuild(host)
+    assert missing == []
     assert set(made) == set(architectures())
     assert [name for name, tensors in made.items() if tensors != read(name)] == []

@@ -12,6 +12,7 @@ from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.recipes.layers import (
     FormatChoice,
     LayerRule,
+    finding,
     layer_rules,
     most_specific,
     parse_layer_config,
@@ -32,8 +33,15 @@ INT8 = FormatChoice("int8_tensorwise")
     ],
 )
 def test_the_most_specific_rule_decides(patterns, name, decides):
-    rule = most_specific([LayerRule(pattern, INT8, "layer config") for pattern in patterns], name)
+    rule = most_specific(finding([LayerRule(pattern, INT8, "layer config") for pattern in patterns], name), name)
     assert (rule and rule.pattern) == decides
+
+
+@pytest.mark.parametrize("keep, config, kept", [("mlp", "mlp", True), ("m.p", "mlp", True), ("mlp", "mlp.0", False), ("blocks", "mlp", True)])
+def test_of_rules_as_specific_the_one_that_keeps_a_layer_decides(keep, config, kept):
+    rules = layer_rules([keep], f'{{"{config}": "int8"}}')
+    for order in (rules, rules[::-1]):
+        assert (most_specific(finding(order, "blocks.0.mlp.0.weight"), "blocks.0.mlp.0.weight").format is None) is kept
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,9 @@ from learned_rounding.quant_core import PRESETS, Recipe
 from learned_rounding.quant_core.checkpoints import TensorInfo, TensorSource
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError
 from learned_rounding.quant_core.recipes import make_plan
+from learned_rounding.quant_core.recipes.layers import layer_rules
+from learned_rounding.quant_core.recipes.refused import refusal
+from learned_rounding.tests.architectures import architectures, table
 
 EXPECTED = {
     "flux": {
@@ -134,7 +137,7 @@ def test_a_vae_decoder_is_never_removed(layer_names, header_source):
     names = {
         **layer_names("flux", "model.diffusion_model."),
         "vae.decoder.conv_in.weight": (512, 16, 3, 3),
-        "decoder.conv_in.weight": (512, 16, 3, 3),
+        "decoder.norm.weight": (512,),
     }
     assert not list(make_plan(header_source(names)).names("remove"))
     text = {
@@ -163,6 +166,36 @@ def test_text_encoders_and_vae_of_a_whole_checkpoint_stay_as_they_are(layer_name
     assert plan.decisions["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"].action == "quantize"
 
 
+ENCODERS = [(preset, encoder) for preset in PRESETS.values() for encoder in preset.encoders]
+# Part of a checkpoint → a list of its tensors, where that has another name.
+LISTS = {part: name for name, parts in table.ENCODERS.items() for part in parts}
+
+
+@pytest.mark.parametrize("preset, encoder", ENCODERS, ids=[f"{preset.name}-{encoder}" for preset, encoder in ENCODERS])
+def test_each_part_of_a_checkpoint_gets_its_own_rule(layer_names, header_source, preset, encoder):
+    """The text encoder alone and in the checkpoint: the same decisions, removals included."""
+    start = f"text_encoders.{encoder}.transformer."
+    alone = {**layer_names(LISTS.get(encoder, encoder)), "lm_head.weight": (64, 64)}
+    own = make_plan(header_source(alone)).decisions
+    family = layer_names(next(name for name in architectures() if preset.fits(header_source(layer_names(name)).tensors)) if preset.detect else "flux")
+    whole = {f"model.diffusion_model.{name}": shape for name, shape in family.items()} | {f"{start}{name}": shape for name, shape in alone.items()}
+    whole |= layer_names("clip_l", "text_encoders.clip_l.transformer.") | layer_names("clip_l", "text_encoders.unheard_of.transformer.")
+    plan = make_plan(header_source(whole), preset="auto" if preset.detect else preset.name)
+    assert {name: plan.decisions[start + name] for name in own} == own
+    assert "quantize" in {decision.action for decision in own.values()}
+    assert {plan.decisions[name].action for name in whole if ".clip_l." in name or ".unheard_of." in name} == {"keep"}
+    assert own.keys() and f"keep layers ^{start}" in plan.explanation
+    assert not preset.detect or "It knows all" in plan.explanation
+
+
+def test_text_encoders_that_comfyui_reads_in_full_precision_stay(layer_names, header_source):
+    """PixArt's T5: ComfyUI does not look for quantized layers there. And that of a model which nothing recognises."""
+    start = "text_encoders.t5xxl.transformer."
+    for family in (layer_names("pixart_sigma", "model.diffusion_model."), {"model.diffusion_model.a.weight": (64, 64)}):
+        plan = make_plan(header_source({**family, **layer_names("t5", start)}))
+        assert {plan.decisions[name].action for name in layer_names("t5", start)} == {"keep"}
+
+
 def test_the_diffusion_model_of_a_whole_checkpoint_gets_its_own_keep_list(layer_names, header_source):
     whole = {
         **layer_names("flux", "model.diffusion_model."),
@@ -178,9 +211,9 @@ GENERAL = {
     "keep": """
             norm norm1 norm_out.linear blocks.0.attn_norm blocks.0.q_norm blocks.0.layernorm
             blocks.0.rms_norm groupnorm token_embed x_embedder t_embedder.mlp.0 embed_tokens model.wte
-            shared pos_emb lm_head
+            shared pos_emb lm_head img_in input_proj time_in.in_layer final_layer.linear proj_out head.head caption_projection.linear_1
         """,
-    "quantize": "blocks.0.attn.qkv normal_proj abnormal conformer.proj shared_experts.up normalize_in",
+    "quantize": "blocks.0.attn.qkv normal_proj abnormal conformer.proj shared_experts.up normalize blocks.0.proj_out blocks.0.time_mixer",
 }
 
 
@@ -226,9 +259,60 @@ def test_own_patterns_keep_more(layer_names, header_source):
     assert own.decisions["double_blocks.0.img_mod.lin.weight"].reason == "keep pattern img_mod"
 
 
+def test_a_layer_that_the_preset_does_not_know_makes_it_less_sure(layer_names, header_source):
+    known = make_plan(header_source(layer_names("flux"))).explanation
+    assert known == "Recognised as Flux.1 (dev, schnell, Kontext, Fill), Ovis-Image, LongCat-Image. It knows all 304 layers to quantize."
+    more = {**layer_names("flux"), "pulid.0.to_q.weight": (64, 64), "pulid.1.to_q.weight": (64, 64)}
+    sentence = " Less sure: it does not know 2 of the 306 layers to quantize, such as pulid.0.to_q.weight."
+    assert make_plan(header_source(more)).explanation.endswith(sentence)
+
+
+def test_own_rules_that_find_no_layer_are_named(layer_names, header_source):
+    source = header_source(layer_names("flux"))
+    plan = Recipe(keep=("img_mpl", "img_mlp", "img_mlp.0.bias"), layer_config='{"nothing": "int8", "linear1": "int8"}').plan(source)
+    assert plan.explanation.endswith(" No layer has a name that is found by: keep pattern img_mpl, keep pattern img_mlp.0.bias, layer config nothing.")
+    assert "No layer" not in Recipe(keep=("img_mlp",)).plan(source).explanation
+
+
+@pytest.mark.parametrize(
+    "family, prefix, layer, reason",
+    [
+        ("hidream", "", "double_stream_blocks.0.block.ff_i.gate", "ComfyUI does not read"),
+        ("clip_l", "", "text_model.encoder.layers.0.mlp.fc1", "full precision only"),
+        ("clip_l", "text_encoders.clip_l.transformer.", "text_model.encoder.layers.0.mlp.fc1", "full precision only"),
+        ("t5_base", "", "encoder.block.0.layer.0.SelfAttention.q", "full precision only"),
+    ],
+)
+def test_own_rules_cannot_ask_for_what_comfyui_does_not_read(layer_names, header_source, family, prefix, layer, reason):
+    beside = layer_names("flux", "model.diffusion_model.") if prefix else {}
+    source, rule = header_source({**layer_names(family, prefix), **beside}), layer_rules((), f'{{"{layer}": "int8"}}')[0]
+    name = f"{prefix}{layer}.weight"
+    try:
+        decision = make_plan(source, rules=[rule]).decisions[name]
+        assert decision.action == "keep" and reason in decision.reason
+    except NothingToQuantizeError as error:  # where it is all there is
+        assert reason in str(error)
+
+
+@pytest.mark.parametrize("format, action", [("int8_tensorwise", "quantize"), ("float8_e4m3fn", "quantize"), ("int8_blockwise", "keep")])
+def test_an_embedding_is_quantized_in_what_comfyui_reads_there(layer_names, header_source, format, action):
+    """It looks rows of codes up, and takes the scale for that of the whole table or of each row."""
+    plan = Recipe(layer_config=f'{{"shared": "{format}"}}').plan(header_source(layer_names("t5")))
+    assert plan.decisions["shared.weight"].action == action
+    assert action == "quantize" or "ComfyUI reads no int8_blockwise there" in plan.decisions["shared.weight"].reason
+
+
 def test_own_patterns_do_not_bring_back_what_a_preset_removes(layer_names, header_source):
     source = header_source({**layer_names("t5"), "lm_head.weight": (32128, 4096)})
     assert Recipe(keep=("SelfAttention",)).plan(source).decisions["lm_head.weight"].action == "remove"
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_what_qwen35_predicts_further_words_with_is_kept(layer_names, header_source, prefix):
+    """Published files have it, ComfyUI's class has not."""
+    more = {f"{prefix}{name}.weight": (64, 64) for name in ("mtp.fc", "mtp.layers.0.self_attn.q_proj", "mtp.layers.0.mlp.down_proj")}
+    plan = make_plan(header_source({**layer_names("qwen35_2b"), **more}))
+    assert plan.preset.name == "qwen35" and {plan.decisions[name].action for name in more} == {"keep"}
 
 
 def test_heur_keeps_small_layers(header_source):
@@ -239,6 +323,14 @@ def test_heur_keeps_small_layers(header_source):
     heur = make_plan(source, heur=True)
     assert list(heur.names("quantize")) == ["a.weight"]
     assert all(heur.decisions[name].reason.startswith("heur: ") for name in ("b.weight", "c.weight", "d.weight"))
+
+
+@pytest.mark.parametrize("block_size, kept", [(None, True), (64, False), (256, True)])
+def test_heur_goes_by_the_block_size_in_force(header_source, block_size, kept):
+    source = header_source({"a.weight": (64 * 90, 64 * 111), "b.weight": (8192, 8192)})
+    plan = Recipe(format="int8_blockwise", block_size=block_size, heur=True).plan(source)
+    assert (plan.decisions["a.weight"].action == "keep") is kept
+    assert not kept or plan.decisions["a.weight"].reason == f"heur: a side that {block_size or 128} does not divide"
 
 
 def test_a_recipe_hands_all_of_its_fields_on(layer_names, header_source):
@@ -271,7 +363,62 @@ def test_quantized_sources_are_refused_by_the_name_of_their_format(preset):
         make_plan(codes, preset=preset)
 
 
-def test_a_control_net_is_refused_because_its_loader_takes_no_quantized_layers():
-    tensors = {"controlnet_blocks.0.weight": torch.zeros(8, 8), "transformer_blocks.0.ff.weight": torch.zeros(8, 8)}
-    with pytest.raises(NothingToQuantizeError, match="ControlNet"):
-        Recipe().plan(TensorSource(tensors))
+DIFFUSERS = {
+    "auraflow": "joint_transformer_blocks.0.attn.add_k_proj.weight",
+    "pixart": "adaln_single.emb.timestep_embedder.linear_1.bias pos_embed.proj.bias transformer_blocks.0.attn1.to_q.weight",
+    "zimage": "noise_refiner.0.attention.norm_k.weight noise_refiner.0.attention.to_k.weight",
+    "flux": "x_embedder.weight transformer_blocks.0.attn.add_k_proj.weight single_transformer_blocks.0.proj_mlp.weight",
+    "sd3": "pos_embed.proj.weight transformer_blocks.0.attn.add_q_proj.weight",
+    "unet": "conv_in.weight down_blocks.0.resnets.0.norm1.weight mid_block.attentions.0.proj_in.weight",
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("family", DIFFUSERS)
+def test_diffusers_names_are_refused_because_comfyui_drops_their_scales(header_source, family, prefix):
+    """ComfyUI's own converters make such names of real models in tests/nodes/test_opening.py."""
+    source = header_source({prefix + name: (64, 64) for name in DIFFUSERS[family].split()})
+    with pytest.raises(NothingToQuantizeError, match="model.safetensors is under diffusers' layer names.*Load Model"):
+        make_plan(source)
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_no_model_under_comfyuis_names_is_refused(layer_names, name):
+    assert all(refusal(layer_names(name, prefix)) is None for prefix in PREFIXES)
+
+
+OTHERS = {
+    "a ControlNet": """
+        controlnet_blocks.0.weight controlnet_cond_embedding.conv_in.weight control_model.input_hint_block.0.weight after_proj_list.18.weight
+        model.control_model.input_hint_block.0.weight
+    """,
+    "a patch for a model": """
+        control_layers.0.attention.qkv.weight control_all_x_embedder.2-1.weight lllite_conditioning1.conv1.weight redux_up.weight
+        image_proj.proj.weight
+    """,
+    "a LoRA": """
+        lora_unet_double_blocks_0_img_attn_proj.lora_up.weight transformer.blocks.0.attn.to_q.lora_A.weight unet.mid_block.to_q_lora.down.weight
+        diffusion_model.blocks.0.ffn.0.lora_B.default.weight lycoris_blocks_0.lokr_w1 lora_te_text_model.hada_w1_a blocks.0.q.dora_scale
+        diffusion_model.blocks.0.ffn.0.diff_b transformer.single_transformer_blocks.0.attn.to_k.lora.up.weight
+    """,
+    "an image encoder": """
+        vision_model.encoder.layers.0.layer_norm1.weight visual.transformer.resblocks.0.attn.in_proj_weight encoder.layer.0.layer_scale1.lambda1
+    """,
+    "a VAE": """
+        decoder.conv_in.weight encoder.middle.0.residual.0.gamma decoder.up_blocks.0.resnets.0.conv1.weight quant_conv.weight
+        taesd_decoder.1.weight decoder.mid.attn_1.q.weight
+    """,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind, names in OTHERS.items() for name in names.split()])
+def test_what_is_no_model_is_refused_by_what_it_is(header_source, kind, name):
+    """Each mark alone, beside a layer that the general rule would quantize."""
+    source = header_source({name: (64, 64), "blocks.0.attn.to_q.weight": (64, 64)})
+    with pytest.raises(NothingToQuantizeError, match=f"^model.safetensors is {kind}"):
+        make_plan(source)
+
+
+def test_an_image_encoder_beside_a_text_encoder_is_not_refused(layer_names):
+    assert refusal([*layer_names("clip_l"), "vision_model.encoder.layers.0.layer_norm1.weight"]) is None
+    assert refusal(["vision_model.encoder.layers.0.layer_norm1.weight"])

@@ -54,5 +54,5 @@ def test_what_is_not_eligible_and_why(name, dtype, shape, reason):
     ],
 )
 def test_size_heuristics(shape, reason):
-    found = heuristic(TensorInfo(torch.bfloat16, shape))
+    found = heuristic(TensorInfo(torch.bfloat16, shape), 128)
     assert found is None if reason is None else found is not None and found.startswith("heur: ") and reason in found

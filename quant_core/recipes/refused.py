@@ -1,0 +1,103 @@
+"""Files that hold no model whose layers ComfyUI would read as quantized: a table, by the names of their tensors."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .presets import STARTS
+
+__all__ = ["REFUSED", "Refused", "refusal"]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A kind of file.
+
+    Attributes:
+        is_: what it is and what to do, the end of a sentence.
+        marks: ways to know it; each is regular expressions for beginnings of names, all of which must be found.
+        absent: one that must not be; empty for none.
+    """
+
+    is_: str
+    marks: tuple[tuple[str, ...], ...]
+    absent: str = ""
+
+    def there(self, names: str) -> bool:
+        """Whether ``names``, one a line, are those of such a file."""
+
+        def found(mark: str) -> bool:
+            return re.search(f"(?m)^(?:{mark})", names) is not None
+
+        return any(all(map(found, marks)) for marks in self.marks) and not (self.absent and found(self.absent))
+
+
+_LOADER = "whose loader in ComfyUI takes no quantized layers; leave it as it is"
+_PREFIX = f"(?:{'|'.join(map(re.escape, STARTS))})?"
+
+REFUSED: tuple[Refused, ...] = (
+    Refused(
+        f"a ControlNet, {_LOADER}",
+        ((r"(model\.)?control_model\.|controlnet_|input_hint_block\.|zero_convs\.|after_proj_list\.|control_img_in\.|lora_controlnet$",),),
+    ),
+    Refused(
+        f"a patch for a model, {_LOADER}",
+        (
+            (r"control_(layers|all_x_embedder|noise_refiner|context_refiner)\.",),  # Z-Image
+            (r"lllite_",),
+            (r"feature_embedder\.mid_layer_norm\.",),
+            (r"blocks\.\d+\.audio_cross_attn\.", r"audio_proj\.proj1\."),  # MultiTalk
+            (r"(.*\.)?attention_pooler\.query_tokens$", r"(.*\.)?duration_head\."),
+            (r"(ip_adapter|image_proj)\.",),
+            (r"redux_(up|down)\.",),
+            (r"position_net\.",),
+        ),
+    ),
+    Refused(
+        "a LoRA or another difference to a model; in ComfyUI it is baked in where a MODEL with it goes into Learned Round Quantize, and loads as "
+        "usual after a quantized one",
+        (
+            (r".*[._]lora([._](A|B|up|down|mid|linear_layer)|_(embedding_)?(A|B))\b",),
+            (r".*\.(lokr_[wt]\d|hada_[wt]\d|oft_(blocks|diag)|dora_scale|diff_b|set_weight)",),
+        ),
+    ),
+    Refused(
+        f"an image encoder, {_LOADER}",
+        (
+            (r"vision_model\.encoder\.layers\.0\.layer_norm1\.",),
+            (r"visual\.transformer\.resblocks\.0\.",),
+            (r"encoder\.layer\.0\.layer_scale1\.",),  # DINOv2
+            (r"layer\.0\.attention\.o_proj\.",),  # DINOv3
+        ),
+        absent=r"(text_model|language_model|model|layers)\.",  # a text encoder that comes with one
+    ),
+    Refused(
+        f"a VAE, {_LOADER}",
+        (
+            (r"(de|en)coder\.(conv_in|conv_out|conv1|mid|mid_block|middle|up_blocks|down_blocks|upsamples|downsamples|unpatcher3d)[._]",),
+            (r"taesd_(de|en)coder\.|(post_)?quant_conv\.|decoder\.layers\.1\.layers\.0\.beta$|vquantizer\.",),
+        ),
+    ),
+    Refused(
+        # ComfyUI's loader joins and renames such layers one by one, and what belongs to quantized ones is lost on the way.
+        "under diffusers' layer names, which ComfyUI cannot read quantized; choose it in Load Model (Learned Rounding) inside ComfyUI, which "
+        "gives it ComfyUI's own names (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt, Z-Image), or give a file that has those names",
+        tuple(
+            tuple(_PREFIX + mark for mark in marks)
+            for marks in (
+                (r"joint_transformer_blocks\.0\.attn\.add_k_proj\.weight$",),  # AuraFlow
+                (r"adaln_single\.emb\.timestep_embedder\.linear_1\.bias$", r"pos_embed\.proj\.bias$"),  # PixArt
+                (r"noise_refiner\.0\.attention\.norm_k\.weight$",),  # Z-Image
+                (r"x_embedder\.weight$", r"transformer_blocks\.0\.attn\.add_k_proj\.weight$"),  # Flux
+                (r"pos_embed\.proj\.weight$", r"transformer_blocks\.0\.attn\.add_q_proj\.weight$"),  # SD3
+                (r"conv_in\.weight$", r"down_blocks\.0\.resnets\.0\.norm1\.weight$"),  # the U-Nets
+            )
+        ),
+    ),
+)  # fmt: skip
+
+
+def refusal(names: Iterable[str]) -> str | None:
+    """What a file with tensors of these names is, if it is one to leave as it is; None for models."""
+    lines = "\n".join(names)
+    return next((kind.is_ for kind in REFUSED if kind.there(lines)), None)
