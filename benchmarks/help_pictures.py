@@ -33,7 +33,7 @@ PROMPTS = ("red apple", "owl")
 EXAMPLES = {
     "LearnedRoundingLoadModel": "quantize_file",
     "LearnedRoundingConfigure": "quantize_file",
-    "LearnedRoundingQuantize": "quantize_then_sample",
+    "LearnedRoundingQuantize": "calibrate_then_sample",
     "LearnedRoundingSave": "quantize_file",
     "LearnedRoundingCalibrate": "calibrate_and_compare",
     "LearnedRoundingCompare": "calibrate_and_compare",
