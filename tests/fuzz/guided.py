@@ -3,9 +3,16 @@
 `files` or `texts` says what is made up; all else are options of libFuzzer. It draws from the same strategies as `test_fuzz.py`.
 """
 
+# ruff: noqa: E402  (options are read before atheris is imported)
+
+import argparse
 import sys
 import tempfile
 from pathlib import Path
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("what", choices=("files", "texts"))
+options, for_fuzzer = parser.parse_known_args()
 
 import atheris
 
@@ -37,6 +44,6 @@ def texts(text):
 
 
 if __name__ == "__main__":
-    what = {"files": files, "texts": texts}[sys.argv.pop(1)]
-    atheris.Setup(sys.argv, what.hypothesis.fuzz_one_input)
+    what = {"files": files, "texts": texts}[options.what]
+    atheris.Setup([sys.argv[0], *for_fuzzer], what.hypothesis.fuzz_one_input)
     atheris.Fuzz()
