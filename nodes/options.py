@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+from ..quant_core import Recipe
+from ..quant_core.errors import RecipeError
 from ..quant_core.recipes.presets import AUTO
 from ..quant_core.rounding import OPTIONS
 from .schema import OptionsType, schema, widget
@@ -9,6 +11,8 @@ from .schema import OptionsType, schema, widget
 __all__ = ["RoundingOptions"]
 
 _DEFAULT = -1  # of a number that was not chosen
+_LEFT_ALONE = [AUTO, _DEFAULT, False]  # off is the default of every switch
+_GRADIENT = ["optimizer", *(name for name, option in OPTIONS.items() if option.gradient)]  # any of them: gradient rounding
 
 
 def _tooltip(option) -> str:
@@ -19,7 +23,7 @@ def _tooltip(option) -> str:
 
 def _widget(name: str, option):
     """The widget of an option; its default means that the option was not chosen."""
-    shared = {"id": name, "optional": True}
+    shared = {"id": name, "optional": True, "matters_for": _matters_for(name)}
     if option.choices:
         choices = list(dict.fromkeys([AUTO, *option.choices]))
         return widget(io.Combo, options=choices, default=AUTO, tooltip=_tooltip(option), **shared)
@@ -30,6 +34,19 @@ def _widget(name: str, option):
     if option.kind is int:
         return widget(io.Int, **limits, **shared)
     return widget(io.Float, step=0.001, round=False, **limits, **shared)
+
+
+def _matters_for(name: str) -> list[dict] | None:
+    """For which values of the others this option acts, see :func:`~.schema.widget`; None: for any."""
+    option = OPTIONS[name]
+    if option.needs:
+        other, value = option.needs
+        return [{other: [value]}]
+    if option.gradient:
+        return [{other: {"not": _LEFT_ALONE}} for other in _GRADIENT]
+    if option.gradient is False:
+        return [dict.fromkeys(_GRADIENT, _LEFT_ALONE)]
+    return None
 
 
 class RoundingOptions(io.ComfyNode):
@@ -58,9 +75,19 @@ class RoundingOptions(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, **chosen):
+        if None in chosen.values():
+            return True  # it comes from another node, and may be anything; the run checks it
+        try:
+            Recipe(format="int8_blockwise", **_given(chosen))  # which has a block size
+        except RecipeError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(cls, **chosen) -> io.NodeOutput:
-        return io.NodeOutput({name: value for name, value in chosen.items() if not _left_alone(value)})
+        return io.NodeOutput(_given(chosen))
 
 
-def _left_alone(value) -> bool:
-    return value is False or value in (AUTO, _DEFAULT)  # off is the default of every switch
+def _given(chosen: dict) -> dict:
+    return {name: value for name, value in chosen.items() if value is not False and value not in (AUTO, _DEFAULT)}  # 0 is a choice, and equals False

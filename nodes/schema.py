@@ -29,9 +29,18 @@ def _make(call, options: dict):
     return call(**{name: value for name, value in options.items() if name in known or name not in _NEWER})
 
 
-def widget(kind, **options):
-    """An input of type ``kind`` (``io.Int`` …), with the options this ComfyUI knows."""
-    return _make(kind.Input, options)
+def widget(kind, matters_for: list[dict] | None = None, **options):
+    """An input of type ``kind`` (``io.Int`` …), with the options this ComfyUI knows.
+
+    Args:
+        matters_for: when the input acts, if that depends on others: one of these must hold, each of them
+            ``{other input: [values]}`` or ``{other input: {"not": [values]}}`` for every input that it names. Pages hide
+            the widget where none does, and send its default (``web/dependent_options.js``).
+    """
+    made = _make(kind.Input, options)
+    if matters_for is not None:
+        made.extra_dict = {**made.extra_dict, "matters_for": matters_for}  # older releases do not take it as an argument
+    return made
 
 
 def schema(**options):

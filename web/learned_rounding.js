@@ -2,6 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { addDependentOptions } from "./dependent_options.js";
 import { nodeByExecutionId } from "./progress_state.js";
 import { addProgressWidget, showProgress, showRun } from "./progress_widget.js";
 import { addTextWidget } from "./text_widget.js";
@@ -83,6 +84,7 @@ app.registerExtension({
   afterConfigureGraph: catchingUp, // a workflow was opened, or the page reloaded, perhaps in the middle of a run
 
   nodeCreated(node) {
+    addDependentOptions(node);
     WIDGETS[node.comfyClass]?.(node);
   },
 });

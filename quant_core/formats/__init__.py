@@ -1,6 +1,6 @@
 """What a quantized weight is: number grid × scale granularity × rotation × file keys; one table of formats."""
 
-from .encoding import Encoding, make_encoding
+from .encoding import ROTATED, Encoding, make_encoding
 from .granularity import GRANULARITIES, Tiles
 from .grids import E4M3, E5M2, INT8, Grid
 from .rotation import GROUP_SIZES, Rotation, rotation_groups
@@ -22,6 +22,7 @@ __all__ = [
     "find_format",
     "sibling",
     "with_granularity",
+    "ROTATED",
     "Encoding",
     "make_encoding",
     "QuantizedWeight",
