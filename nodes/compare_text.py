@@ -4,8 +4,8 @@ from comfy_api.latest import io, ui
 
 from . import host
 from .drawing import as_image, named_bars
-from .prompts import check_prompts, prompt_lines
-from .schema import schema, widget
+from .prompts import prompt_lines
+from .schema import checked, schema, widget
 
 __all__ = ["CompareTextEncoders"]
 
@@ -36,7 +36,7 @@ class CompareTextEncoders(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompts=None):
-        return check_prompts(prompts)
+        return checked(prompt_lines, prompts)
 
     @classmethod
     def execute(cls, reference, compared, prompts) -> io.NodeOutput:

@@ -13,7 +13,7 @@ from ..quant_core.recipes import MEASURED, MEASURED_CHOOSES, MEASURED_ONLY, PRES
 from ..quant_core.recipes.presets import AUTO, NONE
 from ..quant_core.rounding import ROUNDINGS
 from . import host
-from .schema import OptionsType, RecipeType, schema, widget
+from .schema import OptionsType, RecipeType, checked, schema, widget
 
 __all__ = ["ConfigureQuantization"]
 
@@ -179,23 +179,21 @@ class ConfigureQuantization(io.ComfyNode):
         block_formats=None,
         layer_config=None,
     ):
-        # Before anything is loaded. None is what comes from another node; its default is assumed, which contradicts nothing.
-        try:
-            if format is not None:
-                _recipe(
-                    format,
-                    granularity or AUTO,
-                    convrot or "off",
-                    keep or "",
-                    layer_config or "",
-                    full_precision_matmul=full_precision_matrix_mult or False,
-                    target_size=target_size or None,
-                    target_error=target_error or None,
-                    block_formats=block_formats or False,
-                )
-        except RecipeError as error:
-            return str(error)
-        return True
+        # Of what comes from another node, which is None, the default is assumed, which contradicts nothing.
+        def check(format):
+            _recipe(
+                format,
+                granularity or AUTO,
+                convrot or "off",
+                keep or "",
+                layer_config or "",
+                full_precision_matmul=full_precision_matrix_mult or False,
+                target_size=target_size or None,
+                target_error=target_error or None,
+                block_formats=block_formats or False,
+            )
+
+        return checked(check, format)
 
     @classmethod
     def execute(

@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.checkpoints import inspect_file
 from . import host
-from .schema import schema, widget
+from .schema import checked, schema, widget
 
 __all__ = ["Inspect"]
 
@@ -30,6 +30,10 @@ class Inspect(io.ComfyNode):
             outputs=[io.String.Output(display_name="text", tooltip="The same text as lrq inspect.")],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, model=None):
+        return checked(host.file_state, model)
 
     @classmethod
     def fingerprint_inputs(cls, model):

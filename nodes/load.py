@@ -7,7 +7,7 @@ from ..quant_core.errors import SourceError
 from ..quant_core.recipes import recognise
 from ..quant_core.report import human_bytes
 from . import host
-from .schema import Source, schema, widget
+from .schema import Source, checked, schema, widget
 
 __all__ = ["LoadModel"]
 
@@ -51,6 +51,10 @@ class LoadModel(io.ComfyNode):
             ],
             outputs=[Source.Output(display_name="source", tooltip="For Learned Round Quantize.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, model=None):
+        return checked(host.file_state, model)
 
     @classmethod
     def fingerprint_inputs(cls, model, clip_type=None, requantize=False):

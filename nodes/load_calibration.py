@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .schema import CalibrationType, schema, widget
+from .schema import CalibrationType, checked, schema, widget
 
 __all__ = ["LoadCalibration"]
 
@@ -32,6 +32,10 @@ class LoadCalibration(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, file=None):
+        return checked(host.load_calibration, file)
 
     @classmethod
     def fingerprint_inputs(cls, file):

@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 from ..quant_core.checkpoints import SafetensorsFile
 from ..quant_core.checkpoints.inspect import quantized_formats
 from . import host
-from .schema import schema, widget
+from .schema import checked, schema, widget
 
 __all__ = ["LoadQuantized"]
 
@@ -42,6 +42,10 @@ class LoadQuantized(io.ComfyNode):
                 io.Clip.Output(display_name="CLIP", tooltip="The text encoder of a text encoder file or a checkpoint."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, model=None):
+        return checked(host.file_state, model)
 
     @classmethod
     def fingerprint_inputs(cls, model, clip_type=None):

@@ -3,10 +3,9 @@
 from comfy_api.latest import io
 
 from ..quant_core import Recipe
-from ..quant_core.errors import RecipeError
 from ..quant_core.recipes.presets import AUTO
 from ..quant_core.rounding import OPTIONS
-from .schema import OptionsType, schema, widget
+from .schema import OptionsType, checked, schema, widget
 
 __all__ = ["RoundingOptions"]
 
@@ -76,13 +75,7 @@ class RoundingOptions(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, **chosen):
-        if None in chosen.values():
-            return True  # it comes from another node, and may be anything; the run checks it
-        try:
-            Recipe(format="int8_blockwise", **_given(chosen))  # which has a block size
-        except RecipeError as error:
-            return str(error)
-        return True
+        return checked(lambda *_: Recipe(format="int8_blockwise", **_given(chosen)), *chosen.values())  # which has a block size
 
     @classmethod
     def execute(cls, **chosen) -> io.NodeOutput:

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from . import host
-from .schema import QuantizedType, schema, widget
+from .schema import QuantizedType, checked, schema, widget
 
 __all__ = ["SaveQuantized"]
 
@@ -40,7 +40,7 @@ class SaveQuantized(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix=None):
-        return filename_prefix is None or host.check_name(filename_prefix)  # None: it comes from another node
+        return checked(host.check_name, filename_prefix)
 
     @classmethod
     def execute(cls, quantized, filename_prefix, folder) -> io.NodeOutput:

@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .schema import CalibrationType, schema, widget
+from .schema import CalibrationType, checked, schema, widget
 
 __all__ = ["SaveCalibration"]
 
@@ -32,6 +32,10 @@ class SaveCalibration(io.ComfyNode):
             ],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return checked(host.check_name, filename_prefix)
 
     @classmethod
     def execute(cls, calibration, filename_prefix) -> io.NodeOutput:

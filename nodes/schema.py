@@ -1,11 +1,14 @@
 """The node schema across ComfyUI releases: options that a release does not know are left out."""
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 
 from comfy_api.latest import io
 
-__all__ = ["CATEGORY", "Source", "OptionsType", "RecipeType", "QuantizedType", "CalibrationType", "schema", "widget"]
+from ..quant_core.errors import QuantizationError
+
+__all__ = ["CATEGORY", "Source", "OptionsType", "RecipeType", "QuantizedType", "CalibrationType", "checked", "schema", "widget"]
 
 CATEGORY = "quantization/learned rounding"
 
@@ -46,3 +49,16 @@ def widget(kind, matters_for: list[dict] | None = None, **options):
 def schema(**options):
     """A node schema, with the options this ComfyUI knows."""
     return _make(io.Schema, {"category": CATEGORY, **options})
+
+
+def checked(check: Callable, *values) -> bool | str:
+    """What ``validate_inputs`` answers before a workflow runs: whether ``check`` takes these values, else its error's sentence.
+
+    None among the values comes from another node: the run checks it.
+    """
+    try:
+        if None not in values:
+            check(*values)
+    except QuantizationError as error:
+        return str(error)
+    return True
