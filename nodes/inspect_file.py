@@ -1,9 +1,10 @@
 """Inspect: what is in a model file, as ``lrq inspect`` tells it."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..quant_core.checkpoints import inspect_file
 from . import host
+from .progress import shown_text
 from .schema import checked, schema, widget
 
 __all__ = ["Inspect"]
@@ -42,4 +43,4 @@ class Inspect(io.ComfyNode):
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
         text = str(inspect_file(host.FileSource.choose(model, "").path))
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        return io.NodeOutput(text, ui=shown_text(text))

@@ -5,7 +5,7 @@ import { api } from "../../scripts/api.js";
 import { addDependentOptions } from "./dependent_options.js";
 import { nodeByExecutionId } from "./progress_state.js";
 import { addProgressWidget, showProgress, showRun } from "./progress_widget.js";
-import { addTextWidget } from "./text_widget.js";
+import { addTextWidget, showText } from "./text_widget.js";
 
 const PROGRESS_EVENT = "learned_rounding.progress";
 const PROGRESS_ROUTE = "/learned_rounding/progress";
@@ -15,6 +15,9 @@ const WIDGETS = {
   LearnedRoundingCalibrate: (node) => addProgressWidget(node, "calibrate"),
   LearnedRoundingCalibrateText: (node) => addProgressWidget(node, "calibrate"),
   LearnedRoundingLoadModel: (node) => addTextWidget(node, "What the file holds appears here after a run."),
+  LearnedRoundingLoadQuantized: (node) => addTextWidget(node, "The file's formats, and what runs them, appear here after a run."),
+  LearnedRoundingLoadCalibration: (node) => addTextWidget(node, "What the calibration holds appears here after a run.", { lines: 8 }),
+  LearnedRoundingSaveCalibration: (node) => addTextWidget(node, "The saved file's path appears here after a run.", { lines: 3 }),
   LearnedRoundingSave: (node) => addTextWidget(node, "The saved file's path, and how it was verified, appear here after a run.", { lines: 6 }),
   LearnedRoundingInspect: (node) => addTextWidget(node, "What the file holds appears here after a run.", { lines: 16, width: 480 }),
 };
@@ -27,7 +30,10 @@ const NATIVE_INT8 = {
     "Wherever ComfyUI would run INT8 layers in plain torch, as it does below CUDA 13. Needs an NVIDIA card, SM 8.0 or newer.",
   type: "boolean",
   defaultValue: false,
-  onChange: (on) => api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(on) }),
+  onChange(on, before) {
+    if (before === undefined || on === before) return; // told of the stored value as the page loads; the server knows it
+    return api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(on) });
+  },
 };
 
 /** Ask once for all messages of the latest runs of the workflow in view; the page missed some. */
@@ -36,7 +42,9 @@ async function catchUp() {
   if (!answer.ok) return;
   for (const run of await answer.json()) {
     const node = nodeByExecutionId(app.rootGraph, run[0].node);
-    if (node) showRun(node, run);
+    if (!node) continue;
+    if (run[0].state === "text") showText(node, run[0].text);
+    else showRun(node, run);
   }
 }
 

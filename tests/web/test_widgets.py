@@ -384,6 +384,51 @@ def test_a_click_copies_a_keep_rule_and_a_button_applies_it(graph):
     assert panel(graph)["buttons"] == ["Cancel"], "nothing to add it to"
 
 
+_KEEP = "() => window.app.graph.getNodeById(2).widgets.find(({name}) => name === 'keep').value"
+
+
+def test_the_worst_layers_are_told_by_the_error_of_the_summary(graph):
+    send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01))
+    heading = graph.locator(".lr-heading")
+    assert heading.inner_text() == "Largest weight errors" and panel(graph)["worst"][0][1] == "0.09000"
+    learned = {"solver": "sequential", "gain": 0.5, "output_error": 0.02}
+    send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01, **learned))
+    assert heading.inner_text() == "Largest output errors" and [error for _, error in panel(graph)["worst"]] == ["0.02000"]
+
+
+def test_adding_a_rule_is_a_step_of_its_own_to_undo(graph):
+    send(graph, start(4), layer(0, 4, 0.02))
+    graph.evaluate(
+        """() => {
+            window.app.graph.getNodeById(1).title = 'older step'
+            window.app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()
+        }"""
+    )
+    point(graph, 2, 4, click=True)
+    graph.get_by_role("button", name="Add to keep").click()
+    assert graph.evaluate(_KEEP) == r"^double_blocks\.2\.img_attn\.qkv\.weight$"
+    graph.keyboard.press("Control+z")
+    graph.wait_for_function(f"() => ({_KEEP})() === ''")
+    assert graph.evaluate("() => window.app.graph.getNodeById(1).title") == "older step"
+
+
+def test_a_rule_finds_configure_from_inside_a_subgraph(graph):
+    outer, inner = graph.evaluate(
+        """(id) => {
+            const {graph, canvas} = window.app
+            const {node} = graph.convertToSubgraph(new Set([graph.getNodeById(id)]))
+            canvas.setGraph(node.subgraph)
+            return [node.id, node.subgraph._nodes[0].id]
+        }""",
+        QUANTIZE,
+    )
+    graph.locator(".lr-progress").wait_for(state="visible")
+    send(graph, start(4), layer(0, 4, 0.02), node=f"{outer}:{inner}")
+    point(graph, 2, 4, click=True)
+    graph.get_by_role("button", name="Add to keep").click()
+    assert graph.evaluate(_KEEP.replace("app.graph", "app.rootGraph")) == r"^double_blocks\.2\.img_attn\.qkv\.weight$"
+
+
 def test_the_keyboard_reaches_everything(graph):
     send(graph, start(6), layer(0, 6, 0.02))
     strip = graph.get_by_role("slider", name="Layers")
