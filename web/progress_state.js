@@ -245,15 +245,19 @@ function errorWords({ error, output_error = null, gain = null }, rounding) {
 
 /** A line for each way in which layers are stored: [{kind, label, count}], in the order in which they come. */
 export function legend(cells) {
-  const entries = new Map();
+  const found = []; // a cell of each way, and how many there are; words are made for these alone
   for (const cell of cells) {
-    const [kind, label] = KINDS[cell.state](cell);
-    const entry = entries.get(label) ?? { kind, label, count: 0 };
-    entry.count += 1;
-    entries.set(label, entry);
+    const same = found.find(({ like }) => STORED.every((key) => like[key] === cell[key]));
+    if (same) same.count += 1;
+    else found.push({ like: cell, count: 1 });
   }
-  return [...entries.values()];
+  return found.map(({ like, count }) => {
+    const [kind, label] = KINDS[like.state](like);
+    return { kind, label, count };
+  });
 }
+
+const STORED = ["state", "format", "granularity"];
 
 const KINDS = {
   planned: () => ["planned", "to do"],
@@ -262,9 +266,9 @@ const KINDS = {
   quantized: (cell) => [cell.format, labelOf(cell)],
 };
 
-/** How strongly a cell is coloured, 0.6 to 1: the more of nearest's error is gone, the stronger. */
+/** How strongly a cell is coloured, 0.4 to 1: the more of nearest's error is gone, the stronger. */
 export function shade({ gain }) {
-  return 1 - 0.4 * Math.min(1, Math.max(0, ((gain ?? 1) - 0.4) / 0.6));
+  return 1 - 0.6 * Math.min(1, Math.max(0, ((gain ?? 1) - 0.4) / 0.6));
 }
 
 /** The keep pattern of Configure Quantization that finds this layer alone. */

@@ -189,7 +189,7 @@ test("an error before rounding is told only where it is known", () => {
 });
 
 test("colours are the stronger the more of nearest's error is gone", () => {
-  assert.deepEqual([{ gain: null }, { gain: 1 }, { gain: 0.7 }, { gain: 0.4 }, { gain: 0.1 }].map(state.shade), [0.6, 0.6, 0.8, 1, 1]);
+  assert.deepEqual([{ gain: null }, { gain: 1 }, { gain: 0.7 }, { gain: 0.4 }, { gain: 0.1 }].map(state.shade).map(state.formatGain), ["0.40×", "0.40×", "0.70×", "1.00×", "1.00×"]);
 });
 
 test("a keep rule finds its layer alone", () => {

@@ -1,16 +1,20 @@
 """The widgets in real pages: what a real run and synthetic events show, in either kind of nodes, on every host."""
 
 import contextlib
+import io
 import os
 import random
 import re
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import TimeoutError
 
 from learned_rounding.hosts.browser import load_workflow, queue_prompt, visit
+from learned_rounding.quant_core import FORMATS
 
 pytestmark = pytest.mark.browser
 
@@ -61,12 +65,14 @@ _SLOTS = """([origin, name, target]) => {
     return [at(from.getConnectionPos(false, slot)), at(find(target).getConnectionPos(true, 0))]
 }"""
 
-# Cells stand in one row. A filled cell has one colour inside, a hatched one has gaps.
+# Cells stand in one row. A filled cell has one colour inside, a hatched one has gaps, one that is to do nothing above its foot.
 _CELLS = """(canvas, count) => Array.from({length: count}, (_, index) => {
     const side = canvas.width / count
     const {data} = canvas.getContext('2d').getImageData(Math.ceil(index * side) + 1, 4, Math.floor(side) - 5, canvas.height - 12)
     const pixels = Array.from({length: data.length / 4}, (_, pixel) => [...data.slice(4 * pixel, 4 * pixel + 4)])
-    return [new Set(pixels.map(String)).size === 1 ? 'filled' : 'hatched', pixels[0]]
+    const upper = pixels.slice(0, pixels.length / 2)
+    const kind = upper.every(([, , , alpha]) => alpha === 0) ? 'to do' : new Set(pixels.map(String)).size === 1 ? 'filled' : 'hatched'
+    return [kind, pixels[0]]
 })"""
 
 # [text, contrast ratio of WCAG 2] of all visible text; colours of canvas pixels, whatever notation they come in.
@@ -149,7 +155,7 @@ def node_box(page, node=QUANTIZE):
 
 
 def cells(page, count):
-    """What is painted where each of ``count`` cells is: ("filled" or "hatched", its colour in RGBA)."""
+    """What is painted where each of ``count`` cells is: ("filled", "hatched" or "to do", its colour in RGBA)."""
     return [tuple(cell) for cell in page.locator(".lr-cells").evaluate(_CELLS, count)]
 
 
@@ -327,11 +333,11 @@ def test_the_strip_shows_format_gain_and_what_is_kept(graph):
     kept = ["txt_in.weight", "img_in.weight"]
     send(graph, start(6, kept), layer(0, 6, 0.02, **learned), layer(1, 6, 0.02), layer(2, 6, 0.02, **float8, **learned), nan)
     painted = cells(graph, 8)
-    assert [kind for kind, _ in painted] == ["hatched"] * 2 + ["filled"] * 3 + ["hatched"] + ["filled"] * 2
-    (*strong, alpha), (*weak, faint) = painted[2][1], painted[3][1]
-    assert alpha == 255 and faint == pytest.approx(0.6 * 255, abs=2)
-    assert strong == pytest.approx(weak, abs=3), "one format, one colour"
-    assert painted[4][1] != painted[2][1] and painted[6][1] == painted[7][1] != painted[2][1]
+    assert [kind for kind, _ in painted] == ["hatched"] * 2 + ["filled"] * 3 + ["hatched"] + ["to do"] * 2
+    (*strong, alpha), (*weak, other_alpha) = painted[2][1], painted[3][1]
+    assert alpha == other_alpha == 255
+    assert weak == pytest.approx([0.4 * colour + 0.6 * 0x8C for colour in strong], abs=2), "one format, one colour, more or less grey"
+    assert painted[4][1] != painted[2][1]
     assert panel(graph)["legend"] == (
         "kept 2 int8_tensorwise per row 2 float8_e4m3fn per tensor 1 kept (NaN or Inf) 1 to do 2"
     )
@@ -468,6 +474,80 @@ def test_names_and_contrast_in_both_themes(graph, theme):
     graph.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
 
 
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_every_cell_stands_out_from_either_theme(graph, theme):
+    """By what is on the screen, three to one (WCAG 2, 1.4.11)."""
+    graph.evaluate("(theme) => window.app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
+    learned = {"solver": "sequential", "gain": 0.4, "output_error": 0.01}
+    formats = [*FORMATS, "a_format_of_a_later_release"]
+    count = 2 * len(formats) + 2
+    nan = {"state": "kept", "name": NAME.format(0), "shape": [64, 64], "reason": "holds NaN"}
+    quantized = [
+        layer(2 * place + index, count, 0.02, format=format, granularity="row", **more)
+        for place, format in enumerate(formats)
+        for index, more in enumerate([learned, {}], 1)
+    ]
+    send(graph, start(count, ["txt_in.weight"]), nan, *quantized)
+    graph.mouse.move(2, 2)
+    strip = graph.locator(".lr-strip").bounding_box()
+    ground = pixels(graph, {"x": strip["x"] + 3, "y": strip["y"] - 3, "width": 4, "height": 2})[0]
+    width = strip["width"] / (count + 1)
+    states = ["kept", "refused", *(f"{format} {how}" for format in formats for how in ("strong", "weak")), "to do"]
+    ratios = {
+        state: max(contrast(pixel, ground) for pixel in pixels(graph, {**strip, "x": strip["x"] + place * width + 1, "width": width - 2}))
+        for place, state in enumerate(states)
+    }
+    legend = graph.locator(".lr-legend").bounding_box()  # of one line; the others are in its tooltip
+    boxes = [element.bounding_box() for element in graph.locator(".lr-swatch").all()]
+    swatches = [box for box in boxes if box["y"] + box["height"] < legend["y"] + legend["height"] and box["x"] < legend["x"] + legend["width"] - 10]
+    ratios |= {f"swatch {place}": max(contrast(pixel, ground) for pixel in pixels(graph, box)) for place, box in enumerate(swatches)}
+    assert len(ratios) > count and {state: ratio for state, ratio in ratios.items() if ratio < 3} == {}
+    graph.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+
+def pixels(page, clip):
+    """The colours, 0 to 255, of what is seen there."""
+    with Image.open(io.BytesIO(page.screenshot(clip=clip))) as image:
+        return np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()
+
+
+def contrast(one, other):
+    """The ratio of WCAG 2."""
+    linear = [[part / 255 / 12.92 if part <= 10.31 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in each] for each in (one, other)]
+    low, high = sorted(0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in linear)
+    return (high + 0.05) / (low + 0.05)
+
+
+# Counts the cells that each frame paints.
+_COUNT = """() => {
+    const paint = CanvasRenderingContext2D.prototype.clearRect
+    let frame = 0
+    window.painted = []
+    const count = () => { window.painted.push(frame); frame = 0; window.counting = requestAnimationFrame(count) }
+    count()
+    CanvasRenderingContext2D.prototype.clearRect = function (...area) {
+        if (this.canvas.className === 'lr-cells') frame += 1
+        return paint.apply(this, area)
+    }
+    window.stopCounting = () => {
+        cancelAnimationFrame(window.counting)
+        CanvasRenderingContext2D.prototype.clearRect = paint
+        return window.painted
+    }
+}"""
+
+
+def test_a_frame_paints_a_part_of_many_cells(graph):
+    graph.evaluate(_COUNT)
+    send(graph, start(2000), layer(0, 2000, 0.01), layer(1999, 2000, 0.01))
+    graph.wait_for_function("() => window.painted.reduce((sum, count) => sum + count, 0) >= 2000")
+    graph.evaluate(_FRAMES)
+    counts = [count for count in graph.evaluate("() => window.stopCounting()") if count]
+    assert max(counts) <= 400 and sum(counts) == 2000, counts
+    with_colour = "(canvas) => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.filter((_, at) => at % 4 === 3).some(Boolean)"
+    assert graph.locator(".lr-cells").evaluate(with_colour)
+
+
 def test_one_panel_through_collapse_copy_and_subgraph(graph):
     send(graph, start(4), layer(0, 4, 0.02))
     graph.evaluate("(id) => window.app.graph.getNodeById(id).collapse()", QUANTIZE)
@@ -476,7 +556,7 @@ def test_one_panel_through_collapse_copy_and_subgraph(graph):
     graph.evaluate("(id) => window.app.graph.getNodeById(id).collapse()", QUANTIZE)
     graph.locator(".lr-progress").wait_for(state="visible")
     assert panel(graph)["count"] == "50 % · 2 / 4"
-    assert [kind for kind, _ in cells(graph, 4)] == ["filled"] * 4
+    assert [kind for kind, _ in cells(graph, 4)] == ["filled"] * 2 + ["to do"] * 2
 
     copied = graph.evaluate(
         """(id) => {
