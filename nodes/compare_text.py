@@ -19,7 +19,7 @@ class CompareTextEncoders(io.ComfyNode):
             node_id="LearnedRoundingCompareText",
             display_name="Compare Text Encoders",
             description="How far is this text encoder from full precision? Encodes prompts with both CLIPs and compares the conditioning.",
-            search_aliases=["snr", "cosine", "quality", "t5", "clip", "fp8", "int8", "quantize"],
+            search_aliases=["snr", "cosine", "quality", "t5", "clip"],
             inputs=[
                 io.Clip.Input("reference", tooltip="The full-precision CLIP."),
                 io.Clip.Input("compared", tooltip="The quantized CLIP."),

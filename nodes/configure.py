@@ -32,7 +32,7 @@ class ConfigureQuantization(io.ComfyNode):
             node_id="LearnedRoundingConfigure",
             display_name="Configure Quantization",
             description="What to make of a model: format, keep list and rounding.",
-            search_aliases=["fp8", "int8", "convrot", "quantize", "convert", "recipe"],
+            search_aliases=["convrot", "recipe"],
             inputs=[
                 widget(
                     io.Combo,

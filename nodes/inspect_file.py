@@ -19,7 +19,7 @@ class Inspect(io.ComfyNode):
             node_id="LearnedRoundingInspect",
             display_name="Inspect",
             description="What is in this file, which layers are quantized and how, and will stock ComfyUI load it? Reads the header only.",
-            search_aliases=["file", "format", "metadata", "header", "fp8", "int8", "quantize"],
+            search_aliases=["file", "format", "metadata", "header"],
             inputs=[
                 widget(
                     io.Combo,

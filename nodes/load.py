@@ -22,7 +22,7 @@ class LoadModel(io.ComfyNode):
             node_id="LearnedRoundingLoadModel",
             display_name="Load Model (Learned Rounding)",
             description="Choose a full-precision model file to quantize. Nothing is loaded into memory: layers stream from disk when they are quantized.",
-            search_aliases=["load", "file", "quantize", "fp8", "int8", "convert"],
+            search_aliases=["load", "file"],
             inputs=[
                 widget(
                     io.Combo,

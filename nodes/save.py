@@ -18,7 +18,7 @@ class SaveQuantized(io.ComfyNode):
             node_id="LearnedRoundingSave",
             display_name="Save Quantized",
             description="Keep a quantized model as a file that ComfyUI's own loaders find, and verify that they read it. Nothing is ever overwritten.",
-            search_aliases=["save", "export", "verify", "fp8", "int8", "convert", "quantize"],
+            search_aliases=["save", "export", "verify"],
             inputs=[
                 QuantizedType.Input("quantized", tooltip="From Learned Round Quantize."),
                 widget(

@@ -1,7 +1,7 @@
 """The node schema across ComfyUI releases: options that a release does not know are left out."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from comfy_api.latest import io
@@ -17,6 +17,8 @@ OptionsType = io.Custom("LEARNED_ROUNDING_OPTIONS")
 RecipeType = io.Custom("LEARNED_ROUNDING_RECIPE")
 QuantizedType = io.Custom("LEARNED_ROUNDING_QUANTIZED")
 CalibrationType = io.Custom("LEARNED_ROUNDING_CALIBRATION")
+
+_WANTED = ("fp8", "int8", "convert", "quantize")
 
 # Added to ComfyUI after the oldest release we support; they only refine how a node looks.
 _NEWER = ("advanced", "search_aliases", "essentials_category")
@@ -46,9 +48,9 @@ def widget(kind, matters_for: list[dict] | None = None, **options):
     return made
 
 
-def schema(**options):
-    """A node schema, with the options this ComfyUI knows."""
-    return _make(io.Schema, {"category": CATEGORY, **options})
+def schema(search_aliases: Sequence[str] = (), **options):
+    """A node schema, with the options this ComfyUI knows. Every node is found by what users want and by ``search_aliases``."""
+    return _make(io.Schema, {"category": CATEGORY, "search_aliases": [*search_aliases, *_WANTED], **options})
 
 
 def checked(check: Callable, *values) -> bool | str:

@@ -10,13 +10,15 @@ import { addTextWidget, showText } from "./text_widget.js";
 const PROGRESS_EVENT = "learned_rounding.progress";
 const PROGRESS_ROUTE = "/learned_rounding/progress";
 
+const FILE = { width: 440 }; // for the name of a file and its folder
+
 const WIDGETS = {
   LearnedRoundingQuantize: (node) => addProgressWidget(node, "quantize"),
   LearnedRoundingCalibrate: (node) => addProgressWidget(node, "calibrate"),
   LearnedRoundingCalibrateText: (node) => addProgressWidget(node, "calibrate"),
-  LearnedRoundingLoadModel: (node) => addTextWidget(node, "What the file holds appears here after a run."),
-  LearnedRoundingLoadQuantized: (node) => addTextWidget(node, "The file's formats, and what runs them, appear here after a run."),
-  LearnedRoundingLoadCalibration: (node) => addTextWidget(node, "What the calibration holds appears here after a run.", { lines: 8 }),
+  LearnedRoundingLoadModel: (node) => addTextWidget(node, "What the file holds appears here after a run.", FILE),
+  LearnedRoundingLoadQuantized: (node) => addTextWidget(node, "The file's formats, and what runs them, appear here after a run.", FILE),
+  LearnedRoundingLoadCalibration: (node) => addTextWidget(node, "What the calibration holds appears here after a run.", { lines: 8, ...FILE }),
   LearnedRoundingSaveCalibration: (node) => addTextWidget(node, "The saved file's path appears here after a run.", { lines: 3 }),
   LearnedRoundingSave: (node) => addTextWidget(node, "The saved file's path, and how it was verified, appear here after a run.", { lines: 6 }),
   LearnedRoundingInspect: (node) => addTextWidget(node, "What the file holds appears here after a run.", { lines: 16, width: 480 }),
