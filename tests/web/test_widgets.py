@@ -57,12 +57,16 @@ _REACHED = "(count) => Number(document.querySelector('.lr-count')?.innerText.mat
 # Where an output of a node and the first input of another are.
 _SLOTS = """([origin, name, target]) => {
     const {canvas} = window.app
+    const find = (type) => window.app.graph._nodes.find((node) => node.type === type)
+    const [from, to] = [find(origin), find(target)]
+    const slot = from.outputs.findIndex((output) => output.name === name)
+    if (window.LiteGraph.vueNodesMode) return [[from, 'out', slot], [to, 'in', 0]].map(([{id}, way, slot]) => {
+        const {left, top, width, height} = document.querySelector(`[data-slot-key="${id}-${way}-${slot}"]`).getBoundingClientRect()
+        return [left + width / 2, top + height / 2]
+    })
     const {left, top} = canvas.canvas.getBoundingClientRect()
     const at = (point) => canvas.ds.convertOffsetToCanvas(point).map((value, axis) => value + [left, top][axis])
-    const find = (type) => window.app.graph._nodes.find((node) => node.type === type)
-    const from = find(origin)
-    const slot = from.outputs.findIndex((output) => output.name === name)
-    return [at(from.getConnectionPos(false, slot)), at(find(target).getConnectionPos(true, 0))]
+    return [at(from.getConnectionPos(false, slot)), at(to.getConnectionPos(true, 0))]
 }"""
 
 # Cells stand in one row. A filled cell has one colour inside, a hatched one has gaps, one that is to do nothing above its foot.
@@ -200,23 +204,65 @@ def test_a_real_run_from_start_to_file(graph, model_file, workflow):
     assert Path(path).is_file() and Path(path).suffix == ".safetensors" and verified.startswith("Verified: ")
 
 
-def test_a_node_from_the_menu_is_connected_and_runs(page, workflow):
-    """By mouse and keyboard alone, as a user does it."""
-    if page.vue_nodes:
-        pytest.skip("nodes are connected the same way, by slots of the page")
-    graph = workflow(seed=random.randrange(1 << 31))
+RIGHT = 1310, 600  # of all nodes, where these tests have them
+
+
+@pytest.fixture
+def unfinished(page, workflow, model_file):
+    """The page with the workflow less its Learned Round Quantize, and nothing connected."""
+    os.utime(model_file[1])  # else the run is cached, and tells nothing
+    graph = workflow()
     graph["nodes"] = [node for node in graph["nodes"] if node["id"] != QUANTIZE]
     graph["links"] = []
     for node in graph["nodes"]:
         for slot in (*node["inputs"], *node["outputs"]):
             slot.update(dict.fromkeys({"link", "links"} & slot.keys()))
     load_workflow(page, graph)
-    page.evaluate("() => Object.assign(window.app.canvas.ds, {scale: 0.8, offset: [200, 200]}) && window.app.canvas.setDirty(true, true)")
+    page.evaluate(
+        """() => {
+            const {canvas, graph} = window.app
+            const [left, top] = [0, 1].map((axis) => Math.min(...graph._nodes.map(({pos}) => pos[axis])))
+            Object.assign(canvas.ds, {scale: 0.7, offset: [180 / 0.7 - left, 160 / 0.7 - top]})
+            canvas.setDirty(true, true)
+        }"""
+    )
     page.evaluate(_FRAMES)
-    place = 1250, 600  # right of all nodes, as they lie now
-    page.mouse.move(*place)
+    return page
+
+
+def drag(page, start, end):
+    """As a hand does: with time for a frame in between, in which the page sees what is under the pointer."""
+    page.mouse.move(*start)
+    page.evaluate(_FRAMES)
+    page.mouse.down()
+    page.evaluate(_FRAMES)
+    for part in (0.1, 0.5, 1.0):
+        page.mouse.move(*(one + part * (other - one) for one, other in zip(start, end, strict=True)), steps=4)
+        page.evaluate(_FRAMES)
+    page.mouse.up()
+
+
+def connect_and_run(page):
+    for origin, slot, target in (
+        ("LearnedRoundingLoadModel", "source", "LearnedRoundingQuantize"),
+        ("LearnedRoundingQuantize", "quantized", "LearnedRoundingSave"),
+    ):
+        page.evaluate(_FRAMES)
+        drag(page, *page.evaluate(_SLOTS, [origin, slot, target]))
+        page.wait_for_function(
+            "(type) => window.app.graph._nodes.find((node) => node.type === type).inputs[0].link != null", arg=target
+        )
+    assert queue_prompt(page)["type"] == "execution_success"
+    page.locator(".lr-progress[data-state=done]").wait_for()
+    assert "layers in" in panel(page)["second"]
+
+
+def test_a_node_from_the_menu_is_connected_and_runs(unfinished):
+    """By mouse and keyboard alone, as a user does it."""
+    page = unfinished
+    page.mouse.move(*RIGHT)
     for _ in range(10):  # a page that is still settling takes no notice of a click
-        page.mouse.dblclick(*place)
+        page.mouse.dblclick(*RIGHT)
         with contextlib.suppress(TimeoutError):
             page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'", timeout=3000)
             break
@@ -225,33 +271,32 @@ def test_a_node_from_the_menu_is_connected_and_runs(page, workflow):
     page.keyboard.press("Enter")
     page.wait_for_function("() => window.app.graph._nodes.length === 4")
     page.evaluate(_FRAMES)
-    page.mouse.move(place[0] + 5, place[1] + 5)
+    page.mouse.move(RIGHT[0] + 5, RIGHT[1] + 5)
     page.evaluate(_FRAMES)
     for _ in range(10):  # newer pages carry the node until a click
-        page.mouse.click(*place)
+        page.mouse.click(*RIGHT)
         with contextlib.suppress(TimeoutError):
             page.wait_for_function("() => window.app.graph._nodes.every((node) => !node.flags.ghost)", timeout=3000)
             break
     page.locator(".lr-progress").wait_for(state="visible")
-    for origin, slot, target in (
-        ("LearnedRoundingLoadModel", "source", "LearnedRoundingQuantize"),
-        ("LearnedRoundingQuantize", "quantized", "LearnedRoundingSave"),
-    ):
-        page.evaluate(_FRAMES)
-        start, end = page.evaluate(_SLOTS, [origin, slot, target])
-        page.mouse.move(*start)
-        page.evaluate(_FRAMES)
-        page.mouse.down()
-        page.evaluate(_FRAMES)
-        page.mouse.move(*end, steps=8)
-        page.evaluate(_FRAMES)
-        page.mouse.up()
-        page.wait_for_function(
-            "(type) => window.app.graph._nodes.find((node) => node.type === type).inputs[0].link != null", arg=target
-        )
-    assert queue_prompt(page)["type"] == "execution_success"
-    page.locator(".lr-progress[data-state=done]").wait_for()
-    assert "layers in" in panel(page)["second"]
+    connect_and_run(page)
+
+
+def test_a_node_dragged_from_the_library_is_connected_and_runs(unfinished):
+    page = unfinished
+    page.locator(".node-library-tab-button").click()
+    page.get_by_placeholder("Search").first.fill("Learned Round Quantize")
+    entry = page.locator(".group\\/tree-node").get_by_text("Learned Round Quantize")
+    entry.wait_for()
+    box = entry.bounding_box()
+    drag(page, (box["x"] + 20, box["y"] + box["height"] / 2), RIGHT)
+    page.wait_for_function("() => window.app.graph._nodes.length === 4")
+    page.locator(".node-library-tab-button").click()
+    entry.wait_for(state="hidden")
+    page.locator(".lr-progress").wait_for(state="visible")
+    left, top, right, bottom = node_box(page, page.evaluate("() => window.app.graph._nodes.at(-1).id"))
+    assert left - 40 < RIGHT[0] < right and top - 60 < RIGHT[1] < bottom
+    connect_and_run(page)
 
 
 def test_waits_then_follows_the_layers(graph):
@@ -343,10 +388,7 @@ def test_the_strip_shows_format_gain_and_what_is_kept(graph):
     )
     before = graph.locator(".lr-cells").evaluate("(canvas) => canvas.width")
     _, _, right, below = node_box(graph)
-    graph.mouse.move(right - 4, below - 4)
-    graph.mouse.down()
-    graph.mouse.move(right + 100, below, steps=4)
-    graph.mouse.up()
+    drag(graph, (right - 4, below - 4), (right + 100, below))
     graph.wait_for_function("(before) => document.querySelector('.lr-cells').width > before + 100", arg=before)
     assert cells(graph, 8)[2:5] == painted[2:5] and [kind for kind, _ in cells(graph, 8)] == [kind for kind, _ in painted]
 
@@ -367,6 +409,38 @@ def test_pointing_at_a_layer_shows_its_card(graph):
     assert panel(graph)["card"][:3] == ["txt_in.weight", "32×64", "kept in full precision: first layer"]
     graph.locator(".lr-count").hover()
     assert panel(graph)["card"] == [] and len(panel(graph)["worst"]) == 1
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.7])
+def test_the_pointer_finds_cells_at_any_zoom(graph, scale):
+    graph.evaluate(
+        """([scale, id]) => {
+            const {canvas, graph} = window.app
+            const [x, y] = graph.getNodeById(id).pos
+            Object.assign(canvas.ds, {scale, offset: [120 / scale - x, 120 / scale - y]})
+            canvas.setDirty(true, true)
+        }""",
+        [scale, QUANTIZE],
+    )
+    graph.evaluate(_FRAMES)
+    kept = [f"kept.{index}.weight" for index in range(40)]
+    send(graph, start(260, kept), layer(0, 260, 0.02))  # several rows
+    strip = graph.locator(".lr-strip")
+    rows, columns = strip.evaluate(
+        """async (root) => {
+            const {layout} = await import('/extensions/learned_rounding/progress_state.js')
+            const shape = layout(300, root.clientWidth, root.clientHeight)
+            return [shape.rows, shape.columns]
+        }"""
+    )
+    assert rows > 1
+    box = strip.bounding_box()
+    assert box["width"] == pytest.approx(scale * strip.evaluate("(root) => root.clientWidth"), rel=0.02)
+    for index in (0, columns - 1, columns, 299):
+        row, column = divmod(index, columns)
+        graph.mouse.move(box["x"] + (column + 0.5) * box["width"] / columns, box["y"] + (row + 0.5) * box["height"] / rows)
+        graph.evaluate(_FRAMES)
+        assert panel(graph)["card"][0] == (kept[index] if index < 40 else NAME.format(index - 40)), (scale, index)
 
 
 def test_a_click_copies_a_keep_rule_and_a_button_applies_it(graph):
@@ -467,6 +541,11 @@ def test_names_and_contrast_in_both_themes(graph, theme):
     graph.locator(".lr-count").hover()
     graph.get_by_role("slider").press("Escape")
     assert {text: ratio for text, ratio in graph.locator(".lr-progress").evaluate(_CONTRAST) if ratio < 4.5} == {}
+    texts = [text for panel in graph.locator(".lr-text").all() for text in panel.evaluate(_CONTRAST)]
+    assert len(texts) == 2 and {text: ratio for text, ratio in texts if ratio < 4.5} == {}, "that wait for a run"
+    graph.evaluate("() => window.app.graph._nodes.forEach((node) => node.onExecuted?.({text: ['what was found']}))")
+    texts = [text for panel in graph.locator(".lr-text").all() for text in panel.evaluate(_CONTRAST)]
+    assert [text for text, _ in texts] == ["what was found"] * 2 and all(ratio >= 4.5 for _, ratio in texts)
     roles = graph.locator(".lr-progress").evaluate(
         "(root) => [...root.querySelectorAll('[tabindex], button, [role=progressbar]')].map((one) => [one.tagName, one.title || one.ariaLabel])"
     )
