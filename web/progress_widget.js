@@ -218,7 +218,7 @@ class ProgressPanel {
       list.value = [...lines, this.#rule].join("\n");
       list.callback?.(list.value);
       configure.setDirtyCanvas(true, true);
-      app.extensionManager.workflow.activeWorkflow?.changeTracker?.checkState(); // a step of its own to undo
+      noteStep();
     }
     setText(this.notice, `${known ? "Already in" : "Added to"} keep of ${configure.title}`, this.#rule);
   }
@@ -234,6 +234,12 @@ function button(text, title, onClick) {
   const made = element("button", "lr-button", [text], { type: "button", title, hidden: "" });
   made.addEventListener("click", onClick);
   return made;
+}
+
+/** Make what was changed a step of its own to undo; newer frontends have another name for it. */
+function noteStep() {
+  const tracker = app.extensionManager.workflow.activeWorkflow?.changeTracker;
+  (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
 }
 
 /** The Configure Quantization whose recipe a node takes and whose keep list is its own, if there is one. */

@@ -149,12 +149,12 @@ def test_workflows_that_are_opened_undone_and_copied(graph, workflow):
     assert copied != CONFIGURE and shown(graph, copied) == measured
     choose(graph, copied, format="float8_e5m2")
     assert (shown(graph, copied), shown(graph)) == (ALWAYS | {"layer_config"}, measured)
-    graph.evaluate("() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+    graph.evaluate("() => window.noteStep()")
     choose(graph, format="int8_tensorwise")
     graph.evaluate(
         """async (id) => {
             const {changeTracker} = window.app.extensionManager.workflow.activeWorkflow
-            changeTracker.checkState()
+            window.noteStep()
             await changeTracker.undo()
             window.app.graph.getNodeById(id).showAdvanced = true
         }""",

@@ -481,7 +481,7 @@ def test_adding_a_rule_is_a_step_of_its_own_to_undo(graph):
     graph.evaluate(
         """() => {
             window.app.graph.getNodeById(1).title = 'older step'
-            window.app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()
+            window.noteStep()
         }"""
     )
     point(graph, 2, 4, click=True)
@@ -703,7 +703,7 @@ def test_reloaded_and_further_pages_show_the_whole_run_and_can_cancel_it(comfy, 
             """async (id) => {
                 const {changeTracker} = window.app.extensionManager.workflow.activeWorkflow
                 window.app.graph.getNodeById(id).title = 'renamed'
-                changeTracker.checkState()
+                (changeTracker.captureCanvasState ?? changeTracker.checkState).call(changeTracker)
                 window.before = document.querySelector('.lr-progress')
                 await changeTracker.undo()
             }""",
@@ -721,5 +721,16 @@ def test_the_wheel_zooms_over_a_panel_too(graph):
     graph.wait_for_function("(before) => window.app.canvas.ds.scale > before", arg=before)
 
 
+# What the hosts' own frontends say in these tests, and why.
+HOST_SAYS = {
+    "files that a user may have": r"status of 404 .*/(user\.css|favicon\.ico|api/userdata\S*)\)$",
+    "no way to the internet": r"https://(api\.comfy\.org|huggingface\.co)/\S+ (violates|Refused|because)|https://huggingface\.co/\S+ Refused to connect",
+    "0.3.75 opens its page": r"graph that was never set up|^TypeError: Cannot read properties of undefined \(reading 'id'\)\s+at onChange \(\S*/assets/index-",
+    "0.33.0 opens its page": r"^ComfyApp graph accessed before|^\[ComfyUI\] The legacy queue/history menu|^\[MaskEditor\]|^\[subgraphNavigation\]",
+}
+
+
 def test_the_console_stays_quiet(graph):
-    assert [line for line in graph.problems if "learned_rounding" in line or "lr-" in line] == []
+    """Last in this file: of all that the tests before did to the page."""
+    ours = [line for line in graph.problems if "learned_rounding" in line or not any(re.search(said, line) for said in HOST_SAYS.values())]
+    assert ours == []
