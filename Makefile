@@ -46,7 +46,7 @@ test-quick: $(READY)
 	.venv/bin/pytest -m "not host and not browser" $(ARGS)
 
 faults: $(READY) hosts
-	.venv/bin/pytest tests/faults tests/fuzz tests/load tests/nodes/test_resume.py --thorough --faults-table $(ARGS)
+	.venv/bin/pytest tests/faults tests/fuzz tests/load tests/nodes/test_resume.py tests/nodes/test_save.py --thorough --faults-table $(ARGS)
 
 demo: $(READY) hosts
 	.venv/bin/python benchmarks/demo.py $(ARGS)

@@ -6,6 +6,8 @@ it is installed. ``floor`` is the least time that the card's peak and its memory
 ``memory``: quantizers and decoders, as a share of what copying as many bytes takes.
 ``block``: a double and a single block of Flux.1 (4096 + 512 tokens), milliseconds, eager and compiled.
 Times are of CUDA graphs: what the card takes, without the launches.
+
+``--profile "Flux.1 linear2" "int8 block"`` runs that layer alone, for a profiler: ``ncu --set full python benchmarks/kernels.py --profile …``.
 """
 
 import contextlib
@@ -103,6 +105,23 @@ def layer(name: str, weight: torch.Tensor):
     return run
 
 
+def tensors(tokens: int, out: int, inner: int) -> tuple[torch.Tensor, ...]:
+    """Inputs, weight and bias of a linear layer."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x = torch.randn(tokens, inner, generator=generator, device=DEVICE).to(DTYPE)
+    weight = torch.randn(out, inner, generator=generator, device=DEVICE).to(DTYPE) * inner**-0.5
+    return x, weight, torch.randn(out, generator=generator, device=DEVICE).to(DTYPE)
+
+
+def profile(shapes, wanted: str, name: str) -> None:
+    """Run one layer in one format three times, and nothing else that a profiler would show after them."""
+    shape = next(shape for model, part, *shape in shapes if f"{model} {part}" == wanted)
+    x, weight, bias = tensors(*shape)
+    run = layer(name, weight)
+    for _ in range(3):
+        run(x, bias)
+
+
 def rivals(x, weight, bias) -> dict:
     """Name → a call: comfy-kitchen's operators and torch's products, where they exist."""
     found = {}
@@ -132,10 +151,7 @@ def rivals(x, weight, bias) -> dict:
 
 def linear(model, part, tokens, out, inner) -> dict:
     """A linear layer in every format, beside its rivals."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    x = torch.randn(tokens, inner, generator=generator, device=DEVICE).to(DTYPE)
-    weight = torch.randn(out, inner, generator=generator, device=DEVICE).to(DTYPE) * inner**-0.5
-    bias = torch.randn(out, generator=generator, device=DEVICE).to(DTYPE)
+    x, weight, bias = tensors(tokens, out, inner)
     plain = microseconds(lambda: nn.functional.linear(x, weight, bias))
     row = {"section": "linear", "model": model, "layer": part, "shape": f"{tokens}×{out}×{inner}", "F.linear µs": plain}
     row["F.linear TFLOP/s"] = 2 * tokens * out * inner / plain / 1e6
@@ -222,8 +238,14 @@ def blocks(quick: bool) -> list[dict]:
 
 
 if __name__ == "__main__":
-    args = arguments(__doc__.partition("\n")[0])
+    args = arguments(
+        __doc__.partition("\n")[0],
+        ("--profile", {"nargs": 2, "metavar": ("LAYER", "FORMAT"), "help": 'run one layer for a profiler, as "Flux.1 proj" "int8 row"'}),
+    )
     shapes = QUICK if args.quick else SHAPES
+    if args.profile:
+        profile(shapes, *args.profile)
+        raise SystemExit
     rows = [linear(*shape) for shape in shapes]
     print()
     rows += [memory(*sides) for sides in dict.fromkeys((shape[2], shape[4]) for shape in shapes if shape[2] > 1)]

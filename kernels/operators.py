@@ -87,7 +87,8 @@ def _check_block_size(block_size: int) -> None:
     _check(isinstance(block_size, int) and block_size > 0, "The block size must be a positive integer, not {!r}.", block_size)
 
 
-def _check_rotation(inner: int, rotate_by: int) -> None:
+def _check_rotation(inner: int, rotate_by: int, block_size: int = 0) -> None:
+    _check(not (rotate_by and block_size), "Rotated channels are scaled per row or tensor; leave out rotate_by or block_size.")
     _check(rotate_by in (0, 16, 64, 256), "A rotation has groups of 16, 64 or 256 channels, not {}.", rotate_by)
     _check(not rotate_by or inner % rotate_by == 0, "Groups of {} do not divide {} channels.", rotate_by, inner)
 
@@ -195,9 +196,9 @@ def dequantize_weight(
         rotate_by: groups of input channels that are rotated back (ConvRot); 0 for none.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a rotation of blocks.
     """
-    _check_rotation(codes.shape[1], rotate_by)
+    _check_rotation(codes.shape[1], rotate_by, block_size or 0)
     return _dequantize_weight(codes, _checked_scale(codes, scale, block_size or 0), block_size or 0, rotate_by, dtype)
 
 
@@ -229,7 +230,7 @@ def scaled_linear(
     """
     _check(x.shape[-1] == codes.shape[1], "{} channels do not fit codes {}.", x.shape[-1], tuple(codes.shape))
     _check(bias is None or bias.shape == codes.shape[:1], "A bias does not fit codes {}.", tuple(codes.shape))
-    _check_rotation(codes.shape[1], rotate_by)
+    _check_rotation(codes.shape[1], rotate_by, block_size)
     scale = _checked_scale(codes, scale, block_size)
     flat = x.reshape(-1, x.shape[-1])
     out = _scaled_linear(flat, codes, scale, bias, block_size, rotate_by, out_dtype or x.dtype)

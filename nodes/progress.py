@@ -8,6 +8,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 
+from ..quant_core.errors import QuantizationError
 from ..quant_core.events import (
     CalibrationAdvanced,
     CalibrationFinished,
@@ -28,6 +29,13 @@ ROUTE = "/learned_rounding/progress"
 _WORST = 5
 _RUNS = 16  # whose messages are kept; 1 MB each for a model of 2,000 layers
 _TEXTS = 256  # that are kept, of nodes that show one
+
+
+def _reason(error: BaseException) -> str:
+    """What all pages may know of an error; ComfyUI tells the page that queued the run the rest."""
+    if isinstance(error, QuantizationError):
+        return host.without_folders(str(error))
+    return f"{type(error).__name__}: ComfyUI's log says more."
 
 
 def _finite(value: float) -> float | None:
@@ -187,4 +195,4 @@ class NodeProgress:
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:
-            self._send({"state": "stopped", "reason": "interrupted" if host.is_interrupt(error) else str(error)})
+            self._send({"state": "stopped", "reason": "interrupted" if host.is_interrupt(error) else _reason(error)})

@@ -17,10 +17,9 @@ def _encode(groups: torch.Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> 
 
     Ties go to even. Where a group holds NaN or Inf its scale is NaN or Inf, and so is all that is computed with it.
     """
-    largest = LARGEST[dtype]
     amax = groups.abs().amax(dims, keepdim=True).clamp_min(SMALLEST_AMAX)
-    inverse = torch.full_like(amax, largest) / amax  # a number divided by a tensor would be rounded twice
-    scaled = (groups * inverse).nan_to_num_(0.0).clamp_(-largest, largest)
+    largest = torch.full_like(amax, LARGEST[dtype])  # a number would be made a reciprocal: rounded twice
+    scaled = (groups * (largest / amax)).nan_to_num_(0.0).clamp_(-LARGEST[dtype], LARGEST[dtype])
     return (scaled.round_() if dtype is torch.int8 else scaled).to(dtype), amax / largest
 
 

@@ -1,7 +1,8 @@
 """The block-scaled product on SM 9.0, in Gluon: Triton with layouts, barriers and partitions of warps said by hand.
 
 In plain Triton the tensor cores wait while the ordinary cores scale the sums of a block. Here a third partition fetches
-codes, and two partitions have half of a tile's rows each: one scales its sums while the other one's are made.
+codes, and two partitions have half of a tile's rows each: one scales its sums while the other one's are made. Tiles are
+dealt out in rounds; where the last one would leave half of the card idle or more, its tiles are halved.
 """
 
 from typing import NamedTuple
@@ -18,11 +19,11 @@ __all__ = ["SHIPPED", "Specialized", "block_matmul", "busy"]
 
 
 class Specialized(NamedTuple):
-    """How the product is cut up; the attributes' product of rows and columns is a tile.
+    """How the product is cut up.
 
     Attributes:
         rows: of a tile; each of the two multiplying partitions has half of them.
-        part: columns that are summed at a time; a tile has four times as many.
+        part: columns that are summed at a time; a tile has four times as many, half a tile twice as many.
         inner: of a step.
         stages: steps that are fetched ahead.
     """
@@ -43,37 +44,43 @@ WARPS = 4  # of each multiplying partition
 
 
 @gluon.jit
-def _tile_of(index, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Row and column of a tile; neighbours share both, so that both stay in the L2 cache."""
+def _tile_of(unit, first, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr):
+    """Top row and left column of a unit of work: a tile of those from ``first`` on, or half of one.
+
+    Neighbours share rows and columns, so that both stay in the L2 cache.
+    """
     TALL: gl.constexpr = 8
+    HALVES: gl.constexpr = 4 // PARTS
+    index = first + unit // HALVES
     down, across = gl.cdiv(rows, ROWS), gl.cdiv(columns, COLUMNS)
     band = index // (TALL * across)
     height = gl.minimum(down - band * TALL, TALL)
     within = index % (TALL * across)
-    return band * TALL + within % height, within // height
+    column = within // height * COLUMNS + unit % HALVES * (COLUMNS // HALVES)
+    return (band * TALL + within % height) * ROWS, column
 
 
 @gluon.jit
 def _fetch(a, b, rings, sizes, constants: gl.constexpr):
     """The partition that asks for the blocks of every step, as soon as their place is free."""
     a_ring, b_ring, ready, free = rings
-    rows, columns, inner, _, _ = sizes
+    rows, columns, inner, first, units, _, _ = sizes
     ROWS: gl.constexpr = constants[3]
     COLUMNS: gl.constexpr = 4 * constants[4]
     INNER: gl.constexpr = constants[5]
     STAGES: gl.constexpr = constants[6]
+    PARTS: gl.constexpr = constants[7]
     steps = gl.cdiv(inner, INNER)
-    tiles = gl.cdiv(rows, ROWS) * gl.cdiv(columns, COLUMNS)
     step = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        down, across = _tile_of(tile, rows, columns, ROWS, COLUMNS)
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        top, left = _tile_of(unit, first, rows, columns, ROWS, COLUMNS, PARTS)
         for k in range(0, steps):
             slot = step % STAGES
             bar = ready.index(slot)
             mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
             mbarrier.expect(bar, a.block_type.nbytes + b.block_type.nbytes)
-            tma.async_copy_global_to_shared(a, [down * ROWS, k * INNER], bar, a_ring.index(slot))
-            tma.async_copy_global_to_shared(b, [across * COLUMNS, k * INNER], bar, b_ring.index(slot))
+            tma.async_copy_global_to_shared(a, [top, k * INNER], bar, a_ring.index(slot))
+            tma.async_copy_global_to_shared(b, [left, k * INNER], bar, b_ring.index(slot))
             step += 1
 
 
@@ -101,7 +108,7 @@ def _multiply(tensors, rings, sizes, HALF: gl.constexpr, constants: gl.constexpr
     """A partition that works on half of a tile's rows: while it scales sums, the other half has the tensor cores."""
     out, bias, input_scale, scale = tensors
     a_ring, b_ring, ready, free = rings
-    rows, columns, inner, input_scale_stride, scale_stride = sizes
+    rows, columns, inner, first, units, input_scale_stride, scale_stride = sizes
     INTEGER: gl.constexpr = constants[0]
     BLOCK: gl.constexpr = constants[1]
     HAS_BIAS: gl.constexpr = constants[2]
@@ -109,18 +116,18 @@ def _multiply(tensors, rings, sizes, HALF: gl.constexpr, constants: gl.constexpr
     PART: gl.constexpr = constants[4]
     INNER: gl.constexpr = constants[5]
     STAGES: gl.constexpr = constants[6]
+    PARTS: gl.constexpr = constants[7]
     COLUMNS: gl.constexpr = 4 * PART
     OWN: gl.constexpr = ROWS // 2
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
     kind: gl.constexpr = gl.int32 if INTEGER else gl.float32
     steps = gl.cdiv(inner, INNER)
-    tiles = gl.cdiv(rows, ROWS) * gl.cdiv(columns, COLUMNS)
     last_block = (columns - 1) // BLOCK
     step = 0
     part = gl.zeros([OWN, PART], kind, sums)
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        down, across = _tile_of(tile, rows, columns, ROWS, COLUMNS)
-        top, left = down * ROWS + HALF * OWN, across * COLUMNS
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        top, left = _tile_of(unit, first, rows, columns, ROWS, COLUMNS, PARTS)
+        top += HALF * OWN
         row = gl.minimum(top + gl.arange(0, OWN, gl.SliceLayout(1, sums)), rows - 1)
         total0 = gl.zeros([OWN, PART], gl.float32, sums)
         total1 = total0
@@ -132,24 +139,30 @@ def _multiply(tensors, rings, sizes, HALF: gl.constexpr, constants: gl.constexpr
             step_scale = scale + k * INNER // BLOCK
             s0 = own * gl.load(step_scale + gl.minimum(left // BLOCK, last_block) * scale_stride)
             s1 = own * gl.load(step_scale + gl.minimum((left + PART) // BLOCK, last_block) * scale_stride)
-            s2 = own * gl.load(step_scale + gl.minimum((left + 2 * PART) // BLOCK, last_block) * scale_stride)
-            s3 = own * gl.load(step_scale + gl.minimum((left + 3 * PART) // BLOCK, last_block) * scale_stride)
+            if PARTS == 4:
+                s2 = own * gl.load(step_scale + gl.minimum((left + 2 * PART) // BLOCK, last_block) * scale_stride)
+                s3 = own * gl.load(step_scale + gl.minimum((left + 3 * PART) // BLOCK, last_block) * scale_stride)
             mbarrier.wait(ready.index(slot), step // STAGES & 1)
             x, w = a_ring.index(slot).slice(HALF * OWN, OWN, 0), b_ring.index(slot)
             part = _sums(x, w, 0, part, PART)
             total0 += part.to(gl.float32) * s0[:, None]
             part = _sums(x, w, 1, part, PART)
-            total1 += part.to(gl.float32) * s1[:, None]
-            part = _sums(x, w, 2, part, PART)
-            total2 += part.to(gl.float32) * s2[:, None]
-            part = _sums(x, w, 3, part, PART)
+            if PARTS == 4:
+                total1 += part.to(gl.float32) * s1[:, None]
+                part = _sums(x, w, 2, part, PART)
+                total2 += part.to(gl.float32) * s2[:, None]
+                part = _sums(x, w, 3, part, PART)
             mbarrier.arrive(free.index(slot), count=1)
-            total3 += part.to(gl.float32) * s3[:, None]
+            if PARTS == 4:
+                total3 += part.to(gl.float32) * s3[:, None]
+            else:
+                total1 += part.to(gl.float32) * s1[:, None]
             step += 1
         _store(total0, out, bias, top, left, rows, columns, HAS_BIAS, OWN, PART)
         _store(total1, out, bias, top, left + PART, rows, columns, HAS_BIAS, OWN, PART)
-        _store(total2, out, bias, top, left + 2 * PART, rows, columns, HAS_BIAS, OWN, PART)
-        _store(total3, out, bias, top, left + 3 * PART, rows, columns, HAS_BIAS, OWN, PART)
+        if PARTS == 4:
+            _store(total2, out, bias, top, left + 2 * PART, rows, columns, HAS_BIAS, OWN, PART)
+            _store(total3, out, bias, top, left + 3 * PART, rows, columns, HAS_BIAS, OWN, PART)
 
 
 @gluon.jit
@@ -163,6 +176,8 @@ def _block_matmul(
     rows,
     columns,
     inner,
+    first,
+    units,
     input_scale_stride,
     scale_stride,
     INTEGER: gl.constexpr,
@@ -172,9 +187,10 @@ def _block_matmul(
     PART: gl.constexpr,
     INNER: gl.constexpr,
     STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
 ):
     a_ring = gl.allocate_shared_memory(a.dtype, [STAGES, ROWS, INNER], a.layout)
-    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, 4 * PART, INNER], b.layout)
+    b_ring = gl.allocate_shared_memory(b.dtype, [STAGES, PARTS * PART, INNER], b.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -183,8 +199,8 @@ def _block_matmul(
     hopper.fence_async_shared()
     tensors = (out, bias, input_scale, scale)
     rings = (a_ring, b_ring, ready, free)
-    sizes = (rows, columns, inner, input_scale_stride, scale_stride)
-    constants: gl.constexpr = (INTEGER, BLOCK, HAS_BIAS, ROWS, PART, INNER, STAGES)
+    sizes = (rows, columns, inner, first, units, input_scale_stride, scale_stride)
+    constants: gl.constexpr = (INTEGER, BLOCK, HAS_BIAS, ROWS, PART, INNER, STAGES, PARTS)
     gl.warp_specialize(
         [
             (_multiply, (tensors, rings, sizes, 0, constants)),
@@ -196,11 +212,20 @@ def _block_matmul(
     )
 
 
-def busy(rows: int, columns: int, device: torch.device) -> float:
-    """The share of the card that works while the last round of tiles does, over all rounds: 1 when they come out even."""
-    tiles = triton.cdiv(rows, SHIPPED.rows) * triton.cdiv(columns, SHIPPED.columns)
+def _rounds(rows: int, columns: int, device: torch.device) -> tuple[int, int, int]:
+    """How many tiles stay whole, how many are halved, and the processors that they are dealt out to."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return tiles / (triton.cdiv(tiles, processors) * processors)
+    tiles = triton.cdiv(rows, SHIPPED.rows) * triton.cdiv(columns, SHIPPED.columns)
+    last = tiles % processors
+    halved = last if 2 * last <= processors else 0
+    return tiles - halved, halved, processors
+
+
+def busy(rows: int, columns: int, device: torch.device) -> float:
+    """The share of the card that works, over all rounds of tiles: 1 when they come out even."""
+    whole, halved, processors = _rounds(rows, columns, device)
+    rounds = triton.cdiv(whole, processors) + (0.5 if halved else 0)
+    return (whole + halved) / (rounds * processors)
 
 
 def block_matmul(x, input_scale, codes, scale, bias, block_size: int, out_dtype, launch: Specialized) -> torch.Tensor:
@@ -208,29 +233,36 @@ def block_matmul(x, input_scale, codes, scale, bias, block_size: int, out_dtype,
     (rows, inner), columns = x.shape, codes.shape[0]
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
     dtype = gl.int8 if codes.dtype is torch.int8 else gl.float8e4nv
-    a_tile, b_tile = [launch.rows, launch.inner], [launch.columns, launch.inner]
-    a_layout, b_layout = (gl.NVMMASharedLayout.get_default_for(tile, dtype) for tile in (a_tile, b_tile))
-    tiles = triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    _block_matmul[(min(tiles, processors),)](
-        TensorDescriptor.from_tensor(x, a_tile, a_layout),
-        TensorDescriptor.from_tensor(codes, b_tile, b_layout),
-        out,
-        scale if bias is None else bias,
-        input_scale,
-        scale,
-        rows,
-        columns,
-        inner,
-        input_scale.stride(1),
-        scale.stride(0),
-        INTEGER=codes.dtype is torch.int8,
-        BLOCK=block_size,
-        HAS_BIAS=bias is not None,
-        ROWS=launch.rows,
-        PART=launch.part,
-        INNER=launch.inner,
-        STAGES=launch.stages,
-        num_warps=WARPS,
-    )
+    whole, halved, processors = _rounds(rows, columns, x.device)
+
+    def operand(matrix: torch.Tensor, height: int) -> TensorDescriptor:
+        tile = [height, launch.inner]
+        return TensorDescriptor.from_tensor(matrix, tile, gl.NVMMASharedLayout.get_default_for(tile, dtype))
+
+    for first, units, parts in ((0, whole, 4), (whole, 2 * halved, 2)):
+        if units:
+            _block_matmul[(min(units, processors),)](
+                operand(x, launch.rows),
+                operand(codes, parts * launch.part),
+                out,
+                scale if bias is None else bias,
+                input_scale,
+                scale,
+                rows,
+                columns,
+                inner,
+                first,
+                units,
+                input_scale.stride(1),
+                scale.stride(0),
+                INTEGER=codes.dtype is torch.int8,
+                BLOCK=block_size,
+                HAS_BIAS=bias is not None,
+                ROWS=launch.rows,
+                PART=launch.part,
+                INNER=launch.inner,
+                STAGES=launch.stages,
+                PARTS=parts,
+                num_warps=WARPS,
+            )
     return out

@@ -50,8 +50,9 @@ SHIPPED = {
     ),
     False: ((1, Launch(128, 128, 64, 8, 3)), (0, Launch(64, 64, 128, 4, 3))),
 }
+# The same for so few rows that fetching the weight is all there is to do.
 FEW_ROWS = 16
-SHIPPED_FEW_ROWS = Launch(16, 64, 128, 4, 4)
+SHIPPED_FEW_ROWS = ((1, Launch(FEW_ROWS, 128, 128, 4, 4)), (0, Launch(FEW_ROWS, 64, 256, 4, 4)))
 # How busy the specialized product must keep the card to be the faster one: by whether codes are integers.
 BUSY = {True: 0.8, False: 0.7}
 # What autotuning chooses from, besides the shipped one.
@@ -231,15 +232,14 @@ def _specialized(codes: torch.Tensor, rows: int, block_size: int) -> bool:
 def shipped_launch(inputs: torch.Tensor, codes: torch.Tensor, block_size: int, decode: bool):
     """The launch for these inputs (M, K) and codes (N, K), without measuring."""
     rows, columns = inputs.shape[0], codes.shape[0]
-    tma = not decode and _can_tma(inputs, codes)
-    if rows <= FEW_ROWS:
-        return SHIPPED_FEW_ROWS
+    few = rows <= FEW_ROWS
+    tma = not decode and not few and _can_tma(inputs, codes)
     if tma and _specialized(codes, rows, block_size):
         return hopper.SHIPPED
     processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
     return next(
         launch
-        for least, launch in SHIPPED[tma]
+        for least, launch in (SHIPPED_FEW_ROWS if few else SHIPPED[tma])
         if triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns) >= least * processors
     )
 

@@ -10,8 +10,10 @@ import triton.language as tl
 
 from ..reference import LARGEST, SMALLEST_AMAX
 
-__all__ = ["CONFIGS", "dequantize_weight", "quantize_inputs", "quantize_weight"]
+__all__ = ["CONFIGS", "SEPARATE", "dequantize_weight", "quantize_inputs", "quantize_weight"]
 
+# Products and sums are rounded one by one, as plain torch does: the codes are the same to the bit.
+SEPARATE = {"enable_fp_fusion": False}
 # Shipped launch configurations: kernel name → (constexpr values, warps).
 CONFIGS = {
     "quantize_blocks": ({"ROWS": 8, "COLUMNS": 512}, 4),
@@ -62,9 +64,9 @@ def decode_e4m3(bits):
 
 
 @triton.jit
-def encode(value, inverse, LARGEST: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
-    """Codes of values: int8, or the bits of float8_e4m3fn as uint8."""
-    scaled = tl.minimum(tl.maximum(value * inverse, -LARGEST), LARGEST)
+def encode(value, inverse, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
+    """Codes of values: int8, or the bits of float8_e4m3fn as uint8. No value is beyond the one that the scale is made for."""
+    scaled = value * inverse
     if INTEGER:
         code = (scaled + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
     elif NATIVE:
@@ -75,20 +77,42 @@ def encode(value, inverse, LARGEST: tl.constexpr, INTEGER: tl.constexpr, NATIVE:
 
 
 @triton.jit
-def rotate(value, SIZE: tl.constexpr, GROUP: tl.constexpr):
-    """Groups of GROUP neighbours of a flat float32 tile times the regular Hadamard matrix, a base-4 digit at a time.
+def _hadamard_times(value, ORDER: tl.constexpr):
+    """The regular Hadamard matrix of an order of 4 or 16 times columns of 16 values, in groups of that order, as float32.
 
-    H₄ takes x to (Σx)/2 − x reversed, and reversing four is exchanging neighbours and neighbouring pairs.
+    Its entries ±1/√ORDER are negative where an odd number of base-4 digits of row and column add up to three. Products of
+    16-bit floats with them are exact; a float32 counts as two bfloat16.
     """
-    span: tl.constexpr = GROUP // 4
-    fours = tl.reshape(value, [SIZE // GROUP, 2, 2, span])
-    pairs = tl.sum(fours, axis=2, keep_dims=True)
-    beside = pairs - fours
-    reverse = tl.sum(beside, axis=1, keep_dims=True) - beside
-    turned = tl.reshape(tl.sum(pairs, axis=1, keep_dims=True) * 0.5 - reverse, [SIZE])
-    if span > 1:
-        turned = rotate(turned, SIZE, span)
+    both = tl.arange(0, 16)[:, None] ^ tl.arange(0, 16)[None, :]
+    threes = both & (both >> 1)
+    matrix = tl.where(both < ORDER, 1 - 2 * ((threes ^ (threes >> 2)) & 1), 0).to(tl.float32) / (2 if ORDER == 4 else 4)
+    if value.dtype == tl.float32:
+        bits = value.to(tl.int32, bitcast=True)
+        high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        low = (value - (bits & -65536).to(tl.float32, bitcast=True)).to(tl.bfloat16)
+        matrix = matrix.to(tl.bfloat16)
+        turned = tl.dot(matrix, high, tl.dot(matrix, low))
+    else:
+        turned = tl.dot(matrix.to(value.dtype), value)
     return turned
+
+
+@triton.jit
+def rotate(value, SIZE: tl.constexpr, GROUP: tl.constexpr):
+    """Groups of GROUP neighbours of a flat tile times the regular Hadamard matrix, as float32.
+
+    Tensor cores do it, in two steps: H₂₅₆ = H₁₆⊗H₁₆, H₆₄ = H₄⊗H₁₆. Adding up in ordinary cores is bound by exchanges
+    between threads.
+    """
+    value = _hadamard_times(tl.trans(tl.reshape(value, [SIZE // 16, 16])), 16)
+    if GROUP == 16:
+        value = tl.trans(value)
+    else:
+        ORDER: tl.constexpr = GROUP // 16
+        value = tl.trans(tl.reshape(value, [16, SIZE // GROUP, ORDER]), 1, 0, 2)  # group, place in 16, which 16
+        value = _hadamard_times(tl.trans(tl.reshape(value, [SIZE // 16, 16])), ORDER)
+        value = tl.trans(tl.reshape(tl.trans(value), [SIZE // GROUP, 16, ORDER]), 0, 2, 1)
+    return tl.reshape(value, [SIZE])
 
 
 @triton.jit
@@ -113,7 +137,7 @@ def _quantize_blocks(
     value = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=live, other=0.0).to(tl.float32)
     blocks = tl.reshape(value, [ROWS, COLUMNS // WIDTH, WIDTH])
     step, inverse = code_scales(tl.max(magnitude(blocks), axis=2), LARGEST)
-    code = encode(blocks, inverse[:, :, None], LARGEST, INTEGER, NATIVE)
+    code = encode(blocks, inverse[:, :, None], INTEGER, NATIVE)
     tl.store(codes + row.to(tl.int64)[:, None] * columns + column[None, :], tl.reshape(code, [ROWS, COLUMNS]), mask=live)
     block = tl.program_id(1) * (COLUMNS // WIDTH) + tl.arange(0, COLUMNS // WIDTH)
     place = scale + block.to(tl.int64)[None, :] * scale_stride + row[:, None]
@@ -123,10 +147,10 @@ def _quantize_blocks(
 @triton.jit
 def _row_part(x, left, columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     column = left + tl.arange(0, COLUMNS)
-    value = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
+    value = tl.load(x + column, mask=column < columns, other=0.0)
     if GROUP:
         value = rotate(value, COLUMNS, GROUP)
-    return value
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -150,14 +174,14 @@ def _quantize_rows(
     if WHOLE:  # a row fits into a program
         value = _row_part(x, 0, columns, COLUMNS, GROUP)
         step, inverse = code_scales(tl.max(magnitude(value), axis=0), LARGEST)
-        tl.store(codes + column, encode(value, inverse, LARGEST, INTEGER, NATIVE), mask=column < columns)
+        tl.store(codes + column, encode(value, inverse, INTEGER, NATIVE), mask=column < columns)
     else:
         bits = tl.zeros([COLUMNS], tl.int32)
         for left in range(0, columns, COLUMNS):
             bits = tl.maximum(bits, magnitude(_row_part(x, left, columns, COLUMNS, GROUP)))
         step, inverse = code_scales(tl.max(bits, axis=0), LARGEST)
         for left in range(0, columns, COLUMNS):
-            code = encode(_row_part(x, left, columns, COLUMNS, GROUP), inverse, LARGEST, INTEGER, NATIVE)
+            code = encode(_row_part(x, left, columns, COLUMNS, GROUP), inverse, INTEGER, NATIVE)
             tl.store(codes + left + column, code, mask=left + column < columns)
     tl.store(scale + row, step)
 
@@ -192,7 +216,7 @@ def _quantize_tiles(
         live = (row < rows)[:, None] & (column < columns)[None, :]
         value = tl.load(weight + row[:, None] * stride + column[None, :], mask=live, other=0.0).to(tl.float32)
         place = codes + row[:, None] * columns + column[None, :]
-        tl.store(place, encode(value, inverse, LARGEST, INTEGER, NATIVE), mask=live)
+        tl.store(place, encode(value, inverse, INTEGER, NATIVE), mask=live)
 
 
 @triton.jit
@@ -216,12 +240,14 @@ def _dequantize(
     live = (row < rows)[:, None] & (column < columns)[None, :]
     code = tl.load(codes + row[:, None] * columns + column[None, :], mask=live, other=0)
     if INTEGER:
-        value = code.to(tl.float32)
+        value = code.to(tl.float16 if GROUP else tl.float32)  # which hold every code
+    elif NATIVE:
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:
-        if NATIVE:
-            value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        else:
-            value = decode_e4m3(code).to(tl.float32)
+        value = decode_e4m3(code)
+    if GROUP:  # before they are scaled: what is added up is exact
+        value = tl.reshape(rotate(tl.reshape(value, [ROWS * COLUMNS]), ROWS * COLUMNS, GROUP), [ROWS, COLUMNS])
+    value = value.to(tl.float32)
     if BLOCK:
         block = tl.program_id(1) * (COLUMNS // BLOCK) + tl.arange(0, COLUMNS // BLOCK)
         inside = (row < rows)[:, None] & (block * BLOCK < columns)[None, :]
@@ -229,8 +255,6 @@ def _dequantize(
         value = tl.reshape(tl.reshape(value, [ROWS, COLUMNS // BLOCK, BLOCK]) * step[:, :, None], [ROWS, COLUMNS])
     else:
         value *= tl.load(scale + row * row_scaled, mask=row < rows, other=0.0)[:, None]
-    if GROUP:
-        value = tl.reshape(rotate(tl.reshape(value, [ROWS * COLUMNS]), ROWS * COLUMNS, GROUP), [ROWS, COLUMNS])
     tl.store(weight + row[:, None] * columns + column[None, :], value.to(weight.dtype.element_ty), mask=live)
 
 
@@ -268,11 +292,12 @@ def dequantize_config(block_size: int) -> dict[str, int]:
     return {"ROWS": max(config["ROWS"] * config["COLUMNS"] // columns, 1), "COLUMNS": columns}
 
 
-def rows_config(columns: int) -> tuple[dict[str, object], int]:
-    """The configuration of quantize_rows for rows of that many columns."""
-    columns = triton.next_power_of_2(columns)
-    limit = 16384
-    return {"COLUMNS": min(columns, limit), "WHOLE": columns <= limit}, max(min(columns, limit) // 2048, 1)
+def rows_config(columns: int, group: int) -> tuple[dict[str, object], int]:
+    """The configuration of quantize_rows, and its warps, for rows of that many columns in rotated groups, or in none (0)."""
+    columns = max(triton.next_power_of_2(columns), 256)
+    if columns <= (16384 if group else 32768):  # what is rotated is exchanged through shared memory, of which cards have 99 KB
+        return {"COLUMNS": columns, "WHOLE": True}, max(columns // (4096 if group else 2048), 1)
+    return {"COLUMNS": 2048, "WHOLE": False}, 4
 
 
 def quantize_inputs(x: torch.Tensor, dtype: torch.dtype, block_size: int, rotate_by: int):
@@ -286,11 +311,11 @@ def quantize_inputs(x: torch.Tensor, dtype: torch.dtype, block_size: int, rotate
     if block_size:
         config, warps = blocks_config(block_size), CONFIGS["quantize_blocks"][1]
         grid = (triton.cdiv(rows, config["ROWS"]), triton.cdiv(columns, config["COLUMNS"]))
-        _quantize_blocks[grid](x, stored, scale, rows, columns, x.stride(0), rows, **numbers, **config, num_warps=warps)
+        _quantize_blocks[grid](x, stored, scale, rows, columns, x.stride(0), rows, **numbers, **config, num_warps=warps, **SEPARATE)
     else:
-        config, warps = rows_config(columns)
+        config, warps = rows_config(columns, rotate_by)
         _quantize_rows[(rows,)](
-            x, stored, scale, columns, x.stride(0), **numbers, GROUP=rotate_by, **config, num_warps=warps
+            x, stored, scale, columns, x.stride(0), **numbers, GROUP=rotate_by, **config, num_warps=warps, **SEPARATE
         )
     return codes, scale.t()
 
@@ -316,6 +341,7 @@ def quantize_weight(weight: torch.Tensor, dtype: torch.dtype, block_size: int):
         **grid_of(dtype, weight.device),
         **tiles_config(block_size),
         num_warps=CONFIGS["quantize_tiles"][1],
+        **SEPARATE,
     )
     return codes, scale
 

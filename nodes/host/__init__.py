@@ -19,7 +19,7 @@ from .building import build_clip, build_model, knows, load_quantized, quantized_
 from .calibrating import KEEP, calibrate_clip, calibrate_model, pictures, samplers, schedulers
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
 from .comparing import compare_clips, compare_models
-from .folders import FileSource, clip_types, file_state, model_files, safetensors_files
+from .folders import FileSource, clip_types, file_state, model_files, safetensors_files, without_folders
 from .layouts import add_layouts
 from .native_int8 import add_native_int8_setting, with_native_int8
 from .opening import opened
@@ -79,4 +79,5 @@ __all__ = [
     "send",
     "verify_saved",
     "with_native_int8",
+    "without_folders",
 ]

@@ -19,6 +19,7 @@ from ..decoded_linear import as_bytes, decoding_operations
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 from .native_int8 import with_native_int8
 from .quantizing import Quantized
+from .running import is_interrupt
 from .sources import is_quantized, module_name
 
 __all__ = [
@@ -45,13 +46,17 @@ def layers_to_decode(path: Path) -> list[str]:
     return [] if all(knows(config["format"]) for config in configs.values()) else list(configs)
 
 
+def _classic(loader) -> dict:
+    """Options that leave out the dynamic loading of newer releases."""
+    return {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(loader).parameters else {}
+
+
 def _decoding(loader) -> dict:
     """Options that make one of ComfyUI's loaders use our operations.
 
-    Its dynamic loading of newer releases hands LoRAs to layers of its own only, so that is left out.
+    Dynamic loading hands LoRAs to layers of ComfyUI's own only, so that is left out.
     """
-    classic = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(loader).parameters else {}
-    return {"model_options": {"custom_operations": decoding_operations(comfy.ops.manual_cast)}, **classic}
+    return {"model_options": {"custom_operations": decoding_operations(comfy.ops.manual_cast)}, **_classic(loader)}
 
 
 def _load_model(path: Path, kind: str):
@@ -63,34 +68,63 @@ def _load_model(path: Path, kind: str):
 
 def _load_decoding_model(path: Path, kind: str, disable_dynamic: bool = True):
     """The MODEL in a file of which ComfyUI does not know a format."""
-    tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
-    tensors = as_bytes(tensors, layers_to_decode(path))
-    if kind == CHECKPOINTS:
-        load = comfy.sd.load_state_dict_guess_config
-        model = load(tensors, output_vae=False, output_clip=False, metadata=metadata, **_decoding(load))[0]
-    else:
-        load = comfy.sd.load_diffusion_model_state_dict
-        model = load(tensors, metadata=metadata, **_decoding(load))
+    model = _mapped_model(path, kind)
     if model is None:
         raise QuantizationError("ComfyUI does not recognise this model; save it, and load it where it is supported.")
     model.cached_patcher_init = (_load_decoding_model, (path, kind))  # by which newer ComfyUI makes it once more
     return model
 
 
-def reload(path: Path, kind: str):
-    """The MODEL in a saved file of formats that ComfyUI knows, as its own loader makes it; None for a model it does not recognise.
-
-    The codes stay in the file, which is mapped into memory.
-    """
+def _mapped_model(path: Path, kind: str):
+    """The MODEL in a file, which is mapped into memory, as ComfyUI's own loader makes it; None for one that it does not recognise."""
     tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    load, options = comfy.sd.load_diffusion_model_state_dict, {}
     if kind == CHECKPOINTS:
-        loaded = comfy.sd.load_state_dict_guess_config(tensors, output_vae=False, output_clip=False, metadata=metadata)
-        model = loaded and loaded[0]
-    else:
-        model = comfy.sd.load_diffusion_model_state_dict(tensors, metadata=metadata)
+        load, options = comfy.sd.load_state_dict_guess_config, {"output_vae": False, "output_clip": False}
+    if layers := layers_to_decode(path):
+        tensors = as_bytes(tensors, layers)
+    made = load(tensors, metadata=metadata, **options, **(_decoding if layers else _classic)(load))
+    return made[0] if isinstance(made, tuple) else made
+
+
+_UNLIKE = "size mismatch"  # as torch says where ComfyUI takes a model for another one, of other widths
+
+
+def reload(path: Path, kind: str, clip_type: str = ""):
+    """What ComfyUI's own loader makes of a saved file, as a ModelPatcher; None for a model that it does not recognise.
+
+    Where it cannot read a format itself it is given layers that decode it. Codes stay in the file, which is mapped into memory.
+    ``clip_type``: of a text encoder, as far as it is known; the file alone does not say whose it is.
+
+    Raises:
+        QuantizationError: ComfyUI takes fewer layers for quantized than the file holds.
+    """
+    try:
+        if kind == TEXT_ENCODERS:
+            return _reloaded_clip(path, clip_type)
+        model = _mapped_model(path, kind)
+    except RuntimeError as error:
+        if _UNLIKE not in str(error):
+            raise
+        return None
     if model is not None:
         _check_built(model, path, "model")
     return model
+
+
+def _reloaded_clip(path: Path, clip_type: str):
+    """The text encoder in a file by that choice of Load CLIP, else by the first that takes all its layers."""
+    if comfy.sd.detect_te_model(comfy.utils.load_torch_file(str(path), safe_load=True)) is None:
+        return None
+    problems = []
+    for name in sorted(comfy.sd.CLIPType.__members__, key=lambda name: name != clip_type.upper()):
+        try:
+            return _clip_in(path, TEXT_ENCODERS, name).patcher
+        except Exception as error:  # what a loader says of another model's file
+            if is_interrupt(error) or _UNLIKE in str(error):
+                raise
+            problems.append(error)
+    raise problems[0]
 
 
 def _check_built(patcher, path: Path, what: str) -> None:

@@ -1,17 +1,26 @@
 """ComfyUI's folders: which model files there are, where a file of ours goes, and under which name."""
 
+import contextlib
+import errno
 import itertools
 import logging
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.model_management
 import comfy.sd
 import folder_paths
 
-from ...quant_core.errors import OutputError, SourceError
+from ...quant_core.checkpoints import remove_leftovers
+from ...quant_core.checkpoints.sources import ShardedFiles
+from ...quant_core.errors import OutputError, QuantizationError, SourceError
+
+try:
+    import fcntl
+except ImportError:  # Windows, which removes no file that is open
+    fcntl = None
 
 __all__ = [
     "CHECKPOINTS",
@@ -29,6 +38,7 @@ __all__ = [
     "temporary",
     "temporary_folder",
     "unfinished_folder",
+    "without_folders",
 ]
 
 log = logging.getLogger(__name__)
@@ -37,8 +47,13 @@ log = logging.getLogger(__name__)
 DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS = "diffusion_models", "checkpoints", "text_encoders"
 _KINDS = (DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS)
 _SAFETENSORS = (".safetensors", ".sft")
-_SOURCES = (*_SAFETENSORS, ".safetensors.index.json", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+_INDEX = ".safetensors.index.json"
+_SOURCES = (*_SAFETENSORS, _INDEX, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
+# Up to the last part of an absolute path, on any system.
+_FOLDERS = re.compile(r"""(?<![\w.:/\\])(?:[A-Za-z]:)?[/\\]{1,2}(?:[^\s'"/\\]+[/\\])*(?=[^\s'"/\\])""")
+_COPY = "learned_rounding_copy"  # .NAME.….partial: what is being copied
+_CHUNK = 1 << 24  # bytes between two looks at whether the user cancelled
 
 
 def model_files() -> list[str]:
@@ -72,15 +87,25 @@ def _path(choice: str) -> Path:
     return Path(path)
 
 
-def file_state(choice: str) -> tuple[int, int]:
-    """Changes when the chosen file does."""
+def file_state(choice: str) -> tuple[int, ...]:
+    """Changes when the chosen file does, or a shard of it."""
     return stamp(_path(choice))
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """Changes when the file does."""
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size
+def stamp(path: Path) -> tuple[int, ...]:
+    """Changes when the file does; that of an index when a shard does."""
+    return tuple(value for part in _parts(path) for status in [part.stat()] for value in (status.st_mtime_ns, status.st_size))
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    """The files that are read for a model: of an index, its shards too."""
+    if path.name.lower().endswith(_INDEX):
+        try:
+            with ShardedFiles(path) as shards:
+                return shards.paths
+        except QuantizationError:  # who opens it says what is wrong
+            pass
+    return (path,)
 
 
 @dataclass(frozen=True)
@@ -99,6 +124,17 @@ class FileSource:
     def choose(cls, choice: str, clip_type: str, requantize: bool = False) -> "FileSource":
         """From what :func:`model_files` lists."""
         return cls(_path(choice), choice.partition("/")[0], clip_type, requantize)
+
+
+def without_folders(text: str) -> str:
+    """``text`` with paths inside ComfyUI's folders relative to these, and of other absolute paths the last part alone."""
+    listed = [path for paths, *_ in folder_paths.folder_names_and_paths.values() for path in paths]
+    kinds = (folder_paths.get_directory_by_type(kind) for kind in ("output", "input", "temp"))
+    paths = map(Path, (*listed, *filter(None, kinds), folder_paths.models_dir, folder_paths.base_path))
+    roots = {root for path in paths for root in (path.absolute(), path.resolve())}
+    for root in sorted(roots, key=lambda root: -len(str(root))):
+        text = text.replace(f"{root}{os.sep}", "").replace(str(root), root.name)
+    return _FOLDERS.sub("", text)
 
 
 def remove(paths) -> None:
@@ -128,10 +164,27 @@ def unfinished_folder() -> Path:
 
 
 def temporary(path: Path) -> Path:
-    """``path``, a finished file, moved into ComfyUI's temp folder under a name of its own."""
+    """``path``, a finished file, moved into ComfyUI's temp folder under a name of its own; nowhere when that fails."""
     moved = temporary_folder() / f"learned_rounding_{os.urandom(6).hex()}{path.suffix}"
-    shutil.move(path, moved)
-    return moved
+    try:
+        try:
+            return path.rename(moved)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        log.info("%s lies on another disk than %s: the file is copied", moved.parent, path.parent)
+        with open(path, "rb") as source, open(moved, "xb") as target:
+            _copy_bytes(source, target)
+        remove([path])
+        return moved
+    except BaseException as error:
+        remove([path, moved])
+        if isinstance(error, OSError):
+            raise OutputError(
+                f"The quantized model cannot be moved into ComfyUI's temp folder {moved.parent}: {error.strerror or error}; "
+                "free some space there, or start ComfyUI with --temp-directory."
+            ) from error
+        raise
 
 
 def destination(base: Path, prefix: str) -> tuple[Path, str]:
@@ -147,9 +200,11 @@ def place(path: Path, folder: Path, stem: str, suffix: str) -> Path:
     """Link ``path`` into ``folder`` under the first free number, or copy it where links are not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder / _COPY)
         try:
             return _first_free(folder, stem, suffix, lambda target: os.link(path, target))
-        except OSError:
+        except OSError as error:
+            log.info("%s is copied into %s, because it cannot be linked there: %s", path, folder, error.strerror)
             return _copy(path, folder, stem, suffix)
     except OSError as error:
         raise OutputError(f"The model cannot be saved in {folder}: {error.strerror or error}.") from error
@@ -167,13 +222,35 @@ def _first_free(folder: Path, stem: str, suffix: str, take) -> Path:
 
 
 def _copy(path: Path, folder: Path, stem: str, suffix: str) -> Path:
-    partial = folder / f".{stem}.{os.urandom(4).hex()}.partial"
+    """A copy, which has no name but a hidden one before it is whole and on the disk."""
+    partial = folder / f".{_COPY}.{os.urandom(4).hex()}.partial"
     try:
         with open(path, "rb") as source, open(partial, "xb") as target:
-            shutil.copyfileobj(source, target, 1 << 24)
+            if fcntl:  # held as long as this process lives, by which the next one knows whether it does
+                with contextlib.suppress(OSError):  # some network disks have no locks
+                    fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _copy_bytes(source, target)
             target.flush()
             os.fsync(target.fileno())
-        claimed = _first_free(folder, stem, suffix, lambda target: os.close(os.open(target, os.O_CREAT | os.O_EXCL)))
-        return partial.replace(claimed)
+        return _first_free(folder, stem, suffix, lambda target: _name(partial, target))
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _copy_bytes(source, target) -> None:
+    """All of one open file into another, unless the user cancels."""
+    while chunk := source.read(_CHUNK):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        target.write(chunk)
+
+
+def _name(partial: Path, target: Path) -> None:
+    """Give a whole file its name. Raises FileExistsError where that is taken."""
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        raise
+    except OSError:  # no links on this disk; its own programs could take the name in between, if they ran at this moment
+        if target.exists():
+            raise FileExistsError(target) from None
+        partial.rename(target)

@@ -31,12 +31,14 @@ class Quantized:
         kind: the model folder the files belong in.
         label: format and granularity, for file names.
         report: what was done.
+        clip_type: of a text encoder's file, the choice of Load CLIP that its user made.
     """
 
     files: dict[str, Path]
     kind: str
     label: str
     report: Report
+    clip_type: str = ""
 
     def __post_init__(self):
         weakref.finalize(self, remove, tuple(self.files.values()))
@@ -88,7 +90,7 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
         except BaseException:
             remove(files.values())
             raise
-    quantized = Quantized(files, kind, recipe.label, _joined(reports))
+    quantized = Quantized(files, kind, recipe.label, _joined(reports), getattr(source, "clip_type", ""))
     _last = (identity, recipe, quantized)
     return quantized
 

@@ -30,10 +30,12 @@ QUANTIZE = {"x": "*bf16", "weight": "*bf16", "scale": F32}
 QUANTIZE |= dict.fromkeys(("rows", "columns", "x_stride", "stride", "scale_stride", "row_scaled", "tiles"), I32)
 PRODUCT = {"out": "*bf16", "bias": "*bf16", "input_scale": F32, "scale": F32, "row_scaled": I32}
 PRODUCT |= dict.fromkeys(
-    ("rows", "columns", "inner", "a_stride", "b_stride", "input_scale_stride", "scale_stride"), I32
+    ("rows", "columns", "inner", "first", "units", "a_stride", "b_stride", "input_scale_stride", "scale_stride"), I32
 )
 # Sizes that are multiples of 16 in every real model; the compiler is told so at run time.
 EVEN = {"columns", "inner", "x_stride", "stride", "a_stride", "b_stride"}
+
+QUANTIZERS = {quantize._quantize_blocks, quantize._quantize_rows, quantize._quantize_tiles}
 
 
 def rounding_cases():
@@ -56,22 +58,22 @@ def quantizing_cases(sm):
         warps = quantize.CONFIGS["quantize_blocks"][1]
         for width in (16, 128, 1024):
             yield quantize._quantize_blocks, types, numbers | quantize.blocks_config(width), warps, 3
-        for columns in (3072, 18432):
-            for group in (0, 256):
-                config, warps = quantize.rows_config(columns)
+        for columns in (640, 3072, 18432, 49152):
+            for group in (0, 64, 256):
+                config, warps = quantize.rows_config(columns, group)
                 yield quantize._quantize_rows, types, {**numbers, "GROUP": group, **config}, warps, 3
         warps = quantize.CONFIGS["quantize_tiles"][1]
         for size in (16, 128, 1024):
             yield quantize._quantize_tiles, types, numbers | quantize.tiles_config(size), warps, 3
         del numbers["LARGEST"]
-        for block, group in ((0, 0), (0, 256), (64, 0), (128, 0)):
+        for block, group in ((0, 0), (0, 16), (0, 256), (64, 0), (128, 0)):
             config = quantize.dequantize_config(block)
             types = types | {"weight": "*bf16"}
             yield quantize._dequantize, types, {**numbers, "BLOCK": block, "GROUP": group, **config}, 4, 3
 
 
 def product_cases(sm):
-    shipped = [linear.SHIPPED_FEW_ROWS, *(launch for row in linear.SHIPPED.values() for _, launch in row)]
+    shipped = [launch for row in (linear.SHIPPED_FEW_ROWS, *linear.SHIPPED.values()) for _, launch in row]
     launches = dict.fromkeys((*shipped, *linear.CANDIDATES))
     for dtype in LARGEST:
         integer = not dtype.is_floating_point
@@ -93,12 +95,13 @@ def product_cases(sm):
 def hopper_cases():
     launch = hopper.SHIPPED
     for dtype, kind in ((hopper.gl.int8, "i8"), (hopper.gl.float8e4nv, "fp8e4nv")):
-        tiles = [launch.rows, launch.inner], [launch.columns, launch.inner]
-        layouts = (hopper.gl.NVMMASharedLayout.get_default_for(tile, dtype) for tile in tiles)
-        a, b = (f"tensordesc<{kind}[{side},{width}],{layout!r}>" for (side, width), layout in zip(tiles, layouts, strict=True))
-        constants = {"INTEGER": kind == "i8", "BLOCK": 128, "HAS_BIAS": True, "ROWS": launch.rows, "PART": launch.part}
-        constants |= {"INNER": launch.inner, "STAGES": launch.stages}
-        yield hopper._block_matmul, PRODUCT | {"a": a, "b": b}, constants, hopper.WARPS, 3
+        for parts in (4, 2):
+            tiles = [launch.rows, launch.inner], [parts * launch.part, launch.inner]
+            layouts = (hopper.gl.NVMMASharedLayout.get_default_for(tile, dtype) for tile in tiles)
+            a, b = (f"tensordesc<{kind}[{side},{width}],{layout!r}>" for (side, width), layout in zip(tiles, layouts, strict=True))
+            constants = {"INTEGER": kind == "i8", "BLOCK": 128, "HAS_BIAS": True, "ROWS": launch.rows, "PART": launch.part}
+            constants |= {"INNER": launch.inner, "STAGES": launch.stages, "PARTS": parts}
+            yield hopper._block_matmul, PRODUCT | {"a": a, "b": b}, constants, hopper.WARPS, 3
 
 
 def cases(sm):
@@ -121,7 +124,7 @@ def compile_case(kernel, types, constants, warps, stages, sm):
     fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source_type(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, **(quantize.SEPARATE if kernel in QUANTIZERS else {})}
     made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

@@ -3,7 +3,8 @@
 python in_process.py COMFYUI PACK FOLDER CHECK
 """
 
-import errno
+import functools
+import importlib
 import importlib.util
 import json
 import math
@@ -33,7 +34,8 @@ spec = importlib.util.spec_from_file_location("pack", Path(pack) / "__init__.py"
 sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from pack.nodes import host  # noqa: E402
-from pack.quant_core import FORMATS, QuantizationError, Recipe  # noqa: E402
+from pack.quant_core import FORMATS, Recipe  # noqa: E402
+from saving_checks import replaced, without_links  # noqa: E402
 
 RECIPES = {
     "float8_e4m3fn": Recipe(),
@@ -73,22 +75,13 @@ def load(path, **options):
     return comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.PIXART, model_options={**TINY_T5, **options})
 
 
+def load_tiny(load_clip, *paths, model_options=None, **options):
+    """ComfyUI's own loader, told of the small width that it cannot see in the file."""
+    return load_clip(*paths, model_options={**TINY_T5, **(model_options or {})}, **options)
+
+
 def encode(clip) -> torch.Tensor:
     return clip.encode_from_tokens(clip.tokenize("a red apple on a table"), return_pooled=False)
-
-
-def without_links(call):
-    """Run ``call`` as on a file system that has no hard links."""
-    link = os.link
-
-    def refuse(*_):
-        raise OSError(errno.EPERM, "no links here")
-
-    os.link = refuse
-    try:
-        return call()
-    finally:
-        os.link = link
 
 
 def text_encoder(recipes=RECIPES) -> dict:
@@ -105,6 +98,8 @@ def text_encoder(recipes=RECIPES) -> dict:
         (saved,) = host.save(quantized, "t5", "output")
         copied = without_links(lambda quantized=quantized: host.save(quantized, "t5", "output"))[0]
         ours_reads = bool(host.building.layers_to_decode(saved))
+        with replaced(comfy.sd, "load_clip", functools.partial(load_tiny, comfy.sd.load_clip)):
+            verified = host.verify_saved(quantized, [saved])
         loaded = load(saved, **(host.building._decoding(comfy.sd.load_clip)["model_options"] if ours_reads else {}))
         conditioning = encode(ours)
         found[name] = {
@@ -117,6 +112,7 @@ def text_encoder(recipes=RECIPES) -> dict:
             "incoming_layers": len(host.quantized_layers(clip.patcher)),
             "copied": copied != saved and copied.read_bytes() == saved.read_bytes(),
             "leftovers": [path.name for path in copied.parent.glob(".*")],
+            "verified": verified,
             "same_file": file.read_bytes() == saved.read_bytes(),
             "saved": str(saved.relative_to(folder_paths.get_output_directory())),
         }
@@ -239,94 +235,6 @@ def decoding() -> dict:
     return found
 
 
-def rewritten(path: Path, change) -> None:
-    """``change(tensors, metadata)`` of a file, which is no link to another one afterwards."""
-    tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
-    tensors, metadata = {name: tensor.clone() for name, tensor in tensors.items()}, dict(metadata)
-    change(tensors, metadata)
-    path.unlink()
-    save_file(tensors, path, metadata)
-
-
-def without_entry(tensors, metadata, layer) -> None:
-    del tensors[f"{layer}.comfy_quant"]
-    header = json.loads(metadata["_quantization_metadata"])
-    del header["layers"][layer]
-    metadata["_quantization_metadata"] = json.dumps(header)
-
-
-def verifying() -> dict:
-    """Sound files of all formats, damaged ones, and layers that multiply by something else."""
-    host.add_layouts()
-    path = Path(pack) / "assets" / "tiny_mmdit_emoji.safetensors"
-    layer = "joint_blocks.0.x_block.mlp.fc1"  # 1024×256
-
-    def saved(name, kind="diffusion_models"):
-        source = host.FileSource(path, kind, "")
-        quantized = host.quantize(source, Recipe(format=name, rounding="nearest"), lambda event: None)
-        return quantized, host.save(quantized, "verified", "output")
-
-    def said(quantized, paths):
-        try:
-            return host.verify_saved(quantized, paths), None
-        except QuantizationError as error:
-            return str(error), [file.name for file in paths[0].parent.glob("*.failed*")]
-
-    sound = {name: said(*saved(name)) for name in FORMATS}
-    text_encoder = said(*saved("float8_e4m3fn", "text_encoders"))
-    saved("float8_e5m2")  # what was quantized last is kept, whatever its kind
-    damages = {
-        "scale": lambda tensors, _: tensors[f"{layer}.weight_scale"].fill_(float("nan")),
-        "entry": lambda tensors, metadata: without_entry(tensors, metadata, layer),
-        "kept": lambda tensors, _: tensors.pop(f"{layer}.bias"),
-        "shape": lambda tensors, _: tensors.update({f"{layer}.weight": tensors[f"{layer}.weight"][:512].clone()}),
-    }
-    found = {}
-    for damage, change in damages.items():
-        quantized, paths = saved("float8_e4m3fn")
-        rewritten(paths[0], change)
-        found[damage] = (*said(quantized, paths), paths[0].exists())
-    verifying = host.verifying
-    make = verifying.quantized_linear
-
-    def shifted(name, tensors, *others):
-        return make(name, {**tensors, "weight_scale": tensors["weight_scale"] * 1.5}, *others)
-
-    verifying.quantized_linear = shifted
-    quantized, paths = saved("float8_e4m3fn")
-    found["output"] = (*said(quantized, paths), paths[0].exists())
-    return {"sound": sound, "text encoder": text_encoder, "damaged": found, "knows": [name for name in FORMATS if host.knows(name)]}
-
-
-def full_disk() -> dict:
-    """The disk is full at the second of two files that are copied."""
-    sources = {part: Path(folder) / f"{part}.bin" for part in ("first", "second")}
-    for path in sources.values():
-        path.write_bytes(os.urandom(1 << 16))
-    quantized = host.Quantized(sources, "text_encoders", "label", None)
-    copy, copied = host.folders.shutil.copyfileobj, []
-
-    def full(source, target, *_):
-        copied.append(target.write(source.read(1 << 15)))
-        if len(copied) == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        copy(source, target)
-
-    def files() -> list[str]:
-        return sorted(path.name for path in Path(folder_paths.get_output_directory()).rglob("*") if path.is_file())
-
-    host.folders.shutil.copyfileobj = full
-    try:
-        without_links(lambda: host.save(quantized, "full", "output"))
-    except QuantizationError as error:
-        said = str(error)
-    finally:
-        host.folders.shutil.copyfileobj = copy
-    left = files()
-    without_links(lambda: host.save(quantized, "full", "output"))
-    return {"said": said, "left": left, "afterwards": files()}
-
-
 def document() -> dict:
     """The example that lies in the folder, with the file that it names."""
     file = Path(folder) / "by_hand.safetensors"
@@ -341,27 +249,11 @@ CHECKS = {
     "compared_text_encoders": compared_text_encoders,
     "decoding": decoding,
     "document": document,
-    "full_disk": full_disk,
-    "verifying": verifying,
     "text_encoder": text_encoder,
     "taught_text_encoder": taught_text_encoder,
     "calibrated_text_encoder": calibrated_text_encoder,
 }
-if check.startswith("layout_"):
-    import layout_checks
-
-    CHECKS |= layout_checks.CHECKS
-if check.startswith("memory_"):
-    import memory_checks
-
-    CHECKS |= memory_checks.CHECKS
-if check.startswith("opening_"):
-    import opening_checks
-
-    CHECKS |= opening_checks.CHECKS
-if check.startswith("resume_"):
-    import resume_checks
-
-    CHECKS |= resume_checks.CHECKS
+if check not in CHECKS:
+    CHECKS = importlib.import_module(f"{check.partition('_')[0]}_checks").CHECKS
 with torch.inference_mode():
     print("RESULT" + json.dumps(CHECKS[check]()))

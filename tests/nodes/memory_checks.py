@@ -37,34 +37,50 @@ def other_model():
 
 
 def squeezed() -> dict:
-    """The other model gives way to the run, and comes back afterwards as it was."""
+    """The other model gives way to the run, and comes back afterwards as it was; without that the run would have had too little."""
     path = Path(folder_paths.base_path) / "layers.safetensors"
     save_file(weights(4), path)
+    device = comfy.model_management.get_torch_device()
+    warnings = logging.handlers.BufferingHandler(100)  # a layer that is made with less memory, or on the CPU, is told of
+    layer.log.addHandler(warnings)
 
     def quantized(seed: int) -> bytes:
         recipe = dataclasses.replace(RECIPE, seed=seed)
         return host.quantize(host.FileSource(path, "diffusion_models", ""), recipe, lambda event: None).files[""].read_bytes()
 
+    def in_little_memory() -> tuple[bytes, list[str]]:
+        """A run while all but FREE of the GPU is taken, and what it warned of."""
+        quantized(1)  # so that the last result is another one's
+        comfy.model_management.load_models_gpu([other])
+        torch.cuda.empty_cache()
+        filler = torch.empty(torch.cuda.mem_get_info()[0] - FREE, dtype=torch.uint8, device=device)
+        warnings.buffer.clear()
+        try:
+            made = quantized(0)
+        finally:
+            del filler
+        return made, [record.getMessage() for record in warnings.buffer]
+
     alone = quantized(0)
-    quantized(1)  # so that the last result is another one's
     other = other_model()
-    device = comfy.model_management.get_torch_device()
     x = torch.ones(1, SIDE, dtype=torch.bfloat16, device=device)
-    before = other.model(x)
-    loaded = other.loaded_size()
-    torch.cuda.empty_cache()
-    filler = torch.empty(torch.cuda.mem_get_info()[0] - FREE, dtype=torch.uint8, device=device)
-    warnings = logging.handlers.BufferingHandler(100)  # a layer that is made with less memory, or on the CPU, is told of
-    layer.log.addHandler(warnings)
-    squeezed = quantized(0)
+    before, loaded = other.model(x), other.loaded_size()
+    made, warned = in_little_memory()
     during = other.loaded_size()
-    del filler
     comfy.model_management.load_models_gpu([other])
+    came_back = other.loaded_size() == loaded and bool(torch.equal(other.model(x), before))
+    free_memory, comfy.model_management.free_memory = comfy.model_management.free_memory, lambda *args, **options: []
+    try:
+        without, warned_without = in_little_memory()
+    finally:
+        comfy.model_management.free_memory = free_memory
     return {
-        "same": alone == squeezed,
+        "same": alone == made == without,
         "gave way": loaded - during,
-        "warned": [record.getMessage() for record in warnings.buffer],
-        "came back": other.loaded_size() == loaded and bool(torch.equal(other.model(x), before)),
+        "warned": warned,
+        "warned without": warned_without,
+        "stayed without": other.loaded_size() == loaded,
+        "came back": came_back,
     }
 
 

@@ -1,6 +1,7 @@
 """A server that dies in the middle of Learned Round Quantize: the next one goes on with what was finished."""
 
 import os
+import random
 import signal
 
 import pytest
@@ -10,7 +11,8 @@ from learned_rounding.quant_core.checkpoints import verify_file
 from learned_rounding.tests.conftest import LINKS
 from learned_rounding.tests.nodes.probing import ProbedGraph, in_process
 
-LAYERS = 10  # that are finished when the server is told to end
+SEED = 40
+LAYERS = 37  # of the tiny model that are quantized
 
 
 @pytest.mark.parametrize("kind", ["file", "model"])
@@ -23,11 +25,11 @@ def test_the_next_server_goes_on_where_the_last_one_died(host, tmp_path, tried, 
     tried("server killed while a node quantizes, then the same run in the next server", 1, "goes on, same bytes")
 
 
-def quantize(server, seed: int, on_event=None) -> tuple[int, bytes]:
-    """How many layers were made, and the saved file."""
+def quantize(server, seed: int, layers: int | None = None, on_event=None) -> tuple[int, bytes]:
+    """How many layers were made, and the saved file. ``layers``: after which the run waits."""
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0], rounding="nearest", seed=seed), f"seed{seed}")
-    server.post("/probe/gate", {"layers": LAYERS if on_event else None})
+    server.post("/probe/gate", {"layers": layers})
     server.queue(graph, on_event=on_event)
     made = server.post("/probe/gate", {"layers": None})["made"]
     saved = max(server.output_dir.rglob(f"seed{seed}_*.safetensors"))
@@ -35,24 +37,27 @@ def quantize(server, seed: int, on_event=None) -> tuple[int, bytes]:
     return made, saved.read_bytes()
 
 
-def test_a_server_that_is_told_to_end_in_the_middle_goes_on_when_it_is_started_again(server_factory, tiny_base, tried):
+def test_a_server_that_is_told_to_end_in_the_middle_goes_on_when_it_is_started_again(server_factory, tiny_base, often, tried):
     server = server_factory(base=tiny_base, links=LINKS)
-    signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+    draw, times = random.Random(SEED), often(1, 5)
+    signals = [how for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) for _ in range(times)]
     gone_on = {}
-    for how in signals:
+    for seed, how in enumerate(signals):
+        layers = draw.randrange(1, LAYERS)
 
-        def end(event, how=how):
-            if event.type == "learned_rounding.progress" and event.data["state"] == "layer" and event.data["index"] == LAYERS - 1:
+        def end(event, how=how, layers=layers):
+            if event.type == "learned_rounding.progress" and event.data["state"] == "layer" and event.data["index"] == layers - 1:
                 os.kill(server.pid, how)
 
         with pytest.raises(HostError):
-            quantize(server, how, on_event=end)
-        assert not list(server.output_dir.rglob(f"seed{how}_*"))
+            quantize(server, seed, layers, end)
+        assert not list(server.output_dir.rglob(f"seed{seed}_*"))
         server.restart()
-        gone_on[how] = quantize(server, how)
+        gone_on[seed] = (layers, *quantize(server, seed))
     server.restart()
-    for how in signals:
-        (some, resumed), (every, undisturbed) = gone_on[how], quantize(server, how)
-        assert some <= every - LAYERS + 2  # what was being written when it died may be lost
+    for seed, (layers, some, resumed) in gone_on.items():
+        every, undisturbed = quantize(server, seed)
+        assert every == LAYERS and some <= every - layers + 2  # what was being written when it died may be lost
         assert resumed == undisturbed
-        tried(f"a running server gets {how.name} while a node quantizes, and is started again", 1, "goes on, same bytes")
+    for how in dict.fromkeys(signals):
+        tried(f"a running server gets {how.name} at a random layer, and is started again", times, "goes on, same bytes")

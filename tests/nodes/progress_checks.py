@@ -1,0 +1,66 @@
+"""Checks of in_process.py: what pages are told of a run, and of the files it is made from."""
+
+import json
+from pathlib import Path
+
+import folder_paths
+import torch
+from pack.nodes import host, progress
+from pack.quant_core import QuantizationError, Recipe
+from safetensors.torch import save_file
+
+MODELS = Path(folder_paths.models_dir) / "diffusion_models"
+# What an error says, with a folder in place of {}, and what pages are told of it.
+ERRORS = {
+    "{}/sub folder/a model.safetensors cannot be read: no such file.": "sub folder/a model.safetensors cannot be read: no such file.",
+    "'x' is no file name inside {}; give a name.": "'x' is no file name inside diffusion_models; give a name.",
+    "'/srv/other disk/b.pt' or C:\\Users\\me\\c.gguf or \\\\server\\share\\d.pt was changed.": "'other disk/b.pt' or c.gguf or d.pt was changed.",
+    "See https://example.org/a/b and 1/2 and a/b.": "See https://example.org/a/b and 1/2 and a/b.",
+}
+
+
+def stopped() -> dict:
+    """The messages of runs that end by an error."""
+    sent = []
+    with_prompt = {"prompt": "1", "workflow": "2"}
+    host.running_prompt, host.send = lambda: with_prompt, lambda event, message, everyone: sent.append(message["reason"])
+    for error in (*(QuantizationError(text.format(MODELS)) for text in ERRORS), OSError(2, "no such file", str(MODELS / "x"))):
+        try:
+            with progress.NodeProgress("3"):
+                raise error
+        except (QuantizationError, OSError):
+            continue
+    kept = [message["reason"] for messages in progress._messages_of({"workflow": "2"}) for message in messages]
+    return {"sent": sent, "wanted": [*ERRORS.values(), "FileNotFoundError: ComfyUI's log says more."], "kept": kept}
+
+
+def shards() -> dict:
+    """A shard that changes is another source for Load Model and for Quantize."""
+    MODELS.mkdir(parents=True, exist_ok=True)
+    index, names = MODELS / "two.safetensors.index.json", ("two-00001-of-00002.safetensors", "two-00002-of-00002.safetensors")
+
+    def write(name: str, seed: int) -> None:
+        save_file({f"blocks.{name[4:9]}.weight": torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))}, MODELS / name)
+
+    for name in names:
+        write(name, 0)
+    index.write_text(json.dumps({"weight_map": {f"blocks.{name[4:9]}.weight": name for name in names}}))
+
+    def made() -> tuple:
+        source = host.FileSource.choose("diffusion_models/two.safetensors.index.json", "sd3")
+        recipe = Recipe(rounding="nearest", preset="none")
+        return host.file_state("diffusion_models/two.safetensors.index.json"), host.quantize(source, recipe, lambda event: None).files[""].read_bytes()
+
+    first, again = made(), made()
+    write(names[1], 1)
+    changed = made()
+    (MODELS / names[0]).unlink()
+    return {
+        "same": first == again,
+        "state changed": changed[0] != first[0],
+        "result changed": changed[1] != first[1],
+        "without a shard": len(host.file_state("diffusion_models/two.safetensors.index.json")),
+    }
+
+
+CHECKS = {f"progress_{check.__name__}": check for check in (stopped, shards)}

@@ -1,0 +1,493 @@
+"""Checks of in_process.py: what Save Quantized writes, what it finds wrong with a file, and what is left when it fails."""
+
+import dataclasses
+import errno
+import functools
+import gc
+import itertools
+import json
+import os
+import random
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import comfy.ldm.hunyuan_video.model as hunyuan
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import folder_paths
+import torch
+from pack.nodes import host
+from pack.quant_core import FORMATS, QuantizationError, Recipe, pipeline
+from pack.quant_core.checkpoints import SafetensorsFile, SafetensorsWriter
+from pack.quant_core.formats.weight import config_tensor
+from safetensors.torch import load_file, save_file
+
+TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors"
+LAYER = "joint_blocks.0.x_block.mlp.fc1"  # 1024×256
+KEPT = "x_embedder.proj.weight"
+_HEADER = "_quantization_metadata"
+
+
+def output() -> Path:
+    return Path(folder_paths.get_output_directory())
+
+
+def quantized(format: str = "float8_e4m3fn", kind: str = "diffusion_models", path: Path = TINY) -> host.Quantized:
+    """A run of its own, whatever was quantized last."""
+    host.quantizing._last = None
+    return host.quantize(host.FileSource(path, kind, "sd3"), Recipe(format=format, rounding="nearest"), lambda event: None)
+
+
+def verified(made: host.Quantized, paths: list[Path] | None = None) -> tuple[str, list[str], list[str]]:
+    """What Save Quantized says of a file, which other names it gave, and which names are left."""
+    paths = paths or host.save(made, "verified", "output")
+    try:
+        said = host.verify_saved(made, paths)
+    except QuantizationError as error:
+        said = str(error)
+    left = [path.name for path in paths if path.exists()]
+    failed = [path.name for path in output().rglob("*.failed*")]
+    for path in output().rglob("verified*"):
+        path.unlink()
+    return said, failed, left
+
+
+@contextmanager
+def replaced(place: object, name: str, value: object):
+    """Something has another value for a while."""
+    before = getattr(place, name)
+    setattr(place, name, value)
+    try:
+        yield
+    finally:
+        setattr(place, name, before)
+
+
+def without_links(call: Callable, links_within: Path | None = None):
+    """Run ``call`` as on a disk that has no hard links, or has them between files of one folder only, as another disk does."""
+    link = os.link
+
+    def refuse(path, target):
+        if links_within is None or links_within not in Path(path).parents:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        link(path, target)
+
+    with replaced(os, "link", refuse):
+        return call()
+
+
+def hunyuan_image(names: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    """A small HunyuanImage 2.1, random, its layers named by ``names`` of ComfyUI's own names."""
+    known = {
+        "in_channels": 64,
+        "out_channels": 64,
+        "context_in_dim": 1024,
+        "hidden_size": 256,
+        "mlp_ratio": 4.0,
+        "num_heads": 2,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [64, 64],
+        "theta": 256,
+        "patch_size": [1, 1],
+        "qkv_bias": True,
+    }
+    options = {field.name: known.get(field.name) for field in dataclasses.fields(hunyuan.HunyuanVideoParams)}
+    model = hunyuan.HunyuanVideo(**options, dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
+    generator = torch.Generator().manual_seed(0)
+    return {
+        names(name): (torch.randn(tensor.shape, generator=generator) / 16).to(torch.bfloat16) for name, tensor in model.state_dict().items()
+    }
+
+
+def with_scales(name: str) -> str:
+    """Norms as the file that ComfyUI's own hosts publish calls them."""
+    return name.replace("_norm.weight", "_norm.scale")
+
+
+def as_published(name: str) -> str:
+    """Layers as the model's makers call them."""
+    changes = {"_attn.qkv.": "_attn_qkv.", "_attn.proj.": "_attn_proj.", "_mod.lin.": "_mod.linear.", "_mlp.0.": "_mlp.fc1.", "_mlp.2.": "_mlp.fc2."}
+    for ours, theirs in changes.items():
+        name = name.replace(ours, theirs)
+    return with_scales(name)
+
+
+def static_inputs() -> tuple:
+    """A file with scales of small inputs, on a host that quantizes inputs for the product, as one with a GPU does."""
+    made, reload = quantized(), host.verifying.reload
+
+    def add_scales(tensors, _) -> None:
+        tensors |= {name.replace("weight_scale", "input_scale"): torch.tensor(1e-4) for name in tensors if name.endswith("weight_scale")}
+
+    def quantizing(*args):
+        patcher = reload(*args)
+        for module in patcher.model.modules():
+            if hasattr(module, "_full_precision_mm"):
+                module._full_precision_mm = False
+        return patcher
+
+    rewritten(made.files[""], add_scales)
+    with replaced(host.verifying, "reload", quantizing):
+        return verified(made)
+
+
+def sound() -> dict:
+    """Files that are as they should be, of all formats and kinds."""
+    host.add_layouts()
+    found = {name: verified(quantized(name)) for name in FORMATS}
+    base = Path(folder_paths.base_path)
+    checkpoint = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(TINY).items()}
+    files = {
+        "checkpoint": ({**checkpoint, "first_stage_model.decoder.bias": torch.ones(4)}, "checkpoints"),
+        "renamed norms": (hunyuan_image(with_scales), "diffusion_models"),
+        "renamed layers": (hunyuan_image(as_published), "diffusion_models"),
+        "a tensor that ComfyUI does not know": ({**load_file(TINY), "unknown.bias": torch.ones(4)}, "diffusion_models"),
+        "a tensor that the source lacks": ({name: tensor for name, tensor in load_file(TINY).items() if name != "final_layer.linear.bias"}, "diffusion_models"),
+        "no model": ({f"some.{index}.weight": torch.randn(64, 64) for index in range(2)}, "diffusion_models"),
+        "no text encoder": ({f"some.{index}.weight": torch.randn(64, 64) for index in range(2)}, "text_encoders"),
+    }
+    for name, (tensors, kind) in files.items():
+        path = base / f"{name}.safetensors"
+        save_file(tensors, path)
+        found[name] = verified(quantized(kind=kind, path=path))
+    found["static inputs"] = static_inputs()
+
+    def too_large(*_):
+        raise MemoryError
+
+    with replaced(host.verifying, "reload", too_large):
+        too_little = verified(quantized())
+    return {"found": found, "too little memory": too_little, "knows": [name for name in FORMATS if host.knows(name)]}
+
+
+def rewritten(path: Path, change: Callable) -> None:
+    """``change(tensors, metadata)`` of a file, which is no link to another one afterwards."""
+    tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    tensors, metadata = {name: tensor.clone() for name, tensor in tensors.items()}, dict(metadata)
+    change(tensors, metadata)
+    path.unlink()
+    save_file(tensors, path, metadata)
+
+
+def says(config: dict):
+    """Another JSON for the layer, in both places."""
+
+    def change(tensors, metadata) -> None:
+        tensors[f"{LAYER}.comfy_quant"] = config_tensor(config)
+        header = json.loads(metadata[_HEADER])
+        header["layers"][LAYER] = config
+        metadata[_HEADER] = json.dumps(header)
+
+    return change
+
+
+def without_entry(tensors, metadata) -> None:
+    del tensors[f"{LAYER}.comfy_quant"]
+    header = json.loads(metadata[_HEADER])
+    del header["layers"][LAYER]
+    metadata[_HEADER] = json.dumps(header)
+
+
+def without(name: str):
+    return lambda tensors, _: tensors.pop(name)
+
+
+def times(name: str, factor: float):
+    return lambda tensors, _: tensors.update({name: (tensors[name].float() * factor).to(tensors[name].dtype)})
+
+
+# What happens to the file on the disk, after it was quantized.
+ON_DISK = {
+    "a kept tensor": times(KEPT, 2),
+    "a bias": times(f"{LAYER}.bias", 2),
+    "codes": times(f"{LAYER}.weight", -1),
+    "a scale": times(f"{LAYER}.weight_scale", 2),
+    "a tensor less": without(f"{LAYER}.bias"),
+    "a tensor more": lambda tensors, _: tensors.update({"more": torch.ones(1)}),
+    "another entry": says({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}),
+}
+# What was quantized came out so.
+AS_QUANTIZED = {
+    "no number": times(f"{LAYER}.weight_scale", float("nan")),
+    "no entry": without_entry,
+    "a tensor less": without(f"{LAYER}.bias"),
+    "a layer less": without(f"{LAYER}.weight"),
+    "a tensor more": lambda tensors, _: tensors.update({"more": torch.ones(1)}),
+    "rows less": lambda tensors, _: tensors.update({f"{LAYER}.weight": tensors[f"{LAYER}.weight"][:512].clone()}),
+    "a kept tensor's shape": lambda tensors, _: tensors.update({KEPT: tensors[KEPT][:1].clone()}),
+    "another format": says({"format": "float8_e5m2", "full_precision_matrix_mult": True}),
+    "another rotation": lambda tensors, metadata: says({**json.loads(metadata[_HEADER])["layers"][LAYER], "convrot": True, "convrot_groupsize": 64})(
+        tensors, metadata
+    ),
+}
+
+
+def set_scale(module, factor: float) -> None:
+    if hasattr(module, "weight_scale"):  # a layer of ours
+        module.weight_scale = module.weight_scale * factor
+    elif hasattr(module.weight, "_params"):
+        module.weight._params = dataclasses.replace(module.weight._params, scale=module.weight._params.scale * factor)
+    else:
+        module.weight._layout_params["scale"] = module.weight._layout_params["scale"] * factor
+
+
+def set_codes(module) -> None:
+    codes = getattr(module.weight, "_qdata", module.weight)
+    changed = codes.detach().clone()
+    changed.view(torch.uint8)[0, 0] ^= 1
+    if codes is module.weight:
+        module.weight = torch.nn.Parameter(changed, requires_grad=False)
+    else:
+        module.weight._qdata = changed
+
+
+def set_format(module) -> None:
+    if hasattr(module, "comfy_quant"):
+        module.comfy_quant = config_tensor({"format": "float8_e5m2", "full_precision_matrix_mult": True})
+    elif hasattr(module, "quant_format"):
+        module._full_precision_mm_config = True
+    else:
+        module.layout_type = "another"
+
+
+def parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def lose(model) -> None:
+    """The layer has another name in the model."""
+    mlp = model.get_submodule(LAYER.rpartition(".")[0])
+    mlp.another = mlp.fc1
+    del mlp.fc1
+
+
+def louder(module) -> None:
+    forward = module.forward
+    module.forward = lambda inputs: forward(inputs) * 1.5
+
+
+# What ComfyUI's loader made of a sound file.
+IN_COMFYUI = {
+    "a kept tensor": lambda model: setattr(model.x_embedder.proj, "weight", parameter(model.x_embedder.proj.weight * 2)),
+    "a kept tensor in 8 bits": lambda model: setattr(model.x_embedder.proj, "weight", parameter(model.x_embedder.proj.weight.to(torch.float8_e4m3fn))),
+    "a bias": lambda model: setattr(model.get_submodule(LAYER), "bias", parameter(model.get_submodule(LAYER).bias * 2)),
+    "no bias": lambda model: setattr(model.get_submodule(LAYER), "bias", None),
+    "codes": lambda model: set_codes(model.get_submodule(LAYER)),
+    "a scale": lambda model: set_scale(model.get_submodule(LAYER), 2),
+    "another entry": lambda model: set_format(model.get_submodule(LAYER)),
+    "another name": lose,
+    "another shape": lambda model: setattr(model.get_submodule(LAYER), "out_features", 512),
+    "another output": lambda model: [louder(module) for module in model.modules() if isinstance(module, comfy.ops.CastWeightBiasOp)],
+}
+
+
+def tampered(format: str = "float8_e4m3fn") -> dict:
+    """Each kind of thing that can be wrong, at each place where it can become so."""
+    found = {}
+    for name, change in ON_DISK.items():
+        made = quantized(format)
+        paths = host.save(made, "verified", "output")
+        rewritten(paths[0], change)
+        found[f"on disk: {name}"] = verified(made, paths)
+    for name, change in AS_QUANTIZED.items():
+        made = quantized(format)
+        rewritten(made.files[""], change)
+        found[f"as quantized: {name}"] = verified(made)
+    reload = host.verifying.reload
+    for name, change in IN_COMFYUI.items():
+
+        def changed(*args, change=change):
+            patcher = reload(*args)
+            change(patcher.model.diffusion_model)
+            return patcher
+
+        with replaced(host.verifying, "reload", changed):
+            found[f"in ComfyUI: {name}"] = verified(quantized(format))
+    return found
+
+
+def tampered_int8() -> dict:
+    """The same for a format that ComfyUI 0.3.75 is given layers of ours for."""
+    return tampered("int8_tensorwise")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def full_disk() -> dict:
+    """The disk is full at the second of two files that are copied."""
+    sources = {part: Path(folder_paths.base_path) / f"{part}.bin" for part in ("first", "second")}
+    for path in sources.values():
+        path.write_bytes(os.urandom(1 << 16))
+    made = host.Quantized(sources, "text_encoders", "label", None)
+    copy, copied = host.folders._copy_bytes, []
+
+    def full(source, target):
+        copied.append(target.write(source.read(1 << 15)))
+        if len(copied) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        copy(source, target)
+
+    with replaced(host.folders, "_copy_bytes", full):
+        try:
+            without_links(lambda: host.save(made, "full", "output"))
+        except QuantizationError as error:
+            said = str(error)
+    left = files(output())
+    without_links(lambda: host.save(made, "full", "output"))
+    return {"said": said, "left": left, "afterwards": files(output())}
+
+
+def other_disks() -> dict:
+    """Folders on other disks: the result is moved by a copy, and saved by one, over nothing that is there."""
+    temp, made, found = host.folders.temporary_folder(), quantized(), {}
+    whole = made.files[""].read_bytes()
+    for name, within in {"another disk": output(), "a disk without links": None}.items():
+        paths = [without_links(lambda within=within: host.save(made, "verified", "output"), within)[0] for _ in range(2)]
+        found[name] = {
+            "names": [path.name for path in paths],
+            "same": all(path.read_bytes() == whole for path in paths),
+            "copies": all(not path.samefile(made.files[""]) for path in paths),
+            "files": files(output()),
+            "verified": verified(made, paths[:1])[0],
+        }
+    rename, moves = Path.rename, []
+
+    def no_rename(path, target):
+        if temp not in Path(target).parents:
+            return rename(path, target)
+        moves.append(path)
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    with replaced(Path, "rename", no_rename):
+        found["temp"] = {"same": quantized().files[""].read_bytes() == whole, "moves": len(moves), "left": files(temp.parent / ".learned_rounding")}
+        host.quantizing._last = None
+        before = files(temp)
+
+        def full(source, target):
+            target.write(source.read(1 << 15))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with replaced(host.folders, "_copy_bytes", full):
+            try:
+                quantized()
+            except QuantizationError as error:
+                found["full temp"] = {"said": str(error), "left": files(temp.parent / ".learned_rounding") + sorted({*files(temp)} - {*before})}
+    return found
+
+
+def die(*_) -> None:
+    """Ends the process as kill -9 does, but that the test hears of it."""
+    print("RESULT" + json.dumps(files(output())), flush=True)
+    os._exit(0)
+
+
+def half(source, target) -> None:
+    target.write(source.read(1 << 15))
+    target.flush()
+    die()
+
+
+def then_die(call: Callable) -> Callable:
+    return lambda *args: (call(*args), die())
+
+
+# Where a server dies while it saves: what is replaced, and whether the folder is on a disk without links.
+DEATHS = {
+    "copying": lambda: (host.folders, "_copy_bytes", half, None),
+    "copied": lambda: (host.folders, "_name", die, None),
+    "named": lambda: (host.folders, "_name", then_die(host.folders._name), output()),
+    "named without links": lambda: (host.folders, "_name", then_die(host.folders._name), None),
+    "verifying": lambda: (host.verifying, "reload", die, None),
+}
+
+
+def dying(point: str) -> None:
+    """A server that dies at one of the points."""
+    place, name, value, within = DEATHS[point]()
+    made = quantized()
+    with replaced(place, name, value):
+        without_links(lambda: host.verify_saved(made, host.save(made, "verified", "output")), within)
+
+
+def after_death() -> dict:
+    """The next server saves the same under the same name."""
+    found = files(output())
+    whole = [path for path in output().rglob("verified*") if host.verify_saved(quantized(), [path]).startswith("Verified: ")]
+    paths = without_links(lambda: host.save(quantized(), "verified", "output"), output())
+    return {"found": found, "whole": len(whole), "saved": paths[0].name, "files": files(output()), "verified": verified(quantized(), paths)[0]}
+
+
+SEED = 30
+TRIES = 4  # at each point
+# Where the user cancels: at any call of these.
+POINTS = {
+    "reading": (SafetensorsFile, "read"),
+    "writing": (SafetensorsWriter, "add"),
+    "rounding": (pipeline, "quantize_weight"),
+    "moving": (host.quantizing, "temporary"),
+    "copying": (host.folders, "_copy_bytes"),
+    "naming": (host.folders, "_name"),
+    "reloading": (host.verifying, "reload"),
+    "comparing": (host.verifying, "_same"),
+    "running": (host.verifying, "_computes_in"),
+}
+
+
+def interrupts() -> dict:
+    """ComfyUI's interrupt at random calls of what a run and a save do; each time the same run again."""
+    draw, found, base = random.Random(SEED), {}, Path(folder_paths.base_path)
+
+    def run() -> bytes:
+        made = quantized("int8_tensorwise")
+        (path,) = without_links(lambda: host.save(made, "verified", "output"))
+        host.verify_saved(made, [path])
+        return path.read_bytes()
+
+    def clear() -> None:
+        for path in output().rglob("verified*"):
+            path.unlink()
+
+    def left() -> list[str]:
+        host.quantizing._last = None
+        gc.collect()
+        return [name for folder in ("output", ".learned_rounding", "temp") for name in files(base / folder)]
+
+    def tried(at: int | None, place, name: str) -> tuple[int, bytes | None]:
+        """How often it was called, and the file where the run came to its end."""
+        call, calls = getattr(place, name), itertools.count()
+
+        def interrupting(*args, **options):
+            if next(calls) == at:
+                comfy.model_management.interrupt_current_processing()
+            return call(*args, **options)
+
+        with replaced(place, name, interrupting):
+            try:
+                made = run()
+            except BaseException as error:
+                if not host.is_interrupt(error):
+                    raise
+                made = None
+        comfy.model_management.interrupt_current_processing(False)
+        return next(calls), made
+
+    for point, (place, name) in POINTS.items():
+        calls, whole = tried(None, place, name)
+        clear()
+        found[point] = []
+        for at in draw.sample(range(calls), min(TRIES, calls)):
+            _, made = tried(at, place, name)
+            if made is not None:  # it was too late
+                clear()
+            found[point].append({"at": at, "of": calls, "interrupted": made is None, "same": made == whole, "left": left()})
+    found["afterwards"] = run() == whole
+    return found
+
+
+CHECKS = {f"saving_{check.__name__}": check for check in (sound, tampered, tampered_int8, full_disk, other_disks, after_death, interrupts)}
+CHECKS |= {f"saving_dies_{point}": functools.partial(dying, point) for point in DEATHS}
