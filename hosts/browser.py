@@ -41,7 +41,8 @@ _NO_BANNER = """for (const key of ['vueNodesBannerDismissed', 'comfy.vueNodesMig
 _READY = """() => {
     const app = window.app
     return !!(app?.graph && app?.canvas && app.vueAppReady && app.extensionManager
-              && window.LiteGraph?.registered_node_types?.KSampler)
+              && window.LiteGraph?.registered_node_types?.KSampler
+              && app.extensionManager.workflow?.activeWorkflow) // the page's first one, which it would put over any before
 }"""
 
 # A workflow in API form has no positions. ComfyUI arranges its nodes, but the Vue nodes of older frontends fall back

@@ -69,6 +69,8 @@ _SLOTS = """([origin, name, target]) => {
     return [at(from.getConnectionPos(false, slot)), at(to.getConnectionPos(true, 0))]
 }"""
 
+_CONNECTED = "(type) => window.app.graph._nodes.find((node) => node.type === type).inputs[0].link != null"
+
 # Cells stand in one row. A filled cell has one colour inside, a hatched one has gaps, one that is to do nothing above its foot.
 _CELLS = """(canvas, count) => Array.from({length: count}, (_, index) => {
     const side = canvas.width / count
@@ -247,11 +249,12 @@ def connect_and_run(page):
         ("LearnedRoundingLoadModel", "source", "LearnedRoundingQuantize"),
         ("LearnedRoundingQuantize", "quantized", "LearnedRoundingSave"),
     ):
-        page.evaluate(_FRAMES)
-        drag(page, *page.evaluate(_SLOTS, [origin, slot, target]))
-        page.wait_for_function(
-            "(type) => window.app.graph._nodes.find((node) => node.type === type).inputs[0].link != null", arg=target
-        )
+        for attempt in range(5):  # a page that is still settling takes no notice
+            page.evaluate(_FRAMES)
+            drag(page, *page.evaluate(_SLOTS, [origin, slot, target]))
+            with contextlib.suppress(TimeoutError) if attempt < 4 else contextlib.nullcontext():
+                page.wait_for_function(_CONNECTED, arg=target, timeout=5000)
+                break
     assert queue_prompt(page)["type"] == "execution_success"
     page.locator(".lr-progress[data-state=done]").wait_for()
     assert "layers in" in panel(page)["second"]
@@ -703,7 +706,7 @@ def test_reloaded_and_further_pages_show_the_whole_run_and_can_cancel_it(comfy, 
             """async (id) => {
                 const {changeTracker} = window.app.extensionManager.workflow.activeWorkflow
                 window.app.graph.getNodeById(id).title = 'renamed'
-                (changeTracker.captureCanvasState ?? changeTracker.checkState).call(changeTracker)
+                ;(changeTracker.captureCanvasState ?? changeTracker.checkState).call(changeTracker)
                 window.before = document.querySelector('.lr-progress')
                 await changeTracker.undo()
             }""",
@@ -725,7 +728,9 @@ def test_the_wheel_zooms_over_a_panel_too(graph):
 HOST_SAYS = {
     "files that a user may have": r"status of 404 .*/(user\.css|favicon\.ico|api/userdata\S*)\)$",
     "no way to the internet": r"https://(api\.comfy\.org|huggingface\.co)/\S+ (violates|Refused|because)|https://huggingface\.co/\S+ Refused to connect",
+    "these tests read cells back": r"^Canvas2D: Multiple readback operations",
     "0.3.75 opens its page": r"graph that was never set up|^TypeError: Cannot read properties of undefined \(reading 'id'\)\s+at onChange \(\S*/assets/index-",
+    "0.3.75 opens its search and its library": r"^TypeError: \w+\.\$t is not a function|^TypeError: .*\n\s+at Proxy\.onOptionSelect",
     "0.33.0 opens its page": r"^ComfyApp graph accessed before|^\[ComfyUI\] The legacy queue/history menu|^\[MaskEditor\]|^\[subgraphNavigation\]",
 }
 
