@@ -137,7 +137,7 @@ def open_page(
     vue_nodes  whether nodes are drawn by Vue ("Nodes 2.0") or on the canvas
     settings   further frontend settings, such as {"Comfy.Locale": "de"}
     density    pixels of a picture for each of the page's
-    problems   a list that collects uncaught errors and console errors of the page
+    problems   a list that collects uncaught errors of the page, and errors and warnings in its console, with where they come from
     """
     from playwright.sync_api import sync_playwright  # here, so that servers can be had without it
 
@@ -161,8 +161,8 @@ def open_page(
             context.set_default_timeout(timeout * 1000)
             page = context.pages[0] if context.pages else context.new_page()
             if problems is not None:
-                page.on("pageerror", lambda error: problems.append(str(error)))
-                page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+                page.on("pageerror", lambda error: problems.append(f"{error} {error.stack}"))
+                page.on("console", lambda line: line.type in ("error", "warning") and problems.append(f"{line.text} ({line.location['url']})"))
             context.add_init_script(_NO_BANNER)
             visit(page, server)
             yield page
