@@ -18,7 +18,7 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 RUFF := .venv/.ruff
 
-.PHONY: test test-quick faults fuzz hosts chromium demo bench lint architectures clean
+.PHONY: test test-quick faults fuzz hosts chromium demo bench lint architectures texts clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
 $(READY): pyproject.toml requirements.txt
@@ -71,6 +71,9 @@ lint: $(RUFF)
 
 architectures: $(READY) hosts
 	.venv/bin/python tests/architectures/lists.py && .venv/bin/python tests/architectures/table.py
+
+texts: $(READY) hosts
+	.venv/bin/python tests/web/english.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

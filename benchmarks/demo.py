@@ -1,23 +1,23 @@
-"""``make demo``: real ComfyUI on the CPU runs the example workflow with the tiny model.
+"""``make demo``: real ComfyUI on the CPU runs an example with the tiny model.
 
 Leaves a picture (original | quantized | difference x8, a row per prompt) and the saved file, and says where.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from learned_rounding.benchmarks.tiny_model.examples import with_tiny_model
 from learned_rounding.benchmarks.tiny_model.graph import pictures, psnr
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.workflows import to_api
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKFLOW = ROOT / "example_workflows" / "quantize_then_sample.json"
+EXAMPLE = "quantize_then_sample"
 PROMPTS = ("red apple", "owl", "rocket", "guitar", "tropical fish", "hot beverage")
 _GAIN = 8
 _CELL, _GAP, _HEAD = 128, 8, 40
@@ -62,8 +62,8 @@ def main() -> None:
     shutil.rmtree(args.folder, ignore_errors=True)
     prepare(args.folder)
     with ComfyServer(hosts[-1], base=args.folder) as server:
-        print(f"ComfyUI {server.host.version} runs {WORKFLOW.relative_to(ROOT)} on the CPU …", flush=True)
-        workflow = to_api(json.loads(WORKFLOW.read_text(encoding="utf-8")), server.object_info())
+        print(f"ComfyUI {server.host.version} runs the example {EXAMPLE} with the tiny model on the CPU …", flush=True)
+        workflow = to_api(with_tiny_model(EXAMPLE, server.object_info()), server.object_info())
         result = server.queue(workflow, on_event=_print)
     texts = [entry["text"][0] for entry in result.outputs.values() if "text" in entry]
     saved = next(Path(text) for text in texts if text.endswith(".safetensors"))

@@ -1,54 +1,53 @@
-"""The pictures of the help pages: each node in a small workflow, which the picture carries, so that it opens when dropped on the canvas.
+"""The pictures of the help pages: each node, after a run where it shows what came of it.
+
+A picture carries a workflow with the node, as a user would make it, so that it opens when dropped on the canvas; it is run with the tiny model.
 
     python benchmarks/help_pictures.py      writes web/docs/images/NODE.png, by the newest installed host
 """
 
+import argparse
+import copy
 import io
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from learned_rounding.benchmarks.screenshots import finished
+from learned_rounding.benchmarks.tiny_model.examples import EXAMPLES as EXAMPLES_FOLDER
+from learned_rounding.benchmarks.tiny_model.examples import place_further, with_tiny_parts
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
-from learned_rounding.hosts.browser import load_workflow, open_page
+from learned_rounding.hosts.browser import load_workflow, open_page, queue_prompt, view
 from learned_rounding.hosts.workflows import Graph
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "web" / "docs" / "images"
 COLOURS = 64
 MARGIN = 24  # pixels around the node
+PROMPTS = ("red apple", "owl")
 # Nodes that an example shows.
 EXAMPLES = {
     "LearnedRoundingLoadModel": "quantize_file",
     "LearnedRoundingConfigure": "quantize_file",
-    "LearnedRoundingQuantize": "quantize_then_sample",
+    "LearnedRoundingQuantize": "calibrate_then_sample",
     "LearnedRoundingSave": "quantize_file",
     "LearnedRoundingCalibrate": "calibrate_and_compare",
     "LearnedRoundingCompare": "calibrate_and_compare",
     "LearnedRoundingReport": "checkpoint",
 }
-# Files that the workflows name, so that no node is marked for a missing one; nothing is run.
+# Nodes that show something after a run. The others show their widgets alone, or ask for a text encoder.
+RUN = {f"LearnedRounding{name}" for name in ("LoadModel", "Quantize", "Save", "Calibrate", "Compare", "Report", "Inspect")}
+# Files that the other workflows name, so that no node is marked for a missing one.
 NAMED = (
     "models/diffusion_models/model.safetensors",
+    "models/diffusion_models/z_image_turbo_bf16.safetensors",
     "models/text_encoders/t5xxl_fp16.safetensors",
     "output/calibrations/model_00001_.calib.safetensors",
 )
-# Where a node is on the page when the view shows all of it, in full size.
-PLACE = """async (type) => {
-    const {canvas, graph} = window.app
-    const node = graph._nodes.find((each) => each.type === type)
-    canvas.ds.scale = 1
-    canvas.ds.offset = [300 - node.pos[0], 130 - node.pos[1]]
-    canvas.setDirty(true, true)
-    for (let frame = 0; frame < 4; frame++) await new Promise(requestAnimationFrame)
-    const {left, top} = canvas.canvas.getBoundingClientRect()
-    return {x: left + 300, y: top + 100, width: node.size[0], height: node.size[1] + 30}
-}"""
-
-
 def sampling(graph: Graph, clip: list) -> dict:
     words = {name: graph.add("CLIPTextEncode", clip=clip, text=text)[0] for name, text in (("positive", "a red apple"), ("negative", ""))}
     return words | {"latent_image": graph.add("EmptySD3LatentImage", width=1024, height=1024, batch_size=1)[0]}
@@ -78,7 +77,7 @@ def load_quantized() -> Graph:
 
 def inspect() -> Graph:
     graph = Graph()
-    graph.add("LearnedRoundingInspect", model="diffusion_models/model.safetensors")
+    graph.add("LearnedRoundingInspect", model="diffusion_models/z_image_turbo_bf16.safetensors")
     return graph
 
 
@@ -119,13 +118,17 @@ MADE = {
 }
 
 
-def take(page, node: str) -> None:
+def take(page, node: str, known: Mapping) -> None:
+    """``known``: the server's node definitions."""
     if node in EXAMPLES:
-        load_workflow(page, json.loads((ROOT / "example_workflows" / f"{EXAMPLES[node]}.json").read_text(encoding="utf-8")))
+        load_workflow(page, EXAMPLES_FOLDER / f"{EXAMPLES[node]}.json")
     else:
         load_workflow(page, MADE[node]())
     workflow = page.evaluate("() => window.app.graph.serialize()")
-    at = page.evaluate(PLACE, node)
+    if node in RUN:
+        load_workflow(page, with_tiny_parts(copy.deepcopy(workflow), known))
+        finished(page, queue_prompt(page, wait=False))
+    at = view(page, [node], zoom=1, alone=True)
     clip = {"x": at["x"] - MARGIN, "y": at["y"] - MARGIN, "width": at["width"] + 2 * MARGIN, "height": at["height"] + 2 * MARGIN}
     picture = Image.open(io.BytesIO(page.screenshot(clip=clip)))
     info = PngInfo()
@@ -134,17 +137,21 @@ def take(page, node: str) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     OUT.mkdir(exist_ok=True)
     host = max(available_hosts(), key=lambda host: [int(part) for part in host.version.split(".")])
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
-        place(server.base, output_dir=server.output_dir)
+        place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
+        place_further(server.base)
         for name in NAMED:
             path = server.base / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        with open_page(server, size=(1400, 1100)) as page:
+        known = server.object_info()
+        with open_page(server, size=(1400, 1400), timeout=600) as page:
             for node in (*EXAMPLES, *MADE):
-                take(page, node)
+                take(page, node, known)
+                print(node, flush=True)
     print(sum(path.stat().st_size for path in OUT.glob("*.png")), "bytes in", OUT)
 
 

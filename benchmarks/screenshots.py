@@ -1,91 +1,124 @@
-"""Pictures of the progress widget in real ComfyUI hosts: while a workflow runs, and when it is done.
+"""Pictures of the nodes in real ComfyUI hosts, at work and after it: examples run with the tiny model.
 
-    python benchmarks/screenshots.py --workflow example_workflows/quantize_file.json --out docs/images \\
-        --prepare learned_rounding.benchmarks.tiny_model.place:place
-
-Writes widget-running-HOST.png and widget-done-HOST.png for each installed host (make hosts).
+    python benchmarks/screenshots.py                     writes docs/images/NAME-HOST.png for each host
+    python benchmarks/screenshots.py --vue-nodes         NAME-HOST-vue.png
+    python benchmarks/screenshots.py --theme light       NAME-HOST-light.png
 """
 
 import argparse
-import importlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
+from learned_rounding.benchmarks.tiny_model.examples import place_further, with_tiny_model
+from learned_rounding.benchmarks.tiny_model.graph import MODEL
+from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, Host, available_hosts
-from learned_rounding.hosts.browser import load_workflow, open_page, queue_prompt, screenshot
+from learned_rounding.hosts.browser import load_workflow, open_page, queue_prompt, view, wait_until_done
+from learned_rounding.hosts.workflows import Graph
 
-STATE = "() => document.querySelector('.lr-progress')?.dataset.state"
-# Far enough, or over already (also by an error).
-REACHED = """(share) => document.querySelector('.lr-progress [role=progressbar]')?.ariaValueNow >= share
-                      || Object.keys(window.endOfPrompt).length > 0"""
-# What the widgets show follows the events by a frame.
-SETTLED = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
-
-
-def preparer(name: str) -> Callable:
-    """ "package.module:function" → the function; it is called as function(base_directory, output_dir=…)."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ("red apple", "owl", "rocket", "guitar")
+MARGIN = 12  # pixels of the page around the nodes
+# So many percent of the layers are quantized, or it is over already (also by an error).
+REACHED = """(share) => [...document.querySelectorAll('.lr-progress')].some((panel) =>
+        panel.querySelector('.lr-cells') && Number(panel.querySelector('[role=progressbar]')?.ariaValueNow) >= share && panel.dataset.state === 'running'
+        && !panel.querySelector('.lr-strip')?.hidden)
+    || Object.keys(window.endOfPrompt).length > 0"""
 
 
-def take(
-    host: Host,
-    workflow: Mapping,
-    out: Path,
-    *,
-    prepare: Callable | None = None,
-    share: int = 25,
-    vue_nodes: bool = False,
-    size: tuple[int, int] = (1600, 1000),
-    timeout: float = 600,
-) -> list[Path]:
-    """One run of a workflow in one host; the paths of the two pictures."""
-    with tempfile.TemporaryDirectory(prefix="comfyui-") as base:
-        server = ComfyServer(host, base=base)
-        if prepare:
-            prepare(server.base, output_dir=server.output_dir)
-        with server, open_page(server, vue_nodes=vue_nodes, size=size, timeout=timeout) as page:
-            kind = host.version.removesuffix(".0") + ("-vue" if vue_nodes else "")
-            load_workflow(page, workflow)
-            screenshot(page, out / f"widget-idle-{kind}.png").unlink()  # brings the graph into view
-            answer = queue_prompt(page, wait=False)
-            if answer["type"] != "queued":
-                raise SystemExit(f"{host}: {json.dumps(answer['data'], indent=1)}")
-            page.wait_for_function(REACHED, arg=share)
-            running = screenshot(page, out / f"widget-running-{kind}.png", fit_view=False)
-            if page.evaluate(STATE) != "running":
-                print(f"{host}: the run was over before the picture was taken; a larger model gives more time")
-            prompt = answer["data"]["prompt_id"]
-            end = page.wait_for_function("(id) => window.endOfPrompt[id]", arg=prompt).json_value()
-            if end["type"] != "execution_success":
-                raise SystemExit(f"{host}: {json.dumps(end, indent=1)}")
-            page.evaluate(SETTLED)
-            return [running, screenshot(page, out / f"widget-done-{kind}.png", fit_view=False)]
+@dataclass(frozen=True)
+class Shot:
+    """A picture: of which example, of which nodes of it (types or titles), and when."""
+
+    name: str
+    example: str
+    nodes: tuple[str, ...]
+    running: int | None = None  # percent of the layers that are done; None: after the run
+    card: float | None = None  # show the card of the layer at this part of the strip's width
+
+
+_RESULT = ("LearnedRoundingCalibrate", "LearnedRoundingQuantize", "LearnedRoundingSave", "Original", "Quantized")
+SHOTS = (
+    Shot("widget-running", "calibrate_then_sample", _RESULT[:3], running=25),
+    Shot("widget-done", "calibrate_then_sample", _RESULT),
+    Shot("card", "calibrate_then_sample", ("LearnedRoundingQuantize",), card=0.6),
+    Shot("calibrate", "calibrate_then_sample", ("LearnedRoundingCalibrate",)),
+    Shot("compare", "calibrate_and_compare", ("LearnedRoundingCompare", "How far from full precision, in numbers")),
+    Shot("report", "calibrate_and_compare", ("LearnedRoundingReport",)),
+    Shot("inspect", "inspect", ("LearnedRoundingInspect",)),
+)
+
+
+def inspect() -> Graph:
+    graph = Graph()
+    graph.add("LearnedRoundingInspect", model=f"diffusion_models/{MODEL}")
+    return graph
+
+
+def take(page, shot: Shot, path: Path) -> Path:
+    """One picture of what the page shows, no larger than the nodes of the shot."""
+    at = view(page, shot.nodes)
+    if shot.card is not None:
+        strip = page.locator(".lr-strip:visible").last.bounding_box()
+        page.mouse.move(strip["x"] + shot.card * strip["width"], strip["y"] + strip["height"] / 2)
+        page.locator(".lr-card:visible").wait_for()
+        at["height"] = max(at["height"], sum(page.locator(".lr-card:visible").bounding_box()[key] for key in ("y", "height")) - at["y"])
+    clip = {"x": at["x"] - MARGIN, "y": at["y"] - MARGIN, "width": at["width"] + 2 * MARGIN, "height": at["height"] + 2 * MARGIN}
+    page.screenshot(path=path, clip=clip)
+    page.mouse.move(0, 0)
+    return path
+
+
+def finished(page, answer: Mapping) -> None:
+    """Waits for the end of a queued workflow; ends the script if it is a bad one."""
+    if answer["type"] != "queued":
+        raise SystemExit(json.dumps(answer["data"], indent=1))
+    end = page.wait_for_function("(id) => window.endOfPrompt[id]", arg=answer["data"]["prompt_id"]).json_value()
+    if end["type"] != "execution_success":
+        raise SystemExit(json.dumps(end, indent=1))
+    wait_until_done(page)
+
+
+def take_all(host: Host, out: Path, shots: tuple[Shot, ...], *, vue_nodes: bool, theme: str, density: float) -> Iterator[Path]:
+    """All shots in one host, each example run once."""
+    kind = host.version.removesuffix(".0") + ("-vue" if vue_nodes else "") + ("" if theme == "dark" else f"-{theme}")
+    with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
+        place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
+        place_further(server.base)
+        known = server.object_info()
+        with open_page(server, vue_nodes=vue_nodes, settings={"Comfy.ColorPalette": theme}, size=(1920, 1200), density=density, timeout=600) as page:
+            for example, some in groupby(shots, key=lambda shot: shot.example):
+                load_workflow(page, inspect() if example == "inspect" else with_tiny_model(example, known))
+                answer = queue_prompt(page, wait=False)
+                for shot in some:
+                    if shot.running is None:
+                        finished(page, answer)
+                    else:
+                        page.wait_for_function(REACHED, arg=shot.running)
+                    yield take(page, shot, out / f"{shot.name}-{kind}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workflow", type=Path, required=True, help="a JSON file saved by the browser, or in API form")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--prepare", type=preparer, metavar="MODULE:FUNCTION", help=preparer.__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="folder for the pictures")
+    parser.add_argument("--only", choices=[shot.name for shot in SHOTS], nargs="+", help="these pictures; default: all")
     parser.add_argument("--host", help="only hosts whose version begins so; default: all")
-    parser.add_argument("--share", type=int, default=25, help="percent of the layers to be done in the first picture")
+    parser.add_argument("--theme", choices=("dark", "light"), default="dark")
     parser.add_argument("--vue-nodes", action="store_true", help="nodes drawn by Vue instead of on the canvas")
-    parser.add_argument("--size", type=int, nargs=2, default=(1600, 1000), metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--density", type=float, default=1.5, help="pixels of a picture for each of the page's")
     args = parser.parse_args()
-    workflow = json.loads(args.workflow.read_text(encoding="utf-8"))
     hosts = [host for host in available_hosts() if host.version.startswith(args.host or "")]
     if not hosts:
         raise SystemExit("no such ComfyUI on this machine: make hosts")
     args.out.mkdir(parents=True, exist_ok=True)
+    shots = tuple(shot for shot in SHOTS if shot.name in (args.only or [shot.name]))
     for host in hosts:
-        pictures = take(
-            host, workflow, args.out, prepare=args.prepare, share=args.share, vue_nodes=args.vue_nodes, size=args.size
-        )
-        for path in pictures:
-            print(f"{path} ({path.stat().st_size / 1000:.0f} kB)")
+        for path in take_all(host, args.out, shots, vue_nodes=args.vue_nodes, theme=args.theme, density=args.density):
+            print(f"{path} ({path.stat().st_size / 1000:.0f} kB)", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from .server import ComfyServer, HostError
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-__all__ = ["chromium_path", "load_workflow", "open_page", "queue_prompt", "screenshot", "visit"]
+__all__ = ["chromium_path", "load_workflow", "open_page", "queue_prompt", "screenshot", "view", "visit", "wait_until_done"]
 
 # The page of a host has no business outside this machine; these keep Chromium from trying.
 FLAGS = [
@@ -38,9 +38,10 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Co
 _NO_BANNER = """for (const key of ['vueNodesBannerDismissed', 'comfy.vueNodesMigration.dismissed'])
     try { localStorage.setItem(key, 'true') } catch { /* a page without storage has no banner */ }"""
 
+# The page opens a workflow of its own when it starts, which would take the place of one that is loaded before.
 _READY = """() => {
     const app = window.app
-    return !!(app?.graph && app?.canvas && app.vueAppReady && app.extensionManager
+    return !!(app?.graph && app?.canvas && app.vueAppReady && app.extensionManager?.workflow?.activeWorkflow
               && window.LiteGraph?.registered_node_types?.KSampler)
 }"""
 
@@ -83,6 +84,38 @@ _FIT = """async () => {
 }"""
 
 
+_QUIET = """async () => {
+    const {queue_running, queue_pending} = await (await fetch('/queue')).json()
+    const pictures = [...window.app.graph._nodes.flatMap((node) => node.imgs ?? []), ...document.querySelectorAll('[data-node-id] img')]
+    return !queue_running.length && !queue_pending.length && pictures.every((picture) => picture.complete && picture.naturalWidth)
+        && !/\\b[1-9]\\d* active|Job completed/.test(document.body.innerText)
+}"""
+# What the page shows follows its state by a frame or two.
+_DRAWN = """async () => {
+    window.app.canvas.setDirty(true, true)
+    for (let frame = 0; frame < 4; frame++) await new Promise(requestAnimationFrame)
+}"""
+
+# The page's own bars stand at its edges: left, top, right, bottom.
+_VIEW = """async ([names, zoom, alone]) => {
+    const [left, top, right, bottom] = [90, 120, 30, 90]
+    const {canvas, graph} = window.app
+    const wanted = graph._nodes.filter((node) => names.includes(node.type) || names.includes(node.title))
+    if (!wanted.length) throw new Error(`no node is called ${names}`)
+    if (alone) for (const node of graph._nodes) if (!wanted.includes(node)) node.pos = [node.pos[0] - 1e5, node.pos[1]]
+    const boxes = wanted.map((node) => [node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]])
+    const [x0, y0] = [0, 1].map((axis) => Math.min(...boxes.map((box) => box[axis])))
+    const [x1, y1] = [2, 3].map((axis) => Math.max(...boxes.map((box) => box[axis])))
+    const scale = zoom ?? Math.min(1.5, (innerWidth - left - right) / (x1 - x0), (innerHeight - top - bottom) / (y1 - y0))
+    const at = canvas.canvas.getBoundingClientRect()
+    canvas.ds.scale = scale
+    canvas.ds.offset = [(left - at.left) / scale - x0, (top - at.top) / scale - y0]
+    canvas.setDirty(true, true)
+    for (let frame = 0; frame < 12; frame++) await new Promise(requestAnimationFrame)
+    return {x: left, y: top, width: (x1 - x0) * scale, height: (y1 - y0) * scale}
+}"""
+
+
 def chromium_path() -> str | None:
     """The Chromium to use: $CHROMIUM, else the first one on the path; None if there is none."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -95,6 +128,7 @@ def open_page(
     vue_nodes: bool = False,
     settings: Mapping[str, Any] | None = None,
     size: tuple[int, int] = (1600, 1000),
+    density: float = 1,
     problems: list[str] | None = None,
     timeout: float = 120,
 ) -> Iterator[Page]:
@@ -102,7 +136,8 @@ def open_page(
 
     vue_nodes  whether nodes are drawn by Vue ("Nodes 2.0") or on the canvas
     settings   further frontend settings, such as {"Comfy.Locale": "de"}
-    problems   a list that collects uncaught errors and console errors of the page
+    density    pixels of a picture for each of the page's
+    problems   a list that collects uncaught errors of the page, and errors and warnings in its console, with where they come from
     """
     from playwright.sync_api import sync_playwright  # here, so that servers can be had without it
 
@@ -119,14 +154,15 @@ def open_page(
             headless=True,
             args=FLAGS,
             viewport={"width": size[0], "height": size[1]},
+            device_scale_factor=density,
             timeout=timeout * 1000,
         )
         try:
             context.set_default_timeout(timeout * 1000)
             page = context.pages[0] if context.pages else context.new_page()
             if problems is not None:
-                page.on("pageerror", lambda error: problems.append(str(error)))
-                page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+                page.on("pageerror", lambda error: problems.append(f"{error} {error.stack}"))
+                page.on("console", lambda line: line.type in ("error", "warning") and problems.append(f"{line.text} ({line.location['url']})"))
             context.add_init_script(_NO_BANNER)
             visit(page, server)
             yield page
@@ -162,6 +198,20 @@ def queue_prompt(page: Page, *, wait: bool = True) -> dict:
     if not wait:
         return {"type": "queued", "data": answer}
     return page.wait_for_function("(id) => window.endOfPrompt[id]", arg=answer["prompt_id"]).json_value()
+
+
+def wait_until_done(page: Page) -> None:
+    """Waits until nothing is queued, all pictures that nodes show are loaded, and all of it is drawn."""
+    page.wait_for_function(_QUIET)
+    page.evaluate(_DRAWN)
+
+
+def view(page: Page, nodes: Iterable[str], *, zoom: float | None = None, alone: bool = False) -> dict[str, float]:
+    """Brings all nodes of these types or titles into view, as large as they fit or at `zoom`; returns where they are on the page.
+
+    alone  moves the other nodes away
+    """
+    return page.evaluate(_VIEW, [list(nodes), zoom, alone])
 
 
 def screenshot(page: Page, path: Path | str, *, fit_view: bool = True) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Graph", "Node", "to_api"]
+__all__ = ["Graph", "Node", "to_api", "widget_names"]
 
 
 class Node:
@@ -36,7 +36,7 @@ class Graph(dict):
 _CONTROLLED = ("seed", "noise_seed")
 
 
-def _widget_names(definition: Mapping[str, Any]) -> list[str | None]:
+def widget_names(definition: Mapping[str, Any]) -> list[str | None]:
     """Names of a node's widgets in the order of ``widgets_values``; None for the browser's own."""
     names: list[str | None] = []
     for group in ("required", "optional"):
@@ -62,7 +62,7 @@ def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[
         inputs = {
             entry["name"]: sources[entry["link"]] for entry in node.get("inputs", ()) if entry.get("link") is not None
         }
-        names = _widget_names(object_info[node["type"]])
+        names = widget_names(object_info[node["type"]])
         values = {name: value for name, value in zip(names, node.get("widgets_values") or (), strict=False) if name is not None}
         api[str(node["id"])] = {"class_type": node["type"], "inputs": {**values, **inputs}}
     return api

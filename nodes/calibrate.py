@@ -21,7 +21,7 @@ class Calibrate(io.ComfyNode):
             display_name="Calibrate",
             description="Sample with the original MODEL as KSampler does and note what its linear layers are given, "
             "for calibrated rounding. The MODEL stays as it is.",
-            search_aliases=["calibration", "activations", "gram", "quantize", "learned rounding", "fp8", "int8"],
+            search_aliases=["calibration", "activations", "gram", "learned rounding"],
             is_input_list=True,
             inputs=[
                 io.Model.Input(

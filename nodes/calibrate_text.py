@@ -5,8 +5,8 @@ from comfy_api.latest import io
 from . import host
 from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
 from .progress import NodeProgress
-from .prompts import check_prompts, prompt_lines
-from .schema import CalibrationType, schema, widget
+from .prompts import prompt_lines
+from .schema import CalibrationType, checked, schema, widget
 
 __all__ = ["CalibrateTextEncoder"]
 
@@ -20,7 +20,7 @@ class CalibrateTextEncoder(io.ComfyNode):
             node_id="LearnedRoundingCalibrateText",
             display_name="Calibrate Text Encoder",
             description="Encode prompts with the original CLIP and note what its linear layers are given, for calibrated rounding. The CLIP stays as it is.",
-            search_aliases=["calibration", "activations", "t5", "clip", "quantize", "learned rounding"],
+            search_aliases=["calibration", "activations", "t5", "clip", "learned rounding"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The full-precision CLIP that is going to be quantized."),
                 widget(
@@ -53,7 +53,7 @@ class CalibrateTextEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompts=None):
-        return check_prompts(prompts)
+        return checked(prompt_lines, prompts)
 
     @classmethod
     def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False) -> io.NodeOutput:

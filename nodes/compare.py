@@ -23,7 +23,7 @@ class Compare(io.ComfyNode):
             node_id="LearnedRoundingCompare",
             display_name="Compare",
             description="How far is this model from full precision? Samples both from the same noise and measures latents step by step, and pictures.",
-            search_aliases=["psnr", "ssim", "lpips", "snr", "quality", "fp8", "int8", "quantize"],
+            search_aliases=["psnr", "ssim", "lpips", "snr", "quality"],
             is_input_list=True,
             inputs=[
                 io.Model.Input("reference", tooltip="The full-precision MODEL."),

@@ -4,8 +4,8 @@ from comfy_api.latest import io, ui
 
 from . import host
 from .drawing import as_image, named_bars
-from .prompts import check_prompts, prompt_lines
-from .schema import schema, widget
+from .prompts import prompt_lines
+from .schema import checked, schema, widget
 
 __all__ = ["CompareTextEncoders"]
 
@@ -19,7 +19,7 @@ class CompareTextEncoders(io.ComfyNode):
             node_id="LearnedRoundingCompareText",
             display_name="Compare Text Encoders",
             description="How far is this text encoder from full precision? Encodes prompts with both CLIPs and compares the conditioning.",
-            search_aliases=["snr", "cosine", "quality", "t5", "clip", "fp8", "int8", "quantize"],
+            search_aliases=["snr", "cosine", "quality", "t5", "clip"],
             inputs=[
                 io.Clip.Input("reference", tooltip="The full-precision CLIP."),
                 io.Clip.Input("compared", tooltip="The quantized CLIP."),
@@ -36,7 +36,7 @@ class CompareTextEncoders(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompts=None):
-        return check_prompts(prompts)
+        return checked(prompt_lines, prompts)
 
     @classmethod
     def execute(cls, reference, compared, prompts) -> io.NodeOutput:

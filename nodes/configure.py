@@ -1,19 +1,24 @@
 """Configure Quantization: the user's choices as a recipe."""
 
+from collections.abc import Callable
+from contextlib import suppress
+
 from comfy_api.latest import io
 
 from ..quant_core import FORMATS, Recipe
 from ..quant_core.errors import RecipeError
-from ..quant_core.formats import GRANULARITIES, with_granularity
+from ..quant_core.formats import GRANULARITIES, ROTATED, Encoding, with_granularity
 from ..quant_core.formats.rotation import GROUP_SIZES
-from ..quant_core.recipes import MEASURED, PRESETS, recommended_format
+from ..quant_core.recipes import MEASURED, MEASURED_CHOOSES, MEASURED_ONLY, PRESETS, recommended_format
 from ..quant_core.recipes.presets import AUTO, NONE
 from ..quant_core.rounding import ROUNDINGS
 from . import host
-from .schema import OptionsType, RecipeType, schema, widget
+from .schema import OptionsType, RecipeType, checked, schema, widget
 
 __all__ = ["ConfigureQuantization"]
 
+_FORMATS = [*FORMATS, AUTO, MEASURED]
+_GRANULARITIES = [AUTO, *GRANULARITIES]
 _CONVROT = {"off": None, "on": True, AUTO: AUTO, **{str(size): size for size in GROUP_SIZES}}
 
 
@@ -22,16 +27,17 @@ class ConfigureQuantization(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
+        matters = _matters_for()
         return schema(
             node_id="LearnedRoundingConfigure",
             display_name="Configure Quantization",
             description="What to make of a model: format, keep list and rounding.",
-            search_aliases=["fp8", "int8", "convrot", "quantize", "convert", "recipe"],
+            search_aliases=["convrot", "recipe"],
             inputs=[
                 widget(
                     io.Combo,
                     id="format",
-                    options=[*FORMATS, AUTO, MEASURED],
+                    options=_FORMATS,
                     default=AUTO,
                     tooltip="Format of the quantized layers: FP8 is loaded by older ComfyUI too, INT8 is more precise and faster on most consumer cards. "
                     "auto takes what suits this card: INT8 per row with ConvRot, or FP8; measured chooses for each layer with a calibration.",
@@ -39,8 +45,9 @@ class ConfigureQuantization(io.ComfyNode):
                 widget(
                     io.Combo,
                     id="granularity",
-                    options=[AUTO, *GRANULARITIES],
+                    options=_GRANULARITIES,
                     default=AUTO,
+                    matters_for=matters["granularity"],
                     tooltip="What shares a scale: the whole tensor, a row or a square block; auto takes the format's own (INT8: row).",
                 ),
                 widget(
@@ -88,6 +95,7 @@ class ConfigureQuantization(io.ComfyNode):
                 widget(
                     io.Boolean,
                     id="full_precision_matrix_mult",
+                    matters_for=matters["full_precision_matrix_mult"],
                     default=False,
                     optional=True,
                     advanced=True,
@@ -97,6 +105,7 @@ class ConfigureQuantization(io.ComfyNode):
                 widget(
                     io.Combo,
                     id="convrot",
+                    matters_for=matters["convrot"],
                     options=list(_CONVROT),
                     default="off",
                     optional=True,
@@ -106,6 +115,7 @@ class ConfigureQuantization(io.ComfyNode):
                 widget(
                     io.Float,
                     id="target_size",
+                    matters_for=matters["target_size"],
                     default=0.0,
                     min=0.0,
                     max=10000.0,
@@ -118,6 +128,7 @@ class ConfigureQuantization(io.ComfyNode):
                 widget(
                     io.Float,
                     id="target_error",
+                    matters_for=matters["target_error"],
                     default=0.0,
                     min=0.0,
                     max=10.0,
@@ -131,6 +142,7 @@ class ConfigureQuantization(io.ComfyNode):
                 widget(
                     io.Boolean,
                     id="block_formats",
+                    matters_for=matters["block_formats"],
                     default=False,
                     optional=True,
                     advanced=True,
@@ -139,6 +151,7 @@ class ConfigureQuantization(io.ComfyNode):
                 widget(
                     io.String,
                     id="layer_config",
+                    matters_for=matters["layer_config"],
                     default="",
                     multiline=True,
                     optional=True,
@@ -154,14 +167,33 @@ class ConfigureQuantization(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, format=None, granularity=None, convrot=None, keep=None, layer_config=None):
-        # Before anything is loaded. None is what comes from another node; its default is assumed, which contradicts nothing.
-        try:
-            if format is not None:
-                _recipe(format, granularity or AUTO, convrot or "off", keep or "", layer_config or "")
-        except RecipeError as error:
-            return str(error)
-        return True
+    def validate_inputs(
+        cls,
+        format=None,
+        granularity=None,
+        keep=None,
+        full_precision_matrix_mult=None,
+        convrot=None,
+        target_size=None,
+        target_error=None,
+        block_formats=None,
+        layer_config=None,
+    ):
+        # Of what comes from another node, which is None, the default is assumed, which contradicts nothing.
+        def check(format):
+            _recipe(
+                format,
+                granularity or AUTO,
+                convrot or "off",
+                keep or "",
+                layer_config or "",
+                full_precision_matmul=full_precision_matrix_mult or False,
+                target_size=target_size or None,
+                target_error=target_error or None,
+                block_formats=block_formats or False,
+            )
+
+        return checked(check, format)
 
     @classmethod
     def execute(
@@ -206,7 +238,8 @@ def _recipe(format: str, granularity: str, convrot: str, keep: str, layer_config
     convrot = _CONVROT[convrot] if convrot in _CONVROT else convrot
     if format == AUTO:
         suits = recommended_format(int8=host.knows("int8_tensorwise"))
-        format, granularity, convrot = suits.format, granularity or suits.granularity, convrot or suits.convrot
+        rotation = suits.convrot if granularity in (None, suits.granularity) else None
+        format, granularity, convrot = suits.format, granularity or suits.granularity, convrot or rotation
     if format != MEASURED:
         format = with_granularity(format, granularity)
     return Recipe(
@@ -217,3 +250,37 @@ def _recipe(format: str, granularity: str, convrot: str, keep: str, layer_config
         layer_config=layer_config.strip(),
         **others,
     )
+
+
+def _matters_for() -> dict[str, list[dict]]:
+    """Widget → for which formats and granularities it acts, see :func:`~.schema.widget`."""
+    return {
+        **dict.fromkeys(MEASURED_ONLY, [{"format": [MEASURED]}]),
+        **dict.fromkeys(MEASURED_CHOOSES, [{"format": {"not": [MEASURED]}}]),
+        "granularity": [{"format": [format for format in _FORMATS if _has_choice(_encodings(format))]}],
+        "convrot": _where(lambda encoding: (encoding.format.name, encoding.granularity) in ROTATED),
+        "full_precision_matrix_mult": _where(lambda encoding: encoding.format.full_precision_matmul == "choice"),
+    }
+
+
+def _where(acts: Callable[[Encoding], bool]) -> list[dict]:
+    """For which formats and granularities something acts."""
+    conditions = []
+    for format in _FORMATS:
+        encodings = _encodings(format)
+        if names := [name for name, encoding in encodings.items() if acts(encoding)]:
+            conditions.append({"format": [format], **({"granularity": names} if _has_choice(encodings) else {})})
+    return conditions
+
+
+def _encodings(format: str) -> dict[str, Encoding]:
+    """Granularity → how layers then stand in a file, for those that this choice of format has."""
+    found = {}
+    for granularity in _GRANULARITIES:
+        with suppress(RecipeError):
+            found[granularity] = _recipe(format, granularity, "off", "", "").encoding
+    return found
+
+
+def _has_choice(encodings: dict[str, Encoding]) -> bool:
+    return len({encoding.granularity for encoding in encodings.values()}) > 1

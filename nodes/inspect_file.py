@@ -1,10 +1,11 @@
 """Inspect: what is in a model file, as ``lrq inspect`` tells it."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..quant_core.checkpoints import inspect_file
 from . import host
-from .schema import schema, widget
+from .progress import shown_text
+from .schema import checked, schema, widget
 
 __all__ = ["Inspect"]
 
@@ -18,7 +19,7 @@ class Inspect(io.ComfyNode):
             node_id="LearnedRoundingInspect",
             display_name="Inspect",
             description="What is in this file, which layers are quantized and how, and will stock ComfyUI load it? Reads the header only.",
-            search_aliases=["file", "format", "metadata", "header", "fp8", "int8", "quantize"],
+            search_aliases=["file", "format", "metadata", "header"],
             inputs=[
                 widget(
                     io.Combo,
@@ -32,10 +33,14 @@ class Inspect(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model=None):
+        return checked(host.file_state, model)
+
+    @classmethod
     def fingerprint_inputs(cls, model):
         return (model, *host.file_state(model))
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
         text = str(inspect_file(host.FileSource.choose(model, "").path))
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        return io.NodeOutput(text, ui=shown_text(text))

@@ -1,6 +1,6 @@
 """Load Model: a file from ComfyUI's own folders as a light source; no weight is read yet."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..quant_core.checkpoints import Source as Weights
 from ..quant_core.checkpoints.inspect import quantized_formats
@@ -8,7 +8,8 @@ from ..quant_core.errors import QuantizationError, SourceError
 from ..quant_core.recipes import Recipe
 from ..quant_core.report import human_bytes
 from . import host
-from .schema import Source, schema, widget
+from .progress import shown_text
+from .schema import Source, checked, schema, widget
 
 __all__ = ["LoadModel"]
 
@@ -22,7 +23,7 @@ class LoadModel(io.ComfyNode):
             node_id="LearnedRoundingLoadModel",
             display_name="Load Model (Learned Rounding)",
             description="Choose a full-precision model file to quantize. Nothing is loaded into memory: layers stream from disk when they are quantized.",
-            search_aliases=["load", "file", "quantize", "fp8", "int8", "convert"],
+            search_aliases=["load", "file"],
             inputs=[
                 widget(
                     io.Combo,
@@ -54,6 +55,10 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model=None):
+        return checked(host.file_state, model)
+
+    @classmethod
     def fingerprint_inputs(cls, model, clip_type=None, requantize=False):
         return (model, clip_type, requantize, *host.file_state(model))
 
@@ -69,7 +74,7 @@ class LoadModel(io.ComfyNode):
         if formats or decoded:
             state = f"already quantized: {', '.join(formats or decoded)}{'' if formats else ', to be decoded first'}"
         return io.NodeOutput(
-            source, ui=ui.PreviewText(f"{source.path.name}: {size}, {count} tensors, {state}\n{family}")
+            source, ui=shown_text(f"{source.path.name}: {size}, {count} tensors, {state}\n{family}")
         )
 
 

@@ -1,9 +1,10 @@
 """Load Calibration: a saved calibration, for the model it was made with or another of the same architecture."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from . import host
-from .schema import CalibrationType, schema, widget
+from .progress import shown_text
+from .schema import CalibrationType, checked, schema, widget
 
 __all__ = ["LoadCalibration"]
 
@@ -34,10 +35,14 @@ class LoadCalibration(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, file=None):
+        return checked(host.load_calibration, file)
+
+    @classmethod
     def fingerprint_inputs(cls, file):
         return (file, *host.calibration_state(file))
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         calibration, text = host.load_calibration(file)
-        return io.NodeOutput(calibration, ui=ui.PreviewText(text))
+        return io.NodeOutput(calibration, ui=shown_text(text))

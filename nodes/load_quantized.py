@@ -1,11 +1,12 @@
 """Load Quantized Model: a quantized file in any format of ours, on any ComfyUI, without its own loaders' help."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..quant_core.checkpoints import SafetensorsFile
 from ..quant_core.checkpoints.inspect import quantized_formats
 from . import host
-from .schema import schema, widget
+from .progress import shown_text
+from .schema import checked, schema, widget
 
 __all__ = ["LoadQuantized"]
 
@@ -19,7 +20,7 @@ class LoadQuantized(io.ComfyNode):
             node_id="LearnedRoundingLoadQuantized",
             display_name="Load Quantized Model",
             description="Load a quantized file, also in a format that this ComfyUI cannot run by itself: its layers are then decoded as they run.",
-            search_aliases=["load", "fp8", "int8", "blockwise", "quantize", "quantized"],
+            search_aliases=["load", "blockwise", "quantized"],
             inputs=[
                 widget(
                     io.Combo,
@@ -44,6 +45,10 @@ class LoadQuantized(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model=None):
+        return checked(host.file_state, model)
+
+    @classmethod
     def fingerprint_inputs(cls, model, clip_type=None):
         return (model, clip_type, *host.file_state(model))
 
@@ -55,4 +60,4 @@ class LoadQuantized(io.ComfyNode):
             formats = quantized_formats(opened)
         decoded = [name for name in formats if not host.knows(name)]
         how = f"decoded as they run: {', '.join(decoded)}" if decoded else "run by ComfyUI itself"
-        return io.NodeOutput(*outputs, ui=ui.PreviewText(f"{source.path.name}: {', '.join(formats)}, {how}"))
+        return io.NodeOutput(*outputs, ui=shown_text(f"{source.path.name}: {', '.join(formats)}, {how}"))

@@ -2,13 +2,16 @@
 
 from comfy_api.latest import io
 
+from ..quant_core import Recipe
 from ..quant_core.recipes.presets import AUTO
 from ..quant_core.rounding import OPTIONS
-from .schema import OptionsType, schema, widget
+from .schema import OptionsType, checked, schema, widget
 
 __all__ = ["RoundingOptions"]
 
 _DEFAULT = -1  # of a number that was not chosen
+_LEFT_ALONE = [AUTO, _DEFAULT, False]  # off is the default of every switch
+_GRADIENT = ["optimizer", *(name for name, option in OPTIONS.items() if option.gradient)]  # any of them: gradient rounding
 
 
 def _tooltip(option) -> str:
@@ -19,7 +22,7 @@ def _tooltip(option) -> str:
 
 def _widget(name: str, option):
     """The widget of an option; its default means that the option was not chosen."""
-    shared = {"id": name, "optional": True}
+    shared = {"id": name, "optional": True, "matters_for": _matters_for(name)}
     if option.choices:
         choices = list(dict.fromkeys([AUTO, *option.choices]))
         return widget(io.Combo, options=choices, default=AUTO, tooltip=_tooltip(option), **shared)
@@ -30,6 +33,19 @@ def _widget(name: str, option):
     if option.kind is int:
         return widget(io.Int, **limits, **shared)
     return widget(io.Float, step=0.001, round=False, **limits, **shared)
+
+
+def _matters_for(name: str) -> list[dict] | None:
+    """For which values of the others this option acts, see :func:`~.schema.widget`; None: for any."""
+    option = OPTIONS[name]
+    if option.needs:
+        other, value = option.needs
+        return [{other: [value]}]
+    if option.gradient:
+        return [{other: {"not": _LEFT_ALONE}} for other in _GRADIENT]
+    if option.gradient is False:
+        return [dict.fromkeys(_GRADIENT, _LEFT_ALONE)]
+    return None
 
 
 class RoundingOptions(io.ComfyNode):
@@ -58,9 +74,13 @@ class RoundingOptions(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, **chosen):
+        return checked(lambda *_: Recipe(format="int8_blockwise", **_given(chosen)), *chosen.values())  # which has a block size
+
+    @classmethod
     def execute(cls, **chosen) -> io.NodeOutput:
-        return io.NodeOutput({name: value for name, value in chosen.items() if not _left_alone(value)})
+        return io.NodeOutput(_given(chosen))
 
 
-def _left_alone(value) -> bool:
-    return value is False or value in (AUTO, _DEFAULT)  # off is the default of every switch
+def _given(chosen: dict) -> dict:
+    return {name: value for name, value in chosen.items() if value is not False and value not in (AUTO, _DEFAULT)}  # 0 is a choice, and equals False

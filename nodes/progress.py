@@ -19,14 +19,16 @@ from ..quant_core.events import (
     RunFinished,
     RunStarted,
 )
+from ..quant_core.report import Report
 from . import host
 
-__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route"]
+__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route", "shown_text"]
 
 EVENT = "learned_rounding.progress"
 ROUTE = "/learned_rounding/progress"
 _WORST = 5
 _RUNS = 16  # whose messages are kept; 1 MB each for a model of 2,000 layers
+_TEXTS = 256  # that are kept, of nodes that show one
 
 
 def _reason(error: BaseException) -> str:
@@ -97,8 +99,16 @@ def _finished(event: RunFinished) -> dict:
         "median_output_error": _finite(report.median_output_error),
         "median_gain": _finite(report.median_gain),
         "solvers": report.solvers,
-        "worst": [{"name": layer.name, "error": layer.weight_error} for layer in report.worst[:_WORST]],
+        "worst": [
+            {"name": layer.name, "error": layer.weight_error, "output_error": layer.output_error} for layer in _worst(report)
+        ],
     }
+
+
+def _worst(report: Report) -> list[LayerFinished]:
+    """By falling error of the output, which the summary then tells, or of the weight where no output was measured."""
+    measured = [layer for layer in report.layers if layer.output_error is not None]
+    return sorted(measured, key=lambda layer: -layer.output_error)[:_WORST] or report.worst[:_WORST]
 
 
 # What a page is told of an event; None for nothing.
@@ -114,17 +124,37 @@ _PAYLOADS = {
 
 # (workflow, node) → the messages of its latest run, the latest runs last.
 _runs: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
+# The same of the texts that nodes show, a message each.
+_texts: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
+
+
+def _keep(kept: OrderedDict, node_id: str, run: dict, messages: list[dict], most: int) -> None:
+    if run["workflow"] is None:
+        return
+    key = run["workflow"], node_id
+    kept[key] = messages
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
+
+
+def shown_text(*lines: str) -> dict[str, list[str]]:
+    """The ``ui`` of the running node, which shows a text; a page that is reloaded asks for it too."""
+    node_id, run = host.running_node(), host.running_prompt()
+    _keep(_texts, node_id, run, [{"node": node_id, **run, "seq": 0, "state": "text", "text": list(lines)}], _TEXTS)
+    return {"text": list(lines)}
 
 
 def _messages_of(query: Mapping[str, str]) -> list[list[dict]]:
-    """For each node of a workflow that ran lately, all messages of its latest run, in order.
+    """For each node of a workflow that ran lately, all messages of its latest run, in order, or its text.
 
     Raises:
         ValueError: the query names no workflow.
     """
     if not query.get("workflow"):
         raise ValueError(f"{ROUTE} needs the id of a workflow: ?workflow=ID")
-    return [list(messages) for (workflow, _), messages in tuple(_runs.items()) if workflow == query["workflow"]]
+    kept = (*_runs.items(), *_texts.items())
+    return [list(messages) for (workflow, _), messages in kept if workflow == query["workflow"]]
 
 
 def add_progress_route() -> None:
@@ -140,12 +170,7 @@ class NodeProgress:
         self._bar = None
         self._run = {"node": node_id, **host.running_prompt()}
         self._messages: list[dict] = []
-        if self._run["workflow"] is not None:
-            key = self._run["workflow"], node_id
-            _runs[key] = self._messages
-            _runs.move_to_end(key)
-            while len(_runs) > _RUNS:
-                _runs.popitem(last=False)
+        _keep(_runs, node_id, self._run, self._messages, _RUNS)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, LayerMeasured) and event.index == 0:

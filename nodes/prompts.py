@@ -2,7 +2,7 @@
 
 from ..quant_core.errors import RecipeError
 
-__all__ = ["check_prompts", "prompt_lines"]
+__all__ = ["prompt_lines"]
 
 
 def prompt_lines(text: str) -> list[str]:
@@ -11,11 +11,3 @@ def prompt_lines(text: str) -> list[str]:
     if not lines:
         raise RecipeError("There are no prompts here; write some, one a line.")
     return lines
-
-
-def check_prompts(text: str | None) -> bool | str:
-    """Whether there are any, before a workflow runs; else one sentence. None: they come from another node."""
-    try:
-        return text is None or bool(prompt_lines(text))
-    except RecipeError as error:
-        return str(error)

@@ -19,7 +19,7 @@ class LearnedRoundQuantize(io.ComfyNode):
             node_id="LearnedRoundingQuantize",
             display_name="Learned Round Quantize",
             description="Quantize a model layer by layer. LoRAs on the incoming MODEL or CLIP are baked in; the incoming one stays usable.",
-            search_aliases=["quantize", "fp8", "int8", "convert", "rounding"],
+            search_aliases=["rounding"],
             inputs=[
                 io.MultiType.Input(
                     "source",

@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from . import host
-from .schema import QuantizedType, schema, widget
+from .progress import shown_text
+from .schema import QuantizedType, checked, schema, widget
 
 __all__ = ["SaveQuantized"]
 
@@ -17,7 +18,7 @@ class SaveQuantized(io.ComfyNode):
             node_id="LearnedRoundingSave",
             display_name="Save Quantized",
             description="Keep a quantized model as a file that ComfyUI's own loaders find, and verify that they read it. Nothing is ever overwritten.",
-            search_aliases=["save", "export", "verify", "fp8", "int8", "convert", "quantize"],
+            search_aliases=["save", "export", "verify"],
             inputs=[
                 QuantizedType.Input("quantized", tooltip="From Learned Round Quantize."),
                 widget(
@@ -40,10 +41,10 @@ class SaveQuantized(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix=None):
-        return filename_prefix is None or host.check_name(filename_prefix)  # None: it comes from another node
+        return checked(host.check_name, filename_prefix)
 
     @classmethod
     def execute(cls, quantized, filename_prefix, folder) -> io.NodeOutput:
         saved = host.save(quantized, filename_prefix, folder)
         paths = "\n".join(str(path) for path in saved)
-        return io.NodeOutput(paths, ui={"text": [paths, host.verify_saved(quantized, saved)]})
+        return io.NodeOutput(paths, ui=shown_text(paths, host.verify_saved(quantized, saved)))

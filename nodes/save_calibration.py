@@ -1,9 +1,10 @@
 """Save Calibration: statistics under a lasting name, for other fine-tunes and for the command line."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from . import host
-from .schema import CalibrationType, schema, widget
+from .progress import shown_text
+from .schema import CalibrationType, checked, schema, widget
 
 __all__ = ["SaveCalibration"]
 
@@ -34,6 +35,10 @@ class SaveCalibration(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        return checked(host.check_name, filename_prefix)
+
+    @classmethod
     def execute(cls, calibration, filename_prefix) -> io.NodeOutput:
         path = str(host.save_calibration(calibration, filename_prefix))
-        return io.NodeOutput(path, ui=ui.PreviewText(path))
+        return io.NodeOutput(path, ui=shown_text(path))

@@ -11,6 +11,7 @@ from .checkpoints.dtypes import SOURCE_DTYPES
 from .errors import QuantizationError, RecipeError
 from .events import CancelCheck
 from .formats import INT8, Encoding, QuantizedWeight, make_encoding, rotation_groups
+from .linalg import lapack
 from .rounding import Method, Quadratic, Rounder, correct_bias, make_objectives, synthetic_mean
 
 __all__ = ["output_error", "quantize_weight"]
@@ -235,7 +236,7 @@ class _Layer:
 
         def target_of(damping: float) -> torch.Tensor:
             ridge = damping * seen.diagonal().mean() * torch.eye(inner, device=device)
-            return torch.linalg.solve(seen + ridge, (cross + ridge).t() @ weight.t()).t().contiguous()
+            return lapack(torch.linalg.solve, seen + ridge, (cross + ridge).t() @ weight.t()).t().contiguous()
 
         target = min(map(target_of, _COMPENSATION), key=lambda made: float((reduced @ made.t() - wanted).norm()))
         mean, mean_seen = gram.mean.to(device).split(inner)

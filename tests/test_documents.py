@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from learned_rounding.quant_core import cli
+from learned_rounding.quant_core import Recipe, cli, quantize_file
 from learned_rounding.quant_core.calibration import Collector
 from learned_rounding.quant_core.checkpoints import SafetensorsFile
 from learned_rounding.quant_core.recipes.toml import tomllib
@@ -20,9 +21,11 @@ from learned_rounding.tests.nodes.probing import in_process, takes_layouts
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "docs" / "integration.md"]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *(ROOT / name / "README.md" for name in ("benchmarks", "assets", "attacks"))]
 MODEL = ROOT / "assets" / "tiny_mmdit_emoji.safetensors"
 BLOCK = re.compile(r"^```(\w+)( host)?\n(.*?)^```", re.M | re.S)
+# A command in a sentence: a program, and at least one word more.
+INLINE = re.compile(r"`((?:lrq|python|\.venv/bin/python|make|pip|pytest)\s[^`]+)`")
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]*))?\)")
 
 
@@ -72,47 +75,113 @@ def folder(tmp_path_factory):
         "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn),
     }
     save_file(old, folder / "old_fp8.safetensors")
+    quantize_file(folder / "model.safetensors", folder / "quantized.safetensors", Recipe(format="float8_e4m3fn"))
     return folder
 
 
+# What a sentence leaves out, by the command of lrq.
+INPUTS = {
+    "quantize": ["-i", "model.safetensors"],
+    "plan": ["-i", "model.safetensors"],
+    "migrate": ["-i", "old_fp8.safetensors"],
+    "inspect": ["model.safetensors"],
+    "verify": ["quantized.safetensors"],
+    "formats": [],
+    "presets": [],
+}
+# What stands for any: word of a command → what is there.
+ANY = {
+    "FILE": ["model.safetensors"],
+    "OUT": ["any.safetensors"],
+    "OPTIONS": ["--int8"],
+    "PATH/TO/CLONE": [str(ROOT)],
+    "COMFYUI_BASE": ["comfyui"],
+    "BENCH=<name>": ["BENCH=rounding"],
+}
+# Scripts that run in seconds when they are told to be small; of the others, which need a ComfyUI, a GPU or minutes, the options are tried.
+SMALL = {
+    "benchmarks/stream.py": ["--quick", "--rounds", "1", "--gb", "0.02", "--json", "stream.json"],
+    "learned_rounding.benchmarks.tiny_model.place": [],
+    str(ROOT): ["formats"],
+}
+
+
+def run(program, *words, cwd=ROOT) -> str:
+    result = subprocess.run([program, *words], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def lrq(words, _):
-    assert cli.main(words) == 0
+    command, *more = words
+    if command == "verify" and "FILE" in more:
+        more = []
+    more = [word for each in more for word in ANY.get(each, [each])]
+    assert cli.main([command, *more, *([] if any(word.endswith(".safetensors") for word in more) else INPUTS[command])]) == 0
 
 
 def make(words, _):
-    """The targets exist; what they do is run by other tests and by everyone who runs the tests."""
-    targets = [word for word in words if "=" not in word]
-    result = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert targets and result.returncode == 0, result.stderr
+    """A dry run: what the targets do is what everyone does who runs the tests (make test: hosts and chromium, then pytest).
+
+    The scripts of make bench and make demo are those that the documents call by python; make architectures and make texts write what tests compare.
+    """
+    words = [word for each in words for word in ANY.get(each, [each])]
+    assert [word for word in words if "=" not in word]
+    run("make", "--dry-run", *words)
 
 
-def python(words, _):
-    script = words[0]
-    if script == "-m":
-        assert words[1].startswith("learned_rounding.")
-        script = words[1].removeprefix("learned_rounding.").replace(".", "/") + ".py"
-    assert (ROOT / script).is_file()
+def python(words, folder):
+    """Really, in the folder with the examples' files, where that takes seconds; else its help, which has to know every option."""
+    words = [word for each in words for word in ANY.get(each, [each])]
+    module = words[0] == "-m"
+    script = words[module]
+    start = ["-m", script] if module else [str(ROOT / script)]
+    given = words[module + 1 :]
+    if script in SMALL:
+        run(sys.executable, *start, *given, *SMALL[script], cwd=folder)
+    else:
+        known = run(sys.executable, *start, "--help", cwd=folder)
+        assert known.startswith("usage: ") and all(word in known for word in given if word.startswith("--"))
 
 
 def pip(words, _):
-    """What is asked to be installed is the project, what it needs, or what it offers."""
-    offered = {"PATH/TO/CLONE", "-e"} | {line for lines in PROJECT["project"]["optional-dependencies"].values() for line in lines}
-    names = {re.match(r"[\w./-]+", line)[0] for line in offered}
+    """What is asked to be installed is the project, what it needs, or what it offers.
+
+    Installing is tried by tests/hosts/test_packaging.py (a clone, into a folder of its own) and by tests/nodes/test_installation.py
+    (requirements.txt, in ComfyUI's environment).
+    """
+    extras = PROJECT["project"]["optional-dependencies"]
+    packages = {re.match(r"[\w.-]+", line)[0] for lines in extras.values() for line in lines}
     assert words[0] == "install"
-    assert words[1:] == ["-r", "requirements.txt"] or {re.sub(r"\[\w+\]", "", word) for word in words[1:]} <= names
+    assert set(words[1:]) <= {"-r", "requirements.txt", "PATH/TO/CLONE", "-e", *packages, *(f".[{name}]" for name in extras)}
 
 
-RUN = {"lrq": lrq, "make": make, "python": python, ".venv/bin/python": python, "pip": pip}
-COMMANDS = [(path, line) for path in DOCUMENTS for block in blocks(path, "sh") for line in block.splitlines() if line.strip()]
+def pytest_(words, _):
+    """Tests are collected by it; they run in this very run, or with --thorough, or on a machine with a GPU."""
+    assert "no tests collected" not in run(str(Path(sys.executable).with_name("pytest")), "--collect-only", "-q", *words)
 
 
-@pytest.mark.parametrize(("path", "line"), COMMANDS, ids=lambda value: value.stem if isinstance(value, Path) else value)
+RUN = {"lrq": lrq, "make": make, "python": python, ".venv/bin/python": python, "pip": pip, "pytest": pytest_}
+
+
+def commands(document: Path) -> list[str]:
+    """Every line of its shell blocks, and every command in its sentences, once."""
+    text = document.read_text(encoding="utf-8")
+    lines = [line for block in blocks(document, "sh") for line in block.splitlines() if line.strip()]
+    sentences = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    return list(dict.fromkeys([*lines, *(" ".join(line.split()) for line in INLINE.findall(sentences))]))
+
+
+COMMANDS = [(path, line) for path in DOCUMENTS for line in commands(path)]
+
+
+@pytest.mark.parametrize(("path", "line"), COMMANDS, ids=lambda value: str(value.relative_to(ROOT)) if isinstance(value, Path) else value)
 def test_every_command_runs(folder, monkeypatch, capsys, path, line):
     monkeypatch.chdir(folder)
     if "by_hand.safetensors" in line:
         run_examples(ROOT / "docs" / "integration.md", limit=1)
-    words = shlex.split(line, comments=True)
-    RUN[words[0]](words[1:], path)
+    program, *words = shlex.split(line, comments=True)
+    RUN[program](words, folder)
 
 
 def run_examples(document: Path, limit: int | None = None, **names) -> dict:
@@ -161,12 +230,23 @@ def test_the_manual_names_every_node():
         assert f"[{path.read_text(encoding='utf-8').splitlines()[0][2:]}](web/docs/{path.name})" in text
 
 
+def test_every_finding_names_its_command_its_device_and_its_date():
+    """Or the finding above it that has them; or that it was tried by hand."""
+    (section,) = re.findall(r"^## Findings\n(.*?)^## ", (ROOT / "DEVELOPMENT.md").read_text(encoding="utf-8"), re.M | re.S)
+    findings = section.split("\n* ")[1:]
+    assert len(findings) > 8
+    for finding in findings:
+        assert "(The same run.)" in finding or (
+            re.search(r"\b2\d{3}-\d\d-\d\d", finding) and re.search(r"\bH[12]00\b|\bCPU\b", finding) and re.search("`python benchmarks/|by hand", finding)
+        ), finding
+
+
 def anchors(path: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / "benchmarks" / "README.md"], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     for target, anchor in LINK.findall(path.read_text(encoding="utf-8")):
         if target.startswith("http"):

@@ -1,12 +1,13 @@
 /**
- * All layers of a run as coloured cells: the colour is the format's, the stronger the more of nearest's error is gone;
- * kept layers are hatched. One canvas, of which only cells that changed are painted.
+ * All layers of a run as coloured cells: the colour is the format's, the stronger the more of nearest's error is gone, and
+ * grey where none is; kept layers are hatched, those to do a line at the foot. One canvas, of which only cells that changed
+ * are painted, so many a frame that a frame stays short.
  */
 
 import { element } from "./panel.js";
 import { layout, shade } from "./progress_state.js";
 
-// Between dark and light, so that they stand out from either theme.
+// They stand out from every dark theme; for light ones the style sheet darkens them all. Three to one, at least.
 const COLOURS = {
   float8_e4m3fn: "#3d8fe0",
   float8_e4m3fn_rowwise: "#23a3a8",
@@ -16,16 +17,19 @@ const COLOURS = {
   int8_blockwise: "#4fa04c",
 };
 const OTHER = "#c264a6"; // a format of a later release
-const HATCHES = { kept: "#8c8c8c", refused: "#e0554e" };
-const PLANNED = "#8c8c8c55";
+const GREY = "#8c8c8c";
+const HATCHES = { kept: "#a8a8a8", refused: "#f0706a" }; // thin lines lose some of their colour
+const FOOT = 0.25; // of a cell's height, for a layer to do
+const CELLS_A_FRAME = 400;
 const FINE = 2; // pixels of the canvas for one of the page, at least: nodes are looked at enlarged, too
 const HATCH = 4; // side of the hatch's tile, in pixels of the page
 
 /** How the cells of a legend's kind look, as a CSS background. */
 export function background(kind) {
   const line = HATCHES[kind];
-  if (line) return `repeating-linear-gradient(135deg, ${line} 0 1.5px, transparent 1.5px 3px)`;
-  return kind === "planned" ? PLANNED : (COLOURS[kind] ?? OTHER);
+  if (line) return `repeating-linear-gradient(135deg, ${line} 0 1.6px, transparent 1.6px 3px)`;
+  if (kind === "planned") return `linear-gradient(to top, ${GREY} ${100 * FOOT}%, transparent 0)`;
+  return COLOURS[kind] ?? OTHER;
 }
 
 const STEPS = { ArrowLeft: () => -1, ArrowRight: () => 1, ArrowUp: (row) => -row, ArrowDown: (row) => row };
@@ -39,7 +43,8 @@ const STEPS = { ArrowLeft: () => -1, ArrowRight: () => 1, ArrowUp: (row) => -row
  */
 export class LayerStrip {
   #cells = [];
-  #painted = null; // the cells as they are on the canvas, null for none
+  #painted = []; // the cells as they are on the canvas
+  #waiting = false; // for the next frame, to paint more
   #pointed = null; // index under the pointer
   #chosen = null; // index chosen by keys or a click
   #size = [0, 0]; // as last observed; to ask for it would have the browser lay out the page in between
@@ -147,7 +152,7 @@ export class LayerStrip {
     const fine = Math.max(FINE, window.devicePixelRatio);
     [this.canvas.width, this.canvas.height] = [width, height].map((side) => Math.round(side * fine));
     this.#shape = layout(this.#cells.length, width, height);
-    this.#painted = null;
+    this.#painted = [];
     this.#paint();
     this.#mark();
   }
@@ -157,17 +162,39 @@ export class LayerStrip {
     const context = this.canvas.getContext("2d");
     const fine = Math.max(FINE, window.devicePixelRatio);
     context.setTransform(fine, 0, 0, fine, 0, 0);
-    const [right, below] = [width, height].map((side) => (side > 3 ? 1 : side / 4)); // space between cells
-    this.#cells.forEach((cell, index) => {
-      if (this.#painted?.[index] === cell) return;
+    const [wide, high] = [width, height].map((side) => side - (side > 3 ? 1 : side / 4)); // with space between cells
+    let left = CELLS_A_FRAME;
+    for (let index = 0; index < this.#cells.length; index += 1) {
+      const cell = this.#cells[index];
+      if (this.#painted[index] === cell) continue;
+      if (left === 0) return this.#paintMore();
+      left -= 1;
       const [x, y] = [(index % columns) * width, Math.floor(index / columns) * height];
       context.clearRect(x, y, width, height);
-      context.globalAlpha = cell.state === "quantized" ? shade(cell) : 1;
-      context.fillStyle = HATCHES[cell.state] ? this.#hatch(context, HATCHES[cell.state]) : background(cell.state === "planned" ? "planned" : cell.format);
-      context.fillRect(x, y, width - right, height - below);
+      this.#fill(context, cell, x, y, wide, high);
+      this.#painted[index] = cell;
+    }
+  }
+
+  #paintMore() {
+    if (this.#waiting) return;
+    this.#waiting = true;
+    requestAnimationFrame(() => {
+      this.#waiting = false;
+      this.#paint();
     });
+  }
+
+  #fill(context, cell, x, y, width, height) {
+    const line = HATCHES[cell.state];
+    context.fillStyle = line ? this.#hatch(context, line) : GREY;
+    if (cell.state === "planned") context.fillRect(x, y + height * (1 - FOOT), width, height * FOOT);
+    else context.fillRect(x, y, width, height);
+    if (cell.state !== "quantized") return;
+    context.fillStyle = background(cell.format);
+    context.globalAlpha = shade(cell);
+    context.fillRect(x, y, width, height);
     context.globalAlpha = 1;
-    this.#painted = this.#cells;
   }
 
   #hatch(context, colour) {
@@ -180,7 +207,7 @@ function hatch(context, colour) {
   const tile = new OffscreenCanvas(HATCH, HATCH);
   const lines = tile.getContext("2d");
   lines.strokeStyle = colour;
-  lines.lineWidth = 1.2;
+  lines.lineWidth = 1.8;
   for (const shift of [-HATCH, 0, HATCH]) {
     lines.moveTo(shift, HATCH);
     lines.lineTo(shift + HATCH, 0);

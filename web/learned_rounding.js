@@ -2,18 +2,24 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { addDependentOptions } from "./dependent_options.js";
 import { nodeByExecutionId } from "./progress_state.js";
 import { addProgressWidget, showProgress, showRun } from "./progress_widget.js";
-import { addTextWidget } from "./text_widget.js";
+import { addTextWidget, showText } from "./text_widget.js";
 
 const PROGRESS_EVENT = "learned_rounding.progress";
 const PROGRESS_ROUTE = "/learned_rounding/progress";
+
+const FILE = { width: 440 }; // for the name of a file and its folder
 
 const WIDGETS = {
   LearnedRoundingQuantize: (node) => addProgressWidget(node, "quantize"),
   LearnedRoundingCalibrate: (node) => addProgressWidget(node, "calibrate"),
   LearnedRoundingCalibrateText: (node) => addProgressWidget(node, "calibrate"),
-  LearnedRoundingLoadModel: (node) => addTextWidget(node, "What the file holds appears here after a run."),
+  LearnedRoundingLoadModel: (node) => addTextWidget(node, "What the file holds appears here after a run.", FILE),
+  LearnedRoundingLoadQuantized: (node) => addTextWidget(node, "The file's formats, and what runs them, appear here after a run.", FILE),
+  LearnedRoundingLoadCalibration: (node) => addTextWidget(node, "What the calibration holds appears here after a run.", { lines: 8, ...FILE }),
+  LearnedRoundingSaveCalibration: (node) => addTextWidget(node, "The saved file's path appears here after a run.", { lines: 3 }),
   LearnedRoundingSave: (node) => addTextWidget(node, "The saved file's path, and how it was verified, appear here after a run.", { lines: 6 }),
   LearnedRoundingInspect: (node) => addTextWidget(node, "What the file holds appears here after a run.", { lines: 16, width: 480 }),
 };
@@ -26,7 +32,10 @@ const NATIVE_INT8 = {
     "Wherever ComfyUI would run INT8 layers in plain torch, as it does below CUDA 13. Needs an NVIDIA card, SM 8.0 or newer.",
   type: "boolean",
   defaultValue: false,
-  onChange: (on) => api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(on) }),
+  onChange(on, before) {
+    if (before === undefined || on === before) return; // told of the stored value as the page loads; the server knows it
+    return api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(on) });
+  },
 };
 
 /** Ask once for all messages of the latest runs of the workflow in view; the page missed some. */
@@ -35,7 +44,9 @@ async function catchUp() {
   if (!answer.ok) return;
   for (const run of await answer.json()) {
     const node = nodeByExecutionId(app.rootGraph, run[0].node);
-    if (node) showRun(node, run);
+    if (!node) continue;
+    if (run[0].state === "text") showText(node, run[0].text);
+    else showRun(node, run);
   }
 }
 
@@ -83,6 +94,7 @@ app.registerExtension({
   afterConfigureGraph: catchingUp, // a workflow was opened, or the page reloaded, perhaps in the middle of a run
 
   nodeCreated(node) {
+    addDependentOptions(node);
     WIDGETS[node.comfyClass]?.(node);
   },
 });

@@ -22,7 +22,15 @@ const FRESH = Object.freeze({
 
 const running = (state) => (state.phase === "running" ? state : FRESH);
 
-const worstOf = (layers) => [...layers].sort((a, b) => b.error - a.error).slice(0, WORST);
+/** Layers by the error that the summary tells: that of the output where it is known of any, else that of the weight. */
+function worstOf(layers) {
+  const measured = layers.filter(isMeasured);
+  return [...(measured.length ? measured : layers)].sort((a, b) => worstError(b) - worstError(a)).slice(0, WORST);
+}
+
+export const isMeasured = ({ output_error }) => (output_error ?? null) !== null;
+
+export const worstError = ({ error, output_error }) => output_error ?? error;
 
 const sumOf = (left, right) =>
   Object.fromEntries([...new Set([...Object.keys(left), ...Object.keys(right)])].map((key) => [key, (left[key] ?? 0) + (right[key] ?? 0)]));
@@ -36,7 +44,7 @@ const learnedWords = ({ solver, gain = null, output_error = null }) =>
     output_error !== null && `output error ${formatError(output_error)}`,
   ].filter(Boolean).join(" · ");
 
-const nameAndError = ({ name, error }) => ({ name, error });
+const nameAndErrors = ({ name, error, output_error = null }) => ({ name, error, output_error });
 
 const labelOf = ({ format, granularity }) => [format, granularity && `per ${granularity}`].filter(Boolean).join(" ");
 
@@ -87,7 +95,7 @@ const REDUCERS = {
       since,
       bytes,
       rate: event.elapsed > since ? bytes / (event.elapsed - since) : null,
-      worst: worstOf([...run.worst, nameAndError(event)]),
+      worst: worstOf([...run.worst, nameAndErrors(event)]),
       cells: withCell(run.cells, { ...event, state: "quantized" }),
     };
   },
@@ -116,7 +124,7 @@ const REDUCERS = {
       outputs: andKnown(before.outputs, event.median_output_error),
       gains: andKnown(before.gains, event.median_gain),
       solvers: sumOf(before.solvers, event.solvers ?? {}),
-      worst: worstOf([...before.worst, ...event.worst.map(nameAndError)]),
+      worst: worstOf([...before.worst, ...event.worst.map(nameAndErrors)]),
     };
     return { ...run, phase: "done", finished: run.total, layer: null, eta: null, rate: null, parts, worst: parts.worst };
   },
@@ -237,15 +245,19 @@ function errorWords({ error, output_error = null, gain = null }, rounding) {
 
 /** A line for each way in which layers are stored: [{kind, label, count}], in the order in which they come. */
 export function legend(cells) {
-  const entries = new Map();
+  const found = []; // a cell of each way, and how many there are; words are made for these alone
   for (const cell of cells) {
-    const [kind, label] = KINDS[cell.state](cell);
-    const entry = entries.get(label) ?? { kind, label, count: 0 };
-    entry.count += 1;
-    entries.set(label, entry);
+    const same = found.find(({ like }) => STORED.every((key) => like[key] === cell[key]));
+    if (same) same.count += 1;
+    else found.push({ like: cell, count: 1 });
   }
-  return [...entries.values()];
+  return found.map(({ like, count }) => {
+    const [kind, label] = KINDS[like.state](like);
+    return { kind, label, count };
+  });
 }
+
+const STORED = ["state", "format", "granularity"];
 
 const KINDS = {
   planned: () => ["planned", "to do"],
@@ -254,9 +266,9 @@ const KINDS = {
   quantized: (cell) => [cell.format, labelOf(cell)],
 };
 
-/** How strongly a cell is coloured, 0.6 to 1: the more of nearest's error is gone, the stronger. */
+/** How strongly a cell is coloured, 0.4 to 1: the more of nearest's error is gone, the stronger. */
 export function shade({ gain }) {
-  return 1 - 0.4 * Math.min(1, Math.max(0, ((gain ?? 1) - 0.4) / 0.6));
+  return 1 - 0.6 * Math.min(1, Math.max(0, ((gain ?? 1) - 0.4) / 0.6));
 }
 
 /** The keep pattern of Configure Quantization that finds this layer alone. */
@@ -338,4 +350,32 @@ export function nodeByExecutionId(root, executionId) {
   const own = path.pop();
   const graph = path.reduce((graph, id) => graph?.getNodeById(id)?.subgraph, root);
   return graph?.getNodeById(own) ?? null;
+}
+
+/** The node whose output an input is given, looked for through reroutes and the edges of subgraphs; null if there is none. */
+export function originOf(root, node, slot) {
+  const { graph } = node;
+  const link = graph?.getLink(node.inputs[slot]?.link);
+  if (!link) return null;
+  const place = Number(link.origin_slot);
+  if (String(link.origin_id) === SUBGRAPH_INPUT) {
+    const outer = subgraphNode(root, graph);
+    return outer && originOf(root, outer, place);
+  }
+  const origin = graph.getNodeById(link.origin_id);
+  if (origin?.isVirtualNode && origin.inputs?.length === 1) return originOf(root, origin, 0);
+  if (!origin?.subgraph) return origin ?? null;
+  const inner = origin.subgraph.getLink(origin.subgraph.outputs[place]?.linkIds[0]);
+  return inner ? origin.subgraph.getNodeById(inner.origin_id) : null;
+}
+
+const SUBGRAPH_INPUT = "-10"; // ComfyUI's id of where the inputs of a subgraph come from
+
+/** The first node that stands for a subgraph. */
+function subgraphNode(root, subgraph) {
+  for (const node of root.nodes) {
+    const found = node.subgraph === subgraph ? node : node.subgraph && subgraphNode(node.subgraph, subgraph);
+    if (found) return found;
+  }
+  return null;
 }

@@ -1,10 +1,12 @@
 /** The progress panel: bar, current layer, time left, a strip of all layers, the worst of them, the summary. */
 
+import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { LayerStrip, background } from "./layer_strip.js";
 import { addPanel, bringIntoView, element, setText } from "./panel.js";
 import {
-  IDLE, WORST, advance, cellLines, follows, formatError, keepRule, legend, percent, replay, shortName, splitName, words,
+  IDLE, WORST, advance, cellLines, follows, formatError, isMeasured, keepRule, legend, originOf, percent, replay, shortName, splitName, words,
+  worstError,
 } from "./progress_state.js";
 
 export const PROGRESS_WIDGET = "learned_rounding_progress";
@@ -12,6 +14,10 @@ export const PROGRESS_WIDGET = "learned_rounding_progress";
 // Everything at once; fixed, so that the node does not jump when a run starts.
 const SIZES = { quantize: { height: 262, width: 360 }, calibrate: { height: 120, width: 340 } };
 const CONFIGURE = "LearnedRoundingConfigure";
+const HEADINGS = {
+  weight: ["Largest weight errors", "‖Ŵ − W‖ / ‖W‖ of a layer"],
+  output: ["Largest output errors", "‖XŴᵀ − XWᵀ‖ / ‖XWᵀ‖ of a layer, for the inputs of the calibration"],
+};
 const SHADES = "The stronger a colour, the more of the error of rounding to nearest is gone.";
 const HINT = "Click a layer to copy a rule that keeps it.";
 
@@ -65,8 +71,9 @@ class ProgressPanel {
       const error = element("span", "lr-error");
       return { row: element("li", "lr-row", [name.root, error]), name, error };
     });
+    this.heading = element("div", "lr-heading");
     this.worst = element("div", "lr-worst", [
-      element("div", "lr-heading", ["Largest weight errors"], { title: "‖Ŵ − W‖ / ‖W‖ of a layer" }),
+      this.heading,
       element("ol", "lr-list", this.rows.map(({ row }) => row)),
     ]);
     this.cardName = nameElement("lr-card-name");
@@ -154,12 +161,13 @@ class ProgressPanel {
   #drawWorst() {
     const worst = this.#state.worst ?? [];
     this.worst.hidden = !worst.length || !this.card.hidden;
+    setText(this.heading, ...HEADINGS[worst.some(isMeasured) ? "output" : "weight"]);
     this.rows.forEach(({ row, name, error }, place) => {
       const layer = worst[place];
       row.hidden = !layer;
       if (!layer) return;
       name.show(layer.name);
-      setText(error, formatError(layer.error));
+      setText(error, formatError(worstError(layer)));
     });
   }
 
@@ -210,6 +218,7 @@ class ProgressPanel {
       list.value = [...lines, this.#rule].join("\n");
       list.callback?.(list.value);
       configure.setDirtyCanvas(true, true);
+      noteStep();
     }
     setText(this.notice, `${known ? "Already in" : "Added to"} keep of ${configure.title}`, this.#rule);
   }
@@ -227,11 +236,18 @@ function button(text, title, onClick) {
   return made;
 }
 
-/** The Configure Quantization whose recipe a node takes, if one is connected directly. */
+/** Make what was changed a step of its own to undo; newer frontends have another name for it. */
+function noteStep() {
+  const tracker = app.extensionManager.workflow.activeWorkflow?.changeTracker;
+  (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
+}
+
+/** The Configure Quantization whose recipe a node takes and whose keep list is its own, if there is one. */
 function configureOf(node) {
   const slot = node.inputs?.findIndex(({ name }) => name === "recipe") ?? -1;
-  const origin = slot < 0 ? null : node.getInputNode(slot);
-  return origin?.comfyClass === CONFIGURE ? origin : null;
+  const origin = slot < 0 ? null : originOf(app.rootGraph, node, slot);
+  const isGiven = origin?.inputs?.some(({ name, link }) => name === "keep" && link != null);
+  return origin?.comfyClass === CONFIGURE && !isGiven ? origin : null;
 }
 
 /** A layer name that gives up its middle when there is no room, with the whole name as title. */

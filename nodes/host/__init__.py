@@ -30,6 +30,7 @@ from .running import (
     outputs_in_use,
     outputs_in_use_of_running_prompt,
     progress_bar,
+    running_node,
     running_prompt,
     send,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "quantize",
     "Quantized",
     "quantized_layers",
+    "running_node",
     "running_prompt",
     "safetensors_files",
     "samplers",

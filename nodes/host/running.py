@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import comfy.model_management
 import comfy.utils
 from aiohttp import web
+from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",
     "progress_bar",
+    "running_node",
     "running_prompt",
     "send",
     "show",
@@ -48,6 +50,11 @@ def _running() -> tuple | None:
     """ComfyUI's queue item of the prompt now running: (number, id, nodes, extra data, …)."""
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
     return running[0] if running else None
+
+
+def running_node() -> str:
+    """The id of the node that runs."""
+    return get_executing_context().node_id
 
 
 def running_prompt() -> dict[str, str | None]:

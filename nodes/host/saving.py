@@ -4,7 +4,6 @@ from pathlib import Path
 
 import folder_paths
 
-from ...quant_core.errors import OutputError
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, destination, place, remove
 from .quantizing import Quantized
 
@@ -26,13 +25,9 @@ SAVE_FOLDERS = {
 }
 
 
-def check_name(prefix: str) -> bool | str:
-    """Whether ``prefix`` is a file name that stays inside the folder; else one sentence that says why not."""
-    try:
-        destination(Path(folder_paths.get_output_directory()), prefix)
-    except OutputError as error:
-        return str(error)
-    return True
+def check_name(prefix: str) -> None:
+    """Raises OutputError when ``prefix`` is no file name that stays inside the folder."""
+    destination(Path(folder_paths.get_output_directory()), prefix)
 
 
 def save(quantized: Quantized, prefix: str, folder: str) -> list[Path]:

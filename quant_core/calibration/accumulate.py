@@ -8,6 +8,7 @@ import torch
 
 from ..errors import CalibrationError
 from ..formats import make_encoding
+from ..linalg import lapack
 from .background import Background, Transfer
 from .gram import Gram, Inputs, LowRankGram, PackedGram, PairedGram, roots
 from .histogram import BINS, histogram
@@ -193,10 +194,10 @@ class SketchedGram:
         tokens = max(self._tokens, 1)
         product, signs = self._product.double() / tokens, self._signs.double()
         core = signs.t() @ product
-        energies, vectors = torch.linalg.eigh((core + core.t()) / 2)  # ascending
+        energies, vectors = lapack(torch.linalg.eigh, (core + core.t()) / 2)  # ascending
         known = energies > _NOISE * energies[-1].clamp_min(0)
         factor = product @ (vectors * torch.where(known, energies.clamp_min(1e-300).rsqrt(), 0))
-        factor = factor @ torch.linalg.eigh(factor.t() @ factor).eigenvectors[:, -self._rank :]
+        factor = factor @ lapack(torch.linalg.eigh, factor.t() @ factor).eigenvectors[:, -self._rank :]
         shares = factor.square().sum(dim=1)
         total = float(self.square.sum()) / tokens
         self._kept = float(shares.sum()) / total if total else 1.0

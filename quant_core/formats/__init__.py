@@ -1,6 +1,6 @@
 """What a quantized weight is: number grid × scale granularity × rotation × file keys; one table of formats."""
 
-from .encoding import Encoding, make_encoding
+from .encoding import ROTATED, Encoding, make_encoding
 from .foreign import FOREIGN, ForeignFormat
 from .granularity import GRANULARITIES, Tiles
 from .grids import E4M3, E5M2, INT8, Grid
@@ -25,6 +25,7 @@ __all__ = [
     "find_format",
     "sibling",
     "with_granularity",
+    "ROTATED",
     "Encoding",
     "make_encoding",
     "QuantizedWeight",

@@ -11,7 +11,7 @@ from .grids import Grid
 from .rotation import Rotation
 from .table import Format, find_format, sibling
 
-__all__ = ["Encoding", "make_encoding"]
+__all__ = ["ROTATED", "Encoding", "make_encoding"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def make_encoding(
             raise RecipeError(f"The block size must be a power of two from 8 to 1024, not {block_size}.")
     elif block_size is not None:
         raise RecipeError(f"Block size {block_size} has no effect on {entry.name} per {granularity}; leave it out.")
-    if convrot and (entry.name, granularity) not in _ROTATED:
+    if convrot and (entry.name, granularity) not in ROTATED:
         raise RecipeError(
             f"ConvRot exists for int8_tensorwise per row, not for {entry.name} per {granularity}; leave it out."
         )
@@ -151,7 +151,8 @@ def make_encoding(
     return Encoding(entry, granularity, block_size, Rotation(convrot) if convrot else None, decoded)
 
 
-_ROTATED = {("int8_tensorwise", "row")}
+# (format, granularity) that ConvRot exists for.
+ROTATED = {("int8_tensorwise", "row")}
 
 
 def _is_block_size(size: int) -> bool:

@@ -16,7 +16,7 @@ from .plan import Decision, Plan, make_plan
 from .presets import AUTO, NONE, find_preset
 from .toml import tomllib
 
-__all__ = ["MEASURED", "Recipe"]
+__all__ = ["MEASURED", "MEASURED_CHOOSES", "MEASURED_ONLY", "Recipe"]
 
 MEASURED = "measured"  # as a format: each layer has its own, found with a calibration
 
@@ -84,8 +84,8 @@ class Recipe(Method):
                 raise RecipeError(f"The {rule.origin}, at '{rule.pattern}': {error}") from None
 
     def _check_measured(self) -> None:
-        given = {name for name in (*_MEASURED_ONLY, *_CHOSEN) if getattr(self, name) not in (None, False, "")}
-        for name in sorted(given & set(_CHOSEN if self.measured else _MEASURED_ONLY)):
+        given = {name for name in (*MEASURED_ONLY, *MEASURED_CHOOSES) if getattr(self, name) not in (None, False, "")}
+        for name in sorted(given & set(MEASURED_CHOOSES if self.measured else MEASURED_ONLY)):
             hint = "which chooses it for each layer" if self.measured else f"only on format {MEASURED}"
             raise RecipeError(f"{name} has no effect on format {self.format}, {hint}; leave it out.")
         if {"target_size", "target_error"} <= given:
@@ -116,7 +116,7 @@ class Recipe(Method):
         """The recipe of the layer that this decision was made for."""
         if decision.format is None:
             return self
-        none = dict.fromkeys(_MEASURED_ONLY, None) | {"block_formats": False, "layer_config": "", "keep": ()}
+        none = dict.fromkeys(MEASURED_ONLY, None) | {"block_formats": False, "layer_config": "", "keep": ()}
         return dataclasses.replace(self, **none, **decision.format.options)
 
     @property
@@ -215,8 +215,9 @@ _TYPES = {
     "layer_config": str,
 }
 _TARGETS = {"target_size", "target_error"}
-_MEASURED_ONLY = ("target_size", "target_error", "block_formats")
-_CHOSEN = ("granularity", "block_size", "convrot", "full_precision_matmul", "layer_config")  # by measurement, then
+# Fields that act with format measured alone, and fields that it chooses.
+MEASURED_ONLY = ("target_size", "target_error", "block_formats")
+MEASURED_CHOOSES = ("granularity", "block_size", "convrot", "full_precision_matmul", "layer_config")
 _NUMBERS = ("block_size", "seed", *_TARGETS)
 
 

@@ -33,6 +33,7 @@ class Option:
         default: what holds when it is not given; None: decided elsewhere, the help says how.
         acts: the roundings it acts on.
         gradient: whether it acts on gradient rounding only (True), on sequential only (False), or on both (None).
+        needs: (other option, the value of it without which this one has no effect), or None.
         choices: names allowed, for a string.
         low, high: smallest and largest number allowed.
         help: one sentence without its full stop.
@@ -46,6 +47,7 @@ class Option:
     choices: tuple[str, ...] = ()
     low: float = 0
     high: float = float("inf")
+    needs: tuple[str, object] | None = None
 
 
 _BOTH, _PRINCIPAL, _CALIBRATED = ("principal", "calibrated"), ("principal",), ("calibrated",)
@@ -82,7 +84,7 @@ OPTIONS: Mapping[str, Option] = {
         str, "auto", _ANY, "take the mean output error back in the bias", choices=tuple(BIAS_CORRECTIONS)
     ),
     "calib_samples": Option(
-        int, 3072, _ANY, "random inputs of the synthetic bias correction", low=1, high=10**6
+        int, 3072, _ANY, "random inputs of the synthetic bias correction", low=1, high=10**6, needs=("bias_correction", "synthetic")
     ),
 }
 
@@ -117,8 +119,6 @@ class Method:
             raise UnknownNameError("rounding", self.rounding, ROUNDINGS)
         for name in self._given:
             _check(name, getattr(self, name))
-        if "calib_samples" in self._given and self.bias_correction != "synthetic":
-            raise RecipeError("calib_samples has no effect without bias_correction 'synthetic'; leave it out.")
         if self.get("min_k") > self.get("max_k"):
             raise RecipeError(f"min_k {self.get('min_k')} is larger than max_k {self.get('max_k')}.")
         for name in self._given:
@@ -130,6 +130,8 @@ class Method:
 
     def _check_effect(self, name: str) -> None:
         option = OPTIONS[name]
+        if option.needs and self.get(option.needs[0]) != option.needs[1]:
+            raise RecipeError("{} has no effect without {} '{}'; leave it out.".format(name, *option.needs))
         if self.rounding != "auto" and self.rounding not in option.acts:
             raise RecipeError(f"{name} has no effect on rounding '{self.rounding}'; leave it out.")
         if option.gradient is False and self.gradient:

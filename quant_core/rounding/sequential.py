@@ -24,6 +24,7 @@ from ... import kernels
 from ..errors import CalibrationError
 from ..events import CancelCheck
 from ..formats import Grid, Tiles
+from ..linalg import lapack
 from .objectives import Quadratic
 
 __all__ = ["round_sequential", "memory_bytes"]
@@ -49,7 +50,7 @@ def _unit_factor(quadratic: Quadratic, order: torch.Tensor) -> torch.Tensor:
     for _ in range(6):
         info = torch.empty((), dtype=torch.int32, device=matrix.device)
         factor = matrix.mT  # the same matrix, laid out as the factorisation wants it to work in place
-        torch.linalg.cholesky_ex(factor, out=(factor, info))
+        lapack(torch.linalg.cholesky_ex, factor, out=(factor, info))
         if not info:
             return factor.div_(factor.diagonal().clone())
         matrix = quadratic.matrix(order)  # rounding errors have made a nearly singular H indefinite
@@ -134,8 +135,8 @@ def _low_rank_factor(factor: torch.Tensor, damping: float, blocks: list[slice]) 
         seen = rows @ left
         own = seen @ rows.t()
         own.diagonal().add_(damping)
-        lower = torch.linalg.cholesky_ex(own).L
-        solved = torch.linalg.solve_triangular(lower, seen, upper=False)
+        lower = lapack(torch.linalg.cholesky_ex, own).L
+        solved = lapack(torch.linalg.solve_triangular, lower, seen, upper=False)
         pulls[block] = solved / lower.diagonal()[:, None]
         left -= solved.t() @ solved
     return pulls

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..linalg import lapack
+
 __all__ = ["leading_singular_vectors"]
 
 # Up to this smaller side the eigenvectors of the exact Gram W·Wᵀ are the fastest way too (H100: 53 ms for 3072).
@@ -23,7 +25,7 @@ def leading_singular_vectors(
     """
     weight = weight / weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     if full:
-        u, _, vt = torch.linalg.svd(weight, full_matrices=False)
+        u, _, vt = lapack(torch.linalg.svd, weight, full_matrices=False)
         return u[:, :k].contiguous(), vt[:k].t().contiguous()
     if weight.shape[0] < weight.shape[1]:
         v, u = leading_singular_vectors(weight.t(), k, seed=seed)
@@ -35,14 +37,14 @@ def leading_singular_vectors(
 def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of columns that are nearly orthogonal already: by their Gram, by QR where they are not."""
     scaled = vectors / vectors.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-    lower, info = torch.linalg.cholesky_ex(scaled.t() @ scaled)
+    lower, info = lapack(torch.linalg.cholesky_ex, scaled.t() @ scaled)
     if not info and lower.diagonal().min() > 0.5:
-        return torch.linalg.solve_triangular(lower, scaled.t(), upper=False).t().contiguous()
-    return torch.linalg.qr(vectors).Q
+        return lapack(torch.linalg.solve_triangular, lower, scaled.t(), upper=False).t().contiguous()
+    return lapack(torch.linalg.qr, vectors).Q
 
 
 def _leading_eigenvectors(weight: torch.Tensor, k: int) -> torch.Tensor:
-    return torch.linalg.eigh(weight.t() @ weight).eigenvectors[:, -k:].flip(1).contiguous()
+    return lapack(torch.linalg.eigh, weight.t() @ weight).eigenvectors[:, -k:].flip(1).contiguous()
 
 
 def _subspace(weight: torch.Tensor, k: int, seed: int) -> torch.Tensor:
@@ -50,5 +52,5 @@ def _subspace(weight: torch.Tensor, k: int, seed: int) -> torch.Tensor:
     width = min(k + _OVERSAMPLING, weight.shape[1])
     basis = torch.randn(weight.shape[1], width, generator=generator).to(weight.device)
     for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(weight.t() @ (weight @ basis)).Q
+        basis = lapack(torch.linalg.qr, weight.t() @ (weight @ basis)).Q
     return (basis @ _leading_eigenvectors(weight @ basis, k)).contiguous()

@@ -3,6 +3,7 @@
     python tests/architectures/table.py      writes it again
 """
 
+import argparse
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,4 +125,5 @@ def document() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     DOCUMENT.write_text(document(), encoding="utf-8")

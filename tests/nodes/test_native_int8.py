@@ -3,7 +3,7 @@
 import pytest
 
 from learned_rounding.hosts import HostError
-from learned_rounding.hosts.browser import open_page
+from learned_rounding.hosts.browser import open_page, visit
 from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, stock_loads
 
 ROUTE = "/learned_rounding/native_int8"
@@ -27,6 +27,8 @@ def test_the_checkbox_reaches_the_server(comfy):
     seen = []
     with open_page(comfy) as page:
         page.on("request", lambda request: seen.append(request.post_data) if ROUTE in request.url else None)
+        visit(page, comfy)
+        page.wait_for_load_state("networkidle")  # a page that opens changes nothing
         for on in ("true", "false"):
             with page.expect_response(lambda response: ROUTE in response.url and response.ok):
                 page.evaluate(f"() => window.app.extensionManager.setting.set('LearnedRounding.NativeInt8', {on})")

@@ -12,9 +12,22 @@ from learned_rounding.tests.nodes.probing import ProbedGraph, probed
 
 
 def refused(comfy, graph) -> str:
+    """What a node says that fails when it is its turn."""
     with pytest.raises(HostError) as caught:
         comfy.queue(graph)
+    assert caught.value.kind == "execution"
     assert not list((comfy.base / ".learned_rounding").glob("*"))
+    return str(caught.value)
+
+
+def refused_at_once(comfy, graph, node: str) -> str:
+    """What ComfyUI says of a workflow that it does not queue because of this class of node alone."""
+    before = comfy.get("/history").keys()
+    with pytest.raises(HostError) as caught:
+        comfy.queue(graph)
+    assert caught.value.kind == "validation"
+    assert [error["class_type"] for error in caught.value.node_errors.values()] == [node]
+    assert comfy.get("/history").keys() == before
     return str(caught.value)
 
 
@@ -71,29 +84,16 @@ def test_the_output_that_a_file_does_not_have(comfy):
     assert "is a diffusion model" in refused(comfy, graph)
 
 
-def test_a_granularity_the_format_does_not_have(comfy):
-    graph = ProbedGraph()
-    graph.save(graph.quantize(graph.source()[0], "float8_e5m2", "row"), "row")
-    assert "per tensor, not per row" in refused(comfy, graph)
-
-
-def test_an_option_without_effect(comfy):
-    graph = ProbedGraph()
-    graph.save(graph.quantize(graph.source()[0], "int8_tensorwise", full_precision_matrix_mult=True), "x")
-    assert "no effect" in refused(comfy, graph)
-
-
 @pytest.mark.parametrize(
     "options, sentence",
     [
         ({"rounding": "nearest", "num_iter": 5}, "num_iter has no effect on rounding 'nearest'"),
         ({"rounding": "calibrated"}, "Calibrated rounding needs a calibration"),
         ({"damping": 0.5}, "damping acts on calibrated rounding, which needs a calibration"),
-        ({"convrot": "on"}, "ConvRot exists for int8_tensorwise per row"),
         ({"block_size": 64}, "Block size 64 has no effect"),
     ],
 )
-def test_choices_that_contradict_each_other(comfy, options, sentence):
+def test_choices_of_two_nodes_that_contradict_each_other(comfy, options, sentence):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0], **options), "x")
     assert sentence in refused(comfy, graph)
@@ -108,12 +108,6 @@ def test_an_optimizer_whose_package_is_missing(comfy):
     assert "pip install prodigy-plus-schedule-free" in refused(comfy, graph)
 
 
-def test_a_keep_pattern_that_is_no_regular_expression(comfy):
-    graph = ProbedGraph()
-    graph.save(graph.quantize(graph.source()[0], keep="blocks\n(unclosed"), "x")
-    assert "(unclosed" in refused(comfy, graph)
-
-
 def test_nothing_left_to_quantize(comfy):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.load()[0], keep="."), "x")
@@ -126,25 +120,12 @@ def test_a_model_without_matrices(comfy):
     assert "no layer to quantize" in refused(comfy, graph)
 
 
-@pytest.mark.parametrize("prefix", ["../escape", "/tmp/escape", "a/../../../escape", "", "folder/"])
-def test_a_path_outside_the_folder(comfy, prefix, tmp_path):
-    graph = ProbedGraph()
-    graph.save(graph.quantize(graph.source()[0]), prefix)
-    assert "no file name inside" in refused(comfy, graph)
-
-
 def test_the_wrong_output_says_which_to_use(comfy):
     graph = ProbedGraph()
     quantized = graph.quantize(graph.load()[0])
     graph.add("CLIPTextEncode", text="a", clip=quantized[1])
     graph.add("PreviewAny", source=["4", 0])
     assert "use its MODEL output" in refused(comfy, graph)
-
-
-def test_a_file_that_is_gone(comfy):
-    graph = ProbedGraph()
-    graph.save(graph.quantize(graph.source("diffusion_models/gone.safetensors")[0]), "x")
-    assert "gone.safetensors" in refused(comfy, graph)
 
 
 def test_a_damaged_file(comfy):
@@ -161,29 +142,102 @@ def test_the_server_goes_on(comfy):
     assert probed(comfy.queue(graph), probe)["layers"]
 
 
-@pytest.mark.parametrize(
-    "options, prefix, sentence",
-    [
-        ({"format": "float8_e5m2", "granularity": "row"}, "x", "per tensor, not per row"),
-        ({"convrot": "on"}, "x", "ConvRot exists for int8_tensorwise per row"),
-        ({"keep": "(unclosed"}, "x", "(unclosed"),
-        ({"layer_config": '{"a": {"format": "int9"}}'}, "x", "int9"),
-        ({"format": "fp9"}, "x", "There is no format 'fp9'"),
-        ({}, "../escape", "no file name inside"),
-    ],
-)
-def test_what_the_widgets_say_is_checked_before_anything_runs(comfy, options, prefix, sentence):
+CONFIGURED = [
+    ({"format": "fp9"}, "There is no format 'fp9'"),
+    ({"format": "float8_e5m2", "granularity": "row"}, "per tensor, not per row"),
+    ({"convrot": "on"}, "ConvRot exists for int8_tensorwise per row"),
+    ({"format": "int8_tensorwise", "full_precision_matrix_mult": True}, "full_precision_matrix_mult has no effect on int8_tensorwise"),
+    ({"target_size": 1.5}, "target_size has no effect on format float8_e4m3fn"),
+    ({"target_error": 0.1}, "target_error has no effect on format float8_e4m3fn"),
+    ({"block_formats": True}, "block_formats has no effect on format float8_e4m3fn"),
+    ({"format": "measured", "target_size": 1.5, "target_error": 0.1}, "contradict each other"),
+    ({"format": "measured", "target_size": -1.0}, "target_size must be a positive number"),
+    ({"format": "measured", "convrot": "on"}, "convrot has no effect on format measured"),
+    ({"keep": "blocks\n(unclosed"}, "(unclosed"),
+    ({"layer_config": '{"a": {"format": "int9"}}'}, "int9"),
+    ({"rounding": "nearest", "granularity": "tile"}, "There is no granularity 'tile'"),
+]
+OPTIONS = [
+    ({"min_k": 5, "max_k": 2}, "min_k 5 is larger than max_k 2"),
+    ({"calib_samples": 64}, "calib_samples has no effect without bias_correction 'synthetic'"),
+    ({"sweeps": 3, "optimizer": "adamw"}, "sweeps has no effect on rounding by an optimizer"),
+    ({"top_p": 0.5, "damping": 0.1}, "top_p acts on rounding 'principal' and damping on 'calibrated'"),
+    ({"top_p": 7.0}, "top_p must lie between"),
+    ({"optimizer": "sgd"}, "There is no optimizer 'sgd'"),
+    ({"block_size": 100}, "block size must be a power of two"),
+]
+PREFIXES = ["../escape", "/tmp/escape", "a/../../../escape", "", "folder/"]
+GONE = "There is no model file 'diffusion_models/gone.safetensors'"
+
+
+@pytest.mark.parametrize("options, sentence", CONFIGURED)
+def test_what_configure_says_is_checked_before_anything_runs(comfy, options, sentence):
     graph = ProbedGraph()
-    graph.save(graph.quantize(graph.source()[0], **options), prefix)
-    with pytest.raises(HostError) as caught:
-        comfy.queue(graph)
-    assert caught.value.kind == "validation" and sentence in str(caught.value)
+    graph.save(graph.quantize(graph.source()[0], **options), "x")
+    assert sentence in refused_at_once(comfy, graph, "LearnedRoundingConfigure")
+
+
+@pytest.mark.parametrize("options, sentence", OPTIONS)
+def test_what_rounding_options_say_is_checked_before_anything_runs(comfy, options, sentence):
+    graph = ProbedGraph()
+    recipe = graph.add(
+        "LearnedRoundingConfigure", format="int8_blockwise", granularity="auto", preset="auto", seed=0,
+        options=graph.add("LearnedRoundingOptions", **options)[0],
+    )  # fmt: skip
+    graph.save(graph.add("LearnedRoundingQuantize", source=graph.source()[0], recipe=recipe[0]), "x")
+    assert sentence in refused_at_once(comfy, graph, "LearnedRoundingOptions")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_path_outside_the_folder_is_refused_before_anything_runs(comfy, prefix):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source()[0]), prefix)
+    assert "no file name inside" in refused_at_once(comfy, graph, "LearnedRoundingSave")
+    graph = ProbedGraph()
+    clip = graph.add("LearnedRoundingLoadQuantized", model=f"diffusion_models/{MODEL}")[1]
+    calibration = graph.add("LearnedRoundingCalibrateText", clip=clip, prompts="a", keep="full", seed=0)[0]
+    graph.add("LearnedRoundingSaveCalibration", calibration=calibration, filename_prefix=prefix)
+    assert "no file name inside" in refused_at_once(comfy, graph, "LearnedRoundingSaveCalibration")
+
+
+def test_files_that_are_gone_are_missed_before_anything_runs(comfy):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source("diffusion_models/gone.safetensors")[0]), "x")
+    assert GONE in refused_at_once(comfy, graph, "LearnedRoundingLoadModel")
+    graph = ProbedGraph()
+    graph.add("LearnedRoundingInspect", model="diffusion_models/gone.safetensors")
+    assert GONE in refused_at_once(comfy, graph, "LearnedRoundingInspect")
+    graph = ProbedGraph()
+    graph.add("PreviewAny", source=graph.add("LearnedRoundingLoadQuantized", model="diffusion_models/gone.safetensors")[0])
+    assert GONE in refused_at_once(comfy, graph, "LearnedRoundingLoadQuantized")
+
+
+@pytest.mark.parametrize("content, sentence", [(None, "There is no calibration"), (b"no header", "gone.calib.safetensors")])
+def test_a_calibration_that_cannot_be_read_is_refused_before_anything_runs(comfy, content, sentence):
+    path = comfy.output_dir / "calibrations" / "gone.calib.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    if content:
+        path.write_bytes(content)
+    graph = ProbedGraph()
+    graph.add("PreviewAny", source=graph.add("LearnedRoundingLoadCalibration", file=path.name)[0])
+    assert sentence in refused_at_once(comfy, graph, "LearnedRoundingLoadCalibration")
+    path.unlink(missing_ok=True)
+
+
+def test_prompts_that_are_missing_are_missed_before_anything_runs(comfy):
+    graph = ProbedGraph()
+    clip = graph.add("LearnedRoundingLoadQuantized", model=f"diffusion_models/{MODEL}")[1]
+    graph.add("LearnedRoundingCompareText", reference=clip, compared=clip, prompts=" \n ")
+    assert "There are no prompts here" in refused_at_once(comfy, graph, "LearnedRoundingCompareText")
 
 
 def test_what_comes_from_another_node_is_checked_by_the_run(comfy):
     graph = ProbedGraph()
     patterns = graph.add("PrimitiveString", value="(unclosed")
     graph.save(graph.quantize(graph.source()[0], keep=patterns[0]), "x")
-    with pytest.raises(HostError) as caught:
-        comfy.queue(graph)
-    assert caught.value.kind == "execution" and "(unclosed" in str(caught.value)
+    assert "(unclosed" in refused(comfy, graph)
+    graph = ProbedGraph()
+    options = graph.add("LearnedRoundingOptions", bias_correction="none", calib_samples=graph.add("PrimitiveInt", value=64)[0])
+    recipe = graph.add("LearnedRoundingConfigure", format="float8_e4m3fn", granularity="auto", preset="auto", seed=0, options=options[0])
+    graph.save(graph.add("LearnedRoundingQuantize", source=graph.source()[0], recipe=recipe[0]), "x")
+    assert "calib_samples has no effect" in refused(comfy, graph)

@@ -1,46 +1,35 @@
-"""The shipped workflow files run as they are, given the tiny model."""
+"""The shipped workflow files: they run with the tiny model in place of the public ones that they name, and say what to choose."""
 
 import json
-from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from learned_rounding.benchmarks.tiny_model.graph import MODEL, pictures, psnr
-from learned_rounding.hosts.server import PACK
+from learned_rounding.benchmarks.tiny_model.examples import (
+    DROPPED,
+    EXAMPLES,
+    FILES,
+    REPLACED,
+    VALUES,
+    place_further,
+    with_tiny_model,
+)
+from learned_rounding.benchmarks.tiny_model.graph import pictures, psnr
 from learned_rounding.hosts.workflows import to_api
 from learned_rounding.quant_core.checkpoints import verify_file
 
-WORKFLOWS = sorted((PACK / "example_workflows").glob("*.json"))
+WORKFLOWS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(EXAMPLES.glob("*.json"))}
 
 
 @pytest.fixture(scope="module")
-def other_files(comfy):
-    """The text encoder and the checkpoint that two of the examples name."""
-    models = comfy.models_dir
-    made = {f"model.diffusion_model.{key}": value for key, value in load_file(models / "diffusion_models" / MODEL).items()}
-    _put(models / "checkpoints" / "tiny_checkpoint.safetensors", made)
-    wide = {"wi_0": (10240, 16), "wi_1": (10240, 16), "wo": (16, 10240)}  # by its width T5-XXL is known
-    shapes = {"0.SelfAttention": dict.fromkeys("qkvo", (16, 16)), "1.DenseReluDense": wide}
-    made = {"shared.weight": torch.randn(1000, 16), "encoder.final_layer_norm.weight": torch.ones(16)}
-    for block in range(24):
-        for part, names in shapes.items():
-            for name, shape in names.items():
-                made[f"encoder.block.{block}.layer.{part}.{name}.weight"] = torch.randn(shape)
-    _put(models / "text_encoders" / "tiny_t5.safetensors", made)
+def further_files(comfy):
+    place_further(comfy.base)
 
 
-def _put(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, path)
-
-
-@pytest.mark.usefixtures("other_files")
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_an_example_runs_unchanged(comfy, path):
-    workflow = json.loads(path.read_text(encoding="utf-8"))
+@pytest.mark.usefixtures("further_files")
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_an_example_runs_with_the_tiny_model(comfy, name):
+    workflow = with_tiny_model(name, comfy.object_info())
     result = comfy.queue(to_api(workflow, comfy.object_info()))
     shown = [entry["text"] for entry in result.outputs.values() if "text" in entry]
     texts = [text[0] for text in shown]
@@ -51,13 +40,49 @@ def test_an_example_runs_unchanged(comfy, path):
     if any(node["type"] == "LearnedRoundingCompare" for node in workflow["nodes"]):
         (means,) = (line for text in texts for line in text.splitlines() if line.startswith("| mean |"))
         assert float(means.split(" | ")[2]) > 30  # PSNR
-    if any(node.get("widgets_values") == ["original"] for node in workflow["nodes"]):
+    if any(node["widgets_values"] == ["original"] for node in workflow["nodes"]):
         assert psnr(pictures(comfy.output_dir, "original"), pictures(comfy.output_dir, "quantized")) > 20
+
+
+def test_the_slots_of_the_examples_are_those_of_the_nodes(comfy):
+    """A page keeps the slots that a file names."""
+    known = comfy.object_info()
+    for workflow in WORKFLOWS.values():
+        for node in workflow["nodes"]:
+            if node["type"] != "MarkdownNote":
+                info = known[node["type"]]
+                inputs = {name: kind for group in info["input"].values() for name, (kind, *_) in group.items()}
+                assert [slot["type"] for slot in node["inputs"]] == [inputs[slot["name"]] for slot in node["inputs"]]
+                outputs = [{key: slot[key] for key in ("name", "type")} for slot in node["outputs"]]
+                assert outputs in ([], [{"name": name, "type": kind} for name, kind in zip(info["output_name"], info["output"], strict=True)])
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_an_example_is_for_users(name):
+    """Usual loaders and nodes of the two hosts, files that are public with the address of each, and a note that says what to choose."""
+    nodes = WORKFLOWS[name]["nodes"]
+    notes = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
+    assert len(notes) == 1 and "Choose your" in notes[0] and len(notes[0]) > 200
+    for node in nodes:
+        files = [value.split("/")[-1] for value in node["widgets_values"] if isinstance(value, str) and value.endswith(".safetensors")]
+        models = node["properties"].get("models", [])
+        assert [model["name"] for model in models] == files
+        for model in models:
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(f"/{model['name']}")
+    if not any(node["type"] == "LearnedRoundingLoadModel" for node in nodes):
+        assert {"UNETLoader", "CLIPLoader", "VAELoader", "CLIPTextEncode", "EmptySD3LatentImage"} <= {node["type"] for node in nodes}
+
+
+def test_every_substitution_is_needed():
+    nodes = [node for workflow in WORKFLOWS.values() for node in workflow["nodes"]]
+    values = {value for node in nodes for value in node["widgets_values"] if isinstance(value, str)}
+    assert set(FILES) <= {value.split("/")[-1] for value in values}
+    assert {*VALUES, *REPLACED, *DROPPED} <= {node["type"] for node in nodes}
 
 
 def test_the_examples_are_in_the_template_browser_with_a_picture_each(comfy):
     listed = comfy.get("/workflow_templates")
-    assert {path.stem for path in WORKFLOWS} == set(listed["learned_rounding"])
-    for path in WORKFLOWS:
-        with Image.open(path.with_suffix(".jpg")) as picture:
+    assert set(WORKFLOWS) == set(listed["learned_rounding"])
+    for name in WORKFLOWS:
+        with Image.open(EXAMPLES / f"{name}.jpg") as picture:
             assert picture.format == "JPEG" and min(picture.size) >= 360

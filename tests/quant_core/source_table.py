@@ -3,6 +3,7 @@
     python tests/quant_core/source_table.py      writes it again
 """
 
+import argparse
 import contextlib
 import json
 import tempfile
@@ -182,4 +183,5 @@ def document() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     DOCUMENT.write_text(document(), encoding="utf-8")

@@ -12,8 +12,12 @@ from learned_rounding.hosts.browser import load_workflow, open_page
 WORKFLOW = json.loads((Path(__file__).parent / "workflow.json").read_text(encoding="utf-8"))
 SEED = 3  # its place among the widgets of Configure Quantization
 
-# Keeps what the page hears.
+# Keeps what the page hears; noteStep() makes what was changed a step to undo, under either name that frontends have for it.
 _RECORD = """() => {
+    window.noteStep = () => {
+        const {changeTracker} = window.app.extensionManager.workflow.activeWorkflow
+        ;(changeTracker.captureCanvasState ?? changeTracker.checkState).call(changeTracker)
+    }
     window.heard = []
     window.comfyAPI.api.api.addEventListener('learned_rounding.progress', ({detail}) => window.heard.push(detail))
 }"""

@@ -77,7 +77,37 @@ test("only the worst three layers are kept, worst first", () => {
   const errors = [0.3, 0.1, 0.6, 0.2, 0.5, 0.4, 0.7];
   const now = play([start({ total: 7 }), ...errors.map((error, index) => layer(index, error, { total: 7 }))]);
   assert.deepEqual(now.worst.map(({ error }) => error), [0.7, 0.6, 0.5]);
-  assert.deepEqual(Object.keys(now.worst[0]), ["name", "error"]);
+  assert.deepEqual(Object.keys(now.worst[0]), ["name", "error", "output_error"]);
+});
+
+test("layers are ranked by the error of the output where it is known, as the summary is", () => {
+  const now = play([start(), layer(0, 0.01, { output_error: 0.3 }), layer(1, 0.9), layer(2, 0.02, { output_error: 0.1 })]);
+  assert.deepEqual(now.worst.map(state.worstError), [0.3, 0.1]);
+  const worst = [{ name: "a", error: 0.5, output_error: 0.01 }, { name: "b", error: 0.1, output_error: 0.2 }];
+  const end = play([done({ worst, median_output_error: 0.02 })], "run", now);
+  assert.deepEqual(end.worst.map(({ name }) => name), ["b", "a"]);
+});
+
+// A graph of {id: node}, whose nodes have inputs [{link}] and links {id: {origin_id, origin_slot}}.
+const graphOf = (nodes, links = {}) => {
+  const graph = { nodes: Object.values(nodes), getNodeById: (id) => nodes[id] ?? null, getLink: (id) => links[id] };
+  for (const node of graph.nodes) node.graph = graph;
+  return graph;
+};
+
+test("an origin is found through reroutes and the edges of subgraphs", () => {
+  const quantize = { inputs: [{ link: null }, { link: 1 }] };
+  const inner = graphOf({ 3: quantize }, { 1: { origin_id: "-10", origin_slot: 1 } });
+  const recipe = {};
+  const made = graphOf({ 8: recipe }, { 5: { origin_id: 8, origin_slot: 0 } });
+  made.outputs = [{ linkIds: [5] }];
+  const maker = { subgraph: made, inputs: [] };
+  const reroute = { isVirtualNode: true, inputs: [{ link: 2 }] };
+  const outer = { subgraph: inner, inputs: [{ link: null }, { link: 3 }] };
+  const root = graphOf({ 1: maker, 2: reroute, 4: outer }, { 2: { origin_id: 1, origin_slot: 0 }, 3: { origin_id: 2, origin_slot: 0 } });
+  assert.equal(state.originOf(root, quantize, 1), recipe);
+  assert.equal(state.originOf(root, quantize, 0), null);
+  assert.equal(state.originOf(graphOf({}), quantize, 1), null);
 });
 
 test("states are values: an event leaves the one before as it was", () => {
@@ -159,7 +189,7 @@ test("an error before rounding is told only where it is known", () => {
 });
 
 test("colours are the stronger the more of nearest's error is gone", () => {
-  assert.deepEqual([{ gain: null }, { gain: 1 }, { gain: 0.7 }, { gain: 0.4 }, { gain: 0.1 }].map(state.shade), [0.6, 0.6, 0.8, 1, 1]);
+  assert.deepEqual([{ gain: null }, { gain: 1 }, { gain: 0.7 }, { gain: 0.4 }, { gain: 0.1 }].map(state.shade).map(state.formatGain), ["0.40×", "0.40×", "0.70×", "1.00×", "1.00×"]);
 });
 
 test("a keep rule finds its layer alone", () => {

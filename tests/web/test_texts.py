@@ -1,7 +1,4 @@
-"""Translations and help pages: complete, and found where the frontends look for them.
-
-English needs no translation file: it is what the nodes themselves say.
-"""
+"""Translations and help pages: complete, in step in all languages, and found where the frontends look for them."""
 
 import json
 import re
@@ -11,10 +8,17 @@ import pytest
 from PIL import Image
 
 from learned_rounding.hosts.browser import load_workflow, open_page
+from learned_rounding.tests.web.english import LOCALE, PAGES, ROOT, definitions, is_plain
 
-ROOT = Path(__file__).resolve().parents[2]
-LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
+LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir() if path.name != "en")
+EMPTY = {"nodes": [], "links": [], "version": 0.4}
 HELP = "/extensions/learned_rounding/docs"
+
+
+# Our settings as the page knows them: their keys in settings.json, and the headings above them.
+_OUR_SETTINGS = """() => Object.fromEntries(Object.values(window.app.ui.settings.settingsLookup)
+    .filter(({id}) => id.startsWith('LearnedRounding.'))
+    .map(({id, category}) => [id.replaceAll('.', '_'), category.slice(0, 2)]))"""
 
 
 def our_nodes(comfy):
@@ -23,6 +27,21 @@ def our_nodes(comfy):
 
 def inputs_of(info):
     return {name for group in ("required", "optional") for name in info["input"].get(group, {})}
+
+
+def read(language, name="nodeDefs"):
+    return json.loads((ROOT / "locales" / language / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def strings(value):
+    return [value] if isinstance(value, str) else [text for part in value.values() for text in strings(part)]
+
+
+def test_english_is_what_the_nodes_and_their_pages_say(comfy):
+    """make texts writes it."""
+    assert json.loads(LOCALE.read_text(encoding="utf-8")) == definitions(comfy.object_info())
+    for page in PAGES:
+        assert (page.with_suffix("") / "en.md").read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -34,7 +53,24 @@ def test_every_word_of_the_nodes_is_translated(comfy, language):
         assert set(texts[name]["outputs"]) == {str(slot) for slot in range(len(info["output"]))}
         for text in [*texts[name]["inputs"].values(), *texts[name]["outputs"].values()]:
             assert text["name"] and text["tooltip"]
-    assert set(texts) >= set(json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8")))
+    assert set(read(language)) == set(our_nodes(comfy))
+
+
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_nothing_in_a_translation_is_syntax(language):
+    for path in (ROOT / "locales" / language).glob("*.json"):
+        assert [text for text in strings(json.loads(path.read_text(encoding="utf-8"))) if not is_plain(text)] == []
+
+
+def test_settings_and_categories_are_translated(comfy, comfy_page):
+    shown = comfy_page.evaluate(_OUR_SETTINGS)
+    assert shown
+    for language in LANGUAGES:
+        assert read(language, "settings").keys() == shown.keys()
+        assert all(text["name"] and text["tooltip"] for text in read(language, "settings").values())
+        main = read(language, "main")
+        assert main["nodeCategories"].keys() == {part for info in our_nodes(comfy).values() for part in info["category"].split("/")}
+        assert main["settingsCategories"].keys() == {part for parts in shown.values() for part in parts}
 
 
 def test_every_node_has_a_help_page_that_tells_of_all_inputs_and_outputs(comfy):
@@ -46,7 +82,7 @@ def test_every_node_has_a_help_page_that_tells_of_all_inputs_and_outputs(comfy):
 
 
 def test_the_help_is_there_in_chinese_under_the_names_that_a_chinese_page_shows(comfy):
-    for name, texts in json.loads((ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8")).items():
+    for name, texts in read("zh").items():
         page = comfy.get(f"{HELP}/{name}/zh.md")
         assert page.startswith(f"# {texts['display_name']}\n")
         for told in (*texts["inputs"].values(), *texts["outputs"].values()):
@@ -55,7 +91,7 @@ def test_the_help_is_there_in_chinese_under_the_names_that_a_chinese_page_shows(
 
 def test_every_help_page_has_a_picture_that_carries_a_workflow_with_the_node(comfy):
     for name in our_nodes(comfy):
-        for page in (f"{name}.md", f"{name}/zh.md"):
+        for page in (f"{name}.md", f"{name}/en.md", f"{name}/zh.md"):
             assert re.findall(r"!\[.*\]\((.*)\)", comfy.get(f"{HELP}/{page}")) == [f"images/{name}.png"]  # frontends add the folder
         with Image.open(ROOT / "web" / "docs" / "images" / f"{name}.png") as picture:
             nodes = {node["type"]: node for node in json.loads(picture.text["workflow"])["nodes"]}
@@ -75,10 +111,60 @@ _DROP = """async (url) => {
 }"""
 
 
-def test_a_picture_of_the_help_opens_its_workflow_when_dropped_on_the_canvas(comfy, comfy_page):
-    comfy_page.evaluate(_DROP, f"{comfy.url}{HELP}/images/LearnedRoundingCompareText.png")
-    comfy_page.wait_for_function("() => window.app.graph._nodes.some((node) => node.type === 'LearnedRoundingCompareText')")
-    assert comfy_page.evaluate("() => window.app.graph._nodes.length") == 5
+_HOLDS = """([type, count]) => {
+    const nodes = window.app.graph._nodes
+    return nodes.length === count && nodes.some((node) => node.type === type)
+}"""
+
+
+def test_the_pictures_of_the_help_open_their_workflow_when_dropped_on_the_canvas(comfy, comfy_page):
+    for name in our_nodes(comfy):
+        with Image.open(ROOT / "web" / "docs" / "images" / f"{name}.png") as picture:
+            count = len(json.loads(picture.text["workflow"])["nodes"])
+        load_workflow(comfy_page, EMPTY)
+        comfy_page.evaluate(_DROP, f"{comfy.url}{HELP}/images/{name}.png")
+        comfy_page.wait_for_function(_HOLDS, arg=[name, count])
+
+
+# Puts a node into the graph, chooses it, and presses its info button. Just after a page was opened it may not notice a choice; it is made again then.
+_OPEN_HELP = """(type) => {
+    const {canvas, graph} = window.app
+    const node = LiteGraph.createNode(type)
+    node.pos = [600, 250]
+    graph.add(node)
+    let frame = 0
+    return new Promise((done, fail) => requestAnimationFrame(function next() {
+        const button = document.querySelector('[data-testid=info-button]')
+        if (frame && button) return done(button.click())
+        if (frame === 600) return fail(new Error('no info button'))
+        if (frame++ % 20 === 0) {
+            canvas.deselectAll()
+            canvas.processSelect(node)
+        }
+        requestAnimationFrame(next)
+    }))
+}"""
+_HELP_IS = """(title) => {
+    const root = document.querySelector('.node-help-content')
+    const picture = root?.querySelector('img')
+    return root?.querySelector('h1')?.innerText === title && picture?.complete && picture.naturalWidth > 0
+}"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_help_of_every_node_opens_with_its_picture_and_asks_for_nothing_that_is_not_there(comfy, language):
+    """By the info button above a chosen node."""
+    with open_page(comfy, settings={"Comfy.Locale": language}) as page:
+        asked = []
+        page.on("response", lambda answer: asked.append((answer.url.removeprefix(f"{comfy.url}{HELP}/"), answer.status)) if HELP in answer.url else None)
+        for name in our_nodes(comfy):
+            load_workflow(page, EMPTY)
+            page.evaluate(_OPEN_HELP, name)
+            page.wait_for_function(_HELP_IS, arg=read(language)[name]["display_name"])
+        assert {url for url, _ in asked} == {f"{name}/{language}.md" for name in our_nodes(comfy)} | {f"images/{name}.png" for name in our_nodes(comfy)}
+        assert {status for _, status in asked} <= {200, 304}
+    comfy.post("/api/settings", {"Comfy.Locale": "en"})
 
 
 @pytest.mark.browser
@@ -87,9 +173,11 @@ def test_the_page_speaks_the_chosen_language(comfy, host):
         pytest.skip("this frontend loads its own translations late, over those of node packs")
     with open_page(comfy, settings={"Comfy.Locale": "zh"}) as page:
         load_workflow(page, Path(__file__).parent / "workflow.json")
-        names = json.loads((ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+        names = read("zh")
         titles = page.evaluate("() => window.app.graph._nodes.map((node) => [node.type, node.title])")
         assert titles == [[name, names[name]["display_name"]] for name, _ in titles]
         labels = page.evaluate("() => window.app.graph.getNodeById(3).inputs.map((input) => input.localized_name)")
         assert labels == [entry["name"] for entry in names["LearnedRoundingQuantize"]["inputs"].values()]
+        category = page.evaluate("() => LiteGraph.registered_node_types.LearnedRoundingQuantize.category")
+        assert category == "/".join(read("zh", "main")["nodeCategories"].values())
     comfy.post("/api/settings", {"Comfy.Locale": "en"})

@@ -1,16 +1,20 @@
 """The widgets in real pages: what a real run and synthetic events show, in either kind of nodes, on every host."""
 
 import contextlib
+import io
 import os
 import random
 import re
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import TimeoutError
 
 from learned_rounding.hosts.browser import load_workflow, queue_prompt, visit
+from learned_rounding.quant_core import FORMATS
 
 pytestmark = pytest.mark.browser
 
@@ -53,20 +57,28 @@ _REACHED = "(count) => Number(document.querySelector('.lr-count')?.innerText.mat
 # Where an output of a node and the first input of another are.
 _SLOTS = """([origin, name, target]) => {
     const {canvas} = window.app
+    const find = (type) => window.app.graph._nodes.find((node) => node.type === type)
+    const [from, to] = [find(origin), find(target)]
+    const slot = from.outputs.findIndex((output) => output.name === name)
+    if (window.LiteGraph.vueNodesMode) return [[from, 'out', slot], [to, 'in', 0]].map(([{id}, way, slot]) => {
+        const {left, top, width, height} = document.querySelector(`[data-slot-key="${id}-${way}-${slot}"]`).getBoundingClientRect()
+        return [left + width / 2, top + height / 2]
+    })
     const {left, top} = canvas.canvas.getBoundingClientRect()
     const at = (point) => canvas.ds.convertOffsetToCanvas(point).map((value, axis) => value + [left, top][axis])
-    const find = (type) => window.app.graph._nodes.find((node) => node.type === type)
-    const from = find(origin)
-    const slot = from.outputs.findIndex((output) => output.name === name)
-    return [at(from.getConnectionPos(false, slot)), at(find(target).getConnectionPos(true, 0))]
+    return [at(from.getConnectionPos(false, slot)), at(to.getConnectionPos(true, 0))]
 }"""
 
-# Cells stand in one row. A filled cell has one colour inside, a hatched one has gaps.
+_CONNECTED = "(type) => window.app.graph._nodes.find((node) => node.type === type).inputs[0].link != null"
+
+# Cells stand in one row. A filled cell has one colour inside, a hatched one has gaps, one that is to do nothing above its foot.
 _CELLS = """(canvas, count) => Array.from({length: count}, (_, index) => {
     const side = canvas.width / count
     const {data} = canvas.getContext('2d').getImageData(Math.ceil(index * side) + 1, 4, Math.floor(side) - 5, canvas.height - 12)
     const pixels = Array.from({length: data.length / 4}, (_, pixel) => [...data.slice(4 * pixel, 4 * pixel + 4)])
-    return [new Set(pixels.map(String)).size === 1 ? 'filled' : 'hatched', pixels[0]]
+    const upper = pixels.slice(0, pixels.length / 2)
+    const kind = upper.every(([, , , alpha]) => alpha === 0) ? 'to do' : new Set(pixels.map(String)).size === 1 ? 'filled' : 'hatched'
+    return [kind, pixels[0]]
 })"""
 
 # [text, contrast ratio of WCAG 2] of all visible text; colours of canvas pixels, whatever notation they come in.
@@ -149,7 +161,7 @@ def node_box(page, node=QUANTIZE):
 
 
 def cells(page, count):
-    """What is painted where each of ``count`` cells is: ("filled" or "hatched", its colour in RGBA)."""
+    """What is painted where each of ``count`` cells is: ("filled", "hatched" or "to do", its colour in RGBA)."""
     return [tuple(cell) for cell in page.locator(".lr-cells").evaluate(_CELLS, count)]
 
 
@@ -194,23 +206,66 @@ def test_a_real_run_from_start_to_file(graph, model_file, workflow):
     assert Path(path).is_file() and Path(path).suffix == ".safetensors" and verified.startswith("Verified: ")
 
 
-def test_a_node_from_the_menu_is_connected_and_runs(page, workflow):
-    """By mouse and keyboard alone, as a user does it."""
-    if page.vue_nodes:
-        pytest.skip("nodes are connected the same way, by slots of the page")
-    graph = workflow(seed=random.randrange(1 << 31))
+RIGHT = 1310, 600  # of all nodes, where these tests have them
+
+
+@pytest.fixture
+def unfinished(page, workflow, model_file):
+    """The page with the workflow less its Learned Round Quantize, and nothing connected."""
+    os.utime(model_file[1])  # else the run is cached, and tells nothing
+    graph = workflow()
     graph["nodes"] = [node for node in graph["nodes"] if node["id"] != QUANTIZE]
     graph["links"] = []
     for node in graph["nodes"]:
         for slot in (*node["inputs"], *node["outputs"]):
             slot.update(dict.fromkeys({"link", "links"} & slot.keys()))
     load_workflow(page, graph)
-    page.evaluate("() => Object.assign(window.app.canvas.ds, {scale: 0.8, offset: [200, 200]}) && window.app.canvas.setDirty(true, true)")
+    page.evaluate(
+        """() => {
+            const {canvas, graph} = window.app
+            const [left, top] = [0, 1].map((axis) => Math.min(...graph._nodes.map(({pos}) => pos[axis])))
+            Object.assign(canvas.ds, {scale: 0.7, offset: [180 / 0.7 - left, 160 / 0.7 - top]})
+            canvas.setDirty(true, true)
+        }"""
+    )
     page.evaluate(_FRAMES)
-    place = 1250, 600  # right of all nodes, as they lie now
-    page.mouse.move(*place)
+    return page
+
+
+def drag(page, start, end):
+    """As a hand does: with time for a frame in between, in which the page sees what is under the pointer."""
+    page.mouse.move(*start)
+    page.evaluate(_FRAMES)
+    page.mouse.down()
+    page.evaluate(_FRAMES)
+    for part in (0.1, 0.5, 1.0):
+        page.mouse.move(*(one + part * (other - one) for one, other in zip(start, end, strict=True)), steps=4)
+        page.evaluate(_FRAMES)
+    page.mouse.up()
+
+
+def connect_and_run(page):
+    for origin, slot, target in (
+        ("LearnedRoundingLoadModel", "source", "LearnedRoundingQuantize"),
+        ("LearnedRoundingQuantize", "quantized", "LearnedRoundingSave"),
+    ):
+        for attempt in range(5):  # a page that is still settling takes no notice
+            page.evaluate(_FRAMES)
+            drag(page, *page.evaluate(_SLOTS, [origin, slot, target]))
+            with contextlib.suppress(TimeoutError) if attempt < 4 else contextlib.nullcontext():
+                page.wait_for_function(_CONNECTED, arg=target, timeout=5000)
+                break
+    assert queue_prompt(page)["type"] == "execution_success"
+    page.locator(".lr-progress[data-state=done]").wait_for()
+    assert "layers in" in panel(page)["second"]
+
+
+def test_a_node_from_the_menu_is_connected_and_runs(unfinished):
+    """By mouse and keyboard alone, as a user does it."""
+    page = unfinished
+    page.mouse.move(*RIGHT)
     for _ in range(10):  # a page that is still settling takes no notice of a click
-        page.mouse.dblclick(*place)
+        page.mouse.dblclick(*RIGHT)
         with contextlib.suppress(TimeoutError):
             page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'", timeout=3000)
             break
@@ -219,33 +274,32 @@ def test_a_node_from_the_menu_is_connected_and_runs(page, workflow):
     page.keyboard.press("Enter")
     page.wait_for_function("() => window.app.graph._nodes.length === 4")
     page.evaluate(_FRAMES)
-    page.mouse.move(place[0] + 5, place[1] + 5)
+    page.mouse.move(RIGHT[0] + 5, RIGHT[1] + 5)
     page.evaluate(_FRAMES)
     for _ in range(10):  # newer pages carry the node until a click
-        page.mouse.click(*place)
+        page.mouse.click(*RIGHT)
         with contextlib.suppress(TimeoutError):
             page.wait_for_function("() => window.app.graph._nodes.every((node) => !node.flags.ghost)", timeout=3000)
             break
     page.locator(".lr-progress").wait_for(state="visible")
-    for origin, slot, target in (
-        ("LearnedRoundingLoadModel", "source", "LearnedRoundingQuantize"),
-        ("LearnedRoundingQuantize", "quantized", "LearnedRoundingSave"),
-    ):
-        page.evaluate(_FRAMES)
-        start, end = page.evaluate(_SLOTS, [origin, slot, target])
-        page.mouse.move(*start)
-        page.evaluate(_FRAMES)
-        page.mouse.down()
-        page.evaluate(_FRAMES)
-        page.mouse.move(*end, steps=8)
-        page.evaluate(_FRAMES)
-        page.mouse.up()
-        page.wait_for_function(
-            "(type) => window.app.graph._nodes.find((node) => node.type === type).inputs[0].link != null", arg=target
-        )
-    assert queue_prompt(page)["type"] == "execution_success"
-    page.locator(".lr-progress[data-state=done]").wait_for()
-    assert "layers in" in panel(page)["second"]
+    connect_and_run(page)
+
+
+def test_a_node_dragged_from_the_library_is_connected_and_runs(unfinished):
+    page = unfinished
+    page.locator(".node-library-tab-button").click()
+    page.get_by_placeholder("Search").first.fill("Learned Round Quantize")
+    entry = page.locator(".group\\/tree-node").get_by_text("Learned Round Quantize")
+    entry.wait_for()
+    box = entry.bounding_box()
+    drag(page, (box["x"] + 20, box["y"] + box["height"] / 2), RIGHT)
+    page.wait_for_function("() => window.app.graph._nodes.length === 4")
+    page.locator(".node-library-tab-button").click()
+    entry.wait_for(state="hidden")
+    page.locator(".lr-progress").wait_for(state="visible")
+    left, top, right, bottom = node_box(page, page.evaluate("() => window.app.graph._nodes.at(-1).id"))
+    assert left - 40 < RIGHT[0] < right and top - 60 < RIGHT[1] < bottom
+    connect_and_run(page)
 
 
 def test_waits_then_follows_the_layers(graph):
@@ -327,20 +381,17 @@ def test_the_strip_shows_format_gain_and_what_is_kept(graph):
     kept = ["txt_in.weight", "img_in.weight"]
     send(graph, start(6, kept), layer(0, 6, 0.02, **learned), layer(1, 6, 0.02), layer(2, 6, 0.02, **float8, **learned), nan)
     painted = cells(graph, 8)
-    assert [kind for kind, _ in painted] == ["hatched"] * 2 + ["filled"] * 3 + ["hatched"] + ["filled"] * 2
-    (*strong, alpha), (*weak, faint) = painted[2][1], painted[3][1]
-    assert alpha == 255 and faint == pytest.approx(0.6 * 255, abs=2)
-    assert strong == pytest.approx(weak, abs=3), "one format, one colour"
-    assert painted[4][1] != painted[2][1] and painted[6][1] == painted[7][1] != painted[2][1]
+    assert [kind for kind, _ in painted] == ["hatched"] * 2 + ["filled"] * 3 + ["hatched"] + ["to do"] * 2
+    (*strong, alpha), (*weak, other_alpha) = painted[2][1], painted[3][1]
+    assert alpha == other_alpha == 255
+    assert weak == pytest.approx([0.4 * colour + 0.6 * 0x8C for colour in strong], abs=2), "one format, one colour, more or less grey"
+    assert painted[4][1] != painted[2][1]
     assert panel(graph)["legend"] == (
         "kept 2 int8_tensorwise per row 2 float8_e4m3fn per tensor 1 kept (NaN or Inf) 1 to do 2"
     )
     before = graph.locator(".lr-cells").evaluate("(canvas) => canvas.width")
     _, _, right, below = node_box(graph)
-    graph.mouse.move(right - 4, below - 4)
-    graph.mouse.down()
-    graph.mouse.move(right + 100, below, steps=4)
-    graph.mouse.up()
+    drag(graph, (right - 4, below - 4), (right + 100, below))
     graph.wait_for_function("(before) => document.querySelector('.lr-cells').width > before + 100", arg=before)
     assert cells(graph, 8)[2:5] == painted[2:5] and [kind for kind, _ in cells(graph, 8)] == [kind for kind, _ in painted]
 
@@ -363,6 +414,38 @@ def test_pointing_at_a_layer_shows_its_card(graph):
     assert panel(graph)["card"] == [] and len(panel(graph)["worst"]) == 1
 
 
+@pytest.mark.parametrize("scale", [0.7, 1.7])
+def test_the_pointer_finds_cells_at_any_zoom(graph, scale):
+    graph.evaluate(
+        """([scale, id]) => {
+            const {canvas, graph} = window.app
+            const [x, y] = graph.getNodeById(id).pos
+            Object.assign(canvas.ds, {scale, offset: [120 / scale - x, 120 / scale - y]})
+            canvas.setDirty(true, true)
+        }""",
+        [scale, QUANTIZE],
+    )
+    graph.evaluate(_FRAMES)
+    kept = [f"kept.{index}.weight" for index in range(40)]
+    send(graph, start(260, kept), layer(0, 260, 0.02))  # several rows
+    strip = graph.locator(".lr-strip")
+    rows, columns = strip.evaluate(
+        """async (root) => {
+            const {layout} = await import('/extensions/learned_rounding/progress_state.js')
+            const shape = layout(300, root.clientWidth, root.clientHeight)
+            return [shape.rows, shape.columns]
+        }"""
+    )
+    assert rows > 1
+    box = strip.bounding_box()
+    assert box["width"] == pytest.approx(scale * strip.evaluate("(root) => root.clientWidth"), rel=0.02)
+    for index in (0, columns - 1, columns, 299):
+        row, column = divmod(index, columns)
+        graph.mouse.move(box["x"] + (column + 0.5) * box["width"] / columns, box["y"] + (row + 0.5) * box["height"] / rows)
+        graph.evaluate(_FRAMES)
+        assert panel(graph)["card"][0] == (kept[index] if index < 40 else NAME.format(index - 40)), (scale, index)
+
+
 def test_a_click_copies_a_keep_rule_and_a_button_applies_it(graph):
     send(graph, start(4), layer(0, 4, 0.02))
     assert panel(graph)["buttons"] == ["Cancel"]
@@ -382,6 +465,51 @@ def test_a_click_copies_a_keep_rule_and_a_button_applies_it(graph):
     graph.evaluate("(id) => window.app.graph.getNodeById(id).disconnectInput(1)", QUANTIZE)
     send(graph, layer(1, 4, 0.02))
     assert panel(graph)["buttons"] == ["Cancel"], "nothing to add it to"
+
+
+_KEEP = "() => window.app.graph.getNodeById(2).widgets.find(({name}) => name === 'keep').value"
+
+
+def test_the_worst_layers_are_told_by_the_error_of_the_summary(graph):
+    send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01))
+    heading = graph.locator(".lr-heading")
+    assert heading.inner_text() == "Largest weight errors" and panel(graph)["worst"][0][1] == "0.09000"
+    learned = {"solver": "sequential", "gain": 0.5, "output_error": 0.02}
+    send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01, **learned))
+    assert heading.inner_text() == "Largest output errors" and [error for _, error in panel(graph)["worst"]] == ["0.02000"]
+
+
+def test_adding_a_rule_is_a_step_of_its_own_to_undo(graph):
+    send(graph, start(4), layer(0, 4, 0.02))
+    graph.evaluate(
+        """() => {
+            window.app.graph.getNodeById(1).title = 'older step'
+            window.noteStep()
+        }"""
+    )
+    point(graph, 2, 4, click=True)
+    graph.get_by_role("button", name="Add to keep").click()
+    assert graph.evaluate(_KEEP) == r"^double_blocks\.2\.img_attn\.qkv\.weight$"
+    graph.keyboard.press("Control+z")
+    graph.wait_for_function(f"() => ({_KEEP})() === ''")
+    assert graph.evaluate("() => window.app.graph.getNodeById(1).title") == "older step"
+
+
+def test_a_rule_finds_configure_from_inside_a_subgraph(graph):
+    outer, inner = graph.evaluate(
+        """(id) => {
+            const {graph, canvas} = window.app
+            const {node} = graph.convertToSubgraph(new Set([graph.getNodeById(id)]))
+            canvas.setGraph(node.subgraph)
+            return [node.id, node.subgraph._nodes[0].id]
+        }""",
+        QUANTIZE,
+    )
+    graph.locator(".lr-progress").wait_for(state="visible")
+    send(graph, start(4), layer(0, 4, 0.02), node=f"{outer}:{inner}")
+    point(graph, 2, 4, click=True)
+    graph.get_by_role("button", name="Add to keep").click()
+    assert graph.evaluate(_KEEP.replace("app.graph", "app.rootGraph")) == r"^double_blocks\.2\.img_attn\.qkv\.weight$"
 
 
 def test_the_keyboard_reaches_everything(graph):
@@ -416,11 +544,90 @@ def test_names_and_contrast_in_both_themes(graph, theme):
     graph.locator(".lr-count").hover()
     graph.get_by_role("slider").press("Escape")
     assert {text: ratio for text, ratio in graph.locator(".lr-progress").evaluate(_CONTRAST) if ratio < 4.5} == {}
+    texts = [text for panel in graph.locator(".lr-text").all() for text in panel.evaluate(_CONTRAST)]
+    assert len(texts) == 2 and {text: ratio for text, ratio in texts if ratio < 4.5} == {}, "that wait for a run"
+    graph.evaluate("() => window.app.graph._nodes.forEach((node) => node.onExecuted?.({text: ['what was found']}))")
+    texts = [text for panel in graph.locator(".lr-text").all() for text in panel.evaluate(_CONTRAST)]
+    assert [text for text, _ in texts] == ["what was found"] * 2 and all(ratio >= 4.5 for _, ratio in texts)
     roles = graph.locator(".lr-progress").evaluate(
         "(root) => [...root.querySelectorAll('[tabindex], button, [role=progressbar]')].map((one) => [one.tagName, one.title || one.ariaLabel])"
     )
     assert len(roles) == 4 and all(name for _, name in roles), roles
     graph.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_every_cell_stands_out_from_either_theme(graph, theme):
+    """By what is on the screen, three to one (WCAG 2, 1.4.11)."""
+    graph.evaluate("(theme) => window.app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
+    learned = {"solver": "sequential", "gain": 0.4, "output_error": 0.01}
+    formats = [*FORMATS, "a_format_of_a_later_release"]
+    count = 2 * len(formats) + 2
+    nan = {"state": "kept", "name": NAME.format(0), "shape": [64, 64], "reason": "holds NaN"}
+    quantized = [
+        layer(2 * place + index, count, 0.02, format=format, granularity="row", **more)
+        for place, format in enumerate(formats)
+        for index, more in enumerate([learned, {}], 1)
+    ]
+    send(graph, start(count, ["txt_in.weight"]), nan, *quantized)
+    graph.mouse.move(2, 2)
+    strip = graph.locator(".lr-strip").bounding_box()
+    ground = pixels(graph, {"x": strip["x"] + 3, "y": strip["y"] - 3, "width": 4, "height": 2})[0]
+    width = strip["width"] / (count + 1)
+    states = ["kept", "refused", *(f"{format} {how}" for format in formats for how in ("strong", "weak")), "to do"]
+    ratios = {
+        state: max(contrast(pixel, ground) for pixel in pixels(graph, {**strip, "x": strip["x"] + place * width + 1, "width": width - 2}))
+        for place, state in enumerate(states)
+    }
+    legend = graph.locator(".lr-legend").bounding_box()  # of one line; the others are in its tooltip
+    boxes = [element.bounding_box() for element in graph.locator(".lr-swatch").all()]
+    swatches = [box for box in boxes if box["y"] + box["height"] < legend["y"] + legend["height"] and box["x"] < legend["x"] + legend["width"] - 10]
+    ratios |= {f"swatch {place}": max(contrast(pixel, ground) for pixel in pixels(graph, box)) for place, box in enumerate(swatches)}
+    assert len(ratios) > count and {state: ratio for state, ratio in ratios.items() if ratio < 3} == {}
+    graph.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+
+
+def pixels(page, clip):
+    """The colours, 0 to 255, of what is seen there."""
+    with Image.open(io.BytesIO(page.screenshot(clip=clip))) as image:
+        return np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()
+
+
+def contrast(one, other):
+    """The ratio of WCAG 2."""
+    linear = [[part / 255 / 12.92 if part <= 10.31 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in each] for each in (one, other)]
+    low, high = sorted(0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in linear)
+    return (high + 0.05) / (low + 0.05)
+
+
+# Counts the cells that each frame paints.
+_COUNT = """() => {
+    const paint = CanvasRenderingContext2D.prototype.clearRect
+    let frame = 0
+    window.painted = []
+    const count = () => { window.painted.push(frame); frame = 0; window.counting = requestAnimationFrame(count) }
+    count()
+    CanvasRenderingContext2D.prototype.clearRect = function (...area) {
+        if (this.canvas.className === 'lr-cells') frame += 1
+        return paint.apply(this, area)
+    }
+    window.stopCounting = () => {
+        cancelAnimationFrame(window.counting)
+        CanvasRenderingContext2D.prototype.clearRect = paint
+        return window.painted
+    }
+}"""
+
+
+def test_a_frame_paints_a_part_of_many_cells(graph):
+    graph.evaluate(_COUNT)
+    send(graph, start(2000), layer(0, 2000, 0.01), layer(1999, 2000, 0.01))
+    graph.wait_for_function("() => window.painted.reduce((sum, count) => sum + count, 0) >= 2000")
+    graph.evaluate(_FRAMES)
+    counts = [count for count in graph.evaluate("() => window.stopCounting()") if count]
+    assert max(counts) <= 400 and sum(counts) == 2000, counts
+    with_colour = "(canvas) => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.filter((_, at) => at % 4 === 3).some(Boolean)"
+    assert graph.locator(".lr-cells").evaluate(with_colour)
 
 
 def test_one_panel_through_collapse_copy_and_subgraph(graph):
@@ -431,7 +638,7 @@ def test_one_panel_through_collapse_copy_and_subgraph(graph):
     graph.evaluate("(id) => window.app.graph.getNodeById(id).collapse()", QUANTIZE)
     graph.locator(".lr-progress").wait_for(state="visible")
     assert panel(graph)["count"] == "50 % · 2 / 4"
-    assert [kind for kind, _ in cells(graph, 4)] == ["filled"] * 4
+    assert [kind for kind, _ in cells(graph, 4)] == ["filled"] * 2 + ["to do"] * 2
 
     copied = graph.evaluate(
         """(id) => {
@@ -499,7 +706,7 @@ def test_reloaded_and_further_pages_show_the_whole_run_and_can_cancel_it(comfy, 
             """async (id) => {
                 const {changeTracker} = window.app.extensionManager.workflow.activeWorkflow
                 window.app.graph.getNodeById(id).title = 'renamed'
-                changeTracker.checkState()
+                ;(changeTracker.captureCanvasState ?? changeTracker.checkState).call(changeTracker)
                 window.before = document.querySelector('.lr-progress')
                 await changeTracker.undo()
             }""",
@@ -517,5 +724,18 @@ def test_the_wheel_zooms_over_a_panel_too(graph):
     graph.wait_for_function("(before) => window.app.canvas.ds.scale > before", arg=before)
 
 
+# What the hosts' own frontends say in these tests, and why.
+HOST_SAYS = {
+    "files that a user may have": r"status of 404 .*/(user\.css|favicon\.ico|api/userdata\S*)\)$",
+    "no way to the internet": r"https://(api\.comfy\.org|huggingface\.co)/\S+ (violates|Refused|because)|https://huggingface\.co/\S+ Refused to connect",
+    "these tests read cells back": r"^Canvas2D: Multiple readback operations",
+    "0.3.75 opens its page": r"graph that was never set up|^TypeError: Cannot read properties of undefined \(reading 'id'\)\s+at onChange \(\S*/assets/index-",
+    "0.3.75 opens its search and its library": r"^TypeError: \w+\.\$t is not a function|^TypeError: .*\n\s+at Proxy\.onOptionSelect",
+    "0.33.0 opens its page": r"^ComfyApp graph accessed before|^\[ComfyUI\] The legacy queue/history menu|^\[MaskEditor\]|^\[subgraphNavigation\]",
+}
+
+
 def test_the_console_stays_quiet(graph):
-    assert [line for line in graph.problems if "learned_rounding" in line or "lr-" in line] == []
+    """Last in this file: of all that the tests before did to the page."""
+    ours = [line for line in graph.problems if "learned_rounding" in line or not any(re.search(said, line) for said in HOST_SAYS.values())]
+    assert ours == []

@@ -1,0 +1,108 @@
+"""The shipped examples with the tiny model in place of the public models that they name.
+
+Users have a text encoder and a card; tests, demo and pictures have neither. Everything else of an example stays as it is shipped.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from learned_rounding.benchmarks.tiny_model.graph import CFG, LORA, MODEL, SIZE, STEPS
+from learned_rounding.benchmarks.tiny_model.place import ASSETS, DATASET
+from learned_rounding.hosts.workflows import widget_names
+
+__all__ = ["EXAMPLES", "place_further", "with_tiny_model", "with_tiny_parts"]
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
+CHECKPOINT, TEXT_ENCODER = "tiny_checkpoint.safetensors", "tiny_t5.safetensors"
+
+# A file that an example names → what is chosen instead, in the same folder of ComfyUI.
+FILES = {
+    "z_image_turbo_bf16.safetensors": MODEL,
+    "pixel_art_style_z_image_turbo.safetensors": LORA,
+    "ae.safetensors": "taesd3",
+    "sd_xl_base_1.0.safetensors": CHECKPOINT,
+    "t5xxl_fp16.safetensors": TEXT_ENCODER,
+}
+_SAMPLING = {"steps": STEPS, "cfg": CFG, "sampler_name": "euler", "scheduler": "simple"}
+# Node class → values of its widgets.
+VALUES = {
+    "EmptySD3LatentImage": {"width": SIZE, "height": SIZE},
+    "KSampler": _SAMPLING,
+    "LearnedRoundingCalibrate": _SAMPLING | {"samples": 4},
+    "LearnedRoundingCompare": _SAMPLING,
+}
+# Node class → the node that stands in its place, its widgets' values, its outputs, and which of them was the old node's only one.
+REPLACED = {
+    "CLIPTextEncode": ("LoadTrainingDataset", [DATASET], {"latents": "LATENT", "conditioning": "CONDITIONING"}, 1),
+}
+# Nothing asks for their outputs then.
+DROPPED = ("CLIPLoader",)
+
+
+def with_tiny_model(name: str, object_info: Mapping[str, Any]) -> dict:
+    """An example in the browser's own form, made to run with what `place` and :func:`place_further` put there."""
+    return with_tiny_parts(json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8")), object_info)
+
+
+def with_tiny_parts(workflow: dict, object_info: Mapping[str, Any]) -> dict:
+    """The same of any workflow of the browser, in place."""
+    gone = {node["id"] for node in workflow["nodes"] if node["type"] in DROPPED}
+    workflow["links"] = [link for link in workflow["links"] if link[1] not in gone]
+    workflow["nodes"] = [node for node in workflow["nodes"] if node["id"] not in gone]
+    for node in workflow["nodes"]:
+        node["properties"].pop("models", None)
+        if node["type"] in REPLACED:
+            _replace(node, workflow["links"])
+        else:
+            _choose(node, object_info)
+    return workflow
+
+
+def _replace(node: dict, links: list[list]) -> None:
+    node["type"], node["widgets_values"], outputs, slot = REPLACED[node["type"]]
+    node["properties"]["Node name for S&R"] = node["type"]
+    (old,) = node["outputs"]
+    made = [{"name": name, "type": kind, "links": []} for name, kind in outputs.items()]
+    made[slot]["links"] = old["links"]
+    node["inputs"], node["outputs"] = [], made
+    for link in links:
+        if link[1] == node["id"]:
+            link[2] = slot
+
+
+def _choose(node: dict, object_info: Mapping[str, Any]) -> None:
+    chosen = VALUES.get(node["type"], {})
+    names = widget_names(object_info[node["type"]]) if chosen else []
+    values = node.get("widgets_values") or []
+    for place, value in enumerate(values):
+        if isinstance(value, str):
+            folder, _, file = value.rpartition("/")
+            values[place] = "/".join(filter(None, (folder, FILES.get(file, file))))
+    for name, value in chosen.items():
+        values[names.index(name)] = value
+
+
+def place_further(base: Path) -> None:
+    """Put a checkpoint and a text encoder, which `place` leaves out, under ComfyUI's base directory: the tiny model, and a thin random T5-XXL."""
+    models = Path(base) / "models"
+    model = load_file(ASSETS / MODEL)
+    _save(models / "checkpoints" / CHECKPOINT, {f"model.diffusion_model.{key}": value for key, value in model.items()})
+    generator = torch.Generator().manual_seed(0)
+    wide = {"wi_0": (10240, 16), "wi_1": (10240, 16), "wo": (16, 10240)}  # by its width T5-XXL is known
+    parts = {"0.SelfAttention": dict.fromkeys("qkvo", (16, 16)), "1.DenseReluDense": wide}
+    encoder = {"shared.weight": torch.randn(1000, 16, generator=generator), "encoder.final_layer_norm.weight": torch.ones(16)}
+    for block in range(24):
+        for part, shapes in parts.items():
+            for name, shape in shapes.items():
+                encoder[f"encoder.block.{block}.layer.{part}.{name}.weight"] = torch.randn(shape, generator=generator)
+    _save(models / "text_encoders" / TEXT_ENCODER, encoder)
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}, path)

@@ -1,0 +1,94 @@
+"""What the page and other people's workflows rely on: ids, order of widgets, tooltips, search words."""
+
+import pytest
+
+# Saved workflows hold node ids, input names and widget values by place: nothing here may change, new inputs come last.
+INPUTS = {
+    "LearnedRoundingLoadModel": "model clip_type requantize",
+    "LearnedRoundingConfigure": "format granularity preset seed rounding keep heur full_precision_matrix_mult convrot target_size target_error "
+    "block_formats layer_config options",
+    "LearnedRoundingOptions": "optimizer num_iter lr lr_schedule early_stop top_p min_k max_k full_matrix weight_cost damping sweeps bias_correction "
+    "calib_samples block_size",
+    "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels",
+    "LearnedRoundingSave": "quantized filename_prefix folder",
+    "LearnedRoundingCalibrate": "model positive negative latent_image seed steps cfg sampler_name scheduler samples keep tokens calibration vae sensitivity",
+    "LearnedRoundingCalibrateText": "clip prompts keep seed tokens calibration sensitivity",
+    "LearnedRoundingCompare": "reference compared positive negative latent_image seed steps cfg sampler_name scheduler vae",
+    "LearnedRoundingCompareText": "reference compared prompts",
+    "LearnedRoundingReport": "quantized",
+    "LearnedRoundingInspect": "model",
+    "LearnedRoundingSaveCalibration": "calibration filename_prefix",
+    "LearnedRoundingLoadCalibration": "file",
+    "LearnedRoundingLoadQuantized": "model clip_type",
+}
+OUTPUTS = {
+    "LearnedRoundingLoadModel": "source",
+    "LearnedRoundingConfigure": "recipe",
+    "LearnedRoundingOptions": "options",
+    "LearnedRoundingQuantize": "MODEL CLIP quantized report",
+    "LearnedRoundingSave": "path",
+    "LearnedRoundingCalibrate": "calibration pictures summary",
+    "LearnedRoundingCalibrateText": "calibration summary",
+    "LearnedRoundingCompare": "reference compared plot report",
+    "LearnedRoundingCompareText": "plot report",
+    "LearnedRoundingReport": "report picture",
+    "LearnedRoundingInspect": "text",
+    "LearnedRoundingSaveCalibration": "path",
+    "LearnedRoundingLoadCalibration": "calibration",
+    "LearnedRoundingLoadQuantized": "MODEL CLIP",
+}
+ADVANCED = {
+    "LearnedRoundingLoadModel": {"clip_type", "requantize"},
+    "LearnedRoundingLoadQuantized": {"clip_type"},
+    "LearnedRoundingConfigure": {
+        "rounding", "keep", "heur", "full_precision_matrix_mult", "target_error", "block_formats", "layer_config",
+    },
+    "LearnedRoundingQuantize": {"native_int8_kernels"},
+    "LearnedRoundingCalibrate": {"tokens"},
+    "LearnedRoundingCalibrateText": {"tokens"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nodes(comfy):
+    """Node id → its definition, as pages get it."""
+    return {name: info for name, info in comfy.object_info().items() if name.startswith("LearnedRounding")}
+
+
+def options(info):
+    """Input → its options, in order."""
+    return {name: spec[1] for group in ("required", "optional") for name, spec in info["input"].get(group, {}).items()}
+
+
+def test_ids_and_their_order_are_frozen(nodes):
+    assert {name: " ".join(options(info)) for name, info in nodes.items()} == INPUTS
+    assert {name: " ".join(info["output_name"]) for name, info in nodes.items()} == OUTPUTS
+
+
+def test_everything_has_a_tooltip_in_english(nodes):
+    for name, info in nodes.items():
+        tips = {**{key: spec.get("tooltip") for key, spec in options(info).items()}, **dict(enumerate(info["output_tooltips"]))}
+        assert info["description"].endswith((".", "?")), name
+        assert {key: tip for key, tip in tips.items() if not (tip or "").endswith(".")} == {}, name
+        assert info["category"] == "quantization/learned rounding"
+
+
+def test_rare_options_are_advanced_and_every_node_is_found_by_what_people_search(nodes, host):
+    if host.version.startswith("0.3."):
+        assert not any("search_aliases" in info or any("advanced" in spec for spec in options(info).values()) for info in nodes.values())
+        return
+    advanced = {name: {key for key, spec in options(info).items() if spec.get("advanced")} for name, info in nodes.items()}
+    assert {name: keys for name, keys in advanced.items() if keys} == ADVANCED
+    for name, info in nodes.items():
+        assert {"fp8", "int8", "convert", "quantize"} <= set(info["search_aliases"]), name
+
+
+def test_dependent_inputs_name_inputs_of_their_own_node(nodes):
+    found = {
+        (name, key): spec["matters_for"] for name, info in nodes.items() for key, spec in options(info).items() if "matters_for" in spec
+    }
+    assert {name for name, _ in found} == {"LearnedRoundingConfigure", "LearnedRoundingOptions"} and len(found) > 10
+    for (name, key), conditions in found.items():
+        assert conditions, f"{name}: nothing makes {key} matter"
+        assert {other for condition in conditions for other in condition} <= options(nodes[name]).keys()
+        assert "default" in options(nodes[name])[key], "what pages send while it is hidden"

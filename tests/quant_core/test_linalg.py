@@ -1,0 +1,59 @@
+"""Factorizations on a CPU: the same bits on any number of threads."""
+
+import pytest
+import torch
+
+from learned_rounding.quant_core import quantize_weight
+from learned_rounding.quant_core.linalg import lapack
+
+SIDE = 384
+FUNCTIONS = {
+    "eigh": lambda m: lapack(torch.linalg.eigh, m).eigenvectors,
+    "cholesky": lambda m: lapack(torch.linalg.cholesky_ex, m).L,
+    "qr": lambda m: lapack(torch.linalg.qr, m).Q,
+    "svd": lambda m: lapack(torch.linalg.svd, m)[0],
+    "solve": lambda m: lapack(torch.linalg.solve, m, m.flip(0)),
+}
+
+
+def gram() -> torch.Tensor:
+    rows = torch.randn(2 * SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    return rows.t() @ rows / len(rows)
+
+
+@pytest.fixture
+def on_threads():
+    """on_threads(call) → its result on 1, 2, 3 and 4 threads."""
+    before = torch.get_num_threads()
+
+    def run(call):
+        results = []
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            results.append(call())
+            assert torch.get_num_threads() == count
+        return results
+
+    yield run
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_factorizations_are_the_same_on_any_number_of_threads(on_threads, name):
+    first, *others = on_threads(lambda: FUNCTIONS[name](gram()))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_threads_are_given_back_when_one_fails(on_threads):
+    def fail():
+        with pytest.raises(RuntimeError):
+            lapack(torch.linalg.eigh, torch.ones(2, 3))
+
+    on_threads(fail)
+
+
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_blockwise"])
+def test_calibrated_codes_are_the_same_on_any_number_of_threads(on_threads, format):
+    weight = torch.randn(200, SIDE, generator=torch.Generator().manual_seed(1))
+    first, *others = on_threads(lambda: quantize_weight(weight, format, rounding="calibrated", gram=gram()).codes)
+    assert all(torch.equal(first.float(), other.float()) for other in others)

@@ -1,0 +1,116 @@
+"""Nodes that show what they found, run in real pages: what a user then sees of them, in either kind of nodes, on every host."""
+
+import contextlib
+import uuid
+
+import pytest
+
+from learned_rounding.benchmarks.tiny_model.graph import MODEL
+from learned_rounding.hosts.browser import load_workflow, queue_prompt, visit
+from learned_rounding.tests.nodes.probing import ProbedGraph
+
+pytestmark = pytest.mark.browser
+
+# The picture that a node of this type shows: [width, height], once it is loaded.
+_PICTURE = """(type) => {
+    const node = window.app.graph._nodes.find((node) => node.type === type)
+    const drawn = [...document.querySelectorAll(`[data-node-id="${node.id}"] img`)]
+    const picture = (window.LiteGraph.vueNodesMode ? drawn : node.imgs ?? []).find(({naturalWidth}) => naturalWidth > 0)
+    return picture && [picture.naturalWidth, picture.naturalHeight]
+}"""
+_FOCUS = """async (type) => {
+    const {canvas, graph} = window.app
+    const {pos} = graph._nodes.find((node) => node.type === type)
+    Object.assign(canvas.ds, {scale: 0.8, offset: [300 - pos[0], 150 - pos[1]]})
+    canvas.setDirty(true, true)
+}"""
+
+
+def run(page, graph):
+    """The graph, run to its end in the page; the workflow, as the page then has it."""
+    load_workflow(page, graph)
+    saved = {**page.evaluate("() => window.app.graph.serialize()"), "id": str(uuid.uuid4())}
+    load_workflow(page, saved)
+    end = queue_prompt(page)
+    assert end["type"] == "execution_success", end
+    return saved
+
+
+def picture(page, node):
+    page.evaluate(_FOCUS, node)
+    return page.wait_for_function(_PICTURE, arg=node).json_value()
+
+
+def text(page, node):
+    """What our text panel on a node says."""
+    page.evaluate(_FOCUS, node)
+    panel = page.locator(".lr-text[data-state=done]")
+    panel.first.wait_for()
+    return panel.first.inner_text()
+
+
+def test_inspect_shows_what_the_file_holds_and_still_does_after_a_reload(comfy, page):
+    graph = ProbedGraph()
+    graph.add("LearnedRoundingInspect", model=f"diffusion_models/{MODEL}")
+    saved = run(page, graph)
+    shown = text(page, "LearnedRoundingInspect")
+    assert MODEL in shown and "tensors" in shown
+    with contextlib.closing(page.context.new_page()) as again:
+        visit(again, comfy)
+        load_workflow(again, saved)
+        assert text(again, "LearnedRoundingInspect") == shown
+
+
+def test_report_shows_its_picture(page):
+    graph = ProbedGraph()
+    quantized = graph.quantize(graph.source()[0], rounding="nearest", seed=uuid.uuid4().int % 2**31)
+    graph.add("LearnedRoundingReport", quantized=quantized[2])
+    run(page, graph)
+    width, height = picture(page, "LearnedRoundingReport")
+    assert width > 300 and height > 300
+
+
+def test_compare_shows_its_plot(page):
+    graph = ProbedGraph()
+    model = graph.load()
+    graph.compare(model[0], graph.quantize(model[0], rounding="nearest")[0], steps=2, seed=uuid.uuid4().int % 2**31)
+    run(page, graph)
+    width, height = picture(page, "LearnedRoundingCompare")
+    assert width > 300 and height > 300
+
+
+def test_calibrate_tells_of_its_steps_and_shows_its_pictures_and_the_file_that_holds_it(comfy, page):
+    graph = ProbedGraph()
+    calibration = graph.calibrate(graph.load()[0], steps=2, seed=uuid.uuid4().int % 2**31)
+    graph.add("LearnedRoundingSaveCalibration", calibration=calibration[0], filename_prefix="from-a-page")
+    run(page, graph)
+    assert picture(page, "LearnedRoundingCalibrate") == [64, 64]
+    done = page.locator(".lr-progress[data-state=done]")
+    done.wait_for()
+    assert done.locator(".lr-label").inner_text().startswith("calibrated ")
+    assert done.locator(".lr-count").inner_text().startswith("100 %")
+    assert text(page, "LearnedRoundingSaveCalibration").endswith(".calib.safetensors")
+    made = max((comfy.output_dir / "calibrations").glob("from-a-page*"), key=lambda path: path.stat().st_mtime)
+    graph = ProbedGraph()
+    graph.add("PreviewAny", source=graph.add("LearnedRoundingLoadCalibration", file=made.name)[0])
+    run(page, graph)
+    assert text(page, "LearnedRoundingLoadCalibration").startswith(f"{made.name}: ")
+
+
+def test_what_is_refused_is_shown_on_its_node(graph):
+    keep = """() => {
+        const node = window.app.graph.getNodeById(2)
+        node.widgets.find(({name}) => name === 'keep').value = '(unclosed'
+    }"""
+    graph.evaluate(keep)
+    refused = queue_prompt(graph)
+    assert refused["type"] == "refused" and list(refused["data"]["node_errors"]) == ["2"]
+    graph.wait_for_function("() => window.app.graph.getNodeById(2).has_errors")
+    assert graph.evaluate("() => window.app.graph._nodes.filter((node) => node.has_errors).map(({id}) => Number(id))") == [2]
+    details = graph.get_by_role("button", name="View details")
+    words = graph.get_by_text("'(unclosed' is no regular expression").first
+    details.or_(words).first.wait_for()
+    if details.is_visible():
+        details.click()
+    words.wait_for()
+    graph.keyboard.press("Escape")
