@@ -128,8 +128,8 @@ class GGUFFile(StoredTensors):
             self._place(name, TensorInfo(_PLAIN[kind.name], shape), begin)
             return
         block, size = self._package.GGML_QUANT_SIZES[kind]
-        if not sides or sides[0] % block:
-            raise ValueError(f"{name} has rows of {sides[:1]} values in blocks of {block}")
+        if not sides or not math.prod(sides) or sides[0] % block:
+            raise ValueError(f"{name} has the shape {list(shape)}, of which rows in blocks of {block} cannot be made")
         row = sides[0] // block * size
         self._coded[name] = kind, row, row * math.prod(sides[1:])
         self._place(name, TensorInfo(_DECODED, shape), begin, self._coded[name][2])
