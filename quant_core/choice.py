@@ -21,6 +21,7 @@ from .events import CancelCheck, LayerMeasured, Listener
 from .formats import GROUP_SIZES, QuantizedWeight
 from .layer import output_error, quantize_weight
 from .recipes import Decision, FormatChoice, Plan, Recipe
+from .recipes.presets import COMMON
 from .report import Choice, human_bytes
 
 __all__ = ["measure_plan"]
@@ -84,14 +85,12 @@ def measure_plan(
 
 def _candidates(source: Source, recipe: Recipe, plan: Plan, calibration: Calibration) -> list[str]:
     """Layers to measure: those the plan quantizes, and those that only the preset keeps if it is known what hurts."""
-    free = replace(recipe, preset="none").plan(source)
-    removed = set(plan.names("remove"))
+    free = set(recipe.plan(source, preset=COMMON).names("quantize"))
 
-    def wanted(name: str) -> bool:
-        known = name not in removed and _sensitivity(calibration, name) is not None
-        return plan.decisions[name].action == "quantize" or known
+    def wanted(name: str, action: str) -> bool:
+        return action == "quantize" or action == "keep" and name in free and _sensitivity(calibration, name) is not None
 
-    return [name for name in free.names("quantize") if wanted(name)]
+    return [name for name, decision in plan.decisions.items() if wanted(name, decision.action)]
 
 
 def _sensitivity(calibration: Calibration, name: str) -> float | None:

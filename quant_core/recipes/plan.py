@@ -136,14 +136,16 @@ def _decide(
     return Decision("keep", kept) if kept else Decision("quantize")
 
 
-def _choose(name: str, source: Source) -> Preset | None:
-    if name == AUTO:
+def _choose(choice: str | Preset, source: Source) -> Preset | None:
+    if isinstance(choice, Preset):
+        return choice
+    if choice == AUTO:
         return recognise(source.tensors)
-    return None if name == NONE else find_preset(name)
+    return None if choice == NONE else find_preset(choice)
 
 
 def make_plan(
-    source: Source, *, preset: str = AUTO, rules: Iterable[LayerRule] = (), heur: bool = False, block_size: int = BLOCK_SIZE
+    source: Source, *, preset: str | Preset = AUTO, rules: Iterable[LayerRule] = (), heur: bool = False, block_size: int = BLOCK_SIZE
 ) -> Plan:
     """Decide for every tensor of ``source``; small tensors may be read, weights are not.
 

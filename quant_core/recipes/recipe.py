@@ -13,7 +13,7 @@ from ..formats.rotation import rotation_groups
 from ..rounding import Method
 from .layers import LayerRule, layer_rules
 from .plan import Decision, Plan, make_plan
-from .presets import AUTO, NONE, find_preset
+from .presets import AUTO, NONE, Preset, find_preset
 from .toml import tomllib
 
 __all__ = ["MEASURED", "MEASURED_CHOOSES", "MEASURED_ONLY", "Recipe"]
@@ -153,9 +153,9 @@ class Recipe(Method):
         names += ["format", "granularity", "block_size", "convrot", "full_precision_matmul", "seed"]
         return {name: getattr(self, name) for name in names}
 
-    def plan(self, source: Source) -> Plan:
-        """One decision for every tensor of ``source``, see :func:`~.plan.make_plan`."""
-        return make_plan(source, preset=self.preset, rules=self.rules, heur=self.heur, block_size=self.block_size or BLOCK_SIZE)
+    def plan(self, source: Source, *, preset: Preset | None = None) -> Plan:
+        """One decision for every tensor of ``source``, see :func:`~.plan.make_plan`; by another preset than the recipe's if one is given."""
+        return make_plan(source, preset=preset or self.preset, rules=self.rules, heur=self.heur, block_size=self.block_size or BLOCK_SIZE)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, in field order."""

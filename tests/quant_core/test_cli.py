@@ -705,7 +705,11 @@ def test_an_interrupt_leaves_nothing(lrq, model_file, listing, monkeypatch):
 
     source = model_file()
     monkeypatch.setattr(pipeline, "quantize_weight", interrupt)
-    code, _, err = lrq("quantize", "-i", source)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are without
+    try:
+        code, _, err = lrq("quantize", "-i", source)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130 and len(err) == 1 and err[0].startswith("lrq: interrupted")
     assert listing() == ["model.safetensors"]
 
