@@ -15,7 +15,7 @@ def test_a_plan_of_flux_reads_the_header_alone_and_decides_once_for_each_tensor(
     path, decided = tmp_path / "flux.safetensors", []
     benchmark.make_header(path)
     assert path.stat().st_size > 23e9 and path.stat().st_blocks * 512 < 1e6  # holes
-    monkeypatch.setattr(SafetensorsFile, "_read_into", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(SafetensorsFile, "_values", lambda *_: pytest.fail("a tensor was read"))
     decide = plan._decide
     monkeypatch.setattr(plan, "_decide", lambda name, *rest: decided.append(name) or decide(name, *rest))
     assert main(["plan", "-i", str(path), "--int8", "--convrot"]) == 0
