@@ -18,7 +18,7 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 RUFF := .venv/.ruff
 
-.PHONY: test test-quick faults hosts chromium demo bench lint architectures texts clean
+.PHONY: test test-quick faults fuzz hosts chromium demo bench lint architectures texts clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
 $(READY): pyproject.toml requirements.txt
@@ -46,7 +46,14 @@ test-quick: $(READY)
 	.venv/bin/pytest -m "not host and not browser" $(ARGS)
 
 faults: $(READY) hosts
-	.venv/bin/pytest tests/faults tests/fuzz tests/load tests/nodes/test_resume.py tests/nodes/test_save.py --thorough --faults-table $(ARGS)
+	.venv/bin/pytest tests/faults tests/fuzz tests/load tests/nodes/test_resume.py tests/nodes/test_save.py tests/nodes/test_memory.py --thorough --faults-table $(ARGS)
+
+# Guided by coverage; SECONDS for each kind of file, and for texts.
+SECONDS ?= 300
+fuzz: $(READY)
+	$(PIP) --no-build-isolation -e ".[fuzz]"
+	for what in texts .safetensors .safetensors.index.json .gguf .pt; do \
+		.venv/bin/python tests/fuzz/guided.py $$what -max_total_time=$(SECONDS) || exit 1; done
 
 demo: $(READY) hosts
 	.venv/bin/python benchmarks/demo.py $(ARGS)

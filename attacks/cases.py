@@ -3,11 +3,16 @@
 Every case is put through all that reads files by `tests/fuzz/test_attacks.py`.
 """
 
+import io
 import json
 import pickle
 import struct
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 __all__ = ["CASES", "CANARY", "PATTERNS", "safetensors"]
 
@@ -47,6 +52,72 @@ class _Touch:
 
     def __reduce__(self):
         return open, (self._path, "w")
+
+
+def _saved(make: Callable[[], torch.Tensor], name: str = "x.weight") -> Callable[[Path], bytes]:
+    """What torch saves of a sound weight and another tensor."""
+
+    def save(folder: Path) -> bytes:
+        buffer = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.save({"a.weight": torch.zeros(8, 8), name: make()}, buffer)
+        return buffer.getvalue()
+
+    return save
+
+
+def _storage_claims(count: int) -> Callable[[Path], bytes]:
+    """The same, of a storage that says it holds ``count`` values."""
+
+    def save(folder: Path) -> bytes:
+        content = _saved(lambda: torch.zeros(3, 3))(folder)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            pickled = archive.read("archive/data.pkl")
+            size = b"K\x09"  # nine values
+            assert pickled.count(size + b"t") == 1
+            return _zipped(pickled.replace(size + b"t", pickle.dumps(count, 2)[2:-1] + b"t"), archive)(folder)
+
+    return save
+
+
+def _zipped(pickled: bytes, others: zipfile.ZipFile | None = None) -> Callable[[Path], bytes]:
+    """An archive as torch makes it, with that pickle."""
+    files = {name: others.read(name) for name in others.namelist()} if others else {}
+
+    def save(folder: Path) -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name, content in (files | {"archive/data.pkl": pickled}).items():
+                archive.writestr(name, content)
+        return buffer.getvalue()
+
+    return save
+
+
+def _compressed(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", _pickle_of(2**28))
+        with archive.open("archive/data/0", "w") as file:
+            for _ in range(64):
+                file.write(bytes(1 << 24))
+    return buffer.getvalue()
+
+
+def _pickle_of(count: int) -> bytes:
+    """The pickle of torch for one weight of ``count`` values."""
+    buffer = io.BytesIO()
+    torch.save({"a.weight": torch.zeros(1)}, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        return archive.read("archive/data.pkl").replace(b"K\x01", pickle.dumps(count, 2)[2:-1])
+
+
+def _gguf(sides: tuple[int, ...], offset: int, kind: int = 0) -> bytes:
+    """One tensor of those sides, innermost first, in 256 bytes."""
+    entry = struct.pack("<Q", 8) + b"a.weight" + struct.pack(f"<I{len(sides)}QIQ", len(sides), *sides, kind, offset)
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + entry
+    return header.ljust(-(-len(header) // 32) * 32, b"\0") + bytes(256)
 
 
 def _index(*files: str) -> bytes:
@@ -142,6 +213,19 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "pickle_runs": ("x.ckpt", lambda folder: pickle.dumps({"a.weight": _Touch(folder)}), "a pickle that runs code when it is opened"),
     "pickle_as_safetensors": ("x.safetensors", lambda folder: pickle.dumps(_Touch(folder)), "the same under another name"),
     "pickle_cut": ("x.pt", lambda folder: pickle.dumps({"a.weight": _Touch(folder)})[:20], "half a pickle"),
+    "pickle_expanded": ("x.pt", _saved(lambda: torch.zeros(1).expand(200_000, 200_000)), "one value seen as forty billion"),
+    "pickle_negative": ("x.pt", _storage_claims(-1), "a storage of less than nothing"),
+    "pickle_beyond": ("x.pt", _storage_claims(2**40), "a storage of a terabyte in a file of a few bytes"),
+    "pickle_meta": ("x.pt", _saved(lambda: torch.empty(4, 4, device="meta")), "a tensor without values"),
+    "pickle_quantized": ("x.pt", _saved(lambda: torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8)), "codes of torch's own quantization"),
+    "pickle_nested": ("x.pt", _saved(lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])), "a tensor of tensors"),
+    "pickle_sparse": ("x.pt", _saved(lambda: torch.eye(4).to_sparse_csr()), "a tensor of indices and values"),
+    "pickle_half_character": ("x.pt", _saved(lambda: torch.zeros(4, 4), "\ud800"), "half a surrogate pair as a name"),
+    "pickle_header_name": ("x.pt", _saved(lambda: torch.zeros(4, 4), "__metadata__"), "a tensor by the name of the header's own table"),
+    "pickle_compressed": ("x.pt", _compressed, "a megabyte that unpacks to a gigabyte"),
+    "pickle_memo": ("x.pt", _zipped(b"\x80\x02}r\xff\xff\xff\x7f."), "a place in the memo behind two billion others"),
+    "pickle_deep": ("x.pt", _zipped(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "lists nested 100,000 deep"),
+    "pickle_laughs": ("x.pt", _zipped(b"\x80\x02}(" + b"K\x01" + b"2\x86" * 60 + b"N" + b"u."), "a key that takes 2⁶⁰ steps to look up"),
     "zip_empty": ("x.pt", b"PK\x05\x06" + bytes(18), "an empty archive as a checkpoint"),
     "index_climbs": ("x.safetensors.index.json", _index("../secret.safetensors"), "an index that leads out of its folder"),
     "index_absolute": ("x.safetensors.index.json", _index("/etc/passwd"), "an index that leads to a file of the system"),
@@ -151,6 +235,11 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "index_deep": ("x.safetensors.index.json", b'{"weight_map":' + _DEEP, "an index nested 100,000 deep"),
     "gguf_counts": ("x.gguf", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "a GGUF file of 2⁶⁰ tensors"),
     "gguf_string": ("x.gguf", b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**62), "a GGUF key of 2⁶² characters"),
+    "gguf_beyond": ("x.gguf", _gguf((2**40,), 0), "a tensor of terabytes in a file of a few bytes"),
+    "gguf_overflow": ("x.gguf", _gguf((2**40, 2**40, 2**40), 0), "dimensions whose product overflows"),
+    "gguf_offset": ("x.gguf", _gguf((8, 8), 2**63), "a tensor that begins at half of 64 bits"),
+    "gguf_rank": ("x.gguf", b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"a" + struct.pack("<I", 2**31), "two billion dimensions"),
+    "gguf_kind": ("x.gguf", _gguf((8, 8), 0, 77), "codes of a kind that is none"),
     "gguf_head": ("x.gguf", b"GGUF", "nothing but GGUF's first four bytes"),
 }
 

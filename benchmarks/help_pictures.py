@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from learned_rounding.benchmarks.screenshots import finished
+from learned_rounding.benchmarks.screenshots import STYLE, finished
 from learned_rounding.benchmarks.tiny_model.examples import EXAMPLES as EXAMPLES_FOLDER
 from learned_rounding.benchmarks.tiny_model.examples import place_further, with_tiny_parts
 from learned_rounding.benchmarks.tiny_model.place import place
@@ -130,7 +130,7 @@ def take(page, node: str, known: Mapping) -> None:
         finished(page, queue_prompt(page, wait=False))
     at = view(page, [node], zoom=1, alone=True)
     clip = {"x": at["x"] - MARGIN, "y": at["y"] - MARGIN, "width": at["width"] + 2 * MARGIN, "height": at["height"] + 2 * MARGIN}
-    picture = Image.open(io.BytesIO(page.screenshot(clip=clip)))
+    picture = Image.open(io.BytesIO(page.screenshot(clip=clip, style=STYLE)))
     info = PngInfo()
     info.add_text("workflow", json.dumps(workflow))
     picture.convert("RGB").quantize(COLOURS).save(OUT / f"{node}.png", pnginfo=info, optimize=True)

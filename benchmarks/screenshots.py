@@ -22,6 +22,8 @@ from learned_rounding.hosts.workflows import Graph
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("red apple", "owl", "rocket", "guitar")
+# The page's own word that a job is done lies over the nodes for some seconds, from some moment on.
+STYLE = "[data-testid=queue-notification-banner] { visibility: hidden }"
 MARGIN = 12  # pixels of the page around the nodes
 # So many percent of the layers are quantized, or it is over already (also by an error).
 REACHED = """(share) => [...document.querySelectorAll('.lr-progress')].some((panel) =>
@@ -68,7 +70,7 @@ def take(page, shot: Shot, path: Path) -> Path:
         page.locator(".lr-card:visible").wait_for()
         at["height"] = max(at["height"], sum(page.locator(".lr-card:visible").bounding_box()[key] for key in ("y", "height")) - at["y"])
     clip = {"x": at["x"] - MARGIN, "y": at["y"] - MARGIN, "width": at["width"] + 2 * MARGIN, "height": at["height"] + 2 * MARGIN}
-    page.screenshot(path=path, clip=clip)
+    page.screenshot(path=path, clip=clip, style=STYLE)
     page.mouse.move(0, 0)
     return path
 

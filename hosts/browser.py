@@ -88,7 +88,7 @@ _QUIET = """async () => {
     const {queue_running, queue_pending} = await (await fetch('/queue')).json()
     const pictures = [...window.app.graph._nodes.flatMap((node) => node.imgs ?? []), ...document.querySelectorAll('[data-node-id] img')]
     return !queue_running.length && !queue_pending.length && pictures.every((picture) => picture.complete && picture.naturalWidth)
-        && !/\\b[1-9]\\d* active|Job completed/.test(document.body.innerText)
+        && !/\\b[1-9]\\d* active/.test(document.body.innerText)
 }"""
 # What the page shows follows its state by a frame or two.
 _DRAWN = """async () => {

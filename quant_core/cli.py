@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .. import kernels
@@ -398,6 +398,13 @@ class _Progress:
             self._bar.close()
 
 
+def _keep_apart(report: Path, others: Iterable[Path | None]) -> None:
+    """Refuse a report in place of another file of the run."""
+    for other in filter(None, others):
+        if os.path.realpath(report) == os.path.realpath(other) or (report.exists() and other.exists() and report.samefile(other)):
+            raise OutputError(f"The report {report} would replace {other}, which this run reads or writes; choose another name for it.")
+
+
 def _quantize(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     usable_device(args.device)
@@ -409,6 +416,8 @@ def _quantize(args: argparse.Namespace) -> int:
         if args.dry_run:
             return _print_plan(args, recipe, source)
         output = args.output or output_name(args.input, recipe.label)
+        if args.report:
+            _keep_apart(args.report, (*source.paths, output, args.calibration, args.recipe))
         print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.description}, rounding {method.rounding}.")
         progress = _Progress(args.verbose)
         options = {"device": args.device, "overwrite": args.overwrite, "on_event": progress}
@@ -418,13 +427,13 @@ def _quantize(args: argparse.Namespace) -> int:
         finally:
             progress.close()
     print(report.table())
-    if args.report:
+    if args.report and report.already_done and args.report.exists():
+        print(f"{args.report} stays as it is: this run has nothing to report.")
+    elif args.report:
         try:
-            args.report.write_text(report.to_json() + "\n", encoding="utf-8")
+            report.save(args.report)
         except OSError as error:
-            raise OutputError(
-                f"The report {args.report} cannot be written: {error.strerror}; {output} is complete."
-            ) from error
+            raise OutputError(f"The report {args.report} cannot be written: {error.strerror}; {output} is complete.") from error
     return 0
 
 

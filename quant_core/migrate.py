@@ -155,7 +155,7 @@ def migrate_file(
         infos = {name: replace(opened.tensors[name], dtype=PLAIN) if name in plain else opened.tensors[name] for name in others}
         infos |= {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
         _check_sound(opened.name, configs, infos, small)
-        with SafetensorsWriter(destination, header_bytes(infos.items(), metadata)) as writer:
+        with SafetensorsWriter(destination, header_bytes(infos.items(), metadata), overwrite=overwrite) as writer:
             for name in others:
                 values = opened.read(name)
                 writer.add(name, values.to(PLAIN) if name in plain else values)

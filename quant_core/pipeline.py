@@ -1,7 +1,9 @@
 """The one loop: tensors in, quantized tensors out, events on the way. Nodes and command line both run it."""
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from .checkpoints import (
     Source,
     TensorInfo,
     TensorSource,
+    final_path,
     header_bytes,
     loading_note,
     open_source,
@@ -52,6 +55,8 @@ from .version import VERSION
 
 __all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name", "usable_device"]
 
+log = logging.getLogger(__name__)
+
 DEFAULT_RECIPE = Recipe()
 _PATIENCE = 0.2  # seconds between two looks at the cancellation check while a tensor is read or written
 NON_FINITE = "holds NaN or Inf, so it stays in full precision"
@@ -62,10 +67,10 @@ class Sink(Protocol):
     """Where tensors go.
 
     Attributes:
-        notes: of layers that a run before has finished.
+        notes: events and JSON of layers that a run before has finished.
     """
 
-    notes: Sequence[dict]
+    notes: Sequence[tuple[list, dict | None]]
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
         """Take one tensor; returns its size in bytes."""
@@ -148,7 +153,21 @@ class _WriteBehind:
             if kind is None:
                 self.wait()
         finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)  # the file is removed next, by whoever opened it
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)  # a write that hangs ends when it can: nobody waits for it
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # in errors that have no class of their own
+
+
+@contextlib.contextmanager
+def _enough_memory(otherwise: str):
+    """Memory that runs out inside is an :class:`OutOfMemoryError` that begins with ``otherwise``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in str(error) for sign in _NO_MEMORY):
+            raise
+        raise OutOfMemoryError(f"{otherwise}; close other programs and models, or choose another device or a lighter rounding.") from error
 
 
 class _Clock:
@@ -209,6 +228,7 @@ def _run(
         for event in events:
             tell(event)
 
+    _check_names(source, plan, recipe)
     others = len(source.tensors) - total
     layers = tuple(_planned(source, plan))
     emit(
@@ -238,27 +258,23 @@ def _run(
         bias_name = biases.get(name)
         bias = source.read(bias_name) if bias_name else None
         try:
-            quantized = quantize_weight(
-                tensor,
-                **_layer_options(own, known, calibration),
-                gram=known.gram,
-                holdout_gram=known.holdout_gram,
-                mean_input=known.mean,
-                input_scale=_input_scale(own, known),
-                bias=bias,
-                check=check,
-            )
+            with _enough_memory(f"{device} has too little memory for layer {layer}, {'×'.join(map(str, info.shape))}"):
+                quantized = quantize_weight(
+                    tensor,
+                    **_layer_options(own, known, calibration),
+                    gram=known.gram,
+                    holdout_gram=known.holdout_gram,
+                    mean_input=known.mean,
+                    input_scale=_input_scale(own, known),
+                    bias=bias,
+                    check=check,
+                )
         except NonFiniteWeightError:
             beside = {bias_name: bias} if bias_name else {}
             put({name: tensor, **beside}, kept(name, NON_FINITE, planned=False), *(kept(also, plan.decisions[also].reason) for also in beside))
             return
         except CalibrationError as error:
             raise CalibrationError(f"{layer}: {error}") from error
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise OutOfMemoryError(
-                f"{device} has too little memory for layer {layer}, {'×'.join(map(str, info.shape))}; close other programs and models, "
-                "or choose another device or a lighter rounding."
-            ) from error
         writing.wait()  # so that the layer's time holds what the disk takes
         tensors = quantized.tensors(layer)
         configs[layer] = quantized.config
@@ -287,19 +303,17 @@ def _run(
         corrected = quantized.bias is not bias
         put(tensors, finished, *(kept(also, CORRECTED if corrected else plan.decisions[also].reason) for also in filter(None, [bias_name])))
 
-    def take_up(note: dict) -> None:
-        """What a run before has made of a layer."""
-        if note["config"]:
-            configs[note["events"][0][1]["name"].removesuffix(".weight")] = note["config"]
-        for kind, fields in note["events"]:
-            clock.skip(source.tensors[fields["name"]].nbytes)
-            event = _EVENTS[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    for events, config in sink.notes:  # what a run before has made of a layer
+        if config:
+            configs[events[0].name.removesuffix(".weight")] = config
+        for event in events:
+            clock.skip(source.tensors[event.name].nbytes)
             if isinstance(event, LayerFinished):
                 emit(LayerStarted(event.index, total, event.name, event.shape))
             tell(event)
-
-    for note in sink.notes:
-        take_up(note)
+    report.taken_up = len(report.layers)
+    if sink.notes:
+        log.info("%s: goes on with %d of %d layers, which a run that was stopped has finished.", source.name, report.taken_up, total)
     done = {event.name for event in (*report.layers, *report.kept)}
     index = sum(1 for name in plan.names("quantize") if name in done)
     read_with_weight = set(biases.values())
@@ -328,6 +342,17 @@ def _run(
 _EVENTS = {kind.__name__: kind for kind in (LayerFinished, LayerKept)}
 
 
+def _told(source: Source, note: dict) -> tuple[list[LayerFinished | LayerKept], dict | None]:
+    """The events and the JSON of a layer from a note; raises whatever a note that is none of this source's leads to."""
+    events = [
+        _EVENTS[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        for kind, fields in note["events"]
+    ]
+    if not all(source.tensors[event.name].shape == event.shape for event in events) or not isinstance(note["config"] or {}, dict):
+        raise ValueError("a note of another source")
+    return events, note["config"]
+
+
 def _note(events: Iterable[LayerFinished | LayerKept], config: dict | None) -> dict:
     """What the next run must know of a layer to tell of it as this one did."""
     return {"events": [[type(event).__name__, vars(event)] for event in events], "config": config}
@@ -338,6 +363,20 @@ def _planned(source: Source, plan: Plan) -> Iterator[PlannedLayer]:
         shape, decision = source.tensors[name].shape, plan.decisions[name]
         if name.endswith(".weight") and len(shape) > 1:
             yield PlannedLayer(name, shape, decision.reason if decision.action == "keep" else "")
+
+
+def _check_names(source: Source, plan: Plan, recipe: Recipe) -> None:
+    """Refuse a source that has, beside a plain weight, what quantizing it makes: the output would hold one name twice."""
+    kept = set(plan.names("keep"))
+    for name in plan.names("quantize"):
+        layer = name.removesuffix(".weight")
+        suffixes = [*recipe.of(plan.decisions[name]).encoding.specs(source.tensors[name].shape), "input_scale", CONFIG_SUFFIX[1:]]
+        for suffix in suffixes:
+            if f"{layer}.{suffix}" in kept:
+                raise SourceError(
+                    f"{source.name}: {layer}.{suffix} stands beside a weight in full precision, which has no use for it; the file is damaged, or half "
+                    "of it was quantized: give the original."
+                )
 
 
 def _biases(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> dict[str, str]:
@@ -412,9 +451,10 @@ def quantize_tensors(
     recipe.resolve(calibration is not None)
     plan, device, check = recipe.plan(source), usable_device(device), check or _nothing
     _check_calibration(source, calibration)
-    if recipe.measured:
-        plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
-    report, configs = _run(source, plan, recipe, calibration, sink, device, emit, check)
+    with _enough_memory(f"{device} has too little memory for {source.name}"):
+        if recipe.measured:
+            plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
+        report, configs = _run(source, plan, recipe, calibration, sink, device, emit, check)
     emit(RunFinished(report))
     mark = _mark(source, recipe, calibration)
     return QuantizedTensors(dict(sink), _metadata(source, recipe, configs, mark), report)
@@ -434,8 +474,9 @@ def quantize_file(
     """Quantize a model file (see :func:`~.checkpoints.sources.open_source`), or any :class:`Source`, into a new safetensors file.
 
     The file appears under its final name only when it is complete and on disk. An output with the same fingerprint
-    (source, recipe, calibration, version) is left as it is; any other is refused unless ``overwrite``. Where a run of the same
-    was killed, its finished layers are taken up, and the file comes out as if it had not been.
+    (source, recipe, calibration, version) is left as it is, and where its inputs may be newer it is made again and compared; any
+    other is refused unless ``overwrite``, one that appears meanwhile too. Where a run of the same was killed, its finished layers are
+    taken up, and the file comes out as if it had not been. An output that is a link is followed.
     ``calibration``: what is known of the layers' inputs; layers that it does not know are rounded to nearest.
     ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
 
@@ -454,36 +495,36 @@ def quantize_file(
                 on_event=on_event,
                 check=check,
             )
-    destination = Path(destination)
+    destination = final_path(destination)
     emit, check, device = on_event or _nothing, check or _nothing, usable_device(device)
     origins = getattr(source, "paths", ())
     if destination.exists() and any(origin.samefile(destination) for origin in origins):
         raise OutputError(f"{destination} is the source itself; choose another output.")
-    if destination.is_dir():
-        raise OutputError(f"{destination} is a folder; give a file name.")
     recipe.resolve(calibration is not None)
     plan = recipe.plan(source)
     _check_calibration(source, calibration)
-    mark = _mark(source, recipe, calibration)
-    if destination.exists() and not overwrite:
-        if not _made_by(destination, mark, origins):
-            raise OutputExistsError(
-                f"{destination} exists and was made from something else; choose another output or overwrite it."
-            )
-        remove_leftovers(destination)
-        return _report(source, plan, recipe, calibration, output=str(destination), already_done=True)
-    if recipe.measured:
-        plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
-    planned = {
-        name.removesuffix(".weight"): recipe.of(plan.decisions[name]).encoding.config for name in plan.names("quantize")
-    }
-    reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
-    before = _states(origins)
-    run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
-    with SafetensorsWriter(destination, reserve, run) as writer:
-        report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
-        _check_unchanged(source, before)
-        report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))
+    mark, inputs = _mark(source, recipe, calibration), (*origins, *getattr(calibration, "paths", ()))
+    if destination.exists():
+        standing = _made_by(destination, mark)
+        if standing and (origins or not overwrite) and not _newer(inputs, destination):
+            remove_leftovers(destination)
+            return _report(source, plan, recipe, calibration, output=str(destination), already_done=True)
+        if not standing and not overwrite:
+            raise OutputExistsError(f"{destination} exists and was made from something else; choose another output or overwrite it.")
+    with _enough_memory(f"{device} has too little memory for {source.name}"):
+        if recipe.measured:
+            plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
+        planned = {
+            name.removesuffix(".weight"): recipe.of(plan.decisions[name]).encoding.config for name in plan.names("quantize")
+        }
+        reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
+        before = _states(inputs)
+        run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
+        with SafetensorsWriter(destination, reserve, run, overwrite=overwrite, parse=functools.partial(_told, source)) as writer:
+            report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
+            _check_unchanged(source, before)
+            report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))
+    report.already_done = writer.stood
     remove_leftovers(destination)
     report.output = str(destination)
     emit(RunFinished(report))
@@ -501,7 +542,7 @@ def _states(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
 
 
 def _check_unchanged(source: Source, before: Mapping[Path, tuple[int, ...]]) -> None:
-    """A file that was replaced is still read as it was; one that was written to is a mixture."""
+    """A file that was replaced is still read as it was; one that was written to is a mixture. Those of the calibration too."""
     for path, state in _states(before).items():
         if state[0] == before[path][0] and state != before[path]:
             raise SourceError(f"{source.name}: {path} was changed while it was read; run again.")
@@ -526,9 +567,15 @@ def _mark(source: Source, recipe: Recipe, calibration: Calibration | None) -> st
     return calibration.mark and fingerprint(source, VERSION, recipe.to_json(), calibration.mark)
 
 
-def _made_by(path: Path, mark: str | None, origins: Iterable[Path]) -> bool:
-    """Whether the file at ``path`` is what this run would write; a source changed since does not count."""
-    if mark is None or any(origin.stat().st_mtime_ns > path.stat().st_mtime_ns for origin in origins):
+def _newer(inputs: Iterable[Path], output: Path) -> bool:
+    """Whether an input may have changed since: written, or another file moved to its place, whatever time that one bears."""
+    made = output.stat().st_mtime_ns
+    return any(max(found.st_mtime_ns, found.st_ctime_ns) > made for found in (path.stat() for path in inputs))
+
+
+def _made_by(path: Path, mark: str | None) -> bool:
+    """Whether the file at ``path`` bears the mark of this run, which is made from samples of the source."""
+    if mark is None:
         return False
     try:
         with SafetensorsFile(path) as made:

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import math
+import os
+import secrets
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .events import LayerFinished, LayerKept
 from .markdown import markdown_table
@@ -68,7 +71,8 @@ class Report:
         bytes_in, bytes_out: size of the source's tensors and of the output file, or of its tensors when no file was written.
         seconds: wall-clock time of the run.
         output: path of the file, None when tensors were returned.
-        already_done: the output was there, with the same fingerprint; nothing was computed.
+        already_done: the output was there, with the same fingerprint; nothing was computed, or it was and came out the same.
+        taken_up: layers that a run before, which was stopped, had finished.
         choice: what formats were chosen from, where they were measured.
         recognised: what the model was taken for, and how sure that is.
     """
@@ -86,6 +90,7 @@ class Report:
     device: str = "cpu"
     output: str | None = None
     already_done: bool = False
+    taken_up: int = 0
     choice: Choice | None = None
     recognised: str = ""
 
@@ -129,6 +134,23 @@ class Report:
         """Indented JSON."""
         return json.dumps(self.to_dict(), indent=1)
 
+    def save(self, path: Path) -> None:
+        """Write the JSON; a file that is there stays whole until it is replaced. Raises OSError."""
+        text = self.to_json() + "\n"
+        if path.exists() and not path.is_file():  # a terminal, a pipe
+            path.write_text(text, encoding="utf-8")
+            return
+        target = Path(os.path.realpath(path))
+        partial = target.with_name(f".{secrets.token_hex(4)}.partial")
+        try:
+            with open(partial, "x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
     def table(self, worst: int = 5) -> str:
         """The summary users see at the end: totals, the worst layers, and layers that had to be kept."""
         if self.already_done:
@@ -164,7 +186,7 @@ class Report:
 
     @property
     def _already(self) -> str:
-        return f"Already done: {self.output} was made from the same source and recipe."
+        return f"Already done: {self.output or 'it'} was made from the same source and recipe."
 
     def _rows(self) -> list[tuple[str, str]]:
         """(label, text) of the totals."""
@@ -176,7 +198,7 @@ class Report:
             *([("model", self.recognised)] if self.recognised else []),
             ("format", f"{self._format}, rounding {self.rounding}"),
             *([("measured", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
-            ("layers quantized", f"{len(self.layers)}"),
+            ("layers quantized", f"{len(self.layers)}" + (f", {self.taken_up} of them by a run that was stopped" if self.taken_up else "")),
             (
                 "tensors kept",
                 f"{len(self.kept)} ({', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])[:3])})"

@@ -46,7 +46,7 @@ class DecodedSource:
                 continue
             hidden.update(name for suffix, name in layer.found.items() if suffix != "weight")
             if not layer.encoding and layer.config and "weight" in layer.found:
-                raise SourceError(f"{self.name}: {layer.name} is in the format {layer.config['format']} and lacks its weight_scale; fetch the file again.")
+                raise SourceError(f"{self.name}: {layer.name} is in {layer.config.get('format') or 'codes'} and lacks its weight_scale; fetch the file again.")
             if layer.encoding:
                 self._decode[layer.found["weight"]] = partial(self._decoded, layer)
                 self.layers[str(layer.encoding)] += 1

@@ -107,12 +107,15 @@ def often(request):
 
 @pytest.fixture
 def tried(request):
-    host = request.getfixturevalue("host") if "host" in request.fixturenames else None
+    if "host" in request.fixturenames:
+        on = f"ComfyUI {request.getfixturevalue('host').version}"
+    elif request.node.get_closest_marker("gpu"):
+        import torch
 
-    def note(fault: str, times: int, outcome: str) -> None:
-        request.node.user_properties.append(("fault", (fault, f"ComfyUI {host.version}" if host else "library", times, outcome)))
-
-    return note
+        on = torch.cuda.get_device_name()
+    else:
+        on = "library"
+    return lambda fault, times, outcome: request.node.user_properties.append(("fault", (fault, on, times, outcome)))
 
 
 def pytest_terminal_summary(terminalreporter, config):

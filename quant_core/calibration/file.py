@@ -13,6 +13,7 @@ from ..checkpoints import SafetensorsFile, SafetensorsWriter, TensorInfo, header
 from ..checkpoints.source import fingerprint
 from ..errors import CalibrationError, SourceError
 from .gram import Inputs, LowRankGram, PackedGram, PairedGram
+from .histogram import BINS
 from .statistics import Calibration
 
 __all__ = ["SUFFIX", "CalibrationFile", "architecture", "write_calibration"]
@@ -44,18 +45,19 @@ class CalibrationFile:
     sampled, and how sensitive the model is to errors of each; without it every layer has an input of its own.
 
     Attributes:
-        path: where it lies.
+        path: where it lies; ``paths``: the same as a tuple.
         mark: changes when the statistics do.
         layers: layer → (out, in), as far as known.
         provenance: what was sampled, as it was given to :func:`write_calibration`.
 
     Raises:
         SourceError: the file is missing or is no safetensors file.
-        CalibrationError: it holds no statistics, or was made by a newer version.
+        CalibrationError: it holds no statistics, was made by a newer version, or holds what is none (when it is read).
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self.paths = (self.path,)
         self._file = SafetensorsFile(path)
         try:
             self._parse()
@@ -100,6 +102,9 @@ class CalibrationFile:
         site = self._sites.get(name, name)
         if self._last is None or self._last[0] != site:  # layers that share an input mostly follow each other
             found = {kind: self._read(f"{site}.{kind}") for kind in _KINDS}
+            shapes = {kind: tuple(found[kind].shape) for kind in ("amax", "histogram") if found[kind] is not None}
+            if any(len(shape) != 1 or not all(shape) for shape in shapes.values()) or shapes.get("histogram", (BINS,)) != (BINS,) or [*shapes] == ["histogram"]:
+                raise CalibrationError(f"{self.path}: what {site} was given is described by {shapes}, which says nothing; calibrate again.")
             self._last = site, Inputs(**found) if any(value is not None for value in found.values()) else None
         known, sensitivity = self._last[1], self._sensitivity.get(name)
         return known if known is None or sensitivity is None else replace(known, sensitivity=sensitivity)
@@ -161,7 +166,7 @@ class _Part:
     """The layers of a calibration whose names begin with ``prefix``, without it."""
 
     def __init__(self, whole: CalibrationFile, prefix: str):
-        self._whole, self._prefix, self.mark = whole, prefix, whole.mark
+        self._whole, self._prefix, self.mark, self.paths = whole, prefix, whole.mark, whole.paths
 
     def inputs(self, layer: str) -> Inputs | None:
         return self._whole.inputs(self._prefix + layer)

@@ -1,6 +1,10 @@
 """How often each magnitude occurs among a layer's inputs, and the static scale of FP8 inputs that follows from it."""
 
+import math
+
 import torch
+
+from ..errors import CalibrationError
 
 __all__ = ["BINS", "magnitudes", "histogram", "input_scale"]
 
@@ -34,6 +38,9 @@ def input_scale(counts: torch.Tensor, amax: float) -> float | None:
     Args:
         counts: from :func:`histogram`, (bins,).
         amax: the largest magnitude, of all inputs.
+
+    Raises:
+        CalibrationError: the counts are none.
     """
     counts = counts.double().cpu()
     if not 0 < amax < float("inf") or not counts.sum() > 0:
@@ -46,6 +53,8 @@ def input_scale(counts: torch.Tensor, amax: float) -> float | None:
 
     scales = [2 * amax / _MAX * 2 ** (-step / 4) for step in range(29)]
     errors = [error(scale) for scale in scales]
+    if not all(map(math.isfinite, errors)):
+        raise CalibrationError("A histogram of inputs holds what is no count; calibrate again.")
     if min(errors) > (1 - _TOLERANCE) * error(1.0):
         return None
     return next(scale for scale, lost in zip(scales, errors, strict=True) if lost <= (1 + _TOLERANCE) * min(errors))

@@ -6,7 +6,7 @@ from .reader import SafetensorsFile
 from .source import SampledSource, Source, TensorInfo, TensorSource
 from .sources import open_safetensors, open_source
 from .verify import verify_file
-from .writer import SafetensorsWriter, header_bytes, remove_leftovers
+from .writer import SafetensorsWriter, final_path, header_bytes, remove_leftovers
 
 __all__ = [
     "inspect_file",
@@ -25,6 +25,7 @@ __all__ = [
     "TensorSource",
     "verify_file",
     "SafetensorsWriter",
+    "final_path",
     "header_bytes",
     "remove_leftovers",
 ]

@@ -3,21 +3,19 @@
 import contextlib
 import json
 import os
-import pickle
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from ..errors import SourceError
 from .gguf import GGUFFile
-from .reader import SafetensorsFile
-from .source import CPU, TensorSource
+from .pickles import PickledWeights
+from .reader import MAX_HEADER, SafetensorsFile, StoredTensors, open_regular
+from .source import CPU
 
-__all__ = ["PickledWeights", "ShardedFiles", "open_safetensors", "open_source"]
+__all__ = ["ShardedFiles", "open_safetensors", "open_source"]
 
 _INDEX = ".index.json"
-_NESTED = ("state_dict", "model", "module")  # under which training tools keep the weights
 
 
 class ShardedFiles:
@@ -76,7 +74,10 @@ class ShardedFiles:
 def _weight_map(path: Path) -> dict[str, str]:
     """{tensor: file name} of an index."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_HEADER:
+                raise ValueError(f"more than {MAX_HEADER:,} bytes")
+            index = json.loads(file.read())
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -88,55 +89,6 @@ def _weight_map(path: Path) -> dict[str, str]:
         if file in (".", "..") or Path(file).name != file or set("\\\0") & set(file):
             raise SourceError(f"{path} names the file '{file}', which is not in its own folder; the index is damaged.")
     return places
-
-
-class PickledWeights(TensorSource):
-    """Weights that torch saved, read by its loader of weights alone: no code in the file is run. A context manager.
-
-    Raises:
-        SourceError: the file holds more than weights, or is damaged.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.paths = (self.path,)
-        super().__init__(dict(_weights(self._load())), name=self.path.name)
-        self.size = sum(info.nbytes for info in self.tensors.values())
-        if not self.tensors:
-            raise SourceError(f"{self.path} holds no weights by name; give a model's state dict.")
-
-    def _load(self) -> object:
-        options = {"map_location": "cpu", "weights_only": True}
-        try:
-            try:
-                return torch.load(self.path, mmap=True, **options)
-            except RuntimeError:  # a file of torch before 1.6 cannot be mapped
-                return torch.load(self.path, **options)
-        except OSError as error:
-            raise SourceError(f"{self.path} cannot be opened: {error.strerror}.") from error
-        except pickle.UnpicklingError:
-            raise SourceError(
-                f"{self.path} holds more than weights, and what is in a pickle could run as code: it is not opened. "
-                "Convert it to safetensors where you trust it."
-            ) from None
-        except Exception as error:  # what a damaged pickle does to its reader has no end
-            raise SourceError(f"{self.path} is damaged ({error}); fetch it again.") from None
-
-    def __enter__(self) -> "PickledWeights":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        pass
-
-
-def _weights(loaded: object) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors by name, of a state dict or of what training tools wrap around it."""
-    for key in _NESTED:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    for name, value in loaded.items() if isinstance(loaded, Mapping) else ():
-        if isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_sparse:
-            yield name, value.detach()
 
 
 def _in_folder(folder: Path) -> Path:
@@ -162,17 +114,17 @@ def open_safetensors(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles:
         SourceError: it is none of these.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's own, False too for a name that no disk takes
         path = _in_folder(path)
     return (ShardedFiles if path.name.endswith(_INDEX) else SafetensorsFile)(path)
 
 
-def open_source(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles | PickledWeights | GGUFFile:
+def open_source(path: str | os.PathLike) -> StoredTensors | ShardedFiles:
     """The same, and pickles of weights and GGUF.
 
     Raises:
         SourceError: it is none of these.
     """
     path = Path(path)
-    known = _FILES.get(path.suffix.lower()) if path.is_file() else None
+    known = None if os.path.isdir(path) else _FILES.get(path.suffix.lower())
     return known(path) if known else open_safetensors(path)

@@ -1,15 +1,16 @@
 """A disk that fails at a chosen operation, and a process that runs on it.
 
-Every write, cut, flush, rename and removal of the writer counts as one operation; every look at the cancellation check counts too
-where a process is to be killed there.
+Every write, cut, flush, naming and removal of the writer counts as one operation, and reads where they are asked for; every look at the
+cancellation check counts too where a process is to be killed there.
 """
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.checkpoints import writer
 
-__all__ = ["Disk", "File", "failing", "killed", "killing", "processes", "run"]
+__all__ = ["Disk", "File", "failing", "flushed", "killed", "killing", "once", "processes", "run"]
 
 _REAL_OPEN = open
 
@@ -25,17 +26,19 @@ _REAL_OPEN = open
 class Disk:
     """Calls ``fault(file, data)`` before operation number ``at`` and all after it; ``file`` and ``data`` are those of a write."""
 
-    def __init__(self, at: int | None = None, fault: Callable | None = None):
-        self.operations, self._at, self._fault = [], at, fault
+    def __init__(self, at: int | None = None, fault: Callable | None = None, reads: bool = False):
+        self.operations, self._at, self._fault, self._reads = [], at, fault, reads
 
     def step(self, operation: str, file=None, data: bytes | memoryview = b"") -> None:
+        if operation.startswith("read") and not self._reads:
+            return
         self.operations.append(operation)
         if self._at is not None and len(self.operations) > self._at:
             self._fault(file, data)
 
     def open(self, path, mode="r", **options):
         name = "journal" if str(path).endswith(".journal") else "file"
-        return File(_REAL_OPEN(path, mode, **options), self.step, name, reads=mode == "rb")
+        return File(_REAL_OPEN(path, mode, **options), self.step, name)
 
     def call(self, function: Callable, name: str) -> Callable:
         def counted(*args, **options):
@@ -46,21 +49,21 @@ class Disk:
 
     @contextmanager
     def under(self, *modules):
-        """Files that these modules open lie on it; the writer's removals, renames and flushes count."""
+        """Files that these modules open lie on it; the writer's removals, namings and flushes count."""
         with pytest.MonkeyPatch.context() as patch:
             for module in modules or (writer,):
                 patch.setattr(module, "open", self.open, raising=False)
             if not modules:
-                for name in ("fsync", "replace"):
+                for name in ("fsync", "replace", "link", "unlink"):
                     patch.setattr(os, name, self.call(getattr(os, name), name))
             yield self
 
 
 class File:
-    """A file whose operations are told of before they are done; reading is one where it is for nothing else."""
+    """A file whose operations are told of before they are done."""
 
-    def __init__(self, file, step: Callable, name: str, reads: bool):
-        self._file, self._step, self._name, self._reads = file, step, name, reads
+    def __init__(self, file, step: Callable, name: str):
+        self._file, self._step, self._name = file, step, name
 
     def write(self, data) -> int:
         self._step(f"write {self._name}", self._file, data)
@@ -71,13 +74,11 @@ class File:
         return self._file.truncate(size)
 
     def read(self, *size) -> bytes:
-        if self._reads:
-            self._step("read")
+        self._step(f"read {self._name}")
         return self._file.read(*size)
 
     def readinto(self, view) -> int:
-        if self._reads:
-            self._step("read")
+        self._step(f"read {self._name}")
         return self._file.readinto(view)
 
     def __getattr__(self, name):
@@ -93,11 +94,17 @@ class File:
 def failing(code: int) -> Callable:
     """A fault that is an error of the system."""
 
-    def fail(file, data):
+    def fail(*_):
         raise OSError(code, os.strerror(code))
 
     assert code in errno.errorcode
     return fail
+
+
+def once(fault: Callable) -> Callable:
+    """The fault, the first time only."""
+    faults = iter([fault])
+    return lambda file, data: next(faults, lambda *_: None)(file, data)
 
 
 def killing(file, data) -> None:
@@ -107,10 +114,28 @@ def killing(file, data) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(source: Path, target: Path, recipe: Recipe, kind: str, at: int | None, overwrite: bool = False) -> None:
+@contextmanager
+def flushed(log: Path):
+    """Every layer is flushed before the next begins, and it is written down which file has reached the disk up to where."""
+    real, note = os.fsync, writer.SafetensorsWriter.note
+
+    def fsync(descriptor: int) -> None:
+        name, size = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor).st_size
+        real(descriptor)
+        with _REAL_OPEN(log, "a") as file:
+            file.write(json.dumps([name, size]) + "\n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(writer.SafetensorsWriter, "note", lambda self, value: (note(self, value), self._syncing.result()))
+        patch.setattr(writer, "_SYNC", 1)
+        yield
+
+
+def run(source: Path, target: Path, recipe: Recipe, kind: str, at: int | None, overwrite: bool = False, log: Path | None = None) -> None:
     """In a process of its own: quantize, and die at operation ``at`` of the disk, or at a look at the cancellation check."""
     checks = Disk(at if kind == "check" else None, killing)
-    with Disk(at if kind == "disk" else None, killing).under():
+    with flushed(log) if log else nullcontext(), Disk(at if kind == "disk" else None, killing).under():
         quantize_file(source, target, recipe, device="cpu", overwrite=overwrite, check=lambda: checks.step("check"))
 
 

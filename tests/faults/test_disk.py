@@ -1,22 +1,28 @@
 """Disks that are full, fail, are slow or change below a run: the whole file or none, one sentence, and the next run works."""
 
+import contextlib
 import errno
 import os
 import random
+import stat
 import subprocess
 import sys
 import threading
+import time
 
+import gguf
 import pytest
+import torch
 from safetensors.torch import save, save_file
 
 from learned_rounding.quant_core import quantize_file
+from learned_rounding.quant_core.calibration import CalibrationFile
 from learned_rounding.quant_core.checkpoints import reader, writer
 from learned_rounding.quant_core.cli import main
 from learned_rounding.quant_core.errors import OutputError, SourceError
 from learned_rounding.quant_core.events import LayerStarted
 from learned_rounding.tests.faults.conftest import make_case, tensors
-from learned_rounding.tests.faults.disk import Disk, failing, killed
+from learned_rounding.tests.faults.disk import Disk, failing, killed, once
 
 SEED = 30
 NAMES = ["with space", "ü€漢😀", "[a]*?", "-rf", "~", "%s{0}$HOME", "a'b\"c", "tab\tline\nbreak", "..", "\u202egnp", "#;&|<>", "\udcff raw byte", "CON"]
@@ -27,33 +33,63 @@ def quantized(case):
 
 
 def operations(case, *modules) -> int:
-    with Disk().under(*modules) as disk:
+    with Disk(reads=bool(modules)).under(*modules) as disk:
         quantized(case)
     case.clear()
     return len(disk.operations)
 
 
-@pytest.mark.parametrize("code, sentence", [(errno.ENOSPC, "The disk is full"), (errno.EIO, "check the disk")], ids=["ENOSPC", "EIO"])
+ERRORS = [(errno.ENOSPC, "The disk is full"), (errno.EIO, "check the disk")]
+
+
+@pytest.mark.parametrize("code, sentence", ERRORS, ids=["ENOSPC", "EIO"])
 def test_writing_fails_anywhere(case, often, tried, code, sentence):
+    """From the first failure on everything fails, removals too: they are left to the next run."""
     every = operations(case)
+    named = every - 3  # then: the folder's flush, two removals
     points = random.Random(SEED).sample(range(every), often(40, every))
     for at in points:
-        with Disk(at, failing(code)).under(), pytest.raises(OutputError, match=sentence):
-            quantized(case)
-        late = case.target.exists()  # only the flush of the folder, after the rename, may fail then
-        assert not late or at == every - 1
-        case.check()
-        assert late or [path.name for path in case.target.parent.iterdir()] == [case.source.name]
+        with Disk(at, failing(code)).under():
+            said = pytest.raises(OutputError, match=sentence if at < named else "is complete, but the disk does not confirm its name")
+            with said if at <= named else contextlib.nullcontext():
+                quantized(case)
+            case.check(complete=at >= named)
         case.again()
         case.clear()
     tried(f"{errno.errorcode[code]} at a random write", len(points), "whole or none")
+
+
+@pytest.mark.parametrize("code", [code for code, _ in ERRORS], ids=["ENOSPC", "EIO"])
+def test_going_on_fails_anywhere(one_case, often, tried, code):
+    """A run that takes up a dead one's layers, on a disk of which one operation fails, a read too: what is not sure is made again."""
+    case = one_case
+
+    def dead():
+        assert killed(case.source, case.target, case.recipe, "disk", 40)
+
+    dead()
+    with Disk(reads=True).under() as disk:
+        quantized(case)
+    case.clear()
+    points = random.Random(SEED).sample(range(len(disk.operations)), often(30, len(disk.operations)))
+    points += [at for at, operation in enumerate(disk.operations) if operation.startswith("cut")]  # when all was read
+    looked = next(at for at, operation in enumerate(disk.operations) if operation.startswith("write"))  # at what the dead run left
+    for at in points:
+        dead()
+        with Disk(at, once(failing(code)), reads=True).under():
+            with contextlib.nullcontext() if at < looked else contextlib.suppress(OutputError):
+                quantized(case)
+        case.check(complete=True if at < looked else None)
+        case.again()
+        case.clear()
+    tried(f"{errno.errorcode[code]} at a random operation of a run that goes on with a dead one's", len(points), "whole or none")
 
 
 def test_reading_fails_anywhere(case, often, tried):
     every = operations(case, reader)
     points = random.Random(SEED).sample(range(every), often(25, every))
     for at in points:
-        with Disk(at, failing(errno.EIO)).under(reader), pytest.raises(SourceError, match="cannot be read.*check the disk"):
+        with Disk(at, failing(errno.EIO), reads=True).under(reader), pytest.raises(SourceError, match="cannot be read.*check the disk"):
             quantized(case)
         case.check(complete=False)
         case.again()
@@ -93,6 +129,31 @@ def test_a_source_that_changes_below_a_run_makes_no_file(one_case, change, often
     tried(f"source {change} during the run", len(layers), "none, one sentence, next run works")
 
 
+def _gguf(path):
+    file = gguf.GGUFWriter(path, "flux")
+    for name, tensor in tensors().items():
+        file.add_tensor(name, tensor.float().numpy())
+    for step in (file.write_header_to_file, file.write_kv_data_to_file, file.write_tensors_to_file, file.close):
+        step()
+
+
+@pytest.mark.parametrize("suffix, write", [(".pt", lambda path: torch.save(tensors(), path)), (".gguf", _gguf)], ids=["pt", "gguf"])
+def test_other_files_may_be_cut_short_below_a_run(tmp_path, suffix, write, often, tried):
+    """A file that is mapped and then cut short ends the process, and a server with it."""
+    source, target, layers = tmp_path / f"model{suffix}", tmp_path / "out.safetensors", range(0, 4, often(2, 1))
+    for index in layers:
+        write(source)
+
+        def listener(event, index=index):
+            if isinstance(event, LayerStarted) and event.index == index:
+                CHANGES["truncated"](source)
+
+        with pytest.raises(SourceError, match="ended early"):
+            quantize_file(source, target, device="cpu", on_event=listener)
+        assert list(tmp_path.iterdir()) == [source]
+    tried(f"{suffix} file truncated during the run", len(layers), "none, one sentence, next run works")
+
+
 def test_a_source_that_is_replaced_or_removed_is_read_to_its_end(one_case, tried):
     for change in (os.unlink, lambda path: os.replace(save_other(path), path)):
         before = one_case.source.read_bytes()
@@ -128,6 +189,57 @@ def test_a_read_only_folder(one_case, capsys, monkeypatch, tried):
     one_case.check(complete=False)
     one_case.again()
     tried("read-only folder", 1, "none, one sentence, next run works")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name")
+def test_a_pipe_is_no_output(one_case, tried):
+    os.mkfifo(one_case.target)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="no ordinary file but a device or a pipe"):
+            quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", overwrite=overwrite)
+    assert one_case.target.is_fifo()
+    one_case.clear()
+    tried("a pipe as the output", 2, "none, one sentence, next run works")
+
+
+def test_a_link_is_followed(one_case, tmp_path_factory, tried):
+    """The file it leads to is written, there already or not; the link stays."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "real.safetensors"
+    one_case.target.symlink_to(elsewhere)
+    for overwrite in (False, True):
+        quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", overwrite=overwrite)
+        assert one_case.target.is_symlink() and elsewhere.read_bytes() == one_case.expected
+        assert [path.name for path in elsewhere.parent.iterdir()] == [elsewhere.name]
+        elsewhere.write_bytes(b"another's")
+    with pytest.raises(OutputError, match="made from something else"):
+        quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu")
+    assert elsewhere.read_bytes() == b"another's"
+    tried("a link as the output", 3, "the file it leads to, whole or untouched")
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".safetensors", "a" * 245 + ".safetensors", "new/folder/" + "a" * 300])
+def test_names_that_no_disk_takes(one_case, name, tried):
+    with pytest.raises(OutputError, match="cannot be written: File name too long"):
+        quantize_file(one_case.source, one_case.target.parent / name, one_case.recipe, device="cpu")
+    assert list(one_case.target.parent.iterdir()) == [one_case.source]
+    tried("an output name that is too long", 1, "none, one sentence, next run works")
+
+
+def test_a_run_that_fails_leaves_no_folder_behind(one_case, tried):
+    deep = one_case.target.parent / "new" / "deep" / "out.safetensors"
+    with Disk(3, failing(errno.EIO)).under(), pytest.raises(OutputError):
+        quantize_file(one_case.source, deep, one_case.recipe, device="cpu")
+    leftovers = sorted(path.name for path in deep.parent.iterdir())  # the disk refused to remove them
+    with Disk(3, once(failing(errno.EIO))).under(), pytest.raises(OutputError):
+        quantize_file(one_case.source, deep.with_name("other.safetensors"), one_case.recipe, device="cpu")
+    assert sorted(path.name for path in deep.parent.iterdir()) == leftovers
+    quantize_file(one_case.source, deep, one_case.recipe, device="cpu")
+    assert [path.name for path in deep.parent.iterdir()] == [deep.name]
+    further = one_case.target.parent / "further" / "out.safetensors"
+    with Disk(3, once(failing(errno.EIO))).under(), pytest.raises(OutputError):
+        quantize_file(one_case.source, further, one_case.recipe, device="cpu")
+    assert not further.parent.exists()
+    tried("a disk that fails below a new folder", 3, "none, one sentence, next run works")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -199,6 +311,142 @@ class Stop(Exception):
     """What a host raises to cancel."""
 
 
+@pytest.mark.parametrize("end", ["write", "read"])
+def test_who_cancels_does_not_wait_for_a_disk_that_hangs(one_case, often, tried, end):
+    """The run is over and its files are gone while the write, or the read, still hangs; it ends when it can and leaves nothing."""
+    module = (reader,) if end == "read" else ()
+    every = operations(one_case, *module)
+    points = random.Random(SEED).sample(range(10, every // 2), often(3, 20))
+    for at in points:
+        free, waiting = threading.Event(), threading.Event()
+
+        def hang(file, data, free=free, waiting=waiting):
+            if threading.current_thread().name.startswith(f"learned-rounding-{end}") and not waiting.is_set():
+                waiting.set()
+                assert free.wait(timeout=60)
+
+        def check(waiting=waiting):
+            if waiting.is_set():
+                raise Stop
+
+        with Disk(at, hang, reads=bool(module)).under(*module):
+            with pytest.raises(Stop):
+                quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", check=check)
+            assert not free.is_set() and list(one_case.target.parent.iterdir()) == [one_case.source]
+            one_case.again()  # a run of the same meanwhile
+            one_case.clear()
+            free.set()
+            for thread in threading.enumerate():
+                if thread.name.startswith("learned-rounding"):
+                    thread.join(timeout=60)
+                    assert not thread.is_alive()
+        assert list(one_case.target.parent.iterdir()) == [one_case.source]
+    tried(f"cancelled while a {end} hangs", len(points), "at once, none, next run works")
+
+
+def test_removals_that_fail_hide_no_error(one_case, monkeypatch, tried):
+    """The disk fails, and then refuses to remove what was written: the first is told, the next run cleans up."""
+    with Disk(30, failing(errno.EIO)).under(), pytest.raises(OutputError, match="Input/output error; check the disk"):
+        quantized(one_case)
+    assert len(list(one_case.target.parent.glob(".*"))) == 2
+    one_case.again()
+    tried("EIO at a write, and at every removal after it", 1, "none, one sentence, next run works")
+
+
+def _folders_fail(monkeypatch, code: int) -> None:
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP], ids=errno.errorcode.get)
+def test_a_disk_that_flushes_no_folders(one_case, monkeypatch, code, tried):
+    _folders_fail(monkeypatch, code)
+    one_case.again()
+    tried("a disk that flushes no folders", 1, "whole")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
+def test_a_folder_that_cannot_be_flushed_is_told_of_truly(one_case, monkeypatch, code, tried):
+    _folders_fail(monkeypatch, code)
+    with pytest.raises(OutputError, match="is complete, but the disk does not confirm its name"):
+        quantized(one_case)
+    monkeypatch.undo()
+    one_case.check(complete=True)
+    one_case.again()
+    tried("the folder's flush fails", 1, "whole, one sentence")
+
+
+def _no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_disk_without_locks(one_case, monkeypatch, tried):
+    """Whether a run lives cannot be seen there: its files are left alone for a day, then taken up or removed."""
+    monkeypatch.setattr(writer.fcntl, "flock", _no_locks)
+    assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 40)
+    partial, journal = sorted(one_case.target.parent.glob(".*"), reverse=True)
+    assert quantized(one_case).taken_up == 0
+    one_case.check(complete=True)
+    assert partial.exists() and journal.exists()
+    one_case.clear()
+    long_ago = time.time() - 90_000
+    os.utime(partial, (long_ago, long_ago))
+    assert quantized(one_case).taken_up > 0
+    one_case.again()
+    tried("a disk without locks", 2, "whole or none; a dead run is taken up after a day")
+
+
+def test_a_new_file_that_another_run_takes_for_a_dead_ones(one_case, monkeypatch, tried):
+    """The other has it locked, and removes it at the worst moment."""
+    real, others = writer.fcntl.flock, []
+
+    def flock(descriptor, flags):
+        if not others:
+            (partial,) = one_case.target.parent.glob(".*.partial")
+            others.append(open(partial, "r+b"))
+            real(others[0].fileno(), flags)
+            try:
+                real(descriptor, flags)
+            finally:
+                partial.unlink()
+        real(descriptor, flags)
+
+    monkeypatch.setattr(writer.fcntl, "flock", flock)
+    quantized(one_case)
+    one_case.check(complete=True)
+    others[0].close()
+    one_case.again()
+    tried("a new file is removed as a dead run's", 1, "whole")
+
+
+def test_a_calibration_that_changes_below_a_run_makes_no_file(one_case, often, tried):
+    """Half of the layers rounded for one, half for the other, and the mark of the first."""
+    path = one_case.source.with_name("x.calib.safetensors")
+
+    def statistics(seed):
+        inputs = torch.randn(200, 65, generator=torch.Generator().manual_seed(seed))
+        return save({f"blocks.{block}.mlp.gram": inputs.t() @ inputs / 200 for block in range(4)})
+
+    def listener(event):
+        if isinstance(event, LayerStarted) and event.index == 4:
+            path.write_bytes(statistics(2))
+
+    path.write_bytes(statistics(1))
+    with CalibrationFile(path) as calibration, pytest.raises(SourceError, match="x.calib.safetensors was changed while it was read; run again"):
+        quantize_file(one_case.source, one_case.target, one_case.recipe, calibration=calibration, device="cpu", on_event=listener)
+    one_case.check(complete=False)
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [one_case.source.name, path.name]
+    path.unlink()
+    one_case.again()
+    tried("calibration written over during the run", 1, "none, one sentence, next run works")
+
+
 def test_cancelled_at_a_random_check(case, often, tried):
     checks = []
     quantize_file(case.source, case.target, case.recipe, device="cpu", check=lambda: checks.append(1))
@@ -229,7 +477,7 @@ def test_a_check_during_the_read(one_case, tried):
             waiting.set()
             assert looked.wait(timeout=60)
 
-    with Disk(operations(one_case, reader) - 3, slow).under(reader):
+    with Disk(operations(one_case, reader) - 3, slow, reads=True).under(reader):
         quantize_file(
             one_case.source, one_case.target, one_case.recipe, device="cpu", check=lambda: waiting.is_set() and looked.set()
         )

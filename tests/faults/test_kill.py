@@ -1,5 +1,7 @@
 """Runs that die: what they finished is taken up by the next run of the same, and by no other."""
 
+import errno
+import json
 import os
 import random
 from pathlib import Path
@@ -11,7 +13,7 @@ from learned_rounding.quant_core import Recipe, pipeline, quantize_file
 from learned_rounding.quant_core.checkpoints.journal import Journal
 from learned_rounding.quant_core.errors import OutputExistsError
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted
-from learned_rounding.tests.faults.disk import Disk, killed, processes, run
+from learned_rounding.tests.faults.disk import Disk, failing, killed, processes, run
 
 SEED = 20
 
@@ -127,11 +129,33 @@ def test_a_power_cut_loses_what_was_not_on_the_disk(case, often, tried):
     tried("power cut: unflushed parts of both files lost or zero", count, "whole or none")
 
 
+def test_layers_that_a_flush_has_reached_survive_a_power_cut(one_case, made, often, tried):
+    """Everything behind what the last finished flush found is lost, and the layers before it are not."""
+    survived = []
+    for at in random.Random(SEED).sample(range(50, 100), often(6, 40)):
+        flushes = one_case.source.with_suffix(".flushes")
+        assert killed(one_case.source, one_case.target, one_case.recipe, "disk", at, False, flushes)
+        sure = dict(json.loads(line) for line in flushes.read_text().splitlines())  # file → its size when its last flush began
+        flushes.unlink()
+        layers = len(noted(one_case.target.parent))
+        for path in one_case.target.parent.glob(".*"):
+            os.truncate(path, sure.get(path.name, 0))
+        kept = noted(one_case.target.parent)
+        survived.append(len(kept))
+        assert layers - len(kept) <= 1  # of which the flush was under way
+        made.clear()
+        one_case.again()
+        assert len(made) == 8 - sum(name.endswith(("qkv.weight", "mlp.weight")) for name in kept)
+        one_case.clear()
+    assert max(survived) > 8
+    tried("power cut: all that no flush has reached is lost", len(survived), "no layer made again that a flush had reached")
+
+
 def test_everything_is_on_the_disk_before_it_has_its_name(one_case):
     with Disk().under() as disk:
         quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu")
-    end = disk.operations[-4:]
-    assert end == ["write file", "fsync", "replace", "fsync"]  # header, its flush, the name, and that the name lasts
+    end = disk.operations[-6:]
+    assert end == ["write file", "fsync", "link", "fsync", "unlink", "unlink"]  # header, its flush, the name, and that it lasts; hidden names go
 
 
 OTHERS = {
@@ -185,6 +209,104 @@ def test_runs_towards_one_target_at_once(case, often, tried):
         case.again()
         case.clear()
     tried("two runs towards one target at once", rounds, "whole or none")
+
+
+def test_two_recipes_towards_one_target_lose_neither_unsaid(one_case, often, tried):
+    """Neither may overwrite: one file is made, and the other run says that there is one of something else."""
+    rounds = often(2, 20)
+    for _ in range(rounds):
+        runs = [
+            processes.Process(target=run, args=(one_case.source, one_case.target, recipe, "disk", None))
+            for recipe in (one_case.recipe, Recipe(rounding="nearest"))
+        ]
+        for process in runs:
+            process.start()
+        for process in runs:
+            process.join()
+        assert sorted(process.exitcode for process in runs) == [0, 1]
+        assert {path.name for path in one_case.target.parent.iterdir()} == {one_case.source.name, one_case.target.name}
+        winner = runs[0].exitcode == 0
+        assert (one_case.target.read_bytes() == one_case.expected) is winner
+        one_case.clear()
+    tried("two runs of different recipes towards one target at once", rounds, "one whole file, the other refused")
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["", "a disk without links"])
+def test_a_file_that_appears_during_a_run_is_not_replaced(one_case, monkeypatch, links, tried):
+    other = Recipe(rounding="nearest")
+
+    def nested(event):
+        if isinstance(event, LayerStarted) and event.index == 3:
+            quantize_file(one_case.source, one_case.target, other, device="cpu")
+
+    if not links:
+        monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    with pytest.raises(OutputExistsError, match="made from something else; choose another output or overwrite"):
+        quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", on_event=nested)
+    assert quantize_file(one_case.source, one_case.target, other, device="cpu").already_done
+    quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", overwrite=True)
+    one_case.again()
+    tried("another's file appears during the run", 1, "it stays, one sentence")
+
+
+def test_a_run_killed_while_its_file_gets_its_name_leaves_it_alone(one_case, monkeypatch, tried):
+    """The file has two names then; who would go on with the hidden one would write into the finished one."""
+    with Disk().under() as disk:
+        quantized = quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu")
+    one_case.clear()
+    assert not quantized.already_done
+    at = disk.operations.index("link") + 1
+    assert killed(one_case.source, one_case.target, one_case.recipe, "disk", at)
+    assert one_case.target.stat().st_nlink == 2
+    os.utime(one_case.source)  # so that the next run has to make it again to know
+    finished = one_case.target.read_bytes()
+    quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", on_event=lambda _: one_case.check(complete=True))
+    assert one_case.target.read_bytes() == finished
+    one_case.again()
+    tried("kill -9 between the two names of a file", 1, "whole")
+
+
+RECORDS = [
+    {"note": {"config": None, "events": [["LayerFinished", {"name": "nope"}]]}},
+    {"note": {"config": None, "events": [["LayerKept", {"name": "nope", "shape": [1], "reason": "", "removed": False, "planned": True}]]}},
+    {"note": {"config": 7, "events": []}},
+    {"note": 5},
+    {"note": None},
+    {"dtype": "F32"},
+    {"dtype": "X", "shape": [1], "name": "a", "crc": 0},
+    {"dtype": "F32", "shape": ["a"], "name": "a", "crc": 0},
+    {"dtype": "F32", "shape": [-4], "name": "a", "crc": 0},
+    {"dtype": "F32", "shape": [10**30], "name": "a", "crc": None},
+    [1],
+    7,
+    None,
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: json.dumps(record)[:30])
+def test_a_record_that_is_none_ends_what_is_taken_up(one_case, made, record, tried):
+    """Sound by its checksum, and yet not what a run writes: all before it counts."""
+    assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 60)
+    finished = noted(one_case.target.parent)
+    (path,) = one_case.target.parent.glob(".*.journal")
+    with open(path, "r+b", buffering=0) as file:
+        journal = Journal(file)
+        *_, (_, begin, size) = journal.records()
+        file.seek(begin + size)
+        journal.append(record)
+        journal.append({"note": {"config": None, "events": []}})
+    one_case.again()
+    assert len(made) == 8 - sum(name.endswith(("qkv.weight", "mlp.weight")) for name in finished)
+    tried("a journal with a record that no run writes", 1, "the layers before it are kept, same bytes")
+
+
+def test_it_is_told_that_layers_are_taken_up(one_case, caplog):
+    assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 60)
+    done = sum(name.endswith(("qkv.weight", "mlp.weight")) for name in noted(one_case.target.parent))
+    with caplog.at_level("INFO"):
+        report = quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu")
+    assert f"goes on with {report.taken_up} of 8 layers" in caplog.text and done - 1 <= report.taken_up <= done
+    assert f"{report.taken_up} of them by a run that was stopped" in report.table()
 
 
 def test_a_living_run_is_not_taken_over(one_case):

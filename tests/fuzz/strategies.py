@@ -1,13 +1,20 @@
-"""Files and texts that are nearly right: made from sound ones, with a few things changed. Used by hypothesis and by the coverage-guided run."""
+"""Files and texts that are nearly right: made from sound ones, with a few things changed. Used by hypothesis and by the coverage-guided run.
 
+Each kind of file has a generator of its own, of {file name: bytes}; the first is the one to open.
+"""
+
+import io
 import json
 import struct
+import zipfile
+import zlib
 
+import torch
 from hypothesis import strategies as st
 
 from learned_rounding.attacks.cases import safetensors
 
-__all__ = ["FILES", "TEXTS"]
+__all__ = ["FILES", "JOURNALS", "TEXTS"]
 
 _DTYPES = st.sampled_from(["F32", "BF16", "F8_E4M3", "I8", "U8", "F64", "BOOL", "X9", 7, None])
 _WHOLE = st.one_of(st.integers(-1, 40), st.sampled_from([2**31, 2**63 - 1, 2**63, 2**64, 10**30]))
@@ -31,21 +38,59 @@ _METADATA = st.dictionaries(
         st.text(max_size=8),
     ),
 )
-_SIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "F64": 8, "BOOL": 1}
-_VALUES = [0.0, 1.0, -1.0, float("nan"), float("inf"), 1e-45, 3e38]
+_SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "F64": 8, "BOOL": 1}
+# What a tensor of that name should be, of a layer of 16 × 16.
+_SOUND = {
+    "weight": [("F32", [16, 16]), ("BF16", [16, 16]), ("F8_E4M3", [16, 16]), ("I8", [16, 16])],
+    "bias": [("BF16", [16])],
+    "weight_scale": [("F32", []), ("F32", [16, 1])],
+    "histogram": [("F32", [512])],
+    "gram.panels": [("F16", [136])],
+    "gram.factor": [("BF16", [16, 4])],
+    **dict.fromkeys(("scale_weight", "input_scale"), [("F32", [])]),
+    **dict.fromkeys(("mean", "amax", "gram.roots", "gram.diagonal"), [("F32", [16])]),
+    **dict.fromkeys(("gram", "holdout_gram"), [("F32", [16, 16])]),
+}
+_VALUES = [1.0, 1.0, 1.0, 0.0, 1.0, -1.0, float("nan"), float("inf"), 1e-45, 3e38]
+
+
+_GROUPS = [
+    ["a.weight", "a.bias", "b.weight", "blocks.0.weight", "norm.weight"],
+    ["a.weight", "a.scale_weight", "a.input_scale", "a.bias", "scaled_fp8"],
+    ["a.weight", "a.weight_scale", "a.comfy_quant", "b.weight"],
+    ["a.gram", "a.mean", "a.amax", "a.histogram", "a.holdout_gram"],
+    ["a.gram.panels", "a.gram.roots", "a.amax", "a.histogram"],
+    ["a.gram.factor", "a.gram.diagonal", "a.mean"],
+]
+
+
+def _rarely(draw, times: int) -> bool:
+    """Once in so many times. Hypothesis likes the ends of a range, which mean no here."""
+    return 400 <= draw(st.integers(0, 999)) < 400 + 1000 // times if times > 2 else draw(st.booleans())
+
+
+def _some(names: list[str]) -> st.SearchStrategy[list[str]]:
+    """The first, and any of the others."""
+    return st.lists(st.sampled_from(names[1:]), unique=True).map(lambda more: [names[0], *more])
 
 
 @st.composite
 def _files(draw) -> bytes:
     """A header whose tensors lie one behind the other, then a few entries spoilt."""
     header, data = {}, b""
-    for name in draw(st.lists(_NAMES, max_size=6, unique=True)):
+    names = draw(st.one_of(st.lists(_NAMES, max_size=6, unique=True), *map(_some, _GROUPS)))
+    coded = any(name.endswith(("scale_weight", "comfy_quant")) for name in names)
+    for name in names:
         if name.endswith("comfy_quant"):
             dtype, content = "U8", draw(st.one_of(_CONFIG, _JSON.map(json.dumps), st.text(max_size=9))).encode(errors="replace")
             shape = [len(content)]
         else:
-            dtype = draw(st.sampled_from(list(_SIZES)))
-            shape = draw(st.one_of(st.just([16, 16]), st.just([]), st.lists(st.integers(0, 16), max_size=3)))
+            dtype, shape = draw(st.sampled_from(_SOUND[name[2:]])) if name[2:] in _SOUND else ("F32", [16, 16])
+            if coded and name.endswith(".weight"):
+                dtype = "F8_E4M3"
+            if _rarely(draw, 10):
+                dtype = draw(st.sampled_from(list(_SIZES)))
+                shape = draw(st.one_of(st.just([16, 16]), st.just([]), st.lists(st.integers(0, 16), max_size=3)))
             count = _SIZES[dtype]
             for side in shape:
                 count *= side
@@ -55,31 +100,180 @@ def _files(draw) -> bytes:
     metadata = draw(_METADATA)
     if metadata:
         header["__metadata__"] = metadata
-    for _ in range(draw(st.integers(0, 2))):
+    for _ in range(draw(st.integers(1, 2)) if _rarely(draw, 2) else 0):
         name = draw(st.sampled_from([*header, "c"]))
         key = draw(st.sampled_from(["dtype", "shape", "data_offsets", "more"]))
         value = draw(st.one_of(_DTYPES, _ODD, st.lists(_WHOLE, max_size=3)))
         header[name] = {**header[name], key: value} if isinstance(header.get(name), dict) and draw(st.booleans()) else draw(_JSON)
     text = json.dumps(header).encode()
     cut = draw(st.one_of(st.none(), st.integers(0, len(text) + 8)))
-    made = safetensors(text, data, draw(st.one_of(st.none(), st.none(), st.sampled_from([0, 1, 2**40, 2**64 - 1]))))
-    return made if cut is None or draw(st.booleans()) else made[:cut] + draw(st.binary(max_size=4)) + made[cut + 1 :]
+    made = safetensors(text, data, None if not _rarely(draw, 10) else draw(st.sampled_from([0, 1, 2**40, 2**64 - 1])))
+    return made if cut is None or not _rarely(draw, 5) else made[:cut] + draw(st.binary(max_size=4)) + made[cut + 1 :]
 
 
-FILES = _files()
+
+
+def _spoilt(draw, content: bytes) -> bytes:
+    """Mostly as it is; else a few bytes changed, or cut short. What is drawn does not depend on the content, which may hold addresses."""
+    for _ in range(draw(st.integers(1, 3)) if _rarely(draw, 3) else 0):
+        at = draw(_SIXTEEN) * len(content) >> 16
+        content = content[:at] + draw(st.binary(min_size=1, max_size=8)) + content[at + draw(st.integers(0, 8)) :]
+    return content[: draw(_SIXTEEN) * len(content) >> 16] if _rarely(draw, 10) else content
+
+
+_SIXTEEN = st.integers(0, 0xFFFF)
+_LAYER_NAMES = st.one_of(st.sampled_from(_GROUPS[0]), st.sampled_from(_GROUPS[0]), _NAMES)
+_LAYERS = st.lists(st.tuples(_LAYER_NAMES, st.sampled_from([(16, 16), (32, 64), (32, 64), (7,), ()])), min_size=1, max_size=5, unique_by=lambda layer: layer[0])
+
+
+@st.composite
+def _shards(draw) -> dict[str, bytes]:
+    """An index and two shards; a name may stand in the wrong one, or nowhere."""
+    shards = {f"{letter}.safetensors": draw(_files()) for letter in "xy"}
+    names = {}
+    for file, content in shards.items():
+        try:
+            header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+            names |= {name: file for name in header if name != "__metadata__"}
+        except (ValueError, struct.error, AttributeError, TypeError):
+            continue
+    odd = st.one_of(_ODD, st.sampled_from(["x.safetensors", "y.safetensors", "../x.safetensors", "none.safetensors"]))
+    names |= draw(st.dictionaries(_NAMES, odd, max_size=2 if _rarely(draw, 3) else 0))
+    index = {"metadata": draw(_JSON), "weight_map": names} if not _rarely(draw, 10) else draw(_JSON)
+    return {"x.safetensors.index.json": _spoilt(draw, json.dumps(index).encode())} | shards
+
+
+_CODES = [(0, 1, 4), (1, 1, 2), (30, 1, 2), (8, 32, 34), (2, 32, 18)]  # (kind, values of a block, its bytes): F32, F16, BF16, Q8_0, Q4_0
+_CODES_ODD = [(24, 1, 1), (39, 32, 17), (99, 1, 1)]  # I8, MXFP4, none
+
+
+@st.composite
+def _gguf(draw) -> dict[str, bytes]:
+    """A header of a few pairs and tensors, plain and in codes, and their bytes."""
+
+    def text(value: str) -> bytes:
+        encoded = value.encode(errors="replace")
+        return struct.pack("<Q", len(encoded)) + encoded
+
+    pairs, entries, data = [], [], b""
+    if draw(st.booleans()):
+        pairs.append(text("general.architecture") + struct.pack("<I", 8) + text("flux" if not _rarely(draw, 5) else draw(st.sampled_from(["t5", ""]))))
+    if _rarely(draw, 4):
+        pairs.append(text("general.alignment") + struct.pack("<II", 4, draw(st.sampled_from([32, 64, 1, 0, 7, 2**31]))))
+    for key in draw(st.lists(st.sampled_from(["comfy.gguf.orig_shape.a.weight", "a", "b"]), max_size=2)) if _rarely(draw, 3) else ():
+        kind = draw(st.integers(0, 13))
+        pairs.append(text(key) + struct.pack("<IIQ", 9, kind, draw(st.sampled_from([0, 2, 2**40]))) + struct.pack("<QQ", 16, 16))
+    for name, shape in draw(_LAYERS):
+        kind, block, size = draw(st.sampled_from(_CODES_ODD if _rarely(draw, 10) else _CODES))
+        sides = tuple(reversed(shape)) if not _rarely(draw, 20) else draw(st.lists(st.sampled_from([0, 1, 16, 2**32, 2**63]), max_size=3))
+        count = 16 * 64 * 2
+        offset = len(data) if not _rarely(draw, 20) else draw(st.sampled_from([1, 2**40, 2**63]))
+        entries.append(text(name) + struct.pack(f"<I{len(sides)}QIQ", len(sides), *sides, kind, offset))
+        data += bytes(count * size // block)
+        data += bytes(-len(data) % 64)
+    counts = (len(entries), len(pairs)) if not _rarely(draw, 20) else draw(st.tuples(*[st.sampled_from([0, 1, 9, 2**40, 2**63])] * 2))
+    header = b"GGUF" + struct.pack("<IQQ", draw(st.sampled_from([2, 1, 0])) if _rarely(draw, 10) else 3, *counts) + b"".join(pairs) + b"".join(entries)
+    return {"x.gguf": _spoilt(draw, header) + bytes(-len(header) % 32) + data}
+
+
+_OLD = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.complex64, torch.complex128]
+_NEW = [torch.float8_e4m3fn, torch.uint16]  # which torch before 1.6 cannot save
+_FORMS = [lambda t: t, lambda t: t.t() if t.ndim == 2 else t, lambda t: t[..., ::2] if t.ndim else t, torch.nn.Parameter, lambda t: t.expand(3, *t.shape)]
+
+
+@st.composite
+def _pickles(draw) -> dict[str, bytes]:
+    """What torch saves, in its archive or as before 1.6, its pickle spoilt or the archive around it."""
+    archive = draw(st.booleans())
+    state = {}
+    for name, shape in draw(_LAYERS):
+        form = draw(st.sampled_from(_FORMS)) if _rarely(draw, 4) else _FORMS[0]
+        dtype = draw(st.sampled_from([*_OLD, *(_NEW if archive else ())])) if _rarely(draw, 3) else torch.bfloat16
+        values = torch.zeros(shape, dtype=dtype)
+        state[name] = form(values) if dtype.is_floating_point or form is not torch.nn.Parameter else values
+    whole = state if not _rarely(draw, 3) else draw(st.sampled_from([{"state_dict": state, "step": 3, "more": [1.5, None, ("a", {2})]}, list(state.values())]))
+    buffer = io.BytesIO()
+    torch.save(whole, buffer, _use_new_zipfile_serialization=archive)
+    if not archive:
+        return {"x.pt": _spoilt(draw, buffer.getvalue())}
+    made = io.BytesIO()
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(made, "w", 8 if _rarely(draw, 15) else 0) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, _spoilt(draw, content) if name.endswith(".pkl") or _rarely(draw, 30) else content)
+    return {"x.pt": _spoilt(draw, made.getvalue()) if _rarely(draw, 5) else made.getvalue()}
+
+
+FILES = {
+    ".safetensors": _files().map(lambda content: {"x.safetensors": content}),
+    ".safetensors.index.json": _shards(),
+    ".gguf": _gguf(),
+    ".pt": _pickles(),
+}
+
+
+@st.composite
+def _journals(draw, sound: list[tuple[object, bytes]]) -> tuple[bytes, bool]:
+    """Some of the records of a dead run, and whether some were forged: changed, with the right checksum. Then a few bytes changed."""
+    made, forged = b"", draw(st.booleans())
+    for record, payload in sound[: draw(st.integers(1, len(sound)))]:
+        if made and forged and _rarely(draw, 10):
+            key = draw(st.sampled_from(["dtype", "shape", "name", "crc", "note", "events", "config"]))
+            changed = {**record, key: draw(st.one_of(_ODD, _JSON))} if isinstance(record, dict) else record
+            record = draw(st.sampled_from([changed, draw(_JSON)]))
+        text = json.dumps(record).encode()
+        made += struct.pack("<IIQ", len(text), zlib.crc32(text), len(payload)) + text + payload
+    return (_spoilt(draw, made) if draw(st.booleans()) else made), forged
+
+
+JOURNALS = _journals
 _RULES = st.dictionaries(
-    st.text("ab.*+?()[]{}|^$\\d0,", max_size=8),
+    st.one_of(st.sampled_from(["a", "b.*", "^blocks", "x{2}"]), st.text("ab.*+?()[]{}|^$\\d0,", max_size=8)),
     st.one_of(
         st.sampled_from(["fp8", "int8", "skip", "none"]),
+        st.sampled_from([{"format": "int8_tensorwise"}, {"skip": True}, {"format": "int8_blockwise", "block_size": 64}]),
         st.dictionaries(st.sampled_from(["format", "granularity", "block_size", "convrot", "skip", "x"]), st.one_of(_ODD, st.just("int8")), max_size=3),
     ),
     max_size=3,
 ).map(json.dumps)
-_FIELDS = ["format", "granularity", "block_size", "convrot", "preset", "keep", "heur", "seed", "target_size", "layer_config", "rounding", "num_iter", "lr"]
-_RECIPES = st.dictionaries(st.sampled_from(_FIELDS), st.one_of(_JSON, st.sampled_from(["int8_tensorwise", "measured", "row", "block"])), max_size=4)
-TEXTS = st.one_of(
-    _RULES,
-    _RECIPES.map(json.dumps),
-    _RECIPES.map(lambda fields: "\n".join(f"{key} = {json.dumps(value)}" for key, value in fields.items())),
-    st.text(max_size=30),
-)
+_VALID = {
+    "format": ["float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_blockwise", "measured"],
+    "granularity": [None, "tensor", "row", "block"],
+    "block_size": [None, 128, 64],
+    "convrot": [None, False, "auto", 256],
+    "preset": ["auto", "none", "flux", "sdxl"],
+    "keep": [[], ["norm"], ["a.*b", "^x$"]],
+    "heur": [False, True],
+    "seed": [0, 7],
+    "rounding": ["auto", "nearest", "principal", "stochastic"],
+    "num_iter": [None, 10],
+    "lr": [None, 0.01],
+    "layer_config": ["", '{"a":"fp8"}'],
+    "target_size": [None, 1.5],
+}
+
+
+@st.composite
+def _recipes(draw) -> dict[str, object]:
+    """A few fields with values that they may have, not always together; sometimes one with another."""
+    fields = draw(st.lists(st.sampled_from(list(_VALID)), max_size=3, unique=True))
+    made = {name: draw(st.sampled_from(_VALID[name])) for name in fields}
+    if _rarely(draw, 3):
+        made[draw(st.sampled_from([*_VALID, "more"]))] = draw(st.one_of(_ODD, _JSON))
+    return made
+
+
+def _toml(fields: dict[str, object]) -> str:
+    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in fields.items() if value is not None)
+
+
+_PATTERNS = st.lists(
+    st.sampled_from(["a", "blocks", ".", ".*", "\\d+", "[0-3]", "(a|b)", "x?", "{2}", "{1,3}", "^", "$", "\\.", "(", ")", "[", "*", "\\1", "(?i)"]),
+    max_size=6,
+).map("".join)
+TEXTS = {
+    "layer config": st.one_of(_RULES, st.text(max_size=30)),
+    "keep pattern": st.one_of(_PATTERNS, st.text(max_size=30)),
+    "recipe in JSON": st.one_of(_recipes().map(json.dumps), _recipes().map(json.dumps), st.text(max_size=30)),
+    "recipe in TOML": st.one_of(_recipes().map(_toml), _recipes().map(_toml), st.text(max_size=30)),
+}

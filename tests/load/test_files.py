@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.checkpoints import verify_file
+from learned_rounding.quant_core.checkpoints.reader import MAX_HEADER
 from learned_rounding.tests.faults.disk import Disk
 
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest", preset="none")
@@ -36,14 +38,31 @@ def test_ten_thousand_layers_take_four_times_the_work_of_a_quarter(tmp_path, tri
     tried("a file of 10,000 layers", 1, "quantized, work in proportion to the layers")
 
 
+def _filled(head: bytes, piece: bytes, tail: bytes) -> bytes:
+    return head + piece * ((MAX_HEADER - len(head) - len(tail)) // len(piece)) + tail
+
+
+def _counted(head: bytes, piece: bytes, tail: bytes, count: int) -> bytes:
+    made = head + b",".join(piece % index for index in range(count)) + tail
+    assert len(made) <= MAX_HEADER
+    return made
+
+
+TENSOR = b'"%x":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'
 HEADERS = {
-    "lists": b'{"a":[' + b"[]," * 3_000_000 + b"0]}",
-    "objects": b'{"a":[' + b'{"":0},' * 1_300_000 + b"0]}",
-    "names": b"{" + b",".join(b'"%x":0' % index for index in range(800_000)) + b"}",
-    "metadata": b'{"__metadata__":{' + b",".join(b'"%x":""' % index for index in range(700_000)) + b"}}",
-    "tensors": b"{" + b",".join(b'"%x":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}' % index for index in range(150_000)) + b"}",
-}  # each of about 9 MB; the format ends at 100 MB
-TIMES = 40  # bytes of memory for one of a header, at most: an empty object of Python has 64
+    "lists": lambda: _filled(b'{"a":[', b"[],", b"0]}"),
+    "objects": lambda: _filled(b'{"a":[', b'{"":0},', b"0]}"),
+    "empty objects": lambda: _filled(b'{"a":[', b"{},", b"0]}"),
+    "numbers": lambda: _filled(b'{"a":[', b"9,", b"0]}"),
+    "fractions": lambda: _filled(b'{"a":[', b".1e9,".replace(b".1", b"0.1"), b"0]}"),
+    "texts": lambda: _filled(b'{"a":[', b'"ab",', b"0]}"),
+    "one text": lambda: _filled(b'{"__metadata__":{"a":"' + "😀".encode(), b"a", b'"}}'),
+    "names": lambda: _counted(b"{", b'"%x":0', b"}", 8_000_000),
+    "metadata": lambda: _counted(b'{"__metadata__":{', b'"%x":""', b"}}", 7_500_000),
+    "tensors": lambda: _counted(b"{", TENSOR, b"}", 1_700_000),
+    "as many tensors as there may be": lambda: _counted(b"{", TENSOR, b"}", 600_000),
+}
+CEILING_OF_A_HEADER = 1e9
 OPEN = """
 import resource, sys
 from learned_rounding.quant_core.checkpoints import SafetensorsFile
@@ -62,14 +81,15 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="getrusage counts otherwise elsewhere")
-@pytest.mark.parametrize("kind", HEADERS)
-def test_memory_for_a_header_is_in_proportion_to_it(tmp_path, kind, tried):
-    header, file = HEADERS[kind], tmp_path / "header.safetensors"
-    file.write_bytes(struct.pack("<Q", len(header)) + header)
-    done = subprocess.run([sys.executable, "-c", OPEN, file], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < TIMES * len(header)
-    tried("a header of 9 MB made to fill the memory", 1, f"at most {TIMES} bytes for one of it")
+def test_memory_for_a_header_is_bounded(tmp_path, often, tried):
+    kinds, file = often(("objects", "one text"), tuple(HEADERS)), tmp_path / "header.safetensors"
+    for kind in kinds:
+        header = HEADERS[kind]()
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
+        done = subprocess.run([sys.executable, "-c", OPEN, file], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) < CEILING_OF_A_HEADER, kind
+    tried("a header of 100 MB, the limit of the format, made to fill the memory", len(kinds), "at most 1 GB")
 
 
 SIDES = 8192, 4096  # 64 MiB
@@ -81,7 +101,7 @@ from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.cli import main
 from learned_rounding.quant_core.events import LayerFinished
 
-source, target = sys.argv[1:]
+source, target, layers, rounding = sys.argv[1:]
 assert main(["plan", "-i", source, "--int8"]) == 0
 assert main(["inspect", source]) == 0
 
@@ -91,19 +111,20 @@ class Enough(Exception):
 finished = []
 def listen(event):
     finished.extend([event.name] if isinstance(event, LayerFinished) else [])
-    if len(finished) == 4:
+    if len(finished) == int(layers):
         raise Enough
 
 try:
-    quantize_file(source, target, Recipe(format="int8_tensorwise"), device="cpu", on_event=listen)
+    quantize_file(source, target, Recipe(format="int8_tensorwise", rounding=rounding), device="cpu", on_event=listen)
 except Enough:
-    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    pass
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file system with holes")
-def test_a_hundred_gigabytes_need_one_of_memory(tmp_path, tried):
-    """Planned, inspected, and quantized until four layers are done; the file is a hole behind its header."""
+def test_a_hundred_gigabytes_need_one_of_memory(tmp_path, often, tried):
+    """Planned, inspected, and quantized, to the end where the disk has room; the source is a hole behind its header."""
     size = 2 * SIDES[0] * SIDES[1]
     header = {
         f"blocks.{index}.weight": {"dtype": "BF16", "shape": SIDES, "data_offsets": [index * size, (index + 1) * size]} for index in range(COUNT)
@@ -114,11 +135,16 @@ def test_a_hundred_gigabytes_need_one_of_memory(tmp_path, tried):
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + COUNT * size)
     assert source.stat().st_size > 100e9 and source.stat().st_blocks * 512 < 1e6
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, source, target], capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "2"}
-    )
+    room = int(shutil.disk_usage(tmp_path).free * 0.8) // (size // 2)
+    layers = min(room, often(2, COUNT + 1))  # one more than there are: to the end
+    words = [source, target, str(layers), often("auto", "nearest")]  # the search takes minutes for few, and hours for all
+    done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split("PEAK")[1])
     assert peak < CEILING, peak
-    assert [path.name for path in tmp_path.iterdir()] == [source.name]
-    tried("a file of 107 GB, memory at most 1 GB", 1, "planned, inspected, quantized")
+    whole = layers > COUNT
+    assert {path.name for path in tmp_path.iterdir()} == {source.name, *([target.name] if whole else [])}
+    if whole:
+        assert target.stat().st_size > COUNT * size // 2 and not verify_file(target).problems
+        target.unlink()
+    tried(f"a file of 107 GB, {'all' if whole else layers} layers of it quantized", 1, f"memory at most {CEILING / 1e9:.0f} GB")

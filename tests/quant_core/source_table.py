@@ -37,7 +37,7 @@ TAIL = """
 *--requantize* (in a graph, the switch of **Load Model**) has to be given for files that are quantized already: better take the original.
 It decodes ComfyUI's `nvfp4`, `mxfp8`, `convrot_w4a4` and `asym_w4a8_int8` too, bit for bit as ComfyUI does (`tests/nodes/test_foreign.py`), but not
 bitsandbytes.
-GGUF needs `pip install gguf`; text encoders in GGUF are refused. Pickles are read by torch's loader of weights alone: nothing in
+GGUF needs `pip install gguf`; text encoders in GGUF are refused. Pickles are followed, not run, to where their tensors lie: nothing in
 them is run. Diffusion models with diffusers' layer names, sharded or not, are taken by **Load Model** in a graph, where ComfyUI's own
 converters turn the names into ComfyUI's (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt; Z-Image not on 0.3.75). The command line has no ComfyUI to ask, and
 refuses them: the scales of quantized layers would be lost when ComfyUI renames them.

@@ -1,5 +1,6 @@
 """The command line: mostly in this process; a few runs as users start it."""
 
+import errno
 import json
 import os
 import re
@@ -396,6 +397,38 @@ def test_the_report_file(lrq, model_file, tmp_path):
     values = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert code == 0 and len(values["layers"]) == 6 and values["output"] == str(tmp_path / "q.safetensors")
     assert values["bytes_out"] == (tmp_path / "q.safetensors").stat().st_size
+
+
+def test_a_report_replaces_no_file_of_its_run(lrq, model_file, tmp_path):
+    source, out, calibration, recipe = model_file(), tmp_path / "q.safetensors", tmp_path / "x.calib.safetensors", tmp_path / "recipe.json"
+    recipe.write_text(Recipe().to_json())
+    save_file({"blocks.0.attn.qkv.gram": torch.eye(32)}, calibration)
+    (tmp_path / "link.json").symlink_to(source)
+    os.link(source, tmp_path / "same.json")
+    files = {path: path.read_bytes() for path in (source, calibration, recipe)}
+    for report in (source, out, calibration, recipe, tmp_path / "link.json", tmp_path / "same.json"):
+        code, _, (line,) = lrq("quantize", "-i", source, "-o", out, "--recipe", recipe, "--calibration", calibration, "--report", report)
+        assert code == 1 and "would replace" in line
+        assert not out.exists() and all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_run_that_was_done_already_keeps_its_report(lrq, model_file, tmp_path):
+    words = "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--report", tmp_path / "report.json"
+    assert lrq(*words)[0] == 0
+    before = (tmp_path / "report.json").read_bytes()
+    assert lrq(*words)[0] == 0
+    assert (tmp_path / "report.json").read_bytes() == before
+    (tmp_path / "report.json").unlink()
+    assert lrq(*words)[0] == 0
+    assert json.loads((tmp_path / "report.json").read_text())["already_done"]
+
+
+def test_a_report_stays_whole_on_a_full_disk(lrq, model_file, tmp_path, monkeypatch):
+    (tmp_path / "report.json").write_text("the one before")
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    code, _, (line,) = lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--report", tmp_path / "report.json")
+    assert code == 1 and "No space left on device" in line and "q.safetensors is complete" in line
+    assert (tmp_path / "report.json").read_text() == "the one before" and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -479,14 +480,53 @@ def test_another_source_is_not_taken_for_the_same(model, model_file, tmp_path):
     assert quantize_file(renamed, out).already_done
 
 
-def test_a_source_newer_than_the_output_is_not_taken_for_the_same(model_file, tmp_path):
+def made_layers(monkeypatch) -> list:
+    """The weights that are quantized from here on."""
+    made, real = [], pipeline.quantize_weight
+    monkeypatch.setattr(pipeline, "quantize_weight", lambda weight, *args, **options: made.append(weight) or real(weight, *args, **options))
+    return made
+
+
+TOUCHES = {
+    "written": lambda path: os.utime(path, ns=(1, path.stat().st_mtime_ns + 1)),
+    "copied": lambda path: (shutil.copy2(path, path.with_name("copy")), os.replace(path.with_name("copy"), path)),
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES.values(), ids=TOUCHES)
+def test_a_source_that_may_be_newer_is_quantized_again_and_compared(model_file, tmp_path, listing, monkeypatch, touch):
     source, out = model_file(), tmp_path / "out.safetensors"
     quantize_file(source, out)
-    later = out.stat().st_mtime_ns + 1_000_000_000
-    os.utime(source, ns=(later, later))
-    with pytest.raises(OutputExistsError):
-        quantize_file(source, out)
-    assert not quantize_file(source, out, overwrite=True).already_done
+    data, made = out.read_bytes(), made_layers(monkeypatch)
+    touch(source)
+    assert quantize_file(source, out).already_done and made
+    assert out.read_bytes() == data and listing() == ["model.safetensors", "out.safetensors"]
+    made.clear()
+    assert quantize_file(source, out).already_done and not made
+
+
+def test_a_source_that_differs_where_no_sample_is_taken_is_another(tmp_path, monkeypatch):
+    """In one value of a million, with the time of the file that was there before."""
+    source, out, weight = tmp_path / "model.safetensors", tmp_path / "out.safetensors", torch.randn(1024, 1024)
+    save_file({"a.weight": weight}, source)
+    quantize_file(source, out, Recipe(rounding="nearest"))
+    data, before = out.read_bytes(), source.stat()
+    weight[5, 5] = 50.0
+    save_file({"a.weight": weight}, tmp_path / "other")
+    os.utime(tmp_path / "other", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(tmp_path / "other", source)
+    with pytest.raises(OutputExistsError, match="made from something else"):
+        quantize_file(source, out, Recipe(rounding="nearest"))
+    assert out.read_bytes() == data
+    assert not quantize_file(source, out, Recipe(rounding="nearest"), overwrite=True).already_done
+    assert out.read_bytes() != data
+
+
+def test_a_finished_file_is_not_made_again_though_it_may_be_overwritten(model_file, tmp_path, monkeypatch):
+    source, out = model_file(), tmp_path / "out.safetensors"
+    quantize_file(source, out)
+    made = made_layers(monkeypatch)
+    assert quantize_file(source, out, overwrite=True).already_done and not made
 
 
 @pytest.mark.parametrize("content", [b"", b"some text that was here before", None], ids=["empty", "text", "a model"])
@@ -664,3 +704,12 @@ def test_inputs_that_fp8_would_flush_get_a_scale(model_file, tmp_path, recipe, s
         codes = (inputs / scale).to(torch.float8_e4m3fn).float()
         assert (codes * scale - inputs).norm() < 0.03 * inputs.norm()
     assert verify_file(tmp_path / "q").problems == []
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "comfy_quant", "input_scale"])
+def test_a_source_that_has_what_quantizing_makes_is_refused(tmp_path, listing, suffix):
+    """The output would hold the name twice, or a scale that belongs to other codes."""
+    save_file({"a.weight": torch.randn(16, 16), f"a.{suffix}": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(SourceError, match=f"a.{suffix} stands beside a weight in full precision|quantized already|comfy_quant"):
+        quantize_file(tmp_path / "model.safetensors", tmp_path / "out.safetensors", Recipe(preset="none", rounding="nearest"))
+    assert listing() == ["model.safetensors"]

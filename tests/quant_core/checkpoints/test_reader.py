@@ -60,7 +60,7 @@ def test_tensors_come_in_the_order_of_the_file(tmp_path):
         {"b": torch.zeros(2), "a": torch.zeros(3), "c": torch.zeros(4, dtype=torch.int64)}, tmp_path / "a.safetensors"
     )
     with SafetensorsFile(tmp_path / "a.safetensors") as source:
-        offsets = [source._offsets[name] for name in source.tensors]
+        offsets = [source._begins[name] for name in source.tensors]
         assert offsets == sorted(offsets) and len(source.tensors) == 3
 
 

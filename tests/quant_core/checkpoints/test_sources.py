@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections import OrderedDict
 
 import gguf
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, cli, quantize_file
 from learned_rounding.quant_core.checkpoints import SafetensorsFile, open_source, verify_file
+from learned_rounding.quant_core.checkpoints.dtypes import DTYPE_NAMES
 from learned_rounding.quant_core.errors import MissingPackageError, OutputError, SourceError
 from learned_rounding.quant_core.pipeline import output_name
 
@@ -68,6 +70,34 @@ def test_a_folder_of_one_file(model_file, tmp_path):
 def test_pickles_of_weights(model, model_file, tmp_path, suffix, wrap, new):
     torch.save(wrap(model()), tmp_path / f"model{suffix}", _use_new_zipfile_serialization=new)
     assert same(tmp_path / f"model{suffix}", model_file, tmp_path)
+
+
+UNTYPED = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)  # no dtypes of torch 1.5
+
+
+def views() -> dict[str, torch.Tensor]:
+    """Of every dtype, and of storages that others share: slices, transposed, with gaps, empty, without dimensions."""
+    base = torch.arange(96.0).view(8, 12)
+    made = {"whole": base, "turned": base.t(), "columns": base[:, 2:5], "rows": base[3:5], "every other": base[::2, ::3], "none": base[:0]}
+    made |= {"one": torch.tensor(7), "parameter": torch.nn.Parameter(base[1]), "conv": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)}
+    return made | {str(dtype): torch.ones(6, dtype=dtype) for dtype in DTYPE_NAMES}
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}], ids=["zip", "before 1.6", "protocol 4"])
+def test_pickles_hold_what_torch_reads_from_them(tmp_path, options):
+    path = tmp_path / "model.pt"
+    old = not options.get("_use_new_zipfile_serialization", True)
+    kept = {name: tensor for name, tensor in views().items() if not (old and tensor.dtype in UNTYPED)}
+    torch.save(OrderedDict(kept) | {"epoch": 3, "names": ["a"], "when": {1: (2.5, None)}}, path, **options)
+    with open_source(path) as opened:
+        assert opened.tensors.keys() == kept.keys()
+        for name, tensor in torch.load(path, weights_only=False).items():
+            if isinstance(tensor, torch.Tensor):
+                read = opened.read(name)
+                assert read.dtype == tensor.dtype and read.shape == tensor.shape and read.is_contiguous()
+                raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+                assert torch.equal(read.flatten().view(torch.uint8), raw)
+                assert opened.sample(name, len(raw) // 3, len(raw) // 2) == raw[len(raw) // 3 :][: len(raw) // 2].numpy().tobytes()
 
 
 class Evil:
@@ -214,3 +244,19 @@ def test_gguf_needs_its_package(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingPackageError, match="pip install gguf"):
         open_source(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name")
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", INDEX.removeprefix("model")])
+def test_a_pipe_is_no_model(tmp_path, suffix):
+    """Nobody is at its other end: who waits, waits forever."""
+    os.mkfifo(tmp_path / f"model{suffix}")
+    with pytest.raises(SourceError, match="no ordinary file"):
+        open_source(tmp_path / f"model{suffix}")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", INDEX.removeprefix("model")])
+def test_names_that_no_disk_takes(tmp_path, name, suffix):
+    with pytest.raises(SourceError, match="cannot be opened"):
+        open_source(tmp_path / f"{name}{suffix}")
