@@ -1,10 +1,9 @@
 """Inspect: what is in a model file, as ``lrq inspect`` tells it."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..quant_core.checkpoints import inspect_file
 from . import host
-from .progress import shown_text
 from .schema import checked, schema, widget
 
 __all__ = ["Inspect"]
@@ -43,4 +42,4 @@ class Inspect(io.ComfyNode):
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
         text = str(inspect_file(host.FileSource.choose(model, "").path))
-        return io.NodeOutput(text, ui=shown_text(text))
+        return io.NodeOutput(text, ui=ui.PreviewText(text))

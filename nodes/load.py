@@ -1,6 +1,6 @@
 """Load Model: a file from ComfyUI's own folders as a light source; no weight is read yet."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..quant_core.checkpoints import Source as Weights
 from ..quant_core.checkpoints.inspect import quantized_formats
@@ -8,7 +8,6 @@ from ..quant_core.errors import QuantizationError, SourceError
 from ..quant_core.recipes import Recipe
 from ..quant_core.report import human_bytes
 from . import host
-from .progress import shown_text
 from .schema import Source, checked, schema, widget
 
 __all__ = ["LoadModel"]
@@ -74,7 +73,7 @@ class LoadModel(io.ComfyNode):
         if formats or decoded:
             state = f"already quantized: {', '.join(formats or decoded)}{'' if formats else ', to be decoded first'}"
         return io.NodeOutput(
-            source, ui=shown_text(f"{source.path.name}: {size}, {count} tensors, {state}\n{family}")
+            source, ui=ui.PreviewText(f"{source.path.name}: {size}, {count} tensors, {state}\n{family}")
         )
 
 

@@ -1,9 +1,8 @@
 """Load Calibration: a saved calibration, for the model it was made with or another of the same architecture."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from . import host
-from .progress import shown_text
 from .schema import CalibrationType, checked, schema, widget
 
 __all__ = ["LoadCalibration"]
@@ -45,4 +44,4 @@ class LoadCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         calibration, text = host.load_calibration(file)
-        return io.NodeOutput(calibration, ui=shown_text(text))
+        return io.NodeOutput(calibration, ui=ui.PreviewText(text))

@@ -1,11 +1,10 @@
 """Load Quantized Model: a quantized file in any format of ours, on any ComfyUI, without its own loaders' help."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..quant_core.checkpoints import SafetensorsFile
 from ..quant_core.checkpoints.inspect import quantized_formats
 from . import host
-from .progress import shown_text
 from .schema import checked, schema, widget
 
 __all__ = ["LoadQuantized"]
@@ -60,4 +59,4 @@ class LoadQuantized(io.ComfyNode):
             formats = quantized_formats(opened)
         decoded = [name for name in formats if not host.knows(name)]
         how = f"decoded as they run: {', '.join(decoded)}" if decoded else "run by ComfyUI itself"
-        return io.NodeOutput(*outputs, ui=shown_text(f"{source.path.name}: {', '.join(formats)}, {how}"))
+        return io.NodeOutput(*outputs, ui=ui.PreviewText(f"{source.path.name}: {', '.join(formats)}, {how}"))

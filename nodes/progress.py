@@ -22,13 +22,13 @@ from ..quant_core.events import (
 from ..quant_core.report import Report
 from . import host
 
-__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route", "shown_text"]
+__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route"]
 
 EVENT = "learned_rounding.progress"
 ROUTE = "/learned_rounding/progress"
+_IDS = "LearnedRounding"  # begin so, those of our nodes
 _WORST = 5
 _RUNS = 16  # whose messages are kept; 1 MB each for a model of 2,000 layers
-_TEXTS = 256  # that are kept, of nodes that show one
 
 
 def _reason(error: BaseException) -> str:
@@ -124,37 +124,18 @@ _PAYLOADS = {
 
 # (workflow, node) → the messages of its latest run, the latest runs last.
 _runs: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
-# The same of the texts that nodes show, a message each.
-_texts: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
-
-
-def _keep(kept: OrderedDict, node_id: str, run: dict, messages: list[dict], most: int) -> None:
-    if run["workflow"] is None:
-        return
-    key = run["workflow"], node_id
-    kept[key] = messages
-    kept.move_to_end(key)
-    while len(kept) > most:
-        kept.popitem(last=False)
-
-
-def shown_text(*lines: str) -> dict[str, list[str]]:
-    """The ``ui`` of the running node, which shows a text; a page that is reloaded asks for it too."""
-    node_id, run = host.running_node(), host.running_prompt()
-    _keep(_texts, node_id, run, [{"node": node_id, **run, "seq": 0, "state": "text", "text": list(lines)}], _TEXTS)
-    return {"text": list(lines)}
-
 
 def _messages_of(query: Mapping[str, str]) -> list[list[dict]]:
-    """For each node of a workflow that ran lately, all messages of its latest run, in order, or its text.
+    """For each node of a workflow that ran lately, all messages of its latest run, in order, or what text it showed last.
 
     Raises:
         ValueError: the query names no workflow.
     """
     if not query.get("workflow"):
         raise ValueError(f"{ROUTE} needs the id of a workflow: ?workflow=ID")
-    kept = (*_runs.items(), *_texts.items())
-    return [list(messages) for (workflow, _), messages in kept if workflow == query["workflow"]]
+    runs = [list(messages) for (workflow, _), messages in tuple(_runs.items()) if workflow == query["workflow"]]
+    texts = host.latest_texts(query["workflow"], _IDS)
+    return runs + [[{"node": node, "state": "text", "text": text}] for node, text in texts.items()]
 
 
 def add_progress_route() -> None:
@@ -170,7 +151,12 @@ class NodeProgress:
         self._bar = None
         self._run = {"node": node_id, **host.running_prompt()}
         self._messages: list[dict] = []
-        _keep(_runs, node_id, self._run, self._messages, _RUNS)
+        if self._run["workflow"] is not None:
+            key = self._run["workflow"], node_id
+            _runs[key] = self._messages
+            _runs.move_to_end(key)
+            while len(_runs) > _RUNS:
+                _runs.popitem(last=False)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, LayerMeasured) and event.index == 0:

@@ -3,7 +3,6 @@
 from comfy_api.latest import io
 
 from . import host
-from .progress import shown_text
 from .schema import QuantizedType, checked, schema, widget
 
 __all__ = ["SaveQuantized"]
@@ -47,4 +46,4 @@ class SaveQuantized(io.ComfyNode):
     def execute(cls, quantized, filename_prefix, folder) -> io.NodeOutput:
         saved = host.save(quantized, filename_prefix, folder)
         paths = "\n".join(str(path) for path in saved)
-        return io.NodeOutput(paths, ui=shown_text(paths, host.verify_saved(quantized, saved)))
+        return io.NodeOutput(paths, ui={"text": [paths, host.verify_saved(quantized, saved)]})

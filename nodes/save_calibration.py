@@ -1,9 +1,8 @@
 """Save Calibration: statistics under a lasting name, for other fine-tunes and for the command line."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from . import host
-from .progress import shown_text
 from .schema import CalibrationType, checked, schema, widget
 
 __all__ = ["SaveCalibration"]
@@ -41,4 +40,4 @@ class SaveCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, calibration, filename_prefix) -> io.NodeOutput:
         path = str(host.save_calibration(calibration, filename_prefix))
-        return io.NodeOutput(path, ui=shown_text(path))
+        return io.NodeOutput(path, ui=ui.PreviewText(path))

@@ -27,10 +27,10 @@ from .quantizing import Quantized, quantize
 from .running import (
     add_route,
     is_interrupt,
+    latest_texts,
     outputs_in_use,
     outputs_in_use_of_running_prompt,
     progress_bar,
-    running_node,
     running_prompt,
     send,
 )
@@ -57,6 +57,7 @@ __all__ = [
     "is_interrupt",
     "KEEP",
     "knows",
+    "latest_texts",
     "load_calibration",
     "load_quantized",
     "model_files",
@@ -68,7 +69,6 @@ __all__ = [
     "quantize",
     "Quantized",
     "quantized_layers",
-    "running_node",
     "running_prompt",
     "safetensors_files",
     "samplers",

@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 import comfy.model_management
 import comfy.utils
 from aiohttp import web
-from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 __all__ = [
     "add_route",
     "is_interrupt",
+    "latest_texts",
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",
     "progress_bar",
-    "running_node",
     "running_prompt",
     "send",
     "show",
@@ -52,18 +51,31 @@ def _running() -> tuple | None:
     return running[0] if running else None
 
 
-def running_node() -> str:
-    """The id of the node that runs."""
-    return get_executing_context().node_id
-
-
 def running_prompt() -> dict[str, str | None]:
     """The ids of the prompt now running and of its workflow, which a prompt that came from no page has not."""
     running = _running()
     if running is None:
         return {"prompt": None, "workflow": None}
-    workflow = (running[3].get("extra_pnginfo") or {}).get("workflow")
-    return {"prompt": running[1], "workflow": (workflow.get("id") or None) if isinstance(workflow, dict) else None}
+    return {"prompt": running[1], "workflow": _workflow(running)}
+
+
+def _workflow(item: tuple) -> str | None:
+    """The id of the workflow of a queue item."""
+    info = item[3].get("extra_pnginfo")
+    workflow = info.get("workflow") if isinstance(info, dict) else None
+    return (workflow.get("id") or None) if isinstance(workflow, dict) else None
+
+
+def latest_texts(workflow: str, classes: str) -> dict[str, list[str]]:
+    """Node id → the text that it showed last, of nodes whose class begins with ``classes``, in prompts of a workflow that ended."""
+    queue, found = PromptServer.instance.prompt_queue, {}
+    with queue.mutex:
+        for entry in queue.history.values():
+            nodes = entry["prompt"][2] if _workflow(entry["prompt"]) == workflow else {}
+            for node_id in nodes.keys() & entry["outputs"].keys():
+                if nodes[node_id]["class_type"].startswith(classes) and "text" in entry["outputs"][node_id]:
+                    found[node_id] = list(entry["outputs"][node_id]["text"])
+    return found
 
 
 def send(event: str, payload: dict, *, everyone: bool = False) -> None:

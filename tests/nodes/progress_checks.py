@@ -23,7 +23,8 @@ def stopped() -> dict:
     """The messages of runs that end by an error."""
     sent = []
     with_prompt = {"prompt": "1", "workflow": "2"}
-    host.running_prompt, host.send = lambda: with_prompt, lambda event, message, everyone: sent.append(message["reason"])
+    host.running_prompt, host.latest_texts = lambda: with_prompt, lambda *_: {}  # there is no server here
+    host.send = lambda event, message, everyone: sent.append(message["reason"])
     for error in (*(QuantizationError(text.format(MODELS)) for text in ERRORS), OSError(2, "no such file", str(MODELS / "x"))):
         try:
             with progress.NodeProgress("3"):

@@ -8,6 +8,7 @@ import pytest
 from learned_rounding.benchmarks.tiny_model.graph import MODEL
 from learned_rounding.hosts.browser import load_workflow, queue_prompt, visit
 from learned_rounding.tests.nodes.probing import ProbedGraph
+from learned_rounding.tests.web.test_widgets import node_box, pixels
 
 pytestmark = pytest.mark.browser
 
@@ -52,7 +53,8 @@ def text(page, node):
 def test_inspect_shows_what_the_file_holds_and_still_does_after_a_reload(comfy, page):
     graph = ProbedGraph()
     graph.add("LearnedRoundingInspect", model=f"diffusion_models/{MODEL}")
-    saved = run(page, graph)
+    run(page, graph)
+    saved = run(page, graph)  # of another workflow, for which ComfyUI has the result at hand
     shown = text(page, "LearnedRoundingInspect")
     assert MODEL in shown and "tensors" in shown
     with contextlib.closing(page.context.new_page()) as again:
@@ -98,19 +100,29 @@ def test_calibrate_tells_of_its_steps_and_shows_its_pictures_and_the_file_that_h
 
 
 def test_what_is_refused_is_shown_on_its_node(graph):
-    keep = """() => {
-        const node = window.app.graph.getNodeById(2)
-        node.widgets.find(({name}) => name === 'keep').value = '(unclosed'
-    }"""
-    graph.evaluate(keep)
+    """Last in this file: newer pages leave their list of errors open."""
+    graph.evaluate("() => { window.app.graph.getNodeById(2).widgets.find(({name}) => name === 'keep').value = '(unclosed' }")
     refused = queue_prompt(graph)
     assert refused["type"] == "refused" and list(refused["data"]["node_errors"]) == ["2"]
-    graph.wait_for_function("() => window.app.graph.getNodeById(2).has_errors")
-    assert graph.evaluate("() => window.app.graph._nodes.filter((node) => node.has_errors).map(({id}) => Number(id))") == [2]
+    words = graph.get_by_text("is no regular expression")
     details = graph.get_by_role("button", name="View details")
-    words = graph.get_by_text("'(unclosed' is no regular expression").first
-    details.or_(words).first.wait_for()
-    if details.is_visible():
-        details.click()
-    words.wait_for()
-    graph.keyboard.press("Escape")
+    words.or_(details).first.wait_for()
+    if details.count():
+        details.first.click()
+        graph.get_by_role("button", name="Info for Configure Quantization - keep").click()
+        words.first.wait_for()
+    else:
+        words.first.wait_for()
+        graph.keyboard.press("Escape")
+        words.first.wait_for(state="hidden")
+    assert (red(graph, 2, "LearnedRoundingConfigure"), red(graph, 4, "LearnedRoundingSave")) == (True, False)
+
+
+def red(page, node, kind):
+    """Whether a node of that type has a red edge."""
+    page.evaluate(_FOCUS, kind)
+    page.mouse.move(2, 500)
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    left, top, *_ = node_box(page, node)
+    edge = pixels(page, {"x": left - 10, "y": top + 60, "width": 14, "height": 20})
+    return any(one > 100 and one > 2 * max(other, third) for one, other, third in edge)
