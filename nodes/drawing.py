@@ -96,15 +96,17 @@ def bar_chart(title: str, x_label: str, y_label: str, edges: Sequence[float], he
 def named_bars(title: str, x_label: str, y_label: str, bars: Mapping[str, float]) -> Image.Image:
     """A bar of each value over its name."""
     edges = [number + 0.5 for number in range(len(bars) + 1)]
-    return _bars(title, x_label, y_label, edges, list(bars.values()), _labelled(list(bars)))
+    return _bars(title, x_label, y_label, edges, list(bars.values()), _labelled(list(bars)), share=0.5)
 
 
-def _bars(title: str, x_label: str, y_label: str, edges, heights, xs: Mapping[float, str]) -> Image.Image:
+def _bars(title: str, x_label: str, y_label: str, edges, heights, xs: Mapping[float, str], share: float = 1.0) -> Image.Image:
+    """``share``: how much of the room between two edges a bar takes."""
     finite = [height if math.isfinite(height) else 0.0 for height in heights]
     ys = _ticks(min(0.0, *finite), max(1e-9, *finite))
     axes = _Axes(title, x_label, y_label, (edges[0], edges[-1]), xs, ys)
     for left, right, height in zip(edges, edges[1:], finite, strict=False):
-        (x0, y0), (x1, y1) = axes.at(left, 0), axes.at(right, height)
+        margin = (right - left) * (1 - share) / 2
+        (x0, y0), (x1, y1) = axes.at(left + margin, 0), axes.at(right - margin, height)
         if height:
             axes.draw.rectangle((x0 + 1, min(y0, y1), max(x1 - 1, x0 + 1), max(y0, y1)), fill=_COLOURS[0])
     return axes.image
