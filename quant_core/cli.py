@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .. import kernels
 from .calibration import CalibrationFile
@@ -32,7 +33,7 @@ from .requantize import DecodedSource
 from .rounding import OPTIONS, ROUNDINGS
 from .rounding.methods import Option
 
-__all__ = ["EXIT_CODES", "main"]
+__all__ = ["EXIT_CODES", "main", "run"]
 
 EXIT_CODES = {
     0: "done, or done already",
@@ -523,6 +524,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open(os.devnull, "w") as nowhere:  # or Python would complain of it once more when it ends
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 141
+
+
+def run() -> NoReturn:
+    """The process ``lrq``. It ends as soon as :func:`main` has: neither a disk that hangs nor torch's own end keeps it."""
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(args: argparse.Namespace) -> int:

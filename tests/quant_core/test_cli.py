@@ -721,6 +721,12 @@ def run(command: list, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
+def test_the_process_waits_for_no_thread_that_hangs(tmp_path):
+    code = "import sys, threading; from learned_rounding.quant_core import cli; threading.Thread(target=threading.Event().wait).start(); cli.run()"
+    result = subprocess.run([sys.executable, "-c", code, "formats"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert result.returncode == 0 and "int8_blockwise" in result.stdout, result.stderr
+
+
 def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, listing):
     """A copy, with a version of its own: nothing of an installed package may answer in its place."""
     clone = tmp_path / "custom_nodes" / "ComfyUI-Learned-Rounding"
