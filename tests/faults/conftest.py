@@ -15,13 +15,13 @@ RECIPES = {"int8 per row": Recipe(format="int8_tensorwise"), "fp8 stochastic": R
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Eight layers, half of them with an odd number of codes, biases, a layer with NaN and norms."""
+    """Eight layers, half of them with an odd number of codes, one large enough that a thread sums its bytes; biases, NaN, norms."""
     generator = torch.Generator().manual_seed(seed)
     made = {"step": torch.tensor(7), "patch.weight": torch.randn(16, 3, 3, 3, generator=generator)}
     for block in range(4):
         made[f"blocks.{block}.qkv.weight"] = torch.randn(96, 64, generator=generator).bfloat16()
         made[f"blocks.{block}.qkv.bias"] = torch.randn(96, generator=generator).bfloat16()
-        made[f"blocks.{block}.mlp.weight"] = torch.randn(63, 65, generator=generator)
+        made[f"blocks.{block}.mlp.weight"] = torch.randn(*((259, 257) if block == 3 else (63, 65)), generator=generator)
         made[f"blocks.{block}.norm.weight"] = torch.ones(65)
     made["blocks.2.qkv.weight"][3, 5] = float("nan")
     return made

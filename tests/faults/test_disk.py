@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -256,6 +257,27 @@ def test_odd_file_names(tmp_path, name, tried):
     tried("a file name with odd characters", 1, "whole or none")
 
 
+@pytest.fixture
+def small_disk(tmp_path_factory):
+    """A file system of its own with room for 64 KiB, where this machine lets a test have one."""
+    folder = tmp_path_factory.mktemp("disk")
+    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(one_case, small_disk, tried):
+    for room in (0, 20_000, 60_000):
+        (small_disk / "other").write_bytes(bytes(60_000 - room))
+        with pytest.raises(OutputError, match="The disk is full"):
+            quantize_file(one_case.source, small_disk / "out.safetensors", one_case.recipe, device="cpu")
+        assert [path.name for path in small_disk.iterdir()] == ["other"]
+    one_case.again()
+    tried("a file system of 64 KiB that fills up", 3, "none, one sentence, next run works")
+
+
 def test_the_command_line_prints_names_that_its_terminal_cannot(tmp_path, tried):
     case = make_case(tmp_path, name="\udcff 漢.safetensors")
     command = [sys.executable, "-m", "learned_rounding", "quantize", "-i", case.source, "-o", case.target, "--int8", "--device", "cpu"]
@@ -431,7 +453,7 @@ def test_a_calibration_that_changes_below_a_run_makes_no_file(one_case, often, t
 
     def statistics(seed):
         inputs = torch.randn(200, 65, generator=torch.Generator().manual_seed(seed))
-        return save({f"blocks.{block}.mlp.gram": inputs.t() @ inputs / 200 for block in range(4)})
+        return save({f"blocks.{block}.mlp.gram": inputs.t() @ inputs / 200 for block in range(3)})
 
     def listener(event):
         if isinstance(event, LayerStarted) and event.index == 4:

@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,32 @@ def test_killed_anywhere_the_next_run_ends_the_same(case, often, tried):
         case.again()
         case.clear()
     tried("kill -9 at a random point, or in the middle of a write", len(tries), "whole or none")
+
+
+def test_killed_from_outside_at_a_random_time(one_case, often, tried):
+    """SIGKILL by another process, at no point of the run's own choosing."""
+    command = [sys.executable, "-m", "learned_rounding", "quantize", "-i", one_case.source, "-o", one_case.target, "--int8", "--device", "cpu"]
+    began = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    whole, draw, killed_runs = time.perf_counter() - began, random.Random(SEED), 0
+    expected = one_case.target.read_bytes()
+    one_case.clear()
+    count = often(6, 60)
+    for _ in range(count):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=whole * draw.uniform(0.5, 1.0))  # the first half only imports torch
+        except subprocess.TimeoutExpired:
+            process.kill()
+            killed_runs += 1
+        process.wait()
+        assert not one_case.target.exists() or one_case.target.read_bytes() == expected
+        subprocess.run(command, check=True, capture_output=True)
+        assert one_case.target.read_bytes() == expected
+        assert {path.name for path in one_case.target.parent.iterdir()} == {one_case.source.name, one_case.target.name}
+        one_case.clear()
+    assert killed_runs
+    tried("kill -9 by another process at a random time", count, "whole or none")
 
 
 def test_killed_again_and_again(case, often, tried):
