@@ -258,7 +258,7 @@ class SafetensorsWriter:
                 return False
             opened.pop_all()
         self._file, self._journal, self._partial, self._layout, self.notes = file, journal, partial, layout, notes
-        self._flushing = self._synced = layout.end
+        self._flushing, self._synced = layout.end, self._taken()
         return True
 
     def _whole(self, file: BinaryIO, journal: Journal, run: str) -> tuple[_Layout, list[object], int]:
@@ -326,8 +326,12 @@ class SafetensorsWriter:
         """All tensors since the last note belong together; ``value`` (JSON) is what another run needs to know of them."""
         with self._access():
             self._journal.append({"note": value})
-            if self._lasting and self._layout.end - self._synced >= _SYNC:
+            if self._lasting and self._taken() - self._synced >= _SYNC:
                 self._sync_beside()
+
+    def _taken(self) -> int:
+        """Bytes in both files."""
+        return self._layout.end + self._journal.file.tell()
 
     def _append(self, views: Iterable[memoryview]) -> int:
         """Returns the checksum, which is made while the system takes the bytes."""
@@ -360,7 +364,7 @@ class SafetensorsWriter:
                 opened.callback(os.close, copies[-1])
             self._syncing = self._beside.submit(_sync, copies)
             opened.pop_all()
-        self._synced = self._layout.end
+        self._synced = self._taken()
 
     def _flush(self) -> None:
         end = self._layout.end

@@ -83,10 +83,11 @@ def _cancel(event):
 
 
 def held() -> tuple[int, int, int]:
-    """Threads of ours, open files, bytes of memory of this process."""
+    """Threads of ours, open files, bytes of memory of this process, without what only Python's collector has still to find."""
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("learned-rounding")]
     for thread in threads:
         thread.join(timeout=60)
+    gc.collect()
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return sum(thread.is_alive() for thread in threads), len(os.listdir("/proc/self/fd")), resident
 
