@@ -10,6 +10,7 @@ import stat
 import struct
 import threading
 import zipfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,7 +59,7 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
-class StoredTensors:
+class StoredTensors(ABC):
     """Tensors that lie as plain values in an open file, as a :class:`~.source.SampledSource`. A context manager; reading is thread-safe.
 
     What kind of file it is, is a subclass: its ``_parse`` tells where each tensor lies.
@@ -90,9 +91,9 @@ class StoredTensors:
                 raise SourceError(f"{self.path} is damaged ({error}); fetch it again.") from None
             raise
 
+    @abstractmethod
     def _parse(self) -> None:
         """Place all tensors; anything that a damaged file may cause can be raised."""
-        raise NotImplementedError
 
     def _place(self, name: str, info: TensorInfo, begin: int, span: int | None = None) -> None:
         """A tensor whose values lie from byte ``begin`` of the file on, in ``span`` bytes if not in its own number."""

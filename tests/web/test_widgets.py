@@ -339,8 +339,9 @@ def test_long_names_and_kept_layers_stay_inside(graph):
     assert node[0] < inside[0] and node[1] < inside[1] and inside[2] < node[2] and inside[3] < node[3], (inside, node)
 
 
-def test_events_reach_a_node_in_a_subgraph(graph):
-    outer, inner = graph.evaluate(
+def into_subgraph(graph) -> tuple[int, int]:
+    """Makes a subgraph of the node and opens it; returns the ids of the subgraph's node and of ours in it."""
+    ids = graph.evaluate(
         """(id) => {
             const {graph, canvas} = window.app
             const {node} = graph.convertToSubgraph(new Set([graph.getNodeById(id)]))
@@ -350,6 +351,11 @@ def test_events_reach_a_node_in_a_subgraph(graph):
         QUANTIZE,
     )
     graph.locator(".lr-progress").wait_for(state="visible")
+    return tuple(ids)
+
+
+def test_events_reach_a_node_in_a_subgraph(graph):
+    outer, inner = into_subgraph(graph)
     send(graph, start(2), layer(0, 2, 0.01), node=f"{outer}:{inner}")
     assert panel(graph)["percent"] == 50
     send(graph, layer(1, 2, 0.01), node=f"{outer}:{inner}9")
@@ -496,16 +502,7 @@ def test_adding_a_rule_is_a_step_of_its_own_to_undo(graph):
 
 
 def test_a_rule_finds_configure_from_inside_a_subgraph(graph):
-    outer, inner = graph.evaluate(
-        """(id) => {
-            const {graph, canvas} = window.app
-            const {node} = graph.convertToSubgraph(new Set([graph.getNodeById(id)]))
-            canvas.setGraph(node.subgraph)
-            return [node.id, node.subgraph._nodes[0].id]
-        }""",
-        QUANTIZE,
-    )
-    graph.locator(".lr-progress").wait_for(state="visible")
+    outer, inner = into_subgraph(graph)
     send(graph, start(4), layer(0, 4, 0.02), node=f"{outer}:{inner}")
     point(graph, 2, 4, click=True)
     graph.get_by_role("button", name="Add to keep").click()
