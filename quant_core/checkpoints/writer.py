@@ -47,6 +47,7 @@ _PARTIAL, _JOURNAL = ".partial", ".journal"
 _SPILL = 1 << 24
 _FLUSH = 1 << 26
 _SYNC = 1 << 28  # bytes between two calls for the disk to have them; a power cut costs these and what it was behind with
+_NO_MORE = "cannot schedule new futures"  # Python to who wants a thread when the process ends below a run: the next run goes on with it
 _WORTH_A_THREAD = 1 << 16  # bytes that take longer to sum than to hand over
 _LOCKED_BYTE = 2**31 - 2  # the last that Windows' own library can lock
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # what locking says of a file that another has
@@ -218,7 +219,7 @@ class SafetensorsWriter:
         self._beside = ThreadPoolExecutor(2, thread_name_prefix="learned-rounding-disk")  # one sums while another waits for the disk
         self._syncing: Future | None = None
         self._lasting, self._overwrite, self._parse = run is not None, overwrite, parse
-        self._writing, self._over, self.stood = threading.Lock(), False, False
+        self._writing, self._over, self._left, self.stood = threading.Lock(), False, False, False
         self._made = [folder for folder in self.path.parents if not os.path.lexists(folder)]
         with self._access():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -469,6 +470,8 @@ class SafetensorsWriter:
 
     def _remove(self) -> None:
         """The partial file, the journal, and folders made for nothing; a disk that refuses leaves it to the next run."""
+        if self._left:
+            return
         removals = [(os.rmdir, folder) for folder in self._made]
         if self._partial is not None:
             removals = [(os.unlink, self._partial), (os.unlink, self._partial.with_suffix(_JOURNAL)), *removals]
@@ -485,5 +488,6 @@ class SafetensorsWriter:
     def __enter__(self) -> "SafetensorsWriter":
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, kind, error, trace) -> None:
+        self._left = self._lasting and isinstance(error, RuntimeError) and _NO_MORE in str(error)
         self.abort()

@@ -91,6 +91,40 @@ def test_killed_from_outside_at_a_random_time(one_case, often, tried):
     tried("kill -9 by another process at a random time", count, "whole or none")
 
 
+_ENDING = """
+import concurrent.futures.thread, sys, threading, time
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.events import LayerFinished
+
+reached, over = threading.Event(), threading.Event()
+concurrent.futures.ThreadPoolExecutor(1).submit(over.wait)  # Python ends when its threads have, and the run goes on till then
+
+def on_event(event):
+    if isinstance(event, LayerFinished) and event.index == 4:
+        reached.set()
+        while not concurrent.futures.thread._shutdown:
+            time.sleep(0.01)
+
+def work():
+    try:
+        quantize_file(sys.argv[1], sys.argv[2], Recipe.from_json(sys.argv[3]), device="cpu", on_event=on_event)
+    finally:
+        over.set()
+
+threading.Thread(target=work, daemon=True).start()
+reached.wait()
+"""
+
+
+def test_a_process_that_ends_below_a_run_leaves_it_to_the_next(case, tried):
+    """As a server that is told to end: Python refuses threads more work while the run is still at it."""
+    subprocess.run([sys.executable, "-c", _ENDING, case.source, case.target, case.recipe.to_json()], check=True, capture_output=True, timeout=120)
+    case.check(complete=False)
+    assert quantize_file(case.source, case.target, case.recipe, device="cpu").taken_up >= 3
+    case.again()
+    tried("the process ends in order in the middle of a run", 1, "goes on, same bytes")
+
+
 def test_killed_again_and_again(case, often, tried):
     """Each run gets a little further than the one before, until one ends."""
     steps, deaths = often(32, 28), 0  # the end alone takes two dozen
