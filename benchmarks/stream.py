@@ -7,7 +7,6 @@ peak memory is its own; ``cp`` and the passes take turns on the same disk, and a
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from learned_rounding.benchmarks.harness import arguments, finish
+from learned_rounding.benchmarks.memory import peak_memory
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.checkpoints import SafetensorsWriter, TensorInfo, header_bytes
 
@@ -53,17 +53,17 @@ def one_pass(source: str, target: str, name: str) -> None:
     """Child process: run one pass and print its numbers as JSON."""
     if torch.cuda.is_available():
         torch.zeros(1, device="cuda")  # start the driver before the clock
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     report = quantize_file(source, target, PASSES[name])
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory()
     print(
         json.dumps(
             {
                 "seconds": seconds,
-                "peak_rss_mb": peak / 1024,
-                "rss_before_mb": before / 1024,
+                "peak_rss_mb": peak / 1e6,
+                "rss_before_mb": before / 1e6,
                 "bytes_out": report.bytes_out,
             }
         )

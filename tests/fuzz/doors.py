@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import os
 import re
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from learned_rounding.benchmarks.memory import peak_memory
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import CalibrationFile
 from learned_rounding.quant_core.checkpoints import inspect_file, open_source, verify_file
@@ -116,19 +116,12 @@ def refused(door: Callable, thing: object) -> QuantizationError | None:
 @contextmanager
 def bounded() -> Iterator[None]:
     """What happens inside takes little memory of any kind, torch's too, and little time of the processor."""
-    began, before = time.process_time(), _resident("VmRSS")
     if sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    began, before = time.process_time(), peak_memory()
     yield
-    assert _resident("VmHWM") - before < MEMORY
+    assert peak_memory() - before < MEMORY
     assert time.process_time() - began < SECONDS
-
-
-def _resident(key: str) -> int:
-    if sys.platform != "linux":
-        return 0
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines())
-    return int(lines[key].split()[0]) << 10
 
 
 def tried_all(path: Path) -> dict[str, QuantizationError | None]:

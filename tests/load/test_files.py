@@ -64,23 +64,20 @@ HEADERS = {
 }
 CEILING_OF_A_HEADER = 1e9
 OPEN = """
-import resource, sys
+import sys
+from learned_rounding.benchmarks.memory import peak_memory
 from learned_rounding.quant_core.checkpoints import SafetensorsFile
 from learned_rounding.quant_core.errors import SourceError
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-before = peak()
+before = peak_memory()
 try:
     SafetensorsFile(sys.argv[1])
 except SourceError:
     pass
-print(peak() - before)
+print(peak_memory() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="getrusage counts otherwise elsewhere")
 def test_memory_for_a_header_is_bounded(tmp_path, often, tried):
     kinds, file = often(("objects", "one text"), tuple(HEADERS)), tmp_path / "header.safetensors"
     for kind in kinds:
@@ -96,7 +93,8 @@ SIDES = 8192, 4096  # 64 MiB
 COUNT = 1600
 CEILING = 1e9
 CHILD = """
-import resource, sys
+import sys
+from learned_rounding.benchmarks.memory import peak_memory
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.cli import main
 from learned_rounding.quant_core.events import LayerFinished
@@ -118,7 +116,7 @@ try:
     quantize_file(source, target, Recipe(format="int8_tensorwise", rounding=rounding), device="cpu", on_event=listen)
 except Enough:
     pass
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print("PEAK", peak_memory())
 """
 
 
