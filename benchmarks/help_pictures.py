@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from learned_rounding.benchmarks.screenshots import STYLE, finished
+from learned_rounding.benchmarks.screenshots import SETTINGS, STYLE, finished
 from learned_rounding.benchmarks.tiny_model.examples import EXAMPLES as EXAMPLES_FOLDER
 from learned_rounding.benchmarks.tiny_model.examples import place_further, with_tiny_parts
 from learned_rounding.benchmarks.tiny_model.place import place
@@ -29,6 +29,7 @@ OUT = ROOT / "web" / "docs" / "images"
 COLOURS = 64
 MARGIN = 24  # pixels around the node
 PROMPTS = ("red apple", "owl")
+SOURCE, QUANTIZED, CALIBRATION = "diffusion_models/z_image_turbo_bf16.safetensors", "diffusion_models/z_image_turbo_int8.safetensors", "z_image_turbo"
 # Nodes that an example shows.
 EXAMPLES = {
     "LearnedRoundingLoadModel": "quantize_file",
@@ -39,15 +40,16 @@ EXAMPLES = {
     "LearnedRoundingCompare": "calibrate_and_compare",
     "LearnedRoundingReport": "checkpoint",
 }
-# Nodes that show something after a run. The others show their widgets alone, or ask for a text encoder.
-RUN = {f"LearnedRounding{name}" for name in ("LoadModel", "Quantize", "Save", "Calibrate", "Compare", "Report", "Inspect")}
-# Files that the other workflows name, so that no node is marked for a missing one.
+# Nodes that show their widgets alone, or ask for a text encoder, which the tiny model has not. The others show something after a run.
+NOT_RUN = {f"LearnedRounding{name}" for name in ("Configure", "Options", "CalibrateText", "CompareText")}
+# Files that workflows name, so that no node is marked for a missing one.
 NAMED = (
-    "models/diffusion_models/model.safetensors",
     "models/diffusion_models/z_image_turbo_bf16.safetensors",
+    "models/diffusion_models/z_image_turbo_int8.safetensors",
     "models/text_encoders/t5xxl_fp16.safetensors",
-    "output/calibrations/model_00001_.calib.safetensors",
 )
+
+
 def sampling(graph: Graph, clip: list) -> dict:
     words = {name: graph.add("CLIPTextEncode", clip=clip, text=text)[0] for name, text in (("positive", "a red apple"), ("negative", ""))}
     return words | {"latent_image": graph.add("EmptySD3LatentImage", width=1024, height=1024, batch_size=1)[0]}
@@ -61,7 +63,7 @@ def options() -> Graph:
     graph = Graph()
     chosen = graph.add("LearnedRoundingOptions", optimizer="adamw", num_iter=500)
     recipe = graph.add("LearnedRoundingConfigure", format="int8_tensorwise", granularity="auto", preset="auto", seed=0, rounding="principal", options=chosen[0])
-    source = graph.add("LearnedRoundingLoadModel", model="diffusion_models/model.safetensors")
+    source = graph.add("LearnedRoundingLoadModel", model=SOURCE)
     quantized = graph.add("LearnedRoundingQuantize", source=source[0], recipe=recipe[0])
     graph.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix="model", folder="output")
     return graph
@@ -69,7 +71,7 @@ def options() -> Graph:
 
 def load_quantized() -> Graph:
     graph = Graph()
-    loaded = graph.add("LearnedRoundingLoadQuantized", model="diffusion_models/model.safetensors")
+    loaded = graph.add("LearnedRoundingLoadQuantized", model=QUANTIZED)
     known = sampling(graph, text_encoder(graph)[0])
     graph.add("KSampler", model=loaded[0], seed=0, steps=20, cfg=4, sampler_name="euler", scheduler="simple", denoise=1, **known)
     return graph
@@ -77,21 +79,26 @@ def load_quantized() -> Graph:
 
 def inspect() -> Graph:
     graph = Graph()
-    graph.add("LearnedRoundingInspect", model="diffusion_models/z_image_turbo_bf16.safetensors")
+    graph.add("LearnedRoundingInspect", model=QUANTIZED)
     return graph
 
 
-def calibration() -> Graph:
-    """Calibrate and save in one run, load and quantize in another."""
+def save_calibration() -> Graph:
     graph = Graph()
-    model = graph.add("UNETLoader", unet_name="model.safetensors", weight_dtype="default")
+    model = graph.add("UNETLoader", unet_name=Path(SOURCE).name, weight_dtype="default")
     known = {"seed": 0, "steps": 20, "cfg": 4, "sampler_name": "euler", "scheduler": "simple", "samples": 4, "keep": "full", "tokens": 256}
     made = graph.add("LearnedRoundingCalibrate", model=model[0], **known, **sampling(graph, text_encoder(graph)[0]))
-    graph.add("LearnedRoundingSaveCalibration", calibration=made[0], filename_prefix="model")
-    loaded = graph.add("LearnedRoundingLoadCalibration", file="model_00001_.calib.safetensors")
-    source = graph.add("LearnedRoundingLoadModel", model="diffusion_models/model.safetensors")
+    graph.add("LearnedRoundingSaveCalibration", calibration=made[0], filename_prefix=CALIBRATION)
+    return graph
+
+
+def load_calibration() -> Graph:
+    """Of the file that the workflow above saves."""
+    graph = Graph()
+    loaded = graph.add("LearnedRoundingLoadCalibration", file=f"{CALIBRATION}_00001_.calib.safetensors")
+    source = graph.add("LearnedRoundingLoadModel", model=SOURCE)
     quantized = graph.add("LearnedRoundingQuantize", source=source[0], calibration=loaded[0])
-    graph.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix="model", folder="output")
+    graph.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix="z_image_turbo", folder="output")
     return graph
 
 
@@ -111,8 +118,8 @@ MADE = {
     "LearnedRoundingOptions": options,
     "LearnedRoundingLoadQuantized": load_quantized,
     "LearnedRoundingInspect": inspect,
-    "LearnedRoundingSaveCalibration": calibration,
-    "LearnedRoundingLoadCalibration": calibration,
+    "LearnedRoundingSaveCalibration": save_calibration,
+    "LearnedRoundingLoadCalibration": load_calibration,
     "LearnedRoundingCalibrateText": text_encoders,
     "LearnedRoundingCompareText": text_encoders,
 }
@@ -125,7 +132,7 @@ def take(page, node: str, known: Mapping) -> None:
     else:
         load_workflow(page, MADE[node]())
     workflow = page.evaluate("() => window.app.graph.serialize()")
-    if node in RUN:
+    if node not in NOT_RUN:
         load_workflow(page, with_tiny_parts(copy.deepcopy(workflow), known))
         finished(page, queue_prompt(page, wait=False))
     at = view(page, [node], zoom=1, alone=True)
@@ -147,10 +154,9 @@ def main() -> None:
             path = server.base / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        known = server.object_info()
-        with open_page(server, size=(1400, 1400), timeout=600) as page:
+        with open_page(server, settings=SETTINGS, size=(1400, 1400), timeout=600) as page:
             for node in (*EXAMPLES, *MADE):
-                take(page, node, known)
+                take(page, node, server.object_info())  # with the files that runs before have made
                 print(node, flush=True)
     print(sum(path.stat().st_size for path in OUT.glob("*.png")), "bytes in", OUT)
 

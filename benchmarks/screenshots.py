@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from learned_rounding.benchmarks.tiny_model.examples import place_further, with_tiny_model
-from learned_rounding.benchmarks.tiny_model.graph import MODEL
+from learned_rounding.benchmarks.tiny_model.examples import QUANTIZED, place_further, with_tiny_model
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, Host, available_hosts
 from learned_rounding.hosts.browser import load_workflow, open_page, queue_prompt, view, wait_until_done
@@ -22,8 +21,9 @@ from learned_rounding.hosts.workflows import Graph
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("red apple", "owl", "rocket", "guitar")
-# The page's own word that a job is done lies over the nodes for some seconds, from some moment on.
-STYLE = "[data-testid=queue-notification-banner] { visibility: hidden }"
+# The page's own word that a job is done lies over the nodes for some seconds, from some moment on; its element in the newer and in the older one.
+STYLE = ":is([data-testid=queue-notification-banner], div:has(> button.group.justify-between.rounded-lg)) { visibility: hidden }"
+SETTINGS = {"LiteGraph.Canvas.MinFontSizeForLOD": 0}  # words are words at any zoom
 MARGIN = 12  # pixels of the page around the nodes
 # So many percent of the layers are quantized, or it is over already (also by an error).
 REACHED = """(share) => [...document.querySelectorAll('.lr-progress')].some((panel) =>
@@ -57,7 +57,7 @@ SHOTS = (
 
 def inspect() -> Graph:
     graph = Graph()
-    graph.add("LearnedRoundingInspect", model=f"diffusion_models/{MODEL}")
+    graph.add("LearnedRoundingInspect", model=f"diffusion_models/{QUANTIZED}")
     return graph
 
 
@@ -92,7 +92,8 @@ def take_all(host: Host, out: Path, shots: tuple[Shot, ...], *, vue_nodes: bool,
         place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
         place_further(server.base)
         known = server.object_info()
-        with open_page(server, vue_nodes=vue_nodes, settings={"Comfy.ColorPalette": theme}, size=(1920, 1200), density=density, timeout=600) as page:
+        settings = {**SETTINGS, "Comfy.ColorPalette": theme}
+        with open_page(server, vue_nodes=vue_nodes, settings=settings, size=(1920, 1200), density=density, timeout=600) as page:
             for example, some in groupby(shots, key=lambda shot: shot.example):
                 load_workflow(page, inspect() if example == "inspect" else with_tiny_model(example, known))
                 answer = queue_prompt(page, wait=False)

@@ -7,7 +7,7 @@ import argparse
 import io
 import tempfile
 
-from learned_rounding.benchmarks.screenshots import PROMPTS, ROOT, STYLE, finished
+from learned_rounding.benchmarks.screenshots import PROMPTS, ROOT, SETTINGS, STYLE, finished
 from learned_rounding.benchmarks.tiny_model.examples import place_further, with_tiny_model
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
@@ -38,18 +38,18 @@ def main() -> None:
     hosts = available_hosts()
     if not hosts:
         raise SystemExit("no ComfyUI on this machine: make hosts")
-    with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(hosts[-1], base=base) as server:
-        place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
-        place_further(server.base)
-        known = server.object_info()
-        with open_page(server, size=PAGE, timeout=600) as page:
-            for name in args.only or names:
-                load_workflow(page, with_tiny_model(name, known))
+    for name in args.only or names:
+        # A server of its own: what another example had made, ComfyUI would not make, and show, again.
+        with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(hosts[-1], base=base) as server:
+            place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
+            place_further(server.base)
+            with open_page(server, settings=SETTINGS, size=PAGE, timeout=600) as page:
+                load_workflow(page, with_tiny_model(name, server.object_info()))
                 finished(page, queue_prompt(page, wait=False))
                 view(page, NODES)
                 picture = Image.open(io.BytesIO(page.screenshot(clip=FREE, style=STYLE))).convert("RGB")
-                picture.resize(SIZE, Image.Resampling.LANCZOS).save(FOLDER / f"{name}.jpg", quality=88)
-                print(FOLDER / f"{name}.jpg", flush=True)
+        picture.resize(SIZE, Image.Resampling.LANCZOS).save(FOLDER / f"{name}.jpg", quality=88)
+        print(FOLDER / f"{name}.jpg", flush=True)
 
 
 if __name__ == "__main__":

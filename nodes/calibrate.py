@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from . import host
 from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
-from .progress import NodeProgress
+from .progress import NodeProgress, summary
 from .sampling_inputs import only, pairs, sampling_inputs
 from .schema import CalibrationType, schema, widget
 
@@ -77,7 +77,7 @@ class Calibrate(io.ComfyNode):
     ) -> io.NodeOutput:
         model = only("model", model)
         with NodeProgress(cls.hidden.unique_id) as progress:
-            made, latents, summary = host.calibrate_model(
+            made, latents, told = host.calibrate_model(
                 model,
                 pairs(positive, negative),
                 latent_image,
@@ -94,4 +94,5 @@ class Calibrate(io.ComfyNode):
                 scheduler=only("scheduler", scheduler),
             )
         pictures = host.pictures(model, latents, only("vae", vae))
-        return io.NodeOutput(made, pictures, summary, ui=ui.PreviewImage(pictures, cls=cls))
+        shown = ui.PreviewImage(pictures, cls=cls).as_dict() | summary(progress.finished)
+        return io.NodeOutput(made, pictures, told, ui=shown)

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from . import host
 from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
-from .progress import NodeProgress
+from .progress import NodeProgress, summary
 from .prompts import prompt_lines
 from .schema import CalibrationType, checked, schema, widget
 
@@ -58,7 +58,7 @@ class CalibrateTextEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False) -> io.NodeOutput:
         with NodeProgress(cls.hidden.unique_id) as progress:
-            made, summary = host.calibrate_clip(
+            made, told = host.calibrate_clip(
                 clip,
                 prompt_lines(prompts),
                 keep=keep,
@@ -68,4 +68,4 @@ class CalibrateTextEncoder(io.ComfyNode):
                 sensitivity=sensitivity,
                 earlier=calibration,
             )
-        return io.NodeOutput(made, summary)
+        return io.NodeOutput(made, told, ui=summary(progress.finished))

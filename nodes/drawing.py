@@ -16,6 +16,8 @@ _CELL, _GAP = 288, 16
 _INK, _FAINT, _GRID = "#1b1b1f", "#5c5c66", "#e3e3e8"
 _COLOURS = ("#1f6fd6", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285")  # told apart by their lightness too
 _TICKS, _NAMES = 6, 20
+_WORDS, _WORD = {True: "equal", False: "NaN, Inf"}, 72  # of values that are ∞, or −∞ and NaN; pixels
+_NOTHING = {True: "equal, bit for bit", False: "NaN or Inf in what was compared"}
 
 
 def _font(size: int):
@@ -55,10 +57,18 @@ class _Axes:
         self.draw.line([self.at(width[0], ys[0]), self.at(width[1], ys[0])], fill=_FAINT)
         middle = (_LEFT + _WIDTH - _RIGHT) // 2
         self.draw.text((middle, _HEIGHT - 10), x_label, fill=_INK, font=_font(_TEXT), anchor="ms")
-        across = Image.new("RGB", (_HEIGHT - _TOP - _BOTTOM, _TEXT + 6), "white")
-        place = (across.width // 2, across.height // 2)
-        ImageDraw.Draw(across).text(place, y_label, fill=_INK, font=_font(_TEXT), anchor="mm")
-        self.image.paste(across.rotate(90, expand=True), (6, _TOP))
+        self._upwards(y_label, _HEIGHT - _TOP - _BOTTOM, (6, _TOP))
+
+    def _upwards(self, text: str, length: int, corner: tuple[int, int]) -> None:
+        """Text that reads upwards, in the middle of a white strip of that length."""
+        across = Image.new("RGB", (length, _TEXT + 6), "white")
+        ImageDraw.Draw(across).text((across.width // 2, across.height // 2), text, fill=_INK, font=_font(_TEXT), anchor="mm")
+        self.image.paste(across.rotate(90, expand=True), corner)
+
+    def say(self, x: float, value: float) -> None:
+        """Stand in words what no bar can be as high as."""
+        column, row = self.at(x, 0)
+        self._upwards(_WORDS[value == math.inf], _WORD, (round(column) - _TEXT // 2 - 3, max(_TOP, round(row) - _WORD - 4)))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         right = (x - self._width[0]) / (self._width[1] - self._width[0])
@@ -67,13 +77,14 @@ class _Axes:
 
 
 def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Sequence[float]]) -> Image.Image:
-    """Lines over 1, 2, 3, …, with a legend. Values that are not finite are left out."""
+    """Lines over 1, 2, 3, …, with a legend. Values that are not finite are left out, and told of where there are no others."""
     count = max(map(len, lines.values()))
     finite = [value for line in lines.values() for value in line if math.isfinite(value)]
     ys = _ticks(min(finite, default=0), max(finite, default=1))
     axes = _Axes(title, x_label, y_label, (1, max(count, 2)), _labelled([str(x) for x in range(1, count + 1)]), ys)
     if not finite:
-        axes.draw.text((_WIDTH // 2, _HEIGHT // 2), "equal, bit for bit", fill=_INK, font=_font(_TITLE), anchor="mm")
+        equal = all(value == math.inf for line in lines.values() for value in line)
+        axes.draw.text((_WIDTH // 2, _HEIGHT // 2), _NOTHING[equal], fill=_INK, font=_font(_TITLE), anchor="mm")
     for index, (name, line) in enumerate(lines.items()):
         colour = _COLOURS[index % len(_COLOURS)]
         points = [axes.at(x, y) for x, y in enumerate(line, 1) if math.isfinite(y)]
@@ -101,10 +112,13 @@ def named_bars(title: str, x_label: str, y_label: str, bars: Mapping[str, float]
 
 def _bars(title: str, x_label: str, y_label: str, edges, heights, xs: Mapping[float, str], share: float = 1.0) -> Image.Image:
     """``share``: how much of the room between two edges a bar takes."""
-    finite = [height if math.isfinite(height) else 0.0 for height in heights]
-    ys = _ticks(min(0.0, *finite), max(1e-9, *finite))
-    axes = _Axes(title, x_label, y_label, (edges[0], edges[-1]), xs, ys)
-    for left, right, height in zip(edges, edges[1:], finite, strict=False):
+    finite = [0.0, *(height for height in heights if math.isfinite(height))]
+    low, high = min(finite), max(finite)
+    axes = _Axes(title, x_label, y_label, (edges[0], edges[-1]), xs, _ticks(low, high if high > low else 1.0))
+    for left, right, height in zip(edges, edges[1:], heights, strict=False):
+        if not math.isfinite(height):
+            axes.say((left + right) / 2, height)
+            continue
         margin = (right - left) * (1 - share) / 2
         (x0, y0), (x1, y1) = axes.at(left + margin, 0), axes.at(right - margin, height)
         if height:

@@ -1,7 +1,8 @@
 """A run's events on their way to ComfyUI's progress bar and to the panels of all pages that show its workflow.
 
 Every message names its prompt, its workflow and its place in the run, so that a page knows whether it missed one. The
-messages of the latest runs are kept: a page that was reloaded, or opened in the middle of a run, asks for them once.
+messages of the latest runs are kept: a page that was reloaded, or opened in the middle of a run, asks for them once. How
+a run ended is also an output of its node, for pages and workflows in which ComfyUI had the node's result at hand.
 """
 
 import math
@@ -22,11 +23,12 @@ from ..quant_core.events import (
 from ..quant_core.report import Report
 from . import host
 
-__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route"]
+__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route", "summary"]
 
 EVENT = "learned_rounding.progress"
 ROUTE = "/learned_rounding/progress"
 _IDS = "LearnedRounding"  # begin so, those of our nodes
+_SUMMARY = "learned_rounding"  # a node's output for its panel
 _WORST = 5
 _RUNS = 16  # whose messages are kept; 1 MB each for a model of 2,000 layers
 
@@ -91,6 +93,10 @@ def _finished(event: RunFinished) -> dict:
     report = event.report
     return {
         "state": "done",
+        "source": report.source,
+        "format": report.format,
+        "granularity": report.granularity,
+        "rounding": report.rounding,
         "layers": len(report.layers),
         "seconds": report.seconds,
         "bytes_in": report.bytes_in,
@@ -125,17 +131,27 @@ _PAYLOADS = {
 # (workflow, node) → the messages of its latest run, the latest runs last.
 _runs: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
 
-def _messages_of(query: Mapping[str, str]) -> list[list[dict]]:
-    """For each node of a workflow that ran lately, all messages of its latest run, in order, or what text it showed last.
+
+def summary(event: RunFinished | CalibrationFinished) -> dict:
+    """The output for the page (``ui``) that tells how a node's run ended, whether or not the page saw any of it."""
+    return {_SUMMARY: [_PAYLOADS[type(event)](event)]}
+
+
+def _messages_of(query: Mapping[str, str]) -> list[dict]:
+    """{"node", "run"} with all messages of the latest run, in order, for each node of a workflow that ran lately.
+
+    For others {"node", "output"}: what they put out for their panels last, a text or the summary of a run.
 
     Raises:
         ValueError: the query names no workflow.
     """
     if not query.get("workflow"):
         raise ValueError(f"{ROUTE} needs the id of a workflow: ?workflow=ID")
-    runs = [list(messages) for (workflow, _), messages in tuple(_runs.items()) if workflow == query["workflow"]]
-    texts = host.latest_texts(query["workflow"], _IDS)
-    return runs + [[{"node": node, "state": "text", "text": text}] for node, text in texts.items()]
+    runs = {node: list(messages) for (workflow, node), messages in tuple(_runs.items()) if workflow == query["workflow"]}
+    outputs = host.latest_outputs(query["workflow"], _IDS, ("text", _SUMMARY))
+    return [{"node": node, "run": messages} for node, messages in runs.items()] + [
+        {"node": node, "output": output} for node, output in outputs.items() if node not in runs
+    ]
 
 
 def add_progress_route() -> None:
@@ -144,19 +160,18 @@ def add_progress_route() -> None:
 
 
 class NodeProgress:
-    """A listener for one node's run. As a context it tells the panels of a run that ends by an exception."""
+    """A listener for one node's run. As a context it tells the panels of a run that ends by an exception.
+
+    Attributes:
+        finished: the event that ended the run, None until then.
+    """
 
     def __init__(self, node_id: str):
+        self.finished: RunFinished | CalibrationFinished | None = None
         self._node = node_id
         self._bar = None
         self._run = {"node": node_id, **host.running_prompt()}
-        self._messages: list[dict] = []
-        if self._run["workflow"] is not None:
-            key = self._run["workflow"], node_id
-            _runs[key] = self._messages
-            _runs.move_to_end(key)
-            while len(_runs) > _RUNS:
-                _runs.popitem(last=False)
+        self._messages: list[dict] | None = None
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, LayerMeasured) and event.index == 0:
@@ -167,14 +182,33 @@ class NodeProgress:
             self._bar.update(1)
         elif isinstance(event, LayerFinished) or (isinstance(event, LayerKept) and not event.planned):
             self._bar.update(1)
+        elif isinstance(event, RunFinished | CalibrationFinished):
+            self.finished = event
         if payload := type(event) in _PAYLOADS and _PAYLOADS[type(event)](event):
             self._send(payload)
 
     def _send(self, payload: dict) -> None:
+        if self._messages is None:
+            self._messages = self._kept_messages()
         message = {**self._run, "seq": len(self._messages), **payload}
         self._messages.append(message)
         # Without a workflow no other page could tell whether the node is one of its own.
         host.send(EVENT, message, everyone=self._run["workflow"] is not None)
+
+    def _kept_messages(self) -> list[dict]:
+        """Where this run's messages go: behind those of the node's last one where that was of this prompt too.
+
+        ComfyUI executes a node once for each item of a list.
+        """
+        if self._run["workflow"] is None:
+            return []
+        key = self._run["workflow"], self._node
+        if key not in _runs or _runs[key][0]["prompt"] != self._run["prompt"]:
+            _runs[key] = []
+        _runs.move_to_end(key)
+        while len(_runs) > _RUNS:
+            _runs.popitem(last=False)
+        return _runs[key]
 
     def __enter__(self) -> "NodeProgress":
         return self

@@ -3,8 +3,9 @@
 from comfy_api.latest import io
 
 from ..quant_core import Recipe
+from ..quant_core.events import RunFinished
 from . import host
-from .progress import NodeProgress
+from .progress import NodeProgress, summary
 from .schema import CalibrationType, QuantizedType, RecipeType, Source, schema, widget
 
 __all__ = ["LearnedRoundQuantize"]
@@ -65,4 +66,4 @@ class LearnedRoundQuantize(io.ComfyNode):
             quantized = host.quantize(source, recipe or Recipe(), progress, calibration)
             model = host.build_model(source, quantized, native_int8_kernels) if 0 in wanted else None
             clip = host.build_clip(source, quantized) if 1 in wanted else None
-        return io.NodeOutput(model, clip, quantized, quantized.report.table())
+        return io.NodeOutput(model, clip, quantized, quantized.report.table(), ui=summary(RunFinished(quantized.report)))

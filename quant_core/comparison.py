@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def _decibel(ratio: float) -> float:
 
 
 def snr(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Signal-to-noise ratio in dB, ‖reference‖² over ‖other − reference‖²; infinite for equal tensors."""
+    """Signal-to-noise ratio in dB, ‖reference‖² over ‖other − reference‖²; ∞ for equal tensors, −∞ where one holds NaN or Inf."""
     reference = reference.double()
     noise = float((other.to(reference) - reference).square().sum())
     return math.inf if noise == 0 else _decibel(float(reference.square().sum()) / noise)
@@ -34,7 +34,7 @@ def cosine(reference: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def psnr(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in 0…1; infinite for equal ones."""
+    """Peak signal-to-noise ratio in dB of pictures in 0…1; ∞ for equal ones, −∞ where one holds NaN or Inf."""
     error = float((reference.double() - other.to(reference).double()).square().mean())
     return math.inf if error == 0 else _decibel(1 / error)
 
@@ -81,7 +81,14 @@ def lpips(reference: torch.Tensor, other: torch.Tensor) -> float | None:
 def _number(value: float) -> str:
     if math.isnan(value):
         return "–"
-    return f"{value:.4g}" if math.isfinite(value) else "equal" if value > 0 else "−∞"
+    return f"{value:.4g}" if math.isfinite(value) else "equal" if value > 0 else "-inf"
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are not equal (∞), if there are any; NaN or −∞ if one of them is."""
+    different = [value for value in values if value != math.inf]
+    unmeasured = [value for value in different if not math.isfinite(value)]
+    return unmeasured[0] if unmeasured else statistics.fmean(different) if different else math.inf
 
 
 @dataclass
@@ -100,13 +107,15 @@ class Comparison:
 
     @property
     def means(self) -> dict[str, float]:
-        """Each measure's mean over the prompts."""
-        return {name: statistics.fmean(score[name] for score in self.scores) for name in self.scores[0]}
+        """Each measure's mean over the prompts whose outputs differ."""
+        return {name: _mean([score[name] for score in self.scores]) for name in self.scores[0]}
 
     @property
     def summary(self) -> str:
         """The means in one line."""
-        return ", ".join(f"{name.partition(' (')[0]} {_number(value)}{' dB' * ('dB' in name)}" for name, value in self.means.items())
+        return ", ".join(
+            f"{name.partition(' (')[0]} {_number(value)}{' dB' * ('dB' in name and math.isfinite(value))}" for name, value in self.means.items()
+        )
 
     def markdown(self) -> str:
         """The title, a table by prompt, and one by step."""

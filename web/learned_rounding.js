@@ -3,8 +3,9 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { addDependentOptions } from "./dependent_options.js";
+import { isBlank } from "./panel.js";
 import { nodeByExecutionId } from "./progress_state.js";
-import { addProgressWidget, showProgress, showRun } from "./progress_widget.js";
+import { addProgressWidget, showProgress, showRun, showSummary } from "./progress_widget.js";
 import { addTextWidget, showText } from "./text_widget.js";
 
 const PROGRESS_EVENT = "learned_rounding.progress";
@@ -38,15 +39,22 @@ const NATIVE_INT8 = {
   },
 };
 
-/** Ask once for all messages of the latest runs of the workflow in view; the page missed some. */
+/** What a node puts out for its panel. */
+function showOutput(node, { text, learned_rounding: summaries }) {
+  if (text) showText(node, [text].flat());
+  if (summaries) showSummary(node, summaries);
+}
+
+/** Ask once for all messages of the latest runs of the workflow in view, and for other nodes' outputs; the page missed some. */
 async function catchUp() {
-  const answer = await api.fetchApi(`${PROGRESS_ROUTE}?workflow=${encodeURIComponent(app.rootGraph.id)}`);
-  if (!answer.ok) return;
-  for (const run of await answer.json()) {
-    const node = nodeByExecutionId(app.rootGraph, run[0].node);
-    if (!node) continue;
-    if (run[0].state === "text") showText(node, run[0].text);
-    else showRun(node, run);
+  const { id } = app.rootGraph;
+  const answer = await api.fetchApi(`${PROGRESS_ROUTE}?workflow=${encodeURIComponent(id)}`);
+  const nodes = answer.ok ? await answer.json() : [];
+  if (app.rootGraph.id !== id) return; // another workflow came into view meanwhile, and asks for its own
+  for (const { node: executionId, run, output } of nodes) {
+    const node = nodeByExecutionId(app.rootGraph, executionId);
+    if (node && run) showRun(node, run);
+    else if (node) showOutput(node, output);
   }
 }
 
@@ -89,12 +97,25 @@ app.registerExtension({
       if (node && !showProgress(node, detail)) catchingUp();
     });
     api.addEventListener("reconnected", catchingUp);
+    api.addEventListener("execution_cached", ({ detail }) => {
+      const nodes = (detail.nodes ?? []).map((id) => nodeByExecutionId(app.rootGraph, id));
+      if (nodes.some((node) => node && isBlank(node))) catchingUp(); // ComfyUI has its result at hand, and tells nothing of it
+    });
   },
 
-  afterConfigureGraph: catchingUp, // a workflow was opened, or the page reloaded, perhaps in the middle of a run
+  /** A workflow was opened, or the page reloaded, perhaps in the middle of a run. ComfyUI would wait for a promise before it lets the user go on. */
+  afterConfigureGraph() {
+    catchingUp();
+  },
 
   nodeCreated(node) {
     addDependentOptions(node);
-    WIDGETS[node.comfyClass]?.(node);
+    if (!(node.comfyClass in WIDGETS)) return;
+    WIDGETS[node.comfyClass](node);
+    const { onExecuted } = node;
+    node.onExecuted = function (output, ...others) {
+      onExecuted?.call(this, output, ...others);
+      showOutput(node, output ?? {});
+    };
   },
 });

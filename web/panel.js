@@ -49,6 +49,11 @@ export function bringIntoView(node, root) {
   document.querySelector(`[data-node-id="${node.id}"] .${root.classList[1]}`)?.replaceWith(root);
 }
 
+/** Whether a panel of the node has nothing to show yet. */
+export function isBlank(node) {
+  return node.widgets?.some(({ element }) => element?.matches?.(".lr-panel[data-state=idle]")) ?? false;
+}
+
 // Nodes drawn by Vue hand the wheel on themselves; over a widget on the canvas it would do nothing.
 function zoomCanvas(event) {
   if (!event.currentTarget.closest("[data-node-id]")) app.canvas.processMouseWheel(event);

@@ -18,6 +18,7 @@ const NO_PARTS = Object.freeze({
 const FRESH = Object.freeze({
   phase: "running", measuring: false, before: NO_PARTS, label: "", source: "", total: 0, finished: 0, layer: null,
   rounding: "", learned: "", eta: null, rate: null, bytes: 0, since: null, unit: null, worst: [], kept: [], cells: [],
+  places: new Map(),
 });
 
 const running = (state) => (state.phase === "running" ? state : FRESH);
@@ -48,10 +49,18 @@ const nameAndErrors = ({ name, error, output_error = null }) => ({ name, error, 
 
 const labelOf = ({ format, granularity }) => [format, granularity && `per ${granularity}`].filter(Boolean).join(" ");
 
-/** The cells with that of one layer replaced; behind them where the plan was missed. */
-function withCell(cells, cell) {
-  const place = cells.findIndex(({ name, state }) => name === cell.name && state === "planned");
-  return place < 0 ? [...cells, cell] : cells.with(place, cell);
+const anew = (cells, place, cell) => cells.with(place, cell);
+
+/** As `anew`, for cells that nobody else has: linear for all layers of a run together. */
+function inPlace(cells, place, cell) {
+  cells[place] = cell;
+  return cells;
+}
+
+/** The cells of a state with that of one layer replaced; behind them where the plan was missed. */
+function withCell({ cells, places }, cell, replaced) {
+  const place = places.get(cell.name);
+  return cells[place]?.state === "planned" ? replaced(cells, place, cell) : [...cells, cell];
 }
 
 const REDUCERS = {
@@ -65,12 +74,14 @@ const REDUCERS = {
       const reason = event.reasons[place];
       return { state: reason ? "kept" : "planned", name, shape, reason };
     });
+    const cells = next ? [...state.cells, ...planned] : planned;
     return {
       ...FRESH,
       before: next ? state.parts : NO_PARTS,
       worst: next ? state.worst : [],
       kept: next ? state.kept : [],
-      cells: next ? [...state.cells, ...planned] : planned,
+      cells,
+      places: new Map(planned.map(({ name }, place) => [name, cells.length - planned.length + place])),
       label: labelOf(event),
       rounding: event.rounding,
       source: event.source ?? "",
@@ -79,7 +90,7 @@ const REDUCERS = {
     };
   },
 
-  layer(state, event) {
+  layer(state, event, replaced) {
     const run = running(state);
     const since = run.since ?? event.elapsed - event.seconds;
     const bytes = run.bytes + event.bytes_in;
@@ -96,24 +107,24 @@ const REDUCERS = {
       bytes,
       rate: event.elapsed > since ? bytes / (event.elapsed - since) : null,
       worst: worstOf([...run.worst, nameAndErrors(event)]),
-      cells: withCell(run.cells, { ...event, state: "quantized" }),
+      cells: withCell(run, { ...event, state: "quantized" }, replaced),
     };
   },
 
-  kept(state, event) {
+  kept(state, event, replaced) {
     const run = running(state);
     const { name, reason, shape } = event;
     return {
       ...run,
       finished: run.finished + 1,
       kept: [...run.kept, { name, reason }],
-      cells: withCell(run.cells, { state: "refused", name, shape, reason }),
+      cells: withCell(run, { state: "refused", name, shape, reason }, replaced),
     };
   },
 
   done(state, event) {
     const run = running(state);
-    const { before } = run;
+    const before = state.phase === "done" ? state.parts : run.before; // no start between them where summaries are all there is
     const parts = {
       count: before.count + 1,
       layers: before.layers + event.layers,
@@ -126,7 +137,19 @@ const REDUCERS = {
       solvers: sumOf(before.solvers, event.solvers ?? {}),
       worst: worstOf([...before.worst, ...event.worst.map(nameAndErrors)]),
     };
-    return { ...run, phase: "done", finished: run.total, layer: null, eta: null, rate: null, parts, worst: parts.worst };
+    return {
+      ...run,
+      phase: "done",
+      label: run.label || labelOf(event),
+      rounding: run.rounding || event.rounding,
+      source: run.source || (event.source ?? ""),
+      finished: run.total,
+      layer: null,
+      eta: null,
+      rate: null,
+      parts,
+      worst: parts.worst,
+    };
   },
 
   calibrating(state, event) {
@@ -150,9 +173,13 @@ const REDUCERS = {
 
 /** The state after a message; unchanged by one that it holds already, and by one of a later release. */
 export function advance(state, event) {
+  return advanced(state, event, anew);
+}
+
+function advanced(state, event, replaced) {
   if (!(event.state in REDUCERS) || (event.prompt === state.prompt && event.seq <= state.seq)) return state;
   const before = event.prompt === state.prompt ? state : IDLE;
-  return { ...REDUCERS[event.state](before, event), prompt: event.prompt, seq: event.seq };
+  return { ...REDUCERS[event.state](before, event, replaced), prompt: event.prompt, seq: event.seq };
 }
 
 /** Whether nothing is missing between a state and a message. */
@@ -162,9 +189,20 @@ export function follows(state, event) {
 
 /** The state after all messages of a run; the one there is where that is further. */
 export function replay(state, run) {
-  const told = run.reduce(advance, IDLE);
+  const told = run.reduce((before, event) => advanced(before, event, inPlace), IDLE);
   return told.prompt === state.prompt && told.seq < state.seq ? state : told;
 }
+
+/**
+ * The state that tells how a run ended, of which there may have been no message: {state: "done" or "calibrated", …} of each
+ * of its parts. The one there is where it tells of the same end, and more.
+ */
+export function summarised(state, summaries) {
+  const told = replay(IDLE, summaries.map((summary, seq) => ({ ...summary, prompt: "", seq })));
+  return state.phase === "done" && secondsOf(state) === secondsOf(told) ? state : told;
+}
+
+const secondsOf = ({ parts, calibrated }) => (calibrated ?? parts).seconds;
 
 /** Finished share of the run, 0 to 100. */
 export function percent({ phase, finished, total }) {

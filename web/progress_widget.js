@@ -5,8 +5,8 @@ import { api } from "../../scripts/api.js";
 import { LayerStrip, background } from "./layer_strip.js";
 import { addPanel, bringIntoView, element, setText } from "./panel.js";
 import {
-  IDLE, WORST, advance, cellLines, follows, formatError, isMeasured, keepRule, legend, originOf, percent, replay, shortName, splitName, words,
-  worstError,
+  IDLE, WORST, advance, cellLines, follows, formatError, isMeasured, keepRule, legend, originOf, percent, replay, shortName, splitName, summarised,
+  words, worstError,
 } from "./progress_state.js";
 
 export const PROGRESS_WIDGET = "learned_rounding_progress";
@@ -39,6 +39,11 @@ export function showProgress(node, event) {
 /** Give a node's panel all messages of its latest run. */
 export function showRun(node, run) {
   panels.get(node)?.replay(run);
+}
+
+/** Give a node's panel the end of its run, once more or without the rest: {state: "done" or "calibrated", …} of each of its parts. */
+export function showSummary(node, summaries) {
+  panels.get(node)?.summarise(summaries);
 }
 
 class ProgressPanel {
@@ -102,6 +107,10 @@ class ProgressPanel {
 
   replay(run) {
     this.#become(replay(this.#state, run));
+  }
+
+  summarise(summaries) {
+    this.#become(summarised(this.#state, summaries));
   }
 
   #become(state) {

@@ -1,4 +1,4 @@
-/** The text a node reports of its last run (`ui.text`), shown on the node. ComfyUI shows it for its own nodes only. */
+/** The text that a node puts out (`ui.text`), shown on the node. ComfyUI shows it for its own nodes only. */
 
 import { addPanel, bringIntoView, element, setText } from "./panel.js";
 
@@ -15,11 +15,6 @@ export function addTextWidget(node, placeholder, { lines = 4, width = 320 } = {}
   root.dataset.state = "idle";
   addPanel(node, TEXT_WIDGET, root, { height: (lines + 1) * LINE, width });
   panels.set(node, root);
-  const { onExecuted } = node;
-  node.onExecuted = function (output, ...others) {
-    onExecuted?.call(this, output, ...others);
-    if (output?.text) showText(node, [output.text].flat());
-  };
 }
 
 /** Show these lines on a node; others than ours have no place for them. */

@@ -14,15 +14,17 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.benchmarks.tiny_model.graph import CFG, LORA, MODEL, SIZE, STEPS
 from learned_rounding.benchmarks.tiny_model.place import ASSETS, DATASET
 from learned_rounding.hosts.workflows import widget_names
+from learned_rounding.quant_core import Recipe, quantize_file
 
 __all__ = ["EXAMPLES", "place_further", "with_tiny_model", "with_tiny_parts"]
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
-CHECKPOINT, TEXT_ENCODER = "tiny_checkpoint.safetensors", "tiny_t5.safetensors"
+CHECKPOINT, TEXT_ENCODER, QUANTIZED = "tiny_checkpoint.safetensors", "tiny_t5.safetensors", "tiny_int8.safetensors"
 
 # A file that an example names → what is chosen instead, in the same folder of ComfyUI.
 FILES = {
     "z_image_turbo_bf16.safetensors": MODEL,
+    "z_image_turbo_int8.safetensors": QUANTIZED,
     "pixel_art_style_z_image_turbo.safetensors": LORA,
     "ae.safetensors": "taesd3",
     "sd_xl_base_1.0.safetensors": CHECKPOINT,
@@ -88,9 +90,10 @@ def _choose(node: dict, object_info: Mapping[str, Any]) -> None:
 
 
 def place_further(base: Path) -> None:
-    """Put a checkpoint and a text encoder, which `place` leaves out, under ComfyUI's base directory: the tiny model, and a thin random T5-XXL."""
+    """Put what `place` leaves out under ComfyUI's base directory: a checkpoint and a quantized file of the tiny model, and a thin random T5-XXL."""
     models = Path(base) / "models"
     model = load_file(ASSETS / MODEL)
+    quantize_file(ASSETS / MODEL, models / "diffusion_models" / QUANTIZED, Recipe(format="int8_tensorwise", rounding="nearest"), device="cpu")
     _save(models / "checkpoints" / CHECKPOINT, {f"model.diffusion_model.{key}": value for key, value in model.items()})
     generator = torch.Generator().manual_seed(0)
     wide = {"wi_0": (10240, 16), "wi_1": (10240, 16), "wo": (16, 10240)}  # by its width T5-XXL is known

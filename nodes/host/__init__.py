@@ -27,7 +27,7 @@ from .quantizing import Quantized, quantize
 from .running import (
     add_route,
     is_interrupt,
-    latest_texts,
+    latest_outputs,
     outputs_in_use,
     outputs_in_use_of_running_prompt,
     progress_bar,
@@ -57,7 +57,7 @@ __all__ = [
     "is_interrupt",
     "KEEP",
     "knows",
-    "latest_texts",
+    "latest_outputs",
     "load_calibration",
     "load_quantized",
     "model_files",

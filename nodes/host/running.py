@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import comfy.model_management
 import comfy.utils
@@ -12,7 +12,7 @@ from server import PromptServer
 __all__ = [
     "add_route",
     "is_interrupt",
-    "latest_texts",
+    "latest_outputs",
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",
     "progress_bar",
@@ -66,16 +66,38 @@ def _workflow(item: tuple) -> str | None:
     return (workflow.get("id") or None) if isinstance(workflow, dict) else None
 
 
-def latest_texts(workflow: str, classes: str) -> dict[str, list[str]]:
-    """Node id → the text that it showed last, of nodes whose class begins with ``classes``, in prompts of a workflow that ended."""
-    queue, found = PromptServer.instance.prompt_queue, {}
+def latest_outputs(workflow: str, classes: str, keys: Collection[str]) -> dict[str, dict[str, list]]:
+    """Node id → what it put out for the page under ``keys`` last, in prompts of a workflow.
+
+    Of nodes whose class begins with ``classes``. Where ComfyUI had a node's result at hand the node put out nothing; then it is
+    what was put out in the prompt that made the result, which may be another workflow's.
+    """
+    queue, running, found = PromptServer.instance.prompt_queue, _running(), {}
     with queue.mutex:
-        for entry in queue.history.values():
-            nodes = entry["prompt"][2] if _workflow(entry["prompt"]) == workflow else {}
-            for node_id in nodes.keys() & entry["outputs"].keys():
-                if nodes[node_id]["class_type"].startswith(classes) and "text" in entry["outputs"][node_id]:
-                    found[node_id] = list(entry["outputs"][node_id]["text"])
+        entries = list(queue.history.values())
+    prompts = [entry["prompt"] for entry in entries] + [running] * (running is not None)
+    latest = next((prompt[2] for prompt in reversed(prompts) if _workflow(prompt) == workflow), {})
+    for entry in entries:
+        nodes, is_ours = entry["prompt"][2], _workflow(entry["prompt"]) == workflow
+        for node_id, output in entry["outputs"].items():
+            wanted = {key: list(output[key]) for key in keys if key in output}
+            if wanted and nodes.get(node_id, {}).get("class_type", "").startswith(classes) and (is_ours or _alike(node_id, nodes, latest)):
+                found[node_id] = wanted
     return found
+
+
+def _alike(node_id: str, one: Mapping[str, dict], other: Mapping[str, dict]) -> bool:
+    """Whether a node and all that lead to it are the same in two prompts."""
+    todo, seen = [node_id], set()
+    while todo:
+        key = todo.pop()
+        if key in seen:
+            continue
+        seen.add(key)
+        if any(one.get(key, {}).get(part) != other.get(key, {}).get(part) for part in ("class_type", "inputs")):
+            return False
+        todo.extend(source for source, _ in _links({key: one.get(key, {})}))
+    return True
 
 
 def send(event: str, payload: dict, *, everyone: bool = False) -> None:

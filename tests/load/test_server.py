@@ -123,7 +123,7 @@ def test_twenty_pages_see_the_same_and_one_that_never_reads_stops_nobody(comfy, 
     assert len(prompts) == 3
     for prompt in prompts:
         assert [message["seq"] for message in first if message["prompt"] == prompt] == list(range(14))
-    (latest,) = (run for run in comfy.get(f"/learned_rounding/progress?workflow={workflow}") if run[0]["state"] != "text")
+    (latest,) = (node["run"] for node in comfy.get(f"/learned_rounding/progress?workflow={workflow}") if "run" in node)
     assert latest == [message for message in first if message["prompt"] == prompts[-1]]
     tried("pages that watch three runs, and one that never reads", pages, "the same messages, in order")
 

@@ -1,5 +1,6 @@
 """Checks of in_process.py: what pages are told of a run, and of the files it is made from."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import folder_paths
 import torch
 from pack.nodes import host, progress
 from pack.quant_core import QuantizationError, Recipe
+from pack.quant_core.events import CalibrationAdvanced, CalibrationFinished
 from safetensors.torch import save_file
 
 MODELS = Path(folder_paths.models_dir) / "diffusion_models"
@@ -22,8 +24,8 @@ ERRORS = {
 def stopped() -> dict:
     """The messages of runs that end by an error."""
     sent = []
-    with_prompt = {"prompt": "1", "workflow": "2"}
-    host.running_prompt, host.latest_texts = lambda: with_prompt, lambda *_: {}  # there is no server here
+    numbers = itertools.count()
+    host.running_prompt, host.latest_outputs = lambda: {"prompt": str(next(numbers)), "workflow": "2"}, lambda *_: {}  # there is no server here
     host.send = lambda event, message, everyone: sent.append(message["reason"])
     for error in (*(QuantizationError(text.format(MODELS)) for text in ERRORS), OSError(2, "no such file", str(MODELS / "x"))):
         try:
@@ -31,8 +33,36 @@ def stopped() -> dict:
                 raise error
         except (QuantizationError, OSError):
             continue
-    kept = [message["reason"] for messages in progress._messages_of({"workflow": "2"}) for message in messages]
+    kept = [message["reason"] for node in progress._messages_of({"workflow": "2"}) for message in node["run"]]
     return {"sent": sent, "wanted": [*ERRORS.values(), "FileNotFoundError: ComfyUI's log says more."], "kept": kept}
+
+
+def twice() -> dict:
+    """Places in the run of messages of four runs: two of one prompt, one that tells nothing, one of the next prompt."""
+    sent, prompt = [], "first"
+    host.running_prompt, host.latest_outputs = lambda: {"prompt": prompt, "workflow": "3"}, lambda *_: {}
+    host.send = lambda event, message, everyone: sent.append(message["seq"])
+    host.progress_bar = lambda total, node: None
+
+    def run(node: str) -> None:
+        with progress.NodeProgress(node) as listener:
+            listener(CalibrationAdvanced(1, "steps", 1, 2, 0.5))
+            listener(CalibrationFinished(1, 2, 3, 4.0))
+
+    def kept() -> list:
+        return [message for node in progress._messages_of({"workflow": "3"}) for message in node["run"]]
+
+    with progress.NodeProgress("3"):
+        pass
+    empty = kept()
+    run("3")
+    run("3")
+    prompt = "second"
+    with progress.NodeProgress("3"):
+        pass
+    prompt = "third"
+    run("3")
+    return {"sent": sent, "kept": [[message["prompt"], message["seq"]] for message in kept()], "empty": empty}
 
 
 def shards() -> dict:
@@ -64,4 +94,4 @@ def shards() -> dict:
     }
 
 
-CHECKS = {f"progress_{check.__name__}": check for check in (stopped, shards)}
+CHECKS = {f"progress_{check.__name__}": check for check in (stopped, twice, shards)}

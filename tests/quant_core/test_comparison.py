@@ -76,5 +76,5 @@ def test_the_tables():
         "| 1 | 20 | 0.5 |",
         "| 2 | 30 | – |",
     ]
-    assert lines[-4:] == ["| step | prompt 1 (dB) | prompt 2 (dB) |", "| :-- | --: | --: |", "| 1 | 1 | 2 |", "| 2 | equal | −∞ |"]
+    assert lines[-4:] == ["| step | prompt 1 (dB) | prompt 2 (dB) |", "| :-- | --: | --: |", "| 1 | 1 | 2 |", "| 2 | equal | -inf |"]
     assert "mean" not in Comparison("one", [{"SNR (dB)": 20.0}]).markdown()

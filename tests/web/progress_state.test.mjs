@@ -226,6 +226,42 @@ test("missed messages are noticed, and all of them make the same state", () => {
   assert.equal(state.advance(whole, messages[3]), whole, "a message that comes twice counts once");
 });
 
+test("the end of a run is shown where no message of it was seen, and changes nothing where all were", () => {
+  const end = play([start(planned(4)), layer(0, 0.01), done()]);
+  const summary = done({ format: "int8_tensorwise", granularity: "row", rounding: "auto", source: "model.safetensors" });
+  assert.equal(state.summarised(end, [summary]), end);
+  const fresh = state.summarised(state.IDLE, [summary]);
+  assert.deepEqual([fresh.phase, fresh.label, fresh.source], ["done", "int8_tensorwise per row", "model.safetensors"]);
+  assert.deepEqual(state.words(fresh), state.words(end));
+  assert.notEqual(state.summarised(end, [done({ seconds: 5 })]), end, "another run's");
+  const both = state.summarised(state.IDLE, [summary, summary]);
+  assert.match(state.words(both)[1], /^8 layers in 8.0 s/);
+  const calibrated = { state: "calibrated", layers: 36, tokens: 512, bytes: 19_200_000, seconds: 42 };
+  const known = state.summarised(state.IDLE, [calibrated]);
+  assert.deepEqual(state.words(known), ["512 tokens or more of each layer's inputs", "19.2 MB in 42 s"]);
+  assert.equal(state.summarised(known, [calibrated]), known);
+  const next = play([start()], "next", fresh);
+  assert.deepEqual([next.phase, next.prompt], ["running", "next"]);
+});
+
+test("all messages of a large run are replayed in time in proportion to them", () => {
+  const messagesOf = (count) =>
+    [start({ total: count, ...planned(count) }), ...Array.from({ length: count }, (_, index) => layer(index, 0.01, { total: count }))]
+      .map((message, seq) => ({ prompt: "run", seq, ...message }));
+  let copied = 0;
+  const { with: withOne } = Array.prototype;
+  Array.prototype.with = function (...given) {
+    copied += this.length;
+    return withOne.apply(this, given);
+  };
+  try {
+    assert.equal(state.replay(state.IDLE, messagesOf(2000)).cells.filter((cell) => cell.state === "quantized").length, 2000);
+    assert.equal(copied, 0);
+  } finally {
+    Array.prototype.with = withOne;
+  }
+});
+
 test("a calibration tells of steps, probes, and what it made", () => {
   const step = (unit, done, total, elapsed) => ({ state: "calibrating", layers: 36, unit, done, total, elapsed });
   const half = play([step("steps", 0, 40, 0), step("steps", 20, 40, 10)]);

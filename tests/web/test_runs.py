@@ -8,7 +8,7 @@ import pytest
 from learned_rounding.benchmarks.tiny_model.graph import MODEL
 from learned_rounding.hosts.browser import load_workflow, queue_prompt, visit
 from learned_rounding.tests.nodes.probing import ProbedGraph
-from learned_rounding.tests.web.test_widgets import node_box, pixels
+from learned_rounding.tests.web.test_widgets import node_box, panel, pixels
 
 pytestmark = pytest.mark.browser
 
@@ -63,6 +63,31 @@ def test_inspect_shows_what_the_file_holds_and_still_does_after_a_reload(comfy, 
         assert text(again, "LearnedRoundingInspect") == shown
 
 
+def test_a_result_that_was_at_hand_is_summarised(comfy, page):
+    """At hand of ComfyUI, in another workflow; of the node, for a copy of itself; of ComfyUI's history, in another page."""
+    graph, seed = ProbedGraph(), uuid.uuid4().int % 2**31
+    source = graph.source()[0]
+    for _ in range(2):
+        graph.add("LearnedRoundingReport", quantized=graph.quantize(source, rounding="nearest", seed=seed)[2])
+
+    def summaries(page):
+        page.wait_for_function("() => document.querySelectorAll('.lr-progress[data-state=done]').length === 2")
+        shown = page.locator(".lr-progress").evaluate_all(
+            "(all) => all.map((one) => ['.lr-label', '.lr-first', '.lr-second'].map((name) => one.querySelector(name).innerText))"
+        )
+        assert shown[0] == shown[1] and all(shown[0])
+        return shown
+
+    run(page, graph)
+    made = summaries(page)
+    saved = run(page, graph)
+    assert summaries(page) == made
+    with contextlib.closing(page.context.new_page()) as again:
+        visit(again, comfy)
+        load_workflow(again, saved)
+        assert summaries(again) == made
+
+
 def test_report_shows_its_picture(page):
     graph = ProbedGraph()
     quantized = graph.quantize(graph.source()[0], rounding="nearest", seed=uuid.uuid4().int % 2**31)
@@ -89,8 +114,9 @@ def test_calibrate_tells_of_its_steps_and_shows_its_pictures_and_the_file_that_h
     assert picture(page, "LearnedRoundingCalibrate") == [64, 64]
     done = page.locator(".lr-progress[data-state=done]")
     done.wait_for()
-    assert done.locator(".lr-label").inner_text().startswith("calibrated ")
-    assert done.locator(".lr-count").inner_text().startswith("100 %")
+    shown = panel(page)
+    assert shown["label"].startswith("calibrated ") and shown["count"].startswith("100 %")
+    assert shown["first"].endswith("of each layer's inputs") and " in " in shown["second"]
     assert text(page, "LearnedRoundingSaveCalibration").endswith(".calib.safetensors")
     made = max((comfy.output_dir / "calibrations").glob("from-a-page*"), key=lambda path: path.stat().st_mtime)
     graph = ProbedGraph()
