@@ -47,6 +47,7 @@ NAMED = (
     "models/diffusion_models/z_image_turbo_bf16.safetensors",
     "models/diffusion_models/z_image_turbo_int8.safetensors",
     "models/text_encoders/t5xxl_fp16.safetensors",
+    "models/vae/ae.safetensors",
 )
 
 
@@ -73,7 +74,9 @@ def load_quantized() -> Graph:
     graph = Graph()
     loaded = graph.add("LearnedRoundingLoadQuantized", model=QUANTIZED)
     known = sampling(graph, text_encoder(graph)[0])
-    graph.add("KSampler", model=loaded[0], seed=0, steps=20, cfg=4, sampler_name="euler", scheduler="simple", denoise=1, **known)
+    sampled = graph.add("KSampler", model=loaded[0], seed=0, steps=20, cfg=4, sampler_name="euler", scheduler="simple", denoise=1, **known)
+    decoded = graph.add("VAEDecode", samples=sampled[0], vae=graph.add("VAELoader", vae_name="ae.safetensors")[0])
+    graph.add("SaveImage", images=decoded[0], filename_prefix="ComfyUI")
     return graph
 
 
