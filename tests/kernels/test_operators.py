@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from learned_rounding import kernels
-from learned_rounding.kernels import backends, operators
+from learned_rounding.kernels import backends, cards, operators, reference, tensor_cores
 
 X = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
 CODES, SCALE = kernels.quantize_int8_block_weight(torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), 32)
@@ -70,13 +70,32 @@ def test_refusals_say_what_is_missing(operation):
 class OnCuda:
     """Stands for a tensor on a card."""
 
-    is_cuda, device, dtype, shape = True, "a card", torch.float32, (6, 96)
+    is_cuda, device = True, torch.device("cuda")
+
+    def __init__(self, dtype=torch.float32, shape=(6, 96)):
+        self.dtype, self.shape = dtype, shape
+
+
+@pytest.mark.parametrize(
+    "device, hip, capability, expected",
+    [
+        ("cpu", None, None, True),  # the arithmetic of the newer cards
+        ("cuda", None, (8, 6), False),
+        ("cuda", None, (8, 9), True),
+        ("cuda", None, (12, 0), True),
+        ("cuda", "6.4", (11, 0), False),
+    ],
+)
+def test_which_cards_multiply_fp8(monkeypatch, device, hip, capability, expected):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(cards, "capability", lambda device: capability)
+    assert cards.multiplies_fp8(torch.device(device)) == expected
 
 
 @pytest.mark.parametrize(
     "capability, triton, x_dtype, dtype, block_size, words",
     [
-        ((9, 0), False, torch.bfloat16, torch.int8, 32, "Triton for NVIDIA is not installed"),
+        ((9, 0), False, torch.bfloat16, torch.int8, 32, "Triton is not installed"),
         ((7, 5), True, torch.bfloat16, torch.int8, 32, "older than SM 8.0"),
         ((8, 6), True, torch.float32, torch.float8_e4m3fn, 32, "float16 or bfloat16"),
         ((9, 0), True, torch.float64, torch.int8, 32, "bfloat16 or float32"),
@@ -86,12 +105,51 @@ class OnCuda:
     ],
 )
 def test_what_triton_refuses(monkeypatch, capability, triton, x_dtype, dtype, block_size, words):
-    monkeypatch.setattr(backends, "_capability", lambda device: capability)
+    monkeypatch.setattr(cards, "capability", lambda device: capability)
     monkeypatch.setattr(backends, "_has_triton", lambda: triton)
-    x, codes = OnCuda(), OnCuda()
-    x.dtype, codes.dtype = x_dtype, dtype
-    refusal = backends.OPERATIONS["scaled_linear"]["triton"].refusal(x, codes, None, None, block_size, 0, x_dtype)
+    arguments = OnCuda(x_dtype), OnCuda(dtype), None, None, block_size, 0, x_dtype
+    refusal = backends.OPERATIONS["scaled_linear"]["triton"].refusal(*arguments)
     assert words in refusal if words else refusal == ""
+
+
+def product(dtype, block_size=0, tokens=64):
+    """Arguments of a linear layer that torch's products take, if the card does."""
+    return OnCuda(torch.bfloat16, (tokens, 256)), OnCuda(dtype, (128, 256)), None, None, block_size, 0, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "capability, arguments, words",
+    [
+        ((7, 5), product(torch.int8), "older than SM 8.0"),
+        ((8, 0), product(torch.int8), None),
+        ((8, 0), product(torch.int8, 128), "no product of this format"),
+        ((8, 6), product(torch.float8_e4m3fn), "no product of this format"),
+        ((8, 9), product(torch.float8_e4m3fn), None),
+        ((8, 9), product(torch.float8_e4m3fn, 128), "no product of this format"),
+        ((9, 0), product(torch.float8_e4m3fn, 128), None),
+        ((9, 0), product(torch.float8_e4m3fn, 64), "no product of this format"),
+        ((9, 0), product(torch.int8, tokens=16), "more than 16 tokens"),
+    ],
+)
+def test_what_torchs_products_refuse(monkeypatch, capability, arguments, words):
+    monkeypatch.setattr(cards, "capability", lambda device: capability)
+    monkeypatch.setattr(tensor_cores, "_scaled_mm_of_blocks", lambda: "there")
+    refusal = backends.OPERATIONS["scaled_linear"]["torch"].refusal(*arguments)
+    assert words in refusal if words else refusal == ""
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 3), (11, 0)])  # of AMD's cards; NVIDIA's of these numbers have FP8
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("block_size", [0, 128])
+def test_amd_takes_the_reference_and_the_log_says_so_once(monkeypatch, caplog, capability, dtype, block_size):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(cards, "capability", lambda device: capability)
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    backends._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger=backends.log.name):
+        for _ in range(2):
+            assert backends.implementation("scaled_linear", *product(dtype, block_size)) is reference.scaled_linear
+    assert [record.getMessage() for record in caplog.records] == ["Kernels run in plain torch: the card is not made by NVIDIA."]
 
 
 def test_a_backend_can_be_chosen_for_a_while():
@@ -104,7 +162,7 @@ def test_a_backend_can_be_chosen_for_a_while():
 
 @pytest.mark.parametrize("name, module", [("torch", "reference"), ("reference", "reference"), ("auto", "triton"), ("autotuned", "triton")])
 def test_what_a_backend_means_for_operations_that_do_not_have_it(monkeypatch, name, module):
-    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cards, "capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "_has_triton", lambda: True)
     for entries in backends.OPERATIONS.values():
         for key, entry in entries.items():
