@@ -90,7 +90,11 @@ FLOATS = Need(
     "inputs must be float16, bfloat16 or float32",
     lambda x, *_: x.dtype in (torch.float16, torch.bfloat16, torch.float32),
 )
-COUPLED = Need("columns do not depend on each other", lambda weight, shift, before, coupling: coupling is not None)
+COUPLED = Need("columns do not depend on each other", lambda weight, shift, before, coupling, *_: coupling is not None)
+COLUMNS = Need(
+    "a block has more columns than a kernel rounds in one go",
+    lambda weight, *_: weight.shape[0] <= _from_triton("MAX_COLUMNS")(),
+)
 _KERNEL = (CUDA, NVIDIA, TRITON, AMPERE)
 
 
@@ -125,7 +129,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         "reference": _reference("scaled_linear"),
     },
     "round_block": {
-        "triton": Implementation(_from_triton("round_block"), (CUDA, NVIDIA, TRITON, COUPLED)),
+        "triton": Implementation(_from_triton("round_block"), (CUDA, NVIDIA, TRITON, COUPLED, COLUMNS)),
         "reference": _reference("round_block"),
     },
     "scale_errors": {

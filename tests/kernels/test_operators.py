@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from learned_rounding import kernels
 from learned_rounding.kernels import backends, cards, operators, reference, tensor_cores
+from learned_rounding.quant_core.formats import E4M3
 
 X = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
 CODES, SCALE = kernels.quantize_int8_block_weight(torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), 32)
@@ -18,7 +20,13 @@ ARGUMENTS = {
     "quantize_weight": (X, torch.float8_e4m3fn, 32),
     "dequantize_weight": (CODES, SCALE, 32, 0, torch.bfloat16),
     "scaled_linear": (X, CODES, SCALE, None, 32, 0, torch.float32),
+    "round_block": (X, X / 9, None, torch.ones(6, 6).tril(-1), torch.ones(1, 1), 96, *E4M3.arithmetic),
+    "scale_errors": (X, torch.ones(6, 1), torch.tensor([1.0, 0.9]), X[0].square(), 1, 96, 1, *E4M3.arithmetic),
 }
+
+
+def test_every_operation_is_an_operator():
+    assert ARGUMENTS.keys() == backends.OPERATIONS.keys()
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -34,6 +42,26 @@ def test_fakes_have_the_shape_and_the_strides_of_what_is_computed(dtype, block_s
         real = backends.OPERATIONS[name]["reference"].load()(*arguments)
         fake = getattr(operators, f"_fake_{name}")(*arguments)
         assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in fake]
+
+
+@pytest.mark.parametrize("before, coupling", [(None, None), (X / 7, torch.ones(6, 6).fill_diagonal_(0)), (None, torch.ones(6, 6).tril(-1))])
+def test_rounding_leaves_its_arguments_alone(before, coupling):
+    arguments = X, X / 9, before, coupling, torch.ones(1, 1)
+    copies = [None if argument is None else argument.clone() for argument in arguments]
+    kernels.round_block(*arguments, 96, E4M3.arithmetic)
+    for argument, copy in zip(arguments, copies, strict=True):
+        assert argument is copy is None or torch.equal(argument, copy)
+
+
+def test_rounding_does_not_load_torchs_compiler():
+    script = (
+        "import sys, torch; from learned_rounding import kernels; from learned_rounding.quant_core.formats import INT8;"
+        "weight, one = torch.ones(4, 4), torch.ones(1, 1);"
+        "kernels.round_block(weight, weight, None, None, one, 4, INT8.arithmetic);"
+        "kernels.scale_errors(weight, one, one[0], None, 4, 4, 1, INT8.arithmetic);"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
 def test_a_layer_compiles_without_a_graph_break():
@@ -110,6 +138,18 @@ def test_what_triton_refuses(monkeypatch, capability, triton, x_dtype, dtype, bl
     arguments = OnCuda(x_dtype), OnCuda(dtype), None, None, block_size, 0, x_dtype
     refusal = backends.OPERATIONS["scaled_linear"]["triton"].refusal(*arguments)
     assert words in refusal if words else refusal == ""
+
+
+@pytest.mark.parametrize(
+    "columns, coupled, words", [(128, True, None), (129, True, "more columns"), (8, False, "do not depend on each other")]
+)
+def test_what_the_rounding_kernel_refuses(monkeypatch, device, columns, coupled, words):
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    arguments = OnCuda(shape=(columns, 96)), OnCuda(shape=(columns, 96)), None, "a matrix" if coupled else None
+    found = kernels.refusals("round_block", *arguments, torch.ones(1, 1), 96, E4M3.arithmetic)
+    assert words in found["triton"] if words else found == {}
+    chosen = backends.implementation("round_block", *arguments, torch.ones(1, 1), 96, E4M3.arithmetic)
+    assert (chosen is reference.round_block) == bool(words)
 
 
 def product(dtype, block_size=0, tokens=64):
