@@ -31,7 +31,18 @@ BACKENDS: Mapping[str, str] = {
 # What a backend means for an operation that has no implementation of that name.
 _INSTEAD = {"torch": "reference", "autotuned": "triton"}
 VARIABLE = "LEARNED_ROUNDING_BACKEND"
-_chosen = [os.environ.get(VARIABLE, "auto")]
+
+
+def _asked_for() -> str:
+    """The backend that the environment names, or auto."""
+    name = os.environ.get(VARIABLE) or "auto"
+    if name in BACKENDS:
+        return name
+    log.warning("%s names no kernel backend: %r, so auto is used; choose one of %s.", VARIABLE, name, ", ".join(BACKENDS))
+    return "auto"
+
+
+_chosen = [_asked_for()]
 
 
 class Need(NamedTuple):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,28 @@ def test_a_backend_can_be_chosen_for_a_while():
         assert kernels.backend() == "reference"
         raise KeyError
     assert kernels.backend() == before
+
+
+@pytest.mark.parametrize("asked, expected", [(None, "auto"), ("", "auto"), ("reference", "reference"), ("tritn", "auto")])
+def test_the_environment_chooses_a_backend_that_there_is(monkeypatch, caplog, asked, expected):
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(backends.VARIABLE, asked)
+    assert backends._asked_for() == expected
+    wrong = asked == "tritn"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * wrong
+    assert all(word in caplog.text for word in ("tritn", *kernels.BACKENDS)) or not wrong
+
+
+def test_a_misspelt_backend_is_said_once_and_everything_runs():
+    script = (
+        "import torch; from learned_rounding import kernels;"
+        "weight, one = torch.ones(4, 4), torch.ones(1, 1); kernels.round_block(weight, weight, None, None, one, 4, (-1, 1.0, 127.0));"
+        "kernels.quantize_int8_row(weight)\nwith kernels.using(kernels.backend()): print(kernels.backend())"
+    )
+    environment = {**os.environ, backends.VARIABLE: "tritn"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "auto\n" and done.stderr.count("tritn") == 1
 
 
 @pytest.mark.parametrize("name, module", [("torch", "reference"), ("reference", "reference"), ("auto", "triton"), ("autotuned", "triton")])
