@@ -2,24 +2,28 @@
 
 ``linear``: a whole linear layer, quantizing its inputs included, as a ratio to bf16 ``F.linear`` in the same run (above 1
 is faster); ``_int_mm`` and ``_scaled_mm`` are torch's bare products of codes; rivals are comfy-kitchen's own operators where
-it is installed. ``floor`` is the least time that the card's peak and its memory allow for our INT8 row layer.
+it is installed. ``of floor`` is the least time that the card's peak and its memory allow, as a share of what a layer takes.
 ``memory``: quantizers and decoders, as a share of what copying as many bytes takes.
 ``block``: a double and a single block of Flux.1 (4096 + 512 tokens), milliseconds, eager and compiled.
 Times are of CUDA graphs: what the card takes, without the launches.
 
+``--markdown FILE`` writes the README's tables and what they say of the goals, with ``--read JSON`` from an earlier result.
 ``--profile "Flux.1 linear2" "int8 block"`` runs that layer alone, for a profiler: ``ncu --set full python benchmarks/kernels.py --profile …``.
 """
 
 import contextlib
 import functools
+import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from learned_rounding import kernels
-from learned_rounding.benchmarks.harness import arguments, finish
+from learned_rounding.benchmarks.harness import arguments, environment, finish
+from learned_rounding.benchmarks.kernels_report import floor, markdown
 from learned_rounding.benchmarks.transformer import Transformer
 from learned_rounding.kernels.hadamard import rotate
 
@@ -64,8 +68,6 @@ FORMATS = {
     "int8 row ConvRot": (kernels.quantize_int8_row_weight, 0, True),
     "fp8 row": (kernels.quantize_fp8_row_weight, 0, 0),
 }
-# Dense operations a second, and bytes a second, that makers state.
-PEAKS = {"NVIDIA H100": (1979e12, 3.35e12), "NVIDIA H200": (1979e12, 4.8e12)}
 
 
 def microseconds(call) -> float:
@@ -157,10 +159,13 @@ def linear(model, part, tokens, out, inner) -> dict:
     row["F.linear TFLOP/s"] = 2 * tokens * out * inner / plain / 1e6
     few = x[:ERROR_TOKENS]
     exact = nn.functional.linear(few.double(), weight.double(), bias.double())
+    least = floor(environment()["device"], tokens, out, inner)
     for name, (_, block_size, _) in FORMATS.items():
         run = layer(name, weight)
         call = functools.partial(run, x, bias)
         row[name] = plain / microseconds(call)
+        if least:
+            row[f"{name} of floor"] = least * row[name] / plain
         if block_size:
             with kernels.using("triton"):
                 row[f"{name} triton"] = plain / microseconds(call)
@@ -170,11 +175,6 @@ def linear(model, part, tokens, out, inner) -> dict:
             row[name] = plain / microseconds(call)
         except Exception as error:  # a rival that does not take this shape, on this card
             row[name] = type(error).__name__
-    peak = next((peak for name, peak in PEAKS.items() if CUDA and torch.cuda.get_device_name().startswith(name)), None)
-    if peak:
-        moved = tokens * inner * (2 + 1 + 1) + out * inner + 2 * tokens * out
-        least = max(2 * tokens * out * inner / peak[0], moved / peak[1]) * 1e6
-        row["int8 row of floor"] = least * row["int8 row"] / plain
     print(".", end="", flush=True)
     return row
 
@@ -237,16 +237,29 @@ def blocks(quick: bool) -> list[dict]:
     return rows
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure, or read what was measured, and report."""
     args = arguments(
         __doc__.partition("\n")[0],
         ("--profile", {"nargs": 2, "metavar": ("LAYER", "FORMAT"), "help": 'run one layer for a profiler, as "Flux.1 proj" "int8 row"'}),
+        ("--read", {"type": Path, "metavar": "JSON", "help": "report on an earlier result, measure nothing"}),
+        ("--markdown", {"type": Path, "metavar": "FILE", "help": "write the tables of the README"}),
     )
     shapes = QUICK if args.quick else SHAPES
     if args.profile:
-        profile(shapes, *args.profile)
-        raise SystemExit
-    rows = [linear(*shape) for shape in shapes]
-    print()
-    rows += [memory(*sides) for sides in dict.fromkeys((shape[2], shape[4]) for shape in shapes if shape[2] > 1)]
-    finish(args, rows + blocks(args.quick), backend=kernels.backend())
+        return profile(shapes, *args.profile)
+    if args.read:
+        result = json.loads(args.read.read_text(encoding="utf-8"))
+    else:
+        rows = [linear(*shape) for shape in shapes]
+        print()
+        rows += [memory(*sides) for sides in dict.fromkeys((shape[2], shape[4]) for shape in shapes if shape[2] > 1)]
+        rows += blocks(args.quick)
+        finish(args, rows, backend=kernels.backend())
+        result = {**environment(), "rows": rows}
+    if args.markdown:
+        args.markdown.write_text(markdown(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

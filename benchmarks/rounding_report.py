@@ -2,8 +2,10 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+
+from learned_rounding.benchmarks.harness import markdown_table
 
 __all__ = ["markdown", "plot"]
 
@@ -52,7 +54,7 @@ def markdown(result: dict) -> str:
         ]
         parts += [
             f"Random weight, {weight}: errors in %, principal loss relative to nearest.",
-            _table(
+            markdown_table(
                 ["format", "method", "weight error", "principal loss", "white", "anisotropic", "aligned", "seconds"],
                 (
                     [_format(row), row["method"], _percent(row["weight error"]), f"{row['principal']:.3f}"]
@@ -163,8 +165,4 @@ def _pivot(rows: list[dict], cell: Callable[[dict], str], *keys: str) -> str:
     for row in rows:
         lines.setdefault((*(row[key] for key in keys), _format(row)), {})[row["method"]] = cell(row)
     cells = ([*line, *(by_method.get(method, "") for method in methods)] for line, by_method in lines.items())
-    return _table([*keys, "format", *methods], cells)
-
-
-def _table(columns: list[str], lines: Iterable[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
+    return markdown_table([*keys, "format", *methods], cells)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference, tensor_cores, tuning
+from . import cards, reference, tensor_cores, tuning
 
 __all__ = ["BACKENDS", "OPERATIONS", "backend", "implementation", "refusals", "using"]
 
@@ -31,7 +31,18 @@ BACKENDS: Mapping[str, str] = {
 # What a backend means for an operation that has no implementation of that name.
 _INSTEAD = {"torch": "reference", "autotuned": "triton"}
 VARIABLE = "LEARNED_ROUNDING_BACKEND"
-_chosen = [os.environ.get(VARIABLE, "auto")]
+
+
+def _asked_for() -> str:
+    """The backend that the environment names, or auto."""
+    name = os.environ.get(VARIABLE) or "auto"
+    if name in BACKENDS:
+        return name
+    log.warning("%s names no kernel backend: %r, so auto is used; choose one of %s.", VARIABLE, name, ", ".join(BACKENDS))
+    return "auto"
+
+
+_chosen = [_asked_for()]
 
 
 class Need(NamedTuple):
@@ -54,12 +65,7 @@ class Implementation(NamedTuple):
 
 @functools.cache
 def _has_triton() -> bool:
-    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return importlib.util.find_spec("triton") is not None
 
 
 def _from_triton(name: str) -> Callable[[], Callable]:
@@ -72,12 +78,13 @@ def _from_triton(name: str) -> Callable[[], Callable]:
 
 
 CUDA = Need("the tensor is not on a CUDA device", lambda x, *_: x.is_cuda)
-TRITON = Need("Triton for NVIDIA is not installed", lambda *_: _has_triton())
-AMPERE = Need("the card is older than SM 8.0", lambda x, *_: _capability(x.device) >= (8, 0))
+NVIDIA = Need("the card is not made by NVIDIA", lambda *_: cards.is_nvidia())
+TRITON = Need("Triton is not installed", lambda *_: _has_triton())
+AMPERE = Need("the card is older than SM 8.0", lambda x, *_: cards.capability(x.device) >= (8, 0))
 HALF = Need(
     "inputs must be float16 or bfloat16 where the card has no FP8",
     lambda x, codes, *_: (
-        codes.dtype is torch.int8 or x.dtype in (torch.float16, torch.bfloat16) or _capability(x.device) >= (8, 9)
+        codes.dtype is torch.int8 or x.dtype in (torch.float16, torch.bfloat16) or cards.multiplies_fp8(x.device)
     ),
 )
 BLOCKS = Need(
@@ -94,8 +101,12 @@ FLOATS = Need(
     "inputs must be float16, bfloat16 or float32",
     lambda x, *_: x.dtype in (torch.float16, torch.bfloat16, torch.float32),
 )
-COUPLED = Need("columns do not depend on each other", lambda weight, shift, before, coupling: coupling is not None)
-_KERNEL = (CUDA, TRITON, AMPERE)
+COUPLED = Need("columns do not depend on each other", lambda weight, shift, before, coupling, *_: coupling is not None)
+COLUMNS = Need(
+    "a block has more columns than a kernel rounds in one go",
+    lambda weight, *_: weight.shape[0] <= _from_triton("MAX_COLUMNS")(),
+)
+_KERNEL = (CUDA, NVIDIA, TRITON, AMPERE)
 
 
 def _is_power(size: int, least: int) -> bool:
@@ -123,15 +134,17 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "scaled_linear": {
         "triton": Implementation(_from_triton("scaled_linear"), (*_KERNEL, FLOATS, HALF, BLOCKS)),
         "autotuned": Implementation(_from_triton("autotuned_linear"), (*_KERNEL, FLOATS, HALF, BLOCKS)),
-        "torch": Implementation(lambda: tensor_cores.scaled_linear, (CUDA, *map(Need._make, tensor_cores.NEEDS))),
+        "torch": Implementation(
+            lambda: tensor_cores.scaled_linear, (CUDA, NVIDIA, AMPERE, *map(Need._make, tensor_cores.NEEDS))
+        ),
         "reference": _reference("scaled_linear"),
     },
     "round_block": {
-        "triton": Implementation(_from_triton("round_block"), (CUDA, TRITON, COUPLED)),
+        "triton": Implementation(_from_triton("round_block"), (CUDA, NVIDIA, TRITON, COUPLED, COLUMNS)),
         "reference": _reference("round_block"),
     },
     "scale_errors": {
-        "triton": Implementation(_from_triton("scale_errors"), (CUDA, TRITON)),
+        "triton": Implementation(_from_triton("scale_errors"), (CUDA, NVIDIA, TRITON)),
         "reference": _reference("scale_errors"),
     },
 }

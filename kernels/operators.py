@@ -3,6 +3,7 @@
 import torch
 
 from .backends import implementation
+from .grid import GridArithmetic
 
 __all__ = [
     "dequantize_weight",
@@ -18,6 +19,8 @@ __all__ = [
     "quantize_int8_block_weight",
     "quantize_int8_row",
     "quantize_int8_row_weight",
+    "round_block",
+    "scale_errors",
     "scaled_linear",
 ]
 
@@ -25,21 +28,45 @@ FP8 = torch.float8_e4m3fn
 NAMESPACE = "learned_rounding"
 
 
-def _operator(name: str, schema: str, fake):
-    """The operator ``learned_rounding::name``, which finds its implementation when it is called.
+def _operator(name: str, register):
+    """The operator ``learned_rounding::name``, which ``register(its full name)`` makes.
 
     The package may be imported under more than one name, by ComfyUI and by a script: the first one's operator stays.
     """
     known = getattr(torch.ops, NAMESPACE)
-    if hasattr(known, name):
-        return getattr(known, name).default
+    if not hasattr(known, name):
+        register(f"{NAMESPACE}::{name}")
+    return getattr(known, name).default
+
+
+def _of_layers(name: str, schema: str, fake):
+    """An operator of models that run: torch.compile meets it, and autograd is refused."""
 
     def run(*arguments):
         return implementation(name, *arguments)(*arguments)
 
-    made = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
-    made.register_fake(fake)
-    return getattr(known, name).default
+    def register(full: str) -> None:
+        torch.library.custom_op(full, run, mutates_args=(), schema=schema).register_fake(fake)
+
+    return _operator(name, register)
+
+
+def _of_rounding(name: str, schema: str, fake):
+    """An operator of files that are quantized, whose last three arguments are a grid's numbers.
+
+    A ``custom_op`` loads torch's compiler when it is first called: a second and 150 MB, for nothing here.
+    """
+
+    def run(*arguments):
+        arguments = *arguments[:-3], GridArithmetic(*arguments[-3:])
+        return implementation(name, *arguments)(*arguments)
+
+    def register(full: str) -> None:
+        torch.library.define(full, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(full, "default", run)
+        torch.library.register_fake(full, fake)
+
+    return _operator(name, register)
 
 
 def _fake_quantize_inputs(x, dtype, block_size, rotate_by):
@@ -54,26 +81,40 @@ def _fake_quantize_weight(weight, dtype, block_size):
     return weight.new_empty(out, inner, dtype=dtype), weight.new_empty(counts, dtype=torch.float32)
 
 
-_quantize_inputs = _operator(
+_quantize_inputs = _of_layers(
     "quantize_inputs",
     "(Tensor x, ScalarType dtype, int block_size, int rotate_by) -> (Tensor, Tensor)",
     _fake_quantize_inputs,
 )
-_quantize_weight = _operator(
+_quantize_weight = _of_layers(
     "quantize_weight",
     "(Tensor weight, ScalarType dtype, int block_size) -> (Tensor, Tensor)",
     _fake_quantize_weight,
 )
-_dequantize_weight = _operator(
+_dequantize_weight = _of_layers(
     "dequantize_weight",
     "(Tensor codes, Tensor scale, int block_size, int rotate_by, ScalarType dtype) -> Tensor",
     lambda codes, scale, block_size, rotate_by, dtype: codes.new_empty(codes.shape, dtype=dtype),
 )
-_scaled_linear = _operator(
+_scaled_linear = _of_layers(
     "scaled_linear",
     "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int block_size, int rotate_by, ScalarType out_dtype) -> Tensor",
     lambda x, codes, scale, bias, block_size, rotate_by, out_dtype: x.new_empty(
         x.shape[0], codes.shape[0], dtype=out_dtype
+    ),
+)
+_round_block = _of_rounding(
+    "round_block",
+    "(Tensor weight, Tensor shift, Tensor? before, Tensor? coupling, Tensor scale, int tile_rows,"
+    " int mantissa, float smallest, float largest) -> (Tensor, Tensor)",
+    lambda weight, *_: (weight.new_empty(weight.shape, dtype=torch.float16), torch.empty_like(weight)),
+)
+_scale_errors = _of_rounding(
+    "scale_errors",
+    "(Tensor weight, Tensor scale, Tensor ratios, Tensor? column_weight, int tile_rows, int tile_columns, int group,"
+    " int mantissa, float smallest, float largest) -> Tensor",
+    lambda weight, scale, ratios, column_weight, tile_rows, tile_columns, group, *_: scale.new_empty(
+        ratios.shape[0], -(-weight.shape[0] // group), scale.shape[1]
     ),
 )
 
@@ -262,3 +303,13 @@ def int8_row_linear(x, codes, scale, bias=None, *, rotate_by: int = 0, out_dtype
 def fp8_row_linear(x, codes, scale, bias=None, *, out_dtype=None) -> torch.Tensor:
     """:func:`scaled_linear` with float8_e4m3fn codes, one scale per output channel or one at all, inputs per token."""
     return _linear(x, codes, scale, bias, FP8, out_dtype=out_dtype)
+
+
+def round_block(weight, shift, before, coupling, scale, tile_rows: int, grid: GridArithmetic):
+    """Round a block of columns one after the other, feeding each column's error to the others; see :mod:`.reference`."""
+    return _round_block(weight, shift, before, coupling, scale, tile_rows, *grid)
+
+
+def scale_errors(weight, scale, ratios, column_weight, tile_rows: int, tile_columns: int, group: int, grid: GridArithmetic):
+    """Squared rounding errors under many candidate scales in one pass; see :mod:`.reference`."""
+    return _scale_errors(weight, scale, ratios, column_weight, tile_rows, tile_columns, group, *grid)

@@ -2,6 +2,8 @@
 
 import torch
 
+from . import cards
+
 __all__ = ["NEEDS", "scaled_linear"]
 
 
@@ -11,12 +13,11 @@ def _scaled_mm_of_blocks():
 
 
 def _product_exists(x, codes, scale, bias, block_size, *_) -> bool:
-    capability = torch.cuda.get_device_capability(x.device)
     if codes.dtype is torch.int8:
         return not block_size
     if block_size:
-        return block_size == 128 and capability == (9, 0) and _scaled_mm_of_blocks() is not None
-    return capability >= (8, 9)
+        return block_size == 128 and cards.capability(x.device) == (9, 0) and _scaled_mm_of_blocks() is not None
+    return cards.multiplies_fp8(x.device)
 
 
 def _shape_fits(x, codes, scale, bias, block_size, *_) -> bool:

@@ -43,7 +43,7 @@ def round_block(
 
     Args:
         weight: float32 (B, R): columns of the weight, transposed; R rows of the weight.
-        shift: float32 (B, R): what errors outside this block ask for; overwritten.
+        shift: float32 (B, R): what errors outside this block ask for.
         before: float32 (B, R) errors that are replaced, or None for none.
         coupling: float32 (B, B), zero diagonal; None for columns that do not depend on each other.
         scale: float32 (B or 1, ⌈R/tile_rows⌉), shared by ``tile_rows`` neighbouring rows.
@@ -58,7 +58,7 @@ def round_block(
         values = round_to_grid((weight - shift) / spread, grid)
         return values.half(), values * spread - weight
     values = torch.empty(columns, rows, dtype=torch.float16, device=weight.device)
-    errors = torch.empty_like(weight)
+    errors, shift = torch.empty_like(weight), shift.clone()
     for column in range(columns - 1, -1, -1):
         step = spread[column if spread.shape[0] > 1 else 0]
         value = round_to_grid((weight[column] - shift[column]) / step, grid)

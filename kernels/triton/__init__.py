@@ -2,9 +2,10 @@
 
 from .linear import autotuned_linear, scaled_linear
 from .quantize import dequantize_weight, quantize_inputs, quantize_weight
-from .rounding import round_block, scale_errors
+from .rounding import MAX_COLUMNS, round_block, scale_errors
 
 __all__ = [
+    "MAX_COLUMNS",
     "autotuned_linear",
     "dequantize_weight",
     "quantize_inputs",

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import tuning
+from .. import cards, tuning
+from ..hadamard import rotate
 from .quantize import as_stored, decode_e4m3, quantize_inputs
 
 try:
@@ -256,8 +257,11 @@ def _launches(inputs: torch.Tensor, codes: torch.Tensor, block_size: int, decode
 def _linear(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose) -> torch.Tensor:
     """Quantize x, unless the card has no arithmetic for its codes, and multiply as ``choose(run, inputs, decode)`` says."""
     codes = codes if codes.stride(1) == 1 else codes.contiguous()
-    decode = codes.dtype is not torch.int8 and torch.cuda.get_device_capability(x.device) < (8, 9)
-    inputs, input_scale = (x.contiguous(), None) if decode else quantize_inputs(x, codes.dtype, block_size, rotate_by)
+    decode = codes.dtype is not torch.int8 and not cards.multiplies_fp8(x.device)
+    if decode:
+        inputs, input_scale = (rotate(x, rotate_by).to(x.dtype) if rotate_by else x.contiguous()), None
+    else:
+        inputs, input_scale = quantize_inputs(x, codes.dtype, block_size, rotate_by)
     scale = scale.float().contiguous()
 
     def run(launch) -> torch.Tensor:

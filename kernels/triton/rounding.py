@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..grid import GridArithmetic
 
-__all__ = ["round_block", "scale_errors", "CONFIGS"]
+__all__ = ["CONFIGS", "MAX_COLUMNS", "round_block", "scale_errors"]
 
 # Shipped launch configurations: kernel name → (constexpr values, warps). round_block is bound by the latency of a step:
 # with one warp its sums need no shared memory, 73 µs for 128×12288 on an H200 where 4 warps take 127; 32 rows take 62,
@@ -154,12 +154,11 @@ def square_tile(columns: int) -> dict[str, int]:
 
 
 def round_block(weight, shift, before, coupling, scale, tile_rows, grid):
-    """See :func:`..reference.round_block`; ``shift`` is left as it is."""
+    """See :func:`..reference.round_block`; for up to :data:`MAX_COLUMNS` columns."""
     columns, rows = weight.shape
     values = torch.empty(columns, rows, dtype=torch.float16, device=weight.device)
     errors = torch.empty(columns, rows, dtype=torch.float32, device=weight.device)
     constants, warps = CONFIGS["round_block"]
-    assert columns <= MAX_COLUMNS and weight.stride(1) == 1
     _round_block[(triton.cdiv(rows, constants["ROWS"]),)](
         weight.contiguous(),
         shift.contiguous(),

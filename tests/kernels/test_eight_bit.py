@@ -1,10 +1,12 @@
 """Quantizers and linear layers of 8-bit codes: Triton against plain torch, and both against float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from learned_rounding import kernels
-from learned_rounding.kernels import reference
+from learned_rounding.kernels import cards, reference
 from learned_rounding.kernels.hadamard import rotate
 from learned_rounding.quant_core.formats import make_encoding
 
@@ -189,6 +191,19 @@ def test_decoded_weights_meet_plain_inputs(linear, device, block_size):
     got = linear.multiply(x, None, codes, scale, bias, block_size, torch.float32, linear.Launch(16, 32, 64, 4, 1))
     want = x.double() @ reference.dequantize_weight(codes, scale, block_size, 0, torch.float64).t() + bias.double()
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("block_size, rotate_by", [(0, 0), (0, 64), (64, 0)], ids=["row", "rotated", "block"])
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_layers_on_cards_without_fp8_leave_the_inputs_as_they_are(monkeypatch, linear, device, implementation, block_size, rotate_by):
+    monkeypatch.setattr(cards, "multiplies_fp8", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=82))
+    weight, x = random(48, 256, seed=1, device=device), random(9, 256, device=device).half()
+    codes, scale = reference.quantize_weight(rotate(weight, rotate_by) if rotate_by else weight, FP8, block_size)
+    entry = {"triton": linear, "reference": reference}[implementation]
+    got = entry.scaled_linear(x, codes, scale, None, block_size, rotate_by, torch.float32)
+    want = x.double() @ reference.dequantize_weight(codes, scale, block_size, rotate_by, torch.float32).double().t()
+    assert (got - want).norm() / want.norm() < 2e-3  # of half precision; quantized inputs have 0.026
 
 
 def test_a_scale_for_all_and_a_bias_of_another_dtype(linear, device):

@@ -59,8 +59,8 @@ def test_round_block_is_that_of_plain_torch(fast, device, grid, columns, rows, t
     per_column = 1 if tile_rows == rows else columns
     scale = 0.05 + random(per_column, -(-rows // tile_rows), seed=4, device=device).abs() * 3 / grid.max
     before = None if sequential else before * 0.01
-    want = reference.round_block(weight, shift.clone(), before, coupling, scale, tile_rows, grid.arithmetic)
-    got = fast.round_block(weight, shift.clone(), before, coupling, scale, tile_rows, grid.arithmetic)
+    want = reference.round_block(weight, shift, before, coupling, scale, tile_rows, grid.arithmetic)
+    got = fast.round_block(weight, shift, before, coupling, scale, tile_rows, grid.arithmetic)
     # A GPU may fuse a multiplication into the addition; a code on the edge then falls to the other side, and what
     # follows in its row differs. Nearly all rows are equal, and every error is that of its code.
     same = (got[0] == want[0]).all(dim=0)
@@ -74,8 +74,8 @@ def test_columns_without_coupling_are_rounded_at_once(grid):
     weight, shift = random(5, 12), random(5, 12, seed=1)
     scale = 0.05 + random(5, 3, seed=2).abs()
     arguments = (scale, 4, grid.arithmetic)
-    apart = reference.round_block(weight, shift.clone(), None, None, *arguments)
-    zero = reference.round_block(weight, shift.clone(), None, torch.zeros(5, 5), *arguments)
+    apart = reference.round_block(weight, shift, None, None, *arguments)
+    zero = reference.round_block(weight, shift, None, torch.zeros(5, 5), *arguments)
     assert torch.equal(apart[0], zero[0]) and torch.equal(apart[1], zero[1])
 
 
