@@ -130,6 +130,7 @@ MADE = {
 
 def take(page, node: str, known: Mapping) -> None:
     """``known``: the server's node definitions."""
+    page.evaluate("() => window.app.refreshComboInNodes()")
     if node in EXAMPLES:
         load_workflow(page, EXAMPLES_FOLDER / f"{EXAMPLES[node]}.json")
     else:
@@ -147,7 +148,9 @@ def take(page, node: str, known: Mapping) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[*EXAMPLES, *MADE], nargs="+", help="these nodes, in the order in which their files are made; default: all")
+    args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     host = max(available_hosts(), key=lambda host: [int(part) for part in host.version.split(".")])
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
@@ -158,7 +161,7 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         with open_page(server, settings=SETTINGS, size=(1400, 1400), timeout=600) as page:
-            for node in (*EXAMPLES, *MADE):
+            for node in args.only or (*EXAMPLES, *MADE):
                 take(page, node, server.object_info())  # with the files that runs before have made
                 print(node, flush=True)
     print(sum(path.stat().st_size for path in OUT.glob("*.png")), "bytes in", OUT)
