@@ -28,7 +28,7 @@ from .checkpoints import (
 )
 from .checkpoints.verify import verify_source
 from .errors import NothingToQuantizeError, OutputError, OutputExistsError, SourceError
-from .formats import FORMATS, Encoding, make_encoding
+from .formats import FORMATS, ROTATED, Encoding, make_encoding
 from .formats.weight import config_tensor
 
 __all__ = ["PLAIN", "UNSCALED", "CodedLayer", "Migration", "coded_layers", "foreign_layers", "migrate_file", "old_marks", "read_scale"]
@@ -108,7 +108,12 @@ def _encoding(layer: str, weight: TensorInfo, scale: TensorInfo, config: Mapping
     given = config.get("group_size")
     if known[0] == "block" and given != known[1] and type(given) is int and given > 0 and _counts(weight, given) == scale.shape:
         raise SourceError(f"{layer}: blocks of {given}, as its JSON says, are none of the formats; make the file again from its full-precision original.")
-    rotated = config.get("convrot") and format.name == "int8_tensorwise" and known[0] == "row"
+    rotated = config.get("convrot") and weight.dtype is torch.int8
+    if rotated and (format.name, known[0]) not in ROTATED:
+        raise SourceError(
+            f"{layer}: rotated codes (ConvRot) with one scale per {known[0]} are none of the formats; "
+            "make the file again from its full-precision original."
+        )
     return make_encoding(
         format.name,
         known[0],

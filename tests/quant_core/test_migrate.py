@@ -109,6 +109,13 @@ def test_labels_follow_the_scales(migrate, dtype, shape, label, expected):
     assert torch.equal(made["a.weight_scale"].flatten(), old["a.weight_scale"].flatten())
 
 
+def test_a_rotation_under_params_stays(migrate):
+    old = {"a.weight": codes(INT8), "a.weight_scale": torch.ones(64, 1)}
+    config = {"format": "int8_tensorwise", "per_row": True, "params": {"convrot": True, "convrot_groupsize": 16}}
+    _, _, jsons = migrate(old | {"a.comfy_quant": config_tensor(config)})
+    assert jsons == {"a": {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}}
+
+
 def test_orphans_go_and_formats_of_others_stay(migrate):
     rotated = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}
     old = {
@@ -139,6 +146,7 @@ def test_each_part_of_a_checkpoint_has_its_own_mark(migrate):
     "tensors, config, sentence",
     [
         ({"a.weight": codes(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)}, {"format": "int8_tensorwise", "convrot": True}, "groups of 256 do not divide"),
+        ({"a.weight": codes(INT8), "a.weight_scale": torch.ones(())}, {"format": "int8_tensorwise", "convrot": True}, "rotated codes .* per tensor"),
         ({"a.weight": codes(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)}, {"format": "int8_blockwise", "group_size": 100}, "blocks of 100"),
         ({"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(), None, "scales a weight that is no code"),
         ({"a.weight": codes(INT8)} | old_fp8(), None, "a: holds codes"),

@@ -38,6 +38,14 @@ def test_decoded_weights_are_what_the_codes_mean(tmp_path, format, convrot):
         assert decoded.layers.total() == 2
 
 
+def test_a_rotation_under_params_is_undone(tmp_path):
+    save_file(plain(), tmp_path / "model.safetensors")
+    quantize_file(tmp_path / "model.safetensors", tmp_path / "q.safetensors", Recipe(format="int8_tensorwise", convrot=16, rounding="nearest"))
+    config = {"format": "int8_tensorwise", "per_row": True, "params": {"convrot": True, "convrot_groupsize": 16}}
+    decoded = DecodedSource(TensorSource(load_file(tmp_path / "q.safetensors") | {"a.comfy_quant": config_tensor(config)}))
+    assert error(decoded.read("a.weight"), plain()["a.weight"]) < 0.05
+
+
 def test_old_scaled_fp8_becomes_int8(tmp_path, capsys):
     codes = (plain()["a.weight"].float() * 50).clamp(-448, 448).to(torch.float8_e4m3fn)
     old = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn), "a.weight": codes, "a.scale_weight": torch.tensor([0.02])}
