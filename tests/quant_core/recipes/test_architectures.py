@@ -13,7 +13,7 @@ from learned_rounding.quant_core.recipes.presets import GENERAL as GENERAL_RULE
 from learned_rounding.tests.architectures import architectures, read
 from learned_rounding.tests.architectures.collect import TEXT_ENCODERS
 from learned_rounding.tests.architectures.lists import rebuild, version
-from learned_rounding.tests.architectures.table import DIFFUSERS, DOCUMENT, RENAMED, document, examine
+from learned_rounding.tests.architectures.table import DOCUMENT, document, examine
 from learned_rounding.tests.architectures.table import source as header
 
 # Models that no preset is for: none of them makes pictures, sound or text for them.
@@ -224,11 +224,6 @@ def test_every_format_takes_the_plan(name):
     assert plan.sizes.keys() == FORMATS.keys()
     assert all(codes < size < codes * 1.01 for size in plan.sizes.values())
     assert plan.checkpoint or name in TEXT_ENCODERS or plan.preset is None
-
-
-def test_models_that_are_renamed_are_those_of_which_that_is_tried():
-    """By tests/nodes/test_opening.py; of the U-Nets it tries SDXL."""
-    assert {found(name).preset for name in RENAMED} | {"sd15"} == set(DIFFUSERS)
 
 
 def test_the_document_is_what_these_lists_and_presets_make():
