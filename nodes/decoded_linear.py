@@ -4,12 +4,12 @@ Weights stay coded in memory; activations stay in full precision. Used through C
 ``convert_weight`` and ``set_weight`` are what it patches LoRAs through.
 """
 
-import json
 from collections.abc import Iterable
 
 import torch
 
 from ..quant_core.checkpoints import TensorInfo
+from ..quant_core.checkpoints.metadata import read_config
 from ..quant_core.checkpoints.verify import layer_encoding
 from ..quant_core.formats import find_format
 
@@ -46,7 +46,7 @@ def decoding_operations(operations):
 
             def _hold(self, layer, codes, scale, config):
                 """Become a layer of these codes, which are returned in their own dtype."""
-                entries = json.loads(config.cpu().numpy().tobytes())
+                entries = read_config(config, f"{layer}: its comfy_quant tensor")
                 codes = codes.view(find_format(entries["format"]).grid.dtype)
                 tensors = {"weight": codes, "weight_scale": scale}
                 infos = {f"{layer}.{key}": TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()}

@@ -328,6 +328,10 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     given["layer_config"] = _layer_config(args)
     given = {name: value for name, value in given.items() if value is not None}
     if args.convrot_group_size is not None:
+        if args.convrot is not True and args.convrot not in (None, args.convrot_group_size):
+            raise RecipeError(
+                f"--convrot {args.convrot} and --convrot-group-size {args.convrot_group_size} contradict each other; leave one out."
+            )
         given["convrot"] = args.convrot_group_size
     if given.get("format") == AUTO:
         suits = recommended_format()
@@ -354,8 +358,12 @@ def _layer_config(args: argparse.Namespace) -> str | None:
             ) from None
     if not args.custom_layers:
         return text
-    parse_layer_config(text or "")  # before it is merged
-    return json.dumps({**json.loads(text or "{}"), **dict.fromkeys(args.custom_layers, args.custom_type)})
+    given = {rule.pattern: rule.format for rule in parse_layer_config(text or "")}
+    custom = dict.fromkeys(args.custom_layers, args.custom_type)
+    for rule in parse_layer_config(json.dumps(custom)):
+        if given.get(rule.pattern, rule.format) != rule.format:
+            raise RecipeError(f"--custom-layers and --layer-config say different things of '{rule.pattern}'; leave one out.")
+    return json.dumps({**json.loads(text or "{}"), **custom})
 
 
 class _Progress:

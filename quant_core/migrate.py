@@ -28,7 +28,7 @@ from .checkpoints import (
 )
 from .checkpoints.verify import verify_source
 from .errors import NothingToQuantizeError, OutputError, OutputExistsError, SourceError
-from .formats import FORMATS, Encoding, make_encoding
+from .formats import FORMATS, ROTATED, Encoding, make_encoding
 from .formats.weight import config_tensor
 
 __all__ = ["PLAIN", "UNSCALED", "CodedLayer", "Migration", "coded_layers", "foreign_layers", "migrate_file", "old_marks", "read_scale"]
@@ -108,7 +108,12 @@ def _encoding(layer: str, weight: TensorInfo, scale: TensorInfo, config: Mapping
     given = config.get("group_size")
     if known[0] == "block" and given != known[1] and type(given) is int and given > 0 and _counts(weight, given) == scale.shape:
         raise SourceError(f"{layer}: blocks of {given}, as its JSON says, are none of the formats; make the file again from its full-precision original.")
-    rotated = config.get("convrot") and format.name == "int8_tensorwise" and known[0] == "row"
+    rotated = config.get("convrot") and weight.dtype is torch.int8
+    if rotated and (format.name, known[0]) not in ROTATED:
+        raise SourceError(
+            f"{layer}: rotated codes (ConvRot) with one scale per {known[0]} are none of the formats; "
+            "make the file again from its full-precision original."
+        )
     return make_encoding(
         format.name,
         known[0],
@@ -169,7 +174,8 @@ def _check_sound(name: str, configs: Mapping[str, dict], infos: Mapping[str, Ten
     """The file that would be written passes ``lrq verify``, layers in formats of others left aside."""
     others = {layer for layer, config in configs.items() if _foreign(config)}
     ours = {layer: config for layer, config in configs.items() if layer not in others}
-    made = TensorSource(small, {QUANTIZATION_KEY: quantization_metadata(ours)}, name)
+    read = {tensor: values for tensor, values in small.items() if tensor.rpartition(".")[0] not in others}
+    made = TensorSource(read, {QUANTIZATION_KEY: quantization_metadata(ours)}, name)
     made.tensors |= {tensor: info for tensor, info in infos.items() if tensor.rpartition(".")[0] not in others}
     if problems := verify_source(made).problems:
         raise SourceError(f"{name} would not become a sound file: {problems[0]}")
@@ -199,12 +205,13 @@ class CodedLayer:
 
 def foreign_layers(source: Source) -> dict[str, dict]:
     """{layer: JSON} of those in formats that are not ours, as far as their weights are there."""
+    return {layer: config for layer, config in _loaded_configs(source).items() if _foreign(config) and f"{layer}.weight" in source.tensors}
+
+
+def _loaded_configs(source: Source) -> dict[str, dict]:
+    """The layers' JSON as ComfyUI takes it: it writes the header's over the tensors."""
     tensors, header = layer_configs(source)
-    return {
-        layer: config
-        for layer, config in {**header, **tensors}.items()
-        if _foreign(config) and f"{layer}.weight" in source.tensors
-    }
+    return {**tensors, **header}
 
 
 def _foreign(config: Mapping) -> bool:
@@ -217,9 +224,11 @@ def old_marks(source: Source) -> list[str]:
 
 
 def coded_layers(source: Source) -> Iterator[CodedLayer]:
-    """Every layer of a quantized file, labelled rightly or not. Raises SourceError when one is in no known format."""
-    tensors, header = layer_configs(source)
-    given = {**header, **tensors}
+    """Every layer of a quantized file, labelled rightly or not.
+
+    Raises SourceError when one is in no known format, or a scale belongs to a weight that holds no codes.
+    """
+    given = _loaded_configs(source)
     # ComfyUI's old sign for it, of the layers whose names begin as the mark's does
     marks = {name.removesuffix(_MARK): source.tensors[name].shape == (2,) for name in sorted(old_marks(source), key=len, reverse=True)}
     for name, found in _beside(source).items():
@@ -229,6 +238,8 @@ def coded_layers(source: Source) -> Iterator[CodedLayer]:
             marked = next((full for start, full in marks.items() if name.startswith(start)), False)
             full = bool(layer.config.get("full_precision_matrix_mult", marked))
             layer = replace(layer, encoding=_encoding(name, *infos, layer.config, full))
+        elif not layer.foreign:
+            _check_orphan(source, name, found)
         yield layer
 
 
@@ -238,14 +249,20 @@ def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
     configs, small, gone = {}, {}, set(marks)
     if marks:
         done.changes["old scaled FP8 marker replaced"] = len(marks)
+    tensors, header = layer_configs(opened)
+    disputed = {layer for layer, config in tensors.items() if config != header.get(layer, config)}
+    if disputed:
+        done.changes["layers whose comfy_quant tensor said otherwise than the header, which ComfyUI goes by"] = len(disputed)
     for entry in coded_layers(opened):
         layer, found, config, encoding = entry.name, entry.found, entry.config, entry.encoding
         if entry.foreign:
             configs[layer] = config  # MXFP8, NVFP4 …: not ours to judge
+            if layer in disputed:
+                gone.add(found["comfy_quant"])
+                small[found["comfy_quant"]] = config_tensor(config)
             continue
         gone.update(name for suffix, name in found.items() if suffix != "weight")
         if encoding is None:
-            _check_orphan(opened, layer, found)
             orphans = [name for suffix, name in found.items() if suffix != "weight"]
             done.changes["tensors that belong to no quantized layer removed"] += len(orphans)
             done.removed += orphans
@@ -269,7 +286,7 @@ def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
 
 
 def _check_orphan(opened: Source, layer: str, found: Mapping[str, str]) -> None:
-    """Refuse to drop a scale that says something of a weight which holds no codes."""
+    """Raise SourceError for a scale that says something of a weight which holds no codes."""
     if "weight_scale" in found and f"{layer}.weight" in opened.tensors:
         scale = opened.read(found["weight_scale"]).float()
         if not (scale == 1).all():

@@ -224,6 +224,15 @@ def test_the_manual_names_every_option_and_command():
         assert not missing, f"lrq {name}: {missing}"
 
 
+def test_the_manual_says_which_options_one_command_lacks():
+    text = " ".join((ROOT / "MANUAL.md").read_text(encoding="utf-8").split())
+    (commands,) = (action.choices for action in cli._parser()._actions if getattr(action, "choices", None))
+    quantize, plan = (options(commands[name]) for name in ("quantize", "plan"))
+    named = re.search(r"Both take all of them, but for (.*?), which only `lrq quantize` has, and (.*?), which only `lrq plan` has", text).groups()
+    for lacking, said in zip((quantize - plan - {"-o"}, plan - quantize), named, strict=True):
+        assert set(re.findall(r"`(--[\w-]+)`", said)) == lacking
+
+
 def test_the_manual_names_every_node():
     text = (ROOT / "MANUAL.md").read_text(encoding="utf-8")
     for path in (ROOT / "web" / "docs").glob("*.md"):

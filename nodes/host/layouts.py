@@ -8,7 +8,6 @@ afterwards. So a layer of ours gets all that ComfyUI does for its own, and a lay
 
 import functools
 import inspect
-import json
 import logging
 
 import comfy.ops
@@ -16,6 +15,7 @@ import comfy.quant_ops
 import torch
 
 from ...quant_core.checkpoints import TensorInfo
+from ...quant_core.checkpoints.metadata import read_config
 from ...quant_core.checkpoints.verify import layer_encoding
 from ...quant_core.formats import FORMATS
 from ...quant_core.formats.weight import config_tensor
@@ -75,7 +75,7 @@ def _wrapped(load, formats: frozenset[str]):
     @functools.wraps(load)
     def load_quantized_module(module, super_load, state_dict, prefix, *args, **kwargs):
         stored = state_dict.get(f"{prefix}comfy_quant")
-        config = {} if stored is None else json.loads(stored.numpy().tobytes())
+        config = {} if stored is None else read_config(stored, f"{prefix}comfy_quant")
         loading = functools.partial(_load_layer, load, config) if config.get("format") in formats else load
         return loading(module, super_load, state_dict, prefix, *args, **kwargs)
 

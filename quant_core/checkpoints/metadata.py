@@ -20,12 +20,15 @@ __all__ = [
     "quantization_metadata",
     "layer_configs",
     "provenance",
+    "read_config",
 ]
 
 QUANTIZATION_KEY = "_quantization_metadata"  # read by ComfyUI; overrides the tensors when present
 PROVENANCE_KEY = "learned_rounding"  # read by us: version, recipe, fingerprint
 NOTE_KEY = "note"  # read by people whose ComfyUI does not load the file
 CONFIG_SUFFIX = ".comfy_quant"
+# What ComfyUI takes of a layer's JSON from its "params" too; what stands beside them comes first.
+_NESTED = ("convrot", "convrot_groupsize", "group_size", "linear_dtype")
 _HOME = "https://github.com/learned-rounding/learned_rounding"
 _CHECKPOINT_PREFIX = "model.diffusion_model."
 ENCODER_PREFIX = "text_encoders."  # of text encoders in a whole checkpoint
@@ -67,6 +70,24 @@ def _parse(text: str | bytes, where: str) -> dict:
     return value
 
 
+def _flat(config: dict) -> dict:
+    """A layer's JSON with the keys that ComfyUI also reads under ``params`` beside the others, as far as they are not there."""
+    nested = config.get("params")
+    if not isinstance(nested, dict):
+        return config
+    moved = {key: nested[key] for key in _NESTED if key in nested}
+    rest = {key: value for key, value in nested.items() if key not in moved}
+    return moved | {key: value for key, value in config.items() if key != "params"} | ({"params": rest} if rest else {})
+
+
+def read_config(tensor: torch.Tensor, where: str) -> dict:
+    """The layer's JSON in a ``comfy_quant`` tensor (bytes); ``params`` are read as ComfyUI does.
+
+    Raises SourceError, which begins with ``where``, when it holds no JSON object.
+    """
+    return _flat(_parse(tensor.cpu().numpy().tobytes(), where))
+
+
 def layer_configs(source: Source) -> tuple[dict[str, dict], dict[str, dict]]:
     """The layers' JSON as the ``comfy_quant`` tensors give it, and as the header does: two {layer: JSON}."""
     tensors = {}
@@ -75,7 +96,7 @@ def layer_configs(source: Source) -> tuple[dict[str, dict], dict[str, dict]]:
             text = source.read(name) if info.dtype is torch.uint8 else None
             if text is None:
                 raise SourceError(f"{source.name}: tensor {name} should be of dtype U8.")
-            tensors[name.removesuffix(CONFIG_SUFFIX)] = _parse(text.numpy().tobytes(), f"{source.name}: tensor {name}")
+            tensors[name.removesuffix(CONFIG_SUFFIX)] = read_config(text, f"{source.name}: tensor {name}")
     header = {}
     if QUANTIZATION_KEY in source.metadata:
         header = _parse(source.metadata[QUANTIZATION_KEY], f"{source.name}: header entry {QUANTIZATION_KEY}").get(
@@ -83,6 +104,7 @@ def layer_configs(source: Source) -> tuple[dict[str, dict], dict[str, dict]]:
         )
     if not isinstance(header, dict) or not all(isinstance(config, dict) for config in header.values()):
         raise SourceError(f"{source.name}: header entry {QUANTIZATION_KEY} does not map layers to their formats.")
+    header = {layer: _flat(config) for layer, config in header.items()}
     for layer, config in (*tensors.items(), *header.items()):
         if not isinstance(config.get("format"), (str, type(None))):
             raise SourceError(f"{source.name}: the format of layer {layer} is no name but {config['format']!r:.60}; the file is damaged.")

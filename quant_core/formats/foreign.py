@@ -46,9 +46,8 @@ class ForeignFormat:
 
 
 def _option(config: Mapping[str, object], key: str, default: int) -> int:
-    """A number of a layer's JSON, which may also stand under ``params``."""
-    nested = config.get("params")
-    value = config.get(key, nested.get(key, default) if isinstance(nested, dict) else default)
+    """A number of a layer's JSON."""
+    value = config.get(key, default)
     if type(value) is not int or value < 1:
         raise SourceError(f"its JSON says {key}={value!r}")
     return value

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .presets import STARTS
 
-__all__ = ["REFUSED", "Refused", "refusal"]
+__all__ = ["DIFFUSERS", "REFUSED", "Refused", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,23 @@ class Refused:
 
 _LOADER = "whose loader in ComfyUI takes no quantized layers; leave it as it is"
 _PREFIX = f"(?:{'|'.join(map(re.escape, STARTS))})?"
+
+DIFFUSERS = Refused(
+    # ComfyUI's loader joins and renames such layers one by one, and what belongs to quantized ones is lost on the way.
+    "under diffusers' layer names, which ComfyUI cannot read quantized; choose it in Load Model (Learned Rounding) inside ComfyUI, which "
+    "gives it ComfyUI's own names (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt, Z-Image), or give a file that has those names",
+    tuple(
+        tuple(_PREFIX + mark for mark in marks)
+        for marks in (
+            (r"joint_transformer_blocks\.0\.attn\.add_k_proj\.weight$",),  # AuraFlow
+            (r"adaln_single\.emb\.timestep_embedder\.linear_1\.bias$", r"pos_embed\.proj\.bias$"),  # PixArt
+            (r"noise_refiner\.0\.attention\.norm_k\.weight$",),  # Z-Image
+            (r"x_embedder\.weight$", r"transformer_blocks\.0\.attn\.add_k_proj\.weight$"),  # Flux
+            (r"pos_embed\.proj\.weight$", r"transformer_blocks\.0\.attn\.add_q_proj\.weight$"),  # SD3
+            (r"conv_in\.weight$", r"down_blocks\.0\.resnets\.0\.norm1\.weight$"),  # the U-Nets
+        )
+    ),
+)
 
 REFUSED: tuple[Refused, ...] = (
     Refused(
@@ -78,22 +95,7 @@ REFUSED: tuple[Refused, ...] = (
             (r"taesd_(de|en)coder\.|(post_)?quant_conv\.|decoder\.layers\.1\.layers\.0\.beta$|vquantizer\.",),
         ),
     ),
-    Refused(
-        # ComfyUI's loader joins and renames such layers one by one, and what belongs to quantized ones is lost on the way.
-        "under diffusers' layer names, which ComfyUI cannot read quantized; choose it in Load Model (Learned Rounding) inside ComfyUI, which "
-        "gives it ComfyUI's own names (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt, Z-Image), or give a file that has those names",
-        tuple(
-            tuple(_PREFIX + mark for mark in marks)
-            for marks in (
-                (r"joint_transformer_blocks\.0\.attn\.add_k_proj\.weight$",),  # AuraFlow
-                (r"adaln_single\.emb\.timestep_embedder\.linear_1\.bias$", r"pos_embed\.proj\.bias$"),  # PixArt
-                (r"noise_refiner\.0\.attention\.norm_k\.weight$",),  # Z-Image
-                (r"x_embedder\.weight$", r"transformer_blocks\.0\.attn\.add_k_proj\.weight$"),  # Flux
-                (r"pos_embed\.proj\.weight$", r"transformer_blocks\.0\.attn\.add_q_proj\.weight$"),  # SD3
-                (r"conv_in\.weight$", r"down_blocks\.0\.resnets\.0\.norm1\.weight$"),  # the U-Nets
-            )
-        ),
-    ),
+    DIFFUSERS,
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from learned_rounding.quant_core.recipes import make_plan, recognise
 from learned_rounding.tests.architectures.collect import TEXT_ENCODERS
 from learned_rounding.tests.architectures.lists import architectures, read, title
 
-__all__ = ["CHECKPOINT", "DIFFUSERS", "DOCUMENT", "ENCODERS", "RENAMED", "Found", "document", "examine", "source"]
+__all__ = ["CHECKPOINT", "DOCUMENT", "ENCODERS", "RENAMED", "Found", "document", "examine", "source"]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
@@ -33,15 +33,18 @@ edge). Then the size of the file in GB for each format, its kept part in 16 bits
 
 From which files: each of [the kinds of file](sources.md), whose errors by format stand there, and what depends on the model, *also from*: a *checkpoint* in
 which it lies with other parts gives the same decisions; *in a checkpoint* a text encoder beside a model whose family ComfyUI reads it quantized with;
-*diffusers* by Load Model in a graph, which has ComfyUI rename its layers (`tests/nodes/test_opening.py`). Any other model gets the general
-rule alone, and the plan says so.
+*diffusers* by Load Model in a graph, which has ComfyUI rename its layers, where each tensor gets its own name and shape back
+(`tests/nodes/test_opening.py`); a file of which ComfyUI leaves tensors over is refused. Any other model gets the general rule alone, and the
+plan says so.
 
 """
 COLUMNS = ("model", "preset", "parameters", "quantized", "layers", "ConvRot 256", "blocks of 128", *(f"`{name}`" for name in FORMATS), "also from")
-# Lists of models of which tests/nodes/test_opening.py has ComfyUI rename diffusers' names.
-RENAMED = ("sdxl", "flux", "sd35_large", "auraflow", "pixart_sigma", "zimage")
-# Presets of models that ComfyUI renames from diffusers' names.
-DIFFUSERS = ("sd15", "sdxl", "sd3", "flux", "auraflow", "pixart", "zimage")
+# Lists of models of which ComfyUI renames every tensor from diffusers' names, as tests/nodes/test_opening.py finds.
+RENAMED = {
+    "auraflow", "flux", "flux_fill", "flux_schnell", "koala_1b", "koala_700m", "longcat_image", "lotus_d", "pixart_alpha", "pixart_sigma", "sd15",
+    "sd15_inpaint", "sd20", "sd21_unclip_h", "sd21_unclip_l", "sd35_large", "sd35_medium", "sd3_medium", "sdxl", "sdxl_instructpix2pix", "sdxl_refiner",
+    "segmind_vega", "ssd_1b", "zimage",
+}  # fmt: skip
 # Lists of text encoders → names of their parts in checkpoints, where they are others.
 ENCODERS = {"t5": ("t5xxl",), "t5_old": ("t5xxl",), "umt5": ("umt5xxl",), "llama3_8b": ("llama",), "qwen3vl_8b": ("qwen3vl",), "gpt_oss_20b": ("gpt_oss",)}
 CHECKPOINT = "model.diffusion_model."
@@ -103,7 +106,7 @@ def _origins(name: str, found: Found) -> str:
     if name in TEXT_ENCODERS:
         beside = [preset.name for preset in PRESETS.values() if preset.detect and {name, *ENCODERS.get(name, ())} & set(preset.encoders)]
         return f"in a checkpoint ({', '.join(beside)})" if beside else "–"
-    renamed = ["diffusers"] if found.preset in DIFFUSERS else []
+    renamed = ["diffusers"] if name in RENAMED else []
     return ", ".join(["checkpoint"] * found.checkpoint + renamed) or "–"
 
 

@@ -34,7 +34,8 @@ spec = importlib.util.spec_from_file_location("pack", Path(pack) / "__init__.py"
 sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from pack.nodes import host  # noqa: E402
-from pack.quant_core import FORMATS, Recipe  # noqa: E402
+from pack.quant_core import FORMATS, Recipe, quantize_tensors  # noqa: E402
+from pack.quant_core.formats.weight import config_tensor  # noqa: E402
 from saving_checks import replaced, without_links  # noqa: E402
 
 RECIPES = {
@@ -235,6 +236,18 @@ def decoding() -> dict:
     return found
 
 
+def nested_rotation() -> dict:
+    """Error of a product with a rotated layer whose JSON says so under ``params``."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(64, 64, generator=generator), torch.randn(8, 64, generator=generator)
+    made = quantize_tensors({"a.weight": weight}, Recipe(format="int8_tensorwise", convrot=64, rounding="nearest")).tensors
+    config = {"format": "int8_tensorwise", "per_row": True, "params": {"convrot": True, "convrot_groupsize": 64}}
+    tensors = {name.removeprefix("a."): tensor for name, tensor in made.items()} | {"comfy_quant": config_tensor(config)}
+    linear = host.building.quantized_linear("a", tensors, config)
+    expected = inputs @ weight.T
+    return {"error": float((linear(inputs) - expected).norm() / expected.norm())}
+
+
 def document() -> dict:
     """The example that lies in the folder, with the file that it names."""
     file = Path(folder) / "by_hand.safetensors"
@@ -249,6 +262,7 @@ CHECKS = {
     "compared_text_encoders": compared_text_encoders,
     "decoding": decoding,
     "document": document,
+    "nested_rotation": nested_rotation,
     "text_encoder": text_encoder,
     "taught_text_encoder": taught_text_encoder,
     "calibrated_text_encoder": calibrated_text_encoder,

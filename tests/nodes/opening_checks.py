@@ -1,5 +1,6 @@
 """Checks of in_process.py: what a model file is opened as."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -14,20 +15,16 @@ from pack.nodes.configure import ConfigureQuantization
 from pack.nodes.load import LoadModel
 from pack.quant_core import Recipe
 from pack.quant_core.checkpoints import TensorInfo
+from pack.quant_core.errors import SourceError
 from pack.quant_core.recipes.refused import refusal
 from pack.tests.architectures import read
+from pack.tests.architectures.collect import DIFFUSION
 from safetensors.torch import load_file, save_file
 
 TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors"
 MODELS = Path(folder_paths.models_dir) / "diffusion_models"
-# Published models → whose names ComfyUI maps how.
-PUBLISHED = {
-    "flux": ("flux", {"depth": 19, "depth_single_blocks": 38, "hidden_size": 3072}),
-    "sd35_large": ("mmdit", {"depth": 38}),
-    "auraflow": ("auraflow", {"n_double_layers": 4, "n_layers": 36}),
-    "pixart_sigma": ("pixart", {"depth": 28}),
-    "zimage": ("z_image", {"n_layers": 30, "dim": 3840}),
-}
+# ComfyUI's maps of diffusers' names.
+MAPS = [getattr(comfy.utils, name) for name in dir(comfy.utils) if name.endswith("_to_diffusers")]
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
 
 
@@ -50,24 +47,45 @@ def tiny() -> dict[str, torch.Tensor]:
     return renamed(state, comfy.utils.mmdit_to_diffusers({"depth": depth, "num_blocks": blocks}))
 
 
-def of_real_size(name: str, config: dict, to_diffusers) -> bool:
-    """Whether a published model, of which the header alone is there, gets its names and shapes back, and none is planned without that."""
-    names = to_diffusers(config)
+def comes_back(name: str, to_diffusers) -> bool:
+    """Whether every tensor of a model, of which the header alone is there, has a name in that map, and all get their names and shapes back."""
+    names = to_diffusers(copy.deepcopy(DIFFUSION[name].options))
     known = {place if isinstance(place, str) else place[0] for place in names.values()}
     shapes = {}
     for key, tensor in read(name).items():  # ComfyUI 0.3.75 calls the scale of a norm just that
         key = key if key in known else re.sub(r"_norm\.weight$", "_norm.scale", key)
         shapes[key] = torch.empty(tensor.shape, device="meta")
+    if not shapes.keys() <= known:
+        return False
     theirs = renamed(shapes, names)
     assert theirs.keys().isdisjoint({key for key in shapes if key.endswith("qkv.weight")})
-    source = SimpleNamespace(
-        name=name, metadata={}, tensors={key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in theirs.items()}
-    )
+    source = header(name, theirs)
     assert "diffusers" in refusal(theirs) and refusal(shapes) is None
     convert = host.opening._converter(source)
     ours = host.opening.RenamedWeights(source, convert).tensors if convert else {}
-    mapped = {key: tuple(value.shape) for key, value in shapes.items() if key in known}  # tables of positions are made anew
-    return {key: info.shape for key, info in ours.items()} == mapped and len(mapped) > 0.95 * len(shapes)
+    return {key: info.shape for key, info in ours.items()} == {key: tuple(value.shape) for key, value in shapes.items()}
+
+
+def header(name: str, tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
+    return SimpleNamespace(name=name, metadata={}, tensors={key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()})
+
+
+def refused_files() -> dict[str, str]:
+    """What is said of files with diffusers' names that do not become whole models."""
+    unet = {"conv_in.weight": torch.zeros(8, 7, 3, 3), "down_blocks.0.resnets.0.norm1.weight": torch.zeros(8)}
+    flux2 = {"x_embedder.weight": torch.zeros(8, 8), "transformer_blocks.0.attn.add_k_proj.weight": torch.zeros(8, 8)}  # without biases
+    more = tiny() | {"extra.weight": torch.zeros(8, 8)}
+    files = {"diffusion_models/unet": unet, "diffusion_models/flux2": flux2, "diffusion_models/more": more, "checkpoints/more": more}
+    said = {}
+    for name, tensors in files.items():
+        path = Path(folder_paths.models_dir) / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+        try:
+            LoadModel.execute(f"{name}.safetensors")
+        except SourceError as error:
+            said[name] = str(error)
+    return said
 
 
 def own_rules() -> dict:
@@ -126,14 +144,13 @@ def diffusers() -> dict:
     for result in made.values():
         codes = result.pop("codes")
         result["quantized alike"] = codes.keys() == expected.keys() and all(torch.equal(codes[name], expected[name]) for name in codes)
-    sdxl = {key: torch.empty(tensor.shape, device="meta") for key, tensor in read("sdxl").items()}
     return {
         "files": made,
         "shards": replaced,
         "own rules": own_rules(),
         "safetensors_files": host.safetensors_files(),
-        "sdxl": of_real_size("sdxl", model_detection.model_config_from_unet(sdxl, "").unet_config, comfy.utils.unet_to_diffusers),
-        **{name: of_real_size(name, config, getattr(comfy.utils, f"{names}_to_diffusers")) for name, (names, config) in PUBLISHED.items()},
+        "renamed": [name for name in DIFFUSION if any(comes_back(name, to_diffusers) for to_diffusers in MAPS)],
+        "refused": refused_files(),
     }
 
 

@@ -15,3 +15,8 @@ def test_layers_that_decode_work_with_loras_and_with_little_memory(host, tmp_pat
         assert result["error with the LoRA"] < result["the LoRA moves by"], (name, result)
         assert result["little memory differs by"] < 1e-5, (name, result)
         assert result["unpatched"] and result["codes"] and result["kept in float32"], (name, result)
+
+
+def test_a_rotation_under_params_is_read_as_comfyui_does(host, tmp_path):
+    """By its own layer where it knows the format, by ours elsewhere."""
+    assert in_process(host, tmp_path, "nested_rotation")["error"] < 0.05

@@ -14,5 +14,9 @@ def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
     assert found["own rules"]["kept"] == ["fc1", "fc2"]
     assert formats["qkv"] == "float8_e4m3fn" and {format for name, format in formats.items() if name != "qkv"} == {"int8_tensorwise"}
     assert found["safetensors_files"] == ["diffusion_models/comfyui.safetensors", "diffusion_models/diffusers.safetensors"]
-    renamed = dict.fromkeys(RENAMED, True) | {"zimage": host.version != "0.3.75"}
-    assert {family: found[family] for family in renamed} == renamed
+    assert set(found["renamed"]) == RENAMED - ({"zimage"} if host.version == "0.3.75" else set())
+    refused = found["refused"]
+    assert len(refused) == 4 and not any("Load Model" in sentence for sentence in refused.values())
+    assert all(sentence.endswith("give a file that has ComfyUI's names.") for name, sentence in refused.items() if "diffusion_models" in name)
+    assert "none of its own for 1 of its" in refused["diffusion_models/more"] and "such as extra.weight;" in refused["diffusion_models/more"]
+    assert "move it there" in refused["checkpoints/more"]

@@ -116,6 +116,11 @@ OPTIONS = {
     "convrot": (["--int8", "--convrot"], {**ROW, "convrot": True}),
     "convrot group": (["--int8", "--convrot", "--convrot-group-size", "16"], {**ROW, "convrot": 16}),
     "convrot group alone": (["--int8", "--convrot_group_size=16"], {**ROW, "convrot": 16}),
+    "convrot twice": (["--int8", "--convrot", "16", "--convrot-group-size", "16"], {**ROW, "convrot": 16}),
+    "a layer's rule twice": (
+        ["--custom-layers", "mlp", "--custom-type", "int8", "--layer-config", '{"mlp": {"format": "int8"}}'],
+        {"layer_config": '{"mlp": "int8"}'},
+    ),
     "convrot with a value": (["--int8", "--convrot", "64"], {**ROW, "convrot": 64}),
     "convrot auto": (["--int8", "--convrot", "auto"], {**ROW, "convrot": "auto"}),
     "principal": (["--rounding", "principal"], {"rounding": "principal"}),
@@ -180,16 +185,64 @@ KNOWN = """
 REFUSED = {"--input_scale": "calibration", "--fallback": "--layer-config", "--convert-fp8-scaled": "lrq migrate"}
 
 
+# Option → what it is tried beside, and its value; others stand alone.
+TRIED = {
+    "-i": ("", "other.safetensors"),
+    "--input": ("", "other.safetensors"),
+    "-o": ("", "out.safetensors"),
+    "--output": ("", "out.safetensors"),
+    "--heur": ('--layer-config {"qkv":"fp8"}', ""),
+    "--scaling_mode": ("", "row"),
+    "--block_size": ("--int8 --scaling_mode block", "16"),
+    "--convrot": ("--int8", ""),
+    "--convrot-group-size": ("--int8 --convrot", "16"),
+    "--calib_samples": ("--bias_correction synthetic", "8"),
+    "--manual_seed": ("", "7"),
+    "--optimizer": ("--num_iter 3", "adamw"),
+    "--num_iter": ("", "3"),
+    "--lr": ("--optimizer adamw --num_iter 3", "0.1"),
+    "--top_p": ("", "0.3"),
+    "--min_k": ("", "2"),
+    "--max_k": ("", "9"),
+    "--kernel_backend": ("", "reference"),
+    "--exclude-layers": ("", "mlp"),
+    "--custom-layers": ("--custom-type int8 --custom-layers mlp", "qkv"),
+    "--custom-type": ("--custom-layers mlp --custom-type int8", "float8_e5m2"),
+    "--layer-config": ("", '{"mlp":"int8"}'),
+    "--device": ("", "cpu"),
+}
+ALWAYS = {"--comfy_quant", "--save-quant-metadata", "--low-memory"}
+
+
 @pytest.mark.parametrize("option", KNOWN.split())
-def test_every_option_that_users_know_acts_or_is_refused_by_name(lrq, model_file, option):
+def test_every_option_that_users_know_acts_or_is_refused_by_name(lrq, model_file, tmp_path, monkeypatch, option):
+    """It changes what the run is given, or what it prints and writes."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(model_file(), "other.safetensors")
     if option in REFUSED:
         for words in ([option], [option, "int8"]):
-            code, _, err = lrq("quantize", "-i", model_file(), *words)
+            code, _, err = lrq("quantize", "-i", "model.safetensors", *words)
             assert code == 2 and f"{option} is not taken" in err[-1] and REFUSED[option] in err[-1]
-    else:
-        code, lines, _ = lrq("quantize", "--help")
-        listed = lines if isinstance(lines, str) else "\n".join(lines)
-        assert code == 0 and any(spelt in listed for spelt in (option, option.replace("-", "_").replace("__", "--")))
+        return
+    plain, runs = pipeline.quantize_file, []
+
+    def recorded(source, output, recipe, **options):
+        runs.append((source.name, output, recipe, options["device"], kernels.backend()))
+        return plain(source, output, recipe, **options)
+
+    monkeypatch.setattr(cli, "quantize_file", recorded)
+    beside, value = TRIED.get(option, ("", ""))
+
+    def outcome(*words):
+        runs.clear()
+        code, out, err = lrq("quantize", "-i", "model.safetensors", "--overwrite", *beside.split(), *words)
+        assert (code, err) == (0, [])
+        lines = [re.sub(r"[\d.]+ s$", "", line) for line in out.splitlines() if not line.startswith("seconds")]
+        for made in (*tmp_path.glob("model_*"), *tmp_path.glob("out*")):
+            made.unlink()
+        return lines, *runs
+
+    assert (outcome(option, *filter(None, [value])) == outcome()) is (option in ALWAYS)
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
@@ -639,6 +692,13 @@ ERRORS = {
     ),
     "convrot on fp8": (nothing, [*Q, "--convrot"], "ConvRot exists for int8_tensorwise per row"),
     "a convrot of another size": (nothing, [*Q, "--int8", "--convrot", "32"], "256, 64 or 16, not 32"),
+    "two rotations": (nothing, [*Q, "--int8", "--convrot", "16", "--convrot-group-size", "256"], "--convrot 16 and --convrot-group-size 256 contradict"),
+    "a rotation of all sizes and of one": (nothing, [*Q, "--int8", "--convrot", "auto", "--convrot-group-size", "64"], "--convrot auto and --convrot-group"),
+    "two rules for one pattern": (
+        nothing,
+        [*Q, "--custom-layers", "mlp", "--custom-type", "int8", "--layer-config", '{"mlp": "skip"}'],
+        "--custom-layers and --layer-config say different things of 'mlp'",
+    ),
     "a block size without blocks": (nothing, [*Q, "--block_size", "64"], "Block size 64 has no effect"),
     "steps of nearest": (nothing, [*Q, "--simple", "--num_iter", "5"], "num_iter has no effect on rounding 'nearest'"),
     "damping without calibration": (nothing, [*Q, "--damping", "0.1"], "needs a calibration"),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import Inputs, LayerInputs
 from learned_rounding.quant_core.calibration.histogram import histogram
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, verify_file
+from learned_rounding.quant_core.checkpoints import SafetensorsFile, layer_configs, verify_file
 from learned_rounding.quant_core.errors import NothingToQuantizeError, OutputError, SourceError
 from learned_rounding.quant_core.formats.weight import config_tensor
 from learned_rounding.quant_core.migrate import migrate_file
@@ -109,6 +109,40 @@ def test_labels_follow_the_scales(migrate, dtype, shape, label, expected):
     assert torch.equal(made["a.weight_scale"].flatten(), old["a.weight_scale"].flatten())
 
 
+def test_a_rotation_under_params_stays(migrate):
+    old = {"a.weight": codes(INT8), "a.weight_scale": torch.ones(64, 1)}
+    config = {"format": "int8_tensorwise", "per_row": True, "params": {"convrot": True, "convrot_groupsize": 16}}
+    _, _, jsons = migrate(old | {"a.comfy_quant": config_tensor(config)})
+    assert jsons == {"a": {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}}
+
+
+def header(**layers):
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+ROTATED = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}
+UNROTATED = {"format": "int8_tensorwise", "per_row": True}
+
+
+@pytest.mark.parametrize("by_header, by_tensor", [(ROTATED, UNROTATED), (UNROTATED, ROTATED)], ids=["rotated", "not rotated"])
+def test_the_header_is_read_where_the_tensor_disagrees(migrate, by_header, by_tensor):
+    """ComfyUI writes the header's JSON over the tensor."""
+    old = {"a.weight": codes(INT8), "a.weight_scale": torch.ones(64, 1), "a.comfy_quant": config_tensor(by_tensor)}
+    done, _, jsons = migrate(old, header(a=by_header))
+    assert jsons == {"a": by_header}
+    assert done.changes == {"layers whose comfy_quant tensor said otherwise than the header, which ComfyUI goes by": 1}
+
+
+def test_the_header_is_read_for_formats_of_others_too(tmp_path):
+    other = {"format": "convrot_w4a4", "convrot_groupsize": 64}
+    old = {"a.weight": codes(), "a.weight_scale": torch.ones(()), "b.weight": torch.zeros(4, 4, dtype=INT8), "b.weight_scale": torch.ones(4)}
+    save_file(old | {"b.comfy_quant": config_tensor(other | {"convrot_groupsize": 16})}, tmp_path / "old.safetensors", header(b=other))
+    migrate_file(tmp_path / "old.safetensors", tmp_path / "new.safetensors")
+    with SafetensorsFile(tmp_path / "new.safetensors") as opened:
+        tensors, listed = layer_configs(opened)
+    assert tensors["b"] == listed["b"] == other
+
+
 def test_orphans_go_and_formats_of_others_stay(migrate):
     rotated = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}
     old = {
@@ -139,6 +173,7 @@ def test_each_part_of_a_checkpoint_has_its_own_mark(migrate):
     "tensors, config, sentence",
     [
         ({"a.weight": codes(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)}, {"format": "int8_tensorwise", "convrot": True}, "groups of 256 do not divide"),
+        ({"a.weight": codes(INT8), "a.weight_scale": torch.ones(())}, {"format": "int8_tensorwise", "convrot": True}, "rotated codes .* per tensor"),
         ({"a.weight": codes(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)}, {"format": "int8_blockwise", "group_size": 100}, "blocks of 100"),
         ({"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(), None, "scales a weight that is no code"),
         ({"a.weight": codes(INT8)} | old_fp8(), None, "a: holds codes"),

@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, TensorSource, verify_file
+from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize_tensors
+from learned_rounding.quant_core.checkpoints import SafetensorsFile, TensorSource, quantization_metadata, verify_file
 from learned_rounding.quant_core.cli import main
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, SourceError
+from learned_rounding.quant_core.formats import make_encoding
 from learned_rounding.quant_core.formats.weight import config_tensor
 from learned_rounding.quant_core.requantize import DecodedSource
 
@@ -36,6 +37,40 @@ def test_decoded_weights_are_what_the_codes_mean(tmp_path, format, convrot):
             assert decoded.tensors[name].dtype is torch.bfloat16
             assert error(decoded.read(name), plain()[name]) < (0.1 if "e5m2" in format else 0.05)
         assert decoded.layers.total() == 2
+
+
+def test_a_rotation_under_params_is_undone(tmp_path):
+    save_file(plain(), tmp_path / "model.safetensors")
+    quantize_file(tmp_path / "model.safetensors", tmp_path / "q.safetensors", Recipe(format="int8_tensorwise", convrot=16, rounding="nearest"))
+    config = {"format": "int8_tensorwise", "per_row": True, "params": {"convrot": True, "convrot_groupsize": 16}}
+    decoded = DecodedSource(TensorSource(load_file(tmp_path / "q.safetensors") | {"a.comfy_quant": config_tensor(config)}))
+    assert error(decoded.read("a.weight"), plain()["a.weight"]) < 0.05
+
+
+@pytest.mark.parametrize("by_header, by_tensor", [(16, None), (None, 16)])
+def test_the_header_is_read_where_the_tensor_disagrees(tmp_path, by_header, by_tensor):
+    """ComfyUI writes the header's JSON over the tensor."""
+    configs = {convrot: make_encoding("int8_tensorwise", "row", convrot=convrot).config for convrot in (None, 16)}
+    made = quantize_tensors(plain(), Recipe(format="int8_tensorwise", convrot=by_header, rounding="nearest")).tensors
+    made["a.comfy_quant"] = config_tensor(configs[by_tensor])
+    disputed = TensorSource(made, {"_quantization_metadata": quantization_metadata({"a": configs[by_header]})})
+    assert error(DecodedSource(disputed).read("a.weight"), plain()["a.weight"]) < 0.05
+
+
+def test_the_header_is_read_for_formats_of_others_too():
+    other = {"format": "mxfp8"}
+    tensors = {"a.weight": torch.zeros(128, 128), "a.weight_scale": torch.ones(512), "a.comfy_quant": config_tensor({"format": "int8_tensorwise"})}
+    decoded = DecodedSource(TensorSource(tensors, {"_quantization_metadata": quantization_metadata({"a": other})}))
+    assert dict(decoded.layers) == {"mxfp8": 1}
+
+
+def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out():
+    """Nor does ``lrq migrate`` leave it out."""
+    codes = {"scaled_fp8": torch.zeros(0), "a.weight": plain()["a.weight"].to(torch.float8_e4m3fn), "a.scale_weight": torch.tensor([0.5])}
+    one = DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.ones(1)}))
+    assert torch.equal(one.read("b.weight"), plain()["b.weight"])
+    with pytest.raises(SourceError, match="b.scale_weight scales a weight that is no code"):
+        DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.tensor([0.5])}))
 
 
 def test_old_scaled_fp8_becomes_int8(tmp_path, capsys):

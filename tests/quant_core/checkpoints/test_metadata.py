@@ -34,6 +34,31 @@ def test_header_entry_names_its_version_and_is_one_line():
     assert text == '{"format_version":"1.0","layers":{"a":{"format":"int8_tensorwise","per_row":true}}}'
 
 
+NESTED = {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 64, "note": 1}}
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        ({}, {"convrot": True, "convrot_groupsize": 64}),
+        ({"convrot_groupsize": 16}, {"convrot": True, "convrot_groupsize": 16}),
+        ({"convrot": False}, {"convrot": False, "convrot_groupsize": 64}),
+    ],
+    ids=["only under params", "a size on top", "switched off on top"],
+)
+def test_params_are_read_as_comfyui_does(more, expected):
+    """What stands beside ``params`` comes first, and what ComfyUI does not read there stays there."""
+    config = NESTED | more
+    header = {"_quantization_metadata": json.dumps({"layers": {"a": config}})}
+    flat = {"format": "int8_tensorwise", "params": {"note": 1}} | expected
+    assert layer_configs(TensorSource({"a.comfy_quant": config_tensor(json.dumps(config).encode())}, header)) == ({"a": flat},) * 2
+
+
+def test_params_that_are_no_options_stay():
+    config = {"format": "int8_tensorwise", "params": [1]}
+    assert layer_configs(TensorSource({"a.comfy_quant": config_tensor(json.dumps(config).encode())}))[0] == {"a": config}
+
+
 def test_plain_weights_have_no_configs():
     assert layer_configs(TensorSource({"a.weight": torch.zeros(2, 2)})) == ({}, {})
     assert provenance(TensorSource({"a.weight": torch.zeros(2, 2)})) == {}

@@ -154,6 +154,11 @@ BREAKS = {
         r"float8_e4m3fn_rowwise needs weight torch.float8_e4m3fn \(96, 32\), weight_scale torch.float32 \(96, 1\); the file",
     ),
     "no format": ("fp8", set_both("format", None), "its format 'None' is not one"),
+    "rotation under params": (
+        "int8 row",
+        set_both("params", {"convrot": True, "convrot_groupsize": 256}),
+        "ConvRot groups of 256 do not divide its 32 input channels",
+    ),
     "per_row missing": (
         "int8 row",
         set_both("per_row", None),

@@ -7,13 +7,13 @@ import re
 import pytest
 
 from learned_rounding.quant_core import FORMATS, PRESETS
-from learned_rounding.quant_core.recipes import make_plan
+from learned_rounding.quant_core.recipes import Recipe, make_plan
 from learned_rounding.quant_core.recipes.presets import COMMON
 from learned_rounding.quant_core.recipes.presets import GENERAL as GENERAL_RULE
 from learned_rounding.tests.architectures import architectures, read
 from learned_rounding.tests.architectures.collect import TEXT_ENCODERS
 from learned_rounding.tests.architectures.lists import rebuild, version
-from learned_rounding.tests.architectures.table import DIFFUSERS, DOCUMENT, RENAMED, document, examine
+from learned_rounding.tests.architectures.table import DOCUMENT, document, examine
 from learned_rounding.tests.architectures.table import source as header
 
 # Models that no preset is for: none of them makes pictures, sound or text for them.
@@ -174,7 +174,7 @@ UNTOLD = {
     "krea2": {"txtfusion.projector"},
     "minimax_music": {"diffusion_transformer.transformer.project_in", "diffusion_transformer.transformer.project_out", "audio_decoder.projection"},
     "mochi": {"t5_yproj"},
-    "wan": {"casual_audio_encoder.encoder.final_linear", "face_encoder.out_proj", "motion_encoder.dec.direction", "trainable_cond_mask"},
+    "wan": {"casual_audio_encoder.encoder.final_linear", "face_encoder.out_proj"},
     "ace_step": {"lyric_embs"},
     "ace_step_15": {"tokenizer.quantizer.project_in", "tokenizer.quantizer.project_out"},
     **dict.fromkeys(("generic_text", "qwen35"), {"visual.merger.linear_fc1", "visual.merger.linear_fc2", "audio_decoder.projection"}),
@@ -193,10 +193,8 @@ def test_the_general_rule_is_safe_for_a_model_that_nothing_recognises(name):
     assert missed <= 0.025 * sum(math.prod(source.tensors[layer].shape) for layer in own.names("quantize"))
 
 
-# Tables that no language model has, left to the general words; and linear layers with a table's name.
-ODD_TABLES = re.compile(
-    r"(lyric_encoder|timbre_encoder|attention_pooler|detokenizer)\.embed_tokens|style_embedder|embed_image_indicator|llm_adapter\.embed|addition_t_embedding|trainable_cond_mask|audio_extra_embedding|embed_tokens_audio"
-)
+# Linear layers with a table's name.
+ODD_TABLES = re.compile(r"(lyric_encoder|timbre_encoder|attention_pooler|detokenizer)\.embed_tokens|embed_tokens_audio")
 
 
 def test_tables_are_known_by_their_names():
@@ -208,6 +206,16 @@ def test_tables_are_known_by_their_names():
                 assert any(pattern.search(tensor) for pattern in tables) is (entry.kind == "embedding"), (name, tensor)
 
 
+@pytest.mark.parametrize("preset", ["auto", "none"])
+@pytest.mark.parametrize("format, kinds", [("float8_e4m3fn", {"linear", "embedding"}), ("int8_blockwise", {"linear"})])
+@pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized])
+def test_a_rule_for_everything_quantizes_only_what_comfyui_reads(name, format, kinds, preset):
+    """The tables of models that no preset is for have any name."""
+    decisions = Recipe(preset=preset, layer_config=f'{{".": "{format}"}}').plan(header(name)).decisions
+    quantized = {read(name)[tensor].kind for tensor, decision in decisions.items() if decision.action == "quantize"}
+    assert quantized <= (kinds | {"embedding"} if name in GENERAL else kinds)
+
+
 @pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized])
 def test_every_format_takes_the_plan(name):
     """Sizes as `lrq plan` estimates them: codes in eight bits, the rest in 16, and scales."""
@@ -216,11 +224,6 @@ def test_every_format_takes_the_plan(name):
     assert plan.sizes.keys() == FORMATS.keys()
     assert all(codes < size < codes * 1.01 for size in plan.sizes.values())
     assert plan.checkpoint or name in TEXT_ENCODERS or plan.preset is None
-
-
-def test_models_that_are_renamed_are_those_of_which_that_is_tried():
-    """By tests/nodes/test_opening.py; of the U-Nets it tries SDXL."""
-    assert {found(name).preset for name in RENAMED} | {"sd15"} == set(DIFFUSERS)
 
 
 def test_the_document_is_what_these_lists_and_presets_make():
