@@ -21,7 +21,7 @@ from learned_rounding.hosts.workflows import Graph
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("red apple", "owl", "rocket", "guitar")
-# The page's own word that a job is done lies over the nodes for some seconds, from some moment on: in newer frontends, and in older ones. Opacity takes no time.
+# The page's own word that a job is done lies over the nodes for some seconds, from some moment on: of newer frontends, of older ones. Opacity takes no time.
 STYLE = """
     [data-testid=queue-notification-banner], div:has(> div > button.group.justify-between.rounded-lg) { opacity: 0 }
 """

@@ -274,7 +274,12 @@ def loading() -> dict:
 
 
 def _loaded(path):
-    return comfy.sd.load_diffusion_model(str(path))
+    """The model of a file, plain weights in memory of their own: products depend on its alignment, which in a mapped file is by chance."""
+    model = comfy.sd.load_diffusion_model(str(path))
+    for weight in model.model.parameters():
+        if type(weight.data) is torch.Tensor:
+            weight.data = weight.data.clone()
+    return model
 
 
 def _configs(path) -> dict:
