@@ -69,7 +69,10 @@ class Inspection:
             lines.append(f"  {name}: {count} layers")
             lines += [f"    {layers:>4} × {pattern}" for pattern, layers in self.layers[name].items()]
         if self.made_by:
-            lines.append(f"  made by learned_rounding {self.made_by.get('version')}, recipe {self.made_by.get('recipe')}")
+            recipe = self.made_by.get("recipe")
+            chosen = recipe.items() if isinstance(recipe, dict) else ()
+            told = [f"{key} {value}" for key, value in chosen if value not in (None, "", []) and value is not False]
+            lines.append(f"  made by learned_rounding {self.made_by.get('version')}: {', '.join(told)}")
         return "\n".join(lines)
 
 
