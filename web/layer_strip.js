@@ -6,6 +6,7 @@
 
 import { element } from "./panel.js";
 import { layout, shade } from "./progress_state.js";
+import { say } from "./words.js";
 
 // They stand out from every dark theme; for light ones the style sheet darkens them all. Three to one, at least.
 const COLOURS = {
@@ -58,7 +59,7 @@ export class LayerStrip {
     this.canvas = element("canvas", "lr-cells", [], { "aria-hidden": "true" });
     this.cursor = element("div", "lr-cursor", [], { hidden: "" });
     this.root = element("div", "lr-strip", [this.canvas, this.cursor], {
-      tabindex: "0", role: "slider", "aria-label": "Layers; Enter copies a keep rule", "aria-valuemin": "1",
+      tabindex: "0", role: "slider", "aria-label": say("strip"), "aria-valuemin": "1",
     });
     this.root.addEventListener("pointermove", ({ offsetX, offsetY }) => this.#point(this.#at(offsetX, offsetY)));
     this.root.addEventListener("pointerleave", () => this.#point(null));

@@ -7,6 +7,7 @@ import { isBlank } from "./panel.js";
 import { nodeByExecutionId } from "./progress_state.js";
 import { addProgressWidget, showProgress, showRun, showSummary } from "./progress_widget.js";
 import { addTextWidget, showText } from "./text_widget.js";
+import { say, speak } from "./words.js";
 
 const PROGRESS_EVENT = "learned_rounding.progress";
 const PROGRESS_ROUTE = "/learned_rounding/progress";
@@ -17,12 +18,12 @@ const WIDGETS = {
   LearnedRoundingQuantize: (node) => addProgressWidget(node, "quantize"),
   LearnedRoundingCalibrate: (node) => addProgressWidget(node, "calibrate"),
   LearnedRoundingCalibrateText: (node) => addProgressWidget(node, "calibrate"),
-  LearnedRoundingLoadModel: (node) => addTextWidget(node, "What the file holds appears here after a run.", FILE),
-  LearnedRoundingLoadQuantized: (node) => addTextWidget(node, "The file's formats, and what runs them, appear here after a run.", FILE),
-  LearnedRoundingLoadCalibration: (node) => addTextWidget(node, "What the calibration holds appears here after a run.", { lines: 8, ...FILE }),
-  LearnedRoundingSaveCalibration: (node) => addTextWidget(node, "The saved file's path appears here after a run.", { lines: 3 }),
-  LearnedRoundingSave: (node) => addTextWidget(node, "The saved file's path, and how it was verified, appear here after a run.", { lines: 6 }),
-  LearnedRoundingInspect: (node) => addTextWidget(node, "What the file holds appears here after a run.", { lines: 16, width: 480 }),
+  LearnedRoundingLoadModel: (node) => addTextWidget(node, say("fileText"), FILE),
+  LearnedRoundingLoadQuantized: (node) => addTextWidget(node, say("quantizedText"), FILE),
+  LearnedRoundingLoadCalibration: (node) => addTextWidget(node, say("calibrationText"), { lines: 8, ...FILE }),
+  LearnedRoundingSaveCalibration: (node) => addTextWidget(node, say("savedCalibrationText"), { lines: 3 }),
+  LearnedRoundingSave: (node) => addTextWidget(node, say("savedText"), { lines: 6 }),
+  LearnedRoundingInspect: (node) => addTextWidget(node, say("fileText"), { lines: 16, width: 480 }),
 };
 
 const NATIVE_INT8 = {
@@ -84,6 +85,14 @@ const catchingUp = oneAtATime(catchUp);
 app.registerExtension({
   name: "LearnedRounding.Widgets",
   settings: [NATIVE_INT8],
+
+  /** Before any node is made: our words in the page's language, which come with those of all nodes. */
+  async init() {
+    const language = app.ui.settings.getSettingValue("Comfy.Locale");
+    if (!language || language === "en") return;
+    const answer = await api.fetchApi("/i18n");
+    if (answer.ok) speak((await answer.json())[language]?.learnedRounding);
+  },
 
   setup() {
     const style = document.createElement("link");

@@ -6,6 +6,8 @@
  * again, and until then shows what it can of each.
  */
 
+import { say } from "./words.js";
+
 export const WORST = 3;
 
 export const IDLE = Object.freeze({ phase: "idle", prompt: null, seq: -1, cells: Object.freeze([]) });
@@ -41,8 +43,8 @@ const andKnown = (values, value) => ((value ?? null) === null ? values : [...val
 /** What rounding a layer brought; empty where nothing was compared with nearest. */
 const learnedWords = ({ solver, gain = null, output_error = null }) =>
   [
-    gain !== null && `${solver} ${formatGain(gain)} nearest`,
-    output_error !== null && `output error ${formatError(output_error)}`,
+    gain !== null && `${solver} ${nearestWords(gain)}`,
+    output_error !== null && say("outputError", { error: formatError(output_error) }),
   ].filter(Boolean).join(" · ");
 
 const nameAndErrors = ({ name, error, output_error = null }) => ({ name, error, output_error });
@@ -156,13 +158,13 @@ const REDUCERS = {
     const { unit, done, total, elapsed, layers } = event;
     const rate = done && elapsed > 0 ? done / elapsed : null;
     return {
-      ...running(state), unit, total, finished: done, rate, eta: rate && (total - done) / rate, label: `calibrating ${layersWord(layers)}`,
+      ...running(state), unit, total, finished: done, rate, eta: rate && (total - done) / rate, label: say("calibrating", { layers: layersWord(layers) }),
     };
   },
 
   calibrated(state, event) {
     const { layers, tokens, bytes, seconds } = event;
-    return { ...running(state), phase: "done", label: `calibrated ${layersWord(layers)}`, calibrated: { layers, tokens, bytes, seconds } };
+    return { ...running(state), phase: "done", label: say("calibrated", { layers: layersWord(layers) }), calibrated: { layers, tokens, bytes, seconds } };
   },
 
   stopped(state, event) {
@@ -218,67 +220,75 @@ export function words(state) {
   const join = (...facts) => facts.filter(Boolean).join(" · ");
   switch (state.phase) {
     case "idle":
-      return ["Progress appears here while the workflow runs.", ""];
+      return [say("idle"), ""];
     case "running": {
       if (state.unit) return calibratingWords(state, join);
-      if (state.layer === null) return ["Reading the model…", ""];
-      if (state.measuring) return ["", `measuring what each format costs, layer ${state.finished + 1} of ${state.total}`];
-      const eta = state.finished < state.total ? `${formatDuration(state.eta)} left` : "writing the file";
+      if (state.layer === null) return [say("reading"), ""];
+      if (state.measuring) return ["", say("measuring", { number: state.finished + 1, total: state.total })];
+      const eta = state.finished < state.total ? leftWords(state.eta) : say("writing");
       return ["", join(eta, state.rate && `${formatBytes(state.rate)}/s`, state.learned)];
     }
     case "done": {
       if (state.calibrated) {
         const { tokens, bytes, seconds } = state.calibrated;
-        return [`${tokens} tokens or more of each layer's inputs`, `${formatBytes(bytes)} in ${formatDuration(seconds)}`];
+        return [say("tokens", { tokens }), inWords(formatBytes(bytes), seconds)];
       }
       const { layers, seconds, bytesIn, bytesOut, medians, outputs, gains, solvers } = state.parts;
       const share = bytesIn ? ` (${Math.round((100 * bytesOut) / bytesIn)} %)` : "";
       return [
-        join(`${formatBytes(bytesIn)} → ${formatBytes(bytesOut)}${share}`, gains.length > 0 && `${formatRange(gains, formatGain)} nearest`),
+        join(`${formatBytes(bytesIn)} → ${formatBytes(bytesOut)}${share}`, gains.length > 0 && say("nearest", { gain: formatRange(gains, formatGain) })),
         join(
-          `${layersWord(layers)} in ${formatDuration(seconds)}`,
-          outputs.length > 0 ? `median output error ${formatRange(outputs)}` : medians.length > 0 && `median error ${formatRange(medians)}`,
+          inWords(layersWord(layers), seconds),
+          outputs.length > 0
+            ? say("medianOutputError", { error: formatRange(outputs) })
+            : medians.length > 0 && say("medianWeightError", { error: formatRange(medians) }),
         ),
-        gains.length > 0 && `Layers won: ${Object.entries(solvers).map(([solver, count]) => `${solver} ${count}`).join(", ")}`,
+        gains.length > 0 && say("won", { list: Object.entries(solvers).map(([solver, count]) => `${solver} ${count}`).join(", ") }),
       ].filter(Boolean);
     }
     default: {
-      const reached = state.total ? `after ${state.finished} of ${state.total} ${state.unit ?? "layers"}` : "";
-      return state.interrupted ? ["Interrupted", reached] : [state.reason, reached];
+      const { finished, total, unit } = state;
+      const reached = total ? say("reached", { finished, total, unit: say(`${unit ?? "layers"}Unit`) }) : "";
+      return state.interrupted ? [say("interrupted"), reached] : [state.reason, reached];
     }
   }
 }
 
 function calibratingWords({ unit, finished, total, rate, eta }, join) {
-  const [one, doing] = UNITS_OF_CALIBRATION[unit];
-  const left = finished < total ? rate && `${formatDuration(eta)} left` : "";
-  return [doing, join(left, rate && (rate >= 1 ? `${rate.toFixed(1)} ${unit}/s` : `${formatDuration(1 / rate)} each ${one}`))];
+  const left = finished < total ? rate && leftWords(eta) : "";
+  const pace = () =>
+    rate >= 1
+      ? say("rate", { rate: rate.toFixed(1), unit: say(`${unit}Unit`) })
+      : say("each", { time: formatDuration(1 / rate), unit: say(ONE_OF_CALIBRATION[unit]) });
+  return [say(`${unit}Doing`), join(left, rate && pace())];
 }
 
-const UNITS_OF_CALIBRATION = {
-  steps: ["step", "Sampling with the original model"],
-  prompts: ["prompt", "Encoding prompts with the original model"],
-  probes: ["probe", "Measuring what an error of each layer does"],
-};
+const ONE_OF_CALIBRATION = { steps: "step", prompts: "prompt", probes: "probe" };
+
+const leftWords = (seconds) => say("left", { time: formatDuration(seconds) });
+
+const inWords = (what, seconds) => say("in", { what, time: formatDuration(seconds) });
+
+const nearestWords = (gain) => say("nearest", { gain: formatGain(gain) });
 
 /** What there is to say of a layer besides its name, for its card: at most three lines. `rounding`: the run's. */
 export function cellLines(cell, rounding) {
   const shape = cell.shape?.join("×") ?? "";
   if (cell.state !== "quantized") {
-    return [shape, cell.state === "planned" ? "going to be quantized" : `kept in full precision: ${cell.reason}`];
+    return [shape, cell.state === "planned" ? say("planned") : say("keptFor", { reason: cell.reason })];
   }
   const rotated = cell.convrot ? `, ConvRot ${cell.convrot}` : "";
   const [low, high] = cell.scale ?? [];
-  const scale = low === undefined ? "" : ` · scale ${formatScale(low)}${high > low ? ` to ${formatScale(high)}` : ""}`;
-  return [`${shape} · ${labelOf(cell)}${rotated}`, errorWords(cell, rounding), `${cell.solver}${scale}`];
+  const scale = low !== undefined && say(high > low ? "scales" : "scale", { low: formatScale(low), high: high > low ? formatScale(high) : "" });
+  return [`${shape} · ${labelOf(cell)}${rotated}`, errorWords(cell, rounding), [cell.solver, scale].filter(Boolean).join(" · ")];
 }
 
 // The gain is that of the error told here, except with principal rounding, which minimises something else.
 function errorWords({ error, output_error = null, gain = null }, rounding) {
-  const [told, what] = output_error === null ? [error, "weight error"] : [output_error, "output error"];
-  if (gain === null) return `${what} ${formatError(told)}`;
+  const [told, key] = output_error === null ? [error, "weightError"] : [output_error, "outputError"];
   const comparable = gain > 0 && (output_error !== null || rounding !== "principal");
-  return `${what} ${comparable ? `${formatError(told / gain)} → ` : ""}${formatError(told)} (${formatGain(gain)} nearest)`;
+  const words = say(key, { error: `${comparable ? `${formatError(told / gain)} → ` : ""}${formatError(told)}` });
+  return gain === null ? words : `${words} (${nearestWords(gain)})`;
 }
 
 /** A line for each way in which layers are stored: [{kind, label, count}], in the order in which they come. */
@@ -298,9 +308,9 @@ export function legend(cells) {
 const STORED = ["state", "format", "granularity"];
 
 const KINDS = {
-  planned: () => ["planned", "to do"],
-  kept: () => ["kept", "kept"],
-  refused: () => ["refused", "kept (NaN or Inf)"],
+  planned: () => ["planned", say("legendPlanned")],
+  kept: () => ["kept", say("legendKept")],
+  refused: () => ["refused", say("legendRefused")],
   quantized: (cell) => [cell.format, labelOf(cell)],
 };
 
@@ -362,7 +372,7 @@ export function formatDuration(seconds) {
   return `${Math.floor(whole / 3600)} h ${two(Math.floor((whole % 3600) / 60))} min`;
 }
 
-const layersWord = (count) => `${count} ${count === 1 ? "layer" : "layers"}`;
+const layersWord = (count) => say(count === 1 ? "layer" : "layers", { count });
 
 const formatScale = (scale) => String(Number(scale.toPrecision(3)));
 

@@ -8,18 +8,13 @@ import {
   IDLE, WORST, advance, cellLines, follows, formatError, isMeasured, keepRule, legend, originOf, percent, replay, shortName, splitName, summarised,
   words, worstError,
 } from "./progress_state.js";
+import { say } from "./words.js";
 
 export const PROGRESS_WIDGET = "learned_rounding_progress";
 
 // Everything at once; fixed, so that the node does not jump when a run starts.
 const SIZES = { quantize: { height: 262, width: 360 }, calibrate: { height: 120, width: 340 } };
 const CONFIGURE = "LearnedRoundingConfigure";
-const HEADINGS = {
-  weight: ["Largest weight errors", "‖Ŵ − W‖ / ‖W‖ of a layer"],
-  output: ["Largest output errors", "‖XŴᵀ − XWᵀ‖ / ‖XWᵀ‖ of a layer, for the inputs of the calibration"],
-};
-const SHADES = "The stronger a colour, the more of the error of rounding to nearest is gone.";
-const HINT = "Click a layer to copy a rule that keeps it.";
 
 /** Panels by node; ComfyUI drops nodes without telling, so they are held weakly. */
 const panels = new WeakMap();
@@ -60,7 +55,7 @@ class ProgressPanel {
     this.count = element("span", "lr-count");
     this.fill = element("div", "lr-fill");
     this.bar = element("div", "lr-bar", [this.fill], {
-      role: "progressbar", "aria-label": "Progress", "aria-valuemin": "0", "aria-valuemax": "100",
+      role: "progressbar", "aria-label": say("progress"), "aria-valuemin": "0", "aria-valuemax": "100",
     });
     this.first = element("div", "lr-first", [], { role: "status" });
     this.layer = nameElement("lr-layer");
@@ -85,8 +80,8 @@ class ProgressPanel {
     this.cardLines = Array.from({ length: 3 }, () => element("div", "lr-card-line"));
     this.card = element("div", "lr-card", [this.cardName.root, ...this.cardLines], { hidden: "" });
     this.notice = element("span", "lr-notice", [], { role: "status" });
-    this.keep = button("Add to keep", "Add the rule to the keep list of the connected Configure Quantization", () => this.#keep());
-    this.cancel = button("Cancel", "Cancel the running workflow", () => this.#cancel());
+    this.keep = button(say("addToKeep"), say("addToKeepTip"), () => this.#keep());
+    this.cancel = button(say("cancel"), say("cancelTip"), () => this.#cancel());
     this.root = element("div", "lr-panel lr-progress", [
       element("div", "lr-head", [this.label, this.count]),
       this.bar, this.first, this.layer.root, this.second, this.strip.root, this.legend,
@@ -160,7 +155,7 @@ class ProgressPanel {
       if (text.data !== told) text.data = told;
     });
     while (this.legend.children.length > entries.length) this.legend.lastChild.remove();
-    this.legend.title = [...entries.map(({ label, count }) => `${label}: ${count}`), ...this.#refused(), SHADES].join("\n");
+    this.legend.title = [...entries.map(({ label, count }) => `${label}: ${count}`), ...this.#refused(), say("shades")].join("\n");
   }
 
   #refused() {
@@ -170,7 +165,8 @@ class ProgressPanel {
   #drawWorst() {
     const worst = this.#state.worst ?? [];
     this.worst.hidden = !worst.length || !this.card.hidden;
-    setText(this.heading, ...HEADINGS[worst.some(isMeasured) ? "output" : "weight"]);
+    const heading = worst.some(isMeasured) ? "largestOutputErrors" : "largestWeightErrors";
+    setText(this.heading, say(heading), say(`${heading}Tip`));
     this.rows.forEach(({ row, name, error }, place) => {
       const layer = worst[place];
       row.hidden = !layer;
@@ -184,9 +180,9 @@ class ProgressPanel {
     const running = this.#state.phase === "running";
     this.cancel.hidden = !running;
     this.cancel.disabled = this.#cancelled !== null && this.#cancelled === this.#state.prompt;
-    setText(this.cancel, this.cancel.disabled ? "Cancelling…" : "Cancel", this.cancel.title);
+    setText(this.cancel, say(this.cancel.disabled ? "cancelling" : "cancel"), this.cancel.title);
     this.keep.hidden = this.#rule === null || !configureOf(this.#node);
-    if (this.#rule === null) setText(this.notice, this.#state.cells.length ? HINT : "");
+    if (this.#rule === null) setText(this.notice, this.#state.cells.length ? say("hint") : "");
   }
 
   /** Show the card of a layer in place of the worst ones, or these again. */
@@ -205,9 +201,9 @@ class ProgressPanel {
     this.#setRule(rule);
     try {
       await navigator.clipboard.writeText(rule);
-      setText(this.notice, `Keep rule copied: ${rule}`, rule);
+      setText(this.notice, say("copied", { rule }), rule);
     } catch {
-      setText(this.notice, rule, `The browser lets no page copy here; select it by hand: ${rule}`);
+      setText(this.notice, rule, say("notCopied", { rule }));
     }
   }
 
@@ -229,7 +225,7 @@ class ProgressPanel {
       configure.setDirtyCanvas(true, true);
       noteStep();
     }
-    setText(this.notice, `${known ? "Already in" : "Added to"} keep of ${configure.title}`, this.#rule);
+    setText(this.notice, say(known ? "known" : "added", { node: configure.title }), this.#rule);
   }
 
   #cancel() {

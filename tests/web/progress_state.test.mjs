@@ -1,9 +1,11 @@
 // Run by plain node (`node --test tests/web`), and by pytest through test_progress_state.py.
 
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
 import * as state from "../../web/progress_state.js";
+import { ENGLISH, say, speak } from "../../web/words.js";
 
 const start = (more) => ({
   state: "start", source: "model.safetensors", format: "int8_tensorwise", granularity: "row", preset: "flux",
@@ -275,6 +277,26 @@ test("a calibration tells of steps, probes, and what it made", () => {
   assert.equal(state.percent(end), 100);
   const stopped = play([{ state: "stopped", reason: "interrupted" }], "run", half);
   assert.deepEqual(state.words(stopped), ["Interrupted", "after 20 of 40 steps"]);
+});
+
+test("words are said in the language that was chosen, and in English where it has none", () => {
+  try {
+    speak({ left: "noch {time}" });
+    assert.equal(say("left", { time: "3 s" }), "noch 3 s");
+    assert.equal(say("layers", { count: 4 }), "4 layers");
+  } finally {
+    speak();
+  }
+  assert.equal(say("left", { time: "3 s" }), "3 s left");
+});
+
+test("every language has the panels' words, with the same values in them", () => {
+  const valuesOf = (text) => [...text.matchAll(/\{\w+\}/g)].map(([value]) => value).sort();
+  for (const language of ["zh", "ja"]) {
+    const words = JSON.parse(readFileSync(new URL(`../../locales/${language}/main.json`, import.meta.url))).learnedRounding;
+    assert.deepEqual(Object.keys(words).sort(), Object.keys(ENGLISH).sort());
+    for (const [key, text] of Object.entries(ENGLISH)) assert.deepEqual(valuesOf(words[key]), valuesOf(text), `${language}: ${key}`);
+  }
 });
 
 test("unknown events change nothing", () => {
