@@ -120,6 +120,15 @@ def _gguf(sides: tuple[int, ...], offset: int, kind: int = 0) -> bytes:
     return header.ljust(-(-len(header) // 32) * 32, b"\0") + bytes(256)
 
 
+_LAUGHS = b"K\x01" + b"2\x86" * 60  # a pair of twice the same pair of … : 2⁶⁰ numbers in 122 bytes
+
+
+def _old_pickle(made: bytes, keys: bytes) -> bytes:
+    """A file of torch before 1.6 with those pickles of the weights and of the storages' names, and an empty storage."""
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    return b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, system)) + made + keys + bytes(8)
+
+
 def _index(*files: str) -> bytes:
     return json.dumps({"weight_map": {f"t{index}.weight": file for index, file in enumerate(files)}}).encode()
 
@@ -225,7 +234,50 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "pickle_compressed": ("x.pt", _compressed, "a megabyte that unpacks to a gigabyte"),
     "pickle_memo": ("x.pt", _zipped(b"\x80\x02}r\xff\xff\xff\x7f."), "a place in the memo behind two billion others"),
     "pickle_deep": ("x.pt", _zipped(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "lists nested 100,000 deep"),
-    "pickle_laughs": ("x.pt", _zipped(b"\x80\x02}(" + b"K\x01" + b"2\x86" * 60 + b"N" + b"u."), "a key that takes 2⁶⁰ steps to look up"),
+    "pickle_laughs": ("x.pt", _zipped(b"\x80\x02}(" + _LAUGHS + b"N" + b"u."), "a key that takes 2⁶⁰ steps to look up"),
+    "pickle_name_laughs": ("x.pt", _zipped(b"\x80\x02" + _LAUGHS + b"2\x93."), "a name to import that takes 2⁶⁰ steps to write out"),
+    "pickle_key_laughs": (
+        "x.pt",
+        _zipped(b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + _LAUGHS + b"X\x03\x00\x00\x00cpuK\x01tQ."),
+        "the same as the name of a storage",
+    ),
+    "pickle_storage_laughs": (
+        "x.pt",
+        _zipped(b"\x80\x02(X\x07\x00\x00\x00storage" + _LAUGHS + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ."),
+        "the same as the kind of a storage",
+    ),
+    "pickle_dtype_laughs": (
+        "x.pt",
+        _zipped(b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(NK\x00))NN" + _LAUGHS + b"tR."),
+        "the same as the dtype of a tensor",
+    ),
+    "pickle_old_laughs": ("x.pt", _old_pickle(b"\x80\x02}.", b"\x80\x02](" + _LAUGHS + b"e."), "the same as a storage's name in a file of old"),
+    "pickle_again": (
+        "x.pt",
+        _zipped(b"\x80\x02ccollections\nOrderedDict\nq\x00](" + b"NN\x86" * 100_000 + b"e\x85q\x01" + b"h\x00h\x01R0" * 100_000 + b"N."),
+        "a hundred thousand tables of one list of as many pairs",
+    ),
+    "pickle_wrapped": (
+        "x.pt",
+        _zipped(
+            b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x00(ctorch\nSize\nN)Ntq\x01"
+            + b"(h\x00Nh\x01Ntq\x01" * 300
+            + b"h\x00h\x01R0" * 500_000
+            + b"N."
+        ),
+        "half a million calls, each of a call of a call, 300 times",
+    ),
+    "pickle_storage_long": (
+        "x.pt",
+        _zipped(
+            b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01"
+            + b"N" * 500_000
+            + b"tq\x00"
+            + b"h\x00Q0" * 500_000
+            + b"N."
+        ),
+        "half a million times a storage told in as many words",
+    ),
     "zip_empty": ("x.pt", b"PK\x05\x06" + bytes(18), "an empty archive as a checkpoint"),
     "index_climbs": ("x.safetensors.index.json", _index("../secret.safetensors"), "an index that leads out of its folder"),
     "index_absolute": ("x.safetensors.index.json", _index("/etc/passwd"), "an index that leads to a file of the system"),
