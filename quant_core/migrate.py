@@ -64,12 +64,20 @@ class Migration:
 
 
 def _beside(source: Source) -> dict[str, dict[str, str]]:
-    """{layer: {suffix of today: tensor name}} of everything that may belong to a quantized layer, its weight included."""
+    """{layer: {suffix of today: tensor name}} of everything that may belong to a quantized layer, its weight included.
+
+    Raises SourceError where a layer has the same twice, by its name of today and by an old one.
+    """
     found: dict[str, dict[str, str]] = {}
     for name in source.tensors:
         layer, _, suffix = name.rpartition(".")
         if suffix in _TODAY:
-            found.setdefault(layer, {})[_TODAY[suffix]] = name
+            other = found.setdefault(layer, {}).setdefault(_TODAY[suffix], name)
+            if other != name:
+                raise SourceError(
+                    f"{source.name}: {other} and {name} are two names of one thing, so what was meant is not known; make the file again from its "
+                    "full-precision original."
+                )
     for layer, tensors in found.items():
         if (weight := source.tensors.get(f"{layer}.weight")) and weight.dtype in _CODES:
             tensors["weight"] = f"{layer}.weight"
