@@ -306,4 +306,5 @@ PATTERNS = {
     "(?=(a+))+": "looking around, which cannot be bounded",
     "a{999999999999}": "a count wider than 32 bits",
     "[": "half a class",
+    "[\\x00-\\U0010ffff]" * 110: "sets of a million letters, which Python goes through one by one",
 }
