@@ -143,6 +143,11 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "length_of_64_bits": ("x.safetensors", safetensors({}, length=2**64 - 1), "a header length of 64 ones, to overflow a sum"),
     "length_zero": ("x.safetensors", safetensors({}, length=0), "an empty header"),
     "header_deep": ("x.safetensors", safetensors(b'{"a":' + _DEEP), "JSON nested 100,000 deep, to exhaust the stack"),
+    "header_lists": (
+        "x.safetensors",
+        lambda folder: safetensors(b'{"a":[' + (b"[" * 900 + b"]" * 900 + b",") * 8_000 + b"0]}"),
+        "seven million lists with few commas between them",
+    ),
     "header_list": ("x.safetensors", safetensors(b'{"a.weight":[1,2]}'), "a tensor's entry that is no object"),
     "header_not_utf8": ("x.safetensors", safetensors(b'{"\xff":1}'), "bytes that are no UTF-8 in a name"),
     "header_half_character": ("x.safetensors", _one(_F32, bytes(256), "a\ud800.weight"), "half a surrogate pair as a name, which no output can hold"),
@@ -186,6 +191,7 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "scale_infinite": ("x.safetensors", _coded(_FP8, float("inf")), "an infinite scale"),
     "scale_negative": ("x.safetensors", _coded(_FP8, -1.0), "a negative scale"),
     "codes_deep": ("x.safetensors", _coded(b'{"format":' + _DEEP), "a layer's JSON nested 100,000 deep"),
+    "codes_large": ("x.safetensors", lambda folder: _coded(b'{"format":[' + b"{}," * 7_000_000 + b"0]}"), "a layer's JSON of seven million values"),
     "codes_list": ("x.safetensors", _coded(b'{"format":["float8_e4m3fn"]}'), "a list as a layer's format"),
     "codes_unknown": ("x.safetensors", _coded(b'{"format":"__import__(\'os\')"}'), "code as a layer's format"),
     "codes_group_zero": (
@@ -285,6 +291,12 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "index_itself": ("x.safetensors.index.json", _index("x.safetensors.index.json"), "an index that is its own shard"),
     "index_null": ("x.safetensors.index.json", _index("a\0b"), "a shard whose name no system takes"),
     "index_deep": ("x.safetensors.index.json", b'{"weight_map":' + _DEEP, "an index nested 100,000 deep"),
+    "index_large": ("x.safetensors.index.json", lambda folder: b'{"weight_map":[' + b"{}," * 7_000_000 + b"0]}", "an index of seven million values"),
+    "index_lists": (
+        "x.safetensors.index.json",
+        lambda folder: b'{"weight_map":[' + (b"[" * 900 + b"]" * 900 + b",") * 8_000 + b"0]}",
+        "the same, without as many commas",
+    ),
     "gguf_counts": ("x.gguf", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "a GGUF file of 2⁶⁰ tensors"),
     "gguf_string": ("x.gguf", b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**62), "a GGUF key of 2⁶² characters"),
     "gguf_beyond": ("x.gguf", _gguf((2**40,), 0), "a tensor of terabytes in a file of a few bytes"),
