@@ -36,12 +36,35 @@ def _one(entry: object, data: bytes = b"", name: str = "a.weight", **metadata: s
 
 def _coded(config: bytes, scale: float = 1.0, **metadata: str) -> bytes:
     """A layer of 8 × 8 FP8 codes with that JSON beside it."""
-    header = {
-        "a.weight": _entry("F8_E4M3", [8, 8], 0, 64),
-        "a.weight_scale": _entry("F32", [], 64, 68),
-        _CODES: _entry("U8", [len(config)], 68, 68 + len(config)),
-    }
-    return safetensors({"__metadata__": metadata} | header if metadata else header, bytes(64) + struct.pack("<f", scale) + config)
+    return _several(_layer(config, scale), **metadata)
+
+
+def _layer(config: bytes, scale: float = 1.0) -> dict[str, tuple[str, list, bytes]]:
+    codes, scales = ("F8_E4M3", [8, 8], bytes(64)), ("F32", [], struct.pack("<f", scale))
+    return {"a.weight": codes, "a.weight_scale": scales, _CODES: ("U8", [len(config)], config)}
+
+
+def _several(tensors: dict[str, tuple[str, list, bytes]], **metadata: str) -> bytes:
+    """A file of tensors, each of a dtype, a shape and its bytes."""
+    header, data = {"__metadata__": metadata} if metadata else {}, b""
+    for name, (dtype, shape, values) in tensors.items():
+        header[name] = _entry(dtype, shape, len(data), len(data) + len(values))
+        data += values
+    return safetensors(header, data)
+
+
+def _input_scale(dtype: str, values: bytes) -> bytes:
+    """A sound layer of FP8 codes, and an input scale of that dtype."""
+    return _several(_layer(_FP8) | {"a.input_scale": (dtype, [], values)})
+
+
+def _known(amax: tuple[str, bytes] | None = None, **header: object) -> bytes:
+    """A calibration of a layer "a" of 16 × 16, with a largest magnitude of that dtype and value in each channel."""
+    gram = {"a.gram": ("F32", [16, 16], b"".join(struct.pack("<f", row == column) for row in range(16) for column in range(16)))}
+    if amax:
+        dtype, value = amax
+        gram |= {"a.amax": (dtype, [16], value * 16), "a.histogram": ("F32", [512], struct.pack("<f", 1.0) * 512)}
+    return _several(gram, learned_rounding_calibration=json.dumps({"layers": {"a": ["a", 16, 16]}} | header))
 
 
 class _Touch:
@@ -113,10 +136,11 @@ def _pickle_of(count: int) -> bytes:
         return archive.read("archive/data.pkl").replace(b"K\x01", pickle.dumps(count, 2)[2:-1])
 
 
-def _gguf(sides: tuple[int, ...], offset: int, kind: int = 0) -> bytes:
-    """One tensor of those sides, innermost first, in 256 bytes."""
+def _gguf(sides: tuple[int, ...], offset: int, kind: int = 0, **pairs: bytes) -> bytes:
+    """One tensor of those sides, innermost first, in 256 bytes. ``pairs``: of the header, kind and value in bytes."""
     entry = struct.pack("<Q", 8) + b"a.weight" + struct.pack(f"<I{len(sides)}QIQ", len(sides), *sides, kind, offset)
-    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + entry
+    told = b"".join(struct.pack("<Q", len(key)) + key.encode() + value for key, value in pairs.items())
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, len(pairs)) + told + entry
     return header.ljust(-(-len(header) // 32) * 32, b"\0") + bytes(256)
 
 
@@ -177,6 +201,11 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "offsets_negative": ("x.safetensors", _one(_entry("U8", [8], -8, 0), bytes(8)), "an offset before the data"),
     "offsets_float": ("x.safetensors", _one(_entry("U8", [8], 0.0, 8.0), bytes(8)), "offsets that are no whole numbers"),
     "shape_overflow": ("x.safetensors", _one(_entry("U8", [2**32, 2**32, 0], 0, 0)), "dimensions whose product overflows 64 bits before a zero"),
+    "shape_overflow_beside": (
+        "x.safetensors",
+        _several({"a.weight": ("F32", [8, 8], bytes(256)), "b.weight": ("F32", [2**32, 2**32, 0], b"")}),
+        "the same beside a sound weight",
+    ),
     "shape_product": ("x.safetensors", _one(_entry("U8", [2**63, 2], 0, 0)), "dimensions whose product is 0 in 64 bits"),
     "shape_rank": ("x.safetensors", _one(_entry("U8", [1] * 10_000, 0, 1), b"x"), "10,000 dimensions"),
     "shape_bool": ("x.safetensors", _one(_entry("U8", [True], 0, 1), b"x"), "true as a dimension"),
@@ -190,6 +219,10 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "scale_nan": ("x.safetensors", _coded(_FP8, float("nan")), "a scale that is NaN"),
     "scale_infinite": ("x.safetensors", _coded(_FP8, float("inf")), "an infinite scale"),
     "scale_negative": ("x.safetensors", _coded(_FP8, -1.0), "a negative scale"),
+    "scale_input_complex": ("x.safetensors", _input_scale("C64", bytes(8)), "a complex input scale"),
+    "scale_input_whole": ("x.safetensors", _input_scale("U16", b"\1\0"), "an input scale of a dtype that torch computes little in"),
+    "scale_input_fp8": ("x.safetensors", _input_scale("F8_E4M3", b"\x38"), "an input scale in FP8"),
+    "codes_empty": ("x.safetensors", _coded(b"{}"), "a layer's JSON that names no format"),
     "codes_deep": ("x.safetensors", _coded(b'{"format":' + _DEEP), "a layer's JSON nested 100,000 deep"),
     "codes_large": ("x.safetensors", lambda folder: _coded(b'{"format":[' + b"{}," * 7_000_000 + b"0]}"), "a layer's JSON of seven million values"),
     "codes_list": ("x.safetensors", _coded(b'{"format":["float8_e4m3fn"]}'), "a list as a layer's format"),
@@ -220,6 +253,12 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     ),
     "calibration_nan": ("x.calib.safetensors", _one(_F32, struct.pack("<f", float("nan")) * 64, "a.gram"), "a Gram of nothing but NaN"),
     "calibration_flat": ("x.calib.safetensors", _one(_entry("F32", [64], 0, 256), bytes(256), "a.gram"), "a Gram that is no matrix"),
+    "calibration_complex": ("x.calib.safetensors", _known(("C64", struct.pack("<2f", 9.0, 9.0))), "complex magnitudes"),
+    "calibration_whole": ("x.calib.safetensors", _known(("U16", b"\1\0")), "magnitudes of a dtype that torch computes little in"),
+    "calibration_fp8": ("x.calib.safetensors", _known(("F8_E4M3", b"\x38")), "magnitudes in FP8"),
+    "calibration_tiny": ("x.calib.safetensors", _known(("F32", struct.pack("<f", 1e-45))), "magnitudes of which no scale is a normal number"),
+    "calibration_sensitivity": ("x.calib.safetensors", _known(sensitivity={"a": -1.0}), "a sensitivity below zero, which has no root"),
+    "calibration_sensitivity_nan": ("x.calib.safetensors", _known(sensitivity={"a": float("nan")}), "a sensitivity that is NaN"),
     "calibration_panels": (
         "x.calib.safetensors",
         safetensors({"a.gram.panels": _entry("F16", [1], 0, 2), "a.gram.roots": _entry("F16", [1], 2, 4)}, bytes(4)),
@@ -304,6 +343,17 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "gguf_offset": ("x.gguf", _gguf((8, 8), 2**63), "a tensor that begins at half of 64 bits"),
     "gguf_rank": ("x.gguf", b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"a" + struct.pack("<I", 2**31), "two billion dimensions"),
     "gguf_kind": ("x.gguf", _gguf((8, 8), 0, 77), "codes of a kind that is none"),
+    "gguf_alignment": ("x.gguf", _gguf((8, 8), 0, **{"general.alignment": struct.pack("<If", 6, 32.0)}), "an alignment that is no whole number"),
+    "gguf_shape_float": (
+        "x.gguf",
+        _gguf((8, 8), 0, **{"comfy.gguf.orig_shape.a.weight": struct.pack("<IIQ2d", 9, 12, 2, 0.5, 128.0)}),
+        "half a channel as a dimension",
+    ),
+    "gguf_shape_bool": (
+        "x.gguf",
+        _gguf((1, 1), 0, **{"comfy.gguf.orig_shape.a.weight": struct.pack("<IIQ2?", 9, 7, 2, True, True)}),
+        "true as a dimension",
+    ),
     "gguf_head": ("x.gguf", b"GGUF", "nothing but GGUF's first four bytes"),
 }
 

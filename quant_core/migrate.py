@@ -9,7 +9,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from .checkpoints import (
     Source,
     TensorInfo,
     TensorSource,
+    final_path,
     header_bytes,
     layer_configs,
     loading_note,
@@ -146,7 +146,7 @@ def migrate_file(
         SourceError: a layer is in no known format, or would not be sound afterwards.
         OutputError: the output cannot be written, exists (without ``overwrite``) or is the source.
     """
-    destination = Path(destination)
+    destination = final_path(destination)
     with open_safetensors(source) as opened:
         if destination.exists():
             if any(path.samefile(destination) for path in opened.paths):
@@ -294,8 +294,10 @@ def _unscaled(opened: Source, names: Iterable[str], configs: Mapping[str, Mappin
 
 def read_scale(opened: Source, name: str) -> torch.Tensor:
     """A scale as float32. Raises SourceError unless it is finite and positive."""
-    scale = opened.read(name).float()
-    if not (scale.numel() and (torch.isfinite(scale) & (scale > 0)).all()):
+    scale = opened.read(name)
+    if not scale.is_complex():
+        scale = scale.float()
+    if scale.is_complex() or not (scale.numel() and (torch.isfinite(scale) & (scale > 0)).all()):
         raise SourceError(
             f"{opened.name}: {name} holds values that are not finite and positive; make the file again from its full-precision original."
         )

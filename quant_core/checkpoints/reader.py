@@ -5,6 +5,7 @@ short while it is mapped ends the process. Safetensors: https://github.com/huggi
 """
 
 import json
+import math
 import os
 import stat
 import struct
@@ -109,7 +110,11 @@ class StoredTensors(ABC):
             raise ValueError(f"the name {name} stands in it twice or is no tensor's")
         if info.dtype not in DTYPE_NAMES:
             raise ValueError(f"tensor {name} is of {info.dtype}, which safetensors does not have")
-        if not 0 <= begin <= self.size - (info.nbytes if span is None else span):
+        if not all(type(side) is int and side >= 0 for side in info.shape):
+            raise ValueError(f"tensor {name} has no whole numbers for its shape")
+        if math.prod(max(side, 1) for side in info.shape) * info.dtype.itemsize >= TOO_LARGE:  # of an empty one too: torch multiplies them
+            raise ValueError(f"tensor {name} has a shape of more than 63 bits")
+        if type(begin) is not int or not 0 <= begin <= self.size - (info.nbytes if span is None else span):
             raise ValueError(f"tensor {name} lies beyond its end")
         self.tensors[name], self._begins[name] = info, begin
 

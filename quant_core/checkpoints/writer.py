@@ -270,9 +270,9 @@ class SafetensorsWriter:
         """Where the tensors lie that such a run has left whole, its notes, and where in the journal that ends."""
         layout, notes, cut, end, since = _Layout(), [], 0, 0, []
         records = journal.records()
-        if next(records, ([],))[0] != [run, self._reserve]:
-            return layout, notes, cut
         with contextlib.suppress(KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):  # no record of ours
+            if next(records, ([],))[0] != [run, self._reserve]:
+                return layout, notes, cut
             for record, begin, size in records:
                 if "note" in record:
                     note = self._parse(record["note"])

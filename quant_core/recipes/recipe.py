@@ -197,7 +197,7 @@ class Recipe(Method):
         """Inverse of :meth:`to_toml`."""
         try:
             return cls.from_dict(tomllib.loads(text))
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits too
             raise RecipeError(f"The recipe is not valid TOML: {error}.") from None
 
 

@@ -206,5 +206,7 @@ def test_what_is_refused(tmp_path, migrate):
     migrate(old_fp8(), overwrite=True)
     with pytest.raises(SourceError, match="not finite and positive"):
         migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(float("nan"))}, overwrite=True)
+    with pytest.raises(SourceError, match="not finite and positive"):
+        migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(2.0 + 0j)}, overwrite=True)
     assert verify_file(tmp_path / "new.safetensors").problems == []  # what was there is not lost
     assert not list(tmp_path.glob(".*partial"))
