@@ -36,12 +36,35 @@ def _one(entry: object, data: bytes = b"", name: str = "a.weight", **metadata: s
 
 def _coded(config: bytes, scale: float = 1.0, **metadata: str) -> bytes:
     """A layer of 8 × 8 FP8 codes with that JSON beside it."""
-    header = {
-        "a.weight": _entry("F8_E4M3", [8, 8], 0, 64),
-        "a.weight_scale": _entry("F32", [], 64, 68),
-        _CODES: _entry("U8", [len(config)], 68, 68 + len(config)),
-    }
-    return safetensors({"__metadata__": metadata} | header if metadata else header, bytes(64) + struct.pack("<f", scale) + config)
+    return _several(_layer(config, scale), **metadata)
+
+
+def _layer(config: bytes, scale: float = 1.0) -> dict[str, tuple[str, list, bytes]]:
+    codes, scales = ("F8_E4M3", [8, 8], bytes(64)), ("F32", [], struct.pack("<f", scale))
+    return {"a.weight": codes, "a.weight_scale": scales, _CODES: ("U8", [len(config)], config)}
+
+
+def _several(tensors: dict[str, tuple[str, list, bytes]], **metadata: str) -> bytes:
+    """A file of tensors, each of a dtype, a shape and its bytes."""
+    header, data = {"__metadata__": metadata} if metadata else {}, b""
+    for name, (dtype, shape, values) in tensors.items():
+        header[name] = _entry(dtype, shape, len(data), len(data) + len(values))
+        data += values
+    return safetensors(header, data)
+
+
+def _input_scale(dtype: str, values: bytes) -> bytes:
+    """A sound layer of FP8 codes, and an input scale of that dtype."""
+    return _several(_layer(_FP8) | {"a.input_scale": (dtype, [], values)})
+
+
+def _known(amax: tuple[str, bytes] | None = None, **header: object) -> bytes:
+    """A calibration of a layer "a" of 16 × 16, with a largest magnitude of that dtype and value in each channel."""
+    gram = {"a.gram": ("F32", [16, 16], b"".join(struct.pack("<f", row == column) for row in range(16) for column in range(16)))}
+    if amax:
+        dtype, value = amax
+        gram |= {"a.amax": (dtype, [16], value * 16), "a.histogram": ("F32", [512], struct.pack("<f", 1.0) * 512)}
+    return _several(gram, learned_rounding_calibration=json.dumps({"layers": {"a": ["a", 16, 16]}} | header))
 
 
 class _Touch:
@@ -113,11 +136,21 @@ def _pickle_of(count: int) -> bytes:
         return archive.read("archive/data.pkl").replace(b"K\x01", pickle.dumps(count, 2)[2:-1])
 
 
-def _gguf(sides: tuple[int, ...], offset: int, kind: int = 0) -> bytes:
-    """One tensor of those sides, innermost first, in 256 bytes."""
+def _gguf(sides: tuple[int, ...], offset: int, kind: int = 0, **pairs: bytes) -> bytes:
+    """One tensor of those sides, innermost first, in 256 bytes. ``pairs``: of the header, kind and value in bytes."""
     entry = struct.pack("<Q", 8) + b"a.weight" + struct.pack(f"<I{len(sides)}QIQ", len(sides), *sides, kind, offset)
-    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + entry
+    told = b"".join(struct.pack("<Q", len(key)) + key.encode() + value for key, value in pairs.items())
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, len(pairs)) + told + entry
     return header.ljust(-(-len(header) // 32) * 32, b"\0") + bytes(256)
+
+
+_LAUGHS = b"K\x01" + b"2\x86" * 60  # a pair of twice the same pair of … : 2⁶⁰ numbers in 122 bytes
+
+
+def _old_pickle(made: bytes, keys: bytes) -> bytes:
+    """A file of torch before 1.6 with those pickles of the weights and of the storages' names, and an empty storage."""
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    return b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, system)) + made + keys + bytes(8)
 
 
 def _index(*files: str) -> bytes:
@@ -134,6 +167,11 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "length_of_64_bits": ("x.safetensors", safetensors({}, length=2**64 - 1), "a header length of 64 ones, to overflow a sum"),
     "length_zero": ("x.safetensors", safetensors({}, length=0), "an empty header"),
     "header_deep": ("x.safetensors", safetensors(b'{"a":' + _DEEP), "JSON nested 100,000 deep, to exhaust the stack"),
+    "header_lists": (
+        "x.safetensors",
+        lambda folder: safetensors(b'{"a":[' + (b"[" * 900 + b"]" * 900 + b",") * 8_000 + b"0]}"),
+        "seven million lists with few commas between them",
+    ),
     "header_list": ("x.safetensors", safetensors(b'{"a.weight":[1,2]}'), "a tensor's entry that is no object"),
     "header_not_utf8": ("x.safetensors", safetensors(b'{"\xff":1}'), "bytes that are no UTF-8 in a name"),
     "header_half_character": ("x.safetensors", _one(_F32, bytes(256), "a\ud800.weight"), "half a surrogate pair as a name, which no output can hold"),
@@ -163,6 +201,11 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "offsets_negative": ("x.safetensors", _one(_entry("U8", [8], -8, 0), bytes(8)), "an offset before the data"),
     "offsets_float": ("x.safetensors", _one(_entry("U8", [8], 0.0, 8.0), bytes(8)), "offsets that are no whole numbers"),
     "shape_overflow": ("x.safetensors", _one(_entry("U8", [2**32, 2**32, 0], 0, 0)), "dimensions whose product overflows 64 bits before a zero"),
+    "shape_overflow_beside": (
+        "x.safetensors",
+        _several({"a.weight": ("F32", [8, 8], bytes(256)), "b.weight": ("F32", [2**32, 2**32, 0], b"")}),
+        "the same beside a sound weight",
+    ),
     "shape_product": ("x.safetensors", _one(_entry("U8", [2**63, 2], 0, 0)), "dimensions whose product is 0 in 64 bits"),
     "shape_rank": ("x.safetensors", _one(_entry("U8", [1] * 10_000, 0, 1), b"x"), "10,000 dimensions"),
     "shape_bool": ("x.safetensors", _one(_entry("U8", [True], 0, 1), b"x"), "true as a dimension"),
@@ -176,7 +219,12 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "scale_nan": ("x.safetensors", _coded(_FP8, float("nan")), "a scale that is NaN"),
     "scale_infinite": ("x.safetensors", _coded(_FP8, float("inf")), "an infinite scale"),
     "scale_negative": ("x.safetensors", _coded(_FP8, -1.0), "a negative scale"),
+    "scale_input_complex": ("x.safetensors", _input_scale("C64", bytes(8)), "a complex input scale"),
+    "scale_input_whole": ("x.safetensors", _input_scale("U16", b"\1\0"), "an input scale of a dtype that torch computes little in"),
+    "scale_input_fp8": ("x.safetensors", _input_scale("F8_E4M3", b"\x38"), "an input scale in FP8"),
+    "codes_empty": ("x.safetensors", _coded(b"{}"), "a layer's JSON that names no format"),
     "codes_deep": ("x.safetensors", _coded(b'{"format":' + _DEEP), "a layer's JSON nested 100,000 deep"),
+    "codes_large": ("x.safetensors", lambda folder: _coded(b'{"format":[' + b"{}," * 7_000_000 + b"0]}"), "a layer's JSON of seven million values"),
     "codes_list": ("x.safetensors", _coded(b'{"format":["float8_e4m3fn"]}'), "a list as a layer's format"),
     "codes_unknown": ("x.safetensors", _coded(b'{"format":"__import__(\'os\')"}'), "code as a layer's format"),
     "codes_group_zero": (
@@ -205,6 +253,12 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     ),
     "calibration_nan": ("x.calib.safetensors", _one(_F32, struct.pack("<f", float("nan")) * 64, "a.gram"), "a Gram of nothing but NaN"),
     "calibration_flat": ("x.calib.safetensors", _one(_entry("F32", [64], 0, 256), bytes(256), "a.gram"), "a Gram that is no matrix"),
+    "calibration_complex": ("x.calib.safetensors", _known(("C64", struct.pack("<2f", 9.0, 9.0))), "complex magnitudes"),
+    "calibration_whole": ("x.calib.safetensors", _known(("U16", b"\1\0")), "magnitudes of a dtype that torch computes little in"),
+    "calibration_fp8": ("x.calib.safetensors", _known(("F8_E4M3", b"\x38")), "magnitudes in FP8"),
+    "calibration_tiny": ("x.calib.safetensors", _known(("F32", struct.pack("<f", 1e-45))), "magnitudes of which no scale is a normal number"),
+    "calibration_sensitivity": ("x.calib.safetensors", _known(sensitivity={"a": -1.0}), "a sensitivity below zero, which has no root"),
+    "calibration_sensitivity_nan": ("x.calib.safetensors", _known(sensitivity={"a": float("nan")}), "a sensitivity that is NaN"),
     "calibration_panels": (
         "x.calib.safetensors",
         safetensors({"a.gram.panels": _entry("F16", [1], 0, 2), "a.gram.roots": _entry("F16", [1], 2, 4)}, bytes(4)),
@@ -225,7 +279,50 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "pickle_compressed": ("x.pt", _compressed, "a megabyte that unpacks to a gigabyte"),
     "pickle_memo": ("x.pt", _zipped(b"\x80\x02}r\xff\xff\xff\x7f."), "a place in the memo behind two billion others"),
     "pickle_deep": ("x.pt", _zipped(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "lists nested 100,000 deep"),
-    "pickle_laughs": ("x.pt", _zipped(b"\x80\x02}(" + b"K\x01" + b"2\x86" * 60 + b"N" + b"u."), "a key that takes 2⁶⁰ steps to look up"),
+    "pickle_laughs": ("x.pt", _zipped(b"\x80\x02}(" + _LAUGHS + b"N" + b"u."), "a key that takes 2⁶⁰ steps to look up"),
+    "pickle_name_laughs": ("x.pt", _zipped(b"\x80\x02" + _LAUGHS + b"2\x93."), "a name to import that takes 2⁶⁰ steps to write out"),
+    "pickle_key_laughs": (
+        "x.pt",
+        _zipped(b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + _LAUGHS + b"X\x03\x00\x00\x00cpuK\x01tQ."),
+        "the same as the name of a storage",
+    ),
+    "pickle_storage_laughs": (
+        "x.pt",
+        _zipped(b"\x80\x02(X\x07\x00\x00\x00storage" + _LAUGHS + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ."),
+        "the same as the kind of a storage",
+    ),
+    "pickle_dtype_laughs": (
+        "x.pt",
+        _zipped(b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(NK\x00))NN" + _LAUGHS + b"tR."),
+        "the same as the dtype of a tensor",
+    ),
+    "pickle_old_laughs": ("x.pt", _old_pickle(b"\x80\x02}.", b"\x80\x02](" + _LAUGHS + b"e."), "the same as a storage's name in a file of old"),
+    "pickle_again": (
+        "x.pt",
+        _zipped(b"\x80\x02ccollections\nOrderedDict\nq\x00](" + b"NN\x86" * 100_000 + b"e\x85q\x01" + b"h\x00h\x01R0" * 100_000 + b"N."),
+        "a hundred thousand tables of one list of as many pairs",
+    ),
+    "pickle_wrapped": (
+        "x.pt",
+        _zipped(
+            b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x00(ctorch\nSize\nN)Ntq\x01"
+            + b"(h\x00Nh\x01Ntq\x01" * 300
+            + b"h\x00h\x01R0" * 500_000
+            + b"N."
+        ),
+        "half a million calls, each of a call of a call, 300 times",
+    ),
+    "pickle_storage_long": (
+        "x.pt",
+        _zipped(
+            b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01"
+            + b"N" * 500_000
+            + b"tq\x00"
+            + b"h\x00Q0" * 500_000
+            + b"N."
+        ),
+        "half a million times a storage told in as many words",
+    ),
     "zip_empty": ("x.pt", b"PK\x05\x06" + bytes(18), "an empty archive as a checkpoint"),
     "index_climbs": ("x.safetensors.index.json", _index("../secret.safetensors"), "an index that leads out of its folder"),
     "index_absolute": ("x.safetensors.index.json", _index("/etc/passwd"), "an index that leads to a file of the system"),
@@ -233,6 +330,12 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "index_itself": ("x.safetensors.index.json", _index("x.safetensors.index.json"), "an index that is its own shard"),
     "index_null": ("x.safetensors.index.json", _index("a\0b"), "a shard whose name no system takes"),
     "index_deep": ("x.safetensors.index.json", b'{"weight_map":' + _DEEP, "an index nested 100,000 deep"),
+    "index_large": ("x.safetensors.index.json", lambda folder: b'{"weight_map":[' + b"{}," * 7_000_000 + b"0]}", "an index of seven million values"),
+    "index_lists": (
+        "x.safetensors.index.json",
+        lambda folder: b'{"weight_map":[' + (b"[" * 900 + b"]" * 900 + b",") * 8_000 + b"0]}",
+        "the same, without as many commas",
+    ),
     "gguf_counts": ("x.gguf", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60), "a GGUF file of 2⁶⁰ tensors"),
     "gguf_string": ("x.gguf", b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**62), "a GGUF key of 2⁶² characters"),
     "gguf_beyond": ("x.gguf", _gguf((2**40,), 0), "a tensor of terabytes in a file of a few bytes"),
@@ -240,6 +343,17 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "gguf_offset": ("x.gguf", _gguf((8, 8), 2**63), "a tensor that begins at half of 64 bits"),
     "gguf_rank": ("x.gguf", b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"a" + struct.pack("<I", 2**31), "two billion dimensions"),
     "gguf_kind": ("x.gguf", _gguf((8, 8), 0, 77), "codes of a kind that is none"),
+    "gguf_alignment": ("x.gguf", _gguf((8, 8), 0, **{"general.alignment": struct.pack("<If", 6, 32.0)}), "an alignment that is no whole number"),
+    "gguf_shape_float": (
+        "x.gguf",
+        _gguf((8, 8), 0, **{"comfy.gguf.orig_shape.a.weight": struct.pack("<IIQ2d", 9, 12, 2, 0.5, 128.0)}),
+        "half a channel as a dimension",
+    ),
+    "gguf_shape_bool": (
+        "x.gguf",
+        _gguf((1, 1), 0, **{"comfy.gguf.orig_shape.a.weight": struct.pack("<IIQ2?", 9, 7, 2, True, True)}),
+        "true as a dimension",
+    ),
     "gguf_head": ("x.gguf", b"GGUF", "nothing but GGUF's first four bytes"),
 }
 
@@ -254,4 +368,5 @@ PATTERNS = {
     "(?=(a+))+": "looking around, which cannot be bounded",
     "a{999999999999}": "a count wider than 32 bits",
     "[": "half a class",
+    "[\\x00-\\U0010ffff]" * 110: "sets of a million letters, which Python goes through one by one",
 }

@@ -63,8 +63,8 @@ def measure_plan(
         RecipeError: no size within reach is as small as the target.
         NothingToQuantizeError: the target is so generous that every layer is kept.
     """
-    plan = recipe.plan(source)
-    names = _candidates(source, recipe, plan, calibration)
+    plan = recipe.plan(source, check=check)
+    names = _candidates(source, recipe, plan, calibration, check)
     sensitivities = {name: known for name in names if (known := _sensitivity(calibration, name)) is not None}
     unknown = statistics.median(sensitivities.values()) if sensitivities else 1 / max(len(names), 1)
     options: dict[str, list[_Option]] = {}
@@ -83,9 +83,9 @@ def measure_plan(
     return replace(plan, decisions=decisions, choice=Choice(_thinned(curve, chosen), chosen, bool(sensitivities)))
 
 
-def _candidates(source: Source, recipe: Recipe, plan: Plan, calibration: Calibration) -> list[str]:
+def _candidates(source: Source, recipe: Recipe, plan: Plan, calibration: Calibration, check: CancelCheck) -> list[str]:
     """Layers to measure: those the plan quantizes, and those that only the preset keeps if it is known what hurts."""
-    free = set(recipe.plan(source, preset=COMMON).names("quantize"))
+    free = set(recipe.plan(source, preset=COMMON, check=check).names("quantize"))
 
     def wanted(name: str, action: str) -> bool:
         return action == "quantize" or action == "keep" and name in free and _sensitivity(calibration, name) is not None

@@ -407,18 +407,30 @@ class _Progress:
             self._bar.close()
 
 
+def _check_report(report: Path) -> None:
+    """Refuse one that could not be written, before hours are spent on what it reports."""
+    folder = report.absolute().parent
+    try:
+        there = folder.is_dir()
+        report.exists()
+    except OSError as error:  # a name that no disk takes
+        raise OutputError(f"The report {report} cannot be written: {error.strerror}.") from error
+    if not there:
+        raise OutputError(f"The report {report} cannot be written: there is no folder {folder}.")
+
+
 def _keep_apart(report: Path, others: Iterable[Path | None]) -> None:
     """Refuse a report in place of another file of the run."""
     for other in filter(None, others):
-        if os.path.realpath(report) == os.path.realpath(other) or (report.exists() and other.exists() and report.samefile(other)):
+        if os.path.realpath(report) == os.path.realpath(other) or (os.path.exists(report) and os.path.exists(other) and report.samefile(other)):
             raise OutputError(f"The report {report} would replace {other}, which this run reads or writes; choose another name for it.")
 
 
 def _quantize(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     usable_device(args.device)
-    if args.report and not args.report.absolute().parent.is_dir():
-        raise OutputError(f"The report {args.report} cannot be written: there is no folder {args.report.absolute().parent}.")
+    if args.report:
+        _check_report(args.report)
     statistics = CalibrationFile(args.calibration) if args.calibration else contextlib.nullcontext()
     with _source(args) as source, statistics as calibration:
         method = recipe.resolve(calibration is not None)

@@ -9,7 +9,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from .checkpoints import (
     Source,
     TensorInfo,
     TensorSource,
+    final_path,
     header_bytes,
     layer_configs,
     loading_note,
@@ -64,12 +64,20 @@ class Migration:
 
 
 def _beside(source: Source) -> dict[str, dict[str, str]]:
-    """{layer: {suffix of today: tensor name}} of everything that may belong to a quantized layer, its weight included."""
+    """{layer: {suffix of today: tensor name}} of everything that may belong to a quantized layer, its weight included.
+
+    Raises SourceError where a layer has the same twice, by its name of today and by an old one.
+    """
     found: dict[str, dict[str, str]] = {}
     for name in source.tensors:
         layer, _, suffix = name.rpartition(".")
         if suffix in _TODAY:
-            found.setdefault(layer, {})[_TODAY[suffix]] = name
+            other = found.setdefault(layer, {}).setdefault(_TODAY[suffix], name)
+            if other != name:
+                raise SourceError(
+                    f"{source.name}: {other} and {name} are two names of one thing, so what was meant is not known; make the file again from its "
+                    "full-precision original."
+                )
     for layer, tensors in found.items():
         if (weight := source.tensors.get(f"{layer}.weight")) and weight.dtype in _CODES:
             tensors["weight"] = f"{layer}.weight"
@@ -143,7 +151,7 @@ def migrate_file(
         SourceError: a layer is in no known format, or would not be sound afterwards.
         OutputError: the output cannot be written, exists (without ``overwrite``) or is the source.
     """
-    destination = Path(destination)
+    destination = final_path(destination)
     with open_safetensors(source) as opened:
         if destination.exists():
             if any(path.samefile(destination) for path in opened.paths):
@@ -303,8 +311,10 @@ def _unscaled(opened: Source, names: Iterable[str], configs: Mapping[str, Mappin
 
 def read_scale(opened: Source, name: str) -> torch.Tensor:
     """A scale as float32. Raises SourceError unless it is finite and positive."""
-    scale = opened.read(name).float()
-    if not (scale.numel() and (torch.isfinite(scale) & (scale > 0)).all()):
+    scale = opened.read(name)
+    if not scale.is_complex():
+        scale = scale.float()
+    if scale.is_complex() or not (scale.numel() and (torch.isfinite(scale) & (scale > 0)).all()):
         raise SourceError(
             f"{opened.name}: {name} holds values that are not finite and positive; make the file again from its full-precision original."
         )

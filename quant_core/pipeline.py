@@ -449,7 +449,7 @@ def quantize_tensors(
     """
     source, sink, emit = TensorSource(tensors, metadata), _DictSink(), on_event or _nothing
     recipe.resolve(calibration is not None)
-    plan, device, check = recipe.plan(source), usable_device(device), check or _nothing
+    plan, device, check = recipe.plan(source, check=check), usable_device(device), check or _nothing
     _check_calibration(source, calibration)
     with _enough_memory(f"{device} has too little memory for {source.name}"):
         if recipe.measured:
@@ -501,7 +501,7 @@ def quantize_file(
     if destination.exists() and any(origin.samefile(destination) for origin in origins):
         raise OutputError(f"{destination} is the source itself; choose another output.")
     recipe.resolve(calibration is not None)
-    plan = recipe.plan(source)
+    plan = recipe.plan(source, check=check)
     _check_calibration(source, calibration)
     mark, inputs = _mark(source, recipe, calibration), (*origins, *getattr(calibration, "paths", ()))
     if destination.exists():

@@ -26,6 +26,7 @@ class DecodedSource:
     file made from the full-precision original is better.
 
     Attributes:
+        origin: ``source``, whose fingerprint counts: codes mean something by scales and JSON that are no tensors here.
         layers: how many layers were coded in which way.
 
     Raises:
@@ -33,7 +34,7 @@ class DecodedSource:
     """
 
     def __init__(self, source: SampledSource):
-        self._source = source
+        self.origin = source
         self.name, self.paths = source.name, getattr(source, "paths", ())
         self.layers: Counter[str] = Counter()
         self._decode: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
@@ -69,7 +70,7 @@ class DecodedSource:
 
     def _add_foreign(self, layer: str, config: dict, hidden: set[str]) -> tuple[int, int]:
         """Note how the layer is decoded and what stands beside it; returns the shape of its weight."""
-        format, tensors = FOREIGN.get(config["format"]), self._source.tensors
+        format, tensors = FOREIGN.get(config["format"]), self.origin.tensors
         if format is None:
             raise SourceError(f"{self.name}: {layer} is in the format {config['format']}, which cannot be decoded.")
         if missing := [part for part in ("weight", *format.parts) if f"{layer}.{part}" not in tensors]:
@@ -83,11 +84,11 @@ class DecodedSource:
         return shape
 
     def _decoded(self, layer: CodedLayer, codes: torch.Tensor) -> torch.Tensor:
-        scale = read_scale(self._source, layer.found["weight_scale"]).reshape(layer.encoding.scale_shape(codes.shape))
+        scale = read_scale(self.origin, layer.found["weight_scale"]).reshape(layer.encoding.scale_shape(codes.shape))
         return layer.encoding.decode(codes, scale.to(codes.device))
 
     def _decoded_foreign(self, layer: str, config: dict, parts: dict[str, str], shape: tuple[int, int], codes: torch.Tensor) -> torch.Tensor:
-        scales = {part: self._source.read(name, codes.device) for part, name in parts.items()}
+        scales = {part: self.origin.read(name, codes.device) for part, name in parts.items()}
         with self._explained(layer, config):
             return FOREIGN[config["format"]].decode(codes, scales, config)[: shape[0], : shape[1]]
 
@@ -100,11 +101,5 @@ class DecodedSource:
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """The tensor on ``device``."""
-        values = self._source.read(name, device)
+        values = self.origin.read(name, device)
         return self._decode[name](values).to(PLAIN) if name in self._decode else values
-
-    def sample(self, name: str, offset: int, length: int) -> bytes:
-        """Bytes that tell the tensor at ``offset`` from others: of its codes where it has some."""
-        size = self._source.tensors[name].nbytes
-        begin = offset * size // max(self.tensors[name].nbytes, 1)
-        return self._source.sample(name, begin, min(length, size - begin))

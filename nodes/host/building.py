@@ -15,6 +15,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...quant_core.checkpoints import SafetensorsFile, layer_configs
 from ...quant_core.checkpoints.metadata import ENCODER_PREFIX
+from ...quant_core.checkpoints.verify import layer_encoding
 from ...quant_core.errors import QuantizationError
 from ..decoded_linear import as_bytes, decoding_operations
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
@@ -35,16 +36,27 @@ __all__ = [
 ]
 
 
-def knows(format: str) -> bool:
-    """Whether this ComfyUI itself multiplies that format."""
+def knows(format: str | None) -> bool:
+    """Whether this ComfyUI itself multiplies that format; None for a layer that names none."""
     return format in getattr(comfy.quant_ops, "QUANT_ALGOS", {})
 
 
 def layers_to_decode(path: Path) -> list[str]:
-    """The quantized layers of a file, when it holds a format that this ComfyUI cannot read by itself; else none."""
+    """The quantized layers of a file, when it holds a format that this ComfyUI cannot read by itself; else none.
+
+    Raises:
+        QuantizationError: one of them is none that is decoded here.
+    """
     with SafetensorsFile(path) as opened:
-        configs = layer_configs(opened)[0]
-    return [] if all(knows(config["format"]) for config in configs.values()) else list(configs)
+        configs, tensors = layer_configs(opened)[0], opened.tensors
+    if all(knows(config.get("format")) for config in configs.values()):
+        return []
+    try:
+        for layer, config in configs.items():
+            layer_encoding(layer, config, tensors)
+    except ValueError as error:
+        raise QuantizationError(f"{path.name} cannot be loaded: {error}.") from None
+    return list(configs)
 
 
 def _classic(loader) -> dict:

@@ -84,6 +84,9 @@ class CalibrationFile:
                 str(site): (int(learned), int(held)) for site, (learned, held) in header.get("tokens", {}).items()
             }
             self._sensitivity = {str(name): float(value) for name, value in header.get("sensitivity", {}).items()}
+            for name, value in self._sensitivity.items():
+                if not 0 <= value < float("inf"):
+                    raise ValueError(f"{name} has the sensitivity {value}")
             self.provenance = dict(header.get("provenance", {}))
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CalibrationError(f"{self.path} has a damaged header ({error}); calibrate again.") from None
@@ -145,11 +148,17 @@ class CalibrationFile:
     def _read(self, name: str):
         tensors = self._file.tensors
         if name in tensors:
-            return self._file.read(name)
+            return self._values(name)
         present = tuple(part for part in dict.fromkeys(sum(_FORMS, ())) if f"{name}.{part}" in tensors)
         if present and present not in _FORMS:
             raise SourceError(f"{self.path}: {name}.{present[0]} has no counterpart; the file is damaged.")
-        return _FORMS[present](*(self._file.read(f"{name}.{part}") for part in present)) if present else None
+        return _FORMS[present](*(self._values(f"{name}.{part}") for part in present)) if present else None
+
+    def _values(self, name: str) -> torch.Tensor:
+        values = self._file.read(name)
+        if not values.is_floating_point():
+            raise CalibrationError(f"{self.path}: {name} is of {values.dtype}, which no statistics are; calibrate again.")
+        return values if values.element_size() > 1 else values.float()  # torch computes little in FP8
 
     def close(self) -> None:
         """Close the file."""

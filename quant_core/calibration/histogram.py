@@ -43,7 +43,7 @@ def input_scale(counts: torch.Tensor, amax: float) -> float | None:
         CalibrationError: the counts are none.
     """
     counts = counts.double().cpu()
-    if not 0 < amax < float("inf") or not counts.sum() > 0:
+    if not _LEAST < amax < float("inf") or not counts.sum() > 0:
         return None
     middles = magnitudes().clamp_max(amax)
 
@@ -61,4 +61,5 @@ def input_scale(counts: torch.Tensor, amax: float) -> float | None:
 
 
 _MAX = 448.0  # of float8_e4m3fn
+_LEAST = 64 * _MAX * torch.finfo(torch.float32).tiny  # below, scales would be no normal numbers
 _TOLERANCE = 0.01  # by which one error must be smaller than another to count as better

@@ -29,6 +29,7 @@ NOTE_KEY = "note"  # read by people whose ComfyUI does not load the file
 CONFIG_SUFFIX = ".comfy_quant"
 # What ComfyUI takes of a layer's JSON from its "params" too; what stands beside them comes first.
 _NESTED = ("convrot", "convrot_groupsize", "group_size", "linear_dtype")
+_MOST_JSON = 1 << 22  # bytes of all layers' JSON beside them; a layer has a hundred
 _HOME = "https://github.com/learned-rounding/learned_rounding"
 _CHECKPOINT_PREFIX = "model.diffusion_model."
 ENCODER_PREFIX = "text_encoders."  # of text encoders in a whole checkpoint
@@ -90,9 +91,12 @@ def read_config(tensor: torch.Tensor, where: str) -> dict:
 
 def layer_configs(source: Source) -> tuple[dict[str, dict], dict[str, dict]]:
     """The layers' JSON as the ``comfy_quant`` tensors give it, and as the header does: two {layer: JSON}."""
-    tensors = {}
+    tensors, left = {}, _MOST_JSON
     for name, info in source.tensors.items():
         if name.endswith(CONFIG_SUFFIX):
+            left -= info.nbytes
+            if left < 0:
+                raise SourceError(f"{source.name}: the layers' JSON, as in tensor {name}, takes more than {_MOST_JSON:,} bytes; the file is damaged.")
             text = source.read(name) if info.dtype is torch.uint8 else None
             if text is None:
                 raise SourceError(f"{source.name}: tensor {name} should be of dtype U8.")

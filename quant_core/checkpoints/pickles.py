@@ -122,7 +122,7 @@ def _tensor(storage, offset, shape, stride, *more) -> object:
 
 def _tensor_of_dtype(storage, offset, shape, stride, requires_grad, hooks, dtype, *more) -> object:
     if not isinstance(dtype, _Name) or dtype.name not in _DTYPES:
-        return _Made(f"torch.{getattr(dtype, 'name', dtype)}")
+        return _Made(f"torch.{dtype.name}" if isinstance(dtype, _Name) else "no dtype")
     return _view(storage, offset, shape, stride, _DTYPES[dtype.name])
 
 
@@ -138,7 +138,6 @@ _CALLS: dict[tuple[str, str], Callable] = {
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_dtype,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *more: tensor,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *more: tensor,
-    ("torch._tensor", "_rebuild_from_type_v2"): lambda make, kind, arguments, state: _called(make, arguments),
 }
 
 
@@ -149,21 +148,28 @@ def _called(what: object, arguments: tuple) -> object:
     return make(*arguments) if make else _Made(f"{what.module}.{what.name}", tensor="_rebuild_" in what.name)
 
 
-def _named(module: str, name: str) -> _Name:
+def _named(module: object, name: object) -> _Name:
+    if type(module) is not str or type(name) is not str:  # anything else may take forever to write out, or to look up
+        raise ValueError("a name that is no text")
     known = name in _BUILTINS if module in ("builtins", "__builtin__") else module.split(".")[0] in _HARMLESS
     if not known:
         raise _NotWeights(f"{module}.{name}")
     return _Name(module, name)
 
 
-def _stored(identity: tuple) -> _Storage | _Made:
+_OF_CLASS = _Name("torch._tensor", "_rebuild_from_type_v2")  # called with (what to call, a class, its arguments, attributes)
+
+
+def _stored(identity: object) -> _Storage | _Made:
     """What a persistent id of torch means."""
+    if not isinstance(identity, tuple) or not 5 <= len(identity) <= 6 or type(identity[2]) is not str:
+        raise ValueError("a storage that is not told as torch tells it")
     kind, storage, key, _, count, *view = identity
     if kind != "storage" or any(view) or type(count) is not int or not 0 <= count < TOO_LARGE:
         raise ValueError("a storage of an unknown kind")
     if not isinstance(storage, _Name) or storage.name not in _STORAGES:
-        return _Made(f"{getattr(storage, 'name', storage)}")
-    return _Storage(str(key), _STORAGES[storage.name], count)
+        return _Made(storage.name if isinstance(storage, _Name) else "no storage")
+    return _Storage(key, _STORAGES[storage.name], count)
 
 
 class _Machine:
@@ -175,6 +181,7 @@ class _Machine:
 
     def run(self, stream: io.BytesIO) -> object:
         """What the pickle that begins here makes; the stream is behind it then."""
+        self.left = stream.getbuffer().nbytes  # items for calls: no honest pickle hands over more than it has bytes
         for opcode, argument, _ in pickletools.genops(stream):
             step = _STEPS.get(opcode.name)
             if step is None:
@@ -203,7 +210,18 @@ class _Machine:
 
     def call(self) -> None:
         what, arguments = self.take(2)
-        self.stack.append(_called(what, tuple(arguments)))
+        while what == _OF_CLASS:
+            what, _, arguments, _ = self.handed(arguments)
+        self.stack.append(_called(what, self.handed(arguments)))
+
+    def handed(self, arguments: object) -> tuple:
+        """The arguments of a call, counted: one list could be given to any number of calls."""
+        if not isinstance(arguments, tuple):
+            raise ValueError("a call whose arguments are no tuple")
+        self.left -= sum(len(items) for items in (arguments, *arguments) if isinstance(items, (tuple, list, dict)))
+        if self.left < 0:
+            raise ValueError("a pickle that hands over more than it holds")
+        return arguments
 
     def store(self, storage: _Storage | _Made) -> None:
         if isinstance(storage, _Storage):
@@ -249,7 +267,7 @@ _STEPS: dict[str, Callable[[_Machine, object], None]] = {
     "ADDITEMS": lambda machine, _: machine.fill(machine.above()),
     "SETITEM": lambda machine, _: machine.fill(machine.take(2)),
     "SETITEMS": lambda machine, _: machine.fill(machine.above()),
-    "STACK_GLOBAL": lambda machine, _: machine.stack.append(_named(*map(str, machine.take(2)))),
+    "STACK_GLOBAL": lambda machine, _: machine.stack.append(_named(*machine.take(2))),
     "REDUCE": lambda machine, _: machine.call(),
     "NEWOBJ": lambda machine, _: machine.call(),
     "BUILD": lambda machine, _: machine.take(1),  # attributes of what is no plain value
@@ -333,6 +351,8 @@ class PickledWeights(StoredTensors):
         made, keys = machine.run(stream), _Machine().run(stream)
         places, begin = {}, stream.tell()
         for key in keys:
+            if type(key) is not str:
+                raise ValueError("a storage whose name is no text")
             (count,) = struct.unpack("<q", self._bytes(begin, 8))
             places[key] = begin + 8, count * machine.storages[key].dtype.itemsize
             begin += 8 + places[key][1]

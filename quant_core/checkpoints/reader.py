@@ -5,6 +5,7 @@ short while it is mapped ends the process. Safetensors: https://github.com/huggi
 """
 
 import json
+import math
 import os
 import stat
 import struct
@@ -21,11 +22,11 @@ from .dtypes import DTYPE_NAMES, TORCH_DTYPES
 from .source import CPU, TensorInfo
 from .staging import Staging
 
-__all__ = ["SafetensorsFile", "StoredTensors", "open_regular", "MAX_HEADER", "MAX_RANK", "TOO_LARGE"]
+__all__ = ["SafetensorsFile", "StoredTensors", "bounded_json", "open_regular", "MAX_HEADER", "MAX_RANK", "TOO_LARGE"]
 
 MAX_HEADER = 100_000_000  # the limit of the format's own library
 _LENGTH = struct.Struct("<Q")
-_MAX_COMMAS = 2_500_000  # of a header; a tensor has eight, and models have thousands
+_MOST_VALUES = 2_500_000  # of a header, each of which takes a hundred bytes of memory; a tensor has eight, and models have thousands
 MAX_RANK = 64  # as many dimensions as torch's operators take
 TOO_LARGE = 2**63
 _READ_AT_ONCE = 1 << 24  # how soon a closed file stops a reading thread
@@ -43,6 +44,13 @@ def _no_duplicates(pairs):
     if len(table) != len(pairs):
         raise ValueError("a name stands in it twice")
     return table
+
+
+def bounded_json(text: bytes, **options) -> object:
+    """What a file's JSON says, in memory in proportion to what models have. Raises ValueError; ``options``: of ``json.loads``."""
+    if max(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:  # before or after each value stands one of these
+        raise ValueError(f"more than {_MOST_VALUES:,} values")
+    return json.loads(text, **options)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -102,7 +110,11 @@ class StoredTensors(ABC):
             raise ValueError(f"the name {name} stands in it twice or is no tensor's")
         if info.dtype not in DTYPE_NAMES:
             raise ValueError(f"tensor {name} is of {info.dtype}, which safetensors does not have")
-        if not 0 <= begin <= self.size - (info.nbytes if span is None else span):
+        if not all(type(side) is int and side >= 0 for side in info.shape):
+            raise ValueError(f"tensor {name} has no whole numbers for its shape")
+        if math.prod(max(side, 1) for side in info.shape) * info.dtype.itemsize >= TOO_LARGE:  # of an empty one too: torch multiplies them
+            raise ValueError(f"tensor {name} has a shape of more than 63 bits")
+        if type(begin) is not int or not 0 <= begin <= self.size - (info.nbytes if span is None else span):
             raise ValueError(f"tensor {name} lies beyond its end")
         self.tensors[name], self._begins[name] = info, begin
 
@@ -193,10 +205,8 @@ class SafetensorsFile(StoredTensors):
                 f"{self.path} is truncated: its header alone needs {start_of_data:,} bytes and the file has {self.size:,}; fetch it again."
             )
         text = self._bytes(_LENGTH.size, length)
-        if text.count(b",") > _MAX_COMMAS:  # as many values, each of which takes a hundred bytes of memory
-            raise SourceError(f"{self.path} has a damaged header (more than {_MAX_COMMAS:,} values); fetch the file again.")
         try:
-            header = json.loads(text, object_pairs_hook=_no_duplicates)
+            header = bounded_json(text, object_pairs_hook=_no_duplicates)
             self.metadata = dict(header.pop("__metadata__", None) or {})
             if not all(isinstance(value, str) for value in self.metadata.values()):
                 raise ValueError("its metadata is no table of strings")

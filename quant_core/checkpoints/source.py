@@ -72,11 +72,14 @@ class TensorSource:
 
 
 def fingerprint(source: Source, *extra: str) -> str | None:
-    """A hash that changes when the source, or any string in ``extra``, does; None unless it is a SampledSource.
+    """A hash that changes when the source, or any string in ``extra``, does; None unless it, or its ``origin``, is a SampledSource.
 
     It covers all names, dtypes, shapes and header pairs, and sixteen pages spread over each tensor: enough to
-    tell one model from another and a fine-tune from its base without reading the whole file twice.
+    tell one model from another and a fine-tune from its base without reading the whole file twice. Of a source that is decoded from
+    another, its ``origin``, all that is read of that one.
     """
+    if hasattr(source, "origin"):
+        return fingerprint(source.origin, "decoded", *extra)
     if not hasattr(source, "sample"):
         return None
     digest = hashlib.blake2b(digest_size=16)

@@ -1,7 +1,6 @@
 """Models as they are published: a safetensors file, shards with an index, a folder of either, a pickle of weights, or GGUF."""
 
 import contextlib
-import json
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from ..errors import SourceError
 from .gguf import GGUFFile
 from .pickles import PickledWeights
-from .reader import MAX_HEADER, SafetensorsFile, StoredTensors, open_regular
+from .reader import MAX_HEADER, SafetensorsFile, StoredTensors, bounded_json, open_regular
 from .source import CPU
 
 __all__ = ["ShardedFiles", "open_safetensors", "open_source"]
@@ -77,7 +76,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > MAX_HEADER:
                 raise ValueError(f"more than {MAX_HEADER:,} bytes")
-            index = json.loads(file.read())
+            index = bounded_json(file.read())
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

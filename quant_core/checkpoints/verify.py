@@ -4,6 +4,7 @@ ComfyUI 0.33 samples garbage without a word when a layer lacks its ``comfy_quant
 only while sampling; hence this check.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -81,8 +82,11 @@ def _layer_problems(source: Source, layer: str, config: Mapping[str, object]) ->
         yield f"{layer}: ConvRot groups of {encoding.rotation.size} do not divide its {inner} input channels."
     for suffix in ("weight_scale", "input_scale"):
         name = f"{layer}.{suffix}"
-        if name in source.tensors:
-            scale = source.read(name)
+        if info := source.tensors.get(name):
+            if not info.dtype.is_floating_point or math.prod(info.shape) != 1 and suffix == "input_scale":
+                yield f"{layer}: {suffix} is {info.dtype} {info.shape}, and should be one number."
+                continue
+            scale = source.read(name).float()
             if not (torch.isfinite(scale) & (scale > 0)).all():
                 yield f"{layer}: {suffix} holds values that are not finite and positive."
 

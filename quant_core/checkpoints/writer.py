@@ -164,12 +164,16 @@ class _Layout:
     """
 
     def __init__(self):
+        self._names: set[str] = set()
         self.entries: dict[str, dict] = {}
         self.odd: list[tuple[str, TensorInfo, int]] = []
         self.end = 0
 
     def add(self, name: str, info: TensorInfo, begin: int) -> None:
-        """Give a tensor its place; ``begin``: in the journal."""
+        """Give a tensor its place; ``begin``: in the journal. Raises ValueError for a name that has one: a file can hold it once."""
+        if name in self._names:
+            raise ValueError(f"tensor {name} is written twice")
+        self._names.add(name)
         if info.nbytes % _ALIGNMENT:
             self.odd.append((name, info, begin))
         else:
@@ -266,9 +270,9 @@ class SafetensorsWriter:
         """Where the tensors lie that such a run has left whole, its notes, and where in the journal that ends."""
         layout, notes, cut, end, since = _Layout(), [], 0, 0, []
         records = journal.records()
-        if next(records, ([],))[0] != [run, self._reserve]:
-            return layout, notes, cut
         with contextlib.suppress(KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):  # no record of ours
+            if next(records, ([],))[0] != [run, self._reserve]:
+                return layout, notes, cut
             for record, begin, size in records:
                 if "note" in record:
                     note = self._parse(record["note"])
@@ -308,7 +312,7 @@ class SafetensorsWriter:
             raise OutputError(f"{self.path} is not written any more: its run is over.")
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
-        """Append one tensor; returns its size in bytes."""
+        """Append one tensor; returns its size in bytes. Raises ValueError where one of that name was added before."""
         info = TensorInfo(tensor.dtype, tuple(tensor.shape))
         views = byte_views(tensor, self._staging)
         record = {"name": name, "dtype": DTYPE_NAMES[info.dtype], "shape": info.shape}

@@ -5,12 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import RecipeError
+from ..events import CancelCheck
 from ..formats import with_granularity
-from .patterns import compiled
+from .patterns import Pattern
 
 __all__ = ["FormatChoice", "LayerRule", "finding", "layer_rules", "most_specific", "parse_layer_config"]
 
 SKIP = "skip"
+_LARGEST = 200_000  # characters and states of all patterns; two thousand names of layers
 # Short names of formats, as on the command line.
 SHORT = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise"}
 # Key of a rule → field of a FormatChoice and the types it may have.
@@ -53,9 +55,17 @@ class LayerRule:
         return f"{self.origin} {self.pattern}"
 
 
-def finding(rules: Iterable[LayerRule], name: str) -> list[LayerRule]:
-    """The rules whose pattern finds ``name``."""
-    return [rule for rule in rules if compiled(rule.pattern).search(name)]
+def finding(rules: Iterable[LayerRule], names: Iterable[str], check: CancelCheck | None = None) -> dict[str, list[LayerRule]]:
+    """Name → the rules whose pattern finds it, in their order. One pattern after the other, so that only its own steps are remembered."""
+    found: dict[str, list[LayerRule]] = {name: [] for name in names}
+    for rule in rules:
+        pattern = Pattern(rule.pattern)
+        for name, its_rules in found.items():
+            if check:
+                check()
+            if pattern.search(name):
+                its_rules.append(rule)
+    return found
 
 
 def most_specific(found: Sequence[LayerRule], name: str) -> LayerRule | None:
@@ -68,14 +78,21 @@ def most_specific(found: Sequence[LayerRule], name: str) -> LayerRule | None:
 
 
 def layer_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
-    """Rules of keep patterns and of a layer config, see :func:`parse_layer_config`."""
+    """Rules of keep patterns and of a layer config, see :func:`parse_layer_config`.
+
+    Raises:
+        RecipeError: the layer config is none, or a pattern cannot be followed, or all of them are too large together.
+    """
     kept = tuple(LayerRule(pattern, None, "keep pattern") for pattern in keep)
     rules = (*kept, *parse_layer_config(config))
+    left = _LARGEST
     for rule in rules:
         try:
-            compiled(rule.pattern)
+            left -= Pattern(rule.pattern).size
         except RecipeError as error:
             raise RecipeError(f"The {rule.origin}: {error}") from None
+        if left < 0:
+            raise RecipeError(f"The {rule.origin}: all patterns have more than {_LARGEST:,} characters and repeats together; use fewer and plainer ones.")
     return rules
 
 

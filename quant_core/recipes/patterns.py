@@ -5,19 +5,19 @@ at once (Thompson 1968), and a step that was taken before is looked up. What can
 references to groups, and flags.
 """
 
-import functools
 import re
 import warnings
 from collections.abc import Callable
 
 from ..errors import RecipeError
 
-__all__ = ["Pattern", "compiled"]
+__all__ = ["Pattern"]
 
 _LONGEST = 2000  # characters of a pattern
 _LARGEST = 5000  # states
 _DEEPEST = 50  # groups in each other
-_REMEMBERED = 20_000  # steps
+_REMEMBERED = 20_000  # steps, and states in them
+_WIDE = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*-(?:[^\0-\xff]|\\[uUN])", re.DOTALL)  # a range that Python goes through letter by letter
 _COUNT = re.compile(r"\{(\d*)(?:(,)(\d*))?\}")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|0[0-7]{0,2}|N\{[^}]*\}|.)", re.DOTALL)
@@ -37,6 +37,9 @@ _PLACES: dict[str, Callable[[bool, bool, bool, int], bool]] = {
 class Pattern:
     """A regular expression for names.
 
+    Attributes:
+        size: its characters, and the states that are followed.
+
     Raises:
         RecipeError: it is none, or one that is not followed here.
     """
@@ -44,6 +47,8 @@ class Pattern:
     def __init__(self, text: str):
         if len(text) > _LONGEST:
             raise RecipeError(f"The pattern '{text[:40]}…' has {len(text):,} characters and may have {_LONGEST:,}; split it.")
+        if _WIDE.search(text):
+            raise RecipeError(f"The pattern '{text[:40]}' has a set with a range beyond \\xff; name its letters, or take a dot.")
         try:
             _test(text)
         except (re.error, RecursionError, OverflowError) as error:
@@ -52,6 +57,8 @@ class Pattern:
         self._states: list[tuple[Callable | None, list[int]]] = [(None, [])]  # the first is the end of all ways
         self._start = self._build(self._alternatives(), 0)
         self._steps: dict[tuple, frozenset[int] | None] = {}
+        self._remembered = 0
+        self.size = len(text) + len(self._states)
 
     def search(self, name: str) -> bool:
         """Whether it is found anywhere in ``name``."""
@@ -60,9 +67,11 @@ class Pattern:
             end = _ENDS if char is None else _LAST_LINE_ENDS if char == "\n" and index == len(name) - 1 else _INSIDE
             key = states, before, char, end
             if key not in self._steps:
-                if len(self._steps) >= _REMEMBERED:
+                if self._remembered >= _REMEMBERED:
                     self._steps.clear()
+                    self._remembered = 0
                 self._steps[key] = self._step(*key)
+                self._remembered += 1 + len(self._steps[key] or ())
             states = self._steps[key]
             if states is None:
                 return True
@@ -197,6 +206,3 @@ def _test(text: str) -> Callable:
 
 def _is_word(char: str | None) -> bool:
     return char is not None and (char.isalnum() or char == "_")
-
-
-compiled = functools.lru_cache(maxsize=256)(Pattern)

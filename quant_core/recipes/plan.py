@@ -1,13 +1,14 @@
 """The plan: one decision for every tensor of a source, made from names and shapes alone."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ..checkpoints import Source, TensorInfo
 from ..checkpoints.inspect import BITSANDBYTES, quantized_formats
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
+from ..events import CancelCheck
 from ..formats import FORMATS
 from ..formats.granularity import BLOCK_SIZE
 from ..report import Choice
@@ -116,18 +117,16 @@ def _impossible(rules: Iterable[Rule], name: str, format: FormatChoice | None) -
 
 
 def _decide(
-    name: str, info: TensorInfo, start: str, preset: Preset | None, own: dict[LayerRule, bool], heur: int | None
+    name: str, info: TensorInfo, start: str, preset: Preset | None, own: Sequence[LayerRule], heur: int | None
 ) -> Decision:
-    """``start``: what presets do not see of the name. ``own``: whether each of the user's rules has found a layer; noted here."""
+    """``start``: what presets do not see of the name. ``own``: the user's rules that find it."""
     seen = name.removeprefix(start)
     if preset and (reason := _found(preset.remove, seen)):
         return Decision("remove", reason)
     if reason := eligibility(name, info):
         return Decision("keep", reason)
     rules = (*COMMON.keep, *(preset or GENERAL).keep)
-    found = finding(own, name)
-    own.update(dict.fromkeys(found, True))
-    rule = most_specific(found, name)
+    rule = most_specific(own, name)
     if reason := _impossible(rules, seen, rule and rule.format):
         return Decision("keep", reason)
     if rule:
@@ -145,12 +144,18 @@ def _choose(choice: str | Preset, source: Source) -> Preset | None:
 
 
 def make_plan(
-    source: Source, *, preset: str | Preset = AUTO, rules: Iterable[LayerRule] = (), heur: bool = False, block_size: int = BLOCK_SIZE
+    source: Source,
+    *,
+    preset: str | Preset = AUTO,
+    rules: Iterable[LayerRule] = (),
+    heur: bool = False,
+    block_size: int = BLOCK_SIZE,
+    check: CancelCheck | None = None,
 ) -> Plan:
     """Decide for every tensor of ``source``; small tensors may be read, weights are not.
 
     ``preset``, ``heur`` and the ``block_size`` that it goes by are those of a :class:`~.recipe.Recipe`. ``rules``: of the user's own; where one holds for a
-    layer neither preset nor ``heur`` has a say, unless ComfyUI could not read what it asks for.
+    layer neither preset nor ``heur`` has a say, unless ComfyUI could not read what it asks for. ``check`` raises to cancel.
 
     Raises:
         AlreadyQuantizedError: the source holds codes already.
@@ -166,11 +171,13 @@ def make_plan(
         raise NothingToQuantizeError(f"{source.name} is {reason}.")
     family = _choose(preset, source)
     encoders = _encoders(source.tensors, family) if family else {}
-    decisions, own = {}, dict.fromkeys(rules, False)
+    decisions, own, block = {}, tuple(dict.fromkeys(rules)), block_size if heur else None
+    found = finding(own, (name for name, info in source.tensors.items() if eligibility(name, info) is None), check)
     for name, info in source.tensors.items():
         start = _encoder(name)
-        decisions[name] = _decide(name, info, start if start in encoders else "", encoders.get(start, family), own, block_size if heur else None)
-    idle = tuple(rule for rule, found in own.items() if not found)
+        decisions[name] = _decide(name, info, start if start in encoders else "", encoders.get(start, family), found.get(name, ()), block)
+    used = {rule for name, its_rules in found.items() if decisions[name].action != "remove" for rule in its_rules}
+    idle = tuple(rule for rule in own if rule not in used)
     plan = Plan(decisions, family, detected=preset == AUTO, encoders=encoders, idle=idle)
     if next(plan.names("quantize"), None) is None:
         reasons = sorted({decision.reason for decision in decisions.values()})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..checkpoints import Source
 from ..errors import RecipeError
+from ..events import CancelCheck
 from ..formats import Encoding, make_encoding
 from ..formats.granularity import BLOCK_SIZE
 from ..formats.rotation import rotation_groups
@@ -153,9 +154,10 @@ class Recipe(Method):
         names += ["format", "granularity", "block_size", "convrot", "full_precision_matmul", "seed"]
         return {name: getattr(self, name) for name in names}
 
-    def plan(self, source: Source, *, preset: Preset | None = None) -> Plan:
+    def plan(self, source: Source, *, preset: Preset | None = None, check: CancelCheck | None = None) -> Plan:
         """One decision for every tensor of ``source``, see :func:`~.plan.make_plan`; by another preset than the recipe's if one is given."""
-        return make_plan(source, preset=preset or self.preset, rules=self.rules, heur=self.heur, block_size=self.block_size or BLOCK_SIZE)
+        size = self.block_size or BLOCK_SIZE
+        return make_plan(source, preset=preset or self.preset, rules=self.rules, heur=self.heur, block_size=size, check=check)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, in field order."""
@@ -195,7 +197,7 @@ class Recipe(Method):
         """Inverse of :meth:`to_toml`."""
         try:
             return cls.from_dict(tomllib.loads(text))
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits too
             raise RecipeError(f"The recipe is not valid TOML: {error}.") from None
 
 

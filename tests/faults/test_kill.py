@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -363,6 +365,16 @@ def test_a_record_that_is_none_ends_what_is_taken_up(one_case, made, record, tri
     one_case.again()
     assert len(made) == 8 - sum(name.endswith(("qkv.weight", "mlp.weight")) for name in finished)
     tried("a journal with a record that no run writes", 1, "the layers before it are kept, same bytes")
+
+
+@pytest.mark.parametrize("text", [b"[[[[", b"\xff", b"7", b"[]", b"{}", b"[" * 100_000], ids=lambda text: repr(text[:10]))
+def test_a_journal_that_begins_with_no_record_is_not_taken_up(one_case, made, text, tried):
+    assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 60)
+    (path,) = one_case.target.parent.glob(".*.journal")
+    path.write_bytes(struct.pack("<IIQ", len(text), zlib.crc32(text), 0) + text)
+    one_case.again()
+    assert len(made) == 8
+    tried("a journal that begins with no record", 1, "made anew, same bytes")
 
 
 def test_it_is_told_that_layers_are_taken_up(one_case, caplog):

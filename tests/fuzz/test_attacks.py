@@ -34,7 +34,7 @@ def test_a_pattern_cannot_hang(text, tried):
     door = TEXTS["keep pattern"]
     if refused(door, text) is None:
         rule = Recipe(keep=(text,)).rules[0]
-        finding([rule], "a" * 2000 + "!")
+        finding([rule], ["a" * 2000 + "!"])
     tried("a pattern from attacks/", 1, "refused by a sentence, or harmless")
 
 

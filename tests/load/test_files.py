@@ -52,6 +52,7 @@ TENSOR = b'"%x":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'
 HEADERS = {
     "lists": lambda: _filled(b'{"a":[', b"[],", b"0]}"),
     "objects": lambda: _filled(b'{"a":[', b'{"":0},', b"0]}"),
+    "lists in lists": lambda: _filled(b'{"a":[', b"[" * 900 + b"]" * 900 + b",", b"0]}"),
     "empty objects": lambda: _filled(b'{"a":[', b"{},", b"0]}"),
     "numbers": lambda: _filled(b'{"a":[', b"9,", b"0]}"),
     "fractions": lambda: _filled(b'{"a":[', b".1e9,".replace(b".1", b"0.1"), b"0]}"),
@@ -66,16 +67,43 @@ CEILING_OF_A_HEADER = 1e9
 OPEN = """
 import sys
 from learned_rounding.benchmarks.memory import peak_memory
-from learned_rounding.quant_core.checkpoints import SafetensorsFile
+from learned_rounding.quant_core import checkpoints
 from learned_rounding.quant_core.errors import SourceError
 
+open_it, file = sys.argv[1:]
 before = peak_memory()
 try:
-    SafetensorsFile(sys.argv[1])
+    getattr(checkpoints, open_it)(file)
 except SourceError:
     pass
 print(peak_memory() - before)
 """
+
+
+def memory_to(open_it: str, file) -> int:
+    """Bytes that a process takes to open a file, or to refuse it."""
+    done = subprocess.run([sys.executable, "-c", OPEN, open_it, file], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_memory_for_an_index_is_bounded(tmp_path):
+    file = tmp_path / "x.safetensors.index.json"
+    file.write_bytes(_counted(b'{"weight_map":{', b'"%x":"a.safetensors"', b"}}", 2_400_000))
+    assert memory_to("open_source", file) < CEILING_OF_A_HEADER
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system with holes")
+@pytest.mark.parametrize("layers, size", [(1, 3_000_000_000), (1500, 65_536)], ids=["of one layer", "of many"])
+def test_memory_for_the_json_of_layers_is_bounded(tmp_path, layers, size):
+    header = {f"{index}.comfy_quant": {"dtype": "U8", "shape": [size], "data_offsets": [index * size, (index + 1) * size]} for index in range(layers)}
+    text, file = json.dumps(header).encode(), tmp_path / "x.safetensors"
+    with open(file, "wb") as written:
+        written.write(struct.pack("<Q", len(text)) + text)
+        if layers > 1:
+            written.write((b'{"a":[' + b"{}," * 21_000 + b"0]}").ljust(size) * layers)
+        written.truncate(8 + len(text) + layers * size)
+    assert memory_to("inspect_file", file) < 3e8
 
 
 def test_memory_for_a_header_is_bounded(tmp_path, often, tried):
@@ -83,9 +111,7 @@ def test_memory_for_a_header_is_bounded(tmp_path, often, tried):
     for kind in kinds:
         header = HEADERS[kind]()
         file.write_bytes(struct.pack("<Q", len(header)) + header)
-        done = subprocess.run([sys.executable, "-c", OPEN, file], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert int(done.stdout) < CEILING_OF_A_HEADER, kind
+        assert memory_to("SafetensorsFile", file) < CEILING_OF_A_HEADER, kind
     tried("a header of 100 MB, the limit of the format, made to fill the memory", len(kinds), "at most 1 GB")
 
 

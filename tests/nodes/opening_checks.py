@@ -13,9 +13,10 @@ from comfy import model_detection
 from pack.nodes import host
 from pack.nodes.configure import ConfigureQuantization
 from pack.nodes.load import LoadModel
-from pack.quant_core import Recipe
+from pack.quant_core import Recipe, quantize_file
 from pack.quant_core.checkpoints import TensorInfo
-from pack.quant_core.errors import SourceError
+from pack.quant_core.errors import QuantizationError, SourceError
+from pack.quant_core.formats.weight import config_tensor
 from pack.quant_core.recipes.refused import refusal
 from pack.tests.architectures import read
 from pack.tests.architectures.collect import DIFFUSION
@@ -154,4 +155,26 @@ def diffusers() -> dict:
     }
 
 
-CHECKS = {"opening_diffusers": diffusers}
+def broken() -> dict[str, str]:
+    """What Load Quantized Model says of files of which one layer is not what it should be."""
+    MODELS.mkdir(parents=True, exist_ok=True)
+    quantize_file(TINY, MODELS / "sound.safetensors", Recipe(format="int8_blockwise", block_size=32, rounding="nearest"))
+    layer = "joint_blocks.0.x_block.mlp.fc1"
+    changes = {
+        "no format": {"comfy_quant": config_tensor({})},
+        "unknown": {"comfy_quant": config_tensor({"format": "int3"})},
+        "no codes": {"weight": None},
+        "other scales": {"weight_scale": torch.ones(3, 5)},
+    }
+    said = {}
+    for name, change in changes.items():
+        tensors = load_file(MODELS / "sound.safetensors") | {f"{layer}.{key}": value for key, value in change.items()}
+        save_file({key: value for key, value in tensors.items() if value is not None}, MODELS / "broken.safetensors")
+        try:
+            host.load_quantized(host.FileSource.choose("diffusion_models/broken.safetensors", host.clip_types()[0]))
+        except QuantizationError as error:
+            said[name] = str(error)
+    return said
+
+
+CHECKS = {"opening_diffusers": diffusers, "opening_broken": broken}

@@ -4,6 +4,14 @@ from learned_rounding.tests.architectures.table import RENAMED
 from learned_rounding.tests.nodes.probing import in_process
 
 
+def test_a_layer_that_is_none_is_named(host, tmp_path):
+    said = in_process(host, tmp_path, "opening_broken")
+    parts = {"no format": "its format 'None' is not one", "unknown": "its format 'int3' is not one", "no codes": "no weight", "other scales": "the file has"}
+    assert said.keys() == parts.keys()
+    for name, part in parts.items():
+        assert said[name].startswith("broken.safetensors cannot be loaded: joint_blocks.0.x_block.mlp.fc1: ") and part in said[name]
+
+
 def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
     found = in_process(host, tmp_path, "opening_diffusers")
     kinds = ("comfyui.safetensors", "diffusers.safetensors", "pickle.pt", "tiny.safetensors.index.json")

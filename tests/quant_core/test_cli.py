@@ -724,6 +724,18 @@ ERRORS = {
     "an output in the way": (in_the_way, Q, "made from something else"),
     "a folder as output": (nothing, ["quantize", "-i", "model.safetensors", "-o", "."], "is a folder"),
     "a report that cannot be written": (nothing, [*Q, "--report", "none/report.json"], "report"),
+    "a report with a name too long": (nothing, [*Q, "--report", "r" * 300], "cannot be written: File name too long"),
+    "a report beside an output with a name too long": (
+        lambda folder: (folder / "report.json").write_text("{}"),
+        ["quantize", "-i", "model.safetensors", "-o", "o" * 300, "--report", "report.json"],
+        "cannot be written: File name too long",
+    ),
+    "a migrated file with a name too long": (nothing, ["migrate", "-i", "model.safetensors", "-o", "o" * 300], "cannot be written: File name too long"),
+    "a recipe with a number of 5,000 digits": (
+        recipe_file(b"seed = " + b"9" * 5000),
+        [*Q, "--recipe", "recipe.toml"],
+        "not valid TOML",
+    ),
     "a report in place of a folder": (nothing, [*Q, "--report", "."], "report"),
     "verify a missing file": (nothing, ["verify", "none.safetensors"], "There is no file"),
     "inspect text": (text_file, ["inspect", "text.safetensors"], "is not a safetensors file"),

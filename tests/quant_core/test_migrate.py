@@ -185,6 +185,19 @@ def test_what_would_not_be_what_was_meant_is_not_written(tmp_path, migrate, tens
     assert not (tmp_path / "new.safetensors").exists()
 
 
+TWICE = [("weight_scale", "scale_weight"), ("input_scale", "scale_input")]
+
+
+@pytest.mark.parametrize("names", [*TWICE, *(pair[::-1] for pair in TWICE)], ids="/".join)
+def test_a_scale_by_two_names_is_refused(tmp_path, migrate, names):
+    """One of them would be chosen, and the other stay under a name that is written again."""
+    scales = {f"blocks.0.mlp.{name}": torch.tensor(value) for name, value in zip(names, (0.02, 3.0), strict=True)}
+    layer = {"blocks.0.mlp.weight": codes(), "blocks.0.mlp.weight_scale": torch.tensor(0.02)}
+    with pytest.raises(SourceError, match=r"blocks\.0\.mlp\.\w+ and blocks\.0\.mlp\.\w+ are two names of one thing"):
+        migrate(layer | scales)
+    assert not (tmp_path / "new.safetensors").exists()
+
+
 def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate):
     """ComfyUI uses such a layer as it is."""
     old = old_fp8() | {"plain.weight": codes(), "plain.bias": random(64).to(FP8)}
@@ -228,5 +241,7 @@ def test_what_is_refused(tmp_path, migrate):
     migrate(old_fp8(), overwrite=True)
     with pytest.raises(SourceError, match="not finite and positive"):
         migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(float("nan"))}, overwrite=True)
+    with pytest.raises(SourceError, match="not finite and positive"):
+        migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(2.0 + 0j)}, overwrite=True)
     assert verify_file(tmp_path / "new.safetensors").problems == []  # what was there is not lost
     assert not list(tmp_path.glob(".*partial"))

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.checkpoints import SafetensorsFile, TensorSource, quantization_metadata, verify_file
 from learned_rounding.quant_core.cli import main
-from learned_rounding.quant_core.errors import AlreadyQuantizedError, SourceError
+from learned_rounding.quant_core.errors import AlreadyQuantizedError, OutputExistsError, SourceError
 from learned_rounding.quant_core.formats import make_encoding
 from learned_rounding.quant_core.formats.weight import config_tensor
 from learned_rounding.quant_core.requantize import DecodedSource
@@ -88,6 +88,35 @@ def test_old_scaled_fp8_becomes_int8(tmp_path, capsys):
     assert error(made["a.weight"].float() * made["a.weight_scale"], plain()["a.weight"]) < 0.05
     assert not [name for name in made if "scale_weight" in name or "scale_input" in name or "scaled" in name]
     assert main(words) == 0 and "already done" in capsys.readouterr().out.lower()
+
+
+CHANGES = {
+    "other scales": {"a.weight_scale": torch.full((32, 1), 5.0)},
+    "the scale of one row": {"a.weight_scale": torch.full((32, 1), 0.01).index_fill(0, torch.tensor([7]), 0.02)},
+    "a rotation": {"a.comfy_quant": config_tensor({"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16})},
+    "the JSON in the header alone": {"_quantization_metadata": '{"layers": {"a": {"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 16}}}'},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_codes_mean_belongs_to_the_model(tmp_path, change):
+    """The same codes by other scales or rotations are another model, which is not done already."""
+    codes = torch.randint(-127, 128, (32, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    config = config_tensor({"format": "int8_tensorwise", "per_row": True})
+    first = {"a.weight": codes, "a.weight_scale": torch.full((32, 1), 0.01), "a.comfy_quant": config}
+    texts = {name: value for name, value in change.items() if isinstance(value, str)}
+    other = first | change if not texts else {name: tensor for name, tensor in first.items() if name != "a.comfy_quant"}
+    save_file(first, tmp_path / "first.safetensors")
+    save_file(other, tmp_path / "other.safetensors", texts)
+
+    def made(name):
+        with SafetensorsFile(tmp_path / name) as opened:
+            recipe = Recipe(rounding="nearest", preset="none")
+            return quantize_file(DecodedSource(opened), tmp_path / "out.safetensors", recipe, device="cpu")
+
+    assert not made("first.safetensors").already_done and made("first.safetensors").already_done
+    with pytest.raises(OutputExistsError, match="made from something else"):
+        made("other.safetensors")
 
 
 def place(row, block, blocks):

@@ -42,6 +42,14 @@ def test_there_is_none_where_it_would_not_help():
     assert input_scale(histogram(x), float("inf")) is None
 
 
+def test_a_scale_is_a_normal_number():
+    for amax in (1e-45, 1e-40, 1e-36, 1e-33, 1e-30):
+        counts = torch.ones(BINS)
+        found = input_scale(counts, amax)
+        assert found is None or torch.tensor(found) >= torch.finfo(torch.float32).tiny
+    assert input_scale(torch.ones(BINS), 1e-30) is not None
+
+
 def test_room_is_left_for_larger_inputs_where_that_costs_nothing():
     x = values(1000.0)
     largest = float(x.abs().max())

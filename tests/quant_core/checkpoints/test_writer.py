@@ -219,6 +219,15 @@ def test_leaving_without_finish_leaves_nothing(tmp_path, listing):
     assert listing() == []
 
 
+@pytest.mark.parametrize("size", [1000, 3], ids=["in order", "of an odd size"])
+def test_a_name_is_written_once(tmp_path, listing, size):
+    """The header would hold one of the two, and the other be a hole."""
+    with pytest.raises(ValueError, match="tensor a is written twice"), SafetensorsWriter(tmp_path / "a.safetensors", 1000) as out:
+        out.add("a", torch.zeros(size, dtype=torch.uint8))
+        out.add("a", torch.ones(1000, dtype=torch.uint8))
+    assert listing() == []
+
+
 def test_an_error_leaves_the_existing_file(tmp_path, listing):
     write(tmp_path / "a.safetensors", {"old": torch.zeros(4)})
     before = (tmp_path / "a.safetensors").read_bytes()

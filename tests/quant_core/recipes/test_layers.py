@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.checkpoints import SafetensorsFile, layer_configs, verify_file
 from learned_rounding.quant_core.errors import RecipeError
+from learned_rounding.quant_core.recipes import layers, make_plan
 from learned_rounding.quant_core.recipes.layers import (
     FormatChoice,
     LayerRule,
+    Pattern,
     finding,
     layer_rules,
     most_specific,
@@ -33,15 +35,15 @@ INT8 = FormatChoice("int8_tensorwise")
     ],
 )
 def test_the_most_specific_rule_decides(patterns, name, decides):
-    rule = most_specific(finding([LayerRule(pattern, INT8, "layer config") for pattern in patterns], name), name)
+    rule = most_specific(finding([LayerRule(pattern, INT8, "layer config") for pattern in patterns], [name])[name], name)
     assert (rule and rule.pattern) == decides
 
 
 @pytest.mark.parametrize("keep, config, kept", [("mlp", "mlp", True), ("m.p", "mlp", True), ("mlp", "mlp.0", False), ("blocks", "mlp", True)])
 def test_of_rules_as_specific_the_one_that_keeps_a_layer_decides(keep, config, kept):
-    rules = layer_rules([keep], f'{{"{config}": "int8"}}')
+    rules, name = layer_rules([keep], f'{{"{config}": "int8"}}'), "blocks.0.mlp.0.weight"
     for order in (rules, rules[::-1]):
-        assert (most_specific(finding(order, "blocks.0.mlp.0.weight"), "blocks.0.mlp.0.weight").format is None) is kept
+        assert (most_specific(finding(order, [name])[name], name).format is None) is kept
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,33 @@ def test_what_a_rule_says(value, choice):
 def test_what_is_refused(text, sentence):
     with pytest.raises(RecipeError, match=sentence):
         Recipe(layer_config=text)
+
+
+def test_rules_may_be_many_but_not_large_together():
+    assert len(Recipe(layer_config=json.dumps({f"model.double_blocks.{index}.img_attn.qkv": "int8" for index in range(1500)})).rules) == 1500
+    with pytest.raises(RecipeError, match="all patterns have more than 200,000 characters and repeats together"):
+        Recipe(layer_config=json.dumps({f"a{{4800}}[b{index}]": "int8" for index in range(257)}))
+    with pytest.raises(RecipeError, match="all patterns have more than 200,000"):
+        Recipe(keep=("a",) * 100_000)
+
+
+def test_a_plan_makes_each_pattern_once_and_asks_whether_to_go_on(header_source, monkeypatch):
+    """However many rules and layers there are."""
+    source = header_source({f"blocks.{index}.weight": (64, 64) for index in range(10)})
+    rules = layer_rules((), json.dumps({rf"^blocks\.{index}\.": "int8" for index in range(300)}))
+    made, asked = [], []
+    monkeypatch.setattr(layers, "Pattern", lambda text: made.append(text) or Pattern(text))
+    plan = make_plan(source, preset="none", rules=rules, check=lambda: asked.append(1))
+    assert len(made) == 300 and len(asked) == 3000
+    assert [plan.decisions[f"blocks.{index}.weight"].reason for index in (0, 9)] == [rules[0].reason, rules[9].reason] and len(plan.idle) == 290
+
+    def stop():
+        raise KeyboardInterrupt
+
+    tensors = {"a.weight": torch.zeros(32, 32)}
+    for run in (lambda: make_plan(source, rules=rules, check=stop), lambda: quantize_tensors(tensors, Recipe(keep=("a",)), device="cpu", check=stop)):
+        with pytest.raises(KeyboardInterrupt):
+            run()
 
 
 def test_measured_formats_leave_no_room_for_rules():

@@ -1,5 +1,6 @@
 """Patterns find what Python's own find, and never take longer than the name is long."""
 
+import random
 import re
 import warnings
 
@@ -67,12 +68,29 @@ def test_no_pattern_takes_longer_than_the_name(text, monkeypatch):
         ("(a{1000}){1000}", "repeats too much"),
         ("a" * 2001, "may have 2,000"),
         ("(", "is no regular expression"),
+        ("[\\0-\uffff]", "a range beyond"),
+        (r"[a^\]\u0100-\uffff]", "a range beyond"),
+        (r"[]a-\U0010ffff]", "a range beyond"),
         ("a{99999999999}", "is no regular expression"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(text, sentence):
     with pytest.raises(RecipeError, match=sentence):
         Pattern(text)
+
+
+@pytest.mark.parametrize("text", ["x-\u5c42", "[\u5c42-]", "[\u5c42\u5757]", r"[\x00-\xff]", "[a-z]-\u5c42"])
+def test_other_scripts_are_followed(text):
+    assert Pattern(text).search("x-\u5c42") == bool(re.search(text, "x-\u5c42"))
+
+
+def test_what_is_remembered_is_bounded_by_its_states():
+    """Each letter leads to hundreds of states, and hardly ever to the same."""
+    found = Pattern("[aeiou](?:.{61}){0,40}Q")
+    draw = random.Random(0)
+    for _ in range(10):
+        found.search("".join(draw.choice("abcdefghi") for _ in range(200)))
+    assert 0 < sum(len(states) for states in found._steps.values()) < 25_000
 
 
 def test_what_is_remembered_is_bounded():

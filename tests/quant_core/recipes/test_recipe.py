@@ -179,6 +179,8 @@ def test_keep_patterns_must_be_regular_expressions(pattern):
         (Recipe.from_json, "[" * 100_000, "not valid JSON"),
         (Recipe.from_toml, "format = ", "not valid TOML"),
         (Recipe.from_toml, "seed = 1\nseed = 2", "not valid TOML"),
+        (Recipe.from_toml, "seed = " + "9" * 5000, "not valid TOML"),
+        (Recipe.from_toml, "seed = 0x" + "f" * 9000, "not valid TOML"),
         (Recipe.from_toml, "[format]\na = 1", "format cannot be"),
     ],
 )
