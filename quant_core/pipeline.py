@@ -468,6 +468,7 @@ def quantize_file(
     calibration: Calibration | None = None,
     device: str | torch.device | None = None,
     overwrite: bool = False,
+    unfinished: str | None = None,
     on_event: Listener | None = None,
     check: CancelCheck | None = None,
 ) -> Report:
@@ -479,6 +480,8 @@ def quantize_file(
     taken up, and the file comes out as if it had not been. An output that is a link is followed.
     ``calibration``: what is known of the layers' inputs; layers that it does not know are rounded to nearest.
     ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
+    ``unfinished``: the name that the hidden files of runs bear until they are finished, by default the output's: with the same one, a run
+    goes on with a dead one's whatever name its own output gets.
 
     Raises:
         QuantizationError: see :mod:`.errors`; nothing is left behind then.
@@ -492,10 +495,12 @@ def quantize_file(
                 calibration=calibration,
                 device=device,
                 overwrite=overwrite,
+                unfinished=unfinished,
                 on_event=on_event,
                 check=check,
             )
     destination = final_path(destination)
+    hidden = destination.with_name(unfinished or destination.name)
     emit, check, device = on_event or _nothing, check or _nothing, usable_device(device)
     origins = getattr(source, "paths", ())
     if destination.exists() and any(origin.samefile(destination) for origin in origins):
@@ -507,7 +512,7 @@ def quantize_file(
     if destination.exists():
         standing = _made_by(destination, mark)
         if standing and (origins or not overwrite) and not _newer(inputs, destination):
-            remove_leftovers(destination)
+            remove_leftovers(hidden)
             return _report(source, plan, recipe, calibration, output=str(destination), already_done=True)
         if not standing and not overwrite:
             raise OutputExistsError(f"{destination} exists and was made from something else; choose another output or overwrite it.")
@@ -520,12 +525,13 @@ def quantize_file(
         reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
         before = _states(inputs)
         run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
-        with SafetensorsWriter(destination, reserve, run, overwrite=overwrite, parse=functools.partial(_told, source)) as writer:
+        parse = functools.partial(_told, source)
+        with SafetensorsWriter(destination, reserve, run, overwrite=overwrite, unfinished=unfinished, parse=parse) as writer:
             report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
             _check_unchanged(source, before)
             report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))
     report.already_done = writer.stood
-    remove_leftovers(destination)
+    remove_leftovers(hidden)
     report.output = str(destination)
     emit(RunFinished(report))
     return report

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,13 @@ __all__ = [
     "destination",
     "file_state",
     "model_files",
+    "new_unfinished",
     "place",
     "safetensors_files",
     "remove",
     "stamp",
     "temporary",
     "temporary_folder",
-    "unfinished_folder",
     "without_folders",
 ]
 
@@ -53,6 +54,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 # Up to the last part of an absolute path, on any system.
 _FOLDERS = re.compile(r"""(?<![\w.:/\\])(?:[A-Za-z]:)?[/\\]{1,2}(?:[^\s'"/\\]+[/\\])*(?=[^\s'"/\\])""")
 _COPY = "learned_rounding_copy"  # .NAME.….partial: what is being copied
+_ABANDONED = 86_400  # seconds after which nobody comes any more for a finished file that no node has
 _CHUNK = 1 << 24  # bytes between two looks at whether the user cancelled
 
 
@@ -153,7 +155,18 @@ def temporary_folder() -> Path:
     return folder
 
 
-def unfinished_folder() -> Path:
+def new_unfinished(stem: str) -> Path:
+    """A name that no server has, in the folder of runs that are not finished; what a dead one left there under such a name goes."""
+    folder = _unfinished_folder()
+    long_ago = time.time() - _ABANDONED
+    for path in folder.glob(f"{stem}_*{_SAFETENSORS[0]}"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < long_ago:
+                path.unlink()
+    return folder / f"{stem}_{os.urandom(6).hex()}{_SAFETENSORS[0]}"
+
+
+def _unfinished_folder() -> Path:
     """Beside ComfyUI's temp folder, so that runs outlive the server; that folder itself where nothing else can be written."""
     beside = temporary_folder().parent / ".learned_rounding"
     try:

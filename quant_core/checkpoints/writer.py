@@ -192,6 +192,7 @@ class SafetensorsWriter:
         reserve: bytes to leave for the header, from :func:`header_bytes`.
         run: equal for runs that write the same bytes; what such a run had noted when it died is taken up. None: for no run.
         overwrite: replace a file that is there; otherwise :meth:`finish` refuses to, unless it is the same.
+        unfinished: the name that the hidden files bear until then, in the folder of ``path``; by default that of ``path``.
         parse: makes of a note what :attr:`notes` holds; whatever is wrong with one, it and all after it is not taken up.
 
     Attributes:
@@ -206,9 +207,11 @@ class SafetensorsWriter:
         run: str | None = None,
         *,
         overwrite: bool = True,
+        unfinished: str | None = None,
         parse: Callable[[object], object] = lambda note: note,
     ):
         self.path = final_path(path)
+        self._named = self.path.with_name(unfinished or self.path.name)
         self.notes: list[object] = []
         self._layout = _Layout()
         self._staging = Staging()
@@ -223,12 +226,12 @@ class SafetensorsWriter:
         self._made = [folder for folder in self.path.parents if not os.path.lexists(folder)]
         with self._access():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if run is None or not any(self._take_up(partial, run) for partial in _leftovers(self.path, _PARTIAL)):
+            if run is None or not any(self._take_up(partial, run) for partial in _leftovers(self._named, _PARTIAL)):
                 self._start(run)
 
     def _start(self, run: str | None) -> None:
         while True:
-            self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+            self._partial = self.path.with_name(f".{self._named.name}.{secrets.token_hex(4)}{_PARTIAL}")
             self._file = open(self._partial, "xb", buffering=0)
             if _lock(self._file) is not False and os.fstat(self._file.fileno()).st_nlink:
                 break

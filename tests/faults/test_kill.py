@@ -223,6 +223,15 @@ def test_everything_is_on_the_disk_before_it_has_its_name(one_case):
     assert end == ["write file", "fsync", "link", "fsync", "unlink", "unlink"]  # header, its flush, the name, and that it lasts; hidden names go
 
 
+def test_a_run_towards_another_name_goes_on_when_it_shares_that_of_the_hidden_files(one_case, tried):
+    assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 60)
+    other = one_case.target.with_name("other.safetensors")
+    report = quantize_file(one_case.source, other, one_case.recipe, device="cpu", unfinished=one_case.target.name)
+    assert report.taken_up > 3 and other.read_bytes() == one_case.expected
+    assert {path.name for path in other.parent.iterdir()} == {one_case.source.name, other.name}
+    tried("the same run towards another name after kill -9", 1, "goes on, same bytes")
+
+
 OTHERS = {
     "recipe": lambda case: (case.source, Recipe(rounding="nearest", seed=5)),
     "source": lambda case: (save_file({n: t + 1 for n, t in load_file(case.source).items()}, case.source), (case.source, case.recipe))[1],
