@@ -34,6 +34,7 @@ from .checkpoints import (
 )
 from .checkpoints.metadata import CONFIG_SUFFIX
 from .checkpoints.source import CPU, fingerprint
+from .checkpoints.staging import Staging, tensor_checksum
 from .choice import measure_plan
 from .errors import (
     CalibrationError,
@@ -68,8 +69,10 @@ class Sink(Protocol):
 
     Attributes:
         notes: events and JSON of layers that a run before has finished.
+        lasting: whether the next run may go on with what this one notes.
     """
 
+    lasting: bool
     notes: Sequence[tuple[list, dict | None]]
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
@@ -80,7 +83,7 @@ class Sink(Protocol):
 
 
 class _DictSink(dict):
-    notes = ()
+    notes, lasting = (), False
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
         self[name] = tensor.cpu()
@@ -128,17 +131,21 @@ class _WriteBehind:
     def __init__(self, sink: Sink, check: CancelCheck):
         self._sink, self._check = sink, check
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-write")
+        self._staging = Staging()
         self._pending: Future | None = None
 
-    def add(self, tensors: Mapping[str, torch.Tensor], note: dict) -> None:
-        """Take the tensors of one layer, and what is to be known of it, once those of the layer before are written."""
-        self.wait()
-        self._pending = self._pool.submit(self._write, tensors, note)
+    def add(self, tensors: Mapping[str, torch.Tensor], note: dict, given: Mapping[str, torch.Tensor]) -> None:
+        """Take the tensors of one layer, and what is to be known of it, once those of the layer before are written.
 
-    def _write(self, tensors: Mapping[str, torch.Tensor], note: dict) -> None:
+        ``given``: tensors of the source whose checksums belong to that.
+        """
+        self.wait()
+        self._pending = self._pool.submit(self._write, tensors, note, given)
+
+    def _write(self, tensors: Mapping[str, torch.Tensor], note: dict, given: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             self._sink.add(name, tensor)
-        self._sink.note(note)
+        self._sink.note(note | {"sums": _checksums(given, self._staging)})
 
     def wait(self) -> None:
         """Wait until everything taken is written."""
@@ -221,10 +228,12 @@ def _run(
         clock.advance(source.tensors[name].nbytes)
         return LayerKept(name, source.tensors[name].shape, reason, **more)
 
-    def put(tensors: Mapping[str, torch.Tensor], *events: LayerFinished | LayerKept) -> None:
+    summed = sink.lasting and not _paths(source)
+
+    def put(tensors: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], *events: LayerFinished | LayerKept) -> None:
         report.bytes_out += sum(tensor.nbytes for tensor in tensors.values())
         layer = events[0].name.removesuffix(".weight")
-        writing.add(tensors, _note(events, configs.get(layer)))
+        writing.add(tensors, _note(events, configs.get(layer)), given if summed else {})
         for event in events:
             tell(event)
 
@@ -257,6 +266,8 @@ def _run(
         known = (calibration and calibration.inputs(layer)) or Inputs()
         bias_name = biases.get(name)
         bias = source.read(bias_name) if bias_name else None
+        beside = {bias_name: bias} if bias_name else {}
+        given = {name: tensor, **beside}
         try:
             with _enough_memory(f"{device} has too little memory for layer {layer}, {'×'.join(map(str, info.shape))}"):
                 quantized = quantize_weight(
@@ -270,8 +281,7 @@ def _run(
                     check=check,
                 )
         except NonFiniteWeightError:
-            beside = {bias_name: bias} if bias_name else {}
-            put({name: tensor, **beside}, kept(name, NON_FINITE, planned=False), *(kept(also, plan.decisions[also].reason) for also in beside))
+            put(given, given, kept(name, NON_FINITE, planned=False), *(kept(also, plan.decisions[also].reason) for also in beside))
             return
         except CalibrationError as error:
             raise CalibrationError(f"{layer}: {error}") from error
@@ -301,7 +311,7 @@ def _run(
             tuple(torch.stack(quantized.scale.aminmax()).tolist()),
         )
         corrected = quantized.bias is not bias
-        put(tensors, finished, *(kept(also, CORRECTED if corrected else plan.decisions[also].reason) for also in filter(None, [bias_name])))
+        put(tensors, given, finished, *(kept(also, CORRECTED if corrected else plan.decisions[also].reason) for also in beside))
 
     for events, config in sink.notes:  # what a run before has made of a layer
         if config:
@@ -318,7 +328,7 @@ def _run(
     index = sum(1 for name in plan.names("quantize") if name in done)
     read_with_weight = set(biases.values())
     places = [
-        (name, device if plan.decisions[name].action == "quantize" else CPU)
+        (name, _place(plan, name, device))
         for name in plan.output_names()
         if name not in read_with_weight | done
     ]
@@ -326,7 +336,7 @@ def _run(
         for name, tensor in _read_ahead(source, places, check):
             check()
             if plan.decisions[name].action == "keep":
-                put({name: tensor}, kept(name, plan.decisions[name].reason))
+                put({name: tensor}, {name: tensor}, kept(name, plan.decisions[name].reason))
             else:
                 quantize(name, tensor, index)
                 index += 1
@@ -342,14 +352,34 @@ def _run(
 _EVENTS = {kind.__name__: kind for kind in (LayerFinished, LayerKept)}
 
 
-def _told(source: Source, note: dict) -> tuple[list[LayerFinished | LayerKept], dict | None]:
-    """The events and the JSON of a layer from a note; raises whatever a note that is none of this source's leads to."""
+def _paths(source: Source) -> tuple[Path, ...]:
+    """The files that a source is read from; none of one in memory."""
+    return getattr(source, "paths", ())
+
+
+def _place(plan: Plan, name: str, device: torch.device) -> torch.device:
+    """Where a tensor of the source is read to."""
+    return device if plan.decisions[name].action == "quantize" else CPU
+
+
+def _checksums(tensors: Mapping[str, torch.Tensor], staging: Staging) -> dict[str, int]:
+    return {name: tensor_checksum(tensor, staging) for name, tensor in tensors.items()}
+
+
+def _told(source: Source, plan: Plan, device: torch.device, note: dict) -> tuple[list[LayerFinished | LayerKept], dict | None]:
+    """The events and the JSON of a layer from a note; raises whatever a note that is none of this source's leads to.
+
+    Whether a source in memory is that of the dead run, no file's state tells: its tensors are read again.
+    """
     events = [
         _EVENTS[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
         for kind, fields in note["events"]
     ]
     if not all(source.tensors[event.name].shape == event.shape for event in events) or not isinstance(note["config"] or {}, dict):
         raise ValueError("a note of another source")
+    given = {} if _paths(source) else {event.name: source.read(event.name, _place(plan, event.name, device)) for event in events}
+    if note["sums"] != _checksums(given, Staging()):
+        raise ValueError("a note of other weights")
     return events, note["config"]
 
 
@@ -502,16 +532,18 @@ def quantize_file(
     destination = final_path(destination)
     hidden = destination.with_name(unfinished or destination.name)
     emit, check, device = on_event or _nothing, check or _nothing, usable_device(device)
-    origins = getattr(source, "paths", ())
+    origins = _paths(source)
+    inputs = (*origins, *getattr(calibration, "paths", ()))
+    before = _states(inputs)
     if destination.exists() and any(origin.samefile(destination) for origin in origins):
         raise OutputError(f"{destination} is the source itself; choose another output.")
     recipe.resolve(calibration is not None)
     plan = recipe.plan(source)
     _check_calibration(source, calibration)
-    mark, inputs = _mark(source, recipe, calibration), (*origins, *getattr(calibration, "paths", ()))
+    mark = _mark(source, recipe, calibration)
     if destination.exists():
         standing = _made_by(destination, mark)
-        if standing and (origins or not overwrite) and not _newer(inputs, destination):
+        if standing and origins and not _newer(inputs, destination):  # of weights in memory nothing but comparing tells
             remove_leftovers(hidden)
             return _report(source, plan, recipe, calibration, output=str(destination), already_done=True)
         if not standing and not overwrite:
@@ -523,9 +555,8 @@ def quantize_file(
             name.removesuffix(".weight"): recipe.of(plan.decisions[name]).encoding.config for name in plan.names("quantize")
         }
         reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
-        before = _states(inputs)
         run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
-        parse = functools.partial(_told, source)
+        parse = functools.partial(_told, source, plan, device)
         with SafetensorsWriter(destination, reserve, run, overwrite=overwrite, unfinished=unfinished, parse=parse) as writer:
             report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
             _check_unchanged(source, before)

@@ -197,6 +197,7 @@ class SafetensorsWriter:
 
     Attributes:
         notes: what was taken up, as ``parse`` made it; its tensors are not to be added again.
+        lasting: whether the next run may go on with what this one notes.
         stood: a file of the same contents was there when this one was finished, and was left.
     """
 
@@ -221,7 +222,7 @@ class SafetensorsWriter:
         self._file = self._partial = self._journal = None
         self._beside = ThreadPoolExecutor(2, thread_name_prefix="learned-rounding-disk")  # one sums while another waits for the disk
         self._syncing: Future | None = None
-        self._lasting, self._overwrite, self._parse = run is not None, overwrite, parse
+        self.lasting, self._overwrite, self._parse = run is not None, overwrite, parse
         self._writing, self._over, self._left, self.stood = threading.Lock(), False, False, False
         self._made = [folder for folder in self.path.parents if not os.path.lexists(folder)]
         with self._access():
@@ -330,7 +331,7 @@ class SafetensorsWriter:
         """All tensors since the last note belong together; ``value`` (JSON) is what another run needs to know of them."""
         with self._access():
             self._journal.append({"note": value})
-            if self._lasting and self._taken() - self._synced >= _SYNC:
+            if self.lasting and self._taken() - self._synced >= _SYNC:
                 self._sync_beside()
 
     def _taken(self) -> int:
@@ -492,5 +493,5 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._left = self._lasting and isinstance(error, RuntimeError) and _NO_MORE in str(error)
+        self._left = self.lasting and isinstance(error, RuntimeError) and _NO_MORE in str(error)
         self.abort()

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from learned_rounding.quant_core import quantize_file
-from learned_rounding.quant_core.calibration import CalibrationFile
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.calibration import CalibrationFile, Inputs, LayerInputs, LowRankGram
 from learned_rounding.quant_core.checkpoints import reader, writer
 from learned_rounding.quant_core.cli import main
 from learned_rounding.quant_core.errors import OutputError, SourceError
-from learned_rounding.quant_core.events import LayerStarted
+from learned_rounding.quant_core.events import LayerMeasured, LayerStarted
 from learned_rounding.tests.faults.conftest import make_case, tensors
 from learned_rounding.tests.faults.disk import Disk, failing, killed, once
 
@@ -100,7 +100,7 @@ def test_reading_fails_anywhere(case, often, tried):
 
 CHANGES = {
     "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "written over": lambda path: path.write_bytes(save(tensors(1))),
+    "written over": lambda path: path.write_bytes(save(tensors(1), {"author": "me"})),
     "one byte changed": lambda path: _poke(path),
 }
 
@@ -128,6 +128,25 @@ def test_a_source_that_changes_below_a_run_makes_no_file(one_case, change, often
         one_case.again()
         one_case.clear()
     tried(f"source {change} during the run", len(layers), "none, one sentence, next run works")
+
+
+def test_a_source_that_changes_while_formats_are_measured_makes_no_file(one_case, tried):
+    """It is read three times: for its fingerprint, to measure, and to quantize."""
+    inputs = torch.randn(96, 65, generator=torch.Generator().manual_seed(0))
+    held_out = LowRankGram(inputs.t() / 96**0.5, torch.zeros(65))
+    known = LayerInputs({f"blocks.{block}.mlp": Inputs(inputs.t() @ inputs / 96, held_out) for block in range(3)})
+    before = one_case.source.read_bytes()
+
+    def listener(event):
+        if isinstance(event, LayerMeasured) and event.index == 1:
+            CHANGES["written over"](one_case.source)
+
+    with pytest.raises(SourceError, match="changed while it was read; run again"):
+        quantize_file(one_case.source, one_case.target, Recipe(format="measured"), calibration=known, device="cpu", on_event=listener)
+    one_case.source.write_bytes(before)
+    one_case.check(complete=False)
+    one_case.again()
+    tried("source written over while formats are measured", 1, "none, one sentence, next run works")
 
 
 def _gguf(path):
