@@ -10,13 +10,13 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from .. import kernels
 from .calibration import CalibrationFile
-from .checkpoints import Source, inspect_file, open_source, verify_file
+from .checkpoints import Source, inspect_file, keep_apart, open_source, verify_file
 from .checkpoints.inspect import quantized_formats
 from .errors import OutputError, QuantizationError, RecipeError
 from .estimate import estimate_seconds, estimate_size
@@ -345,9 +345,9 @@ def _layer_config(args: argparse.Namespace) -> str | None:
     if bool(args.custom_layers) != bool(args.custom_type):
         raise RecipeError("--custom-layers and --custom-type go together: the layers, and the format they get.")
     text = args.layer_config
-    if text is not None and not text.lstrip().startswith("{"):
+    if file := _layer_config_file(args):
         try:
-            text = Path(text).read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, ValueError) as error:
             raise RecipeError(
                 f"The layer config {text} cannot be read: {getattr(error, 'strerror', None) or error}."
@@ -356,6 +356,12 @@ def _layer_config(args: argparse.Namespace) -> str | None:
         return text
     parse_layer_config(text or "")  # before it is merged
     return json.dumps({**json.loads(text or "{}"), **dict.fromkeys(args.custom_layers, args.custom_type)})
+
+
+def _layer_config_file(args: argparse.Namespace) -> Path | None:
+    """The file that --layer-config names; None where it is the rules themselves."""
+    text = args.layer_config
+    return Path(text) if text is not None and not text.lstrip().startswith("{") else None
 
 
 class _Progress:
@@ -399,13 +405,6 @@ class _Progress:
             self._bar.close()
 
 
-def _keep_apart(report: Path, others: Iterable[Path | None]) -> None:
-    """Refuse a report in place of another file of the run."""
-    for other in filter(None, others):
-        if os.path.realpath(report) == os.path.realpath(other) or (report.exists() and other.exists() and report.samefile(other)):
-            raise OutputError(f"The report {report} would replace {other}, which this run reads or writes; choose another name for it.")
-
-
 def _quantize(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     usable_device(args.device)
@@ -417,8 +416,10 @@ def _quantize(args: argparse.Namespace) -> int:
         if args.dry_run:
             return _print_plan(args, recipe, source)
         output = args.output or output_name(args.input, recipe.label)
+        texts = {"recipe": [args.recipe], "layer config": [_layer_config_file(args)]}
+        keep_apart(output, texts)
         if args.report:
-            _keep_apart(args.report, (*source.paths, output, args.calibration, args.recipe))
+            keep_apart(args.report, {"source": source.paths, "output": [output], "calibration": [args.calibration], **texts}, "report")
         print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.description}, rounding {method.rounding}.")
         progress = _Progress(args.verbose)
         options = {"device": args.device, "overwrite": args.overwrite, "on_event": progress}

@@ -9,7 +9,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -20,14 +19,17 @@ from .checkpoints import (
     Source,
     TensorInfo,
     TensorSource,
+    final_path,
     header_bytes,
+    keep_apart,
     layer_configs,
     loading_note,
     open_safetensors,
     quantization_metadata,
+    remove_leftovers,
 )
 from .checkpoints.verify import verify_source
-from .errors import NothingToQuantizeError, OutputError, OutputExistsError, SourceError
+from .errors import NothingToQuantizeError, OutputExistsError, SourceError
 from .formats import FORMATS, Encoding, make_encoding
 from .formats.weight import config_tensor
 
@@ -136,15 +138,13 @@ def migrate_file(
     Raises:
         NothingToQuantizeError: the source holds no quantized layer.
         SourceError: a layer is in no known format, or would not be sound afterwards.
-        OutputError: the output cannot be written, exists (without ``overwrite``) or is the source.
+        OutputError: the output cannot be written, exists (without ``overwrite``) or is the source or the calibration.
     """
-    destination = Path(destination)
+    destination = final_path(destination)
     with open_safetensors(source) as opened:
-        if destination.exists():
-            if any(path.samefile(destination) for path in opened.paths):
-                raise OutputError(f"{destination} is the source itself; choose another output.")
-            if not overwrite:
-                raise OutputExistsError(f"{destination} exists; choose another output or overwrite it.")
+        keep_apart(destination, {"source": opened.paths, "calibration": getattr(calibration, "paths", ())})
+        if destination.exists() and not overwrite:
+            raise OutputExistsError(f"{destination} exists; choose another output or overwrite it.")
         done = Migration()
         configs, others, small = _sort(opened, calibration, drop_input_scale, done)
         plain = _unscaled(opened, others, configs)
@@ -162,6 +162,7 @@ def migrate_file(
             for name, tensor in small.items():
                 writer.add(name, tensor)
             writer.finish(metadata)
+    remove_leftovers(destination)
     return done
 
 

@@ -26,6 +26,7 @@ from .checkpoints import (
     TensorSource,
     final_path,
     header_bytes,
+    keep_apart,
     loading_note,
     open_source,
     provenance,
@@ -41,7 +42,6 @@ from .errors import (
     NonFiniteWeightError,
     NothingToQuantizeError,
     OutOfMemoryError,
-    OutputError,
     OutputExistsError,
     QuantizationError,
     SourceError,
@@ -352,8 +352,8 @@ def _run(
 _EVENTS = {kind.__name__: kind for kind in (LayerFinished, LayerKept)}
 
 
-def _paths(source: Source) -> tuple[Path, ...]:
-    """The files that a source is read from; none of one in memory."""
+def _paths(source: Source | Calibration | None) -> tuple[Path, ...]:
+    """The files that a source or a calibration is read from; none of one in memory."""
     return getattr(source, "paths", ())
 
 
@@ -532,11 +532,10 @@ def quantize_file(
     destination = final_path(destination)
     hidden = destination.with_name(unfinished or destination.name)
     emit, check, device = on_event or _nothing, check or _nothing, usable_device(device)
-    origins = _paths(source)
-    inputs = (*origins, *getattr(calibration, "paths", ()))
+    origins, statistics = _paths(source), _paths(calibration)
+    inputs = (*origins, *statistics)
     before = _states(inputs)
-    if destination.exists() and any(origin.samefile(destination) for origin in origins):
-        raise OutputError(f"{destination} is the source itself; choose another output.")
+    keep_apart(destination, {"source": origins, "calibration": statistics})
     recipe.resolve(calibration is not None)
     plan = recipe.plan(source)
     _check_calibration(source, calibration)

@@ -39,7 +39,7 @@ except ImportError:  # Windows
 
     fcntl = None
 
-__all__ = ["SafetensorsWriter", "final_path", "header_bytes", "remove_leftovers"]
+__all__ = ["SafetensorsWriter", "final_path", "header_bytes", "keep_apart", "remove_leftovers"]
 
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
@@ -152,6 +152,17 @@ def final_path(path: str | os.PathLike) -> Path:
     if not stat.S_ISREG(mode):
         raise OutputError(f"{path} is no ordinary file but a device or a pipe; give a file name.")
     return path
+
+
+def keep_apart(path: Path, others: Mapping[str, Iterable[Path | None]], what: str = "output") -> None:
+    """Raises :class:`OutputError` where ``path``, which a run will write as its ``what``, is another of its files, under whatever name.
+
+    ``others``: what they are to the run → where they lie, None for those that it has not.
+    """
+    for role, files in others.items():
+        for file in filter(None, files):
+            if os.path.realpath(path) == os.path.realpath(file) or (path.exists() and file.exists() and path.samefile(file)):
+                raise OutputError(f"{path} is the {role} itself; choose another {what}.")
 
 
 class _Layout:

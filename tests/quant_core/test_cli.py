@@ -408,8 +408,23 @@ def test_a_report_replaces_no_file_of_its_run(lrq, model_file, tmp_path):
     files = {path: path.read_bytes() for path in (source, calibration, recipe)}
     for report in (source, out, calibration, recipe, tmp_path / "link.json", tmp_path / "same.json"):
         code, _, (line,) = lrq("quantize", "-i", source, "-o", out, "--recipe", recipe, "--calibration", calibration, "--report", report)
-        assert code == 1 and "would replace" in line
+        assert code == 1 and "itself; choose another report" in line
         assert not out.exists() and all(path.read_bytes() == content for path, content in files.items())
+
+
+@pytest.mark.parametrize("read", ["--recipe", "--layer-config", "--calibration"])
+def test_an_output_replaces_no_file_that_its_run_reads(lrq, model_file, tmp_path, read):
+    files = {
+        "--recipe": lambda path: path.write_text(Recipe().to_json()),
+        "--layer-config": lambda path: path.write_text('{"attn": "skip"}'),
+        "--calibration": lambda path: save_file({"blocks.0.attn.qkv.gram": torch.eye(32)}, path),
+    }
+    path, source = tmp_path / "read.json", model_file()
+    files[read](path)
+    before = path.read_bytes()
+    code, _, (line,) = lrq("quantize", "-i", source, "-o", path, read, path, "--overwrite")
+    assert code == 1 and f"is the {read[2:].replace('-', ' ')} itself; choose another output" in line
+    assert path.read_bytes() == before
 
 
 def test_a_run_that_was_done_already_keeps_its_report(lrq, model_file, tmp_path):
