@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -53,13 +53,13 @@ from .recipes import Plan, Recipe
 from .recipes.presets import NONE
 from .report import Report
 from .version import VERSION
+from .waiting import awaited
 
 __all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name", "usable_device"]
 
 log = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = Recipe()
-_PATIENCE = 0.2  # seconds between two looks at the cancellation check while a tensor is read or written
 NON_FINITE = "holds NaN or Inf, so it stays in full precision"
 CORRECTED = "bias of a quantized layer, corrected for its mean error"
 
@@ -102,13 +102,6 @@ class QuantizedTensors:
     report: Report
 
 
-def _awaited(future: Future, check: CancelCheck):
-    """The future's result; ``check`` is called while waiting."""
-    while not wait([future], timeout=_PATIENCE).done:
-        check()
-    return future.result()
-
-
 def _read_ahead(
     source: Source, places: list[tuple[str, torch.device]], check: CancelCheck
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -117,7 +110,7 @@ def _read_ahead(
     try:
         ahead = None
         for index, (name, device) in enumerate(places):
-            tensor = _awaited(ahead or pool.submit(source.read, name, device), check)
+            tensor = awaited(ahead or pool.submit(source.read, name, device), check)
             ahead = pool.submit(source.read, *places[index + 1]) if index + 1 < len(places) else None
             yield name, tensor
             del tensor
@@ -150,7 +143,7 @@ class _WriteBehind:
     def wait(self) -> None:
         """Wait until everything taken is written."""
         if self._pending is not None:
-            _awaited(self._pending, self._check)
+            awaited(self._pending, self._check)
 
     def __enter__(self) -> "_WriteBehind":
         return self
@@ -556,7 +549,7 @@ def quantize_file(
         reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
         run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
         parse = functools.partial(_told, source, plan, device)
-        with SafetensorsWriter(destination, reserve, run, overwrite=overwrite, unfinished=unfinished, parse=parse) as writer:
+        with SafetensorsWriter(destination, reserve, run, overwrite=overwrite, unfinished=unfinished, parse=parse, check=check) as writer:
             report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
             _check_unchanged(source, before)
             report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))

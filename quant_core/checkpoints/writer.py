@@ -27,6 +27,8 @@ from typing import BinaryIO
 import torch
 
 from ..errors import OutputError, OutputExistsError
+from ..events import CancelCheck
+from ..waiting import awaited
 from .dtypes import DTYPE_NAMES, TORCH_DTYPES
 from .journal import Journal, checksum, write_all
 from .source import TensorInfo
@@ -196,7 +198,7 @@ class SafetensorsWriter:
     """Write tensors in any order to a hidden partial file beside ``path``; :meth:`finish` makes it ``path``.
 
     Leaving the context without :meth:`finish` removes the partial file. Peak memory is that of one tensor. One thread writes; another
-    may :meth:`abort` meanwhile.
+    may :meth:`abort` meanwhile. What a dead run left is read, and all is flushed at the end, by a thread of the writer's own.
 
     Args:
         path: final name; its folder is made when missing, a link is followed.
@@ -204,6 +206,7 @@ class SafetensorsWriter:
         run: equal for runs that write the same bytes; what such a run had noted when it died is taken up. None: for no run.
         overwrite: replace a file that is there; otherwise :meth:`finish` refuses to, unless it is the same.
         unfinished: the name that the hidden files bear until then, in the folder of ``path``; by default that of ``path``.
+        check: called while that thread works; raises to cancel, which waits for nothing and leaves what lay there before, or the whole file.
         parse: makes of a note what :attr:`notes` holds; whatever is wrong with one, it and all after it is not taken up.
 
     Attributes:
@@ -220,6 +223,7 @@ class SafetensorsWriter:
         *,
         overwrite: bool = True,
         unfinished: str | None = None,
+        check: CancelCheck = lambda: None,
         parse: Callable[[object], object] = lambda note: note,
     ):
         self.path = final_path(path)
@@ -231,11 +235,18 @@ class SafetensorsWriter:
         self._begin = _LENGTH.size + self._reserve
         self._flushing = self._synced = 0
         self._file = self._partial = self._journal = None
-        self._beside = ThreadPoolExecutor(2, thread_name_prefix="learned-rounding-disk")  # one sums while another waits for the disk
+        self._beside = ThreadPoolExecutor(3, thread_name_prefix="learned-rounding-disk")  # one opens or finishes, one sums, one waits for the disk
         self._syncing: Future | None = None
-        self.lasting, self._overwrite, self._parse = run is not None, overwrite, parse
+        self.lasting, self._overwrite, self._check, self._parse = run is not None, overwrite, check, parse
         self._writing, self._over, self._left, self.stood = threading.Lock(), False, False, False
         self._made = [folder for folder in self.path.parents if not os.path.lexists(folder)]
+        try:
+            awaited(self._beside.submit(self._open, run), check)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _open(self, run: str | None) -> None:
         with self._access():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if run is None or not any(self._take_up(partial, run) for partial in _leftovers(self._named, _PARTIAL)):
@@ -285,6 +296,7 @@ class SafetensorsWriter:
             return layout, notes, cut
         with contextlib.suppress(KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):  # no record of ours
             for record, begin, size in records:
+                self._check_open()
                 if "note" in record:
                     note = self._parse(record["note"])
                     for tensor in since:
@@ -409,6 +421,9 @@ class SafetensorsWriter:
             OutputExistsError: a file of that name, and of other contents, is there and may not be overwritten.
             OutputError: the disk failed, and nothing is left; or it failed when all was done, and the sentence says so.
         """
+        return awaited(self._beside.submit(self._finish, metadata), self._check)
+
+    def _finish(self, metadata: Mapping[str, str]) -> int:
         layout = self._layout
         with self._access():
             for name, info, begin in sorted(layout.odd, key=lambda odd: -odd[1].dtype.itemsize):
@@ -425,6 +440,7 @@ class SafetensorsWriter:
             if self._syncing is not None:
                 self._syncing.result()  # the system tells of a failure once
             os.fsync(self._file.fileno())
+            self._check_open()
             self._publish()
             self._over = True
             try:

@@ -28,14 +28,14 @@ class Disk:
     """Calls ``fault(file, data)`` before operation number ``at`` and all after it; ``file`` and ``data`` are those of a write."""
 
     def __init__(self, at: int | None = None, fault: Callable | None = None, reads: bool = False):
-        self.operations, self._at, self._fault, self._reads = [], at, fault, reads
+        self.operations, self._at, self.fault, self._reads = [], at, fault, reads
 
     def step(self, operation: str, file=None, data: bytes | memoryview = b"") -> None:
         if operation.startswith("read") and not self._reads:
             return
         self.operations.append(operation)
         if self._at is not None and len(self.operations) > self._at:
-            self._fault(file, data)
+            self.fault(file, data)
 
     def open(self, path, mode="r", **options):
         name = "journal" if str(path).endswith(".journal") else "file"
