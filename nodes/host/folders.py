@@ -16,6 +16,7 @@ import folder_paths
 
 from ...quant_core.checkpoints import remove_leftovers
 from ...quant_core.checkpoints.sources import ShardedFiles
+from ...quant_core.durable import to_disk
 from ...quant_core.errors import OutputError, QuantizationError, SourceError
 
 try:
@@ -244,7 +245,7 @@ def _copy(path: Path, folder: Path, stem: str, suffix: str) -> Path:
                     fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _copy_bytes(source, target)
             target.flush()
-            os.fsync(target.fileno())
+            to_disk(target.fileno())
         return _first_free(folder, stem, suffix, lambda target: _name(partial, target))
     finally:
         partial.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from typing import BinaryIO
 
 import torch
 
+from ..durable import to_disk
 from ..errors import OutputError, OutputExistsError
 from ..events import CancelCheck
 from ..waiting import awaited
@@ -43,6 +44,7 @@ except ImportError:  # Windows
 
 __all__ = ["SafetensorsWriter", "final_path", "header_bytes", "keep_apart", "remove_leftovers"]
 
+_WINDOWS = os.name == "nt"
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
 _PARTIAL, _JOURNAL = ".partial", ".journal"
@@ -114,7 +116,7 @@ def _sync(descriptors: Iterable[int]) -> None:
         for descriptor in descriptors:
             opened.callback(os.close, descriptor)
         for descriptor in descriptors:
-            os.fsync(descriptor)
+            to_disk(descriptor)
 
 
 def _leftovers(path: Path, suffix: str) -> list[Path]:
@@ -127,6 +129,8 @@ def remove_leftovers(path: Path) -> int:
     for partial in _leftovers(path, _PARTIAL):
         with contextlib.suppress(OSError), open(partial, "r+b") as handle:
             if _dead(handle):
+                if _WINDOWS:
+                    handle.close()  # no file is removed there that is open, nor one that another run takes up from here on
                 partial.unlink()
                 removed += 1
     for journal in _leftovers(path, _JOURNAL):
@@ -407,7 +411,7 @@ class SafetensorsWriter:
             try:
                 folder = os.open(self.path.parent, os.O_RDONLY)
                 try:
-                    os.fsync(folder)
+                    to_disk(folder)
                 finally:
                     os.close(folder)
             except OSError as error:
@@ -439,7 +443,7 @@ class SafetensorsWriter:
                 raise OSError(errno.EIO, f"its partial file has {size:,} bytes instead of {self._begin + layout.end:,}")
             if self._syncing is not None:
                 self._syncing.result()  # the system tells of a failure once
-            os.fsync(self._file.fileno())
+            to_disk(self._file.fileno())
             self._check_open()
             self._publish()
             self._over = True
@@ -454,7 +458,7 @@ class SafetensorsWriter:
 
     def _publish(self) -> None:
         """Give the partial file its name, before it is closed: an unlocked one would be taken for a dead run's."""
-        if os.name == "nt":
+        if _WINDOWS:
             self._file.close()  # Windows renames no open file
         try:
             if self._overwrite:
@@ -472,7 +476,7 @@ class SafetensorsWriter:
 
     def _link(self) -> None:
         """As a renaming that raises FileExistsError instead of replacing; ours goes when the run is closed."""
-        if os.name == "nt":
+        if _WINDOWS:
             os.rename(self._partial, self.path)
             return
         try:
@@ -496,7 +500,7 @@ class SafetensorsWriter:
                             file.close()
             finally:
                 self._writing.release()
-            if os.name == "nt":  # which removes no open file
+            if _WINDOWS:  # which removes no open file
                 self._remove()
 
     def _remove(self) -> None:
