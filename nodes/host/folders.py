@@ -52,8 +52,10 @@ _SAFETENSORS = (".safetensors", ".sft")
 _INDEX = ".safetensors.index.json"
 _SOURCES = (*_SAFETENSORS, _INDEX, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
-# Up to the last part of an absolute path, on any system.
-_FOLDERS = re.compile(r"""(?<![\w.:/\\])(?:[A-Za-z]:)?[/\\]{1,2}(?:[^\s'"/\\]+[/\\])*(?=[^\s'"/\\])""")
+# Up to the last part of an absolute path, on any system. A folder's name may hold spaces and quotes, not at its ends; a path ends before
+# another one that begins after a space, and where the sentence goes on after a colon or semicolon.
+_FOLDER = r"""[^\s'"/\\](?:(?:(?!\s[A-Za-z]:[/\\]|[:;]\s)[^\n/\\])*[^\s'"/\\])?[/\\]{1,2}"""
+_FOLDERS = re.compile(rf"""(?<![\w.:/\\])(?:[A-Za-z]:)?[/\\]{{1,2}}(?:{_FOLDER})*(?=[^\s'"/\\])""")
 _COPY = "learned_rounding_copy"  # .NAME.….partial: what is being copied
 _ABANDONED = 86_400  # seconds after which nobody comes any more for a finished file that no node has
 _CHUNK = 1 << 24  # bytes between two looks at whether the user cancelled
@@ -204,7 +206,10 @@ def temporary(path: Path) -> Path:
 def destination(base: Path, prefix: str) -> tuple[Path, str]:
     """The folder inside ``base`` and the start of the file name that a user's prefix means."""
     base, prefix = base.resolve(), prefix.strip().replace("\\", "/")
-    target = (base / prefix).resolve()
+    try:
+        target = (base / prefix).resolve()
+    except (OSError, RuntimeError, ValueError):  # what no system takes for a name, as one with a zero byte
+        target = base
     if not prefix or prefix.endswith("/") or not target.is_relative_to(base) or target == base:
         raise OutputError(f"'{prefix}' is no file name inside {base}; give a name, with folders before it if you like.")
     return target.parent, target.name
