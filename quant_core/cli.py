@@ -32,6 +32,7 @@ from .report import human_bytes
 from .requantize import DecodedSource
 from .rounding import OPTIONS, ROUNDINGS
 from .rounding.methods import Option
+from .terminal import Printed, shown
 
 __all__ = ["EXIT_CODES", "main", "run"]
 
@@ -380,7 +381,7 @@ class _Progress:
             self.close()
             self._start(event.layers)
         elif isinstance(event, LayerStarted):
-            self._bar.set_postfix_str(event.name[-48:], refresh=False)
+            self._bar.set_postfix_str(shown(event.name)[-48:], refresh=False)
         elif isinstance(event, LayerFinished):
             self._bar.update()
             output = "" if event.output_error is None else f"  output error {event.output_error:.5f}"
@@ -398,7 +399,7 @@ class _Progress:
 
     def _line(self, text: str) -> None:
         if self._verbose:
-            print(text)
+            print(shown(text))
 
     def close(self) -> None:
         if self._bar is not None:
@@ -450,7 +451,7 @@ def _print_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> int
     print(plan.explanation)
     for name, decision in plan.decisions.items():
         own = f"  as {recipe.of(decision).description}" if decision.format else ""
-        print(f"{decision.action:<8}  {name}{own}" + (f"  ({decision.reason})" if decision.reason else ""))
+        print(f"{decision.action:<8}  {shown(name)}{own}" + (f"  ({decision.reason})" if decision.reason else ""))
     if recipe.measured:
         print("Formats are chosen when the layers are measured: neither size nor time can be told before.")
         return 0
@@ -474,7 +475,7 @@ def _migrate(args: argparse.Namespace) -> int:
     for change, count in done.changes.items():
         print(f"  {change}: {count}")
     for name in done.removed:
-        print(f"  removed: {name}")
+        print(f"  removed: {shown(name)}")
     return 0
 
 
@@ -486,7 +487,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     result = verify_file(args.file)
     for problem in result.problems:
-        print(problem, file=sys.stderr)
+        print(shown(problem), file=sys.stderr)
     if result.problems:
         print(f"{args.file}: {len(result.problems)} problem(s) in {result.layers} quantized layers.", file=sys.stderr)
         return 1
@@ -516,22 +517,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
-    try:
+    out, err = Printed(sys.stdout, raises=(BrokenPipeError,)), Printed(sys.stderr, allowed="\n\r")  # the bar returns to where its line begins
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            return _run(_parser().parse_args(argv))
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:  # or Python would complain of it once more when it ends
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return 141
+            try:
+                code = _run(_parser().parse_args(argv))
+            finally:
+                out.flush()
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:  # or Python would complain of it once more when it ends
+                os.dup2(nowhere.fileno(), out.fileno())
+            return 141
+        if code == 0 and out.failure:
+            print(f"lrq: the work is done, but what lrq prints cannot be written ({out.failure.strerror}); free some space there.", file=err)
+            code = 1
+        err.flush()
+    return code
 
 
 def run() -> NoReturn:
     """The process ``lrq``. It ends as soon as :func:`main` has: neither a disk that hangs nor torch's own end keeps it."""
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)
+    os._exit(main())
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -546,7 +552,7 @@ def _run(args: argparse.Namespace) -> int:
         if hasattr(args, "debug"):
             traceback.print_exc()
         known = isinstance(error, QuantizationError)
-        print(f"lrq: {error if known else _unexpected(error)}", file=sys.stderr)
+        print(f"lrq: {shown(str(error) if known else _unexpected(error))}", file=sys.stderr)
         return 1
 
 
