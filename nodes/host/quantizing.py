@@ -84,6 +84,7 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
                         _readable(recipe, weights),
                         calibration=statistics.part(part) if statistics and part else statistics,
                         device=device,
+                        overwrite=True,  # nothing is there, so that a disk needs no links for it
                         unfinished=f"{part or kind}.safetensors",
                         on_event=on_event,
                         check=comfy.model_management.throw_exception_if_processing_interrupted,
