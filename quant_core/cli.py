@@ -10,13 +10,13 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from .. import kernels
 from .calibration import CalibrationFile
-from .checkpoints import Source, inspect_file, open_source, verify_file
+from .checkpoints import Source, inspect_file, keep_apart, open_source, verify_file
 from .checkpoints.inspect import quantized_formats
 from .errors import OutputError, QuantizationError, RecipeError
 from .estimate import estimate_seconds, estimate_size
@@ -32,6 +32,7 @@ from .report import human_bytes
 from .requantize import DecodedSource
 from .rounding import OPTIONS, ROUNDINGS
 from .rounding.methods import Option
+from .terminal import Printed, shown
 
 __all__ = ["EXIT_CODES", "main", "run"]
 
@@ -349,9 +350,9 @@ def _layer_config(args: argparse.Namespace) -> str | None:
     if bool(args.custom_layers) != bool(args.custom_type):
         raise RecipeError("--custom-layers and --custom-type go together: the layers, and the format they get.")
     text = args.layer_config
-    if text is not None and not text.lstrip().startswith("{"):
+    if file := _layer_config_file(args):
         try:
-            text = Path(text).read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError, ValueError) as error:
             raise RecipeError(
                 f"The layer config {text} cannot be read: {getattr(error, 'strerror', None) or error}."
@@ -364,6 +365,12 @@ def _layer_config(args: argparse.Namespace) -> str | None:
         if given.get(rule.pattern, rule.format) != rule.format:
             raise RecipeError(f"--custom-layers and --layer-config say different things of '{rule.pattern}'; leave one out.")
     return json.dumps({**json.loads(text or "{}"), **custom})
+
+
+def _layer_config_file(args: argparse.Namespace) -> Path | None:
+    """The file that --layer-config names; None where it is the rules themselves."""
+    text = args.layer_config
+    return Path(text) if text is not None and not text.lstrip().startswith("{") else None
 
 
 class _Progress:
@@ -382,7 +389,7 @@ class _Progress:
             self.close()
             self._start(event.layers)
         elif isinstance(event, LayerStarted):
-            self._bar.set_postfix_str(event.name[-48:], refresh=False)
+            self._bar.set_postfix_str(shown(event.name)[-48:], refresh=False)
         elif isinstance(event, LayerFinished):
             self._bar.update()
             output = "" if event.output_error is None else f"  output error {event.output_error:.5f}"
@@ -400,7 +407,7 @@ class _Progress:
 
     def _line(self, text: str) -> None:
         if self._verbose:
-            print(text)
+            print(shown(text))
 
     def close(self) -> None:
         if self._bar is not None:
@@ -419,13 +426,6 @@ def _check_report(report: Path) -> None:
         raise OutputError(f"The report {report} cannot be written: there is no folder {folder}.")
 
 
-def _keep_apart(report: Path, others: Iterable[Path | None]) -> None:
-    """Refuse a report in place of another file of the run."""
-    for other in filter(None, others):
-        if os.path.realpath(report) == os.path.realpath(other) or (os.path.exists(report) and os.path.exists(other) and report.samefile(other)):
-            raise OutputError(f"The report {report} would replace {other}, which this run reads or writes; choose another name for it.")
-
-
 def _quantize(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     usable_device(args.device)
@@ -437,8 +437,10 @@ def _quantize(args: argparse.Namespace) -> int:
         if args.dry_run:
             return _print_plan(args, recipe, source)
         output = args.output or output_name(args.input, recipe.label)
+        texts = {"recipe": [args.recipe], "layer config": [_layer_config_file(args)]}
+        keep_apart(output, texts)
         if args.report:
-            _keep_apart(args.report, (*source.paths, output, args.calibration, args.recipe))
+            keep_apart(args.report, {"source": source.paths, "output": [output], "calibration": [args.calibration], **texts}, "report")
         print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.description}, rounding {method.rounding}.")
         progress = _Progress(args.verbose)
         options = {"device": args.device, "overwrite": args.overwrite, "on_event": progress}
@@ -469,7 +471,7 @@ def _print_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> int
     print(plan.explanation)
     for name, decision in plan.decisions.items():
         own = f"  as {recipe.of(decision).description}" if decision.format else ""
-        print(f"{decision.action:<8}  {name}{own}" + (f"  ({decision.reason})" if decision.reason else ""))
+        print(f"{decision.action:<8}  {shown(name)}{own}" + (f"  ({decision.reason})" if decision.reason else ""))
     if recipe.measured:
         print("Formats are chosen when the layers are measured: neither size nor time can be told before.")
         return 0
@@ -493,7 +495,7 @@ def _migrate(args: argparse.Namespace) -> int:
     for change, count in done.changes.items():
         print(f"  {change}: {count}")
     for name in done.removed:
-        print(f"  removed: {name}")
+        print(f"  removed: {shown(name)}")
     return 0
 
 
@@ -505,7 +507,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     result = verify_file(args.file)
     for problem in result.problems:
-        print(problem, file=sys.stderr)
+        print(shown(problem), file=sys.stderr)
     if result.problems:
         print(f"{args.file}: {len(result.problems)} problem(s) in {result.layers} quantized layers.", file=sys.stderr)
         return 1
@@ -535,22 +537,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
-    try:
+    out, err = Printed(sys.stdout, raises=(BrokenPipeError,)), Printed(sys.stderr, allowed="\n\r")  # the bar returns to where its line begins
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            return _run(_parser().parse_args(argv))
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:  # or Python would complain of it once more when it ends
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return 141
+            try:
+                code = _run(_parser().parse_args(argv))
+            finally:
+                out.flush()
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:  # or Python would complain of it once more when it ends
+                os.dup2(nowhere.fileno(), out.fileno())
+            return 141
+        if code == 0 and out.failure:
+            print(f"lrq: the work is done, but what lrq prints cannot be written ({out.failure.strerror}); free some space there.", file=err)
+            code = 1
+        err.flush()
+    return code
 
 
 def run() -> NoReturn:
     """The process ``lrq``. It ends as soon as :func:`main` has: neither a disk that hangs nor torch's own end keeps it."""
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)
+    os._exit(main())
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -565,7 +572,7 @@ def _run(args: argparse.Namespace) -> int:
         if hasattr(args, "debug"):
             traceback.print_exc()
         known = isinstance(error, QuantizationError)
-        print(f"lrq: {error if known else _unexpected(error)}", file=sys.stderr)
+        print(f"lrq: {shown(str(error) if known else _unexpected(error))}", file=sys.stderr)
         return 1
 
 

@@ -21,13 +21,15 @@ from .checkpoints import (
     TensorSource,
     final_path,
     header_bytes,
+    keep_apart,
     layer_configs,
     loading_note,
     open_safetensors,
     quantization_metadata,
+    remove_leftovers,
 )
 from .checkpoints.verify import verify_source
-from .errors import NothingToQuantizeError, OutputError, OutputExistsError, SourceError
+from .errors import NothingToQuantizeError, OutputExistsError, SourceError
 from .formats import FORMATS, ROTATED, Encoding, make_encoding
 from .formats.weight import config_tensor
 
@@ -149,15 +151,13 @@ def migrate_file(
     Raises:
         NothingToQuantizeError: the source holds no quantized layer.
         SourceError: a layer is in no known format, or would not be sound afterwards.
-        OutputError: the output cannot be written, exists (without ``overwrite``) or is the source.
+        OutputError: the output cannot be written, exists (without ``overwrite``) or is the source or the calibration.
     """
     destination = final_path(destination)
     with open_safetensors(source) as opened:
-        if destination.exists():
-            if any(path.samefile(destination) for path in opened.paths):
-                raise OutputError(f"{destination} is the source itself; choose another output.")
-            if not overwrite:
-                raise OutputExistsError(f"{destination} exists; choose another output or overwrite it.")
+        keep_apart(destination, {"source": opened.paths, "calibration": getattr(calibration, "paths", ())})
+        if destination.exists() and not overwrite:
+            raise OutputExistsError(f"{destination} exists; choose another output or overwrite it.")
         done = Migration()
         configs, others, small = _sort(opened, calibration, drop_input_scale, done)
         plain = _unscaled(opened, others, configs)
@@ -175,6 +175,7 @@ def migrate_file(
             for name, tensor in small.items():
                 writer.add(name, tensor)
             writer.finish(metadata)
+    remove_leftovers(destination)
     return done
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,7 @@ from .checkpoints import (
     TensorSource,
     final_path,
     header_bytes,
+    keep_apart,
     loading_note,
     open_source,
     provenance,
@@ -34,13 +35,13 @@ from .checkpoints import (
 )
 from .checkpoints.metadata import CONFIG_SUFFIX
 from .checkpoints.source import CPU, fingerprint
+from .checkpoints.staging import Staging, tensor_checksum
 from .choice import measure_plan
 from .errors import (
     CalibrationError,
     NonFiniteWeightError,
     NothingToQuantizeError,
     OutOfMemoryError,
-    OutputError,
     OutputExistsError,
     QuantizationError,
     SourceError,
@@ -52,13 +53,13 @@ from .recipes import Plan, Recipe
 from .recipes.presets import NONE
 from .report import Report
 from .version import VERSION
+from .waiting import awaited
 
 __all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name", "usable_device"]
 
 log = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = Recipe()
-_PATIENCE = 0.2  # seconds between two looks at the cancellation check while a tensor is read or written
 NON_FINITE = "holds NaN or Inf, so it stays in full precision"
 CORRECTED = "bias of a quantized layer, corrected for its mean error"
 
@@ -68,8 +69,10 @@ class Sink(Protocol):
 
     Attributes:
         notes: events and JSON of layers that a run before has finished.
+        lasting: whether the next run may go on with what this one notes.
     """
 
+    lasting: bool
     notes: Sequence[tuple[list, dict | None]]
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
@@ -80,7 +83,7 @@ class Sink(Protocol):
 
 
 class _DictSink(dict):
-    notes = ()
+    notes, lasting = (), False
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
         self[name] = tensor.cpu()
@@ -99,13 +102,6 @@ class QuantizedTensors:
     report: Report
 
 
-def _awaited(future: Future, check: CancelCheck):
-    """The future's result; ``check`` is called while waiting."""
-    while not wait([future], timeout=_PATIENCE).done:
-        check()
-    return future.result()
-
-
 def _read_ahead(
     source: Source, places: list[tuple[str, torch.device]], check: CancelCheck
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -114,7 +110,7 @@ def _read_ahead(
     try:
         ahead = None
         for index, (name, device) in enumerate(places):
-            tensor = _awaited(ahead or pool.submit(source.read, name, device), check)
+            tensor = awaited(ahead or pool.submit(source.read, name, device), check)
             ahead = pool.submit(source.read, *places[index + 1]) if index + 1 < len(places) else None
             yield name, tensor
             del tensor
@@ -128,22 +124,26 @@ class _WriteBehind:
     def __init__(self, sink: Sink, check: CancelCheck):
         self._sink, self._check = sink, check
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-write")
+        self._staging = Staging()
         self._pending: Future | None = None
 
-    def add(self, tensors: Mapping[str, torch.Tensor], note: dict) -> None:
-        """Take the tensors of one layer, and what is to be known of it, once those of the layer before are written."""
-        self.wait()
-        self._pending = self._pool.submit(self._write, tensors, note)
+    def add(self, tensors: Mapping[str, torch.Tensor], note: dict, given: Mapping[str, torch.Tensor]) -> None:
+        """Take the tensors of one layer, and what is to be known of it, once those of the layer before are written.
 
-    def _write(self, tensors: Mapping[str, torch.Tensor], note: dict) -> None:
+        ``given``: tensors of the source whose checksums belong to that.
+        """
+        self.wait()
+        self._pending = self._pool.submit(self._write, tensors, note, given)
+
+    def _write(self, tensors: Mapping[str, torch.Tensor], note: dict, given: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             self._sink.add(name, tensor)
-        self._sink.note(note)
+        self._sink.note(note | {"sums": _checksums(given, self._staging)})
 
     def wait(self) -> None:
         """Wait until everything taken is written."""
         if self._pending is not None:
-            _awaited(self._pending, self._check)
+            awaited(self._pending, self._check)
 
     def __enter__(self) -> "_WriteBehind":
         return self
@@ -221,10 +221,12 @@ def _run(
         clock.advance(source.tensors[name].nbytes)
         return LayerKept(name, source.tensors[name].shape, reason, **more)
 
-    def put(tensors: Mapping[str, torch.Tensor], *events: LayerFinished | LayerKept) -> None:
+    summed = sink.lasting and not _paths(source)
+
+    def put(tensors: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], *events: LayerFinished | LayerKept) -> None:
         report.bytes_out += sum(tensor.nbytes for tensor in tensors.values())
         layer = events[0].name.removesuffix(".weight")
-        writing.add(tensors, _note(events, configs.get(layer)))
+        writing.add(tensors, _note(events, configs.get(layer)), given if summed else {})
         for event in events:
             tell(event)
 
@@ -257,6 +259,8 @@ def _run(
         known = (calibration and calibration.inputs(layer)) or Inputs()
         bias_name = biases.get(name)
         bias = source.read(bias_name) if bias_name else None
+        beside = {bias_name: bias} if bias_name else {}
+        given = {name: tensor, **beside}
         try:
             with _enough_memory(f"{device} has too little memory for layer {layer}, {'×'.join(map(str, info.shape))}"):
                 quantized = quantize_weight(
@@ -270,8 +274,7 @@ def _run(
                     check=check,
                 )
         except NonFiniteWeightError:
-            beside = {bias_name: bias} if bias_name else {}
-            put({name: tensor, **beside}, kept(name, NON_FINITE, planned=False), *(kept(also, plan.decisions[also].reason) for also in beside))
+            put(given, given, kept(name, NON_FINITE, planned=False), *(kept(also, plan.decisions[also].reason) for also in beside))
             return
         except CalibrationError as error:
             raise CalibrationError(f"{layer}: {error}") from error
@@ -301,7 +304,7 @@ def _run(
             tuple(torch.stack(quantized.scale.aminmax()).tolist()),
         )
         corrected = quantized.bias is not bias
-        put(tensors, finished, *(kept(also, CORRECTED if corrected else plan.decisions[also].reason) for also in filter(None, [bias_name])))
+        put(tensors, given, finished, *(kept(also, CORRECTED if corrected else plan.decisions[also].reason) for also in beside))
 
     for events, config in sink.notes:  # what a run before has made of a layer
         if config:
@@ -318,7 +321,7 @@ def _run(
     index = sum(1 for name in plan.names("quantize") if name in done)
     read_with_weight = set(biases.values())
     places = [
-        (name, device if plan.decisions[name].action == "quantize" else CPU)
+        (name, _place(plan, name, device))
         for name in plan.output_names()
         if name not in read_with_weight | done
     ]
@@ -326,7 +329,7 @@ def _run(
         for name, tensor in _read_ahead(source, places, check):
             check()
             if plan.decisions[name].action == "keep":
-                put({name: tensor}, kept(name, plan.decisions[name].reason))
+                put({name: tensor}, {name: tensor}, kept(name, plan.decisions[name].reason))
             else:
                 quantize(name, tensor, index)
                 index += 1
@@ -342,14 +345,34 @@ def _run(
 _EVENTS = {kind.__name__: kind for kind in (LayerFinished, LayerKept)}
 
 
-def _told(source: Source, note: dict) -> tuple[list[LayerFinished | LayerKept], dict | None]:
-    """The events and the JSON of a layer from a note; raises whatever a note that is none of this source's leads to."""
+def _paths(source: Source | Calibration | None) -> tuple[Path, ...]:
+    """The files that a source or a calibration is read from; none of one in memory."""
+    return getattr(source, "paths", ())
+
+
+def _place(plan: Plan, name: str, device: torch.device) -> torch.device:
+    """Where a tensor of the source is read to."""
+    return device if plan.decisions[name].action == "quantize" else CPU
+
+
+def _checksums(tensors: Mapping[str, torch.Tensor], staging: Staging) -> dict[str, int]:
+    return {name: tensor_checksum(tensor, staging) for name, tensor in tensors.items()}
+
+
+def _told(source: Source, plan: Plan, device: torch.device, note: dict) -> tuple[list[LayerFinished | LayerKept], dict | None]:
+    """The events and the JSON of a layer from a note; raises whatever a note that is none of this source's leads to.
+
+    Whether a source in memory is that of the dead run, no file's state tells: its tensors are read again.
+    """
     events = [
         _EVENTS[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
         for kind, fields in note["events"]
     ]
     if not all(source.tensors[event.name].shape == event.shape for event in events) or not isinstance(note["config"] or {}, dict):
         raise ValueError("a note of another source")
+    given = {} if _paths(source) else {event.name: source.read(event.name, _place(plan, event.name, device)) for event in events}
+    if note["sums"] != _checksums(given, Staging()):
+        raise ValueError("a note of other weights")
     return events, note["config"]
 
 
@@ -468,6 +491,7 @@ def quantize_file(
     calibration: Calibration | None = None,
     device: str | torch.device | None = None,
     overwrite: bool = False,
+    unfinished: str | None = None,
     on_event: Listener | None = None,
     check: CancelCheck | None = None,
 ) -> Report:
@@ -479,6 +503,8 @@ def quantize_file(
     taken up, and the file comes out as if it had not been. An output that is a link is followed.
     ``calibration``: what is known of the layers' inputs; layers that it does not know are rounded to nearest.
     ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
+    ``unfinished``: the name that the hidden files of runs bear until they are finished, by default the output's: with the same one, a run
+    goes on with a dead one's whatever name its own output gets.
 
     Raises:
         QuantizationError: see :mod:`.errors`; nothing is left behind then.
@@ -492,22 +518,25 @@ def quantize_file(
                 calibration=calibration,
                 device=device,
                 overwrite=overwrite,
+                unfinished=unfinished,
                 on_event=on_event,
                 check=check,
             )
     destination = final_path(destination)
+    hidden = destination.with_name(unfinished or destination.name)
     emit, check, device = on_event or _nothing, check or _nothing, usable_device(device)
-    origins = getattr(source, "paths", ())
-    if destination.exists() and any(origin.samefile(destination) for origin in origins):
-        raise OutputError(f"{destination} is the source itself; choose another output.")
+    origins, statistics = _paths(source), _paths(calibration)
+    inputs = (*origins, *statistics)
+    before = _states(inputs)
+    keep_apart(destination, {"source": origins, "calibration": statistics})
     recipe.resolve(calibration is not None)
     plan = recipe.plan(source, check=check)
     _check_calibration(source, calibration)
-    mark, inputs = _mark(source, recipe, calibration), (*origins, *getattr(calibration, "paths", ()))
+    mark = _mark(source, recipe, calibration)
     if destination.exists():
         standing = _made_by(destination, mark)
-        if standing and (origins or not overwrite) and not _newer(inputs, destination):
-            remove_leftovers(destination)
+        if standing and origins and not _newer(inputs, destination):  # of weights in memory nothing but comparing tells
+            remove_leftovers(hidden)
             return _report(source, plan, recipe, calibration, output=str(destination), already_done=True)
         if not standing and not overwrite:
             raise OutputExistsError(f"{destination} exists and was made from something else; choose another output or overwrite it.")
@@ -518,14 +547,14 @@ def quantize_file(
             name.removesuffix(".weight"): recipe.of(plan.decisions[name]).encoding.config for name in plan.names("quantize")
         }
         reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
-        before = _states(inputs)
         run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
-        with SafetensorsWriter(destination, reserve, run, overwrite=overwrite, parse=functools.partial(_told, source)) as writer:
+        parse = functools.partial(_told, source, plan, device)
+        with SafetensorsWriter(destination, reserve, run, overwrite=overwrite, unfinished=unfinished, parse=parse, check=check) as writer:
             report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
             _check_unchanged(source, before)
             report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))
     report.already_done = writer.stood
-    remove_leftovers(destination)
+    remove_leftovers(hidden)
     report.output = str(destination)
     emit(RunFinished(report))
     return report

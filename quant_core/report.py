@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .durable import to_disk
 from .events import LayerFinished, LayerKept
 from .markdown import markdown_table
 
@@ -146,7 +147,7 @@ class Report:
             with open(partial, "x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
+                to_disk(file.fileno())
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)

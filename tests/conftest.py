@@ -18,7 +18,7 @@ import pytest
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.browser import chromium_path, open_page
-from learned_rounding.tests.evidence import DOCUMENT, rewritten, table
+from learned_rounding.tests.evidence import DOCUMENT, faults, rewritten, table
 
 HOSTS = available_hosts()
 TESTS = Path(__file__).resolve().parent
@@ -126,7 +126,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("faults")
         terminalreporter.write(table(tries))
     if config.getoption("--faults-table"):
-        DOCUMENT.write_text(rewritten(DOCUMENT.read_text(encoding="utf-8"), tries), encoding="utf-8")
+        DOCUMENT.write_text(rewritten(DOCUMENT.read_text(encoding="utf-8"), tries, faults()), encoding="utf-8")
 
 
 @pytest.hookimpl(hookwrapper=True)

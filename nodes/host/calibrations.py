@@ -1,5 +1,6 @@
 """Calibrations between nodes, and their files in ComfyUI's folders."""
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,10 @@ def calibration_files() -> list[str]:
 
 def _calibration_path(name: str) -> Path:
     for folder in _calibration_folders():
-        path = (folder / name).resolve()
-        if path.is_relative_to(folder.resolve()) and path.is_file():
-            return path
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # what no system takes for a name, as one with a zero byte
+            path = (folder / name).resolve()
+            if path.is_relative_to(folder.resolve()) and path.is_file():
+                return path
     raise SourceError(f"There is no calibration '{name}'; refresh the list and choose again.")
 
 

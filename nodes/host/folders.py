@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import folder_paths
 
 from ...quant_core.checkpoints import remove_leftovers
 from ...quant_core.checkpoints.sources import ShardedFiles
+from ...quant_core.durable import to_disk
 from ...quant_core.errors import OutputError, QuantizationError, SourceError
 
 try:
@@ -31,13 +33,13 @@ __all__ = [
     "destination",
     "file_state",
     "model_files",
+    "new_unfinished",
     "place",
     "safetensors_files",
     "remove",
     "stamp",
     "temporary",
     "temporary_folder",
-    "unfinished_folder",
     "without_folders",
 ]
 
@@ -50,9 +52,12 @@ _SAFETENSORS = (".safetensors", ".sft")
 _INDEX = ".safetensors.index.json"
 _SOURCES = (*_SAFETENSORS, _INDEX, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
-# Up to the last part of an absolute path, on any system.
-_FOLDERS = re.compile(r"""(?<![\w.:/\\])(?:[A-Za-z]:)?[/\\]{1,2}(?:[^\s'"/\\]+[/\\])*(?=[^\s'"/\\])""")
+# Up to the last part of an absolute path, on any system. A folder's name may hold spaces and quotes, not at its ends; a path ends before
+# another one that begins after a space, and where the sentence goes on after a colon or semicolon.
+_FOLDER = r"""[^\s'"/\\](?:(?:(?!\s[A-Za-z]:[/\\]|[:;]\s)[^\n/\\])*[^\s'"/\\])?[/\\]{1,2}"""
+_FOLDERS = re.compile(rf"""(?<![\w.:/\\])(?:[A-Za-z]:)?[/\\]{{1,2}}(?:{_FOLDER})*(?=[^\s'"/\\])""")
 _COPY = "learned_rounding_copy"  # .NAME.….partial: what is being copied
+_ABANDONED = 86_400  # seconds after which nobody comes any more for a finished file that no node has
 _CHUNK = 1 << 24  # bytes between two looks at whether the user cancelled
 
 
@@ -153,7 +158,18 @@ def temporary_folder() -> Path:
     return folder
 
 
-def unfinished_folder() -> Path:
+def new_unfinished(stem: str) -> Path:
+    """A name that no server has, in the folder of runs that are not finished; what a dead one left there under such a name goes."""
+    folder = _unfinished_folder()
+    long_ago = time.time() - _ABANDONED
+    for path in folder.glob(f"{stem}_*{_SAFETENSORS[0]}"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < long_ago:
+                path.unlink()
+    return folder / f"{stem}_{os.urandom(6).hex()}{_SAFETENSORS[0]}"
+
+
+def _unfinished_folder() -> Path:
     """Beside ComfyUI's temp folder, so that runs outlive the server; that folder itself where nothing else can be written."""
     beside = temporary_folder().parent / ".learned_rounding"
     try:
@@ -190,7 +206,10 @@ def temporary(path: Path) -> Path:
 def destination(base: Path, prefix: str) -> tuple[Path, str]:
     """The folder inside ``base`` and the start of the file name that a user's prefix means."""
     base, prefix = base.resolve(), prefix.strip().replace("\\", "/")
-    target = (base / prefix).resolve()
+    try:
+        target = (base / prefix).resolve()
+    except (OSError, RuntimeError, ValueError):  # what no system takes for a name, as one with a zero byte
+        target = base
     if not prefix or prefix.endswith("/") or not target.is_relative_to(base) or target == base:
         raise OutputError(f"'{prefix}' is no file name inside {base}; give a name, with folders before it if you like.")
     return target.parent, target.name
@@ -231,7 +250,7 @@ def _copy(path: Path, folder: Path, stem: str, suffix: str) -> Path:
                     fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _copy_bytes(source, target)
             target.flush()
-            os.fsync(target.fileno())
+            to_disk(target.fileno())
         return _first_free(folder, stem, suffix, lambda target: _name(partial, target))
     finally:
         partial.unlink(missing_ok=True)

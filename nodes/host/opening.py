@@ -46,6 +46,7 @@ class RenamedWeights:
 
     def __init__(self, source: Source, convert: Callable[[State], State]):
         self.name, self.metadata, self.layers = source.name, source.metadata, getattr(source, "layers", {})
+        self.paths = getattr(source, "paths", ())
         self._source, self._convert = source, convert
         self._weights: State = {}
         left = _shapes(source)

@@ -17,7 +17,7 @@ from ...quant_core.checkpoints import Source, TensorInfo
 from ...quant_core.checkpoints.metadata import ENCODER_PREFIX
 from ...quant_core.events import Listener
 from .calibrations import Calibrated
-from .folders import FileSource, remove, stamp, temporary, unfinished_folder
+from .folders import FileSource, new_unfinished, remove, stamp, temporary
 from .opening import opened
 from .sources import READS_ENCODERS, parts_of
 
@@ -61,7 +61,8 @@ _last: tuple[tuple, Recipe, Quantized] | None = None
 def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrated | None" = None) -> Quantized:
     """Quantize a MODEL, CLIP or :class:`FileSource` into files in ComfyUI's temp folder, on the device ComfyUI gives.
 
-    A file lies elsewhere until it is finished: where the server dies, the next run of the same goes on with it.
+    A file lies elsewhere until it is finished: where the server dies, the next run of the same goes on with it. No other server that
+    works in this folder finishes one of the same name.
     """
     global _last
     identity = (*_identity(source), calibration and calibration.mark)
@@ -70,27 +71,28 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
     _last = None
     kind, parts = parts_of(source)
     device = comfy.model_management.get_torch_device()
-    files, reports = {}, []
+    files, reports, finished = {}, [], None
     with calibration.open() if calibration else contextlib.nullcontext() as statistics:
         try:
             for part, tensors in parts.items():
-                unfinished = unfinished_folder() / f"{part or kind}.safetensors"
+                finished = new_unfinished(part or kind)
                 with opened(source) if isinstance(source, FileSource) else contextlib.nullcontext(tensors) as weights:
                     _make_room(weights.tensors.values(), recipe, statistics is not None, device)
                     report = quantize_file(
                         weights,
-                        unfinished,
+                        finished,
                         _readable(recipe, weights),
                         calibration=statistics.part(part) if statistics and part else statistics,
                         device=device,
-                        overwrite=True,
+                        overwrite=True,  # nothing is there, so that a disk needs no links for it
+                        unfinished=f"{part or kind}.safetensors",
                         on_event=on_event,
                         check=comfy.model_management.throw_exception_if_processing_interrupted,
                     )
-                files[part] = temporary(unfinished)
+                files[part] = temporary(finished)
                 reports.append(report)
         except BaseException:
-            remove(files.values())
+            remove(filter(None, (*files.values(), finished)))
             raise
     quantized = Quantized(files, kind, recipe.label, _joined(reports), getattr(source, "clip_type", ""))
     _last = (identity, recipe, quantized)

@@ -6,7 +6,7 @@ from .reader import SafetensorsFile
 from .source import SampledSource, Source, TensorInfo, TensorSource
 from .sources import open_safetensors, open_source
 from .verify import verify_file
-from .writer import SafetensorsWriter, final_path, header_bytes, remove_leftovers
+from .writer import SafetensorsWriter, final_path, header_bytes, keep_apart, remove_leftovers
 
 __all__ = [
     "inspect_file",
@@ -27,5 +27,6 @@ __all__ = [
     "SafetensorsWriter",
     "final_path",
     "header_bytes",
+    "keep_apart",
     "remove_leftovers",
 ]

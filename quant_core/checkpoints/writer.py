@@ -26,7 +26,10 @@ from typing import BinaryIO
 
 import torch
 
+from ..durable import to_disk
 from ..errors import OutputError, OutputExistsError
+from ..events import CancelCheck
+from ..waiting import awaited
 from .dtypes import DTYPE_NAMES, TORCH_DTYPES
 from .journal import Journal, checksum, write_all
 from .source import TensorInfo
@@ -39,8 +42,9 @@ except ImportError:  # Windows
 
     fcntl = None
 
-__all__ = ["SafetensorsWriter", "final_path", "header_bytes", "remove_leftovers"]
+__all__ = ["SafetensorsWriter", "final_path", "header_bytes", "keep_apart", "remove_leftovers"]
 
+_WINDOWS = os.name == "nt"
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
 _PARTIAL, _JOURNAL = ".partial", ".journal"
@@ -112,7 +116,7 @@ def _sync(descriptors: Iterable[int]) -> None:
         for descriptor in descriptors:
             opened.callback(os.close, descriptor)
         for descriptor in descriptors:
-            os.fsync(descriptor)
+            to_disk(descriptor)
 
 
 def _leftovers(path: Path, suffix: str) -> list[Path]:
@@ -125,6 +129,8 @@ def remove_leftovers(path: Path) -> int:
     for partial in _leftovers(path, _PARTIAL):
         with contextlib.suppress(OSError), open(partial, "r+b") as handle:
             if _dead(handle):
+                if _WINDOWS:
+                    handle.close()  # no file is removed there that is open, nor one that another run takes up from here on
                 partial.unlink()
                 removed += 1
     for journal in _leftovers(path, _JOURNAL):
@@ -152,6 +158,17 @@ def final_path(path: str | os.PathLike) -> Path:
     if not stat.S_ISREG(mode):
         raise OutputError(f"{path} is no ordinary file but a device or a pipe; give a file name.")
     return path
+
+
+def keep_apart(path: Path, others: Mapping[str, Iterable[Path | None]], what: str = "output") -> None:
+    """Raises :class:`OutputError` where ``path``, which a run will write as its ``what``, is another of its files, under whatever name.
+
+    ``others``: what they are to the run → where they lie, None for those that it has not.
+    """
+    for role, files in others.items():
+        for file in filter(None, files):
+            if os.path.realpath(path) == os.path.realpath(file) or (os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)):
+                raise OutputError(f"{path} is the {role} itself; choose another {what}.")
 
 
 class _Layout:
@@ -189,17 +206,20 @@ class SafetensorsWriter:
     """Write tensors in any order to a hidden partial file beside ``path``; :meth:`finish` makes it ``path``.
 
     Leaving the context without :meth:`finish` removes the partial file. Peak memory is that of one tensor. One thread writes; another
-    may :meth:`abort` meanwhile.
+    may :meth:`abort` meanwhile. What a dead run left is read, and all is flushed at the end, by a thread of the writer's own.
 
     Args:
         path: final name; its folder is made when missing, a link is followed.
         reserve: bytes to leave for the header, from :func:`header_bytes`.
         run: equal for runs that write the same bytes; what such a run had noted when it died is taken up. None: for no run.
         overwrite: replace a file that is there; otherwise :meth:`finish` refuses to, unless it is the same.
+        unfinished: the name that the hidden files bear until then, in the folder of ``path``; by default that of ``path``.
+        check: called while that thread works; raises to cancel, which waits for nothing and leaves what lay there before, or the whole file.
         parse: makes of a note what :attr:`notes` holds; whatever is wrong with one, it and all after it is not taken up.
 
     Attributes:
         notes: what was taken up, as ``parse`` made it; its tensors are not to be added again.
+        lasting: whether the next run may go on with what this one notes.
         stood: a file of the same contents was there when this one was finished, and was left.
     """
 
@@ -210,9 +230,12 @@ class SafetensorsWriter:
         run: str | None = None,
         *,
         overwrite: bool = True,
+        unfinished: str | None = None,
+        check: CancelCheck = lambda: None,
         parse: Callable[[object], object] = lambda note: note,
     ):
         self.path = final_path(path)
+        self._named = self.path.with_name(unfinished or self.path.name)
         self.notes: list[object] = []
         self._layout = _Layout()
         self._staging = Staging()
@@ -220,19 +243,26 @@ class SafetensorsWriter:
         self._begin = _LENGTH.size + self._reserve
         self._flushing = self._synced = 0
         self._file = self._partial = self._journal = None
-        self._beside = ThreadPoolExecutor(2, thread_name_prefix="learned-rounding-disk")  # one sums while another waits for the disk
+        self._beside = ThreadPoolExecutor(3, thread_name_prefix="learned-rounding-disk")  # one opens or finishes, one sums, one waits for the disk
         self._syncing: Future | None = None
-        self._lasting, self._overwrite, self._parse = run is not None, overwrite, parse
+        self.lasting, self._overwrite, self._check, self._parse = run is not None, overwrite, check, parse
         self._writing, self._over, self._left, self.stood = threading.Lock(), False, False, False
         self._made = [folder for folder in self.path.parents if not os.path.lexists(folder)]
+        try:
+            awaited(self._beside.submit(self._open, run), check)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _open(self, run: str | None) -> None:
         with self._access():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if run is None or not any(self._take_up(partial, run) for partial in _leftovers(self.path, _PARTIAL)):
+            if run is None or not any(self._take_up(partial, run) for partial in _leftovers(self._named, _PARTIAL)):
                 self._start(run)
 
     def _start(self, run: str | None) -> None:
         while True:
-            self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+            self._partial = self.path.with_name(f".{self._named.name}.{secrets.token_hex(4)}{_PARTIAL}")
             self._file = open(self._partial, "xb", buffering=0)
             if _lock(self._file) is not False and os.fstat(self._file.fileno()).st_nlink:
                 break
@@ -274,6 +304,7 @@ class SafetensorsWriter:
             if next(records, ([],))[0] != [run, self._reserve]:
                 return layout, notes, cut
             for record, begin, size in records:
+                self._check_open()
                 if "note" in record:
                     note = self._parse(record["note"])
                     for tensor in since:
@@ -331,7 +362,7 @@ class SafetensorsWriter:
         """All tensors since the last note belong together; ``value`` (JSON) is what another run needs to know of them."""
         with self._access():
             self._journal.append({"note": value})
-            if self._lasting and self._taken() - self._synced >= _SYNC:
+            if self.lasting and self._taken() - self._synced >= _SYNC:
                 self._sync_beside()
 
     def _taken(self) -> int:
@@ -384,7 +415,7 @@ class SafetensorsWriter:
             try:
                 folder = os.open(self.path.parent, os.O_RDONLY)
                 try:
-                    os.fsync(folder)
+                    to_disk(folder)
                 finally:
                     os.close(folder)
             except OSError as error:
@@ -398,6 +429,9 @@ class SafetensorsWriter:
             OutputExistsError: a file of that name, and of other contents, is there and may not be overwritten.
             OutputError: the disk failed, and nothing is left; or it failed when all was done, and the sentence says so.
         """
+        return awaited(self._beside.submit(self._finish, metadata), self._check)
+
+    def _finish(self, metadata: Mapping[str, str]) -> int:
         layout = self._layout
         with self._access():
             for name, info, begin in sorted(layout.odd, key=lambda odd: -odd[1].dtype.itemsize):
@@ -413,7 +447,8 @@ class SafetensorsWriter:
                 raise OSError(errno.EIO, f"its partial file has {size:,} bytes instead of {self._begin + layout.end:,}")
             if self._syncing is not None:
                 self._syncing.result()  # the system tells of a failure once
-            os.fsync(self._file.fileno())
+            to_disk(self._file.fileno())
+            self._check_open()
             self._publish()
             self._over = True
             try:
@@ -427,7 +462,7 @@ class SafetensorsWriter:
 
     def _publish(self) -> None:
         """Give the partial file its name, before it is closed: an unlocked one would be taken for a dead run's."""
-        if os.name == "nt":
+        if _WINDOWS:
             self._file.close()  # Windows renames no open file
         try:
             if self._overwrite:
@@ -445,7 +480,7 @@ class SafetensorsWriter:
 
     def _link(self) -> None:
         """As a renaming that raises FileExistsError instead of replacing; ours goes when the run is closed."""
-        if os.name == "nt":
+        if _WINDOWS:
             os.rename(self._partial, self.path)
             return
         try:
@@ -469,7 +504,7 @@ class SafetensorsWriter:
                             file.close()
             finally:
                 self._writing.release()
-            if os.name == "nt":  # which removes no open file
+            if _WINDOWS:  # which removes no open file
                 self._remove()
 
     def _remove(self) -> None:
@@ -493,5 +528,5 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._left = self._lasting and isinstance(error, RuntimeError) and _NO_MORE in str(error)
+        self._left = self.lasting and isinstance(error, RuntimeError) and _NO_MORE in str(error)
         self.abort()

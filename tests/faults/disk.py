@@ -14,11 +14,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints import writer
+from learned_rounding.quant_core.checkpoints import Source, TensorSource, writer
 
-__all__ = ["Disk", "File", "failing", "flushed", "killed", "killing", "once", "processes", "run"]
+__all__ = ["Disk", "File", "failing", "flushed", "in_memory", "killed", "killing", "once", "processes", "run"]
 
 _REAL_OPEN = open
 
@@ -27,14 +28,14 @@ class Disk:
     """Calls ``fault(file, data)`` before operation number ``at`` and all after it; ``file`` and ``data`` are those of a write."""
 
     def __init__(self, at: int | None = None, fault: Callable | None = None, reads: bool = False):
-        self.operations, self._at, self._fault, self._reads = [], at, fault, reads
+        self.operations, self._at, self.fault, self._reads = [], at, fault, reads
 
     def step(self, operation: str, file=None, data: bytes | memoryview = b"") -> None:
         if operation.startswith("read") and not self._reads:
             return
         self.operations.append(operation)
         if self._at is not None and len(self.operations) > self._at:
-            self._fault(file, data)
+            self.fault(file, data)
 
     def open(self, path, mode="r", **options):
         name = "journal" if str(path).endswith(".journal") else "file"
@@ -132,11 +133,25 @@ def flushed(log: Path):
         yield
 
 
-def run(source: Path, target: Path, recipe: Recipe, kind: str, at: int | None, overwrite: bool = False, log: Path | None = None) -> None:
+def in_memory(path: Path) -> TensorSource:
+    """The tensors of a file as a model holds them, which knows of no file."""
+    return TensorSource(load_file(path), name="MODEL")
+
+
+def run(
+    source: Path,
+    target: Path,
+    recipe: Recipe,
+    kind: str,
+    at: int | None,
+    overwrite: bool = False,
+    log: Path | None = None,
+    opened: Callable[[Path], Source | Path] = Path,
+) -> None:
     """In a process of its own: quantize, and die at operation ``at`` of the disk, or at a look at the cancellation check."""
     checks = Disk(at if kind == "check" else None, killing)
     with flushed(log) if log else nullcontext(), Disk(at if kind == "disk" else None, killing).under():
-        quantize_file(source, target, recipe, device="cpu", overwrite=overwrite, check=lambda: checks.step("check"))
+        quantize_file(opened(source), target, recipe, device="cpu", overwrite=overwrite, check=lambda: checks.step("check"))
 
 
 processes = multiprocessing.get_context("forkserver")

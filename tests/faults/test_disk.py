@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from learned_rounding.quant_core import quantize_file
-from learned_rounding.quant_core.calibration import CalibrationFile
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.calibration import CalibrationFile, Inputs, LayerInputs, LowRankGram
 from learned_rounding.quant_core.checkpoints import reader, writer
 from learned_rounding.quant_core.cli import main
 from learned_rounding.quant_core.errors import OutputError, SourceError
-from learned_rounding.quant_core.events import LayerStarted
+from learned_rounding.quant_core.events import LayerMeasured, LayerStarted
 from learned_rounding.tests.faults.conftest import make_case, tensors
 from learned_rounding.tests.faults.disk import Disk, failing, killed, once
 
@@ -100,7 +100,7 @@ def test_reading_fails_anywhere(case, often, tried):
 
 CHANGES = {
     "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "written over": lambda path: path.write_bytes(save(tensors(1))),
+    "written over": lambda path: path.write_bytes(save(tensors(1), {"author": "me"})),
     "one byte changed": lambda path: _poke(path),
 }
 
@@ -128,6 +128,25 @@ def test_a_source_that_changes_below_a_run_makes_no_file(one_case, change, often
         one_case.again()
         one_case.clear()
     tried(f"source {change} during the run", len(layers), "none, one sentence, next run works")
+
+
+def test_a_source_that_changes_while_formats_are_measured_makes_no_file(one_case, tried):
+    """It is read three times: for its fingerprint, to measure, and to quantize."""
+    inputs = torch.randn(96, 65, generator=torch.Generator().manual_seed(0))
+    held_out = LowRankGram(inputs.t() / 96**0.5, torch.zeros(65))
+    known = LayerInputs({f"blocks.{block}.mlp": Inputs(inputs.t() @ inputs / 96, held_out) for block in range(3)})
+    before = one_case.source.read_bytes()
+
+    def listener(event):
+        if isinstance(event, LayerMeasured) and event.index == 1:
+            CHANGES["written over"](one_case.source)
+
+    with pytest.raises(SourceError, match="changed while it was read; run again"):
+        quantize_file(one_case.source, one_case.target, Recipe(format="measured"), calibration=known, device="cpu", on_event=listener)
+    one_case.source.write_bytes(before)
+    one_case.check(complete=False)
+    one_case.again()
+    tried("source written over while formats are measured", 1, "none, one sentence, next run works")
 
 
 def _gguf(path):
@@ -288,16 +307,15 @@ def test_the_command_line_prints_names_that_its_terminal_cannot(tmp_path, tried)
 
 
 def test_a_disk_that_stops_taking_data_does_not_stop_the_check(one_case, often, tried):
-    """Each chosen write goes on only after the run has looked at its cancellation check meanwhile."""
+    """Each chosen operation, up to the last, goes on only after the run has looked at its cancellation check meanwhile."""
     every = operations(one_case)
-    points = random.Random(SEED).sample(range(every - 8), often(3, 20))
+    points = random.Random(SEED).sample(range(every - 6), often(3, 20)) + [*range(every - 6, every)]  # header, flush, name, flush, two removals
     for at in points:
         looked, waiting = threading.Event(), threading.Event()
 
         def slow(file, data, looked=looked, waiting=waiting):
-            if threading.current_thread() is not threading.main_thread():
-                waiting.set()
-                assert looked.wait(timeout=60)
+            waiting.set()
+            assert looked.wait(timeout=60)
 
         with Disk(at, slow).under():
             quantize_file(
@@ -335,35 +353,76 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("end", ["write", "read"])
 def test_who_cancels_does_not_wait_for_a_disk_that_hangs(one_case, often, tried, end):
-    """The run is over and its files are gone while the write, or the read, still hangs; it ends when it can and leaves nothing."""
+    """The run is over while the operation, at its end too, or the read still hangs; that ends when it can.
+
+    Its files are gone at once, or its file is whole: it had its name already.
+    """
     module = (reader,) if end == "read" else ()
     every = operations(one_case, *module)
-    points = random.Random(SEED).sample(range(10, every // 2), often(3, 20))
+    named = every - 3  # then, of a write: the folder's flush, two removals
+    middle, last = (range(10, every // 2), []) if end == "read" else (range(every - 8), range(every - 8, every))
+    points = [*random.Random(SEED).sample(middle, often(3, 20)), *last]
     for at in points:
-        free, waiting = threading.Event(), threading.Event()
-
-        def hang(file, data, free=free, waiting=waiting):
-            if threading.current_thread().name.startswith(f"learned-rounding-{end}") and not waiting.is_set():
-                waiting.set()
-                assert free.wait(timeout=60)
-
-        def check(waiting=waiting):
-            if waiting.is_set():
-                raise Stop
-
-        with Disk(at, hang, reads=bool(module)).under(*module):
-            with pytest.raises(Stop):
-                quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", check=check)
-            assert not free.is_set() and list(one_case.target.parent.iterdir()) == [one_case.source]
-            one_case.again()  # a run of the same meanwhile
+        with cancelled_in_a_hanging(one_case, Disk(at, None, reads=bool(module)), *module):
+            whole = end == "write" and at >= named
+            one_case.check(complete=whole)
+            if not whole:
+                assert list(one_case.target.parent.iterdir()) == [one_case.source]
+                one_case.again()  # a run of the same meanwhile
             one_case.clear()
+        assert list(one_case.target.parent.iterdir()) == [one_case.source]
+    tried(f"cancelled while a {end} hangs", len(points), "at once, whole or none, next run works")
+
+
+@contextlib.contextmanager
+def cancelled_in_a_hanging(case, disk, *modules):
+    """A run that is cancelled when a thread of it hangs at the disk's point: it is over inside, and the thread goes on afterwards."""
+    free, waiting = threading.Event(), threading.Event()
+
+    def hang(file, data):
+        if threading.current_thread().name.startswith("learned-rounding") and not waiting.is_set():
+            waiting.set()
+            assert free.wait(timeout=60)
+
+    def check():
+        if waiting.is_set():
+            raise Stop
+
+    disk.fault = hang
+    with disk.under(*modules):
+        with pytest.raises(Stop):
+            quantize_file(case.source, case.target, case.recipe, device="cpu", check=check)
+        try:
+            yield
+        finally:
             free.set()
             for thread in threading.enumerate():
                 if thread.name.startswith("learned-rounding"):
                     thread.join(timeout=60)
                     assert not thread.is_alive()
-        assert list(one_case.target.parent.iterdir()) == [one_case.source]
-    tried(f"cancelled while a {end} hangs", len(points), "at once, none, next run works")
+
+
+def test_who_cancels_does_not_wait_for_what_a_dead_run_left_to_be_read(one_case, often, tried):
+    """It is read before anything is taken up, and stays where it was."""
+
+    def dead() -> list[str]:
+        assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 60)
+        return sorted(path.name for path in one_case.target.parent.iterdir())
+
+    dead()
+    with Disk(reads=True).under() as disk:
+        quantized(one_case)
+    one_case.clear()
+    reads = next(at for at, operation in enumerate(disk.operations) if operation.startswith("cut"))
+    points = random.Random(SEED).sample(range(reads), often(3, 20))
+    for at in points:
+        left = dead()
+        with cancelled_in_a_hanging(one_case, Disk(at, None, reads=True)):
+            assert sorted(path.name for path in one_case.target.parent.iterdir()) == left
+        assert quantized(one_case).taken_up > 3
+        one_case.again()
+        one_case.clear()
+    tried("cancelled while what a dead run left is read", len(points), "at once, it stays, next run goes on with it")
 
 
 def test_removals_that_fail_hide_no_error(one_case, monkeypatch, tried):

@@ -12,13 +12,15 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, pipeline, quantize_file
+from learned_rounding.quant_core.checkpoints import TensorSource
 from learned_rounding.quant_core.checkpoints.journal import Journal
 from learned_rounding.quant_core.errors import OutputExistsError
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted
-from learned_rounding.tests.faults.disk import Disk, failing, killed, processes, run
+from learned_rounding.tests.faults.disk import Disk, failing, in_memory, killed, processes, run
 
 SEED = 20
 
@@ -225,6 +227,15 @@ def test_everything_is_on_the_disk_before_it_has_its_name(one_case):
     assert end == ["write file", "fsync", "link", "fsync", "unlink", "unlink"]  # header, its flush, the name, and that it lasts; hidden names go
 
 
+def test_a_run_towards_another_name_goes_on_when_it_shares_that_of_the_hidden_files(one_case, tried):
+    assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 60)
+    other = one_case.target.with_name("other.safetensors")
+    report = quantize_file(one_case.source, other, one_case.recipe, device="cpu", unfinished=one_case.target.name)
+    assert report.taken_up > 3 and other.read_bytes() == one_case.expected
+    assert {path.name for path in other.parent.iterdir()} == {one_case.source.name, other.name}
+    tried("the same run towards another name after kill -9", 1, "goes on, same bytes")
+
+
 OTHERS = {
     "recipe": lambda case: (case.source, Recipe(rounding="nearest", seed=5)),
     "source": lambda case: (save_file({n: t + 1 for n, t in load_file(case.source).items()}, case.source), (case.source, case.recipe))[1],
@@ -244,6 +255,36 @@ def test_another_run_takes_nothing_over(one_case, made, change, tried):
     assert taken == one_case.target.with_name("fresh.safetensors").read_bytes()
     assert not list(one_case.target.parent.glob(".*"))
     tried(f"another {change} after kill -9", 1, "nothing stale taken over")
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["the same", "changed"])
+def test_weights_in_memory_are_taken_up_when_they_are_the_dead_runs(tmp_path, changed, tried):
+    """No file's state tells that they changed, and the fingerprint's samples, sixteen pages of each tensor, may all be the same."""
+    source, target = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"blocks.{index}.proj.weight": torch.randn(512, 512, generator=generator) for index in range(6)}
+    save_file(weights, source)
+    assert killed(source, target, Recipe(), "disk", 40, False, None, in_memory)
+    assert len(noted(tmp_path)) > 2
+    if changed:
+        for weight in weights.values():
+            weight[5] += 1  # between the first two pages
+        save_file(weights, source)
+    report = quantize_file(in_memory(source), target, device="cpu")
+    assert (report.taken_up > 0) is not changed
+    fresh = target.with_name("fresh.safetensors")
+    quantize_file(in_memory(source), fresh, device="cpu")
+    assert target.read_bytes() == fresh.read_bytes()
+    tried("weights in memory after kill -9, changed between sampled pages or not", 1, "the same are taken up, none of others")
+
+
+def test_weights_in_memory_that_changed_since_the_output_was_made_are_noticed(tmp_path):
+    weights, target = {"a.weight": torch.randn(512, 512, generator=torch.Generator().manual_seed(0))}, tmp_path / "out.safetensors"
+    quantize_file(TensorSource(weights), target, device="cpu")
+    assert quantize_file(TensorSource(weights), target, device="cpu").already_done
+    weights["a.weight"][5] += 1
+    with pytest.raises(OutputExistsError, match="made from something else"):
+        quantize_file(TensorSource(weights), target, device="cpu")
 
 
 def test_a_finished_file_is_left_alone_and_its_leftovers_removed(one_case, tried):

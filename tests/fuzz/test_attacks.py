@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from learned_rounding.attacks.cases import CANARY, CASES, PATTERNS
+from learned_rounding.quant_core.cli import main
 from learned_rounding.quant_core.recipes import Recipe
 from learned_rounding.quant_core.recipes.layers import finding
 from learned_rounding.tests.fuzz.doors import TEXTS, bounded, refused, tried_all
@@ -27,6 +28,16 @@ def test_an_attack_is_refused_by_a_sentence(tmp_path, name, tried):
     if name not in SOUND and "codes" not in name and "calibration" not in name and "scale" not in name and "metadata" not in name:
         assert said["plan"] is not None and said["quantize"] is not None
     tried("a file from attacks/, through every door", len(said), "refused by a sentence, or harmless")
+
+
+@pytest.mark.parametrize("command", ["plan -i", "inspect", "verify"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("name_")])
+def test_what_is_printed_of_a_name_gives_a_terminal_no_orders(tmp_path, capsys, command, name):
+    file, content, _ = CASES[name]
+    path = tmp_path / file
+    path.write_bytes(content(tmp_path) if callable(content) else content)
+    main([*command.split(), str(path)])
+    assert all(line.isprintable() for text in capsys.readouterr() for line in text.split("\n"))
 
 
 @pytest.mark.parametrize("text", PATTERNS)

@@ -200,7 +200,13 @@ def test_requests_that_no_page_sends_get_nothing(comfy, tried):
     tried("requests to the pack's routes that no page sends", 4 * len(REQUESTS), "refused, or an empty list")
 
 
-PATHS = ("../../outside", "/tmp/outside", "..", "a/../../outside", "\\\\..\\\\outside", "nul\0byte", "", "x/", "~/../../outside")
+PATHS = ("../../outside", "/tmp/outside", "..", "a/../../outside", "\\\\..\\\\outside", "nul\0byte", "\ud800", "", "x/", "~/../../outside")
+
+
+def calibrated(file: str) -> ProbedGraph:
+    made = ProbedGraph()
+    made.add("PreviewAny", source=made.add("LearnedRoundingLoadCalibration", file=file)[0])
+    return made
 
 
 def test_no_path_leaves_comfyuis_folders(comfy, source, tried):
@@ -208,13 +214,17 @@ def test_no_path_leaves_comfyuis_folders(comfy, source, tried):
     outputs = {path for path in comfy.output_dir.rglob("*") if path.is_file()}
     saving = [graph(source, seed=9999, save=path) for path in PATHS if path]
     loading = [graph(f"{folder}/{path}", seed=1) for folder in ("diffusion_models", "..", "") for path in PATHS]
-    for each in (*saving, *loading):
+    calibrations = [calibrated(path) for path in (*PATHS, "x" * 300)]
+    for each in (*saving, *loading, *calibrations):
         try:
             comfy.queue(each)
         except HostError as error:
-            assert "Traceback" not in str(error)
+            found = [entry for node in error.node_errors.values() for entry in node["errors"]]
+            assert error.kind == "validation" and found, error  # before anything runs
+            assert {entry["type"] for entry in found} == {"custom_validation_failed"}, found  # by a sentence, and not as what it must not be asked
+            assert not any("traceback" in entry["extra_info"] for entry in found)
     assert {path for path in comfy.base.parent.iterdir()} == before
     for path in {path for path in comfy.output_dir.rglob("*") if path.is_file()} - outputs:
         assert path.resolve().is_relative_to(comfy.output_dir.resolve())
         path.unlink()
-    tried("names of files with paths in them, to load and to save", len(saving) + len(loading), "refused, or inside ComfyUI's folders")
+    tried("names of files with paths in them, to load and to save", len(saving) + len(loading) + len(calibrations), "refused, or inside ComfyUI's folders")

@@ -16,7 +16,9 @@ MODELS = Path(folder_paths.models_dir) / "diffusion_models"
 ERRORS = {
     "{}/sub folder/a model.safetensors cannot be read: no such file.": "sub folder/a model.safetensors cannot be read: no such file.",
     "'x' is no file name inside {}; give a name.": "'x' is no file name inside diffusion_models; give a name.",
-    "'/srv/other disk/b.pt' or C:\\Users\\me\\c.gguf or \\\\server\\share\\d.pt was changed.": "'other disk/b.pt' or c.gguf or d.pt was changed.",
+    "'/srv/other disk/b.pt' or C:\\Users\\me\\c.gguf or \\\\server\\share\\d.pt was changed.": "'b.pt' or c.gguf or d.pt was changed.",
+    "/home/John Smith/secret project/a model.pt, C:\\Users\\John Smith\\My Files\\b.pt or /home/John's//c.pt exists.": "a model.pt, b.pt or c.pt exists.",
+    "/srv/disk 1/a.pt: blocks/0 is no layer; see b/c.": "a.pt: blocks/0 is no layer; see b/c.",
     "See https://example.org/a/b and 1/2 and a/b.": "See https://example.org/a/b and 1/2 and a/b.",
 }
 

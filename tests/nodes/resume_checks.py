@@ -1,8 +1,9 @@
-"""Checks of in_process.py: a server that dies while it quantizes, and the one that is started after it."""
+"""Checks of in_process.py: a server that dies while it quantizes, the one that is started after it, and two that work at the same time."""
 
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import comfy.sd
@@ -10,7 +11,7 @@ import comfy.utils
 import folder_paths
 from pack.nodes import host
 from pack.quant_core import Recipe, pipeline
-from pack.quant_core.events import LayerFinished
+from pack.quant_core.events import LayerFinished, RunFinished
 
 ASSETS = Path(host.__file__).parents[2] / "assets"
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
@@ -69,4 +70,39 @@ def run_again(kind: str) -> dict:
     return {"made": count, "all": again, "same": data == same, "told": told == told_again, "left": files()}
 
 
+def at_once() -> dict:
+    """Another server on the same folder begins and ends a run, of something else or of the same, at a moment of this one's."""
+    moments = {
+        "in the middle": lambda event: isinstance(event, LayerFinished) and event.index == LAYERS,
+        "at the end": lambda event: isinstance(event, RunFinished),  # finished, and not yet in the temp folder
+    }
+
+    def run(recipe, listen=lambda event: None) -> bytes:
+        host.quantizing._last = None
+        return host.quantize(source("file"), recipe, listen).files[""].read_bytes()
+
+    others = {"something else": Recipe(rounding="nearest"), "the same": RECIPE}
+    alone, found = {name: run(recipe) for name, recipe in others.items()}, {}
+    for moment, is_now in moments.items():
+        for name, recipe in others.items():
+            made = []
+            ours = run(RECIPE, lambda event, recipe=recipe, is_now=is_now, made=made: made.append(run(recipe)) if is_now(event) else None)
+            found[f"{name}, {moment}"] = ours == alone["the same"] and made == [alone[name]]
+    return {"found": found, "left": files()}
+
+
+def left_for_good() -> dict:
+    """Finished files of servers that died before they took them to their temp folder: of two days ago, and of a moment ago."""
+    folder = Path(folder_paths.get_temp_directory()).parent / ".learned_rounding"
+    folder.mkdir()
+    old, new = (folder / f"diffusion_models_{name}.safetensors" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"a model")
+    long_ago = time.time() - 2 * 86_400
+    os.utime(old, (long_ago, long_ago))
+    host.quantize(source("file"), RECIPE, lambda event: None)
+    return {"left": sorted(path.name for path in folder.iterdir())}
+
+
 CHECKS = {f"resume_{step.__name__}_{kind}": lambda step=step, kind=kind: step(kind) for step in (die, run_again) for kind in ("file", "model")}
+CHECKS |= {"resume_at_once": at_once, "resume_left_for_good": left_for_good}

@@ -25,6 +25,17 @@ def test_the_next_server_goes_on_where_the_last_one_died(host, tmp_path, tried, 
     tried("server killed while a node quantizes, then the same run in the next server", 1, "goes on, same bytes")
 
 
+def test_two_servers_on_one_folder_get_their_own_files(host, tmp_path, tried):
+    found = in_process(host, tmp_path, "resume_at_once")
+    assert found["found"] == dict.fromkeys(found["found"], True) and len(found["found"]) == 4
+    assert found["left"] == [".safetensors"]  # the last result
+    tried("another server on the same folder quantizes meanwhile", len(found["found"]), "each its own file, whole")
+
+
+def test_finished_files_that_nobody_fetched_go_after_a_day(host, tmp_path):
+    assert in_process(host, tmp_path, "resume_left_for_good")["left"] == ["diffusion_models_new.safetensors"]
+
+
 def quantize(server, seed: int, layers: int | None = None, on_event=None) -> tuple[int, bytes]:
     """How many layers were made, and the saved file. ``layers``: after which the run waits."""
     graph = ProbedGraph()

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -461,8 +463,23 @@ def test_a_report_replaces_no_file_of_its_run(lrq, model_file, tmp_path):
     files = {path: path.read_bytes() for path in (source, calibration, recipe)}
     for report in (source, out, calibration, recipe, tmp_path / "link.json", tmp_path / "same.json"):
         code, _, (line,) = lrq("quantize", "-i", source, "-o", out, "--recipe", recipe, "--calibration", calibration, "--report", report)
-        assert code == 1 and "would replace" in line
+        assert code == 1 and "itself; choose another report" in line
         assert not out.exists() and all(path.read_bytes() == content for path, content in files.items())
+
+
+@pytest.mark.parametrize("read", ["--recipe", "--layer-config", "--calibration"])
+def test_an_output_replaces_no_file_that_its_run_reads(lrq, model_file, tmp_path, read):
+    files = {
+        "--recipe": lambda path: path.write_text(Recipe().to_json()),
+        "--layer-config": lambda path: path.write_text('{"attn": "skip"}'),
+        "--calibration": lambda path: save_file({"blocks.0.attn.qkv.gram": torch.eye(32)}, path),
+    }
+    path, source = tmp_path / "read.json", model_file()
+    files[read](path)
+    before = path.read_bytes()
+    code, _, (line,) = lrq("quantize", "-i", source, "-o", path, read, path, "--overwrite")
+    assert code == 1 and f"is the {read[2:].replace('-', ' ')} itself; choose another output" in line
+    assert path.read_bytes() == before
 
 
 def test_a_run_that_was_done_already_keeps_its_report(lrq, model_file, tmp_path):
@@ -511,6 +528,54 @@ def test_a_reader_that_goes_away_ends_it_quietly(model_file, tmp_path, words):
     done = subprocess.run([sys.executable, ROOT, *words], stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, timeout=120)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+SAID = "lrq: the work is done, but what lrq prints cannot be written (No space left on device); free some space there.\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(
+    "streams, code, said",
+    [(">&-", 0, ""), ("2>&-", 0, ""), (">&- 2>&- <&-", 0, ""), ("2>/dev/full", 0, ""), (">/dev/full 2>&-", 1, ""), (">/dev/full", 1, SAID)],
+)
+def test_streams_that_are_closed_or_full_do_not_end_the_work(model_file, tmp_path, streams, code, said):
+    command = [sys.executable, ROOT, "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--verbose"]
+    for words, expected in ((command, code), ([sys.executable, ROOT, "verify", "none"], 1)):
+        done = subprocess.run(["sh", "-c", f"{shlex.join(map(str, words))} {streams}"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert done.returncode == expected and "Traceback" not in done.stderr and "unexpected" not in done.stderr
+        if words is command:
+            assert re.sub(r".*\r", "", done.stderr) == said or not said
+            assert verify_file(tmp_path / "q.safetensors").problems == []
+
+
+def test_a_terminal_that_is_closed_during_the_work_does_not_end_it(model_file, tmp_path):
+    """Writing to it is an input/output error from then on."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, ROOT, "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--verbose"]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+        os.close(theirs)
+        os.close(ours)
+        assert process.wait(timeout=120) == 0
+    assert verify_file(tmp_path / "q.safetensors").problems == []
+
+
+def test_names_give_a_terminal_no_orders(lrq, tmp_path):
+    """A name that clears the screen, begins another line and ends one, or turns the direction of reading."""
+    source, out, name = tmp_path / "model.safetensors", tmp_path / "out.safetensors", "a\x1b[2J\r\n\0\u202eb"
+    save_file({f"{name}.weight": torch.randn(32, 32), f"{name}.proj.weight": torch.full((32, 32), float("nan"))}, source)
+    damaged = tmp_path / "damaged.safetensors"
+    save_file({f"{name}.weight": torch.randn(8, 8), f"{name}.weight_scale": torch.ones(3)}, damaged)
+    made = [
+        lrq("plan", "-i", source, "--preset", "none"),
+        lrq("quantize", "-i", source, "-o", out, "--preset", "none", "--verbose", "--simple"),
+        lrq("inspect", out),
+        lrq("verify", damaged),
+        lrq("migrate", "-i", damaged, "-o", tmp_path / "new.safetensors"),
+    ]
+    assert [code for code, *_ in made] == [0, 0, 0, 1, 1]
+    for code, text, errors in made:
+        assert all(line.isprintable() for line in [*text.split("\n"), *errors]), (code, text, errors)
+    assert "a\\x1b[2J\\r\\n\\x00\\u202eb.weight" in made[0][1]
 
 
 def test_shards_of_a_quantized_model(lrq, model_file, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.calibration import Inputs, LayerInputs
+from learned_rounding.quant_core.calibration import CalibrationFile, Inputs, LayerInputs
 from learned_rounding.quant_core.calibration.histogram import histogram
 from learned_rounding.quant_core.checkpoints import SafetensorsFile, layer_configs, verify_file
 from learned_rounding.quant_core.errors import NothingToQuantizeError, OutputError, SourceError
@@ -238,6 +238,11 @@ def test_what_is_refused(tmp_path, migrate):
         migrate(old_fp8())
     with pytest.raises(OutputError, match="the source itself"):
         migrate_file(tmp_path / "old.safetensors", tmp_path / "old.safetensors", overwrite=True)
+    save_file({"blocks.0.mlp.gram": torch.eye(8)}, tmp_path / "x.calib.safetensors")
+    statistics = (tmp_path / "x.calib.safetensors").read_bytes()
+    with CalibrationFile(tmp_path / "x.calib.safetensors") as known, pytest.raises(OutputError, match="the calibration itself"):
+        migrate_file(tmp_path / "old.safetensors", tmp_path / "x.calib.safetensors", calibration=known, overwrite=True)
+    assert (tmp_path / "x.calib.safetensors").read_bytes() == statistics
     migrate(old_fp8(), overwrite=True)
     with pytest.raises(SourceError, match="not finite and positive"):
         migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(float("nan"))}, overwrite=True)
@@ -245,3 +250,10 @@ def test_what_is_refused(tmp_path, migrate):
         migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(2.0 + 0j)}, overwrite=True)
     assert verify_file(tmp_path / "new.safetensors").problems == []  # what was there is not lost
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_what_a_dead_run_left_behind_is_removed(tmp_path, migrate):
+    leftover = tmp_path / ".new.safetensors.00ab12cd.partial"
+    leftover.write_bytes(b"half a file")
+    migrate(old_fp8())
+    assert not leftover.exists()

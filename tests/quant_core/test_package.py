@@ -20,8 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Each part may import those on lower floors, and itself. A part that is not listed here needs a place first.
 FLOORS = [
-    {"errors", "events", "version", "markdown", "linalg"},
-    {"formats", "report", "comparison"},
+    {"durable", "errors", "events", "version", "markdown", "linalg", "terminal"},
+    {"formats", "report", "comparison", "waiting"},
     {"rounding", "checkpoints"},
     {"calibration"},
     {"recipes", "layer"},

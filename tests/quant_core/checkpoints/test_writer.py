@@ -319,7 +319,7 @@ def test_nobody_waits_for_the_disk_before_the_end(tmp_path, listing, monkeypatch
             out.note(name)
         free.set()
         out.finish({})
-    assert len(synced) == 2  # the file and its journal, once: the disk was behind all the time
+    assert len(synced) == 3  # the file and its journal once, as the disk was behind all the time, and the file at the end
     assert listing() == ["a.safetensors"]
     assert all(torch.equal(load_file(tmp_path / "a.safetensors")[name], tensor) for name, tensor in tensors.items())
 
@@ -410,6 +410,23 @@ def test_leftovers_of_dead_runs_are_removed(tmp_path, listing, name):
     path.write_bytes(b"the file itself")
     assert remove_leftovers(path) == 2
     assert listing() == [name]
+
+
+def test_leftovers_are_removed_where_no_open_file_can_be(tmp_path, listing, monkeypatch):
+    """As on Windows."""
+    real = Path.unlink
+
+    def unlink(path, **options):
+        opened = (os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+        if str(path) in opened:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        real(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr(writer, "_WINDOWS", True)
+    leftover(tmp_path / "a.safetensors"), leftover(tmp_path / "a.safetensors", "11111111")
+    assert remove_leftovers(tmp_path / "a.safetensors") == 2
+    assert listing() == []
 
 
 def test_files_of_other_outputs_are_left_alone(tmp_path, listing):
