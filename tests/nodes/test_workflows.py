@@ -73,9 +73,16 @@ def test_an_example_is_for_users(name):
         assert {"UNETLoader", "CLIPLoader", "VAELoader", "CLIPTextEncode", "EmptySD3LatentImage"} <= {node["type"] for node in nodes}
 
 
+def _workflow_of(picture) -> dict:
+    with Image.open(picture) as opened:
+        return json.loads(opened.text["workflow"])
+
+
 def test_every_substitution_is_needed():
-    nodes = [node for workflow in WORKFLOWS.values() for node in workflow["nodes"]]
-    values = {value for node in nodes for value in node["widgets_values"] if isinstance(value, str)}
+    """By an example, or by a workflow that a picture of the help carries."""
+    workflows = [*WORKFLOWS.values(), *map(_workflow_of, (EXAMPLES.parent / "web" / "docs" / "images").glob("*.png"))]
+    nodes = [node for workflow in workflows for node in workflow["nodes"]]
+    values = {value for node in nodes for value in node.get("widgets_values") or () if isinstance(value, str)}
     assert set(FILES) <= {value.split("/")[-1] for value in values}
     assert {*VALUES, *REPLACED, *DROPPED} <= {node["type"] for node in nodes}
 
