@@ -34,7 +34,12 @@ FLAGS = [
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 # Nothing lies over the graph: no tour, no map, no frame counter, no advertisement of another kind of nodes.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.RightSidePanel.IsOpen": False,  # as an earlier page may have left it
+}
 _NO_BANNER = """for (const key of ['vueNodesBannerDismissed', 'comfy.vueNodesMigration.dismissed'])
     try { localStorage.setItem(key, 'true') } catch { /* a page without storage has no banner */ }"""
 
