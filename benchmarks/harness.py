@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from learned_rounding.quant_core.version import VERSION
 
 _LONGEST = 1000  # characters that are worth printing
 
-__all__ = ["arguments", "environment", "finish", "markdown_table"]
+__all__ = ["arguments", "environment", "finish"]
 
 
 def arguments(description: str, *extra) -> argparse.Namespace:
@@ -53,11 +52,6 @@ def finish(args: argparse.Namespace, rows: list[dict], **more) -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**environment(), "rows": rows, **more}, indent=1) + "\n", encoding="utf-8")
-
-
-def markdown_table(columns: list[str], lines: Iterable[list[str]]) -> str:
-    """A table in Markdown, without a line break at its end."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
 
 
 def _print_table(rows: list[dict]) -> None:

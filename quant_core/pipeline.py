@@ -359,7 +359,7 @@ def _checksums(tensors: Mapping[str, torch.Tensor], staging: Staging) -> dict[st
     return {name: tensor_checksum(tensor, staging) for name, tensor in tensors.items()}
 
 
-def _told(source: Source, plan: Plan, device: torch.device, note: dict) -> tuple[list[LayerFinished | LayerKept], dict | None]:
+def _told(source: Source, plan: Plan, device: torch.device, staging: Staging, note: dict) -> tuple[list[LayerFinished | LayerKept], dict | None]:
     """The events and the JSON of a layer from a note; raises whatever a note that is none of this source's leads to.
 
     Whether a source in memory is that of the dead run, no file's state tells: its tensors are read again.
@@ -371,7 +371,7 @@ def _told(source: Source, plan: Plan, device: torch.device, note: dict) -> tuple
     if not all(source.tensors[event.name].shape == event.shape for event in events) or not isinstance(note["config"] or {}, dict):
         raise ValueError("a note of another source")
     given = {} if _paths(source) else {event.name: source.read(event.name, _place(plan, event.name, device)) for event in events}
-    if note["sums"] != _checksums(given, Staging()):
+    if note["sums"] != _checksums(given, staging):
         raise ValueError("a note of other weights")
     return events, note["config"]
 
@@ -548,7 +548,7 @@ def quantize_file(
         }
         reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
         run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
-        parse = functools.partial(_told, source, plan, device)
+        parse = functools.partial(_told, source, plan, device, Staging())
         with SafetensorsWriter(destination, reserve, run, overwrite=overwrite, unfinished=unfinished, parse=parse, check=check) as writer:
             report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
             _check_unchanged(source, before)
