@@ -60,7 +60,13 @@ def _input_scale(dtype: str, values: bytes) -> bytes:
 
 def _known(amax: tuple[str, bytes] | None = None, **header: object) -> bytes:
     """A calibration of a layer "a" of 16 × 16, with a largest magnitude of that dtype and value in each channel."""
-    gram = {"a.gram": ("F32", [16, 16], b"".join(struct.pack("<f", row == column) for row in range(16) for column in range(16)))}
+    gram = {
+        "a.gram": (
+            "F32",
+            [16, 16],
+            b"".join(struct.pack("<f", row == column) for row in range(16) for column in range(16)),
+        )
+    }
     if amax:
         dtype, value = amax
         gram |= {"a.amax": (dtype, [16], value * 16), "a.histogram": ("F32", [512], struct.pack("<f", 1.0) * 512)}
@@ -163,8 +169,16 @@ _DEEP = b"[" * 100_000
 
 # name → (file name, its bytes or what makes them for a folder, what was tried)
 CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
-    "length_beyond_file": ("x.safetensors", safetensors({}, length=2**40), "a header length beyond the file, to have its bytes allocated"),
-    "length_of_64_bits": ("x.safetensors", safetensors({}, length=2**64 - 1), "a header length of 64 ones, to overflow a sum"),
+    "length_beyond_file": (
+        "x.safetensors",
+        safetensors({}, length=2**40),
+        "a header length beyond the file, to have its bytes allocated",
+    ),
+    "length_of_64_bits": (
+        "x.safetensors",
+        safetensors({}, length=2**64 - 1),
+        "a header length of 64 ones, to overflow a sum",
+    ),
     "length_zero": ("x.safetensors", safetensors({}, length=0), "an empty header"),
     "header_deep": ("x.safetensors", safetensors(b'{"a":' + _DEEP), "JSON nested 100,000 deep, to exhaust the stack"),
     "header_lists": (
@@ -174,7 +188,11 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     ),
     "header_list": ("x.safetensors", safetensors(b'{"a.weight":[1,2]}'), "a tensor's entry that is no object"),
     "header_not_utf8": ("x.safetensors", safetensors(b'{"\xff":1}'), "bytes that are no UTF-8 in a name"),
-    "header_half_character": ("x.safetensors", _one(_F32, bytes(256), "a\ud800.weight"), "half a surrogate pair as a name, which no output can hold"),
+    "header_half_character": (
+        "x.safetensors",
+        _one(_F32, bytes(256), "a\ud800.weight"),
+        "half a surrogate pair as a name, which no output can hold",
+    ),
     "header_huge_number": (
         "x.safetensors",
         safetensors(b'{"a.weight":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}'),
@@ -183,7 +201,10 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "metadata_number": ("x.safetensors", safetensors({"__metadata__": {"a": 1}}), "metadata that is no text"),
     "name_twice": (
         "x.safetensors",
-        safetensors(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"),
+        safetensors(
+            b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+            b"x",
+        ),
         "one name twice, so that two readers see two files",
     ),
     "many_entries": (
@@ -191,40 +212,80 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
         safetensors(b'{"a":{}' + b"".join(b',"%d":{}' % index for index in range(20_000)) + b"}"),
         "20,000 entries that are none",
     ),
-    "offsets_overlap": ("x.safetensors", safetensors({"a": _entry("U8", [8], 0, 8), "b": _entry("U8", [8], 4, 12)}, bytes(12)), "two tensors that share bytes"),
+    "offsets_overlap": (
+        "x.safetensors",
+        safetensors({"a": _entry("U8", [8], 0, 8), "b": _entry("U8", [8], 4, 12)}, bytes(12)),
+        "two tensors that share bytes",
+    ),
     "offsets_hole": (
         "x.safetensors",
         safetensors({"a": _entry("U8", [4], 0, 4), "b": _entry("U8", [4], 8, 12)}, bytes(12)),
         "bytes between tensors that belong to none",
     ),
-    "offsets_beyond": ("x.safetensors", _one(_entry("U8", [2**40], 0, 2**40), bytes(8)), "a tensor of a terabyte in a file of a few bytes"),
+    "offsets_beyond": (
+        "x.safetensors",
+        _one(_entry("U8", [2**40], 0, 2**40), bytes(8)),
+        "a tensor of a terabyte in a file of a few bytes",
+    ),
     "offsets_negative": ("x.safetensors", _one(_entry("U8", [8], -8, 0), bytes(8)), "an offset before the data"),
-    "offsets_float": ("x.safetensors", _one(_entry("U8", [8], 0.0, 8.0), bytes(8)), "offsets that are no whole numbers"),
-    "shape_overflow": ("x.safetensors", _one(_entry("U8", [2**32, 2**32, 0], 0, 0)), "dimensions whose product overflows 64 bits before a zero"),
+    "offsets_float": (
+        "x.safetensors",
+        _one(_entry("U8", [8], 0.0, 8.0), bytes(8)),
+        "offsets that are no whole numbers",
+    ),
+    "shape_overflow": (
+        "x.safetensors",
+        _one(_entry("U8", [2**32, 2**32, 0], 0, 0)),
+        "dimensions whose product overflows 64 bits before a zero",
+    ),
     "shape_overflow_beside": (
         "x.safetensors",
         _several({"a.weight": ("F32", [8, 8], bytes(256)), "b.weight": ("F32", [2**32, 2**32, 0], b"")}),
         "the same beside a sound weight",
     ),
-    "shape_product": ("x.safetensors", _one(_entry("U8", [2**63, 2], 0, 0)), "dimensions whose product is 0 in 64 bits"),
+    "shape_product": (
+        "x.safetensors",
+        _one(_entry("U8", [2**63, 2], 0, 0)),
+        "dimensions whose product is 0 in 64 bits",
+    ),
     "shape_rank": ("x.safetensors", _one(_entry("U8", [1] * 10_000, 0, 1), b"x"), "10,000 dimensions"),
     "shape_bool": ("x.safetensors", _one(_entry("U8", [True], 0, 1), b"x"), "true as a dimension"),
-    "data_behind": ("x.safetensors", _one(_entry("U8", [1], 0, 1), b"x" * 1000), "data behind the last tensor, as a file in a file"),
+    "data_behind": (
+        "x.safetensors",
+        _one(_entry("U8", [1], 0, 1), b"x" * 1000),
+        "data behind the last tensor, as a file in a file",
+    ),
     "name_path": ("x.safetensors", _one(_F32, bytes(256), "../../etc/passwd.weight"), "a path as a tensor's name"),
     "name_empty": ("x.safetensors", _one(_F32, bytes(256), ""), "a tensor without a name"),
-    "name_control": ("x.safetensors", _one(_F32, bytes(256), "\x1b[2J\r\n\0.weight"), "control characters of terminals as a name"),
-    "name_long": ("x.safetensors", _one(_F32, bytes(256), "blocks." * 20_000 + "weight"), "a name of 140,000 characters, against patterns"),
+    "name_control": (
+        "x.safetensors",
+        _one(_F32, bytes(256), "\x1b[2J\r\n\0.weight"),
+        "control characters of terminals as a name",
+    ),
+    "name_long": (
+        "x.safetensors",
+        _one(_F32, bytes(256), "blocks." * 20_000 + "weight"),
+        "a name of 140,000 characters, against patterns",
+    ),
     "weights_nan": ("x.safetensors", _one(_F32, struct.pack("<f", float("nan")) * 64), "weights of nothing but NaN"),
     "weights_huge": ("x.safetensors", _one(_F32, struct.pack("<f", 3e38) * 64), "weights at the end of float32"),
     "scale_nan": ("x.safetensors", _coded(_FP8, float("nan")), "a scale that is NaN"),
     "scale_infinite": ("x.safetensors", _coded(_FP8, float("inf")), "an infinite scale"),
     "scale_negative": ("x.safetensors", _coded(_FP8, -1.0), "a negative scale"),
     "scale_input_complex": ("x.safetensors", _input_scale("C64", bytes(8)), "a complex input scale"),
-    "scale_input_whole": ("x.safetensors", _input_scale("U16", b"\1\0"), "an input scale of a dtype that torch computes little in"),
+    "scale_input_whole": (
+        "x.safetensors",
+        _input_scale("U16", b"\1\0"),
+        "an input scale of a dtype that torch computes little in",
+    ),
     "scale_input_fp8": ("x.safetensors", _input_scale("F8_E4M3", b"\x38"), "an input scale in FP8"),
     "codes_empty": ("x.safetensors", _coded(b"{}"), "a layer's JSON that names no format"),
     "codes_deep": ("x.safetensors", _coded(b'{"format":' + _DEEP), "a layer's JSON nested 100,000 deep"),
-    "codes_large": ("x.safetensors", lambda folder: _coded(b'{"format":[' + b"{}," * 7_000_000 + b"0]}"), "a layer's JSON of seven million values"),
+    "codes_large": (
+        "x.safetensors",
+        lambda folder: _coded(b'{"format":[' + b"{}," * 7_000_000 + b"0]}"),
+        "a layer's JSON of seven million values",
+    ),
     "codes_list": ("x.safetensors", _coded(b'{"format":["float8_e4m3fn"]}'), "a list as a layer's format"),
     "codes_unknown": ("x.safetensors", _coded(b'{"format":"__import__(\'os\')"}'), "code as a layer's format"),
     "codes_group_zero": (
@@ -232,10 +293,26 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
         _coded(b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":0,"group_size":0}'),
         "groups of no channels, to divide by zero",
     ),
-    "codes_group_huge": ("x.safetensors", _coded(b'{"format":"int8_blockwise","group_size":99999999999999999999}'), "a block wider than 64 bits"),
-    "metadata_deep": ("x.safetensors", _coded(_FP8, _quantization_metadata=_DEEP.decode()), "a header entry nested 100,000 deep"),
-    "metadata_layers_text": ("x.safetensors", _coded(_FP8, _quantization_metadata='{"layers":"a"}'), "text in place of the header's table of layers"),
-    "provenance_lies": ("x.safetensors", _one(_F32, bytes(256), learned_rounding='{"fingerprint":{}}'), "a fingerprint that is no text"),
+    "codes_group_huge": (
+        "x.safetensors",
+        _coded(b'{"format":"int8_blockwise","group_size":99999999999999999999}'),
+        "a block wider than 64 bits",
+    ),
+    "metadata_deep": (
+        "x.safetensors",
+        _coded(_FP8, _quantization_metadata=_DEEP.decode()),
+        "a header entry nested 100,000 deep",
+    ),
+    "metadata_layers_text": (
+        "x.safetensors",
+        _coded(_FP8, _quantization_metadata='{"layers":"a"}'),
+        "text in place of the header's table of layers",
+    ),
+    "provenance_lies": (
+        "x.safetensors",
+        _one(_F32, bytes(256), learned_rounding='{"fingerprint":{}}'),
+        "a fingerprint that is no text",
+    ),
     "calibration_deep": (
         "x.calib.safetensors",
         _one(_F32, bytes(256), "a.gram", learned_rounding_calibration=_DEEP.decode()),
@@ -251,36 +328,88 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
         _one(_F32, bytes(256), "a.gram", learned_rounding_calibration='{"layers":{"a":["a",1e999,8]}}'),
         "an infinite number of channels in a calibration",
     ),
-    "calibration_nan": ("x.calib.safetensors", _one(_F32, struct.pack("<f", float("nan")) * 64, "a.gram"), "a Gram of nothing but NaN"),
-    "calibration_flat": ("x.calib.safetensors", _one(_entry("F32", [64], 0, 256), bytes(256), "a.gram"), "a Gram that is no matrix"),
+    "calibration_nan": (
+        "x.calib.safetensors",
+        _one(_F32, struct.pack("<f", float("nan")) * 64, "a.gram"),
+        "a Gram of nothing but NaN",
+    ),
+    "calibration_flat": (
+        "x.calib.safetensors",
+        _one(_entry("F32", [64], 0, 256), bytes(256), "a.gram"),
+        "a Gram that is no matrix",
+    ),
     "calibration_complex": ("x.calib.safetensors", _known(("C64", struct.pack("<2f", 9.0, 9.0))), "complex magnitudes"),
-    "calibration_whole": ("x.calib.safetensors", _known(("U16", b"\1\0")), "magnitudes of a dtype that torch computes little in"),
+    "calibration_whole": (
+        "x.calib.safetensors",
+        _known(("U16", b"\1\0")),
+        "magnitudes of a dtype that torch computes little in",
+    ),
     "calibration_fp8": ("x.calib.safetensors", _known(("F8_E4M3", b"\x38")), "magnitudes in FP8"),
-    "calibration_tiny": ("x.calib.safetensors", _known(("F32", struct.pack("<f", 1e-45))), "magnitudes of which no scale is a normal number"),
-    "calibration_sensitivity": ("x.calib.safetensors", _known(sensitivity={"a": -1.0}), "a sensitivity below zero, which has no root"),
-    "calibration_sensitivity_nan": ("x.calib.safetensors", _known(sensitivity={"a": float("nan")}), "a sensitivity that is NaN"),
+    "calibration_tiny": (
+        "x.calib.safetensors",
+        _known(("F32", struct.pack("<f", 1e-45))),
+        "magnitudes of which no scale is a normal number",
+    ),
+    "calibration_sensitivity": (
+        "x.calib.safetensors",
+        _known(sensitivity={"a": -1.0}),
+        "a sensitivity below zero, which has no root",
+    ),
+    "calibration_sensitivity_nan": (
+        "x.calib.safetensors",
+        _known(sensitivity={"a": float("nan")}),
+        "a sensitivity that is NaN",
+    ),
     "calibration_panels": (
         "x.calib.safetensors",
         safetensors({"a.gram.panels": _entry("F16", [1], 0, 2), "a.gram.roots": _entry("F16", [1], 2, 4)}, bytes(4)),
         "a packed Gram of the wrong size",
     ),
-    "pickle_runs": ("x.ckpt", lambda folder: pickle.dumps({"a.weight": _Touch(folder)}), "a pickle that runs code when it is opened"),
-    "pickle_as_safetensors": ("x.safetensors", lambda folder: pickle.dumps(_Touch(folder)), "the same under another name"),
+    "pickle_runs": (
+        "x.ckpt",
+        lambda folder: pickle.dumps({"a.weight": _Touch(folder)}),
+        "a pickle that runs code when it is opened",
+    ),
+    "pickle_as_safetensors": (
+        "x.safetensors",
+        lambda folder: pickle.dumps(_Touch(folder)),
+        "the same under another name",
+    ),
     "pickle_cut": ("x.pt", lambda folder: pickle.dumps({"a.weight": _Touch(folder)})[:20], "half a pickle"),
-    "pickle_expanded": ("x.pt", _saved(lambda: torch.zeros(1).expand(200_000, 200_000)), "one value seen as forty billion"),
+    "pickle_expanded": (
+        "x.pt",
+        _saved(lambda: torch.zeros(1).expand(200_000, 200_000)),
+        "one value seen as forty billion",
+    ),
     "pickle_negative": ("x.pt", _storage_claims(-1), "a storage of less than nothing"),
     "pickle_beyond": ("x.pt", _storage_claims(2**40), "a storage of a terabyte in a file of a few bytes"),
     "pickle_meta": ("x.pt", _saved(lambda: torch.empty(4, 4, device="meta")), "a tensor without values"),
-    "pickle_quantized": ("x.pt", _saved(lambda: torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8)), "codes of torch's own quantization"),
-    "pickle_nested": ("x.pt", _saved(lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])), "a tensor of tensors"),
+    "pickle_quantized": (
+        "x.pt",
+        _saved(lambda: torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8)),
+        "codes of torch's own quantization",
+    ),
+    "pickle_nested": (
+        "x.pt",
+        _saved(lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])),
+        "a tensor of tensors",
+    ),
     "pickle_sparse": ("x.pt", _saved(lambda: torch.eye(4).to_sparse_csr()), "a tensor of indices and values"),
     "pickle_half_character": ("x.pt", _saved(lambda: torch.zeros(4, 4), "\ud800"), "half a surrogate pair as a name"),
-    "pickle_header_name": ("x.pt", _saved(lambda: torch.zeros(4, 4), "__metadata__"), "a tensor by the name of the header's own table"),
+    "pickle_header_name": (
+        "x.pt",
+        _saved(lambda: torch.zeros(4, 4), "__metadata__"),
+        "a tensor by the name of the header's own table",
+    ),
     "pickle_compressed": ("x.pt", _compressed, "a megabyte that unpacks to a gigabyte"),
     "pickle_memo": ("x.pt", _zipped(b"\x80\x02}r\xff\xff\xff\x7f."), "a place in the memo behind two billion others"),
     "pickle_deep": ("x.pt", _zipped(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "lists nested 100,000 deep"),
     "pickle_laughs": ("x.pt", _zipped(b"\x80\x02}(" + _LAUGHS + b"N" + b"u."), "a key that takes 2⁶⁰ steps to look up"),
-    "pickle_name_laughs": ("x.pt", _zipped(b"\x80\x02" + _LAUGHS + b"2\x93."), "a name to import that takes 2⁶⁰ steps to write out"),
+    "pickle_name_laughs": (
+        "x.pt",
+        _zipped(b"\x80\x02" + _LAUGHS + b"2\x93."),
+        "a name to import that takes 2⁶⁰ steps to write out",
+    ),
     "pickle_key_laughs": (
         "x.pt",
         _zipped(b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + _LAUGHS + b"X\x03\x00\x00\x00cpuK\x01tQ."),
@@ -296,10 +425,20 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
         _zipped(b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(NK\x00))NN" + _LAUGHS + b"tR."),
         "the same as the dtype of a tensor",
     ),
-    "pickle_old_laughs": ("x.pt", _old_pickle(b"\x80\x02}.", b"\x80\x02](" + _LAUGHS + b"e."), "the same as a storage's name in a file of old"),
+    "pickle_old_laughs": (
+        "x.pt",
+        _old_pickle(b"\x80\x02}.", b"\x80\x02](" + _LAUGHS + b"e."),
+        "the same as a storage's name in a file of old",
+    ),
     "pickle_again": (
         "x.pt",
-        _zipped(b"\x80\x02ccollections\nOrderedDict\nq\x00](" + b"NN\x86" * 100_000 + b"e\x85q\x01" + b"h\x00h\x01R0" * 100_000 + b"N."),
+        _zipped(
+            b"\x80\x02ccollections\nOrderedDict\nq\x00]("
+            + b"NN\x86" * 100_000
+            + b"e\x85q\x01"
+            + b"h\x00h\x01R0" * 100_000
+            + b"N."
+        ),
         "a hundred thousand tables of one list of as many pairs",
     ),
     "pickle_wrapped": (
@@ -324,13 +463,29 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
         "half a million times a storage told in as many words",
     ),
     "zip_empty": ("x.pt", b"PK\x05\x06" + bytes(18), "an empty archive as a checkpoint"),
-    "index_climbs": ("x.safetensors.index.json", _index("../secret.safetensors"), "an index that leads out of its folder"),
-    "index_absolute": ("x.safetensors.index.json", _index("/etc/passwd"), "an index that leads to a file of the system"),
-    "index_windows": ("x.safetensors.index.json", _index("..\\secret.safetensors"), "an index that leads out by the other kind of slash"),
+    "index_climbs": (
+        "x.safetensors.index.json",
+        _index("../secret.safetensors"),
+        "an index that leads out of its folder",
+    ),
+    "index_absolute": (
+        "x.safetensors.index.json",
+        _index("/etc/passwd"),
+        "an index that leads to a file of the system",
+    ),
+    "index_windows": (
+        "x.safetensors.index.json",
+        _index("..\\secret.safetensors"),
+        "an index that leads out by the other kind of slash",
+    ),
     "index_itself": ("x.safetensors.index.json", _index("x.safetensors.index.json"), "an index that is its own shard"),
     "index_null": ("x.safetensors.index.json", _index("a\0b"), "a shard whose name no system takes"),
     "index_deep": ("x.safetensors.index.json", b'{"weight_map":' + _DEEP, "an index nested 100,000 deep"),
-    "index_large": ("x.safetensors.index.json", lambda folder: b'{"weight_map":[' + b"{}," * 7_000_000 + b"0]}", "an index of seven million values"),
+    "index_large": (
+        "x.safetensors.index.json",
+        lambda folder: b'{"weight_map":[' + b"{}," * 7_000_000 + b"0]}",
+        "an index of seven million values",
+    ),
     "index_lists": (
         "x.safetensors.index.json",
         lambda folder: b'{"weight_map":[' + (b"[" * 900 + b"]" * 900 + b",") * 8_000 + b"0]}",
@@ -341,9 +496,17 @@ CASES: dict[str, tuple[str, bytes | Callable[[Path], bytes], str]] = {
     "gguf_beyond": ("x.gguf", _gguf((2**40,), 0), "a tensor of terabytes in a file of a few bytes"),
     "gguf_overflow": ("x.gguf", _gguf((2**40, 2**40, 2**40), 0), "dimensions whose product overflows"),
     "gguf_offset": ("x.gguf", _gguf((8, 8), 2**63), "a tensor that begins at half of 64 bits"),
-    "gguf_rank": ("x.gguf", b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"a" + struct.pack("<I", 2**31), "two billion dimensions"),
+    "gguf_rank": (
+        "x.gguf",
+        b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"a" + struct.pack("<I", 2**31),
+        "two billion dimensions",
+    ),
     "gguf_kind": ("x.gguf", _gguf((8, 8), 0, 77), "codes of a kind that is none"),
-    "gguf_alignment": ("x.gguf", _gguf((8, 8), 0, **{"general.alignment": struct.pack("<If", 6, 32.0)}), "an alignment that is no whole number"),
+    "gguf_alignment": (
+        "x.gguf",
+        _gguf((8, 8), 0, **{"general.alignment": struct.pack("<If", 6, 32.0)}),
+        "an alignment that is no whole number",
+    ),
     "gguf_shape_float": (
         "x.gguf",
         _gguf((8, 8), 0, **{"comfy.gguf.orig_shape.a.weight": struct.pack("<IIQ2d", 9, 12, 2, 0.5, 128.0)}),

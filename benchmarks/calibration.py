@@ -127,7 +127,9 @@ class _Sampler:
             graph.sample_in_parts(model[0], f"{prefix}-{seed:02}", MARKS, seed=seed)
         self._server.queue(graph, timeout=1800)
         folder, seeds = self._server.output_dir, range(self._seeds)
-        found = np.stack([np.stack([latents(folder, f"{prefix}-{seed:02}-{mark:02}") for seed in seeds]) for mark in MARKS])
+        found = np.stack(
+            [np.stack([latents(folder, f"{prefix}-{seed:02}-{mark:02}") for seed in seeds]) for mark in MARKS]
+        )
         shown = np.stack([pictures(folder, f"{prefix}-{seed:02}") for seed in seeds])
         images = self._decode(found[-1])
         if np.abs(images - shown).max() > 1.01 / 255:  # ComfyUI cuts off where it does not round
@@ -199,9 +201,7 @@ def _gains_here(calibration: Path, choices: dict, layers: list[str]) -> list[flo
     with CalibrationFile(calibration) as file:
         for name in layers:
             gram = file.inputs(name.removesuffix(".weight")).gram
-            found.append(
-                quantize_weight(weights[name], gram=gram, rounding="calibrated", **choices).rounded.gain
-            )
+            found.append(quantize_weight(weights[name], gram=gram, rounding="calibrated", **choices).rounded.gain)
     return found
 
 
@@ -274,7 +274,9 @@ def main() -> None:
                 raise SystemExit("ComfyUI samples a float32 copy of the model otherwise than the model itself.")
             for (name, method), file in files.items():
                 for section in image_mse:
-                    if section == "w8a8" and (not FORMATS[name]["format"].startswith("int8") or method in WEIGHTS_ALONE):
+                    if section == "w8a8" and (
+                        not FORMATS[name]["format"].startswith("int8") or method in WEIGHTS_ALONE
+                    ):
                         continue
                     target = file
                     if section == "weights only":
@@ -285,7 +287,10 @@ def main() -> None:
                     row, errors[section, name, method] = _row(full, found, base_error)
                     row["bytes"] = _bytes(file)
                     if known := gains[name, method]:
-                        row |= {"gain median": float(np.median(list(known.values()))), "gain worst": max(known.values())}
+                        row |= {
+                            "gain median": float(np.median(list(known.values()))),
+                            "gain worst": max(known.values()),
+                        }
                     if section == "weights only" and method == "calibrated":
                         here = _gains_here(calibration, FORMATS[name], list(known))
                         row["gain here"] = float(np.median(here))
@@ -294,7 +299,10 @@ def main() -> None:
                             for layer, gain in zip(known, here, strict=True)
                         }
                     rows.append({"section": section, "format": name, "method": method, **row})
-                    image_mse[section].setdefault(name, {})[method] = {"png": row["MSE PNG"], "unrounded": row["MSE unrounded"]}
+                    image_mse[section].setdefault(name, {})[method] = {
+                        "png": row["MSE PNG"],
+                        "unrounded": row["MSE unrounded"],
+                    }
                 if method == "nearest" and FORMATS[name]["format"].startswith("int8"):
                     found = sample(MODEL, f"floor-{file.stem}", quantized_as=file)
                     row, _ = _row(full, found, errors["w8a8", name, "nearest"])
@@ -320,7 +328,8 @@ def main() -> None:
         image_mse_w8a8_unrounded=nested("w8a8", "unrounded"),
         text_encoder=_text_encoder(),
         mse_per_picture={
-            " / ".join(key): [[float(f"{value:.4g}") for value in line] for line in found] for key, found in errors.items()
+            " / ".join(key): [[float(f"{value:.4g}") for value in line] for line in found]
+            for key, found in errors.items()
         },
         gains_per_layer_held_out_and_here=layers,
     )

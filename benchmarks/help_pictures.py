@@ -29,7 +29,11 @@ OUT = ROOT / "web" / "docs" / "images"
 COLOURS = 64
 MARGIN = 24  # pixels around the node
 PROMPTS = ("red apple", "owl")
-SOURCE, QUANTIZED, CALIBRATION = "diffusion_models/z_image_turbo_bf16.safetensors", "diffusion_models/z_image_turbo_int8.safetensors", "z_image_turbo"
+SOURCE, QUANTIZED, CALIBRATION = (
+    "diffusion_models/z_image_turbo_bf16.safetensors",
+    "diffusion_models/z_image_turbo_int8.safetensors",
+    "z_image_turbo",
+)
 # Nodes that an example shows.
 EXAMPLES = {
     "LearnedRoundingLoadModel": "quantize_file",
@@ -52,7 +56,10 @@ NAMED = (
 
 
 def sampling(graph: Graph, clip: list) -> dict:
-    words = {name: graph.add("CLIPTextEncode", clip=clip, text=text)[0] for name, text in (("positive", "a red apple"), ("negative", ""))}
+    words = {
+        name: graph.add("CLIPTextEncode", clip=clip, text=text)[0]
+        for name, text in (("positive", "a red apple"), ("negative", ""))
+    }
     return words | {"latent_image": graph.add("EmptySD3LatentImage", width=1024, height=1024, batch_size=1)[0]}
 
 
@@ -63,7 +70,15 @@ def text_encoder(graph: Graph):
 def options() -> Graph:
     graph = Graph()
     chosen = graph.add("LearnedRoundingOptions", optimizer="adamw", num_iter=500)
-    recipe = graph.add("LearnedRoundingConfigure", format="int8_tensorwise", granularity="auto", preset="auto", seed=0, rounding="principal", options=chosen[0])
+    recipe = graph.add(
+        "LearnedRoundingConfigure",
+        format="int8_tensorwise",
+        granularity="auto",
+        preset="auto",
+        seed=0,
+        rounding="principal",
+        options=chosen[0],
+    )
     source = graph.add("LearnedRoundingLoadModel", model=SOURCE)
     quantized = graph.add("LearnedRoundingQuantize", source=source[0], recipe=recipe[0])
     graph.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix="model", folder="output")
@@ -74,7 +89,17 @@ def load_quantized() -> Graph:
     graph = Graph()
     loaded = graph.add("LearnedRoundingLoadQuantized", model=QUANTIZED)
     known = sampling(graph, text_encoder(graph)[0])
-    sampled = graph.add("KSampler", model=loaded[0], seed=0, steps=20, cfg=4, sampler_name="euler", scheduler="simple", denoise=1, **known)
+    sampled = graph.add(
+        "KSampler",
+        model=loaded[0],
+        seed=0,
+        steps=20,
+        cfg=4,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1,
+        **known,
+    )
     decoded = graph.add("VAEDecode", samples=sampled[0], vae=graph.add("VAELoader", vae_name="ae.safetensors")[0])
     graph.add("SaveImage", images=decoded[0], filename_prefix="ComfyUI")
     return graph
@@ -89,7 +114,16 @@ def inspect() -> Graph:
 def save_calibration() -> Graph:
     graph = Graph()
     model = graph.add("UNETLoader", unet_name=Path(SOURCE).name, weight_dtype="default")
-    known = {"seed": 0, "steps": 20, "cfg": 4, "sampler_name": "euler", "scheduler": "simple", "samples": 4, "keep": "full", "tokens": 256}
+    known = {
+        "seed": 0,
+        "steps": 20,
+        "cfg": 4,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "samples": 4,
+        "keep": "full",
+        "tokens": 256,
+    }
     made = graph.add("LearnedRoundingCalibrate", model=model[0], **known, **sampling(graph, text_encoder(graph)[0]))
     graph.add("LearnedRoundingSaveCalibration", calibration=made[0], filename_prefix=CALIBRATION)
     return graph
@@ -111,7 +145,12 @@ def text_encoders() -> Graph:
     prompts = "a red apple on a table\nan owl at night\na sketch of a castle\na train in the snow"
     made = graph.add("LearnedRoundingCalibrateText", clip=clip[0], prompts=prompts, keep="full", seed=0, tokens=256)
     quantized = graph.add("LearnedRoundingQuantize", source=clip[0], calibration=made[0])
-    graph.add("LearnedRoundingCompareText", reference=clip[0], compared=quantized[1], prompts="a blue bicycle\na fox by the sea")
+    graph.add(
+        "LearnedRoundingCompareText",
+        reference=clip[0],
+        compared=quantized[1],
+        prompts="a blue bicycle\na fox by the sea",
+    )
     graph.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix="t5xxl", folder="output")
     return graph
 
@@ -140,7 +179,12 @@ def take(page, node: str, known: Mapping) -> None:
         load_workflow(page, with_tiny_parts(copy.deepcopy(workflow), known))
         finished(page, queue_prompt(page, wait=False))
     at = view(page, [node], zoom=1, alone=True)
-    clip = {"x": at["x"] - MARGIN, "y": at["y"] - MARGIN, "width": at["width"] + 2 * MARGIN, "height": at["height"] + 2 * MARGIN}
+    clip = {
+        "x": at["x"] - MARGIN,
+        "y": at["y"] - MARGIN,
+        "width": at["width"] + 2 * MARGIN,
+        "height": at["height"] + 2 * MARGIN,
+    }
     picture = Image.open(io.BytesIO(page.screenshot(clip=clip, style=STYLE)))
     info = PngInfo()
     info.add_text("workflow", json.dumps(workflow))
@@ -149,7 +193,12 @@ def take(page, node: str, known: Mapping) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[*EXAMPLES, *MADE], nargs="+", help="these nodes, in the order in which their files are made; default: all")
+    parser.add_argument(
+        "--only",
+        choices=[*EXAMPLES, *MADE],
+        nargs="+",
+        help="these nodes, in the order in which their files are made; default: all",
+    )
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     host = max(available_hosts(), key=lambda host: [int(part) for part in host.version.split(".")])

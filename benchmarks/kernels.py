@@ -241,7 +241,14 @@ def main() -> None:
     """Measure, or read what was measured, and report."""
     args = arguments(
         __doc__.partition("\n")[0],
-        ("--profile", {"nargs": 2, "metavar": ("LAYER", "FORMAT"), "help": 'run one layer for a profiler, as "Flux.1 proj" "int8 row"'}),
+        (
+            "--profile",
+            {
+                "nargs": 2,
+                "metavar": ("LAYER", "FORMAT"),
+                "help": 'run one layer for a profiler, as "Flux.1 proj" "int8 row"',
+            },
+        ),
         ("--read", {"type": Path, "metavar": "JSON", "help": "report on an earlier result, measure nothing"}),
         ("--markdown", {"type": Path, "metavar": "FILE", "help": "write the tables of the README"}),
     )

@@ -99,16 +99,32 @@ def _layers(result: dict) -> str:
         least = floor(result["device"], *map(int, row["shape"].split("×")))
         ours = (f"{row[name]:.2f}" + (f" ({row[name] * least / plain:.2f})" if least else "") for name in _OURS)
         rivals = (f"{_number(row, name):.2f}" if _number(row, name) else _NONE for name in _RIVALS)
-        return [_name(row), row["shape"], f"{plain:.0f} ({row['F.linear TFLOP/s']:.0f})", f"{least:.0f}" if least else _NONE, *ours, *rivals]
+        return [
+            _name(row),
+            row["shape"],
+            f"{plain:.0f} ({row['F.linear TFLOP/s']:.0f})",
+            f"{least:.0f}" if least else _NONE,
+            *ours,
+            *rivals,
+        ]
 
-    headings = ["layer", "tokens × out × in", "bf16 µs (TFLOP/s)", "floor µs", *(f"{heading} (of floor)" for heading in _OURS.values()), *_RIVALS.values()]
+    headings = [
+        "layer",
+        "tokens × out × in",
+        "bf16 µs (TFLOP/s)",
+        "floor µs",
+        *(f"{heading} (of floor)" for heading in _OURS.values()),
+        *_RIVALS.values(),
+    ]
     return markdown_table(headings, map(cells, _section(result, "linear")))
 
 
 def _ratios(rows: list[dict], heading: str, key: str) -> str:
     """A line for each row; numbers of a hundred and more without decimals."""
     names = [name for name in rows[0] if name not in ("section", key)]
-    lines = ([row[key], *(f"{row[name]:.0f}" if row[name] >= 100 else f"{row[name]:.2f}" for name in names)] for row in rows)
+    lines = (
+        [row[key], *(f"{row[name]:.0f}" if row[name] >= 100 else f"{row[name]:.2f}" for name in names)] for row in rows
+    )
     return markdown_table([heading, *names], lines)
 
 

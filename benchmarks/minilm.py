@@ -53,7 +53,9 @@ def read_model(path: Path | None) -> dict[str, torch.Tensor]:
     else:
         found = path.exists()
     if path.is_file():
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()}
+        return {
+            name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()
+        }
     weights = next(path.rglob("model.safetensors"), None) if found else None
     if weights is None:
         print(_HOW, file=sys.stderr)

@@ -45,7 +45,8 @@ _SMALL = 8  # of each side, in quick
 def flux(parts: int = 1) -> dict[str, TensorInfo]:
     """Flux.1 dev's tensors in bfloat16, each side divided by ``parts``."""
     return {
-        name: TensorInfo(torch.bfloat16, tuple(max(side // parts, 1) for side in entry.shape)) for name, entry in read("flux").items()
+        name: TensorInfo(torch.bfloat16, tuple(max(side // parts, 1) for side in entry.shape))
+        for name, entry in read("flux").items()
     }
 
 
@@ -53,7 +54,11 @@ def make_header(path: Path) -> None:
     """A file of Flux.1 dev's header and holes."""
     entries, end = {}, 0
     for name, info in flux().items():
-        entries[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": info.shape, "data_offsets": [end, end := end + info.nbytes]}
+        entries[name] = {
+            "dtype": DTYPE_NAMES[info.dtype],
+            "shape": info.shape,
+            "data_offsets": [end, end := end + info.nbytes],
+        }
     header = json.dumps(entries).encode()
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -108,7 +113,10 @@ def main() -> None:
         commands = _planned(folder / "header.safetensors", args.rounds)
         source = folder / "model.safetensors"
         make_weights(source, flux(_SMALL if args.quick else 1), device)
-        rows = [{"recipe": name, **_foreseen(source, folder / "out.safetensors", recipe, device)} for name, recipe in RECIPES.items()]
+        rows = [
+            {"recipe": name, **_foreseen(source, folder / "out.safetensors", recipe, device)}
+            for name, recipe in RECIPES.items()
+        ]
         finish(args, rows, commands=commands, source_gb=source.stat().st_size / 1e9)
     finally:
         shutil.rmtree(folder)

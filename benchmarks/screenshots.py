@@ -1,8 +1,8 @@
 """Pictures of the nodes in real ComfyUI hosts, at work and after it: examples run with the tiny model.
 
-    python benchmarks/screenshots.py                     writes docs/images/NAME-HOST.png for each host
-    python benchmarks/screenshots.py --vue-nodes         NAME-HOST-vue.png
-    python benchmarks/screenshots.py --theme light       NAME-HOST-light.png
+python benchmarks/screenshots.py                     writes docs/images/NAME-HOST.png for each host
+python benchmarks/screenshots.py --vue-nodes         NAME-HOST-vue.png
+python benchmarks/screenshots.py --theme light       NAME-HOST-light.png
 """
 
 import argparse
@@ -70,8 +70,15 @@ def take(page, shot: Shot, path: Path) -> Path:
         strip = page.locator(".lr-strip:visible").last.bounding_box()
         page.mouse.move(strip["x"] + shot.card * strip["width"], strip["y"] + strip["height"] / 2)
         page.locator(".lr-card:visible").wait_for()
-        at["height"] = max(at["height"], sum(page.locator(".lr-card:visible").bounding_box()[key] for key in ("y", "height")) - at["y"])
-    clip = {"x": at["x"] - MARGIN, "y": at["y"] - MARGIN, "width": at["width"] + 2 * MARGIN, "height": at["height"] + 2 * MARGIN}
+        at["height"] = max(
+            at["height"], sum(page.locator(".lr-card:visible").bounding_box()[key] for key in ("y", "height")) - at["y"]
+        )
+    clip = {
+        "x": at["x"] - MARGIN,
+        "y": at["y"] - MARGIN,
+        "width": at["width"] + 2 * MARGIN,
+        "height": at["height"] + 2 * MARGIN,
+    }
     page.screenshot(path=path, clip=clip, style=STYLE)
     page.mouse.move(0, 0)
     return path
@@ -87,7 +94,9 @@ def finished(page, answer: Mapping) -> None:
     wait_until_done(page)
 
 
-def take_all(host: Host, out: Path, shots: tuple[Shot, ...], *, vue_nodes: bool, theme: str, density: float) -> Iterator[Path]:
+def take_all(
+    host: Host, out: Path, shots: tuple[Shot, ...], *, vue_nodes: bool, theme: str, density: float
+) -> Iterator[Path]:
     """All shots in one host, each example run once."""
     kind = host.version.removesuffix(".0") + ("-vue" if vue_nodes else "") + ("" if theme == "dark" else f"-{theme}")
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
@@ -95,7 +104,9 @@ def take_all(host: Host, out: Path, shots: tuple[Shot, ...], *, vue_nodes: bool,
         place_further(server.base)
         known = server.object_info()
         settings = {**SETTINGS, "Comfy.ColorPalette": theme}
-        with open_page(server, vue_nodes=vue_nodes, settings=settings, size=(1920, 1200), density=density, timeout=600) as page:
+        with open_page(
+            server, vue_nodes=vue_nodes, settings=settings, size=(1920, 1200), density=density, timeout=600
+        ) as page:
             for example, some in groupby(shots, key=lambda shot: shot.example):
                 load_workflow(page, inspect() if example == "inspect" else with_tiny_model(example, known))
                 answer = queue_prompt(page, wait=False)

@@ -1,6 +1,6 @@
 """Pictures of the examples for the template browser: what each looks like after a run with the tiny model.
 
-    python benchmarks/thumbnails.py      writes example_workflows/NAME.jpg, from the newest ComfyUI here
+python benchmarks/thumbnails.py      writes example_workflows/NAME.jpg, from the newest ComfyUI here
 """
 
 import argparse

@@ -37,7 +37,8 @@ _TWO_FRAMES = """
     await frame()
 }"""
 # Each message in a task of its own, as from the socket; a pace of 0 leaves no time between them.
-_PLAY = """async ([messages, pace, mark]) => {
+_PLAY = (
+    """async ([messages, pace, mark]) => {
     const {api} = window.comfyAPI.api
     const {port1, port2} = new MessageChannel()
     const next = () => new Promise((done) => {
@@ -51,14 +52,19 @@ _PLAY = """async ([messages, pace, mark]) => {
         api.dispatchEvent(event)
         performance.mark(`${mark}.end`)
         await next()
-    }""" + _TWO_FRAMES
+    }"""
+    + _TWO_FRAMES
+)
 # All of them, as catching up hands them over.
-_REPLAY = """async ([messages, _, mark]) => {
+_REPLAY = (
+    """async ([messages, _, mark]) => {
     const {showRun} = await import('/extensions/learned_rounding/progress_widget.js')
     const run = messages.map((text) => JSON.parse(text))
     performance.mark(`${mark}.begin`)
     showRun(window.app.graph._nodes[0], run)
-    performance.mark(`${mark}.end`)""" + _TWO_FRAMES
+    performance.mark(`${mark}.end`)"""
+    + _TWO_FRAMES
+)
 
 
 def messages(node: str, layers: int) -> Iterator[dict]:
@@ -102,11 +108,15 @@ def traced(page, work) -> list[dict]:
 
 def milliseconds(events: Iterable[dict]) -> dict[str, list[float]]:
     """ "message", "frame" and "rendering" → durations in ms, one for each message or frame of the panel's."""
-    begins, ends = (sorted(event["tts"] for event in events if event["name"] == f"{MARK}.{part}") for part in ("begin", "end"))
+    begins, ends = (
+        sorted(event["tts"] for event in events if event["name"] == f"{MARK}.{part}") for part in ("begin", "end")
+    )
     frames = sorted(
         (event["tts"], event["tts"] + event["tdur"])
         for event in events
-        if event["name"] == "FunctionCall" and event["ph"] == "X" and "progress_widget.js" in event["args"]["data"].get("url", "")
+        if event["name"] == "FunctionCall"
+        and event["ph"] == "X"
+        and "progress_widget.js" in event["args"]["data"].get("url", "")
     )
     thread = {event["tid"] for event in events if event["name"] == f"{MARK}.begin"}
     rendering = sorted(
@@ -116,7 +126,8 @@ def milliseconds(events: Iterable[dict]) -> dict[str, list[float]]:
     )
     following = [begin for begin, _ in frames[1:]] + [float("inf")]
     drawn = [
-        sum(duration for at, duration in rendering if end <= at < following) for (_, end), following in zip(frames, following, strict=True)
+        sum(duration for at, duration in rendering if end <= at < following)
+        for (_, end), following in zip(frames, following, strict=True)
     ]
     found = {
         "message": [end - begin for begin, end in zip(begins, ends, strict=True)],
@@ -128,11 +139,19 @@ def milliseconds(events: Iterable[dict]) -> dict[str, list[float]]:
 
 def row(what: str, durations: list[float]) -> dict:
     cuts = statistics.quantiles(durations, n=20, method="inclusive") if len(durations) > 1 else durations * 20
-    return {"what": what, "count": len(durations), "p50 ms": statistics.median(durations), "p95 ms": cuts[18], "max ms": max(durations)}
+    return {
+        "what": what,
+        "count": len(durations),
+        "p50 ms": statistics.median(durations),
+        "p95 ms": cuts[18],
+        "max ms": max(durations),
+    }
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], ("--layers", {"type": int, "help": f"of the model (default: {LAYERS}, quick: 200)"}))
+    args = arguments(
+        __doc__.splitlines()[0], ("--layers", {"type": int, "help": f"of the model (default: {LAYERS}, quick: 200)"})
+    )
     layers = args.layers or (200 if args.quick else LAYERS)
     hosts = available_hosts()
     if not hosts:
@@ -146,7 +165,9 @@ def main() -> None:
                         load_workflow(page, WORKFLOW)
                         page.locator(".lr-progress").wait_for(state="visible")
                         texts = [json.dumps(message) for message in messages("1", layers)]
-                        play = functools.partial(page.evaluate, _REPLAY if delay is None else _PLAY, [texts, delay, MARK])
+                        play = functools.partial(
+                            page.evaluate, _REPLAY if delay is None else _PLAY, [texts, delay, MARK]
+                        )
                         measured = milliseconds(traced(page, play))
                         shown = page.locator(".lr-count").inner_text()
                         if not shown.startswith("100 %"):

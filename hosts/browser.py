@@ -24,7 +24,16 @@ from .server import ComfyServer, HostError
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-__all__ = ["chromium_path", "load_workflow", "open_page", "queue_prompt", "screenshot", "view", "visit", "wait_until_done"]
+__all__ = [
+    "chromium_path",
+    "load_workflow",
+    "open_page",
+    "queue_prompt",
+    "screenshot",
+    "view",
+    "visit",
+    "wait_until_done",
+]
 
 # The page of a host has no business outside this machine; these keep Chromium from trying.
 FLAGS = [
@@ -167,7 +176,12 @@ def open_page(
             page = context.pages[0] if context.pages else context.new_page()
             if problems is not None:
                 page.on("pageerror", lambda error: problems.append(f"{error} {error.stack}"))
-                page.on("console", lambda line: line.type in ("error", "warning") and problems.append(f"{line.text} ({line.location['url']})"))
+                page.on(
+                    "console",
+                    lambda line: (
+                        line.type in ("error", "warning") and problems.append(f"{line.text} ({line.location['url']})")
+                    ),
+                )
             context.add_init_script(_NO_BANNER)
             visit(page, server)
             yield page

@@ -63,6 +63,10 @@ def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[
             entry["name"]: sources[entry["link"]] for entry in node.get("inputs", ()) if entry.get("link") is not None
         }
         names = widget_names(object_info[node["type"]])
-        values = {name: value for name, value in zip(names, node.get("widgets_values") or (), strict=False) if name is not None}
+        values = {
+            name: value
+            for name, value in zip(names, node.get("widgets_values") or (), strict=False)
+            if name is not None
+        }
         api[str(node["id"])] = {"class_type": node["type"], "inputs": {**values, **inputs}}
     return api

@@ -38,7 +38,9 @@ def _asked_for() -> str:
     name = os.environ.get(VARIABLE) or "auto"
     if name in BACKENDS:
         return name
-    log.warning("%s names no kernel backend: %r, so auto is used; choose one of %s.", VARIABLE, name, ", ".join(BACKENDS))
+    log.warning(
+        "%s names no kernel backend: %r, so auto is used; choose one of %s.", VARIABLE, name, ", ".join(BACKENDS)
+    )
     return "auto"
 
 
@@ -92,10 +94,12 @@ BLOCKS = Need(
     lambda x, codes, scale, bias, block_size, *_: not block_size or _is_power(block_size, 32),
 )
 WEIGHT_BLOCKS = Need(
-    "the block size must be a power of two from 16 to 1024", lambda x, dtype, block_size, *_: not block_size or _is_power(block_size, 16)
+    "the block size must be a power of two from 16 to 1024",
+    lambda x, dtype, block_size, *_: not block_size or _is_power(block_size, 16),
 )
 CODE_BLOCKS = Need(
-    "the block size must be a power of two from 16 to 1024", lambda codes, scale, block_size, *_: not block_size or _is_power(block_size, 16)
+    "the block size must be a power of two from 16 to 1024",
+    lambda codes, scale, block_size, *_: not block_size or _is_power(block_size, 16),
 )
 FLOATS = Need(
     "inputs must be float16, bfloat16 or float32",

@@ -125,11 +125,18 @@ def _check(condition: bool, what: str, *values) -> None:
 
 
 def _check_block_size(block_size: int) -> None:
-    _check(isinstance(block_size, int) and block_size > 0, "The block size must be a positive integer, not {!r}.", block_size)
+    _check(
+        isinstance(block_size, int) and block_size > 0,
+        "The block size must be a positive integer, not {!r}.",
+        block_size,
+    )
 
 
 def _check_rotation(inner: int, rotate_by: int, block_size: int = 0) -> None:
-    _check(not (rotate_by and block_size), "Rotated channels are scaled per row or tensor; leave out rotate_by or block_size.")
+    _check(
+        not (rotate_by and block_size),
+        "Rotated channels are scaled per row or tensor; leave out rotate_by or block_size.",
+    )
     _check(rotate_by in (0, 16, 64, 256), "A rotation has groups of 16, 64 or 256 channels, not {}.", rotate_by)
     _check(not rotate_by or inner % rotate_by == 0, "Groups of {} do not divide {} channels.", rotate_by, inner)
 
@@ -211,12 +218,18 @@ def _checked_scale(codes: torch.Tensor, scale: torch.Tensor, block_size: int) ->
         wanted = -(-out // block_size), -(-inner // block_size)
         _check(
             scale.shape == wanted,
-            "Codes {} in blocks of {} need a scale {}, not {}.", tuple(codes.shape), block_size, wanted, tuple(scale.shape),
+            "Codes {} in blocks of {} need a scale {}, not {}.",
+            tuple(codes.shape),
+            block_size,
+            wanted,
+            tuple(scale.shape),
         )
         return scale
     _check(
         scale.numel() in (1, out),
-        "Codes {} need one scale or one a row, not {}.", tuple(codes.shape), tuple(scale.shape),
+        "Codes {} need one scale or one a row, not {}.",
+        tuple(codes.shape),
+        tuple(scale.shape),
     )
     return scale.reshape(-1, 1)
 
@@ -310,6 +323,8 @@ def round_block(weight, shift, before, coupling, scale, tile_rows: int, grid: Gr
     return _round_block(weight, shift, before, coupling, scale, tile_rows, *grid)
 
 
-def scale_errors(weight, scale, ratios, column_weight, tile_rows: int, tile_columns: int, group: int, grid: GridArithmetic):
+def scale_errors(
+    weight, scale, ratios, column_weight, tile_rows: int, tile_columns: int, group: int, grid: GridArithmetic
+):
     """Squared rounding errors under many candidate scales in one pass; see :mod:`.reference`."""
     return _scale_errors(weight, scale, ratios, column_weight, tile_rows, tile_columns, group, *grid)

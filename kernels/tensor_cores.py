@@ -53,5 +53,3 @@ def scaled_linear(x, codes, scale, bias, block_size: int, rotate_by: int, out_dt
         row = scale.reshape(1, -1).expand(1, codes.shape[0]).contiguous()
         product = torch._scaled_mm(inputs, codes.t(), input_scale.contiguous(), row, out_dtype=torch.bfloat16)
     return (product if bias is None else product + bias).to(out_dtype)
-
-

@@ -24,7 +24,11 @@ class CompareTextEncoders(io.ComfyNode):
                 io.Clip.Input("reference", tooltip="The full-precision CLIP."),
                 io.Clip.Input("compared", tooltip="The quantized CLIP."),
                 widget(
-                    io.String, id="prompts", default="", multiline=True, tooltip="Prompts like those you use, one a line."
+                    io.String,
+                    id="prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="Prompts like those you use, one a line.",
                 ),
             ],
             outputs=[

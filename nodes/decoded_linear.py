@@ -49,7 +49,9 @@ def decoding_operations(operations):
                 entries = read_config(config, f"{layer}: its comfy_quant tensor")
                 codes = codes.view(find_format(entries["format"]).grid.dtype)
                 tensors = {"weight": codes, "weight_scale": scale}
-                infos = {f"{layer}.{key}": TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+                infos = {
+                    f"{layer}.{key}": TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()
+                }
                 self.encoding = layer_encoding(layer, entries, infos)
                 self.made_dtype = self.weight.dtype
                 self.weight = torch.nn.Parameter(torch.empty_like(codes), requires_grad=False)

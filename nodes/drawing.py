@@ -41,7 +41,9 @@ def _labelled(names: Sequence[str]) -> dict[int, str]:
 class _Axes:
     """A drawing with labelled axes, and where a point lies in it."""
 
-    def __init__(self, title: str, x_label: str, y_label: str, width: tuple[float, float], xs: Mapping, ys: Sequence[float]):
+    def __init__(
+        self, title: str, x_label: str, y_label: str, width: tuple[float, float], xs: Mapping, ys: Sequence[float]
+    ):
         """``width``: the range of the x axis; ``xs``: where its ticks are, and their labels; ``ys``: ticks of the other."""
         self.image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
         self.draw = ImageDraw.Draw(self.image)
@@ -49,7 +51,9 @@ class _Axes:
         self.draw.text((_LEFT, 16), title, fill=_INK, font=_font(_TITLE))
         for y in ys:
             self.draw.line([self.at(width[0], y), self.at(width[1], y)], fill=_GRID)
-            self.draw.text((_LEFT - 10, self.at(width[0], y)[1]), f"{y:.4g}", fill=_FAINT, font=_font(_TEXT), anchor="rm")
+            self.draw.text(
+                (_LEFT - 10, self.at(width[0], y)[1]), f"{y:.4g}", fill=_FAINT, font=_font(_TEXT), anchor="rm"
+            )
         for x, label in xs.items():
             column = self.at(x, ys[0])
             self.draw.line([column, (column[0], column[1] + 5)], fill=_FAINT)
@@ -62,13 +66,17 @@ class _Axes:
     def _upwards(self, text: str, length: int, corner: tuple[int, int]) -> None:
         """Text that reads upwards, in the middle of a white strip of that length."""
         across = Image.new("RGB", (length, _TEXT + 6), "white")
-        ImageDraw.Draw(across).text((across.width // 2, across.height // 2), text, fill=_INK, font=_font(_TEXT), anchor="mm")
+        ImageDraw.Draw(across).text(
+            (across.width // 2, across.height // 2), text, fill=_INK, font=_font(_TEXT), anchor="mm"
+        )
         self.image.paste(across.rotate(90, expand=True), corner)
 
     def say(self, x: float, value: float) -> None:
         """Stand in words what no bar can be as high as."""
         column, row = self.at(x, 0)
-        self._upwards(_WORDS[value == math.inf], _WORD, (round(column) - _TEXT // 2 - 3, max(_TOP, round(row) - _WORD - 4)))
+        self._upwards(
+            _WORDS[value == math.inf], _WORD, (round(column) - _TEXT // 2 - 3, max(_TOP, round(row) - _WORD - 4))
+        )
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         right = (x - self._width[0]) / (self._width[1] - self._width[0])
@@ -110,7 +118,9 @@ def named_bars(title: str, x_label: str, y_label: str, bars: Mapping[str, float]
     return _bars(title, x_label, y_label, edges, list(bars.values()), _labelled(list(bars)), share=0.5)
 
 
-def _bars(title: str, x_label: str, y_label: str, edges, heights, xs: Mapping[float, str], share: float = 1.0) -> Image.Image:
+def _bars(
+    title: str, x_label: str, y_label: str, edges, heights, xs: Mapping[float, str], share: float = 1.0
+) -> Image.Image:
     """``share``: how much of the room between two edges a bar takes."""
     finite = [0.0, *(height for height in heights if math.isfinite(height))]
     low, high = min(finite), max(finite)

@@ -80,7 +80,9 @@ class _ScaledLayout(QuantizedLayout):
             RecipeError: a block size that the format does not have.
         """
         if tensor.dim() != 2:
-            raise ValueError(f"{cls.format} holds matrices only, not a tensor of shape {tuple(tensor.shape)}; leave it as it is.")
+            raise ValueError(
+                f"{cls.format} holds matrices only, not a tensor of shape {tuple(tensor.shape)}; leave it as it is."
+            )
         if scale not in (None, "recalculate"):
             raise ValueError(f"{cls.format} derives its scales from the weight; leave scale out.")
         encoding = cls.encoding(block_size)

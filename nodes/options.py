@@ -11,7 +11,10 @@ __all__ = ["RoundingOptions"]
 
 _DEFAULT = -1  # of a number that was not chosen
 _LEFT_ALONE = [AUTO, _DEFAULT, False]  # off is the default of every switch
-_GRADIENT = ["optimizer", *(name for name, option in OPTIONS.items() if option.gradient)]  # any of them: gradient rounding
+_GRADIENT = [
+    "optimizer",
+    *(name for name, option in OPTIONS.items() if option.gradient),
+]  # any of them: gradient rounding
 
 
 def _tooltip(option) -> str:
@@ -75,7 +78,9 @@ class RoundingOptions(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, **chosen):
-        return checked(lambda *_: Recipe(format="int8_blockwise", **_given(chosen)), *chosen.values())  # which has a block size
+        return checked(
+            lambda *_: Recipe(format="int8_blockwise", **_given(chosen)), *chosen.values()
+        )  # which has a block size
 
     @classmethod
     def execute(cls, **chosen) -> io.NodeOutput:
@@ -83,4 +88,6 @@ class RoundingOptions(io.ComfyNode):
 
 
 def _given(chosen: dict) -> dict:
-    return {name: value for name, value in chosen.items() if value is not False and value not in (AUTO, _DEFAULT)}  # 0 is a choice, and equals False
+    return {
+        name: value for name, value in chosen.items() if value is not False and value not in (AUTO, _DEFAULT)
+    }  # 0 is a choice, and equals False

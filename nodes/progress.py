@@ -86,7 +86,11 @@ def _layer(event: LayerFinished) -> dict:
 
 
 def _kept(event: LayerKept) -> dict | None:
-    return None if event.planned else {"state": "kept", "name": event.name, "shape": list(event.shape), "reason": event.reason}
+    return (
+        None
+        if event.planned
+        else {"state": "kept", "name": event.name, "shape": list(event.shape), "reason": event.reason}
+    )
 
 
 def _finished(event: RunFinished) -> dict:
@@ -106,7 +110,8 @@ def _finished(event: RunFinished) -> dict:
         "median_gain": _finite(report.median_gain),
         "solvers": report.solvers,
         "worst": [
-            {"name": layer.name, "error": layer.weight_error, "output_error": layer.output_error} for layer in _worst(report)
+            {"name": layer.name, "error": layer.weight_error, "output_error": layer.output_error}
+            for layer in _worst(report)
         ],
     }
 
@@ -147,7 +152,9 @@ def _messages_of(query: Mapping[str, str]) -> list[dict]:
     """
     if not query.get("workflow"):
         raise ValueError(f"{ROUTE} needs the id of a workflow: ?workflow=ID")
-    runs = {node: list(messages) for (workflow, node), messages in tuple(_runs.items()) if workflow == query["workflow"]}
+    runs = {
+        node: list(messages) for (workflow, node), messages in tuple(_runs.items()) if workflow == query["workflow"]
+    }
     outputs = host.latest_outputs(query["workflow"], _IDS, ("text", _SUMMARY))
     return [{"node": node, "run": messages} for node, messages in runs.items()] + [
         {"node": node, "output": output} for node, output in outputs.items() if node not in runs

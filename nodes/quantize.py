@@ -66,4 +66,6 @@ class LearnedRoundQuantize(io.ComfyNode):
             quantized = host.quantize(source, recipe or Recipe(), progress, calibration)
             model = host.build_model(source, quantized, native_int8_kernels) if 0 in wanted else None
             clip = host.build_clip(source, quantized) if 1 in wanted else None
-        return io.NodeOutput(model, clip, quantized, quantized.report.table(), ui=summary(RunFinished(quantized.report)))
+        return io.NodeOutput(
+            model, clip, quantized, quantized.report.table(), ui=summary(RunFinished(quantized.report))
+        )

@@ -40,7 +40,9 @@ class QuantizationReport(io.ComfyNode):
 def _picture(report: Report):
     errors = {
         "relative error of the weight": [layer.weight_error for layer in report.layers],
-        "relative error of the output": [layer.output_error for layer in report.layers if layer.output_error is not None],
+        "relative error of the output": [
+            layer.output_error for layer in report.layers if layer.output_error is not None
+        ],
     }
     title = f"{report.format}, rounding {report.rounding}, {len(report.layers)} layers"
     charts = [_histogram(title, label, values) for label, values in errors.items() if values]

@@ -19,9 +19,7 @@ def sampling_inputs(positive: str, seed: str, steps: str) -> list:
         io.Latent.Input("latent_image", tooltip="As for KSampler; of the size, length and kind you use."),
         widget(io.Int, id="seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False, tooltip=seed),
         widget(io.Int, id="steps", default=20, min=1, max=10000, tooltip=steps),
-        widget(
-            io.Float, id="cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=_AS_KSAMPLER
-        ),
+        widget(io.Float, id="cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=_AS_KSAMPLER),
         widget(io.Combo, id="sampler_name", options=list(host.samplers), tooltip=_AS_KSAMPLER),
         widget(io.Combo, id="scheduler", options=list(host.schedulers), tooltip=_AS_KSAMPLER),
     ]

@@ -8,7 +8,17 @@ from comfy_api.latest import io
 
 from ..quant_core.errors import QuantizationError
 
-__all__ = ["CATEGORY", "Source", "OptionsType", "RecipeType", "QuantizedType", "CalibrationType", "checked", "schema", "widget"]
+__all__ = [
+    "CATEGORY",
+    "Source",
+    "OptionsType",
+    "RecipeType",
+    "QuantizedType",
+    "CalibrationType",
+    "checked",
+    "schema",
+    "widget",
+]
 
 CATEGORY = "quantization/learned rounding"
 
@@ -44,7 +54,10 @@ def widget(kind, matters_for: list[dict] | None = None, **options):
     """
     made = _make(kind.Input, options)
     if matters_for is not None:
-        made.extra_dict = {**made.extra_dict, "matters_for": matters_for}  # older releases do not take it as an argument
+        made.extra_dict = {
+            **made.extra_dict,
+            "matters_for": matters_for,
+        }  # older releases do not take it as an argument
     return made
 
 

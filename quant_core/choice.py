@@ -155,7 +155,10 @@ def _spend(
 ) -> tuple[dict[str, _Option], list[tuple[int, float]]]:
     """The option of each layer, and the curve of (file bytes, relative output error of the model) from small to large."""
     taken = {name: hull[0] for name, hull in options.items()}
-    size, error = others + sum(option.bytes for option in taken.values()), sum(option.error for option in taken.values())
+    size, error = (
+        others + sum(option.bytes for option in taken.values()),
+        sum(option.error for option in taken.values()),
+    )
     allowed, wanted = _targets(recipe, size, size - others)
     steps = sorted(
         ((name, fewer, more) for name, hull in options.items() for fewer, more in zip(hull, hull[1:], strict=False)),

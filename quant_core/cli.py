@@ -93,7 +93,8 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="lrq",
         description="Quantize diffusion models and text encoders into files that ComfyUI loads.",
-        epilog="exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+        epilog="exit codes: "
+        + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
         + ". A run that was killed is taken up by the same command.",
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
@@ -125,10 +126,14 @@ def _parser() -> _Parser:
     quantize.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     quantize.set_defaults(run=_quantize)
 
-    plan = commands.add_parser("plan", help="what would become of each tensor, and the size of it all; reads the header only")
+    plan = commands.add_parser(
+        "plan", help="what would become of each tensor, and the size of it all; reads the header only"
+    )
     _add_source(plan)
     _add_recipe(plan)
-    plan.add_argument("--time", action="store_true", help="try a layer of each shape, and say how long rounding them all will take")
+    plan.add_argument(
+        "--time", action="store_true", help="try a layer of each shape, and say how long rounding them all will take"
+    )
     plan.add_argument("--device", help="of --time: cuda, cuda:1, cpu … (default: the first GPU, else the CPU)")
     plan.set_defaults(run=_plan)
 
@@ -138,7 +143,13 @@ def _parser() -> _Parser:
         description="Write a quantized file (old scaled FP8, scales under a wrong name, missing JSON, orphans) as ComfyUI reads it today. "
         "Codes stay as they are.",
     )
-    migrate.add_argument("-i", "--input", type=Path, required=True, help="quantized safetensors file, the index.json of shards, or a folder of either")
+    migrate.add_argument(
+        "-i",
+        "--input",
+        type=Path,
+        required=True,
+        help="quantized safetensors file, the index.json of shards, or a folder of either",
+    )
     migrate.add_argument("-o", "--output", type=Path, help="file to write (default: beside the input, with _native)")
     migrate.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     migrate.add_argument(
@@ -152,7 +163,9 @@ def _parser() -> _Parser:
         ("verify", _verify, "check a quantized file layer by layer"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("file", type=Path, help="a safetensors file, the index.json of shards, or a folder of either")
+        command.add_argument(
+            "file", type=Path, help="a safetensors file, the index.json of shards, or a folder of either"
+        )
         command.set_defaults(run=run)
     for name, run, text in (
         ("formats", _formats, "the formats this version writes"),
@@ -205,7 +218,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         f"ConvRot, or FP8; {MEASURED} chooses for each layer with a calibration (default: {Recipe.format})",
     )
     form.add_argument(
-        "--fp8", action="store_const", const="float8_e4m3fn", dest="format", help="FP8, as float8_e4m3fn or, per row or block, its sibling"
+        "--fp8",
+        action="store_const",
+        const="float8_e4m3fn",
+        dest="format",
+        help="FP8, as float8_e4m3fn or, per row or block, its sibling",
     )
     form.add_argument(
         "--int8",
@@ -252,7 +269,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--convrot-group-size", type=int, metavar="N", help="the largest group allowed, with or without --convrot"
     )
     for name, text in _ALWAYS.items():
-        parser.add_argument(name, action="store_true", help=f"{text}; always on, accepted because other tools ask for it")
+        parser.add_argument(
+            name, action="store_true", help=f"{text}; always on, accepted because other tools ask for it"
+        )
     for name in _REFUSED:
         parser.add_argument(name, nargs="?", action=_Refusal, help=argparse.SUPPRESS)
     rounding = parser.add_mutually_exclusive_group()
@@ -278,9 +297,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         help="also keep tensors whose name this finds; may be repeated",
     )
     parser.add_argument(
-        "--custom-layers", action="append", default=[], metavar="REGEX", help="layers that get --custom-type; may be repeated"
+        "--custom-layers",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="layers that get --custom-type; may be repeated",
     )
-    parser.add_argument("--custom-type", metavar="FORMAT", help="format of --custom-layers: fp8, int8 or a format's name")
+    parser.add_argument(
+        "--custom-type", metavar="FORMAT", help="format of --custom-layers: fp8, int8 or a format's name"
+    )
     parser.add_argument(
         "--layer-config",
         metavar="JSON",
@@ -363,7 +388,9 @@ def _layer_config(args: argparse.Namespace) -> str | None:
     custom = dict.fromkeys(args.custom_layers, args.custom_type)
     for rule in parse_layer_config(json.dumps(custom)):
         if given.get(rule.pattern, rule.format) != rule.format:
-            raise RecipeError(f"--custom-layers and --layer-config say different things of '{rule.pattern}'; leave one out.")
+            raise RecipeError(
+                f"--custom-layers and --layer-config say different things of '{rule.pattern}'; leave one out."
+            )
     return json.dumps({**json.loads(text or "{}"), **custom})
 
 
@@ -440,8 +467,14 @@ def _quantize(args: argparse.Namespace) -> int:
         texts = {"recipe": [args.recipe], "layer config": [_layer_config_file(args)]}
         keep_apart(output, texts)
         if args.report:
-            keep_apart(args.report, {"source": source.paths, "output": [output], "calibration": [args.calibration], **texts}, "report")
-        print(f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.description}, rounding {method.rounding}.")
+            keep_apart(
+                args.report,
+                {"source": source.paths, "output": [output], "calibration": [args.calibration], **texts},
+                "report",
+            )
+        print(
+            f"{recipe.plan(source).explanation} {args.input} → {output}, {recipe.description}, rounding {method.rounding}."
+        )
         progress = _Progress(args.verbose)
         options = {"device": args.device, "overwrite": args.overwrite, "on_event": progress}
         try:
@@ -456,7 +489,9 @@ def _quantize(args: argparse.Namespace) -> int:
         try:
             report.save(args.report)
         except OSError as error:
-            raise OutputError(f"The report {args.report} cannot be written: {error.strerror}; {output} is complete.") from error
+            raise OutputError(
+                f"The report {args.report} cannot be written: {error.strerror}; {output} is complete."
+            ) from error
     return 0
 
 
@@ -479,7 +514,9 @@ def _print_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> int
     print(f"Size: {human_bytes(before)} → {human_bytes(estimate_size(source, recipe, plan))}.")
     if getattr(args, "time", False):
         device = usable_device(args.device)
-        print(f"Rounding will take about {estimate_seconds(source, recipe, plan, device):.3g} s on {device}, without a calibration.")
+        print(
+            f"Rounding will take about {estimate_seconds(source, recipe, plan, device):.3g} s on {device}, without a calibration."
+        )
     return 0
 
 
@@ -537,7 +574,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
-    out, err = Printed(sys.stdout, raises=(BrokenPipeError,)), Printed(sys.stderr, allowed="\n\r")  # the bar returns to where its line begins
+    out, err = (
+        Printed(sys.stdout, raises=(BrokenPipeError,)),
+        Printed(sys.stderr, allowed="\n\r"),
+    )  # the bar returns to where its line begins
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             try:
@@ -549,7 +589,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 os.dup2(nowhere.fileno(), out.fileno())
             return 141
         if code == 0 and out.failure:
-            print(f"lrq: the work is done, but what lrq prints cannot be written ({out.failure.strerror}); free some space there.", file=err)
+            print(
+                f"lrq: the work is done, but what lrq prints cannot be written ({out.failure.strerror}); free some space there.",
+                file=err,
+            )
             code = 1
         err.flush()
     return code

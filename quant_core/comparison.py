@@ -44,7 +44,9 @@ def ssim(reference: torch.Tensor, other: torch.Tensor) -> float:
 
     Wang et al. 2004: Gaussian window of 11 pixels, σ 1.5, of each channel by itself. NaN for pictures smaller than the window.
     """
-    a, b = (pictures.double().movedim(-1, 1).flatten(0, 1).unsqueeze(1) for pictures in (reference, other.to(reference)))
+    a, b = (
+        pictures.double().movedim(-1, 1).flatten(0, 1).unsqueeze(1) for pictures in (reference, other.to(reference))
+    )
     if min(a.shape[-2:]) < _WINDOW:
         return math.nan
     place = torch.arange(_WINDOW, dtype=torch.float64, device=a.device) - _WINDOW // 2
@@ -114,7 +116,8 @@ class Comparison:
     def summary(self) -> str:
         """The means in one line."""
         return ", ".join(
-            f"{name.partition(' (')[0]} {_number(value)}{' dB' * ('dB' in name and math.isfinite(value))}" for name, value in self.means.items()
+            f"{name.partition(' (')[0]} {_number(value)}{' dB' * ('dB' in name and math.isfinite(value))}"
+            for name, value in self.means.items()
         )
 
     def markdown(self) -> str:

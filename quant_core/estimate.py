@@ -24,7 +24,9 @@ def _size(name: str, info: TensorInfo, recipe: Recipe, plan: Plan) -> int:
     if decision.action != "quantize":
         return info.nbytes
     encoding = recipe.of(decision).encoding
-    return sum(TensorInfo(*spec).nbytes for spec in encoding.specs(info.shape).values()) + len(config_bytes(encoding.config))
+    return sum(TensorInfo(*spec).nbytes for spec in encoding.specs(info.shape).values()) + len(
+        config_bytes(encoding.config)
+    )
 
 
 def estimate_seconds(source: Source, recipe: Recipe, plan: Plan, device: torch.device) -> float:

@@ -186,9 +186,7 @@ class _Layer:
             encoding.format.grid,
             tiles,
             self.method,
-            make_objectives(
-                self.method, gram, row_weight, judged=self.inputs.holdout_gram is not None, seed=self.seed
-            ),
+            make_objectives(self.method, gram, row_weight, judged=self.inputs.holdout_gram is not None, seed=self.seed),
             judge=judge if known else None,
             parts=parts,
             seed=self.seed,
@@ -211,7 +209,9 @@ class _Layer:
         The last are the codes of W·XᵀX̂·(X̂ᵀX̂)⁻¹, which minimise ‖X·Wᵀ − X̂·Ŵᵀ‖; rotated inputs have too little error for it.
         """
         weight, rows = self.weight.float(), self.inputs.holdout_rows.to(self.weight.device, torch.float32)
-        simple = replace(self, method=replace(self.method.uncalibrated(), rounding="nearest"), inputs=Inputs(mean=self.inputs.mean))
+        simple = replace(
+            self, method=replace(self.method.uncalibrated(), rounding="nearest"), inputs=Inputs(mean=self.inputs.mean)
+        )
         nearest = simple.quantize(encoding)
         made = [nearest, plain]
         if encoding.rotation is None:

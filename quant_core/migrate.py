@@ -33,7 +33,17 @@ from .errors import NothingToQuantizeError, OutputExistsError, SourceError
 from .formats import FORMATS, ROTATED, Encoding, make_encoding
 from .formats.weight import config_tensor
 
-__all__ = ["PLAIN", "UNSCALED", "CodedLayer", "Migration", "coded_layers", "foreign_layers", "migrate_file", "old_marks", "read_scale"]
+__all__ = [
+    "PLAIN",
+    "UNSCALED",
+    "CodedLayer",
+    "Migration",
+    "coded_layers",
+    "foreign_layers",
+    "migrate_file",
+    "old_marks",
+    "read_scale",
+]
 
 _MARK = "scaled_fp8"
 # Suffix of a tensor beside a layer's weight → that of the same tensor today.
@@ -108,7 +118,8 @@ def _encoding(layer: str, weight: TensorInfo, scale: TensorInfo, config: Mapping
     """How the layer's codes and scale really stand. Raises SourceError when no format is like that."""
     known = _granularity(weight, scale) if len(weight.shape) == 2 else None
     format = known and next(
-        (entry for entry in FORMATS.values() if entry.grid.dtype is weight.dtype and known[0] in entry.granularities), None
+        (entry for entry in FORMATS.values() if entry.grid.dtype is weight.dtype and known[0] in entry.granularities),
+        None,
     )
     if not format:
         raise SourceError(
@@ -116,8 +127,16 @@ def _encoding(layer: str, weight: TensorInfo, scale: TensorInfo, config: Mapping
             "make the file again from its full-precision original."
         )
     given = config.get("group_size")
-    if known[0] == "block" and given != known[1] and type(given) is int and given > 0 and _counts(weight, given) == scale.shape:
-        raise SourceError(f"{layer}: blocks of {given}, as its JSON says, are none of the formats; make the file again from its full-precision original.")
+    if (
+        known[0] == "block"
+        and given != known[1]
+        and type(given) is int
+        and given > 0
+        and _counts(weight, given) == scale.shape
+    ):
+        raise SourceError(
+            f"{layer}: blocks of {given}, as its JSON says, are none of the formats; make the file again from its full-precision original."
+        )
     rotated = config.get("convrot") and weight.dtype is torch.int8
     if rotated and (format.name, known[0]) not in ROTATED:
         raise SourceError(
@@ -165,7 +184,10 @@ def migrate_file(
             done.changes["tensors of FP8 without a scale decoded, which ComfyUI takes for plain weights"] = len(plain)
         metadata = {key: value for key, value in opened.metadata.items() if key != QUANTIZATION_KEY}
         metadata |= {QUANTIZATION_KEY: quantization_metadata(configs), **loading_note(configs)}
-        infos = {name: replace(opened.tensors[name], dtype=PLAIN) if name in plain else opened.tensors[name] for name in others}
+        infos = {
+            name: replace(opened.tensors[name], dtype=PLAIN) if name in plain else opened.tensors[name]
+            for name in others
+        }
         infos |= {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in small.items()}
         _check_sound(opened.name, configs, infos, small)
         with SafetensorsWriter(destination, header_bytes(infos.items(), metadata), overwrite=overwrite) as writer:
@@ -179,7 +201,9 @@ def migrate_file(
     return done
 
 
-def _check_sound(name: str, configs: Mapping[str, dict], infos: Mapping[str, TensorInfo], small: Mapping[str, torch.Tensor]) -> None:
+def _check_sound(
+    name: str, configs: Mapping[str, dict], infos: Mapping[str, TensorInfo], small: Mapping[str, torch.Tensor]
+) -> None:
     """The file that would be written passes ``lrq verify``, layers in formats of others left aside."""
     others = {layer for layer, config in configs.items() if _foreign(config)}
     ours = {layer: config for layer, config in configs.items() if layer not in others}
@@ -214,7 +238,11 @@ class CodedLayer:
 
 def foreign_layers(source: Source) -> dict[str, dict]:
     """{layer: JSON} of those in formats that are not ours, as far as their weights are there."""
-    return {layer: config for layer, config in _loaded_configs(source).items() if _foreign(config) and f"{layer}.weight" in source.tensors}
+    return {
+        layer: config
+        for layer, config in _loaded_configs(source).items()
+        if _foreign(config) and f"{layer}.weight" in source.tensors
+    }
 
 
 def _loaded_configs(source: Source) -> dict[str, dict]:
@@ -239,7 +267,10 @@ def coded_layers(source: Source) -> Iterator[CodedLayer]:
     """
     given = _loaded_configs(source)
     # ComfyUI's old sign for it, of the layers whose names begin as the mark's does
-    marks = {name.removesuffix(_MARK): source.tensors[name].shape == (2,) for name in sorted(old_marks(source), key=len, reverse=True)}
+    marks = {
+        name.removesuffix(_MARK): source.tensors[name].shape == (2,)
+        for name in sorted(old_marks(source), key=len, reverse=True)
+    }
     for name, found in _beside(source).items():
         layer = CodedLayer(name, found, given.get(name, {}), None)
         if not layer.foreign and {"weight", "weight_scale"} <= found.keys():
@@ -261,7 +292,9 @@ def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
     tensors, header = layer_configs(opened)
     disputed = {layer for layer, config in tensors.items() if config != header.get(layer, config)}
     if disputed:
-        done.changes["layers whose comfy_quant tensor said otherwise than the header, which ComfyUI goes by"] = len(disputed)
+        done.changes["layers whose comfy_quant tensor said otherwise than the header, which ComfyUI goes by"] = len(
+            disputed
+        )
     for entry in coded_layers(opened):
         layer, found, config, encoding = entry.name, entry.found, entry.config, entry.encoding
         if entry.foreign:
@@ -281,12 +314,16 @@ def _sort(opened, calibration, drop_input_scale: bool, done: Migration):
         if encoding.config != config:
             before = config.get("format", "by no JSON")
             now = encoding.format.name
-            done.changes[f"layers labelled {now}, before {before}" if now != before else f"{now} layers whose JSON was put right"] += 1
+            done.changes[
+                f"layers labelled {now}, before {before}" if now != before else f"{now} layers whose JSON was put right"
+            ] += 1
         shape = encoding.scale_shape(opened.tensors[found["weight"]].shape)
         scale = read_scale(opened, found["weight_scale"]).reshape(shape)
         small[f"{layer}.weight_scale"] = scale
         small[f"{layer}.comfy_quant"] = config_tensor(encoding.config)
-        inputs = _input_scale(opened, layer, found.get("input_scale"), scale, encoding, calibration, drop_input_scale, done)
+        inputs = _input_scale(
+            opened, layer, found.get("input_scale"), scale, encoding, calibration, drop_input_scale, done
+        )
         if inputs is not None:
             small[f"{layer}.input_scale"] = torch.tensor(inputs)
     if not configs:

@@ -153,10 +153,17 @@ class _WriteBehind:
             if kind is None:
                 self.wait()
         finally:
-            self._pool.shutdown(wait=kind is None, cancel_futures=True)  # a write that hangs ends when it can: nobody waits for it
+            self._pool.shutdown(
+                wait=kind is None, cancel_futures=True
+            )  # a write that hangs ends when it can: nobody waits for it
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # in errors that have no class of their own
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+)  # in errors that have no class of their own
 
 
 @contextlib.contextmanager
@@ -165,9 +172,13 @@ def _enough_memory(otherwise: str):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in str(error) for sign in _NO_MEMORY):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+            sign in str(error) for sign in _NO_MEMORY
+        ):
             raise
-        raise OutOfMemoryError(f"{otherwise}; close other programs and models, or choose another device or a lighter rounding.") from error
+        raise OutOfMemoryError(
+            f"{otherwise}; close other programs and models, or choose another device or a lighter rounding."
+        ) from error
 
 
 class _Clock:
@@ -193,7 +204,16 @@ class _Clock:
 def _report(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None, **more) -> Report:
     preset = plan.preset.name if plan.preset else NONE
     rounding = recipe.resolve(calibration is not None).rounding
-    return Report(source.name, recipe.format, recipe.granularity or "", rounding, preset, choice=plan.choice, recognised=plan.explanation, **more)
+    return Report(
+        source.name,
+        recipe.format,
+        recipe.granularity or "",
+        rounding,
+        preset,
+        choice=plan.choice,
+        recognised=plan.explanation,
+        **more,
+    )
 
 
 def _run(
@@ -223,7 +243,9 @@ def _run(
 
     summed = sink.lasting and not _paths(source)
 
-    def put(tensors: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], *events: LayerFinished | LayerKept) -> None:
+    def put(
+        tensors: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], *events: LayerFinished | LayerKept
+    ) -> None:
         report.bytes_out += sum(tensor.nbytes for tensor in tensors.values())
         layer = events[0].name.removesuffix(".weight")
         writing.add(tensors, _note(events, configs.get(layer)), given if summed else {})
@@ -274,7 +296,12 @@ def _run(
                     check=check,
                 )
         except NonFiniteWeightError:
-            put(given, given, kept(name, NON_FINITE, planned=False), *(kept(also, plan.decisions[also].reason) for also in beside))
+            put(
+                given,
+                given,
+                kept(name, NON_FINITE, planned=False),
+                *(kept(also, plan.decisions[also].reason) for also in beside),
+            )
             return
         except CalibrationError as error:
             raise CalibrationError(f"{layer}: {error}") from error
@@ -304,7 +331,12 @@ def _run(
             tuple(torch.stack(quantized.scale.aminmax()).tolist()),
         )
         corrected = quantized.bias is not bias
-        put(tensors, given, finished, *(kept(also, CORRECTED if corrected else plan.decisions[also].reason) for also in beside))
+        put(
+            tensors,
+            given,
+            finished,
+            *(kept(also, CORRECTED if corrected else plan.decisions[also].reason) for also in beside),
+        )
 
     for events, config in sink.notes:  # what a run before has made of a layer
         if config:
@@ -316,15 +348,16 @@ def _run(
             tell(event)
     report.taken_up = len(report.layers)
     if sink.notes:
-        log.info("%s: goes on with %d of %d layers, which a run that was stopped has finished.", source.name, report.taken_up, total)
+        log.info(
+            "%s: goes on with %d of %d layers, which a run that was stopped has finished.",
+            source.name,
+            report.taken_up,
+            total,
+        )
     done = {event.name for event in (*report.layers, *report.kept)}
     index = sum(1 for name in plan.names("quantize") if name in done)
     read_with_weight = set(biases.values())
-    places = [
-        (name, _place(plan, name, device))
-        for name in plan.output_names()
-        if name not in read_with_weight | done
-    ]
+    places = [(name, _place(plan, name, device)) for name in plan.output_names() if name not in read_with_weight | done]
     with _WriteBehind(sink, check) as writing:
         for name, tensor in _read_ahead(source, places, check):
             check()
@@ -359,7 +392,9 @@ def _checksums(tensors: Mapping[str, torch.Tensor], staging: Staging) -> dict[st
     return {name: tensor_checksum(tensor, staging) for name, tensor in tensors.items()}
 
 
-def _told(source: Source, plan: Plan, device: torch.device, staging: Staging, note: dict) -> tuple[list[LayerFinished | LayerKept], dict | None]:
+def _told(
+    source: Source, plan: Plan, device: torch.device, staging: Staging, note: dict
+) -> tuple[list[LayerFinished | LayerKept], dict | None]:
     """The events and the JSON of a layer from a note; raises whatever a note that is none of this source's leads to.
 
     Whether a source in memory is that of the dead run, no file's state tells: its tensors are read again.
@@ -368,9 +403,15 @@ def _told(source: Source, plan: Plan, device: torch.device, staging: Staging, no
         _EVENTS[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
         for kind, fields in note["events"]
     ]
-    if not all(source.tensors[event.name].shape == event.shape for event in events) or not isinstance(note["config"] or {}, dict):
+    if not all(source.tensors[event.name].shape == event.shape for event in events) or not isinstance(
+        note["config"] or {}, dict
+    ):
         raise ValueError("a note of another source")
-    given = {} if _paths(source) else {event.name: source.read(event.name, _place(plan, event.name, device)) for event in events}
+    given = (
+        {}
+        if _paths(source)
+        else {event.name: source.read(event.name, _place(plan, event.name, device)) for event in events}
+    )
     if note["sums"] != _checksums(given, staging):
         raise ValueError("a note of other weights")
     return events, note["config"]
@@ -393,7 +434,11 @@ def _check_names(source: Source, plan: Plan, recipe: Recipe) -> None:
     kept = set(plan.names("keep"))
     for name in plan.names("quantize"):
         layer = name.removesuffix(".weight")
-        suffixes = [*recipe.of(plan.decisions[name]).encoding.specs(source.tensors[name].shape), "input_scale", CONFIG_SUFFIX[1:]]
+        suffixes = [
+            *recipe.of(plan.decisions[name]).encoding.specs(source.tensors[name].shape),
+            "input_scale",
+            CONFIG_SUFFIX[1:],
+        ]
         for suffix in suffixes:
             if f"{layer}.{suffix}" in kept:
                 raise SourceError(
@@ -436,9 +481,7 @@ def _metadata(
     }
 
 
-def _header_bound(
-    source: Source, plan: Plan, recipe: Recipe, calibrated: bool, metadata: Mapping[str, str]
-) -> int:
+def _header_bound(source: Source, plan: Plan, recipe: Recipe, calibrated: bool, metadata: Mapping[str, str]) -> int:
     """Room for the header whatever becomes of each layer: quantized, or kept after all."""
     tensors = [(name, source.tensors[name]) for name in plan.output_names()]
     for name in plan.names("quantize"):
@@ -539,17 +582,22 @@ def quantize_file(
             remove_leftovers(hidden)
             return _report(source, plan, recipe, calibration, output=str(destination), already_done=True)
         if not standing and not overwrite:
-            raise OutputExistsError(f"{destination} exists and was made from something else; choose another output or overwrite it.")
+            raise OutputExistsError(
+                f"{destination} exists and was made from something else; choose another output or overwrite it."
+            )
     with _enough_memory(f"{device} has too little memory for {source.name}"):
         if recipe.measured:
             plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
         planned = {
-            name.removesuffix(".weight"): recipe.of(plan.decisions[name]).encoding.config for name in plan.names("quantize")
+            name.removesuffix(".weight"): recipe.of(plan.decisions[name]).encoding.config
+            for name in plan.names("quantize")
         }
         reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
         run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
         parse = functools.partial(_told, source, plan, device, Staging())
-        with SafetensorsWriter(destination, reserve, run, overwrite=overwrite, unfinished=unfinished, parse=parse, check=check) as writer:
+        with SafetensorsWriter(
+            destination, reserve, run, overwrite=overwrite, unfinished=unfinished, parse=parse, check=check
+        ) as writer:
             report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
             _check_unchanged(source, before)
             report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))

@@ -199,7 +199,11 @@ class Report:
             *([("model", self.recognised)] if self.recognised else []),
             ("format", f"{self._format}, rounding {self.rounding}"),
             *([("measured", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
-            ("layers quantized", f"{len(self.layers)}" + (f", {self.taken_up} of them by a run that was stopped" if self.taken_up else "")),
+            (
+                "layers quantized",
+                f"{len(self.layers)}"
+                + (f", {self.taken_up} of them by a run that was stopped" if self.taken_up else ""),
+            ),
             (
                 "tensors kept",
                 f"{len(self.kept)} ({', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])[:3])})"

@@ -39,7 +39,9 @@ class DecodedSource:
         self.layers: Counter[str] = Counter()
         self._decode: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
         if BITSANDBYTES in quantized_formats(source):
-            raise SourceError(f"{self.name} is quantized by bitsandbytes, which is not decoded here; give its full-precision original.")
+            raise SourceError(
+                f"{self.name} is quantized by bitsandbytes, which is not decoded here; give its full-precision original."
+            )
         shapes: dict[str, tuple[int, ...]] = {}
         hidden = set(old_marks(source))
         for layer in coded_layers(source):
@@ -47,7 +49,9 @@ class DecodedSource:
                 continue
             hidden.update(name for suffix, name in layer.found.items() if suffix != "weight")
             if not layer.encoding and layer.config and "weight" in layer.found:
-                raise SourceError(f"{self.name}: {layer.name} is in {layer.config.get('format') or 'codes'} and lacks its weight_scale; fetch the file again.")
+                raise SourceError(
+                    f"{self.name}: {layer.name} is in {layer.config.get('format') or 'codes'} and lacks its weight_scale; fetch the file again."
+                )
             if layer.encoding:
                 self._decode[layer.found["weight"]] = partial(self._decoded, layer)
                 self.layers[str(layer.encoding)] += 1
@@ -66,7 +70,9 @@ class DecodedSource:
         own = (QUANTIZATION_KEY, PROVENANCE_KEY, NOTE_KEY)
         self.metadata = {key: value for key, value in source.metadata.items() if key not in own}
         if rest := quantized_formats(self):
-            raise SourceError(f"{self.name} holds {', '.join(rest)} and no scales, so what they mean is lost; give its full-precision original.")
+            raise SourceError(
+                f"{self.name} holds {', '.join(rest)} and no scales, so what they mean is lost; give its full-precision original."
+            )
 
     def _add_foreign(self, layer: str, config: dict, hidden: set[str]) -> tuple[int, int]:
         """Note how the layer is decoded and what stands beside it; returns the shape of its weight."""
@@ -74,7 +80,9 @@ class DecodedSource:
         if format is None:
             raise SourceError(f"{self.name}: {layer} is in the format {config['format']}, which cannot be decoded.")
         if missing := [part for part in ("weight", *format.parts) if f"{layer}.{part}" not in tensors]:
-            raise SourceError(f"{self.name}: {layer} is in the format {config['format']} and lacks its {missing[0]}; fetch the file again.")
+            raise SourceError(
+                f"{self.name}: {layer} is in the format {config['format']} and lacks its {missing[0]}; fetch the file again."
+            )
         parts = {part: f"{layer}.{part}" for part in (*format.parts, *format.more) if f"{layer}.{part}" in tensors}
         hidden.update(parts.values(), [f"{layer}{CONFIG_SUFFIX}"])
         self.layers[config["format"]] += 1
@@ -87,7 +95,9 @@ class DecodedSource:
         scale = read_scale(self.origin, layer.found["weight_scale"]).reshape(layer.encoding.scale_shape(codes.shape))
         return layer.encoding.decode(codes, scale.to(codes.device))
 
-    def _decoded_foreign(self, layer: str, config: dict, parts: dict[str, str], shape: tuple[int, int], codes: torch.Tensor) -> torch.Tensor:
+    def _decoded_foreign(
+        self, layer: str, config: dict, parts: dict[str, str], shape: tuple[int, int], codes: torch.Tensor
+    ) -> torch.Tensor:
         scales = {part: self.origin.read(name, codes.device) for part, name in parts.items()}
         with self._explained(layer, config):
             return FOREIGN[config["format"]].decode(codes, scales, config)[: shape[0], : shape[1]]
@@ -97,7 +107,9 @@ class DecodedSource:
         try:
             yield
         except (SourceError, RecipeError, RuntimeError, IndexError) as error:  # torch's own for tensors that do not fit
-            raise SourceError(f"{self.name}: {layer} is no sound layer of the format {config['format']}: {error}".rstrip(".") + ".") from None
+            raise SourceError(
+                f"{self.name}: {layer} is no sound layer of the format {config['format']}: {error}".rstrip(".") + "."
+            ) from None
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """The tensor on ``device``."""

@@ -14,7 +14,9 @@ def shown(text: str, allowed: str = "") -> str:
     """``text`` with all characters but those of ``allowed`` escaped that are not seen as what they are."""
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() or char in allowed else char.encode("unicode_escape").decode() for char in text)
+    return "".join(
+        char if char.isprintable() or char in allowed else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 class Printed:
@@ -27,7 +29,9 @@ class Printed:
     """
 
     def __init__(self, stream: TextIO | None, allowed: str = "\n", raises: tuple[type[OSError], ...] = ()):
-        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # which also keeps its number from the files of the work
+        self._stream = stream or open(
+            os.devnull, "w", encoding="utf-8"
+        )  # which also keeps its number from the files of the work
         self._allowed, self._raises = allowed, raises
         self._error: OSError | None = None
 
@@ -52,7 +56,11 @@ class Printed:
     @property
     def failure(self) -> OSError | None:
         """Why text was lost; None where none was, or only its reader is gone."""
-        if self._error is not None and self._error.errno in _GONE and not stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode):
+        if (
+            self._error is not None
+            and self._error.errno in _GONE
+            and not stat.S_ISREG(os.fstat(self._stream.fileno()).st_mode)
+        ):
             return None
         return self._error
 

@@ -120,7 +120,10 @@ def tried(request):
 
 def pytest_terminal_summary(terminalreporter, config):
     tries = [
-        value for report in terminalreporter.getreports("passed") for name, value in report.user_properties if name == "fault" and report.when == "call"
+        value
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "fault" and report.when == "call"
     ]
     if tries:
         terminalreporter.section("faults")

@@ -35,8 +35,16 @@ def table(tries: list[Try]) -> str:
 
 def faults() -> list[re.Pattern]:
     """What the tests may call a fault: the texts that they hand to `tried`, with anything for what they fill in."""
-    nodes = (node for path in sorted(TESTS.rglob("test_*.py")) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    return [_pattern(node.args[0]) for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "tried"]
+    nodes = (
+        node
+        for path in sorted(TESTS.rglob("test_*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    )
+    return [
+        _pattern(node.args[0])
+        for node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "tried"
+    ]
 
 
 def _pattern(text: ast.expr) -> re.Pattern:

@@ -21,7 +21,11 @@ from learned_rounding.tests.nodes.probing import in_process, takes_layouts
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *(ROOT / name / "README.md" for name in ("benchmarks", "assets", "attacks"))]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name / "README.md" for name in ("benchmarks", "assets", "attacks")),
+]
 MODEL = ROOT / "assets" / "tiny_mmdit_emoji.safetensors"
 BLOCK = re.compile(r"^```(\w+)( host)?\n(.*?)^```", re.M | re.S)
 # A command in a sentence: a program, and at least one word more.
@@ -117,7 +121,10 @@ def lrq(words, _):
     if command == "verify" and "FILE" in more:
         more = []
     more = [word for each in more for word in ANY.get(each, [each])]
-    assert cli.main([command, *more, *([] if any(word.endswith(".safetensors") for word in more) else INPUTS[command])]) == 0
+    assert (
+        cli.main([command, *more, *([] if any(word.endswith(".safetensors") for word in more) else INPUTS[command])])
+        == 0
+    )
 
 
 def make(words, _):
@@ -153,12 +160,21 @@ def pip(words, _):
     extras = PROJECT["project"]["optional-dependencies"]
     packages = {re.match(r"[\w.-]+", line)[0] for lines in extras.values() for line in lines}
     assert words[0] == "install"
-    assert set(words[1:]) <= {"-r", "requirements.txt", "PATH/TO/CLONE", "-e", *packages, *(f".[{name}]" for name in extras)}
+    assert set(words[1:]) <= {
+        "-r",
+        "requirements.txt",
+        "PATH/TO/CLONE",
+        "-e",
+        *packages,
+        *(f".[{name}]" for name in extras),
+    }
 
 
 def pytest_(words, _):
     """Tests are collected by it; they run in this very run, or with --thorough, or on a machine with a GPU."""
-    assert "no tests collected" not in run(str(Path(sys.executable).with_name("pytest")), "--collect-only", "-q", *words)
+    assert "no tests collected" not in run(
+        str(Path(sys.executable).with_name("pytest")), "--collect-only", "-q", *words
+    )
 
 
 RUN = {"lrq": lrq, "make": make, "python": python, ".venv/bin/python": python, "pip": pip, "pytest": pytest_}
@@ -175,7 +191,9 @@ def commands(document: Path) -> list[str]:
 COMMANDS = [(path, line) for path in DOCUMENTS for line in commands(path)]
 
 
-@pytest.mark.parametrize(("path", "line"), COMMANDS, ids=lambda value: str(value.relative_to(ROOT)) if isinstance(value, Path) else value)
+@pytest.mark.parametrize(
+    ("path", "line"), COMMANDS, ids=lambda value: str(value.relative_to(ROOT)) if isinstance(value, Path) else value
+)
 def test_every_command_runs(folder, monkeypatch, capsys, path, line):
     monkeypatch.chdir(folder)
     if "by_hand.safetensors" in line:
@@ -228,7 +246,10 @@ def test_the_manual_says_which_options_one_command_lacks():
     text = " ".join((ROOT / "MANUAL.md").read_text(encoding="utf-8").split())
     (commands,) = (action.choices for action in cli._parser()._actions if getattr(action, "choices", None))
     quantize, plan = (options(commands[name]) for name in ("quantize", "plan"))
-    named = re.search(r"Both take all of them, but for (.*?), which only `lrq quantize` has, and (.*?), which only `lrq plan` has", text).groups()
+    named = re.search(
+        r"Both take all of them, but for (.*?), which only `lrq quantize` has, and (.*?), which only `lrq plan` has",
+        text,
+    ).groups()
     for lacking, said in zip((quantize - plan - {"-o"}, plan - quantize), named, strict=True):
         assert set(re.findall(r"`(--[\w-]+)`", said)) == lacking
 
@@ -241,12 +262,16 @@ def test_the_manual_names_every_node():
 
 def test_every_finding_names_its_command_its_device_and_its_date():
     """Or the finding above it that has them; or that it was tried by hand."""
-    (section,) = re.findall(r"^## Findings\n(.*?)^## ", (ROOT / "DEVELOPMENT.md").read_text(encoding="utf-8"), re.M | re.S)
+    (section,) = re.findall(
+        r"^## Findings\n(.*?)^## ", (ROOT / "DEVELOPMENT.md").read_text(encoding="utf-8"), re.M | re.S
+    )
     findings = section.split("\n* ")[1:]
     assert len(findings) > 8
     for finding in findings:
         assert "(The same run.)" in finding or (
-            re.search(r"\b2\d{3}-\d\d-\d\d", finding) and re.search(r"\bH[12]00\b|\bCPU\b", finding) and re.search("`python benchmarks/|by hand", finding)
+            re.search(r"\b2\d{3}-\d\d-\d\d", finding)
+            and re.search(r"\bH[12]00\b|\bCPU\b", finding)
+            and re.search("`python benchmarks/|by hand", finding)
         ), finding
 
 

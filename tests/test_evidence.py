@@ -13,7 +13,12 @@ def document(tries) -> str:
 
 
 def test_a_run_replaces_its_own_rows_and_adds_new_ones():
-    tries = [("a", "library", 2, "whole"), ("a", "library", 1000, "whole"), ("d", "library", 1, "none"), ("b", "library", 3, "whole")]
+    tries = [
+        ("a", "library", 2, "whole"),
+        ("a", "library", 1000, "whole"),
+        ("d", "library", 1, "none"),
+        ("b", "library", 3, "whole"),
+    ]
     merged = [("a", "library", 1002, "whole"), *BEFORE[1:], ("d", "library", 1, "none"), ("b", "library", 3, "whole")]
     assert rewritten(document(BEFORE), tries, KNOWN) == document(merged)
 

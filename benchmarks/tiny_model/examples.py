@@ -93,12 +93,20 @@ def place_further(base: Path) -> None:
     """Put what `place` leaves out under ComfyUI's base directory: a checkpoint and a quantized file of the tiny model, and a thin random T5-XXL."""
     models = Path(base) / "models"
     model = load_file(ASSETS / MODEL)
-    quantize_file(ASSETS / MODEL, models / "diffusion_models" / QUANTIZED, Recipe(format="int8_tensorwise", rounding="nearest"), device="cpu")
+    quantize_file(
+        ASSETS / MODEL,
+        models / "diffusion_models" / QUANTIZED,
+        Recipe(format="int8_tensorwise", rounding="nearest"),
+        device="cpu",
+    )
     _save(models / "checkpoints" / CHECKPOINT, {f"model.diffusion_model.{key}": value for key, value in model.items()})
     generator = torch.Generator().manual_seed(0)
     wide = {"wi_0": (10240, 16), "wi_1": (10240, 16), "wo": (16, 10240)}  # by its width T5-XXL is known
     parts = {"0.SelfAttention": dict.fromkeys("qkvo", (16, 16)), "1.DenseReluDense": wide}
-    encoder = {"shared.weight": torch.randn(1000, 16, generator=generator), "encoder.final_layer_norm.weight": torch.ones(16)}
+    encoder = {
+        "shared.weight": torch.randn(1000, 16, generator=generator),
+        "encoder.final_layer_norm.weight": torch.ones(16),
+    }
     for block in range(24):
         for part, shapes in parts.items():
             for name, shape in shapes.items():

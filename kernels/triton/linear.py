@@ -20,7 +20,16 @@ if tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7)):
 else:
     hopper = None
 
-__all__ = ["CANDIDATES", "SHIPPED", "SHIPPED_FEW_ROWS", "Launch", "autotuned_linear", "multiply", "scaled_linear", "shipped_launch"]
+__all__ = [
+    "CANDIDATES",
+    "SHIPPED",
+    "SHIPPED_FEW_ROWS",
+    "Launch",
+    "autotuned_linear",
+    "multiply",
+    "scaled_linear",
+    "shipped_launch",
+]
 
 
 class Launch(NamedTuple):
@@ -168,7 +177,9 @@ def _scaled_matmul(
     tl.store(place, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
-def multiply(x, input_scale, codes, scale, bias, block_size: int, out_dtype: torch.dtype, launch: Launch) -> torch.Tensor:
+def multiply(
+    x, input_scale, codes, scale, bias, block_size: int, out_dtype: torch.dtype, launch: Launch
+) -> torch.Tensor:
     """x·ŵᵀ + bias; x are codes with their scale, or plain numbers (``input_scale`` None) against a weight that is decoded."""
     rows, inner = x.shape
     step = min(launch.inner, block_size) if block_size else launch.inner
@@ -251,7 +262,9 @@ def _launches(inputs: torch.Tensor, codes: torch.Tensor, block_size: int, decode
     others = [launch for launch in CANDIDATES if tma or not launch.tma]
     if tma and hopper is not None and block_size and block_size % hopper.SHIPPED.inner == 0:
         others.append(hopper.SHIPPED)
-    return {" ".join(map(str, launch)): launch for launch in (shipped_launch(inputs, codes, block_size, decode), *others)}
+    return {
+        " ".join(map(str, launch)): launch for launch in (shipped_launch(inputs, codes, block_size, decode), *others)
+    }
 
 
 def _linear(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose) -> torch.Tensor:
@@ -274,7 +287,13 @@ def _linear(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose) -> 
 def scaled_linear(x, codes, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
     """See :func:`...scaled_linear`; with shipped launches."""
     return _linear(
-        x, codes, scale, bias, block_size, rotate_by, out_dtype,
+        x,
+        codes,
+        scale,
+        bias,
+        block_size,
+        rotate_by,
+        out_dtype,
         lambda run, inputs, codes, decode: shipped_launch(inputs, codes, block_size, decode),
     )
 

@@ -138,7 +138,9 @@ def _quantize_blocks(
     blocks = tl.reshape(value, [ROWS, COLUMNS // WIDTH, WIDTH])
     step, inverse = code_scales(tl.max(magnitude(blocks), axis=2), LARGEST)
     code = encode(blocks, inverse[:, :, None], INTEGER, NATIVE)
-    tl.store(codes + row.to(tl.int64)[:, None] * columns + column[None, :], tl.reshape(code, [ROWS, COLUMNS]), mask=live)
+    tl.store(
+        codes + row.to(tl.int64)[:, None] * columns + column[None, :], tl.reshape(code, [ROWS, COLUMNS]), mask=live
+    )
     block = tl.program_id(1) * (COLUMNS // WIDTH) + tl.arange(0, COLUMNS // WIDTH)
     place = scale + block.to(tl.int64)[None, :] * scale_stride + row[:, None]
     tl.store(place, step, mask=(row < rows)[:, None] & (block * WIDTH < columns)[None, :])
@@ -295,7 +297,9 @@ def dequantize_config(block_size: int) -> dict[str, int]:
 def rows_config(columns: int, group: int) -> tuple[dict[str, object], int]:
     """The configuration of quantize_rows, and its warps, for rows of that many columns in rotated groups, or in none (0)."""
     columns = max(triton.next_power_of_2(columns), 256)
-    if columns <= (16384 if group else 32768):  # what is rotated is exchanged through shared memory, of which cards have 99 KB
+    if columns <= (
+        16384 if group else 32768
+    ):  # what is rotated is exchanged through shared memory, of which cards have 99 KB
         return {"COLUMNS": columns, "WHOLE": True}, max(columns // (4096 if group else 2048), 1)
     return {"COLUMNS": 2048, "WHOLE": False}, 4
 
@@ -311,7 +315,9 @@ def quantize_inputs(x: torch.Tensor, dtype: torch.dtype, block_size: int, rotate
     if block_size:
         config, warps = blocks_config(block_size), CONFIGS["quantize_blocks"][1]
         grid = (triton.cdiv(rows, config["ROWS"]), triton.cdiv(columns, config["COLUMNS"]))
-        _quantize_blocks[grid](x, stored, scale, rows, columns, x.stride(0), rows, **numbers, **config, num_warps=warps, **SEPARATE)
+        _quantize_blocks[grid](
+            x, stored, scale, rows, columns, x.stride(0), rows, **numbers, **config, num_warps=warps, **SEPARATE
+        )
     else:
         config, warps = rows_config(columns, rotate_by)
         _quantize_rows[(rows,)](
@@ -369,4 +375,3 @@ def dequantize_weight(codes: torch.Tensor, scale: torch.Tensor, block_size: int,
         num_warps=warps,
     )
     return weight
-

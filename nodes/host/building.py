@@ -202,7 +202,9 @@ def _clip_in(path: Path, kind: str, clip_type: str):
         load = comfy.sd.load_checkpoint_guess_config
         decode = _coded(path, encoders=True) and (layers_to_decode(path) or not READS_ENCODERS)
         ours = _decoding(load, "te_model_options") if decode else {}
-        clip = load(str(path), output_vae=False, output_clip=True, output_model=False, embedding_directory=embeddings, **ours)[1]
+        clip = load(
+            str(path), output_vae=False, output_clip=True, output_model=False, embedding_directory=embeddings, **ours
+        )[1]
         if clip is not None:
             _check_built(clip.patcher, path, "text encoder", kind, encoders=True)
         return clip
@@ -282,7 +284,9 @@ def _rebuilt_clip(clip, quantized: Quantized):
     return rebuilt
 
 
-def quantized_linear(name: str, tensors: dict[str, torch.Tensor], config: dict, bias=None, dtype=torch.float32, device=None):
+def quantized_linear(
+    name: str, tensors: dict[str, torch.Tensor], config: dict, bias=None, dtype=torch.float32, device=None
+):
     """A linear layer of codes that decodes them when it runs: ComfyUI's own where it knows the format.
 
     Args:

@@ -151,7 +151,12 @@ def calibrate_model(
             hold_out = index % _RUNS_FOR_HOLDOUT == _RUNS_FOR_HOLDOUT - 1 if apart else None
             with collector.watching(model.model.diffusion_model, hold_out):
                 (result,) = nodes.common_ksampler(
-                    _stepping(model, steps, index, len(runs)), seed + index, positive=positive, negative=negative, latent=latent, **sampling
+                    _stepping(model, steps, index, len(runs)),
+                    seed + index,
+                    positive=positive,
+                    negative=negative,
+                    latent=latent,
+                    **sampling,
                 )
             sampled.append(result)
         if sensitivity:

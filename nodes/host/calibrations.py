@@ -53,7 +53,9 @@ def calibration_files() -> list[str]:
 
 def _calibration_path(name: str) -> Path:
     for folder in _calibration_folders():
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # what no system takes for a name, as one with a zero byte
+        with contextlib.suppress(
+            OSError, RuntimeError, ValueError
+        ):  # what no system takes for a name, as one with a zero byte
             path = (folder / name).resolve()
             if path.is_relative_to(folder.resolve()) and path.is_file():
                 return path

@@ -67,7 +67,9 @@ def compare_models(
     steps, scores = [], []
     for (before, shown), (after, made) in zip(full, ours, strict=True):
         if [step.shape for step in before] != [step.shape for step in after] or shown.shape != made.shape:
-            raise QuantizationError("The two MODELs sample latents of different shapes; compare a model with one made from it.")
+            raise QuantizationError(
+                "The two MODELs sample latents of different shapes; compare a model with one made from it."
+            )
         steps.append([snr(*pair) for pair in zip(before, after, strict=True)])
         scores.append({"latent SNR (dB)": steps[-1][-1], **(_picture_scores(shown, made) if vae is not None else {})})
     title = f"{len(conditioning)} prompts, {len(steps[0])} steps, seed {seed}"
@@ -94,7 +96,9 @@ def compare_clips(reference, other, prompts: list[str]) -> Comparison:
         (full,), (ours,) = (nodes.CLIPTextEncode().encode(clip, prompt)[0] for clip in (reference, other))
         before, after = full[0].cpu(), ours[0].cpu()
         if before.shape != after.shape:
-            raise QuantizationError("The two CLIPs make conditioning of different shapes; compare a CLIP with one made from it.")
+            raise QuantizationError(
+                "The two CLIPs make conditioning of different shapes; compare a CLIP with one made from it."
+            )
         scores.append({"SNR (dB)": snr(before, after), "cosine similarity": cosine(before, after)})
         bar.update(1)
     return Comparison(f"Conditioning of {len(prompts)} prompts", scores)

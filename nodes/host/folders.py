@@ -73,7 +73,11 @@ def safetensors_files() -> list[str]:
 
 def _names(kind: str) -> list[str]:
     """The files in a model folder, those too that ComfyUI's own loaders do not take; no shard of a model."""
-    found = (name for base in folder_paths.get_folder_paths(kind) for name in folder_paths.recursive_search(base, [".git"])[0])
+    found = (
+        name
+        for base in folder_paths.get_folder_paths(kind)
+        for name in folder_paths.recursive_search(base, [".git"])[0]
+    )
     return sorted({name for name in found if not _SHARD.search(name)})
 
 
@@ -99,7 +103,9 @@ def file_state(choice: str) -> tuple[int, ...]:
 
 def stamp(path: Path) -> tuple[int, ...]:
     """Changes when the file does; that of an index when a shard does."""
-    return tuple(value for part in _parts(path) for status in [part.stat()] for value in (status.st_mtime_ns, status.st_size))
+    return tuple(
+        value for part in _parts(path) for status in [part.stat()] for value in (status.st_mtime_ns, status.st_size)
+    )
 
 
 def _parts(path: Path) -> tuple[Path, ...]:
@@ -269,7 +275,9 @@ def _name(partial: Path, target: Path) -> None:
         os.link(partial, target)
     except FileExistsError:
         raise
-    except OSError:  # no links on this disk; its own programs could take the name in between, if they ran at this moment
+    except (
+        OSError
+    ):  # no links on this disk; its own programs could take the name in between, if they ran at this moment
         if target.exists():
             raise FileExistsError(target) from None
         partial.rename(target)

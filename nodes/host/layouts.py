@@ -94,7 +94,9 @@ def _load_layer(load, config: dict, module, super_load, state_dict, prefix: str,
     state_dict[f"{prefix}comfy_quant"] = config_tensor({"format": _CARRIER})
     load(module, super_load, state_dict, prefix, *args, **kwargs)
     loaded = module.weight
-    params = layout.Params(loaded._params.scale, loaded._params.orig_dtype, loaded._params.orig_shape, encoding.block_size)
+    params = layout.Params(
+        loaded._params.scale, loaded._params.orig_dtype, loaded._params.orig_shape, encoding.block_size
+    )
     weight = QuantizedTensor(loaded._qdata.view(dtype), layout.__name__, params)
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
     module.quant_format, module.layout_type = encoding.format.name, layout.__name__

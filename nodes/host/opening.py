@@ -34,7 +34,9 @@ def opened(file: FileSource) -> Iterator[Source]:
             source = DecodedSource(source)
         convert = _converter(source) if file.kind == DIFFUSION_MODELS else None
         if convert is None and refusal(source.tensors) == DIFFUSERS.is_:
-            raise SourceError(f"{source.name} is under diffusers' layer names, {_NOT_RENAMED if file.kind == DIFFUSION_MODELS else _NOT_HERE}.")
+            raise SourceError(
+                f"{source.name} is under diffusers' layer names, {_NOT_RENAMED if file.kind == DIFFUSION_MODELS else _NOT_HERE}."
+            )
         yield RenamedWeights(source, convert) if convert else source
 
 

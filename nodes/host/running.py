@@ -81,7 +81,11 @@ def latest_outputs(workflow: str, classes: str, keys: Collection[str]) -> dict[s
         nodes, is_ours = entry["prompt"][2], _workflow(entry["prompt"]) == workflow
         for node_id, output in entry["outputs"].items():
             wanted = {key: list(output[key]) for key in keys if key in output}
-            if wanted and nodes.get(node_id, {}).get("class_type", "").startswith(classes) and (is_ours or _alike(node_id, nodes, latest)):
+            if (
+                wanted
+                and nodes.get(node_id, {}).get("class_type", "").startswith(classes)
+                and (is_ours or _alike(node_id, nodes, latest))
+            ):
                 found[node_id] = wanted
     return found
 

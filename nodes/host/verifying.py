@@ -60,7 +60,9 @@ def verify_saved(quantized: Quantized, paths: list[Path]) -> str:
             raise
         reason = str(error) if isinstance(error, QuantizationError) else f"ComfyUI's loader says {error!r}."
         now = ", ".join(_set_aside(path).name for path in paths)
-        raise VerificationError(f"The saved file does not load as it was quantized and is now {now}: {reason}") from error
+        raise VerificationError(
+            f"The saved file does not load as it was quantized and is now {now}: {reason}"
+        ) from error
 
 
 def _set_aside(path: Path) -> Path:
@@ -108,7 +110,9 @@ def _check_contents(report: Report, paths: list[Path]) -> None:
                 made.granularity,
                 made.convrot,
             ):
-                raise VerificationError(f"{layer}: the file calls it {encoding}, and it was quantized as {made.format} per {made.granularity}.")
+                raise VerificationError(
+                    f"{layer}: the file calls it {encoding}, and it was quantized as {made.format} per {made.granularity}."
+                )
     if lost := expected - tensors.keys():
         raise VerificationError(f"{_named(lost)} missing; please report the model.")
     inputs = {f"{made.name.removesuffix('.weight')}.input_scale" for made in report.layers}
@@ -159,14 +163,20 @@ def _infos(tensors: Mapping[str, torch.Tensor], layer: str) -> dict[str, TensorI
 
 def _verified(path: Path, quantized: Quantized) -> str:
     """How a file was verified, in a few sentences. Raises what is wrong with it."""
-    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)  # not those that the loader is given, which may change them
+    tensors = comfy.utils.load_torch_file(
+        str(path), safe_load=True
+    )  # not those that the loader is given, which may change them
     patcher = reload(path, quantized.kind, quantized.clip_type)
     if patcher is None:
         loaded, how = _layers_alone(tensors), "each by itself, because ComfyUI does not recognise the model"
         device = comfy.model_management.get_torch_device()
     else:
         find = _in_text_encoder if quantized.kind == TEXT_ENCODERS else _in_diffusion_model
-        loaded, how, device = find(tensors, patcher.model), "reloaded by ComfyUI's own loader and compared key by key", patcher.load_device
+        loaded, how, device = (
+            find(tensors, patcher.model),
+            "reloaded by ComfyUI's own loader and compared key by key",
+            patcher.load_device,
+        )
     unused = _compare(loaded)
     ran = _run(loaded, device)
     others = len(loaded.file) - sum(name.rpartition(".")[0] in loaded.configs for name in loaded.file) - len(unused)
@@ -211,7 +221,9 @@ def _held(module: torch.nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
 def _in_diffusion_model(tensors: Mapping[str, torch.Tensor], model) -> _Loaded:
     """The tensors under the names that the model's own rules give them."""
     prefix = model_detection.unet_prefix_from_state_dict(tensors)
-    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)} or dict(tensors)
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)} or dict(
+        tensors
+    )
     elsewhere = [name for name in tensors if name.removeprefix(prefix) not in inside]
     named = model.model_config.process_unet_state_dict(inside)
     root = model.diffusion_model
@@ -224,7 +236,10 @@ def _in_text_encoder(tensors: Mapping[str, torch.Tensor], model) -> _Loaded:
     first = next(name.removesuffix(CONFIG_SUFFIX) + ".weight" for name in tensors if name.endswith(CONFIG_SUFFIX))
     stem = next((name.removesuffix(first) for name in held if name.endswith(f".{first}")), "")
     stems = (stem, stem.removesuffix("transformer."))
-    named = {next((own + name for own in stems if own + name in held), stem + name): tensor for name, tensor in tensors.items()}
+    named = {
+        next((own + name for own in stems if own + name in held), stem + name): tensor
+        for name, tensor in tensors.items()
+    }
     held = {name: tensor for name, tensor in held.items() if name.startswith(stem) or name in named.keys()}
     return _Loaded(named, held, dict(model.named_modules()))
 
@@ -266,9 +281,13 @@ def _check_layer(loaded: _Loaded, layer: str, config: dict) -> None:
         except ValueError as error:
             raise VerificationError(f"In ComfyUI's model, {error}.") from None
         if held != encoding:
-            raise VerificationError(f"{layer}: ComfyUI takes it for {held.config}, and the file says {encoding.config}.")
+            raise VerificationError(
+                f"{layer}: ComfyUI takes it for {held.config}, and the file says {encoding.config}."
+            )
     elif getattr(module, "layout_type", None) != comfy.quant_ops.QUANT_ALGOS[config["format"]]["comfy_tensor_layout"]:
-        raise VerificationError(f"{layer}: ComfyUI takes it for {getattr(module, 'layout_type', 'a plain layer')}, and the file says {encoding}.")
+        raise VerificationError(
+            f"{layer}: ComfyUI takes it for {getattr(module, 'layout_type', 'a plain layer')}, and the file says {encoding}."
+        )
     shape, wanted = tuple(loaded.file[f"{layer}.weight"].shape), (module.out_features, module.in_features)
     if shape != wanted:
         raise VerificationError(f"{layer}: the weight has shape {shape}, and the model needs {wanted}.")
@@ -294,7 +313,9 @@ def _run(loaded: _Loaded, device: torch.device) -> dict[str, str]:
         VerificationError: it multiplies by something else than what the file's weights mean.
     """
     sizes = {layer: loaded.file[f"{layer}.weight"].numel() for layer in loaded.configs}
-    encodings = {layer: layer_encoding(layer, config, _infos(loaded.file, layer)) for layer, config in loaded.configs.items()}
+    encodings = {
+        layer: layer_encoding(layer, config, _infos(loaded.file, layer)) for layer, config in loaded.configs.items()
+    }
     smallest = {str(encodings[layer]): layer for layer in sorted(sizes, key=sizes.get, reverse=True)}
     for layer in smallest.values():
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -303,7 +324,9 @@ def _run(loaded: _Loaded, device: torch.device) -> dict[str, str]:
         weight = encodings[layer].decode(codes, scale.reshape(encodings[layer].scale_shape(codes.shape)))
         dtype = _computes_in(module)
         inputs = torch.randn(_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        if (fixed := loaded.file.get(f"{layer}.input_scale")) is not None:  # larger ones are cut off where ComfyUI multiplies codes
+        if (
+            fixed := loaded.file.get(f"{layer}.input_scale")
+        ) is not None:  # larger ones are cut off where ComfyUI multiplies codes
             inputs *= fixed * torch.finfo(codes.dtype).max / inputs.abs().max()
         inputs = inputs.to(dtype)
         expected = torch.nn.functional.linear(inputs.float(), weight, bias if bias is None else bias.float())

@@ -141,7 +141,9 @@ class PairedGrams:
     def start(self, gram: Gram, tokens: int) -> None:
         """Begin with what an earlier calibration found."""
         if not isinstance(gram, PairedGram):
-            raise CalibrationError("A calibration without quantized inputs cannot be continued with them; leave them out.")
+            raise CalibrationError(
+                "A calibration without quantized inputs cannot be continued with them; leave them out."
+            )
         self._both.start(PackedGram(gram.panels, gram.roots), tokens)
         self._sum.copy_(gram.mean.double() * tokens)
         self._tokens = tokens

@@ -74,7 +74,9 @@ class Collector:
         self._holdout_rows = max(16, min(holdout_rows, _HELD_BYTES // (4 * max(channels, 1))))
         self._sites: dict[str, str] = {}  # layer → the layer whose statistics are its own too
         self._found: dict[str, Accumulator] = {}
-        self._turns: dict[str, tuple[int, int]] = {}  # a Gram takes tokens at first, and when call + second is a multiple of first
+        self._turns: dict[
+            str, tuple[int, int]
+        ] = {}  # a Gram takes tokens at first, and when call + second is a multiple of first
         self._files: list[Path] = []
         self._background: list[Background] = []
         self._recent: dict[int, tuple[weakref.ref, str]] = {}

@@ -106,8 +106,14 @@ class CalibrationFile:
         if self._last is None or self._last[0] != site:  # layers that share an input mostly follow each other
             found = {kind: self._read(f"{site}.{kind}") for kind in _KINDS}
             shapes = {kind: tuple(found[kind].shape) for kind in ("amax", "histogram") if found[kind] is not None}
-            if any(len(shape) != 1 or not all(shape) for shape in shapes.values()) or shapes.get("histogram", (BINS,)) != (BINS,) or [*shapes] == ["histogram"]:
-                raise CalibrationError(f"{self.path}: what {site} was given is described by {shapes}, which says nothing; calibrate again.")
+            if (
+                any(len(shape) != 1 or not all(shape) for shape in shapes.values())
+                or shapes.get("histogram", (BINS,)) != (BINS,)
+                or [*shapes] == ["histogram"]
+            ):
+                raise CalibrationError(
+                    f"{self.path}: what {site} was given is described by {shapes}, which says nothing; calibrate again."
+                )
             self._last = site, Inputs(**found) if any(value is not None for value in found.values()) else None
         known, sensitivity = self._last[1], self._sensitivity.get(name)
         return known if known is None or sensitivity is None else replace(known, sensitivity=sensitivity)
@@ -157,7 +163,9 @@ class CalibrationFile:
     def _values(self, name: str) -> torch.Tensor:
         values = self._file.read(name)
         if not values.is_floating_point():
-            raise CalibrationError(f"{self.path}: {name} is of {values.dtype}, which no statistics are; calibrate again.")
+            raise CalibrationError(
+                f"{self.path}: {name} is of {values.dtype}, which no statistics are; calibrate again."
+            )
         return values if values.element_size() > 1 else values.float()  # torch computes little in FP8
 
     def close(self) -> None:

@@ -7,7 +7,17 @@ import torch
 from ..errors import CalibrationError
 from .panels import packed_size, unpack
 
-__all__ = ["Gram", "Inputs", "LowRankGram", "PackedGram", "PairedGram", "dense_gram", "mean_vector", "quantized_grams", "roots"]
+__all__ = [
+    "Gram",
+    "Inputs",
+    "LowRankGram",
+    "PackedGram",
+    "PairedGram",
+    "dense_gram",
+    "mean_vector",
+    "quantized_grams",
+    "roots",
+]
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             dtypes={name: (counts[name], sizes[name]) for name in sorted(sizes, key=lambda name: -sizes[name])},
             quantized={kind: counts.total() for kind, counts in layers.items()},
             layers={kind: dict(counts) for kind, counts in layers.items()},
-            stock=_stock(quantized_formats(source), any(layer.startswith(ENCODER_PREFIX) for layer in configs or header)),
+            stock=_stock(
+                quantized_formats(source), any(layer.startswith(ENCODER_PREFIX) for layer in configs or header)
+            ),
             made_by=provenance(source),
         )

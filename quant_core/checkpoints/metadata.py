@@ -58,7 +58,11 @@ def loading_note(configs: Mapping[str, dict[str, object]]) -> dict[str, str]:
     """The header entry that names what loads the file; none where stock ComfyUI does. ``configs``: {layer: JSON}."""
     formats = {str(config["format"]) for config in configs.values()}
     ours = sorted(name for name in formats if name in FORMATS and FORMATS[name].stock_since is None)
-    return {NOTE_KEY: f"ComfyUI loads {', '.join(ours)} layers with the node pack Learned Rounding installed: {_HOME}"} if ours else {}
+    return (
+        {NOTE_KEY: f"ComfyUI loads {', '.join(ours)} layers with the node pack Learned Rounding installed: {_HOME}"}
+        if ours
+        else {}
+    )
 
 
 def _parse(text: str | bytes, where: str) -> dict:
@@ -96,7 +100,9 @@ def layer_configs(source: Source) -> tuple[dict[str, dict], dict[str, dict]]:
         if name.endswith(CONFIG_SUFFIX):
             left -= info.nbytes
             if left < 0:
-                raise SourceError(f"{source.name}: the layers' JSON, as in tensor {name}, takes more than {_MOST_JSON:,} bytes; the file is damaged.")
+                raise SourceError(
+                    f"{source.name}: the layers' JSON, as in tensor {name}, takes more than {_MOST_JSON:,} bytes; the file is damaged."
+                )
             text = source.read(name) if info.dtype is torch.uint8 else None
             if text is None:
                 raise SourceError(f"{source.name}: tensor {name} should be of dtype U8.")
@@ -111,7 +117,9 @@ def layer_configs(source: Source) -> tuple[dict[str, dict], dict[str, dict]]:
     header = {layer: _flat(config) for layer, config in header.items()}
     for layer, config in (*tensors.items(), *header.items()):
         if not isinstance(config.get("format"), (str, type(None))):
-            raise SourceError(f"{source.name}: the format of layer {layer} is no name but {config['format']!r:.60}; the file is damaged.")
+            raise SourceError(
+                f"{source.name}: the format of layer {layer} is no name but {config['format']!r:.60}; the file is damaged."
+            )
     return tensors, header
 
 

@@ -97,7 +97,9 @@ class _View:
         return True
 
 
-def _view(storage: object, offset: int, shape: tuple, stride: tuple, dtype: torch.dtype | None = None) -> "_View | _Made":
+def _view(
+    storage: object, offset: int, shape: tuple, stride: tuple, dtype: torch.dtype | None = None
+) -> "_View | _Made":
     if isinstance(storage, _Made):
         return storage
     if not isinstance(storage, _Storage) or not len(shape) == len(stride) <= MAX_RANK:
@@ -106,7 +108,11 @@ def _view(storage: object, offset: int, shape: tuple, stride: tuple, dtype: torc
     if not all(type(number) is int and 0 <= number < TOO_LARGE for number in (offset, *shape, *stride)):
         raise ValueError("a tensor whose place is no whole number")
     info = TensorInfo(dtype, tuple(shape))
-    span = (1 + sum((side - 1) * step for side, step in zip(shape, stride, strict=True))) * dtype.itemsize if info.nbytes else 0
+    span = (
+        (1 + sum((side - 1) * step for side, step in zip(shape, stride, strict=True))) * dtype.itemsize
+        if info.nbytes
+        else 0
+    )
     begin = offset * dtype.itemsize
     if begin + span > storage.nbytes or info.nbytes > storage.nbytes:
         raise ValueError(f"a tensor of {info.nbytes:,} bytes in {storage.nbytes:,}")
@@ -157,7 +163,9 @@ def _named(module: object, name: object) -> _Name:
     return _Name(module, name)
 
 
-_OF_CLASS = _Name("torch._tensor", "_rebuild_from_type_v2")  # called with (what to call, a class, its arguments, attributes)
+_OF_CLASS = _Name(
+    "torch._tensor", "_rebuild_from_type_v2"
+)  # called with (what to call, a class, its arguments, attributes)
 
 
 def _stored(identity: object) -> _Storage | _Made:
@@ -272,9 +280,14 @@ _STEPS: dict[str, Callable[[_Machine, object], None]] = {
     "NEWOBJ": lambda machine, _: machine.call(),
     "BUILD": lambda machine, _: machine.take(1),  # attributes of what is no plain value
     "BINPERSID": lambda machine, _: machine.store(_stored(machine.stack.pop())),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda machine, argument: machine.memo.__setitem__(argument, machine.stack[-1])),
+    **dict.fromkeys(
+        ("PUT", "BINPUT", "LONG_BINPUT"),
+        lambda machine, argument: machine.memo.__setitem__(argument, machine.stack[-1]),
+    ),
     "MEMOIZE": lambda machine, _: machine.memo.__setitem__(len(machine.memo), machine.stack[-1]),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, argument: machine.stack.append(machine.memo[argument])),
+    **dict.fromkeys(
+        ("GET", "BINGET", "LONG_BINGET"), lambda machine, argument: machine.stack.append(machine.memo[argument])
+    ),
 }
 
 
@@ -301,7 +314,9 @@ class PickledWeights(StoredTensors):
 
     def _take(self, name: str, value: _View | _Made, places: dict[str, tuple[int, int]]) -> None:
         if isinstance(value, _Made):
-            raise SourceError(f"{self.path}: tensor {name} is none of plain values ({value.by}); save the model with plain tensors.")
+            raise SourceError(
+                f"{self.path}: tensor {name} is none of plain values ({value.by}); save the model with plain tensors."
+            )
         begin, length = places[value.storage.key]
         if length != value.storage.nbytes:
             raise ValueError(f"tensor {name} needs {value.storage.nbytes:,} bytes and is given {length:,}")
@@ -324,13 +339,17 @@ class PickledWeights(StoredTensors):
         with zipfile.ZipFile(self._file) as archive:
             files = {entry.filename: entry for entry in archive.infolist()}
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in files.values()):
-            raise SourceError(f"{self.path} is compressed, which torch's own files never are; unpack it and save it with torch again.")
+            raise SourceError(
+                f"{self.path} is compressed, which torch's own files never are; unpack it and save it with torch again."
+            )
         (main,) = (name for name in files if name.endswith("/data.pkl"))
         folder = main.removesuffix("data.pkl")
         places = {name: self._lies(entry) for name, entry in files.items() if name.startswith(folder)}
         order = places.get(f"{folder}byteorder")
         if order and self._bytes(*order) != b"little":
-            raise SourceError(f"{self.path} was written by a machine of the other byte order; save it again on this one.")
+            raise SourceError(
+                f"{self.path} was written by a machine of the other byte order; save it again on this one."
+            )
         if places[main][1] > _LARGEST:
             raise ValueError(f"a pickle of {places[main][1]:,} bytes")
         made = _Machine().run(io.BytesIO(self._bytes(*places[main])))

@@ -30,7 +30,17 @@ _MOST_VALUES = 2_500_000  # of a header, each of which takes a hundred bytes of 
 MAX_RANK = 64  # as many dimensions as torch's operators take
 TOO_LARGE = 2**63
 _READ_AT_ONCE = 1 << 24  # how soon a closed file stops a reading thread
-_DAMAGES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, RecursionError, MemoryError, NotImplementedError)
+_DAMAGES = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    RecursionError,
+    MemoryError,
+    NotImplementedError,
+)
 _DAMAGES += (struct.error, zipfile.BadZipFile)  # what a damaged file does to its reader
 _OTHER_KINDS = (
     (b"PK\x03\x04", "a pickled PyTorch checkpoint"),
@@ -56,7 +66,9 @@ def bounded_json(text: bytes, **options) -> object:
 def open_regular(path: Path) -> BinaryIO:
     """An ordinary file for reading, without a buffer; waits for nobody at the other end of a pipe. Raises :class:`SourceError`."""
     try:
-        file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+        file = open(
+            path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+        )
     except FileNotFoundError:
         raise SourceError(f"There is no file {path}; check the path.") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no system takes
@@ -112,7 +124,9 @@ class StoredTensors(ABC):
             raise ValueError(f"tensor {name} is of {info.dtype}, which safetensors does not have")
         if not all(type(side) is int and side >= 0 for side in info.shape):
             raise ValueError(f"tensor {name} has no whole numbers for its shape")
-        if math.prod(max(side, 1) for side in info.shape) * info.dtype.itemsize >= TOO_LARGE:  # of an empty one too: torch multiplies them
+        if (
+            math.prod(max(side, 1) for side in info.shape) * info.dtype.itemsize >= TOO_LARGE
+        ):  # of an empty one too: torch multiplies them
             raise ValueError(f"tensor {name} has a shape of more than 63 bits")
         if type(begin) is not int or not 0 <= begin <= self.size - (info.nbytes if span is None else span):
             raise ValueError(f"tensor {name} lies beyond its end")
@@ -130,9 +144,13 @@ class StoredTensors(ABC):
                         self._file.seek(offset + done)
                         count = self._file.readinto(view[done : done + _READ_AT_ONCE])
                     except OSError as error:
-                        raise SourceError(f"{self.path} cannot be read at {what}: {error.strerror}; check the disk.") from error
+                        raise SourceError(
+                            f"{self.path} cannot be read at {what}: {error.strerror}; check the disk."
+                        ) from error
                     if not count:
-                        raise SourceError(f"{self.path} ended early at {what}: it was changed while it was read; run again.")
+                        raise SourceError(
+                            f"{self.path} ended early at {what}: it was changed while it was read; run again."
+                        )
                     done += count
         finally:
             if self._closing:

@@ -40,7 +40,9 @@ class ShardedFiles:
             self._files = {name: files[file] for name, file in places.items()}
             for name, file in places.items():
                 if name not in files[file].tensors:
-                    raise SourceError(f"{self.path} says that tensor {name} is in {file}, which does not hold it; fetch both again.")
+                    raise SourceError(
+                        f"{self.path} says that tensor {name} is in {file}, which does not hold it; fetch both again."
+                    )
         except BaseException:
             self._stack.close()
             raise
@@ -48,7 +50,10 @@ class ShardedFiles:
         self.size = sum(file.size for file in files.values())
         self.metadata = {key: value for file in files.values() for key, value in file.metadata.items()}
         self.tensors = {
-            name: info for file in files.values() for name, info in file.tensors.items() if self._files.get(name) is file
+            name: info
+            for file in files.values()
+            for name, info in file.tensors.items()
+            if self._files.get(name) is file
         }
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
@@ -97,7 +102,9 @@ def _in_folder(folder: Path) -> Path:
         return found[0]
     if (folder / "model_index.json").exists():
         parts = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
-        raise SourceError(f"{folder} is a whole pipeline; give the folder of one part: {', '.join(dict.fromkeys(parts)) or 'none is there'}.")
+        raise SourceError(
+            f"{folder} is a whole pipeline; give the folder of one part: {', '.join(dict.fromkeys(parts)) or 'none is there'}."
+        )
     raise SourceError(
         f"{folder} holds {len(found) or 'no'} safetensors files{' and no index' if found else ''}; give one file, or the index of its shards."
     )

@@ -56,8 +56,7 @@ def layer_encoding(layer: str, config: Mapping[str, object], tensors: Mapping[st
             return encoding
         wanted.append(", ".join(f"{suffix} {spec.dtype} {spec.shape}" for suffix, spec in specs.items()))
     have = ", ".join(
-        f"{suffix} "
-        + (f"{found.dtype} {found.shape}" if (found := tensors.get(f"{layer}.{suffix}")) else "missing")
+        f"{suffix} " + (f"{found.dtype} {found.shape}" if (found := tensors.get(f"{layer}.{suffix}")) else "missing")
         for suffix in ("weight", "weight_scale")
     )
     raise ValueError(f"{layer}: {format.name} needs {' or '.join(wanted)}; the file has {have}")

@@ -50,14 +50,23 @@ _LENGTH = struct.Struct("<Q")
 _PARTIAL, _JOURNAL = ".partial", ".journal"
 _SPILL = 1 << 24
 _FLUSH = 1 << 26
-_SYNC = 1 << 28  # bytes between two calls for the disk to have them; a power cut costs these and what it was behind with
+_SYNC = (
+    1 << 28
+)  # bytes between two calls for the disk to have them; a power cut costs these and what it was behind with
 _NO_MORE = "cannot schedule new futures"  # Python to who wants a thread when the process ends below a run: the next run goes on with it
 _WORTH_A_THREAD = 1 << 16  # bytes that take longer to sum than to hand over
 _LOCKED_BYTE = 2**31 - 2  # the last that Windows' own library can lock
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # what locking says of a file that another has
 _ABANDONED = 86_400  # seconds after which a file that cannot be locked counts as a dead run's
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EBADF)  # of a folder, on some disks
+_NO_FLUSH = (
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EACCES,
+    errno.EBADF,
+)  # of a folder, on some disks
 _WIDEST_OFFSET = 10**15
 
 
@@ -167,7 +176,9 @@ def keep_apart(path: Path, others: Mapping[str, Iterable[Path | None]], what: st
     """
     for role, files in others.items():
         for file in filter(None, files):
-            if os.path.realpath(path) == os.path.realpath(file) or (os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)):
+            if os.path.realpath(path) == os.path.realpath(file) or (
+                os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
+            ):
                 raise OutputError(f"{path} is the {role} itself; choose another {what}.")
 
 
@@ -243,7 +254,9 @@ class SafetensorsWriter:
         self._begin = _LENGTH.size + self._reserve
         self._flushing = self._synced = 0
         self._file = self._partial = self._journal = None
-        self._beside = ThreadPoolExecutor(3, thread_name_prefix="learned-rounding-disk")  # one opens or finishes, one sums, one waits for the disk
+        self._beside = ThreadPoolExecutor(
+            3, thread_name_prefix="learned-rounding-disk"
+        )  # one opens or finishes, one sums, one waits for the disk
         self._syncing: Future | None = None
         self.lasting, self._overwrite, self._check, self._parse = run is not None, overwrite, check, parse
         self._writing, self._over, self._left, self.stood = threading.Lock(), False, False, False
@@ -281,7 +294,9 @@ class SafetensorsWriter:
             try:
                 file = opened.enter_context(open(partial, "r+b", buffering=0))
                 journal = Journal(opened.enter_context(open(partial.with_suffix(_JOURNAL), "r+b", buffering=0)))
-                if not _dead(file) or os.fstat(file.fileno()).st_nlink != 1:  # 0: removed meanwhile; 2: published already
+                if (
+                    not _dead(file) or os.fstat(file.fileno()).st_nlink != 1
+                ):  # 0: removed meanwhile; 2: published already
                     return False
                 layout, notes, cut = self._whole(file, journal, run)
                 if not notes:
@@ -300,7 +315,9 @@ class SafetensorsWriter:
         """Where the tensors lie that such a run has left whole, its notes, and where in the journal that ends."""
         layout, notes, cut, end, since = _Layout(), [], 0, 0, []
         records = journal.records()
-        with contextlib.suppress(KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):  # no record of ours
+        with contextlib.suppress(
+            KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError
+        ):  # no record of ours
             if next(records, ([],))[0] != [run, self._reserve]:
                 return layout, notes, cut
             for record, begin, size in records:
@@ -406,7 +423,9 @@ class SafetensorsWriter:
         end = self._layout.end
         if end - self._flushing >= _FLUSH and hasattr(os, "posix_fadvise"):
             # Starts writing to the disk now, beside the computation, so that the final fsync finds little left.
-            os.posix_fadvise(self._file.fileno(), self._begin + self._flushing, end - self._flushing, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(
+                self._file.fileno(), self._begin + self._flushing, end - self._flushing, os.POSIX_FADV_DONTNEED
+            )
             self._flushing = end
 
     def _sync_folder(self) -> None:
@@ -490,7 +509,9 @@ class SafetensorsWriter:
                 raise
             if os.path.lexists(self.path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-            os.replace(self._partial, self.path)  # a disk without links: a file made since the line before would be lost
+            os.replace(
+                self._partial, self.path
+            )  # a disk without links: a file made since the line before would be lost
 
     def _close(self) -> None:
         """Remove what is not to stay and close the files; who still writes does it again when the write is over."""

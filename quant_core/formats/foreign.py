@@ -40,7 +40,11 @@ class ForeignFormat:
             raise SourceError(f"codes of shape {codes} are no matrix")
         stored = codes[0], codes[1] * self.packed
         given = config.get("orig_shape", stored)
-        if not (isinstance(given, (list, tuple)) and [*map(type, given)] == [int, int] and all(0 < a <= b for a, b in zip(given, stored, strict=True))):
+        if not (
+            isinstance(given, (list, tuple))
+            and [*map(type, given)] == [int, int]
+            and all(0 < a <= b for a, b in zip(given, stored, strict=True))
+        ):
             raise SourceError(f"its JSON gives the shape {given} to codes for {stored}")
         return tuple(given)
 
@@ -74,7 +78,9 @@ def _blocks(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _nvfp4(codes: torch.Tensor, parts: Parts, config: Mapping[str, object]) -> torch.Tensor:
     values = _E2M1.to(codes.device)[_nibbles(codes, high_first=True)]
-    scale = _untiled(parts["weight_scale"], values.shape[0], values.shape[1] // 16).contiguous().view(torch.float8_e4m3fn)
+    scale = (
+        _untiled(parts["weight_scale"], values.shape[0], values.shape[1] // 16).contiguous().view(torch.float8_e4m3fn)
+    )
     weight = _blocks(values, parts["weight_scale_2"].float() * scale.float())
     return weight * parts["pre_quant_scale"].float() if "pre_quant_scale" in parts else weight
 
@@ -87,7 +93,9 @@ def _mxfp8(codes: torch.Tensor, parts: Parts, config: Mapping[str, object]) -> t
 def _convrot_w4a4(codes: torch.Tensor, parts: Parts, config: Mapping[str, object]) -> torch.Tensor:
     values = _nibbles(codes)
     signed = torch.where(values < 8, values, values - 16).float()
-    return Rotation(_option(config, "convrot_groupsize", 256)).apply(signed * parts["weight_scale"].float().reshape(-1, 1))
+    return Rotation(_option(config, "convrot_groupsize", 256)).apply(
+        signed * parts["weight_scale"].float().reshape(-1, 1)
+    )
 
 
 def _asym_w4a8(codes: torch.Tensor, parts: Parts, config: Mapping[str, object]) -> torch.Tensor:
@@ -98,7 +106,9 @@ def _asym_w4a8(codes: torch.Tensor, parts: Parts, config: Mapping[str, object]) 
     if scale.shape[-1] * _option(config, "group_size", 16) != values.shape[-1]:
         raise SourceError(f"its JSON's group_size does not fit {scale.shape[-1]} scales for {values.shape[-1]} weights")
     eight_bits = _blocks(levels, scale).round().clamp(-127, 127)
-    return Rotation(_option(config, "convrot_groupsize", 256)).apply(eight_bits * parts["weight_s_channel"].float().reshape(-1, 1))
+    return Rotation(_option(config, "convrot_groupsize", 256)).apply(
+        eight_bits * parts["weight_s_channel"].float().reshape(-1, 1)
+    )
 
 
 FOREIGN: Mapping[str, ForeignFormat] = {

@@ -45,9 +45,7 @@ class Tiles:
         padded = torch.nn.functional.pad(rows, (0, tiles * self.columns - self.inner))
         return padded.view(rows.shape[0], tiles, self.columns).abs().amax(dim=2)
 
-    def join_rows(
-        self, values: torch.Tensor, join: Callable[..., torch.Tensor], group: int = 1
-    ) -> torch.Tensor:
+    def join_rows(self, values: torch.Tensor, join: Callable[..., torch.Tensor], group: int = 1) -> torch.Tensor:
         """Reduce (…, ⌈out/group⌉, tiles along in) to (…, *counts) with ``join(values, dim)``; zeros fill the last tile."""
         per_tile = -(-self.rows // group)
         missing = self.counts[0] * per_tile - values.shape[-2]

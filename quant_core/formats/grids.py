@@ -51,7 +51,6 @@ class Grid:
         return torch.where(negative, -outer, inner), torch.where(negative, -inner, outer)
 
 
-
 E4M3 = Grid(torch.float8_e4m3fn, GridArithmetic(mantissa=3, smallest=2.0**-9, largest=448.0))
 E5M2 = Grid(torch.float8_e5m2, GridArithmetic(mantissa=2, smallest=2.0**-16, largest=57344.0))
 # Symmetric: −128 is left out, as in every int8 matmul kernel ComfyUI uses.

@@ -55,7 +55,9 @@ class LayerRule:
         return f"{self.origin} {self.pattern}"
 
 
-def finding(rules: Iterable[LayerRule], names: Iterable[str], check: CancelCheck | None = None) -> dict[str, list[LayerRule]]:
+def finding(
+    rules: Iterable[LayerRule], names: Iterable[str], check: CancelCheck | None = None
+) -> dict[str, list[LayerRule]]:
     """Name → the rules whose pattern finds it, in their order. One pattern after the other, so that only its own steps are remembered."""
     found: dict[str, list[LayerRule]] = {name: [] for name in names}
     for rule in rules:
@@ -74,7 +76,11 @@ def most_specific(found: Sequence[LayerRule], name: str) -> LayerRule | None:
     Of several as long one that keeps the layer, else the last.
     """
     layer = name.removesuffix(".weight")
-    return max(reversed(found), key=lambda rule: (rule.pattern in (name, layer), len(rule.pattern), rule.format is None), default=None)
+    return max(
+        reversed(found),
+        key=lambda rule: (rule.pattern in (name, layer), len(rule.pattern), rule.format is None),
+        default=None,
+    )
 
 
 def layer_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
@@ -92,7 +98,9 @@ def layer_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
         except RecipeError as error:
             raise RecipeError(f"The {rule.origin}: {error}") from None
         if left < 0:
-            raise RecipeError(f"The {rule.origin}: all patterns have more than {_LARGEST:,} characters and repeats together; use fewer and plainer ones.")
+            raise RecipeError(
+                f"The {rule.origin}: all patterns have more than {_LARGEST:,} characters and repeats together; use fewer and plainer ones."
+            )
     return rules
 
 
@@ -122,10 +130,12 @@ def _choice(pattern: str, value: object) -> FormatChoice | None:
     if value == {SKIP: True}:
         return None
     if not isinstance(value, dict) or "format" not in value:
-        raise RecipeError(f'The layer config says neither a format nor "{SKIP}" for \'{pattern}\'.')
+        raise RecipeError(f"The layer config says neither a format nor \"{SKIP}\" for '{pattern}'.")
     for key, entry in value.items():
         if key not in _KEYS:
-            raise RecipeError(f"The layer config knows no '{key}', at '{pattern}'; it knows {', '.join([*_KEYS, SKIP])}.")
+            raise RecipeError(
+                f"The layer config knows no '{key}', at '{pattern}'; it knows {', '.join([*_KEYS, SKIP])}."
+            )
         kinds = _KEYS[key][1]
         if not isinstance(entry, kinds) or (kinds is int and isinstance(entry, bool)):
             raise RecipeError(f"The layer config's {key} cannot be {entry!r}, at '{pattern}'.")

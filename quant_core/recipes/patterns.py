@@ -17,7 +17,9 @@ _LONGEST = 2000  # characters of a pattern
 _LARGEST = 5000  # states
 _DEEPEST = 50  # groups in each other
 _REMEMBERED = 20_000  # steps, and states in them
-_WIDE = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*-(?:[^\0-\xff]|\\[uUN])", re.DOTALL)  # a range that Python goes through letter by letter
+_WIDE = re.compile(
+    r"\[\^?\]?(?:\\.|[^\]\\])*-(?:[^\0-\xff]|\\[uUN])", re.DOTALL
+)  # a range that Python goes through letter by letter
 _COUNT = re.compile(r"\{(\d*)(?:(,)(\d*))?\}")
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|0[0-7]{0,2}|N\{[^}]*\}|.)", re.DOTALL)
@@ -46,9 +48,13 @@ class Pattern:
 
     def __init__(self, text: str):
         if len(text) > _LONGEST:
-            raise RecipeError(f"The pattern '{text[:40]}…' has {len(text):,} characters and may have {_LONGEST:,}; split it.")
+            raise RecipeError(
+                f"The pattern '{text[:40]}…' has {len(text):,} characters and may have {_LONGEST:,}; split it."
+            )
         if _WIDE.search(text):
-            raise RecipeError(f"The pattern '{text[:40]}' has a set with a range beyond \\xff; name its letters, or take a dot.")
+            raise RecipeError(
+                f"The pattern '{text[:40]}' has a set with a range beyond \\xff; name its letters, or take a dot."
+            )
         try:
             _test(text)
         except (re.error, RecursionError, OverflowError) as error:

@@ -55,7 +55,11 @@ class Plan:
     @property
     def explanation(self) -> str:
         """What the keep list is, how sure that is, and which rules of the user's own find nothing, in a few sentences."""
-        idle = f" No layer has a name that is found by: {', '.join(rule.reason for rule in self.idle)}." if self.idle else ""
+        idle = (
+            f" No layer has a name that is found by: {', '.join(rule.reason for rule in self.idle)}."
+            if self.idle
+            else ""
+        )
         return self._family + idle
 
     @property
@@ -113,7 +117,11 @@ def _impossible(rules: Iterable[Rule], name: str, format: FormatChoice | None) -
     if reason := _found((rule for rule in rules if rule.cannot), name):
         return reason
     ours = format is not None and FORMATS[format.format].stock_since is None
-    return f"embedding: ComfyUI reads no {format.format} there" if ours and _found((rule for rule in rules if rule.table), name) else None
+    return (
+        f"embedding: ComfyUI reads no {format.format} there"
+        if ours and _found((rule for rule in rules if rule.table), name)
+        else None
+    )
 
 
 def _decide(
@@ -175,7 +183,9 @@ def make_plan(
     found = finding(own, (name for name, info in source.tensors.items() if eligibility(name, info) is None), check)
     for name, info in source.tensors.items():
         start = _encoder(name)
-        decisions[name] = _decide(name, info, start if start in encoders else "", encoders.get(start, family), found.get(name, ()), block)
+        decisions[name] = _decide(
+            name, info, start if start in encoders else "", encoders.get(start, family), found.get(name, ()), block
+        )
     used = {rule for name, its_rules in found.items() if decisions[name].action != "remove" for rule in its_rules}
     idle = tuple(rule for rule in own if rule not in used)
     plan = Plan(decisions, family, detected=preset == AUTO, encoders=encoders, idle=idle)

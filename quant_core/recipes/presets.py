@@ -26,12 +26,31 @@ from ..checkpoints import TensorInfo
 from ..errors import UnknownNameError
 from .toml import tomllib
 
-__all__ = ["ALIASES", "AUTO", "NONE", "COMMON", "GENERAL", "PRESETS", "STARTS", "Mark", "Preset", "Rule", "find_preset", "recognise"]
+__all__ = [
+    "ALIASES",
+    "AUTO",
+    "NONE",
+    "COMMON",
+    "GENERAL",
+    "PRESETS",
+    "STARTS",
+    "Mark",
+    "Preset",
+    "Rule",
+    "find_preset",
+    "recognise",
+]
 
 AUTO = "auto"
 NONE = "none"
 _FOLDER = Path(__file__).parent / "presets"
-STARTS = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.")  # before the names of a checkpoint's model
+STARTS = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.model.",
+    "model.",
+    "net.",
+)  # before the names of a checkpoint's model
 _PREFIXES = ("", *STARTS)
 _START = f"^(?:{'|'.join(map(re.escape, STARTS))})?"
 
@@ -130,9 +149,7 @@ def _load(name: str) -> Preset:
 
 
 COMMON, GENERAL = _load("_common"), _load("_general")
-PRESETS: Mapping[str, Preset] = {
-    path.stem: _load(path.stem) for path in sorted(_FOLDER.glob("[!_]*.toml"))
-}
+PRESETS: Mapping[str, Preset] = {path.stem: _load(path.stem) for path in sorted(_FOLDER.glob("[!_]*.toml"))}
 ALIASES: Mapping[str, Preset] = {alias: preset for preset in PRESETS.values() for alias in preset.aliases}
 
 

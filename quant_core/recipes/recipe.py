@@ -157,7 +157,9 @@ class Recipe(Method):
     def plan(self, source: Source, *, preset: Preset | None = None, check: CancelCheck | None = None) -> Plan:
         """One decision for every tensor of ``source``, see :func:`~.plan.make_plan`; by another preset than the recipe's if one is given."""
         size = self.block_size or BLOCK_SIZE
-        return make_plan(source, preset=preset or self.preset, rules=self.rules, heur=self.heur, block_size=size, check=check)
+        return make_plan(
+            source, preset=preset or self.preset, rules=self.rules, heur=self.heur, block_size=size, check=check
+        )
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, in field order."""

@@ -18,7 +18,10 @@ _ELIGIBLE: tuple[tuple[Callable[[str, TensorInfo], bool], str], ...] = (
 _HEURISTICS: tuple[tuple[Callable[[int, int, int], bool], str], ...] = (
     (lambda small, large, block: small < block, "a side shorter than {block}"),
     (lambda small, large, block: small % block or large % block, "a side that {block} does not divide"),
-    (lambda small, large, block: large / small > 4 and small < 5120, "aspect ratio above 4 and the shorter side below 5120"),
+    (
+        lambda small, large, block: large / small > 4 and small < 5120,
+        "aspect ratio above 4 and the shorter side below 5120",
+    ),
     (
         lambda small, large, block: small * large < 15_000_000 and large / small < 2,
         "fewer than 15 million parameters, nearly square",
@@ -35,4 +38,6 @@ def eligibility(name: str, info: TensorInfo) -> str | None:
 def heuristic(info: TensorInfo, block: int) -> str | None:
     """Why ``--heur`` keeps a matrix of this shape when blocks have that side, or None. The rules are those users know from other tools."""
     small, large = sorted(info.shape)
-    return next((f"heur: {reason.format(block=block)}" for rule, reason in _HEURISTICS if rule(small, large, block)), None)
+    return next(
+        (f"heur: {reason.format(block=block)}" for rule, reason in _HEURISTICS if rule(small, large, block)), None
+    )

@@ -58,15 +58,32 @@ OPTIONS: Mapping[str, Option] = {
         str, None, _BOTH, "round by gradient steps of this optimizer instead of sequentially", choices=tuple(OPTIMIZERS)
     ),
     "num_iter": Option(
-        int, 500, _BOTH, "gradient steps; more are never worse, and need an optimizer (without one: original)", True, high=10**6
+        int,
+        500,
+        _BOTH,
+        "gradient steps; more are never worse, and need an optimizer (without one: original)",
+        True,
+        high=10**6,
     ),
-    "lr": Option(float, None, _BOTH, "learning rate of the gradient steps (by default the optimizer's own)", True, low=1e-9, high=1e3),
+    "lr": Option(
+        float,
+        None,
+        _BOTH,
+        "learning rate of the gradient steps (by default the optimizer's own)",
+        True,
+        low=1e-9,
+        high=1e3,
+    ),
     "lr_schedule": Option(
         str, None, _BOTH, "how the learning rate changes (by default as suits the optimizer)", True, tuple(SCHEDULES)
     ),
     "early_stop": Option(
-        int, 0, _BOTH, "end after so many gradient steps without a new best; the start of a cycle brings none; 0: never",
-        True, high=10**6,
+        int,
+        0,
+        _BOTH,
+        "end after so many gradient steps without a new best; the start of a cycle brings none; 0: never",
+        True,
+        high=10**6,
     ),
     "top_p": Option(float, 0.2, _PRINCIPAL, "share of the singular directions that count", low=1e-6, high=1.0),
     "min_k": Option(int, 1, _PRINCIPAL, "at least so many singular directions", low=1, high=10**6),
@@ -76,15 +93,26 @@ OPTIONS: Mapping[str, Option] = {
         float, 0.03, _PRINCIPAL, "how much larger the plain weight error may become: 0.03 is 3 %", low=1e-4, high=10.0
     ),
     "damping": Option(
-        float, None, _CALIBRATED, "how much all directions count beside the calibrated ones, of their mean (by default the best "
-        "of 0.01, 0.1 and 1 on held-out inputs, 0.01 where there are none)", low=1e-8, high=1e3
+        float,
+        None,
+        _CALIBRATED,
+        "how much all directions count beside the calibrated ones, of their mean (by default the best "
+        "of 0.01, 0.1 and 1 on held-out inputs, 0.01 where there are none)",
+        low=1e-8,
+        high=1e3,
     ),
     "sweeps": Option(int, 1, _CALIBRATED, "sweeps of coordinate descent after sequential rounding", False, high=1000),
     "bias_correction": Option(
         str, "auto", _ANY, "take the mean output error back in the bias", choices=tuple(BIAS_CORRECTIONS)
     ),
     "calib_samples": Option(
-        int, 3072, _ANY, "random inputs of the synthetic bias correction", low=1, high=10**6, needs=("bias_correction", "synthetic")
+        int,
+        3072,
+        _ANY,
+        "random inputs of the synthetic bias correction",
+        low=1,
+        high=10**6,
+        needs=("bias_correction", "synthetic"),
     ),
 }
 
@@ -165,7 +193,9 @@ class Method:
         learned = [name for name in self._given if OPTIONS[name].acts != _ANY]
         idle = next((name for name in learned if OPTIONS[name].acts == _CALIBRATED and not calibrated), None)
         if idle:
-            raise RecipeError(f"{idle} acts on calibrated rounding, which needs a calibration; give one, or leave it out.")
+            raise RecipeError(
+                f"{idle} acts on calibrated rounding, which needs a calibration; give one, or leave it out."
+            )
         rounding = "calibrated" if calibrated else "principal" if learned else "auto"
         return dataclasses.replace(self, rounding=rounding)
 

@@ -49,7 +49,9 @@ class OptimizerChoice:
 # Weight decay would pull every weight towards its lower code, so there is none.
 OPTIMIZERS: Mapping[str, OptimizerChoice] = {
     "original": OptimizerChoice(Original, 0.02, "adaptive"),
-    "adamw": OptimizerChoice(lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.0), 0.05, "exponential"),
+    "adamw": OptimizerChoice(
+        lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.0), 0.05, "exponential"
+    ),
     "radam": OptimizerChoice(lambda params, lr: torch.optim.RAdam(params, lr=lr), 0.05, "exponential"),
     "prodigy": OptimizerChoice(_prodigy, 1.0, "plateau"),
 }

@@ -10,7 +10,13 @@ __all__ = ["round_stochastic"]
 
 
 def round_stochastic(
-    weight: torch.Tensor, scale: torch.Tensor, grid: Grid, tiles: Tiles, *, seed: int = 0, check: CancelCheck | None = None
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    grid: Grid,
+    tiles: Tiles,
+    *,
+    seed: int = 0,
+    check: CancelCheck | None = None,
 ) -> torch.Tensor:
     """Codes (out, in) with expectation w/s: the upper neighbour with probability (w/s − low)/(high − low).
 

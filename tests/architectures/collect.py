@@ -190,11 +190,24 @@ def _cog(heads: int, layers: int, **more) -> dict:
 
 
 def _seed(layers: int, dim: int, **more) -> dict:
-    return {"image_model": "seedvr2", "num_layers": layers, "vid_dim": dim, "heads": dim // 128, "norm_eps": 1e-5, **more}
+    return {
+        "image_model": "seedvr2",
+        "num_layers": layers,
+        "vid_dim": dim,
+        "heads": dim // 128,
+        "norm_eps": 1e-5,
+        **more,
+    }
 
 
 def _ltx(model: str, layers: int, head: int, **more) -> dict:
-    return {"image_model": model, "num_layers": layers, "attention_head_dim": head, "cross_attention_dim": 32 * head, **more}
+    return {
+        "image_model": model,
+        "num_layers": layers,
+        "attention_head_dim": head,
+        "cross_attention_dim": 32 * head,
+        **more,
+    }
 
 
 _LTX23 = {"apply_gated_attention": True, "caption_proj_before_connector": True, "cross_attention_adaln": True}
@@ -539,7 +552,9 @@ def _diffusion_model(entry: Architecture, operations, comfyui: Path):
         raise SystemExit(f"{entry.title}: meant {entry.build}, ComfyUI takes it for {type(detected).__name__}")
     meant, again = ({(name, tensor.shape) for name, tensor in state(one).items()} for one in (model, build(detected)))
     if meant != again:
-        raise SystemExit(f"{entry.title}: ComfyUI makes another model of these names and shapes: {sorted(meant ^ again)[:4]}")
+        raise SystemExit(
+            f"{entry.title}: ComfyUI makes another model of these names and shapes: {sorted(meant ^ again)[:4]}"
+        )
     return model
 
 

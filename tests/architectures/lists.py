@@ -75,7 +75,11 @@ def collapse(tensors: Mapping[str, Tensor]) -> list[str]:
     """Lines for these tensors, in the order of each line's first."""
     # A name is its constant parts with a set of numbers between each two. Names that differ in one set alone are merged,
     # from left to right, so each line stands for exactly the product of its sets.
-    biased = {name for name, (kind, shape) in tensors.items() if tensors.get(_bias(name)) == (kind, shape[:1]) and _bias(name) != name}
+    biased = {
+        name
+        for name, (kind, shape) in tensors.items()
+        if tensors.get(_bias(name)) == (kind, shape[:1]) and _bias(name) != name
+    }
     implied = set(map(_bias, biased))
     entries = [
         (Tensor(kind + "+" * (name in biased), shape), *_parts(name))
@@ -132,10 +136,13 @@ def text(entry, comfyui: str, tensors: Mapping[str, Tensor]) -> str:
 def rebuild(host) -> tuple[str, dict[str, dict[str, Tensor]], list[str]]:
     """(version, {name: tensors}, classes of models that have no list) as that ComfyUI's classes make them now."""
     script = Path(__file__).with_name("collect.py")
-    done = subprocess.run([str(host.python), str(script), str(host.path)], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [str(host.python), str(script), str(host.path)], stdout=subprocess.PIPE, text=True, check=True
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     lists = {
-        name: {tensor: Tensor(kind, tuple(shape)) for tensor, kind, shape in rows} for name, rows in found["lists"].items()
+        name: {tensor: Tensor(kind, tuple(shape)) for tensor, kind, shape in rows}
+        for name, rows in found["lists"].items()
     }
     return found["version"], lists, found["missing"]
 

@@ -1,6 +1,6 @@
 """docs/models.md: what becomes of every model ComfyUI knows, from the tensor lists and the presets.
 
-    python tests/architectures/table.py      writes it again
+python tests/architectures/table.py      writes it again
 """
 
 import argparse
@@ -38,7 +38,17 @@ which it lies with other parts gives the same decisions; *in a checkpoint* a tex
 plan says so.
 
 """
-COLUMNS = ("model", "preset", "parameters", "quantized", "layers", "ConvRot 256", "blocks of 128", *(f"`{name}`" for name in FORMATS), "also from")
+COLUMNS = (
+    "model",
+    "preset",
+    "parameters",
+    "quantized",
+    "layers",
+    "ConvRot 256",
+    "blocks of 128",
+    *(f"`{name}`" for name in FORMATS),
+    "also from",
+)
 # Lists of models of which ComfyUI renames every tensor from diffusers' names, as tests/nodes/test_opening.py finds.
 RENAMED = {
     "auraflow", "flux", "flux_fill", "flux_schnell", "koala_1b", "koala_700m", "longcat_image", "lotus_d", "pixart_alpha", "pixart_sigma", "sd15",
@@ -46,7 +56,14 @@ RENAMED = {
     "segmind_vega", "ssd_1b", "zimage",
 }  # fmt: skip
 # Lists of text encoders → names of their parts in checkpoints, where they are others.
-ENCODERS = {"t5": ("t5xxl",), "t5_old": ("t5xxl",), "umt5": ("umt5xxl",), "llama3_8b": ("llama",), "qwen3vl_8b": ("qwen3vl",), "gpt_oss_20b": ("gpt_oss",)}
+ENCODERS = {
+    "t5": ("t5xxl",),
+    "t5_old": ("t5xxl",),
+    "umt5": ("umt5xxl",),
+    "llama3_8b": ("llama",),
+    "qwen3vl_8b": ("qwen3vl",),
+    "gpt_oss_20b": ("gpt_oss",),
+}
 CHECKPOINT = "model.diffusion_model."
 
 
@@ -76,7 +93,9 @@ class Found(NamedTuple):
 
     def fitting(self, step: int, sides: slice = slice(None)) -> float:
         """Share of the quantized layers whose sides (out, in) are multiples of ``step``."""
-        return sum(all(side % step == 0 for side in shape[sides]) for shape in self.quantized.values()) / len(self.quantized)
+        return sum(all(side % step == 0 for side in shape[sides]) for shape in self.quantized.values()) / len(
+            self.quantized
+        )
 
 
 def source(name: str, prefix: str = "") -> SimpleNamespace:
@@ -104,7 +123,11 @@ def examine(name: str) -> Found:
 
 def _origins(name: str, found: Found) -> str:
     if name in TEXT_ENCODERS:
-        beside = [preset.name for preset in PRESETS.values() if preset.detect and {name, *ENCODERS.get(name, ())} & set(preset.encoders)]
+        beside = [
+            preset.name
+            for preset in PRESETS.values()
+            if preset.detect and {name, *ENCODERS.get(name, ())} & set(preset.encoders)
+        ]
         return f"in a checkpoint ({', '.join(beside)})" if beside else "–"
     renamed = ["diffusers"] if name in RENAMED else []
     return ", ".join(["checkpoint"] * found.checkpoint + renamed) or "–"
@@ -118,7 +141,14 @@ def _row(name: str) -> list[str]:
         return [*cells, *kept, *[f"{found.parameters * 2 / 1e9:.1f}"] * len(FORMATS), "–"]
     shares = (found.fitting(256, slice(1, 2)), found.fitting(128))
     sizes = (f"{size / 1e9:.1f}" for size in found.sizes.values())
-    return [*cells, f"{found.share:.1%}", str(len(found.quantized)), *(f"{share:.0%}" for share in shares), *sizes, _origins(name, found)]
+    return [
+        *cells,
+        f"{found.share:.1%}",
+        str(len(found.quantized)),
+        *(f"{share:.0%}" for share in shares),
+        *sizes,
+        _origins(name, found),
+    ]
 
 
 def document() -> str:

@@ -30,7 +30,9 @@ def test_the_readme_names_where_and_when_it_was_measured():
 
 def test_the_floor_is_that_of_products_or_of_memory():
     assert kernels_report.floor(H100, 4096, 3072, 3072) == pytest.approx(2 * 4096 * 3072**2 / 1979e12 * 1e6)
-    assert kernels_report.floor(H100, 1, 18432, 3072) == pytest.approx((4 * 3072 + 18432 * 3072 + 2 * 18432) / 3.35e12 * 1e6)
+    assert kernels_report.floor(H100, 1, 18432, 3072) == pytest.approx(
+        (4 * 3072 + 18432 * 3072 + 2 * 18432) / 3.35e12 * 1e6
+    )
     assert kernels_report.floor("a card nobody knows", 1, 1, 1) is None
 
 

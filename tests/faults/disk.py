@@ -151,7 +151,9 @@ def run(
     """In a process of its own: quantize, and die at operation ``at`` of the disk, or at a look at the cancellation check."""
     checks = Disk(at if kind == "check" else None, killing)
     with flushed(log) if log else nullcontext(), Disk(at if kind == "disk" else None, killing).under():
-        quantize_file(opened(source), target, recipe, device="cpu", overwrite=overwrite, check=lambda: checks.step("check"))
+        quantize_file(
+            opened(source), target, recipe, device="cpu", overwrite=overwrite, check=lambda: checks.step("check")
+        )
 
 
 processes = multiprocessing.get_context("forkserver")

@@ -26,7 +26,21 @@ from learned_rounding.tests.faults.conftest import make_case, tensors
 from learned_rounding.tests.faults.disk import Disk, failing, killed, once
 
 SEED = 30
-NAMES = ["with space", "ü€漢😀", "[a]*?", "-rf", "~", "%s{0}$HOME", "a'b\"c", "tab\tline\nbreak", "..", "\u202egnp", "#;&|<>", "\udcff raw byte", "CON"]
+NAMES = [
+    "with space",
+    "ü€漢😀",
+    "[a]*?",
+    "-rf",
+    "~",
+    "%s{0}$HOME",
+    "a'b\"c",
+    "tab\tline\nbreak",
+    "..",
+    "\u202egnp",
+    "#;&|<>",
+    "\udcff raw byte",
+    "CON",
+]
 
 
 def quantized(case):
@@ -51,7 +65,9 @@ def test_writing_fails_anywhere(case, often, tried, code, sentence):
     points = random.Random(SEED).sample(range(every), often(40, every))
     for at in points:
         with Disk(at, failing(code)).under():
-            said = pytest.raises(OutputError, match=sentence if at < named else "is complete, but the disk does not confirm its name")
+            said = pytest.raises(
+                OutputError, match=sentence if at < named else "is complete, but the disk does not confirm its name"
+            )
             with said if at <= named else contextlib.nullcontext():
                 quantized(case)
             case.check(complete=at >= named)
@@ -74,7 +90,9 @@ def test_going_on_fails_anywhere(one_case, often, tried, code):
     case.clear()
     points = random.Random(SEED).sample(range(len(disk.operations)), often(30, len(disk.operations)))
     points += [at for at, operation in enumerate(disk.operations) if operation.startswith("cut")]  # when all was read
-    looked = next(at for at, operation in enumerate(disk.operations) if operation.startswith("write"))  # at what the dead run left
+    looked = next(
+        at for at, operation in enumerate(disk.operations) if operation.startswith("write")
+    )  # at what the dead run left
     for at in points:
         dead()
         with Disk(at, once(failing(code)), reads=True).under():
@@ -83,14 +101,21 @@ def test_going_on_fails_anywhere(one_case, often, tried, code):
         case.check(complete=True if at < looked else None)
         case.again()
         case.clear()
-    tried(f"{errno.errorcode[code]} at a random operation of a run that goes on with a dead one's", len(points), "whole or none")
+    tried(
+        f"{errno.errorcode[code]} at a random operation of a run that goes on with a dead one's",
+        len(points),
+        "whole or none",
+    )
 
 
 def test_reading_fails_anywhere(case, often, tried):
     every = operations(case, reader)
     points = random.Random(SEED).sample(range(every), often(25, every))
     for at in points:
-        with Disk(at, failing(errno.EIO), reads=True).under(reader), pytest.raises(SourceError, match="cannot be read.*check the disk"):
+        with (
+            Disk(at, failing(errno.EIO), reads=True).under(reader),
+            pytest.raises(SourceError, match="cannot be read.*check the disk"),
+        ):
             quantized(case)
         case.check(complete=False)
         case.again()
@@ -142,7 +167,14 @@ def test_a_source_that_changes_while_formats_are_measured_makes_no_file(one_case
             CHANGES["written over"](one_case.source)
 
     with pytest.raises(SourceError, match="changed while it was read; run again"):
-        quantize_file(one_case.source, one_case.target, Recipe(format="measured"), calibration=known, device="cpu", on_event=listener)
+        quantize_file(
+            one_case.source,
+            one_case.target,
+            Recipe(format="measured"),
+            calibration=known,
+            device="cpu",
+            on_event=listener,
+        )
     one_case.source.write_bytes(before)
     one_case.check(complete=False)
     one_case.again()
@@ -157,7 +189,9 @@ def _gguf(path):
         step()
 
 
-@pytest.mark.parametrize("suffix, write", [(".pt", lambda path: torch.save(tensors(), path)), (".gguf", _gguf)], ids=["pt", "gguf"])
+@pytest.mark.parametrize(
+    "suffix, write", [(".pt", lambda path: torch.save(tensors(), path)), (".gguf", _gguf)], ids=["pt", "gguf"]
+)
 def test_other_files_may_be_cut_short_below_a_run(tmp_path, suffix, write, often, tried):
     """A file that is mapped and then cut short ends the process, and a server with it."""
     source, target, layers = tmp_path / f"model{suffix}", tmp_path / "out.safetensors", range(0, 4, often(2, 1))
@@ -280,7 +314,11 @@ def test_odd_file_names(tmp_path, name, tried):
 def small_disk(tmp_path_factory):
     """A file system of its own with room for 64 KiB, where this machine lets a test have one."""
     folder = tmp_path_factory.mktemp("disk")
-    mounted = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode == 0
+    mounted = (
+        shutil.which("mount")
+        and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode
+        == 0
+    )
     if not mounted:
         pytest.skip("no file system can be mounted here")
     yield folder
@@ -299,7 +337,19 @@ def test_a_disk_that_is_really_full(one_case, small_disk, tried):
 
 def test_the_command_line_prints_names_that_its_terminal_cannot(tmp_path, tried):
     case = make_case(tmp_path, name="\udcff 漢.safetensors")
-    command = [sys.executable, "-m", "learned_rounding", "quantize", "-i", case.source, "-o", case.target, "--int8", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "learned_rounding",
+        "quantize",
+        "-i",
+        case.source,
+        "-o",
+        case.target,
+        "--int8",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, capture_output=True)
     assert done.returncode == 0, done.stderr
     case.check(complete=True)
@@ -309,7 +359,9 @@ def test_the_command_line_prints_names_that_its_terminal_cannot(tmp_path, tried)
 def test_a_disk_that_stops_taking_data_does_not_stop_the_check(one_case, often, tried):
     """Each chosen operation, up to the last, goes on only after the run has looked at its cancellation check meanwhile."""
     every = operations(one_case)
-    points = random.Random(SEED).sample(range(every - 6), often(3, 20)) + [*range(every - 6, every)]  # header, flush, name, flush, two removals
+    points = random.Random(SEED).sample(range(every - 6), often(3, 20)) + [
+        *range(every - 6, every)
+    ]  # header, flush, name, flush, two removals
     for at in points:
         looked, waiting = threading.Event(), threading.Event()
 
@@ -519,8 +571,13 @@ def test_a_calibration_that_changes_below_a_run_makes_no_file(one_case, often, t
             path.write_bytes(statistics(2))
 
     path.write_bytes(statistics(1))
-    with CalibrationFile(path) as calibration, pytest.raises(SourceError, match="x.calib.safetensors was changed while it was read; run again"):
-        quantize_file(one_case.source, one_case.target, one_case.recipe, calibration=calibration, device="cpu", on_event=listener)
+    with (
+        CalibrationFile(path) as calibration,
+        pytest.raises(SourceError, match="x.calib.safetensors was changed while it was read; run again"),
+    ):
+        quantize_file(
+            one_case.source, one_case.target, one_case.recipe, calibration=calibration, device="cpu", on_event=listener
+        )
     one_case.check(complete=False)
     assert sorted(entry.name for entry in path.parent.iterdir()) == [one_case.source.name, path.name]
     path.unlink()
@@ -560,7 +617,11 @@ def test_a_check_during_the_read(one_case, tried):
 
     with Disk(operations(one_case, reader) - 3, slow, reads=True).under(reader):
         quantize_file(
-            one_case.source, one_case.target, one_case.recipe, device="cpu", check=lambda: waiting.is_set() and looked.set()
+            one_case.source,
+            one_case.target,
+            one_case.recipe,
+            device="cpu",
+            check=lambda: waiting.is_set() and looked.set(),
         )
     one_case.check(complete=True)
     assert looked.is_set()

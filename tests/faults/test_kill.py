@@ -39,7 +39,9 @@ def noted(folder: Path) -> list[str]:
     found = []
     for path in folder.glob(".*.journal"):
         with open(path, "rb") as file:
-            found += [record["note"]["events"][0][1]["name"] for record, _, _ in Journal(file).records() if "note" in record]
+            found += [
+                record["note"]["events"][0][1]["name"] for record, _, _ in Journal(file).records() if "note" in record
+            ]
     return found
 
 
@@ -71,7 +73,19 @@ def test_killed_anywhere_the_next_run_ends_the_same(case, often, tried):
 
 def test_killed_from_outside_at_a_random_time(one_case, often, tried):
     """SIGKILL by another process, at no point of the run's own choosing."""
-    command = [sys.executable, "-m", "learned_rounding", "quantize", "-i", one_case.source, "-o", one_case.target, "--int8", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "learned_rounding",
+        "quantize",
+        "-i",
+        one_case.source,
+        "-o",
+        one_case.target,
+        "--int8",
+        "--device",
+        "cpu",
+    ]
     began = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     whole, draw, killed_runs = time.perf_counter() - began, random.Random(SEED), 0
@@ -122,7 +136,12 @@ reached.wait()
 
 def test_a_process_that_ends_below_a_run_leaves_it_to_the_next(case, tried):
     """As a server that is told to end: Python refuses threads more work while the run is still at it."""
-    subprocess.run([sys.executable, "-c", _ENDING, case.source, case.target, case.recipe.to_json()], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", _ENDING, case.source, case.target, case.recipe.to_json()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     case.check(complete=False)
     assert quantize_file(case.source, case.target, case.recipe, device="cpu").taken_up >= 3
     case.again()
@@ -155,7 +174,13 @@ def test_finished_layers_are_not_made_again(case, made, often, tried):
         quantize_file(case.source, case.target, case.recipe, device="cpu", on_event=events.append)
         assert complete or len(made) == 8 - sum(name.endswith(("qkv.weight", "mlp.weight")) for name in done)
         assert complete or len(done) > 5
-        assert complete or [type(event) for event in events if isinstance(event, (LayerStarted, LayerFinished))].count(LayerFinished) == 7
+        assert (
+            complete
+            or [type(event) for event in events if isinstance(event, (LayerStarted, LayerFinished))].count(
+                LayerFinished
+            )
+            == 7
+        )
         case.again()
         case.clear()
         made.clear()
@@ -204,7 +229,9 @@ def test_layers_that_a_flush_has_reached_survive_a_power_cut(one_case, made, oft
     for at in random.Random(SEED).sample(range(50, 100), often(6, 40)):
         flushes = one_case.source.with_suffix(".flushes")
         assert killed(one_case.source, one_case.target, one_case.recipe, "disk", at, False, flushes)
-        sure = dict(json.loads(line) for line in flushes.read_text().splitlines())  # file → its size when its last flush began
+        sure = dict(
+            json.loads(line) for line in flushes.read_text().splitlines()
+        )  # file → its size when its last flush began
         flushes.unlink()
         layers = len(noted(one_case.target.parent))
         for path in one_case.target.parent.glob(".*"):
@@ -217,14 +244,25 @@ def test_layers_that_a_flush_has_reached_survive_a_power_cut(one_case, made, oft
         assert len(made) == 8 - sum(name.endswith(("qkv.weight", "mlp.weight")) for name in kept)
         one_case.clear()
     assert max(survived) > 8
-    tried("power cut: all that no flush has reached is lost", len(survived), "no layer made again that a flush had reached")
+    tried(
+        "power cut: all that no flush has reached is lost",
+        len(survived),
+        "no layer made again that a flush had reached",
+    )
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(one_case):
     with Disk().under() as disk:
         quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu")
     end = disk.operations[-6:]
-    assert end == ["write file", "fsync", "link", "fsync", "unlink", "unlink"]  # header, its flush, the name, and that it lasts; hidden names go
+    assert end == [
+        "write file",
+        "fsync",
+        "link",
+        "fsync",
+        "unlink",
+        "unlink",
+    ]  # header, its flush, the name, and that it lasts; hidden names go
 
 
 def test_a_run_towards_another_name_goes_on_when_it_shares_that_of_the_hidden_files(one_case, tried):
@@ -238,7 +276,10 @@ def test_a_run_towards_another_name_goes_on_when_it_shares_that_of_the_hidden_fi
 
 OTHERS = {
     "recipe": lambda case: (case.source, Recipe(rounding="nearest", seed=5)),
-    "source": lambda case: (save_file({n: t + 1 for n, t in load_file(case.source).items()}, case.source), (case.source, case.recipe))[1],
+    "source": lambda case: (
+        save_file({n: t + 1 for n, t in load_file(case.source).items()}, case.source),
+        (case.source, case.recipe),
+    )[1],
 }
 
 
@@ -275,11 +316,18 @@ def test_weights_in_memory_are_taken_up_when_they_are_the_dead_runs(tmp_path, ch
     fresh = target.with_name("fresh.safetensors")
     quantize_file(in_memory(source), fresh, device="cpu")
     assert target.read_bytes() == fresh.read_bytes()
-    tried("weights in memory after kill -9, changed between sampled pages or not", 1, "the same are taken up, none of others")
+    tried(
+        "weights in memory after kill -9, changed between sampled pages or not",
+        1,
+        "the same are taken up, none of others",
+    )
 
 
 def test_weights_in_memory_that_changed_since_the_output_was_made_are_noticed(tmp_path):
-    weights, target = {"a.weight": torch.randn(512, 512, generator=torch.Generator().manual_seed(0))}, tmp_path / "out.safetensors"
+    weights, target = (
+        {"a.weight": torch.randn(512, 512, generator=torch.Generator().manual_seed(0))},
+        tmp_path / "out.safetensors",
+    )
     quantize_file(TensorSource(weights), target, device="cpu")
     assert quantize_file(TensorSource(weights), target, device="cpu").already_done
     weights["a.weight"][5] += 1
@@ -307,7 +355,9 @@ def test_runs_towards_one_target_at_once(case, often, tried):
     rounds = often(4, 40)
     for _ in range(rounds):
         assert killed(case.source, case.target, case.recipe, "disk", 30)
-        runs = [processes.Process(target=run, args=(case.source, case.target, case.recipe, "disk", None)) for _ in range(2)]
+        runs = [
+            processes.Process(target=run, args=(case.source, case.target, case.recipe, "disk", None)) for _ in range(2)
+        ]
         for process in runs:
             process.start()
         for process in runs:
@@ -368,7 +418,13 @@ def test_a_run_killed_while_its_file_gets_its_name_leaves_it_alone(one_case, mon
     assert one_case.target.stat().st_nlink == 2
     os.utime(one_case.source)  # so that the next run has to make it again to know
     finished = one_case.target.read_bytes()
-    quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", on_event=lambda _: one_case.check(complete=True))
+    quantize_file(
+        one_case.source,
+        one_case.target,
+        one_case.recipe,
+        device="cpu",
+        on_event=lambda _: one_case.check(complete=True),
+    )
     assert one_case.target.read_bytes() == finished
     one_case.again()
     tried("kill -9 between the two names of a file", 1, "whole")
@@ -376,7 +432,12 @@ def test_a_run_killed_while_its_file_gets_its_name_leaves_it_alone(one_case, mon
 
 RECORDS = [
     {"note": {"config": None, "events": [["LayerFinished", {"name": "nope"}]]}},
-    {"note": {"config": None, "events": [["LayerKept", {"name": "nope", "shape": [1], "reason": "", "removed": False, "planned": True}]]}},
+    {
+        "note": {
+            "config": None,
+            "events": [["LayerKept", {"name": "nope", "shape": [1], "reason": "", "removed": False, "planned": True}]],
+        }
+    },
     {"note": {"config": 7, "events": []}},
     {"note": 5},
     {"note": None},
@@ -408,7 +469,9 @@ def test_a_record_that_is_none_ends_what_is_taken_up(one_case, made, record, tri
     tried("a journal with a record that no run writes", 1, "the layers before it are kept, same bytes")
 
 
-@pytest.mark.parametrize("text", [b"[[[[", b"\xff", b"7", b"[]", b"{}", b"[" * 100_000], ids=lambda text: repr(text[:10]))
+@pytest.mark.parametrize(
+    "text", [b"[[[[", b"\xff", b"7", b"[]", b"{}", b"[" * 100_000], ids=lambda text: repr(text[:10])
+)
 def test_a_journal_that_begins_with_no_record_is_not_taken_up(one_case, made, text, tried):
     assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 60)
     (path,) = one_case.target.parent.glob(".*.journal")
@@ -429,6 +492,7 @@ def test_it_is_told_that_layers_are_taken_up(one_case, caplog):
 
 def test_a_living_run_is_not_taken_over(one_case):
     """The second run begins and ends while the first is in its third layer."""
+
     def nested(event):
         if isinstance(event, LayerStarted) and event.index == 3:
             quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu")

@@ -43,7 +43,11 @@ FAILURES = {
     "the driver's": _raising(getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory")),
     "torch's on a CPU": _more_than_there_is,
 }
-PLACES = {"a layer": (pipeline, "quantize_weight"), "a read": (reader.SafetensorsFile, "read"), "a write": (writer, "byte_views")}
+PLACES = {
+    "a layer": (pipeline, "quantize_weight"),
+    "a read": (reader.SafetensorsFile, "read"),
+    "a write": (writer, "byte_views"),
+}
 
 
 @pytest.mark.parametrize("fail", FAILURES.values(), ids=FAILURES)
@@ -53,7 +57,11 @@ def test_memory_runs_out_anywhere(one_case, monkeypatch, place, fail, often, tri
     where, name = PLACES[place]
     real = getattr(where, name)
     points = random.Random(40).sample(range(LAYERS), often(2, LAYERS))
-    sentence = "cpu has too little memory for " + ("layer blocks" if place == "a layer" else "model.safetensors") + ".*; close other programs"
+    sentence = (
+        "cpu has too little memory for "
+        + ("layer blocks" if place == "a layer" else "model.safetensors")
+        + ".*; close other programs"
+    )
     for at in points:
         calls = []
 
@@ -114,8 +122,12 @@ def test_runs_that_fail_give_back_what_they_took(tmp_path, monkeypatch, often, t
         fail()
     after = held()
     assert after[:2] == (threads, files) == (0, files)
-    assert after[2] - memory < 48e6  # the allocator's ups and downs; a tensor that stayed of each run would be 72 MB, or 720
-    tried("cancelled, out of memory and on a full disk, in one process", 3 * runs, "threads, files and memory given back")
+    assert (
+        after[2] - memory < 48e6
+    )  # the allocator's ups and downs; a tensor that stayed of each run would be 72 MB, or 720
+    tried(
+        "cancelled, out of memory and on a full disk, in one process", 3 * runs, "threads, files and memory given back"
+    )
 
 
 def test_it_is_one_line_for_people(one_case, monkeypatch, capsys, tried):
@@ -137,7 +149,10 @@ def test_a_capped_gpu_ends_whole_or_not_at_all(tmp_path, often, tried):
     """
     source, target = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
     generator = torch.Generator().manual_seed(0)
-    save_file({f"blocks.{index}.weight": torch.randn(4096, 4096, generator=generator).bfloat16() for index in range(4)}, source)
+    save_file(
+        {f"blocks.{index}.weight": torch.randn(4096, 4096, generator=generator).bfloat16() for index in range(4)},
+        source,
+    )
     recipe, total = Recipe(format="int8_tensorwise", preset="none"), torch.cuda.get_device_properties(0).total_memory
     quantize_file(source, target, recipe, device="cuda")
     expected, outcomes = load_file(target), Counter()
@@ -169,4 +184,8 @@ def test_a_capped_gpu_ends_whole_or_not_at_all(tmp_path, often, tried):
     assert set(outcomes) == {"whole", "none"}, outcomes
     quantize_file(source, target, recipe, device="cuda")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(target).items())
-    tried("a GPU whose allocator is capped, 600 MB down to 4 MB", sum(outcomes.values()), "whole, or none and one sentence; memory returned")
+    tried(
+        "a GPU whose allocator is capped, 600 MB down to 4 MB",
+        sum(outcomes.values()),
+        "whole, or none and one sentence; memory returned",
+    )

@@ -46,7 +46,9 @@ def test_the_same_bytes_in_every_process_with_any_number_of_threads(source, tmp_
     for count in threads:
         out = tmp_path / f"{count}.safetensors"
         environment = os.environ | {"OMP_NUM_THREADS": str(count), "PYTHONHASHSEED": str(count)}
-        subprocess.run([sys.executable, "-c", CHILD, str(count), source, out, recipe.to_json()], check=True, env=environment)
+        subprocess.run(
+            [sys.executable, "-c", CHILD, str(count), source, out, recipe.to_json()], check=True, env=environment
+        )
         assert out.read_bytes() == reference
     tried("other processes, other numbers of threads", len(threads), "the same bytes")
 
@@ -61,12 +63,16 @@ def _place(codes: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("calibrated", [False, True], ids=["", "calibrated"])
-@pytest.mark.parametrize("recipe", [recipe for name, recipe in RECIPES.items() if name not in ("stochastic", "steps")], ids=str)
+@pytest.mark.parametrize(
+    "recipe", [recipe for name, recipe in RECIPES.items() if name not in ("stochastic", "steps")], ids=str
+)
 def test_a_gpu_agrees_but_for_ties(source, tmp_path, recipe, calibrated, tried):
     """Codes that differ are few, and neighbours where each is rounded for itself: sums in another order move a value across the middle of two."""
     generator = torch.Generator().manual_seed(4)
     inputs = torch.randn(4 * INNER, INNER, generator=generator)
-    known = {f"blocks.{index}": Inputs(gram=inputs.T @ inputs / len(inputs)) for index in range(3)} if calibrated else {}
+    known = (
+        {f"blocks.{index}": Inputs(gram=inputs.T @ inputs / len(inputs)) for index in range(3)} if calibrated else {}
+    )
     if calibrated and recipe.rounding == "principal":
         pytest.skip("principal takes no calibration")
     made = {}
@@ -79,7 +85,11 @@ def test_a_gpu_agrees_but_for_ties(source, tmp_path, recipe, calibrated, tried):
     for name, on_cpu in made["cpu"].items():
         if name.endswith(".weight"):
             apart = (_place(on_cpu) - _place(made["cuda"][name])).abs()
-            codes, differing, furthest = codes + apart.numel(), differing + int((apart > 0).sum()), max(furthest, int(apart.max()))
+            codes, differing, furthest = (
+                codes + apart.numel(),
+                differing + int((apart > 0).sum()),
+                max(furthest, int(apart.max())),
+            )
         elif name.endswith("_scale"):
             torch.testing.assert_close(on_cpu, made["cuda"][name], rtol=1e-5, atol=0)
     carried = calibrated or recipe.rounding == "principal"  # what one code takes, the next ones give back

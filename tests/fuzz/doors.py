@@ -58,7 +58,11 @@ def _models() -> Path:
     atexit.register(folder.cleanup)
     weight = torch.arange(256.0).view(16, 16)
     save_file({"a.weight": weight, "a.bias": torch.zeros(16)}, Path(folder.name) / "model.safetensors")
-    old = {"a.weight": weight.to(torch.float8_e4m3fn), "a.scale_weight": torch.ones(()), "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    old = {
+        "a.weight": weight.to(torch.float8_e4m3fn),
+        "a.scale_weight": torch.ones(()),
+        "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn),
+    }
     save_file(old, Path(folder.name) / "old.safetensors")
     return Path(folder.name)
 
@@ -67,7 +71,14 @@ def _calibrated(format: str) -> Callable[[Path], None]:
     def quantize(path: Path) -> None:
         with CalibrationFile(path) as statistics:
             recipe = Recipe(format=format, preset="none")
-            quantize_file(_models() / "model.safetensors", _out(path), recipe, calibration=statistics, device="cpu", overwrite=True)
+            quantize_file(
+                _models() / "model.safetensors",
+                _out(path),
+                recipe,
+                calibration=statistics,
+                device="cpu",
+                overwrite=True,
+            )
 
     return quantize
 
@@ -131,7 +142,9 @@ def tried_all(path: Path) -> dict[str, QuantizationError | None]:
         said[name] = refused(door, path)
         if made.parent.exists():
             assert [entry.name for entry in made.parent.iterdir()] == [OUT] and said[name] is None
-            problems = verify_file(made).problems  # of what was kept as the source had it, codes without a scale say, there may be some
+            problems = verify_file(
+                made
+            ).problems  # of what was kept as the source had it, codes without a scale say, there may be some
             assert not name.startswith("quantize") or all(STRAY.search(problem) for problem in problems), problems
             made.unlink()
             made.parent.rmdir()

@@ -18,13 +18,31 @@ __all__ = ["FILES", "JOURNALS", "TEXTS"]
 
 _DTYPES = st.sampled_from(["F32", "BF16", "F8_E4M3", "I8", "U8", "F64", "BOOL", "X9", 7, None])
 _WHOLE = st.one_of(st.integers(-1, 40), st.sampled_from([2**31, 2**63 - 1, 2**63, 2**64, 10**30]))
-_ODD = st.one_of(st.none(), st.booleans(), _WHOLE, st.floats(), st.text(max_size=5), st.just([]), st.just({}), st.just([[[]]]))
-_SUFFIXES = ["weight", "weight_scale", "scale_weight", "input_scale", "comfy_quant", "bias", "gram", "gram.panels", "gram.roots"]
+_ODD = st.one_of(
+    st.none(), st.booleans(), _WHOLE, st.floats(), st.text(max_size=5), st.just([]), st.just({}), st.just([[[]]])
+)
+_SUFFIXES = [
+    "weight",
+    "weight_scale",
+    "scale_weight",
+    "input_scale",
+    "comfy_quant",
+    "bias",
+    "gram",
+    "gram.panels",
+    "gram.roots",
+]
 _SUFFIXES += ["gram.factor", "gram.diagonal", "mean", "amax", "histogram", "holdout_gram"]
 _NAMES = st.one_of(
-    st.tuples(st.sampled_from("ab"), st.sampled_from(_SUFFIXES)).map(".".join), st.just("scaled_fp8"), st.text(max_size=6)
+    st.tuples(st.sampled_from("ab"), st.sampled_from(_SUFFIXES)).map(".".join),
+    st.just("scaled_fp8"),
+    st.text(max_size=6),
 )
-_JSON = st.recursive(_ODD, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)), max_leaves=6)
+_JSON = st.recursive(
+    _ODD,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=6,
+)
 _CONFIG = st.dictionaries(
     st.sampled_from(["format", "per_row", "convrot", "convrot_groupsize", "group_size", "full_precision_matrix_mult"]),
     st.one_of(st.sampled_from(["float8_e4m3fn", "int8_tensorwise", "int8_blockwise", "mxfp8"]), _ODD),
@@ -33,8 +51,12 @@ _METADATA = st.dictionaries(
     st.sampled_from(["_quantization_metadata", "learned_rounding", "learned_rounding_calibration", "format"]),
     st.one_of(
         _JSON.map(json.dumps),
-        st.dictionaries(st.sampled_from(["layers", "tokens", "version", "sensitivity", "provenance", "fingerprint"]), _JSON).map(json.dumps),
-        st.dictionaries(st.just("layers"), st.dictionaries(st.sampled_from("ab"), _CONFIG.map(json.loads))).map(json.dumps),
+        st.dictionaries(
+            st.sampled_from(["layers", "tokens", "version", "sensitivity", "provenance", "fingerprint"]), _JSON
+        ).map(json.dumps),
+        st.dictionaries(st.just("layers"), st.dictionaries(st.sampled_from("ab"), _CONFIG.map(json.loads))).map(
+            json.dumps
+        ),
         st.text(max_size=8),
     ),
 )
@@ -82,7 +104,10 @@ def _files(draw) -> bytes:
     coded = any(name.endswith(("scale_weight", "comfy_quant")) for name in names)
     for name in names:
         if name.endswith("comfy_quant"):
-            dtype, content = "U8", draw(st.one_of(_CONFIG, _JSON.map(json.dumps), st.text(max_size=9))).encode(errors="replace")
+            dtype, content = (
+                "U8",
+                draw(st.one_of(_CONFIG, _JSON.map(json.dumps), st.text(max_size=9))).encode(errors="replace"),
+            )
             shape = [len(content)]
         else:
             dtype, shape = draw(st.sampled_from(_SOUND[name[2:]])) if name[2:] in _SOUND else ("F32", [16, 16])
@@ -104,13 +129,13 @@ def _files(draw) -> bytes:
         name = draw(st.sampled_from([*header, "c"]))
         key = draw(st.sampled_from(["dtype", "shape", "data_offsets", "more"]))
         value = draw(st.one_of(_DTYPES, _ODD, st.lists(_WHOLE, max_size=3)))
-        header[name] = {**header[name], key: value} if isinstance(header.get(name), dict) and draw(st.booleans()) else draw(_JSON)
+        header[name] = (
+            {**header[name], key: value} if isinstance(header.get(name), dict) and draw(st.booleans()) else draw(_JSON)
+        )
     text = json.dumps(header).encode()
     cut = draw(st.one_of(st.none(), st.integers(0, len(text) + 8)))
     made = safetensors(text, data, None if not _rarely(draw, 10) else draw(st.sampled_from([0, 1, 2**40, 2**64 - 1])))
     return made if cut is None or not _rarely(draw, 5) else made[:cut] + draw(st.binary(max_size=4)) + made[cut + 1 :]
-
-
 
 
 def _spoilt(draw, content: bytes) -> bytes:
@@ -123,7 +148,12 @@ def _spoilt(draw, content: bytes) -> bytes:
 
 _SIXTEEN = st.integers(0, 0xFFFF)
 _LAYER_NAMES = st.one_of(st.sampled_from(_GROUPS[0]), st.sampled_from(_GROUPS[0]), _NAMES)
-_LAYERS = st.lists(st.tuples(_LAYER_NAMES, st.sampled_from([(16, 16), (32, 64), (32, 64), (7,), ()])), min_size=1, max_size=5, unique_by=lambda layer: layer[0])
+_LAYERS = st.lists(
+    st.tuples(_LAYER_NAMES, st.sampled_from([(16, 16), (32, 64), (32, 64), (7,), ()])),
+    min_size=1,
+    max_size=5,
+    unique_by=lambda layer: layer[0],
+)
 
 
 @st.composite
@@ -143,7 +173,13 @@ def _shards(draw) -> dict[str, bytes]:
     return {"x.safetensors.index.json": _spoilt(draw, json.dumps(index).encode())} | shards
 
 
-_CODES = [(0, 1, 4), (1, 1, 2), (30, 1, 2), (8, 32, 34), (2, 32, 18)]  # (kind, values of a block, its bytes): F32, F16, BF16, Q8_0, Q4_0
+_CODES = [
+    (0, 1, 4),
+    (1, 1, 2),
+    (30, 1, 2),
+    (8, 32, 34),
+    (2, 32, 18),
+]  # (kind, values of a block, its bytes): F32, F16, BF16, Q8_0, Q4_0
 _CODES_ODD = [(24, 1, 1), (39, 32, 17), (99, 1, 1)]  # I8, MXFP4, none
 
 
@@ -157,28 +193,57 @@ def _gguf(draw) -> dict[str, bytes]:
 
     pairs, entries, data = [], [], b""
     if draw(st.booleans()):
-        pairs.append(text("general.architecture") + struct.pack("<I", 8) + text("flux" if not _rarely(draw, 5) else draw(st.sampled_from(["t5", ""]))))
+        pairs.append(
+            text("general.architecture")
+            + struct.pack("<I", 8)
+            + text("flux" if not _rarely(draw, 5) else draw(st.sampled_from(["t5", ""])))
+        )
     if _rarely(draw, 4):
         pairs.append(text("general.alignment") + struct.pack("<II", 4, draw(st.sampled_from([32, 64, 1, 0, 7, 2**31]))))
-    for key in draw(st.lists(st.sampled_from(["comfy.gguf.orig_shape.a.weight", "a", "b"]), max_size=2)) if _rarely(draw, 3) else ():
+    for key in (
+        draw(st.lists(st.sampled_from(["comfy.gguf.orig_shape.a.weight", "a", "b"]), max_size=2))
+        if _rarely(draw, 3)
+        else ()
+    ):
         kind = draw(st.integers(0, 13))
-        pairs.append(text(key) + struct.pack("<IIQ", 9, kind, draw(st.sampled_from([0, 2, 2**40]))) + struct.pack("<QQ", 16, 16))
+        pairs.append(
+            text(key) + struct.pack("<IIQ", 9, kind, draw(st.sampled_from([0, 2, 2**40]))) + struct.pack("<QQ", 16, 16)
+        )
     for name, shape in draw(_LAYERS):
         kind, block, size = draw(st.sampled_from(_CODES_ODD if _rarely(draw, 10) else _CODES))
-        sides = tuple(reversed(shape)) if not _rarely(draw, 20) else draw(st.lists(st.sampled_from([0, 1, 16, 2**32, 2**63]), max_size=3))
+        sides = (
+            tuple(reversed(shape))
+            if not _rarely(draw, 20)
+            else draw(st.lists(st.sampled_from([0, 1, 16, 2**32, 2**63]), max_size=3))
+        )
         count = 16 * 64 * 2
         offset = len(data) if not _rarely(draw, 20) else draw(st.sampled_from([1, 2**40, 2**63]))
         entries.append(text(name) + struct.pack(f"<I{len(sides)}QIQ", len(sides), *sides, kind, offset))
         data += bytes(count * size // block)
         data += bytes(-len(data) % 64)
-    counts = (len(entries), len(pairs)) if not _rarely(draw, 20) else draw(st.tuples(*[st.sampled_from([0, 1, 9, 2**40, 2**63])] * 2))
-    header = b"GGUF" + struct.pack("<IQQ", draw(st.sampled_from([2, 1, 0])) if _rarely(draw, 10) else 3, *counts) + b"".join(pairs) + b"".join(entries)
+    counts = (
+        (len(entries), len(pairs))
+        if not _rarely(draw, 20)
+        else draw(st.tuples(*[st.sampled_from([0, 1, 9, 2**40, 2**63])] * 2))
+    )
+    header = (
+        b"GGUF"
+        + struct.pack("<IQQ", draw(st.sampled_from([2, 1, 0])) if _rarely(draw, 10) else 3, *counts)
+        + b"".join(pairs)
+        + b"".join(entries)
+    )
     return {"x.gguf": _spoilt(draw, header) + bytes(-len(header) % 32) + data}
 
 
 _OLD = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.complex64, torch.complex128]
 _NEW = [torch.float8_e4m3fn, torch.uint16]  # which torch before 1.6 cannot save
-_FORMS = [lambda t: t, lambda t: t.t() if t.ndim == 2 else t, lambda t: t[..., ::2] if t.ndim else t, torch.nn.Parameter, lambda t: t.expand(3, *t.shape)]
+_FORMS = [
+    lambda t: t,
+    lambda t: t.t() if t.ndim == 2 else t,
+    lambda t: t[..., ::2] if t.ndim else t,
+    torch.nn.Parameter,
+    lambda t: t.expand(3, *t.shape),
+]
 
 
 @st.composite
@@ -191,7 +256,13 @@ def _pickles(draw) -> dict[str, bytes]:
         dtype = draw(st.sampled_from([*_OLD, *(_NEW if archive else ())])) if _rarely(draw, 3) else torch.bfloat16
         values = torch.zeros(shape, dtype=dtype)
         state[name] = form(values) if dtype.is_floating_point or form is not torch.nn.Parameter else values
-    whole = state if not _rarely(draw, 3) else draw(st.sampled_from([{"state_dict": state, "step": 3, "more": [1.5, None, ("a", {2})]}, list(state.values())]))
+    whole = (
+        state
+        if not _rarely(draw, 3)
+        else draw(
+            st.sampled_from([{"state_dict": state, "step": 3, "more": [1.5, None, ("a", {2})]}, list(state.values())])
+        )
+    )
     buffer = io.BytesIO()
     torch.save(whole, buffer, _use_new_zipfile_serialization=archive)
     if not archive:
@@ -231,8 +302,14 @@ _RULES = st.dictionaries(
     st.one_of(st.sampled_from(["a", "b.*", "^blocks", "x{2}"]), st.text("ab.*+?()[]{}|^$\\d0,", max_size=8)),
     st.one_of(
         st.sampled_from(["fp8", "int8", "skip", "none"]),
-        st.sampled_from([{"format": "int8_tensorwise"}, {"skip": True}, {"format": "int8_blockwise", "block_size": 64}]),
-        st.dictionaries(st.sampled_from(["format", "granularity", "block_size", "convrot", "skip", "x"]), st.one_of(_ODD, st.just("int8")), max_size=3),
+        st.sampled_from(
+            [{"format": "int8_tensorwise"}, {"skip": True}, {"format": "int8_blockwise", "block_size": 64}]
+        ),
+        st.dictionaries(
+            st.sampled_from(["format", "granularity", "block_size", "convrot", "skip", "x"]),
+            st.one_of(_ODD, st.just("int8")),
+            max_size=3,
+        ),
     ),
     max_size=3,
 ).map(json.dumps)
@@ -268,7 +345,29 @@ def _toml(fields: dict[str, object]) -> str:
 
 
 _PATTERNS = st.lists(
-    st.sampled_from(["a", "blocks", ".", ".*", "\\d+", "[0-3]", "(a|b)", "x?", "{2}", "{1,3}", "^", "$", "\\.", "(", ")", "[", "*", "\\1", "(?i)"]),
+    st.sampled_from(
+        [
+            "a",
+            "blocks",
+            ".",
+            ".*",
+            "\\d+",
+            "[0-3]",
+            "(a|b)",
+            "x?",
+            "{2}",
+            "{1,3}",
+            "^",
+            "$",
+            "\\.",
+            "(",
+            ")",
+            "[",
+            "*",
+            "\\1",
+            "(?i)",
+        ]
+    ),
     max_size=6,
 ).map("".join)
 TEXTS = {

@@ -25,7 +25,13 @@ def test_an_attack_is_refused_by_a_sentence(tmp_path, name, tried):
         said = tried_all(path)
     assert path.read_bytes() == before and not (tmp_path / CANARY).exists()
     assert any(said.values())
-    if name not in SOUND and "codes" not in name and "calibration" not in name and "scale" not in name and "metadata" not in name:
+    if (
+        name not in SOUND
+        and "codes" not in name
+        and "calibration" not in name
+        and "scale" not in name
+        and "metadata" not in name
+    ):
         assert said["plan"] is not None and said["quantize"] is not None
     tried("a file from attacks/, through every door", len(said), "refused by a sentence, or harmless")
 

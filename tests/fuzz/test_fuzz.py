@@ -19,7 +19,9 @@ from learned_rounding.tests.fuzz.strategies import FILES, JOURNALS, TEXTS
 
 PLAIN = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 # What takes files of a kind: each must take some, or the generator tries nothing behind the door.
-TAKE = {".safetensors": set(DOORS_OF_FILES)} | dict.fromkeys([".safetensors.index.json", ".gguf", ".pt"], {"plan", "quantize", "requantize"})
+TAKE = {".safetensors": set(DOORS_OF_FILES)} | dict.fromkeys(
+    [".safetensors.index.json", ".gguf", ".pt"], {"plan", "quantize", "requantize"}
+)
 
 
 @pytest.mark.parametrize("suffix", FILES)
@@ -50,7 +52,13 @@ def dead(tmp_path_factory):
     """A source, the target and its bytes, what a run that died at its fourth layer left behind, and the records of its journal."""
     folder = tmp_path_factory.mktemp("dead")
     source, target, left = folder / "model.safetensors", folder / "out" / "out.safetensors", {}
-    save_file({f"{index}.weight": torch.randn(17 - index % 2, 16, generator=torch.Generator().manual_seed(index)) for index in range(6)}, source)
+    save_file(
+        {
+            f"{index}.weight": torch.randn(17 - index % 2, 16, generator=torch.Generator().manual_seed(index))
+            for index in range(6)
+        },
+        source,
+    )
 
     def listener(event):
         if isinstance(event, LayerStarted) and event.index == 4:

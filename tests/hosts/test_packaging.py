@@ -22,7 +22,9 @@ NOT_SHIPPED = {".ci", "assets", "attacks", "benchmarks", "docs", "hosts", "tests
 
 def git(*words: str) -> set[str]:
     """The file names that a git command prints."""
-    return set(subprocess.run(["git", *words, "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")) - {""}
+    return set(
+        subprocess.run(["git", *words, "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    ) - {""}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,11 @@ def data(project):
     """What ships beside modules, by what setuptools is told."""
     settings = project["tool"]["setuptools"]
     folders = {name: "/".join(name.split(".")[1:]) for name in settings["packages"]}
-    patterns = [f":(glob){'/'.join(filter(None, (folders[package], pattern)))}" for package, some in settings["package-data"].items() for pattern in some]
+    patterns = [
+        f":(glob){'/'.join(filter(None, (folders[package], pattern)))}"
+        for package, some in settings["package-data"].items()
+        for pattern in some
+    ]
     return git("ls-files", *patterns)
 
 
@@ -66,20 +72,57 @@ def test_pip_installs_a_clone(data, tmp_path):
         if Path(name).parts[0] not in NOT_SHIPPED:
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target, clone]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        target,
+        clone,
+    ]
     subprocess.run(pip, check=True, capture_output=True)
     assert {name for name in data if not (target / "learned_rounding" / name).is_file()} == set()
-    called = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(target)}, "check": True, "capture_output": True, "text": True}
+    called = {
+        "cwd": tmp_path,
+        "env": {**os.environ, "PYTHONPATH": str(target)},
+        "check": True,
+        "capture_output": True,
+        "text": True,
+    }
     formats = subprocess.run([target / "bin" / "lrq", "formats"], **called).stdout
     assert "int8_tensorwise" in formats
-    assert subprocess.run([sys.executable, clone, "formats"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout == formats
+    assert (
+        subprocess.run(
+            [sys.executable, clone, "formats"], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+        == formats
+    )
 
 
 def test_the_registry_gets_what_runs_and_what_users_read(project, shipped, data):
     folders = {"/".join(name.split(".")[1:]) for name in project["tool"]["setuptools"]["packages"]}
     modules = {name for name in git("ls-files", "*.py") if str(Path(name).parent).replace(".", "") in folders}
-    assert {*modules, *data, "LICENSE", "README.md", "MANUAL.md", "CHANGELOG.md", "pyproject.toml", "requirements.txt"} <= shipped
-    assert len(modules) > 80 and {Path(name).parts[0] for name in data} == {"web", "locales", "example_workflows", "subgraphs", "quant_core"}
+    assert {
+        *modules,
+        *data,
+        "LICENSE",
+        "README.md",
+        "MANUAL.md",
+        "CHANGELOG.md",
+        "pyproject.toml",
+        "requirements.txt",
+    } <= shipped
+    assert len(modules) > 80 and {Path(name).parts[0] for name in data} == {
+        "web",
+        "locales",
+        "example_workflows",
+        "subgraphs",
+        "quant_core",
+    }
     assert git("ls-files", "web/docs") <= shipped
 
 
@@ -89,7 +132,9 @@ def test_the_registry_gets_nothing_that_only_developers_need(shipped):
 
 
 # What the registry refuses in a node pack, and what installs something while ComfyUI runs.
-_CALLS = re.compile(r"eval|exec|compile|__import__|os\.(system|popen|fork|exec\w+|spawn\w+|posix_spawn\w*)|(pickle|marshal)\.loads?|ctypes\.CDLL")
+_CALLS = re.compile(
+    r"eval|exec|compile|__import__|os\.(system|popen|fork|exec\w+|spawn\w+|posix_spawn\w*)|(pickle|marshal)\.loads?|ctypes\.CDLL"
+)
 _IMPORTS = {"subprocess", "pip", "ensurepip", "marshal", "ctypes", "urllib", "requests", "socket", "http"}
 
 
@@ -109,13 +154,20 @@ def test_the_registry_finds_all_that_it_shows(project, shipped):
     """Icon and banner lie in the repository, where their addresses point; of the sizes that the registry shows."""
     about, registry = project["project"], project["tool"]["comfy"]
     assert re.fullmatch(r"[a-z][a-z0-9_-]{0,99}", about["name"]) and not about["name"].startswith("comfyui")
-    assert re.fullmatch(r"\d+\.\d+\.\d+", about["version"]) and about["description"] and about["license"] == "Apache-2.0"
+    assert (
+        re.fullmatch(r"\d+\.\d+\.\d+", about["version"]) and about["description"] and about["license"] == "Apache-2.0"
+    )
     assert {"Operating System :: OS Independent", "Environment :: GPU :: NVIDIA CUDA"} <= set(about["classifiers"])
     assert registry["PublisherId"] and registry["DisplayName"] and registry["requires-comfyui"] == ">=0.3.75"
     repository = about["urls"]["Repository"]
-    assert about["urls"]["Bug Tracker"] == f"{repository}/issues" and about["urls"]["Documentation"].startswith(repository)
+    assert about["urls"]["Bug Tracker"] == f"{repository}/issues" and about["urls"]["Documentation"].startswith(
+        repository
+    )
     raw = repository.replace("github.com", "raw.githubusercontent.com") + "/main/"
-    for key, fits in {"Icon": lambda width, height: width == height <= 400, "Banner": lambda width, height: 9 * width == 21 * height}.items():
+    for key, fits in {
+        "Icon": lambda width, height: width == height <= 400,
+        "Banner": lambda width, height: 9 * width == 21 * height,
+    }.items():
         assert registry[key].startswith(raw)
         with Image.open(ROOT / registry[key].removeprefix(raw)) as picture:
             assert picture.format == "PNG" and fits(*picture.size), key

@@ -47,7 +47,13 @@ def rounding_cases():
         config, warps = rounding.CONFIGS["scale_errors"]
         for shape in (config, rounding.square_tile(128), rounding.square_tile(8)):
             for flag in (False, True):
-                yield rounding._scale_errors, SEARCH, {"HAS_WEIGHT": flag, **numbers, **shape, "CANDIDATES": 32}, warps, 3
+                yield (
+                    rounding._scale_errors,
+                    SEARCH,
+                    {"HAS_WEIGHT": flag, **numbers, **shape, "CANDIDATES": 32},
+                    warps,
+                    3,
+                )
 
 
 def quantizing_cases(sm):
@@ -98,8 +104,17 @@ def hopper_cases():
         for parts in (4, 2):
             tiles = [launch.rows, launch.inner], [parts * launch.part, launch.inner]
             layouts = (hopper.gl.NVMMASharedLayout.get_default_for(tile, dtype) for tile in tiles)
-            a, b = (f"tensordesc<{kind}[{side},{width}],{layout!r}>" for (side, width), layout in zip(tiles, layouts, strict=True))
-            constants = {"INTEGER": kind == "i8", "BLOCK": 128, "HAS_BIAS": True, "ROWS": launch.rows, "PART": launch.part}
+            a, b = (
+                f"tensordesc<{kind}[{side},{width}],{layout!r}>"
+                for (side, width), layout in zip(tiles, layouts, strict=True)
+            )
+            constants = {
+                "INTEGER": kind == "i8",
+                "BLOCK": 128,
+                "HAS_BIAS": True,
+                "ROWS": launch.rows,
+                "PART": launch.part,
+            }
             constants |= {"INNER": launch.inner, "STAGES": launch.stages, "PARTS": parts}
             yield hopper._block_matmul, PRODUCT | {"a": a, "b": b}, constants, hopper.WARPS, 3
 

@@ -10,7 +10,15 @@ import pytest
 
 # Shared memory that a program may have: on SM 8.6 and 8.9 less than on the cards of data centres.
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
-KERNELS = {"_round_block", "_scale_errors", "_quantize_blocks", "_quantize_rows", "_quantize_tiles", "_dequantize", "_scaled_matmul"}
+KERNELS = {
+    "_round_block",
+    "_scale_errors",
+    "_quantize_blocks",
+    "_quantize_rows",
+    "_quantize_tiles",
+    "_dequantize",
+    "_scaled_matmul",
+}
 
 
 @pytest.mark.parametrize("sm", SHARED)

@@ -140,7 +140,9 @@ def test_dequantized_and_rotated_back(quantize, device, scale_of):
     codes, scale = reference.quantize_weight(random(5, 512, device=device), INT8, 0)
     scale = scale if scale_of == "row" else scale.max().reshape(1, 1)
     mine = quantize.dequantize_weight(codes, scale, 0, 256, torch.float32)
-    torch.testing.assert_close(mine, reference.dequantize_weight(codes, scale, 0, 256, torch.float32), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        mine, reference.dequantize_weight(codes, scale, 0, 256, torch.float32), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_every_fp8_code_is_decoded_and_encoded(quantize, device):
@@ -157,7 +159,9 @@ def exact(inputs, input_scale, codes, scale, bias, block_size):
 
     def meaning(codes, scale, rows):
         if block_size:
-            scale = scale.repeat_interleave(rows, 0)[: codes.shape[0]].repeat_interleave(block_size, 1)[:, : codes.shape[1]]
+            scale = scale.repeat_interleave(rows, 0)[: codes.shape[0]].repeat_interleave(block_size, 1)[
+                :, : codes.shape[1]
+            ]
         return codes.double() * scale.double()
 
     out = meaning(inputs, input_scale, 1) @ meaning(codes, scale, block_size).t()
@@ -195,7 +199,9 @@ def test_decoded_weights_meet_plain_inputs(linear, device, block_size):
 
 @pytest.mark.parametrize("block_size, rotate_by", [(0, 0), (0, 64), (64, 0)], ids=["row", "rotated", "block"])
 @pytest.mark.parametrize("implementation", ["triton", "reference"])
-def test_layers_on_cards_without_fp8_leave_the_inputs_as_they_are(monkeypatch, linear, device, implementation, block_size, rotate_by):
+def test_layers_on_cards_without_fp8_leave_the_inputs_as_they_are(
+    monkeypatch, linear, device, implementation, block_size, rotate_by
+):
     monkeypatch.setattr(cards, "multiplies_fp8", lambda device: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=82))
     weight, x = random(48, 256, seed=1, device=device), random(9, 256, device=device).half()

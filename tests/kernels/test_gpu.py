@@ -66,7 +66,8 @@ def test_block_sizes_and_output_dtypes(name, block_size, out_dtype):
 
 @pytest.mark.parametrize("dtype", [INT8, FP8])
 @pytest.mark.parametrize(
-    "tokens, out, inner", [(300, 700, 384), (4096, 3072, 3072), (2048, 12288, 1040), (4608, 3072, 1536), (513, 12200, 512)]
+    "tokens, out, inner",
+    [(300, 700, 384), (4096, 3072, 3072), (2048, 12288, 1040), (4608, 3072, 1536), (513, 12200, 512)],
 )
 def test_the_product_written_for_hopper_is_the_plain_one_to_the_bit(dtype, tokens, out, inner):
     if torch.cuda.get_device_capability()[0] != 9:

@@ -45,7 +45,9 @@ def test_fakes_have_the_shape_and_the_strides_of_what_is_computed(dtype, block_s
         assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in fake]
 
 
-@pytest.mark.parametrize("before, coupling", [(None, None), (X / 7, torch.ones(6, 6).fill_diagonal_(0)), (None, torch.ones(6, 6).tril(-1))])
+@pytest.mark.parametrize(
+    "before, coupling", [(None, None), (X / 7, torch.ones(6, 6).fill_diagonal_(0)), (None, torch.ones(6, 6).tril(-1))]
+)
 def test_rounding_leaves_its_arguments_alone(before, coupling):
     arguments = X, X / 9, before, coupling, torch.ones(1, 1)
     copies = [None if argument is None else argument.clone() for argument in arguments]
@@ -76,7 +78,9 @@ def test_a_layer_compiles_without_a_graph_break():
 
 def test_the_package_can_be_imported_under_another_name():
     folder = Path(kernels.__file__).parent.parent
-    spec = importlib.util.spec_from_file_location("twin", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        "twin", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     sys.modules["twin"] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -142,7 +146,8 @@ def test_what_triton_refuses(monkeypatch, capability, triton, x_dtype, dtype, bl
 
 
 @pytest.mark.parametrize(
-    "columns, coupled, words", [(128, True, None), (129, True, "more columns"), (8, False, "do not depend on each other")]
+    "columns, coupled, words",
+    [(128, True, None), (129, True, "more columns"), (8, False, "do not depend on each other")],
 )
 def test_what_the_rounding_kernel_refuses(monkeypatch, device, columns, coupled, words):
     monkeypatch.setattr(backends, "_has_triton", lambda: True)
@@ -190,7 +195,9 @@ def test_amd_takes_the_reference_and_the_log_says_so_once(monkeypatch, caplog, c
     with caplog.at_level(logging.INFO, logger=backends.log.name):
         for _ in range(2):
             assert backends.implementation("scaled_linear", *product(dtype, block_size)) is reference.scaled_linear
-    assert [record.getMessage() for record in caplog.records] == ["Kernels run in plain torch: the card is not made by NVIDIA."]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Kernels run in plain torch: the card is not made by NVIDIA."
+    ]
 
 
 def test_a_backend_can_be_chosen_for_a_while():
@@ -201,7 +208,9 @@ def test_a_backend_can_be_chosen_for_a_while():
     assert kernels.backend() == before
 
 
-@pytest.mark.parametrize("asked, expected", [(None, "auto"), ("", "auto"), ("reference", "reference"), ("tritn", "auto")])
+@pytest.mark.parametrize(
+    "asked, expected", [(None, "auto"), ("", "auto"), ("reference", "reference"), ("tritn", "auto")]
+)
 def test_the_environment_chooses_a_backend_that_there_is(monkeypatch, caplog, asked, expected):
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     if asked is not None:
@@ -223,7 +232,9 @@ def test_a_misspelt_backend_is_said_once_and_everything_runs():
     assert done.stdout == "auto\n" and done.stderr.count("tritn") == 1
 
 
-@pytest.mark.parametrize("name, module", [("torch", "reference"), ("reference", "reference"), ("auto", "triton"), ("autotuned", "triton")])
+@pytest.mark.parametrize(
+    "name, module", [("torch", "reference"), ("reference", "reference"), ("auto", "triton"), ("autotuned", "triton")]
+)
 def test_what_a_backend_means_for_operations_that_do_not_have_it(monkeypatch, name, module):
     monkeypatch.setattr(cards, "capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "_has_triton", lambda: True)

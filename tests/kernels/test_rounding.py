@@ -45,7 +45,9 @@ def test_round_block_rounds_as_torch_does_when_nothing_couples(fast, device, gri
     values = every_value(grid).to(device)
     weight = values.expand(3, -1).contiguous()
     zero, ones = torch.zeros_like(weight), torch.ones(1, 1, device=device)
-    got, errors = fast.round_block(weight, zero, None, torch.zeros(3, 3, device=device), ones, len(values), grid.arithmetic)
+    got, errors = fast.round_block(
+        weight, zero, None, torch.zeros(3, 3, device=device), ones, len(values), grid.arithmetic
+    )
     assert torch.equal(got.float(), grid.encode(weight).float())
     assert torch.equal(errors, got.float() - weight)
 

@@ -96,7 +96,10 @@ def test_memory_for_an_index_is_bounded(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file system with holes")
 @pytest.mark.parametrize("layers, size", [(1, 3_000_000_000), (1500, 65_536)], ids=["of one layer", "of many"])
 def test_memory_for_the_json_of_layers_is_bounded(tmp_path, layers, size):
-    header = {f"{index}.comfy_quant": {"dtype": "U8", "shape": [size], "data_offsets": [index * size, (index + 1) * size]} for index in range(layers)}
+    header = {
+        f"{index}.comfy_quant": {"dtype": "U8", "shape": [size], "data_offsets": [index * size, (index + 1) * size]}
+        for index in range(layers)
+    }
     text, file = json.dumps(header).encode(), tmp_path / "x.safetensors"
     with open(file, "wb") as written:
         written.write(struct.pack("<Q", len(text)) + text)
@@ -151,7 +154,8 @@ def test_a_hundred_gigabytes_need_one_of_memory(tmp_path, often, tried):
     """Planned, inspected, and quantized, to the end where the disk has room; the source is a hole behind its header."""
     size = 2 * SIDES[0] * SIDES[1]
     header = {
-        f"blocks.{index}.weight": {"dtype": "BF16", "shape": SIDES, "data_offsets": [index * size, (index + 1) * size]} for index in range(COUNT)
+        f"blocks.{index}.weight": {"dtype": "BF16", "shape": SIDES, "data_offsets": [index * size, (index + 1) * size]}
+        for index in range(COUNT)
     }
     text = json.dumps(header).encode()
     source, target = tmp_path / "large.safetensors", tmp_path / "small.safetensors"
@@ -161,8 +165,15 @@ def test_a_hundred_gigabytes_need_one_of_memory(tmp_path, often, tried):
     assert source.stat().st_size > 100e9 and source.stat().st_blocks * 512 < 1e6
     room = int(shutil.disk_usage(tmp_path).free * 0.8) // (size // 2)
     layers = min(room, often(2, COUNT + 1))  # one more than there are: to the end
-    words = [source, target, str(layers), often("auto", "nearest")]  # the search takes minutes for few, and hours for all
-    done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    words = [
+        source,
+        target,
+        str(layers),
+        often("auto", "nearest"),
+    ]  # the search takes minutes for few, and hours for all
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"}
+    )
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split("PEAK")[1])
     assert peak < CEILING, peak
@@ -171,4 +182,8 @@ def test_a_hundred_gigabytes_need_one_of_memory(tmp_path, often, tried):
     if whole:
         assert target.stat().st_size > COUNT * size // 2 and not verify_file(target).problems
         target.unlink()
-    tried(f"a file of 107 GB, {'all' if whole else layers} layers of it quantized", 1, f"memory at most {CEILING / 1e9:.0f} GB")
+    tried(
+        f"a file of 107 GB, {'all' if whole else layers} layers of it quantized",
+        1,
+        f"memory at most {CEILING / 1e9:.0f} GB",
+    )

@@ -50,7 +50,10 @@ def on_gpu(comfy) -> dict[str, int]:
     (device, *_) = comfy.get("/system_stats")["devices"]
     if device["type"] == "cpu":
         return {}
-    return {"tensors": device["torch_vram_total"] - device["torch_vram_free"], "GPU": device["vram_total"] - device["vram_free"]}
+    return {
+        "tensors": device["torch_vram_total"] - device["torch_vram_free"],
+        "GPU": device["vram_total"] - device["vram_free"],
+    }
 
 
 def leftovers(comfy) -> list[str]:
@@ -64,7 +67,12 @@ def test_many_runs_in_one_server_leave_nothing_behind(comfy, source, often, trie
     def used() -> dict[str, int]:
         comfy.queue(graph(source, seed=5000))  # what is kept of the last run is the same each time
         temporary = sum(1 for path in (comfy.base / "temp").glob("learned_rounding*"))
-        taken = {"threads": process.num_threads(), "files": process.num_fds(), "temporary": temporary, "memory": process.memory_info().rss}
+        taken = {
+            "threads": process.num_threads(),
+            "files": process.num_fds(),
+            "temporary": temporary,
+            "memory": process.memory_info().rss,
+        }
         return taken | on_gpu(comfy)
 
     for seed in range(8):
@@ -101,7 +109,11 @@ def test_twenty_pages_see_the_same_and_one_that_never_reads_stops_nobody(comfy, 
         sockets = []
         for _ in range(pages + 1):
             url = f"ws://127.0.0.1:{comfy.port}/ws?clientId={uuid.uuid4().hex}"
-            sockets.append(opened.enter_context(closing(websocket.create_connection(url, timeout=120, http_no_proxy=["127.0.0.1"]))))
+            sockets.append(
+                opened.enter_context(
+                    closing(websocket.create_connection(url, timeout=120, http_no_proxy=["127.0.0.1"]))
+                )
+            )
         for socket_ in sockets[:-1]:  # the last one never reads
             socket_.recv()
         results = {}
@@ -112,7 +124,10 @@ def test_twenty_pages_see_the_same_and_one_that_never_reads_stops_nobody(comfy, 
         for thread in threads:
             thread.start()
         for seed in range(3):  # the second and the third wait while the first one runs
-            body = {"prompt": graph(source, seed=8000 + seed), "extra_data": {"extra_pnginfo": {"workflow": {"id": workflow}}}}
+            body = {
+                "prompt": graph(source, seed=8000 + seed),
+                "extra_data": {"extra_pnginfo": {"workflow": {"id": workflow}}},
+            }
             comfy.post("/prompt", body)
         for thread in threads:
             thread.join()
@@ -130,15 +145,21 @@ def test_twenty_pages_see_the_same_and_one_that_never_reads_stops_nobody(comfy, 
 
 # When a page cancels: whether what it is told is that. ``node``: class of a node → its id.
 MOMENTS = {
-    "the source is read": lambda node, event: event.type == "executing" and event.data.get("node") == node("LearnedRoundingLoadModel"),
+    "the source is read": lambda node, event: (
+        event.type == "executing" and event.data.get("node") == node("LearnedRoundingLoadModel")
+    ),
     "the run starts": lambda node, event: event.type == PROGRESS and event.data["state"] == "start",
     "the run is done": lambda node, event: event.type == PROGRESS and event.data["state"] == "done",
-    "the model is saved": lambda node, event: event.type == "executing" and event.data.get("node") == node("LearnedRoundingSave"),
+    "the model is saved": lambda node, event: (
+        event.type == "executing" and event.data.get("node") == node("LearnedRoundingSave")
+    ),
 }
 
 
 def layer(index: int):
-    return lambda node, event: event.type == PROGRESS and event.data["state"] == "layer" and event.data["index"] == index
+    return lambda node, event: (
+        event.type == PROGRESS and event.data["state"] == "layer" and event.data["index"] == index
+    )
 
 
 def test_interrupts_at_random_points_leave_nothing(comfy, source, often, tried):
@@ -168,7 +189,11 @@ def test_interrupts_at_random_points_leave_nothing(comfy, source, often, tried):
     (saved,) = comfy.output_dir.rglob("afterwards*")
     assert verify_file(saved).layers == 12
     saved.unlink()
-    tried("ComfyUI's interrupt when a node reads, at a random layer, between layers and save, when it saves", count, "whole or none")
+    tried(
+        "ComfyUI's interrupt when a node reads, at a random layer, between layers and save, when it saves",
+        count,
+        "whole or none",
+    )
 
 
 REQUESTS = (
@@ -200,7 +225,18 @@ def test_requests_that_no_page_sends_get_nothing(comfy, tried):
     tried("requests to the pack's routes that no page sends", 4 * len(REQUESTS), "refused, or an empty list")
 
 
-PATHS = ("../../outside", "/tmp/outside", "..", "a/../../outside", "\\\\..\\\\outside", "nul\0byte", "\ud800", "", "x/", "~/../../outside")
+PATHS = (
+    "../../outside",
+    "/tmp/outside",
+    "..",
+    "a/../../outside",
+    "\\\\..\\\\outside",
+    "nul\0byte",
+    "\ud800",
+    "",
+    "x/",
+    "~/../../outside",
+)
 
 
 def calibrated(file: str) -> ProbedGraph:
@@ -221,10 +257,16 @@ def test_no_path_leaves_comfyuis_folders(comfy, source, tried):
         except HostError as error:
             found = [entry for node in error.node_errors.values() for entry in node["errors"]]
             assert error.kind == "validation" and found, error  # before anything runs
-            assert {entry["type"] for entry in found} == {"custom_validation_failed"}, found  # by a sentence, and not as what it must not be asked
+            assert {entry["type"] for entry in found} == {"custom_validation_failed"}, (
+                found
+            )  # by a sentence, and not as what it must not be asked
             assert not any("traceback" in entry["extra_info"] for entry in found)
     assert {path for path in comfy.base.parent.iterdir()} == before
     for path in {path for path in comfy.output_dir.rglob("*") if path.is_file()} - outputs:
         assert path.resolve().is_relative_to(comfy.output_dir.resolve())
         path.unlink()
-    tried("names of files with paths in them, to load and to save", len(saving) + len(loading) + len(calibrations), "refused, or inside ComfyUI's folders")
+    tried(
+        "names of files with paths in them, to load and to save",
+        len(saving) + len(loading) + len(calibrations),
+        "refused, or inside ComfyUI's folders",
+    )

@@ -24,7 +24,9 @@ RECIPES = {
 
 def clip_of(path: Path, **options):
     """The CLIP of a checkpoint as stock ComfyUI loads it, told that its T5 is narrow."""
-    return comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_model=False, te_model_options={**TINY_T5, **options})[1]
+    return comfy.sd.load_checkpoint_guess_config(
+        str(path), output_vae=False, output_model=False, te_model_options={**TINY_T5, **options}
+    )[1]
 
 
 def encoder() -> dict:

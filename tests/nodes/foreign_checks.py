@@ -18,7 +18,14 @@ LAYOUTS = {
 
 def decoding() -> dict:
     """{format: {case: what is true of it}}."""
-    return {name: {f"{options} {shape}": _case(name, shape, options) for options in LAYOUTS[name][1] for shape in _fitting(name)} for name in FOREIGN}
+    return {
+        name: {
+            f"{options} {shape}": _case(name, shape, options)
+            for options in LAYOUTS[name][1]
+            for shape in _fitting(name)
+        }
+        for name in FOREIGN
+    }
 
 
 def _fitting(name: str) -> tuple:
@@ -31,15 +38,25 @@ def _case(name: str, shape: tuple[int, int], options: dict) -> dict[str, bool]:
     weight[0] = 0
     codes, params = layout.quantize(weight, **options)
     theirs = layout.dequantize(codes, params)
-    parts = {suffix: tensor.contiguous() for suffix, tensor in layout.state_dict_tensors(codes, params).items() if suffix}
-    config = {"format": name, **{key: value for key, value in options.items() if key != "codebook"}, "orig_shape": shape}
-    file = {f"a.weight{suffix}": tensor for suffix, tensor in parts.items()} | {"a.weight": codes, "a.comfy_quant": config_tensor(config)}
+    parts = {
+        suffix: tensor.contiguous() for suffix, tensor in layout.state_dict_tensors(codes, params).items() if suffix
+    }
+    config = {
+        "format": name,
+        **{key: value for key, value in options.items() if key != "codebook"},
+        "orig_shape": shape,
+    }
+    file = {f"a.weight{suffix}": tensor for suffix, tensor in parts.items()} | {
+        "a.weight": codes,
+        "a.comfy_quant": config_tensor(config),
+    }
     ours = FOREIGN[name].decode(codes, {f"weight{suffix}": tensor for suffix, tensor in parts.items()}, config)
     decoded = DecodedSource(TensorSource(file))
     read = decoded.read("a.weight")
     return {
         "every bit": torch.equal(ours, theirs),
-        "read": torch.equal(read, theirs[: shape[0], : shape[1]].bfloat16()) and decoded.tensors["a.weight"].shape == shape,
+        "read": torch.equal(read, theirs[: shape[0], : shape[1]].bfloat16())
+        and decoded.tensors["a.weight"].shape == shape,
         "near the original": float((read.float() - weight).norm() / weight.norm()) < 0.15,
         "nothing else": [*decoded.tensors] == ["a.weight"] and dict(decoded.layers) == {name: 1},
     }

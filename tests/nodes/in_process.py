@@ -227,10 +227,16 @@ def decoding() -> dict:
             "the LoRA moves by": distance(expected_lora, expected),
             "little memory differs by": distance(little, whole),
             "unpatched": bool(torch.equal(patched(model), before)),
-            "codes": {str(module.weight.dtype) for _, module in model.model.named_modules() if getattr(module, "is_quantized", False)}
+            "codes": {
+                str(module.weight.dtype)
+                for _, module in model.model.named_modules()
+                if getattr(module, "is_quantized", False)
+            }
             == {str(entry.grid.dtype)},
             "kept in float32": all(
-                value.dtype is torch.float32 for key, value in model.model.named_parameters() if key.endswith("norm.weight")
+                value.dtype is torch.float32
+                for key, value in model.model.named_parameters()
+                if key.endswith("norm.weight")
             ),
         }
     return found
@@ -240,9 +246,13 @@ def nested_rotation() -> dict:
     """Error of a product with a rotated layer whose JSON says so under ``params``."""
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(64, 64, generator=generator), torch.randn(8, 64, generator=generator)
-    made = quantize_tensors({"a.weight": weight}, Recipe(format="int8_tensorwise", convrot=64, rounding="nearest")).tensors
+    made = quantize_tensors(
+        {"a.weight": weight}, Recipe(format="int8_tensorwise", convrot=64, rounding="nearest")
+    ).tensors
     config = {"format": "int8_tensorwise", "per_row": True, "params": {"convrot": True, "convrot_groupsize": 64}}
-    tensors = {name.removeprefix("a."): tensor for name, tensor in made.items()} | {"comfy_quant": config_tensor(config)}
+    tensors = {name.removeprefix("a."): tensor for name, tensor in made.items()} | {
+        "comfy_quant": config_tensor(config)
+    }
     linear = host.building.quantized_linear("a", tensors, config)
     expected = inputs @ weight.T
     return {"error": float((linear(inputs) - expected).norm() / expected.norm())}

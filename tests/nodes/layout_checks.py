@@ -87,7 +87,9 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
         "mm from the left": torch.equal(torch.mm(coded, x.t()), torch.mm(decoded, x.t())),
         "mm with the weight itself": torch.equal(torch.mm(x[:, :70], coded), torch.mm(x[:, :70], decoded)),
         "addmm": torch.equal(torch.addmm(bias, x, coded.t()), linear(x, coded, bias)),
-        "addmm with factors": torch.equal(torch.addmm(bias, x, coded.t(), beta=0.5), torch.addmm(bias, x, decoded.t(), beta=0.5)),
+        "addmm with factors": torch.equal(
+            torch.addmm(bias, x, coded.t(), beta=0.5), torch.addmm(bias, x, decoded.t(), beta=0.5)
+        ),
         "addmm of a matrix": torch.equal(torch.addmm(product, x, coded.t()), torch.addmm(product, x, decoded.t())),
         "view of the same shape": coded.view(-1, 100)._qdata.data_ptr() == coded._qdata.data_ptr(),
         "view of another shape": torch.equal(coded.view(100, 70), decoded.view(100, 70)),
@@ -111,10 +113,14 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
         "streamed": torch.equal(linear(x, _streamed(coded)), product),
     }
     again = coded.requantize_from_float(decoded, scale="recalculate", stochastic_rounding=0)
-    draws = [coded.requantize_from_float(weight, scale="recalculate", stochastic_rounding=seed) for seed in (*range(1, 65), 1)]
+    draws = [
+        coded.requantize_from_float(weight, scale="recalculate", stochastic_rounding=seed)
+        for seed in (*range(1, 65), 1)
+    ]
     mean = torch.stack([draw.dequantize().float() for draw in draws[:64]]).mean(0)
     holds |= {
-        "requantized": again._params.block_size == encoding.block_size and _distance(again.dequantize(), decoded) < near,
+        "requantized": again._params.block_size == encoding.block_size
+        and _distance(again.dequantize(), decoded) < near,
         "same seed, same codes": torch.equal(draws[0].dequantize(), draws[-1].dequantize()),
         "other seed, other codes": not torch.equal(draws[0].dequantize(), draws[1].dequantize()),
         "stochastic rounding is right on average": _distance(mean, weight) < 0.5 * _distance(decoded, weight),
@@ -127,7 +133,9 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     compiled = torch.compile(lambda x: linear(x, coded, bias), backend="aot_eager", fullgraph=True)
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
-            holds[f"compiled, {mode.__name__}"] = all(torch.equal(compiled(x), linear(x, coded, bias)) for x in inputs[:2])
+            holds[f"compiled, {mode.__name__}"] = all(
+                torch.equal(compiled(x), linear(x, coded, bias)) for x in inputs[:2]
+            )
     return holds
 
 
@@ -148,8 +156,10 @@ def _layer(coded, encoding, crooked) -> dict[str, bool]:
     plain = layer.state_dict(prefix="a.")
     layer._load_from_state_dict(dict(state), "a.", {}, True, [], [], [])
     return {
-        "layer: linear is mm, whatever the strides": torch.equal(whole, parts) and torch.equal(whole, linear(crooked.contiguous(), coded)),
-        "layer: saved as loaded": saved.keys() == state.keys() and all(_same_bytes(saved[name], state[name]) for name in state),
+        "layer: linear is mm, whatever the strides": torch.equal(whole, parts)
+        and torch.equal(whole, linear(crooked.contiguous(), coded)),
+        "layer: saved as loaded": saved.keys() == state.keys()
+        and all(_same_bytes(saved[name], state[name]) for name in state),
         "layer: loaded again": all(_same_bytes(again[name], state[name]) for name in state) and type(layer) is kind,
         "layer: loaded with a plain weight": plain.keys() == {"a.weight"},
         "layer: moved": layer.to("meta").weight._params.scale.device.type == "meta",
@@ -222,7 +232,9 @@ def _bytes(path) -> dict[str, tuple]:
             coded = name.rpartition(".")[0].removeprefix("model.diffusion_model.") in {
                 layer.removeprefix("model.diffusion_model.") for layer in layers
             } and not name.endswith(".bias")
-            value = tensor.contiguous().flatten().view(torch.uint8) if coded else tensor.float().flatten().view(torch.uint8)
+            value = (
+                tensor.contiguous().flatten().view(torch.uint8) if coded else tensor.float().flatten().view(torch.uint8)
+            )
             known = (str(info.dtype), info.shape) if coded else info.shape
             found[name.removeprefix("model.diffusion_model.")] = known, value.numpy().tobytes()
         return found
@@ -244,7 +256,10 @@ def loading() -> dict:
         patched = tiny.with_lora(model)
         whole, little = tiny.run(patched), tiny.run(patched, lowvram_model_memory=1)
         alone, unpatched = tiny.run(model, lowvram_model_memory=1), tiny.run(model)
-        saved, baked = Path(path).with_name(f"{name}_saved.safetensors"), Path(path).with_name(f"{name}_baked.safetensors")
+        saved, baked = (
+            Path(path).with_name(f"{name}_saved.safetensors"),
+            Path(path).with_name(f"{name}_baked.safetensors"),
+        )
         comfy.sd.save_checkpoint(str(saved), model)
         comfy.sd.save_checkpoint(str(baked), patched)
         comfy.model_management.unload_all_models()
@@ -267,7 +282,10 @@ def loading() -> dict:
             "loaded from stock's file": torch.equal(tiny.run(_loaded(saved)), plain),
             "baked": verify_file(baked).problems,
             "baked layers": verify_file(baked).layers,
-            "baked formats": len({str(config) for config in _configs(baked).values()} | {str(config) for config in _configs(path).values()}),
+            "baked formats": len(
+                {str(config) for config in _configs(baked).values()}
+                | {str(config) for config in _configs(path).values()}
+            ),
             "baked is as patched": torch.equal(tiny.run(_loaded(baked)), whole),
         }
     return found
@@ -299,7 +317,9 @@ def native() -> dict:
         "int8_blockwise": {"format": "int8_blockwise"},
     }
     files = {name: tiny.file(**recipe) for name, recipe in recipes.items()}
-    stock = {name: comfy.sd.load_diffusion_model(str(file.files[""])) for name, file in files.items() if name not in OURS}
+    stock = {
+        name: comfy.sd.load_diffusion_model(str(file.files[""])) for name, file in files.items() if name not in OURS
+    }
     before = {name: tiny.run(model) for name, model in stock.items()}
     classes = {name: _class_names(model) for name, model in stock.items()}
     algorithms = dict(comfy.quant_ops.QUANT_ALGOS)
@@ -340,7 +360,10 @@ def damaged() -> dict[str, str]:
     operations = comfy.ops.mixed_precision_ops({}, torch.float32)
     layout = "LearnedRoundingInt8Blockwise"
     coded = comfy.quant_ops.QuantizedTensor.from_float(torch.randn(64, 96), layout, block_size=32)
-    sound = {**coded.state_dict("a.weight"), "a.comfy_quant": config_tensor({"format": "int8_blockwise", "group_size": 32})}
+    sound = {
+        **coded.state_dict("a.weight"),
+        "a.comfy_quant": config_tensor({"format": "int8_blockwise", "group_size": 32}),
+    }
     cases = {
         "sound": sound,
         "no scale": {name: tensor for name, tensor in sound.items() if name != "a.weight_scale"},

@@ -31,7 +31,9 @@ def other_model():
     for linear, weight in zip(layers, weights(16).values(), strict=True):
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     device = comfy.model_management.get_torch_device()
-    patcher = comfy.model_patcher.ModelPatcher(torch.nn.Sequential(*layers), load_device=device, offload_device=torch.device("cpu"))
+    patcher = comfy.model_patcher.ModelPatcher(
+        torch.nn.Sequential(*layers), load_device=device, offload_device=torch.device("cpu")
+    )
     comfy.model_management.load_models_gpu([patcher])
     return patcher
 
@@ -41,12 +43,18 @@ def squeezed() -> dict:
     path = Path(folder_paths.base_path) / "layers.safetensors"
     save_file(weights(4), path)
     device = comfy.model_management.get_torch_device()
-    warnings = logging.handlers.BufferingHandler(100)  # a layer that is made with less memory, or on the CPU, is told of
+    warnings = logging.handlers.BufferingHandler(
+        100
+    )  # a layer that is made with less memory, or on the CPU, is told of
     layer.log.addHandler(warnings)
 
     def quantized(seed: int) -> bytes:
         recipe = dataclasses.replace(RECIPE, seed=seed)
-        return host.quantize(host.FileSource(path, "diffusion_models", ""), recipe, lambda event: None).files[""].read_bytes()
+        return (
+            host.quantize(host.FileSource(path, "diffusion_models", ""), recipe, lambda event: None)
+            .files[""]
+            .read_bytes()
+        )
 
     def in_little_memory() -> tuple[bytes, list[str]]:
         """A run while all but FREE of the GPU is taken, and what it warned of."""

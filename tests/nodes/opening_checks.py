@@ -68,15 +68,27 @@ def comes_back(name: str, to_diffusers) -> bool:
 
 
 def header(name: str, tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
-    return SimpleNamespace(name=name, metadata={}, tensors={key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()})
+    return SimpleNamespace(
+        name=name,
+        metadata={},
+        tensors={key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()},
+    )
 
 
 def refused_files() -> dict[str, str]:
     """What is said of files with diffusers' names that do not become whole models."""
     unet = {"conv_in.weight": torch.zeros(8, 7, 3, 3), "down_blocks.0.resnets.0.norm1.weight": torch.zeros(8)}
-    flux2 = {"x_embedder.weight": torch.zeros(8, 8), "transformer_blocks.0.attn.add_k_proj.weight": torch.zeros(8, 8)}  # without biases
+    flux2 = {
+        "x_embedder.weight": torch.zeros(8, 8),
+        "transformer_blocks.0.attn.add_k_proj.weight": torch.zeros(8, 8),
+    }  # without biases
     more = tiny() | {"extra.weight": torch.zeros(8, 8)}
-    files = {"diffusion_models/unet": unet, "diffusion_models/flux2": flux2, "diffusion_models/more": more, "checkpoints/more": more}
+    files = {
+        "diffusion_models/unet": unet,
+        "diffusion_models/flux2": flux2,
+        "diffusion_models/more": more,
+        "checkpoints/more": more,
+    }
     said = {}
     for name, tensors in files.items():
         path = Path(folder_paths.models_dir) / f"{name}.safetensors"
@@ -92,12 +104,26 @@ def refused_files() -> dict[str, str]:
 def own_rules() -> dict:
     """What Configure Quantization's layer config makes of the tiny model."""
     rules = {"mlp": "skip", "attn.qkv": {"format": "fp8"}}
-    recipe = ConfigureQuantization.execute("int8_tensorwise", "row", "auto", 0, rounding="nearest", layer_config=json.dumps(rules)).args[0]
+    recipe = ConfigureQuantization.execute(
+        "int8_tensorwise", "row", "auto", 0, rounding="nearest", layer_config=json.dumps(rules)
+    ).args[0]
     source = host.FileSource.choose("diffusion_models/comfyui.safetensors", host.clip_types()[0])
     report = host.quantize(source, recipe, lambda event: None).report
     return {
-        "kept": sorted({kept.name.split(".")[-2] for kept in report.kept if kept.reason == "layer config mlp" and "joint_blocks" in kept.name}),
-        "formats": sorted({(layer.name.split(".")[-2], layer.format) for layer in report.layers if layer.name.startswith("joint_blocks")}),
+        "kept": sorted(
+            {
+                kept.name.split(".")[-2]
+                for kept in report.kept
+                if kept.reason == "layer config mlp" and "joint_blocks" in kept.name
+            }
+        ),
+        "formats": sorted(
+            {
+                (layer.name.split(".")[-2], layer.format)
+                for layer in report.layers
+                if layer.name.startswith("joint_blocks")
+            }
+        ),
     }
 
 
@@ -136,7 +162,9 @@ def diffusers() -> dict:
         with host.opened(source) as weights:
             same = weights.tensors.keys() == original.keys()
             same = same and all(torch.equal(weights.read(name), tensor) for name, tensor in original.items())
-            same = same and source.path in weights.paths  # whose state tells a run whether it may go on with a dead one's
+            same = (
+                same and source.path in weights.paths
+            )  # whose state tells a run whether it may go on with a dead one's
         quantized = host.quantize(source, RECIPE, lambda event: None)
         shown = LoadModel.execute(choice).ui.value.splitlines()[-1]
         told = shown == quantized.report.recognised and dict(quantized.report._rows())["model"] == shown
@@ -145,7 +173,9 @@ def diffusers() -> dict:
     expected = made["diffusion_models/comfyui.safetensors"]["codes"]
     for result in made.values():
         codes = result.pop("codes")
-        result["quantized alike"] = codes.keys() == expected.keys() and all(torch.equal(codes[name], expected[name]) for name in codes)
+        result["quantized alike"] = codes.keys() == expected.keys() and all(
+            torch.equal(codes[name], expected[name]) for name in codes
+        )
     return {
         "files": made,
         "shards": replaced,
@@ -159,7 +189,9 @@ def diffusers() -> dict:
 def broken() -> dict[str, str]:
     """What Load Quantized Model says of files of which one layer is not what it should be."""
     MODELS.mkdir(parents=True, exist_ok=True)
-    quantize_file(TINY, MODELS / "sound.safetensors", Recipe(format="int8_blockwise", block_size=32, rounding="nearest"))
+    quantize_file(
+        TINY, MODELS / "sound.safetensors", Recipe(format="int8_blockwise", block_size=32, rounding="nearest")
+    )
     layer = "joint_blocks.0.x_block.mlp.fc1"
     changes = {
         "no format": {"comfy_quant": config_tensor({})},

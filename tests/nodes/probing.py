@@ -34,7 +34,10 @@ def stock_loads(host, format: str) -> bool:
 
 def takes_layouts(host) -> bool:
     """Whether the host's own loaders can be taught this pack's formats."""
-    return "def _load_quantized_module(module, super_load, state_dict, prefix," in (host.path / "comfy" / "ops.py").read_text()
+    return (
+        "def _load_quantized_module(module, super_load, state_dict, prefix,"
+        in (host.path / "comfy" / "ops.py").read_text()
+    )
 
 
 def loads(host, format: str) -> bool:

@@ -27,9 +27,15 @@ def stopped() -> dict:
     """The messages of runs that end by an error."""
     sent = []
     numbers = itertools.count()
-    host.running_prompt, host.latest_outputs = lambda: {"prompt": str(next(numbers)), "workflow": "2"}, lambda *_: {}  # there is no server here
+    host.running_prompt, host.latest_outputs = (
+        lambda: {"prompt": str(next(numbers)), "workflow": "2"},
+        lambda *_: {},
+    )  # there is no server here
     host.send = lambda event, message, everyone: sent.append(message["reason"])
-    for error in (*(QuantizationError(text.format(MODELS)) for text in ERRORS), OSError(2, "no such file", str(MODELS / "x"))):
+    for error in (
+        *(QuantizationError(text.format(MODELS)) for text in ERRORS),
+        OSError(2, "no such file", str(MODELS / "x")),
+    ):
         try:
             with progress.NodeProgress("3"):
                 raise error
@@ -70,10 +76,16 @@ def twice() -> dict:
 def shards() -> dict:
     """A shard that changes is another source for Load Model and for Quantize."""
     MODELS.mkdir(parents=True, exist_ok=True)
-    index, names = MODELS / "two.safetensors.index.json", ("two-00001-of-00002.safetensors", "two-00002-of-00002.safetensors")
+    index, names = (
+        MODELS / "two.safetensors.index.json",
+        ("two-00001-of-00002.safetensors", "two-00002-of-00002.safetensors"),
+    )
 
     def write(name: str, seed: int) -> None:
-        save_file({f"blocks.{name[4:9]}.weight": torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))}, MODELS / name)
+        save_file(
+            {f"blocks.{name[4:9]}.weight": torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))},
+            MODELS / name,
+        )
 
     for name in names:
         write(name, 0)
@@ -82,7 +94,9 @@ def shards() -> dict:
     def made() -> tuple:
         source = host.FileSource.choose("diffusion_models/two.safetensors.index.json", "sd3")
         recipe = Recipe(rounding="nearest", preset="none")
-        return host.file_state("diffusion_models/two.safetensors.index.json"), host.quantize(source, recipe, lambda event: None).files[""].read_bytes()
+        return host.file_state("diffusion_models/two.safetensors.index.json"), host.quantize(
+            source, recipe, lambda event: None
+        ).files[""].read_bytes()
 
     first, again = made(), made()
     write(names[1], 1)

@@ -44,7 +44,9 @@ def files() -> list[str]:
     """Everything that lies in ComfyUI's folders beside models and what was there from the start, by its ending."""
     temp = Path(folder_paths.get_temp_directory())
     kept = temp.parent / ".learned_rounding"
-    return sorted(path.suffix for folder in (temp, kept, temp.parent / "output") for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.suffix for folder in (temp, kept, temp.parent / "output") for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def run_again(kind: str) -> dict:
@@ -62,7 +64,11 @@ def run_again(kind: str) -> dict:
         made.clear()
         events = []
         quantized = host.quantize(source(kind), recipe, events.append)
-        return len(made), quantized.files[""].read_bytes(), [event.name for event in events if isinstance(event, LayerFinished)]
+        return (
+            len(made),
+            quantized.files[""].read_bytes(),
+            [event.name for event in events if isinstance(event, LayerFinished)],
+        )
 
     count, data, told = run()
     run(Recipe(rounding="nearest"))  # so that the last result is another one's
@@ -86,7 +92,12 @@ def at_once() -> dict:
     for moment, is_now in moments.items():
         for name, recipe in others.items():
             made = []
-            ours = run(RECIPE, lambda event, recipe=recipe, is_now=is_now, made=made: made.append(run(recipe)) if is_now(event) else None)
+            ours = run(
+                RECIPE,
+                lambda event, recipe=recipe, is_now=is_now, made=made: (
+                    made.append(run(recipe)) if is_now(event) else None
+                ),
+            )
             found[f"{name}, {moment}"] = ours == alone["the same"] and made == [alone[name]]
     return {"found": found, "left": files()}
 
@@ -104,5 +115,9 @@ def left_for_good() -> dict:
     return {"left": sorted(path.name for path in folder.iterdir())}
 
 
-CHECKS = {f"resume_{step.__name__}_{kind}": lambda step=step, kind=kind: step(kind) for step in (die, run_again) for kind in ("file", "model")}
+CHECKS = {
+    f"resume_{step.__name__}_{kind}": lambda step=step, kind=kind: step(kind)
+    for step in (die, run_again)
+    for kind in ("file", "model")
+}
 CHECKS |= {"resume_at_once": at_once, "resume_left_for_good": left_for_good}

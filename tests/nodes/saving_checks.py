@@ -37,7 +37,9 @@ def output() -> Path:
 def quantized(format: str = "float8_e4m3fn", kind: str = "diffusion_models", path: Path = TINY) -> host.Quantized:
     """A run of its own, whatever was quantized last."""
     host.quantizing._last = None
-    return host.quantize(host.FileSource(path, kind, "sd3"), Recipe(format=format, rounding="nearest"), lambda event: None)
+    return host.quantize(
+        host.FileSource(path, kind, "sd3"), Recipe(format=format, rounding="nearest"), lambda event: None
+    )
 
 
 def verified(made: host.Quantized, paths: list[Path] | None = None) -> tuple[str, list[str], list[str]]:
@@ -98,7 +100,8 @@ def hunyuan_image(names: Callable[[str], str]) -> dict[str, torch.Tensor]:
     model = hunyuan.HunyuanVideo(**options, dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(0)
     return {
-        names(name): (torch.randn(tensor.shape, generator=generator) / 16).to(torch.bfloat16) for name, tensor in model.state_dict().items()
+        names(name): (torch.randn(tensor.shape, generator=generator) / 16).to(torch.bfloat16)
+        for name, tensor in model.state_dict().items()
     }
 
 
@@ -109,7 +112,13 @@ def with_scales(name: str) -> str:
 
 def as_published(name: str) -> str:
     """Layers as the model's makers call them."""
-    changes = {"_attn.qkv.": "_attn_qkv.", "_attn.proj.": "_attn_proj.", "_mod.lin.": "_mod.linear.", "_mlp.0.": "_mlp.fc1.", "_mlp.2.": "_mlp.fc2."}
+    changes = {
+        "_attn.qkv.": "_attn_qkv.",
+        "_attn.proj.": "_attn_proj.",
+        "_mod.lin.": "_mod.linear.",
+        "_mlp.0.": "_mlp.fc1.",
+        "_mlp.2.": "_mlp.fc2.",
+    }
     for ours, theirs in changes.items():
         name = name.replace(ours, theirs)
     return with_scales(name)
@@ -120,7 +129,11 @@ def static_inputs() -> tuple:
     made, reload = quantized(), host.verifying.reload
 
     def add_scales(tensors, _) -> None:
-        tensors |= {name.replace("weight_scale", "input_scale"): torch.tensor(1e-4) for name in tensors if name.endswith("weight_scale")}
+        tensors |= {
+            name.replace("weight_scale", "input_scale"): torch.tensor(1e-4)
+            for name in tensors
+            if name.endswith("weight_scale")
+        }
 
     def quantizing(*args):
         patcher = reload(*args)
@@ -145,7 +158,10 @@ def sound() -> dict:
         "renamed norms": (hunyuan_image(with_scales), "diffusion_models"),
         "renamed layers": (hunyuan_image(as_published), "diffusion_models"),
         "a tensor that ComfyUI does not know": ({**load_file(TINY), "unknown.bias": torch.ones(4)}, "diffusion_models"),
-        "a tensor that the source lacks": ({name: tensor for name, tensor in load_file(TINY).items() if name != "final_layer.linear.bias"}, "diffusion_models"),
+        "a tensor that the source lacks": (
+            {name: tensor for name, tensor in load_file(TINY).items() if name != "final_layer.linear.bias"},
+            "diffusion_models",
+        ),
         "no model": ({f"some.{index}.weight": torch.randn(64, 64) for index in range(2)}, "diffusion_models"),
         "no text encoder": ({f"some.{index}.weight": torch.randn(64, 64) for index in range(2)}, "text_encoders"),
     }
@@ -219,9 +235,9 @@ AS_QUANTIZED = {
     "rows less": lambda tensors, _: tensors.update({f"{LAYER}.weight": tensors[f"{LAYER}.weight"][:512].clone()}),
     "a kept tensor's shape": lambda tensors, _: tensors.update({KEPT: tensors[KEPT][:1].clone()}),
     "another format": says({"format": "float8_e5m2", "full_precision_matrix_mult": True}),
-    "another rotation": lambda tensors, metadata: says({**json.loads(metadata[_HEADER])["layers"][LAYER], "convrot": True, "convrot_groupsize": 64})(
-        tensors, metadata
-    ),
+    "another rotation": lambda tensors, metadata: says(
+        {**json.loads(metadata[_HEADER])["layers"][LAYER], "convrot": True, "convrot_groupsize": 64}
+    )(tensors, metadata),
 }
 
 
@@ -271,8 +287,12 @@ def louder(module) -> None:
 
 # What ComfyUI's loader made of a sound file.
 IN_COMFYUI = {
-    "a kept tensor": lambda model: setattr(model.x_embedder.proj, "weight", parameter(model.x_embedder.proj.weight * 2)),
-    "a kept tensor in 8 bits": lambda model: setattr(model.x_embedder.proj, "weight", parameter(model.x_embedder.proj.weight.to(torch.float8_e4m3fn))),
+    "a kept tensor": lambda model: setattr(
+        model.x_embedder.proj, "weight", parameter(model.x_embedder.proj.weight * 2)
+    ),
+    "a kept tensor in 8 bits": lambda model: setattr(
+        model.x_embedder.proj, "weight", parameter(model.x_embedder.proj.weight.to(torch.float8_e4m3fn))
+    ),
     "a bias": lambda model: setattr(model.get_submodule(LAYER), "bias", parameter(model.get_submodule(LAYER).bias * 2)),
     "no bias": lambda model: setattr(model.get_submodule(LAYER), "bias", None),
     "codes": lambda model: set_codes(model.get_submodule(LAYER)),
@@ -280,7 +300,9 @@ IN_COMFYUI = {
     "another entry": lambda model: set_format(model.get_submodule(LAYER)),
     "another name": lose,
     "another shape": lambda model: setattr(model.get_submodule(LAYER), "out_features", 512),
-    "another output": lambda model: [louder(module) for module in model.modules() if isinstance(module, comfy.ops.CastWeightBiasOp)],
+    "another output": lambda model: [
+        louder(module) for module in model.modules() if isinstance(module, comfy.ops.CastWeightBiasOp)
+    ],
 }
 
 
@@ -347,7 +369,9 @@ def other_disks() -> dict:
     temp, made, found = host.folders.temporary_folder(), quantized(), {}
     whole = made.files[""].read_bytes()
     for name, within in {"another disk": output(), "a disk without links": None}.items():
-        paths = [without_links(lambda within=within: host.save(made, "verified", "output"), within)[0] for _ in range(2)]
+        paths = [
+            without_links(lambda within=within: host.save(made, "verified", "output"), within)[0] for _ in range(2)
+        ]
         found[name] = {
             "names": [path.name for path in paths],
             "same": all(path.read_bytes() == whole for path in paths),
@@ -364,7 +388,11 @@ def other_disks() -> dict:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     with replaced(Path, "rename", no_rename):
-        found["temp"] = {"same": quantized().files[""].read_bytes() == whole, "moves": len(moves), "left": files(temp.parent / ".learned_rounding")}
+        found["temp"] = {
+            "same": quantized().files[""].read_bytes() == whole,
+            "moves": len(moves),
+            "left": files(temp.parent / ".learned_rounding"),
+        }
         host.quantizing._last = None
         before = files(temp)
 
@@ -376,7 +404,10 @@ def other_disks() -> dict:
             try:
                 quantized()
             except QuantizationError as error:
-                found["full temp"] = {"said": str(error), "left": files(temp.parent / ".learned_rounding") + sorted({*files(temp)} - {*before})}
+                found["full temp"] = {
+                    "said": str(error),
+                    "left": files(temp.parent / ".learned_rounding") + sorted({*files(temp)} - {*before}),
+                }
     return found
 
 
@@ -417,9 +448,17 @@ def dying(point: str) -> None:
 def after_death() -> dict:
     """The next server saves the same under the same name."""
     found = files(output())
-    whole = [path for path in output().rglob("verified*") if host.verify_saved(quantized(), [path]).startswith("Verified: ")]
+    whole = [
+        path for path in output().rglob("verified*") if host.verify_saved(quantized(), [path]).startswith("Verified: ")
+    ]
     paths = without_links(lambda: host.save(quantized(), "verified", "output"), output())
-    return {"found": found, "whole": len(whole), "saved": paths[0].name, "files": files(output()), "verified": verified(quantized(), paths)[0]}
+    return {
+        "found": found,
+        "whole": len(whole),
+        "saved": paths[0].name,
+        "files": files(output()),
+        "verified": verified(quantized(), paths)[0],
+    }
 
 
 SEED = 30
@@ -484,10 +523,15 @@ def interrupts() -> dict:
             _, made = tried(at, place, name)
             if made is not None:  # it was too late
                 clear()
-            found[point].append({"at": at, "of": calls, "interrupted": made is None, "same": made == whole, "left": left()})
+            found[point].append(
+                {"at": at, "of": calls, "interrupted": made is None, "same": made == whole, "left": left()}
+            )
     found["afterwards"] = run() == whole
     return found
 
 
-CHECKS = {f"saving_{check.__name__}": check for check in (sound, tampered, tampered_int8, full_disk, other_disks, after_death, interrupts)}
+CHECKS = {
+    f"saving_{check.__name__}": check
+    for check in (sound, tampered, tampered_int8, full_disk, other_disks, after_death, interrupts)
+}
 CHECKS |= {f"saving_dies_{point}": functools.partial(dying, point) for point in DEATHS}

@@ -64,7 +64,9 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request):
     assert not verify_file(path).problems and any(key.endswith(".input_scale") for key in load_file(path))
     told_of = [event.data for event in result.of("learned_rounding.progress") if event.data["node"] == calibration.id]
     assert [event["seq"] for event in told_of] == list(range(len(told_of)))
-    assert [event["done"] for event in told_of[:-1]] == list(range(2 * 4 * 10 + 1))  # prompts × samples × steps, from 0 on
+    assert [event["done"] for event in told_of[:-1]] == list(
+        range(2 * 4 * 10 + 1)
+    )  # prompts × samples × steps, from 0 on
     assert {(event["unit"], event["total"]) for event in told_of[:-1]} == {("steps", 80)}
     assert told_of[-1]["state"] == "calibrated" and told_of[-1]["layers"] == told_of[0]["layers"] > 30
     drawn = result.outputs[calibration.id]["images"]

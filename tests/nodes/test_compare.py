@@ -54,7 +54,9 @@ def test_numbers_are_those_of_what_ksampler_makes(comfy, request):
     assert means[0] == "mean" and float(means[1]) == pytest.approx((float(first[1]) + float(second[1])) / 2, abs=0.02)
 
     steps = tables(text(result, shown))[1]
-    assert steps[0] == ["step", "prompt 1 (dB)", "prompt 2 (dB)"] and [row[0] for row in steps[1:]] == [f"{n}" for n in range(1, 9)]
+    assert steps[0] == ["step", "prompt 1 (dB)", "prompt 2 (dB)"] and [row[0] for row in steps[1:]] == [
+        f"{n}" for n in range(1, 9)
+    ]
     assert steps[-1][1:] == [first[1], second[1]] and all(float(cell) > 10 for row in steps[1:] for cell in row[1:])
     assert np.array_equal(pictures(folder, f"{name}-reference")[0], before)
     assert np.array_equal(pictures(folder, f"{name}-compared")[0], after)

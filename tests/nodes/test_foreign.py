@@ -11,5 +11,11 @@ def test_decoders_do_what_comfyui_does(host, tmp_path):
         pytest.skip(f"ComfyUI {host.version} knows none of them")
     found = in_process(host, tmp_path, "foreign_decoding")
     assert set(found) == set(FOREIGN)
-    wrong = [(name, case, what) for name, cases in found.items() for case, holds in cases.items() for what, held in holds.items() if not held]
+    wrong = [
+        (name, case, what)
+        for name, cases in found.items()
+        for case, holds in cases.items()
+        for what, held in holds.items()
+        if not held
+    ]
     assert wrong == []

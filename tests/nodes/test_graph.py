@@ -22,7 +22,9 @@ from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, loads, prob
 
 # dB against the unquantized model: under the worst picture of plain nearest rounding (benchmarks/README.md).
 FLOOR = {E4M3: 38.0, E5M2: 32.0, INT8: 27.0}
-FLOOR_FP8_INPUTS = 24.0  # inputs in FP8 too, three mantissa bits; ComfyUI's own FP8 per tensor leaves them as they are on a CPU
+FLOOR_FP8_INPUTS = (
+    24.0  # inputs in FP8 too, three mantissa bits; ComfyUI's own FP8 per tensor leaves them as they are on a CPU
+)
 
 
 def floor(host, format: str) -> float:
@@ -135,11 +137,17 @@ def test_a_file_of_ours_goes_the_round_of_stock_nodes(comfy, request, format):
     result = comfy.queue(graph)
     for kind, probe in probes.items():
         found = probed(result, probe)
-        assert len(found["layers"]) > 30 and set(found["layers"].values()) == {str(FORMATS[format].grid.dtype).removeprefix("torch.")}
+        assert len(found["layers"]) > 30 and set(found["layers"].values()) == {
+            str(FORMATS[format].grid.dtype).removeprefix("torch.")
+        }
         made = comfy.output_dir / "diffusion_models" / f"{name}-{kind}_00001_.safetensors"
         assert verify_file(made).layers == len(found["layers"])
-        if kind == "lora" and HOST_DEVICE == "cuda":  # a streamed layer with a LoRA is not quantized again until it is saved
-            assert psnr(*(pictures(comfy.output_dir, f"{name}-{kind}{end}") for end in ("", "-again"))) > FLOOR_FP8_INPUTS
+        if (
+            kind == "lora" and HOST_DEVICE == "cuda"
+        ):  # a streamed layer with a LoRA is not quantized again until it is saved
+            assert (
+                psnr(*(pictures(comfy.output_dir, f"{name}-{kind}{end}") for end in ("", "-again"))) > FLOOR_FP8_INPUTS
+            )
         else:
             assert np.array_equal(*(latents(comfy.output_dir, f"{name}-{kind}{end}") for end in ("", "-again")))
     assert psnr(*(pictures(comfy.output_dir, f"{name}-{kind}") for kind in models)) < 40
@@ -147,7 +155,14 @@ def test_a_file_of_ours_goes_the_round_of_stock_nodes(comfy, request, format):
 
 def test_every_option_of_the_node_becomes_one_of_the_recipe(comfy, request):
     """Untouched widgets are the recipe's defaults; each one that is touched arrives."""
-    learned = {"rounding": "principal", "top_p": 0.25, "min_k": 2, "max_k": 64, "full_matrix": True, "weight_cost": 0.05}
+    learned = {
+        "rounding": "principal",
+        "top_p": 0.25,
+        "min_k": 2,
+        "max_k": 64,
+        "full_matrix": True,
+        "weight_cost": 0.05,
+    }
     steps = {"optimizer": "adamw", "num_iter": 3, "lr": 0.125, "lr_schedule": "plateau", "early_stop": 2}
     bias = {"bias_correction": "synthetic", "calib_samples": 4}
     cases = [
@@ -161,7 +176,10 @@ def test_every_option_of_the_node_becomes_one_of_the_recipe(comfy, request):
             {"format": "int8_tensorwise", "convrot": "64", "rounding": "stochastic", **bias},
             {"format": "int8_tensorwise", "granularity": "row", "convrot": 64, "rounding": "stochastic", **bias},
         ),
-        ({"format": "int8_tensorwise", "convrot": "auto"}, {"format": "int8_tensorwise", "granularity": "row", "convrot": "auto"}),
+        (
+            {"format": "int8_tensorwise", "convrot": "auto"},
+            {"format": "int8_tensorwise", "granularity": "row", "convrot": "auto"},
+        ),
     ]
     for number, (options, changed) in enumerate(cases):
         graph = ProbedGraph()
@@ -204,7 +222,10 @@ def test_a_file_source_gives_the_same_weights_as_the_loaded_model(comfy, request
     result = comfy.queue(graph)
     command_line = tmp_path / "lrq.safetensors"
     quantize_file(
-        comfy.models_dir / "diffusion_models" / MODEL, command_line, Recipe(format="int8_tensorwise"), device=HOST_DEVICE
+        comfy.models_dir / "diffusion_models" / MODEL,
+        command_line,
+        Recipe(format="int8_tensorwise"),
+        device=HOST_DEVICE,
     )
     expected = load_file(command_line)
     assert saved_path(result, from_file).read_bytes() == command_line.read_bytes()
@@ -234,7 +255,12 @@ def test_a_lora_before_is_baked_in_and_the_incoming_model_stays_as_it_was(comfy,
 
 @pytest.mark.parametrize(
     "format, convrot",
-    [("float8_e4m3fn", "off"), ("int8_tensorwise", "off"), ("int8_tensorwise", "on"), ("float8_e4m3fn_blockwise", "off")],
+    [
+        ("float8_e4m3fn", "off"),
+        ("int8_tensorwise", "off"),
+        ("int8_tensorwise", "on"),
+        ("float8_e4m3fn_blockwise", "off"),
+    ],
 )
 def test_a_lora_after_works_and_leaves_no_trace(comfy, request, format, convrot):
     graph, name = ProbedGraph(), unique(request)

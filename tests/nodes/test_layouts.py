@@ -13,14 +13,22 @@ BOUND = 0.25
 @pytest.fixture
 def taught(host):
     if not takes_layouts(host):
-        pytest.skip(f"ComfyUI {host.version} has no way to add formats; models quantized in the graph run through our own layers")
+        pytest.skip(
+            f"ComfyUI {host.version} has no way to add formats; models quantized in the graph run through our own layers"
+        )
 
 
 @pytest.mark.usefixtures("taught")
 def test_every_operation_of_every_layout(host, tmp_path):
     found = in_process(host, tmp_path, "layout_operations")
     assert set(found) == set(OURS)
-    wrong = [(name, dtype, what) for name, dtypes in found.items() for dtype, holds in dtypes.items() for what, held in holds.items() if not held]
+    wrong = [
+        (name, dtype, what)
+        for name, dtypes in found.items()
+        for dtype, holds in dtypes.items()
+        for what, held in holds.items()
+        if not held
+    ]
     assert wrong == []
 
 
@@ -62,7 +70,9 @@ def test_native_files_do_not_pass_through_our_code(host, tmp_path):
     found = in_process(host, tmp_path, "layout_native")
     assert found["entries kept"] and found["twice"]
     assert "_load_layer" in found["files"].pop("int8_blockwise")["ran"]
-    assert {name: result["ran"] for name, result in found["files"].items()} == {name: ["load_quantized_module"] for name in found["files"]}
+    assert {name: result["ran"] for name, result in found["files"].items()} == {
+        name: ["load_quantized_module"] for name in found["files"]
+    }
     assert all(result["same"] for result in found["files"].values())
 
 

@@ -10,5 +10,7 @@ def test_another_model_gives_way_to_a_run_and_comes_back(host, tmp_path, tried):
     found = in_process(host, tmp_path, "memory_squeezed")
     assert found["same"] and found["came back"]
     assert found["gave way"] > 0 and not found["warned"], found
-    assert found["stayed without"] and found["warned without"], found  # so little was left that the run needed the other's memory
+    assert found["stayed without"] and found["warned without"], (
+        found
+    )  # so little was left that the run needed the other's memory
     tried("the GPU full with another model", 1, "that one gives way and comes back, same bytes")

@@ -10,7 +10,11 @@ def test_pages_are_told_of_an_error_without_the_servers_folders(host, tmp_path):
 
 
 def test_messages_of_a_node_that_one_prompt_executes_twice_are_one_run(host, tmp_path):
-    assert in_process(host, tmp_path, "progress_twice") == {"sent": [0, 1, 2, 3, 0, 1], "kept": [["third", 0], ["third", 1]], "empty": []}
+    assert in_process(host, tmp_path, "progress_twice") == {
+        "sent": [0, 1, 2, 3, 0, 1],
+        "kept": [["third", 0], ["third", 1]],
+        "empty": [],
+    }
 
 
 def test_a_shard_that_changes_makes_another_source(host, tmp_path):

@@ -146,7 +146,10 @@ CONFIGURED = [
     ({"format": "fp9"}, "There is no format 'fp9'"),
     ({"format": "float8_e5m2", "granularity": "row"}, "per tensor, not per row"),
     ({"convrot": "on"}, "ConvRot exists for int8_tensorwise per row"),
-    ({"format": "int8_tensorwise", "full_precision_matrix_mult": True}, "full_precision_matrix_mult has no effect on int8_tensorwise"),
+    (
+        {"format": "int8_tensorwise", "full_precision_matrix_mult": True},
+        "full_precision_matrix_mult has no effect on int8_tensorwise",
+    ),
     ({"target_size": 1.5}, "target_size has no effect on format float8_e4m3fn"),
     ({"target_error": 0.1}, "target_error has no effect on format float8_e4m3fn"),
     ({"block_formats": True}, "block_formats has no effect on format float8_e4m3fn"),
@@ -208,11 +211,15 @@ def test_files_that_are_gone_are_missed_before_anything_runs(comfy):
     graph.add("LearnedRoundingInspect", model="diffusion_models/gone.safetensors")
     assert GONE in refused_at_once(comfy, graph, "LearnedRoundingInspect")
     graph = ProbedGraph()
-    graph.add("PreviewAny", source=graph.add("LearnedRoundingLoadQuantized", model="diffusion_models/gone.safetensors")[0])
+    graph.add(
+        "PreviewAny", source=graph.add("LearnedRoundingLoadQuantized", model="diffusion_models/gone.safetensors")[0]
+    )
     assert GONE in refused_at_once(comfy, graph, "LearnedRoundingLoadQuantized")
 
 
-@pytest.mark.parametrize("content, sentence", [(None, "There is no calibration"), (b"no header", "gone.calib.safetensors")])
+@pytest.mark.parametrize(
+    "content, sentence", [(None, "There is no calibration"), (b"no header", "gone.calib.safetensors")]
+)
 def test_a_calibration_that_cannot_be_read_is_refused_before_anything_runs(comfy, content, sentence):
     path = comfy.output_dir / "calibrations" / "gone.calib.safetensors"
     path.parent.mkdir(exist_ok=True)
@@ -237,7 +244,16 @@ def test_what_comes_from_another_node_is_checked_by_the_run(comfy):
     graph.save(graph.quantize(graph.source()[0], keep=patterns[0]), "x")
     assert "(unclosed" in refused(comfy, graph)
     graph = ProbedGraph()
-    options = graph.add("LearnedRoundingOptions", bias_correction="none", calib_samples=graph.add("PrimitiveInt", value=64)[0])
-    recipe = graph.add("LearnedRoundingConfigure", format="float8_e4m3fn", granularity="auto", preset="auto", seed=0, options=options[0])
+    options = graph.add(
+        "LearnedRoundingOptions", bias_correction="none", calib_samples=graph.add("PrimitiveInt", value=64)[0]
+    )
+    recipe = graph.add(
+        "LearnedRoundingConfigure",
+        format="float8_e4m3fn",
+        granularity="auto",
+        preset="auto",
+        seed=0,
+        options=options[0],
+    )
     graph.save(graph.add("LearnedRoundingQuantize", source=graph.source()[0], recipe=recipe[0]), "x")
     assert "calib_samples has no effect" in refused(comfy, graph)

@@ -48,7 +48,9 @@ def quantize(server, seed: int, layers: int | None = None, on_event=None) -> tup
     return made, saved.read_bytes()
 
 
-def test_a_server_that_is_told_to_end_in_the_middle_goes_on_when_it_is_started_again(server_factory, tiny_base, often, tried):
+def test_a_server_that_is_told_to_end_in_the_middle_goes_on_when_it_is_started_again(
+    server_factory, tiny_base, often, tried
+):
     server = server_factory(base=tiny_base, links=LINKS)
     draw, times = random.Random(SEED), often(1, 5)
     signals = [how for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) for _ in range(times)]
@@ -57,7 +59,11 @@ def test_a_server_that_is_told_to_end_in_the_middle_goes_on_when_it_is_started_a
         layers = draw.randrange(1, LAYERS)
 
         def end(event, how=how, layers=layers):
-            if event.type == "learned_rounding.progress" and event.data["state"] == "layer" and event.data["index"] == layers - 1:
+            if (
+                event.type == "learned_rounding.progress"
+                and event.data["state"] == "layer"
+                and event.data["index"] == layers - 1
+            ):
                 os.kill(server.pid, how)
 
         with pytest.raises(HostError):

@@ -54,10 +54,15 @@ def test_sound_files_are_reloaded_and_called_so(host, tmp_path):
         said, failed, left = saved.pop("renamed layers")
         assert "took only 9 of 23 quantized layers" in said and len(failed) == 1 and not left
     for name, (said, failed, left) in saved.items():
-        assert said.startswith("Verified: ") and f"; ran {name if name in FORMATS else 'float8_e4m3fn'} per " in said, (name, said)
+        assert said.startswith("Verified: ") and f"; ran {name if name in FORMATS else 'float8_e4m3fn'} per " in said, (
+            name,
+            said,
+        )
         assert failed == [] and len(left) == 1
         recognised = not name.startswith("no ")
-        assert (RELOADED in said) is recognised and ("because ComfyUI does not recognise the model" in said) is not recognised
+        assert (RELOADED in said) is recognised and (
+            "because ComfyUI does not recognise the model" in said
+        ) is not recognised
         assert ("this ComfyUI cannot read the format" in said) is (name in FORMATS and name not in found["knows"])
         assert said.count("tensor (") == said.count(REMARKS.get(name, "-")), said
 
@@ -67,9 +72,15 @@ def test_whatever_is_wrong_is_found_and_the_file_renamed(host, tmp_path, tried, 
     found = in_process(host, tmp_path, f"saving_{check}")
     assert found.keys() == DAMAGES.keys()
     for damage, (said, failed, left) in found.items():
-        assert said.startswith("The saved file does not load as it was quantized and is now ") and DAMAGES[damage] in said, (damage, said)
+        assert (
+            said.startswith("The saved file does not load as it was quantized and is now ") and DAMAGES[damage] in said
+        ), (damage, said)
         assert len(failed) == 1 and failed[0] in said and left == [], damage
-    tried("a saved file, or what ComfyUI's loader made of it, is not what was quantized", len(found), "renamed and reported")
+    tried(
+        "a saved file, or what ComfyUI's loader made of it, is not what was quantized",
+        len(found),
+        "renamed and reported",
+    )
 
 
 def test_the_node_says_that_it_verified(comfy, request):
@@ -82,7 +93,9 @@ def test_the_node_says_that_it_verified(comfy, request):
 
 def test_a_full_disk_leaves_all_files_or_none(host, tmp_path, tried):
     found = in_process(host, tmp_path, "saving_full_disk")
-    assert found["said"].endswith("text_encoders: No space left on device.") or found["said"].endswith("clip: No space left on device."), found["said"]
+    assert found["said"].endswith("text_encoders: No space left on device.") or found["said"].endswith(
+        "clip: No space left on device."
+    ), found["said"]
     assert found["left"] == []
     assert found["afterwards"] == ["full_first_label_00001_.safetensors", "full_second_label_00001_.safetensors"]
     tried("ENOSPC when Save Quantized copies", 1, "none, one sentence, next run works")
@@ -98,7 +111,10 @@ def test_models_are_saved_on_other_disks_over_nothing_that_is_there(host, tmp_pa
         assert saved["names"] == saved["files"] == NAMES and saved["same"] and saved["copies"], disk
         assert saved["verified"].startswith("Verified: ")
     assert found["temp"] == {"same": True, "moves": 1, "left": []}
-    assert "cannot be moved into ComfyUI's temp folder" in found["full temp"]["said"] and "No space left on device" in found["full temp"]["said"]
+    assert (
+        "cannot be moved into ComfyUI's temp folder" in found["full temp"]["said"]
+        and "No space left on device" in found["full temp"]["said"]
+    )
     assert found["full temp"]["left"] == []
     tried("ENOSPC when a result moves into ComfyUI's temp folder on another disk", 1, "none, one sentence")
 
@@ -135,4 +151,8 @@ def test_a_run_and_a_save_that_are_interrupted_anywhere_leave_nothing(host, tmp_
             assert outcome["interrupted"] or outcome["same"], (point, outcome)
             assert outcome["left"] == [], (point, outcome)
         tries += len(outcomes)
-    tried("ComfyUI's interrupt at a random call of reading, rounding, writing, saving or verifying", tries, "whole or none")
+    tried(
+        "ComfyUI's interrupt at a random call of reading, rounding, writing, saving or verifying",
+        tries,
+        "whole or none",
+    )

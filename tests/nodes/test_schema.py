@@ -67,7 +67,10 @@ def test_ids_and_their_order_are_frozen(nodes):
 
 def test_everything_has_a_tooltip_in_english(nodes):
     for name, info in nodes.items():
-        tips = {**{key: spec.get("tooltip") for key, spec in options(info).items()}, **dict(enumerate(info["output_tooltips"]))}
+        tips = {
+            **{key: spec.get("tooltip") for key, spec in options(info).items()},
+            **dict(enumerate(info["output_tooltips"])),
+        }
         assert info["description"].endswith((".", "?")), name
         assert {key: tip for key, tip in tips.items() if not (tip or "").endswith(".")} == {}, name
         assert info["category"] == "quantization/learned rounding"
@@ -75,9 +78,14 @@ def test_everything_has_a_tooltip_in_english(nodes):
 
 def test_rare_options_are_advanced_and_every_node_is_found_by_what_people_search(nodes, host):
     if host.version.startswith("0.3."):
-        assert not any("search_aliases" in info or any("advanced" in spec for spec in options(info).values()) for info in nodes.values())
+        assert not any(
+            "search_aliases" in info or any("advanced" in spec for spec in options(info).values())
+            for info in nodes.values()
+        )
         return
-    advanced = {name: {key for key, spec in options(info).items() if spec.get("advanced")} for name, info in nodes.items()}
+    advanced = {
+        name: {key for key, spec in options(info).items() if spec.get("advanced")} for name, info in nodes.items()
+    }
     assert {name: keys for name, keys in advanced.items() if keys} == ADVANCED
     for name, info in nodes.items():
         assert {"fp8", "int8", "convert", "quantize"} <= set(info["search_aliases"]), name
@@ -85,7 +93,10 @@ def test_rare_options_are_advanced_and_every_node_is_found_by_what_people_search
 
 def test_dependent_inputs_name_inputs_of_their_own_node(nodes):
     found = {
-        (name, key): spec["matters_for"] for name, info in nodes.items() for key, spec in options(info).items() if "matters_for" in spec
+        (name, key): spec["matters_for"]
+        for name, info in nodes.items()
+        for key, spec in options(info).items()
+        if "matters_for" in spec
     }
     assert {name for name, _ in found} == {"LearnedRoundingConfigure", "LearnedRoundingOptions"} and len(found) > 10
     for (name, key), conditions in found.items():

@@ -27,7 +27,10 @@ def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path, check, bo
         assert 0 < result["error"] < bound
         assert result["same_as_file"] and result["same_file"]
         assert result["copied"] and result["leftovers"] == []
-        assert "other tensors, reloaded by ComfyUI's own loader" in result["verified"] and "not compared" not in result["verified"]
+        assert (
+            "other tensors, reloaded by ComfyUI's own loader" in result["verified"]
+            and "not compared" not in result["verified"]
+        )
         assert result["incoming_unchanged"] and result["incoming_layers"] == 0
         assert result["saved"].startswith("clip/t5_t5xxl_")
 
@@ -37,7 +40,9 @@ def test_a_t5_is_calibrated_with_prompts(host, tmp_path):
     assert found["layers"] == 24 * 7
     assert f"{24 * 4} different inputs" in found["summary"]  # q, k, v share one, and wi_0 with wi_1
     assert found["sensitive"] > 0.9 * found["layers"]
-    steps = [("prompts", done, 48) for done in range(49)] + [("probes", done, 2 * 24 * 7) for done in range(2 * 24 * 7 + 1)]
+    steps = [("prompts", done, 48) for done in range(49)] + [
+        ("probes", done, 2 * 24 * 7) for done in range(2 * 24 * 7 + 1)
+    ]
     assert [tuple(event) for event in found["advanced"]] == steps
     assert found["finished"]["layers"] == 24 * 7 and found["finished"]["bytes"] > 0 and found["finished"]["seconds"] > 0
     assert found["unchanged"] and found["hooks"] == 0

@@ -54,7 +54,13 @@ def test_the_slots_of_the_examples_are_those_of_the_nodes(comfy):
                 inputs = {name: kind for group in info["input"].values() for name, (kind, *_) in group.items()}
                 assert [slot["type"] for slot in node["inputs"]] == [inputs[slot["name"]] for slot in node["inputs"]]
                 outputs = [{key: slot[key] for key in ("name", "type")} for slot in node["outputs"]]
-                assert outputs in ([], [{"name": name, "type": kind} for name, kind in zip(info["output_name"], info["output"], strict=True)])
+                assert outputs in (
+                    [],
+                    [
+                        {"name": name, "type": kind}
+                        for name, kind in zip(info["output_name"], info["output"], strict=True)
+                    ],
+                )
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -64,13 +70,19 @@ def test_an_example_is_for_users(name):
     notes = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
     assert len(notes) == 1 and "Choose your" in notes[0] and len(notes[0]) > 200
     for node in nodes:
-        files = [value.split("/")[-1] for value in node["widgets_values"] if isinstance(value, str) and value.endswith(".safetensors")]
+        files = [
+            value.split("/")[-1]
+            for value in node["widgets_values"]
+            if isinstance(value, str) and value.endswith(".safetensors")
+        ]
         models = node["properties"].get("models", [])
         assert [model["name"] for model in models] == files
         for model in models:
             assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(f"/{model['name']}")
     if not any(node["type"] == "LearnedRoundingLoadModel" for node in nodes):
-        assert {"UNETLoader", "CLIPLoader", "VAELoader", "CLIPTextEncode", "EmptySD3LatentImage"} <= {node["type"] for node in nodes}
+        assert {"UNETLoader", "CLIPLoader", "VAELoader", "CLIPTextEncode", "EmptySD3LatentImage"} <= {
+            node["type"] for node in nodes
+        }
 
 
 def _workflow_of(picture) -> dict:

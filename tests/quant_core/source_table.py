@@ -1,6 +1,6 @@
 """docs/sources.md: every kind of file that can be quantized, into every format, tried.
 
-    python tests/quant_core/source_table.py      writes it again
+python tests/quant_core/source_table.py      writes it again
 """
 
 import argparse
@@ -61,12 +61,17 @@ def _safetensors(change: Callable[[Weights], Weights]) -> Callable[[Weights, Pat
 
 def _islands(tensors: Weights) -> Weights:
     """Every third tensor in float32."""
-    return {name: tensor.float() if number % 3 == 0 else tensor for number, (name, tensor) in enumerate(tensors.items())}
+    return {
+        name: tensor.float() if number % 3 == 0 else tensor for number, (name, tensor) in enumerate(tensors.items())
+    }
 
 
 def _checkpoint(tensors: Weights) -> Weights:
     """The model with a text encoder and a VAE beside it."""
-    others = {"first_stage_model.decoder.mid.attn_1.q.weight": torch.ones(64, 64), "text_encoders.clip_l.proj.weight": torch.ones(64, 64)}
+    others = {
+        "first_stage_model.decoder.mid.attn_1.q.weight": torch.ones(64, 64),
+        "text_encoders.clip_l.proj.weight": torch.ones(64, 64),
+    }
     return {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()} | others
 
 
@@ -139,7 +144,9 @@ SOURCES: Mapping[str, Callable[[Weights, Path], Path]] = {
     "GGUF, Q8_0": _gguf("Q8_0"),
     "GGUF, Q4_0": _gguf("Q4_0"),
     "old scaled FP8, `--requantize`": _safetensors(_scaled_fp8),
-    "FP8 without scales, `--requantize`": _safetensors(lambda tensors: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}),
+    "FP8 without scales, `--requantize`": _safetensors(
+        lambda tensors: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    ),
     **{f"`{format}`, `--requantize`": _native(format) for format in FORMATS},
 }
 

@@ -34,7 +34,10 @@ def inputs(seed, outlier=1.0, sensitivity=None):
 
 @pytest.fixture
 def tensors():
-    return {f"{layer}.weight": random(WIDTH * (index + 1), WIDTH, seed=index).bfloat16() for index, layer in enumerate(LAYERS)}
+    return {
+        f"{layer}.weight": random(WIDTH * (index + 1), WIDTH, seed=index).bfloat16()
+        for index, layer in enumerate(LAYERS)
+    }
 
 
 def plan_of(tensors, recipe, known):
@@ -56,7 +59,9 @@ def test_outliers_are_rotated_and_plain_inputs_are_not_worse_off(tensors):
 def test_what_hurts_the_model_is_kept(tensors):
     """All layers are alike but for their sensitivity; the room given suffices for one of them."""
     for sensitive in range(4):
-        known = {layer: inputs(9, sensitivity=50.0 if index == sensitive else 0.1) for index, layer in enumerate(LAYERS)}
+        known = {
+            layer: inputs(9, sensitivity=50.0 if index == sensitive else 0.1) for index, layer in enumerate(LAYERS)
+        }
         same = {name: tensors[f"{LAYERS[0]}.weight"].clone() for name in tensors}
         plan = plan_of(same, Recipe(format="measured", target_size=2.2e-5), known)
         assert [name for name in plan.names("keep")] == [f"{LAYERS[sensitive]}.weight"]
@@ -90,7 +95,9 @@ def test_a_target_error_takes_as_few_bytes_as_it_can(tensors, curve):
     known, points = curve
     for (_, worse), point in itertools.pairwise(points[:-1]):
         target = (worse + point[1]) / 2
-        assert plan_of(tensors, Recipe(format="measured", target_error=target), known).choice.chosen == pytest.approx(point)
+        assert plan_of(tensors, Recipe(format="measured", target_error=target), known).choice.chosen == pytest.approx(
+            point
+        )
 
 
 def test_a_target_out_of_reach_is_refused(tensors):
@@ -124,12 +131,18 @@ def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors,
     assert len(measured) == len(LAYERS) and isinstance(events[len(LAYERS)], RunStarted)
     assert report.choice.chosen in report.choice.curve and "expected at" in report.table()
     written = load_file(target)
-    configs = {layer: json.loads(bytes(written[f"{layer}.comfy_quant"].tolist())) for layer in LAYERS if f"{layer}.comfy_quant" in written}
+    configs = {
+        layer: json.loads(bytes(written[f"{layer}.comfy_quant"].tolist()))
+        for layer in LAYERS
+        if f"{layer}.comfy_quant" in written
+    }
     told = {layer.name.removesuffix(".weight"): layer.format for layer in report.layers}
     assert {layer: config["format"] for layer, config in configs.items()} == told
     assert abs(target.stat().st_size - report.choice.chosen[0]) < 20_000  # the header
     again = quantize_tensors(load_file(source), recipe, calibration=LayerInputs(known))
-    assert all(torch.equal(again.tensors[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in written.items())
+    assert all(
+        torch.equal(again.tensors[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in written.items()
+    )
 
 
 def test_it_takes_a_calibration(tensors):

@@ -130,7 +130,10 @@ OPTIONS = {
     "complete SVD": (["--full_matrix", "--weight_cost", "0.05"], {"full_matrix": True, "weight_cost": 0.05}),
     "steps": (["--num_iter", "3"], {"num_iter": 3}),
     "original": (["--optimizer", "original", "--num-iter", "3"], {"optimizer": "original", "num_iter": 3}),
-    "adamw": (["--optimizer", "adamw", "--num_iter", "3", "--lr", "0.1"], {"optimizer": "adamw", "num_iter": 3, "lr": 0.1}),
+    "adamw": (
+        ["--optimizer", "adamw", "--num_iter", "3", "--lr", "0.1"],
+        {"optimizer": "adamw", "num_iter": 3, "lr": 0.1},
+    ),
     "radam": (
         ["--optimizer=radam", "--num_iter=3", "--lr_schedule", "plateau", "--early_stop", "2"],
         {"optimizer": "radam", "num_iter": 3, "lr_schedule": "plateau", "early_stop": 2},
@@ -170,7 +173,11 @@ def test_migrate_says_what_it_did(lrq, tmp_path):
     old = tmp_path / "old.safetensors"
     save_file({"a.weight": torch.ones(16, 16).to(torch.float8_e4m3fn), "a.scale_weight": torch.tensor(0.5)}, old)
     code, out, _ = lrq("migrate", "-i", old)
-    assert code == 0 and "float8_e4m3fn per tensor: 1 layers" in out and verify_file(tmp_path / "old_native.safetensors").layers == 1
+    assert (
+        code == 0
+        and "float8_e4m3fn per tensor: 1 layers" in out
+        and verify_file(tmp_path / "old_native.safetensors").layers == 1
+    )
     code, _, err = lrq("migrate", "-i", old)
     assert code == 1 and "exists" in err[-1]
     assert lrq("migrate", "-i", old, "--overwrite")[0] == 0
@@ -274,7 +281,16 @@ def test_every_option_is_understood_with_dashes_and_underscores(command):
 
 def test_custom_layers_get_their_type(lrq, model_file, tmp_path):
     out = tmp_path / "q.safetensors"
-    words = ["--custom-layers", "mlp", "--custom_layers", "qkv", "--custom-type", "int8", "--layer-config", '{"blocks.0.mlp.0": "skip"}']
+    words = [
+        "--custom-layers",
+        "mlp",
+        "--custom_layers",
+        "qkv",
+        "--custom-type",
+        "int8",
+        "--layer-config",
+        '{"blocks.0.mlp.0": "skip"}',
+    ]
     assert lrq("quantize", "-i", model_file(), "-o", out, *words)[0] == 0
     assert json.loads(recipe_of(out)["layer_config"]) == {"blocks.0.mlp.0": "skip", "mlp": "int8", "qkv": "int8"}
     code, lines, _ = lrq("plan", "-i", model_file(), *words)
@@ -301,7 +317,10 @@ def test_a_layer_config_in_a_file(lrq, model_file, tmp_path):
 def test_a_kernel_backend_holds_for_the_command(lrq, model_file, tmp_path, monkeypatch, spelt):
     seen = []
     plain = pipeline.quantize_file
-    monkeypatch.setattr("learned_rounding.quant_core.cli.quantize_file", lambda *a, **k: seen.append(kernels.backend()) or plain(*a, **k))
+    monkeypatch.setattr(
+        "learned_rounding.quant_core.cli.quantize_file",
+        lambda *a, **k: seen.append(kernels.backend()) or plain(*a, **k),
+    )
     before = kernels.backend()
     assert lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", spelt, "reference")[0] == 0
     assert seen == ["reference"] and kernels.backend() == before
@@ -325,7 +344,9 @@ def test_options_act(lrq, model_file, tmp_path):
 def test_a_calibration_acts(lrq, model, model_file, tmp_path):
     """Layers that it knows are calibrated, the others searched; their biases are corrected, in their own dtype."""
     layer, inputs = "blocks.0.attn.qkv", torch.randn(200, 32, generator=torch.Generator().manual_seed(0)) + 0.5
-    inputs = inputs @ torch.diag(torch.logspace(0, -2, 32)) @ torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    inputs = (
+        inputs @ torch.diag(torch.logspace(0, -2, 32)) @ torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    )
     gram = inputs.t() @ inputs / len(inputs)
     statistics = {f"{layer}.gram": gram.bfloat16(), f"{layer}.mean": inputs.mean(dim=0)}
     save_file(statistics, tmp_path / "calibration.safetensors")
@@ -455,14 +476,21 @@ def test_the_report_file(lrq, model_file, tmp_path):
 
 
 def test_a_report_replaces_no_file_of_its_run(lrq, model_file, tmp_path):
-    source, out, calibration, recipe = model_file(), tmp_path / "q.safetensors", tmp_path / "x.calib.safetensors", tmp_path / "recipe.json"
+    source, out, calibration, recipe = (
+        model_file(),
+        tmp_path / "q.safetensors",
+        tmp_path / "x.calib.safetensors",
+        tmp_path / "recipe.json",
+    )
     recipe.write_text(Recipe().to_json())
     save_file({"blocks.0.attn.qkv.gram": torch.eye(32)}, calibration)
     (tmp_path / "link.json").symlink_to(source)
     os.link(source, tmp_path / "same.json")
     files = {path: path.read_bytes() for path in (source, calibration, recipe)}
     for report in (source, out, calibration, recipe, tmp_path / "link.json", tmp_path / "same.json"):
-        code, _, (line,) = lrq("quantize", "-i", source, "-o", out, "--recipe", recipe, "--calibration", calibration, "--report", report)
+        code, _, (line,) = lrq(
+            "quantize", "-i", source, "-o", out, "--recipe", recipe, "--calibration", calibration, "--report", report
+        )
         assert code == 1 and "itself; choose another report" in line
         assert not out.exists() and all(path.read_bytes() == content for path, content in files.items())
 
@@ -495,8 +523,12 @@ def test_a_run_that_was_done_already_keeps_its_report(lrq, model_file, tmp_path)
 
 def test_a_report_stays_whole_on_a_full_disk(lrq, model_file, tmp_path, monkeypatch):
     (tmp_path / "report.json").write_text("the one before")
-    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-    code, _, (line,) = lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--report", tmp_path / "report.json")
+    monkeypatch.setattr(
+        os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    )
+    code, _, (line,) = lrq(
+        "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--report", tmp_path / "report.json"
+    )
     assert code == 1 and "No space left on device" in line and "q.safetensors is complete" in line
     assert (tmp_path / "report.json").read_text() == "the one before" and not list(tmp_path.glob(".*"))
 
@@ -525,23 +557,40 @@ def test_a_reader_that_goes_away_ends_it_quietly(model_file, tmp_path, words):
     model_file()
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, ROOT, *words], stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, timeout=120)
+    done = subprocess.run(
+        [sys.executable, ROOT, *words], stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, timeout=120
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-SAID = "lrq: the work is done, but what lrq prints cannot be written (No space left on device); free some space there.\n"
+SAID = (
+    "lrq: the work is done, but what lrq prints cannot be written (No space left on device); free some space there.\n"
+)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize(
     "streams, code, said",
-    [(">&-", 0, ""), ("2>&-", 0, ""), (">&- 2>&- <&-", 0, ""), ("2>/dev/full", 0, ""), (">/dev/full 2>&-", 1, ""), (">/dev/full", 1, SAID)],
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">&- 2>&- <&-", 0, ""),
+        ("2>/dev/full", 0, ""),
+        (">/dev/full 2>&-", 1, ""),
+        (">/dev/full", 1, SAID),
+    ],
 )
 def test_streams_that_are_closed_or_full_do_not_end_the_work(model_file, tmp_path, streams, code, said):
     command = [sys.executable, ROOT, "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--verbose"]
     for words, expected in ((command, code), ([sys.executable, ROOT, "verify", "none"], 1)):
-        done = subprocess.run(["sh", "-c", f"{shlex.join(map(str, words))} {streams}"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        done = subprocess.run(
+            ["sh", "-c", f"{shlex.join(map(str, words))} {streams}"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=120,
+        )
         assert done.returncode == expected and "Traceback" not in done.stderr and "unexpected" not in done.stderr
         if words is command:
             assert re.sub(r".*\r", "", done.stderr) == said or not said
@@ -562,7 +611,9 @@ def test_a_terminal_that_is_closed_during_the_work_does_not_end_it(model_file, t
 def test_names_give_a_terminal_no_orders(lrq, tmp_path):
     """A name that clears the screen, begins another line and ends one, or turns the direction of reading."""
     source, out, name = tmp_path / "model.safetensors", tmp_path / "out.safetensors", "a\x1b[2J\r\n\0\u202eb"
-    save_file({f"{name}.weight": torch.randn(32, 32), f"{name}.proj.weight": torch.full((32, 32), float("nan"))}, source)
+    save_file(
+        {f"{name}.weight": torch.randn(32, 32), f"{name}.proj.weight": torch.full((32, 32), float("nan"))}, source
+    )
     damaged = tmp_path / "damaged.safetensors"
     save_file({f"{name}.weight": torch.randn(8, 8), f"{name}.weight_scale": torch.ones(3)}, damaged)
     made = [
@@ -592,7 +643,9 @@ def test_shards_of_a_quantized_model(lrq, model_file, tmp_path):
         places |= dict.fromkeys(half, f"model-{number}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     for given in (folder, folder / "model.safetensors.index.json"):
-        assert lrq("verify", given)[1] == lrq("verify", tmp_path / "one.safetensors")[1].replace(str(tmp_path / "one.safetensors"), str(given))
+        assert lrq("verify", given)[1] == lrq("verify", tmp_path / "one.safetensors")[1].replace(
+            str(tmp_path / "one.safetensors"), str(given)
+        )
         assert "int8_tensorwise per row: 6 layers" in lrq("inspect", given)[1]
         assert lrq("migrate", "-i", given, "-o", tmp_path / "new.safetensors", "--overwrite")[0] == 0
         assert lrq("verify", tmp_path / "new.safetensors")[0] == 0
@@ -757,8 +810,16 @@ ERRORS = {
     ),
     "convrot on fp8": (nothing, [*Q, "--convrot"], "ConvRot exists for int8_tensorwise per row"),
     "a convrot of another size": (nothing, [*Q, "--int8", "--convrot", "32"], "256, 64 or 16, not 32"),
-    "two rotations": (nothing, [*Q, "--int8", "--convrot", "16", "--convrot-group-size", "256"], "--convrot 16 and --convrot-group-size 256 contradict"),
-    "a rotation of all sizes and of one": (nothing, [*Q, "--int8", "--convrot", "auto", "--convrot-group-size", "64"], "--convrot auto and --convrot-group"),
+    "two rotations": (
+        nothing,
+        [*Q, "--int8", "--convrot", "16", "--convrot-group-size", "256"],
+        "--convrot 16 and --convrot-group-size 256 contradict",
+    ),
+    "a rotation of all sizes and of one": (
+        nothing,
+        [*Q, "--int8", "--convrot", "auto", "--convrot-group-size", "64"],
+        "--convrot auto and --convrot-group",
+    ),
     "two rules for one pattern": (
         nothing,
         [*Q, "--custom-layers", "mlp", "--custom-type", "int8", "--layer-config", '{"mlp": "skip"}'],
@@ -795,7 +856,11 @@ ERRORS = {
         ["quantize", "-i", "model.safetensors", "-o", "o" * 300, "--report", "report.json"],
         "cannot be written: File name too long",
     ),
-    "a migrated file with a name too long": (nothing, ["migrate", "-i", "model.safetensors", "-o", "o" * 300], "cannot be written: File name too long"),
+    "a migrated file with a name too long": (
+        nothing,
+        ["migrate", "-i", "model.safetensors", "-o", "o" * 300],
+        "cannot be written: File name too long",
+    ),
     "a recipe with a number of 5,000 digits": (
         recipe_file(b"seed = " + b"9" * 5000),
         [*Q, "--recipe", "recipe.toml"],
@@ -860,7 +925,9 @@ def run(command: list, cwd: Path) -> subprocess.CompletedProcess:
 
 def test_the_process_waits_for_no_thread_that_hangs(tmp_path):
     code = "import sys, threading; from learned_rounding.quant_core import cli; threading.Thread(target=threading.Event().wait).start(); cli.run()"
-    result = subprocess.run([sys.executable, "-c", code, "formats"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "formats"], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
     assert result.returncode == 0 and "int8_blockwise" in result.stdout, result.stderr
 
 

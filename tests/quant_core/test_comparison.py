@@ -65,7 +65,11 @@ def test_lpips_needs_its_package_and_its_weights(monkeypatch, tmp_path):
 
 
 def test_the_tables():
-    made = Comparison("a | b", [{"SNR (dB)": 20.0, "SSIM": 0.5}, {"SNR (dB)": 30.0, "SSIM": math.nan}], [[1.0, math.inf], [2.0, -math.inf]])
+    made = Comparison(
+        "a | b",
+        [{"SNR (dB)": 20.0, "SSIM": 0.5}, {"SNR (dB)": 30.0, "SSIM": math.nan}],
+        [[1.0, math.inf], [2.0, -math.inf]],
+    )
     assert made.means["SNR (dB)"] == 25
     lines = made.markdown().splitlines()
     assert lines[:6] == [
@@ -76,5 +80,10 @@ def test_the_tables():
         "| 1 | 20 | 0.5 |",
         "| 2 | 30 | – |",
     ]
-    assert lines[-4:] == ["| step | prompt 1 (dB) | prompt 2 (dB) |", "| :-- | --: | --: |", "| 1 | 1 | 2 |", "| 2 | equal | -inf |"]
+    assert lines[-4:] == [
+        "| step | prompt 1 (dB) | prompt 2 (dB) |",
+        "| :-- | --: | --: |",
+        "| 1 | 1 | 2 |",
+        "| 2 | equal | -inf |",
+    ]
     assert "mean" not in Comparison("one", [{"SNR (dB)": 20.0}]).markdown()

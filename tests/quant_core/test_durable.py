@@ -33,7 +33,9 @@ def calls(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("error, expected", [(0, [FULL]), (errno.ENOTSUP, [FULL, "fsync"]), (errno.ENOTTY, [FULL, "fsync"])])
+@pytest.mark.parametrize(
+    "error, expected", [(0, [FULL]), (errno.ENOTSUP, [FULL, "fsync"]), (errno.ENOTTY, [FULL, "fsync"])]
+)
 def test_a_full_flush_where_the_disk_has_one(calls, error, expected):
     calls.error = error
     durable.to_disk(0)

@@ -9,7 +9,9 @@ from learned_rounding.quant_core.cli import main
 from learned_rounding.quant_core.estimate import estimate_seconds, estimate_size
 
 
-@pytest.mark.parametrize("options", [{"format": name} for name in FORMATS] + [{"format": "int8_tensorwise", "convrot": 16}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"format": name} for name in FORMATS] + [{"format": "int8_tensorwise", "convrot": 16}], ids=str
+)
 def test_the_size_is_foreseen_to_the_byte(model_file, tmp_path, options):
     recipe = Recipe(rounding="nearest", **options)
     quantize_file(model_file(), tmp_path / "q.safetensors", recipe)
@@ -19,7 +21,9 @@ def test_the_size_is_foreseen_to_the_byte(model_file, tmp_path, options):
 
 def test_each_shape_is_timed_once(model, model_file, monkeypatch):
     timed = []
-    monkeypatch.setattr("learned_rounding.quant_core.estimate._seconds", lambda info, *_: timed.append(info.shape) or 1.0)
+    monkeypatch.setattr(
+        "learned_rounding.quant_core.estimate._seconds", lambda info, *_: timed.append(info.shape) or 1.0
+    )
     with SafetensorsFile(model_file()) as source:
         assert estimate_seconds(source, Recipe(), Recipe().plan(source), torch.device("cpu")) == 6.0
     assert sorted(timed) == [(32, 80), (80, 32), (96, 32)]

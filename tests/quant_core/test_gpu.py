@@ -114,7 +114,9 @@ def test_learned_codes_are_as_good_on_either(format, granularity, options):
     gpu, again = (
         quantize_weight(weight.cuda(), format, granularity=granularity, gram=moved, **options) for _ in range(2)
     )
-    assert torch.equal(gpu.codes.view(torch.uint8), again.codes.view(torch.uint8)) and torch.equal(gpu.scale, again.scale)
+    assert torch.equal(gpu.codes.view(torch.uint8), again.codes.view(torch.uint8)) and torch.equal(
+        gpu.scale, again.scale
+    )
     assert gpu.rounded.winner == cpu.rounded.winner
     # Gradient steps amplify last bits and find another local minimum; principal rounding may stop its search for the
     # damping one step sooner. What comes out is about as good.
@@ -185,7 +187,9 @@ def test_grams_are_gathered_as_on_a_cpu(tmp_path, monkeypatch, dtype, device_byt
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(2500, 300), torch.nn.GELU(), torch.nn.Linear(300, 40)).to("cuda", dtype)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
-    batches = [torch.randn(3, 100, 2500, device="cuda").mul(torch.rand(2500, device="cuda")).to(dtype) for _ in range(4)]
+    batches = [
+        torch.randn(3, 100, 2500, device="cuda").mul(torch.rand(2500, device="cuda")).to(dtype) for _ in range(4)
+    ]
     path = tmp_path / "c"
     options = {"device": torch.device("cuda"), "device_bytes": device_bytes, "tokens": 300}
     with Collector(layers, tmp_path, **options) as collector:
@@ -211,7 +215,10 @@ def test_capturing_is_the_same_every_time(tmp_path, place):
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(10))).to("cuda", torch.bfloat16)
     layers = dict(model.named_children())
     batches = [torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(calls)]
-    options = {"device_bytes": 1 << 30 if place == "on the device" else 0, "rank": 32 if place == "in low rank" else None}
+    options = {
+        "device_bytes": 1 << 30 if place == "on the device" else 0,
+        "rank": 32 if place == "in low rank" else None,
+    }
     files = []
     for name in "ab":
         with Collector(layers, tmp_path, device=torch.device("cuda"), **options) as collector:

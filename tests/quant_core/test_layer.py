@@ -214,14 +214,18 @@ def test_weights_make_up_for_quantized_inputs(outliers, options):
     paired, weight, bias = grams.result(), random(64, 96, seed=21) * 0.05, random(64, seed=22)
     others, unseen = outliers(512, 30), outliers(4000, 31)
     known = {
-        "holdout_gram": LowRankGram(others.t() / 512**0.5, torch.zeros(96)), "mean_input": paired.mean[:96], "bias": bias
+        "holdout_gram": LowRankGram(others.t() / 512**0.5, torch.zeros(96)),
+        "mean_input": paired.mean[:96],
+        "bias": bias,
     }
     errors = {}
     for name, gram in {"inputs as they are": dense_gram(paired, 96, CPU), "quantized inputs": paired}.items():
         made = quantize_weight(weight, "int8_tensorwise", gram=gram, **known, **options)
         got = made.encoding.quantize_inputs(unseen) @ made.dequantize().t() + made.bias
         errors[name] = float((got - unseen @ weight.t() - bias).norm() / (unseen @ weight.t()).norm())
-    assert made.output_error == pytest.approx(errors["quantized inputs"], rel=0.1) and "INT8 inputs" in made.rounded.note
+    assert (
+        made.output_error == pytest.approx(errors["quantized inputs"], rel=0.1) and "INT8 inputs" in made.rounded.note
+    )
     assert made.weight_error == pytest.approx(float((made.dequantize() - weight).norm() / weight.norm()), rel=1e-4)
     if options.get("convrot"):
         assert errors["quantized inputs"] <= 1.02 * errors["inputs as they are"]
@@ -237,7 +241,9 @@ def test_rotation_is_chosen_for_quantized_inputs_where_some_are_known(outliers):
     made = quantize_weight(weight, "int8_tensorwise", **known, holdout_gram=held_out)
     assert made.encoding.rotation.size == 16
     errors = [
-        layer.output_error(weight, quantize_weight(weight, "int8_tensorwise", rounding="nearest", convrot=group), others)
+        layer.output_error(
+            weight, quantize_weight(weight, "int8_tensorwise", rounding="nearest", convrot=group), others
+        )
         for group in (None, 16)
     ]
     assert errors[1] < 0.6 * errors[0]
@@ -261,7 +267,9 @@ def test_output_channels_may_count_differently():
     assert small[1] < 0.8 * small[0]
 
 
-@pytest.mark.parametrize("format, scale", [("int8_tensorwise", 0.1), ("float8_e4m3fn", 0.0), ("float8_e4m3fn", float("inf"))])
+@pytest.mark.parametrize(
+    "format, scale", [("int8_tensorwise", 0.1), ("float8_e4m3fn", 0.0), ("float8_e4m3fn", float("inf"))]
+)
 def test_an_input_scale_without_meaning_is_refused(format, scale):
     with pytest.raises(RecipeError, match="input scale"):
         quantize_weight(random(16, 32), format, input_scale=scale)

@@ -34,7 +34,11 @@ def migrate(tmp_path):
         done = migrate_file(tmp_path / "old.safetensors", tmp_path / "new.safetensors", **options)
         assert verify_file(tmp_path / "new.safetensors").problems == []
         made = load_file(tmp_path / "new.safetensors")
-        jsons = {name.rpartition(".")[0]: json.loads(value.numpy().tobytes()) for name, value in made.items() if name.endswith("comfy_quant")}
+        jsons = {
+            name.rpartition(".")[0]: json.loads(value.numpy().tobytes())
+            for name, value in made.items()
+            if name.endswith("comfy_quant")
+        }
         return done, made, jsons
 
     return run
@@ -70,7 +74,9 @@ def test_old_scaled_fp8(migrate, prefix, marker, full):
     assert torch.equal(made[f"{layer}.bias"], old[f"{layer}.bias"])
 
 
-@pytest.mark.parametrize("value, stays", [(0.5, True), (1.0, False), (0.02, False)], ids=["measured", "one", "a copy of the weight's"])
+@pytest.mark.parametrize(
+    "value, stays", [(0.5, True), (1.0, False), (0.02, False)], ids=["measured", "one", "a copy of the weight's"]
+)
 @pytest.mark.parametrize("drop", [False, True])
 def test_input_scales(migrate, value, stays, drop):
     done, made, _ = migrate(old_fp8(scale_input=torch.tensor(value)), drop_input_scale=drop)
@@ -124,7 +130,9 @@ ROTATED = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convr
 UNROTATED = {"format": "int8_tensorwise", "per_row": True}
 
 
-@pytest.mark.parametrize("by_header, by_tensor", [(ROTATED, UNROTATED), (UNROTATED, ROTATED)], ids=["rotated", "not rotated"])
+@pytest.mark.parametrize(
+    "by_header, by_tensor", [(ROTATED, UNROTATED), (UNROTATED, ROTATED)], ids=["rotated", "not rotated"]
+)
 def test_the_header_is_read_where_the_tensor_disagrees(migrate, by_header, by_tensor):
     """ComfyUI writes the header's JSON over the tensor."""
     old = {"a.weight": codes(INT8), "a.weight_scale": torch.ones(64, 1), "a.comfy_quant": config_tensor(by_tensor)}
@@ -135,8 +143,17 @@ def test_the_header_is_read_where_the_tensor_disagrees(migrate, by_header, by_te
 
 def test_the_header_is_read_for_formats_of_others_too(tmp_path):
     other = {"format": "convrot_w4a4", "convrot_groupsize": 64}
-    old = {"a.weight": codes(), "a.weight_scale": torch.ones(()), "b.weight": torch.zeros(4, 4, dtype=INT8), "b.weight_scale": torch.ones(4)}
-    save_file(old | {"b.comfy_quant": config_tensor(other | {"convrot_groupsize": 16})}, tmp_path / "old.safetensors", header(b=other))
+    old = {
+        "a.weight": codes(),
+        "a.weight_scale": torch.ones(()),
+        "b.weight": torch.zeros(4, 4, dtype=INT8),
+        "b.weight_scale": torch.ones(4),
+    }
+    save_file(
+        old | {"b.comfy_quant": config_tensor(other | {"convrot_groupsize": 16})},
+        tmp_path / "old.safetensors",
+        header(b=other),
+    )
     migrate_file(tmp_path / "old.safetensors", tmp_path / "new.safetensors")
     with SafetensorsFile(tmp_path / "new.safetensors") as opened:
         tensors, listed = layer_configs(opened)
@@ -172,10 +189,26 @@ def test_each_part_of_a_checkpoint_has_its_own_mark(migrate):
 @pytest.mark.parametrize(
     "tensors, config, sentence",
     [
-        ({"a.weight": codes(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)}, {"format": "int8_tensorwise", "convrot": True}, "groups of 256 do not divide"),
-        ({"a.weight": codes(INT8), "a.weight_scale": torch.ones(())}, {"format": "int8_tensorwise", "convrot": True}, "rotated codes .* per tensor"),
-        ({"a.weight": codes(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)}, {"format": "int8_blockwise", "group_size": 100}, "blocks of 100"),
-        ({"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(), None, "scales a weight that is no code"),
+        (
+            {"a.weight": codes(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)},
+            {"format": "int8_tensorwise", "convrot": True},
+            "groups of 256 do not divide",
+        ),
+        (
+            {"a.weight": codes(INT8), "a.weight_scale": torch.ones(())},
+            {"format": "int8_tensorwise", "convrot": True},
+            "rotated codes .* per tensor",
+        ),
+        (
+            {"a.weight": codes(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)},
+            {"format": "int8_blockwise", "group_size": 100},
+            "blocks of 100",
+        ),
+        (
+            {"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(),
+            None,
+            "scales a weight that is no code",
+        ),
         ({"a.weight": codes(INT8)} | old_fp8(), None, "a: holds codes"),
     ],
 )
@@ -203,7 +236,10 @@ def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate):
     old = old_fp8() | {"plain.weight": codes(), "plain.bias": random(64).to(FP8)}
     done, made, jsons = migrate(old)
     assert set(jsons) == {"blocks.0.mlp"}
-    assert all(torch.equal(made[name], old[name].bfloat16()) and made[name].dtype is torch.bfloat16 for name in ("plain.weight", "plain.bias"))
+    assert all(
+        torch.equal(made[name], old[name].bfloat16()) and made[name].dtype is torch.bfloat16
+        for name in ("plain.weight", "plain.bias")
+    )
     assert done.changes["tensors of FP8 without a scale decoded, which ComfyUI takes for plain weights"] == 2
 
 
@@ -214,13 +250,23 @@ def test_formats_of_others_stay_as_they_are(tmp_path):
     save_file(old, tmp_path / "old.safetensors")
     migrate_file(tmp_path / "old.safetensors", tmp_path / "new.safetensors")
     made = load_file(tmp_path / "new.safetensors")
-    assert all(torch.equal(made[name].view(torch.uint8), old[name].view(torch.uint8)) for name in old if name.startswith("b."))
-    assert json.loads(SafetensorsFile(tmp_path / "new.safetensors").metadata["_quantization_metadata"])["layers"]["b"] == other
+    assert all(
+        torch.equal(made[name].view(torch.uint8), old[name].view(torch.uint8)) for name in old if name.startswith("b.")
+    )
+    assert (
+        json.loads(SafetensorsFile(tmp_path / "new.safetensors").metadata["_quantization_metadata"])["layers"]["b"]
+        == other
+    )
 
 
 def test_a_sound_file_stays_as_it_is(tmp_path, migrate):
-    save_file({"a.weight": random(64, 64).bfloat16(), "b.weight": random(64, 64, seed=1).bfloat16()}, tmp_path / "model.safetensors")
-    quantize_file(tmp_path / "model.safetensors", tmp_path / "q.safetensors", Recipe(format="int8_tensorwise", convrot=16))
+    save_file(
+        {"a.weight": random(64, 64).bfloat16(), "b.weight": random(64, 64, seed=1).bfloat16()},
+        tmp_path / "model.safetensors",
+    )
+    quantize_file(
+        tmp_path / "model.safetensors", tmp_path / "q.safetensors", Recipe(format="int8_tensorwise", convrot=16)
+    )
     before = load_file(tmp_path / "q.safetensors")
     done, made, _ = migrate(before)
     assert not done.changes and made.keys() == before.keys()
@@ -240,7 +286,10 @@ def test_what_is_refused(tmp_path, migrate):
         migrate_file(tmp_path / "old.safetensors", tmp_path / "old.safetensors", overwrite=True)
     save_file({"blocks.0.mlp.gram": torch.eye(8)}, tmp_path / "x.calib.safetensors")
     statistics = (tmp_path / "x.calib.safetensors").read_bytes()
-    with CalibrationFile(tmp_path / "x.calib.safetensors") as known, pytest.raises(OutputError, match="the calibration itself"):
+    with (
+        CalibrationFile(tmp_path / "x.calib.safetensors") as known,
+        pytest.raises(OutputError, match="the calibration itself"),
+    ):
         migrate_file(tmp_path / "old.safetensors", tmp_path / "x.calib.safetensors", calibration=known, overwrite=True)
     assert (tmp_path / "x.calib.safetensors").read_bytes() == statistics
     migrate(old_fp8(), overwrite=True)

@@ -174,7 +174,9 @@ def test_what_is_imported_is_required():
     )
     assert used - {"tomllib"} - set(OPTIONAL) <= required
     extras = PROJECT["project"]["optional-dependencies"]
-    offered = {re.match(r"[\w.-]+", line)[0] for extra in extras.keys() - {"test", "lint", "fuzz"} for line in extras[extra]}
+    offered = {
+        re.match(r"[\w.-]+", line)[0] for extra in extras.keys() - {"test", "lint", "fuzz"} for line in extras[extra]
+    }
     assert offered == set(OPTIONAL.values())
 
 
@@ -192,7 +194,9 @@ def test_one_version():
 
 def test_every_package_and_every_preset_is_shipped():
     tools = PROJECT["tool"]["setuptools"]
-    packages = {".".join(["learned_rounding", *dotted(path)]) for path in MODULES + KERNELS if path.name == "__init__.py"}
+    packages = {
+        ".".join(["learned_rounding", *dotted(path)]) for path in MODULES + KERNELS if path.name == "__init__.py"
+    }
     assert packages <= set(tools["packages"])
     patterns = tools["package-data"]["learned_rounding.quant_core.recipes"]
     shipped = {path for pattern in patterns for path in (CORE / "recipes").glob(pattern)}

@@ -110,7 +110,11 @@ def test_a_state_dict_gives_what_its_file_gives(model, model_file, tmp_path, rec
     quantize_file(model_file(author="me"), tmp_path / "out.safetensors", recipe)
     assert same(made.tensors, load_file(tmp_path / "out.safetensors"))
     of_file = metadata_of(tmp_path / "out.safetensors")
-    assert made.metadata.keys() == of_file.keys() == {"author", "_quantization_metadata", "learned_rounding"} | _note(recipe)
+    assert (
+        made.metadata.keys()
+        == of_file.keys()
+        == {"author", "_quantization_metadata", "learned_rounding"} | _note(recipe)
+    )
     assert json.loads(made.metadata["_quantization_metadata"]) == json.loads(of_file["_quantization_metadata"])
     assert same(tensors, before)
     save_file(made.tensors, tmp_path / "again.safetensors", made.metadata)
@@ -180,7 +184,9 @@ def test_events_come_in_order(model, model_file, tmp_path):
     assert (first.layers, first.kept) == (6, len(tensors) - 6)
     assert first.bytes_in == sum(tensor.nbytes for tensor in tensors.values())
     assert first.rounding == "auto" == report.rounding
-    matrices = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(".weight") and tensor.ndim > 1}
+    matrices = {
+        name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(".weight") and tensor.ndim > 1
+    }
     assert {layer.name: layer.shape for layer in first.plan} == matrices
     reasons = {event.name: event.reason for event in middle if isinstance(event, LayerKept)}
     assert all(layer.kept == reasons.get(layer.name, "") for layer in first.plan) and len(matrices) > 6
@@ -483,7 +489,11 @@ def test_another_source_is_not_taken_for_the_same(model, model_file, tmp_path):
 def made_layers(monkeypatch) -> list:
     """The weights that are quantized from here on."""
     made, real = [], pipeline.quantize_weight
-    monkeypatch.setattr(pipeline, "quantize_weight", lambda weight, *args, **options: made.append(weight) or real(weight, *args, **options))
+    monkeypatch.setattr(
+        pipeline,
+        "quantize_weight",
+        lambda weight, *args, **options: made.append(weight) or real(weight, *args, **options),
+    )
     return made
 
 
@@ -706,6 +716,10 @@ def test_inputs_that_fp8_would_flush_get_a_scale(model_file, tmp_path, recipe, s
 def test_a_source_that_has_what_quantizing_makes_is_refused(tmp_path, listing, suffix):
     """The output would hold the name twice, or a scale that belongs to other codes."""
     save_file({"a.weight": torch.randn(16, 16), f"a.{suffix}": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(SourceError, match=f"a.{suffix} stands beside a weight in full precision|quantized already|comfy_quant"):
-        quantize_file(tmp_path / "model.safetensors", tmp_path / "out.safetensors", Recipe(preset="none", rounding="nearest"))
+    with pytest.raises(
+        SourceError, match=f"a.{suffix} stands beside a weight in full precision|quantized already|comfy_quant"
+    ):
+        quantize_file(
+            tmp_path / "model.safetensors", tmp_path / "out.safetensors", Recipe(preset="none", rounding="nearest")
+        )
     assert listing() == ["model.safetensors"]

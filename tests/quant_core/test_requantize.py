@@ -15,7 +15,9 @@ from learned_rounding.quant_core.requantize import DecodedSource
 
 def plain():
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(64, 128, generator=generator).bfloat16() for name in ("a.weight", "b.weight")} | {"norm.weight": torch.ones(64)}
+    return {name: torch.randn(64, 128, generator=generator).bfloat16() for name in ("a.weight", "b.weight")} | {
+        "norm.weight": torch.ones(64)
+    }
 
 
 def error(got, want):
@@ -32,7 +34,10 @@ def test_decoded_weights_are_what_the_codes_mean(tmp_path, format, convrot):
     quantize_file(tmp_path / "model.safetensors", tmp_path / "q.safetensors", recipe)
     with SafetensorsFile(tmp_path / "q.safetensors") as opened:
         decoded = DecodedSource(opened)
-        assert set(decoded.tensors) == set(plain()) and not set(decoded.metadata) & {"learned_rounding", "_quantization_metadata"}
+        assert set(decoded.tensors) == set(plain()) and not set(decoded.metadata) & {
+            "learned_rounding",
+            "_quantization_metadata",
+        }
         for name in ("a.weight", "b.weight"):
             assert decoded.tensors[name].dtype is torch.bfloat16
             assert error(decoded.read(name), plain()[name]) < (0.1 if "e5m2" in format else 0.05)
@@ -41,9 +46,15 @@ def test_decoded_weights_are_what_the_codes_mean(tmp_path, format, convrot):
 
 def test_a_rotation_under_params_is_undone(tmp_path):
     save_file(plain(), tmp_path / "model.safetensors")
-    quantize_file(tmp_path / "model.safetensors", tmp_path / "q.safetensors", Recipe(format="int8_tensorwise", convrot=16, rounding="nearest"))
+    quantize_file(
+        tmp_path / "model.safetensors",
+        tmp_path / "q.safetensors",
+        Recipe(format="int8_tensorwise", convrot=16, rounding="nearest"),
+    )
     config = {"format": "int8_tensorwise", "per_row": True, "params": {"convrot": True, "convrot_groupsize": 16}}
-    decoded = DecodedSource(TensorSource(load_file(tmp_path / "q.safetensors") | {"a.comfy_quant": config_tensor(config)}))
+    decoded = DecodedSource(
+        TensorSource(load_file(tmp_path / "q.safetensors") | {"a.comfy_quant": config_tensor(config)})
+    )
     assert error(decoded.read("a.weight"), plain()["a.weight"]) < 0.05
 
 
@@ -59,14 +70,22 @@ def test_the_header_is_read_where_the_tensor_disagrees(tmp_path, by_header, by_t
 
 def test_the_header_is_read_for_formats_of_others_too():
     other = {"format": "mxfp8"}
-    tensors = {"a.weight": torch.zeros(128, 128), "a.weight_scale": torch.ones(512), "a.comfy_quant": config_tensor({"format": "int8_tensorwise"})}
+    tensors = {
+        "a.weight": torch.zeros(128, 128),
+        "a.weight_scale": torch.ones(512),
+        "a.comfy_quant": config_tensor({"format": "int8_tensorwise"}),
+    }
     decoded = DecodedSource(TensorSource(tensors, {"_quantization_metadata": quantization_metadata({"a": other})}))
     assert dict(decoded.layers) == {"mxfp8": 1}
 
 
 def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out():
     """Nor does ``lrq migrate`` leave it out."""
-    codes = {"scaled_fp8": torch.zeros(0), "a.weight": plain()["a.weight"].to(torch.float8_e4m3fn), "a.scale_weight": torch.tensor([0.5])}
+    codes = {
+        "scaled_fp8": torch.zeros(0),
+        "a.weight": plain()["a.weight"].to(torch.float8_e4m3fn),
+        "a.scale_weight": torch.tensor([0.5]),
+    }
     one = DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.ones(1)}))
     assert torch.equal(one.read("b.weight"), plain()["b.weight"])
     with pytest.raises(SourceError, match="b.scale_weight scales a weight that is no code"):
@@ -75,12 +94,24 @@ def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out():
 
 def test_old_scaled_fp8_becomes_int8(tmp_path, capsys):
     codes = (plain()["a.weight"].float() * 50).clamp(-448, 448).to(torch.float8_e4m3fn)
-    old = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn), "a.weight": codes, "a.scale_weight": torch.tensor([0.02])}
+    old = {
+        "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn),
+        "a.weight": codes,
+        "a.scale_weight": torch.tensor([0.02]),
+    }
     old |= {"a.scale_input": torch.ones(()), "b.weight": plain()["b.weight"], "b.bias": torch.ones(64)}
     save_file(old, tmp_path / "old.safetensors")
     with pytest.raises(AlreadyQuantizedError):
         quantize_file(tmp_path / "old.safetensors", tmp_path / "new.safetensors", Recipe())
-    words = ["quantize", "-i", str(tmp_path / "old.safetensors"), "-o", str(tmp_path / "new.safetensors"), "--int8", "--requantize"]
+    words = [
+        "quantize",
+        "-i",
+        str(tmp_path / "old.safetensors"),
+        "-o",
+        str(tmp_path / "new.safetensors"),
+        "--int8",
+        "--requantize",
+    ]
     assert main(words) == 0
     assert "1 layers of float8_e4m3fn per tensor" in capsys.readouterr().out
     assert verify_file(tmp_path / "new.safetensors").layers == 2
@@ -93,8 +124,14 @@ def test_old_scaled_fp8_becomes_int8(tmp_path, capsys):
 CHANGES = {
     "other scales": {"a.weight_scale": torch.full((32, 1), 5.0)},
     "the scale of one row": {"a.weight_scale": torch.full((32, 1), 0.01).index_fill(0, torch.tensor([7]), 0.02)},
-    "a rotation": {"a.comfy_quant": config_tensor({"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16})},
-    "the JSON in the header alone": {"_quantization_metadata": '{"layers": {"a": {"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 16}}}'},
+    "a rotation": {
+        "a.comfy_quant": config_tensor(
+            {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}
+        )
+    },
+    "the JSON in the header alone": {
+        "_quantization_metadata": '{"layers": {"a": {"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 16}}}'
+    },
 }
 
 
@@ -128,7 +165,10 @@ def place(row, block, blocks):
 def test_scales_of_blocks_are_found_in_their_tiles(tmp_path):
     out, inner = 160, 192
     generator = torch.Generator().manual_seed(0)
-    exponents, codes = torch.zeros(2 * 2 * 512, dtype=torch.uint8), torch.randn(out, inner, generator=generator).to(torch.float8_e4m3fn)
+    exponents, codes = (
+        torch.zeros(2 * 2 * 512, dtype=torch.uint8),
+        torch.randn(out, inner, generator=generator).to(torch.float8_e4m3fn),
+    )
     wanted = codes.float()
     for row in range(out):
         for block in range(inner // 32):
@@ -136,7 +176,10 @@ def test_scales_of_blocks_are_found_in_their_tiles(tmp_path):
             exponents[place(row, block, inner // 32)] = exponent + 127
             wanted[row, block * 32 : block * 32 + 32] *= 2.0**exponent
     config = {"format": "mxfp8", "orig_shape": [150, inner]}
-    save_file({"a.weight": codes, "a.weight_scale": exponents.reshape(256, 8), "a.comfy_quant": config_tensor(config)}, tmp_path / "q.safetensors")
+    save_file(
+        {"a.weight": codes, "a.weight_scale": exponents.reshape(256, 8), "a.comfy_quant": config_tensor(config)},
+        tmp_path / "q.safetensors",
+    )
     with SafetensorsFile(tmp_path / "q.safetensors") as opened:
         assert torch.equal(DecodedSource(opened).read("a.weight"), wanted[:150].bfloat16())
 
@@ -175,7 +218,9 @@ def test_fp8_without_scales_is_what_it_says(tmp_path, capsys, dtype):
 
 def test_one_layer_without_a_scale_among_scaled_ones():
     codes = {name: plain()[name].to(torch.float8_e4m3fn) for name in ("a.weight", "b.weight")}
-    decoded = DecodedSource(TensorSource({"scaled_fp8": torch.zeros(0), **codes, "a.scale_weight": torch.tensor([0.5])}))
+    decoded = DecodedSource(
+        TensorSource({"scaled_fp8": torch.zeros(0), **codes, "a.scale_weight": torch.tensor([0.5])})
+    )
     assert torch.equal(decoded.read("a.weight"), (codes["a.weight"].float() * 0.5).bfloat16())
     assert torch.equal(decoded.read("b.weight"), codes["b.weight"].bfloat16())
     assert dict(decoded.layers) == {"float8_e4m3fn per tensor": 1, "F8_E4M3 without scales": 1}
@@ -191,11 +236,31 @@ BYTES, INT8 = torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 64, dtype=
         ({"a.weight": BYTES}, "nvfp4", "nvfp4 and lacks its weight_scale"),
         ({"a.weight": INT8}, "int8_tensorwise", "int8_tensorwise and lacks its weight_scale"),
         ({"a.weight": INT8}, None, "plain I8 weights and no scales"),
-        ({"a.weight": BYTES, "a.weight.absmax": torch.ones(64), "a.weight.quant_map": torch.ones(16)}, None, "bitsandbytes, which is not decoded"),
-        ({"a.weight": BYTES, "a.weight_scale": torch.ones(3), "a.weight_scale_2": torch.ones(())}, "nvfp4", "a is no sound layer of the format nvfp4"),
-        ({"a.weight": INT8, "a.weight_scale": torch.ones(64)}, {"format": "convrot_w4a4", "convrot_groupsize": 100}, "256, 64 or 16"),
-        ({"a.weight": BYTES, "a.weight_scale": torch.ones(4)}, {"format": "mxfp8", "orig_shape": [65, 64]}, r"gives the shape \[65, 64\]"),
-        ({"a.weight": BYTES, "a.weight_scale": torch.ones(4)}, {"format": "mxfp8", "orig_shape": "x"}, "gives the shape x"),
+        (
+            {"a.weight": BYTES, "a.weight.absmax": torch.ones(64), "a.weight.quant_map": torch.ones(16)},
+            None,
+            "bitsandbytes, which is not decoded",
+        ),
+        (
+            {"a.weight": BYTES, "a.weight_scale": torch.ones(3), "a.weight_scale_2": torch.ones(())},
+            "nvfp4",
+            "a is no sound layer of the format nvfp4",
+        ),
+        (
+            {"a.weight": INT8, "a.weight_scale": torch.ones(64)},
+            {"format": "convrot_w4a4", "convrot_groupsize": 100},
+            "256, 64 or 16",
+        ),
+        (
+            {"a.weight": BYTES, "a.weight_scale": torch.ones(4)},
+            {"format": "mxfp8", "orig_shape": [65, 64]},
+            r"gives the shape \[65, 64\]",
+        ),
+        (
+            {"a.weight": BYTES, "a.weight_scale": torch.ones(4)},
+            {"format": "mxfp8", "orig_shape": "x"},
+            "gives the shape x",
+        ),
     ],
 )
 def test_what_cannot_be_decoded(tmp_path, tensors, format, sentence):

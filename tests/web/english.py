@@ -38,7 +38,10 @@ def _node(info: Mapping[str, Any]) -> dict:
         "display_name": info["display_name"],
         "description": info["description"],
         "inputs": {name: _slot(name, entry[1]["tooltip"]) for name, entry in inputs.items()},
-        "outputs": {str(slot): _slot(*texts) for slot, texts in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True))},
+        "outputs": {
+            str(slot): _slot(*texts)
+            for slot, texts in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True))
+        },
     }
 
 

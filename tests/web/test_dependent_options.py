@@ -62,7 +62,9 @@ def inputs(page, node=CONFIGURE):
 
 
 def size(page, node=CONFIGURE):
-    return page.evaluate("(id) => { const node = window.app.graph.getNodeById(id); return [node.size[1], node.computeSize()[1]] }", node)
+    return page.evaluate(
+        "(id) => { const node = window.app.graph.getNodeById(id); return [node.size[1], node.computeSize()[1]] }", node
+    )
 
 
 @pytest.fixture
@@ -104,7 +106,9 @@ def test_a_format_chosen_by_mouse(graph):
         graph.get_by_role("option", name="float8_e5m2").click()
     else:
         graph.mouse.click(*graph.evaluate(_ARROW, [CONFIGURE, "format"]))
-    graph.wait_for_function("(id) => window.app.graph.getNodeById(id).widgets[0].value !== 'int8_tensorwise'", arg=CONFIGURE)
+    graph.wait_for_function(
+        "(id) => window.app.graph.getNodeById(id).widgets[0].value !== 'int8_tensorwise'", arg=CONFIGURE
+    )
     assert "convrot" not in shown(graph)
 
 
@@ -115,7 +119,9 @@ def test_a_hidden_option_is_kept_and_does_not_make_a_run_fail(graph, workflow):
     assert inputs(graph)["convrot"] == "on"
     choose(graph, format="float8_e5m2")
     assert (inputs(graph)["convrot"], inputs(graph)["granularity"]) == ("off", "auto")
-    saved = graph.evaluate("(id) => window.app.graph.serialize().nodes.find((node) => node.id === id).widgets_values", CONFIGURE)
+    saved = graph.evaluate(
+        "(id) => window.app.graph.serialize().nodes.find((node) => node.id === id).widgets_values", CONFIGURE
+    )
     assert (saved[0], saved[1], saved[8], len(saved)) == ("float8_e5m2", "row", "on", 13)
     assert queue_prompt(graph)["type"] == "execution_success"
     choose(graph, format="int8_tensorwise")
@@ -125,7 +131,21 @@ def test_a_hidden_option_is_kept_and_does_not_make_a_run_fail(graph, workflow):
 @pytest.mark.browser
 def test_workflows_that_are_opened_undone_and_copied(graph, workflow):
     saved = workflow()
-    saved["nodes"][1]["widgets_values"] = ["measured", "row", "auto", 0, "auto", "", False, False, "on", 3.5, 0, False, ""]
+    saved["nodes"][1]["widgets_values"] = [
+        "measured",
+        "row",
+        "auto",
+        0,
+        "auto",
+        "",
+        False,
+        False,
+        "on",
+        3.5,
+        0,
+        False,
+        "",
+    ]
     saved["nodes"][1]["size"] = [360, 500]
     load_workflow(graph, saved)
     graph.evaluate("(id) => { window.app.graph.getNodeById(id).showAdvanced = true }", CONFIGURE)
@@ -221,6 +241,7 @@ def test_an_optimizer_brings_its_options(graph):
 
 def matters(conditions, values):
     """As web/dependent_options.js understands them."""
+
     def holds(name, told):
         return values[name] in told if isinstance(told, list) else values[name] not in told["not"]
 

@@ -41,4 +41,6 @@ def test_an_example_opens_with_all_its_nodes_and_values(page, name):
         assert shown[node_id][0] == kind
         assert shown[node_id][1][: len(values)] == values, kind
     assert page.locator(_MISSING_NODES).count() == 0
-    assert [line for line in page.problems if not line.startswith(_OUTSIDE) and "Content Security Policy" not in line] == []
+    assert [
+        line for line in page.problems if not line.startswith(_OUTSIDE) and "Content Security Policy" not in line
+    ] == []

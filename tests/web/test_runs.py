@@ -127,7 +127,9 @@ def test_calibrate_tells_of_its_steps_and_shows_its_pictures_and_the_file_that_h
 
 def test_what_is_refused_is_shown_on_its_node(graph):
     """Last in this file: newer pages leave their list of errors open."""
-    graph.evaluate("() => { window.app.graph.getNodeById(2).widgets.find(({name}) => name === 'keep').value = '(unclosed' }")
+    graph.evaluate(
+        "() => { window.app.graph.getNodeById(2).widgets.find(({name}) => name === 'keep').value = '(unclosed' }"
+    )
     refused = queue_prompt(graph)
     assert refused["type"] == "refused" and list(refused["data"]["node_errors"]) == ["2"]
     words = graph.get_by_text("is no regular expression")

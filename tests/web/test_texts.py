@@ -71,7 +71,9 @@ def test_settings_and_categories_are_translated(comfy, comfy_page):
         assert read(language, "settings").keys() == shown.keys()
         assert all(text["name"] and text["tooltip"] for text in read(language, "settings").values())
         main = read(language, "main")
-        assert main["nodeCategories"].keys() == {part for info in our_nodes(comfy).values() for part in info["category"].split("/")}
+        assert main["nodeCategories"].keys() == {
+            part for info in our_nodes(comfy).values() for part in info["category"].split("/")
+        }
         assert main["settingsCategories"].keys() == {part for parts in shown.values() for part in parts}
 
 
@@ -94,11 +96,15 @@ def test_the_help_is_there_in_chinese_under_the_names_that_a_chinese_page_shows(
 def test_every_help_page_has_a_picture_that_carries_a_workflow_with_the_node(comfy):
     for name in our_nodes(comfy):
         for page in (f"{name}.md", f"{name}/en.md", f"{name}/zh.md"):
-            assert re.findall(r"!\[.*\]\((.*)\)", comfy.get(f"{HELP}/{page}")) == [f"images/{name}.png"]  # frontends add the folder
+            assert re.findall(r"!\[.*\]\((.*)\)", comfy.get(f"{HELP}/{page}")) == [
+                f"images/{name}.png"
+            ]  # frontends add the folder
         with Image.open(ROOT / "web" / "docs" / "images" / f"{name}.png") as picture:
             nodes = {node["type"]: node for node in json.loads(picture.text["workflow"])["nodes"]}
         assert {name} <= nodes.keys() <= {*comfy.object_info(), "MarkdownNote"}
-        assert len(nodes[name].get("widgets_values", ())) >= len([slot for slot in nodes[name]["inputs"] if "widget" in slot])
+        assert len(nodes[name].get("widgets_values", ())) >= len(
+            [slot for slot in nodes[name]["inputs"] if "widget" in slot]
+        )
 
 
 # What a page does with a picture that is dragged from its help onto the canvas.
@@ -159,12 +165,21 @@ def test_the_help_of_every_node_opens_with_its_picture_and_asks_for_nothing_that
     """By the info button above a chosen node."""
     with open_page(comfy, settings={"Comfy.Locale": language}) as page:
         asked = []
-        page.on("response", lambda answer: asked.append((answer.url.removeprefix(f"{comfy.url}{HELP}/"), answer.status)) if HELP in answer.url else None)
+        page.on(
+            "response",
+            lambda answer: (
+                asked.append((answer.url.removeprefix(f"{comfy.url}{HELP}/"), answer.status))
+                if HELP in answer.url
+                else None
+            ),
+        )
         for name in our_nodes(comfy):
             load_workflow(page, EMPTY)
             page.evaluate(_OPEN_HELP, name)
             page.wait_for_function(_HELP_IS, arg=read(language)[name]["display_name"])
-        assert {url for url, _ in asked} == {f"{name}/{language}.md" for name in our_nodes(comfy)} | {f"images/{name}.png" for name in our_nodes(comfy)}
+        assert {url for url, _ in asked} == {f"{name}/{language}.md" for name in our_nodes(comfy)} | {
+            f"images/{name}.png" for name in our_nodes(comfy)
+        }
         assert {status for _, status in asked} <= {200, 304}
     comfy.post("/api/settings", {"Comfy.Locale": "en"})
 

@@ -406,12 +406,21 @@ def test_the_strip_shows_format_gain_and_what_is_kept(graph):
     nan = {"state": "kept", "name": NAME.format(3), "shape": [64, 64], "reason": "holds NaN"}
     float8 = {"format": "float8_e4m3fn", "granularity": "tensor"}
     kept = ["txt_in.weight", "img_in.weight"]
-    send(graph, start(6, kept), layer(0, 6, 0.02, **learned), layer(1, 6, 0.02), layer(2, 6, 0.02, **float8, **learned), nan)
+    send(
+        graph,
+        start(6, kept),
+        layer(0, 6, 0.02, **learned),
+        layer(1, 6, 0.02),
+        layer(2, 6, 0.02, **float8, **learned),
+        nan,
+    )
     painted = cells(graph, 8)
     assert [kind for kind, _ in painted] == ["hatched"] * 2 + ["filled"] * 3 + ["hatched"] + ["to do"] * 2
     (*strong, alpha), (*weak, other_alpha) = painted[2][1], painted[3][1]
     assert alpha == other_alpha == 255
-    assert weak == pytest.approx([0.4 * colour + 0.6 * 0x8C for colour in strong], abs=2), "one format, one colour, more or less grey"
+    assert weak == pytest.approx([0.4 * colour + 0.6 * 0x8C for colour in strong], abs=2), (
+        "one format, one colour, more or less grey"
+    )
     assert painted[4][1] != painted[2][1]
     assert panel(graph)["legend"] == (
         "kept 2 int8_tensorwise per row 2 float8_e4m3fn per tensor 1 kept (NaN or Inf) 1 to do 2"
@@ -420,7 +429,9 @@ def test_the_strip_shows_format_gain_and_what_is_kept(graph):
     _, _, right, below = node_box(graph)
     drag(graph, (right - 4, below - 4), (right + 100, below))
     graph.wait_for_function("(before) => document.querySelector('.lr-cells').width > before + 100", arg=before)
-    assert cells(graph, 8)[2:5] == painted[2:5] and [kind for kind, _ in cells(graph, 8)] == [kind for kind, _ in painted]
+    assert cells(graph, 8)[2:5] == painted[2:5] and [kind for kind, _ in cells(graph, 8)] == [
+        kind for kind, _ in painted
+    ]
 
 
 def test_pointing_at_a_layer_shows_its_card(graph):
@@ -468,7 +479,9 @@ def test_the_pointer_finds_cells_at_any_zoom(graph, scale):
     assert box["width"] == pytest.approx(scale * strip.evaluate("(root) => root.clientWidth"), rel=0.02)
     for index in (0, columns - 1, columns, 299):
         row, column = divmod(index, columns)
-        graph.mouse.move(box["x"] + (column + 0.5) * box["width"] / columns, box["y"] + (row + 0.5) * box["height"] / rows)
+        graph.mouse.move(
+            box["x"] + (column + 0.5) * box["width"] / columns, box["y"] + (row + 0.5) * box["height"] / rows
+        )
         graph.evaluate(_FRAMES)
         assert panel(graph)["card"][0] == (kept[index] if index < 40 else NAME.format(index - 40)), (scale, index)
 
@@ -503,7 +516,9 @@ def test_the_worst_layers_are_told_by_the_error_of_the_summary(graph):
     assert heading.inner_text() == "Largest weight errors" and panel(graph)["worst"][0][1] == "0.09000"
     learned = {"solver": "sequential", "gain": 0.5, "output_error": 0.02}
     send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01, **learned))
-    assert heading.inner_text() == "Largest output errors" and [error for _, error in panel(graph)["worst"]] == ["0.02000"]
+    assert heading.inner_text() == "Largest output errors" and [error for _, error in panel(graph)["worst"]] == [
+        "0.02000"
+    ]
 
 
 def test_adding_a_rule_is_a_step_of_its_own_to_undo(graph):
@@ -594,13 +609,23 @@ def test_every_cell_stands_out_from_either_theme(graph, theme):
     width = strip["width"] / (count + 1)
     states = ["kept", "refused", *(f"{format} {how}" for format in formats for how in ("strong", "weak")), "to do"]
     ratios = {
-        state: max(contrast(pixel, ground) for pixel in pixels(graph, {**strip, "x": strip["x"] + place * width + 1, "width": width - 2}))
+        state: max(
+            contrast(pixel, ground)
+            for pixel in pixels(graph, {**strip, "x": strip["x"] + place * width + 1, "width": width - 2})
+        )
         for place, state in enumerate(states)
     }
     legend = graph.locator(".lr-legend").bounding_box()  # of one line; the others are in its tooltip
     boxes = [element.bounding_box() for element in graph.locator(".lr-swatch").all()]
-    swatches = [box for box in boxes if box["y"] + box["height"] < legend["y"] + legend["height"] and box["x"] < legend["x"] + legend["width"] - 10]
-    ratios |= {f"swatch {place}": max(contrast(pixel, ground) for pixel in pixels(graph, box)) for place, box in enumerate(swatches)}
+    swatches = [
+        box
+        for box in boxes
+        if box["y"] + box["height"] < legend["y"] + legend["height"] and box["x"] < legend["x"] + legend["width"] - 10
+    ]
+    ratios |= {
+        f"swatch {place}": max(contrast(pixel, ground) for pixel in pixels(graph, box))
+        for place, box in enumerate(swatches)
+    }
     assert len(ratios) > count and {state: ratio for state, ratio in ratios.items() if ratio < 3} == {}
     graph.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
 
@@ -613,7 +638,10 @@ def pixels(page, clip):
 
 def contrast(one, other):
     """The ratio of WCAG 2."""
-    linear = [[part / 255 / 12.92 if part <= 10.31 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in each] for each in (one, other)]
+    linear = [
+        [part / 255 / 12.92 if part <= 10.31 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in each]
+        for each in (one, other)
+    ]
     low, high = sorted(0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in linear)
     return (high + 0.05) / (low + 0.05)
 
@@ -755,5 +783,9 @@ HOST_SAYS = {
 
 def test_the_console_stays_quiet(graph):
     """Last in this file: of all that the tests before did to the page."""
-    ours = [line for line in graph.problems if "learned_rounding" in line or not any(re.search(said, line) for said in HOST_SAYS.values())]
+    ours = [
+        line
+        for line in graph.problems
+        if "learned_rounding" in line or not any(re.search(said, line) for said in HOST_SAYS.values())
+    ]
     assert ours == []

@@ -55,7 +55,9 @@ class Gate:
             self.made = 0
             self._changed.notify_all()
         if not self._wrapped:
-            pipeline = next(module for name, module in sys.modules.items() if name.endswith("learned_rounding.quant_core.pipeline"))
+            pipeline = next(
+                module for name, module in sys.modules.items() if name.endswith("learned_rounding.quant_core.pipeline")
+            )
             pipeline.quantize_weight, self._wrapped = self._behind(pipeline.quantize_weight), True
 
     def _behind(self, quantize_weight):

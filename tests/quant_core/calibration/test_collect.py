@@ -305,7 +305,10 @@ def test_quantized_inputs_are_kept_beside_the_inputs(block, tmp_path, monkeypatc
         for got, expected in zip(quantized_grams(gram, WIDTH, CPU), (x.t() @ seen, seen.t() @ seen), strict=True):
             assert relative(got, expected / len(x)) < 1e-3
         torch.testing.assert_close(gram.mean, torch.cat([x, seen], dim=1).mean(0), rtol=1e-3, atol=1e-3)
-    with CalibrationFile(found.path) as earlier, pytest.raises(CalibrationError, match="without quantized inputs|cannot be continued"):
+    with (
+        CalibrationFile(found.path) as earlier,
+        pytest.raises(CalibrationError, match="without quantized inputs|cannot be continued"),
+    ):
         gather(block, inputs, tmp_path / "first", earlier=earlier)
 
 

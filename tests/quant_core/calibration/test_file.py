@@ -10,7 +10,12 @@ from learned_rounding.quant_core.calibration import CalibrationFile
 from learned_rounding.quant_core.calibration.histogram import BINS
 from learned_rounding.quant_core.errors import CalibrationError
 
-STATISTICS = {"gram": torch.eye(16), "mean": torch.ones(16), "amax": torch.full((16,), 2.0), "histogram": torch.ones(BINS)}
+STATISTICS = {
+    "gram": torch.eye(16),
+    "mean": torch.ones(16),
+    "amax": torch.full((16,), 2.0),
+    "histogram": torch.ones(BINS),
+}
 
 
 @pytest.fixture
@@ -19,7 +24,11 @@ def opened(tmp_path):
 
     def read(header=None, **tensors):
         path = tmp_path / "x.calib.safetensors"
-        save_file({f"a.{name}": tensor for name, tensor in (STATISTICS | tensors).items()}, path, {"learned_rounding_calibration": json.dumps(header or {})})
+        save_file(
+            {f"a.{name}": tensor for name, tensor in (STATISTICS | tensors).items()},
+            path,
+            {"learned_rounding_calibration": json.dumps(header or {})},
+        )
         with CalibrationFile(path) as known:
             return known.inputs("a")
 

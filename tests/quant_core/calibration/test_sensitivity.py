@@ -42,7 +42,9 @@ def test_it_says_how_much_of_a_layers_error_reaches_the_output(model):
     with torch.no_grad():
         for name, gate in (("loud", 1.0), ("quiet", 0.01)):
             layer = getattr(model, name)
-            error = x @ (quantize_weight(layer.weight, "float8_e4m3fn", rounding="nearest").dequantize() - layer.weight).t()
+            error = (
+                x @ (quantize_weight(layer.weight, "float8_e4m3fn", rounding="nearest").dequantize() - layer.weight).t()
+            )
             moved = (gate * error).square().sum() / model(x).square().sum()
             caused = error.square().sum() / layer(x).square().sum()
             assert found[name] == pytest.approx(float(moved / caused), rel=1e-3)

@@ -50,7 +50,12 @@ def test_safetensors_files(model_file, tmp_path, recipe, quantized, since):
     assert found.made_by["recipe"] == recipe.to_dict() and found.made_by["version"] and found.made_by["fingerprint"]
     assert found.dtypes["F8_E4M3" if recipe is FP8 else "I8"][0] == 6
     told = str(found).splitlines()[-1]
-    assert f"rounding {recipe.rounding}" in told and f"format {recipe.format}" in told and "None" not in told and "False" not in told
+    assert (
+        f"rounding {recipe.rounding}" in told
+        and f"format {recipe.format}" in told
+        and "None" not in told
+        and "False" not in told
+    )
 
 
 def test_a_file_of_both_formats_needs_the_newer_release(tmp_path):

@@ -51,12 +51,17 @@ def test_params_are_read_as_comfyui_does(more, expected):
     config = NESTED | more
     header = {"_quantization_metadata": json.dumps({"layers": {"a": config}})}
     flat = {"format": "int8_tensorwise", "params": {"note": 1}} | expected
-    assert layer_configs(TensorSource({"a.comfy_quant": config_tensor(json.dumps(config).encode())}, header)) == ({"a": flat},) * 2
+    assert (
+        layer_configs(TensorSource({"a.comfy_quant": config_tensor(json.dumps(config).encode())}, header))
+        == ({"a": flat},) * 2
+    )
 
 
 def test_params_that_are_no_options_stay():
     config = {"format": "int8_tensorwise", "params": [1]}
-    assert layer_configs(TensorSource({"a.comfy_quant": config_tensor(json.dumps(config).encode())}))[0] == {"a": config}
+    assert layer_configs(TensorSource({"a.comfy_quant": config_tensor(json.dumps(config).encode())}))[0] == {
+        "a": config
+    }
 
 
 def test_plain_weights_have_no_configs():
@@ -93,6 +98,8 @@ def test_damaged_provenance():
 def test_the_note_names_this_pack_for_formats_that_stock_comfyui_does_not_load():
     assert loading_note({"a": CONFIG, "b": {"format": "float8_e4m3fn"}}) == {}
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
-    note = loading_note({"a": CONFIG, "b": {"format": "int8_blockwise"}, "c": {"format": "float8_e4m3fn_rowwise"}})["note"]
+    note = loading_note({"a": CONFIG, "b": {"format": "int8_blockwise"}, "c": {"format": "float8_e4m3fn_rowwise"}})[
+        "note"
+    ]
     assert "float8_e4m3fn_rowwise, int8_blockwise layers" in note and "tensorwise" not in note
     assert project["tool"]["comfy"]["DisplayName"] in note and project["project"]["urls"]["Repository"] in note

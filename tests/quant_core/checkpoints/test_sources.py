@@ -49,7 +49,10 @@ def test_shards(sharded, model_file, tmp_path, given):
     assert same(path, model_file, tmp_path)
     again = quantize_file(path, tmp_path / "other.safetensors", RECIPE)
     assert again.already_done
-    assert output_name(path, RECIPE.label).name == f"{'transformer' if given == 'folder' else 'model'}_int8_row.safetensors"
+    assert (
+        output_name(path, RECIPE.label).name
+        == f"{'transformer' if given == 'folder' else 'model'}_int8_row.safetensors"
+    )
 
 
 def test_a_shard_is_no_output(sharded):
@@ -65,25 +68,49 @@ def test_a_folder_of_one_file(model_file, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin"])
-@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"state_dict": t, "epoch": 3}], ids=["plain", "in a training's file"])
+@pytest.mark.parametrize(
+    "wrap", [lambda t: t, lambda t: {"state_dict": t, "epoch": 3}], ids=["plain", "in a training's file"]
+)
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "before 1.6"])
 def test_pickles_of_weights(model, model_file, tmp_path, suffix, wrap, new):
     torch.save(wrap(model()), tmp_path / f"model{suffix}", _use_new_zipfile_serialization=new)
     assert same(tmp_path / f"model{suffix}", model_file, tmp_path)
 
 
-UNTYPED = (torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)  # no dtypes of torch 1.5
+UNTYPED = (
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e8m0fnu,
+)  # no dtypes of torch 1.5
 
 
 def views() -> dict[str, torch.Tensor]:
     """Of every dtype, and of storages that others share: slices, transposed, with gaps, empty, without dimensions."""
     base = torch.arange(96.0).view(8, 12)
-    made = {"whole": base, "turned": base.t(), "columns": base[:, 2:5], "rows": base[3:5], "every other": base[::2, ::3], "none": base[:0]}
-    made |= {"one": torch.tensor(7), "parameter": torch.nn.Parameter(base[1]), "conv": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)}
+    made = {
+        "whole": base,
+        "turned": base.t(),
+        "columns": base[:, 2:5],
+        "rows": base[3:5],
+        "every other": base[::2, ::3],
+        "none": base[:0],
+    }
+    made |= {
+        "one": torch.tensor(7),
+        "parameter": torch.nn.Parameter(base[1]),
+        "conv": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
+    }
     return made | {str(dtype): torch.ones(6, dtype=dtype) for dtype in DTYPE_NAMES}
 
 
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}], ids=["zip", "before 1.6", "protocol 4"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}],
+    ids=["zip", "before 1.6", "protocol 4"],
+)
 def test_pickles_hold_what_torch_reads_from_them(tmp_path, options):
     path = tmp_path / "model.pt"
     old = not options.get("_use_new_zipfile_serialization", True)
@@ -97,7 +124,10 @@ def test_pickles_hold_what_torch_reads_from_them(tmp_path, options):
                 assert read.dtype == tensor.dtype and read.shape == tensor.shape and read.is_contiguous()
                 raw = tensor.detach().contiguous().flatten().view(torch.uint8)
                 assert torch.equal(read.flatten().view(torch.uint8), raw)
-                assert opened.sample(name, len(raw) // 3, len(raw) // 2) == raw[len(raw) // 3 :][: len(raw) // 2].numpy().tobytes()
+                assert (
+                    opened.sample(name, len(raw) // 3, len(raw) // 2)
+                    == raw[len(raw) // 3 :][: len(raw) // 2].numpy().tobytes()
+                )
 
 
 class Evil:
@@ -213,12 +243,16 @@ def test_a_quantized_gguf_is_decoded(model, tmp_path, code, error, capsys):
 
 def test_a_gguf_gives_a_tensor_the_shape_it_had(tmp_path):
     kernel = torch.randn(32, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    path = gguf_file(tmp_path / "unet.gguf", {"conv.weight": kernel.flatten().reshape(32, 36)}, shapes={"conv.weight": kernel.shape})
+    path = gguf_file(
+        tmp_path / "unet.gguf", {"conv.weight": kernel.flatten().reshape(32, 36)}, shapes={"conv.weight": kernel.shape}
+    )
     with open_source(path) as opened:
         assert torch.equal(opened.read("conv.weight"), kernel)
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(20), b"nothing at all", b"GGUF\x03\0\0\0" + b"\xff" * 64])
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF", b"GGUF" + bytes(20), b"nothing at all", b"GGUF\x03\0\0\0" + b"\xff" * 64]
+)
 def test_a_damaged_gguf(tmp_path, content):
     (tmp_path / "bad.gguf").write_bytes(content)
     with pytest.raises(SourceError, match="damaged"):

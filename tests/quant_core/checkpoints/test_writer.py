@@ -222,7 +222,10 @@ def test_leaving_without_finish_leaves_nothing(tmp_path, listing):
 @pytest.mark.parametrize("size", [1000, 3], ids=["in order", "of an odd size"])
 def test_a_name_is_written_once(tmp_path, listing, size):
     """The header would hold one of the two, and the other be a hole."""
-    with pytest.raises(ValueError, match="tensor a is written twice"), SafetensorsWriter(tmp_path / "a.safetensors", 1000) as out:
+    with (
+        pytest.raises(ValueError, match="tensor a is written twice"),
+        SafetensorsWriter(tmp_path / "a.safetensors", 1000) as out,
+    ):
         out.add("a", torch.zeros(size, dtype=torch.uint8))
         out.add("a", torch.ones(1000, dtype=torch.uint8))
     assert listing() == []
@@ -319,7 +322,9 @@ def test_nobody_waits_for_the_disk_before_the_end(tmp_path, listing, monkeypatch
             out.note(name)
         free.set()
         out.finish({})
-    assert len(synced) == 3  # the file and its journal once, as the disk was behind all the time, and the file at the end
+    assert (
+        len(synced) == 3
+    )  # the file and its journal once, as the disk was behind all the time, and the file at the end
     assert listing() == ["a.safetensors"]
     assert all(torch.equal(load_file(tmp_path / "a.safetensors")[name], tensor) for name, tensor in tensors.items())
 

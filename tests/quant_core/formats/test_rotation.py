@@ -22,7 +22,9 @@ def test_products_and_grams_survive(size):
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(5, 512, generator=generator), torch.randn(40, 512, generator=generator)
     rotation = Rotation(size)
-    torch.testing.assert_close(rotation.apply(inputs) @ rotation.apply(weight).t(), inputs @ weight.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        rotation.apply(inputs) @ rotation.apply(weight).t(), inputs @ weight.t(), rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(rotation.apply(rotation.apply(weight)), weight, rtol=1e-4, atol=1e-5)
     rotated = rotation.apply(inputs)
     torch.testing.assert_close(rotation.apply_gram(inputs.t() @ inputs), rotated.t() @ rotated, rtol=1e-4, atol=1e-3)

@@ -54,11 +54,19 @@ KEPT = {
 }
 # Presets that are taken only by name → models they are for; what they keep there beyond the preset that is detected; what less.
 BY_NAME = {
-    "visual": ({"qwen3vl_8b", "qwen25_7b", "gemma3_4b_vision", "minimax_music_lm"}, r"(visual\.blocks|vision_model\.encoder\.layers)\.\d+\.mlp\.", None),
+    "visual": (
+        {"qwen3vl_8b", "qwen25_7b", "gemma3_4b_vision", "minimax_music_lm"},
+        r"(visual\.blocks|vision_model\.encoder\.layers)\.\d+\.mlp\.",
+        None,
+    ),
     "nerf_large": ({"chroma_radiance"}, r"double_blocks\.\d+\.(img|txt)_attn\.proj\.", None),
     "nerf_small": ({"chroma_radiance"}, None, r"txt_in\."),
     "zimage_s": ({"zimage"}, None, r"final_layer\.|(layers|noise_refiner)\.\d+\.adaLN_modulation\."),
-    "zimage_refiner": ({"zimage"}, r"(context|noise)_refiner\.\d+\.(attention|feed_forward)\.", r"final_layer\.|layers\.\d+\.adaLN_modulation\."),
+    "zimage_refiner": (
+        {"zimage"},
+        r"(context|noise)_refiner\.\d+\.(attention|feed_forward)\.",
+        r"final_layer\.|layers\.\d+\.adaLN_modulation\.",
+    ),
     "distillation_small": ({"chroma"}, None, r"(img_in|txt_in|final_layer)\."),
 }
 # Patterns that find layers which another family's own preset quantizes: (preset, pattern) → those families.
@@ -113,18 +121,28 @@ def test_models_are_recognised_and_only_linear_layers_quantized(name):
 @pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized and found(name).preset])
 def test_every_linear_layer_of_the_blocks_is_quantized_but_those(name):
     preset = PRESETS[found(name).preset]
-    layers = {tensor for tensor, entry in read(name).items() if entry.kind == "linear" and tensor.endswith(".weight") and preset.blocks.search(tensor)}
+    layers = {
+        tensor
+        for tensor, entry in read(name).items()
+        if entry.kind == "linear" and tensor.endswith(".weight") and preset.blocks.search(tensor)
+    }
     kept = whole(KEPT.get(preset.name))
     assert layers - found(name).quantized.keys() == {layer for layer in layers if kept.search(layer)}
 
 
-@pytest.mark.parametrize("preset, name", [(preset, name) for preset, (names, _, _) in BY_NAME.items() for name in sorted(names)])
+@pytest.mark.parametrize(
+    "preset, name", [(preset, name) for preset, (names, _, _) in BY_NAME.items() for name in sorted(names)]
+)
 def test_presets_taken_by_name_differ_from_the_detected_one_by_what_they_say(preset, name):
     detected, named = make_plan(header(name)), make_plan(header(name), preset=preset)
     before, after = set(detected.names("quantize")), set(named.names("quantize"))
     more, less = map(whole, BY_NAME[preset][1:])
     assert before - after == {layer for layer in before if more.search(layer)}
-    assert after - before == {layer for layer, entry in read(name).items() if entry.kind == "linear" and layer.endswith("weight") and less.search(layer)}
+    assert after - before == {
+        layer
+        for layer, entry in read(name).items()
+        if entry.kind == "linear" and layer.endswith("weight") and less.search(layer)
+    }
     assert "It knows all" in named.explanation
 
 
@@ -141,7 +159,9 @@ def test_patterns_find_no_layer_that_another_family_quantizes(preset):
     for rule in (*preset.keep, *preset.remove):
         if rule.cannot and rule.text == ".*":
             continue  # for models that have no other layers
-        elsewhere = {found(name).preset for name in architectures() if any(map(rule.pattern.search, found(name).quantized))}
+        elsewhere = {
+            found(name).preset for name in architectures() if any(map(rule.pattern.search, found(name).quantized))
+        }
         own = {preset.name, None} | ({"generic_text"} if preset.name == "visual" else set())
         known = FOREIGN.get((preset.name, rule.text), set())
         assert elsewhere - own <= known and (known is ANY or known - own <= elsewhere), rule.text
@@ -159,7 +179,11 @@ def test_what_is_quantized_can_be_rotated_and_cut_into_blocks(name):
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
 def test_every_pattern_hits_something(preset):
     """In the models that the preset is for."""
-    models = [name for name in architectures() if found(name).preset == preset.name] if preset.detect else BY_NAME[preset.name][0]
+    models = (
+        [name for name in architectures() if found(name).preset == preset.name]
+        if preset.detect
+        else BY_NAME[preset.name][0]
+    )
     names = [tensor for name in models for tensor in read(name)]
     assert models
     for rule in (*preset.keep, *preset.remove):
@@ -169,15 +193,25 @@ def test_every_pattern_hits_something(preset):
 # Layers at the edge of a model whose names do not tell: the general rule quantizes them.
 UNTOLD = {
     "anima": {"llm_adapter.out_proj"},
-    "gemma4": {"audio_model.subsample_conv_projection.input_proj_linear", "per_layer_model_projection", "vision_model.patch_dense"},
+    "gemma4": {
+        "audio_model.subsample_conv_projection.input_proj_linear",
+        "per_layer_model_projection",
+        "vision_model.patch_dense",
+    },
     "hidream_o1": {"visual.merger.linear_fc1", "visual.merger.linear_fc2"},
     "krea2": {"txtfusion.projector"},
-    "minimax_music": {"diffusion_transformer.transformer.project_in", "diffusion_transformer.transformer.project_out", "audio_decoder.projection"},
+    "minimax_music": {
+        "diffusion_transformer.transformer.project_in",
+        "diffusion_transformer.transformer.project_out",
+        "audio_decoder.projection",
+    },
     "mochi": {"t5_yproj"},
     "wan": {"casual_audio_encoder.encoder.final_linear", "face_encoder.out_proj"},
     "ace_step": {"lyric_embs"},
     "ace_step_15": {"tokenizer.quantizer.project_in", "tokenizer.quantizer.project_out"},
-    **dict.fromkeys(("generic_text", "qwen35"), {"visual.merger.linear_fc1", "visual.merger.linear_fc2", "audio_decoder.projection"}),
+    **dict.fromkeys(
+        ("generic_text", "qwen35"), {"visual.merger.linear_fc1", "visual.merger.linear_fc2", "audio_decoder.projection"}
+    ),
 }
 
 
@@ -186,10 +220,16 @@ def test_the_general_rule_is_safe_for_a_model_that_nothing_recognises(name):
     """As if no preset knew it: what its preset keeps outside numbered blocks is kept, and nearly all that it quantizes is quantized."""
     source = header(name)
     general, own = make_plan(source, preset="none"), make_plan(source)
-    wrong = {layer for layer in set(general.names("quantize")) - set(own.names("quantize")) if not re.search(r"\.\d+\.", layer)}
+    wrong = {
+        layer
+        for layer in set(general.names("quantize")) - set(own.names("quantize"))
+        if not re.search(r"\.\d+\.", layer)
+    }
     plain = {layer.removeprefix("model.").removesuffix(".weight") for layer in wrong}
     assert plain <= UNTOLD.get(own.preset.name, set())
-    missed = sum(math.prod(source.tensors[layer].shape) for layer in set(own.names("quantize")) - set(general.names("quantize")))
+    missed = sum(
+        math.prod(source.tensors[layer].shape) for layer in set(own.names("quantize")) - set(general.names("quantize"))
+    )
     assert missed <= 0.025 * sum(math.prod(source.tensors[layer].shape) for layer in own.names("quantize"))
 
 

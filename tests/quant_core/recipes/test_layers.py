@@ -35,11 +35,15 @@ INT8 = FormatChoice("int8_tensorwise")
     ],
 )
 def test_the_most_specific_rule_decides(patterns, name, decides):
-    rule = most_specific(finding([LayerRule(pattern, INT8, "layer config") for pattern in patterns], [name])[name], name)
+    rule = most_specific(
+        finding([LayerRule(pattern, INT8, "layer config") for pattern in patterns], [name])[name], name
+    )
     assert (rule and rule.pattern) == decides
 
 
-@pytest.mark.parametrize("keep, config, kept", [("mlp", "mlp", True), ("m.p", "mlp", True), ("mlp", "mlp.0", False), ("blocks", "mlp", True)])
+@pytest.mark.parametrize(
+    "keep, config, kept", [("mlp", "mlp", True), ("m.p", "mlp", True), ("mlp", "mlp.0", False), ("blocks", "mlp", True)]
+)
 def test_of_rules_as_specific_the_one_that_keeps_a_layer_decides(keep, config, kept):
     rules, name = layer_rules([keep], f'{{"{config}": "int8"}}'), "blocks.0.mlp.0.weight"
     for order in (rules, rules[::-1]):
@@ -56,7 +60,10 @@ def test_of_rules_as_specific_the_one_that_keeps_a_layer_decides(keep, config, k
         ({"format": "int8", "convrot": True}, FormatChoice("int8_tensorwise", convrot=True)),
         ({"format": "int8", "granularity": "block", "block_size": 64}, FormatChoice("int8_blockwise", "block", 64)),
         ({"format": "fp8", "granularity": "row"}, FormatChoice("float8_e4m3fn_rowwise", "row")),
-        ({"format": "fp8", "full_precision_matrix_mult": True}, FormatChoice("float8_e4m3fn", full_precision_matmul=True)),
+        (
+            {"format": "fp8", "full_precision_matrix_mult": True},
+            FormatChoice("float8_e4m3fn", full_precision_matmul=True),
+        ),
     ],
 )
 def test_what_a_rule_says(value, choice):
@@ -89,7 +96,14 @@ def test_what_is_refused(text, sentence):
 
 
 def test_rules_may_be_many_but_not_large_together():
-    assert len(Recipe(layer_config=json.dumps({f"model.double_blocks.{index}.img_attn.qkv": "int8" for index in range(1500)})).rules) == 1500
+    assert (
+        len(
+            Recipe(
+                layer_config=json.dumps({f"model.double_blocks.{index}.img_attn.qkv": "int8" for index in range(1500)})
+            ).rules
+        )
+        == 1500
+    )
     with pytest.raises(RecipeError, match="all patterns have more than 200,000 characters and repeats together"):
         Recipe(layer_config=json.dumps({f"a{{4800}}[b{index}]": "int8" for index in range(257)}))
     with pytest.raises(RecipeError, match="all patterns have more than 200,000"):
@@ -104,13 +118,19 @@ def test_a_plan_makes_each_pattern_once_and_asks_whether_to_go_on(header_source,
     monkeypatch.setattr(layers, "Pattern", lambda text: made.append(text) or Pattern(text))
     plan = make_plan(source, preset="none", rules=rules, check=lambda: asked.append(1))
     assert len(made) == 300 and len(asked) == 3000
-    assert [plan.decisions[f"blocks.{index}.weight"].reason for index in (0, 9)] == [rules[0].reason, rules[9].reason] and len(plan.idle) == 290
+    assert [plan.decisions[f"blocks.{index}.weight"].reason for index in (0, 9)] == [
+        rules[0].reason,
+        rules[9].reason,
+    ] and len(plan.idle) == 290
 
     def stop():
         raise KeyboardInterrupt
 
     tensors = {"a.weight": torch.zeros(32, 32)}
-    for run in (lambda: make_plan(source, rules=rules, check=stop), lambda: quantize_tensors(tensors, Recipe(keep=("a",)), device="cpu", check=stop)):
+    for run in (
+        lambda: make_plan(source, rules=rules, check=stop),
+        lambda: quantize_tensors(tensors, Recipe(keep=("a",)), device="cpu", check=stop),
+    ):
         with pytest.raises(KeyboardInterrupt):
             run()
 
@@ -126,7 +146,9 @@ def test_rules_come_before_preset_and_heuristics(layer_names, header_source):
     plan = recipe.plan(source)
     decisions = plan.decisions
     assert plan.preset.name == "flux" and decisions["txt_in.weight"].action == "keep"
-    assert decisions["img_in.weight"].action == "quantize" and decisions["img_in.weight"].reason == "layer config ^img_in"
+    assert (
+        decisions["img_in.weight"].action == "quantize" and decisions["img_in.weight"].reason == "layer config ^img_in"
+    )
     assert decisions["double_blocks.0.img_mlp.2.weight"].reason == "keep pattern img_mlp"
     assert decisions["double_blocks.0.img_mlp.0.weight"].format == FormatChoice("float8_e4m3fn")
     assert decisions["img_in.bias"].action == "keep"  # no rule makes a bias a matrix
@@ -137,7 +159,11 @@ def test_a_file_of_rules_is_sound(tmp_path):
     names = ["a.qkv", "a.mlp", "b.qkv", "b.mlp"]
     tensors = {f"{name}.weight": torch.randn(64, 64, generator=generator).bfloat16() for name in names}
     save_file(tensors, tmp_path / "model.safetensors")
-    config = {"mlp": {"format": "int8", "convrot": 16}, "b.mlp": "skip", "a.qkv": {"format": "fp8", "granularity": "block", "block_size": 32}}
+    config = {
+        "mlp": {"format": "int8", "convrot": 16},
+        "b.mlp": "skip",
+        "a.qkv": {"format": "fp8", "granularity": "block", "block_size": 32},
+    }
     recipe = Recipe(rounding="nearest", full_precision_matmul=True, layer_config=json.dumps(config))
     quantize_file(tmp_path / "model.safetensors", tmp_path / "q.safetensors", recipe)
     assert verify_file(tmp_path / "q.safetensors").problems == []

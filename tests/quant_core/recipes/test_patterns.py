@@ -12,7 +12,30 @@ from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.recipes.patterns import Pattern
 
 _ATOMS = st.sampled_from(
-    ["a", "b", ".", r"\.", "0", r"\d", r"\w", r"\W", "[ab]", "[^a]", "[]a]", r"[\]0-9]", "^", "$", r"\b", r"\B", r"\A", r"\Z", "_", "{", r"\x61", r"\n"]
+    [
+        "a",
+        "b",
+        ".",
+        r"\.",
+        "0",
+        r"\d",
+        r"\w",
+        r"\W",
+        "[ab]",
+        "[^a]",
+        "[]a]",
+        r"[\]0-9]",
+        "^",
+        "$",
+        r"\b",
+        r"\B",
+        r"\A",
+        r"\Z",
+        "_",
+        "{",
+        r"\x61",
+        r"\n",
+    ]
 )
 PATTERNS = st.recursive(
     _ATOMS,
@@ -20,7 +43,9 @@ PATTERNS = st.recursive(
         st.lists(inner, min_size=1, max_size=4).map("".join),
         st.tuples(inner, inner).map("|".join),
         st.tuples(st.sampled_from(["(%s)", "(?:%s)"]), inner).map(lambda both: both[0] % both[1]),
-        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,2}", "{,2}", "{1,}"])).map(lambda both: "(" + both[0] + ")" + both[1]),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,2}", "{,2}", "{1,}"])).map(
+            lambda both: "(" + both[0] + ")" + both[1]
+        ),
     ),
     max_leaves=8,
 )
@@ -42,7 +67,16 @@ def test_it_finds_what_python_finds(text, names):
         assert found.search(name) == bool(expected.search(name)), (text, name)
 
 
-BOMBS = [r"(a+)+$", r"(a|a)*$", r"(a|aa)+b", r"(.*a){20}", r"(x+x+)+y", r".*.*.*.*.*=", r"((a*)*)*b", r"(?:a?){50}a{50}$"]
+BOMBS = [
+    r"(a+)+$",
+    r"(a|a)*$",
+    r"(a|aa)+b",
+    r"(.*a){20}",
+    r"(x+x+)+y",
+    r".*.*.*.*.*=",
+    r"((a*)*)*b",
+    r"(?:a?){50}a{50}$",
+]
 
 
 @pytest.mark.parametrize("text", BOMBS)

@@ -177,9 +177,17 @@ def test_each_part_of_a_checkpoint_gets_its_own_rule(layer_names, header_source,
     start = f"text_encoders.{encoder}.transformer."
     alone = {**layer_names(LISTS.get(encoder, encoder)), "lm_head.weight": (64, 64)}
     own = make_plan(header_source(alone)).decisions
-    family = layer_names(next(name for name in architectures() if preset.fits(header_source(layer_names(name)).tensors)) if preset.detect else "flux")
-    whole = {f"model.diffusion_model.{name}": shape for name, shape in family.items()} | {f"{start}{name}": shape for name, shape in alone.items()}
-    whole |= layer_names("clip_l", "text_encoders.clip_l.transformer.") | layer_names("clip_l", "text_encoders.unheard_of.transformer.")
+    family = layer_names(
+        next(name for name in architectures() if preset.fits(header_source(layer_names(name)).tensors))
+        if preset.detect
+        else "flux"
+    )
+    whole = {f"model.diffusion_model.{name}": shape for name, shape in family.items()} | {
+        f"{start}{name}": shape for name, shape in alone.items()
+    }
+    whole |= layer_names("clip_l", "text_encoders.clip_l.transformer.") | layer_names(
+        "clip_l", "text_encoders.unheard_of.transformer."
+    )
     plan = make_plan(header_source(whole), preset="auto" if preset.detect else preset.name)
     assert {name: plan.decisions[start + name] for name in own} == own
     assert "quantize" in {decision.action for decision in own.values()}
@@ -261,7 +269,10 @@ def test_own_patterns_keep_more(layer_names, header_source):
 
 def test_a_layer_that_the_preset_does_not_know_makes_it_less_sure(layer_names, header_source):
     known = make_plan(header_source(layer_names("flux"))).explanation
-    assert known == "Recognised as Flux.1 (dev, schnell, Kontext, Fill), Ovis-Image, LongCat-Image. It knows all 304 layers to quantize."
+    assert (
+        known
+        == "Recognised as Flux.1 (dev, schnell, Kontext, Fill), Ovis-Image, LongCat-Image. It knows all 304 layers to quantize."
+    )
     more = {**layer_names("flux"), "pulid.0.to_q.weight": (64, 64), "pulid.1.to_q.weight": (64, 64)}
     sentence = " Less sure: it does not know 2 of the 306 layers to quantize, such as pulid.0.to_q.weight."
     assert make_plan(header_source(more)).explanation.endswith(sentence)
@@ -269,8 +280,12 @@ def test_a_layer_that_the_preset_does_not_know_makes_it_less_sure(layer_names, h
 
 def test_own_rules_that_find_no_layer_are_named(layer_names, header_source):
     source = header_source(layer_names("flux"))
-    plan = Recipe(keep=("img_mpl", "img_mlp", "img_mlp.0.bias"), layer_config='{"nothing": "int8", "linear1": "int8"}').plan(source)
-    assert plan.explanation.endswith(" No layer has a name that is found by: keep pattern img_mpl, keep pattern img_mlp.0.bias, layer config nothing.")
+    plan = Recipe(
+        keep=("img_mpl", "img_mlp", "img_mlp.0.bias"), layer_config='{"nothing": "int8", "linear1": "int8"}'
+    ).plan(source)
+    assert plan.explanation.endswith(
+        " No layer has a name that is found by: keep pattern img_mpl, keep pattern img_mlp.0.bias, layer config nothing."
+    )
     assert "No layer" not in Recipe(keep=("img_mlp",)).plan(source).explanation
 
 
@@ -285,7 +300,10 @@ def test_own_rules_that_find_no_layer_are_named(layer_names, header_source):
 )
 def test_own_rules_cannot_ask_for_what_comfyui_does_not_read(layer_names, header_source, family, prefix, layer, reason):
     beside = layer_names("flux", "model.diffusion_model.") if prefix else {}
-    source, rule = header_source({**layer_names(family, prefix), **beside}), layer_rules((), f'{{"{layer}": "int8"}}')[0]
+    source, rule = (
+        header_source({**layer_names(family, prefix), **beside}),
+        layer_rules((), f'{{"{layer}": "int8"}}')[0],
+    )
     name = f"{prefix}{layer}.weight"
     try:
         decision = make_plan(source, rules=[rule]).decisions[name]
@@ -294,7 +312,9 @@ def test_own_rules_cannot_ask_for_what_comfyui_does_not_read(layer_names, header
         assert reason in str(error)
 
 
-@pytest.mark.parametrize("format, action", [("int8_tensorwise", "quantize"), ("float8_e4m3fn", "quantize"), ("int8_blockwise", "keep")])
+@pytest.mark.parametrize(
+    "format, action", [("int8_tensorwise", "quantize"), ("float8_e4m3fn", "quantize"), ("int8_blockwise", "keep")]
+)
 def test_an_embedding_is_quantized_in_what_comfyui_reads_there(layer_names, header_source, format, action):
     """It looks rows of codes up, and takes the scale for that of the whole table or of each row."""
     plan = Recipe(layer_config=f'{{"shared": "{format}"}}').plan(header_source(layer_names("t5")))
@@ -310,7 +330,10 @@ def test_own_patterns_do_not_bring_back_what_a_preset_removes(layer_names, heade
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_what_qwen35_predicts_further_words_with_is_kept(layer_names, header_source, prefix):
     """Published files have it, ComfyUI's class has not."""
-    more = {f"{prefix}{name}.weight": (64, 64) for name in ("mtp.fc", "mtp.layers.0.self_attn.q_proj", "mtp.layers.0.mlp.down_proj")}
+    more = {
+        f"{prefix}{name}.weight": (64, 64)
+        for name in ("mtp.fc", "mtp.layers.0.self_attn.q_proj", "mtp.layers.0.mlp.down_proj")
+    }
     plan = make_plan(header_source({**layer_names("qwen35_2b"), **more}))
     assert plan.preset.name == "qwen35" and {plan.decisions[name].action for name in more} == {"keep"}
 

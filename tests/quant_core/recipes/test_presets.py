@@ -96,7 +96,9 @@ def test_hunyuan_is_recognised_as_published_and_its_norms_are_known(layer_names,
 
 def test_a_t5_with_the_names_of_transformers_is_recognised(layer_names):
     shapes = layer_names("t5")
-    shapes |= dict.fromkeys(["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"], (32128, 4096))
+    shapes |= dict.fromkeys(
+        ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"], (32128, 4096)
+    )
     assert recognise(infos(shapes)).name == "t5xxl"
     del shapes["shared.weight"]
     assert recognise(infos(shapes)).name == "t5xxl"

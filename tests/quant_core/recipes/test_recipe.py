@@ -17,7 +17,14 @@ LEARNED = {
     "auto": {"bias_correction": "none"},
     "nearest": {"bias_correction": "synthetic", "calib_samples": 7},
     "stochastic": {},
-    "principal": {"top_p": 0.125, "min_k": 3, "max_k": 9, "full_matrix": True, "weight_cost": 0.5, "optimizer": "radam"},
+    "principal": {
+        "top_p": 0.125,
+        "min_k": 3,
+        "max_k": 9,
+        "full_matrix": True,
+        "weight_cost": 0.5,
+        "optimizer": "radam",
+    },
     "calibrated": {"damping": 0.25, "num_iter": 9, "lr": 0.5, "lr_schedule": "plateau", "early_stop": 0},
 }
 

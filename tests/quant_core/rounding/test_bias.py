@@ -21,7 +21,9 @@ def test_the_mean_output_error_falls_on_held_out_inputs(gaussian, anisotropic, o
 def test_without_a_mean_nothing_is_corrected(gaussian):
     bias = gaussian(24)
     assert quantize_weight(gaussian(24, 64), "int8_tensorwise", bias=bias).bias is bias
-    known = quantize_weight(gaussian(24, 64), "int8_tensorwise", bias=bias, mean_input=torch.ones(64), bias_correction="none")
+    known = quantize_weight(
+        gaussian(24, 64), "int8_tensorwise", bias=bias, mean_input=torch.ones(64), bias_correction="none"
+    )
     assert known.bias is bias
     assert quantize_weight(gaussian(24, 64), "int8_tensorwise", mean_input=torch.ones(64)).bias is None
 
@@ -37,7 +39,10 @@ def test_the_synthetic_mean_is_asked_for_and_says_what_it_is(gaussian):
 
 def test_the_bias_keeps_its_dtype(gaussian):
     bias = gaussian(24).to(torch.float16)
-    assert quantize_weight(gaussian(24, 64), "int8_tensorwise", bias=bias, mean_input=torch.ones(64)).bias.dtype is bias.dtype
+    assert (
+        quantize_weight(gaussian(24, 64), "int8_tensorwise", bias=bias, mean_input=torch.ones(64)).bias.dtype
+        is bias.dtype
+    )
 
 
 @pytest.mark.parametrize("mean", [torch.ones(63), torch.ones(1, 64), torch.full((64,), float("nan"))])

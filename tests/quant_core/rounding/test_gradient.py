@@ -49,9 +49,7 @@ def test_every_optimizer_beats_nearest_with_neighbouring_codes(problem, format, 
 def test_more_steps_are_never_worse(problem, optimizer, schedule):
     arguments = problem()
     losses = [
-        damped_loss(
-            round_gradient(*arguments, optimizer=optimizer, num_iter=steps, lr_schedule=schedule), *arguments
-        )
+        damped_loss(round_gradient(*arguments, optimizer=optimizer, num_iter=steps, lr_schedule=schedule), *arguments)
         for steps in (0, 1, 5, 40, 126, 160)
     ]
     assert all(after <= before for before, after in zip(losses, losses[1:], strict=False))

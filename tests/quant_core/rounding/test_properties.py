@@ -103,7 +103,9 @@ def test_no_solver_is_worse_than_nearest_on_its_own_objective(weight, target, me
         assert learned.rounded.gain == pytest.approx(loss(learned) / loss(nearest), rel=2e-2, abs=1e-4)
 
 
-@given(weights(dtypes=(torch.float32,)), st.sampled_from(["auto", "nearest", "calibrated", "descent"]), st.integers(0, 99))
+@given(
+    weights(dtypes=(torch.float32,)), st.sampled_from(["auto", "nearest", "calibrated", "descent"]), st.integers(0, 99)
+)
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_rows_are_independent_where_they_have_their_own_scale(weight, method, seed):
     """Permuting rows permutes codes; scaling rows by powers of two scales their scales.
@@ -123,7 +125,9 @@ def test_rows_are_independent_where_they_have_their_own_scale(weight, method, se
         same = (moved.codes.float() == result.codes.float()[order]).all(dim=1)
         assert (~same).sum() <= max(1, len(same) // 10)
         filled = same & (weight[order].abs().amax(dim=1) > 0)
-        torch.testing.assert_close(moved.scale[filled], (result.scale[order] * powers[order])[filled], rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            moved.scale[filled], (result.scale[order] * powers[order])[filled], rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("format, granularity", TARGETS)

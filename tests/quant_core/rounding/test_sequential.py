@@ -123,7 +123,9 @@ def test_principal_keeps_its_bargain_on_localized_directions(gaussian):
 def test_the_cost_bounds_the_weight_error(gaussian):
     weight = gaussian(200, 200)
     nearest = quantize_weight(weight, "int8_tensorwise").weight_error
-    results = [quantize_weight(weight, "int8_tensorwise", rounding="principal", weight_cost=c) for c in (0.003, 0.02, 0.2)]
+    results = [
+        quantize_weight(weight, "int8_tensorwise", rounding="principal", weight_cost=c) for c in (0.003, 0.02, 0.2)
+    ]
     for cost, result in zip((0.003, 0.02, 0.2), results, strict=True):
         assert nearest < result.weight_error <= nearest * (1 + cost)
     gains = [result.rounded.gain for result in results]
