@@ -34,9 +34,10 @@ from learned_rounding.benchmarks.tiny_model.place import ASSETS, place, prompt_s
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.server import PACK, PACK_NAME
 from learned_rounding.quant_core.calibration import CalibrationFile
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, layer_configs
-from learned_rounding.quant_core.checkpoints.verify import layer_encoding
 from learned_rounding.quant_core.layer import quantize_weight
+from learned_rounding.quant_core.output import layer_configs
+from learned_rounding.quant_core.output.verify import layer_encoding
+from learned_rounding.quant_core.sources import SafetensorsFile
 
 FORMATS = {
     "float8_e4m3fn tensor": {"format": "float8_e4m3fn", "granularity": "tensor"},

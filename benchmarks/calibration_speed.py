@@ -22,8 +22,8 @@ from learned_rounding.quant_core import Recipe, quantize_weight
 from learned_rounding.quant_core.calibration import Collector, Inputs, LayerInputs, LowRankGram
 from learned_rounding.quant_core.calibration.accumulate import FullGram
 from learned_rounding.quant_core.calibration.panels import packed_size
-from learned_rounding.quant_core.checkpoints import TensorSource
-from learned_rounding.quant_core.choice import measure_plan
+from learned_rounding.quant_core.run.allocate import measure_plan
+from learned_rounding.quant_core.sources import TensorSource
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DOUBLE, SINGLE = 19, 38  # blocks of Flux.1

@@ -1,6 +1,6 @@
 """What a result of ``kernels.py`` looks like to people: tables and sentences for the README, and the floor of a layer."""
 
-from learned_rounding.quant_core.markdown import markdown_table
+from learned_rounding.quant_core.display import markdown_table
 
 __all__ = ["floor", "markdown", "sentences", "tables"]
 

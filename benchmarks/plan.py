@@ -19,10 +19,11 @@ import torch
 
 from learned_rounding.benchmarks.harness import arguments, finish
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, SafetensorsWriter, TensorInfo, header_bytes
-from learned_rounding.quant_core.checkpoints.dtypes import DTYPE_NAMES
-from learned_rounding.quant_core.estimate import estimate_seconds, estimate_size
-from learned_rounding.quant_core.pipeline import usable_device
+from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes
+from learned_rounding.quant_core.run.estimate import estimate_seconds, estimate_size
+from learned_rounding.quant_core.run.quantize import usable_device
+from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo
+from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
 from learned_rounding.tests.architectures import read
 
 __all__ = ["flux", "make_header", "make_weights"]

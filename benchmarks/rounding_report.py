@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from learned_rounding.quant_core.markdown import markdown_table
+from learned_rounding.quant_core.display import markdown_table
 
 __all__ = ["markdown", "plot"]
 

@@ -20,7 +20,8 @@ import torch
 from learned_rounding.benchmarks.harness import arguments, finish
 from learned_rounding.benchmarks.memory import peak_memory
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints import SafetensorsWriter, TensorInfo, header_bytes
+from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes
+from learned_rounding.quant_core.sources import TensorInfo
 
 PASSES = {
     "fp8 nearest": Recipe(format="float8_e4m3fn", rounding="nearest"),

@@ -13,11 +13,11 @@ from .load import LoadModel
 from .load_calibration import LoadCalibration
 from .load_quantized import LoadQuantized
 from .options import RoundingOptions
-from .progress import add_progress_route
 from .quantize import LearnedRoundQuantize
 from .report import QuantizationReport
 from .save import SaveQuantized
 from .save_calibration import SaveCalibration
+from .ui.progress import add_progress_route
 
 __all__ = ["LearnedRoundingExtension"]
 

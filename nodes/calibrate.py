@@ -3,10 +3,10 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
-from .progress import NodeProgress, summary
-from .sampling_inputs import only, pairs, sampling_inputs
-from .schema import CalibrationType, schema, widget
+from .ui.calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
+from .ui.progress import NodeProgress, summary
+from .ui.sampling_inputs import only, pairs, sampling_inputs
+from .ui.schema import CalibrationType, schema, widget
 
 __all__ = ["Calibrate"]
 

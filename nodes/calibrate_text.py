@@ -3,10 +3,10 @@
 from comfy_api.latest import io
 
 from . import host
-from .calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
-from .progress import NodeProgress, summary
 from .prompts import prompt_lines
-from .schema import CalibrationType, checked, schema, widget
+from .ui.calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
+from .ui.progress import NodeProgress, summary
+from .ui.schema import CalibrationType, checked, schema, widget
 
 __all__ = ["CalibrateTextEncoder"]
 

@@ -4,9 +4,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import host
-from .drawing import as_image, line_chart, picture_rows, stacked
-from .sampling_inputs import only, pairs, sampling_inputs
-from .schema import schema
+from .ui.drawing import as_image, line_chart, picture_rows, stacked
+from .ui.sampling_inputs import only, pairs, sampling_inputs
+from .ui.schema import schema
 
 __all__ = ["Compare"]
 

@@ -3,9 +3,9 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .drawing import as_image, named_bars
 from .prompts import prompt_lines
-from .schema import checked, schema, widget
+from .ui.drawing import as_image, named_bars
+from .ui.schema import checked, schema, widget
 
 __all__ = ["CompareTextEncoders"]
 

@@ -13,7 +13,7 @@ from ..quant_core.recipes import MEASURED, MEASURED_CHOOSES, MEASURED_ONLY, PRES
 from ..quant_core.recipes.presets import AUTO, NONE
 from ..quant_core.rounding import ROUNDINGS
 from . import host
-from .schema import OptionsType, RecipeType, checked, schema, widget
+from .ui.schema import OptionsType, RecipeType, checked, schema, widget
 
 __all__ = ["ConfigureQuantization"]
 

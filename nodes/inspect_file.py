@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from ..quant_core.checkpoints import inspect_file
+from ..quant_core.output import inspect_file
 from . import host
-from .schema import checked, schema, widget
+from .ui.schema import checked, schema, widget
 
 __all__ = ["Inspect"]
 

@@ -2,13 +2,13 @@
 
 from comfy_api.latest import io, ui
 
-from ..quant_core.checkpoints import Source as Weights
-from ..quant_core.checkpoints.inspect import quantized_formats
+from ..quant_core.display import human_bytes
 from ..quant_core.errors import QuantizationError, SourceError
+from ..quant_core.output.inspect import quantized_formats
 from ..quant_core.recipes import Recipe
-from ..quant_core.report import human_bytes
+from ..quant_core.sources import Source as Weights
 from . import host
-from .schema import Source, checked, schema, widget
+from .ui.schema import Source, checked, schema, widget
 
 __all__ = ["LoadModel"]
 

@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .schema import CalibrationType, checked, schema, widget
+from .ui.schema import CalibrationType, checked, schema, widget
 
 __all__ = ["LoadCalibration"]
 

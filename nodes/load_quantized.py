@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io, ui
 
-from ..quant_core.checkpoints import SafetensorsFile
-from ..quant_core.checkpoints.inspect import quantized_formats
+from ..quant_core.output.inspect import quantized_formats
+from ..quant_core.sources import SafetensorsFile
 from . import host
-from .schema import checked, schema, widget
+from .ui.schema import checked, schema, widget
 
 __all__ = ["LoadQuantized"]
 

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..quant_core import Recipe
 from ..quant_core.recipes.presets import AUTO
 from ..quant_core.rounding import OPTIONS
-from .schema import OptionsType, checked, schema, widget
+from .ui.schema import OptionsType, checked, schema, widget
 
 __all__ = ["RoundingOptions"]
 

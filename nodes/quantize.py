@@ -5,8 +5,8 @@ from comfy_api.latest import io
 from ..quant_core import Recipe
 from ..quant_core.events import RunFinished
 from . import host
-from .progress import NodeProgress, summary
-from .schema import CalibrationType, QuantizedType, RecipeType, Source, schema, widget
+from .ui.progress import NodeProgress, summary
+from .ui.schema import CalibrationType, QuantizedType, RecipeType, Source, schema, widget
 
 __all__ = ["LearnedRoundQuantize"]
 

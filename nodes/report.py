@@ -4,9 +4,10 @@ import math
 
 from comfy_api.latest import io, ui
 
-from ..quant_core.report import Report, human_bytes
-from .drawing import as_image, bar_chart, named_bars, stacked
-from .schema import QuantizedType, schema
+from ..quant_core.display import human_bytes
+from ..quant_core.run.report import Report
+from .ui.drawing import as_image, bar_chart, named_bars, stacked
+from .ui.schema import QuantizedType, schema
 
 __all__ = ["QuantizationReport"]
 

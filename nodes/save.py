@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from . import host
-from .schema import QuantizedType, checked, schema, widget
+from .ui.schema import QuantizedType, checked, schema, widget
 
 __all__ = ["SaveQuantized"]
 

@@ -3,9 +3,9 @@
 from .errors import QuantizationError
 from .formats import FORMATS, QuantizedWeight
 from .layer import quantize_weight
-from .pipeline import quantize_file, quantize_tensors
 from .recipes import PRESETS, Recipe
-from .report import Report
+from .run.quantize import quantize_file, quantize_tensors
+from .run.report import Report
 
 __all__ = [
     "quantize_weight",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .markdown import markdown_table
+from .display import markdown_table
 
 __all__ = ["Comparison", "cosine", "lpips", "psnr", "snr", "ssim"]
 

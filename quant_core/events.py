@@ -15,7 +15,6 @@ __all__ = [
     "CalibrationAdvanced",
     "CalibrationFinished",
     "Listener",
-    "CancelCheck",
 ]
 
 
@@ -111,7 +110,7 @@ class LayerKept(Event):
 
 @dataclass(frozen=True)
 class RunFinished(Event):
-    """``report`` is the :class:`~learned_rounding.quant_core.report.Report` of the run."""
+    """``report`` is the :class:`~learned_rounding.quant_core.run.report.Report` of the run."""
 
     report: object
 
@@ -142,5 +141,3 @@ class CalibrationFinished(Event):
 
 
 Listener = Callable[[Event], None]
-CancelCheck = Callable[[], None]
-"""Called often, raises to stop the run; nothing is left behind then."""

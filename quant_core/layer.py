@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from .calibration import Gram, Inputs, LowRankGram, PairedGram, dense_gram, mean_vector, quantized_grams
-from .checkpoints.dtypes import SOURCE_DTYPES
+from .cancellation import CancelCheck
 from .errors import QuantizationError, RecipeError
-from .events import CancelCheck
 from .formats import INT8, Encoding, QuantizedWeight, make_encoding, rotation_groups
 from .linalg import lapack
 from .rounding import Method, Quadratic, Rounder, correct_bias, make_objectives, synthetic_mean
+from .sources.dtypes import SOURCE_DTYPES
 
 __all__ = ["output_error", "quantize_weight"]
 

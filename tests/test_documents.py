@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from learned_rounding.quant_core import Recipe, cli, quantize_file
+from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import Collector
-from learned_rounding.quant_core.checkpoints import SafetensorsFile
+from learned_rounding.quant_core.cli import commands as cli
 from learned_rounding.quant_core.recipes.toml import tomllib
+from learned_rounding.quant_core.sources import SafetensorsFile
 from learned_rounding.tests.nodes.probing import in_process, takes_layouts
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # custom_nodes, where the pack itself lies
 
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, layer_configs  # noqa: E402
-from learned_rounding.quant_core.checkpoints.verify import layer_encoding  # noqa: E402
+from learned_rounding.quant_core.output import layer_configs
+from learned_rounding.quant_core.output.verify import layer_encoding
+from learned_rounding.quant_core.sources import SafetensorsFile
 
 __all__ = ["NODE_CLASS_MAPPINGS"]
 

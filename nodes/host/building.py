@@ -13,11 +13,12 @@ import folder_paths
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ...quant_core.checkpoints import SafetensorsFile, layer_configs
-from ...quant_core.checkpoints.metadata import ENCODER_PREFIX
-from ...quant_core.checkpoints.verify import layer_encoding
 from ...quant_core.errors import QuantizationError
-from ..decoded_linear import as_bytes, decoding_operations
+from ...quant_core.output import layer_configs
+from ...quant_core.output.metadata import ENCODER_PREFIX
+from ...quant_core.output.verify import layer_encoding
+from ...quant_core.sources import SafetensorsFile
+from ..runtime.decoded_linear import as_bytes, decoding_operations
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 from .native_int8 import with_native_int8
 from .quantizing import Quantized

@@ -17,10 +17,10 @@ from comfy.patcher_extension import WrappersMP
 import nodes
 
 from ...quant_core.calibration import SUFFIX, CalibrationFile, Collector, Sensitivity
+from ...quant_core.display import human_bytes
 from ...quant_core.events import CalibrationAdvanced, CalibrationFinished, Listener
 from ...quant_core.recipes import make_plan
 from ...quant_core.recipes.presets import NONE
-from ...quant_core.report import human_bytes
 from .calibrations import Calibrated
 from .folders import temporary_folder
 from .running import show

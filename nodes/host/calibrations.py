@@ -8,8 +8,8 @@ from pathlib import Path
 import folder_paths
 
 from ...quant_core.calibration import SUFFIX, CalibrationFile
+from ...quant_core.display import human_bytes
 from ...quant_core.errors import SourceError
-from ...quant_core.report import human_bytes
 from .folders import destination, place, remove, stamp
 
 __all__ = ["Calibrated", "calibration_files", "calibration_state", "load_calibration", "save_calibration"]

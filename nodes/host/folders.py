@@ -14,10 +14,10 @@ import comfy.model_management
 import comfy.sd
 import folder_paths
 
-from ...quant_core.checkpoints import remove_leftovers
-from ...quant_core.checkpoints.sources import ShardedFiles
-from ...quant_core.durable import to_disk
 from ...quant_core.errors import OutputError, QuantizationError, SourceError
+from ...quant_core.output import remove_leftovers
+from ...quant_core.output.durable import to_disk
+from ...quant_core.sources.opening import ShardedFiles
 
 try:
     import fcntl

@@ -14,11 +14,11 @@ import comfy.ops
 import comfy.quant_ops
 import torch
 
-from ...quant_core.checkpoints import TensorInfo
-from ...quant_core.checkpoints.metadata import read_config
-from ...quant_core.checkpoints.verify import layer_encoding
 from ...quant_core.formats import FORMATS
 from ...quant_core.formats.weight import config_tensor
+from ...quant_core.output.metadata import read_config
+from ...quant_core.output.verify import layer_encoding
+from ...quant_core.sources import TensorInfo
 
 __all__ = ["add_layouts"]
 
@@ -40,7 +40,7 @@ def _obstacle() -> str | None:
     if _CARRIER not in comfy.quant_ops.QUANT_ALGOS:
         return f"comfy.quant_ops.QUANT_ALGOS has no {_CARRIER}"
     try:
-        from .. import layouts
+        from ..runtime import layouts
     except ImportError as error:
         return str(error)
     if comfy.ops.QuantizedTensor is not layouts.QuantizedTensor:
@@ -63,7 +63,7 @@ def add_layouts() -> None:
             obstacle,
         )
     elif missing:
-        from ..layouts import LAYOUTS
+        from ..runtime.layouts import LAYOUTS
 
         for name in missing:
             own = {"storage_t": FORMATS[name].grid.dtype, "comfy_tensor_layout": LAYOUTS[name].__name__}
@@ -84,7 +84,7 @@ def _wrapped(load, formats: frozenset[str]):
 
 def _load_layer(load, config: dict, module, super_load, state_dict, prefix: str, *args, **kwargs) -> None:
     """Make ``module`` a layer of the codes under ``prefix``. ``config``: the layer's JSON. Raises ValueError when they do not fit it."""
-    from ..layouts import LAYOUTS, QuantizedTensor
+    from ..runtime.layouts import LAYOUTS, QuantizedTensor
 
     tensors = {name: state_dict[name] for key in ("weight", "weight_scale") if (name := prefix + key) in state_dict}
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -114,7 +114,7 @@ class _OurLinear:
         return super()._forward(input.contiguous(), weight, bias)
 
     def state_dict(self, *args, destination=None, prefix="", **kwargs):
-        from ..layouts import LAYOUTS
+        from ..runtime.layouts import LAYOUTS
 
         state, key = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs), f"{prefix}comfy_quant"
         if key in state and self.quant_format in LAYOUTS:

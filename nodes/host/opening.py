@@ -8,12 +8,12 @@ import comfy.utils
 import torch
 from comfy import model_detection
 
-from ...quant_core.checkpoints import Source, TensorInfo, TensorSource, open_source
-from ...quant_core.checkpoints.inspect import quantized_formats
-from ...quant_core.checkpoints.source import CPU
+from ...quant_core.convert.dequantize import DecodedSource
 from ...quant_core.errors import SourceError
+from ...quant_core.output.inspect import quantized_formats
 from ...quant_core.recipes.refused import DIFFUSERS, refusal
-from ...quant_core.requantize import DecodedSource
+from ...quant_core.sources import Source, TensorInfo, TensorSource, open_source
+from ...quant_core.sources.source import CPU
 from .folders import DIFFUSION_MODELS, FileSource
 
 __all__ = ["opened"]

@@ -13,9 +13,9 @@ import comfy.sd
 import torch
 
 from ...quant_core import Recipe, Report, quantize_file
-from ...quant_core.checkpoints import Source, TensorInfo
-from ...quant_core.checkpoints.metadata import ENCODER_PREFIX
 from ...quant_core.events import Listener
+from ...quant_core.output.metadata import ENCODER_PREFIX
+from ...quant_core.sources import Source, TensorInfo
 from .calibrations import Calibrated
 from .folders import FileSource, new_unfinished, remove, stamp, temporary
 from .opening import opened

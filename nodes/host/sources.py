@@ -8,14 +8,14 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...quant_core.checkpoints import TensorInfo, TensorSource
-from ...quant_core.checkpoints.metadata import CONFIG_SUFFIX
-from ...quant_core.checkpoints.source import CPU
 from ...quant_core.errors import (
     AlreadyQuantizedError,
     NothingToQuantizeError,
     QuantizationError,
 )
+from ...quant_core.output.metadata import CONFIG_SUFFIX
+from ...quant_core.sources import TensorInfo, TensorSource
+from ...quant_core.sources.source import CPU
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 
 __all__ = ["READS_ENCODERS", "PatchedWeights", "encoder_parts", "is_quantized", "module_name", "parts_of"]

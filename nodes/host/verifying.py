@@ -19,11 +19,12 @@ import comfy.utils
 import torch
 from comfy import model_detection
 
-from ...quant_core.checkpoints import SafetensorsFile, TensorInfo, layer_configs, verify_file
-from ...quant_core.checkpoints.metadata import CONFIG_SUFFIX
-from ...quant_core.checkpoints.verify import layer_encoding
 from ...quant_core.errors import QuantizationError, VerificationError
-from ...quant_core.report import Report
+from ...quant_core.output import layer_configs, verify_file
+from ...quant_core.output.metadata import CONFIG_SUFFIX
+from ...quant_core.output.verify import layer_encoding
+from ...quant_core.run.report import Report
+from ...quant_core.sources import SafetensorsFile, TensorInfo
 from .building import layers_to_decode, quantized_linear, reload
 from .folders import TEXT_ENCODERS, remove
 from .quantizing import Quantized

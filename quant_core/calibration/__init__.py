@@ -1,9 +1,9 @@
 """What is known of layers' inputs: gathered while a model runs, kept in files, given to the rounding."""
 
-from .collect import Collector
 from .file import SUFFIX, CalibrationFile
-from .gram import Gram, Inputs, LowRankGram, PackedGram, PairedGram, dense_gram, mean_vector, quantized_grams
+from .hessian import Gram, Inputs, LowRankGram, PackedGram, PairedGram, dense_gram, mean_vector, quantized_grams
 from .histogram import input_scale
+from .hooks import Collector
 from .sensitivity import Sensitivity
 from .statistics import Calibration, LayerInputs
 

@@ -10,7 +10,7 @@ from ..errors import CalibrationError
 from ..formats import make_encoding
 from ..linalg import lapack
 from .background import Background, Transfer
-from .gram import Gram, Inputs, LowRankGram, PackedGram, PairedGram, roots
+from .hessian import Gram, Inputs, LowRankGram, PackedGram, PairedGram, roots
 from .histogram import BINS, histogram
 from .panels import panels
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import SafetensorsFile, SafetensorsWriter, TensorInfo, header_bytes
-from ..checkpoints.source import fingerprint
 from ..errors import CalibrationError, SourceError
-from .gram import Inputs, LowRankGram, PackedGram, PairedGram
+from ..output import SafetensorsWriter, header_bytes
+from ..sources import SafetensorsFile, TensorInfo
+from ..sources.source import fingerprint
+from .hessian import Inputs, LowRankGram, PackedGram, PairedGram
 from .histogram import BINS
 from .statistics import Calibration
 

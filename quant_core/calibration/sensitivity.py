@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..events import CancelCheck
+from ..cancellation import CancelCheck
 from ..formats import E4M3
 
 __all__ = ["Sensitivity"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..errors import CalibrationError
-from .gram import Inputs
+from .hessian import Inputs
 
 __all__ = ["Calibration", "LayerInputs"]
 

@@ -1,10 +1,10 @@
 """What a quantized weight is: number grid × scale granularity × rotation × file keys; one table of formats."""
 
+from .elements import E4M3, E5M2, INT8, Grid
 from .encoding import ROTATED, Encoding, make_encoding
-from .foreign import FOREIGN, ForeignFormat
-from .granularity import GRANULARITIES, Tiles
-from .grids import E4M3, E5M2, INT8, Grid
+from .external import FOREIGN, ForeignFormat
 from .rotation import GROUP_SIZES, Rotation, rotation_groups
+from .scales import GRANULARITIES, Tiles
 from .table import FORMATS, Format, find_format, sibling, with_granularity
 from .weight import QuantizedWeight, Rounded
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import RecipeError, UnknownNameError
-from .granularity import BLOCK_SIZE, GRANULARITIES, Tiles
-from .grids import Grid
+from .elements import Grid
 from .rotation import Rotation
+from .scales import BLOCK_SIZE, GRANULARITIES, Tiles
 from .table import Format, find_format, sibling
 
 __all__ = ["ROTATED", "Encoding", "make_encoding"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UnknownNameError
-from .grids import E4M3, E5M2, INT8, Grid
+from .elements import E4M3, E5M2, INT8, Grid
 
 __all__ = ["Format", "FORMATS", "find_format", "sibling", "with_granularity"]
 

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..cancellation import CancelCheck
 from ..errors import RecipeError
-from ..events import CancelCheck
 from ..formats import with_granularity
 from .patterns import Pattern
 

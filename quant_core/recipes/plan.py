@@ -5,22 +5,54 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..checkpoints import Source, TensorInfo
-from ..checkpoints.inspect import BITSANDBYTES, quantized_formats
+from ..cancellation import CancelCheck
+from ..display import human_bytes
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
-from ..events import CancelCheck
 from ..formats import FORMATS
-from ..formats.granularity import BLOCK_SIZE
-from ..report import Choice
+from ..formats.scales import BLOCK_SIZE
+from ..output.inspect import BITSANDBYTES, quantized_formats
+from ..sources import Source, TensorInfo
 from .layers import FormatChoice, LayerRule, finding, most_specific
 from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognise
 from .refused import refusal
 from .rules import eligibility, heuristic
 
-__all__ = ["Decision", "Plan", "make_plan"]
+__all__ = ["Choice", "Decision", "Plan", "make_plan"]
+
+_OUTLINE = 6  # points
 
 _BESIDE = " Beside it {}, which ComfyUI reads quantized from 0.33 on; keep layers ^{} for older ones."
 _ENCODER = re.compile(r"text_encoders\.(?P<part>[^.]+)\.transformer\.")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What formats were chosen from by measurement.
+
+    Attributes:
+        curve: (bytes of the file, expected error of the model's output, relative), from the smallest possible to every layer in full.
+        chosen: the point that was taken.
+        sensitive: errors are those of the model's output; otherwise the root mean square of its layers' outputs.
+    """
+
+    curve: tuple[tuple[int, float], ...]
+    chosen: tuple[int, float]
+    sensitive: bool
+
+    def __str__(self) -> str:
+        """For people: the chosen point, and where the others lie."""
+        what = "the model's output" if self.sensitive else "the layers' outputs (sensitivities were not measured)"
+        (size, error), (least, worst) = self.chosen, self.curve[0]
+        return (
+            f"error of {what} {error:.4f} expected at {human_bytes(size)}; the smallest possible: {worst:.4f} at "
+            f"{human_bytes(least)}"
+        )
+
+    @property
+    def outline(self) -> str:
+        """The curve for people, in a few points from the smallest to the largest file."""
+        step = max(1, (len(self.curve) - 1) // (_OUTLINE - 1))
+        return ", ".join(f"{human_bytes(size)} {error:.4f}" for size, error in self.curve[::step])
 
 
 @dataclass(frozen=True)

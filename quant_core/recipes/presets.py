@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..checkpoints import TensorInfo
 from ..errors import UnknownNameError
+from ..sources import TensorInfo
 from .toml import tomllib
 
 __all__ = [

@@ -5,13 +5,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..checkpoints import Source
+from ..cancellation import CancelCheck
 from ..errors import RecipeError
-from ..events import CancelCheck
 from ..formats import Encoding, make_encoding
-from ..formats.granularity import BLOCK_SIZE
 from ..formats.rotation import rotation_groups
+from ..formats.scales import BLOCK_SIZE
 from ..rounding import Method
+from ..sources import Source
 from .layers import LayerRule, layer_rules
 from .plan import Decision, Plan, make_plan
 from .presets import AUTO, NONE, Preset, find_preset
@@ -28,7 +28,7 @@ class Recipe(Method):
 
     Attributes:
         format: the file format string of the quantized layers; "measured" to choose for each layer by its real inputs,
-            see :mod:`~learned_rounding.quant_core.choice`.
+            see :mod:`~learned_rounding.quant_core.run.allocate`.
         granularity: what shares a scale; None for the format's own.
         block_size: side of a block, for granularity block; None for 128.
         convrot: rotate the inputs, see :func:`~learned_rounding.quant_core.layer.quantize_weight`; None for no.

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from ..checkpoints import TensorInfo
-from ..checkpoints.dtypes import SOURCE_DTYPES
+from ..sources import TensorInfo
+from ..sources.dtypes import SOURCE_DTYPES
 
 __all__ = ["eligibility", "heuristic"]
 

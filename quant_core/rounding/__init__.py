@@ -6,14 +6,14 @@ together and keeps nearest where nothing is better.
 """
 
 from .bias import correct_bias, synthetic_mean
+from .gptq import round_sequential
 from .gradient import round_gradient
-from .methods import BIAS_CORRECTIONS, OPTIONS, ROUNDINGS, Method
-from .nearest import quantize_nearest, weight_error
 from .objectives import Calibrated, Identity, Objective, Principal, Quadratic
 from .optimizers import OPTIMIZERS, SCHEDULES
+from .options import BIAS_CORRECTIONS, OPTIONS, ROUNDINGS, Method
 from .rounder import Candidate, Rounder, make_objectives
-from .scales import amax_scale, search_scale
-from .sequential import round_sequential
+from .rtn import quantize_nearest, weight_error
+from .scale_search import amax_scale, search_scale
 from .stochastic import round_stochastic
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..events import CancelCheck
+from ..cancellation import CancelCheck
 from ..formats import Tiles
 from .slabs import error_slabs
 

@@ -13,7 +13,7 @@ shorter one. After every step the hard choice h > ½ is judged, and the best of 
 
 import torch
 
-from ..events import CancelCheck
+from ..cancellation import CancelCheck
 from ..formats import Grid, Tiles
 from .objectives import Quadratic
 from .optimizers import OPTIMIZERS, SCHEDULES

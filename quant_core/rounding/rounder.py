@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..events import CancelCheck
+from ..cancellation import CancelCheck
 from ..formats import Grid, Rounded, Tiles
+from .gptq import round_sequential
 from .gradient import round_gradient
-from .methods import Method
-from .nearest import quantize_nearest, weight_error
 from .objectives import Calibrated, Identity, Objective, Principal, Quadratic
-from .scales import amax_scale, search_scale
-from .sequential import round_sequential
+from .options import Method
+from .rtn import quantize_nearest, weight_error
+from .scale_search import amax_scale, search_scale
 from .slabs import error_slabs, row_slabs
 from .stochastic import round_stochastic
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..events import CancelCheck
+from ..cancellation import CancelCheck
 from ..formats import Tiles
 
 __all__ = ["row_slabs", "error_slabs"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..events import CancelCheck
+from ..cancellation import CancelCheck
 from ..formats import Grid, Tiles
 from .slabs import row_slabs
 

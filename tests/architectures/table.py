@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 
 from learned_rounding.quant_core import FORMATS, PRESETS, Recipe
-from learned_rounding.quant_core.checkpoints import TensorInfo
 from learned_rounding.quant_core.errors import NothingToQuantizeError
-from learned_rounding.quant_core.estimate import estimate_size
 from learned_rounding.quant_core.recipes import make_plan, recognise
+from learned_rounding.quant_core.run.estimate import estimate_size
+from learned_rounding.quant_core.sources import TensorInfo
 from learned_rounding.tests.architectures.collect import TEXT_ENCODERS
 from learned_rounding.tests.architectures.lists import architectures, read, title
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from learned_rounding.benchmarks import plan as benchmark
-from learned_rounding.quant_core.checkpoints import SafetensorsFile
-from learned_rounding.quant_core.cli import main
+from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.recipes import plan
+from learned_rounding.quant_core.sources import SafetensorsFile
 
 
 def test_a_plan_of_flux_reads_the_header_alone_and_decides_once_for_each_tensor(tmp_path, monkeypatch, capsys):

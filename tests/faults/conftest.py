@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints import verify_file
+from learned_rounding.quant_core.output import verify_file
 
 RECIPES = {"int8 per row": Recipe(format="int8_tensorwise"), "fp8 stochastic": Recipe(rounding="stochastic")}
 

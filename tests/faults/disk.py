@@ -17,7 +17,8 @@ import pytest
 from safetensors.torch import load_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints import Source, TensorSource, writer
+from learned_rounding.quant_core.output import writer
+from learned_rounding.quant_core.sources import Source, TensorSource
 
 __all__ = ["Disk", "File", "failing", "flushed", "in_memory", "killed", "killing", "once", "processes", "run"]
 

@@ -18,10 +18,11 @@ from safetensors.torch import save, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import CalibrationFile, Inputs, LayerInputs, LowRankGram
-from learned_rounding.quant_core.checkpoints import reader, writer
-from learned_rounding.quant_core.cli import main
+from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import OutputError, SourceError
 from learned_rounding.quant_core.events import LayerMeasured, LayerStarted
+from learned_rounding.quant_core.output import writer
+from learned_rounding.quant_core.sources import safetensors as reader
 from learned_rounding.tests.faults.conftest import make_case, tensors
 from learned_rounding.tests.faults.disk import Disk, failing, killed, once
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from learned_rounding.quant_core import Recipe, pipeline, quantize_file
-from learned_rounding.quant_core.checkpoints import TensorSource
-from learned_rounding.quant_core.checkpoints.journal import Journal
+from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.errors import OutputExistsError
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted
+from learned_rounding.quant_core.output.journal import Journal
+from learned_rounding.quant_core.run import quantize as pipeline
+from learned_rounding.quant_core.sources import TensorSource
 from learned_rounding.tests.faults.disk import Disk, failing, in_memory, killed, processes, run
 
 SEED = 20

@@ -15,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from learned_rounding.quant_core import Recipe, pipeline, quantize_file
-from learned_rounding.quant_core.checkpoints import reader, verify_file, writer
-from learned_rounding.quant_core.cli import main
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import OutOfMemoryError, OutputError
 from learned_rounding.quant_core.events import LayerFinished
+from learned_rounding.quant_core.output import verify_file, writer
+from learned_rounding.quant_core.run import quantize as pipeline
+from learned_rounding.quant_core.sources import safetensors as reader
 from learned_rounding.tests.faults.disk import Disk, failing
 
 LAYERS = 8

@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from learned_rounding.benchmarks.memory import peak_memory
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import CalibrationFile
-from learned_rounding.quant_core.checkpoints import inspect_file, open_source, verify_file
+from learned_rounding.quant_core.convert.dequantize import DecodedSource
+from learned_rounding.quant_core.convert.migrate import migrate_file
 from learned_rounding.quant_core.errors import QuantizationError
-from learned_rounding.quant_core.migrate import migrate_file
+from learned_rounding.quant_core.output import inspect_file, verify_file
 from learned_rounding.quant_core.recipes.layers import layer_rules
-from learned_rounding.quant_core.requantize import DecodedSource
+from learned_rounding.quant_core.sources import open_source
 
 __all__ = ["FILES", "TEXTS", "bounded", "refused", "tried_all"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from learned_rounding.attacks.cases import CANARY, CASES, PATTERNS
-from learned_rounding.quant_core.cli import main
+from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.recipes import Recipe
 from learned_rounding.quant_core.recipes.layers import finding
 from learned_rounding.tests.fuzz.doors import TEXTS, bounded, refused, tried_all

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints.journal import Journal
 from learned_rounding.quant_core.events import LayerStarted
+from learned_rounding.quant_core.output.journal import Journal
 from learned_rounding.tests.fuzz.doors import FILES as DOORS_OF_FILES
 from learned_rounding.tests.fuzz.doors import TEXTS as DOORS
 from learned_rounding.tests.fuzz.doors import bounded, refused, tried_all

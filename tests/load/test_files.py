@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints import verify_file
-from learned_rounding.quant_core.checkpoints.reader import MAX_HEADER
+from learned_rounding.quant_core.output import verify_file
+from learned_rounding.quant_core.sources.safetensors import MAX_HEADER
 from learned_rounding.tests.faults.disk import Disk
 
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest", preset="none")
@@ -67,13 +67,13 @@ CEILING_OF_A_HEADER = 1e9
 OPEN = """
 import sys
 from learned_rounding.benchmarks.memory import peak_memory
-from learned_rounding.quant_core import checkpoints
+from learned_rounding.quant_core import sources
 from learned_rounding.quant_core.errors import SourceError
 
 open_it, file = sys.argv[1:]
 before = peak_memory()
 try:
-    getattr(checkpoints, open_it)(file)
+    getattr(sources, open_it)(file)
 except SourceError:
     pass
 print(peak_memory() - before)
@@ -125,7 +125,7 @@ CHILD = """
 import sys
 from learned_rounding.benchmarks.memory import peak_memory
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.cli import main
+from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.events import LayerFinished
 
 source, target, layers, rounding = sys.argv[1:]

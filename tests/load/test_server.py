@@ -15,7 +15,7 @@ import websocket
 from safetensors.torch import save_file
 
 from learned_rounding.hosts import HostError, HostInterrupted
-from learned_rounding.quant_core.checkpoints import verify_file
+from learned_rounding.quant_core.output import verify_file
 from learned_rounding.tests.nodes.probing import ProbedGraph
 
 PROGRESS = "learned_rounding.progress"

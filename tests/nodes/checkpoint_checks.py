@@ -7,9 +7,10 @@ import folder_paths
 import torch
 from pack.nodes import host
 from pack.quant_core import Recipe
-from pack.quant_core.checkpoints import SafetensorsFile, inspect_file, layer_configs
-from pack.quant_core.pipeline import quantize_file
-from pack.quant_core.requantize import DecodedSource
+from pack.quant_core.convert.dequantize import DecodedSource
+from pack.quant_core.output import inspect_file, layer_configs
+from pack.quant_core.run.quantize import quantize_file
+from pack.quant_core.sources import SafetensorsFile
 from safetensors.torch import load_file, save_file
 
 from __main__ import TINY_T5, encode, t5_weights

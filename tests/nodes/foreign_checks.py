@@ -2,10 +2,10 @@
 
 import comfy_kitchen.tensor
 import torch
-from pack.quant_core.checkpoints import TensorSource
+from pack.quant_core.convert.dequantize import DecodedSource
 from pack.quant_core.formats import FOREIGN
 from pack.quant_core.formats.weight import config_tensor
-from pack.quant_core.requantize import DecodedSource
+from pack.quant_core.sources import TensorSource
 
 SHAPES = ((256, 512), (160, 256), (40, 264))  # whole tiles of scales; parts of them; padded
 LAYOUTS = {

@@ -14,9 +14,10 @@ import folder_paths
 import torch
 from pack.nodes import host
 from pack.quant_core import FORMATS, Recipe
-from pack.quant_core.checkpoints import SafetensorsFile, layer_configs, verify_file
 from pack.quant_core.formats import make_encoding
 from pack.quant_core.formats.weight import config_tensor
+from pack.quant_core.output import layer_configs, verify_file
+from pack.quant_core.sources import SafetensorsFile
 from torch.nn.functional import linear
 
 OURS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
@@ -36,7 +37,7 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 def operations() -> dict:
     """{format: {dtype: {what is checked: whether it holds}}} for every layout."""
     host.add_layouts()
-    from pack.nodes.layouts import LAYOUTS
+    from pack.nodes.runtime.layouts import LAYOUTS
 
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     with torch.inference_mode(False):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import folder_paths
 import torch
-from pack.nodes import host, progress
+from pack.nodes import host
+from pack.nodes.ui import progress
 from pack.quant_core import QuantizationError, Recipe
 from pack.quant_core.events import CalibrationAdvanced, CalibrationFinished
 from safetensors.torch import save_file

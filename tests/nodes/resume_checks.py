@@ -10,8 +10,9 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 from pack.nodes import host
-from pack.quant_core import Recipe, pipeline
+from pack.quant_core import Recipe
 from pack.quant_core.events import LayerFinished, RunFinished
+from pack.quant_core.run import quantize as pipeline
 
 ASSETS = Path(host.__file__).parents[2] / "assets"
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")

@@ -19,9 +19,11 @@ import comfy.utils
 import folder_paths
 import torch
 from pack.nodes import host
-from pack.quant_core import FORMATS, QuantizationError, Recipe, pipeline
-from pack.quant_core.checkpoints import SafetensorsFile, SafetensorsWriter
+from pack.quant_core import FORMATS, QuantizationError, Recipe
 from pack.quant_core.formats.weight import config_tensor
+from pack.quant_core.output import SafetensorsWriter
+from pack.quant_core.run import quantize as pipeline
+from pack.quant_core.sources import SafetensorsFile
 from safetensors.torch import load_file, save_file
 
 TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors"

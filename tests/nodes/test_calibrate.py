@@ -11,7 +11,8 @@ from learned_rounding.hosts import HostError, HostInterrupted
 from learned_rounding.hosts.server import HOST_DEVICE
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import CalibrationFile
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, verify_file
+from learned_rounding.quant_core.output import verify_file
+from learned_rounding.quant_core.sources import SafetensorsFile
 from learned_rounding.tests.nodes.probing import ProbedGraph, text
 from learned_rounding.tests.nodes.test_graph import saved_path, unique
 

@@ -16,8 +16,8 @@ from learned_rounding.hosts import HostError, HostInterrupted
 from learned_rounding.hosts.server import HOST_DEVICE
 from learned_rounding.hosts.workflows import Node
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
-from learned_rounding.quant_core.checkpoints import verify_file
 from learned_rounding.quant_core.formats import E4M3, E5M2, INT8
+from learned_rounding.quant_core.output import verify_file
 from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, loads, probed, progress, takes_layouts, text
 
 # dB against the unquantized model: under the worst picture of plain nearest rounding (benchmarks/README.md).

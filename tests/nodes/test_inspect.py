@@ -6,7 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from learned_rounding.quant_core.cli import main
+from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.tests.nodes.probing import ProbedGraph, text
 from learned_rounding.tests.nodes.test_graph import saved_path, unique
 

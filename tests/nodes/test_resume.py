@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from learned_rounding.hosts import HostError
-from learned_rounding.quant_core.checkpoints import verify_file
+from learned_rounding.quant_core.output import verify_file
 from learned_rounding.tests.conftest import LINKS
 from learned_rounding.tests.nodes.probing import ProbedGraph, in_process
 

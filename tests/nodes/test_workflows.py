@@ -16,7 +16,7 @@ from learned_rounding.benchmarks.tiny_model.examples import (
 )
 from learned_rounding.benchmarks.tiny_model.graph import pictures, psnr
 from learned_rounding.hosts.workflows import to_api
-from learned_rounding.quant_core.checkpoints import verify_file
+from learned_rounding.quant_core.output import verify_file
 
 WORKFLOWS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(EXAMPLES.glob("*.json"))}
 

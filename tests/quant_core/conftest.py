@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from learned_rounding.quant_core.checkpoints import TensorInfo
+from learned_rounding.quant_core.sources import TensorInfo
 from learned_rounding.tests.architectures import read
 
 

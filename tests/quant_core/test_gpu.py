@@ -12,17 +12,18 @@ from learned_rounding.quant_core.calibration import (
     Inputs,
     LayerInputs,
     LowRankGram,
-    collect,
     dense_gram,
 )
+from learned_rounding.quant_core.calibration import hooks as collect
 from learned_rounding.quant_core.calibration.accumulate import PairedGrams, SketchedGram
 from learned_rounding.quant_core.calibration.panels import packed_size
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, SafetensorsWriter, header_bytes, verify_file
-from learned_rounding.quant_core.checkpoints.source import TensorSource
-from learned_rounding.quant_core.choice import measure_plan
 from learned_rounding.quant_core.formats import make_encoding
+from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, verify_file
 from learned_rounding.quant_core.rounding import Calibrated, amax_scale, round_sequential
-from learned_rounding.quant_core.rounding.sequential import memory_bytes
+from learned_rounding.quant_core.rounding.gptq import memory_bytes
+from learned_rounding.quant_core.run.allocate import measure_plan
+from learned_rounding.quant_core.sources import SafetensorsFile
+from learned_rounding.quant_core.sources.source import TensorSource
 
 pytestmark = pytest.mark.gpu
 

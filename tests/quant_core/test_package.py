@@ -20,14 +20,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Each part may import those on lower floors, and itself. A part that is not listed here needs a place first.
 FLOORS = [
-    {"durable", "errors", "events", "version", "markdown", "linalg", "terminal"},
-    {"formats", "report", "comparison", "waiting"},
-    {"rounding", "checkpoints"},
+    {"cancellation", "errors", "events", "version", "display", "linalg"},
+    {"formats", "comparison"},
+    {"rounding", "sources"},
+    {"output"},
     {"calibration"},
     {"recipes", "layer"},
-    {"choice", "estimate"},
-    {"pipeline", "migrate"},
-    {"requantize"},
+    {"run", "convert"},
     {"cli"},
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}
@@ -121,7 +120,7 @@ sys.meta_path.insert(0, Refuse())
 import learned_rounding
 assert "torch" not in sys.modules, "the door alone loads nothing"
 assert learned_rounding.WEB_DIRECTORY and callable(learned_rounding.comfy_entrypoint)
-import learned_rounding.quant_core, learned_rounding.quant_core.cli
+import learned_rounding.quant_core, learned_rounding.quant_core.cli.commands
 assert not [name for name in sys.modules if name.startswith("learned_rounding.nodes")]
 """
 

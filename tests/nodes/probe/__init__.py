@@ -56,7 +56,9 @@ class Gate:
             self._changed.notify_all()
         if not self._wrapped:
             pipeline = next(
-                module for name, module in sys.modules.items() if name.endswith("learned_rounding.quant_core.pipeline")
+                module
+                for name, module in sys.modules.items()
+                if name.endswith("learned_rounding.quant_core.run.quantize")
             )
             pipeline.quantize_weight, self._wrapped = self._behind(pipeline.quantize_weight), True
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
-from learned_rounding.quant_core.checkpoints import SafetensorsFile, layer_configs, verify_file
 from learned_rounding.quant_core.errors import RecipeError
+from learned_rounding.quant_core.output import layer_configs, verify_file
 from learned_rounding.quant_core.recipes import layers, make_plan
 from learned_rounding.quant_core.recipes.layers import (
     FormatChoice,
@@ -19,6 +19,7 @@ from learned_rounding.quant_core.recipes.layers import (
     most_specific,
     parse_layer_config,
 )
+from learned_rounding.quant_core.sources import SafetensorsFile
 
 INT8 = FormatChoice("int8_tensorwise")
 

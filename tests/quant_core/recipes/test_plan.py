@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from learned_rounding.quant_core import PRESETS, Recipe
-from learned_rounding.quant_core.checkpoints import TensorInfo, TensorSource
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError
 from learned_rounding.quant_core.recipes import make_plan
 from learned_rounding.quant_core.recipes.layers import layer_rules
 from learned_rounding.quant_core.recipes.refused import refusal
+from learned_rounding.quant_core.sources import TensorInfo, TensorSource
 from learned_rounding.tests.architectures import architectures, table
 
 EXPECTED = {

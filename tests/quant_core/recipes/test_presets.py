@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from learned_rounding.quant_core import PRESETS, Recipe
-from learned_rounding.quant_core.checkpoints import TensorInfo
 from learned_rounding.quant_core.errors import UnknownNameError
 from learned_rounding.quant_core.recipes import find_preset, presets, recognise
 from learned_rounding.quant_core.recipes.presets import ALIASES, COMMON, GENERAL, Mark
 from learned_rounding.quant_core.recipes.toml import tomllib
+from learned_rounding.quant_core.sources import TensorInfo
 from learned_rounding.tests.architectures import architectures, read
 
 FILES = sorted((Path(presets.__file__).parent / "presets").glob("*.toml"))

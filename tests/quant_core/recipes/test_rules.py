@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from learned_rounding.quant_core.checkpoints import TensorInfo
 from learned_rounding.quant_core.recipes.rules import eligibility, heuristic
+from learned_rounding.quant_core.sources import TensorInfo
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

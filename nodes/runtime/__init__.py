@@ -1,0 +1,1 @@
+"""Layouts and layers that hold quantized weights while a model runs in ComfyUI."""

@@ -1,0 +1,53 @@
+"""Inputs that both calibrating nodes have."""
+
+from comfy_api.latest import io
+
+from .. import host
+from .schema import CalibrationType, widget
+
+__all__ = ["earlier_input", "keep_input", "sensitivity_input", "tokens_input"]
+
+
+def keep_input():
+    """How much of the Grams to keep."""
+    return widget(
+        io.Combo,
+        id="keep",
+        options=list(host.KEEP),
+        default="full",
+        tooltip="full: everything, up to in² bytes for each input of a layer, on disk where memory is short; "
+        "compact: leading directions and the diagonal, a thirtieth of that, and less gain; "
+        "with quantized inputs: four times full, for INT8 without ConvRot, whose weights then make up for part of the inputs' error.",
+    )
+
+
+def tokens_input(default: int):
+    """How many tokens are looked at."""
+    return widget(
+        io.Int,
+        id="tokens",
+        default=default,
+        min=16,
+        max=65536,
+        optional=True,
+        advanced=True,
+        tooltip="How many tokens of each call of the model are looked at, drawn with the seed; more is slower and a little better.",
+    )
+
+
+def sensitivity_input():
+    """Whether to measure what hurts."""
+    return widget(
+        io.Boolean,
+        id="sensitivity",
+        default=False,
+        optional=True,
+        tooltip="Also measure what an error of each layer does to the model's output, for format measured: calls the model twice for each layer.",
+    )
+
+
+def earlier_input():
+    """A calibration to continue."""
+    return CalibrationType.Input(
+        "calibration", optional=True, tooltip="A calibration of the same architecture to continue with more prompts."
+    )

@@ -1,0 +1,1 @@
+"""Quantized files read and written anew: relabelled (migrate) or decoded (dequantize)."""

@@ -1,0 +1,31 @@
+"""Text for people: byte counts, Markdown tables, escaped control characters."""
+
+from collections.abc import Iterable, Sequence
+
+__all__ = ["human_bytes", "markdown_table", "shown"]
+
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, three digits: 19.2 MB."""
+    power = 0
+    while count >= 999.5 and power < len(_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {_UNITS[power]}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table, its first column to the left and the others to the right."""
+    marks = [":--", *["--:"] * (len(header) - 1)]
+    lines = [header, marks, *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown(text: str, allowed: str = "") -> str:
+    """``text`` with all characters but those of ``allowed`` escaped that are not seen as what they are."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in allowed else char.encode("unicode_escape").decode() for char in text
+    )

@@ -1,0 +1,284 @@
+"""Quantized files as sources: what their codes mean is quantized again, and nothing of the old labels stays."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize_tensors
+from learned_rounding.quant_core.cli.commands import main
+from learned_rounding.quant_core.convert.dequantize import DecodedSource
+from learned_rounding.quant_core.errors import AlreadyQuantizedError, OutputExistsError, SourceError
+from learned_rounding.quant_core.formats import make_encoding
+from learned_rounding.quant_core.formats.weight import config_tensor
+from learned_rounding.quant_core.output import quantization_metadata, verify_file
+from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
+
+
+def plain():
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(64, 128, generator=generator).bfloat16() for name in ("a.weight", "b.weight")} | {
+        "norm.weight": torch.ones(64)
+    }
+
+
+def error(got, want):
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("convrot", [None, 16])
+def test_decoded_weights_are_what_the_codes_mean(tmp_path, format, convrot):
+    if convrot and format != "int8_tensorwise":
+        pytest.skip("rotates nothing")
+    save_file(plain(), tmp_path / "model.safetensors")
+    recipe = Recipe(format=format, convrot=convrot, rounding="nearest")
+    quantize_file(tmp_path / "model.safetensors", tmp_path / "q.safetensors", recipe)
+    with SafetensorsFile(tmp_path / "q.safetensors") as opened:
+        decoded = DecodedSource(opened)
+        assert set(decoded.tensors) == set(plain()) and not set(decoded.metadata) & {
+            "learned_rounding",
+            "_quantization_metadata",
+        }
+        for name in ("a.weight", "b.weight"):
+            assert decoded.tensors[name].dtype is torch.bfloat16
+            assert error(decoded.read(name), plain()[name]) < (0.1 if "e5m2" in format else 0.05)
+        assert decoded.layers.total() == 2
+
+
+def test_a_rotation_under_params_is_undone(tmp_path):
+    save_file(plain(), tmp_path / "model.safetensors")
+    quantize_file(
+        tmp_path / "model.safetensors",
+        tmp_path / "q.safetensors",
+        Recipe(format="int8_tensorwise", convrot=16, rounding="nearest"),
+    )
+    config = {"format": "int8_tensorwise", "per_row": True, "params": {"convrot": True, "convrot_groupsize": 16}}
+    decoded = DecodedSource(
+        TensorSource(load_file(tmp_path / "q.safetensors") | {"a.comfy_quant": config_tensor(config)})
+    )
+    assert error(decoded.read("a.weight"), plain()["a.weight"]) < 0.05
+
+
+@pytest.mark.parametrize("by_header, by_tensor", [(16, None), (None, 16)])
+def test_the_header_is_read_where_the_tensor_disagrees(tmp_path, by_header, by_tensor):
+    """ComfyUI writes the header's JSON over the tensor."""
+    configs = {convrot: make_encoding("int8_tensorwise", "row", convrot=convrot).config for convrot in (None, 16)}
+    made = quantize_tensors(plain(), Recipe(format="int8_tensorwise", convrot=by_header, rounding="nearest")).tensors
+    made["a.comfy_quant"] = config_tensor(configs[by_tensor])
+    disputed = TensorSource(made, {"_quantization_metadata": quantization_metadata({"a": configs[by_header]})})
+    assert error(DecodedSource(disputed).read("a.weight"), plain()["a.weight"]) < 0.05
+
+
+def test_the_header_is_read_for_formats_of_others_too():
+    other = {"format": "mxfp8"}
+    tensors = {
+        "a.weight": torch.zeros(128, 128),
+        "a.weight_scale": torch.ones(512),
+        "a.comfy_quant": config_tensor({"format": "int8_tensorwise"}),
+    }
+    decoded = DecodedSource(TensorSource(tensors, {"_quantization_metadata": quantization_metadata({"a": other})}))
+    assert dict(decoded.layers) == {"mxfp8": 1}
+
+
+def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out():
+    """Nor does ``lrq migrate`` leave it out."""
+    codes = {
+        "scaled_fp8": torch.zeros(0),
+        "a.weight": plain()["a.weight"].to(torch.float8_e4m3fn),
+        "a.scale_weight": torch.tensor([0.5]),
+    }
+    one = DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.ones(1)}))
+    assert torch.equal(one.read("b.weight"), plain()["b.weight"])
+    with pytest.raises(SourceError, match="b.scale_weight scales a weight that is no code"):
+        DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.tensor([0.5])}))
+
+
+def test_old_scaled_fp8_becomes_int8(tmp_path, capsys):
+    codes = (plain()["a.weight"].float() * 50).clamp(-448, 448).to(torch.float8_e4m3fn)
+    old = {
+        "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn),
+        "a.weight": codes,
+        "a.scale_weight": torch.tensor([0.02]),
+    }
+    old |= {"a.scale_input": torch.ones(()), "b.weight": plain()["b.weight"], "b.bias": torch.ones(64)}
+    save_file(old, tmp_path / "old.safetensors")
+    with pytest.raises(AlreadyQuantizedError):
+        quantize_file(tmp_path / "old.safetensors", tmp_path / "new.safetensors", Recipe())
+    words = [
+        "quantize",
+        "-i",
+        str(tmp_path / "old.safetensors"),
+        "-o",
+        str(tmp_path / "new.safetensors"),
+        "--int8",
+        "--requantize",
+    ]
+    assert main(words) == 0
+    assert "1 layers of float8_e4m3fn per tensor" in capsys.readouterr().out
+    assert verify_file(tmp_path / "new.safetensors").layers == 2
+    made = load_file(tmp_path / "new.safetensors")
+    assert error(made["a.weight"].float() * made["a.weight_scale"], plain()["a.weight"]) < 0.05
+    assert not [name for name in made if "scale_weight" in name or "scale_input" in name or "scaled" in name]
+    assert main(words) == 0 and "already done" in capsys.readouterr().out.lower()
+
+
+CHANGES = {
+    "other scales": {"a.weight_scale": torch.full((32, 1), 5.0)},
+    "the scale of one row": {"a.weight_scale": torch.full((32, 1), 0.01).index_fill(0, torch.tensor([7]), 0.02)},
+    "a rotation": {
+        "a.comfy_quant": config_tensor(
+            {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}
+        )
+    },
+    "the JSON in the header alone": {
+        "_quantization_metadata": '{"layers": {"a": {"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 16}}}'
+    },
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_codes_mean_belongs_to_the_model(tmp_path, change):
+    """The same codes by other scales or rotations are another model, which is not done already."""
+    codes = torch.randint(-127, 128, (32, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    config = config_tensor({"format": "int8_tensorwise", "per_row": True})
+    first = {"a.weight": codes, "a.weight_scale": torch.full((32, 1), 0.01), "a.comfy_quant": config}
+    texts = {name: value for name, value in change.items() if isinstance(value, str)}
+    other = first | change if not texts else {name: tensor for name, tensor in first.items() if name != "a.comfy_quant"}
+    save_file(first, tmp_path / "first.safetensors")
+    save_file(other, tmp_path / "other.safetensors", texts)
+
+    def made(name):
+        with SafetensorsFile(tmp_path / name) as opened:
+            recipe = Recipe(rounding="nearest", preset="none")
+            return quantize_file(DecodedSource(opened), tmp_path / "out.safetensors", recipe, device="cpu")
+
+    assert not made("first.safetensors").already_done and made("first.safetensors").already_done
+    with pytest.raises(OutputExistsError, match="made from something else"):
+        made("other.safetensors")
+
+
+def place(row, block, blocks):
+    """Where cuBLAS looks for the scale of a block: tiles of 128 rows × 4 blocks, in them 32 rows of 4 × 4."""
+    tile = row // 128 * -(-blocks // 4) + block // 4
+    return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
+
+
+def test_scales_of_blocks_are_found_in_their_tiles(tmp_path):
+    out, inner = 160, 192
+    generator = torch.Generator().manual_seed(0)
+    exponents, codes = (
+        torch.zeros(2 * 2 * 512, dtype=torch.uint8),
+        torch.randn(out, inner, generator=generator).to(torch.float8_e4m3fn),
+    )
+    wanted = codes.float()
+    for row in range(out):
+        for block in range(inner // 32):
+            exponent = (row * 7 + block * 3) % 21 - 10
+            exponents[place(row, block, inner // 32)] = exponent + 127
+            wanted[row, block * 32 : block * 32 + 32] *= 2.0**exponent
+    config = {"format": "mxfp8", "orig_shape": [150, inner]}
+    save_file(
+        {"a.weight": codes, "a.weight_scale": exponents.reshape(256, 8), "a.comfy_quant": config_tensor(config)},
+        tmp_path / "q.safetensors",
+    )
+    with SafetensorsFile(tmp_path / "q.safetensors") as opened:
+        assert torch.equal(DecodedSource(opened).read("a.weight"), wanted[:150].bfloat16())
+
+
+def test_smoothed_inputs_are_folded_into_the_weight():
+    """ComfyUI multiplies the inputs of such a layer by ``pre_quant_scale``."""
+    tensors = {
+        "a.weight": torch.full((128, 32), 0x24, dtype=torch.uint8),  # 1 and 2, the high half first
+        "a.weight_scale": torch.full((128, 4), 3.0).to(torch.float8_e4m3fn),
+        "a.weight_scale_2": torch.tensor(0.5),
+        "a.pre_quant_scale": torch.arange(64.0),
+        "a.comfy_quant": config_tensor({"format": "nvfp4"}),
+    }
+    decoded = DecodedSource(TensorSource(tensors))
+    assert torch.equal(decoded.read("a.weight").float()[7], torch.tensor([1.5, 3.0]).repeat(32) * torch.arange(64.0))
+    assert [*decoded.tensors] == ["a.weight"]
+
+
+PLAIN = {"a.weight": plain()["a.weight"], "a.bias": torch.ones(64).bfloat16()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_without_scales_is_what_it_says(tmp_path, capsys, dtype):
+    """A common download: the weights of a model, and perhaps its biases, turned to FP8 by themselves."""
+    codes = {name: tensor.to(dtype) for name, tensor in PLAIN.items()}
+    save_file(codes, tmp_path / "plain.safetensors")
+    words = ["quantize", "-i", str(tmp_path / "plain.safetensors"), "-o", str(tmp_path / "new.safetensors"), "--int8"]
+    assert main(words) == 1 and "requantize" in capsys.readouterr().err
+    assert main([*words, "--requantize"]) == 0
+    assert "1 layers of F8_E" in capsys.readouterr().out
+    assert verify_file(tmp_path / "new.safetensors").problems == []
+    made = load_file(tmp_path / "new.safetensors")
+    assert error(made["a.weight"].float() * made["a.weight_scale"], codes["a.weight"]) < 0.02
+    assert torch.equal(made["a.bias"], PLAIN["a.bias"])
+
+
+def test_one_layer_without_a_scale_among_scaled_ones():
+    codes = {name: plain()[name].to(torch.float8_e4m3fn) for name in ("a.weight", "b.weight")}
+    decoded = DecodedSource(
+        TensorSource({"scaled_fp8": torch.zeros(0), **codes, "a.scale_weight": torch.tensor([0.5])})
+    )
+    assert torch.equal(decoded.read("a.weight"), (codes["a.weight"].float() * 0.5).bfloat16())
+    assert torch.equal(decoded.read("b.weight"), codes["b.weight"].bfloat16())
+    assert dict(decoded.layers) == {"float8_e4m3fn per tensor": 1, "F8_E4M3 without scales": 1}
+
+
+BYTES, INT8 = torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    "tensors, format, sentence",
+    [
+        ({"a.weight": BYTES}, "gguf_q4", "a is in the format gguf_q4, which cannot be decoded"),
+        ({"a.weight": BYTES}, "nvfp4", "nvfp4 and lacks its weight_scale"),
+        ({"a.weight": INT8}, "int8_tensorwise", "int8_tensorwise and lacks its weight_scale"),
+        ({"a.weight": INT8}, None, "plain I8 weights and no scales"),
+        (
+            {"a.weight": BYTES, "a.weight.absmax": torch.ones(64), "a.weight.quant_map": torch.ones(16)},
+            None,
+            "bitsandbytes, which is not decoded",
+        ),
+        (
+            {"a.weight": BYTES, "a.weight_scale": torch.ones(3), "a.weight_scale_2": torch.ones(())},
+            "nvfp4",
+            "a is no sound layer of the format nvfp4",
+        ),
+        (
+            {"a.weight": INT8, "a.weight_scale": torch.ones(64)},
+            {"format": "convrot_w4a4", "convrot_groupsize": 100},
+            "256, 64 or 16",
+        ),
+        (
+            {"a.weight": BYTES, "a.weight_scale": torch.ones(4)},
+            {"format": "mxfp8", "orig_shape": [65, 64]},
+            r"gives the shape \[65, 64\]",
+        ),
+        (
+            {"a.weight": BYTES, "a.weight_scale": torch.ones(4)},
+            {"format": "mxfp8", "orig_shape": "x"},
+            "gives the shape x",
+        ),
+    ],
+)
+def test_what_cannot_be_decoded(tmp_path, tensors, format, sentence):
+    config = format if isinstance(format, dict) or format is None else {"format": format}
+    json = {"a.comfy_quant": config_tensor(config)} if config else {}
+    save_file({**tensors, **json}, tmp_path / "q.safetensors")
+    with SafetensorsFile(tmp_path / "q.safetensors") as opened, pytest.raises(SourceError, match=sentence):
+        DecodedSource(opened).read("a.weight")
+
+
+def test_what_is_not_decoded_is_not_promised_to_be():
+    codes = TensorSource({"a.weight": BYTES, "a.weight.absmax": torch.ones(64)})
+    with pytest.raises(AlreadyQuantizedError, match="full-precision original\\.$"):
+        Recipe().plan(codes)
+
+
+def test_a_plain_file_is_read_as_it_is(tmp_path, capsys):
+    save_file(plain(), tmp_path / "model.safetensors")
+    assert main(["plan", "-i", str(tmp_path / "model.safetensors"), "--requantize"]) == 0
+    assert "Decoded" not in capsys.readouterr().out

@@ -1,0 +1,309 @@
+"""Migration: old and mislabelled files become sound ones, whose codes mean what they meant."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.calibration import CalibrationFile, Inputs, LayerInputs
+from learned_rounding.quant_core.calibration.histogram import histogram
+from learned_rounding.quant_core.convert.migrate import migrate_file
+from learned_rounding.quant_core.errors import NothingToQuantizeError, OutputError, SourceError
+from learned_rounding.quant_core.formats.weight import config_tensor
+from learned_rounding.quant_core.output import layer_configs, verify_file
+from learned_rounding.quant_core.sources import SafetensorsFile
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def codes(dtype=FP8, out=64, inner=96):
+    return (random(out, inner) * 20).round().clamp(-127, 127).to(dtype)
+
+
+@pytest.fixture
+def migrate(tmp_path):
+    """migrate(tensors, metadata=None, **options) → (Migration, tensors of the new file, {layer: JSON} of its header)."""
+
+    def run(tensors, metadata=None, **options):
+        save_file(tensors, tmp_path / "old.safetensors", metadata)
+        done = migrate_file(tmp_path / "old.safetensors", tmp_path / "new.safetensors", **options)
+        assert verify_file(tmp_path / "new.safetensors").problems == []
+        made = load_file(tmp_path / "new.safetensors")
+        jsons = {
+            name.rpartition(".")[0]: json.loads(value.numpy().tobytes())
+            for name, value in made.items()
+            if name.endswith("comfy_quant")
+        }
+        return done, made, jsons
+
+    return run
+
+
+def old_fp8(marker=0, prefix="", **more):
+    layer = f"{prefix}blocks.0.mlp"
+    return {
+        f"{prefix}scaled_fp8": torch.zeros(marker, dtype=FP8),
+        f"{layer}.weight": codes(),
+        f"{layer}.scale_weight": torch.tensor([0.02]),
+        f"{layer}.bias": random(64).bfloat16(),
+        f"{prefix}norm.weight": torch.ones(64),
+        **{f"{layer}.{name}": value for name, value in more.items()},
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("marker, full", [(0, False), (2, True)])
+def test_old_scaled_fp8(migrate, prefix, marker, full):
+    old = old_fp8(marker, prefix, scale_input=torch.tensor(0.5))
+    done, made, jsons = migrate(old, {"title": "x"})
+    layer = f"{prefix}blocks.0.mlp"
+    expected = {"format": "float8_e4m3fn"} | ({"full_precision_matrix_mult": True} if full else {})
+    assert jsons == {layer: expected} and done.layers.total() == 1
+    assert set(made) == {
+        *(f"{layer}.{name}" for name in ("weight", "weight_scale", "bias", "comfy_quant")),
+        *([f"{layer}.input_scale"] if not full else []),
+        f"{prefix}norm.weight",
+    }
+    assert torch.equal(made[f"{layer}.weight"].view(torch.uint8), old[f"{layer}.weight"].view(torch.uint8))
+    assert made[f"{layer}.weight_scale"].shape == () and float(made[f"{layer}.weight_scale"]) == pytest.approx(0.02)
+    assert torch.equal(made[f"{layer}.bias"], old[f"{layer}.bias"])
+
+
+@pytest.mark.parametrize(
+    "value, stays", [(0.5, True), (1.0, False), (0.02, False)], ids=["measured", "one", "a copy of the weight's"]
+)
+@pytest.mark.parametrize("drop", [False, True])
+def test_input_scales(migrate, value, stays, drop):
+    done, made, _ = migrate(old_fp8(scale_input=torch.tensor(value)), drop_input_scale=drop)
+    assert ("blocks.0.mlp.input_scale" in made) is (stays and not drop)
+    assert done.changes["input scales left out"] == (not stays or drop)
+
+
+def test_input_scales_from_a_calibration(migrate):
+    rows = random(256, 96, seed=3) * 4000
+    known = LayerInputs({"blocks.0.mlp": Inputs(amax=rows.abs().amax(0), histogram=histogram(rows))})
+    done, made, _ = migrate(old_fp8(scale_input=torch.tensor(0.5)), calibration=known)
+    assert done.changes["input scales measured"] == 1
+    assert float(made["blocks.0.mlp.input_scale"]) > 4
+
+
+@pytest.mark.parametrize(
+    "dtype, shape, label, expected",
+    [
+        (FP8, (64, 1), "float8_e4m3fn", {"format": "float8_e4m3fn_rowwise"}),
+        (FP8, (64,), "float8_e4m3fn", {"format": "float8_e4m3fn_rowwise"}),
+        (FP8, (2, 3), "float8_e4m3fn", {"format": "float8_e4m3fn_blockwise", "group_size": 32}),
+        (INT8, (4, 6), "int8_tensorwise", {"format": "int8_blockwise", "group_size": 16}),
+        (INT8, (64, 1), "int8_blockwise", {"format": "int8_tensorwise", "per_row": True}),
+        (INT8, (1,), "int8_tensorwise", {"format": "int8_tensorwise"}),
+        (FP8, (), None, {"format": "float8_e4m3fn"}),
+        (torch.float8_e5m2, (), None, {"format": "float8_e5m2", "full_precision_matrix_mult": True}),
+        (torch.float8_e5m2, (), "float8_e5m2", {"format": "float8_e5m2", "full_precision_matrix_mult": True}),
+    ],
+)
+def test_labels_follow_the_scales(migrate, dtype, shape, label, expected):
+    old = {"a.weight": codes(dtype), "a.weight_scale": random(*shape).abs() + 0.1}
+    if label:
+        old["a.comfy_quant"] = config_tensor({"format": label})
+    _, made, jsons = migrate(old)
+    assert jsons == {"a": expected}
+    assert torch.equal(made["a.weight_scale"].flatten(), old["a.weight_scale"].flatten())
+
+
+def test_a_rotation_under_params_stays(migrate):
+    old = {"a.weight": codes(INT8), "a.weight_scale": torch.ones(64, 1)}
+    config = {"format": "int8_tensorwise", "per_row": True, "params": {"convrot": True, "convrot_groupsize": 16}}
+    _, _, jsons = migrate(old | {"a.comfy_quant": config_tensor(config)})
+    assert jsons == {"a": {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}}
+
+
+def header(**layers):
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+ROTATED = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}
+UNROTATED = {"format": "int8_tensorwise", "per_row": True}
+
+
+@pytest.mark.parametrize(
+    "by_header, by_tensor", [(ROTATED, UNROTATED), (UNROTATED, ROTATED)], ids=["rotated", "not rotated"]
+)
+def test_the_header_is_read_where_the_tensor_disagrees(migrate, by_header, by_tensor):
+    """ComfyUI writes the header's JSON over the tensor."""
+    old = {"a.weight": codes(INT8), "a.weight_scale": torch.ones(64, 1), "a.comfy_quant": config_tensor(by_tensor)}
+    done, _, jsons = migrate(old, header(a=by_header))
+    assert jsons == {"a": by_header}
+    assert done.changes == {"layers whose comfy_quant tensor said otherwise than the header, which ComfyUI goes by": 1}
+
+
+def test_the_header_is_read_for_formats_of_others_too(tmp_path):
+    other = {"format": "convrot_w4a4", "convrot_groupsize": 64}
+    old = {
+        "a.weight": codes(),
+        "a.weight_scale": torch.ones(()),
+        "b.weight": torch.zeros(4, 4, dtype=INT8),
+        "b.weight_scale": torch.ones(4),
+    }
+    save_file(
+        old | {"b.comfy_quant": config_tensor(other | {"convrot_groupsize": 16})},
+        tmp_path / "old.safetensors",
+        header(b=other),
+    )
+    migrate_file(tmp_path / "old.safetensors", tmp_path / "new.safetensors")
+    with SafetensorsFile(tmp_path / "new.safetensors") as opened:
+        tensors, listed = layer_configs(opened)
+    assert tensors["b"] == listed["b"] == other
+
+
+def test_orphans_go_and_formats_of_others_stay(migrate):
+    rotated = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}
+    old = {
+        "a.weight": codes(INT8),
+        "a.weight_scale": torch.ones(64, 1),
+        "a.comfy_quant": config_tensor(rotated),
+        "gone.weight": random(8, 8),
+        "gone.weight_scale": torch.ones(()),
+        "gone.comfy_quant": config_tensor({"format": "float8_e4m3fn"}),
+        "nothing.scale_input": torch.ones(()),
+    }
+    done, made, jsons = migrate(old)
+    assert jsons["a"]["convrot_groupsize"] == 16
+    assert done.changes["tensors that belong to no quantized layer removed"] == 3
+    assert set(done.removed) == {"gone.weight_scale", "gone.comfy_quant", "nothing.scale_input"}
+    assert {name for name in made if name.startswith(("gone", "nothing"))} == {"gone.weight"}
+
+
+def test_each_part_of_a_checkpoint_has_its_own_mark(migrate):
+    """ComfyUI takes two elements for full precision of the part that the mark stands in."""
+    old = old_fp8(0, "model.diffusion_model.") | old_fp8(2, "text_encoders.t5xxl.transformer.")
+    _, _, jsons = migrate(old)
+    full = {layer: "full_precision_matrix_mult" in config for layer, config in jsons.items()}
+    assert full == {"model.diffusion_model.blocks.0.mlp": False, "text_encoders.t5xxl.transformer.blocks.0.mlp": True}
+
+
+@pytest.mark.parametrize(
+    "tensors, config, sentence",
+    [
+        (
+            {"a.weight": codes(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)},
+            {"format": "int8_tensorwise", "convrot": True},
+            "groups of 256 do not divide",
+        ),
+        (
+            {"a.weight": codes(INT8), "a.weight_scale": torch.ones(())},
+            {"format": "int8_tensorwise", "convrot": True},
+            "rotated codes .* per tensor",
+        ),
+        (
+            {"a.weight": codes(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)},
+            {"format": "int8_blockwise", "group_size": 100},
+            "blocks of 100",
+        ),
+        (
+            {"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(),
+            None,
+            "scales a weight that is no code",
+        ),
+        ({"a.weight": codes(INT8)} | old_fp8(), None, "a: holds codes"),
+    ],
+)
+def test_what_would_not_be_what_was_meant_is_not_written(tmp_path, migrate, tensors, config, sentence):
+    with pytest.raises(SourceError, match=sentence):
+        migrate({**tensors, **({"a.comfy_quant": config_tensor(config)} if config else {})})
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+TWICE = [("weight_scale", "scale_weight"), ("input_scale", "scale_input")]
+
+
+@pytest.mark.parametrize("names", [*TWICE, *(pair[::-1] for pair in TWICE)], ids="/".join)
+def test_a_scale_by_two_names_is_refused(tmp_path, migrate, names):
+    """One of them would be chosen, and the other stay under a name that is written again."""
+    scales = {f"blocks.0.mlp.{name}": torch.tensor(value) for name, value in zip(names, (0.02, 3.0), strict=True)}
+    layer = {"blocks.0.mlp.weight": codes(), "blocks.0.mlp.weight_scale": torch.tensor(0.02)}
+    with pytest.raises(SourceError, match=r"blocks\.0\.mlp\.\w+ and blocks\.0\.mlp\.\w+ are two names of one thing"):
+        migrate(layer | scales)
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate):
+    """ComfyUI uses such a layer as it is."""
+    old = old_fp8() | {"plain.weight": codes(), "plain.bias": random(64).to(FP8)}
+    done, made, jsons = migrate(old)
+    assert set(jsons) == {"blocks.0.mlp"}
+    assert all(
+        torch.equal(made[name], old[name].bfloat16()) and made[name].dtype is torch.bfloat16
+        for name in ("plain.weight", "plain.bias")
+    )
+    assert done.changes["tensors of FP8 without a scale decoded, which ComfyUI takes for plain weights"] == 2
+
+
+def test_formats_of_others_stay_as_they_are(tmp_path):
+    other = {"format": "nvfp4", "group_size": 16}
+    old = {"a.weight": codes(), "a.weight_scale": torch.ones(()), "b.weight": torch.zeros(4, 4, dtype=torch.uint8)}
+    old |= {"b.comfy_quant": config_tensor(other), "b.weight_scale": torch.ones(4, 1).to(FP8)}
+    save_file(old, tmp_path / "old.safetensors")
+    migrate_file(tmp_path / "old.safetensors", tmp_path / "new.safetensors")
+    made = load_file(tmp_path / "new.safetensors")
+    assert all(
+        torch.equal(made[name].view(torch.uint8), old[name].view(torch.uint8)) for name in old if name.startswith("b.")
+    )
+    assert (
+        json.loads(SafetensorsFile(tmp_path / "new.safetensors").metadata["_quantization_metadata"])["layers"]["b"]
+        == other
+    )
+
+
+def test_a_sound_file_stays_as_it_is(tmp_path, migrate):
+    save_file(
+        {"a.weight": random(64, 64).bfloat16(), "b.weight": random(64, 64, seed=1).bfloat16()},
+        tmp_path / "model.safetensors",
+    )
+    quantize_file(
+        tmp_path / "model.safetensors", tmp_path / "q.safetensors", Recipe(format="int8_tensorwise", convrot=16)
+    )
+    before = load_file(tmp_path / "q.safetensors")
+    done, made, _ = migrate(before)
+    assert not done.changes and made.keys() == before.keys()
+    assert all(torch.equal(made[name], before[name]) for name in before)
+
+
+def test_what_is_refused(tmp_path, migrate):
+    with pytest.raises(NothingToQuantizeError, match="no quantized layer"):
+        migrate({"a.weight": random(8, 8)})
+    with pytest.raises(SourceError, match="none of the formats"):
+        migrate({"a.weight": codes(), "a.weight_scale": torch.ones(3, 5)})
+    assert not (tmp_path / "new.safetensors").exists()
+    migrate(old_fp8())
+    with pytest.raises(OutputError, match="exists"):
+        migrate(old_fp8())
+    with pytest.raises(OutputError, match="the source itself"):
+        migrate_file(tmp_path / "old.safetensors", tmp_path / "old.safetensors", overwrite=True)
+    save_file({"blocks.0.mlp.gram": torch.eye(8)}, tmp_path / "x.calib.safetensors")
+    statistics = (tmp_path / "x.calib.safetensors").read_bytes()
+    with (
+        CalibrationFile(tmp_path / "x.calib.safetensors") as known,
+        pytest.raises(OutputError, match="the calibration itself"),
+    ):
+        migrate_file(tmp_path / "old.safetensors", tmp_path / "x.calib.safetensors", calibration=known, overwrite=True)
+    assert (tmp_path / "x.calib.safetensors").read_bytes() == statistics
+    migrate(old_fp8(), overwrite=True)
+    with pytest.raises(SourceError, match="not finite and positive"):
+        migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(float("nan"))}, overwrite=True)
+    with pytest.raises(SourceError, match="not finite and positive"):
+        migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(2.0 + 0j)}, overwrite=True)
+    assert verify_file(tmp_path / "new.safetensors").problems == []  # what was there is not lost
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_what_a_dead_run_left_behind_is_removed(tmp_path, migrate):
+    leftover = tmp_path / ".new.safetensors.00ab12cd.partial"
+    leftover.write_bytes(b"half a file")
+    migrate(old_fp8())
+    assert not leftover.exists()

@@ -1,0 +1,175 @@
+"""Format "measured": bytes go where they save the most error, by the layers' real inputs and what hurts the model."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
+from learned_rounding.quant_core.calibration import Inputs, LayerInputs, LowRankGram
+from learned_rounding.quant_core.errors import NothingToQuantizeError, RecipeError
+from learned_rounding.quant_core.events import LayerMeasured, RunStarted
+from learned_rounding.quant_core.output import verify_file
+from learned_rounding.quant_core.run.allocate import measure_plan
+from learned_rounding.quant_core.sources import TensorSource
+
+CPU = torch.device("cpu")
+LAYERS = [f"blocks.{index}.proj" for index in range(4)]
+WIDTH = 64
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(seed, outlier=1.0, sensitivity=None):
+    """Inputs of a layer; one channel may be an outlier, which spoils what a token's other channels have left."""
+    rows = random(96, WIDTH, seed=seed)
+    rows[:, 3] *= outlier
+    held_out = LowRankGram(rows.t() / math.sqrt(len(rows)), torch.zeros(WIDTH))
+    return Inputs(rows.t() @ rows / len(rows), held_out, sensitivity=sensitivity)
+
+
+@pytest.fixture
+def tensors():
+    return {
+        f"{layer}.weight": random(WIDTH * (index + 1), WIDTH, seed=index).bfloat16()
+        for index, layer in enumerate(LAYERS)
+    }
+
+
+def plan_of(tensors, recipe, known):
+    return measure_plan(
+        TensorSource(tensors), recipe, LayerInputs(known), device=CPU, emit=lambda event: None, check=lambda: None
+    )
+
+
+def formats(plan):
+    return {name.removesuffix(".weight"): decision.format for name, decision in plan.decisions.items()}
+
+
+def test_outliers_are_rotated_and_plain_inputs_are_not_worse_off(tensors):
+    known = {layer: inputs(index, outlier=200 if index == 2 else 1) for index, layer in enumerate(LAYERS)}
+    chosen = formats(plan_of(tensors, Recipe(format="measured"), known))
+    assert chosen[LAYERS[2]].convrot in (64, 16)
+
+
+def test_what_hurts_the_model_is_kept(tensors):
+    """All layers are alike but for their sensitivity; the room given suffices for one of them."""
+    for sensitive in range(4):
+        known = {
+            layer: inputs(9, sensitivity=50.0 if index == sensitive else 0.1) for index, layer in enumerate(LAYERS)
+        }
+        same = {name: tensors[f"{LAYERS[0]}.weight"].clone() for name in tensors}
+        plan = plan_of(same, Recipe(format="measured", target_size=2.2e-5), known)
+        assert [name for name in plan.names("keep")] == [f"{LAYERS[sensitive]}.weight"]
+        assert plan.choice.sensitive and "not worth its error" in plan.decisions[f"{LAYERS[sensitive]}.weight"].reason
+
+
+@pytest.fixture
+def curve(tensors):
+    """(calibration, curve from every layer in 8 bits to none) of layers that differ in size and in what they hurt."""
+    known = {layer: inputs(index, sensitivity=2.0**index) for index, layer in enumerate(LAYERS)}
+    return known, plan_of(tensors, Recipe(format="measured", target_error=10.0), known).choice.curve
+
+
+def test_the_curve_falls_ever_more_slowly(curve):
+    points = curve[1]
+    assert len(points) > len(LAYERS) and points[-1][1] == pytest.approx(0, abs=1e-6)
+    saved = [(a[1] ** 2 - b[1] ** 2) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
+    assert min(saved) > 0 and saved == pytest.approx(sorted(saved, reverse=True))
+
+
+def test_a_target_size_buys_the_least_error_on_the_curve(tensors, curve):
+    known, points = curve
+    for size, error in points[:-1]:
+        for spare in (0, 50):  # bytes that buy nothing
+            recipe = Recipe(format="measured", target_size=(size + spare) / 1e9)
+            taken = plan_of(tensors, recipe, known).choice.chosen
+            assert taken[0] <= size + spare and taken[1] <= error * (1 + 1e-9)
+
+
+def test_a_target_error_takes_as_few_bytes_as_it_can(tensors, curve):
+    known, points = curve
+    for (_, worse), point in itertools.pairwise(points[:-1]):
+        target = (worse + point[1]) / 2
+        assert plan_of(tensors, Recipe(format="measured", target_error=target), known).choice.chosen == pytest.approx(
+            point
+        )
+
+
+def test_a_target_out_of_reach_is_refused(tensors):
+    known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
+    with pytest.raises(RecipeError, match="out of reach: with every layer in 8 bits"):
+        plan_of(tensors, Recipe(format="measured", target_size=1e-5), known)
+    with pytest.raises(NothingToQuantizeError, match="holds the whole model"):
+        plan_of(tensors, Recipe(format="measured", target_size=1.0), known)
+
+
+def test_layers_of_a_preset_are_candidates_only_where_it_is_known_what_hurts():
+    names = ["img_in", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "single_blocks.0.modulation.lin"]
+    tensors = {f"{name}.weight": random(WIDTH, WIDTH, seed=index).bfloat16() for index, name in enumerate(names)}
+    for sensitivity in (None, 1e-6):
+        known = {name: inputs(index, sensitivity=sensitivity) for index, name in enumerate(names)}
+        plan = plan_of(tensors, Recipe(format="measured"), known)
+        assert plan.preset.name == "flux"
+        assert (plan.decisions["img_in.weight"].action == "quantize") == (sensitivity is not None)
+    own = plan_of(tensors, Recipe(format="measured", keep=("^img_in",)), known)
+    assert own.decisions["img_in.weight"].action == "keep"
+
+
+def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors, tmp_path):
+    known = {layer: inputs(index, outlier=1 + 99 * (index % 2), sensitivity=1.0) for index, layer in enumerate(LAYERS)}
+    source, target, events = tmp_path / "model.safetensors", tmp_path / "q.safetensors", []
+    save_file({**tensors, "norm.weight": torch.ones(WIDTH)}, source)
+    recipe = Recipe(format="measured", block_formats=True)
+    report = quantize_file(source, target, recipe, calibration=LayerInputs(known), on_event=events.append)
+    assert verify_file(target).problems == []
+    measured = [event for event in events if isinstance(event, LayerMeasured)]
+    assert len(measured) == len(LAYERS) and isinstance(events[len(LAYERS)], RunStarted)
+    assert report.choice.chosen in report.choice.curve and "expected at" in report.table()
+    written = load_file(target)
+    configs = {
+        layer: json.loads(bytes(written[f"{layer}.comfy_quant"].tolist()))
+        for layer in LAYERS
+        if f"{layer}.comfy_quant" in written
+    }
+    told = {layer.name.removesuffix(".weight"): layer.format for layer in report.layers}
+    assert {layer: config["format"] for layer, config in configs.items()} == told
+    assert abs(target.stat().st_size - report.choice.chosen[0]) < 20_000  # the header
+    again = quantize_tensors(load_file(source), recipe, calibration=LayerInputs(known))
+    assert all(
+        torch.equal(again.tensors[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in written.items()
+    )
+
+
+def test_it_takes_a_calibration(tensors):
+    with pytest.raises(RecipeError, match="takes a calibration"):
+        quantize_tensors(tensors, Recipe(format="measured"))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"format": "measured", "granularity": "row"}, "granularity has no effect on format measured"),
+        ({"format": "measured", "convrot": True}, "convrot has no effect on format measured"),
+        ({"target_size": 5.0}, "target_size has no effect on format float8_e4m3fn"),
+        ({"block_formats": True}, "block_formats has no effect"),
+        ({"format": "measured", "target_size": 1.0, "target_error": 0.1}, "contradict"),
+        ({"format": "measured", "target_size": -1.0}, "must be a positive number"),
+        ({"format": "measured", "target_error": float("nan")}, "must be a positive number"),
+        ({"format": "measured", "target_size": "big"}, "cannot be 'big'"),
+    ],
+)
+def test_options_act_or_are_refused(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**fields)
+
+
+def test_such_a_recipe_is_written_and_read():
+    recipe = Recipe(format="measured", target_size=6.5, block_formats=True)
+    assert Recipe.from_json(recipe.to_json()) == recipe == Recipe.from_toml(recipe.to_toml())
+    assert recipe.label == "measured"

@@ -1,0 +1,43 @@
+"""What is foreseen is what comes."""
+
+import pytest
+import torch
+
+from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
+from learned_rounding.quant_core.cli.commands import main
+from learned_rounding.quant_core.run.estimate import estimate_seconds, estimate_size
+from learned_rounding.quant_core.sources import SafetensorsFile
+
+
+@pytest.mark.parametrize(
+    "options", [{"format": name} for name in FORMATS] + [{"format": "int8_tensorwise", "convrot": 16}], ids=str
+)
+def test_the_size_is_foreseen_to_the_byte(model_file, tmp_path, options):
+    recipe = Recipe(rounding="nearest", **options)
+    quantize_file(model_file(), tmp_path / "q.safetensors", recipe)
+    with SafetensorsFile(model_file()) as source, SafetensorsFile(tmp_path / "q.safetensors") as made:
+        assert estimate_size(source, recipe, recipe.plan(source)) == sum(info.nbytes for info in made.tensors.values())
+
+
+def test_each_shape_is_timed_once(model, model_file, monkeypatch):
+    timed = []
+    monkeypatch.setattr(
+        "learned_rounding.quant_core.run.estimate._seconds", lambda info, *_: timed.append(info.shape) or 1.0
+    )
+    with SafetensorsFile(model_file()) as source:
+        assert estimate_seconds(source, Recipe(), Recipe().plan(source), torch.device("cpu")) == 6.0
+    assert sorted(timed) == [(32, 80), (80, 32), (96, 32)]
+
+
+def test_the_plan_tells_size_and_time(model_file, capsys):
+    assert main(["plan", "-i", str(model_file()), "--int8", "--time", "--device", "cpu"]) == 0
+    size, time = capsys.readouterr().out.splitlines()[-2:]
+    assert size == "Size: 47.2 KB → 22.5 KB."
+    assert time.startswith("Rounding will take about ") and time.endswith(" s on cpu, without a calibration.")
+    assert main(["plan", "-i", str(model_file()), "--time", "--device", "nowhere"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_nothing_is_foreseen_of_formats_still_to_be_measured(model_file, capsys):
+    assert main(["plan", "-i", str(model_file()), "--format", "measured", "--time"]) == 0
+    assert "neither size nor time" in capsys.readouterr().out

@@ -1,0 +1,171 @@
+"""What a run says of itself afterwards."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from learned_rounding.quant_core import Report
+from learned_rounding.quant_core.display import human_bytes
+from learned_rounding.quant_core.events import LayerFinished, LayerKept
+
+
+def layer(name: str, error: float, index: int = 0) -> LayerFinished:
+    return LayerFinished(index, 3, name, (96, 32), "int8_tensorwise", "row", error, 0.5, 6144, 3500, 1.0, 2.0)
+
+
+def report(*errors: float, **fields) -> Report:
+    layers = [layer(f"blocks.{index}.weight", error, index) for index, error in enumerate(errors)]
+    return Report("model.safetensors", "int8_tensorwise", "row", "auto", "flux", layers=layers, **fields)
+
+
+@pytest.mark.parametrize(
+    "errors, median", [((0.3,), 0.3), ((0.1, 0.5), 0.3), ((0.5, 0.1, 0.2), 0.2), ((0.4, 0.1, 0.2, 0.9), 0.3)]
+)
+def test_the_median_is_that_of_the_layers(errors, median):
+    assert report(*errors).median_error == pytest.approx(median)
+
+
+def test_without_layers_there_is_no_median():
+    assert math.isnan(report().median_error) and report().worst == []
+    assert "weight error      none" in report().table()
+
+
+def test_the_worst_come_first():
+    assert [found.weight_error for found in report(0.1, 0.3, 0.2).worst] == [0.3, 0.2, 0.1]
+
+
+def test_json_holds_everything():
+    made = report(
+        0.1,
+        0.2,
+        kept=[LayerKept("a.bias", (8,), "not a weight"), LayerKept("b", (2, 2), "bad", planned=False)],
+        bytes_in=10,
+        bytes_out=5,
+        output="out",
+    )
+    values = json.loads(made.to_json())
+    assert values == json.loads(json.dumps(made.to_dict()))
+    assert values["median_error"] == pytest.approx(0.15)
+    assert values["layers"][1] == {**json.loads(json.dumps(vars(made.layers[1]))), "shape": [96, 32]}
+    assert values["kept"] == [
+        {"name": "a.bias", "shape": [8], "reason": "not a weight", "removed": False, "planned": True},
+        {"name": "b", "shape": [2, 2], "reason": "bad", "removed": False, "planned": False},
+    ]
+    assert (values["source"], values["format"], values["granularity"], values["rounding"], values["preset"]) == (
+        "model.safetensors",
+        "int8_tensorwise",
+        "row",
+        "auto",
+        "flux",
+    )
+    assert (values["bytes_in"], values["bytes_out"], values["output"], values["already_done"], values["device"]) == (
+        10,
+        5,
+        "out",
+        False,
+        "cpu",
+    )
+
+
+def test_json_gives_the_report_back():
+    made = report(0.1, 0.2, kept=[LayerKept("a.bias", (8,), "not a weight")], bytes_in=10)
+    values = json.loads(made.to_json())
+    for summary in ("median_error", "median_output_error", "median_gain", "solvers"):
+        values.pop(summary)
+    layers = [LayerFinished(**{**entry, "shape": tuple(entry["shape"])}) for entry in values.pop("layers")]
+    kept = [LayerKept(**{**entry, "shape": tuple(entry["shape"])}) for entry in values.pop("kept")]
+    assert Report(**values, layers=layers, kept=kept) == made
+
+
+def test_json_without_layers_is_still_json():
+    """NaN is no JSON."""
+    assert json.loads(report().to_json(), parse_constant=pytest.fail)["median_error"] is None
+
+
+def test_the_table_says_what_happened():
+    made = report(
+        *(index / 100 for index in range(1, 8)),
+        kept=[LayerKept("a.bias", (8,), "not a weight")] * 3 + [LayerKept("n.weight", (8,), "normalisation")],
+        bytes_in=2_000_000,
+        bytes_out=1_000_000,
+        output="out.safetensors",
+        seconds=3.21,
+    )
+    table = made.table()
+    assert "int8_tensorwise per row, rounding auto" in table
+    assert "layers quantized  7" in table
+    assert "4 (3 not a weight, 1 normalisation)" in table
+    assert "median 0.04000, worst 0.07000" in table
+    assert "2 MB → 1 MB (50%)" in table
+    assert "3.2 on cpu" in table and "out.safetensors" in table
+    assert "worst 1           0.07000  blocks.6.weight 96×32" in table and "worst 5" in table and "worst 6" not in table
+    assert "worst 2" not in made.table(worst=1)
+
+
+def test_the_table_says_which_solver_won_and_by_how_much():
+    layers = [
+        replace(layer(f"blocks.{index}.weight", 0.1, index), solver=solver, gain=gain, output_error=error, note=note)
+        for index, (solver, gain, error, note) in enumerate(
+            [("sequential", 0.4, 0.01, ""), ("nearest", 1.0, 0.03, "rounded on the CPU"), ("sequential", 0.5, 0.02, "")]
+        )
+    ]
+    made = Report("model.safetensors", "int8_tensorwise", "row", "calibrated", "flux", layers=layers)
+    table = made.table()
+    assert "output error      median 0.02000, worst 0.03000" in table
+    assert "against nearest   median 0.500×; layers won: sequential 2, nearest 1" in table
+    assert "rounded on the CPU (1 layers)" in table
+    assert made.to_dict()["solvers"] == {"sequential": 2, "nearest": 1}
+    assert "against nearest" not in report(0.1).table() and report(0.1).to_dict()["median_gain"] is None
+
+
+def test_layers_that_could_not_be_quantized_stand_out():
+    made = report(
+        0.1, kept=[LayerKept("a.bias", (8,), "not a weight"), LayerKept("b.weight", (2, 2), "holds NaN", planned=False)]
+    )
+    assert [kept.name for kept in made.unplanned] == ["b.weight"]
+    (line,) = [line for line in made.table().splitlines() if line.startswith("KEPT")]
+    assert line.endswith("b.weight: holds NaN")
+
+
+def test_a_run_that_was_done_already_says_only_that():
+    assert (
+        report(already_done=True, output="out").table() == "Already done: out was made from the same source and recipe."
+    )
+
+
+def test_markdown_holds_the_totals_and_the_worst_layers():
+    made = report(0.1, 0.3, 0.2, bytes_in=2_000_000, bytes_out=1_000_000)
+    lines = made.markdown(worst=2).splitlines()
+    assert lines[:2] == ["|  | model.safetensors |", "| :-- | --: |"]
+    assert "| size | 2 MB → 1 MB (50%) |" in lines
+    head = lines.index("| worst layers | shape | format | solver | weight error | output error |")
+    assert [line.split(" | ")[0].lstrip("| ") for line in lines[head + 2 :]] == ["blocks.1.weight", "blocks.2.weight"]
+    assert lines[head + 2].endswith("| 0.30000 | – |")
+    assert "worst layers" not in report().markdown()
+    assert report(already_done=True, output="out").markdown().startswith("Already done")
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (999, "999 B"),
+        (1000, "1 KB"),
+        (19_200_000, "19.2 MB"),
+        (23_800_000_000, "23.8 GB"),
+        (10**12, "1 TB"),
+        (5 * 10**15, "5e+03 TB"),
+        (10**6, "1 MB"),
+        (10**9, "1 GB"),
+    ],
+)
+def test_sizes_are_decimal_with_three_digits(count, text):
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize("count", [999_600, 999_999, 999_999_999])
+def test_sizes_just_below_a_unit_are_not_written_as_powers(count):
+    assert "e+" not in human_bytes(count)
