@@ -1,33 +1,39 @@
-"""What a quantized weight is: number grid × scale granularity × rotation × file keys; one table of formats."""
+"""Formats: element formats, scales, and the codec that stores a quantized layer, one module per family."""
 
-from .elements import E4M3, E5M2, INT8, Grid
-from .encoding import ROTATED, Encoding, make_encoding
-from .external import FOREIGN, ForeignFormat
+from .codec import Codec, Format, TensorSpec
+from .detect import StoredLayer, detect_layer, detect_layers
+from .elements import E2M1, E4M3, E5M2, INT4, INT8, ElementFormat
 from .rotation import GROUP_SIZES, Rotation, rotation_groups
-from .scales import GRANULARITIES, Tiles
-from .table import FORMATS, Format, find_format, sibling, with_granularity
-from .weight import QuantizedWeight, Rounded
+from .scales import GRANULARITIES, ScaleGroups
+from .space import SolveSpace
+from .table import FORMATS, READABLE, find_format, find_sibling, make_codec, with_granularity
+from .weight import QuantizedWeight, Solution
 
 __all__ = [
+    "E2M1",
     "E4M3",
     "E5M2",
-    "INT8",
-    "Grid",
-    "GRANULARITIES",
-    "Tiles",
-    "GROUP_SIZES",
-    "Rotation",
-    "rotation_groups",
-    "FOREIGN",
-    "ForeignFormat",
     "FORMATS",
+    "GRANULARITIES",
+    "GROUP_SIZES",
+    "INT4",
+    "INT8",
+    "READABLE",
+    "Codec",
+    "ElementFormat",
     "Format",
-    "find_format",
-    "sibling",
-    "with_granularity",
-    "ROTATED",
-    "Encoding",
-    "make_encoding",
     "QuantizedWeight",
-    "Rounded",
+    "Rotation",
+    "ScaleGroups",
+    "Solution",
+    "SolveSpace",
+    "StoredLayer",
+    "TensorSpec",
+    "detect_layer",
+    "detect_layers",
+    "find_format",
+    "find_sibling",
+    "make_codec",
+    "rotation_groups",
+    "with_granularity",
 ]

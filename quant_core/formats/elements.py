@@ -1,24 +1,28 @@
-"""Number grids: the values a code can mean before it is scaled."""
+"""Element formats: the numbers that one quantized value can represent, apart from how a file packs them."""
 
 from dataclasses import dataclass
 
 import torch
 
 from ...kernels.grid import GridArithmetic
-from ...kernels.reference import grid_step
+from ...kernels.reference import grid_step, round_to_grid
 
-__all__ = ["Grid", "E4M3", "E5M2", "INT8"]
+__all__ = ["E2M1", "E4M3", "E5M2", "INT4", "INT8", "ElementFormat"]
 
 
 @dataclass(frozen=True)
-class Grid:
+class ElementFormat:
     """A symmetric set of representable numbers.
 
     Attributes:
-        dtype: dtype of the codes as they stand in a file.
+        name: as users know it, for example "E4M3".
+        bits: bits per value in a file.
+        dtype: dtype of a tensor of quantized values, one element per value, in which each of them is exact.
         arithmetic: mantissa bits, smallest step and largest magnitude, as kernels take them.
     """
 
+    name: str
+    bits: int
     dtype: torch.dtype
     arithmetic: GridArithmetic
 
@@ -30,18 +34,18 @@ class Grid:
     @property
     def floating(self) -> bool:
         """Steps grow with magnitude, so a scale matters only modulo a power of two."""
-        return self.dtype.is_floating_point
+        return self.arithmetic.mantissa >= 0
 
     def encode(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Nearest code of each value, ties to even. ``scaled``: float32, any shape."""
+        """Round to the nearest representable number, ties to even. ``scaled``: float32 of any shape; returns :attr:`dtype`."""
         clamped = scaled.clamp(-self.max, self.max)
-        return (clamped if self.floating else clamped.round_()).to(self.dtype)
+        return (clamped if self._rounded_by_cast else round_to_grid(clamped, self.arithmetic)).to(self.dtype)
 
     def neighbours(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two neighbouring grid values that enclose each value (float32), the lower one first.
+        """The two representable numbers (float32) that enclose each value, the lower one first.
 
-        Of a value on the grid one is the value itself, the other lies farther from zero; beyond the grid's end both
-        are its end.
+        For a representable value one of them is the value itself, the other is farther from zero. Beyond the largest
+        magnitude both are the largest magnitude.
         """
         magnitude = scaled.abs().clamp_max_(self.max)
         step = grid_step(magnitude, self.arithmetic)
@@ -50,8 +54,16 @@ class Grid:
         negative = scaled < 0
         return torch.where(negative, -outer, inner), torch.where(negative, -inner, outer)
 
+    @property
+    def _rounded_by_cast(self) -> bool:
+        """The numbers of :attr:`dtype` are exactly these."""
+        return self.dtype.is_floating_point and torch.finfo(self.dtype).max == self.max
 
-E4M3 = Grid(torch.float8_e4m3fn, GridArithmetic(mantissa=3, smallest=2.0**-9, largest=448.0))
-E5M2 = Grid(torch.float8_e5m2, GridArithmetic(mantissa=2, smallest=2.0**-16, largest=57344.0))
-# Symmetric: −128 is left out, as in every int8 matmul kernel ComfyUI uses.
-INT8 = Grid(torch.int8, GridArithmetic(mantissa=-1, smallest=1.0, largest=127.0))
+
+E4M3 = ElementFormat("E4M3", 8, torch.float8_e4m3fn, GridArithmetic(mantissa=3, smallest=2.0**-9, largest=448.0))
+E5M2 = ElementFormat("E5M2", 8, torch.float8_e5m2, GridArithmetic(mantissa=2, smallest=2.0**-16, largest=57344.0))
+# OCP Microscaling Formats (MX) v1.0, section 5.3.3. Each of its numbers is one of E4M3, whose dtype holds them.
+E2M1 = ElementFormat("E2M1", 4, torch.float8_e4m3fn, GridArithmetic(mantissa=1, smallest=0.5, largest=6.0))
+# Symmetric: −128 and −8 are left out, as in every integer matmul kernel that ComfyUI uses.
+INT8 = ElementFormat("INT8", 8, torch.int8, GridArithmetic(mantissa=-1, smallest=1.0, largest=127.0))
+INT4 = ElementFormat("INT4", 4, torch.int8, GridArithmetic(mantissa=-1, smallest=1.0, largest=7.0))

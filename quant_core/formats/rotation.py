@@ -1,8 +1,8 @@
-"""ConvRot: rotate groups of input channels by a Hadamard matrix, so that outliers spread over the group.
+"""ConvRot: rotate groups of input channels by a Hadamard matrix, which spreads outliers over the group.
 
-The stored weight is W·R, the layer's input is rotated at run time: (x·R)(W·R)ᵀ = x·Wᵀ, since R is orthogonal.
-R is block diagonal; each block is the regular Hadamard matrix H₄⊗H₄⊗… of ComfyUI's kernels, symmetric and so its own
-inverse.
+The stored weight is W·R, and the layer's activations are rotated at run time: (x·R)(W·R)ᵀ = x·Wᵀ, since R is orthogonal.
+R is block diagonal; each block is the regular Hadamard matrix H₄⊗H₄⊗… of ComfyUI's kernels, symmetric and therefore its
+own inverse (ConvRot, arXiv 2512.03673).
 """
 
 from dataclasses import dataclass
@@ -12,25 +12,25 @@ import torch
 from ...kernels.hadamard import rotate
 from ..errors import RecipeError
 
-__all__ = ["Rotation", "GROUP_SIZES", "rotation_groups"]
+__all__ = ["GROUP_SIZES", "Rotation", "rotation_groups"]
 
 GROUP_SIZES = (256, 64, 16)
 
 
 def rotation_groups(convrot: bool | int | str | None, inner: int) -> list[int | None]:
-    """The ConvRot group sizes to try for ``inner`` input channels; None stands for no rotation.
+    """The ConvRot group sizes to try for ``inner`` input channels; None is no rotation.
 
     ``convrot``: None or False for none; True for the largest group that divides; a number for the largest up to it;
     "auto" for no rotation and every group that divides.
     """
-    fitting = [size for size in GROUP_SIZES if inner % size == 0]
+    dividing = [size for size in GROUP_SIZES if inner % size == 0]
     if convrot == "auto":
-        return [None, *fitting]
+        return [None, *dividing]
     if convrot is None or convrot is False:
         return [None]
     if convrot is not True and convrot not in GROUP_SIZES:
         raise RecipeError(f"ConvRot can be on, off, auto, 256, 64 or 16, not {convrot!r}.")
-    return [size for size in fitting if convrot is True or size <= convrot][:1] or [None]
+    return [size for size in dividing if convrot is True or size <= convrot][:1] or [None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,6 @@ class Rotation:
             raise RecipeError(f"ConvRot groups of {self.size} do not divide {values.shape[-1]} input channels.")
         return rotate(values, self.size)
 
-    def apply_gram(self, gram: torch.Tensor) -> torch.Tensor:
-        """Rᵀ·H·R: the Gram (in, in) of rotated inputs."""
-        return self.apply(self.apply(gram).t()).t()
+    def apply_hessian(self, hessian: torch.Tensor) -> torch.Tensor:
+        """Rᵀ·H·R: the Hessian (in, in) of rotated activations."""
+        return self.apply(self.apply(hessian).t()).t()

@@ -1,20 +1,22 @@
-"""Granularities: which part of a weight shares one scale."""
+"""Scales: which part of a weight shares one (groups), and which numbers it can be (levels)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-__all__ = ["GRANULARITIES", "Tiles", "BLOCK_SIZE"]
+__all__ = ["BLOCK_SIZE", "E8M0", "FLOAT32", "GRANULARITIES", "TWO_LEVEL_E4M3", "ScaleFormat", "ScaleGroups"]
 
 BLOCK_SIZE = 128
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """A weight of shape (out, in) cut into tiles of ``rows`` × ``columns`` that share one scale each.
+class ScaleGroups:
+    """A weight of shape (out, in) divided into groups of ``rows`` × ``columns`` with one scale each.
 
-    Scales form a float32 grid of :attr:`counts`; the last tile of a row or column of tiles may be smaller.
+    Scales are a float32 tensor of shape :attr:`counts`; the last group along a dimension may be smaller.
     """
 
     out: int
@@ -24,12 +26,12 @@ class Tiles:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many tiles: (along out, along in)."""
+        """Number of groups: (along out, along in)."""
         return -(-self.out // self.rows), -(-self.inner // self.columns)
 
     @property
-    def group(self) -> int:
-        """Rows that can be added up before tiles are told apart: those of a small tile, else one."""
+    def summed_rows(self) -> int:
+        """Rows whose errors may be summed before groups are distinguished: those of a small group, else one."""
         return self.rows if self.rows < self.out else 1
 
     def spread(self, scale: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -40,22 +42,118 @@ class Tiles:
         return scale if scale.shape[1] == 1 else scale.repeat_interleave(self.columns, dim=1)[:, : self.inner]
 
     def row_amax(self, rows: torch.Tensor) -> torch.Tensor:
-        """Largest magnitude of each row within each tile: (n, in) → (n, tiles along in)."""
-        tiles = self.counts[1]
-        padded = torch.nn.functional.pad(rows, (0, tiles * self.columns - self.inner))
-        return padded.view(rows.shape[0], tiles, self.columns).abs().amax(dim=2)
+        """Largest magnitude of each row within each group: (n, in) → (n, groups along in)."""
+        groups = self.counts[1]
+        padded = torch.nn.functional.pad(rows, (0, groups * self.columns - self.inner))
+        return padded.view(rows.shape[0], groups, self.columns).abs().amax(dim=2)
 
-    def join_rows(self, values: torch.Tensor, join: Callable[..., torch.Tensor], group: int = 1) -> torch.Tensor:
-        """Reduce (…, ⌈out/group⌉, tiles along in) to (…, *counts) with ``join(values, dim)``; zeros fill the last tile."""
-        per_tile = -(-self.rows // group)
-        missing = self.counts[0] * per_tile - values.shape[-2]
+    def join_rows(self, values: torch.Tensor, join: Callable[..., torch.Tensor], summed: int = 1) -> torch.Tensor:
+        """Reduce (…, ⌈out/summed⌉, groups along in) to (…, *counts) with ``join(values, dim)``; zeros fill the last group."""
+        per_group = -(-self.rows // summed)
+        missing = self.counts[0] * per_group - values.shape[-2]
         padded = torch.nn.functional.pad(values, (0, 0, 0, missing))
-        return join(padded.unflatten(-2, (self.counts[0], per_tile)), dim=-2)
+        return join(padded.unflatten(-2, (self.counts[0], per_group)), dim=-2)
 
 
-# Name → the tiles of a weight (out, in), given the block size.
-GRANULARITIES: Mapping[str, Callable[[int, int, int], Tiles]] = {
-    "tensor": lambda out, inner, block: Tiles(out, inner, out, inner),
-    "row": lambda out, inner, block: Tiles(out, inner, 1, inner),
-    "block": lambda out, inner, block: Tiles(out, inner, block, block),
+# Granularity → the scale groups of a weight (out, in), given the side of a block or the length of a group.
+GRANULARITIES: Mapping[str, Callable[[int, int, int], ScaleGroups]] = {
+    "tensor": lambda out, inner, size: ScaleGroups(out, inner, out, inner),
+    "row": lambda out, inner, size: ScaleGroups(out, inner, 1, inner),
+    "block": lambda out, inner, size: ScaleGroups(out, inner, size, size),
+    "group": lambda out, inner, size: ScaleGroups(out, inner, 1, size),
 }
+
+
+class ScaleFormat(Protocol):
+    """The numbers that a scale can be. Solvers work with effective scales: the product of all levels, float32.
+
+    Attributes:
+        continuous: every positive float32 is a scale; otherwise a group of small weights may get the scale 0, and all its
+            quantized values are 0 then.
+    """
+
+    continuous: bool
+
+    def ratios(self, floating: bool) -> tuple[float, ...]:
+        """Multiples of the amax scale that a search tries, 1 first; ``floating``: steps of the elements grow with magnitude."""
+        ...
+
+    def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales that map each group's largest magnitude to the largest element, as round to nearest takes them.
+
+        Args:
+            amax: float32 (*counts).
+            largest: largest magnitude of an element.
+
+        Returns:
+            effective scales, float32 (*counts), and the parent level (float32), None where there is one level only.
+        """
+        ...
+
+    def snap(self, scale: torch.Tensor, parent: torch.Tensor | None) -> torch.Tensor:
+        """The representable effective scales nearest to ``scale`` (float32) under ``parent``."""
+        ...
+
+
+def _divide(values: torch.Tensor, number: float) -> torch.Tensor:
+    """``values / number``, rounded once on every device: a GPU would multiply by the reciprocal of a plain number."""
+    return values / torch.full_like(values, number)
+
+
+class _Float32:
+    """One float32 level. A group of zeros has the scale 1."""
+
+    continuous = True
+
+    def ratios(self, floating: bool) -> tuple[float, ...]:
+        if floating:  # only the position within an octave matters
+            return tuple(2.0 ** (step / 16) for step in range(16))
+        return tuple(1.0 - step / 64 for step in range(24))
+
+    def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, None]:
+        scale = _divide(amax, largest).clamp_min(_SMALLEST)
+        return torch.where(amax > 0, scale, torch.ones_like(amax)), None
+
+    def snap(self, scale: torch.Tensor, parent: None) -> torch.Tensor:
+        return scale.clamp_min(_SMALLEST)
+
+
+class _E8M0:
+    """One level of powers of two, 2^−127 … 2^127 (OCP MX v1.0, section 5.4.1), rounded up so that no value clamps."""
+
+    continuous = False
+
+    def ratios(self, floating: bool) -> tuple[float, ...]:
+        return 1.0, 0.5
+
+    def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, None]:
+        needed = _divide(amax, largest).clamp_min_(2.0**-127)
+        return torch.where(amax > 0, self._power(torch.log2(needed).ceil_()), torch.zeros_like(amax)), None
+
+    def snap(self, scale: torch.Tensor, parent: None) -> torch.Tensor:
+        return torch.where(scale > 0, self._power(torch.log2(scale.clamp_min(2.0**-127)).round_()), scale)
+
+    def _power(self, exponent: torch.Tensor) -> torch.Tensor:
+        return torch.ldexp(torch.ones_like(exponent), exponent.clamp_(-127, 127))
+
+
+class _TwoLevelE4M3:
+    """E4M3 scales of groups under one float32 scale of the tensor, chosen so that the largest group scale is 448."""
+
+    continuous = False
+    _LARGEST = 448.0
+
+    def ratios(self, floating: bool) -> tuple[float, ...]:
+        # 1.5 maps a group's amax to 4 instead of 6 (four-over-six, arXiv 2512.02010); the others clip it.
+        return 1.0, 1.5, *(1.0 - step / 16 for step in range(1, 7))
+
+    def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
+        parent = _divide(amax.max(), self._LARGEST * largest)
+        parent = torch.where(parent > 0, parent, torch.ones_like(parent))
+        return self.snap(_divide(amax, largest), parent), parent
+
+    def snap(self, scale: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+        return parent * (scale / parent).clamp_max(self._LARGEST).to(torch.float8_e4m3fn).float()
+
+
+FLOAT32, E8M0, TWO_LEVEL_E4M3 = _Float32(), _E8M0(), _TwoLevelE4M3()

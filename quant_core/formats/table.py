@@ -1,115 +1,73 @@
-"""The table of file formats, each under the exact string ComfyUI's loader knows."""
+"""The table of formats, each under the exact string that ComfyUI's loader knows. A new format is one file and one line here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
-from ..errors import UnknownNameError
-from .elements import E4M3, E5M2, INT8, Grid
+from ..errors import RecipeError, UnknownNameError
+from . import asym_w4a8, convrot_w4a4, fp8, int8, mxfp8, nvfp4
+from .codec import Codec, Format
+from .scales import GRANULARITIES
 
-__all__ = ["Format", "FORMATS", "find_format", "sibling", "with_granularity"]
+__all__ = ["FORMATS", "READABLE", "find_format", "find_sibling", "make_codec", "with_granularity"]
 
-
-@dataclass(frozen=True)
-class Format:
-    """One way a quantized linear layer stands in a file.
-
-    Attributes:
-        name: the ``format`` string of the layer's JSON.
-        grid: the number grid of the codes.
-        granularities: name → extra JSON keys; the first is the default.
-        stock_since: oldest ComfyUI release whose stock loaders read it; None: they do not, this pack does.
-        full_precision_matmul: whether the JSON key ``full_precision_matrix_mult``, by which ComfyUI decodes a weight instead
-            of multiplying its codes, is a "choice", "always" there because nothing multiplies such codes, or "never".
-        note: one sentence for people.
-        inputs: what shares a scale when a layer's inputs are quantized to the same grid: the whole "tensor", by an
-            ``input_scale`` that the layer may carry, each "token", or the "block" of a token; None leaves them as they are.
-    """
-
-    name: str
-    grid: Grid
-    granularities: Mapping[str, Mapping[str, object]]
-    stock_since: str | None
-    full_precision_matmul: Literal["choice", "always", "never"]
-    note: str
-    inputs: Literal["tensor", "token", "block"] | None = None
-
-
-_TABLE = (
-    Format(
-        name="float8_e4m3fn",
-        grid=E4M3,
-        granularities={"tensor": {}},
-        stock_since="0.3.75",
-        full_precision_matmul="choice",
-        note="8-bit float, one scale per tensor; runs on FP8 tensor cores from SM 8.9 on, is decoded on older cards",
-        inputs="tensor",
-    ),
-    Format(
-        name="float8_e5m2",
-        grid=E5M2,
-        granularities={"tensor": {}},
-        stock_since="0.8",
-        full_precision_matmul="always",  # no NVIDIA card multiplies two E5M2 matrices
-        note="8-bit float with two mantissa bits, decoded on every card: twice the error of e4m3, for weights of a huge range",
-    ),
-    Format(
-        name="int8_tensorwise",
-        grid=INT8,
-        granularities={"row": {"per_row": True}, "tensor": {}},
-        stock_since="0.27",
-        full_precision_matmul="never",
-        note="8-bit integer, one scale per row or per tensor; runs on INT8 tensor cores from SM 7.5 on",
-        inputs="token",
-    ),
-    Format(
-        name="float8_e4m3fn_rowwise",
-        grid=E4M3,
-        granularities={"row": {}},
-        stock_since=None,
-        full_precision_matmul="never",
-        note="8-bit float, one scale per row",
-        inputs="token",
-    ),
-    Format(
-        name="float8_e4m3fn_blockwise",
-        grid=E4M3,
-        granularities={"block": {}},
-        stock_since=None,
-        full_precision_matmul="never",
-        note="8-bit float, one scale per square block",
-        inputs="block",
-    ),
-    Format(
-        name="int8_blockwise",
-        grid=INT8,
-        granularities={"block": {}},
-        stock_since=None,
-        full_precision_matmul="never",
-        note="8-bit integer, one scale per square block",
-        inputs="block",
-    ),
+_FAMILIES = (
+    fp8.FORMATS,
+    int8.FORMATS,
+    nvfp4.FORMATS,
+    mxfp8.FORMATS,
+    convrot_w4a4.FORMATS,
+    asym_w4a8.FORMATS,
 )
 
-FORMATS: Mapping[str, Format] = {entry.name: entry for entry in _TABLE}
+READABLE: Mapping[str, Format] = {entry.name: entry for family in _FAMILIES for entry in family}
+FORMATS: Mapping[str, Format] = {name: entry for name, entry in READABLE.items() if entry.writable}
 
 
 def find_format(name: str) -> Format:
-    """The format of that name, or :class:`UnknownNameError` with the nearest known one."""
+    """The format of that name that this version writes, or :class:`UnknownNameError` with the nearest one."""
     if name not in FORMATS:
         raise UnknownNameError("format", name, FORMATS)
     return FORMATS[name]
 
 
+def find_sibling(entry: Format, granularity: str) -> Format | None:
+    """The format of the same elements that has this granularity, if there is one."""
+    return next(
+        (other for other in FORMATS.values() if other.elements == entry.elements and granularity in other.granularities),
+        None,
+    )
+
+
 def with_granularity(name: str, granularity: str | None) -> str:
     """That format, or its sibling where the granularity is the sibling's; :class:`UnknownNameError` for an unknown one."""
     entry = find_format(name)
-    other = None if granularity in (None, *entry.granularities) else sibling(entry, granularity)
+    other = None if granularity in (None, *entry.granularities) else find_sibling(entry, granularity)
     return (other or entry).name
 
 
-def sibling(entry: Format, granularity: str) -> Format | None:
-    """The format of the same number grid that has this granularity, if there is one."""
-    return next(
-        (other for other in FORMATS.values() if other.grid == entry.grid and granularity in other.granularities), None
+def make_codec(
+    format: str,
+    granularity: str | None = None,
+    *,
+    block_size: int | None = None,
+    convrot: int | None = None,
+    full_precision_matmul: bool = False,
+) -> Codec:
+    """The codec of these choices; None takes the format's own granularity, blocks of 128, no rotation.
+
+    Raises:
+        UnknownNameError: no such format or granularity.
+        RecipeError: a choice that this format does not have.
+    """
+    entry = find_format(format)
+    granularity = granularity or next(iter(entry.granularities))
+    if granularity not in GRANULARITIES:
+        raise UnknownNameError("granularity", granularity, GRANULARITIES)
+    if granularity not in entry.granularities:
+        other = find_sibling(entry, granularity)
+        hint = f"{other.name} has" if other else "choose another format or granularity"
+        raise RecipeError(
+            f"Format {entry.name} has one scale per {' or '.join(entry.granularities)}, not per {granularity}; {hint}."
+        )
+    return entry.make(
+        granularity, block_size=block_size, convrot=convrot, full_precision_matmul=full_precision_matmul
     )

@@ -1,110 +1,111 @@
-"""A quantized weight: codes, scale, and how both stand in a file."""
+"""A quantized weight: the solution of the rounding, and the codec that stores it."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import QuantizationError
-from .encoding import Encoding
-from .table import Format
+from .codec import Codec, Format
+from .layer_json import CONFIG_KEY, config_tensor
 
-__all__ = ["QuantizedWeight", "Rounded", "config_tensor", "config_bytes"]
-
-
-def config_bytes(config: Mapping[str, object]) -> bytes:
-    """A layer's JSON in the one spelling this project writes."""
-    return json.dumps(config, separators=(",", ":")).encode()
-
-
-def config_tensor(config: Mapping[str, object]) -> torch.Tensor:
-    """The uint8 tensor that stands in a file as ``<layer>.comfy_quant``."""
-    return torch.frombuffer(bytearray(config_bytes(config)), dtype=torch.uint8)
+__all__ = ["QuantizedWeight", "Solution"]
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """How a weight was rounded, and what that cost.
+class Solution:
+    """How a weight was rounded, and the error that this makes.
 
     Attributes:
-        winner: the solver whose codes were taken; "nearest" where no other was better.
+        solver: the solver that chose the quantized values; "nearest" for round to nearest.
+        qdata: quantized values (out, in) in the element format's dtype, in the stored basis.
+        scale: effective scales, float32 (*counts).
+        parent: parent level of the scales, None where there is one level.
         weight_error: ‖Ŵ − W‖/‖W‖, 0 for an all-zero weight.
-        gain: what the rounding minimises, relative to nearest; below 1 is better, None when nothing was compared.
-        output_error: √(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)), None without a Gram H.
-        note: one sentence for people, empty when there is nothing to say.
+        gain: the loss relative to that of round to nearest; below 1 is better, None when nothing was compared.
+        output_error: √(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)), None without a Hessian H.
     """
 
-    winner: str
+    solver: str
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    parent: torch.Tensor | None
     weight_error: float
     gain: float | None = None
     output_error: float | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Ŵ = scale · codes, rotated back where the encoding rotates.
+    """Ŵ, its errors and its tensors in a file.
 
     Attributes:
-        codes: (out, in), dtype of the format's grid.
-        scale: float32; () for tensor granularity, (out, 1) for row, (⌈out/bs⌉, ⌈in/bs⌉) for block.
-        encoding: how it stands in a file.
-        rounded: how it was rounded.
+        solution: quantized values, scales and errors.
+        codec: how the layer is stored.
         shape: shape of the original weight.
-        bias: the corrected bias (out,), in the dtype it came in; None when there was none to correct.
-        input_scale: what ComfyUI divides the layer's inputs by before it quantizes them; None for 1.
+        bias: the corrected bias (out,) in its own dtype; None where none was given.
+        input_scale: what ComfyUI divides the layer's activations by before it quantizes them; None for 1.
+        note: one sentence for users, empty when there is nothing to report.
     """
 
-    codes: torch.Tensor
-    scale: torch.Tensor
-    encoding: Encoding
-    rounded: Rounded
+    solution: Solution
+    codec: Codec
     shape: tuple[int, ...]
     bias: torch.Tensor | None = None
     input_scale: float | None = None
+    note: str = ""
+
+    @property
+    def qdata(self) -> torch.Tensor:
+        """Quantized values (out, in) in the element format's dtype."""
+        return self.solution.qdata
 
     @property
     def format(self) -> Format:
         """Entry of :data:`FORMATS`."""
-        return self.encoding.format
+        return self.codec.format
 
     @property
     def granularity(self) -> str:
         """What shares a scale."""
-        return self.encoding.granularity
+        return self.codec.granularity
 
     @property
     def weight_error(self) -> float:
         """‖Ŵ − W‖/‖W‖."""
-        return self.rounded.weight_error
+        return self.solution.weight_error
 
     @property
     def output_error(self) -> float | None:
-        """√(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)), None without a Gram."""
-        return self.rounded.output_error
+        """√(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)), None without a Hessian."""
+        return self.solution.output_error
 
     @property
     def config(self) -> dict[str, object]:
         """The layer's JSON."""
-        return self.encoding.config
+        return self.codec.layer_config(self._matrix_shape)
 
     def dequantize(self) -> torch.Tensor:
         """Ŵ as float32, in the original's shape and basis."""
-        return self.encoding.decode(self.codes, self.scale).reshape(self.shape)
+        space = self.codec.solve_space(self._matrix_shape)
+        return self.codec.unrotate(space.decode(self.qdata, self.solution.scale)).reshape(self.shape)
 
     def tensors(self, layer: str) -> dict[str, torch.Tensor]:
-        """{name: tensor} exactly as they stand in the file, for a layer of base name ``layer``."""
-        if len(self.shape) != 2:
-            raise QuantizationError(
-                f"{layer}: a weight of shape {self.shape} cannot stand quantized in a file, only matrices can."
-            )
-        bias = {} if self.bias is None else {f"{layer}.bias": self.bias}
-        inputs = {} if self.input_scale is None else {f"{layer}.input_scale": torch.tensor(self.input_scale)}
-        return {
-            f"{layer}.weight": self.codes,
-            f"{layer}.weight_scale": self.scale,
-            **inputs,
-            f"{layer}.comfy_quant": config_tensor(self.config),
-            **bias,
-        }
+        """{name: tensor} exactly as in a file, for a layer of base name ``layer``.
+
+        Raises:
+            QuantizationError: the weight is not a matrix, or the format cannot hold its shape.
+        """
+        reason = "only matrices can be stored" if len(self.shape) != 2 else self.codec.admits(self._matrix_shape)
+        if reason:
+            raise QuantizationError(f"{layer}: a weight of shape {self.shape} cannot be stored as {self.codec}: {reason}.")
+        tensors = self.codec.store(self.qdata, self.solution.scale, self.solution.parent)
+        if self.input_scale is not None:
+            tensors["input_scale"] = torch.tensor(self.input_scale)
+        tensors[CONFIG_KEY] = config_tensor(self.config)
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        return {f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+    @property
+    def _matrix_shape(self) -> tuple[int, int]:
+        return self.qdata.shape[0], self.qdata.shape[1]

@@ -1,43 +1,43 @@
-"""Which code each weight gets, and under which scale: objectives × solvers × formats.
+"""Rounding: which quantized value each weight gets, and under which scale.
 
-An objective (:mod:`.objectives`) says what is minimised; a scale (:mod:`.scales`) is searched for it; a solver
-(:mod:`.nearest`, :mod:`.sequential`, :mod:`.gradient`, :mod:`.stochastic`) chooses the codes; :mod:`.rounder` puts them
-together and keeps nearest where nothing is better.
+:mod:`.solve` is the way from a weight to its quantized values: scales (:mod:`.rtn`, :mod:`.scale_search`), what is minimised
+(:mod:`.quadratic`, :mod:`.principal`), a solver (:mod:`.gptq`, :mod:`.projected`, :mod:`.gradient`, :mod:`.stochastic`),
+and the comparison with round to nearest. :mod:`.options` are a user's choices.
 """
 
 from .bias import correct_bias, synthetic_mean
-from .gptq import round_sequential
+from .gptq import round_gptq
 from .gradient import round_gradient
-from .objectives import Calibrated, Identity, Objective, Principal, Quadratic
 from .optimizers import OPTIMIZERS, SCHEDULES
 from .options import BIAS_CORRECTIONS, OPTIONS, ROUNDINGS, Method
-from .rounder import Candidate, Rounder, make_objectives
-from .rtn import quantize_nearest, weight_error
-from .scale_search import amax_scale, search_scale
+from .principal import Principal, principal_rank
+from .projected import round_projected
+from .quadratic import Quadratic, hessian_quadratic
+from .rtn import amax_scale, round_to_nearest, weight_error
+from .scale_search import search_scale
+from .solve import WeightSolver
 from .stochastic import round_stochastic
 
 __all__ = [
-    "ROUNDINGS",
     "BIAS_CORRECTIONS",
-    "OPTIONS",
     "OPTIMIZERS",
+    "OPTIONS",
+    "ROUNDINGS",
     "SCHEDULES",
     "Method",
-    "Rounder",
-    "Candidate",
-    "make_objectives",
-    "Objective",
-    "Quadratic",
-    "Identity",
-    "Calibrated",
     "Principal",
+    "Quadratic",
+    "WeightSolver",
     "amax_scale",
-    "search_scale",
-    "quantize_nearest",
-    "round_sequential",
-    "round_gradient",
-    "round_stochastic",
-    "weight_error",
     "correct_bias",
+    "hessian_quadratic",
+    "principal_rank",
+    "round_gptq",
+    "round_gradient",
+    "round_projected",
+    "round_stochastic",
+    "round_to_nearest",
+    "search_scale",
     "synthetic_mean",
+    "weight_error",
 ]

@@ -1,9 +1,9 @@
-"""Bias correction: what an error E does to the mean output, the bias can take back."""
+"""Bias correction: the bias takes back what an error E adds to the mean output."""
 
 import torch
 
 from ..cancellation import CancelCheck
-from ..formats import Tiles
+from ..formats import SolveSpace
 from .slabs import error_slabs
 
 __all__ = ["correct_bias", "synthetic_mean"]
@@ -11,24 +11,24 @@ __all__ = ["correct_bias", "synthetic_mean"]
 
 def correct_bias(
     bias: torch.Tensor,
-    mean_input: torch.Tensor,
+    mean: torch.Tensor,
     weight: torch.Tensor,
-    codes: torch.Tensor,
+    qdata: torch.Tensor,
     scale: torch.Tensor,
-    tiles: Tiles,
+    space: SolveSpace,
     check: CancelCheck | None = None,
 ) -> torch.Tensor:
-    """b − E·x̄, so that the mean of Ŵx + b over the inputs is that of Wx + b. In the bias's dtype.
+    """b − E·x̄, in the dtype of ``bias``: the mean of Ŵx + b over the activations equals that of Wx + b.
 
     Args:
         bias: (out,).
-        mean_input: x̄, float32 (in,), in the basis of ``weight`` (rotated where that is).
-        weight, codes, scale: what gives E = s·q − W.
+        mean: x̄, float32 (in,), in the basis of ``weight`` (rotated where that is).
+        weight, qdata, scale: what gives E = Ŵ − W; all in the stored basis.
     """
     corrected = bias.float()
     shift = torch.empty_like(corrected)
-    for start, stop, error in error_slabs(weight, codes, scale, tiles, check):
-        shift[start:stop] = error @ mean_input
+    for start, stop, error in error_slabs(weight, qdata, scale, space, check):
+        shift[start:stop] = error @ mean
     return (corrected - shift).to(bias.dtype)
 
 

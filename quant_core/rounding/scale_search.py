@@ -1,114 +1,121 @@
-"""Scales: amax is a start, not the answer.
+"""Scale search: among multiples of the amax scale, the one of least weighted error for each group.
 
-For a floating grid the scale matters only modulo a power of two, so one octave above amax is
-searched; for an integer grid the clip ratio. Both minimise tr(E·D·Eᵀ) with D the diagonal of what
-the rounding minimises: that of the inputs' Gram, or I where nothing is known of them.
+For floating elements under float32 scales only the position within an octave matters, so one octave above amax is
+searched; for integer elements the clip ratio. Minimised is tr(E·D·Eᵀ), D the diagonal of the Hessian, or I without one.
 """
 
 import torch
 
 from ... import kernels
 from ..cancellation import CancelCheck
-from ..errors import NonFiniteWeightError
-from ..formats import Grid, Tiles
+from ..formats import SolveSpace
 from .slabs import row_slabs
 
-__all__ = ["amax_scale", "search_scale"]
+__all__ = ["search_scale"]
 
-_OCTAVE = tuple(2.0 ** (step / 16) for step in range(16))
-_CLIP = tuple(1.0 - step / 64 for step in range(24))
-# A whole-tensor scale is chosen on at most this many weights, drawn as whole rows.
+# A scale of the whole tensor is chosen on at most this many weights, drawn as whole rows.
 _SAMPLE = 1 << 21
-_SMALLEST = torch.finfo(torch.float32).tiny
-
-
-def amax_scale(weight: torch.Tensor, grid: Grid, tiles: Tiles, check: CancelCheck | None = None) -> torch.Tensor:
-    """The scale of each tile that maps its largest magnitude onto the grid's end; 1 where all weights are zero.
-
-    ``weight``: (out, in). Raises :class:`NonFiniteWeightError` when it holds NaN or Inf.
-    """
-    amax = torch.empty(weight.shape[0], tiles.counts[1], dtype=torch.float32, device=weight.device)
-    for start, stop, rows in row_slabs(weight, check):
-        amax[start:stop] = tiles.row_amax(rows)
-    amax = tiles.join_rows(amax, torch.amax)
-    if not torch.isfinite(amax).all():
-        raise NonFiniteWeightError("The weight holds NaN or Inf, which no scale can represent.")
-    # A GPU multiplies by the reciprocal of a plain number, which rounds differently; a tensor it divides by.
-    scale = amax / torch.full_like(amax, grid.max)
-    return torch.where(amax > 0, scale.clamp_min(_SMALLEST), torch.ones_like(amax))
-
-
-def _sample(weight: torch.Tensor, seed: int) -> torch.Tensor | None:
-    """Indices of rows to judge a shared scale on, or None for all."""
-    rows = max(1, _SAMPLE // weight.shape[1])
-    if rows >= weight.shape[0]:
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(weight.shape[0], generator=generator)[:rows].sort().values.to(weight.device)
-
-
-def _tile_errors(
-    weight: torch.Tensor,
-    ratios: torch.Tensor,
-    start: torch.Tensor,
-    column_weight: torch.Tensor | None,
-    row_weight: torch.Tensor | None,
-    grid: Grid,
-    tiles: Tiles,
-    check: CancelCheck | None,
-) -> torch.Tensor:
-    """Squared error of each tile under each candidate, float64 (candidates, *counts), in squares of the weights' unit."""
-    group = tiles.group if row_weight is None else 1
-    shape = (len(ratios), -(-weight.shape[0] // group), tiles.counts[1])
-    errors = torch.empty(shape, dtype=torch.float64, device=weight.device)
-    # A GPU judges all candidates while a weight is in registers; on a CPU one at a time can be cancelled sooner.
-    passes = [slice(None)] if weight.is_cuda else [slice(i, i + 1) for i in range(len(ratios))]
-    for first, last, rows in row_slabs(weight, check, tiles.group):
-        scale = start if tiles.counts[0] == 1 else start[first // tiles.rows : -(-last // tiles.rows)]
-        groups = slice(first // group, -(-last // group))
-        for part in passes:
-            if check:
-                check()
-            errors[part, groups] = kernels.scale_errors(
-                rows, scale, ratios[part], column_weight, tiles.rows, tiles.columns, group, grid.arithmetic
-            ).double()
-    if row_weight is not None:
-        errors *= row_weight.double()[:, None]
-    errors = tiles.join_rows(errors, torch.sum, group)
-    return errors.mul_((start.double() * ratios.double().view(-1, 1, 1)).square_())
 
 
 def search_scale(
     weight: torch.Tensor,
     start: torch.Tensor,
-    grid: Grid,
-    tiles: Tiles,
+    parent: torch.Tensor | None,
+    space: SolveSpace,
     *,
     column_weight: torch.Tensor | None = None,
     row_weight: torch.Tensor | None = None,
     seed: int = 0,
     check: CancelCheck | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """The best of a few dozen multiples of the amax scale ``start``; never worse than ``start`` itself.
+    """The best of a few representable multiples of the amax scale ``start``, for each group; never worse than ``start``.
 
-    ``weight``: (out, in); ``column_weight`` and ``row_weight``: float32 (in,) and (out,), not negative, or None for
-    ones. A scale that all rows of a large weight share is chosen on a seeded sample of rows, then held against
-    ``start`` on the whole weight.
+    Args:
+        weight: (out, in), any float dtype.
+        start, parent: from :func:`~.rtn.amax_scale`.
+        column_weight, row_weight: float32 (in,) and (out,), not negative; None for ones.
+        seed: of the rows that a scale of a large whole tensor is chosen on; it is then compared with ``start`` on all rows.
 
     Returns:
-        the scale, and √(Σ error²) relative to that of ``start`` (1 when nothing is lost by either).
+        effective scales, float32 (*counts), and √(Σ error²) relative to that of ``start`` (1 where neither has an error).
     """
-    ratios = torch.tensor(_OCTAVE if grid.floating else _CLIP, device=weight.device)
+    ratios = torch.tensor(space.scales.ratios(space.elements.floating), device=weight.device)
     if column_weight is not None:
         mean = column_weight.mean()
         column_weight = column_weight / mean if mean > 0 else None
-    arguments = (grid, tiles, check)
-    sample = _sample(weight, seed) if tiles.counts == (1, 1) else None
+    sample = _sample_rows(weight, seed) if space.groups.counts == (1, 1) else None
     if sample is not None:
         rows = None if row_weight is None else row_weight[sample]
-        best = _tile_errors(weight[sample], ratios, start, column_weight, rows, *arguments).argmin(dim=0)
+        passes = _passes(weight, start, parent, ratios, space)
+        best = _group_errors(weight[sample], passes, column_weight, rows, space, check).argmin(dim=0)
         ratios = torch.stack([ratios[0], ratios[best].view(())])
-    errors = _tile_errors(weight, ratios, start, column_weight, row_weight, *arguments)
+    passes = _passes(weight, start, parent, ratios, space)
+    errors = _group_errors(weight, passes, column_weight, row_weight, space, check)
     best = errors.argmin(dim=0)
-    lost, before = errors.gather(0, best[None]).sum(), errors[0].sum()
-    return (start * ratios[best]).clamp_min(_SMALLEST), float((lost / before).sqrt()) if before > 0 else 1.0
+    error, before = errors.gather(0, best[None]).sum(), errors[0].sum()
+    scale = space.scales.snap(start * ratios[best], parent)
+    return scale, float((error / before).sqrt()) if before > 0 else 1.0
+
+
+_Pass = tuple[torch.Tensor, torch.Tensor]  # scale float32 (*counts), and the ratios float32 (n,) that multiply it
+
+
+def _passes(
+    weight: torch.Tensor, start: torch.Tensor, parent: torch.Tensor | None, ratios: torch.Tensor, space: SolveSpace
+) -> list[_Pass]:
+    """What the candidates are judged in: passes over the weight, each with a scale and some of the ratios."""
+    if space.scales.continuous:
+        # A GPU judges all candidates while a weight is in registers; on a CPU one at a time can be cancelled sooner.
+        return [(start, ratios)] if weight.is_cuda else [(start, ratio) for ratio in ratios.split(1)]
+    one = ratios.new_ones(1)
+    snapped = (space.scales.snap(start * ratio, parent) for ratio in ratios)
+    # In a group with the scale 0 all weights are so small that they round to 0 under the scale 1 as well.
+    return [(torch.where(scale > 0, scale, torch.ones_like(scale)), one) for scale in snapped]
+
+
+def _group_errors(
+    weight: torch.Tensor,
+    passes: list[_Pass],
+    column_weight: torch.Tensor | None,
+    row_weight: torch.Tensor | None,
+    space: SolveSpace,
+    check: CancelCheck | None,
+) -> torch.Tensor:
+    """Squared error of each group under each candidate, float64 (candidates, *counts), in the weights' unit squared."""
+    groups = space.groups
+    summed = groups.summed_rows if row_weight is None else 1
+    counts = [len(ratios) for _, ratios in passes]
+    shape = (sum(counts), -(-weight.shape[0] // summed), groups.counts[1])
+    errors = torch.empty(shape, dtype=torch.float64, device=weight.device)
+    by_pass = errors.split(counts)
+    for first, last, rows in row_slabs(weight, check, groups.summed_rows):
+        scale_rows = slice(None) if groups.counts[0] == 1 else slice(first // groups.rows, -(-last // groups.rows))
+        sums = slice(first // summed, -(-last // summed))
+        for (scale, ratios), own in zip(passes, by_pass, strict=True):
+            if check:
+                check()
+            own[:, sums] = kernels.scale_errors(
+                rows,
+                scale[scale_rows],
+                ratios,
+                column_weight,
+                groups.rows,
+                groups.columns,
+                summed,
+                space.elements.arithmetic,
+            ).double()
+    if row_weight is not None:
+        errors *= row_weight.double()[:, None]
+    errors = groups.join_rows(errors, torch.sum, summed)
+    for (scale, ratios), own in zip(passes, errors.split(counts), strict=True):
+        own.mul_((scale.double() * ratios.double().view(-1, 1, 1)).square_())
+    return errors
+
+
+def _sample_rows(weight: torch.Tensor, seed: int) -> torch.Tensor | None:
+    """Indices of rows to choose a scale of the whole tensor on, or None for all."""
+    rows = max(1, _SAMPLE // weight.shape[1])
+    if rows >= weight.shape[0]:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(weight.shape[0], generator=generator)[:rows].sort().values.to(weight.device)

@@ -1,0 +1,255 @@
+"""Codec: what one quantized layer is in a file, and back.
+
+A :class:`Format` is one format string of ComfyUI and one row of :mod:`.table`; it names the class of its codecs, one
+module per family. A :class:`Codec` is a format with every choice made: granularity, group size, rotation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from ..errors import RecipeError
+from .elements import ElementFormat
+from .layer_json import CONFIG_KEY, config_bytes
+from .rotation import Rotation
+from .scales import BLOCK_SIZE, FLOAT32, GRANULARITIES, ScaleFormat, ScaleGroups
+from .space import SolveSpace
+
+__all__ = ["Codec", "Format", "Parts", "TensorSpec", "read_count"]
+
+Parts = Mapping[str, torch.Tensor]
+"""The tensors of one layer by the last part of their names: "weight", "weight_scale" …"""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor in a file must be; ``views``: other dtypes of the same bytes that ComfyUI's loader accepts."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    views: tuple[torch.dtype, ...] = ()
+
+    def matches(self, found) -> bool:
+        """Whether ``found``, anything with dtype and shape, is such a tensor."""
+        return found is not None and found.dtype in (self.dtype, *self.views) and tuple(found.shape) == self.shape
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format string of ComfyUI's ``QUANT_ALGOS``, or of this node pack.
+
+    Attributes:
+        name: the ``format`` string of the layer's JSON.
+        elements: the numbers that a quantized value can be.
+        granularities: name → extra JSON keys; the first is the default.
+        codec: class of the format's codecs.
+        note: one sentence for users.
+        stock_since: first ComfyUI release whose loaders read it; None: they need this node pack.
+        kitchen_since: first comfy-kitchen release that it needs; None: any that such a ComfyUI requires.
+        full_precision_matmul: whether the JSON key ``full_precision_matrix_mult``, by which ComfyUI dequantizes a weight
+            instead of multiplying its quantized values, is a "choice", is "always" set because no card multiplies such
+            values, or "never" has an effect.
+        activations: what shares a scale when ComfyUI quantizes a layer's activations: the whole "tensor", with the static
+            ``input_scale`` that the layer may carry, each "token", or each "group" of a token; None: never quantized.
+        native_since: first compute capability on which ComfyUI quantizes activations; older cards compute with the
+            dequantized weight and unquantized activations. (0, 0): every card.
+        group_size: columns that share a scale, where the format fixes it.
+        rotated: granularities for which ConvRot exists.
+        writable: whether this version writes it; others are read only.
+    """
+
+    name: str
+    elements: ElementFormat
+    granularities: Mapping[str, Mapping[str, object]]
+    codec: type["Codec"]
+    note: str
+    stock_since: str | None
+    kitchen_since: str | None = None
+    full_precision_matmul: Literal["choice", "always", "never"] = "never"
+    activations: Literal["tensor", "token", "group"] | None = None
+    native_since: tuple[int, int] = (0, 0)
+    group_size: int | None = None
+    rotated: tuple[str, ...] = ()
+    writable: bool = True
+
+    def make(
+        self,
+        granularity: str,
+        *,
+        block_size: int | None = None,
+        convrot: int | None = None,
+        full_precision_matmul: bool = False,
+    ) -> "Codec":
+        """The codec of these choices; None takes blocks of 128 and no rotation.
+
+        Raises:
+            RecipeError: a choice that the format does not have; every choice has an effect or is refused.
+        """
+        if granularity == "block":
+            block_size = BLOCK_SIZE if block_size is None else block_size
+            if type(block_size) is not int or not 8 <= block_size <= 1024 or block_size & (block_size - 1):
+                raise RecipeError(f"The block size must be a power of two from 8 to 1024, not {block_size}.")
+        elif block_size is not None:
+            raise RecipeError(f"Block size {block_size} has no effect on {self.name} per {granularity}; leave it out.")
+        if convrot and granularity not in self.rotated:
+            raise RecipeError(
+                f"ConvRot exists for int8_tensorwise per row, not for {self.name} per {granularity}; leave it out."
+            )
+        if full_precision_matmul and self.full_precision_matmul == "never":
+            raise RecipeError(
+                f"full_precision_matrix_mult has no effect on {self.name}: ComfyUI ignores it there; leave it out."
+            )
+        dequantized = full_precision_matmul or self.full_precision_matmul == "always"
+        return self.codec(self, granularity, block_size, Rotation(convrot) if convrot else None, dequantized)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A format with every choice made. The subclass of a family defines how a layer is stored.
+
+    Attributes:
+        format: entry of :data:`~.table.FORMATS`.
+        granularity: one of the format's.
+        block_size: side of a block; None for other granularities.
+        rotation: ConvRot of the input channels, or None.
+        full_precision_matmul: ask ComfyUI to dequantize the weight instead of multiplying quantized values.
+    """
+
+    format: Format
+    granularity: str
+    block_size: int | None = None
+    rotation: Rotation | None = None
+    full_precision_matmul: bool = False
+
+    scales: ClassVar[ScaleFormat] = FLOAT32
+    positive: ClassVar[tuple[str, ...]] = ("input_scale",)  # suffixes of tensors whose values must be positive
+
+    @property
+    def group_size(self) -> int | None:
+        """Side of a block or length of a group; None for other granularities."""
+        return self.format.group_size or self.block_size
+
+    @property
+    def config(self) -> dict[str, object]:
+        """The layer's JSON: content of its JSON tensor and of its header entry."""
+        config: dict[str, object] = {"format": self.format.name, **self.format.granularities[self.granularity]}
+        if self.group_size:
+            config["group_size"] = self.group_size
+        if self.rotation:
+            config |= {"convrot": True, "convrot_groupsize": self.rotation.size}
+        if self.full_precision_matmul:
+            config["full_precision_matrix_mult"] = True
+        return config
+
+    def layer_config(self, shape: tuple[int, int]) -> dict[str, object]:
+        """:attr:`config` with the keys that depend on the shape (out, in) of the weight."""
+        return self.config
+
+    @classmethod
+    def from_config(cls, format: Format, config: Mapping[str, object], granularity: str) -> "Codec":
+        """The codec that a layer's JSON describes. Raises :class:`RecipeError` or ValueError where a value is not valid."""
+        return format.make(
+            granularity,
+            block_size=read_count(config, "group_size", BLOCK_SIZE) if granularity == "block" else None,
+            convrot=read_count(config, "convrot_groupsize", 256) if config.get("convrot") else None,
+            full_precision_matmul=bool(config.get("full_precision_matrix_mult")),
+        )
+
+    def admits(self, shape: tuple[int, int]) -> str | None:
+        """The reason why a weight of that shape (out, in) cannot be stored; None where it can."""
+        if self.rotation and shape[1] % self.rotation.size:
+            return f"ConvRot groups of {self.rotation.size} do not divide its {shape[1]} input channels"
+        return None
+
+    def groups(self, shape: tuple[int, int]) -> ScaleGroups:
+        """The parts of a weight (out, in) that share a scale."""
+        return GRANULARITIES[self.granularity](*shape, self.group_size or 0)
+
+    def solve_space(self, shape: tuple[int, int]) -> SolveSpace:
+        """The space in which a weight (out, in) is rounded."""
+        return SolveSpace(self.format.elements, self.groups(shape), self.scales, self.rotation)
+
+    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """Suffix → what the layer's tensors are for a weight (out, in); its JSON tensor and optional ones left out."""
+        raise NotImplementedError
+
+    def optional(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """The same of tensors that a layer may have."""
+        return {"input_scale": TensorSpec(torch.float32, ())} if self.format.activations == "tensor" else {}
+
+    def file_specs(self, shape: tuple[int, int], *, input_scale: bool = False) -> dict[str, TensorSpec]:
+        """Suffix → what all tensors of a layer are that this project writes: those of :meth:`specs` and the JSON tensor.
+
+        ``input_scale``: the layer may get one.
+        """
+        scale = {"input_scale": TensorSpec(torch.float32, ())} if input_scale and self.static_activations else {}
+        json = TensorSpec(torch.uint8, (len(config_bytes(self.layer_config(shape))),))
+        return {**self.specs(shape), **scale, CONFIG_KEY: json}
+
+    def weight_shape(self, stored: tuple[int, ...], config: Mapping[str, object]) -> tuple[int, int]:
+        """(out, in) of the weight whose stored tensor has that shape. Raises ValueError with the reason where none has."""
+        if len(stored) != 2:
+            raise ValueError(f"the weight has shape {tuple(stored)}; only matrices are read as quantized")
+        return stored[0], stored[1]
+
+    def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Suffix → tensor of a layer, as in :meth:`specs`.
+
+        Args:
+            qdata: quantized values (out, in) in the element format's dtype.
+            scale, parent: effective scales float32 (*counts) and their parent level, see :class:`~.scales.ScaleFormat`.
+        """
+        raise NotImplementedError
+
+    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+        """The weight (out, in) of a layer as float32 in the original basis, on the device of its tensors.
+
+        Raises:
+            ValueError, RuntimeError: the tensors contradict each other.
+        """
+        raise NotImplementedError
+
+    def unrotate(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight from the stored basis to the original one (the ConvRot matrix is its own inverse)."""
+        return self.rotation.apply(weight) if self.rotation else weight
+
+    def quantizes_activations(self, capability: tuple[int, int] | None = None) -> bool:
+        """Whether ComfyUI quantizes activations on a card of that compute capability; None: on one that does natively."""
+        native = capability is None or capability >= self.format.native_since
+        return native and self.format.activations is not None and not self.full_precision_matmul
+
+    @property
+    def static_activations(self) -> bool:
+        """ComfyUI quantizes the activations by the ``input_scale`` that the layer may carry."""
+        return self.quantizes_activations() and self.format.activations == "tensor"
+
+    def quantize_activations(self, x: torch.Tensor, capability: tuple[int, int] | None = None) -> torch.Tensor:
+        """X̂: activations (tokens, in) as ComfyUI quantizes them on a card, float32 in the original basis.
+
+        Without an ``input_scale`` ComfyUI quantizes FP8 activations with scale 1; all other scales are dynamic.
+        """
+        if not self.quantizes_activations(capability):
+            return x.float()
+        values = self.rotation.apply(x) if self.rotation else x.float()
+        if self.format.activations == "tensor":
+            return self.format.elements.encode(values).float()
+        tokens, inner = values.shape
+        columns = inner if self.format.activations == "token" else self.group_size or inner
+        groups = ScaleGroups(tokens, inner, 1, columns)
+        return self.unrotate(SolveSpace(self.format.elements, groups, self.scales).round_nearest(values))
+
+    def __str__(self) -> str:
+        """For users: "int8_tensorwise per row, ConvRot 256"."""
+        size = f" of {self.group_size}" if self.group_size else ""
+        rotation = f", ConvRot {self.rotation.size}" if self.rotation else ""
+        return f"{self.format.name} per {self.granularity}{size}{rotation}"
+
+
+def read_count(config: Mapping[str, object], key: str, default: int) -> int:
+    """A positive integer of a layer's JSON. Raises ValueError for any other value."""
+    value = config.get(key, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"its JSON has {key}={value!r}, and must have a positive integer")
+    return value

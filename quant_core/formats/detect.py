@@ -1,0 +1,285 @@
+"""What a layer is in a file: the one place that maps names, dtypes and shapes of tensors to a codec.
+
+:func:`detect_layer` takes a layer at its JSON's word and checks the tensors against it. :func:`detect_layers` finds all
+quantized layers of a source, those of older tools with wrong or no JSON included.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import RecipeError, SourceError
+from .codec import Codec, Parts, TensorSpec
+from .layer_json import CONFIG_KEY, LayerSource, layer_configs
+from .scaled import ScaledCodec
+from .table import READABLE
+
+__all__ = [
+    "BITSANDBYTES",
+    "LEGACY_MARKER",
+    "QUANTIZED_DTYPES",
+    "UNSCALED_DTYPES",
+    "StoredLayer",
+    "detect_layer",
+    "detect_layers",
+    "is_scale",
+    "legacy_markers",
+    "loaded_configs",
+    "orphan_problem",
+    "quantized_formats",
+    "read_scale",
+]
+
+_SCALED = {name: entry for name, entry in READABLE.items() if issubclass(entry.codec, ScaledCodec)}
+QUANTIZED_DTYPES = {entry.elements.dtype for entry in _SCALED.values()}
+UNSCALED_DTYPES = {dtype for dtype in QUANTIZED_DTYPES if dtype.is_floating_point}  # weights even without a scale
+BITSANDBYTES = "bitsandbytes"
+LEGACY_MARKER = "scaled_fp8"  # tensor by which scaled FP8 was marked before ComfyUI had layer JSON
+# Suffix of a tensor → that of the same tensor today.
+_TODAY = {
+    "weight_scale": "weight_scale",
+    "scale_weight": "weight_scale",
+    "input_scale": "input_scale",
+    "scale_input": "input_scale",
+    CONFIG_KEY: CONFIG_KEY,
+}
+_LEGACY_SUFFIXES = (".scale_weight", LEGACY_MARKER)
+_BITSANDBYTES_SUFFIXES = (".quant_map", ".absmax")
+_BLOCK_SIZES = [2**power for power in range(10, 2, -1)]
+_REMAKE = "make the file again from its full-precision original"
+
+
+def detect_layer(layer: str, config: Mapping[str, object], tensors: Mapping) -> Codec:
+    """The codec of a layer whose JSON is ``config``, checked against its tensors.
+
+    Args:
+        layer: base name of the layer.
+        tensors: tensor name → anything with ``dtype`` and ``shape``; other layers' may be among them.
+
+    Raises:
+        ValueError: the tensors are not those of the format; the message is one sentence without its full stop.
+    """
+    format = READABLE.get(str(config.get("format")))
+    if format is None:
+        raise ValueError(f"{layer}: format '{config.get('format')}' is not known to this version ({', '.join(READABLE)})")
+    weight = tensors.get(f"{layer}.weight")
+    if weight is None:
+        raise ValueError(f"{layer}: has a quantization entry and no weight")
+    expected, suffixes = [], ["weight"]
+    for granularity in format.granularities:
+        try:
+            codec = format.codec.from_config(format, config, granularity)
+            specs = codec.specs(codec.weight_shape(tuple(weight.shape), config))
+        except (RecipeError, ValueError) as error:
+            expected.append(str(error).rstrip("."))
+            continue
+        if all(spec.matches(tensors.get(f"{layer}.{suffix}")) for suffix, spec in specs.items()):
+            return codec
+        suffixes = list(specs)
+        expected.append(", ".join(f"{suffix} {spec.dtype} {spec.shape}" for suffix, spec in specs.items()))
+    found = ", ".join(f"{suffix} {_describe(tensors.get(f'{layer}.{suffix}'))}" for suffix in suffixes)
+    raise ValueError(f"{layer}: {format.name} needs {' or '.join(expected)}; the file has {found}")
+
+
+def _describe(found) -> str:
+    return "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized layer as it is in a file.
+
+    Attributes:
+        name: its base name.
+        config: its JSON as ComfyUI reads it; empty where there is none.
+        parts: suffix of today → name of the tensor, the weight included where it holds quantized values.
+        codec: how the tensors are stored, whatever the JSON calls it; None where one is missing or the format is unknown.
+        shape: (out, in) of the weight; None without a codec.
+    """
+
+    name: str
+    config: dict
+    parts: dict[str, str] = field(default_factory=dict)
+    codec: Codec | None = None
+    shape: tuple[int, int] | None = None
+
+    @property
+    def relabelled(self) -> bool:
+        """The JSON follows from the tensors; that of other formats is left as it is."""
+        return self.config.get("format") is None or self.config["format"] in _SCALED
+
+    @property
+    def needed(self) -> set[str]:
+        """Suffixes of the tensors beside the weight that its values depend on."""
+        if self.codec is None or self.shape is None:
+            return set()
+        optional = set() if self.relabelled else set(self.codec.optional(self.shape))
+        return (set(self.codec.specs(self.shape)) | optional) - {"weight"}
+
+    def dequantize(self, qdata: torch.Tensor, others: Parts) -> torch.Tensor:
+        """The weight (out, in) as float32; ``others``: the layer's tensors by suffix, without its weight."""
+        assert self.codec is not None and self.shape is not None
+        return self.codec.dequantize({"weight": qdata, **others}, self.shape)
+
+
+def detect_layers(source: LayerSource) -> Iterator[StoredLayer]:
+    """Every quantized layer of a source, and every layer with a tensor that only quantized layers have.
+
+    Raises:
+        SourceError: tensors that match no format, or two names of one tensor.
+    """
+    configs = loaded_configs(source)
+    markers = {
+        name.removesuffix(LEGACY_MARKER): source.tensors[name].shape == (2,)
+        for name in sorted(legacy_markers(source), key=len, reverse=True)
+    }
+    found = _layer_tensors(source)
+    for name, config in configs.items():
+        if not StoredLayer(name, config).relabelled and f"{name}.weight" in source.tensors:
+            found.setdefault(name, {})
+    for name, parts in found.items():
+        config = configs.get(name, {})
+        layer = StoredLayer(name, config, parts)
+        if not layer.relabelled:
+            yield _detect_declared(source, layer)
+        elif {"weight", "weight_scale"} <= parts.keys():
+            # ComfyUI's legacy marker requests full-precision products for the layers below its own prefix.
+            marked = next((full for prefix, full in markers.items() if name.startswith(prefix)), False)
+            codec = _detect_scaled(source, layer, bool(config.get("full_precision_matrix_mult", marked)))
+            weight = source.tensors[parts["weight"]]
+            yield StoredLayer(name, config, parts, codec, tuple(weight.shape))
+        else:
+            yield layer
+
+
+def loaded_configs(source: LayerSource) -> dict[str, dict]:
+    """{layer: JSON} as ComfyUI reads it: the header's over the tensors'."""
+    tensors, header = layer_configs(source)
+    return {**tensors, **header}
+
+
+def is_scale(suffix: str) -> bool:
+    """Whether that is the last part of the name of a weight's scale in a file of today."""
+    return suffix == "weight_scale"
+
+
+def legacy_markers(source: LayerSource) -> list[str]:
+    """Names of the tensors that mark scaled FP8 of older tools."""
+    return [name for name in source.tensors if name.rpartition(".")[2] == LEGACY_MARKER]
+
+
+def _layer_tensors(source: LayerSource) -> dict[str, dict[str, str]]:
+    """{layer: {suffix of today: tensor name}} of layers with a tensor beside the weight that quantized layers have."""
+    found: dict[str, dict[str, str]] = {}
+    for name in source.tensors:
+        layer, _, suffix = name.rpartition(".")
+        if suffix in _TODAY:
+            other = found.setdefault(layer, {}).setdefault(_TODAY[suffix], name)
+            if other != name:
+                raise SourceError(f"{source.name}: {other} and {name} are two names of one tensor, so its value is ambiguous; {_REMAKE}.")
+    for layer, parts in found.items():
+        weight = source.tensors.get(f"{layer}.weight")
+        if weight is not None and weight.dtype in QUANTIZED_DTYPES:
+            parts["weight"] = f"{layer}.weight"
+    return found
+
+
+def _detect_declared(source: LayerSource, layer: StoredLayer) -> StoredLayer:
+    """The layer of a format whose JSON names it; without a codec where the format is unknown or a tensor is missing."""
+    format, weight = READABLE.get(layer.config["format"]), source.tensors.get(f"{layer.name}.weight")
+    if format is None or weight is None:
+        return layer
+    try:
+        codec = format.codec.from_config(format, layer.config, next(iter(format.granularities)))
+        shape = codec.weight_shape(tuple(weight.shape), layer.config)
+    except (RecipeError, ValueError) as error:
+        raise SourceError(f"{source.name}: {layer.name} is not a valid layer of format {format.name}: {error}".rstrip(".") + ".") from None
+    required = codec.specs(shape)
+    names = {suffix: f"{layer.name}.{suffix}" for suffix in (*required, *codec.optional(shape), CONFIG_KEY)}
+    parts = {suffix: name for suffix, name in names.items() if name in source.tensors}
+    if missing := [suffix for suffix in required if suffix not in parts]:
+        raise SourceError(f"{source.name}: {layer.name} is in format {format.name} and its {missing[0]} is missing; fetch the file again.")
+    return StoredLayer(layer.name, layer.config, parts, codec, shape)
+
+
+def _detect_scaled(source: LayerSource, layer: StoredLayer, full_precision: bool) -> Codec:
+    """The codec of quantized values and one scale tensor, from their dtypes and shapes. Raises SourceError where none fits."""
+    weight, scale = (source.tensors[layer.parts[suffix]] for suffix in ("weight", "weight_scale"))
+    granularity, block_size = _granularity(weight.shape, scale.shape)
+    format = next(
+        (entry for entry in _SCALED.values() if entry.elements.dtype is weight.dtype and granularity in entry.granularities),
+        None,
+    )
+    if format is None or granularity is None:
+        raise SourceError(
+            f"{layer.name}: quantized values {weight.dtype} {weight.shape} with a scale of shape {scale.shape} match none of the formats "
+            f"{', '.join(_SCALED)}; {_REMAKE}."
+        )
+    declared = layer.config.get("group_size")
+    if granularity == "block" and declared != block_size and _counts(weight.shape, declared) == tuple(scale.shape):
+        raise SourceError(f"{layer.name}: blocks of {declared}, as in its JSON, match none of the formats; {_REMAKE}.")
+    rotated = bool(layer.config.get("convrot")) and weight.dtype is torch.int8
+    if rotated and granularity not in format.rotated:
+        raise SourceError(
+            f"{layer.name}: rotated values (ConvRot) with one scale per {granularity} match none of the formats; {_REMAKE}."
+        )
+    return format.make(
+        granularity,
+        block_size=block_size,
+        convrot=layer.config.get("convrot_groupsize", 256) if rotated else None,
+        full_precision_matmul=full_precision and format.full_precision_matmul != "never",
+    )
+
+
+def _granularity(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[str | None, int | None]:
+    """(granularity, side of a block) of a scale of that shape; (None, None) where there is none."""
+    if len(weight) != 2:
+        return None, None
+    if all(side == 1 for side in scale):
+        return "tensor", None
+    if tuple(scale) in ((weight[0],), (weight[0], 1)):
+        return "row", None
+    size = next((size for size in _BLOCK_SIZES if _counts(weight, size) == tuple(scale)), None)
+    return ("block", size) if size else (None, None)
+
+
+def _counts(weight: tuple[int, ...], size: object) -> tuple[int, ...] | None:
+    """Shape of the scales of a weight in blocks of that side; None where ``size`` is not one."""
+    return tuple(-(-side // size) for side in weight) if type(size) is int and size > 0 else None
+
+
+def orphan_problem(source: LayerSource, layer: StoredLayer) -> str | None:
+    """Why a scale without quantized values cannot be ignored; None where it can: it is 1, or there is no weight."""
+    weight = source.tensors.get(f"{layer.name}.weight")
+    if "weight_scale" not in layer.parts or weight is None or bool((source.read(layer.parts["weight_scale"]).float() == 1).all()):
+        return None
+    return (
+        f"{source.name}: {layer.parts['weight_scale']} is the scale of an unquantized weight ({weight.dtype}), so the values are "
+        f"ambiguous; {_REMAKE}."
+    )
+
+
+def read_scale(source: LayerSource, name: str) -> torch.Tensor:
+    """A scale as float32. Raises SourceError unless it is finite and positive."""
+    scale = source.read(name)
+    if not scale.is_complex():
+        scale = scale.float()
+    if scale.is_complex() or not (scale.numel() and (torch.isfinite(scale) & (scale > 0)).all()):
+        raise SourceError(f"{source.name}: {name} has values that are not finite and positive; {_REMAKE}.")
+    return scale
+
+
+def quantized_formats(source: LayerSource) -> list[str]:
+    """Names of the quantizations that a source already has; empty for plain weights."""
+    configs, header = layer_configs(source)
+    found = {str(config.get("format")) for config in (*configs.values(), *header.values())}
+    if any(name.endswith(_LEGACY_SUFFIXES) for name in source.tensors):
+        found.add("scaled fp8 (old)")
+    if any(name.endswith(_BITSANDBYTES_SUFFIXES) for name in source.tensors):
+        found.add(BITSANDBYTES)
+    if not found:
+        matrices = (info for name, info in source.tensors.items() if name.endswith(".weight") and len(info.shape) == 2)
+        dtypes = {info.dtype for info in matrices}
+        found |= {f"plain {entry.elements.name} weights" for entry in _SCALED.values() if entry.elements.dtype in dtypes}
+    return sorted(found)

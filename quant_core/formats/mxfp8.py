@@ -1,0 +1,70 @@
+"""MXFP8: E4M3 elements and an E8M0 scale per 32 columns (OCP Microscaling Formats v1.0)."""
+
+from collections.abc import Mapping
+
+import torch
+
+from .codec import Codec, Format, Parts, TensorSpec
+from .elements import E4M3
+from .packing import pad_matrix, round_up, tile_scales, tiled_shape, untile_scales
+from .padded import padded_config, padded_shape
+from .scales import E8M0
+
+__all__ = ["FORMATS", "MXFP8Codec"]
+
+_GROUP = 32
+_PADDING = 32  # rows and columns of the stored weight are multiples of this
+_BIAS = 127  # of an E8M0 exponent
+_SCALE_VIEWS = (torch.float8_e8m0fnu,) if hasattr(torch, "float8_e8m0fnu") else ()  # torch ≥ 2.7
+
+
+class MXFP8Codec(Codec):
+    """W = 2^(weight_scale − 127) · qdata.
+
+    ``weight``: E4M3 (M, N), M and N padded to multiples of 32; ``weight_scale``: uint8 exponents in cuBLAS's tiles.
+    """
+
+    scales = E8M0
+
+    def layer_config(self, shape: tuple[int, int]) -> dict[str, object]:
+        return self.config | padded_config(shape, _PADDING)
+
+    def weight_shape(self, stored: tuple[int, ...], config: Mapping[str, object]) -> tuple[int, int]:
+        return padded_shape(super().weight_shape(stored, config), config)
+
+    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, columns = (round_up(side, _PADDING) for side in shape)
+        tiles = tiled_shape(rows, columns // _GROUP)
+        return {
+            "weight": TensorSpec(torch.float8_e4m3fn, (rows, columns)),
+            "weight_scale": TensorSpec(torch.uint8, tiles, views=_SCALE_VIEWS),
+        }
+
+    def optional(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        return {"input_scale": TensorSpec(torch.float32, ())}
+
+    def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        exponents = torch.log2(scale.clamp_min(2.0**-_BIAS)).to(torch.int32) + _BIAS
+        return {"weight": pad_matrix(qdata, _PADDING), "weight_scale": tile_scales(exponents.to(torch.uint8))}
+
+    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+        qdata = parts["weight"].float()
+        exponents = untile_scales(parts["weight_scale"], qdata.shape[0], qdata.shape[1] // _GROUP)
+        # An exponent of 0 is 2^−127, a subnormal float32, and only groups of zeros or of such tiny values have it.
+        scale = torch.ldexp(torch.ones(exponents.shape, device=qdata.device), exponents.int() - _BIAS)
+        return (qdata.unflatten(1, (-1, _GROUP)) * scale[..., None]).flatten(1)[: shape[0], : shape[1]]
+
+
+FORMATS = (
+    Format(
+        name="mxfp8",
+        elements=E4M3,
+        granularities={"group": {}},
+        codec=MXFP8Codec,
+        note="8-bit float in groups of 32 under powers of two; runs on tensor cores from SM 10.0, is dequantized on older cards",
+        stock_since="0.18",
+        activations="group",
+        native_since=(10, 0),
+        group_size=_GROUP,
+    ),
+)

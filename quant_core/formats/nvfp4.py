@@ -1,0 +1,86 @@
+"""NVFP4: E2M1 elements, an E4M3 scale per 16 columns, one float32 scale per tensor.
+
+Source: NVIDIA, "Introducing NVFP4", and ComfyUI's ``TensorCoreNVFP4Layout``, whose file layout this is.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from .codec import Codec, Format, Parts, TensorSpec
+from .elements import E2M1
+from .packing import pack_nibbles, pad_matrix, round_up, tile_scales, tiled_shape, unpack_nibbles, untile_scales
+from .padded import padded_config, padded_shape
+from .scales import TWO_LEVEL_E4M3
+
+__all__ = ["FORMATS", "NVFP4Codec"]
+
+_GROUP = 16
+_PADDING = 16  # rows and columns of the stored weight are multiples of this
+_MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # of the codes 0…7; code + 8 is the negative
+_VALUES = torch.cat([_MAGNITUDES, -_MAGNITUDES])
+
+
+class NVFP4Codec(Codec):
+    """W = weight_scale_2 · weight_scale · E2M1, multiplied by ``pre_quant_scale`` per input channel where there is one.
+
+    ``weight``: uint8 (M, N/2), the even column in the high four bits, M and N padded to multiples of 16;
+    ``weight_scale``: E4M3 in cuBLAS's tiles; ``weight_scale_2``: float32 ().
+    """
+
+    scales = TWO_LEVEL_E4M3
+    positive = ("weight_scale_2", "input_scale")
+
+    def layer_config(self, shape: tuple[int, int]) -> dict[str, object]:
+        return self.config | padded_config(shape, _PADDING)
+
+    def weight_shape(self, stored: tuple[int, ...], config: Mapping[str, object]) -> tuple[int, int]:
+        rows, packed = super().weight_shape(stored, config)
+        return padded_shape((rows, 2 * packed), config)
+
+    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, columns = (round_up(side, _PADDING) for side in shape)
+        return {
+            "weight": TensorSpec(torch.uint8, (rows, columns // 2)),
+            "weight_scale": TensorSpec(torch.float8_e4m3fn, tiled_shape(rows, columns // _GROUP), views=(torch.uint8,)),
+            "weight_scale_2": TensorSpec(torch.float32, ()),
+        }
+
+    def optional(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        return {
+            "input_scale": TensorSpec(torch.float32, ()),
+            "pre_quant_scale": TensorSpec(torch.float32, (shape[1],), views=(torch.bfloat16, torch.float16)),
+        }
+
+    def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        values = pad_matrix(qdata, _PADDING).float()
+        codes = torch.bucketize(values.abs(), _MAGNITUDES.to(values.device)).to(torch.uint8)
+        codes |= torch.signbit(values).to(torch.uint8) << 3
+        return {
+            "weight": pack_nibbles(codes, high_first=True),
+            "weight_scale": tile_scales((scale / parent).to(torch.float8_e4m3fn)),
+            "weight_scale_2": parent,
+        }
+
+    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+        codes = unpack_nibbles(parts["weight"], high_first=True)
+        scale = untile_scales(parts["weight_scale"], codes.shape[0], codes.shape[1] // _GROUP)
+        effective = parts["weight_scale_2"].float() * scale.view(torch.float8_e4m3fn).float()
+        values = _VALUES.to(codes.device)[codes].unflatten(1, (-1, _GROUP)) * effective[..., None]
+        weight = values.flatten(1)[: shape[0], : shape[1]]
+        return weight * parts["pre_quant_scale"].float() if "pre_quant_scale" in parts else weight
+
+
+FORMATS = (
+    Format(
+        name="nvfp4",
+        elements=E2M1,
+        granularities={"group": {}},
+        codec=NVFP4Codec,
+        note="4-bit float in groups of 16 with two levels of scales; runs on FP4 tensor cores from SM 10.0, is dequantized on older cards",
+        stock_since="0.8",
+        activations="group",
+        native_since=(10, 0),
+        group_size=_GROUP,
+    ),
+)

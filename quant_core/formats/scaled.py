@@ -1,0 +1,35 @@
+"""Codec of the 8-bit formats with one level of float32 scales: quantized values as they are, and one scale tensor."""
+
+import torch
+
+from .codec import Codec, Parts, TensorSpec
+
+__all__ = ["ScaledCodec"]
+
+
+class ScaledCodec(Codec):
+    """W = scale · qdata, rotated back where ConvRot is on.
+
+    ``weight``: (out, in) in the element format's dtype; ``weight_scale``: float32, () per tensor, (out, 1) per row,
+    (⌈out/size⌉, ⌈in/size⌉) per block; ``input_scale``: float32 (), optional where activations have a static scale.
+    """
+
+    positive = ("weight_scale", "input_scale")
+
+    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of ``weight_scale`` for a weight (out, in)."""
+        return () if self.granularity == "tensor" else self.groups(shape).counts
+
+    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        return {
+            "weight": TensorSpec(self.format.elements.dtype, tuple(shape)),
+            "weight_scale": TensorSpec(torch.float32, self.scale_shape(shape)),
+        }
+
+    def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        return {"weight": qdata, "weight_scale": scale.reshape(self.scale_shape((qdata.shape[0], qdata.shape[1])))}
+
+    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+        space = self.solve_space(shape)
+        scale = parts["weight_scale"].float().reshape(space.groups.counts)
+        return self.unrotate(space.decode(parts["weight"], scale))

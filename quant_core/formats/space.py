@@ -1,0 +1,50 @@
+"""The space a solver works in: representable values of one weight under the scales of its groups."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .elements import ElementFormat
+from .rotation import Rotation
+from .scales import ScaleFormat, ScaleGroups
+
+__all__ = ["SolveSpace"]
+
+
+@dataclass(frozen=True)
+class SolveSpace:
+    """All that a solver needs to know of a format, for a weight of one shape.
+
+    Attributes:
+        elements: the numbers a quantized value can be.
+        groups: the parts of the weight that share a scale.
+        scales: the numbers a scale can be.
+        rotation: ConvRot of the input channels that the stored weight has, or None.
+    """
+
+    elements: ElementFormat
+    groups: ScaleGroups
+    scales: ScaleFormat
+    rotation: Rotation | None = None
+
+    def divisor(self, scale: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """What rows start:stop of the weight are divided by, broadcastable to (rows, in): their scale, 1 where that is 0."""
+        spread = self.groups.spread(scale, start, stop)
+        return spread if self.scales.continuous else torch.where(spread > 0, spread, torch.ones_like(spread))
+
+    def encode(self, rows: torch.Tensor, scale: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Round rows start:stop (float32) to the nearest element: quantized values (rows, in); ``scale``: float32 (*counts)."""
+        scaled = rows / self.divisor(scale, start, stop)
+        if not self.scales.continuous:
+            scaled = torch.where(self.groups.spread(scale, start, stop) > 0, scaled, torch.zeros_like(scaled))
+        return self.elements.encode(scaled)
+
+    def decode(self, qdata: torch.Tensor, scale: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The values of quantized rows start:stop as float32 (rows, in), in the stored basis."""
+        return qdata.float().mul_(self.groups.spread(scale, start, stop))
+
+    def round_nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` (float32, the shape of the space) after rounding to nearest under the amax scales, float32."""
+        amax = self.groups.join_rows(self.groups.row_amax(values), torch.amax)
+        scale, _ = self.scales.from_amax(amax, self.elements.max)
+        return self.decode(self.encode(values, scale), scale)

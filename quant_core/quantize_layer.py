@@ -1,0 +1,258 @@
+"""Quantize one layer: rotation → scales → solver → never worse than round to nearest → bias → :class:`QuantizedWeight`."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .calibration import Gram, Inputs, PairedGram, dense_gram, mean_vector
+from .cancellation import CancelCheck
+from .errors import QuantizationError, RecipeError
+from .formats import INT8, Codec, QuantizedWeight, Solution, SolveSpace, make_codec, rotation_groups
+from .layer import Layer, output_error
+from .rounding import Method, WeightSolver, correct_bias, synthetic_mean
+from .sources.dtypes import SOURCE_DTYPES
+
+__all__ = ["quantize_layer", "quantize_weight"]
+
+log = logging.getLogger(__name__)
+
+_PARTS = (1, 4, 16)  # of the rows, tried in this order when a GPU is short of memory; then the CPU
+# Parameter names of version 0.1.0 → those of today.
+_RENAMED = {"gram": "hessian", "holdout_gram": "validation_hessian", "mean_input": "mean"}
+
+
+def quantize_weight(
+    weight: torch.Tensor,
+    format: str,
+    *,
+    granularity: str | None = None,
+    block_size: int | None = None,
+    convrot: bool | int | str | None = None,
+    full_precision_matmul: bool = False,
+    hessian: Gram | None = None,
+    validation_hessian: Gram | None = None,
+    mean: torch.Tensor | None = None,
+    output_weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    input_scale: float | None = None,
+    rounding: str = "auto",
+    seed: int = 0,
+    check: CancelCheck | None = None,
+    **options,
+) -> QuantizedWeight:
+    """Quantize one weight on its device.
+
+    Args:
+        weight: (out, in), float16, bfloat16 or float32; left unchanged. A convolution's (out, in, …) is taken as
+            (out, −1); it can be quantized, but not stored.
+        format: key of :data:`FORMATS`.
+        granularity: one of the format's; None for its default.
+        block_size: side of a block, for granularity block; None for 128.
+        convrot: rotate the activations: True by the largest group of 256, 64, 16 channels that divides them, a number by
+            the largest up to it, "auto" by the group, or none, of least error; with validation activations that
+            error includes the error of quantized activations.
+        full_precision_matmul: ask ComfyUI to dequantize the weight instead of multiplying quantized values.
+        hessian: H = XᵀX/n of the layer's activations, (in, in), or another :data:`~.calibration.Gram`. With a
+            :class:`~.calibration.PairedGram`, INT8 weights also compensate the error of quantized activations.
+        validation_hessian: of other activations, by which solutions are compared.
+        mean: mean activation x̄ (in,), for the bias correction.
+        output_weight: float (out,), weight of each output channel in the loss.
+        bias: (out,), for the bias correction.
+        input_scale: what ComfyUI divides the activations by before it quantizes them, for float8_e4m3fn.
+        rounding: key of :data:`~.rounding.ROUNDINGS`.
+        seed: of all random draws.
+        check: called often; raise in it to cancel.
+        options: of the rounding, see :data:`~.rounding.OPTIONS`.
+
+    Raises:
+        NonFiniteWeightError: the weight contains NaN or Inf.
+        CalibrationError: the statistics do not fit the weight, or are damaged.
+        QuantizationError: the weight is empty or of another dtype.
+        RecipeError: no such format, granularity, rounding or option, or one without effect.
+    """
+    renamed = {name: options.pop(name) for name in _RENAMED if name in options}
+    for name, value in renamed.items():
+        warnings.warn(f"quantize_weight: {name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    hessian = renamed.get("gram", hessian)
+    validation_hessian = renamed.get("holdout_gram", validation_hessian)
+    statistics = Inputs(hessian, validation_hessian, renamed.get("mean_input", mean))
+    method = Method(rounding, **options)
+    if weight.ndim < 2 or weight.numel() == 0 or weight.dtype not in SOURCE_DTYPES:
+        raise QuantizationError(
+            f"A weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be quantized; "
+            "give a non-empty matrix of float16, bfloat16 or float32."
+        )
+    matrix = weight.detach().flatten(1)
+    codecs = [
+        make_codec(
+            format, granularity, block_size=block_size, convrot=group, full_precision_matmul=full_precision_matmul
+        )
+        for group in rotation_groups(convrot, matrix.shape[1])
+    ]
+    if input_scale is not None and not (codecs[0].static_activations and 0 < input_scale < float("inf")):
+        raise RecipeError(f"An input scale of {input_scale} has no effect on {codecs[0]}; leave it out.")
+    layer = Layer(matrix, bias, statistics, output_weight)
+    quantized = quantize_layer(layer, codecs, method, seed=seed, check=check)
+    return replace(quantized, shape=tuple(weight.shape), input_scale=input_scale)
+
+
+def quantize_layer(
+    layer: Layer, codecs: Sequence[Codec], rounding: Method, *, seed: int = 0, check: CancelCheck | None = None
+) -> QuantizedWeight:
+    """Quantize a layer with each of ``codecs`` and return the one of least error.
+
+    Raises:
+        NonFiniteWeightError: the weight contains NaN or Inf.
+        CalibrationError: the statistics do not fit the weight, or are damaged.
+        RecipeError: the rounding needs a calibration, or an option of it has no effect.
+    """
+    run = _LayerRun(layer, rounding.resolve(layer.statistics.gram is not None), seed, check)
+    quantized = [run.quantize(codec) for codec in codecs]
+    return min(quantized, key=run.error) if len(quantized) > 1 else quantized[0]
+
+
+@dataclass(frozen=True)
+class _LayerRun:
+    """One layer with a resolved rounding."""
+
+    layer: Layer
+    rounding: Method
+    seed: int
+    check: CancelCheck | None
+
+    def quantize(self, codec: Codec) -> QuantizedWeight:
+        """The best result for one codec."""
+        plain = self._quantize_within_memory(codec)
+        paired = isinstance(self.layer.statistics.gram, PairedGram) and self.layer.validation_activations is not None
+        per_token = codec.format.elements == INT8 and codec.format.activations == "token"
+        if not paired or not per_token or self.rounding.rounding != "calibrated":
+            return plain
+        try:
+            return self._compensate(codec, plain)
+        except torch.OutOfMemoryError:
+            if self.layer.weight.device.type == "cpu":
+                raise
+        log.warning(
+            "%s has too little free memory to compensate the activations' error in a layer of shape %s; "
+            "it is calibrated without.",
+            self.layer.weight.device,
+            tuple(self.layer.weight.shape),
+        )
+        torch.cuda.empty_cache()
+        return plain
+
+    def error(self, quantized: QuantizedWeight) -> float:
+        """What codecs are compared by: the error with quantized activations if validation activations exist."""
+        activations = self.layer.validation_activations
+        if activations is not None:
+            return output_error(self.layer.weight.float(), quantized, activations)
+        return quantized.weight_error if quantized.output_error is None else quantized.output_error
+
+    def _compensate(self, codec: Codec, plain: QuantizedWeight) -> QuantizedWeight:
+        """Round to nearest, ``plain``, or the compensated layer: the one of least error with quantized activations.
+
+        Rotated activations have too little error left to compensate.
+        """
+        weight, activations = self.layer.weight.float(), self.layer.validation_activations
+        assert activations is not None
+        uncalibrated = replace(self.layer, statistics=Inputs(mean=self.layer.statistics.mean))
+        nearest = replace(self.rounding.uncalibrated(), rounding="nearest")
+        results = [replace(self, layer=uncalibrated, rounding=nearest).quantize(codec), plain]
+        if codec.rotation is None:
+            correct = self.rounding.get("bias_correction") == "auto"
+            results.append(replace(self, layer=self.layer.compensate(codec, correct_bias=correct)).quantize(codec))
+        errors = [output_error(weight, result, activations) for result in results]
+        best = results[errors.index(min(errors))]
+        solution = replace(
+            best.solution,
+            weight_error=float((best.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)),
+            output_error=min(errors),
+            gain=min(errors) / errors[0] if errors[0] else 1.0,
+        )
+        return replace(best, solution=solution, note="output errors include those of the INT8 activations")
+
+    def _quantize_within_memory(self, codec: Codec) -> QuantizedWeight:
+        """:meth:`_quantize_on`, repeated with less memory, then on the CPU, while the device has too little."""
+        for device, parts in self._attempts():
+            try:
+                return self._quantize_on(codec, device, parts)
+            except torch.OutOfMemoryError:
+                if device.type == "cpu":
+                    raise
+            # Outside of the handler, so that the exception no longer holds the tensors of its frames.
+            log.warning(
+                "%s has too little free memory for a layer of shape %s in %d part(s); trying with less.",
+                device,
+                tuple(self.layer.weight.shape),
+                parts,
+            )
+            torch.cuda.empty_cache()
+        raise AssertionError("the last attempt is on the CPU")
+
+    def _attempts(self) -> Iterator[tuple[torch.device, int]]:
+        device = self.layer.weight.device
+        if device.type != "cpu":
+            divisible = self.rounding.rounding == "calibrated" and not self.rounding.gradient
+            yield from ((device, parts) for parts in (_PARTS if divisible else _PARTS[:1]))
+        yield torch.device("cpu"), 1
+
+    def _quantize_on(self, codec: Codec, device: torch.device, parts: int) -> QuantizedWeight:
+        """Quantize on a device, with the rows in ``parts`` parts."""
+        layer, weight = self.layer, self.layer.weight.to(device)
+        shape = (weight.shape[0], weight.shape[1])
+        space = codec.solve_space(shape)
+        if space.rotation:
+            weight = space.rotation.apply(weight)
+        solver = WeightSolver(
+            weight,
+            space,
+            self.rounding,
+            hessian=self._hessian(layer.statistics.gram, space, device),
+            validation_hessian=lambda: self._hessian(layer.statistics.holdout_gram, space, device),
+            validated=layer.statistics.holdout_gram is not None,
+            row_weight=None if layer.output_weight is None else layer.output_weight.to(device, torch.float32),
+            parts=parts,
+            seed=self.seed,
+            check=self.check,
+        )
+        solution = solver.solve()
+        bias, note = self._correct_bias(weight, solution, space)
+        home = layer.weight.device
+        solution = replace(
+            solution,
+            qdata=solution.qdata.to(home),
+            scale=solution.scale.to(home),
+            parent=None if solution.parent is None else solution.parent.to(home),
+        )
+        return QuantizedWeight(solution, codec, shape, bias, note=note)
+
+    def _hessian(self, hessian: Gram | None, space: SolveSpace, device: torch.device) -> torch.Tensor | None:
+        """The Hessian in the stored basis, float32 (in, in)."""
+        if hessian is None:
+            return None
+        dense = dense_gram(hessian, self.layer.weight.shape[1], device)
+        return space.rotation.apply_hessian(dense) if space.rotation else dense
+
+    def _correct_bias(
+        self, weight: torch.Tensor, solution: Solution, space: SolveSpace
+    ) -> tuple[torch.Tensor | None, str]:
+        """The bias less E·x̄ where a mean is known, and a note for users; ``weight`` in the stored basis."""
+        bias, wanted, note = self.layer.bias, self.rounding.get("bias_correction"), ""
+        if bias is None or wanted == "none":
+            return bias, note
+        mean = self.layer.statistics.mean
+        if wanted == "synthetic":
+            mean = synthetic_mean(weight.shape[1], self.rounding.get("calib_samples"), self.seed, weight.device)
+            note = "bias corrected with a synthetic mean activation, whose expectation is zero"
+        elif mean is not None:
+            mean = mean_vector(mean, weight.shape[1], weight.device)
+        if mean is None:
+            return bias, note
+        mean = space.rotation.apply(mean) if space.rotation else mean
+        corrected = correct_bias(
+            bias.to(weight.device), mean, weight, solution.qdata, solution.scale, space, self.check
+        )
+        return corrected.to(bias.device), note

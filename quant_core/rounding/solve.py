@@ -1,0 +1,185 @@
+"""From a weight to its quantized values: scale → solver → never worse than round to nearest."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..cancellation import CancelCheck
+from ..formats import Solution, SolveSpace
+from .gptq import round_gptq
+from .gradient import round_gradient
+from .options import Method
+from .principal import Principal, solve_within_bound
+from .projected import round_projected
+from .quadratic import Quadratic, hessian_quadratic
+from .rtn import amax_scale, round_to_nearest, weight_error
+from .scale_search import search_scale
+from .slabs import error_slabs, row_slabs
+from .stochastic import round_stochastic
+
+__all__ = ["WeightSolver"]
+
+_CLOSE = 0.02  # losses within this ratio of the smallest are computed again in full precision
+# Tried where validation statistics can choose, else the first: the fewer different activations a Hessian was made of, the
+# more dampening it needs. Finer steps gain less than 0.3 % (measured).
+_DAMPENINGS = (0.01, 0.1, 1.0)
+
+
+@dataclass(frozen=True)
+class WeightSolver:
+    """Round one weight.
+
+    Attributes:
+        weight: (out, in), any float dtype, in the stored basis.
+        space: representable values and scales.
+        rounding: the resolved rounding and its options.
+        hessian: H of the activations, float32 (in, in), on the weight's device; None without a calibration.
+        validation_hessian: returns the Hessian of other activations, by which solutions are compared, or None. Called when
+            the solver is done, so that both need not fit into memory at once with its scratch.
+        validated: :attr:`validation_hessian` will return one.
+        row_weight: float32 (out,), weight of each output channel in the loss; None for ones.
+        parts: the rows are rounded in this many parts, for less memory.
+    """
+
+    weight: torch.Tensor
+    space: SolveSpace
+    rounding: Method
+    hessian: torch.Tensor | None = None
+    validation_hessian: Callable[[], torch.Tensor | None] = lambda: None
+    validated: bool = False
+    row_weight: torch.Tensor | None = None
+    parts: int = 1
+    seed: int = 0
+    check: CancelCheck | None = None
+
+    def solve(self) -> Solution:
+        """The best solution, with its errors.
+
+        Raises:
+            NonFiniteWeightError: the weight contains NaN or Inf.
+            CalibrationError: the Hessian is not positive semi-definite.
+        """
+        amax, parent = amax_scale(self.weight, self.space, self.check)
+        if self.rounding.rounding == "nearest":
+            return self._with_output_error(self._round_nearest(amax, parent))
+        if self.rounding.rounding == "stochastic":
+            qdata = round_stochastic(self.weight, amax, self.space, seed=self.seed, check=self.check)
+            return self._with_output_error(self._solution("stochastic", qdata, amax, parent))
+        if self.rounding.rounding == "auto":
+            scale, gain = self._search_scale(amax, parent, Quadratic())
+            return self._with_output_error(dataclasses.replace(self._round_nearest(scale, parent), gain=gain))
+        quadratics = self._quadratics()
+        nearest = self._round_nearest(amax, parent)
+        candidates = [solution for quadratic in quadratics for solution in self._candidates(quadratic, nearest)]
+        return self._choose_best([nearest, *candidates], quadratics[-1])
+
+    def _candidates(self, quadratic: Quadratic, nearest: Solution) -> Iterator[Solution]:
+        """Round to nearest under the scale searched for an objective, and what the solver makes of it."""
+        scale, _ = self._search_scale(nearest.scale, nearest.parent, quadratic)
+        yield self._round_nearest(scale, nearest.parent)
+        if quadratic.weight_bound is not None:
+            least = nearest.weight_error * self._search_scale(nearest.scale, nearest.parent, Quadratic())[1]
+            yield from solve_within_bound(
+                lambda form: self._run_solver(scale, nearest.parent, form), quadratic, least
+            )
+        elif nearest.weight_error:
+            yield self._run_solver(scale, nearest.parent, quadratic)
+
+    def _quadratics(self) -> list[Quadratic]:
+        """What the rounding minimises; several dampenings where validation statistics can choose and the user did not."""
+        if self.rounding.rounding == "principal":
+            names = ("top_p", "min_k", "max_k", "full_matrix", "weight_cost")
+            options = {name: self.rounding.get(name) for name in names}
+            return [Principal(**options, seed=self.seed).quadratic(self.weight.float())]
+        assert self.hessian is not None
+        dampenings = _DAMPENINGS if self.validated and not self.rounding.gradient else _DAMPENINGS[:1]
+        if self.rounding.damping is not None:
+            dampenings = (self.rounding.damping,)
+        return [hessian_quadratic(self.hessian, dampening, self.row_weight) for dampening in dampenings]
+
+    def _run_solver(self, scale: torch.Tensor, parent: torch.Tensor | None, quadratic: Quadratic) -> Solution:
+        if self.rounding.gradient:
+            solver = self.rounding.optimizer or "original"
+            qdata = round_gradient(
+                self.weight,
+                scale,
+                self.space,
+                quadratic,
+                optimizer=solver,
+                num_iter=self.rounding.get("num_iter"),
+                lr=self.rounding.lr,
+                lr_schedule=self.rounding.lr_schedule,
+                early_stop=self.rounding.early_stop,
+                check=self.check,
+            )
+        elif quadratic.rows is not None:
+            solver = "gptq"
+            qdata = round_projected(self.weight, scale, self.space, quadratic, check=self.check)
+        else:
+            solver = "gptq"
+            passes = self.rounding.get("sweeps")
+            qdata = round_gptq(
+                self.weight, scale, self.space, quadratic, passes=passes, parts=self.parts, check=self.check
+            )
+        return self._solution(solver, qdata, scale, parent)
+
+    def _choose_best(self, solutions: list[Solution], objective: Quadratic) -> Solution:
+        """The solution of least loss by the validation Hessian, else by the objective; the first is round to nearest."""
+        known = self._judge()
+        judge = known or objective
+        losses = [self._loss(judge, solution) for solution in solutions]
+        close = [index for index, loss in enumerate(losses) if loss <= min(losses) * (1 + _CLOSE)]
+        if len(close) > 1:
+            for index in {0, *close}:
+                losses[index] = self._loss(judge, solutions[index], exact=True)
+        least = min(losses)
+        best = solutions[losses.index(least)]
+        output_error = _relative(least, self._total(judge)) if known else None
+        return dataclasses.replace(best, gain=_relative(least, losses[0], 1.0), output_error=output_error)
+
+    def _judge(self) -> Quadratic | None:
+        """The error of the layer's output, on the validation Hessian where there is one; None without a calibration."""
+        hessian = self.validation_hessian() if self.validated else None
+        hessian = self.hessian if hessian is None else hessian
+        return None if hessian is None else Quadratic(hessian=hessian, row_weight=self.row_weight)
+
+    def _with_output_error(self, solution: Solution) -> Solution:
+        judge = self._judge()
+        if judge is None:
+            return solution
+        return dataclasses.replace(solution, output_error=_relative(self._loss(judge, solution), self._total(judge)))
+
+    def _search_scale(
+        self, amax: torch.Tensor, parent: torch.Tensor | None, quadratic: Quadratic
+    ) -> tuple[torch.Tensor, float]:
+        return search_scale(
+            self.weight,
+            amax,
+            parent,
+            self.space,
+            column_weight=quadratic.column_weight,
+            row_weight=quadratic.row_weight,
+            seed=self.seed,
+            check=self.check,
+        )
+
+    def _round_nearest(self, scale: torch.Tensor, parent: torch.Tensor | None) -> Solution:
+        qdata, error = round_to_nearest(self.weight, scale, self.space, self.check)
+        return Solution("nearest", qdata, scale, parent, error)
+
+    def _solution(self, solver: str, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> Solution:
+        error = weight_error(self.weight, qdata, scale, self.space, self.check)
+        return Solution(solver, qdata, scale, parent, error)
+
+    def _loss(self, quadratic: Quadratic, solution: Solution, *, exact: bool = False) -> float:
+        errors = error_slabs(self.weight, solution.qdata, solution.scale, self.space, self.check)
+        return quadratic.loss(errors, exact=exact)
+
+    def _total(self, quadratic: Quadratic) -> float:
+        return quadratic.loss(row_slabs(self.weight, self.check), exact=False)
+
+
+def _relative(part: float, whole: float, empty: float = 0.0) -> float:
+    return part / whole if whole else empty
