@@ -2,7 +2,7 @@
 
 from .errors import QuantizationError
 from .formats import FORMATS, QuantizedWeight
-from .layer import quantize_weight
+from .quantize_layer import quantize_weight
 from .recipes import PRESETS, Recipe
 from .run.quantize import quantize_file, quantize_tensors
 from .run.report import Report

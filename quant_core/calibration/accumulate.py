@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..errors import CalibrationError
-from ..formats import make_encoding
+from ..formats import make_codec
 from ..linalg import lapack
 from .background import Background, Transfer
 from .hessian import Gram, Inputs, LowRankGram, PackedGram, PairedGram, roots
@@ -133,7 +133,7 @@ class PairedGrams:
 
     def add(self, rows: torch.Tensor) -> None:
         """Take rows (tokens, in) into account."""
-        both = torch.cat([rows.float(), _INT8.quantize_inputs(rows)], dim=1)
+        both = torch.cat([rows.float(), _INT8.quantize_activations(rows)], dim=1)
         self._both.add(both)
         self._sum += both.sum(dim=0, dtype=torch.float64)
         self._tokens += len(rows)
@@ -154,7 +154,7 @@ class PairedGrams:
         return PairedGram(found.panels, found.roots, (self._sum / max(self._tokens, 1)).float().cpu())
 
 
-_INT8 = make_encoding("int8_tensorwise")
+_INT8 = make_codec("int8_tensorwise")
 
 
 class SketchedGram:

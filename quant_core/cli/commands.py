@@ -22,9 +22,9 @@ from ..display import human_bytes, shown
 from ..errors import OutputError, QuantizationError, RecipeError
 from ..events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, RunStarted
 from ..formats import FORMATS, GRANULARITIES, with_granularity
+from ..formats.detect import quantized_formats
 from ..formats.scales import BLOCK_SIZE
 from ..output import inspect_file, keep_apart, verify_file
-from ..output.inspect import quantized_formats
 from ..recipes import MEASURED, PRESETS, Recipe, recommended_format
 from ..recipes.layers import parse_layer_config
 from ..recipes.presets import ALIASES, AUTO, NONE

@@ -102,9 +102,18 @@ class DecodedSource:
     def _explained(self, layer: StoredLayer) -> Iterator[None]:
         try:
             yield
-        except (SourceError, RecipeError, RuntimeError, ValueError, IndexError) as error:  # torch's own for shapes that do not fit
+        except (
+            SourceError,
+            RecipeError,
+            RuntimeError,
+            ValueError,
+            IndexError,
+        ) as error:  # torch's own for shapes that do not fit
             raise SourceError(
-                f"{self.name}: {layer.name} is not a valid layer of format {layer.config.get('format')}: {error}".rstrip(".") + "."
+                f"{self.name}: {layer.name} is not a valid layer of format {layer.config.get('format')}: {error}".rstrip(
+                    "."
+                )
+                + "."
             ) from None
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:

@@ -7,7 +7,7 @@ the plain weights that ComfyUI takes it for.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch

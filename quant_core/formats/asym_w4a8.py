@@ -56,7 +56,9 @@ class AsymW4A8Codec(Codec):
         scale = parts["weight_s_rel"]
         scale = (scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale).float()
         if scale.shape[-1] * (self.group_size or 0) != values.shape[-1]:
-            raise ValueError(f"its group_size {self.group_size} contradicts {scale.shape[-1]} scales for {values.shape[-1]} columns")
+            raise ValueError(
+                f"its group_size {self.group_size} contradicts {scale.shape[-1]} scales for {values.shape[-1]} columns"
+            )
         int8 = (levels.unflatten(1, (scale.shape[-1], -1)) * scale[..., None]).flatten(1).round_().clamp_(-127, 127)
         return self.unrotate(int8 * parts["weight_s_channel"].float().reshape(-1, 1))
 

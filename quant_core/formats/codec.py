@@ -4,6 +4,7 @@ A :class:`Format` is one format string of ComfyUI and one row of :mod:`.table`; 
 module per family. A :class:`Codec` is a format with every choice made: granularity, group size, rotation.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -30,6 +31,11 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
     views: tuple[torch.dtype, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def matches(self, found) -> bool:
         """Whether ``found``, anything with dtype and shape, is such a tensor."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import RecipeError, SourceError
-from .codec import Codec, Parts, TensorSpec
+from .codec import Codec, Parts
 from .layer_json import CONFIG_KEY, LayerSource, layer_configs
 from .scaled import ScaledCodec
 from .table import READABLE
@@ -62,7 +62,9 @@ def detect_layer(layer: str, config: Mapping[str, object], tensors: Mapping) -> 
     """
     format = READABLE.get(str(config.get("format")))
     if format is None:
-        raise ValueError(f"{layer}: format '{config.get('format')}' is not known to this version ({', '.join(READABLE)})")
+        raise ValueError(
+            f"{layer}: format '{config.get('format')}' is not known to this version ({', '.join(READABLE)})"
+        )
     weight = tensors.get(f"{layer}.weight")
     if weight is None:
         raise ValueError(f"{layer}: has a quantization entry and no weight")
@@ -177,7 +179,9 @@ def _layer_tensors(source: LayerSource) -> dict[str, dict[str, str]]:
         if suffix in _TODAY:
             other = found.setdefault(layer, {}).setdefault(_TODAY[suffix], name)
             if other != name:
-                raise SourceError(f"{source.name}: {other} and {name} are two names of one tensor, so its value is ambiguous; {_REMAKE}.")
+                raise SourceError(
+                    f"{source.name}: {other} and {name} are two names of one tensor, so its value is ambiguous; {_REMAKE}."
+                )
     for layer, parts in found.items():
         weight = source.tensors.get(f"{layer}.weight")
         if weight is not None and weight.dtype in QUANTIZED_DTYPES:
@@ -194,12 +198,16 @@ def _detect_declared(source: LayerSource, layer: StoredLayer) -> StoredLayer:
         codec = format.codec.from_config(format, layer.config, next(iter(format.granularities)))
         shape = codec.weight_shape(tuple(weight.shape), layer.config)
     except (RecipeError, ValueError) as error:
-        raise SourceError(f"{source.name}: {layer.name} is not a valid layer of format {format.name}: {error}".rstrip(".") + ".") from None
+        raise SourceError(
+            f"{source.name}: {layer.name} is not a valid layer of format {format.name}: {error}".rstrip(".") + "."
+        ) from None
     required = codec.specs(shape)
     names = {suffix: f"{layer.name}.{suffix}" for suffix in (*required, *codec.optional(shape), CONFIG_KEY)}
     parts = {suffix: name for suffix, name in names.items() if name in source.tensors}
     if missing := [suffix for suffix in required if suffix not in parts]:
-        raise SourceError(f"{source.name}: {layer.name} is in format {format.name} and its {missing[0]} is missing; fetch the file again.")
+        raise SourceError(
+            f"{source.name}: {layer.name} is in format {format.name} and its {missing[0]} is missing; fetch the file again."
+        )
     return StoredLayer(layer.name, layer.config, parts, codec, shape)
 
 
@@ -208,7 +216,11 @@ def _detect_scaled(source: LayerSource, layer: StoredLayer, full_precision: bool
     weight, scale = (source.tensors[layer.parts[suffix]] for suffix in ("weight", "weight_scale"))
     granularity, block_size = _granularity(weight.shape, scale.shape)
     format = next(
-        (entry for entry in _SCALED.values() if entry.elements.dtype is weight.dtype and granularity in entry.granularities),
+        (
+            entry
+            for entry in _SCALED.values()
+            if entry.elements.dtype is weight.dtype and granularity in entry.granularities
+        ),
         None,
     )
     if format is None or granularity is None:
@@ -252,7 +264,11 @@ def _counts(weight: tuple[int, ...], size: object) -> tuple[int, ...] | None:
 def orphan_problem(source: LayerSource, layer: StoredLayer) -> str | None:
     """Why a scale without quantized values cannot be ignored; None where it can: it is 1, or there is no weight."""
     weight = source.tensors.get(f"{layer.name}.weight")
-    if "weight_scale" not in layer.parts or weight is None or bool((source.read(layer.parts["weight_scale"]).float() == 1).all()):
+    if (
+        "weight_scale" not in layer.parts
+        or weight is None
+        or bool((source.read(layer.parts["weight_scale"]).float() == 1).all())
+    ):
         return None
     return (
         f"{source.name}: {layer.parts['weight_scale']} is the scale of an unquantized weight ({weight.dtype}), so the values are "
@@ -281,5 +297,7 @@ def quantized_formats(source: LayerSource) -> list[str]:
     if not found:
         matrices = (info for name, info in source.tensors.items() if name.endswith(".weight") and len(info.shape) == 2)
         dtypes = {info.dtype for info in matrices}
-        found |= {f"plain {entry.elements.name} weights" for entry in _SCALED.values() if entry.elements.dtype in dtypes}
+        found |= {
+            f"plain {entry.elements.name} weights" for entry in _SCALED.values() if entry.elements.dtype in dtypes
+        }
     return sorted(found)

@@ -45,7 +45,9 @@ def tile_scales(scales: torch.Tensor) -> torch.Tensor:
     "1D Block Scaling Factors Layout".
     """
     rows, columns = tiled_shape(*scales.shape)
-    padded = torch.nn.functional.pad(scales.view(torch.uint8), (0, columns - scales.shape[1], 0, rows - scales.shape[0]))
+    padded = torch.nn.functional.pad(
+        scales.view(torch.uint8), (0, columns - scales.shape[1], 0, rows - scales.shape[0])
+    )
     tiles = padded.view(rows // _TILE_ROWS, 4, _TILE_ROWS // 4, columns // _TILE_COLUMNS, _TILE_COLUMNS)
     return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns).view(scales.dtype)
 

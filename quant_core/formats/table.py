@@ -32,7 +32,11 @@ def find_format(name: str) -> Format:
 def find_sibling(entry: Format, granularity: str) -> Format | None:
     """The format of the same elements that has this granularity, if there is one."""
     return next(
-        (other for other in FORMATS.values() if other.elements == entry.elements and granularity in other.granularities),
+        (
+            other
+            for other in FORMATS.values()
+            if other.elements == entry.elements and granularity in other.granularities
+        ),
         None,
     )
 
@@ -68,6 +72,4 @@ def make_codec(
         raise RecipeError(
             f"Format {entry.name} has one scale per {' or '.join(entry.granularities)}, not per {granularity}; {hint}."
         )
-    return entry.make(
-        granularity, block_size=block_size, convrot=convrot, full_precision_matmul=full_precision_matmul
-    )
+    return entry.make(granularity, block_size=block_size, convrot=convrot, full_precision_matmul=full_precision_matmul)

@@ -97,7 +97,9 @@ class QuantizedWeight:
         """
         reason = "only matrices can be stored" if len(self.shape) != 2 else self.codec.admits(self._matrix_shape)
         if reason:
-            raise QuantizationError(f"{layer}: a weight of shape {self.shape} cannot be stored as {self.codec}: {reason}.")
+            raise QuantizationError(
+                f"{layer}: a weight of shape {self.shape} cannot be stored as {self.codec}: {reason}."
+            )
         tensors = self.codec.store(self.qdata, self.solution.scale, self.solution.parent)
         if self.input_scale is not None:
             tensors["input_scale"] = torch.tensor(self.input_scale)

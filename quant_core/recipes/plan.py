@@ -9,8 +9,8 @@ from ..cancellation import CancelCheck
 from ..display import human_bytes
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..formats import FORMATS
+from ..formats.detect import BITSANDBYTES, quantized_formats
 from ..formats.scales import BLOCK_SIZE
-from ..output.inspect import BITSANDBYTES, quantized_formats
 from ..sources import Source, TensorInfo
 from .layers import FormatChoice, LayerRule, finding, most_specific
 from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognise

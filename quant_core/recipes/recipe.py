@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..cancellation import CancelCheck
 from ..errors import RecipeError
-from ..formats import Encoding, make_encoding
+from ..formats import Codec, make_codec
 from ..formats.rotation import rotation_groups
 from ..formats.scales import BLOCK_SIZE
 from ..rounding import Method
@@ -71,9 +71,9 @@ class Recipe(Method):
         object.__setattr__(self, "convrot", self.convrot or None)
         self._check_measured()
         if not self.measured:
-            encoding = self.encoding
-            object.__setattr__(self, "granularity", encoding.granularity)
-            object.__setattr__(self, "block_size", encoding.block_size)
+            codec = self.codec
+            object.__setattr__(self, "granularity", codec.granularity)
+            object.__setattr__(self, "block_size", codec.block_size)
         if self.preset not in (AUTO, NONE):
             find_preset(self.preset)
         if not -(2**63) <= self.seed < 2**64:
@@ -121,10 +121,10 @@ class Recipe(Method):
         return dataclasses.replace(self, **none, **decision.format.options)
 
     @property
-    def encoding(self) -> Encoding:
+    def codec(self) -> Codec:
         """How a layer stands in a file, unless that is measured; with ConvRot, one whose inputs the largest allowed group divides."""
         largest = max((size for size in rotation_groups(self.convrot, 0) if size), default=None)
-        return make_encoding(
+        return make_codec(
             self.format,
             self.granularity,
             block_size=self.block_size,
@@ -135,14 +135,14 @@ class Recipe(Method):
     @property
     def description(self) -> str:
         """The format for people: "int8_tensorwise per row, ConvRot 256"."""
-        return "the format measured best for each layer" if self.measured else str(self.encoding)
+        return "the format measured best for each layer" if self.measured else str(self.codec)
 
     @property
     def label(self) -> str:
         """Short name for file names: the format, what it leaves open where that is something, and the rotation."""
         if self.measured:
             return MEASURED
-        entry = self.encoding.format
+        entry = self.codec.format
         several = len(entry.granularities) > 1
         name = f"{self.format.removesuffix('_tensorwise')}_{self.granularity}" if several else self.format
         return name + ("_convrot" if self.convrot else "")

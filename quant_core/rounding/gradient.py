@@ -16,8 +16,8 @@ import torch
 
 from ..cancellation import CancelCheck
 from ..formats import SolveSpace
-from .quadratic import Quadratic
 from .optimizers import OPTIMIZERS, SCHEDULES
+from .quadratic import Quadratic
 
 __all__ = ["round_gradient"]
 

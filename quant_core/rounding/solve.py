@@ -81,9 +81,7 @@ class WeightSolver:
         yield self._round_nearest(scale, nearest.parent)
         if quadratic.weight_bound is not None:
             least = nearest.weight_error * self._search_scale(nearest.scale, nearest.parent, Quadratic())[1]
-            yield from solve_within_bound(
-                lambda form: self._run_solver(scale, nearest.parent, form), quadratic, least
-            )
+            yield from solve_within_bound(lambda form: self._run_solver(scale, nearest.parent, form), quadratic, least)
         elif nearest.weight_error:
             yield self._run_solver(scale, nearest.parent, quadratic)
 

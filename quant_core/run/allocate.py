@@ -20,7 +20,8 @@ from ..display import human_bytes
 from ..errors import NonFiniteWeightError, NothingToQuantizeError, RecipeError
 from ..events import LayerMeasured, Listener
 from ..formats import GROUP_SIZES, QuantizedWeight
-from ..layer import output_error, quantize_weight
+from ..layer import output_error
+from ..quantize_layer import quantize_weight
 from ..recipes import Decision, FormatChoice, Plan, Recipe
 from ..recipes.plan import Choice
 from ..recipes.presets import COMMON
@@ -120,7 +121,7 @@ def _options(
             continue
         try:
             made = quantize_weight(
-                weight, **choice.options, gram=gram, rounding="auto" if gram is None else "nearest", check=check
+                weight, **choice.options, hessian=gram, rounding="auto" if gram is None else "nearest", check=check
             )
         except NonFiniteWeightError:
             return found

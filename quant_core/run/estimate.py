@@ -6,8 +6,7 @@ from collections import Counter
 
 import torch
 
-from ..formats.weight import config_bytes
-from ..layer import quantize_weight
+from ..quantize_layer import quantize_weight
 from ..recipes import Plan, Recipe
 from ..sources import Source, TensorInfo
 
@@ -23,10 +22,7 @@ def _size(name: str, info: TensorInfo, recipe: Recipe, plan: Plan) -> int:
     decision = plan.decisions[name]
     if decision.action != "quantize":
         return info.nbytes
-    encoding = recipe.of(decision).encoding
-    return sum(TensorInfo(*spec).nbytes for spec in encoding.specs(info.shape).values()) + len(
-        config_bytes(encoding.config)
-    )
+    return sum(spec.nbytes for spec in recipe.of(decision).codec.file_specs(info.shape).values())
 
 
 def estimate_seconds(source: Source, recipe: Recipe, plan: Plan, device: torch.device) -> float:
@@ -44,6 +40,6 @@ def _seconds(info: TensorInfo, recipe: Recipe, device: torch.device) -> float:
     weight /= math.sqrt(info.shape[1])
     for _ in range(2):  # the first compiles kernels
         start = time.perf_counter()
-        quantize_weight(weight, **recipe.layer_options).codes.cpu()
+        quantize_weight(weight, **recipe.layer_options).qdata.cpu()
         seconds = time.perf_counter() - start
     return seconds

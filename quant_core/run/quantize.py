@@ -27,22 +27,19 @@ from ..errors import (
     SourceError,
 )
 from ..events import LayerFinished, LayerKept, LayerStarted, Listener, PlannedLayer, RunFinished, RunStarted
-from ..formats.weight import config_bytes
-from ..layer import quantize_weight
+from ..formats.layer_json import QUANTIZATION_KEY, quantization_metadata
 from ..output import (
     PROVENANCE_KEY,
-    QUANTIZATION_KEY,
     SafetensorsWriter,
     final_path,
     header_bytes,
     keep_apart,
     loading_note,
     provenance,
-    quantization_metadata,
     remove_leftovers,
 )
-from ..output.metadata import CONFIG_SUFFIX
 from ..output.staging import Staging, tensor_checksum
+from ..quantize_layer import quantize_weight
 from ..recipes import Plan, Recipe
 from ..recipes.presets import NONE
 from ..sources import SafetensorsFile, Source, TensorInfo, TensorSource, open_source
@@ -284,9 +281,9 @@ def _run(
                 quantized = quantize_weight(
                     tensor,
                     **_layer_options(own, known, calibration),
-                    gram=known.gram,
-                    holdout_gram=known.holdout_gram,
-                    mean_input=known.mean,
+                    hessian=known.gram,
+                    validation_hessian=known.holdout_gram,
+                    mean=known.mean,
                     input_scale=_input_scale(own, known),
                     bias=bias,
                     check=check,
@@ -304,7 +301,7 @@ def _run(
         writing.wait()  # so that the layer's time holds what the disk takes
         tensors = quantized.tensors(layer)
         configs[layer] = quantized.config
-        rounded = quantized.rounded
+        solution = quantized.solution
         eta = clock.advance(info.nbytes)
         finished = LayerFinished(
             index,
@@ -319,12 +316,12 @@ def _run(
             sum(tensor.nbytes for tensor in tensors.values()),
             clock.elapsed,
             eta,
-            rounded.winner,
-            rounded.gain,
-            rounded.output_error,
-            rounded.note,
-            quantized.encoding.rotation and quantized.encoding.rotation.size,
-            tuple(torch.stack(quantized.scale.aminmax()).tolist()),
+            solution.solver,
+            solution.gain,
+            solution.output_error,
+            quantized.note,
+            quantized.codec.rotation and quantized.codec.rotation.size,
+            tuple(torch.stack(solution.scale.aminmax()).tolist()),
         )
         corrected = quantized.bias is not bias
         put(
@@ -430,11 +427,8 @@ def _check_names(source: Source, plan: Plan, recipe: Recipe) -> None:
     kept = set(plan.names("keep"))
     for name in plan.names("quantize"):
         layer = name.removesuffix(".weight")
-        suffixes = [
-            *recipe.of(plan.decisions[name]).encoding.specs(source.tensors[name].shape),
-            "input_scale",
-            CONFIG_SUFFIX[1:],
-        ]
+        codec, shape = recipe.of(plan.decisions[name]).codec, source.tensors[name].shape
+        suffixes = {**codec.file_specs(shape), **codec.optional(shape), "input_scale": None}
         for suffix in suffixes:
             if f"{layer}.{suffix}" in kept:
                 raise SourceError(
@@ -460,7 +454,7 @@ def _layer_options(recipe: Recipe, known: Inputs, calibration: Calibration | Non
 
 
 def _input_scale(recipe: Recipe, known: Inputs) -> float | None:
-    if known.histogram is None or known.amax is None or not recipe.encoding.static_inputs:
+    if known.histogram is None or known.amax is None or not recipe.codec.static_activations:
         return None
     return input_scale(known.histogram, float(known.amax.max()))
 
@@ -481,12 +475,9 @@ def _header_bound(source: Source, plan: Plan, recipe: Recipe, calibrated: bool, 
     """Room for the header whatever becomes of each layer: quantized, or kept after all."""
     tensors = [(name, source.tensors[name]) for name in plan.output_names()]
     for name in plan.names("quantize"):
-        layer, encoding = name.removesuffix(".weight"), recipe.of(plan.decisions[name]).encoding
-        specs = encoding.specs(source.tensors[name].shape)
-        tensors += [(f"{layer}.{suffix}", TensorInfo(*spec)) for suffix, spec in specs.items()]
-        if calibrated and encoding.static_inputs:
-            tensors.append((f"{layer}.input_scale", TensorInfo(torch.float32, ())))
-        tensors.append((layer + CONFIG_SUFFIX, TensorInfo(torch.uint8, (len(config_bytes(encoding.config)),))))
+        layer, codec = name.removesuffix(".weight"), recipe.of(plan.decisions[name]).codec
+        specs = codec.file_specs(source.tensors[name].shape, input_scale=calibrated)
+        tensors += [(f"{layer}.{suffix}", TensorInfo(spec.dtype, spec.shape)) for suffix, spec in specs.items()]
     return header_bytes(tensors, metadata)
 
 
@@ -585,7 +576,7 @@ def quantize_file(
         if recipe.measured:
             plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
         planned = {
-            name.removesuffix(".weight"): recipe.of(plan.decisions[name]).encoding.config
+            name.removesuffix(".weight"): recipe.of(plan.decisions[name]).codec.layer_config(source.tensors[name].shape)
             for name in plan.names("quantize")
         }
         reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
