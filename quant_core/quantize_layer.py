@@ -74,7 +74,7 @@ def quantize_weight(
         RecipeError: no such format, granularity, rounding or option, or one without effect.
     """
     renamed = {name: options.pop(name) for name in _RENAMED if name in options}
-    for name, value in renamed.items():
+    for name in renamed:
         warnings.warn(f"quantize_weight: {name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
     hessian = renamed.get("gram", hessian)
     validation_hessian = renamed.get("holdout_gram", validation_hessian)

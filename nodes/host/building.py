@@ -14,9 +14,9 @@ import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...quant_core.errors import QuantizationError
-from ...quant_core.output import layer_configs
+from ...quant_core.formats import detect_layer
+from ...quant_core.formats.layer_json import layer_configs
 from ...quant_core.output.metadata import ENCODER_PREFIX
-from ...quant_core.output.verify import layer_encoding
 from ...quant_core.sources import SafetensorsFile
 from ..runtime.decoded_linear import as_bytes, decoding_operations
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
@@ -54,7 +54,7 @@ def layers_to_decode(path: Path) -> list[str]:
         return []
     try:
         for layer, config in configs.items():
-            layer_encoding(layer, config, tensors)
+            detect_layer(layer, config, tensors)
     except ValueError as error:
         raise QuantizationError(f"{path.name} cannot be loaded: {error}.") from None
     return list(configs)
@@ -303,7 +303,7 @@ def quantized_linear(
     state = {f"{name}.{key}": tensor for key, tensor in tensors.items()}
     if bias is not None:
         state[f"{name}.bias"] = bias
-    outer, inner = tensors["weight"].shape
+    outer, inner = detect_layer(name, config, state).weight_shape(tuple(tensors["weight"].shape), config)
     linear = operations.Linear(inner, outer, bias=f"{name}.bias" in state, device=device, dtype=dtype)
     linear._load_from_state_dict(state, f"{name}.", {}, True, [], [], [])
     return linear

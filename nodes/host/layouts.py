@@ -14,11 +14,8 @@ import comfy.ops
 import comfy.quant_ops
 import torch
 
-from ...quant_core.formats import FORMATS
-from ...quant_core.formats.weight import config_tensor
-from ...quant_core.output.metadata import read_config
-from ...quant_core.output.verify import layer_encoding
-from ...quant_core.sources import TensorInfo
+from ...quant_core.formats import FORMATS, detect_layer
+from ...quant_core.formats.layer_json import CONFIG_KEY, config_tensor, read_config
 
 __all__ = ["add_layouts"]
 
@@ -66,7 +63,7 @@ def add_layouts() -> None:
         from ..runtime.layouts import LAYOUTS
 
         for name in missing:
-            own = {"storage_t": FORMATS[name].grid.dtype, "comfy_tensor_layout": LAYOUTS[name].__name__}
+            own = {"storage_t": FORMATS[name].storage_dtype, "comfy_tensor_layout": LAYOUTS[name].__name__}
             algorithms[name] = {**algorithms[_CARRIER], **own}
         setattr(comfy.ops, _LOADER, _wrapped(getattr(comfy.ops, _LOADER), frozenset(missing)))
 
@@ -74,8 +71,8 @@ def add_layouts() -> None:
 def _wrapped(load, formats: frozenset[str]):
     @functools.wraps(load)
     def load_quantized_module(module, super_load, state_dict, prefix, *args, **kwargs):
-        stored = state_dict.get(f"{prefix}comfy_quant")
-        config = {} if stored is None else read_config(stored, f"{prefix}comfy_quant")
+        stored = state_dict.get(prefix + CONFIG_KEY)
+        config = {} if stored is None else read_config(stored, prefix + CONFIG_KEY)
         loading = functools.partial(_load_layer, load, config) if config.get("format") in formats else load
         return loading(module, super_load, state_dict, prefix, *args, **kwargs)
 
@@ -86,20 +83,16 @@ def _load_layer(load, config: dict, module, super_load, state_dict, prefix: str,
     """Make ``module`` a layer of the codes under ``prefix``. ``config``: the layer's JSON. Raises ValueError when they do not fit it."""
     from ..runtime.layouts import LAYOUTS, QuantizedTensor
 
-    tensors = {name: state_dict[name] for key in ("weight", "weight_scale") if (name := prefix + key) in state_dict}
-    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    encoding = layer_encoding(prefix.removesuffix("."), config, infos)
-    layout, dtype = LAYOUTS[encoding.format.name], encoding.format.grid.dtype
-    state_dict[f"{prefix}weight"] = tensors[f"{prefix}weight"].view(torch.int8)
-    state_dict[f"{prefix}comfy_quant"] = config_tensor({"format": _CARRIER})
+    codec = detect_layer(prefix.removesuffix("."), config, state_dict)
+    layout, dtype = LAYOUTS[codec.format.name], codec.format.storage_dtype
+    state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].view(torch.int8)
+    state_dict[prefix + CONFIG_KEY] = config_tensor({"format": _CARRIER})
     load(module, super_load, state_dict, prefix, *args, **kwargs)
     loaded = module.weight
-    params = layout.Params(
-        loaded._params.scale, loaded._params.orig_dtype, loaded._params.orig_shape, encoding.block_size
-    )
+    params = layout.Params(loaded._params.scale, loaded._params.orig_dtype, loaded._params.orig_shape, codec.block_size)
     weight = QuantizedTensor(loaded._qdata.view(dtype), layout.__name__, params)
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
-    module.quant_format, module.layout_type = encoding.format.name, layout.__name__
+    module.quant_format, module.layout_type = codec.format.name, layout.__name__
     module.__class__ = _ours(type(module))
 
 
@@ -116,9 +109,9 @@ class _OurLinear:
     def state_dict(self, *args, destination=None, prefix="", **kwargs):
         from ..runtime.layouts import LAYOUTS
 
-        state, key = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs), f"{prefix}comfy_quant"
+        state, key = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs), prefix + CONFIG_KEY
         if key in state and self.quant_format in LAYOUTS:
-            state[key] = config_tensor(LAYOUTS[self.quant_format].encoding(self.weight._params.block_size).config)
+            state[key] = config_tensor(LAYOUTS[self.quant_format].codec(self.weight._params.block_size).config)
         return state
 
 

@@ -13,7 +13,7 @@ from ...quant_core.errors import (
     NothingToQuantizeError,
     QuantizationError,
 )
-from ...quant_core.output.metadata import CONFIG_SUFFIX
+from ...quant_core.formats.layer_json import CONFIG_KEY
 from ...quant_core.sources import TensorInfo, TensorSource
 from ...quant_core.sources.source import CPU
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
@@ -56,7 +56,7 @@ class PatchedWeights:
         self._patcher = patcher
         state = {rename(key): (key, tensor) for key, tensor in patcher.model_state_dict().items()}
         state.pop(None, None)
-        codes = [new for new, (_, tensor) in state.items() if new.endswith(CONFIG_SUFFIX) or is_quantized(tensor)]
+        codes = [new for new, (_, tensor) in state.items() if new.endswith(f".{CONFIG_KEY}") or is_quantized(tensor)]
         if codes:
             raise AlreadyQuantizedError(f"The {name} is quantized already; connect its full-precision original.")
         self._keys = {new: key for new, (key, _) in state.items()}

@@ -20,11 +20,11 @@ import torch
 from comfy import model_detection
 
 from ...quant_core.errors import QuantizationError, VerificationError
-from ...quant_core.output import layer_configs, verify_file
-from ...quant_core.output.metadata import CONFIG_SUFFIX
-from ...quant_core.output.verify import layer_encoding
+from ...quant_core.formats import detect_layer
+from ...quant_core.formats.layer_json import CONFIG_KEY, layer_configs
+from ...quant_core.output import verify_file
 from ...quant_core.run.report import Report
-from ...quant_core.sources import SafetensorsFile, TensorInfo
+from ...quant_core.sources import SafetensorsFile
 from .building import layers_to_decode, quantized_linear, reload
 from .folders import TEXT_ENCODERS, remove
 from .quantizing import Quantized
@@ -36,6 +36,8 @@ __all__ = ["verify_saved"]
 _TOKENS = 32  # of the random input of a layer that is run; kernels of cards refuse 16 and fewer
 _TOLERANCE = 0.1  # relative error of its output; quantized inputs make about 0.03, wrong weights about 1
 _CHUNK = 1 << 24  # bytes
+_TINY = torch.finfo(torch.float32).tiny
+_CONFIG = f".{CONFIG_KEY}"  # end of the name of a layer's JSON tensor
 _NAMED = 3  # names of tensors that a sentence holds at most
 
 
@@ -103,16 +105,15 @@ def _check_contents(report: Report, paths: list[Path]) -> None:
     expected = set(shapes)
     for made in report.layers:
         layer = made.name.removesuffix(".weight")
-        expected |= {made.name, f"{layer}.weight_scale", layer + CONFIG_SUFFIX}
+        expected |= {made.name, layer + _CONFIG}
         if layer in configs:
-            encoding = layer_encoding(layer, configs[layer], tensors)
-            if (encoding.format.name, encoding.granularity, encoding.rotation and encoding.rotation.size) != (
-                made.format,
-                made.granularity,
-                made.convrot,
-            ):
+            codec = detect_layer(layer, configs[layer], tensors)
+            specs = codec.specs(codec.weight_shape(tensors[made.name].shape, configs[layer]))
+            expected |= {f"{layer}.{suffix}" for suffix in specs}
+            convrot = codec.rotation and codec.rotation.size
+            if (codec.format.name, codec.granularity, convrot) != (made.format, made.granularity, made.convrot):
                 raise VerificationError(
-                    f"{layer}: the file calls it {encoding}, and it was quantized as {made.format} per {made.granularity}."
+                    f"{layer}: is {codec} in the file, and was quantized as {made.format} per {made.granularity}."
                 )
     if lost := expected - tensors.keys():
         raise VerificationError(f"{_named(lost)} missing; please report the model.")
@@ -149,17 +150,12 @@ class _Loaded:
     configs: dict[str, dict] = field(init=False)
 
     def __post_init__(self):
-        names = [name for name in self.file if name.endswith(CONFIG_SUFFIX)]
-        self.configs = {name.removesuffix(CONFIG_SUFFIX): _json(self.file[name]) for name in names}
+        names = [name for name in self.file if name.endswith(_CONFIG)]
+        self.configs = {name.removesuffix(_CONFIG): _json(self.file[name]) for name in names}
 
 
 def _json(tensor: torch.Tensor) -> dict:
     return json.loads(tensor.cpu().numpy().tobytes())
-
-
-def _infos(tensors: Mapping[str, torch.Tensor], layer: str) -> dict[str, TensorInfo]:
-    found = {name: tensors.get(name) for name in (f"{layer}.weight", f"{layer}.weight_scale")}
-    return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items() if tensor is not None}
 
 
 def _verified(path: Path, quantized: Quantized) -> str:
@@ -196,13 +192,13 @@ def _layers_alone(tensors: Mapping[str, torch.Tensor]) -> _Loaded:
     """The quantized layers of a file, each in a layer of its own."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name in tensors:
-        if name.endswith(CONFIG_SUFFIX):
-            layers[name.removesuffix(CONFIG_SUFFIX)] = {}
+        if name.endswith(_CONFIG):
+            layers[name.removesuffix(_CONFIG)] = {}
     for name, tensor in tensors.items():
         layer, _, key = name.rpartition(".")
         if layer in layers:
             layers[layer][key] = tensor
-    modules = {layer: quantized_linear(layer, dict(own), _json(own["comfy_quant"])) for layer, own in layers.items()}
+    modules = {layer: quantized_linear(layer, dict(own), _json(own[CONFIG_KEY])) for layer, own in layers.items()}
     held = {name: tensor for layer, module in modules.items() for name, tensor in _held(module, f"{layer}.").items()}
     file = {f"{layer}.{key}": tensor for layer, own in layers.items() for key, tensor in own.items()}
     return _Loaded(file, held, modules, tensors.keys() - file.keys())
@@ -234,7 +230,7 @@ def _in_diffusion_model(tensors: Mapping[str, torch.Tensor], model) -> _Loaded:
 def _in_text_encoder(tensors: Mapping[str, torch.Tensor], model) -> _Loaded:
     """The tensors under the names that the one encoder has that takes them: a prefix, and the name in the file."""
     held = _held(model)
-    first = next(name.removesuffix(CONFIG_SUFFIX) + ".weight" for name in tensors if name.endswith(CONFIG_SUFFIX))
+    first = next(name.removesuffix(_CONFIG) + ".weight" for name in tensors if name.endswith(_CONFIG))
     stem = next((name.removesuffix(first) for name in held if name.endswith(f".{first}")), "")
     stems = (stem, stem.removesuffix("transformer."))
     named = {
@@ -258,7 +254,7 @@ def _compare(loaded: _Loaded) -> list[str]:
         comfy.model_management.throw_exception_if_processing_interrupted()
         layer, _, key = name.rpartition(".")
         quantized = layer in loaded.configs
-        if quantized and key == "comfy_quant":
+        if quantized and key == CONFIG_KEY:
             continue  # _check_layer has seen it
         if name not in loaded.held:
             if quantized:
@@ -274,22 +270,21 @@ def _check_layer(loaded: _Loaded, layer: str, config: dict) -> None:
     module = loaded.modules.get(layer)
     if module is None:
         raise VerificationError(f"{layer}: ComfyUI's model has no layer of that name.")
-    encoding = layer_encoding(layer, config, _infos(loaded.file, layer))
-    stored = loaded.held.get(layer + CONFIG_SUFFIX)
+    codec = detect_layer(layer, config, loaded.file)
+    stored = loaded.held.get(layer + _CONFIG)
     if stored is not None:
         try:
-            held = layer_encoding(layer, _json(stored), _infos(loaded.held, layer))
+            held = detect_layer(layer, _json(stored), loaded.held)
         except ValueError as error:
             raise VerificationError(f"In ComfyUI's model, {error}.") from None
-        if held != encoding:
-            raise VerificationError(
-                f"{layer}: ComfyUI takes it for {held.config}, and the file says {encoding.config}."
-            )
+        if held != codec:
+            raise VerificationError(f"{layer}: is {held.config} in ComfyUI and {codec.config} in the file.")
     elif getattr(module, "layout_type", None) != comfy.quant_ops.QUANT_ALGOS[config["format"]]["comfy_tensor_layout"]:
         raise VerificationError(
-            f"{layer}: ComfyUI takes it for {getattr(module, 'layout_type', 'a plain layer')}, and the file says {encoding}."
+            f"{layer}: ComfyUI takes it for {getattr(module, 'layout_type', 'a plain layer')}, and it is {codec} in the file."
         )
-    shape, wanted = tuple(loaded.file[f"{layer}.weight"].shape), (module.out_features, module.in_features)
+    stored, wanted = tuple(loaded.file[f"{layer}.weight"].shape), (module.out_features, module.in_features)
+    shape = codec.weight_shape(stored, config)
     if shape != wanted:
         raise VerificationError(f"{layer}: the weight has shape {shape}, and the model needs {wanted}.")
 
@@ -308,33 +303,37 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _run(loaded: _Loaded, device: torch.device) -> dict[str, str]:
-    """Run the smallest layer of each encoding on ``device`` as the model does: encoding → that layer.
+    """Run the smallest layer of each codec on ``device`` as the model does: codec → that layer.
 
     Raises:
-        VerificationError: it multiplies by something else than what the file's weights mean.
+        VerificationError: its output is not that of the file's weights, with or without quantized activations.
     """
     sizes = {layer: loaded.file[f"{layer}.weight"].numel() for layer in loaded.configs}
-    encodings = {
-        layer: layer_encoding(layer, config, _infos(loaded.file, layer)) for layer, config in loaded.configs.items()
-    }
-    smallest = {str(encodings[layer]): layer for layer in sorted(sizes, key=sizes.get, reverse=True)}
+    codecs = {layer: detect_layer(layer, config, loaded.file) for layer, config in loaded.configs.items()}
+    smallest = {str(codecs[layer]): layer for layer in sorted(sizes, key=lambda layer: sizes[layer], reverse=True)}
     for layer in smallest.values():
         comfy.model_management.throw_exception_if_processing_interrupted()
-        module = loaded.modules[layer].to(device)
-        codes, scale, bias = (loaded.file.get(f"{layer}.{key}") for key in ("weight", "weight_scale", "bias"))
-        weight = encodings[layer].decode(codes, scale.reshape(encodings[layer].scale_shape(codes.shape)))
-        dtype = _computes_in(module)
-        inputs = torch.randn(_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        if (
-            fixed := loaded.file.get(f"{layer}.input_scale")
-        ) is not None:  # larger ones are cut off where ComfyUI multiplies codes
-            inputs *= fixed * torch.finfo(codes.dtype).max / inputs.abs().max()
-        inputs = inputs.to(dtype)
-        expected = torch.nn.functional.linear(inputs.float(), weight, bias if bias is None else bias.float())
+        module, codec = loaded.modules[layer].to(device), codecs[layer]
+        parts = {
+            name.rpartition(".")[2]: tensor for name, tensor in loaded.file.items() if name.rpartition(".")[0] == layer
+        }
+        shape = codec.weight_shape(tuple(parts["weight"].shape), loaded.configs[layer])
+        weight, bias = codec.dequantize(parts, shape), parts.get("bias")
+        inputs = torch.randn(_TOKENS, shape[1], generator=torch.Generator().manual_seed(0))
+        if codec.static_activations and "input_scale" in parts:  # larger ones clip where ComfyUI quantizes activations
+            inputs *= parts["input_scale"] * codec.format.elements.max / inputs.abs().max()
+        inputs = inputs.to(_computes_in(module))
         output = module(inputs.to(device)).float().cpu()
-        error = float((output - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        bias = None if bias is None else bias.float()
+        expected = [
+            torch.nn.functional.linear(activations, weight, bias)
+            for activations in (inputs.float(), codec.quantize_activations(inputs))
+        ]
+        error = min(float((output - one).norm() / one.norm().clamp_min(_TINY)) for one in expected)
         if not error < _TOLERANCE:  # NaN too
-            raise VerificationError(f"{layer}: its output in ComfyUI is {error:.3g} off what the file's weights give.")
+            raise VerificationError(
+                f"{layer}: its output in ComfyUI differs by {error:.3g} from that of the file's weights."
+            )
     return smallest
 
 

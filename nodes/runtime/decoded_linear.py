@@ -1,6 +1,6 @@
-"""A linear layer that holds codes and decodes them when it runs, for formats that this ComfyUI cannot run by itself.
+"""A linear layer that dequantizes its weight when it runs, for formats that this ComfyUI cannot run itself.
 
-Weights stay coded in memory; activations stay in full precision. Used through ComfyUI's ``custom_operations``;
+The weight stays quantized in memory; activations stay in full precision. Used through ComfyUI's ``custom_operations``;
 ``convert_weight`` and ``set_weight`` are what it patches LoRAs through.
 """
 
@@ -8,18 +8,14 @@ from collections.abc import Iterable
 
 import torch
 
-from ...quant_core.formats import find_format
-from ...quant_core.output.metadata import read_config
-from ...quant_core.output.verify import layer_encoding
-from ...quant_core.sources import TensorInfo
+from ...quant_core.formats import READABLE, detect_layer
+from ...quant_core.formats.layer_json import CONFIG_KEY, read_config
 
 __all__ = ["as_bytes", "decoding_operations"]
 
-_KEYS = ("weight_scale", "comfy_quant")
-
 
 def as_bytes(tensors: dict[str, torch.Tensor], layers: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The same tensors, with the codes of ``layers`` as plain bytes.
+    """The same tensors, with the stored weights of ``layers`` as plain bytes.
 
     ComfyUI 0.3.75 takes the dtype of most weights for the model's own: it would make biases and norms FP8 as well.
     """
@@ -27,52 +23,60 @@ def as_bytes(tensors: dict[str, torch.Tensor], layers: Iterable[str]) -> dict[st
 
 
 def decoding_operations(operations):
-    """A subclass of ComfyUI's ``operations`` whose Linear also reads the coded layers of this pack."""
+    """A subclass of ComfyUI's ``operations`` whose Linear also reads the quantized layers of this node pack."""
 
     class DecodingOperations(operations):
         class Linear(operations.Linear):
-            encoding = None
+            codec = None
             running = False
 
             def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-                names = [prefix + key for key in _KEYS]
-                found = {name: state_dict.pop(name) for name in names if name in state_dict}
-                codes = state_dict.get(prefix + "weight")
-                if codes is not None and len(found) == len(names):
-                    held = self._hold(prefix.removesuffix("."), codes, *(found[name] for name in names))
-                    state_dict[prefix + "weight"] = held
+                held = []
+                if prefix + CONFIG_KEY in state_dict and prefix + "weight" in state_dict:
+                    held = self._hold(state_dict, prefix)
                 super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-                missing[:] = [name for name in missing if name not in names]
+                missing[:] = [name for name in missing if name.removeprefix(prefix) not in held]
 
-            def _hold(self, layer, codes, scale, config):
-                """Become a layer of these codes, which are returned in their own dtype."""
-                entries = read_config(config, f"{layer}: its comfy_quant tensor")
-                codes = codes.view(find_format(entries["format"]).grid.dtype)
-                tensors = {"weight": codes, "weight_scale": scale}
-                infos = {
-                    f"{layer}.{key}": TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()
-                }
-                self.encoding = layer_encoding(layer, entries, infos)
-                self.made_dtype = self.weight.dtype
-                self.weight = torch.nn.Parameter(torch.empty_like(codes), requires_grad=False)
-                self.register_buffer("weight_scale", scale.to(torch.float32))
-                self.register_buffer("comfy_quant", config)
+            def _hold(self, state_dict, prefix) -> list[str]:
+                """Take the layer's tensors out of ``state_dict`` into buffers; returns the buffers' names.
+
+                The weight stays there, in the dtype that it is stored in.
+                """
+                layer = prefix.removesuffix(".")
+                config = read_config(state_dict[prefix + CONFIG_KEY], f"{layer}: its {CONFIG_KEY} tensor")
+                format = READABLE.get(config.get("format"))
+                if format is not None:
+                    state_dict[prefix + "weight"] = state_dict[prefix + "weight"].view(format.storage_dtype)
+                qdata = state_dict[prefix + "weight"]
+                self.codec = detect_layer(layer, config, state_dict)
+                self.original_shape = self.codec.weight_shape(tuple(qdata.shape), config)
+                specs = {**self.codec.specs(self.original_shape), **self.codec.optional(self.original_shape)}
+                self.parts = [suffix for suffix in specs if suffix != "weight" and prefix + suffix in state_dict]
+                self.original_dtype = self.weight.dtype
+                self.weight = torch.nn.Parameter(torch.empty_like(qdata), requires_grad=False)
+                for suffix in (*self.parts, CONFIG_KEY):
+                    self.register_buffer(suffix, state_dict.pop(prefix + suffix))
                 self.comfy_cast_weights = True
-                return codes
+                return [*self.parts, CONFIG_KEY]
 
             @property
             def is_quantized(self) -> bool:
-                return self.encoding is not None and self._are_codes(self.weight)
+                return self.codec is not None and self._is_stored(self.weight)
 
-            def _are_codes(self, weight) -> bool:
-                return weight.dtype is self.encoding.format.grid.dtype
+            def _is_stored(self, weight) -> bool:
+                return weight.dtype is self.codec.format.storage_dtype
+
+            def _dequantize(self, weight, device) -> torch.Tensor:
+                """The weight (out, in), float32, on ``device``; ``weight``: the stored one, in any dtype that it is exact in."""
+                weight = weight.to(device, non_blocking=True)
+                weight = weight if self._is_stored(weight) else weight.to(self.codec.format.storage_dtype)
+                parts = {suffix: getattr(self, suffix).to(device) for suffix in self.parts}
+                return self.codec.dequantize({"weight": weight, **parts}, self.original_shape)
 
             def forward_comfy_cast_weights(self, input):
                 if not self.is_quantized:
                     return super().forward_comfy_cast_weights(input)
-                weight = self.encoding.decode(
-                    self.weight.to(input.device, non_blocking=True), self.weight_scale.to(input.device)
-                )
+                weight = self._dequantize(self.weight, input.device)
                 bias = None if self.bias is None else self.bias.to(input.device, input.dtype)
                 self.running = True
                 try:
@@ -85,18 +89,18 @@ def decoding_operations(operations):
                 return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
             def convert_weight(self, weight, inplace=False, **kwargs):
-                # ComfyUI may have cast the codes to the dtype it computes patches in: they are codes all the same.
-                # Only while the layer runs, its weight functions are given the decoded weight; 0.3.75 brings it here.
-                if self.encoding is None or self.running or not (self.is_quantized or self._are_codes(weight)):
+                # ComfyUI may have cast the stored weight to the dtype it computes patches in. Only while the layer runs
+                # are its weight functions given the dequantized weight; 0.3.75 calls this with it.
+                if self.codec is None or self.running or not (self.is_quantized or self._is_stored(weight)):
                     return weight
-                return self.encoding.decode(weight, self.weight_scale.to(weight.device))
+                return self._dequantize(weight, weight.device)
 
             def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-                # A patched layer stays decoded, in the dtype it would have had without codes; the codes come back when
-                # ComfyUI restores its backup.
+                # A patched layer stays dequantized, in the dtype of an unquantized layer; the stored weight comes back
+                # when ComfyUI restores its backup.
                 if return_weight:
                     return weight
-                dtype = self.weight.dtype if self.encoding is None else self.made_dtype
+                dtype = self.weight.dtype if self.codec is None else self.original_dtype
                 self.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
 
     return DecodingOperations

@@ -20,7 +20,7 @@ from comfy_kitchen.tensor import (
 )
 
 from ... import kernels
-from ...quant_core.formats import Encoding, make_encoding
+from ...quant_core.formats import Codec, make_codec
 from ...quant_core.rounding import round_stochastic
 
 __all__ = ["LAYOUTS", "QuantizedTensor"]
@@ -64,9 +64,9 @@ class _ScaledLayout(QuantizedLayout):
     encode: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
     @classmethod
-    def encoding(cls, block_size: int | None) -> Encoding:
+    def codec(cls, block_size: int | None) -> Codec:
         """The format with that block size; None for 128, and for what has no blocks."""
-        return make_encoding(cls.format, block_size=block_size)
+        return make_codec(cls.format, block_size=block_size)
 
     @classmethod
     def quantize(cls, tensor, scale=None, stochastic_rounding=0, inplace_ops=False, block_size=None):
@@ -85,12 +85,11 @@ class _ScaledLayout(QuantizedLayout):
             )
         if scale not in (None, "recalculate"):
             raise ValueError(f"{cls.format} derives its scales from the weight; leave scale out.")
-        encoding = cls.encoding(block_size)
-        params = _Params(torch.empty(0), tensor.dtype, tuple(tensor.shape), encoding.block_size)
+        codec = cls.codec(block_size)
+        params = _Params(torch.empty(0), tensor.dtype, tuple(tensor.shape), codec.block_size)
         codes, scale = cls.encode(tensor, **params.options)
         if stochastic_rounding:
-            tiles = encoding.tiles(params.orig_shape)
-            codes = round_stochastic(tensor, scale, encoding.format.grid, tiles, seed=stochastic_rounding)
+            codes = round_stochastic(tensor, scale, codec.solve_space(params.orig_shape), seed=stochastic_rounding)
         return codes, dataclasses.replace(params, scale=scale)
 
     @classmethod

@@ -40,7 +40,7 @@ class AsymW4A8Codec(Codec):
     def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         out, inner = shape
         return {
-            "weight": TensorSpec(torch.int8, (out, inner // 2), views=(torch.uint8,)),
+            "weight": TensorSpec(self.format.storage_dtype, (out, inner // 2), views=(torch.uint8,)),
             "weight_s_rel": TensorSpec(
                 torch.float8_e4m3fn, (out, inner // (self.group_size or 1)), views=(torch.uint8, torch.float32)
             ),
@@ -74,5 +74,6 @@ FORMATS = (
         activations="token",
         rotated=("group",),
         writable=False,
+        storage=torch.int8,
     ),
 )

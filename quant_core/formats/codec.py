@@ -64,6 +64,7 @@ class Format:
         group_size: columns that share a scale, where the format fixes it.
         rotated: granularities for which ConvRot exists.
         writable: whether this version writes it; others are read only.
+        storage: dtype of the stored weight; None: that of the elements, one value per item.
     """
 
     name: str
@@ -79,6 +80,12 @@ class Format:
     group_size: int | None = None
     rotated: tuple[str, ...] = ()
     writable: bool = True
+    storage: torch.dtype | None = None
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """dtype of the weight in a file."""
+        return self.storage or self.elements.dtype
 
     def make(
         self,

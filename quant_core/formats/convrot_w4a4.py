@@ -29,7 +29,7 @@ class ConvRotW4A4Codec(Codec):
 
     def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         return {
-            "weight": TensorSpec(torch.int8, (shape[0], shape[1] // 2), views=(torch.uint8,)),
+            "weight": TensorSpec(self.format.storage_dtype, (shape[0], shape[1] // 2), views=(torch.uint8,)),
             "weight_scale": TensorSpec(torch.float32, (shape[0],)),
         }
 
@@ -50,5 +50,6 @@ FORMATS = (
         activations="token",
         rotated=("row",),
         writable=False,
+        storage=torch.int8,
     ),
 )

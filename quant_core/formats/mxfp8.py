@@ -36,7 +36,7 @@ class MXFP8Codec(Codec):
         rows, columns = (round_up(side, _PADDING) for side in shape)
         tiles = tiled_shape(rows, columns // _GROUP)
         return {
-            "weight": TensorSpec(torch.float8_e4m3fn, (rows, columns)),
+            "weight": TensorSpec(self.format.storage_dtype, (rows, columns)),
             "weight_scale": TensorSpec(torch.uint8, tiles, views=_SCALE_VIEWS),
         }
 

@@ -41,7 +41,7 @@ class NVFP4Codec(Codec):
     def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = (round_up(side, _PADDING) for side in shape)
         return {
-            "weight": TensorSpec(torch.uint8, (rows, columns // 2)),
+            "weight": TensorSpec(self.format.storage_dtype, (rows, columns // 2)),
             "weight_scale": TensorSpec(torch.float8_e4m3fn, tiled_shape(rows, columns // _GROUP), views=(torch.uint8,)),
             "weight_scale_2": TensorSpec(torch.float32, ()),
         }
@@ -82,5 +82,6 @@ FORMATS = (
         activations="group",
         native_since=(10, 0),
         group_size=_GROUP,
+        storage=torch.uint8,
     ),
 )

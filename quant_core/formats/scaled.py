@@ -22,7 +22,7 @@ class ScaledCodec(Codec):
 
     def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         return {
-            "weight": TensorSpec(self.format.elements.dtype, tuple(shape)),
+            "weight": TensorSpec(self.format.storage_dtype, tuple(shape)),
             "weight_scale": TensorSpec(torch.float32, self.scale_shape(shape)),
         }
 
