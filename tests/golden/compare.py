@@ -59,6 +59,11 @@ class Comparison:
         return "DIFFERS" if self.differences else "equal"
 
 
+def _is_commit(name: str) -> bool:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--quiet", "--verify", f"{name}^{{commit}}"]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
 @contextlib.contextmanager
 def checked_out(commit: str, folder: Path) -> Iterator[Path]:
     """A temporary git worktree of ``commit``."""
@@ -192,6 +197,8 @@ def main() -> int:
         return 0
     if not args.update_hashes and (args.commit is None or not cases):
         parser.error("OLD_COMMIT is missing" if args.commit is None else f"no case is named {args.only}")
+    if args.commit and not _is_commit(args.commit):
+        parser.error(f"{args.commit} is not a commit of this repository")
     with contextlib.ExitStack() as stack:
         if args.keep:
             args.keep.mkdir(parents=True)
