@@ -18,7 +18,7 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 RUFF := .venv/.ruff
 
-.PHONY: test test-quick faults fuzz hosts chromium demo bench lint architectures texts clean
+.PHONY: test test-quick faults fuzz hosts chromium demo bench lint architectures texts golden clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
 $(READY): pyproject.toml requirements.txt
@@ -74,6 +74,11 @@ architectures: $(READY) hosts
 
 texts: $(READY) hosts
 	.venv/bin/python tests/web/english.py
+
+# OLD: the commit whose output files the working tree must reproduce byte for byte.
+golden: $(READY)
+	@test -n "$(OLD)" || { echo "usage: make golden OLD=<commit> ARGS=\"--only 'calibrated*'\""; exit 2; }
+	.venv/bin/python tests/golden/compare.py $(OLD) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
