@@ -46,7 +46,7 @@ def round_projected(
     for block in column_blocks(len(order), size, check):
         columns.round(block, (multipliers[block] @ fed) @ u.t())
         fed += factor[block].t() @ (columns.errors[block] @ u)
-    return columns.qdata()
+    return columns.qdata().contiguous()
 
 
 def _multipliers(factor: torch.Tensor, dampening: float, blocks: list[slice]) -> torch.Tensor:
