@@ -64,19 +64,19 @@ def test_parameters_and_views_are_taken():
     ],
     ids=["vector", "no rows", "no columns", "integers", "scalar"],
 )
-def test_anything_but_a_matrix_of_floats_is_refused(weight):
-    with pytest.raises(QuantizationError, match="non-empty matrix of float"):
+def test_anything_but_a_matrix_of_floats_is_refused(weight, sentences):
+    with sentences.raises(QuantizationError):
         quantize_weight(weight, "int8_tensorwise")
 
 
-def test_names_are_checked_first():
-    with pytest.raises(UnknownNameError, match="format"):
+def test_names_are_checked_first(sentences):
+    with sentences.raises(UnknownNameError):
         quantize_weight(random(2, 2), "int9")
-    with pytest.raises(UnknownNameError, match="rounding"):
+    with sentences.raises(UnknownNameError):
         quantize_weight(random(2, 2), "int8_tensorwise", rounding="nearst")
-    with pytest.raises(UnknownNameError, match="granularity"):
+    with sentences.raises(UnknownNameError):
         quantize_weight(random(2, 2), "int8_tensorwise", granularity="column")
-    with pytest.raises(RecipeError, match="per tensor, not per row"):
+    with sentences.raises(RecipeError):
         quantize_weight(random(2, 2), "float8_e4m3fn", granularity="row")
 
 
@@ -137,14 +137,14 @@ def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog):
     assert quantize(Method(), SimpleNamespace(device=torch.device("cpu"), shape=(8, 4))) == [("cpu", 1)]
 
 
-def test_what_is_no_layer_of_these_inputs_is_refused():
+def test_what_is_no_layer_of_these_inputs_is_refused(sentences):
     for gram, text in [
         (torch.eye(7), r"Gram of shape \(7, 7\) does not fit a layer of 8 input channels"),
         (torch.full((8, 8), float("nan")), "holds NaN or Inf"),
         (-torch.eye(8), "negative diagonal"),
         (LowRankGram(torch.zeros(7, 2), torch.zeros(8)), "Gram of shape .* does not fit"),
     ]:
-        with pytest.raises(CalibrationError, match=text):
+        with sentences.raises(CalibrationError):
             quantize_weight(random(4, 8), "int8_tensorwise", gram=gram)
 
 
@@ -270,6 +270,6 @@ def test_output_channels_may_count_differently():
 @pytest.mark.parametrize(
     "format, scale", [("int8_tensorwise", 0.1), ("float8_e4m3fn", 0.0), ("float8_e4m3fn", float("inf"))]
 )
-def test_an_input_scale_without_meaning_is_refused(format, scale):
-    with pytest.raises(RecipeError, match="input scale"):
+def test_an_input_scale_without_meaning_is_refused(format, scale, sentences):
+    with sentences.raises(RecipeError):
         quantize_weight(random(16, 32), format, input_scale=scale)

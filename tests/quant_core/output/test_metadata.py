@@ -74,19 +74,19 @@ def test_plain_weights_have_no_configs():
         (torch.zeros(4), "tensor a.comfy_quant should be of dtype U8"),
     ],
 )
-def test_damaged_config_tensors(tensor, sentence):
-    with pytest.raises(SourceError, match=f"f.safetensors: {sentence}"):
+def test_damaged_config_tensors(tensor, sentence, sentences):
+    with sentences.raises(SourceError):
         layer_configs(TensorSource({"a.comfy_quant": tensor}, name="f.safetensors"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"layers": []}', '{"layers": {"a": 1}}', '{"layers": null}'])
-def test_damaged_header_entries(text):
-    with pytest.raises(SourceError, match="f.safetensors: header entry _quantization_metadata"):
+def test_damaged_header_entries(text, sentences):
+    with sentences.raises(SourceError):
         layer_configs(TensorSource({}, {"_quantization_metadata": text}, name="f.safetensors"))
 
 
-def test_damaged_provenance():
-    with pytest.raises(SourceError, match="header entry learned_rounding is not valid JSON"):
+def test_damaged_provenance(sentences):
+    with sentences.raises(SourceError):
         provenance(TensorSource({}, {"learned_rounding": "{"}))
 
 

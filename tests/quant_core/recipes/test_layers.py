@@ -91,12 +91,12 @@ def test_what_a_rule_says(value, choice):
         ('{"(": "int8"}', "no regular expression"),
     ],
 )
-def test_what_is_refused(text, sentence):
-    with pytest.raises(RecipeError, match=sentence):
+def test_what_is_refused(text, sentence, sentences):
+    with sentences.raises(RecipeError):
         Recipe(layer_config=text)
 
 
-def test_rules_may_be_many_but_not_large_together():
+def test_rules_may_be_many_but_not_large_together(sentences):
     assert (
         len(
             Recipe(
@@ -105,9 +105,9 @@ def test_rules_may_be_many_but_not_large_together():
         )
         == 1500
     )
-    with pytest.raises(RecipeError, match="all patterns have more than 200,000 characters and repeats together"):
+    with sentences.raises(RecipeError):
         Recipe(layer_config=json.dumps({f"a{{4800}}[b{index}]": "int8" for index in range(257)}))
-    with pytest.raises(RecipeError, match="all patterns have more than 200,000"):
+    with sentences.raises(RecipeError):
         Recipe(keep=("a",) * 100_000)
 
 
@@ -136,8 +136,8 @@ def test_a_plan_makes_each_pattern_once_and_asks_whether_to_go_on(header_source,
             run()
 
 
-def test_measured_formats_leave_no_room_for_rules():
-    with pytest.raises(RecipeError, match="layer_config has no effect on format measured"):
+def test_measured_formats_leave_no_room_for_rules(sentences):
+    with sentences.raises(RecipeError):
         Recipe(format="measured", layer_config='{"x": "int8"}')
 
 

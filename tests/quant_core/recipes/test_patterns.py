@@ -53,13 +53,13 @@ PATTERNS = st.recursive(
 
 @settings(derandomize=True, deadline=None, max_examples=1500)
 @given(PATTERNS, st.lists(st.text("ab0._\n", max_size=7), max_size=4))
-def test_it_finds_what_python_finds(text, names):
+def test_it_finds_what_python_finds(text, names, sentences):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             expected = re.compile(text)
         except re.error:
-            with pytest.raises(RecipeError, match="is no regular expression"):
+            with sentences.raises(RecipeError):
                 Pattern(text)
             return
     found = Pattern(text)
@@ -108,8 +108,8 @@ def test_no_pattern_takes_longer_than_the_name(text, monkeypatch):
         ("a{99999999999}", "is no regular expression"),
     ],
 )
-def test_what_cannot_be_followed_is_refused(text, sentence):
-    with pytest.raises(RecipeError, match=sentence):
+def test_what_cannot_be_followed_is_refused(text, sentence, sentences):
+    with sentences.raises(RecipeError):
         Pattern(text)
 
 

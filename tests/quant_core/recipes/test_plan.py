@@ -370,19 +370,15 @@ def test_explanations_without_a_preset(header_source):
 
 
 @pytest.mark.parametrize("names", [{}, {"norm.weight": (8, 8)}, {"conv.weight": (8, 8, 3, 3), "a.bias": (8,)}])
-def test_nothing_to_quantize_says_what_was_kept(header_source, names):
-    with pytest.raises(
-        NothingToQuantizeError, match=rf"model.safetensors has no layer to quantize.*{len(names)} tensors"
-    ):
+def test_nothing_to_quantize_says_what_was_kept(header_source, names, sentences):
+    with sentences.raises(NothingToQuantizeError):
         make_plan(header_source(names))
 
 
 @pytest.mark.parametrize("preset", ["auto", "none", *PRESETS])
-def test_quantized_sources_are_refused_by_the_name_of_their_format(preset):
+def test_quantized_sources_are_refused_by_the_name_of_their_format(preset, sentences):
     codes = TensorSource({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e5m2)}, name="old.safetensors")
-    with pytest.raises(
-        AlreadyQuantizedError, match="old.safetensors is quantized already.*F8_E5M2.*full-precision original"
-    ):
+    with sentences.raises(AlreadyQuantizedError):
         make_plan(codes, preset=preset)
 
 
@@ -398,10 +394,10 @@ DIFFUSERS = {
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("family", DIFFUSERS)
-def test_diffusers_names_are_refused_because_comfyui_drops_their_scales(header_source, family, prefix):
+def test_diffusers_names_are_refused_because_comfyui_drops_their_scales(header_source, family, prefix, sentences):
     """ComfyUI's own converters make such names of real models in tests/nodes/test_opening.py."""
     source = header_source({prefix + name: (64, 64) for name in DIFFUSERS[family].split()})
-    with pytest.raises(NothingToQuantizeError, match="model.safetensors is under diffusers' layer names.*Load Model"):
+    with sentences.raises(NothingToQuantizeError):
         make_plan(source)
 
 
@@ -435,10 +431,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, names in OTHERS.items() for name in names.split()])
-def test_what_is_no_model_is_refused_by_what_it_is(header_source, kind, name):
+def test_what_is_no_model_is_refused_by_what_it_is(header_source, kind, name, sentences):
     """Each mark alone, beside a layer that the general rule would quantize."""
     source = header_source({name: (64, 64), "blocks.0.attn.to_q.weight": (64, 64)})
-    with pytest.raises(NothingToQuantizeError, match=f"^model.safetensors is {kind}"):
+    with sentences.raises(NothingToQuantizeError):
         make_plan(source)
 
 

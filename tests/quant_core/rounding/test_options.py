@@ -34,11 +34,11 @@ def test_the_table_is_the_method():
 
 @pytest.mark.parametrize("rounding", [name for name in ROUNDINGS if name != "auto"])
 @pytest.mark.parametrize("name", VALUES)
-def test_an_option_acts_or_is_refused(name, rounding):
+def test_an_option_acts_or_is_refused(name, rounding, sentences):
     if rounding in OPTIONS[name].acts:
         assert getattr(Method(rounding, **{name: VALUES[name]}), name) == VALUES[name]
     else:
-        with pytest.raises(RecipeError, match=f"{name} has no effect on rounding '{rounding}'"):
+        with sentences.raises(RecipeError):
             Method(rounding, **{name: VALUES[name]})
 
 
@@ -62,19 +62,19 @@ def test_an_option_acts_or_is_refused(name, rounding):
         ({"top_p": 0.1, "damping": 0.1}, "leave one out"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options, text):
-    with pytest.raises((RecipeError, UnknownNameError), match=text):
+def test_what_makes_no_sense_is_refused(options, text, sentences):
+    with sentences.raises((RecipeError, UnknownNameError)):
         Method(**options)
 
 
-def test_an_unknown_rounding_suggests_the_nearest():
-    with pytest.raises(UnknownNameError, match="no rounding 'neerest'.*did you mean 'nearest'"):
+def test_an_unknown_rounding_suggests_the_nearest(sentences):
+    with sentences.raises(UnknownNameError):
         Method("neerest")
     with pytest.raises(UnknownNameError):
         Method(7)
 
 
-def test_auto_becomes_what_the_layer_allows():
+def test_auto_becomes_what_the_layer_allows(sentences):
     assert Method().resolve(calibrated=True).rounding == "calibrated"
     assert Method().resolve(calibrated=False).rounding == "auto"
     assert Method(top_p=0.1).resolve(calibrated=False).rounding == "principal"
@@ -82,11 +82,11 @@ def test_auto_becomes_what_the_layer_allows():
     assert Method(num_iter=10).resolve(calibrated=True).rounding == "calibrated"
     assert Method(bias_correction="none").resolve(calibrated=False).rounding == "auto"
     assert Method("nearest").resolve(calibrated=True).rounding == "nearest"
-    with pytest.raises(RecipeError, match="top_p has no effect on rounding 'calibrated'"):
+    with sentences.raises(RecipeError):
         Method(top_p=0.1).resolve(calibrated=True)
-    with pytest.raises(RecipeError, match="damping acts on calibrated rounding, which needs a calibration"):
+    with sentences.raises(RecipeError):
         Method(damping=0.1).resolve(calibrated=False)
-    with pytest.raises(RecipeError, match="Calibrated rounding needs a calibration"):
+    with sentences.raises(RecipeError):
         Method("calibrated").resolve(calibrated=False)
 
 

@@ -101,11 +101,11 @@ def test_a_target_error_takes_as_few_bytes_as_it_can(tensors, curve):
         )
 
 
-def test_a_target_out_of_reach_is_refused(tensors):
+def test_a_target_out_of_reach_is_refused(tensors, sentences):
     known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
-    with pytest.raises(RecipeError, match="out of reach: with every layer in 8 bits"):
+    with sentences.raises(RecipeError):
         plan_of(tensors, Recipe(format="measured", target_size=1e-5), known)
-    with pytest.raises(NothingToQuantizeError, match="holds the whole model"):
+    with sentences.raises(NothingToQuantizeError):
         plan_of(tensors, Recipe(format="measured", target_size=1.0), known)
 
 
@@ -146,8 +146,8 @@ def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors,
     )
 
 
-def test_it_takes_a_calibration(tensors):
-    with pytest.raises(RecipeError, match="takes a calibration"):
+def test_it_takes_a_calibration(tensors, sentences):
+    with sentences.raises(RecipeError):
         quantize_tensors(tensors, Recipe(format="measured"))
 
 
@@ -164,8 +164,8 @@ def test_it_takes_a_calibration(tensors):
         ({"format": "measured", "target_size": "big"}, "cannot be 'big'"),
     ],
 )
-def test_options_act_or_are_refused(fields, message):
-    with pytest.raises(RecipeError, match=message):
+def test_options_act_or_are_refused(fields, message, sentences):
+    with sentences.raises(RecipeError):
         Recipe(**fields)
 
 

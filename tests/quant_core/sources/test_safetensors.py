@@ -126,8 +126,8 @@ def test_reading_from_several_threads(tmp_path):
     assert not wrong
 
 
-def refused(path, sentence: str) -> str:
-    with pytest.raises(SourceError, match=sentence) as caught:
+def refused(path, sentence: str, sentences) -> str:
+    with sentences.raises(SourceError) as caught:
         SafetensorsFile(path)
     text = str(caught.value)
     assert str(path) in text and "\n" not in text and text.endswith(".")
@@ -252,16 +252,16 @@ def test_a_refused_file_is_closed(raw_file, monkeypatch, header):
     assert opened and all(file.closed for file in opened)
 
 
-def test_a_file_cut_while_it_is_read(model_file):
+def test_a_file_cut_while_it_is_read(model_file, sentences):
     path = model_file()
     with SafetensorsFile(path) as source:
         with open(path, "r+b") as file:
             file.truncate(source.size - source.tensors[list(source.tensors)[-1]].nbytes)
-        with pytest.raises(SourceError, match="ended early at tensor .* changed while it was read"):
+        with sentences.raises(SourceError):
             source.read(list(source.tensors)[-1])
 
 
-def test_a_disk_that_fails_while_reading(model_file):
+def test_a_disk_that_fails_while_reading(model_file, sentences):
     class Failing:
         def __init__(self, file):
             self._file = file
@@ -274,5 +274,5 @@ def test_a_disk_that_fails_while_reading(model_file):
 
     with SafetensorsFile(model_file()) as source:
         source._file = Failing(source._file)
-        with pytest.raises(SourceError, match="cannot be read at tensor step: Input/output error"):
+        with sentences.raises(SourceError):
             source.read("step")
