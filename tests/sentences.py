@@ -1,6 +1,8 @@
 """Snapshot of the texts that users read: tests check classes and fields, `golden/sentences.json` contains the wording.
 
-    with sentences.raises(RecipeError) as error:  # class and full message
+    with sentences.raises(RecipeError):  # class and full message
+        ...
+    with sentences.raises(OutputError, repeated=True):  # faults at many places: one of the texts of this test
         ...
     sentences(error, report.problems, caplog.messages)  # exceptions, strings, or sequences of strings
 
@@ -32,6 +34,7 @@ VARYING = [
     (re.compile(r"\.[0-9a-f]{8}\.partial\b"), ".ID.partial"),
     (re.compile(r"\b\d[\d,.]* (s|ms)\b"), r"N \1"),
 ]
+NUMBER = re.compile(r"\d+(,\d{3})*(\.\d+)?(e[+-]?\d+)?")
 
 
 def load_golden() -> dict[str, str]:
@@ -105,21 +108,38 @@ class Sentences:
         self._varying = [(re.compile(folders), "TMP"), *VARYING]
 
     @contextmanager
-    def raises(self, expected) -> Iterator[pytest.ExceptionInfo]:
+    def raises(self, expected, *, repeated: bool = False) -> Iterator[pytest.ExceptionInfo]:
         """`pytest.raises` that also checks the full message."""
         __tracebackhide__ = True
         with pytest.raises(expected) as error:
             yield error
-        self(error)
+        self(error, repeated=repeated)
 
-    def __call__(self, *values) -> None:
-        """Check exceptions, strings, and sequences of strings (one text, a line each)."""
+    def __call__(self, *values, repeated: bool = False, numbers: bool = True) -> None:
+        """Check exceptions, strings, and sequences of strings (one text, a line each).
+
+        repeated  the number and order of the texts vary, as does the place of the fault: each must be one of the
+                  texts of this test, compared without numbers
+        numbers   False for texts with measured values: all numbers are compared as N
+        """
         __tracebackhide__ = True
         for value in values:
             if isinstance(value, pytest.ExceptionInfo):
                 value = value.value
             text = str(value) if isinstance(value, str | BaseException) else "\n".join(map(str, value))
-            self._check(self._normalize(text))
+            text = self._normalize(text)
+            if repeated or not numbers:
+                text = re.sub(r" {2,}", "  ", NUMBER.sub("N", text))
+            (self._check_repeated if repeated else self._check)(text)
+
+    def _check_repeated(self, text: str) -> None:
+        __tracebackhide__ = True
+        if text not in self.texts:
+            self.texts.append(text)
+        if self.golden is not None:
+            known = [entry for name, entry in self.golden.items() if _test_of(name) in (self.test, self.shared)]
+            if text not in known:
+                pytest.fail(f"{GOLDEN.name} has no such text of {self.test}\nnow:    {text}\n{HINT}")
 
     def _normalize(self, text: str) -> str:
         for pattern, replacement in self._varying:

@@ -110,7 +110,7 @@ def test_the_check_can_stop_it_at_any_call(monkeypatch, format, granularity, rou
         assert calls == last
 
 
-def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog):
+def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog, sentences):
     """On a real card in test_gpu.py; here only who is asked in which order, and what is said."""
     tried = []
 
@@ -128,7 +128,7 @@ def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog):
         caplog.clear()
         made = layer._Layer(where, Inputs(), None, None, method, 0, None).quantize(make_encoding("int8_tensorwise"))
         assert made == "made" and len(caplog.records) == len(tried) - 1
-        assert all("too little free memory for a layer of shape (8, 4)" in line.getMessage() for line in caplog.records)
+        sentences(caplog.messages)
         return tried
 
     assert quantize(Method("calibrated")) == [("cuda", 1), ("cuda", 4), ("cuda", 16), ("cpu", 1)]
@@ -138,11 +138,11 @@ def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog):
 
 
 def test_what_is_no_layer_of_these_inputs_is_refused(sentences):
-    for gram, text in [
-        (torch.eye(7), r"Gram of shape \(7, 7\) does not fit a layer of 8 input channels"),
-        (torch.full((8, 8), float("nan")), "holds NaN or Inf"),
-        (-torch.eye(8), "negative diagonal"),
-        (LowRankGram(torch.zeros(7, 2), torch.zeros(8)), "Gram of shape .* does not fit"),
+    for gram in [
+        torch.eye(7),
+        torch.full((8, 8), float("nan")),
+        -torch.eye(8),
+        LowRankGram(torch.zeros(7, 2), torch.zeros(8)),
     ]:
         with sentences.raises(CalibrationError):
             quantize_weight(random(4, 8), "int8_tensorwise", gram=gram)
@@ -206,7 +206,7 @@ def outliers():
 
 
 @pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"convrot": 16}], ids=["row", "tensor", "rotated"])
-def test_weights_make_up_for_quantized_inputs(outliers, options):
+def test_weights_make_up_for_quantized_inputs(outliers, options, sentences):
     """Judged on inputs never seen, with the corrected bias, as INT8 kernels multiply."""
     grams = PairedGrams(96, torch.zeros(packed_size(192)), CPU)
     for seed in range(8):
@@ -223,9 +223,8 @@ def test_weights_make_up_for_quantized_inputs(outliers, options):
         made = quantize_weight(weight, "int8_tensorwise", gram=gram, **known, **options)
         got = made.encoding.quantize_inputs(unseen) @ made.dequantize().t() + made.bias
         errors[name] = float((got - unseen @ weight.t() - bias).norm() / (unseen @ weight.t()).norm())
-    assert (
-        made.output_error == pytest.approx(errors["quantized inputs"], rel=0.1) and "INT8 inputs" in made.rounded.note
-    )
+    assert made.output_error == pytest.approx(errors["quantized inputs"], rel=0.1)
+    sentences(made.rounded.note)
     assert made.weight_error == pytest.approx(float((made.dequantize() - weight).norm() / weight.norm()), rel=1e-4)
     if options.get("convrot"):
         assert errors["quantized inputs"] <= 1.02 * errors["inputs as they are"]

@@ -73,25 +73,25 @@ def test_what_a_rule_says(value, choice):
 
 
 @pytest.mark.parametrize(
-    "text, sentence",
+    "text",
     [
-        ("{", "not valid JSON"),
-        ("[1]", "must be a JSON object"),
-        ("[" * 100_000, "not valid JSON"),
-        ('{"x": 3}', "neither a format nor"),
-        ('{"x": {"skip": false}}', "neither a format nor"),
-        ('{"x": {"convrot": true}}', "neither a format nor"),
-        ('{"x": "int9"}', "no format 'int9'"),
-        ('{"x": {"format": "int8", "blocksize": 64}}', "knows no 'blocksize'"),
-        ('{"x": {"format": "int8", "block_size": "64"}}', "block_size cannot be '64'"),
-        ('{"x": {"format": "int8", "block_size": true}}', "block_size cannot be True"),
-        ('{"x": {"format": "int8", "block_size": 64}}', "at 'x'.*no effect"),
-        ('{"x": {"format": "fp8", "convrot": true}}', "at 'x'.*ConvRot exists for"),
-        ('{"x": {"format": "int8", "full_precision_matrix_mult": true}}', "at 'x'.*no effect"),
-        ('{"(": "int8"}', "no regular expression"),
+        "{",
+        "[1]",
+        "[" * 100_000,
+        '{"x": 3}',
+        '{"x": {"skip": false}}',
+        '{"x": {"convrot": true}}',
+        '{"x": "int9"}',
+        '{"x": {"format": "int8", "blocksize": 64}}',
+        '{"x": {"format": "int8", "block_size": "64"}}',
+        '{"x": {"format": "int8", "block_size": true}}',
+        '{"x": {"format": "int8", "block_size": 64}}',
+        '{"x": {"format": "fp8", "convrot": true}}',
+        '{"x": {"format": "int8", "full_precision_matrix_mult": true}}',
+        '{"(": "int8"}',
     ],
 )
-def test_what_is_refused(text, sentence, sentences):
+def test_what_is_refused(text, sentences):
     with sentences.raises(RecipeError):
         Recipe(layer_config=text)
 

@@ -53,13 +53,13 @@ PATTERNS = st.recursive(
 
 @settings(derandomize=True, deadline=None, max_examples=1500)
 @given(PATTERNS, st.lists(st.text("ab0._\n", max_size=7), max_size=4))
-def test_it_finds_what_python_finds(text, names, sentences):
+def test_it_finds_what_python_finds(text, names):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             expected = re.compile(text)
         except re.error:
-            with sentences.raises(RecipeError):
+            with pytest.raises(RecipeError):
                 Pattern(text)
             return
     found = Pattern(text)
@@ -91,24 +91,24 @@ def test_no_pattern_takes_longer_than_the_name(text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text, sentence",
+    "text",
     [
-        ("(?=a)", "looks around"),
-        ("(?!a)b", "looks around"),
-        ("(?P<n>a)", "names a group"),
-        ("(?i)a", "sets a flag"),
-        (r"(a)\1", "refers to a group"),
-        ("(" * 60 + ")" * 60, "more than 50 groups"),
-        ("(a{1000}){1000}", "repeats too much"),
-        ("a" * 2001, "may have 2,000"),
-        ("(", "is no regular expression"),
-        ("[\\0-\uffff]", "a range beyond"),
-        (r"[a^\]\u0100-\uffff]", "a range beyond"),
-        (r"[]a-\U0010ffff]", "a range beyond"),
-        ("a{99999999999}", "is no regular expression"),
+        "(?=a)",
+        "(?!a)b",
+        "(?P<n>a)",
+        "(?i)a",
+        r"(a)\1",
+        "(" * 60 + ")" * 60,
+        "(a{1000}){1000}",
+        "a" * 2001,
+        "(",
+        "[\\0-\uffff]",
+        r"[a^\]\u0100-\uffff]",
+        r"[]a-\U0010ffff]",
+        "a{99999999999}",
     ],
 )
-def test_what_cannot_be_followed_is_refused(text, sentence, sentences):
+def test_what_cannot_be_followed_is_refused(text, sentences):
     with sentences.raises(RecipeError):
         Pattern(text)
 

@@ -43,26 +43,26 @@ def test_an_option_acts_or_is_refused(name, rounding, sentences):
 
 
 @pytest.mark.parametrize(
-    "options, text",
+    "options",
     [
-        ({"optimizer": "adamww"}, "no optimizer 'adamww'.*did you mean 'adamw'"),
-        ({"lr_schedule": "cosine"}, "no lr_schedule 'cosine'"),
-        ({"bias_correction": "yes"}, "no bias_correction 'yes'"),
-        ({"num_iter": -1}, "num_iter must lie between 0"),
-        ({"num_iter": 2.5}, "num_iter cannot be 2.5"),
-        ({"num_iter": True}, "num_iter cannot be True"),
-        ({"lr": 0.0}, "lr must lie between"),
-        ({"top_p": 0.0}, "top_p must lie between"),
-        ({"top_p": 1.5}, "top_p must lie between"),
-        ({"full_matrix": 1}, "full_matrix cannot be 1"),
-        ({"damping": float("nan")}, "damping must lie between"),
-        ({"min_k": 100, "max_k": 50}, "min_k 100 is larger than max_k 50"),
-        ({"sweeps": 1, "num_iter": 5}, "sweeps has no effect on rounding by an optimizer"),
-        ({"calib_samples": 10}, "calib_samples has no effect without bias_correction 'synthetic'"),
-        ({"top_p": 0.1, "damping": 0.1}, "leave one out"),
+        {"optimizer": "adamww"},
+        {"lr_schedule": "cosine"},
+        {"bias_correction": "yes"},
+        {"num_iter": -1},
+        {"num_iter": 2.5},
+        {"num_iter": True},
+        {"lr": 0.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"full_matrix": 1},
+        {"damping": float("nan")},
+        {"min_k": 100, "max_k": 50},
+        {"sweeps": 1, "num_iter": 5},
+        {"calib_samples": 10},
+        {"top_p": 0.1, "damping": 0.1},
     ],
 )
-def test_what_makes_no_sense_is_refused(options, text, sentences):
+def test_what_makes_no_sense_is_refused(options, sentences):
     with sentences.raises((RecipeError, UnknownNameError)):
         Method(**options)
 

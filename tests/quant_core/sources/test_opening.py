@@ -160,19 +160,19 @@ def test_a_pickle_without_weights(tmp_path, sentences):
 
 
 @pytest.mark.parametrize(
-    "index, sentence",
+    "index",
     [
-        ("{", "not valid JSON"),
-        ("[]", "no weight_map"),
-        ('{"weight_map": {}}', "no weight_map"),
-        ('{"weight_map": {"a": 3}}', "no weight_map"),
-        ('{"weight_map": {"a": "../model.safetensors"}}', "not in its own folder"),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "not in its own folder"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', "no file"),
-        ('{"weight_map": {"nobody": "model-00001-of-00002.safetensors"}}', "does not hold it"),
+        "{",
+        "[]",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": "gone.safetensors"}}',
+        '{"weight_map": {"nobody": "model-00001-of-00002.safetensors"}}',
     ],
 )
-def test_an_index_that_is_wrong(sharded, index, sentence, sentences):
+def test_an_index_that_is_wrong(sharded, index, sentences):
     (sharded / INDEX).write_text(index)
     with sentences.raises(SourceError):
         open_source(sharded)
@@ -226,7 +226,7 @@ def test_an_unquantized_gguf_is_its_model(model, tmp_path, code, dtype):
 
 
 @pytest.mark.parametrize("code, error", [("Q8_0", 0.008), ("Q5_1", 0.05), ("Q4_0", 0.12)])
-def test_a_quantized_gguf_is_decoded(model, tmp_path, code, error, capsys):
+def test_a_quantized_gguf_is_decoded(model, tmp_path, code, error, capsys, sentences):
     tensors = {name: tensor.float() for name, tensor in model().items()}
     path = gguf_file(tmp_path / "model.gguf", tensors, code)
     with open_source(path) as opened:
@@ -237,10 +237,10 @@ def test_a_quantized_gguf_is_decoded(model, tmp_path, code, error, capsys):
             assert torch.dist(opened.read(name).float(), tensors[name]) < error * tensors[name].norm()
     out = tmp_path / "out.safetensors"
     assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple"]) == 0
-    assert f"{len(coded)} layers of {code}" in capsys.readouterr().out
+    sentences(capsys.readouterr().out.splitlines()[0])
     assert verify_file(out).layers > 0
     assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple"]) == 0
-    assert "was made from the same source and recipe" in capsys.readouterr().out
+    sentences(capsys.readouterr().out)
 
 
 def test_a_gguf_gives_a_tensor_the_shape_it_had(tmp_path):
