@@ -130,7 +130,7 @@ def sentences(request, golden_sentences, tmp_path_factory):
     node_id = request.node.nodeid
     test = entry_name(node_id, host.version, host.name) if host else entry_name(node_id)
     shared = entry_name(node_id, host.version) if host else test
-    folders = re.escape(str(tmp_path_factory.getbasetemp())) + r"/[^/\s'\"]+"
+    folders = re.escape(str(tmp_path_factory.getbasetemp())) + r"[/\\][^/\\\s'\"]+"
     checker = Sentences(test, shared, folders, golden_sentences)
     request.node.user_properties.append(("sentences", (test, shared, checker.texts)))
     return checker

@@ -27,12 +27,28 @@ GOLDEN = TESTS / "golden" / "sentences.json"
 OLDEST, ANY_HOST = "oldest", "host"
 HINT = "If the new wording is intended, run this test with --update-sentences."
 
-# Values that depend on the machine or the run. The folders of tests are replaced first, by `Sentences`.
+# Values that depend on the machine, the run, or the versions of Python and its libraries. The folders of tests are
+# replaced first, by `Sentences`.
 VARYING = [
-    (re.compile(re.escape(str(TESTS.parent))), "REPOSITORY"),
-    (re.compile(r"0x[0-9a-f]{6,}"), "ADDRESS"),
-    (re.compile(r"\.[0-9a-f]{8}\.partial\b"), ".ID.partial"),
-    (re.compile(r"\b\d[\d,.]* (s|ms)\b"), r"N \1"),
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (re.escape(str(TESTS.parent)), "REPOSITORY"),
+        (r"0x[0-9a-f]{6,}", "ADDRESS"),
+        (r"127\.0\.0\.1:\d+", "SERVER"),
+        (r"\.[0-9a-f]{8}\.partial\b", ".ID.partial"),
+        (r"\b\d[\d,.]* (s|ms)\b", r"N \1"),
+        (r"learned_rounding \d+\.\d+[\w.]*", "learned_rounding VERSION"),
+        (r"\b(posix|nt)\.mkdir", "os.mkdir"),
+        (r"[A-Z][\w' ]+: line \d+ column \d+ \(char \d+\)", "JSON_ERROR"),
+        (r"maximum recursion depth exceeded[^.;)]*", "JSON_ERROR"),
+        (r"(not valid TOML: ).*", r"\1TOML_ERROR"),
+        (r"'utf-[\w-]+' codec can't decode [^)]*", "DECODE_ERROR"),
+        (r"embedded null \w+", "VALUE_ERROR"),
+        (r"(too many|not enough) values to unpack \([^)]*\)", "VALUE_ERROR"),
+        (r"dictionary update sequence [\w #;]* required", "VALUE_ERROR"),
+        (r"'\w+' object is not \w+|object of type '\w+' has no len\(\)|unhashable type: '\w+'", "TYPE_ERROR"),
+        (r"list indices must be [\w ,]* str\b", "TYPE_ERROR"),
+    )
 ]
 NUMBER = re.compile(r"\d+(,\d{3})*(\.\d+)?(e[+-]?\d+)?")
 
@@ -144,7 +160,7 @@ class Sentences:
     def _normalize(self, text: str) -> str:
         for pattern, replacement in self._varying:
             text = pattern.sub(replacement, text)
-        return text
+        return text if os.sep == "/" else re.sub(r"TMP\S*", lambda path: path[0].replace(os.sep, "/"), text)
 
     def _check(self, text: str) -> None:
         __tracebackhide__ = True

@@ -269,7 +269,11 @@ def test_a_link_is_followed(one_case, tmp_path_factory, tried, sentences):
     tried("a link as the output", 3, "the file it leads to, whole or untouched")
 
 
-@pytest.mark.parametrize("name", ["a" * 300 + ".safetensors", "a" * 245 + ".safetensors", "new/folder/" + "a" * 300])
+@pytest.mark.parametrize(
+    "name",
+    ["a" * 300 + ".safetensors", "a" * 245 + ".safetensors", "new/folder/" + "a" * 300],
+    ids=["300", "245", "folder"],
+)
 def test_names_that_no_disk_takes(one_case, name, tried, sentences):
     with sentences.raises(OutputError):
         quantize_file(one_case.source, one_case.target.parent / name, one_case.recipe, device="cpu")

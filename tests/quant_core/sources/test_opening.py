@@ -253,7 +253,9 @@ def test_a_gguf_gives_a_tensor_the_shape_it_had(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"GGUF", b"GGUF" + bytes(20), b"nothing at all", b"GGUF\x03\0\0\0" + b"\xff" * 64]
+    "content",
+    [b"", b"GGUF", b"GGUF" + bytes(20), b"nothing at all", b"GGUF\x03\0\0\0" + b"\xff" * 64],
+    ids=["empty", "magic", "zeros", "text", "huge header"],
 )
 def test_a_damaged_gguf(tmp_path, content, sentences):
     (tmp_path / "bad.gguf").write_bytes(content)
@@ -291,7 +293,7 @@ def test_a_pipe_is_no_model(tmp_path, suffix, sentences):
         open_source(tmp_path / f"model{suffix}")
 
 
-@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"], ids=["long", "null"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", INDEX.removeprefix("model")])
 def test_names_that_no_disk_takes(tmp_path, name, suffix, sentences):
     with sentences.raises(SourceError):
