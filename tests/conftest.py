@@ -161,7 +161,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write(table(tries))
     if config.getoption("--faults-table"):
         DOCUMENT.write_text(rewritten(DOCUMENT.read_text(encoding="utf-8"), tries, faults()), encoding="utf-8")
-    if config.getoption("--update-sentences"):
+    if config.getoption("--update-sentences") and not config.option.collectonly:
         _update_golden(terminalreporter, config)
 
 
