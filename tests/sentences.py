@@ -38,6 +38,9 @@ VARYING = [
         (r"\.[0-9a-f]{8}\.partial\b", ".ID.partial"),
         (r"\b\d[\d,.]* (s|ms)\b", r"N \1"),
         (r"learned_rounding \d+\.\d+[\w.]*", "learned_rounding VERSION"),
+        (r"\btmp[a-z0-9_]{8}\b", "TMPNAME"),
+        (r"(cannot be used here: ).*", r"\1TORCH_ERROR"),
+        (r"\(choose from [^)]*\)", "(choose from CHOICES)"),
         (r"\b(posix|nt)\.mkdir", "os.mkdir"),
         (r"[A-Z][\w' ]+: line \d+ column \d+ \(char \d+\)", "JSON_ERROR"),
         (r"maximum recursion depth exceeded[^.;)]*", "JSON_ERROR"),
@@ -50,7 +53,8 @@ VARYING = [
         (r"list indices must be [\w ,]* str\b", "TYPE_ERROR"),
     )
 ]
-NUMBER = re.compile(r"\d+(,\d{3})*(\.\d+)?(e[+-]?\d+)?")
+# Not the digits of names such as float8_e4m3fn.
+NUMBER = re.compile(r"(?<![A-Za-z_\d])\d+(,\d{3})*(\.\d+)?(e[+-]?\d+)?(?![A-Za-z_\d])")
 
 
 def load_golden() -> dict[str, str]:
@@ -145,7 +149,7 @@ class Sentences:
             text = str(value) if isinstance(value, str | BaseException) else "\n".join(map(str, value))
             text = self._normalize(text)
             if repeated or not numbers:
-                text = re.sub(r" {2,}", "  ", NUMBER.sub("N", text))
+                text = re.sub(r" {2,}", "  ", NUMBER.sub("N", text))  # columns are as wide as their numbers
             (self._check_repeated if repeated else self._check)(text)
 
     def _check_repeated(self, text: str) -> None:

@@ -551,8 +551,9 @@ def test_a_report_stays_whole_on_a_full_disk(lrq, model_file, tmp_path, monkeypa
     ],
     ids=" ".join,
 )
-def test_a_dry_run_looks_at_every_option(lrq, model_file, listing, words, sentences):
+def test_a_dry_run_looks_at_every_option(lrq, model_file, tmp_path, listing, monkeypatch, words, sentences):
     source = model_file()
+    monkeypatch.chdir(tmp_path)
     for more in (["--dry-run"], []):
         code, _, err = lrq("quantize", "-i", source, *words, *more)
         assert code == 1 and len(err) == 1
