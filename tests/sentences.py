@@ -50,6 +50,8 @@ VARYING = [
         (r"(too many|not enough) values to unpack \([^)]*\)", "VALUE_ERROR"),
         (r"dictionary update sequence [\w #;]* required", "VALUE_ERROR"),
         (r"'\w+' object is not \w+|object of type '\w+' has no len\(\)|unhashable type: '\w+'", "TYPE_ERROR"),
+        (r"'\w+' object has no attribute '\w+'|cannot unpack non-iterable \w+ object", "TYPE_ERROR"),
+        (r"shape '\[[\d, ]+\]' is invalid for input of size \d+", "TORCH_ERROR"),
         (r"list indices must be [\w ,]* str\b", "TYPE_ERROR"),
     )
 ]
