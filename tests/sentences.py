@@ -142,6 +142,7 @@ class Sentences:
 
         repeated  the number and order of the texts vary, as does the place of the fault: each must be one of the
                   texts of this test, compared without numbers
+                  and names of tensors
         numbers   False for texts with measured values: all numbers are compared as N
         """
         __tracebackhide__ = True
@@ -150,6 +151,8 @@ class Sentences:
                 value = value.value
             text = str(value) if isinstance(value, str | BaseException) else "\n".join(map(str, value))
             text = self._normalize(text)
+            if repeated:
+                text = re.sub(r"\b(tensor|layer) [^\s:,;]+", r"\1 NAME", text)
             if repeated or not numbers:
                 text = re.sub(r" {2,}", "  ", NUMBER.sub("N", text))  # columns are as wide as their numbers
             (self._check_repeated if repeated else self._check)(text)

@@ -50,11 +50,11 @@ def test_what_varies_is_replaced():
 
 
 def test_repeated_texts_are_compared_without_number_and_order():
-    golden = {"test_a::test_b": "block N", "test_a::test_b 2": "full"}
+    golden = {"test_a::test_b": "tensor NAME of N", "test_a::test_b 2": "full"}
     compared = checker(golden)
-    for text in ("full", "block 7", "block 8", "full"):
+    for text in ("full", "tensor a.1 of 7", "tensor b of 8", "full"):
         compared(text, repeated=True)
-    assert compared.texts == ["full", "block N"]
+    assert compared.texts == ["full", "tensor NAME of N"]
     with pytest.raises(pytest.fail.Exception):
         compared("empty", repeated=True)
 
