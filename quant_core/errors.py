@@ -1,4 +1,4 @@
-"""Everything that can go wrong by name. Each message is one sentence: what, where, what to do."""
+"""Exception hierarchy. A message is one sentence: what is wrong, where (file, tensor, option), and what to do."""
 
 import difflib
 from collections.abc import Iterable
@@ -21,58 +21,79 @@ __all__ = [
 
 
 class QuantizationError(Exception):
-    """Base of all errors a user can meet; the message is fit to be shown as it stands."""
+    """Base class of all errors that a user can cause or correct.
+
+    file     name of the file concerned, or None
+    tensor   name of the tensor or layer concerned, or None
+    option   name of the recipe field or command line option concerned, or None
+    """
+
+    def __init__(self, message: str, *, file: str | None = None, tensor: str | None = None, option: str | None = None):
+        super().__init__(message)
+        self.file = file
+        self.tensor = tensor
+        self.option = option
 
 
 class SourceError(QuantizationError):
-    """The source file is missing, is no safetensors file, is truncated, or is inconsistent."""
+    """The source file is missing, truncated, inconsistent, or of an unsupported kind."""
 
 
 class AlreadyQuantizedError(SourceError):
-    """The source holds codes instead of weights; quantizing them again would ruin them silently."""
+    """The source contains quantized values where full-precision weights are required."""
 
 
 class NothingToQuantizeError(QuantizationError):
-    """The recipe leaves no layer to quantize in this source."""
+    """The recipe selects no layer of the source."""
 
 
 class NonFiniteWeightError(QuantizationError):
-    """A weight holds NaN or Inf, which no scale can represent."""
+    """A weight contains NaN or Inf, which no scale can represent."""
 
 
 class OutOfMemoryError(QuantizationError):
-    """A device has too little memory for a layer, even in parts."""
+    """The device has too little memory for a layer, even when the layer is processed in parts."""
 
 
 class OutputError(QuantizationError):
-    """The output cannot be written: read-only folder, full disk, same file as the source."""
+    """The output cannot be written, for example to a read-only folder, a full disk, or the source itself."""
 
 
 class OutputExistsError(OutputError):
-    """The output exists already and was made from something else."""
+    """The output exists and was made from another source or recipe."""
 
 
 class RecipeError(QuantizationError):
-    """A recipe or an option of it makes no sense, or contradicts another."""
+    """A recipe or one of its options is invalid, or two options contradict each other."""
 
 
 class CalibrationError(QuantizationError):
-    """What is said of a layer's inputs does not fit the layer, or is damaged."""
+    """Calibration statistics are damaged, or do not match the layer or model."""
 
 
 class MissingPackageError(QuantizationError):
-    """An option needs a package that is not installed; says how to install it."""
+    """An option requires a package that is not installed; the message gives the install command."""
 
 
 class VerificationError(QuantizationError):
-    """A quantized file breaks the contract that ComfyUI's loader relies on."""
+    """A quantized file violates the file format that ComfyUI's loader requires."""
 
 
 class UnknownNameError(RecipeError):
-    """A format, preset, granularity or rounding of a name that does not exist; suggests the nearest."""
+    """The name of a format, preset, granularity or rounding is unknown; the message suggests the closest known name.
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]):
+    kind  what the name refers to, for example "format"
+    name  the unknown name as given
+    """
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]):
         known = sorted(known)
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'" if near else "known are " + ", ".join(known)
-        super().__init__(f"There is no {kind} '{name}': {hint}?" if near else f"There is no {kind} '{name}'; {hint}.")
+        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(known)}."
+        super().__init__(f"Unknown {kind} '{name}': {hint}", option=kind)
+        self.kind = kind
+        self.name = name
+        self.known = known
+
+    def __reduce__(self):
+        return type(self), (self.kind, self.name, self.known)

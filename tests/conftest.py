@@ -5,12 +5,14 @@ server_factory  makes further servers of the same host, for tests that restart o
 host            the host itself, without a server
 comfy_page      the page of `comfy` in headless Chromium
 tried           tried(fault, times, outcome) puts a line into the table of faults (evidence.py)
+sentences       checks texts for users against golden/sentences.json (sentences.py)
 often           often(default, thorough) → how often to try, by --thorough
 
 Tests that ask for these are marked `host` (and `browser`) by that alone.
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.browser import chromium_path, open_page
 from learned_rounding.tests.evidence import DOCUMENT, faults, rewritten, table
+from learned_rounding.tests.sentences import GOLDEN, Sentences, entry_name, load_golden, merge_entries, save_golden
 
 HOSTS = available_hosts()
 TESTS = Path(__file__).resolve().parent
@@ -29,11 +32,13 @@ NO_CHROMIUM = "no Chromium on this machine: make chromium"
 # Where everything is installed on purpose, a missing part is a fault and not a reason to skip.
 STRICT = bool(os.environ.get("CI"))
 LOG_LINES = 60
+COLLECTED = pytest.StashKey[set[str]]()  # entry names of the collected tests that use `sentences`
 
 
 def pytest_addoption(parser):
     parser.addoption("--thorough", action="store_true", help="tests of faults, fuzz and load try more often")
     parser.addoption("--faults-table", action="store_true", help=f"write what was tried into {DOCUMENT.name}")
+    parser.addoption("--update-sentences", action="store_true", help=f"write the texts of this run into {GOLDEN.name}")
 
 
 def pytest_report_header():
@@ -45,7 +50,10 @@ def pytest_report_header():
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks by marker
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    config.stash[COLLECTED] = {
+        name for item in items if "sentences" in getattr(item, "fixturenames", ()) for name in _entry_names(item.nodeid)
+    }
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if "host" in fixtures:
@@ -105,6 +113,29 @@ def often(request):
     return lambda default, thorough: thorough if request.config.getoption("--thorough") else default
 
 
+def _entry_names(node_id):
+    """Entry names of a test on any of the hosts, present or not."""
+    versions = {host.version for host in HOSTS} | {"no-host"}
+    return {entry_name(node_id, version, name) for version in versions for name in ("oldest", "newer")}
+
+
+@pytest.fixture(scope="session")
+def golden_sentences(request):
+    return None if request.config.getoption("--update-sentences") else load_golden()
+
+
+@pytest.fixture
+def sentences(request, golden_sentences, tmp_path_factory):
+    host = request.getfixturevalue("host") if "host" in request.fixturenames else None
+    node_id = request.node.nodeid
+    test = entry_name(node_id, host.version, host.name) if host else entry_name(node_id)
+    shared = entry_name(node_id, host.version) if host else test
+    folders = re.escape(str(tmp_path_factory.getbasetemp())) + r"[/\\][^/\\\s'\"]+"
+    checker = Sentences(test, shared, folders, golden_sentences)
+    request.node.user_properties.append(("sentences", (test, shared, checker.texts)))
+    return checker
+
+
 @pytest.fixture
 def tried(request):
     if "host" in request.fixturenames:
@@ -130,6 +161,25 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write(table(tries))
     if config.getoption("--faults-table"):
         DOCUMENT.write_text(rewritten(DOCUMENT.read_text(encoding="utf-8"), tries, faults()), encoding="utf-8")
+    if config.getoption("--update-sentences") and not config.option.collectonly:
+        _update_golden(terminalreporter, config)
+
+
+def _update_golden(terminalreporter, config):
+    passed = {
+        (test, shared): list(texts)
+        for report in terminalreporter.getreports("passed")
+        for name, (test, shared, texts) in (p for p in report.user_properties if p[0] == "sentences")
+        if report.when == "call"
+    }
+    # A run of single tests does not say which other entries of their functions are stale.
+    whole_modules = not any("::" in argument for argument in config.args)
+    collected = config.stash.get(COLLECTED, set()) if whole_modules else set()
+    before = load_golden()
+    after = merge_entries(before, passed, collected)
+    save_golden(after)
+    changed = sum(before.get(entry) != after.get(entry) for entry in before.keys() | after.keys())
+    terminalreporter.write_line(f"{GOLDEN.name}: {changed} of {len(after)} entries changed")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -55,21 +55,19 @@ def operations(case, *modules) -> int:
     return len(disk.operations)
 
 
-ERRORS = [(errno.ENOSPC, "The disk is full"), (errno.EIO, "check the disk")]
+ERRORS = [errno.ENOSPC, errno.EIO]
 
 
-@pytest.mark.parametrize("code, sentence", ERRORS, ids=["ENOSPC", "EIO"])
-def test_writing_fails_anywhere(case, often, tried, code, sentence):
+@pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
+def test_writing_fails_anywhere(case, often, tried, code, sentences):
     """From the first failure on everything fails, removals too: they are left to the next run."""
     every = operations(case)
     named = every - 3  # then: the folder's flush, two removals
     points = random.Random(SEED).sample(range(every), often(40, every))
     for at in points:
         with Disk(at, failing(code)).under():
-            said = pytest.raises(
-                OutputError, match=sentence if at < named else "is complete, but the disk does not confirm its name"
-            )
-            with said if at <= named else contextlib.nullcontext():
+            failed = sentences.raises(OutputError, repeated=True)
+            with failed if at <= named else contextlib.nullcontext():
                 quantized(case)
             case.check(complete=at >= named)
         case.again()
@@ -77,7 +75,7 @@ def test_writing_fails_anywhere(case, often, tried, code, sentence):
     tried(f"{errno.errorcode[code]} at a random write", len(points), "whole or none")
 
 
-@pytest.mark.parametrize("code", [code for code, _ in ERRORS], ids=["ENOSPC", "EIO"])
+@pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
 def test_going_on_fails_anywhere(one_case, often, tried, code):
     """A run that takes up a dead one's layers, on a disk of which one operation fails, a read too: what is not sure is made again."""
     case = one_case
@@ -109,13 +107,13 @@ def test_going_on_fails_anywhere(one_case, often, tried, code):
     )
 
 
-def test_reading_fails_anywhere(case, often, tried):
+def test_reading_fails_anywhere(case, often, tried, sentences):
     every = operations(case, reader)
     points = random.Random(SEED).sample(range(every), often(25, every))
     for at in points:
         with (
             Disk(at, failing(errno.EIO), reads=True).under(reader),
-            pytest.raises(SourceError, match="cannot be read.*check the disk"),
+            sentences.raises(SourceError, repeated=True),
         ):
             quantized(case)
         case.check(complete=False)
@@ -138,7 +136,7 @@ def _poke(path):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_source_that_changes_below_a_run_makes_no_file(one_case, change, often, tried):
+def test_a_source_that_changes_below_a_run_makes_no_file(one_case, change, often, tried, sentences):
     layers = range(0, 8, often(3, 1))
     before = one_case.source.read_bytes()
     for index in layers:
@@ -147,7 +145,7 @@ def test_a_source_that_changes_below_a_run_makes_no_file(one_case, change, often
             if isinstance(event, LayerStarted) and event.index == index:
                 CHANGES[change](one_case.source)
 
-        with pytest.raises(SourceError, match="changed while it was read; run again|ended early"):
+        with sentences.raises(SourceError, repeated=True):
             quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", on_event=listener)
         one_case.source.write_bytes(before)
         one_case.check(complete=False)
@@ -156,7 +154,7 @@ def test_a_source_that_changes_below_a_run_makes_no_file(one_case, change, often
     tried(f"source {change} during the run", len(layers), "none, one sentence, next run works")
 
 
-def test_a_source_that_changes_while_formats_are_measured_makes_no_file(one_case, tried):
+def test_a_source_that_changes_while_formats_are_measured_makes_no_file(one_case, tried, sentences):
     """It is read three times: for its fingerprint, to measure, and to quantize."""
     inputs = torch.randn(96, 65, generator=torch.Generator().manual_seed(0))
     held_out = LowRankGram(inputs.t() / 96**0.5, torch.zeros(65))
@@ -167,7 +165,7 @@ def test_a_source_that_changes_while_formats_are_measured_makes_no_file(one_case
         if isinstance(event, LayerMeasured) and event.index == 1:
             CHANGES["written over"](one_case.source)
 
-    with pytest.raises(SourceError, match="changed while it was read; run again"):
+    with sentences.raises(SourceError):
         quantize_file(
             one_case.source,
             one_case.target,
@@ -193,7 +191,7 @@ def _gguf(path):
 @pytest.mark.parametrize(
     "suffix, write", [(".pt", lambda path: torch.save(tensors(), path)), (".gguf", _gguf)], ids=["pt", "gguf"]
 )
-def test_other_files_may_be_cut_short_below_a_run(tmp_path, suffix, write, often, tried):
+def test_other_files_may_be_cut_short_below_a_run(tmp_path, suffix, write, often, tried, sentences):
     """A file that is mapped and then cut short ends the process, and a server with it."""
     source, target, layers = tmp_path / f"model{suffix}", tmp_path / "out.safetensors", range(0, 4, often(2, 1))
     for index in layers:
@@ -203,7 +201,7 @@ def test_other_files_may_be_cut_short_below_a_run(tmp_path, suffix, write, often
             if isinstance(event, LayerStarted) and event.index == index:
                 CHANGES["truncated"](source)
 
-        with pytest.raises(SourceError, match="ended early"):
+        with sentences.raises(SourceError, repeated=True):
             quantize_file(source, target, device="cpu", on_event=listener)
         assert list(tmp_path.iterdir()) == [source]
     tried(f"{suffix} file truncated during the run", len(layers), "none, one sentence, next run works")
@@ -230,7 +228,7 @@ def save_other(path):
     return other
 
 
-def test_a_read_only_folder(one_case, capsys, monkeypatch, tried):
+def test_a_read_only_folder(one_case, capsys, monkeypatch, tried, sentences):
     def refuse(path, mode="r", **options):
         if "x" in mode:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -238,8 +236,7 @@ def test_a_read_only_folder(one_case, capsys, monkeypatch, tried):
 
     monkeypatch.setattr(writer, "open", refuse, raising=False)
     assert main(["quantize", "-i", str(one_case.source), "-o", str(one_case.target)]) == 1
-    (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert line.startswith("lrq: The folder ") and "is read-only for this user; choose another output" in line
+    sentences(capsys.readouterr().err.splitlines()[-1])
     monkeypatch.undo()
     one_case.check(complete=False)
     one_case.again()
@@ -247,17 +244,17 @@ def test_a_read_only_folder(one_case, capsys, monkeypatch, tried):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name")
-def test_a_pipe_is_no_output(one_case, tried):
+def test_a_pipe_is_no_output(one_case, tried, sentences):
     os.mkfifo(one_case.target)
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="no ordinary file but a device or a pipe"):
+        with sentences.raises(OutputError):
             quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", overwrite=overwrite)
     assert one_case.target.is_fifo()
     one_case.clear()
     tried("a pipe as the output", 2, "none, one sentence, next run works")
 
 
-def test_a_link_is_followed(one_case, tmp_path_factory, tried):
+def test_a_link_is_followed(one_case, tmp_path_factory, tried, sentences):
     """The file it leads to is written, there already or not; the link stays."""
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "real.safetensors"
     one_case.target.symlink_to(elsewhere)
@@ -266,15 +263,19 @@ def test_a_link_is_followed(one_case, tmp_path_factory, tried):
         assert one_case.target.is_symlink() and elsewhere.read_bytes() == one_case.expected
         assert [path.name for path in elsewhere.parent.iterdir()] == [elsewhere.name]
         elsewhere.write_bytes(b"another's")
-    with pytest.raises(OutputError, match="made from something else"):
+    with sentences.raises(OutputError):
         quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu")
     assert elsewhere.read_bytes() == b"another's"
     tried("a link as the output", 3, "the file it leads to, whole or untouched")
 
 
-@pytest.mark.parametrize("name", ["a" * 300 + ".safetensors", "a" * 245 + ".safetensors", "new/folder/" + "a" * 300])
-def test_names_that_no_disk_takes(one_case, name, tried):
-    with pytest.raises(OutputError, match="cannot be written: File name too long"):
+@pytest.mark.parametrize(
+    "name",
+    ["a" * 300 + ".safetensors", "a" * 245 + ".safetensors", "new/folder/" + "a" * 300],
+    ids=["300", "245", "folder"],
+)
+def test_names_that_no_disk_takes(one_case, name, tried, sentences):
+    with sentences.raises(OutputError):
         quantize_file(one_case.source, one_case.target.parent / name, one_case.recipe, device="cpu")
     assert list(one_case.target.parent.iterdir()) == [one_case.source]
     tried("an output name that is too long", 1, "none, one sentence, next run works")
@@ -326,10 +327,10 @@ def small_disk(tmp_path_factory):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_is_really_full(one_case, small_disk, tried):
+def test_a_disk_that_is_really_full(one_case, small_disk, tried, sentences):
     for room in (0, 20_000, 60_000):
         (small_disk / "other").write_bytes(bytes(60_000 - room))
-        with pytest.raises(OutputError, match="The disk is full"):
+        with sentences.raises(OutputError):
             quantize_file(one_case.source, small_disk / "out.safetensors", one_case.recipe, device="cpu")
         assert [path.name for path in small_disk.iterdir()] == ["other"]
     one_case.again()
@@ -478,9 +479,9 @@ def test_who_cancels_does_not_wait_for_what_a_dead_run_left_to_be_read(one_case,
     tried("cancelled while what a dead run left is read", len(points), "at once, it stays, next run goes on with it")
 
 
-def test_removals_that_fail_hide_no_error(one_case, monkeypatch, tried):
+def test_removals_that_fail_hide_no_error(one_case, monkeypatch, tried, sentences):
     """The disk fails, and then refuses to remove what was written: the first is told, the next run cleans up."""
-    with Disk(30, failing(errno.EIO)).under(), pytest.raises(OutputError, match="Input/output error; check the disk"):
+    with Disk(30, failing(errno.EIO)).under(), sentences.raises(OutputError):
         quantized(one_case)
     assert len(list(one_case.target.parent.glob(".*"))) == 2
     one_case.again()
@@ -506,9 +507,9 @@ def test_a_disk_that_flushes_no_folders(one_case, monkeypatch, code, tried):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
-def test_a_folder_that_cannot_be_flushed_is_told_of_truly(one_case, monkeypatch, code, tried):
+def test_a_folder_that_cannot_be_flushed_is_told_of_truly(one_case, monkeypatch, code, tried, sentences):
     _folders_fail(monkeypatch, code)
-    with pytest.raises(OutputError, match="is complete, but the disk does not confirm its name"):
+    with sentences.raises(OutputError):
         quantized(one_case)
     monkeypatch.undo()
     one_case.check(complete=True)
@@ -559,7 +560,7 @@ def test_a_new_file_that_another_run_takes_for_a_dead_ones(one_case, monkeypatch
     tried("a new file is removed as a dead run's", 1, "whole")
 
 
-def test_a_calibration_that_changes_below_a_run_makes_no_file(one_case, often, tried):
+def test_a_calibration_that_changes_below_a_run_makes_no_file(one_case, often, tried, sentences):
     """Half of the layers rounded for one, half for the other, and the mark of the first."""
     path = one_case.source.with_name("x.calib.safetensors")
 
@@ -574,7 +575,7 @@ def test_a_calibration_that_changes_below_a_run_makes_no_file(one_case, often, t
     path.write_bytes(statistics(1))
     with (
         CalibrationFile(path) as calibration,
-        pytest.raises(SourceError, match="x.calib.safetensors was changed while it was read; run again"),
+        sentences.raises(SourceError),
     ):
         quantize_file(
             one_case.source, one_case.target, one_case.recipe, calibration=calibration, device="cpu", on_event=listener

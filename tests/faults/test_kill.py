@@ -324,7 +324,7 @@ def test_weights_in_memory_are_taken_up_when_they_are_the_dead_runs(tmp_path, ch
     )
 
 
-def test_weights_in_memory_that_changed_since_the_output_was_made_are_noticed(tmp_path):
+def test_weights_in_memory_that_changed_since_the_output_was_made_are_noticed(tmp_path, sentences):
     weights, target = (
         {"a.weight": torch.randn(512, 512, generator=torch.Generator().manual_seed(0))},
         tmp_path / "out.safetensors",
@@ -332,7 +332,7 @@ def test_weights_in_memory_that_changed_since_the_output_was_made_are_noticed(tm
     quantize_file(TensorSource(weights), target, device="cpu")
     assert quantize_file(TensorSource(weights), target, device="cpu").already_done
     weights["a.weight"][5] += 1
-    with pytest.raises(OutputExistsError, match="made from something else"):
+    with sentences.raises(OutputExistsError):
         quantize_file(TensorSource(weights), target, device="cpu")
 
 
@@ -391,7 +391,7 @@ def test_two_recipes_towards_one_target_lose_neither_unsaid(one_case, often, tri
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["", "a disk without links"])
-def test_a_file_that_appears_during_a_run_is_not_replaced(one_case, monkeypatch, links, tried):
+def test_a_file_that_appears_during_a_run_is_not_replaced(one_case, monkeypatch, links, tried, sentences):
     other = Recipe(rounding="nearest")
 
     def nested(event):
@@ -400,7 +400,7 @@ def test_a_file_that_appears_during_a_run_is_not_replaced(one_case, monkeypatch,
 
     if not links:
         monkeypatch.setattr(os, "link", failing(errno.EPERM))
-    with pytest.raises(OutputExistsError, match="made from something else; choose another output or overwrite"):
+    with sentences.raises(OutputExistsError):
         quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", on_event=nested)
     assert quantize_file(one_case.source, one_case.target, other, device="cpu").already_done
     quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", overwrite=True)
@@ -482,13 +482,14 @@ def test_a_journal_that_begins_with_no_record_is_not_taken_up(one_case, made, te
     tried("a journal that begins with no record", 1, "made anew, same bytes")
 
 
-def test_it_is_told_that_layers_are_taken_up(one_case, caplog):
+def test_it_is_told_that_layers_are_taken_up(one_case, caplog, sentences):
     assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 60)
     done = sum(name.endswith(("qkv.weight", "mlp.weight")) for name in noted(one_case.target.parent))
     with caplog.at_level("INFO"):
         report = quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu")
-    assert f"goes on with {report.taken_up} of 8 layers" in caplog.text and done - 1 <= report.taken_up <= done
-    assert f"{report.taken_up} of them by a run that was stopped" in report.table()
+    assert done - 1 <= report.taken_up <= done
+    (line,) = (line for line in report.table().splitlines() if line.startswith("layers quantized"))
+    sentences(caplog.messages, line, numbers=False)
 
 
 def test_a_living_run_is_not_taken_over(one_case):

@@ -76,9 +76,9 @@ def test_another_torch_or_requirement_is_another_environment(pip_calls, monkeypa
     assert len({first, second, install_hosts()[0].python}) == 3
 
 
-def test_a_wrong_comfyui_path_is_said(pip_calls, monkeypatch):
+def test_a_wrong_comfyui_path_is_said(pip_calls, monkeypatch, sentences):
     monkeypatch.setenv("COMFYUI_PATH", "/nowhere")
-    with pytest.raises(InstallError, match="COMFYUI_PATH is /nowhere"):
+    with sentences.raises(InstallError):
         install_hosts()
 
 

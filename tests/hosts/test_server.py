@@ -98,7 +98,7 @@ def test_interrupt_timeout_crash_and_restart(own_server, picture):
     with pytest.raises(HostInterrupted, match="TestWait"):
         own_server.queue(wait(1), on_event=interrupt)
 
-    with pytest.raises(HostError, match="did not end in time") as caught:
+    with pytest.raises(HostError) as caught:
         own_server.queue(wait(2), timeout=1)
     assert caught.value.kind == "timeout"
     assert own_server.queue(picture()).images  # the one that took too long does not stand in the way
@@ -107,7 +107,7 @@ def test_interrupt_timeout_crash_and_restart(own_server, picture):
         if event.type == "executing" and event.data["node"] == "1":
             own_server._process.kill()
 
-    with pytest.raises(HostError, match="died") as caught:
+    with pytest.raises(HostError) as caught:
         own_server.queue(wait(3), on_event=kill)
     assert caught.value.kind == "died"
 

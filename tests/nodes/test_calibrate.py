@@ -33,7 +33,7 @@ def error(folder, full, other):
     return float(np.sqrt(np.mean((latents(folder, full) - latents(folder, other)) ** 2)))
 
 
-def test_calibrate_quantize_and_sample_in_one_graph(comfy, request):
+def test_calibrate_quantize_and_sample_in_one_graph(comfy, request, sentences):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     graph.sample(model[0], f"{name}-before")
@@ -57,10 +57,9 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request):
     folder = comfy.output_dir
     assert np.array_equal(latents(folder, f"{name}-before"), latents(folder, f"{name}-again"))  # hooks leave no trace
     assert error(folder, f"{name}-full", f"{name}-auto") < 0.75 * error(folder, f"{name}-full", f"{name}-nearest")
-    assert "rounding calibrated" in text(result, report) and "output error" in text(result, report)
-    assert "different inputs" in text(result, shown)
-    told = b"".join(event.data for event in result.of("binary"))
-    assert b"layers takes up to" in told and b"different inputs" in told  # on the node, before and after
+    sentences(text(result, report), text(result, shown), numbers=False)
+    shown_on_node = b"".join(event.data for event in result.of("binary"))
+    assert text(result, shown).encode() in shown_on_node
     path = saved_path(result, saved)
     assert not verify_file(path).problems and any(key.endswith(".input_scale") for key in load_file(path))
     told_of = [event.data for event in result.of("learned_rounding.progress") if event.data["node"] == calibration.id]
@@ -100,7 +99,7 @@ def test_a_saved_calibration_serves_the_graph_and_the_command_line_alike(comfy, 
     assert saved_path(comfy.queue(again), made).read_bytes() == (tmp_path / "q").read_bytes()
 
 
-def test_formats_are_measured_by_what_hurts(comfy, request):
+def test_formats_are_measured_by_what_hurts(comfy, request, sentences):
     """Calibrate with sensitivities → format measured → sample, in one graph, in no more bytes than INT8 with ConvRot takes."""
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
@@ -109,7 +108,7 @@ def test_formats_are_measured_by_what_hurts(comfy, request):
     usual = graph.quantize(model[0], format="int8_tensorwise", convrot="on", calibration=calibration[0])
     saved = {"usual": graph.save(usual, f"{name}-usual")}
     result = comfy.queue(graph)
-    assert "errors hurt most in" in text(result, shown)
+    sentences(text(result, shown), numbers=False)
     with SafetensorsFile(saved_path(result, saved["usual"])) as file:
         size = sum(info.nbytes for info in file.tensors.values())
 
@@ -123,7 +122,7 @@ def test_formats_are_measured_by_what_hurts(comfy, request):
     events = [event.data for event in result.of("learned_rounding.progress") if event.data["node"] == quantized.id]
     measuring = [event for event in events if event["state"] == "measuring"]
     assert len(measuring) == measuring[0]["total"] and events[len(measuring)]["state"] == "start"
-    assert "expected at" in text(result, report)
+    sentences(text(result, report), numbers=False)
     path = saved_path(result, saved["measured"])
     assert not verify_file(path).problems
     with SafetensorsFile(path) as file:
@@ -195,7 +194,7 @@ def test_a_lora_is_calibrated_with_the_model(comfy, request):
     assert psnr(full, ours) > 38
 
 
-def test_a_calibration_serves_a_fine_tune_and_no_other_architecture(comfy, request, slow_source):
+def test_a_calibration_serves_a_fine_tune_and_no_other_architecture(comfy, request, slow_source, sentences):
     name, models = unique(request), comfy.models_dir / "diffusion_models"
     tuned = merge_lora(
         {key: tensor.float() for key, tensor in load_file(models / MODEL).items()},
@@ -217,21 +216,21 @@ def test_a_calibration_serves_a_fine_tune_and_no_other_architecture(comfy, reque
     other = ProbedGraph()
     calibration = other.calibrate(other.load()[0], samples=4, seed=601, steps=10)
     other.save(other.quantize(other.source(slow_source)[0], calibration=calibration[0]), name)
-    with pytest.raises(HostError, match="made for another architecture: the model has no layer"):
+    with sentences.raises(HostError):
         comfy.queue(other)
 
 
-def test_what_cannot_be_calibrated_says_why(comfy):
+def test_what_cannot_be_calibrated_says_why(comfy, sentences):
     graph = ProbedGraph()
     model = graph.load()
     quantized = graph.quantize(model[0])
     graph.add("PreviewAny", source=graph.calibrate(quantized[0], seed=801, steps=2)[2])
-    with pytest.raises(HostError, match="quantized already"):
+    with sentences.raises(HostError):
         comfy.queue(graph)
     graph = ProbedGraph()
     full = graph.calibrate(graph.load()[0], seed=802, steps=2)
     graph.add(
         "PreviewAny", source=graph.calibrate(graph.load()[0], seed=803, steps=2, keep="compact", calibration=full[0])[2]
     )
-    with pytest.raises(HostError, match="keep it in full"):
+    with sentences.raises(HostError):
         comfy.queue(graph)

@@ -11,7 +11,7 @@ from learned_rounding.tests.nodes.probing import ProbedGraph, text
 from learned_rounding.tests.nodes.test_graph import saved_path, unique
 
 
-def test_the_node_says_what_the_command_line_says(comfy, request):
+def test_the_node_says_what_the_command_line_says(comfy, request, sentences):
     graph = ProbedGraph()
     saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), unique(request))
     path = saved_path(comfy.queue(graph), saved)
@@ -23,12 +23,10 @@ def test_the_node_says_what_the_command_line_says(comfy, request):
     with contextlib.redirect_stdout(said):
         assert main(["inspect", str(path)]) == 0
     assert text(result, node) == text(result, shown) == said.getvalue().strip()
-    assert "float8_e4m3fn per tensor: 37 layers" in said.getvalue()
-    assert "4 × joint_blocks.*.x_block.mlp.fc1" in said.getvalue()
-    assert "Stock ComfyUI 0.3.75 and newer loads it." in said.getvalue()
+    sentences(said.getvalue())
 
 
-def test_the_report_in_words_and_as_a_picture(comfy, request):
+def test_the_report_in_words_and_as_a_picture(comfy, request, sentences):
     graph, name = ProbedGraph(), unique(request)
     quantized = graph.quantize(graph.source()[0], "int8_tensorwise", rounding="nearest")
     report = graph.add("LearnedRoundingReport", quantized=quantized[2])
@@ -36,7 +34,7 @@ def test_the_report_in_words_and_as_a_picture(comfy, request):
     graph.add("SaveImage", images=report[1], filename_prefix=name)
     result = comfy.queue(graph)
     words = text(result, shown)
-    assert "| format | int8_tensorwise per row, rounding nearest |" in words
+    sentences(words, numbers=False)
     assert words.count("int8_tensorwise per row | nearest |") == 20
     picture = np.asarray(Image.open(comfy.output_dir / f"{name}_00001_.png"))
     assert picture.shape == (2 * 480, 960, 3)

@@ -33,7 +33,7 @@ def test_every_operation_of_every_layout(host, tmp_path):
 
 
 @pytest.mark.usefixtures("taught")
-def test_stock_functions_load_run_patch_and_save_our_formats(host, tmp_path):
+def test_stock_functions_load_run_patch_and_save_our_formats(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "layout_loading")
     assert set(found) == set(OURS)
     for name, result in found.items():
@@ -54,7 +54,8 @@ def test_stock_functions_load_run_patch_and_save_our_formats(host, tmp_path):
         ):
             assert result[what], (name, what, result)
         (problem,) = result["baked"]
-        assert problem.startswith("The header has no") and result["baked formats"] == 1, (name, result)
+        assert result["baked formats"] == 1, (name, result)
+        sentences(problem)
 
 
 @pytest.mark.usefixtures("taught")
@@ -77,14 +78,16 @@ def test_native_files_do_not_pass_through_our_code(host, tmp_path):
 
 
 @pytest.mark.usefixtures("taught")
-def test_damaged_layers_are_refused_by_name(host, tmp_path):
+def test_damaged_layers_are_refused_by_name(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "layout_damaged")
     assert found.pop("sound") == ""
     for case, said in found.items():
         assert said.startswith("ValueError") and "a: " in said, (case, said)
+        sentences(said)
 
 
-def test_where_comfyui_is_built_otherwise_our_own_layers_run(host, tmp_path):
+def test_where_comfyui_is_built_otherwise_our_own_layers_run(host, tmp_path, sentences):
     for case, result in in_process(host, tmp_path, "layout_changed").items():
-        assert len(result["said"]) == 1 and "int8_blockwise" in result["said"][0], (case, result)
+        assert len(result["said"]) == 1, (case, result)
+        sentences(result["said"])
         assert result["untouched"] and result["layers"] > 30 and 0 < result["error"] < BOUND, (case, result)

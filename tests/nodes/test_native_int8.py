@@ -42,7 +42,7 @@ def test_the_setting_takes_true_and_false_only(comfy):
         comfy.post(ROUTE, "on")
 
 
-def test_the_node_refuses_where_there_are_no_such_layers(comfy):
+def test_the_node_refuses_where_there_are_no_such_layers(comfy, sentences):
     graph = ProbedGraph()
     quantized = graph.quantize(graph.load()[0], "int8_tensorwise")
     graph[quantized.id]["inputs"]["native_int8_kernels"] = True
@@ -50,5 +50,5 @@ def test_the_node_refuses_where_there_are_no_such_layers(comfy):
     if stock_loads(comfy.host, "int8_tensorwise"):
         comfy.queue(graph)
     else:
-        with pytest.raises(HostError, match="switch native_int8_kernels off"):
+        with sentences.raises(HostError):
             comfy.queue(graph)

@@ -17,7 +17,7 @@ def _small_encoders(host):
 
 
 @pytest.mark.parametrize("check, bounds", [("text_encoder", BOUNDS), ("taught_text_encoder", OURS)])
-def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path, check, bounds):
+def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path, check, bounds, sentences):
     found = in_process(host, tmp_path, check)
     assert found.keys() == bounds.keys()
     for format, bound in bounds.items():
@@ -27,18 +27,15 @@ def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path, check, bo
         assert 0 < result["error"] < bound
         assert result["same_as_file"] and result["same_file"]
         assert result["copied"] and result["leftovers"] == []
-        assert (
-            "other tensors, reloaded by ComfyUI's own loader" in result["verified"]
-            and "not compared" not in result["verified"]
-        )
+        sentences(result["verified"])
         assert result["incoming_unchanged"] and result["incoming_layers"] == 0
         assert result["saved"].startswith("clip/t5_t5xxl_")
 
 
-def test_a_t5_is_calibrated_with_prompts(host, tmp_path):
+def test_a_t5_is_calibrated_with_prompts(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "calibrated_text_encoder")
     assert found["layers"] == 24 * 7
-    assert f"{24 * 4} different inputs" in found["summary"]  # q, k, v share one, and wi_0 with wi_1
+    sentences(found["summary"])  # 96 different inputs: q, k, v share one, and wi_0 with wi_1
     assert found["sensitive"] > 0.9 * found["layers"]
     steps = [("prompts", done, 48) for done in range(49)] + [
         ("probes", done, 2 * 24 * 7) for done in range(2 * 24 * 7 + 1)

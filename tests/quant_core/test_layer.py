@@ -64,19 +64,19 @@ def test_parameters_and_views_are_taken():
     ],
     ids=["vector", "no rows", "no columns", "integers", "scalar"],
 )
-def test_anything_but_a_matrix_of_floats_is_refused(weight):
-    with pytest.raises(QuantizationError, match="non-empty matrix of float"):
+def test_anything_but_a_matrix_of_floats_is_refused(weight, sentences):
+    with sentences.raises(QuantizationError):
         quantize_weight(weight, "int8_tensorwise")
 
 
-def test_names_are_checked_first():
-    with pytest.raises(UnknownNameError, match="format"):
+def test_names_are_checked_first(sentences):
+    with sentences.raises(UnknownNameError):
         quantize_weight(random(2, 2), "int9")
-    with pytest.raises(UnknownNameError, match="rounding"):
+    with sentences.raises(UnknownNameError):
         quantize_weight(random(2, 2), "int8_tensorwise", rounding="nearst")
-    with pytest.raises(UnknownNameError, match="granularity"):
+    with sentences.raises(UnknownNameError):
         quantize_weight(random(2, 2), "int8_tensorwise", granularity="column")
-    with pytest.raises(RecipeError, match="per tensor, not per row"):
+    with sentences.raises(RecipeError):
         quantize_weight(random(2, 2), "float8_e4m3fn", granularity="row")
 
 
@@ -110,7 +110,7 @@ def test_the_check_can_stop_it_at_any_call(monkeypatch, format, granularity, rou
         assert calls == last
 
 
-def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog):
+def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog, sentences):
     """On a real card in test_gpu.py; here only who is asked in which order, and what is said."""
     tried = []
 
@@ -128,7 +128,7 @@ def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog):
         caplog.clear()
         made = layer._Layer(where, Inputs(), None, None, method, 0, None).quantize(make_encoding("int8_tensorwise"))
         assert made == "made" and len(caplog.records) == len(tried) - 1
-        assert all("too little free memory for a layer of shape (8, 4)" in line.getMessage() for line in caplog.records)
+        sentences(caplog.messages)
         return tried
 
     assert quantize(Method("calibrated")) == [("cuda", 1), ("cuda", 4), ("cuda", 16), ("cpu", 1)]
@@ -137,14 +137,14 @@ def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog):
     assert quantize(Method(), SimpleNamespace(device=torch.device("cpu"), shape=(8, 4))) == [("cpu", 1)]
 
 
-def test_what_is_no_layer_of_these_inputs_is_refused():
-    for gram, text in [
-        (torch.eye(7), r"Gram of shape \(7, 7\) does not fit a layer of 8 input channels"),
-        (torch.full((8, 8), float("nan")), "holds NaN or Inf"),
-        (-torch.eye(8), "negative diagonal"),
-        (LowRankGram(torch.zeros(7, 2), torch.zeros(8)), "Gram of shape .* does not fit"),
+def test_what_is_no_layer_of_these_inputs_is_refused(sentences):
+    for gram in [
+        torch.eye(7),
+        torch.full((8, 8), float("nan")),
+        -torch.eye(8),
+        LowRankGram(torch.zeros(7, 2), torch.zeros(8)),
     ]:
-        with pytest.raises(CalibrationError, match=text):
+        with sentences.raises(CalibrationError):
             quantize_weight(random(4, 8), "int8_tensorwise", gram=gram)
 
 
@@ -206,7 +206,7 @@ def outliers():
 
 
 @pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"convrot": 16}], ids=["row", "tensor", "rotated"])
-def test_weights_make_up_for_quantized_inputs(outliers, options):
+def test_weights_make_up_for_quantized_inputs(outliers, options, sentences):
     """Judged on inputs never seen, with the corrected bias, as INT8 kernels multiply."""
     grams = PairedGrams(96, torch.zeros(packed_size(192)), CPU)
     for seed in range(8):
@@ -223,9 +223,8 @@ def test_weights_make_up_for_quantized_inputs(outliers, options):
         made = quantize_weight(weight, "int8_tensorwise", gram=gram, **known, **options)
         got = made.encoding.quantize_inputs(unseen) @ made.dequantize().t() + made.bias
         errors[name] = float((got - unseen @ weight.t() - bias).norm() / (unseen @ weight.t()).norm())
-    assert (
-        made.output_error == pytest.approx(errors["quantized inputs"], rel=0.1) and "INT8 inputs" in made.rounded.note
-    )
+    assert made.output_error == pytest.approx(errors["quantized inputs"], rel=0.1)
+    sentences(made.rounded.note)
     assert made.weight_error == pytest.approx(float((made.dequantize() - weight).norm() / weight.norm()), rel=1e-4)
     if options.get("convrot"):
         assert errors["quantized inputs"] <= 1.02 * errors["inputs as they are"]
@@ -270,6 +269,6 @@ def test_output_channels_may_count_differently():
 @pytest.mark.parametrize(
     "format, scale", [("int8_tensorwise", 0.1), ("float8_e4m3fn", 0.0), ("float8_e4m3fn", float("inf"))]
 )
-def test_an_input_scale_without_meaning_is_refused(format, scale):
-    with pytest.raises(RecipeError, match="input scale"):
+def test_an_input_scale_without_meaning_is_refused(format, scale, sentences):
+    with sentences.raises(RecipeError):
         quantize_weight(random(16, 32), format, input_scale=scale)

@@ -37,8 +37,8 @@ def opened(tmp_path):
 
 @pytest.mark.parametrize("name", STATISTICS)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.int64, torch.bool])
-def test_statistics_of_other_dtypes_are_refused(opened, name, dtype):
-    with pytest.raises(CalibrationError, match=rf"a\.{name} is of {dtype}, which no statistics are"):
+def test_statistics_of_other_dtypes_are_refused(opened, name, dtype, sentences):
+    with sentences.raises(CalibrationError):
         opened(**{name: STATISTICS[name].to(dtype)})
 
 
@@ -50,7 +50,7 @@ def test_statistics_may_be_of_any_float_dtype(opened, name, dtype):
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), -1e300])
-def test_a_sensitivity_is_finite_and_not_negative(opened, value):
-    with pytest.raises(CalibrationError, match="damaged header .a has the sensitivity"):
+def test_a_sensitivity_is_finite_and_not_negative(opened, value, sentences):
+    with sentences.raises(CalibrationError):
         opened({"layers": {"a": ["a", 16, 16]}, "sensitivity": {"a": value}})
     assert opened({"layers": {"a": ["a", 16, 16]}, "sensitivity": {"a": 0.5}}).sensitivity == 0.5

@@ -231,34 +231,34 @@ def test_a_calibration_is_continued(block, tmp_path, rank):
     assert both.histogram.sum() == at_once.histogram.sum() == 2 * TOKENS * WIDTH
 
 
-def test_what_does_not_fit_is_refused_by_layer_name(block, tmp_path):
+def test_what_does_not_fit_is_refused_by_layer_name(block, tmp_path, sentences):
     with gather(block, batches(1), tmp_path) as found:
         shapes = dict(found.layers)
         found.check(shapes | {"more": (3, 3)})
         found.check({f"model.diffusion_model.{name}": shape for name, shape in shapes.items()})
         assert found.inputs("model.diffusion_model.q") is found.inputs("q")
-        with pytest.raises(CalibrationError, match="no layer q"):
+        with sentences.raises(CalibrationError):
             found.check({name: shape for name, shape in shapes.items() if name != "q"})
-        with pytest.raises(CalibrationError, match=f"layer out is {WIDTH}×{2 * WIDTH}, the model's is 7×7"):
+        with sentences.raises(CalibrationError):
             found.check(shapes | {"out": (7, 7)})
         block.q = nn.Linear(WIDTH + 1, 2 * WIDTH)
-        with pytest.raises(CalibrationError, match="layer q"):
+        with sentences.raises(CalibrationError):
             Collector(layers_of(block), tmp_path, device=CPU, device_bytes=0, earlier=found)
 
 
-def test_errors_say_what_happened(block, tmp_path):
+def test_errors_say_what_happened(block, tmp_path, sentences):
     collector = Collector(layers_of(block), tmp_path, device=CPU, device_bytes=1 << 30)
-    with pytest.raises(CalibrationError, match="No linear layer was called"):
+    with sentences.raises(CalibrationError):
         collector.save(tmp_path / "c", {})
     with collector.watching(block):
         block(torch.full((1, 2, WIDTH), float("nan")))
-    with pytest.raises(CalibrationError, match="inputs of q hold NaN"):
+    with sentences.raises(CalibrationError):
         collector.save(tmp_path / "c", {})
     collector.close()
     missing = Collector(layers_of(block), tmp_path / "nowhere", device=CPU, device_bytes=0)
-    with pytest.raises(OutputError, match="free some space"), missing.watching(block):
+    with sentences.raises(OutputError), missing.watching(block):
         block(batches(1)[0])
-    with gather(block, batches(2), tmp_path, rank=4) as low, pytest.raises(CalibrationError, match="low rank"):
+    with gather(block, batches(2), tmp_path, rank=4) as low, sentences.raises(CalibrationError):
         gather(block, batches(2), tmp_path, earlier=low)
 
 
@@ -270,11 +270,11 @@ def test_the_disk_it_may_need_is_known_before(block, tmp_path):
 
 
 @pytest.mark.parametrize("header", ["{", '{"layers": 3}', '{"layers": {"q": 1}}', '{"version": 99}', "[]"])
-def test_a_damaged_or_newer_header_is_refused(tmp_path, header):
+def test_a_damaged_or_newer_header_is_refused(tmp_path, header, sentences):
     from safetensors.torch import save_file
 
     save_file({"q.gram": torch.eye(2)}, tmp_path / "c", metadata={"learned_rounding_calibration": header})
-    with pytest.raises(CalibrationError, match="damaged|newer"):
+    with sentences.raises(CalibrationError):
         CalibrationFile(tmp_path / "c")
 
 
@@ -289,7 +289,7 @@ def test_a_plain_file_needs_no_header(tmp_path):
 
 
 @pytest.mark.parametrize("device_bytes", [1 << 30, 0], ids=["in memory", "in files"])
-def test_quantized_inputs_are_kept_beside_the_inputs(block, tmp_path, monkeypatch, device_bytes):
+def test_quantized_inputs_are_kept_beside_the_inputs(block, tmp_path, monkeypatch, device_bytes, sentences):
     """Gathered in two calibrations, the second of which continues the first."""
     monkeypatch.setattr(collecting, "ROTATION", 1)
     inputs, options = batches(6), {"device_bytes": device_bytes, "quantized_inputs": True}
@@ -307,7 +307,7 @@ def test_quantized_inputs_are_kept_beside_the_inputs(block, tmp_path, monkeypatc
         torch.testing.assert_close(gram.mean, torch.cat([x, seen], dim=1).mean(0), rtol=1e-3, atol=1e-3)
     with (
         CalibrationFile(found.path) as earlier,
-        pytest.raises(CalibrationError, match="without quantized inputs|cannot be continued"),
+        sentences.raises(CalibrationError),
     ):
         gather(block, inputs, tmp_path / "first", earlier=earlier)
 

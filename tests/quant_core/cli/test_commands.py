@@ -57,7 +57,7 @@ def recipe_of(path) -> dict:
         return json.loads(file.metadata()["learned_rounding"])["recipe"]
 
 
-def test_a_bare_name_is_quantized_beside_itself(lrq, model_file, tmp_path, listing, monkeypatch):
+def test_a_bare_name_is_quantized_beside_itself(lrq, model_file, tmp_path, listing, monkeypatch, sentences):
     model_file()
     monkeypatch.chdir(tmp_path)
     code, out, err = lrq("quantize", "-i", "model.safetensors")
@@ -65,15 +65,7 @@ def test_a_bare_name_is_quantized_beside_itself(lrq, model_file, tmp_path, listi
     assert listing() == ["model.safetensors", "model_float8_e4m3fn.safetensors"]
     assert verify_file("model_float8_e4m3fn.safetensors").problems == []
     assert recipe_of("model_float8_e4m3fn.safetensors") == Recipe().to_dict()
-    first, *table = out.splitlines()
-    assert (
-        "No preset recognises" in first
-        and "float8_e4m3fn per tensor" in first
-        and "model_float8_e4m3fn.safetensors" in first
-    )
-    assert any(line.startswith("layers quantized  6") for line in table) and any(
-        line.startswith("worst 1") for line in table
-    )
+    sentences(out, numbers=False)
 
 
 def test_the_output_is_named_beside_an_input_elsewhere(lrq, model_file, tmp_path, listing, monkeypatch):
@@ -171,17 +163,15 @@ def test_options_become_the_recipe(lrq, model_file, tmp_path, words, changed):
     assert verify_file(out).problems == []
 
 
-def test_migrate_says_what_it_did(lrq, tmp_path):
+def test_migrate_says_what_it_did(lrq, tmp_path, sentences):
     old = tmp_path / "old.safetensors"
     save_file({"a.weight": torch.ones(16, 16).to(torch.float8_e4m3fn), "a.scale_weight": torch.tensor(0.5)}, old)
     code, out, _ = lrq("migrate", "-i", old)
-    assert (
-        code == 0
-        and "float8_e4m3fn per tensor: 1 layers" in out
-        and verify_file(tmp_path / "old_native.safetensors").layers == 1
-    )
+    assert code == 0 and verify_file(tmp_path / "old_native.safetensors").layers == 1
+    sentences(out)
     code, _, err = lrq("migrate", "-i", old)
-    assert code == 1 and "exists" in err[-1]
+    assert code == 1
+    sentences(err)
     assert lrq("migrate", "-i", old, "--overwrite")[0] == 0
 
 
@@ -193,7 +183,7 @@ KNOWN = """
     --exclude-layers --custom-layers --custom-type --layer-config --fallback --convrot --convrot-group-size --save-quant-metadata
     --low-memory --convert-fp8-scaled --dry-run --verbose --device
 """
-REFUSED = {"--input_scale": "calibration", "--fallback": "--layer-config", "--convert-fp8-scaled": "lrq migrate"}
+REFUSED = ("--input_scale", "--fallback", "--convert-fp8-scaled")
 
 
 # Option → what it is tried beside, and its value; others stand alone.
@@ -226,14 +216,17 @@ ALWAYS = {"--comfy_quant", "--save-quant-metadata", "--low-memory"}
 
 
 @pytest.mark.parametrize("option", KNOWN.split())
-def test_every_option_that_users_know_acts_or_is_refused_by_name(lrq, model_file, tmp_path, monkeypatch, option):
+def test_every_option_that_users_know_acts_or_is_refused_by_name(
+    lrq, model_file, tmp_path, monkeypatch, option, sentences
+):
     """It changes what the run is given, or what it prints and writes."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(model_file(), "other.safetensors")
     if option in REFUSED:
         for words in ([option], [option, "int8"]):
             code, _, err = lrq("quantize", "-i", "model.safetensors", *words)
-            assert code == 2 and f"{option} is not taken" in err[-1] and REFUSED[option] in err[-1]
+            assert code == 2
+            sentences(err[-1])
         return
     plain, runs = pipeline.quantize_file, []
 
@@ -281,7 +274,7 @@ def test_every_option_is_understood_with_dashes_and_underscores(command):
     assert tried >= (1 if command == "migrate" else 20)
 
 
-def test_custom_layers_get_their_type(lrq, model_file, tmp_path):
+def test_custom_layers_get_their_type(lrq, model_file, tmp_path, sentences):
     out = tmp_path / "q.safetensors"
     words = [
         "--custom-layers",
@@ -296,27 +289,29 @@ def test_custom_layers_get_their_type(lrq, model_file, tmp_path):
     assert lrq("quantize", "-i", model_file(), "-o", out, *words)[0] == 0
     assert json.loads(recipe_of(out)["layer_config"]) == {"blocks.0.mlp.0": "skip", "mlp": "int8", "qkv": "int8"}
     code, lines, _ = lrq("plan", "-i", model_file(), *words)
-    assert code == 0 and "keep      blocks.0.mlp.0.weight  (layer config blocks.0.mlp.0)" in lines
-    assert "quantize  blocks.1.mlp.0.weight  as int8_tensorwise per row  (layer config mlp)" in lines
+    assert code == 0
+    sentences(lines)
 
 
-def test_a_layer_config_in_a_file(lrq, model_file, tmp_path):
+def test_a_layer_config_in_a_file(lrq, model_file, tmp_path, sentences):
     config = tmp_path / "layers.json"
     config.write_text('{"mlp": "skip"}')
     code, lines, _ = lrq("plan", "-i", model_file(), "--layer-config", config)
-    assert code == 0 and "(layer config mlp)" in lines
-    for words, sentence in (
-        (["--layer-config", tmp_path / "none.json"], "cannot be read"),
-        (["--custom-layers", "mlp"], "go together"),
-        (["--custom-type", "int8"], "go together"),
-        (["--custom-layers", "mlp", "--custom-type", "int9"], "no format 'int9'"),
+    assert code == 0
+    sentences(lines)
+    for words in (
+        ["--layer-config", tmp_path / "none.json"],
+        ["--custom-layers", "mlp"],
+        ["--custom-type", "int8"],
+        ["--custom-layers", "mlp", "--custom-type", "int9"],
     ):
         code, _, err = lrq("plan", "-i", model_file(), *words)
-        assert code == 1 and sentence in err[-1]
+        assert code == 1
+        sentences(err)
 
 
 @pytest.mark.parametrize("spelt", ["--kernel_backend", "--kernel-backend"])
-def test_a_kernel_backend_holds_for_the_command(lrq, model_file, tmp_path, monkeypatch, spelt):
+def test_a_kernel_backend_holds_for_the_command(lrq, model_file, tmp_path, monkeypatch, spelt, sentences):
     seen = []
     plain = pipeline.quantize_file
     monkeypatch.setattr(
@@ -327,7 +322,8 @@ def test_a_kernel_backend_holds_for_the_command(lrq, model_file, tmp_path, monke
     assert lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", spelt, "reference")[0] == 0
     assert seen == ["reference"] and kernels.backend() == before
     code, _, err = lrq("quantize", "-i", model_file(), spelt, "fast")
-    assert code == 2 and "autotuned" in err[-1]
+    assert code == 2
+    sentences(err[-1])
 
 
 def test_options_act(lrq, model_file, tmp_path):
@@ -343,7 +339,7 @@ def test_options_act(lrq, model_file, tmp_path):
     ].shape == (96, 1)
 
 
-def test_a_calibration_acts(lrq, model, model_file, tmp_path):
+def test_a_calibration_acts(lrq, model, model_file, tmp_path, sentences):
     """Layers that it knows are calibrated, the others searched; their biases are corrected, in their own dtype."""
     layer, inputs = "blocks.0.attn.qkv", torch.randn(200, 32, generator=torch.Generator().manual_seed(0)) + 0.5
     inputs = (
@@ -354,7 +350,8 @@ def test_a_calibration_acts(lrq, model, model_file, tmp_path):
     save_file(statistics, tmp_path / "calibration.safetensors")
     words = ["quantize", "-i", model_file(), "--int8", "--report", tmp_path / "report.json", "--calibration"]
     code, out, err = lrq(*words, tmp_path / "calibration.safetensors", "-o", tmp_path / "q.safetensors")
-    assert (code, err) == (0, []) and "rounding calibrated" in out
+    assert (code, err) == (0, [])
+    sentences(out, numbers=False)
     made = {entry["name"]: entry for entry in json.loads((tmp_path / "report.json").read_text())["layers"]}
     assert [entry["solver"] for name, entry in made.items() if layer in name] == ["sequential"]
     assert all(entry["output_error"] is None for name, entry in made.items() if layer not in name)
@@ -363,13 +360,13 @@ def test_a_calibration_acts(lrq, model, model_file, tmp_path):
     assert tensors[f"{layer}.bias"].dtype is bias.dtype and not torch.equal(tensors[f"{layer}.bias"], bias)
     assert torch.equal(tensors["blocks.1.attn.qkv.bias"], model()["blocks.1.attn.qkv.bias"])
     # Again with the same statistics it is done already; with others it is another run.
-    assert "Already done" in lrq(*words, tmp_path / "calibration.safetensors", "-o", tmp_path / "q.safetensors")[1]
+    sentences(lrq(*words, tmp_path / "calibration.safetensors", "-o", tmp_path / "q.safetensors")[1])
     save_file({**statistics, f"{layer}.gram": gram * 2}, tmp_path / "calibration.safetensors")
     assert lrq(*words, tmp_path / "calibration.safetensors", "-o", tmp_path / "q.safetensors")[0] == 1
     assert lrq("inspect", tmp_path / "q.safetensors")[0] == 0
 
 
-def test_formats_are_measured_with_a_calibration(lrq, model, model_file, tmp_path):
+def test_formats_are_measured_with_a_calibration(lrq, model, model_file, tmp_path, sentences):
     names = [name.removesuffix(".weight") for name, tensor in model().items() if tensor.ndim == 2 and "blocks" in name]
     statistics = {}
     for index, layer in enumerate(names):
@@ -382,10 +379,13 @@ def test_formats_are_measured_with_a_calibration(lrq, model, model_file, tmp_pat
     save_file(statistics, tmp_path / "c.safetensors")
     words = ["quantize", "-i", model_file(), "--format", "measured", "--calibration", tmp_path / "c.safetensors", "-o"]
     code, out, err = lrq(*words, tmp_path / "q.safetensors", "--target-error", "0.5")
-    assert code == 0 and "measured best for each layer" in out and "expected at" in out
+    assert (code, err) == (0, [])
+    sentences(out, numbers=False)
     assert lrq("verify", tmp_path / "q.safetensors")[0] == 0
-    assert "Already done" in lrq(*words, tmp_path / "q.safetensors", "--target-error", "0.5")[1]
-    assert "out of reach" in lrq(*words, tmp_path / "r.safetensors", "--target-size", "1e-6")[2][0]
+    sentences(lrq(*words, tmp_path / "q.safetensors", "--target-error", "0.5")[1])
+    code, _, err = lrq(*words, tmp_path / "r.safetensors", "--target-size", "1e-6")
+    assert code == 1
+    sentences(err)
 
 
 @pytest.mark.parametrize(
@@ -407,43 +407,46 @@ def test_format_auto_is_what_suits_the_card(lrq, model_file, tmp_path, monkeypat
     assert made.stem == f"model_{expected}"
 
 
-def test_a_low_rank_calibration_acts_too(lrq, model_file, tmp_path):
+def test_a_low_rank_calibration_acts_too(lrq, model_file, tmp_path, sentences):
     layer, generator = "blocks.0.mlp.2", torch.Generator().manual_seed(0)
     parts = {"factor": torch.randn(80, 8, generator=generator), "diagonal": torch.full((80,), 0.1)}
     save_file({f"{layer}.gram.{name}": part for name, part in parts.items()}, tmp_path / "c.safetensors")
     words = ["quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--verbose", "--calibration"]
     code, out, _ = lrq(*words, tmp_path / "c.safetensors")
     (line,) = [line for line in out.splitlines() if line.startswith(f"{layer}.weight")]
-    assert code == 0 and "sequential" in line and "output error" in line
+    assert code == 0
+    sentences(line, numbers=False)
     save_file({f"{layer}.gram.factor": parts["factor"]}, tmp_path / "half.safetensors")
     code, _, err = lrq(*words, tmp_path / "half.safetensors", "--overwrite")
-    assert code == 1 and "has no counterpart" in err[0]
+    assert code == 1
+    sentences(err)
     save_file({f"{layer}.gram": torch.eye(7)}, tmp_path / "wrong.safetensors")
     code, _, err = lrq(*words, tmp_path / "wrong.safetensors", "--overwrite")
-    assert code == 1 and f"{layer}: A Gram of shape (7, 7) does not fit" in err[0]
+    assert code == 1
+    sentences(err)
 
 
-def test_heur_acts(lrq, tmp_path):
+def test_heur_acts(lrq, tmp_path, sentences):
     save_file(
         {"a.weight": torch.zeros(128, 128), "b.weight": torch.zeros(4096, 4096, dtype=torch.bfloat16)},
         tmp_path / "in.safetensors",
     )
     _, plain, _ = lrq("plan", "-i", tmp_path / "in.safetensors")
     _, heur, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--heur")
-    assert "quantize  a.weight" in plain and "keep      a.weight  (heur:" in heur and "quantize  b.weight" in heur
+    sentences(plain, heur)
 
 
-def test_presets_are_recognised_and_named(lrq, layer_names, tmp_path):
+def test_presets_are_recognised_and_named(lrq, layer_names, tmp_path, sentences):
     save_file(
         {name: torch.zeros([min(side, 4) for side in shape]) for name, shape in layer_names("flux").items()},
         tmp_path / "in.safetensors",
     )
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors")
-    assert out.startswith("Recognised as Flux.1") and "keep      img_in.weight  (input projection" in out
+    sentences(out.splitlines()[0], *(line for line in out.splitlines() if " img_in.weight" in line))
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--preset", "none")
-    assert "keep      img_in.weight  (input projection by its name" in out
+    sentences(out.splitlines()[0], *(line for line in out.splitlines() if " img_in.weight" in line))
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--flux")
-    assert out.startswith("Preset Flux.1")
+    sentences(out.splitlines()[0])
 
 
 @pytest.mark.parametrize("write", [Recipe.to_toml, Recipe.to_json], ids=["toml", "json"])
@@ -477,7 +480,7 @@ def test_the_report_file(lrq, model_file, tmp_path):
     assert values["bytes_out"] == (tmp_path / "q.safetensors").stat().st_size
 
 
-def test_a_report_replaces_no_file_of_its_run(lrq, model_file, tmp_path):
+def test_a_report_replaces_no_file_of_its_run(lrq, model_file, tmp_path, sentences):
     source, out, calibration, recipe = (
         model_file(),
         tmp_path / "q.safetensors",
@@ -493,12 +496,13 @@ def test_a_report_replaces_no_file_of_its_run(lrq, model_file, tmp_path):
         code, _, (line,) = lrq(
             "quantize", "-i", source, "-o", out, "--recipe", recipe, "--calibration", calibration, "--report", report
         )
-        assert code == 1 and "itself; choose another report" in line
+        assert code == 1
+        sentences(line)
         assert not out.exists() and all(path.read_bytes() == content for path, content in files.items())
 
 
 @pytest.mark.parametrize("read", ["--recipe", "--layer-config", "--calibration"])
-def test_an_output_replaces_no_file_that_its_run_reads(lrq, model_file, tmp_path, read):
+def test_an_output_replaces_no_file_that_its_run_reads(lrq, model_file, tmp_path, read, sentences):
     files = {
         "--recipe": lambda path: path.write_text(Recipe().to_json()),
         "--layer-config": lambda path: path.write_text('{"attn": "skip"}'),
@@ -508,7 +512,8 @@ def test_an_output_replaces_no_file_that_its_run_reads(lrq, model_file, tmp_path
     files[read](path)
     before = path.read_bytes()
     code, _, (line,) = lrq("quantize", "-i", source, "-o", path, read, path, "--overwrite")
-    assert code == 1 and f"is the {read[2:].replace('-', ' ')} itself; choose another output" in line
+    assert code == 1
+    sentences(line)
     assert path.read_bytes() == before
 
 
@@ -523,7 +528,7 @@ def test_a_run_that_was_done_already_keeps_its_report(lrq, model_file, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["already_done"]
 
 
-def test_a_report_stays_whole_on_a_full_disk(lrq, model_file, tmp_path, monkeypatch):
+def test_a_report_stays_whole_on_a_full_disk(lrq, model_file, tmp_path, monkeypatch, sentences):
     (tmp_path / "report.json").write_text("the one before")
     monkeypatch.setattr(
         os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -531,24 +536,28 @@ def test_a_report_stays_whole_on_a_full_disk(lrq, model_file, tmp_path, monkeypa
     code, _, (line,) = lrq(
         "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--report", tmp_path / "report.json"
     )
-    assert code == 1 and "No space left on device" in line and "q.safetensors is complete" in line
+    assert code == 1
+    sentences(line)
     assert (tmp_path / "report.json").read_text() == "the one before" and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
-    "words, sentence",
+    "words",
     [
-        (["--device", "nonsense"], "The device 'nonsense' cannot be used here"),
-        (["--calibration", "nofile"], "nofile"),
-        (["--report", "no/such/folder/report.json"], "there is no folder"),
-        (["--rounding", "calibrated"], "calibration"),
+        ["--device", "nonsense"],
+        ["--calibration", "nofile"],
+        ["--report", "no/such/folder/report.json"],
+        ["--rounding", "calibrated"],
     ],
+    ids=" ".join,
 )
-def test_a_dry_run_looks_at_every_option(lrq, model_file, listing, words, sentence):
+def test_a_dry_run_looks_at_every_option(lrq, model_file, tmp_path, listing, monkeypatch, words, sentences):
     source = model_file()
+    monkeypatch.chdir(tmp_path)
     for more in (["--dry-run"], []):
         code, _, err = lrq("quantize", "-i", source, *words, *more)
-        assert code == 1 and len(err) == 1 and sentence in err[0]
+        assert code == 1 and len(err) == 1
+        sentences(err)
     assert listing() == ["model.safetensors"]
     assert lrq("plan", "-i", source, "--device", "nonsense")[0] == 1
 
@@ -566,24 +575,12 @@ def test_a_reader_that_goes_away_ends_it_quietly(model_file, tmp_path, words):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-SAID = (
-    "lrq: the work is done, but what lrq prints cannot be written (No space left on device); free some space there.\n"
-)
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize(
-    "streams, code, said",
-    [
-        (">&-", 0, ""),
-        ("2>&-", 0, ""),
-        (">&- 2>&- <&-", 0, ""),
-        ("2>/dev/full", 0, ""),
-        (">/dev/full 2>&-", 1, ""),
-        (">/dev/full", 1, SAID),
-    ],
+    "streams, code",
+    [(">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), ("2>/dev/full", 0), (">/dev/full 2>&-", 1), (">/dev/full", 1)],
 )
-def test_streams_that_are_closed_or_full_do_not_end_the_work(model_file, tmp_path, streams, code, said):
+def test_streams_that_are_closed_or_full_do_not_end_the_work(model_file, tmp_path, streams, code, sentences):
     command = [sys.executable, ROOT, "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--verbose"]
     for words, expected in ((command, code), ([sys.executable, ROOT, "verify", "none"], 1)):
         done = subprocess.run(
@@ -595,7 +592,8 @@ def test_streams_that_are_closed_or_full_do_not_end_the_work(model_file, tmp_pat
         )
         assert done.returncode == expected and "Traceback" not in done.stderr and "unexpected" not in done.stderr
         if words is command:
-            assert re.sub(r".*\r", "", done.stderr) == said or not said
+            if streams == ">/dev/full":
+                sentences(re.sub(r".*\r", "", done.stderr))
             assert verify_file(tmp_path / "q.safetensors").problems == []
 
 
@@ -631,7 +629,7 @@ def test_names_give_a_terminal_no_orders(lrq, tmp_path):
     assert "a\\x1b[2J\\r\\n\\x00\\u202eb.weight" in made[0][1]
 
 
-def test_shards_of_a_quantized_model(lrq, model_file, tmp_path):
+def test_shards_of_a_quantized_model(lrq, model_file, tmp_path, sentences):
     """inspect, verify and migrate take an index or a folder as plan does."""
     lrq("quantize", "-i", model_file(), "-o", tmp_path / "one.safetensors", "--int8", "--simple")
     tensors, folder = load_file(tmp_path / "one.safetensors"), tmp_path / "parts"
@@ -648,7 +646,7 @@ def test_shards_of_a_quantized_model(lrq, model_file, tmp_path):
         assert lrq("verify", given)[1] == lrq("verify", tmp_path / "one.safetensors")[1].replace(
             str(tmp_path / "one.safetensors"), str(given)
         )
-        assert "int8_tensorwise per row: 6 layers" in lrq("inspect", given)[1]
+        sentences(lrq("inspect", given)[1])
         assert lrq("migrate", "-i", given, "-o", tmp_path / "new.safetensors", "--overwrite")[0] == 0
         assert lrq("verify", tmp_path / "new.safetensors")[0] == 0
         made = load_file(tmp_path / "new.safetensors")
@@ -656,11 +654,11 @@ def test_shards_of_a_quantized_model(lrq, model_file, tmp_path):
     assert lrq("migrate", "-i", folder)[0] == 0 and (tmp_path / "parts_native.safetensors").exists()
 
 
-def test_a_dry_run_writes_nothing(lrq, model_file, listing):
+def test_a_dry_run_writes_nothing(lrq, model_file, listing, sentences):
     source = model_file()
     code, out, err = lrq("quantize", "-i", source, "--dry-run")
     assert (code, err, listing()) == (0, [], ["model.safetensors"])
-    assert "quantize  blocks.0.attn.qkv.weight" in out and "keep      step  (not a weight)" in out
+    sentences(out)
     assert lrq("quantize", "-i", source, "--dry_run")[1] == lrq("plan", "-i", source)[1] == out
 
 
@@ -670,11 +668,12 @@ def test_verbose_prints_a_line_per_tensor(lrq, model, model_file, tmp_path):
     assert all(sum(line.startswith(f"{name}  ") for line in out.splitlines()) == 1 for name in model())
 
 
-def test_the_same_command_again_is_done_already(lrq, model_file):
+def test_the_same_command_again_is_done_already(lrq, model_file, sentences):
     source = model_file()
     lrq("quantize", "-i", source)
     code, out, _ = lrq("quantize", "-i", source)
-    assert code == 0 and "Already done" in out
+    assert code == 0
+    sentences(out)
 
 
 def test_overwrite(lrq, model_file, tmp_path):
@@ -685,42 +684,31 @@ def test_overwrite(lrq, model_file, tmp_path):
     assert recipe_of(out)["format"] == "int8_tensorwise"
 
 
-def test_inspect(lrq, model_file, tmp_path):
+def test_inspect(lrq, model_file, tmp_path, sentences):
     source = model_file()
     code, out, err = lrq("inspect", source)
-    assert (
-        (code, err) == (0, [])
-        and "15 tensors" not in out
-        and "13 tensors" in out
-        and "BF16" in out
-        and "plain weights" in out
-    )
+    assert (code, err) == (0, [])
+    sentences(out)
     lrq("quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--int8")
-    _, out, _ = lrq("inspect", tmp_path / "q.safetensors")
-    assert (
-        "int8_tensorwise per row: 6 layers" in out
-        and "made by learned_rounding" in out
-        and "Stock ComfyUI 0.27 and newer loads it." in out
-    )
+    sentences(lrq("inspect", tmp_path / "q.safetensors")[1])
     lrq("quantize", "-i", source, "-o", tmp_path / "r.safetensors", "--int8", "--convrot", "--scaling_mode", "row")
-    assert "int8_tensorwise per row, ConvRot 16" in lrq("inspect", tmp_path / "r.safetensors")[1]
+    sentences(lrq("inspect", tmp_path / "r.safetensors")[1])
     lrq("quantize", "-i", source, "-o", tmp_path / "b.safetensors", "--int8", "--scaling_mode", "block")
-    _, out, _ = lrq("inspect", tmp_path / "b.safetensors")
-    assert "int8_blockwise per block of 128: 6 layers" in out
-    assert "ComfyUI's own loaders read int8_blockwise only with this node pack installed." in out
+    sentences(lrq("inspect", tmp_path / "b.safetensors")[1])
 
 
-def test_verify(lrq, model_file, tmp_path):
+def test_verify(lrq, model_file, tmp_path, sentences):
     lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors")
     code, out, err = lrq("verify", tmp_path / "q.safetensors")
-    assert (code, err) == (0, []) and "sound, 6 quantized layers" in out
+    assert (code, err) == (0, [])
+    sentences(out)
     tensors = load_file(tmp_path / "q.safetensors")
     tensors["blocks.0.mlp.0.weight_scale"] = torch.tensor(float("nan"))
     with safe_open(tmp_path / "q.safetensors", "pt") as file:
         save_file(tensors, tmp_path / "bad.safetensors", file.metadata())
     code, out, err = lrq("verify", tmp_path / "bad.safetensors")
     assert code == 1 and out == ""
-    assert "blocks.0.mlp.0: weight_scale" in err[0] and "1 problem(s) in 6 quantized layers" in err[1]
+    sentences(err)
 
 
 def test_formats_and_presets(lrq):
@@ -755,7 +743,8 @@ def test_formats_and_presets(lrq):
 def test_wrong_usage_exits_with_2(lrq, words):
     """Unknown options are refused, not ignored; abbreviations are unknown options."""
     code, out, err = lrq(*words)
-    assert code == 2 and out == "" and any(line.startswith("lrq") and "error:" in line for line in err)
+    assert code == 2 and out == ""
+    assert any(line.startswith("lrq") and "error:" in line for line in err)  # argparse's own form
 
 
 def nan_model(tmp_path):
@@ -789,120 +778,112 @@ def nothing(tmp_path):
 
 Q = ["quantize", "-i", "model.safetensors", "-o", "out.safetensors"]
 ERRORS = {
-    "missing source": (nothing, ["quantize", "-i", "none.safetensors"], "There is no file"),
-    "a folder without a model": (empty_folder, ["quantize", "-i", "empty"], "holds no safetensors files"),
-    "no safetensors file": (text_file, ["quantize", "-i", "text.safetensors"], "is not a safetensors file"),
+    "missing source": (nothing, ["quantize", "-i", "none.safetensors"]),
+    "a folder without a model": (empty_folder, ["quantize", "-i", "empty"]),
+    "no safetensors file": (text_file, ["quantize", "-i", "text.safetensors"]),
     "quantized already": (
         quantized,
         ["quantize", "-i", "quantized.safetensors"],
-        "is quantized already (int8_tensorwise)",
     ),
     "quantized already, dry": (
         quantized,
         ["quantize", "-i", "quantized.safetensors", "--dry-run"],
-        "is quantized already",
     ),
-    "nothing but NaN": (nan_model, ["quantize", "-i", "nan.safetensors"], "NaN or Inf"),
-    "nothing to quantize": (nothing, [*Q, "--exclude-layers", "."], "has no layer to quantize"),
-    "no such granularity": (nothing, [*Q, "--scaling_mode", "tensr"], "did you mean 'tensor'"),
+    "nothing but NaN": (nan_model, ["quantize", "-i", "nan.safetensors"]),
+    "nothing to quantize": (nothing, [*Q, "--exclude-layers", "."]),
+    "no such granularity": (nothing, [*Q, "--scaling_mode", "tensr"]),
     "row scales on a format by name": (
         nothing,
         [*Q, "--format", "float8_e4m3fn", "--scaling_mode", "row"],
-        "not per row; float8_e4m3fn_rowwise has",
     ),
-    "convrot on fp8": (nothing, [*Q, "--convrot"], "ConvRot exists for int8_tensorwise per row"),
-    "a convrot of another size": (nothing, [*Q, "--int8", "--convrot", "32"], "256, 64 or 16, not 32"),
+    "convrot on fp8": (nothing, [*Q, "--convrot"]),
+    "a convrot of another size": (nothing, [*Q, "--int8", "--convrot", "32"]),
     "two rotations": (
         nothing,
         [*Q, "--int8", "--convrot", "16", "--convrot-group-size", "256"],
-        "--convrot 16 and --convrot-group-size 256 contradict",
     ),
     "a rotation of all sizes and of one": (
         nothing,
         [*Q, "--int8", "--convrot", "auto", "--convrot-group-size", "64"],
-        "--convrot auto and --convrot-group",
     ),
     "two rules for one pattern": (
         nothing,
         [*Q, "--custom-layers", "mlp", "--custom-type", "int8", "--layer-config", '{"mlp": "skip"}'],
-        "--custom-layers and --layer-config say different things of 'mlp'",
     ),
-    "a block size without blocks": (nothing, [*Q, "--block_size", "64"], "Block size 64 has no effect"),
-    "steps of nearest": (nothing, [*Q, "--simple", "--num_iter", "5"], "num_iter has no effect on rounding 'nearest'"),
-    "damping without calibration": (nothing, [*Q, "--damping", "0.1"], "needs a calibration"),
-    "no calibration": (nothing, [*Q, "--rounding", "calibrated"], "Calibrated rounding needs a calibration"),
-    "a missing calibration": (nothing, [*Q, "--calibration", "none.safetensors"], "There is no file"),
-    "a model as calibration": (nothing, [*Q, "--calibration", "model.safetensors"], "holds no Grams of layers"),
-    "no such preset": (nothing, [*Q, "--preset", "fluks"], "did you mean 'flux'"),
-    "a bad pattern": (nothing, [*Q, "--exclude-layers", "("], "is no regular expression"),
-    "full precision on int8": (nothing, [*Q, "--int8", "--full_precision_matrix_mult"], "no effect on int8_tensorwise"),
-    "a huge seed": (nothing, [*Q, "--manual_seed", str(2**70)], "seed"),
-    "no such device": (nothing, [*Q, "--device", "nonsense"], "The device 'nonsense' cannot be used here"),
-    "a device without arithmetic": (nothing, [*Q, "--device", "meta"], "The device 'meta' cannot be used here"),
-    "no such recipe": (nothing, [*Q, "--recipe", "none.toml"], "cannot be read: No such file"),
-    "a recipe that is no text": (recipe_file(b"\xff\xfe"), [*Q, "--recipe", "recipe.toml"], "cannot be read"),
-    "a recipe that is no TOML": (recipe_file(b"a = \n\n b"), [*Q, "--recipe", "recipe.toml"], "not valid TOML"),
-    "a recipe that is no JSON": (recipe_file(b"{", "recipe.json"), [*Q, "--recipe", "recipe.json"], "not valid JSON"),
-    "an unknown field in a recipe": (recipe_file(b"bits = 8"), [*Q, "--recipe", "recipe.toml"], "no field 'bits'"),
+    "a block size without blocks": (nothing, [*Q, "--block_size", "64"]),
+    "steps of nearest": (nothing, [*Q, "--simple", "--num_iter", "5"]),
+    "damping without calibration": (nothing, [*Q, "--damping", "0.1"]),
+    "no calibration": (nothing, [*Q, "--rounding", "calibrated"]),
+    "a missing calibration": (nothing, [*Q, "--calibration", "none.safetensors"]),
+    "a model as calibration": (nothing, [*Q, "--calibration", "model.safetensors"]),
+    "no such preset": (nothing, [*Q, "--preset", "fluks"]),
+    "a bad pattern": (nothing, [*Q, "--exclude-layers", "("]),
+    "full precision on int8": (nothing, [*Q, "--int8", "--full_precision_matrix_mult"]),
+    "a huge seed": (nothing, [*Q, "--manual_seed", str(2**70)]),
+    "no such device": (nothing, [*Q, "--device", "nonsense"]),
+    "a device without arithmetic": (nothing, [*Q, "--device", "meta"]),
+    "no such recipe": (nothing, [*Q, "--recipe", "none.toml"]),
+    "a recipe that is no text": (recipe_file(b"\xff\xfe"), [*Q, "--recipe", "recipe.toml"]),
+    "a recipe that is no TOML": (recipe_file(b"a = \n\n b"), [*Q, "--recipe", "recipe.toml"]),
+    "a recipe that is no JSON": (recipe_file(b"{", "recipe.json"), [*Q, "--recipe", "recipe.json"]),
+    "an unknown field in a recipe": (recipe_file(b"bits = 8"), [*Q, "--recipe", "recipe.toml"]),
     "the source as output": (
         nothing,
         ["quantize", "-i", "model.safetensors", "-o", "model.safetensors"],
-        "is the source itself",
     ),
-    "an output in the way": (in_the_way, Q, "made from something else"),
-    "a folder as output": (nothing, ["quantize", "-i", "model.safetensors", "-o", "."], "is a folder"),
-    "a report that cannot be written": (nothing, [*Q, "--report", "none/report.json"], "report"),
-    "a report with a name too long": (nothing, [*Q, "--report", "r" * 300], "cannot be written: File name too long"),
+    "an output in the way": (in_the_way, Q),
+    "a folder as output": (nothing, ["quantize", "-i", "model.safetensors", "-o", "."]),
+    "a report that cannot be written": (nothing, [*Q, "--report", "none/report.json"]),
+    "a report with a name too long": (nothing, [*Q, "--report", "r" * 300]),
     "a report beside an output with a name too long": (
         lambda folder: (folder / "report.json").write_text("{}"),
         ["quantize", "-i", "model.safetensors", "-o", "o" * 300, "--report", "report.json"],
-        "cannot be written: File name too long",
     ),
     "a migrated file with a name too long": (
         nothing,
         ["migrate", "-i", "model.safetensors", "-o", "o" * 300],
-        "cannot be written: File name too long",
     ),
     "a recipe with a number of 5,000 digits": (
         recipe_file(b"seed = " + b"9" * 5000),
         [*Q, "--recipe", "recipe.toml"],
-        "not valid TOML",
     ),
-    "a report in place of a folder": (nothing, [*Q, "--report", "."], "report"),
-    "verify a missing file": (nothing, ["verify", "none.safetensors"], "There is no file"),
-    "inspect text": (text_file, ["inspect", "text.safetensors"], "is not a safetensors file"),
-    "plan a missing file": (nothing, ["plan", "-i", "none.safetensors"], "There is no file"),
+    "a report in place of a folder": (nothing, [*Q, "--report", "."]),
+    "verify a missing file": (nothing, ["verify", "none.safetensors"]),
+    "inspect text": (text_file, ["inspect", "text.safetensors"]),
+    "plan a missing file": (nothing, ["plan", "-i", "none.safetensors"]),
 }
 
 
-@pytest.mark.parametrize("prepare, words, sentence", ERRORS.values(), ids=ERRORS)
-def test_an_error_is_one_line(lrq, model_file, tmp_path, monkeypatch, prepare, words, sentence):
+@pytest.mark.parametrize("prepare, words", ERRORS.values(), ids=ERRORS)
+def test_an_error_is_one_line(lrq, model_file, tmp_path, monkeypatch, prepare, words, sentences):
     model_file()
     prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     code, _, err = lrq(*words)
     assert code == 1 and len(err) == 1, err
-    assert err[0].startswith("lrq: ") and sentence in err[0]
+    sentences(err)
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_full_disk_is_one_line(lrq, model_file, listing, monkeypatch):
+def test_a_full_disk_is_one_line(lrq, model_file, listing, monkeypatch, sentences):
     def full(descriptor):
         raise OSError(28, os.strerror(28))
 
     source = model_file()
     monkeypatch.setattr(os, "fsync", full)
     code, _, err = lrq("quantize", "-i", source)
-    assert code == 1 and len(err) == 1 and err[0].startswith("lrq: The disk is full")
+    assert code == 1 and len(err) == 1
+    sentences(err)
     assert listing() == ["model.safetensors"]
 
 
-def test_debug_shows_the_trace(lrq, tmp_path):
+def test_debug_shows_the_trace(lrq, tmp_path, sentences):
     code, _, err = lrq("--debug", "quantize", "-i", tmp_path / "none.safetensors")
-    assert code == 1 and err[0].startswith("Traceback") and err[-1].startswith("lrq: There is no file")
+    assert code == 1 and err[0].startswith("Traceback")
+    sentences(err[-1])
 
 
-def test_an_interrupt_leaves_nothing(lrq, model_file, listing, monkeypatch):
+def test_an_interrupt_leaves_nothing(lrq, model_file, listing, monkeypatch, sentences):
     def interrupt(*args, **options):
         signal.raise_signal(signal.SIGINT)  # as Ctrl+C does
         return quantize_weight(*args, **options)
@@ -914,7 +895,8 @@ def test_an_interrupt_leaves_nothing(lrq, model_file, listing, monkeypatch):
         code, _, err = lrq("quantize", "-i", source)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert code == 130 and len(err) == 1 and err[0].startswith("lrq: interrupted")
+    assert code == 130 and len(err) == 1
+    sentences(err)
     assert listing() == ["model.safetensors"]
 
 
@@ -949,7 +931,7 @@ def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, lis
     model_file().rename(work / "model.safetensors")
     result = run([sys.executable, clone, "quantize", "-i", "model.safetensors", "--int8"], work)
     assert result.returncode == 0, result.stderr
-    assert error_lines(result.stderr) == [] and "layers quantized  6" in result.stdout
+    assert error_lines(result.stderr) == []
     assert verify_file(work / "model_int8_row.safetensors").problems == []
     with safe_open(work / "model_int8_row.safetensors", "pt") as file:
         assert json.loads(file.metadata()["learned_rounding"])["version"] == "9.8.7"
@@ -959,12 +941,12 @@ def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, lis
     ]
 
 
-def test_a_link_to_the_folder_runs_and_an_error_has_no_trace(tmp_path):
+def test_a_link_to_the_folder_runs_and_an_error_has_no_trace(tmp_path, sentences):
     link = tmp_path / "ComfyUI-Learned-Rounding"
     link.symlink_to(ROOT, target_is_directory=True)
     result = run([sys.executable, link, "verify", "none.safetensors"], tmp_path)
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.splitlines() == ["lrq: There is no file none.safetensors; check the path."]
+    sentences(result.stderr)
 
 
 def test_the_installed_command_runs(tmp_path):
@@ -975,16 +957,17 @@ def test_the_installed_command_runs(tmp_path):
     assert result.returncode == 0 and "float8_e4m3fn" in result.stdout
 
 
-def test_what_nobody_foresaw_is_one_line_too(lrq, monkeypatch, tmp_path):
+def test_what_nobody_foresaw_is_one_line_too(lrq, monkeypatch, tmp_path, sentences):
     def broken(*args):
         raise ZeroDivisionError("a line\nand another")
 
     monkeypatch.setattr(cli, "inspect_file", broken)
     code, _, err = lrq("inspect", tmp_path)
     assert code == 1 and len(err) == 1
-    assert "ZeroDivisionError: a line and another" in err[0] and "--debug" in err[0]
+    sentences(err)
     code, _, err = lrq("inspect", tmp_path, "--debug")
-    assert code == 1 and err[0].startswith("Traceback") and err[-1].startswith("lrq: something unexpected")
+    assert code == 1 and err[0].startswith("Traceback")
+    sentences(err[-1])
 
 
 def test_the_help_tells_the_exit_codes(lrq):

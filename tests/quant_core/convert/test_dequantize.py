@@ -80,7 +80,7 @@ def test_the_header_is_read_for_formats_of_others_too():
     assert dict(decoded.layers) == {"mxfp8": 1}
 
 
-def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out():
+def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out(sentences):
     """Nor does ``lrq migrate`` leave it out."""
     codes = {
         "scaled_fp8": torch.zeros(0),
@@ -89,11 +89,11 @@ def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out():
     }
     one = DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.ones(1)}))
     assert torch.equal(one.read("b.weight"), plain()["b.weight"])
-    with pytest.raises(SourceError, match="b.scale_weight scales a weight that is no code"):
+    with sentences.raises(SourceError):
         DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.tensor([0.5])}))
 
 
-def test_old_scaled_fp8_becomes_int8(tmp_path, capsys):
+def test_old_scaled_fp8_becomes_int8(tmp_path, capsys, sentences):
     codes = (plain()["a.weight"].float() * 50).clamp(-448, 448).to(torch.float8_e4m3fn)
     old = {
         "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn),
@@ -114,12 +114,13 @@ def test_old_scaled_fp8_becomes_int8(tmp_path, capsys):
         "--requantize",
     ]
     assert main(words) == 0
-    assert "1 layers of float8_e4m3fn per tensor" in capsys.readouterr().out
+    sentences(capsys.readouterr().out.splitlines()[0])
     assert verify_file(tmp_path / "new.safetensors").layers == 2
     made = load_file(tmp_path / "new.safetensors")
     assert error(made["a.weight"].float() * made["a.weight_scale"], plain()["a.weight"]) < 0.05
     assert not [name for name in made if "scale_weight" in name or "scale_input" in name or "scaled" in name]
-    assert main(words) == 0 and "already done" in capsys.readouterr().out.lower()
+    assert main(words) == 0
+    sentences(capsys.readouterr().out)
 
 
 CHANGES = {
@@ -137,7 +138,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_codes_mean_belongs_to_the_model(tmp_path, change):
+def test_what_codes_mean_belongs_to_the_model(tmp_path, change, sentences):
     """The same codes by other scales or rotations are another model, which is not done already."""
     codes = torch.randint(-127, 128, (32, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     config = config_tensor({"format": "int8_tensorwise", "per_row": True})
@@ -153,7 +154,7 @@ def test_what_codes_mean_belongs_to_the_model(tmp_path, change):
             return quantize_file(DecodedSource(opened), tmp_path / "out.safetensors", recipe, device="cpu")
 
     assert not made("first.safetensors").already_done and made("first.safetensors").already_done
-    with pytest.raises(OutputExistsError, match="made from something else"):
+    with sentences.raises(OutputExistsError):
         made("other.safetensors")
 
 
@@ -203,14 +204,15 @@ PLAIN = {"a.weight": plain()["a.weight"], "a.bias": torch.ones(64).bfloat16()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_fp8_without_scales_is_what_it_says(tmp_path, capsys, dtype):
+def test_fp8_without_scales_is_what_it_says(tmp_path, capsys, dtype, sentences):
     """A common download: the weights of a model, and perhaps its biases, turned to FP8 by themselves."""
     codes = {name: tensor.to(dtype) for name, tensor in PLAIN.items()}
     save_file(codes, tmp_path / "plain.safetensors")
     words = ["quantize", "-i", str(tmp_path / "plain.safetensors"), "-o", str(tmp_path / "new.safetensors"), "--int8"]
-    assert main(words) == 1 and "requantize" in capsys.readouterr().err
+    assert main(words) == 1
+    sentences(capsys.readouterr().err)
     assert main([*words, "--requantize"]) == 0
-    assert "1 layers of F8_E" in capsys.readouterr().out
+    sentences(capsys.readouterr().out.splitlines()[0])
     assert verify_file(tmp_path / "new.safetensors").problems == []
     made = load_file(tmp_path / "new.safetensors")
     assert error(made["a.weight"].float() * made["a.weight_scale"], codes["a.weight"]) < 0.02
@@ -231,54 +233,37 @@ BYTES, INT8 = torch.zeros(64, 64, dtype=torch.uint8), torch.zeros(64, 64, dtype=
 
 
 @pytest.mark.parametrize(
-    "tensors, format, sentence",
+    "tensors, format",
     [
-        ({"a.weight": BYTES}, "gguf_q4", "a is in the format gguf_q4, which cannot be decoded"),
-        ({"a.weight": BYTES}, "nvfp4", "nvfp4 and lacks its weight_scale"),
-        ({"a.weight": INT8}, "int8_tensorwise", "int8_tensorwise and lacks its weight_scale"),
-        ({"a.weight": INT8}, None, "plain I8 weights and no scales"),
-        (
-            {"a.weight": BYTES, "a.weight.absmax": torch.ones(64), "a.weight.quant_map": torch.ones(16)},
-            None,
-            "bitsandbytes, which is not decoded",
-        ),
-        (
-            {"a.weight": BYTES, "a.weight_scale": torch.ones(3), "a.weight_scale_2": torch.ones(())},
-            "nvfp4",
-            "a is no sound layer of the format nvfp4",
-        ),
-        (
-            {"a.weight": INT8, "a.weight_scale": torch.ones(64)},
-            {"format": "convrot_w4a4", "convrot_groupsize": 100},
-            "256, 64 or 16",
-        ),
-        (
-            {"a.weight": BYTES, "a.weight_scale": torch.ones(4)},
-            {"format": "mxfp8", "orig_shape": [65, 64]},
-            r"gives the shape \[65, 64\]",
-        ),
-        (
-            {"a.weight": BYTES, "a.weight_scale": torch.ones(4)},
-            {"format": "mxfp8", "orig_shape": "x"},
-            "gives the shape x",
-        ),
+        ({"a.weight": BYTES}, "gguf_q4"),
+        ({"a.weight": BYTES}, "nvfp4"),
+        ({"a.weight": INT8}, "int8_tensorwise"),
+        ({"a.weight": INT8}, None),
+        ({"a.weight": BYTES, "a.weight.absmax": torch.ones(64), "a.weight.quant_map": torch.ones(16)}, None),
+        ({"a.weight": BYTES, "a.weight_scale": torch.ones(3), "a.weight_scale_2": torch.ones(())}, "nvfp4"),
+        ({"a.weight": INT8, "a.weight_scale": torch.ones(64)}, {"format": "convrot_w4a4", "convrot_groupsize": 100}),
+        ({"a.weight": BYTES, "a.weight_scale": torch.ones(4)}, {"format": "mxfp8", "orig_shape": [65, 64]}),
+        ({"a.weight": BYTES, "a.weight_scale": torch.ones(4)}, {"format": "mxfp8", "orig_shape": "x"}),
     ],
 )
-def test_what_cannot_be_decoded(tmp_path, tensors, format, sentence):
+def test_what_cannot_be_decoded(tmp_path, tensors, format, sentences):
     config = format if isinstance(format, dict) or format is None else {"format": format}
     json = {"a.comfy_quant": config_tensor(config)} if config else {}
     save_file({**tensors, **json}, tmp_path / "q.safetensors")
-    with SafetensorsFile(tmp_path / "q.safetensors") as opened, pytest.raises(SourceError, match=sentence):
+    with SafetensorsFile(tmp_path / "q.safetensors") as opened, sentences.raises(SourceError):
         DecodedSource(opened).read("a.weight")
 
 
-def test_what_is_not_decoded_is_not_promised_to_be():
+def test_what_is_not_decoded_is_not_promised_to_be(sentences):
     codes = TensorSource({"a.weight": BYTES, "a.weight.absmax": torch.ones(64)})
-    with pytest.raises(AlreadyQuantizedError, match="full-precision original\\.$"):
+    with sentences.raises(AlreadyQuantizedError):
         Recipe().plan(codes)
 
 
 def test_a_plain_file_is_read_as_it_is(tmp_path, capsys):
     save_file(plain(), tmp_path / "model.safetensors")
-    assert main(["plan", "-i", str(tmp_path / "model.safetensors"), "--requantize"]) == 0
-    assert "Decoded" not in capsys.readouterr().out
+    outputs = []
+    for words in (["--requantize"], []):
+        assert main(["plan", "-i", str(tmp_path / "model.safetensors"), *words]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]

@@ -79,17 +79,17 @@ def test_old_scaled_fp8(migrate, prefix, marker, full):
     "value, stays", [(0.5, True), (1.0, False), (0.02, False)], ids=["measured", "one", "a copy of the weight's"]
 )
 @pytest.mark.parametrize("drop", [False, True])
-def test_input_scales(migrate, value, stays, drop):
+def test_input_scales(migrate, value, stays, drop, sentences):
     done, made, _ = migrate(old_fp8(scale_input=torch.tensor(value)), drop_input_scale=drop)
     assert ("blocks.0.mlp.input_scale" in made) is (stays and not drop)
-    assert done.changes["input scales left out"] == (not stays or drop)
+    sentences(str(dict(done.changes)))
 
 
-def test_input_scales_from_a_calibration(migrate):
+def test_input_scales_from_a_calibration(migrate, sentences):
     rows = random(256, 96, seed=3) * 4000
     known = LayerInputs({"blocks.0.mlp": Inputs(amax=rows.abs().amax(0), histogram=histogram(rows))})
     done, made, _ = migrate(old_fp8(scale_input=torch.tensor(0.5)), calibration=known)
-    assert done.changes["input scales measured"] == 1
+    sentences(str(dict(done.changes)))
     assert float(made["blocks.0.mlp.input_scale"]) > 4
 
 
@@ -134,12 +134,12 @@ UNROTATED = {"format": "int8_tensorwise", "per_row": True}
 @pytest.mark.parametrize(
     "by_header, by_tensor", [(ROTATED, UNROTATED), (UNROTATED, ROTATED)], ids=["rotated", "not rotated"]
 )
-def test_the_header_is_read_where_the_tensor_disagrees(migrate, by_header, by_tensor):
+def test_the_header_is_read_where_the_tensor_disagrees(migrate, by_header, by_tensor, sentences):
     """ComfyUI writes the header's JSON over the tensor."""
     old = {"a.weight": codes(INT8), "a.weight_scale": torch.ones(64, 1), "a.comfy_quant": config_tensor(by_tensor)}
     done, _, jsons = migrate(old, header(a=by_header))
     assert jsons == {"a": by_header}
-    assert done.changes == {"layers whose comfy_quant tensor said otherwise than the header, which ComfyUI goes by": 1}
+    sentences(str(dict(done.changes)))
 
 
 def test_the_header_is_read_for_formats_of_others_too(tmp_path):
@@ -161,7 +161,7 @@ def test_the_header_is_read_for_formats_of_others_too(tmp_path):
     assert tensors["b"] == listed["b"] == other
 
 
-def test_orphans_go_and_formats_of_others_stay(migrate):
+def test_orphans_go_and_formats_of_others_stay(migrate, sentences):
     rotated = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}
     old = {
         "a.weight": codes(INT8),
@@ -174,7 +174,7 @@ def test_orphans_go_and_formats_of_others_stay(migrate):
     }
     done, made, jsons = migrate(old)
     assert jsons["a"]["convrot_groupsize"] == 16
-    assert done.changes["tensors that belong to no quantized layer removed"] == 3
+    sentences(str(dict(done.changes)))
     assert set(done.removed) == {"gone.weight_scale", "gone.comfy_quant", "nothing.scale_input"}
     assert {name for name in made if name.startswith(("gone", "nothing"))} == {"gone.weight"}
 
@@ -188,33 +188,23 @@ def test_each_part_of_a_checkpoint_has_its_own_mark(migrate):
 
 
 @pytest.mark.parametrize(
-    "tensors, config, sentence",
+    "tensors, config",
     [
         (
             {"a.weight": codes(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)},
             {"format": "int8_tensorwise", "convrot": True},
-            "groups of 256 do not divide",
         ),
-        (
-            {"a.weight": codes(INT8), "a.weight_scale": torch.ones(())},
-            {"format": "int8_tensorwise", "convrot": True},
-            "rotated codes .* per tensor",
-        ),
+        ({"a.weight": codes(INT8), "a.weight_scale": torch.ones(())}, {"format": "int8_tensorwise", "convrot": True}),
         (
             {"a.weight": codes(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)},
             {"format": "int8_blockwise", "group_size": 100},
-            "blocks of 100",
         ),
-        (
-            {"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(),
-            None,
-            "scales a weight that is no code",
-        ),
-        ({"a.weight": codes(INT8)} | old_fp8(), None, "a: holds codes"),
+        ({"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(), None),
+        ({"a.weight": codes(INT8)} | old_fp8(), None),
     ],
 )
-def test_what_would_not_be_what_was_meant_is_not_written(tmp_path, migrate, tensors, config, sentence):
-    with pytest.raises(SourceError, match=sentence):
+def test_what_would_not_be_what_was_meant_is_not_written(tmp_path, migrate, tensors, config, sentences):
+    with sentences.raises(SourceError):
         migrate({**tensors, **({"a.comfy_quant": config_tensor(config)} if config else {})})
     assert not (tmp_path / "new.safetensors").exists()
 
@@ -223,16 +213,16 @@ TWICE = [("weight_scale", "scale_weight"), ("input_scale", "scale_input")]
 
 
 @pytest.mark.parametrize("names", [*TWICE, *(pair[::-1] for pair in TWICE)], ids="/".join)
-def test_a_scale_by_two_names_is_refused(tmp_path, migrate, names):
+def test_a_scale_by_two_names_is_refused(tmp_path, migrate, names, sentences):
     """One of them would be chosen, and the other stay under a name that is written again."""
     scales = {f"blocks.0.mlp.{name}": torch.tensor(value) for name, value in zip(names, (0.02, 3.0), strict=True)}
     layer = {"blocks.0.mlp.weight": codes(), "blocks.0.mlp.weight_scale": torch.tensor(0.02)}
-    with pytest.raises(SourceError, match=r"blocks\.0\.mlp\.\w+ and blocks\.0\.mlp\.\w+ are two names of one thing"):
+    with sentences.raises(SourceError):
         migrate(layer | scales)
     assert not (tmp_path / "new.safetensors").exists()
 
 
-def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate):
+def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate, sentences):
     """ComfyUI uses such a layer as it is."""
     old = old_fp8() | {"plain.weight": codes(), "plain.bias": random(64).to(FP8)}
     done, made, jsons = migrate(old)
@@ -241,7 +231,7 @@ def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate):
         torch.equal(made[name], old[name].bfloat16()) and made[name].dtype is torch.bfloat16
         for name in ("plain.weight", "plain.bias")
     )
-    assert done.changes["tensors of FP8 without a scale decoded, which ComfyUI takes for plain weights"] == 2
+    sentences(str(dict(done.changes)))
 
 
 def test_formats_of_others_stay_as_they_are(tmp_path):
@@ -274,29 +264,29 @@ def test_a_sound_file_stays_as_it_is(tmp_path, migrate):
     assert all(torch.equal(made[name], before[name]) for name in before)
 
 
-def test_what_is_refused(tmp_path, migrate):
-    with pytest.raises(NothingToQuantizeError, match="no quantized layer"):
+def test_what_is_refused(tmp_path, migrate, sentences):
+    with sentences.raises(NothingToQuantizeError):
         migrate({"a.weight": random(8, 8)})
-    with pytest.raises(SourceError, match="none of the formats"):
+    with sentences.raises(SourceError):
         migrate({"a.weight": codes(), "a.weight_scale": torch.ones(3, 5)})
     assert not (tmp_path / "new.safetensors").exists()
     migrate(old_fp8())
-    with pytest.raises(OutputError, match="exists"):
+    with sentences.raises(OutputError):
         migrate(old_fp8())
-    with pytest.raises(OutputError, match="the source itself"):
+    with sentences.raises(OutputError):
         migrate_file(tmp_path / "old.safetensors", tmp_path / "old.safetensors", overwrite=True)
     save_file({"blocks.0.mlp.gram": torch.eye(8)}, tmp_path / "x.calib.safetensors")
     statistics = (tmp_path / "x.calib.safetensors").read_bytes()
     with (
         CalibrationFile(tmp_path / "x.calib.safetensors") as known,
-        pytest.raises(OutputError, match="the calibration itself"),
+        sentences.raises(OutputError),
     ):
         migrate_file(tmp_path / "old.safetensors", tmp_path / "x.calib.safetensors", calibration=known, overwrite=True)
     assert (tmp_path / "x.calib.safetensors").read_bytes() == statistics
     migrate(old_fp8(), overwrite=True)
-    with pytest.raises(SourceError, match="not finite and positive"):
+    with sentences.raises(SourceError):
         migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(float("nan"))}, overwrite=True)
-    with pytest.raises(SourceError, match="not finite and positive"):
+    with sentences.raises(SourceError):
         migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(2.0 + 0j)}, overwrite=True)
     assert verify_file(tmp_path / "new.safetensors").problems == []  # what was there is not lost
     assert not list(tmp_path.glob(".*partial"))

@@ -53,28 +53,28 @@ def test_specs_give_dtypes_and_shapes(name, options, scale):
 
 
 @pytest.mark.parametrize(
-    "name, options, text",
+    "name, options",
     [
         # Stock ComfyUI crashes on, or silently misreads, row scales under the name float8_e4m3fn.
-        ("float8_e4m3fn", {"granularity": "row"}, "one scale per tensor, not per row; float8_e4m3fn_rowwise has"),
-        ("float8_e5m2", {"granularity": "row"}, "not per row; choose another format or granularity"),
-        ("int8_tensorwise", {"block_size": 64}, "Block size 64 has no effect on int8_tensorwise per row"),
-        ("int8_blockwise", {"block_size": 100}, "a power of two from 8 to 1024, not 100"),
-        ("int8_blockwise", {"block_size": 4}, "a power of two from 8 to 1024, not 4"),
-        ("int8_blockwise", {"block_size": 64.0}, "a power of two"),
-        ("float8_e4m3fn", {"convrot": 256}, "ConvRot exists for int8_tensorwise per row, not for float8_e4m3fn"),
-        ("int8_tensorwise", {"granularity": "tensor", "convrot": 256}, "not for int8_tensorwise per tensor"),
-        ("int8_tensorwise", {"convrot": 32}, "256, 64 or 16 channels, not 32"),
-        ("int8_blockwise", {"full_precision_matmul": True}, "has no effect on int8_blockwise"),
+        ("float8_e4m3fn", {"granularity": "row"}),
+        ("float8_e5m2", {"granularity": "row"}),
+        ("int8_tensorwise", {"block_size": 64}),
+        ("int8_blockwise", {"block_size": 100}),
+        ("int8_blockwise", {"block_size": 4}),
+        ("int8_blockwise", {"block_size": 64.0}),
+        ("float8_e4m3fn", {"convrot": 256}),
+        ("int8_tensorwise", {"granularity": "tensor", "convrot": 256}),
+        ("int8_tensorwise", {"convrot": 32}),
+        ("int8_blockwise", {"full_precision_matmul": True}),
     ],
 )
-def test_what_has_no_effect_is_refused(name, options, text):
-    with pytest.raises(RecipeError, match=text):
+def test_what_has_no_effect_is_refused(name, options, sentences):
+    with sentences.raises(RecipeError):
         make_encoding(name, **options)
 
 
-def test_an_unknown_granularity_suggests_the_nearest():
-    with pytest.raises(UnknownNameError, match="no granularity 'tensr'.*did you mean 'tensor'"):
+def test_an_unknown_granularity_suggests_the_nearest(sentences):
+    with sentences.raises(UnknownNameError):
         make_encoding("int8_tensorwise", "tensr")
 
 

@@ -59,11 +59,11 @@ def test_the_largest_group_that_divides_is_taken(convrot, inner, groups):
 
 
 @pytest.mark.parametrize("convrot", [1, 32, "on", 2.5])
-def test_other_groups_are_refused(convrot):
-    with pytest.raises(RecipeError, match="ConvRot can be on, off, auto, 256, 64 or 16"):
+def test_other_groups_are_refused(convrot, sentences):
+    with sentences.raises(RecipeError):
         rotation_groups(convrot, 512)
 
 
-def test_channels_that_no_group_divides_are_refused():
-    with pytest.raises(RecipeError, match="groups of 64 do not divide 100 input channels"):
+def test_channels_that_no_group_divides_are_refused(sentences):
+    with sentences.raises(RecipeError):
         Rotation(64).apply(torch.zeros(2, 100))

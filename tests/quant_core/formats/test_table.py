@@ -30,16 +30,17 @@ def test_entries(name, grid, granularities, full_precision):
     assert entry.full_precision_matmul == full_precision
 
 
-@pytest.mark.parametrize("wrong, near", [("float8_e4m3", "float8_e4m3fn"), ("int8_tensorwize", "int8_tensorwise")])
-def test_an_unknown_format_suggests_the_nearest(wrong, near):
-    with pytest.raises(UnknownNameError, match=f"no format '{wrong}'.*did you mean '{near}'"):
+@pytest.mark.parametrize("wrong", ["float8_e4m3", "int8_tensorwize"])
+def test_an_unknown_format_suggests_the_nearest(wrong, sentences):
+    with sentences.raises(UnknownNameError) as caught:
         find_format(wrong)
+    assert (caught.value.kind, caught.value.name) == ("format", wrong)
 
 
-def test_an_unknown_format_unlike_any_lists_all():
-    with pytest.raises(UnknownNameError) as caught:
+def test_an_unknown_format_unlike_any_lists_all(sentences):
+    with sentences.raises(UnknownNameError) as caught:
         find_format("~~~")
-    assert all(name in str(caught.value) for name in FORMATS)
+    assert caught.value.known == sorted(FORMATS)
 
 
 @pytest.mark.parametrize(

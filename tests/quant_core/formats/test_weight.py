@@ -98,12 +98,12 @@ def test_a_rotated_weight_comes_back_in_its_own_basis():
     assert (plain - weight).norm() > weight.norm()  # what stands in the file is another matrix
 
 
-def test_convolutions_are_for_the_library_only():
+def test_convolutions_are_for_the_library_only(sentences):
     weight = torch.randn(4, 6, 3, 3, generator=torch.Generator().manual_seed(1))
     quantized = quantize_weight(weight, "int8_tensorwise")
     assert quantized.codes.shape == (4, 54) and quantized.dequantize().shape == weight.shape
     assert (quantized.dequantize() - weight).norm() < 0.02 * weight.norm()
-    with pytest.raises(QuantizationError, match=r"conv: a weight of shape \(4, 6, 3, 3\) cannot stand quantized"):
+    with sentences.raises(QuantizationError):
         quantized.tensors("conv")
 
 

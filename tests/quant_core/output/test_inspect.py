@@ -20,7 +20,7 @@ def config(text: str) -> torch.Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
-def test_plain_weights(model, model_file):
+def test_plain_weights(model, model_file, sentences):
     path = model_file()
     found = inspect_file(path)
     assert found.path == str(path) and found.size == path.stat().st_size and found.tensors == len(model())
@@ -32,7 +32,7 @@ def test_plain_weights(model, model_file):
     }
     assert list(found.dtypes) == ["F32", "BF16", "F16", "I64"]  # by falling size
     assert found.quantized == {} and found.made_by == {}
-    assert found.stock == "Stock ComfyUI loads it as plain weights."
+    sentences(found.stock)
 
 
 @pytest.mark.parametrize(
@@ -43,23 +43,18 @@ def test_plain_weights(model, model_file):
         (INT8_TENSOR, {"int8_tensorwise per tensor": 6}, "0.27"),
     ],
 )
-def test_safetensors_files(model_file, tmp_path, recipe, quantized, since):
+def test_safetensors_files(model_file, tmp_path, recipe, quantized, since, sentences):
     quantize_file(model_file(), tmp_path / "q.safetensors", recipe)
     found = inspect_file(tmp_path / "q.safetensors")
     assert found.quantized == quantized
-    assert found.stock == f"Stock ComfyUI {since} and newer loads it."
+    sentences(found.stock)
+    assert since in found.stock
     assert found.made_by["recipe"] == recipe.to_dict() and found.made_by["version"] and found.made_by["fingerprint"]
     assert found.dtypes["F8_E4M3" if recipe is FP8 else "I8"][0] == 6
-    told = str(found).splitlines()[-1]
-    assert (
-        f"rounding {recipe.rounding}" in told
-        and f"format {recipe.format}" in told
-        and "None" not in told
-        and "False" not in told
-    )
+    sentences(str(found).splitlines()[-1])
 
 
-def test_a_file_of_both_formats_needs_the_newer_release(tmp_path):
+def test_a_file_of_both_formats_needs_the_newer_release(tmp_path, sentences):
     """0.27 is newer than 0.3.75, whatever the strings say."""
     tensors = {
         "a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn),
@@ -71,7 +66,8 @@ def test_a_file_of_both_formats_needs_the_newer_release(tmp_path):
     }
     save_file(tensors, tmp_path / "a.safetensors")
     found = inspect_file(tmp_path / "a.safetensors")
-    assert found.stock == "Stock ComfyUI 0.27 and newer loads it."
+    sentences(found.stock)
+    assert "0.27" in found.stock
     assert found.quantized == {"float8_e4m3fn per tensor": 1, "int8_tensorwise per tensor": 1}
 
 
@@ -83,15 +79,14 @@ def test_a_broken_layer_counts_as_broken(tmp_path):
     assert inspect_file(tmp_path / "a.safetensors").quantized == {"int8_tensorwise (broken)": 1}
 
 
-def test_formats_of_others_are_named_and_not_judged(tmp_path):
+def test_formats_of_others_are_named_and_not_judged(tmp_path, sentences):
     save_file(
         {"a.weight": torch.zeros(4, 4, dtype=torch.uint8), "a.comfy_quant": config('{"format":"nvfp9"}')},
         tmp_path / "a.safetensors",
     )
     found = inspect_file(tmp_path / "a.safetensors")
-    assert found.stock == "It holds nvfp9, which this version cannot judge." and found.quantized == {
-        "nvfp9 (broken)": 1
-    }
+    sentences(found.stock)
+    assert found.quantized == {"nvfp9 (broken)": 1}
 
 
 def test_layers_that_only_the_header_lists_are_counted(tmp_path):

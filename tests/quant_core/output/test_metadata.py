@@ -65,36 +65,36 @@ def test_plain_weights_have_no_configs():
 
 
 @pytest.mark.parametrize(
-    "tensor, sentence",
+    "tensor",
     [
-        (config_tensor(b"{"), "tensor a.comfy_quant is not valid JSON"),
-        (config_tensor(b"\xff\xfe\xfd"), "tensor a.comfy_quant is not valid JSON"),
-        (config_tensor(b"[1]"), "tensor a.comfy_quant is not a JSON object"),
-        (config_tensor(b""), "tensor a.comfy_quant is not valid JSON"),
-        (torch.zeros(4), "tensor a.comfy_quant should be of dtype U8"),
+        config_tensor(b"{"),
+        config_tensor(b"\xff\xfe\xfd"),
+        config_tensor(b"[1]"),
+        config_tensor(b""),
+        torch.zeros(4),
     ],
 )
-def test_damaged_config_tensors(tensor, sentence):
-    with pytest.raises(SourceError, match=f"f.safetensors: {sentence}"):
+def test_damaged_config_tensors(tensor, sentences):
+    with sentences.raises(SourceError):
         layer_configs(TensorSource({"a.comfy_quant": tensor}, name="f.safetensors"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"layers": []}', '{"layers": {"a": 1}}', '{"layers": null}'])
-def test_damaged_header_entries(text):
-    with pytest.raises(SourceError, match="f.safetensors: header entry _quantization_metadata"):
+def test_damaged_header_entries(text, sentences):
+    with sentences.raises(SourceError):
         layer_configs(TensorSource({}, {"_quantization_metadata": text}, name="f.safetensors"))
 
 
-def test_damaged_provenance():
-    with pytest.raises(SourceError, match="header entry learned_rounding is not valid JSON"):
+def test_damaged_provenance(sentences):
+    with sentences.raises(SourceError):
         provenance(TensorSource({}, {"learned_rounding": "{"}))
 
 
-def test_the_note_names_this_pack_for_formats_that_stock_comfyui_does_not_load():
+def test_the_note_names_this_pack_for_formats_that_stock_comfyui_does_not_load(sentences):
     assert loading_note({"a": CONFIG, "b": {"format": "float8_e4m3fn"}}) == {}
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
     note = loading_note({"a": CONFIG, "b": {"format": "int8_blockwise"}, "c": {"format": "float8_e4m3fn_rowwise"}})[
         "note"
     ]
-    assert "float8_e4m3fn_rowwise, int8_blockwise layers" in note and "tensorwise" not in note
+    sentences(note)
     assert project["tool"]["comfy"]["DisplayName"] in note and project["project"]["urls"]["Repository"] in note

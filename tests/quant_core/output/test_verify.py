@@ -1,7 +1,6 @@
 """Each way to break the contract has its own sentence, and a good file has none."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -90,155 +89,124 @@ BREAKS = {
     "codes nothing multiplies": (
         "e5m2",
         set_both("full_precision_matrix_mult", None),
-        "lacks full_precision_matrix_mult, and no NVIDIA card multiplies float8_e5m2 codes; lrq migrate adds it",
     ),
-    "no scale": ("int8 row", drop("weight_scale"), "weight_scale missing"),
+    "no scale": ("int8 row", drop("weight_scale")),
     "scale of another shape": (
         "int8 row",
         put("weight_scale", torch.ones(96)),
-        r"needs .*\(96, 1\).* has .*weight_scale torch.float32 \(96,\)",
     ),
-    "scale of a part of the rows": ("int8 row", put("weight_scale", torch.ones(95, 1)), r"has .*\(95, 1\)"),
+    "scale of a part of the rows": ("int8 row", put("weight_scale", torch.ones(95, 1))),
     "row scale on fp8": (
         "fp8",
         put("weight_scale", torch.ones(96, 1)),
-        r"float8_e4m3fn needs .*weight_scale torch.float32 \(\)",
     ),
-    "one-element scale on fp8": ("fp8", put("weight_scale", torch.ones(1)), r"has .*weight_scale torch.float32 \(1,\)"),
+    "one-element scale on fp8": ("fp8", put("weight_scale", torch.ones(1))),
     "scale in half precision": (
         "fp8",
         put("weight_scale", torch.tensor(1.0, dtype=torch.float16)),
-        "has .*weight_scale torch.float16",
     ),
     "NaN scale": (
         "fp8",
         put("weight_scale", torch.tensor(float("nan"))),
-        "weight_scale holds values that are not finite and positive",
     ),
     "infinite scale": (
         "fp8",
         put("weight_scale", torch.tensor(float("inf"))),
-        "weight_scale holds values that are not finite and positive",
     ),
     "zero scale": (
         "fp8",
         put("weight_scale", torch.tensor(0.0)),
-        "weight_scale holds values that are not finite and positive",
     ),
     "one negative row": (
         "int8 row",
         put("weight_scale", torch.cat([torch.ones(95, 1), -torch.ones(1, 1)])),
-        "weight_scale holds values",
     ),
     "zero input scale": (
         "fp8",
         put("input_scale", torch.tensor(0.0)),
-        "input_scale holds values that are not finite and positive",
     ),
     "complex input scale": (
         "fp8",
         put("input_scale", torch.tensor(1j)),
-        "input_scale is torch.complex64 .*should be one number",
     ),
     "input scale in whole numbers": (
         "fp8",
         put("input_scale", torch.tensor(1, dtype=torch.uint16)),
-        "input_scale is torch.uint16",
     ),
     "several input scales": (
         "fp8",
         put("input_scale", torch.ones(3)),
-        r"input_scale is torch.float32 \(3,\), and should be one number",
     ),
     "zero input scale in FP8": (
         "fp8",
         put("input_scale", torch.zeros(()).to(torch.float8_e4m3fn)),
-        "input_scale holds values",
     ),
-    "codes of another dtype": ("fp8", put("weight", torch.zeros(96, 32, dtype=torch.int8)), "has weight torch.int8"),
-    "weights instead of codes": ("int8 row", put("weight", torch.zeros(96, 32)), "has weight torch.float32"),
-    "no weight": ("int8 row", drop("weight"), "has a quantization entry but no weight"),
+    "codes of another dtype": ("fp8", put("weight", torch.zeros(96, 32, dtype=torch.int8))),
+    "weights instead of codes": ("int8 row", put("weight", torch.zeros(96, 32))),
+    "no weight": ("int8 row", drop("weight")),
     "weight of four axes": (
         "fp8",
         put("weight", torch.zeros(4, 4, 2, 2).to(torch.float8_e4m3fn)),
-        "only matrices are read as quantized",
     ),
     "unknown format": (
         "fp8",
         set_both("format", "float8_e3m4"),
-        "its format 'float8_e3m4' is not one this version knows",
     ),
     "another format": (
         "fp8",
         set_both("format", "float8_e4m3fn_rowwise"),
-        r"float8_e4m3fn_rowwise needs weight torch.float8_e4m3fn \(96, 32\), weight_scale torch.float32 \(96, 1\); the file",
     ),
-    "no format": ("fp8", set_both("format", None), "its format 'None' is not one"),
+    "no format": ("fp8", set_both("format", None)),
     "rotation under params": (
         "int8 row",
         set_both("params", {"convrot": True, "convrot_groupsize": 256}),
-        "ConvRot groups of 256 do not divide its 32 input channels",
     ),
     "per_row missing": (
         "int8 row",
         set_both("per_row", None),
-        "its JSON says per_row=None and its scale's shape says True",
     ),
     "per_row without rows": (
         "int8 tensor",
         set_both("per_row", True),
-        "its JSON says per_row=True and its scale's shape says None",
     ),
     "header disagrees": (
         "fp8",
         change_header(lambda layers: layers.update({LAYER: {"format": "int8_tensorwise"}})),
-        "the header says .*int8_tensorwise.* and the comfy_quant tensor says .*float8",
     ),
     "header lacks a layer": (
         "fp8",
         change_header(lambda layers: layers.pop(LAYER)),
-        "the header says None and the comfy_quant tensor says",
     ),
     "header has a layer more": (
         "fp8",
         change_header(lambda layers: layers.update(ghost={"format": "float8_e4m3fn"})),
-        "ghost: the header says .* says None",
     ),
     "only the header knows a layer": (
         "fp8",
         drop("comfy_quant"),
-        "the header says .*float8_e4m3fn.* and the comfy_quant tensor says None",
     ),
     "codes unknown to both": (
         "fp8",
         both(drop("comfy_quant", "weight_scale"), change_header(lambda layers: layers.pop(LAYER))),
-        "holds codes .* but no comfy_quant tensor",
     ),
     "orphan scale": (
         "fp8",
         lambda tensors, metadata: tensors.update({"patch.weight_scale": torch.tensor(1.0)}),
-        "patch: has a weight_scale but no comfy_quant",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_contract_has_its_sentence(verify, name):
-    recipe, change, sentence = BREAKS[name]
-    result = verify(RECIPES[recipe], change)
-    assert len(result.problems) == 1
-    assert re.search(sentence, result.problems[0]), result.problems
-    layer = "ghost" if "ghost" in sentence else "patch" if "patch" in sentence else LAYER
-    assert (
-        result.problems[0].startswith(f"{layer}: ")
-        and result.problems[0].endswith(".")
-        and "\n" not in result.problems[0]
-    )
+def test_a_broken_contract_has_its_sentence(verify, name, sentences):
+    recipe, change = BREAKS[name]
+    (problem,) = verify(RECIPES[recipe], change).problems
+    sentences(problem)
+    assert problem.startswith(("blocks.", "ghost: ", "patch: ")) and "\n" not in problem
 
 
-def test_a_missing_header_is_said_once(verify):
-    result = verify(RECIPES["int8 row"], lambda tensors, metadata: metadata.pop(HEADER))
-    assert len(result.problems) == 1 and f"The header has no {HEADER}" in result.problems[0]
+def test_a_missing_header_is_said_once(verify, sentences):
+    (problem,) = verify(RECIPES["int8 row"], lambda tensors, metadata: metadata.pop(HEADER)).problems
+    sentences(problem)
 
 
 def test_a_prefixed_checkpoint_needs_both_names(verify):
@@ -257,16 +225,16 @@ def test_all_broken_layers_are_found(verify):
     assert len(verify(RECIPES["int8 row"], change).problems) == 6
 
 
-def test_codes_under_the_name_of_plain_weights(tmp_path):
+def test_codes_under_the_name_of_plain_weights(tmp_path, sentences):
     save_file(
         {"a.weight": torch.zeros(4, 4, dtype=torch.int8), "b.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)},
         tmp_path / "a.safetensors",
     )
     problems = verify_file(tmp_path / "a.safetensors").problems
     assert sorted(problem.split(":")[0] for problem in problems) == ["a", "b"]
-    assert all("ComfyUI would use them as weights" in problem for problem in problems)
+    sentences(problems)
 
 
-def test_what_cannot_be_read_is_an_error(tmp_path):
-    with pytest.raises(SourceError, match="no file"):
+def test_what_cannot_be_read_is_an_error(tmp_path, sentences):
+    with sentences.raises(SourceError):
         verify_file(tmp_path / "none.safetensors")

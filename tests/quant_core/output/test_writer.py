@@ -214,10 +214,10 @@ def test_leaving_without_finish_leaves_nothing(tmp_path, listing):
 
 
 @pytest.mark.parametrize("size", [1000, 3], ids=["in order", "of an odd size"])
-def test_a_name_is_written_once(tmp_path, listing, size):
+def test_a_name_is_written_once(tmp_path, listing, size, sentences):
     """The header would hold one of the two, and the other be a hole."""
     with (
-        pytest.raises(ValueError, match="tensor a is written twice"),
+        sentences.raises(ValueError),
         SafetensorsWriter(tmp_path / "a.safetensors", 1000) as out,
     ):
         out.add("a", torch.zeros(size, dtype=torch.uint8))
@@ -256,39 +256,34 @@ class _Full:
         return getattr(self._file, name)
 
 
-SENTENCES = {
-    errno.ENOSPC: "The disk is full: .*nothing of it is left; free some space",
-    errno.EDQUOT: "The disk is full",
-    errno.EIO: "cannot be written: Input/output error; check the disk",
-}
+CODES = [errno.ENOSPC, errno.EDQUOT, errno.EIO]
 
 
-@pytest.mark.parametrize("code", SENTENCES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("room", [0, 5000, 41_000], ids=["first tensor", "second tensor", "end"])
-def test_a_disk_that_fails_leaves_nothing(tmp_path, listing, monkeypatch, room, code):
+def test_a_disk_that_fails_leaves_nothing(tmp_path, listing, monkeypatch, room, code, sentences):
     """41,000 bytes hold both large tensors; what is left to write is the odd one and the header."""
     real = open
     monkeypatch.setattr(
         writer, "open", lambda path, mode, **options: _Full(real(path, mode, **options), room, code), raising=False
     )
-    with pytest.raises(OutputError, match=SENTENCES[code]) as caught:
+    with sentences.raises(OutputError):
         write(
             tmp_path / "a.safetensors",
             {"a": torch.zeros(1000), "b": torch.zeros(9000), "odd": torch.zeros(1001, dtype=torch.uint8)},
         )
     monkeypatch.undo()
-    assert str(tmp_path / "a.safetensors") in str(caught.value)
     assert listing() == []
 
 
-@pytest.mark.parametrize("code", SENTENCES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failure_at_the_very_end_leaves_nothing(tmp_path, listing, monkeypatch, call, code):
+def test_a_failure_at_the_very_end_leaves_nothing(tmp_path, listing, monkeypatch, call, code, sentences):
     def fail(*args, **options):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OutputError, match=SENTENCES[code]):
+    with sentences.raises(OutputError):
         write(tmp_path / "a.safetensors", {"a": torch.zeros(1000)})
     monkeypatch.undo()
     assert listing() == []
@@ -324,7 +319,7 @@ def test_nobody_waits_for_the_disk_before_the_end(tmp_path, listing, monkeypatch
 
 
 @pytest.mark.parametrize("notes", [1, 2], ids=["at the end", "at the next note"])
-def test_a_disk_that_fails_behind_the_run_leaves_nothing(tmp_path, listing, monkeypatch, notes):
+def test_a_disk_that_fails_behind_the_run_leaves_nothing(tmp_path, listing, monkeypatch, notes, sentences):
     """The system tells of lost writes once, and perhaps to who has not asked yet."""
     tensors, main, told = {"a": torch.zeros(1000), "b": torch.zeros(1000)}, threading.get_ident(), threading.Event()
 
@@ -340,7 +335,7 @@ def test_a_disk_that_fails_behind_the_run_leaves_nothing(tmp_path, listing, monk
     out.note(1)
     assert told.wait(60)
     out._syncing.exception()
-    with pytest.raises(OutputError, match="Input/output error"):
+    with sentences.raises(OutputError):
         if notes == 2:
             out.add("b", tensors["b"])
             out.note(2)
@@ -370,25 +365,25 @@ def test_a_writer_takes_as_many_writes_as_the_system_wants(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS], ids=errno.errorcode.get)
-def test_a_read_only_folder(tmp_path, listing, monkeypatch, code):
+def test_a_read_only_folder(tmp_path, listing, monkeypatch, code, sentences):
     def refuse(*args, **options):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(writer, "open", refuse, raising=False)
-    with pytest.raises(OutputError, match=f"The folder {tmp_path} is read-only for this user; choose another output"):
+    with sentences.raises(OutputError):
         SafetensorsWriter(tmp_path / "a.safetensors", 100)
     assert listing() == []
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, listing):
+def test_a_folder_that_cannot_be_made(tmp_path, listing, sentences):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with sentences.raises(OutputError):
         SafetensorsWriter(tmp_path / "file" / "a.safetensors", 100)
     assert listing() == ["file"]
 
 
-def test_a_name_too_long_for_the_disk(tmp_path, listing):
-    with pytest.raises(OutputError, match="cannot be written: File name too long"):
+def test_a_name_too_long_for_the_disk(tmp_path, listing, sentences):
+    with sentences.raises(OutputError):
         SafetensorsWriter(tmp_path / ("a" * 300 + ".safetensors"), 100)
     assert listing() == []
 

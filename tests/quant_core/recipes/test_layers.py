@@ -73,30 +73,30 @@ def test_what_a_rule_says(value, choice):
 
 
 @pytest.mark.parametrize(
-    "text, sentence",
+    "text",
     [
-        ("{", "not valid JSON"),
-        ("[1]", "must be a JSON object"),
-        ("[" * 100_000, "not valid JSON"),
-        ('{"x": 3}', "neither a format nor"),
-        ('{"x": {"skip": false}}', "neither a format nor"),
-        ('{"x": {"convrot": true}}', "neither a format nor"),
-        ('{"x": "int9"}', "no format 'int9'"),
-        ('{"x": {"format": "int8", "blocksize": 64}}', "knows no 'blocksize'"),
-        ('{"x": {"format": "int8", "block_size": "64"}}', "block_size cannot be '64'"),
-        ('{"x": {"format": "int8", "block_size": true}}', "block_size cannot be True"),
-        ('{"x": {"format": "int8", "block_size": 64}}', "at 'x'.*no effect"),
-        ('{"x": {"format": "fp8", "convrot": true}}', "at 'x'.*ConvRot exists for"),
-        ('{"x": {"format": "int8", "full_precision_matrix_mult": true}}', "at 'x'.*no effect"),
-        ('{"(": "int8"}', "no regular expression"),
+        "{",
+        "[1]",
+        pytest.param("[" * 100_000, id="deep"),
+        '{"x": 3}',
+        '{"x": {"skip": false}}',
+        '{"x": {"convrot": true}}',
+        '{"x": "int9"}',
+        '{"x": {"format": "int8", "blocksize": 64}}',
+        '{"x": {"format": "int8", "block_size": "64"}}',
+        '{"x": {"format": "int8", "block_size": true}}',
+        '{"x": {"format": "int8", "block_size": 64}}',
+        '{"x": {"format": "fp8", "convrot": true}}',
+        '{"x": {"format": "int8", "full_precision_matrix_mult": true}}',
+        '{"(": "int8"}',
     ],
 )
-def test_what_is_refused(text, sentence):
-    with pytest.raises(RecipeError, match=sentence):
+def test_what_is_refused(text, sentences):
+    with sentences.raises(RecipeError):
         Recipe(layer_config=text)
 
 
-def test_rules_may_be_many_but_not_large_together():
+def test_rules_may_be_many_but_not_large_together(sentences):
     assert (
         len(
             Recipe(
@@ -105,9 +105,9 @@ def test_rules_may_be_many_but_not_large_together():
         )
         == 1500
     )
-    with pytest.raises(RecipeError, match="all patterns have more than 200,000 characters and repeats together"):
+    with sentences.raises(RecipeError):
         Recipe(layer_config=json.dumps({f"a{{4800}}[b{index}]": "int8" for index in range(257)}))
-    with pytest.raises(RecipeError, match="all patterns have more than 200,000"):
+    with sentences.raises(RecipeError):
         Recipe(keep=("a",) * 100_000)
 
 
@@ -136,8 +136,8 @@ def test_a_plan_makes_each_pattern_once_and_asks_whether_to_go_on(header_source,
             run()
 
 
-def test_measured_formats_leave_no_room_for_rules():
-    with pytest.raises(RecipeError, match="layer_config has no effect on format measured"):
+def test_measured_formats_leave_no_room_for_rules(sentences):
+    with sentences.raises(RecipeError):
         Recipe(format="measured", layer_config='{"x": "int8"}')
 
 

@@ -59,7 +59,7 @@ def test_it_finds_what_python_finds(text, names):
         try:
             expected = re.compile(text)
         except re.error:
-            with pytest.raises(RecipeError, match="is no regular expression"):
+            with pytest.raises(RecipeError):
                 Pattern(text)
             return
     found = Pattern(text)
@@ -91,25 +91,25 @@ def test_no_pattern_takes_longer_than_the_name(text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text, sentence",
+    "text",
     [
-        ("(?=a)", "looks around"),
-        ("(?!a)b", "looks around"),
-        ("(?P<n>a)", "names a group"),
-        ("(?i)a", "sets a flag"),
-        (r"(a)\1", "refers to a group"),
-        ("(" * 60 + ")" * 60, "more than 50 groups"),
-        ("(a{1000}){1000}", "repeats too much"),
-        ("a" * 2001, "may have 2,000"),
-        ("(", "is no regular expression"),
-        ("[\\0-\uffff]", "a range beyond"),
-        (r"[a^\]\u0100-\uffff]", "a range beyond"),
-        (r"[]a-\U0010ffff]", "a range beyond"),
-        ("a{99999999999}", "is no regular expression"),
+        "(?=a)",
+        "(?!a)b",
+        "(?P<n>a)",
+        "(?i)a",
+        r"(a)\1",
+        pytest.param("(" * 60 + ")" * 60, id="60 groups"),
+        "(a{1000}){1000}",
+        pytest.param("a" * 2001, id="2,001 characters"),
+        "(",
+        "[\\0-\uffff]",
+        r"[a^\]\u0100-\uffff]",
+        r"[]a-\U0010ffff]",
+        "a{99999999999}",
     ],
 )
-def test_what_cannot_be_followed_is_refused(text, sentence):
-    with pytest.raises(RecipeError, match=sentence):
+def test_what_cannot_be_followed_is_refused(text, sentences):
+    with sentences.raises(RecipeError):
         Pattern(text)
 
 

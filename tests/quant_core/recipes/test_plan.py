@@ -110,14 +110,14 @@ def test_what_becomes_of_real_layers(layer_names, header_source, family, action,
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_presets_named_and_recognised_decide_alike(layer_names, header_source, family):
+def test_presets_named_and_recognised_decide_alike(layer_names, header_source, family, sentences):
     source = header_source(layer_names(family))
     named, recognised = make_plan(source, preset=PRESET_OF.get(family, family)), make_plan(source)
     assert named.decisions == recognised.decisions
-    assert named.explanation.startswith("Preset ") and recognised.explanation.startswith("Recognised as ")
+    sentences(named.explanation, recognised.explanation)
 
 
-def test_a_decoder_is_left_out_of_a_t5(layer_names, header_source):
+def test_a_decoder_is_left_out_of_a_t5(layer_names, header_source, sentences):
     extra = {
         "encoder.embed_tokens.weight": (32128, 4096),
         "decoder.embed_tokens.weight": (32128, 4096),
@@ -129,7 +129,7 @@ def test_a_decoder_is_left_out_of_a_t5(layer_names, header_source):
     actions = {name: plan.decisions[name].action for name in extra}
     assert actions == {name: "keep" if name.startswith("encoder") else "remove" for name in extra}
     assert set(plan.output_names()) == {*layer_names("t5"), "encoder.embed_tokens.weight"}
-    assert "encoder" in plan.decisions["lm_head.weight"].reason
+    sentences(plan.decisions["lm_head.weight"].reason)
 
 
 def test_a_vae_decoder_is_never_removed(layer_names, header_source):
@@ -172,7 +172,7 @@ LISTS = {part: name for name, parts in table.ENCODERS.items() for part in parts}
 
 
 @pytest.mark.parametrize("preset, encoder", ENCODERS, ids=[f"{preset.name}-{encoder}" for preset, encoder in ENCODERS])
-def test_each_part_of_a_checkpoint_gets_its_own_rule(layer_names, header_source, preset, encoder):
+def test_each_part_of_a_checkpoint_gets_its_own_rule(layer_names, header_source, preset, encoder, sentences):
     """The text encoder alone and in the checkpoint: the same decisions, removals included."""
     start = f"text_encoders.{encoder}.transformer."
     alone = {**layer_names(LISTS.get(encoder, encoder)), "lm_head.weight": (64, 64)}
@@ -192,8 +192,8 @@ def test_each_part_of_a_checkpoint_gets_its_own_rule(layer_names, header_source,
     assert {name: plan.decisions[start + name] for name in own} == own
     assert "quantize" in {decision.action for decision in own.values()}
     assert {plan.decisions[name].action for name in whole if ".clip_l." in name or ".unheard_of." in name} == {"keep"}
-    assert own.keys() and f"keep layers ^{start}" in plan.explanation
-    assert not preset.detect or "It knows all" in plan.explanation
+    assert own.keys()
+    sentences(plan.explanation)
 
 
 def test_text_encoders_that_comfyui_reads_in_full_precision_stay(layer_names, header_source):
@@ -267,38 +267,31 @@ def test_own_patterns_keep_more(layer_names, header_source):
     assert own.decisions["double_blocks.0.img_mod.lin.weight"].reason == "keep pattern img_mod"
 
 
-def test_a_layer_that_the_preset_does_not_know_makes_it_less_sure(layer_names, header_source):
-    known = make_plan(header_source(layer_names("flux"))).explanation
-    assert (
-        known
-        == "Recognised as Flux.1 (dev, schnell, Kontext, Fill), Ovis-Image, LongCat-Image. It knows all 304 layers to quantize."
-    )
+def test_a_layer_that_the_preset_does_not_know_makes_it_less_sure(layer_names, header_source, sentences):
     more = {**layer_names("flux"), "pulid.0.to_q.weight": (64, 64), "pulid.1.to_q.weight": (64, 64)}
-    sentence = " Less sure: it does not know 2 of the 306 layers to quantize, such as pulid.0.to_q.weight."
-    assert make_plan(header_source(more)).explanation.endswith(sentence)
+    sentences(*(make_plan(header_source(names)).explanation for names in (layer_names("flux"), more)))
 
 
-def test_own_rules_that_find_no_layer_are_named(layer_names, header_source):
+def test_own_rules_that_find_no_layer_are_named(layer_names, header_source, sentences):
     source = header_source(layer_names("flux"))
     plan = Recipe(
         keep=("img_mpl", "img_mlp", "img_mlp.0.bias"), layer_config='{"nothing": "int8", "linear1": "int8"}'
     ).plan(source)
-    assert plan.explanation.endswith(
-        " No layer has a name that is found by: keep pattern img_mpl, keep pattern img_mlp.0.bias, layer config nothing."
-    )
-    assert "No layer" not in Recipe(keep=("img_mlp",)).plan(source).explanation
+    sentences(plan.explanation, Recipe(keep=("img_mlp",)).plan(source).explanation)
 
 
 @pytest.mark.parametrize(
-    "family, prefix, layer, reason",
+    "family, prefix, layer",
     [
-        ("hidream", "", "double_stream_blocks.0.block.ff_i.gate", "ComfyUI does not read"),
-        ("clip_l", "", "text_model.encoder.layers.0.mlp.fc1", "full precision only"),
-        ("clip_l", "text_encoders.clip_l.transformer.", "text_model.encoder.layers.0.mlp.fc1", "full precision only"),
-        ("t5_base", "", "encoder.block.0.layer.0.SelfAttention.q", "full precision only"),
+        ("hidream", "", "double_stream_blocks.0.block.ff_i.gate"),
+        ("clip_l", "", "text_model.encoder.layers.0.mlp.fc1"),
+        ("clip_l", "text_encoders.clip_l.transformer.", "text_model.encoder.layers.0.mlp.fc1"),
+        ("t5_base", "", "encoder.block.0.layer.0.SelfAttention.q"),
     ],
 )
-def test_own_rules_cannot_ask_for_what_comfyui_does_not_read(layer_names, header_source, family, prefix, layer, reason):
+def test_own_rules_cannot_ask_for_what_comfyui_does_not_read(
+    layer_names, header_source, family, prefix, layer, sentences
+):
     beside = layer_names("flux", "model.diffusion_model.") if prefix else {}
     source, rule = (
         header_source({**layer_names(family, prefix), **beside}),
@@ -307,19 +300,20 @@ def test_own_rules_cannot_ask_for_what_comfyui_does_not_read(layer_names, header
     name = f"{prefix}{layer}.weight"
     try:
         decision = make_plan(source, rules=[rule]).decisions[name]
-        assert decision.action == "keep" and reason in decision.reason
+        assert decision.action == "keep"
+        sentences(decision.reason)
     except NothingToQuantizeError as error:  # where it is all there is
-        assert reason in str(error)
+        sentences(error)
 
 
 @pytest.mark.parametrize(
     "format, action", [("int8_tensorwise", "quantize"), ("float8_e4m3fn", "quantize"), ("int8_blockwise", "keep")]
 )
-def test_an_embedding_is_quantized_in_what_comfyui_reads_there(layer_names, header_source, format, action):
+def test_an_embedding_is_quantized_in_what_comfyui_reads_there(layer_names, header_source, format, action, sentences):
     """It looks rows of codes up, and takes the scale for that of the whole table or of each row."""
     plan = Recipe(layer_config=f'{{"shared": "{format}"}}').plan(header_source(layer_names("t5")))
     assert plan.decisions["shared.weight"].action == action
-    assert action == "quantize" or "ComfyUI reads no int8_blockwise there" in plan.decisions["shared.weight"].reason
+    sentences(plan.decisions["shared.weight"].reason)
 
 
 def test_own_patterns_do_not_bring_back_what_a_preset_removes(layer_names, header_source):
@@ -338,22 +332,22 @@ def test_what_qwen35_predicts_further_words_with_is_kept(layer_names, header_sou
     assert plan.preset.name == "qwen35" and {plan.decisions[name].action for name in more} == {"keep"}
 
 
-def test_heur_keeps_small_layers(header_source):
+def test_heur_keeps_small_layers(header_source, sentences):
     source = header_source(
         {"a.weight": (4096, 4096), "b.weight": (64, 4096), "c.weight": (3072, 3072), "d.weight": (4096, 100)}
     )
     assert list(make_plan(source).names("quantize")) == ["a.weight", "b.weight", "c.weight", "d.weight"]
     heur = make_plan(source, heur=True)
     assert list(heur.names("quantize")) == ["a.weight"]
-    assert all(heur.decisions[name].reason.startswith("heur: ") for name in ("b.weight", "c.weight", "d.weight"))
+    sentences(*(heur.decisions[name].reason for name in ("b.weight", "c.weight", "d.weight")))
 
 
 @pytest.mark.parametrize("block_size, kept", [(None, True), (64, False), (256, True)])
-def test_heur_goes_by_the_block_size_in_force(header_source, block_size, kept):
+def test_heur_goes_by_the_block_size_in_force(header_source, block_size, kept, sentences):
     source = header_source({"a.weight": (64 * 90, 64 * 111), "b.weight": (8192, 8192)})
     plan = Recipe(format="int8_blockwise", block_size=block_size, heur=True).plan(source)
     assert (plan.decisions["a.weight"].action == "keep") is kept
-    assert not kept or plan.decisions["a.weight"].reason == f"heur: a side that {block_size or 128} does not divide"
+    sentences(plan.decisions["a.weight"].reason)
 
 
 def test_a_recipe_hands_all_of_its_fields_on(layer_names, header_source):
@@ -363,26 +357,21 @@ def test_a_recipe_hands_all_of_its_fields_on(layer_names, header_source):
     assert recipe.plan(source).decisions != Recipe(preset="none").plan(source).decisions
 
 
-def test_explanations_without_a_preset(header_source):
+def test_explanations_without_a_preset(header_source, sentences):
     source = header_source({"a.weight": (4, 4)})
-    assert "No preset recognises" in make_plan(source).explanation
-    assert make_plan(source, preset="none").explanation == "The general rule alone decides."
+    sentences(make_plan(source).explanation, make_plan(source, preset="none").explanation)
 
 
 @pytest.mark.parametrize("names", [{}, {"norm.weight": (8, 8)}, {"conv.weight": (8, 8, 3, 3), "a.bias": (8,)}])
-def test_nothing_to_quantize_says_what_was_kept(header_source, names):
-    with pytest.raises(
-        NothingToQuantizeError, match=rf"model.safetensors has no layer to quantize.*{len(names)} tensors"
-    ):
+def test_nothing_to_quantize_says_what_was_kept(header_source, names, sentences):
+    with sentences.raises(NothingToQuantizeError):
         make_plan(header_source(names))
 
 
 @pytest.mark.parametrize("preset", ["auto", "none", *PRESETS])
-def test_quantized_sources_are_refused_by_the_name_of_their_format(preset):
+def test_quantized_sources_are_refused_by_the_name_of_their_format(preset, sentences):
     codes = TensorSource({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e5m2)}, name="old.safetensors")
-    with pytest.raises(
-        AlreadyQuantizedError, match="old.safetensors is quantized already.*F8_E5M2.*full-precision original"
-    ):
+    with sentences.raises(AlreadyQuantizedError):
         make_plan(codes, preset=preset)
 
 
@@ -398,10 +387,10 @@ DIFFUSERS = {
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("family", DIFFUSERS)
-def test_diffusers_names_are_refused_because_comfyui_drops_their_scales(header_source, family, prefix):
+def test_diffusers_names_are_refused_because_comfyui_drops_their_scales(header_source, family, prefix, sentences):
     """ComfyUI's own converters make such names of real models in tests/nodes/test_opening.py."""
     source = header_source({prefix + name: (64, 64) for name in DIFFUSERS[family].split()})
-    with pytest.raises(NothingToQuantizeError, match="model.safetensors is under diffusers' layer names.*Load Model"):
+    with sentences.raises(NothingToQuantizeError):
         make_plan(source)
 
 
@@ -435,10 +424,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, names in OTHERS.items() for name in names.split()])
-def test_what_is_no_model_is_refused_by_what_it_is(header_source, kind, name):
+def test_what_is_no_model_is_refused_by_what_it_is(header_source, kind, name, sentences):
     """Each mark alone, beside a layer that the general rule would quantize."""
     source = header_source({name: (64, 64), "blocks.0.attn.to_q.weight": (64, 64)})
-    with pytest.raises(NothingToQuantizeError, match=f"^model.safetensors is {kind}"):
+    with sentences.raises(NothingToQuantizeError):
         make_plan(source)
 
 

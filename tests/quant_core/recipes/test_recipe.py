@@ -100,8 +100,8 @@ def test_recipes_are_values():
 @pytest.mark.parametrize(
     "read, text", [(Recipe.from_json, '{"format": "float8_e4m3fn", "bits": 8}'), (Recipe.from_toml, "bits = 8")]
 )
-def test_unknown_fields_are_refused(read, text):
-    with pytest.raises(RecipeError, match="no field 'bits'"):
+def test_unknown_fields_are_refused(read, text, sentences):
+    with sentences.raises(RecipeError):
         read(text)
 
 
@@ -130,69 +130,69 @@ def test_unknown_fields_are_refused(read, text):
         ("seed", None),
     ],
 )
-def test_bad_types_are_refused_by_name(field, value):
-    with pytest.raises(RecipeError, match=field):
+def test_bad_types_are_refused_by_name(field, value, sentences):
+    with sentences.raises(RecipeError):
         Recipe(**{field: value})
 
 
 @pytest.mark.parametrize("seed", [2**64, 2**70, -(2**63) - 1])
-def test_seeds_that_no_generator_takes_are_refused(seed):
-    with pytest.raises(RecipeError, match="seed"):
+def test_seeds_that_no_generator_takes_are_refused(seed, sentences):
+    with sentences.raises(RecipeError):
         Recipe(seed=seed)
 
 
 @pytest.mark.parametrize(
-    "values, kind, near",
+    "values, kind",
     [
-        ({"format": "float8_e4m3"}, "format", "float8_e4m3fn"),
-        ({"format": "int8_tensorwise", "granularity": "rows"}, "granularity", "row"),
-        ({"rounding": "nearst"}, "rounding", "nearest"),
-        ({"preset": "fluks"}, "preset", "flux"),
+        ({"format": "float8_e4m3"}, "format"),
+        ({"format": "int8_tensorwise", "granularity": "rows"}, "granularity"),
+        ({"rounding": "nearst"}, "rounding"),
+        ({"preset": "fluks"}, "preset"),
     ],
 )
-def test_unknown_names_suggest_the_nearest(values, kind, near):
-    with pytest.raises(UnknownNameError, match=f"no {kind} '{list(values.values())[-1]}'.*'{near}'"):
+def test_unknown_names_suggest_the_nearest(values, kind, sentences):
+    with sentences.raises(UnknownNameError) as caught:
         Recipe(**values)
+    assert (caught.value.kind, caught.value.name) == (kind, values[kind])
 
 
 @pytest.mark.parametrize("granularity", [None, "row", "tensor"])
-def test_full_precision_matmul_contradicts_int8(granularity):
+def test_full_precision_matmul_contradicts_int8(granularity, sentences):
     """ComfyUI ignores the key there, and an option that does nothing is refused."""
-    with pytest.raises(RecipeError, match="no effect on int8_tensorwise"):
+    with sentences.raises(RecipeError):
         Recipe(format="int8_tensorwise", granularity=granularity, full_precision_matmul=True)
     config = Recipe(full_precision_matmul=True).encoding.config
     assert config == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
 
 
-def test_a_granularity_the_format_lacks_is_refused():
-    with pytest.raises(RecipeError, match="not per row"):
+def test_a_granularity_the_format_lacks_is_refused(sentences):
+    with sentences.raises(RecipeError):
         Recipe(granularity="row")
 
 
 @pytest.mark.parametrize("pattern", ["(", "[a", "*x", "a{2,1}", "(?P<n>a)(?P<n>b)"])
-def test_keep_patterns_must_be_regular_expressions(pattern):
-    with pytest.raises(RecipeError, match="no regular expression") as caught:
+def test_keep_patterns_must_be_regular_expressions(pattern, sentences):
+    with sentences.raises(RecipeError):
         Recipe(keep=("norm", pattern))
-    assert pattern in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "read, text, sentence",
+    "read, text",
     [
-        (Recipe.from_json, "{", "not valid JSON"),
-        (Recipe.from_json, "", "not valid JSON"),
-        (Recipe.from_json, "[1]", "not a JSON object"),
-        (Recipe.from_json, "null", "not a JSON object"),
-        (Recipe.from_json, "[" * 100_000, "not valid JSON"),
-        (Recipe.from_toml, "format = ", "not valid TOML"),
-        (Recipe.from_toml, "seed = 1\nseed = 2", "not valid TOML"),
-        (Recipe.from_toml, "seed = " + "9" * 5000, "not valid TOML"),
-        (Recipe.from_toml, "seed = 0x" + "f" * 9000, "not valid TOML"),
-        (Recipe.from_toml, "[format]\na = 1", "format cannot be"),
+        (Recipe.from_json, "{"),
+        (Recipe.from_json, ""),
+        (Recipe.from_json, "[1]"),
+        (Recipe.from_json, "null"),
+        pytest.param(Recipe.from_json, "[" * 100_000, id="deep"),
+        (Recipe.from_toml, "format = "),
+        (Recipe.from_toml, "seed = 1\nseed = 2"),
+        pytest.param(Recipe.from_toml, "seed = " + "9" * 5000, id="decimal"),
+        pytest.param(Recipe.from_toml, "seed = 0x" + "f" * 9000, id="hexadecimal"),
+        (Recipe.from_toml, "[format]\na = 1"),
     ],
 )
-def test_damaged_text_is_refused_in_one_sentence(read, text, sentence):
-    with pytest.raises(RecipeError, match=sentence) as caught:
+def test_damaged_text_is_refused_in_one_sentence(read, text, sentences):
+    with sentences.raises(RecipeError) as caught:
         read(text)
     assert "\n" not in str(caught.value)
 
@@ -213,20 +213,20 @@ def test_labels_tell_outputs_apart(recipe, label):
 
 
 @pytest.mark.parametrize(
-    "values, text",
+    "values",
     [
-        ({"convrot": True}, "ConvRot exists for int8_tensorwise per row"),
-        ({"convrot": "yes", "format": "int8_tensorwise"}, "ConvRot can be on, off, auto"),
-        ({"convrot": 32, "format": "int8_tensorwise"}, "ConvRot can be on, off, auto"),
-        ({"convrot": 2.0, "format": "int8_tensorwise"}, "convrot cannot be 2.0"),
-        ({"block_size": 64}, "Block size 64 has no effect"),
-        ({"block_size": True, "format": "int8_blockwise"}, "block_size cannot be True"),
-        ({"rounding": "nearest", "top_p": 0.1}, "top_p has no effect on rounding 'nearest'"),
-        ({"rounding": 3}, "no rounding '3'"),
+        {"convrot": True},
+        {"convrot": "yes", "format": "int8_tensorwise"},
+        {"convrot": 32, "format": "int8_tensorwise"},
+        {"convrot": 2.0, "format": "int8_tensorwise"},
+        {"block_size": 64},
+        {"block_size": True, "format": "int8_blockwise"},
+        {"rounding": "nearest", "top_p": 0.1},
+        {"rounding": 3},
     ],
 )
-def test_options_without_effect_are_refused(values, text):
-    with pytest.raises(RecipeError, match=text):
+def test_options_without_effect_are_refused(values, sentences):
+    with sentences.raises(RecipeError):
         Recipe(**values)
 
 

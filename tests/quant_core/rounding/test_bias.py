@@ -28,11 +28,11 @@ def test_without_a_mean_nothing_is_corrected(gaussian):
     assert quantize_weight(gaussian(24, 64), "int8_tensorwise", mean_input=torch.ones(64)).bias is None
 
 
-def test_the_synthetic_mean_is_asked_for_and_says_what_it_is(gaussian):
+def test_the_synthetic_mean_is_asked_for_and_says_what_it_is(gaussian, sentences):
     weight, bias = gaussian(24, 64), gaussian(24)
     options = {"bias": bias, "bias_correction": "synthetic"}
     made = [quantize_weight(weight, "int8_tensorwise", **options, calib_samples=n, seed=1) for n in (4, 4, 4000)]
-    assert "expectation is zero" in made[0].rounded.note
+    sentences(made[0].rounded.note)
     assert torch.equal(made[0].bias, made[1].bias) and not torch.equal(made[0].bias, bias)
     assert (made[2].bias - bias).norm() < 0.2 * (made[0].bias - bias).norm()
 
@@ -46,6 +46,6 @@ def test_the_bias_keeps_its_dtype(gaussian):
 
 
 @pytest.mark.parametrize("mean", [torch.ones(63), torch.ones(1, 64), torch.full((64,), float("nan"))])
-def test_a_mean_that_does_not_fit_is_refused(gaussian, mean):
-    with pytest.raises(CalibrationError, match="mean input"):
+def test_a_mean_that_does_not_fit_is_refused(gaussian, mean, sentences):
+    with sentences.raises(CalibrationError):
         quantize_weight(gaussian(24, 64), "int8_tensorwise", bias=gaussian(24), mean_input=mean)

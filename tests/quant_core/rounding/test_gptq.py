@@ -151,8 +151,8 @@ def test_a_nearly_singular_gram_is_damped_more(gaussian):
     assert torch.isfinite(result.dequantize()).all()
 
 
-def test_what_is_no_gram_is_refused(gaussian):
+def test_what_is_no_gram_is_refused(gaussian, sentences):
     gram = torch.eye(8)
     gram[0, 1] = gram[1, 0] = 50.0
-    with pytest.raises(CalibrationError, match="not positive semi-definite"):
+    with sentences.raises(CalibrationError):
         quantize_weight(gaussian(4, 8), "int8_tensorwise", gram=gram)

@@ -34,47 +34,47 @@ def test_the_table_is_the_method():
 
 @pytest.mark.parametrize("rounding", [name for name in ROUNDINGS if name != "auto"])
 @pytest.mark.parametrize("name", VALUES)
-def test_an_option_acts_or_is_refused(name, rounding):
+def test_an_option_acts_or_is_refused(name, rounding, sentences):
     if rounding in OPTIONS[name].acts:
         assert getattr(Method(rounding, **{name: VALUES[name]}), name) == VALUES[name]
     else:
-        with pytest.raises(RecipeError, match=f"{name} has no effect on rounding '{rounding}'"):
+        with sentences.raises(RecipeError):
             Method(rounding, **{name: VALUES[name]})
 
 
 @pytest.mark.parametrize(
-    "options, text",
+    "options",
     [
-        ({"optimizer": "adamww"}, "no optimizer 'adamww'.*did you mean 'adamw'"),
-        ({"lr_schedule": "cosine"}, "no lr_schedule 'cosine'"),
-        ({"bias_correction": "yes"}, "no bias_correction 'yes'"),
-        ({"num_iter": -1}, "num_iter must lie between 0"),
-        ({"num_iter": 2.5}, "num_iter cannot be 2.5"),
-        ({"num_iter": True}, "num_iter cannot be True"),
-        ({"lr": 0.0}, "lr must lie between"),
-        ({"top_p": 0.0}, "top_p must lie between"),
-        ({"top_p": 1.5}, "top_p must lie between"),
-        ({"full_matrix": 1}, "full_matrix cannot be 1"),
-        ({"damping": float("nan")}, "damping must lie between"),
-        ({"min_k": 100, "max_k": 50}, "min_k 100 is larger than max_k 50"),
-        ({"sweeps": 1, "num_iter": 5}, "sweeps has no effect on rounding by an optimizer"),
-        ({"calib_samples": 10}, "calib_samples has no effect without bias_correction 'synthetic'"),
-        ({"top_p": 0.1, "damping": 0.1}, "leave one out"),
+        {"optimizer": "adamww"},
+        {"lr_schedule": "cosine"},
+        {"bias_correction": "yes"},
+        {"num_iter": -1},
+        {"num_iter": 2.5},
+        {"num_iter": True},
+        {"lr": 0.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"full_matrix": 1},
+        {"damping": float("nan")},
+        {"min_k": 100, "max_k": 50},
+        {"sweeps": 1, "num_iter": 5},
+        {"calib_samples": 10},
+        {"top_p": 0.1, "damping": 0.1},
     ],
 )
-def test_what_makes_no_sense_is_refused(options, text):
-    with pytest.raises((RecipeError, UnknownNameError), match=text):
+def test_what_makes_no_sense_is_refused(options, sentences):
+    with sentences.raises((RecipeError, UnknownNameError)):
         Method(**options)
 
 
-def test_an_unknown_rounding_suggests_the_nearest():
-    with pytest.raises(UnknownNameError, match="no rounding 'neerest'.*did you mean 'nearest'"):
+def test_an_unknown_rounding_suggests_the_nearest(sentences):
+    with sentences.raises(UnknownNameError):
         Method("neerest")
     with pytest.raises(UnknownNameError):
         Method(7)
 
 
-def test_auto_becomes_what_the_layer_allows():
+def test_auto_becomes_what_the_layer_allows(sentences):
     assert Method().resolve(calibrated=True).rounding == "calibrated"
     assert Method().resolve(calibrated=False).rounding == "auto"
     assert Method(top_p=0.1).resolve(calibrated=False).rounding == "principal"
@@ -82,11 +82,11 @@ def test_auto_becomes_what_the_layer_allows():
     assert Method(num_iter=10).resolve(calibrated=True).rounding == "calibrated"
     assert Method(bias_correction="none").resolve(calibrated=False).rounding == "auto"
     assert Method("nearest").resolve(calibrated=True).rounding == "nearest"
-    with pytest.raises(RecipeError, match="top_p has no effect on rounding 'calibrated'"):
+    with sentences.raises(RecipeError):
         Method(top_p=0.1).resolve(calibrated=True)
-    with pytest.raises(RecipeError, match="damping acts on calibrated rounding, which needs a calibration"):
+    with sentences.raises(RecipeError):
         Method(damping=0.1).resolve(calibrated=False)
-    with pytest.raises(RecipeError, match="Calibrated rounding needs a calibration"):
+    with sentences.raises(RecipeError):
         Method("calibrated").resolve(calibrated=False)
 
 

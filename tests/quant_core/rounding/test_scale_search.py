@@ -147,11 +147,11 @@ def test_a_zero_row_beside_others_gets_a_usable_scale(weight_error):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("rounding", ["auto", "nearest"])
-def test_nan_and_inf_are_refused(monkeypatch, format, granularity, dtype, bad, rounding):
+def test_nan_and_inf_are_refused(monkeypatch, format, granularity, dtype, bad, rounding, sentences):
     monkeypatch.setitem(slabs._SLAB, "cpu", 16)  # the bad one lies in neither the first nor the last slab
     weight = draw("gaussian", (9, 16), 0).to(dtype)
     weight[4, 7] = bad
-    with pytest.raises(NonFiniteWeightError, match="NaN or Inf"):
+    with sentences.raises(NonFiniteWeightError):
         quantize_weight(weight, format, granularity=granularity, rounding=rounding)
 
 

@@ -57,7 +57,7 @@ def test_outliers_are_rotated_and_plain_inputs_are_not_worse_off(tensors):
     assert chosen[LAYERS[2]].convrot in (64, 16)
 
 
-def test_what_hurts_the_model_is_kept(tensors):
+def test_what_hurts_the_model_is_kept(tensors, sentences):
     """All layers are alike but for their sensitivity; the room given suffices for one of them."""
     for sensitive in range(4):
         known = {
@@ -66,7 +66,8 @@ def test_what_hurts_the_model_is_kept(tensors):
         same = {name: tensors[f"{LAYERS[0]}.weight"].clone() for name in tensors}
         plan = plan_of(same, Recipe(format="measured", target_size=2.2e-5), known)
         assert [name for name in plan.names("keep")] == [f"{LAYERS[sensitive]}.weight"]
-        assert plan.choice.sensitive and "not worth its error" in plan.decisions[f"{LAYERS[sensitive]}.weight"].reason
+        assert plan.choice.sensitive
+        sentences(plan.decisions[f"{LAYERS[sensitive]}.weight"].reason)
 
 
 @pytest.fixture
@@ -101,11 +102,11 @@ def test_a_target_error_takes_as_few_bytes_as_it_can(tensors, curve):
         )
 
 
-def test_a_target_out_of_reach_is_refused(tensors):
+def test_a_target_out_of_reach_is_refused(tensors, sentences):
     known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
-    with pytest.raises(RecipeError, match="out of reach: with every layer in 8 bits"):
+    with sentences.raises(RecipeError):
         plan_of(tensors, Recipe(format="measured", target_size=1e-5), known)
-    with pytest.raises(NothingToQuantizeError, match="holds the whole model"):
+    with sentences.raises(NothingToQuantizeError):
         plan_of(tensors, Recipe(format="measured", target_size=1.0), known)
 
 
@@ -121,7 +122,7 @@ def test_layers_of_a_preset_are_candidates_only_where_it_is_known_what_hurts():
     assert own.decisions["img_in.weight"].action == "keep"
 
 
-def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors, tmp_path):
+def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors, tmp_path, sentences):
     known = {layer: inputs(index, outlier=1 + 99 * (index % 2), sensitivity=1.0) for index, layer in enumerate(LAYERS)}
     source, target, events = tmp_path / "model.safetensors", tmp_path / "q.safetensors", []
     save_file({**tensors, "norm.weight": torch.ones(WIDTH)}, source)
@@ -130,7 +131,8 @@ def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors,
     assert verify_file(target).problems == []
     measured = [event for event in events if isinstance(event, LayerMeasured)]
     assert len(measured) == len(LAYERS) and isinstance(events[len(LAYERS)], RunStarted)
-    assert report.choice.chosen in report.choice.curve and "expected at" in report.table()
+    assert report.choice.chosen in report.choice.curve
+    sentences(report.table(), numbers=False)
     written = load_file(target)
     configs = {
         layer: json.loads(bytes(written[f"{layer}.comfy_quant"].tolist()))
@@ -146,26 +148,26 @@ def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors,
     )
 
 
-def test_it_takes_a_calibration(tensors):
-    with pytest.raises(RecipeError, match="takes a calibration"):
+def test_it_takes_a_calibration(tensors, sentences):
+    with sentences.raises(RecipeError):
         quantize_tensors(tensors, Recipe(format="measured"))
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    "fields",
     [
-        ({"format": "measured", "granularity": "row"}, "granularity has no effect on format measured"),
-        ({"format": "measured", "convrot": True}, "convrot has no effect on format measured"),
-        ({"target_size": 5.0}, "target_size has no effect on format float8_e4m3fn"),
-        ({"block_formats": True}, "block_formats has no effect"),
-        ({"format": "measured", "target_size": 1.0, "target_error": 0.1}, "contradict"),
-        ({"format": "measured", "target_size": -1.0}, "must be a positive number"),
-        ({"format": "measured", "target_error": float("nan")}, "must be a positive number"),
-        ({"format": "measured", "target_size": "big"}, "cannot be 'big'"),
+        {"format": "measured", "granularity": "row"},
+        {"format": "measured", "convrot": True},
+        {"target_size": 5.0},
+        {"block_formats": True},
+        {"format": "measured", "target_size": 1.0, "target_error": 0.1},
+        {"format": "measured", "target_size": -1.0},
+        {"format": "measured", "target_error": float("nan")},
+        {"format": "measured", "target_size": "big"},
     ],
 )
-def test_options_act_or_are_refused(fields, message):
-    with pytest.raises(RecipeError, match=message):
+def test_options_act_or_are_refused(fields, sentences):
+    with sentences.raises(RecipeError):
         Recipe(**fields)
 
 

@@ -29,15 +29,13 @@ def test_each_shape_is_timed_once(model, model_file, monkeypatch):
     assert sorted(timed) == [(32, 80), (80, 32), (96, 32)]
 
 
-def test_the_plan_tells_size_and_time(model_file, capsys):
+def test_the_plan_tells_size_and_time(model_file, capsys, sentences):
     assert main(["plan", "-i", str(model_file()), "--int8", "--time", "--device", "cpu"]) == 0
-    size, time = capsys.readouterr().out.splitlines()[-2:]
-    assert size == "Size: 47.2 KB → 22.5 KB."
-    assert time.startswith("Rounding will take about ") and time.endswith(" s on cpu, without a calibration.")
+    sentences(*capsys.readouterr().out.splitlines()[-2:])
     assert main(["plan", "-i", str(model_file()), "--time", "--device", "nowhere"]) == 1
-    assert "nowhere" in capsys.readouterr().err
+    sentences(capsys.readouterr().err)
 
 
-def test_nothing_is_foreseen_of_formats_still_to_be_measured(model_file, capsys):
+def test_nothing_is_foreseen_of_formats_still_to_be_measured(model_file, capsys, sentences):
     assert main(["plan", "-i", str(model_file()), "--format", "measured", "--time"]) == 0
-    assert "neither size nor time" in capsys.readouterr().out
+    sentences(capsys.readouterr().out.splitlines()[-1])

@@ -310,19 +310,19 @@ def test_a_listener_that_fails_stops_the_run(model_file, tmp_path, listing):
     assert listing() == ["model.safetensors"] and working_threads() == []
 
 
-def test_a_source_that_breaks_off_leaves_nothing_behind(model_file, tmp_path, listing):
+def test_a_source_that_breaks_off_leaves_nothing_behind(model_file, tmp_path, listing, sentences):
     source = model_file()
 
     def cut(event):
         if isinstance(event, LayerStarted) and event.index == 0:
             os.truncate(source, 4000)
 
-    with pytest.raises(SourceError, match="ended early at tensor"):
+    with sentences.raises(SourceError):
         quantize_file(source, tmp_path / "out.safetensors", on_event=cut)
     assert listing() == ["model.safetensors"] and working_threads() == []
 
 
-def test_a_full_disk_leaves_nothing_behind(model_file, tmp_path, listing, monkeypatch):
+def test_a_full_disk_leaves_nothing_behind(model_file, tmp_path, listing, monkeypatch, sentences):
     class Full:
         room = 9000
 
@@ -340,7 +340,7 @@ def test_a_full_disk_leaves_nothing_behind(model_file, tmp_path, listing, monkey
 
     source, real = model_file(), open
     monkeypatch.setattr(writer, "open", lambda *args, **options: Full(real(*args, **options)), raising=False)
-    with pytest.raises(OutputError, match="The disk is full"):
+    with sentences.raises(OutputError):
         quantize_file(source, tmp_path / "out.safetensors")
     assert listing() == ["model.safetensors"] and working_threads() == []
 
@@ -350,7 +350,7 @@ def test_a_full_disk_leaves_nothing_behind(model_file, tmp_path, listing, monkey
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_layer_with_nan_stays_in_full_precision(model, tmp_path, recipe, bad):
+def test_a_layer_with_nan_stays_in_full_precision(model, tmp_path, recipe, bad, sentences):
     tensors = model()
     tensors["blocks.0.mlp.0.weight"][3, 5] = bad
     save_file(tensors, tmp_path / "in.safetensors")
@@ -362,8 +362,9 @@ def test_a_layer_with_nan_stays_in_full_precision(model, tmp_path, recipe, bad):
     assert verify_file(tmp_path / "out.safetensors").problems == []
     assert verify_file(tmp_path / "out.safetensors").layers == len(report.layers) == 5
     (kept,) = report.unplanned
-    assert kept.name == "blocks.0.mlp.0.weight" and "NaN or Inf" in kept.reason and not kept.planned and kept in events
-    assert "blocks.0.mlp.0.weight: holds NaN or Inf" in report.table()
+    assert kept.name == "blocks.0.mlp.0.weight" and not kept.planned and kept in events
+    assert f"{kept.name}: {kept.reason}" in report.table()
+    sentences(kept.reason)
     assert (
         "blocks.0.mlp.0"
         not in json.loads(metadata_of(tmp_path / "out.safetensors")["_quantization_metadata"])["layers"]
@@ -377,9 +378,9 @@ def test_a_nan_in_a_tensor_that_is_kept_anyway_is_nobodys_concern(model, tmp_pat
     assert report.unplanned == [] and len(report.layers) == 6
 
 
-def test_a_model_of_nan_alone_is_damaged(tmp_path, listing):
+def test_a_model_of_nan_alone_is_damaged(tmp_path, listing, sentences):
     save_file({f"{name}.weight": torch.full((8, 8), float("nan")) for name in "ab"}, tmp_path / "in.safetensors")
-    with pytest.raises(NothingToQuantizeError, match="every layer .* NaN or Inf.*the model is damaged"):
+    with sentences.raises(NothingToQuantizeError):
         quantize_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
     assert listing() == ["in.safetensors"]
 
@@ -393,26 +394,26 @@ def test_zero_weights_go_through(tmp_path):
 # Refusals
 
 
-def test_nothing_to_quantize(tmp_path, listing):
+def test_nothing_to_quantize(tmp_path, listing, sentences):
     save_file({"norm.weight": torch.zeros(8), "a.bias": torch.zeros(8)}, tmp_path / "in.safetensors")
-    with pytest.raises(NothingToQuantizeError, match="in.safetensors has no layer to quantize"):
+    with sentences.raises(NothingToQuantizeError):
         quantize_file(tmp_path / "in.safetensors", tmp_path / "new" / "out.safetensors")
     assert listing() == ["in.safetensors"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_quantized_source_is_refused_by_the_name_of_its_format(model_file, tmp_path, listing, recipe):
+def test_a_quantized_source_is_refused_by_the_name_of_its_format(model_file, tmp_path, listing, recipe, sentences):
     quantize_file(model_file(), tmp_path / "once.safetensors", recipe)
-    with pytest.raises(AlreadyQuantizedError, match=rf"once.safetensors is quantized already \({recipe.format}\)"):
+    with sentences.raises(AlreadyQuantizedError):
         quantize_file(tmp_path / "once.safetensors", tmp_path / "twice.safetensors")
-    with pytest.raises(AlreadyQuantizedError, match=recipe.format):
+    with sentences.raises(AlreadyQuantizedError):
         quantize_tensors(load_file(tmp_path / "once.safetensors"))
     assert listing() == ["model.safetensors", "once.safetensors"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("alias", ["itself", "relative", "symlink", "hard link"])
-def test_the_source_itself_is_no_output(model_file, tmp_path, listing, monkeypatch, alias, overwrite):
+def test_the_source_itself_is_no_output(model_file, tmp_path, listing, monkeypatch, alias, overwrite, sentences):
     source = model_file()
     before = source.read_bytes()
     out = {"itself": source, "relative": Path("model.safetensors")}.get(alias, tmp_path / "alias.safetensors")
@@ -421,26 +422,26 @@ def test_the_source_itself_is_no_output(model_file, tmp_path, listing, monkeypat
     elif alias == "hard link":
         os.link(source, out)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OutputError, match="is the source itself"):
+    with sentences.raises(OutputError):
         quantize_file(source, out, overwrite=overwrite)
     assert source.read_bytes() == before
     assert len(listing()) == (1 if alias in ("itself", "relative") else 2)
 
 
-def test_a_folder_is_no_output(model_file, tmp_path):
-    with pytest.raises(OutputError, match="is a folder; give a file name"):
+def test_a_folder_is_no_output(model_file, tmp_path, sentences):
+    with sentences.raises(OutputError):
         quantize_file(model_file(), tmp_path)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])
-def test_a_device_that_is_not_there(model_file, tmp_path, listing, device):
-    with pytest.raises(QuantizationError, match=f"The device '{device}' cannot be used here"):
+def test_a_device_that_is_not_there(model_file, tmp_path, listing, device, sentences):
+    with sentences.raises(QuantizationError):
         quantize_file(model_file(), tmp_path / "out.safetensors", device=device)
     assert listing() == ["model.safetensors"]
 
 
-def test_a_missing_source(tmp_path, listing):
-    with pytest.raises(SourceError, match="There is no file"):
+def test_a_missing_source(tmp_path, listing, sentences):
+    with sentences.raises(SourceError):
         quantize_file(tmp_path / "none.safetensors", tmp_path / "new" / "out.safetensors")
     assert listing() == []
 
@@ -448,14 +449,15 @@ def test_a_missing_source(tmp_path, listing):
 # Running again
 
 
-def test_the_same_run_again_does_nothing(model_file, tmp_path, listing, monkeypatch):
+def test_the_same_run_again_does_nothing(model_file, tmp_path, listing, monkeypatch, sentences):
     source, out = model_file(), tmp_path / "out.safetensors"
     quantize_file(source, out)
     stamp, data = out.stat().st_mtime_ns, out.read_bytes()
     (tmp_path / ".out.safetensors.00ab12cd.partial").write_bytes(b"of a run that died")
     monkeypatch.setattr(pipeline, "quantize_weight", None)  # must not be asked for
     report = quantize_file(source, out)
-    assert report.already_done and report.output == str(out) and "Already done" in report.table()
+    assert report.already_done and report.output == str(out)
+    sentences(report.table())
     assert (out.stat().st_mtime_ns, out.read_bytes()) == (stamp, data)
     assert listing() == ["model.safetensors", "out.safetensors"]
 
@@ -465,13 +467,11 @@ def test_the_same_run_again_does_nothing(model_file, tmp_path, listing, monkeypa
     [Recipe(seed=1), Recipe(rounding="nearest"), Recipe(format="int8_tensorwise"), Recipe(keep=("mlp",))],
     ids=["seed", "rounding", "format", "keep"],
 )
-def test_another_recipe_is_not_taken_for_the_same(model_file, tmp_path, recipe):
+def test_another_recipe_is_not_taken_for_the_same(model_file, tmp_path, recipe, sentences):
     source, out = model_file(), tmp_path / "out.safetensors"
     quantize_file(source, out)
     before = out.read_bytes()
-    with pytest.raises(
-        OutputExistsError, match="exists and was made from something else; choose another output or overwrite"
-    ):
+    with sentences.raises(OutputExistsError):
         quantize_file(source, out, recipe)
     assert out.read_bytes() == before
     assert not quantize_file(source, out, recipe, overwrite=True).already_done
@@ -516,7 +516,7 @@ def test_a_source_that_may_be_newer_is_quantized_again_and_compared(model_file, 
     assert quantize_file(source, out).already_done and not made
 
 
-def test_a_source_that_differs_where_no_sample_is_taken_is_another(tmp_path, monkeypatch):
+def test_a_source_that_differs_where_no_sample_is_taken_is_another(tmp_path, monkeypatch, sentences):
     """In one value of a million, with the time of the file that was there before."""
     source, out, weight = tmp_path / "model.safetensors", tmp_path / "out.safetensors", torch.randn(1024, 1024)
     save_file({"a.weight": weight}, source)
@@ -526,7 +526,7 @@ def test_a_source_that_differs_where_no_sample_is_taken_is_another(tmp_path, mon
     save_file({"a.weight": weight}, tmp_path / "other")
     os.utime(tmp_path / "other", ns=(before.st_atime_ns, before.st_mtime_ns))
     os.replace(tmp_path / "other", source)
-    with pytest.raises(OutputExistsError, match="made from something else"):
+    with sentences.raises(OutputExistsError):
         quantize_file(source, out, Recipe(rounding="nearest"))
     assert out.read_bytes() == data
     assert not quantize_file(source, out, Recipe(rounding="nearest"), overwrite=True).already_done
@@ -676,11 +676,11 @@ def test_layers_that_a_calibration_knows_are_calibrated(model, model_file, tmp_p
     assert (after - before).mean(dim=0).norm() < 0.5 * (uncorrected - before).mean(dim=0).norm()
 
 
-def test_a_calibration_that_does_not_fit_is_named(model_file, tmp_path, listing):
+def test_a_calibration_that_does_not_fit_is_named(model_file, tmp_path, listing, sentences):
     known = LayerInputs({LINEARS[0]: Inputs(torch.eye(31))})
-    with pytest.raises(CalibrationError, match=f"{LINEARS[0]}: A Gram of shape"):
+    with sentences.raises(CalibrationError):
         quantize_file(model_file(), tmp_path / "q", Recipe(), calibration=known)
-    with pytest.raises(RecipeError, match="needs a calibration"):
+    with sentences.raises(RecipeError):
         quantize_file(model_file(), tmp_path / "q", Recipe(rounding="calibrated"))
     assert listing() == ["model.safetensors"]
 
@@ -714,12 +714,10 @@ def test_inputs_that_fp8_would_flush_get_a_scale(model_file, tmp_path, recipe, s
 
 
 @pytest.mark.parametrize("suffix", ["weight_scale", "comfy_quant", "input_scale"])
-def test_a_source_that_has_what_quantizing_makes_is_refused(tmp_path, listing, suffix):
+def test_a_source_that_has_what_quantizing_makes_is_refused(tmp_path, listing, suffix, sentences):
     """The output would hold the name twice, or a scale that belongs to other codes."""
     save_file({"a.weight": torch.randn(16, 16), f"a.{suffix}": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(
-        SourceError, match=f"a.{suffix} stands beside a weight in full precision|quantized already|comfy_quant"
-    ):
+    with sentences.raises(SourceError):
         quantize_file(
             tmp_path / "model.safetensors", tmp_path / "out.safetensors", Recipe(preset="none", rounding="nearest")
         )

@@ -27,9 +27,9 @@ def test_the_median_is_that_of_the_layers(errors, median):
     assert report(*errors).median_error == pytest.approx(median)
 
 
-def test_without_layers_there_is_no_median():
+def test_without_layers_there_is_no_median(sentences):
     assert math.isnan(report().median_error) and report().worst == []
-    assert "weight error      none" in report().table()
+    sentences(report().table())
 
 
 def test_the_worst_come_first():
@@ -84,7 +84,7 @@ def test_json_without_layers_is_still_json():
     assert json.loads(report().to_json(), parse_constant=pytest.fail)["median_error"] is None
 
 
-def test_the_table_says_what_happened():
+def test_the_table_says_what_happened(sentences):
     made = report(
         *(index / 100 for index in range(1, 8)),
         kept=[LayerKept("a.bias", (8,), "not a weight")] * 3 + [LayerKept("n.weight", (8,), "normalisation")],
@@ -93,18 +93,12 @@ def test_the_table_says_what_happened():
         output="out.safetensors",
         seconds=3.21,
     )
-    table = made.table()
-    assert "int8_tensorwise per row, rounding auto" in table
-    assert "layers quantized  7" in table
-    assert "4 (3 not a weight, 1 normalisation)" in table
-    assert "median 0.04000, worst 0.07000" in table
-    assert "2 MB → 1 MB (50%)" in table
-    assert "3.2 on cpu" in table and "out.safetensors" in table
-    assert "worst 1           0.07000  blocks.6.weight 96×32" in table and "worst 5" in table and "worst 6" not in table
-    assert "worst 2" not in made.table(worst=1)
+    sentences(made.table())
+    five, one = (made.table(worst=count).count("\n") for count in (5, 1))
+    assert five == one + 4
 
 
-def test_the_table_says_which_solver_won_and_by_how_much():
+def test_the_table_says_which_solver_won_and_by_how_much(sentences):
     layers = [
         replace(layer(f"blocks.{index}.weight", 0.1, index), solver=solver, gain=gain, output_error=error, note=note)
         for index, (solver, gain, error, note) in enumerate(
@@ -112,39 +106,29 @@ def test_the_table_says_which_solver_won_and_by_how_much():
         )
     ]
     made = Report("model.safetensors", "int8_tensorwise", "row", "calibrated", "flux", layers=layers)
-    table = made.table()
-    assert "output error      median 0.02000, worst 0.03000" in table
-    assert "against nearest   median 0.500×; layers won: sequential 2, nearest 1" in table
-    assert "rounded on the CPU (1 layers)" in table
+    sentences(made.table())
     assert made.to_dict()["solvers"] == {"sequential": 2, "nearest": 1}
-    assert "against nearest" not in report(0.1).table() and report(0.1).to_dict()["median_gain"] is None
+    sentences(report(0.1).table())
+    assert report(0.1).to_dict()["median_gain"] is None
 
 
-def test_layers_that_could_not_be_quantized_stand_out():
+def test_layers_that_could_not_be_quantized_stand_out(sentences):
     made = report(
         0.1, kept=[LayerKept("a.bias", (8,), "not a weight"), LayerKept("b.weight", (2, 2), "holds NaN", planned=False)]
     )
     assert [kept.name for kept in made.unplanned] == ["b.weight"]
-    (line,) = [line for line in made.table().splitlines() if line.startswith("KEPT")]
-    assert line.endswith("b.weight: holds NaN")
+    sentences(made.table())
 
 
-def test_a_run_that_was_done_already_says_only_that():
-    assert (
-        report(already_done=True, output="out").table() == "Already done: out was made from the same source and recipe."
-    )
+def test_a_run_that_was_done_already_says_only_that(sentences):
+    sentences(report(already_done=True, output="out").table())
 
 
-def test_markdown_holds_the_totals_and_the_worst_layers():
+def test_markdown_holds_the_totals_and_the_worst_layers(sentences):
     made = report(0.1, 0.3, 0.2, bytes_in=2_000_000, bytes_out=1_000_000)
     lines = made.markdown(worst=2).splitlines()
-    assert lines[:2] == ["|  | model.safetensors |", "| :-- | --: |"]
-    assert "| size | 2 MB → 1 MB (50%) |" in lines
-    head = lines.index("| worst layers | shape | format | solver | weight error | output error |")
-    assert [line.split(" | ")[0].lstrip("| ") for line in lines[head + 2 :]] == ["blocks.1.weight", "blocks.2.weight"]
-    assert lines[head + 2].endswith("| 0.30000 | – |")
-    assert "worst layers" not in report().markdown()
-    assert report(already_done=True, output="out").markdown().startswith("Already done")
+    assert [line.split(" | ")[0].lstrip("| ") for line in lines[-2:]] == ["blocks.1.weight", "blocks.2.weight"]
+    sentences(lines, report().markdown(), report(already_done=True, output="out").markdown())
 
 
 @pytest.mark.parametrize(

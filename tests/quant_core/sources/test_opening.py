@@ -57,8 +57,8 @@ def test_shards(sharded, model_file, tmp_path, given):
     )
 
 
-def test_a_shard_is_no_output(sharded):
-    with pytest.raises(OutputError, match="is the source itself"):
+def test_a_shard_is_no_output(sharded, sentences):
+    with sentences.raises(OutputError):
         quantize_file(sharded, sharded / "model-00001-of-00002.safetensors", RECIPE, overwrite=True)
 
 
@@ -137,11 +137,11 @@ class Evil:
         return os.mkdir, ("was-here",)
 
 
-def test_a_pickle_is_never_run(tmp_path, monkeypatch):
+def test_a_pickle_is_never_run(tmp_path, monkeypatch, sentences):
     monkeypatch.chdir(tmp_path)
     for new in (True, False):
         torch.save({"a": Evil()}, tmp_path / "evil.pt", _use_new_zipfile_serialization=new)
-        with pytest.raises(SourceError, match="could run as code"):
+        with sentences.raises(SourceError):
             open_source(tmp_path / "evil.pt")
     assert not (tmp_path / "was-here").exists()
 
@@ -153,43 +153,43 @@ def test_a_damaged_pickle(tmp_path, content):
         open_source(tmp_path / "bad.pt")
 
 
-def test_a_pickle_without_weights(tmp_path):
+def test_a_pickle_without_weights(tmp_path, sentences):
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(SourceError, match="no weights by name"):
+    with sentences.raises(SourceError):
         open_source(tmp_path / "list.pt")
 
 
 @pytest.mark.parametrize(
-    "index, sentence",
+    "index",
     [
-        ("{", "not valid JSON"),
-        ("[]", "no weight_map"),
-        ('{"weight_map": {}}', "no weight_map"),
-        ('{"weight_map": {"a": 3}}', "no weight_map"),
-        ('{"weight_map": {"a": "../model.safetensors"}}', "not in its own folder"),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "not in its own folder"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', "no file"),
-        ('{"weight_map": {"nobody": "model-00001-of-00002.safetensors"}}', "does not hold it"),
+        "{",
+        "[]",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": "gone.safetensors"}}',
+        '{"weight_map": {"nobody": "model-00001-of-00002.safetensors"}}',
     ],
 )
-def test_an_index_that_is_wrong(sharded, index, sentence):
+def test_an_index_that_is_wrong(sharded, index, sentences):
     (sharded / INDEX).write_text(index)
-    with pytest.raises(SourceError, match=sentence):
+    with sentences.raises(SourceError):
         open_source(sharded)
 
 
-def test_folders_that_hold_no_one_model(tmp_path, model):
-    with pytest.raises(SourceError, match="holds no safetensors files"):
+def test_folders_that_hold_no_one_model(tmp_path, model, sentences):
+    with sentences.raises(SourceError):
         open_source(tmp_path)
     for name in ("a", "b"):
         save_file(model(), tmp_path / f"{name}.safetensors")
-    with pytest.raises(SourceError, match="holds 2 safetensors files and no index"):
+    with sentences.raises(SourceError):
         open_source(tmp_path)
     pipeline = tmp_path / "pipeline"
     (pipeline / "transformer").mkdir(parents=True)
     (pipeline / "model_index.json").write_text("{}")
     save_file(model(), pipeline / "transformer" / "x.safetensors")
-    with pytest.raises(SourceError, match="whole pipeline.*transformer"):
+    with sentences.raises(SourceError):
         open_source(pipeline)
 
 
@@ -226,7 +226,7 @@ def test_an_unquantized_gguf_is_its_model(model, tmp_path, code, dtype):
 
 
 @pytest.mark.parametrize("code, error", [("Q8_0", 0.008), ("Q5_1", 0.05), ("Q4_0", 0.12)])
-def test_a_quantized_gguf_is_decoded(model, tmp_path, code, error, capsys):
+def test_a_quantized_gguf_is_decoded(model, tmp_path, code, error, capsys, sentences):
     tensors = {name: tensor.float() for name, tensor in model().items()}
     path = gguf_file(tmp_path / "model.gguf", tensors, code)
     with open_source(path) as opened:
@@ -237,10 +237,10 @@ def test_a_quantized_gguf_is_decoded(model, tmp_path, code, error, capsys):
             assert torch.dist(opened.read(name).float(), tensors[name]) < error * tensors[name].norm()
     out = tmp_path / "out.safetensors"
     assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple"]) == 0
-    assert f"{len(coded)} layers of {code}" in capsys.readouterr().out
+    sentences(capsys.readouterr().out.splitlines()[0])
     assert verify_file(out).layers > 0
     assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple"]) == 0
-    assert "was made from the same source and recipe" in capsys.readouterr().out
+    sentences(capsys.readouterr().out)
 
 
 def test_a_gguf_gives_a_tensor_the_shape_it_had(tmp_path):
@@ -253,46 +253,48 @@ def test_a_gguf_gives_a_tensor_the_shape_it_had(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"GGUF", b"GGUF" + bytes(20), b"nothing at all", b"GGUF\x03\0\0\0" + b"\xff" * 64]
+    "content",
+    [b"", b"GGUF", b"GGUF" + bytes(20), b"nothing at all", b"GGUF\x03\0\0\0" + b"\xff" * 64],
+    ids=["empty", "magic", "zeros", "text", "huge header"],
 )
-def test_a_damaged_gguf(tmp_path, content):
+def test_a_damaged_gguf(tmp_path, content, sentences):
     (tmp_path / "bad.gguf").write_bytes(content)
-    with pytest.raises(SourceError, match="damaged"):
+    with sentences.raises(SourceError):
         open_source(tmp_path / "bad.gguf")
 
 
-def test_a_truncated_gguf(model, tmp_path):
+def test_a_truncated_gguf(model, tmp_path, sentences):
     path = gguf_file(tmp_path / "model.gguf", model(), "Q8_0")
     whole = path.read_bytes()
     for end in range(0, len(whole) - 64, len(whole) // 16):
         path.write_bytes(whole[:end])
-        with pytest.raises(SourceError, match="damaged"):
+        with sentences.raises(SourceError):
             open_source(path)
 
 
-def test_a_text_encoder_in_gguf_is_refused(model, tmp_path):
-    with pytest.raises(SourceError, match="t5encoder.*original safetensors"):
+def test_a_text_encoder_in_gguf_is_refused(model, tmp_path, sentences):
+    with sentences.raises(SourceError):
         open_source(gguf_file(tmp_path / "t5.gguf", model(), architecture="t5encoder"))
 
 
-def test_gguf_needs_its_package(model, tmp_path, monkeypatch):
+def test_gguf_needs_its_package(model, tmp_path, monkeypatch, sentences):
     path = gguf_file(tmp_path / "model.gguf", model())
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MissingPackageError, match="pip install gguf"):
+    with sentences.raises(MissingPackageError):
         open_source(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", INDEX.removeprefix("model")])
-def test_a_pipe_is_no_model(tmp_path, suffix):
+def test_a_pipe_is_no_model(tmp_path, suffix, sentences):
     """Nobody is at its other end: who waits, waits forever."""
     os.mkfifo(tmp_path / f"model{suffix}")
-    with pytest.raises(SourceError, match="no ordinary file"):
+    with sentences.raises(SourceError):
         open_source(tmp_path / f"model{suffix}")
 
 
-@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"], ids=["long", "null"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", INDEX.removeprefix("model")])
-def test_names_that_no_disk_takes(tmp_path, name, suffix):
-    with pytest.raises(SourceError, match="cannot be opened"):
+def test_names_that_no_disk_takes(tmp_path, name, suffix, sentences):
+    with sentences.raises(SourceError):
         open_source(tmp_path / f"{name}{suffix}")

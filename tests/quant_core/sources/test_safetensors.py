@@ -126,142 +126,146 @@ def test_reading_from_several_threads(tmp_path):
     assert not wrong
 
 
-def refused(path, sentence: str) -> str:
-    with pytest.raises(SourceError, match=sentence) as caught:
-        SafetensorsFile(path)
-    text = str(caught.value)
-    assert str(path) in text and "\n" not in text and text.endswith(".")
-    return text
+@pytest.fixture
+def refused(sentences):
+    """refused(path): opening the file is a SourceError of one sentence that names it."""
+
+    def check(path) -> None:
+        with sentences.raises(SourceError) as caught:
+            SafetensorsFile(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    return check
 
 
-def test_a_missing_file(tmp_path):
-    refused(tmp_path / "none.safetensors", "There is no file")
+def test_a_missing_file(tmp_path, refused):
+    refused(tmp_path / "none.safetensors")
 
 
-def test_a_folder(tmp_path):
-    refused(tmp_path, "is a folder")
+def test_a_folder(tmp_path, refused):
+    refused(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "data, kind",
+    "data",
     [
-        (b"", "empty"),
-        (b"x", "another kind of file"),
-        (b"\x00" * 8, "another kind of file"),
-        (b"\x00" * 100, "another kind of file"),
-        (b"hello, I am a text file, and a fairly long one", "another kind of file"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", "another kind of file"),
-        (b"PK\x03\x04" + bytes(60), "a pickled PyTorch checkpoint"),
-        (b"\x80\x02}q\x00." + bytes(60), "a pickled PyTorch checkpoint"),
-        (b"GGUF\x03\x00\x00\x00" + bytes(60), "a GGUF file"),
+        b"",
+        b"x",
+        b"\x00" * 8,
+        b"\x00" * 100,
+        b"hello, I am a text file, and a fairly long one",
+        b"<!DOCTYPE html><html><body>404</body></html>",
+        b"PK\x03\x04" + bytes(60),
+        b"\x80\x02}q\x00." + bytes(60),
+        b"GGUF\x03\x00\x00\x00" + bytes(60),
     ],
     ids=["empty", "one byte", "eight zeros", "zeros", "text", "web page", "zip", "pickle", "GGUF"],
 )
-def test_other_kinds_of_file(tmp_path, data, kind):
+def test_other_kinds_of_file(tmp_path, data, refused):
     path = tmp_path / "a.safetensors"
     path.write_bytes(data)
-    assert "give a .safetensors file" in refused(path, f"is not a safetensors file but {kind}")
+    refused(path)
 
 
-def test_a_real_pickled_checkpoint(tmp_path):
+def test_a_real_pickled_checkpoint(tmp_path, refused):
     for index, zipped in enumerate((True, False)):
         torch.save({"a": torch.zeros(2)}, tmp_path / f"{index}.pt", _use_new_zipfile_serialization=zipped)
-        refused(tmp_path / f"{index}.pt", "but a pickled PyTorch checkpoint")
+        refused(tmp_path / f"{index}.pt")
 
 
 @pytest.mark.parametrize("end", [9, 30, 100])
-def test_truncated_in_the_header(model_file, end):
+def test_truncated_in_the_header(model_file, end, refused):
     path = model_file()
     path.write_bytes(path.read_bytes()[:end])
-    assert f"the file has {end}" in refused(path, "is truncated: its header alone needs")
+    refused(path)
 
 
-def test_truncated_in_the_data(model_file):
+def test_truncated_in_the_data(model_file, refused):
     path = model_file()
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    assert f"should have {len(whole):,} bytes and has {len(whole) - 1:,}" in refused(path, "is truncated")
+    refused(path)
 
 
-def test_a_header_larger_than_the_format_allows(raw_file):
-    refused(raw_file('{"a":1}', length=100_000_001), "claims a header of 100,000,001 bytes")
-    refused(raw_file('{"a":1}', length=2**64 - 1), "claims a header of")
+def test_a_header_larger_than_the_format_allows(raw_file, refused):
+    refused(raw_file('{"a":1}', length=100_000_001))
+    refused(raw_file('{"a":1}', length=2**64 - 1))
 
 
 @pytest.mark.parametrize(
-    "header, what",
+    "header",
     [
-        (b'{"a":', "Expecting value"),
-        (b'{"a"\xff\xfe:1}', "codec"),
-        (b"{nonsense}", "Expecting property name"),
-        (b'{"a":' + b"[" * 100_000, ""),
-        ({"a": 5}, ""),
-        ({"a": {}}, "dtype"),
-        ({"a": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
-        ({"a": {**ENTRY, "shape": None}}, ""),
-        ({"a": {**ENTRY, "data_offsets": [0]}}, ""),
-        ({"a": {**ENTRY, "data_offsets": [0, 4, 8]}}, ""),
-        ({"a": ENTRY, "__metadata__": "text"}, ""),
-        ({"a": {**ENTRY, "dtype": "F4"}}, "tensor a has the unknown dtype F4"),
-        ({"a": {**ENTRY, "dtype": ["F32"]}}, ""),
-        ({"a": {**ENTRY, "shape": [-2]}}, "no whole numbers"),
-        ({"a": {**ENTRY, "shape": [2.0]}}, "no whole numbers"),
-        ({"a": {**ENTRY, "shape": [True, 2]}}, "no whole numbers"),
-        ({"a": {**ENTRY, "shape": ["2"]}}, ""),
-        ({"a": {**ENTRY, "shape": "2"}}, ""),
-        ({"a": {**ENTRY, "data_offsets": [-8, 0]}}, "no whole numbers"),
-        ({"a": {**ENTRY, "data_offsets": [0.0, 8.0]}}, "no whole numbers"),
-        ({"a": {**ENTRY, "data_offsets": [8, 0]}}, "tensor a needs 8 bytes and is given -8"),
-        ({"a": {**ENTRY, "shape": [3]}}, "tensor a needs 12 bytes and is given 8"),
-        ({"a": {**ENTRY, "shape": [2**62, 4]}}, "tensor a needs"),
-        ('{"a":%s,"a":%s}' % (('{"dtype":"F32","shape":[2],"data_offsets":[0,8]}',) * 2), "a name stands in it twice"),
-        ({"a": ENTRY, "b": ENTRY}, "tensor [ab] begins at byte 0 instead of 8"),
-        ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, "tensor b begins at byte 4 instead of 8"),
-        ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [12, 20]}}, "tensor b begins at byte 12 instead of 8"),
-        ({"a": {**ENTRY, "data_offsets": [8, 16]}}, "tensor a begins at byte 8 instead of 0"),
+        b'{"a":',
+        b'{"a"\xff\xfe:1}',
+        b"{nonsense}",
+        b'{"a":' + b"[" * 100_000,
+        {"a": 5},
+        {"a": {}},
+        {"a": {"dtype": "F32", "shape": [2]}},
+        {"a": {**ENTRY, "shape": None}},
+        {"a": {**ENTRY, "data_offsets": [0]}},
+        {"a": {**ENTRY, "data_offsets": [0, 4, 8]}},
+        {"a": ENTRY, "__metadata__": "text"},
+        {"a": {**ENTRY, "dtype": "F4"}},
+        {"a": {**ENTRY, "dtype": ["F32"]}},
+        {"a": {**ENTRY, "shape": [-2]}},
+        {"a": {**ENTRY, "shape": [2.0]}},
+        {"a": {**ENTRY, "shape": [True, 2]}},
+        {"a": {**ENTRY, "shape": ["2"]}},
+        {"a": {**ENTRY, "shape": "2"}},
+        {"a": {**ENTRY, "data_offsets": [-8, 0]}},
+        {"a": {**ENTRY, "data_offsets": [0.0, 8.0]}},
+        {"a": {**ENTRY, "data_offsets": [8, 0]}},
+        {"a": {**ENTRY, "shape": [3]}},
+        {"a": {**ENTRY, "shape": [2**62, 4]}},
+        '{"a":%s,"a":%s}' % (('{"dtype":"F32","shape":[2],"data_offsets":[0,8]}',) * 2),
+        {"a": ENTRY, "b": ENTRY},
+        {"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}},
+        {"a": ENTRY, "b": {**ENTRY, "data_offsets": [12, 20]}},
+        {"a": {**ENTRY, "data_offsets": [8, 16]}},
     ],
 )
-def test_damaged_headers(raw_file, header, what):
-    assert "fetch the file again" in refused(raw_file(header, bytes(64)), f"has a damaged header.*{what}")
+def test_damaged_headers(raw_file, header, refused):
+    refused(raw_file(header, bytes(64)))
 
 
-def test_metadata_must_be_strings(raw_file):
+def test_metadata_must_be_strings(raw_file, refused):
     """The format says so; copied into the output as they are, others would make a file that nothing loads."""
     path = raw_file({"__metadata__": {"a": 1}, "a": ENTRY}, bytes(8))
     with pytest.raises(SafetensorError):
         load_file(path)
-    refused(path, "damaged header")
+    refused(path)
 
 
-def test_data_behind_the_last_tensor_is_refused(raw_file):
+def test_data_behind_the_last_tensor_is_refused(raw_file, refused):
     """As by safetensors' own library: something is wrong with it, whatever it is."""
     path = raw_file({"a": ENTRY}, bytes(9))
     with pytest.raises(SafetensorError):
         load_file(path)
-    refused(path, "after its last tensor")
+    refused(path)
 
 
 @pytest.mark.parametrize("header", [b'{"a":[]}', b'{"a":1}'])
-def test_a_refused_file_is_closed(raw_file, monkeypatch, header):
+def test_a_refused_file_is_closed(raw_file, monkeypatch, header, refused):
     opened = []
     real = open
     monkeypatch.setattr(
         reader, "open", lambda *args, **options: opened.append(real(*args, **options)) or opened[-1], raising=False
     )
-    refused(raw_file(header), "damaged")
+    refused(raw_file(header))
     assert opened and all(file.closed for file in opened)
 
 
-def test_a_file_cut_while_it_is_read(model_file):
+def test_a_file_cut_while_it_is_read(model_file, sentences):
     path = model_file()
     with SafetensorsFile(path) as source:
         with open(path, "r+b") as file:
             file.truncate(source.size - source.tensors[list(source.tensors)[-1]].nbytes)
-        with pytest.raises(SourceError, match="ended early at tensor .* changed while it was read"):
+        with sentences.raises(SourceError):
             source.read(list(source.tensors)[-1])
 
 
-def test_a_disk_that_fails_while_reading(model_file):
+def test_a_disk_that_fails_while_reading(model_file, sentences):
     class Failing:
         def __init__(self, file):
             self._file = file
@@ -274,5 +278,5 @@ def test_a_disk_that_fails_while_reading(model_file):
 
     with SafetensorsFile(model_file()) as source:
         source._file = Failing(source._file)
-        with pytest.raises(SourceError, match="cannot be read at tensor step: Input/output error"):
+        with sentences.raises(SourceError):
             source.read("step")
