@@ -14,12 +14,11 @@ __all__ = ["FORMATS", "MXFP8Codec"]
 
 _GROUP = 32
 _PADDING = 32  # rows and columns of the stored weight are multiples of this
-_BIAS = 127  # of an E8M0 exponent
 _SCALE_VIEWS = (torch.float8_e8m0fnu,) if hasattr(torch, "float8_e8m0fnu") else ()  # torch ≥ 2.7
 
 
 class MXFP8Codec(Codec):
-    """W = 2^(weight_scale − 127) · qdata.
+    """W = 2^(weight_scale − 127) · qdata; the code 0 is the scale 0.
 
     ``weight``: E4M3 (M, N), M and N padded to multiples of 32; ``weight_scale``: uint8 exponents in cuBLAS's tiles.
     """
@@ -44,14 +43,13 @@ class MXFP8Codec(Codec):
         return {"input_scale": TensorSpec(torch.float32, ())}
 
     def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        exponents = torch.log2(scale.clamp_min(2.0**-_BIAS)).to(torch.int32) + _BIAS
-        return {"weight": pad_matrix(qdata, _PADDING), "weight_scale": tile_scales(exponents.to(torch.uint8))}
+        exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)  # those of float32 have the same bias of 127
+        return {"weight": pad_matrix(qdata, _PADDING), "weight_scale": tile_scales(exponents)}
 
     def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
         qdata = parts["weight"].float()
         exponents = untile_scales(parts["weight_scale"], qdata.shape[0], qdata.shape[1] // _GROUP)
-        # An exponent of 0 is 2^−127, a subnormal float32, and only groups of zeros or of such tiny values have it.
-        scale = torch.ldexp(torch.ones(exponents.shape, device=qdata.device), exponents.int() - _BIAS)
+        scale = (exponents.int() << 23).view(torch.float32)
         return (qdata.unflatten(1, (-1, _GROUP)) * scale[..., None]).flatten(1)[: shape[0], : shape[1]]
 
 

@@ -119,7 +119,10 @@ class _Float32:
 
 
 class _E8M0:
-    """One level of powers of two, 2^−127 … 2^127 (OCP MX v1.0, section 5.4.1), rounded up so that no value clamps."""
+    """One level of powers of two (OCP MX v1.0, section 5.4.1), rounded up so that no value clamps.
+
+    2^−127 is left out: ComfyUI's dequantization takes its code, 0, for the scale 0.
+    """
 
     continuous = False
 
@@ -127,14 +130,14 @@ class _E8M0:
         return 1.0, 0.5
 
     def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, None]:
-        needed = _divide(amax, largest).clamp_min_(2.0**-127)
+        needed = _divide(amax, largest).clamp_min_(_SMALLEST)
         return torch.where(amax > 0, self._power(torch.log2(needed).ceil_()), torch.zeros_like(amax)), None
 
     def snap(self, scale: torch.Tensor, parent: None) -> torch.Tensor:
-        return torch.where(scale > 0, self._power(torch.log2(scale.clamp_min(2.0**-127)).round_()), scale)
+        return torch.where(scale > 0, self._power(torch.log2(scale.clamp_min(_SMALLEST)).round_()), scale)
 
     def _power(self, exponent: torch.Tensor) -> torch.Tensor:
-        return torch.ldexp(torch.ones_like(exponent), exponent.clamp_(-127, 127))
+        return torch.ldexp(torch.ones_like(exponent), exponent.clamp_(-126, 127))
 
 
 class _TwoLevelE4M3:

@@ -1,71 +1,103 @@
-"""Codes against an oracle that knows nothing of rounding: all values of the grid, and the nearest of them."""
+"""Element formats against an oracle that only knows the representable numbers."""
 
 import pytest
 import torch
 
-from learned_rounding.quant_core.formats import E4M3, E5M2, INT8
+from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8
+
+ELEMENTS = (E4M3, E5M2, E2M1, INT8, INT4)
+all_elements = pytest.mark.parametrize("elements", ELEMENTS, ids=lambda elements: elements.name)
+OCP_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # OCP MX v1.0, table 5
 
 
-def finite_values(grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """All codes that may be written, as raw bytes, and what they mean, by rising value; −0 is left out."""
-    raw = torch.arange(256, dtype=torch.int16).to(torch.uint8)
-    values = raw.view(grid.dtype).double()
-    wanted = torch.isfinite(values) & (values.abs() <= grid.max) & ~((values == 0) & (raw == 128))
-    order = values[wanted].argsort()
-    return raw[wanted][order], values[wanted][order]
+def representable(elements) -> torch.Tensor:
+    """All representable numbers by rising value, float64; −0 is left out."""
+    if elements is E2M1:
+        positive = torch.tensor(OCP_E2M1, dtype=torch.float64)
+    elif elements.floating:
+        raw = torch.arange(128, dtype=torch.int16).to(torch.uint8).view(elements.dtype).double()
+        positive = raw[torch.isfinite(raw) & (raw <= elements.max)]
+    else:
+        positive = torch.arange(elements.max + 1, dtype=torch.float64)
+    return torch.cat([-positive.flip(0)[:-1], positive])
 
 
-def nearest_even(grid, numbers: torch.Tensor) -> torch.Tensor:
-    """Value of the nearest code; of two equally near ones, that with an even last bit."""
-    raw, values = finite_values(grid)
+def nearest_even(elements, numbers: torch.Tensor) -> torch.Tensor:
+    """The nearest representable number; of two equally near ones, the one at an even position from zero."""
+    values = representable(elements)
+    position = torch.arange(len(values)) - len(values) // 2
     distance = (numbers.double()[:, None] - values).abs()
-    even = (raw % 2 == 0).double()
+    even = (position % 2 == 0).double()
     # A tie is exact in float64, so a bonus far below any real difference of distances decides it and nothing else.
     return values[(distance - even * 1e-12 * distance.clamp_min(1e-30)).argmin(dim=1)]
 
 
-@pytest.mark.parametrize("grid", [E4M3, E5M2, INT8], ids=["e4m3", "e5m2", "int8"])
-def test_codes_are_the_nearest_ties_to_even(grid):
-    _, values = finite_values(grid)
-    ties = (values[1:] + values[:-1]) / 2
-    step = values.diff()
-    anywhere = torch.linspace(-1.1 * grid.max, 1.1 * grid.max, 997, dtype=torch.float64)
+@all_elements
+def test_encode_rounds_to_nearest_even(elements):
+    values = representable(elements)
+    ties, step = (values[1:] + values[:-1]) / 2, values.diff()
+    anywhere = torch.linspace(-1.1 * elements.max, 1.1 * elements.max, 997, dtype=torch.float64)
     numbers = torch.cat([values, ties, ties + step / 16, ties - step / 16, anywhere]).float()
-    assert torch.equal(grid.encode(numbers.clone()).double(), nearest_even(grid, numbers))
+    assert torch.equal(elements.encode(numbers.clone()).double(), nearest_even(elements, numbers))
 
 
-@pytest.mark.parametrize("grid, end", [(E4M3, 448.0), (E5M2, 57344.0), (INT8, 127.0)], ids=["e4m3", "e5m2", "int8"])
-def test_values_beyond_the_end_clamp(grid, end):
+@all_elements
+def test_dtype_holds_every_representable_number(elements):
+    values = representable(elements)
+    assert torch.equal(values.float().to(elements.dtype).double(), values)
+
+
+@all_elements
+def test_values_beyond_the_largest_magnitude_clamp(elements):
     """Never NaN (which a plain cast to e4m3fn gives), never −128, never a wrapped int8."""
+    end = elements.max
     far = torch.tensor([end * 1.01, end * 1.5, 1e9, 3e38, float("inf")])
-    assert grid.encode(far.clone()).float().tolist() == [end] * 5
-    assert grid.encode(-far).float().tolist() == [-end] * 5
+    assert elements.encode(far.clone()).float().tolist() == [end] * 5
+    assert elements.encode(-far).float().tolist() == [-end] * 5
 
 
-def test_e4m3_codes_are_those_of_torch():
+@pytest.mark.parametrize("elements", [E4M3, E2M1], ids=["E4M3", "E2M1"])
+def test_a_negative_number_that_rounds_to_zero_keeps_its_sign(elements):
+    assert torch.signbit(elements.encode(torch.tensor([-1e-6])).float()).all()
+
+
+def test_e4m3_rounds_as_a_cast():
     numbers = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 60
     expected = numbers.clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(E4M3.encode(numbers.clone()).view(torch.uint8), expected.view(torch.uint8))
 
 
-def test_int8_codes_are_those_of_torch():
-    numbers = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 60
-    assert torch.equal(INT8.encode(numbers.clone()), torch.round(numbers).clamp(-127, 127).to(torch.int8))
+def test_round_to_nearest_on_e2m1_has_the_error_of_four_bits():
+    """A cast to the dtype that holds E2M1 would report the error of eight bits."""
+    numbers = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    scaled = numbers * 1.5
+    error = (E2M1.encode(scaled.clone()).float() - scaled).norm() / scaled.norm()
+    assert 0.08 < error < 0.13
 
 
-def test_only_float_grids_are_floating():
-    assert E4M3.floating and E5M2.floating and not INT8.floating
+def test_only_float_formats_are_floating():
+    assert [elements.floating for elements in ELEMENTS] == [True, True, True, False, False]
 
 
-@pytest.mark.parametrize("grid", [E4M3, E5M2, INT8], ids=["e4m3", "e5m2", "int8"])
-def test_neighbours_enclose_a_value(grid):
-    _, values = finite_values(grid)
+@all_elements
+def test_neighbours_enclose_a_value(elements):
+    values = representable(elements)
     between = torch.cat([(values[1:] + values[:-1]) / 2, values[:-1] + values.diff() * 0.9]).float()
-    low, high = grid.neighbours(between)
+    low, high = elements.neighbours(between)
     place = torch.searchsorted(values, between.double()) - 1
-    assert torch.equal(low.double(), values[place]) and torch.equal(high.double(), values[place + 1])
-    low, high = grid.neighbours(values.float())
+    assert torch.equal(low.double(), values[place])
+    assert torch.equal(high.double(), values[place + 1])
+
+
+@all_elements
+def test_one_neighbour_of_a_representable_number_is_itself(elements):
+    values = representable(elements)
+    low, high = elements.neighbours(values.float())
     assert ((low.double() == values) | (high.double() == values)).all()
-    for end in (grid.max, -grid.max):
-        low, high = grid.neighbours(torch.tensor([end * 1.5, end * 1e3]))
+
+
+@all_elements
+def test_both_neighbours_beyond_the_end_are_the_end(elements):
+    for end in (elements.max, -elements.max):
+        low, high = elements.neighbours(torch.tensor([end * 1.5, end * 1e3]))
         assert low.tolist() == high.tolist() == [end] * 2
