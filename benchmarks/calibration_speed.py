@@ -19,8 +19,8 @@ from torch import nn
 from learned_rounding.benchmarks.harness import arguments, finish
 from learned_rounding.benchmarks.transformer import Transformer
 from learned_rounding.quant_core import Recipe, quantize_weight
-from learned_rounding.quant_core.calibration import Collector, Inputs, LayerInputs, LowRankGram
-from learned_rounding.quant_core.calibration.accumulate import FullGram
+from learned_rounding.quant_core.calibration import Collector, InMemoryCalibration, LayerStatistics, LowRankHessian
+from learned_rounding.quant_core.calibration.accumulate import PackedHessianAccumulator
 from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.run.allocate import measure_plan
 from learned_rounding.quant_core.sources import TensorSource
@@ -100,10 +100,10 @@ def _layers(width: int, double: int, single: int):
         yield f"single.{block}.linear2", (width, 5 * width)
 
 
-def _inputs(inner: int) -> Inputs:
+def _inputs(inner: int) -> LayerStatistics:
     """Of random inputs with a falling spectrum: a packed Gram and held-out rows, on the device."""
     generator = torch.Generator(DEVICE).manual_seed(inner)
-    gram = FullGram(inner, torch.zeros(packed_size(inner), dtype=torch.float16, device=DEVICE), DEVICE)
+    gram = PackedHessianAccumulator(inner, torch.zeros(packed_size(inner), dtype=torch.float16, device=DEVICE), DEVICE)
     scale = torch.rand(inner, generator=generator, device=DEVICE) + 0.1
     mix = torch.randn(inner // 8, inner, generator=generator, device=DEVICE) / inner**0.5
 
@@ -113,7 +113,9 @@ def _inputs(inner: int) -> Inputs:
 
     for _ in range(4):
         gram.add(rows(inner))
-    return Inputs(gram.result(), LowRankGram(rows(HELD_OUT).t() / HELD_OUT**0.5, torch.zeros(inner)), sensitivity=1.0)
+    return LayerStatistics(
+        gram.result(), LowRankHessian(rows(HELD_OUT).t() / HELD_OUT**0.5, torch.zeros(inner)), sensitivity=1.0
+    )
 
 
 def rounding(args) -> list[dict]:
@@ -153,7 +155,7 @@ def rounding(args) -> list[dict]:
             }
         )
     source = TensorSource({f"{name}.weight": weights[shape] for name, shape in shapes})
-    calibration = LayerInputs({name: known[shape[1]] for name, shape in shapes})
+    calibration = InMemoryCalibration({name: known[shape[1]] for name, shape in shapes})
     recipe = Recipe(format="measured")
     nothing = {"emit": lambda event: None, "check": lambda: None}
     seconds = _seconds(lambda: measure_plan(source, recipe, calibration, device=DEVICE, **nothing))

@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .calibration import Gram, Inputs, LowRankGram, PairedGram, dense_gram, mean_vector, quantized_grams
+from .calibration import (
+    Hessian,
+    LayerStatistics,
+    LowRankHessian,
+    PairedHessian,
+    dense_hessian,
+    mean_vector,
+    quantized_hessians,
+)
 from .cancellation import CancelCheck
 from .errors import QuantizationError, RecipeError
 from .formats import INT8, Encoding, QuantizedWeight, make_encoding, rotation_groups
@@ -31,8 +39,8 @@ def quantize_weight(
     block_size: int | None = None,
     convrot: bool | int | str | None = None,
     full_precision_matmul: bool = False,
-    gram: Gram | None = None,
-    holdout_gram: Gram | None = None,
+    gram: Hessian | None = None,
+    holdout_gram: Hessian | None = None,
     output_weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     mean_input: torch.Tensor | None = None,
@@ -53,8 +61,8 @@ def quantize_weight(
         convrot: rotate the inputs: True by the largest group of 256, 64, 16 channels that divides them, a number by
             the largest up to it, "auto" by whichever group, or none, has the least error; that of quantized inputs
             counts too where some are held out.
-        gram: H = XᵀX/tokens of the layer's inputs, (in, in), or another :data:`~.calibration.Gram`. With a
-            :class:`~.calibration.PairedGram`, INT8 is rounded for inputs that are quantized too.
+        gram: H = XᵀX/tokens of the layer's inputs, (in, in), or another :data:`~.calibration.Hessian`. With a
+            :class:`~.calibration.PairedHessian`, INT8 is rounded for inputs that are quantized too.
         holdout_gram: the Gram of other inputs, on which the result is judged.
         output_weight: float (out,), how much each output channel counts under ``gram``.
         bias, mean_input: (out,) and (in,), for the bias correction.
@@ -85,7 +93,7 @@ def quantize_weight(
     ]
     if input_scale is not None and not (encodings[0].static_inputs and 0 < input_scale < float("inf")):
         raise RecipeError(f"An input scale of {input_scale} has no meaning for {encodings[0]}; leave it out.")
-    inputs = Inputs(gram, holdout_gram, mean_input)
+    inputs = LayerStatistics(gram, holdout_gram, mean_input)
     layer = _Layer(matrix, inputs, bias, output_weight, method, seed, check)
     made = [layer.quantize(encoding) for encoding in encodings]
     best = min(made, key=layer.cost) if len(made) > 1 else made[0]
@@ -108,7 +116,7 @@ class _Layer:
     """A weight (out, in) with all that decides how it is rounded."""
 
     weight: torch.Tensor
-    inputs: Inputs
+    inputs: LayerStatistics
     bias: torch.Tensor | None
     output_weight: torch.Tensor | None
     method: Method
@@ -118,7 +126,7 @@ class _Layer:
     def quantize(self, encoding: Encoding) -> QuantizedWeight:
         """The best that is known for this encoding."""
         plain = self._alone(encoding)
-        known = isinstance(self.inputs.gram, PairedGram) and self.inputs.holdout_rows is not None
+        known = isinstance(self.inputs.hessian, PairedHessian) and self.inputs.validation_activations is not None
         if not known or self.method.rounding != "calibrated" or encoding.quantized_inputs != (INT8, "token"):
             return plain
         try:
@@ -137,7 +145,7 @@ class _Layer:
 
     def cost(self, made: QuantizedWeight) -> float:
         """What encodings are compared by: the error with quantized inputs if some are held out, else what is known."""
-        rows = self.inputs.holdout_rows
+        rows = self.inputs.validation_activations
         if rows is not None:
             return output_error(self.weight.float(), made, rows.to(self.weight.device, torch.float32))
         return made.weight_error if made.output_error is None else made.output_error
@@ -174,19 +182,21 @@ class _Layer:
             weight = encoding.rotation.apply(weight)
         tiles = encoding.tiles(shape)
         row_weight = None if self.output_weight is None else self.output_weight.to(device, torch.float32)
-        gram = self._gram(self.inputs.gram, encoding, device)
+        gram = self._gram(self.inputs.hessian, encoding, device)
 
         def judge() -> Quadratic:
-            held_out = self._gram(self.inputs.holdout_gram, encoding, device)
+            held_out = self._gram(self.inputs.validation_hessian, encoding, device)
             return Quadratic(hessian=gram if held_out is None else held_out, row_weight=row_weight)
 
-        known = not (gram is None and self.inputs.holdout_gram is None)
+        known = not (gram is None and self.inputs.validation_hessian is None)
         rounder = Rounder(
             weight,
             encoding.format.grid,
             tiles,
             self.method,
-            make_objectives(self.method, gram, row_weight, judged=self.inputs.holdout_gram is not None, seed=self.seed),
+            make_objectives(
+                self.method, gram, row_weight, judged=self.inputs.validation_hessian is not None, seed=self.seed
+            ),
             judge=judge if known else None,
             parts=parts,
             seed=self.seed,
@@ -208,9 +218,11 @@ class _Layer:
 
         The last are the codes of W·XᵀX̂·(X̂ᵀX̂)⁻¹, which minimise ‖X·Wᵀ − X̂·Ŵᵀ‖; rotated inputs have too little error for it.
         """
-        weight, rows = self.weight.float(), self.inputs.holdout_rows.to(self.weight.device, torch.float32)
+        weight, rows = self.weight.float(), self.inputs.validation_activations.to(self.weight.device, torch.float32)
         simple = replace(
-            self, method=replace(self.method.uncalibrated(), rounding="nearest"), inputs=Inputs(mean=self.inputs.mean)
+            self,
+            method=replace(self.method.uncalibrated(), rounding="nearest"),
+            inputs=LayerStatistics(mean=self.inputs.mean),
         )
         nearest = simple.quantize(encoding)
         made = [nearest, plain]
@@ -229,9 +241,9 @@ class _Layer:
 
     def _compensating(self, rows: torch.Tensor, encoding: Encoding) -> "_Layer":
         """The layer that, given X̂, comes nearest to what this one makes of X; ``rows`` are held-out X (tokens, in)."""
-        weight, gram = self.weight.float(), self.inputs.gram
+        weight, gram = self.weight.float(), self.inputs.hessian
         inner, device = weight.shape[1], weight.device
-        cross, seen = quantized_grams(gram, inner, device)
+        cross, seen = quantized_hessians(gram, inner, device)
         reduced, wanted = encoding.quantize_inputs(rows), rows @ weight.t()
 
         def target_of(damping: float) -> torch.Tensor:
@@ -243,13 +255,13 @@ class _Layer:
         bias = self.bias
         if bias is not None and self.method.get("bias_correction") == "auto":
             bias = (bias.to(device).float() - target @ mean_seen + weight @ mean).to(bias)
-        held_out = LowRankGram(reduced.t() / len(rows) ** 0.5, torch.zeros(inner))
-        return replace(self, weight=target, inputs=Inputs(seen, held_out, mean_seen), bias=bias)
+        held_out = LowRankHessian(reduced.t() / len(rows) ** 0.5, torch.zeros(inner))
+        return replace(self, weight=target, inputs=LayerStatistics(seen, held_out, mean_seen), bias=bias)
 
-    def _gram(self, gram: Gram | None, encoding: Encoding, device: torch.device) -> torch.Tensor | None:
+    def _gram(self, gram: Hessian | None, encoding: Encoding, device: torch.device) -> torch.Tensor | None:
         if gram is None:
             return None
-        dense = dense_gram(gram, self.weight.shape[1], device)
+        dense = dense_hessian(gram, self.weight.shape[1], device)
         return encoding.rotation.apply_gram(dense) if encoding.rotation else dense
 
     def _mean(self, inner: int, device: torch.device) -> tuple[torch.Tensor | None, str]:

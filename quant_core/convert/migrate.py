@@ -358,7 +358,7 @@ def read_scale(opened: Source, name: str) -> torch.Tensor:
 
 def _input_scale(opened, layer, name, scale, encoding, calibration, drop: bool, done: Migration) -> float | None:
     """The input scale that the layer gets, None for none."""
-    known = calibration.inputs(layer) if calibration and encoding.static_inputs else None
+    known = calibration.layer_statistics(layer) if calibration and encoding.static_inputs else None
     if known is not None and known.histogram is not None and not drop:
         done.changes["input scales measured"] += 1
         return input_scale(known.histogram, float(known.amax.max()))

@@ -218,7 +218,7 @@ def test_files_that_are_gone_are_missed_before_anything_runs(comfy):
 
 
 @pytest.mark.parametrize(
-    "content, sentence", [(None, "There is no calibration"), (b"no header", "gone.calib.safetensors")]
+    "content, sentence", [(None, "gone.calib.safetensors not found"), (b"no header", "gone.calib.safetensors")]
 )
 def test_a_calibration_that_cannot_be_read_is_refused_before_anything_runs(comfy, content, sentence):
     path = comfy.output_dir / "calibrations" / "gone.calib.safetensors"

@@ -38,7 +38,7 @@ def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path, check, bo
 def test_a_t5_is_calibrated_with_prompts(host, tmp_path):
     found = in_process(host, tmp_path, "calibrated_text_encoder")
     assert found["layers"] == 24 * 7
-    assert f"{24 * 4} different inputs" in found["summary"]  # q, k, v share one, and wi_0 with wi_1
+    assert f"{24 * 4} distinct input activations" in found["summary"]  # q, k, v share one, and wi_0 with wi_1
     assert found["sensitive"] > 0.9 * found["layers"]
     steps = [("prompts", done, 48) for done in range(49)] + [
         ("probes", done, 2 * 24 * 7) for done in range(2 * 24 * 7 + 1)

@@ -417,10 +417,10 @@ def test_a_low_rank_calibration_acts_too(lrq, model_file, tmp_path):
     assert code == 0 and "sequential" in line and "output error" in line
     save_file({f"{layer}.gram.factor": parts["factor"]}, tmp_path / "half.safetensors")
     code, _, err = lrq(*words, tmp_path / "half.safetensors", "--overwrite")
-    assert code == 1 and "has no counterpart" in err[0]
+    assert code == 1 and "is incomplete" in err[0]
     save_file({f"{layer}.gram": torch.eye(7)}, tmp_path / "wrong.safetensors")
     code, _, err = lrq(*words, tmp_path / "wrong.safetensors", "--overwrite")
-    assert code == 1 and f"{layer}: A Gram of shape (7, 7) does not fit" in err[0]
+    assert code == 1 and f"{layer}: A Hessian of shape (7, 7) does not fit" in err[0]
 
 
 def test_heur_acts(lrq, tmp_path):
@@ -832,7 +832,7 @@ ERRORS = {
     "damping without calibration": (nothing, [*Q, "--damping", "0.1"], "needs a calibration"),
     "no calibration": (nothing, [*Q, "--rounding", "calibrated"], "Calibrated rounding needs a calibration"),
     "a missing calibration": (nothing, [*Q, "--calibration", "none.safetensors"], "There is no file"),
-    "a model as calibration": (nothing, [*Q, "--calibration", "model.safetensors"], "holds no Grams of layers"),
+    "a model as calibration": (nothing, [*Q, "--calibration", "model.safetensors"], "is not a calibration file"),
     "no such preset": (nothing, [*Q, "--preset", "fluks"], "did you mean 'flux'"),
     "a bad pattern": (nothing, [*Q, "--exclude-layers", "("], "is no regular expression"),
     "full precision on int8": (nothing, [*Q, "--int8", "--full_precision_matrix_mult"], "no effect on int8_tensorwise"),

@@ -47,5 +47,5 @@ def test_the_bias_keeps_its_dtype(gaussian):
 
 @pytest.mark.parametrize("mean", [torch.ones(63), torch.ones(1, 64), torch.full((64,), float("nan"))])
 def test_a_mean_that_does_not_fit_is_refused(gaussian, mean):
-    with pytest.raises(CalibrationError, match="mean input"):
+    with pytest.raises(CalibrationError, match="mean activation"):
         quantize_weight(gaussian(24, 64), "int8_tensorwise", bias=gaussian(24), mean_input=mean)
