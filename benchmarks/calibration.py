@@ -1,22 +1,22 @@
-"""How near to full precision the tiny model's pictures stay in ComfyUI, by rounding and by choice of formats.
+"""Image error of the tiny model in ComfyUI, by rounding method and by choice of formats.
 
-Everything runs in stock ComfyUI on a CPU. Calibrated rounding learns from the calibration split of the prompts, each with
-a seed of its own; judged are other prompts (the evaluation split) with other seeds. Two sections:
+Everything runs in stock ComfyUI on a CPU. GPTQ (rounding calibrated) is calibrated on the calibration split of the
+prompts, one seed per prompt; images are evaluated on the evaluation split with other seeds. Sections:
 
-weights only   the saved file with its codes decoded to float32, so that nothing but the weights has changed
-w8a8           the saved file as it is: ComfyUI quantizes the activations of INT8 layers as well. On a CPU it decodes FP8
-               weights and leaves the activations alone, so FP8 has no row here. ``floor`` is the original model whose
-               activations are quantized alike: what is left when weights cost nothing
+weights only   the saved file with its weights dequantized to float32, so that only the weights differ
+w8a8           the saved file itself: ComfyUI also quantizes the activations of INT8 layers. On a CPU it dequantizes FP8
+               weights and does not quantize activations, so FP8 has no row here. ``floor`` is the original model with
+               quantized activations: the error that remains with exact weights
 
-Methods: ``calibrated + X̂`` rounds against quantized inputs; ``auto`` is format measured, with sensitivities, in as many
-bytes as nearest has; ``calibrated, 12 prompts`` learns from fewer, to tell what more would bring.
+Methods: ``calibrated + X̂`` uses quantized activations (:class:`PairedHessian`); ``auto`` is format measured with
+sensitivities, with the size of nearest as its target; ``calibrated, 12 prompts`` uses fewer calibration prompts.
 
-``MSE`` is the mean squared error of the pictures against full precision, in 0…1, as decoded (``unrounded``) and as PNG
-files of 8 bits hold it, whose rounding of both pictures adds up to 1/(6·255²) = 2.6e-6. ``×`` is the geometric mean, over
-pictures, of the unrounded error relative to nearest, with a 95 % interval: 10,000 bootstrap draws of prompts with all
-their seeds. ``gain`` are the layers' output errors relative to nearest (roots of squares, so square them to compare) on
-held-out calibration runs, as the node reports them; ``gain here`` the same on the very runs that were learned from, where
-nothing is held out. The two are far apart where the calibration saw too few prompts.
+``MSE`` is the mean squared error of images in 0…1 against full precision: ``unrounded`` as decoded, and ``PNG`` as 8-bit
+files, whose rounding adds up to 1/(6·255²) = 2.6e-6. ``×`` is the geometric mean over images of the unrounded error
+relative to nearest, with a 95 % interval from 10,000 bootstrap draws of prompts with all their seeds. ``gain`` is a
+layer's output error relative to nearest (a ratio of norms) on validation activations, as the node reports it;
+``gain here`` is the same on the calibration activations. A large difference between the two means that there are too few
+calibration prompts.
 """
 
 import json
@@ -34,6 +34,7 @@ from learned_rounding.benchmarks.tiny_model.place import ASSETS, place, prompt_s
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.server import PACK, PACK_NAME
 from learned_rounding.quant_core.calibration import CalibrationFile
+from learned_rounding.quant_core.comparison import ssim
 from learned_rounding.quant_core.layer import quantize_weight
 from learned_rounding.quant_core.output import layer_configs
 from learned_rounding.quant_core.output.verify import layer_encoding
@@ -44,7 +45,7 @@ FORMATS = {
     "int8_tensorwise row": {"format": "int8_tensorwise", "granularity": "row"},
     "int8_tensorwise row, ConvRot": {"format": "int8_tensorwise", "granularity": "row", "convrot": "on"},
 }
-# Method → the calibration it takes, if any.
+# Method → the calibration it uses, if any.
 METHODS = {
     "nearest": None,
     "principal": None,
@@ -54,17 +55,17 @@ METHODS = {
     "auto": "full",
 }
 FEW = 12  # prompts
-WEIGHTS_ALONE = ("calibrated, 12 prompts",)  # not sampled with quantized activations
+WEIGHTS_ONLY = ("calibrated, 12 prompts",)  # methods without a row in section w8a8
 MARKS = [5, 10, 15, STEPS]  # steps after which latents are compared
-FIRST_CALIBRATION_SEED = 1001  # counted up for each prompt; the seeds judged are 0, 1, …
+FIRST_CALIBRATION_SEED = 1001  # of consecutive seeds, one per prompt; evaluation uses the seeds 0, 1, …
 TEXT_ENCODER = Path(__file__).parent / "results" / "rounding_minilm_h200.json"
 DRAWS = 10_000
 
-__all__ = ["FORMATS", "METHODS", "decode_file", "main", "ratio_interval", "ssim"]
+__all__ = ["FORMATS", "METHODS", "decode_file", "main", "ratio_interval"]
 
 
 def decode_file(source: Path, target: Path) -> int:
-    """Write a quantized file's weights in float32, without a trace of quantization; returns how many were decoded."""
+    """Dequantize a file to an unquantized float32 file; returns the number of dequantized layers."""
     with SafetensorsFile(source) as file:
         configs, _ = layer_configs(file)
         encodings = {layer: layer_encoding(layer, config, file.tensors) for layer, config in configs.items()}
@@ -78,38 +79,20 @@ def decode_file(source: Path, target: Path) -> int:
 
 
 def ratio_interval(error: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
-    """Geometric mean of ``error / base``, both (seeds, prompts), and its 95 % interval.
+    """Return the geometric mean of ``error / base``, both (seeds, prompts), and its 95 % interval.
 
-    Prompts are drawn with all their seeds, since pictures of one prompt resemble each other.
+    The bootstrap draws prompts with all their seeds, because images of one prompt are correlated.
     """
     logs = np.log(error / base)
     draws = np.random.default_rng(0).integers(logs.shape[1], size=(DRAWS, logs.shape[1]))
     low, high = np.quantile(logs.mean(axis=0)[draws].mean(axis=1), (0.025, 0.975))
-    return tuple(float(np.exp(value)) for value in (logs.mean(), low, high))
-
-
-def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Structural similarity of pictures (n, height, width, 3) in 0…1, (n,): Wang et al. 2004, Gaussian window of 11 pixels."""
-    x, y = (torch.from_numpy(images).double().movedim(-1, 1) for images in (a, b))
-    window = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
-    window = torch.outer(window, window)
-    kernel = (window / window.sum()).expand(3, 1, 11, 11)
-
-    def blur(images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.conv2d(images, kernel, groups=3)
-
-    mean_x, mean_y = blur(x), blur(y)
-    spread = blur(x * x) + blur(y * y) - mean_x**2 - mean_y**2
-    shared = blur(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    found = (2 * mean_x * mean_y + c1) * (2 * shared + c2) / ((mean_x**2 + mean_y**2 + c1) * (spread + c2))
-    return found.mean(dim=(1, 2, 3)).numpy()
+    return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
 
 
 class _Sampler:
-    """Samples models with every prompt and seed; each returns latents, pictures, and pictures before they are rounded.
+    """Sample a model with every prompt and seed; returns latents, 8-bit images, and images before rounding to 8 bits.
 
-    Latents are (marks, seeds, prompts, channels, height, width).
+    Latents are (marks, seeds, prompts, channels, height, width), images (seeds, prompts, height, width, 3).
     """
 
     def __init__(self, server: ComfyServer, seeds: int):
@@ -128,25 +111,28 @@ class _Sampler:
             graph.sample_in_parts(model[0], f"{prefix}-{seed:02}", MARKS, seed=seed)
         self._server.queue(graph, timeout=1800)
         folder, seeds = self._server.output_dir, range(self._seeds)
-        found = np.stack(
+        sampled = np.stack(
             [np.stack([latents(folder, f"{prefix}-{seed:02}-{mark:02}") for seed in seeds]) for mark in MARKS]
         )
-        shown = np.stack([pictures(folder, f"{prefix}-{seed:02}") for seed in seeds])
-        images = self._decode(found[-1])
-        if np.abs(images - shown).max() > 1.01 / 255:  # ComfyUI cuts off where it does not round
-            raise SystemExit(f"{prefix}: the pictures that ComfyUI saved are not those of its latents.")
-        return found, shown, images
+        saved = np.stack([pictures(folder, f"{prefix}-{seed:02}") for seed in seeds])
+        images = self._decode(sampled[-1])
+        if np.abs(images - saved).max() > 1.01 / 255:  # ComfyUI truncates to 8 bits
+            raise SystemExit(f"{prefix}: the images saved by ComfyUI differ from the decoded latents.")
+        return sampled, saved, images
 
-    def _decode(self, found: np.ndarray) -> np.ndarray:
-        """Pictures (seeds, prompts, height, width, 3) of latents as ComfyUI's decoder makes them, not rounded."""
-        values = torch.from_numpy(found).float().reshape(-1, *found.shape[-3:])
+    def _decode(self, sampled: np.ndarray) -> np.ndarray:
+        """Decode latents to images (seeds, prompts, height, width, 3) as ComfyUI does, without rounding to 8 bits."""
+        values = torch.from_numpy(sampled).float().reshape(-1, *sampled.shape[-3:])
         with torch.no_grad():
-            images = self._decoder((values - 0.0609) * 1.5305).clamp(0, 1)  # SD3 latents → the model's own space
-        return images.movedim(1, -1).double().numpy().reshape(*found.shape[:2], *images.shape[-2:], 3)
+            images = self._decoder((values - 0.0609) * 1.5305).clamp(0, 1)  # SD3 latents → input of the decoder
+        return images.movedim(1, -1).double().numpy().reshape(*sampled.shape[:2], *images.shape[-2:], 3)
 
 
 def _quantize(server: ComfyServer) -> tuple[dict[tuple[str, str], Path], dict, Path, dict[str, str]]:
-    """Calibrate and save every format × method: files, {layer: gain} of each, the calibration, and what was learned."""
+    """Calibrate and quantize with every format and method.
+
+    Returns files and {layer: gain} by (format, method), the full calibration, and the summaries of the calibrations.
+    """
     graph = TinyGraph()
     model = graph.load()
     calibrations = {
@@ -156,109 +142,117 @@ def _quantize(server: ComfyServer) -> tuple[dict[tuple[str, str], Path], dict, P
             model[0], seed=FIRST_CALIBRATION_SEED, dataset="calibration", keep="with quantized inputs"
         ),
     }
-    shown = {name: graph.add("PreviewAny", source=node[2]) for name, node in calibrations.items()}
+    summaries = {name: graph.add("PreviewAny", source=node[2]) for name, node in calibrations.items()}
     for name in calibrations:
         graph.add("LearnedRoundingSaveCalibration", calibration=calibrations[name][0], filename_prefix=name.split()[0])
     result = server.queue(graph, timeout=3600)
-    learned = {name: result.outputs[node.id]["text"][0] for name, node in shown.items()}
+    summary = {name: result.outputs[node.id]["text"][0] for name, node in summaries.items()}
     files, gains = {}, {}
     for number, (name, choices) in enumerate(FORMATS.items()):
-        for case, (method, known) in enumerate(METHODS.items()):
-            options = {**choices, "rounding": "auto" if known else method}
+        for case, (method, calibration) in enumerate(METHODS.items()):
+            options = {**choices, "rounding": "auto" if calibration else method}
             if method == "auto":
-                options = {"format": "measured", "target_size": _bytes(files[name, "nearest"]) / 1e9}
+                options = {"format": "measured", "target_size": _tensor_bytes(files[name, "nearest"]) / 1e9}
             elif method == "calibrated + X̂" and not choices["format"].startswith("int8"):
                 continue
-            files[name, method], gains[name, method] = _saved(server, f"case{number}-{case}", known, options)
-    (found,) = server.output_dir.rglob("full*.safetensors")
-    return files, gains, found, learned
+            files[name, method], gains[name, method] = _save(server, f"case{number}-{case}", calibration, options)
+    (path,) = server.output_dir.rglob("full*.safetensors")
+    return files, gains, path, summary
 
 
-def _saved(server: ComfyServer, name: str, calibration: str | None, options: dict) -> tuple[Path, dict[str, float]]:
-    """Quantize the model with a saved calibration: the file, and the gain of each layer."""
+def _save(server: ComfyServer, name: str, calibration: str | None, options: dict) -> tuple[Path, dict[str, float]]:
+    """Quantize the model with a saved calibration; returns the file and the gain of each layer."""
     graph = TinyGraph()
-    known = {}
+    inputs = {}
     if calibration:
         (file,) = server.output_dir.rglob(f"{calibration.split()[0]}*.calib.safetensors")
-        known["calibration"] = graph.add("LearnedRoundingLoadCalibration", file=file.name)[0]
-    saved = graph.save(graph.quantize(graph.load()[0], **options, **known), name, folder="models")
+        inputs["calibration"] = graph.add("LearnedRoundingLoadCalibration", file=file.name)[0]
+    saved = graph.save(graph.quantize(graph.load()[0], **options, **inputs), name, folder="models")
     result = server.queue(graph, timeout=3600)
     layers = [event.data for event in result.of("learned_rounding.progress") if event.data["state"] == "layer"]
     gains = {layer["name"]: layer["gain"] for layer in layers if layer["gain"] is not None} if calibration else {}
     return Path(result.outputs[saved.id]["text"][0]), gains
 
 
-def _bytes(path: Path) -> int:
-    """Of a file's tensors."""
+def _tensor_bytes(path: Path) -> int:
+    """Return the size of a file's tensors in bytes."""
     with SafetensorsFile(path) as file:
         return sum(info.nbytes for info in file.tensors.values())
 
 
-def _gains_here(calibration: Path, choices: dict, layers: list[str]) -> list[float]:
-    """Gain of each layer on the inputs that were learned from."""
+def _calibration_gains(path: Path, choices: dict, layers: list[str]) -> list[float]:
+    """Return the gain of each layer on the calibration activations."""
     weights = load_file(ASSETS / MODEL)
     choices = {**choices, "convrot": "convrot" in choices or None}
-    found = []
-    with CalibrationFile(calibration) as file:
+    gains = []
+    with CalibrationFile(path) as calibration:
         for name in layers:
-            gram = file.inputs(name.removesuffix(".weight")).gram
-            found.append(quantize_weight(weights[name], gram=gram, rounding="calibrated", **choices).rounded.gain)
-    return found
+            hessian = calibration.layer_statistics(name.removesuffix(".weight")).hessian
+            gains.append(quantize_weight(weights[name], gram=hessian, rounding="calibrated", **choices).rounded.gain)
+    return gains
 
 
-def _row(full: tuple, found: tuple, base: np.ndarray | None) -> tuple[dict, np.ndarray]:
-    """Numbers of pictures ``found`` against ``full``; ``base``: nearest's errors. Also the error of each picture."""
-    error = ((full[2] - found[2]) ** 2).mean(axis=(-3, -2, -1))
+def _compare(full: tuple, sampled: tuple, base: np.ndarray | None) -> tuple[dict, np.ndarray]:
+    """Compare results of :class:`_Sampler`; returns a row of metrics and the error of each image.
+
+    ``base``: errors of nearest.
+    """
+    error = ((full[2] - sampled[2]) ** 2).mean(axis=(-3, -2, -1))
     decibels = -10 * np.log10(error)
     row = {
         "MSE unrounded": float(error.mean()),
-        "MSE PNG": float(((full[1] - found[1]) ** 2).mean()),
+        "MSE PNG": float(((full[1] - sampled[1]) ** 2).mean()),
         "PSNR mean dB": float(decibels.mean()),
         "PSNR worst dB": float(decibels.min()),
-        "PSNR mean dB PNG": float(np.mean([psnr(a, b) for a, b in zip(_flat(full[1]), _flat(found[1]), strict=True)])),
-        "SSIM": float(ssim(_flat(full[2]), _flat(found[2])).mean()),
+        "PSNR mean dB PNG": float(
+            np.mean([psnr(a, b) for a, b in zip(_flatten(full[1]), _flatten(sampled[1]), strict=True)])
+        ),
+        "SSIM": ssim(torch.from_numpy(_flatten(full[2])), torch.from_numpy(_flatten(sampled[2]))),
     }
-    for mark, exact, got in zip(MARKS, full[0], found[0], strict=True):
-        row[f"latent SNR dB after {mark}"] = float(10 * np.log10((exact**2).sum() / ((exact - got) ** 2).sum()))
+    for mark, expected, actual in zip(MARKS, full[0], sampled[0], strict=True):
+        row[f"latent SNR dB after {mark}"] = float(
+            10 * np.log10((expected**2).sum() / ((expected - actual) ** 2).sum())
+        )
     if base is not None:
         row["×"], row["low"], row["high"] = ratio_interval(error, base)
         row["better"] = f"{int((error < base).sum())} of {error.size}"
     return row, error
 
 
-def _flat(images: np.ndarray) -> np.ndarray:
+def _flatten(images: np.ndarray) -> np.ndarray:
     return images.reshape(-1, *images.shape[2:])
 
 
 def _text_encoder() -> dict:
-    """The embedding's error by format and method, weights only, as `rounding.py` measured it."""
+    """Return the error of the text embedding by format and method, weights only, from the results of `rounding.py`."""
     per = {
         "float8_e4m3fn tensor": "tensor",
         "int8_tensorwise row": "row",
         "int8_tensorwise row, ConvRot": "row, rotated",
     }
     methods = {"nearest": "nearest", "principal": "principal", "calibrated, 1 sweep": "calibrated"}
-    found: dict = {"source": TEXT_ENCODER.name}
+    errors: dict = {"source": TEXT_ENCODER.name}
     for row in json.loads(TEXT_ENCODER.read_text(encoding="utf-8"))["rows"]:
         for name, choices in FORMATS.items():
             if (row["format"], row["per"]) == (choices["format"], per[name]) and row["method"] in methods:
-                found.setdefault(name, {})[methods[row["method"]]] = row["embedding"]
-    return found
+                errors.setdefault(name, {})[methods[row["method"]]] = row["embedding"]
+    return errors
 
 
 def main() -> None:
     args = arguments(
         __doc__.splitlines()[0], ("--host", {"help": "version of the ComfyUI to use (default: the newest here)"})
     )
-    seeds, count, learned = (2, 4, 8) if args.quick else (4, 8, 50)
+    seeds, evaluation_prompts, calibration_prompts = (2, 4, 8) if args.quick else (4, 8, 50)
     host = [host for host in available_hosts() if args.host in (None, host.version)][-1]
     splits = prompt_splits()
-    judged, calibrated = splits["evaluation"][:count], splits["calibration"][:learned]
+    evaluation = splits["evaluation"][:evaluation_prompts]
+    calibrated = splits["calibration"][:calibration_prompts]
     rows, layers = [], {}
     errors: dict[tuple[str, str, str], np.ndarray] = {}
     image_mse: dict[str, dict[str, dict]] = {"weights only": {}, "w8a8": {}}
     with tempfile.TemporaryDirectory() as base:
-        place(base, prompts=judged)
+        place(base, prompts=evaluation)
         place(base, prompts=calibrated, dataset="calibration")
         place(base, prompts=calibrated[:FEW], dataset="few")
         links = {PACK_NAME: PACK, "quantized_inputs": Path(__file__).parent / "quantized_inputs"}
@@ -272,32 +266,30 @@ def main() -> None:
                 folder / "exact.safetensors",
             )
             if not np.array_equal(sample("exact.safetensors", "exact")[0], full[0]):
-                raise SystemExit("ComfyUI samples a float32 copy of the model otherwise than the model itself.")
+                raise SystemExit("A float32 copy of the model gives other latents than the model.")
             for (name, method), file in files.items():
                 for section in image_mse:
-                    if section == "w8a8" and (
-                        not FORMATS[name]["format"].startswith("int8") or method in WEIGHTS_ALONE
-                    ):
+                    if section == "w8a8" and (not FORMATS[name]["format"].startswith("int8") or method in WEIGHTS_ONLY):
                         continue
                     target = file
                     if section == "weights only":
                         target = folder / f"decoded-{file.name}"
                         decode_file(file, target)
-                    found = sample(str(target.relative_to(folder)), f"{section[:2]}-{file.stem}")
+                    sampled = sample(str(target.relative_to(folder)), f"{section[:2]}-{file.stem}")
                     base_error = errors.get((section, name, "nearest"))
-                    row, errors[section, name, method] = _row(full, found, base_error)
-                    row["bytes"] = _bytes(file)
-                    if known := gains[name, method]:
+                    row, errors[section, name, method] = _compare(full, sampled, base_error)
+                    row["bytes"] = _tensor_bytes(file)
+                    if layer_gains := gains[name, method]:
                         row |= {
-                            "gain median": float(np.median(list(known.values()))),
-                            "gain worst": max(known.values()),
+                            "gain median": float(np.median(list(layer_gains.values()))),
+                            "gain worst": max(layer_gains.values()),
                         }
                     if section == "weights only" and method == "calibrated":
-                        here = _gains_here(calibration, FORMATS[name], list(known))
-                        row["gain here"] = float(np.median(here))
+                        calibration_gains = _calibration_gains(calibration, FORMATS[name], list(layer_gains))
+                        row["gain here"] = float(np.median(calibration_gains))
                         layers[name] = {
-                            layer: [round(known[layer], 3), round(gain, 3)]
-                            for layer, gain in zip(known, here, strict=True)
+                            layer: [round(layer_gains[layer], 3), round(gain, 3)]
+                            for layer, gain in zip(layer_gains, calibration_gains, strict=True)
                         }
                     rows.append({"section": section, "format": name, "method": method, **row})
                     image_mse[section].setdefault(name, {})[method] = {
@@ -305,8 +297,8 @@ def main() -> None:
                         "unrounded": row["MSE unrounded"],
                     }
                 if method == "nearest" and FORMATS[name]["format"].startswith("int8"):
-                    found = sample(MODEL, f"floor-{file.stem}", quantized_as=file)
-                    row, _ = _row(full, found, errors["w8a8", name, "nearest"])
+                    sampled = sample(MODEL, f"floor-{file.stem}", quantized_as=file)
+                    row, _ = _compare(full, sampled, errors["w8a8", name, "nearest"])
                     rows.append({"section": "w8a8", "format": name, "method": "floor", **row})
                     image_mse["w8a8"][name]["floor"] = {"png": row["MSE PNG"], "unrounded": row["MSE unrounded"]}
 
@@ -321,7 +313,7 @@ def main() -> None:
         sorted(rows, key=lambda row: row["section"], reverse=True),
         comfyui=host.version,
         seeds=seeds,
-        prompts=judged,
+        prompts=evaluation,
         calibration={"prompts": calibrated, "first seed": FIRST_CALIBRATION_SEED, "learned": summary},
         image_mse=nested("weights only", "png"),
         image_mse_w8a8=nested("w8a8", "png"),
@@ -329,8 +321,8 @@ def main() -> None:
         image_mse_w8a8_unrounded=nested("w8a8", "unrounded"),
         text_encoder=_text_encoder(),
         mse_per_picture={
-            " / ".join(key): [[float(f"{value:.4g}") for value in line] for line in found]
-            for key, found in errors.items()
+            " / ".join(key): [[float(f"{value:.4g}") for value in line] for line in image_errors]
+            for key, image_errors in errors.items()
         },
         gains_per_layer_held_out_and_here=layers,
     )

@@ -1,11 +1,11 @@
-"""A transformer of Flux.1's shapes with random weights: what capturing costs, and how long calibrated rounding takes.
+"""Cost of calibration and run time of GPTQ, on a transformer with the shapes of Flux.1 and random weights.
 
-``capture`` runs blocks of linear layers, attention and activation as the model's own are, on random tokens, with and
-without a :class:`Collector`; its Grams lie on the device, in low rank, or in files. A run is ``--calls`` calls, as those
-of a sampling, and ends when all is learned; the two take turns; median seconds of a run, divided by its calls.
-``rounding`` quantizes every layer of the whole model, one after the other, each with a packed Gram of its true size and
-512 held-out inputs, which choose the damping; reading the Gram from the disk is not in it. ``measured`` is what it takes to
-choose the formats of all layers.
+``capture`` runs blocks of linear layers, attention and activation functions on random tokens, with and without a
+:class:`Collector` whose Hessians are on the device, in low rank, or in files. A run is ``--calls`` calls, as in sampling,
+and includes all updates of the Hessians. Runs with and without alternate; reported is the median time of a run divided by
+its calls. ``rounding`` quantizes every layer of the whole model, each with a packed Hessian of its true size and 512
+validation activations, which choose the dampening; reading the Hessians from disk is not included. ``measured`` is the
+time to choose the formats of all layers.
 """
 
 import itertools
@@ -19,15 +19,15 @@ from torch import nn
 from learned_rounding.benchmarks.harness import arguments, finish
 from learned_rounding.benchmarks.transformer import Transformer
 from learned_rounding.quant_core import Recipe, quantize_weight
-from learned_rounding.quant_core.calibration import Collector, Inputs, LayerInputs, LowRankGram
-from learned_rounding.quant_core.calibration.accumulate import FullGram
+from learned_rounding.quant_core.calibration import Collector, InMemoryCalibration, LayerStatistics, LowRankHessian
+from learned_rounding.quant_core.calibration.accumulate import PackedHessianAccumulator
 from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.run.allocate import measure_plan
 from learned_rounding.quant_core.sources import TensorSource
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DOUBLE, SINGLE = 19, 38  # blocks of Flux.1
-HELD_OUT = 512  # inputs
+VALIDATION_TOKENS = 512
 _ROUNDS = 3
 CASES = (
     ("float8_e4m3fn", "tensor", None),
@@ -36,7 +36,7 @@ CASES = (
 )
 
 
-def _seconds(call) -> float:
+def _measure_seconds(call) -> float:
     start = time.perf_counter()
     call()
     if DEVICE.type == "cuda":
@@ -61,29 +61,30 @@ def capture(args) -> list[dict]:
                     for _ in range(args.calls):
                         model(text, image)
 
-                def watched(collector=collector, run=run):
+                def collect(collector=collector, run=run):
                     with collector.watching(model):
                         run()
 
-                for call in (run, watched):
-                    _seconds(call)  # warm up; the second also makes the files
-                taken = [[_seconds(call) / args.calls for call in (run, watched)] for _ in range(_ROUNDS)]
-                plain, ours = map(statistics.median, zip(*taken, strict=True))
+                for call in (run, collect):
+                    _measure_seconds(call)  # warm-up; the second call also creates the files
+                times = [[_measure_seconds(call) / args.calls for call in (run, collect)] for _ in range(_ROUNDS)]
+                plain, captured = map(statistics.median, zip(*times, strict=True))
                 rows.append(
                     {
                         "section": "capture",
-                        "Grams": "low rank" if rank else f"on the {place}" if place == "device" else "in files",
+                        "Hessians": "low rank" if rank else f"on the {place}" if place == "device" else "in files",
                         "blocks": f"{blocks[0]} + {blocks[1]}",
                         "plain s": plain,
-                        "captured s": ours,
-                        "ratio": ours / plain,
+                        "captured s": captured,
+                        "ratio": captured / plain,
                         "disk GB": collector.disk_bytes / 1e9,
                     }
                 )
     return rows
 
 
-def _layers(width: int, double: int, single: int):
+def _layer_shapes(width: int, double: int, single: int):
+    """Yield (name, (out, in)) for each linear layer."""
     for block in range(double):
         for stream in range(2):
             yield from (
@@ -100,26 +101,28 @@ def _layers(width: int, double: int, single: int):
         yield f"single.{block}.linear2", (width, 5 * width)
 
 
-def _inputs(inner: int) -> Inputs:
-    """Of random inputs with a falling spectrum: a packed Gram and held-out rows, on the device."""
-    generator = torch.Generator(DEVICE).manual_seed(inner)
-    gram = FullGram(inner, torch.zeros(packed_size(inner), dtype=torch.float16, device=DEVICE), DEVICE)
-    scale = torch.rand(inner, generator=generator, device=DEVICE) + 0.1
-    mix = torch.randn(inner // 8, inner, generator=generator, device=DEVICE) / inner**0.5
+def _make_statistics(channels: int) -> LayerStatistics:
+    """Make a packed Hessian and validation activations, on the device, from activations with a decaying spectrum."""
+    generator = torch.Generator(DEVICE).manual_seed(channels)
+    packed = torch.zeros(packed_size(channels), dtype=torch.float16, device=DEVICE)
+    hessian = PackedHessianAccumulator(channels, packed, DEVICE)
+    scale = torch.rand(channels, generator=generator, device=DEVICE) + 0.1
+    mixing = torch.randn(channels // 8, channels, generator=generator, device=DEVICE) / channels**0.5
 
-    def rows(count: int) -> torch.Tensor:
-        x = torch.randn(count, inner // 8, generator=generator, device=DEVICE) @ mix
-        return (x + 0.3 * torch.randn(count, inner, generator=generator, device=DEVICE)) * scale
+    def activations(count: int) -> torch.Tensor:
+        x = torch.randn(count, channels // 8, generator=generator, device=DEVICE) @ mixing
+        return (x + 0.3 * torch.randn(count, channels, generator=generator, device=DEVICE)) * scale
 
     for _ in range(4):
-        gram.add(rows(inner))
-    return Inputs(gram.result(), LowRankGram(rows(HELD_OUT).t() / HELD_OUT**0.5, torch.zeros(inner)), sensitivity=1.0)
+        hessian.add(activations(channels))
+    validation = LowRankHessian(activations(VALIDATION_TOKENS).t() / VALIDATION_TOKENS**0.5, torch.zeros(channels))
+    return LayerStatistics(hessian.result(), validation, sensitivity=1.0)
 
 
 def rounding(args) -> list[dict]:
     width, double, single = (128, 1, 2) if args.quick else (3072, DOUBLE, SINGLE)
-    shapes = list(_layers(width, double, single))
-    known = {inner: _inputs(inner) for inner in {shape[1] for _, shape in shapes}}
+    shapes = list(_layer_shapes(width, double, single))
+    layer_statistics = {channels: _make_statistics(channels) for channels in {shape[1] for _, shape in shapes}}
     weights = {
         shape: (0.02 * torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)).bfloat16()
         for shape in {shape for _, shape in shapes}
@@ -127,36 +130,36 @@ def rounding(args) -> list[dict]:
     rows = []
     for format, granularity, convrot in CASES:
 
-        def one(shape, format=format, granularity=granularity, convrot=convrot):
+        def quantize(shape, format=format, granularity=granularity, convrot=convrot):
             quantize_weight(
                 weights[shape],
                 format,
                 granularity=granularity,
                 convrot=convrot,
-                gram=known[shape[1]].gram,
-                holdout_gram=known[shape[1]].holdout_gram,
+                gram=layer_statistics[shape[1]].hessian,
+                holdout_gram=layer_statistics[shape[1]].validation_hessian,
                 rounding="calibrated",
             )
 
         for shape in weights:
-            _seconds(lambda shape=shape: one(shape))
-        taken = [(name, shape, _seconds(lambda shape=shape: one(shape))) for name, shape in shapes]
+            _measure_seconds(lambda shape=shape: quantize(shape))
+        times = [(name, shape, _measure_seconds(lambda shape=shape: quantize(shape))) for name, shape in shapes]
         rows.append(
             {
                 "section": "rounding",
                 "format": format,
                 "per": granularity + (", rotated" if convrot else ""),
                 "layers": len(shapes),
-                "weights GB": sum(out * inner for _, (out, inner) in shapes) * 2 / 1e9,
-                "seconds": sum(seconds for *_, seconds in taken),
-                "slowest": max(seconds for *_, seconds in taken),
+                "weights GB": sum(out * channels for _, (out, channels) in shapes) * 2 / 1e9,
+                "seconds": sum(seconds for *_, seconds in times),
+                "slowest": max(seconds for *_, seconds in times),
             }
         )
     source = TensorSource({f"{name}.weight": weights[shape] for name, shape in shapes})
-    calibration = LayerInputs({name: known[shape[1]] for name, shape in shapes})
+    calibration = InMemoryCalibration({name: layer_statistics[shape[1]] for name, shape in shapes})
     recipe = Recipe(format="measured")
     nothing = {"emit": lambda event: None, "check": lambda: None}
-    seconds = _seconds(lambda: measure_plan(source, recipe, calibration, device=DEVICE, **nothing))
+    seconds = _measure_seconds(lambda: measure_plan(source, recipe, calibration, device=DEVICE, **nothing))
     rows.append({"section": "measured", "layers": len(shapes), "seconds": seconds})
     return rows
 
@@ -166,14 +169,18 @@ def main() -> None:
         __doc__.splitlines()[0],
         (
             "--blocks",
-            {"type": int, "default": 2, "help": "double blocks of the capture section, and twice as many single ones"},
+            {
+                "type": int,
+                "default": 2,
+                "help": "double blocks of the capture section; twice as many single blocks are added",
+            },
         ),
         (
             "--calls",
             {
                 "type": int,
                 "default": 24,
-                "help": "calls in a run of the capture section (default: 24, three turns of files)",
+                "help": "calls in a run of the capture section (default: 24; Hessians in files are updated in every eighth)",
             },
         ),
     )

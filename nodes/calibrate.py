@@ -1,18 +1,18 @@
-"""Calibrate: sample with the original model, and learn what its layers are given."""
+"""Node Calibrate: sample with a MODEL in full precision and collect statistics of its input activations."""
 
 from comfy_api.latest import io, ui
 
 from . import host
 from .ui.calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
 from .ui.progress import NodeProgress, summary
-from .ui.sampling_inputs import only, pairs, sampling_inputs
+from .ui.sampling_inputs import pair_conditioning, sampling_inputs, single_value
 from .ui.schema import CalibrationType, schema, widget
 
 __all__ = ["Calibrate"]
 
 
 class Calibrate(io.ComfyNode):
-    """See the schema."""
+    """Node; its schema describes it."""
 
     @classmethod
     def define_schema(cls):
@@ -75,24 +75,24 @@ class Calibrate(io.ComfyNode):
         vae=None,
         sensitivity=(False,),
     ) -> io.NodeOutput:
-        model = only("model", model)
+        model = single_value("model", model)
         with NodeProgress(cls.hidden.unique_id) as progress:
-            made, latents, told = host.calibrate_model(
+            result, latents, text = host.calibrate_model(
                 model,
-                pairs(positive, negative),
+                pair_conditioning(positive, negative),
                 latent_image,
-                samples=only("samples", samples),
-                keep=only("keep", keep),
-                tokens=only("tokens", tokens),
+                samples=single_value("samples", samples),
+                keep=single_value("keep", keep),
+                tokens=single_value("tokens", tokens),
                 on_event=progress,
-                sensitivity=only("sensitivity", sensitivity),
-                earlier=only("calibration", calibration),
-                seed=only("seed", seed),
-                steps=only("steps", steps),
-                cfg=only("cfg", cfg),
-                sampler_name=only("sampler_name", sampler_name),
-                scheduler=only("scheduler", scheduler),
+                sensitivity=single_value("sensitivity", sensitivity),
+                earlier=single_value("calibration", calibration),
+                seed=single_value("seed", seed),
+                steps=single_value("steps", steps),
+                cfg=single_value("cfg", cfg),
+                sampler_name=single_value("sampler_name", sampler_name),
+                scheduler=single_value("scheduler", scheduler),
             )
-        pictures = host.pictures(model, latents, only("vae", vae))
-        shown = ui.PreviewImage(pictures, cls=cls).as_dict() | summary(progress.finished)
-        return io.NodeOutput(made, pictures, told, ui=shown)
+        images = host.decode_images(model, latents, single_value("vae", vae))
+        shown = ui.PreviewImage(images, cls=cls).as_dict() | summary(progress.finished)
+        return io.NodeOutput(result, images, text, ui=shown)

@@ -1,4 +1,4 @@
-"""Calibrate Text Encoder: encode prompts with the original CLIP, and learn what its layers are given."""
+"""Node Calibrate Text Encoder: encode prompts with a CLIP in full precision and collect statistics."""
 
 from comfy_api.latest import io
 
@@ -12,7 +12,7 @@ __all__ = ["CalibrateTextEncoder"]
 
 
 class CalibrateTextEncoder(io.ComfyNode):
-    """See the schema."""
+    """Node; its schema describes it."""
 
     @classmethod
     def define_schema(cls):
@@ -58,7 +58,7 @@ class CalibrateTextEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False) -> io.NodeOutput:
         with NodeProgress(cls.hidden.unique_id) as progress:
-            made, told = host.calibrate_clip(
+            result, text = host.calibrate_clip(
                 clip,
                 prompt_lines(prompts),
                 keep=keep,
@@ -68,4 +68,4 @@ class CalibrateTextEncoder(io.ComfyNode):
                 sensitivity=sensitivity,
                 earlier=calibration,
             )
-        return io.NodeOutput(made, told, ui=summary(progress.finished))
+        return io.NodeOutput(result, text, ui=summary(progress.finished))

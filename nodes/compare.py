@@ -1,21 +1,22 @@
-"""Compare: sample two MODELs on the same, and see how far apart they are."""
+"""Node Compare: sample with two MODELs from the same noise and compare latents and images."""
 
 import torch
 from comfy_api.latest import io, ui
 
+from ..quant_core.comparison import Comparison
 from . import host
 from .ui.drawing import as_image, line_chart, picture_rows, stacked
-from .ui.sampling_inputs import only, pairs, sampling_inputs
+from .ui.sampling_inputs import pair_conditioning, sampling_inputs, single_value
 from .ui.schema import schema
 
 __all__ = ["Compare"]
 
-_ROWS = 4  # of pictures in the plot
-_GAIN = 8  # of their difference
+_ROWS = 4  # images per column of the plot
+_GAIN = 8  # factor of the difference image
 
 
 class Compare(io.ComfyNode):
-    """See the schema."""
+    """Node; its schema describes it."""
 
     @classmethod
     def define_schema(cls):
@@ -64,25 +65,30 @@ class Compare(io.ComfyNode):
         scheduler,
         vae=None,
     ) -> io.NodeOutput:
-        full, ours, measured = host.compare_models(
-            only("reference", reference),
-            only("compared", compared),
-            pairs(positive, negative),
+        reference_images, images, comparison = host.compare_models(
+            single_value("reference", reference),
+            single_value("compared", compared),
+            pair_conditioning(positive, negative),
             latent_image,
-            vae=only("vae", vae),
-            seed=only("seed", seed),
-            steps=only("steps", steps),
-            cfg=only("cfg", cfg),
-            sampler_name=only("sampler_name", sampler_name),
-            scheduler=only("scheduler", scheduler),
+            vae=single_value("vae", vae),
+            seed=single_value("seed", seed),
+            steps=single_value("steps", steps),
+            cfg=single_value("cfg", cfg),
+            sampler_name=single_value("sampler_name", sampler_name),
+            scheduler=single_value("scheduler", scheduler),
         )
-        plot = as_image(_plot(full, ours, measured))
-        return io.NodeOutput(full, ours, plot, measured.markdown(), ui=ui.PreviewImage(plot, cls=cls))
+        plot = as_image(_draw_plot(reference_images, images, comparison))
+        return io.NodeOutput(reference_images, images, plot, comparison.markdown(), ui=ui.PreviewImage(plot, cls=cls))
 
 
-def _plot(full: torch.Tensor, ours: torch.Tensor, measured):
-    lines = {f"prompt {number}": line for number, line in enumerate(measured.steps, 1)}
-    chart = line_chart(measured.summary, "step", "SNR of the prediction (dB)", lines)
-    shown, made = full[:_ROWS].cpu(), ours[:_ROWS].cpu()
-    columns = {"reference": shown, "compared": made, f"difference x{_GAIN}": (shown - made).abs() * _GAIN}
+def _draw_plot(reference: torch.Tensor, compared: torch.Tensor, comparison: Comparison):
+    """Draw the SNR per step, and the first images with their difference."""
+    lines = {f"prompt {number}": line for number, line in enumerate(comparison.steps, 1)}
+    chart = line_chart(comparison.summary, "step", "SNR of the denoised latent (dB)", lines)
+    reference, compared = reference[:_ROWS].cpu(), compared[:_ROWS].cpu()
+    columns = {
+        "reference": reference,
+        "compared": compared,
+        f"difference x{_GAIN}": (reference - compared).abs() * _GAIN,
+    }
     return stacked([chart, picture_rows(columns)])

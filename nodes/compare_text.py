@@ -1,4 +1,4 @@
-"""Compare Text Encoders: encode prompts with two CLIPs, and see how far apart they are."""
+"""Node Compare Text Encoders: encode prompts with two CLIPs and compare the conditioning."""
 
 from comfy_api.latest import io, ui
 
@@ -11,7 +11,7 @@ __all__ = ["CompareTextEncoders"]
 
 
 class CompareTextEncoders(io.ComfyNode):
-    """See the schema."""
+    """Node; its schema describes it."""
 
     @classmethod
     def define_schema(cls):
@@ -44,7 +44,7 @@ class CompareTextEncoders(io.ComfyNode):
 
     @classmethod
     def execute(cls, reference, compared, prompts) -> io.NodeOutput:
-        measured = host.compare_clips(reference, compared, prompt_lines(prompts))
-        bars = {str(number): score["SNR (dB)"] for number, score in enumerate(measured.scores, 1)}
-        plot = as_image(named_bars(measured.summary, "prompt", "SNR of the conditioning (dB)", bars))
-        return io.NodeOutput(plot, measured.markdown(), ui=ui.PreviewImage(plot, cls=cls))
+        comparison = host.compare_clips(reference, compared, prompt_lines(prompts))
+        bars = {str(number): score["SNR (dB)"] for number, score in enumerate(comparison.scores, 1)}
+        plot = as_image(named_bars(comparison.summary, "prompt", "SNR of the conditioning (dB)", bars))
+        return io.NodeOutput(plot, comparison.markdown(), ui=ui.PreviewImage(plot, cls=cls))

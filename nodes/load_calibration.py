@@ -1,4 +1,4 @@
-"""Load Calibration: a saved calibration, for the model it was made with or another of the same architecture."""
+"""Node Load Calibration: load a calibration file."""
 
 from comfy_api.latest import io, ui
 
@@ -9,7 +9,7 @@ __all__ = ["LoadCalibration"]
 
 
 class LoadCalibration(io.ComfyNode):
-    """See the schema."""
+    """Node; its schema describes it."""
 
     @classmethod
     def define_schema(cls):

@@ -1,4 +1,4 @@
-"""Save Calibration: statistics under a lasting name, for other fine-tunes and for the command line."""
+"""Node Save Calibration: save a calibration in the output folder, for fine-tunes and for the command line."""
 
 from comfy_api.latest import io, ui
 
@@ -9,7 +9,7 @@ __all__ = ["SaveCalibration"]
 
 
 class SaveCalibration(io.ComfyNode):
-    """See the schema."""
+    """Node; its schema describes it."""
 
     @classmethod
     def define_schema(cls):

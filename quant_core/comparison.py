@@ -1,4 +1,4 @@
-"""How far two outputs are apart: measures, and what was measured as a table."""
+"""Similarity metrics of two outputs, and a report of them as Markdown tables."""
 
 import math
 import statistics
@@ -12,50 +12,50 @@ from .display import markdown_table
 
 __all__ = ["Comparison", "cosine", "lpips", "psnr", "snr", "ssim"]
 
-_WINDOW, _SIGMA = 11, 1.5  # of the Gaussian of Wang et al., "Image Quality Assessment", 2004, section III.C
+# Gaussian window and constants of Wang et al., "Image Quality Assessment", 2004, section III.C, for a data range of 1.
+_WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
 _LPIPS_WEIGHTS = "alexnet-*.pth"
 
 
-def _decibel(ratio: float) -> float:
+def _to_decibels(ratio: float) -> float:
     return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
 def snr(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Signal-to-noise ratio in dB, ‖reference‖² over ‖other − reference‖²; ∞ for equal tensors, −∞ where one holds NaN or Inf."""
+    """Return the signal-to-noise ratio ‖reference‖²/‖other − reference‖² in dB: ∞ if equal, −∞ if one contains NaN or Inf."""
     reference = reference.double()
     noise = float((other.to(reference) - reference).square().sum())
-    return math.inf if noise == 0 else _decibel(float(reference.square().sum()) / noise)
+    return math.inf if noise == 0 else _to_decibels(float(reference.square().sum()) / noise)
 
 
 def cosine(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean cosine similarity of the vectors along the last dimension."""
+    """Return the mean cosine similarity of the vectors along the last dimension."""
     return float(torch.nn.functional.cosine_similarity(reference.double(), other.to(reference).double(), dim=-1).mean())
 
 
 def psnr(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in 0…1; ∞ for equal ones, −∞ where one holds NaN or Inf."""
+    """Return the peak signal-to-noise ratio in dB of images in 0…1: ∞ if equal, −∞ if one contains NaN or Inf."""
     error = float((reference.double() - other.to(reference).double()).square().mean())
-    return math.inf if error == 0 else _decibel(1 / error)
+    return math.inf if error == 0 else _to_decibels(1 / error)
 
 
 def ssim(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean structural similarity of pictures (pictures, height, width, channels) in 0…1, where the window fits as a whole.
+    """Return the mean structural similarity (SSIM) of images (n, height, width, channels) in 0…1.
 
-    Wang et al. 2004: Gaussian window of 11 pixels, σ 1.5, of each channel by itself. NaN for pictures smaller than the window.
+    Wang et al. 2004: Gaussian window of 11×11 pixels, σ = 1.5, per channel, without padding. NaN for images smaller than
+    the window.
     """
-    a, b = (
-        pictures.double().movedim(-1, 1).flatten(0, 1).unsqueeze(1) for pictures in (reference, other.to(reference))
-    )
+    a, b = (images.double().movedim(-1, 1).flatten(0, 1).unsqueeze(1) for images in (reference, other.to(reference)))
     if min(a.shape[-2:]) < _WINDOW:
         return math.nan
-    place = torch.arange(_WINDOW, dtype=torch.float64, device=a.device) - _WINDOW // 2
-    window = torch.exp(-place.square() / (2 * _SIGMA**2))
+    offsets = torch.arange(_WINDOW, dtype=torch.float64, device=a.device) - _WINDOW // 2
+    window = torch.exp(-offsets.square() / (2 * _SIGMA**2))
     window = window / window.sum()
 
     def mean(x: torch.Tensor) -> torch.Tensor:
-        across = torch.nn.functional.conv2d(x, window.view(1, 1, 1, -1))
-        return torch.nn.functional.conv2d(across, window.view(1, 1, -1, 1))
+        horizontal = torch.nn.functional.conv2d(x, window.view(1, 1, 1, -1))
+        return torch.nn.functional.conv2d(horizontal, window.view(1, 1, -1, 1))
 
     mean_a, mean_b = mean(a), mean(b)
     variance_a, variance_b = mean(a * a) - mean_a.square(), mean(b * b) - mean_b.square()
@@ -65,9 +65,9 @@ def ssim(reference: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def lpips(reference: torch.Tensor, other: torch.Tensor) -> float | None:
-    """Mean LPIPS (AlexNet) of pictures as in :func:`ssim`, 0 for equal ones; None without the package lpips or its weights.
+    """Return the mean LPIPS (AlexNet) of images as for :func:`ssim`, 0 if equal; None without lpips or its weights.
 
-    Nothing is downloaded: torchvision's AlexNet has to be in torch's hub folder already.
+    Nothing is downloaded: the weights of torchvision's AlexNet must already be in the folder of torch.hub.
     """
     if not any(Path(torch.hub.get_dir(), "checkpoints").glob(_LPIPS_WEIGHTS)):
         return None
@@ -75,32 +75,32 @@ def lpips(reference: torch.Tensor, other: torch.Tensor) -> float | None:
         from lpips import LPIPS
     except ImportError:
         return None
-    a, b = (pictures.float().cpu().movedim(-1, 1) * 2 - 1 for pictures in (reference, other))
+    a, b = (images.float().cpu().movedim(-1, 1) * 2 - 1 for images in (reference, other))  # LPIPS takes −1…1
     with torch.no_grad():
         return float(LPIPS(net="alex", verbose=False)(a, b).mean())
 
 
-def _number(value: float) -> str:
+def _format_value(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.4g}" if math.isfinite(value) else "equal" if value > 0 else "-inf"
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are not equal (∞), if there are any; NaN or −∞ if one of them is."""
+    """Average the values below ∞ (equal outputs): ∞ if there are none, and NaN or −∞ if one of them is."""
     different = [value for value in values if value != math.inf]
-    unmeasured = [value for value in different if not math.isfinite(value)]
-    return unmeasured[0] if unmeasured else statistics.fmean(different) if different else math.inf
+    undefined = [value for value in different if not math.isfinite(value)]
+    return undefined[0] if undefined else statistics.fmean(different) if different else math.inf
 
 
 @dataclass
 class Comparison:
-    """What was measured of two models, by prompt.
+    """Metrics of two models, per prompt.
 
     Attributes:
-        title: what was compared, in one line.
-        scores: for each prompt {measure: value}.
-        steps: for each prompt the SNR in dB of the prediction of each step; empty where nothing was sampled.
+        title: title of the report, one line.
+        scores: metric → value, for each prompt.
+        steps: SNR in dB of the denoised latent of each step, for each prompt; empty for text encoders.
     """
 
     title: str
@@ -109,25 +109,29 @@ class Comparison:
 
     @property
     def means(self) -> dict[str, float]:
-        """Each measure's mean over the prompts whose outputs differ."""
+        """Metric → mean over the prompts whose outputs differ."""
         return {name: _mean([score[name] for score in self.scores]) for name in self.scores[0]}
 
     @property
     def summary(self) -> str:
-        """The means in one line."""
+        """Means in one line."""
         return ", ".join(
-            f"{name.partition(' (')[0]} {_number(value)}{' dB' * ('dB' in name and math.isfinite(value))}"
+            f"{name.partition(' (')[0]} {_format_value(value)}{' dB' * ('dB' in name and math.isfinite(value))}"
             for name, value in self.means.items()
         )
 
     def markdown(self) -> str:
-        """The title, a table by prompt, and one by step."""
-        rows = [[f"{number}", *map(_number, score.values())] for number, score in enumerate(self.scores, 1)]
+        """Return the title, a table of scores per prompt, and a table of SNR per step."""
+        rows = [[f"{number}", *map(_format_value, score.values())] for number, score in enumerate(self.scores, 1)]
         if len(rows) > 1:
-            rows.append(["mean", *map(_number, self.means.values())])
+            rows.append(["mean", *map(_format_value, self.means.values())])
         tables = [markdown_table(["prompt", *self.scores[0]], rows)]
         if self.steps:
             prompts = [f"prompt {number} (dB)" for number in range(1, len(self.steps) + 1)]
-            by_step = ([step, *map(_number, values)] for step, values in enumerate(zip(*self.steps, strict=True), 1))
-            tables.append("SNR of what each step predicts:\n\n" + markdown_table(["step", *prompts], by_step))
+            by_step = (
+                [step, *map(_format_value, values)] for step, values in enumerate(zip(*self.steps, strict=True), 1)
+            )
+            tables.append(
+                "SNR of the denoised latent after each step:\n\n" + markdown_table(["step", *prompts], by_step)
+            )
         return "\n\n".join([f"## {self.title}", *tables]) + "\n"

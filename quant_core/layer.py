@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .calibration import Inputs, LowRankGram, PairedGram, quantized_grams
+from .calibration import LayerStatistics, LowRankHessian, PairedHessian, quantized_hessians
 from .formats import Codec, QuantizedWeight
 from .linalg import lapack
 
@@ -27,13 +27,13 @@ class Layer:
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
-    statistics: Inputs = Inputs()
+    statistics: LayerStatistics = LayerStatistics()
     output_weight: torch.Tensor | None = None
 
     @property
     def validation_activations(self) -> torch.Tensor | None:
         """Validation activations, float32 (tokens, in), on the weight's device; None where there are none."""
-        rows = self.statistics.holdout_rows
+        rows = self.statistics.validation_activations
         return None if rows is None else rows.to(self.weight.device, torch.float32)
 
     def compensate(self, codec: Codec, *, correct_bias: bool) -> "Layer":
@@ -46,10 +46,10 @@ class Layer:
             codec: how activations are quantized; without rotation.
             correct_bias: let the bias take back the difference of the mean outputs.
         """
-        weight, paired, rows = self.weight.float(), self.statistics.gram, self.validation_activations
-        assert isinstance(paired, PairedGram) and rows is not None
+        weight, paired, rows = self.weight.float(), self.statistics.hessian, self.validation_activations
+        assert isinstance(paired, PairedHessian) and rows is not None
         inner, device = weight.shape[1], weight.device
-        cross, quantized = quantized_grams(paired, inner, device)
+        cross, quantized = quantized_hessians(paired, inner, device)
         reduced, expected = codec.quantize_activations(rows), rows @ weight.t()
 
         def target(dampening: float) -> torch.Tensor:
@@ -61,8 +61,8 @@ class Layer:
         bias = self.bias
         if bias is not None and correct_bias:
             bias = (bias.to(device).float() - best @ quantized_mean + weight @ mean).to(bias)
-        validation = LowRankGram(reduced.t() / len(rows) ** 0.5, torch.zeros(inner))
-        return replace(self, weight=best, bias=bias, statistics=Inputs(quantized, validation, quantized_mean))
+        validation = LowRankHessian(reduced.t() / len(rows) ** 0.5, torch.zeros(inner))
+        return replace(self, weight=best, bias=bias, statistics=LayerStatistics(quantized, validation, quantized_mean))
 
 
 def output_error(weight: torch.Tensor, quantized: QuantizedWeight, activations: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""LAPACK on a CPU, to the same bits on any number of threads."""
+"""Deterministic LAPACK calls on the CPU: the same bits for any number of threads."""
 
 import threading
 from collections.abc import Callable
@@ -7,17 +7,18 @@ import torch
 
 __all__ = ["lapack"]
 
-_ONE_AT_A_TIME = threading.Lock()
+_LOCK = threading.Lock()  # the number of threads is a setting of the process
 
 
 def lapack(function: Callable, matrix: torch.Tensor, *arguments, **options):
-    """``function(matrix, …)`` of torch.linalg. On a CPU by one thread: LAPACK's sums depend on how many share them.
+    """Call ``function(matrix, …)`` of torch.linalg, with one thread if ``matrix`` is on the CPU.
 
-    Takes up to as many times as long as there are cores; products of matrices, which are most of the work, keep all of them.
+    The order of LAPACK's sums depends on the number of threads. A factorization takes up to (number of cores) times as
+    long; matrix products, which are most of the work, keep all threads.
     """
     if matrix.device.type != "cpu":
         return function(matrix, *arguments, **options)
-    with _ONE_AT_A_TIME:
+    with _LOCK:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

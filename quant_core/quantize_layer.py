@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .calibration import Gram, Inputs, PairedGram, dense_gram, mean_vector
+from .calibration import Hessian, LayerStatistics, PairedHessian, dense_hessian, mean_vector
 from .cancellation import CancelCheck
 from .errors import QuantizationError, RecipeError
 from .formats import INT8, Codec, QuantizedWeight, Solution, SolveSpace, make_codec, rotation_groups
@@ -32,8 +32,8 @@ def quantize_weight(
     block_size: int | None = None,
     convrot: bool | int | str | None = None,
     full_precision_matmul: bool = False,
-    hessian: Gram | None = None,
-    validation_hessian: Gram | None = None,
+    hessian: Hessian | None = None,
+    validation_hessian: Hessian | None = None,
     mean: torch.Tensor | None = None,
     output_weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -55,8 +55,8 @@ def quantize_weight(
             the largest up to it, "auto" by the group, or none, of least error; with validation activations that
             error includes the error of quantized activations.
         full_precision_matmul: ask ComfyUI to dequantize the weight instead of multiplying quantized values.
-        hessian: H = XᵀX/n of the layer's activations, (in, in), or another :data:`~.calibration.Gram`. With a
-            :class:`~.calibration.PairedGram`, INT8 weights also compensate the error of quantized activations.
+        hessian: H = XᵀX/n of the layer's activations, (in, in), or another :data:`~.calibration.Hessian`. With a
+            :class:`~.calibration.PairedHessian`, INT8 weights also compensate the error of quantized activations.
         validation_hessian: of other activations, by which solutions are compared.
         mean: mean activation x̄ (in,), for the bias correction.
         output_weight: float (out,), weight of each output channel in the loss.
@@ -78,7 +78,7 @@ def quantize_weight(
         warnings.warn(f"quantize_weight: {name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
     hessian = renamed.get("gram", hessian)
     validation_hessian = renamed.get("holdout_gram", validation_hessian)
-    statistics = Inputs(hessian, validation_hessian, renamed.get("mean_input", mean))
+    statistics = LayerStatistics(hessian, validation_hessian, renamed.get("mean_input", mean))
     method = Method(rounding, **options)
     if weight.ndim < 2 or weight.numel() == 0 or weight.dtype not in SOURCE_DTYPES:
         raise QuantizationError(
@@ -109,7 +109,7 @@ def quantize_layer(
         CalibrationError: the statistics do not fit the weight, or are damaged.
         RecipeError: the rounding needs a calibration, or an option of it has no effect.
     """
-    run = _LayerRun(layer, rounding.resolve(layer.statistics.gram is not None), seed, check)
+    run = _LayerRun(layer, rounding.resolve(layer.statistics.hessian is not None), seed, check)
     quantized = [run.quantize(codec) for codec in codecs]
     return min(quantized, key=run.error) if len(quantized) > 1 else quantized[0]
 
@@ -126,7 +126,9 @@ class _LayerRun:
     def quantize(self, codec: Codec) -> QuantizedWeight:
         """The best result for one codec."""
         plain = self._quantize_within_memory(codec)
-        paired = isinstance(self.layer.statistics.gram, PairedGram) and self.layer.validation_activations is not None
+        paired = (
+            isinstance(self.layer.statistics.hessian, PairedHessian) and self.layer.validation_activations is not None
+        )
         per_token = codec.format.elements == INT8 and codec.format.activations == "token"
         if not paired or not per_token or self.rounding.rounding != "calibrated":
             return plain
@@ -158,7 +160,7 @@ class _LayerRun:
         """
         weight, activations = self.layer.weight.float(), self.layer.validation_activations
         assert activations is not None
-        uncalibrated = replace(self.layer, statistics=Inputs(mean=self.layer.statistics.mean))
+        uncalibrated = replace(self.layer, statistics=LayerStatistics(mean=self.layer.statistics.mean))
         nearest = replace(self.rounding.uncalibrated(), rounding="nearest")
         results = [replace(self, layer=uncalibrated, rounding=nearest).quantize(codec), plain]
         if codec.rotation is None:
@@ -210,9 +212,9 @@ class _LayerRun:
             weight,
             space,
             self.rounding,
-            hessian=self._hessian(layer.statistics.gram, space, device),
-            validation_hessian=lambda: self._hessian(layer.statistics.holdout_gram, space, device),
-            validated=layer.statistics.holdout_gram is not None,
+            hessian=self._hessian(layer.statistics.hessian, space, device),
+            validation_hessian=lambda: self._hessian(layer.statistics.validation_hessian, space, device),
+            validated=layer.statistics.validation_hessian is not None,
             row_weight=None if layer.output_weight is None else layer.output_weight.to(device, torch.float32),
             parts=parts,
             seed=self.seed,
@@ -229,11 +231,11 @@ class _LayerRun:
         )
         return QuantizedWeight(solution, codec, shape, bias, note=note)
 
-    def _hessian(self, hessian: Gram | None, space: SolveSpace, device: torch.device) -> torch.Tensor | None:
+    def _hessian(self, hessian: Hessian | None, space: SolveSpace, device: torch.device) -> torch.Tensor | None:
         """The Hessian in the stored basis, float32 (in, in)."""
         if hessian is None:
             return None
-        dense = dense_gram(hessian, self.layer.weight.shape[1], device)
+        dense = dense_hessian(hessian, self.layer.weight.shape[1], device)
         return space.rotation.apply_hessian(dense) if space.rotation else dense
 
     def _correct_bias(

@@ -52,10 +52,10 @@ def calibrate(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
     model, generator = Layers(layers.values()), torch.Generator().manual_seed(0)
     options = {"device": torch.device("cpu"), "device_bytes": 1 << 30}
     with torch.inference_mode(), Collector(layers, path.parent, **options) as collector:
-        for hold_out in (False, True):
-            with collector.watching(model, hold_out):
+        for validation in (False, True):
+            with collector.watching(model, validation):
                 model(generator)
-        collector.sensitivity = dict.fromkeys(layers, 1.0)
+        collector.sensitivities = dict.fromkeys(layers, 1.0)
         collector.save(path, {})
 
 

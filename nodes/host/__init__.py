@@ -4,9 +4,10 @@
 * ``sources``: models as tensor sources: files, and the weights of a MODEL or CLIP with their patches baked in.
 * ``opening``: a model file as ComfyUI will see it: decoded where that is asked for, under ComfyUI's names.
 * ``quantizing``: from a source to quantized files in the temporary folder.
-* ``calibrating``: run the original model as its user does, and learn what its linear layers are given.
-* ``calibrations``: what passes between the calibrating nodes, and its files.
-* ``comparing``: run two models on the same, and measure how far apart they are.
+* ``calibrating``: run a model in full precision and collect statistics of its input activations.
+* ``calibrations``: calibrations passed between nodes, and calibration files.
+* ``comparing``: run two models on the same inputs and compare their outputs.
+* ``images``: decode sampled latents to images.
 * ``building``: from quantized files back to a MODEL or CLIP, by ComfyUI's own loaders wherever they know the format.
 * ``layouts``: ComfyUI's own loaders read the formats of this pack.
 * ``native_int8``: ComfyUI's own INT8 layers on this pack's kernels, where that is asked for.
@@ -16,10 +17,11 @@
 """
 
 from .building import build_clip, build_model, knows, load_quantized, quantized_layers
-from .calibrating import KEEP, calibrate_clip, calibrate_model, pictures, samplers, schedulers
+from .calibrating import KEEP, calibrate_clip, calibrate_model, samplers, schedulers
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
 from .comparing import compare_clips, compare_models
 from .folders import FileSource, clip_types, file_state, model_files, safetensors_files, without_folders
+from .images import decode_images
 from .layouts import add_layouts
 from .native_int8 import add_native_int8_setting, with_native_int8
 from .opening import opened
@@ -52,6 +54,7 @@ __all__ = [
     "clip_types",
     "compare_clips",
     "compare_models",
+    "decode_images",
     "file_state",
     "FileSource",
     "is_interrupt",
@@ -64,7 +67,6 @@ __all__ = [
     "opened",
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",
-    "pictures",
     "progress_bar",
     "quantize",
     "Quantized",

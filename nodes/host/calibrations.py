@@ -1,4 +1,4 @@
-"""Calibrations between nodes, and their files in ComfyUI's folders."""
+"""Calibrations passed between nodes, and calibration files in ComfyUI's folders."""
 
 import contextlib
 import weakref
@@ -17,10 +17,16 @@ __all__ = ["Calibrated", "calibration_files", "calibration_state", "load_calibra
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibration file; a temporary one is removed when nothing uses it any more. ``mark`` changes when it does."""
+    """A calibration file as the value of a node's output.
+
+    Attributes:
+        path: of the file.
+        fingerprint: changes when the statistics change.
+        temporary: remove the file when this object is deleted.
+    """
 
     path: Path
-    mark: str
+    fingerprint: str | None
     temporary: bool = True
 
     def __post_init__(self):
@@ -28,55 +34,59 @@ class Calibrated:
             weakref.finalize(self, remove, (self.path,))
 
     def open(self) -> CalibrationFile:
-        """For reading, as a context."""
+        """Open the file for reading; a context manager."""
         return CalibrationFile(self.path)
 
 
-# Where calibrations are looked for; the first is where they are saved.
-_CALIBRATIONS = "calibrations"
+_FOLDER = "calibrations"
 
 
 def _calibration_folders() -> list[Path]:
-    return [
-        Path(folder_paths.get_output_directory()) / _CALIBRATIONS,
-        Path(folder_paths.models_dir) / _CALIBRATIONS,
-    ]
+    """Folders with calibration files; new ones are saved in the first."""
+    return [Path(folder_paths.get_output_directory()) / _FOLDER, Path(folder_paths.models_dir) / _FOLDER]
 
 
 def calibration_files() -> list[str]:
-    """Names of the calibrations a user can choose."""
-    found = {
+    """Return the sorted names of all calibration files, relative to their folders."""
+    names = {
         path.relative_to(folder).as_posix() for folder in _calibration_folders() for path in folder.rglob(f"*{SUFFIX}")
     }
-    return sorted(found)
+    return sorted(names)
 
 
 def _calibration_path(name: str) -> Path:
     for folder in _calibration_folders():
-        with contextlib.suppress(
-            OSError, RuntimeError, ValueError
-        ):  # what no system takes for a name, as one with a zero byte
+        # A name that the file system does not accept, such as one with a null byte, is reported as not found.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
             path = (folder / name).resolve()
             if path.is_relative_to(folder.resolve()) and path.is_file():
                 return path
-    raise SourceError(f"There is no calibration '{name}'; refresh the list and choose again.")
+    raise SourceError(f"Calibration {name} not found; refresh the list and choose another file.")
 
 
-def calibration_state(name: str) -> tuple[int, int]:
-    """Changes when the chosen calibration does."""
+def calibration_state(name: str) -> tuple[int, ...]:
+    """Return a value that changes when the file changes."""
     return stamp(_calibration_path(name))
 
 
 def load_calibration(name: str) -> tuple[Calibrated, str]:
-    """A saved calibration, and what it says of itself."""
+    """Load a saved calibration; returns it and a description.
+
+    Raises:
+        SourceError: the file is missing or is not a valid safetensors file.
+        CalibrationError: the file is not a valid calibration.
+    """
     path = _calibration_path(name)
-    with CalibrationFile(path) as made:
-        lines = [f"{path.name}: {human_bytes(path.stat().st_size)}, {len(made.layers)} linear layers"]
-        lines += [f"{key}: {value}" for key, value in made.provenance.items() if not isinstance(value, list)]
-        return Calibrated(path, made.mark, temporary=False), "\n".join(lines)
+    with CalibrationFile(path) as file:
+        lines = [f"{path.name}: {human_bytes(path.stat().st_size)}, {len(file.layers)} linear layers"]
+        lines += [f"{key}: {value}" for key, value in file.provenance.items() if not isinstance(value, list)]
+        return Calibrated(path, file.fingerprint, temporary=False), "\n".join(lines)
 
 
 def save_calibration(calibration: Calibrated, prefix: str) -> Path:
-    """Give a calibration a lasting name in the output folder; never overwrites, never leaves the folder."""
+    """Save a calibration in the output folder under a new name that starts with ``prefix``; returns the path.
+
+    Existing files are not overwritten, and ``prefix`` cannot refer to a folder outside the output folder.
+    """
     folder, stem = destination(_calibration_folders()[0], prefix)
     return place(calibration.path, folder, stem, SUFFIX)

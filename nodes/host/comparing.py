@@ -1,4 +1,4 @@
-"""Run two models, or two text encoders, on the same, and measure how far apart they are."""
+"""Run two MODELs or two CLIPs on the same inputs and compare their outputs."""
 
 from collections.abc import Callable
 
@@ -11,25 +11,25 @@ import nodes
 
 from ...quant_core.comparison import Comparison, cosine, lpips, psnr, snr, ssim
 from ...quant_core.errors import QuantizationError
-from .calibrating import pictures
+from .images import decode_images
 
 __all__ = ["compare_clips", "compare_models"]
 
-_CALLBACK = 2  # among what a sampler is given after the model
+_CALLBACK = 2  # position of the callback among a sampler's arguments after the model
 
 
-def _following(model, on_step: Callable[[torch.Tensor], None]):
-    """A clone of a MODEL whose samplers hand each step's prediction (the denoised latent) to ``on_step``."""
+def _observe_steps(model, on_step: Callable[[torch.Tensor], None]):
+    """Clone a MODEL and pass the denoised latent of each step, float32 on the CPU, to ``on_step``."""
 
-    def sample(executor, model_wrap, *given):
-        callback = given[_CALLBACK]
+    def sample(executor, model_wrap, *arguments):
+        callback = arguments[_CALLBACK]
 
         def step(index, denoised, *others):
             on_step(denoised.detach().float().cpu())
             if callback is not None:
                 callback(index, denoised, *others)
 
-        return executor(model_wrap, *given[:_CALLBACK], step, *given[_CALLBACK + 1 :])
+        return executor(model_wrap, *arguments[:_CALLBACK], step, *arguments[_CALLBACK + 1 :])
 
     clone = model.clone()
     clone.add_wrapper(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, sample)
@@ -37,68 +37,79 @@ def _following(model, on_step: Callable[[torch.Tensor], None]):
 
 
 def compare_models(
-    reference, other, conditioning: list[tuple[list, list]], latents: list[dict], *, seed: int, vae=None, **sampling
+    reference, compared, conditioning: list[tuple[list, list]], latents: list[dict], *, seed: int, vae=None, **sampling
 ) -> tuple[torch.Tensor, torch.Tensor, Comparison]:
     """Sample with both MODELs as KSampler does, from the same noise.
 
     Args:
-        conditioning: pairs of positive and negative, each sampled once, with seeds counted up.
-        latents: LATENTs, taken in turns.
-        vae: for pictures; without it they have the latents' colours and are not measured.
+        reference: MODEL in full precision.
+        compared: quantized MODEL.
+        conditioning: pairs of positive and negative, each sampled once, with consecutive seeds.
+        latents: LATENTs, used in turn.
+        vae: decodes the images; without it they are previews of the latents, and image metrics are left out.
         sampling: the other arguments of KSampler, by name.
 
     Returns:
-        the pictures (pictures, height, width, 3) of either, those of one prompt after the other, and what was measured.
+        images (n, height, width, 3) of the reference and of the compared model, in the order of the prompts, and the
+        metrics.
+
+    Raises:
+        QuantizationError: the models sample latents of different shapes.
     """
 
-    def runs(model) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
-        predictions, made = [], []
-        following = _following(model, predictions.append)
+    def sample(model) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+        denoised, runs = [], []
+        observed = _observe_steps(model, denoised.append)
         for index, (positive, negative) in enumerate(conditioning):
             latent = latents[index % len(latents)]
             (sampled,) = nodes.common_ksampler(
-                following, seed + index, positive=positive, negative=negative, latent=latent, **sampling
+                observed, seed + index, positive=positive, negative=negative, latent=latent, **sampling
             )
-            made.append((predictions[:], pictures(model, [sampled], vae)))
-            predictions.clear()
-        return made
+            runs.append((denoised[:], decode_images(model, [sampled], vae)))
+            denoised.clear()
+        return runs
 
-    full, ours = runs(reference), runs(other)
+    reference_runs, compared_runs = sample(reference), sample(compared)
     steps, scores = [], []
-    for (before, shown), (after, made) in zip(full, ours, strict=True):
-        if [step.shape for step in before] != [step.shape for step in after] or shown.shape != made.shape:
+    for (expected, expected_images), (actual, images) in zip(reference_runs, compared_runs, strict=True):
+        if [x.shape for x in expected] != [x.shape for x in actual] or expected_images.shape != images.shape:
             raise QuantizationError(
-                "The two MODELs sample latents of different shapes; compare a model with one made from it."
+                "The two MODELs sample latents of different shapes; compare a model with one quantized from it."
             )
-        steps.append([snr(*pair) for pair in zip(before, after, strict=True)])
-        scores.append({"latent SNR (dB)": steps[-1][-1], **(_picture_scores(shown, made) if vae is not None else {})})
+        steps.append([snr(*pair) for pair in zip(expected, actual, strict=True)])
+        image_scores = _score_images(expected_images, images) if vae is not None else {}
+        scores.append({"latent SNR (dB)": steps[-1][-1], **image_scores})
     title = f"{len(conditioning)} prompts, {len(steps[0])} steps, seed {seed}"
-    return _joined(full), _joined(ours), Comparison(title, scores, steps)
+    return _join_images(reference_runs), _join_images(compared_runs), Comparison(title, scores, steps)
 
 
-def _joined(runs: list[tuple[list[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
-    """The pictures of all runs that are as large as those of the first."""
+def _join_images(runs: list[tuple[list[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+    """Concatenate the images of all runs that have the size of the first."""
     size = runs[0][1].shape[1:]
-    return torch.cat([made for _, made in runs if made.shape[1:] == size])
+    return torch.cat([images for _, images in runs if images.shape[1:] == size])
 
 
-def _picture_scores(shown: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
-    perceived = lpips(shown, made)
-    measured = {"PSNR (dB)": psnr(shown, made), "SSIM": ssim(shown, made)}
-    return measured if perceived is None else {**measured, "LPIPS": perceived}
+def _score_images(reference: torch.Tensor, images: torch.Tensor) -> dict[str, float]:
+    perceptual = lpips(reference, images)
+    scores = {"PSNR (dB)": psnr(reference, images), "SSIM": ssim(reference, images)}
+    return scores if perceptual is None else {**scores, "LPIPS": perceptual}
 
 
-def compare_clips(reference, other, prompts: list[str]) -> Comparison:
-    """Encode ``prompts`` with both CLIPs and compare the conditioning."""
+def compare_clips(reference, compared, prompts: list[str]) -> Comparison:
+    """Encode ``prompts`` with both CLIPs and compare the conditioning.
+
+    Raises:
+        QuantizationError: the conditioning has different shapes.
+    """
     bar, scores = comfy.utils.ProgressBar(len(prompts)), []
     for prompt in prompts:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        (full,), (ours,) = (nodes.CLIPTextEncode().encode(clip, prompt)[0] for clip in (reference, other))
-        before, after = full[0].cpu(), ours[0].cpu()
-        if before.shape != after.shape:
+        encoded = (nodes.CLIPTextEncode().encode(clip, prompt)[0] for clip in (reference, compared))
+        expected, actual = (tensor.cpu() for ((tensor, _),) in encoded)
+        if expected.shape != actual.shape:
             raise QuantizationError(
-                "The two CLIPs make conditioning of different shapes; compare a CLIP with one made from it."
+                "The two CLIPs encode conditioning of different shapes; compare a CLIP with one quantized from it."
             )
-        scores.append({"SNR (dB)": snr(before, after), "cosine similarity": cosine(before, after)})
+        scores.append({"SNR (dB)": snr(expected, actual), "cosine similarity": cosine(expected, actual)})
         bar.update(1)
     return Comparison(f"Conditioning of {len(prompts)} prompts", scores)

@@ -65,7 +65,7 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
     works in this folder finishes one of the same name.
     """
     global _last
-    identity = (*_identity(source), calibration and calibration.mark)
+    identity = (*_identity(source), calibration and calibration.fingerprint)
     if _last and _last[:2] == (identity, recipe):
         return _last[2]
     _last = None

@@ -1,4 +1,4 @@
-"""Inputs that both calibrating nodes have."""
+"""Inputs of both calibration nodes."""
 
 from comfy_api.latest import io
 
@@ -9,7 +9,7 @@ __all__ = ["earlier_input", "keep_input", "sensitivity_input", "tokens_input"]
 
 
 def keep_input():
-    """How much of the Grams to keep."""
+    """Return the input for the form of the Hessians."""
     return widget(
         io.Combo,
         id="keep",
@@ -22,7 +22,7 @@ def keep_input():
 
 
 def tokens_input(default: int):
-    """How many tokens are looked at."""
+    """Return the input for the number of tokens sampled per call of the model."""
     return widget(
         io.Int,
         id="tokens",
@@ -36,7 +36,7 @@ def tokens_input(default: int):
 
 
 def sensitivity_input():
-    """Whether to measure what hurts."""
+    """Return the input that enables the sensitivity analysis."""
     return widget(
         io.Boolean,
         id="sensitivity",
@@ -47,7 +47,7 @@ def sensitivity_input():
 
 
 def earlier_input():
-    """A calibration to continue."""
+    """Return the input for a calibration to continue."""
     return CalibrationType.Input(
         "calibration", optional=True, tooltip="A calibration of the same architecture to continue with more prompts."
     )

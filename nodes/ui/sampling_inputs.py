@@ -1,4 +1,7 @@
-"""Inputs of the nodes that sample as KSampler does, each of them a list."""
+"""Inputs of nodes that sample as KSampler does. Each input is a list."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -6,13 +9,13 @@ from ...quant_core.errors import RecipeError
 from .. import host
 from .schema import widget
 
-__all__ = ["only", "pairs", "sampling_inputs"]
+__all__ = ["pair_conditioning", "sampling_inputs", "single_value"]
 
 _AS_KSAMPLER = "As for KSampler."
 
 
 def sampling_inputs(positive: str, seed: str, steps: str) -> list:
-    """From conditioning to scheduler; what their tooltips say where it is not KSampler's."""
+    """Return the inputs from conditioning to scheduler; the arguments are tooltips that differ from KSampler's."""
     return [
         io.Conditioning.Input("positive", tooltip=positive),
         io.Conditioning.Input("negative", tooltip="As for KSampler; one for all, or one for each positive."),
@@ -25,15 +28,19 @@ def sampling_inputs(positive: str, seed: str, steps: str) -> list:
     ]
 
 
-def pairs(positive: list, negative: list) -> list[tuple]:
-    """Each positive conditioning with its negative one, the last of which serves those left over."""
-    return [(each, negative[min(index, len(negative) - 1)]) for index, each in enumerate(positive)]
+def pair_conditioning(positive: list, negative: list) -> list[tuple]:
+    """Pair each positive with its negative conditioning; the last negative one is repeated."""
+    return [(conditioning, negative[min(index, len(negative) - 1)]) for index, conditioning in enumerate(positive)]
 
 
-def only(name: str, values):
-    """The one value of an input that takes no list; None when it is not connected."""
+def single_value(name: str, values: Sequence | None) -> Any:
+    """Return the value of an input that accepts one value; None if it is not connected.
+
+    Raises:
+        RecipeError: several values are connected.
+    """
     if values is None:
         return None
     if len(values) != 1:
-        raise RecipeError(f"This node takes one {name}, and {len(values)} are connected; connect a single one.")
+        raise RecipeError(f"Input {name} accepts one value, but {len(values)} are connected; connect a single one.")
     return values[0]

@@ -1,26 +1,34 @@
-"""What is known of layers' inputs: gathered while a model runs, kept in files, given to the rounding."""
+"""Calibration: collect statistics of input activations while a model runs, store them, and give them to the rounding."""
 
 from .file import SUFFIX, CalibrationFile
-from .hessian import Gram, Inputs, LowRankGram, PackedGram, PairedGram, dense_gram, mean_vector, quantized_grams
+from .hessian import (
+    Hessian,
+    LowRankHessian,
+    PackedHessian,
+    PairedHessian,
+    dense_hessian,
+    mean_vector,
+    quantized_hessians,
+)
 from .histogram import input_scale
 from .hooks import Collector
-from .sensitivity import Sensitivity
-from .statistics import Calibration, LayerInputs
+from .sensitivity import SensitivityAnalysis
+from .statistics import Calibration, InMemoryCalibration, LayerStatistics
 
 __all__ = [
     "Calibration",
     "CalibrationFile",
     "Collector",
-    "Gram",
-    "Inputs",
-    "LayerInputs",
-    "LowRankGram",
-    "PackedGram",
-    "PairedGram",
+    "Hessian",
+    "InMemoryCalibration",
+    "LayerStatistics",
+    "LowRankHessian",
+    "PackedHessian",
+    "PairedHessian",
     "SUFFIX",
-    "Sensitivity",
-    "dense_gram",
+    "SensitivityAnalysis",
+    "dense_hessian",
     "input_scale",
     "mean_vector",
-    "quantized_grams",
+    "quantized_hessians",
 ]

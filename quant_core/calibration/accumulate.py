@@ -1,4 +1,4 @@
-"""Sums over the inputs of a layer as they come by: a Gram in full or in low rank, and what is kept per channel."""
+"""Accumulators of streaming activations: Hessians in packed, paired and low-rank form, and per-channel statistics."""
 
 import math
 import weakref
@@ -9,315 +9,355 @@ import torch
 from ..errors import CalibrationError
 from ..formats import make_codec
 from ..linalg import lapack
-from .background import Background, Transfer
-from .hessian import Gram, Inputs, LowRankGram, PackedGram, PairedGram, roots
+from .background import BackgroundWorker, Transfer
+from .hessian import Hessian, LowRankHessian, PackedHessian, PairedHessian, channel_rms
 from .histogram import BINS, histogram
-from .panels import panels
+from .panels import iter_panels
+from .statistics import LayerStatistics
 
-__all__ = ["Accumulator", "FullGram", "PairedGrams", "SketchedGram"]
+__all__ = [
+    "HessianAccumulator",
+    "LowRankHessianAccumulator",
+    "PackedHessianAccumulator",
+    "PairedHessianAccumulator",
+    "StatisticsAccumulator",
+]
 
-_COUNTED = 4  # of so many additions one is counted in the histogram, the first to begin with
-_PIECE = 4096  # rows of a panel that travel at a time
+_HISTOGRAM_PERIOD = 4  # every fourth batch of activations is counted in the histogram, starting with the first
+_BLOCK_ROWS = 4096  # rows of a panel per copy to the device
+_NOISE = 1e-8  # relative to the largest eigenvalue: rounding noise of float32 sums
+_INT8 = make_codec("int8_tensorwise")
 
 
-def _factors(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` as :func:`_add_product` takes them: 16-bit where the GPU sums their products, which are exact, in float32."""
-    mixed = rows.is_cuda and torch.version.hip is None and torch.__version__ >= (2, 8)
-    if mixed and rows.dtype is torch.bfloat16:
-        mixed = torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    elif mixed and rows.dtype is torch.float16:
+def _matmul_operand(activations: torch.Tensor) -> torch.Tensor:
+    """Return ``activations`` in 16 bits where the GPU accumulates 16-bit products in float32, else as float32."""
+    # torch.__version__ is a TorchVersion, which compares version numbers.
+    mixed = activations.is_cuda and torch.version.hip is None and torch.__version__ >= "2.8"
+    if mixed and activations.dtype is torch.bfloat16:
+        mixed = torch.cuda.get_device_capability(activations.device) >= (8, 0)
+    elif mixed and activations.dtype is torch.float16:
         mixed = not torch.backends.cuda.matmul.allow_fp16_accumulation
-    return rows if mixed else rows.float()
+    return activations if mixed else activations.float()
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a·b in float32."""
+    """Compute total += a·b with float32 accumulation."""
     if a.dtype is torch.float32:
         total.addmm_(a, b)
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
-class FullGram:
-    """H in full. A float32 ``line`` holds sums; a float16 one, in a mapped file mostly, the running mean of correlations."""
+class PackedHessianAccumulator:
+    """Accumulate the complete H in a packed buffer.
 
-    def __init__(self, inner: int, line: torch.Tensor, device: torch.device):
-        self._inner, self._line = inner, line
-        self._sums = line.dtype is torch.float32
-        self._square = torch.zeros(inner, dtype=torch.float64, device=device)  # Σx², beside correlations
-        self._tokens = 0
+    A float32 buffer contains sums XᵀX. A float16 buffer, usually a memory-mapped file, contains the running mean of the
+    correlations, with Σx² per channel in float64 on the device.
 
-    @property
-    def square(self) -> torch.Tensor:
-        """Σx² of each channel, float64 (in,)."""
-        if not self._sums:
-            return self._square
-        return torch.cat([panel.diagonal() for *_, panel in panels(self._line, self._inner)]).double()
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Take rows (tokens, in) into account."""
-        (self._sum_up if self._sums else self._average)(_factors(rows))
-        self._tokens += len(rows)
-
-    def _sum_up(self, rows: torch.Tensor) -> None:
-        for start, stop, panel in panels(self._line, self._inner):
-            _add_product(panel, rows[:, start:].t(), rows[:, start:stop])
-
-    def _average(self, rows: torch.Tensor) -> None:
-        known, total = self._tokens, self._tokens + len(rows)
-        before = roots(self._square / max(known, 1)).float()
-        self._square += rows.float().square().sum(dim=0, dtype=torch.float64)
-        after = roots(self._square / total).float()
-        transfer = Transfer(rows.device)
-        for first, last, start, stop, piece in self._pieces():
-            # C ← (C·r·rᵀ·known + XᵀX) / (total·r'·r'ᵀ)
-            mean = (transfer.fetch(piece) * before[first:last, None]).mul_(before[start:stop] * known)
-            _add_product(mean, rows[:, first:last].t(), rows[:, start:stop])
-            transfer.store(mean.div_(after[first:last, None]).div_(after[start:stop] * total).half(), piece)
-        transfer.finish()
-
-    def _pieces(self) -> Iterator[tuple[int, int, int, int, torch.Tensor]]:
-        """(first row, last row, first column, last column, view) of all that is kept."""
-        for start, stop, panel in panels(self._line, self._inner):
-            first = start
-            for piece in panel.split(_PIECE):
-                yield first, first + len(piece), start, stop, piece
-                first += len(piece)
-
-    def start(self, gram: Gram, tokens: int) -> None:
-        """Begin with what an earlier calibration found."""
-        if not isinstance(gram, PackedGram):
-            raise CalibrationError(
-                "A calibration kept in low rank cannot be continued in full; keep it in low rank again."
-            )
-        self._square.copy_(gram.roots.double().square() * tokens)
-        self._tokens = tokens
-        self._line.copy_(gram.panels)
-        if self._sums:
-            self._scale(self._line, gram.roots.to(self._line) * tokens**0.5)
-
-    def _scale(self, line: torch.Tensor, factors: torch.Tensor) -> None:
-        for start, stop, panel in panels(line, self._inner):
-            panel.mul_(factors[start:, None]).mul_(factors[start:stop])
-
-    def result(self) -> PackedGram:
-        """H so far."""
-        root = roots(self.square / max(self._tokens, 1))
-        line = self._line
-        if self._sums:
-            line = line.clone()
-            self._scale(line, (root * max(self._tokens, 1) ** 0.5).reciprocal().to(line))
-            line = line.half()
-        return PackedGram(line, root.float().cpu())
-
-    @property
-    def kept(self) -> float:
-        """The share of the inputs' energy tr H that is known with its directions."""
-        return 1.0
-
-
-class PairedGrams:
-    """H of inputs side by side with what INT8 per token makes of them; ``line`` as for a :class:`FullGram` of 2·in."""
-
-    kept = 1.0
-
-    def __init__(self, inner: int, line: torch.Tensor, device: torch.device):
-        self._both = FullGram(2 * inner, line, device)
-        self._sum = torch.zeros(2 * inner, dtype=torch.float64, device=device)
-        self._tokens, self._inner = 0, inner
-
-    @property
-    def square(self) -> torch.Tensor:
-        """Σx² of each channel, float64 (in,)."""
-        return self._both.square[: self._inner]
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Take rows (tokens, in) into account."""
-        both = torch.cat([rows.float(), _INT8.quantize_activations(rows)], dim=1)
-        self._both.add(both)
-        self._sum += both.sum(dim=0, dtype=torch.float64)
-        self._tokens += len(rows)
-
-    def start(self, gram: Gram, tokens: int) -> None:
-        """Begin with what an earlier calibration found."""
-        if not isinstance(gram, PairedGram):
-            raise CalibrationError(
-                "A calibration without quantized inputs cannot be continued with them; leave them out."
-            )
-        self._both.start(PackedGram(gram.panels, gram.roots), tokens)
-        self._sum.copy_(gram.mean.double() * tokens)
-        self._tokens = tokens
-
-    def result(self) -> PairedGram:
-        """H so far."""
-        found = self._both.result()
-        return PairedGram(found.panels, found.roots, (self._sum / max(self._tokens, 1)).float().cpu())
-
-
-_INT8 = make_codec("int8_tensorwise")
-
-
-class SketchedGram:
-    """H in low rank with its exact diagonal: fixed-rank Nyström approximation (arXiv 1706.05736) while inputs stream by.
-
-    What is summed up is Y = XᵀX·Ω with random signs Ω (in, 2·rank), 8·in·rank bytes. H ≈ Y·(ΩᵀY)⁻¹·Yᵀ, of which the
-    leading directions stay; the exact diagonal takes up what they leave.
+    Args:
+        channels: number of channels.
+        packed: zeros, (packed_size(channels),), float32 or float16; may be in host memory.
+        device: where the arithmetic runs.
     """
 
-    def __init__(self, inner: int, rank: int, device: torch.device):
-        self._rank = min(rank, inner)
-        self._signs = _signs(inner, min(2 * rank, inner), device)
-        self._product = torch.zeros(self._signs.shape, device=device)
-        self.square = torch.zeros(inner, dtype=torch.float64, device=device)
+    captured_energy = 1.0
+
+    def __init__(self, channels: int, packed: torch.Tensor, device: torch.device):
+        self._channels, self._packed = channels, packed
+        self._holds_sums = packed.dtype is torch.float32
+        self._square = torch.zeros(channels, dtype=torch.float64, device=device)  # used with correlations only
         self._tokens = 0
-        self._kept: float | None = None
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Take rows (tokens, in) into account."""
-        factors, values = _factors(rows), rows.float()
-        products = torch.zeros(len(rows), self._signs.shape[1], device=rows.device)
-        _add_product(products, factors, self._signs.to(factors.dtype))
-        self._product.addmm_(values.t(), products)
-        self.square += values.square().sum(dim=0, dtype=torch.float64)
-        self._tokens, self._kept = self._tokens + len(rows), None
-
-    def start(self, gram: Gram, tokens: int) -> None:
-        """Begin with what an earlier calibration found."""
-        if not isinstance(gram, LowRankGram):
-            raise CalibrationError("A full calibration cannot be continued in low rank; keep it in full again.")
-        factor, diagonal = (part.to(self._product) for part in (gram.factor, gram.diagonal))
-        self.square.copy_((factor.double().square().sum(dim=1) + diagonal.double()) * tokens)
-        signs = self._signs.float()
-        self._product.copy_((factor @ (factor.t() @ signs) + diagonal[:, None] * signs) * tokens)
-        self._tokens = tokens
-
-    def result(self) -> LowRankGram:
-        """H so far."""
-        tokens = max(self._tokens, 1)
-        product, signs = self._product.double() / tokens, self._signs.double()
-        core = signs.t() @ product
-        energies, vectors = lapack(torch.linalg.eigh, (core + core.t()) / 2)  # ascending
-        known = energies > _NOISE * energies[-1].clamp_min(0)
-        factor = product @ (vectors * torch.where(known, energies.clamp_min(1e-300).rsqrt(), 0))
-        factor = factor @ lapack(torch.linalg.eigh, factor.t() @ factor).eigenvectors[:, -self._rank :]
-        shares = factor.square().sum(dim=1)
-        total = float(self.square.sum()) / tokens
-        self._kept = float(shares.sum()) / total if total else 1.0
-        return LowRankGram(
-            factor.float().contiguous().cpu(), (self.square / tokens - shares).clamp_min(0).float().cpu()
-        )
 
     @property
-    def kept(self) -> float:
-        """The share of the inputs' energy tr H that is known with its directions."""
-        if self._kept is None:
+    def sum_of_squares(self) -> torch.Tensor:
+        """Σx² per channel, float64 (channels,)."""
+        if not self._holds_sums:
+            return self._square
+        return torch.cat([panel.diagonal() for *_, panel in iter_panels(self._packed, self._channels)]).double()
+
+    def add(self, activations: torch.Tensor) -> None:
+        """Add activations (tokens, channels)."""
+        (self._add_sums if self._holds_sums else self._update_mean)(_matmul_operand(activations))
+        self._tokens += len(activations)
+
+    def _add_sums(self, activations: torch.Tensor) -> None:
+        for start, stop, panel in iter_panels(self._packed, self._channels):
+            _add_product(panel, activations[:, start:].t(), activations[:, start:stop])
+
+    def _update_mean(self, activations: torch.Tensor) -> None:
+        old_tokens, tokens = self._tokens, self._tokens + len(activations)
+        old_rms = channel_rms(self._square / max(old_tokens, 1)).float()
+        self._square += activations.float().square().sum(dim=0, dtype=torch.float64)
+        rms = channel_rms(self._square / tokens).float()
+        transfer = Transfer(activations.device)
+        for first, last, start, stop, block in self._blocks():
+            # C ← (n_old·C·r_old·r_oldᵀ + XᵀX) / (n·r·rᵀ)
+            mean = (transfer.fetch(block) * old_rms[first:last, None]).mul_(old_rms[start:stop] * old_tokens)
+            _add_product(mean, activations[:, first:last].t(), activations[:, start:stop])
+            transfer.store(mean.div_(rms[first:last, None]).div_(rms[start:stop] * tokens).half(), block)
+        transfer.wait()
+
+    def _blocks(self) -> Iterator[tuple[int, int, int, int, torch.Tensor]]:
+        """Yield (first row, last row, first column, last column, view) for each block of the packed buffer."""
+        for start, stop, panel in iter_panels(self._packed, self._channels):
+            first = start
+            for block in panel.split(_BLOCK_ROWS):
+                yield first, first + len(block), start, stop, block
+                first += len(block)
+
+    def resume(self, hessian: Hessian, tokens: int) -> None:
+        """Continue from H of an earlier calibration with ``tokens`` tokens."""
+        if not isinstance(hessian, PackedHessian):
+            raise CalibrationError(
+                "A low-rank calibration cannot be continued with full Hessians; use the same form (keep: compact)."
+            )
+        self._square.copy_(hessian.rms.double().square() * tokens)
+        self._tokens = tokens
+        self._packed.copy_(hessian.panels)
+        if self._holds_sums:
+            self._scale(self._packed, hessian.rms.to(self._packed) * tokens**0.5)
+
+    def _scale(self, packed: torch.Tensor, factors: torch.Tensor) -> None:
+        for start, stop, panel in iter_panels(packed, self._channels):
+            panel.mul_(factors[start:, None]).mul_(factors[start:stop])
+
+    def result(self) -> PackedHessian:
+        """Return H of all activations added."""
+        rms = channel_rms(self.sum_of_squares / max(self._tokens, 1))
+        packed = self._packed
+        if self._holds_sums:
+            packed = packed.clone()
+            self._scale(packed, (rms * max(self._tokens, 1) ** 0.5).reciprocal().to(packed))
+            packed = packed.half()
+        return PackedHessian(packed, rms.float().cpu())
+
+
+class PairedHessianAccumulator:
+    """Accumulate H of [X, X̂]: activations next to their INT8 per-token quantization.
+
+    Args:
+        channels: number of channels of X.
+        packed: as for a :class:`PackedHessianAccumulator` with 2·channels channels.
+        device: where the arithmetic runs.
+    """
+
+    captured_energy = 1.0
+
+    def __init__(self, channels: int, packed: torch.Tensor, device: torch.device):
+        self._pair = PackedHessianAccumulator(2 * channels, packed, device)
+        self._sum = torch.zeros(2 * channels, dtype=torch.float64, device=device)
+        self._tokens, self._channels = 0, channels
+
+    @property
+    def sum_of_squares(self) -> torch.Tensor:
+        """Σx² per channel of X, float64 (channels,)."""
+        return self._pair.sum_of_squares[: self._channels]
+
+    def add(self, activations: torch.Tensor) -> None:
+        """Add activations (tokens, channels)."""
+        pair = torch.cat([activations.float(), _INT8.quantize_activations(activations)], dim=1)
+        self._pair.add(pair)
+        self._sum += pair.sum(dim=0, dtype=torch.float64)
+        self._tokens += len(activations)
+
+    def resume(self, hessian: Hessian, tokens: int) -> None:
+        """Continue from H of an earlier calibration with ``tokens`` tokens."""
+        if not isinstance(hessian, PairedHessian):
+            raise CalibrationError(
+                "A calibration without quantized activations cannot be continued with them; use the same form (keep: full)."
+            )
+        self._pair.resume(PackedHessian(hessian.panels, hessian.rms), tokens)
+        self._sum.copy_(hessian.mean.double() * tokens)
+        self._tokens = tokens
+
+    def result(self) -> PairedHessian:
+        """Return H of all activations added."""
+        packed = self._pair.result()
+        return PairedHessian(packed.panels, packed.rms, (self._sum / max(self._tokens, 1)).float().cpu())
+
+
+class LowRankHessianAccumulator:
+    """Accumulate H in low rank with its exact diagonal: streaming fixed-rank Nyström approximation (arXiv 1706.05736).
+
+    The sketch is Y = XᵀX·Ω with random signs Ω (channels, 2·rank); it takes 8·channels·rank bytes. H ≈ Y·(ΩᵀY)⁻¹·Yᵀ,
+    truncated to the leading ``rank`` directions; the exact diagonal covers the rest.
+    """
+
+    def __init__(self, channels: int, rank: int, device: torch.device):
+        self._rank = min(rank, channels)
+        self._signs = _random_signs(channels, min(2 * rank, channels), device)
+        self._sketch = torch.zeros(self._signs.shape, device=device)
+        self.sum_of_squares = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._tokens = 0
+        self._captured_energy: float | None = None
+
+    def add(self, activations: torch.Tensor) -> None:
+        """Add activations (tokens, channels)."""
+        operand, values = _matmul_operand(activations), activations.float()
+        projected = torch.zeros(len(activations), self._signs.shape[1], device=activations.device)
+        _add_product(projected, operand, self._signs.to(operand.dtype))
+        self._sketch.addmm_(values.t(), projected)
+        self.sum_of_squares += values.square().sum(dim=0, dtype=torch.float64)
+        self._tokens, self._captured_energy = self._tokens + len(activations), None
+
+    def resume(self, hessian: Hessian, tokens: int) -> None:
+        """Continue from H of an earlier calibration with ``tokens`` tokens."""
+        if not isinstance(hessian, LowRankHessian):
+            raise CalibrationError(
+                "A calibration with full Hessians cannot be continued in low rank; use the same form (keep: full)."
+            )
+        factor, diagonal = (part.to(self._sketch) for part in (hessian.factor, hessian.diagonal))
+        self.sum_of_squares.copy_((factor.double().square().sum(dim=1) + diagonal.double()) * tokens)
+        signs = self._signs.float()
+        self._sketch.copy_((factor @ (factor.t() @ signs) + diagonal[:, None] * signs) * tokens)
+        self._tokens = tokens
+
+    def result(self) -> LowRankHessian:
+        """Return H of all activations added."""
+        tokens = max(self._tokens, 1)
+        sketch, signs = self._sketch.double() / tokens, self._signs.double()
+        core = signs.t() @ sketch
+        eigenvalues, vectors = lapack(torch.linalg.eigh, (core + core.t()) / 2)  # ascending
+        significant = eigenvalues > _NOISE * eigenvalues[-1].clamp_min(0)
+        factor = sketch @ (vectors * torch.where(significant, eigenvalues.clamp_min(1e-300).rsqrt(), 0))
+        factor = factor @ lapack(torch.linalg.eigh, factor.t() @ factor).eigenvectors[:, -self._rank :]
+        captured = factor.square().sum(dim=1)
+        total = float(self.sum_of_squares.sum()) / tokens
+        self._captured_energy = float(captured.sum()) / total if total else 1.0
+        diagonal = (self.sum_of_squares / tokens - captured).clamp_min(0)
+        return LowRankHessian(factor.float().contiguous().cpu(), diagonal.float().cpu())
+
+    @property
+    def captured_energy(self) -> float:
+        """Fraction tr(F·Fᵀ)/tr(H) that the leading directions cover."""
+        if self._captured_energy is None:
             self.result()
-        return self._kept
+        assert self._captured_energy is not None
+        return self._captured_energy
 
 
-_NOISE = 1e-8  # of the largest eigenvalue: what float32 sums cannot tell from nothing
-_known_signs: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakValueDictionary()
+HessianAccumulator = PackedHessianAccumulator | PairedHessianAccumulator | LowRankHessianAccumulator
+
+_signs_in_use: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakValueDictionary()
 
 
-def _signs(inner: int, count: int, device: torch.device) -> torch.Tensor:
-    """Random signs (inner, count), bfloat16: always the same, and one tensor for all Grams of a size."""
-    key = inner, count, device
-    signs = _known_signs.get(key)
+def _random_signs(channels: int, count: int, device: torch.device) -> torch.Tensor:
+    """Return random signs (channels, count), bfloat16: deterministic, and one tensor shared by all sketches of a shape."""
+    key = channels, count, device
+    signs = _signs_in_use.get(key)
     if signs is None:
-        drawn = torch.randint(2, (inner, count), generator=torch.Generator().manual_seed(inner), dtype=torch.int8)
-        signs = _known_signs[key] = drawn.mul_(2).sub_(1).to(device, torch.bfloat16)
+        bits = torch.randint(2, (channels, count), generator=torch.Generator().manual_seed(channels), dtype=torch.int8)
+        signs = _signs_in_use[key] = bits.mul_(2).sub_(1).to(device, torch.bfloat16)
     return signs
 
 
-class Accumulator:
-    """Statistics of one input of ``inner`` channels.
+class StatisticsAccumulator:
+    """Accumulate all statistics of activations with ``channels`` channels.
 
     Args:
-        gram: what becomes of the Gram.
-        held: where rows held out from it are kept, (rows, in), any float dtype, on ``device``.
-        waiting: where rows wait until there are enough of them for the GPU to be busy, (rows, in); may have none.
+        hessian: accumulator of H.
+        validation: buffer for validation activations, (size, channels), any float dtype, on ``device``.
+        pending: buffer that collects activations into batches large enough to fill the GPU, (size, channels); size may
+            be 0.
         device: where the arithmetic runs.
-        background: who updates the Gram, if not the caller.
+        background: worker that updates H; None to update it in the calling thread.
+
+    Attributes:
+        tokens: number of tokens in H.
+        validation_tokens: number of tokens that the validation activations were sampled from.
     """
 
     def __init__(
         self,
-        gram: FullGram | PairedGrams | SketchedGram,
-        inner: int,
-        held: torch.Tensor,
-        waiting: torch.Tensor,
+        hessian: HessianAccumulator,
+        channels: int,
+        validation: torch.Tensor,
+        pending: torch.Tensor,
         device: torch.device,
-        background: Background | None = None,
+        background: BackgroundWorker | None = None,
     ):
-        self.gram, self.inner = gram, inner
-        self.tokens = self.held_tokens = self._additions = self._filled = 0
-        self._held, self._waiting, self._background = held, waiting, background
-        self._amax = torch.zeros(inner, dtype=held.dtype, device=device)
-        self._sum = torch.zeros(inner, dtype=torch.float64, device=device)
+        self.hessian, self.channels = hessian, channels
+        self.tokens = self.validation_tokens = self._batches = self._filled = 0
+        self._validation, self._pending, self._background = validation, pending, background
+        self._amax = torch.zeros(channels, dtype=validation.dtype, device=device)
+        self._sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self._counts = torch.zeros(BINS, dtype=torch.float64, device=device)
 
-    def see(self, x: torch.Tensor) -> None:
-        """Note the largest magnitudes of inputs (tokens, in), sampled or not."""
+    def update_amax(self, x: torch.Tensor) -> None:
+        """Update the largest magnitudes with all activations (tokens, channels), sampled or not."""
         torch.maximum(self._amax, torch.linalg.vector_norm(x, math.inf, dim=0), out=self._amax)
 
-    def add(self, x: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Take the ``chosen`` tokens (indices) of inputs (tokens, in) into account, at the latest in :meth:`flush`."""
-        count = len(chosen)
+    def add(self, x: torch.Tensor, indices: torch.Tensor) -> None:
+        """Add the tokens at ``indices`` of activations (tokens, channels); takes effect in :meth:`flush` at the latest."""
+        count = len(indices)
         if not count:
             return
         self.tokens += count
-        if self._filled + count > len(self._waiting):
+        if self._filled + count > len(self._pending):
             self.flush()
-        if count > len(self._waiting) or x.dtype is not self._waiting.dtype:
-            self._learn(x.index_select(0, chosen))
+        if count > len(self._pending) or x.dtype is not self._pending.dtype:
+            self._update(x.index_select(0, indices))
         else:
-            torch.index_select(x, 0, chosen, out=self._waiting[self._filled : self._filled + count])
+            torch.index_select(x, 0, indices, out=self._pending[self._filled : self._filled + count])
             self._filled += count
 
     def flush(self) -> None:
-        """Learn from the rows that wait."""
+        """Add the pending activations."""
         if self._filled:
-            rows, self._filled = self._waiting[: self._filled], 0
-            self._learn(rows)
+            batch, self._filled = self._pending[: self._filled], 0
+            self._update(batch)
 
-    def _learn(self, rows: torch.Tensor) -> None:
+    def _update(self, batch: torch.Tensor) -> None:
         if self._background is None:
-            self.gram.add(rows)
+            self.hessian.add(batch)
         else:
-            self._background.do(self.gram.add, rows)
-        self._sum += rows.sum(dim=0, dtype=torch.float64)
-        if self._additions % _COUNTED == 0:
-            self._counts += histogram(rows)
-        self._additions += 1
+            self._background.submit(self.hessian.add, batch)
+        self._sum += batch.sum(dim=0, dtype=torch.float64)
+        if self._batches % _HISTOGRAM_PERIOD == 0:
+            self._counts += histogram(batch)
+        self._batches += 1
 
-    def hold_out(self, x: torch.Tensor, chosen: torch.Tensor, places: torch.Tensor, seen: int) -> None:
-        """Put ``chosen`` tokens of x at these places (n,), all different; ``seen``: of how many they are a sample."""
-        if len(chosen):
-            self._held.index_copy_(0, places, x.index_select(0, chosen).to(self._held))
-        self.held_tokens += seen
+    def add_validation(self, x: torch.Tensor, indices: torch.Tensor, slots: torch.Tensor, sampled_from: int) -> None:
+        """Store the tokens at ``indices`` of ``x`` in distinct ``slots`` (n,) of the validation buffer.
 
-    def start(self, known: Inputs, tokens: int, held_tokens: int) -> None:
-        """Begin with what an earlier calibration found.
+        ``sampled_from``: number of tokens that they are a sample of.
+        """
+        if len(indices):
+            self._validation.index_copy_(0, slots, x.index_select(0, indices).to(self._validation))
+        self.validation_tokens += sampled_from
+
+    def resume(self, earlier: LayerStatistics, tokens: int, validation_tokens: int) -> None:
+        """Continue from the statistics of an earlier calibration.
 
         Raises:
-            CalibrationError: it keeps its Grams in another way, or lacks something.
+            CalibrationError: its Hessian has another form, or some statistics are missing.
         """
-        if any(part is None for part in (known.gram, known.mean, known.amax, known.histogram)):
-            raise CalibrationError("This calibration holds Grams only, so it cannot be continued.")
-        self.gram.start(known.gram, tokens)
+        hessian, mean, amax, counts = earlier.hessian, earlier.mean, earlier.amax, earlier.histogram
+        if hessian is None or mean is None or amax is None or counts is None:
+            raise CalibrationError(
+                "A calibration without mean, amax or histogram cannot be continued; calibrate again."
+            )
+        self.hessian.resume(hessian, tokens)
         self.tokens = tokens
-        self._sum.copy_(known.mean.double() * tokens)
-        self._amax.copy_(known.amax)
-        self._counts.copy_(known.histogram)
-        if known.holdout_gram is not None:
-            rows = known.holdout_gram.factor.t() * math.sqrt(known.holdout_gram.factor.shape[1])
-            count = min(len(rows), len(self._held))
-            self._held[:count] = rows[:count].to(self._held)
-            self.held_tokens = held_tokens if count == len(self._held) else count  # no more than there is room for
+        self._sum.copy_(mean.double() * tokens)
+        self._amax.copy_(amax)
+        self._counts.copy_(counts)
+        validation = earlier.validation_hessian
+        if validation is not None:
+            if not isinstance(validation, LowRankHessian):
+                raise CalibrationError(
+                    "A calibration without validation activations cannot be continued; calibrate again."
+                )
+            activations = validation.factor.t() * math.sqrt(validation.factor.shape[1])
+            count = min(len(activations), len(self._validation))
+            self._validation[:count] = activations[:count].to(self._validation)
+            self.validation_tokens = validation_tokens if count == len(self._validation) else count
 
-    def result(self) -> Inputs:
-        """All statistics so far, channels on the CPU."""
-        rows = self._held[: self.held_tokens]
-        held_out = LowRankGram(rows.t().cpu() / math.sqrt(len(rows)), torch.zeros(self.inner)) if len(rows) else None
+    def result(self) -> LayerStatistics:
+        """Return the statistics of all activations added, per-channel statistics on the CPU."""
+        activations = self._validation[: self.validation_tokens]
+        validation = None
+        if len(activations):
+            validation = LowRankHessian(activations.t().cpu() / math.sqrt(len(activations)), torch.zeros(self.channels))
         mean = (self._sum / max(self.tokens, 1)).float().cpu()
-        return Inputs(self.gram.result(), held_out, mean, self._amax.float().cpu(), self._counts.cpu())
+        return LayerStatistics(self.hessian.result(), validation, mean, self._amax.float().cpu(), self._counts.cpu())

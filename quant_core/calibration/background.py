@@ -1,4 +1,4 @@
-"""Grams in host memory are updated on the GPU while the model runs: by threads and streams of their own."""
+"""Asynchronous GPU updates of Hessians in host memory, on threads and CUDA streams of their own."""
 
 from collections import deque
 from collections.abc import Callable
@@ -6,83 +6,83 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-__all__ = ["Background", "Transfer"]
+__all__ = ["BackgroundWorker", "Transfer"]
 
-_JOBS = 2  # of which one waits
-_PIECES = 2  # on their way back
+_MAX_JOBS = 2  # one running, one queued
+_MAX_STORES = 2  # device-to-host copies in flight
 
 
-class Background:
-    """Does jobs on a GPU one after the other while the caller goes on; one may wait, and holds its rows meanwhile."""
+class BackgroundWorker:
+    """Run jobs on a GPU one after another, asynchronously. A queued job keeps its activations in device memory."""
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(1)
         self._jobs: deque[Future] = deque()
 
-    def do(self, job: Callable[[torch.Tensor], None], rows: torch.Tensor) -> None:
-        """``job(rows)`` as soon as the current stream has made ``rows``.
+    def submit(self, job: Callable[[torch.Tensor], None], activations: torch.Tensor) -> None:
+        """Run ``job(activations)`` once the current stream has computed ``activations``; blocks while the queue is full.
 
-        Raises what an earlier job raised.
+        Raises the exception of an earlier job.
         """
-        while len(self._jobs) >= _JOBS:
+        while len(self._jobs) >= _MAX_JOBS:
             self._jobs.popleft().result()
-        made = torch.cuda.Event()
-        made.record(torch.cuda.current_stream(rows.device))
-        self._jobs.append(self._thread.submit(self._run, job, rows, made))
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(activations.device))
+        self._jobs.append(self._thread.submit(self._run, job, activations, ready))
 
     @torch.inference_mode()
-    def _run(self, job: Callable[[torch.Tensor], None], rows: torch.Tensor, made: torch.cuda.Event) -> None:
+    def _run(self, job: Callable[[torch.Tensor], None], activations: torch.Tensor, ready: torch.cuda.Event) -> None:
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(made)
-            job(rows)
-        self._stream.synchronize()  # then another stream may have the memory of the rows
+            self._stream.wait_event(ready)
+            job(activations)
+        self._stream.synchronize()  # before the allocator reuses the memory of the activations on another stream
 
-    def finish(self) -> None:
-        """Wait for all jobs. Raises what one of them raised."""
+    def wait(self) -> None:
+        """Wait for all jobs. Raises the exception of the first job that failed."""
         while self._jobs:
             self._jobs.popleft().result()
 
     def close(self) -> None:
-        """Wait for the job that runs, and drop the others."""
+        """Wait for the running job and drop the queued ones."""
         self._thread.shutdown(cancel_futures=True)
 
 
 class Transfer:
-    """Pieces of a tensor to ``device`` and back; a GPU computes while the next piece is copied.
+    """Copy blocks of a tensor to ``device`` and back; copies overlap with computation on a GPU.
 
-    Page-locked memory comes from torch, which keeps it and gives it out again.
+    Pinned memory comes from torch's caching host allocator.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._back: deque[tuple[torch.cuda.Event, torch.Tensor, torch.Tensor]] = deque()
+        self._stores: deque[tuple[torch.cuda.Event, torch.Tensor, torch.Tensor]] = deque()
 
-    def _far(self, piece: torch.Tensor) -> bool:
-        return self._device.type == "cuda" and not piece.is_cuda
+    def _is_remote(self, block: torch.Tensor) -> bool:
+        return self._device.type == "cuda" and not block.is_cuda
 
-    def fetch(self, piece: torch.Tensor) -> torch.Tensor:
-        """``piece`` on the device."""
-        return (piece.pin_memory() if self._far(piece) else piece).to(self._device, non_blocking=True)
+    def fetch(self, block: torch.Tensor) -> torch.Tensor:
+        """Return ``block`` on the device."""
+        return (block.pin_memory() if self._is_remote(block) else block).to(self._device, non_blocking=True)
 
-    def store(self, made: torch.Tensor, piece: torch.Tensor) -> None:
-        """Put ``made`` into ``piece``, at the latest in :meth:`finish`."""
-        if not self._far(piece):
-            piece.copy_(made)
+    def store(self, values: torch.Tensor, block: torch.Tensor) -> None:
+        """Copy ``values`` into ``block``; complete after :meth:`wait`."""
+        if not self._is_remote(block):
+            block.copy_(values)
             return
-        landing = torch.empty(made.shape, dtype=made.dtype, pin_memory=True).copy_(made, non_blocking=True)
-        arrived = torch.cuda.Event(blocking=True)
-        arrived.record()
-        self._back.append((arrived, landing, piece))
-        if len(self._back) > _PIECES:
-            self._land()
+        staging = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)
+        copied.record()
+        self._stores.append((copied, staging, block))
+        if len(self._stores) > _MAX_STORES:
+            self._complete_store()
 
-    def finish(self) -> None:
-        """Wait for all pieces."""
-        while self._back:
-            self._land()
+    def wait(self) -> None:
+        """Wait for all copies."""
+        while self._stores:
+            self._complete_store()
 
-    def _land(self) -> None:
-        arrived, landing, piece = self._back.popleft()
-        arrived.synchronize()
-        piece.copy_(landing)
+    def _complete_store(self) -> None:
+        copied, staging, block = self._stores.popleft()
+        copied.synchronize()
+        block.copy_(staging)

@@ -1,10 +1,10 @@
-"""Calibration files: statistics of the inputs of a model's layers as safetensors."""
+"""Calibration files: statistics of the input activations of a model's layers as safetensors."""
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,47 +13,115 @@ from ..errors import CalibrationError, SourceError
 from ..output import SafetensorsWriter, header_bytes
 from ..sources import SafetensorsFile, TensorInfo
 from ..sources.source import fingerprint
-from .hessian import Inputs, LowRankGram, PackedGram, PairedGram
+from .hessian import Hessian, LowRankHessian, PackedHessian, PairedHessian
 from .histogram import BINS
-from .statistics import Calibration
+from .statistics import Calibration, LayerStatistics
 
-__all__ = ["SUFFIX", "CalibrationFile", "architecture", "write_calibration"]
+__all__ = ["SUFFIX", "CalibrationFile", "hash_architecture", "write_calibration"]
 
 SUFFIX = ".calib.safetensors"
-_KEY = "learned_rounding_calibration"
+_METADATA_KEY = "learned_rounding_calibration"
 _VERSION = 1
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of layers in whole checkpoints
-_KINDS = ("gram", "holdout_gram", "mean", "amax", "histogram")
-_FORMS = {  # what a Gram may consist of, the longer first
-    ("panels", "roots", "mean"): PairedGram,
-    ("panels", "roots"): PackedGram,
-    ("factor", "diagonal"): LowRankGram,
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of layer names in full checkpoints
+
+# Tensor names of version 1: field of LayerStatistics → suffix after the name of the layer.
+_STATISTICS = {
+    "hessian": "gram",
+    "validation_hessian": "holdout_gram",
+    "mean": "mean",
+    "amax": "amax",
+    "histogram": "histogram",
+}
+# Form of a Hessian → field → (suffix after that of the statistic, dtype). Correlations are in −1…1, where float16 is the
+# most precise 16-bit type; factors have any magnitude.
+_HESSIANS: dict[type, dict[str, tuple[str, torch.dtype]]] = {
+    PairedHessian: {
+        "panels": ("panels", torch.float16),
+        "rms": ("roots", torch.float32),
+        "mean": ("mean", torch.float32),
+    },
+    PackedHessian: {"panels": ("panels", torch.float16), "rms": ("roots", torch.float32)},
+    LowRankHessian: {"factor": ("factor", torch.bfloat16), "diagonal": ("diagonal", torch.float32)},
 }
 
 
-def architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """A mark of a model's layers by their names and shapes (out, in): the same for a model and its fine-tunes."""
+@dataclass(frozen=True)
+class _Header:
+    """JSON object in the file's metadata. The field names are its keys in version 1.
+
+    Attributes:
+        version: of the file format.
+        architecture: see :func:`hash_architecture`.
+        layers: layer → (layer under whose name its statistics are stored, out, in).
+        tokens: layer under whose name statistics are stored → (tokens in the Hessian, tokens that the validation
+            activations were sampled from).
+        sensitivity: layer → :attr:`~.statistics.LayerStatistics.sensitivity`.
+        provenance: description of the calibration data.
+    """
+
+    version: int
+    architecture: str
+    layers: dict[str, tuple[str, int, int]]
+    tokens: dict[str, tuple[int, int]]
+    sensitivity: dict[str, float]
+    provenance: dict[str, object]
+
+    @classmethod
+    def parse(cls, path: Path, text: str) -> "_Header":
+        """Parse the metadata of the file at ``path``.
+
+        Raises:
+            CalibrationError: it is not valid, or was written by a newer version.
+        """
+        try:
+            values = json.loads(text)
+            version = values.get("version", _VERSION)
+            if version > _VERSION:
+                raise CalibrationError(
+                    f"{path} was written by a newer version of this node pack; update the node pack."
+                )
+            layers = {
+                str(k): (str(owner), int(out), int(inner))
+                for k, (owner, out, inner) in values.get("layers", {}).items()
+            }
+            tokens = {
+                str(k): (int(count), int(validation)) for k, (count, validation) in values.get("tokens", {}).items()
+            }
+            sensitivity = {str(k): float(value) for k, value in values.get("sensitivity", {}).items()}
+            for layer, value in sensitivity.items():
+                if not 0 <= value < float("inf"):
+                    raise ValueError(f"sensitivity of {layer} is {value}")
+            architecture, provenance = str(values.get("architecture", "")), dict(values.get("provenance", {}))
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise CalibrationError(f"{path} has an invalid calibration header ({error}); calibrate again.") from None
+        return cls(version, architecture, layers, tokens, sensitivity, provenance)
+
+
+def hash_architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Hash the names and shapes (out, in) of a model's layers; the same for a model and its fine-tunes."""
     lines = "\n".join(f"{name} {out}x{inner}" for name, (out, inner) in sorted(shapes.items()))
     return hashlib.blake2b(lines.encode(), digest_size=8).hexdigest()
 
 
 class CalibrationFile:
-    """A safetensors file, read layer by layer; a context.
+    """A :class:`~.statistics.Calibration` in a safetensors file, read layer by layer; a context manager.
 
-    Of each input it may hold, under the name of a layer that is given it: ``gram`` and ``holdout_gram``, (in, in) in any
-    float dtype, or packed as ``….panels`` and ``….roots``, or in low rank as ``….factor`` (in, rank) and ``….diagonal``;
-    ``mean`` and ``amax`` (in,), and ``histogram``. The header says which layers share an input, their shapes, and what was
-    sampled, and how sensitive the model is to errors of each; without it every layer has an input of its own.
+    Tensors, each optional, after the name of the layer: ``gram`` (H) and ``holdout_gram`` (H of the validation
+    activations), (in, in) in any float dtype, packed as ``….panels`` and ``….roots``, or in low rank as ``….factor``
+    (in, rank) and ``….diagonal``; ``mean`` and ``amax`` (in,); ``histogram`` (bins,). The metadata list the layers that
+    share statistics, their shapes, sensitivities and the provenance; without metadata each layer has its own statistics.
 
     Attributes:
-        path: where it lies; ``paths``: the same as a tuple.
-        mark: changes when the statistics do.
-        layers: layer → (out, in), as far as known.
-        provenance: what was sampled, as it was given to :func:`write_calibration`.
+        path: of the file; ``paths``: the same as a tuple.
+        fingerprint: changes when the statistics change.
+        layers: layer → (out, in), for layers listed in the metadata.
+        sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured.
+        provenance: description of the calibration data as passed to :func:`write_calibration`.
 
     Raises:
-        SourceError: the file is missing or is no safetensors file.
-        CalibrationError: it holds no statistics, was made by a newer version, or holds what is none (when it is read).
+        SourceError: the file is missing or is not a valid safetensors file.
+        CalibrationError: it contains no statistics, was written by a newer version, or is not valid. Tensors are checked
+            when they are read.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -61,113 +129,114 @@ class CalibrationFile:
         self.paths = (self.path,)
         self._file = SafetensorsFile(path)
         try:
-            self._parse()
+            if not any(name.endswith((".gram", ".gram.panels", ".gram.factor")) for name in self._file.tensors):
+                raise CalibrationError(
+                    f"{self.path} is not a calibration file: no Hessian found; choose a file made by Calibrate."
+                )
+            header = _Header.parse(self.path, self._file.metadata.get(_METADATA_KEY, "{}"))
         except BaseException:
             self._file.close()
             raise
-        self.mark = fingerprint(self._file)
-        self._last: tuple[str, Inputs | None] | None = None
+        self.fingerprint = fingerprint(self._file)
+        self.layers = {name: (out, inner) for name, (_, out, inner) in header.layers.items()}
+        self.sensitivities: Mapping[str, float] = header.sensitivity
+        self.provenance = header.provenance
+        self._owners = {name: owner for name, (owner, _, _) in header.layers.items()}
+        self._tokens = header.tokens
+        self._last: tuple[str, LayerStatistics | None] | None = None
 
-    def _parse(self) -> None:
-        if not any(name.endswith((".gram", ".gram.panels", ".gram.factor")) for name in self._file.tensors):
-            raise CalibrationError(
-                f"{self.path} holds no Grams of layers, so it is no calibration; choose another file."
-            )
-        try:
-            header = json.loads(self._file.metadata.get(_KEY, "{}"))
-            if header.get("version", _VERSION) > _VERSION:
-                raise CalibrationError(f"{self.path} was made by a newer version of this node pack; update it.")
-            layers = {
-                str(name): (str(site), int(out), int(inner))
-                for name, (site, out, inner) in header.get("layers", {}).items()
-            }
-            self._tokens = {
-                str(site): (int(learned), int(held)) for site, (learned, held) in header.get("tokens", {}).items()
-            }
-            self._sensitivity = {str(name): float(value) for name, value in header.get("sensitivity", {}).items()}
-            for name, value in self._sensitivity.items():
-                if not 0 <= value < float("inf"):
-                    raise ValueError(f"{name} has the sensitivity {value}")
-            self.provenance = dict(header.get("provenance", {}))
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise CalibrationError(f"{self.path} has a damaged header ({error}); calibrate again.") from None
-        self._sites = {name: site for name, (site, _, _) in layers.items()}
-        self.layers = {name: (out, inner) for name, (_, out, inner) in layers.items()}
+    def _resolve_name(self, layer: str) -> str:
+        """Return the name of a layer in this file: without the prefix of a full checkpoint, where only that is listed."""
+        if layer in self._owners:
+            return layer
+        bare = next((layer.removeprefix(prefix) for prefix in _PREFIXES if layer.startswith(prefix)), layer)
+        return bare if bare in self._owners else layer
 
-    def _known_as(self, layer: str) -> str:
-        """The name under which a layer is known here: without the prefix of a whole checkpoint, if need be."""
-        if layer not in self._sites:
-            bare = next((layer.removeprefix(prefix) for prefix in _PREFIXES if layer.startswith(prefix)), layer)
-            return bare if bare in self._sites else layer
-        return layer
+    def layer_statistics(self, layer: str) -> LayerStatistics | None:
+        name = self._resolve_name(layer)
+        owner = self._owners.get(name, name)
+        if self._last is None or self._last[0] != owner:  # layers that share statistics are mostly adjacent
+            self._last = owner, self._read_statistics(owner)
+        statistics, sensitivity = self._last[1], self.sensitivities.get(name)
+        if statistics is None or sensitivity is None:
+            return statistics
+        return replace(statistics, sensitivity=sensitivity)
 
-    def inputs(self, layer: str) -> Inputs | None:
-        name = self._known_as(layer)
-        site = self._sites.get(name, name)
-        if self._last is None or self._last[0] != site:  # layers that share an input mostly follow each other
-            found = {kind: self._read(f"{site}.{kind}") for kind in _KINDS}
-            shapes = {kind: tuple(found[kind].shape) for kind in ("amax", "histogram") if found[kind] is not None}
-            if (
-                any(len(shape) != 1 or not all(shape) for shape in shapes.values())
-                or shapes.get("histogram", (BINS,)) != (BINS,)
-                or [*shapes] == ["histogram"]
-            ):
-                raise CalibrationError(
-                    f"{self.path}: what {site} was given is described by {shapes}, which says nothing; calibrate again."
-                )
-            self._last = site, Inputs(**found) if any(value is not None for value in found.values()) else None
-        known, sensitivity = self._last[1], self._sensitivity.get(name)
-        return known if known is None or sensitivity is None else replace(known, sensitivity=sensitivity)
-
-    def sensitivity_of(self, layer: str) -> float | None:
-        return self._sensitivity.get(self._known_as(layer))
-
-    @property
-    def sensitivity(self) -> Mapping[str, float]:
-        """Layer → :attr:`~.gram.Inputs.sensitivity`, of those that were measured."""
-        return self._sensitivity
+    def sensitivity(self, layer: str) -> float | None:
+        return self.sensitivities.get(self._resolve_name(layer))
 
     def tokens(self, layer: str) -> tuple[int, int]:
-        """How many tokens the Gram is the mean of, and from how many the held-out rows were drawn."""
-        return self._tokens.get(self._sites.get(layer, layer), (0, 0))
+        """Return the number of tokens in the Hessian, and the number that validation activations were sampled from."""
+        return self._tokens.get(self._owners.get(layer, layer), (0, 0))
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.check_layers(self.layers, shapes)
 
-    def check_layers(self, known: Mapping[str, tuple[int, int]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """As :meth:`check`, of some of the layers."""
-        have = {self._known_as(name): tuple(shape) for name, shape in shapes.items()}
-        for name, shape in known.items():
-            if name not in have:
+    def check_layers(self, layers: Mapping[str, tuple[int, int]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check as :meth:`check` does, but only ``layers`` of this file."""
+        model = {self._resolve_name(name): tuple(shape) for name, shape in shapes.items()}
+        for name, shape in layers.items():
+            if name not in model:
                 raise CalibrationError(
-                    f"{self.path.name} was made for another architecture: the model has no layer {name}; calibrate this model."
+                    f"{self.path.name} was made for another architecture: the model has no layer {name}; "
+                    "calibrate this model."
                 )
-            if have[name] != shape:
+            if model[name] != shape:
                 raise CalibrationError(
-                    f"{self.path.name} was made for another architecture: its layer {name} is {shape[0]}×{shape[1]}, "
-                    f"the model's is {'×'.join(map(str, have[name]))}; calibrate this model."
+                    f"{self.path.name} was made for another architecture: layer {name} is {shape[0]}×{shape[1]} in the "
+                    f"calibration and {'×'.join(map(str, model[name]))} in the model; calibrate this model."
                 )
 
     def part(self, name: str) -> Calibration:
-        """What is known of one text encoder of several, by the names its layers have in a file of its own."""
-        return _Part(self, f"{name}.") if any(layer.startswith(f"{name}.") for layer in self.layers) else self
+        """Return the statistics of one of several text encoders, with the layer names of its own file."""
+        prefix = f"{name}."
+        return _Part(self, prefix) if any(layer.startswith(prefix) for layer in self.layers) else self
 
-    def _read(self, name: str):
-        tensors = self._file.tensors
-        if name in tensors:
-            return self._values(name)
-        present = tuple(part for part in dict.fromkeys(sum(_FORMS, ())) if f"{name}.{part}" in tensors)
-        if present and present not in _FORMS:
-            raise SourceError(f"{self.path}: {name}.{present[0]} has no counterpart; the file is damaged.")
-        return _FORMS[present](*(self._values(f"{name}.{part}") for part in present)) if present else None
+    def _read_statistics(self, owner: str) -> LayerStatistics | None:
+        names = {field: f"{owner}.{suffix}" for field, suffix in _STATISTICS.items()}
+        statistics = LayerStatistics(
+            self._read_hessian(names["hessian"]),
+            self._read_hessian(names["validation_hessian"]),
+            self._read_optional(names["mean"]),
+            self._read_optional(names["amax"]),
+            self._read_optional(names["histogram"]),
+        )
+        amax, counts = statistics.amax, statistics.histogram
+        if amax is not None and (amax.ndim != 1 or not len(amax)):
+            raise CalibrationError(f"{self.path}: {names['amax']} has shape {tuple(amax.shape)}; calibrate again.")
+        if counts is not None and (tuple(counts.shape) != (BINS,) or amax is None):
+            raise CalibrationError(
+                f"{self.path}: {names['histogram']} has shape {tuple(counts.shape)} and {names['amax']} is "
+                f"{'missing' if amax is None else 'present'}; expected ({BINS},) with amax; calibrate again."
+            )
+        return statistics if any(value is not None for value in vars(statistics).values()) else None
 
-    def _values(self, name: str) -> torch.Tensor:
+    def _read_hessian(self, name: str) -> Hessian | None:
+        if name in self._file.tensors:
+            return self._read_tensor(name)
+        suffixes = {form: {field: suffix for field, (suffix, _) in parts.items()} for form, parts in _HESSIANS.items()}
+        found = {
+            part for parts in suffixes.values() for part in parts.values() if f"{name}.{part}" in self._file.tensors
+        }
+        if not found:
+            return None
+        for form, parts in suffixes.items():
+            if found == set(parts.values()):
+                return form(**{field: self._read_tensor(f"{name}.{part}") for field, part in parts.items()})
+        raise SourceError(
+            f"{self.path}: {name} is incomplete, only {', '.join(sorted(found))} found; the file is damaged."
+        )
+
+    def _read_optional(self, name: str) -> torch.Tensor | None:
+        return self._read_tensor(name) if name in self._file.tensors else None
+
+    def _read_tensor(self, name: str) -> torch.Tensor:
         values = self._file.read(name)
         if not values.is_floating_point():
             raise CalibrationError(
-                f"{self.path}: {name} is of {values.dtype}, which no statistics are; calibrate again."
+                f"{self.path}: {name} has dtype {values.dtype}, but statistics are floating point; calibrate again."
             )
-        return values if values.element_size() > 1 else values.float()  # torch computes little in FP8
+        return values if values.element_size() > 1 else values.float()  # torch has few FP8 operators
 
     def close(self) -> None:
         """Close the file."""
@@ -181,75 +250,71 @@ class CalibrationFile:
 
 
 class _Part:
-    """The layers of a calibration whose names begin with ``prefix``, without it."""
+    """The layers of a calibration file whose names start with ``prefix``, without the prefix."""
 
-    def __init__(self, whole: CalibrationFile, prefix: str):
-        self._whole, self._prefix, self.mark, self.paths = whole, prefix, whole.mark, whole.paths
+    def __init__(self, file: CalibrationFile, prefix: str):
+        self._file, self._prefix, self.fingerprint, self.paths = file, prefix, file.fingerprint, file.paths
 
-    def inputs(self, layer: str) -> Inputs | None:
-        return self._whole.inputs(self._prefix + layer)
+    def layer_statistics(self, layer: str) -> LayerStatistics | None:
+        return self._file.layer_statistics(self._prefix + layer)
 
-    def sensitivity_of(self, layer: str) -> float | None:
-        return self._whole.sensitivity_of(self._prefix + layer)
+    def sensitivity(self, layer: str) -> float | None:
+        return self._file.sensitivity(self._prefix + layer)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        own = {name: shape for name, shape in self._whole.layers.items() if name.startswith(self._prefix)}
-        self._whole.check_layers(own, {self._prefix + name: shape for name, shape in shapes.items()})
+        layers = {name: shape for name, shape in self._file.layers.items() if name.startswith(self._prefix)}
+        self._file.check_layers(layers, {self._prefix + name: shape for name, shape in shapes.items()})
 
 
-def _tensors(site: str, inputs: Inputs) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
-    """Name, tensor and dtype in the file."""
-    for kind, value in vars(inputs).items():
+def _named_tensors(owner: str, statistics: LayerStatistics) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
+    """Yield (name, tensor, dtype) as stored in the file."""
+    for field, suffix in _STATISTICS.items():
+        value = getattr(statistics, field)
         if isinstance(value, torch.Tensor):
-            yield f"{site}.{kind}", value, torch.float32
+            yield f"{owner}.{suffix}", value, torch.float32
         elif value is not None:
-            parts = next(parts for parts, make in _FORMS.items() if isinstance(value, make))
-            for part in parts:
+            for part, (part_suffix, dtype) in _HESSIANS[type(value)].items():
                 tensor = getattr(value, part)
-                wide = part not in ("panels", "factor")
-                yield f"{site}.{kind}.{part}", tensor, torch.float32 if wide else _narrow(part, tensor)
-
-
-def _narrow(part: str, tensor: torch.Tensor) -> torch.dtype:
-    """Correlations lie in −1…1, where float16 is the most precise; factors may be of any size."""
-    return torch.float16 if part == "panels" else torch.bfloat16 if tensor.dtype is not torch.float16 else tensor.dtype
+                if dtype is torch.bfloat16 and tensor.dtype is torch.float16:
+                    dtype = torch.float16  # 16 bits already; bfloat16 would round a second time
+                yield f"{owner}.{suffix}.{part_suffix}", tensor, dtype
 
 
 def write_calibration(
     path: str | os.PathLike,
-    inputs: Mapping[str, Inputs],
-    sites: Mapping[str, str],
+    statistics: Mapping[str, LayerStatistics],
+    owners: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
     tokens: Mapping[str, tuple[int, int]],
     provenance: Mapping[str, object],
-    sensitivity: Mapping[str, float] | None = None,
+    sensitivities: Mapping[str, float] | None = None,
 ) -> int:
-    """Write statistics as :class:`CalibrationFile` reads them; returns the file's size in bytes.
+    """Write statistics as :class:`CalibrationFile` reads them; returns the size of the file in bytes.
 
     Args:
-        inputs: name of an input → what is known of it.
-        sites: layer → name of its input.
+        statistics: owner → statistics of its activations. An owner is a layer whose statistics other layers may share.
+        owners: layer → its owner.
         shapes: layer → (out, in).
-        tokens: name of an input → how many tokens its Gram is the mean of, and how many were held out.
-        provenance: what was sampled, as JSON values.
-        sensitivity: layer → see :class:`~.gram.Inputs`; of as many as were measured.
+        tokens: owner → (tokens in the Hessian, tokens that the validation activations were sampled from).
+        provenance: description of the calibration data, as JSON values.
+        sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured.
     """
-    header = {
-        "version": _VERSION,
-        "architecture": architecture(shapes),
-        "layers": {layer: [site, *shapes[layer]] for layer, site in sites.items()},
-        "tokens": {site: list(counts) for site, counts in tokens.items()},
-        "sensitivity": {layer: value for layer, value in (sensitivity or {}).items() if layer in sites},
-        "provenance": dict(provenance),
-    }
-    metadata = {_KEY: json.dumps(header, separators=(",", ":"))}
+    header = _Header(
+        version=_VERSION,
+        architecture=hash_architecture(shapes),
+        layers={layer: (owner, shapes[layer][0], shapes[layer][1]) for layer, owner in owners.items()},
+        tokens=dict(tokens),
+        sensitivity={layer: value for layer, value in (sensitivities or {}).items() if layer in owners},
+        provenance=dict(provenance),
+    )
+    metadata = {_METADATA_KEY: json.dumps(vars(header), separators=(",", ":"))}
     planned = [
         (name, TensorInfo(dtype, tuple(tensor.shape)))
-        for site, known in inputs.items()
-        for name, tensor, dtype in _tensors(site, known)
+        for owner, layer_statistics in statistics.items()
+        for name, tensor, dtype in _named_tensors(owner, layer_statistics)
     ]
     with SafetensorsWriter(path, header_bytes(planned, metadata)) as writer:
-        for site, known in inputs.items():
-            for name, tensor, dtype in _tensors(site, known):
+        for owner, layer_statistics in statistics.items():
+            for name, tensor, dtype in _named_tensors(owner, layer_statistics):
                 writer.add(name, tensor.to(dtype))
         return writer.finish(metadata)

@@ -1,4 +1,4 @@
-"""How often each magnitude occurs among a layer's inputs, and the static scale of FP8 inputs that follows from it."""
+"""Histogram of activation magnitudes, and the static FP8 input scale computed from it."""
 
 import math
 
@@ -6,60 +6,62 @@ import torch
 
 from ..errors import CalibrationError
 
-__all__ = ["BINS", "magnitudes", "histogram", "input_scale"]
+__all__ = ["BINS", "bin_centers", "histogram", "input_scale"]
 
-# Eight bins to the octave from 2⁻³² to 2³²; the first also takes what is smaller, zero included, the last what is larger.
+# Eight bins per octave from 2⁻³² to 2³². The first bin also counts smaller values and zero, the last one larger values.
 _PER_OCTAVE = 8
 _LOWEST, _HIGHEST = -32, 32
 BINS = (_HIGHEST - _LOWEST) * _PER_OCTAVE
 
+_MAX = 448.0  # of float8_e4m3fn
+_MIN_AMAX = 64 * _MAX * torch.finfo(torch.float32).tiny  # below it, the smallest candidate scale is subnormal
+_TOLERANCE = 0.01  # relative difference below which two errors count as equal
 
-def magnitudes(device: torch.device | str = "cpu") -> torch.Tensor:
-    """The middle of each bin, float64 (bins,); 0 for the first."""
+
+def bin_centers(device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return the geometric center of each bin, float64 (bins,); 0 for the first."""
     exponents = (torch.arange(BINS, dtype=torch.float64, device=device) + 0.5) / _PER_OCTAVE + _LOWEST
-    middles = exponents.exp2()
-    middles[0] = 0
-    return middles
+    centers = exponents.exp2()
+    centers[0] = 0
+    return centers
 
 
 def histogram(values: torch.Tensor) -> torch.Tensor:
-    """Counts of |values|, float64 (bins,), on their device."""
+    """Count the magnitudes |values| per bin, float64 (bins,), on the same device."""
     exponents = values.abs().float().log2_().nan_to_num_(_HIGHEST).clamp_(_LOWEST, _HIGHEST)
     return torch.histc(exponents, BINS, _LOWEST, _HIGHEST).double()
 
 
 def input_scale(counts: torch.Tensor, amax: float) -> float | None:
-    """The static scale of float8_e4m3fn inputs with the least mean squared error; None where scale 1 is as good.
+    """Compute the static scale of float8_e4m3fn activations with the least mean squared error.
 
-    Without a scale ComfyUI takes inputs as they are: what is beyond ±448 is clipped, and what is below 2⁻⁶ loses bits.
-    Scales from twice what the largest value ever seen needs down to a 64th of that (which clips) are tried on the
-    histogram; of those that are as good as the best the largest, so that there is room for inputs never seen.
+    Without an ``input_scale`` ComfyUI uses scale 1: magnitudes above 448 are clipped, and those below 2⁻⁶ lose
+    precision. Candidates are 2·amax/448·2^(−k/4) for k = 0…28, so the smaller ones clip. Of all candidates within 1 % of
+    the least error the largest is returned, as headroom for activations outside the calibration set.
 
     Args:
-        counts: from :func:`histogram`, (bins,).
-        amax: the largest magnitude, of all inputs.
+        counts: (bins,) from :func:`histogram`.
+        amax: largest magnitude of all activations.
+
+    Returns:
+        the scale; None where scale 1 is within 1 % of the least error, or nothing was counted.
 
     Raises:
-        CalibrationError: the counts are none.
+        CalibrationError: the counts are not finite.
     """
     counts = counts.double().cpu()
-    if not _LEAST < amax < float("inf") or not counts.sum() > 0:
+    if not _MIN_AMAX < amax < float("inf") or not counts.sum() > 0:
         return None
-    middles = magnitudes().clamp_max(amax)
+    centers = bin_centers().clamp_max(amax)
 
     def error(scale: float) -> float:
-        codes = (middles / scale).clamp_max(_MAX).float().to(torch.float8_e4m3fn).double()
-        return float((counts * (codes * scale - middles).square()).sum())
+        quantized = (centers / scale).clamp_max(_MAX).float().to(torch.float8_e4m3fn).double()
+        return float((counts * (quantized * scale - centers).square()).sum())
 
     scales = [2 * amax / _MAX * 2 ** (-step / 4) for step in range(29)]
     errors = [error(scale) for scale in scales]
     if not all(map(math.isfinite, errors)):
-        raise CalibrationError("A histogram of inputs holds what is no count; calibrate again.")
+        raise CalibrationError("The histogram of activations contains values that are not finite; calibrate again.")
     if min(errors) > (1 - _TOLERANCE) * error(1.0):
         return None
-    return next(scale for scale, lost in zip(scales, errors, strict=True) if lost <= (1 + _TOLERANCE) * min(errors))
-
-
-_MAX = 448.0  # of float8_e4m3fn
-_LEAST = 64 * _MAX * torch.finfo(torch.float32).tiny  # below, scales would be no normal numbers
-_TOLERANCE = 0.01  # by which one error must be smaller than another to count as better
+    return next(scale for scale, loss in zip(scales, errors, strict=True) if loss <= (1 + _TOLERANCE) * min(errors))

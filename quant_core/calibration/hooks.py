@@ -1,4 +1,4 @@
-"""Watch the linear layers of a running model and gather statistics of their inputs."""
+"""Collect statistics of the input activations of linear layers with forward pre-hooks while a model runs."""
 
 import contextlib
 import math
@@ -10,132 +10,145 @@ from pathlib import Path
 import torch
 
 from ..errors import CalibrationError, OutputError
-from .accumulate import Accumulator, FullGram, PairedGrams, SketchedGram
-from .background import Background
+from .accumulate import (
+    HessianAccumulator,
+    LowRankHessianAccumulator,
+    PackedHessianAccumulator,
+    PairedHessianAccumulator,
+    StatisticsAccumulator,
+)
+from .background import BackgroundWorker
 from .file import CalibrationFile, write_calibration
 from .panels import packed_size
 
 __all__ = ["Collector", "ROTATION"]
 
-ROTATION = 8  # a Gram in a file is summed up in every eighth call, from eight times the tokens
-_LEAST_RANK = 16  # of a Gram in low rank: with fewer random signs its directions are not to be trusted
-_HELD_OUT = 0.25  # of the tokens, where no run is held out as a whole
-_HELD_BYTES = 1 << 30  # for held-out rows of all layers together
-_LANES = 2  # threads that update Grams in files: one copies while the GPU computes for the other
-_WAITING_BYTES = 2048  # for each channel of a Gram on the device: 1,024 rows of 16 bits that wait to be learned from
+ROTATION = 8  # a Hessian in a file is updated in every eighth call, with eight times the tokens
+_MIN_RANK = 16  # of a low-rank Hessian; fewer random signs do not resolve its leading directions
+_VALIDATION_SHARE = 0.25  # of the tokens, where no complete run is used for validation
+_VALIDATION_BYTES = 1 << 30  # for the validation activations of all layers, counted in float32
+_WORKERS = 2  # background threads: one copies while the GPU computes for the other
+_PENDING_BYTES = 2048  # per channel of a Hessian on the device: a batch of 1,024 activations in 16 bits
+_ZEROS = memoryview(bytes(1 << 22))
 
 
 class Collector:
-    """Statistics of the inputs of ``layers`` while a model runs.
+    """Collect statistics of the input activations of ``layers`` while a model runs.
 
-    Each call of the model gives up to ``tokens`` seeded tokens to every layer's Gram; layers that are given the very same
-    tensor share one. What the hooks see they only read, and they are gone when :meth:`watching` ends, however it ends.
+    Each call of the model contributes up to ``tokens`` randomly sampled tokens per layer. Layers that receive the same
+    tensor share one set of statistics. The hooks do not modify the activations and are removed when :meth:`watching`
+    ends, also after an exception.
 
-    Memory: Grams lie in float32 on ``device``, with up to 1,024 rows each that wait to be learned from at once, as long
-    as ``device_bytes`` last, then in files in ``folder`` (2 bytes for each of in²/2 numbers; on the device are the rows
-    for four of them and pieces of two, and 0.2 GB of host memory is page-locked). In low rank they take 8·in²/``rank``
-    bytes of ``device`` each; held-out rows of all layers together at most 1 GB.
+    Memory: Hessians are float32 on ``device``, each with a buffer of up to 1,024 pending activations, until
+    ``device_bytes`` are used. Further Hessians are float16 in memory-mapped files in ``folder``: in² bytes each, plus the
+    activations for four of them and blocks of two of them on the device, and 0.2 GB of pinned host memory. A low-rank
+    Hessian takes 8·in²/``rank`` bytes on the device. Validation activations take at most 1 GB.
 
     Args:
-        layers: name (of its weight, without ``.weight``) → linear layer.
-        folder: for the files; must exist.
-        device: where the model runs.
-        device_bytes: how much of its memory Grams may take.
-        rank: None to keep Grams in full; a number to keep the leading ``in / rank`` directions, at least 16, and the
-            diagonal.
-        quantized_inputs: also keep, in full, how inputs go with what INT8 makes of them: four times the memory.
-        tokens: how many tokens of a call are looked at.
-        holdout_rows: how many held-out tokens to keep for each input.
-        seed: of the choice of tokens.
-        earlier: a calibration of the same layers to continue.
+        layers: name (of the weight, without ``.weight``) → linear layer.
+        folder: existing folder for the files.
+        device: device of the model.
+        device_bytes: device memory for Hessians, in bytes.
+        rank: None for complete Hessians; else a divisor: the leading in/``rank`` directions, at least 16, and the
+            diagonal are stored.
+        quantized_activations: also collect the complete Hessian of the activations next to their INT8 quantization,
+            see :class:`~.hessian.PairedHessian`; four times the memory.
+        tokens: number of tokens sampled per call.
+        validation_size: number of validation activations stored per layer.
+        seed: of the sampling.
+        earlier: calibration of the same layers to continue.
 
     Attributes:
-        sensitivity: layer → :attr:`~.gram.Inputs.sensitivity`, where that was measured; saved with the rest.
+        sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured; saved with the
+            statistics.
+
+    Raises:
+        CalibrationError: ``earlier`` does not fit ``layers``.
     """
 
     def __init__(
         self,
-        layers: Mapping[str, torch.nn.Module],
+        layers: Mapping[str, torch.nn.Linear],
         folder: str | os.PathLike,
         *,
         device: torch.device,
         device_bytes: int,
         rank: int | None = None,
-        quantized_inputs: bool = False,
+        quantized_activations: bool = False,
         tokens: int = 256,
-        holdout_rows: int = 512,
+        validation_size: int = 512,
         seed: int = 0,
         earlier: CalibrationFile | None = None,
     ):
         self._layers, self._folder, self._device = dict(layers), Path(folder), device
-        self._left, self._rank, self._tokens, self._seed = device_bytes, rank, tokens, seed
-        self._earlier, self._paired = earlier, quantized_inputs
-        channels = sum(layer.weight.shape[1] for layer in self._layers.values())
-        self._holdout_rows = max(16, min(holdout_rows, _HELD_BYTES // (4 * max(channels, 1))))
-        self._sites: dict[str, str] = {}  # layer → the layer whose statistics are its own too
-        self._found: dict[str, Accumulator] = {}
-        self._turns: dict[
-            str, tuple[int, int]
-        ] = {}  # a Gram takes tokens at first, and when call + second is a multiple of first
+        self._shapes = {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
+        self._free_bytes, self._rank, self._tokens, self._seed = device_bytes, rank, tokens, seed
+        self._earlier, self._paired = earlier, quantized_activations
+        channels = sum(self._widths())
+        self._validation_size = max(16, min(validation_size, _VALIDATION_BYTES // (4 * max(channels, 1))))
+        self._owners: dict[str, str] = {}  # layer → layer whose statistics it shares; itself, if none
+        self._accumulators: dict[str, StatisticsAccumulator] = {}
+        self._schedules: dict[str, tuple[int, int]] = {}  # owner → (period, phase) of the calls that it samples
         self._files: list[Path] = []
-        self._background: list[Background] = []
-        self._recent: dict[int, tuple[weakref.ref, str]] = {}
-        self._chosen: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._workers: list[BackgroundWorker] = []
+        self._recent: dict[int, tuple[weakref.ref, str]] = {}  # id of a tensor of this call → (tensor, owner)
+        self._samples: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._slots: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._calls = 0
-        self._hold_out: bool | None = None
-        self.sensitivity = dict(earlier.sensitivity) if earlier is not None else {}
+        self._validation: bool | None = None
+        self.sensitivities = dict(earlier.sensitivities) if earlier is not None else {}
         if earlier is not None:
-            earlier.check({name: tuple(layer.weight.shape) for name, layer in self._layers.items()})
+            earlier.check(self._shapes)
+
+    def _widths(self) -> list[int]:
+        return [shape[1] for shape in self._shapes.values()]
 
     @property
     def disk_bytes(self) -> int:
-        """The most that files can take if no layers share an input."""
-        if self._rank:
+        """Upper bound of the size of the files, reached if no layers share activations."""
+        if self._rank or sum(map(self._hessian_bytes, self._widths())) <= self._free_bytes:
             return 0
-        widths = [layer.weight.shape[1] for layer in self._layers.values()]
-        return 0 if sum(map(self._device_bytes, widths)) <= self._left else 2 * sum(map(self._size, widths))
+        return 2 * sum(map(self._packed_size, self._widths()))
 
     @property
     def device_bytes(self) -> int:
-        """The most that Grams, and rows that wait for them, can take of the device's memory."""
-        widths = [layer.weight.shape[1] for layer in self._layers.values()]
+        """Upper bound of the device memory of Hessians and pending activations."""
         if self._rank:
-            return sum(8 * width * max(_LEAST_RANK, width // self._rank) for width in widths)
-        return min(sum(map(self._device_bytes, widths)), max(self._left, 0))
+            return sum(8 * width * max(_MIN_RANK, width // self._rank) for width in self._widths())
+        return min(sum(map(self._hessian_bytes, self._widths())), max(self._free_bytes, 0))
 
     @property
-    def kept(self) -> float:
-        """The least share, over all inputs, of the energy tr H that is known with its directions; 1 for full Grams."""
-        return min((found.gram.kept for found in self._found.values()), default=1.0)
+    def captured_energy(self) -> float:
+        """Least fraction of tr(H), over all layers, that the stored directions cover; 1 for complete Hessians."""
+        return min((found.hessian.captured_energy for found in self._accumulators.values()), default=1.0)
 
     @property
     def calls(self) -> int:
-        """How many calls of the model were watched."""
+        """Number of calls of the model."""
         return self._calls
 
     @property
-    def inputs(self) -> int:
-        """How many different inputs were seen."""
-        return len(self._found)
+    def distinct_activations(self) -> int:
+        """Number of distinct input activations, each shared by one or more layers."""
+        return len(self._accumulators)
 
     @property
     def tokens(self) -> int:
-        """The least number of tokens that a Gram is the mean of."""
-        return min((found.tokens for found in self._found.values() if found.tokens), default=0)
+        """Least number of tokens in a Hessian."""
+        return min((found.tokens for found in self._accumulators.values() if found.tokens), default=0)
 
     @contextlib.contextmanager
-    def watching(self, model: torch.nn.Module, hold_out: bool | None = None) -> Iterator[None]:
-        """Gather while ``model``, which holds the layers, is called.
+    def watching(self, model: torch.nn.Module, validation: bool | None = None) -> Iterator[None]:
+        """Collect statistics while ``model``, which contains the layers, is called in this context.
 
-        ``hold_out``: True to keep these inputs apart for judging, False to learn from all of them, None to hold out a
-        quarter of the tokens.
+        ``validation``: True to use the activations for validation only, False for calibration only, None to use a random
+        quarter of the tokens for validation.
         """
-        self._hold_out = hold_out
-        handles = [model.register_forward_pre_hook(self._next_call)]
+        self._validation = validation
+        handles = [model.register_forward_pre_hook(self._start_call)]
         try:
             for name, layer in self._layers.items():
-                handles.append(layer.register_forward_pre_hook(self._hook(name)))
+                handles.append(layer.register_forward_pre_hook(self._make_hook(name)))
             yield
         finally:
             for handle in handles:
@@ -145,170 +158,175 @@ class Collector:
 
     @torch.inference_mode()
     def _flush(self) -> None:
-        """Learn from all rows that wait."""
-        for found in self._found.values():
-            found.flush()
-        for background in self._background:
-            background.finish()
+        """Add all pending activations and wait for the background workers."""
+        for accumulator in self._accumulators.values():
+            accumulator.flush()
+        for worker in self._workers:
+            worker.wait()
 
-    def _next_call(self, *_) -> None:
+    def _start_call(self, *_) -> None:
         self._calls += 1
         self._recent.clear()
-        self._chosen.clear()
-        self._kept.clear()
+        self._samples.clear()
+        self._slots.clear()
 
-    def _hook(self, name: str):
+    def _make_hook(self, name: str):
         def hook(layer: torch.nn.Module, args: tuple) -> None:
             if args and isinstance(args[0], torch.Tensor) and args[0].numel():
-                self._take(name, args[0])
+                self._record(name, args[0])
 
         return hook
 
     @torch.inference_mode()
-    def _take(self, name: str, x: torch.Tensor) -> None:
-        seen, leader = self._recent.setdefault(id(x), (weakref.ref(x), name))
-        if seen() is not x:  # another tensor that lay at the same address
-            self._recent[id(x)], leader = (weakref.ref(x), name), name
-        if name not in self._sites:
-            self._sites[name] = leader
-        elif self._sites[name] not in (name, leader):  # no longer given what its leader is
-            self._sites[name] = name
-        if self._sites[name] != name:
-            return  # its leader has seen this tensor
-        if name not in self._found:
-            self._found[name] = self._begin(name, x)
-        found, rows = self._found[name], x.detach().flatten(0, -2)
-        found.see(rows)
-        every, phase = self._turns[name]
-        had_none = not (found.held_tokens if self._hold_out else found.tokens)
-        if (self._calls + phase) % every and not had_none:
+    def _record(self, name: str, x: torch.Tensor) -> None:
+        reference, owner = self._recent.setdefault(id(x), (weakref.ref(x), name))
+        if reference() is not x:  # a new tensor with the id of a deleted one
+            self._recent[id(x)], owner = (weakref.ref(x), name), name
+        if name not in self._owners:
+            self._owners[name] = owner
+        elif self._owners[name] not in (name, owner):  # no longer receives the tensor of its owner
+            self._owners[name] = name
+        if self._owners[name] != name:
+            return  # recorded by the owner
+        if name not in self._accumulators:
+            self._accumulators[name] = self._make_accumulator(name, x)
+        accumulator, activations = self._accumulators[name], x.detach().flatten(0, -2)
+        accumulator.update_amax(activations)
+        period, phase = self._schedules[name]
+        empty = not (accumulator.validation_tokens if self._validation else accumulator.tokens)
+        if (self._calls + phase) % period and not empty:
             return
-        learned, held = self._choose(len(rows), every)
-        if self._hold_out is not True:
-            found.add(rows, learned)
-        if self._hold_out is not False:
-            found.hold_out(rows, *self._reservoir(held, found.held_tokens), len(held))
+        calibration, validation = self._sample_tokens(len(activations), period)
+        if self._validation is not True:
+            accumulator.add(activations, calibration)
+        if self._validation is not False:
+            slots = self._sample_reservoir(validation, accumulator.validation_tokens)
+            accumulator.add_validation(activations, *slots, len(validation))
 
-    def _choose(self, count: int, every: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of the tokens to learn from, on the device, and of those to hold out; the same for all layers of a call."""
-        if (count, every) not in self._chosen:
-            generator = self._generator(count, 0)
-            order = torch.randperm(count, generator=generator)[: self._tokens * every]
-            if self._hold_out is None:
-                apart = torch.rand(len(order), generator=generator) < _HELD_OUT
-                parts = order[~apart], order[apart]
+    def _sample_tokens(self, count: int, period: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample token indices for calibration (on the device) and validation (on the CPU); the same for all layers of a call."""
+        if (count, period) not in self._samples:
+            generator = self._make_generator(count, 0)
+            order = torch.randperm(count, generator=generator)[: self._tokens * period]
+            if self._validation is None:
+                selected = torch.rand(len(order), generator=generator) < _VALIDATION_SHARE
+                parts = order[~selected], order[selected]
             else:
                 parts = order, order
-            learned, held = (part.sort().values for part in parts)
-            self._chosen[count, every] = self._send(learned), held
-        return self._chosen[count, every]
+            calibration, validation = (part.sort().values for part in parts)
+            self._samples[count, period] = self._to_device(calibration), validation
+        return self._samples[count, period]
 
-    def _reservoir(self, held: torch.Tensor, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of the held-out tokens to keep, and where, for a fair sample of all so far (reservoir sampling); on the device."""
-        key = id(held), seen
-        if key not in self._kept:
-            counts = torch.arange(len(held)) + seen
-            drawn = torch.rand(len(held), generator=self._generator(len(held), seen + 1), dtype=torch.float64)
-            places = torch.where(counts < self._holdout_rows, counts, (drawn * (counts + 1)).long()).tolist()
-            last = {
-                place: token for token, place in enumerate(places) if place < self._holdout_rows
-            }  # two for one place
-            tokens = held[torch.tensor(list(last.values()), dtype=torch.long)]
-            self._kept[key] = tuple(self._send(torch.stack([tokens, torch.tensor(list(last), dtype=torch.long)])))
-        return self._kept[key]
+    def _sample_reservoir(self, validation: torch.Tensor, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose validation tokens to store and their slots, on the device, by reservoir sampling after ``seen`` tokens."""
+        key = id(validation), seen
+        if key not in self._slots:
+            size, count = self._validation_size, len(validation)
+            counts = torch.arange(count) + seen
+            drawn = torch.rand(count, generator=self._make_generator(count, seen + 1), dtype=torch.float64)
+            slots = torch.where(counts < size, counts, (drawn * (counts + 1)).long()).tolist()
+            last = {slot: token for token, slot in enumerate(slots) if slot < size}  # the last token of each slot
+            tokens = validation[torch.tensor(list(last.values()), dtype=torch.long)]
+            chosen = self._to_device(torch.stack([tokens, torch.tensor(list(last), dtype=torch.long)]))
+            self._slots[key] = chosen[0], chosen[1]
+        return self._slots[key]
 
-    def _send(self, indices: torch.Tensor) -> torch.Tensor:
-        """``indices`` on the device; a GPU is not waited for."""
+    def _to_device(self, indices: torch.Tensor) -> torch.Tensor:
+        """Copy ``indices`` to the device without synchronization."""
         if self._device.type == "cuda":
             indices = indices.pin_memory()
         return indices.to(self._device, non_blocking=True)
 
-    def _generator(self, *numbers: int) -> torch.Generator:
-        mixed = hash((self._seed, self._calls, *numbers))  # of whole numbers alone, so the same in every process
+    def _make_generator(self, *numbers: int) -> torch.Generator:
+        mixed = hash((self._seed, self._calls, *numbers))  # hashes of integers are the same in every process
         return torch.Generator().manual_seed(mixed & (2**63 - 1))
 
-    def _begin(self, name: str, x: torch.Tensor) -> Accumulator:
-        inner = x.shape[-1]
-        gram, waiting, background = self._gram(name, inner)
-        held, waiting = (
-            torch.zeros(rows, inner, dtype=x.dtype, device=self._device)
-            for rows in (self._holdout_rows, waiting // x.element_size())
+    def _make_accumulator(self, name: str, x: torch.Tensor) -> StatisticsAccumulator:
+        channels = x.shape[-1]
+        hessian, pending_bytes, worker = self._make_hessian(name, channels)
+        validation, pending = (
+            torch.zeros(size, channels, dtype=x.dtype, device=self._device)
+            for size in (self._validation_size, pending_bytes // x.element_size())
         )
-        found = Accumulator(gram, inner, held, waiting, self._device, background)
-        if self._earlier is not None and (known := self._earlier.inputs(name)) is not None:
-            found.start(known, *self._earlier.tokens(name))
-        return found
+        accumulator = StatisticsAccumulator(hessian, channels, validation, pending, self._device, worker)
+        if self._earlier is not None and (statistics := self._earlier.layer_statistics(name)) is not None:
+            accumulator.resume(statistics, *self._earlier.tokens(name))
+        return accumulator
 
-    def _size(self, inner: int) -> int:
-        """How many numbers a full Gram has."""
-        return packed_size(2 * inner if self._paired else inner)
+    def _packed_size(self, channels: int) -> int:
+        """Number of elements of a complete Hessian."""
+        return packed_size(2 * channels if self._paired else channels)
 
-    def _device_bytes(self, inner: int) -> int:
-        """What a full Gram takes on the device, with the rows that wait for it."""
-        return 4 * self._size(inner) + _WAITING_BYTES * inner
+    def _hessian_bytes(self, channels: int) -> int:
+        """Device memory of a complete Hessian and its pending activations."""
+        return 4 * self._packed_size(channels) + _PENDING_BYTES * channels
 
-    def _gram(self, name: str, inner: int) -> tuple[FullGram | PairedGrams | SketchedGram, int, Background | None]:
-        """A Gram, how many bytes of each channel may wait for it, and who updates it, if not the hook."""
-        self._turns[name] = 1, 0
+    def _make_hessian(self, name: str, channels: int) -> tuple[HessianAccumulator, int, BackgroundWorker | None]:
+        """Return an accumulator of H, the bytes per channel of its pending activations, and its background worker."""
+        self._schedules[name] = 1, 0
         if self._rank:
-            return SketchedGram(inner, max(_LEAST_RANK, inner // self._rank), self._device), 0, None
-        size, kind = self._size(inner), PairedGrams if self._paired else FullGram
-        if self._device_bytes(inner) <= self._left:
-            self._left -= self._device_bytes(inner)
-            return kind(inner, torch.zeros(size, device=self._device), self._device), _WAITING_BYTES, None
+            rank = max(_MIN_RANK, channels // self._rank)
+            return LowRankHessianAccumulator(channels, rank, self._device), 0, None
+        size, make = self._packed_size(channels), PairedHessianAccumulator if self._paired else PackedHessianAccumulator
+        if self._hessian_bytes(channels) <= self._free_bytes:
+            self._free_bytes -= self._hessian_bytes(channels)
+            return make(channels, torch.zeros(size, device=self._device), self._device), _PENDING_BYTES, None
         number = len(self._files)
-        self._turns[name] = ROTATION, number
-        background = None
+        self._schedules[name] = ROTATION, number
+        worker = None
         if self._device.type == "cuda":
-            if not self._background:
-                self._background = [Background(self._device) for _ in range(_LANES)]
-            background = self._background[number // ROTATION % _LANES]  # those of one call on all of them
-        return kind(inner, self._mapped(size), self._device), 0, background
+            if not self._workers:
+                self._workers = [BackgroundWorker(self._device) for _ in range(_WORKERS)]
+            worker = self._workers[
+                number // ROTATION % _WORKERS
+            ]  # distributes the updates of one call over all workers
+        return make(channels, self._map_file(size), self._device), 0, worker
 
-    def _mapped(self, size: int) -> torch.Tensor:
-        path = self._folder / f"gram_{len(self._files):05}"
+    def _map_file(self, size: int) -> torch.Tensor:
+        """Create a memory-mapped file of ``size`` float16 zeros."""
+        path = self._folder / f"hessian_{len(self._files):05}"
         try:
-            with open(
-                path, "xb"
-            ) as file:  # written out, since a full disk would kill the process that maps a sparse file
+            with open(path, "xb") as file:
                 self._files.append(path)
+                # Written out: with a sparse file, a full disk would end the process with SIGBUS.
                 for start in range(0, 2 * size, len(_ZEROS)):
                     file.write(_ZEROS[: 2 * size - start])
         except OSError as error:
             raise OutputError(
-                f"Grams cannot be kept in {self._folder}: {error.strerror or error}; free some space, or keep less."
+                f"Hessians cannot be written to {self._folder}: {error.strerror or error}; free some space, or use a "
+                "lower rank (keep: compact)."
             ) from error
         return torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
 
     def save(self, path: str | os.PathLike, provenance: Mapping[str, object]) -> int:
-        """Write all that was found, see :class:`~.file.CalibrationFile`; returns the file's size in bytes.
+        """Write all statistics as :class:`~.file.CalibrationFile` reads them; returns the size of the file in bytes.
 
-        ``provenance``: what the statistics are of, as JSON values.
+        ``provenance``: description of the calibration data, as JSON values.
 
         Raises:
-            CalibrationError: nothing was seen, or inputs were not finite.
+            CalibrationError: no linear layer was called, or activations were not finite.
         """
         self._flush()
-        known = {name: found for name, found in self._found.items() if found.tokens}
-        if not known:
-            raise CalibrationError("No linear layer was called, so there is nothing to calibrate with.")
-        for name, found in known.items():
-            if not math.isfinite(float(found.gram.square.sum())):
+        used = {name: accumulator for name, accumulator in self._accumulators.items() if accumulator.tokens}
+        if not used:
+            raise CalibrationError("No linear layer was called; call the model in Collector.watching before saving.")
+        for name, accumulator in used.items():
+            if not math.isfinite(float(accumulator.hessian.sum_of_squares.sum())):
                 raise CalibrationError(
-                    f"The inputs of {name} hold NaN or Inf; sample the model once to see what is wrong."
+                    f"The input activations of {name} contain NaN or Inf; check the output of the unquantized model."
                 )
-        sites = {layer: site for layer, site in self._sites.items() if site in known}
-        shapes = {layer: tuple(self._layers[layer].weight.shape) for layer in sites}
-        counts = {name: (found.tokens, found.held_tokens) for name, found in known.items()}
-        results = {name: found.result() for name, found in known.items()}
-        return write_calibration(path, results, sites, shapes, counts, provenance, self.sensitivity)
+        owners = {layer: owner for layer, owner in self._owners.items() if owner in used}
+        shapes = {layer: self._shapes[layer] for layer in owners}
+        tokens = {name: (accumulator.tokens, accumulator.validation_tokens) for name, accumulator in used.items()}
+        statistics = {name: accumulator.result() for name, accumulator in used.items()}
+        return write_calibration(path, statistics, owners, shapes, tokens, provenance, self.sensitivities)
 
     def close(self) -> None:
-        """Give back all memory and remove the files."""
-        for background in self._background:
-            background.close()
-        self._background.clear()
-        self._found.clear()
+        """Release all memory and remove the files."""
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+        self._accumulators.clear()
         for path in self._files:
             path.unlink(missing_ok=True)
         self._files.clear()
@@ -318,6 +336,3 @@ class Collector:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-_ZEROS = memoryview(bytes(1 << 22))

@@ -1,37 +1,38 @@
-"""Half of a symmetric matrix (n, n), as one line of numbers.
+"""Packed storage of a symmetric matrix (n, n): the lower triangle as one contiguous vector.
 
-The matrix is cut into panels of 2048 columns. Of each only the rows from its own diagonal downwards are kept, row by
-row; the panels follow each other from the left. That is 54 % of a matrix of n = 12,288 and all of one up to 2048.
+The matrix is split into panels of 2048 columns. Each panel stores the rows from its own diagonal block to the last row,
+row-major; the panels follow one another from left to right. The vector has 54 % of the elements of the matrix for
+n = 12,288 and all of them for n ≤ 2048.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-__all__ = ["packed_size", "panels", "unpack"]
+__all__ = ["iter_panels", "packed_size", "unpack_symmetric"]
 
 _WIDTH = 2048
 
 
-def panels(line: torch.Tensor, inner: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """(start, stop, view (n − start, stop − start)) of every panel of a packed ``line`` of an (n, n) matrix."""
+def iter_panels(packed: torch.Tensor, size: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield (start, stop, view (size − start, stop − start)) for each panel of a packed (size, size) matrix."""
     offset = 0
-    for start in range(0, inner, _WIDTH):
-        stop = min(start + _WIDTH, inner)
-        size = (inner - start) * (stop - start)
-        yield start, stop, line[offset : offset + size].view(inner - start, stop - start)
-        offset += size
+    for start in range(0, size, _WIDTH):
+        stop = min(start + _WIDTH, size)
+        elements = (size - start) * (stop - start)
+        yield start, stop, packed[offset : offset + elements].view(size - start, stop - start)
+        offset += elements
 
 
-def packed_size(inner: int) -> int:
-    """How many numbers the packed half of an (n, n) matrix holds."""
-    return sum((inner - start) * (min(start + _WIDTH, inner) - start) for start in range(0, inner, _WIDTH))
+def packed_size(size: int) -> int:
+    """Number of elements of a packed (size, size) matrix."""
+    return sum((size - start) * (min(start + _WIDTH, size) - start) for start in range(0, size, _WIDTH))
 
 
-def unpack(line: torch.Tensor, inner: int) -> torch.Tensor:
-    """The symmetric float32 matrix (n, n) of a packed line, on its device."""
-    matrix = torch.empty(inner, inner, dtype=torch.float32, device=line.device)
-    for start, stop, panel in panels(line, inner):
+def unpack_symmetric(packed: torch.Tensor, size: int) -> torch.Tensor:
+    """Expand a packed matrix to float32 (size, size) on its device."""
+    matrix = torch.empty(size, size, dtype=torch.float32, device=packed.device)
+    for start, stop, panel in iter_panels(packed, size):
         matrix[start:, start:stop] = panel
         matrix[start:stop, stop:] = panel[stop - start :].t()
     return matrix

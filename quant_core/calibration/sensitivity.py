@@ -1,4 +1,4 @@
-"""What hurts: how far the model's own output moves when one layer's weight is disturbed as rounding disturbs it."""
+"""Sensitivity analysis: error of the model's output caused by a quantization error in a single layer."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,19 +8,19 @@ import torch
 from ..cancellation import CancelCheck
 from ..formats import E4M3
 
-__all__ = ["Sensitivity"]
+__all__ = ["SensitivityAnalysis"]
 
 
-class Sensitivity:
-    """Measures, layer by layer, what an error of the layer's output does to the output of the model.
+class SensitivityAnalysis:
+    """Measure, layer by layer, how a quantization error of the layer's weight changes the model's output.
 
-    The disturbance is that of FP8 per tensor, rounded to nearest: D = Ŵ − W, added as x·Dᵀ to what the layer gives, so
-    the model itself is left alone and may stream its weights as it likes. Errors are small, so what other formats cost
-    follows in proportion.
+    The perturbation is D = Ŵ − W of E4M3 per tensor, round to nearest. A forward hook adds x·Dᵀ to the layer's output,
+    so the weights are not modified and may be streamed. Errors are small, so the model's error is taken as proportional
+    to the layer's error for other formats.
 
     Args:
         layers: name → linear layer of the running model.
-        read: name → its weight (out, in), any float dtype, on the device where the model runs.
+        read: name → its weight (out, in), any float dtype, on the device of the model.
         check: called before each layer; raise in it to cancel.
     """
 
@@ -31,44 +31,49 @@ class Sensitivity:
         check: CancelCheck,
     ):
         self._layers, self._read, self._check = dict(layers), read, check
-        self._moved = dict.fromkeys(self._layers, 0.0)  # Σ of the relative squared errors of the model's output
-        self._caused = dict.fromkeys(self._layers, 0.0)  # Σ of those of the layer's
+        self._model_error = dict.fromkeys(self._layers, 0.0)  # Σ of relative squared errors of the model's output
+        self._layer_error = dict.fromkeys(self._layers, 0.0)  # Σ of relative squared errors of the layer's output
 
     @torch.no_grad()
     def probe(self, run: Callable[[], torch.Tensor]) -> None:
-        """Call the model once as it is and once with each layer disturbed; ``run`` must give the same every time."""
-        exact = run().detach().float()
-        total = float(exact.square().sum(dtype=torch.float64))
-        if not 0 < total < math.inf:
+        """Run the model once unmodified and once per perturbed layer.
+
+        Args:
+            run: calls the model and returns its output; must be deterministic. Outputs that are zero or not finite
+                are skipped.
+        """
+        reference = run().detach().float()
+        energy = float(reference.square().sum(dtype=torch.float64))
+        if not 0 < energy < math.inf:
             return
         for name, layer in self._layers.items():
             self._check()
-            probe = _Probe(_rounding_error(self._read(name)))
-            handle = layer.register_forward_hook(probe)
+            perturbation = _Perturbation(_rounding_error(self._read(name)))
+            handle = layer.register_forward_hook(perturbation)
             try:
-                moved = float((run().detach().float() - exact).square().sum(dtype=torch.float64)) / total
+                error = float((run().detach().float() - reference).square().sum(dtype=torch.float64)) / energy
             finally:
                 handle.remove()
-            if probe.energy > 0 and math.isfinite(moved):
-                self._moved[name] += moved
-                self._caused[name] += probe.error / probe.energy
+            if perturbation.energy > 0 and math.isfinite(error):
+                self._model_error[name] += error
+                self._layer_error[name] += perturbation.error / perturbation.energy
 
     @property
-    def found(self) -> dict[str, float]:
-        """Layer → relative squared error of the model's output per relative squared error of the layer's."""
-        return {name: self._moved[name] / caused for name, caused in self._caused.items() if caused > 0}
+    def sensitivities(self) -> dict[str, float]:
+        """Layer → relative squared error of the model's output per relative squared error of the layer's output."""
+        return {name: self._model_error[name] / error for name, error in self._layer_error.items() if error > 0}
 
 
-class _Probe:
-    """A hook that adds x·Dᵀ to a layer's output and sums up how much that is."""
+class _Perturbation:
+    """Forward hook that adds x·Dᵀ to a layer's output; sums the squares of the added error and of the output."""
 
-    def __init__(self, disturbance: torch.Tensor):
-        self._disturbance = disturbance
+    def __init__(self, difference: torch.Tensor):
+        self._difference = difference
         self.error = self.energy = 0.0
 
     def __call__(self, layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         x = args[0]
-        error = torch.nn.functional.linear(x, self._disturbance.to(x))
+        error = torch.nn.functional.linear(x, self._difference.to(x))
         self.error += float(error.float().square().sum(dtype=torch.float64))
         self.energy += float(output.float().square().sum(dtype=torch.float64))
         return output + error.to(output)

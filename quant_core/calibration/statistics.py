@@ -1,49 +1,96 @@
-"""What is known of a model's layers, in memory or in a file."""
+"""Statistics of input activations: those of one layer, the calibration protocol, and a calibration in memory."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import CalibrationError
-from .hessian import Inputs
+import torch
 
-__all__ = ["Calibration", "LayerInputs"]
+from ..errors import CalibrationError
+from .hessian import Hessian, LowRankHessian
+
+__all__ = ["Calibration", "InMemoryCalibration", "LayerStatistics"]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of the input activations of one layer, in the basis of the original weight; None where not available.
+
+    Attributes:
+        hessian: H of the calibration activations.
+        validation_hessian: H of the validation activations, which choose among solutions.
+        mean: mean activation, (in,).
+        amax: largest magnitude of each channel, (in,).
+        histogram: counts of magnitudes, (bins,), see :mod:`.histogram`.
+        sensitivity: relative squared error of the model's output per relative squared error of this layer's output,
+            see :mod:`.sensitivity`.
+    """
+
+    hessian: Hessian | None = None
+    validation_hessian: Hessian | None = None
+    mean: torch.Tensor | None = None
+    amax: torch.Tensor | None = None
+    histogram: torch.Tensor | None = None
+    sensitivity: float | None = None
+
+    @property
+    def validation_activations(self) -> torch.Tensor | None:
+        """Validation activations, float32 (tokens, in); None where only their Hessian is available."""
+        hessian = self.validation_hessian
+        if not isinstance(hessian, LowRankHessian) or hessian.diagonal.any():
+            return None
+        return (hessian.factor.t() * hessian.factor.shape[1] ** 0.5).float()
 
 
 class Calibration(Protocol):
-    """What is known of the inputs of a model's layers.
+    """Statistics of the layers of one model.
 
     Attributes:
-        mark: changes when the statistics do; None when that cannot be told.
+        fingerprint: string that changes when the statistics change; None if it cannot be computed.
     """
 
-    mark: str | None
+    @property
+    def fingerprint(self) -> str | None: ...
 
-    def inputs(self, layer: str) -> Inputs | None:
-        """Of the layer of that base name (its weight's name without ``.weight``); None for unknown."""
+    def layer_statistics(self, layer: str) -> LayerStatistics | None:
+        """Return the statistics of a layer; None if it is not calibrated.
 
-    def sensitivity_of(self, layer: str) -> float | None:
-        """:attr:`~.gram.Inputs.sensitivity` of a layer, without reading the rest."""
+        Args:
+            layer: name of the layer's weight without ``.weight``.
+        """
+        ...
+
+    def sensitivity(self, layer: str) -> float | None:
+        """Return :attr:`LayerStatistics.sensitivity` of a layer without reading its tensors."""
+        ...
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise :class:`CalibrationError` unless it is of a model with layers of these names and shapes (out, in)."""
+        """Check that a model with layers of these names and shapes (out, in) has all calibrated layers.
+
+        Raises:
+            CalibrationError: a layer is missing or has another shape.
+        """
+        ...
 
 
-class LayerInputs:
-    """A calibration in memory: layer → :class:`Inputs`."""
+class InMemoryCalibration:
+    """A :class:`Calibration` in memory: layer → :class:`LayerStatistics`."""
 
-    mark = None
+    fingerprint: str | None = None
 
-    def __init__(self, layers: Mapping[str, Inputs]):
+    def __init__(self, layers: Mapping[str, LayerStatistics]):
         self._layers = layers
 
-    def inputs(self, layer: str) -> Inputs | None:
+    def layer_statistics(self, layer: str) -> LayerStatistics | None:
         return self._layers.get(layer)
 
-    def sensitivity_of(self, layer: str) -> float | None:
-        known = self._layers.get(layer)
-        return known and known.sensitivity
+    def sensitivity(self, layer: str) -> float | None:
+        statistics = self._layers.get(layer)
+        return None if statistics is None else statistics.sensitivity
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for layer in self._layers:
             if layer not in shapes:
-                raise CalibrationError(f"The calibration knows a layer {layer}, which the model does not have.")
+                raise CalibrationError(
+                    f"The calibration has a layer {layer}, which the model does not have; calibrate this model."
+                )

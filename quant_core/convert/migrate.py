@@ -161,7 +161,7 @@ class _Relabelling:
     def _input_scale(self, layer: StoredLayer, scale: torch.Tensor) -> float | None:
         """The input scale that the layer gets, None for none."""
         static = layer.codec is not None and layer.codec.static_activations
-        known = self._calibration.inputs(layer.name) if self._calibration and static else None
+        known = self._calibration.layer_statistics(layer.name) if self._calibration and static else None
         if known is not None and known.histogram is not None and not self._drop:
             self.done.changes["input scales measured"] += 1
             return input_scale(known.histogram, float(known.amax.max()))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..calibration import Calibration, Inputs
+from ..calibration import Calibration, LayerStatistics
 from ..cancellation import CancelCheck
 from ..display import human_bytes
 from ..errors import NonFiniteWeightError, NothingToQuantizeError, RecipeError
@@ -74,7 +74,7 @@ def measure_plan(
     for index, name in enumerate(names):
         check()
         emit(LayerMeasured(index, len(names), name))
-        known = calibration.inputs(name.removesuffix(".weight")) or Inputs()
+        known = calibration.layer_statistics(name.removesuffix(".weight")) or LayerStatistics()
         weigh = sensitivities.get(name, unknown)
         options[name] = _hull(_options(source, name, recipe, known, weigh, device, check))
     others = sum(source.tensors[name].nbytes for name in plan.output_names() if name not in options)
@@ -97,14 +97,14 @@ def _candidates(source: Source, recipe: Recipe, plan: Plan, calibration: Calibra
 
 
 def _sensitivity(calibration: Calibration, name: str) -> float | None:
-    return calibration.sensitivity_of(name.removesuffix(".weight"))
+    return calibration.sensitivity(name.removesuffix(".weight"))
 
 
 def _options(
     source: Source,
     name: str,
     recipe: Recipe,
-    known: Inputs,
+    known: LayerStatistics,
     weigh: float,
     device: torch.device,
     check: CancelCheck,
@@ -112,9 +112,9 @@ def _options(
     """Keeping the layer, and every candidate that its shape allows."""
     weight = source.read(name, device)
     matrix = weight.float()
-    rows = known.holdout_rows
+    rows = known.validation_activations
     rows = None if rows is None else rows[:_MOST_ROWS].to(device, torch.float32)
-    gram = known.gram if rows is None else None
+    gram = known.hessian if rows is None else None
     found = [_Option(source.tensors[name].nbytes, 0.0)]
     for choice in _STOCK + (_BLOCKS if recipe.block_formats else ()):
         if choice.convrot and matrix.shape[1] % choice.convrot:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from ... import kernels
-from ..calibration import Calibration, Inputs, input_scale
+from ..calibration import Calibration, LayerStatistics, input_scale
 from ..cancellation import CancelCheck, wait_for
 from ..errors import (
     CalibrationError,
@@ -271,7 +271,7 @@ def _run(
         began = clock.elapsed
         own = recipe.of(plan.decisions[name])
         layer = name.removesuffix(".weight")
-        known = (calibration and calibration.inputs(layer)) or Inputs()
+        known = (calibration and calibration.layer_statistics(layer)) or LayerStatistics()
         bias_name = biases.get(name)
         bias = source.read(bias_name) if bias_name else None
         beside = {bias_name: bias} if bias_name else {}
@@ -281,8 +281,8 @@ def _run(
                 quantized = quantize_weight(
                     tensor,
                     **_layer_options(own, known, calibration),
-                    hessian=known.gram,
-                    validation_hessian=known.holdout_gram,
+                    hessian=known.hessian,
+                    validation_hessian=known.validation_hessian,
                     mean=known.mean,
                     input_scale=_input_scale(own, known),
                     bias=bias,
@@ -447,13 +447,13 @@ def _biases(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration
     return {name: bias for name, bias in pairs if bias in decisions and decisions[bias].action == "keep"}
 
 
-def _layer_options(recipe: Recipe, known: Inputs, calibration: Calibration | None) -> dict[str, object]:
+def _layer_options(recipe: Recipe, known: LayerStatistics, calibration: Calibration | None) -> dict[str, object]:
     """What the recipe asks of a layer; one that the calibration does not know cannot be asked for learned rounding."""
-    method = recipe.uncalibrated() if calibration is not None and known.gram is None else recipe
+    method = recipe.uncalibrated() if calibration is not None and known.hessian is None else recipe
     return method.layer_options
 
 
-def _input_scale(recipe: Recipe, known: Inputs) -> float | None:
+def _input_scale(recipe: Recipe, known: LayerStatistics) -> float | None:
     if known.histogram is None or known.amax is None or not recipe.codec.static_activations:
         return None
     return input_scale(known.histogram, float(known.amax.max()))
@@ -628,7 +628,7 @@ def _mark(source: Source, recipe: Recipe, calibration: Calibration | None) -> st
     """The fingerprint of a run; None where it has none, and so never counts as done already."""
     if calibration is None:
         return fingerprint(source, VERSION, recipe.to_json())
-    return calibration.mark and fingerprint(source, VERSION, recipe.to_json(), calibration.mark)
+    return calibration.fingerprint and fingerprint(source, VERSION, recipe.to_json(), calibration.fingerprint)
 
 
 def _newer(inputs: Iterable[Path], output: Path) -> bool:

@@ -17,7 +17,12 @@ import torch
 from safetensors.torch import save, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.calibration import CalibrationFile, Inputs, LayerInputs, LowRankGram
+from learned_rounding.quant_core.calibration import (
+    CalibrationFile,
+    InMemoryCalibration,
+    LayerStatistics,
+    LowRankHessian,
+)
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import OutputError, SourceError
 from learned_rounding.quant_core.events import LayerMeasured, LayerStarted
@@ -157,8 +162,10 @@ def test_a_source_that_changes_below_a_run_makes_no_file(one_case, change, often
 def test_a_source_that_changes_while_formats_are_measured_makes_no_file(one_case, tried, sentences):
     """It is read three times: for its fingerprint, to measure, and to quantize."""
     inputs = torch.randn(96, 65, generator=torch.Generator().manual_seed(0))
-    held_out = LowRankGram(inputs.t() / 96**0.5, torch.zeros(65))
-    known = LayerInputs({f"blocks.{block}.mlp": Inputs(inputs.t() @ inputs / 96, held_out) for block in range(3)})
+    held_out = LowRankHessian(inputs.t() / 96**0.5, torch.zeros(65))
+    known = InMemoryCalibration(
+        {f"blocks.{block}.mlp": LayerStatistics(inputs.t() @ inputs / 96, held_out) for block in range(3)}
+    )
     before = one_case.source.read_bytes()
 
     def listener(event):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.calibration import Inputs, LayerInputs
+from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics
 
 RECIPES = {
     "fp8": Recipe(),
@@ -71,14 +71,18 @@ def test_a_gpu_agrees_but_for_ties(source, tmp_path, recipe, calibrated, tried):
     generator = torch.Generator().manual_seed(4)
     inputs = torch.randn(4 * INNER, INNER, generator=generator)
     known = (
-        {f"blocks.{index}": Inputs(gram=inputs.T @ inputs / len(inputs)) for index in range(3)} if calibrated else {}
+        {f"blocks.{index}": LayerStatistics(hessian=inputs.T @ inputs / len(inputs)) for index in range(3)}
+        if calibrated
+        else {}
     )
     if calibrated and recipe.rounding == "principal":
         pytest.skip("principal takes no calibration")
     made = {}
     for device in ("cpu", "cuda"):
         out = tmp_path / f"{device}.safetensors"
-        quantize_file(source, out, recipe, calibration=LayerInputs(known) if calibrated else None, device=device)
+        quantize_file(
+            source, out, recipe, calibration=InMemoryCalibration(known) if calibrated else None, device=device
+        )
         made[device] = load_file(out)
     assert made["cpu"].keys() == made["cuda"].keys()
     differing = codes = furthest = 0

@@ -46,9 +46,9 @@ def _requantize(path: Path) -> None:
 def _calibration(path: Path) -> None:
     with CalibrationFile(path) as statistics:
         for layer in [*statistics.layers, "a"]:
-            known = statistics.inputs(layer)
+            known = statistics.layer_statistics(layer)
             if known is not None:
-                _ = known.gram, statistics.tokens(layer), statistics.sensitivity_of(layer)
+                _ = known.hessian, statistics.tokens(layer), statistics.sensitivity(layer)
 
 
 @functools.cache

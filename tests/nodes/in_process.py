@@ -147,7 +147,7 @@ def calibrated_text_encoder() -> dict:
     calibration, summary = host.calibrate_clip(clip, PROMPTS, **options)
     with calibration.open() as known:
         layers = len(known.layers)
-        sensitive = sum(value > 0 for value in known.sensitivity.values())
+        sensitive = sum(value > 0 for value in known.sensitivities.values())
 
     def error(rounding, calibration=None):
         recipe = Recipe(format="int8_tensorwise", rounding=rounding, keep=(r"\.wo\.",))  # 10,240 inputs take minutes

@@ -1,4 +1,4 @@
-"""Calibrate in the graph: real sampling, real hooks, and the rounding that follows."""
+"""Node Calibrate in a workflow: sampling, statistics, and the quantization that uses them."""
 
 import numpy as np
 import pytest
@@ -16,10 +16,11 @@ from learned_rounding.quant_core.sources import SafetensorsFile
 from learned_rounding.tests.nodes.probing import ProbedGraph, text
 from learned_rounding.tests.nodes.test_graph import saved_path, unique
 
-WEIGHTS_ALONE = {"full_precision_matrix_mult": True}  # a GPU would quantize the inputs too, a CPU does not
+# A GPU would also quantize the activations, a CPU does not.
+WEIGHTS_ONLY = {"full_precision_matrix_mult": True}
 
 
-def temporary(comfy):
+def temporary_files(comfy):
     folder = comfy.base / "temp"
     return {path.name for path in folder.glob("learned_rounding*")} if folder.exists() else set()
 
@@ -29,7 +30,7 @@ def saved_calibration(graph, calibration, name):
 
 
 def error(folder, full, other):
-    """Root of the mean squared error of what was sampled."""
+    """Root mean squared error of the sampled latents."""
     return float(np.sqrt(np.mean((latents(folder, full) - latents(folder, other)) ** 2)))
 
 
@@ -41,7 +42,7 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request, sentences):
     shown = graph.add("PreviewAny", source=calibration[2])
     for rounding in ("nearest", "auto"):
         known = {"calibration": calibration[0]} if rounding == "auto" else {}
-        quantized = graph.quantize(model[0], rounding=rounding, **WEIGHTS_ALONE, **known)
+        quantized = graph.quantize(model[0], rounding=rounding, **WEIGHTS_ONLY, **known)
         graph.sample(quantized[0], f"{name}-{rounding}", seed=7)
         report = graph.add("PreviewAny", source=quantized[3])
     saved = graph.save(graph.quantize(model[0], calibration=calibration[0]), name)
@@ -49,34 +50,31 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request, sentences):
     result = comfy.queue(graph)
 
     after = ProbedGraph()
-    after.sample(after.load()[0], f"{name}-after", steps=19)  # other steps, so that it is really sampled again
+    after.sample(after.load()[0], f"{name}-after", steps=19)  # other steps, so that ComfyUI does not reuse the result
     comfy.queue(after)
     again = ProbedGraph(after)
     again.sample(again.load()[0], f"{name}-again")
     comfy.queue(again)
     folder = comfy.output_dir
-    assert np.array_equal(latents(folder, f"{name}-before"), latents(folder, f"{name}-again"))  # hooks leave no trace
+    assert np.array_equal(latents(folder, f"{name}-before"), latents(folder, f"{name}-again"))  # hooks are removed
     assert error(folder, f"{name}-full", f"{name}-auto") < 0.75 * error(folder, f"{name}-full", f"{name}-nearest")
     sentences(text(result, report), text(result, shown), numbers=False)
     shown_on_node = b"".join(event.data for event in result.of("binary"))
     assert text(result, shown).encode() in shown_on_node
     path = saved_path(result, saved)
     assert not verify_file(path).problems and any(key.endswith(".input_scale") for key in load_file(path))
-    told_of = [event.data for event in result.of("learned_rounding.progress") if event.data["node"] == calibration.id]
-    assert [event["seq"] for event in told_of] == list(range(len(told_of)))
-    assert [event["done"] for event in told_of[:-1]] == list(
-        range(2 * 4 * 10 + 1)
-    )  # prompts × samples × steps, from 0 on
-    assert {(event["unit"], event["total"]) for event in told_of[:-1]} == {("steps", 80)}
-    assert told_of[-1]["state"] == "calibrated" and told_of[-1]["layers"] == told_of[0]["layers"] > 30
-    drawn = result.outputs[calibration.id]["images"]
-    assert len(drawn) == 2 * 4  # prompts × samples
+    events = [event.data for event in result.of("learned_rounding.progress") if event.data["node"] == calibration.id]
+    assert [event["seq"] for event in events] == list(range(len(events)))
+    assert [event["done"] for event in events[:-1]] == list(range(2 * 4 * 10 + 1))  # prompts × samples × steps, from 0
+    assert {(event["unit"], event["total"]) for event in events[:-1]} == {("steps", 80)}
+    assert events[-1]["state"] == "calibrated" and events[-1]["layers"] == events[0]["layers"] > 30
+    assert len(result.outputs[calibration.id]["images"]) == 2 * 4  # prompts × samples
     with pytest.raises(AssertionError):
         np.testing.assert_array_equal(pictures(folder, f"{name}-auto"), pictures(folder, f"{name}-nearest"))
 
 
 @pytest.mark.parametrize("keep", ["full", "compact"])
-def test_a_saved_calibration_serves_the_graph_and_the_command_line_alike(comfy, request, keep, tmp_path):
+def test_a_saved_calibration_gives_the_same_file_in_a_workflow_and_in_python(comfy, request, keep, tmp_path):
     name, recipe = unique(request), Recipe(format="int8_tensorwise", convrot=True)
     graph = ProbedGraph()
     model = graph.load()
@@ -84,12 +82,12 @@ def test_a_saved_calibration_serves_the_graph_and_the_command_line_alike(comfy, 
     saved = saved_calibration(graph, calibration, name)
     path = saved_path(comfy.queue(graph), saved)
     assert path.is_relative_to(comfy.output_dir / "calibrations")
-    with CalibrationFile(path) as known:
-        assert known.provenance["runs"] == 4 and known.provenance["keep"] == keep
-        assert known.provenance["steps"] == 10 and len(known.provenance["prompts"]) == 2
-        assert min(known.tokens(layer)[0] for layer in known.layers) > 0 and len(known.layers) > 30
+    with CalibrationFile(path) as file:
+        assert file.provenance["runs"] == 4 and file.provenance["keep"] == keep
+        assert file.provenance["steps"] == 10 and len(file.provenance["prompts"]) == 2
+        assert min(file.tokens(layer)[0] for layer in file.layers) > 0 and len(file.layers) > 30
         quantize_file(
-            comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "q", recipe, calibration=known, device=HOST_DEVICE
+            comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "q", recipe, calibration=file, device=HOST_DEVICE
         )
     assert not verify_file(tmp_path / "q").problems
     again = ProbedGraph()
@@ -131,8 +129,8 @@ def test_formats_are_measured_by_what_hurts(comfy, request, sentences):
     assert error(folder, f"{name}-full", f"{name}-measured") < 1.1 * error(folder, f"{name}-full", f"{name}-usual")
 
 
-def test_interrupted_while_capturing(comfy, request):
-    name, before = unique(request), temporary(comfy)
+def test_an_interrupted_calibration_leaves_no_files_and_no_hooks(comfy, request):
+    name, before = unique(request), temporary_files(comfy)
     plain = ProbedGraph()
     plain.sample(plain.load()[0], f"{name}-before", seed=11)
     comfy.queue(plain)
@@ -146,7 +144,7 @@ def test_interrupted_while_capturing(comfy, request):
 
     with pytest.raises(HostInterrupted):
         comfy.queue(graph, on_event=stop)
-    assert temporary(comfy) <= before and not list((comfy.output_dir / "calibrations").glob(f"{name}*"))
+    assert temporary_files(comfy) <= before and not list((comfy.output_dir / "calibrations").glob(f"{name}*"))
     plain = ProbedGraph()
     model = plain.load()
     plain.sample(model[0], f"{name}-other", seed=12)
@@ -155,7 +153,7 @@ def test_interrupted_while_capturing(comfy, request):
     assert np.array_equal(latents(comfy.output_dir, f"{name}-before"), latents(comfy.output_dir, f"{name}-after"))
 
 
-def test_two_calibrations_and_one_that_continues(comfy, request):
+def test_a_continued_calibration_has_the_tokens_of_both(comfy, request):
     name, graph = unique(request), ProbedGraph()
     model = graph.load()
     first = graph.calibrate(model[0], seed=401, steps=5)
@@ -168,12 +166,12 @@ def test_two_calibrations_and_one_that_continues(comfy, request):
     result = comfy.queue(graph)
     tokens = []
     for node in nodes:
-        with CalibrationFile(saved_path(result, node)) as known:
-            tokens.append(sum(known.tokens(next(iter(known.layers)))))
+        with CalibrationFile(saved_path(result, node)) as file:
+            tokens.append(sum(file.tokens(next(iter(file.layers)))))
     assert tokens[0] == tokens[1] and tokens[2] == 2 * tokens[0]
 
 
-def test_a_lora_is_calibrated_with_the_model(comfy, request):
+def test_a_lora_is_applied_during_calibration(comfy, request):
     name, graph = unique(request), ProbedGraph()
     model = graph.load()
     patched = graph.lora(model[0])
@@ -181,15 +179,15 @@ def test_a_lora_is_calibrated_with_the_model(comfy, request):
     for kind, node in (("plain", model), ("lora", patched)):
         found[kind] = saved_calibration(graph, graph.calibrate(node[0], seed=501, steps=10), f"{name}-{kind}")
     known = graph.calibrate(patched[0], seed=501, steps=10)[0]
-    quantized = graph.quantize(patched[0], calibration=known, **WEIGHTS_ALONE)
+    quantized = graph.quantize(patched[0], calibration=known, **WEIGHTS_ONLY)
     graph.sample(patched[0], f"{name}-full", seed=7)
     graph.sample(quantized[0], f"{name}-quantized", seed=7)
     result = comfy.queue(graph)
-    grams = {}
+    hessians = {}
     for kind, node in found.items():
-        with CalibrationFile(saved_path(result, node)) as known:
-            grams[kind] = known.inputs("joint_blocks.2.x_block.mlp.fc1").gram
-    assert not torch.equal(grams["plain"].panels, grams["lora"].panels)
+        with CalibrationFile(saved_path(result, node)) as file:
+            hessians[kind] = file.layer_statistics("joint_blocks.2.x_block.mlp.fc1").hessian
+    assert not torch.equal(hessians["plain"].panels, hessians["lora"].panels)
     full, ours = (pictures(comfy.output_dir, f"{name}-{kind}") for kind in ("full", "quantized"))
     assert psnr(full, ours) > 38
 
@@ -208,7 +206,7 @@ def test_a_calibration_serves_a_fine_tune_and_no_other_architecture(comfy, reque
     fine_tune = graph.load(f"{name}.safetensors")
     graph.sample(fine_tune[0], f"{name}-full", seed=7)
     for rounding, known in (("nearest", None), ("auto", calibration[0])):
-        quantized = graph.quantize(fine_tune[0], rounding=rounding, calibration=known, **WEIGHTS_ALONE)
+        quantized = graph.quantize(fine_tune[0], rounding=rounding, calibration=known, **WEIGHTS_ONLY)
         graph.sample(quantized[0], f"{name}-{rounding}", seed=7)
     comfy.queue(graph)
     folder = comfy.output_dir
@@ -227,6 +225,9 @@ def test_what_cannot_be_calibrated_says_why(comfy, sentences):
     graph.add("PreviewAny", source=graph.calibrate(quantized[0], seed=801, steps=2)[2])
     with sentences.raises(HostError):
         comfy.queue(graph)
+
+
+def test_a_full_calibration_cannot_be_continued_in_compact_form(comfy):
     graph = ProbedGraph()
     full = graph.calibrate(graph.load()[0], seed=802, steps=2)
     graph.add(

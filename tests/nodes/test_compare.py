@@ -1,4 +1,4 @@
-"""Compare in a real graph: its numbers against what KSampler and SaveImage left behind."""
+"""Node Compare in a workflow, against metrics of the outputs of KSampler and SaveImage."""
 
 import math
 
@@ -12,11 +12,11 @@ from learned_rounding.quant_core.comparison import ssim
 from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, text
 from learned_rounding.tests.nodes.test_graph import unique
 
-SCALE, SHIFT = 1.5305, 0.0609  # between SD3's latents and what the model sees
+SCALE, SHIFT = 1.5305, 0.0609  # of the latent format of SD3
 
 
 def tables(markdown: str) -> list[list[list[str]]]:
-    """The cells of each table in a markdown text, its header first."""
+    """Parse the tables of a Markdown text: rows of cells, the header first."""
     found = []
     for before, line in zip(["", *markdown.splitlines()], markdown.splitlines(), strict=False):
         cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
@@ -25,30 +25,31 @@ def tables(markdown: str) -> list[list[list[str]]]:
     return found
 
 
-def compared(graph, model, other, name, **options):
-    """A Compare node whose report is shown and whose pictures are saved."""
+def add_compare(graph, model, other, name, **options):
+    """Add a Compare node, a preview of its report, and nodes that save its images."""
     node = graph.compare(model[0], other[0], **options)
     for slot, kind in enumerate(("reference", "compared", "plot")):
         graph.add("SaveImage", images=node[slot], filename_prefix=f"{name}-{kind}")
     return graph.add("PreviewAny", source=node[3]), node
 
 
-def test_numbers_are_those_of_what_ksampler_makes(comfy, request):
+def test_metrics_match_the_outputs_of_ksampler(comfy, request):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     quantized = graph.quantize(model[0], "int8_tensorwise", rounding="nearest")
-    shown, node = compared(graph, model, quantized, name, steps=8)
-    for kind, made in (("full", model), ("ours", quantized)):
-        graph.sample(made[0], f"{name}-{kind}", steps=8)
+    shown, node = add_compare(graph, model, quantized, name, steps=8)
+    for kind, sampled in (("reference-sampled", model), ("compared-sampled", quantized)):
+        graph.sample(sampled[0], f"{name}-{kind}", steps=8)
     result = comfy.queue(graph)
 
     header, first, second, means = tables(text(result, shown))[0]
     assert header == ["prompt", "latent SNR (dB)", "PSNR (dB)", "SSIM"]
     folder = comfy.output_dir
-    full, ours = ((latents(folder, f"{name}-{kind}")[0] - SHIFT) * SCALE for kind in ("full", "ours"))
-    snr = 10 * math.log10((full**2).sum() / ((ours - full) ** 2).sum())
+    kinds = "reference-sampled", "compared-sampled"
+    expected, actual = ((latents(folder, f"{name}-{kind}")[0] - SHIFT) * SCALE for kind in kinds)
+    snr = 10 * math.log10((expected**2).sum() / ((actual - expected) ** 2).sum())
     assert float(first[1]) == pytest.approx(snr, abs=0.1)
-    before, after = (pictures(folder, f"{name}-{kind}")[0] for kind in ("full", "ours"))
+    before, after = (pictures(folder, f"{name}-{kind}")[0] for kind in kinds)
     assert float(first[2]) == pytest.approx(psnr(before, after), abs=1)  # the files have 8 bits
     assert float(first[3]) == pytest.approx(ssim(*(torch.from_numpy(each)[None] for each in (before, after))), abs=0.01)
     assert means[0] == "mean" and float(means[1]) == pytest.approx((float(first[1]) + float(second[1])) / 2, abs=0.02)
@@ -66,26 +67,26 @@ def test_numbers_are_those_of_what_ksampler_makes(comfy, request):
     assert len(result.outputs[node.id]["images"]) == 1
 
 
-def test_it_runs_by_itself(comfy):
+def test_compare_is_an_output_node(comfy):
     graph = ProbedGraph()
     model = graph.load()
     node = graph.compare(model[0], model[0], steps=1, seed=9)
     assert len(comfy.queue(graph).outputs[node.id]["images"]) == 1
 
 
-def test_a_model_is_equal_to_itself_and_stays_as_it_was(comfy, request):
+def test_a_model_compared_with_itself_is_equal_in_all_metrics(comfy, request):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
-    shown, node = compared(graph, model, model, name, steps=3, seed=5)
+    shown, node = add_compare(graph, model, model, name, steps=3, seed=5)
     del graph[node.id]["inputs"]["vae"]
     result = comfy.queue(graph)
     scores, steps = tables(text(result, shown))
-    assert scores[0] == ["prompt", "latent SNR (dB)"]  # latents alone without a VAE
+    assert scores[0] == ["prompt", "latent SNR (dB)"]  # no image metrics without a VAE
     assert {cell for row in [*scores[1:], *steps[1:]] for cell in row[1:]} == {"equal"}
     assert pictures(comfy.output_dir, f"{name}-reference").shape[1:] == (64, 64, 3)
 
 
-def test_text_encoders(host, tmp_path):
+def test_metrics_of_text_encoders_match_their_conditioning(host, tmp_path):
     if host.version == "0.3.75":
         pytest.skip("ComfyUI 0.3.75 recognises only T5 encoders of full width, and loads no quantized ones")
     found = in_process(host, tmp_path, "compared_text_encoders")

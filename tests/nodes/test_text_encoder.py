@@ -6,7 +6,7 @@ from learned_rounding.tests.nodes.probing import in_process
 
 # Relative error of the conditioning of a random model of width 64.
 BOUNDS = {"float8_e4m3fn": 0.6, "int8_tensorwise": 0.3, "int8 convrot": 0.3, "int8_blockwise": 0.3}
-# Inputs are quantized too; conditionings that have nothing in common would be √2 apart.
+# LayerStatistics are quantized too; conditionings that have nothing in common would be √2 apart.
 OURS = {"int8_blockwise": 0.4, "float8_e4m3fn_blockwise": 0.9, "float8_e4m3fn_rowwise": 0.9}
 
 

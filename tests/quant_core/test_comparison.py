@@ -1,4 +1,4 @@
-"""Measures of a comparison against formulas and against scikit-image's numbers."""
+"""Similarity metrics against their formulas and against values of scikit-image."""
 
 import math
 import sys
@@ -15,15 +15,15 @@ SCIKIT_IMAGE = {0.05: (0.9734094845193804, 29.507035158672963), 0.3: (0.55471540
 
 
 def waves(gain: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A picture of waves (1, 48, 40, 3), and the same with finer waves over it."""
+    """An image of waves (1, 48, 40, 3), and the same with finer waves added."""
     axes = (torch.arange(size, dtype=torch.float64) for size in (48, 40, 3))
     y, x, c = torch.meshgrid(*axes, indexing="ij")
-    picture = 0.5 + 0.5 * torch.sin(0.3 * x + 0.17 * y + c)
-    return picture[None], (picture + gain * torch.sin(1.7 * x - 0.9 * y + 2 * c)).clamp(0, 1)[None]
+    image = 0.5 + 0.5 * torch.sin(0.3 * x + 0.17 * y + c)
+    return image[None], (image + gain * torch.sin(1.7 * x - 0.9 * y + 2 * c)).clamp(0, 1)[None]
 
 
 @pytest.mark.parametrize("gain", SCIKIT_IMAGE)
-def test_pictures_are_measured_as_scikit_image_does(gain):
+def test_ssim_and_psnr_match_scikit_image(gain):
     a, b = waves(gain)
     assert (ssim(a, b), psnr(a, b)) == pytest.approx(SCIKIT_IMAGE[gain], rel=1e-9)
     assert (ssim(b, a), psnr(b, a)) == pytest.approx(SCIKIT_IMAGE[gain], rel=1e-9)
@@ -32,16 +32,16 @@ def test_pictures_are_measured_as_scikit_image_does(gain):
     assert ssim(a.float(), b.float()) == pytest.approx(ssim(a, b), rel=1e-5)
 
 
-def test_equal_pictures():
+def test_metrics_of_equal_images():
     a, _ = waves(0)
     assert ssim(a, a) == pytest.approx(1) and psnr(a, a) == math.inf == snr(a, a)
 
 
-def test_a_picture_smaller_than_the_window_has_no_ssim():
+def test_ssim_is_nan_for_images_smaller_than_the_window():
     assert math.isnan(ssim(torch.zeros(1, 10, 40, 3), torch.zeros(1, 10, 40, 3)))
 
 
-def test_snr_and_cosine():
+def test_snr_and_cosine_match_their_formulas():
     a = torch.tensor([[3.0, 4.0], [0.0, 5.0]])
     assert snr(a, a * 1.1) == pytest.approx(20, rel=1e-5)
     assert snr(a, 2 * a) == pytest.approx(0)
@@ -50,7 +50,7 @@ def test_snr_and_cosine():
     assert cosine(a, torch.tensor([[3.0, 4.0], [5.0, 0.0]])) == pytest.approx(0.5)
 
 
-def test_lpips_needs_its_package_and_its_weights(monkeypatch, tmp_path):
+def test_lpips_is_none_without_its_package_or_its_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     module = ModuleType("lpips")
     module.LPIPS = lambda net, verbose: lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True)
@@ -59,19 +59,19 @@ def test_lpips_needs_its_package_and_its_weights(monkeypatch, tmp_path):
     assert lpips(a, b) is None
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
-    assert lpips(a, b) == pytest.approx(0.5)  # pictures in −1…1
+    assert lpips(a, b) == pytest.approx(0.5)  # images scaled to −1…1
     monkeypatch.setitem(sys.modules, "lpips", None)
     assert lpips(a, b) is None
 
 
-def test_the_tables():
-    made = Comparison(
+def test_markdown_has_a_table_of_prompts_and_a_table_of_steps():
+    comparison = Comparison(
         "a | b",
         [{"SNR (dB)": 20.0, "SSIM": 0.5}, {"SNR (dB)": 30.0, "SSIM": math.nan}],
         [[1.0, math.inf], [2.0, -math.inf]],
     )
-    assert made.means["SNR (dB)"] == 25
-    lines = made.markdown().splitlines()
+    assert comparison.means["SNR (dB)"] == 25
+    lines = comparison.markdown().splitlines()
     assert lines[:6] == [
         "## a | b",
         "",

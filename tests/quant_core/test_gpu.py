@@ -9,13 +9,13 @@ from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize
 from learned_rounding.quant_core.calibration import (
     CalibrationFile,
     Collector,
-    Inputs,
-    LayerInputs,
-    LowRankGram,
-    dense_gram,
+    InMemoryCalibration,
+    LayerStatistics,
+    LowRankHessian,
+    dense_hessian,
 )
 from learned_rounding.quant_core.calibration import hooks as collect
-from learned_rounding.quant_core.calibration.accumulate import PairedGrams, SketchedGram
+from learned_rounding.quant_core.calibration.accumulate import LowRankHessianAccumulator, PairedHessianAccumulator
 from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.formats import make_encoding
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, verify_file
@@ -195,17 +195,20 @@ def test_grams_are_gathered_as_on_a_cpu(tmp_path, monkeypatch, dtype, device_byt
     options = {"device": torch.device("cuda"), "device_bytes": device_bytes, "tokens": 300}
     with Collector(layers, tmp_path, **options) as collector:
         for index, x in enumerate(batches):
-            with collector.watching(model, hold_out=index == 3), torch.inference_mode():
+            with collector.watching(model, validation=index == 3), torch.inference_mode():
                 model(x)
         collector.save(path, {})
     assert not torch.backends.cuda.matmul.allow_tf32
     with CalibrationFile(path) as found:
-        for known, held_out in ((found.inputs("0").gram, False), (found.inputs("0").holdout_gram, True)):
+        for known, held_out in (
+            (found.layer_statistics("0").hessian, False),
+            (found.layer_statistics("0").validation_hessian, True),
+        ):
             rows = torch.cat(batches[3:] if held_out else batches[:3]).flatten(0, 1).double()
             expected = rows.t() @ rows / len(rows)
-            made = dense_gram(known, 2500, torch.device("cuda")).double()
+            made = dense_hessian(known, 2500, torch.device("cuda")).double()
             assert (made - expected).norm() / expected.norm() < (3e-3 if held_out else 1e-3)
-        assert found.inputs("0").amax.equal(torch.cat(batches).abs().amax((0, 1)).float().cpu())
+        assert found.layer_statistics("0").amax.equal(torch.cat(batches).abs().amax((0, 1)).float().cpu())
 
 
 @pytest.mark.parametrize("place", ["on the device", "in files", "in low rank"])
@@ -238,10 +241,10 @@ def test_low_rank_grams_on_the_gpu_are_those_of_the_cpu():
     rows = torch.randn(800, 256, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 256)
     made = []
     for device in ("cpu", "cuda"):
-        sketch = SketchedGram(256, 16, torch.device(device))
+        sketch = LowRankHessianAccumulator(256, 16, torch.device(device))
         for part in rows.to(device).split(200):
             sketch.add(part)
-        made.append(dense_gram(sketch.result(), 256, torch.device("cpu")))
+        made.append(dense_hessian(sketch.result(), 256, torch.device("cpu")))
     assert (made[0] - made[1]).norm() / made[0].norm() < 1e-4
 
 
@@ -251,10 +254,10 @@ def test_weights_make_up_for_quantized_inputs_as_on_a_cpu():
     rows = torch.randn(4512, 256, generator=generator) @ mixing
     rows[:, 3] *= 20
     weight = (torch.randn(320, 256, generator=generator) * 0.05).bfloat16()
-    held_out = LowRankGram(rows[4000:].t() / 512**0.5, torch.zeros(256))
+    held_out = LowRankHessian(rows[4000:].t() / 512**0.5, torch.zeros(256))
     errors = []
     for device in ("cpu", "cuda"):
-        grams = PairedGrams(256, torch.zeros(packed_size(512), device=device), torch.device(device))
+        grams = PairedHessianAccumulator(256, torch.zeros(packed_size(512), device=device), torch.device(device))
         grams.add(rows[:4000].to(device))
         made = quantize_weight(weight.to(device), "int8_tensorwise", gram=grams.result(), holdout_gram=held_out)
         errors.append(made.output_error)
@@ -268,13 +271,13 @@ def test_formats_are_measured_as_on_a_cpu():
         rows = torch.randn(300, 256, generator=generator)
         rows[:, 3] *= 1 + 100 * (index % 2)
         tensors[f"{index}.weight"] = torch.randn(256 + 64 * index, 256, generator=generator).bfloat16()
-        held_out = LowRankGram(rows.t() / 300**0.5, torch.zeros(256))
-        known[str(index)] = Inputs(rows.t() @ rows / 300, held_out, sensitivity=2.0**index)
+        held_out = LowRankHessian(rows.t() / 300**0.5, torch.zeros(256))
+        known[str(index)] = LayerStatistics(rows.t() @ rows / 300, held_out, sensitivity=2.0**index)
     plans = [
         measure_plan(
             TensorSource(tensors),
             Recipe(format="measured"),
-            LayerInputs(known),
+            InMemoryCalibration(known),
             device=torch.device(device),
             emit=lambda event: None,
             check=lambda: None,

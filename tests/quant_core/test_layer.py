@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from learned_rounding.quant_core import FORMATS, QuantizationError, layer, quantize_weight
-from learned_rounding.quant_core.calibration import Inputs, LowRankGram, dense_gram
-from learned_rounding.quant_core.calibration.accumulate import PairedGrams
+from learned_rounding.quant_core.calibration import LayerStatistics, LowRankHessian, dense_hessian
+from learned_rounding.quant_core.calibration.accumulate import PairedHessianAccumulator
 from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.errors import CalibrationError, RecipeError, UnknownNameError
 from learned_rounding.quant_core.formats import make_encoding
@@ -126,7 +126,9 @@ def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog, se
     def quantize(method, where=weight):
         tried.clear()
         caplog.clear()
-        made = layer._Layer(where, Inputs(), None, None, method, 0, None).quantize(make_encoding("int8_tensorwise"))
+        made = layer._Layer(where, LayerStatistics(), None, None, method, 0, None).quantize(
+            make_encoding("int8_tensorwise")
+        )
         assert made == "made" and len(caplog.records) == len(tried) - 1
         sentences(caplog.messages)
         return tried
@@ -142,7 +144,7 @@ def test_what_is_no_layer_of_these_inputs_is_refused(sentences):
         torch.eye(7),
         torch.full((8, 8), float("nan")),
         -torch.eye(8),
-        LowRankGram(torch.zeros(7, 2), torch.zeros(8)),
+        LowRankHessian(torch.zeros(7, 2), torch.zeros(8)),
     ]:
         with sentences.raises(CalibrationError):
             quantize_weight(random(4, 8), "int8_tensorwise", gram=gram)
@@ -153,7 +155,7 @@ def test_a_low_rank_gram_is_a_gram():
     whole = factor @ factor.t() + torch.diag(diagonal)
     weight = random(16, 32)
     expected = quantize_weight(weight, "int8_tensorwise", gram=whole)
-    made = quantize_weight(weight, "int8_tensorwise", gram=LowRankGram(factor.half().float(), diagonal))
+    made = quantize_weight(weight, "int8_tensorwise", gram=LowRankHessian(factor.half().float(), diagonal))
     assert (made.codes == expected.codes).float().mean() > 0.9
     assert made.output_error == pytest.approx(expected.output_error, rel=0.05)
 
@@ -208,18 +210,18 @@ def outliers():
 @pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"convrot": 16}], ids=["row", "tensor", "rotated"])
 def test_weights_make_up_for_quantized_inputs(outliers, options, sentences):
     """Judged on inputs never seen, with the corrected bias, as INT8 kernels multiply."""
-    grams = PairedGrams(96, torch.zeros(packed_size(192)), CPU)
+    grams = PairedHessianAccumulator(96, torch.zeros(packed_size(192)), CPU)
     for seed in range(8):
         grams.add(outliers(1000, seed))
     paired, weight, bias = grams.result(), random(64, 96, seed=21) * 0.05, random(64, seed=22)
     others, unseen = outliers(512, 30), outliers(4000, 31)
     known = {
-        "holdout_gram": LowRankGram(others.t() / 512**0.5, torch.zeros(96)),
+        "holdout_gram": LowRankHessian(others.t() / 512**0.5, torch.zeros(96)),
         "mean_input": paired.mean[:96],
         "bias": bias,
     }
     errors = {}
-    for name, gram in {"inputs as they are": dense_gram(paired, 96, CPU), "quantized inputs": paired}.items():
+    for name, gram in {"inputs as they are": dense_hessian(paired, 96, CPU), "quantized inputs": paired}.items():
         made = quantize_weight(weight, "int8_tensorwise", gram=gram, **known, **options)
         got = made.encoding.quantize_inputs(unseen) @ made.dequantize().t() + made.bias
         errors[name] = float((got - unseen @ weight.t() - bias).norm() / (unseen @ weight.t()).norm())
@@ -236,7 +238,7 @@ def test_rotation_is_chosen_for_quantized_inputs_where_some_are_known(outliers):
     """An outlier channel hardly bothers the rounding of weights, and ruins that of inputs."""
     weight, others = random(64, 96, seed=21), outliers(512, 30)
     known = {"gram": others.t() @ others / 512, "rounding": "nearest", "convrot": "auto"}
-    held_out = LowRankGram(others.t() / 512**0.5, torch.zeros(96))
+    held_out = LowRankHessian(others.t() / 512**0.5, torch.zeros(96))
     made = quantize_weight(weight, "int8_tensorwise", **known, holdout_gram=held_out)
     assert made.encoding.rotation.size == 16
     errors = [
@@ -249,10 +251,10 @@ def test_rotation_is_chosen_for_quantized_inputs_where_some_are_known(outliers):
 
 
 def test_formats_that_leave_inputs_alone_take_paired_grams_as_plain_ones(outliers):
-    grams = PairedGrams(96, torch.zeros(packed_size(192)), CPU)
+    grams = PairedHessianAccumulator(96, torch.zeros(packed_size(192)), CPU)
     grams.add(outliers(500, 0))
     weight, paired = random(32, 96), grams.result()
-    made = [quantize_weight(weight, "float8_e4m3fn", gram=gram) for gram in (paired, dense_gram(paired, 96, CPU))]
+    made = [quantize_weight(weight, "float8_e4m3fn", gram=gram) for gram in (paired, dense_hessian(paired, 96, CPU))]
     assert torch.equal(*(one.codes.view(torch.uint8) for one in made))
 
 

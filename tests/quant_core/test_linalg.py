@@ -1,4 +1,4 @@
-"""Factorizations on a CPU: the same bits on any number of threads."""
+"""Factorizations on the CPU: the same bits for any number of threads."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ FUNCTIONS = {
 }
 
 
-def gram() -> torch.Tensor:
-    rows = torch.randn(2 * SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    return rows.t() @ rows / len(rows)
+def hessian() -> torch.Tensor:
+    x = torch.randn(2 * SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    return x.t() @ x / len(x)
 
 
 @pytest.fixture
 def on_threads():
-    """on_threads(call) → its result on 1, 2, 3 and 4 threads."""
+    """on_threads(call) → results with 1, 2, 3 and 4 threads."""
     before = torch.get_num_threads()
 
     def run(call):
@@ -39,12 +39,12 @@ def on_threads():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_factorizations_are_the_same_on_any_number_of_threads(on_threads, name):
-    first, *others = on_threads(lambda: FUNCTIONS[name](gram()))
+def test_factorizations_do_not_depend_on_the_number_of_threads(on_threads, name):
+    first, *others = on_threads(lambda: FUNCTIONS[name](hessian()))
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_threads_are_given_back_when_one_fails(on_threads):
+def test_the_number_of_threads_is_restored_after_an_error(on_threads):
     def fail():
         with pytest.raises(RuntimeError):
             lapack(torch.linalg.eigh, torch.ones(2, 3))
@@ -53,7 +53,7 @@ def test_threads_are_given_back_when_one_fails(on_threads):
 
 
 @pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_blockwise"])
-def test_calibrated_codes_are_the_same_on_any_number_of_threads(on_threads, format):
+def test_gptq_does_not_depend_on_the_number_of_threads(on_threads, format):
     weight = torch.randn(200, SIDE, generator=torch.Generator().manual_seed(1))
-    first, *others = on_threads(lambda: quantize_weight(weight, format, rounding="calibrated", gram=gram()).codes)
+    first, *others = on_threads(lambda: quantize_weight(weight, format, rounding="calibrated", gram=hessian()).codes)
     assert all(torch.equal(first.float(), other.float()) for other in others)

@@ -1,7 +1,6 @@
-"""What the hooks find must be what one computes from the same inputs directly, and nothing may be left of them."""
+"""Collector against statistics computed from the same activations; removal of hooks and files."""
 
 import contextlib
-import json
 
 import pytest
 import torch
@@ -10,14 +9,13 @@ from torch import nn
 from learned_rounding.quant_core.calibration import (
     CalibrationFile,
     Collector,
-    LowRankGram,
-    PackedGram,
-    PairedGram,
-    dense_gram,
-    quantized_grams,
+    LowRankHessian,
+    PackedHessian,
+    PairedHessian,
+    dense_hessian,
+    hooks,
+    quantized_hessians,
 )
-from learned_rounding.quant_core.calibration import hooks as collecting
-from learned_rounding.quant_core.calibration.accumulate import SketchedGram
 from learned_rounding.quant_core.errors import CalibrationError, OutputError
 from learned_rounding.quant_core.formats import make_encoding
 
@@ -26,7 +24,7 @@ WIDTH, TOKENS = 48, 40
 
 
 class Block(nn.Module):
-    """q and k share an input, out has its own; ``late`` is given another tensor from the second call on."""
+    """q and k share a tensor, out has its own; ``late`` receives another tensor from the second call on."""
 
     def __init__(self):
         super().__init__()
@@ -45,100 +43,93 @@ def block():
     return Block()
 
 
-def layers_of(block):
+def linear_layers(block):
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def batches(count, dtype=torch.float32, scale=3.0):
+def make_batches(count, dtype=torch.float32, scale=3.0):
     generator = torch.Generator().manual_seed(1)
-    colour = torch.randn(WIDTH, WIDTH, generator=generator)
+    mixing = torch.randn(WIDTH, WIDTH, generator=generator)
     return [
-        (scale * torch.randn(2, TOKENS // 2, WIDTH, generator=generator) @ colour + 1).to(dtype) for _ in range(count)
+        (scale * torch.randn(2, TOKENS // 2, WIDTH, generator=generator) @ mixing + 1).to(dtype) for _ in range(count)
     ]
 
 
-def gather(block, inputs, folder, hold_out=False, **options):
+def flatten(batches):
+    return torch.cat([x.flatten(0, 1) for x in batches])
+
+
+def exact_hessian(activations):
+    return activations.t() @ activations / len(activations)
+
+
+def calibrate(block, batches, folder, validation=False, **options):
     options = {"device": CPU, "device_bytes": 1 << 30, **options}
     path = folder / "c.calib.safetensors"
-    with Collector(layers_of(block), folder, **options) as collector:
-        for x in inputs:
-            with collector.watching(block, hold_out), torch.inference_mode():
+    with Collector(linear_layers(block), folder, **options) as collector:
+        for x in batches:
+            with collector.watching(block, validation), torch.inference_mode():
                 block(x)
         collector.save(path, {"steps": 2})
     return CalibrationFile(path)
 
 
-def relative(found, expected):
-    return float((found - expected).norm() / expected.norm())
+def relative_error(actual, expected):
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("device_bytes", [1 << 30, 0], ids=["in memory", "in files"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_statistics_are_those_of_the_inputs(block, tmp_path, monkeypatch, device_bytes, dtype):
-    monkeypatch.setattr(collecting, "ROTATION", 1)
-    inputs = batches(6, dtype)
-    with gather(block.to(dtype), inputs, tmp_path, device_bytes=device_bytes) as found:
-        rows = torch.cat([x.flatten(0, 1) for x in inputs]).float()
-        known = found.inputs("q")
-        assert isinstance(known.gram, PackedGram) and known.holdout_gram is None
-        assert relative(dense_gram(known.gram, WIDTH, CPU), rows.t() @ rows / len(rows)) < 1e-3
-        torch.testing.assert_close(known.mean, rows.mean(0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(known.amax, rows.abs().amax(0))
-        assert known.histogram.sum() == 2 * TOKENS * WIDTH and found.tokens("q") == (len(rows), 0)
-        assert found.provenance == {"steps": 2} and found.layers["out"] == (WIDTH, 2 * WIDTH)
-    assert not list(tmp_path.glob("gram_*"))
+def test_statistics_match_the_activations(block, tmp_path, monkeypatch, device_bytes, dtype):
+    monkeypatch.setattr(hooks, "ROTATION", 1)
+    batches = make_batches(6, dtype)
+    with calibrate(block.to(dtype), batches, tmp_path, device_bytes=device_bytes) as file:
+        x = flatten(batches).float()
+        statistics = file.layer_statistics("q")
+        assert isinstance(statistics.hessian, PackedHessian) and statistics.validation_hessian is None
+        assert relative_error(dense_hessian(statistics.hessian, WIDTH, CPU), exact_hessian(x)) < 1e-3
+        torch.testing.assert_close(statistics.mean, x.mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(statistics.amax, x.abs().amax(0))
+        assert statistics.histogram.sum() == 2 * TOKENS * WIDTH and file.tokens("q") == (len(x), 0)
+        assert file.provenance == {"steps": 2} and file.layers["out"] == (WIDTH, 2 * WIDTH)
+    assert not list(tmp_path.glob("hessian_*"))
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_rows_that_wait_are_learned_from_when_the_watching_ends(block, tmp_path, monkeypatch, stopped):
-    monkeypatch.setattr(collecting, "_WAITING_BYTES", 4 * 90)  # two calls and a half
-    inputs, path = batches(5), tmp_path / "c"
-    with Collector(layers_of(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
-        with contextlib.suppress(InterruptedError), collector.watching(block, hold_out=False):
-            for x in inputs:
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_pending_activations_are_added_at_the_end_of_watching(block, tmp_path, monkeypatch, interrupted):
+    monkeypatch.setattr(hooks, "_PENDING_BYTES", 4 * 90)  # two and a half calls
+    batches, path = make_batches(5), tmp_path / "c"
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+        with contextlib.suppress(InterruptedError), collector.watching(block, validation=False):
+            for x in batches:
                 block(x)
-            if stopped:
+            if interrupted:
                 raise InterruptedError
-        assert collector.tokens == 4 * TOKENS  # "late" shared its first input
+        assert collector.tokens == 4 * TOKENS  # "late" shared its first tensor
         collector.save(path, {})
-    rows = torch.cat([x.flatten(0, 1) for x in inputs])
-    with CalibrationFile(path) as found:
-        known = found.inputs("q")
-        assert relative(dense_gram(known.gram, WIDTH, CPU), rows.t() @ rows / len(rows)) < 1e-3
-        torch.testing.assert_close(known.mean, rows.mean(0), rtol=1e-4, atol=1e-4)
-        assert known.histogram.sum() == 2 * TOKENS * WIDTH  # of the first of three additions
+    x = flatten(batches)
+    with CalibrationFile(path) as file:
+        statistics = file.layer_statistics("q")
+        assert relative_error(dense_hessian(statistics.hessian, WIDTH, CPU), exact_hessian(x)) < 1e-3
+        torch.testing.assert_close(statistics.mean, x.mean(0), rtol=1e-4, atol=1e-4)
+        assert statistics.histogram.sum() == 2 * TOKENS * WIDTH  # of the first of three batches
 
 
-def test_low_rank_sees_past_an_outlier_channel():
-    """One channel 1000 times as large as others, as transformers have them, takes no precision from the rest."""
-    rows = torch.randn(600, 128, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 129) ** -0.7
-    rows = rows @ torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(1)))[0]
-    rows[:, 5] *= 1000
-    sketch = SketchedGram(128, 16, CPU)
-    for part in rows.split(200):
-        sketch.add(part)
-    others = torch.arange(128) != 5
-    made, expected = (
-        matrix[others][:, others] for matrix in (dense_gram(sketch.result(), 128, CPU), rows.t() @ rows / 600)
-    )
-    assert relative(made, expected) < 0.2
+def test_layers_share_statistics_while_they_receive_the_same_tensor(block, tmp_path):
+    batches = make_batches(3)
+    with calibrate(block, batches, tmp_path) as file:
+        assert file.layer_statistics("q") is file.layer_statistics("k")
+        assert file.layer_statistics("idle") is None  # never called
+        x = flatten(batches[1:]).abs()
+        assert relative_error(dense_hessian(file.layer_statistics("late").hessian, WIDTH, CPU), exact_hessian(x)) < 1e-3
+        assert file.tokens("late")[0] == len(x)
 
 
-def test_layers_share_an_input_as_long_as_they_are_given_the_same_tensor(block, tmp_path):
-    inputs = batches(3)
-    with gather(block, inputs, tmp_path) as found:
-        assert found.inputs("q") is found.inputs("k")
-        assert found.inputs("idle") is None  # never called
-        rows = torch.cat([x.abs().flatten(0, 1) for x in inputs[1:]])
-        assert relative(dense_gram(found.inputs("late").gram, WIDTH, CPU), rows.t() @ rows / len(rows)) < 1e-3
-        assert found.tokens("late")[0] == len(rows)
-
-
-def test_hooks_leave_no_trace_even_after_an_error(block, tmp_path):
-    (x,) = batches(1)
+def test_hooks_are_removed_after_an_error(block, tmp_path):
+    (x,) = make_batches(1)
     block.calls = 1
     before = block(x)
-    with Collector(layers_of(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
         with pytest.raises(ZeroDivisionError), collector.watching(block):
             block(x)
             raise ZeroDivisionError
@@ -146,185 +137,190 @@ def test_hooks_leave_no_trace_even_after_an_error(block, tmp_path):
     assert block(x).equal(before)
 
 
-def test_a_run_can_be_held_out(block, tmp_path):
-    learned, held = batches(2)
+def test_a_complete_run_is_used_for_validation(block, tmp_path):
+    calibration, validation = make_batches(2)
     path = tmp_path / "c"
-    with Collector(layers_of(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
-        for x, hold_out in ((learned, False), (held, True)):
-            with collector.watching(block, hold_out):
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+        for x, is_validation in ((calibration, False), (validation, True)):
+            with collector.watching(block, is_validation):
                 block(x)
         collector.save(path, {})
-    with CalibrationFile(path) as found:
-        known = found.inputs("q")
-        for gram, x in ((known.gram, learned), (known.holdout_gram, held)):
-            rows = x.flatten(0, 1)
-            assert relative(dense_gram(gram, WIDTH, CPU), rows.t() @ rows / len(rows)) < 2e-3
-        assert found.tokens("q") == (TOKENS, TOKENS)
+    with CalibrationFile(path) as file:
+        statistics = file.layer_statistics("q")
+        for hessian, x in ((statistics.hessian, calibration), (statistics.validation_hessian, validation)):
+            assert relative_error(dense_hessian(hessian, WIDTH, CPU), exact_hessian(x.flatten(0, 1))) < 2e-3
+        assert file.tokens("q") == (TOKENS, TOKENS)
 
 
-def test_tokens_are_held_out_where_no_run_is(block, tmp_path):
-    with gather(block, batches(20), tmp_path, hold_out=None, holdout_rows=64) as found:
-        learned, held = found.tokens("q")
-        assert learned + held == 20 * TOKENS and 0.15 < held / (learned + held) < 0.35
-        assert found.inputs("q").holdout_gram.factor.shape == (WIDTH, 64)
+def test_validation_activations_are_those_of_the_validation_run(block, tmp_path):
+    (x,) = make_batches(1)
+    with calibrate(block, [x], tmp_path, validation=None, validation_size=TOKENS) as file:
+        activations = file.layer_statistics("q").validation_activations
+        count = file.tokens("q")[1]
+    assert activations.dtype is torch.float32 and activations.shape == (count, WIDTH)
+    distances = torch.cdist(activations, x.flatten(0, 1)).min(dim=1).values  # stored in bfloat16
+    assert (distances < 0.01 * activations.norm(dim=1)).all()
 
 
-def test_inputs_of_one_token_are_learned_from_or_held_out(block, tmp_path):
-    inputs = [x[:1, :1] for x in batches(30)]
-    with gather(block, inputs, tmp_path, hold_out=None, holdout_rows=1) as found:
-        learned, held = found.tokens("q")
-        assert learned + held == 30 and learned and held
+def test_a_quarter_of_the_tokens_is_used_for_validation_by_default(block, tmp_path):
+    with calibrate(block, make_batches(20), tmp_path, validation=None, validation_size=64) as file:
+        calibration, validation = file.tokens("q")
+        assert calibration + validation == 20 * TOKENS and 0.15 < validation / (calibration + validation) < 0.35
+        assert file.layer_statistics("q").validation_hessian.factor.shape == (WIDTH, 64)
 
 
-def test_tokens_are_capped_and_the_same_seed_gives_the_same_file(block, tmp_path):
+def test_single_tokens_are_used_for_calibration_or_validation(block, tmp_path):
+    batches = [x[:1, :1] for x in make_batches(30)]
+    with calibrate(block, batches, tmp_path, validation=None, validation_size=1) as file:
+        calibration, validation = file.tokens("q")
+        assert calibration + validation == 30 and calibration and validation
+
+
+def test_tokens_per_call_are_limited_and_the_file_depends_on_the_seed_only(block, tmp_path):
     files = []
     for seed in (5, 5, 6):
         block.calls = 0
-        with gather(block, batches(4), tmp_path, hold_out=None, tokens=10, seed=seed) as found:
-            assert sum(found.tokens("q")) == 4 * 10
-            files.append(found.path.read_bytes())
+        with calibrate(block, make_batches(4), tmp_path, validation=None, tokens=10, seed=seed) as file:
+            assert sum(file.tokens("q")) == 4 * 10
+            files.append(file.path.read_bytes())
     assert files[0] == files[1] != files[2]
 
 
-def test_grams_in_files_take_turns(block, tmp_path):
-    with gather(block, batches(16), tmp_path, device_bytes=0, tokens=5) as found:
-        assert found.tokens("q")[0] == 3 * TOKENS  # in the first and two more calls, from up to eight times five tokens
-        amax = torch.cat([x.flatten(0, 1) for x in batches(16)]).abs().amax(0)
-        torch.testing.assert_close(found.inputs("q").amax, amax)  # of all tokens all the same
+def test_hessians_in_files_are_updated_in_turn(block, tmp_path):
+    with calibrate(block, make_batches(16), tmp_path, device_bytes=0, tokens=5) as file:
+        assert file.tokens("q")[0] == 3 * TOKENS  # the first call and two more, up to 8 × 5 tokens each
+        amax = flatten(make_batches(16)).abs().amax(0)
+        torch.testing.assert_close(file.layer_statistics("q").amax, amax)  # of all tokens of all calls
 
 
-def test_low_rank_keeps_the_diagonal_and_the_leading_directions(block, tmp_path):
-    inputs = batches(6)
-    rows = torch.cat([x.flatten(0, 1) for x in inputs])
-    expected = rows.t() @ rows / len(rows)
-    with gather(block, inputs, tmp_path, rank=4) as found:
-        gram = found.inputs("q").gram
-        assert isinstance(gram, LowRankGram) and gram.factor.shape == (WIDTH, 16)
-        made = dense_gram(gram, WIDTH, CPU)
-        torch.testing.assert_close(made.diagonal(), expected.diagonal(), rtol=0.02, atol=0)
-        values, vectors = torch.linalg.eigh(expected)
-        assert torch.cosine_similarity(gram.factor[:, -1].float(), vectors[:, -1], dim=0).abs() > 0.98
-        plain = torch.diag(expected.diagonal())
-        assert relative(made, expected) < 0.6 * relative(plain, expected)
+def test_low_rank_hessian_has_the_diagonal_and_the_leading_directions(block, tmp_path):
+    batches = make_batches(6)
+    exact = exact_hessian(flatten(batches))
+    with calibrate(block, batches, tmp_path, rank=4) as file:
+        hessian = file.layer_statistics("q").hessian
+        assert isinstance(hessian, LowRankHessian) and hessian.factor.shape == (WIDTH, 16)
+        dense = dense_hessian(hessian, WIDTH, CPU)
+        torch.testing.assert_close(dense.diagonal(), exact.diagonal(), rtol=0.02, atol=0)
+        _, vectors = torch.linalg.eigh(exact)
+        assert torch.cosine_similarity(hessian.factor[:, -1].float(), vectors[:, -1], dim=0).abs() > 0.98
+        assert relative_error(dense, exact) < 0.6 * relative_error(torch.diag(exact.diagonal()), exact)
 
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "low rank"])
-def test_a_calibration_is_continued(block, tmp_path, rank):
-    inputs = batches(8)
+def test_a_continued_calibration_matches_a_single_one(block, tmp_path, rank):
+    batches = make_batches(8)
     (tmp_path / "first").mkdir()
     block.calls = 1
-    with gather(block, inputs, tmp_path, rank=rank) as found:
-        at_once = found.inputs("q")
-    with gather(block, inputs[:4], tmp_path / "first", rank=rank) as first:
-        with gather(block, inputs[4:], tmp_path, rank=rank, earlier=first) as found:
-            both = found.inputs("q")
-            assert found.tokens("q")[0] == 8 * TOKENS
-    continued, expected = (dense_gram(known.gram, WIDTH, CPU) for known in (both, at_once))
-    if rank:  # what the first file left out is lost, so it comes a little less close
-        rows = torch.cat([x.flatten(0, 1) for x in inputs])
-        full = rows.t() @ rows / len(rows)
-        assert relative(continued, full) < 1.3 * relative(expected, full)
+    with calibrate(block, batches, tmp_path, rank=rank) as file:
+        single = file.layer_statistics("q")
+    with calibrate(block, batches[:4], tmp_path / "first", rank=rank) as first:
+        with calibrate(block, batches[4:], tmp_path, rank=rank, earlier=first) as file:
+            continued = file.layer_statistics("q")
+            assert file.tokens("q")[0] == 8 * TOKENS
+    actual, expected = (dense_hessian(statistics.hessian, WIDTH, CPU) for statistics in (continued, single))
+    if rank:  # the first file is truncated to 16 directions
+        exact = exact_hessian(flatten(batches))
+        assert relative_error(actual, exact) < 1.3 * relative_error(expected, exact)
     else:
-        assert relative(continued, expected) < 1e-3
-    torch.testing.assert_close(both.mean, at_once.mean, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(both.amax, at_once.amax)
-    assert both.histogram.sum() == at_once.histogram.sum() == 2 * TOKENS * WIDTH
+        assert relative_error(actual, expected) < 1e-3
+    torch.testing.assert_close(continued.mean, single.mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(continued.amax, single.amax)
+    assert continued.histogram.sum() == single.histogram.sum() == 2 * TOKENS * WIDTH
 
 
-def test_what_does_not_fit_is_refused_by_layer_name(block, tmp_path, sentences):
-    with gather(block, batches(1), tmp_path) as found:
-        shapes = dict(found.layers)
-        found.check(shapes | {"more": (3, 3)})
-        found.check({f"model.diffusion_model.{name}": shape for name, shape in shapes.items()})
-        assert found.inputs("model.diffusion_model.q") is found.inputs("q")
+def test_other_architectures_are_rejected_with_the_name_of_the_layer(block, tmp_path, sentences):
+    with calibrate(block, make_batches(1), tmp_path) as file:
+        shapes = dict(file.layers)
+        file.check(shapes | {"more": (3, 3)})
+        file.check({f"model.diffusion_model.{name}": shape for name, shape in shapes.items()})
+        assert file.layer_statistics("model.diffusion_model.q") is file.layer_statistics("q")
         with sentences.raises(CalibrationError):
-            found.check({name: shape for name, shape in shapes.items() if name != "q"})
+            file.check({name: shape for name, shape in shapes.items() if name != "q"})
         with sentences.raises(CalibrationError):
-            found.check(shapes | {"out": (7, 7)})
+            file.check(shapes | {"out": (7, 7)})
         block.q = nn.Linear(WIDTH + 1, 2 * WIDTH)
         with sentences.raises(CalibrationError):
-            Collector(layers_of(block), tmp_path, device=CPU, device_bytes=0, earlier=found)
+            Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=0, earlier=file)
 
 
-def test_errors_say_what_happened(block, tmp_path, sentences):
-    collector = Collector(layers_of(block), tmp_path, device=CPU, device_bytes=1 << 30)
-    with sentences.raises(CalibrationError):
-        collector.save(tmp_path / "c", {})
-    with collector.watching(block):
-        block(torch.full((1, 2, WIDTH), float("nan")))
-    with sentences.raises(CalibrationError):
-        collector.save(tmp_path / "c", {})
-    collector.close()
-    missing = Collector(layers_of(block), tmp_path / "nowhere", device=CPU, device_bytes=0)
-    with sentences.raises(OutputError), missing.watching(block):
-        block(batches(1)[0])
-    with gather(block, batches(2), tmp_path, rank=4) as low, sentences.raises(CalibrationError):
-        gather(block, batches(2), tmp_path, earlier=low)
+def test_saving_without_a_call_is_an_error(block, tmp_path, sentences):
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+        with sentences.raises(CalibrationError):
+            collector.save(tmp_path / "c", {})
 
 
-def test_the_disk_it_may_need_is_known_before(block, tmp_path):
-    collector = Collector(layers_of(block), tmp_path, device=CPU, device_bytes=0)
+def test_activations_that_are_not_finite_are_an_error(block, tmp_path, sentences):
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+        with collector.watching(block):
+            block(torch.full((1, 2, WIDTH), float("nan")))
+        with sentences.raises(CalibrationError):
+            collector.save(tmp_path / "c", {})
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(block, tmp_path, sentences):
+    collector = Collector(linear_layers(block), tmp_path / "missing", device=CPU, device_bytes=0)
+    with sentences.raises(OutputError), collector.watching(block):
+        block(make_batches(1)[0])
+
+
+def test_a_low_rank_calibration_cannot_be_continued_in_full(block, tmp_path, sentences):
+    with (
+        calibrate(block, make_batches(2), tmp_path, rank=4) as low_rank,
+        sentences.raises(CalibrationError),
+    ):
+        calibrate(block, make_batches(2), tmp_path, earlier=low_rank)
+
+
+def test_required_disk_space_is_reported(block, tmp_path):
+    collector = Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=0)
     assert collector.disk_bytes == 2 * (4 * WIDTH**2 + (2 * WIDTH) ** 2)
-    assert Collector(layers_of(block), tmp_path, device=CPU, device_bytes=1 << 30).disk_bytes == 0
-    assert Collector(layers_of(block), tmp_path, device=CPU, device_bytes=0, rank=4).disk_bytes == 0
-
-
-@pytest.mark.parametrize("header", ["{", '{"layers": 3}', '{"layers": {"q": 1}}', '{"version": 99}', "[]"])
-def test_a_damaged_or_newer_header_is_refused(tmp_path, header, sentences):
-    from safetensors.torch import save_file
-
-    save_file({"q.gram": torch.eye(2)}, tmp_path / "c", metadata={"learned_rounding_calibration": header})
-    with sentences.raises(CalibrationError):
-        CalibrationFile(tmp_path / "c")
-
-
-def test_a_plain_file_needs_no_header(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file({"q.gram": 2 * torch.eye(3), "q.mean": torch.ones(3)}, tmp_path / "c")
-    with CalibrationFile(tmp_path / "c") as found:
-        assert found.inputs("q").gram.equal(2 * torch.eye(3)) and found.inputs("k") is None and found.layers == {}
-        found.check({})
-    assert json.dumps(found.provenance) == "{}"
+    assert Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30).disk_bytes == 0
+    assert Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=0, rank=4).disk_bytes == 0
 
 
 @pytest.mark.parametrize("device_bytes", [1 << 30, 0], ids=["in memory", "in files"])
-def test_quantized_inputs_are_kept_beside_the_inputs(block, tmp_path, monkeypatch, device_bytes, sentences):
-    """Gathered in two calibrations, the second of which continues the first."""
-    monkeypatch.setattr(collecting, "ROTATION", 1)
-    inputs, options = batches(6), {"device_bytes": device_bytes, "quantized_inputs": True}
+def test_paired_hessian_matches_activations_and_their_quantization(
+    block, tmp_path, monkeypatch, device_bytes, sentences
+):
+    """Collected in two calibrations, of which the second continues the first."""
+    monkeypatch.setattr(hooks, "ROTATION", 1)
+    batches, options = make_batches(6), {"device_bytes": device_bytes, "quantized_activations": True}
     (tmp_path / "first").mkdir()
-    with gather(block, inputs[:3], tmp_path / "first", **options) as earlier:
-        found = gather(block, inputs[3:], tmp_path, earlier=earlier, **options)
-    x = torch.cat([x.flatten(0, 1) for x in inputs])
-    seen = make_encoding("int8_tensorwise").quantize_inputs(x)
-    with found:
-        gram = found.inputs("q").gram
-        assert isinstance(gram, PairedGram)
-        assert relative(dense_gram(gram, WIDTH, CPU), x.t() @ x / len(x)) < 1e-3
-        for got, expected in zip(quantized_grams(gram, WIDTH, CPU), (x.t() @ seen, seen.t() @ seen), strict=True):
-            assert relative(got, expected / len(x)) < 1e-3
-        torch.testing.assert_close(gram.mean, torch.cat([x, seen], dim=1).mean(0), rtol=1e-3, atol=1e-3)
+    with calibrate(block, batches[:3], tmp_path / "first", **options) as earlier:
+        file = calibrate(block, batches[3:], tmp_path, earlier=earlier, **options)
+    x = flatten(batches)
+    x_hat = make_encoding("int8_tensorwise").quantize_inputs(x)
+    with file:
+        hessian = file.layer_statistics("q").hessian
+        assert isinstance(hessian, PairedHessian)
+        assert relative_error(dense_hessian(hessian, WIDTH, CPU), exact_hessian(x)) < 1e-3
+        for actual, product in zip(
+            quantized_hessians(hessian, WIDTH, CPU), (x.t() @ x_hat, x_hat.t() @ x_hat), strict=True
+        ):
+            assert relative_error(actual, product / len(x)) < 1e-3
+        torch.testing.assert_close(hessian.mean, torch.cat([x, x_hat], dim=1).mean(0), rtol=1e-3, atol=1e-3)
     with (
-        CalibrationFile(found.path) as earlier,
+        CalibrationFile(file.path) as earlier,
         sentences.raises(CalibrationError),
     ):
-        gather(block, inputs, tmp_path / "first", earlier=earlier)
+        calibrate(block, batches, tmp_path / "first", earlier=earlier)
 
 
-def test_every_input_has_a_turn_however_few_calls_there_are(block, tmp_path):
-    with gather(block, batches(1), tmp_path, device_bytes=0) as found:
-        assert all(found.inputs(layer).gram is not None for layer in ("q", "k", "late", "out"))
+def test_every_layer_is_sampled_in_a_single_call(block, tmp_path):
+    with calibrate(block, make_batches(1), tmp_path, device_bytes=0) as file:
+        assert all(file.layer_statistics(layer).hessian is not None for layer in ("q", "k", "late", "out"))
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 4}, {"quantized_inputs": True}], ids=["full", "low rank", "paired"])
-def test_the_memory_is_known_before_it_is_taken(block, tmp_path, options):
-    """No layer shares an input here, so what is stated is what is taken."""
-    layers = {name: layer for name, layer in layers_of(block).items() if name in ("q", "out")}
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 4}, {"quantized_activations": True}], ids=["full", "low rank", "paired"]
+)
+def test_required_memory_is_reported(block, tmp_path, options):
+    """These layers share no activations, so the upper bound is reached."""
+    layers = {name: layer for name, layer in linear_layers(block).items() if name in ("q", "out")}
     for device_bytes in (1 << 30, 0):
         with Collector(layers, tmp_path, device=CPU, device_bytes=device_bytes, **options) as collector:
-            stated = collector.device_bytes, collector.disk_bytes
+            on_device, on_disk = collector.device_bytes, collector.disk_bytes
             with collector.watching(block, False):
-                block(batches(1)[0])
-            files = sum(path.stat().st_size for path in tmp_path.glob("gram_*"))
-        assert files == stated[1] and (stated[0] > 0) == (files == 0)
+                block(make_batches(1)[0])
+            files = sum(path.stat().st_size for path in tmp_path.glob("hessian_*"))
+        assert files == on_disk and (on_device > 0) == (files == 0)

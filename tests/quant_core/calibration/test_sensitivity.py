@@ -1,17 +1,17 @@
-"""What a disturbed layer does to the model's output, against what one computes by hand."""
+"""Sensitivity analysis against the error of the model's output computed by hand."""
 
 import pytest
 import torch
 from torch import nn
 
-from learned_rounding.quant_core.calibration import CalibrationFile, Collector, Sensitivity
+from learned_rounding.quant_core.calibration import CalibrationFile, Collector, SensitivityAnalysis
 from learned_rounding.quant_core.layer import quantize_weight
 
 WIDTH = 48
 
 
 class Gated(nn.Module):
-    """Two layers side by side, one of which hardly counts; the third is not called."""
+    """Two parallel layers with gates 1 and 0.01; the third layer is not called."""
 
     def __init__(self):
         super().__init__()
@@ -27,59 +27,63 @@ def model():
     return Gated().eval()
 
 
-def measured(model, runs, check=lambda: None):
+def analyze(model, batches, check=lambda: None):
     layers = dict(model.named_children())
-    found = Sensitivity(layers, lambda name: layers[name].weight, check)
-    for x in runs:
-        found.probe(lambda x=x: model(x))
-    return found
+    analysis = SensitivityAnalysis(layers, lambda name: layers[name].weight, check)
+    for x in batches:
+        analysis.probe(lambda x=x: model(x))
+    return analysis.sensitivities
 
 
-def test_it_says_how_much_of_a_layers_error_reaches_the_output(model):
+def test_sensitivity_is_the_ratio_of_model_error_to_layer_error(model):
     x = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1))
-    found = measured(model, [x]).found
-    assert set(found) == {"loud", "quiet"}
+    sensitivities = analyze(model, [x])
+    assert set(sensitivities) == {"loud", "quiet"}
     with torch.no_grad():
         for name, gate in (("loud", 1.0), ("quiet", 0.01)):
             layer = getattr(model, name)
-            error = (
-                x @ (quantize_weight(layer.weight, "float8_e4m3fn", rounding="nearest").dequantize() - layer.weight).t()
-            )
-            moved = (gate * error).square().sum() / model(x).square().sum()
-            caused = error.square().sum() / layer(x).square().sum()
-            assert found[name] == pytest.approx(float(moved / caused), rel=1e-3)
+            quantized = quantize_weight(layer.weight, "float8_e4m3fn", rounding="nearest").dequantize()
+            error = x @ (quantized - layer.weight).t()
+            model_error = (gate * error).square().sum() / model(x).square().sum()
+            layer_error = error.square().sum() / layer(x).square().sum()
+            assert sensitivities[name] == pytest.approx(float(model_error / layer_error), rel=1e-3)
 
 
-def test_the_model_is_left_as_it_was(model):
+def test_the_model_is_not_modified(model):
     x = torch.randn(8, WIDTH)
     before = model(x)
-    found = measured(model, [x, 2 * x])
-    assert torch.equal(model(x), before) and found.found["loud"] > 100 * found.found["quiet"]
+    sensitivities = analyze(model, [x, 2 * x])
+    assert torch.equal(model(x), before) and sensitivities["loud"] > 100 * sensitivities["quiet"]
+
+
+def test_the_model_is_not_modified_when_cancelled(model):
+    x = torch.randn(8, WIDTH)
+    before = model(x)
 
     def interrupt():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measured(model, [x], interrupt)
+        analyze(model, [x], interrupt)
     assert torch.equal(model(x), before) and not model.loud._forward_hooks
 
 
-def test_outputs_that_are_zero_or_not_finite_say_nothing(model):
-    runs = [torch.full((4, WIDTH), float("nan"))]
-    assert measured(model, runs).found == {}
+def test_outputs_that_are_not_finite_are_skipped(model):
+    assert analyze(model, [torch.full((4, WIDTH), float("nan"))]) == {}
 
 
-def test_it_is_kept_in_the_file_and_when_a_calibration_is_continued(model, tmp_path):
+def test_sensitivities_are_saved_and_continued(model, tmp_path):
     layers, path = dict(model.named_children()), tmp_path / "c.calib.safetensors"
     options = {"device": torch.device("cpu"), "device_bytes": 1 << 30}
     with Collector(layers, tmp_path, **options) as collector, collector.watching(model, False):
         model(torch.randn(32, WIDTH))
-        collector.sensitivity = {"loud": 2.5, "idle": 1.0}
+        collector.sensitivities = {"loud": 2.5, "idle": 1.0}
         collector.save(path, {})
     with CalibrationFile(path) as earlier:
-        assert earlier.inputs("loud").sensitivity == 2.5 and earlier.inputs("quiet").sensitivity is None
+        assert earlier.layer_statistics("loud").sensitivity == 2.5
+        assert earlier.layer_statistics("quiet").sensitivity is None
         with Collector(layers, tmp_path, **options, earlier=earlier) as collector, collector.watching(model, False):
             model(torch.randn(32, WIDTH))
             collector.save(tmp_path / "d.calib.safetensors", {})
     with CalibrationFile(tmp_path / "d.calib.safetensors") as later:
-        assert dict(later.sensitivity) == {"loud": 2.5}
+        assert dict(later.sensitivities) == {"loud": 2.5}

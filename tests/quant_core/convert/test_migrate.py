@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.calibration import CalibrationFile, Inputs, LayerInputs
+from learned_rounding.quant_core.calibration import CalibrationFile, InMemoryCalibration, LayerStatistics
 from learned_rounding.quant_core.calibration.histogram import histogram
 from learned_rounding.quant_core.convert.migrate import migrate_file
 from learned_rounding.quant_core.errors import NothingToQuantizeError, OutputError, SourceError
@@ -87,7 +87,7 @@ def test_input_scales(migrate, value, stays, drop, sentences):
 
 def test_input_scales_from_a_calibration(migrate, sentences):
     rows = random(256, 96, seed=3) * 4000
-    known = LayerInputs({"blocks.0.mlp": Inputs(amax=rows.abs().amax(0), histogram=histogram(rows))})
+    known = InMemoryCalibration({"blocks.0.mlp": LayerStatistics(amax=rows.abs().amax(0), histogram=histogram(rows))})
     done, made, _ = migrate(old_fp8(scale_input=torch.tensor(0.5)), calibration=known)
     sentences(str(dict(done.changes)))
     assert float(made["blocks.0.mlp.input_scale"]) > 4

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
-from learned_rounding.quant_core.calibration import Inputs, LayerInputs, LowRankGram
+from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics, LowRankHessian
 from learned_rounding.quant_core.errors import NothingToQuantizeError, RecipeError
 from learned_rounding.quant_core.events import LayerMeasured, RunStarted
 from learned_rounding.quant_core.output import verify_file
@@ -29,8 +29,8 @@ def inputs(seed, outlier=1.0, sensitivity=None):
     """Inputs of a layer; one channel may be an outlier, which spoils what a token's other channels have left."""
     rows = random(96, WIDTH, seed=seed)
     rows[:, 3] *= outlier
-    held_out = LowRankGram(rows.t() / math.sqrt(len(rows)), torch.zeros(WIDTH))
-    return Inputs(rows.t() @ rows / len(rows), held_out, sensitivity=sensitivity)
+    held_out = LowRankHessian(rows.t() / math.sqrt(len(rows)), torch.zeros(WIDTH))
+    return LayerStatistics(rows.t() @ rows / len(rows), held_out, sensitivity=sensitivity)
 
 
 @pytest.fixture
@@ -43,7 +43,12 @@ def tensors():
 
 def plan_of(tensors, recipe, known):
     return measure_plan(
-        TensorSource(tensors), recipe, LayerInputs(known), device=CPU, emit=lambda event: None, check=lambda: None
+        TensorSource(tensors),
+        recipe,
+        InMemoryCalibration(known),
+        device=CPU,
+        emit=lambda event: None,
+        check=lambda: None,
     )
 
 
@@ -127,7 +132,7 @@ def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors,
     source, target, events = tmp_path / "model.safetensors", tmp_path / "q.safetensors", []
     save_file({**tensors, "norm.weight": torch.ones(WIDTH)}, source)
     recipe = Recipe(format="measured", block_formats=True)
-    report = quantize_file(source, target, recipe, calibration=LayerInputs(known), on_event=events.append)
+    report = quantize_file(source, target, recipe, calibration=InMemoryCalibration(known), on_event=events.append)
     assert verify_file(target).problems == []
     measured = [event for event in events if isinstance(event, LayerMeasured)]
     assert len(measured) == len(LAYERS) and isinstance(events[len(LAYERS)], RunStarted)
@@ -142,7 +147,7 @@ def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors,
     told = {layer.name.removesuffix(".weight"): layer.format for layer in report.layers}
     assert {layer: config["format"] for layer, config in configs.items()} == told
     assert abs(target.stat().st_size - report.choice.chosen[0]) < 20_000  # the header
-    again = quantize_tensors(load_file(source), recipe, calibration=LayerInputs(known))
+    again = quantize_tensors(load_file(source), recipe, calibration=InMemoryCalibration(known))
     assert all(
         torch.equal(again.tensors[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in written.items()
     )

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors, quantize_weight
-from learned_rounding.quant_core.calibration import Inputs, LayerInputs
+from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics
 from learned_rounding.quant_core.calibration.histogram import histogram
 from learned_rounding.quant_core.errors import (
     AlreadyQuantizedError,
@@ -655,11 +655,11 @@ def test_layers_that_a_calibration_knows_are_calibrated(model, model_file, tmp_p
     tensors, layer = model(), "blocks.0.attn.qkv"
     inputs = torch.randn(300, 32, generator=torch.Generator().manual_seed(0)) + 0.3
     inputs = inputs @ torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
-    known = Inputs(inputs.t() @ inputs / 300, None, inputs.mean(dim=0))
+    known = LayerStatistics(inputs.t() @ inputs / 300, None, inputs.mean(dim=0))
     events = []
     recipe = Recipe(format="int8_tensorwise", damping=0.02)
     report = quantize_file(
-        model_file(), tmp_path / "q", recipe, calibration=LayerInputs({layer: known}), on_event=events.append
+        model_file(), tmp_path / "q", recipe, calibration=InMemoryCalibration({layer: known}), on_event=events.append
     )
     made = {finished.name.removesuffix(".weight"): finished for finished in report.layers}
     assert report.rounding == "calibrated"
@@ -677,7 +677,7 @@ def test_layers_that_a_calibration_knows_are_calibrated(model, model_file, tmp_p
 
 
 def test_a_calibration_that_does_not_fit_is_named(model_file, tmp_path, listing, sentences):
-    known = LayerInputs({LINEARS[0]: Inputs(torch.eye(31))})
+    known = InMemoryCalibration({LINEARS[0]: LayerStatistics(torch.eye(31))})
     with sentences.raises(CalibrationError):
         quantize_file(model_file(), tmp_path / "q", Recipe(), calibration=known)
     with sentences.raises(RecipeError):
@@ -698,9 +698,9 @@ def test_a_calibration_that_does_not_fit_is_named(model_file, tmp_path, listing,
 def test_inputs_that_fp8_would_flush_get_a_scale(model_file, tmp_path, recipe, scaled):
     inputs = torch.randn(300, 32, generator=torch.Generator().manual_seed(0)) * 1e-3
     gram = inputs.t() @ inputs / 300
-    small = Inputs(gram, amax=inputs.abs().amax(0), histogram=histogram(inputs))
-    usual = Inputs(gram * 1e6, amax=inputs.abs().amax(0) * 1e3, histogram=histogram(inputs * 1e3))
-    known = LayerInputs({LINEARS[0]: small, LINEARS[3]: usual})
+    small = LayerStatistics(gram, amax=inputs.abs().amax(0), histogram=histogram(inputs))
+    usual = LayerStatistics(gram * 1e6, amax=inputs.abs().amax(0) * 1e3, histogram=histogram(inputs * 1e3))
+    known = InMemoryCalibration({LINEARS[0]: small, LINEARS[3]: usual})
     quantize_file(model_file(), tmp_path / "q", recipe, calibration=known)
     written = load_file(tmp_path / "q")
     found = {name for name in written if name.endswith("input_scale")}
