@@ -35,8 +35,8 @@ from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.server import PACK, PACK_NAME
 from learned_rounding.quant_core.calibration import CalibrationFile
 from learned_rounding.quant_core.comparison import ssim
+from learned_rounding.quant_core.formats.layer_json import layer_configs
 from learned_rounding.quant_core.layer import quantize_weight
-from learned_rounding.quant_core.output import layer_configs
 from learned_rounding.quant_core.output.verify import layer_encoding
 from learned_rounding.quant_core.sources import SafetensorsFile
 
@@ -188,7 +188,9 @@ def _calibration_gains(path: Path, choices: dict, layers: list[str]) -> list[flo
     with CalibrationFile(path) as calibration:
         for name in layers:
             hessian = calibration.layer_statistics(name.removesuffix(".weight")).hessian
-            gains.append(quantize_weight(weights[name], gram=hessian, rounding="calibrated", **choices).rounded.gain)
+            gains.append(
+                quantize_weight(weights[name], hessian=hessian, rounding="calibrated", **choices).solution.gain
+            )
     return gains
 
 

@@ -136,8 +136,8 @@ def rounding(args) -> list[dict]:
                 format,
                 granularity=granularity,
                 convrot=convrot,
-                gram=layer_statistics[shape[1]].hessian,
-                holdout_gram=layer_statistics[shape[1]].validation_hessian,
+                hessian=layer_statistics[shape[1]].hessian,
+                validation_hessian=layer_statistics[shape[1]].validation_hessian,
                 rounding="calibrated",
             )
 

@@ -156,7 +156,7 @@ def _eight_bit(case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
         return (x / scale).to(torch.float8_e4m3fn).float() * scale
 
     def int8(x: torch.Tensor) -> torch.Tensor:
-        rotation = case.encoding(x.shape[-1]).rotation
+        rotation = case.codec(x.shape[-1]).rotation
         x = rotation.apply(x) if rotation else x
         scale = (x.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-30)
         x = (x / scale).round() * scale

@@ -120,7 +120,7 @@ def plot(result: dict, path: Path) -> None:
     axes.set_xticks(range(len(formats)), [name.replace("_", "\n").replace(" ", "\n", 1) for name in formats])
     axes.set_ylabel("relative error of the final embedding")
     axes.set_title(f"MiniLM-L6 with 8-bit weights, 36 layers; lower is better ({_where(result)})")
-    axes.grid(axis="y", linewidth=0.4)
+    axes.elements(axis="y", linewidth=0.4)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=len(drawn), loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from learned_rounding.quant_core import FORMATS, quantize_weight
-from learned_rounding.quant_core.formats import Encoding, make_encoding, rotation_groups
+from learned_rounding.quant_core.formats import Codec, make_codec, rotation_groups
 
 __all__ = ["CASES", "DEVICE", "FEW", "Case", "Known", "Outcome", "Ours", "Published", "Way"]
 
@@ -27,9 +27,9 @@ class Case:
     granularity: str
     rotated: bool = False
 
-    def encoding(self, inner: int) -> Encoding:
+    def encoding(self, inner: int) -> Codec:
         """As a weight of ``inner`` input channels has it."""
-        return make_encoding(
+        return make_codec(
             self.format, self.granularity, convrot=rotation_groups(self.rotated, inner)[0] if self.rotated else None
         )
 
@@ -90,15 +90,15 @@ class Ours:
         return not self._few or case in FEW
 
     def __call__(self, weight, case, known=None, bias=None) -> Outcome:
-        inputs = {"gram": known.gram, "holdout_gram": known.holdout} if self.calibrated else {}
+        inputs = {"hessian": known.gram, "validation_hessian": known.holdout} if self.calibrated else {}
         if known and known.mean is not None:
-            inputs |= {"mean_input": known.mean, "bias": bias}
+            inputs |= {"mean": known.mean, "bias": bias}
         made, seconds, peak = _measured(
             lambda: quantize_weight(
                 weight, case.format, granularity=case.granularity, convrot=case.rotated, **inputs, **self._options
             )
         )
-        return Outcome(made.dequantize(), seconds, peak, made.rounded.winner, made.bias)
+        return Outcome(made.dequantize(), seconds, peak, made.solution.solver, made.bias)
 
 
 class Published:
@@ -140,7 +140,7 @@ class Published:
             converter = LearnedRoundingConverter(**options)
             made, seconds, peak = _measured(lambda: converter.convert(weight, calibration_data=inputs, has_bias=True))
         codes, scale = made[:2]
-        encoding = case.encoding(weight.shape[1])
+        encoding = case.codec(weight.shape[1])
         tiles = encoding.tiles(tuple(weight.shape))
         values = codes.float() * tiles.spread(scale.float().reshape(tiles.counts).to(codes.device))
         return Outcome(encoding.rotation.apply(values) if encoding.rotation else values, seconds, peak)

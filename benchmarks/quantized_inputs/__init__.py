@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # custom_nodes, where the pack itself lies
 
-from learned_rounding.quant_core.output import layer_configs
+from learned_rounding.quant_core.formats.layer_json import layer_configs
 from learned_rounding.quant_core.output.verify import layer_encoding
 from learned_rounding.quant_core.sources import SafetensorsFile
 
@@ -14,7 +14,7 @@ __all__ = ["NODE_CLASS_MAPPINGS"]
 
 
 def _quantize(encoding, module, args):
-    return (encoding.quantize_inputs(args[0]).to(args[0].dtype), *args[1:])
+    return (encoding.quantize_activations(args[0]).to(args[0].dtype), *args[1:])
 
 
 class QuantizeInputs:

@@ -60,6 +60,11 @@ class QuantizedWeight:
         return self.solution.qdata
 
     @property
+    def scale(self) -> torch.Tensor:
+        """Effective scales, float32 (*counts)."""
+        return self.solution.scale
+
+    @property
     def format(self) -> Format:
         """Entry of :data:`FORMATS`."""
         return self.codec.format

@@ -18,8 +18,8 @@ from learned_rounding.quant_core.calibration import CalibrationFile
 from learned_rounding.quant_core.convert.dequantize import DecodedSource
 from learned_rounding.quant_core.convert.migrate import migrate_file
 from learned_rounding.quant_core.errors import QuantizationError
+from learned_rounding.quant_core.formats.layer_json import layer_configs
 from learned_rounding.quant_core.output import inspect_file, verify_file
-from learned_rounding.quant_core.output.metadata import layer_configs
 from learned_rounding.quant_core.recipes.layers import layer_rules
 from learned_rounding.quant_core.sources import SafetensorsFile, open_source
 

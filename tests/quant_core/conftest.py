@@ -84,10 +84,10 @@ def weight_error():
 
     def measure(quantized, weight: torch.Tensor) -> float:
         exact = weight.double()
-        scale, size = quantized.scale.double(), quantized.encoding.block_size
+        scale, size = quantized.scale.double(), quantized.codec.block_size
         if size:  # each entry covers a block; those at the edges are cut off
             scale = scale.repeat_interleave(size, 0).repeat_interleave(size, 1)[: exact.shape[0], : exact.shape[1]]
-        lost = quantized.codes.double() * scale - exact
+        lost = quantized.qdata.double() * scale - exact
         norm = exact.norm().item()
         return lost.norm().item() / norm if norm else math.nan
 

@@ -17,7 +17,7 @@ from learned_rounding.quant_core.calibration import (
 from learned_rounding.quant_core.calibration import hooks as collect
 from learned_rounding.quant_core.calibration.accumulate import LowRankHessianAccumulator, PairedHessianAccumulator
 from learned_rounding.quant_core.calibration.panels import packed_size
-from learned_rounding.quant_core.formats import make_encoding
+from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, verify_file
 from learned_rounding.quant_core.rounding import Calibrated, amax_scale, round_sequential
 from learned_rounding.quant_core.rounding.gptq import memory_bytes
@@ -50,7 +50,7 @@ def test_gpu_and_cpu_agree_within_ties(format, granularity, rounding, shape, dty
         assert same_scale.all()
     else:  # two candidates may be equally good to the last bit
         assert same_scale.float().mean() > 0.99
-    tiles = cpu.encoding.tiles(shape)
+    tiles = cpu.codec.tiles(shape)
     comparable = tiles.spread(same_scale.reshape(tiles.counts)).expand_as(weight)
     differ = (gpu.codes.cpu().float() != cpu.codes.float()) & comparable
     assert differ.sum() <= max(1, weight.numel() // 100_000)
@@ -61,9 +61,9 @@ def test_gpu_and_cpu_agree_within_ties(format, granularity, rounding, shape, dty
 def test_gpu_codes_are_torch_casts(format, granularity):
     weight = weights(1, 512, 768).cuda()
     quantized = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
-    tiles = quantized.encoding.tiles((512, 768))
+    tiles = quantized.codec.tiles((512, 768))
     scaled = weight.float() / tiles.spread(quantized.scale.reshape(tiles.counts))
-    assert torch.equal(quantized.codes.float(), quantized.format.grid.encode(scaled).float())
+    assert torch.equal(quantized.qdata.float(), quantized.format.elements.encode(scaled).float())
 
 
 @pytest.mark.parametrize("format, granularity", CASES)
@@ -110,19 +110,19 @@ def test_learned_codes_are_as_good_on_either(format, granularity, options):
     """A tie that falls the other way moves what follows it: codes differ here and there, what they cost does not."""
     weight = weights(2, 300, 640)
     gram = anisotropic(640) if options["rounding"] == "calibrated" else None
-    cpu = quantize_weight(weight, format, granularity=granularity, gram=gram, **options)
+    cpu = quantize_weight(weight, format, granularity=granularity, hessian=gram, **options)
     moved = None if gram is None else gram.cuda()
     gpu, again = (
-        quantize_weight(weight.cuda(), format, granularity=granularity, gram=moved, **options) for _ in range(2)
+        quantize_weight(weight.cuda(), format, granularity=granularity, hessian=moved, **options) for _ in range(2)
     )
-    assert torch.equal(gpu.codes.view(torch.uint8), again.codes.view(torch.uint8)) and torch.equal(
+    assert torch.equal(gpu.codes.view(torch.uint8), again.qdata.view(torch.uint8)) and torch.equal(
         gpu.scale, again.scale
     )
-    assert gpu.rounded.winner == cpu.rounded.winner
+    assert gpu.solution.solver == cpu.solution.solver
     # Gradient steps amplify last bits and find another local minimum; principal rounding may stop its search for the
     # damping one step sooner. What comes out is about as good.
     loose = "optimizer" in options or options["rounding"] == "principal"
-    assert gpu.rounded.gain == pytest.approx(cpu.rounded.gain, rel=0.5 if loose else 0.03)
+    assert gpu.solution.gain == pytest.approx(cpu.solution.gain, rel=0.5 if loose else 0.03)
     assert gpu.weight_error == pytest.approx(cpu.weight_error, rel=0.02)
 
 
@@ -144,8 +144,8 @@ def capped():
 @pytest.mark.parametrize("shape, parts", [((512, 8192), 1), ((16384, 2048), 1), ((16384, 2048), 4)])
 def test_sequential_rounding_needs_the_memory_it_states(shape, parts, sweeps):
     weight, gram = weights(0, *shape).cuda(), torch.eye(shape[1], device="cuda")
-    encoding = make_encoding("int8_tensorwise", "row")
-    tiles, grid = encoding.tiles(shape), encoding.format.grid
+    encoding = make_codec("int8_tensorwise", "row")
+    tiles, grid = encoding.tiles(shape), encoding.format.elements
     scale, quadratic = amax_scale(weight, grid, tiles), Calibrated(gram).quadratic(weight)
     for _ in range(2):  # the first run also loads libraries, whose workspace stays
         torch.cuda.empty_cache()
@@ -161,22 +161,22 @@ def test_24576_input_channels_fit_a_12_gb_card(capped, caplog):
     weight, gram = weights(0, 3072, 24576).cuda(), torch.eye(24576, dtype=torch.bfloat16)
     capped(12e9)
     with caplog.at_level(logging.WARNING):
-        result = quantize_weight(weight, "int8_tensorwise", gram=gram)
-    assert not caplog.records and result.codes.is_cuda
+        result = quantize_weight(weight, "int8_tensorwise", hessian=gram)
+    assert not caplog.records and result.qdata.is_cuda
 
 
 def test_too_little_memory_changes_the_place_and_not_the_result(capped, caplog):
     weight, gram = weights(0, 16384, 2048), anisotropic(2048)
-    roomy = quantize_weight(weight.cuda(), "int8_tensorwise", gram=gram)
+    roomy = quantize_weight(weight.cuda(), "int8_tensorwise", hessian=gram)
     places = []
     for limit in (560e6, 240e6):  # enough for fewer rows at a time, and for nothing
         capped(limit)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            made = quantize_weight(weight.cuda(), "int8_tensorwise", gram=gram)
+            made = quantize_weight(weight.cuda(), "int8_tensorwise", hessian=gram)
         places.append([record.name for record in caplog.records])
-        assert made.codes.is_cuda and made.rounded.winner == roomy.rounded.winner
-        assert made.rounded.gain == pytest.approx(roomy.rounded.gain, rel=0.01)
+        assert made.qdata.is_cuda and made.solution.solver == roomy.solution.solver
+        assert made.solution.gain == pytest.approx(roomy.solution.gain, rel=0.01)
     assert {name for names in places for name in names} == {quantize_weight.__module__}
     assert len(places[1]) == 3  # one part, 4, 16, and then the CPU
 
@@ -259,7 +259,9 @@ def test_weights_make_up_for_quantized_inputs_as_on_a_cpu():
     for device in ("cpu", "cuda"):
         grams = PairedHessianAccumulator(256, torch.zeros(packed_size(512), device=device), torch.device(device))
         grams.add(rows[:4000].to(device))
-        made = quantize_weight(weight.to(device), "int8_tensorwise", gram=grams.result(), holdout_gram=held_out)
+        made = quantize_weight(
+            weight.to(device), "int8_tensorwise", hessian=grams.result(), validation_hessian=held_out
+        )
         errors.append(made.output_error)
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 

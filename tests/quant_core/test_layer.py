@@ -10,7 +10,7 @@ from learned_rounding.quant_core.calibration import LayerStatistics, LowRankHess
 from learned_rounding.quant_core.calibration.accumulate import PairedHessianAccumulator
 from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.errors import CalibrationError, RecipeError, UnknownNameError
-from learned_rounding.quant_core.formats import make_encoding
+from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.rounding import Method, slabs
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def test_dtypes_that_hold_the_same_numbers_give_the_same_codes(format, granulari
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
     ]
     for other in results[1:]:
-        assert torch.equal(other.codes.view(torch.uint8), results[0].codes.view(torch.uint8))
+        assert torch.equal(other.qdata.view(torch.uint8), results[0].qdata.view(torch.uint8))
         assert torch.equal(other.scale, results[0].scale) and other.weight_error == results[0].weight_error
 
 
@@ -48,9 +48,9 @@ def test_parameters_and_views_are_taken():
     weight = random(24, 16)
     expected = quantize_weight(weight.t().contiguous(), "int8_tensorwise")
     got = quantize_weight(torch.nn.Parameter(weight).t(), "int8_tensorwise")
-    assert torch.equal(got.codes, expected.codes) and torch.equal(got.scale, expected.scale)
-    assert not got.codes.requires_grad and not got.scale.requires_grad
-    assert got.codes.is_contiguous()
+    assert torch.equal(got.qdata, expected.qdata) and torch.equal(got.scale, expected.scale)
+    assert not got.qdata.requires_grad and not got.scale.requires_grad
+    assert got.qdata.is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog, se
         tried.clear()
         caplog.clear()
         made = layer._Layer(where, LayerStatistics(), None, None, method, 0, None).quantize(
-            make_encoding("int8_tensorwise")
+            make_codec("int8_tensorwise")
         )
         assert made == "made" and len(caplog.records) == len(tried) - 1
         sentences(caplog.messages)
@@ -147,16 +147,16 @@ def test_what_is_no_layer_of_these_inputs_is_refused(sentences):
         LowRankHessian(torch.zeros(7, 2), torch.zeros(8)),
     ]:
         with sentences.raises(CalibrationError):
-            quantize_weight(random(4, 8), "int8_tensorwise", gram=gram)
+            quantize_weight(random(4, 8), "int8_tensorwise", hessian=gram)
 
 
 def test_a_low_rank_gram_is_a_gram():
     factor, diagonal = random(32, 5, seed=1), torch.rand(32, generator=torch.Generator().manual_seed(2))
     whole = factor @ factor.t() + torch.diag(diagonal)
     weight = random(16, 32)
-    expected = quantize_weight(weight, "int8_tensorwise", gram=whole)
-    made = quantize_weight(weight, "int8_tensorwise", gram=LowRankHessian(factor.half().float(), diagonal))
-    assert (made.codes == expected.codes).float().mean() > 0.9
+    expected = quantize_weight(weight, "int8_tensorwise", hessian=whole)
+    made = quantize_weight(weight, "int8_tensorwise", hessian=LowRankHessian(factor.half().float(), diagonal))
+    assert (made.qdata == expected.qdata).float().mean() > 0.9
     assert made.output_error == pytest.approx(expected.output_error, rel=0.05)
 
 
@@ -166,9 +166,9 @@ def test_held_out_inputs_have_the_last_word():
     strong = torch.logspace(0, -4, 48)
     gram, others = (basis * strong) @ basis.t(), (basis * strong.flip(0)) @ basis.t()
     weight = random(64, 48)
-    assert quantize_weight(weight, "int8_tensorwise", gram=gram, damping=1e-4).rounded.winner == "sequential"
-    made = quantize_weight(weight, "int8_tensorwise", gram=gram, holdout_gram=others, damping=1e-4)
-    assert made.rounded.winner == "nearest" and made.rounded.gain <= 1
+    assert quantize_weight(weight, "int8_tensorwise", hessian=gram, damping=1e-4).solution.solver == "sequential"
+    made = quantize_weight(weight, "int8_tensorwise", hessian=gram, validation_hessian=others, damping=1e-4)
+    assert made.solution.solver == "nearest" and made.solution.gain <= 1
 
 
 def test_held_out_inputs_choose_the_damping():
@@ -183,7 +183,7 @@ def test_held_out_inputs_choose_the_damping():
 
     held_out, errors = gram(4096, 8), {}
     for count in (24, 4096):
-        known = {"gram": gram(count, 7), "holdout_gram": held_out}
+        known = {"hessian": gram(count, 7), "validation_hessian": held_out}
         errors[count] = {
             damping: quantize_weight(weight, "int8_tensorwise", damping=damping, **known).output_error
             for damping in (0.01, 0.1, 1.0, None)
@@ -216,17 +216,17 @@ def test_weights_make_up_for_quantized_inputs(outliers, options, sentences):
     paired, weight, bias = grams.result(), random(64, 96, seed=21) * 0.05, random(64, seed=22)
     others, unseen = outliers(512, 30), outliers(4000, 31)
     known = {
-        "holdout_gram": LowRankHessian(others.t() / 512**0.5, torch.zeros(96)),
-        "mean_input": paired.mean[:96],
+        "validation_hessian": LowRankHessian(others.t() / 512**0.5, torch.zeros(96)),
+        "mean": paired.mean[:96],
         "bias": bias,
     }
     errors = {}
     for name, gram in {"inputs as they are": dense_hessian(paired, 96, CPU), "quantized inputs": paired}.items():
-        made = quantize_weight(weight, "int8_tensorwise", gram=gram, **known, **options)
-        got = made.encoding.quantize_inputs(unseen) @ made.dequantize().t() + made.bias
+        made = quantize_weight(weight, "int8_tensorwise", hessian=gram, **known, **options)
+        got = made.codec.quantize_activations(unseen) @ made.dequantize().t() + made.bias
         errors[name] = float((got - unseen @ weight.t() - bias).norm() / (unseen @ weight.t()).norm())
     assert made.output_error == pytest.approx(errors["quantized inputs"], rel=0.1)
-    sentences(made.rounded.note)
+    sentences(made.note)
     assert made.weight_error == pytest.approx(float((made.dequantize() - weight).norm() / weight.norm()), rel=1e-4)
     if options.get("convrot"):
         assert errors["quantized inputs"] <= 1.02 * errors["inputs as they are"]
@@ -237,10 +237,10 @@ def test_weights_make_up_for_quantized_inputs(outliers, options, sentences):
 def test_rotation_is_chosen_for_quantized_inputs_where_some_are_known(outliers):
     """An outlier channel hardly bothers the rounding of weights, and ruins that of inputs."""
     weight, others = random(64, 96, seed=21), outliers(512, 30)
-    known = {"gram": others.t() @ others / 512, "rounding": "nearest", "convrot": "auto"}
+    known = {"hessian": others.t() @ others / 512, "rounding": "nearest", "convrot": "auto"}
     held_out = LowRankHessian(others.t() / 512**0.5, torch.zeros(96))
-    made = quantize_weight(weight, "int8_tensorwise", **known, holdout_gram=held_out)
-    assert made.encoding.rotation.size == 16
+    made = quantize_weight(weight, "int8_tensorwise", **known, validation_hessian=held_out)
+    assert made.codec.rotation.size == 16
     errors = [
         layer.output_error(
             weight, quantize_weight(weight, "int8_tensorwise", rounding="nearest", convrot=group), others
@@ -254,16 +254,16 @@ def test_formats_that_leave_inputs_alone_take_paired_grams_as_plain_ones(outlier
     grams = PairedHessianAccumulator(96, torch.zeros(packed_size(192)), CPU)
     grams.add(outliers(500, 0))
     weight, paired = random(32, 96), grams.result()
-    made = [quantize_weight(weight, "float8_e4m3fn", gram=gram) for gram in (paired, dense_hessian(paired, 96, CPU))]
-    assert torch.equal(*(one.codes.view(torch.uint8) for one in made))
+    made = [quantize_weight(weight, "float8_e4m3fn", hessian=gram) for gram in (paired, dense_hessian(paired, 96, CPU))]
+    assert torch.equal(*(one.qdata.view(torch.uint8) for one in made))
 
 
 def test_output_channels_may_count_differently():
     """A scale shared by all rows follows the rows that count; the reported gain counts them too."""
     weight, gram = torch.cat([random(8, 64) * 0.01, random(8, 64, seed=1)]), torch.eye(64)
     counts = torch.cat([torch.ones(8), torch.full((8,), 1e-9)])
-    plain = quantize_weight(weight, "int8_tensorwise", granularity="tensor", gram=gram)
-    favoured = quantize_weight(weight, "int8_tensorwise", granularity="tensor", gram=gram, output_weight=counts)
+    plain = quantize_weight(weight, "int8_tensorwise", granularity="tensor", hessian=gram)
+    favoured = quantize_weight(weight, "int8_tensorwise", granularity="tensor", hessian=gram, output_weight=counts)
     small = [(made.dequantize()[:8] - weight[:8]).norm() for made in (plain, favoured)]
     assert small[1] < 0.8 * small[0]
 

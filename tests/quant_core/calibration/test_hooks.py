@@ -17,7 +17,7 @@ from learned_rounding.quant_core.calibration import (
     quantized_hessians,
 )
 from learned_rounding.quant_core.errors import CalibrationError, OutputError
-from learned_rounding.quant_core.formats import make_encoding
+from learned_rounding.quant_core.formats import make_codec
 
 CPU = torch.device("cpu")
 WIDTH, TOKENS = 48, 40
@@ -289,7 +289,7 @@ def test_paired_hessian_matches_activations_and_their_quantization(
     with calibrate(block, batches[:3], tmp_path / "first", **options) as earlier:
         file = calibrate(block, batches[3:], tmp_path, earlier=earlier, **options)
     x = flatten(batches)
-    x_hat = make_encoding("int8_tensorwise").quantize_inputs(x)
+    x_hat = make_codec("int8_tensorwise").quantize_activations(x)
     with file:
         hessian = file.layer_statistics("q").hessian
         assert isinstance(hessian, PairedHessian)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.calibration import CalibrationFile, Collector, SensitivityAnalysis
-from learned_rounding.quant_core.layer import quantize_weight
 
 WIDTH = 48
 

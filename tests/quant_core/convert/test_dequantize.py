@@ -8,9 +8,9 @@ from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.convert.dequantize import DecodedSource
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, OutputExistsError, SourceError
-from learned_rounding.quant_core.formats import make_encoding
-from learned_rounding.quant_core.formats.weight import config_tensor
-from learned_rounding.quant_core.output import quantization_metadata, verify_file
+from learned_rounding.quant_core.formats import make_codec
+from learned_rounding.quant_core.formats.layer_json import config_tensor, quantization_metadata
+from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
 
 
@@ -62,7 +62,7 @@ def test_a_rotation_under_params_is_undone(tmp_path):
 @pytest.mark.parametrize("by_header, by_tensor", [(16, None), (None, 16)])
 def test_the_header_is_read_where_the_tensor_disagrees(tmp_path, by_header, by_tensor):
     """ComfyUI writes the header's JSON over the tensor."""
-    configs = {convrot: make_encoding("int8_tensorwise", "row", convrot=convrot).config for convrot in (None, 16)}
+    configs = {convrot: make_codec("int8_tensorwise", "row", convrot=convrot).config for convrot in (None, 16)}
     made = quantize_tensors(plain(), Recipe(format="int8_tensorwise", convrot=by_header, rounding="nearest")).tensors
     made["a.comfy_quant"] = config_tensor(configs[by_tensor])
     disputed = TensorSource(made, {"_quantization_metadata": quantization_metadata({"a": configs[by_header]})})

@@ -11,8 +11,8 @@ from learned_rounding.quant_core.calibration import CalibrationFile, InMemoryCal
 from learned_rounding.quant_core.calibration.histogram import histogram
 from learned_rounding.quant_core.convert.migrate import migrate_file
 from learned_rounding.quant_core.errors import NothingToQuantizeError, OutputError, SourceError
-from learned_rounding.quant_core.formats.weight import config_tensor
-from learned_rounding.quant_core.output import layer_configs, verify_file
+from learned_rounding.quant_core.formats.layer_json import config_tensor, layer_configs
+from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.sources import SafetensorsFile
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8

@@ -4,7 +4,7 @@ import pytest
 
 from learned_rounding.quant_core import FORMATS
 from learned_rounding.quant_core.errors import UnknownNameError
-from learned_rounding.quant_core.formats import E4M3, E5M2, INT8, find_format, sibling
+from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT8, find_format, find_sibling
 
 
 def test_keys_are_the_format_strings():
@@ -13,7 +13,7 @@ def test_keys_are_the_format_strings():
 
 
 @pytest.mark.parametrize(
-    "name, grid, granularities, full_precision",
+    "name, elements, granularities, full_precision",
     [
         ("float8_e4m3fn", E4M3, ["tensor"], "choice"),
         ("float8_e5m2", E5M2, ["tensor"], "always"),
@@ -21,11 +21,13 @@ def test_keys_are_the_format_strings():
         ("float8_e4m3fn_rowwise", E4M3, ["row"], "never"),
         ("float8_e4m3fn_blockwise", E4M3, ["block"], "never"),
         ("int8_blockwise", INT8, ["block"], "never"),
+        ("nvfp4", E2M1, ["group"], "never"),
+        ("mxfp8", E4M3, ["group"], "never"),
     ],
 )
-def test_entries(name, grid, granularities, full_precision):
+def test_entries(name, elements, granularities, full_precision):
     entry = find_format(name)
-    assert entry.grid is grid
+    assert entry.elements is elements
     assert list(entry.granularities) == granularities
     assert entry.full_precision_matmul == full_precision
 
@@ -52,9 +54,9 @@ def test_an_unknown_format_unlike_any_lists_all(sentences):
         ("int8_blockwise", "tensor", "int8_tensorwise"),
     ],
 )
-def test_siblings_share_the_numbers(name, granularity, other):
-    assert sibling(find_format(name), granularity).name == other
+def test_siblings_share_the_elements(name, granularity, other):
+    assert find_sibling(find_format(name), granularity).name == other
 
 
-def test_a_format_may_have_no_sibling():
-    assert sibling(find_format("float8_e5m2"), "row") is None
+def test_a_format_may_have_no_find_sibling():
+    assert find_sibling(find_format("float8_e5m2"), "row") is None

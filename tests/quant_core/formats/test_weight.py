@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from learned_rounding.quant_core import QuantizationError, quantize_weight
-from learned_rounding.quant_core.output import layer_configs, quantization_metadata
+from learned_rounding.quant_core.formats.layer_json import layer_configs, quantization_metadata
 from learned_rounding.quant_core.sources.source import TensorSource
 
 # format, options, dtype of the codes, shape of the scale, JSON
@@ -69,7 +69,7 @@ def test_dequantize_is_scale_times_code(weight, format, granularity):
     assert decoded.dtype == torch.float32 and decoded.shape == weight.shape
     for row in range(6):
         scale = quantized.scale if granularity == "tensor" else quantized.scale[row, 0]
-        assert torch.equal(decoded[row], torch.stack([code.float() * scale for code in quantized.codes[row]]))
+        assert torch.equal(decoded[row], torch.stack([code.float() * scale for code in quantized.qdata[row]]))
     assert (decoded - weight).norm() < 0.1 * weight.norm()
 
 
@@ -85,23 +85,23 @@ def test_blocks_at_the_edges_may_be_smaller(format):
         for left in range(0, 45, 8):
             block = (slice(top, top + 8), slice(left, left + 8))
             scale = quantized.scale[top // 8, left // 8]
-            assert torch.equal(decoded[block], quantized.codes[block].float() * scale)
+            assert torch.equal(decoded[block], quantized.qdata[block].float() * scale)
             assert (decoded[block] - weight[block]).norm() < 0.05 * weight[block].norm()
 
 
 def test_a_rotated_weight_comes_back_in_its_own_basis():
     weight = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     rotated = quantize_weight(weight, "int8_tensorwise", convrot=64)
-    assert rotated.encoding.rotation.size == 64
+    assert rotated.codec.rotation.size == 64
     assert (rotated.dequantize() - weight).norm() < 0.02 * weight.norm()
-    plain = rotated.codes.float() * rotated.scale
+    plain = rotated.qdata.float() * rotated.scale
     assert (plain - weight).norm() > weight.norm()  # what stands in the file is another matrix
 
 
 def test_convolutions_are_for_the_library_only(sentences):
     weight = torch.randn(4, 6, 3, 3, generator=torch.Generator().manual_seed(1))
     quantized = quantize_weight(weight, "int8_tensorwise")
-    assert quantized.codes.shape == (4, 54) and quantized.dequantize().shape == weight.shape
+    assert quantized.qdata.shape == (4, 54) and quantized.dequantize().shape == weight.shape
     assert (quantized.dequantize() - weight).norm() < 0.02 * weight.norm()
     with sentences.raises(QuantizationError):
         quantized.tensors("conv")
@@ -109,6 +109,6 @@ def test_convolutions_are_for_the_library_only(sentences):
 
 def test_a_corrected_bias_stands_with_its_weight(weight):
     bias, mean = torch.zeros(6, dtype=torch.bfloat16), torch.ones(32)
-    quantized = quantize_weight(weight, "int8_tensorwise", bias=bias, mean_input=mean)
+    quantized = quantize_weight(weight, "int8_tensorwise", bias=bias, mean=mean)
     assert quantized.tensors("fc")["fc.bias"].dtype is torch.bfloat16
     assert "fc.bias" not in quantize_weight(weight, "int8_tensorwise").tensors("fc")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from learned_rounding.quant_core.errors import SourceError
-from learned_rounding.quant_core.output import layer_configs, loading_note, provenance, quantization_metadata
+from learned_rounding.quant_core.formats.layer_json import layer_configs, quantization_metadata
+from learned_rounding.quant_core.output import loading_note, provenance
 from learned_rounding.quant_core.recipes.toml import tomllib
 from learned_rounding.quant_core.sources import TensorSource
 

@@ -161,7 +161,7 @@ def test_full_precision_matmul_contradicts_int8(granularity, sentences):
     """ComfyUI ignores the key there, and an option that does nothing is refused."""
     with sentences.raises(RecipeError):
         Recipe(format="int8_tensorwise", granularity=granularity, full_precision_matmul=True)
-    config = Recipe(full_precision_matmul=True).encoding.config
+    config = Recipe(full_precision_matmul=True).codec.config
     assert config == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
 
 
@@ -233,7 +233,7 @@ def test_options_without_effect_are_refused(values, sentences):
 def test_a_layer_gets_everything_that_concerns_it():
     recipe = Recipe(format="int8_tensorwise", convrot=64, rounding="principal", top_p=0.5, keep=("x",), seed=3)
     made = quantize_weight(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), **recipe.layer_options)
-    assert made.encoding == recipe.encoding and made.rounded.winner == "sequential"
+    assert made.codec == recipe.codec and made.solution.solver == "sequential"
     assert set(recipe.layer_options) == {field.name for field in dataclasses.fields(Recipe)} - {
         *("keep", "heur", "preset", "target_size", "target_error", "block_formats", "layer_config")
     }

@@ -31,7 +31,7 @@ def anisotropic(gaussian):
         inputs = [(gaussian(tokens, inner, seed=seed + half) * spectrum) @ basis + mean for half in (0, 1)]
         grams = [x.t() @ x / tokens for x in inputs]
         means = [x.mean(dim=0) for x in inputs]
-        return SimpleNamespace(gram=grams[0], holdout=grams[1], mean=means[0], inputs=inputs[1])
+        return SimpleNamespace(hessian=grams[0], holdout=grams[1], mean=means[0], inputs=inputs[1])
 
     return make
 

@@ -1,81 +1,88 @@
-"""Sequential rounding against its textbook form, and what it buys."""
+"""GPTQ against its published form in float64, and the error it saves."""
 
 import pytest
 import torch
 
 from learned_rounding.quant_core import FORMATS, quantize_weight
 from learned_rounding.quant_core.errors import CalibrationError
-from learned_rounding.quant_core.formats import make_encoding
-from learned_rounding.quant_core.rounding import Calibrated, Principal, Quadratic, amax_scale, round_sequential
-from learned_rounding.quant_core.rounding import gptq as module
+from learned_rounding.quant_core.formats import make_codec
+from learned_rounding.quant_core.rounding import (
+    Principal,
+    Quadratic,
+    amax_scale,
+    gptq,
+    hessian_quadratic,
+    projected,
+    round_gptq,
+)
 
 TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
 
 
-def parts(format, granularity, weight):
-    encoding = make_encoding(format, granularity, block_size=16 if granularity == "block" else None)
-    tiles = encoding.tiles(tuple(weight.shape))
-    return encoding.format.grid, tiles, amax_scale(weight, encoding.format.grid, tiles)
+def space_and_scale(format, granularity, weight):
+    """The solve space of a weight, and its amax scales."""
+    codec = make_codec(format, granularity, block_size=16 if granularity == "block" else None)
+    space = codec.solve_space(tuple(weight.shape))
+    return space, amax_scale(weight, space)[0]
 
 
-def optq(weight, scale, grid, gram, damping):
-    """GPTQ as its paper has it: columns by falling diagonal, errors through the Cholesky factor of the inverse; float64."""
-    order = gram.diagonal().argsort(stable=True).flip(0)
-    h = gram.double() + damping * torch.eye(gram.shape[0])
+def published_gptq(weight, scale, elements, hessian, dampening):
+    """GPTQ as published: columns by falling diagonal, errors through the Cholesky factor of the inverse; float64."""
+    order = hessian.diagonal().argsort(stable=True).flip(0)
+    h = hessian.double() + dampening * torch.eye(hessian.shape[0])
     upper = torch.linalg.cholesky(torch.linalg.inv(h[order][:, order]), upper=True)
-    left, codes = weight.double()[:, order].clone(), torch.empty_like(weight)
+    left, values = weight.double()[:, order].clone(), torch.empty_like(weight)
     spread = scale.double().expand(weight.shape)[:, order]
     for j in range(weight.shape[1]):
-        codes[:, j] = grid.encode((left[:, j] / spread[:, j]).float()).float()
-        error = (left[:, j] - codes[:, j] * spread[:, j]) / upper[j, j]
+        values[:, j] = elements.encode((left[:, j] / spread[:, j]).float()).float()
+        error = (left[:, j] - values[:, j] * spread[:, j]) / upper[j, j]
         left[:, j:] -= error[:, None] * upper[j, j:]
-    back = torch.empty_like(codes)
-    back[:, order] = codes
+    back = torch.empty_like(values)
+    back[:, order] = values
     return back
 
 
 @pytest.mark.parametrize("format, granularity", TARGETS)
 @pytest.mark.parametrize("shape", [(24, 200), (7, 40), (1, 9), (5, 1)])
-def test_it_is_gptq(gaussian, anisotropic, format, granularity, shape):
+def test_gptq_matches_the_published_form_in_float64(gaussian, anisotropic, format, granularity, shape):
     """Blocks, the transposed layout and the factor of H instead of its inverse change nothing but ties."""
     weight, known = gaussian(*shape) * 0.02, anisotropic(shape[1])
-    grid, tiles, scale = parts(format, granularity, weight)
-    quadratic = Calibrated(known.gram, 0.05).quadratic(weight)
-    got = round_sequential(weight, scale, grid, tiles, quadratic).float()
-    want = optq(weight, tiles.spread(scale), grid, known.gram, quadratic.damping)
+    space, scale = space_and_scale(format, granularity, weight)
+    quadratic = hessian_quadratic(known.gram, 0.05)
+    got = round_gptq(weight, scale, space, quadratic).float()
+    want = published_gptq(weight, space.groups.spread(scale), space.elements, known.gram, quadratic.dampening)
     assert (got == want).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("format, granularity", TARGETS)
-def test_without_coupling_it_is_nearest(gaussian, format, granularity):
+def test_gptq_with_a_diagonal_hessian_is_round_to_nearest(gaussian, format, granularity):
     weight = gaussian(40, 150) * 0.02
-    grid, tiles, scale = parts(format, granularity, weight)
-    gram = torch.diag(torch.linspace(0.1, 3, 150))
-    for quadratic in (Quadratic(), Calibrated(gram).quadratic(weight)):
-        codes = round_sequential(weight, scale, grid, tiles, quadratic)
-        assert torch.equal(codes.float(), grid.encode(weight / tiles.spread(scale)).float())
+    space, scale = space_and_scale(format, granularity, weight)
+    hessian = torch.diag(torch.linspace(0.1, 3, 150))
+    for quadratic in (Quadratic(), hessian_quadratic(hessian, 0.01)):
+        qdata = round_gptq(weight, scale, space, quadratic)
+        assert torch.equal(qdata.float(), space.encode(weight, scale).float())
 
 
 @pytest.mark.parametrize("format, granularity", TARGETS)
 def test_parts_change_nothing(gaussian, anisotropic, format, granularity):
     weight, known = gaussian(50, 64), anisotropic(64)
-    grid, tiles, scale = parts(format, granularity, weight)
-    quadratic = Calibrated(known.gram).quadratic(weight)
-    whole = round_sequential(weight, scale, grid, tiles, quadratic, sweeps=1).float()
+    space, scale = space_and_scale(format, granularity, weight)
+    quadratic = hessian_quadratic(known.gram, 0.01)
+    whole = round_gptq(weight, scale, space, quadratic, passes=1).float()
     for count in (2, 4, 16, 1000):
-        some = round_sequential(weight, scale, grid, tiles, quadratic, sweeps=1, parts=count).float()
+        some = round_gptq(weight, scale, space, quadratic, passes=1, parts=count).float()
         assert (some == whole).float().mean() > 0.99  # products of other sizes may round differently
 
 
 @pytest.mark.parametrize("format, granularity", TARGETS)
-def test_sweeps_never_raise_the_loss(gaussian, anisotropic, format, granularity):
+def test_coordinate_descent_never_raises_the_loss(gaussian, anisotropic, format, granularity):
     weight, known = gaussian(32, 160), anisotropic(160)
-    grid, tiles, scale = parts(format, granularity, weight)
-    quadratic = Calibrated(known.gram, 0.01).quadratic(weight)
+    space, scale = space_and_scale(format, granularity, weight)
+    quadratic = hessian_quadratic(known.gram, 0.01)
     losses = []
-    for sweeps in range(6):
-        codes = round_sequential(weight, scale, grid, tiles, quadratic, sweeps=sweeps)
-        error = codes.float() * tiles.spread(scale) - weight
+    for passes in range(6):
+        error = space.decode(round_gptq(weight, scale, space, quadratic, passes=passes), scale) - weight
         losses.append(float((quadratic.gradient(error) * error).sum()))
     assert all(after <= before * (1 + 1e-5) for before, after in zip(losses, losses[1:], strict=False))
     assert losses[-1] < losses[0]
@@ -85,9 +92,11 @@ def test_sweeps_never_raise_the_loss(gaussian, anisotropic, format, granularity)
 def test_calibration_halves_the_output_error(gaussian, anisotropic, output_error, format, granularity):
     weight, known = gaussian(64, 256) * 0.02, anisotropic(256)
     plain = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
-    learned = quantize_weight(weight, format, granularity=granularity, gram=known.gram, holdout_gram=known.holdout)
+    learned = quantize_weight(
+        weight, format, granularity=granularity, hessian=known.gram, validation_hessian=known.holdout
+    )
     assert output_error(learned, weight, known.holdout) < 0.55 * output_error(plain, weight, known.holdout)
-    assert learned.rounded.winner == "sequential"
+    assert learned.solution.solver == "gptq"
     assert learned.output_error == pytest.approx(output_error(learned, weight, known.holdout), rel=1e-3)
     assert learned.weight_error > plain.weight_error  # the price, and why weight error misleads
 
@@ -116,7 +125,7 @@ def test_principal_keeps_its_bargain_on_localized_directions(gaussian):
     weight[:, :30] *= 5
     nearest = quantize_weight(weight, "int8_tensorwise").weight_error
     made = quantize_weight(weight, "int8_tensorwise", rounding="principal")
-    assert made.rounded.winner == "sequential" and made.rounded.gain < 0.8
+    assert made.solution.solver == "gptq" and made.solution.gain < 0.8
     assert made.weight_error <= 1.03 * nearest * (1 + 1e-6)
 
 
@@ -128,7 +137,7 @@ def test_the_cost_bounds_the_weight_error(gaussian):
     ]
     for cost, result in zip((0.003, 0.02, 0.2), results, strict=True):
         assert nearest < result.weight_error <= nearest * (1 + cost)
-    gains = [result.rounded.gain for result in results]
+    gains = [result.solution.gain for result in results]
     assert gains == sorted(gains, reverse=True)
 
 
@@ -137,22 +146,23 @@ def test_the_low_rank_factor_is_that_of_the_matrix(gaussian):
     quadratic = Principal(top_p=0.3).quadratic(weight)
     order = quadratic.column_weight.argsort()
     blocks = [slice(start, min(90, start + 20)) for start in range(0, 90, 20)]
-    pulls = module._low_rank_factor(quadratic.factor[order], quadratic.damping, blocks)
-    unit = module._unit_factor(quadratic, order)
+    multipliers = projected._multipliers(quadratic.factor[order], quadratic.dampening, blocks)
+    unit = gptq._unit_factor(quadratic, order)
     for block in blocks[:-1]:
         want = unit[block.stop :, block]
-        torch.testing.assert_close(quadratic.factor[order][block.stop :] @ pulls[block].t(), want, rtol=1e-3, atol=1e-4)
+        got = quadratic.factor[order][block.stop :] @ multipliers[block].t()
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
-def test_a_nearly_singular_gram_is_damped_more(gaussian):
+def test_a_nearly_singular_hessian_gets_more_dampening(gaussian):
     column = gaussian(8, 1)
     gram = column @ column.t()
-    result = quantize_weight(gaussian(4, 8, seed=1), "int8_tensorwise", gram=gram, damping=1e-8)
+    result = quantize_weight(gaussian(4, 8, seed=1), "int8_tensorwise", hessian=gram, damping=1e-8)
     assert torch.isfinite(result.dequantize()).all()
 
 
-def test_what_is_no_gram_is_refused(gaussian, sentences):
+def test_an_indefinite_hessian_is_rejected(gaussian, sentences):
     gram = torch.eye(8)
     gram[0, 1] = gram[1, 0] = 50.0
     with sentences.raises(CalibrationError):
-        quantize_weight(gaussian(4, 8), "int8_tensorwise", gram=gram)
+        quantize_weight(gaussian(4, 8), "int8_tensorwise", hessian=gram)

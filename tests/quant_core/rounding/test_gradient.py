@@ -7,8 +7,8 @@ import torch
 
 from learned_rounding.quant_core import FORMATS, quantize_weight
 from learned_rounding.quant_core.errors import MissingPackageError
-from learned_rounding.quant_core.formats import make_encoding
-from learned_rounding.quant_core.rounding import OPTIMIZERS, SCHEDULES, Calibrated, amax_scale, round_gradient
+from learned_rounding.quant_core.formats import make_codec
+from learned_rounding.quant_core.rounding import OPTIMIZERS, SCHEDULES, amax_scale, hessian_quadratic, round_gradient
 
 TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
 
@@ -19,29 +19,27 @@ def problem(gaussian, anisotropic):
 
     def make(format="int8_tensorwise", granularity="row", shape=(24, 96)):
         weight, known = gaussian(*shape) * 0.02, anisotropic(shape[1])
-        encoding = make_encoding(format, granularity, block_size=16 if granularity == "block" else None)
-        grid, tiles = encoding.format.grid, encoding.tiles(shape)
-        scale = amax_scale(weight, grid, tiles)
-        return weight, scale, grid, tiles, Calibrated(known.gram).quadratic(weight)
+        codec = make_codec(format, granularity, block_size=16 if granularity == "block" else None)
+        space = codec.solve_space(shape)
+        return weight, amax_scale(weight, space)[0], space, hessian_quadratic(known.gram, 0.01)
 
     return make
 
 
-def damped_loss(codes, weight, scale, grid, tiles, quadratic) -> float:
-    error = codes.float() * tiles.spread(scale) - weight
+def dampened_loss(qdata, weight, scale, space, quadratic) -> float:
+    error = space.decode(qdata, scale) - weight
     return float((quadratic.gradient(error) * error).sum().double())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("format, granularity", TARGETS)
 def test_every_optimizer_beats_nearest_with_neighbouring_codes(problem, format, granularity, optimizer):
-    weight, scale, grid, tiles, quadratic = problem(format, granularity)
-    codes = round_gradient(weight, scale, grid, tiles, quadratic, optimizer=optimizer, num_iter=130)
-    low, high = grid.neighbours(weight / tiles.spread(scale))
-    assert ((codes.float() == low) | (codes.float() == high)).all()
-    nearest = grid.encode(weight / tiles.spread(scale))
-    arguments = (weight, scale, grid, tiles, quadratic)
-    assert damped_loss(codes, *arguments) < 0.8 * damped_loss(nearest, *arguments)
+    arguments = weight, scale, space, quadratic = problem(format, granularity)
+    qdata = round_gradient(*arguments, optimizer=optimizer, num_iter=130)
+    low, high = space.elements.neighbours(weight / space.divisor(scale))
+    assert ((qdata.float() == low) | (qdata.float() == high)).all()
+    nearest = space.encode(weight, scale)
+    assert dampened_loss(qdata, *arguments) < 0.8 * dampened_loss(nearest, *arguments)
 
 
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
@@ -49,7 +47,7 @@ def test_every_optimizer_beats_nearest_with_neighbouring_codes(problem, format, 
 def test_more_steps_are_never_worse(problem, optimizer, schedule):
     arguments = problem()
     losses = [
-        damped_loss(round_gradient(*arguments, optimizer=optimizer, num_iter=steps, lr_schedule=schedule), *arguments)
+        dampened_loss(round_gradient(*arguments, optimizer=optimizer, num_iter=steps, lr_schedule=schedule), *arguments)
         for steps in (0, 1, 5, 40, 126, 160)
     ]
     assert all(after <= before for before, after in zip(losses, losses[1:], strict=False))
@@ -57,9 +55,9 @@ def test_more_steps_are_never_worse(problem, optimizer, schedule):
 
 
 def test_without_steps_it_is_nearest(problem):
-    weight, scale, grid, tiles, quadratic = problem()
-    codes = round_gradient(weight, scale, grid, tiles, quadratic, optimizer="adamw", num_iter=0)
-    assert torch.equal(codes, grid.encode(weight / tiles.spread(scale)))
+    weight, scale, space, quadratic = problem()
+    qdata = round_gradient(weight, scale, space, quadratic, optimizer="adamw", num_iter=0)
+    assert torch.equal(qdata, space.encode(weight, scale))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -78,19 +76,17 @@ def test_it_stops_when_nothing_improves(problem):
 
 def test_weights_on_the_grid_and_beyond_its_end_are_left_alone(gaussian, anisotropic):
     weight = torch.cat([gaussian(3, 32).round().clamp(-127, 127), torch.full((1, 32), 300.0)])
-    encoding = make_encoding("int8_tensorwise", "row")
-    tiles, quadratic = encoding.tiles((4, 32)), Calibrated(anisotropic(32).gram).quadratic(weight)
-    codes = round_gradient(
-        weight, torch.ones(4, 1), encoding.format.grid, tiles, quadratic, optimizer="adamw", num_iter=20
-    )
-    assert torch.equal(codes.float(), weight.clamp(max=127))
+    space = make_codec("int8_tensorwise", "row").solve_space((4, 32))
+    quadratic = hessian_quadratic(anisotropic(32).gram, 0.01)
+    qdata = round_gradient(weight, torch.ones(4, 1), space, quadratic, optimizer="adamw", num_iter=20)
+    assert torch.equal(qdata.float(), weight.clamp(max=127))
 
 
 def test_it_runs_inside_inference_mode(gaussian, anisotropic):
     with torch.inference_mode():
         known = anisotropic(48)
-        result = quantize_weight(gaussian(8, 48), "int8_tensorwise", gram=known.gram, optimizer="adamw", num_iter=20)
-    assert result.rounded.winner == "adamw"
+        result = quantize_weight(gaussian(8, 48), "int8_tensorwise", hessian=known.gram, optimizer="adamw", num_iter=20)
+    assert result.solution.solver == "adamw"
 
 
 def test_the_missing_package_is_named(monkeypatch, problem, sentences):

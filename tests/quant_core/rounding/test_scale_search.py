@@ -7,8 +7,8 @@ import torch
 
 from learned_rounding.quant_core import FORMATS, quantize_weight
 from learned_rounding.quant_core.errors import NonFiniteWeightError
-from learned_rounding.quant_core.formats import E4M3, GRANULARITIES, INT8, make_encoding
-from learned_rounding.quant_core.rounding import amax_scale, quantize_nearest, search_scale, slabs
+from learned_rounding.quant_core.formats import make_codec
+from learned_rounding.quant_core.rounding import amax_scale, round_to_nearest, search_scale, slabs
 from learned_rounding.quant_core.rounding import scale_search as scales
 
 TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
@@ -31,6 +31,12 @@ def draw(kind: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
     return normal * {"tiny": 1e-30, "huge": 1e30, "small": 1e-7, "large": 1e5}[kind]
 
 
+def assert_usable(quantized) -> None:
+    """Scales are finite; they are positive, or 0 in formats where that stands for a group of zeros."""
+    smallest = torch.finfo(torch.float32).smallest_normal if quantized.codec.scales.continuous else 0
+    assert torch.isfinite(quantized.scale).all() and (quantized.scale >= smallest).all()
+
+
 KINDS = ["gaussian", "heavy tails", "outlier rows", "uniform", "sparse", "tiny", "huge", "small", "large"]
 
 
@@ -43,7 +49,7 @@ def test_the_search_is_never_worse_than_nearest(weight_error, kind, format, gran
         searched = quantize_weight(weight, format, granularity=granularity)
         if weight.any():
             assert weight_error(searched, weight) <= weight_error(plain, weight) * (1 + 1e-6), (shape, seed)
-        assert torch.isfinite(searched.scale).all() and (searched.scale > 0).all()
+        assert_usable(searched)
         assert torch.isfinite(searched.dequantize()).all()
 
 
@@ -66,11 +72,11 @@ def test_the_search_helps(weight_error, format, granularity, columns, gain):
 
 def test_the_search_looks_above_amax_for_fp8_and_below_for_int8():
     weight = draw("gaussian", (64, 2048), 3)
-    for grid, share in ((E4M3, "tensor"), (INT8, "row")):
-        tiles = GRANULARITIES[share](64, 2048, 128)
-        start = amax_scale(weight, grid, tiles)
-        ratio = search_scale(weight, start, grid, tiles)[0] / start
-        assert ((ratio >= 1) & (ratio < 2)).all() if grid.floating else ((ratio > 0.5) & (ratio <= 1)).all()
+    for format in ("float8_e4m3fn", "int8_tensorwise"):
+        space = make_codec(format).solve_space((64, 2048))
+        start, parent = amax_scale(weight, space)
+        ratio = search_scale(weight, start, parent, space)[0] / start
+        assert ((ratio >= 1) & (ratio < 2)).all() if space.elements.floating else ((ratio > 0.5) & (ratio <= 1)).all()
         assert (ratio != 1).any()
 
 
@@ -106,7 +112,7 @@ def test_the_same_weight_gives_the_same_bytes_on_any_number_of_threads(format, g
         for threads in (1, 2, 2, 1):
             torch.set_num_threads(threads)
             quantized = quantize_weight(weight, format, granularity=granularity, rounding=rounding, seed=1)
-            results.append((quantized.codes.view(torch.uint8).numpy().tobytes(), quantized.scale.numpy().tobytes()))
+            results.append((quantized.qdata.view(torch.uint8).numpy().tobytes(), quantized.scale.numpy().tobytes()))
     finally:
         torch.set_num_threads(before)
     assert len(set(results)) == 1
@@ -120,7 +126,7 @@ def test_slabs_change_nothing(monkeypatch, format, granularity, rounding):
     for limit in (1, 50, 101, 37 * 50 - 1):
         monkeypatch.setitem(slabs._SLAB, "cpu", limit)
         parts = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
-        assert torch.equal(parts.codes.view(torch.uint8), whole.codes.view(torch.uint8))
+        assert torch.equal(parts.qdata.view(torch.uint8), whole.qdata.view(torch.uint8))
         assert torch.equal(parts.scale, whole.scale)
         assert parts.weight_error == pytest.approx(whole.weight_error, rel=1e-9)
 
@@ -129,8 +135,8 @@ def test_slabs_change_nothing(monkeypatch, format, granularity, rounding):
 @pytest.mark.parametrize("rounding", ["auto", "nearest"])
 def test_zeros_get_a_usable_scale(format, granularity, rounding):
     quantized = quantize_weight(torch.zeros(4, 8), format, granularity=granularity, rounding=rounding)
-    assert (quantized.scale > 0).all() and torch.isfinite(quantized.scale).all()
-    assert not quantized.codes.float().any()
+    assert_usable(quantized)
+    assert not quantized.qdata.float().any()
     assert quantized.weight_error == 0
 
 
@@ -138,8 +144,8 @@ def test_a_zero_row_beside_others_gets_a_usable_scale(weight_error):
     weight = draw("gaussian", (4, 64), 0)
     weight[2] = 0
     quantized = quantize_weight(weight, "int8_tensorwise")
-    assert (quantized.scale > 0).all() and torch.isfinite(quantized.scale).all()
-    assert not quantized.codes[2].any()
+    assert_usable(quantized)
+    assert not quantized.qdata[2].any()
     assert math.isclose(quantized.weight_error, weight_error(quantized, weight), rel_tol=1e-4)
 
 
@@ -163,9 +169,7 @@ def test_subnormal_weights_survive(format, granularity, dtype, rounding):
     weight = (draw("uniform", (8, 32), 0).double() * smallest).to(dtype)
     assert weight.any() and (weight.abs() < smallest).all()
     quantized = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
-    assert (quantized.scale >= torch.finfo(torch.float32).smallest_normal).all() and torch.isfinite(
-        quantized.scale
-    ).all()
+    assert_usable(quantized)
     assert (quantized.dequantize().double() - weight.double()).norm() <= weight.double().norm()
     assert math.isfinite(quantized.weight_error)
 
@@ -175,7 +179,8 @@ def test_enormous_weights_survive(format, granularity):
     """Squares of them are beyond float32; the weights are not."""
     weight = draw("gaussian", (8, 32), 0) * 2.0**120
     quantized = quantize_weight(weight, format, granularity=granularity)
-    assert torch.isfinite(quantized.scale).all() and torch.isfinite(quantized.dequantize()).all()
+    assert_usable(quantized)
+    assert torch.isfinite(quantized.dequantize()).all()
     assert math.isfinite(quantized.weight_error)
 
 
@@ -183,29 +188,29 @@ def test_enormous_weights_survive(format, granularity):
 def test_the_search_minimises_what_it_says(format, granularity):
     """The gain is the ratio of the weighted errors, of the chosen scale and of the start."""
     weight = draw("heavy tails", (40, 96), 1)
-    encoding = make_encoding(format, granularity, block_size=16 if granularity == "block" else None)
-    grid, tiles = encoding.format.grid, encoding.tiles((40, 96))
+    codec = make_codec(format, granularity, block_size=16 if granularity == "block" else None)
+    space = codec.solve_space((40, 96))
     columns, rows = torch.rand(96, generator=torch.Generator().manual_seed(2)), torch.linspace(0.1, 5, 40)
 
     def error(scale):
-        lost = quantize_nearest(weight, scale, grid, tiles)[0].float() * tiles.spread(scale) - weight
+        lost = space.decode(round_to_nearest(weight, scale, space)[0], scale) - weight
         return float((lost.double().square() * columns * rows[:, None]).sum().sqrt())
 
-    start = amax_scale(weight, grid, tiles)
-    scale, gain = search_scale(weight, start, grid, tiles, column_weight=columns, row_weight=rows)
+    start, parent = amax_scale(weight, space)
+    scale, gain = search_scale(weight, start, parent, space, column_weight=columns, row_weight=rows)
     assert gain == pytest.approx(error(scale) / error(start), rel=1e-4)
     assert gain <= 1
-    shared = tiles.counts == (1, 1)
+    shared = space.groups.counts == (1, 1)
     assert shared or gain < 1
 
 
 def test_weights_of_columns_and_rows_move_the_scale():
     weight = draw("gaussian", (8, 512), 0)
     weight[:, 0] = 1.0  # an outlier column in every row
-    tiles = GRANULARITIES["row"](8, 512, 128)
-    start = amax_scale(weight, INT8, tiles)
+    space = make_codec("int8_tensorwise").solve_space((8, 512))
+    start, parent = amax_scale(weight, space)
     only_others, only_outlier = torch.ones(512), torch.zeros(512)
     only_others[0], only_outlier[0] = 0, 1
-    clipped, _ = search_scale(weight, start, INT8, tiles, column_weight=only_others)
-    kept, _ = search_scale(weight, start, INT8, tiles, column_weight=only_outlier)
+    clipped, _ = search_scale(weight, start, parent, space, column_weight=only_others)
+    kept, _ = search_scale(weight, start, parent, space, column_weight=only_outlier)
     assert (clipped < 0.7 * start).all() and torch.equal(kept, start)

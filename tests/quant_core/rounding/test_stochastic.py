@@ -17,9 +17,8 @@ def test_it_is_unbiased(gaussian, format, granularity):
         for seed in range(DRAWS)
     ]
     decoded = torch.stack([one.dequantize() for one in made]).double()
-    tiles = made[0].encoding.tiles((12, 40))
-    scale = tiles.spread(made[0].scale.reshape(tiles.counts))
-    low, high = (value * scale for value in made[0].format.grid.neighbours(weight / scale))
+    scale = made[0].codec.solve_space((12, 40)).divisor(made[0].scale)
+    low, high = (value * scale for value in made[0].format.elements.neighbours(weight / scale))
     mean = decoded.mean(dim=0)
     # Between two neighbours a share p of the upper one has variance p(1−p)/draws; 6 standard deviations for 480 weights.
     bound = 6 * (high - low) * 0.5 / DRAWS**0.5 + 1e-7
@@ -35,9 +34,9 @@ def test_codes_are_neighbours_and_follow_the_seed(gaussian, format, granularity)
     first, again, other = (
         quantize_weight(weight, format, granularity=granularity, rounding="stochastic", seed=seed) for seed in (1, 1, 2)
     )
-    assert torch.equal(first.codes.view(torch.uint8), again.codes.view(torch.uint8))
-    assert not torch.equal(first.codes.view(torch.uint8), other.codes.view(torch.uint8))
-    assert first.rounded.winner == "stochastic" and torch.equal(first.scale, other.scale)
-    tiles = first.encoding.tiles((12, 40))
-    low, high = first.format.grid.neighbours(weight / tiles.spread(first.scale.reshape(tiles.counts)))
-    assert ((first.codes.float() == low) | (first.codes.float() == high)).all()
+    assert torch.equal(first.qdata.view(torch.uint8), again.qdata.view(torch.uint8))
+    assert not torch.equal(first.qdata.view(torch.uint8), other.qdata.view(torch.uint8))
+    assert first.solution.solver == "stochastic" and torch.equal(first.scale, other.scale)
+    scale = first.codec.solve_space((12, 40)).divisor(first.scale)
+    low, high = first.format.elements.neighbours(weight / scale)
+    assert ((first.qdata.float() == low) | (first.qdata.float() == high)).all()
