@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.grid import GridArithmetic
-from ...kernels.reference import grid_step
+from ...kernels.element_format import ElementArithmetic
+from ...kernels.reference import element_step
 
 __all__ = ["Grid", "E4M3", "E5M2", "INT8"]
 
@@ -20,7 +20,7 @@ class Grid:
     """
 
     dtype: torch.dtype
-    arithmetic: GridArithmetic
+    arithmetic: ElementArithmetic
 
     @property
     def max(self) -> float:
@@ -44,14 +44,14 @@ class Grid:
         are its end.
         """
         magnitude = scaled.abs().clamp_max_(self.max)
-        step = grid_step(magnitude, self.arithmetic)
+        step = element_step(magnitude, self.arithmetic)
         inner = (magnitude / step).floor_() * step
         outer = (inner + step).clamp_max_(self.max)
         negative = scaled < 0
         return torch.where(negative, -outer, inner), torch.where(negative, -inner, outer)
 
 
-E4M3 = Grid(torch.float8_e4m3fn, GridArithmetic(mantissa=3, smallest=2.0**-9, largest=448.0))
-E5M2 = Grid(torch.float8_e5m2, GridArithmetic(mantissa=2, smallest=2.0**-16, largest=57344.0))
+E4M3 = Grid(torch.float8_e4m3fn, ElementArithmetic(mantissa=3, smallest=2.0**-9, largest=448.0))
+E5M2 = Grid(torch.float8_e5m2, ElementArithmetic(mantissa=2, smallest=2.0**-16, largest=57344.0))
 # Symmetric: −128 is left out, as in every int8 matmul kernel ComfyUI uses.
-INT8 = Grid(torch.int8, GridArithmetic(mantissa=-1, smallest=1.0, largest=127.0))
+INT8 = Grid(torch.int8, ElementArithmetic(mantissa=-1, smallest=1.0, largest=127.0))
