@@ -90,7 +90,7 @@ def build_options() -> Graph:
 def build_load_quantized() -> Graph:
     graph = Graph()
     loaded = graph.add("LearnedRoundingLoadQuantized", model=QUANTIZED)
-    known = add_sampling(graph, add_text_encoder(graph)[0])
+    settings = add_sampling(graph, add_text_encoder(graph)[0])
     sampled = graph.add(
         "KSampler",
         model=loaded[0],
@@ -100,7 +100,7 @@ def build_load_quantized() -> Graph:
         sampler_name="euler",
         scheduler="simple",
         denoise=1,
-        **known,
+        **settings,
     )
     decoded = graph.add("VAEDecode", samples=sampled[0], vae=graph.add("VAELoader", vae_name="ae.safetensors")[0])
     graph.add("SaveImage", images=decoded[0], filename_prefix="ComfyUI")
@@ -116,7 +116,7 @@ def build_inspect() -> Graph:
 def build_save_calibration() -> Graph:
     graph = Graph()
     model = graph.add("UNETLoader", unet_name=Path(SOURCE).name, weight_dtype="default")
-    known = {
+    settings = {
         "seed": 0,
         "steps": 20,
         "cfg": 4,
@@ -126,10 +126,10 @@ def build_save_calibration() -> Graph:
         "keep": "full",
         "tokens": 256,
     }
-    made = graph.add(
-        "LearnedRoundingCalibrate", model=model[0], **known, **add_sampling(graph, add_text_encoder(graph)[0])
+    calibrated = graph.add(
+        "LearnedRoundingCalibrate", model=model[0], **settings, **add_sampling(graph, add_text_encoder(graph)[0])
     )
-    graph.add("LearnedRoundingSaveCalibration", calibration=made[0], filename_prefix=CALIBRATION)
+    graph.add("LearnedRoundingSaveCalibration", calibration=calibrated[0], filename_prefix=CALIBRATION)
     return graph
 
 
@@ -147,8 +147,10 @@ def build_text_encoders() -> Graph:
     graph = Graph()
     clip = add_text_encoder(graph)
     prompts = "a red apple on a table\nan owl at night\na sketch of a castle\na train in the snow"
-    made = graph.add("LearnedRoundingCalibrateText", clip=clip[0], prompts=prompts, keep="full", seed=0, tokens=256)
-    quantized = graph.add("LearnedRoundingQuantize", source=clip[0], calibration=made[0])
+    calibrated = graph.add(
+        "LearnedRoundingCalibrateText", clip=clip[0], prompts=prompts, keep="full", seed=0, tokens=256
+    )
+    quantized = graph.add("LearnedRoundingQuantize", source=clip[0], calibration=calibrated[0])
     graph.add(
         "LearnedRoundingCompareText",
         reference=clip[0],

@@ -111,13 +111,13 @@ def take_all(
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
         place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
         place_further(server.base)
-        known = server.object_info()
+        object_info = server.object_info()
         settings = {**SETTINGS, "Comfy.ColorPalette": theme}
         with open_page(
             server, vue_nodes=vue_nodes, settings=settings, size=(1920, 1200), density=density, timeout=600
         ) as page:
             for example, some in groupby(shots, key=lambda shot: shot.example):
-                load_workflow(page, build_inspect() if example == "inspect" else with_tiny_model(example, known))
+                load_workflow(page, build_inspect() if example == "inspect" else with_tiny_model(example, object_info))
                 answer = queue_prompt(page, wait=False)
                 for shot in some:
                     if shot.running is None:

@@ -33,13 +33,25 @@ class TinyGraph(Graph):
 
     def calibrate(self, model: list, seed: int = 101, steps: int = STEPS, dataset: str = DATASET, **options) -> Node:
         """Calibrate with the prompts in ``dataset``."""
-        known = {"samples": 1, "keep": "full", "tokens": 512, "seed": seed, "steps": steps, **self._sampling(dataset)}
-        return self.add("LearnedRoundingCalibrate", model=model, **{**known, **options})
+        settings = {
+            "samples": 1,
+            "keep": "full",
+            "tokens": 512,
+            "seed": seed,
+            "steps": steps,
+            **self._sampling(dataset),
+        }
+        return self.add("LearnedRoundingCalibrate", model=model, **{**settings, **options})
 
     def compare(self, reference: list, compared: list, seed: int = 1, steps: int = STEPS, **options) -> Node:
         """Compare two models with the prompts in ``DATASET``, including decoded images."""
-        known = {"seed": seed, "steps": steps, "vae": self.add("VAELoader", vae_name="taesd3")[0], **self._sampling()}
-        return self.add("LearnedRoundingCompare", reference=reference, compared=compared, **{**known, **options})
+        settings = {
+            "seed": seed,
+            "steps": steps,
+            "vae": self.add("VAELoader", vae_name="taesd3")[0],
+            **self._sampling(),
+        }
+        return self.add("LearnedRoundingCompare", reference=reference, compared=compared, **{**settings, **options})
 
     def quantize(
         self,
@@ -54,8 +66,8 @@ class TinyGraph(Graph):
             options["options"] = self.add("LearnedRoundingOptions", **chosen)[0]
         options = {"preset": "auto", "seed": 0, **options}
         recipe = self.add("LearnedRoundingConfigure", format=format, granularity=granularity, **options)
-        known = {"calibration": calibration} if calibration else {}
-        return self.add("LearnedRoundingQuantize", source=source, recipe=recipe[0], **known)
+        optional = {"calibration": calibration} if calibration else {}
+        return self.add("LearnedRoundingQuantize", source=source, recipe=recipe[0], **optional)
 
     def save(self, quantized: Node, prefix: str, folder: str = "output") -> Node:
         return self.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix=prefix, folder=folder)
@@ -70,8 +82,8 @@ class TinyGraph(Graph):
 
     def sample_in_parts(self, model: list, prefix: str, marks: list[int], seed: int = 1) -> None:
         """As :meth:`sample`, in parts that end after the steps ``marks``; their latents are saved as ``prefix-STEP``."""
-        known = self._sampling()
-        samples, total = known.pop("latent_image"), marks[-1]
+        settings = self._sampling()
+        samples, total = settings.pop("latent_image"), marks[-1]
         for start, stop in zip([0, *marks], marks, strict=False):
             part = self.add(
                 "KSamplerAdvanced",
@@ -83,7 +95,7 @@ class TinyGraph(Graph):
                 start_at_step=start,
                 end_at_step=stop,
                 return_with_leftover_noise="disable" if stop == total else "enable",
-                **known,
+                **settings,
             )
             samples = part[0]
             self.add("SaveLatent", samples=samples, filename_prefix=f"{prefix}-{stop:02}")

@@ -50,15 +50,15 @@ def _locate_tile(unit, first, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.con
 
     Adjacent units share rows and columns of the operands, which then stay in the L2 cache.
     """
-    TALL: gl.constexpr = 8
+    BAND_ROWS: gl.constexpr = 8
     HALVES: gl.constexpr = 4 // PARTS
     index = first + unit // HALVES
     down, across = gl.cdiv(rows, ROWS), gl.cdiv(columns, COLUMNS)
-    band = index // (TALL * across)
-    height = gl.minimum(down - band * TALL, TALL)
-    within = index % (TALL * across)
+    band = index // (BAND_ROWS * across)
+    height = gl.minimum(down - band * BAND_ROWS, BAND_ROWS)
+    within = index % (BAND_ROWS * across)
     column = within // height * COLUMNS + unit % HALVES * (COLUMNS // HALVES)
-    return (band * TALL + within % height) * ROWS, column
+    return (band * BAND_ROWS + within % height) * ROWS, column
 
 
 @gluon.jit
@@ -93,15 +93,15 @@ def _store(value, out, bias, top, left, rows, columns, HAS_BIAS: gl.constexpr, R
     value = gl.convert_layout(value, layout)
     if HAS_BIAS:
         value += gl.load(bias + column, mask=column < columns, other=0.0).to(gl.float32)[None, :]
-    place = out + row.to(gl.int64)[:, None] * columns + column[None, :]
-    gl.store(place, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+    pointers = out + row.to(gl.int64)[:, None] * columns + column[None, :]
+    gl.store(pointers, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 @gluon.jit
-def _multiply_part(x, w, INDEX: gl.constexpr, place, PART: gl.constexpr):
-    """Product of one part of a tile's columns, in the registers of ``place``."""
+def _multiply_part(x, w, INDEX: gl.constexpr, registers, PART: gl.constexpr):
+    """Product of one part of a tile's columns, in ``registers``."""
     part = w.slice(INDEX * PART, PART, 0).permute((1, 0))
-    return hopper.warpgroup_mma_wait(0, deps=(hopper.warpgroup_mma(x, part, place, use_acc=False, is_async=True),))
+    return hopper.warpgroup_mma_wait(0, deps=(hopper.warpgroup_mma(x, part, registers, use_acc=False, is_async=True),))
 
 
 @gluon.jit
@@ -120,29 +120,29 @@ def _multiply(tensors, rings, sizes, HALF: gl.constexpr, constants: gl.constexpr
     PARTS: gl.constexpr = constants[7]
     COLUMNS: gl.constexpr = 4 * PART
     OWN: gl.constexpr = ROWS // 2
-    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
-    kind: gl.constexpr = gl.int32 if INTEGER else gl.float32
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
+    accumulator_dtype: gl.constexpr = gl.int32 if INTEGER else gl.float32
     steps = gl.cdiv(inner, INNER)
     last_block = (columns - 1) // BLOCK
     step = 0
-    part = gl.zeros([OWN, PART], kind, sums)
+    part = gl.zeros([OWN, PART], accumulator_dtype, layout)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         top, left = _locate_tile(unit, first, rows, columns, ROWS, COLUMNS, PARTS)
         top += HALF * OWN
-        row = gl.minimum(top + gl.arange(0, OWN, gl.SliceLayout(1, sums)), rows - 1)
-        total0 = gl.zeros([OWN, PART], gl.float32, sums)
+        row = gl.minimum(top + gl.arange(0, OWN, gl.SliceLayout(1, layout)), rows - 1)
+        total0 = gl.zeros([OWN, PART], gl.float32, layout)
         total1 = total0
         total2 = total0
         total3 = total0
         for k in range(0, steps):
             slot = step % STAGES
-            own = gl.load(input_scale + k * INNER // BLOCK * input_scale_stride + row)
+            row_scale = gl.load(input_scale + k * INNER // BLOCK * input_scale_stride + row)
             step_scale = scale + k * INNER // BLOCK
-            s0 = own * gl.load(step_scale + gl.minimum(left // BLOCK, last_block) * scale_stride)
-            s1 = own * gl.load(step_scale + gl.minimum((left + PART) // BLOCK, last_block) * scale_stride)
+            s0 = row_scale * gl.load(step_scale + gl.minimum(left // BLOCK, last_block) * scale_stride)
+            s1 = row_scale * gl.load(step_scale + gl.minimum((left + PART) // BLOCK, last_block) * scale_stride)
             if PARTS == 4:
-                s2 = own * gl.load(step_scale + gl.minimum((left + 2 * PART) // BLOCK, last_block) * scale_stride)
-                s3 = own * gl.load(step_scale + gl.minimum((left + 3 * PART) // BLOCK, last_block) * scale_stride)
+                s2 = row_scale * gl.load(step_scale + gl.minimum((left + 2 * PART) // BLOCK, last_block) * scale_stride)
+                s3 = row_scale * gl.load(step_scale + gl.minimum((left + 3 * PART) // BLOCK, last_block) * scale_stride)
             mbarrier.wait(ready.index(slot), step // STAGES & 1)
             x, w = a_ring.index(slot).slice(HALF * OWN, OWN, 0), b_ring.index(slot)
             part = _multiply_part(x, w, 0, part, PART)

@@ -119,55 +119,55 @@ def _scaled_matmul(
     INNER: tl.constexpr,
 ):
     # Adjacent programs share rows and columns of the operands, which then stay in the L2 cache.
-    TALL: tl.constexpr = 8
+    BAND_ROWS: tl.constexpr = 8
     tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0)
-    band = program // (TALL * tiles_across)
-    height = tl.minimum(tiles_down - band * TALL, TALL)
-    tile_row = band * TALL + program % (TALL * tiles_across) % height
-    tile_column = program % (TALL * tiles_across) // height
+    band = program // (BAND_ROWS * tiles_across)
+    height = tl.minimum(tiles_down - band * BAND_ROWS, BAND_ROWS)
+    tile_row = band * BAND_ROWS + program % (BAND_ROWS * tiles_across) % height
+    tile_column = program % (BAND_ROWS * tiles_across) // height
     row = tile_row * ROWS + tl.arange(0, ROWS)
     column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, INNER)
     if not TMA:
         # Out-of-range rows and columns read the last one; their results are not stored.
-        a_place = a + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * a_stride + k[None, :]
-        b_place = b + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * b_stride + k[:, None]
-    kind: tl.constexpr = tl.int32 if INTEGER and BLOCK == 0 else tl.float32
-    total = tl.zeros([ROWS, COLUMNS], kind)
+        a_pointers = a + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * a_stride + k[None, :]
+        b_pointers = b + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * b_stride + k[:, None]
+    accumulator_dtype: tl.constexpr = tl.int32 if INTEGER and BLOCK == 0 else tl.float32
+    total = tl.zeros([ROWS, COLUMNS], accumulator_dtype)
     for step in range(0, tl.cdiv(inner, INNER)):
         if TMA:
             x = a.load([tile_row * ROWS, step * INNER])
             w = b.load([tile_column * COLUMNS, step * INNER]).T
         elif EVEN:
-            x = tl.load(a_place)
-            w = tl.load(b_place)
+            x = tl.load(a_pointers)
+            w = tl.load(b_pointers)
         else:
-            live = k < inner - step * INNER
-            x = tl.load(a_place, mask=live[None, :], other=0)
-            w = tl.load(b_place, mask=live[:, None], other=0)
+            inside = k < inner - step * INNER
+            x = tl.load(a_pointers, mask=inside[None, :], other=0)
+            w = tl.load(b_pointers, mask=inside[:, None], other=0)
         if not INTEGER and not DECODE:
             x = x.to(tl.float8e4nv, bitcast=True)
         w = _to_operand(w, x.dtype, INTEGER, DECODE)
         if BLOCK == 0:
-            total = tl.dot(x, w, total, out_dtype=kind)
+            total = tl.dot(x, w, total, out_dtype=accumulator_dtype)
         else:
             block = step * INNER // BLOCK
             part = tl.dot(x, w, out_dtype=tl.int32 if INTEGER else tl.float32).to(tl.float32)
-            own = tl.full([ROWS], 1.0, tl.float32)
+            row_scale = tl.full([ROWS], 1.0, tl.float32)
             if not DECODE:
-                own = tl.load(input_scale + block * input_scale_stride + tl.minimum(row, rows - 1))
+                row_scale = tl.load(input_scale + block * input_scale_stride + tl.minimum(row, rows - 1))
             if (
                 BLOCK % COLUMNS == 0
             ):  # the tile is within one block of columns: fold its only scale into those of the rows
                 first = tl.minimum(tile_column * COLUMNS, columns - 1)
-                total += part * (own * tl.load(scale + first // BLOCK * scale_stride + block))[:, None]
+                total += part * (row_scale * tl.load(scale + first // BLOCK * scale_stride + block))[:, None]
             else:
-                across = tl.load(scale + tl.minimum(column, columns - 1) // BLOCK * scale_stride + block)
-                total += part * own[:, None] * across[None, :]
+                column_scale = tl.load(scale + tl.minimum(column, columns - 1) // BLOCK * scale_stride + block)
+                total += part * row_scale[:, None] * column_scale[None, :]
         if not TMA:
-            a_place += INNER
-            b_place += INNER
+            a_pointers += INNER
+            b_pointers += INNER
     value = total.to(tl.float32)
     if BLOCK == 0:
         if not DECODE:
@@ -175,8 +175,8 @@ def _scaled_matmul(
         value *= tl.load(scale + column * row_scaled, mask=column < columns, other=0.0)[None, :]
     if HAS_BIAS:
         value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    place = out + row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(place, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+    pointers = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(pointers, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 def multiply(

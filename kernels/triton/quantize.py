@@ -133,17 +133,19 @@ def _quantize_blocks(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    live = (row < rows)[:, None] & (column < columns)[None, :]
-    value = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=live, other=0.0).to(tl.float32)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    value = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     blocks = tl.reshape(value, [ROWS, COLUMNS // WIDTH, WIDTH])
     step, inverse = compute_scale(tl.max(magnitude(blocks), axis=2), LARGEST)
     quantized = encode(blocks, inverse[:, :, None], INTEGER, NATIVE)
     tl.store(
-        qdata + row.to(tl.int64)[:, None] * columns + column[None, :], tl.reshape(quantized, [ROWS, COLUMNS]), mask=live
+        qdata + row.to(tl.int64)[:, None] * columns + column[None, :],
+        tl.reshape(quantized, [ROWS, COLUMNS]),
+        mask=inside,
     )
     block = tl.program_id(1) * (COLUMNS // WIDTH) + tl.arange(0, COLUMNS // WIDTH)
-    place = scale + block.to(tl.int64)[None, :] * scale_stride + row[:, None]
-    tl.store(place, step, mask=(row < rows)[:, None] & (block * WIDTH < columns)[None, :])
+    pointers = scale + block.to(tl.int64)[None, :] * scale_stride + row[:, None]
+    tl.store(pointers, step, mask=(row < rows)[:, None] & (block * WIDTH < columns)[None, :])
 
 
 @triton.jit
@@ -208,17 +210,17 @@ def _quantize_square_blocks(
     bits = tl.zeros([ROWS, SIZE], tl.int32)
     for start in range(0, SIZE, ROWS):
         row = (top + start + tl.arange(0, ROWS)).to(tl.int64)
-        live = (row < rows)[:, None] & (column < columns)[None, :]
-        value = tl.load(weight + row[:, None] * stride + column[None, :], mask=live, other=0.0)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        value = tl.load(weight + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
         bits = tl.maximum(bits, magnitude(value.to(tl.float32)))
     step, inverse = compute_scale(tl.max(tl.max(bits, axis=1), axis=0), LARGEST)
     tl.store(scale + tl.program_id(0) * blocks + tl.program_id(1), step)
     for start in range(0, SIZE, ROWS):
         row = (top + start + tl.arange(0, ROWS)).to(tl.int64)
-        live = (row < rows)[:, None] & (column < columns)[None, :]
-        value = tl.load(weight + row[:, None] * stride + column[None, :], mask=live, other=0.0).to(tl.float32)
-        place = qdata + row[:, None] * columns + column[None, :]
-        tl.store(place, encode(value, inverse, INTEGER, NATIVE), mask=live)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        value = tl.load(weight + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        pointers = qdata + row[:, None] * columns + column[None, :]
+        tl.store(pointers, encode(value, inverse, INTEGER, NATIVE), mask=inside)
 
 
 @triton.jit
@@ -239,8 +241,8 @@ def _dequantize(
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    live = (row < rows)[:, None] & (column < columns)[None, :]
-    quantized = tl.load(qdata + row[:, None] * columns + column[None, :], mask=live, other=0)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    quantized = tl.load(qdata + row[:, None] * columns + column[None, :], mask=inside, other=0)
     if INTEGER:
         value = quantized.to(tl.float16 if GROUP else tl.float32)  # both are exact
     elif NATIVE:
@@ -257,7 +259,7 @@ def _dequantize(
         value = tl.reshape(tl.reshape(value, [ROWS, COLUMNS // BLOCK, BLOCK]) * step[:, :, None], [ROWS, COLUMNS])
     else:
         value *= tl.load(scale + row * row_scaled, mask=row < rows, other=0.0)[:, None]
-    tl.store(weight + row[:, None] * columns + column[None, :], value.to(weight.dtype.element_ty), mask=live)
+    tl.store(weight + row[:, None] * columns + column[None, :], value.to(weight.dtype.element_ty), mask=inside)
 
 
 def format_constants(dtype: torch.dtype, device: torch.device) -> dict[str, object]:

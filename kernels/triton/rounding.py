@@ -62,30 +62,30 @@ def _round_block(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    live = row < rows
-    inside = (column < columns)[:, None] & live[None, :]
-    place = column.to(tl.int64)[:, None] * row_stride + row[None, :]
-    target = tl.load(weight + place, mask=inside, other=0.0) - tl.load(shift + place, mask=inside, other=0.0)
+    inside_row = row < rows
+    inside = (column < columns)[:, None] & inside_row[None, :]
+    offsets = column.to(tl.int64)[:, None] * row_stride + row[None, :]
+    target = tl.load(weight + offsets, mask=inside, other=0.0) - tl.load(shift + offsets, mask=inside, other=0.0)
     # Software pipelining: the loads of the next column are issued while this one is computed.
     last = columns - 1
-    w = tl.load(weight + last.to(tl.int64) * row_stride + row, mask=live, other=0.0)
-    s = tl.load(scale + last * scale_column_stride + row // group_rows, mask=live, other=1.0)
+    w = tl.load(weight + last.to(tl.int64) * row_stride + row, mask=inside_row, other=0.0)
+    s = tl.load(scale + last * scale_column_stride + row // group_rows, mask=inside_row, other=1.0)
     feedback = tl.load(coupling + last * columns + column, mask=column < columns, other=0.0)
     for step in range(0, columns):
         i = last - step
         at = i.to(tl.int64) * row_stride + row
         following = tl.maximum(i - 1, 0)
-        next_w = tl.load(weight + following.to(tl.int64) * row_stride + row, mask=live, other=0.0)
-        next_s = tl.load(scale + following * scale_column_stride + row // group_rows, mask=live, other=1.0)
+        next_w = tl.load(weight + following.to(tl.int64) * row_stride + row, mask=inside_row, other=0.0)
+        next_s = tl.load(scale + following * scale_column_stride + row // group_rows, mask=inside_row, other=1.0)
         next_feedback = tl.load(coupling + following * columns + column, mask=column < columns, other=0.0)
         own = tl.sum(tl.where(column[:, None] == i, target, 0.0), axis=0)
         value = _round(tl.div_rn(own, s), MANTISSA, SMALLEST, LARGEST)
         error = value * s - w
         change = error
         if HAS_BEFORE:
-            change = error - tl.load(before + at, mask=live, other=0.0)
-        tl.store(values + at, value.to(tl.float16), mask=live)
-        tl.store(errors + at, error, mask=live)
+            change = error - tl.load(before + at, mask=inside_row, other=0.0)
+        tl.store(values + at, value.to(tl.float16), mask=inside_row)
+        tl.store(errors + at, error, mask=inside_row)
         target -= feedback[:, None] * change[None, :]
         w, s, feedback = next_w, next_s, next_feedback
 
@@ -122,11 +122,11 @@ def _scale_errors(
     total = tl.zeros([CANDIDATES], tl.float32)
     for top in range(0, sum_rows, ROWS):
         row = part * sum_rows + top + tl.arange(0, ROWS)
-        live_row = (top + tl.arange(0, ROWS) < sum_rows) & (row < out)
+        inside_row = (top + tl.arange(0, ROWS) < sum_rows) & (row < out)
         for left in range(first, last, COLUMNS):
             column = left + tl.arange(0, COLUMNS)
-            live = live_row[:, None] & (column < last)[None, :]
-            w = tl.load(weight + row[:, None] * row_stride + column[None, :], mask=live, other=0.0).to(tl.float32)
+            inside = inside_row[:, None] & (column < last)[None, :]
+            w = tl.load(weight + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
             if HAS_WEIGHT:
                 d = tl.load(column_weight + column, mask=column < last, other=0.0)
             for candidate in range(0, candidates):
@@ -137,8 +137,8 @@ def _scale_errors(
                 if HAS_WEIGHT:
                     square *= d[None, :]
                 total += tl.where(index == candidate, tl.sum(tl.sum(square, axis=1), axis=0), 0.0)
-    place = index.to(tl.int64) * sums * groups + part * groups + group
-    tl.store(errors + place, total, mask=index < candidates)
+    offsets = index.to(tl.int64) * sums * groups + part * groups + group
+    tl.store(errors + offsets, total, mask=index < candidates)
 
 
 def element_constants(element: ElementArithmetic) -> dict[str, object]:
