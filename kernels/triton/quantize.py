@@ -77,7 +77,7 @@ def encode(value, inverse, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _hadamard_times(value, ORDER: tl.constexpr):
+def _apply_hadamard(value, ORDER: tl.constexpr):
     """Multiply groups of ORDER (4 or 16) rows of a (16, n) tile by the regular Hadamard matrix; returns float32.
 
     An entry ±1/√ORDER is negative if the number of base-4 digit positions where row and column add up to three is odd.
@@ -104,13 +104,13 @@ def rotate(value, SIZE: tl.constexpr, GROUP: tl.constexpr):
     Two tensor core products: H₂₅₆ = H₁₆⊗H₁₆, H₆₄ = H₄⊗H₁₆. Butterfly sums on CUDA cores are bound by data exchange
     between threads.
     """
-    value = _hadamard_times(tl.trans(tl.reshape(value, [SIZE // 16, 16])), 16)
+    value = _apply_hadamard(tl.trans(tl.reshape(value, [SIZE // 16, 16])), 16)
     if GROUP == 16:
         value = tl.trans(value)
     else:
         ORDER: tl.constexpr = GROUP // 16
         value = tl.trans(tl.reshape(value, [16, SIZE // GROUP, ORDER]), 1, 0, 2)  # group, index in 16, index of the 16
-        value = _hadamard_times(tl.trans(tl.reshape(value, [SIZE // 16, 16])), ORDER)
+        value = _apply_hadamard(tl.trans(tl.reshape(value, [SIZE // 16, 16])), ORDER)
         value = tl.trans(tl.reshape(tl.trans(value), [SIZE // GROUP, 16, ORDER]), 0, 2, 1)
     return tl.reshape(value, [SIZE])
 
@@ -254,8 +254,8 @@ def _dequantize(
     value = value.to(tl.float32)
     if BLOCK:
         block = tl.program_id(1) * (COLUMNS // BLOCK) + tl.arange(0, COLUMNS // BLOCK)
-        inside = (row < rows)[:, None] & (block * BLOCK < columns)[None, :]
-        step = tl.load(scale + (row // BLOCK)[:, None] * scale_stride + block[None, :], mask=inside, other=0.0)
+        has_scale = (row < rows)[:, None] & (block * BLOCK < columns)[None, :]
+        step = tl.load(scale + (row // BLOCK)[:, None] * scale_stride + block[None, :], mask=has_scale, other=0.0)
         value = tl.reshape(tl.reshape(value, [ROWS, COLUMNS // BLOCK, BLOCK]) * step[:, :, None], [ROWS, COLUMNS])
     else:
         value *= tl.load(scale + row * row_scaled, mask=row < rows, other=0.0)[:, None]
