@@ -69,7 +69,7 @@ def _store_result(file: Path, key: str, value: object) -> None:
         os.replace(target.name, file)
     except OSError as error:
         log.warning(
-            "Cannot write kernel measurements to %s: %s. They are repeated in every process; set %s to a writable folder.",
+            "Cannot write kernel measurements to %s: %s; set %s to a writable folder, or every process repeats them.",
             file,
             error,
             CACHE_VARIABLE,
