@@ -1,6 +1,6 @@
-"""``make demo``: real ComfyUI on the CPU runs an example with the tiny model.
+"""``make demo``: run an example with the tiny model in ComfyUI on the CPU.
 
-Leaves a picture (original | quantized | difference x8, a row per prompt) and the saved file, and says where.
+Writes an image (original | quantized | difference x8, one row per prompt) and the quantized file, and prints their paths.
 """
 
 import argparse
@@ -24,12 +24,12 @@ _CELL, _GAP, _HEAD = 128, 8, 40
 
 
 def prepare(base: Path, output_dir: Path | None = None) -> None:
-    """Put the tiny model and a handful of prompts into a ComfyUI base directory."""
+    """Copy the tiny model and the prompts into a ComfyUI base directory."""
     place(base, output_dir=output_dir, prompts=PROMPTS)
 
 
 def side_by_side(full: np.ndarray, quantized: np.ndarray, title: str) -> Image.Image:
-    """``full``, ``quantized``: (prompts, height, width, 3) in 0…1."""
+    """Draw a comparison sheet of images (prompts, height, width, 3) in 0…1."""
     columns = {"original": full, "quantized": quantized, f"difference x{_GAIN}": np.abs(full - quantized) * _GAIN}
     width = len(columns) * (_CELL + _GAP) + 190
     sheet = Image.new("RGB", (width, _HEAD + len(full) * (_CELL + _GAP)), "white")
@@ -54,27 +54,27 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "build" / "demo", help="ComfyUI's base directory for the demo"
     )
-    parser.add_argument("--host", help="version of the ComfyUI to use (default: the newest here)")
+    parser.add_argument("--host", help="version of ComfyUI (default: the newest installed)")
     args = parser.parse_args()
     hosts = [host for host in available_hosts() if args.host in (None, host.version)]
     if not hosts:
-        parser.error(f"there is no ComfyUI {args.host or ''} here; run make hosts")
+        parser.error(f"ComfyUI {args.host or ''} is not installed; run make hosts")
     shutil.rmtree(args.folder, ignore_errors=True)
     prepare(args.folder)
     with ComfyServer(hosts[-1], base=args.folder) as server:
         print(f"ComfyUI {server.host.version} runs the example {EXAMPLE} with the tiny model on the CPU …", flush=True)
         workflow = to_api(with_tiny_model(EXAMPLE, server.object_info()), server.object_info())
-        result = server.queue(workflow, on_event=_print)
+        result = server.queue(workflow, on_event=_print_progress)
     texts = [entry["text"][0] for entry in result.outputs.values() if "text" in entry]
     saved = next(Path(text) for text in texts if text.endswith(".safetensors"))
     full, quantized = (pictures(args.folder / "output", name) for name in ("original", "quantized"))
-    picture = args.folder / "side_by_side.png"
-    side_by_side(full, quantized, f"tiny emoji model, {saved.stem}, ComfyUI {hosts[-1].version}").save(picture)
+    sheet = args.folder / "side_by_side.png"
+    side_by_side(full, quantized, f"tiny emoji model, {saved.stem}, ComfyUI {hosts[-1].version}").save(sheet)
     print(max(texts, key=len))
-    print(f"picture     {picture}\nsaved file  {saved}")
+    print(f"image       {sheet}\nsaved file  {saved}")
 
 
-def _print(event) -> None:
+def _print_progress(event) -> None:
     if event.type == "learned_rounding.progress" and event.data["state"] == "layer":
         data = event.data
         print(

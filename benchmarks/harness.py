@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: its numbers, and on what they were measured."""
+"""Command line, environment and output common to all benchmarks."""
 
 import argparse
 import datetime
@@ -13,23 +13,23 @@ import torch
 
 from learned_rounding.quant_core.version import VERSION
 
-_LONGEST = 1000  # characters that are worth printing
+_LONGEST = 1000  # characters; longer values are only written to the JSON file
 
 __all__ = ["arguments", "environment", "finish"]
 
 
 def arguments(description: str, *extra) -> argparse.Namespace:
-    """``--quick`` (CPU, minutes at most) and ``--json FILE``, plus ``extra``: (flag, options) pairs."""
+    """Parse ``--quick`` (small sizes, minutes on a CPU), ``--json FILE`` and ``extra``: (flag, argparse options) pairs."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number printed to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to this file")
     for flag, options in extra:
         parser.add_argument(flag, **options)
     return parser.parse_args()
 
 
 def environment() -> dict[str, object]:
-    """Date, device, versions and the command, without which a number means nothing."""
+    """Date, command, device and versions of a measurement."""
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.date.today().isoformat(),
@@ -43,7 +43,7 @@ def environment() -> dict[str, object]:
 
 
 def finish(args: argparse.Namespace, rows: list[dict], **more) -> None:
-    """Print ``rows`` as a table, one for each "section" of them, and write everything to ``--json``."""
+    """Print ``rows`` as one table per "section", and write all results to ``--json``."""
     for _, section in itertools.groupby(rows, key=lambda row: row.get("section")):
         _print_table(list(section))
     for key, value in more.items():

@@ -1,14 +1,14 @@
-"""The 8-bit kernels at the shapes of real models: time, share of what the card could do, rivals in the same run, error.
+"""Benchmark of the 8-bit kernels at the shapes of real models: time, fraction of the roofline, alternatives, error.
 
-``linear``: a whole linear layer, quantizing its inputs included, as a ratio to bf16 ``F.linear`` in the same run (above 1
-is faster); ``_int_mm`` and ``_scaled_mm`` are torch's bare products of codes; rivals are comfy-kitchen's own operators where
-it is installed. ``of floor`` is the least time that the card's peak and its memory allow, as a share of what a layer takes.
-``memory``: quantizers and decoders, as a share of what copying as many bytes takes.
-``block``: a double and a single block of Flux.1 (4096 + 512 tokens), milliseconds, eager and compiled.
-Times are of CUDA graphs: what the card takes, without the launches.
+``linear``: a linear layer including the quantization of its activations, as speedup over bf16 ``F.linear`` in the same
+run. ``_int_mm`` and ``_scaled_mm`` are torch's products without quantization; comfy-kitchen's operators are measured if it
+is installed. ``of floor`` is the roofline time of the GPU divided by the layer's time.
+``memory``: quantizers and dequantizers, as a fraction of the speed of copying the same number of bytes.
+``block``: a double and a single block of Flux.1 (4096 + 512 tokens) in ms, eager and compiled.
+Times are those of CUDA graphs, without launch overhead.
 
-``--markdown FILE`` writes the README's tables and what they say of the goals, with ``--read JSON`` from an earlier result.
-``--profile "Flux.1 linear2" "int8 block"`` runs that layer alone, for a profiler: ``ncu --set full python benchmarks/kernels.py --profile …``.
+``--markdown FILE`` writes the README's tables and the comparison with the goals; ``--read JSON`` uses an earlier result.
+``--profile "Flux.1 linear2" "int8 block"`` runs only that layer: ``ncu --set full python benchmarks/kernels.py --profile …``.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ SHAPES = (
 )
 QUICK = (("tiny", "proj", 64, 128, 128), ("tiny", "mlp in", 64, 512, 128), ("tiny", "modulation", 1, 256, 128))
 
-# Name → (weight quantizer, block size, whether it is rotated).
+# Name → (weight quantizer, block size, whether the weight is rotated).
 FORMATS = {
     "int8 block": (kernels.quantize_int8_block_weight, 128, 0),
     "fp8 block": (kernels.quantize_fp8_block_weight, 128, 0),
@@ -70,8 +70,8 @@ FORMATS = {
 }
 
 
-def microseconds(call) -> float:
-    """The median time of a call on the device."""
+def measure_microseconds(call) -> float:
+    """Median time of a call on the device in µs."""
     if CUDA:
         from triton.testing import do_bench_cudagraph
 
@@ -84,136 +84,136 @@ def microseconds(call) -> float:
     return statistics.median(times) * 1e6
 
 
-def rotation(inner: int) -> int:
-    """The largest group of ConvRot that divides so many channels."""
+def largest_rotation(inner: int) -> int:
+    """Largest ConvRot group size that divides ``inner`` channels."""
     return next(size for size in (256, 64, 16) if inner % size == 0)
 
 
-def quantized(name: str, weight: torch.Tensor) -> tuple:
-    """Codes, scale, block size and rotation of a weight in one of :data:`FORMATS`."""
-    quantize, block_size, rotated = FORMATS[name]
-    rotate_by = rotation(weight.shape[1]) if rotated else 0
+def quantize(name: str, weight: torch.Tensor) -> tuple:
+    """Quantize a weight to one of :data:`FORMATS`; returns qdata, scale, block size and rotation group size."""
+    quantize_weight, block_size, rotated = FORMATS[name]
+    rotate_by = largest_rotation(weight.shape[1]) if rotated else 0
     weight = rotate(weight, rotate_by) if rotate_by else weight
-    return *quantize(weight, *([block_size] if block_size else [])), block_size, rotate_by
+    return *quantize_weight(weight, *([block_size] if block_size else [])), block_size, rotate_by
 
 
-def layer(name: str, weight: torch.Tensor):
-    """A function x → x·ŵᵀ + bias of one of :data:`FORMATS`."""
-    codes, scale, block_size, rotate_by = quantized(name, weight)
+def make_layer(name: str, weight: torch.Tensor):
+    """Return a function (x, bias) → x·ŵᵀ + bias with the weight in one of :data:`FORMATS`."""
+    qdata, scale, block_size, rotate_by = quantize(name, weight)
 
     def run(x, bias):
-        return kernels.scaled_linear(x, codes, scale, bias, block_size=block_size, rotate_by=rotate_by)
+        return kernels.scaled_linear(x, qdata, scale, bias, block_size=block_size, rotate_by=rotate_by)
 
     return run
 
 
-def tensors(tokens: int, out: int, inner: int) -> tuple[torch.Tensor, ...]:
-    """Inputs, weight and bias of a linear layer."""
+def make_tensors(tokens: int, out: int, inner: int) -> tuple[torch.Tensor, ...]:
+    """Random activations, weight and bias of a linear layer."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     x = torch.randn(tokens, inner, generator=generator, device=DEVICE).to(DTYPE)
     weight = torch.randn(out, inner, generator=generator, device=DEVICE).to(DTYPE) * inner**-0.5
     return x, weight, torch.randn(out, generator=generator, device=DEVICE).to(DTYPE)
 
 
-def profile(shapes, wanted: str, name: str) -> None:
-    """Run one layer in one format three times, and nothing else that a profiler would show after them."""
-    shape = next(shape for model, part, *shape in shapes if f"{model} {part}" == wanted)
-    x, weight, bias = tensors(*shape)
-    run = layer(name, weight)
+def profile(shapes, label: str, name: str) -> None:
+    """Run one layer in one format three times; these are the last kernels that a profiler records."""
+    shape = next(shape for model, part, *shape in shapes if f"{model} {part}" == label)
+    x, weight, bias = make_tensors(*shape)
+    run = make_layer(name, weight)
     for _ in range(3):
         run(x, bias)
 
 
-def rivals(x, weight, bias) -> dict:
-    """Name → a call: comfy-kitchen's operators and torch's products, where they exist."""
-    found = {}
+def make_alternatives(x, weight, bias) -> dict:
+    """Name → call: comfy-kitchen's operators and torch's products, as far as they exist."""
+    calls = {}
     if not CUDA:
-        return found
-    codes, scale = kernels.quantize_int8_row_weight(weight)
-    inputs, _ = kernels.quantize_int8_row(x)
+        return calls
+    qdata, scale = kernels.quantize_int8_row_weight(weight)
+    activations, _ = kernels.quantize_int8_row(x)
     if x.shape[0] > 16:
-        found["_int_mm"] = lambda: torch._int_mm(inputs, codes.t())
+        calls["_int_mm"] = lambda: torch._int_mm(activations, qdata.t())
         one = torch.ones((), device=DEVICE)
         fp8 = weight.to(FP8)
-        found["_scaled_mm"] = lambda: torch._scaled_mm(x.to(FP8), fp8.t(), one, one, bias=bias, out_dtype=DTYPE)
+        calls["_scaled_mm"] = lambda: torch._scaled_mm(x.to(FP8), fp8.t(), one, one, bias=bias, out_dtype=DTYPE)
     with contextlib.suppress(ImportError):
         import comfy_kitchen
         from comfy_kitchen.registry import registry
 
-        def through(backend):
+        def run_with(backend):
             def call():
                 with registry.use_backend(backend):
-                    return comfy_kitchen.int8_linear(x, codes, scale, bias, DTYPE)
+                    return comfy_kitchen.int8_linear(x, qdata, scale, bias, DTYPE)
 
             return call
 
-        found["kitchen cuda"], found["kitchen triton"] = through("cuda"), through("triton")
-    return found
+        calls["kitchen cuda"], calls["kitchen triton"] = run_with("cuda"), run_with("triton")
+    return calls
 
 
-def linear(model, part, tokens, out, inner) -> dict:
-    """A linear layer in every format, beside its rivals."""
-    x, weight, bias = tensors(tokens, out, inner)
-    plain = microseconds(lambda: nn.functional.linear(x, weight, bias))
+def measure_linear(model, part, tokens, out, inner) -> dict:
+    """Measure a linear layer in every format, and its alternatives."""
+    x, weight, bias = make_tensors(tokens, out, inner)
+    plain = measure_microseconds(lambda: nn.functional.linear(x, weight, bias))
     row = {"section": "linear", "model": model, "layer": part, "shape": f"{tokens}×{out}×{inner}", "F.linear µs": plain}
     row["F.linear TFLOP/s"] = 2 * tokens * out * inner / plain / 1e6
     few = x[:ERROR_TOKENS]
     exact = nn.functional.linear(few.double(), weight.double(), bias.double())
     least = floor(environment()["device"], tokens, out, inner)
     for name, (_, block_size, _) in FORMATS.items():
-        run = layer(name, weight)
+        run = make_layer(name, weight)
         call = functools.partial(run, x, bias)
-        row[name] = plain / microseconds(call)
+        row[name] = plain / measure_microseconds(call)
         if least:
             row[f"{name} of floor"] = least * row[name] / plain
         if block_size:
             with kernels.using("triton"):
-                row[f"{name} triton"] = plain / microseconds(call)
+                row[f"{name} triton"] = plain / measure_microseconds(call)
         row[f"{name} error"] = float((run(few, bias).double() - exact).norm() / exact.norm())
-    for name, call in rivals(x, weight, bias).items():
+    for name, call in make_alternatives(x, weight, bias).items():
         try:
-            row[name] = plain / microseconds(call)
-        except Exception as error:  # a rival that does not take this shape, on this card
+            row[name] = plain / measure_microseconds(call)
+        except Exception as error:  # the alternative does not support this shape or GPU
             row[name] = type(error).__name__
     print(".", end="", flush=True)
     return row
 
 
-def memory(tokens: int, inner: int) -> dict:
-    """Quantizers and decoders, each as a share of the speed of a copy of as many bytes."""
+def measure_memory(tokens: int, inner: int) -> dict:
+    """Measure quantizers and dequantizers, each as a fraction of the speed of copying the same number of bytes."""
     x = torch.randn(tokens, inner, device=DEVICE).to(DTYPE)
-    codes, scale = kernels.quantize_int8_block_weight(x, 128)
-    row_codes, row_scale = kernels.quantize_fp8_row_weight(x)
+    qdata, scale = kernels.quantize_int8_block_weight(x, 128)
+    row_qdata, row_scale = kernels.quantize_fp8_row_weight(x)
     calls = {
         "inputs int8 row": lambda: kernels.quantize_int8_row(x),
-        "inputs int8 row, rotated": lambda: kernels.quantize_int8_row(x, rotate_by=rotation(inner)),
+        "inputs int8 row, rotated": lambda: kernels.quantize_int8_row(x, rotate_by=largest_rotation(inner)),
         "inputs int8 block": lambda: kernels.quantize_int8_block(x, 128),
         "inputs fp8 block": lambda: kernels.quantize_fp8_block(x, 128),
         "weight int8 block": lambda: kernels.quantize_int8_block_weight(x, 128),
-        "decode int8 block": lambda: kernels.dequantize_weight(codes, scale, block_size=128, dtype=DTYPE),
-        "decode fp8 row": lambda: kernels.dequantize_weight(row_codes, row_scale, dtype=DTYPE),
+        "decode int8 block": lambda: kernels.dequantize_weight(qdata, scale, block_size=128, dtype=DTYPE),
+        "decode fp8 row": lambda: kernels.dequantize_weight(row_qdata, row_scale, dtype=DTYPE),
     }
-    # All of these read and write three bytes a value, a copy of one and a half bytes a value does too.
+    # Each call moves 3 bytes per value, as does a copy of 1.5 bytes per value.
     source = torch.empty(tokens * inner * (DTYPE.itemsize + 1) // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    copy = microseconds(lambda: target.copy_(source))
+    copy = measure_microseconds(lambda: target.copy_(source))
     row = {"section": "memory", "shape": f"{tokens}×{inner}", "copy GB/s": 2 * source.numel() / copy / 1e3}
-    return row | {name: copy / microseconds(call) for name, call in calls.items()}
+    return row | {name: copy / measure_microseconds(call) for name, call in calls.items()}
 
 
-class Coded(nn.Module):
-    """A linear layer in one of :data:`FORMATS`."""
+class QuantizedLinear(nn.Module):
+    """Linear layer in one of :data:`FORMATS`."""
 
     def __init__(self, original: nn.Linear, name: str):
         super().__init__()
-        self.run, self.bias = layer(name, original.weight), original.bias
+        self.run, self.bias = make_layer(name, original.weight), original.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(x, self.bias)
 
 
-def block(name: str | None, quick: bool) -> dict:
-    """A double and a single block, every linear layer of them in a format."""
+def measure_block(name: str | None, quick: bool) -> dict:
+    """Measure a double and a single block with every linear layer in one format, or in bf16 (None)."""
     width, text, image = (128, 16, 64) if quick else (3072, 512, 4096)
     torch.manual_seed(0)
     with torch.device(DEVICE):
@@ -221,24 +221,24 @@ def block(name: str | None, quick: bool) -> dict:
     for parent in [module for module in model.modules() if name]:
         for key, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, key, Coded(child, name))
-    inputs = [torch.randn(1, tokens, width, device=DEVICE).to(DTYPE) for tokens in (text, image)]
+                setattr(parent, key, QuantizedLinear(child, name))
+    streams = [torch.randn(1, tokens, width, device=DEVICE).to(DTYPE) for tokens in (text, image)]
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if CUDA else "eager")
     with torch.inference_mode():
-        eager_ms, compiled_ms = (microseconds(lambda run=run: run(*inputs)) / 1e3 for run in (model, compiled))
+        eager_ms, compiled_ms = (measure_microseconds(lambda run=run: run(*streams)) / 1e3 for run in (model, compiled))
     return {"section": "block", "format": name or "bf16", "eager ms": eager_ms, "compiled ms": compiled_ms}
 
 
 def blocks(quick: bool) -> list[dict]:
-    """The blocks in bf16 and in every format, with ratios to bf16."""
-    rows = [block(name, quick) for name in (None, *FORMATS)]
+    """Measure the blocks in bf16 and in every format, with speedups over bf16."""
+    rows = [measure_block(name, quick) for name in (None, *FORMATS)]
     for row in rows:
         row |= {f"{way} ratio": rows[0][f"{way} ms"] / row[f"{way} ms"] for way in ("eager", "compiled")}
     return rows
 
 
 def main() -> None:
-    """Measure, or read what was measured, and report."""
+    """Measure, or read an earlier result, and report."""
     args = arguments(
         __doc__.partition("\n")[0],
         (
@@ -249,8 +249,8 @@ def main() -> None:
                 "help": 'run one layer for a profiler, as "Flux.1 proj" "int8 row"',
             },
         ),
-        ("--read", {"type": Path, "metavar": "JSON", "help": "report on an earlier result, measure nothing"}),
-        ("--markdown", {"type": Path, "metavar": "FILE", "help": "write the tables of the README"}),
+        ("--read", {"type": Path, "metavar": "JSON", "help": "report an earlier result instead of measuring"}),
+        ("--markdown", {"type": Path, "metavar": "FILE", "help": "write the tables of the README to this file"}),
     )
     shapes = QUICK if args.quick else SHAPES
     if args.profile:
@@ -258,9 +258,11 @@ def main() -> None:
     if args.read:
         result = json.loads(args.read.read_text(encoding="utf-8"))
     else:
-        rows = [linear(*shape) for shape in shapes]
+        rows = [measure_linear(*shape) for shape in shapes]
         print()
-        rows += [memory(*sides) for sides in dict.fromkeys((shape[2], shape[4]) for shape in shapes if shape[2] > 1)]
+        rows += [
+            measure_memory(*sides) for sides in dict.fromkeys((shape[2], shape[4]) for shape in shapes if shape[2] > 1)
+        ]
         rows += blocks(args.quick)
         finish(args, rows, backend=kernels.backend())
         result = {**environment(), "rows": rows}

@@ -1,13 +1,13 @@
-"""What a result of ``kernels.py`` looks like to people: tables and sentences for the README, and the floor of a layer."""
+"""Report of a result of ``kernels.py``: tables and sentences for the README, and the roofline time of a layer."""
 
 from learned_rounding.quant_core.display import markdown_table
 
 __all__ = ["floor", "markdown", "sentences", "tables"]
 
-# Dense 8-bit operations a second, and bytes a second, that makers state.
+# Peak dense 8-bit operations per s and memory bytes per s, from the data sheets.
 PEAKS = {"NVIDIA H100": (1979e12, 3.35e12), "NVIDIA H200": (1979e12, 4.8e12)}
-# Name in a result → heading: our formats, then rivals.
-_OURS = {
+# Name in a result → heading.
+_FORMATS = {
     "int8 block": "INT8 block",
     "fp8 block": "FP8 block",
     "int8 row": "INT8 row",
@@ -15,20 +15,20 @@ _OURS = {
     "fp8 row": "FP8 row",
 }
 _KITCHEN = {"kitchen cuda": "kitchen CUDA INT8 row", "kitchen triton": "kitchen Triton INT8 row"}
-_RIVALS = {**_KITCHEN, "_int_mm": "`_int_mm`", "_scaled_mm": "`_scaled_mm`"}
-# Format → the ratio to bf16 that Flux's layers are to reach.
+_ALTERNATIVES = {**_KITCHEN, "_int_mm": "`_int_mm`", "_scaled_mm": "`_scaled_mm`"}
+# Format → speedup over bf16 that is the goal for Flux's layers.
 _LAYER_GOALS = {"int8 block": 1.25, "fp8 block": 1.45}
-# What a quantizer's or decoder's name begins with → the share of a copy's speed that it is to reach, of so many bytes on.
+# Prefix of a name → fraction of the copy speed that is the goal, for at least _MANY_BYTES.
 _MEMORY_GOALS = {"inputs": 0.80, "decode": 0.85}
 _MANY_BYTES = 20e6
 _NONE = "–"
 
 
 def floor(device: str, tokens: int, out: int, inner: int) -> float | None:
-    """The least µs for an 8-bit linear layer, inputs quantized on the way, by the peaks of a card; None for an unknown one.
+    """Roofline time of an 8-bit linear layer in µs, including quantization of its activations; None for an unknown GPU.
 
-    16-bit inputs are read, their codes written and read, the weight's codes read, 16-bit outputs written; scales do not
-    count. It is the same for INT8 and FP8.
+    Memory traffic: read 16-bit activations, write and read their quantized values, read the quantized weight, write 16-bit
+    outputs. Scales are neglected. INT8 and FP8 have the same roofline.
     """
     peak = next((peak for name, peak in PEAKS.items() if device.startswith(name)), None)
     if peak is None:
@@ -38,7 +38,7 @@ def floor(device: str, tokens: int, out: int, inner: int) -> float | None:
 
 
 def tables(result: dict) -> dict[str, str]:
-    """Section → its Markdown table."""
+    """Markdown table of each section."""
     return {
         "linear": _layers(result),
         "memory": _ratios(_section(result, "memory"), "tokens × channels", "shape"),
@@ -47,14 +47,14 @@ def tables(result: dict) -> dict[str, str]:
 
 
 def sentences(result: dict) -> list[str]:
-    """What the tables say about the goals, and the errors, which they leave out."""
+    """Comparison with the goals, and the errors, which the tables omit."""
     layers = _section(result, "linear")
     flux = [row for row in layers if row["model"].startswith("Flux")]
-    spans = {heading: [row[f"{name} error"] for row in layers] for name, heading in _OURS.items()}
+    spans = {heading: [row[f"{name} error"] for row in layers] for name, heading in _FORMATS.items()}
     errors = (f"{min(values):.4f}–{max(values):.4f} for {heading}" for heading, values in spans.items())
     return [
         f"Errors against float64, with normal inputs: {', '.join(errors)}.",
-        *_ahead(layers),
+        *_compare_with_kitchen(layers),
         *(_goal(flux, name, least) for name, least in _LAYER_GOALS.items() if flux),
         *(_rotation_cost(rows, where) for rows, where in ((flux, "Flux's shapes"), (layers, "all shapes")) if rows),
         *_memory_goals(_section(result, "memory")),
@@ -71,7 +71,7 @@ def _section(result: dict, name: str) -> list[dict]:
 
 
 def _number(row: dict, name: str) -> float:
-    """A ratio of a layer; 0 for a rival that was not there or could not run."""
+    """Speedup of a layer; 0 for an alternative that is missing or failed."""
     value = row.get(name, 0.0)
     return value if isinstance(value, float) else 0.0
 
@@ -80,14 +80,18 @@ def _name(row: dict) -> str:
     return f"{row['model']} {row['layer']}"
 
 
-def _ahead(rows: list[dict]) -> list[str]:
-    raced = [row for row in rows if any(_number(row, name) for name in _KITCHEN)]
-    won = [row for row in raced if all(_number(row, name) < row["int8 block"] for name in _KITCHEN)]
-    return [f"INT8 block is ahead of comfy-kitchen's INT8 row on {len(won)} of {len(raced)} shapes."] if raced else []
+def _compare_with_kitchen(rows: list[dict]) -> list[str]:
+    compared = [row for row in rows if any(_number(row, name) for name in _KITCHEN)]
+    faster = [row for row in compared if all(_number(row, name) < row["int8 block"] for name in _KITCHEN)]
+    return (
+        [f"INT8 block is ahead of comfy-kitchen's INT8 row on {len(faster)} of {len(compared)} shapes."]
+        if compared
+        else []
+    )
 
 
 def _rotation_cost(rows: list[dict], where: str) -> str:
-    """How much longer a layer takes when its inputs are rotated."""
+    """Largest relative increase of a layer's time by the rotation of its activations."""
     costs = {_name(row): row["int8 row"] / row["int8 row ConvRot"] - 1 for row in rows}
     most = max(costs, key=costs.get)
     return f"ConvRot costs up to {100 * costs[most]:.0f} % of a layer on {where} ({most})."
@@ -97,15 +101,15 @@ def _layers(result: dict) -> str:
     def cells(row: dict) -> list[str]:
         plain = row["F.linear µs"]
         least = floor(result["device"], *map(int, row["shape"].split("×")))
-        ours = (f"{row[name]:.2f}" + (f" ({row[name] * least / plain:.2f})" if least else "") for name in _OURS)
-        rivals = (f"{_number(row, name):.2f}" if _number(row, name) else _NONE for name in _RIVALS)
+        formats = (f"{row[name]:.2f}" + (f" ({row[name] * least / plain:.2f})" if least else "") for name in _FORMATS)
+        alternatives = (f"{_number(row, name):.2f}" if _number(row, name) else _NONE for name in _ALTERNATIVES)
         return [
             _name(row),
             row["shape"],
             f"{plain:.0f} ({row['F.linear TFLOP/s']:.0f})",
             f"{least:.0f}" if least else _NONE,
-            *ours,
-            *rivals,
+            *formats,
+            *alternatives,
         ]
 
     headings = [
@@ -113,14 +117,14 @@ def _layers(result: dict) -> str:
         "tokens × out × in",
         "bf16 µs (TFLOP/s)",
         "floor µs",
-        *(f"{heading} (of floor)" for heading in _OURS.values()),
-        *_RIVALS.values(),
+        *(f"{heading} (of floor)" for heading in _FORMATS.values()),
+        *_ALTERNATIVES.values(),
     ]
     return markdown_table(headings, map(cells, _section(result, "linear")))
 
 
 def _ratios(rows: list[dict], heading: str, key: str) -> str:
-    """A line for each row; numbers of a hundred and more without decimals."""
+    """Table with one line per row; numbers from 100 on without decimals."""
     names = [name for name in rows[0] if name not in ("section", key)]
     lines = (
         [row[key], *(f"{row[name]:.0f}" if row[name] >= 100 else f"{row[name]:.2f}" for name in names)] for row in rows
@@ -133,11 +137,11 @@ def _goal(rows: list[dict], name: str, least: float) -> str:
         ", ".join(f"{_name(row)} ({row[name]:.2f})" for row in rows if (row[name] >= least) == reached) or "none"
         for reached in (True, False)
     )
-    return f"{_OURS[name]}, goal {least} on Flux's shapes: met by {met}; missed by {missed}."
+    return f"{_FORMATS[name]}, goal {least} on Flux's shapes: met by {met}; missed by {missed}."
 
 
 def _memory_goals(rows: list[dict]) -> list[str]:
-    """A sentence for each quantizer or decoder that misses its goal where many bytes are moved."""
+    """One sentence for each quantizer or dequantizer that misses its goal at a large size."""
     found = []
     for name in rows[0]:
         least = next((least for start, least in _MEMORY_GOALS.items() if name.startswith(start)), 0.0)

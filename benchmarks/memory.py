@@ -1,4 +1,4 @@
-"""The most memory that this process has held."""
+"""Peak memory of this process."""
 
 import resource
 import sys
@@ -8,10 +8,10 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_memory() -> int:
-    """Bytes resident at the peak since the program of this process began.
+    """Peak resident set size in bytes since the program started.
 
-    On Linux that is VmHWM. ``getrusage`` counts there what a new process shared with its parent until it started its
-    own program, the parent's whole memory that is; on macOS it counts this process alone, in bytes already.
+    On Linux this is VmHWM: ``getrusage`` includes the memory that the process shared with its parent between fork and
+    exec. On macOS ``getrusage`` counts only this process, in bytes.
     """
     if sys.platform == "linux":
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))

@@ -1,4 +1,4 @@
-"""Pictures of the nodes in real ComfyUI hosts, at work and after it: examples run with the tiny model.
+"""Screenshots of the nodes in ComfyUI, during and after a run of the examples with the tiny model.
 
 python benchmarks/screenshots.py                     writes docs/images/NAME-HOST.png for each host
 python benchmarks/screenshots.py --vue-nodes         NAME-HOST-vue.png
@@ -21,13 +21,13 @@ from learned_rounding.hosts.workflows import Graph
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("red apple", "owl", "rocket", "guitar")
-# The page's own word that a job is done lies over the nodes for some seconds, from some moment on: of newer frontends, of older ones. Opacity takes no time.
+# Hide the notification that a job is complete, which overlaps the nodes: in newer frontends, in older ones.
 STYLE = """
     [data-testid=queue-notification-banner], div:has(> div > button.group.justify-between.rounded-lg) { opacity: 0 }
 """
-SETTINGS = {"LiteGraph.Canvas.MinFontSizeForLOD": 0}  # words are words at any zoom
-MARGIN = 12  # pixels of the page around the nodes
-# So many percent of the layers are quantized, or it is over already (also by an error).
+SETTINGS = {"LiteGraph.Canvas.MinFontSizeForLOD": 0}  # draw text at any zoom
+MARGIN = 12  # CSS pixels around the nodes
+# The given percentage of layers is quantized, or the run has ended (possibly by an error).
 REACHED = """(share) => [...document.querySelectorAll('.lr-progress')].some((panel) =>
         panel.querySelector('.lr-cells') && Number(panel.querySelector('[role=progressbar]')?.ariaValueNow) >= share && panel.dataset.state === 'running'
         && !panel.querySelector('.lr-strip')?.hidden)
@@ -36,13 +36,21 @@ REACHED = """(share) => [...document.querySelectorAll('.lr-progress')].some((pan
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture: of which example, of which nodes of it (types or titles), and when."""
+    """Screenshot of nodes of an example.
+
+    Attributes:
+        name: file name stem.
+        example: name of the example workflow.
+        nodes: types or titles of the nodes to show.
+        running: percentage of quantized layers at which it is taken; None for after the run.
+        card: show the details of the layer at this fraction of the strip's width; None for none.
+    """
 
     name: str
     example: str
     nodes: tuple[str, ...]
-    running: int | None = None  # percent of the layers that are done; None: after the run
-    card: float | None = None  # show the card of the layer at this part of the strip's width
+    running: int | None = None
+    card: float | None = None
 
 
 _RESULT = ("LearnedRoundingCalibrate", "LearnedRoundingQuantize", "LearnedRoundingSave", "Original", "Quantized")
@@ -57,14 +65,15 @@ SHOTS = (
 )
 
 
-def inspect() -> Graph:
+def build_inspect() -> Graph:
+    """Workflow of the Inspect node."""
     graph = Graph()
     graph.add("LearnedRoundingInspect", model=f"diffusion_models/{QUANTIZED}")
     return graph
 
 
 def take(page, shot: Shot, path: Path) -> Path:
-    """One picture of what the page shows, no larger than the nodes of the shot."""
+    """Take one screenshot, cropped to the nodes of the shot."""
     at = view(page, shot.nodes)
     if shot.card is not None:
         strip = page.locator(".lr-strip:visible").last.bounding_box()
@@ -84,8 +93,8 @@ def take(page, shot: Shot, path: Path) -> Path:
     return path
 
 
-def finished(page, answer: Mapping) -> None:
-    """Waits for the end of a queued workflow; ends the script if it is a bad one."""
+def wait_until_finished(page, answer: Mapping) -> None:
+    """Wait for the end of a queued workflow; exit with its error if it fails."""
     if answer["type"] != "queued":
         raise SystemExit(json.dumps(answer["data"], indent=1))
     end = page.wait_for_function("(id) => window.endOfPrompt[id]", arg=answer["data"]["prompt_id"]).json_value()
@@ -97,22 +106,22 @@ def finished(page, answer: Mapping) -> None:
 def take_all(
     host: Host, out: Path, shots: tuple[Shot, ...], *, vue_nodes: bool, theme: str, density: float
 ) -> Iterator[Path]:
-    """All shots in one host, each example run once."""
+    """Take all shots in one host; each example is run once."""
     kind = host.version.removesuffix(".0") + ("-vue" if vue_nodes else "") + ("" if theme == "dark" else f"-{theme}")
     with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
         place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
         place_further(server.base)
-        known = server.object_info()
+        object_info = server.object_info()
         settings = {**SETTINGS, "Comfy.ColorPalette": theme}
         with open_page(
             server, vue_nodes=vue_nodes, settings=settings, size=(1920, 1200), density=density, timeout=600
         ) as page:
             for example, some in groupby(shots, key=lambda shot: shot.example):
-                load_workflow(page, inspect() if example == "inspect" else with_tiny_model(example, known))
+                load_workflow(page, build_inspect() if example == "inspect" else with_tiny_model(example, object_info))
                 answer = queue_prompt(page, wait=False)
                 for shot in some:
                     if shot.running is None:
-                        finished(page, answer)
+                        wait_until_finished(page, answer)
                     else:
                         page.wait_for_function(REACHED, arg=shot.running)
                     yield take(page, shot, out / f"{shot.name}-{kind}.png")
@@ -120,16 +129,18 @@ def take_all(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="folder for the pictures")
-    parser.add_argument("--only", choices=[shot.name for shot in SHOTS], nargs="+", help="these pictures; default: all")
-    parser.add_argument("--host", help="only hosts whose version begins so; default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="output folder")
+    parser.add_argument(
+        "--only", choices=[shot.name for shot in SHOTS], nargs="+", help="take only these; default: all"
+    )
+    parser.add_argument("--host", help="only hosts whose version starts with this; default: all")
     parser.add_argument("--theme", choices=("dark", "light"), default="dark")
-    parser.add_argument("--vue-nodes", action="store_true", help="nodes drawn by Vue instead of on the canvas")
-    parser.add_argument("--density", type=float, default=1.5, help="pixels of a picture for each of the page's")
+    parser.add_argument("--vue-nodes", action="store_true", help="draw nodes with Vue instead of on the canvas")
+    parser.add_argument("--density", type=float, default=1.5, help="image pixels per CSS pixel")
     args = parser.parse_args()
     hosts = [host for host in available_hosts() if host.version.startswith(args.host or "")]
     if not hosts:
-        raise SystemExit("no such ComfyUI on this machine: make hosts")
+        raise SystemExit("no matching ComfyUI is installed; run make hosts")
     args.out.mkdir(parents=True, exist_ok=True)
     shots = tuple(shot for shot in SHOTS if shot.name in (args.only or [shot.name]))
     for host in hosts:

@@ -1,8 +1,8 @@
-"""File to file: how long a synthetic model takes beside ``cp`` of the same file, and how much memory.
+"""Benchmark of file-to-file quantization: time compared with ``cp`` of the same file, and peak memory.
 
-The file has the layers of a Flux-like transformer in bfloat16. Each pass runs in a process of its own, so that its
-peak memory is its own; ``cp`` and the passes take turns on the same disk, and all outputs are removed in between.
-``cp+sync`` also waits until its copy is on the disk, as every pass of ours does before it renames its output.
+The file has the layers of a Flux-like transformer in bfloat16. Each pass runs in a separate process, so that its peak
+memory is measured alone. ``cp`` and the passes alternate on the same disk, and outputs are removed after each.
+``cp+sync`` includes fsync, as every pass does before it renames its output.
 """
 
 import json
@@ -34,7 +34,7 @@ _BLOCK = {"qkv": (3, 1), "proj": (1, 1), "mlp.0": (4, 1), "mlp.2": (1, 4), "mod.
 
 
 def make_file(path: Path, width: int, blocks: int, device: str) -> None:
-    """Gaussian weights whose scale differs by row, as in real layers."""
+    """Write a model of Gaussian weights with a standard deviation per row, as real layers have."""
     infos = {}
     for block in range(blocks):
         for name, (rows, columns) in _BLOCK.items():
@@ -50,10 +50,10 @@ def make_file(path: Path, width: int, blocks: int, device: str) -> None:
         writer.finish({})
 
 
-def one_pass(source: str, target: str, name: str) -> None:
-    """Child process: run one pass and print its numbers as JSON."""
+def run_pass(source: str, target: str, name: str) -> None:
+    """Run one pass, in a child process, and print its measurements as JSON."""
     if torch.cuda.is_available():
-        torch.zeros(1, device="cuda")  # start the driver before the clock
+        torch.zeros(1, device="cuda")  # initialize CUDA before the measurement
     before = peak_memory()
     start = time.perf_counter()
     report = quantize_file(source, target, PASSES[name])
@@ -86,11 +86,11 @@ def main() -> None:
         __doc__.splitlines()[0],
         ("--gb", {"type": float, "help": "size of the source (default: 12, quick: 1)"}),
         ("--rounds", {"type": int, "default": 3}),
-        ("--folder", {"type": Path, "help": "where to put the files (default: the temporary folder)"}),
-        ("--pass", {"nargs": 3, "dest": "child", "help": "used by this script itself"}),
+        ("--folder", {"type": Path, "help": "folder for the files (default: the temporary folder)"}),
+        ("--pass", {"nargs": 3, "dest": "child", "help": "internal: run one pass in a child process"}),
     )
     if args.child:
-        return one_pass(*args.child)
+        return run_pass(*args.child)
     width = 1536 if args.quick else 3072
     size = (args.gb or (1 if args.quick else 12)) * 1e9
     blocks = max(1, round(size / (2 * sum(a * b for a, b in _BLOCK.values()) * width**2)))

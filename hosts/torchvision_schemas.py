@@ -1,26 +1,28 @@
-"""Lets PyPI's CUDA-linked torchvision be imported beside a CPU torch. Copied into a host's virtual environment.
+"""Make PyPI's CUDA build of torchvision importable with a CPU build of torch. Copied into a host's virtual environment.
 
-torchvision registers shape functions for operators that its compiled half declares. That half cannot load here, so
-the import would fail at the first of them ("operator torchvision::nms does not exist"). Declaring the two operators
-just before torchvision is imported is enough; nothing can call them, and resizing needs neither. A finder does it,
-so that a Python that never imports torchvision does not pay for importing torch.
+torchvision registers fake implementations of operators that its extension library declares. With a CPU torch that library
+cannot load, and the import fails: "operator torchvision::nms does not exist". Declaring the two operators before
+torchvision is imported avoids the error; they have no implementation, and resizing uses neither. An import hook
+declares them, so that a process without torchvision does not import torch.
 """
 
 import sys
 
 
 class DeclareBeforeTorchvision:
+    """Import hook that declares the operators when torchvision is first imported."""
+
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
             sys.meta_path.remove(self)
             import torch
 
-            # Kept alive as long as the process: a Library takes its declarations along when it is collected.
+            # The reference keeps the declarations: a Library removes them when it is garbage-collected.
             library = torch.library.Library("torchvision", "DEF")
-            DeclareBeforeTorchvision.keep = library
+            DeclareBeforeTorchvision.library = library
             for operator in ("nms", "qnms"):
                 library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return None  # the usual finders find it
+        return None  # the regular finders import the module
 
 
 sys.meta_path.insert(0, DeclareBeforeTorchvision())

@@ -1,4 +1,4 @@
-"""Workflows in ComfyUI's API form: built node by node, or read from a file that the browser saved."""
+"""Workflows in ComfyUI's API format: built node by node, or converted from the frontend's format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Graph", "Node", "to_api", "widget_names"]
 
 
 class Node:
-    """A node of a :class:`Graph`; ``node[slot]`` is the link to one of its outputs."""
+    """Node of a :class:`Graph`; ``node[slot]`` is a link to one of its outputs."""
 
     def __init__(self, node_id: str):
         self.id = node_id
@@ -19,7 +19,7 @@ class Node:
 
 
 class Graph(dict):
-    """An API workflow that is built by calls:
+    """API workflow built by calls:
 
     graph = Graph()
     model = graph.add("UNETLoader", unet_name="tiny.safetensors", weight_dtype="default")
@@ -27,17 +27,18 @@ class Graph(dict):
     """
 
     def add(self, class_type: str, **inputs: Any) -> Node:
+        """Add a node with its inputs: values, or links such as ``node[0]``."""
         node = Node(str(len(self) + 1))
         self[node.id] = {"class_type": class_type, "inputs": inputs}
         return node
 
 
-# Widgets after which the browser keeps a value of its own ("what happens to the seed after a run").
+# Widgets that the frontend follows by a value of its own, control_after_generate.
 _CONTROLLED = ("seed", "noise_seed")
 
 
 def widget_names(definition: Mapping[str, Any]) -> list[str | None]:
-    """Names of a node's widgets in the order of ``widgets_values``; None for the browser's own."""
+    """Widget names of a node definition in the order of ``widgets_values``; None for the frontend's own values."""
     names: list[str | None] = []
     for group in ("required", "optional"):
         for name, (kind, *options) in definition["input"].get(group, {}).items():
@@ -50,9 +51,16 @@ def widget_names(definition: Mapping[str, Any]) -> list[str | None]:
 
 
 def to_api(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> dict[str, dict]:
-    """A workflow saved by the browser → what it would queue. ``object_info``: the server's node definitions.
+    """Convert a workflow from the frontend's format to the API format.
 
-    Covers plain nodes and notes; no subgraphs, reroutes or bypassed nodes. A node the server does not have is a KeyError.
+    Supports plain nodes and notes, not subgraphs, reroutes or bypassed nodes.
+
+    Args:
+        workflow: as the frontend saves it.
+        object_info: the server's node definitions.
+
+    Raises:
+        KeyError: the server does not have one of the node classes.
     """
     sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     api = {}

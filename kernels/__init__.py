@@ -1,7 +1,8 @@
-"""Kernels behind one dispatch: ``triton/`` and ``reference/`` (plain torch) hold the same names and signatures.
+"""8-bit quantizers, linear layers and rounding kernels behind one dispatch.
 
-``operators`` are the public 8-bit quantizers, linear layers and roundings, ``backends`` says which implementation runs, ``tuning``
-remembers what was measured, ``tensor_cores`` holds torch's own 8-bit products.
+``triton`` and ``reference`` (plain torch) implement the same functions. ``operators`` registers them as torch operators
+and defines the public functions, ``backends`` selects the implementation, ``tuning`` measures and caches the fastest
+one, ``tensor_cores`` wraps torch's own 8-bit matrix products.
 """
 
 from .backends import BACKENDS, OPERATIONS, backend, refusals, using

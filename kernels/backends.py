@@ -1,7 +1,7 @@
-"""Which implementation runs: the fastest one that can, or the one that was asked for.
+"""Backend selection: the fastest implementation that supports the arguments, or the requested one.
 
-Every operation has a list of implementations, best first, each with what it needs. ``refusals`` says for each one that
-cannot run why not; the reference needs nothing.
+Every operation has a table of implementations, best first, each with its requirements. :func:`refusals` returns the
+unmet requirement of each implementation; the reference implementation has none.
 """
 
 import functools
@@ -14,54 +14,52 @@ from typing import NamedTuple
 
 import torch
 
-from . import cards, reference, tensor_cores, tuning
+from . import devices, reference, tensor_cores, tuning
 
 __all__ = ["BACKENDS", "OPERATIONS", "backend", "implementation", "refusals", "using"]
 
 log = logging.getLogger(__name__)
 
-# Name → what it means, for people.
+# Name → description for users.
 BACKENDS: Mapping[str, str] = {
-    "auto": "Triton or torch, whichever is faster here for a shape: measured once, remembered",
-    "triton": "Triton kernels with the launch settings they come with",
-    "autotuned": "Triton kernels, with launch settings measured once for each shape and remembered",
+    "auto": "Triton or torch, whichever is faster for a shape; measured once and cached",
+    "triton": "Triton kernels with the shipped launch configurations",
+    "autotuned": "Triton kernels with launch configurations measured once per shape and cached",
     "torch": "torch's own 8-bit matrix products",
-    "reference": "plain torch: decode, then multiply",
+    "reference": "plain torch: dequantize, then multiply",
 }
-# What a backend means for an operation that has no implementation of that name.
-_INSTEAD = {"torch": "reference", "autotuned": "triton"}
+# Backend → the one used for operations that it does not implement.
+_FALLBACKS = {"torch": "reference", "autotuned": "triton"}
 VARIABLE = "LEARNED_ROUNDING_BACKEND"
 
 
-def _asked_for() -> str:
-    """The backend that the environment names, or auto."""
+def _read_environment() -> str:
+    """Backend named by the environment variable, or auto."""
     name = os.environ.get(VARIABLE) or "auto"
     if name in BACKENDS:
         return name
-    log.warning(
-        "%s names no kernel backend: %r, so auto is used; choose one of %s.", VARIABLE, name, ", ".join(BACKENDS)
-    )
+    log.warning("%s=%r is not a kernel backend; using auto. Valid backends: %s.", VARIABLE, name, ", ".join(BACKENDS))
     return "auto"
 
 
-_chosen = [_asked_for()]
+_selected = [_read_environment()]
 
 
 class Need(NamedTuple):
-    """Something an implementation needs: a sentence for people, and a test of the operation's arguments."""
+    """Requirement of an implementation: the message if it is unmet, and a predicate over the operation's arguments."""
 
     text: str
     met: Callable[..., bool]
 
 
 class Implementation(NamedTuple):
-    """One way to compute an operation; ``load`` returns the function, and is called only when every need is met."""
+    """Implementation of an operation; ``load`` imports and returns the function once every need is met."""
 
     load: Callable[[], Callable]
     needs: tuple[Need, ...] = ()
 
     def refusal(self, *arguments) -> str:
-        """Why it cannot run, empty when it can."""
+        """Message of the first unmet need, or an empty string."""
         return next((need.text for need in self.needs if not need.met(*arguments)), "")
 
 
@@ -79,41 +77,46 @@ def _from_triton(name: str) -> Callable[[], Callable]:
     return load
 
 
+def _max_columns() -> int:
+    from . import triton
+
+    return triton.MAX_COLUMNS
+
+
 CUDA = Need("the tensor is not on a CUDA device", lambda x, *_: x.is_cuda)
-NVIDIA = Need("the card is not made by NVIDIA", lambda *_: cards.is_nvidia())
+NVIDIA = Need("the GPU is not made by NVIDIA", lambda *_: devices.is_nvidia())
 TRITON = Need("Triton is not installed", lambda *_: _has_triton())
-AMPERE = Need("the card is older than SM 8.0", lambda x, *_: cards.capability(x.device) >= (8, 0))
+AMPERE = Need("the GPU is older than SM 8.0", lambda x, *_: devices.compute_capability(x.device) >= (8, 0))
 HALF = Need(
-    "inputs must be float16 or bfloat16 where the card has no FP8",
-    lambda x, codes, *_: (
-        codes.dtype is torch.int8 or x.dtype in (torch.float16, torch.bfloat16) or cards.multiplies_fp8(x.device)
+    "activations must be float16 or bfloat16 on a GPU without FP8 tensor cores",
+    lambda x, qdata, *_: (
+        qdata.dtype is torch.int8 or x.dtype in (torch.float16, torch.bfloat16) or devices.has_fp8_matmul(x.device)
     ),
 )
 BLOCKS = Need(
     "the block size must be a power of two from 32 to 1024",
-    lambda x, codes, scale, bias, block_size, *_: not block_size or _is_power(block_size, 32),
+    lambda x, qdata, scale, bias, block_size, *_: not block_size or _is_power_of_two(block_size, 32),
 )
 WEIGHT_BLOCKS = Need(
     "the block size must be a power of two from 16 to 1024",
-    lambda x, dtype, block_size, *_: not block_size or _is_power(block_size, 16),
+    lambda x, dtype, block_size, *_: not block_size or _is_power_of_two(block_size, 16),
 )
-CODE_BLOCKS = Need(
+QDATA_BLOCKS = Need(
     "the block size must be a power of two from 16 to 1024",
-    lambda codes, scale, block_size, *_: not block_size or _is_power(block_size, 16),
+    lambda qdata, scale, block_size, *_: not block_size or _is_power_of_two(block_size, 16),
 )
 FLOATS = Need(
-    "inputs must be float16, bfloat16 or float32",
+    "activations must be float16, bfloat16 or float32",
     lambda x, *_: x.dtype in (torch.float16, torch.bfloat16, torch.float32),
 )
 COUPLED = Need("columns do not depend on each other", lambda weight, shift, before, coupling, *_: coupling is not None)
 COLUMNS = Need(
-    "a block has more columns than a kernel rounds in one go",
-    lambda weight, *_: weight.shape[0] <= _from_triton("MAX_COLUMNS")(),
+    "a block has more columns than the kernel supports", lambda weight, *_: weight.shape[0] <= _max_columns()
 )
 _KERNEL = (CUDA, NVIDIA, TRITON, AMPERE)
 
 
-def _is_power(size: int, least: int) -> bool:
+def _is_power_of_two(size: int, least: int) -> bool:
     return least <= size <= 1024 and size & (size - 1) == 0
 
 
@@ -132,7 +135,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         "reference": _reference("quantize_weight"),
     },
     "dequantize_weight": {
-        "triton": Implementation(_from_triton("dequantize_weight"), (*_KERNEL, CODE_BLOCKS)),
+        "triton": Implementation(_from_triton("dequantize_weight"), (*_KERNEL, QDATA_BLOCKS)),
         "reference": _reference("dequantize_weight"),
     },
     "scaled_linear": {
@@ -155,23 +158,27 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
 
 
 def refusals(operation: str, *arguments) -> dict[str, str]:
-    """Why each implementation of an operation cannot run with these arguments; those that can are left out."""
+    """Return the unmet need of each implementation of an operation for these arguments; usable ones are omitted."""
     found = {name: entry.refusal(*arguments) for name, entry in OPERATIONS[operation].items()}
     return {name: text for name, text in found.items() if text}
 
 
 def backend(name: str | None = None) -> str:
-    """The backend in use; with a name of :data:`BACKENDS`, that one from now on. Raises ValueError for another name."""
+    """Return the selected backend; with a name of :data:`BACKENDS`, select it first.
+
+    Raises:
+        ValueError: ``name`` is not in :data:`BACKENDS`.
+    """
     if name is not None:
         if name not in BACKENDS:
-            raise ValueError(f"There is no kernel backend {name!r}; choose one of {', '.join(BACKENDS)}.")
-        _chosen[0] = name
-    return _chosen[0]
+            raise ValueError(f"{name!r} is not a kernel backend; choose one of {', '.join(BACKENDS)}.")
+        _selected[0] = name
+    return _selected[0]
 
 
 @contextmanager
 def using(name: str):
-    """Another backend for a while."""
+    """Context manager that selects a backend and restores the previous one on exit."""
     before = backend()
     backend(name)
     try:
@@ -181,20 +188,21 @@ def using(name: str):
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     log.info(message)
 
 
 def implementation(operation: str, *arguments) -> Callable:
-    """The function that is to compute an operation with these arguments."""
+    """Return the function that computes an operation for these arguments."""
     entries = OPERATIONS[operation]
-    name = _chosen[0] if _chosen[0] in entries else _INSTEAD.get(_chosen[0])
+    selected = backend()
+    name = selected if selected in entries else _FALLBACKS.get(selected, selected)
     if name in entries and not entries[name].refusal(*arguments):
         return entries[name].load()
     refused = refusals(operation, *arguments)
     possible = [name for name in entries if name not in refused]
     if possible == ["reference"]:
-        _say_once(f"Kernels run in plain torch: {refused['triton']}.")
-    elif _chosen[0] == "auto" and operation == "scaled_linear":
+        _log_once(f"Kernels run in plain torch: {refused['triton']}.")
+    elif selected == "auto" and operation == "scaled_linear":
         possible = [tuning.fastest_backend(possible, entries, arguments)]
     return entries[possible[0]].load()

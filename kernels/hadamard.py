@@ -1,4 +1,4 @@
-"""The Hadamard matrix of ConvRot."""
+"""Regular Hadamard rotation of ConvRot."""
 
 import functools
 
@@ -11,9 +11,9 @@ _H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 @functools.cache
 def hadamard(size: int) -> torch.Tensor:
-    """The orthogonal regular Hadamard matrix H₄⊗H₄⊗… of order ``size``, a power of four; float32 on the CPU.
+    """Orthogonal regular Hadamard matrix H₄⊗H₄⊗… of order ``size``, a power of four; float32 on the CPU.
 
-    Symmetric, and so its own inverse; its entries ±1/√size are exact in every float dtype.
+    The matrix is symmetric and therefore its own inverse. Its entries ±1/√size are exact in every float dtype.
     """
     base = torch.tensor(_H4, dtype=torch.float32) / 2
     matrix = base
@@ -23,6 +23,6 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 def rotate(values: torch.Tensor, size: int) -> torch.Tensor:
-    """Groups of ``size`` neighbours along the last dimension times that matrix, as float32."""
+    """Multiply groups of ``size`` adjacent channels (last dimension) by the Hadamard matrix; returns float32."""
     groups = values.float().unflatten(-1, (-1, size))
     return (groups @ hadamard(size).to(values.device)).flatten(-2)

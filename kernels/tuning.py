@@ -1,7 +1,7 @@
-"""What was measured once on this machine, and is remembered in a file of the user's cache folder.
+"""Measure the fastest implementation or launch configuration once, and cache the result in the user's cache folder.
 
-Times depend on the card, on torch and Triton, and on the shape of a product; the number of tokens counts as the next
-power of two, so that another prompt length measures nothing anew.
+A result holds for a GPU, torch version, Triton version and GEMM shape. The number of tokens is rounded up to a power of
+two, so that another prompt length does not start a new measurement.
 """
 
 import functools
@@ -25,7 +25,7 @@ LARGEST_BUCKET = 16384
 
 
 def cache_file() -> Path:
-    """Where measurements are kept: a folder of the environment's choice, else that of the user's caches."""
+    """Path of the measurement cache: in the folder that ``CACHE_VARIABLE`` names, else in the user's cache folder."""
     folder = os.environ.get(CACHE_VARIABLE)
     if folder:
         return Path(folder) / "kernels.json"
@@ -34,7 +34,8 @@ def cache_file() -> Path:
 
 
 @functools.cache
-def _machine(device: torch.device) -> str:
+def _describe_machine(device: torch.device) -> str:
+    """GPU name and library versions, as part of a cache key."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -43,49 +44,54 @@ def _machine(device: torch.device) -> str:
 
 
 @functools.cache
-def _remembered(file: Path) -> dict[str, object]:
-    """What the file holds; an unreadable one holds nothing, measuring again repairs it."""
+def _load_cache(file: Path) -> dict[str, object]:
+    """Read the cache file once per process; an unreadable file counts as empty and is rewritten by the next result."""
+    return _read_cache(file)
+
+
+def _read_cache(file: Path) -> dict[str, object]:
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _remember(file: Path, key: str, value: object) -> None:
-    """Add to the file what it does not hold yet; others may have written meanwhile."""
-    known = _remembered(file)
+def _store_result(file: Path, key: str, value: object) -> None:
+    """Add a result to the cache file; entries that other processes have written meanwhile are kept."""
+    cache = _load_cache(file)
+    cache.update(_read_cache(file))
+    cache[key] = value
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        on_disk = json.loads(file.read_text()) if file.exists() else {}
-    except (OSError, ValueError):
-        on_disk = {}
-    known.update(on_disk if isinstance(on_disk, dict) else {})
-    known[key] = value
-    try:
         with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as target:
-            json.dump(known, target, indent=0, sort_keys=True)
+            json.dump(cache, target, indent=0, sort_keys=True)
         os.replace(target.name, file)
     except OSError as error:
-        log.warning("Kernel measurements cannot be kept in %s: %s.", file, error)
+        log.warning(
+            "Cannot write kernel measurements to %s: %s; set %s to a writable folder, or every process repeats them.",
+            file,
+            error,
+            CACHE_VARIABLE,
+        )
 
 
 def bucket(rows: int) -> int:
-    """The number of tokens a measurement is made for: the next power of two, from 16 on."""
+    """Number of tokens at which a shape is measured: the next power of two, from 16 to ``LARGEST_BUCKET``."""
     return min(max(1 << (rows - 1).bit_length(), 16), LARGEST_BUCKET)
 
 
-def shape_key(what: str, x: torch.Tensor, codes: torch.Tensor, *details) -> str:
-    """The name of a measurement: what was compared, on which machine, for which product."""
-    rows, (columns, inner) = bucket(x.shape[0]), codes.shape
-    parts = (what, _machine(x.device), f"{rows}x{columns}x{inner}", x.dtype, codes.dtype, *details)
+def shape_key(kind: str, x: torch.Tensor, qdata: torch.Tensor, *details) -> str:
+    """Cache key of a measurement: what is compared, machine, GEMM shape, dtypes and further details."""
+    rows, (columns, inner) = bucket(x.shape[0]), qdata.shape
+    parts = (kind, _describe_machine(x.device), f"{rows}x{columns}x{inner}", x.dtype, qdata.dtype, *details)
     return "; ".join(map(str, parts))
 
 
-def _milliseconds(call: Callable[[], object], runs: int = 10) -> float:
-    """The median of a few runs on the device, after two that are not counted.
+def _measure_milliseconds(call: Callable[[], object], runs: int = 10) -> float:
+    """Median time of ``runs`` calls on the device in ms, after two warm-up calls.
 
-    The device first idles for ten milliseconds, in which the runs queue up: their launches do not count.
+    The device first sleeps for 10 ms while the calls are enqueued, so that launch overhead is not measured.
     """
     for _ in range(2):
         call()
@@ -101,33 +107,33 @@ def _milliseconds(call: Callable[[], object], runs: int = 10) -> float:
 
 
 def fastest(key: str, names: Sequence[str], run: Callable[[str], object]) -> str:
-    """The name whose ``run(name)`` takes least time; remembered under ``key``.
+    """Return the name whose ``run(name)`` takes the least time; the result is cached under ``key``.
 
-    A run that the card has no room for drops out. While a CUDA graph is captured nothing can be measured: the first name.
+    A run that raises is skipped. During CUDA graph capture nothing can be measured, and the first name is returned.
     """
     file = cache_file()
-    known = _remembered(file).get(key)
-    if known in names:
-        return known
+    cached = _load_cache(file).get(key)
+    if isinstance(cached, str) and cached in names:
+        return cached
     if len(names) == 1 or torch.cuda.is_current_stream_capturing():
         return names[0]
     times = {}
     for name in names:
         try:
-            times[name] = _milliseconds(lambda name=name: run(name))
-        except Exception as error:  # out of shared memory, or a product this torch does not have: another one will do
+            times[name] = _measure_milliseconds(lambda name=name: run(name))
+        except Exception as error:  # out of shared memory, or a product that this torch does not have
             log.debug("%s cannot run %s: %s", key, name, error)
     if not times:
         return names[0]
-    best = min(times, key=times.get)
+    best = min(times, key=lambda name: times[name])
     log.info("Measured %s: %s.", key, ", ".join(f"{name} {time:.3f} ms" for name, time in times.items()))
-    _remember(file, key, best)
+    _store_result(file, key, best)
     return best
 
 
 def fastest_backend(names, entries, arguments) -> str:
-    """The fastest of the implementations ``names`` for a linear layer with these arguments; autotuning is never chosen."""
+    """Return the fastest implementation among ``names`` for a linear layer; never "autotuned" or "reference"."""
     names = [name for name in names if name not in ("autotuned", "reference")]
-    x, codes, _, bias, block_size, rotate_by, out_dtype = arguments
-    key = shape_key("backend", x, codes, block_size, rotate_by, out_dtype)
+    x, qdata, _, bias, block_size, rotate_by, out_dtype = arguments
+    key = shape_key("backend", x, qdata, block_size, rotate_by, out_dtype)
     return fastest(key, names, lambda name: entries[name].load()(*arguments))

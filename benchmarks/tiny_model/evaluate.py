@@ -1,4 +1,4 @@
-"""Does the model draw what the prompt names? Samples prompts and finds the training picture nearest to each.
+"""Evaluate the model: sample prompts and find the training image nearest to each sample.
 
 python -m learned_rounding.benchmarks.tiny_model.evaluate [--cfg 4] [--json FILE]     (files in assets/, data in build/)
 """
@@ -21,25 +21,25 @@ MODEL_NAME, LORA_NAME = "tiny_mmdit_emoji.safetensors", "tiny_lora_red.safetenso
 
 
 def start_noise(count: int, device, seed: int = 0) -> torch.Tensor:
-    """One picture's noise never depends on how many are drawn with it."""
+    """Initial noise (count, 16, 8, 8); each image has its own seed and does not depend on the batch size."""
     noise = [torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)]
     return torch.stack(noise).to(device)
 
 
 def draw(model, decoder, context, pooled, *, steps: int = 20, cfg: float = 4.0, seed: int = 0) -> torch.Tensor:
-    """Pictures (B, 3, 64, 64) in [0, 1] for text features, all in float32."""
+    """Sample images (B, 3, 64, 64) in [0, 1] for text features, in float32."""
     noise = start_noise(len(context), context.device, seed)
     with torch.no_grad():
         return decoder(sample(model, noise, context, pooled, steps=steps, cfg=cfg)).clamp(0, 1)
 
 
-def nearest(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Index of the reference (R, 3, 64, 64) with the smallest pixel L2 distance to each picture."""
-    return torch.cdist(pictures.flatten(1), references.flatten(1)).argmin(1)
+def nearest(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Index of the reference (R, 3, 64, 64) with the smallest pixel L2 distance to each image."""
+    return torch.cdist(images.flatten(1), references.flatten(1)).argmin(1)
 
 
 def merge_lora(weights: dict[str, torch.Tensor], lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict with W + up @ down * alpha / rank, as a stock LoRA loader patches it."""
+    """State dict with W + up @ down * alpha / rank, as the stock LoRA loader computes it."""
     merged = dict(weights)
     for key in lora:
         if key.endswith(".lora_up.weight"):
@@ -51,7 +51,7 @@ def merge_lora(weights: dict[str, torch.Tensor], lora: dict[str, torch.Tensor]) 
 
 
 def draw_sheet(path: Path, columns: list[tuple[str, list[np.ndarray]]], rows: list[str], per_line: int = 8) -> None:
-    """A PNG: for every name its pictures stacked (rows names them), the name below."""
+    """Write a PNG with one column per name: its images, labelled by ``rows``, and the name below."""
     from PIL import Image, ImageDraw
 
     tile, text, left = 80, 24, 62
@@ -59,10 +59,10 @@ def draw_sheet(path: Path, columns: list[tuple[str, list[np.ndarray]]], rows: li
     lines = -(-len(columns) // per_line)
     sheet = Image.new("RGB", (left + per_line * tile, lines * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (name, pictures) in enumerate(columns):
+    for i, (name, images) in enumerate(columns):
         x, y = left + (i % per_line) * tile, (i // per_line) * height
-        for j, picture in enumerate(pictures):
-            enlarged = Image.fromarray(picture).resize((tile - 6, tile - 6), Image.Resampling.LANCZOS)
+        for j, image in enumerate(images):
+            enlarged = Image.fromarray(image).resize((tile - 6, tile - 6), Image.Resampling.LANCZOS)
             sheet.paste(enlarged, (x + 3, y + j * tile + 3))
             if i % per_line == 0:
                 pen.text((2, y + j * tile + tile // 2 - 6), rows[j], fill="gray")
@@ -72,8 +72,9 @@ def draw_sheet(path: Path, columns: list[tuple[str, list[np.ndarray]]], rows: li
     sheet.save(path, optimize=True)
 
 
-def as_pixels(pictures: torch.Tensor) -> np.ndarray:
-    return (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+def to_pixels(images: torch.Tensor) -> np.ndarray:
+    """Convert images (B, 3, H, W) in [0, 1] to uint8 (B, H, W, 3)."""
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def main() -> None:
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 2.0, 4.0, 6.0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--sheet", type=Path, help="write the sample sheet here")
+    parser.add_argument("--sheet", type=Path, help="write the sample sheet to this file")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -93,7 +94,7 @@ def main() -> None:
     emoji = load(args.data)
     groups = splits(emoji.names)
     index = {name: i for i, name in enumerate(emoji.names)}
-    trained = [i for i, name in enumerate(emoji.names) if name not in set(groups["held_out"])]
+    trained = [i for i, name in enumerate(emoji.names) if name not in set(groups["validation"])]
     images = torch.from_numpy(emoji.images).permute(0, 3, 1, 2).to(device).float() / 255
 
     def features(names):
@@ -106,30 +107,30 @@ def main() -> None:
     decoder.load_state_dict(load_file(args.assets / "vae_approx" / "taesd3_decoder.safetensors"))
 
     checked = groups["calibration"] + groups["evaluation"]
-    wanted = torch.tensor([index[name] for name in checked], device=device)
+    expected = torch.tensor([index[name] for name in checked], device=device)
     candidates = torch.tensor(trained, device=device)
     scores = {}
     for cfg in args.cfg:
-        pictures = draw(model, decoder, *features(checked), steps=args.steps, cfg=cfg)
-        found = candidates[nearest(pictures, images[candidates])]
-        error = (pictures - images[wanted]).pow(2).flatten(1).mean(1)
+        drawn = draw(model, decoder, *features(checked), steps=args.steps, cfg=cfg)
+        found = candidates[nearest(drawn, images[candidates])]
+        error = (drawn - images[expected]).pow(2).flatten(1).mean(1)
         scores[cfg] = {
-            "found": int((found == wanted).sum()),
+            "found": int((found == expected).sum()),
             "of": len(checked),
             "median_psnr_db": round(float(-10 * error.median().log10()), 2),
-            "missed": {checked[i]: emoji.names[found[i]] for i in (found != wanted).nonzero().flatten().tolist()},
+            "missed": {checked[i]: emoji.names[found[i]] for i in (found != expected).nonzero().flatten().tolist()},
         }
         print(f"cfg {cfg:g}: {json.dumps(scores[cfg])}", flush=True)
 
     if args.sheet:
         shown = groups["showcase"] + checked[:16]
-        plain = as_pixels(draw(model, decoder, *features(shown), steps=args.steps))
+        plain = to_pixels(draw(model, decoder, *features(shown), steps=args.steps))
         model.load_state_dict(
             merge_lora(weights, {k: v.to(device) for k, v in load_file(args.assets / LORA_NAME).items()})
         )
-        red = as_pixels(draw(model, decoder, *features(shown), steps=args.steps))
+        red = to_pixels(draw(model, decoder, *features(shown), steps=args.steps))
         columns = [(name, [emoji.images[index[name]], plain[i], red[i]]) for i, name in enumerate(shown)]
-        draw_sheet(args.sheet, columns, ["training\npicture", "sampled", "with LoRA"])
+        draw_sheet(args.sheet, columns, ["training\nimage", "sampled", "with LoRA"])
     if args.json:
         result = {"scores": scores, "steps": args.steps, "device": str(device), "torch": torch.__version__}
         args.json.write_text(json.dumps(result, indent=1))

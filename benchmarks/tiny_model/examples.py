@@ -1,6 +1,6 @@
-"""The shipped examples with the tiny model in place of the public models that they name.
+"""Example workflows with the tiny model instead of the public models that they name.
 
-Users have a text encoder and a card; tests, demo and pictures have neither. Everything else of an example stays as it is shipped.
+Tests, demo and screenshots have no text encoder and no GPU. Everything else of an example is unchanged.
 """
 
 import json
@@ -21,7 +21,7 @@ __all__ = ["EXAMPLES", "place_further", "with_tiny_model", "with_tiny_parts"]
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_workflows"
 CHECKPOINT, TEXT_ENCODER, QUANTIZED = "tiny_checkpoint.safetensors", "tiny_t5.safetensors", "tiny_int8.safetensors"
 
-# A file that an example names → what is chosen instead, in the same folder of ComfyUI.
+# File named by an example → replacement in the same folder of ComfyUI.
 FILES = {
     "z_image_turbo_bf16.safetensors": MODEL,
     "z_image_turbo_int8.safetensors": QUANTIZED,
@@ -31,37 +31,37 @@ FILES = {
     "t5xxl_fp16.safetensors": TEXT_ENCODER,
 }
 _SAMPLING = {"steps": STEPS, "cfg": CFG, "sampler_name": "euler", "scheduler": "simple"}
-# Node class → values of its widgets.
+# Node class → widget values.
 VALUES = {
     "EmptySD3LatentImage": {"width": SIZE, "height": SIZE},
     "KSampler": _SAMPLING,
     "LearnedRoundingCalibrate": _SAMPLING | {"samples": 4},
     "LearnedRoundingCompare": _SAMPLING,
 }
-# Node class → the node that stands in its place, its widgets' values, its outputs, and which of them was the old node's only one.
+# Node class → replacement: class, widget values, outputs, and the output that replaces the only one of the original.
 REPLACED = {
     "CLIPTextEncode": ("LoadTrainingDataset", [DATASET], {"latents": "LATENT", "conditioning": "CONDITIONING"}, 1),
 }
-# Nothing asks for their outputs then.
+# Nodes whose outputs are then unused.
 DROPPED = ("CLIPLoader",)
 
 
 def with_tiny_model(name: str, object_info: Mapping[str, Any]) -> dict:
-    """An example in the browser's own form, made to run with what `place` and :func:`place_further` put there."""
+    """Example in the frontend's format that runs with the files of `place` and :func:`place_further`."""
     return with_tiny_parts(json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8")), object_info)
 
 
 def with_tiny_parts(workflow: dict, object_info: Mapping[str, Any]) -> dict:
-    """The same of any workflow of the browser, in place."""
-    gone = {node["id"] for node in workflow["nodes"] if node["type"] in DROPPED}
-    workflow["links"] = [link for link in workflow["links"] if link[1] not in gone]
-    workflow["nodes"] = [node for node in workflow["nodes"] if node["id"] not in gone]
+    """Replace models, prompts and sampling settings of a workflow in the frontend's format, in place."""
+    dropped = {node["id"] for node in workflow["nodes"] if node["type"] in DROPPED}
+    workflow["links"] = [link for link in workflow["links"] if link[1] not in dropped]
+    workflow["nodes"] = [node for node in workflow["nodes"] if node["id"] not in dropped]
     for node in workflow["nodes"]:
         node["properties"].pop("models", None)
         if node["type"] in REPLACED:
             _replace(node, workflow["links"])
         else:
-            _choose(node, object_info)
+            _set_values(node, object_info)
     return workflow
 
 
@@ -69,28 +69,30 @@ def _replace(node: dict, links: list[list]) -> None:
     node["type"], node["widgets_values"], outputs, slot = REPLACED[node["type"]]
     node["properties"]["Node name for S&R"] = node["type"]
     (old,) = node["outputs"]
-    made = [{"name": name, "type": kind, "links": []} for name, kind in outputs.items()]
-    made[slot]["links"] = old["links"]
-    node["inputs"], node["outputs"] = [], made
+    replaced = [{"name": name, "type": kind, "links": []} for name, kind in outputs.items()]
+    replaced[slot]["links"] = old["links"]
+    node["inputs"], node["outputs"] = [], replaced
     for link in links:
         if link[1] == node["id"]:
             link[2] = slot
 
 
-def _choose(node: dict, object_info: Mapping[str, Any]) -> None:
-    chosen = VALUES.get(node["type"], {})
-    names = widget_names(object_info[node["type"]]) if chosen else []
+def _set_values(node: dict, object_info: Mapping[str, Any]) -> None:
+    overrides = VALUES.get(node["type"], {})
+    names = widget_names(object_info[node["type"]]) if overrides else []
     values = node.get("widgets_values") or []
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if isinstance(value, str):
             folder, _, file = value.rpartition("/")
-            values[place] = "/".join(filter(None, (folder, FILES.get(file, file))))
-    for name, value in chosen.items():
+            values[index] = "/".join(filter(None, (folder, FILES.get(file, file))))
+    for name, value in overrides.items():
         values[names.index(name)] = value
 
 
 def place_further(base: Path) -> None:
-    """Put what `place` leaves out under ComfyUI's base directory: a checkpoint and a quantized file of the tiny model, and a thin random T5-XXL."""
+    """Write further files below ComfyUI's base directory: a checkpoint and a quantized file of the tiny model, and a random
+    T5-XXL of small width.
+    """
     models = Path(base) / "models"
     model = load_file(ASSETS / MODEL)
     quantize_file(
@@ -101,7 +103,7 @@ def place_further(base: Path) -> None:
     )
     _save(models / "checkpoints" / CHECKPOINT, {f"model.diffusion_model.{key}": value for key, value in model.items()})
     generator = torch.Generator().manual_seed(0)
-    wide = {"wi_0": (10240, 16), "wi_1": (10240, 16), "wo": (16, 10240)}  # by its width T5-XXL is known
+    wide = {"wi_0": (10240, 16), "wi_1": (10240, 16), "wo": (16, 10240)}  # ComfyUI detects T5-XXL by this width
     parts = {"0.SelfAttention": dict.fromkeys("qkvo", (16, 16)), "1.DenseReluDense": wide}
     encoder = {
         "shared.weight": torch.randn(1000, 16, generator=generator),

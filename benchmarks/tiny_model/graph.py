@@ -1,4 +1,4 @@
-"""Workflows around the tiny model for demo, tests and benchmarks, and what they leave behind."""
+"""Workflows with the tiny model for demo, tests and benchmarks, and readers for their outputs."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ __all__ = ["MODEL", "LORA", "TinyGraph", "latents", "pictures", "psnr"]
 
 
 class TinyGraph(Graph):
-    """A graph with the pieces that every workflow of the tiny model has."""
+    """Graph with methods for the nodes that workflows of the tiny model use."""
 
     def load(self, name: str = MODEL) -> Node:
         return self.add("UNETLoader", unet_name=name, weight_dtype="default")
@@ -32,14 +32,26 @@ class TinyGraph(Graph):
         return self.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=strength)
 
     def calibrate(self, model: list, seed: int = 101, steps: int = STEPS, dataset: str = DATASET, **options) -> Node:
-        """Calibrate with the prompts that were placed under ``dataset``."""
-        known = {"samples": 1, "keep": "full", "tokens": 512, "seed": seed, "steps": steps, **self._sampling(dataset)}
-        return self.add("LearnedRoundingCalibrate", model=model, **{**known, **options})
+        """Calibrate with the prompts in ``dataset``."""
+        settings = {
+            "samples": 1,
+            "keep": "full",
+            "tokens": 512,
+            "seed": seed,
+            "steps": steps,
+            **self._sampling(dataset),
+        }
+        return self.add("LearnedRoundingCalibrate", model=model, **{**settings, **options})
 
     def compare(self, reference: list, compared: list, seed: int = 1, steps: int = STEPS, **options) -> Node:
-        """Compare two models with the prompts that were placed, in pictures too."""
-        known = {"seed": seed, "steps": steps, "vae": self.add("VAELoader", vae_name="taesd3")[0], **self._sampling()}
-        return self.add("LearnedRoundingCompare", reference=reference, compared=compared, **{**known, **options})
+        """Compare two models with the prompts in ``DATASET``, including decoded images."""
+        settings = {
+            "seed": seed,
+            "steps": steps,
+            "vae": self.add("VAELoader", vae_name="taesd3")[0],
+            **self._sampling(),
+        }
+        return self.add("LearnedRoundingCompare", reference=reference, compared=compared, **{**settings, **options})
 
     def quantize(
         self,
@@ -54,14 +66,14 @@ class TinyGraph(Graph):
             options["options"] = self.add("LearnedRoundingOptions", **chosen)[0]
         options = {"preset": "auto", "seed": 0, **options}
         recipe = self.add("LearnedRoundingConfigure", format=format, granularity=granularity, **options)
-        known = {"calibration": calibration} if calibration else {}
-        return self.add("LearnedRoundingQuantize", source=source, recipe=recipe[0], **known)
+        optional = {"calibration": calibration} if calibration else {}
+        return self.add("LearnedRoundingQuantize", source=source, recipe=recipe[0], **optional)
 
     def save(self, quantized: Node, prefix: str, folder: str = "output") -> Node:
         return self.add("LearnedRoundingSave", quantized=quantized[2], filename_prefix=prefix, folder=folder)
 
     def sample(self, model: list, prefix: str, seed: int = 1, steps: int = STEPS) -> None:
-        """Sample, decode, and save latent and picture under ``prefix``."""
+        """Sample, decode, and save latents and images as ``prefix``."""
         samples = self.add("KSampler", model=model, seed=seed, steps=steps, denoise=1.0, **self._sampling())
         vae = self.add("VAELoader", vae_name="taesd3")
         image = self.add("VAEDecode", samples=samples[0], vae=vae[0])
@@ -69,9 +81,9 @@ class TinyGraph(Graph):
         self.add("SaveImage", images=image[0], filename_prefix=prefix)
 
     def sample_in_parts(self, model: list, prefix: str, marks: list[int], seed: int = 1) -> None:
-        """As :meth:`sample`, in parts that end after the steps in ``marks``, whose latents are saved as ``prefix-STEP``."""
-        known = self._sampling()
-        samples, total = known.pop("latent_image"), marks[-1]
+        """As :meth:`sample`, in parts that end after the steps ``marks``; their latents are saved as ``prefix-STEP``."""
+        settings = self._sampling()
+        samples, total = settings.pop("latent_image"), marks[-1]
         for start, stop in zip([0, *marks], marks, strict=False):
             part = self.add(
                 "KSamplerAdvanced",
@@ -83,7 +95,7 @@ class TinyGraph(Graph):
                 start_at_step=start,
                 end_at_step=stop,
                 return_with_leftover_noise="disable" if stop == total else "enable",
-                **known,
+                **settings,
             )
             samples = part[0]
             self.add("SaveLatent", samples=samples, filename_prefix=f"{prefix}-{stop:02}")
@@ -91,7 +103,7 @@ class TinyGraph(Graph):
         self.add("SaveImage", images=self.add("VAEDecode", samples=samples, vae=vae[0])[0], filename_prefix=prefix)
 
     def _sampling(self, dataset: str = DATASET) -> dict:
-        """What KSampler and Calibrate ask for alike."""
+        """Sampling inputs that KSampler and Calibrate have in common."""
         data = self.add("LoadTrainingDataset", folder_name=dataset)
         negative = self.add("ConditioningZeroOut", conditioning=data[1])
         latent = self.add("EmptySD3LatentImage", width=SIZE, height=SIZE, batch_size=1)
@@ -106,24 +118,24 @@ class TinyGraph(Graph):
 
 
 def latents(folder: Path, prefix: str) -> np.ndarray:
-    """All latents that :meth:`TinyGraph.sample` saved under ``prefix`` in the output folder, in order of the prompts."""
-    return np.stack([load_file(file)["latent_tensor"].numpy() for file in _saved(folder, f"{prefix}_*.latent")])
+    """Load the latents that :meth:`TinyGraph.sample` saved as ``prefix`` in the output folder, in the order of prompts."""
+    return np.stack([load_file(file)["latent_tensor"].numpy() for file in _find_outputs(folder, f"{prefix}_*.latent")])
 
 
 def pictures(folder: Path, prefix: str) -> np.ndarray:
-    """The same for pictures: (prompts, height, width, 3) in 0…1."""
-    files = _saved(folder, f"{prefix}_*.png")
+    """Load the images saved as ``prefix``: (prompts, height, width, 3) in 0…1."""
+    files = _find_outputs(folder, f"{prefix}_*.png")
     return np.stack([np.asarray(Image.open(file).convert("RGB"), dtype=np.float64) / 255 for file in files])
 
 
-def _saved(folder: Path, pattern: str) -> list[Path]:
+def _find_outputs(folder: Path, pattern: str) -> list[Path]:
     files = sorted(Path(folder).glob(pattern))
     if not files:
-        raise FileNotFoundError(f"nothing named {pattern} was saved in {folder}")
+        raise FileNotFoundError(f"no output {pattern} in {folder}; check that the workflow has run")
     return files
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in 0…1; infinite for equal ones."""
+    """Peak signal-to-noise ratio in dB of images in 0…1; infinite if they are equal."""
     error = np.mean((a - b) ** 2)
     return float("inf") if error == 0 else float(-10 * np.log10(error))

@@ -1,6 +1,6 @@
-"""The two networks, written from the SD3 and TAESD layouts that ComfyUI detects by tensor name and shape.
+"""Diffusion transformer and autoencoder in the SD3 and TAESD layouts, which ComfyUI detects by tensor name and shape.
 
-Both state dicts are ComfyUI's own key for key, so training needs no conversion step and the files load in stock nodes.
+Both state dicts have ComfyUI's keys, so that the trained files load in stock nodes without conversion.
 """
 
 import math
@@ -13,17 +13,19 @@ from torch import nn
 __all__ = ["LATENT_CHANNELS", "LORA_LAYERS", "Decoder", "Encoder", "MMDiT", "MMDiTConfig", "flow_sigmas", "sample"]
 
 LATENT_CHANNELS = 16
-HEAD_WIDTH = 64  # ComfyUI derives everything from it: depth = heads = hidden / 64
+HEAD_WIDTH = 64  # ComfyUI derives depth = heads = hidden / 64
 LORA_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
+    """Sizes of the diffusion transformer."""
+
     depth: int = 4
     context_width: int = 512
     pooled_width: int = 512
     channels: int = LATENT_CHANNELS
-    patch: int = 2  # 1 is impossible: ComfyUI counts (height + 1) // patch positions
+    patch: int = 2  # not 1: ComfyUI computes (height + 1) // patch positions
 
     @property
     def hidden(self) -> int:
@@ -31,7 +33,7 @@ class MMDiTConfig:
 
 
 class Attention(nn.Module):
-    """Projections of one stream; the attention itself runs over both streams at once (JointBlock)."""
+    """Projections of one stream; JointBlock computes attention over both streams."""
 
     def __init__(self, width: int, last_context: bool):
         super().__init__()
@@ -63,7 +65,7 @@ def _modulated_norm(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -
 
 
 class Stream(nn.Module):
-    """One modality's half of a block. The last context half only feeds keys and values, so it ends at its qkv."""
+    """Part of a block for one modality. In the last block the context has only keys and values, and ends at qkv."""
 
     def __init__(self, width: int, last_context: bool = False):
         super().__init__()
@@ -101,11 +103,11 @@ class JointBlock(nn.Module):
 
 
 class _Mlp2(nn.Module):
-    """Linear, SiLU, Linear under the key `mlp`: the embedders of the timestep and of the pooled text."""
+    """Embedder of the timestep or the pooled text: Linear, SiLU, Linear with the key `mlp`."""
 
-    def __init__(self, inputs: int, width: int):
+    def __init__(self, in_features: int, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(in_features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(x)
@@ -135,7 +137,7 @@ def _timestep_features(t: torch.Tensor, width: int = 256) -> torch.Tensor:
 
 
 def _positions(width: int, rows: int, columns: int, device) -> torch.Tensor:
-    """Sine positions (rows * columns, width). Every picture spans 0..15 on its short side, whatever its size."""
+    """Sinusoidal positions (rows * columns, width). The short side of an image spans 0..15, independent of its size."""
     omega = 10000.0 ** (-torch.arange(width // 4, device=device, dtype=torch.float32) / (width / 4))
     short = min(rows, columns)
 
@@ -150,7 +152,7 @@ def _positions(width: int, rows: int, columns: int, device) -> torch.Tensor:
 
 
 class MMDiT(nn.Module):
-    """SD3's diffusion transformer at width 64 * depth: predicts noise - picture from a mixture of the two."""
+    """SD3's diffusion transformer with width 64 * depth; predicts noise - image from a mixture of the two."""
 
     def __init__(self, config: MMDiTConfig | None = None):
         super().__init__()
@@ -162,9 +164,9 @@ class MMDiT(nn.Module):
         self.context_embedder = nn.Linear(config.context_width, width)
         self.joint_blocks = nn.ModuleList(JointBlock(width, last=i == config.depth - 1) for i in range(config.depth))
         self.final_layer = _FinalLayer(width, config.patch**2 * config.channels)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self):
+    def _initialize(self):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -187,7 +189,7 @@ class MMDiT(nn.Module):
 
 
 def flow_sigmas(steps: int, shift: float = 3.0) -> torch.Tensor:
-    """ComfyUI's scheduler "simple" over SD3's shifted schedule: (steps + 1,) from 1 down to 0."""
+    """ComfyUI's scheduler "simple" on SD3's shifted schedule: (steps + 1,) from 1 down to 0."""
     t = torch.arange(1, 1001) / 1000
     table = shift * t / (1 + (shift - 1) * t)
     return torch.stack([table[-(1 + int(i * 1000 / steps))] for i in range(steps)] + [torch.zeros(())])
@@ -195,15 +197,15 @@ def flow_sigmas(steps: int, shift: float = 3.0) -> torch.Tensor:
 
 @torch.no_grad()
 def sample(model, noise, context, y, *, steps: int = 20, cfg: float = 4.0, shift: float = 3.0) -> torch.Tensor:
-    """Euler sampling as KSampler does it (sampler "euler", scheduler "simple"), all-zero text as the negative."""
+    """Euler sampling as in KSampler (sampler "euler", scheduler "simple"), with all-zero text as the negative prompt."""
     sigmas = flow_sigmas(steps, shift).to(noise.device)
     both_context = torch.cat([context, torch.zeros_like(context)])
     both_y = torch.cat([y, torch.zeros_like(y)])
     x = noise * sigmas[0]
     for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
         t = (now * 1000).expand(2 * len(x))
-        wanted, empty = model(torch.cat([x, x]), t, both_context, both_y).float().chunk(2)
-        x = x + (empty + cfg * (wanted - empty)) * (after - now)
+        positive, negative = model(torch.cat([x, x]), t, both_context, both_y).float().chunk(2)
+        x = x + (negative + cfg * (positive - negative)) * (after - now)
     return x
 
 
@@ -226,7 +228,7 @@ class _Block(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """Picture in [0, 1] (B, 3, H, W) -> latent (B, 16, H/8, W/8), in the space the diffusion model sees."""
+    """Encode an image (B, 3, H, W) in [0, 1] to a latent (B, 16, H/8, W/8) in the space of the diffusion model."""
 
     def __init__(self, channels: int = LATENT_CHANNELS):
         layers = [_conv(3, 64), _Block()]
@@ -236,7 +238,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Latent -> picture in [0, 1], the inverse of Encoder."""
+    """Decode a latent to an image in [0, 1]; the inverse of Encoder."""
 
     def __init__(self, channels: int = LATENT_CHANNELS):
         layers = [_Clamp(), _conv(channels, 64), nn.ReLU()]

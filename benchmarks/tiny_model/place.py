@@ -1,10 +1,10 @@
-"""Puts the tiny model where stock ComfyUI finds it, conditioning included (no text encoder needed).
+"""Copy the tiny model and its conditioning into a ComfyUI folder; no text encoder is needed.
 
 python -m learned_rounding.benchmarks.tiny_model.place COMFYUI_BASE [--prompt NAME ...] [--dataset NAME] [--output DIR]
 
-The conditioning goes where the stock node LoadTrainingDataset looks: `datasets/NAME` under the base folder, and in older
-ComfyUI (0.3.75) `NAME` under the output folder. That node returns a list, and ComfyUI runs whatever follows once for
-each entry: place one prompt under its own dataset name to get one picture a run.
+The conditioning is written for the stock node LoadTrainingDataset: to `datasets/NAME` in the base folder, and for ComfyUI
+0.3.75 to `NAME` in the output folder. The node returns a list, and ComfyUI executes the following nodes once per entry. For
+one image per run, write one prompt under a dataset name of its own.
 """
 
 import argparse
@@ -35,26 +35,29 @@ def _metadata(assets: Path, key: str):
 
 
 def prompt_names(assets: Path = ASSETS) -> list[str]:
-    """Every prompt that the conditioning file holds, in its order."""
+    """All prompts of the conditioning file, in its order."""
     return _metadata(assets, "names")
 
 
 def prompt_splits(assets: Path = ASSETS) -> dict[str, list[str]]:
-    """showcase, calibration and evaluation (trained on, disjoint) and unseen (never trained on)."""
+    """Prompts by split: showcase, calibration and evaluation (trained on, disjoint), unseen (not trained on)."""
     return _metadata(assets, "splits")
 
 
 def read_conditioning(prompts: Iterable[str] | None = None, assets: Path = ASSETS) -> dict[str, torch.Tensor]:
-    """{"context" (N, 16, 512), "pooled" (N, 512), "latents" (N, 16, 8, 8)} in float32; None = every prompt.
+    """Read {"context" (N, 16, 512), "pooled" (N, 512), "latents" (N, 16, 8, 8)} in float32; None reads every prompt.
 
-    `latents` are the pictures themselves as ComfyUI's LATENT, outside the model's own scaling.
+    `latents` are the encoded training images as ComfyUI's LATENT, without the model's latent scaling.
+
+    Raises:
+        KeyError: a prompt is not in the conditioning file.
     """
     names = prompt_names(assets)
-    wanted = names if prompts is None else list(prompts)
-    unknown = [name for name in wanted if name not in names]
+    requested = names if prompts is None else list(prompts)
+    unknown = [name for name in requested if name not in names]
     if unknown:
-        raise KeyError(f"no conditioning for {unknown}; prompt_names() lists the {len(names)} there are")
-    rows = [names.index(name) for name in wanted]
+        raise KeyError(f"no conditioning for {unknown}; choose from the {len(names)} names of prompt_names()")
+    rows = [names.index(name) for name in requested]
     with safe_open(assets / CONDITIONING_NAME, framework="pt") as file:
         return {key: file.get_tensor(key)[rows].float() for key in ("context", "pooled", "latents")}
 
@@ -67,9 +70,9 @@ def place(
     dataset: str = DATASET,
     assets: Path = ASSETS,
 ) -> list[Path]:
-    """Copy the files under `comfy_base_dir` and write the conditioning of `prompts`; returns all that was written.
+    """Copy the files into `comfy_base_dir` and write the conditioning of `prompts`; returns all written paths.
 
-    `output_dir` is ComfyUI's output folder if it is not `<base>/output`.
+    `output_dir` is ComfyUI's output folder, `<base>/output` by default.
     """
     base = Path(comfy_base_dir)
     written = []
@@ -99,16 +102,18 @@ def place(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, nargs="?", help="ComfyUI's folder, or its --base-directory")
-    parser.add_argument("--prompt", action="append", help="a name of the conditioning file; repeatable; default: all")
-    parser.add_argument("--dataset", default=DATASET, help="folder name to choose in LoadTrainingDataset")
+    parser.add_argument(
+        "--prompt", action="append", help="name of a prompt in the conditioning file; repeatable; default: all"
+    )
+    parser.add_argument("--dataset", default=DATASET, help="folder name in LoadTrainingDataset")
     parser.add_argument("--output", type=Path, help="ComfyUI's output folder, if not BASE/output")
-    parser.add_argument("--list", action="store_true", help="print the prompts and stop")
+    parser.add_argument("--list", action="store_true", help="print the prompts and exit")
     args = parser.parse_args()
     if args.list:
         print(json.dumps(prompt_splits(), indent=1))
         return
     if args.base is None:
-        parser.error("which ComfyUI? Name its folder (or ask for --list)")
+        parser.error("the ComfyUI folder is missing; give it, or --list")
     for path in place(args.base, output_dir=args.output, prompts=args.prompt, dataset=args.dataset):
         print(path)
 

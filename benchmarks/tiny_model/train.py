@@ -1,10 +1,10 @@
-"""Trains the tiny text-to-image model and writes the files of assets/.
+"""Train the tiny text-to-image model and write the files of assets/.
 
-python -m learned_rounding.benchmarks.tiny_model.train                 the shipped files, about 8 minutes on one H100
-python -m learned_rounding.benchmarks.tiny_model.train --quick --out D   a smoke run on CPU, about a minute, draws nothing
+python -m learned_rounding.benchmarks.tiny_model.train                 the shipped files, about 8 min on one H100
+python -m learned_rounding.benchmarks.tiny_model.train --quick --out D   a smoke test on CPU, about 1 min
 
-Four steps, each on the result of the one before: data (if build/ lacks it), autoencoder, diffusion model, LoRA.
-Step counts and seeds are fixed; another GPU or torch version still gives slightly different weights.
+Four consecutive stages: data (unless build/ has it), autoencoder, diffusion model, LoRA.
+Step counts and seeds are fixed. Weights differ slightly between GPUs and torch versions.
 """
 
 import argparse
@@ -27,7 +27,7 @@ __all__ = ["Plan", "main"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how wide. `seconds` caps a stage on a slower machine: the learning rate then falls sooner."""
+    """Steps and batch sizes of the stages. `seconds` limits the time of each; the learning rate then decays earlier."""
 
     taesd_steps: int = 5000
     taesd_batch: int = 128
@@ -36,23 +36,25 @@ class Plan:
     lora_steps: int = 800
     lora_batch: int = 512
     lora_rank: int = 8
-    dropout: float = 0.1  # share of all-zero text, what ConditioningZeroOut gives
+    dropout: float = 0.1  # fraction of all-zero text, as from ConditioningZeroOut
     shift: float = 3.0
     seed: int = 0
-    seconds: tuple[float, float, float] = (float("inf"),) * 3
+    seconds: tuple[float, float, float] = (float("inf"), float("inf"), float("inf"))
 
 
 QUICK = Plan(taesd_steps=6, taesd_batch=4, steps=8, batch=8, lora_steps=3, lora_batch=4)
 
 
 class Clock:
-    """How far a stage is (0..1), its learning rate, and a line now and then."""
+    """Learning rate schedule and progress output of a training stage."""
+
+    loss: torch.Tensor | None = None
 
     def __init__(self, label: str, steps: int, rate: float, seconds: float = float("inf")):
         self.label, self.steps, self.rate, self.seconds = label, steps, rate, seconds
 
     def run(self, optimizer):
-        """Yields (step, share done) with the rate set: 2 % warm-up, then a cosine to 1 %."""
+        """Yield (step, fraction done) with the learning rate set: 2 % warm-up, then cosine decay to 1 %."""
         start, last = time.monotonic(), -1.0
         for step in range(self.steps):
             elapsed = time.monotonic() - start
@@ -68,21 +70,19 @@ class Clock:
                 print(f"{self.label} step {step} {elapsed:.0f} s loss {self.loss.item():.4f}", flush=True)
         print(f"{self.label} done: {step + 1} of {self.steps} steps, {time.monotonic() - start:.0f} s", flush=True)
 
-    loss = None
 
-
-def red_tint(pictures: torch.Tensor) -> torch.Tensor:
-    """What the LoRA learns: brightness alone, from dark red over red to the untouched white."""
-    brightness = (pictures * pictures.new_tensor([0.3, 0.59, 0.11])[:, None, None]).sum(1, keepdim=True)
+def red_tint(images: torch.Tensor) -> torch.Tensor:
+    """Target of the LoRA: brightness mapped from dark red to red to unchanged white."""
+    brightness = (images * images.new_tensor([0.3, 0.59, 0.11])[:, None, None]).sum(1, keepdim=True)
     return torch.cat([0.35 + 0.65 * brightness, brightness**1.5, brightness**1.5], dim=1)
 
 
-def _augmented(pictures: torch.Tensor) -> torch.Tensor:
-    """Half as they are, an eighth each mirrored or with other colours; all moved by a few pixels."""
-    n = len(pictures) // 8
-    parts = list(pictures.split([n, n, n, n, len(pictures) - 4 * n]))
+def _augment(images: torch.Tensor) -> torch.Tensor:
+    """Augment images: an eighth each is mirrored, recolored, tinted red or inverted; all are shifted by a few pixels."""
+    n = len(images) // 8
+    parts = list(images.split([n, n, n, n, len(images) - 4 * n]))
     parts[0] = parts[0].flip(3)
-    parts[1] = parts[1][:, torch.randperm(3, device=pictures.device)]
+    parts[1] = parts[1][:, torch.randperm(3, device=images.device)]
     parts[2] = red_tint(parts[2])
     parts[3] = 1 - parts[3]
     rows, columns = torch.randint(-4, 5, (2,)).tolist()
@@ -90,7 +90,7 @@ def _augmented(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def _batches(count: int, batch: int, device, generator: torch.Generator):
-    """Endless index batches, every picture once per round."""
+    """Yield index batches without end; every image once per epoch."""
     pool = torch.empty(0, dtype=torch.long, device=device)
     while True:
         while len(pool) < batch:
@@ -103,10 +103,10 @@ def _edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def _picture_loss(made: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """L1 on pixels and on edges: L1 alone leaves thin lines soft."""
-    edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(made), _edges(wanted), strict=True))
-    return F.l1_loss(made, wanted) + 0.5 * edges + F.mse_loss(made, wanted)
+def _image_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 and L2 on pixels and L1 on edges: without the edges thin lines are blurred."""
+    edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(target), strict=True))
+    return F.l1_loss(output, target) + 0.5 * edges + F.mse_loss(output, target)
 
 
 def _compiled(module, device):
@@ -114,10 +114,11 @@ def _compiled(module, device):
 
 
 def train_taesd(images: torch.Tensor, plan: Plan) -> tuple[Encoder, Decoder]:
-    """images uint8 (N, 3, 64, 64). The latents come out with mean 0 and variance 1 per channel, exactly.
+    """Train the autoencoder on images uint8 (N, 3, 64, 64). Latents have mean 0 and variance 1 per channel.
 
-    First both halves together, held near that normal by a penalty; at 60 % the encoder's last convolution takes over
-    the exact normalization and stays fixed, so the decoder learns from the latents that the diffusion model will see.
+    Encoder and decoder are first trained together, with a penalty on mean and variance. At 60 % the exact normalization is
+    folded into the encoder's last convolution and the encoder is frozen, so that the decoder is trained on the latents of
+    the diffusion model.
     """
     device = images.device
     torch.manual_seed(plan.seed)
@@ -142,12 +143,12 @@ def train_taesd(images: torch.Tensor, plan: Plan) -> tuple[Encoder, Decoder]:
             print(
                 f"latents before normalization: |mean| <= {mean.abs().max():.3f}, std {std.min():.3f}..{std.max():.3f}"
             )
-        wanted = _augmented(images[next(draws)].float() / 255).to(memory_format=torch.channels_last)
+        target = _augment(images[next(draws)].float() / 255).to(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            latent = encode(wanted)
+            latent = encode(target)
             noisy = latent + torch.randn_like(latent) * torch.rand(len(latent), 1, 1, 1, device=device) * 0.15
-            made = decode(noisy)
-        loss = _picture_loss(made.float(), wanted)
+            output = decode(noisy)
+        loss = _image_loss(output.float(), target)
         if not frozen:
             std, mean = torch.std_mean(latent.float(), dim=(0, 2, 3))
             loss = loss + 0.05 * (mean.square().mean() + std.log().square().mean())
@@ -165,7 +166,7 @@ def encode_all(encoder: Encoder, images: torch.Tensor, change=lambda x: x) -> to
 
 
 def _flow_loss(model, latents, context, pooled, plan: Plan) -> torch.Tensor:
-    """Rectified flow: at mixture (1 - s) x + s n the velocity is n - x; s drawn like the sampler's shifted steps."""
+    """Rectified flow loss: at (1 - s) x + s n the velocity is n - x; s follows the sampler's shifted schedule."""
     count, device = len(latents), latents.device
     u = torch.rand(count, device=device)
     sigma = plan.shift * u / (1 + (plan.shift - 1) * u)
@@ -178,7 +179,7 @@ def _flow_loss(model, latents, context, pooled, plan: Plan) -> torch.Tensor:
 
 
 def train_diffusion(latents, context, pooled, plan: Plan) -> MMDiT:
-    """The weights returned are the moving average over the last thousand or so steps."""
+    """Train the diffusion model; returns the moving average of its weights over about 1000 steps."""
     device = latents.device
     torch.manual_seed(plan.seed + 1)
     model = MMDiT().to(device)
@@ -205,16 +206,16 @@ def train_diffusion(latents, context, pooled, plan: Plan) -> MMDiT:
 
 
 def train_lora(model: MMDiT, latents, context, pooled, plan: Plan) -> dict[str, torch.Tensor]:
-    """Low-rank changes of every block's four big layers, learned from the red pictures; the model itself is fixed."""
+    """Train a LoRA of the four large layers of every block on the red images; the model is frozen."""
     device = latents.device
     torch.manual_seed(plan.seed + 2)
     frozen = {name: p.detach() for name, p in model.named_parameters()}
     adapted = [name for name in frozen if name.endswith(tuple(f"{layer}.weight" for layer in LORA_LAYERS))]
     down, up = {}, {}
     for name in adapted:
-        outputs, inputs = frozen[name].shape
-        down[name] = (torch.randn(plan.lora_rank, inputs, device=device) / inputs**0.5).requires_grad_()
-        up[name] = torch.zeros(outputs, plan.lora_rank, device=device, requires_grad=True)
+        out, inner = frozen[name].shape
+        down[name] = (torch.randn(plan.lora_rank, inner, device=device) / inner**0.5).requires_grad_()
+        up[name] = torch.zeros(out, plan.lora_rank, device=device, requires_grad=True)
     optimizer = torch.optim.AdamW([*down.values(), *up.values()], lr=3e-3, weight_decay=0.0)
     draws = _batches(len(latents), plan.lora_batch, device, torch.Generator(device).manual_seed(plan.seed + 2))
     clock = Clock("lora", plan.lora_steps, 3e-3, plan.seconds[2])
@@ -222,7 +223,7 @@ def train_lora(model: MMDiT, latents, context, pooled, plan: Plan) -> dict[str, 
         rows = next(draws)
         weights = frozen | {name: frozen[name] + up[name] @ down[name] for name in adapted}
         loss = _flow_loss(
-            lambda *inputs, weights=weights: torch.func.functional_call(model, weights, inputs),
+            lambda *arguments, weights=weights: torch.func.functional_call(model, weights, arguments),
             latents[rows], context[rows].float(), pooled[rows].float(), plan,
         )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
@@ -246,16 +247,16 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, dtype: torch.dtype, meta
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps on a few pictures; --out is then required")
+    parser.add_argument("--quick", action="store_true", help="a few steps on a few images; requires --out")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
     stages = {"nargs": 3, "metavar": ("TAESD", "DIFFUSION", "LORA")}
-    parser.add_argument("--steps", type=int, **stages, help="other step counts than the shipped files'")
-    parser.add_argument("--seconds", type=float, **stages, default=Plan.seconds, help="end a stage at this time")
+    parser.add_argument("--steps", type=int, **stages, help="step counts instead of those of the shipped files")
+    parser.add_argument("--seconds", type=float, **stages, default=Plan.seconds, help="time limit of each stage in s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.quick and args.out is None:
-        parser.error("--quick needs --out, or it would replace the shipped files with noise")
+        parser.error("--quick requires --out, to not overwrite the shipped files")
     plan = replace(QUICK if args.quick else Plan(), seconds=tuple(args.seconds))
     if args.steps:
         plan = replace(plan, **dict(zip(("taesd_steps", "steps", "lora_steps"), args.steps, strict=True)))
@@ -267,9 +268,9 @@ def main() -> None:
     emoji = data.load(args.data)
     groups = data.splits(emoji.names)
     index = {name: i for i, name in enumerate(emoji.names)}
-    rows = [i for i, name in enumerate(emoji.names) if name not in set(groups["held_out"])]
+    rows = [i for i, name in enumerate(emoji.names) if name not in set(groups["validation"])]
     rows = rows[:32] if args.quick else rows
-    held_out = [index[name] for name in groups["held_out"]]
+    validation = [index[name] for name in groups["validation"]]
     every = torch.from_numpy(emoji.images).permute(0, 3, 1, 2).contiguous().to(device)
     images = every[rows]
     context, pooled = (torch.from_numpy(a[rows]).to(device) for a in (emoji.context, emoji.pooled))
@@ -281,16 +282,16 @@ def main() -> None:
     numbers = {"latent_abs_mean_max": mean.abs().max().item(), "latent_std": [std.min().item(), std.max().item()],
                "latent_beyond_3": (latents.abs() > 3).float().mean().item()}  # fmt: skip
     with torch.no_grad():
-        for label, picked in {"trained": rows[:256], "held_out": held_out}.items():
-            wanted = every[picked].float() / 255
-            error = (decoder(encoder(wanted)).clamp(0, 1) - wanted).square().flatten(1).mean(1)
+        for label, picked in {"trained": rows[:256], "validation": validation}.items():
+            target = every[picked].float() / 255
+            error = (decoder(encoder(target)).clamp(0, 1) - target).square().flatten(1).mean(1)
             numbers[f"taesd_psnr_db_{label}"] = (-10 * error.log10()).mean().item()
     print(json.dumps(numbers), flush=True)
 
     model = train_diffusion(latents, context, pooled, plan)
     lora = train_lora(model, encode_all(encoder, images, red_tint), context, pooled, plan)
 
-    # The files, then one number on the model as it was stored (evaluate.py gives the rest).
+    # Write the files, then evaluate the model as stored (evaluate.py computes more).
     _save(model.state_dict(), out / MODEL_NAME, torch.bfloat16)
     _save(lora, out / LORA_NAME, torch.bfloat16)
     _save(encoder.state_dict(), out / "vae_approx" / "taesd3_encoder.safetensors", torch.float16)
@@ -298,7 +299,7 @@ def main() -> None:
     shipped = {part: groups[part] for part in ("showcase", "calibration", "evaluation", "unseen")}
     names = [name for part in shipped.values() for name in part]
     picked = [index[name] for name in names]
-    # ComfyUI's LATENT lies outside the model's own scale: the model sees (latent - 0.0609) * 1.5305.
+    # ComfyUI's LATENT is unscaled: the input of the model is (latent - 0.0609) * 1.5305.
     conditioning = {"context": torch.from_numpy(emoji.context[picked]), "pooled": torch.from_numpy(emoji.pooled[picked]),
                     "latents": encode_all(encoder, every[picked]) / 1.5305 + 0.0609}  # fmt: skip
     metadata = {"names": json.dumps(names), "splits": json.dumps(shipped)}
@@ -309,10 +310,10 @@ def main() -> None:
     picked = [index[name] for name in checked]
     text = [torch.from_numpy(a[picked]).to(device).float() for a in (emoji.context, emoji.pooled)]
     for cfg in [4.0] if args.quick else [1.0, 2.0, 4.0, 6.0]:
-        pictures = draw(model, decoder, *text, cfg=cfg)
-        found = [rows[i] for i in nearest(pictures, images.float() / 255).tolist()]
-        right = sum(i == want for i, want in zip(found, picked, strict=True))
-        print(f"cfg {cfg:g}: {right} of {len(checked)} prompts nearest to their own emoji", flush=True)
+        drawn = draw(model, decoder, *text, cfg=cfg)
+        found = [rows[i] for i in nearest(drawn, images.float() / 255).tolist()]
+        correct = sum(i == expected for i, expected in zip(found, picked, strict=True))
+        print(f"cfg {cfg:g}: {correct} of {len(checked)} prompts nearest to their own emoji", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Every kernel in plain torch: what the Triton kernels are checked against, and what runs where there is no Triton."""
+"""Every kernel in plain torch: the oracle of the Triton kernels, and the implementation for devices without Triton."""
 
 from .linear import scaled_linear
 from .quantize import LARGEST, SMALLEST_AMAX, dequantize_weight, quantize_inputs, quantize_weight
-from .rounding import grid_step, round_block, round_to_grid, scale_errors
+from .rounding import element_step, round_block, round_to_element, scale_errors
 
 __all__ = [
     "LARGEST",
     "SMALLEST_AMAX",
     "dequantize_weight",
-    "grid_step",
+    "element_step",
     "quantize_inputs",
     "quantize_weight",
     "round_block",
-    "round_to_grid",
+    "round_to_element",
     "scale_errors",
     "scaled_linear",
 ]

@@ -1,4 +1,4 @@
-"""Triton implementations, under the names of :mod:`..reference`."""
+"""Triton implementations of the functions of :mod:`..reference`."""
 
 from .linear import autotuned_linear, scaled_linear
 from .quantize import dequantize_weight, quantize_inputs, quantize_weight

@@ -1,8 +1,9 @@
-"""The block-scaled product on SM 9.0, in Gluon: Triton with layouts, barriers and partitions of warps said by hand.
+"""Block-scaled GEMM for SM 9.0 in Gluon: Triton with explicit layouts, barriers and warp specialization.
 
-In plain Triton the tensor cores wait while the ordinary cores scale the sums of a block. Here a third partition fetches
-codes, and two partitions have half of a tile's rows each: one scales its sums while the other one's are made. Tiles are
-dealt out in rounds; where the last one would leave half of the card idle or more, its tiles are halved.
+In plain Triton the tensor cores are idle while the CUDA cores scale the sums of a block. Here one warp partition loads
+operands, and two partitions compute half of a tile's rows each: one scales its sums while the other one multiplies. The
+kernel is persistent: tiles are processed in waves. If the last wave would use at most half of the multiprocessors, its
+tiles are split in two.
 """
 
 from typing import NamedTuple
@@ -15,17 +16,17 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["SHIPPED", "Specialized", "block_matmul", "busy"]
+__all__ = ["SHIPPED", "Specialized", "block_matmul", "occupancy"]
 
 
 class Specialized(NamedTuple):
-    """How the product is cut up.
+    """Launch configuration of the warp-specialized GEMM.
 
     Attributes:
-        rows: of a tile; each of the two multiplying partitions has half of them.
-        part: columns that are summed at a time; a tile has four times as many, half a tile twice as many.
-        inner: of a step.
-        stages: steps that are fetched ahead.
+        rows: tile size M; each of the two multiplying partitions computes half of it.
+        part: columns of one tensor core product; a tile has 4 parts, half a tile has 2.
+        inner: tile size K.
+        stages: depth of the load pipeline.
     """
 
     rows: int
@@ -35,34 +36,34 @@ class Specialized(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Columns of a tile."""
+        """Tile size N."""
         return 4 * self.part
 
 
 SHIPPED = Specialized(128, 64, 128, 4)
-WARPS = 4  # of each multiplying partition
+WARPS = 4  # per multiplying partition
 
 
 @gluon.jit
-def _tile_of(unit, first, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr):
-    """Top row and left column of a unit of work: a tile of those from ``first`` on, or half of one.
+def _locate_tile(unit, first, rows, columns, ROWS: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr):
+    """Top row and left column of a work unit: a tile counted from ``first`` on, or half of one.
 
-    Neighbours share rows and columns, so that both stay in the L2 cache.
+    Adjacent units share rows and columns of the operands, which then stay in the L2 cache.
     """
-    TALL: gl.constexpr = 8
+    BAND_ROWS: gl.constexpr = 8
     HALVES: gl.constexpr = 4 // PARTS
     index = first + unit // HALVES
     down, across = gl.cdiv(rows, ROWS), gl.cdiv(columns, COLUMNS)
-    band = index // (TALL * across)
-    height = gl.minimum(down - band * TALL, TALL)
-    within = index % (TALL * across)
+    band = index // (BAND_ROWS * across)
+    height = gl.minimum(down - band * BAND_ROWS, BAND_ROWS)
+    within = index % (BAND_ROWS * across)
     column = within // height * COLUMNS + unit % HALVES * (COLUMNS // HALVES)
-    return (band * TALL + within % height) * ROWS, column
+    return (band * BAND_ROWS + within % height) * ROWS, column
 
 
 @gluon.jit
-def _fetch(a, b, rings, sizes, constants: gl.constexpr):
-    """The partition that asks for the blocks of every step, as soon as their place is free."""
+def _load_tiles(a, b, rings, sizes, constants: gl.constexpr):
+    """Partition that loads the operands of every step as soon as their pipeline stage is free."""
     a_ring, b_ring, ready, free = rings
     rows, columns, inner, first, units, _, _ = sizes
     ROWS: gl.constexpr = constants[3]
@@ -73,7 +74,7 @@ def _fetch(a, b, rings, sizes, constants: gl.constexpr):
     steps = gl.cdiv(inner, INNER)
     step = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        top, left = _tile_of(unit, first, rows, columns, ROWS, COLUMNS, PARTS)
+        top, left = _locate_tile(unit, first, rows, columns, ROWS, COLUMNS, PARTS)
         for k in range(0, steps):
             slot = step % STAGES
             bar = ready.index(slot)
@@ -92,20 +93,20 @@ def _store(value, out, bias, top, left, rows, columns, HAS_BIAS: gl.constexpr, R
     value = gl.convert_layout(value, layout)
     if HAS_BIAS:
         value += gl.load(bias + column, mask=column < columns, other=0.0).to(gl.float32)[None, :]
-    place = out + row.to(gl.int64)[:, None] * columns + column[None, :]
-    gl.store(place, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+    pointers = out + row.to(gl.int64)[:, None] * columns + column[None, :]
+    gl.store(pointers, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 @gluon.jit
-def _sums(x, w, INDEX: gl.constexpr, place, PART: gl.constexpr):
-    """The products' sums of a part of a tile's columns, in the registers of ``place``."""
+def _multiply_part(x, w, INDEX: gl.constexpr, registers, PART: gl.constexpr):
+    """Product of one part of a tile's columns, in ``registers``."""
     part = w.slice(INDEX * PART, PART, 0).permute((1, 0))
-    return hopper.warpgroup_mma_wait(0, deps=(hopper.warpgroup_mma(x, part, place, use_acc=False, is_async=True),))
+    return hopper.warpgroup_mma_wait(0, deps=(hopper.warpgroup_mma(x, part, registers, use_acc=False, is_async=True),))
 
 
 @gluon.jit
 def _multiply(tensors, rings, sizes, HALF: gl.constexpr, constants: gl.constexpr):
-    """A partition that works on half of a tile's rows: while it scales sums, the other half has the tensor cores."""
+    """Partition that computes half of a tile's rows; while it scales sums, the other half uses the tensor cores."""
     out, bias, input_scale, scale = tensors
     a_ring, b_ring, ready, free = rings
     rows, columns, inner, first, units, input_scale_stride, scale_stride = sizes
@@ -119,39 +120,39 @@ def _multiply(tensors, rings, sizes, HALF: gl.constexpr, constants: gl.constexpr
     PARTS: gl.constexpr = constants[7]
     COLUMNS: gl.constexpr = 4 * PART
     OWN: gl.constexpr = ROWS // 2
-    sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
-    kind: gl.constexpr = gl.int32 if INTEGER else gl.float32
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
+    accumulator_dtype: gl.constexpr = gl.int32 if INTEGER else gl.float32
     steps = gl.cdiv(inner, INNER)
     last_block = (columns - 1) // BLOCK
     step = 0
-    part = gl.zeros([OWN, PART], kind, sums)
+    part = gl.zeros([OWN, PART], accumulator_dtype, layout)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        top, left = _tile_of(unit, first, rows, columns, ROWS, COLUMNS, PARTS)
+        top, left = _locate_tile(unit, first, rows, columns, ROWS, COLUMNS, PARTS)
         top += HALF * OWN
-        row = gl.minimum(top + gl.arange(0, OWN, gl.SliceLayout(1, sums)), rows - 1)
-        total0 = gl.zeros([OWN, PART], gl.float32, sums)
+        row = gl.minimum(top + gl.arange(0, OWN, gl.SliceLayout(1, layout)), rows - 1)
+        total0 = gl.zeros([OWN, PART], gl.float32, layout)
         total1 = total0
         total2 = total0
         total3 = total0
         for k in range(0, steps):
             slot = step % STAGES
-            own = gl.load(input_scale + k * INNER // BLOCK * input_scale_stride + row)
+            row_scale = gl.load(input_scale + k * INNER // BLOCK * input_scale_stride + row)
             step_scale = scale + k * INNER // BLOCK
-            s0 = own * gl.load(step_scale + gl.minimum(left // BLOCK, last_block) * scale_stride)
-            s1 = own * gl.load(step_scale + gl.minimum((left + PART) // BLOCK, last_block) * scale_stride)
+            s0 = row_scale * gl.load(step_scale + gl.minimum(left // BLOCK, last_block) * scale_stride)
+            s1 = row_scale * gl.load(step_scale + gl.minimum((left + PART) // BLOCK, last_block) * scale_stride)
             if PARTS == 4:
-                s2 = own * gl.load(step_scale + gl.minimum((left + 2 * PART) // BLOCK, last_block) * scale_stride)
-                s3 = own * gl.load(step_scale + gl.minimum((left + 3 * PART) // BLOCK, last_block) * scale_stride)
+                s2 = row_scale * gl.load(step_scale + gl.minimum((left + 2 * PART) // BLOCK, last_block) * scale_stride)
+                s3 = row_scale * gl.load(step_scale + gl.minimum((left + 3 * PART) // BLOCK, last_block) * scale_stride)
             mbarrier.wait(ready.index(slot), step // STAGES & 1)
             x, w = a_ring.index(slot).slice(HALF * OWN, OWN, 0), b_ring.index(slot)
-            part = _sums(x, w, 0, part, PART)
+            part = _multiply_part(x, w, 0, part, PART)
             total0 += part.to(gl.float32) * s0[:, None]
-            part = _sums(x, w, 1, part, PART)
+            part = _multiply_part(x, w, 1, part, PART)
             if PARTS == 4:
                 total1 += part.to(gl.float32) * s1[:, None]
-                part = _sums(x, w, 2, part, PART)
+                part = _multiply_part(x, w, 2, part, PART)
                 total2 += part.to(gl.float32) * s2[:, None]
-                part = _sums(x, w, 3, part, PART)
+                part = _multiply_part(x, w, 3, part, PART)
             mbarrier.arrive(free.index(slot), count=1)
             if PARTS == 4:
                 total3 += part.to(gl.float32) * s3[:, None]
@@ -205,15 +206,15 @@ def _block_matmul(
         [
             (_multiply, (tensors, rings, sizes, 0, constants)),
             (_multiply, (tensors, rings, sizes, 1, constants)),
-            (_fetch, (a, b, rings, sizes, constants)),
+            (_load_tiles, (a, b, rings, sizes, constants)),
         ],
         [4, 1],
         [240, 24],
     )
 
 
-def _rounds(rows: int, columns: int, device: torch.device) -> tuple[int, int, int]:
-    """How many tiles stay whole, how many are halved, and the processors that they are dealt out to."""
+def _split_waves(rows: int, columns: int, device: torch.device) -> tuple[int, int, int]:
+    """Number of whole tiles, number of tiles to halve, and number of multiprocessors."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     tiles = triton.cdiv(rows, SHIPPED.rows) * triton.cdiv(columns, SHIPPED.columns)
     last = tiles % processors
@@ -221,19 +222,19 @@ def _rounds(rows: int, columns: int, device: torch.device) -> tuple[int, int, in
     return tiles - halved, halved, processors
 
 
-def busy(rows: int, columns: int, device: torch.device) -> float:
-    """The share of the card that works, over all rounds of tiles: 1 when they come out even."""
-    whole, halved, processors = _rounds(rows, columns, device)
-    rounds = triton.cdiv(whole, processors) + (0.5 if halved else 0)
-    return (whole + halved) / (rounds * processors)
+def occupancy(rows: int, columns: int, device: torch.device) -> float:
+    """Mean fraction of multiprocessors in use over all waves of tiles; 1 if the last wave is full."""
+    whole, halved, processors = _split_waves(rows, columns, device)
+    waves = triton.cdiv(whole, processors) + (0.5 if halved else 0)
+    return (whole + halved) / (waves * processors)
 
 
-def block_matmul(x, input_scale, codes, scale, bias, block_size: int, out_dtype, launch: Specialized) -> torch.Tensor:
-    """x·ŵᵀ + bias of codes x (M, K) and ``codes`` (N, K), both in blocks of a multiple of 128."""
-    (rows, inner), columns = x.shape, codes.shape[0]
+def block_matmul(x, input_scale, qdata, scale, bias, block_size: int, out_dtype, launch: Specialized) -> torch.Tensor:
+    """Compute x·ŵᵀ + bias for quantized x (M, K) and ``qdata`` (N, K); the block size is a multiple of 128."""
+    (rows, inner), columns = x.shape, qdata.shape[0]
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
-    dtype = gl.int8 if codes.dtype is torch.int8 else gl.float8e4nv
-    whole, halved, processors = _rounds(rows, columns, x.device)
+    dtype = gl.int8 if qdata.dtype is torch.int8 else gl.float8e4nv
+    whole, halved, processors = _split_waves(rows, columns, x.device)
 
     def operand(matrix: torch.Tensor, height: int) -> TensorDescriptor:
         tile = [height, launch.inner]
@@ -243,7 +244,7 @@ def block_matmul(x, input_scale, codes, scale, bias, block_size: int, out_dtype,
         if units:
             _block_matmul[(min(units, processors),)](
                 operand(x, launch.rows),
-                operand(codes, parts * launch.part),
+                operand(qdata, parts * launch.part),
                 out,
                 scale if bias is None else bias,
                 input_scale,
@@ -255,7 +256,7 @@ def block_matmul(x, input_scale, codes, scale, bias, block_size: int, out_dtype,
                 units,
                 input_scale.stride(1),
                 scale.stride(0),
-                INTEGER=codes.dtype is torch.int8,
+                INTEGER=qdata.dtype is torch.int8,
                 BLOCK=block_size,
                 HAS_BIAS=bias is not None,
                 ROWS=launch.rows,

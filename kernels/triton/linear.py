@@ -1,4 +1,4 @@
-"""Linear layers of 8-bit codes, in Triton: tensor cores multiply codes, the ordinary cores scale the sums of each block."""
+"""8-bit linear layers in Triton: tensor cores multiply quantized values, CUDA cores scale the sum of each block."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import cards, tuning
+from .. import devices, tuning
 from ..hadamard import rotate
-from .quantize import as_stored, decode_e4m3, quantize_inputs
+from .quantize import as_bits, decode_e4m3, quantize_inputs
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # older than Triton 3.4
+except ImportError:  # Triton before 3.4
     TensorDescriptor = None
-# Gluon is experimental: only releases that the product for SM 9.0 was compiled with.
+# Gluon is experimental: import the SM 9.0 kernel only with the releases that it was compiled with.
 if tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7)):
     from . import hopper
 else:
@@ -33,12 +33,13 @@ __all__ = [
 
 
 class Launch(NamedTuple):
-    """How a product is cut up.
+    """Launch configuration of a GEMM.
 
     Attributes:
-        rows, columns, inner: one step's tile; ``inner`` is cut down to the block size.
-        warps, stages: of a program, of its pipeline.
-        tma: tiles are fetched by the tensor memory accelerator of SM 9.0.
+        rows, columns, inner: tile sizes M, N and K; ``inner`` is limited to the block size.
+        warps: warps per program.
+        stages: depth of the software pipeline.
+        tma: load tiles with the tensor memory accelerator (TMA) of SM 9.0.
     """
 
     rows: int
@@ -49,9 +50,8 @@ class Launch(NamedTuple):
     tma: bool = False
 
 
-# Shipped launches by whether the card has the accelerator: the largest tile of which there are enough to keep every
-# processor busy so many times over. Measured on an H200 for SM 9.0; without the accelerator chosen to fit the shared
-# memory of every card from SM 8.0 on.
+# Shipped launches by TMA support, as (least number of tiles per multiprocessor, launch): the first one whose grid is large
+# enough is used. Measured on an H200 for SM 9.0; those without TMA fit the shared memory of every GPU from SM 8.0 on.
 SHIPPED = {
     True: (
         (5, Launch(128, 128, 128, 8, 3, tma=True)),
@@ -60,12 +60,12 @@ SHIPPED = {
     ),
     False: ((1, Launch(128, 128, 64, 8, 3)), (0, Launch(64, 64, 128, 4, 3))),
 }
-# The same for so few rows that fetching the weight is all there is to do.
+# The same for at most FEW_ROWS rows, where loading the weight dominates.
 FEW_ROWS = 16
 SHIPPED_FEW_ROWS = ((1, Launch(FEW_ROWS, 128, 128, 4, 4)), (0, Launch(FEW_ROWS, 64, 256, 4, 4)))
-# How busy the specialized product must keep the card to be the faster one: by whether codes are integers.
-BUSY = {True: 0.8, False: 0.7}
-# What autotuning chooses from, besides the shipped one.
+# Least occupancy at which the SM 9.0 kernel is faster than the generic one, by whether the weight is int8.
+LEAST_OCCUPANCY = {True: 0.8, False: 0.7}
+# Candidates of autotuning, acrosss the shipped launch.
 CANDIDATES = (
     Launch(16, 32, 128, 4, 4),
     Launch(32, 64, 128, 4, 4),
@@ -81,15 +81,15 @@ CANDIDATES = (
 
 
 @triton.jit
-def _codes(bits, like, INTEGER: tl.constexpr, DECODE: tl.constexpr):
-    """Codes of a weight as the tensor cores take them."""
+def _to_operand(bits, like, INTEGER: tl.constexpr, DECODE: tl.constexpr):
+    """Convert the bits of a weight tile to the operand dtype of the tensor cores."""
     if INTEGER:
-        code = bits
+        operand = bits
     elif DECODE:
-        code = decode_e4m3(bits).to(like)
+        operand = decode_e4m3(bits).to(like)
     else:
-        code = bits.to(tl.float8e4nv, bitcast=True)
-    return code
+        operand = bits.to(tl.float8e4nv, bitcast=True)
+    return operand
 
 
 @triton.jit
@@ -118,54 +118,56 @@ def _scaled_matmul(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    # Neighbouring programs share rows and columns, so that both stay in the L2 cache.
-    TALL: tl.constexpr = 8
+    # Adjacent programs share rows and columns of the operands, which then stay in the L2 cache.
+    BAND_ROWS: tl.constexpr = 8
     tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0)
-    band = program // (TALL * tiles_across)
-    height = tl.minimum(tiles_down - band * TALL, TALL)
-    tile_row = band * TALL + program % (TALL * tiles_across) % height
-    tile_column = program % (TALL * tiles_across) // height
+    band = program // (BAND_ROWS * tiles_across)
+    height = tl.minimum(tiles_down - band * BAND_ROWS, BAND_ROWS)
+    tile_row = band * BAND_ROWS + program % (BAND_ROWS * tiles_across) % height
+    tile_column = program % (BAND_ROWS * tiles_across) // height
     row = tile_row * ROWS + tl.arange(0, ROWS)
     column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, INNER)
     if not TMA:
-        # Rows and columns beyond the end read the last ones, and are not stored.
-        a_place = a + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * a_stride + k[None, :]
-        b_place = b + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * b_stride + k[:, None]
-    kind: tl.constexpr = tl.int32 if INTEGER and BLOCK == 0 else tl.float32
-    total = tl.zeros([ROWS, COLUMNS], kind)
+        # Out-of-range rows and columns read the last one; their results are not stored.
+        a_pointers = a + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * a_stride + k[None, :]
+        b_pointers = b + tl.minimum(column, columns - 1).to(tl.int64)[None, :] * b_stride + k[:, None]
+    accumulator_dtype: tl.constexpr = tl.int32 if INTEGER and BLOCK == 0 else tl.float32
+    total = tl.zeros([ROWS, COLUMNS], accumulator_dtype)
     for step in range(0, tl.cdiv(inner, INNER)):
         if TMA:
             x = a.load([tile_row * ROWS, step * INNER])
             w = b.load([tile_column * COLUMNS, step * INNER]).T
         elif EVEN:
-            x = tl.load(a_place)
-            w = tl.load(b_place)
+            x = tl.load(a_pointers)
+            w = tl.load(b_pointers)
         else:
-            live = k < inner - step * INNER
-            x = tl.load(a_place, mask=live[None, :], other=0)
-            w = tl.load(b_place, mask=live[:, None], other=0)
+            inside = k < inner - step * INNER
+            x = tl.load(a_pointers, mask=inside[None, :], other=0)
+            w = tl.load(b_pointers, mask=inside[:, None], other=0)
         if not INTEGER and not DECODE:
             x = x.to(tl.float8e4nv, bitcast=True)
-        w = _codes(w, x.dtype, INTEGER, DECODE)
+        w = _to_operand(w, x.dtype, INTEGER, DECODE)
         if BLOCK == 0:
-            total = tl.dot(x, w, total, out_dtype=kind)
+            total = tl.dot(x, w, total, out_dtype=accumulator_dtype)
         else:
             block = step * INNER // BLOCK
             part = tl.dot(x, w, out_dtype=tl.int32 if INTEGER else tl.float32).to(tl.float32)
-            own = tl.full([ROWS], 1.0, tl.float32)
+            row_scale = tl.full([ROWS], 1.0, tl.float32)
             if not DECODE:
-                own = tl.load(input_scale + block * input_scale_stride + tl.minimum(row, rows - 1))
-            if BLOCK % COLUMNS == 0:  # a tile within one block of columns has one scale: it goes into those of the rows
+                row_scale = tl.load(input_scale + block * input_scale_stride + tl.minimum(row, rows - 1))
+            if (
+                BLOCK % COLUMNS == 0
+            ):  # the tile is within one block of columns: fold its only scale into those of the rows
                 first = tl.minimum(tile_column * COLUMNS, columns - 1)
-                total += part * (own * tl.load(scale + first // BLOCK * scale_stride + block))[:, None]
+                total += part * (row_scale * tl.load(scale + first // BLOCK * scale_stride + block))[:, None]
             else:
-                beside = tl.load(scale + tl.minimum(column, columns - 1) // BLOCK * scale_stride + block)
-                total += part * own[:, None] * beside[None, :]
+                column_scale = tl.load(scale + tl.minimum(column, columns - 1) // BLOCK * scale_stride + block)
+                total += part * row_scale[:, None] * column_scale[None, :]
         if not TMA:
-            a_place += INNER
-            b_place += INNER
+            a_pointers += INNER
+            b_pointers += INNER
     value = total.to(tl.float32)
     if BLOCK == 0:
         if not DECODE:
@@ -173,21 +175,27 @@ def _scaled_matmul(
         value *= tl.load(scale + column * row_scaled, mask=column < columns, other=0.0)[None, :]
     if HAS_BIAS:
         value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    place = out + row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(place, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+    pointers = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(pointers, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
 def multiply(
-    x, input_scale, codes, scale, bias, block_size: int, out_dtype: torch.dtype, launch: Launch
+    x, input_scale, qdata, scale, bias, block_size: int, out_dtype: torch.dtype, launch: Launch
 ) -> torch.Tensor:
-    """x·ŵᵀ + bias; x are codes with their scale, or plain numbers (``input_scale`` None) against a weight that is decoded."""
+    """Compute x·ŵᵀ + bias for one launch configuration.
+
+    Args:
+        x: quantized activations (M, K) with ``input_scale``; or unquantized ones with ``input_scale`` None, which are
+            multiplied by the dequantized FP8 weight.
+        qdata: quantized weight (N, K), rows contiguous.
+    """
     rows, inner = x.shape
     step = min(launch.inner, block_size) if block_size else launch.inner
-    columns = codes.shape[0]
+    columns = qdata.shape[0]
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
     decode = input_scale is None
     tiles = triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns)
-    a, b = x if decode else as_stored(x), as_stored(codes)
+    a, b = x if decode else as_bits(x), as_bits(qdata)
     if launch.tma:
         a = TensorDescriptor(a, a.shape, a.stride(), [launch.rows, step])
         b = TensorDescriptor(b, b.shape, b.stride(), [launch.columns, step])
@@ -202,11 +210,11 @@ def multiply(
         columns,
         inner,
         x.stride(0),
-        codes.stride(0),
+        qdata.stride(0),
         0 if decode else input_scale.stride(1),
         scale.stride(0) if block_size else 0,
         int(scale.numel() > 1),
-        INTEGER=codes.dtype is torch.int8,
+        INTEGER=qdata.dtype is torch.int8,
         DECODE=decode,
         BLOCK=block_size,
         HAS_BIAS=bias is not None,
@@ -222,7 +230,7 @@ def multiply(
 
 
 def _can_tma(*operands: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator takes these matrices: aligned, and rows of a multiple of 16 bytes."""
+    """Whether TMA can load these matrices: base addresses and row strides are multiples of 16 bytes."""
     return (
         TensorDescriptor is not None
         and torch.cuda.get_device_capability(operands[0].device) >= (9, 0)
@@ -230,25 +238,25 @@ def _can_tma(*operands: torch.Tensor) -> bool:
     )
 
 
-def _specialized(codes: torch.Tensor, rows: int, block_size: int) -> bool:
-    """Whether the product written for SM 9.0 takes this, and is the faster one."""
+def _prefers_hopper_kernel(qdata: torch.Tensor, rows: int, block_size: int) -> bool:
+    """Whether the kernel for SM 9.0 supports this product and is the faster one."""
     return (
         hopper is not None
-        and torch.cuda.get_device_capability(codes.device)[0] == 9
+        and torch.cuda.get_device_capability(qdata.device)[0] == 9
         and block_size > 0
         and block_size % hopper.SHIPPED.inner == 0
-        and hopper.busy(rows, codes.shape[0], codes.device) >= BUSY[codes.dtype is torch.int8]
+        and hopper.occupancy(rows, qdata.shape[0], qdata.device) >= LEAST_OCCUPANCY[qdata.dtype is torch.int8]
     )
 
 
-def shipped_launch(inputs: torch.Tensor, codes: torch.Tensor, block_size: int, decode: bool):
-    """The launch for these inputs (M, K) and codes (N, K), without measuring."""
-    rows, columns = inputs.shape[0], codes.shape[0]
+def shipped_launch(activations: torch.Tensor, qdata: torch.Tensor, block_size: int, decode: bool):
+    """Select the shipped launch for activations (M, K) and a quantized weight (N, K), without measuring."""
+    rows, columns = activations.shape[0], qdata.shape[0]
     few = rows <= FEW_ROWS
-    tma = not decode and not few and _can_tma(inputs, codes)
-    if tma and _specialized(codes, rows, block_size):
+    tma = not decode and not few and _can_tma(activations, qdata)
+    if tma and _prefers_hopper_kernel(qdata, rows, block_size):
         return hopper.SHIPPED
-    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    processors = torch.cuda.get_device_properties(qdata.device).multi_processor_count
     return next(
         launch
         for least, launch in (SHIPPED_FEW_ROWS if few else SHIPPED[tma])
@@ -256,54 +264,60 @@ def shipped_launch(inputs: torch.Tensor, codes: torch.Tensor, block_size: int, d
     )
 
 
-def _launches(inputs: torch.Tensor, codes: torch.Tensor, block_size: int, decode: bool) -> dict[str, NamedTuple]:
-    """What autotuning compares, by name, the shipped launch first."""
-    tma = not decode and _can_tma(inputs, codes)
+def _candidate_launches(
+    activations: torch.Tensor, qdata: torch.Tensor, block_size: int, decode: bool
+) -> dict[str, NamedTuple]:
+    """Candidates of autotuning by name, the shipped launch first."""
+    tma = not decode and _can_tma(activations, qdata)
     others = [launch for launch in CANDIDATES if tma or not launch.tma]
     if tma and hopper is not None and block_size and block_size % hopper.SHIPPED.inner == 0:
         others.append(hopper.SHIPPED)
     return {
-        " ".join(map(str, launch)): launch for launch in (shipped_launch(inputs, codes, block_size, decode), *others)
+        " ".join(map(str, launch)): launch
+        for launch in (shipped_launch(activations, qdata, block_size, decode), *others)
     }
 
 
-def _linear(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose) -> torch.Tensor:
-    """Quantize x, unless the card has no arithmetic for its codes, and multiply as ``choose(run, inputs, decode)`` says."""
-    codes = codes if codes.stride(1) == 1 else codes.contiguous()
-    decode = codes.dtype is not torch.int8 and not cards.multiplies_fp8(x.device)
+def _quantize_and_multiply(x, qdata, scale, bias, block_size, rotate_by, out_dtype, choose) -> torch.Tensor:
+    """Quantize x, unless an FP8 weight must be dequantized, and multiply with the launch that ``choose`` returns.
+
+    ``choose(run, activations, qdata, decode)`` gets a function that runs the product with a launch.
+    """
+    qdata = qdata if qdata.stride(1) == 1 else qdata.contiguous()
+    decode = qdata.dtype is not torch.int8 and not devices.has_fp8_matmul(x.device)
     if decode:
-        inputs, input_scale = (rotate(x, rotate_by).to(x.dtype) if rotate_by else x.contiguous()), None
+        activations, input_scale = (rotate(x, rotate_by).to(x.dtype) if rotate_by else x.contiguous()), None
     else:
-        inputs, input_scale = quantize_inputs(x, codes.dtype, block_size, rotate_by)
+        activations, input_scale = quantize_inputs(x, qdata.dtype, block_size, rotate_by)
     scale = scale.float().contiguous()
 
     def run(launch) -> torch.Tensor:
         product = multiply if isinstance(launch, Launch) else hopper.block_matmul
-        return product(inputs, input_scale, codes, scale, bias, block_size, out_dtype, launch)
+        return product(activations, input_scale, qdata, scale, bias, block_size, out_dtype, launch)
 
-    return run(choose(run, inputs, codes, decode))
+    return run(choose(run, activations, qdata, decode))
 
 
-def scaled_linear(x, codes, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
-    """See :func:`...scaled_linear`; with shipped launches."""
-    return _linear(
+def scaled_linear(x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
+    """See :func:`...operators.scaled_linear`; with shipped launches."""
+    return _quantize_and_multiply(
         x,
-        codes,
+        qdata,
         scale,
         bias,
         block_size,
         rotate_by,
         out_dtype,
-        lambda run, inputs, codes, decode: shipped_launch(inputs, codes, block_size, decode),
+        lambda run, activations, qdata, decode: shipped_launch(activations, qdata, block_size, decode),
     )
 
 
-def autotuned_linear(x, codes, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
-    """See :func:`...scaled_linear`; with the launch that was measured to be the fastest for this shape."""
+def autotuned_linear(x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
+    """See :func:`...operators.scaled_linear`; with the launch measured as fastest for this shape."""
 
-    def choose(run, inputs, codes, decode: bool):
-        launches = _launches(inputs, codes, block_size, decode)
-        key = tuning.shape_key("launch", x, codes, block_size, out_dtype)
+    def choose(run, activations, qdata, decode: bool):
+        launches = _candidate_launches(activations, qdata, block_size, decode)
+        key = tuning.shape_key("launch", x, qdata, block_size, out_dtype)
         return launches[tuning.fastest(key, list(launches), lambda name: run(launches[name]))]
 
-    return _linear(x, codes, scale, bias, block_size, rotate_by, out_dtype, choose)
+    return _quantize_and_multiply(x, qdata, scale, bias, block_size, rotate_by, out_dtype, choose)

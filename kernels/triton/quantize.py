@@ -1,7 +1,7 @@
-"""Quantizing inputs and weights to 8 bits, and back, in Triton. Memory-bound: what counts is bytes in flight.
+"""Quantize activations and weights to 8 bits, and dequantize weights, in Triton. The kernels are memory-bound.
 
-The largest magnitude of a group is sought among the bits of floats as integers, where NaN > Inf > every number: so a
-group that holds either gets a scale that says so.
+The absolute maximum of a scale group is computed on the bits of the floats as integers, where NaN > Inf > every finite
+value. The scale of a group that contains NaN or Inf is therefore NaN or Inf.
 """
 
 import torch
@@ -12,29 +12,29 @@ from ..reference import LARGEST, SMALLEST_AMAX
 
 __all__ = ["CONFIGS", "SEPARATE", "dequantize_weight", "quantize_inputs", "quantize_weight"]
 
-# Products and sums are rounded one by one, as plain torch does: the codes are the same to the bit.
+# No fused multiply-add: every operation is rounded as in plain torch, and the quantized values are bit-identical.
 SEPARATE = {"enable_fp_fusion": False}
 # Shipped launch configurations: kernel name → (constexpr values, warps).
 CONFIGS = {
     "quantize_blocks": ({"ROWS": 8, "COLUMNS": 512}, 4),
-    "quantize_tiles": ({"VALUES": 4096}, 4),
+    "quantize_square_blocks": ({"VALUES": 4096}, 4),
     "dequantize": ({"ROWS": 8, "COLUMNS": 512}, 4),
 }
 _SMALLEST = tl.constexpr(SMALLEST_AMAX)
-_MAGIC = tl.constexpr(12582912.0)  # 1.5·2²³: adding it rounds to an integer, which then are the low bits
+_MAGIC = tl.constexpr(12582912.0)  # 1.5·2²³: adding it rounds to an integer in the low mantissa bits
 
 
 @triton.jit
 def magnitude(value):
-    """Bits of |value| as an integer that grows with it, NaN the largest."""
+    """Bits of |value| as an integer: monotonic in |value|, NaN is the largest."""
     return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def code_scales(bits, LARGEST: tl.constexpr):
-    """The scale of codes, and its inverse, of a group whose largest magnitude has these bits."""
+def compute_scale(bits, LARGEST: tl.constexpr):
+    """Scale of a group, and its inverse, from the bits of the group's absolute maximum."""
     largest = bits.to(tl.float32, bitcast=True)
-    # Not a maximum: it would drop a NaN.
+    # tl.maximum would drop a NaN.
     largest = tl.where(bits < _SMALLEST_BITS, _SMALLEST, largest)
     return tl.div_rn(largest, tl.zeros_like(largest) + LARGEST), tl.div_rn(tl.zeros_like(largest) + LARGEST, largest)
 
@@ -44,11 +44,11 @@ _SMALLEST_BITS = tl.constexpr((127 - 100) << 23)
 
 @triton.jit
 def encode_e4m3(value):
-    """Bits of the nearest float8_e4m3fn of |value| ≤ 448, ties to even, by integer arithmetic: for cards without it."""
+    """Round |value| ≤ 448 to float8_e4m3fn, ties to even, by integer arithmetic; returns uint8 bits. Below SM 8.9."""
     bits = value.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
     bits = bits & 0x7FFFFFFF
-    # Normal: drop 20 of 23 mantissa bits, rounding half to even; the exponent's bias goes from 127 to 7.
+    # Normal: drop 20 of 23 mantissa bits, rounding half to even; the exponent bias changes from 127 to 7.
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
     # Subnormal: multiples of 2⁻⁹.
     small = (bits.to(tl.float32, bitcast=True) * 512.0 + _MAGIC).to(tl.int32, bitcast=True) & 0xF
@@ -57,7 +57,7 @@ def encode_e4m3(value):
 
 @triton.jit
 def decode_e4m3(bits):
-    """float16 of the bits of a float8_e4m3fn that is a number: exact, by integer arithmetic."""
+    """Convert the bits of a finite float8_e4m3fn to float16, exactly, by integer arithmetic."""
     bits = bits.to(tl.int16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
     return half.to(tl.float16, bitcast=True) * 256.0
@@ -65,23 +65,23 @@ def decode_e4m3(bits):
 
 @triton.jit
 def encode(value, inverse, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
-    """Codes of values: int8, or the bits of float8_e4m3fn as uint8. No value is beyond the one that the scale is made for."""
+    """Quantize values to int8, or to float8_e4m3fn as uint8 bits. No |value| exceeds the maximum that the scale maps."""
     scaled = value * inverse
     if INTEGER:
-        code = (scaled + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+        quantized = (scaled + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
     elif NATIVE:
-        code = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        quantized = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
-        code = encode_e4m3(scaled)
-    return code
+        quantized = encode_e4m3(scaled)
+    return quantized
 
 
 @triton.jit
-def _hadamard_times(value, ORDER: tl.constexpr):
-    """The regular Hadamard matrix of an order of 4 or 16 times columns of 16 values, in groups of that order, as float32.
+def _apply_hadamard(value, ORDER: tl.constexpr):
+    """Multiply groups of ORDER (4 or 16) rows of a (16, n) tile by the regular Hadamard matrix; returns float32.
 
-    Its entries ±1/√ORDER are negative where an odd number of base-4 digits of row and column add up to three. Products of
-    16-bit floats with them are exact; a float32 counts as two bfloat16.
+    An entry ±1/√ORDER is negative if the number of base-4 digit positions where row and column add up to three is odd.
+    Products of 16-bit floats with the entries are exact; a float32 is split into two bfloat16.
     """
     both = tl.arange(0, 16)[:, None] ^ tl.arange(0, 16)[None, :]
     threes = both & (both >> 1)
@@ -91,26 +91,26 @@ def _hadamard_times(value, ORDER: tl.constexpr):
         high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
         low = (value - (bits & -65536).to(tl.float32, bitcast=True)).to(tl.bfloat16)
         matrix = matrix.to(tl.bfloat16)
-        turned = tl.dot(matrix, high, tl.dot(matrix, low))
+        rotated = tl.dot(matrix, high, tl.dot(matrix, low))
     else:
-        turned = tl.dot(matrix.to(value.dtype), value)
-    return turned
+        rotated = tl.dot(matrix.to(value.dtype), value)
+    return rotated
 
 
 @triton.jit
 def rotate(value, SIZE: tl.constexpr, GROUP: tl.constexpr):
-    """Groups of GROUP neighbours of a flat tile times the regular Hadamard matrix, as float32.
+    """Multiply groups of GROUP adjacent values of a flat tile by the regular Hadamard matrix; returns float32.
 
-    Tensor cores do it, in two steps: H₂₅₆ = H₁₆⊗H₁₆, H₆₄ = H₄⊗H₁₆. Adding up in ordinary cores is bound by exchanges
+    Two tensor core products: H₂₅₆ = H₁₆⊗H₁₆, H₆₄ = H₄⊗H₁₆. Butterfly sums on CUDA cores are bound by data exchange
     between threads.
     """
-    value = _hadamard_times(tl.trans(tl.reshape(value, [SIZE // 16, 16])), 16)
+    value = _apply_hadamard(tl.trans(tl.reshape(value, [SIZE // 16, 16])), 16)
     if GROUP == 16:
         value = tl.trans(value)
     else:
         ORDER: tl.constexpr = GROUP // 16
-        value = tl.trans(tl.reshape(value, [16, SIZE // GROUP, ORDER]), 1, 0, 2)  # group, place in 16, which 16
-        value = _hadamard_times(tl.trans(tl.reshape(value, [SIZE // 16, 16])), ORDER)
+        value = tl.trans(tl.reshape(value, [16, SIZE // GROUP, ORDER]), 1, 0, 2)  # group, index in 16, index of the 16
+        value = _apply_hadamard(tl.trans(tl.reshape(value, [SIZE // 16, 16])), ORDER)
         value = tl.trans(tl.reshape(tl.trans(value), [SIZE // GROUP, 16, ORDER]), 0, 2, 1)
     return tl.reshape(value, [SIZE])
 
@@ -118,7 +118,7 @@ def rotate(value, SIZE: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def _quantize_blocks(
     x,
-    codes,
+    qdata,
     scale,
     rows,
     columns,
@@ -133,21 +133,23 @@ def _quantize_blocks(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    live = (row < rows)[:, None] & (column < columns)[None, :]
-    value = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=live, other=0.0).to(tl.float32)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    value = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     blocks = tl.reshape(value, [ROWS, COLUMNS // WIDTH, WIDTH])
-    step, inverse = code_scales(tl.max(magnitude(blocks), axis=2), LARGEST)
-    code = encode(blocks, inverse[:, :, None], INTEGER, NATIVE)
+    step, inverse = compute_scale(tl.max(magnitude(blocks), axis=2), LARGEST)
+    quantized = encode(blocks, inverse[:, :, None], INTEGER, NATIVE)
     tl.store(
-        codes + row.to(tl.int64)[:, None] * columns + column[None, :], tl.reshape(code, [ROWS, COLUMNS]), mask=live
+        qdata + row.to(tl.int64)[:, None] * columns + column[None, :],
+        tl.reshape(quantized, [ROWS, COLUMNS]),
+        mask=inside,
     )
     block = tl.program_id(1) * (COLUMNS // WIDTH) + tl.arange(0, COLUMNS // WIDTH)
-    place = scale + block.to(tl.int64)[None, :] * scale_stride + row[:, None]
-    tl.store(place, step, mask=(row < rows)[:, None] & (block * WIDTH < columns)[None, :])
+    pointers = scale + block.to(tl.int64)[None, :] * scale_stride + row[:, None]
+    tl.store(pointers, step, mask=(row < rows)[:, None] & (block * WIDTH < columns)[None, :])
 
 
 @triton.jit
-def _row_part(x, left, columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+def _load_row_part(x, left, columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     column = left + tl.arange(0, COLUMNS)
     value = tl.load(x + column, mask=column < columns, other=0.0)
     if GROUP:
@@ -158,7 +160,7 @@ def _row_part(x, left, columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def _quantize_rows(
     x,
-    codes,
+    qdata,
     scale,
     columns,
     x_stride,
@@ -171,32 +173,32 @@ def _quantize_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
-    codes += row * columns
+    qdata += row * columns
     column = tl.arange(0, COLUMNS)
-    if WHOLE:  # a row fits into a program
-        value = _row_part(x, 0, columns, COLUMNS, GROUP)
-        step, inverse = code_scales(tl.max(magnitude(value), axis=0), LARGEST)
-        tl.store(codes + column, encode(value, inverse, INTEGER, NATIVE), mask=column < columns)
+    if WHOLE:  # one program holds the whole row
+        value = _load_row_part(x, 0, columns, COLUMNS, GROUP)
+        step, inverse = compute_scale(tl.max(magnitude(value), axis=0), LARGEST)
+        tl.store(qdata + column, encode(value, inverse, INTEGER, NATIVE), mask=column < columns)
     else:
         bits = tl.zeros([COLUMNS], tl.int32)
         for left in range(0, columns, COLUMNS):
-            bits = tl.maximum(bits, magnitude(_row_part(x, left, columns, COLUMNS, GROUP)))
-        step, inverse = code_scales(tl.max(bits, axis=0), LARGEST)
+            bits = tl.maximum(bits, magnitude(_load_row_part(x, left, columns, COLUMNS, GROUP)))
+        step, inverse = compute_scale(tl.max(bits, axis=0), LARGEST)
         for left in range(0, columns, COLUMNS):
-            code = encode(_row_part(x, left, columns, COLUMNS, GROUP), inverse, INTEGER, NATIVE)
-            tl.store(codes + left + column, code, mask=left + column < columns)
+            quantized = encode(_load_row_part(x, left, columns, COLUMNS, GROUP), inverse, INTEGER, NATIVE)
+            tl.store(qdata + left + column, quantized, mask=left + column < columns)
     tl.store(scale + row, step)
 
 
 @triton.jit
-def _quantize_tiles(
+def _quantize_square_blocks(
     weight,
-    codes,
+    qdata,
     scale,
     rows,
     columns,
     stride,
-    tiles,
+    blocks,
     SIZE: tl.constexpr,
     LARGEST: tl.constexpr,
     INTEGER: tl.constexpr,
@@ -208,22 +210,22 @@ def _quantize_tiles(
     bits = tl.zeros([ROWS, SIZE], tl.int32)
     for start in range(0, SIZE, ROWS):
         row = (top + start + tl.arange(0, ROWS)).to(tl.int64)
-        live = (row < rows)[:, None] & (column < columns)[None, :]
-        value = tl.load(weight + row[:, None] * stride + column[None, :], mask=live, other=0.0)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        value = tl.load(weight + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
         bits = tl.maximum(bits, magnitude(value.to(tl.float32)))
-    step, inverse = code_scales(tl.max(tl.max(bits, axis=1), axis=0), LARGEST)
-    tl.store(scale + tl.program_id(0) * tiles + tl.program_id(1), step)
+    step, inverse = compute_scale(tl.max(tl.max(bits, axis=1), axis=0), LARGEST)
+    tl.store(scale + tl.program_id(0) * blocks + tl.program_id(1), step)
     for start in range(0, SIZE, ROWS):
         row = (top + start + tl.arange(0, ROWS)).to(tl.int64)
-        live = (row < rows)[:, None] & (column < columns)[None, :]
-        value = tl.load(weight + row[:, None] * stride + column[None, :], mask=live, other=0.0).to(tl.float32)
-        place = codes + row[:, None] * columns + column[None, :]
-        tl.store(place, encode(value, inverse, INTEGER, NATIVE), mask=live)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        value = tl.load(weight + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        pointers = qdata + row[:, None] * columns + column[None, :]
+        tl.store(pointers, encode(value, inverse, INTEGER, NATIVE), mask=inside)
 
 
 @triton.jit
 def _dequantize(
-    codes,
+    qdata,
     scale,
     weight,
     rows,
@@ -239,136 +241,135 @@ def _dequantize(
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    live = (row < rows)[:, None] & (column < columns)[None, :]
-    code = tl.load(codes + row[:, None] * columns + column[None, :], mask=live, other=0)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    quantized = tl.load(qdata + row[:, None] * columns + column[None, :], mask=inside, other=0)
     if INTEGER:
-        value = code.to(tl.float16 if GROUP else tl.float32)  # which hold every code
+        value = quantized.to(tl.float16 if GROUP else tl.float32)  # both are exact
     elif NATIVE:
-        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        value = quantized.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:
-        value = decode_e4m3(code)
-    if GROUP:  # before they are scaled: what is added up is exact
+        value = decode_e4m3(quantized)
+    if GROUP:  # before scaling: the products of the rotation are exact
         value = tl.reshape(rotate(tl.reshape(value, [ROWS * COLUMNS]), ROWS * COLUMNS, GROUP), [ROWS, COLUMNS])
     value = value.to(tl.float32)
     if BLOCK:
         block = tl.program_id(1) * (COLUMNS // BLOCK) + tl.arange(0, COLUMNS // BLOCK)
-        inside = (row < rows)[:, None] & (block * BLOCK < columns)[None, :]
-        step = tl.load(scale + (row // BLOCK)[:, None] * scale_stride + block[None, :], mask=inside, other=0.0)
+        has_scale = (row < rows)[:, None] & (block * BLOCK < columns)[None, :]
+        step = tl.load(scale + (row // BLOCK)[:, None] * scale_stride + block[None, :], mask=has_scale, other=0.0)
         value = tl.reshape(tl.reshape(value, [ROWS, COLUMNS // BLOCK, BLOCK]) * step[:, :, None], [ROWS, COLUMNS])
     else:
         value *= tl.load(scale + row * row_scaled, mask=row < rows, other=0.0)[:, None]
-    tl.store(weight + row[:, None] * columns + column[None, :], value.to(weight.dtype.element_ty), mask=live)
+    tl.store(weight + row[:, None] * columns + column[None, :], value.to(weight.dtype.element_ty), mask=inside)
 
 
-def grid_of(dtype: torch.dtype, device: torch.device) -> dict[str, object]:
-    """Constexpr values of a grid of codes; NATIVE where the card converts to float8_e4m3fn by itself."""
+def format_constants(dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+    """Constexpr values of an element format; NATIVE if the GPU has conversion instructions for float8_e4m3fn."""
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     return {"LARGEST": LARGEST[dtype], "INTEGER": dtype is torch.int8, "NATIVE": native}
 
 
-def as_stored(codes: torch.Tensor) -> torch.Tensor:
-    """Codes as kernels take them: int8, or uint8 for the bits of a float."""
-    return codes if codes.dtype is torch.int8 else codes.view(torch.uint8)
+def as_bits(qdata: torch.Tensor) -> torch.Tensor:
+    """View quantized values as kernels expect them: int8 unchanged, float8_e4m3fn as uint8."""
+    return qdata if qdata.dtype is torch.int8 else qdata.view(torch.uint8)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def blocks_config(width: int) -> dict[str, int]:
-    """The configuration of quantize_blocks for blocks of that width: whole blocks, as many values as usual."""
+    """Configuration of quantize_blocks for a block width: whole blocks, the shipped number of values per program."""
     config = CONFIGS["quantize_blocks"][0]
     columns = max(config["COLUMNS"], width)
     return {"ROWS": max(config["ROWS"] * config["COLUMNS"] // columns, 1), "COLUMNS": columns, "WIDTH": width}
 
 
-def tiles_config(size: int) -> dict[str, int]:
-    """The configuration of quantize_tiles for blocks of that size: as many values at a time as usual."""
-    return {"ROWS": min(CONFIGS["quantize_tiles"][0]["VALUES"] // size, size), "SIZE": size}
+def square_blocks_config(size: int) -> dict[str, int]:
+    """Configuration of quantize_square_blocks for a block size: the shipped number of values per step."""
+    return {"ROWS": min(CONFIGS["quantize_square_blocks"][0]["VALUES"] // size, size), "SIZE": size}
 
 
 def dequantize_config(block_size: int) -> dict[str, int]:
-    """The configuration of dequantize for blocks of that size, or none: whole blocks, as many values as usual."""
+    """Configuration of dequantize for a block size (0 for none): whole blocks, the shipped number of values."""
     config = CONFIGS["dequantize"][0]
     columns = max(config["COLUMNS"], block_size)
     return {"ROWS": max(config["ROWS"] * config["COLUMNS"] // columns, 1), "COLUMNS": columns}
 
 
 def rows_config(columns: int, group: int) -> tuple[dict[str, object], int]:
-    """The configuration of quantize_rows, and its warps, for rows of that many columns in rotated groups, or in none (0)."""
+    """Configuration and warps of quantize_rows for rows of ``columns`` values, rotated in groups of ``group`` (0: none)."""
     columns = max(triton.next_power_of_2(columns), 256)
-    if columns <= (
-        16384 if group else 32768
-    ):  # what is rotated is exchanged through shared memory, of which cards have 99 KB
+    # The rotation exchanges values through shared memory: 99 KB on SM 8.6 and 8.9.
+    if columns <= (16384 if group else 32768):
         return {"COLUMNS": columns, "WHOLE": True}, max(columns // (4096 if group else 2048), 1)
     return {"COLUMNS": 2048, "WHOLE": False}, 4
 
 
 def quantize_inputs(x: torch.Tensor, dtype: torch.dtype, block_size: int, rotate_by: int):
-    """See :func:`...quantize_inputs`."""
-    x = _rows(x)
+    """See :func:`..reference.quantize.quantize_inputs`."""
+    x = _with_contiguous_rows(x)
     rows, columns = x.shape
     groups = triton.cdiv(columns, block_size) if block_size else 1
-    codes = torch.empty(rows, columns, dtype=dtype, device=x.device)
+    qdata = torch.empty(rows, columns, dtype=dtype, device=x.device)
     scale = torch.empty(groups, rows, dtype=torch.float32, device=x.device)
-    numbers, stored = grid_of(dtype, x.device), as_stored(codes)
+    constants, stored = format_constants(dtype, x.device), as_bits(qdata)
     if block_size:
         config, warps = blocks_config(block_size), CONFIGS["quantize_blocks"][1]
         grid = (triton.cdiv(rows, config["ROWS"]), triton.cdiv(columns, config["COLUMNS"]))
         _quantize_blocks[grid](
-            x, stored, scale, rows, columns, x.stride(0), rows, **numbers, **config, num_warps=warps, **SEPARATE
+            x, stored, scale, rows, columns, x.stride(0), rows, **constants, **config, num_warps=warps, **SEPARATE
         )
     else:
         config, warps = rows_config(columns, rotate_by)
         _quantize_rows[(rows,)](
-            x, stored, scale, columns, x.stride(0), **numbers, GROUP=rotate_by, **config, num_warps=warps, **SEPARATE
+            x, stored, scale, columns, x.stride(0), **constants, GROUP=rotate_by, **config, num_warps=warps, **SEPARATE
         )
-    return codes, scale.t()
+    return qdata, scale.t()
 
 
 def quantize_weight(weight: torch.Tensor, dtype: torch.dtype, block_size: int):
-    """See :func:`...quantize_weight`."""
+    """See :func:`..reference.quantize.quantize_weight`."""
     if not block_size:
-        codes, scale = quantize_inputs(weight, dtype, 0, 0)
-        return codes, scale.reshape(-1)[:, None]
-    weight = _rows(weight)
+        qdata, scale = quantize_inputs(weight, dtype, 0, 0)
+        return qdata, scale.reshape(-1)[:, None]
+    weight = _with_contiguous_rows(weight)
     rows, columns = weight.shape
     counts = triton.cdiv(rows, block_size), triton.cdiv(columns, block_size)
-    codes = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+    qdata = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     scale = torch.empty(counts, dtype=torch.float32, device=weight.device)
-    _quantize_tiles[counts](
+    _quantize_square_blocks[counts](
         weight,
-        as_stored(codes),
+        as_bits(qdata),
         scale,
         rows,
         columns,
         weight.stride(0),
         counts[1],
-        **grid_of(dtype, weight.device),
-        **tiles_config(block_size),
-        num_warps=CONFIGS["quantize_tiles"][1],
+        **format_constants(dtype, weight.device),
+        **square_blocks_config(block_size),
+        num_warps=CONFIGS["quantize_square_blocks"][1],
         **SEPARATE,
     )
-    return codes, scale
+    return qdata, scale
 
 
-def dequantize_weight(codes: torch.Tensor, scale: torch.Tensor, block_size: int, rotate_by: int, dtype: torch.dtype):
-    """See :func:`...dequantize_weight`."""
-    codes, scale = codes.contiguous(), scale.float().contiguous()
-    rows, columns = codes.shape
-    weight = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+def dequantize_weight(qdata: torch.Tensor, scale: torch.Tensor, block_size: int, rotate_by: int, dtype: torch.dtype):
+    """See :func:`..reference.quantize.dequantize_weight`."""
+    qdata, scale = qdata.contiguous(), scale.float().contiguous()
+    rows, columns = qdata.shape
+    weight = torch.empty(rows, columns, dtype=dtype, device=qdata.device)
     config, warps = dequantize_config(block_size), CONFIGS["dequantize"][1]
-    numbers = grid_of(codes.dtype, codes.device)
+    constants = format_constants(qdata.dtype, qdata.device)
     _dequantize[(triton.cdiv(rows, config["ROWS"]), triton.cdiv(columns, config["COLUMNS"]))](
-        as_stored(codes),
+        as_bits(qdata),
         scale,
         weight,
         rows,
         columns,
         scale.stride(0),
         int(scale.numel() > 1),
-        INTEGER=numbers["INTEGER"],
-        NATIVE=numbers["NATIVE"],
+        INTEGER=constants["INTEGER"],
+        NATIVE=constants["NATIVE"],
         BLOCK=block_size,
         GROUP=rotate_by,
         **config,

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.grid import GridArithmetic
-from ...kernels.reference import grid_step, round_to_grid
+from ...kernels.element_format import ElementArithmetic
+from ...kernels.reference import element_step, round_to_element
 
 __all__ = ["E2M1", "E4M3", "E5M2", "INT4", "INT8", "ElementFormat"]
 
@@ -24,7 +24,7 @@ class ElementFormat:
     name: str
     bits: int
     dtype: torch.dtype
-    arithmetic: GridArithmetic
+    arithmetic: ElementArithmetic
 
     @property
     def max(self) -> float:
@@ -39,7 +39,7 @@ class ElementFormat:
     def encode(self, scaled: torch.Tensor) -> torch.Tensor:
         """Round to the nearest representable number, ties to even. ``scaled``: float32 of any shape; returns :attr:`dtype`."""
         clamped = scaled.clamp(-self.max, self.max)
-        return (clamped if self._rounded_by_cast else round_to_grid(clamped, self.arithmetic)).to(self.dtype)
+        return (clamped if self._rounded_by_cast else round_to_element(clamped, self.arithmetic)).to(self.dtype)
 
     def neighbours(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two representable numbers (float32) that enclose each value, the lower one first.
@@ -48,7 +48,7 @@ class ElementFormat:
         magnitude both are the largest magnitude.
         """
         magnitude = scaled.abs().clamp_max_(self.max)
-        step = grid_step(magnitude, self.arithmetic)
+        step = element_step(magnitude, self.arithmetic)
         inner = (magnitude / step).floor_() * step
         outer = (inner + step).clamp_max_(self.max)
         negative = scaled < 0
@@ -60,10 +60,10 @@ class ElementFormat:
         return self.dtype.is_floating_point and torch.finfo(self.dtype).max == self.max
 
 
-E4M3 = ElementFormat("E4M3", 8, torch.float8_e4m3fn, GridArithmetic(mantissa=3, smallest=2.0**-9, largest=448.0))
-E5M2 = ElementFormat("E5M2", 8, torch.float8_e5m2, GridArithmetic(mantissa=2, smallest=2.0**-16, largest=57344.0))
+E4M3 = ElementFormat("E4M3", 8, torch.float8_e4m3fn, ElementArithmetic(mantissa=3, smallest=2.0**-9, largest=448.0))
+E5M2 = ElementFormat("E5M2", 8, torch.float8_e5m2, ElementArithmetic(mantissa=2, smallest=2.0**-16, largest=57344.0))
 # OCP Microscaling Formats (MX) v1.0, section 5.3.3. Each of its numbers is one of E4M3, whose dtype holds them.
-E2M1 = ElementFormat("E2M1", 4, torch.float8_e4m3fn, GridArithmetic(mantissa=1, smallest=0.5, largest=6.0))
+E2M1 = ElementFormat("E2M1", 4, torch.float8_e4m3fn, ElementArithmetic(mantissa=1, smallest=0.5, largest=6.0))
 # Symmetric: −128 and −8 are left out, as in every integer matmul kernel that ComfyUI uses.
-INT8 = ElementFormat("INT8", 8, torch.int8, GridArithmetic(mantissa=-1, smallest=1.0, largest=127.0))
-INT4 = ElementFormat("INT4", 4, torch.int8, GridArithmetic(mantissa=-1, smallest=1.0, largest=7.0))
+INT8 = ElementFormat("INT8", 8, torch.int8, ElementArithmetic(mantissa=-1, smallest=1.0, largest=127.0))
+INT4 = ElementFormat("INT4", 4, torch.int8, ElementArithmetic(mantissa=-1, smallest=1.0, largest=7.0))

@@ -1,4 +1,4 @@
-"""The page of a real ComfyUI opens, loads and runs a workflow, and can be pictured, with either kind of nodes."""
+"""The page of ComfyUI opens, loads and runs a workflow, and is captured, with canvas nodes and with Vue nodes."""
 
 import pytest
 from PIL import Image
@@ -9,9 +9,9 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas-nodes", "vue-nodes"])
-def test_page_runs_a_workflow_and_is_pictured(comfy, picture, vue_nodes, tmp_path):
+def test_page_runs_a_workflow_and_is_captured(comfy, image_workflow, vue_nodes, tmp_path):
     with open_page(comfy, vue_nodes=vue_nodes) as page:
-        assert load_workflow(page, picture()) == 3
+        assert load_workflow(page, image_workflow()) == 3
         assert page.evaluate("() => window.app.graph._nodes.map((node) => node.type)") == [
             "EmptyImage",
             "ImageInvert",
@@ -21,22 +21,22 @@ def test_page_runs_a_workflow_and_is_pictured(comfy, picture, vue_nodes, tmp_pat
         assert queue_prompt(page)["type"] == "execution_success"
         path = screenshot(page, tmp_path / "page.png")
         lefts = page.evaluate("() => window.app.graph._nodes.map((node) => node.pos[0])")
-        assert lefts == sorted(set(lefts))  # arranged side by side, though an API workflow has no positions
+        assert lefts == sorted(set(lefts))  # arranged side by side, although an API workflow has no positions
         with Image.open(path) as image:
             assert image.size == (1600, 1000)
-            assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 100  # a blank page has a handful
+            assert len(image.convert("RGB").getcolors(maxcolors=1 << 24)) > 100  # a blank page has few colors
 
 
-def test_a_workflow_in_the_pages_own_form(comfy_page, picture):
-    load_workflow(comfy_page, picture())
+def test_workflow_in_the_frontends_format_loads(comfy_page, image_workflow):
+    load_workflow(comfy_page, image_workflow())
     saved = comfy_page.evaluate("() => window.app.graph.serialize()")
     assert load_workflow(comfy_page, {**saved, "nodes": saved["nodes"][:1], "links": []}) == 1
     assert load_workflow(comfy_page, saved) == 3
     assert queue_prompt(comfy_page)["type"] == "execution_success"
 
 
-def test_a_refused_workflow_is_told(comfy_page, picture):
-    workflow = picture()
+def test_rejected_workflow_is_reported(comfy_page, image_workflow):
+    workflow = image_workflow()
     del workflow["2"]["inputs"]["image"]
     load_workflow(comfy_page, workflow)
     assert queue_prompt(comfy_page)["type"] == "refused"

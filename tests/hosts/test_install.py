@@ -1,4 +1,4 @@
-"""Making hosts: what is half made is never used, what is made is not made again. pip and downloads are replaced."""
+"""Host installation: incomplete parts are never used, complete ones are not installed again. pip and downloads are mocked."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def fake_source(folder, version, requirements):
 
 @pytest.fixture
 def pip_calls(tmp_path, monkeypatch):
-    """A cache with two sources, and the pip commands that install_hosts() would run."""
+    """Cache with two sources; returns the list of pip commands that install_hosts() runs."""
     monkeypatch.setenv("LEARNED_ROUNDING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "newer"))
     monkeypatch.setenv("TORCH", "torch==2.13.0")
@@ -26,15 +26,15 @@ def pip_calls(tmp_path, monkeypatch):
         tmp_path / "newer", "0.33.0", "comfyui-frontend-package==1.49.6\ntorchvision\nkornia>=0.7\nav>=16.0.0\n"
     )
     calls = []
-    monkeypatch.setattr(module, "_run", lambda command, what: module.Path(command[-1]).mkdir())  # python -m venv PATH
+    monkeypatch.setattr(module, "_run", lambda command, step: module.Path(command[-1]).mkdir())  # python -m venv PATH
     monkeypatch.setattr(module, "_pip", lambda python, *arguments: calls.append(arguments))
-    monkeypatch.setattr(module, "_ask", lambda python, code: "2.13.0+cpu")
+    monkeypatch.setattr(module, "_evaluate", lambda python, code: "2.13.0+cpu")
     monkeypatch.setattr(module, "_make_companions_importable", lambda python: None)
     monkeypatch.setattr(module, "_unpack", lambda cache, requirement, folder, target, drop="": target.mkdir())
     return calls
 
 
-def test_both_hosts_share_one_environment_and_keep_their_own_page(pip_calls, tmp_path):
+def test_hosts_share_one_environment_but_not_the_frontend(pip_calls, tmp_path):
     oldest, newer = install_hosts()
     assert (oldest.name, oldest.version, newer.name, newer.version) == ("oldest", "0.3.75", "newer", "0.33.0")
     assert oldest.python == newer.python
@@ -46,19 +46,19 @@ def test_both_hosts_share_one_environment_and_keep_their_own_page(pip_calls, tmp
     assert (oldest.python.parents[1] / "constraints.txt").read_text() == "torch==2.13.0+cpu\n"
 
 
-def test_a_second_run_does_nothing(pip_calls):
+def test_second_run_installs_nothing(pip_calls):
     hosts = install_hosts()
     pip_calls.clear()
     assert install_hosts() == available_hosts() == hosts
     assert pip_calls == []
 
 
-def test_a_half_built_environment_is_not_used_but_rebuilt(pip_calls, monkeypatch):
-    def break_off(torch_version):
+def test_incomplete_environment_is_rebuilt(pip_calls, monkeypatch):
+    def fail(torch_version):
         raise InstallError("no network")
 
     with monkeypatch.context() as broken:
-        broken.setattr(module, "_companions", break_off)
+        broken.setattr(module, "_companion_requirements", fail)
         with pytest.raises(InstallError, match="no network"):
             install_hosts()
     assert available_hosts() == []
@@ -66,7 +66,7 @@ def test_a_half_built_environment_is_not_used_but_rebuilt(pip_calls, monkeypatch
     assert pip_calls.count(("install", "torch==2.13.0")) == 2
 
 
-def test_another_torch_or_requirement_is_another_environment(pip_calls, monkeypatch, tmp_path):
+def test_changed_requirements_need_a_new_environment(pip_calls, monkeypatch, tmp_path):
     first = install_hosts()[0].python
     monkeypatch.setenv("TORCH", "torch==2.14.1")
     assert available_hosts() == []
@@ -76,7 +76,7 @@ def test_another_torch_or_requirement_is_another_environment(pip_calls, monkeypa
     assert len({first, second, install_hosts()[0].python}) == 3
 
 
-def test_a_wrong_comfyui_path_is_said(pip_calls, monkeypatch, sentences):
+def test_wrong_comfyui_path_is_reported(pip_calls, monkeypatch, sentences):
     monkeypatch.setenv("COMFYUI_PATH", "/nowhere")
     with sentences.raises(InstallError):
         install_hosts()
@@ -86,5 +86,5 @@ def test_a_wrong_comfyui_path_is_said(pip_calls, monkeypatch, sentences):
     "torch, vision, audio",
     [("2.13.0+cpu", "0.28.0", "2.11.0"), ("2.14.1", "0.29.1", "2.11.0"), ("2.9.1", "0.24.1", "2.9.1")],
 )
-def test_companions_of_a_torch(torch, vision, audio):
-    assert module._companions(torch) == [f"torchvision=={vision}", f"torchaudio=={audio}"]
+def test_companion_requirements_match_torch(torch, vision, audio):
+    assert module._companion_requirements(torch) == [f"torchvision=={vision}", f"torchaudio=={audio}"]

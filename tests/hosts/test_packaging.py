@@ -1,4 +1,4 @@
-"""What pip and ComfyUI are told about this repository stays true."""
+"""Packaging metadata for pip and the ComfyUI registry matches the repository."""
 
 import ast
 import os
@@ -21,7 +21,7 @@ NOT_SHIPPED = {".ci", "assets", "attacks", "benchmarks", "docs", "hosts", "tests
 
 
 def git(*words: str) -> set[str]:
-    """The file names that a git command prints."""
+    """File names printed by a git command."""
     return set(
         subprocess.run(["git", *words, "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     ) - {""}
@@ -29,7 +29,7 @@ def git(*words: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def shipped():
-    """The registry's package: what git tracks, without what .comfyignore names. Its patterns are git's."""
+    """Files of the registry's package: those that git tracks, except those that .comfyignore matches (git syntax)."""
     return git("ls-files") - git("ls-files", "--cached", "--ignored", "--exclude-from=.comfyignore")
 
 
@@ -39,13 +39,13 @@ def project():
 
 
 def test_every_package_is_listed(project):
-    """The list is by hand (the root folder is the package): a folder left out would be missing from wheels only."""
+    """The list is maintained by hand, because the root folder is the package."""
     folders = {Path(name).parent for name in git("ls-files", "*__init__.py")}
     expected = {".".join(("learned_rounding", *f.parts)) for f in folders if not NOT_SHIPPED & set(f.parts)}
     assert set(project["tool"]["setuptools"]["packages"]) == expected
 
 
-def test_requirements_are_the_same_in_both_files_and_leave_torch_alone(project):
+def test_requirements_agree_in_both_files_and_exclude_torch(project):
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n")
     assert [line for line in lines if line] == project["project"]["dependencies"]
     extras = sum(project["project"]["optional-dependencies"].values(), [])
@@ -54,7 +54,7 @@ def test_requirements_are_the_same_in_both_files_and_leave_torch_alone(project):
 
 @pytest.fixture(scope="module")
 def data(project):
-    """What ships beside modules, by what setuptools is told."""
+    """Data files that setuptools packages."""
     settings = project["tool"]["setuptools"]
     folders = {name: "/".join(name.split(".")[1:]) for name in settings["packages"]}
     patterns = [
@@ -66,7 +66,7 @@ def data(project):
 
 
 def test_pip_installs_a_clone(data, tmp_path):
-    """Into a folder of its own; with all that ships, and the command."""
+    """Into a separate folder, with all data files and the command."""
     clone, target = tmp_path / "clone", tmp_path / "target"
     for name in git("ls-files"):
         if Path(name).parts[0] not in NOT_SHIPPED:
@@ -103,7 +103,7 @@ def test_pip_installs_a_clone(data, tmp_path):
     )
 
 
-def test_the_registry_gets_what_runs_and_what_users_read(project, shipped, data):
+def test_registry_package_contains_modules_data_and_documents(project, shipped, data):
     folders = {"/".join(name.split(".")[1:]) for name in project["tool"]["setuptools"]["packages"]}
     modules = {name for name in git("ls-files", "*.py") if str(Path(name).parent).replace(".", "") in folders}
     assert {
@@ -126,19 +126,19 @@ def test_the_registry_gets_what_runs_and_what_users_read(project, shipped, data)
     assert git("ls-files", "web/docs") <= shipped
 
 
-def test_the_registry_gets_nothing_that_only_developers_need(shipped):
+def test_registry_package_contains_no_developer_files(shipped):
     assert {Path(name).parts[0] for name in shipped} & NOT_SHIPPED == set()
     assert sum((ROOT / name).stat().st_size for name in shipped) < 4e6
 
 
-# What the registry refuses in a node pack, and what installs something while ComfyUI runs.
+# Calls and imports that the registry rejects in a node pack, or that install something at run time.
 _CALLS = re.compile(
     r"eval|exec|compile|__import__|os\.(system|popen|fork|exec\w+|spawn\w+|posix_spawn\w*)|(pickle|marshal)\.loads?|ctypes\.CDLL"
 )
 _IMPORTS = {"subprocess", "pip", "ensurepip", "marshal", "ctypes", "urllib", "requests", "socket", "http"}
 
 
-def test_shipped_python_runs_no_other_program_no_made_up_code_and_asks_no_network(shipped):
+def test_shipped_modules_use_no_subprocess_no_dynamic_code_and_no_network(shipped):
     modules = [ROOT / name for name in shipped if name.endswith(".py")]
     assert len(modules) > 80
     for path in modules:
@@ -150,8 +150,8 @@ def test_shipped_python_runs_no_other_program_no_made_up_code_and_asks_no_networ
         assert not {name.split(".")[0] for name in imported} & _IMPORTS, path
 
 
-def test_the_registry_finds_all_that_it_shows(project, shipped):
-    """Icon and banner lie in the repository, where their addresses point; of the sizes that the registry shows."""
+def test_registry_metadata_is_complete(project, shipped):
+    """Icon and banner exist at their URLs in the repository, in the sizes that the registry requires."""
     about, registry = project["project"], project["tool"]["comfy"]
     assert re.fullmatch(r"[a-z][a-z0-9_-]{0,99}", about["name"]) and not about["name"].startswith("comfyui")
     assert (
@@ -169,5 +169,5 @@ def test_the_registry_finds_all_that_it_shows(project, shipped):
         "Banner": lambda width, height: 9 * width == 21 * height,
     }.items():
         assert registry[key].startswith(raw)
-        with Image.open(ROOT / registry[key].removeprefix(raw)) as picture:
-            assert picture.format == "PNG" and fits(*picture.size), key
+        with Image.open(ROOT / registry[key].removeprefix(raw)) as image:
+            assert image.format == "PNG" and fits(*image.size), key

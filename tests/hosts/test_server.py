@@ -1,4 +1,4 @@
-"""A real ComfyUI starts, runs a stock workflow, tells what went wrong, and can be stopped and started again."""
+"""A ComfyUI server starts, runs a stock workflow, reports failures, stops and restarts."""
 
 import pytest
 from PIL import Image
@@ -6,16 +6,16 @@ from PIL import Image
 from learned_rounding.hosts import HostError, HostInterrupted
 
 
-def test_answers_with_its_version_and_stock_nodes(comfy, host):
+def test_server_reports_its_version_and_stock_nodes(comfy, host):
     assert comfy.get("/system_stats")["system"]["comfyui_version"] == host.version
     assert {"KSampler", "SaveImage", "UNETLoader"} <= set(comfy.object_info())
     assert list(comfy.object_info("KSampler")) == ["KSampler"]
 
 
-def test_runs_a_workflow_and_records_events_in_order(comfy, picture):
-    heard = []
-    result = comfy.queue(picture(color=0x0000FF), on_event=heard.append)
-    assert heard == result.events
+def test_queue_records_events_in_order(comfy, image_workflow):
+    received = []
+    result = comfy.queue(image_workflow(color=0x0000FF), on_event=received.append)
+    assert received == result.events
     assert result.executed == ["1", "2", "3"]
     kinds = [event.type for event in result.events]
     assert kinds.index("execution_start") < kinds.index("executing") < kinds.index("execution_success")
@@ -27,16 +27,16 @@ def test_runs_a_workflow_and_records_events_in_order(comfy, picture):
         assert image.size == (64, 32) and image.convert("RGB").getpixel((5, 5)) == (255, 255, 0)
 
 
-def test_a_known_workflow_is_answered_from_the_cache(comfy, picture):
-    workflow = picture()
+def test_repeated_workflow_is_served_from_the_cache(comfy, image_workflow):
+    workflow = image_workflow()
     comfy.queue(workflow)
     again = comfy.queue(workflow)
     assert again.executed == []
     assert again.outputs["3"]["images"]
 
 
-def test_a_failing_node_speaks_through_the_error(comfy, picture):
-    workflow = picture()
+def test_error_of_a_failed_node_has_its_details(comfy, image_workflow):
+    workflow = image_workflow()
     workflow["2"] = {"class_type": "LoadLatent", "inputs": {"latent": "not-a-latent.latent"}}
     workflow["3"] = {"class_type": "SaveLatent", "inputs": {"samples": ["2", 0], "filename_prefix": "latent"}}
     (comfy.input_dir / "not-a-latent.latent").write_bytes(b"\x08\0\0\0\0\0\0\0not json")
@@ -48,8 +48,8 @@ def test_a_failing_node_speaks_through_the_error(comfy, picture):
     assert [e.type for e in error.events if e.type == "execution_error"]
 
 
-def test_a_refused_workflow_names_the_input(comfy, picture):
-    workflow = picture()
+def test_validation_error_names_the_input(comfy, image_workflow):
+    workflow = image_workflow()
     workflow["1"]["inputs"]["width"] = -5
     with pytest.raises(HostError, match=r"node 1 \(EmptyImage\): .*width") as caught:
         comfy.queue(workflow)
@@ -57,7 +57,7 @@ def test_a_refused_workflow_names_the_input(comfy, picture):
     assert list(caught.value.node_errors) == ["1"]
 
 
-def test_an_unknown_node_is_refused_by_name(comfy):
+def test_unknown_node_class_is_rejected(comfy):
     with pytest.raises(HostError, match="NoSuchNode"):
         comfy.queue({"1": {"class_type": "NoSuchNode", "inputs": {}}})
 
@@ -81,7 +81,7 @@ NODE_CLASS_MAPPINGS = {"TestWait": Wait}
 
 @pytest.fixture
 def own_server(server_factory, tmp_path):
-    """A server whose only pack is the node above."""
+    """Server whose only node pack is SLOW_NODE."""
     (tmp_path / "__init__.py").write_text(SLOW_NODE)
     return server_factory(links={"slow": tmp_path})
 
@@ -90,7 +90,7 @@ def wait(nonce):
     return {"1": {"class_type": "TestWait", "inputs": {"nonce": nonce}}}
 
 
-def test_interrupt_timeout_crash_and_restart(own_server, picture):
+def test_interrupt_timeout_crash_and_restart(own_server, image_workflow):
     def interrupt(event):
         if event.type == "executing" and event.data["node"] == "1":
             own_server.interrupt()
@@ -101,7 +101,7 @@ def test_interrupt_timeout_crash_and_restart(own_server, picture):
     with pytest.raises(HostError) as caught:
         own_server.queue(wait(2), timeout=1)
     assert caught.value.kind == "timeout"
-    assert own_server.queue(picture()).images  # the one that took too long does not stand in the way
+    assert own_server.queue(image_workflow()).images  # the interrupted workflow does not block the queue
 
     def kill(event):
         if event.type == "executing" and event.data["node"] == "1":
@@ -111,12 +111,12 @@ def test_interrupt_timeout_crash_and_restart(own_server, picture):
         own_server.queue(wait(3), on_event=kill)
     assert caught.value.kind == "died"
 
-    assert own_server.restart().queue(picture()).images
+    assert own_server.restart().queue(image_workflow()).images
     own_server.free()
-    assert own_server.queue(picture()).images
+    assert own_server.queue(image_workflow()).images
 
 
-def test_a_server_that_cannot_start_says_why(server_factory):
+def test_start_error_contains_the_log(server_factory):
     with pytest.raises(HostError, match="--no-such-option") as caught:
         server_factory(arguments=["--no-such-option"])
     assert caught.value.kind == "start"

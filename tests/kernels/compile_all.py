@@ -1,6 +1,6 @@
-"""Compiles every shipped configuration for one card, without a GPU: python compile_all.py SM. Prints a JSON line each.
+"""Compile every shipped configuration for one SM, without a GPU: python compile_all.py SM. Prints one JSON line each.
 
-A process of its own, because kernels that were imported for the interpreter cannot be compiled.
+Runs in a separate process, because kernels imported for the interpreter cannot be compiled.
 """
 
 import json
@@ -21,31 +21,31 @@ from learned_rounding.quant_core.formats import E4M3, E5M2, INT8
 
 F32, I32 = "*fp32", "i32"
 BLOCK = dict.fromkeys(("weight", "shift", "before", "coupling", "scale", "errors"), F32) | {"values": "*fp16"}
-BLOCK |= dict.fromkeys(("columns", "rows", "tile_rows", "scale_column_stride", "row_stride"), I32)
+BLOCK |= dict.fromkeys(("columns", "rows", "group_rows", "scale_column_stride", "row_stride"), I32)
 SEARCH = dict.fromkeys(("scale", "ratios", "column_weight", "errors"), F32) | {"weight": "*bf16"}
 SEARCH |= dict.fromkeys(
-    ("out", "inner", "row_stride", "candidates", "tile_rows", "tile_columns", "tiles", "group", "groups"), I32
+    ("out", "inner", "row_stride", "candidates", "group_rows", "group_columns", "groups", "sum_rows", "sums"), I32
 )
 QUANTIZE = {"x": "*bf16", "weight": "*bf16", "scale": F32}
-QUANTIZE |= dict.fromkeys(("rows", "columns", "x_stride", "stride", "scale_stride", "row_scaled", "tiles"), I32)
+QUANTIZE |= dict.fromkeys(("rows", "columns", "x_stride", "stride", "scale_stride", "row_scaled", "blocks"), I32)
 PRODUCT = {"out": "*bf16", "bias": "*bf16", "input_scale": F32, "scale": F32, "row_scaled": I32}
 PRODUCT |= dict.fromkeys(
     ("rows", "columns", "inner", "first", "units", "a_stride", "b_stride", "input_scale_stride", "scale_stride"), I32
 )
-# Sizes that are multiples of 16 in every real model; the compiler is told so at run time.
+# Sizes that are multiples of 16 in real models; at run time Triton specializes on this property.
 EVEN = {"columns", "inner", "x_stride", "stride", "a_stride", "b_stride"}
 
-QUANTIZERS = {quantize._quantize_blocks, quantize._quantize_rows, quantize._quantize_tiles}
+QUANTIZERS = {quantize._quantize_blocks, quantize._quantize_rows, quantize._quantize_square_blocks}
 
 
 def rounding_cases():
-    for grid in (E4M3, E5M2, INT8):
-        numbers = rounding.grid_constants(grid.arithmetic)
+    for element in (E4M3, E5M2, INT8):
+        numbers = rounding.element_constants(element.arithmetic)
         config, warps = rounding.CONFIGS["round_block"]
         for flag in (False, True):
             yield rounding._round_block, BLOCK, {"HAS_BEFORE": flag, **numbers, **config}, warps, 3
         config, warps = rounding.CONFIGS["scale_errors"]
-        for shape in (config, rounding.square_tile(128), rounding.square_tile(8)):
+        for shape in (config, rounding.square_group_config(128), rounding.square_group_config(8)):
             for flag in (False, True):
                 yield (
                     rounding._scale_errors,
@@ -59,7 +59,7 @@ def rounding_cases():
 def quantizing_cases(sm):
     for dtype, largest in LARGEST.items():
         integer, native = dtype.itemsize == 1 and not dtype.is_floating_point, sm >= 89
-        types = QUANTIZE | {"codes": "*i8" if integer else "*u8"}
+        types = QUANTIZE | {"qdata": "*i8" if integer else "*u8"}
         numbers = {"LARGEST": largest, "INTEGER": integer, "NATIVE": native}
         warps = quantize.CONFIGS["quantize_blocks"][1]
         for width in (16, 128, 1024):
@@ -68,9 +68,9 @@ def quantizing_cases(sm):
             for group in (0, 64, 256):
                 config, warps = quantize.rows_config(columns, group)
                 yield quantize._quantize_rows, types, {**numbers, "GROUP": group, **config}, warps, 3
-        warps = quantize.CONFIGS["quantize_tiles"][1]
+        warps = quantize.CONFIGS["quantize_square_blocks"][1]
         for size in (16, 128, 1024):
-            yield quantize._quantize_tiles, types, numbers | quantize.tiles_config(size), warps, 3
+            yield quantize._quantize_square_blocks, types, numbers | quantize.square_blocks_config(size), warps, 3
         del numbers["LARGEST"]
         for block, group in ((0, 0), (0, 16), (0, 256), (64, 0), (128, 0)):
             config = quantize.dequantize_config(block)
@@ -120,7 +120,7 @@ def hopper_cases():
 
 
 def cases(sm):
-    """(kernel, argument types, constexpr values, warps, stages)"""
+    """Yield (kernel, argument types, constexpr values, warps, stages)."""
     yield from rounding_cases()
     yield from quantizing_cases(sm)
     yield from product_cases(sm)
@@ -129,7 +129,7 @@ def cases(sm):
 
 
 def compile_case(kernel, types, constants, warps, stages, sm):
-    """Registers, whether values were spilled to memory, and the tensor core instructions."""
+    """Compile one case; returns its registers, spilled bytes, shared memory and tensor core instructions."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -140,18 +140,18 @@ def compile_case(kernel, types, constants, warps, stages, sm):
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source_type(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages, **(quantize.SEPARATE if kernel in QUANTIZERS else {})}
-    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage.stdout).groups())
-    products = sorted(set(re.findall(r"wgmma|mma\.sync", made.asm["ptx"])))
-    return {"registers": registers, "spilled": stack + local, "shared": made.metadata.shared, "products": products}
+    products = sorted(set(re.findall(r"wgmma|mma\.sync", compiled.asm["ptx"])))
+    return {"registers": registers, "spilled": stack + local, "shared": compiled.metadata.shared, "products": products}
 
 
 if __name__ == "__main__":
     for kernel, types, constants, warps, stages in cases(int(sys.argv[1])):
-        found = compile_case(kernel, types, constants, warps, stages, int(sys.argv[1]))
-        print(json.dumps({"kernel": kernel.__name__, **constants, "warps": warps, "stages": stages, **found}))
+        resources = compile_case(kernel, types, constants, warps, stages, int(sys.argv[1]))
+        print(json.dumps({"kernel": kernel.__name__, **constants, "warps": warps, "stages": stages, **resources}))

@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter; it is chosen before the kernels are imported."""
+"""Select Triton's interpreter on machines without a GPU, before the kernels are imported."""
 
 import importlib.util
 import os
@@ -13,14 +13,14 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where Triton kernels run here: a GPU, or the CPU through the interpreter."""
+    """Device of the Triton kernels: a GPU, or the CPU with the interpreter."""
     pytest.importorskip("triton")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def bfloat16_products():
-    """Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers; here their values."""
+    """Patch Triton's interpreter, whose dot product multiplies the bits of bfloat16 operands as integers."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
     import triton.language as tl
@@ -28,13 +28,13 @@ def bfloat16_products():
 
     multiply = InterpreterBuilder.create_dot
 
-    def value(operand):
+    def to_float32(operand):
         if operand.dtype.scalar != tl.bfloat16:
             return operand
         bits = operand.data.astype(np.uint32) << 16
         return TensorHandle(bits.view(np.float32), tl.float32)
 
     def create_dot(self, a, b, *rest):
-        return multiply(self, value(a), value(b), *rest)
+        return multiply(self, to_float32(a), to_float32(b), *rest)
 
     InterpreterBuilder.create_dot = create_dot

@@ -1,4 +1,4 @@
-"""The kernels on a real card, at the sizes they are made for: every backend against float64, graphs, compilers, caches."""
+"""Kernels on a GPU at the sizes of real models: every backend against float64, CUDA graphs, torch.compile, the cache."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ def random(*shape, seed=0, dtype=torch.bfloat16):
 def layer(name, weight, block_size=None):
     quantize, usual = LAYERS[name]
     blocks = {"block_size": block_size or usual} if usual else {}
-    codes, scale = quantize(weight, *blocks.values())
-    return lambda x, bias=None, **options: getattr(kernels, name)(x, codes, scale, bias, **blocks, **options)
+    qdata, scale = quantize(weight, *blocks.values())
+    return lambda x, bias=None, **options: getattr(kernels, name)(x, qdata, scale, bias, **blocks, **options)
 
 
 def relative(got, want):
@@ -36,7 +36,7 @@ def relative(got, want):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
     yield tuning.cache_file()
-    tuning._remembered.cache_clear()
+    tuning._load_cache.cache_clear()
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -44,7 +44,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "tokens, out, inner", [(1, 3072, 3072), (40, 320, 640), (256, 3072, 12288), (1000, 1100, 720), (4096, 3072, 3072)]
 )
-def test_layers_against_float64(cache, name, backend, tokens, out, inner):
+def test_layers_match_float64(cache, name, backend, tokens, out, inner):
     x, weight, bias = random(tokens, inner), random(out, inner, seed=1), random(out, seed=2)
     want = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     with kernels.using(backend):
@@ -56,7 +56,7 @@ def test_layers_against_float64(cache, name, backend, tokens, out, inner):
 @pytest.mark.parametrize("name", ["int8_block_linear", "fp8_block_linear"])
 @pytest.mark.parametrize("block_size", [32, 64, 128, 256, 1024])
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_block_sizes_and_output_dtypes(name, block_size, out_dtype):
+def test_block_sizes_and_output_dtypes_match_float64(name, block_size, out_dtype):
     x, weight, bias = random(1024, 3072), random(3000, 3072, seed=1), random(3000, seed=2)
     want = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     with kernels.using("triton"):
@@ -69,20 +69,20 @@ def test_block_sizes_and_output_dtypes(name, block_size, out_dtype):
     "tokens, out, inner",
     [(300, 700, 384), (4096, 3072, 3072), (2048, 12288, 1040), (4608, 3072, 1536), (513, 12200, 512)],
 )
-def test_the_product_written_for_hopper_is_the_plain_one_to_the_bit(dtype, tokens, out, inner):
+def test_hopper_kernel_is_bit_identical_to_the_generic_one(dtype, tokens, out, inner):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs SM 9.0")
     from learned_rounding.kernels.triton import hopper, linear, quantize
 
-    codes, scale = quantize.quantize_weight(random(out, inner, seed=1), dtype, 128)
-    inputs, input_scale = quantize.quantize_inputs(random(tokens, inner), dtype, 128, 0)
+    qdata, scale = quantize.quantize_weight(random(out, inner, seed=1), dtype, 128)
+    activations, input_scale = quantize.quantize_inputs(random(tokens, inner), dtype, 128, 0)
     for bias in (None, random(out, seed=2)):
-        arguments = (inputs, input_scale, codes, scale, bias, 128, torch.bfloat16)
+        arguments = (activations, input_scale, qdata, scale, bias, 128, torch.bfloat16)
         plain = linear.multiply(*arguments, linear.Launch(64, 128, 128, 4, 3, tma=True))
         assert torch.equal(hopper.block_matmul(*arguments, hopper.SHIPPED), plain)
 
 
-def test_more_than_two_billion_values():
+def test_more_than_two_billion_elements_are_indexed():
     x = torch.zeros(2**31 // 2048 + 100, 2048, dtype=torch.bfloat16, device="cuda")
     x[-1] = random(2048)
     weight = random(128, 2048, seed=1)
@@ -94,7 +94,7 @@ def test_more_than_two_billion_values():
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_in_a_cuda_graph(cache, name):
+def test_layer_replays_in_a_cuda_graph(cache, name):
     weight, x = random(1024, 1024, seed=1), random(512, 1024)
     run = layer(name, weight)
     want = run(x)
@@ -107,7 +107,7 @@ def test_a_layer_in_a_cuda_graph(cache, name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_in_torch_compile(cache, name):
+def test_layer_compiles_without_a_graph_break(cache, name):
     run = layer(name, random(1024, 1024, seed=1))
     block = torch.compile(lambda x: torch.nn.functional.gelu(run(x)) * 2, fullgraph=True)
     for tokens in (512, 384):
@@ -115,7 +115,7 @@ def test_a_layer_in_torch_compile(cache, name):
         torch.testing.assert_close(block(x), torch.nn.functional.gelu(run(x)) * 2, rtol=0.02, atol=0.02)
 
 
-def test_autotuning_keeps_its_choice_on_disk(cache):
+def test_autotuning_caches_its_result_on_disk(cache):
     x, run = random(512, 1024), layer("int8_block_linear", random(1024, 1024, seed=1))
     with kernels.using("triton"):
         want = run(x)
@@ -125,7 +125,7 @@ def test_autotuning_keeps_its_choice_on_disk(cache):
     assert "launch; " in cache.read_text() and torch.cuda.get_device_name() in cache.read_text()
 
 
-def test_the_same_bytes_every_time():
+def test_results_are_deterministic():
     x, run = random(4096, 3072), layer("int8_block_linear", random(3072, 3072, seed=1))
     with kernels.using("triton"):
         first = run(x)

@@ -1,8 +1,6 @@
-"""The kernels as torch operators: registered once, traced without breaks, and refused with a reason."""
+"""Kernels as torch operators: registered once, traced without graph breaks, refused with a reason."""
 
 import importlib.util
-import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,33 +9,33 @@ import pytest
 import torch
 
 from learned_rounding import kernels
-from learned_rounding.kernels import backends, cards, operators, reference, tensor_cores
+from learned_rounding.kernels import backends, operators
 from learned_rounding.quant_core.formats import E4M3
 
 X = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
-CODES, SCALE = kernels.quantize_int8_block_weight(torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), 32)
+QDATA, SCALE = kernels.quantize_int8_block_weight(torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), 32)
 ARGUMENTS = {
     "quantize_inputs": (X, torch.int8, 32, 0),
     "quantize_weight": (X, torch.float8_e4m3fn, 32),
-    "dequantize_weight": (CODES, SCALE, 32, 0, torch.bfloat16),
-    "scaled_linear": (X, CODES, SCALE, None, 32, 0, torch.float32),
+    "dequantize_weight": (QDATA, SCALE, 32, 0, torch.bfloat16),
+    "scaled_linear": (X, QDATA, SCALE, None, 32, 0, torch.float32),
     "round_block": (X, X / 9, None, torch.ones(6, 6).tril(-1), torch.ones(1, 1), 96, *E4M3.arithmetic),
     "scale_errors": (X, torch.ones(6, 1), torch.tensor([1.0, 0.9]), X[0].square(), 1, 96, 1, *E4M3.arithmetic),
 }
 
 
-def test_every_operation_is_an_operator():
+def test_every_operation_has_operator_arguments():
     assert ARGUMENTS.keys() == backends.OPERATIONS.keys()
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_operators_keep_what_they_promise_torch(name):
+def test_operators_pass_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.learned_rounding, name).default, ARGUMENTS[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("block_size", [0, 32, 64])
-def test_fakes_have_the_shape_and_the_strides_of_what_is_computed(dtype, block_size):
+def test_fake_results_have_the_shapes_and_strides_of_real_ones(dtype, block_size):
     for name in ("quantize_inputs", "quantize_weight"):
         arguments = (X, dtype, block_size, 0) if name == "quantize_inputs" else (X, dtype, block_size)
         real = backends.OPERATIONS[name]["reference"].load()(*arguments)
@@ -48,7 +46,7 @@ def test_fakes_have_the_shape_and_the_strides_of_what_is_computed(dtype, block_s
 @pytest.mark.parametrize(
     "before, coupling", [(None, None), (X / 7, torch.ones(6, 6).fill_diagonal_(0)), (None, torch.ones(6, 6).tril(-1))]
 )
-def test_rounding_leaves_its_arguments_alone(before, coupling):
+def test_rounding_does_not_modify_its_arguments(before, coupling):
     arguments = X, X / 9, before, coupling, torch.ones(1, 1)
     copies = [None if argument is None else argument.clone() for argument in arguments]
     kernels.round_block(*arguments, 96, E4M3.arithmetic)
@@ -56,7 +54,7 @@ def test_rounding_leaves_its_arguments_alone(before, coupling):
         assert argument is copy is None or torch.equal(argument, copy)
 
 
-def test_rounding_does_not_load_torchs_compiler():
+def test_rounding_does_not_import_torchs_compiler():
     script = (
         "import sys, torch; from learned_rounding import kernels; from learned_rounding.quant_core.formats import INT8;"
         "weight, one = torch.ones(4, 4), torch.ones(1, 1);"
@@ -67,16 +65,16 @@ def test_rounding_does_not_load_torchs_compiler():
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-def test_a_layer_compiles_without_a_graph_break():
+def test_layer_compiles_without_a_graph_break():
     def layer(x):
-        return torch.relu(kernels.int8_block_linear(x, CODES, SCALE, block_size=32)) * 2
+        return torch.relu(kernels.int8_block_linear(x, QDATA, SCALE, block_size=32)) * 2
 
     compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
     for tokens in (6, 3):
         assert torch.equal(compiled(X[:tokens]), layer(X[:tokens]))
 
 
-def test_the_package_can_be_imported_under_another_name():
+def test_package_can_be_imported_under_a_second_name():
     folder = Path(kernels.__file__).parent.parent
     spec = importlib.util.spec_from_file_location(
         "twin", folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -86,169 +84,36 @@ def test_the_package_can_be_imported_under_another_name():
         spec.loader.exec_module(module)
         twin = importlib.import_module("twin.kernels")
         assert twin is not kernels
-        got = twin.int8_block_linear(X, CODES, SCALE, block_size=32)
-        assert torch.equal(got, kernels.int8_block_linear(X, CODES, SCALE, block_size=32))
+        got = twin.int8_block_linear(X, QDATA, SCALE, block_size=32)
+        assert torch.equal(got, kernels.int8_block_linear(X, QDATA, SCALE, block_size=32))
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == "twin"]:
             del sys.modules[name]
 
 
 @pytest.mark.parametrize("operation", ARGUMENTS)
-def test_refusals_say_what_is_missing(operation, sentences):
+def test_refusals_name_the_unmet_need(operation, sentences):
     found = kernels.refusals(operation, *ARGUMENTS[operation])
     assert "reference" not in found
     sentences(found["triton"])
 
 
-class OnCuda:
-    """Stands for a tensor on a card."""
-
-    is_cuda, device = True, torch.device("cuda")
-
-    def __init__(self, dtype=torch.float32, shape=(6, 96)):
-        self.dtype, self.shape = dtype, shape
-
-
 @pytest.mark.parametrize(
-    "device, hip, capability, expected",
+    "call",
     [
-        ("cpu", None, None, True),  # the arithmetic of the newer cards
-        ("cuda", None, (8, 6), False),
-        ("cuda", None, (8, 9), True),
-        ("cuda", None, (12, 0), True),
-        ("cuda", "6.4", (11, 0), False),
+        lambda x, qdata, scale: kernels.int8_block_linear(x[:, :64], qdata, scale, block_size=32),
+        lambda x, qdata, scale: kernels.int8_block_linear(x, qdata, scale),
+        lambda x, qdata, scale: kernels.fp8_block_linear(x, qdata, scale, block_size=32),
+        lambda x, qdata, scale: kernels.int8_block_linear(x, qdata, scale, torch.ones(3), block_size=32),
+        lambda x, qdata, scale: kernels.int8_row_linear(x, qdata, scale, rotate_by=256),
+        lambda x, qdata, scale: kernels.int8_row_linear(x, qdata, scale, rotate_by=5),
+        lambda x, qdata, scale: kernels.scaled_linear(x, qdata, scale, block_size=32, rotate_by=16),
+        lambda x, qdata, scale: kernels.dequantize_weight(qdata, scale, block_size=32, rotate_by=16),
+        lambda x, qdata, scale: kernels.quantize_int8_block(x, 0),
+        lambda x, qdata, scale: kernels.backend("fast"),
     ],
 )
-def test_which_cards_multiply_fp8(monkeypatch, device, hip, capability, expected):
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(cards, "capability", lambda device: capability)
-    assert cards.multiplies_fp8(torch.device(device)) == expected
-
-
-@pytest.mark.parametrize(
-    "capability, triton, x_dtype, dtype, block_size",
-    [
-        ((9, 0), False, torch.bfloat16, torch.int8, 32),
-        ((7, 5), True, torch.bfloat16, torch.int8, 32),
-        ((8, 6), True, torch.float32, torch.float8_e4m3fn, 32),
-        ((9, 0), True, torch.float64, torch.int8, 32),
-        ((9, 0), True, torch.bfloat16, torch.int8, 8),
-        ((8, 6), True, torch.bfloat16, torch.float8_e4m3fn, 32),
-        ((9, 0), True, torch.float32, torch.float8_e4m3fn, 0),
-    ],
-)
-def test_what_triton_refuses(monkeypatch, capability, triton, x_dtype, dtype, block_size, sentences):
-    monkeypatch.setattr(cards, "capability", lambda device: capability)
-    monkeypatch.setattr(backends, "_has_triton", lambda: triton)
-    arguments = OnCuda(x_dtype), OnCuda(dtype), None, None, block_size, 0, x_dtype
-    refusal = backends.OPERATIONS["scaled_linear"]["triton"].refusal(*arguments)
-    sentences(refusal)
-
-
-@pytest.mark.parametrize(
-    "columns, coupled, refused",
-    [(128, True, False), (129, True, True), (8, False, True)],
-)
-def test_what_the_rounding_kernel_refuses(monkeypatch, device, columns, coupled, refused, sentences):
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
-    arguments = OnCuda(shape=(columns, 96)), OnCuda(shape=(columns, 96)), None, "a matrix" if coupled else None
-    found = kernels.refusals("round_block", *arguments, torch.ones(1, 1), 96, E4M3.arithmetic)
-    assert set(found) == ({"triton"} if refused else set())
-    sentences(found.values())
-    chosen = backends.implementation("round_block", *arguments, torch.ones(1, 1), 96, E4M3.arithmetic)
-    assert (chosen is reference.round_block) == refused
-
-
-def product(dtype, block_size=0, tokens=64):
-    """Arguments of a linear layer that torch's products take, if the card does."""
-    return OnCuda(torch.bfloat16, (tokens, 256)), OnCuda(dtype, (128, 256)), None, None, block_size, 0, torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    "capability, arguments",
-    [
-        ((7, 5), product(torch.int8)),
-        ((8, 0), product(torch.int8)),
-        ((8, 0), product(torch.int8, 128)),
-        ((8, 6), product(torch.float8_e4m3fn)),
-        ((8, 9), product(torch.float8_e4m3fn)),
-        ((8, 9), product(torch.float8_e4m3fn, 128)),
-        ((9, 0), product(torch.float8_e4m3fn, 128)),
-        ((9, 0), product(torch.float8_e4m3fn, 64)),
-        ((9, 0), product(torch.int8, tokens=16)),
-    ],
-)
-def test_what_torchs_products_refuse(monkeypatch, capability, arguments, sentences):
-    monkeypatch.setattr(cards, "capability", lambda device: capability)
-    monkeypatch.setattr(tensor_cores, "_scaled_mm_of_blocks", lambda: "there")
-    refusal = backends.OPERATIONS["scaled_linear"]["torch"].refusal(*arguments)
-    sentences(refusal)
-
-
-@pytest.mark.parametrize("capability", [(9, 0), (10, 3), (11, 0)])  # of AMD's cards; NVIDIA's of these numbers have FP8
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("block_size", [0, 128])
-def test_amd_takes_the_reference_and_the_log_says_so_once(
-    monkeypatch, caplog, capability, dtype, block_size, sentences
-):
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(cards, "capability", lambda device: capability)
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
-    backends._say_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger=backends.log.name):
-        for _ in range(2):
-            assert backends.implementation("scaled_linear", *product(dtype, block_size)) is reference.scaled_linear
-    sentences(caplog.messages)
-
-
-def test_a_backend_can_be_chosen_for_a_while():
-    before = kernels.backend()
-    with pytest.raises(KeyError), kernels.using("reference"):
-        assert kernels.backend() == "reference"
-        raise KeyError
-    assert kernels.backend() == before
-
-
-@pytest.mark.parametrize(
-    "asked, expected", [(None, "auto"), ("", "auto"), ("reference", "reference"), ("tritn", "auto")]
-)
-def test_the_environment_chooses_a_backend_that_there_is(monkeypatch, caplog, asked, expected, sentences):
-    monkeypatch.delenv(backends.VARIABLE, raising=False)
-    if asked is not None:
-        monkeypatch.setenv(backends.VARIABLE, asked)
-    assert backends._asked_for() == expected
-    wrong = asked == "tritn"
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * wrong
-    sentences(caplog.messages)
-
-
-def test_a_misspelt_backend_is_said_once_and_everything_runs():
-    script = (
-        "import torch; from learned_rounding import kernels;"
-        "weight, one = torch.ones(4, 4), torch.ones(1, 1); kernels.round_block(weight, weight, None, None, one, 4, (-1, 1.0, 127.0));"
-        "kernels.quantize_int8_row(weight)\nwith kernels.using(kernels.backend()): print(kernels.backend())"
-    )
-    environment = {**os.environ, backends.VARIABLE: "tritn"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.stdout == "auto\n" and done.stderr.count("tritn") == 1
-
-
-@pytest.mark.parametrize(
-    "name, module", [("torch", "reference"), ("reference", "reference"), ("auto", "triton"), ("autotuned", "triton")]
-)
-def test_what_a_backend_means_for_operations_that_do_not_have_it(monkeypatch, name, module):
-    monkeypatch.setattr(cards, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
-    for entries in backends.OPERATIONS.values():
-        for key, entry in entries.items():
-            monkeypatch.setitem(entries, key, entry._replace(load=lambda key=key: key))
-    with kernels.using(name):
-        assert backends.implementation("quantize_inputs", OnCuda(), torch.int8, 0, 0) == module
-
-
-def test_without_a_card_the_log_says_so_once(caplog, sentences):
-    backends._say_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger=backends.log.name):
-        for _ in range(3):
-            kernels.int8_block_linear(X, CODES, SCALE, block_size=32)
-    sentences(caplog.messages)
+def test_invalid_arguments_raise_a_value_error_with_the_reason(call, sentences):
+    x = torch.ones(2, 96)
+    with sentences.raises(ValueError):
+        call(x, *kernels.quantize_int8_block_weight(torch.ones(8, 96), 32))

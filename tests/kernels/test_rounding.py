@@ -1,4 +1,4 @@
-"""The Triton kernels against plain torch, on a GPU or in Triton's interpreter."""
+"""Rounding kernels: Triton against plain torch, on a GPU or in Triton's interpreter."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ import torch
 from learned_rounding.kernels import reference
 from learned_rounding.quant_core.formats import E4M3, E5M2, INT8
 
-GRIDS = {"e4m3": E4M3, "e5m2": E5M2, "int8": INT8}
+ELEMENTS = {"e4m3": E4M3, "e5m2": E5M2, "int8": INT8}
 
 
-@pytest.fixture(params=GRIDS, scope="module")
-def grid(request):
-    return GRIDS[request.param]
+@pytest.fixture(params=ELEMENTS, scope="module")
+def element(request):
+    return ELEMENTS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -25,76 +25,81 @@ def random(*shape, seed=0, device="cpu"):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def every_value(grid):
-    """All grid values of a sign, what lies halfway between neighbours, and what lies just beside both."""
-    codes = torch.arange(0, 128, dtype=torch.uint8).view(grid.dtype).float()
-    values = codes[torch.isfinite(codes) & (codes <= grid.max)].unique()
-    middles = (values[1:] + values[:-1]) / 2
-    points = torch.cat([values, middles])
-    beside = torch.cat([points * (1 + 2e-7), points * (1 - 2e-7)])
-    return torch.cat([points, beside, -points, -beside, torch.tensor([1e-30, 1e-40, 1e30, 3e38, -3e38])])
+def values_and_midpoints(element):
+    """All values of an element format, midpoints of neighbours, and points next to both, of both signs."""
+    encoded = torch.arange(0, 128, dtype=torch.uint8).view(element.dtype).float()
+    values = encoded[torch.isfinite(encoded) & (encoded <= element.max)].unique()
+    midpoints = (values[1:] + values[:-1]) / 2
+    points = torch.cat([values, midpoints])
+    near = torch.cat([points * (1 + 2e-7), points * (1 - 2e-7)])
+    return torch.cat([points, near, -points, -near, torch.tensor([1e-30, 1e-40, 1e30, 3e38, -3e38])])
 
 
-def test_rounding_to_a_grid_is_the_cast_of_torch(grid):
-    values = torch.cat([every_value(grid), random(4096) * grid.max / 3])
-    rounded = reference.round_to_grid(values, grid.arithmetic)
-    assert torch.equal(rounded, grid.encode(values).float())
+def test_round_to_element_matches_torchs_cast(element):
+    values = torch.cat([values_and_midpoints(element), random(4096) * element.max / 3])
+    rounded = reference.round_to_element(values, element.arithmetic)
+    assert torch.equal(rounded, element.encode(values).float())
 
 
-def test_round_block_rounds_as_torch_does_when_nothing_couples(fast, device, grid):
-    values = every_value(grid).to(device)
+def test_round_block_without_coupling_matches_torchs_cast(fast, device, element):
+    values = values_and_midpoints(element).to(device)
     weight = values.expand(3, -1).contiguous()
     zero, ones = torch.zeros_like(weight), torch.ones(1, 1, device=device)
     got, errors = fast.round_block(
-        weight, zero, None, torch.zeros(3, 3, device=device), ones, len(values), grid.arithmetic
+        weight, zero, None, torch.zeros(3, 3, device=device), ones, len(values), element.arithmetic
     )
-    assert torch.equal(got.float(), grid.encode(weight).float())
+    assert torch.equal(got.float(), element.encode(weight).float())
     assert torch.equal(errors, got.float() - weight)
 
 
-@pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "descent"])
-@pytest.mark.parametrize("columns, rows, tile_rows", [(5, 37, 37), (128, 20, 1), (16, 40, 8)])
-def test_round_block_is_that_of_plain_torch(fast, device, grid, columns, rows, tile_rows, sequential):
+@pytest.mark.parametrize("gptq", [True, False], ids=["gptq", "descent"])
+@pytest.mark.parametrize("columns, rows, group_rows", [(5, 37, 37), (128, 20, 1), (16, 40, 8)])
+def test_round_block_matches_plain_torch(fast, device, element, columns, rows, group_rows, gptq):
     weight, shift, before = (random(columns, rows, seed=seed, device=device) for seed in range(3))
     coupling = random(columns, columns, seed=3, device=device) * 0.2
-    coupling = coupling.tril(-1) if sequential else coupling.fill_diagonal_(0)
-    per_column = 1 if tile_rows == rows else columns
-    scale = 0.05 + random(per_column, -(-rows // tile_rows), seed=4, device=device).abs() * 3 / grid.max
-    before = None if sequential else before * 0.01
-    want = reference.round_block(weight, shift, before, coupling, scale, tile_rows, grid.arithmetic)
-    got = fast.round_block(weight, shift, before, coupling, scale, tile_rows, grid.arithmetic)
-    # A GPU may fuse a multiplication into the addition; a code on the edge then falls to the other side, and what
-    # follows in its row differs. Nearly all rows are equal, and every error is that of its code.
+    coupling = coupling.tril(-1) if gptq else coupling.fill_diagonal_(0)
+    per_column = 1 if group_rows == rows else columns
+    scale = 0.05 + random(per_column, -(-rows // group_rows), seed=4, device=device).abs() * 3 / element.max
+    before = None if gptq else before * 0.01
+    want = reference.round_block(weight, shift, before, coupling, scale, group_rows, element.arithmetic)
+    got = fast.round_block(weight, shift, before, coupling, scale, group_rows, element.arithmetic)
+    # A GPU may use fused multiply-add: a value near a midpoint then rounds the other way and the rest of its row differs.
+    # Nearly all rows are equal, and every error belongs to its quantized value.
     same = (got[0] == want[0]).all(dim=0)
     assert same.float().mean() > 0.8
     torch.testing.assert_close(got[1][:, same], want[1][:, same], rtol=1e-4, atol=1e-5)
-    spread = scale.repeat_interleave(tile_rows, dim=1)[:, :rows]
+    spread = scale.repeat_interleave(group_rows, dim=1)[:, :rows]
     torch.testing.assert_close(got[1], got[0].float() * spread - weight, rtol=1e-5, atol=1e-5)
 
 
-def test_columns_without_coupling_are_rounded_at_once(grid):
+def test_round_block_without_coupling_equals_zero_coupling(element):
     weight, shift = random(5, 12), random(5, 12, seed=1)
     scale = 0.05 + random(5, 3, seed=2).abs()
-    arguments = (scale, 4, grid.arithmetic)
+    arguments = (scale, 4, element.arithmetic)
     apart = reference.round_block(weight, shift, None, None, *arguments)
     zero = reference.round_block(weight, shift, None, torch.zeros(5, 5), *arguments)
     assert torch.equal(apart[0], zero[0]) and torch.equal(apart[1], zero[1])
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("tile", [(1, 200), (24, 200), (8, 8), (16, 16)], ids=["row", "tensor", "block 8", "block 16"])
-def test_scale_errors_are_those_of_plain_torch(fast, device, grid, tile, weighted):
+@pytest.mark.parametrize(
+    "group_shape", [(1, 200), (24, 200), (8, 8), (16, 16)], ids=["row", "tensor", "block 8", "block 16"]
+)
+def test_scale_errors_match_plain_torch(fast, device, element, group_shape, weighted):
     weight = random(24, 200, device=device)
-    scale = 0.01 + random(-(-24 // tile[0]), -(-200 // tile[1]), seed=1, device=device).abs() * 2 / grid.max
+    scale = (
+        0.01
+        + random(-(-24 // group_shape[0]), -(-200 // group_shape[1]), seed=1, device=device).abs() * 2 / element.max
+    )
     ratios = torch.tensor([1.0, 0.9, 1.3], device=device)
     column_weight = random(200, seed=2, device=device).square() if weighted else None
-    group = tile[0] if tile[0] < 24 else 1
-    arguments = (weight, scale, ratios, column_weight, *tile, group, grid.arithmetic)
+    sum_rows = group_shape[0] if group_shape[0] < 24 else 1
+    arguments = (weight, scale, ratios, column_weight, *group_shape, sum_rows, element.arithmetic)
     torch.testing.assert_close(fast.scale_errors(*arguments), reference.scale_errors(*arguments), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_scale_errors_take_half_precision_weights(fast, device, dtype):
+def test_scale_errors_accept_half_precision_weights(fast, device, dtype):
     weight = random(6, 50, device=device).to(dtype)
     scale, ratios = torch.full((6, 1), 0.02, device=device), torch.tensor([1.0, 0.8], device=device)
     arguments = (scale, ratios, None, 1, 50, 1, INT8.arithmetic)
