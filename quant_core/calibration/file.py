@@ -43,6 +43,7 @@ _HESSIANS: dict[type, dict[str, tuple[str, torch.dtype]]] = {
     PackedHessian: {"panels": ("panels", torch.float16), "rms": ("roots", torch.float32)},
     LowRankHessian: {"factor": ("factor", torch.bfloat16), "diagonal": ("diagonal", torch.float32)},
 }
+_HESSIAN_ENDINGS = (".gram", ".gram.panels", ".gram.factor")  # a tensor name with one of them identifies the file
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class CalibrationFile:
         self.paths = (self.path,)
         self._file = SafetensorsFile(path)
         try:
-            if not any(name.endswith((".gram", ".gram.panels", ".gram.factor")) for name in self._file.tensors):
+            if not any(name.endswith(_HESSIAN_ENDINGS) for name in self._file.tensors):
                 raise CalibrationError(
                     f"{self.path} is not a calibration file: no Hessian found; choose a file made by Calibrate."
                 )
