@@ -280,6 +280,7 @@ def test_a_text_encoder_in_gguf_is_refused(model, tmp_path, sentences):
 def test_gguf_needs_its_package(model, tmp_path, monkeypatch, sentences):
     path = gguf_file(tmp_path / "model.gguf", model())
     monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "learned_rounding.quant_core.sources.gguf", raising=False)
     with sentences.raises(MissingPackageError):
         open_source(path)
 
