@@ -56,12 +56,11 @@ class _HeaderReader:
 
     def __init__(self, file: io.BufferedIOBase):
         self._file = file
-
-    def position(self) -> int:
-        return self._file.tell()
+        self.position = 0
 
     def read(self, length: int) -> bytes:
-        if length > MAX_HEADER - self._file.tell():
+        self.position += length
+        if self.position > MAX_HEADER:
             raise ValueError(f"the header exceeds {MAX_HEADER:,} bytes")
         data = self._file.read(length)
         if len(data) < length:
@@ -69,8 +68,8 @@ class _HeaderReader:
         return data
 
     def unpack(self, format: str) -> tuple:
-        layout = struct.Struct(f"<{format}")
-        return layout.unpack(self.read(layout.size))
+        format = f"<{format}"
+        return struct.unpack(format, self.read(struct.calcsize(format)))
 
     def read_string(self) -> bytes:
         return self.read(*self.unpack("Q"))
@@ -138,7 +137,7 @@ class GGUFFile(TensorFile):
                 raise ValueError(f"tensor {name} has {rank:,} dimensions")
             entries.append((name, header.unpack(f"{rank}Q"), *header.unpack("IQ")))
         alignment = values.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-        data = -(-header.position() // alignment) * alignment
+        data = -(-header.position // alignment) * alignment
         self._quantized: dict[str, _Quantized] = {}
         for name, sides, kind, offset in entries:
             # GGUF stores the innermost dimension first

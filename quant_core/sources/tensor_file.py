@@ -99,7 +99,9 @@ class TensorFile(ABC):
             if isinstance(error, OSError):
                 raise SourceError(f"{self.path} cannot be read: {error.strerror or error}; check the disk.") from error
             if isinstance(error, _PARSE_ERRORS):
-                raise SourceError(f"{self.path} is damaged ({error!s:.300}); download it again.") from None
+                error.with_traceback(None)  # its frames hold all that was parsed, which can be hundreds of megabytes
+                reason = str(error)[:300] or type(error).__name__
+                raise SourceError(f"{self.path} is damaged ({reason}); download it again.") from None
             raise
 
     @abstractmethod
