@@ -128,7 +128,8 @@ class GGUFFile(TensorFile):
         architecture = values.get("general.architecture")
         if architecture in _TEXT_ENCODERS:
             raise SourceError(
-                f"{self.path} is a text encoder ({architecture}) with the tensor names of llama.cpp; give the original safetensors file."
+                f"{self.path} is a text encoder ({architecture}) with the tensor names of llama.cpp; give the original safetensors file.",
+                file=str(self.path),
             )
         entries = []
         for _ in range(tensors):
@@ -172,7 +173,9 @@ class GGUFFile(TensorFile):
             values = dequantize(blocks, stored.type)
         except NotImplementedError:
             raise SourceError(
-                f"{self.path}: the package gguf cannot dequantize {stored.type.name} of tensor {name}; give the original safetensors file."
+                f"{self.path}: the package gguf cannot dequantize {stored.type.name} of tensor {name}; give the original safetensors file.",
+                file=str(self.path),
+                tensor=name,
             ) from None
         return torch.from_numpy(values).reshape(self.tensors[name].shape).to(device, _DEQUANTIZED)
 

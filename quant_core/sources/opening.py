@@ -21,11 +21,13 @@ def _find_in_folder(folder: Path) -> Path:
     if (folder / "model_index.json").exists():
         parts = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
         raise SourceError(
-            f"{folder} is a diffusers pipeline; give the folder of one model in it: {', '.join(parts) or 'none found'}."
+            f"{folder} is a diffusers pipeline; give the folder of one model in it: {', '.join(parts) or 'none found'}.",
+            file=str(folder),
         )
     missing = " and no index" if found else ""
     raise SourceError(
-        f"{folder} contains {len(found) or 'no'} safetensors files{missing}; give one file, or the index of its shards."
+        f"{folder} contains {len(found) or 'no'} safetensors files{missing}; give one file, or the index of its shards.",
+        file=str(folder),
     )
 
 
@@ -35,7 +37,8 @@ def _open_gguf(path: Path) -> TensorFile:
     except ImportError:
         raise MissingPackageError(
             f"{path} cannot be read without the package gguf: run 'pip install gguf' in ComfyUI's Python, or give the original "
-            "safetensors file."
+            "safetensors file.",
+            file=str(path),
         ) from None
     return GGUFFile(path)
 

@@ -65,12 +65,14 @@ class SafetensorsFile(TensorFile):
         if len(start) < _LENGTH.size + 1 or start[_LENGTH.size :] != b"{":
             found = next((kind for magic, kind in _OTHER_FORMATS if start.startswith(magic)), "another kind of file")
             raise SourceError(
-                f"{self.path} is not a safetensors file but {found if self.size else 'empty'}; give a .safetensors file."
+                f"{self.path} is not a safetensors file but {found if self.size else 'empty'}; give a .safetensors file.",
+                file=str(self.path),
             )
         (length,) = _LENGTH.unpack(start[: _LENGTH.size])
         if length > MAX_HEADER:
             raise SourceError(
-                f"{self.path} is damaged: its header of {length:,} bytes exceeds the limit of {MAX_HEADER:,}; download it again."
+                f"{self.path} is damaged: its header of {length:,} bytes exceeds the limit of {MAX_HEADER:,}; download it again.",
+                file=str(self.path),
             )
         data = _LENGTH.size + length
         self._check_size(data, "its header ends at byte")
@@ -95,5 +97,6 @@ class SafetensorsFile(TensorFile):
     def _check_size(self, end: int, what: str) -> None:
         if end > self.size:
             raise SourceError(
-                f"{self.path} is truncated: {what} {end:,} and the file has {self.size:,} bytes; download it again."
+                f"{self.path} is truncated: {what} {end:,} and the file has {self.size:,} bytes; download it again.",
+                file=str(self.path),
             )

@@ -24,19 +24,23 @@ def _load_weight_map(path: Path) -> dict[str, str]:
                 raise ValueError(f"more than {MAX_HEADER:,} bytes")
             index = parse_bounded_json(file.read())
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}; check the disk.") from error
+        raise SourceError(f"{path} cannot be read: {error.strerror}; check the disk.", file=str(path)) from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not valid JSON ({error}); download it again.") from None
+        raise SourceError(f"{path} is not valid JSON ({error}); download it again.", file=str(path)) from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if (
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(isinstance(file, str) for file in weight_map.values())
     ):
-        raise SourceError(f"{path} has no weight_map of tensors to files; give the index of a sharded model.")
+        raise SourceError(
+            f"{path} has no weight_map of tensors to files; give the index of a sharded model.", file=str(path)
+        )
     for file in weight_map.values():
         if file in (".", "..") or Path(file).name != file or set("\\\0") & set(file):
-            raise SourceError(f"{path} refers to the file '{file}' outside its folder; download the index again.")
+            raise SourceError(
+                f"{path} refers to the file '{file}' outside its folder; download the index again.", file=str(path)
+            )
     return weight_map
 
 
@@ -67,7 +71,9 @@ class ShardedFiles:
             for name, file in weight_map.items():
                 if name not in shards[file].tensors:
                     raise SourceError(
-                        f"{self.path} assigns tensor {name} to {file}, which does not contain it; download both again."
+                        f"{self.path} assigns tensor {name} to {file}, which does not contain it; download both again.",
+                        file=str(self.path),
+                        tensor=name,
                     )
         except BaseException:
             self._stack.close()

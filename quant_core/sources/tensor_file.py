@@ -55,12 +55,14 @@ def open_regular_file(path: Path) -> io.FileIO:
             path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
         )
     except FileNotFoundError:
-        raise SourceError(f"There is no file {path}; check the path.") from None
+        raise SourceError(f"There is no file {path}; check the path.", file=str(path)) from None
     except (OSError, ValueError) as error:  # ValueError: null character in the path
-        raise SourceError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}.") from error
+        raise SourceError(
+            f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}.", file=str(path)
+        ) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise SourceError(f"{path} is not a regular file; give a file, not a device or a pipe.")
+        raise SourceError(f"{path} is not a regular file; give a file, not a device or a pipe.", file=str(path))
     return file
 
 
@@ -89,7 +91,7 @@ class TensorFile(ABC):
         self._closing = False
         self._staging = Staging()
         if os.path.isdir(self.path):
-            raise SourceError(f"{self.path} is a folder; give a file in it.")
+            raise SourceError(f"{self.path} is a folder; give a file in it.", file=str(self.path))
         self._file = open_regular_file(self.path)
         try:
             self.size = os.fstat(self._file.fileno()).st_size
@@ -97,11 +99,15 @@ class TensorFile(ABC):
         except BaseException as error:
             self._file.close()
             if isinstance(error, OSError):
-                raise SourceError(f"{self.path} cannot be read: {error.strerror or error}; check the disk.") from error
+                raise SourceError(
+                    f"{self.path} cannot be read: {error.strerror or error}; check the disk.", file=str(self.path)
+                ) from error
             if isinstance(error, _PARSE_ERRORS):
                 error.with_traceback(None)  # its frames hold all that was parsed, which can be hundreds of megabytes
                 reason = str(error)[:300] or type(error).__name__
-                raise SourceError(f"{self.path} is damaged ({reason}); download it again.") from None
+                raise SourceError(
+                    f"{self.path} is damaged ({reason}); download it again.", file=str(self.path)
+                ) from None
             raise
 
     @abstractmethod
@@ -131,17 +137,19 @@ class TensorFile(ABC):
                 done = 0
                 while done < len(view):
                     if self._closing:
-                        raise SourceError(f"{self.path} was closed while {what} was read.")
+                        raise SourceError(f"{self.path} was closed while {what} was read.", file=str(self.path))
                     try:
                         self._file.seek(offset + done)
                         count = self._file.readinto(view[done : done + _CHUNK])
                     except OSError as error:
                         raise SourceError(
-                            f"{self.path} cannot be read at {what}: {error.strerror}; check the disk."
+                            f"{self.path} cannot be read at {what}: {error.strerror}; check the disk.",
+                            file=str(self.path),
                         ) from error
                     if not count:
                         raise SourceError(
-                            f"{self.path} ended early at {what}: it was changed while it was read; run again."
+                            f"{self.path} ended early at {what}: it was changed while it was read; run again.",
+                            file=str(self.path),
                         )
                     done += count
         finally:

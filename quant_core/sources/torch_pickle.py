@@ -39,17 +39,22 @@ class PickleFile(TensorFile):
         except ForbiddenGlobal as error:
             raise SourceError(
                 f"{self.path} contains the object {error}, which could execute code, and was not opened; convert it to safetensors on a "
-                "system where you trust it."
+                "system where you trust it.",
+                file=str(self.path),
             ) from None
         self._views: dict[str, StridedTensor] = {}
         for name, value in _find_tensors(loaded):
             if isinstance(value, Opaque):
                 raise SourceError(
-                    f"{self.path}: tensor {name} is not a plain dense tensor ({value.description}); save the model with plain tensors."
+                    f"{self.path}: tensor {name} is not a plain dense tensor ({value.description}); save the model with plain tensors.",
+                    file=str(self.path),
+                    tensor=name,
                 )
             self._add_view(name, value, *places[value.storage.key])
         if not self.tensors:
-            raise SourceError(f"{self.path} contains no named tensors; give the state dict of a model.")
+            raise SourceError(
+                f"{self.path} contains no named tensors; give the state dict of a model.", file=str(self.path)
+            )
         self.size = sum(info.nbytes for info in self.tensors.values())
 
     def _add_view(self, name: str, view: StridedTensor, begin: int, length: int) -> None:
@@ -66,7 +71,8 @@ class PickleFile(TensorFile):
             files = {entry.filename: entry for entry in archive.infolist()}
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in files.values()):
             raise SourceError(
-                f"{self.path} is compressed or encrypted, unlike files of torch.save; unpack it and save it with torch again."
+                f"{self.path} is compressed or encrypted, unlike files of torch.save; unpack it and save it with torch again.",
+                file=str(self.path),
             )
         pickles = [name for name in files if name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -76,7 +82,9 @@ class PickleFile(TensorFile):
             name.removeprefix(folder): self._locate(entry) for name, entry in files.items() if name.startswith(folder)
         }
         if "byteorder" in places and self._read_header(*places["byteorder"]) != b"little":
-            raise SourceError(f"{self.path} has big-endian byte order; save it again on a little-endian system.")
+            raise SourceError(
+                f"{self.path} has big-endian byte order; save it again on a little-endian system.", file=str(self.path)
+            )
         offset, length = places["data.pkl"]
         if length > _MAX_PICKLE:
             raise ValueError(f"a pickle of {length:,} bytes exceeds {_MAX_PICKLE:,}")
