@@ -1,4 +1,4 @@
-"""The reader against safetensors' own writer, and one sentence for each way in which a file can be bad."""
+"""Reader against the writer of the safetensors library, and one error for each kind of invalid file."""
 
 import errno
 import struct

@@ -1,4 +1,4 @@
-"""State dicts as sources, and fingerprints that tell one source from another."""
+"""State dicts as sources, and fingerprints."""
 
 import pytest
 import torch
@@ -60,8 +60,8 @@ def test_fingerprints_change_with_metadata_and_extra_strings():
     assert len(set(marks)) == len(marks)
 
 
-def test_a_fine_tune_is_told_from_its_base():
-    """It differs a little everywhere, and only sixteen pages of each tensor are looked at."""
+def test_fingerprint_distinguishes_fine_tune_from_base():
+    """A fine-tune differs slightly in all values; the fingerprint covers sixteen pages of each tensor."""
     base = torch.randn(600, 700, generator=torch.Generator().manual_seed(0))
     assert fingerprint(TensorSource({"a": base})) != fingerprint(TensorSource({"a": base * 1.001}))
 
