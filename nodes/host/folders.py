@@ -17,7 +17,7 @@ import folder_paths
 from ...quant_core.errors import OutputError, QuantizationError, SourceError
 from ...quant_core.output import remove_leftovers
 from ...quant_core.output.durable import to_disk
-from ...quant_core.sources.opening import ShardedFiles
+from ...quant_core.sources import ShardedFiles
 
 try:
     import fcntl

@@ -1,8 +1,10 @@
-"""Where tensors come from: safetensors files and shards, pickles of weights, GGUF files, state dicts."""
+"""Sources of tensors: safetensors files and shards, PyTorch pickles, GGUF files, state dicts."""
 
-from .opening import ShardedFiles, open_safetensors, open_source
+from .opening import open_safetensors, open_source
 from .safetensors import SafetensorsFile
-from .source import SampledSource, Source, TensorInfo, TensorSource
+from .shards import ShardedFiles
+from .source import SampledSource, Source, TensorInfo
+from .state_dict import TensorSource
 
 __all__ = [
     "SafetensorsFile",

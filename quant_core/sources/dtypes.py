@@ -1,4 +1,4 @@
-"""The dtype names of the safetensors format."""
+"""Dtype names of the safetensors format."""
 
 import torch
 
@@ -26,4 +26,4 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""What a weight may be stored in to be quantized; anything else is copied as it is."""
+"""Dtypes of weights that can be quantized; tensors of any other dtype are copied unchanged."""

@@ -1,157 +1,188 @@
-"""GGUF files as a source: read here, decoded by the package ``gguf``. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+"""GGUF files: parsed here, dequantized by the package ``gguf``. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+``gguf.GGUFReader`` is not used: it memory-maps the file, and a hostile header of 3 MB takes it more than a minute.
+"""
 
 import io
 import math
-import os
 import struct
 from collections import Counter
+from typing import Any, NamedTuple
 
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequantize
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
-from ..errors import MissingPackageError, SourceError
-from .safetensors import MAX_HEADER, MAX_RANK, StoredTensors
+from ..errors import SourceError
 from .source import CPU, TensorInfo
+from .tensor_file import MAX_HEADER, MAX_RANK, TensorFile
 
 __all__ = ["GGUFFile"]
 
-_PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PLAIN |= {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
-_DECODED = torch.bfloat16  # has the range of every scale; its rounding is a tenth of that of 8-bit codes
-_SHAPE = "comfy.gguf.orig_shape."  # + name: of a tensor that was given another shape to be coded in whole blocks
-_ENCODERS = ("t5", "t5encoder", "llama", "qwen2vl", "qwen3", "qwen3vl", "gemma2", "gemma3", "mistral3")
 _VERSIONS = (2, 3)
-_NUMBERS = dict(enumerate("BbHhIif?", 0)) | dict(enumerate("Qqd", 10))  # kind of a value → its letter in struct
-_STRING, _ARRAY = 8, 9
-_ALIGNMENT = 32
+_MAX_ENTRIES = 1 << 16  # tensors, and key-value pairs; bounds the memory for a header
+_PLAIN_DTYPES = {
+    GGMLQuantizationType.F64: torch.float64,
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+    GGMLQuantizationType.I8: torch.int8,
+    GGMLQuantizationType.I16: torch.int16,
+    GGMLQuantizationType.I32: torch.int32,
+    GGMLQuantizationType.I64: torch.int64,
+}
+_DEQUANTIZED = torch.bfloat16  # covers the range of every scale; its rounding error is a tenth of that of Q8_0
+_SCALARS = {  # format characters of struct
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.FLOAT64: "d",
+    GGUFValueType.BOOL: "?",
+}
+_ORIGINAL_SHAPE = (
+    "comfy.gguf.orig_shape."  # + tensor name: its shape before it was reshaped into whole blocks (ComfyUI-GGUF)
+)
+_TEXT_ENCODERS = ("t5", "t5encoder", "llama", "qwen2vl", "qwen3", "qwen3vl", "gemma2", "gemma3", "mistral3")
 
 
-class _Fields:
-    """The values of a header, one after another; no more than :data:`MAX_HEADER` bytes of them."""
+class _HeaderReader:
+    """Sequential reader of header values, limited to :data:`MAX_HEADER` bytes."""
 
-    def __init__(self, file: io.BufferedReader):
-        self.file = file
+    def __init__(self, file: io.BufferedIOBase):
+        self._file = file
+        self.position = 0
 
-    def take(self, count: int) -> bytes:
-        if count > MAX_HEADER - self.file.tell():
-            raise ValueError(f"a header of more than {MAX_HEADER:,} bytes")
-        data = self.file.read(count)
-        if len(data) < count:
-            raise ValueError("its header ends early")
+    def read(self, length: int) -> bytes:
+        self.position += length
+        if self.position > MAX_HEADER:
+            raise ValueError(f"the header exceeds {MAX_HEADER:,} bytes")
+        data = self._file.read(length)
+        if len(data) < length:
+            raise ValueError("the header is truncated")
         return data
 
-    def numbers(self, letters: str) -> tuple:
-        form = struct.Struct(f"<{letters}")
-        return form.unpack(self.take(form.size))
+    def unpack(self, format: str) -> tuple:
+        format = f"<{format}"
+        return struct.unpack(format, self.read(struct.calcsize(format)))
 
-    def text(self) -> str:
-        return self.take(self.numbers("Q")[0]).decode()
+    def read_string(self) -> bytes:
+        return self.read(*self.unpack("Q"))
 
-    def value(self, kind: int) -> object:
-        """A number, a text, or the numbers of a short list; None for other lists."""
-        if kind in _NUMBERS:
-            return self.numbers(_NUMBERS[kind])[0]
-        if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY:
-            raise ValueError(f"a value of the unknown kind {kind}")
-        kind, count = self.numbers("IQ")
-        if kind == _STRING:
+    def read_value(self) -> object:
+        """Return a scalar, a string, or the numbers of an array of at most ``MAX_RANK``; None for any other array."""
+        (kind,) = self.unpack("I")
+        if kind == GGUFValueType.STRING:
+            return self.read_string().decode()
+        if kind != GGUFValueType.ARRAY:
+            return self.unpack(_SCALARS[GGUFValueType(kind)])[0]
+        kind, count = self.unpack("IQ")
+        if kind == GGUFValueType.STRING:
             for _ in range(count):
-                self.take(self.numbers("Q")[0])
+                self.read_string()
             return None
-        letter = _NUMBERS[kind]
-        data = self.take(count * struct.calcsize(f"<{letter}"))
-        return struct.unpack(f"<{count}{letter}", data) if count <= MAX_RANK else None
+        scalar = _SCALARS[GGUFValueType(kind)]
+        data = self.read(count * struct.calcsize(f"<{scalar}"))
+        return struct.unpack(f"<{count}{scalar}", data) if count <= MAX_RANK else None
 
 
-class GGUFFile(StoredTensors):
-    """A diffusion model in GGUF as a :class:`~.source.SampledSource`; codes are decoded, to bfloat16, when they are read. A context manager.
+class _Quantized(NamedTuple):
+    """Storage of a quantized tensor: its type, and the bytes of one row and of all rows."""
+
+    type: GGMLQuantizationType
+    row: int
+    nbytes: int
+
+
+class GGUFFile(TensorFile):
+    """Open GGUF file of a diffusion model as a :class:`~.source.SampledSource`. A context manager; reading is thread-safe.
+
+    Quantized tensors are dequantized to bfloat16 when they are read.
 
     Attributes:
-        layers: type of code → how many tensors are decoded from it.
+        layers: quantization type → number of tensors dequantized from it.
 
     Raises:
-        MissingPackageError: ``gguf`` is not installed.
-        SourceError: the file is damaged, or names its tensors as llama.cpp does.
+        SourceError: the file is damaged, or is a text encoder with the tensor names of llama.cpp.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        try:
-            import gguf
-        except ImportError:
-            raise MissingPackageError(
-                "GGUF files need a package that is not installed here: run 'pip install gguf' in ComfyUI's Python, or give the "
-                "original safetensors."
-            ) from None
-        self._package = gguf
-        super().__init__(path)
-
-    def _parse(self) -> None:
+    def _parse_header(self) -> None:
         buffered = io.BufferedReader(self._file)
         try:
-            self._header(_Fields(buffered))
+            self._parse(_HeaderReader(buffered))
         finally:
             buffered.detach()
 
-    def _header(self, fields: _Fields) -> None:
-        magic, version, tensors, pairs = fields.numbers("4sIQQ")
+    def _parse(self, header: _HeaderReader) -> None:
+        magic, version, tensors, pairs = header.unpack("4sIQQ")
         if magic != b"GGUF" or version not in _VERSIONS:
-            raise ValueError("no GGUF file of a version that is known")
-        known = {}
-        for _ in range(pairs):
-            key = fields.text()
-            known[key] = fields.value(*fields.numbers("I"))
-        if known.get("general.architecture") in _ENCODERS:
+            raise ValueError("not a GGUF file of version 2 or 3")
+        if max(tensors, pairs) > _MAX_ENTRIES:
+            raise ValueError(f"the header has {max(tensors, pairs):,} entries")
+        values: dict[str, Any] = {header.read_string().decode(): header.read_value() for _ in range(pairs)}
+        architecture = values.get("general.architecture")
+        if architecture in _TEXT_ENCODERS:
             raise SourceError(
-                f"{self.path} is a text encoder ({known['general.architecture']}) with the names that llama.cpp gives to its tensors; "
-                "give the original safetensors."
+                f"{self.path} is a text encoder ({architecture}) with the tensor names of llama.cpp; give the original safetensors file.",
+                file=str(self.path),
             )
         entries = []
         for _ in range(tensors):
-            name, (rank,) = fields.text(), fields.numbers("I")
+            name, (rank,) = header.read_string().decode(), header.unpack("I")
             if rank > MAX_RANK:
                 raise ValueError(f"tensor {name} has {rank:,} dimensions")
-            entries.append((name, fields.numbers(f"{rank}Q"), *fields.numbers("IQ")))
-        alignment = known.get("general.alignment", _ALIGNMENT)
-        start = -(-fields.file.tell() // alignment) * alignment
-        self._coded: dict[str, tuple] = {}  # name → (type of its code, bytes of a row, bytes)
+            entries.append((name, header.unpack(f"{rank}Q"), *header.unpack("IQ")))
+        alignment = values.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+        data = -(-header.position // alignment) * alignment
+        self._quantized: dict[str, _Quantized] = {}
         for name, sides, kind, offset in entries:
-            self._entry(name, sides, self._package.GGMLQuantizationType(kind), start + offset, known.get(_SHAPE + name))
-        self.layers = dict(Counter(kind.name for kind, _, _ in self._coded.values()))
+            # GGUF stores the innermost dimension first
+            shape = values.get(_ORIGINAL_SHAPE + name, sides[::-1])
+            self._add_entry(name, sides, shape, GGMLQuantizationType(kind), data + offset)
+        self.layers = dict(Counter(stored.type.name for stored in self._quantized.values()))
 
-    def _entry(self, name: str, sides: tuple[int, ...], kind, begin: int, kept: tuple[int, ...] | None) -> None:
-        """``sides``: innermost first; ``kept``: the shape that the tensor had before it was coded."""
-        shape = tuple(reversed(sides)) if kept is None else kept
+    def _add_entry(
+        self, name: str, sides: tuple[int, ...], shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int
+    ) -> None:
         if math.prod(shape) != math.prod(sides) or min(shape, default=0) < 0:
-            raise ValueError(f"{name} has {math.prod(sides)} values and the shape {list(shape)}")
-        if kind.name in _PLAIN:
-            self._place(name, TensorInfo(_PLAIN[kind.name], shape), begin)
+            raise ValueError(f"tensor {name} has {math.prod(sides)} values and the shape {list(shape)}")
+        if kind in _PLAIN_DTYPES:
+            self._add_tensor(name, TensorInfo(_PLAIN_DTYPES[kind], shape), offset)
             return
-        block, size = self._package.GGML_QUANT_SIZES[kind]
+        block, block_bytes = GGML_QUANT_SIZES[kind]
         if not sides or not math.prod(sides) or sides[0] % block:
-            raise ValueError(f"{name} has the shape {list(shape)}, of which rows in blocks of {block} cannot be made")
-        row = sides[0] // block * size
-        self._coded[name] = kind, row, row * math.prod(sides[1:])
-        self._place(name, TensorInfo(_DECODED, shape), begin, self._coded[name][2])
+            raise ValueError(
+                f"the rows of tensor {name}, shape {list(shape)}, are not whole {kind.name} blocks of {block}"
+            )
+        row = sides[0] // block * block_bytes
+        self._quantized[name] = _Quantized(kind, row, row * math.prod(sides[1:]))
+        self._add_tensor(name, TensorInfo(_DEQUANTIZED, shape), offset, self._quantized[name].nbytes)
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
-        """The tensor on ``device``, decoded."""
-        if name not in self._coded:
+        """Load one tensor onto ``device``, dequantized."""
+        stored = self._quantized.get(name)
+        if stored is None:
             return super().read(name, device)
-        kind, row, size = self._coded[name]
-        codes = self._values(name, 0, size, CPU).numpy().reshape(-1, row)
+        blocks = self._read_bytes(name, 0, stored.nbytes, CPU).numpy().reshape(-1, stored.row)
         try:
-            values = self._package.dequantize(codes, kind)
+            values = dequantize(blocks, stored.type)
         except NotImplementedError:
             raise SourceError(
-                f"{self.path}: tensor {name} is coded as {kind.name}, which cannot be decoded; give the original safetensors."
+                f"{self.path}: the package gguf cannot dequantize {stored.type.name} of tensor {name}; give the original safetensors file.",
+                file=str(self.path),
+                tensor=name,
             ) from None
-        return torch.from_numpy(values).reshape(self.tensors[name].shape).to(device, _DECODED)
+        return torch.from_numpy(values).reshape(self.tensors[name].shape).to(device, _DEQUANTIZED)
 
     def sample(self, name: str, offset: int, length: int) -> bytes:
-        """``length`` bytes of the stored codes, from where byte ``offset`` of the decoded tensor is."""
-        if name not in self._coded:
+        """Return up to ``length`` stored bytes at the relative position of byte ``offset`` of the dequantized tensor."""
+        stored = self._quantized.get(name)
+        if stored is None:
             return super().sample(name, offset, length)
-        size = self._coded[name][2]
-        start = offset * size // max(1, self.tensors[name].nbytes)
-        return super().sample(name, start, min(length, size - start))
+        start = offset * stored.nbytes // max(1, self.tensors[name].nbytes)
+        return super().sample(name, start, min(length, stored.nbytes - start))

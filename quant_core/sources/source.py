@@ -1,4 +1,4 @@
-"""Where tensors come from: one protocol for files and for state dicts."""
+"""Protocols of tensor sources, and their fingerprint."""
 
 import hashlib
 import math
@@ -8,16 +8,16 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["CPU", "TensorInfo", "Source", "TensorSource", "fingerprint"]
+__all__ = ["CPU", "TensorInfo", "Source", "SampledSource", "fingerprint"]
 
 CPU = torch.device("cpu")
-_PAGE = 4096
-_PAGES = 16
+_SAMPLE_BYTES = 4096
+_SAMPLES = 16  # per tensor
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """Dtype and shape of a tensor that is not loaded."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -32,9 +32,9 @@ class Source(Protocol):
     """Named tensors that are read one at a time.
 
     Attributes:
-        name: what to call it in messages.
-        tensors: name → :class:`TensorInfo`, in the order in which reading is cheapest.
-        metadata: the header's string pairs.
+        name: display name for messages.
+        tensors: name → :class:`TensorInfo`, in the cheapest order for reading.
+        metadata: string pairs of the file header.
     """
 
     name: str
@@ -42,52 +42,37 @@ class Source(Protocol):
     metadata: Mapping[str, str]
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
-        """The tensor on ``device``."""
+        """Load one tensor onto ``device``."""
+        ...
 
 
 class SampledSource(Source, Protocol):
-    """A source that can give a few bytes without reading whole tensors, and so has a fingerprint."""
+    """Source that reads a few bytes without loading whole tensors, and therefore has a fingerprint."""
 
     def sample(self, name: str, offset: int, length: int) -> bytes:
-        """``length`` bytes of the tensor's memory from byte ``offset``."""
-
-
-class TensorSource:
-    """A state dict as a :class:`Source`; nothing is copied."""
-
-    def __init__(
-        self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, name: str = "state dict"
-    ):
-        self._tensors = tensors
-        self.name = name
-        self.tensors = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-        self.metadata = dict(metadata or {})
-
-    def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
-        return self._tensors[name].to(device)
-
-    def sample(self, name: str, offset: int, length: int) -> bytes:
-        flat = self._tensors[name].detach().contiguous().flatten().view(torch.uint8)
-        return flat[offset : offset + length].cpu().numpy().tobytes()
+        """Return ``length`` bytes of a tensor, starting at byte ``offset`` of its contiguous memory."""
+        ...
 
 
 def fingerprint(source: Source, *extra: str) -> str | None:
-    """A hash that changes when the source, or any string in ``extra``, does; None unless it, or its ``origin``, is a SampledSource.
+    """Hash a source and the strings in ``extra``; None for a source that cannot be sampled.
 
-    It covers all names, dtypes, shapes and header pairs, and sixteen pages spread over each tensor: enough to
-    tell one model from another and a fine-tune from its base without reading the whole file twice. Of a source that is decoded from
-    another, its ``origin``, all that is read of that one.
+    The hash covers all names, dtypes, shapes, header metadata and sixteen pages of 4 KiB, evenly spaced over each tensor. This
+    distinguishes a fine-tune from its base model without reading the whole file. A source that is decoded from another one (its
+    ``origin``) has the fingerprint of that one, marked as decoded.
     """
-    if hasattr(source, "origin"):
-        return fingerprint(source.origin, "decoded", *extra)
-    if not hasattr(source, "sample"):
+    origin = getattr(source, "origin", None)
+    if origin is not None:
+        return fingerprint(origin, "decoded", *extra)
+    sample = getattr(source, "sample", None)
+    if sample is None:
         return None
     digest = hashlib.blake2b(digest_size=16)
-    for text in (*extra, *(f"{k}={v}" for k, v in sorted(source.metadata.items()))):
+    for text in (*extra, *(f"{key}={value}" for key, value in sorted(source.metadata.items()))):
         digest.update(text.encode() + b"\0")
     for name, info in source.tensors.items():
         digest.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode())
-        last = max(0, info.nbytes - _PAGE)
-        for offset in sorted({last * page // (_PAGES - 1) for page in range(_PAGES)}):
-            digest.update(source.sample(name, offset, min(_PAGE, info.nbytes)))
+        last = max(0, info.nbytes - _SAMPLE_BYTES)
+        for offset in sorted({last * index // (_SAMPLES - 1) for index in range(_SAMPLES)}):
+            digest.update(sample(name, offset, min(_SAMPLE_BYTES, info.nbytes)))
     return digest.hexdigest()

@@ -27,7 +27,7 @@ from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import OutputError, SourceError
 from learned_rounding.quant_core.events import LayerMeasured, LayerStarted
 from learned_rounding.quant_core.output import writer
-from learned_rounding.quant_core.sources import safetensors as reader
+from learned_rounding.quant_core.sources import tensor_file as reader
 from learned_rounding.tests.faults.conftest import make_case, tensors
 from learned_rounding.tests.faults.disk import Disk, failing, killed, once
 

@@ -12,7 +12,7 @@ import zlib
 import torch
 from hypothesis import strategies as st
 
-from learned_rounding.attacks.cases import safetensors
+from learned_rounding.attacks.safetensors_files import safetensors
 
 __all__ = ["FILES", "JOURNALS", "TEXTS"]
 

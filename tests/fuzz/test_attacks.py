@@ -1,4 +1,4 @@
-"""Every attack is replayed against every door, and is told of in attacks/README.md."""
+"""Every attack through every entry point: refused with one of our errors, or harmless; each is listed in attacks/README.md."""
 
 from pathlib import Path
 
@@ -11,52 +11,42 @@ from learned_rounding.quant_core.recipes.layers import finding
 from learned_rounding.tests.fuzz.doors import TEXTS, bounded, refused, tried_all
 
 README = Path(__file__).parents[2] / "attacks" / "README.md"
-# What can be read all the same, and is harmless.
-SOUND = {"name_path", "name_empty", "name_control", "name_long", "weights_nan", "weights_huge", "provenance_lies"}
+# Files that are valid for the reader: the attack is on what follows.
+READABLE = {"name_path", "name_empty", "name_control", "name_long", "weights_nan", "weights_huge", "provenance_types"}
+READABLE |= {name for name in CASES if name.startswith(("config", "calibration", "scale", "metadata"))}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_attack_is_refused_by_a_sentence(tmp_path, name, tried):
-    file, content, _ = CASES[name]
-    path = tmp_path / file
-    path.write_bytes(content(tmp_path) if callable(content) else content)
+def test_hostile_file_is_refused_or_harmless(tmp_path, name, tried):
+    path = CASES[name].write(tmp_path)
     before = path.read_bytes()
     with bounded():
-        said = tried_all(path)
+        errors = tried_all(path)
     assert path.read_bytes() == before and not (tmp_path / CANARY).exists()
-    assert any(said.values())
-    if (
-        name not in SOUND
-        and "codes" not in name
-        and "calibration" not in name
-        and "scale" not in name
-        and "metadata" not in name
-    ):
-        assert said["plan"] is not None and said["quantize"] is not None
-    tried("a file from attacks/, through every door", len(said), "refused by a sentence, or harmless")
+    assert any(errors.values())
+    if name not in READABLE:
+        assert errors["plan"] is not None and errors["quantize"] is not None
+    tried("a file from attacks/, through every door", len(errors), "refused by a sentence, or harmless")
 
 
 @pytest.mark.parametrize("command", ["plan -i", "inspect", "verify"])
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("name_")])
-def test_what_is_printed_of_a_name_gives_a_terminal_no_orders(tmp_path, capsys, command, name):
-    file, content, _ = CASES[name]
-    path = tmp_path / file
-    path.write_bytes(content(tmp_path) if callable(content) else content)
-    main([*command.split(), str(path)])
+def test_control_characters_in_names_are_escaped(tmp_path, capsys, command, name):
+    main([*command.split(), str(CASES[name].write(tmp_path))])
     assert all(line.isprintable() for text in capsys.readouterr() for line in text.split("\n"))
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-def test_a_pattern_cannot_hang(text, tried):
-    door = TEXTS["keep pattern"]
-    if refused(door, text) is None:
+def test_pattern_cannot_hang(text, tried):
+    entry_point = TEXTS["keep pattern"]
+    if refused(entry_point, text) is None:
         rule = Recipe(keep=(text,)).rules[0]
         finding([rule], ["a" * 2000 + "!"])
     tried("a pattern from attacks/", 1, "refused by a sentence, or harmless")
 
 
-def test_the_list_of_attacks_is_complete():
-    lines = [f"* `{name}`: {what}." for name, (_, _, what) in CASES.items()]
+def test_readme_lists_every_attack():
+    lines = [f"* `{name}`: {attack.purpose}." for name, attack in CASES.items()]
     lines += [f"* pattern `{text if len(text) < 40 else text[:12] + '…'}`: {what}." for text, what in PATTERNS.items()]
     listed = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("* ")]
     assert listed == lines

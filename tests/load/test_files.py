@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.quant_core.sources.safetensors import MAX_HEADER
+from learned_rounding.quant_core.sources.tensor_file import MAX_HEADER
 from learned_rounding.tests.faults.disk import Disk
 
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest", preset="none")

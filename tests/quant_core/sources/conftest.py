@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture
 def raw_file(tmp_path):
-    """raw_file(header, data=b"") → a file with that header (text, bytes or a mapping) and data, right or wrong."""
+    """Return raw_file(header, data=b""), which writes a safetensors file; ``header``: string, bytes or JSON value, valid or not."""
 
     def make(header, data: bytes = b"", name: str = "raw.safetensors", length: int | None = None):
         text = (

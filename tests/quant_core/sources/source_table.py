@@ -1,6 +1,6 @@
-"""docs/sources.md: every kind of file that can be quantized, into every format, tried.
+"""Generate docs/sources.md: the error of every source format in every output format.
 
-python tests/quant_core/sources/source_table.py      writes it again
+python tests/quant_core/sources/source_table.py
 """
 
 import argparse
@@ -27,21 +27,23 @@ DOCUMENT = ROOT / "docs" / "sources.md"
 MODEL = ROOT / "assets" / "tiny_mmdit_emoji.safetensors"
 HEAD = """# Sources
 
-What can be quantized, and into what. Each cell is an error that was measured: of the quantized weights of a small model of SD3's
-architecture (`assets/`), root mean square, relative to its bfloat16 original, rounded to nearest. The same number as in the first row says that
-the file came through unharmed; a higher one is what the source itself had lost. Written by `python tests/quant_core/sources/source_table.py`, which
-makes and verifies every file; a test compares. Which layers of which model are quantized does not depend on the kind of file:
+File formats that can be quantized, and their error in each output format. A cell is the relative root-mean-square error of the quantized
+weights of a small MMDiT (`assets/`) against its bfloat16 original, rounded to nearest (RTN). A source with the error of the first row loses
+nothing; a higher error is that of the source itself. `python tests/quant_core/sources/source_table.py` writes this file: it makes, quantizes
+and verifies every source, and a test compares the result. The selection of layers does not depend on the file format: see
 [models](models.md).
 
 """
 TAIL = """
-*--requantize* (in a graph, the switch of **Load Model**) has to be given for files that are quantized already: better take the original.
-It decodes ComfyUI's `nvfp4`, `mxfp8`, `convrot_w4a4` and `asym_w4a8_int8` too, bit for bit as ComfyUI does (`tests/nodes/test_foreign.py`), but not
-bitsandbytes.
-GGUF needs `pip install gguf`; text encoders in GGUF are refused. Pickles are followed, not run, to where their tensors lie: nothing in
-them is run. Diffusion models with diffusers' layer names, sharded or not, are taken by **Load Model** in a graph, where ComfyUI's own
-converters turn the names into ComfyUI's (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt; Z-Image not on 0.3.75). The command line has no ComfyUI to ask, and
-refuses them: the scales of quantized layers would be lost when ComfyUI renames them.
+`--requantize` (in a graph, the switch of **Load Model**) is required for sources that are already quantized; use the original model where it
+is available. It also decodes ComfyUI's `nvfp4`, `mxfp8`, `convrot_w4a4` and `asym_w4a8_int8`, bit for bit as ComfyUI does
+(`tests/nodes/test_foreign.py`), but not bitsandbytes.
+
+* GGUF requires `pip install gguf`. Quantized tensors are dequantized to bfloat16. Text encoders in GGUF are refused.
+* Pickles (`.ckpt`, `.pt`, `.pth`, `.bin`) are parsed without executing them: only dense tensors are read, at their positions in the file.
+* Diffusion models with the layer names of diffusers, sharded or not, can be loaded with **Load Model** in a graph, where ComfyUI converts the
+  names (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt; Z-Image not on 0.3.75). The command line cannot convert names without ComfyUI and
+  refuses these models, because ComfyUI would lose the scales of the quantized layers when it renames them.
 """
 
 Weights = Mapping[str, torch.Tensor]
@@ -60,15 +62,15 @@ def _safetensors(change: Callable[[Weights], Weights]) -> Callable[[Weights, Pat
     return write
 
 
-def _islands(tensors: Weights) -> Weights:
-    """Every third tensor in float32."""
+def _mixed_dtypes(tensors: Weights) -> Weights:
+    """Convert every third tensor to float32."""
     return {
         name: tensor.float() if number % 3 == 0 else tensor for number, (name, tensor) in enumerate(tensors.items())
     }
 
 
 def _checkpoint(tensors: Weights) -> Weights:
-    """The model with a text encoder and a VAE beside it."""
+    """Add a text encoder and a VAE."""
     others = {
         "first_stage_model.decoder.mid.attn_1.q.weight": torch.ones(64, 64),
         "text_encoders.clip_l.proj.weight": torch.ones(64, 64),
@@ -77,27 +79,27 @@ def _checkpoint(tensors: Weights) -> Weights:
 
 
 def _scaled_fp8(tensors: Weights) -> Weights:
-    """As it was before ComfyUI's format of today: a marker, and a scale beside each weight."""
-    coded = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    """Quantize to the former format of ComfyUI: a marker tensor, and ``scale_weight`` for each weight."""
+    quantized = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
     names = set(_matrices(tensors))
     for name, tensor in tensors.items():
         if name in names:
             scale = tensor.float().abs().max() / 448
-            coded[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
-            coded[name.removesuffix(LINEAR) + ".scale_weight"] = scale.reshape(1)
+            quantized[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            quantized[name.removesuffix(LINEAR) + ".scale_weight"] = scale.reshape(1)
         else:
-            coded[name] = tensor
-    return coded
+            quantized[name] = tensor
+    return quantized
 
 
 def _shards(tensors: Weights, folder: Path) -> Path:
-    places = {}
+    weight_map = {}
     for number in (1, 2):
         half = dict(list(tensors.items())[number - 1 :: 2])
         save_file(half, folder / f"model-{number:05}-of-00002.safetensors")
-        places |= dict.fromkeys(half, f"model-{number:05}-of-00002.safetensors")
+        weight_map |= dict.fromkeys(half, f"model-{number:05}-of-00002.safetensors")
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
+    index.write_text(json.dumps({"weight_map": weight_map}))
     return index
 
 
@@ -125,26 +127,26 @@ def _gguf(code: str) -> Callable[[Weights, Path], Path]:
 def _native(format: str) -> Callable[[Weights, Path], Path]:
     def write(tensors: Weights, folder: Path) -> Path:
         plain = _safetensors(dict)(tensors, folder)
-        quantize_file(plain, folder / "coded.safetensors", Recipe(format=format, rounding="nearest"))
-        return folder / "coded.safetensors"
+        quantize_file(plain, folder / "quantized.safetensors", Recipe(format=format, rounding="nearest"))
+        return folder / "quantized.safetensors"
 
     return write
 
 
-# What it is → how the tests make one of the model's tensors.
+# row of the table → function that writes the source file
 SOURCES: Mapping[str, Callable[[Weights, Path], Path]] = {
     "safetensors, bfloat16": _safetensors(dict),
     "safetensors, float16": _safetensors(lambda tensors: {name: tensor.half() for name, tensor in tensors.items()}),
     "safetensors, float32": _safetensors(lambda tensors: {name: tensor.float() for name, tensor in tensors.items()}),
-    "bfloat16 with float32 islands": _safetensors(_islands),
-    "whole checkpoint (CLIP and VAE stay)": _safetensors(_checkpoint),
-    "shards, by their index": _shards,
-    "folder of shards": lambda tensors, folder: _shards(tensors, folder).parent,
+    "safetensors, bfloat16, every third tensor float32": _safetensors(_mixed_dtypes),
+    "checkpoint (CLIP and VAE unquantized)": _safetensors(_checkpoint),
+    "sharded safetensors, index": _shards,
+    "sharded safetensors, folder": lambda tensors, folder: _shards(tensors, folder).parent,
     "`.ckpt`, `.pt`, `.pth`, `.bin`": _pickle,
     "GGUF, BF16": _gguf("BF16"),
     "GGUF, Q8_0": _gguf("Q8_0"),
     "GGUF, Q4_0": _gguf("Q4_0"),
-    "old scaled FP8, `--requantize`": _safetensors(_scaled_fp8),
+    "ComfyUI scaled FP8 (`scaled_fp8`), `--requantize`": _safetensors(_scaled_fp8),
     "FP8 without scales, `--requantize`": _safetensors(
         lambda tensors: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
     ),
@@ -153,7 +155,7 @@ SOURCES: Mapping[str, Callable[[Weights, Path], Path]] = {
 
 
 def errors(kind: str, folder: Path) -> dict[str, float]:
-    """Format → relative error of the weights that a source of this kind is quantized to; every file is verified."""
+    """Return {format: relative error of the quantized weights} for one source; verify every file."""
     original = load_file(MODEL)
     found = {}
     with open_source(SOURCES[kind](original, folder)) as opened:
@@ -180,7 +182,7 @@ def _error(path: Path, original: Weights) -> float:
 
 
 def document() -> str:
-    """The whole document."""
+    """Return the document."""
     lines = [f"| source | {' | '.join(f'`{name}`' for name in FORMATS)} |", f"| --- |{' --- |' * len(FORMATS)}"]
     for kind in SOURCES:
         with contextlib.ExitStack() as stack:

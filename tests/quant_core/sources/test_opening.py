@@ -1,4 +1,4 @@
-"""Models as they are published: shards, folders, pickles and GGUF give the same file as one safetensors file does."""
+"""Shards, folders, pickles and GGUF are quantized to the same output as one safetensors file."""
 
 import json
 import os
@@ -90,7 +90,7 @@ UNTYPED = (
 
 
 def views() -> dict[str, torch.Tensor]:
-    """Of every dtype, and of storages that others share: slices, transposed, with gaps, empty, without dimensions."""
+    """Return tensors of every dtype, and views of one storage."""
     base = torch.arange(96.0).view(8, 12)
     made = {
         "whole": base,
@@ -280,6 +280,7 @@ def test_a_text_encoder_in_gguf_is_refused(model, tmp_path, sentences):
 def test_gguf_needs_its_package(model, tmp_path, monkeypatch, sentences):
     path = gguf_file(tmp_path / "model.gguf", model())
     monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "learned_rounding.quant_core.sources.gguf", raising=False)
     with sentences.raises(MissingPackageError):
         open_source(path)
 
@@ -287,7 +288,7 @@ def test_gguf_needs_its_package(model, tmp_path, monkeypatch, sentences):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name")
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", INDEX.removeprefix("model")])
 def test_a_pipe_is_no_model(tmp_path, suffix, sentences):
-    """Nobody is at its other end: who waits, waits forever."""
+    """Opening a pipe without a writer would block."""
     os.mkfifo(tmp_path / f"model{suffix}")
     with sentences.raises(SourceError):
         open_source(tmp_path / f"model{suffix}")

@@ -1,4 +1,4 @@
-"""The reader against safetensors' own writer, and one sentence for each way in which a file can be bad."""
+"""Reader against the writer of the safetensors library, and one error for each kind of invalid file."""
 
 import errno
 import struct
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core.errors import SourceError
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo
-from learned_rounding.quant_core.sources import safetensors as reader
+from learned_rounding.quant_core.sources import tensor_file as reader
 from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES, TORCH_DTYPES
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -61,7 +61,7 @@ def test_tensors_come_in_the_order_of_the_file(tmp_path):
         {"b": torch.zeros(2), "a": torch.zeros(3), "c": torch.zeros(4, dtype=torch.int64)}, tmp_path / "a.safetensors"
     )
     with SafetensorsFile(tmp_path / "a.safetensors") as source:
-        offsets = [source._begins[name] for name in source.tensors]
+        offsets = [source._offsets[name] for name in source.tensors]
         assert offsets == sorted(offsets) and len(source.tensors) == 3
 
 

@@ -1,9 +1,10 @@
-"""State dicts as sources, and fingerprints that tell one source from another."""
+"""State dicts as sources, and fingerprints."""
 
 import pytest
 import torch
 
-from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo, TensorSource
+from learned_rounding.quant_core.errors import SourceError
+from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo, TensorSource, open_source
 from learned_rounding.quant_core.sources.source import fingerprint
 
 
@@ -59,7 +60,19 @@ def test_fingerprints_change_with_metadata_and_extra_strings():
     assert len(set(marks)) == len(marks)
 
 
-def test_a_fine_tune_is_told_from_its_base():
-    """It differs a little everywhere, and only sixteen pages of each tensor are looked at."""
+def test_fingerprint_distinguishes_fine_tune_from_base():
+    """A fine-tune differs slightly in all values; the fingerprint covers sixteen pages of each tensor."""
     base = torch.randn(600, 700, generator=torch.Generator().manual_seed(0))
     assert fingerprint(TensorSource({"a": base})) != fingerprint(TensorSource({"a": base * 1.001}))
+
+
+def test_errors_name_the_file_and_the_tensor(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"text")
+    for name in ("x.safetensors", "missing.safetensors"):
+        with pytest.raises(SourceError) as caught:
+            SafetensorsFile(tmp_path / name)
+        assert caught.value.file == str(tmp_path / name) and caught.value.tensor is None
+    torch.save({"a": torch.eye(4).to_sparse()}, tmp_path / "x.pt")
+    with pytest.raises(SourceError) as caught:
+        open_source(tmp_path / "x.pt")
+    assert (caught.value.file, caught.value.tensor) == (str(tmp_path / "x.pt"), "a")

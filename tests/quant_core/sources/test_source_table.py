@@ -1,7 +1,7 @@
-"""Every kind of source × every format: what docs/sources.md says is what happens."""
+"""docs/sources.md against newly measured errors of every source in every format."""
 
 from learned_rounding.tests.quant_core.sources.source_table import DOCUMENT, document
 
 
-def test_the_table_of_sources_is_true():
+def test_document_matches_measured_errors():
     assert DOCUMENT.read_text(encoding="utf-8") == document()
