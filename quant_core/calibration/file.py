@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..deprecated import renamed_attribute
 from ..errors import CalibrationError, SourceError
 from ..output import SafetensorsWriter, header_bytes
 from ..sources import SafetensorsFile, TensorInfo
@@ -152,6 +153,8 @@ class CalibrationFile:
             return layer
         bare = next((layer.removeprefix(prefix) for prefix in _PREFIXES if layer.startswith(prefix)), layer)
         return bare if bare in self._owners else layer
+
+    inputs = renamed_attribute("inputs", "layer_statistics")
 
     def layer_statistics(self, layer: str) -> LayerStatistics | None:
         name = self._resolve_name(layer)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from ..deprecated import renamed_attribute
 from ..errors import CalibrationError
 from .hessian import Hessian, LowRankHessian
 
@@ -32,6 +33,9 @@ class LayerStatistics:
     amax: torch.Tensor | None = None
     histogram: torch.Tensor | None = None
     sensitivity: float | None = None
+
+    gram = renamed_attribute("gram", "hessian")
+    holdout_gram = renamed_attribute("holdout_gram", "validation_hessian")
 
     @property
     def validation_activations(self) -> torch.Tensor | None:

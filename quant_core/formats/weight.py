@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..deprecated import renamed_attribute
 from ..errors import QuantizationError
 from .codec import Codec, Format
 from .layer_json import CONFIG_KEY, config_tensor
@@ -33,6 +34,8 @@ class Solution:
     gain: float | None = None
     output_error: float | None = None
 
+    winner = renamed_attribute("winner", "solver")
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -53,6 +56,9 @@ class QuantizedWeight:
     bias: torch.Tensor | None = None
     input_scale: float | None = None
     note: str = ""
+
+    codes = renamed_attribute("codes", "qdata")
+    rounded = renamed_attribute("rounded", "solution")
 
     @property
     def qdata(self) -> torch.Tensor:

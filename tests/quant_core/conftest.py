@@ -80,13 +80,15 @@ def layer_names():
 
 @pytest.fixture
 def weight_error():
-    """weight_error(quantized, weight) → ‖Ŵ − W‖/‖W‖ in float64, from the codes and the scale alone."""
+    """weight_error(quantized, weight) → ‖Ŵ − W‖/‖W‖ in float64, from the quantized values and the scales alone."""
 
     def measure(quantized, weight: torch.Tensor) -> float:
         exact = weight.double()
-        scale, size = quantized.scale.double(), quantized.codec.block_size
-        if size:  # each entry covers a block; those at the edges are cut off
-            scale = scale.repeat_interleave(size, 0).repeat_interleave(size, 1)[: exact.shape[0], : exact.shape[1]]
+        scale = quantized.scale.double()
+        rows, columns = (-(-side // count) for side, count in zip(exact.shape, scale.shape, strict=True))
+        if size := quantized.codec.group_size:  # groups at the edges are smaller
+            rows, columns = (size if quantized.granularity == "block" else 1), size
+        scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: exact.shape[0], : exact.shape[1]]
         lost = quantized.qdata.double() * scale - exact
         norm = exact.norm().item()
         return lost.norm().item() / norm if norm else math.nan

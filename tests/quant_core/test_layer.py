@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from learned_rounding.quant_core import FORMATS, QuantizationError, layer, quantize_weight
-from learned_rounding.quant_core.calibration import LayerStatistics, LowRankHessian, dense_hessian
+from learned_rounding.quant_core import FORMATS, QuantizationError, layer, quantize_layer, quantize_weight
+from learned_rounding.quant_core.calibration import LowRankHessian, dense_hessian
 from learned_rounding.quant_core.calibration.accumulate import PairedHessianAccumulator
 from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.errors import CalibrationError, RecipeError, UnknownNameError
@@ -111,24 +111,22 @@ def test_the_check_can_stop_it_at_any_call(monkeypatch, format, granularity, rou
 
 
 def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog, sentences):
-    """On a real card in test_gpu.py; here only who is asked in which order, and what is said."""
+    """On a GPU in test_gpu.py; here only the order of the attempts, and what is logged."""
     tried = []
 
-    def attempt(self, encoding, device, parts):
+    def attempt(self, codec, device, parts):
         tried.append((device.type, parts))
         if device.type != "cpu":
             raise torch.OutOfMemoryError("no room")
         return "made"
 
-    monkeypatch.setattr(layer._Layer, "_attempt", attempt)
-    weight = SimpleNamespace(device=torch.device("cuda"), shape=(8, 4))
+    monkeypatch.setattr(quantize_layer._LayerRun, "_quantize_on", attempt)
 
-    def quantize(method, where=weight):
+    def quantize(method, device="cuda"):
         tried.clear()
         caplog.clear()
-        made = layer._Layer(where, LayerStatistics(), None, None, method, 0, None).quantize(
-            make_codec("int8_tensorwise")
-        )
+        where = layer.Layer(SimpleNamespace(device=torch.device(device), shape=(8, 4)))
+        made = quantize_layer._LayerRun(where, method, 0, None).quantize(make_codec("int8_tensorwise"))
         assert made == "made" and len(caplog.records) == len(tried) - 1
         sentences(caplog.messages)
         return tried
@@ -136,7 +134,7 @@ def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog, se
     assert quantize(Method("calibrated")) == [("cuda", 1), ("cuda", 4), ("cuda", 16), ("cpu", 1)]
     assert quantize(Method("principal")) == [("cuda", 1), ("cpu", 1)]  # its rows depend on each other
     assert quantize(Method("calibrated", num_iter=5)) == [("cuda", 1), ("cpu", 1)]
-    assert quantize(Method(), SimpleNamespace(device=torch.device("cpu"), shape=(8, 4))) == [("cpu", 1)]
+    assert quantize(Method(), "cpu") == [("cpu", 1)]
 
 
 def test_what_is_no_layer_of_these_inputs_is_refused(sentences):
@@ -161,12 +159,12 @@ def test_a_low_rank_gram_is_a_gram():
 
 
 def test_held_out_inputs_have_the_last_word():
-    """Calibrated on inputs that others contradict, sequential rounding loses to nearest, which is then taken."""
+    """Calibrated on activations that others contradict, GPTQ loses to round to nearest."""
     basis = torch.linalg.qr(random(48, 48, seed=3)).Q
     strong = torch.logspace(0, -4, 48)
     gram, others = (basis * strong) @ basis.t(), (basis * strong.flip(0)) @ basis.t()
     weight = random(64, 48)
-    assert quantize_weight(weight, "int8_tensorwise", hessian=gram, damping=1e-4).solution.solver == "sequential"
+    assert quantize_weight(weight, "int8_tensorwise", hessian=gram, damping=1e-4).solution.solver == "gptq"
     made = quantize_weight(weight, "int8_tensorwise", hessian=gram, validation_hessian=others, damping=1e-4)
     assert made.solution.solver == "nearest" and made.solution.gain <= 1
 

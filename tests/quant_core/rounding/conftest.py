@@ -18,9 +18,9 @@ def gaussian():
 
 @pytest.fixture
 def anisotropic(gaussian):
-    """anisotropic(inner, tokens=None, seed=0) → inputs X with few strong directions, and what is known of them.
+    """anisotropic(inner, tokens=None, seed=0) → activations X with few strong directions, and their statistics.
 
-    ``gram`` comes from one half of the tokens, ``holdout`` and ``inputs`` from the other.
+    ``hessian`` comes from one half of the tokens, ``holdout`` and ``inputs`` from the other.
     """
 
     def make(inner: int, tokens: int | None = None, seed: int = 0):
@@ -29,19 +29,19 @@ def anisotropic(gaussian):
         spectrum = torch.logspace(0, -2, inner)
         mean = gaussian(inner, seed=seed + 300) * 0.2
         inputs = [(gaussian(tokens, inner, seed=seed + half) * spectrum) @ basis + mean for half in (0, 1)]
-        grams = [x.t() @ x / tokens for x in inputs]
+        hessians = [x.t() @ x / tokens for x in inputs]
         means = [x.mean(dim=0) for x in inputs]
-        return SimpleNamespace(hessian=grams[0], holdout=grams[1], mean=means[0], inputs=inputs[1])
+        return SimpleNamespace(hessian=hessians[0], holdout=hessians[1], mean=means[0], inputs=inputs[1])
 
     return make
 
 
 @pytest.fixture
 def output_error():
-    """output_error(quantized, weight, gram) → √(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)) in float64."""
+    """output_error(quantized, weight, hessian) → √(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)) in float64."""
 
-    def measure(quantized, weight: torch.Tensor, gram: torch.Tensor) -> float:
-        exact, h = weight.double(), gram.double()
+    def measure(quantized, weight: torch.Tensor, hessian: torch.Tensor) -> float:
+        exact, h = weight.double(), hessian.double()
         error = quantized.dequantize().double() - exact
         return float((((error @ h) * error).sum() / ((exact @ h) * exact).sum()).sqrt())
 

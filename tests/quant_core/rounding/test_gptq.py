@@ -48,9 +48,9 @@ def test_gptq_matches_the_published_form_in_float64(gaussian, anisotropic, forma
     """Blocks, the transposed layout and the factor of H instead of its inverse change nothing but ties."""
     weight, known = gaussian(*shape) * 0.02, anisotropic(shape[1])
     space, scale = space_and_scale(format, granularity, weight)
-    quadratic = hessian_quadratic(known.gram, 0.05)
+    quadratic = hessian_quadratic(known.hessian, 0.05)
     got = round_gptq(weight, scale, space, quadratic).float()
-    want = published_gptq(weight, space.groups.spread(scale), space.elements, known.gram, quadratic.dampening)
+    want = published_gptq(weight, space.groups.spread(scale), space.elements, known.hessian, quadratic.dampening)
     assert (got == want).float().mean() > 0.99
 
 
@@ -68,7 +68,7 @@ def test_gptq_with_a_diagonal_hessian_is_round_to_nearest(gaussian, format, gran
 def test_parts_change_nothing(gaussian, anisotropic, format, granularity):
     weight, known = gaussian(50, 64), anisotropic(64)
     space, scale = space_and_scale(format, granularity, weight)
-    quadratic = hessian_quadratic(known.gram, 0.01)
+    quadratic = hessian_quadratic(known.hessian, 0.01)
     whole = round_gptq(weight, scale, space, quadratic, passes=1).float()
     for count in (2, 4, 16, 1000):
         some = round_gptq(weight, scale, space, quadratic, passes=1, parts=count).float()
@@ -79,7 +79,7 @@ def test_parts_change_nothing(gaussian, anisotropic, format, granularity):
 def test_coordinate_descent_never_raises_the_loss(gaussian, anisotropic, format, granularity):
     weight, known = gaussian(32, 160), anisotropic(160)
     space, scale = space_and_scale(format, granularity, weight)
-    quadratic = hessian_quadratic(known.gram, 0.01)
+    quadratic = hessian_quadratic(known.hessian, 0.01)
     losses = []
     for passes in range(6):
         error = space.decode(round_gptq(weight, scale, space, quadratic, passes=passes), scale) - weight
@@ -93,7 +93,7 @@ def test_calibration_halves_the_output_error(gaussian, anisotropic, output_error
     weight, known = gaussian(64, 256) * 0.02, anisotropic(256)
     plain = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
     learned = quantize_weight(
-        weight, format, granularity=granularity, hessian=known.gram, validation_hessian=known.holdout
+        weight, format, granularity=granularity, hessian=known.hessian, validation_hessian=known.holdout
     )
     assert output_error(learned, weight, known.holdout) < 0.55 * output_error(plain, weight, known.holdout)
     assert learned.solution.solver == "gptq"

