@@ -231,7 +231,7 @@ def options(parser) -> set[str]:
     return {string for action in parser._actions for string in action.option_strings if string not in ("-h", "--help")}
 
 
-def test_manual_names_every_option_and_command():
+def test_the_manual_names_every_option_and_command():
     text = (ROOT / "MANUAL.md").read_text(encoding="utf-8")
     (commands,) = (action.choices for action in cli._parser()._actions if getattr(action, "choices", None))
     presets = {f"--{name}" for name in (*cli.PRESETS, *cli.ALIASES)}
@@ -241,7 +241,7 @@ def test_manual_names_every_option_and_command():
         assert not missing, f"lrq {name}: {missing}"
 
 
-def test_manual_names_options_of_one_command_only():
+def test_the_manual_says_which_options_one_command_lacks():
     text = " ".join((ROOT / "MANUAL.md").read_text(encoding="utf-8").split())
     (commands,) = (action.choices for action in cli._parser()._actions if getattr(action, "choices", None))
     quantize, plan = (options(commands[name]) for name in ("quantize", "plan"))
@@ -253,7 +253,7 @@ def test_manual_names_options_of_one_command_only():
         assert set(re.findall(r"`(--[\w-]+)`", said)) == lacking
 
 
-def test_manual_names_every_node():
+def test_the_manual_names_every_node():
     text = (ROOT / "MANUAL.md").read_text(encoding="utf-8")
     for path in (ROOT / "web" / "docs").glob("*.md"):
         assert f"[{path.read_text(encoding='utf-8').splitlines()[0][2:]}](web/docs/{path.name})" in text
