@@ -4,7 +4,7 @@ comfy           a running server with this pack, the tiny model and a probe node
 server_factory  makes further servers of the same host, for tests that restart one or set it up differently
 host            the host itself, without a server
 comfy_page      the page of `comfy` in headless Chromium
-tried           tried(fault, times, outcome) puts a line into the table of faults (evidence.py)
+tried           tried(fault, count, outcome) adds a row to the fault table of docs/reliability.md (evidence.py)
 sentences       checks texts for users against golden/sentences.json (sentences.py)
 often           often(default, thorough) → how often to try, by --thorough
 
@@ -20,7 +20,7 @@ import pytest
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.browser import chromium_path, open_page
-from learned_rounding.tests.evidence import DOCUMENT, faults, rewritten, table
+from learned_rounding.tests.evidence import DOCUMENT, collect_fault_patterns, format_table, update_document
 from learned_rounding.tests.sentences import GOLDEN, Sentences, entry_name, load_golden, merge_entries, save_golden
 
 HOSTS = available_hosts()
@@ -158,9 +158,10 @@ def pytest_terminal_summary(terminalreporter, config):
     ]
     if tries:
         terminalreporter.section("faults")
-        terminalreporter.write(table(tries))
+        terminalreporter.write(format_table(tries))
     if config.getoption("--faults-table"):
-        DOCUMENT.write_text(rewritten(DOCUMENT.read_text(encoding="utf-8"), tries, faults()), encoding="utf-8")
+        text = update_document(DOCUMENT.read_text(encoding="utf-8"), tries, collect_fault_patterns())
+        DOCUMENT.write_text(text, encoding="utf-8")
     if config.getoption("--update-sentences") and not config.option.collectonly:
         _update_golden(terminalreporter, config)
 

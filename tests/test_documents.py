@@ -1,5 +1,6 @@
-"""What the documents say is there and runs: every command, every example, every option and node, every link."""
+"""Tests of the documents: commands and examples run, options, nodes, paths and links exist, findings state their origin."""
 
+import ast
 import io
 import re
 import shlex
@@ -29,8 +30,9 @@ DOCUMENTS = [
 ]
 MODEL = ROOT / "assets" / "tiny_mmdit_emoji.safetensors"
 BLOCK = re.compile(r"^```(\w+)( host)?\n(.*?)^```", re.M | re.S)
-# A command in a sentence: a program, and at least one word more.
+# A command in a sentence: a program and at least one argument.
 INLINE = re.compile(r"`((?:lrq|python|\.venv/bin/python|make|pip|pytest)\s[^`]+)`")
+CALL_PATH = re.compile(r"^\| `([\w.]+)` \| `([\w/]+\.py)` \| (\d+)–(\d+) \|", re.M)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]*))?\)")
 
 
@@ -40,7 +42,7 @@ def blocks(document: Path, language: str, host: bool = False) -> list[str]:
 
 
 class Layers(torch.nn.ModuleList):
-    """Linear layers, each of which is given random inputs."""
+    """Linear layers, each applied to random activations."""
 
     def forward(self, generator):
         for layer in self:
@@ -61,7 +63,7 @@ def calibrate(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The files that the documents' examples name."""
+    """A folder with the files that the examples of the documents use."""
     folder = tmp_path_factory.mktemp("documents")
     shutil.copy(MODEL, folder / "model.safetensors")
     shutil.copy(MODEL, folder / "in.safetensors")
@@ -84,7 +86,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-# What a sentence leaves out, by the command of lrq.
+# Command of lrq → arguments that sentences omit.
 INPUTS = {
     "quantize": ["-i", "model.safetensors"],
     "plan": ["-i", "model.safetensors"],
@@ -94,7 +96,7 @@ INPUTS = {
     "formats": [],
     "presets": [],
 }
-# What stands for any: word of a command → what is there.
+# Placeholder in a command → words that replace it.
 ANY = {
     "FILE": ["model.safetensors"],
     "OUT": ["any.safetensors"],
@@ -103,7 +105,7 @@ ANY = {
     "COMFYUI_BASE": ["comfyui"],
     "BENCH=<name>": ["BENCH=rounding"],
 }
-# Scripts that run in seconds when they are told to be small; of the others, which need a ComfyUI, a GPU or minutes, the options are tried.
+# Scripts that run in seconds → further arguments. Others need ComfyUI, a GPU or minutes: only their options are checked.
 SMALL = {
     "benchmarks/stream.py": ["--quick", "--rounds", "1", "--gb", "0.02", "--json", "stream.json"],
     "learned_rounding.benchmarks.tiny_model.place": [],
@@ -129,17 +131,14 @@ def lrq(words, _):
 
 
 def make(words, _):
-    """A dry run: what the targets do is what everyone does who runs the tests (make test: hosts and chromium, then pytest).
-
-    The scripts of make bench and make demo are those that the documents call by python; make architectures and make texts write what tests compare.
-    """
+    """Dry run. The targets themselves run pytest, or scripts that are checked as commands of their own."""
     words = [word for each in words for word in ANY.get(each, [each])]
     assert [word for word in words if "=" not in word]
     run("make", "--dry-run", *words)
 
 
 def python(words, folder):
-    """Really, in the folder with the examples' files, where that takes seconds; else its help, which has to know every option."""
+    """Run the script in the folder of the examples if it is in SMALL; else check that its help lists every given option."""
     words = [word for each in words for word in ANY.get(each, [each])]
     module = words[0] == "-m"
     script = words[module]
@@ -153,10 +152,9 @@ def python(words, folder):
 
 
 def pip(words, _):
-    """What is asked to be installed is the project, what it needs, or what it offers.
+    """Check that the project, its requirements or its optional packages are installed.
 
-    Installing is tried by tests/hosts/test_packaging.py (a clone, into a folder of its own) and by tests/nodes/test_installation.py
-    (requirements.txt, in ComfyUI's environment).
+    tests/hosts/test_packaging.py installs a clone, tests/nodes/test_installation.py the requirements into ComfyUI's environment.
     """
     extras = PROJECT["project"]["optional-dependencies"]
     packages = {re.match(r"[\w.-]+", line)[0] for lines in extras.values() for line in lines}
@@ -172,7 +170,7 @@ def pip(words, _):
 
 
 def pytest_(words, _):
-    """Tests are collected by it; they run in this very run, or with --thorough, or on a machine with a GPU."""
+    """Check that the command collects tests."""
     assert "no tests collected" not in run(
         str(Path(sys.executable).with_name("pytest")), "--collect-only", "-q", *words
     )
@@ -182,7 +180,7 @@ RUN = {"lrq": lrq, "make": make, "python": python, ".venv/bin/python": python, "
 
 
 def commands(document: Path) -> list[str]:
-    """Every line of its shell blocks, and every command in its sentences, once."""
+    """Lines of the shell blocks and commands in the sentences of a document, without repetition."""
     text = document.read_text(encoding="utf-8")
     lines = [line for block in blocks(document, "sh") for line in block.splitlines() if line.strip()]
     sentences = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
@@ -204,7 +202,7 @@ def test_every_command_runs(folder, monkeypatch, capsys, path, line):
 
 
 def run_examples(document: Path, limit: int | None = None, **names) -> dict:
-    """The document's Python, one after the other, as a reader would paste it; returns the names it leaves."""
+    """Execute the Python blocks of a document in one namespace, and return it."""
     names["__name__"] = "example"
     with redirect_stdout(io.StringIO()):
         for text in blocks(document, "python")[:limit]:
@@ -216,12 +214,12 @@ def run_examples(document: Path, limit: int | None = None, **names) -> dict:
 def test_every_example_runs(folder, monkeypatch, document):
     monkeypatch.chdir(folder)
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    run_examples(document, weight=weight, H=torch.eye(64))  # a matrix and a Gram, as the reader of README has
+    run_examples(document, weight=weight, H=torch.eye(64))  # names that the example in README uses
 
 
-def test_the_examples_for_comfyui_run_in_it(host, folder, monkeypatch, tmp_path):
+def test_host_examples_run_in_comfyui(host, folder, monkeypatch, tmp_path):
     if not takes_layouts(host):
-        pytest.skip("this ComfyUI keeps its quantized layers otherwise")
+        pytest.skip("this ComfyUI has no layouts of comfy-kitchen")
     monkeypatch.chdir(folder)
     layers = run_examples(ROOT / "docs" / "integration.md", limit=1)["layers"]
     (tmp_path / "example.py").write_text("\n".join(blocks(ROOT / "docs" / "integration.md", "python", host=True)))
@@ -261,12 +259,9 @@ def test_the_manual_names_every_node():
         assert f"[{path.read_text(encoding='utf-8').splitlines()[0][2:]}](web/docs/{path.name})" in text
 
 
-def test_every_finding_names_its_command_its_device_and_its_date():
-    """Or the finding above it that has them; or that it was tried by hand."""
-    (section,) = re.findall(
-        r"^## Findings\n(.*?)^## ", (ROOT / "DEVELOPMENT.md").read_text(encoding="utf-8"), re.M | re.S
-    )
-    findings = section.split("\n* ")[1:]
+def test_findings_state_command_device_and_date():
+    """Or refers to the finding above it, or states that it was measured by hand."""
+    findings = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split("\n* ")[1:]
     assert len(findings) > 8
     for finding in findings:
         assert "(The same run.)" in finding or (
@@ -276,13 +271,32 @@ def test_every_finding_names_its_command_its_device_and_its_date():
         ), finding
 
 
+def function_lines(path: Path) -> dict[str, tuple[int, int]]:
+    """Qualified name → first and last line of every function and method of a module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    owners = [("", tree), *((f"{node.name}.", node) for node in tree.body if isinstance(node, ast.ClassDef))]
+    return {
+        prefix + node.name: (node.lineno, node.end_lineno or node.lineno)
+        for prefix, owner in owners
+        for node in owner.body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_call_path_states_the_lines_of_its_functions():
+    rows = CALL_PATH.findall((ROOT / "DEVELOPMENT.md").read_text(encoding="utf-8"))
+    assert len(rows) > 5
+    stated = [(function, path, int(first), int(last)) for function, path, first, last in rows]
+    assert stated == [(function, path, *function_lines(ROOT / path)[function]) for function, path, *_ in rows]
+
+
 def anchors(path: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(path):
+def test_link_targets_exist(path):
     for target, anchor in LINK.findall(path.read_text(encoding="utf-8")):
         if target.startswith("http"):
             continue
@@ -292,8 +306,12 @@ def test_links_lead_somewhere(path):
 
 
 def test_paths_in_the_documents_exist():
-    """Names of files and folders of this repository, in backticks."""
+    """Paths of files and folders of this repository, in backticks."""
     tops = "|".join(sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")))
-    for path in DOCUMENTS:
-        for name in re.findall(rf"`((?:{tops})/[\w./*-]+)`", path.read_text(encoding="utf-8")):
-            assert any(ROOT.glob(name.rstrip("/"))), f"{path.name}: {name}"
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in DOCUMENTS
+        for name in re.findall(rf"`((?:{tops})/[\w./*-]+)`", path.read_text(encoding="utf-8"))
+        if not any(ROOT.glob(name.rstrip("/")))
+    ]
+    assert missing == []

@@ -1,18 +1,27 @@
-"""The table of faults is written from what was tried: a run that tries less loses nothing of it, and nothing stays that no test tries."""
+"""Tests of the fault table: a run replaces only its own rows, and every row belongs to a fault that a test can report."""
 
 import re
 
-from learned_rounding.tests.evidence import BEGIN, DOCUMENT, END, faults, parts, read, rewritten, table
+from learned_rounding.tests.evidence import (
+    BEGIN,
+    DOCUMENT,
+    END,
+    collect_fault_patterns,
+    format_table,
+    parse_table,
+    split_document,
+    update_document,
+)
 
 BEFORE = [("a", "library", 5, "whole"), ("b", "a GPU", 7, "whole"), ("c", "library", 1, "none")]
 KNOWN = [re.compile("[a-d]")]
 
 
-def document(tries) -> str:
-    return f"above\n{BEGIN}{table(tries)}{END}below\n"
+def make_document(tries) -> str:
+    return f"above\n{BEGIN}{format_table(tries)}{END}below\n"
 
 
-def test_a_run_replaces_its_own_rows_and_adds_new_ones():
+def test_update_replaces_rows_of_the_run_and_appends_new_ones():
     tries = [
         ("a", "library", 2, "whole"),
         ("a", "library", 1000, "whole"),
@@ -20,25 +29,32 @@ def test_a_run_replaces_its_own_rows_and_adds_new_ones():
         ("b", "library", 3, "whole"),
     ]
     merged = [("a", "library", 1002, "whole"), *BEFORE[1:], ("d", "library", 1, "none"), ("b", "library", 3, "whole")]
-    assert rewritten(document(BEFORE), tries, KNOWN) == document(merged)
+    assert update_document(make_document(BEFORE), tries, KNOWN) == make_document(merged)
 
 
-def test_another_outcome_replaces_the_one_before():
+def test_update_replaces_a_row_by_all_outcomes_of_the_run():
     outcomes = [("a", "library", 3, "whole"), ("a", "library", 2, "none")]
-    assert rewritten(document(BEFORE), outcomes, KNOWN) == document([*outcomes, *BEFORE[1:]])
+    assert update_document(make_document(BEFORE), outcomes, KNOWN) == make_document([*outcomes, *BEFORE[1:]])
 
 
-def test_a_row_goes_with_the_test_that_made_it():
-    assert rewritten(document(BEFORE), [], [re.compile("a"), re.compile("c")]) == document([BEFORE[0], BEFORE[2]])
+def test_update_removes_rows_that_no_test_can_report():
+    known = [re.compile("a"), re.compile("c")]
+    assert update_document(make_document(BEFORE), [], known) == make_document([BEFORE[0], BEFORE[2]])
 
 
-def test_what_the_tests_call_a_fault_is_a_text():
-    """With placeholders perhaps, but not one alone, which would be any fault."""
-    known = faults()
-    assert len(known) > 50 and not any(fault.fullmatch("something else") for fault in known)
+def test_fault_patterns_contain_literal_text():
+    """A pattern of placeholders alone would match every fault."""
+    known = collect_fault_patterns()
+    assert len(known) > 50
+    assert not any(fault.fullmatch("something else") for fault in known)
 
 
-def test_the_table_in_the_document_is_one_and_each_of_its_rows_has_a_test():
-    text, known = DOCUMENT.read_text(encoding="utf-8"), faults()
-    assert [row[0] for row in read(parts(text)[1]) if not any(fault.fullmatch(row[0]) for fault in known)] == []
-    assert rewritten(text, [], known) == text
+def test_every_row_of_the_document_has_a_test():
+    known = collect_fault_patterns()
+    rows = parse_table(split_document(DOCUMENT.read_text(encoding="utf-8"))[1])
+    assert [row[0] for row in rows if not any(fault.fullmatch(row[0]) for fault in known)] == []
+
+
+def test_update_without_tries_keeps_the_document():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert update_document(text, [], collect_fault_patterns()) == text
