@@ -227,7 +227,7 @@ def test_what_cannot_be_calibrated_says_why(comfy, sentences):
         comfy.queue(graph)
 
 
-def test_a_full_calibration_cannot_be_continued_in_compact_form(comfy):
+def test_a_full_calibration_cannot_be_continued_in_compact_form(comfy, sentences):
     graph = ProbedGraph()
     full = graph.calibrate(graph.load()[0], seed=802, steps=2)
     graph.add(
