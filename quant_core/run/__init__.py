@@ -1,1 +1,1 @@
-"""One run from a source to a quantized file: the loop, resuming, bit allocation, the report."""
+"""One run from a source to a quantized file: the loop, resume, bit allocation, estimates, the report."""

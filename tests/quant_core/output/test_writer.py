@@ -5,12 +5,10 @@ import fcntl
 import itertools
 import json
 import os
-import stat
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from learned_rounding.quant_core.errors import OutputError
-from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, remove_leftovers, writer
+from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, layout, partial, remove_leftovers
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo
 from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
 
@@ -110,7 +108,7 @@ def test_views_are_written_as_they_look(tmp_path):
 
 
 def test_odd_sizes_larger_than_the_spill(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_SPILL", 64)
+    monkeypatch.setattr(layout, "_SPILL", 64)
     tensors = {f"t{index}": torch.full((1001 + 2 * index,), index, dtype=torch.uint8) for index in range(5)}
     write(tmp_path / "a.safetensors", tensors)
     loaded = load_file(tmp_path / "a.safetensors")
@@ -180,8 +178,8 @@ def test_nothing_stands_under_the_final_name_before_the_end(tmp_path, listing):
         out.add("a", torch.zeros(10_000))
         out.add("odd", torch.zeros(3, dtype=torch.uint8))
         assert not path.exists()
-        (partial,) = listing()
-        assert partial.startswith(".a.safetensors.") and partial.endswith(".partial")
+        (hidden,) = listing()
+        assert hidden.startswith(".a.safetensors.") and hidden.endswith(".partial")
         out.finish({})
         assert listing() == ["a.safetensors"]
     assert listing() == ["a.safetensors"]
@@ -269,7 +267,7 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path, listing, monkeypatch, room, 
     """41,000 bytes hold both large tensors; what is left to write is the odd one and the header."""
     real = open
     monkeypatch.setattr(
-        writer, "open", lambda path, mode, **options: _Full(real(path, mode, **options), room, code), raising=False
+        partial, "open", lambda path, mode, **options: _Full(real(path, mode, **options), room, code), raising=False
     )
     with pytest.raises(OutputError, match=SENTENCES[code]) as caught:
         write(
@@ -294,61 +292,6 @@ def test_a_failure_at_the_very_end_leaves_nothing(tmp_path, listing, monkeypatch
     assert listing() == []
 
 
-def resumable(path, tensors: dict[str, torch.Tensor]) -> SafetensorsWriter:
-    reserve = header_bytes([(name, info(tensor)) for name, tensor in tensors.items()], {})
-    return SafetensorsWriter(path, reserve, run="a run")
-
-
-def test_nobody_waits_for_the_disk_before_the_end(tmp_path, listing, monkeypatch):
-    tensors = {name: torch.randn(40_000) for name in "abc"}
-    main, free, synced = threading.get_ident(), threading.Event(), []
-
-    def fsync(descriptor: int) -> None:
-        if threading.get_ident() != main and not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            synced.append(descriptor)
-            assert free.wait(60)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(writer, "_SYNC", 1)
-    with resumable(tmp_path / "a.safetensors", tensors) as out:
-        for name, tensor in tensors.items():
-            out.add(name, tensor)
-            out.note(name)
-        free.set()
-        out.finish({})
-    assert (
-        len(synced) == 3
-    )  # the file and its journal once, as the disk was behind all the time, and the file at the end
-    assert listing() == ["a.safetensors"]
-    assert all(torch.equal(load_file(tmp_path / "a.safetensors")[name], tensor) for name, tensor in tensors.items())
-
-
-@pytest.mark.parametrize("notes", [1, 2], ids=["at the end", "at the next note"])
-def test_a_disk_that_fails_behind_the_run_leaves_nothing(tmp_path, listing, monkeypatch, notes):
-    """The system tells of lost writes once, and perhaps to who has not asked yet."""
-    tensors, main, told = {"a": torch.zeros(1000), "b": torch.zeros(1000)}, threading.get_ident(), threading.Event()
-
-    def fsync(descriptor: int) -> None:
-        if threading.get_ident() != main:
-            told.set()
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(writer, "_SYNC", 1)
-    out = resumable(tmp_path / "a.safetensors", tensors)
-    out.add("a", tensors["a"])
-    out.note(1)
-    assert told.wait(60)
-    out._syncing.exception()
-    with pytest.raises(OutputError, match="Input/output error"):
-        if notes == 2:
-            out.add("b", tensors["b"])
-            out.note(2)
-        else:
-            out.finish({})
-    assert listing() == []
-
-
 def test_a_writer_takes_as_many_writes_as_the_system_wants(tmp_path, monkeypatch):
     """One write call may take only a part, and on a disk that is nearly full it does so without an error."""
 
@@ -358,7 +301,7 @@ def test_a_writer_takes_as_many_writes_as_the_system_wants(tmp_path, monkeypatch
 
     real = open
     monkeypatch.setattr(
-        writer, "open", lambda path, mode, **options: Short(real(path, mode, **options), 0, 0), raising=False
+        partial, "open", lambda path, mode, **options: Short(real(path, mode, **options), 0, 0), raising=False
     )
     tensors = {"a": torch.arange(1000), "odd": torch.arange(1001).to(torch.uint8)} | {
         f"long name {index}": torch.zeros(1) for index in range(40)
@@ -374,7 +317,7 @@ def test_a_read_only_folder(tmp_path, listing, monkeypatch, code):
     def refuse(*args, **options):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(writer, "open", refuse, raising=False)
+    monkeypatch.setattr(partial, "open", refuse, raising=False)
     with pytest.raises(OutputError, match=f"The folder {tmp_path} is read-only for this user; choose another output"):
         SafetensorsWriter(tmp_path / "a.safetensors", 100)
     assert listing() == []
@@ -397,9 +340,9 @@ def test_a_name_too_long_for_the_disk(tmp_path, listing):
 
 
 def leftover(path: Path, mark: str = "00ab12cd") -> Path:
-    partial = path.with_name(f".{path.name}.{mark}.partial")
-    partial.write_bytes(b"half a file")
-    return partial
+    left = path.with_name(f".{path.name}.{mark}.partial")
+    left.write_bytes(b"half a file")
+    return left
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "with space.safetensors", "[x]*?.safetensors", "ü.safetensors"])
@@ -422,7 +365,7 @@ def test_leftovers_are_removed_where_no_open_file_can_be(tmp_path, listing, monk
         real(path, **options)
 
     monkeypatch.setattr(Path, "unlink", unlink)
-    monkeypatch.setattr(writer, "_WINDOWS", True)
+    monkeypatch.setattr(partial, "WINDOWS", True)
     leftover(tmp_path / "a.safetensors"), leftover(tmp_path / "a.safetensors", "11111111")
     assert remove_leftovers(tmp_path / "a.safetensors") == 2
     assert listing() == []
@@ -451,21 +394,21 @@ def test_a_living_run_in_this_process_keeps_its_file(tmp_path):
 
 
 def test_a_living_run_in_another_process_keeps_its_file(tmp_path):
-    partial = leftover(tmp_path / "a.safetensors")
+    left = leftover(tmp_path / "a.safetensors")
     hold = "import fcntl, sys; f = open(sys.argv[1], 'rb'); fcntl.flock(f, fcntl.LOCK_EX); "
     hold += "print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
-        [sys.executable, "-c", hold, str(partial)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", hold, str(left)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        assert remove_leftovers(tmp_path / "a.safetensors") == 0 and partial.exists()
+        assert remove_leftovers(tmp_path / "a.safetensors") == 0 and left.exists()
         holder.stdin.close()
         holder.wait()
-    assert remove_leftovers(tmp_path / "a.safetensors") == 1 and not partial.exists()
+    assert remove_leftovers(tmp_path / "a.safetensors") == 1 and not left.exists()
 
 
 def test_the_partial_file_is_held_by_its_writer(tmp_path):
     with SafetensorsWriter(tmp_path / "a.safetensors", 4096):
-        (partial,) = tmp_path.glob(".*.partial")
-        with open(partial, "rb") as other, pytest.raises(OSError):
+        (hidden,) = tmp_path.glob(".*.partial")
+        with open(hidden, "rb") as other, pytest.raises(OSError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

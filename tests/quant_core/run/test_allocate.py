@@ -13,7 +13,7 @@ from learned_rounding.quant_core.calibration import Inputs, LayerInputs, LowRank
 from learned_rounding.quant_core.errors import NothingToQuantizeError, RecipeError
 from learned_rounding.quant_core.events import LayerMeasured, RunStarted
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.quant_core.run.allocate import measure_plan
+from learned_rounding.quant_core.run.allocate import allocate_formats
 from learned_rounding.quant_core.sources import TensorSource
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def tensors():
 
 
 def plan_of(tensors, recipe, known):
-    return measure_plan(
+    return allocate_formats(
         TensorSource(tensors), recipe, LayerInputs(known), device=CPU, emit=lambda event: None, check=lambda: None
     )
 
@@ -66,7 +66,7 @@ def test_what_hurts_the_model_is_kept(tensors):
         same = {name: tensors[f"{LAYERS[0]}.weight"].clone() for name in tensors}
         plan = plan_of(same, Recipe(format="measured", target_size=2.2e-5), known)
         assert [name for name in plan.names("keep")] == [f"{LAYERS[sensitive]}.weight"]
-        assert plan.choice.sensitive and "not worth its error" in plan.decisions[f"{LAYERS[sensitive]}.weight"].reason
+        assert plan.choice.sensitive and "not worth the error" in plan.decisions[f"{LAYERS[sensitive]}.weight"].reason
 
 
 @pytest.fixture
@@ -103,9 +103,9 @@ def test_a_target_error_takes_as_few_bytes_as_it_can(tensors, curve):
 
 def test_a_target_out_of_reach_is_refused(tensors):
     known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
-    with pytest.raises(RecipeError, match="out of reach: with every layer in 8 bits"):
+    with pytest.raises(RecipeError, match="is too small: with every layer in 8 bits"):
         plan_of(tensors, Recipe(format="measured", target_size=1e-5), known)
-    with pytest.raises(NothingToQuantizeError, match="holds the whole model"):
+    with pytest.raises(NothingToQuantizeError, match="has room for all of state dict unquantized"):
         plan_of(tensors, Recipe(format="measured", target_size=1.0), known)
 
 

@@ -31,9 +31,9 @@ from learned_rounding.quant_core.errors import (
 )
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted, RunFinished, RunStarted
 from learned_rounding.quant_core.formats import find_format
-from learned_rounding.quant_core.output import verify_file, writer
+from learned_rounding.quant_core.output import partial, verify_file
 from learned_rounding.quant_core.rounding import slabs
-from learned_rounding.quant_core.run import quantize as pipeline
+from learned_rounding.quant_core.run import loop
 from learned_rounding.quant_core.run.quantize import output_name
 
 LINEARS = [f"blocks.{block}.{layer}" for block in range(2) for layer in ("attn.qkv", "mlp.0", "mlp.2")]
@@ -294,7 +294,7 @@ def test_an_error_inside_a_layer_leaves_nothing_behind(model_file, tmp_path, lis
         done.append(1)
         return quantize_weight(*args, **options)
 
-    monkeypatch.setattr(pipeline, "quantize_weight", fail)
+    monkeypatch.setattr(loop, "quantize_weight", fail)
     with pytest.raises(error):
         quantize_file(model_file(), tmp_path / "out.safetensors")
     assert listing() == ["model.safetensors"] and working_threads() == []
@@ -339,7 +339,7 @@ def test_a_full_disk_leaves_nothing_behind(model_file, tmp_path, listing, monkey
             return getattr(self._file, name)
 
     source, real = model_file(), open
-    monkeypatch.setattr(writer, "open", lambda *args, **options: Full(real(*args, **options)), raising=False)
+    monkeypatch.setattr(partial, "open", lambda *args, **options: Full(real(*args, **options)), raising=False)
     with pytest.raises(OutputError, match="The disk is full"):
         quantize_file(source, tmp_path / "out.safetensors")
     assert listing() == ["model.safetensors"] and working_threads() == []
@@ -363,7 +363,7 @@ def test_a_layer_with_nan_stays_in_full_precision(model, tmp_path, recipe, bad):
     assert verify_file(tmp_path / "out.safetensors").layers == len(report.layers) == 5
     (kept,) = report.unplanned
     assert kept.name == "blocks.0.mlp.0.weight" and "NaN or Inf" in kept.reason and not kept.planned and kept in events
-    assert "blocks.0.mlp.0.weight: holds NaN or Inf" in report.table()
+    assert "blocks.0.mlp.0.weight: contains NaN or Inf" in report.table()
     assert (
         "blocks.0.mlp.0"
         not in json.loads(metadata_of(tmp_path / "out.safetensors")["_quantization_metadata"])["layers"]
@@ -453,7 +453,7 @@ def test_the_same_run_again_does_nothing(model_file, tmp_path, listing, monkeypa
     quantize_file(source, out)
     stamp, data = out.stat().st_mtime_ns, out.read_bytes()
     (tmp_path / ".out.safetensors.00ab12cd.partial").write_bytes(b"of a run that died")
-    monkeypatch.setattr(pipeline, "quantize_weight", None)  # must not be asked for
+    monkeypatch.setattr(loop, "quantize_weight", None)  # must not be asked for
     report = quantize_file(source, out)
     assert report.already_done and report.output == str(out) and "Already done" in report.table()
     assert (out.stat().st_mtime_ns, out.read_bytes()) == (stamp, data)
@@ -489,9 +489,9 @@ def test_another_source_is_not_taken_for_the_same(model, model_file, tmp_path):
 
 def made_layers(monkeypatch) -> list:
     """The weights that are quantized from here on."""
-    made, real = [], pipeline.quantize_weight
+    made, real = [], loop.quantize_weight
     monkeypatch.setattr(
-        pipeline,
+        loop,
         "quantize_weight",
         lambda weight, *args, **options: made.append(weight) or real(weight, *args, **options),
     )
@@ -717,9 +717,7 @@ def test_inputs_that_fp8_would_flush_get_a_scale(model_file, tmp_path, recipe, s
 def test_a_source_that_has_what_quantizing_makes_is_refused(tmp_path, listing, suffix):
     """The output would hold the name twice, or a scale that belongs to other codes."""
     save_file({"a.weight": torch.randn(16, 16), f"a.{suffix}": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(
-        SourceError, match=f"a.{suffix} stands beside a weight in full precision|quantized already|comfy_quant"
-    ):
+    with pytest.raises(SourceError, match=f"a.{suffix} found for an unquantized weight|quantized already|comfy_quant"):
         quantize_file(
             tmp_path / "model.safetensors", tmp_path / "out.safetensors", Recipe(preset="none", rounding="nearest")
         )
