@@ -5,10 +5,10 @@ all others, sorted by falling item size.
 """
 
 import json
-import os
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from ..sources.dtypes import DTYPE_NAMES
 from ..sources.source import TensorInfo
@@ -45,18 +45,21 @@ def _entry(info: TensorInfo, begin: int, end: int) -> dict[str, object]:
 class TensorLayout:
     """Positions of the tensors in the data section.
 
+    Args:
+        folder: folder of the output, for the spool.
+
     Attributes:
         entries: name → header entry of the tensors with a position.
         end: size of the data section in bytes.
         spool: bytes of the deferred tensors until they have a position.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: Path):
         self.entries: dict[str, dict[str, object]] = {}
         self.end = 0
         self._names: set[str] = set()
         self._deferred: list[tuple[str, TensorInfo, int]] = []
-        self.spool = tempfile.SpooledTemporaryFile(max_size=_SPILL, dir=folder)
+        self.spool = tempfile.SpooledTemporaryFile(max_size=_SPILL, dir=str(folder))
 
     @staticmethod
     def defers(info: TensorInfo) -> bool:

@@ -190,11 +190,10 @@ class QuantizationRun:
     def _round(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> _QuantizedLayer:
         """Quantize one weight with the recipe and the calibration statistics of its layer."""
         layer, recipe = _base_name(name), self._recipe.of(self._plan.decisions[name])
-        inputs = (self._calibration and self._calibration.inputs(layer)) or Inputs()
-        if self._calibration is not None and inputs.gram is None:
-            method = recipe.uncalibrated()
-        else:
-            method = recipe
+        inputs, method = Inputs(), recipe
+        if self._calibration is not None:
+            inputs = self._calibration.inputs(layer) or inputs
+            method = recipe if inputs.gram is not None else recipe.uncalibrated()
         shape = "×".join(map(str, self._source.tensors[name].shape))
         try:
             with explain_out_of_memory(f"{self._device} has too little memory for layer {layer}, {shape}"):

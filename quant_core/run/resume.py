@@ -176,10 +176,7 @@ class RunJournal:
 
     def _parse_layer(self, record: dict[str, Any]) -> FinishedLayer:
         """The layer of a record. Raises an error of ``_MALFORMED`` if it is not a layer of this source."""
-        events = [
-            _EVENTS[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-            for kind, fields in record["events"]
-        ]
+        events = [_parse_event(kind, fields) for kind, fields in record["events"]]
         config = record["config"]
         if not isinstance(config or {}, dict):
             raise ValueError("the configuration is not an object")
@@ -207,6 +204,14 @@ class RunJournal:
             self._flush = self._partial.submit(_flush_and_close, copies)
             opened.pop_all()
         self._unflushed = 0
+
+
+def _parse_event(kind: str, fields: dict[str, Any]) -> LayerEvent:
+    """The event with these fields, in which JSON has turned tuples into lists."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
+    return _EVENTS[kind](**values)
 
 
 def _read_tensor(
