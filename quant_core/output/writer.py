@@ -13,9 +13,9 @@ import torch
 
 from ..cancellation import CancelCheck, wait_for
 from ..sources.source import TensorInfo
+from ..sources.staging import Staging, byte_views
 from .layout import HEADER_LENGTH, TensorLayout, aligned_size, encode_header
 from .partial import PartialFile
-from .staging import Staging, byte_views
 
 __all__ = ["SafetensorsWriter", "TensorJournal", "write_all"]
 

@@ -181,7 +181,7 @@ class Report:
             ("format", f"{self._format}, rounding {self.rounding}"),
             *([("mixed precision", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
             ("layers quantized", f"{len(self.layers)}{resumed}"),
-            ("unquantized", f"{len(self.kept)} tensors" + (f" ({kept})" if kept else "")),
+            ("unquantized", f"{len(self.kept)}" + (f" ({kept})" if kept else "")),
             (
                 "weight error",
                 f"median {self.median_error:.5f}, worst {self.worst[0].weight_error:.5f}" if self.layers else "none",

@@ -23,10 +23,10 @@ from ..output.durable import flush_to_disk
 from ..output.layout import TensorLayout
 from ..output.partial import JOURNAL_SUFFIX, PartialFile, claim_partial
 from ..output.publish import flush_folder
-from ..output.staging import Staging, tensor_checksum
 from ..output.writer import write_all
 from ..sources import Source, TensorInfo
 from ..sources.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from ..sources.staging import Staging, tensor_checksum
 
 __all__ = ["FinishedLayer", "JournalFile", "LayerEvent", "RunJournal"]
 

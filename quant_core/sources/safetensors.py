@@ -18,9 +18,9 @@ from typing import BinaryIO
 import torch
 
 from ..errors import SourceError
-from ..output.staging import Staging
 from .dtypes import DTYPE_NAMES, TORCH_DTYPES
 from .source import CPU, TensorInfo
+from .staging import Staging
 
 __all__ = ["SafetensorsFile", "StoredTensors", "bounded_json", "open_regular", "MAX_HEADER", "MAX_RANK", "TOO_LARGE"]
 

@@ -99,7 +99,7 @@ def test_the_table_says_what_happened():
     assert "4 (3 not a weight, 1 normalisation)" in table
     assert "median 0.04000, worst 0.07000" in table
     assert "2 MB → 1 MB (50%)" in table
-    assert "3.2 on cpu" in table and "out.safetensors" in table
+    assert "3.2 s on cpu" in table and "out.safetensors" in table
     assert "worst 1           0.07000  blocks.6.weight 96×32" in table and "worst 5" in table and "worst 6" not in table
     assert "worst 2" not in made.table(worst=1)
 
@@ -114,10 +114,10 @@ def test_the_table_says_which_solver_won_and_by_how_much():
     made = Report("model.safetensors", "int8_tensorwise", "row", "calibrated", "flux", layers=layers)
     table = made.table()
     assert "output error      median 0.02000, worst 0.03000" in table
-    assert "against nearest   median 0.500×; layers won: sequential 2, nearest 1" in table
+    assert "relative to RTN   median 0.500×; best solver: sequential 2, nearest 1" in table
     assert "rounded on the CPU (1 layers)" in table
     assert made.to_dict()["solvers"] == {"sequential": 2, "nearest": 1}
-    assert "against nearest" not in report(0.1).table() and report(0.1).to_dict()["median_gain"] is None
+    assert "relative to RTN" not in report(0.1).table() and report(0.1).to_dict()["median_gain"] is None
 
 
 def test_layers_that_could_not_be_quantized_stand_out():
@@ -125,7 +125,7 @@ def test_layers_that_could_not_be_quantized_stand_out():
         0.1, kept=[LayerKept("a.bias", (8,), "not a weight"), LayerKept("b.weight", (2, 2), "holds NaN", planned=False)]
     )
     assert [kept.name for kept in made.unplanned] == ["b.weight"]
-    (line,) = [line for line in made.table().splitlines() if line.startswith("KEPT")]
+    (line,) = [line for line in made.table().splitlines() if line.startswith("NOT QUANTIZED")]
     assert line.endswith("b.weight: holds NaN")
 
 
