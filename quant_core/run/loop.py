@@ -100,10 +100,10 @@ class QuantizationRun:
         """
         self._emit_start()
         for name in self._plan.names("remove"):
-            self._finish_tensor(self._kept(name, self._plan.decisions[name].reason, removed=True))
-        self._restore_finished_layers()
+            self._report_tensor(self._kept(name, self._plan.decisions[name].reason, removed=True))
+        done = self._restore_finished_layers()
         with self._writer:
-            for name, tensor in read_ahead(self._source, self._remaining_reads(), self._check):
+            for name, tensor in read_ahead(self._source, self._remaining_reads(done), self._check):
                 self._check()
                 if self._plan.decisions[name].action == "keep":
                     self._copy_tensor(name, tensor)
@@ -137,10 +137,10 @@ class QuantizationRun:
             if name.endswith(".weight") and len(shape) > 1:
                 yield PlannedLayer(name=name, shape=shape, kept=decision.reason if decision.action == "keep" else "")
 
-    def _restore_finished_layers(self) -> None:
-        """Report the layers of a killed run as if this run had made them."""
+    def _restore_finished_layers(self) -> set[str]:
+        """Report the layers of a killed run as if this run had made them; returns the names of their source tensors."""
         if self._journal is None or not self._journal.layers:
-            return
+            return set()
         for layer in self._journal.layers:
             if layer.config:
                 self.configs[_base_name(layer.events[0].name)] = layer.config
@@ -148,14 +148,15 @@ class QuantizationRun:
                 self._clock.exclude(self._source.tensors[event.name].nbytes)
                 if isinstance(event, LayerFinished):
                     self._emit(LayerStarted(index=event.index, total=self._total, name=event.name, shape=event.shape))
-                self._finish_tensor(event)
+                self._report_tensor(event)
         self.report.taken_up = len(self.report.layers)
         log.info("%s: resuming: %d of %d layers already done", self._source.name, self.report.taken_up, self._total)
-
-    def _remaining_reads(self) -> list[tuple[str, torch.device]]:
-        """(name, device) of the tensors to read; biases that may be corrected are read with their weight."""
-        done = {event.name for event in (*self.report.layers, *self.report.kept)}
+        done = {event.name for layer in self._journal.layers for event in layer.events}
         self._index = sum(1 for name in self._plan.names("quantize") if name in done)
+        return done
+
+    def _remaining_reads(self, done: set[str]) -> list[tuple[str, torch.device]]:
+        """(name, device) of the tensors to read; biases that may be corrected are read with their weight."""
         skipped = done | set(self._biases.values())
         return [
             (name, read_device(self._plan, name, self._device))
@@ -165,13 +166,13 @@ class QuantizationRun:
 
     def _copy_tensor(self, name: str, tensor: torch.Tensor) -> None:
         tensors = {name: tensor}
-        self._finish_layer(tensors, tensors, self._kept(name, self._plan.decisions[name].reason))
+        self._write_layer(tensors, tensors, self._kept(name, self._plan.decisions[name].reason))
 
     def _quantize_layer(self, name: str, weight: torch.Tensor) -> None:
         """Quantize one weight and correct its bias; a weight with NaN or Inf is copied."""
-        started, index, shape = self._clock.elapsed, self._index, self._source.tensors[name].shape
-        self._index += 1
-        self._emit(LayerStarted(index=index, total=self._total, name=name, shape=shape))
+        index, self._index = self._index, self._index + 1
+        self._emit(LayerStarted(index=index, total=self._total, name=name, shape=self._source.tensors[name].shape))
+        started = self._clock.elapsed
         source_tensors, bias_name, bias = {name: weight}, self._biases.get(name), None
         if bias_name is not None:
             bias = source_tensors[bias_name] = self._source.read(bias_name)
@@ -179,13 +180,13 @@ class QuantizationRun:
             layer = self._round(name, weight, bias)
         except NonFiniteWeightError:
             damaged = self._kept(name, NON_FINITE, planned=False)
-            self._finish_layer(source_tensors, source_tensors, damaged, *self._kept_bias(bias_name))
+            self._write_layer(source_tensors, source_tensors, damaged, *self._kept_bias(bias_name))
             return
         self._writer.wait()  # the time of a layer includes that of writing the previous one
         self.configs[_base_name(name)] = layer.config
         finished = self._finished(name, layer, index=index, started=started)
         kept_bias = self._kept_bias(bias_name, corrected=layer.bias_corrected)
-        self._finish_layer(layer.tensors, source_tensors, finished, *kept_bias)
+        self._write_layer(layer.tensors, source_tensors, finished, *kept_bias)
 
     def _round(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> _QuantizedLayer:
         """Quantize one weight with the recipe and the calibration statistics of its layer."""
@@ -262,16 +263,17 @@ class QuantizationRun:
             return []
         return [self._kept(name, BIAS_CORRECTED if corrected else self._plan.decisions[name].reason)]
 
-    def _finish_layer(
+    def _write_layer(
         self, tensors: Mapping[str, torch.Tensor], source_tensors: Mapping[str, torch.Tensor], *events: LayerEvent
     ) -> None:
         """Hand the tensors of a layer to the writer and report its events, the first of which is of its weight."""
         self.report.bytes_out += sum(tensor.nbytes for tensor in tensors.values())
         self._writer.add(tensors, events, self.configs.get(_base_name(events[0].name)), source_tensors)
         for event in events:
-            self._finish_tensor(event)
+            self._report_tensor(event)
 
-    def _finish_tensor(self, event: LayerEvent) -> None:
+    def _report_tensor(self, event: LayerEvent) -> None:
+        """Add an event to the report and emit it."""
         if isinstance(event, LayerFinished):
             self.report.layers.append(event)
         else:
