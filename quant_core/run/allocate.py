@@ -93,7 +93,8 @@ def allocate_formats(
             f"The target has room for all of {source.name} unquantized; choose a smaller target size or a larger target error."
         )
     point = next(point for point in curve if point[0] == fixed + _total_size(chosen.values()))
-    return replace(plan, decisions=decisions, choice=Choice(_thin_out(curve, point), point, bool(sensitivities)))
+    choice = Choice(curve=_thin_out(curve, point), chosen=point, sensitive=bool(sensitivities))
+    return replace(plan, decisions=decisions, choice=choice)
 
 
 def _candidate_layers(
@@ -129,7 +130,7 @@ def _measure_options(
     rows = inputs.holdout_rows
     rows = None if rows is None else rows[:_MAX_ROWS].to(device, torch.float32)
     hessian = inputs.gram if rows is None else None
-    options = [_Option(source.tensors[name].nbytes, 0.0)]
+    options = [_Option(size=source.tensors[name].nbytes, cost=0.0)]
     for choice in _CANDIDATES + (_BLOCK_CANDIDATES if recipe.block_formats else ()):
         if isinstance(choice.convrot, int) and choice.convrot and matrix.shape[1] % choice.convrot:
             continue
@@ -137,7 +138,7 @@ def _measure_options(
             size, error = _quantize(name, weight, matrix, choice, rows, hessian, check)
         except NonFiniteWeightError:
             return options
-        options.append(_Option(size, sensitivity * error**2, choice))
+        options.append(_Option(size=size, cost=sensitivity * error**2, format=choice))
     return options
 
 
@@ -237,8 +238,8 @@ def _decide(name: str, chosen: Mapping[str, _Option], planned: Decision) -> Deci
     if name not in chosen:
         return planned
     if chosen[name].format is None:
-        return Decision("keep", "mixed precision: the bytes saved are not worth the error")
-    return Decision("quantize", format=chosen[name].format)
+        return Decision(action="keep", reason="mixed precision: the bytes saved are not worth the error")
+    return Decision(action="quantize", format=chosen[name].format)
 
 
 def _thin_out(curve: list[Point], chosen: Point) -> tuple[Point, ...]:

@@ -186,7 +186,7 @@ class RunJournal:
         tensors = {} if read is None else {event.name: read(event.name) for event in events}
         if record["source_crc"] != self._checksums(tensors):
             raise ValueError("the weights have changed")
-        return FinishedLayer(events, config)
+        return FinishedLayer(events=events, config=config)
 
     def _start_flush(self) -> None:
         """Flush both files in the background, unless the previous flush still runs."""
