@@ -22,7 +22,7 @@ from learned_rounding.quant_core import Recipe, quantize_weight
 from learned_rounding.quant_core.calibration import Collector, InMemoryCalibration, LayerStatistics, LowRankHessian
 from learned_rounding.quant_core.calibration.accumulate import PackedHessianAccumulator
 from learned_rounding.quant_core.calibration.panels import packed_size
-from learned_rounding.quant_core.run.allocate import measure_plan
+from learned_rounding.quant_core.run.allocate import allocate_formats
 from learned_rounding.quant_core.sources import TensorSource
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,7 +159,7 @@ def rounding(args) -> list[dict]:
     calibration = InMemoryCalibration({name: layer_statistics[shape[1]] for name, shape in shapes})
     recipe = Recipe(format="measured")
     nothing = {"emit": lambda event: None, "check": lambda: None}
-    seconds = _measure_seconds(lambda: measure_plan(source, recipe, calibration, device=DEVICE, **nothing))
+    seconds = _measure_seconds(lambda: allocate_formats(source, recipe, calibration, device=DEVICE, **nothing))
     rows.append({"section": "measured", "layers": len(shapes), "seconds": seconds})
     return rows
 

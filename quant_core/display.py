@@ -1,14 +1,14 @@
-"""Text for people: byte counts, Markdown tables, escaped control characters."""
+"""Text output: byte counts, Markdown tables, escaped control characters."""
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["human_bytes", "markdown_table", "shown"]
+__all__ = ["escape_unprintable", "human_bytes", "markdown_table"]
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def human_bytes(count: float) -> str:
-    """Decimal units, three digits: 19.2 MB."""
+    """A byte count in decimal units with 3 significant digits: 19.2 MB."""
     power = 0
     while count >= 999.5 and power < len(_UNITS) - 1:
         count, power = count / 1000, power + 1
@@ -16,14 +16,14 @@ def human_bytes(count: float) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table, its first column to the left and the others to the right."""
+    """A Markdown table; the first column is left-aligned, the others are right-aligned."""
     marks = [":--", *["--:"] * (len(header) - 1)]
     lines = [header, marks, *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shown(text: str, allowed: str = "") -> str:
-    """``text`` with all characters but those of ``allowed`` escaped that are not seen as what they are."""
+def escape_unprintable(text: str, allowed: str = "") -> str:
+    """Escape control characters and other unprintable characters in ``text``, except those in ``allowed``."""
     if text.isprintable():
         return text
     return "".join(

@@ -1,4 +1,4 @@
-"""What happens during a run, as values. Progress bars, the widget and the report are listeners."""
+"""Events of a run. Progress bars, the progress panel and the report are listeners."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +20,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all events."""
+    """Base class of all events."""
 
 
 @dataclass(frozen=True)
 class LayerMeasured(Event):
-    """Before a run that chooses formats by measurement: it turns to one layer of ``total``; ``index`` counts from 0."""
+    """Bit allocation begins to measure one layer, before the run starts.
+
+    Attributes:
+        index: number of the layer, from 0.
+        total: number of layers to measure.
+        name: name of the weight.
+    """
 
     index: int
     total: int
@@ -34,7 +40,13 @@ class LayerMeasured(Event):
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A weight of two or more dimensions; ``kept`` says why it stays as it is, empty where it is going to be quantized."""
+    """A weight with two or more dimensions.
+
+    Attributes:
+        name: name of the weight.
+        shape: its shape.
+        kept: reason why it stays unquantized, empty if it is to be quantized.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -43,9 +55,16 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """``layers``: how many will be quantized; ``kept``: tensors copied as they are; ``bytes_in``: source size in bytes.
+    """A run starts.
 
-    ``plan``: all weights of two or more dimensions, in the order of the source. ``rounding``: what the recipe's comes to.
+    Attributes:
+        source: name of the source.
+        format, granularity, preset: of the recipe.
+        layers: number of layers to quantize.
+        kept: number of other tensors.
+        bytes_in: size of the source tensors in bytes.
+        plan: all weights with two or more dimensions, in the order of the source.
+        rounding: rounding of the recipe, with "auto" resolved.
     """
 
     source: str
@@ -61,7 +80,14 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class LayerStarted(Event):
-    """``index`` counts from 0; ``shape`` is (out, in)."""
+    """The run begins to quantize one layer.
+
+    Attributes:
+        index: number of the layer, from 0.
+        total: number of layers to quantize.
+        name: name of the weight.
+        shape: its shape, (out, in).
+    """
 
     index: int
     total: int
@@ -71,10 +97,18 @@ class LayerStarted(Event):
 
 @dataclass(frozen=True)
 class LayerFinished(Event):
-    """One quantized layer; times are in seconds, ``eta`` is what the whole run still needs.
+    """One layer is quantized.
 
-    ``convrot`` is the group of its rotation, ``scale`` the smallest and the largest of its scales. ``solver``, ``weight_error``,
-    ``gain``, ``output_error`` and ``note`` are those of :class:`~learned_rounding.quant_core.formats.Rounded`.
+    Attributes:
+        index, total, name, shape: as in :class:`LayerStarted`.
+        format, granularity: of this layer.
+        seconds: time of this layer in s.
+        bytes_in, bytes_out: size of the weight in the source, and of the tensors of the layer in the output.
+        elapsed: time in s since the run started.
+        eta: time in s that the rest of the run takes.
+        solver, weight_error, gain, output_error, note: see :class:`~learned_rounding.quant_core.formats.Rounded`.
+        convrot: group size of the rotation, None without one.
+        scale: smallest and largest scale.
     """
 
     index: int
@@ -99,28 +133,38 @@ class LayerFinished(Event):
 
 @dataclass(frozen=True)
 class LayerKept(Event):
-    """A tensor copied in its source dtype, or left out of the output (``removed``), and why."""
+    """A tensor is copied unquantized, or removed.
+
+    Attributes:
+        name, shape: of the tensor.
+        reason: why it is not quantized.
+        removed: it is not in the output.
+        planned: False for a layer that was to be quantized but cannot be.
+    """
 
     name: str
     shape: tuple[int, ...]
     reason: str
     removed: bool = False
-    planned: bool = True  # False: it was to be quantized, and could not be
+    planned: bool = True
 
 
 @dataclass(frozen=True)
 class RunFinished(Event):
-    """``report`` is the :class:`~learned_rounding.quant_core.run.report.Report` of the run."""
+    """The run is over; ``report`` is its :class:`~learned_rounding.quant_core.run.report.Report`."""
 
     report: object
 
 
 @dataclass(frozen=True)
 class CalibrationAdvanced(Event):
-    """How far a calibration of ``layers`` layers is: ``done`` of ``total`` of its present ``unit``, 0 at the start.
+    """Progress of a calibration.
 
-    ``unit``: "steps" of the sampler over all pictures, "prompts" that are encoded, or, after either, "probes" of layers' sensitivity.
-    ``elapsed``: seconds since the first of that unit began.
+    Attributes:
+        layers: number of layers.
+        unit: "steps" of the sampler over all images, "prompts" to encode, or "probes" of the sensitivity of layers.
+        done, total: finished and all units, from 0.
+        elapsed: time in s since the first unit of this kind began.
     """
 
     layers: int
@@ -132,7 +176,14 @@ class CalibrationAdvanced(Event):
 
 @dataclass(frozen=True)
 class CalibrationFinished(Event):
-    """``tokens``: looked at for each of the ``layers`` at least; ``bytes``: of the file; ``seconds``: the whole calibration."""
+    """A calibration is over.
+
+    Attributes:
+        layers: number of layers.
+        tokens: smallest number of tokens that a layer was calibrated with.
+        bytes: size of the calibration file.
+        seconds: time of the whole calibration in s.
+    """
 
     layers: int
     tokens: int
@@ -141,3 +192,4 @@ class CalibrationFinished(Event):
 
 
 Listener = Callable[[Event], None]
+"""Called with every event of a run."""

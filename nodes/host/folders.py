@@ -16,7 +16,7 @@ import folder_paths
 
 from ...quant_core.errors import OutputError, QuantizationError, SourceError
 from ...quant_core.output import remove_leftovers
-from ...quant_core.output.durable import to_disk
+from ...quant_core.output.durable import flush_to_disk
 from ...quant_core.sources import ShardedFiles
 
 try:
@@ -256,7 +256,7 @@ def _copy(path: Path, folder: Path, stem: str, suffix: str) -> Path:
                     fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _copy_bytes(source, target)
             target.flush()
-            to_disk(target.fileno())
+            flush_to_disk(target.fileno())
         return _first_free(folder, stem, suffix, lambda target: _name(partial, target))
     finally:
         partial.unlink(missing_ok=True)

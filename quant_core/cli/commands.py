@@ -18,7 +18,7 @@ from ... import kernels
 from ..calibration import CalibrationFile
 from ..convert.dequantize import DecodedSource
 from ..convert.migrate import migrate_file
-from ..display import human_bytes, shown
+from ..display import escape_unprintable, human_bytes
 from ..errors import OutputError, QuantizationError, RecipeError
 from ..events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, RunStarted
 from ..formats import FORMATS, GRANULARITIES, with_granularity
@@ -417,7 +417,7 @@ class _Progress:
             self.close()
             self._start(event.layers)
         elif isinstance(event, LayerStarted):
-            self._bar.set_postfix_str(shown(event.name)[-48:], refresh=False)
+            self._bar.set_postfix_str(escape_unprintable(event.name)[-48:], refresh=False)
         elif isinstance(event, LayerFinished):
             self._bar.update()
             output = "" if event.output_error is None else f"  output error {event.output_error:.5f}"
@@ -435,7 +435,7 @@ class _Progress:
 
     def _line(self, text: str) -> None:
         if self._verbose:
-            print(shown(text))
+            print(escape_unprintable(text))
 
     def close(self) -> None:
         if self._bar is not None:
@@ -507,7 +507,10 @@ def _print_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> int
     print(plan.explanation)
     for name, decision in plan.decisions.items():
         own = f"  as {recipe.of(decision).description}" if decision.format else ""
-        print(f"{decision.action:<8}  {shown(name)}{own}" + (f"  ({decision.reason})" if decision.reason else ""))
+        print(
+            f"{decision.action:<8}  {escape_unprintable(name)}{own}"
+            + (f"  ({decision.reason})" if decision.reason else "")
+        )
     if recipe.measured:
         print("Formats are chosen when the layers are measured: neither size nor time can be told before.")
         return 0
@@ -533,7 +536,7 @@ def _migrate(args: argparse.Namespace) -> int:
     for change, count in done.changes.items():
         print(f"  {change}: {count}")
     for name in done.removed:
-        print(f"  removed: {shown(name)}")
+        print(f"  removed: {escape_unprintable(name)}")
     return 0
 
 
@@ -545,7 +548,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     result = verify_file(args.file)
     for problem in result.problems:
-        print(shown(problem), file=sys.stderr)
+        print(escape_unprintable(problem), file=sys.stderr)
     if result.problems:
         print(f"{args.file}: {len(result.problems)} problem(s) in {result.layers} quantized layers.", file=sys.stderr)
         return 1
@@ -616,7 +619,7 @@ def _run(args: argparse.Namespace) -> int:
         if hasattr(args, "debug"):
             traceback.print_exc()
         known = isinstance(error, QuantizationError)
-        print(f"lrq: {shown(str(error) if known else _unexpected(error))}", file=sys.stderr)
+        print(f"lrq: {escape_unprintable(str(error) if known else _unexpected(error))}", file=sys.stderr)
         return 1
 
 

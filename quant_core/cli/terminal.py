@@ -5,7 +5,7 @@ import os
 import stat
 from typing import TextIO
 
-from ..display import shown
+from ..display import escape_unprintable
 
 __all__ = ["Printed"]
 
@@ -17,7 +17,7 @@ class Printed:
 
     Args:
         stream: where the text goes; None, as Python has it where the stream was closed, for nowhere.
-        allowed: see :func:`shown`.
+        allowed: see :func:`escape_unprintable`.
         raises: failures that do end the work.
     """
 
@@ -30,7 +30,7 @@ class Printed:
 
     def write(self, text: str) -> int:
         """As a stream's."""
-        self._try(self._stream.write, shown(text, self._allowed))
+        self._try(self._stream.write, escape_unprintable(text, self._allowed))
         return len(text)
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""What survives a power cut."""
+"""fsync that also flushes the drive cache on macOS."""
 
 import errno
 import os
@@ -8,19 +8,19 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["to_disk"]
+__all__ = ["flush_to_disk"]
 
-_FULL = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: os.fsync leaves it in the cache of the disk
-_NOT_THERE = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENODEV)  # on some of its network disks
+_FULL_FSYNC = getattr(fcntl, "F_FULLFSYNC", None)  # macOS, where os.fsync leaves data in the drive cache
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENODEV)  # network disks of macOS
 
 
-def to_disk(descriptor: int) -> None:
-    """Wait until the disk has an open file, or folder. Raises OSError when it has not."""
-    if _FULL is not None:
+def flush_to_disk(descriptor: int) -> None:
+    """Wait until an open file or folder is on the disk. Raises OSError if the disk fails."""
+    if fcntl is not None and _FULL_FSYNC is not None:
         try:
-            fcntl.fcntl(descriptor, _FULL)
+            fcntl.fcntl(descriptor, _FULL_FSYNC)
             return
         except OSError as error:
-            if error.errno not in _NOT_THERE:
+            if error.errno not in _UNSUPPORTED:
                 raise
     os.fsync(descriptor)

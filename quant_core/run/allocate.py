@@ -1,25 +1,25 @@
-"""Format "measured": for every layer the format, or none, that costs the model least, chosen by its real inputs.
+"""Mixed precision: the bit allocation of format "measured", from the output error of every layer in every candidate format.
 
-Each layer is quantized in every candidate format and run on its held-out inputs, quantized as ComfyUI will quantize
-them. The error of its output times what such an error does to the model's own output (the calibration's sensitivity)
-is what a candidate costs. Errors of different layers are taken to add up, as independent noise does, so the best set
-within a size is found by spending bytes where they save the most error (Lagrange multipliers over each layer's convex
-hull: Shoham & Gersho, Efficient Bit Allocation for an Arbitrary Set of Quantizers, 1988).
+Each layer is quantized in every candidate format and run on its validation activations, quantized as ComfyUI quantizes them.
+The cost of a candidate is the squared relative error of the layer's output times the layer's sensitivity, which is the effect
+of such an error on the output of the model. Errors of different layers are assumed to add up like independent noise, so the
+best allocation within a size takes the steps with the largest decrease in error per byte (Lagrange multipliers over the
+convex hull of each layer: Shoham & Gersho, Efficient Bit Allocation for an Arbitrary Set of Quantizers, 1988).
 """
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..calibration import Calibration, LayerStatistics
+from ..calibration import Calibration, Hessian, LayerStatistics
 from ..cancellation import CancelCheck
 from ..display import human_bytes
 from ..errors import NonFiniteWeightError, NothingToQuantizeError, RecipeError
 from ..events import LayerMeasured, Listener
-from ..formats import GROUP_SIZES, QuantizedWeight
+from ..formats import GROUP_SIZES
 from ..layer import output_error
 from ..quantize_layer import quantize_weight
 from ..recipes import Decision, FormatChoice, Plan, Recipe
@@ -27,29 +27,38 @@ from ..recipes.plan import Choice
 from ..recipes.presets import COMMON
 from ..sources import Source
 
-__all__ = ["measure_plan"]
+__all__ = ["allocate_formats"]
 
-_ROOM = 0.05  # of what all layers take in 8 bits: how much keeping what hurts may add when no target is given
-_POINTS = 40  # of the curve in the report
-_MOST_ROWS = 512  # of held-out inputs
-_STOCK = (
+_MARGIN = 0.05  # without a target, unquantized layers may add this fraction of the size of all layers in 8 bits
+_CURVE_POINTS = 40  # in the report
+_MAX_ROWS = 512  # of validation activations
+_CANDIDATES = (
     FormatChoice("int8_tensorwise", "row"),
     *(FormatChoice("int8_tensorwise", "row", convrot=size) for size in GROUP_SIZES),
     FormatChoice("float8_e4m3fn", "tensor"),
 )
-_BLOCKS = (FormatChoice("int8_blockwise", "block"), FormatChoice("float8_e4m3fn_blockwise", "block"))
+_BLOCK_CANDIDATES = (FormatChoice("int8_blockwise", "block"), FormatChoice("float8_e4m3fn_blockwise", "block"))
+
+Point = tuple[int, float]
+"""Size of the file in bytes, and relative error of the model output."""
 
 
 @dataclass(frozen=True)
 class _Option:
-    """One way to store a layer: bytes in the file, share of the model's squared output error; no format keeps it."""
+    """One way to store a layer.
 
-    bytes: int
-    error: float
+    Attributes:
+        size: bytes in the file.
+        cost: contribution to the squared relative error of the model output.
+        format: format of the layer, None for unquantized.
+    """
+
+    size: int
+    cost: float
     format: FormatChoice | None = None
 
 
-def measure_plan(
+def allocate_formats(
     source: Source,
     recipe: Recipe,
     calibration: Calibration,
@@ -58,90 +67,106 @@ def measure_plan(
     emit: Listener,
     check: CancelCheck,
 ) -> Plan:
-    """``recipe.plan(source)`` with the format of every layer decided by measurement.
+    """``recipe.plan(source)`` with a measured format for every layer.
 
-    Where the calibration holds sensitivities, layers that the preset keeps are candidates too.
+    Layers that only the preset skips are candidates too if the calibration has their sensitivities.
 
     Raises:
-        RecipeError: no size within reach is as small as the target.
-        NothingToQuantizeError: the target is so generous that every layer is kept.
+        RecipeError: the target size is smaller than the model in 8 bits.
+        NothingToQuantizeError: the target is so large that no layer is quantized.
     """
     plan = recipe.plan(source, check=check)
-    names = _candidates(source, recipe, plan, calibration, check)
+    names = _candidate_layers(source, recipe, plan, calibration, check)
     sensitivities = {name: known for name in names if (known := _sensitivity(calibration, name)) is not None}
-    unknown = statistics.median(sensitivities.values()) if sensitivities else 1 / max(len(names), 1)
+    default = statistics.median(sensitivities.values()) if sensitivities else 1 / max(len(names), 1)
     options: dict[str, list[_Option]] = {}
     for index, name in enumerate(names):
         check()
-        emit(LayerMeasured(index, len(names), name))
+        emit(LayerMeasured(index=index, total=len(names), name=name))
         known = calibration.layer_statistics(name.removesuffix(".weight")) or LayerStatistics()
-        weigh = sensitivities.get(name, unknown)
-        options[name] = _hull(_options(source, name, recipe, known, weigh, device, check))
-    others = sum(source.tensors[name].nbytes for name in plan.output_names() if name not in options)
-    taken, curve = _spend(options, recipe, others)
-    decisions = {name: _decision(name, taken, decision) for name, decision in plan.decisions.items()}
+        measured = _measure_options(source, name, recipe, known, sensitivities.get(name, default), device, check)
+        options[name] = _lower_hull(measured)
+    fixed = sum(source.tensors[name].nbytes for name in plan.output_names() if name not in options)
+    chosen, curve = _allocate(options, recipe, fixed)
+    decisions = {name: _decide(name, chosen, decision) for name, decision in plan.decisions.items()}
     if all(decision.action != "quantize" for decision in decisions.values()):
-        raise NothingToQuantizeError(f"The target holds the whole model of {source.name} as it is; ask for less.")
-    chosen = next(point for point in curve if point[0] == others + sum(option.bytes for option in taken.values()))
-    return replace(plan, decisions=decisions, choice=Choice(_thinned(curve, chosen), chosen, bool(sensitivities)))
+        raise NothingToQuantizeError(
+            f"The target has room for all of {source.name} unquantized; choose a smaller target size or a larger target error."
+        )
+    point = next(point for point in curve if point[0] == fixed + _total_size(chosen.values()))
+    choice = Choice(curve=_thin_out(curve, point), chosen=point, sensitive=bool(sensitivities))
+    return replace(plan, decisions=decisions, choice=choice)
 
 
-def _candidates(source: Source, recipe: Recipe, plan: Plan, calibration: Calibration, check: CancelCheck) -> list[str]:
-    """Layers to measure: those the plan quantizes, and those that only the preset keeps if it is known what hurts."""
-    free = set(recipe.plan(source, preset=COMMON, check=check).names("quantize"))
+def _candidate_layers(
+    source: Source, recipe: Recipe, plan: Plan, calibration: Calibration, check: CancelCheck
+) -> list[str]:
+    """Weights that the plan quantizes, and those with a known sensitivity that only the preset skips."""
+    eligible = set(recipe.plan(source, preset=COMMON, check=check).names("quantize"))
 
-    def wanted(name: str, action: str) -> bool:
-        return action == "quantize" or action == "keep" and name in free and _sensitivity(calibration, name) is not None
+    def is_candidate(name: str, action: str) -> bool:
+        if action == "quantize":
+            return True
+        return action == "keep" and name in eligible and _sensitivity(calibration, name) is not None
 
-    return [name for name, decision in plan.decisions.items() if wanted(name, decision.action)]
+    return [name for name, decision in plan.decisions.items() if is_candidate(name, decision.action)]
 
 
 def _sensitivity(calibration: Calibration, name: str) -> float | None:
     return calibration.sensitivity(name.removesuffix(".weight"))
 
 
-def _options(
+def _measure_options(
     source: Source,
     name: str,
     recipe: Recipe,
     known: LayerStatistics,
-    weigh: float,
+    sensitivity: float,
     device: torch.device,
     check: CancelCheck,
 ) -> list[_Option]:
-    """Keeping the layer, and every candidate that its shape allows."""
+    """The unquantized layer, and every candidate format that its shape allows; the former alone for NaN or Inf."""
     weight = source.read(name, device)
     matrix = weight.float()
     rows = known.validation_activations
-    rows = None if rows is None else rows[:_MOST_ROWS].to(device, torch.float32)
-    gram = known.hessian if rows is None else None
-    found = [_Option(source.tensors[name].nbytes, 0.0)]
-    for choice in _STOCK + (_BLOCKS if recipe.block_formats else ()):
-        if choice.convrot and matrix.shape[1] % choice.convrot:
+    rows = None if rows is None else rows[:_MAX_ROWS].to(device, torch.float32)
+    hessian = known.hessian if rows is None else None
+    options = [_Option(size=source.tensors[name].nbytes, cost=0.0)]
+    for choice in _CANDIDATES + (_BLOCK_CANDIDATES if recipe.block_formats else ()):
+        if isinstance(choice.convrot, int) and choice.convrot and matrix.shape[1] % choice.convrot:
             continue
         try:
-            made = quantize_weight(
-                weight, **choice.options, hessian=gram, rounding="auto" if gram is None else "nearest", check=check
-            )
+            size, error = _quantize(name, weight, matrix, choice, rows, hessian, check)
         except NonFiniteWeightError:
-            return found
-        size = sum(tensor.nbytes for tensor in made.tensors(name.removesuffix(".weight")).values())
-        found.append(_Option(size, weigh * _error(matrix, made, rows) ** 2, choice))
-    return found
+            return options
+        options.append(_Option(size=size, cost=sensitivity * error**2, format=choice))
+    return options
 
 
-def _error(weight: torch.Tensor, made: QuantizedWeight, rows: torch.Tensor | None) -> float:
-    """Relative error of the layer's output, its inputs quantized as well where some are known."""
-    if rows is None:
-        return made.weight_error if made.output_error is None else made.output_error
-    return output_error(weight, made, rows)
+def _quantize(
+    name: str,
+    weight: torch.Tensor,
+    matrix: torch.Tensor,
+    choice: FormatChoice,
+    rows: torch.Tensor | None,
+    hessian: Hessian | None,
+    check: CancelCheck,
+) -> tuple[int, float]:
+    """Size in bytes and relative output error of a layer in one format, with quantized activations if ``rows`` are given."""
+    quantized = quantize_weight(
+        weight, **choice.options, hessian=hessian, rounding="auto" if hessian is None else "nearest", check=check
+    )
+    size = sum(tensor.nbytes for tensor in quantized.tensors(name.removesuffix(".weight")).values())
+    if rows is not None:
+        return size, output_error(matrix, quantized, rows)
+    return size, quantized.weight_error if quantized.output_error is None else quantized.output_error
 
 
-def _hull(options: list[_Option]) -> list[_Option]:
-    """The lower convex hull of (bytes, error), from the fewest bytes on; of equals the first."""
+def _lower_hull(options: list[_Option]) -> list[_Option]:
+    """The lower convex hull of (size, cost) from the smallest size on; of equal options the first."""
     hull: list[_Option] = []
-    for option in sorted(options, key=lambda option: (option.bytes, option.error)):
-        if hull and option.error >= hull[-1].error:
+    for option in sorted(options, key=lambda option: (option.size, option.cost)):
+        if hull and option.cost >= hull[-1].cost:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], option):
             hull.pop()
@@ -149,66 +174,75 @@ def _hull(options: list[_Option]) -> list[_Option]:
     return hull
 
 
-def _slope(fewer: _Option, more: _Option) -> float:
-    return (fewer.error - more.error) / (more.bytes - fewer.bytes)
+def _slope(smaller: _Option, larger: _Option) -> float:
+    """Decrease in cost per byte."""
+    return (smaller.cost - larger.cost) / (larger.size - smaller.size)
 
 
-def _spend(
-    options: Mapping[str, list[_Option]], recipe: Recipe, others: int
-) -> tuple[dict[str, _Option], list[tuple[int, float]]]:
-    """The option of each layer, and the curve of (file bytes, relative output error of the model) from small to large."""
-    taken = {name: hull[0] for name, hull in options.items()}
-    size, error = (
-        others + sum(option.bytes for option in taken.values()),
-        sum(option.error for option in taken.values()),
-    )
-    allowed, wanted = _targets(recipe, size, size - others)
+def _total_size(options: Iterable[_Option]) -> int:
+    return sum(option.size for option in options)
+
+
+def _total_error(options: Iterable[_Option]) -> float:
+    return math.sqrt(sum(option.cost for option in options))
+
+
+def _allocate(
+    options: Mapping[str, list[_Option]], recipe: Recipe, fixed: int
+) -> tuple[dict[str, _Option], list[Point]]:
+    """The option of each layer, and the curve from the smallest to the largest file; ``fixed``: bytes of other tensors."""
+    chosen = {name: hull[0] for name, hull in options.items()}
+    size, cost = fixed + _total_size(chosen.values()), sum(option.cost for option in chosen.values())
+    max_size, target_error = _targets(recipe, size, size - fixed)
     steps = sorted(
-        ((name, fewer, more) for name, hull in options.items() for fewer, more in zip(hull, hull[1:], strict=False)),
-        key=lambda step: -_slope(*step[1:]),
+        (
+            (name, smaller, larger)
+            for name, hull in options.items()
+            for smaller, larger in zip(hull, hull[1:], strict=False)
+        ),
+        key=lambda step: -_slope(step[1], step[2]),
     )
-    curve = [(size, math.sqrt(error))]
-    skipped: set[str] = set()
-    spending = True
-    for name, fewer, more in steps:
-        size, error = size + more.bytes - fewer.bytes, max(error + more.error - fewer.error, 0.0)
-        curve.append((size, math.sqrt(error)))
-        spent = others + sum(option.bytes for option in taken.values())
-        spending = spending and math.sqrt(sum(option.error for option in taken.values())) > wanted
-        if not spending or name in skipped or spent + more.bytes - fewer.bytes > allowed:
-            skipped.add(name)  # and with it the layer's further steps; smaller layers may still fit
+    curve = [(size, math.sqrt(cost))]
+    finished: set[str] = set()  # layers with a step that was too large: their further steps do not apply
+    for name, smaller, larger in steps:
+        size, cost = size + larger.size - smaller.size, max(cost + larger.cost - smaller.cost, 0.0)
+        curve.append((size, math.sqrt(cost)))
+        next_size = fixed + _total_size(chosen.values()) + larger.size - smaller.size
+        reached = _total_error(chosen.values()) <= target_error
+        if reached or name in finished or next_size > max_size:
+            finished.add(name)
         else:
-            taken[name] = more
-    reached = (
-        others + sum(option.bytes for option in taken.values()),
-        math.sqrt(sum(option.error for option in taken.values())),
-    )
-    return taken, sorted({*curve, reached})
+            chosen[name] = larger
+    point = fixed + _total_size(chosen.values()), _total_error(chosen.values())
+    return chosen, sorted({*curve, point})
 
 
 def _targets(recipe: Recipe, least: int, layers: int) -> tuple[float, float]:
-    """How many bytes the file may have, and the error that is good enough."""
+    """Largest size of the file in bytes, and the error below which no more bytes are spent.
+
+    ``least``: size of the smallest possible file; ``layers``: bytes of its quantized layers.
+    """
     if recipe.target_error is not None:
         return math.inf, recipe.target_error
     if recipe.target_size is None:
-        return least + _ROOM * layers, 0.0
+        return least + _MARGIN * layers, 0.0
     allowed = recipe.target_size * 1e9
     if allowed < least:
         raise RecipeError(
-            f"The target size of {human_bytes(allowed)} is out of reach: with every layer in 8 bits the model takes "
+            f"The target size of {human_bytes(allowed)} is too small: with every layer in 8 bits the model takes "
             f"{human_bytes(least)}; raise the target."
         )
     return allowed, 0.0
 
 
-def _decision(name: str, taken: Mapping[str, _Option], before: Decision) -> Decision:
-    if name not in taken:
-        return before
-    if taken[name].format is None:
-        return Decision("keep", "measured: what it saves is not worth its error")
-    return Decision("quantize", format=taken[name].format)
+def _decide(name: str, chosen: Mapping[str, _Option], planned: Decision) -> Decision:
+    if name not in chosen:
+        return planned
+    if chosen[name].format is None:
+        return Decision(action="keep", reason="mixed precision: the bytes saved are not worth the error")
+    return Decision(action="quantize", format=chosen[name].format)
 
 
-def _thinned(curve: list[tuple[int, float]], chosen: tuple[int, float]) -> tuple[tuple[int, float], ...]:
-    step = max(1, len(curve) // _POINTS)
+def _thin_out(curve: list[Point], chosen: Point) -> tuple[Point, ...]:
+    step = max(1, len(curve) // _CURVE_POINTS)
     return tuple(sorted({*curve[::step], curve[-1], chosen}))

@@ -1,4 +1,4 @@
-"""What a run will give and take, before it is run: bytes from shapes, seconds from one made-up layer of each shape."""
+"""Size and time of a run before it starts: bytes from shapes, seconds from one random weight of each shape."""
 
 import math
 import time
@@ -14,11 +14,11 @@ __all__ = ["estimate_seconds", "estimate_size"]
 
 
 def estimate_size(source: Source, recipe: Recipe, plan: Plan) -> int:
-    """Bytes of all tensors of the file that the plan leads to, its header left aside."""
-    return sum(_size(name, source.tensors[name], recipe, plan) for name in plan.output_names())
+    """Bytes of all tensors of the output, without its header."""
+    return sum(_tensor_size(name, source.tensors[name], recipe, plan) for name in plan.output_names())
 
 
-def _size(name: str, info: TensorInfo, recipe: Recipe, plan: Plan) -> int:
+def _tensor_size(name: str, info: TensorInfo, recipe: Recipe, plan: Plan) -> int:
     decision = plan.decisions[name]
     if decision.action != "quantize":
         return info.nbytes
@@ -26,19 +26,21 @@ def _size(name: str, info: TensorInfo, recipe: Recipe, plan: Plan) -> int:
 
 
 def estimate_seconds(source: Source, recipe: Recipe, plan: Plan, device: torch.device) -> float:
-    """Seconds of rounding on ``device``, without a calibration; reading and writing, which go on meanwhile, are not in it.
+    """Time in s of the rounding on ``device`` without a calibration; reading and writing run at the same time and are not included.
 
-    Of each shape and recipe a random weight is quantized twice, and the second time counts for all layers alike.
+    A random weight of each shape and recipe is quantized twice; the second time applies to all layers like it.
     """
     layers = Counter((source.tensors[name], recipe.of(plan.decisions[name])) for name in plan.names("quantize"))
-    return sum(count * _seconds(info, own, device) for (info, own), count in layers.items())
+    return sum(count * _time_layer(info, layer_recipe, device) for (info, layer_recipe), count in layers.items())
 
 
-def _seconds(info: TensorInfo, recipe: Recipe, device: torch.device) -> float:
+def _time_layer(info: TensorInfo, recipe: Recipe, device: torch.device) -> float:
+    """Time in s to quantize a random weight."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(info.shape, generator=generator, device=device, dtype=torch.float32).to(info.dtype)
     weight /= math.sqrt(info.shape[1])
-    for _ in range(2):  # the first compiles kernels
+    seconds = 0.0
+    for _ in range(2):  # the first pass compiles kernels
         start = time.perf_counter()
         quantize_weight(weight, **recipe.layer_options).qdata.cpu()
         seconds = time.perf_counter() - start

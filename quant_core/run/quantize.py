@@ -1,488 +1,47 @@
-"""The one loop: tensors in, quantized tensors out, events on the way. Nodes and command line both run it."""
+"""Quantize a state dict or a model file. Nodes and command line both call these functions."""
 
-import contextlib
-import functools
-import json
-import logging
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from ... import kernels
-from ..calibration import Calibration, LayerStatistics, input_scale
-from ..cancellation import CancelCheck, wait_for
-from ..errors import (
-    CalibrationError,
-    NonFiniteWeightError,
-    NothingToQuantizeError,
-    OutOfMemoryError,
-    OutputExistsError,
-    QuantizationError,
-    SourceError,
-)
-from ..events import LayerFinished, LayerKept, LayerStarted, Listener, PlannedLayer, RunFinished, RunStarted
-from ..formats.layer_json import QUANTIZATION_KEY, quantization_metadata
-from ..output import (
-    PROVENANCE_KEY,
-    SafetensorsWriter,
-    final_path,
-    header_bytes,
-    keep_apart,
-    loading_note,
-    provenance,
-    remove_leftovers,
-)
-from ..output.staging import Staging, tensor_checksum
-from ..quantize_layer import quantize_weight
+from ..calibration import Calibration
+from ..cancellation import CancelCheck
+from ..errors import OutputExistsError, QuantizationError
+from ..events import Event, Listener, RunFinished
+from ..output import SafetensorsWriter, final_path, keep_apart, remove_leftovers
 from ..recipes import Plan, Recipe
-from ..recipes.presets import NONE
-from ..sources import SafetensorsFile, Source, TensorInfo, TensorSource, open_source
-from ..sources.source import CPU, fingerprint
-from ..version import VERSION
-from .allocate import measure_plan
+from ..sources import Source, TensorSource, open_source
+from .allocate import allocate_formats
+from .fingerprint import FileStates, has_fingerprint, input_paths, may_be_newer, run_fingerprint, run_key
+from .header import check_name_collisions, file_metadata, header_bound, planned_configs
+from .loop import QuantizationRun, read_device
+from .memory import explain_out_of_memory
 from .report import Report
+from .resume import RunJournal
 
 __all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name", "usable_device"]
 
-log = logging.getLogger(__name__)
-
 DEFAULT_RECIPE = Recipe()
-NON_FINITE = "holds NaN or Inf, so it stays in full precision"
-CORRECTED = "bias of a quantized layer, corrected for its mean error"
-
-
-class Sink(Protocol):
-    """Where tensors go.
-
-    Attributes:
-        notes: events and JSON of layers that a run before has finished.
-        lasting: whether the next run may go on with what this one notes.
-    """
-
-    lasting: bool
-    notes: Sequence[tuple[list, dict | None]]
-
-    def add(self, name: str, tensor: torch.Tensor) -> int:
-        """Take one tensor; returns its size in bytes."""
-
-    def note(self, value: dict) -> None:
-        """Take what is to be known of the tensors since the last note, as JSON."""
-
-
-class _DictSink(dict):
-    notes, lasting = (), False
-
-    def add(self, name: str, tensor: torch.Tensor) -> int:
-        self[name] = tensor.cpu()
-        return tensor.nbytes
-
-    def note(self, value: dict) -> None:
-        """A state dict has no next run."""
 
 
 @dataclass(frozen=True)
 class QuantizedTensors:
-    """A quantized state dict, the header pairs that belong to it, and the report."""
+    """A quantized state dict, the metadata of its safetensors header, and the report of the run."""
 
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
     report: Report
 
 
-def _read_ahead(
-    source: Source, places: list[tuple[str, torch.device]], check: CancelCheck
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read each tensor to its device, one ahead while the caller works on the one before."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-read")
-    try:
-        ahead = None
-        for index, (name, device) in enumerate(places):
-            tensor = wait_for(ahead or pool.submit(source.read, name, device), check)
-            ahead = pool.submit(source.read, *places[index + 1]) if index + 1 < len(places) else None
-            yield name, tensor
-            del tensor
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a read under way ends when the source is closed
+class _StateDict(dict[str, torch.Tensor]):
+    """Sink of a run in memory: tensors on the CPU."""
 
-
-class _WriteBehind:
-    """A sink whose tensors are written by a thread of its own, one at a time; a context that waits for the last."""
-
-    def __init__(self, sink: Sink, check: CancelCheck):
-        self._sink, self._check = sink, check
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-write")
-        self._staging = Staging()
-        self._pending: Future | None = None
-
-    def add(self, tensors: Mapping[str, torch.Tensor], note: dict, given: Mapping[str, torch.Tensor]) -> None:
-        """Take the tensors of one layer, and what is to be known of it, once those of the layer before are written.
-
-        ``given``: tensors of the source whose checksums belong to that.
-        """
-        self.wait()
-        self._pending = self._pool.submit(self._write, tensors, note, given)
-
-    def _write(self, tensors: Mapping[str, torch.Tensor], note: dict, given: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
-            self._sink.add(name, tensor)
-        self._sink.note(note | {"sums": _checksums(given, self._staging)})
-
-    def wait(self) -> None:
-        """Wait until everything taken is written."""
-        if self._pending is not None:
-            wait_for(self._pending, self._check)
-
-    def __enter__(self) -> "_WriteBehind":
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            self._pool.shutdown(
-                wait=kind is None, cancel_futures=True
-            )  # a write that hangs ends when it can: nobody waits for it
-
-
-_NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "ALLOC_FAILED",
-)  # in errors that have no class of their own
-
-
-@contextlib.contextmanager
-def _enough_memory(otherwise: str):
-    """Memory that runs out inside is an :class:`OutOfMemoryError` that begins with ``otherwise``."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
-            sign in str(error) for sign in _NO_MEMORY
-        ):
-            raise
-        raise OutOfMemoryError(
-            f"{otherwise}; close other programs and models, or choose another device or a lighter rounding."
-        ) from error
-
-
-class _Clock:
-    """Seconds since the start, and how long the remaining bytes will take at the pace so far."""
-
-    def __init__(self, total: int):
-        self._start = time.perf_counter()
-        self._total, self._done = total, 0
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self._start
-
-    def skip(self, count: int) -> None:
-        """Bytes that cost no time say nothing of the pace."""
-        self._total -= count
-
-    def advance(self, count: int) -> float:
-        self._done += count
-        return self.elapsed * (self._total - self._done) / self._done if self._done else 0.0
-
-
-def _report(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None, **more) -> Report:
-    preset = plan.preset.name if plan.preset else NONE
-    rounding = recipe.resolve(calibration is not None).rounding
-    return Report(
-        source.name,
-        recipe.format,
-        recipe.granularity or "",
-        rounding,
-        preset,
-        choice=plan.choice,
-        recognised=plan.explanation,
-        **more,
-    )
-
-
-def _run(
-    source: Source,
-    plan: Plan,
-    recipe: Recipe,
-    calibration: Calibration | None,
-    sink: Sink,
-    device: torch.device,
-    emit: Listener,
-    check: CancelCheck,
-) -> tuple[Report, dict[str, dict[str, object]]]:
-    """Carry every tensor of ``plan`` from ``source`` to ``sink``; returns the report and {layer: JSON}."""
-    total = sum(1 for _ in plan.names("quantize"))
-    bytes_in = sum(info.nbytes for info in source.tensors.values())
-    report = _report(source, plan, recipe, calibration, bytes_in=bytes_in, device=str(device))
-    configs: dict[str, dict[str, object]] = {}
-    biases = _biases(source, plan, recipe, calibration)
-
-    def tell(event: LayerFinished | LayerKept) -> None:
-        (report.layers if isinstance(event, LayerFinished) else report.kept).append(event)
-        emit(event)
-
-    def kept(name: str, reason: str, **more) -> LayerKept:
-        clock.advance(source.tensors[name].nbytes)
-        return LayerKept(name, source.tensors[name].shape, reason, **more)
-
-    summed = sink.lasting and not _paths(source)
-
-    def put(
-        tensors: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], *events: LayerFinished | LayerKept
-    ) -> None:
-        report.bytes_out += sum(tensor.nbytes for tensor in tensors.values())
-        layer = events[0].name.removesuffix(".weight")
-        writing.add(tensors, _note(events, configs.get(layer)), given if summed else {})
-        for event in events:
-            tell(event)
-
-    _check_names(source, plan, recipe)
-    others = len(source.tensors) - total
-    layers = tuple(_planned(source, plan))
-    emit(
-        RunStarted(
-            source.name,
-            report.format,
-            report.granularity,
-            report.preset,
-            total,
-            others,
-            bytes_in,
-            layers,
-            report.rounding,
-        )
-    )
-    clock = _Clock(bytes_in)
-    for name in plan.names("remove"):
-        tell(kept(name, plan.decisions[name].reason, removed=True))
-
-    def quantize(name: str, tensor: torch.Tensor, index: int) -> None:
-        info = source.tensors[name]
-        emit(LayerStarted(index, total, name, info.shape))
-        began = clock.elapsed
-        own = recipe.of(plan.decisions[name])
-        layer = name.removesuffix(".weight")
-        known = (calibration and calibration.layer_statistics(layer)) or LayerStatistics()
-        bias_name = biases.get(name)
-        bias = source.read(bias_name) if bias_name else None
-        beside = {bias_name: bias} if bias_name else {}
-        given = {name: tensor, **beside}
-        try:
-            with _enough_memory(f"{device} has too little memory for layer {layer}, {'×'.join(map(str, info.shape))}"):
-                quantized = quantize_weight(
-                    tensor,
-                    **_layer_options(own, known, calibration),
-                    hessian=known.hessian,
-                    validation_hessian=known.validation_hessian,
-                    mean=known.mean,
-                    input_scale=_input_scale(own, known),
-                    bias=bias,
-                    check=check,
-                )
-        except NonFiniteWeightError:
-            put(
-                given,
-                given,
-                kept(name, NON_FINITE, planned=False),
-                *(kept(also, plan.decisions[also].reason) for also in beside),
-            )
-            return
-        except CalibrationError as error:
-            raise CalibrationError(f"{layer}: {error}") from error
-        writing.wait()  # so that the layer's time holds what the disk takes
-        tensors = quantized.tensors(layer)
-        configs[layer] = quantized.config
-        solution = quantized.solution
-        eta = clock.advance(info.nbytes)
-        finished = LayerFinished(
-            index,
-            total,
-            name,
-            info.shape,
-            quantized.format.name,
-            quantized.granularity,
-            quantized.weight_error,
-            clock.elapsed - began,
-            info.nbytes,
-            sum(tensor.nbytes for tensor in tensors.values()),
-            clock.elapsed,
-            eta,
-            solution.solver,
-            solution.gain,
-            solution.output_error,
-            quantized.note,
-            quantized.codec.rotation and quantized.codec.rotation.size,
-            tuple(torch.stack(solution.scale.aminmax()).tolist()),
-        )
-        corrected = quantized.bias is not bias
-        put(
-            tensors,
-            given,
-            finished,
-            *(kept(also, CORRECTED if corrected else plan.decisions[also].reason) for also in beside),
-        )
-
-    for events, config in sink.notes:  # what a run before has made of a layer
-        if config:
-            configs[events[0].name.removesuffix(".weight")] = config
-        for event in events:
-            clock.skip(source.tensors[event.name].nbytes)
-            if isinstance(event, LayerFinished):
-                emit(LayerStarted(event.index, total, event.name, event.shape))
-            tell(event)
-    report.taken_up = len(report.layers)
-    if sink.notes:
-        log.info(
-            "%s: goes on with %d of %d layers, which a run that was stopped has finished.",
-            source.name,
-            report.taken_up,
-            total,
-        )
-    done = {event.name for event in (*report.layers, *report.kept)}
-    index = sum(1 for name in plan.names("quantize") if name in done)
-    read_with_weight = set(biases.values())
-    places = [(name, _place(plan, name, device)) for name in plan.output_names() if name not in read_with_weight | done]
-    with _WriteBehind(sink, check) as writing:
-        for name, tensor in _read_ahead(source, places, check):
-            check()
-            if plan.decisions[name].action == "keep":
-                put({name: tensor}, {name: tensor}, kept(name, plan.decisions[name].reason))
-            else:
-                quantize(name, tensor, index)
-                index += 1
-            del tensor  # before the reader takes the next one but one
-    if not configs:
-        raise NothingToQuantizeError(
-            f"{source.name}: every layer that was to be quantized {NON_FINITE}; the model is damaged."
-        )
-    report.seconds = clock.elapsed
-    return report, configs
-
-
-_EVENTS = {kind.__name__: kind for kind in (LayerFinished, LayerKept)}
-
-
-def _paths(source: Source | Calibration | None) -> tuple[Path, ...]:
-    """The files that a source or a calibration is read from; none of one in memory."""
-    return getattr(source, "paths", ())
-
-
-def _place(plan: Plan, name: str, device: torch.device) -> torch.device:
-    """Where a tensor of the source is read to."""
-    return device if plan.decisions[name].action == "quantize" else CPU
-
-
-def _checksums(tensors: Mapping[str, torch.Tensor], staging: Staging) -> dict[str, int]:
-    return {name: tensor_checksum(tensor, staging) for name, tensor in tensors.items()}
-
-
-def _told(
-    source: Source, plan: Plan, device: torch.device, staging: Staging, note: dict
-) -> tuple[list[LayerFinished | LayerKept], dict | None]:
-    """The events and the JSON of a layer from a note; raises whatever a note that is none of this source's leads to.
-
-    Whether a source in memory is that of the dead run, no file's state tells: its tensors are read again.
-    """
-    events = [
-        _EVENTS[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-        for kind, fields in note["events"]
-    ]
-    if not all(source.tensors[event.name].shape == event.shape for event in events) or not isinstance(
-        note["config"] or {}, dict
-    ):
-        raise ValueError("a note of another source")
-    given = (
-        {}
-        if _paths(source)
-        else {event.name: source.read(event.name, _place(plan, event.name, device)) for event in events}
-    )
-    if note["sums"] != _checksums(given, staging):
-        raise ValueError("a note of other weights")
-    return events, note["config"]
-
-
-def _note(events: Iterable[LayerFinished | LayerKept], config: dict | None) -> dict:
-    """What the next run must know of a layer to tell of it as this one did."""
-    return {"events": [[type(event).__name__, vars(event)] for event in events], "config": config}
-
-
-def _planned(source: Source, plan: Plan) -> Iterator[PlannedLayer]:
-    for name in plan.output_names():
-        shape, decision = source.tensors[name].shape, plan.decisions[name]
-        if name.endswith(".weight") and len(shape) > 1:
-            yield PlannedLayer(name, shape, decision.reason if decision.action == "keep" else "")
-
-
-def _check_names(source: Source, plan: Plan, recipe: Recipe) -> None:
-    """Refuse a source that has, beside a plain weight, what quantizing it makes: the output would hold one name twice."""
-    kept = set(plan.names("keep"))
-    for name in plan.names("quantize"):
-        layer = name.removesuffix(".weight")
-        codec, shape = recipe.of(plan.decisions[name]).codec, source.tensors[name].shape
-        suffixes = {**codec.file_specs(shape), **codec.optional(shape), "input_scale": None}
-        for suffix in suffixes:
-            if f"{layer}.{suffix}" in kept:
-                raise SourceError(
-                    f"{source.name}: {layer}.{suffix} stands beside a weight in full precision, which has no use for it; the file is damaged, or half "
-                    "of it was quantized: give the original."
-                )
-
-
-def _biases(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> dict[str, str]:
-    """Weight → bias of the layers whose bias may be corrected; they are read and written with their weight."""
-    wanted = recipe.get("bias_correction")
-    if wanted == "none" or (wanted == "auto" and calibration is None):
-        return {}
-    pairs = ((name, name.removesuffix(".weight") + ".bias") for name in plan.names("quantize"))
-    decisions = plan.decisions
-    return {name: bias for name, bias in pairs if bias in decisions and decisions[bias].action == "keep"}
-
-
-def _layer_options(recipe: Recipe, known: LayerStatistics, calibration: Calibration | None) -> dict[str, object]:
-    """What the recipe asks of a layer; one that the calibration does not know cannot be asked for learned rounding."""
-    method = recipe.uncalibrated() if calibration is not None and known.hessian is None else recipe
-    return method.layer_options
-
-
-def _input_scale(recipe: Recipe, known: LayerStatistics) -> float | None:
-    if known.histogram is None or known.amax is None or not recipe.codec.static_activations:
-        return None
-    return input_scale(known.histogram, float(known.amax.max()))
-
-
-def _metadata(
-    source: Source, recipe: Recipe, configs: Mapping[str, dict[str, object]], mark: str | None
-) -> dict[str, str]:
-    made = {"version": VERSION, "fingerprint": mark, "recipe": recipe.to_dict()}
-    return {
-        **source.metadata,
-        **loading_note(configs),
-        QUANTIZATION_KEY: quantization_metadata(configs),
-        PROVENANCE_KEY: json.dumps(made, separators=(",", ":")),
-    }
-
-
-def _header_bound(source: Source, plan: Plan, recipe: Recipe, calibrated: bool, metadata: Mapping[str, str]) -> int:
-    """Room for the header whatever becomes of each layer: quantized, or kept after all."""
-    tensors = [(name, source.tensors[name]) for name in plan.output_names()]
-    for name in plan.names("quantize"):
-        layer, codec = name.removesuffix(".weight"), recipe.of(plan.decisions[name]).codec
-        specs = codec.file_specs(source.tensors[name].shape, input_scale=calibrated)
-        tensors += [(f"{layer}.{suffix}", TensorInfo(spec.dtype, spec.shape)) for suffix, spec in specs.items()]
-    return header_bytes(tensors, metadata)
-
-
-def _nothing(*_) -> None:
-    """Default listener and cancellation check."""
+    def add(self, name: str, tensor: torch.Tensor) -> int:
+        self[name] = tensor.cpu()
+        return tensor.nbytes
 
 
 def quantize_tensors(
@@ -495,22 +54,36 @@ def quantize_tensors(
     on_event: Listener | None = None,
     check: CancelCheck | None = None,
 ) -> QuantizedTensors:
-    """Quantize a state dict of plain weights in memory; ``tensors`` is left untouched, results lie on the CPU.
+    """Quantize a state dict of unquantized weights in memory; ``tensors`` is not changed, the results are on the CPU.
 
-    ``calibration``: what is known of the layers' inputs; layers that it does not know are rounded to nearest.
-    ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
+    Args:
+        tensors: name → tensor.
+        recipe: what to quantize, and how.
+        calibration: statistics of input activations; layers without them are rounded as if uncalibrated.
+        metadata: header metadata of the source.
+        device: device of the arithmetic; None for the first GPU, or the CPU if there is none.
+        on_event: called with every :class:`~.events.Event`.
+        check: called often; raise in it to cancel.
+
+    Raises:
+        QuantizationError: see :mod:`.errors`.
     """
-    source, sink, emit = TensorSource(tensors, metadata), _DictSink(), on_event or _nothing
-    recipe.resolve(calibration is not None)
-    plan, device, check = recipe.plan(source, check=check), usable_device(device), check or _nothing
-    _check_calibration(source, calibration)
-    with _enough_memory(f"{device} has too little memory for {source.name}"):
-        if recipe.measured:
-            plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
-        report, configs = _run(source, plan, recipe, calibration, sink, device, emit, check)
-    emit(RunFinished(report))
-    mark = _mark(source, recipe, calibration)
-    return QuantizedTensors(dict(sink), _metadata(source, recipe, configs, mark), report)
+    source, sink = TensorSource(tensors, metadata), _StateDict()
+    emit, check, device = on_event or _ignore_event, check or _never_cancel, usable_device(device)
+    plan = _plan(source, recipe, calibration, check)
+    with explain_out_of_memory(f"{device} has too little memory for {source.name}"):
+        plan = _allocate(source, plan, recipe, calibration, device, emit, check)
+        run = QuantizationRun(
+            source, plan, recipe, calibration, sink=sink, journal=None, device=device, emit=emit, check=check
+        )
+        run.execute()
+    emit(RunFinished(report=run.report))
+    fingerprint = run_fingerprint(source, recipe, calibration)
+    return QuantizedTensors(
+        tensors=dict(sink),
+        metadata=file_metadata(source, recipe, run.configs, fingerprint),
+        report=run.report,
+    )
 
 
 def quantize_file(
@@ -525,19 +98,26 @@ def quantize_file(
     on_event: Listener | None = None,
     check: CancelCheck | None = None,
 ) -> Report:
-    """Quantize a model file (see :func:`~.checkpoints.sources.open_source`), or any :class:`Source`, into a new safetensors file.
+    """Quantize a model file, or any :class:`Source`, into a new safetensors file.
 
-    The file appears under its final name only when it is complete and on disk. An output with the same fingerprint
-    (source, recipe, calibration, version) is left as it is, and where its inputs may be newer it is made again and compared; any
-    other is refused unless ``overwrite``, one that appears meanwhile too. Where a run of the same was killed, its finished layers are
-    taken up, and the file comes out as if it had not been. An output that is a link is followed.
-    ``calibration``: what is known of the layers' inputs; layers that it does not know are rounded to nearest.
-    ``device``: where the arithmetic runs; None for the first GPU, else the CPU. ``check`` raises to cancel.
-    ``unfinished``: the name that the hidden files of runs bear until they are finished, by default the output's: with the same one, a run
-    goes on with a dead one's whatever name its own output gets.
+    The file gets its final name when it is complete and on the disk. If the output of the same source, recipe, calibration
+    and version already exists, it is left in place; if an input may have changed since, it is made again and compared. The
+    layers that a killed run of the same inputs has finished are resumed, and the output has the same bytes.
+
+    Args:
+        source: path of a model file, see :func:`~..sources.open_source`, or a source.
+        destination: path of the output; a symbolic link is followed.
+        recipe: what to quantize, and how.
+        calibration: statistics of input activations; layers without them are rounded as if uncalibrated.
+        device: device of the arithmetic; None for the first GPU, or the CPU if there is none.
+        overwrite: replace an existing file that was made from something else.
+        unfinished: file name that the names of hidden files contain until the run ends; by default that of the output. Runs
+            with the same name resume each other, whatever their outputs are named.
+        on_event: called with every :class:`~.events.Event`.
+        check: called often; raise in it to cancel.
 
     Raises:
-        QuantizationError: see :mod:`.errors`; nothing is left behind then.
+        QuantizationError: see :mod:`.errors`; nothing is left in the folder of the output then.
     """
     if isinstance(source, (str, os.PathLike)):
         with open_source(source) as opened:
@@ -554,102 +134,105 @@ def quantize_file(
             )
     destination = final_path(destination)
     hidden = destination.with_name(unfinished or destination.name)
-    emit, check, device = on_event or _nothing, check or _nothing, usable_device(device)
-    origins, statistics = _paths(source), _paths(calibration)
-    inputs = (*origins, *statistics)
-    before = _states(inputs)
-    keep_apart(destination, {"source": origins, "calibration": statistics})
+    emit, check, device = on_event or _ignore_event, check or _never_cancel, usable_device(device)
+    inputs = {"source": input_paths(source), "calibration": input_paths(calibration)}
+    states = FileStates(path for paths in inputs.values() for path in paths)
+    keep_apart(destination, inputs)
+    plan = _plan(source, recipe, calibration, check)
+    fingerprint = run_fingerprint(source, recipe, calibration)
+    if destination.exists() and _is_done(destination, fingerprint, inputs, overwrite=overwrite):
+        remove_leftovers(hidden)
+        report = Report.for_plan(source.name, plan, recipe, calibrated=calibration is not None)
+        report.output, report.already_done = str(destination), True
+        return report
+    with explain_out_of_memory(f"{device} has too little memory for {source.name}"):
+        plan = _allocate(source, plan, recipe, calibration, device, emit, check)
+        journal = _journal(source, plan, recipe, fingerprint, states, device)
+        reserve = header_bound(source, plan, recipe, calibrated=calibration is not None, fingerprint=fingerprint)
+        with SafetensorsWriter(
+            destination, reserve, overwrite=overwrite, unfinished=unfinished, journal=journal, check=check
+        ) as writer:
+            run = QuantizationRun(
+                source, plan, recipe, calibration, sink=writer, journal=journal, device=device, emit=emit, check=check
+            )
+            run.execute()
+            states.check_unchanged(source)
+            run.report.bytes_out = writer.finish(file_metadata(source, recipe, run.configs, fingerprint))
+    run.report.already_done = writer.matched_existing
+    remove_leftovers(hidden)
+    run.report.output = str(destination)
+    emit(RunFinished(report=run.report))
+    return run.report
+
+
+def _plan(source: Source, recipe: Recipe, calibration: Calibration | None, check: CancelCheck) -> Plan:
+    """Check the recipe and the calibration, and decide from names and shapes what to quantize."""
     recipe.resolve(calibration is not None)
     plan = recipe.plan(source, check=check)
-    _check_calibration(source, calibration)
-    mark = _mark(source, recipe, calibration)
-    if destination.exists():
-        standing = _made_by(destination, mark)
-        if standing and origins and not _newer(inputs, destination):  # of weights in memory nothing but comparing tells
-            remove_leftovers(hidden)
-            return _report(source, plan, recipe, calibration, output=str(destination), already_done=True)
-        if not standing and not overwrite:
-            raise OutputExistsError(
-                f"{destination} exists and was made from something else; choose another output or overwrite it."
-            )
-    with _enough_memory(f"{device} has too little memory for {source.name}"):
-        if recipe.measured:
-            plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
-        planned = {
-            name.removesuffix(".weight"): recipe.of(plan.decisions[name]).codec.layer_config(source.tensors[name].shape)
-            for name in plan.names("quantize")
-        }
-        reserve = _header_bound(source, plan, recipe, calibration is not None, _metadata(source, recipe, planned, mark))
-        run = mark and json.dumps([mark, planned, list(before.values()), _computes_on(device)])
-        parse = functools.partial(_told, source, plan, device, Staging())
-        with SafetensorsWriter(
-            destination, reserve, run, overwrite=overwrite, unfinished=unfinished, parse=parse, check=check
-        ) as writer:
-            report, configs = _run(source, plan, recipe, calibration, writer, device, emit, check)
-            _check_unchanged(source, before)
-            report.bytes_out = writer.finish(_metadata(source, recipe, configs, mark))
-    report.already_done = writer.stood
-    remove_leftovers(hidden)
-    report.output = str(destination)
-    emit(RunFinished(report))
-    return report
-
-
-def _states(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
-    """What changes with a file's contents; of those that still lie there."""
-    states = {}
-    for path in paths:
-        with contextlib.suppress(OSError):
-            found = path.stat()
-            states[path] = found.st_ino, found.st_size, found.st_mtime_ns
-    return states
-
-
-def _check_unchanged(source: Source, before: Mapping[Path, tuple[int, ...]]) -> None:
-    """A file that was replaced is still read as it was; one that was written to is a mixture. Those of the calibration too."""
-    for path, state in _states(before).items():
-        if state[0] == before[path][0] and state != before[path]:
-            raise SourceError(f"{source.name}: {path} was changed while it was read; run again.")
-
-
-def _computes_on(device: torch.device) -> list[str]:
-    """What may round ties otherwise: the arithmetic of one run is that of one machine."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return [name, torch.__version__, kernels.backend()]
-
-
-def _check_calibration(source: Source, calibration: Calibration | None) -> None:
     if calibration is not None:
         weights = ((name, info.shape) for name, info in source.tensors.items() if name.endswith(".weight"))
         calibration.check({name.removesuffix(".weight"): shape for name, shape in weights})
+    return plan
 
 
-def _mark(source: Source, recipe: Recipe, calibration: Calibration | None) -> str | None:
-    """The fingerprint of a run; None where it has none, and so never counts as done already."""
-    if calibration is None:
-        return fingerprint(source, VERSION, recipe.to_json())
-    return calibration.fingerprint and fingerprint(source, VERSION, recipe.to_json(), calibration.fingerprint)
+def _allocate(
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    device: torch.device,
+    emit: Listener,
+    check: CancelCheck,
+) -> Plan:
+    """The plan with a format for every layer: that of the recipe or, for mixed precision, one of its own."""
+    if recipe.measured and calibration is not None:
+        plan = allocate_formats(source, recipe, calibration, device=device, emit=emit, check=check)
+    check_name_collisions(source, plan, recipe)
+    return plan
 
 
-def _newer(inputs: Iterable[Path], output: Path) -> bool:
-    """Whether an input may have changed since: written, or another file moved to its place, whatever time that one bears."""
-    made = output.stat().st_mtime_ns
-    return any(max(found.st_mtime_ns, found.st_ctime_ns) > made for found in (path.stat() for path in inputs))
+def _is_done(
+    destination: Path, fingerprint: str | None, inputs: Mapping[str, tuple[Path, ...]], *, overwrite: bool
+) -> bool:
+    """Whether the existing output needs no run. Raises :class:`OutputExistsError` if it must not be replaced."""
+    if has_fingerprint(destination, fingerprint):
+        # The fingerprint has samples only. Weights in memory have no time of change, so they are always compared.
+        return bool(inputs["source"]) and not may_be_newer((*inputs["source"], *inputs["calibration"]), destination)
+    if not overwrite:
+        raise OutputExistsError(
+            f"{destination} exists and was made from something else; choose another output or overwrite it."
+        )
+    return False
 
 
-def _made_by(path: Path, mark: str | None) -> bool:
-    """Whether the file at ``path`` bears the mark of this run, which is made from samples of the source."""
-    if mark is None:
-        return False
-    try:
-        with SafetensorsFile(path) as made:
-            return provenance(made).get("fingerprint") == mark
-    except QuantizationError:
-        return False
+def _journal(
+    source: Source, plan: Plan, recipe: Recipe, fingerprint: str | None, states: FileStates, device: torch.device
+) -> RunJournal | None:
+    """The journal from which another run can resume this one; None for a run without a fingerprint."""
+    key = run_key(fingerprint, planned_configs(source, plan, recipe), states, device)
+    if key is None:
+        return None
+
+    def read(name: str) -> torch.Tensor:
+        return source.read(name, read_device(plan, name, device))
+
+    return RunJournal(key, source, read=None if input_paths(source) else read)
+
+
+def _ignore_event(event: Event) -> None:
+    """Default listener."""
+
+
+def _never_cancel() -> None:
+    """Default cancellation check."""
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; None for the first GPU, else the CPU. Raises :class:`QuantizationError` for one that does not work."""
+    """The device of that name; None for the first GPU, or the CPU if there is none.
+
+    Raises:
+        QuantizationError: the device does not exist or does not work.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -661,7 +244,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def output_name(source: str | os.PathLike, label: str) -> Path:
-    """The file beside the source that is written when no output is named; ``label``: what is made of it, in a word."""
+    """Default output path, next to the source; ``label``: short name of the result, such as the recipe's."""
     source = Path(source)
     if source.is_dir():
         source = source.absolute()

@@ -1,4 +1,4 @@
-"""What happened in a run, layer by layer: data, JSON and a table for people."""
+"""Report of a run, layer by layer: data, JSON, a text table and Markdown."""
 
 import dataclasses
 import json
@@ -12,10 +12,15 @@ from pathlib import Path
 
 from ..display import human_bytes, markdown_table
 from ..events import LayerFinished, LayerKept
-from ..output.durable import to_disk
+from ..output.durable import flush_to_disk
+from ..recipes import Plan, Recipe
 from ..recipes.plan import Choice
+from ..recipes.presets import NONE
 
 __all__ = ["Report"]
+
+
+_MOST_REASONS = 3  # in the summary
 
 
 def _median(values: list[float]) -> float:
@@ -24,18 +29,21 @@ def _median(values: list[float]) -> float:
 
 @dataclass
 class Report:
-    """The outcome of one run.
+    """The result of one run.
 
     Attributes:
-        layers: one :class:`LayerFinished` per quantized layer, in file order.
-        kept: one :class:`LayerKept` per tensor copied or removed.
-        bytes_in, bytes_out: size of the source's tensors and of the output file, or of its tensors when no file was written.
-        seconds: wall-clock time of the run.
-        output: path of the file, None when tensors were returned.
-        already_done: the output was there, with the same fingerprint; nothing was computed, or it was and came out the same.
-        taken_up: layers that a run before, which was stopped, had finished.
-        choice: what formats were chosen from, where they were measured.
-        recognised: what the model was taken for, and how sure that is.
+        source: name of the source.
+        format, granularity, rounding, preset: of the recipe, with "auto" resolved.
+        layers: one :class:`LayerFinished` per quantized layer, in the order of the source.
+        kept: one :class:`LayerKept` per copied or removed tensor.
+        bytes_in, bytes_out: size of the source tensors, and of the output file or, without one, of its tensors.
+        seconds: wall-clock time of the run in s.
+        device: device of the arithmetic.
+        output: path of the file, None if tensors were returned.
+        already_done: the output already existed with the same content.
+        taken_up: number of layers that were resumed from a killed run.
+        choice: curve of the bit allocation and the chosen point, for mixed precision.
+        recognised: recognised model and preset.
     """
 
     source: str
@@ -55,50 +63,63 @@ class Report:
     choice: Choice | None = None
     recognised: str = ""
 
+    @classmethod
+    def for_plan(cls, source: str, plan: Plan, recipe: Recipe, *, calibrated: bool) -> "Report":
+        """The report of a run over ``plan`` before its first layer; ``source``: name of the source."""
+        return cls(
+            source=source,
+            format=recipe.format,
+            granularity=recipe.granularity or "",
+            rounding=recipe.resolve(calibrated).rounding,
+            preset=plan.preset.name if plan.preset else NONE,
+            choice=plan.choice,
+            recognised=plan.explanation,
+        )
+
     @property
     def median_error(self) -> float:
-        """Median over layers of ‖Ŵ − W‖/‖W‖; NaN without layers."""
+        """Median of ‖Ŵ − W‖/‖W‖ over the layers; NaN without layers."""
         return _median([layer.weight_error for layer in self.layers])
 
     @property
     def median_output_error(self) -> float:
-        """Median of the output error over the layers whose inputs are known; NaN without any."""
+        """Median output error of the calibrated layers; NaN without any."""
         return _median([layer.output_error for layer in self.layers if layer.output_error is not None])
 
     @property
     def median_gain(self) -> float:
-        """Median, over the layers where roundings were compared, of what is minimised relative to nearest; NaN without."""
+        """Median of the objective relative to RTN, over the layers where solvers were compared; NaN without any."""
         return _median([layer.gain for layer in self.layers if layer.gain is not None])
 
     @property
     def solvers(self) -> dict[str, int]:
-        """Solver → how many layers it won, the busiest first."""
+        """Solver → number of layers for which it was the best, in falling order."""
         return dict(Counter(layer.solver for layer in self.layers).most_common())
 
     @property
     def worst(self) -> list[LayerFinished]:
-        """Layers by falling weight error."""
+        """Layers in order of falling weight error."""
         return sorted(self.layers, key=lambda layer: -layer.weight_error)
 
     @property
     def unplanned(self) -> list[LayerKept]:
-        """Layers that were to be quantized and had to be kept, with the reason."""
+        """Layers that were to be quantized but cannot be, with the reason."""
         return [kept for kept in self.kept if not kept.planned]
 
     def to_dict(self) -> dict:
-        """Plain values, with the summary numbers beside the lists."""
+        """The fields and summary statistics as plain values; None for NaN."""
         summary = {name: getattr(self, name) for name in ("median_error", "median_output_error", "median_gain")}
         finite = {name: None if math.isnan(value) else value for name, value in summary.items()}
         return {**dataclasses.asdict(self), **finite, "solvers": self.solvers}
 
     def to_json(self) -> str:
-        """Indented JSON."""
+        """The report as indented JSON."""
         return json.dumps(self.to_dict(), indent=1)
 
     def save(self, path: Path) -> None:
-        """Write the JSON; a file that is there stays whole until it is replaced. Raises OSError."""
+        """Write the JSON; an existing file is replaced atomically. Raises OSError."""
         text = self.to_json() + "\n"
-        if path.exists() and not path.is_file():  # a terminal, a pipe
+        if path.exists() and not path.is_file():  # a terminal or a pipe
             path.write_text(text, encoding="utf-8")
             return
         target = Path(os.path.realpath(path))
@@ -107,13 +128,13 @@ class Report:
             with open(partial, "x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
-                to_disk(file.fileno())
+                flush_to_disk(file.fileno())
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
 
     def table(self, worst: int = 5) -> str:
-        """The summary users see at the end: totals, the worst layers, and layers that had to be kept."""
+        """Text table: totals, the layers with the largest error, and layers that cannot be quantized."""
         if self.already_done:
             return self._already
         rows = self._rows()
@@ -126,7 +147,7 @@ class Report:
         return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
 
     def markdown(self, worst: int = 20) -> str:
-        """The same in markdown, with the worst layers as a table of their own."""
+        """The report in Markdown, with a second table of the layers with the largest error."""
         if self.already_done:
             return self._already
         shapes = {layer.name: "×".join(map(str, layer.shape)) for layer in self.layers}
@@ -147,43 +168,34 @@ class Report:
 
     @property
     def _already(self) -> str:
-        return f"Already done: {self.output or 'it'} was made from the same source and recipe."
+        return f"Already done: {self.output or 'the output'} was made from the same source and recipe."
 
     def _rows(self) -> list[tuple[str, str]]:
         """(label, text) of the totals."""
-        reasons: dict[str, int] = {}
-        for kept in self.kept:
-            reasons[kept.reason] = reasons.get(kept.reason, 0) + 1
+        reasons = Counter(kept.reason for kept in self.kept).most_common(_MOST_REASONS)
+        kept = ", ".join(f"{count} {reason}" for reason, count in reasons)
+        resumed = f", {self.taken_up} of them resumed" if self.taken_up else ""
         ratio = self.bytes_out / self.bytes_in if self.bytes_in else 1.0
         rows = [
             *([("model", self.recognised)] if self.recognised else []),
             ("format", f"{self._format}, rounding {self.rounding}"),
-            *([("measured", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
-            (
-                "layers quantized",
-                f"{len(self.layers)}"
-                + (f", {self.taken_up} of them by a run that was stopped" if self.taken_up else ""),
-            ),
-            (
-                "tensors kept",
-                f"{len(self.kept)} ({', '.join(f'{count} {reason}' for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])[:3])})"
-                if self.kept
-                else "0",
-            ),
+            *([("mixed precision", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
+            ("layers quantized", f"{len(self.layers)}{resumed}"),
+            ("unquantized", f"{len(self.kept)}" + (f" ({kept})" if kept else "")),
             (
                 "weight error",
                 f"median {self.median_error:.5f}, worst {self.worst[0].weight_error:.5f}" if self.layers else "none",
             ),
             *self._rounding_rows(),
             ("size", f"{human_bytes(self.bytes_in)} → {human_bytes(self.bytes_out)} ({ratio:.0%})"),
-            ("seconds", f"{self.seconds:.1f} on {self.device}"),
+            ("time", f"{self.seconds:.1f} s on {self.device}"),
         ]
         return rows + ([("file", self.output)] if self.output else [])
 
     def _note_rows(self) -> list[tuple[str, str]]:
         notes = Counter(layer.note for layer in self.layers if layer.note)
         rows = [("note", f"{note} ({count} layers)") for note, count in notes.items()]
-        return rows + [("KEPT", f"{kept.name}: {kept.reason}") for kept in self.unplanned]
+        return rows + [("NOT QUANTIZED", f"{kept.name}: {kept.reason}") for kept in self.unplanned]
 
     @property
     def _format(self) -> str:
@@ -199,6 +211,6 @@ class Report:
             errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
             rows.append(("output error", f"median {self.median_output_error:.5f}, worst {max(errors):.5f}"))
         if not math.isnan(self.median_gain):
-            won = ", ".join(f"{solver} {count}" for solver, count in self.solvers.items())
-            rows.append(("against nearest", f"median {self.median_gain:.3f}×; layers won: {won}"))
+            best = ", ".join(f"{solver} {count}" for solver, count in self.solvers.items())
+            rows.append(("relative to RTN", f"median {self.median_gain:.3f}×; best solver: {best}"))
         return rows

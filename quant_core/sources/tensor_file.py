@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from ..errors import SourceError
-from ..output.staging import Staging
 from .dtypes import DTYPE_NAMES
 from .source import CPU, TensorInfo
+from .staging import Staging
 
 __all__ = ["TensorFile", "open_regular_file", "MAX_HEADER", "MAX_RANK", "SIZE_LIMIT"]
 

@@ -17,7 +17,8 @@ import pytest
 from safetensors.torch import load_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.output import writer
+from learned_rounding.quant_core.output import partial
+from learned_rounding.quant_core.run import resume
 from learned_rounding.quant_core.sources import Source, TensorSource
 
 __all__ = ["Disk", "File", "failing", "flushed", "in_memory", "killed", "killing", "once", "processes", "run"]
@@ -53,7 +54,7 @@ class Disk:
     def under(self, *modules):
         """Files that these modules open lie on it; the writer's removals, namings and flushes count."""
         with pytest.MonkeyPatch.context() as patch:
-            for module in modules or (writer,):
+            for module in modules or (partial, resume):
                 patch.setattr(module, "open", self.open, raising=False)
             if not modules:
                 for name in ("fsync", "replace", "link", "unlink"):
@@ -119,7 +120,7 @@ def killing(file, data) -> None:
 @contextmanager
 def flushed(log: Path):
     """Every layer is flushed before the next begins, and it is written down which file has reached the disk up to where."""
-    real, note = os.fsync, writer.SafetensorsWriter.note
+    real, record_layer = os.fsync, resume.RunJournal.record_layer
 
     def fsync(descriptor: int) -> None:
         name, size = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor).st_size
@@ -129,8 +130,10 @@ def flushed(log: Path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        patch.setattr(writer.SafetensorsWriter, "note", lambda self, value: (note(self, value), self._syncing.result()))
-        patch.setattr(writer, "_SYNC", 1)
+        patch.setattr(
+            resume.RunJournal, "record_layer", lambda self, *args: (record_layer(self, *args), self.wait_for_flush())
+        )
+        patch.setattr(resume, "_FLUSH_INTERVAL", 1)
         yield
 
 

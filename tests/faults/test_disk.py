@@ -26,7 +26,7 @@ from learned_rounding.quant_core.calibration import (
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import OutputError, SourceError
 from learned_rounding.quant_core.events import LayerMeasured, LayerStarted
-from learned_rounding.quant_core.output import writer
+from learned_rounding.quant_core.output import partial as partial_files
 from learned_rounding.quant_core.sources import tensor_file as reader
 from learned_rounding.tests.faults.conftest import make_case, tensors
 from learned_rounding.tests.faults.disk import Disk, failing, killed, once
@@ -241,7 +241,7 @@ def test_a_read_only_folder(one_case, capsys, monkeypatch, tried, sentences):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return open(path, mode, **options)
 
-    monkeypatch.setattr(writer, "open", refuse, raising=False)
+    monkeypatch.setattr(partial_files, "open", refuse, raising=False)
     assert main(["quantize", "-i", str(one_case.source), "-o", str(one_case.target)]) == 1
     sentences(capsys.readouterr().err.splitlines()[-1])
     monkeypatch.undo()
@@ -402,7 +402,7 @@ def test_a_disk_that_takes_little_at_a_time(one_case, monkeypatch, tried):
         def __getattr__(self, name):
             return getattr(self._file, name)
 
-    monkeypatch.setattr(writer, "open", lambda *args, **options: Short(open(*args, **options)), raising=False)
+    monkeypatch.setattr(partial_files, "open", lambda *args, **options: Short(open(*args, **options)), raising=False)
     quantized(one_case)
     one_case.check(complete=True)
     tried("a disk that takes 61 bytes at a time", 1, "whole or none")
@@ -524,13 +524,13 @@ def test_a_folder_that_cannot_be_flushed_is_told_of_truly(one_case, monkeypatch,
     tried("the folder's flush fails", 1, "whole, one sentence")
 
 
-def _no_locks(*_):
+def _no_locks(*_, **__):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 def test_a_disk_without_locks(one_case, monkeypatch, tried):
     """Whether a run lives cannot be seen there: its files are left alone for a day, then taken up or removed."""
-    monkeypatch.setattr(writer.fcntl, "flock", _no_locks)
+    monkeypatch.setattr(partial_files, "lock_descriptor", _no_locks)
     assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 40)
     partial, journal = sorted(one_case.target.parent.glob(".*"), reverse=True)
     assert quantized(one_case).taken_up == 0
@@ -546,20 +546,19 @@ def test_a_disk_without_locks(one_case, monkeypatch, tried):
 
 def test_a_new_file_that_another_run_takes_for_a_dead_ones(one_case, monkeypatch, tried):
     """The other has it locked, and removes it at the worst moment."""
-    real, others = writer.fcntl.flock, []
+    real, others = partial_files.lock_descriptor, []
 
-    def flock(descriptor, flags):
-        if not others:
-            (partial,) = one_case.target.parent.glob(".*.partial")
-            others.append(open(partial, "r+b"))
-            real(others[0].fileno(), flags)
-            try:
-                real(descriptor, flags)
-            finally:
-                partial.unlink()
-        real(descriptor, flags)
+    def lock(descriptor, blocking):
+        if others:
+            return real(descriptor, blocking=blocking)
+        (partial,) = one_case.target.parent.glob(".*.partial")
+        others.append(open(partial, "r+b"))
+        assert real(others[0].fileno(), blocking=blocking)
+        locked = real(descriptor, blocking=blocking)
+        partial.unlink()
+        return locked
 
-    monkeypatch.setattr(writer.fcntl, "flock", flock)
+    monkeypatch.setattr(partial_files, "lock_descriptor", lock)
     quantized(one_case)
     one_case.check(complete=True)
     others[0].close()

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.errors import OutputExistsError
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted
-from learned_rounding.quant_core.output.journal import Journal
-from learned_rounding.quant_core.run import quantize as pipeline
+from learned_rounding.quant_core.run import loop
+from learned_rounding.quant_core.run.resume import JournalFile
 from learned_rounding.quant_core.sources import TensorSource
 from learned_rounding.tests.faults.disk import Disk, failing, in_memory, killed, processes, run
 
@@ -41,7 +41,9 @@ def noted(folder: Path) -> list[str]:
     for path in folder.glob(".*.journal"):
         with open(path, "rb") as file:
             found += [
-                record["note"]["events"][0][1]["name"] for record, _, _ in Journal(file).records() if "note" in record
+                record["layer"]["events"][0][1]["name"]
+                for record, _, _ in JournalFile(file).records()
+                if "layer" in record
             ]
     return found
 
@@ -49,13 +51,13 @@ def noted(folder: Path) -> list[str]:
 @pytest.fixture
 def made(monkeypatch):
     """made → shapes of the weights that were quantized from here on."""
-    shapes, real = [], pipeline.quantize_weight
+    shapes, real = [], loop.quantize_weight
 
     def quantize(weight, *args, **options):
         shapes.append(tuple(weight.shape))
         return real(weight, *args, **options)
 
-    monkeypatch.setattr(pipeline, "quantize_weight", quantize)
+    monkeypatch.setattr(loop, "quantize_weight", quantize)
     return shapes
 
 
@@ -432,16 +434,16 @@ def test_a_run_killed_while_its_file_gets_its_name_leaves_it_alone(one_case, mon
 
 
 RECORDS = [
-    {"note": {"config": None, "events": [["LayerFinished", {"name": "nope"}]]}},
+    {"layer": {"config": None, "events": [["LayerFinished", {"name": "nope"}]]}},
     {
-        "note": {
+        "layer": {
             "config": None,
             "events": [["LayerKept", {"name": "nope", "shape": [1], "reason": "", "removed": False, "planned": True}]],
         }
     },
-    {"note": {"config": 7, "events": []}},
-    {"note": 5},
-    {"note": None},
+    {"layer": {"config": 7, "events": []}},
+    {"layer": 5},
+    {"layer": None},
     {"dtype": "F32"},
     {"dtype": "X", "shape": [1], "name": "a", "crc": 0},
     {"dtype": "F32", "shape": ["a"], "name": "a", "crc": 0},
@@ -460,11 +462,11 @@ def test_a_record_that_is_none_ends_what_is_taken_up(one_case, made, record, tri
     finished = noted(one_case.target.parent)
     (path,) = one_case.target.parent.glob(".*.journal")
     with open(path, "r+b", buffering=0) as file:
-        journal = Journal(file)
+        journal = JournalFile(file)
         *_, (_, begin, size) = journal.records()
         file.seek(begin + size)
         journal.append(record)
-        journal.append({"note": {"config": None, "events": []}})
+        journal.append({"layer": {"config": None, "events": []}})
     one_case.again()
     assert len(made) == 8 - sum(name.endswith(("qkv.weight", "mlp.weight")) for name in finished)
     tried("a journal with a record that no run writes", 1, "the layers before it are kept, same bytes")
@@ -502,16 +504,3 @@ def test_a_living_run_is_not_taken_over(one_case):
 
     quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", on_event=nested)
     one_case.again()
-
-
-def test_a_notes_numbers_survive_as_they_are(tmp_path):
-    """NaN and tuples: a layer's event is told again as it was."""
-    with open(tmp_path / "journal", "w+b", buffering=0) as file:
-        journal = Journal(file)
-        begin = journal.append({"a": float("inf")}, b"payload")
-        journal.append({"b": "ü"})
-        assert [(record, size) for record, _, size in journal.records()] == [({"a": float("inf")}, 7), ({"b": "ü"}, 0)]
-        assert journal.payload(begin, 7) == b"payload"
-        file.seek(begin + 7 + 17)
-        file.write(b"\xff")
-        assert [record for record, _, _ in journal.records()] == [{"a": float("inf")}]

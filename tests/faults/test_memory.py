@@ -20,7 +20,7 @@ from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import OutOfMemoryError, OutputError
 from learned_rounding.quant_core.events import LayerFinished
 from learned_rounding.quant_core.output import verify_file, writer
-from learned_rounding.quant_core.run import quantize as pipeline
+from learned_rounding.quant_core.run import loop
 from learned_rounding.quant_core.sources import safetensors as reader
 from learned_rounding.tests.faults.disk import Disk, failing
 
@@ -46,7 +46,7 @@ FAILURES = {
     "torch's on a CPU": _more_than_there_is,
 }
 PLACES = {
-    "a layer": (pipeline, "quantize_weight"),
+    "a layer": (loop, "quantize_weight"),
     "a read": (reader.SafetensorsFile, "read"),
     "a write": (writer, "byte_views"),
 }
@@ -109,7 +109,7 @@ def test_runs_that_fail_give_back_what_they_took(tmp_path, monkeypatch, often, t
         with Disk(6, failing(errno.ENOSPC)).under(), pytest.raises(OutputError):
             quantize_file(source, target, NEAREST, device="cpu")
         with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError):
-            patch.setattr(pipeline, "quantize_weight", _raising(MemoryError()))
+            patch.setattr(loop, "quantize_weight", _raising(MemoryError()))
             quantize_file(source, target, NEAREST, device="cpu")
 
     for _ in range(3):
@@ -131,7 +131,7 @@ def test_it_is_one_line_for_people(one_case, monkeypatch, capsys, tried, sentenc
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(pipeline, "quantize_weight", full)
+    monkeypatch.setattr(loop, "quantize_weight", full)
     assert main(["quantize", "-i", str(one_case.source), "-o", str(one_case.target), "--device", "cpu"]) == 1
     sentences(capsys.readouterr().err.splitlines()[-1])
     one_case.check(complete=False)

@@ -289,7 +289,7 @@ def _journals(draw, sound: list[tuple[object, bytes]]) -> tuple[bytes, bool]:
     made, forged = b"", draw(st.booleans())
     for record, payload in sound[: draw(st.integers(1, len(sound)))]:
         if made and forged and _rarely(draw, 10):
-            key = draw(st.sampled_from(["dtype", "shape", "name", "crc", "note", "events", "config"]))
+            key = draw(st.sampled_from(["dtype", "shape", "name", "crc", "layer", "events", "config"]))
             changed = {**record, key: draw(st.one_of(_ODD, _JSON))} if isinstance(record, dict) else record
             record = draw(st.sampled_from([changed, draw(_JSON)]))
         text = json.dumps(record).encode()

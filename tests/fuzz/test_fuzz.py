@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.events import LayerStarted
-from learned_rounding.quant_core.output.journal import Journal
+from learned_rounding.quant_core.run.resume import JournalFile
 from learned_rounding.tests.fuzz.doors import FILES as DOORS_OF_FILES
 from learned_rounding.tests.fuzz.doors import TEXTS as DOORS
 from learned_rounding.tests.fuzz.doors import bounded, refused, tried_all
@@ -67,9 +67,9 @@ def dead(tmp_path_factory):
     quantize_file(source, target, NEAREST, device="cpu", on_event=listener)
     (folder / "journal").write_bytes(left[".journal"])
     with open(folder / "journal", "rb") as file:
-        journal = Journal(file)
+        journal = JournalFile(file)
         records = [(record, journal.payload(begin, size)) for record, begin, size in journal.records()]
-    assert sum("note" in record for record, _ in records) >= 3
+    assert sum("layer" in record for record, _ in records) >= 3
     return source, target, target.read_bytes(), left[".partial"], records
 
 

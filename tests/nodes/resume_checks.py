@@ -12,7 +12,7 @@ import folder_paths
 from pack.nodes import host
 from pack.quant_core import Recipe
 from pack.quant_core.events import LayerFinished, RunFinished
-from pack.quant_core.run import quantize as pipeline
+from pack.quant_core.run import loop
 
 ASSETS = Path(host.__file__).parents[2] / "assets"
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
@@ -53,13 +53,13 @@ def files() -> list[str]:
 def run_again(kind: str) -> dict:
     """ComfyUI empties its temp folder when it starts; then the same run, the same in another order of things, and another."""
     shutil.rmtree(folder_paths.get_temp_directory(), ignore_errors=True)
-    made, real = [], pipeline.quantize_weight
+    made, real = [], loop.quantize_weight
 
     def quantize_weight(weight, *args, **options):
         made.append(tuple(weight.shape))
         return real(weight, *args, **options)
 
-    pipeline.quantize_weight = quantize_weight
+    loop.quantize_weight = quantize_weight
 
     def run(recipe=RECIPE) -> tuple[int, bytes, list]:
         made.clear()

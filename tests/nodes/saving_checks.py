@@ -22,7 +22,7 @@ from pack.nodes import host
 from pack.quant_core import FORMATS, QuantizationError, Recipe
 from pack.quant_core.formats.weight import config_tensor
 from pack.quant_core.output import SafetensorsWriter
-from pack.quant_core.run import quantize as pipeline
+from pack.quant_core.run import loop
 from pack.quant_core.sources import SafetensorsFile
 from safetensors.torch import load_file, save_file
 
@@ -469,7 +469,7 @@ TRIES = 4  # at each point
 POINTS = {
     "reading": (SafetensorsFile, "read"),
     "writing": (SafetensorsWriter, "add"),
-    "rounding": (pipeline, "quantize_weight"),
+    "rounding": (loop, "quantize_weight"),
     "moving": (host.quantizing, "temporary"),
     "copying": (host.folders, "_copy_bytes"),
     "naming": (host.folders, "_name"),

@@ -21,7 +21,7 @@ from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, verify_file
 from learned_rounding.quant_core.rounding import Calibrated, amax_scale, round_sequential
 from learned_rounding.quant_core.rounding.gptq import memory_bytes
-from learned_rounding.quant_core.run.allocate import measure_plan
+from learned_rounding.quant_core.run.allocate import allocate_formats
 from learned_rounding.quant_core.sources import SafetensorsFile
 from learned_rounding.quant_core.sources.source import TensorSource
 
@@ -276,7 +276,7 @@ def test_formats_are_measured_as_on_a_cpu():
         held_out = LowRankHessian(rows.t() / 300**0.5, torch.zeros(256))
         known[str(index)] = LayerStatistics(rows.t() @ rows / 300, held_out, sensitivity=2.0**index)
     plans = [
-        measure_plan(
+        allocate_formats(
             TensorSource(tensors),
             Recipe(format="measured"),
             InMemoryCalibration(known),

@@ -30,7 +30,7 @@ FLOORS = [
     {"cli"},
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}
-NEEDED = {"torch", "safetensors", "tqdm", "tomli"}
+NEEDED = {"torch", "safetensors", "tqdm", "filelock", "tomli"}
 # Imported where they are asked for, with a sentence of ours or without their number when they are missing: import name → package.
 OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf", "lpips": "lpips"}
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))

@@ -55,12 +55,10 @@ class Gate:
             self.made = 0
             self._changed.notify_all()
         if not self._wrapped:
-            pipeline = next(
-                module
-                for name, module in sys.modules.items()
-                if name.endswith("learned_rounding.quant_core.run.quantize")
+            loop = next(
+                module for name, module in sys.modules.items() if name.endswith("learned_rounding.quant_core.run.loop")
             )
-            pipeline.quantize_weight, self._wrapped = self._behind(pipeline.quantize_weight), True
+            loop.quantize_weight, self._wrapped = self._behind(loop.quantize_weight), True
 
     def _behind(self, quantize_weight):
         def waiting(*args, check, **options):

@@ -24,6 +24,7 @@ from learned_rounding.quant_core.cli import commands as cli
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.recipes.presets import ALIASES
+from learned_rounding.quant_core.run import loop
 from learned_rounding.quant_core.run import quantize as pipeline
 
 ROOT = Path(learned_rounding.__file__).parent
@@ -241,7 +242,7 @@ def test_every_option_that_users_know_acts_or_is_refused_by_name(
         runs.clear()
         code, out, err = lrq("quantize", "-i", "model.safetensors", "--overwrite", *beside.split(), *words)
         assert (code, err) == (0, [])
-        lines = [re.sub(r"[\d.]+ s$", "", line) for line in out.splitlines() if not line.startswith("seconds")]
+        lines = [re.sub(r"[\d.]+ s$", "", line) for line in out.splitlines() if not line.startswith("time")]
         for made in (*tmp_path.glob("model_*"), *tmp_path.glob("out*")):
             made.unlink()
         return lines, *runs
@@ -889,7 +890,7 @@ def test_an_interrupt_leaves_nothing(lrq, model_file, listing, monkeypatch, sent
         return quantize_weight(*args, **options)
 
     source = model_file()
-    monkeypatch.setattr(pipeline, "quantize_weight", interrupt)
+    monkeypatch.setattr(loop, "quantize_weight", interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are without
     try:
         code, _, err = lrq("quantize", "-i", source)

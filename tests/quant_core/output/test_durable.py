@@ -27,7 +27,7 @@ def calls(monkeypatch):
         if made.error:
             raise OSError(made.error, os.strerror(made.error))
 
-    monkeypatch.setattr(durable, "_FULL", FULL)
+    monkeypatch.setattr(durable, "_FULL_FSYNC", FULL)
     monkeypatch.setattr(durable.fcntl, "fcntl", fcntl)
     monkeypatch.setattr(os, "fsync", lambda descriptor: made.append("fsync"))
     return made
@@ -38,14 +38,14 @@ def calls(monkeypatch):
 )
 def test_a_full_flush_where_the_disk_has_one(calls, error, expected):
     calls.error = error
-    durable.to_disk(0)
+    durable.flush_to_disk(0)
     assert calls == expected
 
 
 def test_a_full_flush_that_fails_is_told_of(calls):
     calls.error = errno.EIO
     with pytest.raises(OSError, match="Input/output error"):
-        durable.to_disk(0)
+        durable.flush_to_disk(0)
     assert calls == [FULL]
 
 

@@ -1,16 +1,11 @@
-"""The writer against safetensors' own reader; and that a file is either complete or not there."""
+"""The writer against the reader of safetensors; an output is either complete or absent."""
 
 import errno
-import fcntl
 import itertools
 import json
 import os
-import stat
 import struct
-import subprocess
-import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from learned_rounding.quant_core.errors import OutputError
-from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, remove_leftovers, writer
+from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, layout, partial
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo
 from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
 
@@ -39,7 +34,7 @@ def write(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | Non
 
 
 def mixed() -> dict[str, torch.Tensor]:
-    """Scalars, empty tensors, sizes that 8 does not divide; dtypes alternate, so that in this order none is aligned."""
+    """Scalars, empty tensors, sizes that are not multiples of 8; dtypes alternate, so that in this order none is aligned."""
     tensors = {}
     for shape in [(), (3,), (8, 4), (5, 7), (0, 3), (1, 1)]:
         for seed, (dtype, name) in enumerate(DTYPE_NAMES.items()):
@@ -54,7 +49,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def header_of(path) -> tuple[dict, int]:
-    """The header and where the data begin."""
+    """The header, and the offset of the data."""
     data = Path(path).read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), 8 + length
@@ -75,7 +70,7 @@ def test_safetensors_reads_every_dtype_and_size(tmp_path):
         assert list(file.get_slice("BF16.8x4").get_shape()) == [8, 4]
 
 
-def test_our_reader_reads_it_too(tmp_path):
+def test_own_reader_reads_every_dtype_and_size(tmp_path):
     tensors = mixed()
     write(tmp_path / "a.safetensors", tensors, {"a": "b"})
     with SafetensorsFile(tmp_path / "a.safetensors") as file:
@@ -85,8 +80,8 @@ def test_our_reader_reads_it_too(tmp_path):
         }
 
 
-def test_every_tensor_is_aligned_and_nothing_lies_between(tmp_path):
-    """Readers view the mapped file in place: an offset that the item size does not divide costs a copy, or fails."""
+def test_every_tensor_is_aligned_without_gaps(tmp_path):
+    """Readers map the file: an offset that is not a multiple of the item size costs a copy or fails."""
     write(tmp_path / "a.safetensors", mixed())
     header, start = header_of(tmp_path / "a.safetensors")
     header.pop("__metadata__", None)
@@ -101,7 +96,7 @@ def test_every_tensor_is_aligned_and_nothing_lies_between(tmp_path):
     assert start + spans[-1][1] == (tmp_path / "a.safetensors").stat().st_size
 
 
-def test_views_are_written_as_they_look(tmp_path):
+def test_views_are_written_in_row_major_order(tmp_path):
     base = torch.arange(24.0).view(4, 6)
     tensors = {"t": base.t(), "s": base[1:3, ::2], "p": torch.nn.Parameter(base), "e": torch.zeros(1, 4).expand(3, 4)}
     write(tmp_path / "a.safetensors", tensors)
@@ -109,28 +104,28 @@ def test_views_are_written_as_they_look(tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_odd_sizes_larger_than_the_spill(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_SPILL", 64)
+def test_deferred_tensors_larger_than_the_spool(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "_SPILL", 64)
     tensors = {f"t{index}": torch.full((1001 + 2 * index,), index, dtype=torch.uint8) for index in range(5)}
     write(tmp_path / "a.safetensors", tensors)
     loaded = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_the_same_tensors_give_the_same_bytes(tmp_path):
+def test_same_tensors_give_same_bytes(tmp_path):
     write(tmp_path / "a.safetensors", mixed(), {"a": "b"})
     write(tmp_path / "b.safetensors", mixed(), {"a": "b"})
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_tensors_of_aligned_sizes_stand_in_the_order_they_came(tmp_path):
+def test_aligned_tensors_are_in_the_order_of_their_addition(tmp_path):
     names = ["z", "b", "m", "a"]
     write(tmp_path / "a.safetensors", {name: torch.zeros(2) for name in names})
     header, _ = header_of(tmp_path / "a.safetensors")
     assert [name for name in header if name != "__metadata__"] == names
 
 
-def test_a_file_without_tensors(tmp_path):
+def test_file_without_tensors(tmp_path):
     write(tmp_path / "a.safetensors", {}, {"a": "b"})
     assert load_file(tmp_path / "a.safetensors") == {}
 
@@ -145,7 +140,7 @@ SHAPES = st.lists(st.integers(0, 3), max_size=6).map(tuple)
     st.dictionaries(st.text(max_size=12), st.text(max_size=40), max_size=4),
 )
 @example({'\U0001f600\x00"\\\x7f  ': (torch.bool, (1,) * 6)}, {"\U0001f600": '\x00\x1f"\\/'})
-def test_the_room_left_for_the_header_is_never_too_small(specs, metadata):
+def test_header_fits_into_the_reserved_size(specs, metadata):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
         tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}
@@ -160,34 +155,24 @@ def test_the_room_left_for_the_header_is_never_too_small(specs, metadata):
             assert file.metadata == metadata
 
 
-def test_the_room_suffices_for_files_of_many_terabytes():
-    huge = {f"t{index}": TensorInfo(torch.float32, (2**20, 2**20)) for index in range(3)}
-    header, end = {"__metadata__": {}}, 0
-    for name, entry in huge.items():
-        header[name] = {"dtype": "F32", "shape": list(entry.shape), "data_offsets": [end, end + entry.nbytes]}
-        end += entry.nbytes
-    assert end > 10**13
-    assert len(json.dumps(header, separators=(",", ":"))) <= header_bytes(huge.items(), {})
+# An output is either complete or absent.
 
 
-# A file is complete, or it is not there.
-
-
-def test_nothing_stands_under_the_final_name_before_the_end(tmp_path, listing):
+def test_final_name_does_not_exist_before_finish(tmp_path, listing):
     path = tmp_path / "a.safetensors"
     with SafetensorsWriter(path, 4096) as out:
         assert not path.exists()
         out.add("a", torch.zeros(10_000))
         out.add("odd", torch.zeros(3, dtype=torch.uint8))
         assert not path.exists()
-        (partial,) = listing()
-        assert partial.startswith(".a.safetensors.") and partial.endswith(".partial")
+        (hidden,) = listing()
+        assert hidden.startswith(".a.safetensors.") and hidden.endswith(".partial")
         out.finish({})
         assert listing() == ["a.safetensors"]
     assert listing() == ["a.safetensors"]
 
 
-def test_an_existing_file_stays_whole_until_the_end(tmp_path):
+def test_existing_file_is_intact_before_finish(tmp_path):
     path = tmp_path / "a.safetensors"
     write(path, {"old": torch.zeros(4)})
     before = path.read_bytes()
@@ -199,7 +184,7 @@ def test_an_existing_file_stays_whole_until_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])
-def test_an_error_inside_leaves_nothing(tmp_path, listing, error):
+def test_error_in_the_context_leaves_nothing(tmp_path, listing, error):
     with pytest.raises(error):
         with SafetensorsWriter(tmp_path / "a.safetensors", 4096) as out:
             out.add("a", torch.zeros(10_000))
@@ -214,8 +199,8 @@ def test_leaving_without_finish_leaves_nothing(tmp_path, listing):
 
 
 @pytest.mark.parametrize("size", [1000, 3], ids=["in order", "of an odd size"])
-def test_a_name_is_written_once(tmp_path, listing, size, sentences):
-    """The header would hold one of the two, and the other be a hole."""
+def test_duplicate_name_is_refused(tmp_path, listing, size):
+    """The header would contain one of the two, and the other would be a gap."""
     with (
         sentences.raises(ValueError),
         SafetensorsWriter(tmp_path / "a.safetensors", 1000) as out,
@@ -225,7 +210,7 @@ def test_a_name_is_written_once(tmp_path, listing, size, sentences):
     assert listing() == []
 
 
-def test_an_error_leaves_the_existing_file(tmp_path, listing):
+def test_error_leaves_the_existing_file(tmp_path, listing):
     write(tmp_path / "a.safetensors", {"old": torch.zeros(4)})
     before = (tmp_path / "a.safetensors").read_bytes()
     with pytest.raises(RuntimeError):
@@ -234,13 +219,13 @@ def test_an_error_leaves_the_existing_file(tmp_path, listing):
     assert listing() == ["a.safetensors"] and (tmp_path / "a.safetensors").read_bytes() == before
 
 
-def test_a_missing_folder_is_made(tmp_path, listing):
+def test_missing_folder_is_created(tmp_path, listing):
     write(tmp_path / "new" / "deep" / "a.safetensors", {"a": torch.zeros(1)})
     assert listing() == ["new/deep/a.safetensors"]
 
 
 class _Full:
-    """A file on a disk that fills up after so many bytes."""
+    """A file on a disk that is full after ``room`` bytes."""
 
     def __init__(self, file, room: int, code: int):
         self._file, self._room, self._code = file, room, code
@@ -261,11 +246,11 @@ CODES = [errno.ENOSPC, errno.EDQUOT, errno.EIO]
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("room", [0, 5000, 41_000], ids=["first tensor", "second tensor", "end"])
-def test_a_disk_that_fails_leaves_nothing(tmp_path, listing, monkeypatch, room, code, sentences):
-    """41,000 bytes hold both large tensors; what is left to write is the odd one and the header."""
+def test_failing_disk_leaves_nothing(tmp_path, listing, monkeypatch, room, code):
+    """Both large tensors fit into 41,000 bytes; the deferred one and the header do not."""
     real = open
     monkeypatch.setattr(
-        writer, "open", lambda path, mode, **options: _Full(real(path, mode, **options), room, code), raising=False
+        partial, "open", lambda path, mode, **options: _Full(real(path, mode, **options), room, code), raising=False
     )
     with sentences.raises(OutputError):
         write(
@@ -278,7 +263,7 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path, listing, monkeypatch, room, 
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failure_at_the_very_end_leaves_nothing(tmp_path, listing, monkeypatch, call, code, sentences):
+def test_failing_fsync_or_rename_leaves_nothing(tmp_path, listing, monkeypatch, call, code):
     def fail(*args, **options):
         raise OSError(code, os.strerror(code))
 
@@ -289,63 +274,8 @@ def test_a_failure_at_the_very_end_leaves_nothing(tmp_path, listing, monkeypatch
     assert listing() == []
 
 
-def resumable(path, tensors: dict[str, torch.Tensor]) -> SafetensorsWriter:
-    reserve = header_bytes([(name, info(tensor)) for name, tensor in tensors.items()], {})
-    return SafetensorsWriter(path, reserve, run="a run")
-
-
-def test_nobody_waits_for_the_disk_before_the_end(tmp_path, listing, monkeypatch):
-    tensors = {name: torch.randn(40_000) for name in "abc"}
-    main, free, synced = threading.get_ident(), threading.Event(), []
-
-    def fsync(descriptor: int) -> None:
-        if threading.get_ident() != main and not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            synced.append(descriptor)
-            assert free.wait(60)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(writer, "_SYNC", 1)
-    with resumable(tmp_path / "a.safetensors", tensors) as out:
-        for name, tensor in tensors.items():
-            out.add(name, tensor)
-            out.note(name)
-        free.set()
-        out.finish({})
-    assert (
-        len(synced) == 3
-    )  # the file and its journal once, as the disk was behind all the time, and the file at the end
-    assert listing() == ["a.safetensors"]
-    assert all(torch.equal(load_file(tmp_path / "a.safetensors")[name], tensor) for name, tensor in tensors.items())
-
-
-@pytest.mark.parametrize("notes", [1, 2], ids=["at the end", "at the next note"])
-def test_a_disk_that_fails_behind_the_run_leaves_nothing(tmp_path, listing, monkeypatch, notes, sentences):
-    """The system tells of lost writes once, and perhaps to who has not asked yet."""
-    tensors, main, told = {"a": torch.zeros(1000), "b": torch.zeros(1000)}, threading.get_ident(), threading.Event()
-
-    def fsync(descriptor: int) -> None:
-        if threading.get_ident() != main:
-            told.set()
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(writer, "_SYNC", 1)
-    out = resumable(tmp_path / "a.safetensors", tensors)
-    out.add("a", tensors["a"])
-    out.note(1)
-    assert told.wait(60)
-    out._syncing.exception()
-    with sentences.raises(OutputError):
-        if notes == 2:
-            out.add("b", tensors["b"])
-            out.note(2)
-        else:
-            out.finish({})
-    assert listing() == []
-
-
-def test_a_writer_takes_as_many_writes_as_the_system_wants(tmp_path, monkeypatch):
-    """One write call may take only a part, and on a disk that is nearly full it does so without an error."""
+def test_short_writes_are_completed(tmp_path, monkeypatch):
+    """A write call may take only a part of the bytes, without an error on a nearly full disk."""
 
     class Short(_Full):
         def write(self, data) -> int:
@@ -353,7 +283,7 @@ def test_a_writer_takes_as_many_writes_as_the_system_wants(tmp_path, monkeypatch
 
     real = open
     monkeypatch.setattr(
-        writer, "open", lambda path, mode, **options: Short(real(path, mode, **options), 0, 0), raising=False
+        partial, "open", lambda path, mode, **options: Short(real(path, mode, **options), 0, 0), raising=False
     )
     tensors = {"a": torch.arange(1000), "odd": torch.arange(1001).to(torch.uint8)} | {
         f"long name {index}": torch.zeros(1) for index in range(40)
@@ -365,102 +295,24 @@ def test_a_writer_takes_as_many_writes_as_the_system_wants(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS], ids=errno.errorcode.get)
-def test_a_read_only_folder(tmp_path, listing, monkeypatch, code, sentences):
+def test_read_only_folder_is_reported(tmp_path, listing, monkeypatch, code, sentences):
     def refuse(*args, **options):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(writer, "open", refuse, raising=False)
+    monkeypatch.setattr(partial, "open", refuse, raising=False)
     with sentences.raises(OutputError):
         SafetensorsWriter(tmp_path / "a.safetensors", 100)
     assert listing() == []
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, listing, sentences):
+def test_folder_that_cannot_be_created_is_reported(tmp_path, listing):
     (tmp_path / "file").write_text("in the way")
     with sentences.raises(OutputError):
         SafetensorsWriter(tmp_path / "file" / "a.safetensors", 100)
     assert listing() == ["file"]
 
 
-def test_a_name_too_long_for_the_disk(tmp_path, listing, sentences):
+def test_too_long_name_is_reported(tmp_path, listing, sentences):
     with sentences.raises(OutputError):
         SafetensorsWriter(tmp_path / ("a" * 300 + ".safetensors"), 100)
     assert listing() == []
-
-
-# What dead runs left behind, and what living ones need.
-
-
-def leftover(path: Path, mark: str = "00ab12cd") -> Path:
-    partial = path.with_name(f".{path.name}.{mark}.partial")
-    partial.write_bytes(b"half a file")
-    return partial
-
-
-@pytest.mark.parametrize("name", ["a.safetensors", "with space.safetensors", "[x]*?.safetensors", "ü.safetensors"])
-def test_leftovers_of_dead_runs_are_removed(tmp_path, listing, name):
-    path = tmp_path / name
-    leftover(path), leftover(path, "11111111")
-    path.write_bytes(b"the file itself")
-    assert remove_leftovers(path) == 2
-    assert listing() == [name]
-
-
-def test_leftovers_are_removed_where_no_open_file_can_be(tmp_path, listing, monkeypatch):
-    """As on Windows."""
-    real = Path.unlink
-
-    def unlink(path, **options):
-        opened = (os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
-        if str(path) in opened:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        real(path, **options)
-
-    monkeypatch.setattr(Path, "unlink", unlink)
-    monkeypatch.setattr(writer, "_WINDOWS", True)
-    leftover(tmp_path / "a.safetensors"), leftover(tmp_path / "a.safetensors", "11111111")
-    assert remove_leftovers(tmp_path / "a.safetensors") == 2
-    assert listing() == []
-
-
-def test_files_of_other_outputs_are_left_alone(tmp_path, listing):
-    others = [
-        leftover(tmp_path / "b.safetensors"),
-        leftover(tmp_path / "ba.safetensors"),
-        leftover(tmp_path / "x.safetensors"),
-    ]
-    (tmp_path / "a.safetensors.partial").write_bytes(b"somebody else's")
-    before = listing()
-    assert remove_leftovers(tmp_path / "a.safetensors") == 0
-    assert remove_leftovers(tmp_path / "[ax].safetensors") == 0
-    assert listing() == before and all(other.exists() for other in others)
-
-
-def test_a_living_run_in_this_process_keeps_its_file(tmp_path):
-    with SafetensorsWriter(tmp_path / "a.safetensors", 4096) as out:
-        out.add("a", torch.zeros(1000))
-        leftover(tmp_path / "a.safetensors")
-        assert remove_leftovers(tmp_path / "a.safetensors") == 1
-        out.finish({})
-    assert set(load_file(tmp_path / "a.safetensors")) == {"a"}
-
-
-def test_a_living_run_in_another_process_keeps_its_file(tmp_path):
-    partial = leftover(tmp_path / "a.safetensors")
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'rb'); fcntl.flock(f, fcntl.LOCK_EX); "
-    hold += "print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", hold, str(partial)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
-        assert remove_leftovers(tmp_path / "a.safetensors") == 0 and partial.exists()
-        holder.stdin.close()
-        holder.wait()
-    assert remove_leftovers(tmp_path / "a.safetensors") == 1 and not partial.exists()
-
-
-def test_the_partial_file_is_held_by_its_writer(tmp_path):
-    with SafetensorsWriter(tmp_path / "a.safetensors", 4096):
-        (partial,) = tmp_path.glob(".*.partial")
-        with open(partial, "rb") as other, pytest.raises(OSError):
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerSt
 from learned_rounding.quant_core.errors import NothingToQuantizeError, RecipeError
 from learned_rounding.quant_core.events import LayerMeasured, RunStarted
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.quant_core.run.allocate import measure_plan
+from learned_rounding.quant_core.run.allocate import allocate_formats
 from learned_rounding.quant_core.sources import TensorSource
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def tensors():
 
 
 def plan_of(tensors, recipe, known):
-    return measure_plan(
+    return allocate_formats(
         TensorSource(tensors),
         recipe,
         InMemoryCalibration(known),

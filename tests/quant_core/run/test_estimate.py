@@ -22,7 +22,7 @@ def test_the_size_is_foreseen_to_the_byte(model_file, tmp_path, options):
 def test_each_shape_is_timed_once(model, model_file, monkeypatch):
     timed = []
     monkeypatch.setattr(
-        "learned_rounding.quant_core.run.estimate._seconds", lambda info, *_: timed.append(info.shape) or 1.0
+        "learned_rounding.quant_core.run.estimate._time_layer", lambda info, *_: timed.append(info.shape) or 1.0
     )
     with SafetensorsFile(model_file()) as source:
         assert estimate_seconds(source, Recipe(), Recipe().plan(source), torch.device("cpu")) == 6.0

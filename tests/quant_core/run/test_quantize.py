@@ -31,9 +31,9 @@ from learned_rounding.quant_core.errors import (
 )
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted, RunFinished, RunStarted
 from learned_rounding.quant_core.formats import find_format
-from learned_rounding.quant_core.output import verify_file, writer
+from learned_rounding.quant_core.output import partial, verify_file
 from learned_rounding.quant_core.rounding import slabs
-from learned_rounding.quant_core.run import quantize as pipeline
+from learned_rounding.quant_core.run import loop
 from learned_rounding.quant_core.run.quantize import output_name
 
 LINEARS = [f"blocks.{block}.{layer}" for block in range(2) for layer in ("attn.qkv", "mlp.0", "mlp.2")]
@@ -294,7 +294,7 @@ def test_an_error_inside_a_layer_leaves_nothing_behind(model_file, tmp_path, lis
         done.append(1)
         return quantize_weight(*args, **options)
 
-    monkeypatch.setattr(pipeline, "quantize_weight", fail)
+    monkeypatch.setattr(loop, "quantize_weight", fail)
     with pytest.raises(error):
         quantize_file(model_file(), tmp_path / "out.safetensors")
     assert listing() == ["model.safetensors"] and working_threads() == []
@@ -339,7 +339,7 @@ def test_a_full_disk_leaves_nothing_behind(model_file, tmp_path, listing, monkey
             return getattr(self._file, name)
 
     source, real = model_file(), open
-    monkeypatch.setattr(writer, "open", lambda *args, **options: Full(real(*args, **options)), raising=False)
+    monkeypatch.setattr(partial, "open", lambda *args, **options: Full(real(*args, **options)), raising=False)
     with sentences.raises(OutputError):
         quantize_file(source, tmp_path / "out.safetensors")
     assert listing() == ["model.safetensors"] and working_threads() == []
@@ -454,7 +454,7 @@ def test_the_same_run_again_does_nothing(model_file, tmp_path, listing, monkeypa
     quantize_file(source, out)
     stamp, data = out.stat().st_mtime_ns, out.read_bytes()
     (tmp_path / ".out.safetensors.00ab12cd.partial").write_bytes(b"of a run that died")
-    monkeypatch.setattr(pipeline, "quantize_weight", None)  # must not be asked for
+    monkeypatch.setattr(loop, "quantize_weight", None)  # must not be asked for
     report = quantize_file(source, out)
     assert report.already_done and report.output == str(out)
     sentences(report.table())
@@ -489,9 +489,9 @@ def test_another_source_is_not_taken_for_the_same(model, model_file, tmp_path):
 
 def made_layers(monkeypatch) -> list:
     """The weights that are quantized from here on."""
-    made, real = [], pipeline.quantize_weight
+    made, real = [], loop.quantize_weight
     monkeypatch.setattr(
-        pipeline,
+        loop,
         "quantize_weight",
         lambda weight, *args, **options: made.append(weight) or real(weight, *args, **options),
     )

@@ -1,8 +1,7 @@
-"""Bytes between files and a GPU through small page-locked buffers.
+"""Copies between files and a GPU through a ring of small page-locked buffers.
 
-Fresh pageable memory costs a page fault every 4 KiB on the way in and on the way out, which is slower than the disk;
-a few page-locked buffers that are used again and again are filled at the speed of the page cache and copied at that
-of the bus.
+Fresh pageable memory costs one page fault per 4 KiB in each direction, which is slower than the disk. Page-locked buffers
+that are reused are filled at the speed of the page cache and copied at the speed of the bus.
 """
 
 import zlib
@@ -17,14 +16,14 @@ _BUFFERS = 4
 
 
 class Staging:
-    """A ring of page-locked buffers for one direction, used by one thread at a time."""
+    """Ring of page-locked buffers for one direction and one thread at a time."""
 
     def __init__(self):
         self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._next = 0
 
     def _buffer(self) -> tuple[torch.Tensor, torch.cuda.Event]:
-        """The next buffer that no copy uses any more."""
+        """The next buffer, after its previous copy has ended."""
         if len(self._ring) < _BUFFERS:
             self._ring.append((torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))
             return self._ring[-1]
@@ -34,7 +33,7 @@ class Staging:
         return buffer, copied
 
     def fill(self, target: torch.Tensor, read_into: Callable[[memoryview, int], None]) -> None:
-        """Fill ``target`` (uint8, 1-D, on a GPU); ``read_into(view, offset)`` provides the bytes from ``offset`` on."""
+        """Fill ``target`` (uint8, 1-D, on a GPU); ``read_into(view, offset)`` writes the bytes from ``offset`` on into a view."""
         with torch.cuda.device(target.device):
             for start in range(0, target.numel(), _BUFFER):
                 part = target[start : start + _BUFFER]
@@ -44,7 +43,7 @@ class Staging:
                 copied.record()
 
     def drain(self, source: torch.Tensor) -> Iterator[memoryview]:
-        """The bytes of ``source`` (uint8, 1-D, on a GPU) piece by piece; each view is valid until the next is asked for."""
+        """Yield the bytes of ``source`` (uint8, 1-D, on a GPU) in parts; each view is valid until the next one is requested."""
         with torch.cuda.device(source.device):
             for start in range(0, source.numel(), _BUFFER):
                 part = source[start : start + _BUFFER]
@@ -56,7 +55,7 @@ class Staging:
 
 
 def byte_views(tensor: torch.Tensor, staging: Staging) -> Iterator[memoryview]:
-    """The memory of any tensor as bytes; a tensor on a GPU comes through ``staging``."""
+    """Yield the bytes of a tensor of any dtype and strides in row-major order; those on a GPU are copied through ``staging``."""
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     if flat.is_cuda:
         yield from staging.drain(flat)
@@ -65,7 +64,7 @@ def byte_views(tensor: torch.Tensor, staging: Staging) -> Iterator[memoryview]:
 
 
 def tensor_checksum(tensor: torch.Tensor, staging: Staging) -> int:
-    """The CRC-32 of the memory of any tensor."""
+    """CRC-32 of the bytes of a tensor."""
     crc = 0
     for view in byte_views(tensor, staging):
         crc = zlib.crc32(view, crc)

@@ -1,0 +1,215 @@
+"""Hidden partial files: created next to the output, locked while their run lives, published or removed at its end.
+
+The lock is on the partial file itself (flock, LockFileEx), so the system releases it when the process dies. A partial file
+without a lock belongs to a dead run: another run may resume it from the journal next to it, or remove both.
+"""
+
+import contextlib
+import errno
+import glob
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, BinaryIO, ParamSpec, TypeVar
+
+from filelock import lock_descriptor
+
+from ..errors import OutputError
+from .durable import flush_to_disk
+from .publish import WINDOWS, final_path, flush_folder, output_error, publish_file
+
+__all__ = ["JOURNAL_SUFFIX", "PartialFile", "claim_partial", "remove_leftovers"]
+
+PARTIAL_SUFFIX, JOURNAL_SUFFIX = ".partial", ".journal"
+_ABANDONED = 86_400  # s without a write, after which a partial file on a disk without locks belongs to a dead run
+_THREADS = 3  # one opens or publishes the file, one computes checksums, one flushes
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _lock(file: IO[bytes]) -> bool | None:
+    """Lock a file until it is closed or the process dies; False if it is locked, None if the disk has no locks."""
+    try:
+        return lock_descriptor(file.fileno(), blocking=False)
+    except OSError:
+        return None
+
+
+def claim_partial(file: IO[bytes]) -> bool:
+    """Lock the partial file of a dead run; False if its run lives."""
+    locked = _lock(file)
+    return bool(locked) or (locked is None and time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED)
+
+
+def _leftovers(path: Path, suffix: str) -> list[Path]:
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*{suffix}"))
+
+
+def remove_leftovers(path: Path) -> int:
+    """Remove partial files and journals of dead runs with the output ``path``; returns the number of partial files."""
+    removed = 0
+    for partial in _leftovers(path, PARTIAL_SUFFIX):
+        with contextlib.suppress(OSError), open(partial, "r+b") as file:
+            if claim_partial(file):
+                if WINDOWS:
+                    file.close()  # Windows removes no open file, and refuses if another run opens it from here on
+                partial.unlink()
+                removed += 1
+    for journal in _leftovers(path, JOURNAL_SUFFIX):
+        if not journal.with_suffix(PARTIAL_SUFFIX).exists():
+            with contextlib.suppress(OSError):
+                journal.unlink()
+    return removed
+
+
+class PartialFile:
+    """The hidden, locked file of one output, with the journal next to it if there is one.
+
+    One thread writes at a time, inside :meth:`access`; any thread may :meth:`abort` meanwhile, without waiting for the disk.
+
+    Args:
+        path: final name; a symbolic link is followed.
+        hidden_name: name that the hidden file names contain; None for that of ``path``.
+        overwrite: replace an existing file of other content.
+
+    Attributes:
+        path: final path.
+        file: the open partial file, unbuffered.
+        matched_existing: the output already existed with the same content, and was left in place.
+    """
+
+    file: BinaryIO
+
+    def __init__(self, path: str | os.PathLike, *, hidden_name: str | None = None, overwrite: bool = True):
+        self.path = final_path(path)
+        self.matched_existing = False
+        self._overwrite = overwrite
+        self._prefix = self.path.with_name(hidden_name or self.path.name)
+        self._hidden: Path | None = None
+        self._files: list[IO[bytes]] = []
+        self._created_folders = [folder for folder in self.path.parents if not os.path.lexists(folder)]
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="learned-rounding-disk")
+        self._writing = threading.Lock()
+        self._ended = self._kept = False
+
+    @property
+    def journal_path(self) -> Path:
+        """Where the journal of this partial file is."""
+        assert self._hidden is not None
+        return self._hidden.with_suffix(JOURNAL_SUFFIX)
+
+    def leftovers(self) -> list[Path]:
+        """Partial files of other runs, dead or alive, with the same output."""
+        return _leftovers(self._prefix, PARTIAL_SUFFIX)
+
+    def create(self) -> None:
+        """Create and lock a new partial file, and its folder if it is missing."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._hidden = self.path.with_name(f".{self._prefix.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+            self.file = open(self._hidden, "xb", buffering=0)
+            if _lock(self.file) is not False and os.fstat(self.file.fileno()).st_nlink:
+                break
+            self.file.close()  # another run claimed the new file before it was locked, and removes it
+            self._hidden.unlink(missing_ok=True)
+        self._files.append(self.file)
+
+    def adopt(self, hidden: Path, file: BinaryIO) -> None:
+        """Continue with a partial file that :func:`claim_partial` has locked."""
+        self._hidden, self.file = hidden, file
+        self._files.append(file)
+
+    def attach(self, file: IO[bytes]) -> None:
+        """Close ``file``, the journal or a temporary file, together with the partial file."""
+        self._files.append(file)
+
+    def submit(self, function: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> "Future[_T]":
+        """Run a function on a thread of this file."""
+        return self._threads.submit(function, *args, **options)
+
+    @contextlib.contextmanager
+    def access(self) -> Iterator[None]:
+        """Exclusive access for one thread; an OSError inside aborts and becomes an :class:`OutputError`."""
+        try:
+            with self._writing:
+                self.check_open()
+                yield
+        except OSError as error:
+            self.abort()
+            raise output_error(error, self.path) from error
+        finally:
+            if self._ended:
+                self._close()  # what abort() could not close while this thread was writing
+
+    def check_open(self) -> None:
+        """Raise :class:`OutputError` after :meth:`abort`."""
+        if self._ended:
+            raise OutputError(f"{self.path} is not written any more: its run has ended.")
+
+    def publish(self, size: int) -> None:
+        """Flush the complete file of ``size`` bytes and give it its final name; to be called inside :meth:`access`.
+
+        Raises:
+            OutputExistsError: a file of other content has the name and must not be overwritten.
+            OutputError: the name may be lost in a power failure.
+            OSError: the disk failed; nothing is published.
+        """
+        found = os.fstat(self.file.fileno()).st_size
+        if found != size:
+            raise OSError(errno.EIO, f"the partial file has {found:,} bytes instead of {size:,}")
+        flush_to_disk(self.file.fileno())
+        self.check_open()
+        if WINDOWS:
+            self.file.close()  # Windows renames no open file
+        assert self._hidden is not None
+        # Elsewhere the file keeps its lock until it has its name: an unlocked one would look like that of a dead run.
+        self.matched_existing = not publish_file(self._hidden, self.path, overwrite=self._overwrite)
+        if self.matched_existing:
+            with contextlib.suppress(OSError):
+                os.utime(self.path)  # newer than its source again, so that the next run need not repeat the work
+        self._ended = True
+        try:
+            flush_folder(self.path.parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} is complete, but the disk does not confirm its name ({error.strerror or error}): it may be lost "
+                "if the power fails now; check the disk."
+            ) from error
+
+    def abort(self, *, keep: bool = False) -> None:
+        """Remove the hidden files without waiting for a write in progress; does nothing after :meth:`publish`.
+
+        ``keep``: leave them for a run that resumes.
+        """
+        if not self._ended:
+            self._ended, self._kept = True, keep
+            self._close()
+
+    def _close(self) -> None:
+        """Remove the hidden files and close them; a thread that is still writing calls this again at its end."""
+        self._remove()
+        if self._writing.acquire(blocking=False):
+            try:
+                self._threads.shutdown(wait=False)
+                for file in self._files:
+                    with contextlib.suppress(OSError):
+                        file.close()
+            finally:
+                self._writing.release()
+            if WINDOWS:  # which removes no open file
+                self._remove()
+
+    def _remove(self) -> None:
+        """Remove the hidden files and folders created in vain; if the disk refuses, the next run removes them."""
+        if self._kept:
+            return
+        removals: list[tuple[Callable[[Path], None], Path]] = [(os.rmdir, folder) for folder in self._created_folders]
+        if self._hidden is not None:
+            removals = [(os.unlink, self._hidden), (os.unlink, self.journal_path), *removals]
+        for remove, path in removals:
+            with contextlib.suppress(OSError):
+                remove(path)

@@ -1,0 +1,92 @@
+"""When a run is already done, when its inputs have changed, and which killed run it may resume."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from ... import kernels
+from ..calibration import Calibration
+from ..errors import QuantizationError, SourceError
+from ..output import provenance
+from ..recipes import Recipe
+from ..sources import SafetensorsFile, Source
+from ..sources.source import fingerprint
+from ..version import VERSION
+
+__all__ = ["FileStates", "has_fingerprint", "input_paths", "may_be_newer", "run_fingerprint", "run_key"]
+
+
+def run_fingerprint(source: Source, recipe: Recipe, calibration: Calibration | None) -> str | None:
+    """Fingerprint of the inputs of a run, from samples of the source; None if they have none, as some sources in memory."""
+    if calibration is None:
+        return fingerprint(source, VERSION, recipe.to_json())
+    return calibration.mark and fingerprint(source, VERSION, recipe.to_json(), calibration.mark)
+
+
+def has_fingerprint(path: Path, expected: str | None) -> bool:
+    """Whether the file at ``path`` is the output of a run with this fingerprint."""
+    if expected is None:
+        return False
+    try:
+        with SafetensorsFile(path) as output:
+            return provenance(output).get("fingerprint") == expected
+    except QuantizationError:
+        return False
+
+
+def input_paths(data: Source | Calibration | None) -> tuple[Path, ...]:
+    """Files that a source or a calibration is read from; empty if it is in memory."""
+    return getattr(data, "paths", ())
+
+
+def may_be_newer(inputs: Iterable[Path], output: Path) -> bool:
+    """Whether an input may have changed since the output was made.
+
+    The change time counts too: it shows a file that was moved there with an older modification time.
+    """
+    made = output.stat().st_mtime_ns
+    return any(max(status.st_mtime_ns, status.st_ctime_ns) > made for status in (path.stat() for path in inputs))
+
+
+class FileStates:
+    """Inode, size and modification time of the input files at the start of a run."""
+
+    def __init__(self, paths: Iterable[Path]):
+        self._states = _read_states(paths)
+
+    def check_unchanged(self, source: Source) -> None:
+        """Raise :class:`SourceError` if an input was written to since; a replaced file is still read as it was."""
+        for path, state in _read_states(self._states).items():
+            before = self._states[path]
+            if state[0] == before[0] and state != before:
+                raise SourceError(f"{source.name}: {path} was changed while it was read; run again.")
+
+    def to_json(self) -> list[tuple[int, ...]]:
+        """The states as plain values."""
+        return list(self._states.values())
+
+
+def _read_states(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    states = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            states[path] = status.st_ino, status.st_size, status.st_mtime_ns
+    return states
+
+
+def run_key(
+    expected: str | None, configs: Mapping[str, Mapping[str, object]], states: FileStates, device: torch.device
+) -> str | None:
+    """Key of the runs that write the same bytes, for :class:`~.resume.RunJournal`; None for a run without a fingerprint.
+
+    ``configs``: layer → planned JSON configuration. The GPU, torch and the kernels are part of it, since they may round ties
+    differently.
+    """
+    if expected is None:
+        return None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return json.dumps([expected, configs, states.to_json(), [name, torch.__version__, kernels.backend()]])

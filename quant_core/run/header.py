@@ -1,0 +1,58 @@
+"""Header of the output of a run: its metadata, and its largest possible size."""
+
+import json
+from collections.abc import Mapping
+
+from ..errors import SourceError
+from ..formats.layer_json import QUANTIZATION_KEY, quantization_metadata
+from ..output import PROVENANCE_KEY, header_bytes, loading_note
+from ..recipes import Plan, Recipe
+from ..sources import Source, TensorInfo
+from ..version import VERSION
+
+__all__ = ["check_name_collisions", "file_metadata", "header_bound", "planned_configs"]
+
+
+def file_metadata(
+    source: Source, recipe: Recipe, configs: Mapping[str, dict[str, object]], fingerprint: str | None
+) -> dict[str, str]:
+    """Metadata of the source, of ComfyUI's loader and of this package; ``configs``: layer → JSON configuration."""
+    origin = {"version": VERSION, "fingerprint": fingerprint, "recipe": recipe.to_dict()}
+    return {
+        **source.metadata,
+        **loading_note(configs),
+        QUANTIZATION_KEY: quantization_metadata(configs),
+        PROVENANCE_KEY: json.dumps(origin, separators=(",", ":")),
+    }
+
+
+def planned_configs(source: Source, plan: Plan, recipe: Recipe) -> dict[str, dict[str, object]]:
+    """Layer → JSON configuration, of all layers that the plan quantizes."""
+    return {
+        name.removesuffix(".weight"): recipe.of(plan.decisions[name]).codec.layer_config(source.tensors[name].shape)
+        for name in plan.names("quantize")
+    }
+
+
+def header_bound(source: Source, plan: Plan, recipe: Recipe, *, calibrated: bool, fingerprint: str | None) -> int:
+    """Upper bound of the header size in bytes, whether each planned layer is quantized or, for NaN, copied."""
+    tensors = [(name, source.tensors[name]) for name in plan.output_names()]
+    for name in plan.names("quantize"):
+        layer, codec = name.removesuffix(".weight"), recipe.of(plan.decisions[name]).codec
+        specs = codec.file_specs(source.tensors[name].shape, input_scale=calibrated)
+        tensors += [(f"{layer}.{suffix}", TensorInfo(spec.dtype, spec.shape)) for suffix, spec in specs.items()]
+    return header_bytes(tensors, file_metadata(source, recipe, planned_configs(source, plan, recipe), fingerprint))
+
+
+def check_name_collisions(source: Source, plan: Plan, recipe: Recipe) -> None:
+    """Raise :class:`SourceError` if an unquantized weight already has a tensor with a name that quantizing it adds."""
+    kept = set(plan.names("keep"))
+    for name in plan.names("quantize"):
+        layer = name.removesuffix(".weight")
+        codec, shape = recipe.of(plan.decisions[name]).codec, source.tensors[name].shape
+        for suffix in {**codec.file_specs(shape), **codec.optional(shape), "input_scale": None}:
+            if f"{layer}.{suffix}" in kept:
+                raise SourceError(
+                    f"{source.name}: tensor {layer}.{suffix} found for an unquantized weight; the file is damaged or partly "
+                    "quantized: choose the original file."
+                )

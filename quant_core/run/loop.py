@@ -1,0 +1,307 @@
+"""The quantization loop: every tensor of a plan from the source to the sink, layer by layer, with events on the way."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..calibration import Calibration, LayerStatistics, input_scale
+from ..cancellation import CancelCheck
+from ..errors import CalibrationError, NonFiniteWeightError, NothingToQuantizeError
+from ..events import LayerFinished, LayerKept, LayerStarted, Listener, PlannedLayer, RunStarted
+from ..quantize_layer import quantize_weight
+from ..recipes import Plan, Recipe
+from ..sources import Source
+from ..sources.source import CPU
+from .clock import Clock
+from .io_threads import LayerWriter, TensorSink, read_ahead
+from .memory import explain_out_of_memory
+from .report import Report
+from .resume import LayerEvent, RunJournal
+
+__all__ = ["QuantizationRun", "read_device"]
+
+log = logging.getLogger(__name__)
+
+NON_FINITE = "contains NaN or Inf, so it stays unquantized"
+BIAS_CORRECTED = "bias of a quantized layer, corrected for the mean output error"
+
+
+@dataclass(frozen=True)
+class _QuantizedLayer:
+    """The tensors of a quantized layer as they are in the file, its JSON configuration, and its entries in the report."""
+
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, object]
+    bias_corrected: bool
+    format: str
+    granularity: str
+    convrot: int | None
+    scale: tuple[float, float]
+    solver: str
+    weight_error: float
+    output_error: float | None
+    gain: float | None
+    note: str
+
+
+class QuantizationRun:
+    """One run over a plan.
+
+    The next tensor is read and the previous layer is written by threads while a layer is quantized on ``device``.
+
+    Args:
+        source: where tensors are read.
+        plan: decision for every tensor of the source.
+        recipe: recipe of the run.
+        calibration: statistics of input activations; layers without are rounded as if uncalibrated.
+        sink: where tensors are added.
+        journal: journal that the sink has opened; its layers are not quantized again. None: the run cannot be resumed.
+        device: device of the arithmetic.
+        emit: listener of the events.
+        check: called often; raises to cancel.
+
+    Attributes:
+        report: grows with the run.
+        configs: layer → JSON configuration.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        recipe: Recipe,
+        calibration: Calibration | None,
+        *,
+        sink: TensorSink,
+        journal: RunJournal | None,
+        device: torch.device,
+        emit: Listener,
+        check: CancelCheck,
+    ):
+        self._source, self._plan, self._recipe, self._calibration = source, plan, recipe, calibration
+        self._journal, self._device, self._emit, self._check = journal, device, emit, check
+        self._writer = LayerWriter(sink, journal, check)
+        self._total = sum(1 for _ in plan.names("quantize"))
+        self._index = 0
+        self._biases = _corrected_biases(plan, recipe, calibrated=calibration is not None)
+        self.configs: dict[str, dict[str, object]] = {}
+        self.report = Report.for_plan(source.name, plan, recipe, calibrated=calibration is not None)
+        self.report.bytes_in = sum(info.nbytes for info in source.tensors.values())
+        self.report.device = str(device)
+        self._clock = Clock(self.report.bytes_in)
+
+    def execute(self) -> None:
+        """Quantize, copy or remove every tensor of the plan.
+
+        Raises:
+            NothingToQuantizeError: every layer contains NaN or Inf.
+        """
+        self._emit_start()
+        for name in self._plan.names("remove"):
+            self._report_tensor(self._kept(name, self._plan.decisions[name].reason, removed=True))
+        done = self._restore_finished_layers()
+        with self._writer:
+            for name, tensor in read_ahead(self._source, self._remaining_reads(done), self._check):
+                self._check()
+                if self._plan.decisions[name].action == "keep":
+                    self._copy_tensor(name, tensor)
+                else:
+                    self._quantize_layer(name, tensor)
+                del tensor  # its memory is free before the thread reads the next tensor
+        if not self.configs:
+            raise NothingToQuantizeError(
+                f"{self._source.name}: every layer to quantize {NON_FINITE}; the model is damaged."
+            )
+        self.report.seconds = self._clock.elapsed
+
+    def _emit_start(self) -> None:
+        self._emit(
+            RunStarted(
+                source=self._source.name,
+                format=self.report.format,
+                granularity=self.report.granularity,
+                preset=self.report.preset,
+                layers=self._total,
+                kept=len(self._source.tensors) - self._total,
+                bytes_in=self.report.bytes_in,
+                plan=tuple(self._planned_layers()),
+                rounding=self.report.rounding,
+            )
+        )
+
+    def _planned_layers(self) -> Iterator[PlannedLayer]:
+        for name in self._plan.output_names():
+            shape, decision = self._source.tensors[name].shape, self._plan.decisions[name]
+            if name.endswith(".weight") and len(shape) > 1:
+                yield PlannedLayer(name=name, shape=shape, kept=decision.reason if decision.action == "keep" else "")
+
+    def _restore_finished_layers(self) -> set[str]:
+        """Report the layers of a killed run as if this run had made them; returns the names of their source tensors."""
+        if self._journal is None or not self._journal.layers:
+            return set()
+        for layer in self._journal.layers:
+            if layer.config:
+                self.configs[_base_name(layer.events[0].name)] = layer.config
+            for event in layer.events:
+                self._clock.exclude(self._source.tensors[event.name].nbytes)
+                if isinstance(event, LayerFinished):
+                    self._emit(LayerStarted(index=event.index, total=self._total, name=event.name, shape=event.shape))
+                self._report_tensor(event)
+        self.report.taken_up = len(self.report.layers)
+        log.info("%s: resuming: %d of %d layers already done", self._source.name, self.report.taken_up, self._total)
+        done = {event.name for layer in self._journal.layers for event in layer.events}
+        self._index = sum(1 for name in self._plan.names("quantize") if name in done)
+        return done
+
+    def _remaining_reads(self, done: set[str]) -> list[tuple[str, torch.device]]:
+        """(name, device) of the tensors to read; biases that may be corrected are read with their weight."""
+        skipped = done | set(self._biases.values())
+        return [
+            (name, read_device(self._plan, name, self._device))
+            for name in self._plan.output_names()
+            if name not in skipped
+        ]
+
+    def _copy_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        tensors = {name: tensor}
+        self._write_layer(tensors, tensors, self._kept(name, self._plan.decisions[name].reason))
+
+    def _quantize_layer(self, name: str, weight: torch.Tensor) -> None:
+        """Quantize one weight and correct its bias; a weight with NaN or Inf is copied."""
+        index, self._index = self._index, self._index + 1
+        self._emit(LayerStarted(index=index, total=self._total, name=name, shape=self._source.tensors[name].shape))
+        started = self._clock.elapsed
+        source_tensors, bias_name, bias = {name: weight}, self._biases.get(name), None
+        if bias_name is not None:
+            bias = source_tensors[bias_name] = self._source.read(bias_name)
+        try:
+            layer = self._round(name, weight, bias)
+        except NonFiniteWeightError:
+            damaged = self._kept(name, NON_FINITE, planned=False)
+            self._write_layer(source_tensors, source_tensors, damaged, *self._kept_bias(bias_name))
+            return
+        self._writer.wait()  # the time of a layer includes that of writing the previous one
+        self.configs[_base_name(name)] = layer.config
+        finished = self._finished(name, layer, index=index, started=started)
+        kept_bias = self._kept_bias(bias_name, corrected=layer.bias_corrected)
+        self._write_layer(layer.tensors, source_tensors, finished, *kept_bias)
+
+    def _round(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> _QuantizedLayer:
+        """Quantize one weight with the recipe and the calibration statistics of its layer."""
+        layer, recipe = _base_name(name), self._recipe.of(self._plan.decisions[name])
+        statistics, method = LayerStatistics(), recipe
+        if self._calibration is not None:
+            statistics = self._calibration.layer_statistics(layer) or statistics
+            method = recipe if statistics.hessian is not None else recipe.uncalibrated()
+        shape = "×".join(map(str, self._source.tensors[name].shape))
+        try:
+            with explain_out_of_memory(f"{self._device} has too little memory for layer {layer}, {shape}"):
+                quantized = quantize_weight(
+                    weight,
+                    **method.layer_options,
+                    hessian=statistics.hessian,
+                    validation_hessian=statistics.validation_hessian,
+                    mean=statistics.mean,
+                    input_scale=_static_input_scale(recipe, statistics),
+                    bias=bias,
+                    check=self._check,
+                )
+        except CalibrationError as error:
+            raise CalibrationError(f"{layer}: {error}") from error
+        smallest, largest = torch.stack(quantized.scale.aminmax()).tolist()
+        return _QuantizedLayer(
+            tensors=quantized.tensors(layer),
+            config=quantized.config,
+            bias_corrected=quantized.bias is not bias,
+            format=quantized.format.name,
+            granularity=quantized.granularity,
+            convrot=quantized.codec.rotation and quantized.codec.rotation.size,
+            scale=(smallest, largest),
+            solver=quantized.solution.solver,
+            weight_error=quantized.weight_error,
+            output_error=quantized.output_error,
+            gain=quantized.solution.gain,
+            note=quantized.note,
+        )
+
+    def _finished(self, name: str, layer: _QuantizedLayer, *, index: int, started: float) -> LayerFinished:
+        """The event of a quantized layer; advances the clock."""
+        info = self._source.tensors[name]
+        eta = self._clock.advance(info.nbytes)
+        elapsed = self._clock.elapsed
+        return LayerFinished(
+            index=index,
+            total=self._total,
+            name=name,
+            shape=info.shape,
+            format=layer.format,
+            granularity=layer.granularity,
+            weight_error=layer.weight_error,
+            seconds=elapsed - started,
+            bytes_in=info.nbytes,
+            bytes_out=sum(tensor.nbytes for tensor in layer.tensors.values()),
+            elapsed=elapsed,
+            eta=eta,
+            solver=layer.solver,
+            gain=layer.gain,
+            output_error=layer.output_error,
+            note=layer.note,
+            convrot=layer.convrot,
+            scale=layer.scale,
+        )
+
+    def _kept(self, name: str, reason: str, *, removed: bool = False, planned: bool = True) -> LayerKept:
+        """The event of a tensor that is copied or removed; advances the clock."""
+        info = self._source.tensors[name]
+        self._clock.advance(info.nbytes)
+        return LayerKept(name=name, shape=info.shape, reason=reason, removed=removed, planned=planned)
+
+    def _kept_bias(self, name: str | None, *, corrected: bool = False) -> list[LayerKept]:
+        if name is None:
+            return []
+        return [self._kept(name, BIAS_CORRECTED if corrected else self._plan.decisions[name].reason)]
+
+    def _write_layer(
+        self, tensors: Mapping[str, torch.Tensor], source_tensors: Mapping[str, torch.Tensor], *events: LayerEvent
+    ) -> None:
+        """Hand the tensors of a layer to the writer and report its events, the first of which is of its weight."""
+        self.report.bytes_out += sum(tensor.nbytes for tensor in tensors.values())
+        self._writer.add(tensors, events, self.configs.get(_base_name(events[0].name)), source_tensors)
+        for event in events:
+            self._report_tensor(event)
+
+    def _report_tensor(self, event: LayerEvent) -> None:
+        """Add an event to the report and emit it."""
+        if isinstance(event, LayerFinished):
+            self.report.layers.append(event)
+        else:
+            self.report.kept.append(event)
+        self._emit(event)
+
+
+def read_device(plan: Plan, name: str, device: torch.device) -> torch.device:
+    """The device that a source tensor is read to: ``device`` for weights to quantize, else the CPU."""
+    return device if plan.decisions[name].action == "quantize" else CPU
+
+
+def _base_name(weight: str) -> str:
+    """Name of a layer from that of its weight."""
+    return weight.removesuffix(".weight")
+
+
+def _corrected_biases(plan: Plan, recipe: Recipe, *, calibrated: bool) -> dict[str, str]:
+    """Weight → bias of the layers whose bias may be corrected; both are read and written together."""
+    correction = recipe.get("bias_correction")
+    if correction == "none" or (correction == "auto" and not calibrated):
+        return {}
+    pairs = ((name, _base_name(name) + ".bias") for name in plan.names("quantize"))
+    return {name: bias for name, bias in pairs if bias in plan.decisions and plan.decisions[bias].action == "keep"}
+
+
+def _static_input_scale(recipe: Recipe, statistics: LayerStatistics) -> float | None:
+    """Static scale of the input activations, if the format has one and the calibration the statistics for it."""
+    if statistics.histogram is None or statistics.amax is None or not recipe.codec.static_activations:
+        return None
+    return input_scale(statistics.histogram, float(statistics.amax.max()))

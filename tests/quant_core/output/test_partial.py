@@ -1,0 +1,112 @@
+"""Partial files: locked while their run lives, removed when it is dead."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from learned_rounding.quant_core.errors import OutputError
+from learned_rounding.quant_core.output import SafetensorsWriter, partial, remove_leftovers
+from learned_rounding.quant_core.output.partial import PartialFile
+
+
+def leftover(path: Path, mark: str = "00ab12cd") -> Path:
+    left = path.with_name(f".{path.name}.{mark}.partial")
+    left.write_bytes(b"half a file")
+    return left
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "with space.safetensors", "[x]*?.safetensors", "ü.safetensors"])
+def test_files_of_dead_runs_are_removed(tmp_path, listing, name):
+    path = tmp_path / name
+    leftover(path), leftover(path, "11111111")
+    path.write_bytes(b"the file itself")
+    assert remove_leftovers(path) == 2
+    assert listing() == [name]
+
+
+def test_files_of_dead_runs_are_removed_on_windows(tmp_path, listing, monkeypatch):
+    """Windows removes no open file."""
+    real = Path.unlink
+
+    def unlink(path, **options):
+        opened = (os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+        if str(path) in opened:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        real(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr(partial, "WINDOWS", True)
+    leftover(tmp_path / "a.safetensors"), leftover(tmp_path / "a.safetensors", "11111111")
+    assert remove_leftovers(tmp_path / "a.safetensors") == 2
+    assert listing() == []
+
+
+def test_files_of_other_outputs_are_not_removed(tmp_path, listing):
+    others = [
+        leftover(tmp_path / "b.safetensors"),
+        leftover(tmp_path / "ba.safetensors"),
+        leftover(tmp_path / "x.safetensors"),
+    ]
+    (tmp_path / "a.safetensors.partial").write_bytes(b"somebody else's")
+    before = listing()
+    assert remove_leftovers(tmp_path / "a.safetensors") == 0
+    assert remove_leftovers(tmp_path / "[ax].safetensors") == 0
+    assert listing() == before and all(other.exists() for other in others)
+
+
+def test_file_of_a_live_run_in_this_process_is_not_removed(tmp_path):
+    with SafetensorsWriter(tmp_path / "a.safetensors", 4096) as out:
+        out.add("a", torch.zeros(1000))
+        leftover(tmp_path / "a.safetensors")
+        assert remove_leftovers(tmp_path / "a.safetensors") == 1
+        out.finish({})
+    assert set(load_file(tmp_path / "a.safetensors")) == {"a"}
+
+
+def test_file_of_a_live_run_in_another_process_is_not_removed(tmp_path):
+    left = leftover(tmp_path / "a.safetensors")
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'rb'); fcntl.flock(f, fcntl.LOCK_EX); "
+    hold += "print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(left)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert remove_leftovers(tmp_path / "a.safetensors") == 0 and left.exists()
+        holder.stdin.close()
+        holder.wait()
+    assert remove_leftovers(tmp_path / "a.safetensors") == 1 and not left.exists()
+
+
+def test_writer_locks_its_partial_file(tmp_path):
+    with SafetensorsWriter(tmp_path / "a.safetensors", 4096):
+        (hidden,) = tmp_path.glob(".*.partial")
+        with open(hidden, "rb") as other, pytest.raises(OSError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_abort_removes_the_files_and_ends_the_access(tmp_path, listing, sentences):
+    file = PartialFile(tmp_path / "new" / "a")
+    with file.access():
+        file.create()
+    assert len(listing()) == 1
+    file.abort()
+    assert list(tmp_path.iterdir()) == []
+    with sentences.raises(OutputError), file.access():
+        pass
+
+
+def test_incomplete_file_is_not_published(tmp_path, listing, sentences):
+    file = PartialFile(tmp_path / "a")
+    with file.access():
+        file.create()
+        file.file.write(b"12345")
+    with sentences.raises(OutputError), file.access():
+        file.publish(8)
+    assert listing() == []

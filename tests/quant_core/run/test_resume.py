@@ -1,0 +1,176 @@
+"""The journal of a run with its writer: flushes in the background, records that come back, layers that are restored."""
+
+import errno
+import os
+import stat
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from learned_rounding.quant_core.errors import OutputError
+from learned_rounding.quant_core.events import LayerKept
+from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes
+from learned_rounding.quant_core.run import resume
+from learned_rounding.quant_core.run.resume import JournalFile, RunJournal
+from learned_rounding.quant_core.sources import TensorSource
+
+
+class Run:
+    """A writer with its journal, over tensors that are their own source."""
+
+    def __init__(self, path, tensors: dict[str, torch.Tensor], key: str = "a run", in_memory: bool = False):
+        source = TensorSource(tensors)
+        self.tensors = tensors
+        self.journal = RunJournal(key, source, read=source.read if in_memory else None)
+        reserve = header_bytes(source.tensors.items(), {})
+        self.writer = SafetensorsWriter(path, reserve, journal=self.journal)
+
+    def add(self, name: str) -> None:
+        self.writer.add(name, self.tensors[name])
+        event = LayerKept(name=name, shape=tuple(self.tensors[name].shape), reason="test")
+        self.journal.record_layer([event], None, {name: self.tensors[name]})
+
+    @property
+    def restored(self) -> list[str]:
+        return [layer.events[0].name for layer in self.journal.layers]
+
+    def kill(self) -> None:
+        """Close the files and leave them as a killed process does."""
+        self.writer._partial.abort(keep=True)
+
+
+@pytest.fixture
+def tensors():
+    """Three tensors, one of them of a size that 8 does not divide."""
+    return {"a": torch.arange(1000.0), "odd": torch.arange(1001).to(torch.uint8), "b": torch.ones(500)}
+
+
+def test_writer_does_not_wait_for_flushes_before_the_end(tmp_path, listing, monkeypatch):
+    tensors = {name: torch.randn(40_000) for name in "abc"}
+    main, released, synced = threading.get_ident(), threading.Event(), []
+
+    def fsync(descriptor: int) -> None:
+        if threading.get_ident() != main and not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            synced.append(descriptor)
+            assert released.wait(60)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(resume, "_FLUSH_INTERVAL", 1)
+    run = Run(tmp_path / "a.safetensors", tensors)
+    with run.writer:
+        for name in tensors:
+            run.add(name)
+        released.set()
+        run.writer.finish({})
+    # The file and its journal once, as the first flush ran all the time, and the file at the end.
+    assert len(synced) == 3
+    assert listing() == ["a.safetensors"]
+    assert all(torch.equal(load_file(tmp_path / "a.safetensors")[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("layers", [1, 2], ids=["at the end", "at the next layer"])
+def test_failed_flush_in_the_background_leaves_nothing(tmp_path, listing, monkeypatch, layers, sentences):
+    """The system reports lost writes once, perhaps to a flush whose result is not yet read."""
+    tensors = {"a": torch.zeros(1000), "b": torch.zeros(1000)}
+    main, failed = threading.get_ident(), threading.Event()
+
+    def fsync(descriptor: int) -> None:
+        if threading.get_ident() != main:
+            failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(resume, "_FLUSH_INTERVAL", 1)
+    run = Run(tmp_path / "a.safetensors", tensors)
+    run.add("a")
+    assert failed.wait(60)
+    with pytest.raises(OSError):
+        run.journal.wait_for_flush()
+    with sentences.raises(OutputError):
+        if layers == 2:
+            run.add("b")
+        else:
+            run.writer.finish({})
+    assert listing() == []
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_killed_run_is_resumed_and_the_file_has_the_same_bytes(tmp_path, listing, tensors, layers):
+    names = list(tensors)
+
+    def complete(path, killed_after: int) -> list[str]:
+        if killed_after:
+            killed = Run(path, tensors)
+            for name in names[:killed_after]:
+                killed.add(name)
+            killed.kill()
+        run = Run(path, tensors)
+        for name in names[killed_after:]:
+            run.add(name)
+        run.writer.finish({"a": "b"})
+        return run.restored
+
+    assert complete(tmp_path / "whole", 0) == []
+    assert complete(tmp_path / "resumed", layers) == names[:layers]
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert listing() == ["resumed", "whole"]
+
+
+def test_tensors_after_the_last_layer_record_are_not_restored(tmp_path, tensors):
+    killed = Run(tmp_path / "a", tensors)
+    killed.add("a")
+    killed.writer.add("b", tensors["b"])
+    killed.kill()
+    run = Run(tmp_path / "a", tensors)
+    assert run.restored == ["a"]
+    run.add("b")
+    run.add("odd")
+    run.writer.finish({})
+    assert all(torch.equal(load_file(tmp_path / "a")[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("changed", ["key", "weights"])
+def test_another_run_is_not_resumed(tmp_path, tensors, changed):
+    killed = Run(tmp_path / "a", tensors, in_memory=True)
+    killed.add("a")
+    killed.kill()
+    if changed == "weights":
+        tensors["a"][500] = -1
+    run = Run(tmp_path / "a", tensors, key="another run" if changed == "key" else "a run", in_memory=True)
+    assert run.restored == []
+    run.writer.abort()
+
+
+def test_run_with_a_live_writer_is_not_resumed(tmp_path, tensors):
+    alive = Run(tmp_path / "a", tensors)
+    alive.add("a")
+    other = Run(tmp_path / "a", tensors)
+    assert other.restored == []
+    other.writer.abort()
+    alive.writer.abort()
+
+
+def test_tensor_that_is_recorded_twice_ends_the_restored_layers(tmp_path, tensors, sentences):
+    killed = Run(tmp_path / "a", tensors)
+    killed.add("a")
+    with sentences.raises(ValueError):
+        killed.add("a")
+    killed.add("b")
+    killed.kill()
+    run = Run(tmp_path / "a", tensors)
+    assert run.restored == ["a"]
+    run.writer.abort()
+
+
+def test_records_come_back_up_to_the_first_torn_one(tmp_path):
+    with open(tmp_path / "journal", "w+b", buffering=0) as file:
+        journal = JournalFile(file)
+        begin = journal.append({"a": float("inf")}, b"payload")
+        journal.append({"b": "ü"})
+        assert [(record, size) for record, _, size in journal.records()] == [({"a": float("inf")}, 7), ({"b": "ü"}, 0)]
+        assert journal.payload(begin, 7) == b"payload"
+        file.seek(begin + 7 + 17)
+        file.write(b"\xff")
+        assert [record for record, _, _ in journal.records()] == [{"a": float("inf")}]
