@@ -23,7 +23,7 @@ def run_fingerprint(source: Source, recipe: Recipe, calibration: Calibration | N
     """Fingerprint of the inputs of a run, from samples of the source; None if they have none, as some sources in memory."""
     if calibration is None:
         return fingerprint(source, VERSION, recipe.to_json())
-    return calibration.mark and fingerprint(source, VERSION, recipe.to_json(), calibration.mark)
+    return calibration.fingerprint and fingerprint(source, VERSION, recipe.to_json(), calibration.fingerprint)
 
 
 def has_fingerprint(path: Path, expected: str | None) -> bool:

@@ -199,7 +199,7 @@ def test_leaving_without_finish_leaves_nothing(tmp_path, listing):
 
 
 @pytest.mark.parametrize("size", [1000, 3], ids=["in order", "of an odd size"])
-def test_duplicate_name_is_refused(tmp_path, listing, size):
+def test_duplicate_name_is_refused(tmp_path, listing, size, sentences):
     """The header would contain one of the two, and the other would be a gap."""
     with (
         sentences.raises(ValueError),
@@ -246,7 +246,7 @@ CODES = [errno.ENOSPC, errno.EDQUOT, errno.EIO]
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("room", [0, 5000, 41_000], ids=["first tensor", "second tensor", "end"])
-def test_failing_disk_leaves_nothing(tmp_path, listing, monkeypatch, room, code):
+def test_failing_disk_leaves_nothing(tmp_path, listing, monkeypatch, room, code, sentences):
     """Both large tensors fit into 41,000 bytes; the deferred one and the header do not."""
     real = open
     monkeypatch.setattr(
@@ -263,7 +263,7 @@ def test_failing_disk_leaves_nothing(tmp_path, listing, monkeypatch, room, code)
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_failing_fsync_or_rename_leaves_nothing(tmp_path, listing, monkeypatch, call, code):
+def test_failing_fsync_or_rename_leaves_nothing(tmp_path, listing, monkeypatch, call, code, sentences):
     def fail(*args, **options):
         raise OSError(code, os.strerror(code))
 
@@ -305,7 +305,7 @@ def test_read_only_folder_is_reported(tmp_path, listing, monkeypatch, code, sent
     assert listing() == []
 
 
-def test_folder_that_cannot_be_created_is_reported(tmp_path, listing):
+def test_folder_that_cannot_be_created_is_reported(tmp_path, listing, sentences):
     (tmp_path / "file").write_text("in the way")
     with sentences.raises(OutputError):
         SafetensorsWriter(tmp_path / "file" / "a.safetensors", 100)
