@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["human_bytes", "markdown_table", "shown"]
+__all__ = ["escape_control", "human_bytes", "markdown_table"]
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -22,8 +22,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shown(text: str, allowed: str = "") -> str:
-    """``text`` with all characters but those of ``allowed`` escaped that are not seen as what they are."""
+def escape_control(text: str, allowed: str = "") -> str:
+    """``text`` with characters that are not printable, such as control characters, escaped, except those of ``allowed``."""
     if text.isprintable():
         return text
     return "".join(

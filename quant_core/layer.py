@@ -11,7 +11,7 @@ from .cancellation import CancelCheck
 from .errors import QuantizationError, RecipeError
 from .formats import INT8, Encoding, QuantizedWeight, make_encoding, rotation_groups
 from .linalg import lapack
-from .rounding import Method, Quadratic, Rounder, correct_bias, make_objectives, synthetic_mean
+from .rounding import Quadratic, Rounder, RoundingConfig, correct_bias, make_objectives, synthetic_mean
 from .sources.dtypes import SOURCE_DTYPES
 
 __all__ = ["output_error", "quantize_weight"]
@@ -70,7 +70,7 @@ def quantize_weight(
         QuantizationError: the weight is empty or of another dtype.
         RecipeError: no such format, granularity, rounding or option, or one without effect.
     """
-    method = Method(rounding, **options).resolve(gram is not None)
+    method = RoundingConfig(rounding, **options).resolve(gram is not None)
     if weight.ndim < 2 or weight.numel() == 0 or weight.dtype not in SOURCE_DTYPES:
         raise QuantizationError(
             f"A weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be quantized: "
@@ -111,7 +111,7 @@ class _Layer:
     inputs: Inputs
     bias: torch.Tensor | None
     output_weight: torch.Tensor | None
-    method: Method
+    method: RoundingConfig
     seed: int
     check: CancelCheck | None
 

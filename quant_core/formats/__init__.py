@@ -1,5 +1,6 @@
 """What a quantized weight is: number grid × scale granularity × rotation × file keys; one table of formats."""
 
+from .config import MEASURED, FormatConfig
 from .elements import E4M3, E5M2, INT8, Grid
 from .encoding import ROTATED, Encoding, make_encoding
 from .external import FOREIGN, ForeignFormat
@@ -9,6 +10,8 @@ from .table import FORMATS, Format, find_format, sibling, with_granularity
 from .weight import QuantizedWeight, Rounded
 
 __all__ = [
+    "MEASURED",
+    "FormatConfig",
     "E4M3",
     "E5M2",
     "INT8",

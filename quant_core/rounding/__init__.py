@@ -10,7 +10,7 @@ from .gptq import round_sequential
 from .gradient import round_gradient
 from .objectives import Calibrated, Identity, Objective, Principal, Quadratic
 from .optimizers import OPTIMIZERS, SCHEDULES
-from .options import BIAS_CORRECTIONS, OPTIONS, ROUNDINGS, Method
+from .options import BIAS_CORRECTIONS, OPTIONS, ROUNDINGS, RoundingConfig
 from .rounder import Candidate, Rounder, make_objectives
 from .rtn import quantize_nearest, weight_error
 from .scale_search import amax_scale, search_scale
@@ -22,7 +22,7 @@ __all__ = [
     "OPTIONS",
     "OPTIMIZERS",
     "SCHEDULES",
-    "Method",
+    "RoundingConfig",
     "Rounder",
     "Candidate",
     "make_objectives",

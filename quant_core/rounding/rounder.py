@@ -12,7 +12,7 @@ from ..formats import Grid, Rounded, Tiles
 from .gptq import round_sequential
 from .gradient import round_gradient
 from .objectives import Calibrated, Identity, Objective, Principal, Quadratic
-from .options import Method
+from .options import RoundingConfig
 from .rtn import quantize_nearest, weight_error
 from .scale_search import amax_scale, search_scale
 from .slabs import error_slabs, row_slabs
@@ -41,7 +41,12 @@ class Candidate:
 
 
 def make_objectives(
-    method: Method, gram: torch.Tensor | None, row_weight: torch.Tensor | None = None, *, judged: bool, seed: int = 0
+    method: RoundingConfig,
+    gram: torch.Tensor | None,
+    row_weight: torch.Tensor | None = None,
+    *,
+    judged: bool,
+    seed: int = 0,
 ) -> tuple[Objective, ...]:
     """What a method minimises; calibrated rounding with the inputs' ``gram`` (in, in).
 
@@ -76,7 +81,7 @@ class Rounder:
     weight: torch.Tensor
     grid: Grid
     tiles: Tiles
-    method: Method
+    method: RoundingConfig
     objectives: tuple[Objective, ...]
     judge: Callable[[], Quadratic] | None = None
     parts: int = 1

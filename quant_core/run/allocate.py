@@ -19,9 +19,9 @@ from ..cancellation import CancelCheck
 from ..display import human_bytes
 from ..errors import NonFiniteWeightError, NothingToQuantizeError, RecipeError
 from ..events import LayerMeasured, Listener
-from ..formats import GROUP_SIZES, QuantizedWeight
+from ..formats import GROUP_SIZES, FormatConfig, QuantizedWeight
 from ..layer import output_error, quantize_weight
-from ..recipes import Decision, FormatChoice, Plan, Recipe
+from ..recipes import Decision, Plan, Recipe
 from ..recipes.plan import Choice
 from ..recipes.presets import COMMON
 from ..sources import Source
@@ -32,11 +32,11 @@ _ROOM = 0.05  # of what all layers take in 8 bits: how much keeping what hurts m
 _POINTS = 40  # of the curve in the report
 _MOST_ROWS = 512  # of held-out inputs
 _STOCK = (
-    FormatChoice("int8_tensorwise", "row"),
-    *(FormatChoice("int8_tensorwise", "row", convrot=size) for size in GROUP_SIZES),
-    FormatChoice("float8_e4m3fn", "tensor"),
+    FormatConfig("int8_tensorwise", "row"),
+    *(FormatConfig("int8_tensorwise", "row", convrot=size) for size in GROUP_SIZES),
+    FormatConfig("float8_e4m3fn", "tensor"),
 )
-_BLOCKS = (FormatChoice("int8_blockwise", "block"), FormatChoice("float8_e4m3fn_blockwise", "block"))
+_BLOCKS = (FormatConfig("int8_blockwise", "block"), FormatConfig("float8_e4m3fn_blockwise", "block"))
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Option:
 
     bytes: int
     error: float
-    format: FormatChoice | None = None
+    format: FormatConfig | None = None
 
 
 def measure_plan(
@@ -119,9 +119,8 @@ def _options(
         if choice.convrot and matrix.shape[1] % choice.convrot:
             continue
         try:
-            made = quantize_weight(
-                weight, **choice.options, gram=gram, rounding="auto" if gram is None else "nearest", check=check
-            )
+            candidate = Recipe(choice, "auto" if gram is None else "nearest")
+            made = quantize_weight(weight, **candidate.layer_options, gram=gram, check=check)
         except NonFiniteWeightError:
             return found
         size = sum(tensor.nbytes for tensor in made.tensors(name.removesuffix(".weight")).values())

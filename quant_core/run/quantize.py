@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -202,8 +202,8 @@ def _report(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration
     rounding = recipe.resolve(calibration is not None).rounding
     return Report(
         source.name,
-        recipe.format,
-        recipe.granularity or "",
+        recipe.format.name,
+        recipe.format.granularity or "",
         rounding,
         preset,
         choice=plan.choice,
@@ -445,7 +445,7 @@ def _check_names(source: Source, plan: Plan, recipe: Recipe) -> None:
 
 def _biases(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> dict[str, str]:
     """Weight → bias of the layers whose bias may be corrected; they are read and written with their weight."""
-    wanted = recipe.get("bias_correction")
+    wanted = recipe.rounding.get("bias_correction")
     if wanted == "none" or (wanted == "auto" and calibration is None):
         return {}
     pairs = ((name, name.removesuffix(".weight") + ".bias") for name in plan.names("quantize"))
@@ -455,8 +455,8 @@ def _biases(source: Source, plan: Plan, recipe: Recipe, calibration: Calibration
 
 def _layer_options(recipe: Recipe, known: Inputs, calibration: Calibration | None) -> dict[str, object]:
     """What the recipe asks of a layer; one that the calibration does not know cannot be asked for learned rounding."""
-    method = recipe.uncalibrated() if calibration is not None and known.gram is None else recipe
-    return method.layer_options
+    uncalibrated = calibration is not None and known.gram is None
+    return (replace(recipe, rounding=recipe.rounding.uncalibrated()) if uncalibrated else recipe).layer_options
 
 
 def _input_scale(recipe: Recipe, known: Inputs) -> float | None:
@@ -514,7 +514,7 @@ def quantize_tensors(
     plan, device, check = recipe.plan(source, check=check), usable_device(device), check or _nothing
     _check_calibration(source, calibration)
     with _enough_memory(f"{device} has too little memory for {source.name}"):
-        if recipe.measured:
+        if recipe.format.measured:
             plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
         report, configs = _run(source, plan, recipe, calibration, sink, device, emit, check)
     emit(RunFinished(report))
@@ -582,7 +582,7 @@ def quantize_file(
                 f"{destination} exists and was made from something else; choose another output or overwrite it."
             )
     with _enough_memory(f"{device} has too little memory for {source.name}"):
-        if recipe.measured:
+        if recipe.format.measured:
             plan = measure_plan(source, recipe, calibration, device=device, emit=emit, check=check)
         planned = {
             name.removesuffix(".weight"): recipe.of(plan.decisions[name]).encoding.config

@@ -7,7 +7,7 @@ import pytest
 from learned_rounding.attacks.cases import CANARY, CASES, PATTERNS
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.recipes import Recipe
-from learned_rounding.quant_core.recipes.layers import finding
+from learned_rounding.quant_core.recipes.layers import find_rules
 from learned_rounding.tests.fuzz.doors import TEXTS, bounded, refused, tried_all
 
 README = Path(__file__).parents[2] / "attacks" / "README.md"
@@ -51,7 +51,7 @@ def test_a_pattern_cannot_hang(text, tried):
     door = TEXTS["keep pattern"]
     if refused(door, text) is None:
         rule = Recipe(keep=(text,)).rules[0]
-        finding([rule], ["a" * 2000 + "!"])
+        find_rules([rule], ["a" * 2000 + "!"])
     tried("a pattern from attacks/", 1, "refused by a sentence, or harmless")
 
 

@@ -141,8 +141,8 @@ def test_what_triton_refuses(monkeypatch, capability, triton, x_dtype, dtype, bl
     monkeypatch.setattr(cards, "capability", lambda device: capability)
     monkeypatch.setattr(backends, "_has_triton", lambda: triton)
     arguments = OnCuda(x_dtype), OnCuda(dtype), None, None, block_size, 0, x_dtype
-    refusal = backends.OPERATIONS["scaled_linear"]["triton"].refusal(*arguments)
-    assert words in refusal if words else refusal == ""
+    find_refusal = backends.OPERATIONS["scaled_linear"]["triton"].find_refusal(*arguments)
+    assert words in find_refusal if words else find_refusal == ""
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def product(dtype, block_size=0, tokens=64):
 def test_what_torchs_products_refuse(monkeypatch, capability, arguments, words):
     monkeypatch.setattr(cards, "capability", lambda device: capability)
     monkeypatch.setattr(tensor_cores, "_scaled_mm_of_blocks", lambda: "there")
-    refusal = backends.OPERATIONS["scaled_linear"]["torch"].refusal(*arguments)
-    assert words in refusal if words else refusal == ""
+    find_refusal = backends.OPERATIONS["scaled_linear"]["torch"].find_refusal(*arguments)
+    assert words in find_refusal if words else find_refusal == ""
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 3), (11, 0)])  # of AMD's cards; NVIDIA's of these numbers have FP8

@@ -1,0 +1,64 @@
+"""One option of a recipe: the source of its node widget, its ``lrq`` option and its row in the manual."""
+
+from dataclasses import dataclass
+
+from .errors import RecipeError, UnknownNameError
+
+__all__ = ["Option"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """Type, default, range and help of an option.
+
+    Attributes:
+        help: noun phrase or imperative, without a full stop.
+        kind: type of the value.
+        default: value that holds if the option is not given; None: the help says what holds.
+        choices: allowed strings; empty: any.
+        low, high: smallest and largest allowed number.
+        flags: option strings of ``lrq``, without those that argparse derives from others; empty: ``--NAME``.
+        metavar: name of the value in the help of ``lrq``.
+    """
+
+    help: str
+    kind: type = str
+    default: object = None
+    choices: tuple[str, ...] = ()
+    low: float = 0
+    high: float = float("inf")
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+
+    @property
+    def scope(self) -> str:
+        """Formats or rounding methods that the option applies to; empty for all."""
+        return ""
+
+    @property
+    def details(self) -> str:
+        """Range and default: "1 to 1e+06; default: 500"."""
+        bounded = self.kind in (int, float) and self.high < float("inf")
+        limits = f"{self.low:g} to {self.high:g}" if bounded else ""
+        default = f"default: {self.default}" if self.default not in (None, False, "") else ""
+        return "; ".join(filter(None, (limits, default)))
+
+    @property
+    def description(self) -> str:
+        """Scope, help, range and default in one line, without a full stop."""
+        scope = f"{self.scope}: " if self.scope else ""
+        return f"{scope}{self.help}" + (f" ({self.details})" if self.details else "")
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse a value of another type, an unknown choice or a number out of range.
+
+        Raises:
+            RecipeError: names the option and the value.
+        """
+        kinds = (int, float) if self.kind is float else (self.kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
+            raise RecipeError(f"{name} cannot be {value!r}.")
+        if isinstance(value, str) and self.choices and value not in self.choices:
+            raise UnknownNameError(name, value, self.choices)
+        if isinstance(value, (int, float)) and not self.low <= value <= self.high:
+            raise RecipeError(f"{name} must be between {self.low:g} and {self.high:g}, not {value}.")
