@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..quant_core import Recipe
-from ..quant_core.formats import FORMATS
+from ..quant_core.formats import FORMATS, FormatConfig
 from ..quant_core.recipes.option_table import FORMAT_OPTIONS
 from ..quant_core.recipes.presets import AUTO
 from ..quant_core.rounding import OPTIONS
@@ -18,6 +18,7 @@ _GRADIENT = [
     "optimizer",
     *(name for name, option in OPTIONS.items() if option.gradient),
 ]  # any of them: gradient rounding
+_BLOCK_FORMAT = next(name for name in FORMATS if FormatConfig(name).block_size)  # any format with a block size
 _TABLE = {**OPTIONS, "block_size": FORMAT_OPTIONS["block_size"]}
 
 
@@ -67,18 +68,11 @@ class RoundingOptions(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, **chosen):
-        return checked(lambda *_: Recipe(**_find_format(chosen), **_given(chosen)), *chosen.values())
+        return checked(lambda *_: Recipe(_BLOCK_FORMAT, **_given(chosen)), *chosen.values())
 
     @classmethod
     def execute(cls, **chosen) -> io.NodeOutput:
         return io.NodeOutput(_given(chosen))
-
-
-def _find_format(chosen: dict) -> dict:
-    """A format that the block size applies to; no format without one."""
-    if "block_size" not in _given(chosen):
-        return {}
-    return {"format": next(name for name in FORMATS if FORMAT_OPTIONS["block_size"].applies(Recipe(name).encoding))}
 
 
 def _given(chosen: dict) -> dict:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..cancellation import CancelCheck
 from ..errors import RecipeError
@@ -126,8 +127,9 @@ def _parse_format(pattern: str, value: object) -> FormatConfig | None:
         raise RecipeError(
             f"The layer config has an unknown key '{unknown}', at '{pattern}'; known are {', '.join([*_KEYS, SKIP])}."
         )
+    fields: dict[str, Any] = {_KEYS[key]: entry for key, entry in value.items()}
     try:
-        config = make_format(**{_KEYS[key]: entry for key, entry in value.items()}, sibling=True)
+        config = make_format(**fields, sibling=True)
     except RecipeError as error:
         raise RecipeError(f"The layer config, at '{pattern}': {error}") from None
     if config.measured:

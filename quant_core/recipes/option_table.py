@@ -47,8 +47,9 @@ class FormatOption(Option):
 
 def _has_granularities(encoding: Encoding | None) -> bool:
     """Whether the format or a sibling has another granularity."""
-    others = set(GRANULARITIES) - {encoding.granularity} if encoding else ()
-    return any(sibling(encoding.format, other) for other in others)
+    if encoding is None:
+        return False
+    return any(sibling(encoding.format, other) for other in GRANULARITIES if other != encoding.granularity)
 
 
 _ALIASES = "; ".join(

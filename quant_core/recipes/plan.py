@@ -146,12 +146,10 @@ def _find_obstacle(rules: Iterable[Rule], name: str, format: FormatConfig | None
     """Why ComfyUI cannot read the layer quantized, or not in that format; None if it can."""
     if reason := _find_reason((rule for rule in rules if rule.cannot), name):
         return reason
-    ours = format is not None and FORMATS[format.name].stock_since is None
-    return (
-        f"embedding: ComfyUI does not read {format.name} for embeddings"
-        if ours and _find_reason((rule for rule in rules if rule.table), name)
-        else None
-    )
+    if format is None or FORMATS[format.name].stock_since is not None:
+        return None
+    table = _find_reason((rule for rule in rules if rule.table), name)
+    return f"embedding: ComfyUI does not read {format.name} for embeddings" if table else None
 
 
 def _decide(

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import UnknownNameError
 from ..sources import TensorInfo
@@ -72,11 +73,12 @@ class Mark:
     def matches(self, tensors: Mapping[str, TensorInfo]) -> bool:
         """Whether one of the tensors has this name and shape."""
         found = (tensors[prefix + self.name] for prefix in _PREFIXES if prefix + self.name in tensors)
-        return any(self.shape is None or self._has_shape(info.shape) for info in found)
+        return any(self.shape is None or _fits(info.shape, self.shape) for info in found)
 
-    def _has_shape(self, shape: tuple[int, ...]) -> bool:
-        sides = zip(shape, self.shape, strict=False)
-        return len(shape) == len(self.shape) and all(wanted in (None, side) for side, wanted in sides)
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    sides = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(each in (None, side) for side, each in sides)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Rule:
     table: bool = False
 
     @classmethod
-    def parse(cls, rule: Mapping[str, object]) -> "Rule":
+    def parse(cls, rule: Mapping[str, Any]) -> "Rule":
         """From an entry of a preset file."""
         flags = {key: value for key, value in rule.items() if key != "pattern"}
         return cls(rule["pattern"], _pattern(rule["pattern"]), **flags)

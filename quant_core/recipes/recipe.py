@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..cancellation import CancelCheck
 from ..errors import RecipeError
@@ -166,7 +167,7 @@ class Recipe:
         return {**vars(self.rounding), **_flatten(self.format), **own, "keep": list(self.keep)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> "Recipe":
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Inverse of :meth:`to_dict`; missing keys take their defaults, unknown ones are refused."""
         return cls(**values)
 

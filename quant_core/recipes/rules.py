@@ -17,7 +17,7 @@ _ELIGIBLE: tuple[tuple[Callable[[str, TensorInfo], bool], str], ...] = (
 # (shorter side, longer side, block size) → whether a matrix gains little, and the reason.
 _HEURISTICS: tuple[tuple[Callable[[int, int, int], bool], str], ...] = (
     (lambda small, large, block: small < block, "a side shorter than {block}"),
-    (lambda small, large, block: small % block or large % block, "a side that {block} does not divide"),
+    (lambda small, large, block: bool(small % block or large % block), "a side that {block} does not divide"),
     (
         lambda small, large, block: large / small > 4 and small < 5120,
         "aspect ratio above 4 and the shorter side below 5120",

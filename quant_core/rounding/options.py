@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import RecipeError, UnknownNameError
 from ..option import Option
@@ -201,7 +202,7 @@ class RoundingConfig:
         """Whether values are rounded by gradient steps instead of GPTQ."""
         return self.optimizer is not None or any(OPTIONS[name].gradient for name in self._given)
 
-    def get(self, name: str):
+    def get(self, name: str) -> Any:
         """The option's value, or its default if it is not given."""
         value = getattr(self, name)
         return OPTIONS[name].default if value is None else value

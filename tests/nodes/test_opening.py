@@ -23,7 +23,7 @@ def test_a_layer_that_is_none_is_named(host, tmp_path):
 def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path):
     found = in_process(host, tmp_path, "opening_diffusers")
     kinds = ("comfyui.safetensors", "diffusers.safetensors", "pickle.pt", "tiny.safetensors.index.json")
-    told = "Recognised as Stable Diffusion 3 and 3.5. It knows all 37 layers to quantize."
+    told = "Recognized as Stable Diffusion 3 and 3.5. The preset covers all 37 layers to quantize."
     assert found["files"] == {
         f"diffusion_models/{kind}": {"same": True, "told": told, "quantized alike": True} for kind in kinds
     }

@@ -165,7 +165,7 @@ OPTIONS = [
     ({"calib_samples": 64}, "calib_samples has no effect without bias_correction 'synthetic'"),
     ({"sweeps": 3, "optimizer": "adamw"}, "sweeps has no effect on rounding by an optimizer"),
     ({"top_p": 0.5, "damping": 0.1}, "top_p acts on rounding 'principal' and damping on 'calibrated'"),
-    ({"top_p": 7.0}, "top_p must lie between"),
+    ({"top_p": 7.0}, "top_p must be between"),
     ({"optimizer": "sgd"}, "There is no optimizer 'sgd'"),
     ({"block_size": 100}, "block size must be a power of two"),
 ]

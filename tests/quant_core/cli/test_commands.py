@@ -21,7 +21,9 @@ import learned_rounding
 from learned_rounding import kernels
 from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, quantize_weight
 from learned_rounding.quant_core.cli import commands as cli
+from learned_rounding.quant_core.cli import parser
 from learned_rounding.quant_core.cli.commands import main
+from learned_rounding.quant_core.cli.parser import make_parser
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.recipes.presets import ALIASES
 from learned_rounding.quant_core.run import quantize as pipeline
@@ -67,7 +69,7 @@ def test_a_bare_name_is_quantized_beside_itself(lrq, model_file, tmp_path, listi
     assert recipe_of("model_float8_e4m3fn.safetensors") == Recipe().to_dict()
     first, *table = out.splitlines()
     assert (
-        "No preset recognises" in first
+        "No preset matches" in first
         and "float8_e4m3fn per tensor" in first
         and "model_float8_e4m3fn.safetensors" in first
     )
@@ -81,7 +83,7 @@ def test_the_output_is_named_beside_an_input_elsewhere(lrq, model_file, tmp_path
     source = model_file()
     monkeypatch.chdir(tmp_path / "cwd")
     assert lrq("quantize", "-i", source, "--int8")[0] == 0
-    assert listing() == ["model.safetensors", "model_int8_row.safetensors"]
+    assert listing() == ["model.safetensors", "model_int8_row_convrot.safetensors"]
 
 
 def test_an_output_in_a_new_folder(lrq, model_file, listing, tmp_path):
@@ -90,6 +92,7 @@ def test_an_output_in_a_new_folder(lrq, model_file, listing, tmp_path):
 
 
 ROW = {"format": "int8_tensorwise", "granularity": "row"}
+INT8 = {**ROW, "convrot": True}  # the alias
 # Presets of models whose every layer stays: with them there is nothing to quantize.
 KEEP_ALL = {name for name, preset in PRESETS.items() if any(rule.text == ".*" for rule in preset.keep)}
 
@@ -100,13 +103,20 @@ OPTIONS = {
     "fp8": (["--fp8"], {}),
     "format": (["--format", "int8_tensorwise"], {"format": "int8_tensorwise", "granularity": "row"}),
     "format with =": (["--format=int8_tensorwise"], {"format": "int8_tensorwise", "granularity": "row"}),
-    "int8": (["--int8"], {"format": "int8_tensorwise", "granularity": "row"}),
+    "int8": (["--int8"], INT8),
+    "int8 as a format": (["--format", "int8"], INT8),
+    "int8, not rotated": (["--int8", "--convrot", "off"], ROW),
+    "fp8 as a format": (["--format", "fp8", "--scaling_mode", "tensor"], {}),
+    "int8 block as a format": (
+        ["--format=int8", "--scaling_mode=block"],
+        {"format": "int8_blockwise", "granularity": "block", "block_size": 128},
+    ),
     "int8 tensor": (["--int8", "--scaling_mode", "tensor"], {"format": "int8_tensorwise", "granularity": "tensor"}),
     "int8 tensor, dashes and =": (
         ["--int8", "--scaling-mode=tensor"],
         {"format": "int8_tensorwise", "granularity": "tensor"},
     ),
-    "int8 row": (["--scaling_mode", "row", "--int8"], {"format": "int8_tensorwise", "granularity": "row"}),
+    "int8 row": (["--scaling_mode", "row", "--int8"], INT8),
     "int8 block": (
         ["--int8", "--scaling_mode", "block", "--block_size", "16"],
         {"format": "int8_blockwise", "granularity": "block", "block_size": 16},
@@ -205,7 +215,7 @@ TRIED = {
     "--heur": ('--layer-config {"qkv":"fp8"}', ""),
     "--scaling_mode": ("", "row"),
     "--block_size": ("--int8 --scaling_mode block", "16"),
-    "--convrot": ("--int8", ""),
+    "--convrot": ("--format int8_tensorwise", ""),
     "--convrot-group-size": ("--int8 --convrot", "16"),
     "--calib_samples": ("--bias_correction synthetic", "8"),
     "--manual_seed": ("", "7"),
@@ -233,7 +243,7 @@ def test_every_option_that_users_know_acts_or_is_refused_by_name(lrq, model_file
     if option in REFUSED:
         for words in ([option], [option, "int8"]):
             code, _, err = lrq("quantize", "-i", "model.safetensors", *words)
-            assert code == 2 and f"{option} is not taken" in err[-1] and REFUSED[option] in err[-1]
+            assert code == 2 and f"{option} is not supported" in err[-1] and REFUSED[option] in err[-1]
         return
     plain, runs = pipeline.quantize_file, []
 
@@ -259,24 +269,24 @@ def test_every_option_that_users_know_acts_or_is_refused_by_name(lrq, model_file
 @pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
 def test_every_preset_has_a_flag_of_its_own(name):
     for spelt in (name, name.replace("_", "-")):
-        assert cli._parser().parse_args(["plan", "-i", "x", f"--{spelt}"]).preset == name
+        assert make_parser().parse_args(["plan", "-i", "x", f"--{spelt}"]).preset == name
 
 
-VALUES = {int: "3", float: "0.5", cli._convrot: "64"}  # types → a value; text takes any
+VALUES = {int: "3", float: "0.5", parser._parse_convrot: "64"}  # types → a value; text takes any
 
 
 @pytest.mark.parametrize("command", ["quantize", "plan", "migrate"])
 def test_every_option_is_understood_with_dashes_and_underscores(command):
-    parser = cli._parser()
-    options = parser._subparsers._group_actions[0].choices[command]._option_string_actions
+    lrq = make_parser()
+    options = lrq._subparsers._group_actions[0].choices[command]._option_string_actions
     tried = 0
     for option, action in options.items():
-        if not option.startswith("--") or isinstance(action, cli._Refusal) or option == "--help":
+        if not option.startswith("--") or isinstance(action, parser._Refusal) or option == "--help":
             continue
         value = [] if action.nargs == 0 else [next(iter(action.choices or ()), VALUES.get(action.type, "text"))]
         spelt = {option, f"--{option[2:].replace('-', '_')}", f"--{option[2:].replace('_', '-')}"}
-        ways = [vars(parser.parse_args([command, "-i", "x", way, *value])) for way in spelt]
-        assert all(way == ways[0] for way in ways) and ways[0] != vars(parser.parse_args([command, "-i", "x"])), option
+        ways = [vars(lrq.parse_args([command, "-i", "x", way, *value])) for way in spelt]
+        assert all(way == ways[0] for way in ways) and ways[0] != vars(lrq.parse_args([command, "-i", "x"])), option
         tried += len(spelt) > 1
     assert tried >= (1 if command == "migrate" else 20)
 
@@ -297,7 +307,7 @@ def test_custom_layers_get_their_type(lrq, model_file, tmp_path):
     assert json.loads(recipe_of(out)["layer_config"]) == {"blocks.0.mlp.0": "skip", "mlp": "int8", "qkv": "int8"}
     code, lines, _ = lrq("plan", "-i", model_file(), *words)
     assert code == 0 and "keep      blocks.0.mlp.0.weight  (layer config blocks.0.mlp.0)" in lines
-    assert "quantize  blocks.1.mlp.0.weight  as int8_tensorwise per row  (layer config mlp)" in lines
+    assert "quantize  blocks.1.mlp.0.weight  as int8_tensorwise per row, ConvRot 256  (layer config mlp)" in lines
 
 
 def test_a_layer_config_in_a_file(lrq, model_file, tmp_path):
@@ -439,7 +449,7 @@ def test_presets_are_recognised_and_named(lrq, layer_names, tmp_path):
         tmp_path / "in.safetensors",
     )
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors")
-    assert out.startswith("Recognised as Flux.1") and "keep      img_in.weight  (input projection" in out
+    assert out.startswith("Recognized as Flux.1") and "keep      img_in.weight  (input projection" in out
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--preset", "none")
     assert "keep      img_in.weight  (input projection by its name" in out
     _, out, _ = lrq("plan", "-i", tmp_path / "in.safetensors", "--flux")
@@ -459,7 +469,7 @@ def test_a_recipe_file_and_options_over_it(lrq, model_file, tmp_path, write):
         (["--exclude-layers", "mlp"], {"keep": ["mlp"]}),
         (["--fp8"], {"format": "float8_e4m3fn"}),  # its granularity is tensor as well
         (["--scaling_mode", "block"], {"format": "int8_blockwise", "granularity": "block", "block_size": 128}),
-        (["--int8"], {"granularity": "row"}),  # a format that is named comes with its own granularity
+        (["--int8"], INT8),  # a format that is named comes with its own granularity
     ]:
         code, _, err = lrq(
             "quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--overwrite", "--recipe", path, *words
@@ -567,7 +577,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(model_file, tmp_path, words):
 
 
 SAID = (
-    "lrq: the work is done, but what lrq prints cannot be written (No space left on device); free some space there.\n"
+    "lrq: the work is done, but the output of lrq cannot be written (No space left on device); free some space there.\n"
 )
 
 
@@ -648,7 +658,7 @@ def test_shards_of_a_quantized_model(lrq, model_file, tmp_path):
         assert lrq("verify", given)[1] == lrq("verify", tmp_path / "one.safetensors")[1].replace(
             str(tmp_path / "one.safetensors"), str(given)
         )
-        assert "int8_tensorwise per row: 6 layers" in lrq("inspect", given)[1]
+        assert "int8_tensorwise per row, ConvRot 16: 6 layers" in lrq("inspect", given)[1]
         assert lrq("migrate", "-i", given, "-o", tmp_path / "new.safetensors", "--overwrite")[0] == 0
         assert lrq("verify", tmp_path / "new.safetensors")[0] == 0
         made = load_file(tmp_path / "new.safetensors")
@@ -698,7 +708,7 @@ def test_inspect(lrq, model_file, tmp_path):
     lrq("quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--int8")
     _, out, _ = lrq("inspect", tmp_path / "q.safetensors")
     assert (
-        "int8_tensorwise per row: 6 layers" in out
+        "int8_tensorwise per row, ConvRot 16: 6 layers" in out
         and "made by learned_rounding" in out
         and "Stock ComfyUI 0.27 and newer loads it." in out
     )
@@ -713,7 +723,7 @@ def test_inspect(lrq, model_file, tmp_path):
 def test_verify(lrq, model_file, tmp_path):
     lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors")
     code, out, err = lrq("verify", tmp_path / "q.safetensors")
-    assert (code, err) == (0, []) and "sound, 6 quantized layers" in out
+    assert (code, err) == (0, []) and "OK, 6 quantized layers" in out
     tensors = load_file(tmp_path / "q.safetensors")
     tensors["blocks.0.mlp.0.weight_scale"] = torch.tensor(float("nan"))
     with safe_open(tmp_path / "q.safetensors", "pt") as file:
@@ -825,7 +835,7 @@ ERRORS = {
     "two rules for one pattern": (
         nothing,
         [*Q, "--custom-layers", "mlp", "--custom-type", "int8", "--layer-config", '{"mlp": "skip"}'],
-        "--custom-layers and --layer-config say different things of 'mlp'",
+        "--custom-layers and --layer-config contradict each other for 'mlp'",
     ),
     "a block size without blocks": (nothing, [*Q, "--block_size", "64"], "Block size 64 has no effect"),
     "steps of nearest": (nothing, [*Q, "--simple", "--num_iter", "5"], "num_iter has no effect on rounding 'nearest'"),
@@ -834,7 +844,7 @@ ERRORS = {
     "a missing calibration": (nothing, [*Q, "--calibration", "none.safetensors"], "There is no file"),
     "a model as calibration": (nothing, [*Q, "--calibration", "model.safetensors"], "holds no Grams of layers"),
     "no such preset": (nothing, [*Q, "--preset", "fluks"], "did you mean 'flux'"),
-    "a bad pattern": (nothing, [*Q, "--exclude-layers", "("], "is no regular expression"),
+    "a bad pattern": (nothing, [*Q, "--exclude-layers", "("], "is not a valid regular expression"),
     "full precision on int8": (nothing, [*Q, "--int8", "--full_precision_matrix_mult"], "no effect on int8_tensorwise"),
     "a huge seed": (nothing, [*Q, "--manual_seed", str(2**70)], "seed"),
     "no such device": (nothing, [*Q, "--device", "nonsense"], "The device 'nonsense' cannot be used here"),
@@ -950,12 +960,12 @@ def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, lis
     result = run([sys.executable, clone, "quantize", "-i", "model.safetensors", "--int8"], work)
     assert result.returncode == 0, result.stderr
     assert error_lines(result.stderr) == [] and "layers quantized  6" in result.stdout
-    assert verify_file(work / "model_int8_row.safetensors").problems == []
-    with safe_open(work / "model_int8_row.safetensors", "pt") as file:
+    assert verify_file(work / "model_int8_row_convrot.safetensors").problems == []
+    with safe_open(work / "model_int8_row_convrot.safetensors", "pt") as file:
         assert json.loads(file.metadata()["learned_rounding"])["version"] == "9.8.7"
     assert [name for name in listing() if name.startswith("work/")] == [
         "work/model.safetensors",
-        "work/model_int8_row.safetensors",
+        "work/model_int8_row_convrot.safetensors",
     ]
 
 
@@ -984,10 +994,10 @@ def test_what_nobody_foresaw_is_one_line_too(lrq, monkeypatch, tmp_path):
     assert code == 1 and len(err) == 1
     assert "ZeroDivisionError: a line and another" in err[0] and "--debug" in err[0]
     code, _, err = lrq("inspect", tmp_path, "--debug")
-    assert code == 1 and err[0].startswith("Traceback") and err[-1].startswith("lrq: something unexpected")
+    assert code == 1 and err[0].startswith("Traceback") and err[-1].startswith("lrq: unexpected error")
 
 
 def test_the_help_tells_the_exit_codes(lrq):
     _, out, _ = lrq("--help")
     said = " ".join(out.split())
-    assert all(f"{code} {meaning}" in said for code, meaning in cli.EXIT_CODES.items())
+    assert all(f"{code} {meaning}" in said for code, meaning in parser.EXIT_CODES.items())

@@ -52,8 +52,8 @@ def test_safetensors_files(model_file, tmp_path, recipe, quantized, since):
     assert found.dtypes["F8_E4M3" if recipe is FP8 else "I8"][0] == 6
     told = str(found).splitlines()[-1]
     assert (
-        f"rounding {recipe.rounding}" in told
-        and f"format {recipe.format}" in told
+        f"rounding {recipe.rounding.rounding}" in told
+        and f"format {recipe.format.name}" in told
         and "None" not in told
         and "False" not in told
     )

@@ -143,7 +143,7 @@ def test_presets_taken_by_name_differ_from_the_detected_one_by_what_they_say(pre
         for layer, entry in read(name).items()
         if entry.kind == "linear" and layer.endswith("weight") and less.search(layer)
     }
-    assert "It knows all" in named.explanation
+    assert "covers all" in named.explanation
 
 
 def test_every_preset_is_detected_or_taken_by_name():

@@ -114,7 +114,7 @@ def test_presets_named_and_recognised_decide_alike(layer_names, header_source, f
     source = header_source(layer_names(family))
     named, recognised = make_plan(source, preset=PRESET_OF.get(family, family)), make_plan(source)
     assert named.decisions == recognised.decisions
-    assert named.explanation.startswith("Preset ") and recognised.explanation.startswith("Recognised as ")
+    assert named.explanation.startswith("Preset ") and recognised.explanation.startswith("Recognized as ")
 
 
 def test_a_decoder_is_left_out_of_a_t5(layer_names, header_source):
@@ -193,7 +193,7 @@ def test_each_part_of_a_checkpoint_gets_its_own_rule(layer_names, header_source,
     assert "quantize" in {decision.action for decision in own.values()}
     assert {plan.decisions[name].action for name in whole if ".clip_l." in name or ".unheard_of." in name} == {"keep"}
     assert own.keys() and f"keep layers ^{start}" in plan.explanation
-    assert not preset.detect or "It knows all" in plan.explanation
+    assert not preset.detect or "covers all" in plan.explanation
 
 
 def test_text_encoders_that_comfyui_reads_in_full_precision_stay(layer_names, header_source):
@@ -271,10 +271,10 @@ def test_a_layer_that_the_preset_does_not_know_makes_it_less_sure(layer_names, h
     known = make_plan(header_source(layer_names("flux"))).explanation
     assert (
         known
-        == "Recognised as Flux.1 (dev, schnell, Kontext, Fill), Ovis-Image, LongCat-Image. It knows all 304 layers to quantize."
+        == "Recognized as Flux.1 (dev, schnell, Kontext, Fill), Ovis-Image, LongCat-Image. The preset covers all 304 layers to quantize."
     )
     more = {**layer_names("flux"), "pulid.0.to_q.weight": (64, 64), "pulid.1.to_q.weight": (64, 64)}
-    sentence = " Less sure: it does not know 2 of the 306 layers to quantize, such as pulid.0.to_q.weight."
+    sentence = " The preset does not cover 2 of the 306 layers to quantize, such as pulid.0.to_q.weight."
     assert make_plan(header_source(more)).explanation.endswith(sentence)
 
 
@@ -284,7 +284,7 @@ def test_own_rules_that_find_no_layer_are_named(layer_names, header_source):
         keep=("img_mpl", "img_mlp", "img_mlp.0.bias"), layer_config='{"nothing": "int8", "linear1": "int8"}'
     ).plan(source)
     assert plan.explanation.endswith(
-        " No layer has a name that is found by: keep pattern img_mpl, keep pattern img_mlp.0.bias, layer config nothing."
+        " No layer matches: keep pattern img_mpl, keep pattern img_mlp.0.bias, layer config nothing."
     )
     assert "No layer" not in Recipe(keep=("img_mlp",)).plan(source).explanation
 
@@ -319,7 +319,10 @@ def test_an_embedding_is_quantized_in_what_comfyui_reads_there(layer_names, head
     """It looks rows of codes up, and takes the scale for that of the whole table or of each row."""
     plan = Recipe(layer_config=f'{{"shared": "{format}"}}').plan(header_source(layer_names("t5")))
     assert plan.decisions["shared.weight"].action == action
-    assert action == "quantize" or "ComfyUI reads no int8_blockwise there" in plan.decisions["shared.weight"].reason
+    assert (
+        action == "quantize"
+        or "ComfyUI does not read int8_blockwise for embeddings" in plan.decisions["shared.weight"].reason
+    )
 
 
 def test_own_patterns_do_not_bring_back_what_a_preset_removes(layer_names, header_source):
@@ -365,8 +368,8 @@ def test_a_recipe_hands_all_of_its_fields_on(layer_names, header_source):
 
 def test_explanations_without_a_preset(header_source):
     source = header_source({"a.weight": (4, 4)})
-    assert "No preset recognises" in make_plan(source).explanation
-    assert make_plan(source, preset="none").explanation == "The general rule alone decides."
+    assert "No preset matches" in make_plan(source).explanation
+    assert make_plan(source, preset="none").explanation == "Only the general rule applies."
 
 
 @pytest.mark.parametrize("names", [{}, {"norm.weight": (8, 8)}, {"conv.weight": (8, 8, 3, 3), "a.bias": (8,)}])

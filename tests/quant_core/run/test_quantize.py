@@ -95,7 +95,7 @@ def test_a_file_is_quantized_layer_by_layer(model, model_file, tmp_path, listing
 
 
 def _note(recipe: Recipe) -> set[str]:
-    return {"note"} if find_format(recipe.format).stock_since is None else set()
+    return {"note"} if find_format(recipe.format.name).stock_since is None else set()
 
 
 def test_a_file_that_stock_comfyui_does_not_load_says_what_does(model_file, tmp_path):
@@ -403,9 +403,9 @@ def test_nothing_to_quantize(tmp_path, listing):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_quantized_source_is_refused_by_the_name_of_its_format(model_file, tmp_path, listing, recipe):
     quantize_file(model_file(), tmp_path / "once.safetensors", recipe)
-    with pytest.raises(AlreadyQuantizedError, match=rf"once.safetensors is quantized already \({recipe.format}\)"):
+    with pytest.raises(AlreadyQuantizedError, match=rf"once.safetensors is quantized already \({recipe.format.name}\)"):
         quantize_file(tmp_path / "once.safetensors", tmp_path / "twice.safetensors")
-    with pytest.raises(AlreadyQuantizedError, match=recipe.format):
+    with pytest.raises(AlreadyQuantizedError, match=recipe.format.name):
         quantize_tensors(load_file(tmp_path / "once.safetensors"))
     assert listing() == ["model.safetensors", "once.safetensors"]
 
@@ -559,8 +559,8 @@ def test_leftovers_of_dead_runs_go_with_a_finished_one(model_file, tmp_path, lis
 
 
 def test_outputs_are_named_after_the_recipe():
-    assert output_name("a/b.v1.safetensors", Recipe().label) == Path("a/b.v1_float8_e4m3fn.safetensors")
-    assert output_name("b.safetensors", Recipe(format="int8_tensorwise").label) == Path("b_int8_row.safetensors")
+    assert output_name("a/b.v1.safetensors", Recipe().format.label) == Path("a/b.v1_float8_e4m3fn.safetensors")
+    assert output_name("b.safetensors", Recipe(format="int8_tensorwise").format.label) == Path("b_int8_row.safetensors")
 
 
 # The same bytes, and little memory
