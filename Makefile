@@ -73,7 +73,7 @@ architectures: $(READY) hosts
 	.venv/bin/python tests/architectures/lists.py && .venv/bin/python tests/architectures/table.py
 
 texts: $(READY) hosts
-	.venv/bin/python tests/web/english.py
+	.venv/bin/python tests/web/english.py && .venv/bin/python tests/option_tables.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -37,11 +37,12 @@ class Option:
 
     @property
     def details(self) -> str:
-        """Range and default: "1 to 1e+06; default: 500"."""
+        """Choices that the help does not explain, range and default: "1 to 1e+06; default: 500"."""
         bounded = self.kind in (int, float) and self.high < float("inf")
         limits = f"{self.low:g} to {self.high:g}" if bounded else ""
         default = f"default: {self.default}" if self.default not in (None, False, "") else ""
-        return "; ".join(filter(None, (limits, default)))
+        explained = all(choice in self.help for choice in self.choices)
+        return "; ".join(filter(None, ("" if explained else ", ".join(self.choices), limits, default)))
 
     @property
     def description(self) -> str:

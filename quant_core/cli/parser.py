@@ -127,7 +127,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--kernel_backend",
         choices=tuple(kernels.BACKENDS),
-        help="kernels on a GPU: auto or triton for Triton, torch or reference for plain PyTorch (default: auto)",
+        help=f"kernels on a GPU: {', '.join(kernels.BACKENDS)}; torch and reference are plain PyTorch (default: auto)",
     )
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     run.add_argument("--verbose", action="store_true", help="print a line per tensor instead of a progress bar")
@@ -190,6 +190,7 @@ def _add_option(group: argparse._ActionsContainer, name: str, option: Option, **
     if option.kind is bool:
         group.add_argument(*flags, action="store_true", **settings)
     elif option.kind is tuple:
+        settings["help"] += "; may be repeated"
         group.add_argument(*flags, action="append", metavar=option.metavar, **settings)
     else:
         choices = settings.pop("choices", None if option.metavar else option.choices or None)

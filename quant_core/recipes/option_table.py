@@ -88,7 +88,7 @@ FORMAT_OPTIONS: Mapping[str, Option] = {
         choices=tuple(CONVROT),
         default="off",
         metavar="GROUP",
-        help=f"ConvRot: rotate groups of {', '.join(map(str, GROUP_SIZES))} input channels by a Hadamard matrix, which spreads "
+        help=f"rotate groups of {', '.join(map(str, GROUP_SIZES))} input channels by a Hadamard matrix (ConvRot), which spreads "
         "outliers; on: the largest group size that divides the channels; a number: the largest group size up to it; "
         "auto: the group size, or no rotation, with the least error",
     ),
@@ -154,7 +154,6 @@ ROUNDING_OPTIONS: Mapping[str, Option] = {
         kind=int,
         default=0,
         low=-(2**63),
-        high=2**64 - 1,
         flags=("--manual_seed", "--seed"),
         help="seed of all random numbers; the same seed and model give the same file, byte for byte",
     ),
