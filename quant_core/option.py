@@ -37,18 +37,17 @@ class Option:
 
     @property
     def details(self) -> str:
-        """Choices that the help does not explain, range and default: "1 to 1e+06; default: 500"."""
-        bounded = self.kind in (int, float) and self.high < float("inf")
-        limits = f"{self.low:g} to {self.high:g}" if bounded else ""
-        default = f"default: {self.default}" if self.default not in (None, False, "") else ""
+        """Choices that the help does not explain, range and default: "1 to 1,000,000; default: 500"."""
         explained = all(choice in self.help for choice in self.choices)
+        bounded = self.kind in (int, float) and self.high < float("inf")
+        limits = f"{_format(self.low)} to {_format(self.high)}" if bounded else ""
+        default = f"default: {self.default}" if self.default not in (None, False, "") else ""
         return "; ".join(filter(None, ("" if explained else ", ".join(self.choices), limits, default)))
 
-    @property
-    def description(self) -> str:
-        """Scope, help, range and default in one line, without a full stop."""
-        scope = f"{self.scope}: " if self.scope else ""
-        return f"{scope}{self.help}" + (f" ({self.details})" if self.details else "")
+    def describe(self, details: bool = True) -> str:
+        """Help, scope and, with ``details``, range and default in one line without a full stop."""
+        notes = "; ".join(filter(None, (self.scope and f"for {self.scope}", self.details if details else "")))
+        return f"{self.help} ({notes})" if notes else self.help
 
     def check(self, name: str, value: object) -> None:
         """Refuse a value of another type, an unknown choice or a number out of range.
@@ -63,3 +62,7 @@ class Option:
             raise UnknownNameError(name, value, self.choices)
         if isinstance(value, (int, float)) and not self.low <= value <= self.high:
             raise RecipeError(f"{name} must be between {self.low:g} and {self.high:g}, not {value}.")
+
+
+def _format(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"

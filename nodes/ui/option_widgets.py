@@ -19,7 +19,7 @@ def option_widget(id: str, option: Option, note: str = "", *, details: bool = Fa
         details: add range and default to the tooltip, for a widget whose own default stands for "not given".
         settings: of :func:`~.schema.widget`; they override those from the table.
     """
-    text = option.description if details else f"{option.scope}: {option.help}" if option.scope else option.help
+    text = option.describe(details)
     tooltip = " ".join(filter(None, (f"{text[0].upper()}{text[1:]}.", note)))
     values = {"id": id, "default": option.default, "tooltip": tooltip, **settings}
     if option.choices:

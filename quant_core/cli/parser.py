@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ... import kernels
 from ..display import escape_control
-from ..formats import FORMATS
 from ..option import Option
 from ..recipes.aliases import FORMAT_ALIASES
 from ..recipes.option_table import CONVROT, OPTION_TABLE
@@ -78,11 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
 
     def add_command(name: str, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        command.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the Python traceback of an error"
-        )
-        return command
+        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
 
     _add_quantize(add_command("quantize", "quantize a model, one tensor at a time"))
     _add_plan(add_command("plan", "show the decision for each tensor and the size of the file; reads the header only"))
@@ -100,9 +95,9 @@ def make_parser() -> argparse.ArgumentParser:
         add_command(name, text).add_argument("file", type=Path, help=_FILE)
     add_command("formats", "list the formats that this version writes")
     add_command("presets", "list the keep lists by model family")
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the Python traceback of an error"
-    )
+    for each in (parser, *commands.choices.values()):
+        text = "show the Python traceback of an error"
+        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=text)
     return parser
 
 
@@ -119,10 +114,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, metavar="FILE", help="activation statistics from Save Calibration, for GPTQ"
     )
     source.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="also write the report as JSON, layer by layer; replaces no other file of the run",
+        "--report", type=Path, metavar="FILE", help="also write the report as JSON; replaces no other file of the run"
     )
     run.add_argument(
         "--kernel_backend",
@@ -131,15 +123,11 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     run.add_argument("--verbose", action="store_true", help="print a line per tensor instead of a progress bar")
-    for name, text in _ALWAYS.items():
-        run.add_argument(name, action="store_true", help=f"{text}; always on, accepted for other tools' command lines")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     run = _add_shared(parser)[RUN]
     run.add_argument("--time", action="store_true", help="also estimate the time by quantizing a layer of each shape")
-    for name in _ALWAYS:
-        run.add_argument(name, action="store_true", help=argparse.SUPPRESS)
 
 
 def _add_migrate(parser: argparse.ArgumentParser) -> None:
@@ -180,13 +168,15 @@ def _add_shared(parser: argparse.ArgumentParser) -> dict[str, argparse._Argument
             _ADD.get(name, _add_option)(group, name, option)
     for name in _REFUSED:
         parser.add_argument(name, nargs="?", action=_Refusal, help=argparse.SUPPRESS)
+    for name, text in _ALWAYS.items():
+        groups[RUN].add_argument(name, action="store_true", help=f"{text}; always on, for other tools' command lines")
     groups[RUN].add_argument("--device", help="cuda, cuda:1, cpu …; by default the first GPU, else the CPU")
     return groups
 
 
 def _add_option(group: argparse._ActionsContainer, name: str, option: Option, **settings) -> None:
     flags = option.flags or (f"--{name}",)
-    settings = {"dest": name, "default": None, "help": _escape_percent(option.description), **settings}
+    settings = {"dest": name, "default": None, "help": _escape_percent(option.describe()), **settings}
     if option.kind is bool:
         group.add_argument(*flags, action="store_true", **settings)
     elif option.kind is tuple:
@@ -200,7 +190,7 @@ def _add_option(group: argparse._ActionsContainer, name: str, option: Option, **
 
 def _add_format(group: argparse._ActionsContainer, name: str, option: Option) -> None:
     exclusive = group.add_mutually_exclusive_group()
-    _add_option(exclusive, name, option, choices=(*FORMATS, *dict.fromkeys((*option.choices, *FORMAT_ALIASES))))
+    _add_option(exclusive, name, option, choices=tuple(dict.fromkeys((*option.choices, *FORMAT_ALIASES))))
     for alias, target in FORMAT_ALIASES.items():
         text = f"short for --format {alias}" if target.writable else argparse.SUPPRESS
         exclusive.add_argument(f"--{alias}", action="store_const", const=alias, dest=name, help=text)
@@ -215,7 +205,7 @@ def _add_convrot(group: argparse._ActionsContainer, name: str, option: Option) -
 
 def _add_preset(group: argparse._ActionsContainer, name: str, option: Option) -> None:
     exclusive = group.add_mutually_exclusive_group()
-    text = f"{option.description}; every preset is an option of its own too, see lrq presets"
+    text = f"{option.describe()}; every preset is an option of its own too, see lrq presets"
     _add_option(exclusive, name, option, choices=None, help=text)
     for preset, entry in {**PRESETS, **ALIASES}.items():
         exclusive.add_argument(
@@ -224,7 +214,7 @@ def _add_preset(group: argparse._ActionsContainer, name: str, option: Option) ->
 
 
 def _add_layer_config(group: argparse._ActionsContainer, name: str, option: Option) -> None:
-    _add_option(group, name, option, help=_escape_percent(f"{option.description}; JSON text or a file"))
+    _add_option(group, name, option, help=_escape_percent(f"{option.describe()}; JSON text or a file"))
     group.add_argument(
         "--custom-layers",
         action="append",
