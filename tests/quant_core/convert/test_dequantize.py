@@ -110,7 +110,8 @@ def test_old_scaled_fp8_becomes_int8(tmp_path, capsys):
         str(tmp_path / "old.safetensors"),
         "-o",
         str(tmp_path / "new.safetensors"),
-        "--int8",
+        "--format",
+        "int8_tensorwise",
         "--requantize",
     ]
     assert main(words) == 0
@@ -207,7 +208,15 @@ def test_fp8_without_scales_is_what_it_says(tmp_path, capsys, dtype):
     """A common download: the weights of a model, and perhaps its biases, turned to FP8 by themselves."""
     codes = {name: tensor.to(dtype) for name, tensor in PLAIN.items()}
     save_file(codes, tmp_path / "plain.safetensors")
-    words = ["quantize", "-i", str(tmp_path / "plain.safetensors"), "-o", str(tmp_path / "new.safetensors"), "--int8"]
+    words = [
+        "quantize",
+        "-i",
+        str(tmp_path / "plain.safetensors"),
+        "-o",
+        str(tmp_path / "new.safetensors"),
+        "--format",
+        "int8_tensorwise",
+    ]
     assert main(words) == 1 and "requantize" in capsys.readouterr().err
     assert main([*words, "--requantize"]) == 0
     assert "1 layers of F8_E" in capsys.readouterr().out

@@ -236,10 +236,10 @@ def test_a_quantized_gguf_is_decoded(model, tmp_path, code, error, capsys):
         for name in coded:
             assert torch.dist(opened.read(name).float(), tensors[name]) < error * tensors[name].norm()
     out = tmp_path / "out.safetensors"
-    assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple"]) == 0
+    assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--format", "int8_tensorwise", "--simple"]) == 0
     assert f"{len(coded)} layers of {code}" in capsys.readouterr().out
     assert verify_file(out).layers > 0
-    assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple"]) == 0
+    assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--format", "int8_tensorwise", "--simple"]) == 0
     assert "was made from the same source and recipe" in capsys.readouterr().out
 
 
