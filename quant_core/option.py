@@ -17,7 +17,7 @@ class Option:
         default: value that holds if the option is not given; None: the help says what holds.
         choices: allowed strings; empty: any.
         low, high: smallest and largest allowed number.
-        flags: option strings of ``lrq``, without those that argparse derives from others; empty: ``--NAME``.
+        flags: option strings of ``lrq``; empty: ``--NAME``.
         metavar: name of the value in the help of ``lrq``.
     """
 
