@@ -147,7 +147,7 @@ def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors,
 
 
 def test_it_takes_a_calibration(tensors):
-    with pytest.raises(RecipeError, match="takes a calibration"):
+    with pytest.raises(RecipeError, match="needs a calibration"):
         quantize_tensors(tensors, Recipe(format="measured"))
 
 
