@@ -19,6 +19,8 @@ PATTERNS = {  # regular expression → purpose
     "(" * 900 + ")" * 900: "900 nested groups",
     "(((a{99}){99}){99}){99}": "96 million letters in a short pattern",
     "(?=(a+))+": "quantified look-ahead",
+    "(?R)": "endless recursion, one level of memory each",
+    "a" * 2000: "long literal, whose search tables take cubic time",
     "a{999999999999}": "repeat count beyond 32 bits",
     "[": "unterminated character class",
     "[\\x00-\\U0010ffff]" * 110: "classes of a million characters, which Python compiles one by one",

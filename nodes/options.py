@@ -1,53 +1,54 @@
-"""Rounding Options: what Configure Quantization leaves at its defaults, for those who want to turn every knob."""
+"""Rounding Options: options of the rounding that Configure Quantization leaves at their defaults."""
 
 from comfy_api.latest import io
 
 from ..quant_core import Recipe
+from ..quant_core.formats import FORMATS, FormatConfig
+from ..quant_core.recipes.option_table import FORMAT_OPTIONS
 from ..quant_core.recipes.presets import AUTO
 from ..quant_core.rounding import OPTIONS
-from .ui.schema import OptionsType, checked, schema, widget
+from .ui.option_widgets import option_widget
+from .ui.schema import OptionsType, checked, schema
 
 __all__ = ["RoundingOptions"]
 
-_DEFAULT = -1  # of a number that was not chosen
-_LEFT_ALONE = [AUTO, _DEFAULT, False]  # off is the default of every switch
+_DEFAULT = -1  # value of a number that is not given
+_NOT_GIVEN = [AUTO, _DEFAULT, False]  # every switch is off by default
 _GRADIENT = [
     "optimizer",
     *(name for name, option in OPTIONS.items() if option.gradient),
 ]  # any of them: gradient rounding
+_BLOCK_FORMAT = next(name for name in FORMATS if FormatConfig(name).block_size)  # any format with a block size
+_TABLE = {**OPTIONS, "block_size": FORMAT_OPTIONS["block_size"]}
 
 
-def _tooltip(option) -> str:
-    acts = "" if len(option.acts) > 2 else f"Rounding {' or '.join(option.acts)}: "
-    default = "" if option.default in (None, False) else f" The default is {option.default}."
-    return f"{acts}{option.help}.{default}"
-
-
-def _widget(name: str, option):
-    """The widget of an option; its default means that the option was not chosen."""
-    shared = {"id": name, "optional": True, "matters_for": _matters_for(name)}
+def _make_widget(name: str):
+    """The widget of an option; its default means that the option is not given."""
+    option = _TABLE[name]
+    settings = {"optional": True, "matters_for": _matters_for(name), "details": True}
     if option.choices:
-        choices = list(dict.fromkeys([AUTO, *option.choices]))
-        return widget(io.Combo, options=choices, default=AUTO, tooltip=_tooltip(option), **shared)
+        return option_widget(
+            name, option, default=AUTO, options=list(dict.fromkeys([AUTO, *option.choices])), **settings
+        )
     if option.kind is bool:
-        return widget(io.Boolean, default=False, tooltip=_tooltip(option), **shared)
+        return option_widget(name, option, **settings)
     limits = {"default": _DEFAULT, "min": _DEFAULT, "max": min(option.high, 10**6)}
-    limits["tooltip"] = f"{_tooltip(option)} {_DEFAULT}: not chosen."
-    if option.kind is int:
-        return widget(io.Int, **limits, **shared)
-    return widget(io.Float, step=0.001, round=False, **limits, **shared)
+    steps = {"step": 0.001, "round": False} if option.kind is float else {}
+    return option_widget(name, option, f"{_DEFAULT}: not given.", **limits, **steps, **settings)
 
 
 def _matters_for(name: str) -> list[dict] | None:
-    """For which values of the others this option acts, see :func:`~.schema.widget`; None: for any."""
-    option = OPTIONS[name]
+    """Values of the other options for which this one acts, see :func:`~.schema.widget`; None: any."""
+    option = OPTIONS.get(name)
+    if option is None:
+        return None
     if option.needs:
         other, value = option.needs
         return [{other: [value]}]
     if option.gradient:
-        return [{other: {"not": _LEFT_ALONE}} for other in _GRADIENT]
+        return [{other: {"not": _NOT_GIVEN}} for other in _GRADIENT]
     if option.gradient is False:
-        return [dict.fromkeys(_GRADIENT, _LEFT_ALONE)]
+        return [dict.fromkeys(_GRADIENT, _NOT_GIVEN)]
     return None
 
 
@@ -59,28 +60,15 @@ class RoundingOptions(io.ComfyNode):
         return schema(
             node_id="LearnedRoundingOptions",
             display_name="Rounding Options",
-            description="Options of learned rounding for Configure Quantization. Each one acts or is refused; those left alone have their defaults.",
+            description="Options of the rounding, for Configure Quantization. An option without effect is refused; one that is not given has its default.",
             search_aliases=["optimizer", "svd", "iterations", "learned rounding", "block size"],
-            inputs=[
-                *(_widget(name, option) for name, option in OPTIONS.items()),
-                widget(
-                    io.Int,
-                    id="block_size",
-                    default=_DEFAULT,
-                    min=_DEFAULT,
-                    max=1024,
-                    optional=True,
-                    tooltip=f"Granularity block: side of a block, a power of two from 8 to 1024. The default is 128. {_DEFAULT}: not chosen.",
-                ),
-            ],
+            inputs=[_make_widget(name) for name in _TABLE],
             outputs=[OptionsType.Output(display_name="options", tooltip="For Configure Quantization.")],
         )
 
     @classmethod
     def validate_inputs(cls, **chosen):
-        return checked(
-            lambda *_: Recipe(format="int8_blockwise", **_given(chosen)), *chosen.values()
-        )  # which has a block size
+        return checked(lambda *_: Recipe(_BLOCK_FORMAT, **_given(chosen)), *chosen.values())
 
     @classmethod
     def execute(cls, **chosen) -> io.NodeOutput:
@@ -90,4 +78,4 @@ class RoundingOptions(io.ComfyNode):
 def _given(chosen: dict) -> dict:
     return {
         name: value for name, value in chosen.items() if value is not False and value not in (AUTO, _DEFAULT)
-    }  # 0 is a choice, and equals False
+    }  # 0 is given, and equals False

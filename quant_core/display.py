@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["escape_unprintable", "human_bytes", "markdown_table"]
+__all__ = ["escape_control", "human_bytes", "markdown_table"]
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -22,8 +22,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def escape_unprintable(text: str, allowed: str = "") -> str:
-    """Escape control characters and other unprintable characters in ``text``, except those in ``allowed``."""
+def escape_control(text: str, allowed: str = "") -> str:
+    """``text`` with characters that are not printable, such as control characters, escaped, except those of ``allowed``."""
     if text.isprintable():
         return text
     return "".join(

@@ -10,9 +10,9 @@ import torch
 from .calibration import Hessian, LayerStatistics, PairedHessian, dense_hessian, mean_vector
 from .cancellation import CancelCheck
 from .errors import QuantizationError, RecipeError
-from .formats import INT8, Codec, QuantizedWeight, Solution, SolveSpace, make_codec, rotation_groups
+from .formats import INT8, Codec, FormatConfig, QuantizedWeight, Solution, SolveSpace
 from .layer import Layer, output_error
-from .rounding import Method, WeightSolver, correct_bias, synthetic_mean
+from .rounding import RoundingConfig, WeightSolver, correct_bias, synthetic_mean
 from .sources.dtypes import SOURCE_DTYPES
 
 __all__ = ["quantize_layer", "quantize_weight"]
@@ -79,30 +79,37 @@ def quantize_weight(
     hessian = renamed.get("gram", hessian)
     validation_hessian = renamed.get("holdout_gram", validation_hessian)
     statistics = LayerStatistics(hessian, validation_hessian, renamed.get("mean_input", mean))
-    method = Method(rounding, **options)
+    method = RoundingConfig(rounding, **options)
     if weight.ndim < 2 or weight.numel() == 0 or weight.dtype not in SOURCE_DTYPES:
         raise QuantizationError(
             f"A weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be quantized; "
             "give a non-empty matrix of float16, bfloat16 or float32."
         )
     matrix = weight.detach().flatten(1)
-    codecs = [
-        make_codec(
-            format, granularity, block_size=block_size, convrot=group, full_precision_matmul=full_precision_matmul
-        )
-        for group in rotation_groups(convrot, matrix.shape[1])
-    ]
+    config = FormatConfig(format, granularity, block_size, convrot, full_precision_matmul)
+    codecs = config.codecs(matrix.shape[1])
     if input_scale is not None and not (codecs[0].static_activations and 0 < input_scale < float("inf")):
         raise RecipeError(f"An input scale of {input_scale} has no effect on {codecs[0]}; leave it out.")
     layer = Layer(matrix, bias, statistics, output_weight)
-    quantized = quantize_layer(layer, codecs, method, seed=seed, check=check)
-    return replace(quantized, shape=tuple(weight.shape), input_scale=input_scale)
+    quantized = quantize_layer(layer, codecs, method, input_scale=input_scale, seed=seed, check=check)
+    return replace(quantized, shape=tuple(weight.shape))
 
 
 def quantize_layer(
-    layer: Layer, codecs: Sequence[Codec], rounding: Method, *, seed: int = 0, check: CancelCheck | None = None
+    layer: Layer,
+    codecs: Sequence[Codec],
+    rounding: RoundingConfig,
+    *,
+    input_scale: float | None = None,
+    seed: int = 0,
+    check: CancelCheck | None = None,
 ) -> QuantizedWeight:
-    """Quantize a layer with each of ``codecs`` and return the one of least error.
+    """Quantize a layer with each of ``codecs`` and return the result of least error.
+
+    Args:
+        input_scale: static scale of the activations, for float8_e4m3fn; None for 1.
+        seed: of all random draws.
+        check: called often; raise in it to cancel.
 
     Raises:
         NonFiniteWeightError: the weight contains NaN or Inf.
@@ -111,7 +118,8 @@ def quantize_layer(
     """
     run = _LayerRun(layer, rounding.resolve(layer.statistics.hessian is not None), seed, check)
     quantized = [run.quantize(codec) for codec in codecs]
-    return min(quantized, key=run.error) if len(quantized) > 1 else quantized[0]
+    best = min(quantized, key=run.error) if len(quantized) > 1 else quantized[0]
+    return replace(best, input_scale=input_scale)
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class _LayerRun:
     """One layer with a resolved rounding."""
 
     layer: Layer
-    rounding: Method
+    rounding: RoundingConfig
     seed: int
     check: CancelCheck | None
 

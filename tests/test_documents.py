@@ -17,9 +17,13 @@ from safetensors.torch import save_file
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import Collector
 from learned_rounding.quant_core.cli import commands as cli
+from learned_rounding.quant_core.cli.parser import make_parser
+from learned_rounding.quant_core.recipes import FORMAT_ALIASES, PRESETS
+from learned_rounding.quant_core.recipes.presets import ALIASES
 from learned_rounding.quant_core.recipes.toml import tomllib
 from learned_rounding.quant_core.sources import SafetensorsFile
 from learned_rounding.tests.nodes.probing import in_process, takes_layouts
+from learned_rounding.tests.option_tables import MANUAL, render_tables, replace_tables
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -233,17 +237,23 @@ def options(parser) -> set[str]:
 
 def test_the_manual_names_every_option_and_command():
     text = (ROOT / "MANUAL.md").read_text(encoding="utf-8")
-    (commands,) = (action.choices for action in cli._parser()._actions if getattr(action, "choices", None))
-    presets = {f"--{name}" for name in (*cli.PRESETS, *cli.ALIASES)}
+    (commands,) = (action.choices for action in make_parser()._actions if getattr(action, "choices", None))
+    hidden = {f"--{name}" for name in (*PRESETS, *ALIASES, *FORMAT_ALIASES)} - {"--int8", "--fp8"}
     for name, parser in commands.items():
         assert f"`lrq {name}" in text
-        missing = {option for option in options(parser) - presets if f"`{option}`" not in text}
+        missing = {option for option in options(parser) - hidden if f"`{option}`" not in text}
         assert not missing, f"lrq {name}: {missing}"
+
+
+def test_the_option_tables_of_the_manual_are_those_of_the_parser():
+    """Written by python tests/option_tables.py."""
+    text = MANUAL.read_text(encoding="utf-8")
+    assert replace_tables(text) == text and "`--rounding`" in render_tables()
 
 
 def test_the_manual_says_which_options_one_command_lacks():
     text = " ".join((ROOT / "MANUAL.md").read_text(encoding="utf-8").split())
-    (commands,) = (action.choices for action in cli._parser()._actions if getattr(action, "choices", None))
+    (commands,) = (action.choices for action in make_parser()._actions if getattr(action, "choices", None))
     quantize, plan = (options(commands[name]) for name in ("quantize", "plan"))
     named = re.search(
         r"Both take all of them, but for (.*?), which only `lrq quantize` has, and (.*?), which only `lrq plan` has",

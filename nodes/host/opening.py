@@ -11,7 +11,7 @@ from comfy import model_detection
 from ...quant_core.convert.dequantize import DecodedSource
 from ...quant_core.errors import SourceError
 from ...quant_core.output.inspect import quantized_formats
-from ...quant_core.recipes.refused import DIFFUSERS, refusal
+from ...quant_core.recipes.refused import DIFFUSERS, find_refusal
 from ...quant_core.sources import Source, TensorInfo, TensorSource, open_source
 from ...quant_core.sources.source import CPU
 from .folders import DIFFUSION_MODELS, FileSource
@@ -33,7 +33,7 @@ def opened(file: FileSource) -> Iterator[Source]:
         if file.requantize and quantized_formats(source):
             source = DecodedSource(source)
         convert = _converter(source) if file.kind == DIFFUSION_MODELS else None
-        if convert is None and refusal(source.tensors) == DIFFUSERS.is_:
+        if convert is None and find_refusal(source.tensors) == DIFFUSERS.description:
             raise SourceError(
                 f"{source.name} is under diffusers' layer names, {_NOT_RENAMED if file.kind == DIFFUSION_MODELS else _NOT_HERE}."
             )

@@ -94,7 +94,7 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
         except BaseException:
             remove(filter(None, (*files.values(), finished)))
             raise
-    quantized = Quantized(files, kind, recipe.label, _joined(reports), getattr(source, "clip_type", ""))
+    quantized = Quantized(files, kind, recipe.format.label, _joined(reports), getattr(source, "clip_type", ""))
     _last = (identity, recipe, quantized)
     return quantized
 

@@ -1,5 +1,6 @@
 """The command ``lrq``."""
 
-from .commands import EXIT_CODES, main, run
+from .commands import main, run
+from .parser import EXIT_CODES
 
 __all__ = ["EXIT_CODES", "main", "run"]

@@ -1,6 +1,7 @@
 """Formats: element formats, scales, and the codec that stores a quantized layer, one module per family."""
 
 from .codec import Codec, Format, TensorSpec
+from .config import MEASURED, FormatConfig
 from .detect import StoredLayer, detect_layer, detect_layers
 from .elements import E2M1, E4M3, E5M2, INT4, INT8, ElementFormat
 from .rotation import GROUP_SIZES, Rotation, rotation_groups
@@ -16,12 +17,14 @@ __all__ = [
     "FORMATS",
     "GRANULARITIES",
     "GROUP_SIZES",
+    "MEASURED",
     "INT4",
     "INT8",
     "READABLE",
     "Codec",
     "ElementFormat",
     "Format",
+    "FormatConfig",
     "QuantizedWeight",
     "Rotation",
     "ScaleGroups",

@@ -1,23 +1,23 @@
-"""Which layer gets what: recipes, presets as data, rules, detection by layer names."""
+"""Recipes: which layer is stored in which format; presets as data, layer rules, recognition of model families."""
 
-from .layers import FormatChoice
+from .aliases import FORMAT_ALIASES, make_format
+from .option_table import OPTION_TABLE
 from .plan import Decision, Plan, make_plan
-from .presets import PRESETS, Preset, find_preset, recognise
-from .recipe import MEASURED, MEASURED_CHOOSES, MEASURED_ONLY, Recipe
-from .recommended import recommended_format
+from .presets import PRESETS, Preset, find_preset, recognize_preset
+from .recipe import Recipe
+from .recommended import recommend_format
 
 __all__ = [
     "Decision",
-    "FormatChoice",
     "Plan",
     "make_plan",
     "PRESETS",
     "Preset",
     "find_preset",
-    "recognise",
-    "MEASURED",
-    "MEASURED_CHOOSES",
-    "MEASURED_ONLY",
+    "recognize_preset",
+    "FORMAT_ALIASES",
+    "make_format",
+    "OPTION_TABLE",
     "Recipe",
-    "recommended_format",
+    "recommend_format",
 ]

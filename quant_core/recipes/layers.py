@@ -1,52 +1,35 @@
-"""A user's own rules for single layers: a format, or full precision. The most specific one decides."""
+"""Layer rules of the user: a format, or full precision, for layers by name. The most specific rule decides."""
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..cancellation import CancelCheck
 from ..errors import RecipeError
-from ..formats import with_granularity
-from .patterns import Pattern
+from ..formats import FormatConfig
+from .aliases import make_format
+from .patterns import LARGEST, Pattern, SearchBudget
 
-__all__ = ["FormatChoice", "LayerRule", "finding", "layer_rules", "most_specific", "parse_layer_config"]
+__all__ = ["LayerRule", "find_rules", "most_specific", "parse_layer_config", "parse_rules"]
 
 SKIP = "skip"
-_LARGEST = 200_000  # characters and states of all patterns; two thousand names of layers
-# Short names of formats, as on the command line.
-SHORT = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise"}
-# Key of a rule → field of a FormatChoice and the types it may have.
+# Key of a rule → field of a FormatConfig.
 _KEYS = {
-    "format": ("format", str),
-    "granularity": ("granularity", str),
-    "block_size": ("block_size", int),
-    "convrot": ("convrot", (bool, int, str)),
-    "full_precision_matrix_mult": ("full_precision_matmul", bool),
+    "format": "name",
+    "granularity": "granularity",
+    "block_size": "block_size",
+    "convrot": "convrot",
+    "full_precision_matrix_mult": "full_precision_matmul",
 }
 
 
 @dataclass(frozen=True)
-class FormatChoice:
-    """A format for one layer, in the words of a :class:`~.recipe.Recipe`."""
-
-    format: str
-    granularity: str | None = None
-    block_size: int | None = None
-    convrot: bool | int | str | None = None
-    full_precision_matmul: bool = False
-
-    @property
-    def options(self) -> dict[str, object]:
-        """The fields as keyword arguments."""
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
 class LayerRule:
-    """What is to become of layers whose tensor's full name ``pattern`` finds: quantized in ``format``, or kept where that is None."""
+    """Format of the layers in whose tensor name ``pattern`` is found; None: they stay in full precision."""
 
     pattern: str
-    format: FormatChoice | None
+    format: FormatConfig | None
     origin: str
 
     @property
@@ -55,25 +38,30 @@ class LayerRule:
         return f"{self.origin} {self.pattern}"
 
 
-def finding(
+def find_rules(
     rules: Iterable[LayerRule], names: Iterable[str], check: CancelCheck | None = None
 ) -> dict[str, list[LayerRule]]:
-    """Name → the rules whose pattern finds it, in their order. One pattern after the other, so that only its own steps are remembered."""
+    """Name → rules whose pattern is found in it, in their order.
+
+    Raises:
+        RecipeError: the searches take too long.
+    """
     found: dict[str, list[LayerRule]] = {name: [] for name in names}
+    budget = SearchBudget()
     for rule in rules:
         pattern = Pattern(rule.pattern)
         for name, its_rules in found.items():
             if check:
                 check()
-            if pattern.search(name):
+            if budget.search(pattern, name):
                 its_rules.append(rule)
     return found
 
 
 def most_specific(found: Sequence[LayerRule], name: str) -> LayerRule | None:
-    """Of rules that find ``name``: one that is the name of the layer itself, else that with the longest pattern.
+    """Of the rules found in ``name``: one whose pattern is the layer's name, else the one with the longest pattern.
 
-    Of several as long one that keeps the layer, else the last.
+    Of equally long ones, one that keeps the layer in full precision, else the last.
     """
     layer = name.removesuffix(".weight")
     return max(
@@ -83,35 +71,36 @@ def most_specific(found: Sequence[LayerRule], name: str) -> LayerRule | None:
     )
 
 
-def layer_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
+def parse_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
     """Rules of keep patterns and of a layer config, see :func:`parse_layer_config`.
 
     Raises:
-        RecipeError: the layer config is none, or a pattern cannot be followed, or all of them are too large together.
+        RecipeError: the layer config or a pattern is not valid, or the patterns are too large together.
     """
     kept = tuple(LayerRule(pattern, None, "keep pattern") for pattern in keep)
     rules = (*kept, *parse_layer_config(config))
-    left = _LARGEST
+    total = 0
     for rule in rules:
         try:
-            left -= Pattern(rule.pattern).size
+            total += Pattern(rule.pattern).size
         except RecipeError as error:
             raise RecipeError(f"The {rule.origin}: {error}") from None
-        if left < 0:
+        if total > LARGEST:
             raise RecipeError(
-                f"The {rule.origin}: all patterns have more than {_LARGEST:,} characters and repeats together; use fewer and plainer ones."
+                f"The {rule.origin}: all patterns have more than {LARGEST:,} characters and repeats together; use fewer or simpler ones."
             )
     return rules
 
 
 def parse_layer_config(text: str) -> tuple[LayerRule, ...]:
-    """Rules in JSON: ``{"PATTERN": {"format": "int8", "convrot": true}, "PATTERN": "fp8", "PATTERN": "skip"}``.
+    """Rules in JSON: ``{"PATTERN": {"format": "int8", "granularity": "row"}, "PATTERN": "fp8", "PATTERN": "skip"}``.
 
-    A pattern is a regular expression for names of tensors. Besides ``format`` a rule may have ``granularity``,
-    ``block_size``, ``convrot`` and ``full_precision_matrix_mult``; ``{"skip": true}`` keeps layers as they are.
+    A pattern is a regular expression for tensor names. ``format`` is a format name or alias, see
+    :func:`~.aliases.make_format`. Other keys are ``granularity``, ``block_size``, ``convrot`` and
+    ``full_precision_matrix_mult``; ``{"skip": true}`` keeps layers in full precision.
 
     Raises:
-        RecipeError: text that is none of this.
+        RecipeError: the text is not such a JSON object.
     """
     if not text.strip():
         return ()
@@ -121,27 +110,28 @@ def parse_layer_config(text: str) -> tuple[LayerRule, ...]:
         raise RecipeError(f"The layer config is not valid JSON: {error}.") from None
     if not isinstance(entries, dict):
         raise RecipeError('The layer config must be a JSON object: {"PATTERN": {"format": "NAME"}}.')
-    return tuple(LayerRule(pattern, _choice(pattern, value), "layer config") for pattern, value in entries.items())
+    return tuple(
+        LayerRule(pattern, _parse_format(pattern, value), "layer config") for pattern, value in entries.items()
+    )
 
 
-def _choice(pattern: str, value: object) -> FormatChoice | None:
+def _parse_format(pattern: str, value: object) -> FormatConfig | None:
     if isinstance(value, str):
         value = {SKIP: True} if value == SKIP else {"format": value}
     if value == {SKIP: True}:
         return None
     if not isinstance(value, dict) or "format" not in value:
-        raise RecipeError(f"The layer config says neither a format nor \"{SKIP}\" for '{pattern}'.")
-    for key, entry in value.items():
-        if key not in _KEYS:
-            raise RecipeError(
-                f"The layer config knows no '{key}', at '{pattern}'; it knows {', '.join([*_KEYS, SKIP])}."
-            )
-        kinds = _KEYS[key][1]
-        if not isinstance(entry, kinds) or (kinds is int and isinstance(entry, bool)):
-            raise RecipeError(f"The layer config's {key} cannot be {entry!r}, at '{pattern}'.")
-    options = {_KEYS[key][0]: entry for key, entry in value.items()}
-    name = SHORT.get(options["format"], options["format"])
+        raise RecipeError(f"The layer config has neither a format nor \"{SKIP}\" for '{pattern}'.")
+    unknown = next((key for key in value if key not in _KEYS), None)
+    if unknown is not None:
+        raise RecipeError(
+            f"The layer config has an unknown key '{unknown}', at '{pattern}'; known are {', '.join([*_KEYS, SKIP])}."
+        )
+    fields: dict[str, Any] = {_KEYS[key]: entry for key, entry in value.items()}
     try:
-        return FormatChoice(**{**options, "format": with_granularity(name, options.get("granularity"))})
+        config = make_format(**fields, sibling=True)
     except RecipeError as error:
         raise RecipeError(f"The layer config, at '{pattern}': {error}") from None
+    if config.measured:
+        raise RecipeError(f"The layer config, at '{pattern}': format {config.name} is for whole models; name a format.")
+    return config

@@ -1,4 +1,4 @@
-"""The plan: one decision for every tensor of a source, made from names and shapes alone."""
+"""The plan: one decision for every tensor of a source, from names and shapes alone."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,31 +8,32 @@ from typing import Literal
 from ..cancellation import CancelCheck
 from ..display import human_bytes
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
-from ..formats import FORMATS
+from ..formats import FORMATS, FormatConfig
 from ..formats.detect import BITSANDBYTES, quantized_formats
 from ..formats.scales import BLOCK_SIZE
 from ..sources import Source, TensorInfo
-from .layers import FormatChoice, LayerRule, finding, most_specific
-from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognise
-from .refused import refusal
-from .rules import eligibility, heuristic
+from .layers import LayerRule, find_rules, most_specific
+from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognize_preset
+from .refused import find_refusal
+from .rules import check_eligibility, check_heuristic
 
 __all__ = ["Choice", "Decision", "Plan", "make_plan"]
 
 _OUTLINE = 6  # points
 
-_BESIDE = " Beside it {}, which ComfyUI reads quantized from 0.33 on; keep layers ^{} for older ones."
+_TEXT_ENCODER = " Also {}, which ComfyUI 0.33 and newer reads quantized; keep layers ^{} for older versions."
 _ENCODER = re.compile(r"text_encoders\.(?P<part>[^.]+)\.transformer\.")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What formats were chosen from by measurement.
+    """Result of the bit allocation of format measured.
 
     Attributes:
-        curve: (bytes of the file, expected error of the model's output, relative), from the smallest possible to every layer in full.
-        chosen: the point that was taken.
-        sensitive: errors are those of the model's output; otherwise the root mean square of its layers' outputs.
+        curve: (bytes of the file, expected relative error of the model's output), from the smallest file to all layers
+            in full precision.
+        chosen: the point of the curve that the plan uses.
+        sensitive: errors are those of the model's output; otherwise the root mean square of the layers' outputs.
     """
 
     curve: tuple[tuple[int, float], ...]
@@ -40,7 +41,7 @@ class Choice:
     sensitive: bool
 
     def __str__(self) -> str:
-        """For people: the chosen point, and where the others lie."""
+        """For people: the chosen point and the smallest file."""
         what = "the model's output" if self.sensitive else "the layers' outputs (sensitivities were not measured)"
         (size, error), (least, worst) = self.chosen, self.curve[0]
         return (
@@ -50,18 +51,18 @@ class Choice:
 
     @property
     def outline(self) -> str:
-        """The curve for people, in a few points from the smallest to the largest file."""
+        """For people: a few points of the curve, from the smallest to the largest file."""
         step = max(1, (len(self.curve) - 1) // (_OUTLINE - 1))
         return ", ".join(f"{human_bytes(size)} {error:.4f}" for size, error in self.curve[::step])
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one tensor, and why (empty where it is quantized as all are); ``format``: its own, None for the recipe's."""
+    """Action for one tensor, and its reason (empty for the default); ``format``: of a layer rule, None for that of the recipe."""
 
     action: Literal["quantize", "keep", "remove"]
     reason: str = ""
-    format: FormatChoice | None = None
+    format: FormatConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ class Plan:
     Attributes:
         decisions: tensor name → :class:`Decision`, in the order of the source.
         preset: the preset used, None for the general rule alone.
-        detected: the preset was recognised, not named by the user.
-        choice: what formats were chosen from, where they were measured.
-        encoders: beginning of the names of a text encoder inside a checkpoint → its preset.
-        idle: rules of the user's own that find no layer.
+        detected: the preset was recognized by the layer names, not named by the user.
+        choice: result of the bit allocation, for format measured.
+        encoders: name prefix of a text encoder inside a checkpoint → its preset.
+        idle: layer rules of the user that match no layer.
     """
 
     decisions: dict[str, Decision]
@@ -86,34 +87,31 @@ class Plan:
 
     @property
     def explanation(self) -> str:
-        """What the keep list is, how sure that is, and which rules of the user's own find nothing, in a few sentences."""
-        idle = (
-            f" No layer has a name that is found by: {', '.join(rule.reason for rule in self.idle)}."
-            if self.idle
-            else ""
-        )
+        """For people: the keep list, the layers that it does not cover, and layer rules that match no layer."""
+        idle = f" No layer matches: {', '.join(rule.reason for rule in self.idle)}." if self.idle else ""
         return self._family + idle
 
     @property
     def _family(self) -> str:
         if self.preset:
-            beside = "".join(_BESIDE.format(preset.title, start) for start, preset in self.encoders.items())
-            return f"{'Recognised as' if self.detected else 'Preset'} {self.preset.title}.{beside} {self._sureness}"
+            encoders = "".join(_TEXT_ENCODER.format(preset.title, start) for start, preset in self.encoders.items())
+            return f"{'Recognized as' if self.detected else 'Preset'} {self.preset.title}.{encoders} {self._coverage}"
         if self.detected:
-            return "No preset recognises these layer names: the general rule alone decides."
-        return "The general rule alone decides."
+            return "No preset matches these layer names; only the general rule applies."
+        return "Only the general rule applies."
 
     @property
-    def _sureness(self) -> str:
+    def _coverage(self) -> str:
         layers = list(self.names("quantize"))
         unknown = []
         for name in layers:
-            start = _encoder(name)
-            if not self.encoders.get(start, self.preset).blocks.search(name.removeprefix(start)):
+            start = _encoder_prefix(name)
+            preset = self.encoders.get(start, self.preset)
+            if preset and not preset.blocks.search(name.removeprefix(start)):
                 unknown.append(name)
         if unknown:
-            return f"Less sure: it does not know {len(unknown)} of the {len(layers)} layers to quantize, such as {unknown[0]}."
-        return f"It knows all {len(layers)} layers to quantize."
+            return f"The preset does not cover {len(unknown)} of the {len(layers)} layers to quantize, such as {unknown[0]}."
+        return f"The preset covers all {len(layers)} layers to quantize."
 
     def names(self, action: str) -> Iterator[str]:
         """Names of the tensors with that decision."""
@@ -124,62 +122,60 @@ class Plan:
         return (name for name, decision in self.decisions.items() if decision.action != "remove")
 
 
-def _encoder(name: str) -> str:
-    """The beginning of the names of the text encoder in a checkpoint that a tensor belongs to; empty for others."""
+def _encoder_prefix(name: str) -> str:
+    """Name prefix of the text encoder in a checkpoint that a tensor belongs to; empty for other tensors."""
     found = _ENCODER.match(name)
     return found[0] if found else ""
 
 
-def _encoders(tensors: Mapping[str, TensorInfo], family: Preset) -> dict[str, Preset]:
-    """Beginning of names → preset, of the text encoders beside a model of that family that ComfyUI reads quantized."""
+def _find_encoders(tensors: Mapping[str, TensorInfo], family: Preset) -> dict[str, Preset]:
+    """Name prefix → preset of the text encoders in a checkpoint of that family that ComfyUI reads quantized."""
     parts: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         if (found := _ENCODER.match(name)) and found["part"] in family.encoders:
             parts.setdefault(found[0], {})[name.removeprefix(found[0])] = info
-    known = {start: recognise(part) for start, part in parts.items()}
+    known = {start: recognize_preset(part) for start, part in parts.items()}
     return {start: preset for start, preset in known.items() if preset}
 
 
-def _found(rules: Iterable[Rule], name: str) -> str | None:
+def _find_reason(rules: Iterable[Rule], name: str) -> str | None:
     return next((rule.reason for rule in rules if rule.pattern.search(name)), None)
 
 
-def _impossible(rules: Iterable[Rule], name: str, format: FormatChoice | None) -> str | None:
-    """Why ComfyUI would not read the layer quantized, or not in that format."""
-    if reason := _found((rule for rule in rules if rule.cannot), name):
+def _find_obstacle(rules: Iterable[Rule], name: str, format: FormatConfig | None) -> str | None:
+    """Why ComfyUI cannot read the layer quantized, or not in that format; None if it can."""
+    if reason := _find_reason((rule for rule in rules if rule.cannot), name):
         return reason
-    ours = format is not None and FORMATS[format.format].stock_since is None
-    return (
-        f"embedding: ComfyUI reads no {format.format} there"
-        if ours and _found((rule for rule in rules if rule.table), name)
-        else None
-    )
+    if format is None or FORMATS[format.name].stock_since is not None:
+        return None
+    table = _find_reason((rule for rule in rules if rule.table), name)
+    return f"embedding: ComfyUI does not read {format.name} for embeddings" if table else None
 
 
 def _decide(
     name: str, info: TensorInfo, start: str, preset: Preset | None, own: Sequence[LayerRule], heur: int | None
 ) -> Decision:
-    """``start``: what presets do not see of the name. ``own``: the user's rules that find it."""
+    """``start``: name prefix that presets ignore. ``own``: layer rules of the user that match the name."""
     seen = name.removeprefix(start)
-    if preset and (reason := _found(preset.remove, seen)):
+    if preset and (reason := _find_reason(preset.remove, seen)):
         return Decision("remove", reason)
-    if reason := eligibility(name, info):
+    if reason := check_eligibility(name, info):
         return Decision("keep", reason)
     rules = (*COMMON.keep, *(preset or GENERAL).keep)
     rule = most_specific(own, name)
-    if reason := _impossible(rules, seen, rule and rule.format):
+    if reason := _find_obstacle(rules, seen, rule and rule.format):
         return Decision("keep", reason)
     if rule:
         return Decision("quantize" if rule.format else "keep", rule.reason, rule.format)
-    kept = _found(rules, seen) or (heur and heuristic(info, heur))
+    kept = _find_reason(rules, seen) or (heur and check_heuristic(info, heur))
     return Decision("keep", kept) if kept else Decision("quantize")
 
 
-def _choose(choice: str | Preset, source: Source) -> Preset | None:
+def _choose_preset(choice: str | Preset, source: Source) -> Preset | None:
     if isinstance(choice, Preset):
         return choice
     if choice == AUTO:
-        return recognise(source.tensors)
+        return recognize_preset(source.tensors)
     return None if choice == NONE else find_preset(choice)
 
 
@@ -194,27 +190,32 @@ def make_plan(
 ) -> Plan:
     """Decide for every tensor of ``source``; small tensors may be read, weights are not.
 
-    ``preset``, ``heur`` and the ``block_size`` that it goes by are those of a :class:`~.recipe.Recipe`. ``rules``: of the user's own; where one holds for a
-    layer neither preset nor ``heur`` has a say, unless ComfyUI could not read what it asks for. ``check`` raises to cancel.
+    Args:
+        preset, heur: as in a :class:`~.recipe.Recipe`.
+        rules: layer rules of the user; they override preset and ``heur``, unless ComfyUI cannot read the result.
+        block_size: side of a block in weights, for ``heur``.
+        check: called often; raises to cancel.
 
     Raises:
-        AlreadyQuantizedError: the source holds codes already.
+        AlreadyQuantizedError: the source is quantized.
         NothingToQuantizeError: no layer would be quantized, or ComfyUI would load none of them.
+        RecipeError: a pattern of the rules takes too long to search for.
     """
     if formats := quantized_formats(source):
-        decode = "" if BITSANDBYTES in formats else ", or have it decoded first (requantize)"
+        decode = "" if BITSANDBYTES in formats else ", or dequantize it first (requantize)"
         raise AlreadyQuantizedError(
-            f"{source.name} is quantized already ({', '.join(formats)}); quantizing codes again would ruin the model, "
+            f"{source.name} is quantized already ({', '.join(formats)}); quantizing it again would ruin the model, "
             f"so give its full-precision original{decode}."
         )
-    if reason := refusal(source.tensors):
+    if reason := find_refusal(source.tensors):
         raise NothingToQuantizeError(f"{source.name} is {reason}.")
-    family = _choose(preset, source)
-    encoders = _encoders(source.tensors, family) if family else {}
+    family = _choose_preset(preset, source)
+    encoders = _find_encoders(source.tensors, family) if family else {}
     decisions, own, block = {}, tuple(dict.fromkeys(rules)), block_size if heur else None
-    found = finding(own, (name for name, info in source.tensors.items() if eligibility(name, info) is None), check)
+    eligible = (name for name, info in source.tensors.items() if check_eligibility(name, info) is None)
+    found = find_rules(own, eligible, check)
     for name, info in source.tensors.items():
-        start = _encoder(name)
+        start = _encoder_prefix(name)
         decisions[name] = _decide(
             name, info, start if start in encoders else "", encoders.get(start, family), found.get(name, ()), block
         )

@@ -3,17 +3,18 @@
 A preset file has
 
 * ``title``, and ``aliases``: other names of the preset;
-* ``detect``: lists of marks, one of which must be there whole, and ``absent``: marks that must not be. A mark is a tensor's name and
-  perhaps its shape, ``cap_embedder.1.weight 3840x*``. Without ``detect`` a preset is taken only by its name;
-* ``blocks``: the layers that make up the model; a layer to quantize elsewhere is unknown to the preset, and the plan says so;
-* ``encoders``: text encoders in which ComfyUI looks for quantized layers when they lie in a checkpoint beside such a model, by
-  the names of their parts; their rules are those of the preset that recognises them;
-* ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``, and perhaps ``cannot`` or ``table``, see :class:`Rule`;
+* ``detect``: lists of marks; all marks of one list must match, and ``absent``: marks that must not match. A mark is a tensor
+  name and optionally its shape, ``cap_embedder.1.weight 3840x*``. A preset without ``detect`` is used only by its name;
+* ``blocks``: pattern of the layers that the preset covers; the plan reports layers to quantize that it does not cover;
+* ``encoders``: text encoders of a checkpoint of this family that ComfyUI reads quantized, by the names of their parts;
+  their rules are those of the preset that recognizes them;
+* ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``, optionally ``cannot`` or ``table``, see :class:`Rule`;
 * ``include``: presets whose rules come first.
 
-A mark is the whole name and a pattern a regular expression for its beginning, both less what a checkpoint puts before the
-names of its model (``model.diffusion_model.`` …); so neither can hit a layer deeper in another model by chance.
-``_common.toml`` holds for every model, ``_general.toml`` beside it for those that no preset is for: both are the general rule.
+A mark matches a whole name, a pattern the beginning of a name, both after the prefix of a checkpoint
+(``model.diffusion_model.`` …); so neither matches a nested layer of another model by chance.
+The general rule is ``_common.toml``, which applies to every model, and ``_general.toml``, which applies to models without a
+preset.
 """
 
 import re
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import UnknownNameError
 from ..sources import TensorInfo
@@ -38,7 +40,7 @@ __all__ = [
     "Preset",
     "Rule",
     "find_preset",
-    "recognise",
+    "recognize_preset",
 ]
 
 AUTO = "auto"
@@ -50,14 +52,14 @@ STARTS = (
     "model.model.",
     "model.",
     "net.",
-)  # before the names of a checkpoint's model
+)  # name prefixes of the model in a checkpoint
 _PREFIXES = ("", *STARTS)
 _START = f"^(?:{'|'.join(map(re.escape, STARTS))})?"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A tensor by which a family is known: its name, and its shape if that matters (None for any side)."""
+    """A tensor that identifies a family: its name, and its shape if that matters (None for any side)."""
 
     name: str
     shape: tuple[int | None, ...] | None
@@ -68,25 +70,26 @@ class Mark:
         name, _, shape = text.partition(" ")
         return cls(name, tuple(None if side == "*" else int(side) for side in shape.split("x")) if shape else None)
 
-    def there(self, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Whether the tensors have it."""
+    def matches(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether one of the tensors has this name and shape."""
         found = (tensors[prefix + self.name] for prefix in _PREFIXES if prefix + self.name in tensors)
-        return any(self.shape is None or self._has_shape(info.shape) for info in found)
+        return any(self.shape is None or _fits(info.shape, self.shape) for info in found)
 
-    def _has_shape(self, shape: tuple[int, ...]) -> bool:
-        sides = zip(shape, self.shape, strict=False)
-        return len(shape) == len(self.shape) and all(wanted in (None, side) for side, wanted in sides)
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    sides = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(each in (None, side) for side, each in sides)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors by the beginning of their names, and why they are kept or removed.
+    """Tensors to keep or to remove, by the beginning of their names.
 
     Attributes:
-        text: the pattern as the preset has it.
-        pattern: to be searched in full tensor names.
-        cannot: ComfyUI does not read such layers quantized, so that no rule of a user's own may ask for it.
-        table: an embedding, which ComfyUI looks rows up in: it reads formats of its own there, and none of ours.
+        text: the pattern as in the preset file.
+        pattern: the compiled pattern, for full tensor names.
+        cannot: ComfyUI does not read such layers quantized, so no layer rule of the user overrides this rule.
+        table: an embedding; ComfyUI reads its own formats there, not the formats that need this node pack.
     """
 
     text: str
@@ -96,7 +99,7 @@ class Rule:
     table: bool = False
 
     @classmethod
-    def parse(cls, rule: Mapping[str, object]) -> "Rule":
+    def parse(cls, rule: Mapping[str, Any]) -> "Rule":
         """From an entry of a preset file."""
         flags = {key: value for key, value in rule.items() if key != "pattern"}
         return cls(rule["pattern"], _pattern(rule["pattern"]), **flags)
@@ -116,10 +119,10 @@ class Preset:
     absent: tuple[Mark, ...]
     encoders: tuple[str, ...]
 
-    def fits(self, tensors: Mapping[str, TensorInfo]) -> bool:
-        """Whether the tensors are those of this family."""
-        found = any(all(mark.there(tensors) for mark in marks) for marks in self.detect)
-        return found and not any(mark.there(tensors) for mark in self.absent)
+    def matches(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether the tensors are those of a model of this family."""
+        found = any(all(mark.matches(tensors) for mark in marks) for marks in self.detect)
+        return found and not any(mark.matches(tensors) for mark in self.absent)
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -154,14 +157,14 @@ ALIASES: Mapping[str, Preset] = {alias: preset for preset in PRESETS.values() fo
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name or alias, or :class:`UnknownNameError` with the nearest known one."""
+    """The preset of that name or alias; :class:`UnknownNameError` for an unknown one."""
     known = {**PRESETS, **ALIASES}
     if name not in known:
         raise UnknownNameError("preset", name, (*known, AUTO, NONE))
     return known[name]
 
 
-def recognise(tensors: Mapping[str, TensorInfo]) -> Preset | None:
-    """The one preset whose family these tensors belong to; None when none or several fit."""
-    fitting = [preset for preset in PRESETS.values() if preset.fits(tensors)]
-    return fitting[0] if len(fitting) == 1 else None
+def recognize_preset(tensors: Mapping[str, TensorInfo]) -> Preset | None:
+    """The preset of the family that these tensors belong to; None if none or several match."""
+    matching = [preset for preset in PRESETS.values() if preset.matches(tensors)]
+    return matching[0] if len(matching) == 1 else None

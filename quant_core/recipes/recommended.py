@@ -1,23 +1,23 @@
-"""Format "auto": what suits the card."""
+"""Format "auto": the best format for the card."""
 
 import torch
 
-from .layers import FormatChoice
+from ..formats import FormatConfig
+from .aliases import make_format
 
-__all__ = ["recommended_format"]
+__all__ = ["recommend_format"]
 
 _INT8_TENSOR_CORES = (7, 5)  # the oldest compute capability that has them
 
 
-def recommended_format(*, int8: bool = True) -> FormatChoice:
-    """INT8 per row with ConvRot where the card multiplies it in hardware, else FP8 per tensor.
+def recommend_format(*, int8: bool = True) -> FormatConfig:
+    """INT8 per row with ConvRot on cards with INT8 tensor cores, else FP8 per tensor.
 
     With a calibration the former has about a quarter of the latter's output error (``benchmarks/README.md``).
 
     Args:
-        int8: whether what shall load the file knows INT8.
+        int8: whether the ComfyUI that loads the file reads INT8.
     """
     nvidia = torch.cuda.is_available() and torch.version.hip is None
-    if int8 and nvidia and torch.cuda.get_device_capability() >= _INT8_TENSOR_CORES:
-        return FormatChoice("int8_tensorwise", "row", convrot=True)
-    return FormatChoice("float8_e4m3fn", "tensor")
+    tensor_cores = nvidia and torch.cuda.get_device_capability() >= _INT8_TENSOR_CORES
+    return make_format("int8" if int8 and tensor_cores else "fp8")

@@ -1,4 +1,4 @@
-"""Files that hold no model whose layers ComfyUI would read as quantized: a table, by the names of their tensors."""
+"""Kinds of files that ComfyUI does not load quantized: a table of marks in their tensor names."""
 
 import re
 from collections.abc import Iterable
@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 from .presets import STARTS
 
-__all__ = ["DIFFUSERS", "REFUSED", "Refused", "refusal"]
+__all__ = ["DIFFUSERS", "REFUSED", "Refused", "find_refusal"]
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A kind of file.
+    """A kind of file that is not quantized.
 
     Attributes:
-        is_: what it is and what to do, the end of a sentence.
-        marks: ways to know it; each is regular expressions for beginnings of names, all of which must be found.
-        absent: one that must not be; empty for none.
+        description: the kind, and what to do instead; end of a sentence.
+        marks: alternatives; each is a tuple of regular expressions for the beginning of names, all of which must match.
+        absent: expression that must not match; empty for none.
     """
 
-    is_: str
+    description: str
     marks: tuple[tuple[str, ...], ...]
     absent: str = ""
 
-    def there(self, names: str) -> bool:
-        """Whether ``names``, one a line, are those of such a file."""
+    def matches(self, names: str) -> bool:
+        """Whether ``names``, one per line, are those of such a file."""
 
         def found(mark: str) -> bool:
             return re.search(f"(?m)^(?:{mark})", names) is not None
@@ -32,11 +32,11 @@ class Refused:
         return any(all(map(found, marks)) for marks in self.marks) and not (self.absent and found(self.absent))
 
 
-_LOADER = "whose loader in ComfyUI takes no quantized layers; leave it as it is"
+_LOADER = "whose loader in ComfyUI does not read quantized layers; use it unquantized"
 _PREFIX = f"(?:{'|'.join(map(re.escape, STARTS))})?"
 
 DIFFUSERS = Refused(
-    # ComfyUI's loader joins and renames such layers one by one, and what belongs to quantized ones is lost on the way.
+    # ComfyUI's loader joins and renames such layers one by one, and drops the tensors of quantized ones.
     "under diffusers' layer names, which ComfyUI cannot read quantized; choose it in Load Model (Learned Rounding) inside ComfyUI, which "
     "gives it ComfyUI's own names (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt, Z-Image), or give a file that has those names",
     tuple(
@@ -99,7 +99,7 @@ REFUSED: tuple[Refused, ...] = (
 )  # fmt: skip
 
 
-def refusal(names: Iterable[str]) -> str | None:
-    """What a file with tensors of these names is, if it is one to leave as it is; None for models."""
+def find_refusal(names: Iterable[str]) -> str | None:
+    """Description of the kind of file with these tensor names; None for models that can be quantized."""
     lines = "\n".join(names)
-    return next((kind.is_ for kind in REFUSED if kind.there(lines)), None)
+    return next((kind.description for kind in REFUSED if kind.matches(lines)), None)

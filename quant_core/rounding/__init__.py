@@ -9,7 +9,7 @@ from .bias import correct_bias, synthetic_mean
 from .gptq import round_gptq
 from .gradient import round_gradient
 from .optimizers import OPTIMIZERS, SCHEDULES
-from .options import BIAS_CORRECTIONS, OPTIONS, ROUNDINGS, Method
+from .options import BIAS_CORRECTIONS, OPTIONS, ROUNDINGS, RoundingConfig
 from .principal import Principal, principal_rank
 from .projected import round_projected
 from .quadratic import Quadratic, hessian_quadratic
@@ -24,9 +24,9 @@ __all__ = [
     "OPTIONS",
     "ROUNDINGS",
     "SCHEDULES",
-    "Method",
     "Principal",
     "Quadratic",
+    "RoundingConfig",
     "WeightSolver",
     "amax_scale",
     "correct_bias",

@@ -1,129 +1,156 @@
-"""What a user can choose about the rounding: the table of roundings, the table of options, and both as one value."""
+"""The rounding part of a recipe: the table of rounding methods, the table of their options, and :class:`RoundingConfig`."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import RecipeError, UnknownNameError
+from ..option import Option
 from .optimizers import OPTIMIZERS, SCHEDULES
 
-__all__ = ["ROUNDINGS", "BIAS_CORRECTIONS", "OPTIONS", "Option", "Method"]
+__all__ = ["ROUNDINGS", "BIAS_CORRECTIONS", "OPTIONS", "RoundingConfig", "RoundingOption"]
 
 ROUNDINGS: Mapping[str, str] = {
-    "auto": "calibrated where the layer's inputs are known, else nearest code under the best scale of a search",
-    "nearest": "nearest code, under the scale that maps the largest weight onto the grid's end",
-    "principal": "least error in the weight's own leading singular directions; needs no data, and helps only where inputs follow them",
-    "calibrated": "least error of the layer's output for the inputs of a calibration",
-    "stochastic": "one of the two neighbouring codes at random, right on average",
+    "auto": "calibrated for layers with calibration statistics, else round to nearest with a scale search",
+    "nearest": "round to nearest (RTN), each scale set by the largest magnitude of its group",
+    "principal": "least error in the leading singular directions of the weight; data-free, helps only if activations follow them",
+    "calibrated": "GPTQ (also known as OPTQ, equivalent to LDLQ): least output error on the calibration activations",
+    "stochastic": "round to one of the two neighbouring values at random, unbiased",
 }
 
 BIAS_CORRECTIONS: Mapping[str, str] = {
-    "auto": "with the real mean input where it is known, else none",
-    "none": "biases stay as they are",
-    "synthetic": "with the mean of random inputs, whose expectation is zero",
+    "auto": "with the calibrated mean activation, none without calibration statistics",
+    "none": "biases stay unchanged",
+    "synthetic": "with the mean of random activations, whose expectation is zero",
 }
 
 
-@dataclass(frozen=True)
-class Option:
-    """One option of a rounding.
+@dataclass(frozen=True, kw_only=True)
+class RoundingOption(Option):
+    """An option of one or more rounding methods.
 
     Attributes:
-        kind: the type of its value.
-        default: what holds when it is not given; None: decided elsewhere, the help says how.
-        acts: the roundings it acts on.
-        gradient: whether it acts on gradient rounding only (True), on sequential only (False), or on both (None).
+        acts: rounding methods that it acts on.
+        gradient: True: acts on gradient rounding only; False: on GPTQ only; None: on both.
         needs: (other option, the value of it without which this one has no effect), or None.
-        choices: names allowed, for a string.
-        low, high: smallest and largest number allowed.
-        help: one sentence without its full stop.
     """
 
-    kind: type
-    default: object
     acts: tuple[str, ...]
-    help: str
     gradient: bool | None = None
-    choices: tuple[str, ...] = ()
-    low: float = 0
-    high: float = float("inf")
     needs: tuple[str, object] | None = None
+
+    @property
+    def scope(self) -> str:
+        """Rounding methods that the option acts on; empty for all."""
+        return "" if self.acts == _ANY else f"rounding {' or '.join(self.acts)}"
 
 
 _BOTH, _PRINCIPAL, _CALIBRATED = ("principal", "calibrated"), ("principal",), ("calibrated",)
 _ANY = tuple(name for name in ROUNDINGS if name != "auto")
 
-OPTIONS: Mapping[str, Option] = {
-    "optimizer": Option(
-        str, None, _BOTH, "round by gradient steps of this optimizer instead of sequentially", choices=tuple(OPTIMIZERS)
+OPTIONS: Mapping[str, RoundingOption] = {
+    "optimizer": RoundingOption(
+        acts=_BOTH,
+        choices=tuple(OPTIMIZERS),
+        help="round by gradient steps of this optimizer instead of GPTQ",
     ),
-    "num_iter": Option(
-        int,
-        500,
-        _BOTH,
-        "gradient steps; more are never worse, and need an optimizer (without one: original)",
-        True,
+    "num_iter": RoundingOption(
+        acts=_BOTH,
+        kind=int,
+        default=500,
         high=10**6,
+        gradient=True,
+        help="number of gradient steps, of optimizer original if none is given; the best step is kept",
     ),
-    "lr": Option(
-        float,
-        None,
-        _BOTH,
-        "learning rate of the gradient steps (by default the optimizer's own)",
-        True,
+    "lr": RoundingOption(
+        acts=_BOTH,
+        kind=float,
         low=1e-9,
         high=1e3,
+        gradient=True,
+        help="learning rate of the gradient steps; by default that of the optimizer",
     ),
-    "lr_schedule": Option(
-        str, None, _BOTH, "how the learning rate changes (by default as suits the optimizer)", True, tuple(SCHEDULES)
+    "lr_schedule": RoundingOption(
+        acts=_BOTH,
+        choices=tuple(SCHEDULES),
+        gradient=True,
+        help="learning rate schedule; by default that of the optimizer",
     ),
-    "early_stop": Option(
-        int,
-        0,
-        _BOTH,
-        "end after so many gradient steps without a new best; the start of a cycle brings none; 0: never",
-        True,
+    "early_stop": RoundingOption(
+        acts=_BOTH,
+        kind=int,
+        default=0,
         high=10**6,
+        gradient=True,
+        help="stop after this many gradient steps without improvement, not counting the start of a cycle; 0: never",
     ),
-    "top_p": Option(float, 0.2, _PRINCIPAL, "share of the singular directions that count", low=1e-6, high=1.0),
-    "min_k": Option(int, 1, _PRINCIPAL, "at least so many singular directions", low=1, high=10**6),
-    "max_k": Option(int, 1280, _PRINCIPAL, "at most so many singular directions", low=1, high=10**6),
-    "full_matrix": Option(bool, False, _PRINCIPAL, "take them from the complete SVD: slow, and hardly different"),
-    "weight_cost": Option(
-        float, 0.03, _PRINCIPAL, "how much larger the plain weight error may become: 0.03 is 3 %", low=1e-4, high=10.0
+    "top_p": RoundingOption(
+        acts=_PRINCIPAL,
+        kind=float,
+        default=0.2,
+        low=1e-6,
+        high=1.0,
+        help="fraction of the singular directions to use",
     ),
-    "damping": Option(
-        float,
-        None,
-        _CALIBRATED,
-        "how much all directions count beside the calibrated ones, of their mean (by default the best "
-        "of 0.01, 0.1 and 1 on held-out inputs, 0.01 where there are none)",
+    "min_k": RoundingOption(
+        acts=_PRINCIPAL, kind=int, default=1, low=1, high=10**6, help="smallest number of singular directions"
+    ),
+    "max_k": RoundingOption(
+        acts=_PRINCIPAL, kind=int, default=1280, low=1, high=10**6, help="largest number of singular directions"
+    ),
+    "full_matrix": RoundingOption(
+        acts=_PRINCIPAL, kind=bool, default=False, help="compute the full SVD; slow, with hardly any difference"
+    ),
+    "weight_cost": RoundingOption(
+        acts=_PRINCIPAL,
+        kind=float,
+        default=0.03,
+        low=1e-4,
+        high=10.0,
+        help="allowed relative increase of the weight error; 0.03 is 3 %",
+    ),
+    "damping": RoundingOption(
+        acts=_CALIBRATED,
+        kind=float,
         low=1e-8,
         high=1e3,
+        help="dampening of the Hessian as a fraction of its mean diagonal (GPTQ: percdamp); by default the best of "
+        "0.01, 0.1 and 1 on validation activations, 0.01 without them",
     ),
-    "sweeps": Option(int, 1, _CALIBRATED, "sweeps of coordinate descent after sequential rounding", False, high=1000),
-    "bias_correction": Option(
-        str, "auto", _ANY, "take the mean output error back in the bias", choices=tuple(BIAS_CORRECTIONS)
+    "sweeps": RoundingOption(
+        acts=_CALIBRATED,
+        kind=int,
+        default=1,
+        high=1000,
+        gradient=False,
+        help="coordinate-descent passes after GPTQ",
     ),
-    "calib_samples": Option(
-        int,
-        3072,
-        _ANY,
-        "random inputs of the synthetic bias correction",
+    "bias_correction": RoundingOption(
+        acts=_ANY,
+        default="auto",
+        choices=tuple(BIAS_CORRECTIONS),
+        help="subtract the mean output error from the bias: "
+        + "; ".join(f"{name}: {text}" for name, text in BIAS_CORRECTIONS.items()),
+    ),
+    "calib_samples": RoundingOption(
+        acts=_ANY,
+        kind=int,
+        default=3072,
         low=1,
         high=10**6,
         needs=("bias_correction", "synthetic"),
+        help="number of random activations of bias_correction synthetic",
     ),
 }
 
 
 @dataclass(frozen=True)
-class Method:
-    """A rounding with its options, see :data:`OPTIONS`; None stands for not given.
+class RoundingConfig:
+    """A rounding method and its options, see :data:`OPTIONS`; None: not given.
 
     Raises:
-        RecipeError: (from the constructor) an unknown name, a value out of range, or an option without effect; every
-            one acts or is refused.
+        RecipeError: (from the constructor) an unknown name, a value out of range, or an option without effect.
     """
 
     rounding: str = "auto"
@@ -146,7 +173,7 @@ class Method:
         if not isinstance(self.rounding, str) or self.rounding not in ROUNDINGS:
             raise UnknownNameError("rounding", self.rounding, ROUNDINGS)
         for name in self._given:
-            _check(name, getattr(self, name))
+            OPTIONS[name].check(name, getattr(self, name))
         if self.get("min_k") > self.get("max_k"):
             raise RecipeError(f"min_k {self.get('min_k')} is larger than max_k {self.get('max_k')}.")
         for name in self._given:
@@ -172,19 +199,19 @@ class Method:
 
     @property
     def gradient(self) -> bool:
-        """Codes are chosen by gradient steps, not sequentially."""
+        """Whether values are rounded by gradient steps instead of GPTQ."""
         return self.optimizer is not None or any(OPTIONS[name].gradient for name in self._given)
 
-    def get(self, name: str):
-        """The option's value, or what holds when it is not given."""
+    def get(self, name: str) -> Any:
+        """The option's value, or its default if it is not given."""
         value = getattr(self, name)
         return OPTIONS[name].default if value is None else value
 
-    def resolve(self, calibrated: bool) -> "Method":
-        """The method for a layer: "auto" becomes the rounding it stands for, given whether the inputs are known.
+    def resolve(self, calibrated: bool) -> "RoundingConfig":
+        """The configuration of a run: "auto" becomes the method it stands for, with or without a calibration.
 
         Raises:
-            RecipeError: an option has no effect there, or calibrated rounding has no calibration.
+            RecipeError: an option has no effect, or rounding calibrated has no calibration.
         """
         if self.rounding == "calibrated" and not calibrated:
             raise RecipeError("Calibrated rounding needs a calibration; give one, or choose another rounding.")
@@ -199,18 +226,7 @@ class Method:
         rounding = "calibrated" if calibrated else "principal" if learned else "auto"
         return dataclasses.replace(self, rounding=rounding)
 
-    def uncalibrated(self) -> "Method":
-        """The method for a layer of unknown inputs in a calibrated run: nearest code under a searched scale."""
-        rest = {name: None for name in self._given if OPTIONS[name].acts != _ANY}
-        return dataclasses.replace(self, rounding="auto", **rest)
-
-
-def _check(name: str, value: object) -> None:
-    option = OPTIONS[name]
-    kinds = (int, float) if option.kind is float else option.kind
-    if not isinstance(value, kinds) or (option.kind is not bool and isinstance(value, bool)):
-        raise RecipeError(f"{name} cannot be {value!r}.")
-    if option.choices and value not in option.choices:
-        raise UnknownNameError(name, value, option.choices)
-    if option.kind in (int, float) and not option.low <= value <= option.high:
-        raise RecipeError(f"{name} must lie between {option.low:g} and {option.high:g}, not {value}.")
+    def uncalibrated(self) -> "RoundingConfig":
+        """The configuration of a layer without statistics in a calibrated run: RTN with a scale search."""
+        learned = {name: None for name in self._given if OPTIONS[name].acts != _ANY}
+        return dataclasses.replace(self, rounding="auto", **learned)

@@ -10,7 +10,7 @@ from ..cancellation import CancelCheck
 from ..formats import Solution, SolveSpace
 from .gptq import round_gptq
 from .gradient import round_gradient
-from .options import Method
+from .options import RoundingConfig
 from .principal import Principal, solve_within_bound
 from .projected import round_projected
 from .quadratic import Quadratic, hessian_quadratic
@@ -45,7 +45,7 @@ class WeightSolver:
 
     weight: torch.Tensor
     space: SolveSpace
-    rounding: Method
+    rounding: RoundingConfig
     hessian: torch.Tensor | None = None
     validation_hessian: Callable[[], torch.Tensor | None] = lambda: None
     validated: bool = False

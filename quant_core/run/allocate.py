@@ -19,12 +19,13 @@ from ..cancellation import CancelCheck
 from ..display import human_bytes
 from ..errors import NonFiniteWeightError, NothingToQuantizeError, RecipeError
 from ..events import LayerMeasured, Listener
-from ..formats import GROUP_SIZES
-from ..layer import output_error
-from ..quantize_layer import quantize_weight
-from ..recipes import Decision, FormatChoice, Plan, Recipe
+from ..formats import GROUP_SIZES, FormatConfig
+from ..layer import Layer, output_error
+from ..quantize_layer import quantize_layer
+from ..recipes import Decision, Plan, Recipe
 from ..recipes.plan import Choice
 from ..recipes.presets import COMMON
+from ..rounding import RoundingConfig
 from ..sources import Source
 
 __all__ = ["allocate_formats"]
@@ -33,11 +34,11 @@ _MARGIN = 0.05  # without a target, unquantized layers may add this fraction of 
 _CURVE_POINTS = 40  # in the report
 _MAX_ROWS = 512  # of validation activations
 _CANDIDATES = (
-    FormatChoice("int8_tensorwise", "row"),
-    *(FormatChoice("int8_tensorwise", "row", convrot=size) for size in GROUP_SIZES),
-    FormatChoice("float8_e4m3fn", "tensor"),
+    FormatConfig("int8_tensorwise", "row"),
+    *(FormatConfig("int8_tensorwise", "row", convrot=size) for size in GROUP_SIZES),
+    FormatConfig("float8_e4m3fn", "tensor"),
 )
-_BLOCK_CANDIDATES = (FormatChoice("int8_blockwise", "block"), FormatChoice("float8_e4m3fn_blockwise", "block"))
+_BLOCK_CANDIDATES = (FormatConfig("int8_blockwise", "block"), FormatConfig("float8_e4m3fn_blockwise", "block"))
 
 Point = tuple[int, float]
 """Size of the file in bytes, and relative error of the model output."""
@@ -55,7 +56,7 @@ class _Option:
 
     size: int
     cost: float
-    format: FormatChoice | None = None
+    format: FormatConfig | None = None
 
 
 def allocate_formats(
@@ -147,15 +148,15 @@ def _quantize(
     name: str,
     weight: torch.Tensor,
     matrix: torch.Tensor,
-    choice: FormatChoice,
+    choice: FormatConfig,
     rows: torch.Tensor | None,
     hessian: Hessian | None,
     check: CancelCheck,
 ) -> tuple[int, float]:
     """Size in bytes and relative output error of a layer in one format, with quantized activations if ``rows`` are given."""
-    quantized = quantize_weight(
-        weight, **choice.options, hessian=hessian, rounding="auto" if hessian is None else "nearest", check=check
-    )
+    layer = Layer(weight, statistics=LayerStatistics(hessian))
+    rounding = RoundingConfig("auto" if hessian is None else "nearest")
+    quantized = quantize_layer(layer, choice.codecs(weight.shape[1]), rounding, check=check)
     size = sum(tensor.nbytes for tensor in quantized.tensors(name.removesuffix(".weight")).values())
     if rows is not None:
         return size, output_error(matrix, quantized, rows)

@@ -6,7 +6,8 @@ from collections import Counter
 
 import torch
 
-from ..quantize_layer import quantize_weight
+from ..layer import Layer
+from ..quantize_layer import quantize_layer
 from ..recipes import Plan, Recipe
 from ..sources import Source, TensorInfo
 
@@ -22,7 +23,7 @@ def _tensor_size(name: str, info: TensorInfo, recipe: Recipe, plan: Plan) -> int
     decision = plan.decisions[name]
     if decision.action != "quantize":
         return info.nbytes
-    return sum(spec.nbytes for spec in recipe.of(decision).codec.file_specs(info.shape).values())
+    return sum(spec.nbytes for spec in recipe.of(decision).format.codec.file_specs(info.shape).values())
 
 
 def estimate_seconds(source: Source, recipe: Recipe, plan: Plan, device: torch.device) -> float:
@@ -42,6 +43,8 @@ def _time_layer(info: TensorInfo, recipe: Recipe, device: torch.device) -> float
     seconds = 0.0
     for _ in range(2):  # the first pass compiles kernels
         start = time.perf_counter()
-        quantize_weight(weight, **recipe.layer_options).qdata.cpu()
+        quantize_layer(
+            Layer(weight), recipe.format.codecs(weight.shape[1]), recipe.rounding, seed=recipe.seed
+        ).qdata.cpu()
         seconds = time.perf_counter() - start
     return seconds

@@ -29,7 +29,9 @@ def file_metadata(
 def planned_configs(source: Source, plan: Plan, recipe: Recipe) -> dict[str, dict[str, object]]:
     """Layer → JSON configuration, of all layers that the plan quantizes."""
     return {
-        name.removesuffix(".weight"): recipe.of(plan.decisions[name]).codec.layer_config(source.tensors[name].shape)
+        name.removesuffix(".weight"): recipe.of(plan.decisions[name]).format.codec.layer_config(
+            source.tensors[name].shape
+        )
         for name in plan.names("quantize")
     }
 
@@ -38,7 +40,7 @@ def header_bound(source: Source, plan: Plan, recipe: Recipe, *, calibrated: bool
     """Upper bound of the header size in bytes, whether each planned layer is quantized or, for NaN, copied."""
     tensors = [(name, source.tensors[name]) for name in plan.output_names()]
     for name in plan.names("quantize"):
-        layer, codec = name.removesuffix(".weight"), recipe.of(plan.decisions[name]).codec
+        layer, codec = name.removesuffix(".weight"), recipe.of(plan.decisions[name]).format.codec
         specs = codec.file_specs(source.tensors[name].shape, input_scale=calibrated)
         tensors += [(f"{layer}.{suffix}", TensorInfo(spec.dtype, spec.shape)) for suffix, spec in specs.items()]
     return header_bytes(tensors, file_metadata(source, recipe, planned_configs(source, plan, recipe), fingerprint))
@@ -49,7 +51,7 @@ def check_name_collisions(source: Source, plan: Plan, recipe: Recipe) -> None:
     kept = set(plan.names("keep"))
     for name in plan.names("quantize"):
         layer = name.removesuffix(".weight")
-        codec, shape = recipe.of(plan.decisions[name]).codec, source.tensors[name].shape
+        codec, shape = recipe.of(plan.decisions[name]).format.codec, source.tensors[name].shape
         for suffix in {**codec.file_specs(shape), **codec.optional(shape), "input_scale": None}:
             if f"{layer}.{suffix}" in kept:
                 raise SourceError(

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +9,9 @@ from ..calibration import Calibration, LayerStatistics, input_scale
 from ..cancellation import CancelCheck
 from ..errors import CalibrationError, NonFiniteWeightError, NothingToQuantizeError
 from ..events import LayerFinished, LayerKept, LayerStarted, Listener, PlannedLayer, RunStarted
-from ..quantize_layer import quantize_weight
+from ..formats import QuantizedWeight
+from ..layer import Layer
+from ..quantize_layer import quantize_layer
 from ..recipes import Plan, Recipe
 from ..sources import Source
 from ..sources.source import CPU
@@ -26,24 +27,6 @@ log = logging.getLogger(__name__)
 
 NON_FINITE = "contains NaN or Inf, so it stays unquantized"
 BIAS_CORRECTED = "bias of a quantized layer, corrected for the mean output error"
-
-
-@dataclass(frozen=True)
-class _QuantizedLayer:
-    """The tensors of a quantized layer as they are in the file, its JSON configuration, and its entries in the report."""
-
-    tensors: dict[str, torch.Tensor]
-    config: dict[str, object]
-    bias_corrected: bool
-    format: str
-    granularity: str
-    convrot: int | None
-    scale: tuple[float, float]
-    solver: str
-    weight_error: float
-    output_error: float | None
-    gain: float | None
-    note: str
 
 
 class QuantizationRun:
@@ -177,58 +160,46 @@ class QuantizationRun:
         if bias_name is not None:
             bias = source_tensors[bias_name] = self._source.read(bias_name)
         try:
-            layer = self._round(name, weight, bias)
+            quantized = self._round(name, weight, bias)
         except NonFiniteWeightError:
             damaged = self._kept(name, NON_FINITE, planned=False)
             self._write_layer(source_tensors, source_tensors, damaged, *self._kept_bias(bias_name))
             return
         self._writer.wait()  # the time of a layer includes that of writing the previous one
-        self.configs[_base_name(name)] = layer.config
-        finished = self._finished(name, layer, index=index, started=started)
-        kept_bias = self._kept_bias(bias_name, corrected=layer.bias_corrected)
-        self._write_layer(layer.tensors, source_tensors, finished, *kept_bias)
+        tensors = quantized.tensors(_base_name(name))
+        self.configs[_base_name(name)] = quantized.config
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        finished = self._finished(name, quantized, bytes_out=size, index=index, started=started)
+        kept_bias = self._kept_bias(bias_name, corrected=quantized.bias is not bias)
+        self._write_layer(tensors, source_tensors, finished, *kept_bias)
 
-    def _round(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> _QuantizedLayer:
+    def _round(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> QuantizedWeight:
         """Quantize one weight with the recipe and the calibration statistics of its layer."""
         layer, recipe = _base_name(name), self._recipe.of(self._plan.decisions[name])
-        statistics, method = LayerStatistics(), recipe
+        statistics, rounding = LayerStatistics(), recipe.rounding
         if self._calibration is not None:
             statistics = self._calibration.layer_statistics(layer) or statistics
-            method = recipe if statistics.hessian is not None else recipe.uncalibrated()
-        shape = "×".join(map(str, self._source.tensors[name].shape))
+            rounding = rounding if statistics.hessian is not None else rounding.uncalibrated()
+        shape = "×".join(map(str, weight.shape))
         try:
             with explain_out_of_memory(f"{self._device} has too little memory for layer {layer}, {shape}"):
-                quantized = quantize_weight(
-                    weight,
-                    **method.layer_options,
-                    hessian=statistics.hessian,
-                    validation_hessian=statistics.validation_hessian,
-                    mean=statistics.mean,
+                return quantize_layer(
+                    Layer(weight=weight, bias=bias, statistics=statistics),
+                    recipe.format.codecs(weight.shape[1]),
+                    rounding,
                     input_scale=_static_input_scale(recipe, statistics),
-                    bias=bias,
+                    seed=recipe.seed,
                     check=self._check,
                 )
         except CalibrationError as error:
-            raise CalibrationError(f"{layer}: {error}") from error
-        smallest, largest = torch.stack(quantized.scale.aminmax()).tolist()
-        return _QuantizedLayer(
-            tensors=quantized.tensors(layer),
-            config=quantized.config,
-            bias_corrected=quantized.bias is not bias,
-            format=quantized.format.name,
-            granularity=quantized.granularity,
-            convrot=quantized.codec.rotation and quantized.codec.rotation.size,
-            scale=(smallest, largest),
-            solver=quantized.solution.solver,
-            weight_error=quantized.weight_error,
-            output_error=quantized.output_error,
-            gain=quantized.solution.gain,
-            note=quantized.note,
-        )
+            raise CalibrationError(f"{layer}: {error}", tensor=name) from error
 
-    def _finished(self, name: str, layer: _QuantizedLayer, *, index: int, started: float) -> LayerFinished:
+    def _finished(
+        self, name: str, quantized: QuantizedWeight, *, bytes_out: int, index: int, started: float
+    ) -> LayerFinished:
         """The event of a quantized layer; advances the clock."""
-        info = self._source.tensors[name]
+        info, codec, solution = self._source.tensors[name], quantized.codec, quantized.solution
+        smallest, largest = torch.stack(solution.scale.aminmax()).tolist()
         eta = self._clock.advance(info.nbytes)
         elapsed = self._clock.elapsed
         return LayerFinished(
@@ -236,20 +207,20 @@ class QuantizationRun:
             total=self._total,
             name=name,
             shape=info.shape,
-            format=layer.format,
-            granularity=layer.granularity,
-            weight_error=layer.weight_error,
+            format=codec.format.name,
+            granularity=codec.granularity,
+            weight_error=solution.weight_error,
             seconds=elapsed - started,
             bytes_in=info.nbytes,
-            bytes_out=sum(tensor.nbytes for tensor in layer.tensors.values()),
+            bytes_out=bytes_out,
             elapsed=elapsed,
             eta=eta,
-            solver=layer.solver,
-            gain=layer.gain,
-            output_error=layer.output_error,
-            note=layer.note,
-            convrot=layer.convrot,
-            scale=layer.scale,
+            solver=solution.solver,
+            gain=solution.gain,
+            output_error=solution.output_error,
+            note=quantized.note,
+            convrot=codec.rotation and codec.rotation.size,
+            scale=(smallest, largest),
         )
 
     def _kept(self, name: str, reason: str, *, removed: bool = False, planned: bool = True) -> LayerKept:
@@ -293,7 +264,7 @@ def _base_name(weight: str) -> str:
 
 def _corrected_biases(plan: Plan, recipe: Recipe, *, calibrated: bool) -> dict[str, str]:
     """Weight → bias of the layers whose bias may be corrected; both are read and written together."""
-    correction = recipe.get("bias_correction")
+    correction = recipe.rounding.get("bias_correction")
     if correction == "none" or (correction == "auto" and not calibrated):
         return {}
     pairs = ((name, _base_name(name) + ".bias") for name in plan.names("quantize"))
@@ -302,6 +273,6 @@ def _corrected_biases(plan: Plan, recipe: Recipe, *, calibrated: bool) -> dict[s
 
 def _static_input_scale(recipe: Recipe, statistics: LayerStatistics) -> float | None:
     """Static scale of the input activations, if the format has one and the calibration the statistics for it."""
-    if statistics.histogram is None or statistics.amax is None or not recipe.codec.static_activations:
+    if statistics.histogram is None or statistics.amax is None or not recipe.format.codec.static_activations:
         return None
     return input_scale(statistics.histogram, float(statistics.amax.max()))

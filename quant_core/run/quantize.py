@@ -185,7 +185,7 @@ def _allocate(
     check: CancelCheck,
 ) -> Plan:
     """The plan with a format for every layer: that of the recipe or, for mixed precision, one of its own."""
-    if recipe.measured and calibration is not None:
+    if recipe.format.measured and calibration is not None:
         plan = allocate_formats(source, recipe, calibration, device=device, emit=emit, check=check)
     check_name_collisions(source, plan, recipe)
     return plan

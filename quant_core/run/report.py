@@ -68,8 +68,8 @@ class Report:
         """The report of a run over ``plan`` before its first layer; ``source``: name of the source."""
         return cls(
             source=source,
-            format=recipe.format,
-            granularity=recipe.granularity or "",
+            format=recipe.format.name,
+            granularity=recipe.format.granularity or "",
             rounding=recipe.resolve(calibrated).rounding,
             preset=plan.preset.name if plan.preset else NONE,
             choice=plan.choice,

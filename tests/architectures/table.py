@@ -13,7 +13,7 @@ import torch
 
 from learned_rounding.quant_core import FORMATS, PRESETS, Recipe
 from learned_rounding.quant_core.errors import NothingToQuantizeError
-from learned_rounding.quant_core.recipes import make_plan, recognise
+from learned_rounding.quant_core.recipes import make_plan, recognize_preset
 from learned_rounding.quant_core.run.estimate import estimate_size
 from learned_rounding.quant_core.sources import TensorInfo
 from learned_rounding.tests.architectures.collect import TEXT_ENCODERS
@@ -108,7 +108,7 @@ def examine(name: str) -> Found:
     """The plan of the model of that list, with nothing but detection, and what becomes of it in each format."""
     header = source(name)
     parameters = sum(math.prod(info.shape) for info in header.tensors.values())
-    preset = recognise(header.tensors)
+    preset = recognize_preset(header.tensors)
     try:
         plan = make_plan(header)
     except NothingToQuantizeError:

@@ -355,7 +355,8 @@ def test_the_command_line_prints_names_that_its_terminal_cannot(tmp_path, tried)
         case.source,
         "-o",
         case.target,
-        "--int8",
+        "--format",
+        "int8_tensorwise",
         "--device",
         "cpu",
     ]

@@ -85,7 +85,8 @@ def test_killed_from_outside_at_a_random_time(one_case, often, tried):
         one_case.source,
         "-o",
         one_case.target,
-        "--int8",
+        "--format",
+        "int8_tensorwise",
         "--device",
         "cpu",
     ]

@@ -75,7 +75,7 @@ def test_a_gpu_agrees_but_for_ties(source, tmp_path, recipe, calibrated, tried):
         if calibrated
         else {}
     )
-    if calibrated and recipe.rounding == "principal":
+    if calibrated and recipe.rounding.rounding == "principal":
         pytest.skip("principal takes no calibration")
     made = {}
     for device in ("cpu", "cuda"):
@@ -96,10 +96,10 @@ def test_a_gpu_agrees_but_for_ties(source, tmp_path, recipe, calibrated, tried):
             )
         elif name.endswith("_scale"):
             torch.testing.assert_close(on_cpu, made["cuda"][name], rtol=1e-5, atol=0)
-    carried = calibrated or recipe.rounding == "principal"  # what one code takes, the next ones give back
+    carried = calibrated or recipe.rounding.rounding == "principal"  # what one code takes, the next ones give back
     assert differing <= codes * (0.02 if carried else 0.001)
     assert furthest <= (3 if carried else 1)
-    what = f"{recipe.format}, rounding {recipe.rounding}{', calibrated' if calibrated else ''}"
+    what = f"{recipe.format.name}, rounding {recipe.rounding.rounding}{', calibrated' if calibrated else ''}"
     tried(f"CPU and GPU, {what}", 1, f"{differing} of {codes:,} codes differ, by at most {furthest} steps")
 
 

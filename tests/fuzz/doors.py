@@ -20,7 +20,7 @@ from learned_rounding.quant_core.convert.migrate import migrate_file
 from learned_rounding.quant_core.errors import QuantizationError
 from learned_rounding.quant_core.formats.layer_json import layer_configs
 from learned_rounding.quant_core.output import inspect_file, verify_file
-from learned_rounding.quant_core.recipes.layers import layer_rules
+from learned_rounding.quant_core.recipes.layers import parse_rules
 from learned_rounding.quant_core.sources import SafetensorsFile, open_source
 
 __all__ = ["FILES", "TEXTS", "bounded", "refused", "tried_all"]
@@ -102,8 +102,8 @@ FILES: dict[str, Callable[[Path], object]] = {
     "migrate with it": _migrate_calibrated,
 }
 TEXTS: dict[str, Callable[[str], object]] = {
-    "layer config": lambda text: layer_rules((), text),
-    "keep pattern": lambda text: layer_rules([text], ""),
+    "layer config": lambda text: parse_rules((), text),
+    "keep pattern": lambda text: parse_rules([text], ""),
     "recipe in JSON": Recipe.from_json,
     "recipe in TOML": Recipe.from_toml,
 }

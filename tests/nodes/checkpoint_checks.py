@@ -44,7 +44,7 @@ def encoder() -> dict:
 
 
 def _made(folder: Path, recipe: Recipe, before: torch.Tensor) -> dict:
-    made = folder / f"{recipe.format}.safetensors"
+    made = folder / f"{recipe.format.name}.safetensors"
     report = quantize_file(folder / "whole.safetensors", made, recipe)
     with SafetensorsFile(made) as opened:
         layers = layer_configs(opened)[0]

@@ -16,7 +16,7 @@ from pack.nodes.load import LoadModel
 from pack.quant_core import Recipe, quantize_file
 from pack.quant_core.errors import QuantizationError, SourceError
 from pack.quant_core.formats.weight import config_tensor
-from pack.quant_core.recipes.refused import refusal
+from pack.quant_core.recipes.refused import find_refusal
 from pack.quant_core.sources import TensorInfo
 from pack.tests.architectures import read
 from pack.tests.architectures.collect import DIFFUSION
@@ -61,7 +61,7 @@ def comes_back(name: str, to_diffusers) -> bool:
     theirs = renamed(shapes, names)
     assert theirs.keys().isdisjoint({key for key in shapes if key.endswith("qkv.weight")})
     source = header(name, theirs)
-    assert "diffusers" in refusal(theirs) and refusal(shapes) is None
+    assert "diffusers" in find_refusal(theirs) and find_refusal(shapes) is None
     convert = host.opening._converter(source)
     ours = host.opening.RenamedWeights(source, convert).tensors if convert else {}
     return {key: info.shape for key, info in ours.items()} == {key: tuple(value.shape) for key, value in shapes.items()}

@@ -11,7 +11,7 @@ from learned_rounding.quant_core.calibration.accumulate import PairedHessianAccu
 from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.errors import CalibrationError, RecipeError, UnknownNameError
 from learned_rounding.quant_core.formats import make_codec
-from learned_rounding.quant_core.rounding import Method, slabs
+from learned_rounding.quant_core.rounding import RoundingConfig, slabs
 
 CPU = torch.device("cpu")
 TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
@@ -131,10 +131,10 @@ def test_too_little_memory_means_fewer_rows_then_the_cpu(monkeypatch, caplog, se
         sentences(caplog.messages)
         return tried
 
-    assert quantize(Method("calibrated")) == [("cuda", 1), ("cuda", 4), ("cuda", 16), ("cpu", 1)]
-    assert quantize(Method("principal")) == [("cuda", 1), ("cpu", 1)]  # its rows depend on each other
-    assert quantize(Method("calibrated", num_iter=5)) == [("cuda", 1), ("cpu", 1)]
-    assert quantize(Method(), "cpu") == [("cpu", 1)]
+    assert quantize(RoundingConfig("calibrated")) == [("cuda", 1), ("cuda", 4), ("cuda", 16), ("cpu", 1)]
+    assert quantize(RoundingConfig("principal")) == [("cuda", 1), ("cpu", 1)]  # its rows depend on each other
+    assert quantize(RoundingConfig("calibrated", num_iter=5)) == [("cuda", 1), ("cpu", 1)]
+    assert quantize(RoundingConfig(), "cpu") == [("cpu", 1)]
 
 
 def test_what_is_no_layer_of_these_inputs_is_refused(sentences):

@@ -132,7 +132,7 @@ def test_what_is_refused_is_shown_on_its_node(graph):
     )
     refused = queue_prompt(graph)
     assert refused["type"] == "refused" and list(refused["data"]["node_errors"]) == ["2"]
-    words = graph.get_by_text("is no regular expression")
+    words = graph.get_by_text("is not a valid regular expression")
     details = graph.get_by_role("button", name="View details")
     words.or_(details).first.wait_for()
     if details.count():

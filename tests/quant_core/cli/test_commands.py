@@ -21,7 +21,9 @@ import learned_rounding
 from learned_rounding import kernels
 from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, quantize_weight
 from learned_rounding.quant_core.cli import commands as cli
+from learned_rounding.quant_core.cli import parser
 from learned_rounding.quant_core.cli.commands import main
+from learned_rounding.quant_core.cli.parser import make_parser
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.recipes.presets import ALIASES
 from learned_rounding.quant_core.run import loop
@@ -74,7 +76,7 @@ def test_the_output_is_named_beside_an_input_elsewhere(lrq, model_file, tmp_path
     source = model_file()
     monkeypatch.chdir(tmp_path / "cwd")
     assert lrq("quantize", "-i", source, "--int8")[0] == 0
-    assert listing() == ["model.safetensors", "model_int8_row.safetensors"]
+    assert listing() == ["model.safetensors", "model_int8_row_convrot.safetensors"]
 
 
 def test_an_output_in_a_new_folder(lrq, model_file, listing, tmp_path):
@@ -83,6 +85,7 @@ def test_an_output_in_a_new_folder(lrq, model_file, listing, tmp_path):
 
 
 ROW = {"format": "int8_tensorwise", "granularity": "row"}
+INT8 = {**ROW, "convrot": True}  # the alias
 # Presets of models whose every layer stays: with them there is nothing to quantize.
 KEEP_ALL = {name for name, preset in PRESETS.items() if any(rule.text == ".*" for rule in preset.keep)}
 
@@ -93,13 +96,20 @@ OPTIONS = {
     "fp8": (["--fp8"], {}),
     "format": (["--format", "int8_tensorwise"], {"format": "int8_tensorwise", "granularity": "row"}),
     "format with =": (["--format=int8_tensorwise"], {"format": "int8_tensorwise", "granularity": "row"}),
-    "int8": (["--int8"], {"format": "int8_tensorwise", "granularity": "row"}),
+    "int8": (["--int8"], INT8),
+    "int8 as a format": (["--format", "int8"], INT8),
+    "int8, not rotated": (["--int8", "--convrot", "off"], ROW),
+    "fp8 as a format": (["--format", "fp8", "--scaling_mode", "tensor"], {}),
+    "int8 block as a format": (
+        ["--format=int8", "--scaling_mode=block"],
+        {"format": "int8_blockwise", "granularity": "block", "block_size": 128},
+    ),
     "int8 tensor": (["--int8", "--scaling_mode", "tensor"], {"format": "int8_tensorwise", "granularity": "tensor"}),
     "int8 tensor, dashes and =": (
         ["--int8", "--scaling-mode=tensor"],
         {"format": "int8_tensorwise", "granularity": "tensor"},
     ),
-    "int8 row": (["--scaling_mode", "row", "--int8"], {"format": "int8_tensorwise", "granularity": "row"}),
+    "int8 row": (["--scaling_mode", "row", "--int8"], INT8),
     "int8 block": (
         ["--int8", "--scaling_mode", "block", "--block_size", "16"],
         {"format": "int8_blockwise", "granularity": "block", "block_size": 16},
@@ -196,7 +206,7 @@ TRIED = {
     "--heur": ('--layer-config {"qkv":"fp8"}', ""),
     "--scaling_mode": ("", "row"),
     "--block_size": ("--int8 --scaling_mode block", "16"),
-    "--convrot": ("--int8", ""),
+    "--convrot": ("--format int8_tensorwise", ""),
     "--convrot-group-size": ("--int8 --convrot", "16"),
     "--calib_samples": ("--bias_correction synthetic", "8"),
     "--manual_seed": ("", "7"),
@@ -253,24 +263,24 @@ def test_every_option_that_users_know_acts_or_is_refused_by_name(
 @pytest.mark.parametrize("name", [*PRESETS, *ALIASES])
 def test_every_preset_has_a_flag_of_its_own(name):
     for spelt in (name, name.replace("_", "-")):
-        assert cli._parser().parse_args(["plan", "-i", "x", f"--{spelt}"]).preset == name
+        assert make_parser().parse_args(["plan", "-i", "x", f"--{spelt}"]).preset == name
 
 
-VALUES = {int: "3", float: "0.5", cli._convrot: "64"}  # types → a value; text takes any
+VALUES = {int: "3", float: "0.5", parser._parse_convrot: "64"}  # types → a value; text takes any
 
 
 @pytest.mark.parametrize("command", ["quantize", "plan", "migrate"])
 def test_every_option_is_understood_with_dashes_and_underscores(command):
-    parser = cli._parser()
-    options = parser._subparsers._group_actions[0].choices[command]._option_string_actions
+    lrq = make_parser()
+    options = lrq._subparsers._group_actions[0].choices[command]._option_string_actions
     tried = 0
     for option, action in options.items():
-        if not option.startswith("--") or isinstance(action, cli._Refusal) or option == "--help":
+        if not option.startswith("--") or isinstance(action, parser._Refusal) or option == "--help":
             continue
         value = [] if action.nargs == 0 else [next(iter(action.choices or ()), VALUES.get(action.type, "text"))]
         spelt = {option, f"--{option[2:].replace('-', '_')}", f"--{option[2:].replace('_', '-')}"}
-        ways = [vars(parser.parse_args([command, "-i", "x", way, *value])) for way in spelt]
-        assert all(way == ways[0] for way in ways) and ways[0] != vars(parser.parse_args([command, "-i", "x"])), option
+        ways = [vars(lrq.parse_args([command, "-i", "x", way, *value])) for way in spelt]
+        assert all(way == ways[0] for way in ways) and ways[0] != vars(lrq.parse_args([command, "-i", "x"])), option
         tried += len(spelt) > 1
     assert tried >= (1 if command == "migrate" else 20)
 
@@ -463,7 +473,7 @@ def test_a_recipe_file_and_options_over_it(lrq, model_file, tmp_path, write):
         (["--exclude-layers", "mlp"], {"keep": ["mlp"]}),
         (["--fp8"], {"format": "float8_e4m3fn"}),  # its granularity is tensor as well
         (["--scaling_mode", "block"], {"format": "int8_blockwise", "granularity": "block", "block_size": 128}),
-        (["--int8"], {"granularity": "row"}),  # a format that is named comes with its own granularity
+        (["--int8"], INT8),  # a format that is named comes with its own granularity
     ]:
         code, _, err = lrq(
             "quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--overwrite", "--recipe", path, *words
@@ -938,7 +948,7 @@ def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, lis
         assert json.loads(file.metadata()["learned_rounding"])["version"] == "9.8.7"
     assert [name for name in listing() if name.startswith("work/")] == [
         "work/model.safetensors",
-        "work/model_int8_row.safetensors",
+        "work/model_int8_row_convrot.safetensors",
     ]
 
 
@@ -974,4 +984,4 @@ def test_what_nobody_foresaw_is_one_line_too(lrq, monkeypatch, tmp_path, sentenc
 def test_the_help_tells_the_exit_codes(lrq):
     _, out, _ = lrq("--help")
     said = " ".join(out.split())
-    assert all(f"{code} {meaning}" in said for code, meaning in cli.EXIT_CODES.items())
+    assert all(f"{code} {meaning}" in said for code, meaning in parser.EXIT_CODES.items())

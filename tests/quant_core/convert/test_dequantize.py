@@ -110,7 +110,8 @@ def test_old_scaled_fp8_becomes_int8(tmp_path, capsys, sentences):
         str(tmp_path / "old.safetensors"),
         "-o",
         str(tmp_path / "new.safetensors"),
-        "--int8",
+        "--format",
+        "int8_tensorwise",
         "--requantize",
     ]
     assert main(words) == 0

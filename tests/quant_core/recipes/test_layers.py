@@ -8,21 +8,21 @@ from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.errors import RecipeError
+from learned_rounding.quant_core.formats import FormatConfig
 from learned_rounding.quant_core.formats.layer_json import layer_configs
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.recipes import layers, make_plan
 from learned_rounding.quant_core.recipes.layers import (
-    FormatChoice,
     LayerRule,
     Pattern,
-    finding,
-    layer_rules,
+    find_rules,
     most_specific,
     parse_layer_config,
+    parse_rules,
 )
 from learned_rounding.quant_core.sources import SafetensorsFile
 
-INT8 = FormatChoice("int8_tensorwise")
+INT8 = FormatConfig("int8_tensorwise")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ INT8 = FormatChoice("int8_tensorwise")
 )
 def test_the_most_specific_rule_decides(patterns, name, decides):
     rule = most_specific(
-        finding([LayerRule(pattern, INT8, "layer config") for pattern in patterns], [name])[name], name
+        find_rules([LayerRule(pattern, INT8, "layer config") for pattern in patterns], [name])[name], name
     )
     assert (rule and rule.pattern) == decides
 
@@ -47,9 +47,9 @@ def test_the_most_specific_rule_decides(patterns, name, decides):
     "keep, config, kept", [("mlp", "mlp", True), ("m.p", "mlp", True), ("mlp", "mlp.0", False), ("blocks", "mlp", True)]
 )
 def test_of_rules_as_specific_the_one_that_keeps_a_layer_decides(keep, config, kept):
-    rules, name = layer_rules([keep], f'{{"{config}": "int8"}}'), "blocks.0.mlp.0.weight"
+    rules, name = parse_rules([keep], f'{{"{config}": "int8"}}'), "blocks.0.mlp.0.weight"
     for order in (rules, rules[::-1]):
-        assert (most_specific(finding(order, [name])[name], name).format is None) is kept
+        assert (most_specific(find_rules(order, [name])[name], name).format is None) is kept
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,17 @@ def test_of_rules_as_specific_the_one_that_keeps_a_layer_decides(keep, config, k
     [
         ("skip", None),
         ({"skip": True}, None),
-        ("fp8", FormatChoice("float8_e4m3fn")),
-        ("int8_blockwise", FormatChoice("int8_blockwise")),
-        ({"format": "int8", "convrot": True}, FormatChoice("int8_tensorwise", convrot=True)),
-        ({"format": "int8", "granularity": "block", "block_size": 64}, FormatChoice("int8_blockwise", "block", 64)),
-        ({"format": "fp8", "granularity": "row"}, FormatChoice("float8_e4m3fn_rowwise", "row")),
+        ("fp8", FormatConfig("float8_e4m3fn")),
+        ("int8", FormatConfig("int8_tensorwise", convrot=True)),
+        ({"format": "int8", "convrot": False}, INT8),
+        ({"format": "int8_tensorwise"}, INT8),
+        ("int8_blockwise", FormatConfig("int8_blockwise")),
+        ({"format": "int8", "convrot": True}, FormatConfig("int8_tensorwise", convrot=True)),
+        ({"format": "int8", "granularity": "block", "block_size": 64}, FormatConfig("int8_blockwise", "block", 64)),
+        ({"format": "fp8", "granularity": "row"}, FormatConfig("float8_e4m3fn_rowwise", "row")),
         (
             {"format": "fp8", "full_precision_matrix_mult": True},
-            FormatChoice("float8_e4m3fn", full_precision_matmul=True),
+            FormatConfig("float8_e4m3fn", full_precision_matmul=True),
         ),
     ],
 )
@@ -115,7 +118,7 @@ def test_rules_may_be_many_but_not_large_together(sentences):
 def test_a_plan_makes_each_pattern_once_and_asks_whether_to_go_on(header_source, monkeypatch):
     """However many rules and layers there are."""
     source = header_source({f"blocks.{index}.weight": (64, 64) for index in range(10)})
-    rules = layer_rules((), json.dumps({rf"^blocks\.{index}\.": "int8" for index in range(300)}))
+    rules = parse_rules((), json.dumps({rf"^blocks\.{index}\.": "int8" for index in range(300)}))
     made, asked = [], []
     monkeypatch.setattr(layers, "Pattern", lambda text: made.append(text) or Pattern(text))
     plan = make_plan(source, preset="none", rules=rules, check=lambda: asked.append(1))
@@ -152,7 +155,7 @@ def test_rules_come_before_preset_and_heuristics(layer_names, header_source):
         decisions["img_in.weight"].action == "quantize" and decisions["img_in.weight"].reason == "layer config ^img_in"
     )
     assert decisions["double_blocks.0.img_mlp.2.weight"].reason == "keep pattern img_mlp"
-    assert decisions["double_blocks.0.img_mlp.0.weight"].format == FormatChoice("float8_e4m3fn")
+    assert decisions["double_blocks.0.img_mlp.0.weight"].format == FormatConfig("float8_e4m3fn")
     assert decisions["img_in.bias"].action == "keep"  # no rule makes a bias a matrix
 
 
@@ -184,4 +187,4 @@ def test_a_file_of_rules_is_sound(tmp_path):
 def test_rules_survive_json_and_toml():
     recipe = Recipe(layer_config='{"a\\\\.b": {"format": "int8", "convrot": true}}')
     assert Recipe.from_json(recipe.to_json()) == Recipe.from_toml(recipe.to_toml()) == recipe
-    assert layer_rules(recipe.keep, recipe.layer_config) == recipe.rules
+    assert parse_rules(recipe.keep, recipe.layer_config) == recipe.rules

@@ -1,7 +1,7 @@
-"""Patterns find what Python's own find, and never take longer than the name is long."""
+"""Patterns find what Python's own find, with look-around, flags and groups; hostile ones end within the budget."""
 
-import random
 import re
+import time
 import warnings
 
 import pytest
@@ -9,49 +9,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learned_rounding.quant_core.errors import RecipeError
-from learned_rounding.quant_core.recipes.patterns import Pattern
+from learned_rounding.quant_core.recipes import patterns
+from learned_rounding.quant_core.recipes.layers import find_rules, parse_rules
+from learned_rounding.quant_core.recipes.patterns import Pattern, SearchBudget
 
 _ATOMS = st.sampled_from(
-    [
-        "a",
-        "b",
-        ".",
-        r"\.",
-        "0",
-        r"\d",
-        r"\w",
-        r"\W",
-        "[ab]",
-        "[^a]",
-        "[]a]",
-        r"[\]0-9]",
-        "^",
-        "$",
-        r"\b",
-        r"\B",
-        r"\A",
-        r"\Z",
-        "_",
-        "{",
-        r"\x61",
-        r"\n",
-    ]
+    [*"ab.0^$_{", r"\.", r"\d", r"\w", r"\W", "[ab]", "[^a]", "[]a]", r"[\]0-9]", r"\b", r"\B", r"\A", r"\Z", r"\x61"]
 )
 PATTERNS = st.recursive(
     _ATOMS,
     lambda inner: st.one_of(
         st.lists(inner, min_size=1, max_size=4).map("".join),
         st.tuples(inner, inner).map("|".join),
-        st.tuples(st.sampled_from(["(%s)", "(?:%s)"]), inner).map(lambda both: both[0] % both[1]),
-        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,2}", "{,2}", "{1,}"])).map(
+        st.tuples(st.sampled_from(["(%s)", "(?:%s)", "(?=%s)", "(?!%s)", "(?i:%s)"]), inner).map(
+            lambda both: both[0] % both[1]
+        ),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,2}", "{1,}"])).map(
             lambda both: "(" + both[0] + ")" + both[1]
         ),
     ),
     max_leaves=8,
 )
+NAME = "a" * 2000 + "!"
 
 
-@settings(derandomize=True, deadline=None, max_examples=1500)
+@settings(derandomize=True, deadline=None, max_examples=500)
 @given(PATTERNS, st.lists(st.text("ab0._\n", max_size=7), max_size=4))
 def test_it_finds_what_python_finds(text, names):
     with warnings.catch_warnings():
@@ -63,31 +45,26 @@ def test_it_finds_what_python_finds(text, names):
                 Pattern(text)
             return
     found = Pattern(text)
-    for name in filter(None, names):  # of an empty one Python changes its mind about \B
+    for name in filter(None, names):  # \B of an empty name differs between versions of Python
         assert found.search(name) == bool(expected.search(name)), (text, name)
 
 
-BOMBS = [
-    r"(a+)+$",
-    r"(a|a)*$",
-    r"(a|aa)+b",
-    r"(.*a){20}",
-    r"(x+x+)+y",
-    r".*.*.*.*.*=",
-    r"((a*)*)*b",
-    r"(?:a?){50}a{50}$",
-]
-
-
-@pytest.mark.parametrize("text", BOMBS)
-def test_no_pattern_takes_longer_than_the_name(text, monkeypatch):
-    """Steps are counted: each looks at every state once at most."""
-    found, steps = Pattern(text), []
-    real = found._step
-    monkeypatch.setattr(found, "_step", lambda *key: steps.append(key) or real(*key))
-    name = "a" * 5000 + "!"
-    found.search(name)
-    assert len(steps) <= len(name) + 1
+@pytest.mark.parametrize(
+    "text, name, found",
+    [
+        ("img(?=_mlp)", "blocks.0.img_mlp", True),
+        ("^(?!.*mlp)", "blocks.0.img_mlp", False),
+        (r"(?<!double_)blocks\.0", "double_blocks.0", False),
+        ("(?i)QKV", "blocks.0.qkv", True),
+        (r"(?P<block>\d)\.(?P=block)", "blocks.3.3", True),
+        (r"(.)\1", "abc", False),
+        ("x-\u5c42", "x-\u5c42", True),
+        ("[\u4e00-\u9fff]", "\u5c42", True),
+        ("a" * 1990 + "b?", NAME, True),
+    ],
+)
+def test_look_around_flags_and_groups_work(text, name, found):
+    assert Pattern(text).search(name) is found
 
 
 @pytest.mark.parametrize(
@@ -113,22 +90,29 @@ def test_what_cannot_be_followed_is_refused(text, sentences):
         Pattern(text)
 
 
-@pytest.mark.parametrize("text", ["x-\u5c42", "[\u5c42-]", "[\u5c42\u5757]", r"[\x00-\xff]", "[a-z]-\u5c42"])
-def test_other_scripts_are_followed(text):
-    assert Pattern(text).search("x-\u5c42") == bool(re.search(text, "x-\u5c42"))
+BOMBS = [r"(a+)+$", r"(a|a)*$", r"(a|aa)+b$", r"(?=(a+)+b)", r"(?:a?){50}a{50}$", r"(a{4800}[b1])"]
 
 
-def test_what_is_remembered_is_bounded_by_its_states():
-    """Each letter leads to hundreds of states, and hardly ever to the same."""
-    found = Pattern("[aeiou](?:.{61}){0,40}Q")
-    draw = random.Random(0)
-    for _ in range(10):
-        found.search("".join(draw.choice("abcdefghi") for _ in range(200)))
-    assert 0 < sum(len(states) for states in found._steps.values()) < 25_000
+@pytest.mark.parametrize("text", BOMBS)
+def test_a_hostile_pattern_ends_within_two_seconds_for_all_names_together(text):
+    names, start = [f"{index}.{NAME}" for index in range(50)], time.process_time()
+    try:
+        find_rules(parse_rules([text], ""), names)
+    except RecipeError as error:
+        assert "takes too long" in str(error) and text in str(error)
+    assert time.process_time() - start < 2
 
 
-def test_what_is_remembered_is_bounded():
-    found = Pattern("[^z]*z")
-    for index in range(25_000):
-        found.search(chr(0x4E00 + index))
-    assert len(found._steps) <= 20_000
+def test_the_budget_is_shared_by_all_names_and_patterns():
+    """Each search alone is short; together they are not."""
+    budget, pattern = SearchBudget(0.05), Pattern("(a|aa)+$")
+    with pytest.raises(RecipeError, match="takes too long"):
+        for length in range(100_000):
+            budget.search(pattern, "a" * 20 + "!" + str(length))
+
+
+def test_usual_patterns_leave_the_budget_untouched(monkeypatch):
+    monkeypatch.setattr(patterns, "_SECONDS", 0.05)
+    names = [f"model.double_blocks.{index}.img_attn.qkv.weight" for index in range(200)]
+    rules = parse_rules([rf"^model\.double_blocks\.{index}\.(img|txt)_attn" for index in range(200)], "")
+    assert all(len(found) == 1 for found in find_rules(rules, names).values())

@@ -6,8 +6,8 @@ import torch
 from learned_rounding.quant_core import PRESETS, Recipe
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError
 from learned_rounding.quant_core.recipes import make_plan
-from learned_rounding.quant_core.recipes.layers import layer_rules
-from learned_rounding.quant_core.recipes.refused import refusal
+from learned_rounding.quant_core.recipes.layers import parse_rules
+from learned_rounding.quant_core.recipes.refused import find_refusal
 from learned_rounding.quant_core.sources import TensorInfo, TensorSource
 from learned_rounding.tests.architectures import architectures, table
 
@@ -178,7 +178,7 @@ def test_each_part_of_a_checkpoint_gets_its_own_rule(layer_names, header_source,
     alone = {**layer_names(LISTS.get(encoder, encoder)), "lm_head.weight": (64, 64)}
     own = make_plan(header_source(alone)).decisions
     family = layer_names(
-        next(name for name in architectures() if preset.fits(header_source(layer_names(name)).tensors))
+        next(name for name in architectures() if preset.matches(header_source(layer_names(name)).tensors))
         if preset.detect
         else "flux"
     )
@@ -295,7 +295,7 @@ def test_own_rules_cannot_ask_for_what_comfyui_does_not_read(
     beside = layer_names("flux", "model.diffusion_model.") if prefix else {}
     source, rule = (
         header_source({**layer_names(family, prefix), **beside}),
-        layer_rules((), f'{{"{layer}": "int8"}}')[0],
+        parse_rules((), f'{{"{layer}": "int8"}}')[0],
     )
     name = f"{prefix}{layer}.weight"
     try:
@@ -396,7 +396,7 @@ def test_diffusers_names_are_refused_because_comfyui_drops_their_scales(header_s
 
 @pytest.mark.parametrize("name", architectures())
 def test_no_model_under_comfyuis_names_is_refused(layer_names, name):
-    assert all(refusal(layer_names(name, prefix)) is None for prefix in PREFIXES)
+    assert all(find_refusal(layer_names(name, prefix)) is None for prefix in PREFIXES)
 
 
 OTHERS = {
@@ -432,5 +432,5 @@ def test_what_is_no_model_is_refused_by_what_it_is(header_source, kind, name, se
 
 
 def test_an_image_encoder_beside_a_text_encoder_is_not_refused(layer_names):
-    assert refusal([*layer_names("clip_l"), "vision_model.encoder.layers.0.layer_norm1.weight"]) is None
-    assert refusal(["vision_model.encoder.layers.0.layer_norm1.weight"])
+    assert find_refusal([*layer_names("clip_l"), "vision_model.encoder.layers.0.layer_norm1.weight"]) is None
+    assert find_refusal(["vision_model.encoder.layers.0.layer_norm1.weight"])

@@ -11,7 +11,7 @@ import torch
 
 from learned_rounding.quant_core import PRESETS, Recipe
 from learned_rounding.quant_core.errors import UnknownNameError
-from learned_rounding.quant_core.recipes import find_preset, presets, recognise
+from learned_rounding.quant_core.recipes import find_preset, presets, recognize_preset
 from learned_rounding.quant_core.recipes.presets import ALIASES, COMMON, GENERAL, Mark
 from learned_rounding.quant_core.recipes.toml import tomllib
 from learned_rounding.quant_core.sources import TensorInfo
@@ -88,7 +88,7 @@ def test_hunyuan_is_recognised_as_published_and_its_norms_are_known(layer_names,
     shapes = layer_names(family)
     published = tencent_spelling(shapes)
     assert not set(published) & {"double_blocks.0.img_attn.qkv.weight"} and len(published) == len(shapes)
-    assert recognise(infos(published)).name == "hunyuan"
+    assert recognize_preset(infos(published)).name == "hunyuan"
     rules = find_preset("hunyuan").keep
     norms = [name for name in published if "_norm." in name]
     assert norms and all(any(rule.pattern.search(name) for rule in rules) for name in norms)
@@ -99,9 +99,9 @@ def test_a_t5_with_the_names_of_transformers_is_recognised(layer_names):
     shapes |= dict.fromkeys(
         ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"], (32128, 4096)
     )
-    assert recognise(infos(shapes)).name == "t5xxl"
+    assert recognize_preset(infos(shapes)).name == "t5xxl"
     del shapes["shared.weight"]
-    assert recognise(infos(shapes)).name == "t5xxl"
+    assert recognize_preset(infos(shapes)).name == "t5xxl"
 
 
 @pytest.mark.parametrize("text, shape, fits", [
@@ -117,7 +117,7 @@ def test_a_t5_with_the_names_of_transformers_is_recognised(layer_names):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "net.", "model."])
 def test_marks(text, shape, fits, prefix):
     tensors = infos({f"{prefix}w": shape, f"{prefix}blocks.0.v": shape})
-    assert Mark.parse(text).there(tensors) is fits
+    assert Mark.parse(text).matches(tensors) is fits
 
 
 @pytest.mark.parametrize(
@@ -128,17 +128,17 @@ def test_marks(text, shape, fits, prefix):
 def test_marks_that_must_be_absent_rule_a_family_out(preset, gone):
     shape = [side or 8 for side in gone.shape or (8, 8)]
     if any(mark.name == gone.name for mark in preset.detect[0]):  # the same tensor of another shape
-        assert not preset.fits({**marked(preset), **infos({gone.name: shape})})
+        assert not preset.matches({**marked(preset), **infos({gone.name: shape})})
         return
-    assert preset.fits(marked(preset))
+    assert preset.matches(marked(preset))
     for prefix in ("", "model.diffusion_model."):
-        assert not preset.fits({**marked(preset), **infos({prefix + gone.name: shape})})
+        assert not preset.matches({**marked(preset), **infos({prefix + gone.name: shape})})
 
 
 @pytest.mark.parametrize("gone", ["distilled_guidance_layer.in_proj.weight", "double_stream_modulation_img.lin.weight"])
 def test_relatives_of_flux_are_no_flux(layer_names, gone):
     """Chroma and Flux.2, should a fine-tune of theirs carry every name that Flux.1 has."""
-    found = recognise(infos([*layer_names("flux"), gone]))
+    found = recognize_preset(infos([*layer_names("flux"), gone]))
     assert found is None or found.name != "flux"
 
 
@@ -161,4 +161,4 @@ def test_patterns_begin_where_the_models_names_begin(preset):
     "names", [[], ["blocks.0.attn.qkv.weight"], ["double_blocks.0.img_attn.qkv.weight", "img_in.weight"]]
 )
 def test_too_few_names_are_recognised_as_nothing(names):
-    assert recognise(infos(names)) is None
+    assert recognize_preset(infos(names)) is None

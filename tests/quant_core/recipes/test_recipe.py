@@ -1,6 +1,7 @@
 """A recipe: what it accepts, what it refuses, and that it survives being written down."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, quantize_weight
+from learned_rounding.quant_core import FORMATS, PRESETS, Recipe
 from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
-from learned_rounding.quant_core.rounding import OPTIONS, ROUNDINGS
+from learned_rounding.quant_core.formats import FormatConfig
+from learned_rounding.quant_core.layer import Layer
+from learned_rounding.quant_core.quantize_layer import quantize_layer
+from learned_rounding.quant_core.rounding import OPTIONS, ROUNDINGS, RoundingConfig
 
 # Each option with a value that is not its default, by the roundings it can go with.
 LEARNED = {
@@ -83,7 +87,9 @@ def test_written_recipes_name_every_field():
         "block_formats": False,
         "layer_config": "",
     }
-    assert set(recipe.to_dict()) == {field.name for field in dataclasses.fields(Recipe)}
+    configs = [field.name for config in (FormatConfig, RoundingConfig) for field in dataclasses.fields(config)]
+    own = {field.name for field in dataclasses.fields(Recipe)}
+    assert set(recipe.to_dict()) == {*configs, *own} - {"name"}
 
 
 def test_missing_fields_take_their_defaults():
@@ -209,7 +215,7 @@ def test_damaged_text_is_refused_in_one_sentence(read, text, sentences):
     ],
 )
 def test_labels_tell_outputs_apart(recipe, label):
-    assert recipe.label == label
+    assert recipe.format.label == label
 
 
 @pytest.mark.parametrize(
@@ -232,8 +238,38 @@ def test_options_without_effect_are_refused(values, sentences):
 
 def test_a_layer_gets_everything_that_concerns_it():
     recipe = Recipe(format="int8_tensorwise", convrot=64, rounding="principal", top_p=0.5, keep=("x",), seed=3)
-    made = quantize_weight(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)), **recipe.layer_options)
-    assert made.codec == recipe.codec and made.solution.solver == "sequential"
-    assert set(recipe.layer_options) == {field.name for field in dataclasses.fields(Recipe)} - {
-        *("keep", "heur", "preset", "target_size", "target_error", "block_formats", "layer_config")
-    }
+    layer = Layer(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)))
+    made = quantize_layer(layer, recipe.format.codecs(128), recipe.rounding, seed=recipe.seed)
+    assert made.codec == recipe.format.codec and made.solution.solver == "gptq"
+
+
+def test_flat_options_are_distributed_to_both_configurations():
+    recipe = Recipe(format="int8_tensorwise", convrot=True, rounding="principal", top_p=0.1, preset="flux")
+    assert recipe.format == FormatConfig("int8_tensorwise", "row", convrot=True)
+    assert recipe.rounding == RoundingConfig("principal", top_p=0.1)
+    assert recipe == Recipe(recipe.format, recipe.rounding, preset="flux")
+    assert Recipe(recipe.format, recipe.rounding, convrot=64, top_p=0.2, preset="flux") == Recipe(
+        format="int8_tensorwise", convrot=64, rounding="principal", top_p=0.2, preset="flux"
+    )
+    assert dataclasses.replace(recipe, seed=3).format == recipe.format
+
+
+@pytest.mark.parametrize("field", ["bits", "self", "name", "options"])
+def test_a_field_that_does_not_exist_is_refused_by_the_constructor(field):
+    with pytest.raises(RecipeError, match=f"no field '{field}'"):
+        Recipe(**{field: 1})
+
+
+WRITTEN_BY_0_1_0 = """{"rounding": "nearest", "optimizer": null, "num_iter": null, "lr": null, "lr_schedule": null,
+"early_stop": null, "top_p": null, "min_k": null, "max_k": null, "full_matrix": null, "weight_cost": null, "damping": null,
+"sweeps": null, "bias_correction": null, "calib_samples": null, "format": "int8_tensorwise", "granularity": "row",
+"block_size": null, "convrot": true, "preset": "auto", "keep": ["a"], "heur": false, "full_precision_matmul": false,
+"seed": 7, "target_size": null, "target_error": null, "block_formats": false, "layer_config": "{\\"x\\": \\"fp8\\"}"}"""
+
+
+def test_recipes_in_files_of_0_1_0_are_read():
+    recipe = Recipe.from_json(WRITTEN_BY_0_1_0)
+    assert recipe == Recipe(
+        format="int8_tensorwise", convrot=True, rounding="nearest", keep=("a",), seed=7, layer_config='{"x": "fp8"}'
+    )
+    assert recipe.to_dict() == json.loads(WRITTEN_BY_0_1_0)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from learned_rounding.quant_core.recipes.rules import eligibility, heuristic
+from learned_rounding.quant_core.recipes.rules import check_eligibility, check_heuristic
 from learned_rounding.quant_core.sources import TensorInfo
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_matrices_of_floats_are_eligible(dtype):
-    assert eligibility("a.weight", TensorInfo(dtype, (4, 4))) is None
+    assert check_eligibility("a.weight", TensorInfo(dtype, (4, 4))) is None
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_matrices_of_floats_are_eligible(dtype):
     ],
 )
 def test_what_is_not_eligible_and_why(name, dtype, shape, sentences):
-    sentences(eligibility(name, TensorInfo(dtype, shape)))
+    sentences(check_eligibility(name, TensorInfo(dtype, shape)))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_what_is_not_eligible_and_why(name, dtype, shape, sentences):
     ],
 )
 def test_size_heuristics(shape, small, sentences):
-    reason = heuristic(TensorInfo(torch.bfloat16, shape), 128)
+    reason = check_heuristic(TensorInfo(torch.bfloat16, shape), 128)
     assert (reason is not None) is small
     if reason:
         sentences(reason)

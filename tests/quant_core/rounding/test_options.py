@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
-from learned_rounding.quant_core.rounding import OPTIMIZERS, OPTIONS, ROUNDINGS, SCHEDULES, Method
+from learned_rounding.quant_core.rounding import OPTIMIZERS, OPTIONS, ROUNDINGS, SCHEDULES, RoundingConfig
 
 VALUES = {
     "optimizer": "adamw",
@@ -25,7 +25,7 @@ VALUES = {
 
 
 def test_the_table_is_the_method():
-    assert {field.name for field in dataclasses.fields(Method)} == {"rounding", *OPTIONS}
+    assert {field.name for field in dataclasses.fields(RoundingConfig)} == {"rounding", *OPTIONS}
     assert set(VALUES) | {"calib_samples"} == set(OPTIONS)
     for option in OPTIONS.values():
         assert set(option.acts) <= set(ROUNDINGS)
@@ -36,10 +36,10 @@ def test_the_table_is_the_method():
 @pytest.mark.parametrize("name", VALUES)
 def test_an_option_acts_or_is_refused(name, rounding, sentences):
     if rounding in OPTIONS[name].acts:
-        assert getattr(Method(rounding, **{name: VALUES[name]}), name) == VALUES[name]
+        assert getattr(RoundingConfig(rounding, **{name: VALUES[name]}), name) == VALUES[name]
     else:
         with sentences.raises(RecipeError):
-            Method(rounding, **{name: VALUES[name]})
+            RoundingConfig(rounding, **{name: VALUES[name]})
 
 
 @pytest.mark.parametrize(
@@ -64,37 +64,41 @@ def test_an_option_acts_or_is_refused(name, rounding, sentences):
 )
 def test_what_makes_no_sense_is_refused(options, sentences):
     with sentences.raises((RecipeError, UnknownNameError)):
-        Method(**options)
+        RoundingConfig(**options)
 
 
 def test_an_unknown_rounding_suggests_the_nearest(sentences):
     with sentences.raises(UnknownNameError):
-        Method("neerest")
+        RoundingConfig("neerest")
     with pytest.raises(UnknownNameError):
-        Method(7)
+        RoundingConfig(7)
 
 
 def test_auto_becomes_what_the_layer_allows(sentences):
-    assert Method().resolve(calibrated=True).rounding == "calibrated"
-    assert Method().resolve(calibrated=False).rounding == "auto"
-    assert Method(top_p=0.1).resolve(calibrated=False).rounding == "principal"
-    assert Method(num_iter=10).resolve(calibrated=False).rounding == "principal"
-    assert Method(num_iter=10).resolve(calibrated=True).rounding == "calibrated"
-    assert Method(bias_correction="none").resolve(calibrated=False).rounding == "auto"
-    assert Method("nearest").resolve(calibrated=True).rounding == "nearest"
+    assert RoundingConfig().resolve(calibrated=True).rounding == "calibrated"
+    assert RoundingConfig().resolve(calibrated=False).rounding == "auto"
+    assert RoundingConfig(top_p=0.1).resolve(calibrated=False).rounding == "principal"
+    assert RoundingConfig(num_iter=10).resolve(calibrated=False).rounding == "principal"
+    assert RoundingConfig(num_iter=10).resolve(calibrated=True).rounding == "calibrated"
+    assert RoundingConfig(bias_correction="none").resolve(calibrated=False).rounding == "auto"
+    assert RoundingConfig("nearest").resolve(calibrated=True).rounding == "nearest"
     with sentences.raises(RecipeError):
-        Method(top_p=0.1).resolve(calibrated=True)
+        RoundingConfig(top_p=0.1).resolve(calibrated=True)
     with sentences.raises(RecipeError):
-        Method(damping=0.1).resolve(calibrated=False)
+        RoundingConfig(damping=0.1).resolve(calibrated=False)
     with sentences.raises(RecipeError):
-        Method("calibrated").resolve(calibrated=False)
+        RoundingConfig("calibrated").resolve(calibrated=False)
 
 
 def test_iterations_alone_mean_gradient_steps():
-    assert Method(num_iter=10).gradient and Method(optimizer="radam").gradient and Method(early_stop=0).gradient
-    assert not Method().gradient and not Method(top_p=0.1).gradient
+    assert (
+        RoundingConfig(num_iter=10).gradient
+        and RoundingConfig(optimizer="radam").gradient
+        and RoundingConfig(early_stop=0).gradient
+    )
+    assert not RoundingConfig().gradient and not RoundingConfig(top_p=0.1).gradient
 
 
 def test_a_layer_of_unknown_inputs_is_searched():
-    method = Method("calibrated", damping=0.1, bias_correction="none").uncalibrated()
-    assert method == Method(bias_correction="none")
+    method = RoundingConfig("calibrated", damping=0.1, bias_correction="none").uncalibrated()
+    assert method == RoundingConfig(bias_correction="none")

@@ -179,4 +179,4 @@ def test_options_act_or_are_refused(fields, sentences):
 def test_such_a_recipe_is_written_and_read():
     recipe = Recipe(format="measured", target_size=6.5, block_formats=True)
     assert Recipe.from_json(recipe.to_json()) == recipe == Recipe.from_toml(recipe.to_toml())
-    assert recipe.label == "measured"
+    assert recipe.format.label == "measured"

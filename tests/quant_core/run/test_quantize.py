@@ -31,7 +31,9 @@ from learned_rounding.quant_core.errors import (
 )
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted, RunFinished, RunStarted
 from learned_rounding.quant_core.formats import find_format
+from learned_rounding.quant_core.layer import Layer
 from learned_rounding.quant_core.output import partial, verify_file
+from learned_rounding.quant_core.quantize_layer import quantize_layer
 from learned_rounding.quant_core.rounding import slabs
 from learned_rounding.quant_core.run import loop
 from learned_rounding.quant_core.run.quantize import output_name
@@ -80,8 +82,11 @@ def test_a_file_is_quantized_layer_by_layer(model, model_file, tmp_path, listing
     report = quantize_file(source, out, recipe)
     expected = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in LINEARS}
     for layer in LINEARS:
-        bias = tensors.get(f"{layer}.bias") if recipe.bias_correction else None
-        expected |= quantize_weight(tensors[f"{layer}.weight"], **recipe.layer_options, bias=bias).tensors(layer)
+        weight = tensors[f"{layer}.weight"]
+        bias = tensors.get(f"{layer}.bias") if recipe.rounding.bias_correction else None
+        codecs = recipe.format.codecs(weight.shape[1])
+        made = quantize_layer(Layer(weight, bias), codecs, recipe.rounding, seed=recipe.seed)
+        expected |= made.tensors(layer)
     assert same(load_file(out), expected)
     assert verify_file(out).problems == [] and verify_file(out).layers == len(LINEARS)
     assert listing() == ["model.safetensors", "out.safetensors"]
@@ -95,7 +100,7 @@ def test_a_file_is_quantized_layer_by_layer(model, model_file, tmp_path, listing
 
 
 def _note(recipe: Recipe) -> set[str]:
-    return {"note"} if find_format(recipe.format).stock_since is None else set()
+    return {"note"} if find_format(recipe.format.name).stock_since is None else set()
 
 
 def test_a_file_that_stock_comfyui_does_not_load_says_what_does(model_file, tmp_path):
@@ -559,8 +564,8 @@ def test_leftovers_of_dead_runs_go_with_a_finished_one(model_file, tmp_path, lis
 
 
 def test_outputs_are_named_after_the_recipe():
-    assert output_name("a/b.v1.safetensors", Recipe().label) == Path("a/b.v1_float8_e4m3fn.safetensors")
-    assert output_name("b.safetensors", Recipe(format="int8_tensorwise").label) == Path("b_int8_row.safetensors")
+    assert output_name("a/b.v1.safetensors", Recipe().format.label) == Path("a/b.v1_float8_e4m3fn.safetensors")
+    assert output_name("b.safetensors", Recipe(format="int8_tensorwise").format.label) == Path("b_int8_row.safetensors")
 
 
 # The same bytes, and little memory

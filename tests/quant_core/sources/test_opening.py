@@ -52,7 +52,7 @@ def test_shards(sharded, model_file, tmp_path, given):
     again = quantize_file(path, tmp_path / "other.safetensors", RECIPE)
     assert again.already_done
     assert (
-        output_name(path, RECIPE.label).name
+        output_name(path, RECIPE.format.label).name
         == f"{'transformer' if given == 'folder' else 'model'}_int8_row.safetensors"
     )
 

@@ -1,0 +1,250 @@
+"""The argument parser of ``lrq``. Options of a recipe come from the option table."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ... import kernels
+from ..display import escape_control
+from ..option import Option
+from ..recipes.aliases import FORMAT_ALIASES
+from ..recipes.option_table import CONVROT, OPTION_TABLE
+from ..recipes.presets import ALIASES, PRESETS
+
+__all__ = ["EXIT_CODES", "SECTIONS", "make_parser"]
+
+EXIT_CODES = {
+    0: "done, or already done",
+    1: "an error, in one sentence on stderr; verify: the file has problems",
+    2: "wrong usage",
+    130: "interrupted; no unfinished file remains",
+    141: "the reader of the output has gone away",
+}
+SOURCE, RUN = "Source and target", "Run"
+SECTIONS = (SOURCE, *OPTION_TABLE, RUN)  # titles of the option groups of quantize and plan
+
+_FILE = "a safetensors file, the index.json of shards, or a folder of either"
+# Options of other tools that change nothing here, and what they ask for.
+_ALWAYS = {
+    "--comfy_quant": "write ComfyUI's per-layer format",
+    "--save-quant-metadata": "write the format of every layer to the header",
+    "--low-memory": "stream the layers from disk to disk",
+}
+# Options of other tools that are refused, and what to do instead.
+_REFUSED = {
+    "--input_scale": "an input_scale that is not measured clips activations; give a --calibration, which holds measured ones",
+    "--fallback": "name those layers and their format in --layer-config",
+    "--convert-fp8-scaled": "use the command lrq migrate",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Accepts options with dashes or underscores and refuses abbreviations."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        spellings = {option.replace("_", "-"): option for option in self._option_string_actions}
+
+        def normalize(word: str) -> str:
+            option, equals, value = word.partition("=")
+            return spellings.get(option.replace("_", "-"), option) + equals + value if word.startswith("--") else word
+
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([normalize(word) for word in words], namespace)
+
+    def _print_message(self, message, file=None):
+        super()._print_message(escape_control(message, allowed="\n"), file)
+
+
+class _Refusal(argparse.Action):
+    """A known option that is refused with what to do instead."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{self.option_strings[0]} is not supported: {_REFUSED[self.option_strings[0]]}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; the name of the command is in ``command``."""
+    parser = _Parser(
+        prog="lrq",
+        description="Quantize diffusion models and text encoders into files that ComfyUI loads.",
+        epilog="exit codes: "
+        + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+        + ". The same command resumes a run that was killed.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+
+    def add_command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+    _add_quantize(add_command("quantize", "quantize a model, one tensor at a time"))
+    _add_plan(add_command("plan", "show the decision for each tensor and the size of the file; reads the header only"))
+    _add_migrate(
+        add_command(
+            "migrate",
+            "rewrite a quantized file (old scaled FP8, misnamed scales, missing JSON, orphans) as ComfyUI reads it today; "
+            "quantized values stay unchanged",
+        )
+    )
+    for name, text in (
+        ("inspect", "show the content of a file and which ComfyUI loads it"),
+        ("verify", "check a quantized file layer by layer"),
+    ):
+        add_command(name, text).add_argument("file", type=Path, help=_FILE)
+    add_command("formats", "list the formats that this version writes")
+    add_command("presets", "list the keep lists by model family")
+    for each in (parser, *commands.choices.values()):
+        text = "show the Python traceback of an error"
+        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=text)
+    return parser
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    groups = _add_shared(parser)
+    source, run = groups[SOURCE], groups[RUN]
+    source.add_argument("-o", "--output", type=Path, help="file to write; by default beside the input, named by format")
+    source.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an output that was made from another source or recipe; files that the run reads are never replaced",
+    )
+    source.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="activation statistics from Save Calibration, for GPTQ"
+    )
+    source.add_argument(
+        "--report", type=Path, metavar="FILE", help="also write the report as JSON; replaces no other file of the run"
+    )
+    run.add_argument(
+        "--kernel_backend",
+        choices=tuple(kernels.BACKENDS),
+        help=f"kernels on a GPU: {', '.join(kernels.BACKENDS)}; torch and reference are plain PyTorch (default: auto)",
+    )
+    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    run.add_argument("--verbose", action="store_true", help="print a line per tensor instead of a progress bar")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    run = _add_shared(parser)[RUN]
+    run.add_argument("--time", action="store_true", help="also estimate the time by quantizing a layer of each shape")
+
+
+def _add_migrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", "--input", type=Path, required=True, help=_FILE)
+    parser.add_argument("-o", "--output", type=Path, help="file to write; by default beside the input, with _native")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="source of measured input scales for FP8 layers"
+    )
+    parser.add_argument("--drop_input_scale", action="store_true", help="write no input_scale")
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> dict[str, argparse._ArgumentGroup]:
+    """Add the options that quantize and plan share; returns the groups by title."""
+    groups = {title: parser.add_argument_group(title) for title in SECTIONS}
+    groups[SOURCE].add_argument(
+        "-i",
+        "--input",
+        type=Path,
+        required=True,
+        help=f"model with FP16, BF16 or FP32 weights: {_FILE}, .ckpt, .pt, .pth, .bin, or .gguf (needs the package gguf)",
+    )
+    groups[SOURCE].add_argument(
+        "--requantize",
+        action="store_true",
+        help="dequantize a source that is quantized already; its error remains, a full-precision original is better",
+    )
+    groups[SOURCE].add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="recipe in TOML or JSON, as in the header of every file this pack wrote; other options override it",
+    )
+    targets = groups["Format"].add_mutually_exclusive_group()
+    for title, options in OPTION_TABLE.items():
+        for name, option in options.items():
+            group = targets if name in ("target_size", "target_error") else groups[title]
+            _ADD.get(name, _add_option)(group, name, option)
+    for name in _REFUSED:
+        parser.add_argument(name, nargs="?", action=_Refusal, help=argparse.SUPPRESS)
+    for name, text in _ALWAYS.items():
+        groups[RUN].add_argument(name, action="store_true", help=f"{text}; always on, for other tools' command lines")
+    groups[RUN].add_argument("--device", help="cuda, cuda:1, cpu …; by default the first GPU, else the CPU")
+    return groups
+
+
+def _add_option(group: argparse._ActionsContainer, name: str, option: Option, **settings) -> None:
+    flags = option.flags or (f"--{name}",)
+    settings = {"dest": name, "default": None, "help": _escape_percent(option.describe()), **settings}
+    if option.kind is bool:
+        group.add_argument(*flags, action="store_true", **settings)
+    elif option.kind is tuple:
+        settings["help"] += "; may be repeated"
+        group.add_argument(*flags, action="append", metavar=option.metavar, **settings)
+    else:
+        choices = settings.pop("choices", None if option.metavar else option.choices or None)
+        kind = settings.pop("type", option.kind)
+        group.add_argument(*flags, type=kind, choices=choices, metavar=option.metavar, **settings)
+
+
+def _add_format(group: argparse._ActionsContainer, name: str, option: Option) -> None:
+    exclusive = group.add_mutually_exclusive_group()
+    _add_option(exclusive, name, option, choices=tuple(dict.fromkeys((*option.choices, *FORMAT_ALIASES))))
+    for alias, target in FORMAT_ALIASES.items():
+        text = f"short for --format {alias}" if target.writable else argparse.SUPPRESS
+        exclusive.add_argument(f"--{alias}", action="store_const", const=alias, dest=name, help=text)
+
+
+def _add_convrot(group: argparse._ActionsContainer, name: str, option: Option) -> None:
+    _add_option(group, name, option, nargs="?", const=True, type=_parse_convrot)
+    group.add_argument(
+        "--convrot-group-size", type=int, metavar="N", help="largest ConvRot group size, with or without --convrot"
+    )
+
+
+def _add_preset(group: argparse._ActionsContainer, name: str, option: Option) -> None:
+    exclusive = group.add_mutually_exclusive_group()
+    text = f"{option.describe()}; every preset is an option of its own too, see lrq presets"
+    _add_option(exclusive, name, option, choices=None, help=text)
+    for preset, entry in {**PRESETS, **ALIASES}.items():
+        exclusive.add_argument(
+            f"--{preset}", action="store_const", const=preset, dest=name, help=f"keep list for {entry.title}"
+        )
+
+
+def _add_layer_config(group: argparse._ActionsContainer, name: str, option: Option) -> None:
+    _add_option(group, name, option, help=_escape_percent(f"{option.describe()}; JSON text or a file"))
+    group.add_argument(
+        "--custom-layers",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="layers that get --custom-type; may be repeated",
+    )
+    group.add_argument("--custom-type", metavar="FORMAT", help="format name or alias for --custom-layers")
+
+
+def _add_rounding(group: argparse._ActionsContainer, name: str, option: Option) -> None:
+    exclusive = group.add_mutually_exclusive_group()
+    _add_option(exclusive, name, option)
+    exclusive.add_argument(
+        "--simple", action="store_const", const="nearest", dest=name, help="short for --rounding nearest"
+    )
+
+
+_ADD = {
+    "format": _add_format,
+    "convrot": _add_convrot,
+    "preset": _add_preset,
+    "layer_config": _add_layer_config,
+    "rounding": _add_rounding,
+}
+
+
+def _escape_percent(text: str) -> str:
+    return text.replace("%", "%%")  # argparse expands %(name)s
+
+
+def _parse_convrot(text: str) -> bool | int | str:
+    return CONVROT.get(text, int(text) if text.isdecimal() else text)

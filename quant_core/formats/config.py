@@ -1,0 +1,101 @@
+"""The format part of a recipe: how the weight of a quantized layer is stored."""
+
+from dataclasses import dataclass
+
+from ..errors import RecipeError
+from .codec import Codec
+from .rotation import rotation_groups
+from .table import make_codec
+
+__all__ = ["MEASURED", "FormatConfig"]
+
+MEASURED = "measured"  # format name: mixed precision, every layer gets a format of its own
+
+_TYPES = {
+    "name": (str,),
+    "granularity": (str, type(None)),
+    "block_size": (int, type(None)),
+    "convrot": (bool, int, str, type(None)),
+    "full_precision_matmul": (bool,),
+}
+
+
+@dataclass(frozen=True)
+class FormatConfig:
+    """Format, scale granularity and rotation of quantized layers.
+
+    Two configurations that store the same tensors are equal: defaults of the format are filled in.
+
+    Attributes:
+        name: key of :data:`FORMATS`, or :data:`MEASURED`, which leaves all other fields at their defaults.
+        granularity: the weights that share a scale; None for the format's default.
+        block_size: side of a block in weights, a power of two from 8 to 1024, for block-wise formats; None for 128.
+        convrot: ConvRot rotation of the input channels. True: the largest group size that divides them; a number:
+            the largest group size up to it; "auto": the group size, or no rotation, with the least error; None: off.
+        full_precision_matmul: ask ComfyUI to dequantize the weight instead of multiplying in FP8.
+
+    Raises:
+        RecipeError: (from the constructor) an unknown name, or an option that the format does not have.
+    """
+
+    name: str = "float8_e4m3fn"
+    granularity: str | None = None
+    block_size: int | None = None
+    convrot: bool | int | str | None = None
+    full_precision_matmul: bool = False
+
+    def __post_init__(self):
+        for field, types in _TYPES.items():
+            value = getattr(self, field)
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise RecipeError(f"The {'format' if field == 'name' else field} cannot be {value!r}.")
+        object.__setattr__(self, "convrot", self.convrot or None)
+        if self.measured:
+            self._check_measured()
+        else:
+            codec = self.codec
+            object.__setattr__(self, "granularity", codec.granularity)
+            object.__setattr__(self, "block_size", codec.block_size)
+
+    def _check_measured(self) -> None:
+        given = next((field for field in _TYPES if field != "name" and getattr(self, field)), None)
+        if given:
+            raise RecipeError(
+                f"{given} has no effect on format {MEASURED}, which chooses it for each layer; leave it out."
+            )
+
+    @property
+    def measured(self) -> bool:
+        """Whether every layer gets a format of its own (mixed precision)."""
+        return self.name == MEASURED
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of a layer whose input channels the largest allowed ConvRot group divides."""
+        return self._make_codec(max((size for size in rotation_groups(self.convrot, 0) if size), default=None))
+
+    def codecs(self, channels: int) -> list[Codec]:
+        """The codecs to try for a layer with that number of input channels; several for ConvRot "auto"."""
+        return [self._make_codec(size) for size in rotation_groups(self.convrot, channels)]
+
+    def _make_codec(self, convrot: int | None) -> Codec:
+        return make_codec(
+            self.name,
+            self.granularity,
+            block_size=self.block_size,
+            convrot=convrot,
+            full_precision_matmul=self.full_precision_matmul,
+        )
+
+    @property
+    def label(self) -> str:
+        """Short name for file names: the format, its granularity if it has several, the rotation if it is on."""
+        if self.measured:
+            return MEASURED
+        several = len(self.codec.format.granularities) > 1
+        name = f"{self.name.removesuffix('_tensorwise')}_{self.granularity}" if several else self.name
+        return name + ("_convrot" if self.convrot else "")
+
+    def __str__(self) -> str:
+        """For people: "int8_tensorwise per row, ConvRot 256"."""
+        return "mixed precision, the format measured best for each layer" if self.measured else str(self.codec)

@@ -1,0 +1,69 @@
+"""Short format names, the same in the nodes, ``lrq``, recipes and layer configs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import RecipeError
+from ..formats import FORMATS, MEASURED, FormatConfig, with_granularity
+
+__all__ = ["FORMAT_ALIASES", "FormatAlias", "make_format"]
+
+
+@dataclass(frozen=True)
+class FormatAlias:
+    """What a short name stands for: a format, and its granularity and ConvRot unless others are given."""
+
+    format: str
+    granularity: str | None = None
+    convrot: bool | None = None
+
+    @property
+    def writable(self) -> bool:
+        """Whether this version can write the format."""
+        return self.format in FORMATS
+
+
+FORMAT_ALIASES: Mapping[str, FormatAlias] = {
+    "int8": FormatAlias("int8_tensorwise", "row", convrot=True),
+    "fp8": FormatAlias("float8_e4m3fn"),
+    "w4a8": FormatAlias("asym_w4a8_int8"),
+    "int4": FormatAlias("asym_w4a8_int8"),
+    "w6a8": FormatAlias("w6a8"),
+    "w4a4": FormatAlias("convrot_w4a4"),
+}
+
+
+def make_format(
+    name: str,
+    granularity: str | None = None,
+    convrot: bool | int | str | None = None,
+    *,
+    sibling: bool = False,
+    **options,
+) -> FormatConfig:
+    """The configuration of a format name or alias; given options override those of the alias.
+
+    Args:
+        name: key of :data:`FORMATS` or :data:`FORMAT_ALIASES`, or "measured".
+        granularity: None for that of the format or alias. An alias with a granularity that its format lacks is the
+            sibling format with the same element format, such as int8_blockwise; a sibling is not rotated.
+        convrot: None for that of the alias, False for no rotation.
+        sibling: choose the sibling for format names too.
+        options: other fields of :class:`FormatConfig`.
+
+    Raises:
+        RecipeError: an unknown name, a format that this version cannot write, or an option that the format lacks.
+    """
+    alias = FORMAT_ALIASES.get(name) if isinstance(name, str) else None
+    if alias:
+        if not alias.writable:
+            raise RecipeError(
+                f"Format {name} is planned for the next release and cannot be written yet; choose one of {', '.join(FORMATS)}."
+            )
+        if convrot is None and granularity in (None, alias.granularity):
+            convrot = alias.convrot
+        name, granularity = alias.format, granularity or alias.granularity
+    known = isinstance(name, str) and name != MEASURED and isinstance(granularity, str)
+    if known and (alias or sibling):
+        name = with_granularity(name, granularity)
+    return FormatConfig(name, granularity, convrot=convrot, **options)
