@@ -1,5 +1,6 @@
 """Every attack through every entry point: refused with one of our errors, or harmless; each is listed in attacks/README.md."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from learned_rounding.attacks.cases import CANARY, CASES, PATTERNS
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.recipes import Recipe
+from learned_rounding.quant_core.recipes.layers import find_rules
 from learned_rounding.tests.fuzz.doors import TEXTS, bounded, refused, tried_all
 
 README = Path(__file__).parents[2] / "attacks" / "README.md"
