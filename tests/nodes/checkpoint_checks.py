@@ -8,7 +8,8 @@ import torch
 from pack.nodes import host
 from pack.quant_core import Recipe
 from pack.quant_core.convert.dequantize import DecodedSource
-from pack.quant_core.output import inspect_file, layer_configs
+from pack.quant_core.formats.layer_json import layer_configs
+from pack.quant_core.output import inspect_file
 from pack.quant_core.run.quantize import quantize_file
 from pack.quant_core.sources import SafetensorsFile
 from safetensors.torch import load_file, save_file

@@ -35,7 +35,7 @@ sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from pack.nodes import host  # noqa: E402
 from pack.quant_core import FORMATS, Recipe, quantize_tensors  # noqa: E402
-from pack.quant_core.formats.weight import config_tensor  # noqa: E402
+from pack.quant_core.formats.layer_json import config_tensor  # noqa: E402
 from saving_checks import replaced, without_links  # noqa: E402
 
 RECIPES = {
@@ -232,7 +232,7 @@ def decoding() -> dict:
                 for _, module in model.model.named_modules()
                 if getattr(module, "is_quantized", False)
             }
-            == {str(entry.grid.dtype)},
+            == {str(entry.storage_dtype)},
             "kept in float32": all(
                 value.dtype is torch.float32
                 for key, value in model.model.named_parameters()

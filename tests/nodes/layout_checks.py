@@ -14,9 +14,9 @@ import folder_paths
 import torch
 from pack.nodes import host
 from pack.quant_core import FORMATS, Recipe
-from pack.quant_core.formats import make_encoding
-from pack.quant_core.formats.weight import config_tensor
-from pack.quant_core.output import layer_configs, verify_file
+from pack.quant_core.formats import make_codec
+from pack.quant_core.formats.layer_json import config_tensor, layer_configs
+from pack.quant_core.output import verify_file
 from pack.quant_core.sources import SafetensorsFile
 from torch.nn.functional import linear
 
@@ -50,17 +50,19 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
-    options = {"block_size": BLOCK} if FORMATS[layout.format].inputs == "block" else {}
-    encoding = make_encoding(layout.format, **options)
+    options = {"block_size": BLOCK} if "block" in FORMATS[layout.format].granularities else {}
+    codec = make_codec(layout.format, **options)
     weight, bias = normal(*SHAPE), normal(SHAPE[0])
     quantize = comfy.quant_ops.QuantizedTensor.from_float
+
+    def decode(tensor) -> torch.Tensor:
+        return codec.dequantize({"weight": tensor._qdata, "weight_scale": tensor._params.scale}, SHAPE)
+
     coded = quantize(weight, layout.__name__, **options)
     decoded = coded.dequantize()
     near = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
     holds = {
-        "the weight is what its codes mean": torch.equal(
-            decoded, encoding.decode(coded._qdata, coded._params.scale).to(dtype)
-        ),
+        "the weight is what its codes mean": torch.equal(decoded, decode(coded).to(dtype)),
         "the weight is near the original": 0 < _distance(decoded, weight) < 0.03,
         "stands for the original": (coded.shape, coded.dtype) == (weight.shape, dtype),
     }
@@ -74,8 +76,8 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
                 parts = linear(x, coded, b)
             learning = linear(x.clone().requires_grad_(), coded, b)
             holds[f"{case}: linear is t and mm"] = torch.equal(whole, parts) and torch.equal(whole, learning.detach())
-            seen = encoding.quantize_inputs(x.reshape(-1, SHAPE[1])).reshape(x.shape)
-            means = linear(seen, encoding.decode(coded._qdata, coded._params.scale), None if b is None else b.float())
+            seen = codec.quantize_activations(x.reshape(-1, SHAPE[1])).reshape(x.shape)
+            means = linear(seen, decode(coded), None if b is None else b.float())
             holds[f"{case}: inputs are quantized"] = whole.dtype is dtype and _distance(whole, means) < near
     x = inputs[0]
     product = linear(x, coded)
@@ -110,7 +112,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
         "copy_": target.dtype is other and torch.equal(target.to(dtype).dequantize(), decoded),
         "detach": torch.equal(coded.detach().dequantize(), decoded),
         "state dict": {name: tensor.dtype for name, tensor in coded.state_dict("a.weight").items()}
-        == {"a.weight": FORMATS[layout.format].grid.dtype, "a.weight_scale": torch.float32},
+        == {"a.weight": FORMATS[layout.format].storage_dtype, "a.weight_scale": torch.float32},
         "streamed": torch.equal(linear(x, _streamed(coded)), product),
     }
     again = coded.requantize_from_float(decoded, scale="recalculate", stochastic_rounding=0)
@@ -120,8 +122,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     ]
     mean = torch.stack([draw.dequantize().float() for draw in draws[:64]]).mean(0)
     holds |= {
-        "requantized": again._params.block_size == encoding.block_size
-        and _distance(again.dequantize(), decoded) < near,
+        "requantized": again._params.block_size == codec.block_size and _distance(again.dequantize(), decoded) < near,
         "same seed, same codes": torch.equal(draws[0].dequantize(), draws[-1].dequantize()),
         "other seed, other codes": not torch.equal(draws[0].dequantize(), draws[1].dequantize()),
         "stochastic rounding is right on average": _distance(mean, weight) < 0.5 * _distance(decoded, weight),
@@ -129,7 +130,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     learned = x.clone().requires_grad_()
     linear(learned, coded, bias).sum().backward()
     holds["gradient"] = torch.allclose(learned.grad.float(), decoded.float().sum(0).expand_as(x), rtol=0.02, atol=0.1)
-    holds |= _layer(coded, encoding, normal(2, 100, 5).transpose(1, 2))
+    holds |= _layer(coded, codec, normal(2, 100, 5).transpose(1, 2))
     torch.compiler.reset()
     compiled = torch.compile(lambda x: linear(x, coded, bias), backend="aot_eager", fullgraph=True)
     for mode in (torch.inference_mode, torch.no_grad):
@@ -140,9 +141,9 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     return holds
 
 
-def _layer(coded, encoding, crooked) -> dict[str, bool]:
+def _layer(coded, codec, crooked) -> dict[str, bool]:
     """A layer of ComfyUI's that was loaded from these codes. ``crooked``: inputs that are not contiguous."""
-    state = {**coded.state_dict("a.weight"), "a.comfy_quant": config_tensor(encoding.config)}
+    state = {**coded.state_dict("a.weight"), "a.comfy_quant": config_tensor(codec.config)}
     layer = comfy.ops.mixed_precision_ops({}, coded.dtype).Linear(*reversed(coded.shape), bias=False)
     layer._load_from_state_dict(dict(state), "a.", {}, True, [], [], [])
     with torch.no_grad():

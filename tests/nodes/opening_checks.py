@@ -15,7 +15,7 @@ from pack.nodes.configure import ConfigureQuantization
 from pack.nodes.load import LoadModel
 from pack.quant_core import Recipe, quantize_file
 from pack.quant_core.errors import QuantizationError, SourceError
-from pack.quant_core.formats.weight import config_tensor
+from pack.quant_core.formats.layer_json import config_tensor
 from pack.quant_core.recipes.refused import refusal
 from pack.quant_core.sources import TensorInfo
 from pack.tests.architectures import read

@@ -20,7 +20,7 @@ import folder_paths
 import torch
 from pack.nodes import host
 from pack.quant_core import FORMATS, QuantizationError, Recipe
-from pack.quant_core.formats.weight import config_tensor
+from pack.quant_core.formats.layer_json import config_tensor
 from pack.quant_core.output import SafetensorsWriter
 from pack.quant_core.run import loop
 from pack.quant_core.sources import SafetensorsFile

@@ -39,7 +39,7 @@ def test_stock_functions_load_run_patch_and_save_our_formats(host, tmp_path, sen
     for name, result in found.items():
         assert result["before"] == f"KeyError('{name}')" and result["knows"], (name, result)
         assert result["layers"] == result["baked layers"] > 30, (name, result)
-        assert result["codes"] == [str(FORMATS[name].grid.dtype).removeprefix("torch.")], (name, result)
+        assert result["codes"] == [str(FORMATS[name].storage_dtype).removeprefix("torch.")], (name, result)
         for error in ("error", "error with the LoRA", "error with the LoRA and little memory"):
             assert 0 < result[error] < BOUND, (name, error, result)
         assert result["error with the LoRA"] < result["the LoRA moves by"], (name, result)

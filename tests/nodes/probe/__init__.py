@@ -8,7 +8,7 @@ import torch
 from aiohttp import web
 from server import PromptServer
 
-CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+CODES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _quantized_layers(model):
