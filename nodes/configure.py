@@ -7,13 +7,13 @@ from comfy_api.latest import io
 
 from ..quant_core import FORMATS, Recipe
 from ..quant_core.errors import RecipeError
-from ..quant_core.formats import GRANULARITIES, ROTATED, Encoding, with_granularity
+from ..quant_core.formats import GRANULARITIES, Codec, with_granularity
 from ..quant_core.formats.rotation import GROUP_SIZES
 from ..quant_core.recipes import MEASURED, MEASURED_CHOOSES, MEASURED_ONLY, PRESETS, recommended_format
 from ..quant_core.recipes.presets import AUTO, NONE
 from ..quant_core.rounding import ROUNDINGS
 from . import host
-from .ui.schema import OptionsType, RecipeType, checked, schema, widget
+from .ui.schema import OptionsType, RecipeType, check_inputs, schema, widget
 
 __all__ = ["ConfigureQuantization"]
 
@@ -193,7 +193,7 @@ class ConfigureQuantization(io.ComfyNode):
                 block_formats=block_formats or False,
             )
 
-        return checked(check, format)
+        return check_inputs(check, format)
 
     @classmethod
     def execute(
@@ -237,7 +237,7 @@ def _recipe(format: str, granularity: str, convrot: str, keep: str, layer_config
     granularity = None if granularity == AUTO else granularity
     convrot = _CONVROT[convrot] if convrot in _CONVROT else convrot
     if format == AUTO:
-        suits = recommended_format(int8=host.knows("int8_tensorwise"))
+        suits = recommended_format(int8=host.supports_format("int8_tensorwise"))
         rotation = suits.convrot if granularity in (None, suits.granularity) else None
         format, granularity, convrot = suits.format, granularity or suits.granularity, convrot or rotation
     if format != MEASURED:
@@ -258,12 +258,12 @@ def _matters_for() -> dict[str, list[dict]]:
         **dict.fromkeys(MEASURED_ONLY, [{"format": [MEASURED]}]),
         **dict.fromkeys(MEASURED_CHOOSES, [{"format": {"not": [MEASURED]}}]),
         "granularity": [{"format": [format for format in _FORMATS if _has_choice(_encodings(format))]}],
-        "convrot": _where(lambda encoding: (encoding.format.name, encoding.granularity) in ROTATED),
+        "convrot": _where(lambda encoding: encoding.granularity in encoding.format.rotated),
         "full_precision_matrix_mult": _where(lambda encoding: encoding.format.full_precision_matmul == "choice"),
     }
 
 
-def _where(acts: Callable[[Encoding], bool]) -> list[dict]:
+def _where(acts: Callable[[Codec], bool]) -> list[dict]:
     """For which formats and granularities something acts."""
     conditions = []
     for format in _FORMATS:
@@ -273,14 +273,14 @@ def _where(acts: Callable[[Encoding], bool]) -> list[dict]:
     return conditions
 
 
-def _encodings(format: str) -> dict[str, Encoding]:
+def _encodings(format: str) -> dict[str, Codec]:
     """Granularity → how layers then stand in a file, for those that this choice of format has."""
     found = {}
     for granularity in _GRANULARITIES:
         with suppress(RecipeError):
-            found[granularity] = _recipe(format, granularity, "off", "", "").encoding
+            found[granularity] = _recipe(format, granularity, "off", "", "").codec
     return found
 
 
-def _has_choice(encodings: dict[str, Encoding]) -> bool:
+def _has_choice(encodings: dict[str, Codec]) -> bool:
     return len({encoding.granularity for encoding in encodings.values()}) > 1

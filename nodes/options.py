@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..quant_core import Recipe
 from ..quant_core.recipes.presets import AUTO
 from ..quant_core.rounding import OPTIONS
-from .ui.schema import OptionsType, checked, schema, widget
+from .ui.schema import OptionsType, check_inputs, schema, widget
 
 __all__ = ["RoundingOptions"]
 
@@ -78,7 +78,7 @@ class RoundingOptions(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, **chosen):
-        return checked(
+        return check_inputs(
             lambda *_: Recipe(format="int8_blockwise", **_given(chosen)), *chosen.values()
         )  # which has a block size
 

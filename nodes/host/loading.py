@@ -5,6 +5,7 @@ from pathlib import Path
 import comfy.sd
 import comfy.utils
 import folder_paths
+import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...quant_core.errors import QuantizationError
@@ -170,6 +171,7 @@ def quantized_layers(patcher) -> dict[str, str]:
     layers = {}
     for name, module in patcher.model.named_modules():
         weight = getattr(module, "weight", None)
-        if is_quantized(weight) or getattr(module, "is_quantized", False):
-            layers[name] = str(getattr(weight, "_qdata", weight).dtype).removeprefix("torch.")
+        if weight is not None and (is_quantized(weight) or getattr(module, "is_quantized", False)):
+            qdata: torch.Tensor = getattr(weight, "_qdata", weight)
+            layers[name] = str(qdata.dtype).removeprefix("torch.")
     return layers

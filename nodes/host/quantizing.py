@@ -74,13 +74,9 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
     files, reports, finished = {}, [], None
     with calibration.open() if calibration else contextlib.nullcontext() as statistics:
         try:
-            for part, tensors in parts.items():
+            for part, origin in parts.items():
                 finished = new_unfinished(part or kind)
-                if isinstance(source, FileSource):
-                    opening = open_file(source)
-                else:
-                    assert not isinstance(tensors, Path)
-                    opening = contextlib.nullcontext(tensors)
+                opening = open_file(origin) if isinstance(origin, FileSource) else contextlib.nullcontext(origin)
                 with opening as weights:
                     _free_memory(weights.tensors.values(), recipe, statistics is not None, device)
                     report = quantize_file(

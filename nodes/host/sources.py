@@ -1,7 +1,6 @@
 """Models as tensor sources: files, and the weights of a MODEL or CLIP with their patches applied."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
@@ -15,7 +14,15 @@ from ...quant_core.sources import TensorInfo, TensorSource
 from ...quant_core.sources.source import CPU
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 
-__all__ = ["READS_ENCODERS", "PatchedWeights", "encoder_parts", "find_module", "is_quantized", "split_parts"]
+__all__ = [
+    "READS_ENCODERS",
+    "PatchedWeights",
+    "encoder_parts",
+    "find_module",
+    "is_quantized",
+    "model_weights",
+    "split_parts",
+]
 
 # Whether this ComfyUI loads quantized layers in the text encoders of a checkpoint; 0.3.75 does not.
 READS_ENCODERS = hasattr(comfy.utils, "detect_layer_quantization")
@@ -57,8 +64,9 @@ class PatchedWeights:
     def __init__(self, patcher, name: str, rename: Callable[[str], str | None]):
         self.name = name
         self._patcher = patcher
-        state = {rename(key): (key, tensor) for key, tensor in patcher.model_state_dict().items()}
-        state.pop(None, None)
+        state = {
+            new: (key, tensor) for key, tensor in patcher.model_state_dict().items() if (new := rename(key)) is not None
+        }
         if any(new.endswith(f".{CONFIG_KEY}") or is_quantized(tensor) for new, (_, tensor) in state.items()):
             raise AlreadyQuantizedError(f"The {name} is already quantized; connect its full-precision original.")
         self._keys = {new: key for new, (key, _) in state.items()}
@@ -119,16 +127,19 @@ def _stored_dtypes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype
     return {name: narrow if converted and name in fitting[narrow] else tensor.dtype for name, tensor in tensors.items()}
 
 
-def split_parts(source) -> tuple[str, Mapping[str, Path | PatchedWeights]]:
-    """(model folder, {part name: path or weights}) of a FileSource, MODEL or CLIP; a whole model is the part ""."""
+def split_parts(source) -> tuple[str, Mapping[str, FileSource | PatchedWeights]]:
+    """(model folder, {part name: file or weights}) of a FileSource, MODEL or CLIP; a whole model is the part ""."""
     if isinstance(source, FileSource):
-        return source.kind, {"": source.path}
+        return source.kind, {"": source}
     if isinstance(source, comfy.sd.CLIP):
         return TEXT_ENCODERS, encoder_parts(source)
+    return DIFFUSION_MODELS, {"": model_weights(source)}
+
+
+def model_weights(model) -> PatchedWeights:
+    """The weights of a MODEL, with the tensor names of diffusion model files."""
     prefix = "diffusion_model."
-    return DIFFUSION_MODELS, {
-        "": PatchedWeights(source, "MODEL", lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)
-    }
+    return PatchedWeights(model, "MODEL", lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)
 
 
 def encoder_parts(clip) -> dict[str, PatchedWeights]:

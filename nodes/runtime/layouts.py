@@ -89,10 +89,11 @@ class _ScaledLayout(QuantizedLayout):
         if scale not in (None, "recalculate"):
             raise ValueError(f"{cls.format} derives its scales from the weight; leave scale out.")
         codec = cls.codec(block_size)
-        params = _Params(torch.empty(0), tensor.dtype, tuple(tensor.shape), codec.block_size)
+        shape = (tensor.shape[0], tensor.shape[1])
+        params = _Params(torch.empty(0), tensor.dtype, shape, codec.block_size)
         qdata, scale = cls.encode(tensor, **params.options)
         if stochastic_rounding:
-            qdata = round_stochastic(tensor, scale, codec.solve_space(params.orig_shape), seed=stochastic_rounding)
+            qdata = round_stochastic(tensor, scale, codec.solve_space(shape), seed=stochastic_rounding)
         return qdata, dataclasses.replace(params, scale=scale)
 
     @classmethod

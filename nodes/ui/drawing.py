@@ -153,7 +153,7 @@ def draw_image_rows(columns: Mapping[str, torch.Tensor]) -> Image.Image:
         ImageDraw.Draw(sheet).text((left, 8), name, fill=_INK, font=_font(_TEXT))
         for row, picture in enumerate(pictures):
             drawn = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
-            sheet.paste(drawn.resize(cell, Image.LANCZOS), (left, _TEXT + 24 + row * (cell[1] + _GAP)))
+            sheet.paste(drawn.resize(cell, Image.Resampling.LANCZOS), (left, _TEXT + 24 + row * (cell[1] + _GAP)))
     return sheet
 
 

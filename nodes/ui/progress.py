@@ -95,7 +95,8 @@ def _kept_message(event: LayerKept) -> dict | None:
 
 
 def _end_message(event: RunFinished) -> dict:
-    report: Report = event.report
+    report = event.report
+    assert isinstance(report, Report)
     return {
         "state": "done",
         "source": report.source,
@@ -171,15 +172,20 @@ class NodeProgress:
     """Listener for the run of one node. As a context manager it reports an exception that ends the run to the panels.
 
     Attributes:
-        finished: the event that ended the run, None until then.
+        finished: the last event of a run that has ended.
     """
 
     def __init__(self, node_id: str):
-        self.finished: RunFinished | CalibrationFinished | None = None
+        self._finished: RunFinished | CalibrationFinished | None = None
         self._node = node_id
         self._bar = None
         self._run = {"node": node_id, **host.running_prompt()}
         self._messages: list[dict] | None = None
+
+    @property
+    def finished(self) -> RunFinished | CalibrationFinished:
+        assert self._finished is not None, "the run has not ended"
+        return self._finished
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, LayerMeasured) and event.index == 0:
@@ -187,7 +193,7 @@ class NodeProgress:
         elif isinstance(event, RunStarted):
             self._bar = host.progress_bar(event.layers, self._node)
         elif isinstance(event, RunFinished | CalibrationFinished):
-            self.finished = event
+            self._finished = event
         elif isinstance(event, LayerMeasured | LayerFinished) or (isinstance(event, LayerKept) and not event.planned):
             assert self._bar is not None  # RunStarted or the first LayerMeasured precedes these events
             self._bar.update(1)

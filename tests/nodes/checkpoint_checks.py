@@ -52,7 +52,7 @@ def _made(folder: Path, recipe: Recipe, before: torch.Tensor) -> dict:
     source = host.FileSource.choose("checkpoints/whole.safetensors", host.clip_types()[0])
     quantized = host.quantize(source, recipe, lambda event: None)
     model = host.build_model(source, quantized)
-    (saved,) = host.save(quantized, "whole", "output")
+    (saved,) = host.save_files(quantized, "whole", "output")
     with SafetensorsFile(made) as opened:
         decoded = DecodedSource(opened)
         save_file({name: decoded.read(name) for name in decoded.tensors}, folder / "decoded.safetensors")

@@ -96,12 +96,14 @@ def text_encoder(recipes=RECIPES) -> dict:
         quantized = host.quantize(clip, recipe, lambda event: None)
         ours = host.build_clip(clip, quantized)
         (file,) = quantized.files.values()
-        (saved,) = host.save(quantized, "t5", "output")
-        copied = without_links(lambda quantized=quantized: host.save(quantized, "t5", "output"))[0]
-        ours_reads = bool(host.building.layers_to_decode(saved))
+        (saved,) = host.save_files(quantized, "t5", "output")
+        copied = without_links(lambda quantized=quantized: host.save_files(quantized, "t5", "output"))[0]
+        ours_reads = bool(host.decoding.layers_to_decode(saved))
         with replaced(comfy.sd, "load_clip", functools.partial(load_tiny, comfy.sd.load_clip)):
             verified = host.verify_saved(quantized, [saved])
-        loaded = load(saved, **(host.building._decoding(comfy.sd.load_clip)["model_options"] if ours_reads else {}))
+        loaded = load(
+            saved, **(host.decoding.decoding_options(comfy.sd.load_clip)["model_options"] if ours_reads else {})
+        )
         conditioning = encode(ours)
         found[name] = {
             "layers": len(host.quantized_layers(ours.patcher)),
@@ -214,7 +216,7 @@ def decoding() -> dict:
     expected, expected_lora = patched(original), patched(with_lora)
     found = {}
     for name, entry in FORMATS.items():
-        if host.knows(name):
+        if host.supports_format(name):
             continue
         quantized = host.quantize(original, Recipe(format=name, rounding="nearest"), lambda event: None)
         model = host.build_model(original, quantized)
@@ -253,7 +255,7 @@ def nested_rotation() -> dict:
     tensors = {name.removeprefix("a."): tensor for name, tensor in made.items()} | {
         "comfy_quant": config_tensor(config)
     }
-    linear = host.building.quantized_linear("a", tensors, config)
+    linear = host.decoding.make_quantized_linear("a", tensors, config)
     expected = inputs @ weight.T
     return {"error": float((linear(inputs) - expected).norm() / expected.norm())}
 

@@ -265,11 +265,11 @@ def loading() -> dict:
         comfy.sd.save_checkpoint(str(saved), model)
         comfy.sd.save_checkpoint(str(baked), patched)
         comfy.model_management.unload_all_models()
-        (ours,) = host.save(files[name], "tiny", "output")
+        (ours,) = host.save_files(files[name], "tiny", "output")
         layers = host.quantized_layers(model)
         found[name] = {
             "before": before[name],
-            "knows": host.knows(name),
+            "knows": host.supports_format(name),
             "layers": len(layers),
             "codes": sorted(set(layers.values())),
             "error": _distance(plain, expected),
@@ -450,10 +450,10 @@ def native_int8() -> dict:
             "off again": not registry.is_available("learned_rounding"),
         }
         calls.clear()
-    module._switch(True)
+    module._set_enabled(True)
     tiny.sampled(plain)
     found["calls with the setting"] = len(calls)
-    module._switch(False)
+    module._set_enabled(False)
     tiny.sampled(plain)
     found["calls after it"] = len(calls) - found["calls with the setting"]
     x, weight = torch.randn(3, 128, device=DEVICE), torch.randn(32, 128, device=DEVICE)
@@ -492,7 +492,7 @@ def changed() -> dict[str, dict]:
         model = host.build_model(tiny.original, file)
         found[name] = {
             "said": said,
-            "untouched": still and not any(host.knows(format) for format in OURS),
+            "untouched": still and not any(host.supports_format(format) for format in OURS),
             "layers": len(host.quantized_layers(model)),
             "error": _distance(tiny.run(model), tiny.run(tiny.original)),
         }

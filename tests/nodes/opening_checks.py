@@ -159,7 +159,7 @@ def diffusers() -> dict:
     made = {}
     for choice in host.model_files():
         source = host.FileSource.choose(choice, host.clip_types()[0])
-        with host.opened(source) as weights:
+        with host.open_file(source) as weights:
             same = weights.tensors.keys() == original.keys()
             same = same and all(torch.equal(weights.read(name), tensor) for name, tensor in original.items())
             same = (

@@ -46,7 +46,7 @@ def quantized(format: str = "float8_e4m3fn", kind: str = "diffusion_models", pat
 
 def verified(made: host.Quantized, paths: list[Path] | None = None) -> tuple[str, list[str], list[str]]:
     """What Save Quantized says of a file, which other names it gave, and which names are left."""
-    paths = paths or host.save(made, "verified", "output")
+    paths = paths or host.save_files(made, "verified", "output")
     try:
         said = host.verify_saved(made, paths)
     except QuantizationError as error:
@@ -128,7 +128,7 @@ def as_published(name: str) -> str:
 
 def static_inputs() -> tuple:
     """A file with scales of small inputs, on a host that quantizes inputs for the product, as one with a GPU does."""
-    made, reload = quantized(), host.verifying.reload
+    made, reload = quantized(), host.verifying.reload_file
 
     def add_scales(tensors, _) -> None:
         tensors |= {
@@ -145,7 +145,7 @@ def static_inputs() -> tuple:
         return patcher
 
     rewritten(made.files[""], add_scales)
-    with replaced(host.verifying, "reload", quantizing):
+    with replaced(host.verifying, "reload_file", quantizing):
         return verified(made)
 
 
@@ -176,9 +176,13 @@ def sound() -> dict:
     def too_large(*_):
         raise MemoryError
 
-    with replaced(host.verifying, "reload", too_large):
+    with replaced(host.verifying, "reload_file", too_large):
         too_little = verified(quantized())
-    return {"found": found, "too little memory": too_little, "knows": [name for name in FORMATS if host.knows(name)]}
+    return {
+        "found": found,
+        "too little memory": too_little,
+        "knows": [name for name in FORMATS if host.supports_format(name)],
+    }
 
 
 def rewritten(path: Path, change: Callable) -> None:
@@ -313,14 +317,14 @@ def tampered(format: str = "float8_e4m3fn") -> dict:
     found = {}
     for name, change in ON_DISK.items():
         made = quantized(format)
-        paths = host.save(made, "verified", "output")
+        paths = host.save_files(made, "verified", "output")
         rewritten(paths[0], change)
         found[f"on disk: {name}"] = verified(made, paths)
     for name, change in AS_QUANTIZED.items():
         made = quantized(format)
         rewritten(made.files[""], change)
         found[f"as quantized: {name}"] = verified(made)
-    reload = host.verifying.reload
+    reload = host.verifying.reload_file
     for name, change in IN_COMFYUI.items():
 
         def changed(*args, change=change):
@@ -328,7 +332,7 @@ def tampered(format: str = "float8_e4m3fn") -> dict:
             change(patcher.model.diffusion_model)
             return patcher
 
-        with replaced(host.verifying, "reload", changed):
+        with replaced(host.verifying, "reload_file", changed):
             found[f"in ComfyUI: {name}"] = verified(quantized(format))
     return found
 
@@ -358,11 +362,11 @@ def full_disk() -> dict:
 
     with replaced(host.folders, "_copy_bytes", full):
         try:
-            without_links(lambda: host.save(made, "full", "output"))
+            without_links(lambda: host.save_files(made, "full", "output"))
         except QuantizationError as error:
             said = str(error)
     left = files(output())
-    without_links(lambda: host.save(made, "full", "output"))
+    without_links(lambda: host.save_files(made, "full", "output"))
     return {"said": said, "left": left, "afterwards": files(output())}
 
 
@@ -372,7 +376,8 @@ def other_disks() -> dict:
     whole = made.files[""].read_bytes()
     for name, within in {"another disk": output(), "a disk without links": None}.items():
         paths = [
-            without_links(lambda within=within: host.save(made, "verified", "output"), within)[0] for _ in range(2)
+            without_links(lambda within=within: host.save_files(made, "verified", "output"), within)[0]
+            for _ in range(2)
         ]
         found[name] = {
             "names": [path.name for path in paths],
@@ -432,10 +437,10 @@ def then_die(call: Callable) -> Callable:
 # Where a server dies while it saves: what is replaced, and whether the folder is on a disk without links.
 DEATHS = {
     "copying": lambda: (host.folders, "_copy_bytes", half, None),
-    "copied": lambda: (host.folders, "_name", die, None),
-    "named": lambda: (host.folders, "_name", then_die(host.folders._name), output()),
-    "named without links": lambda: (host.folders, "_name", then_die(host.folders._name), None),
-    "verifying": lambda: (host.verifying, "reload", die, None),
+    "copied": lambda: (host.folders, "_rename_new", die, None),
+    "named": lambda: (host.folders, "_rename_new", then_die(host.folders._rename_new), output()),
+    "named without links": lambda: (host.folders, "_rename_new", then_die(host.folders._rename_new), None),
+    "verifying": lambda: (host.verifying, "reload_file", die, None),
 }
 
 
@@ -444,7 +449,7 @@ def dying(point: str) -> None:
     place, name, value, within = DEATHS[point]()
     made = quantized()
     with replaced(place, name, value):
-        without_links(lambda: host.verify_saved(made, host.save(made, "verified", "output")), within)
+        without_links(lambda: host.verify_saved(made, host.save_files(made, "verified", "output")), within)
 
 
 def after_death() -> dict:
@@ -453,7 +458,7 @@ def after_death() -> dict:
     whole = [
         path for path in output().rglob("verified*") if host.verify_saved(quantized(), [path]).startswith("Verified: ")
     ]
-    paths = without_links(lambda: host.save(quantized(), "verified", "output"), output())
+    paths = without_links(lambda: host.save_files(quantized(), "verified", "output"), output())
     return {
         "found": found,
         "whole": len(whole),
@@ -470,12 +475,12 @@ POINTS = {
     "reading": (SafetensorsFile, "read"),
     "writing": (SafetensorsWriter, "add"),
     "rounding": (loop, "quantize_weight"),
-    "moving": (host.quantizing, "temporary"),
+    "moving": (host.quantizing, "move_to_temp"),
     "copying": (host.folders, "_copy_bytes"),
-    "naming": (host.folders, "_name"),
-    "reloading": (host.verifying, "reload"),
-    "comparing": (host.verifying, "_same"),
-    "running": (host.verifying, "_computes_in"),
+    "naming": (host.folders, "_rename_new"),
+    "reloading": (host.verifying, "reload_file"),
+    "comparing": (host.loaded_layers, "_is_same"),
+    "running": (host.loaded_layers, "_compute_dtype"),
 }
 
 
@@ -485,7 +490,7 @@ def interrupts() -> dict:
 
     def run() -> bytes:
         made = quantized("int8_tensorwise")
-        (path,) = without_links(lambda: host.save(made, "verified", "output"))
+        (path,) = without_links(lambda: host.save_files(made, "verified", "output"))
         host.verify_saved(made, [path])
         return path.read_bytes()
 
