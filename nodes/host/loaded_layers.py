@@ -10,7 +10,7 @@ import torch
 from comfy import model_detection
 
 from ...quant_core.errors import VerificationError
-from ...quant_core.formats import Codec, detect_layer
+from ...quant_core.formats import Codec, TensorSpec, detect_layer
 from ...quant_core.formats.layer_json import CONFIG_KEY
 from .decoding import make_quantized_linear
 from .sources import is_quantized
@@ -126,8 +126,7 @@ def compare_tensors(loaded: LoadedFile) -> list[str]:
     Raises:
         VerificationError: a tensor or layer of the model differs, or one of a quantized layer is missing.
     """
-    for layer, config in loaded.configs.items():
-        _check_layer(loaded, layer, config)
+    specs = {layer: _check_layer(loaded, layer, config) for layer, config in loaded.configs.items()}
     unused = []
     for name, tensor in loaded.file.items():
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -139,13 +138,19 @@ def compare_tensors(loaded: LoadedFile) -> list[str]:
             if quantized:
                 raise VerificationError(f"{layer}: {suffix} is missing in ComfyUI's model.")
             unused.append(name)
-        elif not _is_same(tensor, loaded.model[name], exact=quantized and suffix != "bias"):
+            continue
+        found = loaded.model[name]
+        if quantized and suffix in specs[layer]:
+            same = found.dtype in (tensor.dtype, *specs[layer][suffix].views) and _has_same_bytes(tensor, found)
+        else:
+            same = _is_same(tensor, found)
+        if not same:
             raise VerificationError(f"{layer or name}: {suffix} differs between ComfyUI's model and the file.")
     return unused
 
 
-def _check_layer(loaded: LoadedFile, layer: str, config: dict) -> None:
-    """Raise VerificationError unless the model has that layer in the format and shape of the file."""
+def _check_layer(loaded: LoadedFile, layer: str, config: dict) -> dict[str, TensorSpec]:
+    """Specifications of a layer's tensors by suffix. Raises VerificationError unless the model has it in the file's format and shape."""
     module = loaded.modules.get(layer)
     if module is None:
         raise VerificationError(f"{layer}: ComfyUI's model has no layer of that name.")
@@ -165,14 +170,19 @@ def _check_layer(loaded: LoadedFile, layer: str, config: dict) -> None:
     shape = codec.weight_shape(tuple(loaded.file[f"{layer}.weight"].shape), config)
     if shape != expected:
         raise VerificationError(f"{layer}: weight of shape {shape} in the file, {expected} in ComfyUI's model.")
+    return {**codec.specs(shape), **codec.optional(shape)}
 
 
-def _is_same(tensor: torch.Tensor, found: torch.Tensor, exact: bool) -> bool:
-    """Whether ``found`` equals ``tensor`` bit for bit; unless ``exact``, after conversion to its dtype of at least 16 bits."""
+def _is_same(tensor: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether ``found`` equals an unquantized tensor bit for bit, or after conversion to its dtype of at least 16 bits."""
     if found.dtype is not tensor.dtype:
-        if exact or found.dtype.itemsize < min(2, tensor.dtype.itemsize):
+        if found.dtype.itemsize < min(2, tensor.dtype.itemsize):
             return False
         tensor = tensor.to(found.dtype)
+    return _has_same_bytes(tensor, found)
+
+
+def _has_same_bytes(tensor: torch.Tensor, found: torch.Tensor) -> bool:
     return tensor.shape == found.shape and torch.equal(_view_bytes(tensor), _view_bytes(found))
 
 

@@ -30,6 +30,7 @@ TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors
 LAYER = "joint_blocks.0.x_block.mlp.fc1"  # 1024×256
 KEPT = "x_embedder.proj.weight"
 _HEADER = "_quantization_metadata"
+PADDED = ("nvfp4", "mxfp8")
 
 
 def output() -> Path:
@@ -149,6 +150,13 @@ def static_inputs() -> tuple:
         return verified(made)
 
 
+def padded(format: str) -> host.Quantized:
+    """Layers whose sides are not multiples of 16 or 32, to which the format pads its tensors."""
+    path = Path(folder_paths.base_path) / "padded.safetensors"
+    save_file({f"some.{index}.weight": torch.randn(40, 200 + 72 * index) for index in range(2)}, path)
+    return quantized(format, path=path)
+
+
 def sound() -> dict:
     """Files that are as they should be, of all formats and kinds."""
     host.add_layouts()
@@ -171,6 +179,7 @@ def sound() -> dict:
         path = base / f"{name}.safetensors"
         save_file(tensors, path)
         found[name] = verified(quantized(kind=kind, path=path))
+    found |= {f"padded {name}": verified(padded(name)) for name in PADDED}
     found["static inputs"] = static_inputs()
 
     def too_large(*_):
@@ -479,7 +488,7 @@ POINTS = {
     "copying": (host.folders, "_copy_bytes"),
     "naming": (host.folders, "_rename_new"),
     "reloading": (host.verifying, "reload_file"),
-    "comparing": (host.loaded_layers, "_is_same"),
+    "comparing": (host.loaded_layers, "_has_same_bytes"),
     "running": (host.loaded_layers, "_compute_dtype"),
 }
 
