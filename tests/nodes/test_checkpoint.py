@@ -9,7 +9,7 @@ BOUNDS = {"float8_e4m3fn": 1, "int8_tensorwise": 0.5, "int8_blockwise": 0.7}
 RUNNING = 0.2  # against the same weights decoded beforehand
 
 
-def test_a_t5_in_a_checkpoint_is_quantized_where_comfyui_reads_it(host, tmp_path, sentences):
+def test_t5_of_a_checkpoint_is_quantized_where_comfyui_supports_it(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "checkpoint_encoder")
     assert found.keys() == BOUNDS.keys()
     reads = (

@@ -7,7 +7,7 @@ from learned_rounding.tests.nodes.probing import in_process, stock_loads
 BOUND = 0.2
 
 
-def test_layers_that_decode_work_with_loras_and_with_little_memory(host, tmp_path):
+def test_decoding_layers_support_loras_and_low_vram(host, tmp_path):
     found = in_process(host, tmp_path, "decoding")
     assert {name for name in FORMATS if not stock_loads(host, name)} <= set(found) | {"int8_tensorwise"}
     for name, result in found.items():
@@ -17,6 +17,6 @@ def test_layers_that_decode_work_with_loras_and_with_little_memory(host, tmp_pat
         assert result["unpatched"] and result["codes"] and result["kept in float32"], (name, result)
 
 
-def test_a_rotation_under_params_is_read_as_comfyui_does(host, tmp_path):
+def test_rotation_below_params_is_read_as_in_comfyui(host, tmp_path):
     """By its own layer where it knows the format, by ours elsewhere."""
     assert in_process(host, tmp_path, "nested_rotation")["error"] < 0.05

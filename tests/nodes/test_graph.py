@@ -44,7 +44,7 @@ def unique(request, *parts: str) -> str:
     return re.sub(r"\W+", "-", "-".join((request.node.name, *parts)))
 
 
-def test_the_pack_loads_without_a_word_of_complaint(comfy):
+def test_pack_loads_without_errors(comfy):
     nodes = comfy.object_info()
     ours = {name: node for name, node in nodes.items() if name.startswith("LearnedRounding")}
     assert set(ours) == {
@@ -71,7 +71,7 @@ def test_the_pack_loads_without_a_word_of_complaint(comfy):
 
 
 @pytest.mark.parametrize("format, granularity, convrot", CASES)
-def test_quantize_and_sample_in_one_graph(comfy, request, format, granularity, convrot):
+def test_quantized_model_samples_near_full_precision(comfy, request, format, granularity, convrot):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     quantized = graph.quantize(model[0], format, granularity, convrot=convrot, seed=1000)
@@ -93,7 +93,7 @@ def test_quantize_and_sample_in_one_graph(comfy, request, format, granularity, c
 
 
 @pytest.mark.parametrize("format, granularity, convrot", CASES)
-def test_the_saved_file_samples_as_in_the_graph_bit_for_bit(comfy, request, format, granularity, convrot):
+def test_saved_file_samples_bit_for_bit_as_in_the_graph(comfy, request, format, granularity, convrot):
     graph, name = ProbedGraph(), unique(request)
     quantized = graph.quantize(graph.load()[0], format, granularity, convrot=convrot)
     graph.sample(quantized[0], f"{name}-graph")
@@ -114,7 +114,7 @@ def test_the_saved_file_samples_as_in_the_graph_bit_for_bit(comfy, request, form
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
-def test_rounded_to_nearest_the_saved_file_samples_near_full_precision(comfy, request, format):
+def test_microscaling_formats_rounded_to_nearest_sample_near_full_precision(comfy, request, format):
     """Microscaling formats through Load Diffusion Model, or Load Quantized Model where the host cannot run them."""
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
@@ -135,7 +135,7 @@ def test_rounded_to_nearest_the_saved_file_samples_near_full_precision(comfy, re
 
 
 @pytest.mark.parametrize("format", [name for name, entry in FORMATS.items() if entry.stock_since is None])
-def test_a_file_of_ours_goes_the_round_of_stock_nodes(comfy, request, format):
+def test_stock_nodes_load_patch_and_save_own_formats(comfy, request, format):
     """Load, LoRA and save nodes of ComfyUI's own: what they save samples as what they were given, LoRA and all."""
     if not takes_layouts(comfy.host):
         pytest.skip(f"ComfyUI {comfy.host.version} cannot load {format} files")
@@ -176,7 +176,7 @@ def test_a_file_of_ours_goes_the_round_of_stock_nodes(comfy, request, format):
     assert psnr(*(pictures(comfy.output_dir, f"{name}-{kind}") for kind in models)) < 40
 
 
-def test_every_option_of_the_node_becomes_one_of_the_recipe(comfy, request):
+def test_every_widget_sets_its_recipe_option(comfy, request):
     """Untouched widgets are the recipe's defaults; each one that is touched arrives."""
     learned = {
         "rounding": "principal",
@@ -213,7 +213,7 @@ def test_every_option_of_the_node_becomes_one_of_the_recipe(comfy, request):
         assert recipe == {**Recipe().to_dict(), **changed}
 
 
-def test_progress_tells_what_learned_rounding_won(comfy, request):
+def test_progress_reports_the_gain_of_learned_rounding(comfy, request):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0], rounding="principal", seed=1005), unique(request))
     events = progress(comfy.queue(graph))
@@ -224,7 +224,7 @@ def test_progress_tells_what_learned_rounding_won(comfy, request):
     assert events[-1]["median_output_error"] is None
 
 
-def test_the_saved_file_is_there_after_a_restart(server_factory, tiny_base, request):
+def test_saved_file_loads_after_a_restart(server_factory, tiny_base, request):
     server = server_factory(base=tiny_base)
     graph, name = ProbedGraph(), unique(request)
     quantized = graph.quantize(graph.load()[0])
@@ -238,7 +238,7 @@ def test_the_saved_file_is_there_after_a_restart(server_factory, tiny_base, requ
     assert np.array_equal(latents(server.output_dir, f"{name}-before"), latents(server.output_dir, f"{name}-after"))
 
 
-def test_a_file_source_gives_the_same_weights_as_the_loaded_model(comfy, request, tmp_path):
+def test_file_and_loaded_model_give_the_same_weights(comfy, request, tmp_path):
     graph, name = ProbedGraph(), unique(request)
     from_file = graph.save(graph.quantize(graph.source()[0], "int8_tensorwise"), f"{name}-file")
     from_model = graph.save(graph.quantize(graph.load()[0], "int8_tensorwise"), f"{name}-model")
@@ -257,7 +257,7 @@ def test_a_file_source_gives_the_same_weights_as_the_loaded_model(comfy, request
     assert all(ours[key].dtype == expected[key].dtype and ours[key].equal(expected[key]) for key in expected)
 
 
-def test_a_lora_before_is_baked_in_and_the_incoming_model_stays_as_it_was(comfy, request):
+def test_lora_before_quantization_is_applied_and_the_source_is_unchanged(comfy, request):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     patched = graph.lora(model[0])
@@ -285,7 +285,7 @@ def test_a_lora_before_is_baked_in_and_the_incoming_model_stays_as_it_was(comfy,
         ("float8_e4m3fn_blockwise", "off"),
     ],
 )
-def test_a_lora_after_works_and_leaves_no_trace(comfy, request, format, convrot):
+def test_lora_after_quantization_is_applied_and_removed(comfy, request, format, convrot):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     quantized = graph.quantize(model[0], format, convrot=convrot)
@@ -304,14 +304,14 @@ def test_a_lora_after_works_and_leaves_no_trace(comfy, request, format, convrot)
     assert np.array_equal(latents(comfy.output_dir, f"{name}-before"), latents(comfy.output_dir, f"{name}-final"))
 
 
-def test_what_nodes_before_us_set_on_the_model_is_carried_over(comfy):
+def test_settings_of_the_incoming_model_are_copied(comfy):
     graph = ProbedGraph()
     shifted = graph.add("ModelSamplingSD3", model=graph.load()[0], shift=1.75)
     probe = graph.probe(graph.quantize(shifted[0])[0])
     assert probed(comfy.queue(graph), probe)["shift"] == 1.75
 
 
-def test_nothing_is_built_that_nobody_uses(comfy):
+def test_models_are_built_only_for_connected_outputs(comfy):
     """Connecting MODEL later runs the node again, without quantizing again."""
     graph = ProbedGraph()
     quantized = graph.quantize(graph.source()[0], seed=1001)
@@ -335,7 +335,7 @@ def test_same_inputs_use_the_cache(comfy, request):
     assert quantized.id not in comfy.queue(graph).executed
 
 
-def test_progress_comes_layer_by_layer_to_the_client_that_queued(comfy, request):
+def test_client_receives_progress_layer_by_layer(comfy, request):
     """No layer is begun before the client has been told of the one before."""
     graph = ProbedGraph()
     quantized = graph.quantize(graph.source()[0], seed=1003)
@@ -370,14 +370,14 @@ def test_progress_comes_layer_by_layer_to_the_client_that_queued(comfy, request)
     assert bar[-1]["value"] == bar[-1]["max"] == len(layers)
 
 
-def test_pages_that_missed_messages_ask_by_workflow(comfy, sentences):
+def test_missed_messages_are_requested_by_workflow(comfy, sentences):
     with sentences.raises(HostError) as error:
         comfy.get("/learned_rounding/progress")
     assert error.value.kind == "http" and "400" in str(error.value)
     assert comfy.get("/learned_rounding/progress?workflow=unknown") == []
 
 
-def test_interrupt_stops_at_once_and_leaves_nothing(comfy, request, slow_source):
+def test_interrupt_stops_a_run_and_removes_its_files(comfy, request, slow_source):
     before = set((comfy.base / "temp").glob("*")) if (comfy.base / "temp").exists() else set()
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source(slow_source)[0], seed=1004), name := unique(request))
@@ -401,7 +401,7 @@ def test_interrupt_stops_at_once_and_leaves_nothing(comfy, request, slow_source)
     assert verify_file(saved_path(comfy.queue(graph), saved)).layers > 30
 
 
-def test_saving_never_overwrites_and_keeps_the_temporary_file_apart(comfy, request):
+def test_saving_never_overwrites_files(comfy, request):
     name, paths = unique(request), []
     for folder in ("output", "output", "models"):
         graph = ProbedGraph()
@@ -419,7 +419,7 @@ def test_saving_never_overwrites_and_keeps_the_temporary_file_apart(comfy, reque
 
 
 @pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_blockwise"])
-def test_a_whole_checkpoint_keeps_its_other_parts(comfy, request, format):
+def test_checkpoint_keeps_its_other_parts(comfy, request, format):
     """Only the diffusion model is quantized, the VAE is copied bit for bit, and the stock loader takes the file."""
     name = unique(request)
     model = load_file(comfy.models_dir / "diffusion_models" / MODEL)
@@ -454,7 +454,7 @@ def test_a_whole_checkpoint_keeps_its_other_parts(comfy, request, format):
     assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-file"))
 
 
-def test_the_tiny_model_draws_in_comfyui_what_the_prompts_name(comfy, request):
+def test_quantized_tiny_model_draws_the_prompts(comfy, request):
     graph, name = ProbedGraph(), unique(request)
     graph.sample(graph.quantize(graph.load()[0])[0], name, seed=3)
     comfy.queue(graph)

@@ -6,7 +6,7 @@ from learned_rounding.tests.nodes.probing import in_process
 
 
 @pytest.mark.gpu
-def test_another_model_gives_way_to_a_run_and_comes_back(host, tmp_path, tried):
+def test_run_frees_the_memory_of_another_model(host, tmp_path, tried):
     found = in_process(host, tmp_path, "memory_squeezed")
     assert found["same"] and found["came back"]
     assert found["gave way"] > 0 and not found["warned"], found

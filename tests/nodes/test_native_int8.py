@@ -9,7 +9,7 @@ from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, stock_
 ROUTE = "/learned_rounding/native_int8"
 
 
-def test_it_runs_for_who_asks_and_computes_the_same(host, tmp_path):
+def test_kernels_run_when_enabled_and_match_comfy_kitchen(host, tmp_path):
     if not stock_loads(host, "int8_tensorwise"):
         pytest.skip(f"ComfyUI {host.version} has no INT8 layers of its own")
     found = in_process(host, tmp_path, "layout_native_int8")
@@ -23,7 +23,7 @@ def test_it_runs_for_who_asks_and_computes_the_same(host, tmp_path):
 
 
 @pytest.mark.browser
-def test_the_checkbox_reaches_the_server(comfy):
+def test_setting_of_the_page_reaches_the_server(comfy):
     seen = []
     with open_page(comfy) as page:
         page.on("request", lambda request: seen.append(request.post_data) if ROUTE in request.url else None)
@@ -36,13 +36,13 @@ def test_the_checkbox_reaches_the_server(comfy):
     assert comfy.get("/api/settings")["LearnedRounding.NativeInt8"] is False
 
 
-def test_the_setting_takes_true_and_false_only(comfy):
+def test_setting_accepts_booleans_only(comfy):
     assert comfy.post(ROUTE, False) is False
     with pytest.raises(HostError):
         comfy.post(ROUTE, "on")
 
 
-def test_the_node_refuses_where_there_are_no_such_layers(comfy, sentences):
+def test_node_rejects_the_option_without_native_int8_layers(comfy, sentences):
     graph = ProbedGraph()
     quantized = graph.quantize(graph.load()[0], "int8_tensorwise")
     graph[quantized.id]["inputs"]["native_int8_kernels"] = True

@@ -16,7 +16,7 @@ LAYERS = 37  # of the tiny model that are quantized
 
 
 @pytest.mark.parametrize("kind", ["file", "model"])
-def test_the_next_server_goes_on_where_the_last_one_died(host, tmp_path, tried, kind):
+def test_next_server_resumes_after_a_kill(host, tmp_path, tried, kind):
     assert in_process(host, tmp_path, f"resume_die_{kind}") == [".journal", ".partial"]
     found = in_process(host, tmp_path, f"resume_run_again_{kind}")
     assert 0 < found["made"] <= found["all"] - 18  # what was being written when it died may be lost
@@ -25,14 +25,14 @@ def test_the_next_server_goes_on_where_the_last_one_died(host, tmp_path, tried, 
     tried("server killed while a node quantizes, then the same run in the next server", 1, "goes on, same bytes")
 
 
-def test_two_servers_on_one_folder_get_their_own_files(host, tmp_path, tried):
+def test_two_servers_in_one_folder_write_separate_files(host, tmp_path, tried):
     found = in_process(host, tmp_path, "resume_at_once")
     assert found["found"] == dict.fromkeys(found["found"], True) and len(found["found"]) == 4
     assert found["left"] == [".safetensors"]  # the last result
     tried("another server on the same folder quantizes meanwhile", len(found["found"]), "each its own file, whole")
 
 
-def test_finished_files_that_nobody_fetched_go_after_a_day(host, tmp_path):
+def test_abandoned_files_are_deleted_after_a_day(host, tmp_path):
     assert in_process(host, tmp_path, "resume_left_for_good")["left"] == ["diffusion_models_new.safetensors"]
 
 
@@ -48,7 +48,7 @@ def quantize(server, seed: int, layers: int | None = None, on_event=None) -> tup
     return made, saved.read_bytes()
 
 
-def test_a_server_that_is_told_to_end_in_the_middle_goes_on_when_it_is_started_again(
+def test_restarted_server_resumes_after_signals(
     server_factory, tiny_base, often, tried
 ):
     server = server_factory(base=tiny_base, links=LINKS)

@@ -35,7 +35,7 @@ DAMAGES = [
 ]
 
 
-def test_sound_files_are_reloaded_and_called_so(host, tmp_path, sentences):
+def test_valid_files_are_verified(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "saving_sound")
     saved, (said, failed, left) = found["found"], found["too little memory"]
     sentences(said)
@@ -50,7 +50,7 @@ def test_sound_files_are_reloaded_and_called_so(host, tmp_path, sentences):
 
 
 @pytest.mark.parametrize("check", ["tampered", "tampered_int8"])
-def test_whatever_is_wrong_is_found_and_the_file_renamed(host, tmp_path, tried, check, sentences):
+def test_every_damage_is_found_and_the_file_renamed(host, tmp_path, tried, check, sentences):
     found = in_process(host, tmp_path, f"saving_{check}")
     assert list(found) == DAMAGES
     for damage, (said, failed, left) in found.items():
@@ -63,7 +63,7 @@ def test_whatever_is_wrong_is_found_and_the_file_renamed(host, tmp_path, tried, 
     )
 
 
-def test_the_node_says_that_it_verified(comfy, request, sentences):
+def test_node_reports_the_verification(comfy, request, sentences):
     graph = ProbedGraph()
     saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), unique(request))
     result = comfy.queue(graph)
@@ -71,7 +71,7 @@ def test_the_node_says_that_it_verified(comfy, request, sentences):
     sentences(result.outputs[saved.id]["text"][1])
 
 
-def test_a_full_disk_leaves_all_files_or_none(host, tmp_path, tried, sentences):
+def test_full_disk_leaves_no_partial_save(host, tmp_path, tried, sentences):
     found = in_process(host, tmp_path, "saving_full_disk")
     sentences(found["said"])
     assert found["left"] == []
@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_all_files_or_none(host, tmp_path, tried, sentences):
 NAMES = ["verified_float8_e4m3fn_00001_.safetensors", "verified_float8_e4m3fn_00002_.safetensors"]
 
 
-def test_models_are_saved_on_other_disks_over_nothing_that_is_there(host, tmp_path, tried, sentences):
+def test_saving_on_other_disks_never_overwrites(host, tmp_path, tried, sentences):
     found = in_process(host, tmp_path, "saving_other_disks")
     for disk in ("another disk", "a disk without links"):
         saved = found[disk]
@@ -105,7 +105,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("point", LEFT)
-def test_a_server_that_dies_while_it_saves_leaves_a_whole_file_or_none(host, tmp_path, tried, point, sentences):
+def test_kill_during_saving_leaves_a_complete_file_or_none(host, tmp_path, tried, point, sentences):
     left, name = LEFT[point]
     dying = in_process(host, tmp_path, f"saving_dies_{point}")
     assert sorted("partial" if file.endswith(".partial") else "whole" for file in dying) == left
@@ -116,7 +116,7 @@ def test_a_server_that_dies_while_it_saves_leaves_a_whole_file_or_none(host, tmp
     tried("a server killed while it saves", 1, "whole or none; the next save removes the rest")
 
 
-def test_a_run_and_a_save_that_are_interrupted_anywhere_leave_nothing(host, tmp_path, tried):
+def test_interrupt_during_run_or_save_leaves_no_files(host, tmp_path, tried):
     found = in_process(host, tmp_path, "saving_interrupts")
     assert found.pop("afterwards")
     tries = 0

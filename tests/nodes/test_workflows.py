@@ -28,7 +28,7 @@ def further_files(comfy):
 
 @pytest.mark.usefixtures("further_files")
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_an_example_runs_with_the_tiny_model(comfy, name, sentences):
+def test_example_runs_with_the_tiny_model(comfy, name, sentences):
     workflow = with_tiny_model(name, comfy.object_info())
     result = comfy.queue(to_api(workflow, comfy.object_info()))
     shown = [entry["text"] for entry in result.outputs.values() if "text" in entry]
@@ -44,7 +44,7 @@ def test_an_example_runs_with_the_tiny_model(comfy, name, sentences):
         assert psnr(pictures(comfy.output_dir, "original"), pictures(comfy.output_dir, "quantized")) > 20
 
 
-def test_the_slots_of_the_examples_are_those_of_the_nodes(comfy):
+def test_examples_have_the_slots_of_the_nodes(comfy):
     """A page keeps the slots that a file names."""
     known = comfy.object_info()
     for workflow in WORKFLOWS.values():
@@ -64,7 +64,7 @@ def test_the_slots_of_the_examples_are_those_of_the_nodes(comfy):
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_an_example_is_for_users(name):
+def test_example_is_for_users(name):
     """Usual loaders and nodes of the two hosts, files that are public with the address of each, and a note that says what to choose."""
     nodes = WORKFLOWS[name]["nodes"]
     notes = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
@@ -99,7 +99,7 @@ def test_every_substitution_is_needed():
     assert {*VALUES, *REPLACED, *DROPPED} <= {node["type"] for node in nodes}
 
 
-def test_the_examples_are_in_the_template_browser_with_a_picture_each(comfy):
+def test_template_browser_lists_the_examples_with_images(comfy):
     listed = comfy.get("/workflow_templates")
     assert set(WORKFLOWS) == set(listed["learned_rounding"])
     for name in WORKFLOWS:
