@@ -1,4 +1,4 @@
-"""Checks of in_process.py: a whole checkpoint whose text encoder is quantized with the diffusion model, CLIP-L beside it kept."""
+"""Checks of in_process.py: a whole checkpoint whose T5 is quantized with the diffusion model; its CLIP-L stays unquantized."""
 
 from pathlib import Path
 
@@ -25,14 +25,14 @@ RECIPES = {
 
 
 def clip_of(path: Path, **options):
-    """The CLIP of a checkpoint as stock ComfyUI loads it, told that its T5 is narrow."""
+    """The CLIP of a checkpoint from stock ComfyUI with the small width of its T5."""
     return comfy.sd.load_checkpoint_guess_config(
         str(path), output_vae=False, output_model=False, te_model_options={**TINY_T5, **options}
     )[1]
 
 
 def encoder() -> dict:
-    """By command line and by node; the file through ComfyUI's own checkpoint loader."""
+    """Quantize by command line and by node; load the file by ComfyUI's own checkpoint loader."""
     host.add_layouts()
     folder = Path(folder_paths.models_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Run by a host's own Python: checks that need ComfyUI's classes in the same process. Prints JSON.
+"""Checks that need ComfyUI's classes in the same process; run by the Python of a host. Prints the result as JSON.
 
 python in_process.py COMFYUI PACK FOLDER CHECK
 """
@@ -53,7 +53,7 @@ TINY_T5 = {"t5xxl_model_config": {"d_model": 64, "d_kv": 32, "num_heads": 2}}
 
 
 def t5_weights() -> dict[str, torch.Tensor]:
-    """A T5-XXL whose width is 64, random, in bfloat16."""
+    """Random T5-XXL of width 64 in bfloat16."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -77,7 +77,7 @@ def load(path, **options):
 
 
 def load_tiny(load_clip, *paths, model_options=None, **options):
-    """ComfyUI's own loader, told of the small width that it cannot see in the file."""
+    """ComfyUI's own loader with the small width, which it cannot detect in the file."""
     return load_clip(*paths, model_options={**TINY_T5, **(model_options or {})}, **options)
 
 
@@ -86,7 +86,7 @@ def encode(clip) -> torch.Tensor:
 
 
 def text_encoder(recipes=RECIPES) -> dict:
-    """CLIP in → quantized CLIP out, and its file through ComfyUI's loader, with our layers where it needs them."""
+    """Quantize a CLIP, and load its file through ComfyUI's loader, with decoding layers where they are needed."""
     path = Path(folder) / "t5.safetensors"
     save_file(t5_weights(), path)
     clip = load(path)
@@ -123,7 +123,7 @@ def text_encoder(recipes=RECIPES) -> dict:
 
 
 def taught_text_encoder() -> dict:
-    """The same with our formats, by ComfyUI's own layers."""
+    """The same with this pack's formats on ComfyUI's own layers."""
     host.add_layouts()
     return text_encoder(OURS)
 
@@ -134,12 +134,12 @@ WORDS = (
     ("apple", "owl", "castle", "bicycle", "wave", "dancer", "robot", "letter A", "fox", "train", "lamp"),
     ("by the sea", "at night", "in a crowded market", "under snow", "on a table", "from above"),
 )
-# Unlike each other: from a few that resemble each other one learns what does not hold for others.
+# Diverse prompts: a calibration with a few similar ones does not generalize.
 PROMPTS = [" ".join(words[index % len(words)] for words in WORDS) for index in range(48)]
 
 
 def calibrated_text_encoder() -> dict:
-    """CLIP → calibration → CLIP quantized with and without it, judged on another prompt."""
+    """Calibrate a CLIP; compare its quantizations with and without the calibration on another prompt."""
     path = Path(folder) / "t5.safetensors"
     save_file(t5_weights(), path)
     clip = load(path)
@@ -172,7 +172,7 @@ def calibrated_text_encoder() -> dict:
 
 
 def compared_text_encoders() -> dict:
-    """A CLIP against itself and against what was made of it."""
+    """Compare a CLIP with itself and with its quantization."""
     path = Path(folder) / "t5.safetensors"
     save_file(t5_weights(), path)
     clip = load(path)
@@ -190,7 +190,7 @@ def compared_text_encoders() -> dict:
 
 
 def decoding() -> dict:
-    """Formats that this ComfyUI cannot run: our layer decodes them, in full and with little memory, with a LoRA and without."""
+    """Formats that this ComfyUI cannot run on decoding layers, with and without a LoRA, with full and low VRAM."""
     assets = Path(pack) / "assets"
     original = comfy.sd.load_diffusion_model(str(assets / "tiny_mmdit_emoji.safetensors"))
     lora = comfy.utils.load_torch_file(str(assets / "tiny_lora_red.safetensors"))
@@ -245,7 +245,7 @@ def decoding() -> dict:
 
 
 def nested_rotation() -> dict:
-    """Error of a product with a rotated layer whose JSON says so under ``params``."""
+    """Error of the output of a rotated layer whose JSON has the rotation below ``params``."""
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(64, 64, generator=generator), torch.randn(8, 64, generator=generator)
     made = quantize_tensors(
@@ -261,7 +261,7 @@ def nested_rotation() -> dict:
 
 
 def document() -> dict:
-    """The example that lies in the folder, with the file that it names."""
+    """Run the example in the folder with the file that it names."""
     file = Path(folder) / "by_hand.safetensors"
     with safe_open(file, "pt") as stored:
         layers = sum(name.endswith(".comfy_quant") for name in stored.keys())

@@ -35,7 +35,7 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def operations() -> dict:
-    """{format: {dtype: {what is checked: whether it holds}}} for every layout."""
+    """{format: {dtype: {what is checked: whether it holds}}} of every layout."""
     host.add_layouts()
     from pack.nodes.runtime.layouts import LAYOUTS
 
@@ -142,7 +142,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
 
 
 def _layer(coded, codec, crooked) -> dict[str, bool]:
-    """A layer of ComfyUI's that was loaded from these codes. ``crooked``: inputs that are not contiguous."""
+    """ComfyUI's layer, loaded from these quantized values. ``crooked``: activations that are not contiguous."""
     state = {**coded.state_dict("a.weight"), "a.comfy_quant": config_tensor(codec.config)}
     layer = comfy.ops.mixed_precision_ops({}, coded.dtype).Linear(*reversed(coded.shape), bias=False)
     layer._load_from_state_dict(dict(state), "a.", {}, True, [], [], [])
@@ -169,7 +169,7 @@ def _layer(coded, codec, crooked) -> dict[str, bool]:
 
 
 def _streamed(coded):
-    """Through a flat buffer and back, as ComfyUI streams weights from main memory."""
+    """Copy through a flat buffer, as ComfyUI streams weights from main memory."""
     import comfy.memory_management  # not in every release
 
     buffer = torch.zeros(comfy.memory_management.vram_aligned_size([coded]), dtype=torch.uint8, device=DEVICE)
@@ -179,7 +179,7 @@ def _streamed(coded):
 
 
 class _Tiny:
-    """The tiny model, a LoRA for it, and what it predicts for fixed random inputs."""
+    """The tiny model, a LoRA for it, and its predictions for fixed random inputs."""
 
     def __init__(self):
         assets = Path(host.__file__).parents[2] / "assets"
@@ -198,7 +198,7 @@ class _Tiny:
         return comfy.sd.load_lora_for_models(model, None, self.lora, 1.0, 0.0)[0]
 
     def sampled(self, model) -> torch.Tensor:
-        """As a sampler calls the model: with what was attached to it."""
+        """Call the model as a sampler does, with its attachments."""
         model.pre_run()
         options = comfy.model_patcher.create_model_options_clone(model.model_options)
         options = comfy.patcher_extension.copy_nested_dicts(options["transformer_options"])
@@ -225,7 +225,7 @@ def _raised(call, *arguments) -> str:
 
 
 def _bytes(path) -> dict[str, tuple]:
-    """{tensor: (dtype, shape, bytes)} of a file's quantized layers; other tensors by their values as float32."""
+    """{tensor: (dtype, shape, bytes)} of a file's quantized layers; values as float32 of other tensors."""
     with SafetensorsFile(path) as opened:
         layers = layer_configs(opened)[0]
         found = {}
@@ -243,7 +243,7 @@ def _bytes(path) -> dict[str, tuple]:
 
 
 def loading() -> dict:
-    """Files in our formats through ComfyUI's own functions, before and after its loaders are taught."""
+    """Files in own formats through ComfyUI's own functions, before and after the formats are registered."""
     tiny = _Tiny()
     files = {name: tiny.file(format=name, **({"block_size": 64} if "block" in name else {})) for name in OURS}
     paths = {name: str(quantized.files[""]) for name, quantized in files.items()}
@@ -294,7 +294,7 @@ def loading() -> dict:
 
 
 def _loaded(path):
-    """The model of a file, plain weights in memory of their own: products depend on its alignment, which in a mapped file is by chance."""
+    """The model of a file with plain weights copied: products depend on the alignment, which is random in a mapped file."""
     model = comfy.sd.load_diffusion_model(str(path))
     for weight in model.model.parameters():
         if type(weight.data) is torch.Tensor:
@@ -308,7 +308,7 @@ def _configs(path) -> dict:
 
 
 def native() -> dict:
-    """What of our modules runs while a native file is loaded and sampled, and whether anything changes for it."""
+    """Functions of this pack that run while a native file is loaded and sampled, and whether its results change."""
     tiny = _Tiny()
     recipes = {
         "float8_e4m3fn": {"format": "float8_e4m3fn"},
@@ -357,7 +357,7 @@ def _loader_stays(call) -> bool:
 
 
 def damaged() -> dict[str, str]:
-    """What ComfyUI's loader says of layers whose tensors do not fit their JSON."""
+    """Errors of ComfyUI's loader for layers whose tensors contradict their JSON."""
     host.add_layouts()
     operations = comfy.ops.mixed_precision_ops({}, torch.float32)
     layout = "LearnedRoundingInt8Blockwise"
@@ -389,7 +389,7 @@ class _Listener(logging.Handler):
 
 
 def compiled() -> dict[str, dict]:
-    """The tiny model through torch.compile, in our formats and in a native one."""
+    """The tiny model through torch.compile in own formats and in a native one."""
     tiny = _Tiny()
     files = {name: tiny.file(format=name) for name in (*OURS, "int8_tensorwise")}
     host.add_layouts()
@@ -406,7 +406,7 @@ def compiled() -> dict[str, dict]:
 
 
 def native_int8() -> dict:
-    """ComfyUI's own INT8 layers on our kernels: who asks for it gets it, and it computes what comfy-kitchen's own does."""
+    """ComfyUI's native INT8 layers on this pack's kernels: only when enabled, and with the results of comfy-kitchen's own."""
     from comfy_kitchen.constraints import FunctionConstraints
     from comfy_kitchen.registry import registry
 
@@ -425,10 +425,10 @@ def native_int8() -> dict:
         calls.append(arguments["input_act"])
         return module.int8_linear(**arguments)
 
-    for name in ("cuda", "triton"):  # as below CUDA 13, and where there is no card
+    for name in ("cuda", "triton"):  # as below CUDA 13, and without a GPU
         registry.disable(name)
     anywhere = {"int8_linear": FunctionConstraints()}
-    registry.register("learned_rounding", SimpleNamespace(int8_linear=counted), anywhere)  # on this CPU too
+    registry.register("learned_rounding", SimpleNamespace(int8_linear=counted), anywhere)  # also on a CPU
     tiny = _Tiny()
     found = {
         "stored": stored,
@@ -468,7 +468,7 @@ def native_int8() -> dict:
 
 
 def changed() -> dict[str, dict]:
-    """Where ComfyUI's internals are others than we know: nothing is touched, it is said once, and our own layers still run."""
+    """ComfyUI with other internals: nothing is changed, one warning is logged, and decoding layers run."""
     tiny = _Tiny()
     loader = getattr(comfy.ops, "_load_quantized_module", None)
 

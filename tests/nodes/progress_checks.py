@@ -1,4 +1,4 @@
-"""Checks of in_process.py: what pages are told of a run, and of the files it is made from."""
+"""Checks of in_process.py: messages to pages, and the identity of sources."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from pack.quant_core.events import CalibrationAdvanced, CalibrationFinished
 from safetensors.torch import save_file
 
 MODELS = Path(folder_paths.models_dir) / "diffusion_models"
-# What an error says, with a folder in place of {}, and what pages are told of it.
+# Error message with {} for a folder → message to pages.
 ERRORS = {
     "{}/sub folder/a model.safetensors cannot be read: no such file.": "sub folder/a model.safetensors cannot be read: no such file.",
     "'x' is no file name inside {}; give a name.": "'x' is no file name inside diffusion_models; give a name.",
@@ -25,7 +25,7 @@ ERRORS = {
 
 
 def stopped() -> dict:
-    """The messages of runs that end by an error."""
+    """Messages of runs that end by an error."""
     sent = []
     numbers = itertools.count()
     host.running_prompt, host.latest_outputs = (
@@ -47,7 +47,7 @@ def stopped() -> dict:
 
 
 def twice() -> dict:
-    """Places in the run of messages of four runs: two of one prompt, one that tells nothing, one of the next prompt."""
+    """Sequence numbers of the messages of four runs: two of one prompt, one without messages, one of the next prompt."""
     sent, prompt = [], "first"
     host.running_prompt, host.latest_outputs = lambda: {"prompt": prompt, "workflow": "3"}, lambda *_: {}
     host.send_message = lambda event, message, everyone: sent.append(message["seq"])
@@ -75,7 +75,7 @@ def twice() -> dict:
 
 
 def shards() -> dict:
-    """A shard that changes is another source for Load Model and for Quantize."""
+    """A changed shard changes the source for Load Model and for Quantize."""
     MODELS.mkdir(parents=True, exist_ok=True)
     index, names = (
         MODELS / "two.safetensors.index.json",

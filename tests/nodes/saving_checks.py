@@ -1,4 +1,4 @@
-"""Checks of in_process.py: what Save Quantized writes, what it finds wrong with a file, and what is left when it fails."""
+"""Checks of in_process.py: files of Save Quantized, the damages that it finds, and the files left after errors."""
 
 import dataclasses
 import errno
@@ -38,7 +38,7 @@ def output() -> Path:
 
 
 def quantized(format: str = "float8_e4m3fn", kind: str = "diffusion_models", path: Path = TINY) -> host.Quantized:
-    """A run of its own, whatever was quantized last."""
+    """A new run; the cached result is dropped."""
     host.quantizing._last = None
     return host.quantize(
         host.FileSource(path, kind, "sd3"), Recipe(format=format, rounding="nearest"), lambda event: None
@@ -46,7 +46,7 @@ def quantized(format: str = "float8_e4m3fn", kind: str = "diffusion_models", pat
 
 
 def verified(made: host.Quantized, paths: list[Path] | None = None) -> tuple[str, list[str], list[str]]:
-    """What Save Quantized says of a file, which other names it gave, and which names are left."""
+    """(summary or error of Save Quantized, names of renamed files, names of saved files)."""
     paths = paths or host.save_files(made, "verified", "output")
     try:
         said = host.verify_saved(made, paths)
@@ -61,7 +61,7 @@ def verified(made: host.Quantized, paths: list[Path] | None = None) -> tuple[str
 
 @contextmanager
 def replaced(place: object, name: str, value: object):
-    """Something has another value for a while."""
+    """Replace an attribute temporarily."""
     before = getattr(place, name)
     setattr(place, name, value)
     try:
@@ -71,7 +71,7 @@ def replaced(place: object, name: str, value: object):
 
 
 def without_links(call: Callable, links_within: Path | None = None):
-    """Run ``call`` as on a disk that has no hard links, or has them between files of one folder only, as another disk does."""
+    """Run ``call`` without hard links, or with hard links only inside ``links_within``, as between two disks."""
     link = os.link
 
     def refuse(path, target):
@@ -84,7 +84,7 @@ def without_links(call: Callable, links_within: Path | None = None):
 
 
 def hunyuan_image(names: Callable[[str], str]) -> dict[str, torch.Tensor]:
-    """A small HunyuanImage 2.1, random, its layers named by ``names`` of ComfyUI's own names."""
+    """Small random HunyuanImage 2.1 whose layers are named by ``names`` of ComfyUI's names."""
     known = {
         "in_channels": 64,
         "out_channels": 64,
@@ -109,12 +109,12 @@ def hunyuan_image(names: Callable[[str], str]) -> dict[str, torch.Tensor]:
 
 
 def with_scales(name: str) -> str:
-    """Norms as the file that ComfyUI's own hosts publish calls them."""
+    """Names of norms as in the file that ComfyUI publishes."""
     return name.replace("_norm.weight", "_norm.scale")
 
 
 def as_published(name: str) -> str:
-    """Layers as the model's makers call them."""
+    """Names of layers as in the file that the authors of the model publish."""
     changes = {
         "_attn.qkv.": "_attn_qkv.",
         "_attn.proj.": "_attn_proj.",
@@ -128,7 +128,7 @@ def as_published(name: str) -> str:
 
 
 def static_inputs() -> tuple:
-    """A file with scales of small inputs, on a host that quantizes inputs for the product, as one with a GPU does."""
+    """A file with small static activation scales, on a host that quantizes activations as one with a GPU does."""
     made, reload = quantized(), host.verifying.reload_file
 
     def add_scales(tensors, _) -> None:
@@ -158,7 +158,7 @@ def padded(format: str) -> host.Quantized:
 
 
 def sound() -> dict:
-    """Files that are as they should be, of all formats and kinds."""
+    """Valid files of all formats and kinds."""
     host.add_layouts()
     found = {name: verified(quantized(name)) for name in FORMATS}
     base = Path(folder_paths.base_path)
@@ -195,7 +195,7 @@ def sound() -> dict:
 
 
 def rewritten(path: Path, change: Callable) -> None:
-    """``change(tensors, metadata)`` of a file, which is no link to another one afterwards."""
+    """Apply ``change(tensors, metadata)`` to a file; the result is not a hard link to another file."""
     tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     tensors, metadata = {name: tensor.clone() for name, tensor in tensors.items()}, dict(metadata)
     change(tensors, metadata)
@@ -204,7 +204,7 @@ def rewritten(path: Path, change: Callable) -> None:
 
 
 def says(config: dict):
-    """Another JSON for the layer, in both places."""
+    """Replace the JSON of the layer in the tensor and in the header."""
 
     def change(tensors, metadata) -> None:
         tensors[f"{LAYER}.comfy_quant"] = config_tensor(config)
@@ -230,7 +230,7 @@ def times(name: str, factor: float):
     return lambda tensors, _: tensors.update({name: (tensors[name].float() * factor).to(tensors[name].dtype)})
 
 
-# What happens to the file on the disk, after it was quantized.
+# Damages of the saved file.
 ON_DISK = {
     "a kept tensor": times(KEPT, 2),
     "a bias": times(f"{LAYER}.bias", 2),
@@ -240,7 +240,7 @@ ON_DISK = {
     "a tensor more": lambda tensors, _: tensors.update({"more": torch.ones(1)}),
     "another entry": says({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}),
 }
-# What was quantized came out so.
+# Damages of the quantized file before it is saved.
 AS_QUANTIZED = {
     "no number": times(f"{LAYER}.weight_scale", float("nan")),
     "no entry": without_entry,
@@ -257,7 +257,7 @@ AS_QUANTIZED = {
 
 
 def set_scale(module, factor: float) -> None:
-    if hasattr(module, "weight_scale"):  # a layer of ours
+    if hasattr(module, "weight_scale"):  # a decoding layer
         module.weight_scale = module.weight_scale * factor
     elif hasattr(module.weight, "_params"):
         module.weight._params = dataclasses.replace(module.weight._params, scale=module.weight._params.scale * factor)
@@ -289,7 +289,7 @@ def parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
 
 
 def lose(model) -> None:
-    """The layer has another name in the model."""
+    """Rename the layer in the model."""
     mlp = model.get_submodule(LAYER.rpartition(".")[0])
     mlp.another = mlp.fc1
     del mlp.fc1
@@ -300,7 +300,7 @@ def louder(module) -> None:
     module.forward = lambda inputs: forward(inputs) * 1.5
 
 
-# What ComfyUI's loader made of a sound file.
+# Damages of the model that ComfyUI loaded from a valid file.
 IN_COMFYUI = {
     "a kept tensor": lambda model: setattr(
         model.x_embedder.proj, "weight", parameter(model.x_embedder.proj.weight * 2)
@@ -322,7 +322,7 @@ IN_COMFYUI = {
 
 
 def tampered(format: str = "float8_e4m3fn") -> dict:
-    """Each kind of thing that can be wrong, at each place where it can become so."""
+    """Every kind of damage at every place where it can occur."""
     found = {}
     for name, change in ON_DISK.items():
         made = quantized(format)
@@ -347,7 +347,7 @@ def tampered(format: str = "float8_e4m3fn") -> dict:
 
 
 def tampered_int8() -> dict:
-    """The same for a format that ComfyUI 0.3.75 is given layers of ours for."""
+    """The same for a format that ComfyUI 0.3.75 runs on decoding layers."""
     return tampered("int8_tensorwise")
 
 
@@ -356,7 +356,7 @@ def files(folder: Path) -> list[str]:
 
 
 def full_disk() -> dict:
-    """The disk is full at the second of two files that are copied."""
+    """The disk is full at the second of two copies."""
     sources = {part: Path(folder_paths.base_path) / f"{part}.bin" for part in ("first", "second")}
     for path in sources.values():
         path.write_bytes(os.urandom(1 << 16))
@@ -380,7 +380,7 @@ def full_disk() -> dict:
 
 
 def other_disks() -> dict:
-    """Folders on other disks: the result is moved by a copy, and saved by one, over nothing that is there."""
+    """Folders on other disks: the result is moved and saved by copies, and no file is overwritten."""
     temp, made, found = host.folders.temporary_folder(), quantized(), {}
     whole = made.files[""].read_bytes()
     for name, within in {"another disk": output(), "a disk without links": None}.items():
@@ -428,7 +428,7 @@ def other_disks() -> dict:
 
 
 def die(*_) -> None:
-    """Ends the process as kill -9 does, but that the test hears of it."""
+    """End the process as kill -9 does, after reporting to the test."""
     print("RESULT" + json.dumps(files(output())), flush=True)
     os._exit(0)
 
@@ -443,7 +443,7 @@ def then_die(call: Callable) -> Callable:
     return lambda *args: (call(*args), die())
 
 
-# Where a server dies while it saves: what is replaced, and whether the folder is on a disk without links.
+# Point at which a server is killed while it saves → (object, attribute, replacement, folder with hard links).
 DEATHS = {
     "copying": lambda: (host.folders, "_copy_bytes", half, None),
     "copied": lambda: (host.folders, "_rename_new", die, None),
@@ -454,7 +454,7 @@ DEATHS = {
 
 
 def dying(point: str) -> None:
-    """A server that dies at one of the points."""
+    """Save on a server that is killed at one of the points."""
     place, name, value, within = DEATHS[point]()
     made = quantized()
     with replaced(place, name, value):
@@ -462,7 +462,7 @@ def dying(point: str) -> None:
 
 
 def after_death() -> dict:
-    """The next server saves the same under the same name."""
+    """Save the same file under the same name on the next server."""
     found = files(output())
     whole = [
         path for path in output().rglob("verified*") if host.verify_saved(quantized(), [path]).startswith("Verified: ")
@@ -478,8 +478,8 @@ def after_death() -> dict:
 
 
 SEED = 30
-TRIES = 4  # at each point
-# Where the user cancels: at any call of these.
+TRIES = 4  # per point
+# Functions during which the user interrupts.
 POINTS = {
     "reading": (SafetensorsFile, "read"),
     "writing": (SafetensorsWriter, "add"),
@@ -494,7 +494,7 @@ POINTS = {
 
 
 def interrupts() -> dict:
-    """ComfyUI's interrupt at random calls of what a run and a save do; each time the same run again."""
+    """Interrupts at random calls of the functions of a run and a save; the same run is repeated each time."""
     draw, found, base = random.Random(SEED), {}, Path(folder_paths.base_path)
 
     def run() -> bytes:
@@ -513,7 +513,7 @@ def interrupts() -> dict:
         return [name for folder in ("output", ".learned_rounding", "temp") for name in files(base / folder)]
 
     def tried(at: int | None, place, name: str) -> tuple[int, bytes | None]:
-        """How often it was called, and the file where the run came to its end."""
+        """(number of calls, content of the file if the run was completed)."""
         call, calls = getattr(place, name), itertools.count()
 
         def interrupting(*args, **options):
@@ -537,7 +537,7 @@ def interrupts() -> dict:
         found[point] = []
         for at in draw.sample(range(calls), min(TRIES, calls)):
             _, made = tried(at, place, name)
-            if made is not None:  # it was too late
+            if made is not None:  # the interrupt came too late
                 clear()
             found[point].append(
                 {"at": at, "of": calls, "interrupted": made is None, "same": made == whole, "left": left()}

@@ -1,9 +1,9 @@
-"""Our layer for formats that a host cannot run, inside the host's own process."""
+"""Decoding layers for formats that a host cannot run, inside the host's process."""
 
 from learned_rounding.quant_core import FORMATS
 from learned_rounding.tests.nodes.probing import in_process, stock_loads
 
-# Relative error of what the tiny model predicts for random inputs, nearest rounding.
+# Relative error of the tiny model's prediction for random inputs; round to nearest.
 BOUND = 0.2
 
 
@@ -18,5 +18,5 @@ def test_decoding_layers_support_loras_and_low_vram(host, tmp_path):
 
 
 def test_rotation_below_params_is_read_as_in_comfyui(host, tmp_path):
-    """By its own layer where it knows the format, by ours elsewhere."""
+    """By ComfyUI's own layer where it supports the format, else by a decoding layer."""
     assert in_process(host, tmp_path, "nested_rotation")["error"] < 0.05

@@ -1,4 +1,4 @@
-"""The real thing: a real model through a real ComfyUI, with stock nodes around ours."""
+"""Graphs with stock nodes and this pack's nodes, on running servers with the tiny model."""
 
 import json
 import re
@@ -22,9 +22,7 @@ from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, loads, prob
 
 # PSNR in dB against the unquantized model: below the worst image with round to nearest (benchmarks/README.md).
 FLOOR = {E4M3: 38.0, E5M2: 32.0, INT8: 27.0, E2M1: 0.0}
-FLOOR_FP8_INPUTS = (
-    24.0  # inputs in FP8 too, three mantissa bits; ComfyUI's own FP8 per tensor leaves them as they are on a CPU
-)
+FLOOR_FP8_INPUTS = 24.0  # FP8 activations too; ComfyUI's own FP8 per tensor leaves them unquantized on a CPU
 CAPABILITY = torch.cuda.get_device_capability() if HOST_DEVICE == "cuda" else (0, 0)
 
 
@@ -40,7 +38,7 @@ def saved_path(result, node) -> Path:
 
 
 def unique(request, *parts: str) -> str:
-    """A name no other test uses, fit for a file."""
+    """A file name that no other test uses."""
     return re.sub(r"\W+", "-", "-".join((request.node.name, *parts)))
 
 
@@ -136,7 +134,7 @@ def test_microscaling_formats_rounded_to_nearest_sample_near_full_precision(comf
 
 @pytest.mark.parametrize("format", [name for name, entry in FORMATS.items() if entry.stock_since is None])
 def test_stock_nodes_load_patch_and_save_own_formats(comfy, request, format):
-    """Load, LoRA and save nodes of ComfyUI's own: what they save samples as what they were given, LoRA and all."""
+    """Stock nodes load, patch and save files in own formats; the saved files sample as the models did, with and without a LoRA."""
     if not takes_layouts(comfy.host):
         pytest.skip(f"ComfyUI {comfy.host.version} cannot load {format} files")
     if HOST_DEVICE == "cuda" and FORMATS[format].elements == INT8:
@@ -167,7 +165,7 @@ def test_stock_nodes_load_patch_and_save_own_formats(comfy, request, format):
         assert verify_file(made).layers == len(found["layers"])
         if (
             kind == "lora" and HOST_DEVICE == "cuda"
-        ):  # a streamed layer with a LoRA is not quantized again until it is saved
+        ):  # a streamed layer with a LoRA is quantized again only when it is saved
             assert (
                 psnr(*(pictures(comfy.output_dir, f"{name}-{kind}{end}") for end in ("", "-again"))) > FLOOR_FP8_INPUTS
             )
@@ -177,7 +175,7 @@ def test_stock_nodes_load_patch_and_save_own_formats(comfy, request, format):
 
 
 def test_every_widget_sets_its_recipe_option(comfy, request):
-    """Untouched widgets are the recipe's defaults; each one that is touched arrives."""
+    """Untouched widgets give the recipe's defaults; changed ones give their values."""
     learned = {
         "rounding": "principal",
         "top_p": 0.25,
@@ -294,7 +292,9 @@ def test_lora_after_quantization_is_applied_and_removed(comfy, request, format, 
     graph.sample(graph.lora(quantized[0])[0], f"{name}-lora")
     comfy.queue(graph)
     after = ProbedGraph(graph)
-    after.sample(quantized[0], f"{name}-after", steps=19)  # other steps: really sampled again, then once more as before
+    after.sample(
+        quantized[0], f"{name}-after", steps=19
+    )  # other steps, so that it is sampled again, and then again as before
     comfy.queue(after)
     before, reference, lora = (pictures(comfy.output_dir, f"{name}-{kind}") for kind in ("before", "reference", "lora"))
     assert psnr(reference, lora) > psnr(reference, before) + 3
@@ -312,7 +312,7 @@ def test_settings_of_the_incoming_model_are_copied(comfy):
 
 
 def test_models_are_built_only_for_connected_outputs(comfy):
-    """Connecting MODEL later runs the node again, without quantizing again."""
+    """Connecting MODEL later runs the node again without quantizing again."""
     graph = ProbedGraph()
     quantized = graph.quantize(graph.source()[0], seed=1001)
     graph.add("PreviewAny", source=quantized[3])  # Save Quantized would reload the file to verify it
@@ -336,7 +336,7 @@ def test_same_inputs_use_the_cache(comfy, request):
 
 
 def test_client_receives_progress_layer_by_layer(comfy, request):
-    """No layer is begun before the client has been told of the one before."""
+    """No layer starts before the client has the message of the previous one."""
     graph = ProbedGraph()
     quantized = graph.quantize(graph.source()[0], seed=1003)
     graph.save(quantized, unique(request))
@@ -408,7 +408,7 @@ def test_saving_never_overwrites_files(comfy, request):
         saved = graph.save(graph.quantize(graph.source()[0]), f"sub/{name}", folder)
         graph.add("PreviewAny", source=f"{folder}{len(paths)}")
         if len(paths) == 1:
-            graph[saved.id]["inputs"]["filename_prefix"] = f"./sub/{name}"  # the same file, yet not the cached node
+            graph[saved.id]["inputs"]["filename_prefix"] = f"./sub/{name}"  # the same file, but not the cached node
         paths.append(saved_path(comfy.queue(graph), saved))
     assert len(set(paths)) == 3 and all(path.is_file() for path in paths)
     assert paths[0].name.endswith("_00001_.safetensors") and paths[1].name.endswith("_00002_.safetensors")
@@ -420,7 +420,7 @@ def test_saving_never_overwrites_files(comfy, request):
 
 @pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_blockwise"])
 def test_checkpoint_keeps_its_other_parts(comfy, request, format):
-    """Only the diffusion model is quantized, the VAE is copied bit for bit, and the stock loader takes the file."""
+    """Only the diffusion model is quantized, the VAE is copied bit for bit, and the stock loader loads the file."""
     name = unique(request)
     model = load_file(comfy.models_dir / "diffusion_models" / MODEL)
     checkpoint = {f"model.diffusion_model.{key}": tensor for key, tensor in model.items()}

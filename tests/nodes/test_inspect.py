@@ -1,4 +1,4 @@
-"""Inspect and Quantization Report in a real graph."""
+"""Inspect and Quantization Report in a graph."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""What ComfyUI Manager does: clone into custom_nodes, install requirements.txt in ComfyUI's environment, restart."""
+"""Installation as by ComfyUI Manager: clone into custom_nodes, install requirements.txt, restart."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Files in this pack's formats through ComfyUI's own loaders, inside the host's own process."""
+"""Files in this pack's formats through ComfyUI's own loaders, inside the host's process."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from learned_rounding.quant_core import FORMATS
 from learned_rounding.tests.nodes.probing import in_process, takes_layouts
 
 OURS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
-# Relative error of what the tiny model predicts for random inputs, nearest rounding, quantized inputs.
+# Relative error of the tiny model's prediction for random inputs; round to nearest, quantized activations.
 BOUND = 0.25
 
 

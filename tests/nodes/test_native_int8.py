@@ -1,4 +1,4 @@
-"""ComfyUI's own INT8 layers on this pack's kernels, where that is asked for."""
+"""ComfyUI's native INT8 layers on this pack's kernels."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_setting_of_the_page_reaches_the_server(comfy):
     with open_page(comfy) as page:
         page.on("request", lambda request: seen.append(request.post_data) if ROUTE in request.url else None)
         visit(page, comfy)
-        page.wait_for_load_state("networkidle")  # a page that opens changes nothing
+        page.wait_for_load_state("networkidle")  # opening a page changes no setting
         for on in ("true", "false"):
             with page.expect_response(lambda response: ROUTE in response.url and response.ok):
                 page.evaluate(f"() => window.app.extensionManager.setting.set('LearnedRounding.NativeInt8', {on})")

@@ -1,4 +1,4 @@
-"""Model files of every kind, as ComfyUI will see them, inside the host's own process."""
+"""Model files of all file formats under ComfyUI's names, inside the host's process."""
 
 from learned_rounding.tests.architectures.table import RENAMED
 from learned_rounding.tests.nodes.probing import in_process

@@ -1,4 +1,4 @@
-"""Bad input on the nodes: one clear sentence as a node error, and the server goes on."""
+"""Invalid input of nodes: one node error with a clear sentence, and the server keeps running."""
 
 import subprocess
 
@@ -27,7 +27,7 @@ def refused(comfy, sentences):
 
 @pytest.fixture
 def refused_at_once(comfy, sentences):
-    """refused_at_once(graph, node): ComfyUI does not queue the workflow, because of this class of node alone."""
+    """refused_at_once(graph, node): ComfyUI does not queue the workflow, because of this class of node only."""
 
     def check(graph, node: str) -> None:
         before = comfy.get("/history").keys()
@@ -42,7 +42,7 @@ def refused_at_once(comfy, sentences):
 
 
 def put(comfy, name: str, tensors: dict) -> str:
-    """A file in the model folder, and how Load Model names it."""
+    """A file in the model folder; its name in Load Model."""
     save_file(tensors, comfy.models_dir / "diffusion_models" / name)
     return f"diffusion_models/{name}"
 

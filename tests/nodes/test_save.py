@@ -1,4 +1,4 @@
-"""Save Quantized reloads what it saved: sound files are called so, others are renamed and reported."""
+"""Save Quantized reloads its files: valid files are reported as verified, others are renamed and reported."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def test_valid_files_are_verified(host, tmp_path, sentences):
     saved, (said, failed, left) = found["found"], found["too little memory"]
     sentences(said)
     assert failed == [] and len(left) == 1
-    if host.version == "0.3.75":  # it looks names up that the model's own rules have changed
+    if host.version == "0.3.75":  # it looks up names that the model's own rules have changed
         said, failed, left = saved.pop("renamed layers")
         sentences(said)
         assert len(failed) == 1 and not left
@@ -94,7 +94,7 @@ def test_saving_on_other_disks_never_overwrites(host, tmp_path, tried, sentences
     tried("ENOSPC when a result moves into ComfyUI's temp folder on another disk", 1, "none, one sentence")
 
 
-# Where a server dies while it saves → what it leaves, and under which name the next one saves.
+# Point at which a server is killed while it saves → (files that it leaves, name of the next save).
 LEFT = {
     "copying": (["partial"], NAMES[0]),
     "copied": (["partial"], NAMES[0]),
@@ -111,7 +111,7 @@ def test_kill_during_saving_leaves_a_complete_file_or_none(host, tmp_path, tried
     assert sorted("partial" if file.endswith(".partial") else "whole" for file in dying) == left
     found = in_process(host, tmp_path, "saving_after_death")
     assert found["found"] == dying and found["whole"] == left.count("whole")
-    assert found["saved"] == name and found["files"] == NAMES[: NAMES.index(name) + 1]  # what was being copied is gone
+    assert found["saved"] == name and found["files"] == NAMES[: NAMES.index(name) + 1]  # the partial copy is deleted
     sentences(found["verified"])
     tried("a server killed while it saves", 1, "whole or none; the next save removes the rest")
 

@@ -1,4 +1,4 @@
-"""Text encoders, inside the host's own process: no stock node loads one small enough for a test."""
+"""Text encoders, inside the host's process: no stock node loads one that is small enough for a test."""
 
 import pytest
 

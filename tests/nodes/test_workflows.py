@@ -1,4 +1,4 @@
-"""The shipped workflow files: they run with the tiny model in place of the public ones that they name, and say what to choose."""
+"""The shipped workflows run with the tiny model in place of the public ones that they name, and explain what to choose."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_example_runs_with_the_tiny_model(comfy, name, sentences):
 
 
 def test_examples_have_the_slots_of_the_nodes(comfy):
-    """A page keeps the slots that a file names."""
+    """Slots in the files are those of the nodes: a page keeps the slots of a file."""
     known = comfy.object_info()
     for workflow in WORKFLOWS.values():
         for node in workflow["nodes"]:
@@ -65,7 +65,7 @@ def test_examples_have_the_slots_of_the_nodes(comfy):
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_example_is_for_users(name):
-    """Usual loaders and nodes of the two hosts, files that are public with the address of each, and a note that says what to choose."""
+    """An example has stock loaders and nodes of both hosts, public files with their addresses, and a note for the user."""
     nodes = WORKFLOWS[name]["nodes"]
     notes = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
     assert len(notes) == 1 and "Choose your" in notes[0] and len(notes[0]) > 200
@@ -91,7 +91,7 @@ def _workflow_of(picture) -> dict:
 
 
 def test_every_substitution_is_needed():
-    """By an example, or by a workflow that a picture of the help carries."""
+    """Needed by an example, or by the workflow of a picture in the help."""
     workflows = [*WORKFLOWS.values(), *map(_workflow_of, (EXAMPLES.parent / "web" / "docs" / "images").glob("*.png"))]
     nodes = [node for workflow in workflows for node in workflow["nodes"]]
     values = {value for node in nodes for value in node.get("widgets_values") or () if isinstance(value, str)}
