@@ -3,14 +3,12 @@
 import logging
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 from pack.nodes import host
 from pack.quant_core import FORMATS, Recipe
@@ -26,7 +24,7 @@ DEVICE = comfy.model_management.get_torch_device()
 INPUTS = ((5, 100), (2, 5, 100), (100,), (2, 3, 4, 100))
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
@@ -63,7 +61,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     near = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
     holds = {
         "the weight is what its codes mean": torch.equal(decoded, decode(coded).to(dtype)),
-        "the weight is near the original": 0 < _distance(decoded, weight) < 0.03,
+        "the weight is near the original": 0 < distance(decoded, weight) < 0.03,
         "stands for the original": (coded.shape, coded.dtype) == (weight.shape, dtype),
     }
     inputs = [normal(*shape) for shape in INPUTS]
@@ -78,7 +76,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
             holds[f"{case}: linear is t and mm"] = torch.equal(whole, parts) and torch.equal(whole, learning.detach())
             seen = codec.quantize_activations(x.reshape(-1, SHAPE[1])).reshape(x.shape)
             means = linear(seen, decode(coded), None if b is None else b.float())
-            holds[f"{case}: inputs are quantized"] = whole.dtype is dtype and _distance(whole, means) < near
+            holds[f"{case}: inputs are quantized"] = whole.dtype is dtype and distance(whole, means) < near
     x = inputs[0]
     product = linear(x, coded)
     holds |= {
@@ -122,10 +120,10 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     ]
     mean = torch.stack([draw.dequantize().float() for draw in draws[:64]]).mean(0)
     holds |= {
-        "requantized": again._params.block_size == codec.block_size and _distance(again.dequantize(), decoded) < near,
+        "requantized": again._params.block_size == codec.block_size and distance(again.dequantize(), decoded) < near,
         "same seed, same codes": torch.equal(draws[0].dequantize(), draws[-1].dequantize()),
         "other seed, other codes": not torch.equal(draws[0].dequantize(), draws[1].dequantize()),
-        "stochastic rounding is right on average": _distance(mean, weight) < 0.5 * _distance(decoded, weight),
+        "stochastic rounding is right on average": distance(mean, weight) < 0.5 * distance(decoded, weight),
     }
     learned = x.clone().requires_grad_()
     linear(learned, coded, bias).sum().backward()
@@ -178,7 +176,7 @@ def _streamed(coded):
     return view
 
 
-class _Tiny:
+class TinyModel:
     """The tiny model, a LoRA for it, and its predictions for fixed random inputs."""
 
     def __init__(self):
@@ -244,7 +242,7 @@ def _bytes(path) -> dict[str, tuple]:
 
 def loading() -> dict:
     """Files in own formats through ComfyUI's own functions, before and after the formats are registered."""
-    tiny = _Tiny()
+    tiny = TinyModel()
     files = {name: tiny.file(format=name, **({"block_size": 64} if "block" in name else {})) for name in OURS}
     paths = {name: str(quantized.files[""]) for name, quantized in files.items()}
     before = {name: _raised(comfy.sd.load_diffusion_model, path) for name, path in paths.items()}
@@ -272,10 +270,10 @@ def loading() -> dict:
             "knows": host.supports_format(name),
             "layers": len(layers),
             "codes": sorted(set(layers.values())),
-            "error": _distance(plain, expected),
-            "the LoRA moves by": _distance(expected_lora, expected),
-            "error with the LoRA": _distance(whole, expected_lora),
-            "error with the LoRA and little memory": _distance(little, expected_lora),
+            "error": distance(plain, expected),
+            "the LoRA moves by": distance(expected_lora, expected),
+            "error with the LoRA": distance(whole, expected_lora),
+            "error with the LoRA and little memory": distance(little, expected_lora),
             "little memory alone": torch.equal(alone, plain),
             "unpatched": torch.equal(unpatched, plain) and torch.equal(tiny.run(model), plain),
             "as in the graph": torch.equal(tiny.run(host.build_model(tiny.original, files[name])), plain),
@@ -309,7 +307,7 @@ def _configs(path) -> dict:
 
 def native() -> dict:
     """Functions of this pack that run while a native file is loaded and sampled, and whether its results change."""
-    tiny = _Tiny()
+    tiny = TinyModel()
     recipes = {
         "float8_e4m3fn": {"format": "float8_e4m3fn"},
         "float8_e5m2": {"format": "float8_e5m2"},
@@ -362,17 +360,17 @@ def damaged() -> dict[str, str]:
     operations = comfy.ops.mixed_precision_ops({}, torch.float32)
     layout = "LearnedRoundingInt8Blockwise"
     coded = comfy.quant_ops.QuantizedTensor.from_float(torch.randn(64, 96), layout, block_size=32)
-    sound = {
+    valid = {
         **coded.state_dict("a.weight"),
         "a.comfy_quant": config_tensor({"format": "int8_blockwise", "group_size": 32}),
     }
     cases = {
-        "sound": sound,
-        "no scale": {name: tensor for name, tensor in sound.items() if name != "a.weight_scale"},
-        "no weight": {name: tensor for name, tensor in sound.items() if name != "a.weight"},
-        "another block size": {**sound, "a.comfy_quant": config_tensor({"format": "int8_blockwise", "group_size": 64})},
-        "FP8 codes": {**sound, "a.weight": sound["a.weight"].view(torch.float8_e4m3fn)},
-        "a bank of matrices": {**sound, "a.weight": sound["a.weight"][None]},
+        "valid": valid,
+        "no scale": {name: tensor for name, tensor in valid.items() if name != "a.weight_scale"},
+        "no weight": {name: tensor for name, tensor in valid.items() if name != "a.weight"},
+        "another block size": {**valid, "a.comfy_quant": config_tensor({"format": "int8_blockwise", "group_size": 64})},
+        "FP8 codes": {**valid, "a.weight": valid["a.weight"].view(torch.float8_e4m3fn)},
+        "a bank of matrices": {**valid, "a.weight": valid["a.weight"][None]},
     }
 
     def load(state_dict):
@@ -390,7 +388,7 @@ class _Listener(logging.Handler):
 
 def compiled() -> dict[str, dict]:
     """The tiny model through torch.compile in own formats and in a native one."""
-    tiny = _Tiny()
+    tiny = TinyModel()
     files = {name: tiny.file(format=name) for name in (*OURS, "int8_tensorwise")}
     host.add_layouts()
     found = {}
@@ -405,71 +403,9 @@ def compiled() -> dict[str, dict]:
     return found
 
 
-def native_int8() -> dict:
-    """ComfyUI's native INT8 layers on this pack's kernels: only when enabled, and with the results of comfy-kitchen's own."""
-    from comfy_kitchen.constraints import FunctionConstraints
-    from comfy_kitchen.registry import registry
-
-    settings = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    stored = []
-    for text in ('{"LearnedRounding.NativeInt8": true}', "damaged", '{"LearnedRounding.NativeInt8": true}', "{}"):
-        settings.write_text(text)
-        host.add_native_int8_setting()
-        stored.append(registry.is_available("learned_rounding"))
-    module = sys.modules["pack.nodes.host.native_int8"]
-    needs = registry.get_constraints("learned_rounding", "int8_linear")
-    calls = []
-
-    def counted(**arguments):
-        calls.append(arguments["input_act"])
-        return module.int8_linear(**arguments)
-
-    for name in ("cuda", "triton"):  # as below CUDA 13, and without a GPU
-        registry.disable(name)
-    anywhere = {"int8_linear": FunctionConstraints()}
-    registry.register("learned_rounding", SimpleNamespace(int8_linear=counted), anywhere)  # also on a CPU
-    tiny = _Tiny()
-    found = {
-        "stored": stored,
-        "needs": [sorted(needs.default_devices), list(needs.min_compute_capability)],
-        "before": [name for name in registry._priority if name in ("learned_rounding", "eager")],
-        "models": {},
-    }
-    recipes = {"row": {}, "tensor": {"granularity": "tensor"}, "convrot": {"convrot": True}}
-    for name, options in recipes.items():
-        file = tiny.file(format="int8_tensorwise", **options)
-        plain, ours = host.build_model(tiny.original, file), host.build_model(tiny.original, file, True)
-        expected, without = tiny.sampled(plain), len(calls)
-        made = tiny.sampled(ours)
-        found["models"][name] = {
-            "calls without": without,
-            "calls": len(calls) - without,
-            "layers": len(host.quantized_layers(ours)),
-            "distance": _distance(made, expected),
-            "off again": not registry.is_available("learned_rounding"),
-        }
-        calls.clear()
-    module._set_enabled(True)
-    tiny.sampled(plain)
-    found["calls with the setting"] = len(calls)
-    module._set_enabled(False)
-    tiny.sampled(plain)
-    found["calls after it"] = len(calls) - found["calls with the setting"]
-    x, weight = torch.randn(3, 128, device=DEVICE), torch.randn(32, 128, device=DEVICE)
-    coded = comfy.quant_ops.QuantizedTensor.from_float(weight, "TensorWiseINT8Layout")
-    acted = {}
-    for name, act in getattr(comfy.ops, "INPUT_ACT_EAGER", {}).items():
-        inputs = torch.cat([x, x], 1) if name == "swiglu" else x
-        product = module.int8_linear(inputs, coded._qdata, coded._params.scale, None, torch.float32, input_act=name)
-        acted[name] = _distance(product, linear(act(inputs), coded))
-    found["activations"] = acted
-    return found
-
-
 def changed() -> dict[str, dict]:
     """ComfyUI with other internals: nothing is changed, one warning is logged, and decoding layers run."""
-    tiny = _Tiny()
+    tiny = TinyModel()
     loader = getattr(comfy.ops, "_load_quantized_module", None)
 
     def other(module, state_dict, prefix):
@@ -494,7 +430,7 @@ def changed() -> dict[str, dict]:
             "said": said,
             "untouched": still and not any(host.supports_format(format) for format in OURS),
             "layers": len(host.quantized_layers(model)),
-            "error": _distance(tiny.run(model), tiny.run(tiny.original)),
+            "error": distance(tiny.run(model), tiny.run(tiny.original)),
         }
     return found
 
@@ -506,5 +442,4 @@ CHECKS = {
     "layout_damaged": damaged,
     "layout_changed": changed,
     "layout_compiled": compiled,
-    "layout_native_int8": native_int8,
 }

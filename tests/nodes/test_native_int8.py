@@ -12,7 +12,7 @@ ROUTE = "/learned_rounding/native_int8"
 def test_kernels_run_when_enabled_and_match_comfy_kitchen(host, tmp_path):
     if not stock_loads(host, "int8_tensorwise"):
         pytest.skip(f"ComfyUI {host.version} has no INT8 layers of its own")
-    found = in_process(host, tmp_path, "layout_native_int8")
+    found = in_process(host, tmp_path, "native_int8")
     assert found["needs"] == [["cuda"], [8, 0]] and found["before"] == ["learned_rounding", "eager"]
     assert found["stored"] == [True, False, True, False]
     for name, result in found["models"].items():

@@ -36,7 +36,7 @@ DAMAGES = [
 
 
 def test_valid_files_are_verified(host, tmp_path, sentences):
-    found = in_process(host, tmp_path, "saving_sound")
+    found = in_process(host, tmp_path, "saving_valid")
     saved, (said, failed, left) = found["found"], found["too little memory"]
     sentences(said)
     assert failed == [] and len(left) == 1
@@ -72,7 +72,7 @@ def test_node_reports_the_verification(comfy, request, sentences):
 
 
 def test_full_disk_leaves_no_partial_save(host, tmp_path, tried, sentences):
-    found = in_process(host, tmp_path, "saving_full_disk")
+    found = in_process(host, tmp_path, "failing_full_disk")
     sentences(found["said"])
     assert found["left"] == []
     assert found["afterwards"] == ["full_first_label_00001_.safetensors", "full_second_label_00001_.safetensors"]
@@ -83,7 +83,7 @@ NAMES = ["verified_float8_e4m3fn_00001_.safetensors", "verified_float8_e4m3fn_00
 
 
 def test_saving_on_other_disks_never_overwrites(host, tmp_path, tried, sentences):
-    found = in_process(host, tmp_path, "saving_other_disks")
+    found = in_process(host, tmp_path, "failing_other_disks")
     for disk in ("another disk", "a disk without links"):
         saved = found[disk]
         assert saved["names"] == saved["files"] == NAMES and saved["same"] and saved["copies"], disk
@@ -107,9 +107,9 @@ LEFT = {
 @pytest.mark.parametrize("point", LEFT)
 def test_kill_during_saving_leaves_a_complete_file_or_none(host, tmp_path, tried, point, sentences):
     left, name = LEFT[point]
-    dying = in_process(host, tmp_path, f"saving_dies_{point}")
+    dying = in_process(host, tmp_path, f"failing_dies_{point}")
     assert sorted("partial" if file.endswith(".partial") else "whole" for file in dying) == left
-    found = in_process(host, tmp_path, "saving_after_death")
+    found = in_process(host, tmp_path, "failing_after_death")
     assert found["found"] == dying and found["whole"] == left.count("whole")
     assert found["saved"] == name and found["files"] == NAMES[: NAMES.index(name) + 1]  # the partial copy is deleted
     sentences(found["verified"])
@@ -117,7 +117,7 @@ def test_kill_during_saving_leaves_a_complete_file_or_none(host, tmp_path, tried
 
 
 def test_interrupt_during_run_or_save_leaves_no_files(host, tmp_path, tried):
-    found = in_process(host, tmp_path, "saving_interrupts")
+    found = in_process(host, tmp_path, "failing_interrupts")
     assert found.pop("afterwards")
     tries = 0
     for point, outcomes in found.items():
