@@ -1,15 +1,15 @@
-"""Learned Rounding: quantized diffusion models made inside ComfyUI.
+"""Learned Rounding: quantize diffusion models in ComfyUI.
 
-This folder is both a ComfyUI custom node pack and the Python package
-``learned_rounding``. ComfyUI knocks here; everything else lives in the folders:
-``quant_core`` (the library), ``nodes`` (thin ComfyUI nodes), ``web`` (the widget).
+This folder is both a ComfyUI custom node pack and the Python package ``learned_rounding``. ComfyUI imports this module as
+its entry point. The code is in ``quant_core`` (library), ``kernels`` (linear layers and rounding), ``nodes`` (ComfyUI nodes)
+and ``web`` (widgets of the page).
 """
 
 WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():
-    """Called by ComfyUI; nodes are imported here so that the library needs no ComfyUI."""
+    """ComfyUI's entry point. It imports the nodes, so that the library can be imported without ComfyUI."""
     from .nodes import LearnedRoundingExtension
 
     return LearnedRoundingExtension()

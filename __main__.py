@@ -1,4 +1,4 @@
-"""``python PATH/TO/THIS/FOLDER quantize ...`` is the command ``lrq``, with nothing installed."""
+"""Command ``lrq`` without installation: ``python PATH/TO/THIS/FOLDER quantize ...``."""
 
 import importlib.util
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def _load_package(folder: Path, name: str = "learned_rounding"):
-    """Import this folder as a package, whatever it is called on disk."""
+    """Import this folder as package ``name``, independent of the folder's own name."""
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -15,7 +15,7 @@ def _load_package(folder: Path, name: str = "learned_rounding"):
 
 
 here = Path(__file__).resolve().parent
-# Running a folder puts it first on the path, where our `nodes` would shadow other packages' modules.
+# Python puts a folder that it runs first on the path, where our `nodes` would shadow ComfyUI's module of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 _load_package(here)
 

@@ -1,4 +1,9 @@
-"""Thin ComfyUI nodes, one file each. ``host/`` alone touches ComfyUI's internals."""
+"""ComfyUI nodes, one module each.
+
+* ``host``: the only package that imports ComfyUI's internals.
+* ``runtime``: layouts and layers that run in ComfyUI's models.
+* ``ui``: schemas, progress messages, drawings.
+"""
 
 from comfy_api.latest import ComfyExtension
 
@@ -23,9 +28,10 @@ __all__ = ["LearnedRoundingExtension"]
 
 
 class LearnedRoundingExtension(ComfyExtension):
-    """What ComfyUI loads."""
+    """The nodes of this pack, for ComfyUI."""
 
     async def get_node_list(self):
+        """Register formats, settings and routes with ComfyUI, and return the node classes."""
         # Not in on_load, which ComfyUI 0.3.75 does not call.
         host.add_layouts()
         host.add_native_int8_setting()

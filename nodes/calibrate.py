@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from . import host
 from .ui.calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
-from .ui.progress import NodeProgress, summary
+from .ui.progress import NodeProgress, run_summary
 from .ui.sampling_inputs import pair_conditioning, sampling_inputs, single_value
 from .ui.schema import CalibrationType, schema, widget
 
@@ -94,5 +94,5 @@ class Calibrate(io.ComfyNode):
                 scheduler=single_value("scheduler", scheduler),
             )
         images = host.decode_images(model, latents, single_value("vae", vae))
-        shown = ui.PreviewImage(images, cls=cls).as_dict() | summary(progress.finished)
+        shown = ui.PreviewImage(images, cls=cls).as_dict() | run_summary(progress.finished)
         return io.NodeOutput(result, images, text, ui=shown)

@@ -5,8 +5,8 @@ from comfy_api.latest import io
 from . import host
 from .prompts import prompt_lines
 from .ui.calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
-from .ui.progress import NodeProgress, summary
-from .ui.schema import CalibrationType, checked, schema, widget
+from .ui.progress import NodeProgress, run_summary
+from .ui.schema import CalibrationType, check_inputs, schema, widget
 
 __all__ = ["CalibrateTextEncoder"]
 
@@ -53,7 +53,7 @@ class CalibrateTextEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompts=None):
-        return checked(prompt_lines, prompts)
+        return check_inputs(prompt_lines, prompts)
 
     @classmethod
     def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False) -> io.NodeOutput:
@@ -68,4 +68,4 @@ class CalibrateTextEncoder(io.ComfyNode):
                 sensitivity=sensitivity,
                 earlier=calibration,
             )
-        return io.NodeOutput(result, text, ui=summary(progress.finished))
+        return io.NodeOutput(result, text, ui=run_summary(progress.finished))

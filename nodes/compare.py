@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.comparison import Comparison
 from . import host
-from .ui.drawing import as_image, line_chart, picture_rows, stacked
+from .ui.drawing import draw_image_rows, draw_line_chart, stack_images, to_image
 from .ui.sampling_inputs import pair_conditioning, sampling_inputs, single_value
 from .ui.schema import schema
 
@@ -77,18 +77,18 @@ class Compare(io.ComfyNode):
             sampler_name=single_value("sampler_name", sampler_name),
             scheduler=single_value("scheduler", scheduler),
         )
-        plot = as_image(_draw_plot(reference_images, images, comparison))
+        plot = to_image(_draw_plot(reference_images, images, comparison))
         return io.NodeOutput(reference_images, images, plot, comparison.markdown(), ui=ui.PreviewImage(plot, cls=cls))
 
 
 def _draw_plot(reference: torch.Tensor, compared: torch.Tensor, comparison: Comparison):
     """Draw the SNR per step, and the first images with their difference."""
     lines = {f"prompt {number}": line for number, line in enumerate(comparison.steps, 1)}
-    chart = line_chart(comparison.summary, "step", "SNR of the denoised latent (dB)", lines)
+    chart = draw_line_chart(comparison.summary, "step", "SNR of the denoised latent (dB)", lines)
     reference, compared = reference[:_ROWS].cpu(), compared[:_ROWS].cpu()
     columns = {
         "reference": reference,
         "compared": compared,
         f"difference x{_GAIN}": (reference - compared).abs() * _GAIN,
     }
-    return stacked([chart, picture_rows(columns)])
+    return stack_images([chart, draw_image_rows(columns)])

@@ -4,8 +4,8 @@ from comfy_api.latest import io, ui
 
 from . import host
 from .prompts import prompt_lines
-from .ui.drawing import as_image, named_bars
-from .ui.schema import checked, schema, widget
+from .ui.drawing import draw_named_bars, to_image
+from .ui.schema import check_inputs, schema, widget
 
 __all__ = ["CompareTextEncoders"]
 
@@ -40,11 +40,11 @@ class CompareTextEncoders(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompts=None):
-        return checked(prompt_lines, prompts)
+        return check_inputs(prompt_lines, prompts)
 
     @classmethod
     def execute(cls, reference, compared, prompts) -> io.NodeOutput:
         comparison = host.compare_clips(reference, compared, prompt_lines(prompts))
         bars = {str(number): score["SNR (dB)"] for number, score in enumerate(comparison.scores, 1)}
-        plot = as_image(named_bars(comparison.summary, "prompt", "SNR of the conditioning (dB)", bars))
+        plot = to_image(draw_named_bars(comparison.summary, "prompt", "SNR of the conditioning (dB)", bars))
         return io.NodeOutput(plot, comparison.markdown(), ui=ui.PreviewImage(plot, cls=cls))

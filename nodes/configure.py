@@ -12,7 +12,7 @@ from ..quant_core.recipes.option_table import CONVROT, FORMAT_OPTIONS, OPTION_TA
 from ..quant_core.recipes.presets import AUTO
 from . import host
 from .ui.option_widgets import option_widget
-from .ui.schema import OptionsType, RecipeType, checked, schema
+from .ui.schema import OptionsType, RecipeType, check_inputs, schema
 
 __all__ = ["ConfigureQuantization"]
 
@@ -109,7 +109,7 @@ class ConfigureQuantization(io.ComfyNode):
                 block_formats=block_formats or False,
             )
 
-        return checked(check, format)
+        return check_inputs(check, format)
 
     @classmethod
     def execute(
@@ -167,7 +167,7 @@ def _make_recipe(
     scale = None if granularity == AUTO else granularity
     rotation = CONVROT.get(convrot, convrot) or None
     if format == AUTO:
-        best = recommend_format(int8=host.knows("int8_tensorwise"))
+        best = recommend_format(int8=host.supports_format("int8_tensorwise"))
         format = best.name
         rotation = rotation or (best.convrot if scale in (None, best.granularity) else None)
     config = make_format(
@@ -204,5 +204,5 @@ def _find_codecs(format: str) -> dict[str, Codec | None]:
     found = {}
     for granularity in _GRANULARITIES:
         with suppress(RecipeError):
-            found[granularity] = _make_recipe(format, granularity, _OFF, "", "").codec
+            found[granularity] = _make_recipe(format, granularity, _OFF, "", "").format.codec
     return found

@@ -1,16 +1,16 @@
-"""Inspect: what is in a model file, as ``lrq inspect`` tells it."""
+"""Inspect: the contents of a model file, as ``lrq inspect`` prints them."""
 
 from comfy_api.latest import io, ui
 
 from ..quant_core.output import inspect_file
 from . import host
-from .ui.schema import checked, schema, widget
+from .ui.schema import check_inputs, schema, widget
 
 __all__ = ["Inspect"]
 
 
 class Inspect(io.ComfyNode):
-    """See the schema."""
+    """Node; its inputs and outputs are described in the schema."""
 
     @classmethod
     def define_schema(cls):
@@ -33,11 +33,11 @@ class Inspect(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model=None):
-        return checked(host.file_state, model)
+        return check_inputs(host.choice_stamp, model)
 
     @classmethod
     def fingerprint_inputs(cls, model):
-        return (model, *host.file_state(model))
+        return (model, *host.choice_stamp(model))
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:

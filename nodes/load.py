@@ -1,4 +1,4 @@
-"""Load Model: a file from ComfyUI's own folders as a light source; no weight is read yet."""
+"""Load Model: a model file of ComfyUI's folders as a source; its weights are not read yet."""
 
 from comfy_api.latest import io, ui
 
@@ -8,13 +8,13 @@ from ..quant_core.output.inspect import quantized_formats
 from ..quant_core.recipes import Recipe
 from ..quant_core.sources import Source as Weights
 from . import host
-from .ui.schema import Source, checked, schema, widget
+from .ui.schema import Source, check_inputs, schema, widget
 
 __all__ = ["LoadModel"]
 
 
 class LoadModel(io.ComfyNode):
-    """See the schema."""
+    """Node; its inputs and outputs are described in the schema."""
 
     @classmethod
     def define_schema(cls):
@@ -55,20 +55,24 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model=None):
-        return checked(host.file_state, model)
+        return check_inputs(host.choice_stamp, model)
 
     @classmethod
     def fingerprint_inputs(cls, model, clip_type=None, requantize=False):
-        return (model, clip_type, requantize, *host.file_state(model))
+        return (model, clip_type, requantize, *host.choice_stamp(model))
 
     @classmethod
     def execute(cls, model, clip_type=None, requantize=False) -> io.NodeOutput:
         source = host.FileSource.choose(model, clip_type or host.clip_types()[0], requantize)
-        with host.opened(source) as weights:
-            family, formats, decoded = _family(weights), quantized_formats(weights), getattr(weights, "layers", {})
+        with host.open_file(source) as weights:
+            family, formats, decoded = (
+                _describe_family(weights),
+                quantized_formats(weights),
+                getattr(weights, "layers", {}),
+            )
             count, size = len(weights.tensors), human_bytes(sum(info.nbytes for info in weights.tensors.values()))
         if not count:
-            raise SourceError(f"{source.path} holds no tensors; choose another file.")
+            raise SourceError(f"{source.path} contains no tensors; choose another file.")
         state = "full precision"
         if formats or decoded:
             state = f"already quantized: {', '.join(formats or decoded)}{'' if formats else ', to be decoded first'}"
@@ -77,8 +81,8 @@ class LoadModel(io.ComfyNode):
         )
 
 
-def _family(weights: Weights) -> str:
-    """What the model is taken for and how sure that is, or why nothing of it can be quantized."""
+def _describe_family(weights: Weights) -> str:
+    """The model family that was detected, with the evidence, or the reason why the model cannot be quantized."""
     try:
         return Recipe().plan(weights).explanation
     except QuantizationError as error:

@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .ui.schema import CalibrationType, checked, schema, widget
+from .ui.schema import CalibrationType, check_inputs, schema, widget
 
 __all__ = ["LoadCalibration"]
 
@@ -35,7 +35,7 @@ class LoadCalibration(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None):
-        return checked(host.load_calibration, file)
+        return check_inputs(host.load_calibration, file)
 
     @classmethod
     def fingerprint_inputs(cls, file):

@@ -1,17 +1,17 @@
-"""Load Quantized Model: a quantized file in any format of ours, on any ComfyUI, without its own loaders' help."""
+"""Load Quantized Model: a quantized file in any readable format, also one that this ComfyUI cannot run itself."""
 
 from comfy_api.latest import io, ui
 
 from ..quant_core.output.inspect import quantized_formats
 from ..quant_core.sources import SafetensorsFile
 from . import host
-from .ui.schema import checked, schema, widget
+from .ui.schema import check_inputs, schema, widget
 
 __all__ = ["LoadQuantized"]
 
 
 class LoadQuantized(io.ComfyNode):
-    """See the schema."""
+    """Node; its inputs and outputs are described in the schema."""
 
     @classmethod
     def define_schema(cls):
@@ -45,18 +45,18 @@ class LoadQuantized(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model=None):
-        return checked(host.file_state, model)
+        return check_inputs(host.choice_stamp, model)
 
     @classmethod
     def fingerprint_inputs(cls, model, clip_type=None):
-        return (model, clip_type, *host.file_state(model))
+        return (model, clip_type, *host.choice_stamp(model))
 
     @classmethod
     def execute(cls, model, clip_type=None) -> io.NodeOutput:
         source = host.FileSource.choose(model, clip_type or host.clip_types()[0])
         outputs = host.load_quantized(source)
-        with SafetensorsFile(source.path) as opened:
-            formats = quantized_formats(opened)
-        decoded = [name for name in formats if not host.knows(name)]
+        with SafetensorsFile(source.path) as file:
+            formats = quantized_formats(file)
+        decoded = [name for name in formats if not host.supports_format(name)]
         how = f"decoded as they run: {', '.join(decoded)}" if decoded else "run by ComfyUI itself"
         return io.NodeOutput(*outputs, ui=ui.PreviewText(f"{source.path.name}: {', '.join(formats)}, {how}"))

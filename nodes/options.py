@@ -8,7 +8,7 @@ from ..quant_core.recipes.option_table import FORMAT_OPTIONS
 from ..quant_core.recipes.presets import AUTO
 from ..quant_core.rounding import OPTIONS
 from .ui.option_widgets import option_widget
-from .ui.schema import OptionsType, checked, schema
+from .ui.schema import OptionsType, check_inputs, schema
 
 __all__ = ["RoundingOptions"]
 
@@ -68,7 +68,7 @@ class RoundingOptions(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, **chosen):
-        return checked(lambda *_: Recipe(_BLOCK_FORMAT, **_given(chosen)), *chosen.values())
+        return check_inputs(lambda *_: Recipe(_BLOCK_FORMAT, **_given(chosen)), *chosen.values())
 
     @classmethod
     def execute(cls, **chosen) -> io.NodeOutput:

@@ -1,4 +1,4 @@
-"""Prompts as a text box holds them."""
+"""Prompts from the text of a widget."""
 
 from ..quant_core.errors import RecipeError
 
@@ -6,8 +6,8 @@ __all__ = ["prompt_lines"]
 
 
 def prompt_lines(text: str) -> list[str]:
-    """One prompt a line, without blank ones. Raises RecipeError when there are none."""
+    """Split a text into prompts, one per line; blank lines are skipped. Raises RecipeError where there is none."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise RecipeError("There are no prompts here; write some, one a line.")
+        raise RecipeError("The list of prompts is empty; enter at least one prompt, one per line.")
     return lines

@@ -1,18 +1,18 @@
-"""Learned Round Quantize: a MODEL, a CLIP or a file in; the quantized MODEL or CLIP and its file out."""
+"""Learned Round Quantize: quantize a MODEL, CLIP or file; outputs the quantized MODEL or CLIP and its file."""
 
 from comfy_api.latest import io
 
 from ..quant_core import Recipe
 from ..quant_core.events import RunFinished
 from . import host
-from .ui.progress import NodeProgress, summary
+from .ui.progress import NodeProgress, run_summary
 from .ui.schema import CalibrationType, QuantizedType, RecipeType, Source, schema, widget
 
 __all__ = ["LearnedRoundQuantize"]
 
 
 class LearnedRoundQuantize(io.ComfyNode):
-    """See the schema."""
+    """Node; its inputs and outputs are described in the schema."""
 
     @classmethod
     def define_schema(cls):
@@ -56,7 +56,7 @@ class LearnedRoundQuantize(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **kwargs):
-        # MODEL and CLIP are built only for outputs in use, so connecting one later must run the node again.
+        # MODEL and CLIP are built only for connected outputs, so connecting one later must run the node again.
         return host.outputs_in_use_of_running_prompt("LearnedRoundingQuantize")
 
     @classmethod
@@ -67,5 +67,5 @@ class LearnedRoundQuantize(io.ComfyNode):
             model = host.build_model(source, quantized, native_int8_kernels) if 0 in wanted else None
             clip = host.build_clip(source, quantized) if 1 in wanted else None
         return io.NodeOutput(
-            model, clip, quantized, quantized.report.table(), ui=summary(RunFinished(quantized.report))
+            model, clip, quantized, quantized.report.table(), ui=run_summary(RunFinished(quantized.report))
         )

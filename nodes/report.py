@@ -1,12 +1,13 @@
-"""Report: what Learned Round Quantize did, in markdown and as a picture."""
+"""Quantization Report: the report of a run as markdown and as an image."""
 
 import math
 
 from comfy_api.latest import io, ui
+from PIL import Image
 
 from ..quant_core.display import human_bytes
 from ..quant_core.run.report import Report
-from .ui.drawing import as_image, bar_chart, named_bars, stacked
+from .ui.drawing import draw_bar_chart, draw_named_bars, stack_images, to_image
 from .ui.schema import QuantizedType, schema
 
 __all__ = ["QuantizationReport"]
@@ -15,7 +16,7 @@ _BINS = 30
 
 
 class QuantizationReport(io.ComfyNode):
-    """See the schema."""
+    """Node; its inputs and outputs are described in the schema."""
 
     @classmethod
     def define_schema(cls):
@@ -34,11 +35,12 @@ class QuantizationReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, quantized) -> io.NodeOutput:
-        picture = as_image(_picture(quantized.report))
-        return io.NodeOutput(quantized.report.markdown(), picture, ui=ui.PreviewImage(picture, cls=cls))
+        image = to_image(_draw_report(quantized.report))
+        return io.NodeOutput(quantized.report.markdown(), image, ui=ui.PreviewImage(image, cls=cls))
 
 
-def _picture(report: Report):
+def _draw_report(report: Report) -> Image.Image:
+    """Histograms of the layers' errors above bars of the sizes before and after."""
     errors = {
         "relative error of the weight": [layer.weight_error for layer in report.layers],
         "relative error of the output": [
@@ -46,16 +48,19 @@ def _picture(report: Report):
         ],
     }
     title = f"{report.format}, rounding {report.rounding}, {len(report.layers)} layers"
-    charts = [_histogram(title, label, values) for label, values in errors.items() if values]
+    charts = [_draw_histogram(title, label, values) for label, values in errors.items() if values]
     sizes = {"before": report.bytes_in, "after": report.bytes_out}
     title = ", ".join(f"{name} {human_bytes(size)}" for name, size in sizes.items())
-    return stacked([*charts, named_bars(title, "", "size (MB)", {name: size / 1e6 for name, size in sizes.items()})])
+    return stack_images(
+        [*charts, draw_named_bars(title, "", "size (MB)", {name: size / 1e6 for name, size in sizes.items()})]
+    )
 
 
-def _histogram(title: str, label: str, values: list[float]):
+def _draw_histogram(title: str, label: str, values: list[float]) -> Image.Image:
+    """Number of layers by error."""
     low, high = min(values), max(values)
     width = (high - low) / _BINS or math.ulp(max(high, 1.0))
     counts = [0] * _BINS
     for value in values:
         counts[min(int((value - low) / width), _BINS - 1)] += 1
-    return bar_chart(title, label, "layers", [low + index * width for index in range(_BINS + 1)], counts)
+    return draw_bar_chart(title, label, "layers", [low + index * width for index in range(_BINS + 1)], counts)

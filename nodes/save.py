@@ -1,15 +1,15 @@
-"""Save Quantized: the finished file under a lasting name."""
+"""Save Quantized: save the result under a name that ComfyUI's loaders find, and verify it."""
 
 from comfy_api.latest import io
 
 from . import host
-from .ui.schema import QuantizedType, checked, schema, widget
+from .ui.schema import QuantizedType, check_inputs, schema, widget
 
 __all__ = ["SaveQuantized"]
 
 
 class SaveQuantized(io.ComfyNode):
-    """See the schema."""
+    """Node; its inputs and outputs are described in the schema."""
 
     @classmethod
     def define_schema(cls):
@@ -40,10 +40,10 @@ class SaveQuantized(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix=None):
-        return checked(host.check_name, filename_prefix)
+        return check_inputs(host.check_name, filename_prefix)
 
     @classmethod
     def execute(cls, quantized, filename_prefix, folder) -> io.NodeOutput:
-        saved = host.save(quantized, filename_prefix, folder)
+        saved = host.save_files(quantized, filename_prefix, folder)
         paths = "\n".join(str(path) for path in saved)
         return io.NodeOutput(paths, ui={"text": [paths, host.verify_saved(quantized, saved)]})

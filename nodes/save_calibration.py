@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .ui.schema import CalibrationType, checked, schema, widget
+from .ui.schema import CalibrationType, check_inputs, schema, widget
 
 __all__ = ["SaveCalibration"]
 
@@ -35,7 +35,7 @@ class SaveCalibration(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename_prefix=None):
-        return checked(host.check_name, filename_prefix)
+        return check_inputs(host.check_name, filename_prefix)
 
     @classmethod
     def execute(cls, calibration, filename_prefix) -> io.NodeOutput:

@@ -1,13 +1,13 @@
 /**
- * Widgets that matter only for some values of others, as nodes/schema.py declares them: shown where they do. A hidden one
- * keeps its value and the workflow keeps it too, but the prompt holds its default, so that nothing out of sight acts.
+ * Show and hide widgets whose effect depends on other widgets, as nodes/ui/schema.py declares them. A hidden widget keeps
+ * its value, also in the saved workflow, but the prompt gets its default, so that no hidden value has an effect.
  */
 
-const NO_SPACE = [0, -4]; // older canvases leave 4 below each widget, a hidden one too
+const NO_SPACE = [0, -4]; // older canvases reserve 4 below each widget, including hidden ones
 
 /**
- * Whether one of an input's conditions holds: [{other: [values]}], or {not: [values]} for all other values.
- * valueOf(other) is undefined for what another node decides, which may be anything.
+ * Return whether one of an input's conditions holds: [{other: [values]}], or {not: [values]} for all other values.
+ * valueOf(other) is undefined for a value that another node provides; such a value satisfies every condition.
  */
 export function matters(conditions, valueOf) {
   const holds = ([other, told]) => {
@@ -17,7 +17,7 @@ export function matters(conditions, valueOf) {
   return conditions.some((condition) => Object.entries(condition).every(holds));
 }
 
-/** Show and hide the widgets of a node that depend on others, from now on. */
+/** Show and hide the dependent widgets of a node, now and after every change. */
 export function addDependentOptions(node) {
   const { required, optional } = node.constructor.nodeData?.input ?? {};
   const specs = { ...required, ...optional };
@@ -52,12 +52,12 @@ export function addDependentOptions(node) {
   }
   const deciding = new Set(dependents.flatMap(conditionsOf).flatMap(Object.keys));
   for (const widget of node.widgets.filter(({ name }) => deciding.has(name))) after(widget, "callback", updateAndResize);
-  after(node, "onConfigure", update); // values of a workflow, with the size that suits them
+  after(node, "onConfigure", update); // after the values and the size of a workflow are set
   after(node, "onConnectionsChange", update);
   updateAndResize();
 }
 
-/** For the canvas and for nodes drawn by Vue, which look at one of the two. */
+/** Set visibility for the canvas and for nodes drawn by Vue; each reads one of the two properties. */
 function setHidden(widget, hidden) {
   widget.hidden = hidden;
   widget.options.hidden = hidden;
@@ -65,16 +65,16 @@ function setHidden(widget, hidden) {
   else delete widget.computeSize;
 }
 
-/** Nodes drawn by Vue look at their widgets again when the list of these changes, those of older frontends when they are added. */
+/** Make nodes drawn by Vue update: they observe the list of widgets; older frontends observe additions to it only. */
 function redraw(node) {
   node.widgets.push(node.widgets.pop());
   if (!LiteGraph.vueNodesMode || Object.getOwnPropertyDescriptor(node, "inputs")?.get) return;
-  const callbacks = node.widgets.map(({ callback }) => callback); // would be wrapped once more
+  const callbacks = node.widgets.map(({ callback }) => callback); // adding a widget again wraps its callback
   node.graph?.onNodeAdded?.(node);
   node.widgets.forEach((widget, place) => (widget.callback = callbacks[place]));
 }
 
-/** Have something done after a method of an object, which may have none yet. */
+/** Call a function after a method of an object, which need not have that method. */
 function after(object, method, work) {
   const before = object[method];
   object[method] = function (...given) {

@@ -1,14 +1,14 @@
 /**
- * All layers of a run as coloured cells: the colour is the format's, the stronger the more of nearest's error is gone, and
- * grey where none is; kept layers are hatched, those to do a line at the foot. One canvas, of which only cells that changed
- * are painted, so many a frame that a frame stays short.
+ * All layers of a run as coloured cells. The hue is the format's; its strength grows with the reduction of the error of
+ * round to nearest, and a cell without one is grey. Unquantized layers are hatched, pending ones a line at the bottom. One canvas;
+ * each frame repaints changed cells only, in batches that keep frames short.
  */
 
 import { element } from "./panel.js";
 import { layout, shade } from "./progress_state.js";
 import { say } from "./words.js";
 
-// They stand out from every dark theme; for light ones the style sheet darkens them all. Three to one, at least.
+// A contrast of at least 3:1 with every dark theme; the style sheet darkens them for light themes.
 const COLOURS = {
   float8_e4m3fn: "#3d8fe0",
   float8_e4m3fn_rowwise: "#23a3a8",
@@ -19,13 +19,13 @@ const COLOURS = {
 };
 const OTHER = "#c264a6"; // a format of a later release
 const GREY = "#8c8c8c";
-const HATCHES = { kept: "#a8a8a8", refused: "#f0706a" }; // thin lines lose some of their colour
-const FOOT = 0.25; // of a cell's height, for a layer to do
+const HATCHES = { kept: "#a8a8a8", refused: "#f0706a" }; // brighter, because thin lines look darker
+const FOOT = 0.25; // height of a pending layer, as a fraction of a cell
 const CELLS_A_FRAME = 400;
-const FINE = 2; // pixels of the canvas for one of the page, at least: nodes are looked at enlarged, too
-const HATCH = 4; // side of the hatch's tile, in pixels of the page
+const FINE = 2; // minimum canvas pixels per page pixel, because nodes are also viewed enlarged
+const HATCH = 4; // side of the hatch's tile, in page pixels
 
-/** How the cells of a legend's kind look, as a CSS background. */
+/** CSS background of the legend entry of a kind of cells. */
 export function background(kind) {
   const line = HATCHES[kind];
   if (line) return `repeating-linear-gradient(135deg, ${line} 0 1.6px, transparent 1.6px 3px)`;
@@ -36,19 +36,19 @@ export function background(kind) {
 const STEPS = { ArrowLeft: () => -1, ArrowRight: () => 1, ArrowUp: (row) => -row, ArrowDown: (row) => row };
 
 /**
- * The strip. Arrow keys, Home and End move through its layers, Enter, Space or a click picks one.
+ * The strip. Arrow keys, Home and End move through its layers; Enter, Space or a click selects one.
  *
- * onPoint(cell or null)  another layer is pointed at, or none any more
- * onPick(cell)           this one is wanted
- * describe(cell)         in words, for those who do not see it
+ * onPoint(cell or null)  the layer under the pointer or at the keyboard position changed
+ * onPick(cell)           a layer was selected
+ * describe(cell)         description for screen readers
  */
 export class LayerStrip {
   #cells = [];
-  #painted = []; // the cells as they are on the canvas
-  #waiting = false; // for the next frame, to paint more
+  #painted = []; // cells as painted on the canvas
+  #waiting = false; // whether a frame that paints more cells is requested
   #pointed = null; // index under the pointer
-  #chosen = null; // index chosen by keys or a click
-  #size = [0, 0]; // as last observed; to ask for it would have the browser lay out the page in between
+  #chosen = null; // index selected by keys or a click
+  #size = [0, 0]; // as last observed: reading it would force a layout of the page
   #shape = layout(0, 1, 1);
   #hatches = {}; // patterns by colour
 
@@ -72,7 +72,7 @@ export class LayerStrip {
     }).observe(this.root);
   }
 
-  /** Show these cells; the array is not changed later. */
+  /** Show these cells; the array must not change later. */
   show(cells) {
     if (cells === this.#cells) return;
     const others = cells.length !== this.#cells.length;
@@ -89,7 +89,7 @@ export class LayerStrip {
     this.#mark();
   }
 
-  /** Forget which layer was chosen. */
+  /** Clear the selection. */
   release() {
     this.#chosen = null;
     this.#mark();
@@ -128,10 +128,10 @@ export class LayerStrip {
     else if (event.key === "Escape" && this.#chosen !== null) this.release();
     else return;
     event.preventDefault();
-    event.stopPropagation(); // ComfyUI has its own use for some of these keys
+    event.stopPropagation(); // ComfyUI binds some of these keys
   }
 
-  /** Bring the frame around a cell, and all that tells of it, to where the pointer or the keys are. */
+  /** Move the frame and the description to the cell under the pointer or at the keyboard position. */
   #mark() {
     const index = this.#index;
     const cell = this.#cells[index] ?? null;
@@ -203,7 +203,7 @@ export class LayerStrip {
   }
 }
 
-/** A pattern of diagonal lines that meet at the edges of its tile. */
+/** Create a pattern of diagonal lines that meet at the edges of its tile. */
 function hatch(context, colour) {
   const tile = new OffscreenCanvas(HATCH, HATCH);
   const lines = tile.getContext("2d");

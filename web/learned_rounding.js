@@ -1,4 +1,4 @@
-/** The browser half of Learned Rounding: which node gets which widget, and which events reach it. */
+/** Entry point of the page: attaches widgets to nodes and routes events to them. */
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -12,7 +12,7 @@ import { say, speak } from "./words.js";
 const PROGRESS_EVENT = "learned_rounding.progress";
 const PROGRESS_ROUTE = "/learned_rounding/progress";
 
-const FILE = { width: 440 }; // for the name of a file and its folder
+const FILE = { width: 440 }; // wide enough for the name of a file and its folder
 
 const WIDGETS = {
   LearnedRoundingQuantize: (node) => addProgressWidget(node, "quantize"),
@@ -35,23 +35,23 @@ const NATIVE_INT8 = {
   type: "boolean",
   defaultValue: false,
   onChange(on, before) {
-    if (before === undefined || on === before) return; // told of the stored value as the page loads; the server knows it
+    if (before === undefined || on === before) return; // the page reports the stored value when it loads; the server has it already
     return api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(on) });
   },
 };
 
-/** What a node puts out for its panel. */
+/** Show a node's output in its panel. */
 function showOutput(node, { text, learned_rounding: summaries }) {
   if (text) showText(node, [text].flat());
   if (summaries) showSummary(node, summaries);
 }
 
-/** Ask once for all messages of the latest runs of the workflow in view, and for other nodes' outputs; the page missed some. */
+/** Request all messages of the latest runs of the current workflow, and the outputs of other nodes, which the page missed. */
 async function catchUp() {
   const { id } = app.rootGraph;
   const answer = await api.fetchApi(`${PROGRESS_ROUTE}?workflow=${encodeURIComponent(id)}`);
   const nodes = answer.ok ? await answer.json() : [];
-  if (app.rootGraph.id !== id) return; // another workflow came into view meanwhile, and asks for its own
+  if (app.rootGraph.id !== id) return; // another workflow was opened meanwhile and makes its own request
   for (const { node: executionId, run, output } of nodes) {
     const node = nodeByExecutionId(app.rootGraph, executionId);
     if (node && run) showRun(node, run);
@@ -59,7 +59,7 @@ async function catchUp() {
   }
 }
 
-/** A function that does something, and as often as it is called meanwhile once more. */
+/** Wrap an async function: calls during its execution cause one further execution. */
 function oneAtATime(work) {
   let again = false;
   let busy = false;
@@ -73,7 +73,7 @@ function oneAtATime(work) {
         await work();
       }
     } catch {
-      // No answer: the next message that does not follow asks again.
+      // No answer: the next message out of sequence requests again.
     } finally {
       busy = false;
     }
@@ -86,7 +86,7 @@ app.registerExtension({
   name: "LearnedRounding.Widgets",
   settings: [NATIVE_INT8],
 
-  /** Before any node is made: our words in the page's language, which come with those of all nodes. */
+  /** Load the texts of the page's language before nodes are created; they come with the texts of all nodes. */
   async init() {
     const language = app.ui.settings.getSettingValue("Comfy.Locale");
     if (!language || language === "en") return;
@@ -101,18 +101,18 @@ app.registerExtension({
     document.head.append(style);
 
     api.addEventListener(PROGRESS_EVENT, ({ detail }) => {
-      if (detail.workflow !== null && detail.workflow !== app.rootGraph.id) return; // another page's, or another tab's
+      if (detail.workflow !== null && detail.workflow !== app.rootGraph.id) return; // for another page or tab
       const node = nodeByExecutionId(app.rootGraph, detail.node);
       if (node && !showProgress(node, detail)) catchingUp();
     });
     api.addEventListener("reconnected", catchingUp);
     api.addEventListener("execution_cached", ({ detail }) => {
       const nodes = (detail.nodes ?? []).map((id) => nodeByExecutionId(app.rootGraph, id));
-      if (nodes.some((node) => node && isBlank(node))) catchingUp(); // ComfyUI has its result at hand, and tells nothing of it
+      if (nodes.some((node) => node && isBlank(node))) catchingUp(); // the node is cached, so ComfyUI sends no event for it
     });
   },
 
-  /** A workflow was opened, or the page reloaded, perhaps in the middle of a run. ComfyUI would wait for a promise before it lets the user go on. */
+  /** A workflow was opened or the page reloaded, possibly during a run. Not awaited: ComfyUI would block the user until it ends. */
   afterConfigureGraph() {
     catchingUp();
   },

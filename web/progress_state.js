@@ -1,9 +1,9 @@
 /**
- * What the progress panels show, as values: no DOM, no ComfyUI, so that plain node can test it.
+ * State of the progress panels as plain values, without DOM and ComfyUI, so that node can test it.
  *
- * A run is told by messages "measuring", "start", "layer", "kept", "done", "calibrating", "calibrated", "stopped"
- * (nodes/progress.py), each with the run's prompt and its place in the run. A page that missed some is given all of them
- * again, and until then shows what it can of each.
+ * The messages of a run are "measuring", "start", "layer", "kept", "done", "calibrating", "calibrated", "stopped"
+ * (nodes/ui/progress.py), each with the run's prompt and its sequence number. A page that missed some gets all of them
+ * again, and until then shows the available ones.
  */
 
 import { say } from "./words.js";
@@ -12,7 +12,7 @@ export const WORST = 3;
 
 export const IDLE = Object.freeze({ phase: "idle", prompt: null, seq: -1, cells: Object.freeze([]) });
 
-/** How many parts, such as the encoders of a CLIP, were finished before in the same run: their sums. */
+/** Totals of parts, such as the encoders of a CLIP, that finished earlier in the same run. */
 const NO_PARTS = Object.freeze({
   count: 0, layers: 0, seconds: 0, bytesIn: 0, bytesOut: 0, medians: [], outputs: [], gains: [], solvers: {}, worst: [],
 });
@@ -25,7 +25,7 @@ const FRESH = Object.freeze({
 
 const running = (state) => (state.phase === "running" ? state : FRESH);
 
-/** Layers by the error that the summary tells: that of the output where it is known of any, else that of the weight. */
+/** Sort layers by the error of the summary: output error where a layer has one, else weight error. */
 function worstOf(layers) {
   const measured = layers.filter(isMeasured);
   return [...(measured.length ? measured : layers)].sort((a, b) => worstError(b) - worstError(a)).slice(0, WORST);
@@ -40,7 +40,7 @@ const sumOf = (left, right) =>
 
 const andKnown = (values, value) => ((value ?? null) === null ? values : [...values, value]);
 
-/** What rounding a layer brought; empty where nothing was compared with nearest. */
+/** Error reduction of a layer relative to round to nearest; empty without a comparison. */
 const learnedWords = ({ solver, gain = null, output_error = null }) =>
   [
     gain !== null && `${solver} ${nearestWords(gain)}`,
@@ -53,13 +53,13 @@ const labelOf = ({ format, granularity }) => [format, granularity && `per ${gran
 
 const anew = (cells, place, cell) => cells.with(place, cell);
 
-/** As `anew`, for cells that nobody else has: linear for all layers of a run together. */
+/** Like `anew`, for cells without other references: linear in the number of layers. */
 function inPlace(cells, place, cell) {
   cells[place] = cell;
   return cells;
 }
 
-/** The cells of a state with that of one layer replaced; behind them where the plan was missed. */
+/** Cells with that of one layer replaced, or appended if the plan was missed. */
 function withCell({ cells, places }, cell, replaced) {
   const place = places.get(cell.name);
   return cells[place]?.state === "planned" ? replaced(cells, place, cell) : [...cells, cell];
@@ -126,7 +126,7 @@ const REDUCERS = {
 
   done(state, event) {
     const run = running(state);
-    const before = state.phase === "done" ? state.parts : run.before; // no start between them where summaries are all there is
+    const before = state.phase === "done" ? state.parts : run.before; // without start messages between summaries
     const parts = {
       count: before.count + 1,
       layers: before.layers + event.layers,
@@ -173,7 +173,7 @@ const REDUCERS = {
   },
 };
 
-/** The state after a message; unchanged by one that it holds already, and by one of a later release. */
+/** The state after a message; unchanged by a message it already includes, and by one of a later release. */
 export function advance(state, event) {
   return advanced(state, event, anew);
 }
@@ -184,20 +184,20 @@ function advanced(state, event, replaced) {
   return { ...REDUCERS[event.state](before, event, replaced), prompt: event.prompt, seq: event.seq };
 }
 
-/** Whether nothing is missing between a state and a message. */
+/** Return whether a message directly follows a state. */
 export function follows(state, event) {
   return event.seq === 0 || (event.prompt === state.prompt && event.seq <= state.seq + 1);
 }
 
-/** The state after all messages of a run; the one there is where that is further. */
+/** The state after all messages of a run, or the given state if it is further. */
 export function replay(state, run) {
   const told = run.reduce((before, event) => advanced(before, event, inPlace), IDLE);
   return told.prompt === state.prompt && told.seq < state.seq ? state : told;
 }
 
 /**
- * The state that tells how a run ended, of which there may have been no message: {state: "done" or "calibrated", …} of each
- * of its parts. The one there is where it tells of the same end, and more.
+ * The state at the end of a run, also without its messages: {state: "done" or "calibrated", …} of each of its parts.
+ * The given state is kept if it describes the same end in more detail.
  */
 export function summarised(state, summaries) {
   const told = replay(IDLE, summaries.map((summary, seq) => ({ ...summary, prompt: "", seq })));
@@ -206,15 +206,15 @@ export function summarised(state, summaries) {
 
 const secondsOf = ({ parts, calibrated }) => (calibrated ?? parts).seconds;
 
-/** Finished share of the run, 0 to 100. */
+/** Progress of the run, 0 to 100. */
 export function percent({ phase, finished, total }) {
   if (phase === "done") return 100;
   return total ? Math.min(100, Math.floor((100 * finished) / total)) : 0;
 }
 
 /**
- * [first line, second line, detail] of plain words about the state; the detail, if there is one, is for a tooltip.
- * The current layer's name is not among them.
+ * [first line, second line, detail]: text about the state; the detail, if there is one, is for a tooltip.
+ * The name of the current layer is not included.
  */
 export function words(state) {
   const join = (...facts) => facts.filter(Boolean).join(" · ");
@@ -271,7 +271,7 @@ const inWords = (what, seconds) => say("in", { what, time: formatDuration(second
 
 const nearestWords = (gain) => say("nearest", { gain: formatGain(gain) });
 
-/** What there is to say of a layer besides its name, for its card: at most three lines. `rounding`: the run's. */
+/** At most three lines about a layer for its card, without its name. `rounding`: that of the run. */
 export function cellLines(cell, rounding) {
   const shape = cell.shape?.join("×") ?? "";
   if (cell.state !== "quantized") {
@@ -283,7 +283,7 @@ export function cellLines(cell, rounding) {
   return [`${shape} · ${labelOf(cell)}${rotated}`, errorWords(cell, rounding), [cell.solver, scale].filter(Boolean).join(" · ")];
 }
 
-// The gain is that of the error told here, except with principal rounding, which minimises something else.
+// The gain is that of the displayed error, except for principal rounding, which minimizes another one.
 function errorWords({ error, output_error = null, gain = null }, rounding) {
   const [told, key] = output_error === null ? [error, "weightError"] : [output_error, "outputError"];
   const comparable = gain > 0 && (output_error !== null || rounding !== "principal");
@@ -291,9 +291,9 @@ function errorWords({ error, output_error = null, gain = null }, rounding) {
   return gain === null ? words : `${words} (${nearestWords(gain)})`;
 }
 
-/** A line for each way in which layers are stored: [{kind, label, count}], in the order in which they come. */
+/** One entry per way in which layers are stored: [{kind, label, count}], in order of first occurrence. */
 export function legend(cells) {
-  const found = []; // a cell of each way, and how many there are; words are made for these alone
+  const found = []; // one cell per way and its count; texts are created for these only
   for (const cell of cells) {
     const same = found.find(({ like }) => STORED.every((key) => like[key] === cell[key]));
     if (same) same.count += 1;
@@ -314,20 +314,20 @@ const KINDS = {
   quantized: (cell) => [cell.format, labelOf(cell)],
 };
 
-/** How strongly a cell is coloured, 0.4 to 1: the more of nearest's error is gone, the stronger. */
+/** Strength of the colour of a cell, 0.4 to 1; it grows with the reduction of the error of round to nearest. */
 export function shade({ gain }) {
   return 1 - 0.6 * Math.min(1, Math.max(0, ((gain ?? 1) - 0.4) / 0.6));
 }
 
-/** The keep pattern of Configure Quantization that finds this layer alone. */
+/** Keep pattern of Configure Quantization that matches this layer only. */
 export function keepRule(name) {
   return `^${name.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")}$`;
 }
 
 /**
- * How a strip of a given size shows a number of cells: in rows, so that a cell is not too narrow to be hit.
+ * Layout of a strip of a given size for a number of cells: in rows, so that cells are wide enough to click.
  *
- * Returns {columns, rows, width, height}, the last two of a cell, in the units of the size.
+ * Returns {columns, rows, width, height}; width and height of a cell are in the units of the size.
  */
 export function layout(count, width, height) {
   const rows = Math.max(1, Math.min(Math.ceil((count * MIN_CELL) / width), Math.floor(height / MIN_CELL)));
@@ -337,12 +337,12 @@ export function layout(count, width, height) {
 
 const MIN_CELL = 4;
 
-/** A layer's name without what all names share. */
+/** The name of a layer without the prefix that all names share. */
 export function shortName(name) {
   return name.replace(/^(model\.)?diffusion_model\./, "").replace(/\.weight$/, "");
 }
 
-/** [head, tail]: the tail, from the block's number on, stays readable when there is no room for the whole name. */
+/** [head, tail] of a name: the tail, from the block number on, stays readable in a narrow space. */
 export function splitName(name) {
   const number = name.search(/\.\d+\./);
   const cut = number > 0 ? number : name.lastIndexOf(".");
@@ -351,7 +351,7 @@ export function splitName(name) {
 
 const UNITS = ["B", "kB", "MB", "GB", "TB"];
 
-/** Decimal units, three digits, as in the report: 19.2 MB. */
+/** Decimal units with three digits, as in the report: 19.2 MB. */
 export function formatBytes(count) {
   let power = 0;
   while (count >= 999.5 && power < UNITS.length - 1) {
@@ -376,23 +376,23 @@ const layersWord = (count) => say(count === 1 ? "layer" : "layers", { count });
 
 const formatScale = (scale) => String(Number(scale.toPrecision(3)));
 
-/** Relative weight error ‖Ŵ − W‖/‖W‖, with the report's five decimals. */
+/** Relative weight error ‖Ŵ − W‖/‖W‖ with five decimals, as in the report. */
 export function formatError(error) {
   return Number.isFinite(error) ? error.toFixed(5) : "–";
 }
 
-/** What was minimised, relative to rounding to nearest: 0.52×. */
+/** The minimized error relative to round to nearest: 0.52×. */
 export function formatGain(gain) {
   return `${gain.toFixed(2)}×`;
 }
 
-// The median of all parts together lies between the smallest and the largest of theirs.
+// The median of all parts is between the smallest and the largest median of a part.
 function formatRange(medians, format = formatError) {
   const [low, high] = [Math.min(...medians), Math.max(...medians)].map((median) => format(median));
   return low === high ? low : `${low}–${high}`;
 }
 
-/** The node of an execution id such as "12:3": node 3 in the subgraph that node 12 of the root graph stands for. */
+/** The node of an execution id: "12:3" is node 3 in the subgraph of node 12 of the root graph. */
 export function nodeByExecutionId(root, executionId) {
   const path = String(executionId).split(":");
   const own = path.pop();
@@ -400,7 +400,7 @@ export function nodeByExecutionId(root, executionId) {
   return graph?.getNodeById(own) ?? null;
 }
 
-/** The node whose output an input is given, looked for through reroutes and the edges of subgraphs; null if there is none. */
+/** The node whose output is connected to an input, through reroutes and edges of subgraphs; null if there is none. */
 export function originOf(root, node, slot) {
   const { graph } = node;
   const link = graph?.getLink(node.inputs[slot]?.link);
@@ -417,9 +417,9 @@ export function originOf(root, node, slot) {
   return inner ? origin.subgraph.getNodeById(inner.origin_id) : null;
 }
 
-const SUBGRAPH_INPUT = "-10"; // ComfyUI's id of where the inputs of a subgraph come from
+const SUBGRAPH_INPUT = "-10"; // ComfyUI's id of the source of a subgraph's inputs
 
-/** The first node that stands for a subgraph. */
+/** The first node that represents a subgraph. */
 function subgraphNode(root, subgraph) {
   for (const node of root.nodes) {
     const found = node.subgraph === subgraph ? node : node.subgraph && subgraphNode(node.subgraph, subgraph);

@@ -1,4 +1,4 @@
-/** The progress panel: bar, current layer, time left, a strip of all layers, the worst of them, the summary. */
+/** The progress panel: bar, current layer, time left, strip of all layers, worst layers, summary. */
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -12,31 +12,31 @@ import { say } from "./words.js";
 
 export const PROGRESS_WIDGET = "learned_rounding_progress";
 
-// Everything at once; fixed, so that the node does not jump when a run starts.
+// Space for all parts, so that the node keeps its size when a run starts.
 const SIZES = { quantize: { height: 262, width: 360 }, calibrate: { height: 120, width: 340 } };
 const CONFIGURE = "LearnedRoundingConfigure";
 
-/** Panels by node; ComfyUI drops nodes without telling, so they are held weakly. */
+/** Panels by node, as weak references: ComfyUI does not report removed nodes. */
 const panels = new WeakMap();
 
-/** Give a node its panel; `task` is a key of the sizes. */
+/** Attach a panel to a node; `task` is a key of the sizes. */
 export function addProgressWidget(node, task) {
   const panel = new ProgressPanel(node);
   panels.set(node, panel);
   addPanel(node, PROGRESS_WIDGET, panel.root, { ...SIZES[task], fixed: true });
 }
 
-/** Tell a node's panel of a message; false if one before it was missed. Nodes without a panel miss nothing. */
+/** Pass a message to a node's panel; returns false if an earlier one is missing. Nodes without a panel return true. */
 export function showProgress(node, event) {
   return panels.get(node)?.receive(event) ?? true;
 }
 
-/** Give a node's panel all messages of its latest run. */
+/** Pass all messages of the latest run to a node's panel. */
 export function showRun(node, run) {
   panels.get(node)?.replay(run);
 }
 
-/** Give a node's panel the end of its run, once more or without the rest: {state: "done" or "calibrated", …} of each of its parts. */
+/** Pass the end of a run to a node's panel, again or without its other messages: {state: "done" or "calibrated", …} of each part. */
 export function showSummary(node, summaries) {
   panels.get(node)?.summarise(summaries);
 }
@@ -45,8 +45,8 @@ class ProgressPanel {
   #node;
   #state = IDLE;
   #scheduled = false;
-  #told = null; // the cells that the legend tells of
-  #cancelled = null; // the prompt whose end was asked for
+  #told = null; // cells of the current legend
+  #cancelled = null; // prompt whose cancellation was requested
   #rule = null;
 
   constructor(node) {
@@ -88,7 +88,7 @@ class ProgressPanel {
       element("div", "lr-detail", [this.worst, this.card]),
       element("div", "lr-foot", [this.notice, this.keep, this.cancel]),
     ]);
-    // Nodes drawn by Vue would be dragged.
+    // On nodes drawn by Vue the event would start a drag.
     for (const target of [this.strip.root, this.keep, this.cancel]) target.addEventListener("pointerdown", (event) => event.stopPropagation());
     this.root.addEventListener("focusout", ({ relatedTarget }) => this.root.contains(relatedTarget) || this.strip.release());
     this.#draw();
@@ -185,7 +185,7 @@ class ProgressPanel {
     if (this.#rule === null) setText(this.notice, this.#state.cells.length ? say("hint") : "");
   }
 
-  /** Show the card of a layer in place of the worst ones, or these again. */
+  /** Show the card of a layer in place of the worst layers, or these again. */
   #tell(cell) {
     this.card.hidden = !cell;
     if (cell) {
@@ -212,7 +212,7 @@ class ProgressPanel {
     this.#drawFoot();
   }
 
-  /** Append the rule to the keep list of Configure Quantization. */
+  /** Append the pattern to the keep list of Configure Quantization. */
   #keep() {
     const configure = configureOf(this.#node);
     const list = configure?.widgets.find(({ name }) => name === "keep");
@@ -241,13 +241,13 @@ function button(text, title, onClick) {
   return made;
 }
 
-/** Make what was changed a step of its own to undo; newer frontends have another name for it. */
+/** Record a change as one step of undo; newer frontends renamed the method. */
 function noteStep() {
   const tracker = app.extensionManager.workflow.activeWorkflow?.changeTracker;
   (tracker?.captureCanvasState ?? tracker?.checkState)?.call(tracker);
 }
 
-/** The Configure Quantization whose recipe a node takes and whose keep list is its own, if there is one. */
+/** The Configure Quantization node connected to a node's recipe, if its keep list is not connected itself. */
 function configureOf(node) {
   const slot = node.inputs?.findIndex(({ name }) => name === "recipe") ?? -1;
   const origin = slot < 0 ? null : originOf(app.rootGraph, node, slot);
@@ -255,7 +255,7 @@ function configureOf(node) {
   return origin?.comfyClass === CONFIGURE && !isGiven ? origin : null;
 }
 
-/** A layer name that gives up its middle when there is no room, with the whole name as title. */
+/** A layer name whose middle is shortened in a narrow space, with the whole name as title. */
 function nameElement(className) {
   const head = element("span", "lr-name-head");
   const tail = element("span", "lr-name-tail");

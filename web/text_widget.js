@@ -1,15 +1,15 @@
-/** The text that a node puts out (`ui.text`), shown on the node. ComfyUI shows it for its own nodes only. */
+/** Show the text output of a node (`ui.text`) on it; ComfyUI does so for its own nodes only. */
 
 import { addPanel, bringIntoView, element, setText } from "./panel.js";
 
 export const TEXT_WIDGET = "learned_rounding_text";
 
-/** Panels by node; ComfyUI drops nodes without telling, so they are held weakly. */
+/** Panels by node, as weak references: ComfyUI does not report removed nodes. */
 const panels = new WeakMap();
 
 const LINE = 16;
 
-/** Give a node its text, with room for `lines` of it; `placeholder` stands there until it has run. */
+/** Attach a text panel of `lines` lines to a node; `placeholder` is shown until it has run. */
 export function addTextWidget(node, placeholder, { lines = 4, width = 320 } = {}) {
   const root = element("div", "lr-panel lr-text", [placeholder], { role: "status" });
   root.dataset.state = "idle";
@@ -17,7 +17,7 @@ export function addTextWidget(node, placeholder, { lines = 4, width = 320 } = {}
   panels.set(node, root);
 }
 
-/** Show these lines on a node; others than ours have no place for them. */
+/** Show lines on a node; nodes without a panel are skipped. */
 export function showText(node, lines) {
   const root = panels.get(node);
   if (!root) return;

@@ -1,4 +1,4 @@
-/** The words of the panels: English here, other languages in locales/LANGUAGE/main.json under the same keys. */
+/** Texts of the panels: English here, other languages in locales/LANGUAGE/main.json under the same keys. */
 
 export const ENGLISH = Object.freeze({
   idle: "Progress appears here while the workflow runs.",
@@ -65,12 +65,12 @@ export const ENGLISH = Object.freeze({
 
 let chosen = {};
 
-/** Speak another language from now on; what it has no words for stays English. */
+/** Switch the language; texts that it lacks stay English. */
 export function speak(words = {}) {
   chosen = words;
 }
 
-/** The words of a key, with values in place of {their names}. */
+/** The text of a key, with values in place of {their names}. */
 export function say(key, values = {}) {
   return (chosen[key] ?? ENGLISH[key]).replace(/\{(\w+)\}/g, (_, name) => values[name]);
 }

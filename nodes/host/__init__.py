@@ -1,30 +1,34 @@
-"""The one place that touches ComfyUI's internals.
+"""The only package that imports ComfyUI's internals.
 
-* ``folders``: which model files there are, where a file of ours goes, and under which name.
-* ``sources``: models as tensor sources: files, and the weights of a MODEL or CLIP with their patches baked in.
-* ``opening``: a model file as ComfyUI will see it: decoded where that is asked for, under ComfyUI's names.
-* ``quantizing``: from a source to quantized files in the temporary folder.
+* ``folders``: model files in ComfyUI's folders, and folders and names for files of this pack.
+* ``sources``: models as tensor sources: files, and the weights of a MODEL or CLIP with their patches applied.
+* ``opening``: open a model file under ComfyUI's tensor names, dequantized on request.
+* ``quantizing``: quantize a source into files in the temp folder.
 * ``calibrating``: run a model in full precision and collect statistics of its input activations.
 * ``calibrations``: calibrations passed between nodes, and calibration files.
 * ``comparing``: run two models on the same inputs and compare their outputs.
 * ``images``: decode sampled latents to images.
-* ``building``: from quantized files back to a MODEL or CLIP, by ComfyUI's own loaders wherever they know the format.
-* ``layouts``: ComfyUI's own loaders read the formats of this pack.
-* ``native_int8``: ComfyUI's own INT8 layers on this pack's kernels, where that is asked for.
-* ``saving``: quantized files to where ComfyUI's loaders look.
-* ``verifying``: a saved file, reloaded and compared with what was written.
-* ``running``: the prompt that runs: outputs in use, progress, messages to pages, interrupts.
+* ``decoding``: formats that this ComfyUI cannot run, and layers of this pack that dequantize them.
+* ``loading``: load quantized files as a MODEL or CLIP.
+* ``building``: build a MODEL or CLIP from the files of a finished run.
+* ``layouts``: register this pack's formats with ComfyUI's loaders.
+* ``native_int8``: ComfyUI's native INT8 layers on this pack's kernels, as an option.
+* ``saving``: save quantized files in folders that ComfyUI's loaders search.
+* ``verifying``: reload saved files and compare them with what was quantized; ``loaded_layers``: the comparisons.
+* ``running``: the running prompt: outputs in use, progress, messages to pages, interrupts.
 """
 
-from .building import build_clip, build_model, knows, load_quantized, quantized_layers
+from .building import build_clip, build_model
 from .calibrating import KEEP, calibrate_clip, calibrate_model, samplers, schedulers
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
 from .comparing import compare_clips, compare_models
-from .folders import FileSource, clip_types, file_state, model_files, safetensors_files, without_folders
+from .decoding import supports_format
+from .folders import FileSource, choice_stamp, clip_types, model_files, safetensors_files, shorten_paths
 from .images import decode_images
 from .layouts import add_layouts
-from .native_int8 import add_native_int8_setting, with_native_int8
-from .opening import opened
+from .loading import load_quantized, quantized_layers
+from .native_int8 import add_native_int8_setting, enable_native_int8
+from .opening import open_file
 from .quantizing import Quantized, quantize
 from .running import (
     add_route,
@@ -34,9 +38,9 @@ from .running import (
     outputs_in_use_of_running_prompt,
     progress_bar,
     running_prompt,
-    send,
+    send_message,
 )
-from .saving import SAVE_FOLDERS, check_name, save
+from .saving import SAVE_FOLDERS, check_name, save_files
 from .verifying import verify_saved
 
 __all__ = [
@@ -51,20 +55,20 @@ __all__ = [
     "calibration_files",
     "calibration_state",
     "check_name",
+    "choice_stamp",
     "clip_types",
     "compare_clips",
     "compare_models",
     "decode_images",
-    "file_state",
+    "enable_native_int8",
     "FileSource",
     "is_interrupt",
     "KEEP",
-    "knows",
     "latest_outputs",
     "load_calibration",
     "load_quantized",
     "model_files",
-    "opened",
+    "open_file",
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",
     "progress_bar",
@@ -74,12 +78,12 @@ __all__ = [
     "running_prompt",
     "safetensors_files",
     "samplers",
-    "save",
+    "save_files",
     "save_calibration",
     "SAVE_FOLDERS",
     "schedulers",
-    "send",
+    "send_message",
+    "shorten_paths",
+    "supports_format",
     "verify_saved",
-    "with_native_int8",
-    "without_folders",
 ]

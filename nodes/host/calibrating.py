@@ -23,8 +23,8 @@ from ...quant_core.recipes import make_plan
 from ...quant_core.recipes.presets import NONE
 from .calibrations import Calibrated
 from .folders import temporary_folder
-from .running import show
-from .sources import PatchedWeights, encoder_parts, module_name, parts_of
+from .running import show_text
+from .sources import PatchedWeights, encoder_parts, find_module, model_weights
 
 __all__ = ["KEEP", "calibrate_clip", "calibrate_model", "samplers", "schedulers"]
 
@@ -79,7 +79,7 @@ def _open_collector(
             with Collector(layers, folder, earlier=file, **options) as collector:
                 sizes = {f"on {device}": collector.device_bytes, f"in {folder.parent}": collector.disk_bytes}
                 needed = " and ".join(f"{human_bytes(size)} {place}" for place, size in sizes.items() if size)
-                show(f"Calibrating {len(layers)} layers, up to {needed}.")
+                show_text(f"Calibrating {len(layers)} layers, up to {needed}.")
                 yield collector
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -108,7 +108,7 @@ def _save(collector: Collector, provenance: dict, on_event: Listener, began: flo
         lines.append(f"most sensitive layers: {', '.join(highest)}")
     if collector.captured_energy < 1:
         lines.append(f"low rank: at least {100 * collector.captured_energy:.0f} % of the activations' energy captured")
-    show("\n".join(lines))
+    show_text("\n".join(lines))
     on_event(CalibrationFinished(layers, collector.tokens, size, time.perf_counter() - began))
     return calibration, "\n".join(lines)
 
@@ -152,7 +152,7 @@ def calibrate_model(
     Returns:
         the calibration, the sampled LATENTs, and a summary.
     """
-    weights = parts_of(model)[1]
+    weights = {"": model_weights(model)}
     layers = _linear_layers(model, weights, lambda part, layer: f"diffusion_model.{layer}")
     runs = [(*pair, latents[index % len(latents)]) for index, pair in enumerate(conditioning) for _ in range(samples)]
     sampled, began = [], time.perf_counter()
@@ -279,7 +279,7 @@ def calibrate_clip(
     began = time.perf_counter()
     parts = encoder_parts(clip)
     model = clip.cond_stage_model
-    layers = _linear_layers(clip.patcher, parts, lambda part, layer: module_name(model, part, layer))
+    layers = _linear_layers(clip.patcher, parts, lambda part, layer: find_module(model, part, layer))
     with _open_collector(clip.patcher, layers, keep, tokens, seed, earlier) as collector:
         bar = comfy.utils.ProgressBar(len(prompts))
         progress = _Progress(on_event, len(layers), "prompts", len(prompts))

@@ -10,7 +10,7 @@ import folder_paths
 from ...quant_core.calibration import SUFFIX, CalibrationFile
 from ...quant_core.display import human_bytes
 from ...quant_core.errors import SourceError
-from .folders import destination, place, remove, stamp
+from .folders import file_stamp, place_file, remove_files, resolve_prefix
 
 __all__ = ["Calibrated", "calibration_files", "calibration_state", "load_calibration", "save_calibration"]
 
@@ -31,7 +31,7 @@ class Calibrated:
 
     def __post_init__(self):
         if self.temporary:
-            weakref.finalize(self, remove, (self.path,))
+            weakref.finalize(self, remove_files, (self.path,))
 
     def open(self) -> CalibrationFile:
         """Open the file for reading; a context manager."""
@@ -66,7 +66,7 @@ def _calibration_path(name: str) -> Path:
 
 def calibration_state(name: str) -> tuple[int, ...]:
     """Return a value that changes when the file changes."""
-    return stamp(_calibration_path(name))
+    return file_stamp(_calibration_path(name))
 
 
 def load_calibration(name: str) -> tuple[Calibrated, str]:
@@ -88,5 +88,5 @@ def save_calibration(calibration: Calibrated, prefix: str) -> Path:
 
     Existing files are not overwritten, and ``prefix`` cannot refer to a folder outside the output folder.
     """
-    folder, stem = destination(_calibration_folders()[0], prefix)
-    return place(calibration.path, folder, stem, SUFFIX)
+    folder, stem = resolve_prefix(_calibration_folders()[0], prefix)
+    return place_file(calibration.path, folder, stem, SUFFIX)

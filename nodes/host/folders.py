@@ -1,12 +1,12 @@
-"""ComfyUI's folders: which model files there are, where a file of ours goes, and under which name."""
+"""ComfyUI's folders: model files in them, and folders and names for files of this pack."""
 
 import contextlib
 import errno
-import itertools
 import logging
 import os
 import re
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ...quant_core.sources import ShardedFiles
 
 try:
     import fcntl
-except ImportError:  # Windows, which removes no file that is open
+except ImportError:  # Windows, where an open file cannot be deleted
     fcntl = None
 
 __all__ = [
@@ -30,17 +30,17 @@ __all__ = [
     "TEXT_ENCODERS",
     "FileSource",
     "clip_types",
-    "destination",
-    "file_state",
+    "choice_stamp",
+    "file_stamp",
     "model_files",
+    "move_to_temp",
     "new_unfinished",
-    "place",
+    "place_file",
+    "remove_files",
+    "resolve_prefix",
     "safetensors_files",
-    "remove",
-    "stamp",
-    "temporary",
+    "shorten_paths",
     "temporary_folder",
-    "without_folders",
 ]
 
 log = logging.getLogger(__name__)
@@ -52,27 +52,27 @@ _SAFETENSORS = (".safetensors", ".sft")
 _INDEX = ".safetensors.index.json"
 _SOURCES = (*_SAFETENSORS, _INDEX, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
-# Up to the last part of an absolute path, on any system. A folder's name may hold spaces and quotes, not at its ends; a path ends before
-# another one that begins after a space, and where the sentence goes on after a colon or semicolon.
+# The folders of an absolute path, on any system. The name of a folder may contain spaces and quotes, except as its first and
+# last character. A path ends before another path that follows a space, and before a colon or semicolon with a space.
 _FOLDER = r"""[^\s'"/\\](?:(?:(?!\s[A-Za-z]:[/\\]|[:;]\s)[^\n/\\])*[^\s'"/\\])?[/\\]{1,2}"""
 _FOLDERS = re.compile(rf"""(?<![\w.:/\\])(?:[A-Za-z]:)?[/\\]{{1,2}}(?:{_FOLDER})*(?=[^\s'"/\\])""")
-_COPY = "learned_rounding_copy"  # .NAME.….partial: what is being copied
-_ABANDONED = 86_400  # seconds after which nobody comes any more for a finished file that no node has
-_CHUNK = 1 << 24  # bytes between two looks at whether the user cancelled
+_COPY = "learned_rounding_copy"  # .NAME.….partial: a copy in progress
+_ABANDONED = 86_400  # s; a finished file of that age belongs to a server that stopped
+_CHUNK = 1 << 24  # bytes between checks for an interrupt
 
 
 def model_files() -> list[str]:
-    """ "folder/name" of every file that can be a source; shards by their index."""
+    """Every file that can be a source, as "folder/name"; a sharded model by its index file."""
     return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(_SOURCES)]
 
 
 def safetensors_files() -> list[str]:
-    """ "folder/name" of every safetensors file that is a model by itself."""
+    """Every safetensors file that is a whole model, as "folder/name"."""
     return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(_SAFETENSORS)]
 
 
 def _names(kind: str) -> list[str]:
-    """The files in a model folder, those too that ComfyUI's own loaders do not take; no shard of a model."""
+    """The files in a model folder without shards; includes file types that ComfyUI's own loaders do not accept."""
     found = (
         name
         for base in folder_paths.get_folder_paths(kind)
@@ -82,48 +82,55 @@ def _names(kind: str) -> list[str]:
 
 
 def clip_types() -> list[str]:
-    """The choices of ComfyUI's own Load CLIP."""
+    """The types of ComfyUI's Load CLIP."""
     return [entry.name.lower() for entry in comfy.sd.CLIPType]
 
 
-def _path(choice: str) -> Path:
+def _find_file(choice: str) -> Path:
+    """The path of "folder/name". Raises SourceError where there is no such file."""
     kind, _, name = choice.partition("/")
     path = folder_paths.get_full_path(kind, name) if kind in _KINDS and name else None
     if path is None:
         raise SourceError(
-            f"There is no model file '{choice}' in ComfyUI's model folders; refresh the list and choose again."
+            f"Model file '{choice}' is not in ComfyUI's model folders; refresh the list and choose again."
         )
     return Path(path)
 
 
-def file_state(choice: str) -> tuple[int, ...]:
-    """Changes when the chosen file does, or a shard of it."""
-    return stamp(_path(choice))
+def choice_stamp(choice: str) -> tuple[int, ...]:
+    """:func:`file_stamp` of "folder/name"."""
+    return file_stamp(_find_file(choice))
 
 
-def stamp(path: Path) -> tuple[int, ...]:
-    """Changes when the file does; that of an index when a shard does."""
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """Modification times (ns) and sizes (bytes) of a file, or of all shards of an index file."""
     return tuple(
-        value for part in _parts(path) for status in [part.stat()] for value in (status.st_mtime_ns, status.st_size)
+        value
+        for part in _model_parts(path)
+        for status in [part.stat()]
+        for value in (status.st_mtime_ns, status.st_size)
     )
 
 
-def _parts(path: Path) -> tuple[Path, ...]:
-    """The files that are read for a model: of an index, its shards too."""
+def _model_parts(path: Path) -> tuple[Path, ...]:
+    """The files of a model: of an index file, its shards too."""
     if path.name.lower().endswith(_INDEX):
         try:
             with ShardedFiles(path) as shards:
                 return shards.paths
-        except QuantizationError:  # who opens it says what is wrong
+        except QuantizationError:  # reported when the file is opened
             pass
     return (path,)
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A model file that nothing has been read of yet.
+    """A model file that is not open yet.
 
-    ``kind``: the model folder it is in; ``clip_type``: for text encoders; ``requantize``: decode it first if it is quantized.
+    Attributes:
+        kind: its model folder.
+        clip_type: type of Load CLIP for text encoders.
+        requantize: dequantize it first if it is quantized.
     """
 
     path: Path
@@ -133,12 +140,12 @@ class FileSource:
 
     @classmethod
     def choose(cls, choice: str, clip_type: str, requantize: bool = False) -> "FileSource":
-        """From what :func:`model_files` lists."""
-        return cls(_path(choice), choice.partition("/")[0], clip_type, requantize)
+        """The source of an entry of :func:`model_files`."""
+        return cls(_find_file(choice), choice.partition("/")[0], clip_type, requantize)
 
 
-def without_folders(text: str) -> str:
-    """``text`` with paths inside ComfyUI's folders relative to these, and of other absolute paths the last part alone."""
+def shorten_paths(text: str) -> str:
+    """``text`` with paths in ComfyUI's folders relative to these folders, and other absolute paths without their folders."""
     listed = [path for paths, *_ in folder_paths.folder_names_and_paths.values() for path in paths]
     kinds = (folder_paths.get_directory_by_type(kind) for kind in ("output", "input", "temp"))
     paths = map(Path, (*listed, *filter(None, kinds), folder_paths.models_dir, folder_paths.base_path))
@@ -148,35 +155,35 @@ def without_folders(text: str) -> str:
     return _FOLDERS.sub("", text)
 
 
-def remove(paths) -> None:
-    """Delete files, or leave it to ComfyUI's next start."""
+def remove_files(paths: Iterable[Path]) -> None:
+    """Delete files; one that cannot be deleted now is left to ComfyUI's next start, which empties its temp folder."""
     for path in paths:
         try:
             path.unlink(missing_ok=True)
-        except OSError:  # Windows: still mapped by a model; ComfyUI empties its temp folder when it starts
+        except OSError:  # Windows: a model maps the file into memory
             log.debug("could not remove %s", path)
 
 
 def temporary_folder() -> Path:
-    """ComfyUI's own, which it empties when it starts."""
+    """ComfyUI's temp folder, which it empties at its start."""
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def new_unfinished(stem: str) -> Path:
-    """A name that no server has, in the folder of runs that are not finished; what a dead one left there under such a name goes."""
+    """A new unique path in the folder of unfinished runs; deletes finished files there that servers abandoned."""
     folder = _unfinished_folder()
-    long_ago = time.time() - _ABANDONED
+    oldest = time.time() - _ABANDONED
     for path in folder.glob(f"{stem}_*{_SAFETENSORS[0]}"):
         with contextlib.suppress(OSError):
-            if path.stat().st_mtime < long_ago:
+            if path.stat().st_mtime < oldest:
                 path.unlink()
     return folder / f"{stem}_{os.urandom(6).hex()}{_SAFETENSORS[0]}"
 
 
 def _unfinished_folder() -> Path:
-    """Beside ComfyUI's temp folder, so that runs outlive the server; that folder itself where nothing else can be written."""
+    """A folder beside ComfyUI's temp folder, so that runs survive a restart; the temp folder where it cannot be created."""
     beside = temporary_folder().parent / ".learned_rounding"
     try:
         beside.mkdir(exist_ok=True)
@@ -185,8 +192,12 @@ def _unfinished_folder() -> Path:
     return beside
 
 
-def temporary(path: Path) -> Path:
-    """``path``, a finished file, moved into ComfyUI's temp folder under a name of its own; nowhere when that fails."""
+def move_to_temp(path: Path) -> Path:
+    """Move a finished file into ComfyUI's temp folder under a unique name; returns its path. After an error it is deleted.
+
+    Raises:
+        OutputError: the file cannot be moved.
+    """
     moved = temporary_folder() / f"learned_rounding_{os.urandom(6).hex()}{path.suffix}"
     try:
         try:
@@ -194,90 +205,97 @@ def temporary(path: Path) -> Path:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-        log.info("%s lies on another disk than %s: the file is copied", moved.parent, path.parent)
+        log.info("%s is on another disk than %s: copying the file", moved.parent, path.parent)
         with open(path, "rb") as source, open(moved, "xb") as target:
             _copy_bytes(source, target)
-        remove([path])
+        remove_files([path])
         return moved
     except BaseException as error:
-        remove([path, moved])
+        remove_files([path, moved])
         if isinstance(error, OSError):
             raise OutputError(
                 f"The quantized model cannot be moved into ComfyUI's temp folder {moved.parent}: {error.strerror or error}; "
-                "free some space there, or start ComfyUI with --temp-directory."
+                "free disk space there, or start ComfyUI with --temp-directory."
             ) from error
         raise
 
 
-def destination(base: Path, prefix: str) -> tuple[Path, str]:
-    """The folder inside ``base`` and the start of the file name that a user's prefix means."""
+def resolve_prefix(base: Path, prefix: str) -> tuple[Path, str]:
+    """(folder, stem) of a user's file name prefix in ``base``. Raises OutputError unless the result is inside ``base``."""
     base, prefix = base.resolve(), prefix.strip().replace("\\", "/")
     try:
         target = (base / prefix).resolve()
-    except (OSError, RuntimeError, ValueError):  # what no system takes for a name, as one with a zero byte
+    except (OSError, RuntimeError, ValueError):  # not a path on this system, for example because of a null byte
         target = base
     if not prefix or prefix.endswith("/") or not target.is_relative_to(base) or target == base:
-        raise OutputError(f"'{prefix}' is no file name inside {base}; give a name, with folders before it if you like.")
+        raise OutputError(
+            f"'{prefix}' is not a file name inside {base}; use a name, optionally with folders before it."
+        )
     return target.parent, target.name
 
 
-def place(path: Path, folder: Path, stem: str, suffix: str) -> Path:
-    """Link ``path`` into ``folder`` under the first free number, or copy it where links are not possible."""
+def place_file(path: Path, folder: Path, stem: str, suffix: str) -> Path:
+    """Hard-link ``path`` into ``folder`` as STEM_NUMBER_SUFFIX, or copy it where that fails; returns the new path.
+
+    NUMBER is the first free one. Existing files are never overwritten.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder / _COPY)
         try:
-            return _first_free(folder, stem, suffix, lambda target: os.link(path, target))
+            return _create_numbered(folder, stem, suffix, lambda target: os.link(path, target))
         except OSError as error:
-            log.info("%s is copied into %s, because it cannot be linked there: %s", path, folder, error.strerror)
-            return _copy(path, folder, stem, suffix)
+            log.info("copying %s into %s, because a hard link failed: %s", path, folder, error.strerror)
+            return _copy_file(path, folder, stem, suffix)
     except OSError as error:
         raise OutputError(f"The model cannot be saved in {folder}: {error.strerror or error}.") from error
 
 
-def _first_free(folder: Path, stem: str, suffix: str, take) -> Path:
-    """The first numbered name that ``take`` creates without a FileExistsError."""
-    for number in itertools.count(1):
+def _create_numbered(folder: Path, stem: str, suffix: str, create: Callable[[Path], None]) -> Path:
+    """The first numbered name that ``create`` accepts without a FileExistsError."""
+    number = 1
+    while True:
         target = folder / f"{stem}_{number:05}_{suffix}"
         try:
-            take(target)
+            create(target)
             return target
         except FileExistsError:
-            continue
+            number += 1
 
 
-def _copy(path: Path, folder: Path, stem: str, suffix: str) -> Path:
-    """A copy, which has no name but a hidden one before it is whole and on the disk."""
+def _copy_file(path: Path, folder: Path, stem: str, suffix: str) -> Path:
+    """Copy ``path``; the copy has a hidden name until it is complete and on the disk."""
     partial = folder / f".{_COPY}.{os.urandom(4).hex()}.partial"
     try:
         with open(path, "rb") as source, open(partial, "xb") as target:
-            if fcntl:  # held as long as this process lives, by which the next one knows whether it does
-                with contextlib.suppress(OSError):  # some network disks have no locks
+            if fcntl:  # the lock ends with this process; the next one then deletes the file
+                with contextlib.suppress(OSError):  # some network file systems have no locks
                     fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _copy_bytes(source, target)
             target.flush()
             flush_to_disk(target.fileno())
-        return _first_free(folder, stem, suffix, lambda target: _name(partial, target))
+        return _create_numbered(folder, stem, suffix, lambda target: _rename_new(partial, target))
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _copy_bytes(source, target) -> None:
-    """All of one open file into another, unless the user cancels."""
+    """Copy one open file to another; the user can interrupt it."""
     while chunk := source.read(_CHUNK):
         comfy.model_management.throw_exception_if_processing_interrupted()
         target.write(chunk)
 
 
-def _name(partial: Path, target: Path) -> None:
-    """Give a whole file its name. Raises FileExistsError where that is taken."""
+def _rename_new(partial: Path, target: Path) -> None:
+    """Rename a complete file. Raises FileExistsError where ``target`` exists."""
     try:
         os.link(partial, target)
     except FileExistsError:
         raise
-    except (
-        OSError
-    ):  # no links on this disk; its own programs could take the name in between, if they ran at this moment
+    except OSError:  # no hard links on this disk; the check and the renaming are then two steps
         if target.exists():
             raise FileExistsError(target) from None
         partial.rename(target)

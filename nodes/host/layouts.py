@@ -1,9 +1,9 @@
-"""ComfyUI's own loaders read the formats of this pack.
+"""Register this pack's own formats with ComfyUI's loaders.
 
-ComfyUI keeps what it knows of formats in a table, ``QUANT_ALGOS``, which its quantized layers ask when they run; ours are
-added to it. Only loading is a chain of conditions on formats, in one function of ``comfy.ops``, which is wrapped: a layer
-in one of our formats is loaded by it as ``int8_tensorwise``, whose keys are the same, and is given its own layout
-afterwards. So a layer of ours gets all that ComfyUI does for its own, and a layer in any other format goes straight to it.
+ComfyUI's quantized layers look up a format in the table ``QUANT_ALGOS`` when they run; this module adds entries to it. Only
+loading branches on the name of the format, in one function of ``comfy.ops``. A wrapper of that function loads a layer of our
+formats as ``int8_tensorwise``, which has the same keys, and then replaces the layout. Our layers thus have every feature of
+ComfyUI's own, and layers of other formats reach ComfyUI's function unchanged.
 """
 
 import functools
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 _LOADER = "_load_quantized_module"
 _ARGUMENTS = ["module", "super_load", "state_dict", "prefix"]
 _CARRIER = "int8_tensorwise"
-_OURS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
+_OWN_FORMATS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
 
 
-def _obstacle() -> str | None:
-    """What keeps ComfyUI's loaders from reading our formats; None when nothing does."""
+def _find_obstacle() -> str | None:
+    """The reason why formats cannot be registered in this ComfyUI; None when they can."""
     loader = getattr(comfy.ops, _LOADER, None)
     if loader is None:
         return f"comfy.ops has no {_LOADER}"
@@ -37,25 +37,27 @@ def _obstacle() -> str | None:
     if _CARRIER not in comfy.quant_ops.QUANT_ALGOS:
         return f"comfy.quant_ops.QUANT_ALGOS has no {_CARRIER}"
     try:
-        from ..runtime import layouts
+        from comfy_kitchen.tensor import QuantizedTensor
+
+        from ..runtime import layouts  # noqa: F401 (fails where comfy-kitchen lacks a function that it needs)
     except ImportError as error:
         return str(error)
-    if comfy.ops.QuantizedTensor is not layouts.QuantizedTensor:
-        return "comfy.ops has a QuantizedTensor of its own"
+    if comfy.ops.QuantizedTensor is not QuantizedTensor:
+        return "comfy.ops does not use comfy-kitchen's QuantizedTensor"
     return None
 
 
 def add_layouts() -> None:
-    """Make ComfyUI's loaders read our formats. A format that it already has stays as it is.
+    """Register our formats with ComfyUI's loaders; entries that ComfyUI already has stay unchanged.
 
-    Where this ComfyUI is built otherwise nothing is touched, and the log says so: models quantized in the graph, and
-    those of our Load Quantized Model, still run, through layers of our own.
+    Where this ComfyUI has other internals, nothing is changed and a warning is logged. Models quantized in the graph and
+    models of Load Quantized Model then run through :mod:`..runtime.decoded_linear`.
     """
     algorithms = getattr(comfy.quant_ops, "QUANT_ALGOS", {})
-    missing = [name for name in _OURS if name not in algorithms]
-    if missing and (obstacle := _obstacle()):
+    missing = [name for name in _OWN_FORMATS if name not in algorithms]
+    if missing and (obstacle := _find_obstacle()):
         log.warning(
-            "Learned Rounding: ComfyUI's own loaders cannot read %s files here (%s); Load Quantized Model does.",
+            "Learned Rounding: ComfyUI's own loaders cannot read %s files here (%s); use Load Quantized Model.",
             ", ".join(missing),
             obstacle,
         )
@@ -65,10 +67,12 @@ def add_layouts() -> None:
         for name in missing:
             own = {"storage_t": FORMATS[name].storage_dtype, "comfy_tensor_layout": LAYOUTS[name].__name__}
             algorithms[name] = {**algorithms[_CARRIER], **own}
-        setattr(comfy.ops, _LOADER, _wrapped(getattr(comfy.ops, _LOADER), frozenset(missing)))
+        setattr(comfy.ops, _LOADER, _wrap_loader(getattr(comfy.ops, _LOADER), frozenset(missing)))
 
 
-def _wrapped(load, formats: frozenset[str]):
+def _wrap_loader(load, formats: frozenset[str]):
+    """ComfyUI's function ``load`` for layers of other formats, :func:`_load_layer` for those of ``formats``."""
+
     @functools.wraps(load)
     def load_quantized_module(module, super_load, state_dict, prefix, *args, **kwargs):
         stored = state_dict.get(prefix + CONFIG_KEY)
@@ -80,8 +84,10 @@ def _wrapped(load, formats: frozenset[str]):
 
 
 def _load_layer(load, config: dict, module, super_load, state_dict, prefix: str, *args, **kwargs) -> None:
-    """Make ``module`` a layer of the codes under ``prefix``. ``config``: the layer's JSON. Raises ValueError when they do not fit it."""
-    from ..runtime.layouts import LAYOUTS, QuantizedTensor
+    """Load the quantized layer under ``prefix`` into ``module``; ``config``: its JSON. Raises ValueError where they contradict."""
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    from ..runtime.layouts import LAYOUTS
 
     codec = detect_layer(prefix.removesuffix("."), config, state_dict)
     layout, dtype = LAYOUTS[codec.format.name], codec.format.storage_dtype
@@ -93,29 +99,32 @@ def _load_layer(load, config: dict, module, super_load, state_dict, prefix: str,
     weight = QuantizedTensor(loaded._qdata.view(dtype), layout.__name__, params)
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
     module.quant_format, module.layout_type = codec.format.name, layout.__name__
-    module.__class__ = _ours(type(module))
-
-
-class _OurLinear:
-    """What ComfyUI's quantized Linear leaves out for a layer of ours.
-
-    It saves the layer's whole JSON, and its inputs are contiguous: torch takes other ones apart into products with a
-    stack of decoded weights, where it is not in inference mode.
-    """
-
-    def _forward(self, input, weight, bias):
-        return super()._forward(input.contiguous(), weight, bias)
-
-    def state_dict(self, *args, destination=None, prefix="", **kwargs):
-        from ..runtime.layouts import LAYOUTS
-
-        state, key = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs), prefix + CONFIG_KEY
-        if key in state and self.quant_format in LAYOUTS:
-            state[key] = config_tensor(LAYOUTS[self.quant_format].codec(self.weight._params.block_size).config)
-        return state
+    module.__class__ = _extend_linear(type(module))
 
 
 @functools.lru_cache(maxsize=8)  # ComfyUI makes one class per model
-def _ours(linear):
-    """ComfyUI's class of a quantized layer, with what it leaves out."""
-    return linear if issubclass(linear, _OurLinear) else type("Linear", (_OurLinear, linear), {})
+def _extend_linear(linear):
+    """A subclass of ComfyUI's quantized Linear for layers of our formats.
+
+    It saves the layer's whole JSON, and makes its activations contiguous: without inference mode torch splits other ones
+    into batched products with the expanded dequantized weight.
+    """
+    if getattr(linear, "has_own_layout", False):
+        return linear
+
+    class Linear(linear):
+        has_own_layout = True
+
+        def _forward(self, input, weight, bias):
+            return super()._forward(input.contiguous(), weight, bias)
+
+        def state_dict(self, *args, destination=None, prefix="", **kwargs):
+            from ..runtime.layouts import LAYOUTS
+
+            state = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+            key = prefix + CONFIG_KEY
+            if key in state and self.quant_format in LAYOUTS:
+                state[key] = config_tensor(LAYOUTS[self.quant_format].codec(self.weight._params.block_size).config)
+            return state
+
+    return Linear

@@ -1,8 +1,8 @@
-"""Native INT8 layers on this pack's kernels, for who asks for that.
+"""ComfyUI's native INT8 layers on this pack's kernels, as an option.
 
-comfy-kitchen takes the first of its backends that can run a call. Below CUDA 13 ComfyUI switches off the one in CUDA, and
-the one in Triton everywhere, so that INT8 layers run in plain torch there. Ours stands right before that last one; it is
-off until the setting or a MODEL asks for it.
+comfy-kitchen calls the first of its backends that supports a call. ComfyUI disables the Triton backend everywhere and the
+CUDA backend below CUDA 13, so INT8 layers run in plain torch ("eager") there. Our backend has the priority just before
+"eager"; it is disabled until the setting or a MODEL enables it.
 """
 
 import functools
@@ -22,19 +22,19 @@ from server import PromptServer
 from ... import kernels
 from ...quant_core.errors import QuantizationError
 
-__all__ = ["add_native_int8_setting", "with_native_int8"]
+__all__ = ["add_native_int8_setting", "enable_native_int8"]
 
 log = logging.getLogger(__name__)
 
 _NAME = "learned_rounding"
-SETTING = "LearnedRounding.NativeInt8"  # in web/, and in the settings that ComfyUI keeps
+SETTING = "LearnedRounding.NativeInt8"  # also in web/, and in ComfyUI's settings file
 ROUTE = "/learned_rounding/native_int8"
 
 
 def int8_linear(
     x, weight, weight_scale, bias=None, out_dtype=torch.bfloat16, convrot=False, convrot_groupsize=256, input_act=None
 ):
-    """comfy-kitchen's operation of that name; ``input_act`` names a function that x goes through first."""
+    """comfy-kitchen's operation of that name; ``input_act``: name of an activation function that is applied to x first."""
     if input_act is not None:
         x = comfy.ops.INPUT_ACT_EAGER[input_act](x)
     rotate_by = convrot_groupsize if convrot else 0
@@ -43,7 +43,7 @@ def int8_linear(
 
 @functools.cache
 def _registry():
-    """comfy-kitchen's registry with our backend in it, switched off; None where ComfyUI has no INT8 layers."""
+    """comfy-kitchen's registry with our backend registered and disabled; None where ComfyUI has no INT8 layers."""
     if "int8_tensorwise" not in getattr(comfy.quant_ops, "QUANT_ALGOS", {}):
         return None
     try:
@@ -61,36 +61,40 @@ def _registry():
     return registry
 
 
-def _switch(on: bool) -> None:
+def _set_enabled(on: bool) -> None:
+    """Enable or disable our backend; log a warning where it cannot be enabled."""
     registry = _registry()
     if registry is not None:
         (registry.enable if on else registry.disable)(_NAME)
     elif on:
-        log.warning("Learned Rounding: this ComfyUI has no INT8 layers of its own that other kernels could run.")
+        log.warning(
+            "Learned Rounding: this ComfyUI has no native INT8 layers, so the setting for INT8 kernels has no effect."
+        )
 
 
 @contextmanager
-def _switched_on():
-    registry = _registry()
+def _enabled(registry):
+    """Enable our backend in ``registry`` and restore its state at the end."""
     before = registry.is_available(_NAME)
     registry.enable(_NAME)
     try:
         yield
     finally:
-        _switch(before)
+        _set_enabled(before)
 
 
-def with_native_int8(model):
-    """A MODEL whose native INT8 layers run on our kernels wherever comfy-kitchen would take plain torch.
+def enable_native_int8(model):
+    """A clone of a MODEL whose native INT8 layers run on our kernels where comfy-kitchen would use plain torch.
 
     Raises:
-        QuantizationError: this ComfyUI has no such layers.
+        QuantizationError: this ComfyUI has no native INT8 layers.
     """
-    if _registry() is None:
-        raise QuantizationError("This ComfyUI has no INT8 layers of its own; switch native_int8_kernels off.")
+    registry = _registry()
+    if registry is None:
+        raise QuantizationError("This ComfyUI has no native INT8 layers; turn off native_int8_kernels.")
 
     def run(executor, *args, **kwargs):
-        with _switched_on():
+        with _enabled(registry):
             return executor(*args, **kwargs)
 
     from comfy.patcher_extension import WrappersMP
@@ -100,8 +104,8 @@ def with_native_int8(model):
     return model
 
 
-def _stored() -> bool:
-    """The setting as ComfyUI keeps it for its default user."""
+def _read_setting() -> bool:
+    """The setting that ComfyUI stores for its default user; False where it cannot be read."""
     try:
         path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
         return json.loads(path.read_text(encoding="utf-8")).get(SETTING) is True
@@ -110,8 +114,8 @@ def _stored() -> bool:
 
 
 def add_native_int8_setting() -> None:
-    """Do as the stored setting says, and as it is changed to in the page."""
-    _switch(_stored())
+    """Apply the stored setting, and add the route by which the page changes it."""
+    _set_enabled(_read_setting())
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
@@ -120,6 +124,6 @@ def add_native_int8_setting() -> None:
     async def change(request):
         on = await request.json()
         if not isinstance(on, bool):
-            return web.Response(status=400, text="true or false")
-        _switch(on)
+            return web.Response(status=400, text="The value must be true or false.")
+        _set_enabled(on)
         return web.json_response(on)

@@ -1,4 +1,4 @@
-"""A model file as ComfyUI will see it: decoded where that is asked for, diffusers' names turned into ComfyUI's."""
+"""Open a model file under ComfyUI's tensor names, dequantized on request."""
 
 import contextlib
 import copy
@@ -16,18 +16,19 @@ from ...quant_core.sources import Source, TensorInfo, TensorSource, open_source
 from ...quant_core.sources.source import CPU
 from .folders import DIFFUSION_MODELS, FileSource
 
-__all__ = ["opened"]
+__all__ = ["open_file"]
 
 State = dict[str, torch.Tensor]
-_NOT_RENAMED = "and this ComfyUI has no names of its own for them; give a file that has ComfyUI's names"
-_NOT_HERE = f"which ComfyUI turns into its own for files in {DIFFUSION_MODELS} only; move it there"
+_NOT_CONVERTIBLE = "this ComfyUI has no conversion for it; use a file with ComfyUI's tensor names"
+_WRONG_FOLDER = f"ComfyUI converts files in {DIFFUSION_MODELS} only; move the file there"
 
 
 @contextlib.contextmanager
-def opened(file: FileSource) -> Iterator[Source]:
-    """The tensors of a file under ComfyUI's names, of whatever kind the file is.
+def open_file(file: FileSource) -> Iterator[Source]:
+    """Open the tensors of a file of any supported file format, renamed from diffusers' names to ComfyUI's.
 
-    Raises SourceError for diffusers' names that ComfyUI does not turn into its own, all of them.
+    Raises:
+        SourceError: the file has diffusers' names, and ComfyUI does not convert all of them.
     """
     with open_source(file.path) as source:
         if file.requantize and quantized_formats(source):
@@ -35,15 +36,15 @@ def opened(file: FileSource) -> Iterator[Source]:
         convert = _converter(source) if file.kind == DIFFUSION_MODELS else None
         if convert is None and find_refusal(source.tensors) == DIFFUSERS.description:
             raise SourceError(
-                f"{source.name} is under diffusers' layer names, {_NOT_RENAMED if file.kind == DIFFUSION_MODELS else _NOT_HERE}."
+                f"{source.name} has diffusers' tensor names: {_NOT_CONVERTIBLE if file.kind == DIFFUSION_MODELS else _WRONG_FOLDER}."
             )
         yield RenamedWeights(source, convert) if convert else source
 
 
 class RenamedWeights:
-    """A source whose tensors another program joined and named otherwise. Read whole, into memory, with the first tensor.
+    """A source whose tensors are renamed and concatenated by ``convert``. The first read loads all of it into memory.
 
-    ``convert`` takes out of what it is given all that it uses. Raises SourceError when it leaves something.
+    ``convert`` removes the tensors that it uses from its argument. Raises SourceError when some remain.
     """
 
     def __init__(self, source: Source, convert: Callable[[State], State]):
@@ -51,16 +52,16 @@ class RenamedWeights:
         self.paths = getattr(source, "paths", ())
         self._source, self._convert = source, convert
         self._weights: State = {}
-        left = _shapes(source)
+        left = _meta_tensors(source)
         self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in convert(left).items()}
         if left:
             raise SourceError(
-                f"{source.name} is under diffusers' layer names, and this ComfyUI has none of its own for {len(left)} of its {len(source.tensors)} "
-                f"tensors, such as {' and '.join(sorted(left)[:2])}; give a file that has ComfyUI's names."
+                f"{source.name} has diffusers' tensor names: this ComfyUI has no conversion for {len(left)} of its "
+                f"{len(source.tensors)} tensors, for example {' and '.join(sorted(left)[:2])}; use a file with ComfyUI's tensor names."
             )
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
-        """The tensor on ``device``."""
+        """Read a tensor onto ``device``."""
         if not self._weights:
             self._weights = self._convert({name: self._source.read(name) for name in self._source.tensors})
         return self._weights[name].to(device)
@@ -70,28 +71,30 @@ class RenamedWeights:
         return TensorSource({name: self.read(name)}).sample(name, offset, length)
 
 
-def _shapes(source: Source) -> State:
+def _meta_tensors(source: Source) -> State:
+    """Tensors of the same names, dtypes and shapes without data."""
     return {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in source.tensors.items()}
 
 
-def _known(state: State) -> bool:
+def _is_recognized(state: State) -> bool:
+    """Whether ComfyUI recognizes a diffusion model in these tensors."""
     return model_detection.model_config_from_unet(copy.copy(state), "") is not None
 
 
 def _converter(source: Source) -> Callable[[State], State] | None:
-    """ComfyUI's own way from diffusers' names to its own, as its loader chooses it; None for names it knows as they are."""
-    shapes = _shapes(source)
+    """ComfyUI's conversion from diffusers' names, chosen as its loader does; None where it needs or has none."""
+    shapes = _meta_tensors(source)
     prefix = model_detection.unet_prefix_from_state_dict(shapes)
-    if any(name.startswith(prefix) for name in shapes) or _known(shapes):
+    if any(name.startswith(prefix) for name in shapes) or _is_recognized(shapes):
         return None
     try:
         renamed = model_detection.convert_diffusers_mmdit(copy.copy(shapes), "")
-    except KeyError:  # by one name it takes the model for another
+    except KeyError:  # one of the names belongs to another model too
         return None
     if renamed is not None:
-        return (lambda state: model_detection.convert_diffusers_mmdit(state, "")) if _known(renamed) else None
+        return (lambda state: model_detection.convert_diffusers_mmdit(state, "")) if _is_recognized(renamed) else None
     config = model_detection.model_config_from_diffusers_unet(copy.copy(shapes))
     if config is None:
         return None
     names = comfy.utils.unet_to_diffusers(config.unet_config)
-    return lambda state: {ours: state.pop(theirs) for theirs, ours in names.items() if theirs in state}
+    return lambda state: {new: state.pop(old) for old, new in names.items() if old in state}

@@ -1,4 +1,4 @@
-"""The prompt that runs: outputs in use, progress, messages to pages, interrupts."""
+"""The running prompt: outputs in use, progress, messages to pages, interrupts."""
 
 import json
 import logging
@@ -17,20 +17,21 @@ __all__ = [
     "outputs_in_use_of_running_prompt",
     "progress_bar",
     "running_prompt",
-    "send",
-    "show",
+    "send_message",
+    "show_text",
 ]
 
 log = logging.getLogger(__name__)
 
 
 def outputs_in_use(prompt, node_id: str) -> set[int]:
-    """Which outputs of a node something is connected to. ``prompt``: ComfyUI's DynamicPrompt."""
+    """Indices of the connected outputs of a node. ``prompt``: ComfyUI's DynamicPrompt."""
     nodes = {key: prompt.get_node(key) for key in prompt.all_node_ids()}
     return {slot for source, slot in _links(nodes) if source == node_id}
 
 
 def _links(nodes: Mapping[str, dict]) -> Iterator[tuple[str, int]]:
+    """(node id, output index) of every connection in a prompt."""
     for node in nodes.values():
         for value in node.get("inputs", {}).values():
             if isinstance(value, list) and len(value) == 2 and isinstance(value[1], int):
@@ -38,7 +39,7 @@ def _links(nodes: Mapping[str, dict]) -> Iterator[tuple[str, int]]:
 
 
 def outputs_in_use_of_running_prompt(node_class: str) -> str:
-    """For all nodes of that class in the prompt now running: which of their outputs are in use."""
+    """Connected outputs of all nodes of that class in the running prompt, as JSON."""
     running = _running()
     nodes = running[2] if running else {}
     ours = {key for key, node in nodes.items() if node.get("class_type") == node_class}
@@ -46,13 +47,13 @@ def outputs_in_use_of_running_prompt(node_class: str) -> str:
 
 
 def _running() -> tuple | None:
-    """ComfyUI's queue item of the prompt now running: (number, id, nodes, extra data, …)."""
+    """ComfyUI's queue item of the running prompt: (number, id, nodes, extra data, …)."""
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
     return running[0] if running else None
 
 
 def running_prompt() -> dict[str, str | None]:
-    """The ids of the prompt now running and of its workflow, which a prompt that came from no page has not."""
+    """Ids of the running prompt and of its workflow; None for a prompt that was not queued by a page."""
     running = _running()
     if running is None:
         return {"prompt": None, "workflow": None}
@@ -60,17 +61,21 @@ def running_prompt() -> dict[str, str | None]:
 
 
 def _workflow(item: tuple) -> str | None:
-    """The id of the workflow of a queue item."""
+    """The workflow id of a queue item; None where it has none."""
     info = item[3].get("extra_pnginfo")
     workflow = info.get("workflow") if isinstance(info, dict) else None
     return (workflow.get("id") or None) if isinstance(workflow, dict) else None
 
 
 def latest_outputs(workflow: str, classes: str, keys: Collection[str]) -> dict[str, dict[str, list]]:
-    """Node id → what it put out for the page under ``keys`` last, in prompts of a workflow.
+    """Latest outputs for the page, in prompts of a workflow: {node id: {key: values}}.
 
-    Of nodes whose class begins with ``classes``. Where ComfyUI had a node's result at hand the node put out nothing; then it is
-    what was put out in the prompt that made the result, which may be another workflow's.
+    A cached node has no output for the page in its prompt. Its output is then that of the prompt that computed the result,
+    which may belong to another workflow.
+
+    Args:
+        classes: prefix of the class names of the nodes.
+        keys: keys of the outputs.
     """
     queue, running, found = PromptServer.instance.prompt_queue, _running(), {}
     with queue.mutex:
@@ -78,20 +83,20 @@ def latest_outputs(workflow: str, classes: str, keys: Collection[str]) -> dict[s
     prompts = [entry["prompt"] for entry in entries] + [running] * (running is not None)
     latest = next((prompt[2] for prompt in reversed(prompts) if _workflow(prompt) == workflow), {})
     for entry in entries:
-        nodes, is_ours = entry["prompt"][2], _workflow(entry["prompt"]) == workflow
+        nodes, same_workflow = entry["prompt"][2], _workflow(entry["prompt"]) == workflow
         for node_id, output in entry["outputs"].items():
             wanted = {key: list(output[key]) for key in keys if key in output}
             if (
                 wanted
                 and nodes.get(node_id, {}).get("class_type", "").startswith(classes)
-                and (is_ours or _alike(node_id, nodes, latest))
+                and (same_workflow or _has_same_inputs(node_id, nodes, latest))
             ):
                 found[node_id] = wanted
     return found
 
 
-def _alike(node_id: str, one: Mapping[str, dict], other: Mapping[str, dict]) -> bool:
-    """Whether a node and all that lead to it are the same in two prompts."""
+def _has_same_inputs(node_id: str, one: Mapping[str, dict], other: Mapping[str, dict]) -> bool:
+    """Whether a node and all nodes that it depends on are equal in two prompts."""
     todo, seen = [node_id], set()
     while todo:
         key = todo.pop()
@@ -104,14 +109,14 @@ def _alike(node_id: str, one: Mapping[str, dict], other: Mapping[str, dict]) -> 
     return True
 
 
-def send(event: str, payload: dict, *, everyone: bool = False) -> None:
-    """To the client that queued the running prompt, or to all."""
+def send_message(event: str, payload: dict, *, everyone: bool = False) -> None:
+    """Send a message to the client that queued the running prompt, or to all clients."""
     server = PromptServer.instance
     server.send_sync(event, payload, None if everyone else server.client_id)
 
 
 def add_route(path: str, answer: Callable[[Mapping[str, str]], object]) -> None:
-    """Answer GET requests: ``answer`` makes JSON values of the query, or raises ValueError with what is wrong with it."""
+    """Add a GET route. ``answer`` returns JSON values for the query, or raises ValueError with the text of a 400 response."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
@@ -124,8 +129,8 @@ def add_route(path: str, answer: Callable[[Mapping[str, str]], object]) -> None:
             return web.Response(status=400, text=str(error))
 
 
-def show(text: str) -> None:
-    """On the node that runs, and in the log."""
+def show_text(text: str) -> None:
+    """Show a text on the running node, and log it."""
     log.info("%s", text)
     server = getattr(PromptServer, "instance", None)
     if server is not None and server.last_node_id is not None:
@@ -133,10 +138,10 @@ def show(text: str) -> None:
 
 
 def progress_bar(total: int, node_id: str):
-    """ComfyUI's own progress bar on the node."""
+    """ComfyUI's progress bar of a node."""
     return comfy.utils.ProgressBar(total, node_id=node_id)
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether the user cancelled."""
+    """Whether the error is ComfyUI's interrupt by the user."""
     return isinstance(error, comfy.model_management.InterruptProcessingException)

@@ -1,22 +1,24 @@
-"""Quantized files to where ComfyUI's loaders look."""
+"""Save quantized files in folders that ComfyUI's loaders search."""
 
 from pathlib import Path
 
 import folder_paths
 
-from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, destination, place, remove
+from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, place_file, remove_files, resolve_prefix
 from .quantizing import Quantized
 
-__all__ = ["SAVE_FOLDERS", "check_name", "save"]
+__all__ = ["SAVE_FOLDERS", "check_name", "save_files"]
 
-
-# Folder of the output that ComfyUI's loaders search, by kind.
+# Model folder → subfolder of the output folder that ComfyUI's loaders search for such files.
 _OUTPUT_SUBFOLDERS = {DIFFUSION_MODELS: "diffusion_models", CHECKPOINTS: "checkpoints", TEXT_ENCODERS: "clip"}
 
 
 def _models_folder(kind: str) -> Path:
+    """ComfyUI's first folder of that name."""
     paths = [Path(path) for path in folder_paths.get_folder_paths(kind)]
-    return next((path for path in paths if path.name == kind), paths[0])  # older folders (unet, clip) are listed too
+    return next(
+        (path for path in paths if path.name == kind), paths[0]
+    )  # the list also has legacy folders (unet, clip)
 
 
 SAVE_FOLDERS = {
@@ -26,19 +28,25 @@ SAVE_FOLDERS = {
 
 
 def check_name(prefix: str) -> None:
-    """Raises OutputError when ``prefix`` is no file name that stays inside the folder."""
-    destination(Path(folder_paths.get_output_directory()), prefix)
+    """Raise OutputError unless ``prefix`` is a file name inside the output folder."""
+    resolve_prefix(Path(folder_paths.get_output_directory()), prefix)
 
 
-def save(quantized: Quantized, prefix: str, folder: str) -> list[Path]:
-    """Give each file of ``quantized`` a lasting name, or none; never overwrites, never leaves the folder."""
-    target, name = destination(SAVE_FOLDERS[folder](quantized.kind), prefix)
+def save_files(quantized: Quantized, prefix: str, folder: str) -> list[Path]:
+    """Save each file of ``quantized`` under a new name in ``folder``, a key of SAVE_FOLDERS; returns the paths.
+
+    Existing files are never overwritten. After an error none of the new files is left.
+
+    Raises:
+        OutputError: the prefix is not a file name inside the folder, or the folder cannot be written.
+    """
+    target, name = resolve_prefix(SAVE_FOLDERS[folder](quantized.kind), prefix)
     paths = []
     try:
         for part, path in quantized.files.items():
             stem = "_".join(filter(None, (name, part, quantized.label)))
-            paths.append(place(path, target, stem, ".safetensors"))
+            paths.append(place_file(path, target, stem, ".safetensors"))
     except BaseException:
-        remove(paths)
+        remove_files(paths)
         raise
     return paths

@@ -1,6 +1,6 @@
-"""Models as tensor sources: files, and the weights of a MODEL or CLIP with their patches baked in."""
+"""Models as tensor sources: files, and the weights of a MODEL or CLIP with their patches applied."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import comfy.lora
 import comfy.model_management
@@ -8,22 +8,25 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...quant_core.errors import (
-    AlreadyQuantizedError,
-    NothingToQuantizeError,
-    QuantizationError,
-)
+from ...quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError, QuantizationError
 from ...quant_core.formats.layer_json import CONFIG_KEY
 from ...quant_core.sources import TensorInfo, TensorSource
 from ...quant_core.sources.source import CPU
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 
-__all__ = ["READS_ENCODERS", "PatchedWeights", "encoder_parts", "is_quantized", "module_name", "parts_of"]
+__all__ = [
+    "READS_ENCODERS",
+    "PatchedWeights",
+    "encoder_parts",
+    "find_module",
+    "is_quantized",
+    "model_weights",
+    "split_parts",
+]
 
-
-# Whether this ComfyUI looks for quantized layers in the text encoders of a checkpoint; 0.3.75 does not.
+# Whether this ComfyUI loads quantized layers in the text encoders of a checkpoint; 0.3.75 does not.
 READS_ENCODERS = hasattr(comfy.utils, "detect_layer_quantization")
-# Text encoders that ComfyUI loads without looking for quantized layers: they are small, and stay as they are.
+# Text encoders in which ComfyUI does not load quantized layers; they are small.
 _PLAIN_ENCODERS = {
     "clip_l",
     "clip_g",
@@ -39,41 +42,50 @@ _PLAIN_ENCODERS = {
 
 
 def _patched_keys(patcher) -> set[str]:
+    """State-dict keys of the tensors that have patches; a patch of a part of a tensor has a tuple as its key."""
     return {key if isinstance(key, str) else key[0] for key in patcher.patches}
 
 
 class PatchedWeights:
-    """The weights of a ModelPatcher under a prefix as a :class:`~..quant_core.checkpoints.Source`, LoRAs baked in when read.
+    """The weights of a ModelPatcher as a source of tensors; reading a tensor applies its LoRAs.
 
-    A CPU host holds every model in float32, whatever its file held: tensors that fit a 16-bit dtype without loss are
-    given in it. ``rename``: state-dict key → name in the file; None leaves a tensor out.
+    ComfyUI on a CPU converts every model to float32 when it loads it. Tensors that a 16-bit dtype represents exactly are
+    returned in that dtype.
+
+    Args:
+        rename: state-dict key → name in a file; None excludes the tensor.
+
+    Raises:
+        AlreadyQuantizedError: some of the weights are quantized.
     """
 
     metadata: Mapping[str, str] = {}
 
-    def __init__(self, patcher, name: str, rename):
+    def __init__(self, patcher, name: str, rename: Callable[[str], str | None]):
         self.name = name
         self._patcher = patcher
-        state = {rename(key): (key, tensor) for key, tensor in patcher.model_state_dict().items()}
-        state.pop(None, None)
-        codes = [new for new, (_, tensor) in state.items() if new.endswith(f".{CONFIG_KEY}") or is_quantized(tensor)]
-        if codes:
-            raise AlreadyQuantizedError(f"The {name} is quantized already; connect its full-precision original.")
+        state = {
+            new: (key, tensor) for key, tensor in patcher.model_state_dict().items() if (new := rename(key)) is not None
+        }
+        if any(new.endswith(f".{CONFIG_KEY}") or is_quantized(tensor) for new, (_, tensor) in state.items()):
+            raise AlreadyQuantizedError(f"The {name} is already quantized; connect its full-precision original.")
         self._keys = {new: key for new, (key, _) in state.items()}
         self._patched = _patched_keys(patcher)
         self._sampled = TensorSource({})
         plain = {new: self._unpatched(key, tensor) for new, (key, tensor) in state.items() if key not in self._patched}
         dtypes = _stored_dtypes(plain)
-        self.tensors = {
+        self.tensors: Mapping[str, TensorInfo] = {
             new: TensorInfo(dtypes.get(new, torch.float32), tuple(tensor.shape)) for new, (_, tensor) in state.items()
         }
 
     def _unpatched(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` without the patches that ComfyUI applies to the model in memory."""
         backup = self._patcher.backup.get(key)
         return tensor if backup is None else backup.weight
 
     @torch.inference_mode()
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
+        """Read a tensor onto ``device``, with its patches."""
         key = self._keys[name]
         weight = self._unpatched(key, comfy.utils.get_attr(self._patcher.model, key))
         if key in self._patched:
@@ -82,7 +94,7 @@ class PatchedWeights:
         return weight.to(device, self.tensors[name].dtype)
 
     def sample(self, name: str, offset: int, length: int) -> bytes:
-        """See :class:`SampledSource`; all samples of a tensor are asked for one after the other."""
+        """See :class:`SampledSource`. Samples of one tensor must be requested one after the other: the last tensor is cached."""
         if name not in self._sampled.tensors:
             weight = comfy.utils.get_attr(self._patcher.model, self._keys[name])
             device = comfy.model_management.get_torch_device() if self._keys[name] in self._patched else weight.device
@@ -91,51 +103,55 @@ class PatchedWeights:
 
 
 def is_quantized(tensor) -> bool:
-    """ComfyUI's own class of quantized tensors, wherever the release at hand keeps it."""
+    """Whether ``tensor`` is of ComfyUI's class of quantized tensors, whose module depends on the release."""
     return type(tensor).__name__ == "QuantizedTensor"
 
 
 def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` represents every value of a float32 tensor exactly."""
     return tensor.dtype is torch.float32 and torch.equal(tensor.to(dtype).to(torch.float32), tensor)
 
 
 def _stored_dtypes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
-    """Each tensor's dtype; for float32 weights that were widened from a 16-bit dtype, that dtype.
+    """Each tensor's dtype; for float32 tensors that ComfyUI converted from a 16-bit dtype, that dtype.
 
-    Widened is a model of which one 16-bit dtype holds more than half of the float32 weights without loss.
+    A model counts as converted if one 16-bit dtype represents more than half of its float32 weights exactly.
     """
     fitting = {
         dtype: {name for name, tensor in tensors.items() if _fits(tensor, dtype)}
         for dtype in (torch.bfloat16, torch.float16)
     }
     sizes = {dtype: sum(tensors[name].numel() for name in names) for dtype, names in fitting.items()}
-    narrow = max(sizes, key=sizes.get)
-    widened = sizes[narrow] > sum(t.numel() for t in tensors.values() if t.dtype is torch.float32) / 2
-    return {name: narrow if widened and name in fitting[narrow] else tensor.dtype for name, tensor in tensors.items()}
+    narrow = max(sizes, key=lambda dtype: sizes[dtype])
+    converted = sizes[narrow] > sum(t.numel() for t in tensors.values() if t.dtype is torch.float32) / 2
+    return {name: narrow if converted and name in fitting[narrow] else tensor.dtype for name, tensor in tensors.items()}
 
 
-def parts_of(source) -> tuple[str, dict[str, object]]:
-    """The model folder and {part name: path or Source} of what is connected."""
+def split_parts(source) -> tuple[str, Mapping[str, FileSource | PatchedWeights]]:
+    """(model folder, {part name: file or weights}) of a FileSource, MODEL or CLIP; a whole model is the part ""."""
     if isinstance(source, FileSource):
-        return source.kind, {"": source.path}
+        return source.kind, {"": source}
     if isinstance(source, comfy.sd.CLIP):
         return TEXT_ENCODERS, encoder_parts(source)
+    return DIFFUSION_MODELS, {"": model_weights(source)}
+
+
+def model_weights(model) -> PatchedWeights:
+    """The weights of a MODEL, with the tensor names of diffusion model files."""
     prefix = "diffusion_model."
-    return DIFFUSION_MODELS, {
-        "": PatchedWeights(source, "MODEL", lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)
-    }
+    return PatchedWeights(model, "MODEL", lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)
 
 
 def encoder_parts(clip) -> dict[str, PatchedWeights]:
-    """One source per text encoder that ComfyUI can load quantized, named as in files of its own."""
+    """{name: weights} of the text encoders that ComfyUI can load quantized, with the tensor names of text encoder files."""
     names = {key.partition(".")[0] for key in clip.patcher.model_state_dict() if ".transformer." in key}
     parts = sorted(names - _PLAIN_ENCODERS)
     if not parts:
         raise NothingToQuantizeError(
-            f"ComfyUI loads no quantized weights for {', '.join(sorted(names)) or 'this text encoder'}; leave it as it is."
+            f"ComfyUI does not load quantized weights for {', '.join(sorted(names)) or 'this text encoder'}; use it unquantized."
         )
 
-    def rename(part: str):
+    def rename(part: str) -> Callable[[str], str | None]:
         return lambda key: (
             key.removeprefix(f"{part}.").removeprefix("transformer.") if key.startswith(f"{part}.") else None
         )
@@ -143,8 +159,8 @@ def encoder_parts(clip) -> dict[str, PatchedWeights]:
     return {part: PatchedWeights(clip.patcher, f"CLIP ({part})", rename(part)) for part in parts}
 
 
-def module_name(model, part: str, layer: str) -> str:
-    """A layer's name in the file → its module in the text encoder."""
+def find_module(model, part: str, layer: str) -> str:
+    """The module name, in the text encoder ``model``, of a layer of a file. Raises QuantizationError where there is none."""
     for name in (f"{part}.transformer.{layer}", f"{part}.{layer}"):
         try:
             model.get_submodule(name)
@@ -152,5 +168,5 @@ def module_name(model, part: str, layer: str) -> str:
         except AttributeError:
             continue
     raise QuantizationError(
-        f"The text encoder has no layer {part}.{layer}; please report the model, it is not supported yet."
+        f"ComfyUI's text encoder has no layer {part}.{layer}, so the model is not supported; please report it."
     )

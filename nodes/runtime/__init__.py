@@ -1,1 +1,1 @@
-"""Layouts and layers that hold quantized weights while a model runs in ComfyUI."""
+"""Layouts and layers of quantized weights in models that run in ComfyUI."""

@@ -1,56 +1,66 @@
-"""A linear layer that dequantizes its weight when it runs, for formats that this ComfyUI cannot run itself.
+"""A linear layer that dequantizes its weight in every forward pass, for formats that this ComfyUI cannot compute with.
 
-The weight stays quantized in memory; activations stay in full precision. Used through ComfyUI's ``custom_operations``;
-``convert_weight`` and ``set_weight`` are what it patches LoRAs through.
+The weight stays quantized in memory; activations stay in full precision. ComfyUI's loaders take the layer through their
+option ``custom_operations``; ``convert_weight`` and ``set_weight`` are the methods by which ComfyUI applies LoRAs to it.
 """
 
 from collections.abc import Iterable
 
 import torch
 
-from ...quant_core.formats import READABLE, detect_layer
+from ...quant_core.formats import READABLE, Codec, detect_layer
 from ...quant_core.formats.layer_json import CONFIG_KEY, read_config
 
-__all__ = ["as_bytes", "decoding_operations"]
+__all__ = ["make_decoding_operations", "view_as_bytes"]
 
 
-def as_bytes(tensors: dict[str, torch.Tensor], layers: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The same tensors, with the stored weights of ``layers`` as plain bytes.
+def view_as_bytes(tensors: dict[str, torch.Tensor], layers: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The same tensors, with the stored weights of ``layers`` viewed as uint8.
 
-    ComfyUI 0.3.75 takes the dtype of most weights for the model's own: it would make biases and norms FP8 as well.
+    ComfyUI 0.3.75 uses the dtype of most weights as the dtype of the model: it would load biases and norms as FP8 too.
     """
     return tensors | {f"{layer}.weight": tensors[f"{layer}.weight"].view(torch.uint8) for layer in layers}
 
 
-def decoding_operations(operations):
-    """A subclass of ComfyUI's ``operations`` whose Linear also reads the quantized layers of this node pack."""
+def make_decoding_operations(operations):
+    """A subclass of ComfyUI's ``operations`` whose Linear also loads and runs the quantized layers of READABLE formats."""
 
     class DecodingOperations(operations):
         class Linear(operations.Linear):
-            codec = None
+            """Linear layer with an optional quantized weight.
+
+            Attributes:
+                codec: how the weight is stored; None for an unquantized layer.
+                original_shape: (out, in) of the weight before padding and packing.
+                original_dtype: dtype of the weight of an unquantized layer.
+                parts: suffixes of the layer's other tensors, each a buffer of that name.
+                running: whether the forward pass applies ComfyUI's weight functions at the moment.
+            """
+
+            codec: Codec | None = None
             running = False
 
             def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-                held = []
+                loaded = []
                 if prefix + CONFIG_KEY in state_dict and prefix + "weight" in state_dict:
-                    held = self._hold(state_dict, prefix)
+                    loaded = self._load_parts(state_dict, prefix)
                 super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-                missing[:] = [name for name in missing if name.removeprefix(prefix) not in held]
+                missing[:] = [name for name in missing if name.removeprefix(prefix) not in loaded]
 
-            def _hold(self, state_dict, prefix) -> list[str]:
-                """Take the layer's tensors out of ``state_dict`` into buffers; returns the buffers' names.
+            def _load_parts(self, state_dict, prefix) -> list[str]:
+                """Move the layer's tensors other than weight and bias into buffers; returns the names of the buffers.
 
-                The weight stays there, in the dtype that it is stored in.
+                The weight stays in ``state_dict``, in its storage dtype.
                 """
                 layer = prefix.removesuffix(".")
                 config = read_config(state_dict[prefix + CONFIG_KEY], f"{layer}: its {CONFIG_KEY} tensor")
-                format = READABLE.get(config.get("format"))
+                format = READABLE.get(str(config.get("format")))
                 if format is not None:
                     state_dict[prefix + "weight"] = state_dict[prefix + "weight"].view(format.storage_dtype)
                 qdata = state_dict[prefix + "weight"]
-                self.codec = detect_layer(layer, config, state_dict)
-                self.original_shape = self.codec.weight_shape(tuple(qdata.shape), config)
-                specs = {**self.codec.specs(self.original_shape), **self.codec.optional(self.original_shape)}
+                self.codec = codec = detect_layer(layer, config, state_dict)
+                self.original_shape = codec.weight_shape(tuple(qdata.shape), config)
+                specs = {**codec.specs(self.original_shape), **codec.optional(self.original_shape)}
                 self.parts = [suffix for suffix in specs if suffix != "weight" and prefix + suffix in state_dict]
                 self.original_dtype = self.weight.dtype
                 self.weight = torch.nn.Parameter(torch.empty_like(qdata), requires_grad=False)
@@ -61,15 +71,21 @@ def decoding_operations(operations):
 
             @property
             def is_quantized(self) -> bool:
-                return self.codec is not None and self._is_stored(self.weight)
+                """Whether the weight is quantized at the moment: a LoRA replaces it by an unquantized one."""
+                return self._is_stored(self.weight)
 
-            def _is_stored(self, weight) -> bool:
-                return weight.dtype is self.codec.format.storage_dtype
+            def _is_stored(self, weight: torch.Tensor) -> bool:
+                return self.codec is not None and weight.dtype is self.codec.format.storage_dtype
 
-            def _dequantize(self, weight, device) -> torch.Tensor:
-                """The weight (out, in), float32, on ``device``; ``weight``: the stored one, in any dtype that it is exact in."""
+            def _dequantize(self, weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+                """The weight (out, in), float32, on ``device``.
+
+                ``weight``: the stored one, in its storage dtype or in one that represents its values exactly.
+                """
+                assert self.codec is not None
                 weight = weight.to(device, non_blocking=True)
-                weight = weight if self._is_stored(weight) else weight.to(self.codec.format.storage_dtype)
+                if not self._is_stored(weight):
+                    weight = weight.to(self.codec.format.storage_dtype)
                 parts = {suffix: getattr(self, suffix).to(device) for suffix in self.parts}
                 return self.codec.dequantize({"weight": weight, **parts}, self.original_shape)
 
@@ -89,15 +105,15 @@ def decoding_operations(operations):
                 return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
             def convert_weight(self, weight, inplace=False, **kwargs):
-                # ComfyUI may have cast the stored weight to the dtype it computes patches in. Only while the layer runs
-                # are its weight functions given the dequantized weight; 0.3.75 calls this with it.
+                # ComfyUI may have cast the stored weight to the dtype in which it computes patches. Weight functions get
+                # the dequantized weight, and those of 0.3.75 call this method with it: ``running`` tells the cases apart.
                 if self.codec is None or self.running or not (self.is_quantized or self._is_stored(weight)):
                     return weight
                 return self._dequantize(weight, weight.device)
 
             def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
-                # A patched layer stays dequantized, in the dtype of an unquantized layer; the stored weight comes back
-                # when ComfyUI restores its backup.
+                # A patched layer stays dequantized, in the dtype of an unquantized layer, until ComfyUI restores its
+                # backup of the stored weight.
                 if return_weight:
                     return weight
                 dtype = self.weight.dtype if self.codec is None else self.original_dtype

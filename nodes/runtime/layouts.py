@@ -1,7 +1,7 @@
-"""Layouts of this pack's own formats on comfy-kitchen's quantized tensor, which ComfyUI's quantized layers hold.
+"""Layouts of this pack's own formats for comfy-kitchen's ``QuantizedTensor``, the weight of ComfyUI's quantized layers.
 
-A layout multiplies by the kernels of :mod:`..kernels`, which quantize the inputs on the way. Whatever is no product of
-inputs and a whole weight happens on the decoded weight, as it does in comfy-kitchen's own layouts.
+Products of activations and a whole weight run on the kernels of :mod:`..kernels`, which quantize the activations. Every
+other operation runs on the dequantized weight, as in comfy-kitchen's own layouts.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Params(BaseLayoutParams):
-    """What belongs to the codes of a weight (out, in).
+    """Parameters of the quantized values of a weight (out, in).
 
     Attributes:
         scale: float32; (out, 1) per row, (⌈out/bs⌉, ⌈in/bs⌉) per block.
-        orig_dtype: dtype that the tensor stands for.
-        orig_shape: its shape; (in, out) when transposed.
+        orig_dtype: dtype of the dequantized tensor.
+        orig_shape: shape of the dequantized tensor; (in, out) when transposed.
         block_size: side of a block; None per row.
-        transposed: the tensor stands for the transpose of what its codes mean.
+        transposed: whether the tensor is the transpose of the weight that is stored.
     """
 
     block_size: int | None = None
@@ -45,17 +45,17 @@ class _Params(BaseLayoutParams):
 
     @property
     def options(self) -> dict[str, int]:
-        """The block size where there is one, as kernels take it."""
+        """The kernels' keyword arguments: the block size, or none."""
         return {} if self.block_size is None else {"block_size": self.block_size}
 
 
 class _ScaledLayout(QuantizedLayout):
-    """8-bit codes with one float32 scale per row or square block.
+    """8-bit quantized values with one float32 scale per row or square block.
 
     Attributes:
-        format: entry of :data:`FORMATS`.
-        linear: (inputs, codes, scale, bias, [block_size]) → outputs in the inputs' dtype.
-        encode: (weight, [block_size]) → codes and scale, to nearest.
+        format: key of :data:`FORMATS`.
+        linear: (activations, qdata, scale, bias, [block_size]) → outputs in the activations' dtype.
+        encode: (weight, [block_size]) → qdata and scale, round to nearest.
     """
 
     Params = _Params
@@ -65,51 +65,55 @@ class _ScaledLayout(QuantizedLayout):
 
     @classmethod
     def codec(cls, block_size: int | None) -> Codec:
-        """The format with that block size; None for 128, and for what has no blocks."""
+        """The codec with that block size; None for 128 or for a format without blocks."""
         return make_codec(cls.format, block_size=block_size)
 
     @classmethod
     def quantize(cls, tensor, scale=None, stochastic_rounding=0, inplace_ops=False, block_size=None):
-        """Codes and parameters of a weight (out, in) of any float dtype; a scale follows from the largest magnitude.
+        """Quantized values and parameters of a weight (out, in) of any float dtype, scaled by the largest magnitude.
 
-        ``scale``: None or "recalculate", ComfyUI's words for that. ``stochastic_rounding``: a seed; 0 and None round to
-        nearest. ``inplace_ops``: the weight may be overwritten, which brings nothing here. ``block_size``: None for 128.
+        Args:
+            scale: None or "recalculate"; both mean the largest magnitude.
+            stochastic_rounding: seed of stochastic rounding; 0 and None round to nearest.
+            inplace_ops: ignored; it permits overwriting the weight.
+            block_size: side of a block; None for 128.
 
         Raises:
-            ValueError: a weight that is no matrix, or a scale of the caller's own.
-            RecipeError: a block size that the format does not have.
+            ValueError: the weight is not a matrix, or the scale is a value.
+            RecipeError: the format does not have that block size.
         """
         if tensor.dim() != 2:
             raise ValueError(
-                f"{cls.format} holds matrices only, not a tensor of shape {tuple(tensor.shape)}; leave it as it is."
+                f"{cls.format} stores matrices only, not a tensor of shape {tuple(tensor.shape)}; keep it unquantized."
             )
         if scale not in (None, "recalculate"):
             raise ValueError(f"{cls.format} derives its scales from the weight; leave scale out.")
         codec = cls.codec(block_size)
-        params = _Params(torch.empty(0), tensor.dtype, tuple(tensor.shape), codec.block_size)
-        codes, scale = cls.encode(tensor, **params.options)
+        shape = (tensor.shape[0], tensor.shape[1])
+        params = _Params(torch.empty(0), tensor.dtype, shape, codec.block_size)
+        qdata, scale = cls.encode(tensor, **params.options)
         if stochastic_rounding:
-            codes = round_stochastic(tensor, scale, codec.solve_space(params.orig_shape), seed=stochastic_rounding)
-        return codes, dataclasses.replace(params, scale=scale)
+            qdata = round_stochastic(tensor, scale, codec.solve_space(shape), seed=stochastic_rounding)
+        return qdata, dataclasses.replace(params, scale=scale)
 
     @classmethod
     def dequantize(cls, qdata, params):
-        """The weight (out, in) that the codes mean, in the dtype the tensor stands for."""
+        """The dequantized weight (out, in) in ``params.orig_dtype``."""
         return kernels.dequantize_weight(qdata, params.scale, **params.options, dtype=params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor):
-        """Codes and scale."""
+        """Quantized values and scale."""
         return qtensor._qdata, qtensor._params.scale
 
     @classmethod
     def state_dict_tensors(cls, qdata, params):
-        """What stands in a file, by what its name adds to the weight's."""
+        """Tensors of a file by the suffix that their names add to the weight's."""
         return {"": qdata, "_scale": params.scale}
 
     @classmethod
     def requantize_kwargs(cls, qtensor):
-        """Options of :meth:`quantize` that a patched weight keeps."""
+        """Arguments of :meth:`quantize` by which a patched weight is quantized again."""
         return qtensor._params.options
 
 
@@ -131,7 +135,7 @@ class LearnedRoundingFloat8Rowwise(_ScaledLayout):
     encode = staticmethod(kernels.quantize_fp8_row_weight)
 
 
-# Format → its layout, which comfy-kitchen knows under the name of its class.
+# Format → its layout; comfy-kitchen registers a layout under the name of its class.
 LAYOUTS = {
     layout.format: layout
     for layout in (LearnedRoundingInt8Blockwise, LearnedRoundingFloat8Blockwise, LearnedRoundingFloat8Rowwise)
@@ -141,48 +145,53 @@ for _layout in LAYOUTS.values():
 
 
 def _is_weight(value, transposed: bool) -> bool:
-    """A quantized tensor of these layouts that stands for a weight (out, in), or for the transpose of one."""
-    ours = isinstance(value, QuantizedTensor) and issubclass(value.layout_cls, _ScaledLayout)
-    return ours and value._params.transposed is transposed
+    """Whether ``value`` is a quantized weight (out, in) of these layouts, or the transpose of one."""
+    return (
+        isinstance(value, QuantizedTensor)
+        and issubclass(value.layout_cls, _ScaledLayout)
+        and value._params.transposed is transposed
+    )
 
 
-def _multiplied(inputs, weight, bias=None):
-    """inputs · weightᵀ + bias; ``weight`` holds the codes of (out, in), transposed or not."""
+def _multiply(activations, weight, bias=None):
+    """activations · weightᵀ + bias; ``weight`` stores (out, in), transposed or not."""
     layout, params = weight.layout_cls, weight._params
-    return layout.linear(dequantize_args(inputs), weight._qdata, params.scale, bias, **params.options)
+    return layout.linear(dequantize_args(activations), weight._qdata, params.scale, bias, **params.options)
 
 
-# Under inference_mode torch hands over aten.linear, elsewhere its parts: t, then mm or addmm.
+# Under inference_mode torch dispatches aten.linear, otherwise its parts: t, then mm or addmm.
 @register_layout_op(aten.linear.default, _ScaledLayout)
 def _linear(_, args, kwargs):
     if _is_weight(args[1], transposed=False):
-        return _multiplied(*args)
+        return _multiply(*args)
     return aten.linear.default(*dequantize_args(args), **kwargs)
 
 
 @register_layout_op(aten.mm.default, _ScaledLayout)
 def _mm(_, args, kwargs):
     if _is_weight(args[1], transposed=True):
-        return _multiplied(*args)
+        return _multiply(*args)
     return aten.mm.default(*dequantize_args(args), **kwargs)
 
 
 @register_layout_op(aten.addmm.default, _ScaledLayout)
 def _addmm(_, args, kwargs):
-    bias, inputs, weight = args
+    bias, activations, weight = args
     if _is_weight(weight, transposed=True) and bias.dim() == 1 and not kwargs:  # beta and alpha would be in kwargs
-        return _multiplied(inputs, weight, bias)
+        return _multiply(activations, weight, bias)
     return aten.addmm.default(*dequantize_args(args), **kwargs)
 
 
 @register_layout_op(aten.t.default, _ScaledLayout)
 def _t(weight, args, kwargs):
     params = weight._params
-    turned = dataclasses.replace(params, orig_shape=params.orig_shape[::-1], transposed=not params.transposed)
-    return QuantizedTensor(weight._qdata, weight._layout_cls, turned)
+    transposed = dataclasses.replace(params, orig_shape=params.orig_shape[::-1], transposed=not params.transposed)
+    return QuantizedTensor(weight._qdata, weight._layout_cls, transposed)
 
 
-def _shaped(op):
+def _make_view(op):
+    """The handler of ``op``: a view of the same shape stays quantized."""
+
     def view(weight, args, kwargs):
         size = args[1]
         if tuple(n if n >= 0 else weight.numel() // -math.prod(size) for n in size) == tuple(weight.shape):
@@ -193,4 +202,4 @@ def _shaped(op):
 
 
 for _op in (aten.view.default, aten.reshape.default):
-    register_layout_op(_op, _ScaledLayout)(_shaped(_op))
+    register_layout_op(_op, _ScaledLayout)(_make_view(_op))

@@ -1,1 +1,1 @@
-"""What the nodes share towards the page: schemas, progress, images, inputs of several nodes."""
+"""User interface of the nodes: schemas, shared inputs, progress messages, drawings."""

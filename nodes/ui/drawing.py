@@ -1,4 +1,4 @@
-"""Charts and rows of pictures as one IMAGE, drawn with Pillow, which every ComfyUI has."""
+"""Draw charts and rows of images as one IMAGE, with Pillow, a dependency of ComfyUI."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,17 +7,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["as_image", "bar_chart", "line_chart", "named_bars", "picture_rows", "stacked"]
+__all__ = ["draw_bar_chart", "draw_image_rows", "draw_line_chart", "draw_named_bars", "stack_images", "to_image"]
 
 _WIDTH, _HEIGHT = 960, 480
-_LEFT, _RIGHT, _TOP, _BOTTOM = 96, 24, 80, 68  # what stands around the axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 96, 24, 80, 68  # margins of the axes
 _TEXT, _TITLE = 16, 20  # pixels
 _CELL, _GAP = 288, 16
 _INK, _FAINT, _GRID = "#1b1b1f", "#5c5c66", "#e3e3e8"
-_COLOURS = ("#1f6fd6", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285")  # told apart by their lightness too
+_COLOURS = ("#1f6fd6", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285")  # they differ in lightness too
 _TICKS, _NAMES = 6, 20
-_WORDS, _WORD = {True: "equal", False: "NaN, Inf"}, 72  # of values that are ∞, or −∞ and NaN; pixels
-_NOTHING = {True: "equal, bit for bit", False: "NaN or Inf in what was compared"}
+# Labels of values that are ∞ (True), or −∞ and NaN (False).
+_BAR_LABELS, _BAR_LABEL_LENGTH = {True: "equal", False: "NaN, Inf"}, 72  # pixels
+_CHART_LABELS = {True: "equal, bit for bit", False: "NaN or Inf in what was compared"}
 
 
 def _font(size: int):
@@ -25,7 +26,7 @@ def _font(size: int):
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """About six round numbers that cover the range."""
+    """About six round numbers that include the range."""
     rough = (high - low) / _TICKS or 1.0
     power = 10 ** math.floor(math.log10(rough))
     step = next(times * power for times in (1, 2, 5, 10) if times * power >= rough)
@@ -33,18 +34,18 @@ def _ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def _labelled(names: Sequence[str]) -> dict[int, str]:
-    """Ticks at 1, 2, 3, … of these names, with gaps where there is no room for all."""
+def _name_ticks(names: Sequence[str]) -> Mapping[float, str]:
+    """Ticks at 1, 2, 3, … with these names; at most _NAMES of them."""
     return dict(list(enumerate(names, 1))[:: -(-len(names) // _NAMES)])
 
 
 class _Axes:
-    """A drawing with labelled axes, and where a point lies in it."""
+    """A drawing with labelled axes, and the mapping from values to its pixels."""
 
     def __init__(
         self, title: str, x_label: str, y_label: str, width: tuple[float, float], xs: Mapping, ys: Sequence[float]
     ):
-        """``width``: the range of the x axis; ``xs``: where its ticks are, and their labels; ``ys``: ticks of the other."""
+        """``width``: range of the x axis; ``xs``: {position: label} of its ticks; ``ys``: ticks of the y axis."""
         self.image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
         self.draw = ImageDraw.Draw(self.image)
         self._width, self._ys = width, ys
@@ -61,38 +62,41 @@ class _Axes:
         self.draw.line([self.at(width[0], ys[0]), self.at(width[1], ys[0])], fill=_FAINT)
         middle = (_LEFT + _WIDTH - _RIGHT) // 2
         self.draw.text((middle, _HEIGHT - 10), x_label, fill=_INK, font=_font(_TEXT), anchor="ms")
-        self._upwards(y_label, _HEIGHT - _TOP - _BOTTOM, (6, _TOP))
+        self._draw_vertical(y_label, _HEIGHT - _TOP - _BOTTOM, (6, _TOP))
 
-    def _upwards(self, text: str, length: int, corner: tuple[int, int]) -> None:
-        """Text that reads upwards, in the middle of a white strip of that length."""
+    def _draw_vertical(self, text: str, length: int, corner: tuple[int, int]) -> None:
+        """Draw text that reads upwards, centred in a white strip of that length."""
         across = Image.new("RGB", (length, _TEXT + 6), "white")
         ImageDraw.Draw(across).text(
             (across.width // 2, across.height // 2), text, fill=_INK, font=_font(_TEXT), anchor="mm"
         )
         self.image.paste(across.rotate(90, expand=True), corner)
 
-    def say(self, x: float, value: float) -> None:
-        """Stand in words what no bar can be as high as."""
+    def label_bar(self, x: float, value: float) -> None:
+        """Write a label in place of a bar of a value that is not finite."""
         column, row = self.at(x, 0)
-        self._upwards(
-            _WORDS[value == math.inf], _WORD, (round(column) - _TEXT // 2 - 3, max(_TOP, round(row) - _WORD - 4))
+        self._draw_vertical(
+            _BAR_LABELS[value == math.inf],
+            _BAR_LABEL_LENGTH,
+            (round(column) - _TEXT // 2 - 3, max(_TOP, round(row) - _BAR_LABEL_LENGTH - 4)),
         )
 
     def at(self, x: float, y: float) -> tuple[float, float]:
+        """The pixel (column, row) of a point."""
         right = (x - self._width[0]) / (self._width[1] - self._width[0])
         up = (y - self._ys[0]) / (self._ys[-1] - self._ys[0])
         return _LEFT + right * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Sequence[float]]) -> Image.Image:
-    """Lines over 1, 2, 3, …, with a legend. Values that are not finite are left out, and told of where there are no others."""
+def draw_line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Sequence[float]]) -> Image.Image:
+    """Draw lines over 1, 2, 3, … with a legend. Values that are not finite are skipped; a label says so if there are no others."""
     count = max(map(len, lines.values()))
     finite = [value for line in lines.values() for value in line if math.isfinite(value)]
     ys = _ticks(min(finite, default=0), max(finite, default=1))
-    axes = _Axes(title, x_label, y_label, (1, max(count, 2)), _labelled([str(x) for x in range(1, count + 1)]), ys)
+    axes = _Axes(title, x_label, y_label, (1, max(count, 2)), _name_ticks([str(x) for x in range(1, count + 1)]), ys)
     if not finite:
         equal = all(value == math.inf for line in lines.values() for value in line)
-        axes.draw.text((_WIDTH // 2, _HEIGHT // 2), _NOTHING[equal], fill=_INK, font=_font(_TITLE), anchor="mm")
+        axes.draw.text((_WIDTH // 2, _HEIGHT // 2), _CHART_LABELS[equal], fill=_INK, font=_font(_TITLE), anchor="mm")
     for index, (name, line) in enumerate(lines.items()):
         colour = _COLOURS[index % len(_COLOURS)]
         points = [axes.at(x, y) for x, y in enumerate(line, 1) if math.isfinite(y)]
@@ -106,28 +110,30 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Seque
     return axes.image
 
 
-def bar_chart(title: str, x_label: str, y_label: str, edges: Sequence[float], heights: Sequence[float]) -> Image.Image:
-    """A bar of each height between two neighbouring edges."""
+def draw_bar_chart(
+    title: str, x_label: str, y_label: str, edges: Sequence[float], heights: Sequence[float]
+) -> Image.Image:
+    """Draw a bar of each height between two adjacent edges."""
     xs = {x: f"{x:.4g}" for x in _ticks(edges[0], edges[-1]) if edges[0] <= x <= edges[-1]}
-    return _bars(title, x_label, y_label, edges, heights, xs)
+    return _draw_bars(title, x_label, y_label, edges, heights, xs)
 
 
-def named_bars(title: str, x_label: str, y_label: str, bars: Mapping[str, float]) -> Image.Image:
-    """A bar of each value over its name."""
+def draw_named_bars(title: str, x_label: str, y_label: str, bars: Mapping[str, float]) -> Image.Image:
+    """Draw a bar of each value above its name."""
     edges = [number + 0.5 for number in range(len(bars) + 1)]
-    return _bars(title, x_label, y_label, edges, list(bars.values()), _labelled(list(bars)), share=0.5)
+    return _draw_bars(title, x_label, y_label, edges, list(bars.values()), _name_ticks(list(bars)), share=0.5)
 
 
-def _bars(
+def _draw_bars(
     title: str, x_label: str, y_label: str, edges, heights, xs: Mapping[float, str], share: float = 1.0
 ) -> Image.Image:
-    """``share``: how much of the room between two edges a bar takes."""
+    """``share``: width of a bar as a fraction of the distance of its edges."""
     finite = [0.0, *(height for height in heights if math.isfinite(height))]
     low, high = min(finite), max(finite)
     axes = _Axes(title, x_label, y_label, (edges[0], edges[-1]), xs, _ticks(low, high if high > low else 1.0))
     for left, right, height in zip(edges, edges[1:], heights, strict=False):
         if not math.isfinite(height):
-            axes.say((left + right) / 2, height)
+            axes.label_bar((left + right) / 2, height)
             continue
         margin = (right - left) * (1 - share) / 2
         (x0, y0), (x1, y1) = axes.at(left + margin, 0), axes.at(right - margin, height)
@@ -136,8 +142,8 @@ def _bars(
     return axes.image
 
 
-def picture_rows(columns: Mapping[str, torch.Tensor]) -> Image.Image:
-    """Pictures (rows, height, width, 3) in 0…1 side by side under the names of their columns."""
+def draw_image_rows(columns: Mapping[str, torch.Tensor]) -> Image.Image:
+    """Draw columns of images (rows, height, width, 3) in 0…1 side by side under their names."""
     rows, height, width, _ = next(iter(columns.values())).shape
     scale = _CELL / max(height, width)
     cell = (round(width * scale), round(height * scale))
@@ -147,12 +153,12 @@ def picture_rows(columns: Mapping[str, torch.Tensor]) -> Image.Image:
         ImageDraw.Draw(sheet).text((left, 8), name, fill=_INK, font=_font(_TEXT))
         for row, picture in enumerate(pictures):
             drawn = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
-            sheet.paste(drawn.resize(cell, Image.LANCZOS), (left, _TEXT + 24 + row * (cell[1] + _GAP)))
+            sheet.paste(drawn.resize(cell, Image.Resampling.LANCZOS), (left, _TEXT + 24 + row * (cell[1] + _GAP)))
     return sheet
 
 
-def stacked(images: Sequence[Image.Image]) -> Image.Image:
-    """One below the other."""
+def stack_images(images: Sequence[Image.Image]) -> Image.Image:
+    """Stack images vertically."""
     sheet = Image.new("RGB", (_WIDTH, sum(image.height for image in images)), "white")
     top = 0
     for image in images:
@@ -161,6 +167,6 @@ def stacked(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def as_image(picture: Image.Image) -> torch.Tensor:
-    """An IMAGE (1, height, width, 3) in 0…1."""
+def to_image(picture: Image.Image) -> torch.Tensor:
+    """Convert to an IMAGE (1, height, width, 3) in 0…1."""
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]

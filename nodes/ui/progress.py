@@ -1,13 +1,14 @@
-"""A run's events on their way to ComfyUI's progress bar and to the panels of all pages that show its workflow.
+"""Send the events of a run to ComfyUI's progress bar and to the panels of all pages that show the workflow.
 
-Every message names its prompt, its workflow and its place in the run, so that a page knows whether it missed one. The
-messages of the latest runs are kept: a page that was reloaded, or opened in the middle of a run, asks for them once. How
-a run ended is also an output of its node, for pages and workflows in which ComfyUI had the node's result at hand.
+Every message has the ids of its prompt and workflow and a sequence number, so that a page detects missing messages. The
+messages of the latest runs are stored for pages that are opened or reloaded during a run. The summary of a run is also an
+output of its node, for pages and workflows in which the node is cached.
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ...quant_core.errors import QuantizationError
 from ...quant_core.events import (
@@ -23,28 +24,29 @@ from ...quant_core.events import (
 from ...quant_core.run.report import Report
 from .. import host
 
-__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route", "summary"]
+__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route", "run_summary"]
 
 EVENT = "learned_rounding.progress"
 ROUTE = "/learned_rounding/progress"
-_IDS = "LearnedRounding"  # begin so, those of our nodes
-_SUMMARY = "learned_rounding"  # a node's output for its panel
+_IDS = "LearnedRounding"  # prefix of the ids of our nodes
+_SUMMARY = "learned_rounding"  # key of a node's output for its panel
 _WORST = 5
-_RUNS = 16  # whose messages are kept; 1 MB each for a model of 2,000 layers
+_RUNS = 16  # stored runs; 1 MB each for a model of 2,000 layers
 
 
-def _reason(error: BaseException) -> str:
-    """What all pages may know of an error; ComfyUI tells the page that queued the run the rest."""
+def _public_reason(error: BaseException) -> str:
+    """The message of an error for all pages, without folders; ComfyUI shows the full error on the page that queued the run."""
     if isinstance(error, QuantizationError):
-        return host.without_folders(str(error))
-    return f"{type(error).__name__}: ComfyUI's log says more."
+        return host.shorten_paths(str(error))
+    return f"{type(error).__name__}: see ComfyUI's log."
 
 
-def _finite(value: float) -> float | None:
-    return None if math.isnan(value) else value  # JSON has no NaN
+def _nan_to_none(value: float) -> float | None:
+    """``value`` as JSON, which has no NaN."""
+    return None if math.isnan(value) else value
 
 
-def _started(event: RunStarted) -> dict:
+def _start_message(event: RunStarted) -> dict:
     reasons = list(dict.fromkeys(layer.kept for layer in event.plan))
     return {
         "state": "start",
@@ -56,13 +58,13 @@ def _started(event: RunStarted) -> dict:
         "total": event.layers,
         "kept": event.kept,
         "bytes_in": event.bytes_in,
-        # [name, shape, place of the reason for which it is kept], reasons apart because most layers share a few
+        # [name, shape, index of its reason]; layers share a few reasons, so these are listed once
         "plan": [[layer.name, list(layer.shape), reasons.index(layer.kept)] for layer in event.plan],
         "reasons": reasons,
     }
 
 
-def _layer(event: LayerFinished) -> dict:
+def _layer_message(event: LayerFinished) -> dict:
     return {
         "state": "layer",
         "index": event.index,
@@ -85,16 +87,16 @@ def _layer(event: LayerFinished) -> dict:
     }
 
 
-def _kept(event: LayerKept) -> dict | None:
-    return (
-        None
-        if event.planned
-        else {"state": "kept", "name": event.name, "shape": list(event.shape), "reason": event.reason}
-    )
+def _kept_message(event: LayerKept) -> dict | None:
+    """The message of a layer that unexpectedly stays unquantized; planned ones are in the first message."""
+    if event.planned:
+        return None
+    return {"state": "kept", "name": event.name, "shape": list(event.shape), "reason": event.reason}
 
 
-def _finished(event: RunFinished) -> dict:
+def _end_message(event: RunFinished) -> dict:
     report = event.report
+    assert isinstance(report, Report)
     return {
         "state": "done",
         "source": report.source,
@@ -105,53 +107,53 @@ def _finished(event: RunFinished) -> dict:
         "seconds": report.seconds,
         "bytes_in": report.bytes_in,
         "bytes_out": report.bytes_out,
-        "median_error": _finite(report.median_error),
-        "median_output_error": _finite(report.median_output_error),
-        "median_gain": _finite(report.median_gain),
+        "median_error": _nan_to_none(report.median_error),
+        "median_output_error": _nan_to_none(report.median_output_error),
+        "median_gain": _nan_to_none(report.median_gain),
         "solvers": report.solvers,
         "worst": [
             {"name": layer.name, "error": layer.weight_error, "output_error": layer.output_error}
-            for layer in _worst(report)
+            for layer in _worst_layers(report)
         ],
     }
 
 
-def _worst(report: Report) -> list[LayerFinished]:
-    """By falling error of the output, which the summary then tells, or of the weight where no output was measured."""
-    measured = [layer for layer in report.layers if layer.output_error is not None]
-    return sorted(measured, key=lambda layer: -layer.output_error)[:_WORST] or report.worst[:_WORST]
+def _worst_layers(report: Report) -> list[LayerFinished]:
+    """Layers with the largest output error, or with the largest weight error where no output error was measured."""
+    errors = [(layer.output_error, layer) for layer in report.layers if layer.output_error is not None]
+    return [layer for _, layer in sorted(errors, key=lambda entry: -entry[0])[:_WORST]] or report.worst[:_WORST]
 
 
-# What a page is told of an event; None for nothing.
-_PAYLOADS = {
+# Event → function of its message to pages, which may return None for no message.
+_MESSAGES: dict[type, Callable[[Any], dict | None]] = {
     LayerMeasured: lambda event: {"state": "measuring", **vars(event)},
-    RunStarted: _started,
-    LayerFinished: _layer,
-    LayerKept: _kept,
-    RunFinished: _finished,
+    RunStarted: _start_message,
+    LayerFinished: _layer_message,
+    LayerKept: _kept_message,
+    RunFinished: _end_message,
     CalibrationAdvanced: lambda event: {"state": "calibrating", **vars(event)},
     CalibrationFinished: lambda event: {"state": "calibrated", **vars(event)},
 }
 
-# (workflow, node) → the messages of its latest run, the latest runs last.
+# (workflow, node) → messages of the node's latest run; the latest run is last.
 _runs: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
 
 
-def summary(event: RunFinished | CalibrationFinished) -> dict:
-    """The output for the page (``ui``) that tells how a node's run ended, whether or not the page saw any of it."""
-    return {_SUMMARY: [_PAYLOADS[type(event)](event)]}
+def run_summary(event: RunFinished | CalibrationFinished) -> dict:
+    """A node's output for the page (``ui``) with the last message of its run."""
+    return {_SUMMARY: [_MESSAGES[type(event)](event)]}
 
 
-def _messages_of(query: Mapping[str, str]) -> list[dict]:
-    """{"node", "run"} with all messages of the latest run, in order, for each node of a workflow that ran lately.
+def _answer_query(query: Mapping[str, str]) -> list[dict]:
+    """{"node", "run"} with all messages of the latest run, in order, for each node of a workflow whose run is stored.
 
-    For others {"node", "output"}: what they put out for their panels last, a text or the summary of a run.
+    For other nodes {"node", "output"}: their latest output for their panel, a text or the summary of a run.
 
     Raises:
-        ValueError: the query names no workflow.
+        ValueError: the query has no workflow.
     """
     if not query.get("workflow"):
-        raise ValueError(f"{ROUTE} needs the id of a workflow: ?workflow=ID")
+        raise ValueError(f"{ROUTE} requires the id of a workflow: ?workflow=ID")
     runs = {
         node: list(messages) for (workflow, node), messages in tuple(_runs.items()) if workflow == query["workflow"]
     }
@@ -162,48 +164,52 @@ def _messages_of(query: Mapping[str, str]) -> list[dict]:
 
 
 def add_progress_route() -> None:
-    """Answer pages that missed messages."""
-    host.add_route(ROUTE, _messages_of)
+    """Add the route from which pages get messages that they missed."""
+    host.add_route(ROUTE, _answer_query)
 
 
 class NodeProgress:
-    """A listener for one node's run. As a context it tells the panels of a run that ends by an exception.
+    """Listener for the run of one node. As a context manager it reports an exception that ends the run to the panels.
 
     Attributes:
-        finished: the event that ended the run, None until then.
+        finished: the last event of a run that has ended.
     """
 
     def __init__(self, node_id: str):
-        self.finished: RunFinished | CalibrationFinished | None = None
+        self._finished: RunFinished | CalibrationFinished | None = None
         self._node = node_id
         self._bar = None
         self._run = {"node": node_id, **host.running_prompt()}
         self._messages: list[dict] | None = None
+
+    @property
+    def finished(self) -> RunFinished | CalibrationFinished:
+        assert self._finished is not None, "the run has not ended"
+        return self._finished
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, LayerMeasured) and event.index == 0:
             self._bar = host.progress_bar(event.total, self._node)
         elif isinstance(event, RunStarted):
             self._bar = host.progress_bar(event.layers, self._node)
-        elif isinstance(event, LayerMeasured):
-            self._bar.update(1)
-        elif isinstance(event, LayerFinished) or (isinstance(event, LayerKept) and not event.planned):
-            self._bar.update(1)
         elif isinstance(event, RunFinished | CalibrationFinished):
-            self.finished = event
-        if payload := type(event) in _PAYLOADS and _PAYLOADS[type(event)](event):
+            self._finished = event
+        elif isinstance(event, LayerMeasured | LayerFinished) or (isinstance(event, LayerKept) and not event.planned):
+            assert self._bar is not None  # RunStarted or the first LayerMeasured precedes these events
+            self._bar.update(1)
+        if type(event) in _MESSAGES and (payload := _MESSAGES[type(event)](event)):
             self._send(payload)
 
     def _send(self, payload: dict) -> None:
         if self._messages is None:
-            self._messages = self._kept_messages()
+            self._messages = self._stored_messages()
         message = {**self._run, "seq": len(self._messages), **payload}
         self._messages.append(message)
-        # Without a workflow no other page could tell whether the node is one of its own.
-        host.send(EVENT, message, everyone=self._run["workflow"] is not None)
+        # Without a workflow other pages cannot match the node id.
+        host.send_message(EVENT, message, everyone=self._run["workflow"] is not None)
 
-    def _kept_messages(self) -> list[dict]:
-        """Where this run's messages go: behind those of the node's last one where that was of this prompt too.
+    def _stored_messages(self) -> list[dict]:
+        """The list for this run's messages: that of the node's previous run if it was in the same prompt, else a new one.
 
         ComfyUI executes a node once for each item of a list.
         """
@@ -222,4 +228,6 @@ class NodeProgress:
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:
-            self._send({"state": "stopped", "reason": "interrupted" if host.is_interrupt(error) else _reason(error)})
+            self._send(
+                {"state": "stopped", "reason": "interrupted" if host.is_interrupt(error) else _public_reason(error)}
+            )

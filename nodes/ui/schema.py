@@ -1,4 +1,4 @@
-"""The node schema across ComfyUI releases: options that a release does not know are left out."""
+"""Node schemas for all supported ComfyUI releases: options that a release does not have are omitted."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ __all__ = [
     "RecipeType",
     "QuantizedType",
     "CalibrationType",
-    "checked",
+    "check_inputs",
     "schema",
     "widget",
 ]
@@ -28,48 +28,48 @@ RecipeType = io.Custom("LEARNED_ROUNDING_RECIPE")
 QuantizedType = io.Custom("LEARNED_ROUNDING_QUANTIZED")
 CalibrationType = io.Custom("LEARNED_ROUNDING_CALIBRATION")
 
-_WANTED = ("fp8", "int8", "convert", "quantize")
+_SEARCH_TERMS = ("fp8", "int8", "convert", "quantize")
 
-# Added to ComfyUI after the oldest release we support; they only refine how a node looks.
+# Options of later releases than the oldest supported one; they affect the appearance of a node only.
 _NEWER = ("advanced", "search_aliases", "essentials_category")
 
 
 @cache
-def _known(call) -> frozenset[str]:
+def _parameters(call) -> frozenset[str]:
     return frozenset(inspect.signature(call).parameters)
 
 
-def _make(call, options: dict):
-    known = _known(call)
-    return call(**{name: value for name, value in options.items() if name in known or name not in _NEWER})
+def _call_with_supported(call, options: dict):
+    """Call with ``options``, without newer ones that this release does not have."""
+    supported = _parameters(call)
+    return call(**{name: value for name, value in options.items() if name in supported or name not in _NEWER})
 
 
 def widget(kind, matters_for: list[dict] | None = None, **options):
-    """An input of type ``kind`` (``io.Int`` …), with the options this ComfyUI knows.
+    """An input of type ``kind`` (``io.Int`` …) with the options that this ComfyUI supports.
 
     Args:
-        matters_for: when the input acts, if that depends on others: one of these must hold, each of them
-            ``{other input: [values]}`` or ``{other input: {"not": [values]}}`` for every input that it names. Pages hide
-            the widget where none does, and send its default (``web/dependent_options.js``).
+        matters_for: conditions under which the input has an effect, if it depends on others. One condition must hold; a
+            condition is ``{other input: [values]}`` or ``{other input: {"not": [values]}}`` for all inputs that it names.
+            Pages hide the widget where none holds, and send its default (``web/dependent_options.js``).
     """
-    made = _make(kind.Input, options)
-    if matters_for is not None:
-        made.extra_dict = {
-            **made.extra_dict,
-            "matters_for": matters_for,
-        }  # older releases do not take it as an argument
+    made = _call_with_supported(kind.Input, options)
+    if matters_for is not None:  # older releases do not have the parameter extra_dict
+        made.extra_dict = {**made.extra_dict, "matters_for": matters_for}
     return made
 
 
 def schema(search_aliases: Sequence[str] = (), **options):
-    """A node schema, with the options this ComfyUI knows. Every node is found by what users want and by ``search_aliases``."""
-    return _make(io.Schema, {"category": CATEGORY, "search_aliases": [*search_aliases, *_WANTED], **options})
+    """A node schema with the options that this ComfyUI supports and common search terms in ``search_aliases``."""
+    return _call_with_supported(
+        io.Schema, {"category": CATEGORY, "search_aliases": [*search_aliases, *_SEARCH_TERMS], **options}
+    )
 
 
-def checked(check: Callable, *values) -> bool | str:
-    """What ``validate_inputs`` answers before a workflow runs: whether ``check`` takes these values, else its error's sentence.
+def check_inputs(check: Callable, *values) -> bool | str:
+    """Result of ``validate_inputs``: True where ``check(*values)`` succeeds, else the message of its error.
 
-    None among the values comes from another node: the run checks it.
+    A value of None comes from another node and is checked when the workflow runs.
     """
     try:
         if None not in values:

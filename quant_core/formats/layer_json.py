@@ -33,8 +33,12 @@ class LayerSource(Protocol):
     """What is needed of a source of tensors: see :class:`~..sources.Source`."""
 
     name: str
-    tensors: Mapping
-    metadata: Mapping[str, str]
+
+    @property
+    def tensors(self) -> Mapping: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
 
     def read(self, name: str) -> torch.Tensor: ...
 

@@ -38,8 +38,12 @@ class Source(Protocol):
     """
 
     name: str
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """Load one tensor onto ``device``."""

@@ -1,4 +1,4 @@
-"""Checks of in_process.py: a whole checkpoint whose text encoder is quantized with the diffusion model, CLIP-L beside it kept."""
+"""Checks of in_process.py: a whole checkpoint whose T5 is quantized with the diffusion model; its CLIP-L stays unquantized."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import torch
 from pack.nodes import host
 from pack.quant_core import Recipe
 from pack.quant_core.convert.dequantize import DecodedSource
-from pack.quant_core.output import inspect_file, layer_configs
+from pack.quant_core.formats.layer_json import layer_configs
+from pack.quant_core.output import inspect_file
 from pack.quant_core.run.quantize import quantize_file
 from pack.quant_core.sources import SafetensorsFile
 from safetensors.torch import load_file, save_file
@@ -24,14 +25,14 @@ RECIPES = {
 
 
 def clip_of(path: Path, **options):
-    """The CLIP of a checkpoint as stock ComfyUI loads it, told that its T5 is narrow."""
+    """The CLIP of a checkpoint from stock ComfyUI with the small width of its T5."""
     return comfy.sd.load_checkpoint_guess_config(
         str(path), output_vae=False, output_model=False, te_model_options={**TINY_T5, **options}
     )[1]
 
 
 def encoder() -> dict:
-    """By command line and by node; the file through ComfyUI's own checkpoint loader."""
+    """Quantize by command line and by node; load the file by ComfyUI's own checkpoint loader."""
     host.add_layouts()
     folder = Path(folder_paths.models_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def _made(folder: Path, recipe: Recipe, before: torch.Tensor) -> dict:
     source = host.FileSource.choose("checkpoints/whole.safetensors", host.clip_types()[0])
     quantized = host.quantize(source, recipe, lambda event: None)
     model = host.build_model(source, quantized)
-    (saved,) = host.save(quantized, "whole", "output")
+    (saved,) = host.save_files(quantized, "whole", "output")
     with SafetensorsFile(made) as opened:
         decoded = DecodedSource(opened)
         save_file({name: decoded.read(name) for name in decoded.tensors}, folder / "decoded.safetensors")

@@ -1,4 +1,4 @@
-"""Run by a host's own Python: checks that need ComfyUI's classes in the same process. Prints JSON.
+"""Checks that need ComfyUI's classes in the same process; run by the Python of a host. Prints the result as JSON.
 
 python in_process.py COMFYUI PACK FOLDER CHECK
 """
@@ -35,7 +35,7 @@ sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from pack.nodes import host  # noqa: E402
 from pack.quant_core import FORMATS, Recipe, quantize_tensors  # noqa: E402
-from pack.quant_core.formats.weight import config_tensor  # noqa: E402
+from pack.quant_core.formats.layer_json import config_tensor  # noqa: E402
 from saving_checks import replaced, without_links  # noqa: E402
 
 RECIPES = {
@@ -53,7 +53,7 @@ TINY_T5 = {"t5xxl_model_config": {"d_model": 64, "d_kv": 32, "num_heads": 2}}
 
 
 def t5_weights() -> dict[str, torch.Tensor]:
-    """A T5-XXL whose width is 64, random, in bfloat16."""
+    """Random T5-XXL of width 64 in bfloat16."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -77,7 +77,7 @@ def load(path, **options):
 
 
 def load_tiny(load_clip, *paths, model_options=None, **options):
-    """ComfyUI's own loader, told of the small width that it cannot see in the file."""
+    """ComfyUI's own loader with the small width, which it cannot detect in the file."""
     return load_clip(*paths, model_options={**TINY_T5, **(model_options or {})}, **options)
 
 
@@ -86,7 +86,7 @@ def encode(clip) -> torch.Tensor:
 
 
 def text_encoder(recipes=RECIPES) -> dict:
-    """CLIP in → quantized CLIP out, and its file through ComfyUI's loader, with our layers where it needs them."""
+    """Quantize a CLIP, and load its file through ComfyUI's loader, with decoding layers where they are needed."""
     path = Path(folder) / "t5.safetensors"
     save_file(t5_weights(), path)
     clip = load(path)
@@ -96,12 +96,14 @@ def text_encoder(recipes=RECIPES) -> dict:
         quantized = host.quantize(clip, recipe, lambda event: None)
         ours = host.build_clip(clip, quantized)
         (file,) = quantized.files.values()
-        (saved,) = host.save(quantized, "t5", "output")
-        copied = without_links(lambda quantized=quantized: host.save(quantized, "t5", "output"))[0]
-        ours_reads = bool(host.building.layers_to_decode(saved))
+        (saved,) = host.save_files(quantized, "t5", "output")
+        copied = without_links(lambda quantized=quantized: host.save_files(quantized, "t5", "output"))[0]
+        ours_reads = bool(host.decoding.layers_to_decode(saved))
         with replaced(comfy.sd, "load_clip", functools.partial(load_tiny, comfy.sd.load_clip)):
             verified = host.verify_saved(quantized, [saved])
-        loaded = load(saved, **(host.building._decoding(comfy.sd.load_clip)["model_options"] if ours_reads else {}))
+        loaded = load(
+            saved, **(host.decoding.decoding_options(comfy.sd.load_clip)["model_options"] if ours_reads else {})
+        )
         conditioning = encode(ours)
         found[name] = {
             "layers": len(host.quantized_layers(ours.patcher)),
@@ -121,7 +123,7 @@ def text_encoder(recipes=RECIPES) -> dict:
 
 
 def taught_text_encoder() -> dict:
-    """The same with our formats, by ComfyUI's own layers."""
+    """The same with this pack's formats on ComfyUI's own layers."""
     host.add_layouts()
     return text_encoder(OURS)
 
@@ -132,12 +134,12 @@ WORDS = (
     ("apple", "owl", "castle", "bicycle", "wave", "dancer", "robot", "letter A", "fox", "train", "lamp"),
     ("by the sea", "at night", "in a crowded market", "under snow", "on a table", "from above"),
 )
-# Unlike each other: from a few that resemble each other one learns what does not hold for others.
+# Diverse prompts: a calibration with a few similar ones does not generalize.
 PROMPTS = [" ".join(words[index % len(words)] for words in WORDS) for index in range(48)]
 
 
 def calibrated_text_encoder() -> dict:
-    """CLIP → calibration → CLIP quantized with and without it, judged on another prompt."""
+    """Calibrate a CLIP; compare its quantizations with and without the calibration on another prompt."""
     path = Path(folder) / "t5.safetensors"
     save_file(t5_weights(), path)
     clip = load(path)
@@ -170,7 +172,7 @@ def calibrated_text_encoder() -> dict:
 
 
 def compared_text_encoders() -> dict:
-    """A CLIP against itself and against what was made of it."""
+    """Compare a CLIP with itself and with its quantization."""
     path = Path(folder) / "t5.safetensors"
     save_file(t5_weights(), path)
     clip = load(path)
@@ -188,7 +190,7 @@ def compared_text_encoders() -> dict:
 
 
 def decoding() -> dict:
-    """Formats that this ComfyUI cannot run: our layer decodes them, in full and with little memory, with a LoRA and without."""
+    """Formats that this ComfyUI cannot run on decoding layers, with and without a LoRA, with full and low VRAM."""
     assets = Path(pack) / "assets"
     original = comfy.sd.load_diffusion_model(str(assets / "tiny_mmdit_emoji.safetensors"))
     lora = comfy.utils.load_torch_file(str(assets / "tiny_lora_red.safetensors"))
@@ -214,7 +216,7 @@ def decoding() -> dict:
     expected, expected_lora = patched(original), patched(with_lora)
     found = {}
     for name, entry in FORMATS.items():
-        if host.knows(name):
+        if host.supports_format(name):
             continue
         quantized = host.quantize(original, Recipe(format=name, rounding="nearest"), lambda event: None)
         model = host.build_model(original, quantized)
@@ -232,7 +234,7 @@ def decoding() -> dict:
                 for _, module in model.model.named_modules()
                 if getattr(module, "is_quantized", False)
             }
-            == {str(entry.grid.dtype)},
+            == {str(entry.storage_dtype)},
             "kept in float32": all(
                 value.dtype is torch.float32
                 for key, value in model.model.named_parameters()
@@ -243,7 +245,7 @@ def decoding() -> dict:
 
 
 def nested_rotation() -> dict:
-    """Error of a product with a rotated layer whose JSON says so under ``params``."""
+    """Error of the output of a rotated layer whose JSON has the rotation below ``params``."""
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(64, 64, generator=generator), torch.randn(8, 64, generator=generator)
     made = quantize_tensors(
@@ -253,13 +255,13 @@ def nested_rotation() -> dict:
     tensors = {name.removeprefix("a."): tensor for name, tensor in made.items()} | {
         "comfy_quant": config_tensor(config)
     }
-    linear = host.building.quantized_linear("a", tensors, config)
+    linear = host.decoding.make_quantized_linear("a", tensors, config)
     expected = inputs @ weight.T
     return {"error": float((linear(inputs) - expected).norm() / expected.norm())}
 
 
 def document() -> dict:
-    """The example that lies in the folder, with the file that it names."""
+    """Run the example in the folder with the file that it names."""
     file = Path(folder) / "by_hand.safetensors"
     with safe_open(file, "pt") as stored:
         layers = sum(name.endswith(".comfy_quant") for name in stored.keys())

@@ -3,20 +3,18 @@
 import logging
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 from pack.nodes import host
 from pack.quant_core import FORMATS, Recipe
-from pack.quant_core.formats import make_encoding
-from pack.quant_core.formats.weight import config_tensor
-from pack.quant_core.output import layer_configs, verify_file
+from pack.quant_core.formats import make_codec
+from pack.quant_core.formats.layer_json import config_tensor, layer_configs
+from pack.quant_core.output import verify_file
 from pack.quant_core.sources import SafetensorsFile
 from torch.nn.functional import linear
 
@@ -26,7 +24,7 @@ DEVICE = comfy.model_management.get_torch_device()
 INPUTS = ((5, 100), (2, 5, 100), (100,), (2, 3, 4, 100))
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
@@ -35,7 +33,7 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def operations() -> dict:
-    """{format: {dtype: {what is checked: whether it holds}}} for every layout."""
+    """{format: {dtype: {what is checked: whether it holds}}} of every layout."""
     host.add_layouts()
     from pack.nodes.runtime.layouts import LAYOUTS
 
@@ -50,18 +48,20 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
-    options = {"block_size": BLOCK} if FORMATS[layout.format].inputs == "block" else {}
-    encoding = make_encoding(layout.format, **options)
+    options = {"block_size": BLOCK} if "block" in FORMATS[layout.format].granularities else {}
+    codec = make_codec(layout.format, **options)
     weight, bias = normal(*SHAPE), normal(SHAPE[0])
     quantize = comfy.quant_ops.QuantizedTensor.from_float
+
+    def decode(tensor) -> torch.Tensor:
+        return codec.dequantize({"weight": tensor._qdata, "weight_scale": tensor._params.scale}, SHAPE)
+
     coded = quantize(weight, layout.__name__, **options)
     decoded = coded.dequantize()
     near = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
     holds = {
-        "the weight is what its codes mean": torch.equal(
-            decoded, encoding.decode(coded._qdata, coded._params.scale).to(dtype)
-        ),
-        "the weight is near the original": 0 < _distance(decoded, weight) < 0.03,
+        "the weight is what its codes mean": torch.equal(decoded, decode(coded).to(dtype)),
+        "the weight is near the original": 0 < distance(decoded, weight) < 0.03,
         "stands for the original": (coded.shape, coded.dtype) == (weight.shape, dtype),
     }
     inputs = [normal(*shape) for shape in INPUTS]
@@ -74,9 +74,9 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
                 parts = linear(x, coded, b)
             learning = linear(x.clone().requires_grad_(), coded, b)
             holds[f"{case}: linear is t and mm"] = torch.equal(whole, parts) and torch.equal(whole, learning.detach())
-            seen = encoding.quantize_inputs(x.reshape(-1, SHAPE[1])).reshape(x.shape)
-            means = linear(seen, encoding.decode(coded._qdata, coded._params.scale), None if b is None else b.float())
-            holds[f"{case}: inputs are quantized"] = whole.dtype is dtype and _distance(whole, means) < near
+            seen = codec.quantize_activations(x.reshape(-1, SHAPE[1])).reshape(x.shape)
+            means = linear(seen, decode(coded), None if b is None else b.float())
+            holds[f"{case}: inputs are quantized"] = whole.dtype is dtype and distance(whole, means) < near
     x = inputs[0]
     product = linear(x, coded)
     holds |= {
@@ -110,7 +110,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
         "copy_": target.dtype is other and torch.equal(target.to(dtype).dequantize(), decoded),
         "detach": torch.equal(coded.detach().dequantize(), decoded),
         "state dict": {name: tensor.dtype for name, tensor in coded.state_dict("a.weight").items()}
-        == {"a.weight": FORMATS[layout.format].grid.dtype, "a.weight_scale": torch.float32},
+        == {"a.weight": FORMATS[layout.format].storage_dtype, "a.weight_scale": torch.float32},
         "streamed": torch.equal(linear(x, _streamed(coded)), product),
     }
     again = coded.requantize_from_float(decoded, scale="recalculate", stochastic_rounding=0)
@@ -120,16 +120,15 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     ]
     mean = torch.stack([draw.dequantize().float() for draw in draws[:64]]).mean(0)
     holds |= {
-        "requantized": again._params.block_size == encoding.block_size
-        and _distance(again.dequantize(), decoded) < near,
+        "requantized": again._params.block_size == codec.block_size and distance(again.dequantize(), decoded) < near,
         "same seed, same codes": torch.equal(draws[0].dequantize(), draws[-1].dequantize()),
         "other seed, other codes": not torch.equal(draws[0].dequantize(), draws[1].dequantize()),
-        "stochastic rounding is right on average": _distance(mean, weight) < 0.5 * _distance(decoded, weight),
+        "stochastic rounding is right on average": distance(mean, weight) < 0.5 * distance(decoded, weight),
     }
     learned = x.clone().requires_grad_()
     linear(learned, coded, bias).sum().backward()
     holds["gradient"] = torch.allclose(learned.grad.float(), decoded.float().sum(0).expand_as(x), rtol=0.02, atol=0.1)
-    holds |= _layer(coded, encoding, normal(2, 100, 5).transpose(1, 2))
+    holds |= _layer(coded, codec, normal(2, 100, 5).transpose(1, 2))
     torch.compiler.reset()
     compiled = torch.compile(lambda x: linear(x, coded, bias), backend="aot_eager", fullgraph=True)
     for mode in (torch.inference_mode, torch.no_grad):
@@ -140,9 +139,9 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     return holds
 
 
-def _layer(coded, encoding, crooked) -> dict[str, bool]:
-    """A layer of ComfyUI's that was loaded from these codes. ``crooked``: inputs that are not contiguous."""
-    state = {**coded.state_dict("a.weight"), "a.comfy_quant": config_tensor(encoding.config)}
+def _layer(coded, codec, crooked) -> dict[str, bool]:
+    """ComfyUI's layer, loaded from these quantized values. ``crooked``: activations that are not contiguous."""
+    state = {**coded.state_dict("a.weight"), "a.comfy_quant": config_tensor(codec.config)}
     layer = comfy.ops.mixed_precision_ops({}, coded.dtype).Linear(*reversed(coded.shape), bias=False)
     layer._load_from_state_dict(dict(state), "a.", {}, True, [], [], [])
     with torch.no_grad():
@@ -168,7 +167,7 @@ def _layer(coded, encoding, crooked) -> dict[str, bool]:
 
 
 def _streamed(coded):
-    """Through a flat buffer and back, as ComfyUI streams weights from main memory."""
+    """Copy through a flat buffer, as ComfyUI streams weights from main memory."""
     import comfy.memory_management  # not in every release
 
     buffer = torch.zeros(comfy.memory_management.vram_aligned_size([coded]), dtype=torch.uint8, device=DEVICE)
@@ -177,8 +176,8 @@ def _streamed(coded):
     return view
 
 
-class _Tiny:
-    """The tiny model, a LoRA for it, and what it predicts for fixed random inputs."""
+class TinyModel:
+    """The tiny model, a LoRA for it, and its predictions for fixed random inputs."""
 
     def __init__(self):
         assets = Path(host.__file__).parents[2] / "assets"
@@ -197,7 +196,7 @@ class _Tiny:
         return comfy.sd.load_lora_for_models(model, None, self.lora, 1.0, 0.0)[0]
 
     def sampled(self, model) -> torch.Tensor:
-        """As a sampler calls the model: with what was attached to it."""
+        """Call the model as a sampler does, with its attachments."""
         model.pre_run()
         options = comfy.model_patcher.create_model_options_clone(model.model_options)
         options = comfy.patcher_extension.copy_nested_dicts(options["transformer_options"])
@@ -224,7 +223,7 @@ def _raised(call, *arguments) -> str:
 
 
 def _bytes(path) -> dict[str, tuple]:
-    """{tensor: (dtype, shape, bytes)} of a file's quantized layers; other tensors by their values as float32."""
+    """{tensor: (dtype, shape, bytes)} of a file's quantized layers; values as float32 of other tensors."""
     with SafetensorsFile(path) as opened:
         layers = layer_configs(opened)[0]
         found = {}
@@ -242,8 +241,8 @@ def _bytes(path) -> dict[str, tuple]:
 
 
 def loading() -> dict:
-    """Files in our formats through ComfyUI's own functions, before and after its loaders are taught."""
-    tiny = _Tiny()
+    """Files in own formats through ComfyUI's own functions, before and after the formats are registered."""
+    tiny = TinyModel()
     files = {name: tiny.file(format=name, **({"block_size": 64} if "block" in name else {})) for name in OURS}
     paths = {name: str(quantized.files[""]) for name, quantized in files.items()}
     before = {name: _raised(comfy.sd.load_diffusion_model, path) for name, path in paths.items()}
@@ -264,17 +263,17 @@ def loading() -> dict:
         comfy.sd.save_checkpoint(str(saved), model)
         comfy.sd.save_checkpoint(str(baked), patched)
         comfy.model_management.unload_all_models()
-        (ours,) = host.save(files[name], "tiny", "output")
+        (ours,) = host.save_files(files[name], "tiny", "output")
         layers = host.quantized_layers(model)
         found[name] = {
             "before": before[name],
-            "knows": host.knows(name),
+            "knows": host.supports_format(name),
             "layers": len(layers),
             "codes": sorted(set(layers.values())),
-            "error": _distance(plain, expected),
-            "the LoRA moves by": _distance(expected_lora, expected),
-            "error with the LoRA": _distance(whole, expected_lora),
-            "error with the LoRA and little memory": _distance(little, expected_lora),
+            "error": distance(plain, expected),
+            "the LoRA moves by": distance(expected_lora, expected),
+            "error with the LoRA": distance(whole, expected_lora),
+            "error with the LoRA and little memory": distance(little, expected_lora),
             "little memory alone": torch.equal(alone, plain),
             "unpatched": torch.equal(unpatched, plain) and torch.equal(tiny.run(model), plain),
             "as in the graph": torch.equal(tiny.run(host.build_model(tiny.original, files[name])), plain),
@@ -293,7 +292,7 @@ def loading() -> dict:
 
 
 def _loaded(path):
-    """The model of a file, plain weights in memory of their own: products depend on its alignment, which in a mapped file is by chance."""
+    """The model of a file with plain weights copied: products depend on the alignment, which is random in a mapped file."""
     model = comfy.sd.load_diffusion_model(str(path))
     for weight in model.model.parameters():
         if type(weight.data) is torch.Tensor:
@@ -307,8 +306,8 @@ def _configs(path) -> dict:
 
 
 def native() -> dict:
-    """What of our modules runs while a native file is loaded and sampled, and whether anything changes for it."""
-    tiny = _Tiny()
+    """Functions of this pack that run while a native file is loaded and sampled, and whether its results change."""
+    tiny = TinyModel()
     recipes = {
         "float8_e4m3fn": {"format": "float8_e4m3fn"},
         "float8_e5m2": {"format": "float8_e5m2"},
@@ -356,22 +355,22 @@ def _loader_stays(call) -> bool:
 
 
 def damaged() -> dict[str, str]:
-    """What ComfyUI's loader says of layers whose tensors do not fit their JSON."""
+    """Errors of ComfyUI's loader for layers whose tensors contradict their JSON."""
     host.add_layouts()
     operations = comfy.ops.mixed_precision_ops({}, torch.float32)
     layout = "LearnedRoundingInt8Blockwise"
     coded = comfy.quant_ops.QuantizedTensor.from_float(torch.randn(64, 96), layout, block_size=32)
-    sound = {
+    valid = {
         **coded.state_dict("a.weight"),
         "a.comfy_quant": config_tensor({"format": "int8_blockwise", "group_size": 32}),
     }
     cases = {
-        "sound": sound,
-        "no scale": {name: tensor for name, tensor in sound.items() if name != "a.weight_scale"},
-        "no weight": {name: tensor for name, tensor in sound.items() if name != "a.weight"},
-        "another block size": {**sound, "a.comfy_quant": config_tensor({"format": "int8_blockwise", "group_size": 64})},
-        "FP8 codes": {**sound, "a.weight": sound["a.weight"].view(torch.float8_e4m3fn)},
-        "a bank of matrices": {**sound, "a.weight": sound["a.weight"][None]},
+        "valid": valid,
+        "no scale": {name: tensor for name, tensor in valid.items() if name != "a.weight_scale"},
+        "no weight": {name: tensor for name, tensor in valid.items() if name != "a.weight"},
+        "another block size": {**valid, "a.comfy_quant": config_tensor({"format": "int8_blockwise", "group_size": 64})},
+        "FP8 codes": {**valid, "a.weight": valid["a.weight"].view(torch.float8_e4m3fn)},
+        "a bank of matrices": {**valid, "a.weight": valid["a.weight"][None]},
     }
 
     def load(state_dict):
@@ -388,8 +387,8 @@ class _Listener(logging.Handler):
 
 
 def compiled() -> dict[str, dict]:
-    """The tiny model through torch.compile, in our formats and in a native one."""
-    tiny = _Tiny()
+    """The tiny model through torch.compile in own formats and in a native one."""
+    tiny = TinyModel()
     files = {name: tiny.file(format=name) for name in (*OURS, "int8_tensorwise")}
     host.add_layouts()
     found = {}
@@ -404,71 +403,9 @@ def compiled() -> dict[str, dict]:
     return found
 
 
-def native_int8() -> dict:
-    """ComfyUI's own INT8 layers on our kernels: who asks for it gets it, and it computes what comfy-kitchen's own does."""
-    from comfy_kitchen.constraints import FunctionConstraints
-    from comfy_kitchen.registry import registry
-
-    settings = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    stored = []
-    for text in ('{"LearnedRounding.NativeInt8": true}', "damaged", '{"LearnedRounding.NativeInt8": true}', "{}"):
-        settings.write_text(text)
-        host.add_native_int8_setting()
-        stored.append(registry.is_available("learned_rounding"))
-    module = sys.modules["pack.nodes.host.native_int8"]
-    needs = registry.get_constraints("learned_rounding", "int8_linear")
-    calls = []
-
-    def counted(**arguments):
-        calls.append(arguments["input_act"])
-        return module.int8_linear(**arguments)
-
-    for name in ("cuda", "triton"):  # as below CUDA 13, and where there is no card
-        registry.disable(name)
-    anywhere = {"int8_linear": FunctionConstraints()}
-    registry.register("learned_rounding", SimpleNamespace(int8_linear=counted), anywhere)  # on this CPU too
-    tiny = _Tiny()
-    found = {
-        "stored": stored,
-        "needs": [sorted(needs.default_devices), list(needs.min_compute_capability)],
-        "before": [name for name in registry._priority if name in ("learned_rounding", "eager")],
-        "models": {},
-    }
-    recipes = {"row": {}, "tensor": {"granularity": "tensor"}, "convrot": {"convrot": True}}
-    for name, options in recipes.items():
-        file = tiny.file(format="int8_tensorwise", **options)
-        plain, ours = host.build_model(tiny.original, file), host.build_model(tiny.original, file, True)
-        expected, without = tiny.sampled(plain), len(calls)
-        made = tiny.sampled(ours)
-        found["models"][name] = {
-            "calls without": without,
-            "calls": len(calls) - without,
-            "layers": len(host.quantized_layers(ours)),
-            "distance": _distance(made, expected),
-            "off again": not registry.is_available("learned_rounding"),
-        }
-        calls.clear()
-    module._switch(True)
-    tiny.sampled(plain)
-    found["calls with the setting"] = len(calls)
-    module._switch(False)
-    tiny.sampled(plain)
-    found["calls after it"] = len(calls) - found["calls with the setting"]
-    x, weight = torch.randn(3, 128, device=DEVICE), torch.randn(32, 128, device=DEVICE)
-    coded = comfy.quant_ops.QuantizedTensor.from_float(weight, "TensorWiseINT8Layout")
-    acted = {}
-    for name, act in getattr(comfy.ops, "INPUT_ACT_EAGER", {}).items():
-        inputs = torch.cat([x, x], 1) if name == "swiglu" else x
-        product = module.int8_linear(inputs, coded._qdata, coded._params.scale, None, torch.float32, input_act=name)
-        acted[name] = _distance(product, linear(act(inputs), coded))
-    found["activations"] = acted
-    return found
-
-
 def changed() -> dict[str, dict]:
-    """Where ComfyUI's internals are others than we know: nothing is touched, it is said once, and our own layers still run."""
-    tiny = _Tiny()
+    """ComfyUI with other internals: nothing is changed, one warning is logged, and decoding layers run."""
+    tiny = TinyModel()
     loader = getattr(comfy.ops, "_load_quantized_module", None)
 
     def other(module, state_dict, prefix):
@@ -491,9 +428,9 @@ def changed() -> dict[str, dict]:
         model = host.build_model(tiny.original, file)
         found[name] = {
             "said": said,
-            "untouched": still and not any(host.knows(format) for format in OURS),
+            "untouched": still and not any(host.supports_format(format) for format in OURS),
             "layers": len(host.quantized_layers(model)),
-            "error": _distance(tiny.run(model), tiny.run(tiny.original)),
+            "error": distance(tiny.run(model), tiny.run(tiny.original)),
         }
     return found
 
@@ -505,5 +442,4 @@ CHECKS = {
     "layout_damaged": damaged,
     "layout_changed": changed,
     "layout_compiled": compiled,
-    "layout_native_int8": native_int8,
 }

@@ -1,4 +1,4 @@
-"""Checks of in_process.py: another model fills the memory of the GPU."""
+"""Checks of in_process.py: another model occupies the memory of the GPU."""
 
 import dataclasses
 import logging.handlers
@@ -14,7 +14,7 @@ from pack.quant_core import Recipe, layer
 from safetensors.torch import save_file
 
 SIDE = 8192  # a layer of 128 MiB
-FREE = 512 << 20  # bytes that are left; a layer needs more
+FREE = 512 << 20  # free bytes; a layer needs more
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest", preset="none")
 
 
@@ -25,7 +25,7 @@ def weights(count: int) -> dict[str, torch.Tensor]:
 
 
 def other_model():
-    """A model of 16 layers, on the GPU."""
+    """A model of 16 layers on the GPU."""
     operations = comfy.ops.disable_weight_init
     layers = [operations.Linear(SIDE, SIDE, bias=False, dtype=torch.bfloat16, device="cpu") for _ in range(16)]
     for linear, weight in zip(layers, weights(16).values(), strict=True):
@@ -39,13 +39,11 @@ def other_model():
 
 
 def squeezed() -> dict:
-    """The other model gives way to the run, and comes back afterwards as it was; without that the run would have had too little."""
+    """The run unloads the other model, which is restored afterwards; without that the memory is too small for the run."""
     path = Path(folder_paths.base_path) / "layers.safetensors"
     save_file(weights(4), path)
     device = comfy.model_management.get_torch_device()
-    warnings = logging.handlers.BufferingHandler(
-        100
-    )  # a layer that is made with less memory, or on the CPU, is told of
+    warnings = logging.handlers.BufferingHandler(100)  # warns when a layer is quantized with less memory or on the CPU
     layer.log.addHandler(warnings)
 
     def quantized(seed: int) -> bytes:
@@ -57,8 +55,8 @@ def squeezed() -> dict:
         )
 
     def in_little_memory() -> tuple[bytes, list[str]]:
-        """A run while all but FREE of the GPU is taken, and what it warned of."""
-        quantized(1)  # so that the last result is another one's
+        """Quantize with only FREE bytes of GPU memory; returns the file and the warnings."""
+        quantized(1)  # replaces the cached result
         comfy.model_management.load_models_gpu([other])
         torch.cuda.empty_cache()
         filler = torch.empty(torch.cuda.mem_get_info()[0] - FREE, dtype=torch.uint8, device=device)

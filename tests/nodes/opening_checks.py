@@ -1,4 +1,4 @@
-"""Checks of in_process.py: what a model file is opened as."""
+"""Checks of in_process.py: model files under ComfyUI's tensor names."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from pack.nodes.configure import ConfigureQuantization
 from pack.nodes.load import LoadModel
 from pack.quant_core import Recipe, quantize_file
 from pack.quant_core.errors import QuantizationError, SourceError
-from pack.quant_core.formats.weight import config_tensor
+from pack.quant_core.formats.layer_json import config_tensor
 from pack.quant_core.recipes.refused import find_refusal
 from pack.quant_core.sources import TensorInfo
 from pack.tests.architectures import read
@@ -24,19 +24,19 @@ from safetensors.torch import load_file, save_file
 
 TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors"
 MODELS = Path(folder_paths.models_dir) / "diffusion_models"
-# ComfyUI's maps of diffusers' names.
+# ComfyUI's mappings of diffusers' names.
 MAPS = [getattr(comfy.utils, name) for name in dir(comfy.utils) if name.endswith("_to_diffusers")]
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
 
 
 def renamed(state: dict[str, torch.Tensor], names: dict) -> dict[str, torch.Tensor]:
-    """``state`` under diffusers' names, by ComfyUI's map of them read backwards."""
+    """``state`` under diffusers' names, by the inverse of one of ComfyUI's mappings."""
     found = {}
     for theirs, place in names.items():
         ours, part, change = (place, None, None) if isinstance(place, str) else (*place, None)[:3]
         if ours in state:
             tensor = state[ours] if part is None else state[ours].narrow(*part)
-            found[theirs] = (change(tensor) if change else tensor).contiguous()  # a change undoes itself
+            found[theirs] = (change(tensor) if change else tensor).contiguous()  # a change is its own inverse
     return found
 
 
@@ -49,11 +49,11 @@ def tiny() -> dict[str, torch.Tensor]:
 
 
 def comes_back(name: str, to_diffusers) -> bool:
-    """Whether every tensor of a model, of which the header alone is there, has a name in that map, and all get their names and shapes back."""
+    """Whether a mapping has all tensor names of a model, and the conversion restores all names and shapes."""
     names = to_diffusers(copy.deepcopy(DIFFUSION[name].options))
     known = {place if isinstance(place, str) else place[0] for place in names.values()}
     shapes = {}
-    for key, tensor in read(name).items():  # ComfyUI 0.3.75 calls the scale of a norm just that
+    for key, tensor in read(name).items():  # ComfyUI 0.3.75 calls the weight of a norm "scale"
         key = key if key in known else re.sub(r"_norm\.weight$", "_norm.scale", key)
         shapes[key] = torch.empty(tensor.shape, device="meta")
     if not shapes.keys() <= known:
@@ -76,7 +76,7 @@ def header(name: str, tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
 
 
 def refused_files() -> dict[str, str]:
-    """What is said of files with diffusers' names that do not become whole models."""
+    """Errors for files with diffusers' names that are not whole models."""
     unet = {"conv_in.weight": torch.zeros(8, 7, 3, 3), "down_blocks.0.resnets.0.norm1.weight": torch.zeros(8)}
     flux2 = {
         "x_embedder.weight": torch.zeros(8, 8),
@@ -102,7 +102,7 @@ def refused_files() -> dict[str, str]:
 
 
 def own_rules() -> dict:
-    """What Configure Quantization's layer config makes of the tiny model."""
+    """Effect of Configure Quantization's layer config on the tiny model."""
     rules = {"mlp": "skip", "attn.qkv": {"format": "fp8"}}
     recipe = ConfigureQuantization.execute(
         "int8_tensorwise", "row", "auto", 0, rounding="nearest", layer_config=json.dumps(rules)
@@ -128,7 +128,7 @@ def own_rules() -> dict:
 
 
 def shards_replaced(shard: str) -> dict[str, bool]:
-    """One shard has other weights, its index stays: the node has another fingerprint and quantizes again."""
+    """A shard changes and its index does not: the fingerprint of the node changes, and it quantizes again."""
     choice = "diffusion_models/tiny.safetensors.index.json"
     source = host.FileSource.choose(choice, host.clip_types()[0])
     before, made = LoadModel.fingerprint_inputs(choice), host.quantize(source, RECIPE, lambda event: None)
@@ -143,7 +143,7 @@ def shards_replaced(shard: str) -> dict[str, bool]:
 
 
 def diffusers() -> dict:
-    """Files with diffusers' names are those of ComfyUI's, in whatever kind of file they are."""
+    """Files of all file formats with diffusers' names equal those with ComfyUI's names."""
     MODELS.mkdir(parents=True, exist_ok=True)
     original, theirs = load_file(TINY), tiny()
     halves = [dict(list(theirs.items())[half::2]) for half in range(2)]
@@ -159,12 +159,12 @@ def diffusers() -> dict:
     made = {}
     for choice in host.model_files():
         source = host.FileSource.choose(choice, host.clip_types()[0])
-        with host.opened(source) as weights:
+        with host.open_file(source) as weights:
             same = weights.tensors.keys() == original.keys()
             same = same and all(torch.equal(weights.read(name), tensor) for name, tensor in original.items())
             same = (
                 same and source.path in weights.paths
-            )  # whose state tells a run whether it may go on with a dead one's
+            )  # the state of these paths decides whether a run can be resumed
         quantized = host.quantize(source, RECIPE, lambda event: None)
         shown = LoadModel.execute(choice).ui.value.splitlines()[-1]
         told = shown == quantized.report.recognised and dict(quantized.report._rows())["model"] == shown
@@ -187,7 +187,7 @@ def diffusers() -> dict:
 
 
 def broken() -> dict[str, str]:
-    """What Load Quantized Model says of files of which one layer is not what it should be."""
+    """Errors of Load Quantized Model for files with one invalid layer."""
     MODELS.mkdir(parents=True, exist_ok=True)
     quantize_file(
         TINY, MODELS / "sound.safetensors", Recipe(format="int8_blockwise", block_size=32, rounding="nearest")

@@ -1,4 +1,4 @@
-"""What the node tests share: the probe node in a graph, and reading results."""
+"""Shared by the node tests: graphs with the probe node, formats that a host reads, results."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ CASES.append(("int8_tensorwise", "row", "on"))
 
 
 class ProbedGraph(TinyGraph):
-    """A graph of the tiny model that can look into a MODEL."""
+    """A graph of the tiny model with a node that inspects a MODEL."""
 
     def probe(self, model: list) -> Node:
         return self.add("ProbeModel", model=model)
@@ -33,7 +33,7 @@ def stock_loads(host, format: str) -> bool:
 
 
 def takes_layouts(host) -> bool:
-    """Whether the host's own loaders can be taught this pack's formats."""
+    """Whether this pack can register its formats with the host's own loaders."""
     return (
         "def _load_quantized_module(module, super_load, state_dict, prefix,"
         in (host.path / "comfy" / "ops.py").read_text()
@@ -46,17 +46,17 @@ def loads(host, format: str) -> bool:
 
 
 def text(result, node: Node) -> str:
-    """What a node showed."""
+    """The text that a node shows."""
     return result.outputs[node.id]["text"][0]
 
 
 def probed(result, node: Node) -> dict:
-    """What ProbeModel found."""
+    """The result of ProbeModel."""
     return json.loads(text(result, node))
 
 
 def progress(result) -> list[dict]:
-    """The payloads of our events, in order."""
+    """The payloads of this pack's progress events, in order."""
     return [event.data for event in result.of("learned_rounding.progress")]
 
 

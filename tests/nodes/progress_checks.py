@@ -1,4 +1,4 @@
-"""Checks of in_process.py: what pages are told of a run, and of the files it is made from."""
+"""Checks of in_process.py: messages to pages, and the identity of sources."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from pack.quant_core.events import CalibrationAdvanced, CalibrationFinished
 from safetensors.torch import save_file
 
 MODELS = Path(folder_paths.models_dir) / "diffusion_models"
-# What an error says, with a folder in place of {}, and what pages are told of it.
+# Error message with {} for a folder → message to pages.
 ERRORS = {
     "{}/sub folder/a model.safetensors cannot be read: no such file.": "sub folder/a model.safetensors cannot be read: no such file.",
     "'x' is no file name inside {}; give a name.": "'x' is no file name inside diffusion_models; give a name.",
@@ -25,14 +25,14 @@ ERRORS = {
 
 
 def stopped() -> dict:
-    """The messages of runs that end by an error."""
+    """Messages of runs that end by an error."""
     sent = []
     numbers = itertools.count()
     host.running_prompt, host.latest_outputs = (
         lambda: {"prompt": str(next(numbers)), "workflow": "2"},
         lambda *_: {},
     )  # there is no server here
-    host.send = lambda event, message, everyone: sent.append(message["reason"])
+    host.send_message = lambda event, message, everyone: sent.append(message["reason"])
     for error in (
         *(QuantizationError(text.format(MODELS)) for text in ERRORS),
         OSError(2, "no such file", str(MODELS / "x")),
@@ -42,15 +42,15 @@ def stopped() -> dict:
                 raise error
         except (QuantizationError, OSError):
             continue
-    kept = [message["reason"] for node in progress._messages_of({"workflow": "2"}) for message in node["run"]]
-    return {"sent": sent, "wanted": [*ERRORS.values(), "FileNotFoundError: ComfyUI's log says more."], "kept": kept}
+    kept = [message["reason"] for node in progress._answer_query({"workflow": "2"}) for message in node["run"]]
+    return {"sent": sent, "wanted": [*ERRORS.values(), "FileNotFoundError: see ComfyUI's log."], "kept": kept}
 
 
 def twice() -> dict:
-    """Places in the run of messages of four runs: two of one prompt, one that tells nothing, one of the next prompt."""
+    """Sequence numbers of the messages of four runs: two of one prompt, one without messages, one of the next prompt."""
     sent, prompt = [], "first"
     host.running_prompt, host.latest_outputs = lambda: {"prompt": prompt, "workflow": "3"}, lambda *_: {}
-    host.send = lambda event, message, everyone: sent.append(message["seq"])
+    host.send_message = lambda event, message, everyone: sent.append(message["seq"])
     host.progress_bar = lambda total, node: None
 
     def run(node: str) -> None:
@@ -59,7 +59,7 @@ def twice() -> dict:
             listener(CalibrationFinished(1, 2, 3, 4.0))
 
     def kept() -> list:
-        return [message for node in progress._messages_of({"workflow": "3"}) for message in node["run"]]
+        return [message for node in progress._answer_query({"workflow": "3"}) for message in node["run"]]
 
     with progress.NodeProgress("3"):
         pass
@@ -75,7 +75,7 @@ def twice() -> dict:
 
 
 def shards() -> dict:
-    """A shard that changes is another source for Load Model and for Quantize."""
+    """A changed shard changes the source for Load Model and for Quantize."""
     MODELS.mkdir(parents=True, exist_ok=True)
     index, names = (
         MODELS / "two.safetensors.index.json",
@@ -95,7 +95,7 @@ def shards() -> dict:
     def made() -> tuple:
         source = host.FileSource.choose("diffusion_models/two.safetensors.index.json", "sd3")
         recipe = Recipe(rounding="nearest", preset="none")
-        return host.file_state("diffusion_models/two.safetensors.index.json"), host.quantize(
+        return host.choice_stamp("diffusion_models/two.safetensors.index.json"), host.quantize(
             source, recipe, lambda event: None
         ).files[""].read_bytes()
 
@@ -107,7 +107,7 @@ def shards() -> dict:
         "same": first == again,
         "state changed": changed[0] != first[0],
         "result changed": changed[1] != first[1],
-        "without a shard": len(host.file_state("diffusion_models/two.safetensors.index.json")),
+        "without a shard": len(host.choice_stamp("diffusion_models/two.safetensors.index.json")),
     }
 
 

@@ -1,4 +1,4 @@
-"""Checks of in_process.py: a server that dies while it quantizes, the one that is started after it, and two that work at the same time."""
+"""Checks of in_process.py: a server killed while it quantizes, the next server, and two servers at the same time."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from pack.quant_core.run import loop
 
 ASSETS = Path(host.__file__).parents[2] / "assets"
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
-LAYERS = 20  # that are finished when the server dies
+LAYERS = 20  # finished layers when the server is killed
 
 
 def source(kind: str):
@@ -29,7 +29,7 @@ def source(kind: str):
 
 
 def die(kind: str) -> None:
-    """Ends the process in the middle of a run, as kill -9 does, but that the test hears of it."""
+    """End the process during a run as kill -9 does, after reporting to the test."""
     finished = []
 
     def listen(event) -> None:
@@ -42,7 +42,7 @@ def die(kind: str) -> None:
 
 
 def files() -> list[str]:
-    """Everything that lies in ComfyUI's folders beside models and what was there from the start, by its ending."""
+    """Suffixes of all files in ComfyUI's temp and output folders and in the folder of unfinished runs."""
     temp = Path(folder_paths.get_temp_directory())
     kept = temp.parent / ".learned_rounding"
     return sorted(
@@ -51,7 +51,7 @@ def files() -> list[str]:
 
 
 def run_again(kind: str) -> dict:
-    """ComfyUI empties its temp folder when it starts; then the same run, the same in another order of things, and another."""
+    """Empty the temp folder as ComfyUI does at its start; repeat the run, then another one, then the first again."""
     shutil.rmtree(folder_paths.get_temp_directory(), ignore_errors=True)
     made, real = [], loop.quantize_weight
 
@@ -72,16 +72,16 @@ def run_again(kind: str) -> dict:
         )
 
     count, data, told = run()
-    run(Recipe(rounding="nearest"))  # so that the last result is another one's
+    run(Recipe(rounding="nearest"))  # replaces the cached result
     again, same, told_again = run()
     return {"made": count, "all": again, "same": data == same, "told": told == told_again, "left": files()}
 
 
 def at_once() -> dict:
-    """Another server on the same folder begins and ends a run, of something else or of the same, at a moment of this one's."""
+    """Another server in the same folder makes the same or another run during a run of this one."""
     moments = {
         "in the middle": lambda event: isinstance(event, LayerFinished) and event.index == LAYERS,
-        "at the end": lambda event: isinstance(event, RunFinished),  # finished, and not yet in the temp folder
+        "at the end": lambda event: isinstance(event, RunFinished),  # finished, and not yet moved to the temp folder
     }
 
     def run(recipe, listen=lambda event: None) -> bytes:
@@ -104,7 +104,7 @@ def at_once() -> dict:
 
 
 def left_for_good() -> dict:
-    """Finished files of servers that died before they took them to their temp folder: of two days ago, and of a moment ago."""
+    """Finished files of killed servers that were not moved to the temp folder: two days old and new."""
     folder = Path(folder_paths.get_temp_directory()).parent / ".learned_rounding"
     folder.mkdir()
     old, new = (folder / f"diffusion_models_{name}.safetensors" for name in ("old", "new"))

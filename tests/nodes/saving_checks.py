@@ -1,13 +1,9 @@
-"""Checks of in_process.py: what Save Quantized writes, what it finds wrong with a file, and what is left when it fails."""
+"""Checks of in_process.py: files of Save Quantized, and the damages that it finds."""
 
 import dataclasses
 import errno
-import functools
-import gc
-import itertools
 import json
 import os
-import random
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +16,14 @@ import folder_paths
 import torch
 from pack.nodes import host
 from pack.quant_core import FORMATS, QuantizationError, Recipe
-from pack.quant_core.formats.weight import config_tensor
-from pack.quant_core.output import SafetensorsWriter
-from pack.quant_core.run import loop
-from pack.quant_core.sources import SafetensorsFile
+from pack.quant_core.formats.layer_json import config_tensor
 from safetensors.torch import load_file, save_file
 
 TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors"
 LAYER = "joint_blocks.0.x_block.mlp.fc1"  # 1024×256
 KEPT = "x_embedder.proj.weight"
 _HEADER = "_quantization_metadata"
+PADDED = ("nvfp4", "mxfp8")
 
 
 def output() -> Path:
@@ -37,7 +31,7 @@ def output() -> Path:
 
 
 def quantized(format: str = "float8_e4m3fn", kind: str = "diffusion_models", path: Path = TINY) -> host.Quantized:
-    """A run of its own, whatever was quantized last."""
+    """A new run; the cached result is dropped."""
     host.quantizing._last = None
     return host.quantize(
         host.FileSource(path, kind, "sd3"), Recipe(format=format, rounding="nearest"), lambda event: None
@@ -45,8 +39,8 @@ def quantized(format: str = "float8_e4m3fn", kind: str = "diffusion_models", pat
 
 
 def verified(made: host.Quantized, paths: list[Path] | None = None) -> tuple[str, list[str], list[str]]:
-    """What Save Quantized says of a file, which other names it gave, and which names are left."""
-    paths = paths or host.save(made, "verified", "output")
+    """(summary or error of Save Quantized, names of renamed files, names of saved files)."""
+    paths = paths or host.save_files(made, "verified", "output")
     try:
         said = host.verify_saved(made, paths)
     except QuantizationError as error:
@@ -60,7 +54,7 @@ def verified(made: host.Quantized, paths: list[Path] | None = None) -> tuple[str
 
 @contextmanager
 def replaced(place: object, name: str, value: object):
-    """Something has another value for a while."""
+    """Replace an attribute temporarily."""
     before = getattr(place, name)
     setattr(place, name, value)
     try:
@@ -70,7 +64,7 @@ def replaced(place: object, name: str, value: object):
 
 
 def without_links(call: Callable, links_within: Path | None = None):
-    """Run ``call`` as on a disk that has no hard links, or has them between files of one folder only, as another disk does."""
+    """Run ``call`` without hard links, or with hard links only inside ``links_within``, as between two disks."""
     link = os.link
 
     def refuse(path, target):
@@ -83,7 +77,7 @@ def without_links(call: Callable, links_within: Path | None = None):
 
 
 def hunyuan_image(names: Callable[[str], str]) -> dict[str, torch.Tensor]:
-    """A small HunyuanImage 2.1, random, its layers named by ``names`` of ComfyUI's own names."""
+    """Small random HunyuanImage 2.1 whose layers are named by ``names`` of ComfyUI's names."""
     known = {
         "in_channels": 64,
         "out_channels": 64,
@@ -108,12 +102,12 @@ def hunyuan_image(names: Callable[[str], str]) -> dict[str, torch.Tensor]:
 
 
 def with_scales(name: str) -> str:
-    """Norms as the file that ComfyUI's own hosts publish calls them."""
+    """Names of norms as in the file that ComfyUI publishes."""
     return name.replace("_norm.weight", "_norm.scale")
 
 
 def as_published(name: str) -> str:
-    """Layers as the model's makers call them."""
+    """Names of layers as in the file that the authors of the model publish."""
     changes = {
         "_attn.qkv.": "_attn_qkv.",
         "_attn.proj.": "_attn_proj.",
@@ -127,8 +121,8 @@ def as_published(name: str) -> str:
 
 
 def static_inputs() -> tuple:
-    """A file with scales of small inputs, on a host that quantizes inputs for the product, as one with a GPU does."""
-    made, reload = quantized(), host.verifying.reload
+    """A file with small static activation scales, on a host that quantizes activations as one with a GPU does."""
+    made, reload = quantized(), host.verifying.reload_file
 
     def add_scales(tensors, _) -> None:
         tensors |= {
@@ -145,12 +139,19 @@ def static_inputs() -> tuple:
         return patcher
 
     rewritten(made.files[""], add_scales)
-    with replaced(host.verifying, "reload", quantizing):
+    with replaced(host.verifying, "reload_file", quantizing):
         return verified(made)
 
 
-def sound() -> dict:
-    """Files that are as they should be, of all formats and kinds."""
+def padded(format: str) -> host.Quantized:
+    """Layers whose sides are not multiples of 16 or 32, to which the format pads its tensors."""
+    path = Path(folder_paths.base_path) / "padded.safetensors"
+    save_file({f"some.{index}.weight": torch.randn(40, 200 + 72 * index) for index in range(2)}, path)
+    return quantized(format, path=path)
+
+
+def valid() -> dict:
+    """Valid files of all formats and kinds."""
     host.add_layouts()
     found = {name: verified(quantized(name)) for name in FORMATS}
     base = Path(folder_paths.base_path)
@@ -171,18 +172,23 @@ def sound() -> dict:
         path = base / f"{name}.safetensors"
         save_file(tensors, path)
         found[name] = verified(quantized(kind=kind, path=path))
+    found |= {f"padded {name}": verified(padded(name)) for name in PADDED}
     found["static inputs"] = static_inputs()
 
     def too_large(*_):
         raise MemoryError
 
-    with replaced(host.verifying, "reload", too_large):
+    with replaced(host.verifying, "reload_file", too_large):
         too_little = verified(quantized())
-    return {"found": found, "too little memory": too_little, "knows": [name for name in FORMATS if host.knows(name)]}
+    return {
+        "found": found,
+        "too little memory": too_little,
+        "knows": [name for name in FORMATS if host.supports_format(name)],
+    }
 
 
 def rewritten(path: Path, change: Callable) -> None:
-    """``change(tensors, metadata)`` of a file, which is no link to another one afterwards."""
+    """Apply ``change(tensors, metadata)`` to a file; the result is not a hard link to another file."""
     tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     tensors, metadata = {name: tensor.clone() for name, tensor in tensors.items()}, dict(metadata)
     change(tensors, metadata)
@@ -191,7 +197,7 @@ def rewritten(path: Path, change: Callable) -> None:
 
 
 def says(config: dict):
-    """Another JSON for the layer, in both places."""
+    """Replace the JSON of the layer in the tensor and in the header."""
 
     def change(tensors, metadata) -> None:
         tensors[f"{LAYER}.comfy_quant"] = config_tensor(config)
@@ -217,7 +223,7 @@ def times(name: str, factor: float):
     return lambda tensors, _: tensors.update({name: (tensors[name].float() * factor).to(tensors[name].dtype)})
 
 
-# What happens to the file on the disk, after it was quantized.
+# Damages of the saved file.
 ON_DISK = {
     "a kept tensor": times(KEPT, 2),
     "a bias": times(f"{LAYER}.bias", 2),
@@ -227,7 +233,7 @@ ON_DISK = {
     "a tensor more": lambda tensors, _: tensors.update({"more": torch.ones(1)}),
     "another entry": says({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}),
 }
-# What was quantized came out so.
+# Damages of the quantized file before it is saved.
 AS_QUANTIZED = {
     "no number": times(f"{LAYER}.weight_scale", float("nan")),
     "no entry": without_entry,
@@ -244,7 +250,7 @@ AS_QUANTIZED = {
 
 
 def set_scale(module, factor: float) -> None:
-    if hasattr(module, "weight_scale"):  # a layer of ours
+    if hasattr(module, "weight_scale"):  # a decoding layer
         module.weight_scale = module.weight_scale * factor
     elif hasattr(module.weight, "_params"):
         module.weight._params = dataclasses.replace(module.weight._params, scale=module.weight._params.scale * factor)
@@ -276,7 +282,7 @@ def parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
 
 
 def lose(model) -> None:
-    """The layer has another name in the model."""
+    """Rename the layer in the model."""
     mlp = model.get_submodule(LAYER.rpartition(".")[0])
     mlp.another = mlp.fc1
     del mlp.fc1
@@ -287,7 +293,7 @@ def louder(module) -> None:
     module.forward = lambda inputs: forward(inputs) * 1.5
 
 
-# What ComfyUI's loader made of a sound file.
+# Damages of the model that ComfyUI loaded from a valid file.
 IN_COMFYUI = {
     "a kept tensor": lambda model: setattr(
         model.x_embedder.proj, "weight", parameter(model.x_embedder.proj.weight * 2)
@@ -309,18 +315,18 @@ IN_COMFYUI = {
 
 
 def tampered(format: str = "float8_e4m3fn") -> dict:
-    """Each kind of thing that can be wrong, at each place where it can become so."""
+    """Every kind of damage at every place where it can occur."""
     found = {}
     for name, change in ON_DISK.items():
         made = quantized(format)
-        paths = host.save(made, "verified", "output")
+        paths = host.save_files(made, "verified", "output")
         rewritten(paths[0], change)
         found[f"on disk: {name}"] = verified(made, paths)
     for name, change in AS_QUANTIZED.items():
         made = quantized(format)
         rewritten(made.files[""], change)
         found[f"as quantized: {name}"] = verified(made)
-    reload = host.verifying.reload
+    reload = host.verifying.reload_file
     for name, change in IN_COMFYUI.items():
 
         def changed(*args, change=change):
@@ -328,13 +334,13 @@ def tampered(format: str = "float8_e4m3fn") -> dict:
             change(patcher.model.diffusion_model)
             return patcher
 
-        with replaced(host.verifying, "reload", changed):
+        with replaced(host.verifying, "reload_file", changed):
             found[f"in ComfyUI: {name}"] = verified(quantized(format))
     return found
 
 
 def tampered_int8() -> dict:
-    """The same for a format that ComfyUI 0.3.75 is given layers of ours for."""
+    """The same for a format that ComfyUI 0.3.75 runs on decoding layers."""
     return tampered("int8_tensorwise")
 
 
@@ -342,198 +348,4 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def full_disk() -> dict:
-    """The disk is full at the second of two files that are copied."""
-    sources = {part: Path(folder_paths.base_path) / f"{part}.bin" for part in ("first", "second")}
-    for path in sources.values():
-        path.write_bytes(os.urandom(1 << 16))
-    made = host.Quantized(sources, "text_encoders", "label", None)
-    copy, copied = host.folders._copy_bytes, []
-
-    def full(source, target):
-        copied.append(target.write(source.read(1 << 15)))
-        if len(copied) == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        copy(source, target)
-
-    with replaced(host.folders, "_copy_bytes", full):
-        try:
-            without_links(lambda: host.save(made, "full", "output"))
-        except QuantizationError as error:
-            said = str(error)
-    left = files(output())
-    without_links(lambda: host.save(made, "full", "output"))
-    return {"said": said, "left": left, "afterwards": files(output())}
-
-
-def other_disks() -> dict:
-    """Folders on other disks: the result is moved by a copy, and saved by one, over nothing that is there."""
-    temp, made, found = host.folders.temporary_folder(), quantized(), {}
-    whole = made.files[""].read_bytes()
-    for name, within in {"another disk": output(), "a disk without links": None}.items():
-        paths = [
-            without_links(lambda within=within: host.save(made, "verified", "output"), within)[0] for _ in range(2)
-        ]
-        found[name] = {
-            "names": [path.name for path in paths],
-            "same": all(path.read_bytes() == whole for path in paths),
-            "copies": all(not path.samefile(made.files[""]) for path in paths),
-            "files": files(output()),
-            "verified": verified(made, paths[:1])[0],
-        }
-    rename, moves = Path.rename, []
-
-    def no_rename(path, target):
-        if temp not in Path(target).parents:
-            return rename(path, target)
-        moves.append(path)
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    with replaced(Path, "rename", no_rename):
-        found["temp"] = {
-            "same": quantized().files[""].read_bytes() == whole,
-            "moves": len(moves),
-            "left": files(temp.parent / ".learned_rounding"),
-        }
-        host.quantizing._last = None
-        before = files(temp)
-
-        def full(source, target):
-            target.write(source.read(1 << 15))
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        with replaced(host.folders, "_copy_bytes", full):
-            try:
-                quantized()
-            except QuantizationError as error:
-                found["full temp"] = {
-                    "said": str(error),
-                    "left": files(temp.parent / ".learned_rounding") + sorted({*files(temp)} - {*before}),
-                }
-    return found
-
-
-def die(*_) -> None:
-    """Ends the process as kill -9 does, but that the test hears of it."""
-    print("RESULT" + json.dumps(files(output())), flush=True)
-    os._exit(0)
-
-
-def half(source, target) -> None:
-    target.write(source.read(1 << 15))
-    target.flush()
-    die()
-
-
-def then_die(call: Callable) -> Callable:
-    return lambda *args: (call(*args), die())
-
-
-# Where a server dies while it saves: what is replaced, and whether the folder is on a disk without links.
-DEATHS = {
-    "copying": lambda: (host.folders, "_copy_bytes", half, None),
-    "copied": lambda: (host.folders, "_name", die, None),
-    "named": lambda: (host.folders, "_name", then_die(host.folders._name), output()),
-    "named without links": lambda: (host.folders, "_name", then_die(host.folders._name), None),
-    "verifying": lambda: (host.verifying, "reload", die, None),
-}
-
-
-def dying(point: str) -> None:
-    """A server that dies at one of the points."""
-    place, name, value, within = DEATHS[point]()
-    made = quantized()
-    with replaced(place, name, value):
-        without_links(lambda: host.verify_saved(made, host.save(made, "verified", "output")), within)
-
-
-def after_death() -> dict:
-    """The next server saves the same under the same name."""
-    found = files(output())
-    whole = [
-        path for path in output().rglob("verified*") if host.verify_saved(quantized(), [path]).startswith("Verified: ")
-    ]
-    paths = without_links(lambda: host.save(quantized(), "verified", "output"), output())
-    return {
-        "found": found,
-        "whole": len(whole),
-        "saved": paths[0].name,
-        "files": files(output()),
-        "verified": verified(quantized(), paths)[0],
-    }
-
-
-SEED = 30
-TRIES = 4  # at each point
-# Where the user cancels: at any call of these.
-POINTS = {
-    "reading": (SafetensorsFile, "read"),
-    "writing": (SafetensorsWriter, "add"),
-    "rounding": (loop, "quantize_weight"),
-    "moving": (host.quantizing, "temporary"),
-    "copying": (host.folders, "_copy_bytes"),
-    "naming": (host.folders, "_name"),
-    "reloading": (host.verifying, "reload"),
-    "comparing": (host.verifying, "_same"),
-    "running": (host.verifying, "_computes_in"),
-}
-
-
-def interrupts() -> dict:
-    """ComfyUI's interrupt at random calls of what a run and a save do; each time the same run again."""
-    draw, found, base = random.Random(SEED), {}, Path(folder_paths.base_path)
-
-    def run() -> bytes:
-        made = quantized("int8_tensorwise")
-        (path,) = without_links(lambda: host.save(made, "verified", "output"))
-        host.verify_saved(made, [path])
-        return path.read_bytes()
-
-    def clear() -> None:
-        for path in output().rglob("verified*"):
-            path.unlink()
-
-    def left() -> list[str]:
-        host.quantizing._last = None
-        gc.collect()
-        return [name for folder in ("output", ".learned_rounding", "temp") for name in files(base / folder)]
-
-    def tried(at: int | None, place, name: str) -> tuple[int, bytes | None]:
-        """How often it was called, and the file where the run came to its end."""
-        call, calls = getattr(place, name), itertools.count()
-
-        def interrupting(*args, **options):
-            if next(calls) == at:
-                comfy.model_management.interrupt_current_processing()
-            return call(*args, **options)
-
-        with replaced(place, name, interrupting):
-            try:
-                made = run()
-            except BaseException as error:
-                if not host.is_interrupt(error):
-                    raise
-                made = None
-        comfy.model_management.interrupt_current_processing(False)
-        return next(calls), made
-
-    for point, (place, name) in POINTS.items():
-        calls, whole = tried(None, place, name)
-        clear()
-        found[point] = []
-        for at in draw.sample(range(calls), min(TRIES, calls)):
-            _, made = tried(at, place, name)
-            if made is not None:  # it was too late
-                clear()
-            found[point].append(
-                {"at": at, "of": calls, "interrupted": made is None, "same": made == whole, "left": left()}
-            )
-    found["afterwards"] = run() == whole
-    return found
-
-
-CHECKS = {
-    f"saving_{check.__name__}": check
-    for check in (sound, tampered, tampered_int8, full_disk, other_disks, after_death, interrupts)
-}
-CHECKS |= {f"saving_dies_{point}": functools.partial(dying, point) for point in DEATHS}
+CHECKS = {f"saving_{check.__name__}": check for check in (valid, tampered, tampered_int8)}

@@ -1,20 +1,20 @@
-"""Whole checkpoints: text encoders that ComfyUI reads quantized are quantized, and it reads them; inside the host's own process."""
+"""Whole checkpoints, inside the host's process: text encoders are quantized if ComfyUI loads them quantized."""
 
 from learned_rounding.quant_core import FORMATS
 from learned_rounding.tests.nodes.probing import in_process
 
 LAYERS = 24 * 7
-# Relative error of the conditioning of a random model of width 64; conditionings that have nothing in common are √2 apart.
+# Relative error of the conditioning of a random model of width 64; unrelated conditionings have an error of √2.
 BOUNDS = {"float8_e4m3fn": 1, "int8_tensorwise": 0.5, "int8_blockwise": 0.7}
-RUNNING = 0.2  # against the same weights decoded beforehand
+RUNNING = 0.2  # against the same weights dequantized beforehand
 
 
-def test_a_t5_in_a_checkpoint_is_quantized_where_comfyui_reads_it(host, tmp_path, sentences):
+def test_t5_of_a_checkpoint_is_quantized_where_comfyui_supports_it(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "checkpoint_encoder")
     assert found.keys() == BOUNDS.keys()
     reads = (
         host.version != "0.3.75"
-    )  # which looks for no quantized layers there: the node keeps them, inspect says so of files
+    )  # 0.3.75 loads no quantized layers there: the node leaves them unquantized, and inspect reports it
     for format, result in found.items():
         assert result["in the file"] == LAYERS and result["of all"] and result["of the MODEL"]
         assert result["by the node"] is reads and bool(result["kept by the node"]) is not reads

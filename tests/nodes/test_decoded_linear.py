@@ -1,13 +1,13 @@
-"""Our layer for formats that a host cannot run, inside the host's own process."""
+"""Decoding layers for formats that a host cannot run, inside the host's process."""
 
 from learned_rounding.quant_core import FORMATS
 from learned_rounding.tests.nodes.probing import in_process, stock_loads
 
-# Relative error of what the tiny model predicts for random inputs, nearest rounding.
+# Relative error of the tiny model's prediction for random inputs; round to nearest.
 BOUND = 0.2
 
 
-def test_layers_that_decode_work_with_loras_and_with_little_memory(host, tmp_path):
+def test_decoding_layers_support_loras_and_low_vram(host, tmp_path):
     found = in_process(host, tmp_path, "decoding")
     assert {name for name in FORMATS if not stock_loads(host, name)} <= set(found) | {"int8_tensorwise"}
     for name, result in found.items():
@@ -17,6 +17,6 @@ def test_layers_that_decode_work_with_loras_and_with_little_memory(host, tmp_pat
         assert result["unpatched"] and result["codes"] and result["kept in float32"], (name, result)
 
 
-def test_a_rotation_under_params_is_read_as_comfyui_does(host, tmp_path):
-    """By its own layer where it knows the format, by ours elsewhere."""
+def test_rotation_below_params_is_read_as_in_comfyui(host, tmp_path):
+    """By ComfyUI's own layer where it supports the format, else by a decoding layer."""
     assert in_process(host, tmp_path, "nested_rotation")["error"] < 0.05

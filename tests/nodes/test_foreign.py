@@ -1,21 +1,22 @@
-"""Formats that ComfyUI writes and this pack reads: its decoders give what ComfyUI's own kernels give, inside the host's process."""
+"""Codecs of formats that ComfyUI has kernels for: they dequantize as these kernels do, inside the host's process."""
 
 import pytest
 
-from learned_rounding.quant_core.formats import FOREIGN
+from learned_rounding.quant_core.formats import READABLE
+from learned_rounding.quant_core.formats.scaled import ScaledCodec
 from learned_rounding.tests.nodes.probing import in_process
 
 
-def test_decoders_do_what_comfyui_does(host, tmp_path):
+def test_codecs_dequantize_as_comfyui_does(host, tmp_path):
     if "comfy_kitchen" not in (host.path / "comfy" / "quant_ops.py").read_text(encoding="utf-8"):
-        pytest.skip(f"ComfyUI {host.version} knows none of them")
+        pytest.skip(f"ComfyUI {host.version} has none of these formats")
     found = in_process(host, tmp_path, "foreign_decoding")
-    assert set(found) == set(FOREIGN)
+    assert set(found) == {name for name, entry in READABLE.items() if not issubclass(entry.codec, ScaledCodec)}
     wrong = [
         (name, case, what)
         for name, cases in found.items()
-        for case, holds in cases.items()
-        for what, held in holds.items()
-        if not held
+        for case, checks in cases.items()
+        for what, holds in checks.items()
+        if not holds
     ]
     assert wrong == []

@@ -1,4 +1,4 @@
-"""Inspect and Quantization Report in a real graph."""
+"""Inspect and Quantization Report in a graph."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from learned_rounding.tests.nodes.probing import ProbedGraph, text
 from learned_rounding.tests.nodes.test_graph import saved_path, unique
 
 
-def test_the_node_says_what_the_command_line_says(comfy, request, sentences):
+def test_node_and_command_line_report_the_same(comfy, request, sentences):
     graph = ProbedGraph()
     saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), unique(request))
     path = saved_path(comfy.queue(graph), saved)
@@ -26,7 +26,7 @@ def test_the_node_says_what_the_command_line_says(comfy, request, sentences):
     sentences(said.getvalue())
 
 
-def test_the_report_in_words_and_as_a_picture(comfy, request, sentences):
+def test_report_as_markdown_and_image(comfy, request, sentences):
     graph, name = ProbedGraph(), unique(request)
     quantized = graph.quantize(graph.source()[0], "int8_tensorwise", rounding="nearest")
     report = graph.add("LearnedRoundingReport", quantized=quantized[2])

@@ -1,4 +1,4 @@
-"""What ComfyUI Manager does: clone into custom_nodes, install requirements.txt in ComfyUI's environment, restart."""
+"""Installation as by ComfyUI Manager: clone into custom_nodes, install requirements.txt, restart."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def torch_version(host) -> str:
     return next(line for line in pip(host, "show", "torch").splitlines() if line.startswith("Version"))
 
 
-def test_a_clone_with_its_requirements_is_all_it_takes(host, server_factory, tmp_path):
+def test_clone_with_its_requirements_runs(host, server_factory, tmp_path):
     if shutil.which("git") is None or not (PACK / ".git").exists():
         pytest.skip("not a git clone")
     base = tmp_path / "comfyui"

@@ -1,4 +1,4 @@
-"""Files in this pack's formats through ComfyUI's own loaders, inside the host's own process."""
+"""Files in this pack's formats through ComfyUI's own loaders, inside the host's process."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from learned_rounding.quant_core import FORMATS
 from learned_rounding.tests.nodes.probing import in_process, takes_layouts
 
 OURS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
-# Relative error of what the tiny model predicts for random inputs, nearest rounding, quantized inputs.
+# Relative error of the tiny model's prediction for random inputs; round to nearest, quantized activations.
 BOUND = 0.25
 
 
@@ -33,13 +33,13 @@ def test_every_operation_of_every_layout(host, tmp_path):
 
 
 @pytest.mark.usefixtures("taught")
-def test_stock_functions_load_run_patch_and_save_our_formats(host, tmp_path, sentences):
+def test_stock_functions_load_run_patch_and_save_own_formats(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "layout_loading")
     assert set(found) == set(OURS)
     for name, result in found.items():
         assert result["before"] == f"KeyError('{name}')" and result["knows"], (name, result)
         assert result["layers"] == result["baked layers"] > 30, (name, result)
-        assert result["codes"] == [str(FORMATS[name].grid.dtype).removeprefix("torch.")], (name, result)
+        assert result["codes"] == [str(FORMATS[name].storage_dtype).removeprefix("torch.")], (name, result)
         for error in ("error", "error with the LoRA", "error with the LoRA and little memory"):
             assert 0 < result[error] < BOUND, (name, error, result)
         assert result["error with the LoRA"] < result["the LoRA moves by"], (name, result)
@@ -59,7 +59,7 @@ def test_stock_functions_load_run_patch_and_save_our_formats(host, tmp_path, sen
 
 
 @pytest.mark.usefixtures("taught")
-def test_models_in_our_formats_compile_as_native_ones_do(host, tmp_path):
+def test_models_in_own_formats_compile_as_native_ones(host, tmp_path):
     found = in_process(host, tmp_path, "layout_compiled")
     native = found.pop("int8_tensorwise")
     assert found.keys() == set(OURS)
@@ -67,7 +67,7 @@ def test_models_in_our_formats_compile_as_native_ones_do(host, tmp_path):
 
 
 @pytest.mark.usefixtures("taught")
-def test_native_files_do_not_pass_through_our_code(host, tmp_path):
+def test_native_formats_do_not_run_own_code(host, tmp_path):
     found = in_process(host, tmp_path, "layout_native")
     assert found["entries kept"] and found["twice"]
     assert "_load_layer" in found["files"].pop("int8_blockwise")["ran"]
@@ -78,15 +78,15 @@ def test_native_files_do_not_pass_through_our_code(host, tmp_path):
 
 
 @pytest.mark.usefixtures("taught")
-def test_damaged_layers_are_refused_by_name(host, tmp_path, sentences):
+def test_damaged_layers_are_rejected_by_name(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "layout_damaged")
-    assert found.pop("sound") == ""
+    assert found.pop("valid") == ""
     for case, said in found.items():
         assert said.startswith("ValueError") and "a: " in said, (case, said)
         sentences(said)
 
 
-def test_where_comfyui_is_built_otherwise_our_own_layers_run(host, tmp_path, sentences):
+def test_decoding_layers_run_where_formats_cannot_be_registered(host, tmp_path, sentences):
     for case, result in in_process(host, tmp_path, "layout_changed").items():
         assert len(result["said"]) == 1, (case, result)
         sentences(result["said"])

@@ -1,4 +1,4 @@
-"""Memory that another model holds."""
+"""GPU memory that another model occupies."""
 
 import pytest
 
@@ -6,11 +6,9 @@ from learned_rounding.tests.nodes.probing import in_process
 
 
 @pytest.mark.gpu
-def test_another_model_gives_way_to_a_run_and_comes_back(host, tmp_path, tried):
+def test_run_frees_the_memory_of_another_model(host, tmp_path, tried):
     found = in_process(host, tmp_path, "memory_squeezed")
     assert found["same"] and found["came back"]
     assert found["gave way"] > 0 and not found["warned"], found
-    assert found["stayed without"] and found["warned without"], (
-        found
-    )  # so little was left that the run needed the other's memory
+    assert found["stayed without"] and found["warned without"], found  # the run needs the memory of the other model
     tried("the GPU full with another model", 1, "that one gives way and comes back, same bytes")

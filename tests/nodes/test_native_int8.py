@@ -1,4 +1,4 @@
-"""ComfyUI's own INT8 layers on this pack's kernels, where that is asked for."""
+"""ComfyUI's native INT8 layers on this pack's kernels."""
 
 import pytest
 
@@ -9,10 +9,10 @@ from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, stock_
 ROUTE = "/learned_rounding/native_int8"
 
 
-def test_it_runs_for_who_asks_and_computes_the_same(host, tmp_path):
+def test_kernels_run_when_enabled_and_match_comfy_kitchen(host, tmp_path):
     if not stock_loads(host, "int8_tensorwise"):
         pytest.skip(f"ComfyUI {host.version} has no INT8 layers of its own")
-    found = in_process(host, tmp_path, "layout_native_int8")
+    found = in_process(host, tmp_path, "native_int8")
     assert found["needs"] == [["cuda"], [8, 0]] and found["before"] == ["learned_rounding", "eager"]
     assert found["stored"] == [True, False, True, False]
     for name, result in found["models"].items():
@@ -23,12 +23,12 @@ def test_it_runs_for_who_asks_and_computes_the_same(host, tmp_path):
 
 
 @pytest.mark.browser
-def test_the_checkbox_reaches_the_server(comfy):
+def test_setting_of_the_page_reaches_the_server(comfy):
     seen = []
     with open_page(comfy) as page:
         page.on("request", lambda request: seen.append(request.post_data) if ROUTE in request.url else None)
         visit(page, comfy)
-        page.wait_for_load_state("networkidle")  # a page that opens changes nothing
+        page.wait_for_load_state("networkidle")  # opening a page changes no setting
         for on in ("true", "false"):
             with page.expect_response(lambda response: ROUTE in response.url and response.ok):
                 page.evaluate(f"() => window.app.extensionManager.setting.set('LearnedRounding.NativeInt8', {on})")
@@ -36,13 +36,13 @@ def test_the_checkbox_reaches_the_server(comfy):
     assert comfy.get("/api/settings")["LearnedRounding.NativeInt8"] is False
 
 
-def test_the_setting_takes_true_and_false_only(comfy):
+def test_setting_accepts_booleans_only(comfy):
     assert comfy.post(ROUTE, False) is False
     with pytest.raises(HostError):
         comfy.post(ROUTE, "on")
 
 
-def test_the_node_refuses_where_there_are_no_such_layers(comfy, sentences):
+def test_node_rejects_the_option_without_native_int8_layers(comfy, sentences):
     graph = ProbedGraph()
     quantized = graph.quantize(graph.load()[0], "int8_tensorwise")
     graph[quantized.id]["inputs"]["native_int8_kernels"] = True

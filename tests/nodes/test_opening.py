@@ -1,10 +1,10 @@
-"""Model files of every kind, as ComfyUI will see them, inside the host's own process."""
+"""Model files of all file formats under ComfyUI's names, inside the host's process."""
 
 from learned_rounding.tests.architectures.table import RENAMED
 from learned_rounding.tests.nodes.probing import in_process
 
 
-def test_a_layer_that_is_none_is_named(host, tmp_path, sentences):
+def test_invalid_layers_are_rejected_by_name(host, tmp_path, sentences):
     refused = in_process(host, tmp_path, "opening_broken")
     assert list(refused) == ["no format", "unknown", "no codes", "other scales"]
     for message in refused.values():
@@ -12,7 +12,7 @@ def test_a_layer_that_is_none_is_named(host, tmp_path, sentences):
         sentences(message)
 
 
-def test_every_kind_of_file_and_of_names_is_the_same_model(host, tmp_path, sentences):
+def test_all_file_formats_and_names_give_the_same_model(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "opening_diffusers")
     kinds = ("comfyui.safetensors", "diffusers.safetensors", "pickle.pt", "tiny.safetensors.index.json")
     (told,) = {result.pop("told") for result in found["files"].values()}

@@ -1,4 +1,4 @@
-"""Bad input on the nodes: one clear sentence as a node error, and the server goes on."""
+"""Invalid input of nodes: one node error with a clear sentence, and the server keeps running."""
 
 import subprocess
 
@@ -27,7 +27,7 @@ def refused(comfy, sentences):
 
 @pytest.fixture
 def refused_at_once(comfy, sentences):
-    """refused_at_once(graph, node): ComfyUI does not queue the workflow, because of this class of node alone."""
+    """refused_at_once(graph, node): ComfyUI does not queue the workflow, because of this class of node only."""
 
     def check(graph, node: str) -> None:
         before = comfy.get("/history").keys()
@@ -42,18 +42,18 @@ def refused_at_once(comfy, sentences):
 
 
 def put(comfy, name: str, tensors: dict) -> str:
-    """A file in the model folder, and how Load Model names it."""
+    """A file in the model folder; its name in Load Model."""
     save_file(tensors, comfy.models_dir / "diffusion_models" / name)
     return f"diffusion_models/{name}"
 
 
-def test_a_quantized_model_is_refused_by_name(refused):
+def test_quantized_model_is_rejected(refused):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.quantize(graph.load()[0])[0]), "twice")
     refused(graph)
 
 
-def test_a_quantized_file_is_refused_by_the_name_of_its_format(comfy, refused):
+def test_quantized_file_is_rejected_with_its_format(comfy, refused):
     tensors = {
         "a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn),
         "a.scale_weight": torch.ones(()),
@@ -64,7 +64,7 @@ def test_a_quantized_file_is_refused_by_the_name_of_its_format(comfy, refused):
     refused(graph)
 
 
-def test_a_quantized_file_is_decoded_first_where_that_is_asked_for(comfy, refused):
+def test_requantize_dequantizes_a_quantized_file_first(comfy, refused):
     graph = ProbedGraph()
     saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), "to-requantize")
     path = comfy.queue(graph).outputs[saved.id]["text"][0]
@@ -78,13 +78,13 @@ def test_a_quantized_file_is_decoded_first_where_that_is_asked_for(comfy, refuse
     assert set(probed(comfy.queue(graph), probe)["layers"].values()) == {"int8"}
 
 
-def test_a_full_precision_file_is_not_loaded_as_a_quantized_one(refused):
+def test_full_precision_file_is_not_loaded_as_quantized(refused):
     graph = ProbedGraph()
     graph.sample(graph.load_quantized(MODEL)[0], "plain")
     refused(graph)
 
 
-def test_the_output_that_a_file_does_not_have(comfy, refused):
+def test_missing_output_of_a_file_is_reported(comfy, refused):
     graph = ProbedGraph()
     saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), "no-clip")
     path = comfy.queue(graph).outputs[saved.id]["text"][0]
@@ -103,13 +103,13 @@ def test_the_output_that_a_file_does_not_have(comfy, refused):
         {"block_size": 64},
     ],
 )
-def test_choices_of_two_nodes_that_contradict_each_other(options, refused):
+def test_contradictory_options_of_two_nodes(options, refused):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0], **options), "x")
     refused(graph)
 
 
-def test_an_optimizer_whose_package_is_missing(comfy, refused):
+def test_optimizer_with_missing_package(comfy, refused):
     has = [comfy.host.python, "-c", "import prodigyplus"]
     if subprocess.run(has, capture_output=True).returncode == 0:
         pytest.skip("prodigy-plus-schedule-free is installed here")
@@ -124,13 +124,13 @@ def test_nothing_left_to_quantize(refused):
     refused(graph)
 
 
-def test_a_model_without_matrices(comfy, refused):
+def test_model_without_matrices(comfy, refused):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source(put(comfy, "flat.safetensors", {"a.weight": torch.zeros(8)}))[0]), "x")
     refused(graph)
 
 
-def test_the_wrong_output_says_which_to_use(refused):
+def test_wrong_output_names_the_right_one(refused):
     graph = ProbedGraph()
     quantized = graph.quantize(graph.load()[0])
     graph.add("CLIPTextEncode", text="a", clip=quantized[1])
@@ -138,7 +138,7 @@ def test_the_wrong_output_says_which_to_use(refused):
     refused(graph)
 
 
-def test_a_damaged_file(comfy, refused):
+def test_damaged_file(comfy, refused):
     path = comfy.models_dir / "diffusion_models" / "cut.safetensors"
     path.write_bytes((comfy.models_dir / "diffusion_models" / MODEL).read_bytes()[:100_000])
     graph = ProbedGraph()
@@ -146,7 +146,7 @@ def test_a_damaged_file(comfy, refused):
     refused(graph)
 
 
-def test_the_server_goes_on(comfy):
+def test_server_runs_after_errors(comfy):
     graph = ProbedGraph()
     probe = graph.probe(graph.quantize(graph.load()[0])[0])
     assert probed(comfy.queue(graph), probe)["layers"]
@@ -180,14 +180,14 @@ PREFIXES = ["../escape", "/tmp/escape", "a/../../../escape", "", "folder/"]
 
 
 @pytest.mark.parametrize("options", CONFIGURED)
-def test_what_configure_says_is_checked_before_anything_runs(options, refused_at_once):
+def test_configure_options_are_validated_before_execution(options, refused_at_once):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0], **options), "x")
     refused_at_once(graph, "LearnedRoundingConfigure")
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_what_rounding_options_say_is_checked_before_anything_runs(options, refused_at_once):
+def test_rounding_options_are_validated_before_execution(options, refused_at_once):
     graph = ProbedGraph()
     recipe = graph.add(
         "LearnedRoundingConfigure", format="int8_blockwise", granularity="auto", preset="auto", seed=0,
@@ -198,7 +198,7 @@ def test_what_rounding_options_say_is_checked_before_anything_runs(options, refu
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_a_path_outside_the_folder_is_refused_before_anything_runs(prefix, refused_at_once):
+def test_path_outside_the_folder_is_rejected_before_execution(prefix, refused_at_once):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0]), prefix)
     refused_at_once(graph, "LearnedRoundingSave")
@@ -209,7 +209,7 @@ def test_a_path_outside_the_folder_is_refused_before_anything_runs(prefix, refus
     refused_at_once(graph, "LearnedRoundingSaveCalibration")
 
 
-def test_files_that_are_gone_are_missed_before_anything_runs(refused_at_once):
+def test_missing_files_are_reported_before_execution(refused_at_once):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source("diffusion_models/gone.safetensors")[0]), "x")
     refused_at_once(graph, "LearnedRoundingLoadModel")
@@ -224,7 +224,7 @@ def test_files_that_are_gone_are_missed_before_anything_runs(refused_at_once):
 
 
 @pytest.mark.parametrize("content", [None, b"no header"])
-def test_a_calibration_that_cannot_be_read_is_refused_before_anything_runs(comfy, content, refused_at_once):
+def test_unreadable_calibration_is_rejected_before_execution(comfy, content, refused_at_once):
     path = comfy.output_dir / "calibrations" / "gone.calib.safetensors"
     path.parent.mkdir(exist_ok=True)
     if content:
@@ -235,14 +235,14 @@ def test_a_calibration_that_cannot_be_read_is_refused_before_anything_runs(comfy
     path.unlink(missing_ok=True)
 
 
-def test_prompts_that_are_missing_are_missed_before_anything_runs(refused_at_once):
+def test_missing_prompts_are_reported_before_execution(refused_at_once):
     graph = ProbedGraph()
     clip = graph.add("LearnedRoundingLoadQuantized", model=f"diffusion_models/{MODEL}")[1]
     graph.add("LearnedRoundingCompareText", reference=clip, compared=clip, prompts=" \n ")
     refused_at_once(graph, "LearnedRoundingCompareText")
 
 
-def test_what_comes_from_another_node_is_checked_by_the_run(refused):
+def test_connected_values_are_validated_at_execution(refused):
     graph = ProbedGraph()
     patterns = graph.add("PrimitiveString", value="(unclosed")
     graph.save(graph.quantize(graph.source()[0], keep=patterns[0]), "x")

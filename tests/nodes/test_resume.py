@@ -1,4 +1,4 @@
-"""A server that dies in the middle of Learned Round Quantize: the next one goes on with what was finished."""
+"""A server that stops during Learned Round Quantize: the next one resumes the run."""
 
 import os
 import random
@@ -12,32 +12,32 @@ from learned_rounding.tests.conftest import LINKS
 from learned_rounding.tests.nodes.probing import ProbedGraph, in_process
 
 SEED = 40
-LAYERS = 37  # of the tiny model that are quantized
+LAYERS = 37  # quantized layers of the tiny model
 
 
 @pytest.mark.parametrize("kind", ["file", "model"])
-def test_the_next_server_goes_on_where_the_last_one_died(host, tmp_path, tried, kind):
+def test_next_server_resumes_after_a_kill(host, tmp_path, tried, kind):
     assert in_process(host, tmp_path, f"resume_die_{kind}") == [".journal", ".partial"]
     found = in_process(host, tmp_path, f"resume_run_again_{kind}")
-    assert 0 < found["made"] <= found["all"] - 18  # what was being written when it died may be lost
+    assert 0 < found["made"] <= found["all"] - 18  # layers that were being written may be lost
     assert found["same"] and found["told"]
-    assert found["left"] == [".safetensors"]  # the last result, which connecting another output would need
+    assert found["left"] == [".safetensors"]  # the last result, cached for other outputs
     tried("server killed while a node quantizes, then the same run in the next server", 1, "goes on, same bytes")
 
 
-def test_two_servers_on_one_folder_get_their_own_files(host, tmp_path, tried):
+def test_two_servers_in_one_folder_write_separate_files(host, tmp_path, tried):
     found = in_process(host, tmp_path, "resume_at_once")
     assert found["found"] == dict.fromkeys(found["found"], True) and len(found["found"]) == 4
-    assert found["left"] == [".safetensors"]  # the last result
+    assert found["left"] == [".safetensors"]  # the last result, cached for other outputs
     tried("another server on the same folder quantizes meanwhile", len(found["found"]), "each its own file, whole")
 
 
-def test_finished_files_that_nobody_fetched_go_after_a_day(host, tmp_path):
+def test_abandoned_files_are_deleted_after_a_day(host, tmp_path):
     assert in_process(host, tmp_path, "resume_left_for_good")["left"] == ["diffusion_models_new.safetensors"]
 
 
 def quantize(server, seed: int, layers: int | None = None, on_event=None) -> tuple[int, bytes]:
-    """How many layers were made, and the saved file. ``layers``: after which the run waits."""
+    """(number of layers quantized, saved file). ``layers``: number after which the run waits."""
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0], rounding="nearest", seed=seed), f"seed{seed}")
     server.post("/probe/gate", {"layers": layers})
@@ -48,9 +48,7 @@ def quantize(server, seed: int, layers: int | None = None, on_event=None) -> tup
     return made, saved.read_bytes()
 
 
-def test_a_server_that_is_told_to_end_in_the_middle_goes_on_when_it_is_started_again(
-    server_factory, tiny_base, often, tried
-):
+def test_restarted_server_resumes_after_signals(server_factory, tiny_base, often, tried):
     server = server_factory(base=tiny_base, links=LINKS)
     draw, times = random.Random(SEED), often(1, 5)
     signals = [how for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) for _ in range(times)]
@@ -74,7 +72,7 @@ def test_a_server_that_is_told_to_end_in_the_middle_goes_on_when_it_is_started_a
     server.restart()
     for seed, (layers, some, resumed) in gone_on.items():
         every, undisturbed = quantize(server, seed)
-        assert every == LAYERS and some <= every - layers + 2  # what was being written when it died may be lost
+        assert every == LAYERS and some <= every - layers + 2  # layers that were being written may be lost
         assert resumed == undisturbed
     for how in dict.fromkeys(signals):
         tried(f"a running server gets {how.name} at a random layer, and is started again", times, "goes on, same bytes")

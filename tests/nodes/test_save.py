@@ -1,4 +1,4 @@
-"""Save Quantized reloads what it saved: sound files are called so, others are renamed and reported."""
+"""Save Quantized reloads its files: valid files are reported as verified, others are renamed and reported."""
 
 import pytest
 
@@ -35,12 +35,12 @@ DAMAGES = [
 ]
 
 
-def test_sound_files_are_reloaded_and_called_so(host, tmp_path, sentences):
-    found = in_process(host, tmp_path, "saving_sound")
+def test_valid_files_are_verified(host, tmp_path, sentences):
+    found = in_process(host, tmp_path, "saving_valid")
     saved, (said, failed, left) = found["found"], found["too little memory"]
     sentences(said)
     assert failed == [] and len(left) == 1
-    if host.version == "0.3.75":  # it looks names up that the model's own rules have changed
+    if host.version == "0.3.75":  # it looks up names that the model's own rules have changed
         said, failed, left = saved.pop("renamed layers")
         sentences(said)
         assert len(failed) == 1 and not left
@@ -50,7 +50,7 @@ def test_sound_files_are_reloaded_and_called_so(host, tmp_path, sentences):
 
 
 @pytest.mark.parametrize("check", ["tampered", "tampered_int8"])
-def test_whatever_is_wrong_is_found_and_the_file_renamed(host, tmp_path, tried, check, sentences):
+def test_every_damage_is_found_and_the_file_renamed(host, tmp_path, tried, check, sentences):
     found = in_process(host, tmp_path, f"saving_{check}")
     assert list(found) == DAMAGES
     for damage, (said, failed, left) in found.items():
@@ -63,7 +63,7 @@ def test_whatever_is_wrong_is_found_and_the_file_renamed(host, tmp_path, tried, 
     )
 
 
-def test_the_node_says_that_it_verified(comfy, request, sentences):
+def test_node_reports_the_verification(comfy, request, sentences):
     graph = ProbedGraph()
     saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), unique(request))
     result = comfy.queue(graph)
@@ -71,8 +71,8 @@ def test_the_node_says_that_it_verified(comfy, request, sentences):
     sentences(result.outputs[saved.id]["text"][1])
 
 
-def test_a_full_disk_leaves_all_files_or_none(host, tmp_path, tried, sentences):
-    found = in_process(host, tmp_path, "saving_full_disk")
+def test_full_disk_leaves_no_partial_save(host, tmp_path, tried, sentences):
+    found = in_process(host, tmp_path, "failing_full_disk")
     sentences(found["said"])
     assert found["left"] == []
     assert found["afterwards"] == ["full_first_label_00001_.safetensors", "full_second_label_00001_.safetensors"]
@@ -82,8 +82,8 @@ def test_a_full_disk_leaves_all_files_or_none(host, tmp_path, tried, sentences):
 NAMES = ["verified_float8_e4m3fn_00001_.safetensors", "verified_float8_e4m3fn_00002_.safetensors"]
 
 
-def test_models_are_saved_on_other_disks_over_nothing_that_is_there(host, tmp_path, tried, sentences):
-    found = in_process(host, tmp_path, "saving_other_disks")
+def test_saving_on_other_disks_never_overwrites(host, tmp_path, tried, sentences):
+    found = in_process(host, tmp_path, "failing_other_disks")
     for disk in ("another disk", "a disk without links"):
         saved = found[disk]
         assert saved["names"] == saved["files"] == NAMES and saved["same"] and saved["copies"], disk
@@ -94,7 +94,7 @@ def test_models_are_saved_on_other_disks_over_nothing_that_is_there(host, tmp_pa
     tried("ENOSPC when a result moves into ComfyUI's temp folder on another disk", 1, "none, one sentence")
 
 
-# Where a server dies while it saves → what it leaves, and under which name the next one saves.
+# Point at which a server is killed while it saves → (files that it leaves, name of the next save).
 LEFT = {
     "copying": (["partial"], NAMES[0]),
     "copied": (["partial"], NAMES[0]),
@@ -105,19 +105,19 @@ LEFT = {
 
 
 @pytest.mark.parametrize("point", LEFT)
-def test_a_server_that_dies_while_it_saves_leaves_a_whole_file_or_none(host, tmp_path, tried, point, sentences):
+def test_kill_during_saving_leaves_a_complete_file_or_none(host, tmp_path, tried, point, sentences):
     left, name = LEFT[point]
-    dying = in_process(host, tmp_path, f"saving_dies_{point}")
+    dying = in_process(host, tmp_path, f"failing_dies_{point}")
     assert sorted("partial" if file.endswith(".partial") else "whole" for file in dying) == left
-    found = in_process(host, tmp_path, "saving_after_death")
+    found = in_process(host, tmp_path, "failing_after_death")
     assert found["found"] == dying and found["whole"] == left.count("whole")
-    assert found["saved"] == name and found["files"] == NAMES[: NAMES.index(name) + 1]  # what was being copied is gone
+    assert found["saved"] == name and found["files"] == NAMES[: NAMES.index(name) + 1]  # the partial copy is deleted
     sentences(found["verified"])
     tried("a server killed while it saves", 1, "whole or none; the next save removes the rest")
 
 
-def test_a_run_and_a_save_that_are_interrupted_anywhere_leave_nothing(host, tmp_path, tried):
-    found = in_process(host, tmp_path, "saving_interrupts")
+def test_interrupt_during_run_or_save_leaves_no_files(host, tmp_path, tried):
+    found = in_process(host, tmp_path, "failing_interrupts")
     assert found.pop("afterwards")
     tries = 0
     for point, outcomes in found.items():

@@ -1,4 +1,4 @@
-"""Text encoders, inside the host's own process: no stock node loads one small enough for a test."""
+"""Text encoders, inside the host's process: no stock node loads one that is small enough for a test."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def _small_encoders(host):
 
 
 @pytest.mark.parametrize("check, bounds", [("text_encoder", BOUNDS), ("taught_text_encoder", OURS)])
-def test_a_t5_is_quantized_in_the_graph_as_in_its_file(host, tmp_path, check, bounds, sentences):
+def test_t5_in_the_graph_equals_its_file(host, tmp_path, check, bounds, sentences):
     found = in_process(host, tmp_path, check)
     assert found.keys() == bounds.keys()
     for format, bound in bounds.items():

@@ -1,4 +1,4 @@
-"""The shipped workflow files: they run with the tiny model in place of the public ones that they name, and say what to choose."""
+"""The shipped workflows run with the tiny model in place of the public ones that they name, and explain what to choose."""
 
 import json
 
@@ -28,7 +28,7 @@ def further_files(comfy):
 
 @pytest.mark.usefixtures("further_files")
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_an_example_runs_with_the_tiny_model(comfy, name, sentences):
+def test_example_runs_with_the_tiny_model(comfy, name, sentences):
     workflow = with_tiny_model(name, comfy.object_info())
     result = comfy.queue(to_api(workflow, comfy.object_info()))
     shown = [entry["text"] for entry in result.outputs.values() if "text" in entry]
@@ -44,8 +44,8 @@ def test_an_example_runs_with_the_tiny_model(comfy, name, sentences):
         assert psnr(pictures(comfy.output_dir, "original"), pictures(comfy.output_dir, "quantized")) > 20
 
 
-def test_the_slots_of_the_examples_are_those_of_the_nodes(comfy):
-    """A page keeps the slots that a file names."""
+def test_examples_have_the_slots_of_the_nodes(comfy):
+    """Slots in the files are those of the nodes: a page keeps the slots of a file."""
     known = comfy.object_info()
     for workflow in WORKFLOWS.values():
         for node in workflow["nodes"]:
@@ -64,8 +64,8 @@ def test_the_slots_of_the_examples_are_those_of_the_nodes(comfy):
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_an_example_is_for_users(name):
-    """Usual loaders and nodes of the two hosts, files that are public with the address of each, and a note that says what to choose."""
+def test_example_is_for_users(name):
+    """An example has stock loaders and nodes of both hosts, public files with their addresses, and a note for the user."""
     nodes = WORKFLOWS[name]["nodes"]
     notes = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
     assert len(notes) == 1 and "Choose your" in notes[0] and len(notes[0]) > 200
@@ -91,7 +91,7 @@ def _workflow_of(picture) -> dict:
 
 
 def test_every_substitution_is_needed():
-    """By an example, or by a workflow that a picture of the help carries."""
+    """Needed by an example, or by the workflow of a picture in the help."""
     workflows = [*WORKFLOWS.values(), *map(_workflow_of, (EXAMPLES.parent / "web" / "docs" / "images").glob("*.png"))]
     nodes = [node for workflow in workflows for node in workflow["nodes"]]
     values = {value for node in nodes for value in node.get("widgets_values") or () if isinstance(value, str)}
@@ -99,7 +99,7 @@ def test_every_substitution_is_needed():
     assert {*VALUES, *REPLACED, *DROPPED} <= {node["type"] for node in nodes}
 
 
-def test_the_examples_are_in_the_template_browser_with_a_picture_each(comfy):
+def test_template_browser_lists_the_examples_with_images(comfy):
     listed = comfy.get("/workflow_templates")
     assert set(WORKFLOWS) == set(listed["learned_rounding"])
     for name in WORKFLOWS:

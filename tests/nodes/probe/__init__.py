@@ -1,4 +1,4 @@
-"""For the tests, from inside the server: what a MODEL really holds, and runs that wait until they are told to go on."""
+"""A node pack for tests in the server: inspect a MODEL, and make runs wait after a number of layers."""
 
 import json
 import sys
@@ -8,11 +8,11 @@ import torch
 from aiohttp import web
 from server import PromptServer
 
-CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+CODES = (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _quantized_layers(model):
-    """{module: dtype of its codes}; knows ComfyUI's tensor class and this pack's decoding layer by their attributes."""
+    """{module: dtype of its quantized values}, for ComfyUI's quantized tensors and for decoding layers."""
     found = {}
     for name, module in model.model.named_modules():
         weight = getattr(module, "weight", None)
@@ -43,7 +43,7 @@ class ProbeModel:
 
 
 class Gate:
-    """Lets so many layers be quantized and has the next one wait; None lets all of them."""
+    """Lets a number of layers be quantized, then blocks; None lets all layers pass."""
 
     def __init__(self):
         self.made = 0
