@@ -2,4 +2,4 @@
 
 from .deprecated import moved_names
 
-__getattr__ = moved_names(__name__, {"open_source": __package__ + ".sources"})
+__getattr__ = moved_names(__name__, {"open_source": f"{__package__}.sources"})

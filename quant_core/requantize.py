@@ -2,4 +2,4 @@
 
 from .deprecated import moved_names
 
-__getattr__ = moved_names(__name__, {"DecodedSource": __package__ + ".convert.dequantize"})
+__getattr__ = moved_names(__name__, {"DecodedSource": f"{__package__}.convert.dequantize"})

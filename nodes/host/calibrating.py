@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import comfy.model_management
 import comfy.samplers
@@ -27,6 +28,8 @@ from .running import show_text
 from .sources import PatchedWeights, encoder_parts, find_module, model_weights
 
 __all__ = ["KEEP", "calibrate_clip", "calibrate_model", "samplers", "schedulers"]
+
+HOST_NODES: Any = nodes  # ComfyUI's nodes.py; a type checker finds the package of that name here
 
 # Form of the Hessians → arguments of Collector; None: low rank, with a rank that limits the size of the file.
 KEEP = {"full": {}, "compact": None, "with quantized inputs": {"quantized_activations": True}}
@@ -160,7 +163,7 @@ def calibrate_model(
     with _open_collector(model, layers, keep, tokens, seed, earlier) as collector:
         for index, (positive, negative, latent) in enumerate(runs):
             with collector.watching(model.model.diffusion_model, _is_validation(index, len(runs))):
-                (result,) = nodes.common_ksampler(
+                (result,) = HOST_NODES.common_ksampler(
                     _report_steps(model, progress, index, len(runs)),
                     seed + index,
                     positive=positive,
@@ -173,7 +176,9 @@ def calibrate_model(
             progress = _Progress(on_event, len(layers), "probes", len(layers) * len(_PROBES))
             wrapper = _SensitivityWrapper(model, layers, weights, collector.calls // len(runs), progress)
             positive, negative, latent = runs[0]
-            nodes.common_ksampler(wrapper.model, seed, positive=positive, negative=negative, latent=latent, **sampling)
+            HOST_NODES.common_ksampler(
+                wrapper.model, seed, positive=positive, negative=negative, latent=latent, **sampling
+            )
             collector.sensitivities = wrapper.analysis.sensitivities
         provenance = {
             "kind": "diffusion model",
@@ -286,7 +291,7 @@ def calibrate_clip(
         for index, prompt in enumerate(prompts):
             comfy.model_management.throw_exception_if_processing_interrupted()
             with collector.watching(model.get_submodule(next(iter(parts))), _is_validation(index, len(prompts))):
-                nodes.CLIPTextEncode().encode(clip, prompt)
+                HOST_NODES.CLIPTextEncode().encode(clip, prompt)
             bar.update(1)
             progress.advance()
         if sensitivity:

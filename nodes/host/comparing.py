@@ -1,6 +1,7 @@
 """Run two MODELs or two CLIPs on the same inputs and compare their outputs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
@@ -14,6 +15,8 @@ from ...quant_core.errors import QuantizationError
 from .images import decode_images
 
 __all__ = ["compare_clips", "compare_models"]
+
+HOST_NODES: Any = nodes  # ComfyUI's nodes.py; a type checker finds the package of that name here
 
 _CALLBACK = 2  # position of the callback among a sampler's arguments after the model
 
@@ -62,7 +65,7 @@ def compare_models(
         observed = _observe_steps(model, denoised.append)
         for index, (positive, negative) in enumerate(conditioning):
             latent = latents[index % len(latents)]
-            (sampled,) = nodes.common_ksampler(
+            (sampled,) = HOST_NODES.common_ksampler(
                 observed, seed + index, positive=positive, negative=negative, latent=latent, **sampling
             )
             runs.append((denoised[:], decode_images(model, [sampled], vae)))
@@ -104,7 +107,7 @@ def compare_clips(reference, compared, prompts: list[str]) -> Comparison:
     bar, scores = comfy.utils.ProgressBar(len(prompts)), []
     for prompt in prompts:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        encoded = (nodes.CLIPTextEncode().encode(clip, prompt)[0] for clip in (reference, compared))
+        encoded = (HOST_NODES.CLIPTextEncode().encode(clip, prompt)[0] for clip in (reference, compared))
         expected, actual = (tensor.cpu() for ((tensor, _),) in encoded)
         if expected.shape != actual.shape:
             raise QuantizationError(

@@ -112,7 +112,12 @@ def _quantize(args: argparse.Namespace) -> int:
         texts = {"recipe": [args.recipe], "layer config": [layer_config_file(args)]}
         keep_apart(output, texts)
         if args.report:
-            inputs = {"source": source.paths, "output": [output], "calibration": [args.calibration], **texts}
+            inputs = {
+                "source": getattr(source, "paths", ()),
+                "output": [output],
+                "calibration": [args.calibration],
+                **texts,
+            }
             keep_apart(args.report, inputs, "report")
         print_line(
             f"{escape_control(recipe.plan(source).explanation)} {args.input} → {output}, {recipe.format}, rounding {rounding.rounding}."

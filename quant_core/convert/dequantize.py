@@ -56,7 +56,7 @@ class DecodedSource:
         hidden = set(legacy_markers(source))
         for layer in detect_layers(source):
             hidden.update(name for suffix, name in layer.parts.items() if suffix != "weight")
-            if layer.codec is None or layer.shape is None:
+            if layer.codec is None:
                 self._check_plain(layer)
                 continue
             self._decode[layer.parts["weight"]] = partial(self._dequantize, layer)

@@ -14,7 +14,7 @@ import torch
 
 from ..calibration import Calibration, input_scale
 from ..errors import NothingToQuantizeError, OutputExistsError, SourceError
-from ..formats import StoredLayer, detect_layers
+from ..formats import Codec, StoredLayer, detect_layers
 from ..formats.detect import UNSCALED_DTYPES, legacy_markers, orphan_problem, read_scale
 from ..formats.layer_json import (
     CONFIG_KEY,
@@ -129,23 +129,22 @@ class _Relabelling:
             return
         others = {suffix: name for suffix, name in layer.parts.items() if suffix != "weight"}
         self._replaced.update(others.values())
-        if layer.codec is None or layer.shape is None:
+        if layer.codec is None:
             if problem := orphan_problem(self._source, layer):
                 raise SourceError(problem)
             self.done.changes["tensors of no quantized layer removed"] += len(others)
             self.done.removed += others.values()
             return
-        self._relabel(layer)
+        self._relabel(layer, layer.codec)
 
-    def _relabel(self, layer: StoredLayer) -> None:
-        codec, shape = layer.codec, layer.shape
-        config = self.configs[layer.name] = codec.layer_config(shape)
+    def _relabel(self, layer: StoredLayer, codec: Codec) -> None:
+        config = self.configs[layer.name] = codec.layer_config(layer.shape)
         self.done.layers[str(codec)] += 1
         if config != layer.config:
             before, now = layer.config.get("format", "without JSON"), codec.format.name
             renamed = f"layers labelled {now}, before {before}"
             self.done.changes[renamed if now != before else f"{now} layers whose JSON was corrected"] += 1
-        for suffix, spec in codec.specs(shape).items():
+        for suffix, spec in codec.specs(layer.shape).items():
             if suffix != "weight":
                 scale = read_scale(self._source, layer.parts[suffix]).reshape(spec.shape)
                 self._put(layer.name, suffix, scale)
@@ -162,7 +161,7 @@ class _Relabelling:
         """The input scale that the layer gets, None for none."""
         static = layer.codec is not None and layer.codec.static_activations
         known = self._calibration.layer_statistics(layer.name) if self._calibration and static else None
-        if known is not None and known.histogram is not None and not self._drop:
+        if known is not None and known.histogram is not None and known.amax is not None and not self._drop:
             self.done.changes["input scales measured"] += 1
             return input_scale(known.histogram, float(known.amax.max()))
         if "input_scale" not in layer.parts:

@@ -37,7 +37,7 @@ class AsymW4A8Codec(Codec):
         rows, packed = super().weight_shape(stored, config)
         return rows, 2 * packed
 
-    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         out, inner = shape
         return {
             "weight": TensorSpec(self.format.storage_dtype, (out, inner // 2), views=(torch.uint8,)),
@@ -47,10 +47,10 @@ class AsymW4A8Codec(Codec):
             "weight_s_channel": TensorSpec(torch.float32, (out,)),
         }
 
-    def optional(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def optional(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {"weight_codebook": TensorSpec(torch.float32, (16,))}
 
-    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+    def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         values = unpack_nibbles(parts["weight"], high_first=False)
         levels = parts["weight_codebook"].float()[values] if "weight_codebook" in parts else values.float() - 8
         scale = parts["weight_s_rel"]

@@ -156,7 +156,7 @@ class Codec:
             config["full_precision_matrix_mult"] = True
         return config
 
-    def layer_config(self, shape: tuple[int, int]) -> dict[str, object]:
+    def layer_config(self, shape: tuple[int, ...]) -> dict[str, object]:
         """:attr:`config` with the keys that depend on the shape (out, in) of the weight."""
         return self.config
 
@@ -170,29 +170,30 @@ class Codec:
             full_precision_matmul=bool(config.get("full_precision_matrix_mult")),
         )
 
-    def admits(self, shape: tuple[int, int]) -> str | None:
+    def admits(self, shape: tuple[int, ...]) -> str | None:
         """The reason why a weight of that shape (out, in) cannot be stored; None where it can."""
         if self.rotation and shape[1] % self.rotation.size:
             return f"ConvRot groups of {self.rotation.size} do not divide its {shape[1]} input channels"
         return None
 
-    def groups(self, shape: tuple[int, int]) -> ScaleGroups:
+    def groups(self, shape: tuple[int, ...]) -> ScaleGroups:
         """The parts of a weight (out, in) that share a scale."""
-        return GRANULARITIES[self.granularity](*shape, self.group_size or 0)
+        out, inner = shape
+        return GRANULARITIES[self.granularity](out, inner, self.group_size or 0)
 
-    def solve_space(self, shape: tuple[int, int]) -> SolveSpace:
+    def solve_space(self, shape: tuple[int, ...]) -> SolveSpace:
         """The space in which a weight (out, in) is rounded."""
         return SolveSpace(self.format.elements, self.groups(shape), self.scales, self.rotation)
 
-    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Suffix → what the layer's tensors are for a weight (out, in); its JSON tensor and optional ones left out."""
         raise NotImplementedError
 
-    def optional(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def optional(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """The same of tensors that a layer may have."""
         return {"input_scale": TensorSpec(torch.float32, ())} if self.format.activations == "tensor" else {}
 
-    def file_specs(self, shape: tuple[int, int], *, input_scale: bool = False) -> dict[str, TensorSpec]:
+    def file_specs(self, shape: tuple[int, ...], *, input_scale: bool = False) -> dict[str, TensorSpec]:
         """Suffix → what all tensors of a layer are that this project writes: those of :meth:`specs` and the JSON tensor.
 
         ``input_scale``: the layer may get one.
@@ -216,7 +217,7 @@ class Codec:
         """
         raise NotImplementedError
 
-    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+    def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         """The weight (out, in) of a layer as float32 in the original basis, on the device of its tensors.
 
         Raises:

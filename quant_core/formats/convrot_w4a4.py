@@ -27,13 +27,13 @@ class ConvRotW4A4Codec(Codec):
         rows, packed = super().weight_shape(stored, config)
         return rows, 2 * packed
 
-    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {
             "weight": TensorSpec(self.format.storage_dtype, (shape[0], shape[1] // 2), views=(torch.uint8,)),
             "weight_scale": TensorSpec(torch.float32, (shape[0],)),
         }
 
-    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+    def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         values = unpack_nibbles(parts["weight"], high_first=False)
         signed = torch.where(values < 8, values, values - 16).float()
         return self.unrotate(signed * parts["weight_scale"].float().reshape(-1, 1))

@@ -97,14 +97,14 @@ class StoredLayer:
         config: its JSON as ComfyUI reads it; empty where there is none.
         parts: suffix of today → name of the tensor, the weight included where it holds quantized values.
         codec: how the tensors are stored, whatever the JSON calls it; None where one is missing or the format is unknown.
-        shape: (out, in) of the weight; None without a codec.
+        shape: (out, in) of the weight; empty without a codec.
     """
 
     name: str
     config: dict
     parts: dict[str, str] = field(default_factory=dict)
     codec: Codec | None = None
-    shape: tuple[int, int] | None = None
+    shape: tuple[int, ...] = ()
 
     @property
     def relabelled(self) -> bool:
@@ -114,14 +114,14 @@ class StoredLayer:
     @property
     def needed(self) -> set[str]:
         """Suffixes of the tensors beside the weight that its values depend on."""
-        if self.codec is None or self.shape is None:
+        if self.codec is None:
             return set()
         optional = set() if self.relabelled else set(self.codec.optional(self.shape))
         return (set(self.codec.specs(self.shape)) | optional) - {"weight"}
 
     def dequantize(self, qdata: torch.Tensor, others: Parts) -> torch.Tensor:
         """The weight (out, in) as float32; ``others``: the layer's tensors by suffix, without its weight."""
-        assert self.codec is not None and self.shape is not None
+        assert self.codec is not None
         return self.codec.dequantize({"weight": qdata, **others}, self.shape)
 
 

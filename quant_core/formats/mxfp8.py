@@ -25,13 +25,13 @@ class MXFP8Codec(Codec):
 
     scales = E8M0
 
-    def layer_config(self, shape: tuple[int, int]) -> dict[str, object]:
+    def layer_config(self, shape: tuple[int, ...]) -> dict[str, object]:
         return self.config | padded_config(shape, _PADDING)
 
     def weight_shape(self, stored: tuple[int, ...], config: Mapping[str, object]) -> tuple[int, int]:
         return padded_shape(super().weight_shape(stored, config), config)
 
-    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         rows, columns = (round_up(side, _PADDING) for side in shape)
         tiles = tiled_shape(rows, columns // _GROUP)
         return {
@@ -39,14 +39,14 @@ class MXFP8Codec(Codec):
             "weight_scale": TensorSpec(torch.uint8, tiles, views=_SCALE_VIEWS),
         }
 
-    def optional(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def optional(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {"input_scale": TensorSpec(torch.float32, ())}
 
     def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
         exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)  # those of float32 have the same bias of 127
         return {"weight": pad_matrix(qdata, _PADDING), "weight_scale": tile_scales(exponents)}
 
-    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+    def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         qdata = parts["weight"].float()
         exponents = untile_scales(parts["weight_scale"], qdata.shape[0], qdata.shape[1] // _GROUP)
         scale = (exponents.int() << 23).view(torch.float32)

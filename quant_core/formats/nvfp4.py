@@ -31,14 +31,14 @@ class NVFP4Codec(Codec):
     scales = TWO_LEVEL_E4M3
     positive = ("weight_scale_2", "input_scale")
 
-    def layer_config(self, shape: tuple[int, int]) -> dict[str, object]:
+    def layer_config(self, shape: tuple[int, ...]) -> dict[str, object]:
         return self.config | padded_config(shape, _PADDING)
 
     def weight_shape(self, stored: tuple[int, ...], config: Mapping[str, object]) -> tuple[int, int]:
         rows, packed = super().weight_shape(stored, config)
         return padded_shape((rows, 2 * packed), config)
 
-    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         rows, columns = (round_up(side, _PADDING) for side in shape)
         return {
             "weight": TensorSpec(self.format.storage_dtype, (rows, columns // 2)),
@@ -46,13 +46,14 @@ class NVFP4Codec(Codec):
             "weight_scale_2": TensorSpec(torch.float32, ()),
         }
 
-    def optional(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def optional(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {
             "input_scale": TensorSpec(torch.float32, ()),
             "pre_quant_scale": TensorSpec(torch.float32, (shape[1],), views=(torch.bfloat16, torch.float16)),
         }
 
     def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        assert parent is not None
         values = pad_matrix(qdata, _PADDING).float()
         codes = torch.bucketize(values.abs(), _MAGNITUDES.to(values.device)).to(torch.uint8)
         codes |= torch.signbit(values).to(torch.uint8) << 3
@@ -62,7 +63,7 @@ class NVFP4Codec(Codec):
             "weight_scale_2": parent,
         }
 
-    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+    def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         codes = unpack_nibbles(parts["weight"], high_first=True)
         scale = untile_scales(parts["weight_scale"], codes.shape[0], codes.shape[1] // _GROUP)
         effective = parts["weight_scale_2"].float() * scale.view(torch.float8_e4m3fn).float()

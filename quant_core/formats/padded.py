@@ -9,7 +9,7 @@ __all__ = ["padded_config", "padded_shape"]
 _KEY = "orig_shape"  # as other tools write it; ComfyUI takes the shape from its module
 
 
-def padded_config(shape: tuple[int, int], multiple: int) -> dict[str, object]:
+def padded_config(shape: tuple[int, ...], multiple: int) -> dict[str, object]:
     """The JSON key of a weight (out, in) that is padded to multiples of ``multiple``; empty where it needs no padding."""
     return {_KEY: list(shape)} if any(round_up(side, multiple) != side for side in shape) else {}
 

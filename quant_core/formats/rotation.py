@@ -30,7 +30,8 @@ def rotation_groups(convrot: bool | int | str | None, inner: int) -> list[int | 
         return [None]
     if convrot is not True and convrot not in GROUP_SIZES:
         raise RecipeError(f"ConvRot can be on, off, auto, 256, 64 or 16, not {convrot!r}.")
-    return [size for size in dividing if convrot is True or size <= convrot][:1] or [None]
+    largest = GROUP_SIZES[0] if convrot is True else convrot
+    return [*(size for size in dividing if size <= largest), None][:1]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ class ScaledCodec(Codec):
 
     positive = ("weight_scale", "input_scale")
 
-    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of ``weight_scale`` for a weight (out, in)."""
         return () if self.granularity == "tensor" else self.groups(shape).counts
 
-    def specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {
             "weight": TensorSpec(self.format.storage_dtype, tuple(shape)),
             "weight_scale": TensorSpec(torch.float32, self.scale_shape(shape)),
@@ -29,7 +29,7 @@ class ScaledCodec(Codec):
     def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
         return {"weight": qdata, "weight_scale": scale.reshape(self.scale_shape((qdata.shape[0], qdata.shape[1])))}
 
-    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> torch.Tensor:
+    def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         space = self.solve_space(shape)
         scale = parts["weight_scale"].float().reshape(space.groups.counts)
         return self.unrotate(space.decode(parts["weight"], scale))

@@ -114,7 +114,7 @@ class _Float32:
         scale = _divide(amax, largest).clamp_min(_SMALLEST)
         return torch.where(amax > 0, scale, torch.ones_like(amax)), None
 
-    def snap(self, scale: torch.Tensor, parent: None) -> torch.Tensor:
+    def snap(self, scale: torch.Tensor, parent: torch.Tensor | None) -> torch.Tensor:
         return scale.clamp_min(_SMALLEST)
 
 
@@ -133,7 +133,7 @@ class _E8M0:
         needed = _divide(amax, largest).clamp_min_(_SMALLEST)
         return torch.where(amax > 0, self._power(torch.log2(needed).ceil_()), torch.zeros_like(amax)), None
 
-    def snap(self, scale: torch.Tensor, parent: None) -> torch.Tensor:
+    def snap(self, scale: torch.Tensor, parent: torch.Tensor | None) -> torch.Tensor:
         return torch.where(scale > 0, self._power(torch.log2(scale.clamp_min(_SMALLEST)).round_()), scale)
 
     def _power(self, exponent: torch.Tensor) -> torch.Tensor:
@@ -155,7 +155,8 @@ class _TwoLevelE4M3:
         parent = torch.where(parent > 0, parent, torch.ones_like(parent))
         return self.snap(_divide(amax, largest), parent), parent
 
-    def snap(self, scale: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+    def snap(self, scale: torch.Tensor, parent: torch.Tensor | None) -> torch.Tensor:
+        assert parent is not None
         return parent * (scale / parent).clamp_max(self._LARGEST).to(torch.float8_e4m3fn).float()
 
 

@@ -60,6 +60,7 @@ def round_gptq(
             done = slice(block.stop, None)
             columns.round(block, unit[done, block].t() @ columns.errors[done], unit[block, block].tril(-1))
         for _ in range(passes):
+            assert coupling is not None
             for block in column_blocks(len(unit), _BLOCK, check):
                 columns.round(block, coupling[:, block].t() @ columns.errors, coupling[block, block], again=True)
         qdata[rows] = columns.qdata()

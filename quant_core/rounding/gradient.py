@@ -61,7 +61,14 @@ def _value(quadratic: Quadratic, error: torch.Tensor) -> float:
     return float((quadratic.gradient(error) * error).sum(dim=1).double().sum())
 
 
-@torch.inference_mode(False)  # ComfyUI's nodes run inside inference mode, and optimizers cannot
+def _set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
+    """Switch a schedule-free optimizer between its averaged weights ("eval") and those that it steps ("train")."""
+    switch = getattr(optimizer, mode, None)
+    if switch is not None:
+        switch()
+
+
+@torch.inference_mode(False)  # ComfyUI's nodes run in inference mode, in which optimizers do not work
 @torch.no_grad()
 def round_gradient(
     weight: torch.Tensor,
@@ -121,12 +128,9 @@ def round_gradient(
         gradient.masked_fill_(((x < 0) & (gradient > 0)) | ((x > 1) & (gradient < 0)), 0.0)
         x.grad = gradient.div_(unit)
         solver.step()
-        averaging = hasattr(solver, "eval")  # schedule-free: the averaged weights count, not those that step
-        if averaging:
-            solver.eval()
+        _set_mode(solver, "eval")
         improved = keep_best()
-        if averaging:
-            solver.train()
+        _set_mode(solver, "train")
         schedule.step(improved, since)
         since = 0 if improved else since + 1
         if early_stop and since >= early_stop:

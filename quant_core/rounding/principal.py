@@ -82,12 +82,13 @@ def solve_within_bound(
         quadratic: has a ``weight_bound``, relative to ``least_error``.
         least_error: the smallest weight error of RTN; 0 where it is exact, and nothing can be gained.
     """
-    if not least_error or quadratic.weight_bound is None:
+    bound = quadratic.weight_bound
+    if not least_error or bound is None:
         return []
     within, tried = [], []  # the best solution within the bound; (log λ, log excess)
     for _ in range(_REPETITIONS):
         solution = solve(quadratic)
-        excess = max((solution.weight_error / least_error - 1) / (quadratic.weight_bound - 1), 1e-3)
+        excess = max((solution.weight_error / least_error - 1) / (bound - 1), 1e-3)
         if excess <= 1 and (not within or solution.weight_error > within[0].weight_error):
             within = [solution]
         if _ENOUGH <= excess <= 1:

@@ -38,7 +38,7 @@ class Staging:
             for start in range(0, target.numel(), _BUFFER):
                 part = target[start : start + _BUFFER]
                 buffer, copied = self._buffer()
-                read_into(memoryview(buffer[: part.numel()].numpy()), start)
+                read_into(buffer[: part.numel()].numpy().data, start)
                 part.copy_(buffer[: part.numel()], non_blocking=True)
                 copied.record()
 
@@ -51,7 +51,7 @@ class Staging:
                 buffer[: part.numel()].copy_(part, non_blocking=True)
                 copied.record()
                 copied.synchronize()
-                yield memoryview(buffer[: part.numel()].numpy())
+                yield buffer[: part.numel()].numpy().data
 
 
 def byte_views(tensor: torch.Tensor, staging: Staging) -> Iterator[memoryview]:
@@ -60,7 +60,7 @@ def byte_views(tensor: torch.Tensor, staging: Staging) -> Iterator[memoryview]:
     if flat.is_cuda:
         yield from staging.drain(flat)
     else:
-        yield memoryview(flat.cpu().numpy())
+        yield flat.cpu().numpy().data
 
 
 def tensor_checksum(tensor: torch.Tensor, staging: Staging) -> int:

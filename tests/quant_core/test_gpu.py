@@ -19,7 +19,7 @@ from learned_rounding.quant_core.calibration.accumulate import LowRankHessianAcc
 from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, verify_file
-from learned_rounding.quant_core.rounding import Calibrated, amax_scale, round_sequential
+from learned_rounding.quant_core.rounding import amax_scale, hessian_quadratic, round_gptq
 from learned_rounding.quant_core.rounding.gptq import memory_bytes
 from learned_rounding.quant_core.run.allocate import allocate_formats
 from learned_rounding.quant_core.sources import SafetensorsFile
@@ -44,15 +44,14 @@ def test_gpu_and_cpu_agree_within_ties(format, granularity, rounding, shape, dty
     weight = weights(0, *shape, dtype=dtype)
     cpu = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
     gpu = quantize_weight(weight.cuda(), format, granularity=granularity, rounding=rounding)
-    assert gpu.codes.is_cuda and gpu.scale.is_cuda
+    assert gpu.qdata.is_cuda and gpu.scale.is_cuda
     same_scale = (gpu.scale.cpu() / cpu.scale - 1).abs() < 1e-6
     if rounding == "nearest":
         assert same_scale.all()
     else:  # two candidates may be equally good to the last bit
         assert same_scale.float().mean() > 0.99
-    tiles = cpu.codec.tiles(shape)
-    comparable = tiles.spread(same_scale.reshape(tiles.counts)).expand_as(weight)
-    differ = (gpu.codes.cpu().float() != cpu.codes.float()) & comparable
+    comparable = cpu.codec.groups(shape).spread(same_scale).expand_as(weight)
+    differ = (gpu.qdata.cpu().float() != cpu.qdata.float()) & comparable
     assert differ.sum() <= max(1, weight.numel() // 100_000)
     assert gpu.weight_error == pytest.approx(cpu.weight_error, rel=1e-4, abs=1e-7)
 
@@ -61,8 +60,7 @@ def test_gpu_and_cpu_agree_within_ties(format, granularity, rounding, shape, dty
 def test_gpu_codes_are_torch_casts(format, granularity):
     weight = weights(1, 512, 768).cuda()
     quantized = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
-    tiles = quantized.codec.tiles((512, 768))
-    scaled = weight.float() / tiles.spread(quantized.scale.reshape(tiles.counts))
+    scaled = weight.float() / quantized.codec.solve_space((512, 768)).divisor(quantized.scale)
     assert torch.equal(quantized.qdata.float(), quantized.format.elements.encode(scaled).float())
 
 
@@ -115,7 +113,7 @@ def test_learned_codes_are_as_good_on_either(format, granularity, options):
     gpu, again = (
         quantize_weight(weight.cuda(), format, granularity=granularity, hessian=moved, **options) for _ in range(2)
     )
-    assert torch.equal(gpu.codes.view(torch.uint8), again.qdata.view(torch.uint8)) and torch.equal(
+    assert torch.equal(gpu.qdata.view(torch.uint8), again.qdata.view(torch.uint8)) and torch.equal(
         gpu.scale, again.scale
     )
     assert gpu.solution.solver == cpu.solution.solver
@@ -140,18 +138,17 @@ def capped():
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("sweeps", [0, 1])
+@pytest.mark.parametrize("passes", [0, 1])
 @pytest.mark.parametrize("shape, parts", [((512, 8192), 1), ((16384, 2048), 1), ((16384, 2048), 4)])
 def test_sequential_rounding_needs_the_memory_it_states(shape, parts, sweeps):
-    weight, gram = weights(0, *shape).cuda(), torch.eye(shape[1], device="cuda")
-    encoding = make_codec("int8_tensorwise", "row")
-    tiles, grid = encoding.tiles(shape), encoding.format.elements
-    scale, quadratic = amax_scale(weight, grid, tiles), Calibrated(gram).quadratic(weight)
+    weight, hessian = weights(0, *shape).cuda(), torch.eye(shape[1], device="cuda")
+    space = make_codec("int8_tensorwise", "row").solve_space(shape)
+    scale, quadratic = amax_scale(weight, space)[0], hessian_quadratic(hessian, 0.01)
     for _ in range(2):  # the first run also loads libraries, whose workspace stays
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        round_sequential(weight, scale, grid, tiles, quadratic, sweeps=sweeps, parts=parts)
+        round_gptq(weight, scale, space, quadratic, passes=passes, parts=parts)
         used = torch.cuda.max_memory_allocated() - before
     codes = weight.numel()
     assert used - codes <= 1.1 * memory_bytes(*shape, parts, sweeps=sweeps) + 2**26

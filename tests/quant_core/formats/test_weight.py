@@ -7,7 +7,7 @@ import torch
 
 from learned_rounding.quant_core import QuantizationError, quantize_weight
 from learned_rounding.quant_core.formats.layer_json import layer_configs, quantization_metadata
-from learned_rounding.quant_core.sources.source import TensorSource
+from learned_rounding.quant_core.sources import TensorSource
 
 # format, options, dtype of the codes, shape of the scale, JSON
 FP8, INT = torch.float8_e4m3fn, torch.int8
