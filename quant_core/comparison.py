@@ -72,7 +72,7 @@ def lpips(reference: torch.Tensor, other: torch.Tensor) -> float | None:
     if not any(Path(torch.hub.get_dir(), "checkpoints").glob(_LPIPS_WEIGHTS)):
         return None
     try:
-        from lpips import LPIPS
+        from lpips import LPIPS  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     a, b = (images.float().cpu().movedim(-1, 1) * 2 - 1 for images in (reference, other))  # LPIPS takes −1…1

@@ -140,7 +140,7 @@ def capped():
 
 @pytest.mark.parametrize("passes", [0, 1])
 @pytest.mark.parametrize("shape, parts", [((512, 8192), 1), ((16384, 2048), 1), ((16384, 2048), 4)])
-def test_sequential_rounding_needs_the_memory_it_states(shape, parts, sweeps):
+def test_gptq_needs_the_memory_it_states(shape, parts, passes):
     weight, hessian = weights(0, *shape).cuda(), torch.eye(shape[1], device="cuda")
     space = make_codec("int8_tensorwise", "row").solve_space(shape)
     scale, quadratic = amax_scale(weight, space)[0], hessian_quadratic(hessian, 0.01)
@@ -151,7 +151,7 @@ def test_sequential_rounding_needs_the_memory_it_states(shape, parts, sweeps):
         round_gptq(weight, scale, space, quadratic, passes=passes, parts=parts)
         used = torch.cuda.max_memory_allocated() - before
     codes = weight.numel()
-    assert used - codes <= 1.1 * memory_bytes(*shape, parts, sweeps=sweeps) + 2**26
+    assert used - codes <= 1.1 * memory_bytes(*shape, parts, passes=passes) + 2**26
 
 
 def test_24576_input_channels_fit_a_12_gb_card(capped, caplog):
