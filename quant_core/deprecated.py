@@ -1,11 +1,12 @@
 """Names of version 0.1.0 that still work and warn. This module and its uses are removed in version 0.3.0."""
 
+import functools
 import importlib
 import operator
 import warnings
 from collections.abc import Callable, Mapping
 
-__all__ = ["moved_names", "renamed_attribute"]
+__all__ = ["moved_names", "renamed_attribute", "renamed_keywords"]
 
 
 def renamed_attribute(old: str, new: str) -> property:
@@ -17,6 +18,23 @@ def renamed_attribute(old: str, new: str) -> property:
         return get(instance)
 
     return property(read, doc=f"Deprecated: :attr:`{new}`.")
+
+
+def renamed_keywords(**names: str) -> Callable[[Callable], Callable]:
+    """A decorator for a function whose keywords ``old="new"`` were renamed."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **options):
+            for old, new in names.items():
+                if old in options:
+                    warnings.warn(f"{function.__name__}: {old} is now {new}", DeprecationWarning, stacklevel=2)
+                    options[new] = options.pop(old)
+            return function(*args, **options)
+
+        return call
+
+    return decorate
 
 
 def moved_names(module: str, names: Mapping[str, str]) -> Callable[[str], object]:

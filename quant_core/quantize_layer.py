@@ -1,7 +1,6 @@
 """Quantize one layer: rotation → scales → solver → never worse than round to nearest → bias → :class:`QuantizedWeight`."""
 
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +8,7 @@ import torch
 
 from .calibration import Hessian, LayerStatistics, PairedHessian, dense_hessian, mean_vector
 from .cancellation import CancelCheck
+from .deprecated import renamed_keywords
 from .errors import QuantizationError, RecipeError
 from .formats import INT8, Codec, FormatConfig, QuantizedWeight, Solution, SolveSpace
 from .layer import Layer, output_error
@@ -20,10 +20,9 @@ __all__ = ["quantize_layer", "quantize_weight"]
 log = logging.getLogger(__name__)
 
 _PARTS = (1, 4, 16)  # of the rows, tried in this order when a GPU is short of memory; then the CPU
-# Parameter names of version 0.1.0 → those of today.
-_RENAMED = {"gram": "hessian", "holdout_gram": "validation_hessian", "mean_input": "mean"}
 
 
+@renamed_keywords(gram="hessian", holdout_gram="validation_hessian", mean_input="mean")
 def quantize_weight(
     weight: torch.Tensor,
     format: str,
@@ -73,13 +72,7 @@ def quantize_weight(
         QuantizationError: the weight is empty or of another dtype.
         RecipeError: no such format, granularity, rounding or option, or one without effect.
     """
-    renamed = {name: options.pop(name) for name in _RENAMED if name in options}
-    for name in renamed:
-        warnings.warn(f"quantize_weight: {name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
-    hessian = renamed.get("gram", hessian)
-    validation_hessian = renamed.get("holdout_gram", validation_hessian)
-    statistics = LayerStatistics(hessian, validation_hessian, renamed.get("mean_input", mean))
-    method = RoundingConfig(rounding, **options)
+    statistics, method = LayerStatistics(hessian, validation_hessian, mean), RoundingConfig(rounding, **options)
     if weight.ndim < 2 or weight.numel() == 0 or weight.dtype not in SOURCE_DTYPES:
         raise QuantizationError(
             f"A weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be quantized; "

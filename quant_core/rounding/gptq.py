@@ -22,7 +22,7 @@ from ..formats import SolveSpace
 from ..linalg import lapack
 from .quadratic import Quadratic
 
-__all__ = ["Columns", "column_blocks", "memory_bytes", "round_gptq"]
+__all__ = ["Columns", "column_blocks", "round_gptq"]
 
 _BLOCK = 128  # columns that one kernel rounds
 _TO_ZERO = 2.0**100  # divisor for groups with the scale 0, whose quantized values must be 0
@@ -65,16 +65,6 @@ def round_gptq(
                 columns.round(block, coupling[:, block].t() @ columns.errors, coupling[block, block], again=True)
         qdata[rows] = columns.qdata()
     return qdata
-
-
-def memory_bytes(out: int, inner: int, parts: int, *, passes: int = 0) -> int:
-    """Peak of what :func:`round_gptq` allocates, without the weight, its quantized values and the Hessian.
-
-    8·in² while H + λI is put in order, to be factored in place; then 4·in², and 18·⌈out/parts⌉·in for the columns, their
-    errors and values, and a copy of each while it is put in order. Coordinate descent needs 4·in² more.
-    """
-    more = 4 * inner**2 if passes else 0
-    return more + max(8 * inner**2, 4 * inner**2 + 18 * -(-out // parts) * inner)
 
 
 class Columns:

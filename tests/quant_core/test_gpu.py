@@ -20,10 +20,8 @@ from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, verify_file
 from learned_rounding.quant_core.rounding import amax_scale, hessian_quadratic, round_gptq
-from learned_rounding.quant_core.rounding.gptq import memory_bytes
 from learned_rounding.quant_core.run.allocate import allocate_formats
-from learned_rounding.quant_core.sources import SafetensorsFile
-from learned_rounding.quant_core.sources.source import TensorSource
+from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
 
 pytestmark = pytest.mark.gpu
 
@@ -136,6 +134,16 @@ def capped():
     yield cap
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
+
+
+def memory_bytes(out: int, inner: int, parts: int, *, passes: int = 0) -> int:
+    """Peak of what round_gptq may allocate, without the weight, its quantized values and the Hessian.
+
+    8·in² while H + λI is put in order, to be factored in place; then 4·in², and 18·⌈out/parts⌉·in for the columns, their
+    errors and values, and a copy of each while it is put in order. Coordinate descent needs 4·in² more.
+    """
+    more = 4 * inner**2 if passes else 0
+    return more + max(8 * inner**2, 4 * inner**2 + 18 * -(-out // parts) * inner)
 
 
 @pytest.mark.parametrize("passes", [0, 1])
