@@ -152,9 +152,10 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values under flat keys."""
-        own = {name: getattr(self, name) for name in _TYPES}
-        return {**vars(self.rounding), **_flatten(self.format), **own, "keep": list(self.keep)}
+        """Plain values under the flat keys of a recipe file, in their order since version 0.1.0."""
+        own = {name: getattr(self, name) for name in _TYPES} | {"keep": list(self.keep)}
+        values = {**vars(self.rounding), **vars(self.format), **own, "format": self.format.name}
+        return {key: values[key] for key in _FILE_KEYS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -193,6 +194,10 @@ class Recipe:
 
 _FORMAT_FIELDS = [field.name for field in dataclasses.fields(FormatConfig) if field.name != "name"]
 _ROUNDING_FIELDS = [field.name for field in dataclasses.fields(RoundingConfig) if field.name != "rounding"]
+_FILE_KEYS = (
+    *("rounding", *_ROUNDING_FIELDS, "format", "granularity", "block_size", "convrot", "preset", "keep", "heur"),
+    *("full_precision_matmul", "seed", "target_size", "target_error", "block_formats", "layer_config"),
+)
 # Types of the fields that are not part of the two configurations.
 _TYPES = {
     "preset": (str,),
@@ -212,9 +217,3 @@ def _check_type(name: str, value: object) -> None:
         raise RecipeError(f"The recipe's {name} cannot be {value!r}.")
     if isinstance(value, (tuple, list)) and not all(isinstance(pattern, str) for pattern in value):
         raise RecipeError("The recipe's keep patterns must be strings.")
-
-
-def _flatten(format: FormatConfig) -> dict[str, object]:
-    """The fields under the keys of a recipe file."""
-    values = dict(vars(format))
-    return {"format": values.pop("name"), **values}

@@ -88,8 +88,8 @@ CASES: tuple[Case, ...] = (
     _nearest("nearest-fp8-row: --format float8_e4m3fn_rowwise"),
     _nearest("nearest-fp8-block: --fp8 --scaling_mode block"),
     _nearest("nearest-fp8-block-32: --format float8_e4m3fn_blockwise --block_size 32"),
-    _nearest("nearest-int8-row: --int8"),
-    _nearest("nearest-int8-tensor: --int8 --scaling_mode tensor"),
+    _nearest("nearest-int8-row: --format int8_tensorwise"),
+    _nearest("nearest-int8-tensor: --format int8_tensorwise --scaling_mode tensor"),
     _nearest("nearest-int8-block-8: --format int8_blockwise --block_size 8"),
     _nearest("nearest-int8-block-256: --int8 --scaling_mode block --block_size 256"),
     _nearest("nearest-convrot: --int8 --convrot"),
@@ -97,25 +97,25 @@ CASES: tuple[Case, ...] = (
     _nearest("nearest-convrot-16: --int8 --convrot-group-size 16"),
     _quantize("nearest-convrot-auto: --int8 --convrot auto --rounding nearest"),
     # which layers
-    _nearest("keep-patterns: --int8 --exclude-layers attn\\.proj --exclude-layers ^blocks\\.1"),
-    _nearest("custom-layers: --fp8 --custom-layers mlp --custom-type int8"),
+    _nearest("keep-patterns: --format int8_tensorwise --exclude-layers attn\\.proj --exclude-layers ^blocks\\.1"),
+    _nearest("custom-layers: --fp8 --custom-layers mlp --custom-type int8_tensorwise"),
     Case("layer-config", ("--fp8", "--layer-config", _LAYER_CONFIG, "--rounding", "nearest"), exact=True),
-    _nearest("heur: --int8 --heur", source="wide.safetensors"),
+    _nearest("heur: --format int8_tensorwise --heur", source="wide.safetensors"),
     _nearest("preset-detected: --fp8", source="flux.safetensors"),
-    _nearest("preset-named: --int8 --preset chroma", source="flux.safetensors"),
-    _nearest("preset-none: --int8 --preset none", source="flux.safetensors"),
-    _nearest("checkpoint: --int8", source="checkpoint.safetensors"),
+    _nearest("preset-named: --format int8_tensorwise --preset chroma", source="flux.safetensors"),
+    _nearest("preset-none: --format int8_tensorwise --preset none", source="flux.safetensors"),
+    _nearest("checkpoint: --format int8_tensorwise", source="checkpoint.safetensors"),
     _nearest("special-fp8: --fp8", source="special.safetensors"),
-    _nearest("special-int8: --int8", source="special.safetensors"),
+    _nearest("special-int8: --format int8_tensorwise", source="special.safetensors"),
     _nearest("recipe: --recipe @recipe.toml"),
     # sources
-    _nearest("shards: --int8", source="shards.safetensors.index.json"),
+    _nearest("shards: --format int8_tensorwise", source="shards.safetensors.index.json"),
     _nearest("pickle: --fp8", source="model.pt"),
-    _nearest("gguf: --int8", source="model.gguf"),
-    _nearest("requantize-scaled-fp8: --int8 --requantize", source="scaled_fp8.safetensors"),
-    _nearest("requantize-plain-fp8: --int8 --requantize", source="plain_fp8.safetensors"),
+    _nearest("gguf: --format int8_tensorwise", source="model.gguf"),
+    _nearest("requantize-scaled-fp8: --format int8_tensorwise --requantize", source="scaled_fp8.safetensors"),
+    _nearest("requantize-plain-fp8: --format int8_tensorwise --requantize", source="plain_fp8.safetensors"),
     _nearest("requantize-mislabelled: --fp8 --requantize", source="mislabelled.safetensors"),
-    _nearest("requantize-external: --int8 --requantize", source="external.safetensors"),
+    _nearest("requantize-external: --format int8_tensorwise --requantize", source="external.safetensors"),
     # migrate
     Case("migrate-scaled-fp8", source="scaled_fp8.safetensors", command="migrate", exact=True),
     Case("migrate-decoded", source="scaled_fp8_decoded.safetensors", command="migrate", exact=True),
@@ -128,7 +128,7 @@ CASES: tuple[Case, ...] = (
     _quantize("auto-e5m2: --format float8_e5m2"),
     _quantize("auto-fp8-row: --fp8 --scaling_mode row"),
     _quantize("auto-fp8-block: --fp8 --scaling_mode block --block_size 64"),
-    _quantize("auto-int8-tensor: --int8 --scaling_mode tensor"),
+    _quantize("auto-int8-tensor: --format int8_tensorwise --scaling_mode tensor"),
     _quantize("auto-int8-block: --int8 --scaling_mode block"),
     _quantize("auto-convrot: --int8 --convrot auto"),
     _quantize("auto-format: --format auto"),
@@ -148,8 +148,10 @@ CASES: tuple[Case, ...] = (
     _quantize("calibrated-e5m2: --format float8_e5m2 --calibration @full.calib.safetensors"),
     _quantize("calibrated-fp8-row: --fp8 --scaling_mode row --calibration @full.calib.safetensors"),
     _quantize("calibrated-fp8-block: --fp8 --scaling_mode block --calibration @full.calib.safetensors"),
-    _quantize("calibrated-int8: --int8 --calibration @full.calib.safetensors"),
-    _quantize("calibrated-int8-tensor: --int8 --scaling_mode tensor --calibration @mixed.calib.safetensors"),
+    _quantize("calibrated-int8: --format int8_tensorwise --calibration @full.calib.safetensors"),
+    _quantize(
+        "calibrated-int8-tensor: --format int8_tensorwise --scaling_mode tensor --calibration @mixed.calib.safetensors"
+    ),
     _quantize(
         "calibrated-int8-block: --int8 --scaling_mode block --block_size 16 --calibration @mixed.calib.safetensors"
     ),
@@ -157,12 +159,14 @@ CASES: tuple[Case, ...] = (
     _quantize("calibrated-convrot-auto: --int8 --convrot auto --calibration @full.calib.safetensors"),
     _quantize("calibrated-paired: --int8 --convrot 64 --calibration @paired.calib.safetensors"),
     _quantize("calibrated-dampening: --fp8 --damping 0.05 --sweeps 3 --calibration @full.calib.safetensors"),
-    _quantize("calibrated-one-pass: --int8 --sweeps 0 --bias_correction none --calibration @full.calib.safetensors"),
-    _quantize("nearest-bias: --int8 --rounding nearest --calibration @full.calib.safetensors"),
+    _quantize(
+        "calibrated-one-pass: --format int8_tensorwise --sweeps 0 --bias_correction none --calibration @full.calib.safetensors"
+    ),
+    _quantize("nearest-bias: --format int8_tensorwise --rounding nearest --calibration @full.calib.safetensors"),
     # gradient steps
     _quantize("original: --fp8 --optimizer original --num_iter 60 --calibration @full.calib.safetensors"),
     _quantize(
-        "adamw: --int8 --optimizer adamw --num_iter 60 --lr 0.01 --lr_schedule exponential "
+        "adamw: --format int8_tensorwise --optimizer adamw --num_iter 60 --lr 0.01 --lr_schedule exponential "
         "--calibration @full.calib.safetensors"
     ),
     _quantize(

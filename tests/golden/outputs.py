@@ -22,6 +22,8 @@ MASKED_REPORT = ("seconds", "elapsed", "eta", "reason", "recognised", "note")
 MASKED_SUMMARY = ("bytes_out",)
 # A killed process has written all layers or all but the last of those it has printed.
 COUNTS_AS_FLAG = ("taken_up",)
+# Solver names of version 0.1.0 in a report → those of today.
+RENAMED_SOLVERS = {"sequential": "gptq"}
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -144,10 +146,16 @@ def _element(data: bytes, dtype: str) -> str:
 def _mask_report(value: object) -> object:
     if isinstance(value, list):
         return [_mask_report(item) for item in value]
+    if isinstance(value, str):
+        return RENAMED_SOLVERS.get(value, value)
     if not isinstance(value, dict):
         return value
     return {
-        key: MASK if key in MASKED_REPORT else bool(item) if key in COUNTS_AS_FLAG else _mask_report(item)
+        RENAMED_SOLVERS.get(key, key): MASK
+        if key in MASKED_REPORT
+        else bool(item)
+        if key in COUNTS_AS_FLAG
+        else _mask_report(item)
         for key, item in value.items()
     }
 
