@@ -22,7 +22,7 @@ from learned_rounding.quant_core.errors import CalibrationError
 METADATA_KEY = "learned_rounding_calibration"
 WIDTH = 16
 TENSORS = {  # suffix in the file → (field of LayerStatistics, value)
-    "hessian": ("hessian", torch.eye(WIDTH)),
+    "gram": ("hessian", torch.eye(WIDTH)),
     "mean": ("mean", torch.ones(WIDTH)),
     "amax": ("amax", torch.full((WIDTH,), 2.0)),
     "histogram": ("histogram", torch.ones(BINS)),
