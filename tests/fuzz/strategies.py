@@ -32,7 +32,7 @@ _SUFFIXES = [
     "gram.panels",
     "gram.roots",
 ]
-_SUFFIXES += ["gram.factor", "gram.diagonal", "mean", "amax", "histogram", "validation_hessian"]
+_SUFFIXES += ["gram.factor", "gram.diagonal", "mean", "amax", "histogram", "holdout_gram"]
 _NAMES = st.one_of(
     st.tuples(st.sampled_from("ab"), st.sampled_from(_SUFFIXES)).map(".".join),
     st.just("scaled_fp8"),
@@ -71,7 +71,7 @@ _SOUND = {
     "gram.factor": [("BF16", [16, 4])],
     **dict.fromkeys(("scale_weight", "input_scale"), [("F32", [])]),
     **dict.fromkeys(("mean", "amax", "gram.roots", "gram.diagonal"), [("F32", [16])]),
-    **dict.fromkeys(("gram", "validation_hessian"), [("F32", [16, 16])]),
+    **dict.fromkeys(("gram", "holdout_gram"), [("F32", [16, 16])]),
 }
 _VALUES = [1.0, 1.0, 1.0, 0.0, 1.0, -1.0, float("nan"), float("inf"), 1e-45, 3e38]
 
