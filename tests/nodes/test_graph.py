@@ -109,13 +109,16 @@ def test_saved_file_samples_bit_for_bit_as_in_the_graph(comfy, request, format, 
         assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-{way}"))
 
 
+@pytest.mark.parametrize(
+    "rounding", [{"rounding": "nearest"}, {"rounding": "principal", "num_iter": 10}], ids=["nearest", "learned"]
+)
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
-def test_microscaling_formats_rounded_to_nearest_sample_near_full_precision(comfy, request, format):
+def test_saved_microscaling_file_samples_near_full_precision(comfy, request, format, rounding):
     """Microscaling formats through Load Diffusion Model, or Load Quantized Model where the host cannot run them."""
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     graph.sample(model[0], f"{name}-full")
-    saved = graph.save(graph.quantize(model[0], format, rounding="nearest"), name)
+    saved = graph.save(graph.quantize(model[0], format, **rounding), name)
     path = saved_path(comfy.queue(graph), saved)
     again = ProbedGraph()
     loaded = (again.load if loads(comfy.host, format) else again.load_quantized)(path.name)
