@@ -3,8 +3,8 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { addDependentOptions } from "./dependent_options.js";
+import { nodeByExecutionId } from "./graph_lookup.js";
 import { isBlank } from "./panel.js";
-import { nodeByExecutionId } from "./progress_state.js";
 import { addProgressWidget, showProgress, showRun, showSummary } from "./progress_widget.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";

@@ -2,10 +2,11 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { originOf } from "./graph_lookup.js";
 import { LayerStrip, background } from "./layer_strip.js";
 import { addPanel, bringIntoView, element, setText } from "./panel.js";
 import {
-  IDLE, WORST, advance, cellLines, follows, formatError, isMeasured, keepRule, legend, originOf, percent, replay, shortName, splitName, summarised,
+  IDLE, WORST, advance, cellLines, follows, formatError, isMeasured, keepRule, legend, percent, replay, shortName, splitName, summarised,
   words, worstError,
 } from "./progress_state.js";
 import { say } from "./words.js";

@@ -106,7 +106,7 @@ def make_decoding_operations(operations):
 
             def convert_weight(self, weight, inplace=False, **kwargs):
                 # ComfyUI may have cast the stored weight to the dtype in which it computes patches. Weight functions get
-                # the dequantized weight, and those of 0.3.75 call this method with it: ``running`` tells the cases apart.
+                # the dequantized weight, and those of 0.3.75 call this method with it: ``running`` distinguishes the cases.
                 if self.codec is None or self.running or not (self.is_quantized or self._is_stored(weight)):
                     return weight
                 return self._dequantize(weight, weight.device)

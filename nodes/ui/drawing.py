@@ -148,11 +148,11 @@ def draw_image_rows(columns: Mapping[str, torch.Tensor]) -> Image.Image:
     scale = _CELL / max(height, width)
     cell = (round(width * scale), round(height * scale))
     sheet = Image.new("RGB", (_WIDTH, _TEXT + 24 + rows * (cell[1] + _GAP)), "white")
-    for column, (name, pictures) in enumerate(columns.items()):
+    for column, (name, images) in enumerate(columns.items()):
         left = _LEFT // 2 + column * (_CELL + _GAP)
         ImageDraw.Draw(sheet).text((left, 8), name, fill=_INK, font=_font(_TEXT))
-        for row, picture in enumerate(pictures):
-            drawn = Image.fromarray((picture.clamp(0, 1) * 255).round().byte().cpu().numpy())
+        for row, image in enumerate(images):
+            drawn = Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy())
             sheet.paste(drawn.resize(cell, Image.Resampling.LANCZOS), (left, _TEXT + 24 + row * (cell[1] + _GAP)))
     return sheet
 
@@ -167,6 +167,6 @@ def stack_images(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def to_image(picture: Image.Image) -> torch.Tensor:
+def to_image(image: Image.Image) -> torch.Tensor:
     """Convert to an IMAGE (1, height, width, 3) in 0…1."""
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]

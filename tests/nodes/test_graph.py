@@ -20,7 +20,7 @@ from learned_rounding.quant_core.output import verify_file
 from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, loads, probed, progress, takes_layouts, text
 
 # PSNR in dB against the unquantized model: below the worst image with round to nearest (benchmarks/README.md).
-FLOOR = {E4M3: 38.0, E5M2: 32.0, INT8: 27.0, E2M1: 0.0}
+FLOOR = {E4M3: 38.0, E5M2: 32.0, INT8: 27.0, E2M1: 27.0}
 FLOOR_FP8_INPUTS = 24.0  # FP8 activations too; ComfyUI's own FP8 per tensor leaves them unquantized on a CPU
 CAPABILITY = torch.cuda.get_device_capability() if HOST_DEVICE == "cuda" else (0, 0)
 
@@ -85,7 +85,6 @@ def test_quantized_model_samples_near_full_precision(comfy, request, format, gra
     for full, ours in zip(
         pictures(comfy.output_dir, f"{name}-full"), pictures(comfy.output_dir, f"{name}-quantized"), strict=True
     ):
-        print("PSNR", format, psnr(full, ours), file=open("/tmp/psnr.txt", "a"))
         assert floor(comfy.host, format) < psnr(full, ours) < float("inf")
 
 
@@ -110,13 +109,16 @@ def test_saved_file_samples_bit_for_bit_as_in_the_graph(comfy, request, format, 
         assert np.array_equal(latents(comfy.output_dir, f"{name}-graph"), latents(comfy.output_dir, f"{name}-{way}"))
 
 
+@pytest.mark.parametrize(
+    "rounding", [{"rounding": "nearest"}, {"rounding": "principal", "num_iter": 10}], ids=["nearest", "learned"]
+)
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
-def test_microscaling_formats_rounded_to_nearest_sample_near_full_precision(comfy, request, format):
+def test_saved_microscaling_file_samples_near_full_precision(comfy, request, format, rounding):
     """Microscaling formats through Load Diffusion Model, or Load Quantized Model where the host cannot run them."""
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     graph.sample(model[0], f"{name}-full")
-    saved = graph.save(graph.quantize(model[0], format, rounding="nearest"), name)
+    saved = graph.save(graph.quantize(model[0], format, **rounding), name)
     path = saved_path(comfy.queue(graph), saved)
     again = ProbedGraph()
     loaded = (again.load if loads(comfy.host, format) else again.load_quantized)(path.name)
@@ -127,7 +129,6 @@ def test_microscaling_formats_rounded_to_nearest_sample_near_full_precision(comf
     for full, ours in zip(
         pictures(comfy.output_dir, f"{name}-full"), pictures(comfy.output_dir, f"{name}-quantized"), strict=True
     ):
-        print("PSNR nearest", format, psnr(full, ours), file=open("/tmp/psnr.txt", "a"))
         assert floor(comfy.host, format) < psnr(full, ours) < float("inf")
 
 

@@ -20,7 +20,7 @@ def taught(host):
 
 @pytest.mark.usefixtures("taught")
 def test_every_operation_of_every_layout(host, tmp_path):
-    found = in_process(host, tmp_path, "layout_operations")
+    found = in_process(host, tmp_path, "operation_layouts")
     assert set(found) == set(OURS)
     wrong = [
         (name, dtype, what)

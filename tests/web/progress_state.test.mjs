@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
+import { nodeByExecutionId, originOf } from "../../web/graph_lookup.js";
 import * as state from "../../web/progress_state.js";
 import { ENGLISH, say, speak } from "../../web/words.js";
 
@@ -107,9 +108,9 @@ test("an origin is found through reroutes and the edges of subgraphs", () => {
   const reroute = { isVirtualNode: true, inputs: [{ link: 2 }] };
   const outer = { subgraph: inner, inputs: [{ link: null }, { link: 3 }] };
   const root = graphOf({ 1: maker, 2: reroute, 4: outer }, { 2: { origin_id: 1, origin_slot: 0 }, 3: { origin_id: 2, origin_slot: 0 } });
-  assert.equal(state.originOf(root, quantize, 1), recipe);
-  assert.equal(state.originOf(root, quantize, 0), null);
-  assert.equal(state.originOf(graphOf({}), quantize, 1), null);
+  assert.equal(originOf(root, quantize, 1), recipe);
+  assert.equal(originOf(root, quantize, 0), null);
+  assert.equal(originOf(graphOf({}), quantize, 1), null);
 });
 
 test("states are values: an event leaves the one before as it was", () => {
@@ -326,8 +327,8 @@ test("nodes are found by execution id, in subgraphs too", () => {
   const graph = (nodes) => ({ getNodeById: (id) => nodes[id] });
   const inner = { id: 3 };
   const root = graph({ 7: { id: 7 }, 12: { id: 12, subgraph: graph({ 5: { id: 5, subgraph: graph({ 3: inner }) }, 3: { id: 3 } }) } });
-  assert.equal(state.nodeByExecutionId(root, "7").id, 7);
-  assert.equal(state.nodeByExecutionId(root, 7).id, 7);
-  assert.equal(state.nodeByExecutionId(root, "12:5:3"), inner);
-  for (const missing of ["8", "8:3", "7:3", "12:4", "12:3:1"]) assert.equal(state.nodeByExecutionId(root, missing), null);
+  assert.equal(nodeByExecutionId(root, "7").id, 7);
+  assert.equal(nodeByExecutionId(root, 7).id, 7);
+  assert.equal(nodeByExecutionId(root, "12:5:3"), inner);
+  for (const missing of ["8", "8:3", "7:3", "12:4", "12:3:1"]) assert.equal(nodeByExecutionId(root, missing), null);
 });
