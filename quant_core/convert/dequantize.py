@@ -81,6 +81,8 @@ class DecodedSource:
     def _check_plain(self, layer: StoredLayer) -> None:
         """Raise SourceError for a layer without a codec that is quantized all the same."""
         format = layer.config.get("format")
+        if layer.problem:
+            raise SourceError(layer.problem)
         if not layer.relabelled:
             raise SourceError(f"{self.name}: {layer.name} is in format {format}, which cannot be dequantized here.")
         if problem := orphan_problem(self.origin, layer) if "weight" not in layer.parts else None:

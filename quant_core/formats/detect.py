@@ -5,7 +5,7 @@ quantized layers of a source, those of older tools with wrong or no JSON include
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -98,6 +98,7 @@ class StoredLayer:
         parts: suffix of today → name of the tensor, the weight included where it holds quantized values.
         codec: how the tensors are stored, whatever the JSON calls it; None where one is missing or the format is unknown.
         shape: (out, in) of the weight; empty without a codec.
+        problem: why a layer in a known format has no codec, one sentence; empty where it has one.
     """
 
     name: str
@@ -105,6 +106,7 @@ class StoredLayer:
     parts: dict[str, str] = field(default_factory=dict)
     codec: Codec | None = None
     shape: tuple[int, ...] = ()
+    problem: str = ""
 
     @property
     def relabelled(self) -> bool:
@@ -190,25 +192,22 @@ def _layer_tensors(source: LayerSource) -> dict[str, dict[str, str]]:
 
 
 def _detect_declared(source: LayerSource, layer: StoredLayer) -> StoredLayer:
-    """The layer of a format whose JSON names it; without a codec where the format is unknown or a tensor is missing."""
+    """The layer of a format whose JSON names it; without a codec where the format is unknown or the layer is not valid."""
     format, weight = READABLE.get(layer.config["format"]), source.tensors.get(f"{layer.name}.weight")
     if format is None or weight is None:
         return layer
+    where = f"{source.name}: {layer.name} is not a valid layer of format {format.name}"
     try:
         codec = format.codec.from_config(format, layer.config, next(iter(format.granularities)))
         shape = codec.weight_shape(tuple(weight.shape), layer.config)
     except (RecipeError, ValueError) as error:
-        raise SourceError(
-            f"{source.name}: {layer.name} is not a valid layer of format {format.name}: {error}".rstrip(".") + "."
-        ) from None
+        return replace(layer, problem=f"{where}: {str(error).rstrip('.')}.")
     required = codec.specs(shape)
     names = {suffix: f"{layer.name}.{suffix}" for suffix in (*required, *codec.optional(shape), CONFIG_KEY)}
     parts = {suffix: name for suffix, name in names.items() if name in source.tensors}
     if missing := [suffix for suffix in required if suffix not in parts]:
-        raise SourceError(
-            f"{source.name}: {layer.name} is in format {format.name} and its {missing[0]} is missing; fetch the file again."
-        )
-    return StoredLayer(layer.name, layer.config, parts, codec, shape)
+        return replace(layer, problem=f"{where}: its {missing[0]} is missing; download the file again.")
+    return replace(layer, parts=parts, codec=codec, shape=shape)
 
 
 def _detect_scaled(source: LayerSource, layer: StoredLayer, full_precision: bool) -> Codec:

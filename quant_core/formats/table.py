@@ -18,7 +18,11 @@ _FAMILIES = (
     asym_w4a8.FORMATS,
 )
 
-READABLE: Mapping[str, Format] = {entry.name: entry for family in _FAMILIES for entry in family}
+_ALL = [entry for family in _FAMILIES for entry in family]
+# Formats that stock ComfyUI reads come first.
+READABLE: Mapping[str, Format] = {
+    entry.name: entry for entry in sorted(_ALL, key=lambda entry: entry.stock_since is None)
+}
 FORMATS: Mapping[str, Format] = {name: entry for name, entry in READABLE.items() if entry.writable}
 
 

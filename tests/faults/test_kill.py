@@ -51,13 +51,13 @@ def noted(folder: Path) -> list[str]:
 @pytest.fixture
 def made(monkeypatch):
     """made → shapes of the weights that were quantized from here on."""
-    shapes, real = [], loop.quantize_weight
+    shapes, real = [], loop.quantize_layer
 
-    def quantize(weight, *args, **options):
-        shapes.append(tuple(weight.shape))
-        return real(weight, *args, **options)
+    def quantize(layer, *args, **options):
+        shapes.append(tuple(layer.weight.shape))
+        return real(layer, *args, **options)
 
-    monkeypatch.setattr(loop, "quantize_weight", quantize)
+    monkeypatch.setattr(loop, "quantize_layer", quantize)
     return shapes
 
 

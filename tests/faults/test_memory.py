@@ -46,7 +46,7 @@ FAILURES = {
     "torch's on a CPU": _more_than_there_is,
 }
 PLACES = {
-    "a layer": (loop, "quantize_weight"),
+    "a layer": (loop, "quantize_layer"),
     "a read": (reader.SafetensorsFile, "read"),
     "a write": (writer, "byte_views"),
 }
@@ -109,7 +109,7 @@ def test_runs_that_fail_give_back_what_they_took(tmp_path, monkeypatch, often, t
         with Disk(6, failing(errno.ENOSPC)).under(), pytest.raises(OutputError):
             quantize_file(source, target, NEAREST, device="cpu")
         with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError):
-            patch.setattr(loop, "quantize_weight", _raising(MemoryError()))
+            patch.setattr(loop, "quantize_layer", _raising(MemoryError()))
             quantize_file(source, target, NEAREST, device="cpu")
 
     for _ in range(3):
@@ -131,7 +131,7 @@ def test_it_is_one_line_for_people(one_case, monkeypatch, capsys, tried, sentenc
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(loop, "quantize_weight", full)
+    monkeypatch.setattr(loop, "quantize_layer", full)
     assert main(["quantize", "-i", str(one_case.source), "-o", str(one_case.target), "--device", "cpu"]) == 1
     sentences(capsys.readouterr().err.splitlines()[-1])
     one_case.check(complete=False)

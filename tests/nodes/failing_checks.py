@@ -152,7 +152,7 @@ TRIES = 4  # per point
 POINTS = {
     "reading": (SafetensorsFile, "read"),
     "writing": (SafetensorsWriter, "add"),
-    "rounding": (loop, "quantize_weight"),
+    "rounding": (loop, "quantize_layer"),
     "moving": (host.quantizing, "move_to_temp"),
     "copying": (host.folders, "_copy_bytes"),
     "naming": (host.folders, "_rename_new"),

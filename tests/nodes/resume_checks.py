@@ -53,13 +53,13 @@ def files() -> list[str]:
 def run_again(kind: str) -> dict:
     """Empty the temp folder as ComfyUI does at its start; repeat the run, then another one, then the first again."""
     shutil.rmtree(folder_paths.get_temp_directory(), ignore_errors=True)
-    made, real = [], loop.quantize_weight
+    made, real = [], loop.quantize_layer
 
-    def quantize_weight(weight, *args, **options):
-        made.append(tuple(weight.shape))
-        return real(weight, *args, **options)
+    def quantize_layer(layer, *args, **options):
+        made.append(tuple(layer.weight.shape))
+        return real(layer, *args, **options)
 
-    loop.quantize_weight = quantize_weight
+    loop.quantize_layer = quantize_layer
 
     def run(recipe=RECIPE) -> tuple[int, bytes, list]:
         made.clear()

@@ -58,9 +58,9 @@ class Gate:
             loop = next(
                 module for name, module in sys.modules.items() if name.endswith("learned_rounding.quant_core.run.loop")
             )
-            loop.quantize_weight, self._wrapped = self._behind(loop.quantize_weight), True
+            loop.quantize_layer, self._wrapped = self._behind(loop.quantize_layer), True
 
-    def _behind(self, quantize_weight):
+    def _behind(self, quantize_layer):
         def waiting(*args, check, **options):
             with self._changed:
                 while self._left == 0:
@@ -69,7 +69,7 @@ class Gate:
                 if self._left:
                     self._left -= 1
                 self.made += 1
-            return quantize_weight(*args, check=check, **options)
+            return quantize_layer(*args, check=check, **options)
 
         return waiting
 

@@ -25,6 +25,7 @@ from learned_rounding.quant_core.cli import parser
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.cli.parser import make_parser
 from learned_rounding.quant_core.output import verify_file
+from learned_rounding.quant_core.quantize_layer import quantize_layer
 from learned_rounding.quant_core.recipes.presets import ALIASES
 from learned_rounding.quant_core.run import loop
 from learned_rounding.quant_core.run import quantize as pipeline
@@ -364,7 +365,7 @@ def test_a_calibration_acts(lrq, model, model_file, tmp_path, sentences):
     assert (code, err) == (0, [])
     sentences(out, numbers=False)
     made = {entry["name"]: entry for entry in json.loads((tmp_path / "report.json").read_text())["layers"]}
-    assert [entry["solver"] for name, entry in made.items() if layer in name] == ["sequential"]
+    assert [entry["solver"] for name, entry in made.items() if layer in name] == ["gptq"]
     assert all(entry["output_error"] is None for name, entry in made.items() if layer not in name)
     assert verify_file(tmp_path / "q.safetensors").problems == []
     tensors, bias = load_file(tmp_path / "q.safetensors"), model()[f"{layer}.bias"]
@@ -897,10 +898,10 @@ def test_debug_shows_the_trace(lrq, tmp_path, sentences):
 def test_an_interrupt_leaves_nothing(lrq, model_file, listing, monkeypatch, sentences):
     def interrupt(*args, **options):
         signal.raise_signal(signal.SIGINT)  # as Ctrl+C does
-        return quantize_weight(*args, **options)
+        return quantize_layer(*args, **options)
 
     source = model_file()
-    monkeypatch.setattr(loop, "quantize_weight", interrupt)
+    monkeypatch.setattr(loop, "quantize_layer", interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are without
     try:
         code, _, err = lrq("quantize", "-i", source)

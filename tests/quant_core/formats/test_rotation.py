@@ -27,7 +27,7 @@ def test_products_and_grams_survive(size):
     )
     torch.testing.assert_close(rotation.apply(rotation.apply(weight)), weight, rtol=1e-4, atol=1e-5)
     rotated = rotation.apply(inputs)
-    torch.testing.assert_close(rotation.apply_gram(inputs.t() @ inputs), rotated.t() @ rotated, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(rotation.apply_hessian(inputs.t() @ inputs), rotated.t() @ rotated, rtol=1e-4, atol=1e-3)
 
 
 def test_an_outlier_spreads_over_its_group_alone():

@@ -68,7 +68,7 @@ def test_dequantize_is_scale_times_code(weight, format, granularity):
     decoded = quantized.dequantize()
     assert decoded.dtype == torch.float32 and decoded.shape == weight.shape
     for row in range(6):
-        scale = quantized.scale if granularity == "tensor" else quantized.scale[row, 0]
+        scale = quantized.scale[0 if granularity == "tensor" else row, 0]
         assert torch.equal(decoded[row], torch.stack([code.float() * scale for code in quantized.qdata[row]]))
     assert (decoded - weight).norm() < 0.1 * weight.norm()
 

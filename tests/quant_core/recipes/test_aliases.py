@@ -35,22 +35,22 @@ def test_given_options_override_those_of_an_alias(options, expected):
     assert make_format("int8", **options) == expected == Recipe(format="int8", **options).format
 
 
-def test_format_names_are_exact_unless_a_sibling_is_asked_for():
+def test_format_names_are_exact_unless_a_sibling_is_asked_for(sentences):
     assert make_format("float8_e4m3fn", "row", sibling=True).name == "float8_e4m3fn_rowwise"
-    with pytest.raises(RecipeError, match="float8_e4m3fn_rowwise has"):
+    with sentences.raises(RecipeError):
         make_format("float8_e4m3fn", "row")
 
 
-def test_a_format_that_cannot_be_written_yet_is_refused_in_one_sentence():
+def test_a_format_that_cannot_be_written_yet_is_refused_in_one_sentence(sentences):
     for name in [name for name, alias in FORMAT_ALIASES.items() if alias.format not in FORMATS]:
-        with pytest.raises(RecipeError, match=f"^Format {name} is planned for the next release"):
+        with sentences.raises(RecipeError):
             Recipe(format=name)
 
 
-def test_adding_a_format_makes_its_alias_work(monkeypatch):
+def test_adding_a_format_makes_its_alias_work(monkeypatch, sentences):
     monkeypatch.setattr(aliases, "FORMAT_ALIASES", {"e5m2": aliases.FormatAlias("float8_e5m2")})
     monkeypatch.setattr(aliases, "FORMATS", {})
-    with pytest.raises(RecipeError, match="planned"):
+    with sentences.raises(RecipeError):
         make_format("e5m2")
     monkeypatch.setattr(aliases, "FORMATS", FORMATS)
     assert make_format("e5m2") == FormatConfig("float8_e5m2")

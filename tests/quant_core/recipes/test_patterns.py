@@ -41,9 +41,7 @@ def test_it_finds_what_python_finds(text, names):
         try:
             expected = re.compile(text)
         except re.error:
-            with pytest.raises(RecipeError):
-                Pattern(text)
-            return
+            return  # the package accepts more
     found = Pattern(text)
     for name in filter(None, names):  # \B of an empty name differs between versions of Python
         assert found.search(name) == bool(expected.search(name)), (text, name)
@@ -70,22 +68,20 @@ def test_look_around_flags_and_groups_work(text, name, found):
 @pytest.mark.parametrize(
     "text",
     [
-        "(?=a)",
-        "(?!a)b",
-        "(?P<n>a)",
-        "(?i)a",
-        r"(a)\1",
-        pytest.param("(" * 60 + ")" * 60, id="60 groups"),
+        "(?R)",
+        "(?P<x>a(?P>x))",
+        "(?x)a{9 9}",
         "(a{1000}){1000}",
-        pytest.param("a" * 2001, id="2,001 characters"),
-        "(",
-        "[\\0-\uffff]",
-        r"[a^\]\u0100-\uffff]",
-        r"[]a-\U0010ffff]",
         "a{99999999999}",
+        "(((a{99}){99}){99}){99}",
+        "a" * 2001,
+        "(",
+        "a)(b" + "c" * 300,
+        r"\L<x>",
+        "(" * 900 + ")" * 900,
     ],
 )
-def test_what_cannot_be_followed_is_refused(text, sentences):
+def test_large_and_invalid_patterns_are_refused(text, sentences):
     with sentences.raises(RecipeError):
         Pattern(text)
 
@@ -103,10 +99,10 @@ def test_a_hostile_pattern_ends_within_two_seconds_for_all_names_together(text):
     assert time.process_time() - start < 2
 
 
-def test_the_budget_is_shared_by_all_names_and_patterns():
+def test_the_budget_is_shared_by_all_names_and_patterns(sentences):
     """Each search alone is short; together they are not."""
     budget, pattern = SearchBudget(0.05), Pattern("(a|aa)+$")
-    with pytest.raises(RecipeError, match="takes too long"):
+    with sentences.raises(RecipeError):
         for length in range(100_000):
             budget.search(pattern, "a" * 20 + "!" + str(length))
 

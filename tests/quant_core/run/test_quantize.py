@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors, quantize_weight
+from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics
 from learned_rounding.quant_core.calibration.histogram import histogram
 from learned_rounding.quant_core.errors import (
@@ -297,9 +297,9 @@ def test_an_error_inside_a_layer_leaves_nothing_behind(model_file, tmp_path, lis
         if len(done) == 2:
             raise error
         done.append(1)
-        return quantize_weight(*args, **options)
+        return quantize_layer(*args, **options)
 
-    monkeypatch.setattr(loop, "quantize_weight", fail)
+    monkeypatch.setattr(loop, "quantize_layer", fail)
     with pytest.raises(error):
         quantize_file(model_file(), tmp_path / "out.safetensors")
     assert listing() == ["model.safetensors"] and working_threads() == []
@@ -459,7 +459,7 @@ def test_the_same_run_again_does_nothing(model_file, tmp_path, listing, monkeypa
     quantize_file(source, out)
     stamp, data = out.stat().st_mtime_ns, out.read_bytes()
     (tmp_path / ".out.safetensors.00ab12cd.partial").write_bytes(b"of a run that died")
-    monkeypatch.setattr(loop, "quantize_weight", None)  # must not be asked for
+    monkeypatch.setattr(loop, "quantize_layer", None)  # must not be asked for
     report = quantize_file(source, out)
     assert report.already_done and report.output == str(out)
     sentences(report.table())
@@ -494,11 +494,11 @@ def test_another_source_is_not_taken_for_the_same(model, model_file, tmp_path):
 
 def made_layers(monkeypatch) -> list:
     """The weights that are quantized from here on."""
-    made, real = [], loop.quantize_weight
+    made, real = [], loop.quantize_layer
     monkeypatch.setattr(
         loop,
-        "quantize_weight",
-        lambda weight, *args, **options: made.append(weight) or real(weight, *args, **options),
+        "quantize_layer",
+        lambda layer, *args, **options: made.append(layer.weight) or real(layer, *args, **options),
     )
     return made
 
@@ -668,7 +668,7 @@ def test_layers_that_a_calibration_knows_are_calibrated(model, model_file, tmp_p
     )
     made = {finished.name.removesuffix(".weight"): finished for finished in report.layers}
     assert report.rounding == "calibrated"
-    assert made[layer].solver == "sequential" and made[layer].gain < 0.8 and made[layer].output_error is not None
+    assert made[layer].solver == "gptq" and made[layer].gain < 0.8 and made[layer].output_error is not None
     assert all(made[other].output_error is None for other in LINEARS if other != layer)
     (corrected,) = [kept for kept in report.kept if "corrected" in kept.reason]
     assert corrected.name == f"{layer}.bias"
