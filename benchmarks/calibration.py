@@ -33,11 +33,10 @@ from learned_rounding.benchmarks.tiny_model.model import Decoder
 from learned_rounding.benchmarks.tiny_model.place import ASSETS, place, prompt_splits
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.server import PACK, PACK_NAME
+from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.calibration import CalibrationFile
 from learned_rounding.quant_core.comparison import ssim
-from learned_rounding.quant_core.formats.layer_json import layer_configs
-from learned_rounding.quant_core.layer import quantize_weight
-from learned_rounding.quant_core.output.verify import layer_encoding
+from learned_rounding.quant_core.formats.detect import detect_layers
 from learned_rounding.quant_core.sources import SafetensorsFile
 
 FORMATS = {
@@ -67,15 +66,13 @@ __all__ = ["FORMATS", "METHODS", "decode_file", "main", "ratio_interval"]
 def decode_file(source: Path, target: Path) -> int:
     """Dequantize a file to an unquantized float32 file; returns the number of dequantized layers."""
     with SafetensorsFile(source) as file:
-        configs, _ = layer_configs(file)
-        encodings = {layer: layer_encoding(layer, config, file.tensors) for layer, config in configs.items()}
+        layers = list(detect_layers(file))
     tensors = load_file(source)
-    for layer, encoding in encodings.items():
-        tensors[f"{layer}.weight"] = encoding.decode(tensors[f"{layer}.weight"], tensors.pop(f"{layer}.weight_scale"))
-        del tensors[f"{layer}.comfy_quant"]
-        tensors.pop(f"{layer}.input_scale", None)
+    for layer in layers:
+        parts = {suffix: tensors.pop(name) for suffix, name in layer.parts.items()}
+        tensors[f"{layer.name}.weight"] = layer.dequantize(parts["weight"], parts)
     save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, target)
-    return len(encodings)
+    return len(layers)
 
 
 def ratio_interval(error: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:

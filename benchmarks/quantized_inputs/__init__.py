@@ -1,4 +1,4 @@
-"""A custom node for benchmarks: exact weights with quantized inputs, the floor below which no rounding of weights gets."""
+"""A custom node for benchmarks: exact weights with quantized activations, whose error remains with any rounding of the weights."""
 
 import sys
 from functools import partial
@@ -6,19 +6,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # custom_nodes, where the pack itself lies
 
-from learned_rounding.quant_core.formats.layer_json import layer_configs
-from learned_rounding.quant_core.output.verify import layer_encoding
+from learned_rounding.quant_core.formats.detect import detect_layers
 from learned_rounding.quant_core.sources import SafetensorsFile
 
 __all__ = ["NODE_CLASS_MAPPINGS"]
 
 
-def _quantize(encoding, module, args):
-    return (encoding.quantize_activations(args[0]).to(args[0].dtype), *args[1:])
+def _quantize(codec, module, args):
+    return (codec.quantize_activations(args[0]).to(args[0].dtype), *args[1:])
 
 
 class QuantizeInputs:
-    """Quantizes the inputs of a MODEL's layers as a quantized file has them, and nothing else."""
+    """Quantize the activations of a MODEL's layers as ComfyUI does for a quantized file, and nothing else."""
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "quantize"
@@ -30,14 +29,13 @@ class QuantizeInputs:
 
     def quantize(self, model, file):
         with SafetensorsFile(file) as opened:
-            configs, _ = layer_configs(opened)
-            layers = {layer: layer_encoding(layer, config, opened.tensors) for layer, config in configs.items()}
+            codecs = {layer.name: layer.codec for layer in detect_layers(opened)}
 
         def call(apply_model, given):
             modules = model.model.diffusion_model
             handles = [
-                modules.get_submodule(layer).register_forward_pre_hook(partial(_quantize, encoding))
-                for layer, encoding in layers.items()
+                modules.get_submodule(layer).register_forward_pre_hook(partial(_quantize, codec))
+                for layer, codec in codecs.items()
             ]
             try:
                 return apply_model(given["input"], given["timestep"], **given["c"])

@@ -1,4 +1,4 @@
-"""The calibration benchmark, without ComfyUI: files it decodes hold what their codes mean, and its interval is right."""
+"""The calibration benchmark without ComfyUI: dequantized files and the interval."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.benchmarks.calibration import FORMATS, decode_file, ratio_interval
-from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.layer import quantize_weight
+from learned_rounding.quant_core import Recipe, quantize_file, quantize_weight
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_decoded_file_holds_the_weights_that_the_codes_mean(tmp_path, name):
+def test_a_dequantized_file_has_the_weights_of_the_quantized_one(tmp_path, name):
     choices = {**FORMATS[name], "convrot": "convrot" in FORMATS[name] or None}
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     source = {"layer.weight": weight, "layer.bias": weight[0].clone(), "norm.weight": weight[1].clone()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from learned_rounding.kernels import reference
-from learned_rounding.quant_core.formats import make_encoding
+from learned_rounding.quant_core.formats import make_codec
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 DTYPES = pytest.mark.parametrize("dtype", [INT8, FP8], ids=["int8", "fp8"])
@@ -58,9 +58,9 @@ def test_quantizers_are_bit_identical_to_plain_torch(quantize, device, dtype, bl
 def test_quantized_activations_match_the_formats_definition(dtype, block_size):
     x = edge_cases("cpu")[:9]
     qdata, scale = reference.quantize_inputs(x, dtype, block_size, 0)
-    encoding = make_encoding(FORMATS[dtype, block_size > 0], block_size=block_size or None)
+    codec = make_codec(FORMATS[dtype, block_size > 0], block_size=block_size or None)
     wide = scale.repeat_interleave(block_size, 1)[:, :200] if block_size else scale
-    torch.testing.assert_close(qdata.float() * wide, encoding.quantize_inputs(x), rtol=1e-6, atol=0)
+    torch.testing.assert_close(qdata.float() * wide, codec.quantize_activations(x), rtol=1e-6, atol=0)
 
 
 @DTYPES

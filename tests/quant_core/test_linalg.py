@@ -55,5 +55,5 @@ def test_the_number_of_threads_is_restored_after_an_error(on_threads):
 @pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_blockwise"])
 def test_gptq_does_not_depend_on_the_number_of_threads(on_threads, format):
     weight = torch.randn(200, SIDE, generator=torch.Generator().manual_seed(1))
-    first, *others = on_threads(lambda: quantize_weight(weight, format, rounding="calibrated", hessian=hessian()).codes)
+    first, *others = on_threads(lambda: quantize_weight(weight, format, rounding="calibrated", hessian=hessian()).qdata)
     assert all(torch.equal(first.float(), other.float()) for other in others)

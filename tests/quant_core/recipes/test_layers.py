@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.formats import FormatConfig
-from learned_rounding.quant_core.output import layer_configs, verify_file
+from learned_rounding.quant_core.formats.layer_json import layer_configs
+from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.recipes import layers, make_plan
 from learned_rounding.quant_core.recipes.layers import (
     LayerRule,
