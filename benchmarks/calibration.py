@@ -240,7 +240,7 @@ def _text_encoder() -> dict:
 
 def main() -> None:
     args = arguments(
-        __doc__.splitlines()[0], ("--host", {"help": "version of the ComfyUI to use (default: the newest here)"})
+        __doc__.splitlines()[0], ("--host", {"help": "version of ComfyUI (default: the newest installed)"})
     )
     seeds, evaluation_prompts, calibration_prompts = (2, 4, 8) if args.quick else (4, 8, 50)
     host = [host for host in available_hosts() if args.host in (None, host.version)][-1]

@@ -1,10 +1,13 @@
-"""A custom node for benchmarks: exact weights with quantized activations, whose error remains with any rounding of the weights."""
+"""Custom node for benchmarks: quantize the activations of a model whose weights are unquantized.
+
+Its error is the one that remains with exact weights.
+"""
 
 import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # custom_nodes, where the pack itself lies
+sys.path.insert(0, str(Path(__file__).parent.parent))  # custom_nodes, which contains the node pack
 
 from learned_rounding.quant_core.formats.detect import detect_layers
 from learned_rounding.quant_core.sources import SafetensorsFile
@@ -12,12 +15,13 @@ from learned_rounding.quant_core.sources import SafetensorsFile
 __all__ = ["NODE_CLASS_MAPPINGS"]
 
 
-def _quantize(codec, module, args):
+def _quantize_first(codec, module, args):
+    """Forward pre-hook: replace the activations by quantized activations X̂."""
     return (codec.quantize_activations(args[0]).to(args[0].dtype), *args[1:])
 
 
 class QuantizeInputs:
-    """Quantize the activations of a MODEL's layers as ComfyUI does for a quantized file, and nothing else."""
+    """Quantize the activations of a MODEL's layers as ComfyUI does for a quantized file; weights are unchanged."""
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "quantize"
@@ -31,21 +35,21 @@ class QuantizeInputs:
         with SafetensorsFile(file) as opened:
             codecs = {layer.name: layer.codec for layer in detect_layers(opened)}
 
-        def call(apply_model, given):
+        def apply_quantized(apply_model, arguments):
             modules = model.model.diffusion_model
             handles = [
-                modules.get_submodule(layer).register_forward_pre_hook(partial(_quantize, codec))
+                modules.get_submodule(layer).register_forward_pre_hook(partial(_quantize_first, codec))
                 for layer, codec in codecs.items()
             ]
             try:
-                return apply_model(given["input"], given["timestep"], **given["c"])
+                return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
             finally:
                 for handle in handles:
                     handle.remove()
 
-        made = model.clone()
-        made.set_model_unet_function_wrapper(call)
-        return (made,)
+        patched = model.clone()
+        patched.set_model_unet_function_wrapper(apply_quantized)
+        return (patched,)
 
 
 NODE_CLASS_MAPPINGS = {"QuantizeInputs": QuantizeInputs}
