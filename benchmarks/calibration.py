@@ -103,7 +103,7 @@ class _Sampler:
         graph = TinyGraph()
         model = graph.load(name)
         if quantized_as:
-            model = graph.add("QuantizeInputs", model=model[0], file=str(quantized_as))
+            model = graph.add("QuantizeActivations", model=model[0], file=str(quantized_as))
         for seed in range(self._seeds):
             graph.sample_in_parts(model[0], f"{prefix}-{seed:02}", MARKS, seed=seed)
         self._server.queue(graph, timeout=1800)
@@ -254,7 +254,7 @@ def main() -> None:
         place(base, prompts=evaluation)
         place(base, prompts=calibrated, dataset="calibration")
         place(base, prompts=calibrated[:FEW], dataset="few")
-        links = {PACK_NAME: PACK, "quantized_inputs": Path(__file__).parent / "quantized_inputs"}
+        links = {PACK_NAME: PACK, "quantized_activations": Path(__file__).parent / "quantized_activations"}
         with ComfyServer(host, base=base, links=links) as server:
             folder = server.models_dir / "diffusion_models"
             sample = _Sampler(server, seeds)

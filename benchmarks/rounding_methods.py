@@ -153,7 +153,7 @@ class PublishedTool:
         self.name = f"published, {steps} steps" if learned else "published, nearest"
 
     def covers(self, case: Case) -> bool:
-        # Its int8_tensorwise imports scipy, which its package does not list as a requirement.
+        # Its INT8 rounding imports scipy, which its package does not list as a requirement.
         available = case.format != "int8_tensorwise" or importlib.util.find_spec("scipy") is not None
         return case.format in self._FORMATS and available
 

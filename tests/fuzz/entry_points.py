@@ -1,4 +1,4 @@
-"""All that reads what others made. A door may refuse by one of our errors; anything else is a fault."""
+"""Entry points that read untrusted files and texts. Each accepts its input or raises a QuantizationError; anything else is a fault."""
 
 import atexit
 import functools
@@ -23,37 +23,37 @@ from learned_rounding.quant_core.output import inspect_file, verify_file
 from learned_rounding.quant_core.recipes.layers import parse_rules
 from learned_rounding.quant_core.sources import SafetensorsFile, open_source
 
-__all__ = ["FILES", "TEXTS", "bounded", "refused", "tried_all"]
+__all__ = ["FILES", "TEXTS", "limit_resources", "refusal", "try_all"]
 
 OUT = "out.safetensors"
-MEMORY, SECONDS = 300 << 20, 60  # what reading may take at most, of memory and of a processor
+MEMORY, SECONDS = 300 << 20, 60  # limits of peak memory in bytes and of CPU time in s
 NEAREST = Recipe(rounding="nearest", preset="none")
 
 
-def _out(path: Path) -> Path:
+def _output_path(path: Path) -> Path:
     return path.parent / "out" / OUT
 
 
 def _quantize(path: Path) -> None:
-    quantize_file(path, _out(path), NEAREST, device="cpu", overwrite=True)
+    quantize_file(path, _output_path(path), NEAREST, device="cpu", overwrite=True)
 
 
 def _requantize(path: Path) -> None:
     with open_source(path) as source:
-        quantize_file(DecodedSource(source), _out(path), NEAREST, device="cpu", overwrite=True)
+        quantize_file(DecodedSource(source), _output_path(path), NEAREST, device="cpu", overwrite=True)
 
 
-def _calibration(path: Path) -> None:
-    with CalibrationFile(path) as statistics:
-        for layer in [*statistics.layers, "a"]:
-            known = statistics.layer_statistics(layer)
-            if known is not None:
-                _ = known.hessian, statistics.tokens(layer), statistics.sensitivity(layer)
+def _read_calibration(path: Path) -> None:
+    with CalibrationFile(path) as calibration:
+        for layer in [*calibration.layers, "a"]:
+            statistics = calibration.layer_statistics(layer)
+            if statistics is not None:
+                _ = statistics.hessian, calibration.tokens(layer), calibration.sensitivity(layer)
 
 
 @functools.cache
-def _models() -> Path:
-    """A folder with a sound model, and one in old scaled FP8, for calibrations of a layer "a" of 16 × 16."""
+def _make_models() -> Path:
+    """Folder with an unquantized model and one in the older scaled FP8 layout; their layer "a" is 16 × 16."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     weight = torch.arange(256.0).view(16, 16)
@@ -67,15 +67,15 @@ def _models() -> Path:
     return Path(folder.name)
 
 
-def _calibrated(format: str) -> Callable[[Path], None]:
+def _quantize_calibrated(format: str) -> Callable[[Path], None]:
     def quantize(path: Path) -> None:
-        with CalibrationFile(path) as statistics:
+        with CalibrationFile(path) as calibration:
             recipe = Recipe(format=format, preset="none")
             quantize_file(
-                _models() / "model.safetensors",
-                _out(path),
+                _make_models() / "model.safetensors",
+                _output_path(path),
                 recipe,
-                calibration=statistics,
+                calibration=calibration,
                 device="cpu",
                 overwrite=True,
             )
@@ -84,21 +84,26 @@ def _calibrated(format: str) -> Callable[[Path], None]:
 
 
 def _migrate_calibrated(path: Path) -> None:
-    with CalibrationFile(path) as statistics:
-        migrate_file(_models() / "old.safetensors", _out(path), calibration=statistics, overwrite=True)
+    with CalibrationFile(path) as calibration:
+        migrate_file(_make_models() / "old.safetensors", _output_path(path), calibration=calibration, overwrite=True)
+
+
+def _plan(path: Path) -> None:
+    with open_source(path) as source:
+        NEAREST.plan(source)
 
 
 FILES: dict[str, Callable[[Path], object]] = {
     "inspect": inspect_file,
     "verify": verify_file,
-    "plan": lambda path: _planned(path),
+    "plan": _plan,
     "quantize": _quantize,
     "requantize": _requantize,
-    "migrate": lambda path: migrate_file(path, _out(path), overwrite=True),
-    "calibration": _calibration,
-    "quantize with it, INT8": _calibrated("int8_tensorwise"),
-    "quantize with it, FP8": _calibrated("float8_e4m3fn"),
-    "quantize with it, measured": _calibrated("measured"),
+    "migrate": lambda path: migrate_file(path, _output_path(path), overwrite=True),
+    "calibration": _read_calibration,
+    "quantize with it, INT8": _quantize_calibrated("int8_tensorwise"),
+    "quantize with it, FP8": _quantize_calibrated("float8_e4m3fn"),
+    "quantize with it, measured": _quantize_calibrated("measured"),
     "migrate with it": _migrate_calibrated,
 }
 TEXTS: dict[str, Callable[[str], object]] = {
@@ -109,15 +114,10 @@ TEXTS: dict[str, Callable[[str], object]] = {
 }
 
 
-def _planned(path: Path) -> None:
-    with open_source(path) as source:
-        NEAREST.plan(source)
-
-
-def refused(door: Callable, thing: object) -> QuantizationError | None:
-    """Our error that the door refuses it with; None where it takes it."""
+def refusal(entry_point: Callable, value: object) -> QuantizationError | None:
+    """Return the error with which the entry point refuses ``value``; None if it accepts it."""
     try:
-        door(thing)
+        entry_point(value)
     except QuantizationError as error:
         assert str(error).strip() and len(str(error)) < 300_000
         return error
@@ -125,35 +125,38 @@ def refused(door: Callable, thing: object) -> QuantizationError | None:
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
-    """What happens inside takes little memory of any kind, torch's too, and little time of the processor."""
+def limit_resources() -> Iterator[None]:
+    """Check that the block stays below the limits of resident memory, including torch's, and of CPU time."""
     if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-    began, before = time.process_time(), peak_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    start, before = time.process_time(), peak_memory()
     yield
     assert peak_memory() - before < MEMORY
-    assert time.process_time() - began < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def _check_problems(path: Path, problems: list[str]) -> None:
-    """Problems concern only layers that were copied from the source, such as FP8 weights without a scale."""
-    with SafetensorsFile(path) as made:
-        quantized = set().union(*layer_configs(made))
+    """Check that problems concern only layers copied from the source, such as FP8 weights without a scale."""
+    with SafetensorsFile(path) as output:
+        quantized = set().union(*layer_configs(output))
     for problem in problems:
         assert ": " in problem and not any(problem.startswith(f"{layer}: ") for layer in quantized), problem
 
 
-def tried_all(path: Path) -> dict[str, QuantizationError | None]:
-    """What each door says of a file; afterwards nothing but a finished, sound output lies beside it."""
-    beside, made, said = set(path.parent.iterdir()), _out(path), {}
-    for name, door in FILES.items():
-        said[name] = refused(door, path)
-        if made.parent.exists():
-            assert [entry.name for entry in made.parent.iterdir()] == [OUT] and said[name] is None
-            problems = verify_file(made).problems
+def try_all(path: Path) -> dict[str, QuantizationError | None]:
+    """Pass a file to every entry point; returns the error of each, None if it accepts the file.
+
+    Checks that an output exists only if the file was accepted, that it is valid, and that no other file is written.
+    """
+    before, output, errors = set(path.parent.iterdir()), _output_path(path), {}
+    for name, entry_point in FILES.items():
+        errors[name] = refusal(entry_point, path)
+        if output.parent.exists():
+            assert [entry.name for entry in output.parent.iterdir()] == [OUT] and errors[name] is None
+            problems = verify_file(output).problems
             if name.startswith("quantize"):
-                _check_problems(made, problems)
-            made.unlink()
-            made.parent.rmdir()
-    assert set(path.parent.iterdir()) == beside
-    return said
+                _check_problems(output, problems)
+            output.unlink()
+            output.parent.rmdir()
+    assert set(path.parent.iterdir()) == before
+    return errors

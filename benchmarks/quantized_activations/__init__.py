@@ -20,7 +20,7 @@ def _quantize_first(codec, module, args):
     return (codec.quantize_activations(args[0]).to(args[0].dtype), *args[1:])
 
 
-class QuantizeInputs:
+class QuantizeActivations:
     """Quantize the activations of a MODEL's layers as ComfyUI does for a quantized file; weights are unchanged."""
 
     RETURN_TYPES = ("MODEL",)
@@ -52,4 +52,4 @@ class QuantizeInputs:
         return (patched,)
 
 
-NODE_CLASS_MAPPINGS = {"QuantizeInputs": QuantizeInputs}
+NODE_CLASS_MAPPINGS = {"QuantizeActivations": QuantizeActivations}
