@@ -31,7 +31,7 @@ from learned_rounding.benchmarks.harness import arguments, finish
 from learned_rounding.benchmarks.tiny_model.graph import MODEL, STEPS, TinyGraph, latents, pictures, psnr
 from learned_rounding.benchmarks.tiny_model.model import Decoder
 from learned_rounding.benchmarks.tiny_model.place import ASSETS, place, prompt_splits
-from learned_rounding.hosts import ComfyServer, available_hosts
+from learned_rounding.hosts import ComfyServer, find_host
 from learned_rounding.hosts.server import PACK, PACK_NAME
 from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.calibration import CalibrationFile
@@ -243,7 +243,7 @@ def main() -> None:
         __doc__.splitlines()[0], ("--host", {"help": "version of ComfyUI (default: the newest installed)"})
     )
     seeds, evaluation_prompts, calibration_prompts = (2, 4, 8) if args.quick else (4, 8, 50)
-    host = [host for host in available_hosts() if args.host in (None, host.version)][-1]
+    host = find_host(args.host)
     splits = prompt_splits()
     evaluation = splits["evaluation"][:evaluation_prompts]
     calibrated = splits["calibration"][:calibration_prompts]

@@ -12,7 +12,7 @@ import numpy as np
 from learned_rounding.benchmarks.harness import arguments, finish
 from learned_rounding.benchmarks.tiny_model.graph import MODEL, TinyGraph, pictures, psnr
 from learned_rounding.benchmarks.tiny_model.place import ASSETS, place, prompt_splits
-from learned_rounding.hosts import ComfyServer, available_hosts
+from learned_rounding.hosts import ComfyServer, find_host
 from learned_rounding.quant_core import FORMATS
 
 CASES = [
@@ -28,7 +28,7 @@ def main() -> None:
         __doc__.splitlines()[0], ("--host", {"help": "version of ComfyUI (default: the newest installed)"})
     )
     seeds, count = (2, 2) if args.quick else (16, 4)
-    host = [host for host in available_hosts() if args.host in (None, host.version)][-1]
+    host = find_host(args.host)
     prompts = prompt_splits()["evaluation"][:count]
     original = (ASSETS / MODEL).stat().st_size
     rows = []

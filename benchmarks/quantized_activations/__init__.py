@@ -17,7 +17,8 @@ __all__ = ["NODE_CLASS_MAPPINGS"]
 
 def _quantize_first(codec, module, args):
     """Forward pre-hook: replace the activations by quantized activations X̂."""
-    return (codec.quantize_activations(args[0]).to(args[0].dtype), *args[1:])
+    x = args[0]
+    return (codec.quantize_activations(x.flatten(0, -2)).to(x.dtype).view_as(x), *args[1:])
 
 
 class QuantizeActivations:
