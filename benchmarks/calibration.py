@@ -31,7 +31,7 @@ from learned_rounding.benchmarks.harness import arguments, finish
 from learned_rounding.benchmarks.tiny_model.graph import MODEL, STEPS, TinyGraph, latents, pictures, psnr
 from learned_rounding.benchmarks.tiny_model.model import Decoder
 from learned_rounding.benchmarks.tiny_model.place import ASSETS, place, prompt_splits
-from learned_rounding.hosts import ComfyServer, available_hosts
+from learned_rounding.hosts import ComfyServer, find_host
 from learned_rounding.hosts.server import PACK, PACK_NAME
 from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.calibration import CalibrationFile
@@ -103,7 +103,7 @@ class _Sampler:
         graph = TinyGraph()
         model = graph.load(name)
         if quantized_as:
-            model = graph.add("QuantizeInputs", model=model[0], file=str(quantized_as))
+            model = graph.add("QuantizeActivations", model=model[0], file=str(quantized_as))
         for seed in range(self._seeds):
             graph.sample_in_parts(model[0], f"{prefix}-{seed:02}", MARKS, seed=seed)
         self._server.queue(graph, timeout=1800)
@@ -240,10 +240,10 @@ def _text_encoder() -> dict:
 
 def main() -> None:
     args = arguments(
-        __doc__.splitlines()[0], ("--host", {"help": "version of the ComfyUI to use (default: the newest here)"})
+        __doc__.splitlines()[0], ("--host", {"help": "version of ComfyUI (default: the newest installed)"})
     )
     seeds, evaluation_prompts, calibration_prompts = (2, 4, 8) if args.quick else (4, 8, 50)
-    host = [host for host in available_hosts() if args.host in (None, host.version)][-1]
+    host = find_host(args.host)
     splits = prompt_splits()
     evaluation = splits["evaluation"][:evaluation_prompts]
     calibrated = splits["calibration"][:calibration_prompts]
@@ -254,7 +254,7 @@ def main() -> None:
         place(base, prompts=evaluation)
         place(base, prompts=calibrated, dataset="calibration")
         place(base, prompts=calibrated[:FEW], dataset="few")
-        links = {PACK_NAME: PACK, "quantized_inputs": Path(__file__).parent / "quantized_inputs"}
+        links = {PACK_NAME: PACK, "quantized_activations": Path(__file__).parent / "quantized_activations"}
         with ComfyServer(host, base=base, links=links) as server:
             folder = server.models_dir / "diffusion_models"
             sample = _Sampler(server, seeds)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from learned_rounding.benchmarks.tiny_model.examples import with_tiny_model
 from learned_rounding.benchmarks.tiny_model.graph import pictures, psnr
 from learned_rounding.benchmarks.tiny_model.place import place
-from learned_rounding.hosts import ComfyServer, available_hosts
+from learned_rounding.hosts import ComfyServer, InstallError, find_host
 from learned_rounding.hosts.workflows import to_api
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,12 +56,13 @@ def main() -> None:
     )
     parser.add_argument("--host", help="version of ComfyUI (default: the newest installed)")
     args = parser.parse_args()
-    hosts = [host for host in available_hosts() if args.host in (None, host.version)]
-    if not hosts:
-        parser.error(f"ComfyUI {args.host or ''} is not installed; run make hosts")
+    try:
+        host = find_host(args.host)
+    except InstallError as error:
+        parser.error(str(error))
     shutil.rmtree(args.folder, ignore_errors=True)
     prepare(args.folder)
-    with ComfyServer(hosts[-1], base=args.folder) as server:
+    with ComfyServer(host, base=args.folder) as server:
         print(f"ComfyUI {server.host.version} runs the example {EXAMPLE} with the tiny model on the CPU …", flush=True)
         workflow = to_api(with_tiny_model(EXAMPLE, server.object_info()), server.object_info())
         result = server.queue(workflow, on_event=_print_progress)
@@ -69,7 +70,7 @@ def main() -> None:
     saved = next(Path(text) for text in texts if text.endswith(".safetensors"))
     full, quantized = (pictures(args.folder / "output", name) for name in ("original", "quantized"))
     sheet = args.folder / "side_by_side.png"
-    side_by_side(full, quantized, f"tiny emoji model, {saved.stem}, ComfyUI {hosts[-1].version}").save(sheet)
+    side_by_side(full, quantized, f"tiny emoji model, {saved.stem}, ComfyUI {host.version}").save(sheet)
     print(max(texts, key=len))
     print(f"image       {sheet}\nsaved file  {saved}")
 

@@ -21,7 +21,7 @@ from learned_rounding.benchmarks.screenshots import SETTINGS, STYLE, wait_until_
 from learned_rounding.benchmarks.tiny_model.examples import EXAMPLES as EXAMPLES_FOLDER
 from learned_rounding.benchmarks.tiny_model.examples import place_further, with_tiny_parts
 from learned_rounding.benchmarks.tiny_model.place import place
-from learned_rounding.hosts import ComfyServer, available_hosts
+from learned_rounding.hosts import ComfyServer, find_host
 from learned_rounding.hosts.browser import load_workflow, open_page, queue_prompt, view
 from learned_rounding.hosts.workflows import Graph
 
@@ -207,8 +207,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
-    host = max(available_hosts(), key=lambda host: [int(part) for part in host.version.split(".")])
-    with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
+    with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(find_host(), base=base) as server:
         place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
         place_further(server.base)
         for name in PLACEHOLDERS:

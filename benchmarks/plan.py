@@ -1,8 +1,9 @@
-"""``lrq plan`` of a model as large as Flux.1 dev, and what it foresees beside what a run takes.
+"""Run time of ``lrq plan`` for Flux.1 dev, and its estimates compared with a run.
 
-The first file has Flux.1 dev's true names and shapes and no data on the disk (holes), since a plan reads the header alone; each
-command runs in a process of its own, beside one that only imports torch. The second has Flux.1 dev's tensors in small (quick) or in
-full, random; each recipe is foreseen with ``--time`` and run.
+The first file has the names and shapes of Flux.1 dev in its header and a sparse data section, because a plan reads only the
+header. Each command runs in a separate process; one that only imports torch is the baseline. The second file has random
+weights in the shapes of Flux.1 dev, reduced with ``--quick``. Size and run time of each recipe are estimated as by
+``lrq plan --time``, then measured.
 """
 
 import json
@@ -40,19 +41,19 @@ _COMMANDS = {
     "lrq plan": [ROOT, "plan", "-i"],
     "lrq plan --int8 --convrot": [ROOT, "plan", "--int8", "--convrot", "-i"],
 }
-_SMALL = 8  # of each side, in quick
+_QUICK_DIVISOR = 8  # of each side with --quick
 
 
-def flux(parts: int = 1) -> dict[str, TensorInfo]:
-    """Flux.1 dev's tensors in bfloat16, each side divided by ``parts``."""
+def flux(divisor: int = 1) -> dict[str, TensorInfo]:
+    """Tensors of Flux.1 dev in bfloat16, each side divided by ``divisor``."""
     return {
-        name: TensorInfo(torch.bfloat16, tuple(max(side // parts, 1) for side in entry.shape))
+        name: TensorInfo(torch.bfloat16, tuple(max(side // divisor, 1) for side in entry.shape))
         for name, entry in read("flux").items()
     }
 
 
 def make_header(path: Path) -> None:
-    """A file of Flux.1 dev's header and holes."""
+    """Write a sparse file with the header of Flux.1 dev."""
     entries, end = {}, 0
     for name, info in flux().items():
         entries[name] = {
@@ -67,7 +68,7 @@ def make_header(path: Path) -> None:
 
 
 def make_weights(path: Path, infos: dict[str, TensorInfo], device: torch.device) -> None:
-    """A file of random weights of those shapes."""
+    """Write a file of random weights with the given shapes."""
     generator = torch.Generator(device).manual_seed(0)
     with SafetensorsWriter(path, header_bytes(infos.items(), {})) as writer:
         for name, info in infos.items():
@@ -75,47 +76,49 @@ def make_weights(path: Path, infos: dict[str, TensorInfo], device: torch.device)
         writer.finish({})
 
 
-def _seconds(words: list) -> float:
+def _measure_process(words: list) -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
-def _planned(path: Path, rounds: int) -> list[dict]:
-    taken = {name: [] for name in _COMMANDS}
-    for _ in range(rounds):  # the commands take turns
+def _measure_commands(path: Path, rounds: int) -> list[dict]:
+    """Run the commands alternately on a file; returns the median run time of each."""
+    times = {name: [] for name in _COMMANDS}
+    for _ in range(rounds):
         for name, words in _COMMANDS.items():
-            taken[name].append(_seconds([*words, path] if words[-1] == "-i" else words))
-    return [{"command": name, "seconds": statistics.median(times)} for name, times in taken.items()]
+            times[name].append(_measure_process([*words, path] if words[-1] == "-i" else words))
+    return [{"command": name, "seconds": statistics.median(measured)} for name, measured in times.items()]
 
 
-def _foreseen(source: Path, target: Path, recipe: Recipe, device: torch.device) -> dict:
+def _compare_estimates(source: Path, target: Path, recipe: Recipe, device: torch.device) -> dict:
+    """Estimate size and run time of a recipe, then run it."""
     with SafetensorsFile(source) as opened:
         plan = recipe.plan(opened)
         size, seconds = estimate_size(opened, recipe, plan), estimate_seconds(opened, recipe, plan, device)
     start = time.perf_counter()
     quantize_file(source, target, recipe, device=device, overwrite=True)
-    taken = time.perf_counter() - start
-    with SafetensorsFile(target) as made:
-        stored = sum(info.nbytes for info in made.tensors.values())
+    measured = time.perf_counter() - start
+    with SafetensorsFile(target) as output:
+        stored = sum(info.nbytes for info in output.tensors.values())
     target.unlink()
-    return {"size foreseen MB": size / 1e6, "size MB": stored / 1e6, "seconds foreseen": seconds, "seconds": taken}
+    return {"size foreseen MB": size / 1e6, "size MB": stored / 1e6, "seconds foreseen": seconds, "seconds": measured}
 
 
 def main() -> None:
     args = arguments(
         __doc__.splitlines()[0],
         ("--rounds", {"type": int, "default": 3}),
-        ("--folder", {"type": Path, "help": "where to put the files (default: the temporary folder)"}),
+        ("--folder", {"type": Path, "help": "folder for the files (default: the temporary folder)"}),
     )
     device, folder = usable_device(None), Path(tempfile.mkdtemp(dir=args.folder))
     try:
         make_header(folder / "header.safetensors")
-        commands = _planned(folder / "header.safetensors", args.rounds)
+        commands = _measure_commands(folder / "header.safetensors", args.rounds)
         source = folder / "model.safetensors"
-        make_weights(source, flux(_SMALL if args.quick else 1), device)
+        make_weights(source, flux(_QUICK_DIVISOR if args.quick else 1), device)
         rows = [
-            {"recipe": name, **_foreseen(source, folder / "out.safetensors", recipe, device)}
+            {"recipe": name, **_compare_estimates(source, folder / "out.safetensors", recipe, device)}
             for name, recipe in RECIPES.items()
         ]
         finish(args, rows, commands=commands, source_gb=source.stat().st_size / 1e9)

@@ -1,4 +1,4 @@
-"""What a result of ``rounding.py`` looks like to people: tables for the README and one plot."""
+"""Report of a result of ``rounding.py``: Markdown tables for the README, and a plot."""
 
 import sys
 from collections import Counter
@@ -9,8 +9,8 @@ from learned_rounding.quant_core.display import markdown_table
 
 __all__ = ["markdown", "plot"]
 
-# Methods drawn, with their colours: greys without data, blues with a calibration, oranges for the published tool.
-_DRAWN = {
+# Plotted method → color: grey without calibration, blue with calibration, orange for the published tool.
+_COLORS = {
     "nearest": "#8c8c8c",
     "scale search": "#bdbdbd",
     "principal": "#5c5c5c",
@@ -22,26 +22,26 @@ _DRAWN = {
 
 
 def markdown(result: dict) -> str:
-    """Every section as Markdown tables, below a line on where and when it was measured."""
-    parts = [f"{_where(result)}, torch {result['torch']} (`{result['command']}`)."]
+    """Markdown tables of every section, after a line with device, date and command."""
+    parts = [f"{_describe_run(result)}, torch {result['torch']} (`{result['command']}`)."]
     encoder = [row for row in result["rows"] if row["section"] == "minilm"]
     if encoder:
         measured = [row for row in encoder if "median" in row]
-        widely, few = _by_coverage(measured)
+        common, few = _split_by_coverage(measured)
         exact = [row for row in encoder if row not in measured]
         parts += [
             "Error of the final embedding: weights only / weights and 8-bit activations.",
-            _pivot(exact + widely, _both_errors),
+            _pivot(exact + common, _both_errors),
             "Error of the final embedding, weights only, with corrected biases.",
-            _pivot([row for row in widely if "bias" in row], lambda row: f"{row['bias']:.4f}"),
-            "Output error of a layer relative to nearest: median / worst / layers where it is worse.",
-            _pivot(widely, _layers),
-            "Seconds for all 36 layers.",
-            _pivot(widely, _seconds),
+            _pivot([row for row in common if "bias" in row], lambda row: f"{row['bias']:.4f}"),
+            "Output error of a layer relative to nearest: median / worst / number of layers with a larger error.",
+            _pivot(common, _layers),
+            "Run time of all 36 layers in s.",
+            _pivot(common, _seconds),
         ]
         if few:
             parts += [
-                "Further ways to round: error of the final embedding; output error of a layer; seconds.",
+                "Other rounding methods: error of the final embedding; output error of a layer; run time in s.",
                 *(_pivot(few, cell) for cell in (_both_errors, _layers, _seconds)),
             ]
     random = [row for row in result["rows"] if row["section"] == "synthetic"]
@@ -66,9 +66,9 @@ def markdown(result: dict) -> str:
         ]
     timed = [row for row in result["rows"] if row["section"] == "speed"]
     if timed:
-        memory = " / peak memory in MB beside the weight" if "peak MB" in timed[0] else ""
+        memory = " / additional peak memory in MB" if "peak MB" in timed[0] else ""
         parts += [
-            f"Seconds a layer{memory}.",
+            f"Run time of a layer in s{memory}.",
             _pivot(
                 timed, lambda row: f"{row['seconds']:.3g}" + (f" / {row['peak MB']:.0f}" if memory else ""), "shape"
             ),
@@ -77,11 +77,14 @@ def markdown(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Grouped bars: the error of the final embedding of each format, by method."""
+    """Plot the error of the final embedding as grouped bars: one group per format, one bar per method.
+
+    Exits with status 2 if matplotlib is not installed or the result has no minilm section.
+    """
     try:
         import matplotlib
     except ImportError:
-        print("The plot needs matplotlib: run 'pip install matplotlib'.", file=sys.stderr)
+        print("The plot requires matplotlib; run 'pip install matplotlib'.", file=sys.stderr)
         raise SystemExit(2) from None
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.hashsalt": "rounding", "font.size": 9})
@@ -89,28 +92,28 @@ def plot(result: dict, path: Path) -> None:
 
     rows = [row for row in result["rows"] if row["section"] == "minilm" and row["embedding"]]
     if not rows:
-        print("The plot shows the minilm section, which this result lacks.", file=sys.stderr)
+        print("The result has no minilm section to plot; run rounding.py with --only minilm.", file=sys.stderr)
         raise SystemExit(2)
     formats = list(dict.fromkeys(map(_format, rows)))
-    values: dict[str, dict[str, float]] = {method: {} for method in _DRAWN}
-    labels = {method: method for method in _DRAWN}
+    values: dict[str, dict[str, float]] = {method: {} for method in _COLORS}
+    labels = {method: method for method in _COLORS}
     for row in rows:
         learned = row["method"].startswith("published") and row["method"] != "published, nearest"
         method = "published, learned" if learned else row["method"]
         if method in values:
             values[method][_format(row)] = row["embedding"]
             labels[method] = row["method"]
-    drawn = [method for method in _DRAWN if values[method]]
-    width = 0.85 / len(drawn)
+    plotted = [method for method in _COLORS if values[method]]
+    width = 0.85 / len(plotted)
     figure, axes = pyplot.subplots(figsize=(11, 4.6), layout="constrained")
-    for number, method in enumerate(drawn):
-        places = [place for place, name in enumerate(formats) if name in values[method]]
-        offset = (number - (len(drawn) - 1) / 2) * width
+    for number, method in enumerate(plotted):
+        groups = [group for group, name in enumerate(formats) if name in values[method]]
+        offset = (number - (len(plotted) - 1) / 2) * width
         axes.bar(
-            [place + offset for place in places],
-            [values[method][formats[place]] for place in places],
+            [group + offset for group in groups],
+            [values[method][formats[group]] for group in groups],
             width * 0.92,
-            color=_DRAWN[method],
+            color=_COLORS[method],
             label=labels[method],
         )
     axes.set_yscale("log")
@@ -119,16 +122,16 @@ def plot(result: dict, path: Path) -> None:
     axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.set_xticks(range(len(formats)), [name.replace("_", "\n").replace(" ", "\n", 1) for name in formats])
     axes.set_ylabel("relative error of the final embedding")
-    axes.set_title(f"MiniLM-L6 with 8-bit weights, 36 layers; lower is better ({_where(result)})")
-    axes.elements(axis="y", linewidth=0.4)
+    axes.set_title(f"MiniLM-L6 with 8-bit weights, 36 layers; lower is better ({_describe_run(result)})")
+    axes.grid(axis="y", linewidth=0.4)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=len(drawn), loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8)
+    axes.legend(ncols=len(plotted), loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8)
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _by_coverage(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The rows of methods measured with most formats, and the others."""
+def _split_by_coverage(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Split rows into those of methods that were measured with most formats, and the others."""
     counts = Counter(row["method"] for row in rows)
     most = {method for method, count in counts.items() if 2 * count > max(counts.values())}
     return [row for row in rows if row["method"] in most], [row for row in rows if row["method"] not in most]
@@ -146,7 +149,7 @@ def _seconds(row: dict) -> str:
     return f"{row['seconds']:.3g}"
 
 
-def _where(result: dict) -> str:
+def _describe_run(result: dict) -> str:
     return f"{result['device']}, {result['cores']} cores, {result['date']}"
 
 
@@ -159,7 +162,7 @@ def _percent(value: float) -> str:
 
 
 def _pivot(rows: list[dict], cell: Callable[[dict], str], *keys: str) -> str:
-    """A line for each format (and value of ``keys``), a column for each method."""
+    """Build a table with a line per format (and value of ``keys``) and a column per method."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:

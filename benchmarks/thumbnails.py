@@ -10,7 +10,7 @@ import tempfile
 from learned_rounding.benchmarks.screenshots import PROMPTS, ROOT, SETTINGS, STYLE, wait_until_finished
 from learned_rounding.benchmarks.tiny_model.examples import place_further, with_tiny_model
 from learned_rounding.benchmarks.tiny_model.place import place
-from learned_rounding.hosts import ComfyServer, available_hosts
+from learned_rounding.hosts import ComfyServer, find_host
 from learned_rounding.hosts.browser import load_workflow, open_page, queue_prompt, view
 
 FOLDER = ROOT / "example_workflows"
@@ -35,12 +35,10 @@ def main() -> None:
     names = sorted(path.stem for path in FOLDER.glob("*.json"))
     parser.add_argument("--only", choices=names, nargs="+", help="only these examples; default: all")
     args = parser.parse_args()
-    hosts = available_hosts()
-    if not hosts:
-        raise SystemExit("no ComfyUI is installed; run make hosts")
+    host = find_host()
     for name in args.only or names:
         # A new server per example: ComfyUI does not execute, and show, cached nodes again.
-        with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(hosts[-1], base=base) as server:
+        with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
             place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
             place_further(server.base)
             with open_page(server, settings=SETTINGS, size=PAGE, timeout=600) as page:

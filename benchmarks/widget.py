@@ -84,7 +84,7 @@ def messages(node: str, layers: int) -> Iterator[dict]:
         yield {
             **common, "seq": index + 1, "state": "layer", "index": index, "total": len(quantized), "name": name,
             "shape": [3072, 3072], "format": ("int8_tensorwise", "float8_e4m3fn")[index % 3 == 0], "granularity": "row",
-            "convrot": None, "error": error, "output_error": error / 2, "solver": "sequential",
+            "convrot": None, "error": error, "output_error": error / 2, "solver": "gptq",
             "gain": 0.4 + (index % 60) / 100, "scale": [0.001, 0.002], "seconds": 0.05, "bytes_in": 18_874_368,
             "bytes_out": 9_449_472, "elapsed": 0.05 * (index + 1), "eta": 0.05 * (len(quantized) - index - 1),
         }  # fmt: skip

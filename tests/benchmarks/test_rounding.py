@@ -1,13 +1,16 @@
-"""The rounding benchmark: a tiny run has a row for every format, and calibration pays where it must."""
+"""Rounding benchmark: a tiny run has a row for every format and method, and its errors are plausible."""
 
 import json
 import sys
 
 import pytest
+import torch
 
 from learned_rounding.benchmarks import rounding
+from learned_rounding.benchmarks.minilm import LAYERS, MiniLM
+from learned_rounding.benchmarks.rounding_methods import CASES, Case, dequantize
 from learned_rounding.benchmarks.rounding_report import markdown
-from learned_rounding.benchmarks.rounding_ways import CASES
+from learned_rounding.quant_core import quantize_weight
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +24,88 @@ def result(tmp_path_factory):
 
 
 def test_every_format_has_a_row_for_every_main_method(result):
-    seen = {(row["weight"], row["format"], row["per"], row["method"]) for row in result["rows"]}
-    assert len(seen) == len(result["rows"])
+    measured = {(row["weight"], row["format"], row["per"], row["method"]) for row in result["rows"]}
+    assert len(measured) == len(result["rows"])
     for weight in {row["weight"] for row in result["rows"]}:
         for case in CASES:
             for method in ("nearest", "scale search", "principal", "calibrated, 0 sweeps", "calibrated, 4 sweeps"):
-                assert (weight, *case.columns.values(), method) in seen
+                assert (weight, *case.columns.values(), method) in measured
 
 
-def test_calibrated_beats_nearest_where_inputs_differ_in_strength(result):
+def test_gptq_beats_nearest_with_correlated_activations(result):
     rows = {(row["weight"], row["format"], row["per"], row["method"]): row for row in result["rows"]}
     for (*where, method), row in rows.items():
         if method.startswith("calibrated"):
             nearest = rows[(*where, "nearest")]
-            for inputs in ("anisotropic", "aligned"):
-                assert row[inputs] < 0.9 * nearest[inputs]
+            for activations in ("anisotropic", "aligned"):
+                assert row[activations] < 0.9 * nearest[activations]
 
 
-def test_tables_name_device_and_date(result):
+def test_tables_have_device_and_date(result):
     text = markdown(result)
     assert result["device"] in text and result["date"] in text
     assert "| float8_e4m3fn tensor | calibrated, 0 sweeps |" in text
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.granularity != "group"], ids=str)
+def test_qdata_and_scale_of_another_tool_are_dequantized(case):
+    """Also if the scale has another shape: flat instead of one column."""
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    quantized = quantize_weight(
+        weight, case.format, granularity=case.granularity, convrot=case.rotated, rounding="nearest"
+    )
+    codec = case.codec(512)
+    assert codec == quantized.codec
+    tensors = quantized.tensors("a")
+    for scale in (tensors["a.weight_scale"], quantized.scale.flatten()):
+        torch.testing.assert_close(dequantize(codec, tensors["a.weight"], scale), quantized.dequantize())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_activations_are_rounded_to_8_bits(case):
+    x = torch.randn(2, 8, 256, generator=torch.Generator().manual_seed(0))
+    quantized = rounding._activation_quantizer(case)(x)
+    assert quantized.shape == x.shape
+    assert 0.001 < (quantized - x).norm() / x.norm() < 0.04
+    if case.format == "int8_tensorwise":
+        expected = Case("int8_tensorwise", "row", case.rotated).codec(256).quantize_activations(x.flatten(0, -2))
+        torch.testing.assert_close(quantized, expected.view_as(x))
+
+
+def make_text_encoder(texts):
+    """Tensors of a MiniLM with random weights, and random evaluation texts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    embeddings = {"word_embeddings": 100, "position_embeddings": 64, "token_type_embeddings": 2}
+    tensors = {f"embeddings.{name}.weight": random(count, 384) for name, count in embeddings.items()}
+    shapes = {"intermediate.dense": (1536, 384), "output.dense": (384, 1536)}
+    norms = {"embeddings.LayerNorm"}
+    for name in LAYERS:
+        block, _, layer = name.removeprefix("encoder.layer.").partition(".")
+        out, channels = shapes.get(layer, (384, 384))
+        tensors |= {f"{name}.weight": random(out, channels), f"{name}.bias": random(out)}
+        norms |= {f"encoder.layer.{block}.{part}.LayerNorm" for part in ("attention.output", "output")}
+    for name in norms:
+        tensors |= {f"{name}.weight": torch.ones(384), f"{name}.bias": torch.zeros(384)}
+    return tensors | {"tokens.evaluation": torch.randint(100, (texts, 64), generator=generator)}
+
+
+def test_statistics_of_the_text_encoder_are_those_of_its_activations():
+    model = MiniLM(make_text_encoder(texts=2), torch.device("cpu"))
+    activations = {}
+
+    def linear(name, x):
+        activations[name] = x.flatten(0, -2)
+        return model.linear(name, x)
+
+    tokens = model.tokens("evaluation")
+    exact = model.embed(tokens, linear)
+    torch.testing.assert_close(exact.norm(dim=-1), torch.ones(2))
+    statistics = model.statistics(tokens)
+    assert statistics.keys() == set(LAYERS)
+    for name, x in activations.items():
+        torch.testing.assert_close(statistics[name].hessian, x.t() @ x / len(x), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(statistics[name].mean, x.mean(dim=0), atol=1e-5, rtol=1e-4)

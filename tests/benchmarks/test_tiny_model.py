@@ -1,4 +1,4 @@
-"""The shipped tiny model: small enough, complete, and it draws what the prompt names."""
+"""Shipped tiny model: file sizes, placement in a ComfyUI folder, and images that match their prompts."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from learned_rounding.benchmarks.tiny_model.place import ASSETS, place, prompt_n
 MODEL = "tiny_mmdit_emoji.safetensors"
 
 
-def test_the_assets_stay_small():
+def test_assets_are_small():
     files = [path for path in ASSETS.rglob("*") if path.suffix == ".safetensors"]
     assert len(files) == 5
     assert sum(path.stat().st_size for path in files) <= 32e6
 
 
-def test_placing_writes_what_stock_nodes_read(tmp_path):
+def test_place_writes_files_for_stock_nodes(tmp_path):
     place(tmp_path, prompts=("owl", "rocket"))
     for path in (
         f"diffusion_models/{MODEL}",
@@ -32,18 +32,18 @@ def test_placing_writes_what_stock_nodes_read(tmp_path):
         assert cross.shape == (1, 16, 512) and options["pooled_output"].shape == (1, 512)
 
 
-def test_an_unknown_prompt_is_named(tmp_path):
+def test_unknown_prompt_is_reported(tmp_path):
     with pytest.raises(KeyError, match="zeppelin"):
         place(tmp_path, prompts=("zeppelin",))
 
 
-def test_it_draws_the_emoji_that_the_prompt_names():
+def test_latents_are_nearest_to_those_of_the_prompt():
     model = MMDiT()
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(ASSETS / MODEL).items()})
-    known = read_conditioning()
+    conditioning = read_conditioning()
     prompts = ["red apple", "owl", "rocket", "guitar", "flag: Japan", "lady beetle"]
-    wanted = [prompt_names().index(name) for name in prompts]
+    expected = [prompt_names().index(name) for name in prompts]
     text = read_conditioning(prompts)
     latents = sample(model.eval(), start_noise(len(prompts), "cpu"), text["context"], text["pooled"])
-    references = (known["latents"] - 0.0609) * 1.5305  # ComfyUI's SD3 latents → the model's own space
-    assert nearest(latents.flatten(1), references.flatten(1)).tolist() == wanted
+    references = (conditioning["latents"] - 0.0609) * 1.5305  # ComfyUI's SD3 latents → input of the model
+    assert nearest(latents.flatten(1), references.flatten(1)).tolist() == expected

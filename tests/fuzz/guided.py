@@ -1,10 +1,10 @@
-"""Fuzzing that is guided by coverage: `pip install -e ".[fuzz]"`, then `python tests/fuzz/guided.py files -max_total_time=300`.
+"""Coverage-guided fuzzing: `pip install -e ".[fuzz]"`, then `python tests/fuzz/guided.py files -max_total_time=300`.
 
-`files`, a kind of files as ``.gguf``, or `texts` says what is made up; all else are options of libFuzzer. It draws from the same strategies
-as `test_fuzz.py`.
+The first argument selects the input: `files`, one kind of file such as `.gguf`, or `texts`. All others are options of libFuzzer.
+The strategies are those of `test_fuzz.py`.
 """
 
-# ruff: noqa: E402  (options are read before atheris is imported)
+# ruff: noqa: E402  (the command line is parsed before atheris is imported)
 
 import argparse
 import sys
@@ -14,13 +14,13 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("what", choices=("files", ".safetensors", ".safetensors.index.json", ".gguf", ".pt", "texts"))
-options, for_fuzzer = parser.parse_known_args()
+options, fuzzer_options = parser.parse_known_args()
 
 import atheris
 
 with atheris.instrument_imports(include=["learned_rounding.quant_core"]):
-    from learned_rounding.tests.fuzz.doors import TEXTS as DOORS
-    from learned_rounding.tests.fuzz.doors import refused, tried_all
+    from learned_rounding.tests.fuzz.entry_points import TEXTS as TEXT_ENTRY_POINTS
+    from learned_rounding.tests.fuzz.entry_points import refusal, try_all
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,26 +28,24 @@ from hypothesis import strategies as st
 from learned_rounding.tests.fuzz.strategies import FILES, TEXTS
 
 FREE = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+COUNTS = Counter()
 
 
-TRIED = Counter()
-
-
-def _count(taken: bool) -> None:
-    """Many of libFuzzer's runs are too short to draw anything from: what was really tried is told of as it grows."""
-    TRIED.update(tried=1, taken=taken)
-    if TRIED["tried"] % 100 == 0:
-        print(f"{TRIED['tried']:,} tried, {TRIED['taken']:,} of them taken by a door or more", flush=True)
+def _count(accepted: bool) -> None:
+    """Count and print the inputs that were drawn, because many of libFuzzer's runs are too short to draw one."""
+    COUNTS.update(tried=1, accepted=accepted)
+    if COUNTS["tried"] % 100 == 0:
+        print(f"{COUNTS['tried']:,} tried, {COUNTS['accepted']:,} accepted by at least one entry point", flush=True)
 
 
 def _files(kinds):
     @FREE
     @given(st.one_of(*(FILES[kind] for kind in kinds)))
-    def files(made):
+    def files(contents):
         with tempfile.TemporaryDirectory() as folder:
-            for name, content in made.items():
+            for name, content in contents.items():
                 (Path(folder) / name).write_bytes(content)
-            _count(None in tried_all(Path(folder) / next(iter(made))).values())
+            _count(None in try_all(Path(folder) / next(iter(contents))).values())
 
     return files
 
@@ -55,11 +53,11 @@ def _files(kinds):
 @FREE
 @given(st.one_of(*TEXTS.values()))
 def texts(text):
-    _count(None in [refused(door, text) for door in DOORS.values()])
+    _count(None in [refusal(entry_point, text) for entry_point in TEXT_ENTRY_POINTS.values()])
 
 
 if __name__ == "__main__":
-    what = texts if options.what == "texts" else _files(FILES if options.what == "files" else [options.what])
-    # Short inputs are too little for a file to be drawn from, and are not tried.
-    atheris.Setup([sys.argv[0], *for_fuzzer, "-len_control=0", "-max_len=4096"], what.hypothesis.fuzz_one_input)
+    target = texts if options.what == "texts" else _files(FILES if options.what == "files" else [options.what])
+    # No file can be drawn from a short input.
+    atheris.Setup([sys.argv[0], *fuzzer_options, "-len_control=0", "-max_len=4096"], target.hypothesis.fuzz_one_input)
     atheris.Fuzz()

@@ -1,4 +1,4 @@
-"""Every attack through every entry point: refused with one of our errors, or harmless; each is listed in attacks/README.md."""
+"""Every attack through every entry point: refused with a QuantizationError, or harmless; each is listed in attacks/README.md."""
 
 import time
 from pathlib import Path
@@ -9,10 +9,10 @@ from learned_rounding.attacks.cases import CANARY, CASES, PATTERNS
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.recipes import Recipe
 from learned_rounding.quant_core.recipes.layers import find_rules
-from learned_rounding.tests.fuzz.doors import TEXTS, bounded, refused, tried_all
+from learned_rounding.tests.fuzz.entry_points import TEXTS, limit_resources, refusal, try_all
 
 README = Path(__file__).parents[2] / "attacks" / "README.md"
-# Files that are valid for the reader: the attack is on what follows.
+# Files that the reader accepts: the attack is on later steps.
 READABLE = {"name_path", "name_empty", "name_control", "name_long", "weights_nan", "weights_huge", "provenance_types"}
 READABLE |= {name for name in CASES if name.startswith(("config", "calibration", "scale", "metadata"))}
 
@@ -21,13 +21,13 @@ READABLE |= {name for name in CASES if name.startswith(("config", "calibration",
 def test_hostile_file_is_refused_or_harmless(tmp_path, name, tried):
     path = CASES[name].write(tmp_path)
     before = path.read_bytes()
-    with bounded():
-        errors = tried_all(path)
+    with limit_resources():
+        errors = try_all(path)
     assert path.read_bytes() == before and not (tmp_path / CANARY).exists()
     assert any(errors.values())
     if name not in READABLE:
         assert errors["plan"] is not None and errors["quantize"] is not None
-    tried("a file from attacks/, through every door", len(errors), "refused by a sentence, or harmless")
+    tried("a file from attacks/, through every entry point", len(errors), "refused with an error message, or harmless")
 
 
 @pytest.mark.parametrize("command", ["plan -i", "inspect", "verify"])
@@ -41,10 +41,10 @@ def test_control_characters_in_names_are_escaped(tmp_path, capsys, command, name
 def test_pattern_cannot_hang(text, tried):
     entry_point = TEXTS["keep pattern"]
     start = time.process_time()
-    if refused(entry_point, text) is None:
-        refused(lambda rules: find_rules(rules, ["a" * 2000 + "!"]), Recipe(keep=(text,)).rules)
+    if refusal(entry_point, text) is None:
+        refusal(lambda rules: find_rules(rules, ["a" * 2000 + "!"]), Recipe(keep=(text,)).rules)
     assert time.process_time() - start < 2
-    tried("a pattern from attacks/", 1, "refused by a sentence, or harmless")
+    tried("a pattern from attacks/", 1, "refused with an error message, or harmless")
 
 
 def test_readme_lists_every_attack():

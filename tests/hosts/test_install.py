@@ -2,7 +2,7 @@
 
 import pytest
 
-from learned_rounding.hosts import InstallError, available_hosts, install_hosts
+from learned_rounding.hosts import InstallError, available_hosts, find_host, install_hosts
 from learned_rounding.hosts import install as module
 
 
@@ -51,6 +51,16 @@ def test_second_run_installs_nothing(pip_calls):
     pip_calls.clear()
     assert install_hosts() == available_hosts() == hosts
     assert pip_calls == []
+
+
+def test_host_is_found_by_version(pip_calls):
+    with pytest.raises(InstallError, match="ComfyUI is not installed"):
+        find_host()
+    oldest, newer = install_hosts()
+    assert find_host() == find_host(newer.version) == newer
+    assert find_host(oldest.version) == oldest
+    with pytest.raises(InstallError, match="ComfyUI 9.9"):
+        find_host("9.9")
 
 
 def test_incomplete_environment_is_rebuilt(pip_calls, monkeypatch):
