@@ -16,6 +16,7 @@ __all__ = ["LARGEST", "Pattern", "SearchBudget"]
 
 LARGEST = 200_000  # characters × counts of repeats, of all patterns together; two thousand layer names have as many
 _LONGEST = 2000  # characters of one pattern
+_SHOWN = 80  # characters of a pattern in an error message
 _LONG_LITERAL = 200  # characters
 _SECONDS = 1.5  # CPU time of all searches of a plan, beyond _USUAL_SECONDS for each
 _USUAL_SECONDS = 5e-6
@@ -40,25 +41,24 @@ class Pattern:
 
     def __init__(self, text: str):
         self.text = text
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
         if len(text) > _LONGEST:
-            raise RecipeError(
-                f"The pattern '{text[:40]}…' has {len(text):,} characters, more than {_LONGEST:,}; split it."
-            )
+            raise RecipeError(f"The pattern '{shown}' has {len(text):,} characters, more than {_LONGEST:,}; split it.")
         for mark, feature in _REFUSED:
             if mark.search(text):
-                raise RecipeError(f"The pattern '{text}' uses {feature}, which is not supported; write it without.")
+                raise RecipeError(f"The pattern '{shown}' uses {feature}, which is not supported; write it without.")
         self.size = len(text)
         for counts in _COUNT.findall(text):
             self.size *= max(1, *(int(count[:9] or 0) for count in counts))
         if self.size > LARGEST:
-            raise RecipeError(f"The pattern '{text}' repeats more than {LARGEST:,} characters; use smaller counts.")
+            raise RecipeError(f"The pattern '{shown}' repeats more than {LARGEST:,} characters; use smaller counts.")
         try:
             self._compiled = regex.compile(text)
             if len(text) > _LONG_LITERAL:
                 # A search for a literal builds tables in time cubic in its length, which no timeout ends; a look-ahead does not.
                 self._compiled = regex.compile(f"(?={text})")
         except (regex.error, RecursionError, OverflowError, ValueError) as error:
-            raise RecipeError(f"'{text}' is not a valid regular expression: {error}.") from None
+            raise RecipeError(f"'{shown}' is not a valid regular expression: {error}.") from None
         self.backtracks = not _BACKTRACKING.isdisjoint(text)
 
     def search(self, name: str, timeout: float | None = None) -> bool:

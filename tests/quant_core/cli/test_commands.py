@@ -944,8 +944,8 @@ def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, lis
     result = run([sys.executable, clone, "quantize", "-i", "model.safetensors", "--int8"], work)
     assert result.returncode == 0, result.stderr
     assert error_lines(result.stderr) == []
-    assert verify_file(work / "model_int8_row.safetensors").problems == []
-    with safe_open(work / "model_int8_row.safetensors", "pt") as file:
+    assert verify_file(work / "model_int8_row_convrot.safetensors").problems == []
+    with safe_open(work / "model_int8_row_convrot.safetensors", "pt") as file:
         assert json.loads(file.metadata()["learned_rounding"])["version"] == "9.8.7"
     assert [name for name in listing() if name.startswith("work/")] == [
         "work/model.safetensors",

@@ -1,4 +1,4 @@
-"""Quantized files as sources: what their codes mean is quantized again, and nothing of the old labels stays."""
+"""Quantized files as sources: dequantized, quantized again, without leftovers of the old format."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def error(got, want):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("convrot", [None, 16])
-def test_decoded_weights_are_what_the_codes_mean(tmp_path, format, convrot):
+def test_dequantized_weights_match_the_original(tmp_path, format, convrot):
     if convrot and format != "int8_tensorwise":
         pytest.skip("rotates nothing")
     save_file(plain(), tmp_path / "model.safetensors")
@@ -82,22 +82,22 @@ def test_the_header_is_read_for_formats_of_others_too():
 
 def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out(sentences):
     """Nor does ``lrq migrate`` leave it out."""
-    codes = {
+    qdata = {
         "scaled_fp8": torch.zeros(0),
         "a.weight": plain()["a.weight"].to(torch.float8_e4m3fn),
         "a.scale_weight": torch.tensor([0.5]),
     }
-    one = DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.ones(1)}))
+    one = DecodedSource(TensorSource(qdata | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.ones(1)}))
     assert torch.equal(one.read("b.weight"), plain()["b.weight"])
     with sentences.raises(SourceError):
-        DecodedSource(TensorSource(codes | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.tensor([0.5])}))
+        DecodedSource(TensorSource(qdata | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.tensor([0.5])}))
 
 
 def test_old_scaled_fp8_becomes_int8(tmp_path, capsys, sentences):
-    codes = (plain()["a.weight"].float() * 50).clamp(-448, 448).to(torch.float8_e4m3fn)
+    qdata = (plain()["a.weight"].float() * 50).clamp(-448, 448).to(torch.float8_e4m3fn)
     old = {
         "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn),
-        "a.weight": codes,
+        "a.weight": qdata,
         "a.scale_weight": torch.tensor([0.02]),
     }
     old |= {"a.scale_input": torch.ones(()), "b.weight": plain()["b.weight"], "b.bias": torch.ones(64)}
@@ -139,11 +139,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_codes_mean_belongs_to_the_model(tmp_path, change, sentences):
-    """The same codes by other scales or rotations are another model, which is not done already."""
-    codes = torch.randint(-127, 128, (32, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+def test_scales_and_rotation_are_part_of_the_source(tmp_path, change, sentences):
+    """The same quantized values with other scales or rotations are another source; the output is made again."""
+    qdata = torch.randint(-127, 128, (32, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     config = config_tensor({"format": "int8_tensorwise", "per_row": True})
-    first = {"a.weight": codes, "a.weight_scale": torch.full((32, 1), 0.01), "a.comfy_quant": config}
+    first = {"a.weight": qdata, "a.weight_scale": torch.full((32, 1), 0.01), "a.comfy_quant": config}
     texts = {name: value for name, value in change.items() if isinstance(value, str)}
     other = first | change if not texts else {name: tensor for name, tensor in first.items() if name != "a.comfy_quant"}
     save_file(first, tmp_path / "first.safetensors")
@@ -168,11 +168,11 @@ def place(row, block, blocks):
 def test_scales_of_blocks_are_found_in_their_tiles(tmp_path):
     out, inner = 160, 192
     generator = torch.Generator().manual_seed(0)
-    exponents, codes = (
+    exponents, qdata = (
         torch.zeros(2 * 2 * 512, dtype=torch.uint8),
         torch.randn(out, inner, generator=generator).to(torch.float8_e4m3fn),
     )
-    wanted = codes.float()
+    wanted = qdata.float()
     for row in range(out):
         for block in range(inner // 32):
             exponent = (row * 7 + block * 3) % 21 - 10
@@ -180,7 +180,7 @@ def test_scales_of_blocks_are_found_in_their_tiles(tmp_path):
             wanted[row, block * 32 : block * 32 + 32] *= 2.0**exponent
     config = {"format": "mxfp8", "orig_shape": [150, inner]}
     save_file(
-        {"a.weight": codes, "a.weight_scale": exponents.reshape(256, 8), "a.comfy_quant": config_tensor(config)},
+        {"a.weight": qdata, "a.weight_scale": exponents.reshape(256, 8), "a.comfy_quant": config_tensor(config)},
         tmp_path / "q.safetensors",
     )
     with SafetensorsFile(tmp_path / "q.safetensors") as opened:
@@ -205,28 +205,29 @@ PLAIN = {"a.weight": plain()["a.weight"], "a.bias": torch.ones(64).bfloat16()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_fp8_without_scales_is_what_it_says(tmp_path, capsys, dtype, sentences):
+def test_fp8_without_scales_is_dequantized_by_its_dtype(tmp_path, capsys, dtype, sentences):
     """A common download: the weights of a model, and perhaps its biases, turned to FP8 by themselves."""
-    codes = {name: tensor.to(dtype) for name, tensor in PLAIN.items()}
-    save_file(codes, tmp_path / "plain.safetensors")
-    words = ["quantize", "-i", str(tmp_path / "plain.safetensors"), "-o", str(tmp_path / "new.safetensors"), "--int8"]
+    qdata = {name: tensor.to(dtype) for name, tensor in PLAIN.items()}
+    save_file(qdata, tmp_path / "plain.safetensors")
+    words = ["quantize", "-i", str(tmp_path / "plain.safetensors"), "-o", str(tmp_path / "new.safetensors")]
+    words += ["--format", "int8_tensorwise"]
     assert main(words) == 1
     sentences(capsys.readouterr().err)
     assert main([*words, "--requantize"]) == 0
     sentences(capsys.readouterr().out.splitlines()[0])
     assert verify_file(tmp_path / "new.safetensors").problems == []
     made = load_file(tmp_path / "new.safetensors")
-    assert error(made["a.weight"].float() * made["a.weight_scale"], codes["a.weight"]) < 0.02
+    assert error(made["a.weight"].float() * made["a.weight_scale"], qdata["a.weight"]) < 0.02
     assert torch.equal(made["a.bias"], PLAIN["a.bias"])
 
 
 def test_one_layer_without_a_scale_among_scaled_ones():
-    codes = {name: plain()[name].to(torch.float8_e4m3fn) for name in ("a.weight", "b.weight")}
+    qdata = {name: plain()[name].to(torch.float8_e4m3fn) for name in ("a.weight", "b.weight")}
     decoded = DecodedSource(
-        TensorSource({"scaled_fp8": torch.zeros(0), **codes, "a.scale_weight": torch.tensor([0.5])})
+        TensorSource({"scaled_fp8": torch.zeros(0), **qdata, "a.scale_weight": torch.tensor([0.5])})
     )
-    assert torch.equal(decoded.read("a.weight"), (codes["a.weight"].float() * 0.5).bfloat16())
-    assert torch.equal(decoded.read("b.weight"), codes["b.weight"].bfloat16())
+    assert torch.equal(decoded.read("a.weight"), (qdata["a.weight"].float() * 0.5).bfloat16())
+    assert torch.equal(decoded.read("b.weight"), qdata["b.weight"].bfloat16())
     assert dict(decoded.layers) == {"float8_e4m3fn per tensor": 1, "F8_E4M3 without scales": 1}
 
 
@@ -256,9 +257,9 @@ def test_what_cannot_be_decoded(tmp_path, tensors, format, sentences):
 
 
 def test_what_is_not_decoded_is_not_promised_to_be(sentences):
-    codes = TensorSource({"a.weight": BYTES, "a.weight.absmax": torch.ones(64)})
+    qdata = TensorSource({"a.weight": BYTES, "a.weight.absmax": torch.ones(64)})
     with sentences.raises(AlreadyQuantizedError):
-        Recipe().plan(codes)
+        Recipe().plan(qdata)
 
 
 def test_a_plain_file_is_read_as_it_is(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Migration: old and mislabelled files become sound ones, whose codes mean what they meant."""
+"""Migration: old and mislabelled files become sound ones, whose qdata mean what they meant."""
 
 import json
 
@@ -22,7 +22,7 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def codes(dtype=FP8, out=64, inner=96):
+def qdata(dtype=FP8, out=64, inner=96):
     return (random(out, inner) * 20).round().clamp(-127, 127).to(dtype)
 
 
@@ -49,7 +49,7 @@ def old_fp8(marker=0, prefix="", **more):
     layer = f"{prefix}blocks.0.mlp"
     return {
         f"{prefix}scaled_fp8": torch.zeros(marker, dtype=FP8),
-        f"{layer}.weight": codes(),
+        f"{layer}.weight": qdata(),
         f"{layer}.scale_weight": torch.tensor([0.02]),
         f"{layer}.bias": random(64).bfloat16(),
         f"{prefix}norm.weight": torch.ones(64),
@@ -108,7 +108,7 @@ def test_input_scales_from_a_calibration(migrate, sentences):
     ],
 )
 def test_labels_follow_the_scales(migrate, dtype, shape, label, expected):
-    old = {"a.weight": codes(dtype), "a.weight_scale": random(*shape).abs() + 0.1}
+    old = {"a.weight": qdata(dtype), "a.weight_scale": random(*shape).abs() + 0.1}
     if label:
         old["a.comfy_quant"] = config_tensor({"format": label})
     _, made, jsons = migrate(old)
@@ -117,7 +117,7 @@ def test_labels_follow_the_scales(migrate, dtype, shape, label, expected):
 
 
 def test_a_rotation_under_params_stays(migrate):
-    old = {"a.weight": codes(INT8), "a.weight_scale": torch.ones(64, 1)}
+    old = {"a.weight": qdata(INT8), "a.weight_scale": torch.ones(64, 1)}
     config = {"format": "int8_tensorwise", "per_row": True, "params": {"convrot": True, "convrot_groupsize": 16}}
     _, _, jsons = migrate(old | {"a.comfy_quant": config_tensor(config)})
     assert jsons == {"a": {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}}
@@ -136,7 +136,7 @@ UNROTATED = {"format": "int8_tensorwise", "per_row": True}
 )
 def test_the_header_is_read_where_the_tensor_disagrees(migrate, by_header, by_tensor, sentences):
     """ComfyUI writes the header's JSON over the tensor."""
-    old = {"a.weight": codes(INT8), "a.weight_scale": torch.ones(64, 1), "a.comfy_quant": config_tensor(by_tensor)}
+    old = {"a.weight": qdata(INT8), "a.weight_scale": torch.ones(64, 1), "a.comfy_quant": config_tensor(by_tensor)}
     done, _, jsons = migrate(old, header(a=by_header))
     assert jsons == {"a": by_header}
     sentences(str(dict(done.changes)))
@@ -145,7 +145,7 @@ def test_the_header_is_read_where_the_tensor_disagrees(migrate, by_header, by_te
 def test_the_header_is_read_for_formats_of_others_too(tmp_path):
     other = {"format": "convrot_w4a4", "convrot_groupsize": 64}
     old = {
-        "a.weight": codes(),
+        "a.weight": qdata(),
         "a.weight_scale": torch.ones(()),
         "b.weight": torch.zeros(4, 4, dtype=INT8),
         "b.weight_scale": torch.ones(4),
@@ -164,7 +164,7 @@ def test_the_header_is_read_for_formats_of_others_too(tmp_path):
 def test_orphans_go_and_formats_of_others_stay(migrate, sentences):
     rotated = {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16}
     old = {
-        "a.weight": codes(INT8),
+        "a.weight": qdata(INT8),
         "a.weight_scale": torch.ones(64, 1),
         "a.comfy_quant": config_tensor(rotated),
         "gone.weight": random(8, 8),
@@ -191,16 +191,16 @@ def test_each_part_of_a_checkpoint_has_its_own_mark(migrate):
     "tensors, config",
     [
         (
-            {"a.weight": codes(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)},
+            {"a.weight": qdata(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)},
             {"format": "int8_tensorwise", "convrot": True},
         ),
-        ({"a.weight": codes(INT8), "a.weight_scale": torch.ones(())}, {"format": "int8_tensorwise", "convrot": True}),
+        ({"a.weight": qdata(INT8), "a.weight_scale": torch.ones(())}, {"format": "int8_tensorwise", "convrot": True}),
         (
-            {"a.weight": codes(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)},
+            {"a.weight": qdata(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)},
             {"format": "int8_blockwise", "group_size": 100},
         ),
         ({"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(), None),
-        ({"a.weight": codes(INT8)} | old_fp8(), None),
+        ({"a.weight": qdata(INT8)} | old_fp8(), None),
     ],
 )
 def test_what_would_not_be_what_was_meant_is_not_written(tmp_path, migrate, tensors, config, sentences):
@@ -216,7 +216,7 @@ TWICE = [("weight_scale", "scale_weight"), ("input_scale", "scale_input")]
 def test_a_scale_by_two_names_is_refused(tmp_path, migrate, names, sentences):
     """One of them would be chosen, and the other stay under a name that is written again."""
     scales = {f"blocks.0.mlp.{name}": torch.tensor(value) for name, value in zip(names, (0.02, 3.0), strict=True)}
-    layer = {"blocks.0.mlp.weight": codes(), "blocks.0.mlp.weight_scale": torch.tensor(0.02)}
+    layer = {"blocks.0.mlp.weight": qdata(), "blocks.0.mlp.weight_scale": torch.tensor(0.02)}
     with sentences.raises(SourceError):
         migrate(layer | scales)
     assert not (tmp_path / "new.safetensors").exists()
@@ -224,7 +224,7 @@ def test_a_scale_by_two_names_is_refused(tmp_path, migrate, names, sentences):
 
 def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate, sentences):
     """ComfyUI uses such a layer as it is."""
-    old = old_fp8() | {"plain.weight": codes(), "plain.bias": random(64).to(FP8)}
+    old = old_fp8() | {"plain.weight": qdata(), "plain.bias": random(64).to(FP8)}
     done, made, jsons = migrate(old)
     assert set(jsons) == {"blocks.0.mlp"}
     assert all(
@@ -236,7 +236,7 @@ def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate, sentence
 
 def test_formats_of_others_stay_as_they_are(tmp_path):
     other = {"format": "nvfp4", "group_size": 16}
-    old = {"a.weight": codes(), "a.weight_scale": torch.ones(()), "b.weight": torch.zeros(4, 4, dtype=torch.uint8)}
+    old = {"a.weight": qdata(), "a.weight_scale": torch.ones(()), "b.weight": torch.zeros(4, 4, dtype=torch.uint8)}
     old |= {"b.comfy_quant": config_tensor(other), "b.weight_scale": torch.ones(4, 1).to(FP8)}
     save_file(old, tmp_path / "old.safetensors")
     migrate_file(tmp_path / "old.safetensors", tmp_path / "new.safetensors")
@@ -268,7 +268,7 @@ def test_what_is_refused(tmp_path, migrate, sentences):
     with sentences.raises(NothingToQuantizeError):
         migrate({"a.weight": random(8, 8)})
     with sentences.raises(SourceError):
-        migrate({"a.weight": codes(), "a.weight_scale": torch.ones(3, 5)})
+        migrate({"a.weight": qdata(), "a.weight_scale": torch.ones(3, 5)})
     assert not (tmp_path / "new.safetensors").exists()
     migrate(old_fp8())
     with sentences.raises(OutputError):
