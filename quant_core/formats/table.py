@@ -34,15 +34,10 @@ def find_format(name: str) -> Format:
 
 
 def find_sibling(entry: Format, granularity: str) -> Format | None:
-    """The format of the same elements that has this granularity, if there is one."""
-    return next(
-        (
-            other
-            for other in FORMATS.values()
-            if other.elements == entry.elements and granularity in other.granularities
-        ),
-        None,
-    )
+    """The format of the same elements and kind of scales that has this granularity, if there is one."""
+    kind = (entry.elements, entry.codec.scales)
+    others = (other for other in FORMATS.values() if (other.elements, other.codec.scales) == kind)
+    return next((other for other in others if granularity in other.granularities), None)
 
 
 def with_granularity(name: str, granularity: str | None) -> str:

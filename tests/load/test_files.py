@@ -67,13 +67,13 @@ CEILING_OF_A_HEADER = 1e9
 OPEN = """
 import sys
 from learned_rounding.benchmarks.memory import peak_memory
-from learned_rounding.quant_core import sources
+from learned_rounding.quant_core import output, sources
 from learned_rounding.quant_core.errors import SourceError
 
 open_it, file = sys.argv[1:]
 before = peak_memory()
 try:
-    getattr(sources, open_it)(file)
+    {"open_source": sources.open_source, "inspect_file": output.inspect_file}[open_it](file)
 except SourceError:
     pass
 print(peak_memory() - before)

@@ -81,7 +81,7 @@ def test_what_a_rule_says(value, choice):
     [
         "{",
         "[1]",
-        "[" * 100_000,
+        pytest.param("[" * 100_000, id="deep"),
         '{"x": 3}',
         '{"x": {"skip": false}}',
         '{"x": {"convrot": true}}',
