@@ -10,9 +10,9 @@ const NO_SPACE = [0, -4]; // older canvases reserve 4 below each widget, includi
  * valueOf(other) is undefined for a value that another node provides; such a value satisfies every condition.
  */
 export function matters(conditions, valueOf) {
-  const holds = ([other, told]) => {
+  const holds = ([other, expected]) => {
     const value = valueOf(other);
-    return value === undefined || (Array.isArray(told) ? told.includes(value) : !told.not.includes(value));
+    return value === undefined || (Array.isArray(expected) ? expected.includes(value) : !expected.not.includes(value));
   };
   return conditions.some((condition) => Object.entries(condition).every(holds));
 }

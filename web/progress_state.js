@@ -191,8 +191,8 @@ export function follows(state, event) {
 
 /** The state after all messages of a run, or the given state if it is further. */
 export function replay(state, run) {
-  const told = run.reduce((before, event) => advanced(before, event, inPlace), IDLE);
-  return told.prompt === state.prompt && told.seq < state.seq ? state : told;
+  const replayed = run.reduce((before, event) => advanced(before, event, inPlace), IDLE);
+  return replayed.prompt === state.prompt && replayed.seq < state.seq ? state : replayed;
 }
 
 /**
@@ -200,8 +200,8 @@ export function replay(state, run) {
  * The given state is kept if it describes the same end in more detail.
  */
 export function summarised(state, summaries) {
-  const told = replay(IDLE, summaries.map((summary, seq) => ({ ...summary, prompt: "", seq })));
-  return state.phase === "done" && secondsOf(state) === secondsOf(told) ? state : told;
+  const replayed = replay(IDLE, summaries.map((summary, seq) => ({ ...summary, prompt: "", seq })));
+  return state.phase === "done" && secondsOf(state) === secondsOf(replayed) ? state : replayed;
 }
 
 const secondsOf = ({ parts, calibrated }) => (calibrated ?? parts).seconds;
@@ -285,9 +285,9 @@ export function cellLines(cell, rounding) {
 
 // The gain is that of the displayed error, except for principal rounding, which minimizes another one.
 function errorWords({ error, output_error = null, gain = null }, rounding) {
-  const [told, key] = output_error === null ? [error, "weightError"] : [output_error, "outputError"];
+  const [shown, key] = output_error === null ? [error, "weightError"] : [output_error, "outputError"];
   const comparable = gain > 0 && (output_error !== null || rounding !== "principal");
-  const words = say(key, { error: `${comparable ? `${formatError(told / gain)} → ` : ""}${formatError(told)}` });
+  const words = say(key, { error: `${comparable ? `${formatError(shown / gain)} → ` : ""}${formatError(shown)}` });
   return gain === null ? words : `${words} (${nearestWords(gain)})`;
 }
 

@@ -46,7 +46,7 @@ class ProgressPanel {
   #node;
   #state = IDLE;
   #scheduled = false;
-  #told = null; // cells of the current legend
+  #shown = null; // cells of the current legend
   #cancelled = null; // prompt whose cancellation was requested
   #rule = null;
 
@@ -142,8 +142,8 @@ class ProgressPanel {
 
   #drawLegend() {
     const { cells } = this.#state;
-    if (cells === this.#told) return;
-    this.#told = cells;
+    if (cells === this.#shown) return;
+    this.#shown = cells;
     const entries = legend(cells);
     entries.forEach(({ kind, label, count }, place) => {
       const entry = this.legend.children[place] ?? this.legend.appendChild(element("span", "lr-entry", [element("i", "lr-swatch"), ""]));
@@ -152,8 +152,8 @@ class ProgressPanel {
         swatch.dataset.kind = kind;
         swatch.style.background = background(kind);
       }
-      const told = `${label} ${count}`;
-      if (text.data !== told) text.data = told;
+      const shown = `${label} ${count}`;
+      if (text.data !== shown) text.data = shown;
     });
     while (this.legend.children.length > entries.length) this.legend.lastChild.remove();
     this.legend.title = [...entries.map(({ label, count }) => `${label}: ${count}`), ...this.#refused(), say("shades")].join("\n");

@@ -93,7 +93,7 @@ def _stock_support(found: list[str], encoders: bool) -> str:
     if not found:
         return "Stock ComfyUI loads it as plain weights."
     if unknown := [name for name in found if name not in READABLE]:
-        return f"It contains {', '.join(unknown)}, which this version cannot judge."
+        return f"It contains {', '.join(unknown)}, which this version does not know."
     releases = [READABLE[name].stock_since for name in found] + [_ENCODERS_SINCE] * encoders
     if None in releases:
         ours = [name for name in found if READABLE[name].stock_since is None]

@@ -1,7 +1,7 @@
 """Hidden partial files: created next to the output, locked while their run lives, published or removed at its end.
 
-The lock is on the partial file itself (flock, LockFileEx), so the system releases it when the process dies. A partial file
-without a lock belongs to a dead run: another run may resume it from the journal next to it, or remove both.
+The lock is on the partial file itself (flock, LockFileEx), so the system releases it when the process ends. A partial file
+without a lock belongs to a killed run: another run may resume it from the journal next to it, or remove both.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from .publish import WINDOWS, final_path, flush_folder, output_error, publish_fi
 __all__ = ["JOURNAL_SUFFIX", "PartialFile", "claim_partial", "remove_leftovers"]
 
 PARTIAL_SUFFIX, JOURNAL_SUFFIX = ".partial", ".journal"
-_ABANDONED = 86_400  # s without a write, after which a partial file on a disk without locks belongs to a dead run
+_ABANDONED = 86_400  # s without a write, after which a partial file on a disk without locks belongs to a killed run
 _THREADS = 3  # one opens or publishes the file, one computes checksums, one flushes
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
 def _lock(file: IO[bytes]) -> bool | None:
-    """Lock a file until it is closed or the process dies; False if it is locked, None if the disk has no locks."""
+    """Lock a file until it is closed or the process ends; False if it is locked, None if the disk has no locks."""
     try:
         return lock_descriptor(file.fileno(), blocking=False)
     except OSError:
@@ -40,7 +40,7 @@ def _lock(file: IO[bytes]) -> bool | None:
 
 
 def claim_partial(file: IO[bytes]) -> bool:
-    """Lock the partial file of a dead run; False if its run lives."""
+    """Lock the partial file of a killed run; False if its run is active."""
     locked = _lock(file)
     return bool(locked) or (locked is None and time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED)
 
@@ -50,7 +50,7 @@ def _leftovers(path: Path, suffix: str) -> list[Path]:
 
 
 def remove_leftovers(path: Path) -> int:
-    """Remove partial files and journals of dead runs with the output ``path``; returns the number of partial files."""
+    """Remove partial files and journals of killed runs with the output ``path``; returns the number of partial files."""
     removed = 0
     for partial in _leftovers(path, PARTIAL_SUFFIX):
         with contextlib.suppress(OSError), open(partial, "r+b") as file:
@@ -103,7 +103,7 @@ class PartialFile:
         return self._hidden.with_suffix(JOURNAL_SUFFIX)
 
     def leftovers(self) -> list[Path]:
-        """Partial files of other runs, dead or alive, with the same output."""
+        """Partial files of other runs, active or killed, with the same output."""
         return _leftovers(self._prefix, PARTIAL_SUFFIX)
 
     def create(self) -> None:
@@ -166,7 +166,7 @@ class PartialFile:
         if WINDOWS:
             self.file.close()  # Windows renames no open file
         assert self._hidden is not None
-        # Elsewhere the file keeps its lock until it has its name: an unlocked one would look like that of a dead run.
+        # Elsewhere the file keeps its lock until it has its name: an unlocked one would look like that of a killed run.
         self.matched_existing = not publish_file(self._hidden, self.path, overwrite=self._overwrite)
         if self.matched_existing:
             with contextlib.suppress(OSError):

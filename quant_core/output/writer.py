@@ -35,7 +35,7 @@ class TensorJournal(Protocol):
     """Record of a writer's tensors, from which another process can continue; used by the thread that writes."""
 
     def open(self, partial: PartialFile, data_start: int) -> TensorLayout:
-        """Open a partial file, new or of a dead run, and return its layout; data begins at byte ``data_start``."""
+        """Open a partial file, new or of a killed run, and return its layout; data begins at byte ``data_start``."""
         ...
 
     def record_tensor(self, name: str, info: TensorInfo, crc: int, payload: bytes) -> None:
@@ -57,7 +57,7 @@ class SafetensorsWriter:
         reserve: bytes to reserve for the header, from :func:`header_bytes`.
         overwrite: replace an existing file; otherwise :meth:`finish` refuses, unless its content is the same.
         unfinished: file name that the hidden file names contain; by default that of ``path``.
-        journal: records tensors so that another process can continue; restores those of a dead run.
+        journal: records tensors so that another process can continue; restores those of a killed run.
         check: called while a thread opens or finishes the file; raise in it to cancel without waiting for the disk.
     """
 

@@ -49,8 +49,8 @@ def round_gptq(
     Raises:
         CalibrationError: the Hessian is not positive semi-definite.
     """
-    seen = quadratic.column_weight
-    order = torch.arange(weight.shape[1], device=weight.device) if seen is None else seen.argsort(stable=True)
+    diagonal = quadratic.column_weight
+    order = torch.arange(weight.shape[1], device=weight.device) if diagonal is None else diagonal.argsort(stable=True)
     unit = _unit_factor(quadratic, order)
     coupling = _coupling(quadratic, order) if passes else None
     qdata = torch.empty(weight.shape, dtype=space.elements.dtype, device=weight.device)

@@ -1,4 +1,4 @@
-"""The optimizers and learning-rate schedules that gradient rounding can be told to use."""
+"""Optimizers and learning-rate schedules of gradient-based rounding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

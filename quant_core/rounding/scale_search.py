@@ -63,9 +63,9 @@ _Pass = tuple[torch.Tensor, torch.Tensor]  # scale float32 (*counts), and the ra
 def _passes(
     weight: torch.Tensor, start: torch.Tensor, parent: torch.Tensor | None, ratios: torch.Tensor, space: SolveSpace
 ) -> list[_Pass]:
-    """What the candidates are judged in: passes over the weight, each with a scale and some of the ratios."""
+    """How the candidates are compared: passes over the weight, each with a scale and some of the ratios."""
     if space.scales.continuous:
-        # A GPU judges all candidates while a weight is in registers; on a CPU one at a time can be cancelled sooner.
+        # A GPU compares all candidates while a weight is in registers; on a CPU one at a time can be cancelled sooner.
         return [(start, ratios)] if weight.is_cuda else [(start, ratio) for ratio in ratios.split(1)]
     one = ratios.new_ones(1)
     snapped = (space.scales.snap(start * ratio, parent) for ratio in ratios)

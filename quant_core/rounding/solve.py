@@ -125,29 +125,30 @@ class WeightSolver:
 
     def _choose_best(self, solutions: list[Solution], objective: Quadratic) -> Solution:
         """The solution of least loss by the validation Hessian, else by the objective; the first is round to nearest."""
-        known = self._judge()
-        judge = known or objective
-        losses = [self._loss(judge, solution) for solution in solutions]
+        output_error = self._output_error()
+        compared = output_error or objective
+        losses = [self._loss(compared, solution) for solution in solutions]
         close = [index for index, loss in enumerate(losses) if loss <= min(losses) * (1 + _CLOSE)]
         if len(close) > 1:
             for index in {0, *close}:
-                losses[index] = self._loss(judge, solutions[index], exact=True)
+                losses[index] = self._loss(compared, solutions[index], exact=True)
         least = min(losses)
         best = solutions[losses.index(least)]
-        output_error = _relative(least, self._total(judge)) if known else None
-        return dataclasses.replace(best, gain=_relative(least, losses[0], 1.0), output_error=output_error)
+        relative = _relative(least, self._total(compared)) if output_error else None
+        return dataclasses.replace(best, gain=_relative(least, losses[0], 1.0), output_error=relative)
 
-    def _judge(self) -> Quadratic | None:
+    def _output_error(self) -> Quadratic | None:
         """The error of the layer's output, on the validation Hessian where there is one; None without a calibration."""
         hessian = self.validation_hessian() if self.validated else None
         hessian = self.hessian if hessian is None else hessian
         return None if hessian is None else Quadratic(hessian=hessian, row_weight=self.row_weight)
 
     def _with_output_error(self, solution: Solution) -> Solution:
-        judge = self._judge()
-        if judge is None:
+        quadratic = self._output_error()
+        if quadratic is None:
             return solution
-        return dataclasses.replace(solution, output_error=_relative(self._loss(judge, solution), self._total(judge)))
+        relative = _relative(self._loss(quadratic, solution), self._total(quadratic))
+        return dataclasses.replace(solution, output_error=relative)
 
     def _search_scale(
         self, amax: torch.Tensor, parent: torch.Tensor | None, quadratic: Quadratic

@@ -6,7 +6,7 @@ from ..linalg import lapack
 
 __all__ = ["leading_singular_vectors"]
 
-# Up to this smaller side the eigenvectors of the exact Gram W·Wᵀ are the fastest way too (H100: 53 ms for 3072).
+# Up to this smaller side the eigenvectors of the exact matrix W·Wᵀ are the fastest too (H100: 53 ms for 3072).
 _EXACT = 4096
 _OVERSAMPLING = 32
 _ITERATIONS = 6
@@ -17,7 +17,7 @@ def leading_singular_vectors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """U (out, k) and V (in, k), orthonormal, of the k largest singular values.
 
-    ``full`` takes the complete SVD. Otherwise the eigenvectors of the smaller Gram, or, beyond 4096 on both sides,
+    ``full`` takes the complete SVD. Otherwise the eigenvectors of the smaller Gram matrix, or, beyond 4096 on both sides,
     seeded randomized subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4).
 
     Args:
@@ -35,7 +35,7 @@ def leading_singular_vectors(
 
 
 def _orthonormal(vectors: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of columns that are nearly orthogonal already: by their Gram, by QR where they are not."""
+    """An orthonormal basis of columns that are nearly orthogonal already: by their Gram matrix, by QR where they are not."""
     scaled = vectors / vectors.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
     lower, info = lapack(torch.linalg.cholesky_ex, scaled.t() @ scaled)
     if not info and lower.diagonal().min() > 0.5:

@@ -79,7 +79,7 @@ def test_a_broken_layer_counts_as_broken(tmp_path):
     assert inspect_file(tmp_path / "a.safetensors").quantized == {"int8_tensorwise (broken)": 1}
 
 
-def test_formats_of_others_are_named_and_not_judged(tmp_path, sentences):
+def test_unknown_formats_are_named(tmp_path, sentences):
     save_file(
         {"a.weight": torch.zeros(4, 4, dtype=torch.uint8), "a.comfy_quant": config('{"format":"nvfp9"}')},
         tmp_path / "a.safetensors",
