@@ -38,6 +38,7 @@ VARYING = [
         (r"\.[0-9a-f]{8}\.partial\b", ".ID.partial"),
         (r"\b\d[\d,.]* (s|ms)\b", r"N \1"),
         (r"learned_rounding \d+\.\d+[\w.]*", "learned_rounding VERSION"),
+        (r"\blearned_rounding_[0-9a-f]{12}\b", "learned_rounding_ID"),
         (r"\btmp[a-z0-9_]{8}\b", "TMPNAME"),
         (r"(cannot be used here: ).*", r"\1TORCH_ERROR"),
         (r"\(choose from [^)]*\)", "(choose from CHOICES)"),

@@ -73,7 +73,7 @@ from learned_rounding.quant_core.errors import SourceError
 open_it, file = sys.argv[1:]
 before = peak_memory()
 try:
-    {"open_source": sources.open_source, "inspect_file": output.inspect_file}[open_it](file)
+    (output.inspect_file if open_it == "inspect_file" else getattr(sources, open_it))(file)
 except SourceError:
     pass
 print(peak_memory() - before)

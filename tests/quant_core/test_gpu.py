@@ -92,7 +92,7 @@ def anisotropic(inner: int, seed: int = 0) -> torch.Tensor:
 
 
 LEARNED = {
-    "sequential": {"rounding": "calibrated"},
+    "gptq": {"rounding": "calibrated"},
     "descent": {"rounding": "calibrated", "sweeps": 2},
     "principal": {"rounding": "principal"},
     "adamw": {"rounding": "calibrated", "optimizer": "adamw", "num_iter": 60},

@@ -402,7 +402,7 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
 
 
 def test_the_strip_shows_format_gain_and_what_is_kept(graph):
-    learned = {"solver": "sequential", "gain": 0.4, "output_error": 0.01}
+    learned = {"solver": "gptq", "gain": 0.4, "output_error": 0.01}
     nan = {"state": "kept", "name": NAME.format(3), "shape": [64, 64], "reason": "holds NaN"}
     float8 = {"format": "float8_e4m3fn", "granularity": "tensor"}
     kept = ["txt_in.weight", "img_in.weight"]
@@ -435,7 +435,7 @@ def test_the_strip_shows_format_gain_and_what_is_kept(graph):
 
 
 def test_pointing_at_a_layer_shows_its_card(graph):
-    more = {"solver": "sequential", "gain": 0.5, "output_error": 0.01, "scale": [0.001, 0.002], "convrot": 16}
+    more = {"solver": "gptq", "gain": 0.5, "output_error": 0.01, "scale": [0.001, 0.002], "convrot": 16}
     send(graph, start(4, ["txt_in.weight"]), layer(0, 4, 0.02, **more))
     assert panel(graph)["card"] == []
     point(graph, 1, 5)
@@ -443,7 +443,7 @@ def test_pointing_at_a_layer_shows_its_card(graph):
         "double_blocks.0.img_attn.qkv.weight",
         "64×64 · int8_tensorwise per row, ConvRot 16",
         "output error 0.02000 → 0.01000 (0.50× nearest)",
-        "sequential · scale 0.001 to 0.002",
+        "gptq · scale 0.001 to 0.002",
     ]
     assert panel(graph)["worst"] == []
     point(graph, 0, 5)
@@ -514,7 +514,7 @@ def test_the_worst_layers_are_told_by_the_error_of_the_summary(graph):
     send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01))
     heading = graph.locator(".lr-heading")
     assert heading.inner_text() == "Largest weight errors" and panel(graph)["worst"][0][1] == "0.09000"
-    learned = {"solver": "sequential", "gain": 0.5, "output_error": 0.02}
+    learned = {"solver": "gptq", "gain": 0.5, "output_error": 0.02}
     send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01, **learned))
     assert heading.inner_text() == "Largest output errors" and [error for _, error in panel(graph)["worst"]] == [
         "0.02000"
@@ -568,7 +568,7 @@ def test_the_keyboard_reaches_everything(graph):
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_names_and_contrast_in_both_themes(graph, theme):
     graph.evaluate("(theme) => window.app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
-    more = {"solver": "sequential", "gain": 0.5, "output_error": 0.01, "scale": [0.001, 0.002]}
+    more = {"solver": "gptq", "gain": 0.5, "output_error": 0.01, "scale": [0.001, 0.002]}
     send(graph, start(6, ["txt_in.weight"]), layer(0, 6, 0.02, **more))
     point(graph, 1, 7, click=True)
     texts = graph.locator(".lr-progress").evaluate(_CONTRAST)
@@ -593,7 +593,7 @@ def test_names_and_contrast_in_both_themes(graph, theme):
 def test_every_cell_stands_out_from_either_theme(graph, theme):
     """By what is on the screen, three to one (WCAG 2, 1.4.11)."""
     graph.evaluate("(theme) => window.app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
-    learned = {"solver": "sequential", "gain": 0.4, "output_error": 0.01}
+    learned = {"solver": "gptq", "gain": 0.4, "output_error": 0.01}
     formats = [*FORMATS, "a_format_of_a_later_release"]
     count = 2 * len(formats) + 2
     nan = {"state": "kept", "name": NAME.format(0), "shape": [64, 64], "reason": "holds NaN"}

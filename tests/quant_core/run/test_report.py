@@ -102,12 +102,12 @@ def test_the_table_says_which_solver_won_and_by_how_much(sentences):
     layers = [
         replace(layer(f"blocks.{index}.weight", 0.1, index), solver=solver, gain=gain, output_error=error, note=note)
         for index, (solver, gain, error, note) in enumerate(
-            [("sequential", 0.4, 0.01, ""), ("nearest", 1.0, 0.03, "rounded on the CPU"), ("sequential", 0.5, 0.02, "")]
+            [("gptq", 0.4, 0.01, ""), ("nearest", 1.0, 0.03, "rounded on the CPU"), ("gptq", 0.5, 0.02, "")]
         )
     ]
     made = Report("model.safetensors", "int8_tensorwise", "row", "calibrated", "flux", layers=layers)
     sentences(made.table())
-    assert made.to_dict()["solvers"] == {"sequential": 2, "nearest": 1}
+    assert made.to_dict()["solvers"] == {"gptq": 2, "nearest": 1}
     sentences(report(0.1).table())
     assert report(0.1).to_dict()["median_gain"] is None
 
