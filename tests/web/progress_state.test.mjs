@@ -62,18 +62,18 @@ test("a run goes from idle over its layers to a summary", () => {
 });
 
 test("what learned rounding won is told while it runs and at the end", () => {
-  const learned = { solver: "sequential", gain: 0.517, output_error: 0.01 };
+  const learned = { solver: "gptq", gain: 0.517, output_error: 0.01 };
   const running = play([start(), layer(0, 0.01, learned)]);
-  assert.equal(state.words(running)[1], "3.0 s left · 2 MB/s · sequential 0.52× nearest · output error 0.01000");
+  assert.equal(state.words(running)[1], "3.0 s left · 2 MB/s · gptq 0.52× nearest · output error 0.01000");
   const plain = play([layer(1, 0.01, { solver: "nearest", gain: null, output_error: null })], "run", running);
   assert.equal(state.words(plain)[1], "2.0 s left · 2 MB/s");
-  const end = play([done({ median_gain: 0.5, solvers: { sequential: 3, nearest: 1 } })], "run", plain);
+  const end = play([done({ median_gain: 0.5, solvers: { gptq: 3, nearest: 1 } })], "run", plain);
   assert.deepEqual(state.words(end), [
-    "8 MB → 4.1 MB (51 %) · 0.50× nearest", "4 layers in 4.0 s · median error 0.02500", "Layers won: sequential 3, nearest 1",
+    "8 MB → 4.1 MB (51 %) · 0.50× nearest", "4 layers in 4.0 s · median error 0.02500", "Layers won: gptq 3, nearest 1",
   ]);
-  const both = play([start(), done({ median_gain: 0.6, solvers: { sequential: 2, adamw: 1 } })], "run", end);
+  const both = play([start(), done({ median_gain: 0.6, solvers: { gptq: 2, adamw: 1 } })], "run", end);
   assert.equal(state.words(both)[0], "16 MB → 8.2 MB (51 %) · 0.50×–0.60× nearest");
-  assert.equal(state.words(both)[2], "Layers won: sequential 5, nearest 1, adamw 1");
+  assert.equal(state.words(both)[2], "Layers won: gptq 5, nearest 1, adamw 1");
 });
 
 test("only the worst three layers are kept, worst first", () => {
@@ -167,11 +167,11 @@ test("every layer has a cell, from the plan on, in the order of the source", () 
   const begun = play([start({ total: 2, plan, reasons: ["", "an embedding"] })]);
   assert.deepEqual(begun.cells.map(({ state }) => state), ["kept", "planned", "planned"]);
   const nan = { state: "kept", name: "blocks.1.attn.qkv.weight", shape: [8, 8], reason: "holds NaN" };
-  const end = play([layer(0, 0.02, { gain: 0.5, output_error: 0.01, solver: "sequential", scale: [0.001, 0.00234], convrot: 16 }), nan], "run", begun);
+  const end = play([layer(0, 0.02, { gain: 0.5, output_error: 0.01, solver: "gptq", scale: [0.001, 0.00234], convrot: 16 }), nan], "run", begun);
   assert.deepEqual(end.cells.map(({ name }) => name), plan.map(([name]) => name));
   assert.deepEqual(end.cells.map((cell) => state.cellLines(cell, end.rounding)), [
     ["4×4", "kept in full precision: an embedding"],
-    ["8×8 · int8_tensorwise per row, ConvRot 16", "output error 0.02000 → 0.01000 (0.50× nearest)", "sequential · scale 0.001 to 0.00234"],
+    ["8×8 · int8_tensorwise per row, ConvRot 16", "output error 0.02000 → 0.01000 (0.50× nearest)", "gptq · scale 0.001 to 0.00234"],
     ["8×8", "kept in full precision: holds NaN"],
   ]);
   assert.deepEqual(state.legend(end.cells), [
@@ -188,7 +188,7 @@ test("an error before rounding is told only where it is known", () => {
   const error = (more, rounding) => state.cellLines({ ...layer(0, 0.02), state: "quantized", solver: "nearest", ...more }, rounding)[1];
   assert.equal(error({}, "nearest"), "weight error 0.02000");
   assert.equal(error({ gain: 0.8 }, "auto"), "weight error 0.02500 → 0.02000 (0.80× nearest)");
-  assert.equal(error({ gain: 0.8, solver: "sequential" }, "principal"), "weight error 0.02000 (0.80× nearest)");
+  assert.equal(error({ gain: 0.8, solver: "gptq" }, "principal"), "weight error 0.02000 (0.80× nearest)");
 });
 
 test("colours are the stronger the more of nearest's error is gone", () => {
