@@ -90,7 +90,7 @@ class DecodedSource:
         if layer.config and "weight" in layer.parts:
             dtype = self.origin.tensors[layer.parts["weight"]].dtype
             raise SourceError(
-                f"{self.name}: {layer.name} is in format {format or dtype} and has no scale; fetch the file again."
+                f"{self.name}: {layer.name} is in format {format or dtype} and has no scale; download the file again."
             )
 
     def _dequantize(self, layer: StoredLayer, qdata: torch.Tensor) -> torch.Tensor:
