@@ -68,18 +68,20 @@ def detect_layer(layer: str, config: Mapping[str, object], tensors: Mapping) -> 
     weight = tensors.get(f"{layer}.weight")
     if weight is None:
         raise ValueError(f"{layer}: has a quantization entry and no weight")
-    expected, suffixes = [], ["weight"]
+    expected, problems, suffixes = [], [], ["weight"]
     for granularity in format.granularities:
         try:
             codec = format.codec.from_config(format, config, granularity)
             specs = codec.specs(codec.weight_shape(tuple(weight.shape), config))
         except (RecipeError, ValueError) as error:
-            expected.append(str(error).rstrip("."))
+            problems.append(str(error).rstrip("."))
             continue
         if all(spec.matches(tensors.get(f"{layer}.{suffix}")) for suffix, spec in specs.items()):
             return codec
         suffixes = list(specs)
         expected.append(", ".join(f"{suffix} {spec.dtype} {spec.shape}" for suffix, spec in specs.items()))
+    if not expected:
+        raise ValueError(f"{layer}: {problems[0]}")
     found = ", ".join(f"{suffix} {_describe(tensors.get(f'{layer}.{suffix}'))}" for suffix in suffixes)
     raise ValueError(f"{layer}: {format.name} needs {' or '.join(expected)}; the file has {found}")
 
