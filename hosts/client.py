@@ -9,6 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ __all__ = ["ComfyClient"]
 _HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class ComfyClient:
+class ComfyClient(ABC):
     """Client of the ComfyUI on a port of 127.0.0.1 whose base directory is ``base``."""
 
     def __init__(self, base: Path, port: int | None = None):
@@ -34,13 +35,13 @@ class ComfyClient:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @abstractmethod
     def log_tail(self) -> str:
         """Last lines of the server's log, for error messages."""
-        raise NotImplementedError
 
+    @abstractmethod
     def connection_error(self, message: str, events: list[Event]) -> HostError:
         """Error for a failed connection: the process has ended, or it does not respond."""
-        raise NotImplementedError
 
     # -------------------------------------------------------------------------------------------- requests
 

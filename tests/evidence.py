@@ -46,7 +46,7 @@ def format_table(tries: Sequence[Try]) -> str:
 
 
 def collect_fault_patterns() -> list[re.Pattern]:
-    """Patterns of all fault names that tests pass to ``tried``; ``.+`` stands for the placeholders of f-strings."""
+    """Patterns of all fault names that tests pass to ``tried``; ``.+`` replaces the placeholders of f-strings."""
     nodes = (
         node
         for path in sorted(TESTS.rglob("test_*.py"))

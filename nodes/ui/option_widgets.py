@@ -16,7 +16,7 @@ def option_widget(id: str, option: Option, note: str = "", *, details: bool = Fa
     Args:
         id: of the input.
         note: added to the tooltip, one or more sentences.
-        details: add range and default to the tooltip, for a widget whose own default stands for "not given".
+        details: add range and default to the tooltip, for a widget whose own default means "not given".
         settings: of :func:`~.schema.widget`; they override those from the table.
     """
     text = option.describe(details)

@@ -5,6 +5,7 @@ module per family. A :class:`Codec` is a format with every choice made: granular
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -119,7 +120,7 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Codec:
+class Codec(ABC):
     """A format with every choice made. The subclass of a family defines how a layer is stored.
 
     Attributes:
@@ -185,9 +186,9 @@ class Codec:
         """The space in which a weight (out, in) is rounded."""
         return SolveSpace(self.format.elements, self.groups(shape), self.scales, self.rotation)
 
+    @abstractmethod
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Suffix → what the layer's tensors are for a weight (out, in); its JSON tensor and optional ones left out."""
-        raise NotImplementedError
 
     def optional(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """The same of tensors that a layer may have."""
@@ -209,21 +210,21 @@ class Codec:
         return stored[0], stored[1]
 
     def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Suffix → tensor of a layer, as in :meth:`specs`.
+        """Suffix → tensor of a layer, as in :meth:`specs`; read-only formats have no such method.
 
         Args:
             qdata: quantized values (out, in) in the element format's dtype.
             scale, parent: effective scales float32 (*counts) and their parent level, see :class:`~.scales.ScaleFormat`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.format.name} is read only")
 
+    @abstractmethod
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         """The weight (out, in) of a layer as float32 in the original basis, on the device of its tensors.
 
         Raises:
             ValueError, RuntimeError: the tensors contradict each other.
         """
-        raise NotImplementedError
 
     def unrotate(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight from the stored basis to the original one (the ConvRot matrix is its own inverse)."""

@@ -11,7 +11,7 @@ __all__ = ["FORMAT_ALIASES", "FormatAlias", "make_format"]
 
 @dataclass(frozen=True)
 class FormatAlias:
-    """What a short name stands for: a format, and its granularity and ConvRot unless others are given."""
+    """Target of a short name: a format, and its granularity and ConvRot unless others are given."""
 
     format: str
     granularity: str | None = None

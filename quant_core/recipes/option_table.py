@@ -26,7 +26,7 @@ class FormatOption(Option):
     """An option that applies to some formats.
 
     Attributes:
-        applies: whether it applies to layers with this codec; None stands for format measured.
+        applies: whether it applies to layers with this codec; None is format measured.
     """
 
     applies: Callable[[Codec | None], bool]

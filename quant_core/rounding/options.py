@@ -208,7 +208,7 @@ class RoundingConfig:
         return OPTIONS[name].default if value is None else value
 
     def resolve(self, calibrated: bool) -> "RoundingConfig":
-        """The configuration of a run: "auto" becomes the method it stands for, with or without a calibration.
+        """The configuration of a run: "auto" becomes the method that is the default with or without a calibration.
 
         Raises:
             RecipeError: an option has no effect, or rounding calibrated has no calibration.

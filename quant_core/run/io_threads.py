@@ -63,20 +63,15 @@ class LayerWriter:
         source_tensors: Mapping[str, torch.Tensor],
     ) -> None:
         """Write one layer once the previous one is written; ``events``, ``config`` and ``source_tensors`` are for the journal."""
-        self.wait()
-        self._pending = self._pool.submit(self._write, tensors, events, config, source_tensors)
 
-    def _write(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        events: Sequence[LayerEvent],
-        config: Mapping[str, object] | None,
-        source_tensors: Mapping[str, torch.Tensor],
-    ) -> None:
-        for name, tensor in tensors.items():
-            self._sink.add(name, tensor)
-        if self._journal is not None:
-            self._journal.record_layer(events, config, source_tensors)
+        def write() -> None:
+            for name, tensor in tensors.items():
+                self._sink.add(name, tensor)
+            if self._journal is not None:
+                self._journal.record_layer(events, config, source_tensors)
+
+        self.wait()
+        self._pending = self._pool.submit(write)
 
     def wait(self) -> None:
         """Wait until the previous layer is written."""

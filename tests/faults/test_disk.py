@@ -82,7 +82,7 @@ def test_writing_fails_anywhere(case, often, tried, code, sentences):
 
 @pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
 def test_going_on_fails_anywhere(one_case, often, tried, code):
-    """A run that takes up a dead one's layers, on a disk of which one operation fails, a read too: what is not sure is made again."""
+    """A run that resumes another, on a disk where one operation fails, reads included: what is uncertain is quantized again."""
     case = one_case
 
     def dead():
@@ -96,7 +96,7 @@ def test_going_on_fails_anywhere(one_case, often, tried, code):
     points += [at for at, operation in enumerate(disk.operations) if operation.startswith("cut")]  # when all was read
     looked = next(
         at for at, operation in enumerate(disk.operations) if operation.startswith("write")
-    )  # at what the dead run left
+    )  # at the files of the killed run
     for at in points:
         dead()
         with Disk(at, once(failing(code)), reads=True).under():
@@ -106,7 +106,7 @@ def test_going_on_fails_anywhere(one_case, often, tried, code):
         case.again()
         case.clear()
     tried(
-        f"{errno.errorcode[code]} at a random operation of a run that goes on with a dead one's",
+        f"{errno.errorcode[code]} at a random operation of a run that resumes another",
         len(points),
         "whole or none",
     )
@@ -307,7 +307,7 @@ def test_a_run_that_fails_leaves_no_folder_behind(one_case, tried):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_odd_file_names(tmp_path, name, tried):
-    """Under any name the file is the same, a dead run of it is taken up, and other files stay."""
+    """Under any name the file is the same, a killed run is resumed, and other files stay."""
     case = make_case(tmp_path, name=f"{name}.safetensors")
     other = tmp_path / f".other{name}.safetensors.00000000.partial"
     other.write_bytes(b"another's")
@@ -465,7 +465,7 @@ def cancelled_in_a_hanging(case, disk, *modules):
 
 
 def test_who_cancels_does_not_wait_for_what_a_dead_run_left_to_be_read(one_case, often, tried):
-    """It is read before anything is taken up, and stays where it was."""
+    """The journal is read before anything is resumed, and stays in place."""
 
     def dead() -> list[str]:
         assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 60)
@@ -484,7 +484,7 @@ def test_who_cancels_does_not_wait_for_what_a_dead_run_left_to_be_read(one_case,
         assert quantized(one_case).taken_up > 3
         one_case.again()
         one_case.clear()
-    tried("cancelled while what a dead run left is read", len(points), "at once, it stays, next run goes on with it")
+    tried("cancelled while the journal of a killed run is read", len(points), "at once, it stays, next run resumes it")
 
 
 def test_removals_that_fail_hide_no_error(one_case, monkeypatch, tried, sentences):
@@ -530,7 +530,7 @@ def _no_locks(*_, **__):
 
 
 def test_a_disk_without_locks(one_case, monkeypatch, tried):
-    """Whether a run lives cannot be seen there: its files are left alone for a day, then taken up or removed."""
+    """Active runs cannot be recognized there: files are kept for a day, then resumed or removed."""
     monkeypatch.setattr(partial_files, "lock_descriptor", _no_locks)
     assert killed(one_case.source, one_case.target, one_case.recipe, "disk", 40)
     partial, journal = sorted(one_case.target.parent.glob(".*"), reverse=True)
@@ -542,7 +542,7 @@ def test_a_disk_without_locks(one_case, monkeypatch, tried):
     os.utime(partial, (long_ago, long_ago))
     assert quantized(one_case).taken_up > 0
     one_case.again()
-    tried("a disk without locks", 2, "whole or none; a dead run is taken up after a day")
+    tried("a disk without locks", 2, "whole or none; a killed run is resumed after a day")
 
 
 def test_a_new_file_that_another_run_takes_for_a_dead_ones(one_case, monkeypatch, tried):
@@ -564,7 +564,7 @@ def test_a_new_file_that_another_run_takes_for_a_dead_ones(one_case, monkeypatch
     one_case.check(complete=True)
     others[0].close()
     one_case.again()
-    tried("a new file is removed as a dead run's", 1, "whole")
+    tried("a new file is removed as that of a killed run", 1, "whole")
 
 
 def test_a_calibration_that_changes_below_a_run_makes_no_file(one_case, often, tried, sentences):

@@ -1,4 +1,4 @@
-"""Runs that die: what they finished is taken up by the next run of the same, and by no other."""
+"""Killed runs: their finished layers are resumed by the next run with the same key, and by no other."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def points(case) -> dict[str, int]:
 
 
 def noted(folder: Path) -> list[str]:
-    """Layers that dead runs have finished, by their journals."""
+    """Finished layers of killed runs, by their journals."""
     found = []
     for path in folder.glob(".*.journal"):
         with open(path, "rb") as file:
@@ -323,7 +323,7 @@ def test_weights_in_memory_are_taken_up_when_they_are_the_dead_runs(tmp_path, ch
     tried(
         "weights in memory after kill -9, changed between sampled pages or not",
         1,
-        "the same are taken up, none of others",
+        "the same are resumed, no others",
     )
 
 

@@ -48,7 +48,7 @@ def _operations(layout, dtype: torch.dtype) -> dict[str, bool]:
     holds = {
         "the weight is what its codes mean": torch.equal(decoded, decode(coded).to(dtype)),
         "the weight is near the original": 0 < distance(decoded, weight) < 0.03,
-        "stands for the original": (coded.shape, coded.dtype) == (weight.shape, dtype),
+        "has shape and dtype of the original": (coded.shape, coded.dtype) == (weight.shape, dtype),
     }
     inputs = [normal(*shape) for shape in INPUTS]
     for x in inputs:
