@@ -124,11 +124,12 @@ def _reference(name: str) -> Implementation:
     return Implementation(lambda: getattr(reference, name))
 
 
-# Operation → backend → implementation, best first.
+# Operation → backend → implementation, best first. Those of quantize_inputs and scaled_linear return a function for
+# activations of one shape, which :mod:`.prepared` keeps.
 OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "quantize_inputs": {
-        "triton": Implementation(_from_triton("quantize_inputs"), (*_KERNEL, FLOATS, WEIGHT_BLOCKS)),
-        "reference": _reference("quantize_inputs"),
+        "triton": Implementation(_from_triton("prepare_quantizer"), (*_KERNEL, FLOATS, WEIGHT_BLOCKS)),
+        "reference": _reference("prepare_quantizer"),
     },
     "quantize_weight": {
         "triton": Implementation(_from_triton("quantize_weight"), (*_KERNEL, FLOATS, WEIGHT_BLOCKS)),
@@ -139,12 +140,12 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         "reference": _reference("dequantize_weight"),
     },
     "scaled_linear": {
-        "triton": Implementation(_from_triton("scaled_linear"), (*_KERNEL, FLOATS, HALF, BLOCKS)),
-        "autotuned": Implementation(_from_triton("autotuned_linear"), (*_KERNEL, FLOATS, HALF, BLOCKS)),
+        "triton": Implementation(_from_triton("prepare_linear"), (*_KERNEL, FLOATS, HALF, BLOCKS)),
+        "autotuned": Implementation(_from_triton("prepare_autotuned_linear"), (*_KERNEL, FLOATS, HALF, BLOCKS)),
         "torch": Implementation(
-            lambda: tensor_cores.scaled_linear, (CUDA, NVIDIA, AMPERE, *map(Need._make, tensor_cores.NEEDS))
+            lambda: tensor_cores.prepare_linear, (CUDA, NVIDIA, AMPERE, *map(Need._make, tensor_cores.NEEDS))
         ),
-        "reference": _reference("scaled_linear"),
+        "reference": _reference("prepare_linear"),
     },
     "round_block": {
         "triton": Implementation(_from_triton("round_block"), (CUDA, NVIDIA, TRITON, COUPLED, COLUMNS)),

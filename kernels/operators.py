@@ -7,7 +7,9 @@ a scale group: they are part of the API.
 import torch
 
 from .backends import implementation
+from .checks import check, check_block_size, check_linear, check_rotation, check_scale
 from .element_format import ElementArithmetic
+from .prepared import prepared_linear
 
 __all__ = [
     "dequantize_weight",
@@ -43,27 +45,11 @@ def _get_or_register(name: str, register):
     return getattr(namespace, name).default
 
 
-def _inference_operator(name: str, schema: str, fake):
-    """Operator for inference: traceable by torch.compile, without a gradient."""
+def _operator(name: str, schema: str, run, fake):
+    """Register ``run`` as the operator ``name`` on every device; without a gradient.
 
-    def run(*arguments):
-        return implementation(name, *arguments)(*arguments)
-
-    def register(qualified: str) -> None:
-        torch.library.custom_op(qualified, run, mutates_args=(), schema=schema).register_fake(fake)
-
-    return _get_or_register(name, register)
-
-
-def _rounding_operator(name: str, schema: str, fake):
-    """Operator for quantizing files; its last three arguments are the fields of an :class:`ElementArithmetic`.
-
-    Not a ``custom_op``: its first call would import torch's compiler, which takes 1 s and 150 MB and is not needed here.
+    Not a ``custom_op``: one takes 26 µs more per call, and its first call imports torch's compiler (1 s, 150 MB).
     """
-
-    def run(*arguments):
-        arguments = *arguments[:-3], ElementArithmetic(*arguments[-3:])
-        return implementation(name, *arguments)(*arguments)
 
     def register(qualified: str) -> None:
         torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
@@ -71,6 +57,27 @@ def _rounding_operator(name: str, schema: str, fake):
         torch.library.register_fake(qualified, fake)
 
     return _get_or_register(name, register)
+
+
+def _dispatched(name: str):
+    """Function that computes an operation by the implementation for its arguments."""
+    return lambda *arguments: implementation(name, *arguments)(*arguments)
+
+
+def _rounding(name: str):
+    """As :func:`_dispatched`; the last three arguments are the fields of an :class:`ElementArithmetic`."""
+
+    def run(*arguments):
+        arguments = *arguments[:-3], ElementArithmetic(*arguments[-3:])
+        return implementation(name, *arguments)(*arguments)
+
+    return run
+
+
+def _quantize_activations_once(x, dtype, block_size, rotate_by):
+    arguments = x, dtype, block_size, rotate_by
+    qdata, scale = implementation("quantize_inputs", *arguments)(*arguments)(x)
+    return qdata, scale.t()
 
 
 def _fake_quantize_inputs(x, dtype, block_size, rotate_by):
@@ -85,69 +92,51 @@ def _fake_quantize_weight(weight, dtype, block_size):
     return weight.new_empty(out, inner, dtype=dtype), weight.new_empty(counts, dtype=torch.float32)
 
 
-_quantize_inputs = _inference_operator(
+def _fake_scaled_linear(x, codes, scale, bias, block_size, rotate_by, out_dtype):
+    check_linear(x, codes, scale, bias, block_size, rotate_by)
+    return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=out_dtype)
+
+
+_quantize_inputs = _operator(
     "quantize_inputs",
     "(Tensor x, ScalarType dtype, int block_size, int rotate_by) -> (Tensor, Tensor)",
+    _quantize_activations_once,
     _fake_quantize_inputs,
 )
-_quantize_weight = _inference_operator(
+_quantize_weight = _operator(
     "quantize_weight",
     "(Tensor weight, ScalarType dtype, int block_size) -> (Tensor, Tensor)",
+    _dispatched("quantize_weight"),
     _fake_quantize_weight,
 )
-_dequantize_weight = _inference_operator(
+_dequantize_weight = _operator(
     "dequantize_weight",
     "(Tensor codes, Tensor scale, int block_size, int rotate_by, ScalarType dtype) -> Tensor",
+    _dispatched("dequantize_weight"),
     lambda codes, scale, block_size, rotate_by, dtype: codes.new_empty(codes.shape, dtype=dtype),
 )
-_scaled_linear = _inference_operator(
+_scaled_linear = _operator(
     "scaled_linear",
     "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int block_size, int rotate_by, ScalarType out_dtype) -> Tensor",
-    lambda x, codes, scale, bias, block_size, rotate_by, out_dtype: x.new_empty(
-        x.shape[0], codes.shape[0], dtype=out_dtype
-    ),
+    prepared_linear,
+    _fake_scaled_linear,
 )
-_round_block = _rounding_operator(
+_round_block = _operator(
     "round_block",
     "(Tensor weight, Tensor shift, Tensor? before, Tensor? coupling, Tensor scale, int tile_rows,"
     " int mantissa, float smallest, float largest) -> (Tensor, Tensor)",
+    _rounding("round_block"),
     lambda weight, *_: (weight.new_empty(weight.shape, dtype=torch.float16), torch.empty_like(weight)),
 )
-_scale_errors = _rounding_operator(
+_scale_errors = _operator(
     "scale_errors",
     "(Tensor weight, Tensor scale, Tensor ratios, Tensor? column_weight, int tile_rows, int tile_columns, int group,"
     " int mantissa, float smallest, float largest) -> Tensor",
+    _rounding("scale_errors"),
     lambda weight, scale, ratios, column_weight, tile_rows, tile_columns, group, *_: scale.new_empty(
         ratios.shape[0], -(-weight.shape[0] // group), scale.shape[1]
     ),
 )
-
-
-def _check(condition: bool, message: str, *values) -> None:
-    if not condition:
-        raise ValueError(message.format(*values))
-
-
-def _check_block_size(block_size: int) -> None:
-    _check(
-        isinstance(block_size, int) and block_size > 0,
-        "The block size must be a positive integer, not {!r}.",
-        block_size,
-    )
-
-
-def _check_rotation(inner: int, rotate_by: int, block_size: int = 0) -> None:
-    _check(
-        not (rotate_by and block_size),
-        "A rotated weight needs scales per row or per tensor; leave out rotate_by or block_size.",
-    )
-    _check(rotate_by in (0, 16, 64, 256), "The rotation group size must be 16, 64 or 256, not {}.", rotate_by)
-    _check(
-        not rotate_by or inner % rotate_by == 0,
-        "Rotation groups of {} do not divide {} channels; choose a smaller group.",
-        rotate_by,
-        inner,
-    )
 
 
 def _quantize_activations(x: torch.Tensor, dtype: torch.dtype, block_size: int = 0, rotate_by: int = 0):
@@ -170,7 +159,7 @@ def quantize_int8_row(x: torch.Tensor, *, rotate_by: int = 0) -> tuple[torch.Ten
     Raises:
         ValueError: the group size does not divide K.
     """
-    _check_rotation(x.shape[-1], rotate_by)
+    check_rotation(x.shape[-1], rotate_by)
     return _quantize_activations(x, torch.int8, 0, rotate_by)
 
 
@@ -191,7 +180,7 @@ def quantize_int8_block(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor,
     Returns:
         qdata int8 (…, K) and scale float32 (…, ⌈K/block_size⌉), whose memory layout is block-major.
     """
-    _check_block_size(block_size)
+    check_block_size(block_size)
     return _quantize_activations(x, torch.int8, block_size)
 
 
@@ -200,7 +189,7 @@ def quantize_fp8_block(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, 
 
     As :func:`quantize_int8_block`; the scheme of DeepSeek-V3 (arXiv 2412.19437).
     """
-    _check_block_size(block_size)
+    check_block_size(block_size)
     return _quantize_activations(x, FP8, block_size)
 
 
@@ -216,42 +205,14 @@ def quantize_fp8_row_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 def quantize_int8_block_weight(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a weight (N, K) to int8 with one scale per square block: float32 (⌈N/block_size⌉, ⌈K/block_size⌉)."""
-    _check_block_size(block_size)
+    check_block_size(block_size)
     return _quantize_weight(weight, torch.int8, block_size)
 
 
 def quantize_fp8_block_weight(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a weight (N, K) to float8_e4m3fn with one scale per square block, as the int8 function does."""
-    _check_block_size(block_size)
+    check_block_size(block_size)
     return _quantize_weight(weight, FP8, block_size)
-
-
-def _check_scale(qdata: torch.Tensor, scale: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Return the scale in the shape that kernels expect: (N, 1), (1, 1) or one per block.
-
-    Raises:
-        ValueError: the scale's shape does not match the quantized weight.
-    """
-    out, inner = qdata.shape
-    if block_size:
-        expected = -(-out // block_size), -(-inner // block_size)
-        _check(
-            scale.shape == expected,
-            "A quantized weight {} in blocks of {} needs a scale of shape {}, not {}.",
-            tuple(qdata.shape),
-            block_size,
-            expected,
-            tuple(scale.shape),
-        )
-        return scale
-    _check(
-        scale.numel() in (1, out),
-        "A quantized weight {} needs a scale with 1 or {} values, not of shape {}.",
-        tuple(qdata.shape),
-        out,
-        tuple(scale.shape),
-    )
-    return scale.reshape(-1, 1)
 
 
 def dequantize_weight(
@@ -272,8 +233,8 @@ def dequantize_weight(
     Raises:
         ValueError: shapes do not match, or both a rotation and blocks are given.
     """
-    _check_rotation(codes.shape[1], rotate_by, block_size or 0)
-    return _dequantize_weight(codes, _check_scale(codes, scale, block_size or 0), block_size or 0, rotate_by, dtype)
+    check_rotation(codes.shape[1], rotate_by, block_size or 0)
+    return _dequantize_weight(codes, check_scale(codes, scale, block_size or 0), block_size or 0, rotate_by, dtype)
 
 
 def scaled_linear(
@@ -302,39 +263,26 @@ def scaled_linear(
     Raises:
         ValueError: shapes do not match.
     """
-    _check(
-        x.shape[-1] == codes.shape[1],
-        "Activations with {} channels do not match a quantized weight of shape {}.",
-        x.shape[-1],
-        tuple(codes.shape),
-    )
-    _check(
-        bias is None or bias.shape == codes.shape[:1],
-        "The bias must have shape ({},) to match a quantized weight of shape {}.",
-        codes.shape[0],
-        tuple(codes.shape),
-    )
-    _check_rotation(codes.shape[1], rotate_by, block_size)
-    scale = _check_scale(codes, scale, block_size)
-    flat = x.reshape(-1, x.shape[-1])
-    out = _scaled_linear(flat, codes, scale, bias, block_size, rotate_by, out_dtype or x.dtype)
-    return out.view(*x.shape[:-1], codes.shape[0])
+    # Tracers see an operator; eager calls skip the dispatcher, which takes as long as a launch.
+    eager = type(x) is torch.Tensor and not torch.compiler.is_compiling() and not x.requires_grad
+    run = prepared_linear if eager else _scaled_linear
+    return run(x, codes, scale, bias, block_size, rotate_by, out_dtype or x.dtype)
 
 
 def _typed_linear(x, qdata, scale, bias, dtype: torch.dtype, **options) -> torch.Tensor:
-    _check(qdata.dtype is dtype, "The quantized weight must be {}, not {}.", dtype, qdata.dtype)
+    check(qdata.dtype is dtype, "The quantized weight must be {}, not {}.", dtype, qdata.dtype)
     return scaled_linear(x, qdata, scale, bias, **options)
 
 
 def int8_block_linear(x, codes, scale, bias=None, *, block_size: int = 128, out_dtype=None) -> torch.Tensor:
     """:func:`scaled_linear` for int8 in square blocks; activations in 1×``block_size`` (JetFire, arXiv 2403.12422)."""
-    _check_block_size(block_size)
+    check_block_size(block_size)
     return _typed_linear(x, codes, scale, bias, torch.int8, block_size=block_size, out_dtype=out_dtype)
 
 
 def fp8_block_linear(x, codes, scale, bias=None, *, block_size: int = 128, out_dtype=None) -> torch.Tensor:
     """:func:`scaled_linear` for float8_e4m3fn in square blocks (DeepSeek-V3, arXiv 2412.19437)."""
-    _check_block_size(block_size)
+    check_block_size(block_size)
     return _typed_linear(x, codes, scale, bias, FP8, block_size=block_size, out_dtype=out_dtype)
 
 

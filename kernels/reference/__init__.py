@@ -1,7 +1,7 @@
 """Every kernel in plain torch: the oracle of the Triton kernels, and the implementation for devices without Triton."""
 
-from .linear import scaled_linear
-from .quantize import LARGEST, SMALLEST_AMAX, dequantize_weight, quantize_inputs, quantize_weight
+from .linear import prepare_linear
+from .quantize import LARGEST, SMALLEST_AMAX, dequantize_weight, prepare_quantizer, quantize_inputs, quantize_weight
 from .rounding import element_step, round_block, round_to_element, scale_errors
 
 __all__ = [
@@ -9,10 +9,11 @@ __all__ = [
     "SMALLEST_AMAX",
     "dequantize_weight",
     "element_step",
+    "prepare_linear",
+    "prepare_quantizer",
     "quantize_inputs",
     "quantize_weight",
     "round_block",
     "round_to_element",
     "scale_errors",
-    "scaled_linear",
 ]

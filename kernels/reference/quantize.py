@@ -4,7 +4,7 @@ import torch
 
 from ..hadamard import rotate
 
-__all__ = ["LARGEST", "SMALLEST_AMAX", "dequantize_weight", "quantize_inputs", "quantize_weight"]
+__all__ = ["LARGEST", "SMALLEST_AMAX", "dequantize_weight", "prepare_quantizer", "quantize_inputs", "quantize_weight"]
 
 # Largest magnitude of a quantized value. int8 is symmetric: −128 is not used.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -48,6 +48,16 @@ def quantize_inputs(x: torch.Tensor, dtype: torch.dtype, block_size: int, rotate
     by_block = scale.new_empty(scale.shape[1], rows)
     by_block.copy_(scale.squeeze(2).t())
     return qdata.flatten(1)[:, :inner].contiguous(), by_block.t()
+
+
+def prepare_quantizer(x, dtype: torch.dtype, block_size: int, rotate_by: int, keep: bool = True):
+    """As :func:`..triton.quantize.prepare_quantizer`, by :func:`quantize_inputs`."""
+
+    def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        qdata, scale = quantize_inputs(x, dtype, block_size, rotate_by)
+        return qdata, scale.t()
+
+    return quantize
 
 
 def quantize_weight(weight: torch.Tensor, dtype: torch.dtype, block_size: int):

@@ -16,7 +16,9 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["SHIPPED", "Specialized", "block_matmul", "occupancy"]
+from .launcher import Launcher, bind_descriptor
+
+__all__ = ["SHIPPED", "Specialized", "occupancy", "prepare_product"]
 
 
 class Specialized(NamedTuple):
@@ -229,41 +231,50 @@ def occupancy(rows: int, columns: int, device: torch.device) -> float:
     return (whole + halved) / (waves * processors)
 
 
-def block_matmul(x, input_scale, qdata, scale, bias, block_size: int, out_dtype, launch: Specialized) -> torch.Tensor:
-    """Compute x·ŵᵀ + bias for quantized x (M, K) and ``qdata`` (N, K); the block size is a multiple of 128."""
-    (rows, inner), columns = x.shape, qdata.shape[0]
-    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
-    dtype = gl.int8 if qdata.dtype is torch.int8 else gl.float8e4nv
-    whole, halved, processors = _split_waves(rows, columns, x.device)
+def prepare_product(operands, block_size: int, out_dtype: torch.dtype, launch: Specialized, keep: bool = True):
+    """As :func:`.linear.prepare_product`; the block size is a multiple of 128."""
+    x, input_scale, qdata, scale, bias = operands
+    (rows, inner), columns, device = x.shape, qdata.shape[0], x.device
+    integer = qdata.dtype is torch.int8
+    element = torch.int8 if integer else torch.float8_e4m3fn
+    whole, halved, processors = _split_waves(rows, columns, device)
+    constants = {
+        "INTEGER": integer,
+        "BLOCK": block_size,
+        "HAS_BIAS": bias is not None,
+        "ROWS": launch.rows,
+        "PART": launch.part,
+        "INNER": launch.inner,
+        "STAGES": launch.stages,
+    }
 
-    def operand(matrix: torch.Tensor, height: int) -> TensorDescriptor:
+    def describe(matrix: torch.Tensor, height: int) -> TensorDescriptor:
         tile = [height, launch.inner]
-        return TensorDescriptor.from_tensor(matrix, tile, gl.NVMMASharedLayout.get_default_for(tile, dtype))
+        layout = gl.NVMMASharedLayout.get_default_for(tile, gl.int8 if integer else gl.float8e4nv)
+        descriptor = TensorDescriptor.from_tensor(matrix.view(element), tile, layout)
+        descriptor.base = None  # a prepared product keeps no tensor in memory
+        return descriptor
 
-    for first, units, parts in ((0, whole, 4), (whole, 2 * halved, 2)):
-        if units:
-            _block_matmul[(min(units, processors),)](
-                operand(x, launch.rows),
-                operand(qdata, parts * launch.part),
-                out,
-                scale if bias is None else bias,
-                input_scale,
-                scale,
-                rows,
-                columns,
-                inner,
-                first,
-                units,
-                input_scale.stride(1),
-                scale.stride(0),
-                INTEGER=qdata.dtype is torch.int8,
-                BLOCK=block_size,
-                HAS_BIAS=bias is not None,
-                ROWS=launch.rows,
-                PART=launch.part,
-                INNER=launch.inner,
-                STAGES=launch.stages,
-                PARTS=parts,
-                num_warps=WARPS,
-            )
-    return out
+    a_descriptor = describe(x, launch.rows)
+    parts = [
+        (
+            Launcher(
+                _block_matmul, (min(units, processors),), {**constants, "PARTS": parts}, keep=keep, num_warps=WARPS
+            ),
+            describe(qdata, parts * launch.part),
+            (rows, columns, inner, first, units, rows, scale.stride(0)),
+        )
+        for first, units, parts in ((0, whole, 4), (whole, 2 * halved, 2))
+        if units
+    ]
+
+    def multiply(operands) -> torch.Tensor:
+        x, input_scale, qdata, scale, bias = operands
+        out = torch.empty((rows, columns), dtype=out_dtype, device=device)
+        a, weight = bind_descriptor(a_descriptor, x.view(element)), qdata.view(element)
+        for run, b_descriptor, sizes in parts:
+            b = bind_descriptor(b_descriptor, weight)
+            run(a, b, out, scale if bias is None else bias, input_scale, scale, *sizes)
+        return out
+
+    return multiply

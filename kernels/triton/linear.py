@@ -1,5 +1,6 @@
 """8-bit linear layers in Triton: tensor cores multiply quantized values, CUDA cores scale the sum of each block."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,8 @@ import triton.language as tl
 
 from .. import devices, tuning
 from ..hadamard import rotate
-from .quantize import as_bits, decode_e4m3, quantize_inputs
+from .launcher import Launcher, bind_descriptor
+from .quantize import as_bits, decode_e4m3, prepare_quantizer
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -25,9 +27,10 @@ __all__ = [
     "SHIPPED",
     "SHIPPED_FEW_ROWS",
     "Launch",
-    "autotuned_linear",
-    "multiply",
-    "scaled_linear",
+    "Operands",
+    "prepare_autotuned_linear",
+    "prepare_linear",
+    "prepare_product",
     "shipped_launch",
 ]
 
@@ -179,54 +182,60 @@ def _scaled_matmul(
     tl.store(pointers, value.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
-def multiply(
-    x, input_scale, qdata, scale, bias, block_size: int, out_dtype: torch.dtype, launch: Launch
-) -> torch.Tensor:
-    """Compute x·ŵᵀ + bias for one launch configuration.
+class Operands(NamedTuple):
+    """Quantized operands of a product.
 
-    Args:
-        x: quantized activations (M, K) with ``input_scale``; or unquantized ones with ``input_scale`` None, which are
-            multiplied by the dequantized FP8 weight.
-        qdata: quantized weight (N, K), rows contiguous.
+    Attributes:
+        x: bits of the quantized activations (M, K) with ``input_scale``; or unquantized ones with ``input_scale`` None, which
+            are multiplied by the dequantized FP8 weight.
+        input_scale: float32 (⌈K/block_size⌉ or 1, M), or None.
+        qdata: bits of the quantized weight (N, K), contiguous.
+        scale: float32 (N, 1), (1, 1) or one per block.
+        bias: (N,) or None.
     """
-    rows, inner = x.shape
+
+    x: torch.Tensor
+    input_scale: torch.Tensor | None
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def prepare_product(operands: Operands, block_size: int, out_dtype: torch.dtype, launch: Launch, keep: bool = True):
+    """Prepare x·ŵᵀ + bias for operands with the shapes, dtypes and alignment of ``operands``; returns a function of them."""
+    x, input_scale, qdata, scale, bias = operands
+    (rows, inner), columns, device = x.shape, qdata.shape[0], x.device
     step = min(launch.inner, block_size) if block_size else launch.inner
-    columns = qdata.shape[0]
-    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
-    decode = input_scale is None
+    decode, tma = input_scale is None, launch.tma
     tiles = triton.cdiv(rows, launch.rows) * triton.cdiv(columns, launch.columns)
-    a, b = x if decode else as_bits(x), as_bits(qdata)
-    if launch.tma:
-        a = TensorDescriptor(a, a.shape, a.stride(), [launch.rows, step])
-        b = TensorDescriptor(b, b.shape, b.stride(), [launch.columns, step])
-    _scaled_matmul[(tiles,)](
-        a,
-        b,
-        out,
-        scale if bias is None else bias,
-        scale if decode else input_scale,
-        scale,
-        rows,
-        columns,
-        inner,
-        x.stride(0),
-        qdata.stride(0),
-        0 if decode else input_scale.stride(1),
-        scale.stride(0) if block_size else 0,
-        int(scale.numel() > 1),
-        INTEGER=qdata.dtype is torch.int8,
-        DECODE=decode,
-        BLOCK=block_size,
-        HAS_BIAS=bias is not None,
-        EVEN=inner % step == 0,
-        TMA=launch.tma,
-        ROWS=launch.rows,
-        COLUMNS=launch.columns,
-        INNER=step,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-    )
-    return out
+    constants = {
+        "INTEGER": qdata.dtype is torch.int8,
+        "DECODE": decode,
+        "BLOCK": block_size,
+        "HAS_BIAS": bias is not None,
+        "EVEN": inner % step == 0,
+        "TMA": tma,
+        "ROWS": launch.rows,
+        "COLUMNS": launch.columns,
+        "INNER": step,
+    }
+    run = Launcher(_scaled_matmul, (tiles,), constants, keep=keep, num_warps=launch.warps, num_stages=launch.stages)
+    scale_stride = scale.stride(0) if block_size else 0
+    sizes = (rows, columns, inner, inner, inner, 0 if decode else rows, scale_stride, int(scale.numel() > 1))
+    if tma:
+        a_descriptor = TensorDescriptor(x, x.shape, x.stride(), [launch.rows, step])
+        b_descriptor = TensorDescriptor(qdata, qdata.shape, qdata.stride(), [launch.columns, step])
+        a_descriptor.base = b_descriptor.base = None  # a prepared product keeps no tensor in memory
+
+    def multiply(operands: Operands) -> torch.Tensor:
+        a, input_scale, b, scale, bias = operands
+        out = torch.empty((rows, columns), dtype=out_dtype, device=device)
+        if tma:
+            a, b = bind_descriptor(a_descriptor, a), bind_descriptor(b_descriptor, b)
+        run(a, b, out, scale if bias is None else bias, scale if decode else input_scale, scale, *sizes)
+        return out
+
+    return multiply
 
 
 def _can_tma(*operands: torch.Tensor) -> bool:
@@ -278,46 +287,61 @@ def _candidate_launches(
     }
 
 
-def _quantize_and_multiply(x, qdata, scale, bias, block_size, rotate_by, out_dtype, choose) -> torch.Tensor:
-    """Quantize x, unless an FP8 weight must be dequantized, and multiply with the launch that ``choose`` returns.
+def prepare_linear(
+    x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype, choose=None, keep: bool = True
+):
+    """Prepare :func:`...operators.scaled_linear` for tensors with the shapes, dtypes and alignment of the arguments.
 
-    ``choose(run, activations, qdata, decode)`` gets a function that runs the product with a launch.
+    Args:
+        x: activations (M, K), contiguous.
+        qdata: quantized weight (N, K), contiguous.
+        scale: float32, contiguous.
+        choose: (run, operands) → launch, where ``run(launch)`` computes the product; None for the shipped launch.
+        keep: see :class:`.launcher.Launcher`.
+
+    Returns:
+        Function of (x, qdata, scale, bias).
     """
-    qdata = qdata if qdata.stride(1) == 1 else qdata.contiguous()
-    decode = qdata.dtype is not torch.int8 and not devices.has_fp8_matmul(x.device)
-    if decode:
-        activations, input_scale = (rotate(x, rotate_by).to(x.dtype) if rotate_by else x.contiguous()), None
+    if qdata.dtype is torch.int8 or devices.has_fp8_matmul(x.device):
+        quantize = prepare_quantizer(x, qdata.dtype, block_size, rotate_by, keep)
     else:
-        activations, input_scale = quantize_inputs(x, qdata.dtype, block_size, rotate_by)
-    scale = scale.float().contiguous()
+        quantize = functools.partial(_rotate_only, rotate_by=rotate_by)
 
-    def run(launch) -> torch.Tensor:
-        product = multiply if isinstance(launch, Launch) else hopper.block_matmul
-        return product(activations, input_scale, qdata, scale, bias, block_size, out_dtype, launch)
+    def operands(x, qdata, scale, bias) -> Operands:
+        activations, input_scale = quantize(x)
+        if input_scale is not None:
+            activations = as_bits(activations)
+        return Operands(activations, input_scale, as_bits(qdata), scale, bias)
 
-    return run(choose(run, activations, qdata, decode))
+    first = operands(x, qdata, scale, bias)
+    decode = first.input_scale is None
+
+    def prepare(launch):
+        product = prepare_product if isinstance(launch, Launch) else hopper.prepare_product
+        return product(first, block_size, out_dtype, launch, keep)
+
+    if choose is None:
+        launch = shipped_launch(first.x, first.qdata, block_size, decode)
+    else:
+        launch = choose(_candidate_launches(first.x, first.qdata, block_size, decode), lambda it: prepare(it)(first))
+    multiply = prepare(launch)
+
+    def linear(x, qdata, scale, bias) -> torch.Tensor:
+        return multiply(operands(x, qdata, scale, bias))
+
+    return linear
 
 
-def scaled_linear(x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
-    """See :func:`...operators.scaled_linear`; with shipped launches."""
-    return _quantize_and_multiply(
-        x,
-        qdata,
-        scale,
-        bias,
-        block_size,
-        rotate_by,
-        out_dtype,
-        lambda run, activations, qdata, decode: shipped_launch(activations, qdata, block_size, decode),
-    )
+def _rotate_only(x: torch.Tensor, rotate_by: int) -> tuple[torch.Tensor, None]:
+    """Activations for a dequantized weight: rotated, not quantized."""
+    return (rotate(x, rotate_by).to(x.dtype) if rotate_by else x), None
 
 
-def autotuned_linear(x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
-    """See :func:`...operators.scaled_linear`; with the launch measured as fastest for this shape."""
+def prepare_autotuned_linear(x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype, **options):
+    """As :func:`prepare_linear`, with the launch measured as fastest for this shape."""
+    key = tuning.shape_key("launch", x, qdata, block_size, out_dtype)
 
-    def choose(run, activations, qdata, decode: bool):
-        launches = _candidate_launches(activations, qdata, block_size, decode)
-        key = tuning.shape_key("launch", x, qdata, block_size, out_dtype)
+    def choose(launches, run):
         return launches[tuning.fastest(key, list(launches), lambda name: run(launches[name]))]
 
-    return _quantize_and_multiply(x, qdata, scale, bias, block_size, rotate_by, out_dtype, choose)
+    return prepare_linear(x, qdata, scale, bias, block_size, rotate_by, out_dtype, choose, **options)

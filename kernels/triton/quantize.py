@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from ..reference import LARGEST, SMALLEST_AMAX
+from .launcher import Launcher
 
-__all__ = ["CONFIGS", "SEPARATE", "dequantize_weight", "quantize_inputs", "quantize_weight"]
+__all__ = ["CONFIGS", "SEPARATE", "dequantize_weight", "prepare_quantizer", "quantize_weight"]
 
 # No fused multiply-add: every operation is rounded as in plain torch, and the quantized values are bit-identical.
 SEPARATE = {"enable_fp_fusion": False}
@@ -305,32 +306,44 @@ def rows_config(columns: int, group: int) -> tuple[dict[str, object], int]:
     return {"COLUMNS": 2048, "WHOLE": False}, 4
 
 
-def quantize_inputs(x: torch.Tensor, dtype: torch.dtype, block_size: int, rotate_by: int):
-    """See :func:`..reference.quantize.quantize_inputs`."""
-    x = _with_contiguous_rows(x)
-    rows, columns = x.shape
+def prepare_quantizer(x: torch.Tensor, dtype: torch.dtype, block_size: int, rotate_by: int, keep: bool = True):
+    """Prepare the quantization of activations with the shape, dtype, row stride and alignment of ``x``.
+
+    Args:
+        x: (M, K).
+        dtype, block_size, rotate_by: see :func:`..reference.quantize.quantize_inputs`.
+        keep: see :class:`Launcher`.
+
+    Returns:
+        Function of activations: quantized values (M, K) of ``dtype`` and scale float32 (⌈K/block_size⌉ or 1, M).
+    """
+    device, (rows, columns) = x.device, x.shape
+    stride = x.stride(0) if x.stride(1) == 1 else columns
     groups = triton.cdiv(columns, block_size) if block_size else 1
-    qdata = torch.empty(rows, columns, dtype=dtype, device=x.device)
-    scale = torch.empty(groups, rows, dtype=torch.float32, device=x.device)
-    constants, stored = format_constants(dtype, x.device), as_bits(qdata)
+    constants = format_constants(dtype, device)
     if block_size:
         config, warps = blocks_config(block_size), CONFIGS["quantize_blocks"][1]
         grid = (triton.cdiv(rows, config["ROWS"]), triton.cdiv(columns, config["COLUMNS"]))
-        _quantize_blocks[grid](
-            x, stored, scale, rows, columns, x.stride(0), rows, **constants, **config, num_warps=warps, **SEPARATE
-        )
+        kernel, sizes = _quantize_blocks, (rows, columns, stride, rows)
     else:
+        constants = {**constants, "GROUP": rotate_by}
         config, warps = rows_config(columns, rotate_by)
-        _quantize_rows[(rows,)](
-            x, stored, scale, columns, x.stride(0), **constants, GROUP=rotate_by, **config, num_warps=warps, **SEPARATE
-        )
-    return qdata, scale.t()
+        grid, kernel, sizes = (rows,), _quantize_rows, (columns, stride)
+    launch = Launcher(kernel, grid, {**constants, **config}, keep=keep, num_warps=warps, **SEPARATE)
+
+    def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        qdata = torch.empty((rows, columns), dtype=dtype, device=device)
+        scale = torch.empty((groups, rows), dtype=torch.float32, device=device)
+        launch(x if x.stride(1) == 1 else x.contiguous(), as_bits(qdata), scale, *sizes)
+        return qdata, scale
+
+    return quantize
 
 
 def quantize_weight(weight: torch.Tensor, dtype: torch.dtype, block_size: int):
     """See :func:`..reference.quantize.quantize_weight`."""
     if not block_size:
-        qdata, scale = quantize_inputs(weight, dtype, 0, 0)
+        qdata, scale = prepare_quantizer(weight, dtype, 0, 0)(weight)
         return qdata, scale.reshape(-1)[:, None]
     weight = _with_contiguous_rows(weight)
     rows, columns = weight.shape

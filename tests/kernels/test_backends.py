@@ -113,7 +113,7 @@ def test_amd_gpus_use_the_reference_and_log_it_once(monkeypatch, caplog, capabil
     backends._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=backends.log.name):
         for _ in range(2):
-            assert backends.implementation("scaled_linear", *product(dtype, block_size)) is reference.scaled_linear
+            assert backends.implementation("scaled_linear", *product(dtype, block_size)) is reference.prepare_linear
     sentences(caplog.messages)
 
 

@@ -75,11 +75,13 @@ def test_hopper_kernel_is_bit_identical_to_the_generic_one(dtype, tokens, out, i
     from learned_rounding.kernels.triton import hopper, linear, quantize
 
     qdata, scale = quantize.quantize_weight(random(out, inner, seed=1), dtype, 128)
-    activations, input_scale = quantize.quantize_inputs(random(tokens, inner), dtype, 128, 0)
+    x = random(tokens, inner)
+    activations, input_scale = quantize.prepare_quantizer(x, dtype, 128, 0)(x)
     for bias in (None, random(out, seed=2)):
-        arguments = (activations, input_scale, qdata, scale, bias, 128, torch.bfloat16)
-        plain = linear.multiply(*arguments, linear.Launch(64, 128, 128, 4, 3, tma=True))
-        assert torch.equal(hopper.block_matmul(*arguments, hopper.SHIPPED), plain)
+        operands = linear.Operands(quantize.as_bits(activations), input_scale, quantize.as_bits(qdata), scale, bias)
+        plain = linear.prepare_product(operands, 128, torch.bfloat16, linear.Launch(64, 128, 128, 4, 3, tma=True))
+        special = hopper.prepare_product(operands, 128, torch.bfloat16, hopper.SHIPPED)
+        assert torch.equal(special(operands), plain(operands))
 
 
 def test_more_than_two_billion_elements_are_indexed():
@@ -123,6 +125,23 @@ def test_autotuning_caches_its_result_on_disk(cache):
         first, again = run(x), run(x)
     assert torch.equal(first, again) and relative(first, want.double()) < 1e-2
     assert "launch; " in cache.read_text() and torch.cuda.get_device_name() in cache.read_text()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+def test_repeated_calls_equal_the_first_one(cache, name, backend):
+    """Later calls use kept launches, with tensors at other addresses and of another alignment."""
+    run = layer(name, random(1024, 1024, seed=1))
+    with kernels.using("reference"):
+        want = [run(random(512, 1024, seed=seed)) for seed in range(4)]
+    with kernels.using(backend):
+        for seed, expected in enumerate(want):
+            x = random(512, 1024, seed=seed)
+            shifted = torch.empty(512 * 1024 + 1, dtype=x.dtype, device="cuda")[1:].view(512, 1024).copy_(x)
+            first = run(x)
+            assert relative(first, expected.double()) < 1e-2
+            assert torch.equal(run(x.view(2, 256, 1024)).view(512, -1), first)
+            assert relative(run(shifted), expected.double()) < 1e-2
 
 
 def test_results_are_deterministic():

@@ -24,6 +24,18 @@ def linear(device):
     return linear
 
 
+def multiply(linear, activations, input_scale, qdata, scale, bias, block_size, out_dtype, launch):
+    """Product by the Triton kernel; ``input_scale`` (M, groups) or None."""
+    by_block = None if input_scale is None else input_scale.t()
+    x = activations if input_scale is None else as_bits(activations)
+    operands = linear.Operands(x, by_block, as_bits(qdata), scale, bias)
+    return linear.prepare_product(operands, block_size, out_dtype, launch)(operands)
+
+
+def as_bits(qdata):
+    return qdata if qdata.dtype is INT8 else qdata.view(torch.uint8)
+
+
 def exact(activations, input_scale, qdata, scale, bias, block_size):
     """What qdata mean, multiplied in float64."""
 
@@ -52,7 +64,7 @@ def test_products_match_float64(linear, device, dtype, block_size, rows, columns
     activations, input_scale = reference.quantize_inputs(random(rows, inner, device=device), dtype, block_size, 0)
     want = exact(activations, input_scale, qdata, scale, None, block_size)
     for launch in (linear.Launch(16, 32, 64, 4, 1, tma), linear.Launch(16, 64, 32, 4, 1, tma)):
-        got = linear.multiply(activations, input_scale, qdata, scale, None, block_size, torch.float32, launch)
+        got = multiply(linear, activations, input_scale, qdata, scale, None, block_size, torch.float32, launch)
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
 
 
@@ -62,7 +74,7 @@ def test_dequantized_weights_multiply_unquantized_activations(linear, device, bl
     weight, x = random(40, 192, seed=1, device=device), random(20, 192, device=device).half()
     qdata, scale = reference.quantize_weight(weight, FP8, block_size)
     bias = random(40, seed=2, device=device)
-    got = linear.multiply(x, None, qdata, scale, bias, block_size, torch.float32, linear.Launch(16, 32, 64, 4, 1))
+    got = multiply(linear, x, None, qdata, scale, bias, block_size, torch.float32, linear.Launch(16, 32, 64, 4, 1))
     want = x.double() @ reference.dequantize_weight(qdata, scale, block_size, 0, torch.float64).t() + bias.double()
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
@@ -80,7 +92,8 @@ def test_layers_on_gpus_without_fp8_do_not_quantize_activations(
     weight, x = random(48, 256, seed=1, device=device), random(9, 256, device=device).half()
     qdata, scale = reference.quantize_weight(rotate(weight, rotate_by) if rotate_by else weight, FP8, block_size)
     entry = {"triton": linear, "reference": reference}[implementation]
-    got = entry.scaled_linear(x, qdata, scale, None, block_size, rotate_by, torch.float32)
+    arguments = x, qdata, scale, None
+    got = entry.prepare_linear(*arguments, block_size, rotate_by, torch.float32)(*arguments)
     want = x.double() @ reference.dequantize_weight(qdata, scale, block_size, rotate_by, torch.float32).double().t()
     assert (got - want).norm() / want.norm() < 2e-3  # error of float16; quantized activations give 0.026
 
@@ -89,8 +102,8 @@ def test_scale_per_tensor_and_bias_of_another_dtype(linear, device):
     qdata, _ = reference.quantize_weight(random(40, 64, seed=1, device=device), INT8, 0)
     activations, input_scale = reference.quantize_inputs(random(20, 64, device=device), INT8, 0, 0)
     scale, bias = torch.full((1, 1), 0.01, device=device), random(40, seed=2, device=device).bfloat16()
-    got = linear.multiply(
-        activations, input_scale, qdata, scale, bias, 0, torch.bfloat16, linear.Launch(16, 32, 64, 4, 1)
+    got = multiply(
+        linear, activations, input_scale, qdata, scale, bias, 0, torch.bfloat16, linear.Launch(16, 32, 64, 4, 1)
     )
     want = exact(activations, input_scale, qdata, scale, bias, 0)
     assert got.dtype is torch.bfloat16

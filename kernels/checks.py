@@ -1,0 +1,82 @@
+"""Checks of the arguments of the public functions."""
+
+import torch
+
+__all__ = ["check", "check_block_size", "check_linear", "check_rotation", "check_scale"]
+
+
+def check(condition: bool, message: str, *values) -> None:
+    if not condition:
+        raise ValueError(message.format(*values))
+
+
+def check_block_size(block_size: int) -> None:
+    check(
+        isinstance(block_size, int) and block_size > 0,
+        "The block size must be a positive integer, not {!r}.",
+        block_size,
+    )
+
+
+def check_rotation(inner: int, rotate_by: int, block_size: int = 0) -> None:
+    check(
+        not (rotate_by and block_size),
+        "A rotated weight needs scales per row or per tensor; leave out rotate_by or block_size.",
+    )
+    check(rotate_by in (0, 16, 64, 256), "The rotation group size must be 16, 64 or 256, not {}.", rotate_by)
+    check(
+        not rotate_by or inner % rotate_by == 0,
+        "Rotation groups of {} do not divide {} channels; choose a smaller group.",
+        rotate_by,
+        inner,
+    )
+
+
+def check_scale(qdata: torch.Tensor, scale: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Return the scale in the shape that kernels expect: (N, 1), (1, 1) or one per block.
+
+    Raises:
+        ValueError: the scale's shape does not match the quantized weight.
+    """
+    out, inner = qdata.shape
+    if block_size:
+        expected = -(-out // block_size), -(-inner // block_size)
+        check(
+            scale.shape == expected,
+            "A quantized weight {} in blocks of {} needs a scale of shape {}, not {}.",
+            tuple(qdata.shape),
+            block_size,
+            expected,
+            tuple(scale.shape),
+        )
+        return scale
+    check(
+        scale.numel() in (1, out),
+        "A quantized weight {} needs a scale with 1 or {} values, not of shape {}.",
+        tuple(qdata.shape),
+        out,
+        tuple(scale.shape),
+    )
+    return scale.reshape(-1, 1)
+
+
+def check_linear(x, qdata, scale, bias, block_size: int, rotate_by: int) -> None:
+    """Check the shapes of a linear layer's tensors: x (…, K), qdata (N, K), its scale and its bias.
+
+    Raises:
+        ValueError: they do not match.
+    """
+    check(
+        x.shape[-1] == qdata.shape[1],
+        "Activations with {} channels do not match a quantized weight of shape {}.",
+        x.shape[-1],
+        tuple(qdata.shape),
+    )
+    check(
+        bias is None or bias.shape == qdata.shape[:1],
+        "The bias must have shape ({},) to match a quantized weight of shape {}.",
+        qdata.shape[0],
+        tuple(qdata.shape),
+    )
+    check_rotation(qdata.shape[1], rotate_by, block_size)
+    check_scale(qdata, scale, block_size)
