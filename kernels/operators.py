@@ -4,6 +4,8 @@ Operator schemas and public parameters keep the name ``codes`` for quantized val
 a scale group: they are part of the API.
 """
 
+import functools
+
 import torch
 
 from .backends import implementation
@@ -55,8 +57,13 @@ def _operator(name: str, schema: str, run, fake):
         torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(qualified, "default", run)
         torch.library.register_fake(qualified, fake)
+        torch.library.register_autograd(qualified, functools.partial(_refuse_backward, qualified))
 
     return _get_or_register(name, register)
+
+
+def _refuse_backward(name: str, context, *gradients):
+    raise NotImplementedError(f"{name} has no gradient; dequantize the weight for training.")
 
 
 def _dispatched(name: str):

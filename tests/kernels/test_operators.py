@@ -74,6 +74,12 @@ def test_layer_compiles_without_a_graph_break():
         assert torch.equal(compiled(X[:tokens]), layer(X[:tokens]))
 
 
+def test_backward_is_refused():
+    out = kernels.int8_block_linear(X.clone().requires_grad_(), QDATA, SCALE, block_size=32)
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        out.sum().backward()
+
+
 def test_package_can_be_imported_under_a_second_name():
     folder = Path(kernels.__file__).parent.parent
     spec = importlib.util.spec_from_file_location(
