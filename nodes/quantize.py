@@ -36,13 +36,14 @@ class LearnedRoundQuantize(io.ComfyNode):
                     tooltip="From Calibrate or Load Calibration: rounds for the real inputs of each layer, which about halves the error of its output.",
                 ),
                 widget(
-                    io.Boolean,
+                    io.Combo,
                     id="native_int8_kernels",
-                    default=False,
+                    options=list(host.NATIVE_INT8_MODES),
+                    default=host.NATIVE_INT8_MODES[0],
                     optional=True,
                     advanced=True,
-                    tooltip="INT8 per row or tensor: run the MODEL on this pack's Triton kernels wherever ComfyUI would fall back to plain torch, "
-                    "as it does below CUDA 13. For all models there is a setting.",
+                    tooltip="Kernels of the MODEL's INT8 layers (per row or tensor). auto: as in the settings, by default this pack's "
+                    "Triton kernels for every shape where they are faster than ComfyUI's own on this GPU; on: always; off: never.",
                 ),
             ],
             outputs=[
@@ -60,11 +61,19 @@ class LearnedRoundQuantize(io.ComfyNode):
         return host.outputs_in_use_of_running_prompt("LearnedRoundingQuantize")
 
     @classmethod
-    def execute(cls, source, recipe=None, calibration=None, native_int8_kernels=False) -> io.NodeOutput:
+    def validate_inputs(cls, native_int8_kernels=host.NATIVE_INT8_MODES[0]):
+        # ComfyUI then leaves the check of the value to us: workflows of version 0.1.0 hold true or false.
+        return check_inputs(host.native_int8_mode, native_int8_kernels)
+
+    @classmethod
+    def execute(
+        cls, source, recipe=None, calibration=None, native_int8_kernels=host.NATIVE_INT8_MODES[0]
+    ) -> io.NodeOutput:
         wanted = host.outputs_in_use(cls.hidden.dynprompt, cls.hidden.unique_id)
         with NodeProgress(cls.hidden.unique_id) as progress:
             quantized = host.quantize(source, recipe or Recipe(), progress, calibration)
-            model = host.build_model(source, quantized, native_int8_kernels) if 0 in wanted else None
+            mode = host.native_int8_mode(native_int8_kernels)
+            model = host.build_model(source, quantized, mode) if 0 in wanted else None
             clip = host.build_clip(source, quantized) if 1 in wanted else None
         return io.NodeOutput(
             model, clip, quantized, quantized.report.table(), ui=run_summary(RunFinished(quantized.report))

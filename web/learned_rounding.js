@@ -31,12 +31,13 @@ const NATIVE_INT8 = {
   category: ["Learned Rounding", "Kernels", "NativeInt8"],
   name: "Native INT8 layers on this pack's Triton kernels",
   tooltip:
-    "Wherever ComfyUI would run INT8 layers in plain torch, as it does below CUDA 13. Needs an NVIDIA card, SM 8.0 or newer.",
-  type: "boolean",
-  defaultValue: false,
-  onChange(on, before) {
-    if (before === undefined || on === before) return; // the page reports the stored value when it loads; the server has it already
-    return api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(on) });
+    "auto: for every shape where they are faster than ComfyUI's own on this GPU, measured once. Needs an NVIDIA GPU, SM 8.0 or newer.",
+  type: "combo",
+  options: ["auto", "on", "off"],
+  defaultValue: "auto",
+  onChange(mode, before) {
+    if (before === undefined || mode === before) return; // the page reports the stored value when it loads; the server has it already
+    return api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(mode) });
   },
 };
 

@@ -12,7 +12,7 @@
 * ``loading``: load quantized files as a MODEL or CLIP.
 * ``building``: build a MODEL or CLIP from the files of a finished run.
 * ``layouts``: register this pack's formats with ComfyUI's loaders.
-* ``native_int8``: ComfyUI's native INT8 layers on this pack's kernels, as an option.
+* ``native_int8``: ComfyUI's native INT8 layers on this pack's kernels, off, on or auto.
 * ``saving``: save quantized files in folders that ComfyUI's loaders search.
 * ``verifying``: reload saved files and compare them with what was quantized; ``loaded_layers``: the comparisons.
 * ``running``: the running prompt: outputs in use, progress, messages to pages, interrupts.
@@ -27,7 +27,7 @@ from .folders import FileSource, choice_stamp, clip_types, model_files, safetens
 from .images import decode_images
 from .layouts import add_layouts
 from .loading import load_quantized, quantized_layers
-from .native_int8 import add_native_int8_setting, enable_native_int8
+from .native_int8 import NATIVE_INT8_MODES, add_native_int8_setting, native_int8_mode
 from .opening import open_file
 from .quantizing import Quantized, quantize
 from .running import (
@@ -44,6 +44,8 @@ from .saving import SAVE_FOLDERS, check_name, save_files
 from .verifying import verify_saved
 
 __all__ = [
+    "NATIVE_INT8_MODES",
+    "native_int8_mode",
     "add_layouts",
     "add_native_int8_setting",
     "add_route",
@@ -60,7 +62,6 @@ __all__ = [
     "compare_clips",
     "compare_models",
     "decode_images",
-    "enable_native_int8",
     "FileSource",
     "is_interrupt",
     "KEEP",

@@ -11,17 +11,17 @@ from ...quant_core.sources import SafetensorsFile
 from .decoding import make_quantized_linear, supports_format
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 from .loading import load_clip, load_model
-from .native_int8 import enable_native_int8
+from .native_int8 import AUTO, use_native_int8
 from .quantizing import Quantized
 from .sources import find_module
 
 __all__ = ["build_clip", "build_model"]
 
 
-def build_model(source, quantized: Quantized, native_int8_kernels: bool = False):
+def build_model(source, quantized: Quantized, native_int8_kernels: str = AUTO):
     """The quantized MODEL, made by ComfyUI's own loader; an ExecutionBlocker where the source is a text encoder.
 
-    ``native_int8_kernels``: see :func:`.native_int8.enable_native_int8`.
+    ``native_int8_kernels``: see :func:`.native_int8.use_native_int8`.
     """
     if quantized.kind == TEXT_ENCODERS:
         return ExecutionBlocker("Learned Round Quantize was given a text encoder: use its CLIP output, not MODEL.")
@@ -29,7 +29,7 @@ def build_model(source, quantized: Quantized, native_int8_kernels: bool = False)
     model.model.learned_rounding_file = quantized  # ComfyUI may read the file again while the model exists
     if not isinstance(source, FileSource):
         _copy_settings(source, model)
-    return enable_native_int8(model) if native_int8_kernels else model
+    return use_native_int8(model, native_int8_kernels)
 
 
 def _copy_settings(original, model) -> None:
