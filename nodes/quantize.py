@@ -6,7 +6,7 @@ from ..quant_core import Recipe
 from ..quant_core.events import RunFinished
 from . import host
 from .ui.progress import NodeProgress, run_summary
-from .ui.schema import CalibrationType, QuantizedType, RecipeType, Source, schema, widget
+from .ui.schema import CalibrationType, QuantizedType, RecipeType, Source, check_inputs, schema, widget
 
 __all__ = ["LearnedRoundQuantize"]
 
