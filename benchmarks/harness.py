@@ -15,7 +15,7 @@ from learned_rounding.quant_core.version import VERSION
 
 _LONGEST = 1000  # characters; longer values are only written to the JSON file
 
-__all__ = ["arguments", "environment", "finish"]
+__all__ = ["arguments", "environment", "finish", "save"]
 
 
 def arguments(description: str, *extra) -> argparse.Namespace:
@@ -49,6 +49,11 @@ def finish(args: argparse.Namespace, rows: list[dict], **more) -> None:
     for key, value in more.items():
         text = str(value)
         print(f"{key}: {text if len(text) <= _LONGEST else '(see the JSON)'}")
+    save(args, rows, **more)
+
+
+def save(args: argparse.Namespace, rows: list[dict], **more) -> None:
+    """Write all results to ``--json``, if it is given."""
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**environment(), "rows": rows, **more}, indent=1) + "\n", encoding="utf-8")
