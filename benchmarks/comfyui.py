@@ -177,6 +177,8 @@ class Benchmark:
             ) as server:
                 log(f"ComfyUI {self.host.version} started in {server.start_seconds:.1f} s for {', '.join(settings)}")
                 session = Session(server, self.workload)
+                if self.args.host_time:
+                    self._measure_host_time(session, next(iter(settings)))
                 for name in dict.fromkeys(variant.format for variant in variants):
                     pairs = [(key, variant) for variant in variants if variant.format == name for key in settings]
                     refusal = None if self.cpu else FORMATS[name].refusal()
@@ -184,6 +186,15 @@ class Benchmark:
                         self._add(key, variant, {"skipped": refusal})
                     if not refusal:
                         self._measure_format(session, settings, name, pairs, before)
+
+    def _measure_host_time(self, session: Session, key: str) -> None:
+        """Add rows of the host time of one linear layer, by kernels."""
+        for kernels, mode in KERNELS.items():
+            session.server.post("/learned_rounding/native_int8", mode)
+            times = session.measure_host_time()
+            row = {f"{name} µs": time for name, time in times.items()}
+            row |= {f"{name} ratio": time / times[SOURCE] for name, time in times.items() if name != SOURCE}
+            self._add(f"{key}, host time", Variant("F.linear", kernels), row)
 
     def _measure_format(self, session, settings, name: str, pairs: list[tuple[str, Variant]], before: int) -> None:
         """Make the file of a format and measure its (setting, variant) pairs."""
@@ -309,6 +320,7 @@ OPTIONS = (
     ("--hidden", {"type": int, "metavar": "CHANNELS", "help": "channels of the model, a multiple of 128"}),
     ("--steps", {"type": int, "help": "measured steps (default: 20, quick: 2)"}),
     ("--warmup", {"type": int, "help": "steps before them (default: 5, quick: 1)"}),
+    ("--host-time", {"action": "store_true", "help": "measure the host time of one linear layer too"}),
     ("--profile", {"action": "store_true", "help": f"profile {PROFILED_STEPS} steps in another run"}),
     (
         "--first-step",
@@ -336,7 +348,7 @@ def main() -> int:
         benchmark.measure(settings, args.variants)
     finally:
         shutil.rmtree(benchmark.folder, ignore_errors=True)
-        rows = sorted(benchmark.rows, key=lambda row: list(settings).index(row["section"]))
+        rows = sorted(benchmark.rows, key=lambda row: list(settings).index(row["section"].partition(",")[0]))
         finish(args, rows, **benchmark.about, runs=benchmark.runs)
     return int(any("error" in row for row in benchmark.rows))
 

@@ -135,6 +135,13 @@ class Session:
         path.unlink()
         return summary
 
+    def measure_host_time(self) -> dict[str, float]:
+        """Host time of one linear layer in µs, by the format of its weight."""
+        graph, name = Graph(), f"run-{self._runs}"
+        self._runs += 1
+        report = graph.add("BenchmarkHostTime", run=name).id
+        return json.loads(self.server.queue(graph, timeout=self.workload.timeout).outputs[report]["text"][0])
+
     def _queue(self, file: str, **options):
         name = f"run-{self._runs}"  # a new one each time: ComfyUI's cache answers no run
         self._runs += 1

@@ -60,7 +60,7 @@ FORMATS = {
 }
 
 # Kernels of ComfyUI's INT8 layers → value of the setting LearnedRounding.NativeInt8.
-KERNELS = {"stock": False, "ours": True}
+KERNELS = {"stock": "off", "ours": "on", "auto": "auto"}
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ time of the host's clock.
 
 import gc
 import json
+import statistics
 import sys
 import time
 import weakref
 
 import comfy.model_management
+import comfy.quant_ops
 import folder_paths
 import psutil
 import torch
@@ -167,6 +169,49 @@ class BenchmarkReport:
         return {"ui": {"text": [json.dumps({**times, **read_memory()})]}}
 
 
+class BenchmarkHostTime:
+    """Host time of ``F.linear`` with a weight in bf16 and in ComfyUI's INT8 layouts, in µs: medians of 1,000 calls."""
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "measure"
+    CATEGORY = "benchmark"
+    CALLS, QUEUED = 1000, 20
+    WEIGHTS = {
+        "bf16": None,
+        "int8_row": {"per_channel": True},
+        "int8_convrot": {"per_channel": True, "convrot": True},
+    }
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"run": ("STRING",)}}
+
+    @torch.inference_mode()
+    def measure(self, run):
+        device = comfy.model_management.get_torch_device()
+        tokens, channels = (512, 3072) if _on_gpu() else (4, 256)
+        shapes = (1, tokens, channels), (channels, channels), (channels,)
+        x, weight, bias = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
+        found = {}
+        for name, options in self.WEIGHTS.items():
+            layer = weight
+            if options is not None:
+                layer = comfy.quant_ops.QuantizedTensor.from_float(weight, "TensorWiseINT8Layout", **options)
+            found[name] = self._time(lambda layer=layer: torch.nn.functional.linear(x, layer, bias))
+        return {"ui": {"text": [json.dumps(found)]}}
+
+    def _time(self, call):
+        times = []
+        for number in range(-self.QUEUED, self.CALLS):
+            if number % self.QUEUED == 0 and _on_gpu():  # the queue of the GPU must not fill
+                torch.cuda.synchronize()
+            start = time.perf_counter_ns()
+            call()
+            times.append(time.perf_counter_ns() - start)
+        return statistics.median(times[self.QUEUED :]) / 1e3
+
+
 @PromptServer.instance.routes.post("/benchmark/collect")
 async def collect_models(request):
     """Collect garbage; returns the number of models that remain in memory.
@@ -181,4 +226,6 @@ async def collect_models(request):
     return web.json_response(len(_models))
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (BenchmarkConditioning, BenchmarkSteps, BenchmarkReport)}
+NODE_CLASS_MAPPINGS = {
+    node.__name__: node for node in (BenchmarkConditioning, BenchmarkSteps, BenchmarkReport, BenchmarkHostTime)
+}
