@@ -217,8 +217,7 @@ class Benchmark:
 
     def _measure_variant(self, session: Session, key: str, setting: Setting, variant: Variant, before: int):
         """Returns the row and all measurements."""
-        if variant.kernels:
-            session.server.post("/learned_rounding/native_int8", KERNELS[variant.kernels])
+        self._select_kernels(session, variant)
         file = self.model_path(variant.format).name
         options = {"lora": LORA_FILE if setting.lora else None, "compile": setting.compile}
         session.unload()
@@ -231,14 +230,20 @@ class Benchmark:
             session.unload()
             if self.args.first_step == "restart":
                 session.server.restart()
+                self._select_kernels(session, variant)
             again = session.sample(file, **options)
             row |= {"again: first step s": again.step_seconds[0], "again: sampler s": again.sampler_seconds}
             details["again"] = again.to_json()
         if self.args.profile:
             profile = details["profile"] = session.profile(file, **options)
-            row |= {name: profile[name] for name in ("gpu_busy_ms", "gpu_idle", "host_ms") if name in profile}
+            row |= _profile_columns(profile, row["step s"])
             print(format_profile(f"{key} {variant}", profile), flush=True)
         return row, details
+
+    def _select_kernels(self, session: Session, variant: Variant) -> None:
+        """Change the setting of INT8 kernels, which the server keeps until it ends."""
+        if variant.kernels:
+            session.server.post("/learned_rounding/native_int8", KERNELS[variant.kernels])
 
     def _make_row(self, run: Run, source: Run | None, before: int) -> dict:
         measured = slice(self.workload.warmup, None)
@@ -269,6 +274,15 @@ class Benchmark:
 
 def _format(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _profile_columns(profile: dict, step_seconds: float) -> dict:
+    """Columns of the table: GPU and host time of a step, and the idle fraction of the GPU with and without the profiler."""
+    row = {"host busy ms": profile["host_ms"]}
+    if "gpu_busy_ms" in profile:
+        row |= {"GPU busy ms": profile["gpu_busy_ms"], "GPU idle, profiled": profile["gpu_idle"]}
+        row["GPU idle"] = 1 - profile["gpu_busy_ms"] / 1e3 / step_seconds
+    return row
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -9,7 +9,13 @@ __all__ = ["format_profile", "summarize_trace"]
 
 STEP = "benchmark step"  # name of a step in the trace; also in nodes/__init__.py
 _GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of work on the GPU
-_WAITING = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")  # the host waits for the GPU
+_SYNCHRONIZING = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
+_QUEUEING = (
+    "cudaLaunchKernel",
+    "cuLaunchKernel",
+    "cudaMemcpyAsync",
+)  # prefixes of calls that wait if the queue is full
+_USUAL = 5  # a queueing call takes up to this multiple of their lower quartile; more is waiting
 _TOP = 25
 
 
@@ -24,6 +30,15 @@ def _union(intervals: Iterable[tuple[float, float]]) -> float:
 
 def _interval(event: dict) -> tuple[float, float]:
     return event["ts"], event["ts"] + event["dur"]
+
+
+def _waiting(calls: Iterable[dict]) -> float:
+    """Time in µs that calls of the CUDA runtime wait for the GPU: synchronization, and queueing when the queue is full."""
+    calls = [call for call in calls if call.get("cat") in ("cuda_runtime", "cuda_driver")]
+    queueing = sorted(call["dur"] for call in calls if call["name"].startswith(_QUEUEING))
+    usual = _USUAL * queueing[len(queueing) // 4] if queueing else 0.0
+    synchronizing = sum(call["dur"] for call in calls if call["name"] in _SYNCHRONIZING)
+    return synchronizing + sum(max(duration - usual, 0.0) for duration in queueing)
 
 
 def _top(events: Iterable[dict], steps: int) -> list[dict]:
@@ -51,13 +66,14 @@ def _with_self_time(events: Iterable[dict]) -> list[dict]:
 
 
 def summarize_trace(path: Path) -> dict:
-    """Summarize a Chrome trace of profiled steps.
+    """Summarize a Chrome trace of profiled steps. The profiler itself lengthens host times.
 
     Returns:
-        ``steps``; in ms per step: ``window_ms`` from the first to the last moment of GPU work, ``gpu_busy_ms`` the union of
-        that work, ``host_ms`` the Python thread in a step without waiting for the GPU, ``waiting_ms`` that waiting; ``gpu_idle``
-        the idle fraction of the window; ``kernels``, ``operators`` (with nested operators) and ``operators_self`` (without):
-        name, calls and ms per step. The profiler itself lengthens host times.
+        ``steps``: number of steps. In ms per step: ``host_ms``, the Python thread in a step without waiting for the GPU,
+        ``waiting_ms``, that waiting, ``window_ms`` from the first to the last moment of GPU work, and ``gpu_busy_ms``, the
+        union of that work. ``gpu_idle``: idle fraction of the window. ``kernels``, ``operators`` (with nested operators)
+        and ``operators_self`` (without): those of most time, with name, calls and ms per step. A run without a GPU has no
+        window and no kernels.
     """
     events = [e for e in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if e.get("ph") == "X"]
     marks = [e for e in events if e["name"] == STEP and e.get("cat") == "user_annotation"]
@@ -65,7 +81,7 @@ def summarize_trace(path: Path) -> dict:
     work = [e for e in events if e.get("cat") in _GPU]
     inside = [e for e in events if any(m["tid"] == e["tid"] and m["ts"] <= e["ts"] < _interval(m)[1] for m in marks)]
     operators = [e for e in inside if e.get("cat") == "cpu_op"]
-    waiting = sum(e["dur"] for e in inside if e["name"] in _WAITING) / 1e3
+    waiting = _waiting(inside) / 1e3
     summary = {
         "steps": steps,
         "host_ms": (sum(mark["dur"] for mark in marks) / 1e3 - waiting) / steps,

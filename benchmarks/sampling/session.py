@@ -155,9 +155,10 @@ class Session:
         Raises:
             HostError: a model remains in memory.
         """
-        self.server.free()
         deadline = time.monotonic() + UNLOAD_SECONDS
+        self.server.free()
         while self.server.post("/benchmark/collect"):
             if time.monotonic() > deadline:
                 raise HostError(f"a model is still in memory {UNLOAD_SECONDS} s after /free", kind="timeout")
-            time.sleep(0.1)
+            time.sleep(0.5)
+            self.server.free()  # ComfyUI misses a request that comes between its check for requests and its wait
