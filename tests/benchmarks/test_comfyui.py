@@ -102,6 +102,7 @@ def test_formats_with_a_choice_of_kernels_are_measured_with_each():
         "fp8",
         "int8_row:stock",
         "int8_row:ours",
+        "int8_row:auto",
         "int8_convrot:ours",
     ]
     for text in ("fp9", "fp8:ours", "int8_row:theirs"):
