@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,8 +164,10 @@ class Benchmark:
             try:
                 self._measure_on_server(shared, variants)
             except Exception as error:  # the server does not start; others may
+                done = {(row["section"], row["variant"]) for row in self.rows}
                 for key, variant in itertools.product(shared, variants):
-                    self._add_failure(key, variant, error)
+                    if (key, str(variant)) not in done:
+                        self._add(key, variant, *_describe_failure(error))
 
     def _measure_on_server(self, settings: dict[str, Setting], variants: list[Variant]) -> None:
         """Measure the variants in settings that one server serves."""
@@ -203,20 +206,27 @@ class Benchmark:
                 stack.enter_context(self.quantized(name))
             except Exception as error:
                 for key, variant in pairs:
-                    self._add_failure(key, variant, error)
+                    self._add(key, variant, *_describe_failure(error))
                 return
             for key, variant in pairs:
+                row: dict = {}
+                details: dict = dataclasses.asdict(settings[key])
                 try:
-                    self._add(key, variant, *self._measure_variant(session, key, settings[key], variant, before))
-                except Exception as error:  # the others are still measured, in a new process
-                    self._add_failure(key, variant, error)
+                    self._measure_variant(session, key, settings[key], variant, before, row, details)
+                except Exception as error:  # what is measured is kept, and the others are measured in a new process
+                    for part, more in zip((row, details), _describe_failure(error), strict=True):
+                        part |= more
+                    details["log"] = session.server.log_tail()
                     with contextlib.suppress(HostError):
                         session.server.restart()
+                self._add(key, variant, row, details)
             with contextlib.suppress(HostError):
                 session.unload()
 
-    def _measure_variant(self, session: Session, key: str, setting: Setting, variant: Variant, before: int):
-        """Returns the row and all measurements."""
+    def _measure_variant(
+        self, session: Session, key: str, setting: Setting, variant: Variant, before: int, row: dict, details: dict
+    ) -> None:
+        """Add the columns of a variant to ``row`` and all its measurements to ``details``."""
         self._select_kernels(session, variant)
         file = self.model_path(variant.format).name
         options = {"lora": LORA_FILE if setting.lora else None, "compile": setting.compile}
@@ -224,8 +234,12 @@ class Benchmark:
         run = session.sample(file, **options)
         if variant.format == SOURCE:
             self._source_runs[key] = run
-        row = self._make_row(run, self._source_runs.get(key), before)
-        details = {**dataclasses.asdict(setting), **run.to_json()}
+        row |= self._make_row(run, self._source_runs.get(key), before)
+        details |= run.to_json()
+        if self.args.profile:
+            profile = details["profile"] = session.profile(file, **options)
+            row |= _profile_columns(profile, row["step s"])
+            print(format_profile(f"{key} {variant}", profile), flush=True)
         if self.args.first_step:
             session.unload()
             if self.args.first_step == "restart":
@@ -234,11 +248,6 @@ class Benchmark:
             again = session.sample(file, **options)
             row |= {"again: first step s": again.step_seconds[0], "again: sampler s": again.sampler_seconds}
             details["again"] = again.to_json()
-        if self.args.profile:
-            profile = details["profile"] = session.profile(file, **options)
-            row |= _profile_columns(profile, row["step s"])
-            print(format_profile(f"{key} {variant}", profile), flush=True)
-        return row, details
 
     def _select_kernels(self, session: Session, variant: Variant) -> None:
         """Change the setting of INT8 kernels, which the server keeps until it ends."""
@@ -260,9 +269,6 @@ class Benchmark:
             row["latent error"] = float((run.latent - source.latent).norm() / source.latent.norm())
         return row
 
-    def _add_failure(self, key: str, variant: Variant, error: Exception) -> None:
-        self._add(key, variant, {"error": str(error).partition("\n")[0]}, {"error": str(error)})
-
     def _add(self, key: str, variant: Variant, row: dict, details: dict | None = None) -> None:
         """Add a row, print it and write all results so far."""
         names = {"section": key, "variant": str(variant)}
@@ -270,6 +276,12 @@ class Benchmark:
         self.runs.append(names | (details or row))
         log(f"{key} {variant}: " + ", ".join(f"{name} {_format(value)}" for name, value in row.items()))
         save(self.args, self.rows, **self.about, runs=self.runs)
+
+
+def _describe_failure(error: Exception) -> tuple[dict, dict]:
+    """Columns of the table and details of a failure."""
+    text = str(error) or type(error).__name__
+    return {"error": text.partition("\n")[0]}, {"error": text, "traceback": getattr(error, "traceback", "")}
 
 
 def _format(value) -> str:
@@ -301,7 +313,7 @@ def choose_settings(args) -> dict[str, Setting]:
 def _setting_names(text: str) -> list[str]:
     names = text.split(",")
     if unknown := [name for name in names if name not in SETTINGS]:
-        raise ValueError(f"unknown setting {unknown[0]}")
+        raise ArgumentTypeError(f"unknown setting {unknown[0]}; use {', '.join(SETTINGS)}")
     return names
 
 

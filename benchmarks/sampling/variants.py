@@ -1,5 +1,6 @@
 """What is measured: formats with the kernels that run them, and settings of ComfyUI."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,16 +121,16 @@ def parse_variants(text: str) -> list[Variant]:
     A format with a choice of kernels and none given is measured with each.
 
     Raises:
-        ValueError: an unknown format, or kernels where there is no choice.
+        ArgumentTypeError: an unknown format, or kernels where there is no choice.
     """
     variants = []
     for part in text.split(","):
         name, _, kernels = part.partition(":")
         if name not in FORMATS:
-            raise ValueError(f"unknown format {name}; use {', '.join(FORMATS)}")
+            raise ArgumentTypeError(f"unknown format {name}; use {', '.join(FORMATS)}")
         choices = list(KERNELS) if FORMATS[name].has_kernels else []
         if kernels and kernels not in choices:
-            raise ValueError(f"{name} has no kernels {kernels}; use {', '.join(choices) or 'the format alone'}")
+            raise ArgumentTypeError(f"{name} has no kernels {kernels}; use {', '.join(choices) or 'the format alone'}")
         variants += [Variant(name, choice) for choice in ([kernels] if kernels else choices or [None])]
     order = list(FORMATS)
     return sorted(variants, key=lambda variant: order.index(variant.format))

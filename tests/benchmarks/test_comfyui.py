@@ -1,5 +1,6 @@
 """Benchmark of sampling steps: summaries of traces, model shapes, choices, and a tiny run in real ComfyUI."""
 
+import argparse
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from learned_rounding.benchmarks import comfyui
 from learned_rounding.benchmarks.sampling.model import MODELS, lora_specs, write_model
 from learned_rounding.benchmarks.sampling.profile import STEP, format_profile, summarize_trace
 from learned_rounding.benchmarks.sampling.variants import FORMATS, SOURCE, Setting, make_file, parse_variants
+from learned_rounding.hosts import HostError
 
 
 def event(cat, name, ts, dur, tid=1):
@@ -106,7 +108,7 @@ def test_formats_with_a_choice_of_kernels_are_measured_with_each():
         "int8_convrot:ours",
     ]
     for text in ("fp9", "fp8:ours", "int8_row:theirs"):
-        with pytest.raises(ValueError, match="use "):
+        with pytest.raises(argparse.ArgumentTypeError, match="use "):
             parse_variants(text)
 
 
@@ -165,9 +167,16 @@ def test_failed_variant_is_reported_and_the_others_are_measured(run, monkeypatch
             raise OSError("disk full")
         target.write_bytes(b"not a model" if name == "fp8" else source.read_bytes())
 
+    def profile(self, file, **options):
+        if "fp8_block" in file:
+            raise HostError("no profiler", kind="execution")
+        return {"steps": 3, "host_ms": 1.0}
+
     monkeypatch.setattr(comfyui, "make_file", fail)
-    status, result = run("--variants", "bf16,fp8,fp8_row,fp8_block")
+    monkeypatch.setattr(comfyui.Session, "profile", profile)
+    status, result = run("--variants", "bf16,fp8,fp8_row,fp8_block", "--profile")
     rows = {row["variant"]: row for row in result["rows"]}
     assert status == 1
     assert rows["fp8_row"]["error"] == "disk full" and "UNETLoader" in rows["fp8"]["error"]
-    assert rows["fp8_block"]["latent error"] == 0
+    assert rows["fp8_block"]["latent error"] == 0 and rows["fp8_block"]["error"] == "no profiler"
+    assert "error" not in rows["bf16"] and rows["bf16"]["host busy ms"] == 1

@@ -93,10 +93,9 @@ class Recording:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if _on_gpu():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
+            torch.cuda.synchronize()  # the profile has no kernels of earlier steps
         self._profiler = torch.profiler.profile(activities=activities)
         self._profiler.start()
-        if _on_gpu():
-            torch.cuda.synchronize()  # earlier steps and the start of the profiler are not part of the profile
 
 
 def read_memory() -> dict[str, int]:
