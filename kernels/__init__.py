@@ -24,6 +24,7 @@ from .operators import (
     scale_errors,
     scaled_linear,
 )
+from .prepared import fp8_static_linear, has_static_fp8
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +33,8 @@ __all__ = [
     "dequantize_weight",
     "fp8_block_linear",
     "fp8_row_linear",
+    "fp8_static_linear",
+    "has_static_fp8",
     "int8_block_linear",
     "int8_row_linear",
     "quantize_fp8_block",

@@ -16,7 +16,7 @@ import torch
 
 from . import devices, reference, tensor_cores, tuning
 
-__all__ = ["BACKENDS", "OPERATIONS", "backend", "implementation", "refusals", "using"]
+__all__ = ["BACKENDS", "OPERATIONS", "backend", "has_triton", "implementation", "refusals", "using"]
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ class Implementation(NamedTuple):
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -85,7 +86,7 @@ def _max_columns() -> int:
 
 CUDA = Need("the tensor is not on a CUDA device", lambda x, *_: x.is_cuda)
 NVIDIA = Need("the GPU is not made by NVIDIA", lambda *_: devices.is_nvidia())
-TRITON = Need("Triton is not installed", lambda *_: _has_triton())
+TRITON = Need("Triton is not installed", lambda *_: has_triton())
 AMPERE = Need("the GPU is older than SM 8.0", lambda x, *_: devices.compute_capability(x.device) >= (8, 0))
 HALF = Need(
     "activations must be float16 or bfloat16 on a GPU without FP8 tensor cores",

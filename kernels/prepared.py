@@ -4,12 +4,14 @@ A sampling step calls hundreds of linear layers, and choosing an implementation 
 GPU. The choice is therefore kept in a dictionary, whose key has everything on which it depends.
 """
 
+import functools
+
 import torch
 
-from . import backends
-from .checks import check_linear, check_scale
+from . import backends, devices
+from .checks import check, check_linear, check_scale
 
-__all__ = ["prepared_linear"]
+__all__ = ["fp8_static_linear", "has_static_fp8", "prepared_linear"]
 
 # Every prompt length and resolution is one more shape. A cleared dictionary fills again within one step.
 _MAX_KEPT = 4096
@@ -55,13 +57,73 @@ def _prepare(key: tuple, x, qdata, scale, bias, block_size: int, rotate_by: int,
     if len(shape) != 2:
         linear = _flatten_tokens(linear, shape, qdata.shape[0])
     if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # nothing is measured during a capture
-        if len(_kept) >= _MAX_KEPT:
-            _kept.clear()
-        _kept[key] = linear
+        _keep(key, linear)
     return linear
+
+
+def _keep(key: tuple, linear) -> None:
+    if len(_kept) >= _MAX_KEPT:
+        _kept.clear()
+    _kept[key] = linear
 
 
 def _flatten_tokens(linear, shape: torch.Size, columns: int):
     """``linear`` for activations of ``shape``, of which it gets the matrix (M, K)."""
     flat, outputs = (shape[:-1].numel(), shape[-1]), (*shape[:-1], columns)
     return lambda x, qdata, scale, bias: linear(x.view(flat), qdata, scale, bias).view(outputs)
+
+
+def has_static_fp8(x: torch.Tensor, qdata: torch.Tensor) -> bool:
+    """Whether :func:`fp8_static_linear` runs for these activations and this weight: NVIDIA from SM 8.9 on, with Triton."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and qdata.shape[0] % 16 == 0
+        and qdata.shape[1] % 16 == 0
+        and _can_run_fp8(x.device)
+    )
+
+
+@functools.cache
+def _can_run_fp8(device: torch.device) -> bool:
+    return devices.is_nvidia() and devices.compute_capability(device) >= (8, 9) and backends.has_triton()
+
+
+@functools.cache
+def _unit_scale(device: torch.device) -> torch.Tensor:
+    return torch.ones((), device=device)
+
+
+def fp8_static_linear(x, qdata, scale, input_scale=None, bias=None) -> torch.Tensor:
+    """Compute x·ŵᵀ + bias with a float8_e4m3fn weight; x is quantized with a given scale, by cuBLAS from SM 8.9 on.
+
+    Args:
+        x: activations (…, K), float16 or bfloat16; see :func:`has_static_fp8`.
+        qdata: float8_e4m3fn (N, K).
+        scale: float32 with one value.
+        input_scale: scale of the activations, float32 with one value; None for 1. Larger activations are clamped.
+        bias: (N,) of the dtype of x, or None.
+
+    Returns:
+        (…, N) in the dtype of x.
+
+    Raises:
+        ValueError: shapes do not match.
+    """
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if input_scale is None:
+        input_scale = _unit_scale(x.device)
+    key = "static", x.data_ptr() & 15 == 0, x.shape, x.dtype, x.device, qdata.shape, scale.shape, input_scale.dtype
+    quantize = _kept.get(key)
+    if quantize is None:
+        check_linear(x, qdata, scale, bias, 0, 0)
+        check(scale.numel() == 1, "A static FP8 layer needs one weight scale, not {}.", scale.numel())
+        from .triton import prepare_static_quantizer
+
+        quantize = prepare_static_quantizer(x.view(-1, x.shape[-1]), keep=key[1])
+        _keep(key, quantize)
+    product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        quantize(x, input_scale), qdata.t(), input_scale, scale, bias=bias, out_dtype=x.dtype
+    )
+    return product if x.dim() == 2 else product.view(*x.shape[:-1], qdata.shape[0])

@@ -1,7 +1,7 @@
 """Triton implementations of the functions of :mod:`..reference`."""
 
 from .linear import prepare_autotuned_linear, prepare_linear
-from .quantize import dequantize_weight, prepare_quantizer, quantize_weight
+from .quantize import dequantize_weight, prepare_quantizer, prepare_static_quantizer, quantize_weight
 from .rounding import MAX_COLUMNS, round_block, scale_errors
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "prepare_autotuned_linear",
     "prepare_linear",
     "prepare_quantizer",
+    "prepare_static_quantizer",
     "quantize_weight",
     "round_block",
     "scale_errors",

@@ -11,13 +11,21 @@ import triton.language as tl
 from ..reference import LARGEST, SMALLEST_AMAX
 from .launcher import Launcher
 
-__all__ = ["CONFIGS", "SEPARATE", "dequantize_weight", "prepare_quantizer", "quantize_weight"]
+__all__ = [
+    "CONFIGS",
+    "SEPARATE",
+    "dequantize_weight",
+    "prepare_quantizer",
+    "prepare_static_quantizer",
+    "quantize_weight",
+]
 
 # No fused multiply-add: every operation is rounded as in plain torch, and the quantized values are bit-identical.
 SEPARATE = {"enable_fp_fusion": False}
 # Shipped launch configurations: kernel name → (constexpr values, warps).
 CONFIGS = {
     "quantize_blocks": ({"ROWS": 8, "COLUMNS": 512}, 4),
+    "quantize_static": ({"VALUES": 4096}, 4),
     "quantize_square_blocks": ({"VALUES": 4096}, 4),
     "dequantize": ({"ROWS": 8, "COLUMNS": 512}, 4),
 }
@@ -192,6 +200,16 @@ def _quantize_rows(
 
 
 @triton.jit
+def _quantize_static(x, qdata, scale, count, LARGEST: tl.constexpr, NATIVE: tl.constexpr, VALUES: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
+    value = tl.load(x + index, mask=index < count, other=0.0).to(tl.float32) * (1.0 / tl.load(scale))
+    # Comparisons leave NaN as it is; tl.clamp would not.
+    value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
+    quantized = tl.where(value == value, encode(value, 1.0, False, NATIVE), 0x7F)  # 0x7F is NaN
+    tl.store(qdata + index, quantized.to(tl.uint8), mask=index < count)
+
+
+@triton.jit
 def _quantize_square_blocks(
     weight,
     qdata,
@@ -336,6 +354,28 @@ def prepare_quantizer(x: torch.Tensor, dtype: torch.dtype, block_size: int, rota
         scale = torch.empty((groups, rows), dtype=torch.float32, device=device)
         launch(x if x.stride(1) == 1 else x.contiguous(), as_bits(qdata), scale, *sizes)
         return qdata, scale
+
+    return quantize
+
+
+def prepare_static_quantizer(x: torch.Tensor, keep: bool = True):
+    """Prepare the quantization to float8_e4m3fn of contiguous activations as ``x``, with one given scale.
+
+    Returns:
+        Function of activations and of their scale, float32 with one value: float8_e4m3fn of the shape of ``x``. Values
+        beyond ±448 times the scale are clamped.
+    """
+    shape, device, count = x.shape, x.device, x.numel()
+    config, warps = CONFIGS["quantize_static"]
+    constants = format_constants(torch.float8_e4m3fn, device)
+    del constants["INTEGER"]
+    grid = (triton.cdiv(count, config["VALUES"]),)
+    launch = Launcher(_quantize_static, grid, {**constants, **config}, keep=keep, num_warps=warps)
+
+    def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        qdata = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        launch(x, qdata.view(torch.uint8), scale, count)
+        return qdata
 
     return quantize
 

@@ -3,7 +3,7 @@
 ComfyUI's quantized layers look up a format in the table ``QUANT_ALGOS`` when they run; this module adds entries to it. Only
 loading branches on the name of the format, in one function of ``comfy.ops``. A wrapper of that function loads a layer of our
 formats as ``int8_tensorwise``, which has the same keys, and then replaces the layout. Our layers thus have every feature of
-ComfyUI's own, and layers of other formats reach ComfyUI's function unchanged.
+ComfyUI's own. Layers of other formats are loaded by ComfyUI's function unchanged.
 """
 
 import functools
@@ -16,6 +16,7 @@ import torch
 
 from ...quant_core.formats import FORMATS, detect_layer
 from ...quant_core.formats.layer_json import CONFIG_KEY, config_tensor, read_config
+from .extended_linear import extend_linear, has_short_forward
 
 __all__ = ["add_layouts"]
 
@@ -71,14 +72,16 @@ def add_layouts() -> None:
 
 
 def _wrap_loader(load, formats: frozenset[str]):
-    """ComfyUI's function ``load`` for layers of other formats, :func:`_load_layer` for those of ``formats``."""
+    """ComfyUI's function ``load``, :func:`_load_layer` for layers of ``formats``; linear layers get a short forward pass."""
 
     @functools.wraps(load)
     def load_quantized_module(module, super_load, state_dict, prefix, *args, **kwargs):
         stored = state_dict.get(prefix + CONFIG_KEY)
         config = {} if stored is None else read_config(stored, prefix + CONFIG_KEY)
         loading = functools.partial(_load_layer, load, config) if config.get("format") in formats else load
-        return loading(module, super_load, state_dict, prefix, *args, **kwargs)
+        loading(module, super_load, state_dict, prefix, *args, **kwargs)
+        if has_short_forward(module):
+            module.__class__ = extend_linear(type(module))
 
     return load_quantized_module
 
@@ -99,32 +102,3 @@ def _load_layer(load, config: dict, module, super_load, state_dict, prefix: str,
     weight = QuantizedTensor(loaded._qdata.view(dtype), layout.__name__, params)
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
     module.quant_format, module.layout_type = codec.format.name, layout.__name__
-    module.__class__ = _extend_linear(type(module))
-
-
-@functools.lru_cache(maxsize=8)  # ComfyUI makes one class per model
-def _extend_linear(linear):
-    """A subclass of ComfyUI's quantized Linear for layers of our formats.
-
-    It saves the layer's whole JSON, and makes its activations contiguous: without inference mode torch splits other ones
-    into batched products with the expanded dequantized weight.
-    """
-    if getattr(linear, "has_own_layout", False):
-        return linear
-
-    class Linear(linear):
-        has_own_layout = True
-
-        def _forward(self, input, weight, bias):
-            return super()._forward(input.contiguous(), weight, bias)
-
-        def state_dict(self, *args, destination=None, prefix="", **kwargs):
-            from ..runtime.layouts import LAYOUTS
-
-            state = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
-            key = prefix + CONFIG_KEY
-            if key in state and self.quant_format in LAYOUTS:
-                state[key] = config_tensor(LAYOUTS[self.quant_format].codec(self.weight._params.block_size).config)
-            return state
-
-    return Linear

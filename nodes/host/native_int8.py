@@ -25,11 +25,20 @@ from ... import kernels
 from ...kernels import tuning
 from ...quant_core.errors import QuantizationError
 
-__all__ = ["NATIVE_INT8_MODES", "add_native_int8_setting", "native_int8_mode", "use_native_int8"]
+__all__ = [
+    "LAYOUT",
+    "NATIVE_INT8_MODES",
+    "add_native_int8_setting",
+    "is_off",
+    "linear",
+    "native_int8_mode",
+    "use_native_int8",
+]
 
 log = logging.getLogger(__name__)
 
-_NAME, _OPERATION, _LAYOUT = "learned_rounding", "int8_linear", "TensorWiseINT8Layout"
+LAYOUT = "TensorWiseINT8Layout"
+_NAME, _OPERATION = "learned_rounding", "int8_linear"
 SETTING = "LearnedRounding.NativeInt8"  # also in web/, and in ComfyUI's settings file
 ROUTE = "/learned_rounding/native_int8"
 AUTO, ON, OFF = NATIVE_INT8_MODES = ("auto", "on", "off")
@@ -83,11 +92,19 @@ def _stock_version() -> str:
     return f"comfy-kitchen {version('comfy-kitchen')} {'+'.join(enabled)}"
 
 
-def _linear(x, weight, bias, stock: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Product of activations and an INT8 weight (out, in), on our kernels or by ``stock()``."""
+def is_off() -> bool:
+    """Whether no layer runs on our kernels at the moment."""
+    return _mode == OFF
+
+
+def linear(x, weight, bias, stock: Callable[[], torch.Tensor], short: bool = False) -> torch.Tensor:
+    """Product of activations and an INT8 weight (out, in), on our kernels or by ``stock()``.
+
+    ``short``: ``stock`` is the whole forward pass of ComfyUI's layer, which takes more time of the host.
+    """
     params, qdata = weight._params, weight._qdata
     rotate_by = params.convrot_groupsize if params.convrot else 0
-    key = (_mode, x.shape, x.dtype, qdata.shape, bias is None, params.scale.numel(), rotate_by, None)
+    key = (_mode, x.shape, x.dtype, qdata.shape, bias is None, params.scale.numel(), rotate_by, short)
     chosen = _choices.get(key)
     ours = functools.partial(kernels.scaled_linear, x, qdata, params.scale, bias, rotate_by=rotate_by)
     if chosen is None:
@@ -101,7 +118,7 @@ def _is_ours(x, weight, transposed: bool) -> bool:
         _mode != OFF
         and type(x) is torch.Tensor
         and x.device.type in _DEVICES
-        and getattr(weight, "_layout_cls", None) == _LAYOUT
+        and getattr(weight, "_layout_cls", None) == LAYOUT
         and weight._params.transposed is transposed
         and not torch.compiler.is_compiling()
     )
@@ -111,20 +128,20 @@ def _handle_linear(stock, qt, args, kwargs):
     x, weight, *rest = args
     if kwargs or not _is_ours(x, weight, False):
         return stock(qt, args, kwargs)
-    return _linear(x, weight, rest[0] if rest else None, lambda: stock(qt, args, kwargs))
+    return linear(x, weight, rest[0] if rest else None, lambda: stock(qt, args, kwargs))
 
 
 def _handle_mm(stock, qt, args, kwargs):
     if kwargs or not _is_ours(args[0], args[1], True):
         return stock(qt, args, kwargs)
-    return _linear(*args, None, lambda: stock(qt, args, kwargs))
+    return linear(*args, None, lambda: stock(qt, args, kwargs))
 
 
 def _handle_addmm(stock, qt, args, kwargs):
     bias, x, weight = args
     if kwargs or bias.dim() != 1 or not _is_ours(x, weight, True):
         return stock(qt, args, kwargs)
-    return _linear(x, weight, bias, lambda: stock(qt, args, kwargs))
+    return linear(x, weight, bias, lambda: stock(qt, args, kwargs))
 
 
 # Under inference_mode torch dispatches aten.linear, otherwise its parts: t, then mm or addmm.
@@ -178,7 +195,7 @@ def _registry():
         from comfy_kitchen.registry import registry
         from comfy_kitchen.tensor import base, get_layout_class, register_layout_op
 
-        layout = get_layout_class(_LAYOUT)
+        layout = get_layout_class(LAYOUT)
         stock = {op: base._LAYOUT_DISPATCH_TABLE[op][layout] for op in _HANDLERS}
         order = [_NAME, *(name for name in registry._priority if name != _NAME)]
     except (ImportError, AttributeError, KeyError):

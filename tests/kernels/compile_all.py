@@ -68,6 +68,10 @@ def quantizing_cases(sm):
             for group in (0, 64, 256):
                 config, warps = quantize.rows_config(columns, group)
                 yield quantize._quantize_rows, types, {**numbers, "GROUP": group, **config}, warps, 3
+        if not integer:
+            config, warps = quantize.CONFIGS["quantize_static"]
+            static = {"LARGEST": largest, "NATIVE": native, **config}
+            yield quantize._quantize_static, types | {"count": "i32"}, static, warps, 3
         warps = quantize.CONFIGS["quantize_square_blocks"][1]
         for size in (16, 128, 1024):
             yield quantize._quantize_square_blocks, types, numbers | quantize.square_blocks_config(size), warps, 3

@@ -55,7 +55,7 @@ def test_fp8_matmul_needs_an_nvidia_gpu_from_sm_89(monkeypatch, device, hip, cap
 )
 def test_triton_refuses_unsupported_arguments(monkeypatch, capability, triton, x_dtype, dtype, block_size, sentences):
     monkeypatch.setattr(devices, "compute_capability", lambda device: capability)
-    monkeypatch.setattr(backends, "_has_triton", lambda: triton)
+    monkeypatch.setattr(backends, "has_triton", lambda: triton)
     arguments = OnCuda(x_dtype), OnCuda(dtype), None, None, block_size, 0, x_dtype
     refusal = backends.OPERATIONS["scaled_linear"]["triton"].refusal(*arguments)
     sentences(refusal)
@@ -66,7 +66,7 @@ def test_triton_refuses_unsupported_arguments(monkeypatch, capability, triton, x
     [(128, True, False), (129, True, True), (8, False, True)],
 )
 def test_rounding_kernel_refuses_unsupported_blocks(monkeypatch, device, columns, coupled, refused, sentences):
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
     arguments = OnCuda(shape=(columns, 96)), OnCuda(shape=(columns, 96)), None, "a matrix" if coupled else None
     found = kernels.refusals("round_block", *arguments, torch.ones(1, 1), 96, E4M3.arithmetic)
     assert set(found) == ({"triton"} if refused else set())
@@ -109,7 +109,7 @@ def test_torchs_products_refuse_unsupported_formats_and_shapes(monkeypatch, capa
 def test_amd_gpus_use_the_reference_and_log_it_once(monkeypatch, caplog, capability, dtype, block_size, sentences):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(devices, "compute_capability", lambda device: capability)
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
     backends._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=backends.log.name):
         for _ in range(2):
@@ -154,7 +154,7 @@ def test_unknown_backend_in_the_environment_is_logged_once():
 )
 def test_backend_falls_back_for_operations_without_it(monkeypatch, name, module):
     monkeypatch.setattr(devices, "compute_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
     for entries in backends.OPERATIONS.values():
         for key, entry in entries.items():
             monkeypatch.setitem(entries, key, entry._replace(load=lambda key=key: key))

@@ -16,6 +16,7 @@ KERNELS = {
     "_quantize_blocks",
     "_quantize_rows",
     "_quantize_square_blocks",
+    "_quantize_static",
     "_dequantize",
     "_scaled_matmul",
 }

@@ -144,6 +144,20 @@ def test_repeated_calls_equal_the_first_one(cache, name, backend):
             assert relative(run(shifted), expected.double()) < 1e-2
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_static_fp8_layer_matches_float64(calibrated):
+    if not kernels.has_static_fp8(random(1, 16), random(16, 16)):
+        pytest.skip("needs SM 8.9")
+    x, weight, bias = random(2, 500, 1024), random(720, 1024, seed=1), random(720, seed=2)
+    scale = weight.abs().max().float() / 448
+    input_scale = x.abs().max().float() / 448 if calibrated else None
+    qdata = (weight.float() / scale).to(FP8)
+    want = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    got = [kernels.fp8_static_linear(x, qdata, scale, input_scale, bias) for _ in range(2)]
+    assert got[0].shape == (2, 500, 720) and got[0].dtype is torch.bfloat16
+    assert torch.equal(*got) and relative(got[0], want) < 0.05
+
+
 def test_results_are_deterministic():
     x, run = random(4096, 3072), layer("int8_block_linear", random(3072, 3072, seed=1))
     with kernels.using("triton"):

@@ -149,3 +149,14 @@ def test_every_fp8_value_is_dequantized_and_quantized_exactly(quantize, device):
     assert torch.equal(quantize.dequantize_weight(values, one, 0, 0, torch.float32), values.float())
     qdata, scale = quantize_inputs(quantize, values.float(), FP8, 0, 0)
     assert torch.equal(qdata.float(), values.float()) and scale == 1
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
+def test_given_scale_quantizes_and_clamps(quantize, device, x_dtype):
+    x = (random(5, 1000, device=device) * 300).to(x_dtype)
+    x[1, 70], x[2, 3], x[3, 4] = float("nan"), 6e4, -float("inf")
+    scale = torch.tensor(0.75, device=device)
+    got = quantize.prepare_static_quantizer(x)(x, scale)
+    scaled = x.float() * (1.0 / scale)
+    want = scaled.clamp(-448, 448).to(FP8).float()
+    assert torch.equal(got.float().nan_to_num(1e9), want.nan_to_num(1e9))
