@@ -24,6 +24,7 @@ def test_t5_in_the_graph_equals_its_file(host, tmp_path, check, bounds, sentence
         result = found[format]
         assert result["stock_layers"] is (check == "taught_text_encoder" or format != "int8_blockwise")
         assert result["layers"] == result["loaded_layers"] == 24 * 7
+        assert result["offloaded"]  # although the incoming CLIP was loaded
         assert 0 < result["error"] < bound
         assert result["same_as_file"] and result["same_file"]
         assert result["copied"] and result["leftovers"] == []
