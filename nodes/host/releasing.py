@@ -20,7 +20,7 @@ def follow_free_requests() -> None:
     """Release our memory when ComfyUI takes the flags of POST /free; later calls have no effect."""
     queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
     take_flags = getattr(queue, "get_flags", None)
-    if take_flags is None or hasattr(take_flags, "__wrapped__"):
+    if queue is None or take_flags is None or hasattr(take_flags, "__wrapped__"):
         return
 
     @functools.wraps(take_flags)
