@@ -67,11 +67,20 @@ def test_unloading_models_keeps_the_result_and_freeing_memory_deletes_its_file(c
         assert max(unloaded["tensors"], freed["tensors"]) <= before["tensors"] + MARGIN, (before, during, unloaded)
 
 
-@pytest.mark.parametrize("source", ["file", "model with a LoRA"])
+def add_calibration(comfy, graph: ProbedGraph, name: str) -> list:
+    """Calibrate and save the statistics in a graph of their own; returns the output of Load Calibration in ``graph``."""
+    first = ProbedGraph()
+    calibration = first.calibrate(first.load()[0], seed=seed(), steps=2)
+    saved = first.add("LearnedRoundingSaveCalibration", calibration=calibration[0], filename_prefix=name)
+    return graph.add("LearnedRoundingLoadCalibration", file=saved_path(comfy.queue(first), saved).name)[0]
+
+
+@pytest.mark.parametrize("source", ["file", "file with a calibration", "model with a LoRA"])
 def test_freed_run_uses_its_saved_file(comfy, request, source):
     graph, name = ProbedGraph(), unique(request)
-    origin = graph.source() if source == "file" else graph.lora(graph.load()[0])
-    quantized = graph.quantize(origin[0], "int8_tensorwise", rounding="nearest", seed=seed())
+    origin = graph.lora(graph.load()[0]) if source == "model with a LoRA" else graph.source()
+    calibration = add_calibration(comfy, graph, name) if source == "file with a calibration" else None
+    quantized = graph.quantize(origin[0], "int8_tensorwise", calibration=calibration, seed=seed())
     graph.sample(quantized[0], name, steps=2)
     shown = graph.add("PreviewAny", source=quantized[3])
     report = graph.add("PreviewAny", source=graph.add("LearnedRoundingReport", quantized=quantized[2])[0])
