@@ -49,7 +49,7 @@ test-quick: $(READY)
 
 # For a machine without a network see CONTRIBUTING.md.
 test-gpu: $(READY) hosts
-	$(PIP) --no-build-isolation -e ".[test,gpu]"
+	$(PIP) pytest-xdist
 	LEARNED_ROUNDING_HOST_DEVICE=cuda OMP_NUM_THREADS=2 .venv/bin/pytest -v -m "gpu or host" -n $(WORKERS) --dist worksteal $(ARGS)
 
 faults: $(READY) hosts
