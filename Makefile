@@ -1,9 +1,11 @@
 # TORCH   the torch requirement of both virtual environments (the tests' and the hosts')
 # PYTHON  the interpreter they are made with
 # ARGS    passed on to pytest or to the script
+# WORKERS number of processes of test-gpu, each with its own servers
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 8
 
 # Threads that wait must not spin: two processes on two cores would take ten times as long.
 OMP_WAIT_POLICY ?= PASSIVE
@@ -18,7 +20,7 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 RUFF := .venv/.ruff
 
-.PHONY: test test-quick faults fuzz hosts chromium demo bench lint architectures texts golden clean
+.PHONY: test test-quick test-gpu faults fuzz hosts chromium demo bench lint architectures texts golden clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
 $(READY): pyproject.toml requirements.txt
@@ -44,6 +46,11 @@ test: $(READY) hosts chromium
 
 test-quick: $(READY)
 	.venv/bin/pytest -m "not host and not browser" $(ARGS)
+
+# For a machine without a network see CONTRIBUTING.md.
+test-gpu: $(READY) hosts
+	$(PIP) pytest-xdist
+	LEARNED_ROUNDING_HOST_DEVICE=cuda OMP_NUM_THREADS=2 .venv/bin/pytest -v -m "gpu or host" -n $(WORKERS) --dist worksteal $(ARGS)
 
 faults: $(READY) hosts
 	.venv/bin/pytest tests/faults tests/fuzz tests/load tests/nodes/test_resume.py tests/nodes/test_save.py tests/nodes/test_memory.py --thorough --faults-table $(ARGS)

@@ -61,9 +61,12 @@ class ComfyClient(ABC):
         """Interrupt the running workflow; its ``queue`` call then raises HostInterrupted."""
         self.post("/interrupt", {})
 
-    def free(self) -> None:
-        """Request that ComfyUI unloads models and drops cached results before the next workflow."""
-        self.post("/free", {"unload_models": True, "free_memory": True})
+    def free(self, *, unload_models: bool = True, free_memory: bool = True) -> None:
+        """Request that ComfyUI unloads models, and that it drops cached results.
+
+        It does so before the second workflow from now on; the first one may be executed before.
+        """
+        self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
 
     def _checked_request(self, method: str, path: str, body: Any, timeout: float) -> Any:
         try:

@@ -34,7 +34,18 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Host", "InstallError", "available_hosts", "cache_dir", "find_host", "install_hosts"]
+__all__ = [
+    "Host",
+    "InstallError",
+    "available_hosts",
+    "cache_dir",
+    "companion_requirements",
+    "find_host",
+    "find_sources",
+    "install_hosts",
+    "run_command",
+    "run_pip",
+]
 
 PYTHON_VARIABLE = "LEARNED_ROUNDING_HOST_PYTHON"
 OLDEST_VERSION = "0.3.75"
@@ -77,7 +88,7 @@ def cache_dir() -> Path:
 
 def available_hosts() -> list[Host]:
     """Installed hosts, oldest first. Installs nothing."""
-    sources = _find_sources()
+    sources = find_sources()
     given = os.environ.get(PYTHON_VARIABLE)
     venv = cache_dir() / f"venv-{_hash_requirements(sources)}"
     if not given and not (venv / "complete").exists():
@@ -118,7 +129,7 @@ def install_hosts() -> list[Host]:
     cache.mkdir(parents=True, exist_ok=True)
     with _lock(cache / "lock"):
         _install_oldest_source(cache)
-        sources = _find_sources()
+        sources = find_sources()
         if len(sources) == 1:
             _log(f"no newer host in $COMFYUI_PATH or {cache / 'ComfyUI'}; only ComfyUI {OLDEST_VERSION} is used")
         for _, path in sources:
@@ -135,7 +146,7 @@ def install_hosts() -> list[Host]:
 # ---------------------------------------------------------------------------------------------------- sources
 
 
-def _find_sources() -> list[tuple[str, Path]]:
+def find_sources() -> list[tuple[str, Path]]:
     """(name, folder) of every host whose source exists."""
     found = []
     oldest = cache_dir() / f"comfyui-{OLDEST_VERSION}"
@@ -249,10 +260,10 @@ def _install_venv(venv: Path, sources: list[tuple[str, Path]]) -> None:
         return
     with _step(f"virtual environment {venv}"):
         shutil.rmtree(venv, ignore_errors=True)  # incomplete, from an interrupted run
-        _run([sys.executable, "-m", "venv", str(venv)], "creating the virtual environment")
+        run_command([sys.executable, "-m", "venv", str(venv)], "creating the virtual environment")
         python = _python(venv)
         with _step(_torch_requirement()):
-            _pip(python, "install", _torch_requirement())
+            run_pip(python, "install", _torch_requirement())
         torch_version = _evaluate(python, "import torch; print(torch.__version__)")
         # The constraint prevents pip from replacing torch by another build.
         constraints = venv / "constraints.txt"
@@ -260,20 +271,20 @@ def _install_venv(venv: Path, sources: list[tuple[str, Path]]) -> None:
         requirements = venv / "requirements.txt"
         requirements.write_text("\n".join(_shared_requirements(sources)) + "\n", encoding="utf-8")
         with _step(f"requirements of {len(sources)} host(s)"):
-            _pip(python, "install", "-c", str(constraints), "-r", str(requirements))
+            run_pip(python, "install", "-c", str(constraints), "-r", str(requirements))
         with _step("torchvision and torchaudio"):
-            _pip(python, "install", "--no-deps", *_companion_requirements(torch_version))
+            run_pip(python, "install", "--no-deps", *companion_requirements(torch_version))
             _make_companions_importable(python)
         kitchen = _kitchen(sources)
         if kitchen:
             with _step(f"{kitchen}, without compiled kernels"):
                 # The pure Python wheel: 0.2 MB instead of 230 MB of GPU code, which a CPU host does not load.
                 pure = ["--platform", "any", "--implementation", "py", "--abi", "none", "--only-binary=:all:"]
-                _pip(python, "install", "--no-deps", str(_download(venv, kitchen, *pure)))
+                run_pip(python, "install", "--no-deps", str(_download(venv, kitchen, *pure)))
         (venv / "complete").touch()
 
 
-def _companion_requirements(torch_version: str) -> list[str]:
+def companion_requirements(torch_version: str) -> list[str]:
     """Requirements of the torchvision and torchaudio for a torch version.
 
     torch 2.N needs torchvision 0.(N+15). torchaudio has torch's version up to 2.11, its last release.
@@ -305,13 +316,13 @@ def _make_companions_importable(python: Path) -> None:
 
 def _download(folder: Path, requirement: str, *options: str) -> Path:
     before = set(folder.glob("*.whl"))
-    _pip(Path(sys.executable), "download", "--no-deps", "-d", str(folder), *options, requirement)
+    run_pip(Path(sys.executable), "download", "--no-deps", "-d", str(folder), *options, requirement)
     (wheel,) = set(folder.glob("*.whl")) - before
     return wheel
 
 
-def _pip(python: Path, command: str, *arguments: str) -> None:
-    _run(
+def run_pip(python: Path, command: str, *arguments: str) -> None:
+    run_command(
         [str(python), "-m", "pip", command, "--quiet", "--progress-bar", "off", "--no-input", *arguments],
         f"pip {command} {' '.join(a for a in arguments if not a.startswith('-'))}",
     )
@@ -323,10 +334,10 @@ def _can_import(python: Path, module: str) -> bool:
 
 def _evaluate(python: Path, code: str) -> str:
     """Run code in another interpreter; returns the last line that it prints."""
-    return _run([str(python), "-c", code], f"{python} -c {code!r}").strip().rpartition("\n")[2]
+    return run_command([str(python), "-c", code], f"{python} -c {code!r}").strip().rpartition("\n")[2]
 
 
-def _run(command: list[str], step: str) -> str:
+def run_command(command: list[str], step: str) -> str:
     # Not in the repository's folder: with -m and -c Python would import this pack's `nodes` instead of the host's.
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     done = subprocess.run(command, cwd=cache_dir(), env=env, capture_output=True, text=True)

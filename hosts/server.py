@@ -64,6 +64,7 @@ class ComfyServer(ComfyClient):
         self.start_seconds: float | None = None
         self._has_temporary_base = base is None
         self._process: subprocess.Popen | None = None
+        self._reservation: socket.socket | None = None
 
     # --------------------------------------------------------------------------------------------- process
 
@@ -85,13 +86,15 @@ class ComfyServer(ComfyClient):
         """
         if self.running:
             return self
+        self.stop()  # a process that has ended leaves its port reserved
         for folder in FOLDERS:
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         for name, target in self.links.items():
             link = self.base / "custom_nodes" / name
             if not link.is_symlink():
                 link.symlink_to(Path(target).resolve(), target_is_directory=True)
-        self.port = _find_free_port()
+        self._reservation = _reserve_port()
+        self.port = self._reservation.getsockname()[1]
         start = time.monotonic()
         with self.log_path.open("ab") as log:
             # cwd and PYTHONPATH keep this repository's `nodes` and `server` out of ComfyUI's imports.
@@ -150,6 +153,8 @@ class ComfyServer(ComfyClient):
                 self._process.kill()
                 self._process.wait()
         self._process = None
+        if self._reservation is not None:
+            self._reservation.close()
 
     def restart(self) -> ComfyServer:
         """Stop the process and start a new one on the same folders."""
@@ -197,10 +202,18 @@ class ComfyServer(ComfyClient):
         return HostError(f"{message}\n{self.log_tail()}", kind="http", events=events)
 
 
-def _find_free_port() -> int:
-    """Find an unused port below the ephemeral range, which no outgoing connection can take before ComfyUI opens it."""
+def _reserve_port() -> socket.socket:
+    """Bind a socket to an unused port below the ephemeral range, which no outgoing connection can take before ComfyUI opens it.
+
+    While the socket is open, other processes that reserve ports find this one in use. ComfyUI can listen on it, because it sets
+    SO_REUSEADDR as this socket does once it is bound.
+    """
     for port in random.sample(range(20000, 32000), 50):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+        reservation = socket.socket()
+        try:
+            reservation.bind(("127.0.0.1", port))
+            reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            return reservation
+        except OSError:
+            reservation.close()
     raise HostError("no free port between 20000 and 32000; stop other servers", kind="start")

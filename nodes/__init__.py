@@ -35,6 +35,7 @@ class LearnedRoundingExtension(ComfyExtension):
         # Not in on_load, which ComfyUI 0.3.75 does not call.
         host.add_layouts()
         host.add_native_int8_setting()
+        host.follow_free_requests()
         add_progress_route()
         return [
             LoadModel,

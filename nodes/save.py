@@ -46,4 +46,6 @@ class SaveQuantized(io.ComfyNode):
     def execute(cls, quantized, filename_prefix, folder) -> io.NodeOutput:
         saved = host.save_files(quantized, filename_prefix, folder)
         paths = "\n".join(str(path) for path in saved)
-        return io.NodeOutput(paths, ui={"text": [paths, host.verify_saved(quantized, saved)]})
+        verified = host.verify_saved(quantized, saved)
+        host.remember_saved(quantized.key, dict(zip(quantized.files, saved, strict=True)), quantized.report)
+        return io.NodeOutput(paths, ui={"text": [paths, verified]})

@@ -103,3 +103,16 @@ def test_every_entry_has_one_test_and_no_trace_of_a_machine():
     entries = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert {name for name in map(function_of, entries) if functions[name] != 1} == set()
     assert [name for name, text in entries.items() if re.search(r"Traceback|pytest-of|/root/|/home/", text)] == []
+
+
+def test_measured_values_are_left_out_on_a_gpu(monkeypatch):
+    cpu = "most sensitive layers: joint_blocks.1.a, joint_blocks.2.b\ntime  N s on cpu\nbest solver: gptq N"
+    gpu = (
+        "most sensitive layers: joint_blocks.3.c, joint_blocks.1.a\ntime  2 s on cuda:0\nbest solver: gptq 3, nearest 1"
+    )
+    golden = {"test": re.sub(r"\d+", "N", cpu)}
+    monkeypatch.setattr("learned_rounding.tests.sentences.HOST_DEVICE", "cpu")
+    with pytest.raises(pytest.fail.Exception):
+        Sentences("test", "test", "TMP", golden)(gpu, numbers=False)
+    monkeypatch.setattr("learned_rounding.tests.sentences.HOST_DEVICE", "cuda")
+    Sentences("test", "test", "TMP", golden)(gpu, numbers=False)

@@ -4,6 +4,8 @@
 * ``sources``: models as tensor sources: files, and the weights of a MODEL or CLIP with their patches applied.
 * ``opening``: open a model file under ComfyUI's tensor names, dequantized on request.
 * ``quantizing``: quantize a source into files in the temp folder.
+* ``reusing``: saved files as the result of a run of the same inputs.
+* ``releasing``: release memory and temporary files on request of the user.
 * ``calibrating``: run a model in full precision and collect statistics of its input activations.
 * ``calibrations``: calibrations passed between nodes, and calibration files.
 * ``comparing``: run two models on the same inputs and compare their outputs.
@@ -30,6 +32,8 @@ from .loading import load_quantized, quantized_layers
 from .native_int8 import NATIVE_INT8_MODES, add_native_int8_setting, native_int8_mode
 from .opening import open_file
 from .quantizing import Quantized, quantize
+from .releasing import follow_free_requests
+from .reusing import remember_saved
 from .running import (
     add_route,
     is_interrupt,
@@ -63,6 +67,7 @@ __all__ = [
     "compare_models",
     "decode_images",
     "FileSource",
+    "follow_free_requests",
     "is_interrupt",
     "KEEP",
     "latest_outputs",
@@ -76,6 +81,7 @@ __all__ = [
     "quantize",
     "Quantized",
     "quantized_layers",
+    "remember_saved",
     "running_prompt",
     "safetensors_files",
     "samplers",

@@ -2,6 +2,7 @@
 
 import copy
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -55,8 +56,16 @@ def build_clip(source, quantized: Quantized):
     return clip
 
 
+def _unload(patcher) -> None:
+    """Move a model to its offload device: ComfyUI would not know of the VRAM that the copy of a loaded model occupies."""
+    loaded = comfy.model_management.current_loaded_models
+    others = [entry for entry in loaded if not patcher.is_clone(entry.model)]
+    comfy.model_management.free_memory(1e30, patcher.load_device, others)
+
+
 def _rebuild_clip(clip, quantized: Quantized):
     """A copy of ``clip`` with quantized linear layers in place of those that the files contain."""
+    _unload(clip.patcher)
     model = clip.cond_stage_model
     layers = {}  # module name → (tensors by suffix, JSON)
     for part, path in quantized.files.items():

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import re
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +13,19 @@ import comfy.sd
 import torch
 
 from ...quant_core import Recipe, Report, quantize_file
+from ...quant_core.calibration import Calibration, CalibrationFile
 from ...quant_core.events import Listener
 from ...quant_core.output.metadata import ENCODER_PREFIX
+from ...quant_core.run.fingerprint import input_paths, run_fingerprint
 from ...quant_core.sources import Source, TensorInfo
 from .calibrations import Calibrated
 from .folders import FileSource, file_stamp, move_to_temp, new_unfinished, remove_files
 from .opening import open_file
-from .sources import READS_ENCODERS, split_parts
+from .reusing import PartInputs, find_saved
+from .running import show_text
+from .sources import READS_ENCODERS, PatchedWeights, split_parts
 
-__all__ = ["Quantized", "quantize"]
+__all__ = ["Quantized", "forget_last_result", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Quantized:
         label: format and granularity, for file names.
         report: report of the run.
         clip_type: for the file of a text encoder, the user's choice in Load CLIP.
+        key: see :func:`.reusing.find_saved`.
     """
 
     files: dict[str, Path]
@@ -41,6 +46,7 @@ class Quantized:
     label: str
     report: Report
     clip_type: str = ""
+    key: tuple = ()
 
     def __post_init__(self):
         weakref.finalize(self, remove_files, tuple(self.files.values()))
@@ -58,8 +64,16 @@ def _identity(source) -> tuple:
 _last: tuple[tuple, Recipe, Quantized] | None = None
 
 
+def forget_last_result() -> None:
+    """Drop the last result; its files are deleted when neither the node cache nor a model uses them."""
+    global _last
+    _last = None
+
+
 def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrated | None" = None) -> Quantized:
     """Quantize a MODEL, CLIP or :class:`FileSource` into files in ComfyUI's temp folder, on ComfyUI's device.
+
+    The last result and files that Save Quantized has saved are used again for the same inputs, see :mod:`.reusing`.
 
     Until it is finished, a file is in the folder of :func:`new_unfinished`, from where the next run of the same inputs
     resumes it if the server stops. Its final name is unique, so servers that share the folder do not conflict.
@@ -68,36 +82,78 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
     identity = (*_identity(source), calibration and calibration.fingerprint)
     if _last and _last[:2] == (identity, recipe):
         return _last[2]
-    _last = None
+    forget_last_result()
     kind, parts = split_parts(source)
-    device = comfy.model_management.get_torch_device()
-    files, reports, finished = {}, [], None
+    clip_type = getattr(source, "clip_type", "")
+    key = (kind, clip_type, recipe, calibration and calibration.fingerprint)
     with calibration.open() if calibration else contextlib.nullcontext() as statistics:
-        try:
-            for part, origin in parts.items():
-                finished = new_unfinished(part or kind)
-                opening = open_file(origin) if isinstance(origin, FileSource) else contextlib.nullcontext(origin)
-                with opening as weights:
-                    _free_memory(weights.tensors.values(), recipe, statistics is not None, device)
-                    report = quantize_file(
-                        weights,
-                        finished,
-                        _exclude_unreadable(recipe, weights),
-                        calibration=statistics.part(part) if statistics and part else statistics,
-                        device=device,
-                        overwrite=True,  # the name is unique, and overwriting needs no hard links
-                        unfinished=f"{part or kind}.safetensors",
-                        on_event=on_event,
-                        check=comfy.model_management.throw_exception_if_processing_interrupted,
-                    )
-                files[part] = move_to_temp(finished)
-                reports.append(report)
-        except BaseException:
-            remove_files(filter(None, (*files.values(), finished)))
-            raise
-    quantized = Quantized(files, kind, recipe.format.label, _merge_reports(reports), getattr(source, "clip_type", ""))
+        if saved := find_saved(key, lambda: _read_inputs(parts, recipe, statistics)):
+            names = ", ".join(path.name for path in saved.files.values())
+            show_text(f"Using {names}, saved from the same inputs.")
+            files, report = saved.link_to_temp(), saved.report
+        else:
+            files, report = _run(kind, parts, recipe, on_event, statistics)
+    quantized = Quantized(files, kind, recipe.format.label, report, clip_type, key)
     _last = (identity, recipe, quantized)
     return quantized
+
+
+def _run(
+    kind: str,
+    parts: Mapping[str, FileSource | PatchedWeights],
+    recipe: Recipe,
+    on_event: Listener,
+    statistics: CalibrationFile | None,
+) -> tuple[dict[str, Path], Report]:
+    """Quantize all parts; returns {part: temporary file} and the report."""
+    device = comfy.model_management.get_torch_device()
+    files, reports, finished = {}, [], None
+    try:
+        for part, origin in parts.items():
+            finished = new_unfinished(part or kind)
+            with _open(origin) as weights:
+                _free_memory(weights.tensors.values(), recipe, statistics is not None, device)
+                report = quantize_file(
+                    weights,
+                    finished,
+                    _exclude_unreadable(recipe, weights),
+                    calibration=_of_part(statistics, part),
+                    device=device,
+                    overwrite=True,  # the name is unique, and overwriting needs no hard links
+                    unfinished=f"{part or kind}.safetensors",
+                    on_event=on_event,
+                    check=comfy.model_management.throw_exception_if_processing_interrupted,
+                )
+            files[part] = move_to_temp(finished)
+            reports.append(report)
+    except BaseException:
+        remove_files(filter(None, (*files.values(), finished)))
+        raise
+    return files, _merge_reports(reports)
+
+
+def _read_inputs(
+    parts: Mapping[str, FileSource | PatchedWeights], recipe: Recipe, statistics: CalibrationFile | None
+) -> dict[str, PartInputs]:
+    """The inputs of the run of each part."""
+    inputs = {}
+    for part, origin in parts.items():
+        with _open(origin) as weights:
+            fingerprint = run_fingerprint(weights, _exclude_unreadable(recipe, weights), _of_part(statistics, part))
+            inputs[part] = PartInputs(fingerprint, input_paths(weights))
+    return inputs
+
+
+@contextlib.contextmanager
+def _open(origin: FileSource | PatchedWeights) -> Iterator[Source]:
+    """Open a file; weights in memory need no opening."""
+    with open_file(origin) if isinstance(origin, FileSource) else contextlib.nullcontext(origin) as weights:
+        yield weights
+
+
+def _of_part(statistics: CalibrationFile | None, part: str) -> Calibration | None:
+    """The statistics of one part of a model."""
+    return statistics.part(part) if statistics and part else statistics
 
 
 def _exclude_unreadable(recipe: Recipe, weights: Source) -> Recipe:

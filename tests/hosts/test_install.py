@@ -26,8 +26,10 @@ def pip_calls(tmp_path, monkeypatch):
         tmp_path / "newer", "0.33.0", "comfyui-frontend-package==1.49.6\ntorchvision\nkornia>=0.7\nav>=16.0.0\n"
     )
     calls = []
-    monkeypatch.setattr(module, "_run", lambda command, step: module.Path(command[-1]).mkdir())  # python -m venv PATH
-    monkeypatch.setattr(module, "_pip", lambda python, *arguments: calls.append(arguments))
+    monkeypatch.setattr(
+        module, "run_command", lambda command, step: module.Path(command[-1]).mkdir()
+    )  # python -m venv PATH
+    monkeypatch.setattr(module, "run_pip", lambda python, *arguments: calls.append(arguments))
     monkeypatch.setattr(module, "_evaluate", lambda python, code: "2.13.0+cpu")
     monkeypatch.setattr(module, "_make_companions_importable", lambda python: None)
     monkeypatch.setattr(module, "_unpack", lambda cache, requirement, folder, target, drop="": target.mkdir())
@@ -68,7 +70,7 @@ def test_incomplete_environment_is_rebuilt(pip_calls, monkeypatch):
         raise InstallError("no network")
 
     with monkeypatch.context() as broken:
-        broken.setattr(module, "_companion_requirements", fail)
+        broken.setattr(module, "companion_requirements", fail)
         with pytest.raises(InstallError, match="no network"):
             install_hosts()
     assert available_hosts() == []
@@ -97,7 +99,7 @@ def test_wrong_comfyui_path_is_reported(pip_calls, monkeypatch, sentences):
     [("2.13.0+cpu", "0.28.0", "2.11.0"), ("2.14.1", "0.29.1", "2.11.0"), ("2.9.1", "0.24.1", "2.9.1")],
 )
 def test_companion_requirements_match_torch(torch, vision, audio):
-    assert module._companion_requirements(torch) == [f"torchvision=={vision}", f"torchaudio=={audio}"]
+    assert module.companion_requirements(torch) == [f"torchvision=={vision}", f"torchaudio=={audio}"]
 
 
 def test_given_interpreter_is_used_without_installing(pip_calls, monkeypatch, tmp_path):

@@ -1,9 +1,12 @@
 """A ComfyUI server starts, runs a stock workflow, reports failures, stops and restarts."""
 
+import socket
+
 import pytest
 from PIL import Image
 
 from learned_rounding.hosts import HostError, HostInterrupted
+from learned_rounding.hosts.server import _reserve_port
 
 
 def test_server_reports_its_version_and_stock_nodes(comfy, host):
@@ -120,3 +123,11 @@ def test_start_error_contains_the_log(server_factory):
     with pytest.raises(HostError, match="--no-such-option") as caught:
         server_factory(arguments=["--no-such-option"])
     assert caught.value.kind == "start"
+
+
+def test_reserved_port_is_left_to_its_server(monkeypatch):
+    with _reserve_port() as probe:
+        first = probe.getsockname()[1]
+    monkeypatch.setattr("random.sample", lambda ports, count: [first, *ports])
+    with _reserve_port() as one, _reserve_port() as other, socket.create_server(("127.0.0.1", first)):
+        assert one.getsockname()[1] == first != other.getsockname()[1]

@@ -95,6 +95,7 @@ def text_encoder(recipes=RECIPES) -> dict:
     for name, recipe in recipes.items():
         quantized = host.quantize(clip, recipe, lambda event: None)
         ours = host.build_clip(clip, quantized)
+        devices = {tensor.device for tensor in ours.cond_stage_model.state_dict().values()}
         (file,) = quantized.files.values()
         (saved,) = host.save_files(quantized, "t5", "output")
         copied = without_links(lambda quantized=quantized: host.save_files(quantized, "t5", "output"))[0]
@@ -107,6 +108,7 @@ def text_encoder(recipes=RECIPES) -> dict:
         conditioning = encode(ours)
         found[name] = {
             "layers": len(host.quantized_layers(ours.patcher)),
+            "offloaded": devices == {ours.patcher.offload_device},
             "stock_layers": not ours_reads,
             "loaded_layers": len(host.quantized_layers(loaded.patcher)),
             "error": float((conditioning - before).norm() / before.norm()),

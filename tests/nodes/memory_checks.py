@@ -1,6 +1,6 @@
 """Checks of in_process.py: another model occupies the memory of the GPU."""
 
-import dataclasses
+import contextlib
 import logging.handlers
 from pathlib import Path
 
@@ -10,11 +10,11 @@ import comfy.ops
 import folder_paths
 import torch
 from pack.nodes import host
-from pack.quant_core import Recipe, layer
+from pack.quant_core import Recipe
+from pack.quant_core.errors import OutOfMemoryError
 from safetensors.torch import save_file
 
 SIDE = 8192  # a layer of 128 MiB
-FREE = 512 << 20  # free bytes; a layer needs more
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest", preset="none")
 
 
@@ -38,36 +38,56 @@ def other_model():
     return patcher
 
 
+@contextlib.contextmanager
+def small_card(free: int):
+    """A GPU with ``free`` bytes of memory beside what this process holds, whatever the real one has and others use.
+
+    The allocator gets no more, and torch reports no more to ComfyUI.
+    """
+    torch.cuda.empty_cache()
+    size = torch.cuda.memory_reserved() + free
+    torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
+    mem_get_info, torch.cuda.mem_get_info = (
+        torch.cuda.mem_get_info,
+        lambda device=None: (max(size - torch.cuda.memory_reserved(), 0), size),
+    )
+    try:
+        yield
+    finally:
+        torch.cuda.mem_get_info = mem_get_info
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def squeezed() -> dict:
     """The run unloads the other model, which is restored afterwards; without that the memory is too small for the run."""
     path = Path(folder_paths.base_path) / "layers.safetensors"
     save_file(weights(4), path)
     device = comfy.model_management.get_torch_device()
     warnings = logging.handlers.BufferingHandler(100)  # warns when a layer is quantized with less memory or on the CPU
-    layer.log.addHandler(warnings)
+    logging.getLogger("pack.quant_core").addHandler(warnings)
 
-    def quantized(seed: int) -> bytes:
-        recipe = dataclasses.replace(RECIPE, seed=seed)
-        return (
-            host.quantize(host.FileSource(path, "diffusion_models", ""), recipe, lambda event: None)
-            .files[""]
-            .read_bytes()
-        )
+    def quantized() -> bytes:
+        host.quantizing.forget_last_result()
+        source = host.FileSource(path, "diffusion_models", "")
+        return host.quantize(source, RECIPE, lambda event: None).files[""].read_bytes()
 
-    def in_little_memory() -> tuple[bytes, list[str]]:
-        """Quantize with only FREE bytes of GPU memory; returns the file and the warnings."""
-        quantized(1)  # replaces the cached result
+    alone = quantized()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    quantized()  # the first run may also measure kernels
+    needed = torch.cuda.max_memory_allocated() - held
+
+    def in_little_memory() -> tuple[bytes | None, list[str]]:
+        """Quantize with half of the memory that a run needs; returns the file, None if it fails, and the warnings."""
         comfy.model_management.load_models_gpu([other])
-        torch.cuda.empty_cache()
-        filler = torch.empty(torch.cuda.mem_get_info()[0] - FREE, dtype=torch.uint8, device=device)
         warnings.buffer.clear()
-        try:
-            made = quantized(0)
-        finally:
-            del filler
+        with small_card(needed // 2):
+            try:
+                made = quantized()
+            except OutOfMemoryError:
+                made = None
         return made, [record.getMessage() for record in warnings.buffer]
 
-    alone = quantized(0)
     other = other_model()
     x = torch.ones(1, SIDE, dtype=torch.bfloat16, device=device)
     before, loaded = other.model(x), other.loaded_size()
@@ -81,10 +101,11 @@ def squeezed() -> dict:
     finally:
         comfy.model_management.free_memory = free_memory
     return {
-        "same": alone == made == without,
+        "needed": needed,
+        "same": alone == made and without in (alone, None),
         "gave way": loaded - during,
         "warned": warned,
-        "warned without": warned_without,
+        "failed or warned without": without is None or bool(warned_without),
         "stayed without": other.loaded_size() == loaded,
         "came back": came_back,
     }

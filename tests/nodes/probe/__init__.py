@@ -1,4 +1,4 @@
-"""A node pack for tests in the server: inspect a MODEL, and make runs wait after a number of layers."""
+"""A node pack for tests in the server: inspect a MODEL, make runs wait after a number of layers, report the memory in use."""
 
 import json
 import sys
@@ -82,6 +82,15 @@ async def set_gate(request):
     made = gate.made
     gate.set((await request.json())["layers"])
     return web.json_response({"made": made})
+
+
+@PromptServer.instance.routes.get("/probe/memory")
+async def get_memory(request):
+    """Bytes of the GPU in tensors, and bytes of pinned memory, unused blocks included; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return web.json_response({})
+    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    return web.json_response({"tensors": torch.cuda.memory_allocated(), "pinned": pinned})
 
 
 NODE_CLASS_MAPPINGS = {"ProbeModel": ProbeModel}
