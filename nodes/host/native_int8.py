@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import comfy.ops
 import comfy.quant_ops
@@ -168,7 +169,7 @@ _HANDLERS = {
 
 
 @functools.cache
-def _registry():
+def _registry() -> Any:
     """comfy-kitchen's registry with our handlers and our disabled backend; None where ComfyUI has no native INT8 layers."""
     if "int8_tensorwise" not in getattr(comfy.quant_ops, "QUANT_ALGOS", {}):
         return None
