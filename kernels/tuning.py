@@ -109,7 +109,8 @@ def _measure_milliseconds(call: Callable[[], object], runs: int = 20) -> float:
 def fastest(key: str, names: Sequence[str], run: Callable[[str], object]) -> str:
     """Return the name whose ``run(name)`` takes the least time; the result is cached under ``key``.
 
-    A run that raises is skipped. During CUDA graph capture nothing can be measured, and the first name is returned.
+    A run that raises is skipped; the result is not cached if it ran out of memory, which it may not do another time. During
+    CUDA graph capture nothing can be measured, and the first name is returned.
     """
     file = cache_file()
     cached = _load_cache(file).get(key)
@@ -117,17 +118,20 @@ def fastest(key: str, names: Sequence[str], run: Callable[[str], object]) -> str
         return cached
     if len(names) == 1 or torch.cuda.is_current_stream_capturing():
         return names[0]
-    times = {}
+    times, complete = {}, True
     for name in names:
         try:
             times[name] = _measure_milliseconds(lambda name=name: run(name))
+        except torch.OutOfMemoryError:
+            complete = False
         except Exception as error:  # out of shared memory, or a product that this torch does not have
             log.debug("%s cannot run %s: %s", key, name, error)
     if not times:
         return names[0]
     best = min(times, key=lambda name: times[name])
     log.info("Measured %s: %s.", key, ", ".join(f"{name} {time:.3f} ms" for name, time in times.items()))
-    _store_result(file, key, best)
+    if complete:
+        _store_result(file, key, best)
     return best
 
 

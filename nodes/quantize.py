@@ -42,8 +42,8 @@ class LearnedRoundQuantize(io.ComfyNode):
                     default=host.NATIVE_INT8_MODES[0],
                     optional=True,
                     advanced=True,
-                    tooltip="Kernels of the MODEL's INT8 layers (per row or tensor). auto: as in the settings, by default this pack's "
-                    "Triton kernels for every shape where they are faster than ComfyUI's own on this GPU; on: always; off: never.",
+                    tooltip="This pack's Triton kernels for the MODEL's INT8 layers (per row or tensor). auto: as in the settings, by "
+                    "default for every layer shape where they are faster than ComfyUI's own, measured once; on: always; off: never.",
                 ),
             ],
             outputs=[

@@ -26,20 +26,43 @@ const WIDGETS = {
   LearnedRoundingInspect: (node) => addTextWidget(node, say("fileText"), { lines: 16, width: 480 }),
 };
 
+/** The mode of native INT8 layers of a stored value: version 0.1.0 stored booleans. */
+const nativeInt8Mode = (value) => ({ true: "on", false: "auto" })[value] ?? value;
+
 const NATIVE_INT8 = {
   id: "LearnedRounding.NativeInt8",
   category: ["Learned Rounding", "Kernels", "NativeInt8"],
   name: "Native INT8 layers on this pack's Triton kernels",
   tooltip:
-    "auto: for every shape where they are faster than ComfyUI's own on this GPU, measured once. Needs an NVIDIA GPU, SM 8.0 or newer.",
+    "auto: for every layer shape where they are faster than ComfyUI's own kernels, measured once per GPU and remembered; on: always; off: never. Needs an NVIDIA GPU, SM 8.0 or newer.",
   type: "combo",
   options: ["auto", "on", "off"],
   defaultValue: "auto",
   onChange(mode, before) {
-    if (before === undefined || mode === before) return; // the page reports the stored value when it loads; the server has it already
+    // The page reports the stored value when it loads, and replaces a boolean; the server has both already.
+    if (typeof before !== "string" || mode === before) return;
     return api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(mode) });
   },
 };
+
+/** Replace a boolean that ComfyUI's settings contain: the menu shows strings only. */
+async function convertNativeInt8Setting() {
+  const { setting } = app.extensionManager;
+  const stored = setting.get(NATIVE_INT8.id);
+  const mode = nativeInt8Mode(stored);
+  if (mode !== stored) await setting.set(NATIVE_INT8.id, mode);
+}
+
+/** Replace a boolean in the node's switch whenever a workflow of version 0.1.0 fills its widgets. */
+function convertNativeInt8Widget(node) {
+  const widget = node.widgets?.find(({ name }) => name === "native_int8_kernels");
+  if (!widget) return;
+  const { onConfigure } = node;
+  node.onConfigure = function (...args) {
+    onConfigure?.apply(this, args);
+    widget.value = nativeInt8Mode(widget.value);
+  };
+}
 
 /** Show a node's output in its panel. */
 function showOutput(node, { text, learned_rounding: summaries }) {
@@ -95,7 +118,7 @@ app.registerExtension({
     if (answer.ok) speak((await answer.json())[language]?.learnedRounding);
   },
 
-  setup() {
+  async setup() {
     const style = document.createElement("link");
     style.rel = "stylesheet";
     style.href = new URL("./learned_rounding.css", import.meta.url).href;
@@ -111,6 +134,7 @@ app.registerExtension({
       const nodes = (detail.nodes ?? []).map((id) => nodeByExecutionId(app.rootGraph, id));
       if (nodes.some((node) => node && isBlank(node))) catchingUp(); // the node is cached, so ComfyUI sends no event for it
     });
+    await convertNativeInt8Setting();
   },
 
   /** A workflow was opened or the page reloaded, possibly during a run. Not awaited: ComfyUI would block the user until it ends. */
@@ -120,6 +144,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     addDependentOptions(node);
+    convertNativeInt8Widget(node);
     if (!(node.comfyClass in WIDGETS)) return;
     WIDGETS[node.comfyClass](node);
     const { onExecuted } = node;

@@ -22,9 +22,9 @@ _DEVICES = ("cuda",)
 
 
 def _run_int8(layer, x, weight, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-    if native_int8.is_off():
+    if native_int8.is_native_int8_off():
         return forward()
-    return native_int8.linear(x, weight, layer._parameters["bias"], forward, short=True)
+    return native_int8.run_native_int8(x, weight, layer._parameters["bias"])
 
 
 def _run_fp8(layer, x, weight, forward: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """ComfyUI's native INT8 layers on this pack's kernels: off, on, or auto.
 
-A linear layer reaches comfy-kitchen in two ways. ``F.linear`` with a quantized weight calls the handler of its layout, which
-is replaced here; ComfyUI's fused activations and compiled graphs call the operation ``int8_linear``, which the first of
-comfy-kitchen's backends computes, and ours becomes the first. In the mode auto both run the faster implementation, measured
-once per GPU and shape with the time of the host included.
+A linear layer reaches comfy-kitchen in two ways. ``F.linear`` with a quantized weight calls the handlers of its layout, which
+are replaced here; ComfyUI's fused activations and compiled graphs call the operation ``int8_linear``, which the first of
+comfy-kitchen's backends computes, and ours becomes the first. Both end in :func:`int8_linear`, which chooses an
+implementation once per shape. In the mode auto it is the fastest one, measured with the time of the host included.
 """
 
 import functools
@@ -11,8 +11,10 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import comfy.ops
 import comfy.quant_ops
@@ -29,9 +31,9 @@ __all__ = [
     "LAYOUT",
     "NATIVE_INT8_MODES",
     "add_native_int8_setting",
-    "is_off",
-    "linear",
+    "is_native_int8_off",
     "native_int8_mode",
+    "run_native_int8",
     "use_native_int8",
 ]
 
@@ -47,11 +49,13 @@ _BOOLEANS = {True: ON, False: AUTO}  # values of version 0.1.0, in workflows and
 _GROUPS = (0, 16, 64, 256)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DEVICES = ("cuda",)
-_MAX_CHOICES = 4096  # every prompt length and resolution is one more
+_MAX_KEPT = 4096  # every prompt length and resolution is one more shape
 
-_mode = OFF
-# Shape and options → whether our kernels run it.
-_choices: dict[tuple, bool] = {}
+_setting = OFF  # mode of all models
+_model_mode: str | None = None  # mode of the running model, where its node sets one
+_mode = OFF  # the mode in effect
+# Mode, shape and options → the implementation that computes the layer.
+_kept: dict[tuple, Callable[..., torch.Tensor]] = {}
 
 
 def native_int8_mode(value: object) -> str:
@@ -62,86 +66,112 @@ def native_int8_mode(value: object) -> str:
     return mode
 
 
-def _choose(key: tuple, x: torch.Tensor, qdata: torch.Tensor, ours: Callable, stock: Callable) -> bool:
-    """Whether our kernels run a layer; measured in the mode auto where it is not known yet."""
-    rotate_by = key[-2]
-    if x.dtype not in _DTYPES or rotate_by not in _GROUPS or qdata.shape[1] % (rotate_by or 1):
-        chosen = False
+def int8_linear(
+    x, weight, weight_scale, bias=None, out_dtype=torch.bfloat16, convrot=False, convrot_groupsize=256, input_act=None
+):
+    """comfy-kitchen's operation of that name: activations (…, K) times an INT8 weight (N, K).
+
+    ``input_act``: name of an activation function that is applied to x first.
+    """
+    rotate_by = convrot_groupsize if convrot else 0
+    key = (
+        _mode, x.shape, x.dtype, x.device, weight.shape, weight_scale.dtype, weight_scale.numel(),
+        bias if bias is None else bias.dtype, out_dtype, rotate_by, input_act,
+    )  # fmt: skip
+    arguments = {
+        "x": x, "weight": weight, "weight_scale": weight_scale, "bias": bias, "out_dtype": out_dtype,
+        "convrot": convrot, "convrot_groupsize": convrot_groupsize, "input_act": input_act,
+    }  # fmt: skip
+    run = _kept.get(key)
+    if run is None:
+        run = _choose(key, rotate_by, arguments)
+    return run(**arguments)
+
+
+def _run_ours(x, weight, weight_scale, bias, out_dtype, convrot, convrot_groupsize, input_act) -> torch.Tensor:
+    if input_act not in (None, "none"):
+        x = comfy.ops.INPUT_ACT_EAGER[input_act](x)
+    rotate_by = convrot_groupsize if convrot else 0
+    return kernels.scaled_linear(x, weight, weight_scale, bias, rotate_by=rotate_by, out_dtype=out_dtype)
+
+
+def _choose(key: tuple, rotate_by: int, arguments: dict) -> Callable[..., torch.Tensor]:
+    """Choose the implementation for a key of ``_kept``, and keep it; it is measured in the mode auto."""
+    x, weight = arguments["x"], arguments["weight"]
+    if rotate_by not in _GROUPS or weight.shape[1] % (rotate_by or 1):
+        run = _stock_implementation(arguments)
     elif _mode == ON:
-        chosen = True
-    elif x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # nothing can be measured now
+        run = _run_ours
     else:
+        runs = {"stock": _stock_implementation(arguments), "ours": _run_ours}
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return runs["stock"]  # nothing is measured during a capture
         tokens = x.reshape(-1, x.shape[-1])
-        name = tuning.shape_key(f"native int8, {_stock_version()}", tokens, qdata, *key[4:])
-        runs = {"stock": stock, "ours": ours}
-        chosen = tuning.fastest(name, list(runs), lambda name: runs[name]()) == "ours"
-    if len(_choices) >= _MAX_CHOICES:
-        _choices.clear()
-    _choices[key] = chosen
-    return chosen
+        name = tuning.shape_key(f"native int8, {_stock_version()}", tokens, weight, *key[5:])
+        run = runs[tuning.fastest(name, list(runs), lambda name: runs[name](**arguments))]
+    if len(_kept) >= _MAX_KEPT:
+        _kept.clear()
+    _kept[key] = run
+    return run
+
+
+def _stock_implementation(arguments: dict) -> Callable[..., torch.Tensor]:
+    """The function of comfy-kitchen's first backend other than ours that accepts the arguments."""
+    registry = _registry()
+    for name in registry._priority:
+        if name != _NAME and registry.validate_backend_for_call(name, _OPERATION, arguments).success:
+            return registry.get_implementation(_OPERATION, backend=name)
+    raise RuntimeError(f"No backend of comfy-kitchen accepts these arguments of {_OPERATION}.")
 
 
 @functools.cache
 def _stock_version() -> str:
     """comfy-kitchen's version and enabled backends, on which the stock implementation depends."""
-    from importlib.metadata import version
-
     registry = _registry()
     enabled = [name for name in registry._priority if name != _NAME and registry.is_available(name)]
     return f"comfy-kitchen {version('comfy-kitchen')} {'+'.join(enabled)}"
 
 
-def is_off() -> bool:
-    """Whether no layer runs on our kernels at the moment."""
-    return _mode == OFF
-
-
-def linear(x, weight, bias, stock: Callable[[], torch.Tensor], short: bool = False) -> torch.Tensor:
-    """Product of activations and an INT8 weight (out, in), on our kernels or by ``stock()``.
-
-    ``short``: ``stock`` is the whole forward pass of ComfyUI's layer, which takes more time of the host.
-    """
-    params, qdata = weight._params, weight._qdata
-    rotate_by = params.convrot_groupsize if params.convrot else 0
-    key = (_mode, x.shape, x.dtype, qdata.shape, bias is None, params.scale.numel(), rotate_by, short)
-    chosen = _choices.get(key)
-    ours = functools.partial(kernels.scaled_linear, x, qdata, params.scale, bias, rotate_by=rotate_by)
-    if chosen is None:
-        chosen = _choose(key, x, qdata, ours, stock)
-    return ours() if chosen else stock()
-
-
-def _is_ours(x, weight, transposed: bool) -> bool:
-    """Whether the mode and the arguments of a layout's handler permit our kernels; tracers keep comfy-kitchen's operator."""
+def _accepts(x, weight, transposed: bool) -> bool:
+    """Whether the mode and a handler's arguments permit our kernels; tracers get comfy-kitchen's operator."""
     return (
         _mode != OFF
         and type(x) is torch.Tensor
         and x.device.type in _DEVICES
+        and x.dtype in _DTYPES
         and getattr(weight, "_layout_cls", None) == LAYOUT
-        and weight._params.transposed is transposed
+        and getattr(weight._params, "transposed", False) is transposed
         and not torch.compiler.is_compiling()
     )
 
 
+def is_native_int8_off() -> bool:
+    """Whether ComfyUI's own code runs all layers at the moment."""
+    return _mode == OFF
+
+
+def run_native_int8(x, weight, bias=None) -> torch.Tensor:
+    """Product of activations and a quantized weight (out, in), without comfy-kitchen's operator and registry."""
+    params, qdata = weight._params, weight._qdata
+    rotation = params.convrot, params.convrot_groupsize
+    return int8_linear(x.contiguous(), qdata.contiguous(), params.scale, bias, x.dtype, *rotation)
+
+
 def _handle_linear(stock, qt, args, kwargs):
-    x, weight, *rest = args
-    if kwargs or not _is_ours(x, weight, False):
-        return stock(qt, args, kwargs)
-    return linear(x, weight, rest[0] if rest else None, lambda: stock(qt, args, kwargs))
+    x, weight, *bias = args
+    return stock(qt, args, kwargs) if kwargs or not _accepts(x, weight, False) else run_native_int8(x, weight, *bias)
 
 
 def _handle_mm(stock, qt, args, kwargs):
-    if kwargs or not _is_ours(args[0], args[1], True):
-        return stock(qt, args, kwargs)
-    return linear(*args, None, lambda: stock(qt, args, kwargs))
+    x, weight = args
+    return stock(qt, args, kwargs) if kwargs or not _accepts(x, weight, True) else run_native_int8(x, weight)
 
 
 def _handle_addmm(stock, qt, args, kwargs):
     bias, x, weight = args
-    if kwargs or bias.dim() != 1 or not _is_ours(x, weight, True):
+    if kwargs or bias.dim() != 1 or not _accepts(x, weight, True):
         return stock(qt, args, kwargs)
-    return linear(x, weight, bias, lambda: stock(qt, args, kwargs))
+    return run_native_int8(x, weight, bias)
 
 
 # Under inference_mode torch dispatches aten.linear, otherwise its parts: t, then mm or addmm.
@@ -152,46 +182,13 @@ _HANDLERS = {
 }
 
 
-def int8_linear(
-    x, weight, weight_scale, bias=None, out_dtype=torch.bfloat16, convrot=False, convrot_groupsize=256, input_act=None
-):
-    """comfy-kitchen's operation of that name; ``input_act``: name of an activation function that is applied to x first."""
-    rotate_by = convrot_groupsize if convrot else 0
-    arguments = {
-        "x": x, "weight": weight, "weight_scale": weight_scale, "bias": bias, "out_dtype": out_dtype,
-        "convrot": convrot, "convrot_groupsize": convrot_groupsize, "input_act": input_act,
-    }  # fmt: skip
-
-    def ours() -> torch.Tensor:
-        activated = x if input_act in (None, "none") else comfy.ops.INPUT_ACT_EAGER[input_act](x)
-        return kernels.int8_row_linear(activated, weight, weight_scale, bias, rotate_by=rotate_by, out_dtype=out_dtype)
-
-    def stock() -> torch.Tensor:
-        return _stock_implementation(arguments)(**arguments)
-
-    key = (_mode, x.shape, x.dtype, weight.shape, bias is None, weight_scale.numel(), rotate_by, (input_act, out_dtype))
-    chosen = _choices.get(key)
-    if chosen is None:
-        chosen = _choose(key, x, weight, ours, stock)
-    return ours() if chosen else stock()
-
-
-def _stock_implementation(arguments: dict):
-    """The function of comfy-kitchen's best backend other than ours."""
-    registry = _registry()
-    for name in registry._priority:
-        if name != _NAME and registry.validate_backend_for_call(name, _OPERATION, arguments).success:
-            return registry.get_implementation(_OPERATION, backend=name)
-    raise RuntimeError(f"No backend of comfy-kitchen can compute {_OPERATION}.")
-
-
 @functools.cache
-def _registry():
-    """comfy-kitchen's registry with our handlers and our backend, which is disabled; None where ComfyUI has no INT8 layers."""
+def _registry() -> Any:
+    """comfy-kitchen's registry with our handlers and our disabled backend; None where ComfyUI has no native INT8 layers."""
     if "int8_tensorwise" not in getattr(comfy.quant_ops, "QUANT_ALGOS", {}):
         return None
     try:
-        from comfy_kitchen.constraints import FunctionConstraints
+        from comfy_kitchen.constraints import FunctionConstraints, ParamConstraint
         from comfy_kitchen.registry import registry
         from comfy_kitchen.tensor import base, get_layout_class, register_layout_op
 
@@ -202,7 +199,11 @@ def _registry():
         return None
     for op, handler in _HANDLERS.items():
         register_layout_op(op, layout)(functools.partial(handler, stock[op]))
-    needs = FunctionConstraints(default_devices=frozenset({"cuda"}), min_compute_capability=(8, 0))
+    needs = FunctionConstraints(
+        params={"x": ParamConstraint(dtypes=frozenset(_DTYPES))},
+        default_devices=frozenset(_DEVICES),
+        min_compute_capability=(8, 0),
+    )
     registry.register(_NAME, SimpleNamespace(int8_linear=int8_linear), {_OPERATION: needs})
     registry.disable(_NAME)
     registry.set_priority(order)
@@ -214,14 +215,21 @@ def _can_run() -> bool:
     return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def _set_mode(mode: str) -> None:
-    """Set the mode of all models; log a warning where it has no effect."""
+def _apply_mode() -> None:
+    """Put the mode of the running model, or else the setting, into effect; off where our kernels cannot run."""
     global _mode
     registry = _registry()
     if registry is not None:
-        _mode = mode if _can_run() else OFF
+        _mode = _model_mode or _setting if _can_run() else OFF
         (registry.disable if _mode == OFF else registry.enable)(_NAME)
-    elif mode == ON:
+
+
+def _set_setting(mode: str) -> None:
+    """Set the mode of all models; log a warning where it has no effect."""
+    global _setting
+    _setting = mode
+    _apply_mode()
+    if mode == ON and _registry() is None:
         log.warning(
             "Learned Rounding: this ComfyUI has no native INT8 layers, so the setting for INT8 kernels has no effect."
         )
@@ -229,13 +237,15 @@ def _set_mode(mode: str) -> None:
 
 @contextmanager
 def _running_in(mode: str):
-    """Set the mode and restore the previous one at the end."""
-    before = _mode
-    _set_mode(mode)
+    """Run one model in ``mode``; the setting may change meanwhile."""
+    global _model_mode
+    before, _model_mode = _model_mode, mode
+    _apply_mode()
     try:
         yield
     finally:
-        _set_mode(before)
+        _model_mode = before
+        _apply_mode()
 
 
 def use_native_int8(model, mode: str):
@@ -273,7 +283,7 @@ def _read_setting() -> str:
 
 def add_native_int8_setting() -> None:
     """Apply the stored setting, and add the route by which the page changes it."""
-    _set_mode(_read_setting())
+    _set_setting(_read_setting())
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
@@ -283,5 +293,5 @@ def add_native_int8_setting() -> None:
         mode = await request.json()
         if mode not in NATIVE_INT8_MODES:
             return web.Response(status=400, text=f"The value must be one of {', '.join(NATIVE_INT8_MODES)}.")
-        _set_mode(mode)
+        _set_setting(mode)
         return web.json_response(mode)

@@ -50,6 +50,16 @@ def test_failing_candidate_is_skipped(cache, clock):
     assert choose() == "slow"
 
 
+def test_result_without_a_candidate_that_ran_out_of_memory_is_not_cached(cache, clock, monkeypatch):
+    def milliseconds(call):
+        if call() == "quick":
+            raise torch.OutOfMemoryError
+        return 3.0
+
+    monkeypatch.setattr(tuning, "_measure_milliseconds", milliseconds)
+    assert choose() == "slow" and not cache.exists()
+
+
 def test_nothing_is_cached_if_every_candidate_fails(cache, clock):
     clock[0].update(quick=None, slow=None)
     assert choose() == "slow" and not cache.exists()

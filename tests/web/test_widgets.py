@@ -401,6 +401,29 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
     assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels"}
 
 
+@pytest.mark.parametrize(("saved", "mode"), [(True, "on"), (False, "auto"), ("off", "off")])
+def test_booleans_of_earlier_workflows_become_modes_of_the_switch(graph, workflow, saved, mode):
+    opened = workflow(id=str(uuid.uuid4()))
+    (node,) = (node for node in opened["nodes"] if node["id"] == QUANTIZE)
+    node["widgets_values"] = [saved]
+    load_workflow(graph, opened)
+    shown, prompt = graph.evaluate(
+        "async (id) => [window.app.graph.getNodeById(id).widgets[0].value, (await window.app.graphToPrompt()).output]",
+        QUANTIZE,
+    )
+    assert shown == mode == prompt[str(QUANTIZE)]["inputs"]["native_int8_kernels"]
+    copied = graph.evaluate(
+        """(id) => {
+            const node = LiteGraph.createNode('LearnedRoundingQuantize')
+            window.app.graph.add(node)
+            node.configure({...window.app.graph.getNodeById(id).serialize(), id: node.id, widgets_values: [true]})
+            return node.widgets[0].value
+        }""",
+        QUANTIZE,
+    )
+    assert copied == "on"
+
+
 def test_the_strip_shows_format_gain_and_what_is_kept(graph):
     learned = {"solver": "gptq", "gain": 0.4, "output_error": 0.01}
     nan = {"state": "kept", "name": NAME.format(3), "shape": [64, 64], "reason": "holds NaN"}
