@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -46,11 +47,28 @@ def load_model(path: Path, kind: str):
     if layers_to_decode(path):
         model = _load_decoding_model(path, kind)
     elif kind == CHECKPOINTS:
-        model = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
+        load = comfy.sd.load_checkpoint_guess_config
+        model = load(str(path), output_vae=False, output_clip=False, **_dtype_options(path))[0]
     else:
-        model = comfy.sd.load_diffusion_model(str(path))
+        model = comfy.sd.load_diffusion_model(str(path), **_dtype_options(path))
     _check_layers(model, path, "model", kind)
     return model
+
+
+def _dtype_options(path: Path) -> dict:
+    """Options of a loader that keep the unquantized tensors of a file in their dtype.
+
+    ComfyUI 0.3.75 gives them the dtype of most weights: on a GPU with FP8 tensor cores that of the quantized ones.
+    """
+    if READS_ENCODERS or not comfy.model_management.supports_fp8_compute():
+        return {}
+    sizes = dict.fromkeys((torch.bfloat16, torch.float16), 0)
+    with SafetensorsFile(path) as file:
+        for info in file.tensors.values():
+            if info.dtype in sizes:
+                sizes[info.dtype] += info.nbytes
+    dtype = max(sizes, key=lambda dtype: sizes[dtype])
+    return {"model_options": {"dtype": dtype}} if sizes[dtype] else {}
 
 
 def _load_decoding_model(path: Path, kind: str, disable_dynamic: bool = True):
@@ -72,7 +90,10 @@ def _load_mapped_model(path: Path, kind: str):
         load, options = comfy.sd.load_state_dict_guess_config, {"output_vae": False, "output_clip": False}
     if layers := layers_to_decode(path):
         tensors = view_as_bytes(tensors, layers)
-    loaded = load(tensors, metadata=metadata, **options, **(decoding_options if layers else classic_options)(load))
+        options |= decoding_options(load)
+    else:
+        options |= classic_options(load) | _dtype_options(path)
+    loaded = load(tensors, metadata=metadata, **options)
     return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
