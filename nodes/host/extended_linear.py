@@ -21,30 +21,28 @@ _FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
 _DEVICES = ("cuda",)
 
 
-def _run_int8(layer, x, weight, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-    if native_int8.is_native_int8_off():
-        return forward()
-    return native_int8.run_native_int8(x, weight, layer._parameters["bias"])
+def _run_int8(x, weight, bias, layer) -> torch.Tensor | None:
+    return None if native_int8.is_native_int8_off() else native_int8.run_native_int8(x, weight, bias)
 
 
-def _run_fp8(layer, x, weight, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-    parameters, qdata = layer._parameters, weight._qdata
+def _run_fp8(x, weight, bias, layer) -> torch.Tensor | None:
+    qdata = weight._qdata
     if not kernels.has_static_fp8(x, qdata):
-        return forward()
-    scale, input_scale = weight._params.scale, parameters.get("input_scale")
-    return kernels.fp8_static_linear(x, qdata, scale, input_scale, parameters["bias"])
+        return None
+    input_scale = layer._parameters.get("input_scale")
+    if input_scale is not None and input_scale.device != x.device:
+        return None
+    return kernels.fp8_static_linear(x, qdata, weight._params.scale, input_scale, bias)
 
 
-def _run_scaled(layer, x, weight, forward) -> torch.Tensor:
+def _run_scaled(x, weight, bias, layer) -> torch.Tensor:
     params = weight._params
-    return kernels.scaled_linear(
-        x, weight._qdata, params.scale, layer._parameters["bias"], block_size=params.block_size or 0
-    )
+    return kernels.scaled_linear(x, weight._qdata, params.scale, bias, block_size=params.block_size or 0)
 
 
 @functools.cache
 def _short_forwards() -> Mapping[str, Callable]:
-    """Layout → function (layer, activations, weight, ComfyUI's forward pass) that computes the layer."""
+    """Layout → function (activations, weight, bias, layer) that computes the layer; None where it cannot."""
     from ..runtime.layouts import LAYOUTS
 
     own = {layout.__name__: _run_scaled for layout in LAYOUTS.values()}
@@ -56,25 +54,56 @@ def has_short_forward(layer: torch.nn.Module) -> bool:
     return hasattr(layer, "in_features") and getattr(layer, "layout_type", None) in _short_forwards()
 
 
-def _is_ready(layer, x) -> bool:
-    """Whether a layer's weight is on the device of its activations, has their dtype and no patches."""
-    attributes, parameters = layer.__dict__, layer._parameters
-    weight, bias = parameters["weight"], parameters["bias"]
+def _is_plain(layer, x) -> bool:
+    """Whether a layer's weight has no patches or casts, and its activations are those of an eager forward pass."""
+    attributes = layer.__dict__
     return (
         type(x) is torch.Tensor  # not a tracer, and not quantized
         and x.device.type in _DEVICES
         and not layer.weight_function
         and not layer.bias_function
-        and "_v" not in attributes  # dynamic VRAM
         and not attributes.get("comfy_force_cast_weights")
         and not attributes["_full_precision_mm"]
-        and "pre_quant_scale" not in parameters
-        and weight.dtype is x.dtype
-        and weight.device == x.device
-        and (bias is None or bias.dtype is x.dtype and bias.device == x.device)
+        and "_prefetch" not in attributes
+        and "pre_quant_scale" not in layer._parameters
         and not x.requires_grad
         and not torch.compiler.is_compiling()
     )
+
+
+def _fits(x, weight, bias) -> bool:
+    """Whether weight and bias are on the device of the activations and have their dtype."""
+    return (
+        weight.dtype is x.dtype
+        and weight.device == x.device
+        and (bias is None or bias.dtype is x.dtype and bias.device == x.device)
+    )
+
+
+def _run_short(layer, x) -> torch.Tensor | None:
+    """Run a layer by the short forward pass; None where ComfyUI's own must run."""
+    if not _is_plain(layer, x):
+        return None
+    run = _short_forwards()[layer.layout_type]
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    if _fits(x, weight, bias):
+        return run(x, weight, bias, layer)
+    pages = layer.__dict__.get("_v")
+    return None if pages is None else _run_resident(layer, x, pages, run)
+
+
+def _run_resident(layer, x, pages, run) -> torch.Tensor | None:
+    """As :func:`_run_short` with dynamic VRAM, which moves ``pages``: if the weight and its patches are in VRAM already."""
+    from comfy_aimdo import model_vbar
+
+    # The pages stay pinned until they are unpinned, here or by ComfyUI's forward pass.
+    if not model_vbar.vbar_signature_compare(model_vbar.vbar_fault(pages), layer._v_signature):
+        return None
+    weight, bias = layer._v_weight, layer._v_bias
+    result = run(x, weight, bias, layer) if _fits(x, weight, bias) else None
+    if result is not None:
+        model_vbar.vbar_unpin(pages)
+    return result
 
 
 @functools.lru_cache(maxsize=8)  # ComfyUI makes one class per model
@@ -87,11 +116,11 @@ def extend_linear(linear):
         is_extended = True
 
         def forward(self, input, *args, **kwargs):
-            if not _is_ready(self, input):
+            result = _run_short(self, input)
+            if result is None:
                 return super().forward(input, *args, **kwargs)
             comfy.ops.run_every_op()  # ComfyUI's check for an interrupt
-            stock = functools.partial(super().forward, input, *args, **kwargs)
-            return _short_forwards()[self.layout_type](self, input, self._parameters["weight"], stock)
+            return result
 
         def _forward(self, input, weight, bias):
             # Without inference mode torch splits activations of other strides into batched products with the expanded

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -24,9 +25,9 @@ def counted():
     taken = []
 
     def count(layout, run):
-        def call(layer, *arguments):
+        def call(*arguments):
             taken.append(layout)
-            return run(layer, *arguments)
+            return run(*arguments)
 
         return call
 
@@ -44,16 +45,13 @@ def short() -> dict:
         for name, recipe in RECIPES.items():
             model = host.build_model(tiny.original, tiny.file(**recipe))
             patched = tiny.with_lora(model)
-            wanted = tiny.run(model), tiny.run(patched), tiny.run(patched, lowvram_model_memory=1)
+            cases = (model, {}), (patched, {}), (patched, {"lowvram_model_memory": 1})
+            wanted = [tiny.run(case, **options) for case, options in cases]
+            runs, counts = [], []
             with counted() as taken:
-                runs, counts = [], []
-                for call in (
-                    lambda: tiny.run(model),
-                    lambda: tiny.run(patched),
-                    lambda: tiny.run(patched, lowvram_model_memory=1),
-                ):
+                for case, options in cases:
                     taken.clear()
-                    runs.append(call())
+                    runs.append(tiny.run(case, **options))
                     counts.append(len(taken))
             found[name] = {
                 "layers": len(host.quantized_layers(model)),
@@ -64,23 +62,61 @@ def short() -> dict:
         x = torch.zeros(2, layer.in_features, dtype=layer.weight.dtype)
         with counted():
             found["ready"] = {
-                "plain": extended._is_ready(layer, x),
-                "other dtype": extended._is_ready(layer, x.half()),
-                "full precision": _with(layer, x, _full_precision_mm=True),
-                "dynamic": _with(layer, x, _v=1),
-                "forced cast": _with(layer, x, comfy_force_cast_weights=True),
-                "patched": _with(layer, x, weight_function=[lambda weight: weight]),
-                "patched bias": _with(layer, x, bias_function=[lambda bias: bias]),
-                "another device": extended._is_ready(layer, x.to("meta")),
+                "plain": _runs(layer, x),
+                "other dtype": _runs(layer, x.half()),
+                "full precision": _runs(layer, x, _full_precision_mm=True),
+                "forced cast": _runs(layer, x, comfy_force_cast_weights=True),
+                "prefetched": _runs(layer, x, _prefetch={}),
+                "patched": _runs(layer, x, weight_function=[lambda weight: weight]),
+                "patched bias": _runs(layer, x, bias_function=[lambda bias: bias]),
+                "another device": _runs(layer, x.to("meta")),
+                "gradient": _runs(layer, x.clone().requires_grad_()),
             }
+        found["resident"] = _run_pages(layer)
     return found
 
 
-def _with(layer, x, **attributes) -> bool:
+def _runs(layer, x, **attributes) -> bool:
+    """Whether the short forward pass runs the layer with some of its attributes replaced."""
     with contextlib.ExitStack() as stack:
         for name, value in attributes.items():
             stack.enter_context(patch.dict(layer.__dict__, {name: value}))
-        return extended._is_ready(layer, x)
+        return extended._run_short(layer, x) is not None
+
+
+class Pages:
+    """Stand-in of comfy_aimdo.model_vbar: pages with a signature that changes when they are moved."""
+
+    def __init__(self):
+        self.signature, self.unpinned = 1, 0
+
+    def vbar_fault(self, pages):
+        return self.signature
+
+    def vbar_signature_compare(self, a, b):
+        return a == b
+
+    def vbar_unpin(self, pages):
+        self.unpinned += 1
+
+
+def _run_pages(layer) -> dict:
+    """Dynamic VRAM: the weight of the layer is elsewhere, and a copy is in pages that are in VRAM or not."""
+    pages, x = Pages(), torch.randn(2, layer.in_features, dtype=layer.weight.dtype)
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    elsewhere = {"weight": weight.to("meta"), "bias": bias}
+    moved = {"_v": "pages", "_v_signature": 1, "_v_weight": weight, "_v_bias": bias}
+    with (
+        counted(),
+        patch.dict(sys.modules, {"comfy_aimdo": SimpleNamespace(model_vbar=pages)}),
+        patch.dict(layer.__dict__, moved),
+    ):
+        wanted = extended._run_short(layer, x)
+        with patch.dict(layer._parameters, elsewhere):
+            resident = extended._run_short(layer, x)
+            pages.signature = 2
+            away = extended._run_short(layer, x)
+    return {"equal": torch.equal(resident, wanted), "unpinned": pages.unpinned, "away": away is None}
 
 
 CHECKS = {"forward_short": short}
