@@ -1,8 +1,9 @@
 """64-bit checksum of tensors, computed on their device.
 
-A multilinear hash modulo 2^64 (Carter and Wegman, 1979): words of 8 bytes, in blocks, are multiplied by odd constants and
-added up. Unlike a CRC it is a few elementwise operators, so the bytes of a tensor on a GPU need not be copied for it, and the
-checksum of a file is the sum of those of its parts.
+A multilinear hash modulo 2^64 (Carter and Wegman, 1979): each signed word x of 8 bytes becomes x + ⌊x/2^32⌋, so that its
+highest bits count like the others, is multiplied by an odd constant and added up. Unlike a CRC this is a few elementwise
+operators, so the bytes of a tensor on a GPU need not be copied for it, and the checksum of a file is the sum of those of
+its parts.
 """
 
 import torch
@@ -32,11 +33,11 @@ def byte_checksum(data: torch.Tensor, offset: int = 0) -> int:
     """
     whole = data.numel() // BLOCK * BLOCK
     parts = [data[:whole], torch.nn.functional.pad(data[whole:], (0, BLOCK - data.numel() + whole))]
-    weights, step = _constants(0, _WORDS, data.device), _BLOCKS.get(data.device.type, _BLOCKS_ACCELERATOR) * BLOCK
+    weights, step = _constants(0, _WORDS, data.device), _BLOCKS.get(data.device.type, _BLOCKS_ACCELERATOR)
     sums = [
-        (part[start : start + step].view(torch.int64).view(-1, _WORDS) * weights).sum(1)
+        (words >> 32).add_(words).mul_(weights).sum(1)
         for part in parts
-        for start in range(0, part.numel(), step)
+        for words in part.view(torch.int64).view(-1, _WORDS).split(step)
     ]
     blocks = torch.cat(sums)
     return int((blocks * _constants(offset // BLOCK, blocks.numel(), data.device)).sum()) % _MODULUS

@@ -15,6 +15,7 @@ SIZES = [0, 1, 7, 8, 9, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5]
 def reference(data: bytes) -> int:
     """The definition, in integers of numpy that wrap."""
     words = numpy.frombuffer(data.ljust(-(-len(data) // BLOCK) * BLOCK, b"\0"), numpy.uint64).reshape(-1, BLOCK // 8)
+    words = words + (words.view(numpy.int64) >> 32).view(numpy.uint64)
     constants = numpy.empty(max(words.shape), numpy.uint64)
     for index in range(len(constants)):
         mixed = (index + 1) * 0x9E3779B97F4A7C15 % 2**64
