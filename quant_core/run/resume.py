@@ -76,6 +76,11 @@ class RunJournal:
         self._unflushed = 0
         self._flush: Future[None] | None = None
 
+    @property
+    def compares_source(self) -> bool:
+        """Whether the checksums of source tensors are recorded, because the key does not cover their state."""
+        return self._read is not None
+
     def open(self, partial: PartialFile, data_start: int) -> TensorLayout:
         """Continue the partial file of a killed run, or create a new one with a new journal."""
         self._partial = partial
@@ -101,11 +106,13 @@ class RunJournal:
         config: Mapping[str, object] | None,
         source_tensors: Mapping[str, torch.Tensor],
     ) -> None:
-        """Record that the tensors since the last call are a finished layer; ``source_tensors``: those it was made from."""
+        """Record that the tensors since the last call are a finished layer; ``source_tensors``: those it was made from,
+        if :attr:`compares_source`.
+        """
         layer = {
             "events": [[type(event).__name__, vars(event)] for event in events],
             "config": config,
-            "source_checksums": self._checksums(source_tensors if self._read is not None else {}),
+            "source_checksums": self._checksums(source_tensors),
         }
         with self._partial.access():
             self._file.append({"layer": layer})
