@@ -14,6 +14,7 @@ from .resume import LayerEvent, RunJournal
 __all__ = ["LayerWriter", "TensorSink", "read_ahead"]
 
 _QUEUE = 1 << 26  # bytes of several tensors read ahead, and of several layers not yet written; one may be larger
+_LAYERS = 4  # not yet written: what a killed run loses
 
 
 class TensorSink(Protocol):
@@ -92,8 +93,10 @@ class LayerWriter:
         self._queued += size
 
     def wait_for_room(self, size: int) -> None:
-        """Wait until a layer of ``size`` bytes may be added: it and those not yet written are up to 64 MB, or it is alone."""
-        while self._pending and (self._pending[0][0].done() or self._queued + size > _QUEUE):
+        """Wait until a layer of ``size`` bytes is alone, or the fourth or an earlier one of up to 64 MB in all."""
+        while self._pending and (
+            self._pending[0][0].done() or len(self._pending) >= _LAYERS or self._queued + size > _QUEUE
+        ):
             self._wait_for_first()
 
     def _wait_for_first(self) -> None:

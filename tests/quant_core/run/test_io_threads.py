@@ -122,6 +122,18 @@ def test_layers_wait_for_room_of_a_number_of_bytes_or_until_they_are_alone(monke
     assert sink.added == ["large", "a", "b", "c", "d"]
 
 
+def test_few_layers_wait_however_small():
+    writer = LayerWriter(sink := Sink(), None, stop)
+    for index in range(io_threads._LAYERS):
+        add(writer, str(index), 0)
+    with pytest.raises(Stop):
+        writer.wait_for_room(0)
+    sink.open.set()
+    with writer:
+        pass
+    assert len(sink.added) == io_threads._LAYERS
+
+
 def test_nothing_is_written_after_a_layer_that_failed():
     sink = Sink(broken="b")
     with pytest.raises(OSError, match="b"), LayerWriter(sink, None, never) as writer:
