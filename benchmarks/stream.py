@@ -102,7 +102,7 @@ def _time_command(source: Path, target: Path, format: str, convrot: bool, seed: 
     options = ["--format", format, *(["--convrot"] if convrot else []), "--rounding", "nearest", "--seed", str(seed)]
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, PACK, "quantize", "-i", source, "-o", target, *options], check=True, stdout=subprocess.DEVNULL
+        [sys.executable, PACK, "quantize", "-i", source, "-o", target, *options], check=True, capture_output=True
     )
     seconds = time.perf_counter() - start
     target.unlink()
