@@ -42,6 +42,8 @@ _PLAIN_ENCODERS = {
     "t5gemma",
 }
 
+_PART = 1 << 20  # elements that are compared at a time: fresh memory of a whole weight costs more than the comparison
+
 
 def _patched_keys(patcher) -> set[str]:
     """State-dict keys of the tensors that have patches; a patch of a part of a tensor has a tuple as its key."""
@@ -112,7 +114,9 @@ def is_quantized(tensor) -> bool:
 
 def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether ``dtype`` represents every value of a float32 tensor exactly."""
-    return tensor.dtype is torch.float32 and torch.equal(tensor.to(dtype).to(torch.float32), tensor)
+    return tensor.dtype is torch.float32 and all(
+        torch.equal(part.to(dtype).to(torch.float32), part) for part in tensor.flatten().split(_PART)
+    )
 
 
 def _stored_dtypes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
