@@ -107,12 +107,12 @@ class RunJournal:
         source_tensors: Mapping[str, torch.Tensor],
     ) -> None:
         """Record that the tensors since the last call are a finished layer; ``source_tensors``: those it was made from,
-        if :attr:`compares_source`.
+        used if :attr:`compares_source`.
         """
         layer = {
             "events": [[type(event).__name__, vars(event)] for event in events],
             "config": config,
-            "source_checksums": self._checksums(source_tensors),
+            "source_checksums": self._checksums(source_tensors if self.compares_source else {}),
         }
         with self._partial.access():
             self._file.append({"layer": layer})
