@@ -2,11 +2,17 @@
 
 The file has the layers of a Flux-like transformer in bfloat16. Each pass runs in a separate process, so that its peak
 memory is measured alone. ``cp`` and the passes alternate on the same disk, and outputs are removed after each.
-``cp+sync`` includes fsync, as every pass does before it renames its output.
+``cp+sync`` includes fsync, as every pass does before it renames its output. All read a file that is in the page cache.
+
+``--node`` measures the node Learned Round Quantize on a MODEL against ``lrq`` on its file instead, with the tensors of Flux.1
+dev and RTN: the time of ``lrq`` includes the start of Python, that of the node includes building its MODEL. The server is
+started with dynamic VRAM, where the host has it, and without. The GPU is used with LEARNED_ROUNDING_HOST_DEVICE=cuda.
 """
 
+import itertools
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -19,17 +25,27 @@ import torch
 
 from learned_rounding.benchmarks.harness import arguments, finish
 from learned_rounding.benchmarks.memory import peak_memory
+from learned_rounding.benchmarks.plan import flux, make_weights
+from learned_rounding.hosts import ComfyServer, find_host
+from learned_rounding.hosts.server import PACK
+from learned_rounding.hosts.workflows import Graph
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes
+from learned_rounding.quant_core.run.quantize import usable_device
 from learned_rounding.quant_core.sources import TensorInfo
 
 PASSES = {
     "fp8 nearest": Recipe(format="float8_e4m3fn", rounding="nearest"),
     "int8 row nearest": Recipe(format="int8_tensorwise", rounding="nearest"),
+    "int8 row ConvRot nearest": Recipe(format="int8_tensorwise", convrot=True, rounding="nearest"),
     "fp8 auto": Recipe(format="float8_e4m3fn"),
     "int8 row auto": Recipe(format="int8_tensorwise"),
 }
-QUICK = ("fp8 nearest", "int8 row nearest")
+QUICK = ("fp8 nearest", "int8 row nearest", "int8 row ConvRot nearest")
+# Format and ConvRot of the comparison of node and command line.
+NODE_FORMATS = {"fp8": ("float8_e4m3fn", False), "int8 row ConvRot": ("int8_tensorwise", True)}
+_WITHOUT_DYNAMIC = "--disable-dynamic-vram"
+_QUICK_BLOCKS = re.compile(r"(?:double|single)_blocks\.[1-9]")  # left out with --quick
 _BLOCK = {"qkv": (3, 1), "proj": (1, 1), "mlp.0": (4, 1), "mlp.2": (1, 4), "mod.lin": (6, 1)}
 
 
@@ -81,12 +97,64 @@ def _copy(source: Path, target: Path, sync: bool) -> float:
     return time.perf_counter() - start
 
 
+def _time_command(source: Path, target: Path, format: str, convrot: bool, seed: int) -> float:
+    """Time of ``lrq`` in s, as a process."""
+    options = ["--format", format, *(["--convrot"] if convrot else []), "--rounding", "nearest", "--seed", str(seed)]
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, PACK, "quantize", "-i", source, "-o", target, *options], check=True, capture_output=True
+    )
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def _time_node(server: ComfyServer, source: Path, format: str, convrot: bool, seed: int) -> float:
+    """Time of Learned Round Quantize on a MODEL in s; MODEL and report are connected."""
+    graph = Graph()
+    model = graph.add("UNETLoader", unet_name=source.name, weight_dtype="default")
+    options = {"rounding": "nearest", "convrot": "on" if convrot else "off", "preset": "auto", "seed": seed}
+    recipe = graph.add("LearnedRoundingConfigure", format=format, granularity="auto", **options)
+    node = graph.add("LearnedRoundingQuantize", source=model[0], recipe=recipe[0])
+    for slot in (0, 3):
+        graph.add("PreviewAny", source=node[slot])
+    events = server.queue(graph, timeout=3600).of("executing")
+    begin = next(index for index, event in enumerate(events) if event.data["node"] == node.id)
+    return events[begin + 1].at - events[begin].at
+
+
+def measure_node(folder: Path, quick: bool, rounds: int) -> tuple[list[dict], dict]:
+    """Rows with the medians of node and ``lrq``, and all times in s."""
+    host, source = find_host(), folder / "models" / "diffusion_models" / "flux.safetensors"
+    source.parent.mkdir(parents=True)
+    infos = {name: info for name, info in flux().items() if not (quick and _QUICK_BLOCKS.match(name))}
+    make_weights(source, infos, usable_device(None))
+    has_dynamic = _WITHOUT_DYNAMIC in (host.path / "comfy" / "cli_args.py").read_text()
+    times: dict[str, list[float]] = {}
+    for extra in ((), (_WITHOUT_DYNAMIC,)) if has_dynamic else ((),):
+        with ComfyServer(host, base=folder, arguments=extra) as server:
+            for seed, (name, settings) in itertools.product(range(rounds), NODE_FORMATS.items()):
+                label = " ".join(["node", name, *extra])
+                times.setdefault(label, []).append(_time_node(server, source, *settings, seed))
+                command = _time_command(source, folder / "out.safetensors", *settings, seed)
+                times.setdefault(f"lrq {name}", []).append(command)
+    medians = {label: statistics.median(seconds) for label, seconds in times.items()}
+    rows = [
+        {"section": "node", "pass": label, "seconds": seconds, "x lrq": seconds / medians[f"lrq {name}"]}
+        for label, seconds in medians.items()
+        for name in NODE_FORMATS
+        if label.partition(" ")[2].removesuffix(f" {_WITHOUT_DYNAMIC}") == name
+    ]
+    return rows, {"host": host.version, "source_gb": source.stat().st_size / 1e9, "times": times}
+
+
 def main() -> None:
     args = arguments(
         __doc__.splitlines()[0],
         ("--gb", {"type": float, "help": "size of the source (default: 12, quick: 1)"}),
         ("--rounds", {"type": int, "default": 3}),
         ("--folder", {"type": Path, "help": "folder for the files (default: the temporary folder)"}),
+        ("--node", {"action": "store_true", "help": "measure the node on a MODEL against lrq instead"}),
         ("--pass", {"nargs": 3, "dest": "child", "help": "internal: run one pass in a child process"}),
     )
     if args.child:
@@ -96,6 +164,9 @@ def main() -> None:
     blocks = max(1, round(size / (2 * sum(a * b for a, b in _BLOCK.values()) * width**2)))
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
+        if args.node:
+            rows, more = measure_node(folder, args.quick, args.rounds)
+            return finish(args, rows, **more)
         source, target = folder / "model.safetensors", folder / "out.safetensors"
         make_file(source, width, blocks, "cuda" if torch.cuda.is_available() else "cpu")
         runs: dict[str, list[dict]] = {}

@@ -12,6 +12,8 @@ from ...quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError, 
 from ...quant_core.formats.layer_json import CONFIG_KEY
 from ...quant_core.sources import TensorInfo, TensorSource
 from ...quant_core.sources.source import CPU
+from ...quant_core.sources.staging import Staging
+from .file_slices import load_weight
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 
 __all__ = [
@@ -39,6 +41,8 @@ _PLAIN_ENCODERS = {
     "sam3_clip",
     "t5gemma",
 }
+
+_PART = 1 << 20  # elements that are compared at a time: fresh memory of a whole weight costs more than the comparison
 
 
 def _patched_keys(patcher) -> set[str]:
@@ -71,7 +75,7 @@ class PatchedWeights:
             raise AlreadyQuantizedError(f"The {name} is already quantized; connect its full-precision original.")
         self._keys = {new: key for new, (key, _) in state.items()}
         self._patched = _patched_keys(patcher)
-        self._sampled = TensorSource({})
+        self._sampled, self._staging = TensorSource({}), Staging()
         plain = {new: self._unpatched(key, tensor) for new, (key, tensor) in state.items() if key not in self._patched}
         dtypes = _stored_dtypes(plain)
         self.tensors: Mapping[str, TensorInfo] = {
@@ -90,8 +94,9 @@ class PatchedWeights:
         weight = self._unpatched(key, comfy.utils.get_attr(self._patcher.model, key))
         if key in self._patched:
             patches = self._patcher.patches[key]
-            weight = comfy.lora.calculate_weight(patches, weight.to(device, torch.float32, copy=True), key)
-        return weight.to(device, self.tensors[name].dtype)
+            weight = load_weight(weight, device, self._staging).to(torch.float32, copy=True)
+            weight = comfy.lora.calculate_weight(patches, weight, key)
+        return load_weight(weight, device, self._staging).to(self.tensors[name].dtype)
 
     def sample(self, name: str, offset: int, length: int) -> bytes:
         """See :class:`SampledSource`. Samples of one tensor must be requested one after the other: the last tensor is cached."""
@@ -109,7 +114,9 @@ def is_quantized(tensor) -> bool:
 
 def _fits(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether ``dtype`` represents every value of a float32 tensor exactly."""
-    return tensor.dtype is torch.float32 and torch.equal(tensor.to(dtype).to(torch.float32), tensor)
+    return tensor.dtype is torch.float32 and all(
+        torch.equal(part.to(dtype).to(torch.float32), part) for part in tensor.flatten().split(_PART)
+    )
 
 
 def _stored_dtypes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:

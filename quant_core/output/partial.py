@@ -26,7 +26,7 @@ __all__ = ["JOURNAL_SUFFIX", "PartialFile", "claim_partial", "remove_leftovers"]
 
 PARTIAL_SUFFIX, JOURNAL_SUFFIX = ".partial", ".journal"
 _ABANDONED = 86_400  # s without a write, after which a partial file on a disk without locks belongs to a killed run
-_THREADS = 3  # one opens or publishes the file, one computes checksums, one flushes
+_THREADS = 3  # one opens or publishes the file, one starts to write it to the disk, one flushes
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 

@@ -4,14 +4,16 @@ The header comes first in the file, but a layer that contains NaN changes it lat
 can be quantized. The writer therefore reserves an upper bound for the header, appends tensors, and writes the header last.
 """
 
+import contextlib
 import os
-import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from typing import IO, Protocol
 
 import torch
 
 from ..cancellation import CancelCheck, wait_for
+from ..sources.checksum import tensor_checksum
 from ..sources.source import TensorInfo
 from ..sources.staging import Staging, byte_views
 from .layout import HEADER_LENGTH, TensorLayout, aligned_size, encode_header
@@ -20,7 +22,6 @@ from .partial import PartialFile
 __all__ = ["SafetensorsWriter", "TensorJournal", "write_all"]
 
 _WRITEBACK = 1 << 26  # bytes after which the system starts writing to the disk
-_THREADED_CRC = 1 << 16  # bytes from which a checksum takes longer than handing the bytes to a thread
 _INTERPRETER_EXIT = "cannot schedule new futures"  # message of the RuntimeError of an executor
 
 
@@ -31,6 +32,14 @@ def write_all(file: IO[bytes], data: bytes | memoryview) -> None:
         done += file.write(view[done:])
 
 
+def _start_writeback(descriptor: int, begin: int, size: int) -> None:
+    """Start to write a range of a file to the disk, and close the descriptor."""
+    try:
+        os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 class TensorJournal(Protocol):
     """Record of a writer's tensors, from which another process can continue; used by the thread that writes."""
 
@@ -38,7 +47,7 @@ class TensorJournal(Protocol):
         """Open a partial file, new or of a killed run, and return its layout; data begins at byte ``data_start``."""
         ...
 
-    def record_tensor(self, name: str, info: TensorInfo, crc: int, payload: bytes) -> None:
+    def record_tensor(self, name: str, info: TensorInfo, checksum: int, payload: bytes) -> None:
         """Record a tensor after it is appended; ``payload``: its bytes if it is deferred and so not yet in the file."""
         ...
 
@@ -79,6 +88,7 @@ class SafetensorsWriter:
         self._journal, self._check = journal, check
         self._staging = Staging()
         self._written_back = 0
+        self._writeback: Future[None] | None = None
         try:
             wait_for(self._partial.submit(self._open), check)
         except BaseException:
@@ -104,40 +114,37 @@ class SafetensorsWriter:
     def add(self, name: str, tensor: torch.Tensor) -> int:
         """Append one tensor; returns its size in bytes. Raises ValueError if the name was added before."""
         info = TensorInfo(tensor.dtype, tuple(tensor.shape))
+        checksum = 0 if self._journal is None else tensor_checksum(tensor)
         views, payload = byte_views(tensor, self._staging), b""
         with self._partial.access():
             if self._layout.defers(info):
                 payload = b"".join(views)
-                crc = zlib.crc32(payload)
             else:
-                crc = self._append(views)
+                self._append(views)
             if self._journal is not None:
-                self._journal.record_tensor(name, info, crc, payload)
+                self._journal.record_tensor(name, info, checksum, payload)
             self._layout.add(name, info, payload)
             self._start_writeback()
         return info.nbytes
 
-    def _append(self, views: Iterable[bytes | memoryview]) -> int:
-        """Append bytes to the file; returns their CRC-32, which a thread computes during the write."""
-        crc = 0
+    def _append(self, views: Iterable[bytes | memoryview]) -> None:
         for view in views:
             self._partial.check_open()
-            if len(view) < _THREADED_CRC:
-                write_all(self._partial.file, view)
-                crc = zlib.crc32(view, crc)
-                continue
-            checksum = self._partial.submit(zlib.crc32, view, crc)
-            try:
-                write_all(self._partial.file, view)
-            finally:
-                crc = checksum.result()  # the memory of the view is reused
-        return crc
+            write_all(self._partial.file, view)
 
     def _start_writeback(self) -> None:
-        """Let the system write to the disk during the computation, so that the final flush is short."""
+        """Let the system write to the disk during the computation, so that the final flush is short.
+
+        A thread asks for it, as the system allocates the blocks on the disk before it returns.
+        """
         begin, size = self._data_start + self._written_back, self._layout.end - self._written_back
-        if size >= _WRITEBACK and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._partial.file.fileno(), begin, size, os.POSIX_FADV_DONTNEED)
+        idle = self._writeback is None or self._writeback.done()
+        if size >= _WRITEBACK and idle and hasattr(os, "posix_fadvise"):
+            with contextlib.ExitStack() as opened:
+                descriptor = os.dup(self._partial.file.fileno())  # the file may be closed meanwhile
+                opened.callback(os.close, descriptor)
+                self._writeback = self._partial.submit(_start_writeback, descriptor, begin, size)
+                opened.pop_all()
             self._written_back = self._layout.end
 
     def finish(self, metadata: Mapping[str, str]) -> int:

@@ -1,5 +1,6 @@
-"""Threads of a run: one reads the next tensor and one writes the previous layer while the current layer is quantized."""
+"""Threads of a run: one reads the next tensors and one writes the previous layers while the current layer is quantized."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -11,6 +12,9 @@ from ..sources import Source
 from .resume import LayerEvent, RunJournal
 
 __all__ = ["LayerWriter", "TensorSink", "read_ahead"]
+
+_QUEUE = 1 << 26  # bytes of several tensors read ahead, and of several layers not yet written; one may be larger
+_LAYERS = 4  # not yet written: what a killed run loses
 
 
 class TensorSink(Protocol):
@@ -24,27 +28,35 @@ class TensorSink(Protocol):
 def read_ahead(
     source: Source, reads: Iterable[tuple[str, torch.device]], check: CancelCheck
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read tensors to their devices; the next one is read while the caller works on the current one."""
+    """Read tensors to their devices; the next ones, up to 64 MB or one, are read while the caller works on the current one."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-read")
+    remaining = deque(reads)
+    pending: deque[tuple[str, Future[torch.Tensor]]] = deque()
+    queued = 0
+
+    def submit_next() -> None:
+        nonlocal queued
+        while remaining:
+            name, device = remaining[0]
+            size = source.tensors[name].nbytes
+            if pending and queued + size > _QUEUE:
+                return
+            remaining.popleft()
+            pending.append((name, pool.submit(source.read, name, device)))
+            queued += size
+
     try:
-        remaining = iter(reads)
-        pending = _submit_next(pool, source, remaining)
-        while pending is not None:
-            name, future = pending
+        submit_next()
+        while pending:
+            name, future = pending.popleft()
             tensor = wait_for(future, check)
             del future
-            pending = _submit_next(pool, source, remaining)
+            queued -= source.tensors[name].nbytes
+            submit_next()
             yield name, tensor
             del tensor
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # a read in progress ends when the source is closed
-
-
-def _submit_next(
-    pool: ThreadPoolExecutor, source: Source, remaining: Iterator[tuple[str, torch.device]]
-) -> tuple[str, Future[torch.Tensor]] | None:
-    read = next(remaining, None)
-    return None if read is None else (read[0], pool.submit(source.read, *read))
 
 
 class LayerWriter:
@@ -53,7 +65,8 @@ class LayerWriter:
     def __init__(self, sink: TensorSink, journal: RunJournal | None, check: CancelCheck):
         self._sink, self._journal, self._check = sink, journal, check
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-write")
-        self._pending: Future[None] | None = None
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        self._queued = 0  # bytes of the pending layers
 
     def add(
         self,
@@ -62,29 +75,44 @@ class LayerWriter:
         config: Mapping[str, object] | None,
         source_tensors: Mapping[str, torch.Tensor],
     ) -> None:
-        """Write one layer once the previous one is written; ``events``, ``config`` and ``source_tensors`` are for the journal."""
+        """Write one layer once there is room for it; ``events``, ``config`` and ``source_tensors`` are for the journal."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self.wait_for_room(size)
+        previous = self._pending[-1][0] if self._pending else None
+        compared = source_tensors if self._journal is not None and self._journal.compares_source else {}
 
         def write() -> None:
+            if previous is not None:
+                previous.result()  # nothing is written after a layer that failed
             for name, tensor in tensors.items():
                 self._sink.add(name, tensor)
             if self._journal is not None:
-                self._journal.record_layer(events, config, source_tensors)
+                self._journal.record_layer(events, config, compared)
 
-        self.wait()
-        self._pending = self._pool.submit(write)
+        self._pending.append((self._pool.submit(write), size))
+        self._queued += size
 
-    def wait(self) -> None:
-        """Wait until the previous layer is written."""
-        if self._pending is not None:
-            wait_for(self._pending, self._check)
+    def wait_for_room(self, size: int) -> None:
+        """Wait until a layer of ``size`` bytes is alone, or the fourth or an earlier one of up to 64 MB in all."""
+        while self._pending and (
+            self._pending[0][0].done() or len(self._pending) >= _LAYERS or self._queued + size > _QUEUE
+        ):
+            self._wait_for_first()
+
+    def _wait_for_first(self) -> None:
+        """Wait until the first layer of the queue is written. Raises the error with which that failed."""
+        future, size = self._pending[0]
+        wait_for(future, self._check)
+        self._pending.popleft()
+        self._queued -= size
 
     def __enter__(self) -> "LayerWriter":
         return self
 
     def __exit__(self, kind, *_) -> None:
         try:
-            if kind is None:
-                self.wait()
+            while kind is None and self._pending:
+                self._wait_for_first()
         finally:
             # After an error, a write that hangs ends on its own.
             self._pool.shutdown(wait=kind is None, cancel_futures=True)

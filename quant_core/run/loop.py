@@ -32,7 +32,7 @@ BIAS_CORRECTED = "bias of a quantized layer, corrected for the mean output error
 class QuantizationRun:
     """One run over a plan.
 
-    The next tensor is read and the previous layer is written by threads while a layer is quantized on ``device``.
+    The next tensors are read and the previous layers are written by threads while a layer is quantized on ``device``.
 
     Args:
         source: where tensors are read.
@@ -165,10 +165,10 @@ class QuantizationRun:
             damaged = self._kept(name, NON_FINITE, planned=False)
             self._write_layer(source_tensors, source_tensors, damaged, *self._kept_bias(bias_name))
             return
-        self._writer.wait()  # the time of a layer includes that of writing the previous one
         tensors = quantized.tensors(_base_name(name))
         self.configs[_base_name(name)] = quantized.config
         size = sum(tensor.nbytes for tensor in tensors.values())
+        self._writer.wait_for_room(size)  # the time of a layer includes that of writing earlier ones
         finished = self._finished(name, quantized, bytes_out=size, index=index, started=started)
         kept_bias = self._kept_bias(bias_name, corrected=quantized.bias is not bias)
         self._write_layer(tensors, source_tensors, finished, *kept_bias)

@@ -1,11 +1,12 @@
 """Resume: what a killed run finished is read from its journal, and the next run with the same key continues its file.
 
-The journal is next to the partial file. It has one record per tensor, with the CRC-32 of its bytes, and one record per
+The journal is next to the partial file. It has one record per tensor, with the checksum of its bytes, and one record per
 finished layer. Bytes that a crash or a power failure tore or lost, in either file, do not match their checksum: they and
 everything after them are made again.
 """
 
 import contextlib
+import io
 import json
 import os
 import struct
@@ -25,8 +26,8 @@ from ..output.partial import JOURNAL_SUFFIX, PartialFile, claim_partial
 from ..output.publish import flush_folder
 from ..output.writer import write_all
 from ..sources import Source, TensorInfo
+from ..sources.checksum import byte_checksum, tensor_checksum
 from ..sources.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from ..sources.staging import Staging, tensor_checksum
 
 __all__ = ["FinishedLayer", "JournalFile", "LayerEvent", "RunJournal"]
 
@@ -72,9 +73,13 @@ class RunJournal:
     def __init__(self, key: str, source: Source, read: Callable[[str], torch.Tensor] | None):
         self.layers: Sequence[FinishedLayer] = ()
         self._key, self._source, self._read = key, source, read
-        self._staging = Staging()
         self._unflushed = 0
         self._flush: Future[None] | None = None
+
+    @property
+    def compares_source(self) -> bool:
+        """Whether the checksums of source tensors are recorded, because the key does not cover their state."""
+        return self._read is not None
 
     def open(self, partial: PartialFile, data_start: int) -> TensorLayout:
         """Continue the partial file of a killed run, or create a new one with a new journal."""
@@ -89,9 +94,9 @@ class RunJournal:
         self._file.append(self._header(data_start))
         return TensorLayout(partial.path.parent)
 
-    def record_tensor(self, name: str, info: TensorInfo, crc: int, payload: bytes) -> None:
+    def record_tensor(self, name: str, info: TensorInfo, checksum: int, payload: bytes) -> None:
         """Record an appended tensor; ``payload``: its bytes if they are not yet in the file."""
-        record = {"name": name, "dtype": DTYPE_NAMES[info.dtype], "shape": info.shape, "crc": crc}
+        record = {"name": name, "dtype": DTYPE_NAMES[info.dtype], "shape": info.shape, "checksum": checksum}
         self._file.append(record, payload)
         self._unflushed += info.nbytes
 
@@ -101,11 +106,13 @@ class RunJournal:
         config: Mapping[str, object] | None,
         source_tensors: Mapping[str, torch.Tensor],
     ) -> None:
-        """Record that the tensors since the last call are a finished layer; ``source_tensors``: those it was made from."""
+        """Record that the tensors since the last call are a finished layer; ``source_tensors``: those it was made from,
+        used if :attr:`compares_source`.
+        """
         layer = {
             "events": [[type(event).__name__, vars(event)] for event in events],
             "config": config,
-            "source_crc": self._checksums(source_tensors if self._read is not None else {}),
+            "source_checksums": self._checksums(source_tensors if self.compares_source else {}),
         }
         with self._partial.access():
             self._file.append({"layer": layer})
@@ -121,7 +128,7 @@ class RunJournal:
         return {"run": self._key, "data_start": data_start}
 
     def _checksums(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        return {name: tensor_checksum(tensor, self._staging) for name, tensor in tensors.items()}
+        return {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
 
     def _resume(self, hidden: Path, data_start: int) -> TensorLayout | None:
         """Continue one partial file; None if its run lives, had another key or finished no layer, or a file is unreadable."""
@@ -184,7 +191,7 @@ class RunJournal:
             raise ValueError("the layer is of another source")
         read = self._read
         tensors = {} if read is None else {event.name: read(event.name) for event in events}
-        if record["source_crc"] != self._checksums(tensors):
+        if record["source_checksums"] != self._checksums(tensors):
             raise ValueError("the weights have changed")
         return FinishedLayer(events=events, config=config)
 
@@ -224,22 +231,29 @@ def _read_tensor(
     info = TensorInfo(TORCH_DTYPES[record["dtype"]], tuple(record["shape"]))
     record["name"].encode()  # raises UnicodeEncodeError for a lone surrogate, which no file can contain
     payload = journal.payload(begin, size)
-    crc = zlib.crc32(payload) if TensorLayout.defers(info) else _checksum(file, info.nbytes)
-    if crc is None or crc != record["crc"] or len(payload) != (info.nbytes if TensorLayout.defers(info) else 0):
+    deferred = TensorLayout.defers(info)
+    if len(payload) != (info.nbytes if deferred else 0):
+        raise ValueError(f"the record of tensor {record['name']} has {len(payload):,} bytes")
+    found = _file_checksum(io.BytesIO(payload) if deferred else file, info.nbytes)
+    if found is None or found != record["checksum"]:
         raise ValueError(f"the bytes of tensor {record['name']} are damaged")
     return record["name"], info, payload
 
 
-def _checksum(file: BinaryIO, size: int) -> int | None:
-    """CRC-32 of the next ``size`` bytes of a file; None if the file is shorter."""
-    crc = 0
-    while size:
-        chunk = file.read(min(size, _CHUNK))
-        if not chunk:
-            return None
-        crc = zlib.crc32(chunk, crc)
-        size -= len(chunk)
-    return crc
+def _file_checksum(file: BinaryIO, size: int) -> int | None:
+    """:func:`byte_checksum` of the next ``size`` bytes of a file; None if the file is shorter."""
+    total, done = 0, 0
+    while done < size:
+        buffer = bytearray(min(size - done, _CHUNK))
+        view, filled = memoryview(buffer), 0
+        while filled < len(buffer):
+            count = file.readinto(view[filled:])
+            if not count:
+                return None
+            filled += count
+        total += byte_checksum(torch.frombuffer(buffer, dtype=torch.uint8), done)
+        done += filled
+    return total % (1 << 64)
 
 
 def _flush_and_close(descriptors: Sequence[int]) -> None:

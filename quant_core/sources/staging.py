@@ -1,57 +1,88 @@
-"""Copies between files and a GPU through a ring of small page-locked buffers.
+"""Copies between host memory or files and a GPU through small page-locked buffers.
 
 Fresh pageable memory costs one page fault per 4 KiB in each direction, which is slower than the disk. Page-locked buffers
-that are reused are filled at the speed of the page cache and copied at the speed of the bus.
+that are reused are filled at the speed of the page cache and copied at the speed of the bus. Several threads fill them,
+because one copies from the page cache more slowly than the bus. Copies run on the current stream of the caller.
 """
 
-import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import torch
 
-__all__ = ["Staging", "byte_views", "tensor_checksum"]
+__all__ = ["Staging", "byte_views"]
 
-_BUFFER = 1 << 24
-_BUFFERS = 4
+_BUFFER = 1 << 23
+_BUFFERS = 8
+_THREADS = 4  # that fill buffers
 
 
 class Staging:
-    """Ring of page-locked buffers for one direction and one thread at a time."""
+    """Ring of page-locked buffers for one direction and one caller at a time."""
 
     def __init__(self):
-        self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
-        self._next = 0
+        self._ring: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
-    def _buffer(self) -> tuple[torch.Tensor, torch.cuda.Event]:
-        """The next buffer, after its previous copy has ended."""
-        if len(self._ring) < _BUFFERS:
-            self._ring.append((torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))
-            return self._ring[-1]
-        buffer, copied = self._ring[self._next]
-        self._next = (self._next + 1) % _BUFFERS
+    def _take(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """The buffer that was given back first, after its copy has ended; a new one if all are in use."""
+        try:
+            buffer, copied = self._ring.popleft()
+        except IndexError:
+            return torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()
         copied.synchronize()
         return buffer, copied
 
     def fill(self, target: torch.Tensor, read_into: Callable[[memoryview, int], None]) -> None:
-        """Fill ``target`` (uint8, 1-D, on a GPU); ``read_into(view, offset)`` writes the bytes from ``offset`` on into a view."""
-        with torch.cuda.device(target.device):
-            for start in range(0, target.numel(), _BUFFER):
-                part = target[start : start + _BUFFER]
-                buffer, copied = self._buffer()
-                read_into(buffer[: part.numel()].numpy().data, start)
-                part.copy_(buffer[: part.numel()], non_blocking=True)
-                copied.record()
+        """Fill ``target`` (uint8, 1-D, on a GPU); ``read_into(view, offset)`` writes the bytes from ``offset`` on into a view.
+
+        Threads call ``read_into`` at the same time for parts of a large target.
+        """
+        stream = torch.cuda.current_stream(target.device)
+
+        # Inference mode, as a thread cannot otherwise write to a tensor that its caller made in this mode.
+        @torch.inference_mode()
+        def fill_part(start: int) -> None:
+            part = target[start : start + _BUFFER]
+            with torch.cuda.stream(stream):
+                buffer, copied = self._take()
+                view = buffer[: part.numel()]
+                read_into(view.numpy().data, start)
+                part.copy_(view, non_blocking=True)
+                copied.record(stream)
+            self._ring.append((buffer, copied))
+
+        starts = range(0, target.numel(), _BUFFER)
+        with ExitStack() as stack:
+            if len(starts) > 1:
+                pool = ThreadPoolExecutor(min(_THREADS, len(starts)), thread_name_prefix="learned-rounding-fill")
+                stack.callback(pool.shutdown, cancel_futures=True)
+                deque(pool.map(fill_part, starts), maxlen=0)
+            elif starts:
+                fill_part(0)
 
     def drain(self, source: torch.Tensor) -> Iterator[memoryview]:
-        """Yield the bytes of ``source`` (uint8, 1-D, on a GPU) in parts; each view is valid until the next one is requested."""
-        with torch.cuda.device(source.device):
-            for start in range(0, source.numel(), _BUFFER):
+        """Yield the bytes of ``source`` (uint8, 1-D, on a GPU) in parts; each view is valid until the next one is requested.
+
+        The next parts are copied meanwhile.
+        """
+        starts, copying = iter(range(0, source.numel(), _BUFFER)), deque()
+        stream = torch.cuda.current_stream(source.device)
+        while True:
+            while len(copying) < _BUFFERS and (start := next(starts, None)) is not None:
                 part = source[start : start + _BUFFER]
-                buffer, copied = self._buffer()
-                buffer[: part.numel()].copy_(part, non_blocking=True)
-                copied.record()
-                copied.synchronize()
-                yield buffer[: part.numel()].numpy().data
+                with torch.cuda.stream(stream):
+                    buffer, copied = self._take()
+                    buffer[: part.numel()].copy_(part, non_blocking=True)
+                    copied.record(stream)
+                copying.append((buffer, copied, part.numel()))
+            if not copying:
+                return
+            buffer, copied, size = copying.popleft()
+            copied.synchronize()
+            yield buffer[:size].numpy().data
+            self._ring.append((buffer, copied))
 
 
 def byte_views(tensor: torch.Tensor, staging: Staging) -> Iterator[memoryview]:
@@ -61,11 +92,3 @@ def byte_views(tensor: torch.Tensor, staging: Staging) -> Iterator[memoryview]:
         yield from staging.drain(flat)
     else:
         yield flat.cpu().numpy().data
-
-
-def tensor_checksum(tensor: torch.Tensor, staging: Staging) -> int:
-    """CRC-32 of the bytes of a tensor."""
-    crc = 0
-    for view in byte_views(tensor, staging):
-        crc = zlib.crc32(view, crc)
-    return crc

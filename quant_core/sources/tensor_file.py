@@ -4,6 +4,7 @@ Files are read, not memory-mapped: mapped pages stay resident, which matters for
 ends the process with SIGBUS.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -13,6 +14,7 @@ import struct
 import threading
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_RANK = 64  # dimensions; the limit of torch operators
 SIZE_LIMIT = 2**63  # torch stores sizes and offsets as int64
 _CHUNK = 1 << 24  # bytes per read; bounds the delay until close() stops a reading thread
+_PARALLEL = hasattr(os, "preadv")  # Windows has no read at a given position
 _PARSE_ERRORS = (
     ValueError,
     TypeError,
@@ -88,6 +91,8 @@ class TensorFile(ABC):
         self.tensors: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._seeking = threading.Lock()  # Windows: the position of the file belongs to one thread
+        self._readers = 0  # threads in _read_into
         self._closing = False
         self._staging = Staging()
         if os.path.isdir(self.path):
@@ -130,31 +135,47 @@ class TensorFile(ABC):
             raise ValueError(f"tensor {name} extends beyond the end of the file")
         self.tensors[name], self._offsets[name] = info, offset
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep the file open for one thread."""
+        with self._lock:
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers -= 1
+                if self._closing and not self._readers:
+                    self._file.close()
+
     def _read_into(self, view: memoryview, offset: int, what: str) -> None:
         """Fill ``view`` with the bytes of the file from ``offset``; error messages name ``what``."""
-        try:
-            with self._lock:
-                done = 0
-                while done < len(view):
-                    if self._closing:
-                        raise SourceError(f"{self.path} was closed while {what} was read.", file=str(self.path))
-                    try:
-                        self._file.seek(offset + done)
-                        count = self._file.readinto(view[done : done + _CHUNK])
-                    except OSError as error:
-                        raise SourceError(
-                            f"{self.path} cannot be read at {what}: {error.strerror}; check the disk.",
-                            file=str(self.path),
-                        ) from error
-                    if not count:
-                        raise SourceError(
-                            f"{self.path} ended early at {what}: it was changed while it was read; run again.",
-                            file=str(self.path),
-                        )
-                    done += count
-        finally:
-            if self._closing:
-                self.close()
+        done = 0
+        with self._reading():
+            while done < len(view):
+                if self._closing:
+                    raise SourceError(f"{self.path} was closed while {what} was read.", file=str(self.path))
+                try:
+                    count = self._read_at(view[done : done + _CHUNK], offset + done)
+                except OSError as error:
+                    raise SourceError(
+                        f"{self.path} cannot be read at {what}: {error.strerror}; check the disk.",
+                        file=str(self.path),
+                    ) from error
+                if not count:
+                    raise SourceError(
+                        f"{self.path} ended early at {what}: it was changed while it was read; run again.",
+                        file=str(self.path),
+                    )
+                done += count
+
+    def _read_at(self, view: memoryview, offset: int) -> int:
+        """One read of the system; returns the number of bytes."""
+        if _PARALLEL:
+            return os.preadv(self._file.fileno(), [view], offset)
+        with self._seeking:
+            self._file.seek(offset)
+            return self._file.readinto(view)
 
     def _read_header(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of the file from ``offset``."""
@@ -185,12 +206,10 @@ class TensorFile(ABC):
 
     def close(self) -> None:
         """Close the file without blocking; a thread that is reading stops with :class:`SourceError`."""
-        self._closing = True
-        if self._lock.acquire(blocking=False):
-            try:
+        with self._lock:
+            self._closing = True
+            if not self._readers:
                 self._file.close()
-            finally:
-                self._lock.release()
 
     def __enter__(self):
         return self

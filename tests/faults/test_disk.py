@@ -27,6 +27,7 @@ from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import OutputError, SourceError
 from learned_rounding.quant_core.events import LayerMeasured, LayerStarted
 from learned_rounding.quant_core.output import partial as partial_files
+from learned_rounding.quant_core.run import io_threads
 from learned_rounding.quant_core.sources import tensor_file as reader
 from learned_rounding.tests.faults.conftest import make_case, tensors
 from learned_rounding.tests.faults.disk import Disk, failing, killed, once
@@ -198,8 +199,9 @@ def _gguf(path):
 @pytest.mark.parametrize(
     "suffix, write", [(".pt", lambda path: torch.save(tensors(), path)), (".gguf", _gguf)], ids=["pt", "gguf"]
 )
-def test_other_files_may_be_cut_short_below_a_run(tmp_path, suffix, write, often, tried, sentences):
+def test_other_files_may_be_cut_short_below_a_run(tmp_path, monkeypatch, suffix, write, often, tried, sentences):
     """A file that is mapped and then cut short ends the process, and a server with it."""
+    monkeypatch.setattr(io_threads, "_QUEUE", 0)  # else all of it is read before the first layer
     source, target, layers = tmp_path / f"model{suffix}", tmp_path / "out.safetensors", range(0, 4, often(2, 1))
     for index in layers:
         write(source)

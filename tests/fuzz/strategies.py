@@ -314,7 +314,7 @@ def _journals(draw, records: list[tuple[object, bytes]]) -> tuple[bytes, bool]:
     made, forged = b"", draw(st.booleans())
     for record, payload in records[: draw(st.integers(1, len(records)))]:
         if made and forged and _one_in(draw, 10):
-            key = draw(st.sampled_from(["dtype", "shape", "name", "crc", "layer", "events", "config"]))
+            key = draw(st.sampled_from(["dtype", "shape", "name", "checksum", "layer", "events", "config"]))
             changed = {**record, key: draw(st.one_of(_UNEXPECTED, _JSON))} if isinstance(record, dict) else record
             record = draw(st.sampled_from([changed, draw(_JSON)]))
         text = json.dumps(record).encode()

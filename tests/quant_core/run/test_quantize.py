@@ -35,7 +35,7 @@ from learned_rounding.quant_core.layer import Layer
 from learned_rounding.quant_core.output import partial, verify_file
 from learned_rounding.quant_core.quantize_layer import quantize_layer
 from learned_rounding.quant_core.rounding import slabs
-from learned_rounding.quant_core.run import loop
+from learned_rounding.quant_core.run import io_threads, loop
 from learned_rounding.quant_core.run.quantize import output_name
 
 LINEARS = [f"blocks.{block}.{layer}" for block in range(2) for layer in ("attn.qkv", "mlp.0", "mlp.2")]
@@ -315,7 +315,8 @@ def test_a_listener_that_fails_stops_the_run(model_file, tmp_path, listing):
     assert listing() == ["model.safetensors"] and working_threads() == []
 
 
-def test_a_source_that_breaks_off_leaves_nothing_behind(model_file, tmp_path, listing, sentences):
+def test_a_source_that_breaks_off_leaves_nothing_behind(model_file, tmp_path, listing, monkeypatch, sentences):
+    monkeypatch.setattr(io_threads, "_QUEUE", 0)  # else all of it is read before the first layer
     source = model_file()
 
     def cut(event):

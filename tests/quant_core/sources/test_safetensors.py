@@ -3,6 +3,7 @@
 import errno
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,6 +125,32 @@ def test_reading_from_several_threads(tmp_path):
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
     assert not wrong
+
+
+@pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "one at a time"])
+def test_file_closed_while_threads_read_it_stays_open_until_they_end(tmp_path, monkeypatch, parallel):
+    """``parallel``: False as on Windows, which has no read at a given position."""
+    monkeypatch.setattr(reader, "_PARALLEL", parallel)
+    save_file({"a": torch.arange(100.0), "b": torch.arange(50.0)}, tmp_path / "a.safetensors")
+    source, started, closed = SafetensorsFile(tmp_path / "a.safetensors"), threading.Barrier(3), threading.Event()
+    read_at = source._read_at
+
+    def wait(view, offset):
+        started.wait()
+        closed.wait()
+        return read_at(view, offset)
+
+    monkeypatch.setattr(source, "_read_at", wait)
+    with ThreadPoolExecutor(2) as pool:
+        reads = [pool.submit(source.read, name) for name in source.tensors]
+        started.wait()
+        source.close()
+        assert not source._file.closed
+        closed.set()
+        assert {tuple(read.result().shape) for read in reads} == {(100,), (50,)}
+    assert source._file.closed
+    with pytest.raises(SourceError, match="was closed while tensor a was read"):
+        source.read("a")
 
 
 @pytest.fixture
@@ -265,18 +292,11 @@ def test_a_file_cut_while_it_is_read(model_file, sentences):
             source.read(list(source.tensors)[-1])
 
 
-def test_a_disk_that_fails_while_reading(model_file, sentences):
-    class Failing:
-        def __init__(self, file):
-            self._file = file
-
-        def readinto(self, view):
-            raise OSError(errno.EIO, "Input/output error")
-
-        def __getattr__(self, name):
-            return getattr(self._file, name)
+def test_a_disk_that_fails_while_reading(model_file, monkeypatch, sentences):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
 
     with SafetensorsFile(model_file()) as source:
-        source._file = Failing(source._file)
+        monkeypatch.setattr(source, "_read_at", fail)
         with sentences.raises(SourceError):
             source.read("step")

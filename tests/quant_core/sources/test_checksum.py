@@ -1,0 +1,77 @@
+"""Checksum of tensors: additive over parts, equal on every device, different for different bytes."""
+
+import os
+
+import numpy
+import pytest
+import torch
+
+from learned_rounding.quant_core.sources import checksum
+from learned_rounding.quant_core.sources.checksum import BLOCK, byte_checksum, tensor_checksum
+
+SIZES = [0, 1, 7, 8, 9, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5]
+
+
+def reference(data: bytes) -> int:
+    """The definition, in integers of numpy that wrap."""
+    words = numpy.frombuffer(data.ljust(-(-len(data) // BLOCK) * BLOCK, b"\0"), numpy.uint64).reshape(-1, BLOCK // 8)
+    words = words + (words.view(numpy.int64) >> 32).view(numpy.uint64)
+    constants = numpy.empty(max(words.shape), numpy.uint64)
+    for index in range(len(constants)):
+        mixed = (index + 1) * 0x9E3779B97F4A7C15 % 2**64
+        shifted = mixed >> 30 | (2**64 - 2**34 if mixed >> 63 else 0)  # of a signed number
+        constants[index] = (mixed ^ shifted) * 0xBF58476D1CE4E5B9 % 2**64 | 1
+    sums = (words * constants[: words.shape[1]]).sum(axis=1, dtype=numpy.uint64)
+    return int((sums * constants[: len(sums)]).sum(dtype=numpy.uint64))
+
+
+def random_bytes(size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_checksum_matches_its_definition(size):
+    data = random_bytes(size)
+    assert byte_checksum(data) == reference(data.numpy().tobytes())
+
+
+def test_checksums_of_parts_add_up():
+    data = random_bytes(5 * BLOCK + 100)
+    parts = [byte_checksum(part, index * 2 * BLOCK) for index, part in enumerate(data.split(2 * BLOCK))]
+    assert sum(parts) % 2**64 == byte_checksum(data)
+
+
+def test_launches_of_several_blocks_give_the_same_checksum(monkeypatch):
+    data = random_bytes(7 * BLOCK + 3)
+    expected = byte_checksum(data)
+    monkeypatch.setattr(checksum, "_BLOCKS", {"cpu": 3})
+    assert byte_checksum(data) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+def test_checksum_is_the_same_on_a_gpu(size):
+    data = random_bytes(size)
+    assert byte_checksum(data.cuda()) == byte_checksum(data)
+
+
+def test_changed_lost_and_exchanged_bytes_change_the_checksum():
+    data = random_bytes(4 * BLOCK)
+    seen = {byte_checksum(data)}
+    for page in range(0, data.numel(), 4096):
+        lost, bit = data.clone(), data.clone()
+        lost[page : page + 4096] = 0
+        bit[page + 7] ^= 0x80  # the highest bit of a word
+        seen |= {byte_checksum(lost), byte_checksum(bit)}
+    seen.add(byte_checksum(torch.cat([data[BLOCK:], data[:BLOCK]])))
+    assert len(seen) == 2 + 2 * data.numel() // 4096
+
+
+def test_tensor_checksum_is_that_of_its_bytes_in_row_major_order():
+    tensor = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = byte_checksum(tensor.t().contiguous().view(torch.uint8).flatten())
+    assert tensor_checksum(tensor.t()) == expected
+    unaligned = torch.frombuffer(
+        bytearray(os.urandom(1) + tensor.view(torch.uint8).numpy().tobytes()), dtype=torch.uint8
+    )
+    assert tensor_checksum(unaligned[1:].view(torch.uint8)) == tensor_checksum(tensor)
