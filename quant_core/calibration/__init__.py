@@ -7,6 +7,7 @@ from .hessian import (
     PackedHessian,
     PairedHessian,
     dense_hessian,
+    low_rank_factor,
     mean_vector,
     quantized_hessians,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "SensitivityAnalysis",
     "dense_hessian",
     "input_scale",
+    "low_rank_factor",
     "mean_vector",
     "quantized_hessians",
 ]

@@ -18,9 +18,12 @@ __all__ = [
     "PairedHessian",
     "channel_rms",
     "dense_hessian",
+    "low_rank_factor",
     "mean_vector",
     "quantized_hessians",
 ]
+
+_NOT_FINITE = "The Hessian contains NaN or Inf; calibrate again."
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,15 @@ def dense_hessian(hessian: Hessian, in_channels: int, device: torch.device) -> t
     return matrix
 
 
+def low_rank_factor(hessian: LowRankHessian, in_channels: int, device: torch.device) -> torch.Tensor:
+    """Return F as float32 (in, rank) on ``device``. Raises as :func:`dense_hessian`."""
+    _check_shape(hessian, in_channels)
+    factor = hessian.factor.detach().to(device, torch.float32)
+    if not torch.isfinite(factor).all():
+        raise CalibrationError(_NOT_FINITE)
+    return factor
+
+
 def quantized_hessians(
     hessian: PairedHessian, in_channels: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,7 +143,7 @@ def _check_shape(hessian: Hessian, in_channels: int) -> None:
 
 def _check_values(matrix: torch.Tensor) -> None:
     if not torch.isfinite(matrix.diagonal()).all() or not torch.isfinite(matrix.sum()):
-        raise CalibrationError("The Hessian contains NaN or Inf; calibrate again.")
+        raise CalibrationError(_NOT_FINITE)
     if (matrix.diagonal() < 0).any():
         raise CalibrationError("The Hessian has a negative diagonal element; calibrate again.")
 
