@@ -5,6 +5,7 @@ import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from .accumulate import (
 )
 from .background import BackgroundWorker
 from .file import CalibrationFile, write_calibration
+from .hessian import PackedHessian, pack_triangle
 from .panels import packed_size
+from .statistics import LayerStatistics
 
 __all__ = ["Collector", "ROTATION"]
 
@@ -57,6 +60,8 @@ class Collector:
         validation_size: number of validation activations stored per layer.
         seed: of the sampling.
         earlier: calibration of the same layers to continue.
+        hessian_bits: 8 to save complete Hessians as 8-bit factors, see :class:`~.hessian.TriangularHessian`, 16 for float16
+            correlations. Those of quantized activations are always saved in 16 bits.
 
     Attributes:
         sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured; saved with the
@@ -79,11 +84,12 @@ class Collector:
         validation_size: int = 512,
         seed: int = 0,
         earlier: CalibrationFile | None = None,
+        hessian_bits: int = 8,
     ):
         self._layers, self._folder, self._device = dict(layers), Path(folder), device
         self._shapes = {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
         self._free_bytes, self._rank, self._tokens, self._seed = device_bytes, rank, tokens, seed
-        self._earlier, self._paired = earlier, quantized_activations
+        self._earlier, self._paired, self._hessian_bits = earlier, quantized_activations, hessian_bits
         channels = sum(self._widths())
         self._validation_size = max(16, min(validation_size, _VALIDATION_BYTES // (4 * max(channels, 1))))
         self._owners: dict[str, str] = {}  # layer → layer whose statistics it shares; itself, if none
@@ -318,7 +324,7 @@ class Collector:
         owners = {layer: owner for layer, owner in self._owners.items() if owner in used}
         shapes = {layer: self._shapes[layer] for layer in owners}
         tokens = {name: (accumulator.tokens, accumulator.validation_tokens) for name, accumulator in used.items()}
-        statistics = {name: accumulator.result() for name, accumulator in used.items()}
+        statistics = _Results(used, self._device, self._hessian_bits)
         return write_calibration(path, statistics, owners, shapes, tokens, provenance, self.sensitivities)
 
     def close(self) -> None:
@@ -336,3 +342,29 @@ class Collector:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+class _Results(Mapping[str, LayerStatistics]):
+    """Owner → the statistics of its accumulator, computed when they are looked up."""
+
+    def __init__(self, accumulators: Mapping[str, StatisticsAccumulator], device: torch.device, hessian_bits: int):
+        self._accumulators, self._device, self._bits = accumulators, device, hessian_bits
+
+    @torch.inference_mode()
+    def __getitem__(self, owner: str) -> LayerStatistics:
+        statistics = self._accumulators[owner].result()
+        if self._bits != 8 or not isinstance(statistics.hessian, PackedHessian):
+            return statistics
+        try:
+            return replace(statistics, hessian=pack_triangle(statistics.hessian, self._device))
+        except torch.OutOfMemoryError:
+            if self._device.type == "cpu":
+                raise
+        torch.cuda.empty_cache()
+        return replace(statistics, hessian=pack_triangle(statistics.hessian, torch.device("cpu")))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._accumulators)
+
+    def __len__(self) -> int:
+        return len(self._accumulators)
