@@ -88,7 +88,8 @@ class Collector:
     ):
         self._layers, self._folder, self._device = dict(layers), Path(folder), device
         self._shapes = {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
-        self._free_bytes, self._rank, self._tokens, self._seed = device_bytes, rank, tokens, seed
+        self._budget = self._free_bytes = max(device_bytes, 0)
+        self._rank, self._tokens, self._seed = rank, tokens, seed
         self._earlier, self._paired, self._hessian_bits = earlier, quantized_activations, hessian_bits
         channels = sum(self._widths())
         self._validation_size = max(16, min(validation_size, _VALIDATION_BYTES // (4 * max(channels, 1))))
@@ -112,7 +113,7 @@ class Collector:
     @property
     def disk_bytes(self) -> int:
         """Upper bound of the size of the files, reached if no layers share activations."""
-        if self._rank or sum(map(self._hessian_bytes, self._widths())) <= self._free_bytes:
+        if self._rank or sum(map(self._hessian_bytes, self._widths())) <= self._budget:
             return 0
         return 2 * sum(map(self._packed_size, self._widths()))
 
@@ -121,7 +122,7 @@ class Collector:
         """Upper bound of the device memory of Hessians and pending activations."""
         if self._rank:
             return sum(8 * width * max(_MIN_RANK, width // self._rank) for width in self._widths())
-        return min(sum(map(self._hessian_bytes, self._widths())), max(self._free_bytes, 0))
+        return min(sum(map(self._hessian_bytes, self._widths())), self._budget)
 
     @property
     def captured_energy(self) -> float:
