@@ -20,7 +20,7 @@ from .accumulate import (
 )
 from .background import BackgroundWorker
 from .file import CalibrationFile, write_calibration
-from .hessian import PackedHessian, pack_triangle
+from .hessian import PackedHessian, TriangularHessian, pack_triangle
 from .panels import packed_size
 from .statistics import LayerStatistics
 
@@ -357,12 +357,19 @@ class _Results(Mapping[str, LayerStatistics]):
         if self._bits != 8 or not isinstance(statistics.hessian, PackedHessian):
             return statistics
         try:
-            return replace(statistics, hessian=pack_triangle(statistics.hessian, self._device))
+            return replace(statistics, hessian=self._pack(statistics.hessian))
+        except CalibrationError:  # the noise of its 16 bits has made it indefinite; dampening will cover that
+            return statistics
+
+    def _pack(self, hessian: PackedHessian) -> TriangularHessian:
+        """Round H to 8 bits on the device, or on the CPU if the device has too little memory."""
+        try:
+            return pack_triangle(hessian, self._device)
         except torch.OutOfMemoryError:
             if self._device.type == "cpu":
                 raise
         torch.cuda.empty_cache()
-        return replace(statistics, hessian=pack_triangle(statistics.hessian, torch.device("cpu")))
+        return pack_triangle(hessian, torch.device("cpu"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._accumulators)

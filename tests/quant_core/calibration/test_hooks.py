@@ -14,6 +14,7 @@ from learned_rounding.quant_core.calibration import (
     PairedHessian,
     TriangularHessian,
     dense_hessian,
+    hessian,
     hooks,
     quantized_hessians,
 )
@@ -152,6 +153,28 @@ def test_a_complete_run_is_used_for_validation(block, tmp_path):
         for hessian, x in ((statistics.hessian, calibration), (statistics.validation_hessian, validation)):
             assert relative_error(dense_hessian(hessian, WIDTH, CPU), exact_hessian(x.flatten(0, 1))) < 2e-3
         assert file.tokens("q") == (TOKENS, TOKENS)
+
+
+def test_a_hessian_without_a_factor_is_saved_in_16_bits(block, tmp_path, monkeypatch):
+    batches = make_batches(2)
+
+    def refuse(matrix):
+        raise CalibrationError("The Hessian is not positive semi-definite; calibrate again.")
+
+    monkeypatch.setattr(hessian, "encode_triangle", refuse)
+    with calibrate(block, batches, tmp_path, hessian_bits=8) as file:
+        found = file.layer_statistics("q").hessian
+        assert isinstance(found, PackedHessian)
+        assert relative_error(dense_hessian(found, WIDTH, CPU), exact_hessian(flatten(batches))) < 1e-3
+
+
+def test_device_memory_is_what_was_stated_after_use(block, tmp_path):
+    options = {"device": CPU, "device_bytes": 1 << 30}
+    with Collector(linear_layers(block), tmp_path, **options) as collector:
+        stated = collector.device_bytes, collector.disk_bytes
+        with collector.watching(block):
+            block(make_batches(1)[0])
+        assert (collector.device_bytes, collector.disk_bytes) == stated and stated[0] > 0
 
 
 def test_validation_activations_are_those_of_the_validation_run(block, tmp_path):
