@@ -92,12 +92,13 @@ class WeightSolver:
         best, factorization, least = quadratics[0], None, float("inf")
         compared = sample._output_error()
         assert compared is not None
-        for quadratic in quadratics:
+        for quadratic in quadratics:  # by ascending dampening
             tried = self._factorize(quadratic, like=factorization)
             scale, _ = self._search_scale(amax, parent, quadratic)
             loss = sample._loss(compared, sample._run_solver(scale[scale_rows], parent, quadratic, tried), exact=True)
-            if factorization is None or loss < least:
-                best, factorization, least = quadratic, tried, loss
+            if factorization is not None and loss >= least:
+                break  # the loss has one minimum over the dampening
+            best, factorization, least = quadratic, tried, loss
         return best, factorization
 
     def _sample_rows(self) -> tuple["WeightSolver", torch.Tensor | slice]:
