@@ -144,7 +144,8 @@ def pack_triangle(hessian: PackedHessian, device: torch.device) -> TriangularHes
     """
     correlations = unpack_symmetric(hessian.panels.to(device), len(hessian.rms))
     rms = torch.where(correlations.diagonal().cpu() > 0, hessian.rms, 0)  # 1 for channels that are always zero
-    return TriangularHessian(*(part.cpu() for part in encode_triangle(correlations)), rms)
+    levels, scales, diagonal = (part.cpu() for part in encode_triangle(correlations))
+    return TriangularHessian(levels, scales, diagonal, rms)
 
 
 def unpack_triangle(hessian: TriangularHessian, device: torch.device) -> PackedHessian:
