@@ -1,24 +1,29 @@
 """Time of the phases of calibrated rounding: functions of the library, wrapped while a run is measured."""
 
 import contextlib
+import importlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 
-from learned_rounding.quant_core import quantize_layer
-from learned_rounding.quant_core.calibration import CalibrationFile
+from learned_rounding.quant_core.calibration import CalibrationFile, LayerStatistics
 from learned_rounding.quant_core.output import SafetensorsWriter
 from learned_rounding.quant_core.rounding import Quadratic, solve
 from learned_rounding.quant_core.sources import SafetensorsFile
 
 __all__ = ["measure_phases"]
 
-# Phase → functions that belong to it and do not call one another. The first three run in threads, beside the others.
+quantize_layer = importlib.import_module(
+    "learned_rounding.quant_core.quantize_layer"
+)  # the package exports the function
+
+# Phase → functions that belong to it. Those in threads run beside the others; statistics are also tensors.
 _PHASES = {
+    "read tensors (thread)": ((SafetensorsFile, "read"),),
     "read statistics (thread)": ((CalibrationFile, "layer_statistics"),),
-    "read weights (thread)": ((SafetensorsFile, "read"),),
+    "copy statistics (thread)": ((LayerStatistics, "move_hessian"),),
     "write (thread)": ((SafetensorsWriter, "add"),),
     "expand Hessian": ((quantize_layer, "dense_hessian"), (quantize_layer, "low_rank_factor")),
     "factorize": ((solve, "factorize"),),
