@@ -6,24 +6,40 @@ and includes all updates of the Hessians. Runs with and without alternate; repor
 its calls. ``rounding`` quantizes every layer of the whole model, each with a packed Hessian of its true size and 512
 validation activations, which choose the dampening; reading the Hessians from disk is not included. ``measured`` is the
 time to choose the formats of all layers.
+
+``file`` quantizes a model file with a calibration file, both written by this script, as ``lrq`` does, on ``--fraction`` of
+the layers of each shape. Its seconds are divided by the fraction. The first run is for warm-up, the second is timed as a
+whole, and the third is synchronized around each phase, so that phases add up to more than the whole.
 """
 
 import itertools
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from learned_rounding.benchmarks.harness import arguments, finish
+from learned_rounding.benchmarks.phases import measure_phases
 from learned_rounding.benchmarks.transformer import Transformer
-from learned_rounding.quant_core import Recipe, quantize_weight
-from learned_rounding.quant_core.calibration import Collector, InMemoryCalibration, LayerStatistics, LowRankHessian
+from learned_rounding.quant_core import Recipe, quantize_file, quantize_weight
+from learned_rounding.quant_core.calibration import (
+    CalibrationFile,
+    Collector,
+    InMemoryCalibration,
+    LayerStatistics,
+    LowRankHessian,
+    PackedHessian,
+)
 from learned_rounding.quant_core.calibration.accumulate import PackedHessianAccumulator
+from learned_rounding.quant_core.calibration.file import write_calibration
+from learned_rounding.quant_core.calibration.hessian import pack_triangle
 from learned_rounding.quant_core.calibration.panels import packed_size
+from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes
 from learned_rounding.quant_core.run.allocate import allocate_formats
-from learned_rounding.quant_core.sources import TensorSource
+from learned_rounding.quant_core.sources import TensorInfo, TensorSource
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DOUBLE, SINGLE = 19, 38  # blocks of Flux.1
@@ -94,11 +110,13 @@ def _layer_shapes(width: int, double: int, single: int):
                     ("proj", (width, width)),
                     ("mlp.0", (4 * width, width)),
                     ("mlp.2", (width, 4 * width)),
+                    ("mod", (6 * width, width)),
                 )
             )
     for block in range(single):
         yield f"single.{block}.linear1", (7 * width, width)
         yield f"single.{block}.linear2", (width, 5 * width)
+        yield f"single.{block}.mod", (3 * width, width)
 
 
 def _make_statistics(channels: int) -> LayerStatistics:
@@ -164,6 +182,76 @@ def rounding(args) -> list[dict]:
     return rows
 
 
+def quantize_files(args) -> list[dict]:
+    width, double, single = (128, 1, 2) if args.quick else (3072, DOUBLE, SINGLE)
+    shapes = list(_layer_shapes(width, double, single))
+    period = max(1, round(1 / args.fraction))
+    selected = {
+        f"blocks.{name}": shape for index, (name, shape) in enumerate(shapes) if _in_sample(index, double, period)
+    }
+    share = sum(out * inner for out, inner in selected.values()) / sum(out * inner for _, (out, inner) in shapes)
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        source, calibration = Path(folder) / "model.safetensors", Path(folder) / "c.calib.safetensors"
+        _write_model(source, selected)
+        for bits in args.bits:
+            _write_statistics(calibration, selected, bits)
+            options = {"format": "int8_tensorwise", "granularity": "row", "convrot": True, "preset": "none"}
+
+            def quantize(options=options):
+                target = Path(folder) / "quantized.safetensors"
+                target.unlink(missing_ok=True)
+                with CalibrationFile(calibration) as opened:
+                    quantize_file(source, target, Recipe(**options), calibration=opened, device=DEVICE)
+
+            quantize()
+            row = {
+                "section": "file",
+                "Hessians": f"{bits} bits",
+                "layers": len(selected),
+                "statistics GB": calibration.stat().st_size / 1e9 / share,
+                "seconds": _measure_seconds(quantize) / share,
+            }
+            with measure_phases(DEVICE) as phases:
+                synchronized = _measure_seconds(quantize)
+            row["synchronized"] = synchronized / share
+            rows.append(row)
+            for phase, seconds in phases.items():
+                rows.append({"section": f"phases, {bits} bits", "phase": phase, "seconds": seconds / share})
+    return rows
+
+
+def _in_sample(index: int, double: int, period: int) -> bool:
+    """Whether a layer is in a block, or a stream of a double block, that is measured."""
+    group = index // 5 if index < 10 * double else 2 * double + (index - 10 * double) // 3
+    return group % period == 0
+
+
+def _write_model(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """Write random bfloat16 weights."""
+    infos = [(f"{name}.weight", TensorInfo(torch.bfloat16, shape)) for name, shape in shapes.items()]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    with SafetensorsWriter(path, header_bytes(infos, {})) as writer:
+        for name, info in infos:
+            writer.add(name, (0.02 * torch.randn(info.shape, generator=generator, device=DEVICE)).bfloat16())
+        writer.finish({})
+
+
+def _write_statistics(path: Path, shapes: dict[str, tuple[int, int]], bits: int) -> None:
+    """Write statistics of each layer; layers of a width have equal ones, stored for each."""
+    by_width = {}
+    for channels in {inner for _, inner in shapes.values()}:
+        found = _make_statistics(channels)
+        assert isinstance(found.hessian, PackedHessian)
+        hessian = pack_triangle(found.hessian, DEVICE) if bits == 8 else found.hessian
+        by_width[channels] = LayerStatistics(hessian, found.validation_hessian)
+    owners = {name: name for name in shapes}
+    write_calibration(path, {name: by_width[shape[1]] for name, shape in shapes.items()}, owners, shapes, {}, {})
+
+
+SECTIONS = {"capture": capture, "rounding": rounding, "file": quantize_files}
+
+
 def main() -> None:
     args = arguments(
         __doc__.splitlines()[0],
@@ -183,9 +271,16 @@ def main() -> None:
                 "help": "calls in a run of the capture section (default: 24; Hessians in files are updated in every eighth)",
             },
         ),
+        ("--only", {"nargs": "+", "choices": list(SECTIONS), "default": list(SECTIONS), "help": "sections to run"}),
+        ("--fraction", {"type": float, "default": 0.25, "help": "of the layers, in section file (default: 0.25)"}),
+        (
+            "--bits",
+            {"nargs": "+", "type": int, "choices": (8, 16), "default": (8,), "help": "of Hessians in section file"},
+        ),
+        ("--folder", {"type": Path, "help": "where section file writes its files (default: the temporary folder)"}),
     )
     with torch.no_grad():
-        finish(args, list(itertools.chain(capture(args), rounding(args))))
+        finish(args, list(itertools.chain.from_iterable(SECTIONS[name](args) for name in args.only)))
 
 
 if __name__ == "__main__":

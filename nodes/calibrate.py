@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .ui.calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
+from .ui.calibration_inputs import earlier_input, keep_input, memory_input, sensitivity_input, tokens_input
 from .ui.progress import NodeProgress, run_summary
 from .ui.sampling_inputs import pair_conditioning, sampling_inputs, single_value
 from .ui.schema import CalibrationType, schema, widget
@@ -47,6 +47,7 @@ class Calibrate(io.ComfyNode):
                     "vae", optional=True, tooltip="To decode the pictures; without it they have the latents' colours."
                 ),
                 sensitivity_input(),
+                memory_input(),
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
@@ -74,6 +75,7 @@ class Calibrate(io.ComfyNode):
         calibration=None,
         vae=None,
         sensitivity=(False,),
+        max_vram_gb=(0.0,),
     ) -> io.NodeOutput:
         model = single_value("model", model)
         with NodeProgress(cls.hidden.unique_id) as progress:
@@ -86,6 +88,7 @@ class Calibrate(io.ComfyNode):
                 tokens=single_value("tokens", tokens),
                 on_event=progress,
                 sensitivity=single_value("sensitivity", sensitivity),
+                max_vram_gb=single_value("max_vram_gb", max_vram_gb),
                 earlier=single_value("calibration", calibration),
                 seed=single_value("seed", seed),
                 steps=single_value("steps", steps),

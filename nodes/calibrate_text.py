@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from . import host
 from .prompts import prompt_lines
-from .ui.calibration_inputs import earlier_input, keep_input, sensitivity_input, tokens_input
+from .ui.calibration_inputs import earlier_input, keep_input, memory_input, sensitivity_input, tokens_input
 from .ui.progress import NodeProgress, run_summary
 from .ui.schema import CalibrationType, check_inputs, schema, widget
 
@@ -43,6 +43,7 @@ class CalibrateTextEncoder(io.ComfyNode):
                 tokens_input(256),
                 earlier_input(),
                 sensitivity_input(),
+                memory_input(),
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
@@ -56,7 +57,9 @@ class CalibrateTextEncoder(io.ComfyNode):
         return check_inputs(prompt_lines, prompts)
 
     @classmethod
-    def execute(cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False) -> io.NodeOutput:
+    def execute(
+        cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False, max_vram_gb=0.0
+    ) -> io.NodeOutput:
         with NodeProgress(cls.hidden.unique_id) as progress:
             result, text = host.calibrate_clip(
                 clip,
@@ -66,6 +69,7 @@ class CalibrateTextEncoder(io.ComfyNode):
                 seed=seed,
                 on_event=progress,
                 sensitivity=sensitivity,
+                max_vram_gb=max_vram_gb,
                 earlier=calibration,
             )
         return io.NodeOutput(result, text, ui=run_summary(progress.finished))

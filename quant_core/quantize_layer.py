@@ -6,13 +6,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .calibration import Hessian, LayerStatistics, PairedHessian, dense_hessian, mean_vector
+from .calibration import (
+    Hessian,
+    LayerStatistics,
+    LowRankHessian,
+    PairedHessian,
+    dense_hessian,
+    low_rank_factor,
+    mean_vector,
+)
 from .cancellation import CancelCheck
 from .deprecated import renamed_keywords
 from .errors import QuantizationError, RecipeError
 from .formats import INT8, Codec, FormatConfig, QuantizedWeight, Solution, SolveSpace
 from .layer import Layer, output_error
-from .rounding import RoundingConfig, WeightSolver, correct_bias, synthetic_mean
+from .rounding import Quadratic, RoundingConfig, WeightSolver, correct_bias, synthetic_mean
 from .sources.dtypes import SOURCE_DTYPES
 
 __all__ = ["quantize_layer", "quantize_weight"]
@@ -214,7 +222,7 @@ class _LayerRun:
             space,
             self.rounding,
             hessian=self._hessian(layer.statistics.hessian, space, device),
-            validation_hessian=lambda: self._hessian(layer.statistics.validation_hessian, space, device),
+            validation=lambda: self._validation(space, device),
             validated=layer.statistics.validation_hessian is not None,
             row_weight=None if layer.output_weight is None else layer.output_weight.to(device, torch.float32),
             parts=parts,
@@ -238,6 +246,15 @@ class _LayerRun:
             return None
         dense = dense_hessian(hessian, self.layer.weight.shape[1], device)
         return space.rotation.apply_hessian(dense) if space.rotation else dense
+
+    def _validation(self, space: SolveSpace, device: torch.device) -> Quadratic | None:
+        """The error of the output for the validation activations, in the stored basis."""
+        hessian = self.layer.statistics.validation_hessian
+        if not isinstance(hessian, LowRankHessian) or hessian.diagonal.any():
+            dense = self._hessian(hessian, space, device)
+            return None if dense is None else Quadratic(hessian=dense)
+        factor = low_rank_factor(hessian, self.layer.weight.shape[1], device)
+        return Quadratic(factor=space.rotation.apply(factor.t()).t().contiguous() if space.rotation else factor)
 
     def _correct_bias(
         self, weight: torch.Tensor, solution: Solution, space: SolveSpace

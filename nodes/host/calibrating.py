@@ -64,28 +64,45 @@ def _linear_layers(
 
 @contextlib.contextmanager
 def _open_collector(
-    patcher, layers: Mapping[str, torch.nn.Linear], keep: str, tokens: int, seed: int, earlier: Calibrated | None
+    patcher,
+    layers: Mapping[str, torch.nn.Linear],
+    *,
+    keep: str,
+    tokens: int,
+    seed: int,
+    max_vram_gb: float,
+    earlier: Calibrated | None,
 ) -> Iterator[Collector]:
     """Open a :class:`Collector` that uses the memory ComfyUI can spare; its files are removed at the end."""
     device = patcher.load_device
-    memory = comfy.model_management.get_total_memory(device)
-    if device.type == "cpu":
-        device_bytes = min(memory // 4, _RAM_BYTES)
-    else:
-        device_bytes = (memory - patcher.model_size() - _ACTIVATION_BYTES) // 2
     folder = temporary_folder() / f"learned_rounding_hessians_{os.urandom(6).hex()}"
     folder.mkdir()
-    options = {"device": device, "device_bytes": max(device_bytes, 0), "tokens": tokens, "seed": seed}
+    device_bytes = int(max_vram_gb * 1e9) or _spare_bytes(patcher)
+    options = {"device": device, "device_bytes": device_bytes, "tokens": tokens, "seed": seed}
     options |= {"rank": _compact_rank(layers)} if KEEP[keep] is None else KEEP[keep]
     try:
         with earlier.open() if earlier else contextlib.nullcontext() as file:
             with Collector(layers, folder, earlier=file, **options) as collector:
-                sizes = {f"on {device}": collector.device_bytes, f"in {folder.parent}": collector.disk_bytes}
-                needed = " and ".join(f"{human_bytes(size)} {place}" for place, size in sizes.items() if size)
-                show_text(f"Calibrating {len(layers)} layers, up to {needed}.")
+                show_text(f"Calibrating {len(layers)} layers, {_describe_memory(collector)}.")
                 yield collector
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _spare_bytes(patcher) -> int:
+    """Memory for Hessians where no limit is given: half of what is free beside the model and its activations."""
+    device = patcher.load_device
+    total = comfy.model_management.get_total_memory(device)
+    if device.type == "cpu":
+        return min(total // 4, _RAM_BYTES)
+    free = comfy.model_management.get_free_memory(device) + patcher.loaded_size()
+    return max(min(total, free) - patcher.model_size() - _ACTIVATION_BYTES, 0) // 2
+
+
+def _describe_memory(collector: Collector) -> str:
+    """Where the Hessians are, and what they take at most."""
+    sizes = {"of device memory": collector.device_bytes, "in ComfyUI's temp folder": collector.disk_bytes}
+    return "up to " + " and ".join(f"{human_bytes(size)} {place}" for place, size in sizes.items() if size)
 
 
 def _compact_rank(layers: Mapping[str, torch.nn.Linear]) -> int:
@@ -105,6 +122,7 @@ def _save(collector: Collector, provenance: dict, on_event: Listener, began: flo
         f"{layers} linear layers, {collector.distinct_activations} distinct input activations, at least "
         f"{collector.tokens} tokens each",
         f"{human_bytes(size)}, keep: {provenance['keep']}",
+        f"Hessians took {_describe_memory(collector)}",
     ]
     if sensitivities := collector.sensitivities:
         highest = sorted(sensitivities, key=lambda layer: sensitivities[layer], reverse=True)[:3]
@@ -138,6 +156,7 @@ def calibrate_model(
     on_event: Listener,
     sensitivity: bool = False,
     earlier: Calibrated | None = None,
+    max_vram_gb: float = 0.0,
     **sampling,
 ) -> tuple[Calibrated, list, str]:
     """Sample with a MODEL as KSampler does and collect statistics of the input activations of its linear layers.
@@ -150,6 +169,7 @@ def calibrate_model(
         on_event: receives the progress.
         sensitivity: also measure the sensitivity of each layer, in one additional run.
         earlier: calibration to continue.
+        max_vram_gb: GB of device memory that complete Hessians may take, the others are in files; 0 for half of what is free.
         sampling: the other arguments of KSampler, by name.
 
     Returns:
@@ -160,7 +180,8 @@ def calibrate_model(
     runs = [(*pair, latents[index % len(latents)]) for index, pair in enumerate(conditioning) for _ in range(samples)]
     sampled, began = [], time.perf_counter()
     progress = _Progress(on_event, len(layers), "steps", len(runs) * sampling["steps"])
-    with _open_collector(model, layers, keep, tokens, seed, earlier) as collector:
+    options = {"keep": keep, "tokens": tokens, "seed": seed, "max_vram_gb": max_vram_gb, "earlier": earlier}
+    with _open_collector(model, layers, **options) as collector:
         for index, (positive, negative, latent) in enumerate(runs):
             with collector.watching(model.model.diffusion_model, _is_validation(index, len(runs))):
                 (result,) = HOST_NODES.common_ksampler(
@@ -276,6 +297,7 @@ def calibrate_clip(
     on_event: Listener,
     sensitivity: bool = False,
     earlier: Calibrated | None = None,
+    max_vram_gb: float = 0.0,
 ) -> tuple[Calibrated, str]:
     """Encode ``prompts`` with a CLIP and collect statistics; returns the calibration and a summary.
 
@@ -285,7 +307,8 @@ def calibrate_clip(
     parts = encoder_parts(clip)
     model = clip.cond_stage_model
     layers = _linear_layers(clip.patcher, parts, lambda part, layer: find_module(model, part, layer))
-    with _open_collector(clip.patcher, layers, keep, tokens, seed, earlier) as collector:
+    options = {"keep": keep, "tokens": tokens, "seed": seed, "max_vram_gb": max_vram_gb, "earlier": earlier}
+    with _open_collector(clip.patcher, layers, **options) as collector:
         bar = comfy.utils.ProgressBar(len(prompts))
         progress = _Progress(on_event, len(layers), "prompts", len(prompts))
         for index, prompt in enumerate(prompts):

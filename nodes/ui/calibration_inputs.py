@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from .. import host
 from .schema import CalibrationType, widget
 
-__all__ = ["earlier_input", "keep_input", "sensitivity_input", "tokens_input"]
+__all__ = ["earlier_input", "keep_input", "memory_input", "sensitivity_input", "tokens_input"]
 
 
 def keep_input():
@@ -15,7 +15,7 @@ def keep_input():
         id="keep",
         options=list(host.KEEP),
         default="full",
-        tooltip="full: everything, up to in² bytes for each input of a layer, on disk where memory is short; "
+        tooltip="full: everything, up to 4·in² bytes of memory for each input of a layer, or in² on disk where memory is short; "
         "compact: leading directions and the diagonal, a thirtieth of that, and less gain; "
         "with quantized inputs: four times full, for INT8 without ConvRot, whose weights then make up for part of the inputs' error.",
     )
@@ -43,6 +43,22 @@ def sensitivity_input():
         default=False,
         optional=True,
         tooltip="Also measure what an error of each layer does to the model's output, for format measured: calls the model twice for each layer.",
+    )
+
+
+def memory_input():
+    """Return the input that limits the memory of the Hessians."""
+    return widget(
+        io.Float,
+        id="max_vram_gb",
+        default=0.0,
+        min=0.0,
+        max=1024.0,
+        step=0.5,
+        optional=True,
+        advanced=True,
+        tooltip="Largest amount of VRAM in GB for the Hessians of keep full; the others are in ComfyUI's temp folder, which is slower. "
+        "0: half of the VRAM that the model and its activations leave free.",
     )
 
 

@@ -6,7 +6,9 @@ from .hessian import (
     LowRankHessian,
     PackedHessian,
     PairedHessian,
+    TriangularHessian,
     dense_hessian,
+    low_rank_factor,
     mean_vector,
     quantized_hessians,
 )
@@ -27,8 +29,10 @@ __all__ = [
     "PairedHessian",
     "SUFFIX",
     "SensitivityAnalysis",
+    "TriangularHessian",
     "dense_hessian",
     "input_scale",
+    "low_rank_factor",
     "mean_vector",
     "quantized_hessians",
 ]

@@ -10,9 +10,18 @@ from ..errors import CalibrationError
 from ..formats import make_codec
 from ..linalg import lapack
 from .background import BackgroundWorker, Transfer
-from .hessian import Hessian, LowRankHessian, PackedHessian, PairedHessian, channel_rms
+from .hessian import (
+    Hessian,
+    LowRankHessian,
+    PackedHessian,
+    PairedHessian,
+    TriangularHessian,
+    channel_rms,
+    unpack_triangle,
+)
 from .histogram import BINS, histogram
 from .panels import iter_panels
+from .products import add_product, matmul_operand
 from .statistics import LayerStatistics
 
 __all__ = [
@@ -27,25 +36,6 @@ _HISTOGRAM_PERIOD = 4  # every fourth batch of activations is counted in the his
 _BLOCK_ROWS = 4096  # rows of a panel per copy to the device
 _NOISE = 1e-8  # relative to the largest eigenvalue: rounding noise of float32 sums
 _INT8 = make_codec("int8_tensorwise")
-
-
-def _matmul_operand(activations: torch.Tensor) -> torch.Tensor:
-    """Return ``activations`` in 16 bits where the GPU accumulates 16-bit products in float32, else as float32."""
-    # torch.__version__ is a TorchVersion, which compares version numbers.
-    mixed = activations.is_cuda and torch.version.hip is None and torch.__version__ >= "2.8"
-    if mixed and activations.dtype is torch.bfloat16:
-        mixed = torch.cuda.get_device_capability(activations.device) >= (8, 0)
-    elif mixed and activations.dtype is torch.float16:
-        mixed = not torch.backends.cuda.matmul.allow_fp16_accumulation
-    return activations if mixed else activations.float()
-
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Compute total += a·b with float32 accumulation."""
-    if a.dtype is torch.float32:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 class PackedHessianAccumulator:
@@ -77,12 +67,12 @@ class PackedHessianAccumulator:
 
     def add(self, activations: torch.Tensor) -> None:
         """Add activations (tokens, channels)."""
-        (self._add_sums if self._holds_sums else self._update_mean)(_matmul_operand(activations))
+        (self._add_sums if self._holds_sums else self._update_mean)(matmul_operand(activations))
         self._tokens += len(activations)
 
     def _add_sums(self, activations: torch.Tensor) -> None:
         for start, stop, panel in iter_panels(self._packed, self._channels):
-            _add_product(panel, activations[:, start:].t(), activations[:, start:stop])
+            add_product(panel, activations[:, start:].t(), activations[:, start:stop])
 
     def _update_mean(self, activations: torch.Tensor) -> None:
         old_tokens, tokens = self._tokens, self._tokens + len(activations)
@@ -93,7 +83,7 @@ class PackedHessianAccumulator:
         for first, last, start, stop, block in self._blocks():
             # C ← (n_old·C·r_old·r_oldᵀ + XᵀX) / (n·r·rᵀ)
             mean = (transfer.fetch(block) * old_rms[first:last, None]).mul_(old_rms[start:stop] * old_tokens)
-            _add_product(mean, activations[:, first:last].t(), activations[:, start:stop])
+            add_product(mean, activations[:, first:last].t(), activations[:, start:stop])
             transfer.store(mean.div_(rms[first:last, None]).div_(rms[start:stop] * tokens).half(), block)
         transfer.wait()
 
@@ -107,6 +97,8 @@ class PackedHessianAccumulator:
 
     def resume(self, hessian: Hessian, tokens: int) -> None:
         """Continue from H of an earlier calibration with ``tokens`` tokens."""
+        if isinstance(hessian, TriangularHessian):
+            hessian = unpack_triangle(hessian, self._square.device)
         if not isinstance(hessian, PackedHessian):
             raise CalibrationError(
                 "A low-rank calibration cannot be continued with full Hessians; use the same form (keep: compact)."
@@ -193,9 +185,9 @@ class LowRankHessianAccumulator:
 
     def add(self, activations: torch.Tensor) -> None:
         """Add activations (tokens, channels)."""
-        operand, values = _matmul_operand(activations), activations.float()
+        operand, values = matmul_operand(activations), activations.float()
         projected = torch.zeros(len(activations), self._signs.shape[1], device=activations.device)
-        _add_product(projected, operand, self._signs.to(operand.dtype))
+        add_product(projected, operand, self._signs.to(operand.dtype))
         self._sketch.addmm_(values.t(), projected)
         self.sum_of_squares += values.square().sum(dim=0, dtype=torch.float64)
         self._tokens, self._captured_energy = self._tokens + len(activations), None

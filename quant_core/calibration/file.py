@@ -14,7 +14,7 @@ from ..errors import CalibrationError, SourceError
 from ..output import SafetensorsWriter, header_bytes
 from ..sources import SafetensorsFile, TensorInfo
 from ..sources.source import fingerprint
-from .hessian import Hessian, LowRankHessian, PackedHessian, PairedHessian
+from .hessian import Hessian, LowRankHessian, PackedHessian, PairedHessian, TriangularHessian
 from .histogram import BINS
 from .statistics import Calibration, LayerStatistics
 
@@ -22,10 +22,10 @@ __all__ = ["SUFFIX", "CalibrationFile", "hash_architecture", "write_calibration"
 
 SUFFIX = ".calib.safetensors"
 _METADATA_KEY = "learned_rounding_calibration"
-_VERSION = 1
+_VERSION = 2  # of files with 8-bit factors; those without are written as version 1, which release 0.1.0 reads
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of layer names in full checkpoints
 
-# Tensor names of version 1: field of LayerStatistics → suffix after the name of the layer.
+# Tensor names: field of LayerStatistics → suffix after the name of the layer.
 _STATISTICS = {
     "hessian": "gram",
     "validation_hessian": "holdout_gram",
@@ -42,9 +42,21 @@ _HESSIANS: dict[type, dict[str, tuple[str, torch.dtype]]] = {
         "mean": ("mean", torch.float32),
     },
     PackedHessian: {"panels": ("panels", torch.float16), "rms": ("roots", torch.float32)},
+    TriangularHessian: {
+        "levels": ("triangle", torch.int8),
+        "scales": ("triangle_scales", torch.float32),
+        "diagonal": ("triangle_diagonal", torch.float32),
+        "rms": ("roots", torch.float32),
+    },
     LowRankHessian: {"factor": ("factor", torch.bfloat16), "diagonal": ("diagonal", torch.float32)},
 }
-_HESSIAN_ENDINGS = (".gram", ".gram.panels", ".gram.factor")  # a tensor name with one of them identifies the file
+_LARGEST_TENSOR = TensorInfo(torch.bfloat16, (1 << 40, 1 << 40))  # for the reserve of the header
+_HESSIAN_ENDINGS = (
+    ".gram",
+    ".gram.panels",
+    ".gram.triangle",
+    ".gram.factor",
+)  # a tensor name with one of them identifies the file
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,11 @@ class _Header:
     sensitivity: dict[str, float]
     provenance: dict[str, object]
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of a file with this header."""
+        return {_METADATA_KEY: json.dumps(vars(self), separators=(",", ":"))}
+
     @classmethod
     def parse(cls, path: Path, text: str) -> "_Header":
         """Parse the metadata of the file at ``path``.
@@ -77,7 +94,7 @@ class _Header:
         """
         try:
             values = json.loads(text)
-            version = values.get("version", _VERSION)
+            version = values.get("version", 1)
             if version > _VERSION:
                 raise CalibrationError(
                     f"{path} was written by a newer version of this node pack; update the node pack."
@@ -109,8 +126,9 @@ class CalibrationFile:
     """A :class:`~.statistics.Calibration` in a safetensors file, read layer by layer; a context manager.
 
     Tensors, each optional, after the name of the layer: ``gram`` (H) and ``holdout_gram`` (H of the validation
-    activations), (in, in) in any float dtype, packed as ``….panels`` and ``….roots``, or in low rank as ``….factor``
-    (in, rank) and ``….diagonal``; ``mean`` and ``amax`` (in,); ``histogram`` (bins,). The metadata list the layers that
+    activations), (in, in) in any float dtype, packed as ``….panels`` and ``….roots``, as an 8-bit factor ``….triangle``
+    with ``….triangle_scales``, ``….triangle_diagonal`` and ``….roots``, see :class:`~.hessian.TriangularHessian`, or in low
+    rank as ``….factor`` (in, rank) and ``….diagonal``; ``mean`` and ``amax`` (in,); ``histogram`` (bins,). The metadata list the layers that
     share statistics, their shapes, sensitivities and the provenance; without metadata each layer has its own statistics.
 
     Attributes:
@@ -236,6 +254,8 @@ class CalibrationFile:
 
     def _read_tensor(self, name: str) -> torch.Tensor:
         values = self._file.read(name)
+        if values.dtype is torch.int8 and name.endswith(".triangle"):
+            return values
         if not values.is_floating_point():
             raise CalibrationError(
                 f"{self.path}: {name} has dtype {values.dtype}, but statistics are floating point; calibrate again."
@@ -284,6 +304,13 @@ def _named_tensors(owner: str, statistics: LayerStatistics) -> Iterator[tuple[st
                 yield f"{owner}.{suffix}.{part_suffix}", tensor, dtype
 
 
+def _possible_names(owner: str) -> Iterator[str]:
+    """Yield the names of all tensors that an owner may have."""
+    for suffix in _STATISTICS.values():
+        yield f"{owner}.{suffix}"
+        yield from (f"{owner}.{suffix}.{part}" for parts in _HESSIANS.values() for part, _ in parts.values())
+
+
 def write_calibration(
     path: str | os.PathLike,
     statistics: Mapping[str, LayerStatistics],
@@ -296,7 +323,8 @@ def write_calibration(
     """Write statistics as :class:`CalibrationFile` reads them; returns the size of the file in bytes.
 
     Args:
-        statistics: owner → statistics of its activations. An owner is a layer whose statistics other layers may share.
+        statistics: owner → statistics of its activations, each looked up once. An owner is a layer whose statistics other
+            layers may share.
         owners: layer → its owner.
         shapes: layer → (out, in).
         tokens: owner → (tokens in the Hessian, tokens that the validation activations were sampled from).
@@ -304,21 +332,19 @@ def write_calibration(
         sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured.
     """
     header = _Header(
-        version=_VERSION,
+        version=1,
         architecture=hash_architecture(shapes),
         layers={layer: (owner, shapes[layer][0], shapes[layer][1]) for layer, owner in owners.items()},
         tokens=dict(tokens),
         sensitivity={layer: value for layer, value in (sensitivities or {}).items() if layer in owners},
         provenance=dict(provenance),
     )
-    metadata = {_METADATA_KEY: json.dumps(vars(header), separators=(",", ":"))}
-    planned = [
-        (name, TensorInfo(dtype, tuple(tensor.shape)))
-        for owner, layer_statistics in statistics.items()
-        for name, tensor, dtype in _named_tensors(owner, layer_statistics)
-    ]
-    with SafetensorsWriter(path, header_bytes(planned, metadata)) as writer:
-        for owner, layer_statistics in statistics.items():
+    names = [name for owner in statistics for name in _possible_names(owner)]
+    with SafetensorsWriter(path, header_bytes([(name, _LARGEST_TENSOR) for name in names], header.metadata)) as writer:
+        for owner in statistics:
+            layer_statistics = statistics[owner]
+            if isinstance(layer_statistics.hessian, TriangularHessian):
+                header = replace(header, version=_VERSION)
             for name, tensor, dtype in _named_tensors(owner, layer_statistics):
                 writer.add(name, tensor.to(dtype))
-        return writer.finish(metadata)
+        return writer.finish(header.metadata)

@@ -1,26 +1,34 @@
 """Hessian proxies H = XᵀX/n of the layer-wise squared error ‖X·(Ŵ − W)ᵀ‖², X (n, in) being the input activations.
 
-H is the Hessian of GPTQ (arXiv 2210.17323) up to a constant factor. It is stored dense, packed, or in low rank;
+H is the Hessian of GPTQ (arXiv 2210.17323) up to a constant factor. It is stored dense, packed, as an 8-bit factor, or in low rank;
 :func:`dense_hessian` expands each of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import CalibrationError
-from .panels import packed_size, unpack_symmetric
+from .panels import pack_symmetric, packed_size, unpack_symmetric
+from .triangle import SEGMENT, decode_triangle, encode_triangle, segment_count
 
 __all__ = [
     "Hessian",
     "LowRankHessian",
     "PackedHessian",
     "PairedHessian",
+    "TriangularHessian",
     "channel_rms",
     "dense_hessian",
+    "low_rank_factor",
     "mean_vector",
+    "move_hessian",
+    "pack_triangle",
     "quantized_hessians",
+    "unpack_triangle",
 ]
+
+_NOT_FINITE = "The Hessian contains NaN or Inf; calibrate again."
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,24 @@ class PairedHessian:
     mean: torch.Tensor
 
 
-Hessian = torch.Tensor | LowRankHessian | PackedHessian | PairedHessian
+@dataclass(frozen=True)
+class TriangularHessian:
+    """H = diag(r)·L·Lᵀ·diag(r): exact channel RMS r and the Cholesky factor L of the correlations in 8 bits.
+
+    Attributes:
+        levels: L below its diagonal, int8, one-dimensional, see :mod:`.triangle`.
+        scales: float32, one-dimensional: of the levels.
+        diagonal: of L, float32 (in,).
+        rms: r, float32 (in,), as in a :class:`PackedHessian`.
+    """
+
+    levels: torch.Tensor
+    scales: torch.Tensor
+    diagonal: torch.Tensor
+    rms: torch.Tensor
+
+
+Hessian = torch.Tensor | LowRankHessian | PackedHessian | PairedHessian | TriangularHessian
 
 
 def channel_rms(diagonal: torch.Tensor) -> torch.Tensor:
@@ -86,6 +111,9 @@ def dense_hessian(hessian: Hessian, in_channels: int, device: torch.device) -> t
         factor = hessian.factor.detach().to(device, torch.float32)
         matrix = factor @ factor.t()
         matrix.diagonal().add_(hessian.diagonal.to(device, torch.float32))
+    elif isinstance(hessian, TriangularHessian):
+        rms = hessian.rms.to(device, torch.float32)
+        matrix = _correlations(hessian, device).mul_(rms).mul_(rms[:, None])
     elif isinstance(hessian, PackedHessian):
         rms = hessian.rms.to(device, torch.float32)
         matrix = unpack_symmetric(hessian.panels.detach().to(device), in_channels).mul_(rms).mul_(rms[:, None])
@@ -93,6 +121,45 @@ def dense_hessian(hessian: Hessian, in_channels: int, device: torch.device) -> t
         matrix = hessian.detach().to(device, torch.float32)
     _check_values(matrix)
     return matrix
+
+
+def move_hessian(hessian: Hessian, device: torch.device) -> Hessian:
+    """Return the same Hessian on ``device``."""
+    if isinstance(hessian, torch.Tensor):
+        return hessian.to(device)
+    return replace(hessian, **{field: part.to(device) for field, part in vars(hessian).items()})
+
+
+def _correlations(hessian: TriangularHessian, device: torch.device) -> torch.Tensor:
+    return decode_triangle(
+        hessian.levels.to(device), hessian.scales.to(device, torch.float32), hessian.diagonal.to(device, torch.float32)
+    )
+
+
+def pack_triangle(hessian: PackedHessian, device: torch.device) -> TriangularHessian:
+    """Round H to 8 bits; the arithmetic runs on ``device``, the result is on the CPU.
+
+    Raises:
+        CalibrationError: H is not positive semi-definite, or not finite.
+    """
+    correlations = unpack_symmetric(hessian.panels.to(device), len(hessian.rms))
+    rms = torch.where(correlations.diagonal().cpu() > 0, hessian.rms, 0)  # 1 for channels that are always zero
+    levels, scales, diagonal = (part.cpu() for part in encode_triangle(correlations))
+    return TriangularHessian(levels, scales, diagonal, rms)
+
+
+def unpack_triangle(hessian: TriangularHessian, device: torch.device) -> PackedHessian:
+    """Convert H to 16 bits on ``device``."""
+    return PackedHessian(pack_symmetric(_correlations(hessian, device), torch.float16), hessian.rms)
+
+
+def low_rank_factor(hessian: LowRankHessian, in_channels: int, device: torch.device) -> torch.Tensor:
+    """Return F as float32 (in, rank) on ``device``. Raises as :func:`dense_hessian`."""
+    _check_shape(hessian, in_channels)
+    factor = hessian.factor.detach().to(device, torch.float32)
+    if not torch.isfinite(factor).all():
+        raise CalibrationError(_NOT_FINITE)
+    return factor
 
 
 def quantized_hessians(
@@ -113,6 +180,9 @@ def _has_channels(hessian: Hessian, count: int) -> bool:
         return hessian.factor.ndim == 2 and len(hessian.factor) == count and tuple(hessian.diagonal.shape) == (count,)
     if isinstance(hessian, PackedHessian):
         return hessian.panels.numel() == packed_size(count) and tuple(hessian.rms.shape) == (count,)
+    if isinstance(hessian, TriangularHessian):
+        sizes = packed_size(count, SEGMENT), segment_count(count), count, count
+        return tuple(part.numel() for part in vars(hessian).values()) == sizes
     if isinstance(hessian, PairedHessian):
         packed = PackedHessian(hessian.panels, hessian.rms)
         return _has_channels(packed, 2 * count) and tuple(hessian.mean.shape) == (2 * count,)
@@ -131,7 +201,7 @@ def _check_shape(hessian: Hessian, in_channels: int) -> None:
 
 def _check_values(matrix: torch.Tensor) -> None:
     if not torch.isfinite(matrix.diagonal()).all() or not torch.isfinite(matrix.sum()):
-        raise CalibrationError("The Hessian contains NaN or Inf; calibrate again.")
+        raise CalibrationError(_NOT_FINITE)
     if (matrix.diagonal() < 0).any():
         raise CalibrationError("The Hessian has a negative diagonal element; calibrate again.")
 

@@ -5,6 +5,7 @@ import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from .accumulate import (
 )
 from .background import BackgroundWorker
 from .file import CalibrationFile, write_calibration
+from .hessian import PackedHessian, TriangularHessian, pack_triangle
 from .panels import packed_size
+from .statistics import LayerStatistics
 
 __all__ = ["Collector", "ROTATION"]
 
@@ -57,6 +60,8 @@ class Collector:
         validation_size: number of validation activations stored per layer.
         seed: of the sampling.
         earlier: calibration of the same layers to continue.
+        hessian_bits: 8 to save complete Hessians as 8-bit factors, see :class:`~.hessian.TriangularHessian`, 16 for float16
+            correlations. Those of quantized activations are always saved in 16 bits.
 
     Attributes:
         sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured; saved with the
@@ -79,11 +84,13 @@ class Collector:
         validation_size: int = 512,
         seed: int = 0,
         earlier: CalibrationFile | None = None,
+        hessian_bits: int = 8,
     ):
         self._layers, self._folder, self._device = dict(layers), Path(folder), device
         self._shapes = {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
-        self._free_bytes, self._rank, self._tokens, self._seed = device_bytes, rank, tokens, seed
-        self._earlier, self._paired = earlier, quantized_activations
+        self._budget = self._free_bytes = max(device_bytes, 0)
+        self._rank, self._tokens, self._seed = rank, tokens, seed
+        self._earlier, self._paired, self._hessian_bits = earlier, quantized_activations, hessian_bits
         channels = sum(self._widths())
         self._validation_size = max(16, min(validation_size, _VALIDATION_BYTES // (4 * max(channels, 1))))
         self._owners: dict[str, str] = {}  # layer → layer whose statistics it shares; itself, if none
@@ -106,7 +113,7 @@ class Collector:
     @property
     def disk_bytes(self) -> int:
         """Upper bound of the size of the files, reached if no layers share activations."""
-        if self._rank or sum(map(self._hessian_bytes, self._widths())) <= self._free_bytes:
+        if self._rank or sum(map(self._hessian_bytes, self._widths())) <= self._budget:
             return 0
         return 2 * sum(map(self._packed_size, self._widths()))
 
@@ -115,7 +122,7 @@ class Collector:
         """Upper bound of the device memory of Hessians and pending activations."""
         if self._rank:
             return sum(8 * width * max(_MIN_RANK, width // self._rank) for width in self._widths())
-        return min(sum(map(self._hessian_bytes, self._widths())), max(self._free_bytes, 0))
+        return min(sum(map(self._hessian_bytes, self._widths())), self._budget)
 
     @property
     def captured_energy(self) -> float:
@@ -318,7 +325,7 @@ class Collector:
         owners = {layer: owner for layer, owner in self._owners.items() if owner in used}
         shapes = {layer: self._shapes[layer] for layer in owners}
         tokens = {name: (accumulator.tokens, accumulator.validation_tokens) for name, accumulator in used.items()}
-        statistics = {name: accumulator.result() for name, accumulator in used.items()}
+        statistics = _Results(used, self._device, self._hessian_bits)
         return write_calibration(path, statistics, owners, shapes, tokens, provenance, self.sensitivities)
 
     def close(self) -> None:
@@ -336,3 +343,36 @@ class Collector:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+class _Results(Mapping[str, LayerStatistics]):
+    """Owner → the statistics of its accumulator, computed when they are looked up."""
+
+    def __init__(self, accumulators: Mapping[str, StatisticsAccumulator], device: torch.device, hessian_bits: int):
+        self._accumulators, self._device, self._bits = accumulators, device, hessian_bits
+
+    @torch.inference_mode()
+    def __getitem__(self, owner: str) -> LayerStatistics:
+        statistics = self._accumulators[owner].result()
+        if self._bits != 8 or not isinstance(statistics.hessian, PackedHessian):
+            return statistics
+        try:
+            return replace(statistics, hessian=self._pack(statistics.hessian))
+        except CalibrationError:  # the noise of its 16 bits has made it indefinite; dampening will cover that
+            return statistics
+
+    def _pack(self, hessian: PackedHessian) -> TriangularHessian:
+        """Round H to 8 bits on the device, or on the CPU if the device has too little memory."""
+        try:
+            return pack_triangle(hessian, self._device)
+        except torch.OutOfMemoryError:
+            if self._device.type == "cpu":
+                raise
+        torch.cuda.empty_cache()
+        return pack_triangle(hessian, torch.device("cpu"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._accumulators)
+
+    def __len__(self) -> int:
+        return len(self._accumulators)

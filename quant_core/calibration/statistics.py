@@ -1,14 +1,14 @@
 """Statistics of input activations: those of one layer, the calibration protocol, and a calibration in memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from ..deprecated import renamed_attribute
 from ..errors import CalibrationError
-from .hessian import Hessian, LowRankHessian
+from .hessian import Hessian, LowRankHessian, move_hessian
 
 __all__ = ["Calibration", "InMemoryCalibration", "LayerStatistics"]
 
@@ -44,6 +44,10 @@ class LayerStatistics:
         if not isinstance(hessian, LowRankHessian) or hessian.diagonal.any():
             return None
         return (hessian.factor.t() * hessian.factor.shape[1] ** 0.5).float()
+
+    def move_hessian(self, device: torch.device) -> "LayerStatistics":
+        """The same statistics with the Hessian on ``device``."""
+        return self if self.hessian is None else replace(self, hessian=move_hessian(self.hessian, device))
 
 
 class Calibration(Protocol):

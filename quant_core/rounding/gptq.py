@@ -12,6 +12,7 @@ which is (1) with H_ij/H_jj for all i ≠ j: the loss never rises (arXiv 2309.01
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,10 +23,68 @@ from ..formats import SolveSpace
 from ..linalg import lapack
 from .quadratic import Quadratic
 
-__all__ = ["Columns", "column_blocks", "round_gptq"]
+__all__ = ["Columns", "Factorization", "column_blocks", "factorize", "round_gptq"]
 
+_PANEL = 1024  # columns to which the errors of all others are fed in one product, large enough to fill a GPU
 _BLOCK = 128  # columns that one kernel rounds
 _TO_ZERO = 2.0**100  # divisor for groups with the scale 0, whose quantized values must be 0
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """H + λI with its columns in the order in which they are rounded.
+
+    Attributes:
+        order: the columns by ascending diagonal, int64 (in,).
+        unit: L_ij/L_jj, float32 (in, in), L being the Cholesky factor.
+        diagonal: H_jj, float32 (in,).
+        dampening: λ.
+        coupling: H with zeros on the diagonal, float32 (in, in), for coordinate descent; None without.
+    """
+
+    order: torch.Tensor
+    unit: torch.Tensor
+    diagonal: torch.Tensor
+    dampening: float
+    coupling: torch.Tensor | None
+
+
+def factorize(
+    quadratic: Quadratic, channels: int, device: torch.device, *, passes: int = 0, like: Factorization | None = None
+) -> Factorization:
+    """Factor H + λI of a quadratic form without ``rows``.
+
+    Args:
+        passes: number of coordinate-descent passes that the factorization is for.
+        like: factorization of the same H with another λ, for as many passes: its order and coupling are shared.
+
+    Raises:
+        CalibrationError: the Hessian is not positive semi-definite.
+    """
+    if like is not None:
+        order = like.order
+    elif quadratic.column_weight is None:
+        order = torch.arange(channels, device=device)
+    else:
+        order = quadratic.column_weight.argsort(stable=True)
+    coupling, undamped = None if like is None else like.coupling, replace(quadratic, dampening=0.0)
+    matrix = undamped.matrix(order) if coupling is None else coupling.clone()
+    diagonal = matrix.diagonal().clone() if like is None else like.diagonal
+    if passes and coupling is None:
+        coupling = matrix.clone().fill_diagonal_(0)
+    extra = 0.0
+    for attempt in range(6):
+        matrix.diagonal().copy_(diagonal + quadratic.dampening).add_(extra)
+        info = torch.empty((), dtype=torch.int32, device=device)
+        factor = matrix.mT  # the same matrix, in the layout that LAPACK factors in place
+        lapack(torch.linalg.cholesky_ex, factor, out=(factor, info))
+        if not info:
+            unit = factor.div_(factor.diagonal().clone())
+            return Factorization(order, unit, diagonal, quadratic.dampening, coupling)
+        # Rounding errors have made a nearly singular H indefinite.
+        extra = 10.0 ** (attempt - 4) * float(diagonal.mean() + quadratic.dampening)
+        matrix = undamped.matrix(order) if coupling is None else coupling.clone()
+    raise CalibrationError("The Hessian is not positive semi-definite; calibrate again.")
 
 
 def round_gptq(
@@ -36,6 +95,7 @@ def round_gptq(
     *,
     passes: int = 0,
     parts: int = 1,
+    factorization: Factorization | None = None,
     check: CancelCheck | None = None,
 ) -> torch.Tensor:
     """Quantized values (out, in) by GPTQ and ``passes`` of coordinate descent.
@@ -45,26 +105,44 @@ def round_gptq(
         scale: effective scales, float32 (*counts).
         quadratic: without ``rows``; :func:`~.projected.round_projected` is for those.
         parts: round the rows in this many parts, for less memory.
+        factorization: that of ``quadratic`` for ``passes``, where it is known.
 
     Raises:
         CalibrationError: the Hessian is not positive semi-definite.
     """
-    diagonal = quadratic.column_weight
-    order = torch.arange(weight.shape[1], device=weight.device) if diagonal is None else diagonal.argsort(stable=True)
-    unit = _unit_factor(quadratic, order)
-    coupling = _coupling(quadratic, order) if passes else None
+    if factorization is None:
+        factorization = factorize(quadratic, weight.shape[1], weight.device, passes=passes)
     qdata = torch.empty(weight.shape, dtype=space.elements.dtype, device=weight.device)
     for rows, scale_rows in _row_parts(weight.shape[0], parts, space):
-        columns = Columns(weight[rows], scale[scale_rows], space, order)
-        for block in column_blocks(len(unit), _BLOCK, check):
-            done = slice(block.stop, None)
-            columns.round(block, unit[done, block].t() @ columns.errors[done], unit[block, block].tril(-1))
+        columns = Columns(weight[rows], scale[scale_rows], space, factorization.order)
+        _feed_forward(columns, factorization.unit, check)
         for _ in range(passes):
-            assert coupling is not None
-            for block in column_blocks(len(unit), _BLOCK, check):
-                columns.round(block, coupling[:, block].t() @ columns.errors, coupling[block, block], again=True)
+            _descend(columns, factorization, check)
         qdata[rows] = columns.qdata()
     return qdata
+
+
+def _feed_forward(columns: "Columns", unit: torch.Tensor, check: CancelCheck | None) -> None:
+    """Round all columns by (1)."""
+    for panel in column_blocks(0, len(unit), _PANEL, check):
+        shift = unit[panel.stop :, panel].t() @ columns.errors[panel.stop :]
+        for block in column_blocks(panel.start, panel.stop, _BLOCK, check):
+            done, own = slice(block.stop, panel.stop), shift[block.start - panel.start : block.stop - panel.start]
+            columns.round(block, own.addmm_(unit[done, block].t(), columns.errors[done]), unit[block, block].tril(-1))
+
+
+def _descend(columns: "Columns", factorization: Factorization, check: CancelCheck | None) -> None:
+    """One pass of coordinate descent over all columns."""
+    coupling, errors = factorization.coupling, columns.errors
+    assert coupling is not None
+    diagonal = factorization.diagonal + factorization.dampening
+    for panel in column_blocks(0, len(coupling), _PANEL, check):
+        shift = coupling[panel, panel.stop :] @ errors[panel.stop :]
+        shift.addmm_(coupling[panel, : panel.start], errors[: panel.start])
+        for block in column_blocks(panel.start, panel.stop, _BLOCK, check):
+            own = shift[block.start - panel.start : block.stop - panel.start]
+            own.addmm_(coupling[block, panel], errors[panel]).div_(diagonal[block, None])
+            columns.round(block, own, coupling[block, block] / diagonal[block], again=True)
 
 
 class Columns:
@@ -104,34 +182,12 @@ class Columns:
         return self._values[self._order.argsort()].t().to(self._elements.dtype)
 
 
-def column_blocks(count: int, size: int, check: CancelCheck | None) -> Iterator[slice]:
-    """Blocks of columns, the last ones first."""
-    for high in range(count, 0, -size):
+def column_blocks(start: int, stop: int, size: int, check: CancelCheck | None) -> Iterator[slice]:
+    """Blocks of the columns start:stop, the last ones first."""
+    for high in range(stop, start, -size):
         if check:
             check()
-        yield slice(max(0, high - size), high)
-
-
-def _unit_factor(quadratic: Quadratic, order: torch.Tensor) -> torch.Tensor:
-    """L_ij/L_jj, float32 (in, in): the Cholesky factor of H + λI, columns divided by its diagonal."""
-    matrix = quadratic.matrix(order)
-    extra = 1e-4 * float(matrix.diagonal().mean())
-    for _ in range(6):
-        info = torch.empty((), dtype=torch.int32, device=matrix.device)
-        factor = matrix.mT  # the same matrix, in the layout that LAPACK factors in place
-        lapack(torch.linalg.cholesky_ex, factor, out=(factor, info))
-        if not info:
-            return factor.div_(factor.diagonal().clone())
-        matrix = quadratic.matrix(order)  # rounding errors have made a nearly singular H indefinite
-        matrix.diagonal().add_(extra)
-        extra *= 10
-    raise CalibrationError("The Hessian is not positive semi-definite; calibrate again.")
-
-
-def _coupling(quadratic: Quadratic, order: torch.Tensor) -> torch.Tensor:
-    """H_ij/H_jj with zeros on the diagonal, float32 (in, in)."""
-    matrix = quadratic.matrix(order)
-    return matrix.div_(matrix.diagonal().clone()).fill_diagonal_(0)
+        yield slice(max(start, high - size), high)
 
 
 def _row_parts(out: int, parts: int, space: SolveSpace) -> Iterator[tuple[slice, slice]]:

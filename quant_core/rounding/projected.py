@@ -41,9 +41,9 @@ def round_projected(
     factor = quadratic.factor[order]
     columns = Columns(weight, scale, space, order)
     size = min(_BLOCK, max(8, len(order) // _BLOCKS))
-    multipliers = _multipliers(factor, quadratic.dampening, list(column_blocks(len(order), size, check))[::-1])
+    multipliers = _multipliers(factor, quadratic.dampening, list(column_blocks(0, len(order), size, check))[::-1])
     fed = torch.zeros(factor.shape[1], u.shape[1], device=u.device)
-    for block in column_blocks(len(order), size, check):
+    for block in column_blocks(0, len(order), size, check):
         columns.round(block, (multipliers[block] @ fed) @ u.t())
         fed += factor[block].t() @ (columns.errors[block] @ u)
     return columns.qdata().contiguous()

@@ -1,14 +1,13 @@
 """From a weight to its quantized values: scale → solver → never worse than round to nearest."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..cancellation import CancelCheck
 from ..formats import Solution, SolveSpace
-from .gptq import round_gptq
+from .gptq import Factorization, factorize, round_gptq
 from .gradient import round_gradient
 from .options import RoundingConfig
 from .principal import Principal, solve_within_bound
@@ -25,6 +24,7 @@ _CLOSE = 0.02  # losses within this ratio of the smallest are computed again in 
 # Tried where validation statistics can choose, else the first: the fewer different activations a Hessian was made of, the
 # more dampening it needs. Finer steps gain less than 0.3 % (measured).
 _DAMPENINGS = (0.01, 0.1, 1.0)
+_SAMPLED_ROWS = 256  # on which the dampening of a weight of more than twice as many rows is chosen
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class WeightSolver:
         space: representable values and scales.
         rounding: the resolved rounding and its options.
         hessian: H of the activations, float32 (in, in), on the weight's device; None without a calibration.
-        validation_hessian: returns the Hessian of other activations, by which solutions are compared, or None. Called when
-            the solver is done, so that both need not fit into memory at once with its scratch.
-        validated: :attr:`validation_hessian` will return one.
+        validation: returns the error of the output for other activations, by which solutions are compared, or None;
+            without ``row_weight``. Called when a solver is done, so that its scratch need not fit into memory as well.
+        validated: :attr:`validation` will return one.
         row_weight: float32 (out,), weight of each output channel in the loss; None for ones.
         parts: the rows are rounded in this many parts, for less memory.
     """
@@ -47,7 +47,7 @@ class WeightSolver:
     space: SolveSpace
     rounding: RoundingConfig
     hessian: torch.Tensor | None = None
-    validation_hessian: Callable[[], torch.Tensor | None] = lambda: None
+    validation: Callable[[], Quadratic | None] = lambda: None
     validated: bool = False
     row_weight: torch.Tensor | None = None
     parts: int = 1
@@ -69,13 +69,64 @@ class WeightSolver:
             return self._with_output_error(self._solution("stochastic", qdata, amax, parent))
         if self.rounding.rounding == "auto":
             scale, gain = self._search_scale(amax, parent, Quadratic())
-            return self._with_output_error(dataclasses.replace(self._round_nearest(scale, parent), gain=gain))
-        quadratics = self._quadratics()
+            return self._with_output_error(replace(self._round_nearest(scale, parent), gain=gain))
+        objectives = self._objectives(amax, parent)
         nearest = self._round_nearest(amax, parent)
-        candidates = [solution for quadratic in quadratics for solution in self._candidates(quadratic, nearest)]
-        return self._choose_best([nearest, *candidates], quadratics[-1])
+        candidates = [solution for objective in objectives for solution in self._candidates(*objective, nearest)]
+        return self._choose_best([nearest, *candidates], objectives[-1][0])
 
-    def _candidates(self, quadratic: Quadratic, nearest: Solution) -> Iterator[Solution]:
+    def _objectives(
+        self, amax: torch.Tensor, parent: torch.Tensor | None
+    ) -> list[tuple[Quadratic, Factorization | None]]:
+        """What is minimised, with its factorization where it is known; one dampening for weights of many rows."""
+        quadratics = self._quadratics()
+        if len(quadratics) == 1 or self.weight.shape[0] <= 2 * _SAMPLED_ROWS:
+            return [(quadratic, None) for quadratic in quadratics]
+        return [self._choose_dampening(quadratics, amax, parent)]
+
+    def _choose_dampening(
+        self, quadratics: list[Quadratic], amax: torch.Tensor, parent: torch.Tensor | None
+    ) -> tuple[Quadratic, Factorization | None]:
+        """The dampening of least loss on some rows, which are rounded as the whole weight will be, by GPTQ."""
+        sample, scale_rows = self._sample_rows()
+        best, factorization, least = quadratics[0], None, float("inf")
+        compared = sample._output_error()
+        assert compared is not None
+        for quadratic in quadratics:  # by ascending dampening
+            tried = self._factorize(quadratic, like=factorization)
+            scale, _ = self._search_scale(amax, parent, quadratic)
+            loss = sample._loss(compared, sample._run_solver(scale[scale_rows], parent, quadratic, tried), exact=True)
+            if factorization is not None and loss >= least:
+                break  # the loss has one minimum over the dampening
+            best, factorization, least = quadratic, tried, loss
+        return best, factorization
+
+    def _sample_rows(self) -> tuple["WeightSolver", torch.Tensor | slice]:
+        """The solver of some rows, drawn as whole scale groups, and the rows of scales that belong to them."""
+        groups = self.space.groups
+        several = groups.counts[0] > 1
+        height = groups.rows if several else 1
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(groups.out // height, generator=generator)[: max(1, _SAMPLED_ROWS // height)]
+        chosen = drawn.sort().values.to(self.weight.device)
+        rows = (chosen[:, None] * height + torch.arange(height, device=chosen.device)).flatten()
+        sampled = replace(groups, out=len(rows), rows=height if several else len(rows))
+        solver = replace(
+            self,
+            weight=self.weight[rows],
+            space=replace(self.space, groups=sampled),
+            row_weight=None if self.row_weight is None else self.row_weight[rows],
+            parts=1,
+        )
+        return solver, chosen if several else slice(None)
+
+    def _factorize(self, quadratic: Quadratic, like: Factorization | None) -> Factorization:
+        passes = self.rounding.get("sweeps")
+        return factorize(quadratic, self.weight.shape[1], self.weight.device, passes=passes, like=like)
+
+    def _candidates(
+        self, quadratic: Quadratic, factorization: Factorization | None, nearest: Solution
+    ) -> Iterator[Solution]:
         """Round to nearest under the scale searched for an objective, and what the solver makes of it."""
         scale, _ = self._search_scale(nearest.scale, nearest.parent, quadratic)
         yield self._round_nearest(scale, nearest.parent)
@@ -83,7 +134,7 @@ class WeightSolver:
             least = nearest.weight_error * self._search_scale(nearest.scale, nearest.parent, Quadratic())[1]
             yield from solve_within_bound(lambda form: self._run_solver(scale, nearest.parent, form), quadratic, least)
         elif nearest.weight_error:
-            yield self._run_solver(scale, nearest.parent, quadratic)
+            yield self._run_solver(scale, nearest.parent, quadratic, factorization)
 
     def _quadratics(self) -> list[Quadratic]:
         """What the rounding minimises; several dampenings where validation statistics can choose and the user did not."""
@@ -97,7 +148,13 @@ class WeightSolver:
             dampenings = (self.rounding.damping,)
         return [hessian_quadratic(self.hessian, dampening, self.row_weight) for dampening in dampenings]
 
-    def _run_solver(self, scale: torch.Tensor, parent: torch.Tensor | None, quadratic: Quadratic) -> Solution:
+    def _run_solver(
+        self,
+        scale: torch.Tensor,
+        parent: torch.Tensor | None,
+        quadratic: Quadratic,
+        factorization: Factorization | None = None,
+    ) -> Solution:
         if self.rounding.gradient:
             solver = self.rounding.optimizer or "original"
             qdata = round_gradient(
@@ -119,7 +176,14 @@ class WeightSolver:
             solver = "gptq"
             passes = self.rounding.get("sweeps")
             qdata = round_gptq(
-                self.weight, scale, self.space, quadratic, passes=passes, parts=self.parts, check=self.check
+                self.weight,
+                scale,
+                self.space,
+                quadratic,
+                passes=passes,
+                parts=self.parts,
+                factorization=factorization,
+                check=self.check,
             )
         return self._solution(solver, qdata, scale, parent)
 
@@ -129,26 +193,27 @@ class WeightSolver:
         compared = output_error or objective
         losses = [self._loss(compared, solution) for solution in solutions]
         close = [index for index, loss in enumerate(losses) if loss <= min(losses) * (1 + _CLOSE)]
-        if len(close) > 1:
+        if len(close) > 1 and compared.hessian is not None:
             for index in {0, *close}:
                 losses[index] = self._loss(compared, solutions[index], exact=True)
         least = min(losses)
         best = solutions[losses.index(least)]
         relative = _relative(least, self._total(compared)) if output_error else None
-        return dataclasses.replace(best, gain=_relative(least, losses[0], 1.0), output_error=relative)
+        return replace(best, gain=_relative(least, losses[0], 1.0), output_error=relative)
 
     def _output_error(self) -> Quadratic | None:
         """The error of the layer's output, on the validation Hessian where there is one; None without a calibration."""
-        hessian = self.validation_hessian() if self.validated else None
-        hessian = self.hessian if hessian is None else hessian
-        return None if hessian is None else Quadratic(hessian=hessian, row_weight=self.row_weight)
+        validation = self.validation() if self.validated else None
+        if validation is not None:
+            return replace(validation, row_weight=self.row_weight)
+        return None if self.hessian is None else Quadratic(hessian=self.hessian, row_weight=self.row_weight)
 
     def _with_output_error(self, solution: Solution) -> Solution:
         quadratic = self._output_error()
         if quadratic is None:
             return solution
         relative = _relative(self._loss(quadratic, solution), self._total(quadratic))
-        return dataclasses.replace(solution, output_error=relative)
+        return replace(solution, output_error=relative)
 
     def _search_scale(
         self, amax: torch.Tensor, parent: torch.Tensor | None, quadratic: Quadratic

@@ -1,9 +1,10 @@
 """Threads of a run: one reads the next tensors and one writes the previous layers while the current layer is quantized."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -11,10 +12,12 @@ from ..cancellation import CancelCheck, wait_for
 from ..sources import Source
 from .resume import LayerEvent, RunJournal
 
-__all__ = ["LayerWriter", "TensorSink", "read_ahead"]
+__all__ = ["LayerWriter", "TensorSink", "compute_ahead", "read_ahead"]
 
 _QUEUE = 1 << 26  # bytes of several tensors read ahead, and of several layers not yet written; one may be larger
 _LAYERS = 4  # not yet written: what a killed run loses
+
+Result = TypeVar("Result")
 
 
 class TensorSink(Protocol):
@@ -57,6 +60,21 @@ def read_ahead(
             del tensor
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # a read in progress ends when the source is closed
+
+
+def compute_ahead(function: Callable[[str], Result], names: Iterable[str], check: CancelCheck) -> Iterator[Result]:
+    """Yield ``function(name)`` for each name; the next one is computed by a thread while the caller works on the current one."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-ahead")
+    remaining = iter(names)
+    try:
+        pending = [pool.submit(function, name) for name in islice(remaining, 1)]
+        while pending:
+            result = wait_for(pending.pop(), check)
+            pending = [pool.submit(function, name) for name in islice(remaining, 1)]
+            yield result
+            del result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class LayerWriter:

@@ -1,7 +1,8 @@
 """The quantization loop: every tensor of a plan from the source to the sink, layer by layer, with events on the way."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 
 import torch
 
@@ -16,7 +17,7 @@ from ..recipes import Plan, Recipe
 from ..sources import Source
 from ..sources.source import CPU
 from .clock import Clock
-from .io_threads import LayerWriter, TensorSink, read_ahead
+from .io_threads import LayerWriter, TensorSink, compute_ahead, read_ahead
 from .memory import explain_out_of_memory
 from .report import Report
 from .resume import LayerEvent, RunJournal
@@ -68,6 +69,7 @@ class QuantizationRun:
         self._writer = LayerWriter(sink, journal, check)
         self._total = sum(1 for _ in plan.names("quantize"))
         self._index = 0
+        self._statistics: Iterator[LayerStatistics] = iter(())
         self._biases = _corrected_biases(plan, recipe, calibrated=calibration is not None)
         self.configs: dict[str, dict[str, object]] = {}
         self.report = Report.for_plan(source.name, plan, recipe, calibrated=calibration is not None)
@@ -85,8 +87,9 @@ class QuantizationRun:
         for name in self._plan.names("remove"):
             self._report_tensor(self._kept(name, self._plan.decisions[name].reason, removed=True))
         done = self._restore_finished_layers()
-        with self._writer:
-            for name, tensor in read_ahead(self._source, self._remaining_reads(done), self._check):
+        reads = self._remaining_reads(done)
+        with self._writer, closing(self._read_statistics(reads)) as self._statistics:
+            for name, tensor in read_ahead(self._source, reads, self._check):
                 self._check()
                 if self._plan.decisions[name].action == "keep":
                     self._copy_tensor(name, tensor)
@@ -147,6 +150,22 @@ class QuantizationRun:
             if name not in skipped
         ]
 
+    def _read_statistics(self, reads: list[tuple[str, torch.device]]) -> Generator[LayerStatistics, None, None]:
+        """Yield the statistics of each weight to quantize in turn, read ahead by a thread."""
+        calibration = self._calibration
+        if calibration is None:
+            return
+
+        def read(name: str) -> LayerStatistics:
+            statistics = calibration.layer_statistics(_base_name(name)) or LayerStatistics()
+            try:
+                return statistics.move_hessian(self._device)
+            except torch.OutOfMemoryError:
+                return statistics
+
+        weights = [name for name, _ in reads if self._plan.decisions[name].action == "quantize"]
+        yield from compute_ahead(read, weights, self._check)
+
     def _copy_tensor(self, name: str, tensor: torch.Tensor) -> None:
         tensors = {name: tensor}
         self._write_layer(tensors, tensors, self._kept(name, self._plan.decisions[name].reason))
@@ -178,7 +197,7 @@ class QuantizationRun:
         layer, recipe = _base_name(name), self._recipe.of(self._plan.decisions[name])
         statistics, rounding = LayerStatistics(), recipe.rounding
         if self._calibration is not None:
-            statistics = self._calibration.layer_statistics(layer) or statistics
+            statistics = next(self._statistics)
             rounding = rounding if statistics.hessian is not None else rounding.uncalibrated()
         shape = "×".join(map(str, weight.shape))
         try:

@@ -11,8 +11,9 @@ INPUTS = {
     "calib_samples block_size",
     "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels",
     "LearnedRoundingSave": "quantized filename_prefix folder",
-    "LearnedRoundingCalibrate": "model positive negative latent_image seed steps cfg sampler_name scheduler samples keep tokens calibration vae sensitivity",
-    "LearnedRoundingCalibrateText": "clip prompts keep seed tokens calibration sensitivity",
+    "LearnedRoundingCalibrate": "model positive negative latent_image seed steps cfg sampler_name scheduler samples keep tokens "
+    "calibration vae sensitivity max_vram_gb",
+    "LearnedRoundingCalibrateText": "clip prompts keep seed tokens calibration sensitivity max_vram_gb",
     "LearnedRoundingCompare": "reference compared positive negative latent_image seed steps cfg sampler_name scheduler vae",
     "LearnedRoundingCompareText": "reference compared prompts",
     "LearnedRoundingReport": "quantized",

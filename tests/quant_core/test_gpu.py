@@ -12,11 +12,13 @@ from learned_rounding.quant_core.calibration import (
     InMemoryCalibration,
     LayerStatistics,
     LowRankHessian,
+    TriangularHessian,
     dense_hessian,
 )
 from learned_rounding.quant_core.calibration import hooks as collect
 from learned_rounding.quant_core.calibration.accumulate import LowRankHessianAccumulator, PairedHessianAccumulator
 from learned_rounding.quant_core.calibration.panels import packed_size
+from learned_rounding.quant_core.calibration.triangle import encode_triangle
 from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, verify_file
 from learned_rounding.quant_core.rounding import amax_scale, hessian_quadratic, round_gptq
@@ -188,7 +190,8 @@ def test_too_little_memory_changes_the_place_and_not_the_result(capped, caplog):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("device_bytes", [1 << 30, 0], ids=["on the device", "in files"])
-def test_grams_are_gathered_as_on_a_cpu(tmp_path, monkeypatch, dtype, device_bytes):
+@pytest.mark.parametrize("bits, tolerance", [(16, 1e-3), (8, 1e-2)])
+def test_grams_are_gathered_as_on_a_cpu(tmp_path, monkeypatch, dtype, device_bytes, bits, tolerance):
     monkeypatch.setattr(collect, "ROTATION", 1)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(2500, 300), torch.nn.GELU(), torch.nn.Linear(300, 40)).to("cuda", dtype)
@@ -197,7 +200,7 @@ def test_grams_are_gathered_as_on_a_cpu(tmp_path, monkeypatch, dtype, device_byt
         torch.randn(3, 100, 2500, device="cuda").mul(torch.rand(2500, device="cuda")).to(dtype) for _ in range(4)
     ]
     path = tmp_path / "c"
-    options = {"device": torch.device("cuda"), "device_bytes": device_bytes, "tokens": 300}
+    options = {"device": torch.device("cuda"), "device_bytes": device_bytes, "tokens": 300, "hessian_bits": bits}
     with Collector(layers, tmp_path, **options) as collector:
         for index, x in enumerate(batches):
             with collector.watching(model, validation=index == 3), torch.inference_mode():
@@ -212,8 +215,33 @@ def test_grams_are_gathered_as_on_a_cpu(tmp_path, monkeypatch, dtype, device_byt
             rows = torch.cat(batches[3:] if held_out else batches[:3]).flatten(0, 1).double()
             expected = rows.t() @ rows / len(rows)
             made = dense_hessian(known, 2500, torch.device("cuda")).double()
-            assert (made - expected).norm() / expected.norm() < (3e-3 if held_out else 1e-3)
+            assert (made - expected).norm() / expected.norm() < (3e-3 if held_out else tolerance)
         assert found.layer_statistics("0").amax.equal(torch.cat(batches).abs().amax((0, 1)).float().cpu())
+
+
+def test_8_bit_factors_are_expanded_as_on_a_cpu():
+    """float16 holds a level times its scale with a relative error of 2e-4."""
+    rows = torch.randn(1500, 700, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 700)
+    rows[:, 5] += 4 * rows[:, 3]
+    rms = rows.square().mean(dim=0).sqrt()
+    parts = encode_triangle(rows.t() @ rows / len(rows) / rms / rms[:, None])
+    cpu, gpu = (
+        dense_hessian(TriangularHessian(*parts, rms), 700, torch.device(device)).cpu() for device in ("cpu", "cuda")
+    )
+    assert (gpu - cpu).norm() / cpu.norm() < 1e-3
+    torch.linalg.cholesky(gpu + 1e-3 * gpu.diagonal().mean() * torch.eye(700))
+
+
+def test_many_rows_are_rounded_as_on_a_cpu():
+    """More rows than the dampening is chosen on, more columns than a panel."""
+    weight = weights(0, 640, 1100)
+    rows = torch.randn(3000, 1100, generator=torch.Generator().manual_seed(1)) * torch.linspace(2, 0.2, 1100)
+    known = {
+        "hessian": rows[:2500].t() @ rows[:2500] / 2500,
+        "validation_hessian": LowRankHessian(rows[2500:].t() / 500**0.5, torch.zeros(1100)),
+    }
+    errors = [quantize_weight(weight.to(device), "int8_tensorwise", **known).output_error for device in ("cpu", "cuda")]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
 @pytest.mark.parametrize("place", ["on the device", "in files", "in low rank"])

@@ -13,12 +13,15 @@ from learned_rounding.quant_core.calibration import (
     LowRankHessian,
     PackedHessian,
     PairedHessian,
+    dense_hessian,
 )
 from learned_rounding.quant_core.calibration.file import write_calibration
+from learned_rounding.quant_core.calibration.hessian import pack_triangle
 from learned_rounding.quant_core.calibration.histogram import BINS
-from learned_rounding.quant_core.calibration.panels import packed_size
+from learned_rounding.quant_core.calibration.panels import pack_symmetric, packed_size
 from learned_rounding.quant_core.errors import CalibrationError
 
+CPU = torch.device("cpu")
 METADATA_KEY = "learned_rounding_calibration"
 WIDTH = 16
 TENSORS = {  # suffix in the file → (field of LayerStatistics, value)
@@ -89,6 +92,25 @@ def test_a_file_without_metadata_is_read(tmp_path):
         assert file.layer_statistics("q").hessian.equal(2 * torch.eye(3))
         assert file.layer_statistics("k") is None and file.layers == {} and file.provenance == {}
         file.check({})
+
+
+def test_8_bit_factors_are_version_2(tmp_path):
+    correlations = torch.eye(WIDTH) + 0.5
+    packed = PackedHessian(pack_symmetric(correlations / 1.5, torch.float16), torch.ones(WIDTH))
+    path = tmp_path / "c"
+    write_calibration(path, {"a": LayerStatistics(pack_triangle(packed, CPU))}, {"a": "a"}, {"a": (3, WIDTH)}, {}, {})
+    with safe_open(path, "pt") as file:
+        dtypes = {name: file.get_tensor(name).dtype for name in file.keys()}
+        assert json.loads(file.metadata()[METADATA_KEY])["version"] == 2
+    assert dtypes == {
+        "a.gram.triangle": torch.int8,
+        "a.gram.triangle_scales": torch.float32,
+        "a.gram.triangle_diagonal": torch.float32,
+        "a.gram.roots": torch.float32,
+    }
+    with CalibrationFile(path) as file:
+        found = file.layer_statistics("a").hessian
+    torch.testing.assert_close(dense_hessian(found, WIDTH, CPU), correlations / 1.5, rtol=0, atol=5e-3)
 
 
 def test_names_and_dtypes_in_the_file_are_those_of_version_1(tmp_path):

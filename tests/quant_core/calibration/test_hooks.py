@@ -12,7 +12,9 @@ from learned_rounding.quant_core.calibration import (
     LowRankHessian,
     PackedHessian,
     PairedHessian,
+    TriangularHessian,
     dense_hessian,
+    hessian,
     hooks,
     quantized_hessians,
 )
@@ -64,7 +66,7 @@ def exact_hessian(activations):
 
 
 def calibrate(block, batches, folder, validation=False, **options):
-    options = {"device": CPU, "device_bytes": 1 << 30, **options}
+    options = {"device": CPU, "device_bytes": 1 << 30, "hessian_bits": 16, **options}
     path = folder / "c.calib.safetensors"
     with Collector(linear_layers(block), folder, **options) as collector:
         for x in batches:
@@ -80,14 +82,15 @@ def relative_error(actual, expected):
 
 @pytest.mark.parametrize("device_bytes", [1 << 30, 0], ids=["in memory", "in files"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_match_the_activations(block, tmp_path, monkeypatch, device_bytes, dtype):
+@pytest.mark.parametrize("bits, form, tolerance", [(16, PackedHessian, 1e-3), (8, TriangularHessian, 6e-3)])
+def test_statistics_match_the_activations(block, tmp_path, monkeypatch, device_bytes, dtype, bits, form, tolerance):
     monkeypatch.setattr(hooks, "ROTATION", 1)
     batches = make_batches(6, dtype)
-    with calibrate(block.to(dtype), batches, tmp_path, device_bytes=device_bytes) as file:
+    with calibrate(block.to(dtype), batches, tmp_path, device_bytes=device_bytes, hessian_bits=bits) as file:
         x = flatten(batches).float()
         statistics = file.layer_statistics("q")
-        assert isinstance(statistics.hessian, PackedHessian) and statistics.validation_hessian is None
-        assert relative_error(dense_hessian(statistics.hessian, WIDTH, CPU), exact_hessian(x)) < 1e-3
+        assert isinstance(statistics.hessian, form) and statistics.validation_hessian is None
+        assert relative_error(dense_hessian(statistics.hessian, WIDTH, CPU), exact_hessian(x)) < tolerance
         torch.testing.assert_close(statistics.mean, x.mean(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(statistics.amax, x.abs().amax(0))
         assert statistics.histogram.sum() == 2 * TOKENS * WIDTH and file.tokens("q") == (len(x), 0)
@@ -99,7 +102,7 @@ def test_statistics_match_the_activations(block, tmp_path, monkeypatch, device_b
 def test_pending_activations_are_added_at_the_end_of_watching(block, tmp_path, monkeypatch, interrupted):
     monkeypatch.setattr(hooks, "_PENDING_BYTES", 4 * 90)  # two and a half calls
     batches, path = make_batches(5), tmp_path / "c"
-    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30, hessian_bits=16) as collector:
         with contextlib.suppress(InterruptedError), collector.watching(block, validation=False):
             for x in batches:
                 block(x)
@@ -129,7 +132,7 @@ def test_hooks_are_removed_after_an_error(block, tmp_path):
     (x,) = make_batches(1)
     block.calls = 1
     before = block(x)
-    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30, hessian_bits=16) as collector:
         with pytest.raises(ZeroDivisionError), collector.watching(block):
             block(x)
             raise ZeroDivisionError
@@ -140,7 +143,7 @@ def test_hooks_are_removed_after_an_error(block, tmp_path):
 def test_a_complete_run_is_used_for_validation(block, tmp_path):
     calibration, validation = make_batches(2)
     path = tmp_path / "c"
-    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30, hessian_bits=16) as collector:
         for x, is_validation in ((calibration, False), (validation, True)):
             with collector.watching(block, is_validation):
                 block(x)
@@ -150,6 +153,28 @@ def test_a_complete_run_is_used_for_validation(block, tmp_path):
         for hessian, x in ((statistics.hessian, calibration), (statistics.validation_hessian, validation)):
             assert relative_error(dense_hessian(hessian, WIDTH, CPU), exact_hessian(x.flatten(0, 1))) < 2e-3
         assert file.tokens("q") == (TOKENS, TOKENS)
+
+
+def test_a_hessian_without_a_factor_is_saved_in_16_bits(block, tmp_path, monkeypatch):
+    batches = make_batches(2)
+
+    def refuse(matrix):
+        raise CalibrationError("The Hessian is not positive semi-definite; calibrate again.")
+
+    monkeypatch.setattr(hessian, "encode_triangle", refuse)
+    with calibrate(block, batches, tmp_path, hessian_bits=8) as file:
+        found = file.layer_statistics("q").hessian
+        assert isinstance(found, PackedHessian)
+        assert relative_error(dense_hessian(found, WIDTH, CPU), exact_hessian(flatten(batches))) < 1e-3
+
+
+def test_device_memory_is_what_was_stated_after_use(block, tmp_path):
+    options = {"device": CPU, "device_bytes": 1 << 30}
+    with Collector(linear_layers(block), tmp_path, **options) as collector:
+        stated = collector.device_bytes, collector.disk_bytes
+        with collector.watching(block):
+            block(make_batches(1)[0])
+        assert (collector.device_bytes, collector.disk_bytes) == stated and stated[0] > 0
 
 
 def test_validation_activations_are_those_of_the_validation_run(block, tmp_path):
@@ -206,15 +231,17 @@ def test_low_rank_hessian_has_the_diagonal_and_the_leading_directions(block, tmp
         assert relative_error(dense, exact) < 0.6 * relative_error(torch.diag(exact.diagonal()), exact)
 
 
-@pytest.mark.parametrize("rank", [None, 4], ids=["full", "low rank"])
-def test_a_continued_calibration_matches_a_single_one(block, tmp_path, rank):
+@pytest.mark.parametrize(
+    "rank, bits, tolerance", [(None, 16, 1e-3), (None, 8, 8e-3), (4, 16, 0.0)], ids=["full", "8 bits", "low rank"]
+)
+def test_a_continued_calibration_matches_a_single_one(block, tmp_path, rank, bits, tolerance):
     batches = make_batches(8)
     (tmp_path / "first").mkdir()
     block.calls = 1
-    with calibrate(block, batches, tmp_path, rank=rank) as file:
+    with calibrate(block, batches, tmp_path, rank=rank, hessian_bits=bits) as file:
         single = file.layer_statistics("q")
-    with calibrate(block, batches[:4], tmp_path / "first", rank=rank) as first:
-        with calibrate(block, batches[4:], tmp_path, rank=rank, earlier=first) as file:
+    with calibrate(block, batches[:4], tmp_path / "first", rank=rank, hessian_bits=bits) as first:
+        with calibrate(block, batches[4:], tmp_path, rank=rank, hessian_bits=bits, earlier=first) as file:
             continued = file.layer_statistics("q")
             assert file.tokens("q")[0] == 8 * TOKENS
     actual, expected = (dense_hessian(statistics.hessian, WIDTH, CPU) for statistics in (continued, single))
@@ -222,7 +249,7 @@ def test_a_continued_calibration_matches_a_single_one(block, tmp_path, rank):
         exact = exact_hessian(flatten(batches))
         assert relative_error(actual, exact) < 1.3 * relative_error(expected, exact)
     else:
-        assert relative_error(actual, expected) < 1e-3
+        assert relative_error(actual, expected) < tolerance
     torch.testing.assert_close(continued.mean, single.mean, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(continued.amax, single.amax)
     assert continued.histogram.sum() == single.histogram.sum() == 2 * TOKENS * WIDTH
@@ -244,13 +271,13 @@ def test_other_architectures_are_rejected_with_the_name_of_the_layer(block, tmp_
 
 
 def test_saving_without_a_call_is_an_error(block, tmp_path, sentences):
-    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30, hessian_bits=16) as collector:
         with sentences.raises(CalibrationError):
             collector.save(tmp_path / "c", {})
 
 
 def test_activations_that_are_not_finite_are_an_error(block, tmp_path, sentences):
-    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30, hessian_bits=16) as collector:
         with collector.watching(block):
             block(torch.full((1, 2, WIDTH), float("nan")))
         with sentences.raises(CalibrationError):

@@ -75,6 +75,28 @@ def test_parts_change_nothing(gaussian, anisotropic, format, granularity):
         assert (some == whole).float().mean() > 0.99  # products of other sizes may round differently
 
 
+@pytest.mark.parametrize("passes", [0, 2])
+def test_panels_change_nothing(monkeypatch, gaussian, anisotropic, passes):
+    weight, known = gaussian(50, 200), anisotropic(200)
+    space, scale = space_and_scale("int8_tensorwise", "row", weight)
+    quadratic = hessian_quadratic(known.hessian, 0.01)
+    whole = round_gptq(weight, scale, space, quadratic, passes=passes)
+    monkeypatch.setattr(gptq, "_PANEL", 48)
+    monkeypatch.setattr(gptq, "_BLOCK", 16)
+    assert (round_gptq(weight, scale, space, quadratic, passes=passes) == whole).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_dampenings_share_a_factorization(gaussian, anisotropic, passes):
+    """A factorization derived from that of another dampening is the same as one of its own."""
+    known, weight = anisotropic(60), gaussian(20, 60)
+    first, second = (hessian_quadratic(known.hessian, dampening) for dampening in (0.01, 1.0))
+    device = weight.device
+    derived = gptq.factorize(second, 60, device, passes=passes, like=gptq.factorize(first, 60, device, passes=passes))
+    own = gptq.factorize(second, 60, device, passes=passes)
+    assert torch.equal(derived.unit, own.unit) and torch.equal(derived.order, own.order)
+
+
 @pytest.mark.parametrize("format, granularity", TARGETS)
 def test_coordinate_descent_never_raises_the_loss(gaussian, anisotropic, format, granularity):
     weight, known = gaussian(32, 160), anisotropic(160)
@@ -144,10 +166,10 @@ def test_the_cost_bounds_the_weight_error(gaussian):
 def test_the_low_rank_factor_is_that_of_the_matrix(gaussian):
     weight = gaussian(30, 90)
     quadratic = Principal(top_p=0.3).quadratic(weight)
-    order = quadratic.column_weight.argsort()
+    found = gptq.factorize(quadratic, 90, weight.device)
+    unit, order = found.unit, found.order
     blocks = [slice(start, min(90, start + 20)) for start in range(0, 90, 20)]
     multipliers = projected._multipliers(quadratic.factor[order], quadratic.dampening, blocks)
-    unit = gptq._unit_factor(quadratic, order)
     for block in blocks[:-1]:
         want = unit[block.stop :, block]
         got = quadratic.factor[order][block.stop :] @ multipliers[block].t()

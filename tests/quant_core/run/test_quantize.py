@@ -682,6 +682,35 @@ def test_layers_that_a_calibration_knows_are_calibrated(model, model_file, tmp_p
     assert (after - before).mean(dim=0).norm() < 0.5 * (uncorrected - before).mean(dim=0).norm()
 
 
+class RecordingCalibration(InMemoryCalibration):
+    """A calibration that notes which layers are looked up; ``broken`` is one whose statistics cannot be read."""
+
+    def __init__(self, layers, broken=None):
+        super().__init__(layers)
+        self.read, self.threads, self._broken = [], set(), broken
+
+    def layer_statistics(self, layer):
+        self.read.append(layer)
+        self.threads.add(threading.current_thread())
+        if layer == self._broken:
+            raise CalibrationError(f"The statistics of {layer} are damaged; calibrate again.")
+        return super().layer_statistics(layer)
+
+
+def test_statistics_are_read_by_a_thread_in_the_order_of_the_layers(model_file, tmp_path):
+    known = RecordingCalibration({LINEARS[1]: LayerStatistics(torch.eye(32))})
+    report = quantize_file(model_file(), tmp_path / "q", Recipe(), calibration=known)
+    assert known.read == [finished.name.removesuffix(".weight") for finished in report.layers]
+    assert threading.current_thread() not in known.threads
+
+
+def test_statistics_that_cannot_be_read_end_the_run(model_file, tmp_path, listing):
+    known = RecordingCalibration({}, broken=LINEARS[2])
+    with pytest.raises(CalibrationError, match=LINEARS[2]):
+        quantize_file(model_file(), tmp_path / "q", Recipe(), calibration=known)
+    assert listing() == ["model.safetensors"]
+
+
 def test_a_calibration_that_does_not_fit_is_named(model_file, tmp_path, listing, sentences):
     known = InMemoryCalibration({LINEARS[0]: LayerStatistics(torch.eye(31))})
     with sentences.raises(CalibrationError):
