@@ -220,8 +220,9 @@ class Benchmark:
                     with contextlib.suppress(HostError):
                         session.server.restart()
                 self._add(key, variant, row, details)
-            with contextlib.suppress(HostError):
-                session.unload()
+            if not self.args.keep_models:
+                with contextlib.suppress(HostError):
+                    session.unload()
 
     def _measure_variant(
         self, session: Session, key: str, setting: Setting, variant: Variant, before: int, row: dict, details: dict
@@ -230,7 +231,8 @@ class Benchmark:
         self._select_kernels(session, variant)
         file = self.model_path(variant.format).name
         options = {"lora": LORA_FILE if setting.lora else None, "compile": setting.compile}
-        session.unload()
+        if not self.args.keep_models:
+            session.unload()
         run = session.sample(file, **options)
         if variant.format == SOURCE:
             self._source_runs[key] = run
@@ -346,6 +348,13 @@ OPTIONS = (
     ("--hidden", {"type": int, "metavar": "CHANNELS", "help": "channels of the model, a multiple of 128"}),
     ("--steps", {"type": int, "help": "measured steps (default: 20, quick: 2)"}),
     ("--warmup", {"type": int, "help": "steps before them (default: 5, quick: 1)"}),
+    (
+        "--keep-models",
+        {
+            "action": "store_true",
+            "help": "do not unload the model before the next one; then VRAM is that of all models",
+        },
+    ),
     ("--host-time", {"action": "store_true", "help": "measure the host time of one linear layer too"}),
     ("--profile", {"action": "store_true", "help": f"profile {PROFILED_STEPS} steps in another run"}),
     (

@@ -259,7 +259,12 @@ def prepare_product(operands, block_size: int, out_dtype: torch.dtype, launch: S
     parts = [
         (
             Launcher(
-                _block_matmul, (min(units, processors),), {**constants, "PARTS": parts}, keep=keep, num_warps=WARPS
+                _block_matmul,
+                (min(units, processors),),
+                {**constants, "PARTS": parts},
+                device,
+                keep=keep,
+                num_warps=WARPS,
             ),
             describe(qdata, parts * launch.part),
             (rows, columns, inner, first, units, rows, scale.stride(0)),

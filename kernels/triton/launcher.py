@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+import triton
 
 __all__ = ["Launcher", "bind_descriptor"]
 
@@ -17,25 +18,55 @@ class Launcher:
         kernel: Triton or Gluon kernel whose constexpr parameters come last.
         grid: number of programs in up to three dimensions.
         constants: values of the constexpr parameters.
+        device: device of the tensors; launches use its current stream.
         keep: False to analyze the arguments in every call, for tensors of unknown alignment.
         options: ``num_warps`` and other options of the compiler.
     """
 
-    __slots__ = ("_constants", "_grid", "_keep", "_kernel", "_options", "_run", "_values")
+    __slots__ = (
+        "_constants",
+        "_device",
+        "_grid",
+        "_keep",
+        "_kernel",
+        "_options",
+        "_prefix",
+        "_run",
+        "_stream",
+        "_values",
+    )
 
-    def __init__(self, kernel, grid: tuple[int, ...], constants: Mapping[str, object], *, keep: bool = True, **options):
+    def __init__(
+        self,
+        kernel,
+        grid: tuple[int, ...],
+        constants: Mapping[str, object],
+        device: torch.device,
+        *,
+        keep: bool = True,
+        **options,
+    ):
         self._kernel, self._grid, self._constants, self._options = kernel, grid, constants, options
-        self._keep = keep
+        self._device, self._keep = device.index, keep
         self._run = None
 
     def __call__(self, *arguments) -> None:
         if self._run is not None:
-            self._run(*arguments, *self._values)
+            self._run(*self._grid, self._stream(self._device), *self._prefix, *arguments, *self._values)
             return
         compiled = self._kernel[self._grid](*arguments, **self._constants, **self._options)
         if self._keep and compiled is not None:  # the interpreter compiles nothing
-            self._values = tuple(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
-            self._run = compiled[(*self._grid, 1, 1)[:3]]
+            self._keep_launch(compiled, len(arguments))
+
+    def _keep_launch(self, compiled, count: int) -> None:
+        """Prepare the call by which Triton itself launches a compiled kernel, without the hooks of a profiler."""
+        self._values = tuple(self._constants[name] for name in self._kernel.arg_names[count:])
+        self._grid = (*self._grid, 1, 1)[:3]
+        self._prefix = compiled.function, compiled.packed_metadata, None, None, None
+        self._stream = triton.runtime.driver.active.get_current_stream
+        if self._device is None:
+            self._device = triton.runtime.driver.active.get_current_device()
+        self._run = compiled.run
 
 
 def bind_descriptor(descriptor, tensor: torch.Tensor):

@@ -219,7 +219,9 @@ def prepare_product(operands: Operands, block_size: int, out_dtype: torch.dtype,
         "COLUMNS": launch.columns,
         "INNER": step,
     }
-    run = Launcher(_scaled_matmul, (tiles,), constants, keep=keep, num_warps=launch.warps, num_stages=launch.stages)
+    run = Launcher(
+        _scaled_matmul, (tiles,), constants, device, keep=keep, num_warps=launch.warps, num_stages=launch.stages
+    )
     scale_stride = scale.stride(0) if block_size else 0
     sizes = (rows, columns, inner, inner, inner, 0 if decode else rows, scale_stride, int(scale.numel() > 1))
     if tma:

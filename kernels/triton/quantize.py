@@ -347,7 +347,7 @@ def prepare_quantizer(x: torch.Tensor, dtype: torch.dtype, block_size: int, rota
         constants = {**constants, "GROUP": rotate_by}
         config, warps = rows_config(columns, rotate_by)
         grid, kernel, sizes = (rows,), _quantize_rows, (columns, stride)
-    launch = Launcher(kernel, grid, {**constants, **config}, keep=keep, num_warps=warps, **SEPARATE)
+    launch = Launcher(kernel, grid, {**constants, **config}, device, keep=keep, num_warps=warps, **SEPARATE)
 
     def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         qdata = torch.empty((rows, columns), dtype=dtype, device=device)
@@ -370,7 +370,7 @@ def prepare_static_quantizer(x: torch.Tensor, keep: bool = True):
     constants = format_constants(torch.float8_e4m3fn, device)
     del constants["INTEGER"]
     grid = (triton.cdiv(count, config["VALUES"]),)
-    launch = Launcher(_quantize_static, grid, {**constants, **config}, keep=keep, num_warps=warps)
+    launch = Launcher(_quantize_static, grid, {**constants, **config}, device, keep=keep, num_warps=warps)
 
     def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         qdata = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
