@@ -116,6 +116,8 @@ SMALL = {
     str(ROOT): ["formats"],
 }
 
+NEEDS_HOST = {"--node"}  # options with which a script starts ComfyUI
+
 
 def run(program, *words, cwd=ROOT) -> str:
     result = subprocess.run([program, *words], cwd=cwd, capture_output=True, text=True, timeout=300)
@@ -148,7 +150,7 @@ def python(words, folder):
     script = words[module]
     start = ["-m", script] if module else [str(ROOT / script)]
     given = words[module + 1 :]
-    if script in SMALL:
+    if script in SMALL and not NEEDS_HOST & set(given):
         run(sys.executable, *start, *given, *SMALL[script], cwd=folder)
     else:
         known = run(sys.executable, *start, "--help", cwd=folder)

@@ -193,7 +193,12 @@ def native() -> dict:
 
 
 def _class_names(model) -> list[str]:
-    return [f"{type(module).__module__}.{type(module).__qualname__}" for module in model.model.modules()]
+    """Classes of the modules; of a layer with our short forward pass, ComfyUI's class that it extends."""
+    classes = (
+        type(module).__base__ if getattr(module, "is_extended", False) else type(module)
+        for module in model.model.modules()
+    )
+    return [f"{kind.__module__}.{kind.__qualname__}" for kind in classes]
 
 
 def _loader_stays(call) -> bool:
