@@ -5,7 +5,8 @@ run. ``_int_mm`` and ``_scaled_mm`` are torch's products without quantization; c
 is installed. ``of floor`` is the roofline time of the GPU divided by the layer's time.
 ``memory``: quantizers and dequantizers, as a fraction of the speed of copying the same number of bytes.
 ``block``: a double and a single block of Flux.1 (4096 + 512 tokens) in ms, eager and compiled.
-Times are those of CUDA graphs, without launch overhead.
+Times are those of CUDA graphs, without the time of the host; ``eager`` is the speedup of consecutive calls, the host's time
+included. A sampling step is measured by ``comfyui.py``.
 
 ``--markdown FILE`` writes the README's tables and the comparison with the goals; ``--read JSON`` uses an earlier result.
 ``--profile "Flux.1 linear2" "int8 block"`` runs only that layer: ``ncu --set full python benchmarks/kernels.py --profile …``.
@@ -32,6 +33,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 ERROR_TOKENS = 512
+EAGER_CALLS = 100
 
 # (model, layer, tokens, out, in)
 SHAPES = (
@@ -58,6 +60,7 @@ SHAPES = (
     ("SDXL", "mlp in 1280", 1024, 10240, 1280),
     ("SDXL", "mlp out 1280", 1024, 1280, 5120),
 )
+SECTIONS = ("linear", "memory", "block")
 QUICK = (("tiny", "proj", 64, 128, 128), ("tiny", "mlp in", 64, 512, 128), ("tiny", "modulation", 1, 256, 128))
 
 # Name → (weight quantizer, block size, whether the weight is rotated).
@@ -82,6 +85,20 @@ def measure_microseconds(call) -> float:
         call()
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e6
+
+
+def measure_eager_microseconds(call) -> float:
+    """Mean time of consecutive calls in µs: that of the device or that of the host, whichever is longer."""
+    for _ in range(3):
+        call()
+    if not CUDA:
+        return measure_microseconds(call)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(EAGER_CALLS):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / EAGER_CALLS * 1e6
 
 
 def largest_rotation(inner: int) -> int:
@@ -154,7 +171,10 @@ def make_alternatives(x, weight, bias) -> dict:
 def measure_linear(model, part, tokens, out, inner) -> dict:
     """Measure a linear layer in every format, and its alternatives."""
     x, weight, bias = make_tensors(tokens, out, inner)
-    plain = measure_microseconds(lambda: nn.functional.linear(x, weight, bias))
+    plain, plain_eager = (
+        measure(lambda: nn.functional.linear(x, weight, bias))
+        for measure in (measure_microseconds, measure_eager_microseconds)
+    )
     row = {"section": "linear", "model": model, "layer": part, "shape": f"{tokens}×{out}×{inner}", "F.linear µs": plain}
     row["F.linear TFLOP/s"] = 2 * tokens * out * inner / plain / 1e6
     few = x[:ERROR_TOKENS]
@@ -164,6 +184,7 @@ def measure_linear(model, part, tokens, out, inner) -> dict:
         run = make_layer(name, weight)
         call = functools.partial(run, x, bias)
         row[name] = plain / measure_microseconds(call)
+        row[f"{name} eager"] = plain_eager / measure_eager_microseconds(call)
         if least:
             row[f"{name} of floor"] = least * row[name] / plain
         if block_size:
@@ -249,21 +270,26 @@ def main() -> None:
                 "help": 'run one layer for a profiler, as "Flux.1 proj" "int8 row"',
             },
         ),
+        ("--model", {"choices": list(dict.fromkeys(shape[0] for shape in SHAPES)), "help": "shapes of one model only"}),
+        ("--only", {"nargs": "+", "choices": SECTIONS, "default": SECTIONS, "help": "sections to measure"}),
         ("--read", {"type": Path, "metavar": "JSON", "help": "report an earlier result instead of measuring"}),
         ("--markdown", {"type": Path, "metavar": "FILE", "help": "write the tables of the README to this file"}),
     )
-    shapes = QUICK if args.quick else SHAPES
+    shapes = QUICK if args.quick else [shape for shape in SHAPES if args.model in (None, shape[0])]
     if args.profile:
         return profile(shapes, *args.profile)
     if args.read:
         result = json.loads(args.read.read_text(encoding="utf-8"))
     else:
-        rows = [measure_linear(*shape) for shape in shapes]
-        print()
-        rows += [
-            measure_memory(*sides) for sides in dict.fromkeys((shape[2], shape[4]) for shape in shapes if shape[2] > 1)
-        ]
-        rows += blocks(args.quick)
+        rows = []
+        if "linear" in args.only:
+            rows += [measure_linear(*shape) for shape in shapes]
+            print()
+        if "memory" in args.only:
+            sides = dict.fromkeys((shape[2], shape[4]) for shape in shapes if shape[2] > 1)
+            rows += [measure_memory(*pair) for pair in sides]
+        if "block" in args.only:
+            rows += blocks(args.quick)
         finish(args, rows, backend=kernels.backend())
         result = {**environment(), "rows": rows}
     if args.markdown:

@@ -14,6 +14,7 @@ _FORMATS = {
     "int8 row ConvRot": "INT8 row ConvRot",
     "fp8 row": "FP8 row",
 }
+_EAGER = "int8 row ConvRot eager"  # results of version 0.1.0 do not have it
 _KITCHEN = {"kitchen cuda": "kitchen CUDA INT8 row", "kitchen triton": "kitchen Triton INT8 row"}
 _ALTERNATIVES = {**_KITCHEN, "_int_mm": "`_int_mm`", "_scaled_mm": "`_scaled_mm`"}
 # Format → speedup over bf16 that is the goal for Flux's layers.
@@ -98,10 +99,13 @@ def _rotation_cost(rows: list[dict], where: str) -> str:
 
 
 def _layers(result: dict) -> str:
+    has_eager = all(_EAGER in row for row in _section(result, "linear"))
+
     def cells(row: dict) -> list[str]:
         plain = row["F.linear µs"]
         least = floor(result["device"], *map(int, row["shape"].split("×")))
         formats = (f"{row[name]:.2f}" + (f" ({row[name] * least / plain:.2f})" if least else "") for name in _FORMATS)
+        eager = [f"{row[_EAGER]:.2f}"] if has_eager else []
         alternatives = (f"{_number(row, name):.2f}" if _number(row, name) else _NONE for name in _ALTERNATIVES)
         return [
             _name(row),
@@ -109,6 +113,7 @@ def _layers(result: dict) -> str:
             f"{plain:.0f} ({row['F.linear TFLOP/s']:.0f})",
             f"{least:.0f}" if least else _NONE,
             *formats,
+            *eager,
             *alternatives,
         ]
 
@@ -118,6 +123,7 @@ def _layers(result: dict) -> str:
         "bf16 µs (TFLOP/s)",
         "floor µs",
         *(f"{heading} (of floor)" for heading in _FORMATS.values()),
+        *(["INT8 row ConvRot, eager"] if has_eager else []),
         *_ALTERNATIVES.values(),
     ]
     return markdown_table(headings, map(cells, _section(result, "linear")))

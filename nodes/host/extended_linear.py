@@ -51,7 +51,8 @@ def _short_forwards() -> Mapping[str, Callable]:
 
 def has_short_forward(layer: torch.nn.Module) -> bool:
     """Whether ``layer`` is a linear layer of ComfyUI whose layout has a short forward pass."""
-    return hasattr(layer, "in_features") and getattr(layer, "layout_type", None) in _short_forwards()
+    is_linear = hasattr(layer, "_forward")  # an embedding or a bank of experts has none
+    return is_linear and getattr(layer, "layout_type", None) in _short_forwards()
 
 
 def _is_plain(layer, x) -> bool:

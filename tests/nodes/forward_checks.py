@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import comfy.ops
 import torch
 from layout_checks import OURS, TinyModel, distance
 from native_checks import native, on_cpu
@@ -73,6 +74,9 @@ def short() -> dict:
                 "gradient": _runs(layer, x.clone().requires_grad_()),
             }
         found["resident"] = _run_pages(layer)
+        experts = comfy.ops.mixed_precision_ops().MoEExperts(2, 64, 64)
+        experts.layout_type = layer.layout_type
+        found["ready"]["experts"] = extended.has_short_forward(experts)
     return found
 
 
