@@ -50,19 +50,19 @@ def test_files(suffix, often, tried):
 
 @pytest.fixture(scope="module")
 def interrupted_run(tmp_path_factory):
-    """Source, target, bytes of the complete target, bytes of the partial file after four layers, records of the journal."""
+    """Source, target, bytes of the complete target, bytes of the partial file after some layers, records of the journal."""
     folder = tmp_path_factory.mktemp("interrupted")
     source, target, files = folder / "model.safetensors", folder / "out" / "out.safetensors", {}
     save_file(
         {
             f"{index}.weight": torch.randn(17 - index % 2, 16, generator=torch.Generator().manual_seed(index))
-            for index in range(6)
+            for index in range(12)
         },
         source,
     )
 
     def listener(event):
-        if isinstance(event, LayerStarted) and event.index == 4:
+        if isinstance(event, LayerStarted) and event.index == 10:  # up to four wait to be written
             files.update({path.suffix: path.read_bytes() for path in target.parent.glob(".*")})
 
     quantize_file(source, target, NEAREST, device="cpu", on_event=listener)

@@ -38,7 +38,7 @@ OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf", "lpips"
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 SHIPPED = [*MODULES, *KERNELS, *sorted((ROOT / "nodes").rglob("*.py")), ROOT / "__init__.py", ROOT / "__main__.py"]
 # Packages that ComfyUI or torch bring along.
-PROVIDED = HOST | {"torch", "triton", "numpy", "PIL", "comfy_kitchen", "comfy_execution"}
+PROVIDED = HOST | {"torch", "triton", "numpy", "PIL", "comfy_aimdo", "comfy_kitchen", "comfy_execution"}
 
 
 def dotted(path: Path) -> list[str]:

@@ -800,6 +800,7 @@ HOST_SAYS = {
     "these tests read cells back": r"^Canvas2D: Multiple readback operations",
     "0.3.75 opens its page": r"graph that was never set up|^TypeError: Cannot read properties of undefined \(reading 'id'\)\s+at onChange \(\S*/assets/index-",
     "0.3.75 opens its search and its library": r"^TypeError: \w+\.\$t is not a function|^TypeError: .*\n\s+at Proxy\.onOptionSelect",
+    "0.3.75 previews a node with a choice": r"^TypeError: Cannot read properties of undefined \(reading 'config'\)\s+at Proxy\.\$variant",
     "0.33.0 opens its page": r"^ComfyApp graph accessed before|^\[ComfyUI\] The legacy queue/history menu|^\[MaskEditor\]|^\[subgraphNavigation\]",
 }
 
