@@ -1,8 +1,9 @@
 """8-bit quantizers, linear layers and rounding kernels behind one dispatch.
 
 ``triton`` and ``reference`` (plain torch) implement the same functions. ``operators`` registers them as torch operators
-and defines the public functions, ``backends`` selects the implementation, ``tuning`` measures and caches the fastest
-one, ``tensor_cores`` wraps torch's own 8-bit matrix products.
+and defines the public functions, ``prepared`` keeps a linear layer's implementation and launches by shape, ``backends``
+selects the implementation, ``tuning`` measures and caches the fastest one, ``tensor_cores`` wraps torch's own 8-bit matrix
+products.
 """
 
 from .backends import BACKENDS, OPERATIONS, backend, refusals, using
