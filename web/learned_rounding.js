@@ -34,7 +34,7 @@ const NATIVE_INT8 = {
   category: ["Learned Rounding", "Kernels", "NativeInt8"],
   name: "Native INT8 layers on this pack's Triton kernels",
   tooltip:
-    "auto: for every layer shape where they are faster than ComfyUI's own kernels, measured once per GPU and remembered; on: always; off: never. Needs an NVIDIA GPU, SM 8.0 or newer.",
+    "auto: for every layer shape where they are faster than ComfyUI's own kernels, measured once per GPU and remembered; on: always; off: never, and FP8 layers run by ComfyUI's own code too. Needs an NVIDIA GPU, SM 8.0 or newer.",
   type: "combo",
   options: ["auto", "on", "off"],
   defaultValue: "auto",

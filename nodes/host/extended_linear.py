@@ -27,7 +27,7 @@ def _run_int8(x, weight, bias, layer) -> torch.Tensor | None:
 
 def _run_fp8(x, weight, bias, layer) -> torch.Tensor | None:
     qdata = weight._qdata
-    if not kernels.has_static_fp8(x, qdata):
+    if native_int8.is_native_int8_off() or not kernels.has_static_fp8(x, qdata):
         return None
     input_scale = layer._parameters.get("input_scale")
     if input_scale is not None and input_scale.device != x.device:
