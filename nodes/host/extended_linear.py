@@ -64,7 +64,7 @@ def _is_plain(layer, x) -> bool:
         and not layer.weight_function
         and not layer.bias_function
         and not attributes.get("comfy_force_cast_weights")
-        and not attributes["_full_precision_mm"]
+        and not attributes.get("_full_precision_mm", True)
         and "_prefetch" not in attributes
         and "pre_quant_scale" not in layer._parameters
         and not x.requires_grad
