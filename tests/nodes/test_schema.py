@@ -45,8 +45,8 @@ ADVANCED = {
         "rounding", "keep", "heur", "full_precision_matrix_mult", "target_error", "block_formats", "layer_config",
     },
     "LearnedRoundingQuantize": {"native_int8_kernels"},
-    "LearnedRoundingCalibrate": {"tokens"},
-    "LearnedRoundingCalibrateText": {"tokens"},
+    "LearnedRoundingCalibrate": {"tokens", "max_vram_gb"},
+    "LearnedRoundingCalibrateText": {"tokens", "max_vram_gb"},
 }  # fmt: skip
 
 
