@@ -5,6 +5,7 @@ GPU. The choice is therefore kept in a dictionary, whose key has everything on w
 """
 
 import functools
+import logging
 
 import torch
 
@@ -13,6 +14,8 @@ from .checks import check, check_linear, check_scale
 
 __all__ = ["fp8_static_linear", "has_static_fp8", "prepared_linear"]
 
+log = logging.getLogger(__name__)
+
 # Every prompt length and resolution is one more shape. A cleared dictionary fills again within one step.
 _MAX_KEPT = 4096
 _kept: dict[tuple, object] = {}
@@ -20,23 +23,34 @@ _kept: dict[tuple, object] = {}
 
 def prepared_linear(x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
     """See :func:`.operators.scaled_linear`."""
+    if _is_on_other_gpu(x):
+        with torch.cuda.device(x.device):
+            return prepared_linear(x, qdata, scale, bias, block_size, rotate_by, out_dtype)
     if not x.is_contiguous():
         x = x.contiguous()
     if not qdata.is_contiguous():
         qdata = qdata.contiguous()
     if scale.dtype is not torch.float32 or not scale.is_contiguous():
         scale = scale.float().contiguous()
-    addresses = x.data_ptr() | qdata.data_ptr() | scale.data_ptr()
+    weight_address = qdata.data_ptr()
+    addresses = x.data_ptr() | weight_address | scale.data_ptr()
     if bias is not None:
+        if not bias.is_contiguous():
+            bias = bias.contiguous()
         addresses |= bias.data_ptr()
     key = (
-        backends.backend(), addresses & 15 == 0, x.shape, x.dtype, x.device, qdata.shape, qdata.dtype, scale.shape,
+        backends.backend(), addresses & 15 == 0, weight_address & 15 == 0, x.shape, x.dtype, x.device, qdata.shape, qdata.dtype, scale.shape,
         bias if bias is None else bias.dtype, block_size, rotate_by, out_dtype,
     )  # fmt: skip
     linear = _kept.get(key)
     if linear is None:
         linear = _prepare(key, x, qdata, scale, bias, block_size, rotate_by, out_dtype)
     return linear(x, qdata, scale, bias)
+
+
+def _is_on_other_gpu(x: torch.Tensor) -> bool:
+    """Whether ``x`` is on a GPU that is not the current one: Triton launches on the current one."""
+    return x.is_cuda and x.get_device() != torch.cuda.current_device()
 
 
 def _prepare(key: tuple, x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype):
@@ -73,20 +87,35 @@ def _flatten_tokens(linear, shape: torch.Size, columns: int):
     return lambda x, qdata, scale, bias: linear(x.view(flat), qdata, scale, bias).view(outputs)
 
 
-def has_static_fp8(x: torch.Tensor, qdata: torch.Tensor) -> bool:
-    """Whether :func:`fp8_static_linear` runs for these activations and this weight: NVIDIA from SM 8.9 on, with Triton."""
+def has_static_fp8(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, input_scale=None) -> bool:
+    """Whether :func:`fp8_static_linear` runs for these arguments: NVIDIA from SM 8.9 on, with Triton."""
     return (
         x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
         and qdata.shape[0] % 16 == 0
         and qdata.shape[1] % 16 == 0
+        and _is_static_scale(scale, x)
+        and (input_scale is None or _is_static_scale(input_scale, x))
         and _can_run_fp8(x.device)
     )
 
 
+def _is_static_scale(scale: torch.Tensor, x: torch.Tensor) -> bool:
+    return scale.dtype is torch.float32 and scale.numel() == 1 and scale.device == x.device
+
+
 @functools.cache
 def _can_run_fp8(device: torch.device) -> bool:
-    return devices.is_nvidia() and devices.compute_capability(device) >= (8, 9) and backends.has_triton()
+    """Whether a small layer runs: Triton needs a C compiler, and some builds of torch lack the product."""
+    if not (devices.is_nvidia() and devices.compute_capability(device) >= (8, 9) and backends.has_triton()):
+        return False
+    x = torch.ones(32, 32, dtype=torch.bfloat16, device=device)
+    try:
+        fp8_static_linear(x, x.to(torch.float8_e4m3fn), _unit_scale(device))
+    except Exception as error:  # any error of a compiler
+        log.warning("FP8 layers do not run on this pack's kernels, because a test of them fails: %s", error)
+        return False
+    return True
 
 
 @functools.cache
@@ -110,18 +139,22 @@ def fp8_static_linear(x, qdata, scale, input_scale=None, bias=None) -> torch.Ten
     Raises:
         ValueError: shapes do not match.
     """
+    if _is_on_other_gpu(x):
+        with torch.cuda.device(x.device):
+            return fp8_static_linear(x, qdata, scale, input_scale, bias)
     if not x.is_contiguous():
         x = x.contiguous()
     if input_scale is None:
         input_scale = _unit_scale(x.device)
-    key = "static", x.data_ptr() & 15 == 0, x.shape, x.dtype, x.device, qdata.shape, scale.shape, input_scale.dtype
+    aligned = (x.data_ptr() | input_scale.data_ptr()) & 15 == 0
+    key = "static", aligned, x.shape, x.dtype, x.device, qdata.shape, scale.shape, input_scale.dtype
     quantize = _kept.get(key)
     if quantize is None:
         check_linear(x, qdata, scale, bias, 0, 0)
         check(scale.numel() == 1, "A static FP8 layer needs one weight scale, not {}.", scale.numel())
         from .triton import prepare_static_quantizer
 
-        quantize = prepare_static_quantizer(x.view(-1, x.shape[-1]), keep=key[1])
+        quantize = prepare_static_quantizer(x.view(-1, x.shape[-1]), keep=aligned)
         _keep(key, quantize)
     product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         quantize(x, input_scale), qdata.t(), input_scale, scale, bias=bias, out_dtype=x.dtype

@@ -7,12 +7,16 @@ import triton
 
 __all__ = ["Launcher", "bind_descriptor"]
 
+# Releases whose launch of a compiled kernel takes all arguments, constants included. It is not part of Triton's API.
+_CAN_KEEP = (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7)
+
 
 class Launcher:
     """A kernel with a fixed grid and fixed constants.
 
     The first call compiles the kernel for its arguments. Every later call must pass arguments of the same dtypes, integer
-    values and 16-byte alignment, and then launches the compiled kernel.
+    values and 16-byte alignment on the same current device, and then launches the compiled kernel; other releases of Triton
+    than those of ``_CAN_KEEP`` analyze the arguments in every call.
 
     Args:
         kernel: Triton or Gluon kernel whose constexpr parameters come last.
@@ -55,7 +59,7 @@ class Launcher:
             self._run(*self._grid, self._stream(self._device), *self._prefix, *arguments, *self._values)
             return
         compiled = self._kernel[self._grid](*arguments, **self._constants, **self._options)
-        if self._keep and compiled is not None:  # the interpreter compiles nothing
+        if self._keep and _CAN_KEEP and compiled is not None:  # the interpreter compiles nothing
             self._keep_launch(compiled, len(arguments))
 
     def _keep_launch(self, compiled, count: int) -> None:

@@ -68,7 +68,7 @@ FEW_ROWS = 16
 SHIPPED_FEW_ROWS = ((1, Launch(FEW_ROWS, 128, 128, 4, 4)), (0, Launch(FEW_ROWS, 64, 256, 4, 4)))
 # Least occupancy at which the SM 9.0 kernel is faster than the generic one, by whether the weight is int8.
 LEAST_OCCUPANCY = {True: 0.8, False: 0.7}
-# Candidates of autotuning, acrosss the shipped launch.
+# Candidates of autotuning, besides the shipped launch.
 CANDIDATES = (
     Launch(16, 32, 128, 4, 4),
     Launch(32, 64, 128, 4, 4),

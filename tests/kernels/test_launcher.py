@@ -30,6 +30,7 @@ def launcher(monkeypatch):
     from learned_rounding.kernels.triton import launcher
 
     active = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}", get_current_device=lambda: 7)
+    monkeypatch.setattr(launcher, "_CAN_KEEP", True)
     monkeypatch.setattr(
         launcher, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
     )
@@ -52,8 +53,13 @@ def test_later_calls_launch_the_compiled_kernel(launcher, device, stream):
     assert kernel.launched == [(*fixed, "b", 10, 64, True), (*fixed, "c", 10, 64, True)]
 
 
-@pytest.mark.parametrize("compiles, keep", [(False, True), (True, False)], ids=["interpreter", "not kept"])
-def test_arguments_are_analyzed_in_every_call_otherwise(launcher, compiles, keep):
+@pytest.mark.parametrize(
+    "compiles, keep, known",
+    [(False, True, True), (True, False, True), (True, True, False)],
+    ids=["interpreter", "not kept", "unknown Triton"],
+)
+def test_arguments_are_analyzed_in_every_call_otherwise(launcher, monkeypatch, compiles, keep, known):
+    monkeypatch.setattr(launcher, "_CAN_KEEP", known)
     kernel = Kernel(compiles)
     run = make(launcher, kernel, keep=keep)
     run("a", 10)

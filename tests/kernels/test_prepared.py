@@ -1,5 +1,8 @@
 """Prepared layers: the implementation is chosen once for everything on which the choice depends."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -58,6 +61,88 @@ def test_other_arguments_are_chosen_again(choices, change):
     kernels.scaled_linear(**usual)
     kernels.scaled_linear(**{**usual, **change})
     assert choices == ["scaled_linear"] * 2
+
+
+def test_alignment_of_the_weight_is_part_of_the_choice(choices):
+    qdata, scale = kernels.quantize_int8_row_weight(WEIGHT)
+    shifted = torch.empty(qdata.numel() + 1, dtype=torch.int8)[1:].view(qdata.shape).copy_(qdata)
+    x = torch.zeros(961)[1:].view(10, 96).copy_(random(10, 96))
+    want = kernels.int8_row_linear(x, qdata, scale)
+    assert torch.equal(kernels.int8_row_linear(x, shifted, scale), want)
+    assert len(choices) == 2  # a weight that is not aligned cannot be loaded by TMA
+
+
+def test_bias_of_other_strides_gives_the_same_result(choices):
+    qdata, scale = kernels.quantize_int8_row_weight(WEIGHT)
+    seen = []
+    want = kernels.int8_row_linear(random(5, 96), qdata, scale, BIAS)
+    ((key, linear),) = prepared._kept.items()
+    prepared._kept[key] = lambda x, qdata, scale, bias: seen.append(bias.stride()) or linear(x, qdata, scale, bias)
+    strided = torch.stack([BIAS, BIAS], 1)[:, 0]
+    assert torch.equal(kernels.int8_row_linear(random(5, 96), qdata, scale, strided), want)
+    assert seen == [(1,)]  # kernels read consecutive values
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_layer_on_another_gpu_runs_while_that_gpu_is_the_current_one(monkeypatch, choices, static):
+    events = []
+
+    @contextlib.contextmanager
+    def device(device):
+        events.append(device)
+        yield
+        events.append("end")
+
+    class Kept(dict):
+        def get(self, key):
+            events.append("layer")
+            return super().get(key)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(prepared, "_is_on_other_gpu", lambda x: not events)
+    monkeypatch.setattr(prepared, "_kept", Kept())
+    x = random(32, 96)
+    if static:
+        pytest.importorskip("triton")
+        qdata = random(48, 96).to(torch.float8_e4m3fn)
+        got = kernels.fp8_static_linear(x.bfloat16(), qdata, torch.ones(()))
+        assert (got.float() - x @ qdata.float().T).norm() < 0.05 * got.float().norm()
+    else:
+        kernels.int8_row_linear(x, *kernels.quantize_int8_row_weight(WEIGHT))
+    assert events == [x.device, "layer", "end"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"scale": torch.ones(48, 1)}, id="scale per row"),
+        pytest.param({"scale": torch.ones((), dtype=torch.bfloat16)}, id="dtype of the scale"),
+        pytest.param({"input_scale": torch.ones((), dtype=torch.bfloat16)}, id="dtype of the input scale"),
+        pytest.param({"input_scale": torch.ones(96)}, id="input scale per channel"),
+        pytest.param({"input_scale": torch.ones((), device="meta")}, id="device of the input scale"),
+        pytest.param({"qdata": torch.empty(40, 96)}, id="output channels"),
+    ],
+)
+def test_static_fp8_layer_needs_one_float32_scale(monkeypatch, change):
+    monkeypatch.setattr(prepared, "_can_run_fp8", lambda device: True)
+    x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cpu"))
+    usual = {"qdata": torch.empty(48, 96), "scale": torch.ones(()), "input_scale": torch.ones(1)}
+    assert kernels.has_static_fp8(x, **usual) and kernels.has_static_fp8(x, **{**usual, "input_scale": None})
+    assert not kernels.has_static_fp8(x, **{**usual, **change})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_static_fp8_layers_are_tested_before_they_are_used(monkeypatch, caplog, fails):
+    def run(x, qdata, scale):
+        if fails:
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(prepared.devices, "is_nvidia", lambda: True)
+    monkeypatch.setattr(prepared.devices, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    monkeypatch.setattr(prepared, "fp8_static_linear", run)
+    assert prepared._can_run_fp8.__wrapped__(torch.device("cpu")) is not fails
+    assert ("Failed to find C compiler." in caplog.text) is fails
 
 
 def test_backend_is_part_of_the_choice(choices):
