@@ -26,13 +26,10 @@ def _run_int8(x, weight, bias, layer) -> torch.Tensor | None:
 
 
 def _run_fp8(x, weight, bias, layer) -> torch.Tensor | None:
-    qdata = weight._qdata
-    if native_int8.is_native_int8_off() or not kernels.has_static_fp8(x, qdata):
+    qdata, scale, input_scale = weight._qdata, weight._params.scale, layer._parameters.get("input_scale")
+    if native_int8.is_native_int8_off() or not kernels.has_static_fp8(x, qdata, scale, input_scale):
         return None
-    input_scale = layer._parameters.get("input_scale")
-    if input_scale is not None and input_scale.device != x.device:
-        return None
-    return kernels.fp8_static_linear(x, qdata, weight._params.scale, input_scale, bias)
+    return kernels.fp8_static_linear(x, qdata, scale, input_scale, bias)
 
 
 def _run_scaled(x, weight, bias, layer) -> torch.Tensor:
@@ -72,10 +69,11 @@ def _is_plain(layer, x) -> bool:
     )
 
 
-def _fits(x, weight, bias) -> bool:
-    """Whether weight and bias are on the device of the activations and have their dtype."""
+def _fits(layer, x, weight, bias) -> bool:
+    """Whether the weight has the layer's layout, and weight and bias have the device and dtype of the activations."""
     return (
-        weight.dtype is x.dtype
+        getattr(weight, "_layout_cls", None) == layer.layout_type  # another node may have replaced the weight
+        and weight.dtype is x.dtype
         and weight.device == x.device
         and (bias is None or bias.dtype is x.dtype and bias.device == x.device)
     )
@@ -87,7 +85,7 @@ def _run_short(layer, x) -> torch.Tensor | None:
         return None
     run = _short_forwards()[layer.layout_type]
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-    if _fits(x, weight, bias):
+    if _fits(layer, x, weight, bias):
         return run(x, weight, bias, layer)
     pages = layer.__dict__.get("_v")
     return None if pages is None else _run_resident(layer, x, pages, run)
@@ -97,14 +95,16 @@ def _run_resident(layer, x, pages, run) -> torch.Tensor | None:
     """As :func:`_run_short` with dynamic VRAM, which moves ``pages``: if the weight and its patches are in VRAM already."""
     from comfy_aimdo import model_vbar
 
-    # The pages stay pinned until they are unpinned, here or by ComfyUI's forward pass.
-    if not model_vbar.vbar_signature_compare(model_vbar.vbar_fault(pages), layer._v_signature):
+    signature = model_vbar.vbar_fault(pages)  # pins the pages, unless they do not fit into VRAM
+    if signature is None:
         return None
-    weight, bias = layer._v_weight, layer._v_bias
-    result = run(x, weight, bias, layer) if _fits(x, weight, bias) else None
-    if result is not None:
+    try:
+        if not model_vbar.vbar_signature_compare(signature, layer._v_signature):
+            return None
+        weight, bias = layer._v_weight, layer._v_bias
+        return run(x, weight, bias, layer) if _fits(layer, x, weight, bias) else None
+    finally:
         model_vbar.vbar_unpin(pages)
-    return result
 
 
 @functools.lru_cache(maxsize=8)  # ComfyUI makes one class per model

@@ -71,6 +71,7 @@ def short() -> dict:
                 "patched": _runs(layer, x, weight_function=[lambda weight: weight]),
                 "patched bias": _runs(layer, x, bias_function=[lambda bias: bias]),
                 "another device": _runs(layer, x.to("meta")),
+                "another layout": _runs(layer, x, layout_type=extended._FP8_LAYOUT),
                 "gradient": _runs(layer, x.clone().requires_grad_()),
             }
         found["resident"] = _run_pages(layer)
@@ -89,19 +90,20 @@ def _runs(layer, x, **attributes) -> bool:
 
 
 class Pages:
-    """Stand-in of comfy_aimdo.model_vbar: pages with a signature that changes when they are moved."""
+    """Stand-in of comfy_aimdo.model_vbar: pages with a signature that changes when they are moved, None if there is no VRAM."""
 
     def __init__(self):
-        self.signature, self.unpinned = 1, 0
+        self.signature, self.pins = 1, 0
 
     def vbar_fault(self, pages):
+        self.pins += self.signature is not None
         return self.signature
 
     def vbar_signature_compare(self, a, b):
         return a == b
 
     def vbar_unpin(self, pages):
-        self.unpinned += 1
+        self.pins -= 1
 
 
 def _run_pages(layer) -> dict:
@@ -118,9 +120,22 @@ def _run_pages(layer) -> dict:
         wanted = extended._run_short(layer, x)
         with patch.dict(layer._parameters, elsewhere):
             resident = extended._run_short(layer, x)
-            pages.signature = 2
-            away = extended._run_short(layer, x)
-    return {"equal": torch.equal(resident, wanted), "unpinned": pages.unpinned, "away": away is None}
+            pins = [pages.pins]
+            failing = {layer.layout_type: _run_out_of_memory}
+            with (
+                patch.object(extended, "_short_forwards", lambda: failing),
+                contextlib.suppress(torch.OutOfMemoryError),
+            ):
+                extended._run_short(layer, x)
+            pins.append(pages.pins)
+            for pages.signature in (2, None):
+                assert extended._run_short(layer, x) is None
+                pins.append(pages.pins)
+    return {"equal": torch.equal(resident, wanted), "pins": pins}
+
+
+def _run_out_of_memory(*arguments):
+    raise torch.OutOfMemoryError
 
 
 CHECKS = {"forward_short": short}
