@@ -52,7 +52,8 @@ _DEVICES = ("cuda",)
 _MAX_KEPT = 4096  # every prompt length and resolution is one more shape
 
 _setting = OFF  # mode of all models
-_model_mode: str | None = None  # mode of the running model, where its node sets one
+# Modes of the running models whose node sets one, the latest last: with several GPUs, threads run a model in parallel.
+_model_modes: dict[object, str] = {}
 _mode = OFF  # the mode in effect
 # Mode, shape and options → the implementation that computes the layer.
 _kept: dict[tuple, Callable[..., torch.Tensor]] = {}
@@ -107,7 +108,8 @@ def _choose(key: tuple, rotate_by: int, arguments: dict) -> Callable[..., torch.
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return runs["stock"]  # nothing is measured during a capture
         tokens = x.reshape(-1, x.shape[-1])
-        name = tuning.shape_key(f"native int8, {_stock_version()}", tokens, weight, *key[5:])
+        kind = f"native int8, {_stock_version()}, {kernels.backend()}"
+        name = tuning.shape_key(kind, tokens, weight, *key[5:])
         run = runs[tuning.fastest(name, list(runs), lambda name: runs[name](**arguments))]
     if len(_kept) >= _MAX_KEPT:
         _kept.clear()
@@ -220,7 +222,7 @@ def _apply_mode() -> None:
     global _mode
     registry = _registry()
     if registry is not None:
-        _mode = _model_mode or _setting if _can_run() else OFF
+        _mode = next(reversed(_model_modes.values()), _setting) if _can_run() else OFF
         (registry.disable if _mode == OFF else registry.enable)(_NAME)
 
 
@@ -238,13 +240,13 @@ def _set_setting(mode: str) -> None:
 @contextmanager
 def _running_in(mode: str):
     """Run one model in ``mode``; the setting may change meanwhile."""
-    global _model_mode
-    before, _model_mode = _model_mode, mode
+    run = object()
+    _model_modes[run] = mode
     _apply_mode()
     try:
         yield
     finally:
-        _model_mode = before
+        del _model_modes[run]
         _apply_mode()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -276,6 +277,7 @@ def models() -> dict:
         _set_mode("auto")
         found["after an exception"] = _mode_after_exception(on)
         found["setting changed during a run"] = _changed_during_run()
+        found["parallel runs"] = _run_in_parallel()
     return found
 
 
@@ -300,6 +302,19 @@ def _changed_during_run() -> list:
         native._set_setting("on")
         during = native._mode
     return [during, native._mode]
+
+
+def _run_in_parallel() -> list:
+    """Modes after the start of each of two runs, and after the end of each, the first one first."""
+    native._set_setting("auto")
+    seen, runs = [], [native._running_in(mode) for mode in ("on", "off")]
+    for step in (
+        *(run.__enter__ for run in runs),
+        *(functools.partial(run.__exit__, None, None, None) for run in runs),
+    ):
+        step()
+        seen.append(native._mode)
+    return seen
 
 
 def compiled() -> dict:

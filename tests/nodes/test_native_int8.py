@@ -96,6 +96,7 @@ def test_models_run_in_the_mode_of_their_node_or_of_the_setting(int8_host, tmp_p
         assert all(distance < 0.02 for distance in found[f"LoRA, {mode}"].values()), found[f"LoRA, {mode}"]
     assert found["after an exception"] == ["on", "auto"]
     assert found["setting changed during a run"] == ["off", "on"]
+    assert found["parallel runs"] == ["on", "off", "off", "auto"]
 
 
 def test_compiled_layers_and_models_run_in_every_mode(int8_host, tmp_path):
