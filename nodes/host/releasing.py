@@ -15,12 +15,16 @@ from .quantizing import forget_last_result
 
 __all__ = ["follow_free_requests"]
 
+_MARK = (
+    "releases_learned_rounding"  # attribute of our function, which functools.wraps copies to a wrapper of another pack
+)
+
 
 def follow_free_requests() -> None:
     """Release our memory when ComfyUI takes the flags of POST /free; later calls have no effect."""
     queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
     take_flags = getattr(queue, "get_flags", None)
-    if queue is None or take_flags is None or hasattr(take_flags, "__wrapped__"):
+    if queue is None or take_flags is None or hasattr(take_flags, _MARK):
         return
 
     @functools.wraps(take_flags)
@@ -32,6 +36,7 @@ def follow_free_requests() -> None:
             _release_pinned_memory()
         return flags
 
+    setattr(get_flags, _MARK, True)
     queue.get_flags = get_flags
 
 

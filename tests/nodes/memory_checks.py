@@ -1,8 +1,12 @@
-"""Checks of in_process.py: another model occupies the memory of the GPU."""
+"""Checks of in_process.py: another model occupies the memory of the GPU, and requests to free memory."""
 
 import contextlib
+import functools
 import logging.handlers
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import comfy.model_management
 import comfy.model_patcher
@@ -111,4 +115,25 @@ def squeezed() -> dict:
     }
 
 
-CHECKS = {"memory_squeezed": squeezed}
+def requests() -> list[int]:
+    """Times that our memory was released after each request to free memory, with wrappers of another pack before and after ours."""
+    releasing = sys.modules["pack.nodes.host.releasing"]
+    queue = SimpleNamespace(get_flags=lambda: {"free_memory": True})
+    server = SimpleNamespace(instance=SimpleNamespace(prompt_queue=queue))
+    released, counts = [], []
+
+    def wrap() -> None:
+        queue.get_flags = functools.wraps(queue.get_flags)(lambda take=queue.get_flags: take())
+
+    with (
+        patch.object(releasing, "PromptServer", server),
+        patch.object(releasing, "forget_last_result", lambda: released.append(True)),
+    ):
+        for step in (wrap, host.follow_free_requests, wrap, host.follow_free_requests):
+            step()
+            queue.get_flags()
+            counts.append(len(released))
+    return counts
+
+
+CHECKS = {"memory_squeezed": squeezed, "memory_requests": requests}

@@ -138,6 +138,10 @@ def test_changed_file_or_inputs_are_quantized_again(comfy, request, change):
     assert quantized
 
 
+def test_requests_are_followed_once_beside_wrappers_of_another_pack(host, tmp_path):
+    assert in_process(host, tmp_path, "memory_requests") == [0, 1, 2, 3]
+
+
 @pytest.mark.gpu
 def test_run_frees_the_memory_of_another_model(host, tmp_path, tried):
     found = in_process(host, tmp_path, "memory_squeezed")
