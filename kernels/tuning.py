@@ -77,7 +77,10 @@ def _store_result(file: Path, key: str, value: object) -> None:
 
 
 def bucket(rows: int) -> int:
-    """Number of tokens at which a shape is measured: the next power of two, from 16 to ``LARGEST_BUCKET``."""
+    """Number of tokens in a cache key: the next power of two, from 16 to ``LARGEST_BUCKET``.
+
+    The first number of tokens that comes up is measured, for all of its bucket.
+    """
     return min(max(1 << (rows - 1).bit_length(), 16), LARGEST_BUCKET)
 
 

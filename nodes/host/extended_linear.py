@@ -54,6 +54,8 @@ def has_short_forward(layer: torch.nn.Module) -> bool:
 
 def _is_plain(layer, x) -> bool:
     """Whether a layer's weight has no patches or casts, and its activations are those of an eager forward pass."""
+    if torch.compiler.is_compiling():  # first, so that a compiled graph has no guards on the rest
+        return False
     attributes = layer.__dict__
     return (
         type(x) is torch.Tensor  # not a tracer, and not quantized
@@ -65,7 +67,6 @@ def _is_plain(layer, x) -> bool:
         and "_prefetch" not in attributes
         and "pre_quant_scale" not in layer._parameters
         and not x.requires_grad
-        and not torch.compiler.is_compiling()
     )
 
 
