@@ -6,6 +6,7 @@ GPU. The choice is therefore kept in a dictionary, whose key has everything on w
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 # Every prompt length and resolution is one more shape. A cleared dictionary fills again within one step.
 _MAX_KEPT = 4096
-_kept: dict[tuple, object] = {}
+_kept: dict[tuple, Callable[..., torch.Tensor]] = {}
 
 
 def prepared_linear(x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:

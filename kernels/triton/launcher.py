@@ -1,6 +1,7 @@
 """Launch a Triton kernel again without Triton's analysis of its arguments, which takes 20 to 30 µs per call."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,7 @@ class Launcher:
     """A kernel with a fixed grid and fixed constants.
 
     The first call compiles the kernel for its arguments. Every later call must pass arguments of the same dtypes, integer
-    values and 16-byte alignment on the same current device, and then launches the compiled kernel; other releases of Triton
+    values and 16-byte alignment, with the same current device, and then launches the compiled kernel; other releases of Triton
     than those of ``_CAN_KEEP`` analyze the arguments in every call.
 
     Args:
@@ -67,9 +68,10 @@ class Launcher:
         self._values = tuple(self._constants[name] for name in self._kernel.arg_names[count:])
         self._grid = (*self._grid, 1, 1)[:3]
         self._prefix = compiled.function, compiled.packed_metadata, None, None, None
-        self._stream = triton.runtime.driver.active.get_current_stream
+        driver: Any = triton.runtime.driver.active
+        self._stream = driver.get_current_stream
         if self._device is None:
-            self._device = triton.runtime.driver.active.get_current_device()
+            self._device = driver.get_current_device()
         self._run = compiled.run
 
 
