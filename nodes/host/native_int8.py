@@ -81,15 +81,17 @@ def int8_linear(
     )  # fmt: skip
     arguments = {
         "x": x, "weight": weight, "weight_scale": weight_scale, "bias": bias, "out_dtype": out_dtype,
-        "convrot": convrot, "convrot_groupsize": convrot_groupsize, "input_act": input_act,
+        "convrot": convrot, "convrot_groupsize": convrot_groupsize,
     }  # fmt: skip
+    if input_act is not None:  # earlier releases of comfy-kitchen do not have it
+        arguments["input_act"] = input_act
     run = _kept.get(key)
     if run is None:
         run = _choose(key, rotate_by, arguments)
     return run(**arguments)
 
 
-def _run_ours(x, weight, weight_scale, bias, out_dtype, convrot, convrot_groupsize, input_act) -> torch.Tensor:
+def _run_ours(x, weight, weight_scale, bias, out_dtype, convrot, convrot_groupsize, input_act=None) -> torch.Tensor:
     if input_act not in (None, "none"):
         x = comfy.ops.INPUT_ACT_EAGER[input_act](x)
     rotate_by = convrot_groupsize if convrot else 0

@@ -197,6 +197,20 @@ def activations() -> dict:
     return found
 
 
+def _run_earlier(x, weight) -> None:
+    """Run a layer whose stock implementation has no fused activations, as in earlier releases of comfy-kitchen."""
+    from comfy_kitchen.registry import registry
+
+    eager = registry._backends["eager"]
+    stock = eager.int8_linear
+
+    def int8_linear(x, weight, weight_scale, bias, out_dtype, convrot, convrot_groupsize):
+        return stock(x, weight, weight_scale, bias, out_dtype, convrot, convrot_groupsize)
+
+    with patch.object(eager, "int8_linear", int8_linear):
+        linear(x, weight)
+
+
 def shapes() -> dict:
     """Measurements in the mode auto: one per implementation key, none for layers that our kernels do not support."""
     weight = torch.randn(32, 1024, device=DEVICE)
@@ -215,6 +229,7 @@ def shapes() -> dict:
         for name, arguments in cases.items():
             found[name] = recorded.during(linear, *arguments)
         found["names"] = len(set(recorded.measured))
+        found["earlier comfy-kitchen"] = recorded.during(_run_earlier, x[:2].clone(), plain)
         _set_mode("on")
         found["group of 1024, on"] = recorded.during(linear, x, wide)
         with patch.object(native, "_MAX_KEPT", 2):

@@ -74,6 +74,7 @@ def test_each_shape_is_measured_once(layers):
     for name in ("again", "not contiguous"):
         assert found[name] == calls(ours=1), name
     assert found["names"] == 3  # 3 and 4 tokens have one result in the cache file
+    assert found["earlier comfy-kitchen"] == measured
     assert found["group of 1024"] == found["group of 1024, on"] == calls(stock=1)
     assert found["float64, off"] == found["float64, on"] == found["float64, auto"]
 
