@@ -252,9 +252,8 @@ class Benchmark:
             details["again"] = again.to_json()
 
     def _select_kernels(self, session: Session, variant: Variant) -> None:
-        """Change the setting of INT8 kernels, which the server keeps until it ends."""
-        if variant.kernels:
-            session.server.post("/learned_rounding/native_int8", KERNELS[variant.kernels])
+        """Change the setting of the kernels, which the server keeps until it ends; auto for a variant without a choice."""
+        session.server.post("/learned_rounding/native_int8", KERNELS[variant.kernels or "auto"])
 
     def _make_row(self, run: Run, source: Run | None, before: int) -> dict:
         measured = slice(self.workload.warmup, None)

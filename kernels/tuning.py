@@ -1,7 +1,7 @@
 """Measure the fastest implementation or launch configuration once, and cache the result in the user's cache folder.
 
-A result holds for a GPU, torch version, Triton version and GEMM shape. The number of tokens is rounded up to a power of
-two, so that another prompt length does not start a new measurement.
+A result holds for a GPU, torch version, Triton version and GEMM shape. The number of tokens is rounded up, so that
+another prompt length does not start a new measurement.
 """
 
 import functools
@@ -77,11 +77,13 @@ def _store_result(file: Path, key: str, value: object) -> None:
 
 
 def bucket(rows: int) -> int:
-    """Number of tokens in a cache key: the next power of two, from 16 to ``LARGEST_BUCKET``.
+    """Number of tokens in a cache key, rounded up: to a power of two from 16 on, from 1024 on to a quarter of one.
 
-    The first number of tokens that comes up is measured, for all of its bucket.
+    The first number of tokens that comes up is measured, for all of its bucket; ``LARGEST_BUCKET`` is the last one.
     """
-    return min(max(1 << (rows - 1).bit_length(), 16), LARGEST_BUCKET)
+    power = 1 << max(rows - 1, 0).bit_length()
+    step = power // 8 if power > 1024 else power
+    return min(max(-(-rows // step) * step, 16), LARGEST_BUCKET)
 
 
 def shape_key(kind: str, x: torch.Tensor, qdata: torch.Tensor, *details) -> str:

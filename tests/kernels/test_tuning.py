@@ -88,8 +88,11 @@ def test_unwritable_cache_folder_is_logged(tmp_path, monkeypatch, clock, caplog,
     assert choose() == "quick" and len(clock[1]) == 2
 
 
-def test_token_count_is_rounded_up_to_a_power_of_two():
-    assert [tuning.bucket(rows) for rows in (1, 16, 17, 4096, 4097, 10**6)] == [16, 16, 32, 4096, 8192, 16384]
+def test_token_count_is_rounded_up_to_a_quarter_of_a_power_of_two():
+    rows = 0, 1, 16, 17, 1000, 1025, 2100, 4096, 4097, 4608, 8193, 10**6
+    assert [tuning.bucket(number) for number in rows] == [
+        16, 16, 16, 32, 1024, 1280, 2560, 4096, 5120, 5120, 10240, 16384,
+    ]  # fmt: skip
 
 
 def test_nothing_is_measured_during_graph_capture(cache, clock, monkeypatch):
