@@ -134,6 +134,18 @@ def test_few_layers_wait_however_small():
     assert len(sink.added) == io_threads._LAYERS
 
 
+def test_cancelling_the_wait_for_the_last_layers_does_not_wait_for_a_write_that_hangs():
+    sink = Sink()
+    with pytest.raises(Stop), LayerWriter(sink, None, stop) as writer:
+        for name in ("a", "b"):
+            add(writer, name, 10)
+    written = writer._pending[0][0]
+    assert written.running() and not sink.added
+    sink.open.set()
+    written.result()
+    assert sink.added == ["a"]  # the second layer was cancelled
+
+
 def test_nothing_is_written_after_a_layer_that_failed():
     sink = Sink(broken="b")
     with pytest.raises(OSError, match="b"), LayerWriter(sink, None, never) as writer:
