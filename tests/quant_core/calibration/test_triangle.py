@@ -42,6 +42,13 @@ def test_a_factor_has_half_of_the_bytes():
         assert packed_size(size, SEGMENT) + 4 * segment_count(size) < 0.56 * size**2
 
 
+@pytest.mark.parametrize("small", [0.0, 3e-43, 1e-30])
+def test_rows_of_tiny_elements_have_levels_of_their_sign(small):
+    levels, scales, _ = encode_triangle(torch.tensor([[1, small], [small, 1]]))
+    assert levels.min() >= 0 and scales.min() > 0
+    assert levels[2] == (127 if small > 1e-37 else 0)
+
+
 def test_16_bit_noise_of_a_singular_matrix_is_covered():
     matrix = correlations(300, 20)
     noisy = PackedHessian(pack_symmetric(matrix, torch.float16), torch.linspace(0.1, 50, 300))
