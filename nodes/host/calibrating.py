@@ -115,7 +115,7 @@ def _compact_rank(layers: Mapping[str, torch.nn.Linear]) -> int:
 def _save(collector: Collector, provenance: dict, on_event: Listener, began: float) -> tuple[Calibrated, str]:
     """Save the statistics to a temporary file; returns it and a summary."""
     path = temporary_folder() / f"learned_rounding_{os.urandom(6).hex()}{SUFFIX}"
-    size = collector.save(path, provenance)
+    size = collector.save(path, provenance, comfy.model_management.throw_exception_if_processing_interrupted)
     with CalibrationFile(path) as file:
         calibration, layers = Calibrated(path, file.fingerprint), len(file.layers)
     lines = [

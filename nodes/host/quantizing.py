@@ -181,4 +181,5 @@ def _free_memory(infos: Collection[TensorInfo], recipe: Recipe, calibrated: bool
     method = recipe.resolve(calibrated)
     times = 32 if method.gradient else 16 if method.rounding == "principal" else 6
     inner = max((info.shape[1] for info in infos if len(info.shape) == 2), default=0) if calibrated else 0
-    comfy.model_management.free_memory(times * largest + 12 * inner**2, device)  # three float32 matrices (in, in)
+    # Four float32 matrices (in, in): H, its coupling, and the factors of two dampenings; and the next H in 16 bits.
+    comfy.model_management.free_memory(times * largest + 18 * inner**2, device)

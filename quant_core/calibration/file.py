@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..cancellation import CancelCheck
 from ..deprecated import renamed_attribute
 from ..errors import CalibrationError, SourceError
 from ..output import SafetensorsWriter, header_bytes
@@ -319,6 +320,7 @@ def write_calibration(
     tokens: Mapping[str, tuple[int, int]],
     provenance: Mapping[str, object],
     sensitivities: Mapping[str, float] | None = None,
+    check: CancelCheck = lambda: None,
 ) -> int:
     """Write statistics as :class:`CalibrationFile` reads them; returns the size of the file in bytes.
 
@@ -330,6 +332,7 @@ def write_calibration(
         tokens: owner → (tokens in the Hessian, tokens that the validation activations were sampled from).
         provenance: description of the calibration data, as JSON values.
         sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured.
+        check: called often; raise in it to cancel, which leaves no file.
     """
     header = _Header(
         version=1,
@@ -340,8 +343,10 @@ def write_calibration(
         provenance=dict(provenance),
     )
     names = [name for owner in statistics for name in _possible_names(owner)]
-    with SafetensorsWriter(path, header_bytes([(name, _LARGEST_TENSOR) for name in names], header.metadata)) as writer:
+    reserve = header_bytes([(name, _LARGEST_TENSOR) for name in names], header.metadata)
+    with SafetensorsWriter(path, reserve, check=check) as writer:
         for owner in statistics:
+            check()
             layer_statistics = statistics[owner]
             if isinstance(layer_statistics.hessian, TriangularHessian):
                 header = replace(header, version=_VERSION)

@@ -149,8 +149,10 @@ def pack_triangle(hessian: PackedHessian, device: torch.device) -> TriangularHes
 
 
 def unpack_triangle(hessian: TriangularHessian, device: torch.device) -> PackedHessian:
-    """Convert H to 16 bits on ``device``."""
-    return PackedHessian(pack_symmetric(_correlations(hessian, device), torch.float16), hessian.rms)
+    """Convert H to 16 bits on ``device``, without what :func:`~.triangle.encode_triangle` added to the diagonal."""
+    correlations = _correlations(hessian, device)
+    correlations.diagonal().clamp_(max=1).mul_((hessian.rms > 0).to(device))
+    return PackedHessian(pack_symmetric(correlations, torch.float16), hessian.rms)
 
 
 def low_rank_factor(hessian: LowRankHessian, in_channels: int, device: torch.device) -> torch.Tensor:

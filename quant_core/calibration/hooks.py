@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..cancellation import CancelCheck
 from ..errors import CalibrationError, OutputError
 from .accumulate import (
     HessianAccumulator,
@@ -305,10 +306,10 @@ class Collector:
             ) from error
         return torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
 
-    def save(self, path: str | os.PathLike, provenance: Mapping[str, object]) -> int:
+    def save(self, path: str | os.PathLike, provenance: Mapping[str, object], check: CancelCheck = lambda: None) -> int:
         """Write all statistics as :class:`~.file.CalibrationFile` reads them; returns the size of the file in bytes.
 
-        ``provenance``: description of the calibration data, as JSON values.
+        ``provenance``: description of the calibration data, as JSON values. ``check``: called often; raise in it to cancel.
 
         Raises:
             CalibrationError: no linear layer was called, or activations were not finite.
@@ -326,7 +327,7 @@ class Collector:
         shapes = {layer: self._shapes[layer] for layer in owners}
         tokens = {name: (accumulator.tokens, accumulator.validation_tokens) for name, accumulator in used.items()}
         statistics = _Results(used, self._device, self._hessian_bits)
-        return write_calibration(path, statistics, owners, shapes, tokens, provenance, self.sensitivities)
+        return write_calibration(path, statistics, owners, shapes, tokens, provenance, self.sensitivities, check)
 
     def close(self) -> None:
         """Release all memory and remove the files."""

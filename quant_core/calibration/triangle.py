@@ -16,6 +16,7 @@ __all__ = ["SEGMENT", "decode_triangle", "encode_triangle", "segment_count"]
 
 SEGMENT = 256  # columns of a panel; each of its rows has one scale
 _LARGEST = 127
+_SMALLEST = torch.finfo(torch.float32).tiny  # scale; the quotient by a smaller one may exceed the largest level
 _JITTERS = (1e-4, 1e-3, 1e-2, 1e-1)  # added to the diagonal, 1, until rounding errors leave C positive definite
 _COLUMNS = 2048  # columns of C that are multiplied at once
 
@@ -43,8 +44,8 @@ def encode_triangle(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     scales = []
     for start, stop, panel in iter_panels(levels, size, SEGMENT):
         values = factor[start:, start:stop]
-        scale = values.abs().amax(dim=1) / _LARGEST
-        panel.copy_((values / torch.where(scale > 0, scale, 1)[:, None]).round_())
+        scale = (values.abs().amax(dim=1) / _LARGEST).clamp_(min=_SMALLEST)
+        panel.copy_((values / scale[:, None]).round_())
         scales.append(scale)
     return levels, torch.cat(scales), diagonal
 

@@ -132,5 +132,5 @@ class LayerWriter:
             while kind is None and self._pending:
                 self._wait_for_first()
         finally:
-            # After an error, a write that hangs ends on its own.
-            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+            # After an error or a cancellation, a write that hangs ends on its own.
+            self._pool.shutdown(wait=False, cancel_futures=True)

@@ -40,7 +40,9 @@ def byte_checksum(data: torch.Tensor, offset: int = 0) -> int:
         for words in part.view(torch.int64).view(-1, _WORDS).split(step)
     ]
     blocks = torch.cat(sums)
-    return int((blocks * _constants(offset // BLOCK, blocks.numel(), data.device)).sum()) % _MODULUS
+    # Other constants than those of words: with the same ones, word i of block j and word j of block i would have equal weights.
+    weights = _constants(_WORDS + offset // BLOCK, blocks.numel(), data.device)
+    return int((blocks * weights).sum()) % _MODULUS
 
 
 def tensor_checksum(tensor: torch.Tensor) -> int:

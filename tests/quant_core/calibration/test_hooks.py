@@ -276,6 +276,22 @@ def test_saving_without_a_call_is_an_error(block, tmp_path, sentences):
             collector.save(tmp_path / "c", {})
 
 
+def test_saving_can_be_cancelled_between_layers(block, tmp_path, monkeypatch):
+    packed, pack = [], hooks.pack_triangle
+    monkeypatch.setattr(hooks, "pack_triangle", lambda *arguments: packed.append(arguments) or pack(*arguments))
+
+    def cancel() -> None:
+        if packed:
+            raise KeyboardInterrupt
+
+    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30) as collector:
+        with collector.watching(block), torch.inference_mode():
+            block(make_batches(1)[0])
+        with pytest.raises(KeyboardInterrupt):
+            collector.save(tmp_path / "c", {}, cancel)
+    assert len(packed) == 1 and not list(tmp_path.iterdir())
+
+
 def test_activations_that_are_not_finite_are_an_error(block, tmp_path, sentences):
     with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30, hessian_bits=16) as collector:
         with collector.watching(block):

@@ -5,7 +5,7 @@ import torch
 
 from learned_rounding.quant_core.calibration import TriangularHessian, dense_hessian
 from learned_rounding.quant_core.calibration.hessian import PackedHessian, pack_triangle, unpack_triangle
-from learned_rounding.quant_core.calibration.panels import pack_symmetric, packed_size
+from learned_rounding.quant_core.calibration.panels import pack_symmetric, packed_size, unpack_symmetric
 from learned_rounding.quant_core.calibration.triangle import SEGMENT, decode_triangle, encode_triangle, segment_count
 from learned_rounding.quant_core.errors import CalibrationError
 
@@ -42,6 +42,13 @@ def test_a_factor_has_half_of_the_bytes():
         assert packed_size(size, SEGMENT) + 4 * segment_count(size) < 0.56 * size**2
 
 
+@pytest.mark.parametrize("small", [0.0, 3e-43, 1e-30])
+def test_rows_of_tiny_elements_have_levels_of_their_sign(small):
+    levels, scales, _ = encode_triangle(torch.tensor([[1, small], [small, 1]]))
+    assert levels.min() >= 0 and scales.min() > 0
+    assert levels[2] == (127 if small > 1e-37 else 0)
+
+
 def test_16_bit_noise_of_a_singular_matrix_is_covered():
     matrix = correlations(300, 20)
     noisy = PackedHessian(pack_symmetric(matrix, torch.float16), torch.linspace(0.1, 50, 300))
@@ -50,6 +57,7 @@ def test_16_bit_noise_of_a_singular_matrix_is_covered():
     assert (actual - expected).norm() / expected.norm() < 0.02
     again = unpack_triangle(made, CPU)
     assert isinstance(again, PackedHessian) and again.panels.dtype is torch.float16
+    actual.diagonal().copy_(noisy.rms.square())
     assert (dense_hessian(again, 300, CPU) - actual).norm() / actual.norm() < 1e-3
 
 
@@ -60,6 +68,15 @@ def test_channels_that_are_always_zero_remain_zero():
         pack_triangle(PackedHessian(pack_symmetric(matrix, torch.float16), torch.ones(40)), CPU), 40, CPU
     )
     assert not made[3].any() and not made[:, 3].any() and made.any()
+
+
+def test_what_makes_the_factor_exist_is_not_in_16_bit_correlations():
+    matrix = correlations(300, 20)
+    matrix[3], matrix[:, 3] = 0, 0
+    made = pack_triangle(PackedHessian(pack_symmetric(matrix, torch.float16), torch.full((300,), 5.0)), CPU)
+    again = unpack_symmetric(unpack_triangle(made, CPU).panels, 300)
+    assert torch.equal(again.diagonal(), (torch.arange(300) != 3).float())
+    assert not again[3].any() and (again - matrix).norm() / matrix.norm() < 0.02
 
 
 @pytest.mark.parametrize("damage", ["negative", "nan"])

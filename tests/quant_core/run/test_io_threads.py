@@ -31,12 +31,13 @@ class RecordingSource(TensorSource):
 
 
 class Sink:
-    """Sink that waits for :attr:`open` before each tensor; the tensor named in ``broken`` fails."""
+    """Sink that waits for :attr:`open` before each tensor, and sets :attr:`reached`; the tensor named in ``broken`` fails."""
 
     def __init__(self, broken: str = ""):
-        self.added, self.open, self._broken = [], threading.Event(), broken
+        self.added, self.open, self.reached, self._broken = [], threading.Event(), threading.Event(), broken
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
+        self.reached.set()
         self.open.wait()
         if name == self._broken:
             raise OSError(name)
@@ -132,6 +133,19 @@ def test_few_layers_wait_however_small():
     with writer:
         pass
     assert len(sink.added) == io_threads._LAYERS
+
+
+def test_cancelling_the_wait_for_the_last_layers_does_not_wait_for_a_write_that_hangs():
+    sink = Sink()
+    with pytest.raises(Stop), LayerWriter(sink, None, stop) as writer:
+        for name in ("a", "b"):
+            add(writer, name, 10)
+        sink.reached.wait()
+    written = writer._pending[0][0]
+    assert not written.done()
+    sink.open.set()
+    written.result()
+    assert sink.added == ["a"]  # the second layer was cancelled
 
 
 def test_nothing_is_written_after_a_layer_that_failed():

@@ -16,13 +16,13 @@ def reference(data: bytes) -> int:
     """The definition, in integers of numpy that wrap."""
     words = numpy.frombuffer(data.ljust(-(-len(data) // BLOCK) * BLOCK, b"\0"), numpy.uint64).reshape(-1, BLOCK // 8)
     words = words + (words.view(numpy.int64) >> 32).view(numpy.uint64)
-    constants = numpy.empty(max(words.shape), numpy.uint64)
+    constants = numpy.empty(sum(words.shape), numpy.uint64)
     for index in range(len(constants)):
         mixed = (index + 1) * 0x9E3779B97F4A7C15 % 2**64
         shifted = mixed >> 30 | (2**64 - 2**34 if mixed >> 63 else 0)  # of a signed number
         constants[index] = (mixed ^ shifted) * 0xBF58476D1CE4E5B9 % 2**64 | 1
     sums = (words * constants[: words.shape[1]]).sum(axis=1, dtype=numpy.uint64)
-    return int((sums * constants[: len(sums)]).sum(dtype=numpy.uint64))
+    return int((sums * constants[words.shape[1] :]).sum(dtype=numpy.uint64))
 
 
 def random_bytes(size: int) -> torch.Tensor:
@@ -65,6 +65,13 @@ def test_changed_lost_and_exchanged_bytes_change_the_checksum():
         seen |= {byte_checksum(lost), byte_checksum(bit)}
     seen.add(byte_checksum(torch.cat([data[BLOCK:], data[:BLOCK]])))
     assert len(seen) == 2 + 2 * data.numel() // 4096
+
+
+def test_exchanged_words_of_two_blocks_change_the_checksum():
+    words = random_bytes(8 * BLOCK).view(torch.int64).view(8, -1)
+    exchanged = words.clone()
+    exchanged[2, 5], exchanged[5, 2] = words[5, 2], words[2, 5]
+    assert tensor_checksum(exchanged) != tensor_checksum(words)
 
 
 def test_tensor_checksum_is_that_of_its_bytes_in_row_major_order():
