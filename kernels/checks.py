@@ -2,7 +2,9 @@
 
 import torch
 
-__all__ = ["check", "check_block_size", "check_linear", "check_rotation", "check_scale"]
+__all__ = ["ROTATIONS", "can_rotate", "check", "check_block_size", "check_linear", "check_rotation", "check_scale"]
+
+ROTATIONS = (0, 16, 64, 256)  # group sizes of the Hadamard rotation; 0: none
 
 
 def check(condition: bool, message: str, *values) -> None:
@@ -18,12 +20,17 @@ def check_block_size(block_size: int) -> None:
     )
 
 
+def can_rotate(inner: int, rotate_by: int) -> bool:
+    """Whether the kernels rotate ``inner`` channels in groups of ``rotate_by``; 0 for none."""
+    return rotate_by in ROTATIONS and inner % (rotate_by or 1) == 0
+
+
 def check_rotation(inner: int, rotate_by: int, block_size: int = 0) -> None:
     check(
         not (rotate_by and block_size),
         "A rotated weight needs scales per row or per tensor; leave out rotate_by or block_size.",
     )
-    check(rotate_by in (0, 16, 64, 256), "The rotation group size must be 16, 64 or 256, not {}.", rotate_by)
+    check(rotate_by in ROTATIONS, "The rotation group size must be 16, 64 or 256, not {}.", rotate_by)
     check(
         not rotate_by or inner % rotate_by == 0,
         "Rotation groups of {} do not divide {} channels; choose a smaller group.",

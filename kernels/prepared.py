@@ -13,13 +13,24 @@ import torch
 from . import backends, devices
 from .checks import check, check_linear, check_scale
 
-__all__ = ["fp8_static_linear", "has_static_fp8", "prepared_linear"]
+__all__ = ["KeptFunctions", "fp8_static_linear", "has_static_fp8", "prepared_linear"]
 
 log = logging.getLogger(__name__)
 
-# Every prompt length and resolution is one more shape. A cleared dictionary fills again within one step.
-_MAX_KEPT = 4096
-_kept: dict[tuple, Callable[..., torch.Tensor]] = {}
+
+class KeptFunctions(dict[tuple, Callable[..., torch.Tensor]]):
+    """Functions by shape. Every prompt length and resolution adds some; a cleared dictionary fills again within one step."""
+
+    limit = 4096
+
+    def keep(self, key: tuple, function: Callable[..., torch.Tensor]) -> None:
+        """Add a function, after clearing a full dictionary."""
+        if len(self) >= self.limit:
+            self.clear()
+        self[key] = function
+
+
+_kept = KeptFunctions()
 
 
 def prepared_linear(x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
@@ -72,14 +83,8 @@ def _prepare(key: tuple, x, qdata, scale, bias, block_size: int, rotate_by: int,
     if len(shape) != 2:
         linear = _flatten_tokens(linear, shape, qdata.shape[0])
     if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # nothing is measured during a capture
-        _keep(key, linear)
+        _kept.keep(key, linear)
     return linear
-
-
-def _keep(key: tuple, linear) -> None:
-    if len(_kept) >= _MAX_KEPT:
-        _kept.clear()
-    _kept[key] = linear
 
 
 def _flatten_tokens(linear, shape: torch.Size, columns: int):
@@ -156,7 +161,7 @@ def fp8_static_linear(x, qdata, scale, input_scale=None, bias=None) -> torch.Ten
         from .triton import prepare_static_quantizer
 
         quantize = prepare_static_quantizer(x.view(-1, x.shape[-1]), keep=aligned)
-        _keep(key, quantize)
+        _kept.keep(key, quantize)
     product = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         quantize(x, input_scale), qdata.t(), input_scale, scale, bias=bias, out_dtype=x.dtype
     )

@@ -38,7 +38,7 @@ class Format:
         return Recipe(rounding="nearest", **self.options)
 
     def refusal(self) -> str | None:
-        """Why this GPU does not run the format; None if it does, or if there is no GPU."""
+        """Why this GPU does not run the format; None if it does, or without a GPU."""
         if not self.options or not torch.cuda.is_available():
             return None
         needed = self.recipe.format.codec.format.native_since
@@ -121,7 +121,7 @@ def parse_variants(text: str) -> list[Variant]:
     A format with a choice of kernels and none given is measured with each.
 
     Raises:
-        ArgumentTypeError: an unknown format, or kernels where there is no choice.
+        ArgumentTypeError: an unknown format, or kernels of a format that has one implementation.
     """
     variants = []
     for part in text.split(","):

@@ -24,7 +24,9 @@ from aiohttp import web
 from server import PromptServer
 
 from ... import kernels
-from ...kernels import tuning
+from ...kernels import devices, tuning
+from ...kernels.checks import can_rotate
+from ...kernels.prepared import KeptFunctions
 from ...quant_core.errors import QuantizationError
 
 __all__ = [
@@ -45,18 +47,16 @@ SETTING = "LearnedRounding.NativeInt8"  # also in web/, and in ComfyUI's setting
 ROUTE = "/learned_rounding/native_int8"
 AUTO, ON, OFF = NATIVE_INT8_MODES = ("auto", "on", "off")
 _BOOLEANS = {True: ON, False: AUTO}  # values of version 0.1.0, in workflows and in the settings file
-# What our kernels support: rotation group sizes, dtypes of activations, devices.
-_GROUPS = (0, 16, 64, 256)
+# What our kernels support: dtypes of activations, devices.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DEVICES = ("cuda",)
-_MAX_KEPT = 4096  # every prompt length and resolution is one more shape
 
 _setting = OFF  # mode of all models
 # Modes of the running models whose node sets one, the latest last: with several GPUs, threads run a model in parallel.
 _model_modes: dict[object, str] = {}
 _mode = OFF  # the mode in effect
 # Mode, shape and options → the implementation that computes the layer.
-_kept: dict[tuple, Callable[..., torch.Tensor]] = {}
+_kept = KeptFunctions()
 
 
 def native_int8_mode(value: object) -> str:
@@ -101,7 +101,7 @@ def _run_ours(x, weight, weight_scale, bias, out_dtype, convrot, convrot_groupsi
 def _choose(key: tuple, rotate_by: int, arguments: dict) -> Callable[..., torch.Tensor]:
     """Choose the implementation for a key of ``_kept``, and keep it; it is measured in the mode auto."""
     x, weight = arguments["x"], arguments["weight"]
-    if rotate_by not in _GROUPS or weight.shape[1] % (rotate_by or 1):
+    if not can_rotate(weight.shape[1], rotate_by):
         run = _stock_implementation(arguments)
     elif _mode == ON:
         run = _run_ours
@@ -113,9 +113,7 @@ def _choose(key: tuple, rotate_by: int, arguments: dict) -> Callable[..., torch.
         kind = f"native int8, {_stock_version()}, {kernels.backend()}"
         name = tuning.shape_key(kind, tokens, weight, *key[5:])
         run = runs[tuning.fastest(name, list(runs), lambda name: runs[name](**arguments))]
-    if len(_kept) >= _MAX_KEPT:
-        _kept.clear()
-    _kept[key] = run
+    _kept.keep(key, run)
     return run
 
 
@@ -216,7 +214,11 @@ def _registry() -> Any:
 
 def _can_run() -> bool:
     """Whether our kernels support the GPU."""
-    return torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+    return (
+        torch.cuda.is_available()
+        and devices.is_nvidia()
+        and devices.compute_capability(torch.device("cuda", torch.cuda.current_device())) >= (8, 0)
+    )
 
 
 def _apply_mode() -> None:

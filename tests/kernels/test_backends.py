@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from learned_rounding import kernels
-from learned_rounding.kernels import backends, devices, reference, tensor_cores
+from learned_rounding.kernels import backends, devices, prepared, reference, tensor_cores
 from learned_rounding.quant_core.formats import E4M3
 
 X = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
@@ -164,6 +164,7 @@ def test_backend_falls_back_for_operations_without_it(monkeypatch, name, module)
 
 def test_missing_gpu_is_logged_once(caplog, sentences):
     backends._log_once.cache_clear()
+    prepared._kept.clear()  # an implementation is chosen, and its reason logged, once per shape
     with caplog.at_level(logging.INFO, logger=backends.log.name):
         for _ in range(3):
             kernels.int8_block_linear(X, QDATA, SCALE, block_size=32)

@@ -93,7 +93,7 @@ def test_layer_on_another_gpu_runs_while_that_gpu_is_the_current_one(monkeypatch
         yield
         events.append("end")
 
-    class Kept(dict):
+    class Kept(prepared.KeptFunctions):
         def get(self, key):
             events.append("layer")
             return super().get(key)
@@ -165,7 +165,7 @@ def test_strided_tensors_and_scales_of_other_dtypes_give_the_same_result(choices
 
 
 def test_number_of_kept_shapes_is_limited(monkeypatch, choices):
-    monkeypatch.setattr(prepared, "_MAX_KEPT", 3)
+    monkeypatch.setattr(prepared._kept, "limit", 3)
     qdata, scale = kernels.quantize_int8_row_weight(WEIGHT)
     for tokens in range(1, 8):
         kernels.int8_row_linear(random(tokens, 96), qdata, scale)

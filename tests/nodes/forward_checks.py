@@ -90,7 +90,7 @@ def _runs(layer, x, **attributes) -> bool:
 
 
 class Pages:
-    """Stand-in of comfy_aimdo.model_vbar: pages with a signature that changes when they are moved, None if there is no VRAM."""
+    """Stand-in of comfy_aimdo.model_vbar: pages with a signature that changes when they are moved, None if VRAM is full."""
 
     def __init__(self):
         self.signature, self.pins = 1, 0

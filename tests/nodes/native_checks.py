@@ -232,7 +232,7 @@ def shapes() -> dict:
         found["earlier comfy-kitchen"] = recorded.during(_run_earlier, x[:2].clone(), plain)
         _set_mode("on")
         found["group of 1024, on"] = recorded.during(linear, x, wide)
-        with patch.object(native, "_MAX_KEPT", 2):
+        with patch.object(native._kept, "limit", 2):
             for tokens in range(1, 8):
                 linear(x[:1].expand(tokens, -1), plain)
                 assert len(native._kept) <= 2
