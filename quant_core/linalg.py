@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["lapack"]
+__all__ = ["is_factored", "lapack"]
 
 _LOCK = threading.Lock()  # the number of threads is a setting of the process
 
@@ -25,3 +25,11 @@ def lapack(function: Callable, matrix: torch.Tensor, *arguments, **options):
             return function(matrix, *arguments, **options)
         finally:
             torch.set_num_threads(threads)
+
+
+def is_factored(factor: torch.Tensor, info: torch.Tensor) -> bool:
+    """Whether ``torch.linalg.cholesky_ex`` has factored the matrix.
+
+    cuSOLVER can return NaN as a pivot of an indefinite matrix without reporting it in ``info``.
+    """
+    return not info and bool(torch.isfinite(factor.diagonal()).all())

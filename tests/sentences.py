@@ -58,7 +58,7 @@ VARYING = [
         (r"list indices must be [\w ,]* str\b", "TYPE_ERROR"),
     )
 ]
-# In texts with measured values, whose numbers are N: what depends on the device. Ignored where the hosts use a GPU.
+# In texts with measured values: what depends on the device. Ignored where the hosts use a GPU.
 MEASURED = [
     (re.compile(pattern, re.MULTILINE), replacement)
     for pattern, replacement in (
@@ -67,6 +67,8 @@ MEASURED = [
         (r"(best solver: )[^|\n]*", r"\1SOLVERS"),
         (r"^(format  ).*: N layers\b", r"\1FORMATS"),
         (r"^(size and error  ).*", r"\1CURVE"),
+        (r"\b(ran )\w+ per \w+.*?(?=\.( |$))", r"\1FORMATS"),
+        (r"(has a relative error of )\d\S*?(?=\.?$)", r"\1N"),
     )
 ]
 # Not the digits of names such as float8_e4m3fn.
@@ -157,14 +159,15 @@ class Sentences:
             yield error
         self(error, repeated=repeated)
 
-    def __call__(self, *values, repeated: bool = False, numbers: bool = True) -> None:
+    def __call__(self, *values, repeated: bool = False, numbers: bool = True, measured: bool = False) -> None:
         """Check exceptions, strings, and sequences of strings (one text, a line each).
 
         repeated  the number and order of the texts vary, as does the place of the fault: each must be one of the
                   texts of this test, compared without numbers
                   and names of tensors
-        numbers   False for texts with measured values: all numbers are compared as N, and on a GPU neither the device nor what
-                  the values decide, such as the names of the worst layers
+        numbers   False for texts whose numbers are measured: all numbers are compared as N; implies ``measured``
+        measured  True for texts with measured values: on a GPU neither the device is compared nor what the device or the
+                  values decide, such as the recommended format and the names of the worst layers
         """
         __tracebackhide__ = True
         for value in values:
@@ -179,7 +182,7 @@ class Sentences:
             if repeated:
                 self._check_repeated(text)
             else:
-                self._check(text, measured=not numbers)
+                self._check(text, measured=measured or not numbers)
 
     def _check_repeated(self, text: str) -> None:
         __tracebackhide__ = True

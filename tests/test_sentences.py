@@ -116,3 +116,13 @@ def test_measured_values_are_left_out_on_a_gpu(monkeypatch):
         Sentences("test", "test", "TMP", golden)(gpu, numbers=False)
     monkeypatch.setattr("learned_rounding.tests.sentences.HOST_DEVICE", "cuda")
     Sentences("test", "test", "TMP", golden)(gpu, numbers=False)
+
+
+def test_what_a_card_decides_is_left_out_on_a_gpu(monkeypatch):
+    golden = {"test": "Verified: 4 layers; ran float8_e4m3fn per tensor. Outside the model: 1 tensor (a.bias)."}
+    said = "Verified: 4 layers; ran int8_tensorwise per row, ConvRot 256. Outside the model: 1 tensor (a.bias)."
+    monkeypatch.setattr("learned_rounding.tests.sentences.HOST_DEVICE", "cuda")
+    Sentences("test", "test", "TMP", golden)(said, measured=True)
+    for text, measured in ((said, False), (said.replace("a.bias", "b.bias"), True)):
+        with pytest.raises(pytest.fail.Exception):
+            Sentences("test", "test", "TMP", golden)(text, measured=measured)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launcher import Launcher, bind_descriptor
+from .launcher import Descriptors, Launcher
 
 __all__ = ["SHIPPED", "Specialized", "occupancy", "prepare_product"]
 
@@ -248,14 +248,12 @@ def prepare_product(operands, block_size: int, out_dtype: torch.dtype, launch: S
         "STAGES": launch.stages,
     }
 
-    def describe(matrix: torch.Tensor, height: int) -> TensorDescriptor:
+    def describe(matrix: torch.Tensor, height: int) -> Descriptors:
         tile = [height, launch.inner]
         layout = gl.NVMMASharedLayout.get_default_for(tile, gl.int8 if integer else gl.float8e4nv)
-        descriptor = TensorDescriptor.from_tensor(matrix.view(element), tile, layout)
-        descriptor.base = None  # a prepared product keeps no tensor in memory
-        return descriptor
+        return Descriptors(TensorDescriptor.from_tensor(matrix.view(element), tile, layout))
 
-    a_descriptor = describe(x, launch.rows)
+    a_descriptors = describe(x, launch.rows)
     parts = [
         (
             Launcher(
@@ -276,9 +274,9 @@ def prepare_product(operands, block_size: int, out_dtype: torch.dtype, launch: S
     def multiply(operands) -> torch.Tensor:
         x, input_scale, qdata, scale, bias = operands
         out = torch.empty((rows, columns), dtype=out_dtype, device=device)
-        a, weight = bind_descriptor(a_descriptor, x.view(element)), qdata.view(element)
-        for run, b_descriptor, sizes in parts:
-            b = bind_descriptor(b_descriptor, weight)
+        a, weight = a_descriptors.bind(x.view(element)), qdata.view(element)
+        for run, b_descriptors, sizes in parts:
+            b = b_descriptors.bind(weight)
             run(a, b, out, scale if bias is None else bias, input_scale, scale, *sizes)
         return out
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .. import devices, tuning
 from ..hadamard import rotate
-from .launcher import Launcher, bind_descriptor
+from .launcher import Descriptors, Launcher
 from .quantize import as_bits, decode_e4m3, prepare_quantizer
 
 try:
@@ -225,15 +225,14 @@ def prepare_product(operands: Operands, block_size: int, out_dtype: torch.dtype,
     scale_stride = scale.stride(0) if block_size else 0
     sizes = (rows, columns, inner, inner, inner, 0 if decode else rows, scale_stride, int(scale.numel() > 1))
     if tma:
-        a_descriptor = TensorDescriptor(x, x.shape, x.stride(), [launch.rows, step])
-        b_descriptor = TensorDescriptor(qdata, qdata.shape, qdata.stride(), [launch.columns, step])
-        a_descriptor.base = b_descriptor.base = None  # a prepared product keeps no tensor in memory
+        a_descriptors = Descriptors(TensorDescriptor(x, x.shape, x.stride(), [launch.rows, step]))
+        b_descriptors = Descriptors(TensorDescriptor(qdata, qdata.shape, qdata.stride(), [launch.columns, step]))
 
     def multiply(operands: Operands) -> torch.Tensor:
         a, input_scale, b, scale, bias = operands
         out = torch.empty((rows, columns), dtype=out_dtype, device=device)
         if tma:
-            a, b = bind_descriptor(a_descriptor, a), bind_descriptor(b_descriptor, b)
+            a, b = a_descriptors.bind(a), b_descriptors.bind(b)
         run(a, b, out, scale if bias is None else bias, scale if decode else input_scale, scale, *sizes)
         return out
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import comfy.model_detection
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -46,10 +47,9 @@ def load_model(path: Path, kind: str):
     """The MODEL of a quantized file. Raises QuantizationError where ComfyUI does not load all quantized layers."""
     if layers_to_decode(path):
         model = _load_decoding_model(path, kind)
-    elif kind == CHECKPOINTS:
-        load = comfy.sd.load_checkpoint_guess_config
-        model = load(str(path), output_vae=False, output_clip=False, **_dtype_options(path))[0]
-    else:
+    elif kind == CHECKPOINTS and READS_ENCODERS:
+        model = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
+    else:  # also a checkpoint in 0.3.75, whose loader of checkpoints knows no dtype for the layers if it is given ours
         model = comfy.sd.load_diffusion_model(str(path), **_dtype_options(path))
     _check_layers(model, path, "model", kind)
     return model
@@ -62,11 +62,16 @@ def _dtype_options(path: Path) -> dict:
     """
     if READS_ENCODERS or not comfy.model_management.supports_fp8_compute():
         return {}
-    sizes = dict.fromkeys((torch.bfloat16, torch.float16), 0)
+    sizes = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), 0)
     with SafetensorsFile(path) as file:
-        for info in file.tensors.values():
-            if info.dtype in sizes:
-                sizes[info.dtype] += info.nbytes
+        quantized = layer_configs(file)[0]
+        prefix = comfy.model_detection.unet_prefix_from_state_dict(file.tensors)  # "model." too if there is none
+        of_model = [name for name in file.tensors if name.startswith(prefix)] or file.tensors
+        for name in of_model:
+            layer, _, part = name.rpartition(".")
+            dtype = file.tensors[name].dtype
+            if dtype in sizes and (layer not in quantized or part == "bias"):
+                sizes[dtype] += file.tensors[name].nbytes
     dtype = max(sizes, key=lambda dtype: sizes[dtype])
     return {"model_options": {"dtype": dtype}} if sizes[dtype] else {}
 
@@ -86,9 +91,10 @@ def _load_mapped_model(path: Path, kind: str):
     """The MODEL of a memory-mapped file from ComfyUI's own loader; None where it does not recognize the model."""
     tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     load, options = comfy.sd.load_diffusion_model_state_dict, {}
-    if kind == CHECKPOINTS:
+    layers = layers_to_decode(path)
+    if kind == CHECKPOINTS and (layers or READS_ENCODERS):
         load, options = comfy.sd.load_state_dict_guess_config, {"output_vae": False, "output_clip": False}
-    if layers := layers_to_decode(path):
+    if layers:
         tensors = view_as_bytes(tensors, layers)
         options |= decoding_options(load)
     else:

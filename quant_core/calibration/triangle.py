@@ -8,7 +8,7 @@ itself is small: less than any dampening in use.
 import torch
 
 from ..errors import CalibrationError
-from ..linalg import lapack
+from ..linalg import is_factored, lapack
 from .panels import iter_panels, packed_size
 from .products import matmul_operand, multiply
 
@@ -55,7 +55,7 @@ def _factor(matrix: torch.Tensor) -> torch.Tensor:
         dampened = matrix.clone()
         dampened.diagonal().add_(jitter)
         factor, info = lapack(torch.linalg.cholesky_ex, dampened)
-        if not info:
+        if is_factored(factor, info):
             return factor
     raise CalibrationError("The Hessian is not positive semi-definite; calibrate again.")
 

@@ -20,7 +20,7 @@ from ... import kernels
 from ..cancellation import CancelCheck
 from ..errors import CalibrationError
 from ..formats import SolveSpace
-from ..linalg import lapack
+from ..linalg import is_factored, lapack
 from .quadratic import Quadratic
 
 __all__ = ["Columns", "Factorization", "column_blocks", "factorize", "round_gptq"]
@@ -78,7 +78,7 @@ def factorize(
         info = torch.empty((), dtype=torch.int32, device=device)
         factor = matrix.mT  # the same matrix, in the layout that LAPACK factors in place
         lapack(torch.linalg.cholesky_ex, factor, out=(factor, info))
-        if not info:
+        if is_factored(factor, info):
             unit = factor.div_(factor.diagonal().clone())
             return Factorization(order, unit, diagonal, quadratic.dampening, coupling)
         # Rounding errors have made a nearly singular H indefinite.

@@ -67,11 +67,60 @@ def test_arguments_are_analyzed_in_every_call_otherwise(launcher, monkeypatch, c
     assert len(kernel.analyzed) == 2 and not kernel.launched
 
 
-def test_bound_descriptor_has_the_tensor_and_leaves_the_original(launcher):
-    class Descriptor:
-        def __init__(self, base, shape):
-            self.base, self.shape = base, shape
+class Descriptor:
+    def __init__(self, base):
+        self.base, self.shape = base, [4, 4]
 
-    descriptor = Descriptor(None, [4, 4])
-    bound = launcher.bind_descriptor(descriptor, "tensor")
-    assert bound.base == "tensor" and bound.shape is descriptor.shape and descriptor.base is None
+
+def test_descriptors_are_made_once_per_address_and_keep_no_tensor(launcher, monkeypatch):
+    tensors = [torch.zeros(4, 4) for _ in range(3)]
+    descriptors = launcher.Descriptors(Descriptor(tensors[0]))
+    first, second = descriptors.bind(tensors[0]), descriptors.bind(tensors[1])
+    assert first is descriptors.bind(tensors[0]) is not second
+    for bound, tensor in ((first, tensors[0]), (second, tensors[1])):
+        assert bound.base.data_ptr() == tensor.data_ptr() and bound.base.dtype is tensor.dtype
+        assert bound.shape == [4, 4] and not isinstance(bound.base, torch.Tensor)
+    monkeypatch.setattr(launcher, "_MOST_ADDRESSES", 2)
+    descriptors.bind(tensors[2])  # the table is full
+    assert descriptors.bind(tensors[0]) is not first
+
+
+def make_tensordesc_arg(descriptor, metadata):
+    """Stub of Triton's function, which the kept launches of the tests below find in this module."""
+    CREATED.append((descriptor.base.data_ptr(), metadata))
+    return [f"map of {descriptor.base.data_ptr()} {metadata}"]
+
+
+CREATED = []
+
+
+def stub_launch(metadata):
+    """As Triton wraps the launch of a kernel whose first argument is a descriptor."""
+
+    def inner(launched, descriptor, *arguments):
+        launched.append((*make_tensordesc_arg(descriptor, metadata), *arguments))
+
+    return SimpleNamespace(launch=inner)
+
+
+def test_tensor_maps_are_made_once_per_address_and_kernel(launcher):
+    CREATED.clear()
+    original, other = stub_launch("A"), stub_launch("B")
+    runs = [launcher._reuse_tensor_maps(run) for run in (original, other)]
+    tensors = [torch.zeros(4, 4) for _ in range(2)]
+    x, y = (tensor.data_ptr() for tensor in tensors)
+    descriptors, launched = launcher.Descriptors(Descriptor(tensors[0])), []
+    for number in range(2):
+        for run in runs:
+            for tensor in tensors:
+                run.launch(launched, descriptors.bind(tensor), number)
+    assert CREATED == [(x, "A"), (y, "A"), (x, "B"), (y, "B")]
+    once = [f"map of {x} A", f"map of {y} A", f"map of {x} B", f"map of {y} B"]
+    assert launched == [(text, number) for number in range(2) for text in once]
+    original.launch([], descriptors.bind(tensors[0]), 0)  # Triton's own launch is as before
+    assert len(CREATED) == 5
+
+
+def test_launches_without_descriptors_are_kept_as_they_are(launcher):
+    for run in (print, SimpleNamespace(launch=print), SimpleNamespace(launch=pytest.raises)):
+        assert launcher._reuse_tensor_maps(run) is run

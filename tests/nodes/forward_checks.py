@@ -61,10 +61,11 @@ def short() -> dict:
             }
         layer = next(module for module in model.model.modules() if extended.has_short_forward(module))
         x = torch.zeros(2, layer.in_features, dtype=layer.weight.dtype)
+        other = next(dtype for dtype in (torch.float16, torch.bfloat16) if dtype is not x.dtype)
         with counted():
             found["ready"] = {
                 "plain": _runs(layer, x),
-                "other dtype": _runs(layer, x.half()),
+                "other dtype": _runs(layer, x.to(other)),
                 "full precision": _runs(layer, x, _full_precision_mm=True),
                 "forced cast": _runs(layer, x, comfy_force_cast_weights=True),
                 "prefetched": _runs(layer, x, _prefetch={}),

@@ -32,6 +32,11 @@ def floor(host, format: str) -> float:
     return FLOOR_FP8_INPUTS if entry.elements == E4M3 and loads(host, format) and quantized else FLOOR[entry.elements]
 
 
+def casts_to_fp8(host, format: str) -> bool:
+    """Whether ComfyUI's own loader casts the unquantized tensors of the file to FP8, unlike ours."""
+    return host.version == "0.3.75" and CAPABILITY >= (8, 9) and FORMATS[format].elements in (E4M3, E5M2)
+
+
 def saved_path(result, node) -> Path:
     return Path(text(result, node))
 
@@ -101,7 +106,7 @@ def test_saved_file_samples_bit_for_bit_as_in_the_graph(comfy, request, format, 
     again = ProbedGraph()
     again.sample(again.load_quantized(path.name)[0], f"{name}-ours")
     ways = ["ours"]
-    if loads(comfy.host, format):
+    if loads(comfy.host, format) and not casts_to_fp8(comfy.host, format):
         again.sample(again.load(path.name)[0], f"{name}-stock")
         ways.append("stock")
     comfy.queue(again)
@@ -220,7 +225,8 @@ def test_saved_file_loads_after_a_restart(server_factory, tiny_base, request):
     path = saved_path(server.queue(graph), saved)
     server.restart()
     again = ProbedGraph()
-    again.sample(again.load(path.name)[0], f"{name}-after")
+    load = again.load_quantized if casts_to_fp8(server.host, "float8_e4m3fn") else again.load
+    again.sample(load(path.name)[0], f"{name}-after")
     server.queue(again)
     assert np.array_equal(latents(server.output_dir, f"{name}-before"), latents(server.output_dir, f"{name}-after"))
 
@@ -228,17 +234,20 @@ def test_saved_file_loads_after_a_restart(server_factory, tiny_base, request):
 def test_file_and_loaded_model_give_the_same_weights(comfy, request, tmp_path):
     graph, name = ProbedGraph(), unique(request)
     from_file = graph.save(graph.quantize(graph.source()[0], "int8_tensorwise"), f"{name}-file")
-    from_model = graph.save(graph.quantize(graph.load()[0], "int8_tensorwise"), f"{name}-model")
+    model = graph.load()
+    from_model = graph.save(graph.quantize(model[0], "int8_tensorwise"), f"{name}-model")
+    probe = graph.probe(model[0])
     result = comfy.queue(graph)
-    command_line = tmp_path / "lrq.safetensors"
-    quantize_file(
-        comfy.models_dir / "diffusion_models" / MODEL,
-        command_line,
-        Recipe(format="int8_tensorwise"),
-        device=HOST_DEVICE,
-    )
-    expected = load_file(command_line)
+    source, command_line = comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "lrq.safetensors"
+    recipe = Recipe(format="int8_tensorwise")
+    quantize_file(source, command_line, recipe, device=HOST_DEVICE)
     assert saved_path(result, from_file).read_bytes() == command_line.read_bytes()
+    if probed(result, probe)["dtype"] == "float16":  # ComfyUI 0.3.75 on a GPU; the conversion rounds small weights
+        cast = tmp_path / "cast.safetensors"
+        save_file({key: tensor.half() for key, tensor in load_file(source).items()}, cast)
+        command_line = tmp_path / "of_cast.safetensors"
+        quantize_file(cast, command_line, recipe, device=HOST_DEVICE)
+    expected = load_file(command_line)
     ours = load_file(saved_path(result, from_model))
     assert ours.keys() == expected.keys()
     assert all(ours[key].dtype == expected[key].dtype and ours[key].equal(expected[key]) for key in expected)

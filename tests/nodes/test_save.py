@@ -54,7 +54,7 @@ def test_every_damage_is_found_and_the_file_renamed(host, tmp_path, tried, check
     found = in_process(host, tmp_path, f"saving_{check}")
     assert list(found) == DAMAGES
     for damage, (said, failed, left) in found.items():
-        sentences(said)
+        sentences(said, measured=True)
         assert len(failed) == 1 and failed[0] in said and left == [], damage
     tried(
         "a saved file, or what ComfyUI's loader made of it, is not what was quantized",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from learned_rounding.quant_core import quantize_weight
-from learned_rounding.quant_core.linalg import lapack
+from learned_rounding.quant_core.linalg import is_factored, lapack
 
 SIDE = 384
 FUNCTIONS = {
@@ -57,3 +57,11 @@ def test_gptq_does_not_depend_on_the_number_of_threads(on_threads, format):
     weight = torch.randn(200, SIDE, generator=torch.Generator().manual_seed(1))
     first, *others = on_threads(lambda: quantize_weight(weight, format, rounding="calibrated", hessian=hessian()).qdata)
     assert all(torch.equal(first.float(), other.float()) for other in others)
+
+
+def test_a_factorization_with_nan_as_a_pivot_has_failed():
+    factor, info = torch.linalg.cholesky_ex(torch.eye(3))
+    assert is_factored(factor, info)
+    assert not is_factored(*torch.linalg.cholesky_ex(-torch.eye(3)))
+    factor[2, 2] = torch.nan  # as cuSOLVER returns it, with info 0
+    assert not is_factored(factor, info)

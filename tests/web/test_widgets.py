@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import TimeoutError
 
 from learned_rounding.hosts.browser import load_workflow, queue_prompt, visit
 from learned_rounding.quant_core import FORMATS
 
+TimeoutError = pytest.importorskip("playwright.sync_api").TimeoutError
 pytestmark = pytest.mark.browser
 
 QUANTIZE = 3  # its id in workflow.json

@@ -23,7 +23,7 @@ def _quantized_layers(model):
 
 
 class ProbeModel:
-    """Shows the quantized layers, the sampling shift and the number of patches of a MODEL."""
+    """Shows the quantized layers, the sampling shift, the number of patches and the dtype of a MODEL."""
 
     RETURN_TYPES = ()
     OUTPUT_NODE = True
@@ -36,10 +36,13 @@ class ProbeModel:
 
     def probe(self, model):
         sampling = model.get_model_object("model_sampling")
-        text = json.dumps(
-            {"layers": _quantized_layers(model), "shift": float(sampling.shift), "patches": len(model.patches)}
-        )
-        return {"ui": {"text": [text]}}
+        found = {
+            "layers": _quantized_layers(model),
+            "shift": float(sampling.shift),
+            "patches": len(model.patches),
+            "dtype": str(next(model.model.diffusion_model.parameters()).dtype).removeprefix("torch."),
+        }
+        return {"ui": {"text": [json.dumps(found)]}}
 
 
 class Gate:

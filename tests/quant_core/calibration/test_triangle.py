@@ -95,3 +95,14 @@ def test_parts_that_do_not_fit_the_layer_are_refused(sentences):
     ):
         with sentences.raises(CalibrationError):
             dense_hessian(hessian, 8, CPU)
+
+
+@pytest.mark.gpu
+def test_factors_of_singular_correlations_are_finite_on_a_gpu():
+    """Rounding to 16 bits makes them indefinite by about as much as the first dampening adds."""
+    for seed in range(200):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        x = torch.randn(40 + seed, 256, generator=generator, device="cuda")
+        x /= x.square().mean(dim=0).sqrt()
+        matrix = (x.t() @ x / len(x)).half().float()
+        assert all(torch.isfinite(part).all() for part in encode_triangle(matrix)[1:])
