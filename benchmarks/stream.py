@@ -12,7 +12,6 @@ started with dynamic VRAM, where the host has it, and without. The GPU is used w
 import itertools
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ import torch
 
 from learned_rounding.benchmarks.harness import arguments, finish
 from learned_rounding.benchmarks.memory import peak_memory
-from learned_rounding.benchmarks.plan import flux, make_weights
+from learned_rounding.benchmarks.sampling.model import MODELS, write_model
 from learned_rounding.hosts import ComfyServer, find_host
 from learned_rounding.hosts.server import PACK
 from learned_rounding.hosts.workflows import Graph
@@ -45,7 +44,7 @@ QUICK = ("fp8 nearest", "int8 row nearest", "int8 row ConvRot nearest")
 # Format and ConvRot of the comparison of node and command line.
 NODE_FORMATS = {"fp8": ("float8_e4m3fn", False), "int8 row ConvRot": ("int8_tensorwise", True)}
 _WITHOUT_DYNAMIC = "--disable-dynamic-vram"
-_QUICK_BLOCKS = re.compile(r"(?:double|single)_blocks\.[1-9]")  # left out with --quick
+_FLUX, _FLUX_GB = MODELS["flux"], 24
 _BLOCK = {"qkv": (3, 1), "proj": (1, 1), "mlp.0": (4, 1), "mlp.2": (1, 4), "mod.lin": (6, 1)}
 
 
@@ -123,12 +122,12 @@ def _time_node(server: ComfyServer, source: Path, format: str, convrot: bool, se
     return events[begin + 1].at - events[begin].at
 
 
-def measure_node(folder: Path, quick: bool, rounds: int) -> tuple[list[dict], dict]:
-    """Rows with the medians of node and ``lrq``, and all times in s."""
+def measure_node(folder: Path, size: float, rounds: int) -> tuple[list[dict], dict]:
+    """Rows with the medians of node and ``lrq`` on a Flux.1-shaped model of about ``size`` GB, and all times in s."""
     host, source = find_host(), folder / "models" / "diffusion_models" / "flux.safetensors"
     source.parent.mkdir(parents=True)
-    infos = {name: info for name, info in flux().items() if not (quick and _QUICK_BLOCKS.match(name))}
-    make_weights(source, infos, usable_device(None))
+    blocks = tuple(max(1, round(count * size / _FLUX_GB)) for count in _FLUX.blocks)
+    write_model(source, dict(_FLUX.specs(_FLUX.hidden, blocks)), torch.device(usable_device(None)))
     has_dynamic = _WITHOUT_DYNAMIC in (host.path / "comfy" / "cli_args.py").read_text()
     times: dict[str, list[float]] = {}
     for extra in ((), (_WITHOUT_DYNAMIC,)) if has_dynamic else ((),):
@@ -165,7 +164,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         if args.node:
-            rows, more = measure_node(folder, args.quick, args.rounds)
+            rows, more = measure_node(folder, size / 1e9, args.rounds)
             return finish(args, rows, **more)
         source, target = folder / "model.safetensors", folder / "out.safetensors"
         make_file(source, width, blocks, "cuda" if torch.cuda.is_available() else "cpu")

@@ -373,7 +373,10 @@ def test_checkpoint_keeps_its_other_parts(comfy, request, format):
     if not loads(comfy.host, format):
         pytest.skip(f"ComfyUI {comfy.host.version} cannot load {format} files; the file was verified only")
     again = ProbedGraph()
-    loaded = again.add("CheckpointLoaderSimple", ckpt_name=path.name)
+    if casts_to_fp8(comfy.host, format):
+        loaded = again.add("LearnedRoundingLoadQuantized", model=f"checkpoints/{path.name}")
+    else:
+        loaded = again.add("CheckpointLoaderSimple", ckpt_name=path.name)
     again.sample(loaded[0], f"{name}-file")
     assert (
         len(
