@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import MissingPackageError, SourceError
 from .diffusers_names import assemble_diffusers
+from .llama_cpp_names import assemble_llama_cpp
 from .renaming import RenamedSource
 from .safetensors import SafetensorsFile
 from .shards import INDEX_SUFFIX, ShardedFiles
@@ -76,7 +77,7 @@ def open_source(path: str | os.PathLike) -> TensorFile | ShardedFiles | RenamedS
     opener = None if os.path.isdir(path) else _OPENERS.get(path.suffix.lower())
     opened = opener(path) if opener else open_safetensors(path)
     try:
-        assemblies = assemble_diffusers(opened)
+        assemblies = assemble_diffusers(opened) or assemble_llama_cpp(opened)
         return RenamedSource(opened, assemblies) if assemblies else opened
     except BaseException:
         opened.close()
