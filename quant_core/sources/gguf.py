@@ -14,6 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from ..errors import SourceError
+from .gguf_shapes import restore_shape
 from .source import CPU, TensorInfo
 from .tensor_file import MAX_HEADER, MAX_RANK, TensorFile
 
@@ -136,7 +137,7 @@ class GGUFFile(TensorFile):
         self._quantized: dict[str, _Quantized] = {}
         for name, sides, kind, offset in entries:
             # GGUF stores the innermost dimension first
-            shape = self.fields.get(_ORIGINAL_SHAPE + name, sides[::-1])
+            shape = self.fields.get(_ORIGINAL_SHAPE + name) or restore_shape(name, sides[::-1])
             self._add_entry(name, sides, shape, GGMLQuantizationType(kind), data + offset)
         self.layers = dict(Counter(stored.type.name for stored in self._quantized.values()))
 
