@@ -9,8 +9,9 @@ import torch
 
 from ...quant_core.errors import AlreadyQuantizedError, SourceError
 
-__all__ = ["HeldWeight", "hold_weight"]
+__all__ = ["DECODED", "HeldWeight", "hold_weight"]
 
+DECODED = torch.bfloat16  # dtype of weights that another pack dequantizes, as of those in GGUF files
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _VALUES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PACKED = (torch.uint8, torch.int8, torch.int16)  # matrices of these dtypes are quantized values

@@ -15,7 +15,7 @@ from ...quant_core.sources.source import CPU
 from ...quant_core.sources.staging import Staging
 from .file_slices import load_weight
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
-from .foreign_weights import hold_weight
+from .foreign_weights import DECODED, hold_weight
 
 __all__ = [
     "READS_ENCODERS",
@@ -43,7 +43,6 @@ _PLAIN_ENCODERS = {
     "t5gemma",
 }
 
-_DECODED = torch.bfloat16  # dtype of weights that another pack dequantizes, as of those in GGUF files
 _PART = 1 << 20  # elements that are compared at a time: fresh memory of a whole weight costs more than the comparison
 
 
@@ -83,7 +82,7 @@ class PatchedWeights:
             for new, weight in held.items()
             if weight.decode is None and self._keys[new] not in self._patched
         }
-        dtypes = _stored_dtypes(plain) | {new: _DECODED for new, weight in held.items() if weight.decode}
+        dtypes = _stored_dtypes(plain) | {new: DECODED for new, weight in held.items() if weight.decode}
         self.tensors: Mapping[str, TensorInfo] = {
             new: TensorInfo(dtypes.get(new, torch.float32), tuple(weight.tensor.shape)) for new, weight in held.items()
         }

@@ -76,7 +76,8 @@ _OTHER_NAMES = (
         absent=_PREFIX + r"ref_image_(patch_embedder|refiner)\.",  # OmniGen2 and Boogu have these names in ComfyUI
     ),
     Refused(
-        "a text encoder under llama.cpp's tensor names, which ComfyUI does not read; give the original safetensors file",
+        "a text or image encoder under llama.cpp's tensor names, and none of those that are converted (T5-XXL, Llama 3.1 8B, Qwen2.5 3B, Qwen3); "
+        "give the original safetensors file",
         (
             (r"((enc|dec|v|a)\.)?blk\.\d+\.(attn|ffn|ssm|ln\d|cross_attn)_?",),
             (r"token_embd\.",),

@@ -80,9 +80,9 @@ def assemble_diffusers(source: Source) -> dict[str, Assembly] | None:
     family = next((family for family in FAMILIES if all(mark in source.tensors for mark in family.marks)), None)
     if family is None:
         return None
-    refused = f"{source.name} is a {family.title} model under diffusers' tensor names"
+    refused = f"{source.name} has diffusers' tensor names of {family.title}"
     if family.lacks:
-        raise SourceError(f"{refused}, without {family.lacks}; use a file with ComfyUI's tensor names.")
+        raise SourceError(f"{refused}, and not {family.lacks}; use a file with ComfyUI's tensor names.")
     parts: dict[str, list[str | None]] = {}
     unknown = []
     for name, info in source.tensors.items():

@@ -95,8 +95,8 @@ _decoder = partial(
         "ffn_down": "mlp.down_proj",
         "ffn_norm": "post_attention_layernorm",
     },
-    others={"token_embd": "model.embed_tokens", "output_norm": "model.norm"},
-    dropped=("output.", "rope_freqs."),  # the language model head is not used, and ComfyUI computes the frequencies
+    others={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
+    dropped=("rope_freqs.",),  # ComfyUI computes the frequencies
 )
 _ENCODERS = (
     _t5(embeddings=((32128, 4096),), layers=_T5_LAYERS),
