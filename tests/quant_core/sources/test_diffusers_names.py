@@ -15,18 +15,11 @@ from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo, ope
 from learned_rounding.quant_core.sources.diffusers_names import FAMILIES, assemble_diffusers
 from learned_rounding.quant_core.sources.renaming import RenamedSource
 from learned_rounding.tests.architectures import architectures, read
-from learned_rounding.tests.architectures.lists import expand
 from learned_rounding.tests.architectures.table import CONVERTED
+from learned_rounding.tests.quant_core.sources.diffusers_lists import DIFFUSERS_LISTS as LISTS
+from learned_rounding.tests.quant_core.sources.diffusers_lists import read_diffusers as theirs
 
-FOLDER = Path(__file__).parent / "diffusers"
-LISTS = sorted(path.stem for path in FOLDER.glob("*.txt"))
 PREFIX = "model.diffusion_model."
-
-
-def theirs(name: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model as diffusers' class has them."""
-    lines = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()[1:]
-    return {key: tensor.shape for key, tensor in expand(lines)}
 
 
 def header(shapes: dict[str, tuple[int, ...]], name: str = "model.safetensors") -> SimpleNamespace:
