@@ -17,13 +17,14 @@ _VALUES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PACKED = (torch.uint8, torch.int8, torch.int16)  # matrices of these dtypes are quantized values
 _ADVICE = "choose its file in Load Model (Learned Rounding), or connect the full-precision original"
 Decoder = Callable[[torch.Tensor], torch.Tensor]
+Loader = Callable[[torch.Tensor, torch.device], torch.Tensor]
 
 
 class HeldWeight(NamedTuple):
-    """A tensor of a model: itself, and what dequantizes it (None for plain values)."""
+    """A tensor of a model: itself, and what dequantizes it onto a device (None for plain values)."""
 
     tensor: torch.Tensor
-    decode: Decoder | None
+    decode: Loader | None
 
 
 def hold_weight(model: torch.nn.Module, key: str, name: str) -> HeldWeight:
@@ -80,13 +81,13 @@ def _without_patches(tensor: torch.Tensor) -> torch.Tensor:
     return copy
 
 
-def _explain(decode: Decoder, name: str, key: str, tensor: torch.Tensor) -> Decoder:
-    """``decode`` with errors of other packs as a SourceError, and its result as a plain tensor of the weight's shape."""
+def _explain(decode: Decoder, name: str, key: str, tensor: torch.Tensor) -> Loader:
+    """``decode`` on a device, with errors of other packs as a SourceError, and its result as a plain tensor of the weight's shape."""
     shape, kind = tuple(tensor.shape), type(tensor).__name__
 
-    def decode_weight(weight: torch.Tensor) -> torch.Tensor:
+    def decode_weight(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
         try:
-            values = decode(weight).as_subclass(torch.Tensor)
+            values = decode(weight if weight.device == device else weight.to(device)).as_subclass(torch.Tensor)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of another pack

@@ -77,12 +77,13 @@ class PatchedWeights:
         self._patched = _patched_keys(patcher)
         self._sampled, self._staging = TensorSource({}), Staging()
         held = {new: hold_weight(patcher.model, key, name) for new, key in self._keys.items()}
+        unpatched = {new: weight for new, weight in held.items() if self._keys[new] not in self._patched}
         plain = {
             new: self._unpatched(self._keys[new], weight.tensor)
-            for new, weight in held.items()
-            if weight.decode is None and self._keys[new] not in self._patched
+            for new, weight in unpatched.items()
+            if weight.decode is None
         }
-        dtypes = _stored_dtypes(plain) | {new: DECODED for new, weight in held.items() if weight.decode}
+        dtypes = dict.fromkeys(unpatched, DECODED) | _stored_dtypes(plain)
         self.tensors: Mapping[str, TensorInfo] = {
             new: TensorInfo(dtypes.get(new, torch.float32), tuple(weight.tensor.shape)) for new, weight in held.items()
         }
@@ -99,7 +100,7 @@ class PatchedWeights:
         held = hold_weight(self._patcher.model, key, self.name)
         weight = self._unpatched(key, held.tensor)
         if held.decode:
-            weight = held.decode(weight.to(device))
+            weight = held.decode(weight, device)
         if key in self._patched:
             patches = self._patcher.patches[key]
             weight = load_weight(weight, device, self._staging).to(torch.float32, copy=True)
