@@ -1,5 +1,7 @@
 """A MODEL or CLIP whose weights belong to another pack: dequantized by it, else refused by name; quantized values are never taken for weights."""
 
+import pytest
+
 from learned_rounding.tests.nodes.probing import in_process
 
 
@@ -20,5 +22,7 @@ def test_weights_of_other_packs(host, tmp_path, sentences):
 
 
 def test_a_text_encoder_of_another_pack(host, tmp_path):
+    if host.version == "0.3.75":
+        pytest.skip("ComfyUI 0.3.75 recognises only T5 encoders of full width, and loads no quantized ones")
     found = in_process(host, tmp_path, "held_encoder")
     assert found == {"layers": 168, "same": True}
