@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from inspect import getattr_static
+from operator import methodcaller
+from typing import Any, NamedTuple
 
 import comfy.utils
 import torch
@@ -11,6 +13,7 @@ from ...quant_core.errors import AlreadyQuantizedError, SourceError
 
 __all__ = ["DECODED", "HeldWeight", "hold_weight"]
 
+_DISPATCH = "__torch_dispatch__"  # overridden by tensors without memory of their own
 DECODED = torch.bfloat16  # dtype of weights that another pack dequantizes, as of those in GGUF files
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _VALUES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,10 +42,10 @@ def hold_weight(model: torch.nn.Module, key: str, name: str) -> HeldWeight:
     """
     layer = key.rpartition(".")[0]
     module, tensor = comfy.utils.get_attr(model, layer) if layer else model, comfy.utils.get_attr(model, key)
-    if decode := _find_decoder(module, tensor):
-        return HeldWeight(tensor, _explain(decode, name, key, tensor))
     if tensor.is_meta:
         raise SourceError(f"The {name} has no values of {key} in memory ({_describe(module, tensor)}); {_ADVICE}.")
+    if decode := _find_decoder(module, tensor):
+        return HeldWeight(tensor, _explain(decode, name, key, tensor))
     if not _has_values(tensor):
         raise AlreadyQuantizedError(
             f"The {name} is already quantized: {key} is a {_describe(module, tensor)}, which cannot be dequantized here; {_ADVICE}."
@@ -54,7 +57,7 @@ def _has_values(tensor: torch.Tensor) -> bool:
     """Whether the memory of a tensor holds its values."""
     if type(tensor) in _PLAIN:
         return tensor.dtype not in _PACKED or tensor.dim() < 2
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if getattr_static(type(tensor), _DISPATCH) is not getattr_static(torch.Tensor, _DISPATCH):
         return False
     stored = tensor.as_subclass(torch.Tensor)
     return stored.dtype in _VALUES and stored.shape == tensor.shape
@@ -65,8 +68,8 @@ def _find_decoder(module: torch.nn.Module, tensor: torch.Tensor) -> Decoder | No
     if type(tensor) in _PLAIN:
         return None
     if type(tensor).dequantize is not torch.Tensor.dequantize:
-        return lambda weight: weight.dequantize()
-    get_weight = getattr(module, "get_weight", None)
+        return methodcaller("dequantize")
+    get_weight: Any = getattr(module, "get_weight", None)
     if callable(get_weight) and not _has_values(tensor):
         return lambda weight: get_weight(_without_patches(weight), torch.float32)
     return None
@@ -77,7 +80,8 @@ def _without_patches(tensor: torch.Tensor) -> torch.Tensor:
     if not getattr(tensor, "patches", None):
         return tensor
     copy = tensor.as_subclass(torch.Tensor).as_subclass(type(tensor))
-    copy.__dict__.update(tensor.__dict__, patches=[])
+    for attribute, value in (vars(tensor) | {"patches": []}).items():
+        setattr(copy, attribute, value)
     return copy
 
 

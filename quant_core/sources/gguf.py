@@ -137,7 +137,7 @@ class GGUFFile(TensorFile):
         self._quantized: dict[str, _Quantized] = {}
         for name, sides, kind, offset in entries:
             # GGUF stores the innermost dimension first
-            shape = self.fields.get(_ORIGINAL_SHAPE + name) or restore_shape(name, sides[::-1])
+            shape = self.fields.get(_ORIGINAL_SHAPE + name, restore_shape(name, sides[::-1]))
             self._add_entry(name, sides, shape, GGMLQuantizationType(kind), data + offset)
         self.layers = dict(Counter(stored.type.name for stored in self._quantized.values()))
 

@@ -146,7 +146,7 @@ def _undo_permutation(
     source: Source, name: str, fields: Mapping[str, object], key: str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The inverse of ``LlamaModel.permute`` in llama.cpp's ``convert_hf_to_gguf.py``, for the tensor ``name``."""
-    heads, rows = fields.get(key), source.tensors[name].shape[0]
+    heads, rows = fields.get(key), next(iter(source.tensors[name].shape), 1)
     if type(heads) is not int or heads < 1 or rows % (2 * heads):
         raise SourceError(
             f"{source.name}: {key} is {heads}, which does not divide the {rows} rows of {name}; download it again.",
