@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from inspect import getattr_static
 from operator import methodcaller
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import comfy.utils
 import torch
@@ -69,8 +69,8 @@ def _find_decoder(module: torch.nn.Module, tensor: torch.Tensor) -> Decoder | No
         return None
     if type(tensor).dequantize is not torch.Tensor.dequantize:
         return methodcaller("dequantize")
-    get_weight: Any = getattr(module, "get_weight", None)
-    if callable(get_weight) and not _has_values(tensor):
+    get_weight: Callable[..., torch.Tensor] | None = getattr(module, "get_weight", None)
+    if get_weight and not _has_values(tensor):
         return lambda weight: get_weight(_without_patches(weight), torch.float32)
     return None
 
