@@ -5,12 +5,14 @@ import copy
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...quant_core.formats.layer_json import layer_configs
 from ...quant_core.sources import SafetensorsFile
 from .decoding import make_quantized_linear, supports_format
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
+from .foreign_weights import DECODED
 from .loading import load_clip, load_model
 from .native_int8 import AUTO, use_native_int8
 from .quantizing import Quantized
@@ -79,8 +81,11 @@ def _rebuild_clip(clip, quantized: Quantized):
     for name, (tensors, config) in layers.items():
         parent, _, child = name.rpartition(".")
         original = model.get_submodule(name)
-        dtype = (original.weight if original.bias is None else original.bias).dtype
-        linear = make_quantized_linear(name, tensors, config, original.bias, dtype, original.weight.device)
+        bias = None if original.bias is None else original.bias.as_subclass(torch.Tensor)
+        dtype = (original.weight if bias is None else bias).dtype
+        if not dtype.is_floating_point:  # quantized by another pack
+            dtype = DECODED
+        linear = make_quantized_linear(name, tensors, config, bias, dtype, original.weight.device)
         setattr(rebuilt_model.get_submodule(parent), child, linear)
     rebuilt = clip.clone()
     rebuilt.cond_stage_model = rebuilt_model

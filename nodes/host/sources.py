@@ -15,6 +15,7 @@ from ...quant_core.sources.source import CPU
 from ...quant_core.sources.staging import Staging
 from .file_slices import load_weight
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
+from .foreign_weights import DECODED, hold_weight
 
 __all__ = [
     "READS_ENCODERS",
@@ -60,7 +61,8 @@ class PatchedWeights:
         rename: state-dict key → name in a file; None excludes the tensor.
 
     Raises:
-        AlreadyQuantizedError: some of the weights are quantized.
+        AlreadyQuantizedError: some of the weights are quantized, and their class cannot dequantize them.
+        SourceError: some of the weights have no values in memory.
     """
 
     metadata: Mapping[str, str] = {}
@@ -68,18 +70,22 @@ class PatchedWeights:
     def __init__(self, patcher, name: str, rename: Callable[[str], str | None]):
         self.name = name
         self._patcher = patcher
-        state = {
-            new: (key, tensor) for key, tensor in patcher.model_state_dict().items() if (new := rename(key)) is not None
-        }
-        if any(new.endswith(f".{CONFIG_KEY}") or is_quantized(tensor) for new, (_, tensor) in state.items()):
+        state = patcher.model_state_dict()
+        self._keys = {new: key for key in _weight_keys(patcher.model, state) if (new := rename(key)) is not None}
+        if any(new.endswith(f".{CONFIG_KEY}") or is_quantized(state.get(key)) for new, key in self._keys.items()):
             raise AlreadyQuantizedError(f"The {name} is already quantized; connect its full-precision original.")
-        self._keys = {new: key for new, (key, _) in state.items()}
         self._patched = _patched_keys(patcher)
         self._sampled, self._staging = TensorSource({}), Staging()
-        plain = {new: self._unpatched(key, tensor) for new, (key, tensor) in state.items() if key not in self._patched}
-        dtypes = _stored_dtypes(plain)
+        held = {new: hold_weight(patcher.model, key, name) for new, key in self._keys.items()}
+        unpatched = {new: weight for new, weight in held.items() if self._keys[new] not in self._patched}
+        plain = {
+            new: self._unpatched(self._keys[new], weight.tensor)
+            for new, weight in unpatched.items()
+            if weight.decode is None
+        }
+        dtypes = dict.fromkeys(unpatched, DECODED) | _stored_dtypes(plain)
         self.tensors: Mapping[str, TensorInfo] = {
-            new: TensorInfo(dtypes.get(new, torch.float32), tuple(tensor.shape)) for new, (_, tensor) in state.items()
+            new: TensorInfo(dtypes.get(new, torch.float32), tuple(weight.tensor.shape)) for new, weight in held.items()
         }
 
     def _unpatched(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -91,7 +97,10 @@ class PatchedWeights:
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """Read a tensor onto ``device``, with its patches."""
         key = self._keys[name]
-        weight = self._unpatched(key, comfy.utils.get_attr(self._patcher.model, key))
+        held = hold_weight(self._patcher.model, key, self.name)
+        weight = self._unpatched(key, held.tensor)
+        if held.decode:
+            weight = held.decode(weight, device)
         if key in self._patched:
             patches = self._patcher.patches[key]
             weight = load_weight(weight, device, self._staging).to(torch.float32, copy=True)
@@ -105,6 +114,25 @@ class PatchedWeights:
             device = comfy.model_management.get_torch_device() if self._keys[name] in self._patched else weight.device
             self._sampled = TensorSource({name: self.read(name, device)})
         return self._sampled.sample(name, offset, length)
+
+
+def _weight_keys(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Keys of the tensors of ``state`` in the model; for several tensors of one quantized weight the key of that weight."""
+    keys: dict[str, None] = {}
+    for key, tensor in state.items():
+        owner = key.rpartition(".")[0]
+        if isinstance(_find_attribute(model, owner), torch.Tensor):  # quanto: weight._data, weight._scale
+            keys[owner] = None
+        elif not tensor.is_meta or _find_attribute(model, key) is not None:
+            keys[key] = None  # ComfyUI-GGUF adds meta tensors that the model does not have, for estimates of memory
+    return list(keys)
+
+
+def _find_attribute(model: torch.nn.Module, key: str) -> object:
+    try:
+        return comfy.utils.get_attr(model, key)
+    except AttributeError:
+        return None
 
 
 def is_quantized(tensor) -> bool:

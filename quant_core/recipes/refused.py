@@ -45,10 +45,48 @@ DIFFUSERS = Refused(
             (r"joint_transformer_blocks\.0\.attn\.add_k_proj\.weight$",),  # AuraFlow
             (r"adaln_single\.emb\.timestep_embedder\.linear_1\.bias$", r"pos_embed\.proj\.bias$"),  # PixArt
             (r"noise_refiner\.0\.attention\.norm_k\.weight$",),  # Z-Image
-            (r"x_embedder\.weight$", r"transformer_blocks\.0\.attn\.add_k_proj\.weight$"),  # Flux
+            (r"x_embedder\.weight$", r"transformer_blocks\.0\.attn\.add_k_proj\.weight$"),  # Flux.1
             (r"pos_embed\.proj\.weight$", r"transformer_blocks\.0\.attn\.add_q_proj\.weight$"),  # SD3
             (r"conv_in\.weight$", r"down_blocks\.0\.resnets\.0\.norm1\.weight$"),  # the U-Nets
         )
+    ),
+)
+
+_OTHER_NAMES = (
+    Refused(
+        # What open_source converts (WAN, LTX-Video, Flux.2, Hunyuan Video) has other names by then.
+        "under diffusers' layer names, which have no conversion to ComfyUI's; give a file with ComfyUI's names",
+        tuple(
+            tuple(_PREFIX + mark for mark in marks)
+            for marks in (
+                (r"condition_embedder\.time_embedder\.", r"blocks\.0\.attn1\.to_q\."),  # WAN
+                (
+                    r"time_embed\.(emb|timestep_embedder|t_embedder|linear_1)\.",
+                ),  # LTX-Video and LTX-2, Mochi, Cosmos, Krea 2
+                (r"context_embedder\.(proj_in|token_refiner)\.",),  # Hunyuan Video and Image
+                (r"double_stream_modulation_img\.linear\.",),  # Flux.2
+                (r"distilled_guidance_layer\.layers\.0\.linear_1\.",),  # Chroma
+                (r"transformer_blocks\.0\.norm1\.norm\.",),  # CogVideoX
+            )
+        ),
+    ),
+    Refused(
+        "Lumina 2 under diffusers' layer names, which have no conversion to ComfyUI's; give a file with ComfyUI's names",
+        ((_PREFIX + r"time_caption_embed\.", _PREFIX + r"noise_refiner\.0\.attn\.to_q\."),),
+        absent=_PREFIX + r"ref_image_(patch_embedder|refiner)\.",  # OmniGen2 and Boogu have these names in ComfyUI
+    ),
+    Refused(
+        "a text or image encoder under llama.cpp's tensor names, and none of those that are converted (T5-XXL, Llama 3.1 8B, Qwen2.5 3B, Qwen3); "
+        "give the original safetensors file",
+        (
+            (r"((enc|dec|v|a)\.)?blk\.\d+\.(attn|ffn|ssm|ln\d|cross_attn)_?",),
+            (r"token_embd\.",),
+        ),
+    ),
+    Refused(
+        "UMT5 in the layout of WAN's own repository, which no CLIP loader of ComfyUI reads; give ComfyUI's file of it, such as "
+        "umt5_xxl_fp16.safetensors, which has the tokenizer too",
+        ((r"token_embedding\.weight$", r"blocks\.0\.attn\.q\.weight$", r"blocks\.0\.ffn\.fc1\.weight$"),),
     ),
 )
 
@@ -95,6 +133,7 @@ REFUSED: tuple[Refused, ...] = (
             (r"taesd_(de|en)coder\.|(post_)?quant_conv\.|decoder\.layers\.1\.layers\.0\.beta$|vquantizer\.",),
         ),
     ),
+    *_OTHER_NAMES,
     DIFFUSERS,
 )  # fmt: skip
 

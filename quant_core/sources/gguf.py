@@ -14,6 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from ..errors import SourceError
+from .gguf_shapes import restore_shape
 from .source import CPU, TensorInfo
 from .tensor_file import MAX_HEADER, MAX_RANK, TensorFile
 
@@ -48,7 +49,6 @@ _SCALARS = {  # format characters of struct
 _ORIGINAL_SHAPE = (
     "comfy.gguf.orig_shape."  # + tensor name: its shape before it was reshaped into whole blocks (ComfyUI-GGUF)
 )
-_TEXT_ENCODERS = ("t5", "t5encoder", "llama", "qwen2vl", "qwen3", "qwen3vl", "gemma2", "gemma3", "mistral3")
 
 
 class _HeaderReader:
@@ -100,15 +100,16 @@ class _Quantized(NamedTuple):
 
 
 class GGUFFile(TensorFile):
-    """Open GGUF file of a diffusion model as a :class:`~.source.SampledSource`. A context manager; reading is thread-safe.
+    """Open GGUF file as a :class:`~.source.SampledSource`. A context manager; reading is thread-safe.
 
     Quantized tensors are dequantized to bfloat16 when they are read.
 
     Attributes:
         layers: quantization type → number of tensors dequantized from it.
+        fields: key-value pairs of the header; None for an array of strings or of more than ``MAX_RANK`` numbers.
 
     Raises:
-        SourceError: the file is damaged, or is a text encoder with the tensor names of llama.cpp.
+        SourceError: the file is damaged.
     """
 
     def _parse_header(self) -> None:
@@ -124,25 +125,19 @@ class GGUFFile(TensorFile):
             raise ValueError("not a GGUF file of version 2 or 3")
         if max(tensors, pairs) > _MAX_ENTRIES:
             raise ValueError(f"the header has {max(tensors, pairs):,} entries")
-        values: dict[str, Any] = {header.read_string().decode(): header.read_value() for _ in range(pairs)}
-        architecture = values.get("general.architecture")
-        if architecture in _TEXT_ENCODERS:
-            raise SourceError(
-                f"{self.path} is a text encoder ({architecture}) with the tensor names of llama.cpp; give the original safetensors file.",
-                file=str(self.path),
-            )
+        self.fields: dict[str, Any] = {header.read_string().decode(): header.read_value() for _ in range(pairs)}
         entries = []
         for _ in range(tensors):
             name, (rank,) = header.read_string().decode(), header.unpack("I")
             if rank > MAX_RANK:
                 raise ValueError(f"tensor {name} has {rank:,} dimensions")
             entries.append((name, header.unpack(f"{rank}Q"), *header.unpack("IQ")))
-        alignment = values.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+        alignment = self.fields.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         data = -(-header.position // alignment) * alignment
         self._quantized: dict[str, _Quantized] = {}
         for name, sides, kind, offset in entries:
             # GGUF stores the innermost dimension first
-            shape = values.get(_ORIGINAL_SHAPE + name, sides[::-1])
+            shape = self.fields.get(_ORIGINAL_SHAPE + name, restore_shape(name, sides[::-1]))
             self._add_entry(name, sides, shape, GGMLQuantizationType(kind), data + offset)
         self.layers = dict(Counter(stored.type.name for stored in self._quantized.values()))
 

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import MissingPackageError, SourceError
+from .diffusers_names import assemble_diffusers
+from .llama_cpp_names import assemble_llama_cpp
+from .renaming import RenamedSource
 from .safetensors import SafetensorsFile
 from .shards import INDEX_SUFFIX, ShardedFiles
 from .tensor_file import TensorFile
@@ -61,13 +64,21 @@ def open_safetensors(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles:
     return (ShardedFiles if path.name.endswith(INDEX_SUFFIX) else SafetensorsFile)(path)
 
 
-def open_source(path: str | os.PathLike) -> TensorFile | ShardedFiles:
+def open_source(path: str | os.PathLike) -> TensorFile | ShardedFiles | RenamedSource:
     """Open a PyTorch pickle or a GGUF file by its suffix, and any other path as :func:`open_safetensors` does.
 
+    Tensors under names that ComfyUI does not read get ComfyUI's names where this package has a conversion.
+
     Raises:
-        SourceError: the path is none of these, or a file is damaged.
+        SourceError: the path is none of these, a file is damaged, or some of its tensors have no conversion.
         MissingPackageError: a GGUF file, and the package ``gguf`` is not installed.
     """
     path = Path(path)
     opener = None if os.path.isdir(path) else _OPENERS.get(path.suffix.lower())
-    return opener(path) if opener else open_safetensors(path)
+    opened = opener(path) if opener else open_safetensors(path)
+    try:
+        assemblies = assemble_diffusers(opened) or assemble_llama_cpp(opened)
+        return RenamedSource(opened, assemblies) if assemblies else opened
+    except BaseException:
+        opened.close()
+        raise

@@ -19,7 +19,7 @@ from learned_rounding.quant_core.sources import TensorInfo
 from learned_rounding.tests.architectures.collect import TEXT_ENCODERS
 from learned_rounding.tests.architectures.lists import architectures, read, title
 
-__all__ = ["CHECKPOINT", "DOCUMENT", "ENCODERS", "RENAMED", "Found", "document", "examine", "source"]
+__all__ = ["CHECKPOINT", "CONVERTED", "DOCUMENT", "ENCODERS", "RENAMED", "Found", "document", "examine", "source"]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
@@ -34,7 +34,8 @@ edge). Then the size of the file in GB for each format, its kept part in 16 bits
 From which files: each of [the kinds of file](sources.md), whose errors by format stand there, and what depends on the model, *also from*: a *checkpoint* in
 which it lies with other parts gives the same decisions; *in a checkpoint* a text encoder beside a model whose family ComfyUI reads it quantized with;
 *diffusers* by Load Model in a graph, which has ComfyUI rename its layers, where each tensor gets its own name and shape back
-(`tests/nodes/test_opening.py`); a file of which ComfyUI leaves tensors over is refused. Any other model gets the general rule alone, and the
+(`tests/nodes/test_opening.py`), and for WAN, LTX-Video, Flux.2 and Hunyuan Video from any source; a file that has tensors without a
+conversion is refused. Any other model gets the general rule alone, and the
 plan says so.
 
 """
@@ -54,6 +55,11 @@ RENAMED = {
     "auraflow", "flux", "flux_fill", "flux_schnell", "koala_1b", "koala_700m", "longcat_image", "lotus_d", "pixart_alpha", "pixart_sigma", "sd15",
     "sd15_inpaint", "sd20", "sd21_unclip_h", "sd21_unclip_l", "sd35_large", "sd35_medium", "sd3_medium", "sdxl", "sdxl_instructpix2pix", "sdxl_refiner",
     "segmind_vega", "ssd_1b", "zimage",
+}  # fmt: skip
+# Lists of models under diffusers' names that this package converts, as tests/quant_core/sources/test_diffusers_names.py finds.
+CONVERTED = {
+    "flux2", "flux2_klein_4b", "flux2_klein_9b", "hunyuan", "hunyuan_1_5", "hunyuan_1_5_sr", "hunyuan_i2v", "hunyuan_skyreels", "ltxv", "ltxv_13b",
+    "wan_22_5b", "wan_22_i2v", "wan_flf2v", "wan_i2v", "wan_t2v", "wan_t2v_1_3b", "wan_vace", "wan_vace_1_3b",
 }  # fmt: skip
 # Lists of text encoders → names of their parts in checkpoints, where they are others.
 ENCODERS = {
@@ -129,7 +135,7 @@ def _origins(name: str, found: Found) -> str:
             if preset.detect and {name, *ENCODERS.get(name, ())} & set(preset.encoders)
         ]
         return f"in a checkpoint ({', '.join(beside)})" if beside else "–"
-    renamed = ["diffusers"] if name in RENAMED else []
+    renamed = ["diffusers"] if name in RENAMED | CONVERTED else []
     return ", ".join(["checkpoint"] * found.checkpoint + renamed) or "–"
 
 

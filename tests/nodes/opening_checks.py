@@ -18,8 +18,11 @@ from pack.quant_core.errors import QuantizationError, SourceError
 from pack.quant_core.formats.layer_json import config_tensor
 from pack.quant_core.recipes.refused import find_refusal
 from pack.quant_core.sources import TensorInfo
+from pack.quant_core.sources.diffusers_names import assemble_diffusers
+from pack.quant_core.sources.renaming import RenamedSource
 from pack.tests.architectures import read
 from pack.tests.architectures.collect import DIFFUSION
+from pack.tests.quant_core.sources.diffusers_lists import DIFFUSERS_LISTS, read_diffusers
 from safetensors.torch import load_file, save_file
 
 TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors"
@@ -210,4 +213,50 @@ def broken() -> dict[str, str]:
     return said
 
 
-CHECKS = {"opening_diffusers": diffusers, "opening_broken": broken}
+def fits_comfyuis_class(name: str) -> bool | None:
+    """Whether ComfyUI detects the converted names of a model and its class has the same tensors; None where it lacks that size."""
+    shapes = {
+        key: shape for key, shape in read_diffusers(name).items() if not re.search(r"blocks\.([2-9]|\d\d)\.", key)
+    }
+    source = header(name, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    source.path, source.paths, source.size = Path(name), (), 0
+    renamed = RenamedSource(source, assemble_diffusers(source))
+    state = {key: torch.empty(info.shape, device="meta") for key, info in renamed.tensors.items()}
+    config = model_detection.model_config_from_unet(copy.copy(state), "")
+    try:
+        model = config.get_model(copy.copy(state), "", device="meta")
+    except ValueError:
+        return None
+    expected = {key: value.shape for key, value in model.diffusion_model.state_dict().items()}
+    return {key: value.shape for key, value in config.process_unet_state_dict(state).items()} == expected
+
+
+def tiny_wan() -> dict[str, torch.Tensor]:
+    """WAN of width 256 with one block under diffusers' names."""
+    shapes = {
+        key: shape for key, shape in read_diffusers("wan_t2v_1_3b").items() if not re.search(r"blocks\.[1-9]", key)
+    }
+    sides = {1536: 256, 8960: 512, 9216: 1536}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        key: (torch.randn([sides.get(side, side) for side in shape], generator=generator) * 0.05).bfloat16()
+        for key, shape in shapes.items()
+    }
+
+
+def converted() -> dict:
+    """Diffusers' names that ComfyUI has no converter for."""
+    MODELS.mkdir(parents=True, exist_ok=True)
+    save_file(tiny_wan(), MODELS / "wan.safetensors")
+    source = host.FileSource.choose("diffusion_models/wan.safetensors", host.clip_types()[0])
+    quantized = host.quantize(source, RECIPE, lambda event: None)
+    model = host.build_model(source, quantized)
+    return {
+        "classes": {name: fits_comfyuis_class(name) for name in DIFFUSERS_LISTS},
+        "told": quantized.report.recognised,
+        "class": type(model.model).__name__,
+        "layers": len(host.quantized_layers(model)),
+    }
+
+
+CHECKS = {"opening_diffusers": diffusers, "opening_broken": broken, "opening_converted": converted}

@@ -1,6 +1,6 @@
 """Model files of all file formats under ComfyUI's names, inside the host's process."""
 
-from learned_rounding.tests.architectures.table import RENAMED
+from learned_rounding.tests.architectures.table import CONVERTED, RENAMED
 from learned_rounding.tests.nodes.probing import in_process
 
 
@@ -32,3 +32,14 @@ def test_all_file_formats_and_names_give_the_same_model(host, tmp_path, sentence
     refused = found["refused"]
     assert len(refused) == 4
     sentences(*refused.values())
+
+
+NOT_IN_0_3_75 = {"flux2_klein_4b", "flux2_klein_9b"}
+
+
+def test_names_that_comfyui_does_not_convert_fit_its_classes(host, tmp_path, sentences):
+    found = in_process(host, tmp_path, "opening_converted")
+    missing = NOT_IN_0_3_75 if host.version == "0.3.75" else set()
+    assert found["classes"] == {name: None if name in missing else True for name in CONVERTED}
+    assert found["class"] == "WAN21" and found["layers"] == 10
+    sentences(found["told"])

@@ -394,6 +394,30 @@ def test_diffusers_names_are_refused_because_comfyui_drops_their_scales(header_s
         make_plan(source)
 
 
+# Names of diffusers' classes that open_source does not convert, or not without the rest of the model.
+UNCONVERTED = {
+    "wan": "condition_embedder.time_embedder.linear_1.weight blocks.0.attn1.to_q.weight",
+    "ltx2": "audio_time_embed.emb.timestep_embedder.linear_1.weight time_embed.emb.timestep_embedder.linear_1.weight",
+    "hunyuan image": "context_embedder.proj_in.weight transformer_blocks.0.attn.to_q.weight",
+    "flux2": "double_stream_modulation_img.linear.weight x_embedder.weight transformer_blocks.0.attn.add_k_proj.weight",
+    "chroma": "distilled_guidance_layer.layers.0.linear_1.weight x_embedder.weight transformer_blocks.0.attn.add_k_proj.weight",
+    "mochi": "time_embed.timestep_embedder.linear_1.weight transformer_blocks.0.attn1.to_q.weight",
+    "cosmos": "time_embed.t_embedder.linear_1.weight transformer_blocks.0.attn1.to_q.weight",
+    "krea2": "time_embed.linear_1.weight transformer_blocks.0.attn.to_q.weight",
+    "cogvideox": "transformer_blocks.0.norm1.norm.weight transformer_blocks.0.attn1.to_q.weight",
+    "lumina2": "time_caption_embed.timestep_embedder.linear_1.weight noise_refiner.0.attn.to_q.weight layers.0.attn.to_q.weight",
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("family", UNCONVERTED)
+def test_diffusers_names_without_a_conversion_are_refused(header_source, family, prefix, sentences):
+    source = header_source({prefix + name: (64, 64) for name in UNCONVERTED[family].split()})
+    with sentences.raises(NothingToQuantizeError) as error:
+        make_plan(source)
+    assert "no conversion" in str(error.value)
+
+
 @pytest.mark.parametrize("name", architectures())
 def test_no_model_under_comfyuis_names_is_refused(layer_names, name):
     assert all(find_refusal(layer_names(name, prefix)) is None for prefix in PREFIXES)

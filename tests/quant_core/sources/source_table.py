@@ -39,11 +39,14 @@ TAIL = """
 is available. It also decodes ComfyUI's `nvfp4`, `mxfp8`, `convrot_w4a4` and `asym_w4a8_int8`, bit for bit as ComfyUI does
 (`tests/nodes/test_foreign.py`), but not bitsandbytes.
 
-* GGUF requires `pip install gguf`. Quantized tensors are dequantized to bfloat16. Text encoders in GGUF are refused.
+* GGUF requires `pip install gguf`. Quantized tensors are dequantized to bfloat16. Text encoders with the tensor names of llama.cpp get those of
+  transformers, which ComfyUI reads: T5-XXL, Llama 3.1 8B, Qwen2.5 3B and Qwen3. Others are refused: ComfyUI's files of them also hold a
+  tokenizer or an image encoder.
 * Pickles (`.ckpt`, `.pt`, `.pth`, `.bin`) are parsed without executing them: only dense tensors are read, at their positions in the file.
 * Diffusion models with the layer names of diffusers, sharded or not, can be loaded with **Load Model** in a graph, where ComfyUI converts the
   names (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt; Z-Image not on 0.3.75). The command line cannot convert names without ComfyUI and
-  refuses these models, because ComfyUI would lose the scales of the quantized layers when it renames them.
+  refuses these models, because ComfyUI would lose the scales of the quantized layers when it renames them. Names that ComfyUI has no converter
+  for are converted everywhere (WAN 2.1 and 2.2 with VACE, LTX-Video, Flux.2, Hunyuan Video 1.0 and 1.5); other families are refused.
 """
 
 Weights = Mapping[str, torch.Tensor]

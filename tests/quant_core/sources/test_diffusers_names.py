@@ -1,0 +1,148 @@
+"""Diffusers' names to ComfyUI's: names and shapes of diffusers' own classes (``diffusers/*.txt``) become those of ComfyUI's classes."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.errors import SourceError
+from learned_rounding.quant_core.recipes import make_plan
+from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo, open_source
+from learned_rounding.quant_core.sources.diffusers_names import FAMILIES, assemble_diffusers
+from learned_rounding.quant_core.sources.renaming import RenamedSource
+from learned_rounding.tests.architectures import architectures, read
+from learned_rounding.tests.architectures.table import CONVERTED
+from learned_rounding.tests.quant_core.sources.diffusers_lists import DIFFUSERS_LISTS as LISTS
+from learned_rounding.tests.quant_core.sources.diffusers_lists import read_diffusers as theirs
+
+PREFIX = "model.diffusion_model."
+
+
+def header(shapes: dict[str, tuple[int, ...]], name: str = "model.safetensors") -> SimpleNamespace:
+    infos = {key: TensorInfo(torch.bfloat16, shape) for key, shape in shapes.items()}
+    return SimpleNamespace(name=name, path=Path(name), paths=(), size=0, metadata={}, tensors=infos)
+
+
+def converted(shapes: dict[str, tuple[int, ...]]) -> RenamedSource:
+    source = header(shapes)
+    return RenamedSource(source, assemble_diffusers(source))
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_names_and_shapes_become_those_of_comfyuis_class(name):
+    found = {
+        key.replace("_norm.scale", "_norm.weight"): info.shape for key, info in converted(theirs(name)).tensors.items()
+    }  # ComfyUI reads both names of these norms
+    assert found == {key: tensor.shape for key, tensor in read(name).items()}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_the_plan_is_that_of_comfyuis_names(name):
+    plan = make_plan(converted(theirs(name)))
+    expected = make_plan(header({key: tensor.shape for key, tensor in read(name).items()}))
+    assert plan.explanation == expected.explanation and plan.preset is expected.preset is not None
+    assert set(plan.names("quantize")) == set(expected.names("quantize"))
+
+
+def test_the_second_time_embedding_of_hunyuan_video_15():
+    """Models distilled with MeanFlow (``use_meanflow`` of diffusers' class)."""
+    more = {f"time_embed.timestep_embedder_r.linear_{number}.weight": (2048, 256) for number in (1, 2)}
+    names = converted(theirs("hunyuan_1_5") | more).tensors.keys() - converted(theirs("hunyuan_1_5")).tensors.keys()
+    assert names == {"time_r_in.in_layer.weight", "time_r_in.out_layer.weight"}
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_comfyuis_names_are_left_alone(name):
+    shapes = {key: tensor.shape for key, tensor in read(name).items()}
+    assert assemble_diffusers(header(shapes)) is None
+    assert assemble_diffusers(header({PREFIX + key: shape for key, shape in shapes.items()})) is None
+
+
+def test_every_family_has_a_list():
+    assert set(LISTS) == CONVERTED
+    refused = [family for family in FAMILIES if family.lacks]
+    used = [family for family in FAMILIES for name in LISTS if set(family.marks) <= theirs(name).keys()]
+    assert {family.title for family in (*used, *refused)} == {family.title for family in FAMILIES}
+    assert all(sum(set(family.marks) <= theirs(name).keys() for family in FAMILIES) == 1 for name in LISTS)
+
+
+def tiny_flux2() -> dict[str, torch.Tensor]:
+    """Flux.2 of width 4 with one block of each kind; every value occurs once."""
+    shapes = {
+        key: tuple(max(1, side // 1536) for side in shape)
+        for key, shape in theirs("flux2").items()
+        if "blocks." not in key or "blocks.0." in key
+    }
+    start, tensors = 0, {}
+    for key, shape in shapes.items():
+        count = math.prod(shape)
+        tensors[key] = torch.arange(start, start + count, dtype=torch.float32).reshape(shape)
+        start += count
+    return tensors
+
+
+def test_joined_and_swapped_values(tmp_path):
+    """Queries, keys and values in this order; shift before scale in the output."""
+    original = tiny_flux2()
+    save_file(original, tmp_path / "flux2.safetensors")
+    with open_source(tmp_path / "flux2.safetensors") as source:
+        read = {name: source.read(name) for name in source.tensors}
+        assert all(tuple(read[name].shape) == info.shape for name, info in source.tensors.items())
+    block = "transformer_blocks.0.attn."
+    joined = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
+    for stream, parts in joined.items():
+        expected = torch.cat([original[f"{block}{part}.weight"] for part in parts])
+        assert torch.equal(read[f"double_blocks.0.{stream}_attn.qkv.weight"], expected)
+    scale, shift = original["norm_out.linear.weight"].chunk(2)
+    assert torch.equal(read["final_layer.adaLN_modulation.1.weight"], torch.cat((shift, scale)))
+    assert torch.equal(
+        read["single_blocks.0.linear1.weight"], original["single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight"]
+    )
+    values = torch.cat([tensor.flatten() for tensor in read.values()])
+    assert torch.equal(values.sort().values, torch.arange(values.numel(), dtype=torch.float32))
+
+
+def test_a_quantized_file_has_comfyuis_names(tmp_path):
+    """Two runs over the same file: the second one finds the output of the first."""
+    save_file({key: tensor.bfloat16() for key, tensor in tiny_flux2().items()}, tmp_path / "flux2.safetensors")
+    recipe = Recipe(rounding="nearest", preset="none")
+    out = tmp_path / "out.safetensors"
+    first = quantize_file(tmp_path / "flux2.safetensors", out, recipe)
+    assert not first.already_done and quantize_file(tmp_path / "flux2.safetensors", out, recipe).already_done
+    with SafetensorsFile(out) as made:
+        assert {
+            "double_blocks.0.img_attn.qkv.weight_scale",
+            "single_blocks.0.norm.key_norm.scale",
+        } <= made.tensors.keys()
+        assert not any("transformer_blocks" in name for name in made.tensors)
+
+
+def changed(change: str) -> dict[str, tuple[int, ...]]:
+    shapes = theirs("flux2_klein_4b")
+    query = "transformer_blocks.0.attn.to_q.weight"
+    if change == "unknown":
+        return shapes | {"extra.weight": (4, 4), "x_embedder.weight_scale": (1,)}
+    if change == "missing":
+        return {key: shape for key, shape in shapes.items() if key != query}
+    if change == "scalar":
+        return shapes | {"norm_out.linear.weight": ()}
+    return shapes | {query: (3072, 3073)}
+
+
+@pytest.mark.parametrize("change", ["unknown", "missing", "scalar", "width"])
+def test_files_that_are_not_whole_are_refused(change, sentences):
+    with sentences.raises(SourceError):
+        converted(changed(change))
+
+
+LTX2 = "audio_proj_in.weight proj_in.weight time_embed.emb.timestep_embedder.linear_1.weight transformer_blocks.0.attn1.to_q.weight"
+
+
+def test_ltx2_is_refused_by_what_it_lacks(tmp_path, sentences):
+    save_file({name: torch.zeros(8, 8) for name in LTX2.split()}, tmp_path / "ltx2.safetensors")
+    with sentences.raises(SourceError):
+        open_source(tmp_path / "ltx2.safetensors")
