@@ -61,6 +61,7 @@ ENCODERS = {
     "t5_old": ("t5xxl",),
     "umt5": ("umt5xxl",),
     "llama3_8b": ("llama",),
+    "yue2_lm": ("",),
     "qwen3vl_8b": ("qwen3vl",),
     "gpt_oss_20b": ("gpt_oss",),
 }
