@@ -7,7 +7,7 @@ Roles:
 * router: as many outputs as there are experts beside it, whose top-k it selects;
 * narrow: few inputs (a small basis) or few outputs (a gate per head or expert).
 
-Together they are less than 1 % of the parameters of a model, and an error there reaches all blocks or whole heads or experts.
+They are few of a model's parameters, and an error there affects all blocks, or whole heads or experts.
 """
 
 import re
@@ -28,7 +28,7 @@ _BLOCK_MATRICES = 2  # of a block at least
 _EXPERT_MATRICES = 3  # of an expert at most: gate, up and down projection
 _EXPERT_SIDE = 64  # of the matrices in a tensor of experts at least: the kernels of convolutions are smaller
 
-_MODULATION = "modulation outside the blocks: few parameters, steers all of them"
+_MODULATION = "modulation outside the blocks: few parameters, steers every block"
 _ROUTER = "router of {count} experts: few parameters, selects the experts of a token"
 _FEW_INPUTS = "few inputs ({count}): few parameters, all outputs depend on each of them"
 _FEW_OUTPUTS = "few outputs ({count}), such as one gate per head or expert: few parameters"
@@ -96,25 +96,22 @@ def _enclosing_lists(name: str) -> list[tuple[str, str]]:
 def _find_modulations(
     matrices: Mapping[str, Shape], lists: Mapping[str, Mapping[str, list[Shape]]]
 ) -> Iterable[tuple[str, str]]:
-    blocks = {path for path, members in lists.items() if min(map(len, members.values())) >= _BLOCK_MATRICES}
-    outside = {
-        name: shape
-        for name, shape in matrices.items()
-        if blocks.isdisjoint([path for path, _ in _enclosing_lists(name)])
-    }
     scopes: dict[str, _Scope] = defaultdict(_Scope)
-    for path in blocks:
-        scopes[_parent(path)].widths |= _find_widths(shape for shapes in lists[path].values() for shape in shapes)
-    siblings = Counter(_module(name, scopes) for name in outside)
+    for path, members in lists.items():
+        blocks = [shapes for shapes in members.values() if len(shapes) >= _BLOCK_MATRICES]
+        if len(blocks) > 1:
+            scopes[_parent(path)].widths |= _find_widths(shape for shapes in blocks for shape in shapes)
+    modules = {name: _find_module(name, scopes) for name in matrices}
+    outside = {name: matrices[name] for name, module in modules.items() if not _INDEX.search(f"{module}.")}
     for name, (outputs, inputs) in outside.items():
         if outputs >= inputs:
             for scope in _enclosing_scopes(name, scopes):
                 scope.writes.add(outputs)
+    layers = Counter(modules.values())
     return (
         (name, _MODULATION)
         for name, shape in outside.items()
-        if siblings[_module(name, scopes)] == 1
-        and any(scope.modulates(shape) for scope in _enclosing_scopes(name, scopes))
+        if layers[modules[name]] == 1 and any(scope.modulates(shape) for scope in _enclosing_scopes(name, scopes))
     )
 
 
@@ -122,11 +119,14 @@ def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _module(name: str, scopes: Container[str]) -> str:
-    """Path of the module around the layer of a matrix; the matrix itself where that is the whole model."""
+def _ancestors(path: str, count: int) -> list[str]:
+    """Paths of the modules around ``path``, from the inside."""
+    return [path := _parent(path) for _ in range(count)]
+
+
+def _find_module(name: str, scopes: Container[str]) -> str:
+    """Path of the module around the layer of a matrix; the matrix itself if that is the whole scope."""
     path = _parent(_parent(name))
-    while path.rpartition(".")[2].isdecimal():
-        path = _parent(path)
     return name if path in scopes else path
 
 
@@ -146,7 +146,7 @@ def _find_widths(shapes: Iterable[Shape]) -> set[int]:
 def _find_routers(
     shapes: Mapping[str, Shape], matrices: Mapping[str, Shape], lists: Mapping[str, Mapping[str, list[Shape]]]
 ) -> Iterable[tuple[str, str]]:
-    banks: dict[str, set[Shape]] = defaultdict(set)  # module → (experts, inputs) beside which a router may be
+    banks: dict[str, set[Shape]] = defaultdict(set)  # module with experts → (outputs, inputs) of their router
     for path, members in lists.items():
         if max(map(len, members.values())) <= _EXPERT_MATRICES:
             outputs, inputs = (
@@ -155,10 +155,10 @@ def _find_routers(
             banks[_parent(path)] |= {(len(members), width) for width in outputs & inputs}
     for name, (count, *sides) in shapes.items():
         if len(sides) == 2 and count > 1 and min(sides) >= _EXPERT_SIDE:
-            for path in (_parent(name), _parent(_parent(name)), _parent(_parent(_parent(name)))):
+            for path in _ancestors(name, 3):
                 banks[path] |= {(count, side) for side in sides}
     return (
         (name, _ROUTER.format(count=shape[0]))
         for name, shape in matrices.items()
-        if shape in banks.get(_parent(_parent(name)), ())
+        if any(shape in banks.get(path, ()) for path in _ancestors(_parent(name), 2))
     )

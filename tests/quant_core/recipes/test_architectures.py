@@ -26,7 +26,7 @@ LEAST = {
     "ace_step": 0.55,  # lyric encoder
     "gemma4": 0.35,  # embeddings of every layer
     "generic_text": 0.73,  # embedding
-    "kandinsky6": 0.84,  # modulations
+    "kandinsky6": 0.82,  # modulations
     "lens": 0.65,  # modulations
     "qwen35": 0.64,  # embedding
     "sd15": 0.28,  # convolutions
