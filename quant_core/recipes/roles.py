@@ -21,8 +21,7 @@ __all__ = ["find_roles"]
 
 _INDEX = re.compile(r"\.(\d+)(?=\.)")  # of a module in a list
 _DEEPEST = 16  # parts of a name; names with more parts have no role, so that the time stays linear
-_NARROW = 64  # inputs or outputs; fewer are narrow
-_ASPECT = 16  # longer side / shorter side of a narrow layer, at least
+_NARROW, _WIDE = 64, 1024  # a narrow layer has a side shorter than the one and a side at least as long as the other
 _MULTIPLES = range(2, 25)  # width of a modulation / width of the blocks
 _BLOCK_MATRICES = 2  # of a block at least
 _EXPERT_MATRICES = 3  # of an expert at most: gate, up and down projection
@@ -74,7 +73,7 @@ def find_roles(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 def _describe_narrow(shape: Shape) -> str | None:
     outputs, inputs = shape
-    if min(shape) >= _NARROW or max(shape) < _ASPECT * min(shape):
+    if min(shape) >= _NARROW or max(shape) < _WIDE:
         return None
     return _FEW_INPUTS.format(count=inputs) if inputs < outputs else _FEW_OUTPUTS.format(count=outputs)
 
