@@ -199,7 +199,7 @@ def make_plan(
 
     Args:
         preset, heur: as in a :class:`~.recipe.Recipe`.
-        rules: layer rules of the user; they override preset and ``heur``, unless ComfyUI cannot read the result.
+        rules: layer rules of the user; they override preset, roles and ``heur``, unless ComfyUI cannot read the result.
         block_size: side of a block in weights, for ``heur``.
         check: called often; raises to cancel.
 

@@ -2,9 +2,9 @@
 
 Roles:
 
-* modulation: one layer outside the blocks whose output is several times as wide as the blocks, which all take their shifts,
-  scales and gates from it;
-* router: as many outputs as there are experts beside it, whose top-k it selects;
+* modulation: a layer outside the blocks that maps a conditioning vector to several times the width of the blocks: the shifts,
+  scales and gates of all of them;
+* router: a layer beside experts with one output for each of them; the top k are selected;
 * narrow: few inputs (a small basis) or few outputs (a gate per head or expert).
 
 They are few of a model's parameters, and an error there affects all blocks, or whole heads or experts.
@@ -14,13 +14,15 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ..sources import TensorInfo
 
 __all__ = ["find_roles"]
 
 _INDEX = re.compile(r"\.(\d+)(?=\.)")  # of a module in a list
-_DEEPEST = 16  # parts of a name; names with more parts have no role, so that the time stays linear
+# Time and memory stay linear in the number of names: those of more parts have no role, and lists nested deeper count for none.
+_DEEPEST, _LISTS = 16, 4
 _NARROW, _WIDE = 64, 1024  # a narrow layer has a side shorter than the one and a side at least as long as the other
 _MULTIPLES = range(2, 25)  # width of a modulation / width of the blocks
 _BLOCK_MATRICES = 2  # of a block at least
@@ -89,7 +91,7 @@ def _find_lists(matrices: Mapping[str, Shape]) -> dict[str, dict[str, list[Shape
 
 def _enclosing_lists(name: str) -> list[tuple[str, str]]:
     """(path, index) of the modules in lists that contain the tensor."""
-    return [(name[: index.start()], index[1]) for index in _INDEX.finditer(name)]
+    return [(name[: index.start()], index[1]) for index in islice(_INDEX.finditer(name), _LISTS)]
 
 
 def _find_modulations(
