@@ -145,6 +145,28 @@ def test_a_router_has_as_many_outputs_as_experts(header_source, experts, name, s
     sentences(decision.reason)
 
 
+# Blocks of the text encoder of Ming-Image, which no preset knows: layer → shape.
+MING = {
+    "attention.query_key_value": (3072, 2048),
+    "attention.dense": (2048, 2048),
+    "mlp.gate.proj": (256, 2048),
+    "mlp.image_gate.proj": (256, 2048),
+    "mlp.experts.gate_up_proj": (256, 1024, 2048),
+    "mlp.experts.down_proj": (256, 2048, 512),
+    "mlp.shared_experts.gate_proj": (512, 2048),
+    "mlp.shared_experts.down_proj": (2048, 512),
+}
+
+
+def test_two_routers_of_a_model_without_a_preset_are_found(header_source):
+    names = {f"thinker.layers.{block}.{layer}.weight": shape for block in range(1, 20) for layer, shape in MING.items()}
+    made = make_plan(header_source(names), preset="none")
+    kept = {name.split(".", 3)[3] for name in made.names("keep")}
+    assert kept == {
+        f"mlp.{layer}.weight" for layer in ("gate.proj", "image_gate.proj", "experts.gate_up_proj", "experts.down_proj")
+    }
+
+
 @pytest.mark.parametrize(
     "experts",
     [
