@@ -15,6 +15,7 @@ from ..sources import Source, TensorInfo
 from .layers import LayerRule, find_rules, most_specific
 from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognize_preset
 from .refused import find_refusal
+from .roles import find_roles
 from .rules import check_eligibility, check_heuristic
 
 __all__ = ["Choice", "Decision", "Plan", "make_plan"]
@@ -22,7 +23,7 @@ __all__ = ["Choice", "Decision", "Plan", "make_plan"]
 _OUTLINE = 6  # points
 
 _TEXT_ENCODER = " Also {}, which ComfyUI 0.33 and newer reads quantized; keep layers ^{} for older versions."
-_ENCODER = re.compile(r"text_encoders\.(?P<part>[^.]+)\.transformer\.")
+_ENCODER = re.compile(r"text_encoders\.(?:(?P<part>[^.]+)\.transformer\.)?")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _find_encoders(tensors: Mapping[str, TensorInfo], family: Preset) -> dict[st
     """Name prefix → preset of the text encoders in a checkpoint of that family that ComfyUI reads quantized."""
     parts: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
-        if (found := _ENCODER.match(name)) and found["part"] in family.encoders:
+        if (found := _ENCODER.match(name)) and (found["part"] or "") in family.encoders:
             parts.setdefault(found[0], {})[name.removeprefix(found[0])] = info
     known = {start: recognize_preset(part) for start, part in parts.items()}
     return {start: preset for start, preset in known.items() if preset}
@@ -153,9 +154,15 @@ def _find_obstacle(rules: Iterable[Rule], name: str, format: FormatConfig | None
 
 
 def _decide(
-    name: str, info: TensorInfo, start: str, preset: Preset | None, own: Sequence[LayerRule], heur: int | None
+    name: str,
+    info: TensorInfo,
+    start: str,
+    preset: Preset | None,
+    own: Sequence[LayerRule],
+    role: str | None,
+    heur: int | None,
 ) -> Decision:
-    """``start``: name prefix that presets ignore. ``own``: layer rules of the user that match the name."""
+    """``start``: name prefix that presets ignore. ``own``: layer rules of the user that match the name. ``role``: see :mod:`.roles`."""
     seen = name.removeprefix(start)
     if preset and (reason := _find_reason(preset.remove, seen)):
         return Decision("remove", reason)
@@ -167,7 +174,7 @@ def _decide(
         return Decision("keep", reason)
     if rule:
         return Decision("quantize" if rule.format else "keep", rule.reason, rule.format)
-    kept = _find_reason(rules, seen) or (heur and check_heuristic(info, heur))
+    kept = _find_reason(rules, seen) or role or (heur and check_heuristic(info, heur))
     return Decision("keep", kept) if kept else Decision("quantize")
 
 
@@ -192,7 +199,7 @@ def make_plan(
 
     Args:
         preset, heur: as in a :class:`~.recipe.Recipe`.
-        rules: layer rules of the user; they override preset and ``heur``, unless ComfyUI cannot read the result.
+        rules: layer rules of the user; they override preset, roles and ``heur``, unless ComfyUI cannot read the result.
         block_size: side of a block in weights, for ``heur``.
         check: called often; raises to cancel.
 
@@ -214,11 +221,11 @@ def make_plan(
     decisions, own, block = {}, tuple(dict.fromkeys(rules)), block_size if heur else None
     eligible = (name for name, info in source.tensors.items() if check_eligibility(name, info) is None)
     found = find_rules(own, eligible, check)
+    roles = find_roles(source.tensors)
     for name, info in source.tensors.items():
         start = _encoder_prefix(name)
-        decisions[name] = _decide(
-            name, info, start if start in encoders else "", encoders.get(start, family), found.get(name, ()), block
-        )
+        seen, preset_of = (start, encoders[start]) if start in encoders else ("", family)
+        decisions[name] = _decide(name, info, seen, preset_of, found.get(name, ()), roles.get(name), block)
     used = {rule for name, its_rules in found.items() if decisions[name].action != "remove" for rule in its_rules}
     idle = tuple(rule for rule in own if rule not in used)
     plan = Plan(decisions, family, detected=preset == AUTO, encoders=encoders, idle=idle)

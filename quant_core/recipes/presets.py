@@ -6,8 +6,8 @@ A preset file has
 * ``detect``: lists of marks; all marks of one list must match, and ``absent``: marks that must not match. A mark is a tensor
   name and optionally its shape, ``cap_embedder.1.weight 3840x*``. A preset without ``detect`` is used only by its name;
 * ``blocks``: pattern of the layers that the preset covers; the plan reports layers to quantize that it does not cover;
-* ``encoders``: text encoders of a checkpoint of this family that ComfyUI reads quantized, by the names of their parts;
-  their rules are those of the preset that recognizes them;
+* ``encoders``: text encoders of a checkpoint of this family that ComfyUI reads quantized, by the names of their parts (an
+  empty name: the checkpoint has one text encoder, without a name); their rules are those of the preset that recognizes them;
 * ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``, optionally ``cannot`` or ``table``, see :class:`Rule`;
 * ``include``: presets whose rules come first.
 

@@ -4,7 +4,7 @@
 
 PYTHON is a ComfyUI's own interpreter and COMFYUI the folder of its main.py; nothing of this package is imported. The
 output is ``{"version": …, "missing": […], "lists": {name: [[tensor, kind, [sides]], …]}}``, missing being the classes of
-diffusion models that ComfyUI knows and no list is of. A tensor's kind is that of the module that
+diffusion models that ComfyUI knows and no list is of; models that this ComfyUI does not have are left out. A tensor's kind is that of the module that
 holds it: ``linear`` (of ComfyUI's operations: the only ones read as quantized), ``embedding``, ``experts`` and ``conv`` (of
 its operations too), ``norm``, or ``other`` (a parameter that a model uses by itself, a layer outside the operations, a
 buffer). What a file calls differently than the module does is listed under the file's name.
@@ -13,7 +13,7 @@ A diffusion model counts only when ComfyUI's own detection, given the listed nam
 was meant and builds the same model again.
 """
 
-import importlib
+import importlib.util
 import json
 import sys
 from dataclasses import dataclass, field
@@ -211,6 +211,11 @@ def _ltx(model: str, layers: int, head: int, **more) -> dict:
 
 
 _LTX23 = {"apply_gated_attention": True, "caption_proj_before_connector": True, "cross_attention_adaln": True}
+_LTX25 = _LTX23 | {
+    "caption_projection_first_linear": False, "ff_bias": False, "use_keyframes_abs_pos_embedding": True,
+    "connector_apply_gated_attention": True, "connector_num_layers": 8, "connector_num_attention_heads": 32,
+    "audio_connector_num_attention_heads": 32, "audio_connector_attention_head_dim": 64,
+}  # fmt: skip
 _MOCHI = {
     "image_model": "mochi_preview", "depth": 48, "patch_size": 2, "num_heads": 24, "hidden_size_x": 3072,
     "hidden_size_y": 1536, "mlp_ratio_x": 4.0, "mlp_ratio_y": 4.0, "learn_sigma": False, "in_channels": 12, "qk_norm": True,
@@ -244,6 +249,12 @@ def _kandinsky(dim: int, text: int, visual: int, **more) -> dict:
         "image_model": "kandinsky5", "model_dim": dim, "ff_dim": 4 * dim, "num_text_blocks": text, "num_visual_blocks": visual,
         "visual_embed_dim": 132, "axes_dims": (16, 24, 24) if dim == 1792 else (32, 48, 48), **more,
     }  # fmt: skip
+
+
+_KANDINSKY6_LITE = {
+    "time_dim": 512, "model_dim": 1792, "ff_dim": 7168, "num_text_blocks": 2, "num_visual_blocks": 32, "axes_dims": (16, 24, 24),
+    "model_dim_a": 896, "time_dim_a": 512, "ff_dim_a": 3584, "head_dim_a": 64,
+}  # fmt: skip
 
 
 def _audio(**more) -> dict:
@@ -324,7 +335,10 @@ DIFFUSION: dict[str, Architecture] = {
     "ltxv_13b": A("LTX-Video 13B", "LTXV", _ltx("ltxv", 48, 128), RELEASE),
     "ltx2": A("LTX-2 19B", "LTXAV", _ltx("ltxav", 48, 128)),
     "ltx23": A("LTX-2.3 22B", "LTXAV", _ltx("ltxav", 48, 128, **_LTX23), UNSURE, metadata=_LTX23),
+    "ltx25": A("LTX-2.5 22B", "LTXAV", _ltx("ltxav", 48, 128, **_LTX25), RELEASE, metadata=_LTX25),
     "minimax_h3": A("MiniMax H3", "MiniMaxH3", {"image_model": "minimax_h3"}),
+    "minimax_h3_pruned": A("MiniMax H3, pruned", "MiniMaxH3", {"image_model": "minimax_h3", "adaln_curve_grid": 1025, "time_embed_dim": 8}, RELEASE),
+    "prism": A("Prism", "Prism"),
     "hunyuan": A("Hunyuan Video", "HunyuanVideo", _hunyuan(), RELEASE),
     "hunyuan_i2v": A("Hunyuan Video I2V", "HunyuanVideoI2V", _hunyuan(in_channels=33), RELEASE),
     "hunyuan_skyreels": A("SkyReels I2V", "HunyuanVideoSkyreelsI2V", _hunyuan(in_channels=32), RELEASE),
@@ -380,21 +394,28 @@ DIFFUSION: dict[str, Architecture] = {
     "triposplat": A("TripoSplat", "TripoSplat", {"image_model": "triposplat"}),
     "trellis2": A("TRELLIS.2", "Trellis2", {"image_model": "trellis2", "resolution": 64, "init_txt_model": False, "txt_only": False}),
     "hidream": A("HiDream-I1, E1", "HiDream", _HIDREAM),
+    "sensenova_u15": A("SenseNova U1.5", "SenseNovaU15", {"image_model": "sensenova_u15", "has_lm_head": True}),
     "hidream_o1": A("HiDream-O1", "HiDreamO1", {"image_model": "hidream_o1"}),
     "ace_step": A("ACE-Step 1", "ACEStep", _ACE),
     "ace_step_15": A("ACE-Step 1.5", "ACEStep15", {"audio_model": "ace1.5"}, device="cpu"),
+    "yue2": A("YuE 2", "YuE2", {"audio_model": "yue2"}),
     "minimax_music": A("MiniMax Music 3", "MiniMaxMusic3", {"audio_model": "minimax_music3"}),
     "omnigen2": A("OmniGen2", "Omnigen2", _OMNIGEN2),
     "boogu": A("Boogu-Image", "Boogu", {"image_model": "boogu"}),
     "mage_flow": A("Mage-Flow", "MageFlow", {"image_model": "mage_flow"}),
     "qwen_image": A("Qwen-Image, -Edit, -2512", "QwenImage", {"image_model": "qwen_image"}),
     "qwen_image_layered": A("Qwen-Image-Layered", "QwenImage", {"image_model": "qwen_image", "use_additional_t_cond": True}),
+    "qwen_image_21": A("Qwen-Image 2.1", "QwenImage21", {"image_model": "qwen_image21"}),
+    "qwen_image_21_split": A(
+        "Qwen-Image 2.1 (gate and up projections apart)", "QwenImage21", {"image_model": "qwen_image21", "fused_mlp": False}),
     "joyimage": A("JoyImage", "JoyImage", {"image_model": "joyimage"}),
     "ideogram4": A("Ideogram 4", "Ideogram4", {"image_model": "ideogram4"}),
     "krea2": A("Krea 2", "Krea2", {"image_model": "krea2"}),
     "kandinsky5_lite": A("Kandinsky 5 Lite (video)", "Kandinsky5", _kandinsky(1792, 2, 32, time_dim=512)),
     "kandinsky5_pro": A("Kandinsky 5 Pro (video)", "Kandinsky5", _kandinsky(4096, 4, 60, time_dim=1024), RELEASE),
     "kandinsky5_image": A("Kandinsky 5 Lite (image)", "Kandinsky5Image", _kandinsky(2560, 2, 50, time_dim=512, visual_embed_dim=64), RELEASE),
+    "kandinsky6_pro": A("Kandinsky 6 Pro", "Kandinsky6", {"image_model": "kandinsky6"}),
+    "kandinsky6_lite": A("Kandinsky 6 Lite", "Kandinsky6", {"image_model": "kandinsky6", **_KANDINSKY6_LITE}),
     "ernie_image": A("ERNIE-Image", "ErnieImage", {"image_model": "ernie"}),
     "cogvideox_2b": A("CogVideoX 2B", "CogVideoX_T2V", _cog(30, 30)),
     "cogvideox_5b": A("CogVideoX 5B", "CogVideoX_T2V", _cog(48, 42), RELEASE),
@@ -440,6 +461,7 @@ TEXT_ENCODERS: dict[str, Architecture] = {
     "qwen3_8b": A("Qwen3 8B", _LLAMA + ":Qwen3_8B"),
     "ace15_lm_2b": A("ACE-Step 1.5 LM 1.7B", _LLAMA + ":Qwen3_2B_ACE15_lm"),
     "ace15_lm_4b": A("ACE-Step 1.5 LM 4B", _LLAMA + ":Qwen3_4B_ACE15_lm"),
+    "yue2_lm": A("YuE 2 LM", "text_encoders.yue2:YuE2TEModel"),
     "minimax_music_lm": A("MiniMax Music 3 LM", "text_encoders.minimax_music:MiniMaxMusic3TEModel"),
     "qwen3vl_4b": A("Qwen3-VL 4B", "text_encoders.qwen3vl:Qwen3VL", {"model_type": "qwen3vl_4b"}, renamed=_VL),
     "qwen3vl_8b": A("Qwen3-VL 8B", "text_encoders.qwen3vl:Qwen3VL", {"model_type": "qwen3vl_8b"}, renamed=_VL),
@@ -502,15 +524,22 @@ def collect(comfyui: Path) -> dict:
             found.append([_file_name(name, entry.renamed), kind, list(tensor.shape)])
         return found
 
+    known = {model.__name__ for model in importlib.import_module("comfy.supported_models").models}
     builders = ((DIFFUSION, _diffusion_model), (TEXT_ENCODERS, _text_encoder))
     lists = {
         name: tensors(build(entry, Operations, comfyui), entry)
         for entries, build in builders
         for name, entry in entries.items()
+        if _has_class(entry, known)
     }
-    known = {model.__name__ for model in importlib.import_module("comfy.supported_models").models}
     missing = sorted(known - {entry.build for entry in DIFFUSION.values()})
     return {"version": comfyui_version.__version__, "missing": missing, "lists": lists}
+
+
+def _has_class(entry: Architecture, known: set[str]) -> bool:
+    """Whether this ComfyUI has the model; ``known``: names of its classes of diffusion models."""
+    module, _, name = entry.build.rpartition(":")
+    return importlib.util.find_spec(f"comfy.{module}") is not None if module else name in known
 
 
 def _file_name(name: str, renamed: dict[str, str]) -> str:

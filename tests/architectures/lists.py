@@ -7,6 +7,8 @@ A line is kind, name and shape (nothing for a single number); ``+`` says that th
 it is, from which ComfyUI, and how sure its sizes are.
 
     make architectures    collects all lists again, from the newest ComfyUI that `make hosts` prepared
+
+Lists of models that this ComfyUI does not have stay; they are from ComfyUI's sources of a later date (``LATER``).
 """
 
 import itertools
@@ -19,10 +21,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Tensor", "architectures", "collapse", "expand", "read", "text", "rebuild", "title", "version"]
+__all__ = ["LATER", "Tensor", "architectures", "collapse", "expand", "read", "text", "rebuild", "title", "version"]
 
 _FOLDER = Path(__file__).parent / "lists"
-_VERSION = re.compile(r"ComfyUI ([\d.]+)")
+_VERSION = re.compile(r"ComfyUI ([\w.]+)")
+LATER = "later"  # version of a list from sources that no release on this machine has
 
 
 class Tensor(NamedTuple):
@@ -48,7 +51,7 @@ def title(name: str) -> str:
 
 
 def version(name: str) -> str:
-    """The ComfyUI a list was made from."""
+    """The ComfyUI that a list was made from, or :data:`LATER`."""
     return _VERSION.search(_lines(name)[0])[1]
 
 
@@ -156,10 +159,12 @@ def main() -> None:
         sys.exit("no ComfyUI on this machine: make hosts")
     comfyui, lists, _ = rebuild(hosts[-1])
     _FOLDER.mkdir(exist_ok=True)
+    entries = DIFFUSION | TEXT_ENCODERS
     for path in _FOLDER.glob("*.txt"):
-        path.unlink()
-    for name, entry in (DIFFUSION | TEXT_ENCODERS).items():
-        (_FOLDER / f"{name}.txt").write_text(text(entry, comfyui, lists[name]), encoding="utf-8")
+        if path.stem in lists or path.stem not in entries:
+            path.unlink()
+    for name, tensors in lists.items():
+        (_FOLDER / f"{name}.txt").write_text(text(entries[name], comfyui, tensors), encoding="utf-8")
     print(f"{len(lists)} lists from {hosts[-1]}")
 
 

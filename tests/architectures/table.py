@@ -25,7 +25,8 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
 
 What becomes of the models that ComfyUI knows when nothing but a format is chosen, from their true tensors (built from ComfyUI's own classes,
-`tests/architectures/lists`) and the presets. Written by `python tests/architectures/table.py`; a test compares.
+or read from its sources where the model is newer than ComfyUI 0.33; `tests/architectures/lists`), the presets and the roles of layers. Written by
+`python tests/architectures/table.py`; a test compares.
 
 *quantized* is the share of the parameters in quantized layers; every format takes all of these layers. *ConvRot 256* is the share of the layers
 that rotate in groups of 256 (others take 64 or 16), *blocks of 128* that of layers which whole blocks cover (others have smaller blocks at their
@@ -67,6 +68,7 @@ ENCODERS = {
     "t5_old": ("t5xxl",),
     "umt5": ("umt5xxl",),
     "llama3_8b": ("llama",),
+    "yue2_lm": ("",),
     "qwen3vl_8b": ("qwen3vl",),
     "gpt_oss_20b": ("gpt_oss",),
 }

@@ -174,7 +174,7 @@ LISTS = {part: name for name, parts in table.ENCODERS.items() for part in parts}
 @pytest.mark.parametrize("preset, encoder", ENCODERS, ids=[f"{preset.name}-{encoder}" for preset, encoder in ENCODERS])
 def test_each_part_of_a_checkpoint_gets_its_own_rule(layer_names, header_source, preset, encoder, sentences):
     """The text encoder alone and in the checkpoint: the same decisions, removals included."""
-    start = f"text_encoders.{encoder}.transformer."
+    start = f"text_encoders.{encoder}.transformer." if encoder else "text_encoders."
     alone = {**layer_names(LISTS.get(encoder, encoder)), "lm_head.weight": (64, 64)}
     own = make_plan(header_source(alone)).decisions
     family = layer_names(

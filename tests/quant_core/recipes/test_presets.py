@@ -56,6 +56,26 @@ def tencent_spelling(shapes):
     return shapes
 
 
+# List of a model of autumn 2026 → its preset.
+NEWEST = {
+    "kandinsky6_lite": "kandinsky6",
+    "kandinsky6_pro": "kandinsky6",
+    "ltx25": "ltxv2",
+    "minimax_h3_pruned": "minimax_h3",
+    "prism": "prism",
+    "qwen_image_21": "qwen21",
+    "qwen_image_21_split": "qwen21",
+    "sensenova_u15": "sensenova",
+    "yue2": "yue2",
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", NEWEST)
+def test_newest_models_have_presets(layer_names, name, prefix):
+    assert recognize_preset(infos(layer_names(name, prefix))) is PRESETS[NEWEST[name]]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_parses_and_uses_known_keys(path):
     data = tomllib.loads(path.read_text(encoding="utf-8"))
