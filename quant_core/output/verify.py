@@ -184,12 +184,13 @@ class _Verifier:
                 )
         if legacy:
             yield Finding(
-                f"{len(legacy)} layers are scaled FP8 of older tools ({LEGACY_MARKER}); lrq migrate writes them in the current format.",
+                f"Layers in scaled FP8 of older tools ({LEGACY_MARKER}), which ComfyUI loads: {len(legacy)}; "
+                "lrq migrate writes them in the current format.",
                 fatal=False,
             )
         for dtype, count in (+unscaled).items():
             yield Finding(
-                f"{count} tensors are {dtype} without a scale, which ComfyUI loads as plain weights; "
+                f"Tensors in {dtype} without a scale, which ComfyUI loads as plain weights: {count}; "
                 "lrq quantize --requantize gives layers a scale.",
                 fatal=False,
             )
@@ -208,8 +209,8 @@ class _Verifier:
         fix = "lrq migrate writes the layer in the current format"
         if weight is None or weight.dtype not in UNSCALED_DTYPES:
             yield Finding(f"{layer}: has a {_LEGACY_SCALE} and no FP8 weight; download the file again.")
-        elif not marked or self.configs or self.header:
-            why = "quantized layers of the current format" if marked else f"no {LEGACY_MARKER} tensor"
+        elif not marked or QUANTIZATION_KEY in self._source.metadata:
+            why = f"a {QUANTIZATION_KEY} in its header" if marked else f"no {LEGACY_MARKER} tensor"
             yield Finding(f"{layer}: ComfyUI ignores its {_LEGACY_SCALE} because the file has {why}; {fix}.")
         elif weight.dtype is not torch.float8_e4m3fn:
             yield Finding(
@@ -217,7 +218,7 @@ class _Verifier:
             )
         elif math.prod(self._source.tensors[scale].shape) != 1:
             yield Finding(
-                f"{layer}: its {_LEGACY_SCALE} has shape {self._source.tensors[scale].shape}, and must have one element."
+                f"{layer}: its {_LEGACY_SCALE} has shape {self._source.tensors[scale].shape}, and ComfyUI needs one element; {fix}."
             )
         elif not (torch.isfinite(value := self._source.read(scale).float()) & (value > 0)).all():
             yield Finding(
