@@ -28,6 +28,7 @@ _OPTIONAL_KEY = "per_row"  # which no loader reads: ComfyUI's own files do not h
 _TENSOR_JSON_SINCE = "0.27"  # first ComfyUI that reads the JSON tensors; before, a file needs its header entry
 _LEGACY_SCALE = "scale_weight"
 _COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SCALE_DTYPES = (torch.float64, *_COMPUTE_DTYPES, *UNSCALED_DTYPES)
 
 
 @dataclass
@@ -216,9 +217,9 @@ class _Verifier:
             yield Finding(
                 f"{layer}: ComfyUI converts its {DTYPE_NAMES[weight.dtype]} values to E4M3, which clips them; {fix}."
             )
-        elif math.prod(self._source.tensors[scale].shape) != 1:
+        elif math.prod((info := self._source.tensors[scale]).shape) != 1 or info.dtype not in _SCALE_DTYPES:
             yield Finding(
-                f"{layer}: its {_LEGACY_SCALE} has shape {self._source.tensors[scale].shape}, and ComfyUI needs one element; {fix}."
+                f"{layer}: its {_LEGACY_SCALE} is {info.dtype} {info.shape}, and ComfyUI needs one number; {fix}."
             )
         elif not (torch.isfinite(value := self._source.read(scale).float()) & (value > 0)).all():
             yield Finding(
@@ -242,7 +243,7 @@ def _check_optional(source: Source, layer: str, codec: Codec, shape: tuple[int, 
         info = source.tensors.get(f"{layer}.{suffix}")
         if info is None:
             continue
-        readable = info.dtype.is_floating_point or info.dtype in spec.views
+        readable = info.dtype in (*_SCALE_DTYPES, *spec.views)
         if not readable or math.prod(info.shape) != math.prod(spec.shape):
             yield f"{layer}: {suffix} is {info.dtype} {info.shape}, and must be {spec.dtype} {spec.shape}."
 
