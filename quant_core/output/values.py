@@ -49,7 +49,7 @@ def check_layer_values(
     largest = _largest_magnitude(weight, codec.magnitude_bits, check)
     if largest is not None and not torch.isfinite(largest):
         yield Finding(f"{layer}: its quantized values contain NaN or Inf; {_AGAIN}.")
-    elif not wrong and (largest == 0 or any(not scale.any() for suffix, scale in values.items())):
+    elif not wrong and (largest == 0 or not all(scale.any() for scale in values.values())):
         yield Finding(f"{layer}: all of its weights are zero; check the layer in the original.", fatal=False)
     elif not wrong and codec.cast_scale in values:
         yield from _check_cast(layer, codec.cast_scale, values[codec.cast_scale], largest, computed_in)

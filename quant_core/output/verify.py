@@ -123,13 +123,23 @@ class _Verifier:
                 f"The header has no {QUANTIZATION_KEY}, so ComfyUI before {_TENSOR_JSON_SINCE} cannot read the file.",
                 fatal=False,
             )
-        for layer in sorted(expected.keys() | header.keys()) if header else ():
+        if not header:
+            return
+        for name, config in expected.items():  # the second name of a layer is that of releases without its format
+            if name not in self.configs and name not in header and not _needs_header(config):
+                header[name] = config
+        for layer in sorted(expected.keys() | header.keys()):
             if expected.get(layer) != header.get(layer):
                 yield Finding(
                     f"{layer}: its JSON is {header.get(layer)} in the header and {expected.get(layer)} in the {CONFIG_KEY} tensor."
                 )
 
     def _check_layer(self, layer: str, config: Mapping[str, object]) -> Iterator[Finding]:
+        weight = self._source.tensors.get(f"{layer}.weight")
+        if weight is not None and len(weight.shape) == 3 and config.get("num_experts") == weight.shape[0]:
+            text = f"{layer}: is a bank of {weight.shape[0]} experts in {config.get('format')}, which this version does not check."
+            yield Finding(text, fatal=str(config.get("format")) not in READABLE)
+            return
         try:
             codec = detect_layer(layer, config, self._source.tensors)
         except ValueError as error:
@@ -147,7 +157,8 @@ class _Verifier:
                 f"{layer}: its JSON lacks full_precision_matrix_mult, and no NVIDIA card multiplies {codec.format.name}; "
                 "lrq migrate adds it."
             )
-        shape = codec.weight_shape(tuple(self._source.tensors[f"{layer}.weight"].shape), config)
+        assert weight is not None  # see detect_layer
+        shape = codec.weight_shape(weight.shape, config)
         if reason := codec.admits(shape):
             yield Finding(f"{layer}: {reason}.")
         mismatched = [Finding(text) for text in _check_optional(self._source, layer, codec, shape)]

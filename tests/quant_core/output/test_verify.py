@@ -275,6 +275,26 @@ def test_a_prefixed_checkpoint_needs_both_names(verify):
         assert [problem.split(":")[0] for problem in result.problems] == [gone]
 
 
+def test_a_second_name_is_for_releases_that_have_the_format(verify):
+    """ComfyUI before 0.27, which needs the name without prefix, has no INT8."""
+    remove = change_header(lambda layers: layers.pop(LAYER))
+    assert verify(RECIPES["int8 row"], remove, prefix="model.diffusion_model.").problems == []
+
+
+@pytest.mark.parametrize("format, valid", [("nvfp4", True), ("float8_e4m3fn", True), ("nvfp9", False)])
+def test_banks_of_experts_are_not_called_broken(tmp_path, sentences, format, valid):
+    """ComfyUI 0.33 reads a weight of three dimensions in any of its formats."""
+    bank = {
+        "a.weight": torch.ones(4, 16, 32).to(torch.float8_e4m3fn),
+        "a.weight_scale": torch.ones(4),
+        "a.comfy_quant": config({"format": format, "num_experts": 4}),
+    }
+    save_file(bank, tmp_path / "a.safetensors")
+    result = verify_file(tmp_path / "a.safetensors")
+    assert (result.problems == []) is valid
+    sentences(result.problems + result.warnings)
+
+
 def test_all_broken_layers_are_found(verify):
     def change(tensors, metadata):
         for name in [name for name in tensors if name.endswith(".weight_scale")]:
