@@ -1,6 +1,5 @@
 """Scales: which part of a weight shares one (groups), and which numbers it can be (levels)."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -145,16 +144,16 @@ class CastFloat32(_Float32):
 
     def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, None]:
         scale, _ = super().from_amax(amax, largest)
-        return _raise_scale(scale, -14, largest / self.smallest), None
+        return _raise_scale(scale, -14, amax / scale / self.smallest), None
 
 
-def _raise_scale(scale: torch.Tensor, exponent: int, span: float) -> torch.Tensor:
+def _raise_scale(scale: torch.Tensor, exponent: int, span: torch.Tensor) -> torch.Tensor:
     """``scale`` times the smallest power of two that makes it at least 2^``exponent``.
 
-    ``span``: ratio of the largest and smallest normal number that it multiplies, which limits the power.
+    ``span``: ratio of the largest number that is multiplied by the scale and the smallest normal one, which limits the power.
     """
-    limit = math.floor(math.log2(span)) - _SPARE_OCTAVES
-    return torch.ldexp(scale, (exponent + 1 - torch.frexp(scale).exponent).clamp(0, limit))
+    limit = torch.frexp(span).exponent - 1 - _SPARE_OCTAVES
+    return torch.ldexp(scale, (exponent + 1 - torch.frexp(scale).exponent).minimum(limit).clamp_min(0))
 
 
 class _E8M0:
@@ -200,7 +199,7 @@ class _TwoLevelE4M3:
     def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
         parent = _divide(amax.max(), self._LARGEST * largest)
         if self.cast:
-            parent = _raise_scale(parent, -16, self._LARGEST / self._SMALLEST_NORMAL)
+            parent = _raise_scale(parent, -16, torch.full_like(parent, self._LARGEST / self._SMALLEST_NORMAL))
         parent = torch.where(parent > 0, parent, torch.ones_like(parent))
         return self.snap(_divide(amax, largest), parent), parent
 
