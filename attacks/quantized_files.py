@@ -29,6 +29,13 @@ def _with_input_scale(dtype: str, value: bytes) -> bytes:
     return tensors_file(_layer(FP8_CONFIG) | {"a.input_scale": (dtype, [], value)})
 
 
+def _rotated_file(size: int) -> bytes:
+    """Return a valid INT8 layer of one row that is rotated in one group."""
+    config = b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":%d}' % size
+    layer = {"a.weight": ("I8", [1, size], b"\1" * size), "a.weight_scale": ("F32", [1, 1], struct.pack("<f", 1.0))}
+    return tensors_file(layer | {"a.comfy_quant": ("U8", [len(config)], config)})
+
+
 def _calibration(amax: tuple[str, bytes] | None = None, **header: object) -> bytes:
     """Return the calibration of a 16 × 16 layer "a"; ``amax``: (dtype, value) of all channel maxima."""
     identity = b"".join(struct.pack("<f", row == column) for row in range(16) for column in range(16))
@@ -69,6 +76,21 @@ QUANTIZED = {
         "x.safetensors",
         _layer_file(b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":0,"group_size":0}'),
         "groups of zero channels, to divide by zero",
+    ),
+    "config_rotation_huge": Attack(
+        "x.safetensors",
+        _layer_file(b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":%d}' % 4**60),
+        "ConvRot group beyond 64 bits",
+    ),
+    "rotation_huge": Attack(
+        "x.safetensors",
+        lambda folder: _rotated_file(4**9),
+        "ConvRot group whose Hadamard matrix would take 256 GB",
+    ),
+    "values_nan": Attack(
+        "x.safetensors",
+        tensors_file(_layer(FP8_CONFIG) | {"a.weight": ("F8_E4M3", [8, 8], b"\x7f" * 64)}),
+        "NaN as quantized values",
     ),
     "config_group_huge": Attack(
         "x.safetensors",

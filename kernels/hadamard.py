@@ -6,6 +6,7 @@ import torch
 
 __all__ = ["hadamard", "rotate"]
 
+_LARGEST_MATRIX = 256  # order up to which the product is with one matrix
 _H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
@@ -23,6 +24,13 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 def rotate(values: torch.Tensor, size: int) -> torch.Tensor:
-    """Multiply groups of ``size`` adjacent channels (last dimension) by the Hadamard matrix; returns float32."""
-    groups = values.float().unflatten(-1, (-1, size))
-    return (groups @ hadamard(size).to(values.device)).flatten(-2)
+    """Multiply groups of ``size`` adjacent channels (last dimension) by the Hadamard matrix; returns float32.
+
+    The matrix of a larger group is a Kronecker product A⊗B of two, each of which is applied to its own index of a channel.
+    """
+    inner = min(size, _LARGEST_MATRIX)
+    groups = values.float().unflatten(-1, (-1, inner)) @ hadamard(inner).to(values.device)
+    if size > inner:
+        outer = groups.unflatten(-2, (-1, size // inner)).transpose(-1, -2)
+        groups = rotate(outer, size // inner).transpose(-1, -2).flatten(-3, -2)
+    return groups.flatten(-2)

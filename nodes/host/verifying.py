@@ -4,7 +4,7 @@ Three comparisons: the file with what was quantized; the model that ComfyUI's ow
 tensor by tensor; and the output of one of its layers in each format with that of the file's weights.
 
 Memory: the unquantized tensors in ComfyUI's dtype, plus the largest tensor; quantized values stay in the file. Time: loading
-the file and reading it once more, and twice more where it was copied from another disk.
+the file and reading it twice more, and twice more where it was copied from another disk.
 """
 
 import itertools
@@ -47,14 +47,14 @@ def verify_saved(quantized: Quantized, paths: list[Path]) -> str:
     Raises:
         VerificationError: a file differs from what was quantized. All files are then renamed to NAME.failed.safetensors.
     """
+    warnings: list[str] = []
     try:
         for path, original in zip(paths, quantized.files.values(), strict=True):
             _check_copy(path, original)
-            if problems := verify_file(path).problems:
-                raise VerificationError(problems[0])
+            warnings += _check_file(path)
         _check_contents(quantized.report, paths)
         try:
-            return "\n".join(_verify_loading(path, quantized) for path in paths)
+            return "\n".join([*(_verify_loading(path, quantized) for path in paths), *warnings[:_NAMED]])
         except (MemoryError, torch.OutOfMemoryError):
             return "Not verified: not enough memory to load the model. The file is byte for byte what was quantized."
     except BaseException as error:  # any error of a loader that cannot read the file
@@ -88,6 +88,16 @@ def _check_copy(path: Path, original: Path) -> None:
             if not quantized.read(1):
                 return
     raise VerificationError(f"{path.name} differs from what was quantized; check the disk, and save again.")
+
+
+def _check_file(path: Path) -> list[str]:
+    """Raise VerificationError unless ComfyUI can load the file and its values are finite; returns warnings."""
+    bar = comfy.utils.ProgressBar(1)
+    check = comfy.model_management.throw_exception_if_processing_interrupted
+    result = verify_file(path, check=check, progress=bar.update_absolute)
+    if result.problems:
+        raise VerificationError(result.problems[0])
+    return result.warnings
 
 
 def _check_contents(report: Report, paths: list[Path]) -> None:

@@ -5,6 +5,7 @@ import math
 import torch
 
 from ..errors import CalibrationError
+from ..formats import E4M3
 
 __all__ = ["BINS", "bin_centers", "histogram", "input_scale"]
 
@@ -15,6 +16,9 @@ BINS = (_HIGHEST - _LOWEST) * _PER_OCTAVE
 
 _MAX = 448.0  # of float8_e4m3fn
 _MIN_AMAX = 64 * _MAX * torch.finfo(torch.float32).tiny  # below it, the smallest candidate scale is subnormal
+_LEAST = torch.finfo(
+    torch.float16
+).tiny  # ComfyUI casts 1/scale to the dtype of the activations, where it may not overflow
 _TOLERANCE = 0.01  # relative difference below which two errors count as equal
 
 
@@ -36,8 +40,9 @@ def input_scale(counts: torch.Tensor, amax: float) -> float | None:
     """Compute the static scale of float8_e4m3fn activations with the least mean squared error.
 
     Without an ``input_scale`` ComfyUI uses scale 1: magnitudes above 448 are clipped, and those below 2⁻⁶ lose
-    precision. Candidates are 2·amax/448·2^(−k/4) for k = 0…28, so the smaller ones clip. Of all candidates within 1 % of
-    the least error the largest is returned, as headroom for activations outside the calibration set.
+    precision. Candidates are 2·amax/448·2^(−k/4) for k = 0…28, so the smaller ones clip; none is below 2⁻¹⁴, unless that
+    leaves fewer than three octaves of normal numbers below amax. Of all candidates within 1 % of the least error the
+    largest is returned, as headroom for activations outside the calibration set.
 
     Args:
         counts: (bins,) from :func:`histogram`.
@@ -58,7 +63,8 @@ def input_scale(counts: torch.Tensor, amax: float) -> float | None:
         quantized = (centers / scale).clamp_max(_MAX).float().to(torch.float8_e4m3fn).double()
         return float((counts * (quantized * scale - centers).square()).sum())
 
-    scales = [2 * amax / _MAX * 2 ** (-step / 4) for step in range(29)]
+    least = min(_LEAST, amax / (2**3 * E4M3.smallest_normal))
+    scales = [max(2 * amax / _MAX * 2 ** (-step / 4), least) for step in range(29)]
     errors = [error(scale) for scale in scales]
     if not all(map(math.isfinite, errors)):
         raise CalibrationError("The histogram of activations contains values that are not finite; calibrate again.")

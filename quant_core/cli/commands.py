@@ -22,7 +22,7 @@ from ..run.estimate import estimate_seconds, estimate_size
 from ..run.quantize import output_name, quantize_file, usable_device
 from ..sources import Source, open_source
 from .parser import EXIT_CODES, make_parser
-from .progress import Progress
+from .progress import Progress, show_bytes
 from .recipe import build_recipe, layer_config_file
 from .streams import flush_output, prepare_streams, print_error, print_line
 
@@ -200,7 +200,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    result = verify_file(args.file)
+    with show_bytes("verifying") as progress:
+        result = verify_file(args.file, progress=progress)
+    for warning in result.warnings:
+        print_line(f"Note: {escape_control(warning)}")
     for problem in result.problems:
         print_error(escape_control(problem))
     if result.problems:

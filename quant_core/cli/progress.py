@@ -2,12 +2,13 @@
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterator
 
 from ..display import escape_control
 from ..events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, RunStarted
 from .streams import print_line
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "show_bytes"]
 
 _NAME_WIDTH = 48  # characters of a layer name in the bar
 
@@ -65,3 +66,25 @@ class Progress:
         if self._bar is not None and not self._broken:
             with contextlib.suppress(OSError):
                 self._bar.close()
+
+
+@contextlib.contextmanager
+def show_bytes(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over bytes in a terminal; yields the function that is called with the bytes that are done, and all of them."""
+    from tqdm import tqdm
+
+    bar = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        with contextlib.suppress(OSError):  # standard error is full or closed
+            if bar is None:
+                bar = tqdm(total=total, unit="B", unit_scale=True, desc=label, dynamic_ncols=True, disable=None)
+            bar.update(done - bar.n)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            with contextlib.suppress(OSError):
+                bar.close()

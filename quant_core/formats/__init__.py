@@ -1,6 +1,6 @@
 """Formats: element formats, scales, and the codec that stores a quantized layer, one module per family."""
 
-from .codec import Codec, Format, TensorSpec
+from .codec import Codec, Format, Parts, TensorSpec
 from .config import MEASURED, FormatConfig
 from .detect import StoredLayer, detect_layer, detect_layers
 from .elements import E2M1, E4M3, E5M2, INT4, INT8, ElementFormat
@@ -20,6 +20,7 @@ __all__ = [
     "MEASURED",
     "INT4",
     "INT8",
+    "Parts",
     "READABLE",
     "Codec",
     "ElementFormat",

@@ -19,6 +19,12 @@ class AsymW4A8Codec(Codec):
     ``weight_s_channel``: float32 (M,); ``weight_codebook``: float32 (16,), optional, index − 8 without it.
     """
 
+    signed = ("weight_codebook",)
+
+    @property
+    def magnitude_bits(self) -> int:
+        return 0  # codebooks have no zero
+
     @property
     def group_size(self) -> int | None:
         return self.block_size

@@ -139,6 +139,7 @@ class Codec(ABC):
 
     scales: ClassVar[ScaleFormat] = FLOAT32
     positive: ClassVar[tuple[str, ...]] = ("input_scale",)  # suffixes of tensors whose values must be positive
+    signed: ClassVar[tuple[str, ...]] = ()  # suffixes of tensors whose values may be negative
 
     @property
     def group_size(self) -> int | None:
@@ -229,6 +230,21 @@ class Codec(ABC):
     def unrotate(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight from the stored basis to the original one (the ConvRot matrix is its own inverse)."""
         return self.rotation.apply(weight) if self.rotation else weight
+
+    def scale_values(self, suffix: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The numbers of one of the layer's tensors other than its weight, float32, without padding."""
+        spec = {**self.specs(shape), **self.optional(shape)}[suffix]
+        return (tensor if tensor.dtype.is_floating_point else tensor.view(spec.dtype)).float()
+
+    @property
+    def magnitude_bits(self) -> int:
+        """Those bits of a stored byte of the weight that are zero for the values 0 and −0; 0 where no byte stands for zero."""
+        return 0x7F if self.format.elements.floating else 0xFF
+
+    @property
+    def cast_scale(self) -> str | None:
+        """Suffix of the scale that ComfyUI casts to the dtype of the activations before it multiplies; None where it is float32."""
+        return None
 
     def quantizes_activations(self, capability: tuple[int, int] | None = None) -> bool:
         """Whether ComfyUI quantizes activations on a card of that compute capability; None: on one that does natively."""

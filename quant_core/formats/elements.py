@@ -32,6 +32,11 @@ class ElementFormat:
         return self.arithmetic.largest
 
     @property
+    def smallest_normal(self) -> float:
+        """Smallest magnitude with all mantissa bits; for floating elements."""
+        return self.arithmetic.smallest * 2.0**self.arithmetic.mantissa
+
+    @property
     def floating(self) -> bool:
         """Steps grow with magnitude, so a scale matters only modulo a power of two."""
         return self.arithmetic.mantissa >= 0

@@ -42,15 +42,25 @@ class MXFP8Codec(Codec):
     def optional(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {"input_scale": TensorSpec(torch.float32, ())}
 
+    def scale_values(self, suffix: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        if suffix != "weight_scale":
+            return super().scale_values(suffix, tensor, shape)
+        rows, columns = (round_up(side, _PADDING) for side in shape)
+        return _group_scales(tensor, rows, columns // _GROUP)
+
     def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
         exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)  # those of float32 have the same bias of 127
         return {"weight": pad_matrix(qdata, _PADDING), "weight_scale": tile_scales(exponents)}
 
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         qdata = parts["weight"].float()
-        exponents = untile_scales(parts["weight_scale"], qdata.shape[0], qdata.shape[1] // _GROUP)
-        scale = (exponents.int() << 23).view(torch.float32)
+        scale = _group_scales(parts["weight_scale"], qdata.shape[0], qdata.shape[1] // _GROUP)
         return (qdata.unflatten(1, (-1, _GROUP)) * scale[..., None]).flatten(1)[: shape[0], : shape[1]]
+
+
+def _group_scales(tiled: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """The scales of groups, float32 (rows, groups), from their tiles; NaN, the exponent 255, becomes Inf."""
+    return (untile_scales(tiled, rows, groups).int() << 23).view(torch.float32)
 
 
 FORMATS = (

@@ -4,6 +4,7 @@ Source: NVIDIA, "Introducing NVFP4", and ComfyUI's ``TensorCoreNVFP4Layout``, wh
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,8 @@ from .codec import Codec, Format, Parts, TensorSpec
 from .elements import E2M1
 from .packing import pack_nibbles, pad_matrix, round_up, tile_scales, tiled_shape, unpack_nibbles, untile_scales
 from .padded import padded_config, padded_shape
-from .scales import TWO_LEVEL_E4M3
+from .scales import CAST_TWO_LEVEL_E4M3, TWO_LEVEL_E4M3
+from .space import SolveSpace
 
 __all__ = ["FORMATS", "NVFP4Codec"]
 
@@ -30,6 +32,18 @@ class NVFP4Codec(Codec):
 
     scales = TWO_LEVEL_E4M3
     positive = ("weight_scale_2", "input_scale")
+    signed = ("pre_quant_scale",)
+
+    @property
+    def magnitude_bits(self) -> int:
+        return 0x77  # of two elements
+
+    @property
+    def cast_scale(self) -> str | None:
+        return "weight_scale_2"
+
+    def solve_space(self, shape: tuple[int, ...]) -> SolveSpace:
+        return replace(super().solve_space(shape), scales=CAST_TWO_LEVEL_E4M3)
 
     def layer_config(self, shape: tuple[int, ...]) -> dict[str, object]:
         return self.config | padded_config(shape, _PADDING)
@@ -52,6 +66,12 @@ class NVFP4Codec(Codec):
             "pre_quant_scale": TensorSpec(torch.float32, (shape[1],), views=(torch.bfloat16, torch.float16)),
         }
 
+    def scale_values(self, suffix: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        if suffix != "weight_scale":
+            return super().scale_values(suffix, tensor, shape)
+        rows, columns = (round_up(side, _PADDING) for side in shape)
+        return _group_scales(tensor, rows, columns // _GROUP)
+
     def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
         assert parent is not None
         values = pad_matrix(qdata, _PADDING).float()
@@ -65,11 +85,16 @@ class NVFP4Codec(Codec):
 
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         codes = unpack_nibbles(parts["weight"], high_first=True)
-        scale = untile_scales(parts["weight_scale"], codes.shape[0], codes.shape[1] // _GROUP)
-        effective = parts["weight_scale_2"].float() * scale.view(torch.float8_e4m3fn).float()
+        scale = _group_scales(parts["weight_scale"], codes.shape[0], codes.shape[1] // _GROUP)
+        effective = parts["weight_scale_2"].float() * scale
         values = _VALUES.to(codes.device)[codes].unflatten(1, (-1, _GROUP)) * effective[..., None]
         weight = values.flatten(1)[: shape[0], : shape[1]]
         return weight * parts["pre_quant_scale"].float() if "pre_quant_scale" in parts else weight
+
+
+def _group_scales(tiled: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """The scales of groups, float32 (rows, groups), from their tiles."""
+    return untile_scales(tiled, rows, groups).view(torch.float8_e4m3fn).float()
 
 
 FORMATS = (

@@ -14,7 +14,7 @@ from ..errors import RecipeError
 
 __all__ = ["GROUP_SIZES", "Rotation", "rotation_groups"]
 
-GROUP_SIZES = (256, 64, 16)
+GROUP_SIZES = (256, 64, 16)  # that this project writes
 
 
 def rotation_groups(convrot: bool | int | str | None, inner: int) -> list[int | None]:
@@ -36,13 +36,13 @@ def rotation_groups(convrot: bool | int | str | None, inner: int) -> list[int | 
 
 @dataclass(frozen=True)
 class Rotation:
-    """R for groups of ``size`` input channels."""
+    """R for groups of ``size`` input channels, a power of four as ComfyUI reads them; files of other tools have 1024 and 4096."""
 
     size: int
 
     def __post_init__(self):
-        if self.size not in GROUP_SIZES:
-            raise RecipeError(f"A ConvRot group has 256, 64 or 16 channels, not {self.size}.")
+        if type(self.size) is not int or self.size < 4 or self.size.bit_count() != 1 or self.size.bit_length() % 2 == 0:
+            raise RecipeError(f"The size of a ConvRot group must be a power of four such as 256, not {self.size}.")
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
         """values·R along the last dimension (in), as float32."""

@@ -1,8 +1,12 @@
 """Codec of the 8-bit formats with one level of float32 scales: quantized values as they are, and one scale tensor."""
 
+from dataclasses import replace
+
 import torch
 
 from .codec import Codec, Parts, TensorSpec
+from .scales import CastFloat32
+from .space import SolveSpace
 
 __all__ = ["ScaledCodec"]
 
@@ -19,6 +23,14 @@ class ScaledCodec(Codec):
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of ``weight_scale`` for a weight (out, in)."""
         return () if self.granularity == "tensor" else self.groups(shape).counts
+
+    @property
+    def cast_scale(self) -> str | None:
+        return "weight_scale" if self.granularity == "tensor" and self.format.elements.floating else None
+
+    def solve_space(self, shape: tuple[int, ...]) -> SolveSpace:
+        space = super().solve_space(shape)
+        return replace(space, scales=CastFloat32(space.elements.smallest_normal)) if self.cast_scale else space
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {

@@ -6,10 +6,20 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["BLOCK_SIZE", "E8M0", "FLOAT32", "GRANULARITIES", "TWO_LEVEL_E4M3", "ScaleFormat", "ScaleGroups"]
+__all__ = [
+    "BLOCK_SIZE",
+    "E8M0",
+    "FLOAT32",
+    "GRANULARITIES",
+    "TWO_LEVEL_E4M3",
+    "CastFloat32",
+    "ScaleFormat",
+    "ScaleGroups",
+]
 
 BLOCK_SIZE = 128
 _SMALLEST = torch.finfo(torch.float32).tiny
+_SPARE_OCTAVES = 3  # of normal numbers that stay below the largest one where a scale is raised
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,34 @@ class _Float32:
         return scale.clamp_min(_SMALLEST)
 
 
+@dataclass(frozen=True)
+class CastFloat32(_Float32):
+    """Float32 scales that ComfyUI casts to the dtype of the activations before it multiplies floating elements by them.
+
+    A scale that is subnormal in float16 is raised by the power of two that makes it normal: a subnormal scale is imprecise,
+    and one below 2⁻²⁵ is zero. Elements move by whole octaves, so weights keep their values but for those of elements that
+    become subnormal.
+
+    Attributes:
+        smallest: smallest normal element.
+    """
+
+    smallest: float
+
+    def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, None]:
+        scale, _ = super().from_amax(amax, largest)
+        return _raise_scale(scale, -14, amax / scale / self.smallest), None
+
+
+def _raise_scale(scale: torch.Tensor, exponent: int, span: torch.Tensor) -> torch.Tensor:
+    """``scale`` times the smallest power of two that makes it at least 2^``exponent``.
+
+    ``span``: ratio of the largest number that is multiplied by the scale and the smallest normal one, which limits the power.
+    """
+    limit = torch.frexp(span).exponent - 1 - _SPARE_OCTAVES
+    return torch.ldexp(scale, (exponent + 1 - torch.frexp(scale).exponent).minimum(limit).clamp_min(0))
+
+
 class _E8M0:
     """One level of powers of two (OCP MX v1.0, section 5.4.1), rounded up so that no value clamps.
 
@@ -140,11 +178,19 @@ class _E8M0:
         return torch.ldexp(torch.ones_like(exponent), exponent.clamp_(-126, 127))
 
 
+@dataclass(frozen=True)
 class _TwoLevelE4M3:
-    """E4M3 scales of groups under one float32 scale of the tensor, chosen so that the largest group scale is 448."""
+    """E4M3 scales of groups under one float32 scale of the tensor, chosen so that the largest group scale is 448.
+
+    Attributes:
+        cast: ComfyUI casts the scale of the tensor to the dtype of the activations. It is then raised as in
+            :class:`CastFloat32`, to 2⁻¹⁶: nine bits in float16, more than the group scales have.
+    """
+
+    cast: bool = False
 
     continuous = False
-    _LARGEST = 448.0
+    _LARGEST, _SMALLEST_NORMAL = 448.0, 2.0**-6  # of E4M3
 
     def ratios(self, floating: bool) -> tuple[float, ...]:
         # 1.5 maps a group's amax to 4 instead of 6 (four-over-six, arXiv 2512.02010); the others clip it.
@@ -152,6 +198,8 @@ class _TwoLevelE4M3:
 
     def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
         parent = _divide(amax.max(), self._LARGEST * largest)
+        if self.cast:
+            parent = _raise_scale(parent, -16, torch.full_like(parent, self._LARGEST / self._SMALLEST_NORMAL))
         parent = torch.where(parent > 0, parent, torch.ones_like(parent))
         return self.snap(_divide(amax, largest), parent), parent
 
@@ -160,4 +208,4 @@ class _TwoLevelE4M3:
         return parent * (scale / parent).clamp_max(self._LARGEST).to(torch.float8_e4m3fn).float()
 
 
-FLOAT32, E8M0, TWO_LEVEL_E4M3 = _Float32(), _E8M0(), _TwoLevelE4M3()
+FLOAT32, E8M0, TWO_LEVEL_E4M3, CAST_TWO_LEVEL_E4M3 = _Float32(), _E8M0(), _TwoLevelE4M3(), _TwoLevelE4M3(cast=True)

@@ -7,7 +7,15 @@ from . import asym_w4a8, convrot_w4a4, fp8, int8, mxfp8, nvfp4
 from .codec import Codec, Format
 from .scales import GRANULARITIES
 
-__all__ = ["FORMATS", "READABLE", "find_format", "find_sibling", "make_codec", "with_granularity"]
+__all__ = [
+    "FORMATS",
+    "READABLE",
+    "find_format",
+    "find_sibling",
+    "make_codec",
+    "release_number",
+    "with_granularity",
+]
 
 _FAMILIES = (
     fp8.FORMATS,
@@ -24,6 +32,11 @@ READABLE: Mapping[str, Format] = {
     entry.name: entry for entry in sorted(_ALL, key=lambda entry: entry.stock_since is None)
 }
 FORMATS: Mapping[str, Format] = {name: entry for name, entry in READABLE.items() if entry.writable}
+
+
+def release_number(release: str) -> tuple[int, ...]:
+    """A release as it is written, "0.3.75", in a form that compares by age."""
+    return tuple(map(int, release.split(".")))
 
 
 def find_format(name: str) -> Format:

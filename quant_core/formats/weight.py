@@ -100,6 +100,12 @@ class QuantizedWeight:
         space = self.codec.solve_space(self._matrix_shape)
         return self.codec.unrotate(space.decode(self.qdata, self.solution.scale)).reshape(self.shape)
 
+    def dequantize_in(self, dtype: torch.dtype) -> torch.Tensor:
+        """Ŵ (out, in) as ComfyUI dequantizes it for a product in ``dtype``, on cards that cannot multiply the format."""
+        if self.codec.cast_scale == "weight_scale":
+            return self.qdata.to(dtype) * self.scale.to(dtype)
+        return self.dequantize().reshape(self._matrix_shape).to(dtype)
+
     def tensors(self, layer: str) -> dict[str, torch.Tensor]:
         """{name: tensor} exactly as in a file, for a layer of base name ``layer``.
 

@@ -9,6 +9,7 @@ from ..display import human_bytes
 from ..formats import READABLE, detect_layer
 from ..formats.detect import quantized_formats
 from ..formats.layer_json import layer_configs
+from ..formats.table import release_number
 from ..sources import open_safetensors
 from ..sources.dtypes import DTYPE_NAMES
 from .metadata import ENCODER_PREFIX, provenance
@@ -98,5 +99,5 @@ def _stock_support(found: list[str], encoders: bool) -> str:
     if None in releases:
         ours = [name for name in found if READABLE[name].stock_since is None]
         return f"ComfyUI's own loaders read {', '.join(ours)} only with this node pack installed."
-    since = max(filter(None, releases), key=lambda release: [int(part) for part in release.split(".")])
+    since = max(filter(None, releases), key=release_number)
     return f"Stock ComfyUI {since} and newer loads it."

@@ -319,3 +319,24 @@ def test_output_channels_may_count_differently():
 def test_an_input_scale_without_meaning_is_refused(format, scale, sentences):
     with sentences.raises(RecipeError):
         quantize_weight(random(16, 32), format, input_scale=scale)
+
+
+def test_fp8_is_judged_on_cards_that_dequantize_it_too():
+    """Weights that FP8 holds exactly under a scale that bfloat16 rounds by 2⁻⁸, for activations that FP8 holds exactly."""
+    scale = torch.tensor(1 + 255 / 2**16)
+    weight = torch.arange(-8.0, 8).repeat(8, 2) * scale
+    weight[0, 0] = 448 * scale
+    activations = torch.arange(64 * 32).view(64, 32).remainder(5).float()
+    for options in ({}, {"full_precision_matmul": True}):
+        made = quantize_weight(weight, "float8_e4m3fn", rounding="nearest", **options)
+        assert torch.equal(made.dequantize(), weight) and made.scale == scale
+        cast = scale.bfloat16().float() / scale
+        assert layer.output_error(weight, made, activations) == pytest.approx(abs(float(cast) - 1), rel=1e-3)
+        assert torch.equal(
+            made.dequantize_in(torch.bfloat16).float(), (weight / scale).round() * scale.bfloat16().float()
+        )
+    integers = quantize_weight(weight, "int8_tensorwise", rounding="nearest")
+    got = integers.codec.quantize_activations(activations) @ integers.dequantize().t()
+    expected = activations @ weight.t()
+    error = float((got - expected).norm() / expected.norm())
+    assert layer.output_error(weight, integers, activations) == pytest.approx(error, rel=1e-5)

@@ -709,6 +709,13 @@ def test_inspect(lrq, model_file, tmp_path, sentences):
     sentences(lrq("inspect", tmp_path / "b.safetensors")[1])
 
 
+def test_verify_prints_notes_on_a_valid_file(lrq, tmp_path, sentences):
+    save_file({"a\x1b.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    code, out, err = lrq("verify", tmp_path / "a.safetensors")
+    assert (code, err) == (0, [])
+    sentences(out)
+
+
 def test_verify(lrq, model_file, tmp_path, sentences):
     lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors")
     code, out, err = lrq("verify", tmp_path / "q.safetensors")

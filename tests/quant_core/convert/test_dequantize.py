@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.convert.dequantize import DecodedSource
+from learned_rounding.quant_core.convert.migrate import migrate_file
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, OutputExistsError, SourceError
-from learned_rounding.quant_core.formats import make_codec
-from learned_rounding.quant_core.formats.layer_json import config_tensor, quantization_metadata
+from learned_rounding.quant_core.formats import Rotation, make_codec
+from learned_rounding.quant_core.formats.layer_json import config_tensor, quantization_metadata, read_config
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
 
@@ -57,6 +58,29 @@ def test_a_rotation_under_params_is_undone(tmp_path):
         TensorSource(load_file(tmp_path / "q.safetensors") | {"a.comfy_quant": config_tensor(config)})
     )
     assert error(decoded.read("a.weight"), plain()["a.weight"]) < 0.05
+
+
+@pytest.mark.parametrize("size", [4, 1024, 4096])
+def test_rotations_of_other_tools_are_undone(tmp_path, size):
+    """Groups that this project does not choose; ``lrq migrate`` keeps them."""
+    weight = torch.randn(8, 8192, generator=torch.Generator().manual_seed(0))
+    rotated = Rotation(size).apply(weight)
+    scale = rotated.abs().amax(1, keepdim=True) / 127
+    config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+    tensors = {
+        "a.weight": (rotated / scale).round().to(torch.int8),
+        "a.weight_scale": scale,
+        "a.comfy_quant": config_tensor(config),
+    }
+    decoded = DecodedSource(TensorSource(tensors))
+    assert dict(decoded.layers) == {f"int8_tensorwise per row, ConvRot {size}": 1}
+    assert error(decoded.read("a.weight"), weight) < 0.02
+    save_file(tensors, tmp_path / "a.safetensors")
+    result = migrate_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert dict(result.layers) == dict(decoded.layers)
+    with SafetensorsFile(tmp_path / "b.safetensors") as migrated:
+        assert read_config(migrated.read("a.comfy_quant"), "a") == config | {"per_row": True}
+    assert verify_file(tmp_path / "b.safetensors").problems == []
 
 
 @pytest.mark.parametrize("by_header, by_tensor", [(16, None), (None, 16)])

@@ -30,6 +30,28 @@ def test_products_and_grams_survive(size):
     torch.testing.assert_close(rotation.apply_hessian(inputs.t() @ inputs), rotated.t() @ rotated, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [4, 1024, 4096])
+def test_groups_of_other_tools(size):
+    """Powers of four that this project does not choose; large ones without a matrix of their size."""
+    values = torch.randn(3, 8192, generator=torch.Generator().manual_seed(0))
+    rotated = Rotation(size).apply(values)
+    expected = values.double().unflatten(1, (-1, size)) @ hadamard(size).double()
+    torch.testing.assert_close(rotated, expected.flatten(1).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Rotation(size).apply(rotated), values, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hostile_group_takes_no_memory_for_its_matrix():
+    """The matrix of a group of 4¹⁰ would take 4 TB."""
+    values = torch.randn(1, 4**10, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(Rotation(4**10).apply(Rotation(4**10).apply(values)), values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 8, 32, 128, 512, 2048, -4, 256.0, True])
+def test_sizes_that_are_no_power_of_four_are_refused(size, sentences):
+    with sentences.raises(RecipeError):
+        Rotation(size)
+
+
 def test_an_outlier_spreads_over_its_group_alone():
     weight = torch.zeros(1, 128)
     weight[0, 70] = 8.0
@@ -58,7 +80,7 @@ def test_the_largest_group_that_divides_is_taken(convrot, inner, groups):
     assert rotation_groups(convrot, inner) == groups
 
 
-@pytest.mark.parametrize("convrot", [1, 32, "on", 2.5])
+@pytest.mark.parametrize("convrot", [1, 4, 32, 1024, "on", 2.5])
 def test_other_groups_are_refused(convrot, sentences):
     with sentences.raises(RecipeError):
         rotation_groups(convrot, 512)

@@ -18,6 +18,9 @@ RECIPES = {
     "e5m2": Recipe(format="float8_e5m2", rounding="nearest"),
     "int8 row": Recipe(format="int8_tensorwise", rounding="nearest"),
     "int8 tensor": Recipe(format="int8_tensorwise", granularity="tensor", rounding="nearest"),
+    "int8 convrot": Recipe(format="int8_tensorwise", convrot=16, rounding="nearest"),
+    "nvfp4": Recipe(format="nvfp4", rounding="nearest"),
+    "mxfp8": Recipe(format="mxfp8", rounding="nearest"),
 }
 
 
@@ -42,12 +45,12 @@ def verify(model, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_good_file_has_no_problems(verify, recipe, prefix):
     result = verify(recipe, prefix=prefix)
-    assert result.problems == [] and result.layers == 6
+    assert result.problems == [] == result.warnings and result.layers == 6
 
 
 def test_plain_weights_have_no_problems(model_file):
     result = verify_file(model_file())
-    assert result.problems == [] and result.layers == 0
+    assert result.problems == [] == result.warnings and result.layers == 0
 
 
 def change_header(edit):
@@ -161,10 +164,6 @@ BREAKS = {
         "int8 row",
         set_both("params", {"convrot": True, "convrot_groupsize": 256}),
     ),
-    "per_row missing": (
-        "int8 row",
-        set_both("per_row", None),
-    ),
     "per_row without rows": (
         "int8 tensor",
         set_both("per_row", True),
@@ -204,9 +203,68 @@ def test_a_broken_contract_has_its_sentence(verify, name, sentences):
     assert problem.startswith(("blocks.", "ghost: ", "patch: ")) and "\n" not in problem
 
 
-def test_a_missing_header_is_said_once(verify, sentences):
-    (problem,) = verify(RECIPES["int8 row"], lambda tensors, metadata: metadata.pop(HEADER)).problems
+def remove_header(tensors, metadata):
+    metadata.pop(HEADER)
+
+
+# Files as other writers make them: ComfyUI's own save, Comfy-Org's files, convert_to_quant.
+VALID = {
+    "per_row missing": ("int8 row", set_both("per_row", None)),
+    "per_row missing in the header": (
+        "int8 row",
+        change_header(lambda layers: [config.pop("per_row") for config in layers.values()]),
+    ),
+    "no header": ("int8 row", remove_header),
+    "neither": ("int8 row", both(set_both("per_row", None), remove_header)),
+    "per_row missing, rotated": ("int8 convrot", set_both("per_row", None)),
+    "rotation under params": (
+        "int8 convrot",
+        both(
+            set_both("convrot", None),
+            set_both("convrot_groupsize", None),
+            set_both("params", {"convrot": True, "convrot_groupsize": 16}),
+        ),
+    ),
+    "one scale without per_row": ("int8 tensor", remove_header),
+}
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_files_of_other_writers_are_valid(verify, name):
+    recipe, change = VALID[name]
+    result = verify(RECIPES[recipe], change)
+    assert result.problems == [] == result.warnings and result.layers == 6
+
+
+def test_a_missing_header_is_a_warning_for_formats_of_older_releases(verify, sentences):
+    result = verify(RECIPES["fp8"], remove_header)
+    assert result.problems == []
+    (warning,) = result.warnings
+    sentences(warning)
+
+
+@pytest.mark.parametrize("size", [4, 16, 64, 256, 1024, 4096])
+def test_rotations_by_any_power_of_four_are_valid(tmp_path, size):
+    save_rotated(tmp_path / "a.safetensors", torch.randn(4, 8192), size)
+    result = verify_file(tmp_path / "a.safetensors")
+    assert result.problems == [] and result.layers == 1
+
+
+@pytest.mark.parametrize("size, columns", [(1024, 512), (512, 8192), (2, 8192), (0, 8192), (True, 8192), ("256", 8192)])
+def test_other_rotations_are_not(tmp_path, size, columns, sentences):
+    save_rotated(tmp_path / "a.safetensors", torch.randn(4, columns), size)
+    (problem,) = verify_file(tmp_path / "a.safetensors").problems
     sentences(problem)
+
+
+def save_rotated(path, values, size):
+    """A layer whose JSON has a ConvRot group of that size."""
+    tensors = {
+        "a.weight": values.mul(20).to(torch.int8),
+        "a.weight_scale": torch.ones(len(values), 1),
+        "a.comfy_quant": config({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}),
+    }
+    save_file(tensors, path)
 
 
 def test_a_prefixed_checkpoint_needs_both_names(verify):
@@ -217,6 +275,26 @@ def test_a_prefixed_checkpoint_needs_both_names(verify):
         assert [problem.split(":")[0] for problem in result.problems] == [gone]
 
 
+def test_a_second_name_is_for_releases_that_have_the_format(verify):
+    """ComfyUI before 0.27, which needs the name without prefix, has no INT8."""
+    remove = change_header(lambda layers: layers.pop(LAYER))
+    assert verify(RECIPES["int8 row"], remove, prefix="model.diffusion_model.").problems == []
+
+
+@pytest.mark.parametrize("format, valid", [("nvfp4", True), ("float8_e4m3fn", True), ("nvfp9", False)])
+def test_banks_of_experts_are_not_called_broken(tmp_path, sentences, format, valid):
+    """ComfyUI 0.33 reads a weight of three dimensions in any of its formats."""
+    bank = {
+        "a.weight": torch.ones(4, 16, 32).to(torch.float8_e4m3fn),
+        "a.weight_scale": torch.ones(4),
+        "a.comfy_quant": config({"format": format, "num_experts": 4}),
+    }
+    save_file(bank, tmp_path / "a.safetensors")
+    result = verify_file(tmp_path / "a.safetensors")
+    assert (result.problems == []) is valid
+    sentences(result.problems + result.warnings)
+
+
 def test_all_broken_layers_are_found(verify):
     def change(tensors, metadata):
         for name in [name for name in tensors if name.endswith(".weight_scale")]:
@@ -225,14 +303,82 @@ def test_all_broken_layers_are_found(verify):
     assert len(verify(RECIPES["int8 row"], change).problems) == 6
 
 
-def test_codes_under_the_name_of_plain_weights(tmp_path, sentences):
-    save_file(
-        {"a.weight": torch.zeros(4, 4, dtype=torch.int8), "b.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)},
-        tmp_path / "a.safetensors",
+def test_quantized_values_without_json(tmp_path, sentences):
+    save_file({"a.weight": torch.zeros(4, 4, dtype=torch.int8)}, tmp_path / "a.safetensors")
+    (problem,) = verify_file(tmp_path / "a.safetensors").problems
+    assert problem.startswith("a: ")
+    sentences(problem)
+
+
+FP8 = (torch.randn(32, 16, generator=torch.Generator().manual_seed(0)) * 20).clamp(-100, 100)
+
+
+def scaled_fp8(dtype=torch.float8_e4m3fn, **changes):
+    """A layer of scaled FP8 as it was written before ComfyUI had layer JSON; a changed tensor of None is left out."""
+    tensors = {
+        "a.weight": FP8.to(dtype),
+        "a.scale_weight": torch.tensor(0.01),
+        "a.scale_input": torch.tensor(1.0),
+        "scaled_fp8": torch.zeros(0).to(dtype),
+        "norm.weight": torch.ones(16),
+    }
+    named = {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    return {name: tensor for name, tensor in (tensors | named).items() if tensor is not None}
+
+
+OLD = {
+    "scaled": scaled_fp8(),
+    "scaled, full precision": scaled_fp8(scaled_fp8=torch.zeros(2)),
+    "scaled in one element": scaled_fp8(a__scale_weight=torch.tensor([0.01])),
+    "scaled, with an unscaled layer": scaled_fp8(b__weight=FP8.to(torch.float8_e4m3fn)),
+    "prefixed": {f"model.diffusion_model.{name}": tensor for name, tensor in scaled_fp8().items()},
+    "plain e4m3": {"a.weight": FP8.to(torch.float8_e4m3fn), "a.bias": FP8[0].to(torch.float8_e4m3fn)},
+    "plain e5m2": {"a.weight": FP8.to(torch.float8_e5m2)},
+    "plain, embedding of large values": {"a.weight": (FP8 * 4).to(torch.float8_e4m3fn)},
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_older_fp8_files_are_valid(tmp_path, name, sentences):
+    save_file(OLD[name], tmp_path / "a.safetensors")
+    result = verify_file(tmp_path / "a.safetensors")
+    assert result.problems == [] and result.layers == 0 and result.warnings
+    sentences(result.warnings)
+
+
+def test_older_layers_beside_one_of_today(tmp_path, sentences):
+    """ComfyUI looks for older layers in files without the header entry only."""
+    today = {"format": "float8_e4m3fn"}
+    tensors = scaled_fp8(
+        b__comfy_quant=config(today), b__weight=FP8.to(torch.float8_e4m3fn), b__weight_scale=torch.ones(())
     )
-    problems = verify_file(tmp_path / "a.safetensors").problems
-    assert sorted(problem.split(":")[0] for problem in problems) == ["a", "b"]
-    sentences(problems)
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert verify_file(tmp_path / "a.safetensors").problems == []
+    save_file(tensors, tmp_path / "b.safetensors", {HEADER: json.dumps({"layers": {"b": today}})})
+    (problem,) = verify_file(tmp_path / "b.safetensors").problems
+    assert problem.startswith("a: ")
+    sentences(problem)
+
+
+MISREAD = {
+    "no marker": scaled_fp8(scaled_fp8=None),
+    "marker of another part": scaled_fp8(scaled_fp8=None, vae__scaled_fp8=torch.zeros(0)),
+    "e5m2": scaled_fp8(torch.float8_e5m2),
+    "scale per row": scaled_fp8(a__scale_weight=torch.ones(32, 1)),
+    "negative scale": scaled_fp8(a__scale_weight=torch.tensor(-1.0)),
+    "infinite scale": scaled_fp8(a__scale_weight=torch.tensor(float("inf"))),
+    "no weight": scaled_fp8(a__weight=None),
+    "unquantized weight": scaled_fp8(a__weight=FP8),
+    "lost scale": scaled_fp8(b__weight=(FP8 * 4.48).to(torch.float8_e4m3fn)),
+}
+
+
+@pytest.mark.parametrize("name", MISREAD)
+def test_older_fp8_files_that_comfyui_misreads(tmp_path, name, sentences):
+    save_file(MISREAD[name], tmp_path / "a.safetensors")
+    (problem,) = verify_file(tmp_path / "a.safetensors").problems
+    sentences(problem)
+    assert problem.startswith(("a", "b.weight"))
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path, sentences):
