@@ -18,6 +18,7 @@ from ...quant_core.events import (
     LayerFinished,
     LayerKept,
     LayerMeasured,
+    OutputChecked,
     RunFinished,
     RunStarted,
 )
@@ -130,6 +131,7 @@ _MESSAGES: dict[type, Callable[[Any], dict | None]] = {
     RunStarted: _start_message,
     LayerFinished: _layer_message,
     LayerKept: _kept_message,
+    OutputChecked: lambda event: {"state": "checking", **vars(event)},
     RunFinished: _end_message,
     CalibrationAdvanced: lambda event: {"state": "calibrating", **vars(event)},
     CalibrationFinished: lambda event: {"state": "calibrated", **vars(event)},

@@ -13,24 +13,25 @@ from learned_rounding.quant_core.errors import OutputError
 from learned_rounding.quant_core.events import LayerKept
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes
 from learned_rounding.quant_core.run import resume
+from learned_rounding.quant_core.run.recorded import RecordedSource
 from learned_rounding.quant_core.run.resume import JournalFile, RunJournal
 from learned_rounding.quant_core.sources import TensorSource
+from learned_rounding.quant_core.sources.source import CPU
 
 
 class Run:
     """A writer with its journal, over tensors that are their own source."""
 
-    def __init__(self, path, tensors: dict[str, torch.Tensor], key: str = "a run", in_memory: bool = False):
-        source = TensorSource(tensors)
-        self.tensors = tensors
-        self.journal = RunJournal(key, source, read=source.read if in_memory else None)
+    def __init__(self, path, tensors: dict[str, torch.Tensor], key: str = "a run"):
+        self.source = source = RecordedSource(TensorSource(tensors))
+        self.journal = RunJournal(key, source, lambda name: CPU)
         reserve = header_bytes(source.tensors.items(), {})
         self.writer = SafetensorsWriter(path, reserve, journal=self.journal)
 
     def add(self, name: str) -> None:
-        self.writer.add(name, self.tensors[name])
-        event = LayerKept(name=name, shape=tuple(self.tensors[name].shape), reason="test")
-        self.journal.record_layer([event], None, {name: self.tensors[name]})
+        tensor = self.source.read(name)
+        self.writer.add(name, tensor)
+        self.journal.record_layer([LayerKept(name=name, shape=tuple(tensor.shape), reason="test")], None)
 
     @property
     def restored(self) -> list[str]:
@@ -133,12 +134,12 @@ def test_tensors_after_the_last_layer_record_are_not_restored(tmp_path, tensors)
 
 @pytest.mark.parametrize("changed", ["key", "weights"])
 def test_another_run_is_not_resumed(tmp_path, tensors, changed):
-    killed = Run(tmp_path / "a", tensors, in_memory=True)
+    killed = Run(tmp_path / "a", tensors)
     killed.add("a")
     killed.kill()
     if changed == "weights":
         tensors["a"][500] = -1
-    run = Run(tmp_path / "a", tensors, key="another run" if changed == "key" else "a run", in_memory=True)
+    run = Run(tmp_path / "a", tensors, key="another run" if changed == "key" else "a run")
     assert run.restored == []
     run.writer.abort()
 
