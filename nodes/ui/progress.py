@@ -32,6 +32,7 @@ ROUTE = "/learned_rounding/progress"
 _IDS = "LearnedRounding"  # prefix of the ids of our nodes
 _SUMMARY = "learned_rounding"  # key of a node's output for its panel
 _WORST = 5
+_WORKFLOW = 1000  # characters of the id of a workflow
 _RUNS = 16  # stored runs; 1 MB each for a model of 2,000 layers
 
 
@@ -152,9 +153,9 @@ def _answer_query(query: Mapping[str, str]) -> list[dict]:
     For other nodes {"node", "output"}: their latest output for their panel, a text or the summary of a run.
 
     Raises:
-        ValueError: the query has no workflow.
+        ValueError: the query has no workflow, or what no page could send.
     """
-    if not query.get("workflow"):
+    if not 0 < len(query.get("workflow", "")) <= _WORKFLOW:
         raise ValueError(f"{ROUTE} requires the id of a workflow: ?workflow=ID")
     runs = {
         node: list(messages) for (workflow, node), messages in tuple(_runs.items()) if workflow == query["workflow"]

@@ -21,6 +21,7 @@ from ..recipes import PRESETS, Recipe
 from ..run.estimate import estimate_seconds, estimate_size
 from ..run.quantize import output_name, quantize_file, usable_device
 from ..sources import Source, open_source
+from .files import check_files
 from .parser import EXIT_CODES, make_parser
 from .progress import Progress
 from .recipe import build_recipe, layer_config_file
@@ -52,6 +53,7 @@ def run() -> NoReturn:
 
 def _run_command(args: argparse.Namespace) -> int:
     try:
+        check_files(args)
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
         print_error(f"lrq: {EXIT_CODES[130]}.")

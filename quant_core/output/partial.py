@@ -122,7 +122,7 @@ def remove_leftovers(path: Path) -> int:
             partial.unlink()
             removed += 1
     for journal in _leftovers(path, JOURNAL_SUFFIX):
-        if not os.path.lexists(journal.with_suffix(PARTIAL_SUFFIX)):
+        if not journal.with_suffix(PARTIAL_SUFFIX).is_file():
             with contextlib.suppress(OSError):
                 journal.unlink()
     return removed

@@ -209,8 +209,8 @@ class SafetensorsWriter:
 
     def _damaged(self, what: str) -> OutputError:
         return OutputError(
-            f"{self._partial.path} was not written: {what} does not have the bytes that were written to it; check the disk "
-            "and the memory of this machine, and run again."
+            f"{self._partial.path} was not written: {what} was read back with other bytes; check the disk and the memory of "
+            "this machine, and run again."
         )
 
     def abort(self) -> None:
