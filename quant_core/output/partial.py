@@ -8,6 +8,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import io
 import os
 import secrets
 import stat
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, BinaryIO, ParamSpec, TypeVar
+from typing import IO, ParamSpec, TypeVar
 
 from filelock import lock_descriptor
 
@@ -51,14 +52,14 @@ def claim_partial(file: IO[bytes]) -> bool:
     return bool(locked) or (locked is None and time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED)
 
 
-def _open_hidden(path: Path) -> BinaryIO:
+def _open_hidden(path: Path) -> io.FileIO:
     """Open a hidden file for reading and writing; a link is not followed, and a named pipe does not block."""
     if not stat.S_ISREG(os.lstat(path).st_mode):  # also where the system has no O_NOFOLLOW
         raise OSError(errno.ELOOP, "not a regular file")
     return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW))
 
 
-def open_leftover(path: Path) -> BinaryIO:
+def open_leftover(path: Path) -> io.FileIO:
     """Open a hidden file of a killed run, see :func:`check_leftover`. Raises OSError."""
     file = _open_hidden(path)
     try:
@@ -144,7 +145,7 @@ class PartialFile:
         matched_existing: the output already existed with the same content, and was left in place.
     """
 
-    file: BinaryIO
+    file: io.FileIO
 
     def __init__(self, path: str | os.PathLike, *, hidden_name: str | None = None, overwrite: bool = True):
         self.path = final_path(path)
@@ -181,7 +182,7 @@ class PartialFile:
             self._hidden.unlink(missing_ok=True)
         self._files.append(self.file)
 
-    def adopt(self, hidden: Path, file: BinaryIO) -> None:
+    def adopt(self, hidden: Path, file: io.FileIO) -> None:
         """Continue with a partial file that :func:`open_leftover` opened and :func:`claim_partial` has locked."""
         self._hidden, self.file = hidden, file
         self._files.append(file)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import torch
 
@@ -143,7 +143,7 @@ class RunJournal:
         return layout
 
     def _read_layers(
-        self, file: BinaryIO, journal: "JournalFile", data_start: int
+        self, file: io.FileIO, journal: "JournalFile", data_start: int
     ) -> tuple[TensorLayout, list[FinishedLayer], int]:
         """Layout and layers that are intact in both files, and the end of their records in the journal."""
         layout, layers, end = TensorLayout(self._partial.path.parent), [], 0
@@ -208,7 +208,7 @@ def _parse_event(kind: str, fields: dict[str, Any]) -> LayerEvent:
 
 
 def _read_tensor(
-    record: dict[str, Any], file: BinaryIO, journal: "JournalFile", begin: int, size: int, checksums: FileChecksums
+    record: dict[str, Any], file: io.FileIO, journal: "JournalFile", begin: int, size: int, checksums: FileChecksums
 ) -> tuple[str, TensorInfo, int, bytes]:
     """The next tensor of a partial file with its checksum, and its bytes if they are the payload of its record, ``size``
     bytes at ``begin``.

@@ -10,7 +10,6 @@ import io
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
 
 import torch
 
@@ -76,7 +75,7 @@ class FileChecksums:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="learned-rounding-checksum")
         self._free: list[torch.Tensor] = []
 
-    def next(self, file: BinaryIO | io.BytesIO, size: int) -> int | None:
+    def next(self, file: io.FileIO | io.BytesIO, size: int) -> int | None:
         """:func:`byte_checksum` of the next ``size`` bytes; None if the file is shorter."""
         total, pending = 0, deque[tuple[Future[int], torch.Tensor]]()
         for offset in range(0, size, _CHUNK):
@@ -105,7 +104,7 @@ class FileChecksums:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _fill(file: BinaryIO | io.BytesIO, view: memoryview) -> bool:
+def _fill(file: io.FileIO | io.BytesIO, view: memoryview) -> bool:
     """Read until ``view`` is full; False if the file ends before."""
     done = 0
     while done < len(view):

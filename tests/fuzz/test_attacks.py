@@ -16,6 +16,7 @@ README = Path(__file__).parents[2] / "attacks" / "README.md"
 # Files that the reader accepts: the attack is on later steps.
 READABLE = {"name_path", "name_empty", "name_control", "weights_nan", "weights_huge", "provenance_types"}
 READABLE |= {name for name in CASES if name.startswith(("config", "calibration", "scale", "metadata"))}
+READABLE |= {"name_longest", "provenance_large"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -36,6 +37,16 @@ def test_hostile_file_is_refused_or_harmless(tmp_path, name, tried):
 def test_control_characters_in_names_are_escaped(tmp_path, capsys, command, name):
     main([*command.split(), str(CASES[name].write(tmp_path))])
     assert all(line.isprintable() for text in capsys.readouterr() for line in text.split("\n"))
+
+
+@pytest.mark.parametrize("command", ["plan -i", "inspect", "verify"])
+@pytest.mark.parametrize(
+    "name", ["name_long", "name_longest", "many_tensors", "metadata_layers_many", "provenance_large"]
+)
+def test_printed_text_is_bounded(tmp_path, capsys, command, name):
+    main([*command.split(), str(CASES[name].write(tmp_path))])
+    printed = "".join(capsys.readouterr())
+    assert len(printed) < 4_000_000 and all(len(line) <= 2000 for line in printed.split("\n"))
 
 
 @pytest.mark.parametrize("text", PATTERNS)
