@@ -139,7 +139,7 @@ SAFETENSORS = {
     ),
     "name_longest": Attack(
         "x.safetensors",
-        one_tensor(F32_ENTRY, bytes(256), "\0." * 496 + "a.weight"),
+        one_tensor(F32_ENTRY, bytes(256), "\0." * 499 + "a.weight"),
         "tensor name of the greatest length, of control characters that are printed escaped",
     ),
     "many_tensors": Attack(
