@@ -144,8 +144,8 @@ SAFETENSORS = {
     ),
     "many_tensors": Attack(
         "x.safetensors",
-        lambda folder: safetensors({f"a.{index}.weight": header_entry("F32", [0, 8], 0, 0) for index in range(50_000)}),
-        "50,000 empty tensors",
+        lambda folder: safetensors({f"a.{index}.weight": header_entry("F32", [0, 8], 0, 0) for index in range(20_000)}),
+        "20,000 empty tensors",
     ),
     "metadata_large": Attack(
         "x.safetensors",
@@ -154,8 +154,8 @@ SAFETENSORS = {
     ),
     "metadata_many": Attack(
         "x.safetensors",
-        lambda folder: one_tensor(F32_ENTRY, bytes(256), **{f"key {index}": "" for index in range(200_000)}),
-        "200,000 metadata keys",
+        lambda folder: one_tensor(F32_ENTRY, bytes(256), **{f"key {index}": "" for index in range(50_000)}),
+        "50,000 metadata keys",
     ),
     "weights_nan": Attack(
         "x.safetensors", one_tensor(F32_ENTRY, struct.pack("<f", float("nan")) * 64), "weights of NaN only"

@@ -29,6 +29,8 @@ from .streams import flush_output, prepare_streams, print_error, print_line
 
 __all__ = ["main", "run"]
 
+_PROBLEMS_SHOWN = 1000  # of a file that is verified; their number is printed too
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
@@ -203,7 +205,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     result = verify_file(args.file)
-    for problem in result.problems:
+    for problem in result.problems[:_PROBLEMS_SHOWN]:
         print_error(escape_control(problem))
     if result.problems:
         print_error(f"{args.file}: {len(result.problems)} problem(s) in {result.layers} quantized layers.")
