@@ -7,7 +7,7 @@ limited, recursion is refused. The number of searches is limited too, so that a 
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import regex
 
@@ -22,8 +22,8 @@ _LONGEST = 2000  # characters of one pattern
 _SHOWN = 80  # characters of a pattern in an error message
 _LONG_LITERAL = 200  # characters
 _SECONDS = 1.5  # CPU time of all searches of a plan, beyond the usual time of each
-_USUAL_SECONDS = {True: 5e-6, False: 1e-6}  # of one search, with backtracking and without
-_ALL_USUAL_SECONDS = 5.0  # of all searches of a plan: bounds their number
+_USUAL_SECONDS = {True: 5e-6, False: 2e-6}  # of one search, with backtracking and without
+_ALL_USUAL_SECONDS = 8.5  # of all searches of a plan: bounds their number
 _BATCH = {True: 1, False: 256}  # searches whose time is measured together: those without backtracking take linear time
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 _BACKTRACKING = frozenset("*+?{|(")  # a pattern without these takes linear time
@@ -72,7 +72,12 @@ class Pattern:
         Raises:
             TimeoutError: the search took more than ``timeout`` seconds of CPU time.
         """
-        return self._compiled.search(name, timeout=timeout) is not None
+        return bool(self.find([name], timeout))
+
+    def find(self, names: Iterable[str], timeout: float | None = None) -> list[str]:
+        """The names in which the pattern is found; ``timeout`` is that of each search, see :meth:`search`."""
+        search = self._compiled.search
+        return [name for name in names if search(name, timeout=timeout)]
 
 
 class SearchBudget:
@@ -103,7 +108,7 @@ class SearchBudget:
             )
         start = time.thread_time()
         try:
-            found = [name for name in names if pattern.search(name, max(self._left, usual))]
+            found = pattern.find(names, max(self._left, usual))
         except (TimeoutError, MemoryError):
             self._left, found = 0.0, []
         self._left -= max(0.0, time.thread_time() - start - usual)
