@@ -1,4 +1,4 @@
-"""All hostile files and patterns. ``tests/fuzz/test_attacks.py`` runs each through every entry point that reads files or patterns."""
+"""All hostile files, texts and patterns. ``tests/fuzz/test_attacks.py`` runs each through every entry point that reads them."""
 
 from .attack import CANARY, Attack
 from .gguf_files import GGUF
@@ -6,8 +6,9 @@ from .index_files import INDEXES
 from .pickle_files import PICKLES
 from .quantized_files import QUANTIZED
 from .safetensors_files import SAFETENSORS
+from .texts import TEXTS
 
-__all__ = ["CASES", "CANARY", "PATTERNS"]
+__all__ = ["CASES", "CANARY", "PATTERNS", "TEXTS"]
 
 CASES: dict[str, Attack] = {**SAFETENSORS, **QUANTIZED, **PICKLES, **INDEXES, **GGUF}
 

@@ -51,4 +51,12 @@ GGUF = {
         lambda folder: _gguf((8, 8), 2**40, words=struct.pack("<IIQ", 9, 8, 1_000_000) + bytes(8) * 1_000_000),
         "array of a million empty strings",
     ),
+    "gguf_nested": Attack(
+        "x.gguf", _gguf((8, 8), 0, words=struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000), "nested arrays"
+    ),
+    "gguf_numbers": Attack(
+        "x.gguf",
+        lambda folder: _gguf((8, 8), 2**40, words=struct.pack("<IIQ", 9, 0, 90_000_000) + bytes(90_000_000)),
+        "array of 90 million numbers",
+    ),
 }

@@ -36,4 +36,9 @@ INDEXES = {
         lambda folder: b'{"weight_map":[' + (b"[" * 900 + b"]" * 900 + b",") * 8_000 + b"0]}",
         "the same with fewer commas",
     ),
+    "index_many": Attack(
+        "x.safetensors.index.json",
+        lambda folder: _index(*(f"{index}.safetensors" for index in range(50_000))),
+        "index of 50,000 shards",
+    ),
 }

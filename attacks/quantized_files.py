@@ -107,6 +107,27 @@ QUANTIZED = {
         _layer_file(FP8_CONFIG, _quantization_metadata='{"layers":"a"}'),
         "string as the table of layers in the metadata",
     ),
+    "metadata_layers_many": Attack(
+        "x.safetensors",
+        lambda folder: _layer_file(
+            FP8_CONFIG,
+            _quantization_metadata=json.dumps(
+                {"layers": {f"a.{index}": {"format": f"f{index}"} for index in range(50_000)}}
+            ),
+        ),
+        "50,000 formats of layers that do not exist",
+    ),
+    "provenance_large": Attack(
+        "x.safetensors",
+        lambda folder: one_tensor(
+            F32_ENTRY,
+            bytes(256),
+            learned_rounding=json.dumps(
+                {"version": "1" * 1_000_000, "recipe": {f"key {index}": "x" * 100 for index in range(50_000)}}
+            ),
+        ),
+        "recipe of millions of characters in the header",
+    ),
     "provenance_types": Attack(
         "x.safetensors",
         one_tensor(F32_ENTRY, bytes(256), learned_rounding='{"fingerprint":{}}'),
@@ -128,6 +149,11 @@ QUANTIZED = {
         "x.calib.safetensors",
         one_tensor(F32_ENTRY, bytes(256), "a.gram", learned_rounding_calibration='{"layers":{"a":["a",1e999,8]}}'),
         "infinite number of channels in a calibration",
+    ),
+    "calibration_many": Attack(
+        "x.calib.safetensors",
+        lambda folder: _calibration(layers={f"{index}": ["a", 16, 16] for index in range(100_000)}),
+        "100,000 layers that share one Hessian",
     ),
     "calibration_nan": Attack(
         "x.calib.safetensors",

@@ -137,6 +137,26 @@ SAFETENSORS = {
         one_tensor(F32_ENTRY, bytes(256), "blocks." * 20_000 + "weight"),
         "tensor name of 140,000 characters, to slow down pattern matching",
     ),
+    "name_longest": Attack(
+        "x.safetensors",
+        one_tensor(F32_ENTRY, bytes(256), "\0." * 499 + "a.weight"),
+        "tensor name of the greatest length, of control characters that are printed escaped",
+    ),
+    "many_tensors": Attack(
+        "x.safetensors",
+        lambda folder: safetensors({f"a.{index}.weight": header_entry("F32", [0, 8], 0, 0) for index in range(20_000)}),
+        "20,000 empty tensors",
+    ),
+    "metadata_large": Attack(
+        "x.safetensors",
+        lambda folder: one_tensor(F32_ENTRY, bytes(256), note="x" * 30_000_000),
+        "metadata value of 30 MB",
+    ),
+    "metadata_many": Attack(
+        "x.safetensors",
+        lambda folder: one_tensor(F32_ENTRY, bytes(256), **{f"key {index}": "" for index in range(50_000)}),
+        "50,000 metadata keys",
+    ),
     "weights_nan": Attack(
         "x.safetensors", one_tensor(F32_ENTRY, struct.pack("<f", float("nan")) * 64), "weights of NaN only"
     ),

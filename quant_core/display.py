@@ -1,8 +1,11 @@
-"""Text output: byte counts, Markdown tables, escaped control characters."""
+"""Text output: byte counts, Markdown tables, escaped control characters, bounded lengths."""
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["escape_control", "human_bytes", "markdown_table"]
+__all__ = ["bound_lines", "escape_control", "human_bytes", "markdown_table", "shorten"]
+
+_LONGEST = 2000  # characters of a line: a path of the longest kind fits twice
+_LINES = 1000
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -29,3 +32,17 @@ def escape_control(text: str, allowed: str = "") -> str:
     return "".join(
         char if char.isprintable() or char in allowed else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def shorten(text: str, longest: int = _LONGEST) -> str:
+    """``text`` of at most ``longest`` characters; the middle of a longer one is left out."""
+    if len(text) <= longest:
+        return text
+    half = (longest - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
+def bound_lines(lines: Sequence[str], most: int = _LINES) -> str:
+    """A text of at most ``most`` lines of bounded length, and the number of further ones."""
+    further = [f"… {len(lines) - most:,} more lines"] if len(lines) > most else []
+    return "\n".join([*map(shorten, lines[:most]), *further])

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from .display import shorten
+
 __all__ = [
     "QuantizationError",
     "SourceError",
@@ -19,9 +21,11 @@ __all__ = [
     "VerificationError",
 ]
 
+_SHOWN = 100  # characters of an unknown name
+
 
 class QuantizationError(Exception):
-    """Base class of all errors that a user can cause or correct.
+    """Base class of all errors that a user can cause or correct. Long messages are shortened: files contain long names.
 
     file     name of the file concerned, or None
     tensor   name of the tensor or layer concerned, or None
@@ -29,7 +33,7 @@ class QuantizationError(Exception):
     """
 
     def __init__(self, message: str, *, file: str | None = None, tensor: str | None = None, option: str | None = None):
-        super().__init__(message)
+        super().__init__(shorten(message))
         self.file = file
         self.tensor = tensor
         self.option = option
@@ -88,9 +92,10 @@ class UnknownNameError(RecipeError):
 
     def __init__(self, kind: str, name: object, known: Iterable[str]):
         known = sorted(known)
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+        shown = shorten(str(name), _SHOWN)
+        near = difflib.get_close_matches(shown, known, n=1, cutoff=0.4)
         hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(known)}."
-        super().__init__(f"Unknown {kind} '{name}': {hint}", option=kind)
+        super().__init__(f"Unknown {kind} '{shown}': {hint}", option=kind)
         self.kind = kind
         self.name = name
         self.known = known

@@ -11,6 +11,7 @@ __all__ = [
     "LayerStarted",
     "LayerFinished",
     "LayerKept",
+    "OutputChecked",
     "RunFinished",
     "CalibrationAdvanced",
     "CalibrationFinished",
@@ -147,6 +148,18 @@ class LayerKept(Event):
     reason: str
     removed: bool = False
     planned: bool = True
+
+
+@dataclass(frozen=True)
+class OutputChecked(Event):
+    """The complete output file is read again and compared with the checksums of its tensors, before it gets its name.
+
+    Attributes:
+        done, total: checked and all bytes of its tensors.
+    """
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)

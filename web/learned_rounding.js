@@ -41,7 +41,8 @@ const NATIVE_INT8 = {
   onChange(mode, before) {
     // The page reports the stored value when it loads, and replaces a boolean; the server has both already.
     if (typeof before !== "string" || mode === before) return;
-    return api.fetchApi("/learned_rounding/native_int8", { method: "POST", body: JSON.stringify(mode) });
+    const headers = { "Content-Type": "application/json" };
+    return api.fetchApi("/learned_rounding/native_int8", { method: "POST", headers, body: JSON.stringify(mode) });
   },
 };
 

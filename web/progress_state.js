@@ -1,7 +1,7 @@
 /**
  * State of the progress panels as plain values, without DOM and ComfyUI, so that node can test it.
  *
- * The messages of a run are "measuring", "start", "layer", "kept", "done", "calibrating", "calibrated", "stopped"
+ * The messages of a run are "measuring", "start", "layer", "kept", "checking", "done", "calibrating", "calibrated", "stopped"
  * (nodes/ui/progress.py), each with the run's prompt and its sequence number. A page that missed some gets all of them
  * again, and until then shows the available ones.
  */
@@ -18,7 +18,7 @@ const NO_PARTS = Object.freeze({
 });
 
 const FRESH = Object.freeze({
-  phase: "running", measuring: false, before: NO_PARTS, label: "", source: "", total: 0, finished: 0, layer: null,
+  phase: "running", measuring: false, checked: null, before: NO_PARTS, label: "", source: "", total: 0, finished: 0, layer: null,
   rounding: "", learned: "", eta: null, rate: null, bytes: 0, since: null, unit: null, worst: [], kept: [], cells: [],
   places: new Map(),
 });
@@ -124,6 +124,10 @@ const REDUCERS = {
     };
   },
 
+  checking(state, event) {
+    return { ...running(state), checked: event.done / event.total };
+  },
+
   done(state, event) {
     const run = running(state);
     const before = state.phase === "done" ? state.parts : run.before; // without start messages between summaries
@@ -225,6 +229,7 @@ export function words(state) {
       if (state.unit) return calibratingWords(state, join);
       if (state.layer === null) return [say("reading"), ""];
       if (state.measuring) return ["", say("measuring", { number: state.finished + 1, total: state.total })];
+      if (state.checked !== null) return ["", say("checking", { percent: Math.floor(100 * state.checked) })];
       const eta = state.finished < state.total ? leftWords(state.eta) : say("writing");
       return ["", join(eta, state.rate && `${formatBytes(state.rate)}/s`, state.learned)];
     }

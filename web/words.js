@@ -5,6 +5,7 @@ export const ENGLISH = Object.freeze({
   reading: "Reading the model…",
   measuring: "measuring what each format costs, layer {number} of {total}",
   writing: "writing the file",
+  checking: "checking the written file: {percent} %",
   left: "{time} left",
   each: "{time} each {unit}",
   rate: "{rate} {unit}/s",

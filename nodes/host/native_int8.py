@@ -20,14 +20,13 @@ import comfy.ops
 import comfy.quant_ops
 import folder_paths
 import torch
-from aiohttp import web
-from server import PromptServer
 
 from ... import kernels
 from ...kernels import devices, tuning
 from ...kernels.checks import can_rotate
 from ...kernels.prepared import KeptFunctions
 from ...quant_core.errors import QuantizationError
+from .running import add_value_route
 
 __all__ = [
     "LAYOUT",
@@ -290,14 +289,12 @@ def _read_setting() -> str:
 def add_native_int8_setting() -> None:
     """Apply the stored setting, and add the route by which the page changes it."""
     _set_setting(_read_setting())
-    server = getattr(PromptServer, "instance", None)
-    if server is None:
-        return
+    add_value_route(ROUTE, _change_setting)
 
-    @server.routes.post(ROUTE)
-    async def change(request):
-        mode = await request.json()
-        if mode not in NATIVE_INT8_MODES:
-            return web.Response(status=400, text=f"The value must be one of {', '.join(NATIVE_INT8_MODES)}.")
-        _set_setting(mode)
-        return web.json_response(mode)
+
+def _change_setting(mode: object) -> str:
+    """Set the mode of all models; returns it. Raises ValueError for an unknown one."""
+    if not isinstance(mode, str) or mode not in NATIVE_INT8_MODES:
+        raise ValueError(f"The value must be one of {', '.join(NATIVE_INT8_MODES)}.")
+    _set_setting(mode)
+    return mode

@@ -11,6 +11,7 @@ from server import PromptServer
 
 __all__ = [
     "add_route",
+    "add_value_route",
     "is_interrupt",
     "latest_outputs",
     "outputs_in_use",
@@ -22,6 +23,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+_BODY = 1000  # bytes of the body of a POST request
 
 
 def outputs_in_use(prompt, node_id: str) -> set[int]:
@@ -116,7 +119,10 @@ def send_message(event: str, payload: dict, *, everyone: bool = False) -> None:
 
 
 def add_route(path: str, answer: Callable[[Mapping[str, str]], object]) -> None:
-    """Add a GET route. ``answer`` returns JSON values for the query, or raises ValueError with the text of a 400 response."""
+    """Add a GET route. ``answer`` returns JSON values for the query, or raises ValueError with the text of a 400 response.
+
+    A query with the same name twice is refused.
+    """
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
@@ -124,9 +130,44 @@ def add_route(path: str, answer: Callable[[Mapping[str, str]], object]) -> None:
     @server.routes.get(path)
     async def get(request):
         try:
+            if len(set(request.query)) < len(request.query):
+                raise ValueError(f"{path} takes each parameter once.")
             return web.json_response(answer(request.query))
         except ValueError as error:
             return web.Response(status=400, text=str(error))
+
+
+def add_value_route(path: str, change: Callable[[object], object]) -> None:
+    """Add a POST route for a short JSON value. ``change`` returns the JSON value of the answer, or raises ValueError with the
+    text of a 400 response.
+
+    Only the content type of JSON is accepted, which a page of another site cannot send without being asked.
+    """
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+
+    @server.routes.post(path)
+    async def post(request):
+        try:
+            if request.content_type != "application/json":
+                raise ValueError(f"{path} requires the content type application/json.")
+            body = b""
+            while len(body) <= _BODY and (part := await request.content.read(_BODY + 1 - len(body))):
+                body += part
+            if len(body) > _BODY:
+                raise ValueError(f"{path} takes at most {_BODY:,} bytes.")
+            return web.json_response(change(_parse_json(body)))
+        except ValueError as error:
+            return web.Response(status=400, text=str(error))
+
+
+def _parse_json(body: bytes) -> object:
+    """The value of a JSON text. Raises ValueError."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise ValueError("The body is not valid JSON.") from None
 
 
 def show_text(text: str) -> None:

@@ -18,6 +18,7 @@ from ...quant_core.events import (
     LayerFinished,
     LayerKept,
     LayerMeasured,
+    OutputChecked,
     RunFinished,
     RunStarted,
 )
@@ -31,6 +32,7 @@ ROUTE = "/learned_rounding/progress"
 _IDS = "LearnedRounding"  # prefix of the ids of our nodes
 _SUMMARY = "learned_rounding"  # key of a node's output for its panel
 _WORST = 5
+_WORKFLOW = 1000  # characters of the id of a workflow
 _RUNS = 16  # stored runs; 1 MB each for a model of 2,000 layers
 
 
@@ -130,6 +132,7 @@ _MESSAGES: dict[type, Callable[[Any], dict | None]] = {
     RunStarted: _start_message,
     LayerFinished: _layer_message,
     LayerKept: _kept_message,
+    OutputChecked: lambda event: {"state": "checking", **vars(event)},
     RunFinished: _end_message,
     CalibrationAdvanced: lambda event: {"state": "calibrating", **vars(event)},
     CalibrationFinished: lambda event: {"state": "calibrated", **vars(event)},
@@ -150,9 +153,9 @@ def _answer_query(query: Mapping[str, str]) -> list[dict]:
     For other nodes {"node", "output"}: their latest output for their panel, a text or the summary of a run.
 
     Raises:
-        ValueError: the query has no workflow.
+        ValueError: the query has no workflow, or what no page could send.
     """
-    if not query.get("workflow"):
+    if not 0 < len(query.get("workflow", "")) <= _WORKFLOW:
         raise ValueError(f"{ROUTE} requires the id of a workflow: ?workflow=ID")
     runs = {
         node: list(messages) for (workflow, node), messages in tuple(_runs.items()) if workflow == query["workflow"]

@@ -21,12 +21,15 @@ from ..recipes import PRESETS, Recipe
 from ..run.estimate import estimate_seconds, estimate_size
 from ..run.quantize import output_name, quantize_file, usable_device
 from ..sources import Source, open_source
+from .files import check_files
 from .parser import EXIT_CODES, make_parser
 from .progress import Progress, show_bytes
 from .recipe import build_recipe, layer_config_file
 from .streams import flush_output, prepare_streams, print_error, print_line
 
 __all__ = ["main", "run"]
+
+_PROBLEMS_SHOWN = 1000  # of a file that is verified; their number is printed too
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +55,7 @@ def run() -> NoReturn:
 
 def _run_command(args: argparse.Namespace) -> int:
     try:
+        check_files(args)
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
         print_error(f"lrq: {EXIT_CODES[130]}.")
@@ -202,9 +206,9 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     with show_bytes("verifying") as progress:
         result = verify_file(args.file, progress=progress)
-    for warning in result.warnings:
+    for warning in result.warnings[:_PROBLEMS_SHOWN]:
         print_line(f"Note: {escape_control(warning)}")
-    for problem in result.problems:
+    for problem in result.problems[:_PROBLEMS_SHOWN]:
         print_error(escape_control(problem))
     if result.problems:
         print_error(f"{args.file}: {len(result.problems)} problem(s) in {result.layers} quantized layers.")

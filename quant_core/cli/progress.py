@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from ..display import escape_control
-from ..events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, RunStarted
+from ..events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, OutputChecked, RunStarted
 from .streams import print_line
 
 __all__ = ["Progress", "show_bytes"]
@@ -44,6 +44,8 @@ class Progress:
             self._bar.set_postfix_str(escape_control(event.name)[-_NAME_WIDTH:], refresh=False)
         elif isinstance(event, (LayerMeasured, LayerFinished)) and self._bar is not None:
             self._bar.update()
+        elif isinstance(event, OutputChecked) and self._bar is not None:
+            self._bar.set_postfix_str(f"checking the file: {event.done / event.total:.0%}")
 
     def _start(self, layers: int, label: str | None = None) -> None:
         from tqdm import tqdm

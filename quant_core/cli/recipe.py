@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import RecipeError
 from ..formats import FormatConfig
 from ..recipes import Recipe, make_format, recommend_format
-from ..recipes.layers import parse_layer_config
+from ..recipes.layers import LONGEST_TEXT, parse_layer_config
 from ..recipes.option_table import OPTION_TABLE
 from ..recipes.presets import AUTO
 
@@ -34,7 +34,7 @@ def build_recipe(args: argparse.Namespace) -> Recipe:
 
 def layer_config_file(args: argparse.Namespace) -> Path | None:
     """The file that --layer-config names; None if it is the rules themselves."""
-    text = args.layer_config
+    text = getattr(args, "layer_config", None)
     return Path(text) if text is not None and not text.lstrip().startswith("{") else None
 
 
@@ -62,7 +62,11 @@ def _read_recipe(path: Path) -> Recipe:
 
 def _read_text(path: Path, kind: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST_TEXT + 1)
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"it has more than {LONGEST_TEXT:,} characters")
+        return text
     except (OSError, ValueError) as error:
         raise RecipeError(f"The {kind} {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 

@@ -6,16 +6,20 @@ import os
 import stat
 import sys
 
-from ..display import escape_control
+from ..display import escape_control, shorten
 
 __all__ = ["flush_output", "prepare_streams", "print_error", "print_line"]
 
 _CLOSED = (errno.EIO, errno.EBADF)  # errors of a terminal that was closed
 _failures: list[OSError] = []  # of standard output, since prepare_streams
+_MOST = 32_000_000  # characters that a command prints: names in a file can be long and many
+_room = _MOST
 
 
 def prepare_streams() -> None:
     """Replace closed streams by the null device, and escape characters that the encoding of a stream lacks."""
+    global _room
+    _room = _MOST
     _failures.clear()
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
@@ -31,14 +35,28 @@ def print_line(text: object) -> None:
     Raises:
         BrokenPipeError: standard output is a pipe without a reader.
     """
-    with _record_failure():
-        print(escape_control(str(text), allowed="\n"))
+    printed = _bound(str(text))
+    if printed is not None:
+        with _record_failure():
+            print(printed)
 
 
 def print_error(text: str) -> None:
     """Print to standard error, control characters escaped; a failure has no other stream to be reported on."""
-    with contextlib.suppress(OSError):
-        print(escape_control(text, allowed="\n"), file=sys.stderr, flush=True)
+    printed = _bound(text)
+    if printed is not None:
+        with contextlib.suppress(OSError):
+            print(printed, file=sys.stderr, flush=True)
+
+
+def _bound(text: str) -> str | None:
+    """What to print of a text: control characters are escaped, long lines shortened; None beyond the bound of a command."""
+    global _room
+    before, lines = _room, "\n".join(shorten(escape_control(shorten(line))) for line in text.split("\n"))
+    _room -= len(lines) + 1
+    if _room >= 0:
+        return lines
+    return f"… the rest of more than {_MOST:,} characters is left out." if before >= 0 else None
 
 
 def flush_output() -> OSError | None:

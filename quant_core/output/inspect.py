@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from ..display import human_bytes
+from ..display import bound_lines, human_bytes
 from ..formats import READABLE, detect_layer
 from ..formats.detect import quantized_formats
 from ..formats.layer_json import layer_configs
@@ -54,7 +54,7 @@ class Inspection:
             options = recipe.items() if isinstance(recipe, dict) else ()
             given = [f"{key} {value}" for key, value in options if value not in (None, "", []) and value is not False]
             lines.append(f"  made by learned_rounding {self.made_by.get('version')}: {', '.join(given)}")
-        return "\n".join(lines)
+        return bound_lines(lines)
 
 
 def inspect_file(path: str | os.PathLike) -> Inspection:

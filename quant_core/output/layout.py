@@ -9,6 +9,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 from ..sources.dtypes import DTYPE_NAMES
 from ..sources.source import TensorInfo
@@ -21,12 +22,20 @@ _MAX_OFFSET = 10**15
 _SPILL = 1 << 24  # bytes of deferred tensors that are held in memory
 
 
+class HeaderEntry(TypedDict):
+    """Entry of a tensor in the header; ``data_offsets``: first byte in the data section, and the byte after the last."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
 def aligned_size(size: int) -> int:
     """``size`` rounded up to a multiple of the alignment."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def encode_header(metadata: Mapping[str, str], entries: Mapping[str, dict[str, object]]) -> bytes:
+def encode_header(metadata: Mapping[str, str], entries: Mapping[str, HeaderEntry]) -> bytes:
     """JSON of a header; ``entries``: tensor name → dtype, shape and offsets."""
     header = {"__metadata__": dict(metadata), **entries}
     return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -38,7 +47,7 @@ def header_bytes(tensors: Iterable[tuple[str, TensorInfo]], metadata: Mapping[st
     return aligned_size(len(encode_header(metadata, entries)))
 
 
-def _entry(info: TensorInfo, begin: int, end: int) -> dict[str, object]:
+def _entry(info: TensorInfo, begin: int, end: int) -> HeaderEntry:
     return {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
 
 
@@ -49,15 +58,16 @@ class TensorLayout:
         folder: folder of the output, for the spool.
 
     Attributes:
-        entries: name → header entry of the tensors with a position.
+        entries: name → header entry of the tensors with a position, in the order of the file.
+        checksums: name → checksum of the bytes of a tensor.
         end: size of the data section in bytes.
         spool: bytes of the deferred tensors until they have a position.
     """
 
     def __init__(self, folder: Path):
-        self.entries: dict[str, dict[str, object]] = {}
+        self.entries: dict[str, HeaderEntry] = {}
+        self.checksums: dict[str, int] = {}
         self.end = 0
-        self._names: set[str] = set()
         self._deferred: list[tuple[str, TensorInfo, int]] = []
         self.spool = tempfile.SpooledTemporaryFile(max_size=_SPILL, dir=str(folder))
 
@@ -66,11 +76,11 @@ class TensorLayout:
         """Whether a tensor follows all others because its size is not a multiple of 8 bytes."""
         return info.nbytes % _ALIGNMENT != 0
 
-    def add(self, name: str, info: TensorInfo, payload: bytes = b"") -> None:
+    def add(self, name: str, info: TensorInfo, checksum: int, payload: bytes = b"") -> None:
         """Place the next tensor; ``payload``: its bytes if it is deferred. Raises ValueError for a duplicate name."""
-        if name in self._names:
+        if name in self.checksums:
             raise ValueError(f"tensor {name} is written twice")
-        self._names.add(name)
+        self.checksums[name] = checksum
         if self.defers(info):
             self._deferred.append((name, info, self.spool.tell()))
             self.spool.write(payload)

@@ -7,14 +7,18 @@ without a lock belongs to a killed run: another run may resume it from the journ
 import contextlib
 import errno
 import glob
+import hashlib
+import io
 import os
 import secrets
+import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, BinaryIO, ParamSpec, TypeVar
+from typing import IO, ParamSpec, TypeVar
 
 from filelock import lock_descriptor
 
@@ -22,10 +26,13 @@ from ..errors import OutputError
 from .durable import flush_to_disk
 from .publish import WINDOWS, final_path, flush_folder, output_error, publish_file
 
-__all__ = ["JOURNAL_SUFFIX", "PartialFile", "claim_partial", "remove_leftovers"]
+__all__ = ["JOURNAL_SUFFIX", "PartialFile", "check_leftover", "claim_partial", "open_leftover", "remove_leftovers"]
 
 PARTIAL_SUFFIX, JOURNAL_SUFFIX = ".partial", ".journal"
 _ABANDONED = 86_400  # s without a write, after which a partial file on a disk without locks belongs to a killed run
+_NAME_BYTES = 255  # longest file name of most file systems
+_MARK_BYTES = 4  # random bytes in a hidden name
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _THREADS = 3  # one opens or publishes the file, one starts to write it to the disk, one flushes
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -45,22 +52,78 @@ def claim_partial(file: IO[bytes]) -> bool:
     return bool(locked) or (locked is None and time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED)
 
 
+def _open_hidden(path: Path) -> io.FileIO:
+    """Open a hidden file for reading and writing; a link is not followed, and a named pipe does not block."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):  # also where the system has no O_NOFOLLOW
+        raise OSError(errno.ELOOP, "not a regular file")
+    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW))
+
+
+def open_leftover(path: Path) -> io.FileIO:
+    """Open a hidden file of a killed run, see :func:`check_leftover`. Raises OSError."""
+    file = _open_hidden(path)
+    try:
+        check_leftover(file, path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def check_leftover(file: IO[bytes], path: Path) -> None:
+    """Raise OSError unless ``file`` is the regular file at ``path``, has no other name and belongs to this user.
+
+    Otherwise another user, or a link to another file, could decide what a run continues, or where it writes.
+    """
+    status = os.fstat(file.fileno())
+    if not (_is_at(status, path) and stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
+        raise OSError(errno.ESTALE, "not the only name of a regular file")
+    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+        with tempfile.TemporaryFile(dir=path.parent) as own:  # some network disks give all files the same owner
+            if os.fstat(own.fileno()).st_uid != status.st_uid:
+                raise OSError(errno.EPERM, "owned by another user")
+
+
+def _is_at(status: os.stat_result, path: Path) -> bool:
+    """Whether the open file with this status is still the one that ``path`` names."""
+    try:
+        return os.path.samestat(status, os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _hidden_stem(name: str) -> str:
+    """What the names of hidden files contain: ``name``, or a part of it and its hash if they would be too long."""
+    room = _NAME_BYTES - len(f"..{'0' * 2 * _MARK_BYTES}{PARTIAL_SUFFIX}")
+    encoded = os.fsencode(name)
+    if len(encoded) <= room:
+        return name
+    digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
+    return encoded[: room - len(digest)].decode(errors="ignore") + digest
+
+
 def _leftovers(path: Path, suffix: str) -> list[Path]:
-    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*{suffix}"))
+    return sorted(path.parent.glob(f".{glob.escape(_hidden_stem(path.name))}.*{suffix}"))
 
 
 def remove_leftovers(path: Path) -> int:
-    """Remove partial files and journals of killed runs with the output ``path``; returns the number of partial files."""
+    """Remove partial files and journals of killed runs with the output ``path``; returns the number of partial files.
+
+    Links and pipes with such a name are no files of a run and are removed too; what a link refers to is not touched.
+    """
     removed = 0
     for partial in _leftovers(path, PARTIAL_SUFFIX):
-        with contextlib.suppress(OSError), open(partial, "r+b") as file:
-            if claim_partial(file):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+            if stat.S_ISREG(partial.lstat().st_mode):
+                file = opened.enter_context(_open_hidden(partial))
+                if not claim_partial(file):
+                    continue
                 if WINDOWS:
                     file.close()  # Windows removes no open file, and refuses if another run opens it from here on
-                partial.unlink()
-                removed += 1
+            partial.unlink()
+            removed += 1
     for journal in _leftovers(path, JOURNAL_SUFFIX):
-        if not journal.with_suffix(PARTIAL_SUFFIX).exists():
+        if not journal.with_suffix(PARTIAL_SUFFIX).is_file():
             with contextlib.suppress(OSError):
                 journal.unlink()
     return removed
@@ -82,7 +145,7 @@ class PartialFile:
         matched_existing: the output already existed with the same content, and was left in place.
     """
 
-    file: BinaryIO
+    file: io.FileIO
 
     def __init__(self, path: str | os.PathLike, *, hidden_name: str | None = None, overwrite: bool = True):
         self.path = final_path(path)
@@ -110,16 +173,17 @@ class PartialFile:
         """Create and lock a new partial file, and its folder if it is missing."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            self._hidden = self.path.with_name(f".{self._prefix.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
-            self.file = open(self._hidden, "xb", buffering=0)
+            stem, mark = _hidden_stem(self._prefix.name), secrets.token_hex(_MARK_BYTES)
+            self._hidden = self.path.with_name(f".{stem}.{mark}{PARTIAL_SUFFIX}")
+            self.file = open(self._hidden, "x+b", buffering=0)
             if _lock(self.file) is not False and os.fstat(self.file.fileno()).st_nlink:
                 break
             self.file.close()  # another run claimed the new file before it was locked, and removes it
             self._hidden.unlink(missing_ok=True)
         self._files.append(self.file)
 
-    def adopt(self, hidden: Path, file: BinaryIO) -> None:
-        """Continue with a partial file that :func:`claim_partial` has locked."""
+    def adopt(self, hidden: Path, file: io.FileIO) -> None:
+        """Continue with a partial file that :func:`open_leftover` opened and :func:`claim_partial` has locked."""
         self._hidden, self.file = hidden, file
         self._files.append(file)
 
@@ -158,14 +222,16 @@ class PartialFile:
             OutputError: the name may be lost in a power failure.
             OSError: the disk failed; nothing is published.
         """
-        found = os.fstat(self.file.fileno()).st_size
-        if found != size:
-            raise OSError(errno.EIO, f"the partial file has {found:,} bytes instead of {size:,}")
+        assert self._hidden is not None
+        status = os.fstat(self.file.fileno())
+        if status.st_size != size:
+            raise OSError(errno.EIO, f"the partial file has {status.st_size:,} bytes instead of {size:,}")
         flush_to_disk(self.file.fileno())
         self.check_open()
+        if not (WINDOWS or _is_at(status, self._hidden)):  # Windows neither removes nor renames an open file
+            raise OSError(errno.ESTALE, f"its hidden file {self._hidden.name} was removed or replaced during the run")
         if WINDOWS:
             self.file.close()  # Windows renames no open file
-        assert self._hidden is not None
         # Elsewhere the file keeps its lock until it has its name: an unlocked one would look like that of a killed run.
         self.matched_existing = not publish_file(self._hidden, self.path, overwrite=self._overwrite)
         if self.matched_existing:

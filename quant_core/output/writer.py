@@ -2,18 +2,22 @@
 
 The header comes first in the file, but a layer that contains NaN changes it late: only the weight itself shows whether it
 can be quantized. The writer therefore reserves an upper bound for the header, appends tensors, and writes the header last.
+
+The complete file is read again and compared with the checksums that were computed when its tensors were added, on their
+device: a faulty transfer, disk or memory, or another process that wrote to the file, is noticed before it has its name.
 """
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import IO, Protocol
 
 import torch
 
 from ..cancellation import CancelCheck, wait_for
-from ..sources.checksum import tensor_checksum
+from ..errors import OutputError
+from ..sources.checksum import FileChecksums, byte_checksum, tensor_checksum
 from ..sources.source import TensorInfo
 from ..sources.staging import Staging, byte_views
 from .layout import HEADER_LENGTH, TensorLayout, aligned_size, encode_header
@@ -87,6 +91,7 @@ class SafetensorsWriter:
         self._data_start = HEADER_LENGTH.size + self._header_size
         self._journal, self._check = journal, check
         self._staging = Staging()
+        self._checked = 0  # bytes of the complete file that were read again
         self._written_back = 0
         self._writeback: Future[None] | None = None
         try:
@@ -114,7 +119,7 @@ class SafetensorsWriter:
     def add(self, name: str, tensor: torch.Tensor) -> int:
         """Append one tensor; returns its size in bytes. Raises ValueError if the name was added before."""
         info = TensorInfo(tensor.dtype, tuple(tensor.shape))
-        checksum = 0 if self._journal is None else tensor_checksum(tensor)
+        checksum = tensor_checksum(tensor)
         views, payload = byte_views(tensor, self._staging), b""
         with self._partial.access():
             if self._layout.defers(info):
@@ -123,8 +128,8 @@ class SafetensorsWriter:
                 self._append(views)
             if self._journal is not None:
                 self._journal.record_tensor(name, info, checksum, payload)
-            self._layout.add(name, info, payload)
-            self._start_writeback()
+            self._layout.add(name, info, checksum, payload)
+            self._start_writeback(_WRITEBACK)
         return info.nbytes
 
     def _append(self, views: Iterable[bytes | memoryview]) -> None:
@@ -132,14 +137,14 @@ class SafetensorsWriter:
             self._partial.check_open()
             write_all(self._partial.file, view)
 
-    def _start_writeback(self) -> None:
+    def _start_writeback(self, least: int = 1) -> None:
         """Let the system write to the disk during the computation, so that the final flush is short.
 
-        A thread asks for it, as the system allocates the blocks on the disk before it returns.
+        A thread asks for it, as the system allocates the blocks on the disk before it returns. ``least``: bytes.
         """
         begin, size = self._data_start + self._written_back, self._layout.end - self._written_back
         idle = self._writeback is None or self._writeback.done()
-        if size >= _WRITEBACK and idle and hasattr(os, "posix_fadvise"):
+        if size >= least and idle and hasattr(os, "posix_fadvise"):
             with contextlib.ExitStack() as opened:
                 descriptor = os.dup(self._partial.file.fileno())  # the file may be closed meanwhile
                 opened.callback(os.close, descriptor)
@@ -147,14 +152,29 @@ class SafetensorsWriter:
                 opened.pop_all()
             self._written_back = self._layout.end
 
-    def finish(self, metadata: Mapping[str, str]) -> int:
-        """Write the header, flush to the disk and give the file its name; returns its size in bytes.
+    def finish(
+        self, metadata: Mapping[str, str], on_check: Callable[[int, int], None] = lambda done, total: None
+    ) -> int:
+        """Write the header, check the file, flush it to the disk and give it its name; returns its size in bytes.
+
+        ``on_check``: called with the checked bytes and all bytes while the file is read again, up to a hundred times.
 
         Raises:
             OutputExistsError: a file of other content has the name and must not be overwritten.
             OutputError: the disk failed: either nothing is left, or the message says that the file is complete.
         """
-        return wait_for(self._partial.submit(self._finish, metadata), self._check)
+
+        shown = 0  # percent
+
+        def check() -> None:
+            nonlocal shown
+            self._check()
+            done, total = self._checked, self._layout.end
+            if done * 100 > (shown + 1) * total:
+                shown = done * 100 // total
+                on_check(done, total)
+
+        return wait_for(self._partial.submit(self._finish, metadata), check)
 
     def _finish(self, metadata: Mapping[str, str]) -> int:
         with self._partial.access():
@@ -163,12 +183,35 @@ class SafetensorsWriter:
             header = encode_header(metadata, self._layout.entries)
             if len(header) > self._header_size:
                 raise AssertionError(f"the header has {len(header)} bytes, more than the reserved {self._header_size}")
+            header = HEADER_LENGTH.pack(self._header_size) + header.ljust(self._header_size)
             self._partial.file.seek(0)
-            write_all(self._partial.file, HEADER_LENGTH.pack(self._header_size) + header.ljust(self._header_size))
+            write_all(self._partial.file, header)
+            self._start_writeback()
+            self._check_file(header)
             if self._journal is not None:
                 self._journal.wait_for_flush()  # the system reports a failed write only once, to this flush or the next
             self._partial.publish(self._data_start + self._layout.end)
         return self._data_start + self._layout.end
+
+    def _check_file(self, header: bytes) -> None:
+        """Compare the bytes in the file with the header and with the checksums of the tensors."""
+        file = self._partial.file
+        file.seek(0)
+        with FileChecksums(self._partial.check_open) as checksums:
+            header_checksum = byte_checksum(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+            if checksums.next(file, len(header)) != header_checksum:
+                raise self._damaged("its header")
+            for name, entry in self._layout.entries.items():
+                begin, end = entry["data_offsets"]
+                if checksums.next(file, end - begin) != self._layout.checksums[name]:
+                    raise self._damaged(f"tensor {name}")
+                self._checked = end
+
+    def _damaged(self, what: str) -> OutputError:
+        return OutputError(
+            f"{self._partial.path} was not written: {what} was read back with other bytes; check the disk and the memory of "
+            "this machine, and run again."
+        )
 
     def abort(self) -> None:
         """Remove the partial file without waiting for a write in progress; does nothing after :meth:`finish`."""

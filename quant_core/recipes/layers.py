@@ -11,8 +11,18 @@ from ..formats import FormatConfig
 from .aliases import make_format
 from .patterns import LARGEST, Pattern, SearchBudget
 
-__all__ = ["LayerRule", "find_rules", "most_specific", "parse_layer_config", "parse_rules"]
+__all__ = [
+    "LONGEST_TEXT",
+    "LayerRule",
+    "check_length",
+    "find_rules",
+    "most_specific",
+    "parse_layer_config",
+    "parse_rules",
+]
 
+LONGEST_TEXT = 1_000_000  # characters of a layer config or a recipe: five times all patterns together
+_LEAST = 40  # characters that a rule counts at least: it takes time however short it is
 SKIP = "skip"
 # Key of a rule → field of a FormatConfig.
 _KEYS = {
@@ -38,6 +48,12 @@ class LayerRule:
         return f"{self.origin} {self.pattern}"
 
 
+def check_length(text: str, what: str) -> None:
+    """Raise :class:`RecipeError` if a text of a user, the ``what`` of a run, is too long to be parsed."""
+    if len(text) > LONGEST_TEXT:
+        raise RecipeError(f"The {what} has {len(text):,} characters, more than {LONGEST_TEXT:,}; use fewer rules.")
+
+
 def find_rules(
     rules: Iterable[LayerRule], names: Iterable[str], check: CancelCheck | None = None
 ) -> dict[str, list[LayerRule]]:
@@ -47,14 +63,10 @@ def find_rules(
         RecipeError: the searches take too long.
     """
     found: dict[str, list[LayerRule]] = {name: [] for name in names}
-    budget = SearchBudget()
+    budget, searched = SearchBudget(), list(found)
     for rule in rules:
-        pattern = Pattern(rule.pattern)
-        for name, its_rules in found.items():
-            if check:
-                check()
-            if budget.search(pattern, name):
-                its_rules.append(rule)
+        for name in budget.find(Pattern(rule.pattern), searched, check):
+            found[name].append(rule)
     return found
 
 
@@ -82,7 +94,7 @@ def parse_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
     total = 0
     for rule in rules:
         try:
-            total += Pattern(rule.pattern).size
+            total += max(Pattern(rule.pattern).size, _LEAST)
         except RecipeError as error:
             raise RecipeError(f"The {rule.origin}: {error}") from None
         if total > LARGEST:
@@ -102,6 +114,7 @@ def parse_layer_config(text: str) -> tuple[LayerRule, ...]:
     Raises:
         RecipeError: the text is not such a JSON object.
     """
+    check_length(text, "layer config")
     if not text.strip():
         return ()
     try:

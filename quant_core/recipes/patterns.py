@@ -2,14 +2,17 @@
 
 Workflows come from strangers, and a backtracking search can take exponential time. The package ``regex`` ends a search
 after a timeout, but it expands counted repeats while it compiles and stores every level of a recursion: counts are
-limited, recursion is refused.
+limited, recursion is refused. The number of searches is limited too, so that a plan takes seconds at most.
 """
 
 import re
 import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import regex
 
+from ..cancellation import CancelCheck
+from ..display import shorten
 from ..errors import RecipeError
 
 __all__ = ["LARGEST", "Pattern", "SearchBudget"]
@@ -18,8 +21,10 @@ LARGEST = 200_000  # characters × counts of repeats, of all patterns together; 
 _LONGEST = 2000  # characters of one pattern
 _SHOWN = 80  # characters of a pattern in an error message
 _LONG_LITERAL = 200  # characters
-_SECONDS = 1.5  # CPU time of all searches of a plan, beyond _USUAL_SECONDS for each
-_USUAL_SECONDS = 5e-6
+_SECONDS = 1.5  # CPU time of all searches of a plan, beyond the usual time of each
+_USUAL_SECONDS = {True: 5e-6, False: 2e-6}  # of one search, with backtracking and without
+_ALL_USUAL_SECONDS = 8.5  # of all searches of a plan: bounds their number
+_BATCH = {True: 1, False: 256}  # searches whose time is measured together: those without backtracking take linear time
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 _BACKTRACKING = frozenset("*+?{|(")  # a pattern without these takes linear time
 _REFUSED = (
@@ -32,7 +37,7 @@ class Pattern:
     """A regular expression for tensor names, in the syntax of the package ``regex``.
 
     Attributes:
-        text: the expression.
+        text: the expression; ``shown``: the same for messages.
         size: its characters times the counts of its repeats.
 
     Raises:
@@ -41,7 +46,7 @@ class Pattern:
 
     def __init__(self, text: str):
         self.text = text
-        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+        self.shown = shown = shorten(text, _SHOWN)
         if len(text) > _LONGEST:
             raise RecipeError(f"The pattern '{shown}' has {len(text):,} characters, more than {_LONGEST:,}; split it.")
         for mark, feature in _REFUSED:
@@ -67,29 +72,46 @@ class Pattern:
         Raises:
             TimeoutError: the search took more than ``timeout`` seconds of CPU time.
         """
-        return self._compiled.search(name, timeout=timeout) is not None
+        return bool(self.find([name], timeout))
+
+    def find(self, names: Iterable[str], timeout: float | None = None) -> list[str]:
+        """The names in which the pattern is found; ``timeout`` is that of each search, see :meth:`search`."""
+        search = self._compiled.search
+        return [name for name in names if search(name, timeout=timeout)]
 
 
 class SearchBudget:
-    """CPU time that all searches of a plan share."""
+    """Time that all searches of a plan share: a fixed usual time per search, and measured CPU time beyond it."""
 
     def __init__(self, seconds: float = _SECONDS):
-        self._left = seconds
+        self._left, self._usual_left = seconds, _ALL_USUAL_SECONDS
 
-    def search(self, pattern: Pattern, name: str) -> bool:
-        """As :meth:`Pattern.search`, within the time that is left.
+    def find(self, pattern: Pattern, names: Sequence[str], check: CancelCheck | None = None) -> Iterator[str]:
+        """Yield the names in which the pattern is found.
 
         Raises:
             RecipeError: the time is over.
         """
-        if not pattern.backtracks:
-            return pattern.search(name)
+        size = _BATCH[pattern.backtracks]
+        for begin in range(0, len(names), size):
+            if check:
+                check()
+            yield from self._search(pattern, names[begin : begin + size])
+
+    def _search(self, pattern: Pattern, names: Sequence[str]) -> list[str]:
+        usual = len(names) * _USUAL_SECONDS[pattern.backtracks]
+        self._usual_left -= usual
+        if self._usual_left < 0:
+            raise RecipeError(
+                f"The layer rules up to '{pattern.shown}' are too many for a model of so many layers; use fewer rules, each for "
+                "more layers."
+            )
         start = time.thread_time()
         try:
-            found = pattern.search(name, max(self._left, _USUAL_SECONDS))
+            found = pattern.find(names, max(self._left, usual))
         except (TimeoutError, MemoryError):
-            self._left, found = 0.0, False
-        self._left -= time.thread_time() - start - _USUAL_SECONDS
+            self._left, found = 0.0, []
+        self._left -= max(0.0, time.thread_time() - start - usual)
         if self._left <= 0:
-            raise RecipeError(f"The pattern '{pattern.text}' takes too long to search for; write a simpler one.")
+            raise RecipeError(f"The pattern '{pattern.shown}' takes too long to search for; write a simpler one.")
         return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..cancellation import CancelCheck
-from ..display import human_bytes
+from ..display import human_bytes, shorten
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..formats import FORMATS, FormatConfig
 from ..formats.detect import BITSANDBYTES, quantized_formats
@@ -21,6 +21,8 @@ from .rules import check_eligibility, check_heuristic
 __all__ = ["Choice", "Decision", "Plan", "make_plan"]
 
 _OUTLINE = 6  # points
+_IDLE_SHOWN = 10  # layer rules
+_REASON = 100  # characters of a layer rule
 
 _TEXT_ENCODER = " Also {}, which ComfyUI 0.33 and newer reads quantized; keep layers ^{} for older versions."
 _ENCODER = re.compile(r"text_encoders\.(?:(?P<part>[^.]+)\.transformer\.)?")
@@ -89,8 +91,11 @@ class Plan:
     @property
     def explanation(self) -> str:
         """For people: the keep list, the layers that it does not cover, and layer rules that match no layer."""
-        idle = f" No layer matches: {', '.join(rule.reason for rule in self.idle)}." if self.idle else ""
-        return self._family + idle
+        if not self.idle:
+            return self._family
+        further = f" and {len(self.idle) - _IDLE_SHOWN} more" if len(self.idle) > _IDLE_SHOWN else ""
+        idle = ", ".join(shorten(rule.reason, _REASON) for rule in self.idle[:_IDLE_SHOWN])
+        return f"{self._family} No layer matches: {idle}{further}."
 
     @property
     def _family(self) -> str:

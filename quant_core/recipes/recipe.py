@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cancellation import CancelCheck
+from ..display import shorten
 from ..errors import RecipeError
 from ..formats import MEASURED, FormatConfig
 from ..formats.scales import BLOCK_SIZE
 from ..rounding import RoundingConfig
 from ..sources import Source
 from .aliases import make_format
-from .layers import LayerRule, parse_rules
+from .layers import LayerRule, check_length, parse_rules
 from .option_table import MEASURED_ONLY
 from .plan import Decision, Plan, make_plan
 from .presets import AUTO, NONE, Preset, find_preset
-from .toml import tomllib
+from .toml import parse_bounded_toml
 
 __all__ = ["Recipe"]
 
@@ -169,6 +170,7 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
         """Inverse of :meth:`to_json`."""
+        check_length(text, "recipe")
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -186,8 +188,9 @@ class Recipe:
     @classmethod
     def from_toml(cls, text: str) -> "Recipe":
         """Inverse of :meth:`to_toml`."""
+        check_length(text, "recipe")
         try:
-            return cls.from_dict(tomllib.loads(text))
+            return cls.from_dict(parse_bounded_toml(text))
         except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
             raise RecipeError(f"The recipe is not valid TOML: {error}.") from None
 
@@ -214,6 +217,6 @@ _TYPES = {
 def _check_type(name: str, value: object) -> None:
     types = _TYPES[name]
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise RecipeError(f"The recipe's {name} cannot be {value!r}.")
+        raise RecipeError(f"The recipe's {name} cannot be {shorten(repr(value), 100)}.")
     if isinstance(value, (tuple, list)) and not all(isinstance(pattern, str) for pattern in value):
         raise RecipeError("The recipe's keep patterns must be strings.")

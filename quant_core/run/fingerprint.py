@@ -52,17 +52,24 @@ def may_be_newer(inputs: Iterable[Path], output: Path) -> bool:
 
 
 class FileStates:
-    """Inode, size and modification time of the input files at the start of a run."""
+    """Inode, size, modification time and change time of input files, at the start of a run."""
 
     def __init__(self, paths: Iterable[Path]):
         self._states = _read_states(paths)
 
-    def check_unchanged(self, source: Source) -> None:
-        """Raise :class:`SourceError` if an input was written to since; a replaced file is still read as it was."""
+    def check_unwritten(self, source: Source) -> bool:
+        """Raise :class:`SourceError` if a file was written to since; a replaced file is still read as it was.
+
+        Returns False if the change time of a file is another one, while its size and its modification time are the same. It
+        was renamed, or it has other permissions, or it was written to and its modification time was set back.
+        """
+        same = True
         for path, state in _read_states(self._states).items():
             before = self._states[path]
-            if state[0] == before[0] and state != before:
+            if state[0] == before[0] and state[:-1] != before[:-1]:
                 raise SourceError(f"{source.name}: {path} was changed while it was read; run again.")
+            same = same and state == before
+        return same
 
     def to_json(self) -> list[tuple[int, ...]]:
         """The states as plain values."""
@@ -74,19 +81,19 @@ def _read_states(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
     for path in paths:
         with contextlib.suppress(OSError):
             status = path.stat()
-            states[path] = status.st_ino, status.st_size, status.st_mtime_ns
+            states[path] = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
     return states
 
 
 def run_key(
-    expected: str | None, configs: Mapping[str, Mapping[str, object]], states: FileStates, device: torch.device
+    expected: str | None, configs: Mapping[str, Mapping[str, object]], calibration: FileStates, device: torch.device
 ) -> str | None:
     """Key of the runs that write the same bytes, for :class:`~.resume.RunJournal`; None for a run without a fingerprint.
 
-    ``configs``: layer → planned JSON configuration. The GPU, torch and the kernels are part of it, since they may round ties
-    differently.
+    ``configs``: layer → planned JSON configuration. The journal compares the tensors of the source by their checksums. The
+    GPU, torch and the kernels are part of the key, since they may round ties differently.
     """
     if expected is None:
         return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return json.dumps([expected, configs, states.to_json(), [name, torch.__version__, kernels.backend()]])
+    return json.dumps([expected, configs, calibration.to_json(), [name, torch.__version__, kernels.backend()]])

@@ -87,17 +87,12 @@ class LayerWriter:
         self._queued = 0  # bytes of the pending layers
 
     def add(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        events: Sequence[LayerEvent],
-        config: Mapping[str, object] | None,
-        source_tensors: Mapping[str, torch.Tensor],
+        self, tensors: Mapping[str, torch.Tensor], events: Sequence[LayerEvent], config: Mapping[str, object] | None
     ) -> None:
-        """Write one layer once there is room for it; ``events``, ``config`` and ``source_tensors`` are for the journal."""
+        """Write one layer once there is room for it; ``events`` and ``config`` are for the journal."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         self.wait_for_room(size)
         previous = self._pending[-1][0] if self._pending else None
-        compared = source_tensors if self._journal is not None and self._journal.compares_source else {}
 
         def write() -> None:
             if previous is not None:
@@ -105,7 +100,7 @@ class LayerWriter:
             for name, tensor in tensors.items():
                 self._sink.add(name, tensor)
             if self._journal is not None:
-                self._journal.record_layer(events, config, compared)
+                self._journal.record_layer(events, config)
 
         self._pending.append((self._pool.submit(write), size))
         self._queued += size

@@ -167,8 +167,7 @@ class QuantizationRun:
         yield from compute_ahead(read, weights, self._check)
 
     def _copy_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        tensors = {name: tensor}
-        self._write_layer(tensors, tensors, self._kept(name, self._plan.decisions[name].reason))
+        self._write_layer({name: tensor}, self._kept(name, self._plan.decisions[name].reason))
 
     def _quantize_layer(self, name: str, weight: torch.Tensor) -> None:
         """Quantize one weight and correct its bias; a weight with NaN or Inf is copied."""
@@ -182,7 +181,7 @@ class QuantizationRun:
             quantized = self._round(name, weight, bias)
         except NonFiniteWeightError:
             damaged = self._kept(name, NON_FINITE, planned=False)
-            self._write_layer(source_tensors, source_tensors, damaged, *self._kept_bias(bias_name))
+            self._write_layer(source_tensors, damaged, *self._kept_bias(bias_name))
             return
         tensors = quantized.tensors(_base_name(name))
         self.configs[_base_name(name)] = quantized.config
@@ -190,7 +189,7 @@ class QuantizationRun:
         self._writer.wait_for_room(size)  # the time of a layer includes that of writing earlier ones
         finished = self._finished(name, quantized, bytes_out=size, index=index, started=started)
         kept_bias = self._kept_bias(bias_name, corrected=quantized.bias is not bias)
-        self._write_layer(tensors, source_tensors, finished, *kept_bias)
+        self._write_layer(tensors, finished, *kept_bias)
 
     def _round(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> QuantizedWeight:
         """Quantize one weight with the recipe and the calibration statistics of its layer."""
@@ -253,12 +252,10 @@ class QuantizationRun:
             return []
         return [self._kept(name, BIAS_CORRECTED if corrected else self._plan.decisions[name].reason)]
 
-    def _write_layer(
-        self, tensors: Mapping[str, torch.Tensor], source_tensors: Mapping[str, torch.Tensor], *events: LayerEvent
-    ) -> None:
+    def _write_layer(self, tensors: Mapping[str, torch.Tensor], *events: LayerEvent) -> None:
         """Hand the tensors of a layer to the writer and report its events, the first of which is of its weight."""
         self.report.bytes_out += sum(tensor.nbytes for tensor in tensors.values())
-        self._writer.add(tensors, events, self.configs.get(_base_name(events[0].name)), source_tensors)
+        self._writer.add(tensors, events, self.configs.get(_base_name(events[0].name)))
         for event in events:
             self._report_tensor(event)
 

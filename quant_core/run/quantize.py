@@ -9,8 +9,8 @@ import torch
 
 from ..calibration import Calibration
 from ..cancellation import CancelCheck
-from ..errors import OutputExistsError, QuantizationError
-from ..events import Event, Listener, RunFinished
+from ..errors import OutputExistsError, QuantizationError, SourceError
+from ..events import Event, Listener, OutputChecked, RunFinished
 from ..output import SafetensorsWriter, final_path, keep_apart, remove_leftovers
 from ..recipes import Plan, Recipe
 from ..sources import Source, TensorSource, open_source
@@ -19,6 +19,7 @@ from .fingerprint import FileStates, has_fingerprint, input_paths, may_be_newer,
 from .header import check_name_collisions, file_metadata, header_bound, planned_configs
 from .loop import QuantizationRun, read_device
 from .memory import explain_out_of_memory
+from .recorded import RecordedSource
 from .report import Report
 from .resume import RunJournal
 
@@ -146,18 +147,25 @@ def quantize_file(
         report.output, report.already_done = str(destination), True
         return report
     with explain_out_of_memory(f"{device} has too little memory for {source.name}"):
-        plan = _allocate(source, plan, recipe, calibration, device, emit, check)
-        journal = _journal(source, plan, recipe, fingerprint, states, device)
+        recorded = RecordedSource(source)
+        plan = _allocate(recorded, plan, recipe, calibration, device, emit, check)
+        journal = _journal(recorded, plan, recipe, fingerprint, FileStates(inputs["calibration"]), device)
         reserve = header_bound(source, plan, recipe, calibrated=calibration is not None, fingerprint=fingerprint)
         with SafetensorsWriter(
             destination, reserve, overwrite=overwrite, unfinished=unfinished, journal=journal, check=check
         ) as writer:
             run = QuantizationRun(
-                source, plan, recipe, calibration, sink=writer, journal=journal, device=device, emit=emit, check=check
+                recorded, plan, recipe, calibration, sink=writer, journal=journal, device=device, emit=emit, check=check
             )
             run.execute()
-            states.check_unchanged(source)
-            run.report.bytes_out = writer.finish(file_metadata(source, recipe, run.configs, fingerprint))
+            if not states.check_unwritten(source):
+                recorded.check_unchanged(check)
+                if run_fingerprint(source, recipe, calibration) != fingerprint:
+                    raise SourceError(f"{source.name} was changed while it was read; run again.")
+            run.report.bytes_out = writer.finish(
+                file_metadata(source, recipe, run.configs, fingerprint),
+                lambda done, total: emit(OutputChecked(done=done, total=total)),
+            )
     run.report.already_done = writer.matched_existing
     remove_leftovers(hidden)
     run.report.output = str(destination)
@@ -206,17 +214,16 @@ def _is_done(
 
 
 def _journal(
-    source: Source, plan: Plan, recipe: Recipe, fingerprint: str | None, states: FileStates, device: torch.device
+    source: RecordedSource,
+    plan: Plan,
+    recipe: Recipe,
+    fingerprint: str | None,
+    calibration: FileStates,
+    device: torch.device,
 ) -> RunJournal | None:
     """The journal from which another run can resume this one; None for a run without a fingerprint."""
-    key = run_key(fingerprint, planned_configs(source, plan, recipe), states, device)
-    if key is None:
-        return None
-
-    def read(name: str) -> torch.Tensor:
-        return source.read(name, read_device(plan, name, device))
-
-    return RunJournal(key, source, read=None if input_paths(source) else read)
+    key = run_key(fingerprint, planned_configs(source, plan, recipe), calibration, device)
+    return None if key is None else RunJournal(key, source, lambda name: read_device(plan, name, device))
 
 
 def _ignore_event(event: Event) -> None:

@@ -1,8 +1,9 @@
 """Resume: what a killed run finished is read from its journal, and the next run with the same key continues its file.
 
 The journal is next to the partial file. It has one record per tensor, with the checksum of its bytes, and one record per
-finished layer. Bytes that a crash or a power failure tore or lost, in either file, do not match their checksum: they and
-everything after them are made again.
+finished layer, with the checksums of the source tensors that it was made from. Bytes that a crash or a power failure tore or
+lost, in either file, do not match their checksum, nor do weights that were changed since: they and everything after them are
+made again.
 """
 
 import contextlib
@@ -15,19 +16,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import torch
 
 from ..events import LayerFinished, LayerKept
 from ..output.durable import flush_to_disk
 from ..output.layout import TensorLayout
-from ..output.partial import JOURNAL_SUFFIX, PartialFile, claim_partial
+from ..output.partial import JOURNAL_SUFFIX, PartialFile, check_leftover, claim_partial, open_leftover
 from ..output.publish import flush_folder
 from ..output.writer import write_all
-from ..sources import Source, TensorInfo
-from ..sources.checksum import byte_checksum, tensor_checksum
+from ..sources import TensorInfo
+from ..sources.checksum import FileChecksums
 from ..sources.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from .recorded import RecordedSource
 
 __all__ = ["FinishedLayer", "JournalFile", "LayerEvent", "RunJournal"]
 
@@ -59,9 +61,8 @@ class RunJournal:
 
     Args:
         key: equal for runs that write the same bytes.
-        source: source of the run.
-        read: reads a source tensor again, to compare it with that of the killed run; None if the key covers the state of the
-            source, as it does for files.
+        source: source of the run. The tensors that a finished layer was made from are read again and compared.
+        device_of: device that the run reads a tensor to.
 
     Attributes:
         layers: layers that are restored; their tensors must not be added again.
@@ -70,16 +71,11 @@ class RunJournal:
     _partial: PartialFile
     _file: "JournalFile"
 
-    def __init__(self, key: str, source: Source, read: Callable[[str], torch.Tensor] | None):
+    def __init__(self, key: str, source: RecordedSource, device_of: Callable[[str], torch.device]):
         self.layers: Sequence[FinishedLayer] = ()
-        self._key, self._source, self._read = key, source, read
+        self._key, self._source, self._device_of = key, source, device_of
         self._unflushed = 0
         self._flush: Future[None] | None = None
-
-    @property
-    def compares_source(self) -> bool:
-        """Whether the checksums of source tensors are recorded, because the key does not cover their state."""
-        return self._read is not None
 
     def open(self, partial: PartialFile, data_start: int) -> TensorLayout:
         """Continue the partial file of a killed run, or create a new one with a new journal."""
@@ -100,19 +96,12 @@ class RunJournal:
         self._file.append(record, payload)
         self._unflushed += info.nbytes
 
-    def record_layer(
-        self,
-        events: Sequence[LayerEvent],
-        config: Mapping[str, object] | None,
-        source_tensors: Mapping[str, torch.Tensor],
-    ) -> None:
-        """Record that the tensors since the last call are a finished layer; ``source_tensors``: those it was made from,
-        used if :attr:`compares_source`.
-        """
+    def record_layer(self, events: Sequence[LayerEvent], config: Mapping[str, object] | None) -> None:
+        """Record that the tensors since the last call are a finished layer; ``events``: one for each of its source tensors."""
         layer = {
             "events": [[type(event).__name__, vars(event)] for event in events],
             "config": config,
-            "source_checksums": self._checksums(source_tensors if self.compares_source else {}),
+            "source_checksums": self._source_checksums(events),
         }
         with self._partial.access():
             self._file.append({"layer": layer})
@@ -127,20 +116,19 @@ class RunJournal:
     def _header(self, data_start: int) -> dict[str, object]:
         return {"run": self._key, "data_start": data_start}
 
-    def _checksums(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        return {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
+    def _source_checksums(self, events: Sequence[LayerEvent]) -> dict[str, int]:
+        return {event.name: self._source.checksum(event.name, self._device_of(event.name)) for event in events}
 
     def _resume(self, hidden: Path, data_start: int) -> TensorLayout | None:
         """Continue one partial file; None if its run lives, had another key or finished no layer, or a file is unreadable."""
         with contextlib.ExitStack() as opened:
             try:
-                file = opened.enter_context(open(hidden, "r+b", buffering=0))
+                file = opened.enter_context(open_leftover(hidden))
                 journal_path = hidden.with_suffix(JOURNAL_SUFFIX)
-                journal = JournalFile(opened.enter_context(open(journal_path, "r+b", buffering=0)))
+                journal = JournalFile(opened.enter_context(open_leftover(journal_path)))
                 if not claim_partial(file):
                     return None
-                if os.fstat(file.fileno()).st_nlink != 1:  # 0: removed before it was locked; 2: published
-                    return None
+                check_leftover(file, hidden)  # it may have been removed or published before it was locked
                 layout, layers, end = self._read_layers(file, journal, data_start)
                 if not layers:
                     return None
@@ -155,28 +143,28 @@ class RunJournal:
         return layout
 
     def _read_layers(
-        self, file: BinaryIO, journal: "JournalFile", data_start: int
+        self, file: io.FileIO, journal: "JournalFile", data_start: int
     ) -> tuple[TensorLayout, list[FinishedLayer], int]:
         """Layout and layers that are intact in both files, and the end of their records in the journal."""
         layout, layers, end = TensorLayout(self._partial.path.parent), [], 0
-        tensors: list[tuple[str, TensorInfo, bytes]] = []  # of the layer whose record follows
+        tensors: list[tuple[str, TensorInfo, int, bytes]] = []  # of the layer whose record follows
         names: set[str] = set()
         records = journal.records()
         file.seek(data_start)
-        with contextlib.suppress(*_MALFORMED):
+        with contextlib.suppress(*_MALFORMED), FileChecksums(self._partial.check_open) as checksums:
             if next(records, (None,))[0] != self._header(data_start):
                 return layout, layers, end
             for record, begin, size in records:
                 self._partial.check_open()
                 if "layer" not in record:
-                    tensors.append(_read_tensor(record, file, journal, begin, size))
+                    tensors.append(_read_tensor(record, file, journal, begin, size, checksums))
                     if tensors[-1][0] in names:
                         raise ValueError(f"tensor {tensors[-1][0]} is recorded twice")
                     names.add(tensors[-1][0])
                     continue
                 layer = self._parse_layer(record["layer"])
-                for name, info, payload in tensors:
-                    layout.add(name, info, payload)
+                for tensor in tensors:
+                    layout.add(*tensor)
                 layers.append(layer)
                 end, tensors = begin + size, []
         return layout, layers, end
@@ -189,9 +177,7 @@ class RunJournal:
             raise ValueError("the configuration is not an object")
         if any(self._source.tensors[event.name].shape != event.shape for event in events):
             raise ValueError("the layer is of another source")
-        read = self._read
-        tensors = {} if read is None else {event.name: read(event.name) for event in events}
-        if record["source_checksums"] != self._checksums(tensors):
+        if record["source_checksums"] != self._source_checksums(events):
             raise ValueError("the weights have changed")
         return FinishedLayer(events=events, config=config)
 
@@ -222,9 +208,10 @@ def _parse_event(kind: str, fields: dict[str, Any]) -> LayerEvent:
 
 
 def _read_tensor(
-    record: dict[str, Any], file: BinaryIO, journal: "JournalFile", begin: int, size: int
-) -> tuple[str, TensorInfo, bytes]:
-    """The next tensor of a partial file, with its bytes if they are the payload of its record, ``size`` bytes at ``begin``.
+    record: dict[str, Any], file: io.FileIO, journal: "JournalFile", begin: int, size: int, checksums: FileChecksums
+) -> tuple[str, TensorInfo, int, bytes]:
+    """The next tensor of a partial file with its checksum, and its bytes if they are the payload of its record, ``size``
+    bytes at ``begin``.
 
     Raises ValueError if they are damaged.
     """
@@ -234,26 +221,10 @@ def _read_tensor(
     deferred = TensorLayout.defers(info)
     if len(payload) != (info.nbytes if deferred else 0):
         raise ValueError(f"the record of tensor {record['name']} has {len(payload):,} bytes")
-    found = _file_checksum(io.BytesIO(payload) if deferred else file, info.nbytes)
+    found = checksums.next(io.BytesIO(payload) if deferred else file, info.nbytes)
     if found is None or found != record["checksum"]:
         raise ValueError(f"the bytes of tensor {record['name']} are damaged")
-    return record["name"], info, payload
-
-
-def _file_checksum(file: BinaryIO, size: int) -> int | None:
-    """:func:`byte_checksum` of the next ``size`` bytes of a file; None if the file is shorter."""
-    total, done = 0, 0
-    while done < size:
-        buffer = bytearray(min(size - done, _CHUNK))
-        view, filled = memoryview(buffer), 0
-        while filled < len(buffer):
-            count = file.readinto(view[filled:])
-            if not count:
-                return None
-            filled += count
-        total += byte_checksum(torch.frombuffer(buffer, dtype=torch.uint8), done)
-        done += filled
-    return total % (1 << 64)
+    return record["name"], info, found, payload
 
 
 def _flush_and_close(descriptors: Sequence[int]) -> None:

@@ -6,15 +6,22 @@ operators, so the bytes of a tensor on a GPU need not be copied for it, and the 
 its parts.
 """
 
+import io
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 
-__all__ = ["BLOCK", "byte_checksum", "tensor_checksum"]
+__all__ = ["BLOCK", "FileChecksums", "byte_checksum", "tensor_checksum"]
 
 _WORD = 8
 _WORDS = 1 << 14  # of a block; torch does not spread an operator of that size over threads
 BLOCK = _WORD * _WORDS  # bytes
 _BLOCKS = {"cpu": 1}  # blocks of one launch: one stays in a CPU's cache
 _BLOCKS_ACCELERATOR = 128
+_CHUNK = 32 * BLOCK  # bytes of a file for one thread
+_THREADS = 4  # that compute the checksums of chunks
 _MODULUS = 1 << 64
 _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9)  # of splitmix64
 
@@ -34,12 +41,13 @@ def byte_checksum(data: torch.Tensor, offset: int = 0) -> int:
     whole = data.numel() // BLOCK * BLOCK
     parts = [data[:whole], torch.nn.functional.pad(data[whole:], (0, BLOCK - data.numel() + whole))]
     weights, step = _constants(0, _WORDS, data.device), _BLOCKS.get(data.device.type, _BLOCKS_ACCELERATOR)
-    sums = [
-        (words >> 32).add_(words).mul_(weights).sum(1)
-        for part in parts
-        for words in part.view(torch.int64).view(-1, _WORDS).split(step)
-    ]
-    blocks = torch.cat(sums)
+    groups = [words for part in parts for words in part.view(torch.int64).view(-1, _WORDS).split(step)]
+    blocks = torch.empty(sum(map(len, groups)), dtype=torch.int64, device=data.device)
+    mixed = torch.empty(max(map(len, groups)), _WORDS, dtype=torch.int64, device=data.device)
+    sums = blocks.split(list(map(len, groups)))
+    for words, out in zip(groups, sums, strict=True):  # without new tensors, which would fragment the heap
+        buffer = torch.bitwise_right_shift(words, 32, out=mixed[: len(words)])
+        torch.sum(buffer.add_(words).mul_(weights), 1, out=out)
     # Other constants than those of words: with the same ones, word i of block j and word j of block i would have equal weights.
     weights = _constants(_WORDS + offset // BLOCK, blocks.numel(), data.device)
     return int((blocks * weights).sum()) % _MODULUS
@@ -51,3 +59,57 @@ def tensor_checksum(tensor: torch.Tensor) -> int:
     if flat.storage_offset() % _WORD:
         flat = flat.clone()
     return byte_checksum(flat)
+
+
+class FileChecksums:
+    """Checksums of consecutive parts of an open file, from its current position on. A context manager.
+
+    The caller's thread reads, others compute. Memory: eight chunks of 4 MB.
+
+    Args:
+        check: called for each chunk; raises to cancel.
+    """
+
+    def __init__(self, check: Callable[[], None]):
+        self._check = check
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="learned-rounding-checksum")
+        self._free: list[torch.Tensor] = []
+
+    def next(self, file: io.FileIO | io.BytesIO, size: int) -> int | None:
+        """:func:`byte_checksum` of the next ``size`` bytes; None if the file is shorter."""
+        total, pending = 0, deque[tuple[Future[int], torch.Tensor]]()
+        for offset in range(0, size, _CHUNK):
+            self._check()
+            if len(pending) > _THREADS:
+                total += self._result(*pending.popleft())
+            buffer = self._free.pop() if self._free else torch.empty(_CHUNK, dtype=torch.uint8)
+            part = buffer[: min(size - offset, _CHUNK)]
+            if not _fill(file, part.numpy().data):
+                return None
+            if size <= _CHUNK:
+                self._free.append(buffer)
+                return byte_checksum(part)
+            pending.append((self._pool.submit(byte_checksum, part, offset), buffer))
+        return (total + sum(self._result(*each) for each in pending)) % _MODULUS
+
+    def _result(self, future: "Future[int]", buffer: torch.Tensor) -> int:
+        checksum = future.result()
+        self._free.append(buffer)
+        return checksum
+
+    def __enter__(self) -> "FileChecksums":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _fill(file: io.FileIO | io.BytesIO, view: memoryview) -> bool:
+    """Read until ``view`` is full; False if the file ends before."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            return False
+        done += count
+    return True

@@ -24,9 +24,10 @@ from .dtypes import DTYPE_NAMES
 from .source import CPU, TensorInfo
 from .staging import Staging
 
-__all__ = ["TensorFile", "open_regular_file", "MAX_HEADER", "MAX_RANK", "SIZE_LIMIT"]
+__all__ = ["TensorFile", "open_regular_file", "MAX_HEADER", "MAX_NAME", "MAX_RANK", "SIZE_LIMIT"]
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_NAME = 1000  # characters of the name of a layer, and of the part after it; those of models have up to two hundred
 MAX_RANK = 64  # dimensions; the limit of torch operators
 SIZE_LIMIT = 2**63  # torch stores sizes and offsets as int64
 _CHUNK = 1 << 24  # bytes per read; bounds the delay until close() stops a reading thread
@@ -122,6 +123,8 @@ class TensorFile(ABC):
     def _add_tensor(self, name: str, info: TensorInfo, offset: int, span: int | None = None) -> None:
         """Register a tensor stored at byte ``offset`` of the file, in ``span`` bytes (default: ``info.nbytes``)."""
         name.encode()  # JSON and pickles can contain an unpaired surrogate, which cannot be written as UTF-8
+        if max(map(len, name.rpartition("."))) > MAX_NAME:
+            raise ValueError(f"a tensor name has {len(name):,} characters, more than the {MAX_NAME:,} of a layer")
         if name in self.tensors or name == "__metadata__":
             raise ValueError(f"tensor name {name} is reserved or occurs twice")
         if info.dtype not in DTYPE_NAMES:

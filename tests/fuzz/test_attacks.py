@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from learned_rounding.attacks.cases import CANARY, CASES, PATTERNS
+from learned_rounding.attacks.cases import TEXTS as TEXT_ATTACKS
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.recipes import Recipe
 from learned_rounding.quant_core.recipes.layers import find_rules
@@ -13,8 +14,9 @@ from learned_rounding.tests.fuzz.entry_points import TEXTS, limit_resources, ref
 
 README = Path(__file__).parents[2] / "attacks" / "README.md"
 # Files that the reader accepts: the attack is on later steps.
-READABLE = {"name_path", "name_empty", "name_control", "name_long", "weights_nan", "weights_huge", "provenance_types"}
+READABLE = {"name_path", "name_empty", "name_control", "weights_nan", "weights_huge", "provenance_types"}
 READABLE |= {name for name in CASES if name.startswith(("config", "calibration", "scale", "metadata"))}
+READABLE |= {"name_longest", "provenance_large"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -37,6 +39,16 @@ def test_control_characters_in_names_are_escaped(tmp_path, capsys, command, name
     assert all(line.isprintable() for text in capsys.readouterr() for line in text.split("\n"))
 
 
+@pytest.mark.parametrize("command", ["plan -i", "inspect", "verify"])
+@pytest.mark.parametrize(
+    "name", ["name_long", "name_longest", "many_tensors", "metadata_layers_many", "provenance_large"]
+)
+def test_printed_text_is_bounded(tmp_path, capsys, command, name):
+    main([*command.split(), str(CASES[name].write(tmp_path))])
+    printed = "".join(capsys.readouterr())
+    assert len(printed) < 4_000_000 and all(len(line) <= 2000 for line in printed.split("\n"))
+
+
 @pytest.mark.parametrize("text", PATTERNS)
 def test_pattern_cannot_hang(text, tried):
     entry_point = TEXTS["keep pattern"]
@@ -47,8 +59,17 @@ def test_pattern_cannot_hang(text, tried):
     tried("a pattern from attacks/", 1, "refused with an error message, or harmless")
 
 
+@pytest.mark.parametrize("name", TEXT_ATTACKS)
+def test_hostile_text_is_refused_or_harmless(name, tried):
+    attack = TEXT_ATTACKS[name]
+    text = attack.make()
+    with limit_resources():
+        refusal(TEXTS[attack.entry_point], text)
+    tried("a text from attacks/", 1, "refused with an error message, or harmless")
+
+
 def test_readme_lists_every_attack():
-    lines = [f"* `{name}`: {attack.purpose}." for name, attack in CASES.items()]
+    lines = [f"* `{name}`: {attack.purpose}." for name, attack in (CASES | TEXT_ATTACKS).items()]
     lines += [f"* pattern `{text if len(text) < 40 else text[:12] + '…'}`: {what}." for text, what in PATTERNS.items()]
     listed = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("* ")]
     assert listed == lines

@@ -1,5 +1,6 @@
 """Mutated files, journals and texts through every entry point: accepted, or refused with a QuantizationError."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
@@ -94,6 +96,53 @@ def test_journals(interrupted_run, often, tried):
     every()
     assert sum(map(bool, resumed)) > count / 4 and 0 in resumed
     tried("a mutated journal", count, "valid records are resumed, same bytes")
+
+
+PLANTS = {
+    "file": lambda path, other: shutil.copyfile(other, path),
+    "link": lambda path, other: path.symlink_to(other),
+    "dangling link": lambda path, other: path.symlink_to(path.with_name("missing")),
+    "hard link": lambda path, other: path.hardlink_to(other),
+    "pipe": lambda path, other: os.mkfifo(path),
+    "folder": lambda path, other: path.mkdir(),
+    "read-only file": lambda path, other: (shutil.copyfile(other, path), path.chmod(0o400)),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name")
+def test_planted_files(interrupted_run, often, tried):
+    """Files of a killed run, or anything else with their names that leads to another file of the user."""
+    source, target, expected, partial, records = interrupted_run
+    journal, count, resumed = (source.parent / "journal").read_bytes(), often(30, 1000), []
+    plants = st.dictionaries(
+        st.sampled_from(["00ab12cd", "ffffffff"]),
+        st.tuples(st.sampled_from([None, *PLANTS]), st.sampled_from([None, *PLANTS])),
+        min_size=1,
+    )
+
+    @settings(SETTINGS, max_examples=count)
+    @given(plants)
+    def every(planted):
+        shutil.rmtree(target.parent)
+        target.parent.mkdir()
+        with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+            others = {}
+            for mark, kinds in planted.items():
+                for suffix, content, kind in zip((".partial", ".journal"), (partial, journal), kinds, strict=True):
+                    other = Path(folder) / (mark + suffix)
+                    others[other] = content
+                    other.write_bytes(content)
+                    if kind is not None:
+                        PLANTS[kind](target.with_name(f".{target.name}.{mark}{suffix}"), other)
+            resumed.append(quantize_file(source, target, NEAREST, device="cpu").taken_up)
+            assert target.read_bytes() == expected and not target.is_symlink() and target.stat().st_nlink == 1
+            assert all(other.read_bytes() == content for other, content in others.items())
+            left = [path for path in target.parent.iterdir() if path != target and not path.is_dir()]
+            assert not any(path.suffix == ".partial" for path in left), left
+
+    every()
+    assert 0 < sum(map(bool, resumed)) < count
+    tried("planted hidden files", count, "not followed; those of a killed run are resumed, same bytes")
 
 
 @pytest.mark.parametrize("name", TEXT_ENTRY_POINTS)

@@ -55,7 +55,13 @@ test("a run goes from idle over its layers to a summary", () => {
   assert.equal(state.percent(half), 50);
   assert.deepEqual(state.words(half), ["", "2.0 s left · 2 MB/s"]);
 
-  const end = play([layer(2, 0.03), layer(3, 0.04), done()], "run", half);
+  const written = play([layer(2, 0.03), layer(3, 0.04)], "run", half);
+  assert.ok(state.words(written)[1].startsWith("writing the file"));
+  const checking = play([{ state: "checking", done: 3_000_000, total: 4_100_000 }], "run", written);
+  assert.deepEqual(state.words(checking), ["", "checking the written file: 73 %"]);
+  assert.equal(state.words(play([start()], "run", checking))[1].includes("checking"), false);
+
+  const end = play([done()], "run", checking);
   assert.equal(end.phase, "done");
   assert.equal(state.percent(end), 100);
   assert.deepEqual(state.words(end), ["8 MB → 4.1 MB (51 %)", "4 layers in 4.0 s · median error 0.02500"]);

@@ -22,9 +22,9 @@ def test_header_bound_holds_for_files_of_many_terabytes():
 def test_deferred_tensors_follow_all_others_by_falling_item_size(tmp_path: Path):
     layout = TensorLayout(tmp_path)
     payloads = {"byte": b"123", "float": b"1234" * 3}
-    layout.add("byte", TensorInfo(torch.uint8, (3,)), payloads["byte"])
-    layout.add("float", TensorInfo(torch.float32, (3,)), payloads["float"])
-    layout.add("aligned", TensorInfo(torch.float32, (4,)))
+    layout.add("byte", TensorInfo(torch.uint8, (3,)), 0, payloads["byte"])
+    layout.add("float", TensorInfo(torch.float32, (3,)), 0, payloads["float"])
+    layout.add("aligned", TensorInfo(torch.float32, (4,)), 0)
     assert list(layout.place_deferred()) == [payloads["float"], payloads["byte"]]
     offsets = {name: entry["data_offsets"] for name, entry in layout.entries.items()}
     assert offsets == {"aligned": [0, 16], "float": [16, 28], "byte": [28, 31]}
@@ -33,6 +33,6 @@ def test_deferred_tensors_follow_all_others_by_falling_item_size(tmp_path: Path)
 
 def test_duplicate_name_is_refused(tmp_path: Path, sentences):
     layout = TensorLayout(tmp_path)
-    layout.add("a", TensorInfo(torch.uint8, (8,)))
+    layout.add("a", TensorInfo(torch.uint8, (8,)), 0)
     with sentences.raises(ValueError):
-        layout.add("a", TensorInfo(torch.uint8, (3,)), b"123")
+        layout.add("a", TensorInfo(torch.uint8, (3,)), 0, b"123")

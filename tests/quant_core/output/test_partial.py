@@ -110,3 +110,53 @@ def test_incomplete_file_is_not_published(tmp_path, listing, sentences):
     with sentences.raises(OutputError), file.access():
         file.publish(8)
     assert listing() == []
+
+
+@pytest.mark.parametrize("letters", ["a", "ü", "層"])
+@pytest.mark.parametrize("size", [237, 238, 239, 254, 255])
+def test_names_of_up_to_255_bytes_have_shorter_hidden_names(tmp_path, listing, letters, size):
+    """The letters have one, two and three bytes."""
+    repeated = letters * (size // len(letters.encode()))
+    name = repeated + "a" * (size - len(repeated.encode()))
+    path = tmp_path / name
+    with SafetensorsWriter(path, 4096) as out:
+        out.add("a", torch.zeros(10))
+        (hidden,) = tmp_path.glob(".*.partial")
+        assert len(os.fsencode(hidden.name)) <= 255 and PartialFile(path).leftovers() == [hidden]
+        out.finish({})
+    assert listing() == [name]
+
+
+def test_long_names_with_the_same_beginning_do_not_share_hidden_files(tmp_path):
+    one, other = (PartialFile(tmp_path / ("a" * 250 + end)) for end in ("x", "y"))
+    with one.access():
+        one.create()
+    assert len(one.leftovers()) == 1 and other.leftovers() == []
+    assert remove_leftovers(tmp_path / ("a" * 250 + "y")) == 0
+    one.abort()
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".journal"])
+def test_links_are_removed_and_not_followed(tmp_path, listing, suffix):
+    other = tmp_path / "other"
+    other.write_bytes(b"somebody else's")
+    (tmp_path / f".a.00ab12cd{suffix}").symlink_to(other)
+    (tmp_path / f".a.11111111{suffix}").symlink_to(tmp_path / "missing")
+    remove_leftovers(tmp_path / "a")
+    assert listing() == ["other"] and other.read_bytes() == b"somebody else's"
+
+
+def test_hidden_files_are_not_followed_where_the_system_cannot_refuse_links(tmp_path, monkeypatch):
+    """As on Windows, which has no O_NOFOLLOW."""
+    monkeypatch.setattr(partial, "_NO_FOLLOW", 0)
+    other, link = tmp_path / "other", tmp_path / ".a.00ab12cd.partial"
+    other.write_bytes(b"somebody else's")
+    link.symlink_to(other)
+    with pytest.raises(OSError):
+        partial.open_leftover(link)
+    os.replace(tmp_path / "other", link)
+    with partial.open_leftover(link) as file:
+        link.rename(other)
+        link.write_bytes(b"replaced after it was opened")
+        with pytest.raises(OSError):
+            partial.check_leftover(file, link)

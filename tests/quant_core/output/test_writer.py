@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from learned_rounding.quant_core.errors import OutputError
-from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, layout, partial
+from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, layout, partial, writer
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo
 from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
 
@@ -315,4 +316,80 @@ def test_folder_that_cannot_be_created_is_reported(tmp_path, listing, sentences)
 def test_too_long_name_is_reported(tmp_path, listing, sentences):
     with sentences.raises(OutputError):
         SafetensorsWriter(tmp_path / ("a" * 300 + ".safetensors"), 100)
+    assert listing() == []
+
+
+CHECKED = {
+    "a": torch.arange(1000.0),
+    "odd": torch.arange(1001).to(torch.uint8),
+    "b": torch.zeros(500),
+    "large": torch.zeros(9_000_000, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("damaged", ["header", *CHECKED])
+def test_file_that_another_process_wrote_to_is_not_published(tmp_path, listing, monkeypatch, sentences, damaged):
+    real = SafetensorsWriter._check_file
+
+    def check(out: SafetensorsWriter, header: bytes) -> None:
+        place = 20 if damaged == "header" else out._data_start + out._layout.entries[damaged]["data_offsets"][1] - 1
+        (hidden,) = tmp_path.glob(".*.partial")
+        with open(hidden, "r+b") as file:
+            file.seek(place)
+            (byte,) = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte ^ 1]))
+        real(out, header)
+
+    monkeypatch.setattr(SafetensorsWriter, "_check_file", check)
+    with sentences.raises(OutputError):
+        write(tmp_path / "x.safetensors", CHECKED, {"key": "value"})
+    assert listing() == []
+
+
+@pytest.mark.parametrize("damaged", CHECKED)
+def test_bytes_that_were_damaged_on_the_way_to_the_file_are_noticed(tmp_path, listing, monkeypatch, sentences, damaged):
+    real = writer.byte_views
+
+    def damage(tensor, staging):
+        wrong = tensor.clone()
+        wrong.view(torch.uint8)[-100] ^= 1
+        return real(wrong if tensor is CHECKED[damaged] else tensor, staging)
+
+    monkeypatch.setattr(writer, "byte_views", damage)
+    with sentences.raises(OutputError):
+        write(tmp_path / "x.safetensors", CHECKED)
+    assert listing() == []
+
+
+def test_check_of_the_file_is_shown_and_can_be_cancelled(tmp_path, listing, monkeypatch):
+    shown, checks = [], []
+
+    class Stop(Exception):
+        pass
+
+    def check() -> None:
+        checks.append(1)
+        if shown:
+            raise Stop
+
+    with pytest.raises(Stop), SafetensorsWriter(tmp_path / "a", 4096, check=check) as out:
+        for name in "ab":
+            out.add(name, torch.zeros(1000))
+        reading, go_on = threading.Event(), threading.Event()
+        real = writer.FileChecksums.next
+
+        def wait(self, file, size):
+            if out._checked:
+                reading.set()
+                assert go_on.wait(60)
+            return real(self, file, size)
+
+        monkeypatch.setattr(writer.FileChecksums, "next", wait)
+        try:
+            out.finish({}, lambda done, total: shown.append((done, total)))
+        finally:
+            out.abort()
+            go_on.set()
+    assert shown == [(4000, 8000)] and reading.is_set()
     assert listing() == []

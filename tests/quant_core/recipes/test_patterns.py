@@ -103,8 +103,7 @@ def test_the_budget_is_shared_by_all_names_and_patterns(sentences):
     """Each search alone is short; together they are not."""
     budget, pattern = SearchBudget(0.05), Pattern("(a|aa)+$")
     with sentences.raises(RecipeError):
-        for length in range(100_000):
-            budget.search(pattern, "a" * 20 + "!" + str(length))
+        list(budget.find(pattern, ["a" * 20 + "!" + str(length) for length in range(100_000)]))
 
 
 def test_usual_patterns_leave_the_budget_untouched(monkeypatch):
@@ -112,3 +111,34 @@ def test_usual_patterns_leave_the_budget_untouched(monkeypatch):
     names = [f"model.double_blocks.{index}.img_attn.qkv.weight" for index in range(200)]
     rules = parse_rules([rf"^model\.double_blocks\.{index}\.(img|txt)_attn" for index in range(200)], "")
     assert all(len(found) == 1 for found in find_rules(rules, names).values())
+
+
+@pytest.mark.parametrize("text", ["a.*b", "a[b]"], ids=["backtracking", "linear"])
+def test_number_of_searches_is_bounded(monkeypatch, sentences, text):
+    """No time is measured: a plan of many rules and many layers is refused wherever it is made."""
+    monkeypatch.setattr(patterns.time, "thread_time", lambda: 0.0)
+    most = round(patterns._ALL_USUAL_SECONDS / patterns._USUAL_SECONDS[Pattern(text).backtracks])
+    names, budget = ["x"] * 1000, SearchBudget()
+    monkeypatch.setattr(Pattern, "find", lambda self, names, timeout=None: [])
+    for _ in range(most // 1000 - 1):
+        assert list(budget.find(Pattern(text), names)) == []
+    with sentences.raises(RecipeError):
+        for _ in range(3):
+            list(budget.find(Pattern(text), names))
+
+
+def test_two_thousand_layers_may_have_a_rule_each():
+    usual = patterns._USUAL_SECONDS[Pattern("blocks.0.attn").backtracks]
+    assert 2000 * 2000 * usual < patterns._ALL_USUAL_SECONDS
+
+
+def test_many_short_patterns_are_refused(sentences):
+    with sentences.raises(RecipeError):
+        parse_rules([str(index) for index in range(patterns.LARGEST)], "")
+
+
+def test_search_can_be_cancelled():
+    checks = []
+    list(SearchBudget().find(Pattern("a[b]"), ["x"] * 1000, lambda: checks.append(1)))
+    list(SearchBudget().find(Pattern("a.*b"), ["x"] * 10, lambda: checks.append(1)))
+    assert len(checks) == 4 + 10

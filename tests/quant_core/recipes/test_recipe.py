@@ -273,3 +273,48 @@ def test_recipes_in_files_of_0_1_0_are_read():
         format="int8_tensorwise", convrot=True, rounding="nearest", keep=("a",), seed=7, layer_config='{"x": "fp8"}'
     )
     assert recipe.to_dict() == json.loads(WRITTEN_BY_0_1_0)
+
+
+LONG = 10**6 + 1
+
+
+@pytest.mark.parametrize(
+    "read, text",
+    [
+        (Recipe.from_toml, "a." * 64 + "b = 1"),
+        (Recipe.from_toml, "[" + '"a" . ' * 64 + "b]"),
+        (Recipe.from_toml, "x = {" + "'a.b'\t." * 64 + "b = 1}"),
+        (Recipe.from_toml, "#" * LONG),
+        (Recipe.from_json, " " * LONG),
+        (Recipe.from_json, "[" * (LONG - 2)),
+        (lambda text: Recipe(layer_config=text), "[" * LONG),
+        (lambda text: Recipe(preset=text), "flux" * LONG),
+        (lambda text: Recipe(format=text), "int8" * LONG),
+        (lambda text: Recipe(rounding=text), "nearest" * LONG),
+        (lambda text: Recipe(keep=text.split(",")), "," * LONG),
+        (lambda text: Recipe(heur=text), "x" * LONG),
+        (lambda text: Recipe(**{text: 1}), "x" * LONG),
+    ],
+    ids=[
+        *(
+            "dotted key",
+            "dotted table",
+            "dotted key in a table",
+            "long TOML",
+            "long JSON",
+            "deep JSON",
+            "long layer config",
+        ),
+        *("long preset", "long format", "long rounding", "many patterns", "long value", "long key"),
+    ],
+)
+def test_texts_that_would_take_long_are_refused(sentences, read, text):
+    """The time of the TOML reader is quadratic in the parts of a key, that of the search for a similar name in its length."""
+    with sentences.raises(RecipeError) as error:
+        read(text)
+    assert len(str(error.value)) <= 2000
+
+
+def test_names_of_layers_in_toml_are_no_dotted_keys():
+    names = [f"double_blocks.{index}.img_attn.qkv.norm.weight" for index in range(100)]
+    assert Recipe.from_toml(f"keep = {names}").keep == tuple(names)

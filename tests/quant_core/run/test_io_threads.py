@@ -96,7 +96,7 @@ def test_error_of_a_read_is_raised_at_its_tensor():
 
 
 def add(writer: LayerWriter, name: str, size: int) -> None:
-    writer.add({name: torch.zeros(size, dtype=torch.uint8)}, [], None, {})
+    writer.add({name: torch.zeros(size, dtype=torch.uint8)}, [], None)
 
 
 def stop() -> None:

@@ -29,14 +29,23 @@ from learned_rounding.quant_core.errors import (
     RecipeError,
     SourceError,
 )
-from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted, RunFinished, RunStarted
+from learned_rounding.quant_core.events import (
+    LayerFinished,
+    LayerKept,
+    LayerStarted,
+    OutputChecked,
+    RunFinished,
+    RunStarted,
+)
 from learned_rounding.quant_core.formats import find_format
 from learned_rounding.quant_core.layer import Layer
-from learned_rounding.quant_core.output import partial, verify_file
+from learned_rounding.quant_core.output import SafetensorsWriter, partial, verify_file
 from learned_rounding.quant_core.quantize_layer import quantize_layer
 from learned_rounding.quant_core.rounding import slabs
 from learned_rounding.quant_core.run import io_threads, loop
 from learned_rounding.quant_core.run.quantize import output_name
+from learned_rounding.quant_core.run.recorded import RecordedSource
+from learned_rounding.quant_core.sources import TensorSource
 
 LINEARS = [f"blocks.{block}.{layer}" for block in range(2) for layer in ("attn.qkv", "mlp.0", "mlp.2")]
 RECIPES = {
@@ -537,6 +546,74 @@ def test_a_source_that_differs_where_no_sample_is_taken_is_another(tmp_path, mon
     assert out.read_bytes() == data
     assert not quantize_file(source, out, Recipe(rounding="nearest"), overwrite=True).already_done
     assert out.read_bytes() != data
+
+
+ASIDE = {
+    "permissions": lambda path: path.chmod(0o600),
+    "another name": lambda path: path.rename(path.with_name("renamed")).rename(path),
+    "a second name": lambda path: path.with_name("second").hardlink_to(path),
+}
+
+
+@pytest.mark.parametrize("act", ASIDE.values(), ids=ASIDE)
+def test_a_source_whose_change_time_alone_changes_is_read_again_and_compared(model_file, tmp_path, act):
+    """Its content is the same: the run goes on."""
+    source = model_file()
+    quantize_file(source, tmp_path / "fresh")
+
+    def listener(event):
+        if isinstance(event, LayerFinished) and event.index == 1:
+            act(source)
+
+    report = quantize_file(source, tmp_path / "out", on_event=listener)
+    assert report.layers and (tmp_path / "out").read_bytes() == (tmp_path / "fresh").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "kind, back", [(LayerFinished, 512 * 512 * 4 * 2 + 50_000), (RunStarted, 1)], ids=["read before", "not read yet"]
+)
+def test_a_source_that_is_changed_in_place_with_its_old_time_is_noticed(tmp_path, listing, sentences, kind, back):
+    """``back``: bytes from the end, in the first tensor where no sample is taken, or in the last one's last sample."""
+    source, weights = tmp_path / "model.safetensors", {f"{index}.weight": torch.ones(512, 512) for index in range(3)}
+    save_file(weights, source)
+    changes = []
+
+    def listener(event):
+        if isinstance(event, kind) and not changes:
+            before = source.stat()
+            with open(source, "r+b") as file:
+                file.seek(-back, os.SEEK_END)
+                changes.append(file.write(b"\x7b"))
+            os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    with sentences.raises(SourceError):
+        quantize_file(source, tmp_path / "out", Recipe(preset="none"), on_event=listener)
+    assert changes and listing() == ["model.safetensors"]
+
+
+def test_a_source_that_gives_other_bytes_when_it_is_read_again_is_refused(sentences):
+    tensors = {"a": torch.zeros(10), "b": torch.zeros(10)}
+    source = RecordedSource(TensorSource(tensors))
+    source.read("a"), source.read("b")
+    source.check_unchanged(lambda: None)
+    tensors["b"] += 1
+    assert source.read("a").sum() == 0
+    with sentences.raises(SourceError, repeated=True):
+        source.read("b")
+    with sentences.raises(SourceError, repeated=True):
+        source.check_unchanged(lambda: None)
+
+
+def test_the_check_of_the_file_is_an_event(tmp_path, model_file, monkeypatch):
+    real, events = SafetensorsWriter.finish, []
+
+    def finish(self, metadata, on_check) -> int:
+        on_check(1, 2)
+        return real(self, metadata)
+
+    monkeypatch.setattr(SafetensorsWriter, "finish", finish)
+    quantize_file(model_file(), tmp_path / "out", on_event=events.append)
+    assert [type(event) for event in events[-2:]] == [OutputChecked, RunFinished] and events[-2].total == 2
 
 
 def test_a_finished_file_is_not_made_again_though_it_may_be_overwritten(model_file, tmp_path, monkeypatch):

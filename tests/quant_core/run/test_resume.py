@@ -7,30 +7,33 @@ import threading
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core.errors import OutputError
 from learned_rounding.quant_core.events import LayerKept
-from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes
+from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, partial, remove_leftovers
 from learned_rounding.quant_core.run import resume
+from learned_rounding.quant_core.run.recorded import RecordedSource
 from learned_rounding.quant_core.run.resume import JournalFile, RunJournal
-from learned_rounding.quant_core.sources import TensorSource
+from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
+from learned_rounding.quant_core.sources.source import CPU
 
 
 class Run:
-    """A writer with its journal, over tensors that are their own source."""
+    """A writer with its journal, over tensors that are their own source, or over a source of its own."""
 
-    def __init__(self, path, tensors: dict[str, torch.Tensor], key: str = "a run", in_memory: bool = False):
-        source = TensorSource(tensors)
-        self.tensors = tensors
-        self.journal = RunJournal(key, source, read=source.read if in_memory else None)
+    def __init__(
+        self, path, tensors: dict[str, torch.Tensor], key: str = "a run", source: RecordedSource | None = None
+    ):
+        self.source = source = source or RecordedSource(TensorSource(tensors))
+        self.journal = RunJournal(key, source, lambda name: CPU)
         reserve = header_bytes(source.tensors.items(), {})
         self.writer = SafetensorsWriter(path, reserve, journal=self.journal)
 
     def add(self, name: str) -> None:
-        self.writer.add(name, self.tensors[name])
-        event = LayerKept(name=name, shape=tuple(self.tensors[name].shape), reason="test")
-        self.journal.record_layer([event], None, {name: self.tensors[name]})
+        tensor = self.source.read(name)
+        self.writer.add(name, tensor)
+        self.journal.record_layer([LayerKept(name=name, shape=tuple(tensor.shape), reason="test")], None)
 
     @property
     def restored(self) -> list[str]:
@@ -133,14 +136,120 @@ def test_tensors_after_the_last_layer_record_are_not_restored(tmp_path, tensors)
 
 @pytest.mark.parametrize("changed", ["key", "weights"])
 def test_another_run_is_not_resumed(tmp_path, tensors, changed):
-    killed = Run(tmp_path / "a", tensors, in_memory=True)
+    killed = Run(tmp_path / "a", tensors)
     killed.add("a")
     killed.kill()
     if changed == "weights":
         tensors["a"][500] = -1
-    run = Run(tmp_path / "a", tensors, key="another run" if changed == "key" else "a run", in_memory=True)
+    run = Run(tmp_path / "a", tensors, key="another run" if changed == "key" else "a run")
     assert run.restored == []
     run.writer.abort()
+
+
+PLANTED = {
+    "link": lambda hidden, other: hidden.symlink_to(other),
+    "hard link": lambda hidden, other: hidden.hardlink_to(other),
+    "pipe": lambda hidden, other: os.mkfifo(hidden),
+    "folder": lambda hidden, other: hidden.mkdir(),
+}
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".journal"])
+@pytest.mark.parametrize("planted", PLANTED)
+def test_planted_file_is_not_followed(tmp_path, tensors, planted, suffix):
+    """The other file has the bytes of the killed run, so that only its place tells that it is none of this run's files."""
+    killed = Run(tmp_path / "a", tensors)
+    killed.add("a")
+    killed.kill()
+    (hidden,) = tmp_path.glob(f".a.*{suffix}")
+    other = tmp_path / "other file of the user"
+    hidden.rename(other)
+    before = other.read_bytes()
+    PLANTED[planted](hidden, other)
+    run = Run(tmp_path / "a", tensors)
+    assert run.restored == []
+    for name in tensors:
+        run.add(name)
+    run.writer.finish({})
+    assert not (tmp_path / "a").is_symlink() and (tmp_path / "a").stat().st_nlink == 1
+    assert other.read_bytes() == before
+    remove_leftovers(tmp_path / "a")
+    left = {path.name for path in tmp_path.iterdir()} - {hidden.name}
+    assert left == {"a", other.name} and (not hidden.exists() or planted == "folder")
+    assert other.read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owner")
+@pytest.mark.parametrize("same_owner", [False, True], ids=["another user", "a disk of one owner"])
+def test_files_of_another_user_are_not_resumed(tmp_path, tensors, monkeypatch, same_owner):
+    killed = Run(tmp_path / "a", tensors)
+    killed.add("a")
+    killed.kill()
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    if not same_owner:
+        real = os.fstat
+        monkeypatch.setattr(partial.tempfile, "TemporaryFile", lambda **options: open(os.devnull, "rb"))
+        monkeypatch.setattr(
+            os, "fstat", lambda descriptor: OwnedBy(real(descriptor), user + stat.S_ISCHR(real(descriptor).st_mode))
+        )
+    run = Run(tmp_path / "a", tensors)
+    assert run.restored == (["a"] if same_owner else [])
+    run.writer.abort()
+
+
+class OwnedBy:
+    """The status of a file with another owner."""
+
+    def __init__(self, status: os.stat_result, user: int):
+        self._status, self.st_uid = status, user
+
+    def __getattr__(self, name: str):
+        return getattr(self._status, name)
+
+
+def test_file_that_is_replaced_before_it_has_its_name_is_not_published(tmp_path, tensors, sentences):
+    run = Run(tmp_path / "a", tensors)
+    for name in tensors:
+        run.add(name)
+    (hidden,) = tmp_path.glob(".a.*.partial")
+    hidden.rename(tmp_path / "elsewhere")
+    hidden.write_bytes(b"of somebody else")
+    with sentences.raises(OutputError):
+        run.writer.finish({})
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("changed", [None, "a", "b"])
+def test_source_that_is_changed_in_place_is_resumed_up_to_the_change(tmp_path, listing, changed):
+    """One bit in the middle of a tensor, with the times of before: no sample of the fingerprint is there."""
+    path, out = tmp_path / "source.safetensors", tmp_path / "out"
+    save_file({name: torch.zeros(100_000, dtype=torch.uint8) for name in "abc"}, path)
+
+    def start() -> Run:
+        return Run(out, {}, source=RecordedSource(opened))
+
+    with SafetensorsFile(path) as opened:
+        killed = start()
+        for name in "ab":
+            killed.add(name)
+        killed.kill()
+        if changed:
+            before = path.stat()
+            with open(path, "r+b") as file:
+                file.seek(opened._offsets[changed] + 50_001)
+                file.write(b"\x80")
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with SafetensorsFile(path) as opened:
+        run = start()
+        assert run.restored == {None: ["a", "b"], "a": [], "b": ["a"]}[changed]
+        for name in "abc"[len(run.restored) :]:
+            run.add(name)
+        run.writer.finish({})
+    remove_leftovers(out)
+    assert load_file(out).keys() == set("abc")
+    assert all(torch.equal(load_file(out)[name], tensor) for name, tensor in load_file(path).items())
+    assert listing() == ["out", "source.safetensors"]
 
 
 def test_run_with_a_live_writer_is_not_resumed(tmp_path, tensors):

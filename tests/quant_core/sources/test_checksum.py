@@ -1,5 +1,6 @@
 """Checksum of tensors: additive over parts, equal on every device, different for different bytes."""
 
+import io
 import os
 
 import numpy
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from learned_rounding.quant_core.sources import checksum
-from learned_rounding.quant_core.sources.checksum import BLOCK, byte_checksum, tensor_checksum
+from learned_rounding.quant_core.sources.checksum import BLOCK, FileChecksums, byte_checksum, tensor_checksum
 
 SIZES = [0, 1, 7, 8, 9, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5]
 
@@ -82,3 +83,26 @@ def test_tensor_checksum_is_that_of_its_bytes_in_row_major_order():
         bytearray(os.urandom(1) + tensor.view(torch.uint8).numpy().tobytes()), dtype=torch.uint8
     )
     assert tensor_checksum(unaligned[1:].view(torch.uint8)) == tensor_checksum(tensor)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_checksums_of_parts_of_a_file_equal_those_of_their_bytes(monkeypatch, threads):
+    monkeypatch.setattr(checksum, "_CHUNK", BLOCK)
+    monkeypatch.setattr(checksum, "_THREADS", threads)
+    sizes = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 20 * BLOCK + 5, 8]
+    parts = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
+    file, checks = io.BytesIO(torch.cat(parts).numpy().tobytes()), []
+    with FileChecksums(lambda: checks.append(1)) as checksums:
+        assert [checksums.next(file, size) for size in sizes] == [byte_checksum(part) for part in parts]
+        assert checksums.next(file, 1) is None and len(checks) == 1 + 1 + 1 + 2 + 21 + 1 + 1
+        file.seek(-2 * BLOCK, io.SEEK_END)
+        assert checksums.next(file, 2 * BLOCK + 1) is None
+        assert len(checksums._free) <= threads + 2
+
+
+def test_checksums_of_a_file_can_be_cancelled():
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), FileChecksums(stop) as checksums:
+        checksums.next(io.BytesIO(bytes(10)), 10)

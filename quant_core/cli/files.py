@@ -1,0 +1,59 @@
+"""Check of the files that options name, before any work: devices, pipes and sockets are refused without opening them."""
+
+import argparse
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from ..errors import CalibrationError, QuantizationError, RecipeError, SourceError
+from ..output import final_path
+from .recipe import layer_config_file
+
+__all__ = ["check_files"]
+
+# Attribute of the parsed options → what it names, the error for another kind of file, and whether it may be a folder.
+_INPUTS: dict[str, tuple[str, type[QuantizationError], bool]] = {
+    "input": ("source", SourceError, True),
+    "file": ("source", SourceError, True),
+    "calibration": ("calibration", CalibrationError, False),
+    "recipe": ("recipe", RecipeError, False),
+    "layer_config": ("layer config", RecipeError, False),
+}
+_OUTPUTS = ("output", "report")
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: True, "a device"),
+)
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Refuse a file of the options that is not a regular file; one that does not exist is reported when it is opened.
+
+    Raises:
+        QuantizationError: of the class of what the option names.
+    """
+    for option, path in _named_files(args, _INPUTS):
+        what, error, folder = _INPUTS[option]
+        kind = _kind(path)
+        if kind is not None and not (folder and stat.S_ISDIR(kind[0])):
+            raise error(f"The {what} {path} is {kind[1]}; give a regular file.", file=str(path), option=option)
+    for _, path in _named_files(args, _OUTPUTS):
+        final_path(path)
+
+
+def _named_files(args: argparse.Namespace, options: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    for option in options:
+        path = layer_config_file(args) if option == "layer_config" else getattr(args, option, None)
+        if path is not None:
+            yield option, path
+
+
+def _kind(path: Path) -> tuple[int, str] | None:
+    """Mode and kind of what is at ``path``; None for a regular file, or if that cannot be found out."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # ValueError: null character in the path
+        return None
+    return None if stat.S_ISREG(mode) else (mode, next(kind for test, kind in _KINDS if test(mode)))
