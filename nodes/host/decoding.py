@@ -9,6 +9,7 @@ import torch
 
 from ...quant_core.errors import QuantizationError
 from ...quant_core.formats import detect_layer
+from ...quant_core.formats.kinds import find_kinds
 from ...quant_core.formats.layer_json import layer_configs
 from ...quant_core.sources import SafetensorsFile
 from ..runtime.decoded_linear import make_decoding_operations
@@ -25,10 +26,12 @@ def layers_to_decode(path: Path) -> list[str]:
     """The quantized layers of a file with a format that this ComfyUI cannot run; empty where it runs all formats.
 
     Raises:
-        QuantizationError: this pack cannot dequantize one of the layers.
+        QuantizationError: this pack cannot dequantize one of the layers, or ComfyUI would take them for plain weights.
     """
     with SafetensorsFile(path) as file:
-        configs, tensors = layer_configs(file)[0], file.tensors
+        configs, tensors, kinds = layer_configs(file)[0], file.tensors, find_kinds(file).values()
+    if wrong := min((kind for kind in kinds if not kind.loaded), default=None):
+        raise QuantizationError(f"{path.name} cannot be loaded, for it contains {wrong.name}. {wrong.support}.")
     if all(supports_format(config.get("format")) for config in configs.values()):
         return []
     try:

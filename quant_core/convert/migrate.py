@@ -127,7 +127,8 @@ class _Relabelling:
     def _add_layer(self, layer: StoredLayer) -> None:
         if layer.external is not None and not layer.external.renamed:
             raise SourceError(
-                f"{self._source.name}: {layer.name} is in format {layer.external.name}, for which ComfyUI has no format; use lrq quantize "
+                layer.problem
+                or f"{self._source.name}: {layer.name} is in format {layer.external.name}, for which ComfyUI has no format; use lrq quantize "
                 "--requantize, or the full-precision original."
             )
         if not layer.relabelled:

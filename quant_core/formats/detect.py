@@ -146,8 +146,8 @@ class StoredLayer:
 
     def read_scale(self, source: LayerSource, suffix: str) -> torch.Tensor:
         """A scale of the layer as float32. Raises SourceError unless it is finite and positive."""
-        factor = self.external.scale_factor if self.external and suffix == "weight_scale" else 1.0
-        return read_scale(source, self.parts[suffix]) * factor
+        divisor = self.external.scale_divisor if self.external and suffix == "weight_scale" else 1.0
+        return read_scale(source, self.parts[suffix]) / divisor
 
 
 def detect_layers(source: LayerSource) -> Iterator[StoredLayer]:

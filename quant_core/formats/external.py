@@ -19,6 +19,7 @@ __all__ = ["EXTERNAL", "ExternalFormat", "ExternalLayer", "find_external", "plai
 
 _ONE_BYTE = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 _ORIGINAL = "give its full-precision original"
+_NO_DECODER = f"this version has no decoder for them; {_ORIGINAL}"
 
 Names = Mapping[str, str]
 """The tensors of a layer by key: key → name in the file. Every format has a "weight"."""
@@ -36,7 +37,7 @@ class ExternalFormat:
             that few other tensors have.
         optional: the same of tensors that a layer may have.
         accepts: further conditions on a layer.
-        scale_factor: what a stored scale is multiplied by.
+        scale_divisor: what a stored scale is divided by.
         read_shape: (out, in) of the weight of a layer. Raises ValueError with the reason where the tensors contradict it.
         decode: the weight (out, in) as float32 from the tensors of a layer by key.
         refusal: why the weights cannot be dequantized, and what to do, end of a sentence; empty where they can.
@@ -46,7 +47,7 @@ class ExternalFormat:
     parts: Names
     optional: Names = field(default_factory=dict)
     accepts: Callable[[LayerSource, Names], bool] = lambda source, names: True
-    scale_factor: float = 1.0
+    scale_divisor: float = 1.0
     read_shape: Callable[[LayerSource, Names], tuple[int, int]] | None = None
     decode: Callable[[Parts, tuple[int, ...]], torch.Tensor] | None = None
     refusal: str = ""
@@ -119,9 +120,9 @@ def _is_awq(source: LayerSource, names: Names) -> bool:
 
 
 def _has_unpacked_weight(source: LayerSource, names: Names) -> bool:
-    """There is a weight of quantized values: norms have a tensor ``scale`` too."""
-    dtype = source.tensors[names["weight"]].dtype
-    return dtype in (*_ONE_BYTE, torch.uint8, torch.int16, torch.int32)
+    """There is a weight of quantized values: norms have a tensor ``scale`` too, and files that are FP8 as a whole."""
+    weight, scale = (source.tensors[names[key]].dtype for key in ("weight", "weight_scale"))
+    return weight in (*_ONE_BYTE, torch.uint8, torch.int16, torch.int32) and scale is not weight
 
 
 def _is_expert_bank(source: LayerSource, names: Names) -> bool:
@@ -149,13 +150,13 @@ EXTERNAL: tuple[ExternalFormat, ...] = (
         "Hugging Face FP8 experts",
         {"weight_scale": "_scale_inv", "weight": ""},
         accepts=_is_expert_bank,
-        refusal=f"its expert banks of three dimensions are not read; {_ORIGINAL}",
+        refusal=_NO_DECODER,
     ),
     ExternalFormat(
         "Hugging Face FP8 experts",
         {"weight_scale": "_scales_inv", "weight": ""},
         accepts=_is_expert_bank,
-        refusal=f"its expert banks of three dimensions are not read; {_ORIGINAL}",
+        refusal=_NO_DECODER,
     ),
     # DeepSeek's own checkpoints (inference/kernel.py) call the same scales "scale".
     ExternalFormat(
@@ -196,7 +197,7 @@ EXTERNAL: tuple[ExternalFormat, ...] = (
         {"weight_scale": ".SCB", "weight": ".weight"},
         {"weight_format": ".weight_format"},
         accepts=_is_row_major,
-        scale_factor=1 / 127,
+        scale_divisor=127,
     ),
     *(
         ExternalFormat("bitsandbytes", {"mark": mark}, refusal=f"part of its quantization state is missing; {_ORIGINAL}")
@@ -216,7 +217,7 @@ EXTERNAL: tuple[ExternalFormat, ...] = (
         read_shape=compressed_tensors.read_packed_shape,
         decode=compressed_tensors.decode_packed,
     ),
-    ExternalFormat("compressed-tensors", {"weight": ".weight_packed"}, refusal=f"of this layout; {_ORIGINAL}"),
+    ExternalFormat("compressed-tensors", {"weight": ".weight_packed"}, refusal=_NO_DECODER),
     # ModelOpt's weights have the names of ComfyUI's nvfp4 and another order of values and scales.
     ExternalFormat(
         "NVFP4 without layer JSON",
@@ -235,7 +236,7 @@ EXTERNAL: tuple[ExternalFormat, ...] = (
         "AWQ",
         {"weight": ".qweight", "scales": ".scales", "zeros": ".qzeros"},
         accepts=_is_awq,
-        refusal=f"of AWQ; {_ORIGINAL}",
+        refusal=_NO_DECODER,
     ),
     ExternalFormat(
         "GPTQ",
@@ -251,9 +252,9 @@ EXTERNAL: tuple[ExternalFormat, ...] = (
     ExternalFormat(
         "torchao", {"weight": "._weight_qdata"}, refusal=f"only its Float8Tensor and Int8Tensor are read; {_ORIGINAL}"
     ),
-    ExternalFormat("MXFP4", {"weight": "_blocks", "scales": "_scales"}, refusal=f"of MXFP4; {_ORIGINAL}"),
-    ExternalFormat("HQQ", {"weight": ".W_q"}, refusal=f"of HQQ; {_ORIGINAL}"),
-    ExternalFormat("EXL3", {"weight": ".trellis", "scales": ".suh"}, refusal=f"of EXL3; {_ORIGINAL}"),
+    ExternalFormat("MXFP4", {"weight": "_blocks", "scales": "_scales"}, refusal=_NO_DECODER),
+    ExternalFormat("HQQ", {"weight": ".W_q"}, refusal=_NO_DECODER),
+    ExternalFormat("EXL3", {"weight": ".trellis", "scales": ".suh"}, refusal=_NO_DECODER),
 )  # fmt: skip
 
 _MARKS = tuple(sorted({entry.mark for entry in EXTERNAL}))

@@ -28,15 +28,19 @@ class Kind:
         support: what ComfyUI does with such layers, and what to do; one sentence without its full stop.
         readable: the layers can be dequantized.
         plain: the values have no scales.
+        loaded: ComfyUI loads the layers as they are meant.
     """
 
     name: str
     support: str
     readable: bool = True
     plain: bool = False
+    loaded: bool = False
 
 
-_LEGACY = Kind("scaled fp8 (old)", "Stock ComfyUI loads such layers; lrq migrate writes them in the format of today")
+_LEGACY = Kind(
+    "scaled fp8 (old)", "Stock ComfyUI loads such layers; lrq migrate writes them in the format of today", loaded=True
+)
 _UNMARKED = Kind(
     "scaled fp8 (old)",
     f"ComfyUI takes such values for weights, since the tensor {LEGACY_MARKER} is missing; lrq migrate writes them in the format of today",
@@ -44,32 +48,38 @@ _UNMARKED = Kind(
 _NO_FORMAT = Kind(
     "layer JSON without a format (INT8-Fast)", f"{_NOT_LOADED}; lrq migrate writes them in the format of today"
 )
-_UNKNOWN = Kind(
-    "an unknown quantization",
-    "Beside its quantized values are tensors of no known format; use its full-precision original",
-    readable=False,
-)
+_UNKNOWN = "an unknown quantization"
 
 
 def find_kinds(source: LayerSource) -> dict[str, Kind]:
     """{layer: its quantization} of the layers with quantized values whose format no layer JSON names."""
     configs = loaded_configs(source)
     kinds = {layer: _NO_FORMAT for layer, config in configs.items() if config.get("format") is None}
-    known, refused = set(), set()
+    refused = set()
+    layers: dict[str, str] = {}  # name of a tensor of an external format → its layer
     for layer in find_external(source, configs):
         kinds[layer.name] = _external_kind(layer.format)
-        known.update(layer.parts.values())
+        layers |= dict.fromkeys(layer.parts.values(), layer.name)
         if layer.format.refusal:
-            refused.update(layer.parts.values())
+            refused.add(layer.name)
     marked = bool(legacy_markers(source))
     for name, info in source.tensors.items():
         layer, _, suffix = name.rpartition(".")
         if suffix == "weight" and info.dtype in PACKED_DTYPES and len(info.shape) == 2 and layer not in configs:
             kinds.setdefault(layer, _unnamed_kind(source, layer, info.dtype, marked))
-    for owner in find_unknown_companions(source, configs, known).values():
-        if owner not in refused:
-            kinds[owner.removesuffix(".weight")] = _UNKNOWN
+    companions = find_unknown_companions(source, configs, layers)
+    for owner in companions.values():
+        layer = layers.get(owner, owner.removesuffix(".weight"))
+        if layer not in refused:
+            kinds[layer] = _unknown_kind(next(iter(companions)))
     return kinds
+
+
+def _unknown_kind(companion: str) -> Kind:
+    support = (
+        f"Beside quantized values are tensors of no known format, such as {companion}; use the full-precision original"
+    )
+    return Kind(_UNKNOWN, support, readable=False)
 
 
 def _external_kind(format: ExternalFormat) -> Kind:
@@ -88,7 +98,12 @@ def _unnamed_kind(source: LayerSource, layer: str, dtype: torch.dtype, marked: b
         support = "ComfyUI takes such values for weights, since their layer JSON is missing; lrq migrate adds it"
         return Kind(f"{name} without layer JSON", support)
     if dtype in UNSCALED_DTYPES:
-        return Kind(f"plain {name} weights", "Stock ComfyUI loads them as plain weights, without scales", plain=True)
+        return Kind(
+            f"plain {name} weights",
+            "Stock ComfyUI loads them as plain weights, without scales",
+            plain=True,
+            loaded=True,
+        )
     return Kind(
         f"plain {name} weights",
         "ComfyUI takes such values for weights, and their scales are missing; download the file again",
