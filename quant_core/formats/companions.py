@@ -31,7 +31,9 @@ _DECLARED = {  # of formats that the JSON of a layer names
     *_SCALES,
     *("weight_scale_2", "pre_quant_scale", "weight_s_rel", "weight_s_channel", "weight_codebook"),
 }
-_WORDS = re.compile(r"scale|zero|shift|absmax|smooth|rotat|hadamard|lora|svd|g_idx|codebook", re.IGNORECASE)
+_WORDS = r"scale(?!_shift)|zero|absmax|smooth|rotat|hadamard|lora|svd|g_idx|codebook"
+_COMPANION = re.compile(_WORDS)  # in the rest of a name that continues that of quantized values
+_SIBLING = re.compile(rf"_?(?:weight_|[wq])?(?:{_WORDS})[^.]*$")  # beside quantized values that are not called "weight"
 _DEPTH = 8  # separators from the end of a name at which it may continue that of a quantized tensor
 
 
@@ -46,7 +48,7 @@ def find_unknown_companions(source: LayerSource, declared: Container[str], known
         declared: layers that have ComfyUI's JSON.
         known: names of tensors that belong to a format.
     """
-    layers, values = {}, {}  # prefix of names → quantized tensor
+    layers, values, siblings = {}, {}, {}  # prefix of names → quantized tensor
     for name, info in source.tensors.items():
         if info.dtype in PACKED_DTYPES and len(info.shape) >= 2:
             layer, _, last = name.rpartition(".")
@@ -54,16 +56,18 @@ def find_unknown_companions(source: LayerSource, declared: Container[str], known
                 layers[f"{layer}."] = name
             else:
                 values |= {f"{name}{separator}": name for separator in "._"}
-                if layer and not info.dtype.is_floating_point:
-                    values.setdefault(f"{layer}.", name)
+                if layer:
+                    siblings.setdefault(f"{layer}.", name)
     found = {}
     for name in source.tensors:
         if name in known:
             continue
         for prefix in _prefixes(name):
             owner = layers.get(prefix)
-            if owner is None and _WORDS.search(name, len(prefix)):
-                owner = values.get(prefix)
+            if owner is None and prefix in values and _COMPANION.search(name, len(prefix)):
+                owner = values[prefix]
+            if owner is None and prefix in siblings and _SIBLING.match(name, len(prefix)):
+                owner = siblings[prefix]
             if owner not in (None, name) and not _is_harmless(source, name, owner, prefix, declared):
                 found[name] = owner
                 break

@@ -36,7 +36,7 @@ class ExternalFormat:
         parts: key → end of a tensor's name, after the layer's. A layer of the format has all of them; the first is the mark
             that few other tensors have.
         optional: the same of tensors that a layer may have.
-        accepts: further conditions on a layer.
+        accepts: further conditions on the tensors of a layer.
         scale_divisor: what a stored scale is divided by.
         read_shape: (out, in) of the weight of a layer. Raises ValueError with the reason where the tensors contradict it.
         decode: the weight (out, in) as float32 from the tensors of a layer by key.
@@ -64,11 +64,9 @@ class ExternalFormat:
 
     def find_names(self, source: LayerSource, layer: str) -> Names | None:
         """The tensors of a layer of that base name; None where it is in another format."""
-        names = {key: layer + end for key, end in self.parts.items()}
-        if not all(name in source.tensors for name in names.values()) or not self.accepts(source, names):
-            return None
-        more = {key: layer + end for key, end in self.optional.items()}
-        return names | {key: name for key, name in more.items() if name in source.tensors}
+        names = {key: layer + end for key, end in {**self.parts, **self.optional}.items()}
+        names = {key: name for key, name in names.items() if name in source.tensors}
+        return names if self.parts.keys() <= names.keys() and self.accepts(source, names) else None
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,10 @@ def _has_blocks_of_128(source: LayerSource, names: Names) -> bool:
 
 def _is_row_major(source: LayerSource, names: Names) -> bool:
     """The INT8 weight is not in a layout of a tensor core (``weight_format``, 0: row-major)."""
-    layout = names.get("weight_format", names["weight"].removesuffix("weight") + "weight_format")
-    if not _has_8_bits(source, names) or layout not in source.tensors:
-        return _has_8_bits(source, names)
-    return math.prod(source.tensors[layout].shape) == 1 and int(source.read(layout).reshape(()).item()) == 0
+    layout = names.get("weight_format")
+    if layout and (math.prod(source.tensors[layout].shape) != 1 or source.read(layout).reshape(()) != 0):
+        return False
+    return _has_8_bits(source, names)
 
 
 def _is_torchao_8_bit(source: LayerSource, names: Names) -> bool:

@@ -300,6 +300,10 @@ REFUSED = {  # case: (tensors by last part of the name, name of the format)
         {"weight": zeros(E4M3, OUT, INNER), "weight_quantizer._scale": torch.ones(())},
         "an unknown quantization",
     ),
+    "FP8 by another name": (
+        {"float8_data": zeros(E4M3, OUT, INNER), "scale": torch.ones(()), "scale_reciprocal": torch.ones(())},
+        "an unknown quantization",
+    ),
     "packed, unknown": ({"qdata": zeros(torch.int32, OUT, 24), "scales": torch.ones(OUT)}, "an unknown quantization"),
     "Hugging Face, zero points": (
         {"weight": zeros(E4M3, OUT, INNER), "weight_scale_inv": torch.ones(2, 2), "zero_point": torch.ones(2, 2)},
