@@ -14,7 +14,14 @@ from ...quant_core.formats.layer_json import layer_configs
 from ...quant_core.sources import SafetensorsFile
 from ..runtime.decoded_linear import make_decoding_operations
 
-__all__ = ["classic_options", "decoding_options", "layers_to_decode", "make_quantized_linear", "supports_format"]
+__all__ = [
+    "check_kinds",
+    "classic_options",
+    "decoding_options",
+    "layers_to_decode",
+    "make_quantized_linear",
+    "supports_format",
+]
 
 
 def supports_format(format: object) -> bool:
@@ -26,12 +33,10 @@ def layers_to_decode(path: Path) -> list[str]:
     """The quantized layers of a file with a format that this ComfyUI cannot run; empty where it runs all formats.
 
     Raises:
-        QuantizationError: this pack cannot dequantize one of the layers, or ComfyUI would take them for plain weights.
+        QuantizationError: this pack cannot dequantize one of the layers.
     """
     with SafetensorsFile(path) as file:
-        configs, tensors, kinds = layer_configs(file)[0], file.tensors, find_kinds(file).values()
-    if wrong := min((kind for kind in kinds if not kind.loaded), default=None):
-        raise QuantizationError(f"{path.name} cannot be loaded, for it contains {wrong.name}. {wrong.support}.")
+        configs, tensors = layer_configs(file)[0], file.tensors
     if all(supports_format(config.get("format")) for config in configs.values()):
         return []
     try:
@@ -40,6 +45,12 @@ def layers_to_decode(path: Path) -> list[str]:
     except ValueError as error:
         raise QuantizationError(f"{path.name} cannot be loaded: {error}.") from None
     return list(configs)
+
+
+def check_kinds(file: SafetensorsFile) -> None:
+    """Raise QuantizationError for quantized values without layer JSON that ComfyUI would take for weights, or not load."""
+    if wrong := min((kind for kind in find_kinds(file).values() if not kind.loaded), default=None):
+        raise QuantizationError(f"{file.name} cannot be loaded: it contains {wrong.name}. {wrong.support}.")
 
 
 def classic_options(loader) -> dict:
