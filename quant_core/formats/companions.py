@@ -7,7 +7,7 @@ import torch
 
 from .layer_json import CONFIG_KEY, LayerSource
 
-__all__ = ["PACKED_DTYPES", "find_unknown_companions"]
+__all__ = ["PACKED_DTYPES", "find_unknown_companions", "is_zero"]
 
 PACKED_DTYPES = (
     torch.float8_e4m3fn,
@@ -34,6 +34,7 @@ _DECLARED = {  # of formats that the JSON of a layer names
 _WORDS = r"scale(?!_shift)|zero|absmax|smooth|rotat|hadamard|lora|svd|g_idx|codebook"
 _COMPANION = re.compile(_WORDS)  # in the rest of a name that continues that of quantized values
 _SIBLING = re.compile(rf"_?(?:weight_|[wq])?(?:{_WORDS})[^.]*$")  # beside quantized values that are not called "weight"
+_MAX_ZERO_POINTS = 1 << 20  # bytes of the zero points of a weight that are read
 _DEPTH = 8  # separators from the end of a name at which it may continue that of a quantized tensor
 
 
@@ -78,7 +79,15 @@ def _is_harmless(source: LayerSource, name: str, owner: str, prefix: str, declar
     last = name[len(prefix) :]
     names = _HARMLESS | (_DECLARED if prefix[:-1] in declared else _SCALES)
     dtype = source.tensors[owner].dtype
-    return last in names or (dtype.is_floating_point and source.tensors[name].dtype is dtype)
+    same = source.tensors[name].dtype is dtype
+    if same and dtype is torch.int8 and last.endswith("zero_point"):
+        return is_zero(source, name)
+    return last in names or (same and dtype.is_floating_point)
+
+
+def is_zero(source: LayerSource, name: str) -> bool:
+    """Whether zero points are all zero, as those of symmetric quantization are; False for a tensor too large for them."""
+    return source.tensors[name].nbytes <= _MAX_ZERO_POINTS and not bool(source.read(name).any())
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ import torch
 
 from . import bitsandbytes, compressed_tensors
 from .codec import Parts
+from .companions import is_zero
 from .layer_json import LayerSource
 
 __all__ = ["EXTERNAL", "ExternalFormat", "ExternalLayer", "find_external", "plain_metadata"]
@@ -102,7 +103,10 @@ def _is_row_major(source: LayerSource, names: Names) -> bool:
 
 
 def _is_torchao_8_bit(source: LayerSource, names: Names) -> bool:
-    """The header calls the weight a tensor of a class that is quantized values times a scale."""
+    """The header calls the weight a tensor of a class that is quantized values times a scale, without zero points."""
+    zero_point = names.get("zero_point")
+    if zero_point and not is_zero(source, zero_point):
+        return False
     weight = names["weight"].removesuffix("._weight_qdata") + ".weight"
     try:
         kind = json.loads(source.metadata.get(weight, "null"))
@@ -245,6 +249,7 @@ EXTERNAL: tuple[ExternalFormat, ...] = (
     ExternalFormat(
         "torchao",
         {"weight": "._weight_qdata", "weight_scale": "._weight_scale"},
+        {"zero_point": "._weight_zero_point"},
         accepts=_is_torchao_8_bit,
     ),
     ExternalFormat(

@@ -39,6 +39,10 @@ def integers(low, high, *shape, seed=0):
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def zeros(dtype, *shape):
+    return torch.zeros(shape, dtype=dtype)
+
+
 def js(value) -> torch.Tensor:
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
@@ -135,6 +139,12 @@ def torchao():
     return {f"{LAYER}._weight_qdata": q, f"{LAYER}._weight_scale": scale}, q.float() * scale
 
 
+def torchao_int8():
+    q, scale = integers(-127, 128, OUT, INNER).to(torch.int8), random(OUT, 1, seed=1).abs() + 0.1
+    tensors = {f"{LAYER}._weight_qdata": q, f"{LAYER}._weight_scale": scale}
+    return tensors | {f"{LAYER}._weight_zero_point": zeros(torch.int8, OUT, 1)}, q.float() * scale
+
+
 def w8a8():
     """Unpacked 8-bit weights of compressed-tensors have the names of ours, and no JSON."""
     q, scale = integers(-127, 128, OUT, INNER).to(torch.int8), (random(OUT, 1, seed=1).abs() + 0.1).bfloat16()
@@ -162,6 +172,12 @@ READ = {  # case: (tensors and weight, metadata, format, name in inspect, ComfyU
     "packed 8 bits, per row": (packed(8, 1), {}, "compressed-tensors packed INT", None),
     "packed FP4": (packed_fp4(), {}, "compressed-tensors NVFP4", None),
     "torchao": (torchao(), TORCHAO, "torchao", "float8_e4m3fn_rowwise"),
+    "torchao INT8": (
+        torchao_int8(),
+        TORCHAO | {f"{LAYER}.weight": json.dumps({"_type": "Int8Tensor"})},
+        "torchao",
+        "int8_tensorwise",
+    ),
     "W8A8": (w8a8(), {}, "INT8 without layer JSON", "int8_tensorwise"),
 }
 CASES = pytest.mark.parametrize("made, metadata, name, native", READ.values(), ids=READ)
@@ -226,10 +242,6 @@ def test_migrate_keeps_the_values(file, tmp_path, sentences, made, metadata, nam
         assert (f"{LAYER}.input_scale" in opened.tensors) == (made is READ["Hugging Face, static"][0])
 
 
-def zeros(dtype, *shape):
-    return torch.zeros(shape, dtype=dtype)
-
-
 SDNQ = {"weight": zeros(E4M3, OUT, INNER), "scale": torch.ones(OUT, 1)}
 PER_ROW = {"weight": zeros(torch.int8, OUT, INNER), "weight_scale": torch.ones(OUT, 1)}
 REFUSED = {  # case: (tensors by last part of the name, name of the format)
@@ -288,7 +300,7 @@ REFUSED = {  # case: (tensors by last part of the name, name of the format)
     ),
     "HQQ": ({"W_q": zeros(torch.uint8, OUT // 2, INNER), "scale": torch.ones(OUT, 1)}, "HQQ"),
     # Companions of quantized values in no known way.
-    "zero points": (PER_ROW | {"weight_zero_point": zeros(torch.int8, OUT, 1)}, "an unknown quantization"),
+    "zero points": (PER_ROW | {"weight_zero_point": torch.ones(OUT, 1, dtype=torch.int8)}, "an unknown quantization"),
     "smoothing": (PER_ROW | {"smooth_scale": torch.ones(INNER)}, "an unknown quantization"),
     "rotation": (PER_ROW | {"weight_rotation.matrix": torch.eye(16)}, "an unknown quantization"),
     "low rank": (PER_ROW | {"lora_A.weight": torch.ones(8, INNER)}, "an unknown quantization"),
@@ -390,6 +402,13 @@ def test_scales_of_integers_are_refused(file, sentences):
     with SafetensorsFile(file({f"{LAYER}.{key}": tensor for key, tensor in tensors.items()})) as opened:
         with sentences.raises(SourceError):
             DecodedSource(opened)
+
+
+def test_zero_points_of_zero_are_no_companions(file):
+    """compressed-tensors and torchao write them for symmetric quantization too."""
+    tensors = PER_ROW | {"weight_zero_point": zeros(torch.int8, OUT, 1)}
+    with SafetensorsFile(file({f"{LAYER}.{key}": tensor for key, tensor in tensors.items()})) as opened:
+        assert DecodedSource(opened).layers == {"int8_tensorwise per row": 1}
 
 
 def test_scales_of_activations_and_caches_are_no_companions(file):
