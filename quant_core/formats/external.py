@@ -234,6 +234,12 @@ EXTERNAL: tuple[ExternalFormat, ...] = (
         {"scales": ".wscales", "weight": ".qweight"},
         refusal=f"their order is that of nunchaku's kernels; load it with nunchaku's nodes, or {_ORIGINAL}",
     ),
+    # TinyChat's AWQ kernels, also of nunchaku's text encoders
+    ExternalFormat(
+        "AWQ of TinyChat",
+        {"zeros": ".scaled_zeros", "weight": ".qweight", "scales": ".scales"},
+        refusal=_NO_DECODER,
+    ),
     ExternalFormat(
         "AWQ",
         {"weight": ".qweight", "scales": ".scales", "zeros": ".qzeros"},

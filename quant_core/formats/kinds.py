@@ -29,6 +29,7 @@ class Kind:
         readable: the layers can be dequantized.
         plain: the values have no scales.
         loaded: ComfyUI loads the layers as they are meant.
+        foreign: the layers are in a format of another quantizer, or in an unknown one.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Kind:
     readable: bool = True
     plain: bool = False
     loaded: bool = False
+    foreign: bool = False
 
 
 _LEGACY = Kind(
@@ -79,14 +81,19 @@ def _unknown_kind(companion: str) -> Kind:
     support = (
         f"Beside quantized values are tensors of no known format, such as {companion}; use the full-precision original"
     )
-    return Kind(_UNKNOWN, support, readable=False)
+    return Kind(_UNKNOWN, support, readable=False, foreign=True)
 
 
 def _external_kind(format: ExternalFormat) -> Kind:
     if format.refusal:
-        return Kind(format.name, f"{_NOT_LOADED}, and they cannot be dequantized: {format.refusal}", readable=False)
+        return Kind(
+            format.name,
+            f"{_NOT_LOADED}, and they cannot be dequantized: {format.refusal}",
+            readable=False,
+            foreign=True,
+        )
     migrate = "lrq migrate writes them in ComfyUI's format, and " if format.renamed else ""
-    return Kind(format.name, f"{_NOT_LOADED}; {migrate}lrq quantize --requantize dequantizes them")
+    return Kind(format.name, f"{_NOT_LOADED}; {migrate}lrq quantize --requantize dequantizes them", foreign=True)
 
 
 def _unnamed_kind(source: LayerSource, layer: str, dtype: torch.dtype, marked: bool) -> Kind:
@@ -109,6 +116,7 @@ def _unnamed_kind(source: LayerSource, layer: str, dtype: torch.dtype, marked: b
         "ComfyUI takes such values for weights, and their scales are missing; download the file again",
         readable=False,
         plain=True,
+        foreign=dtype not in _ELEMENTS,
     )
 
 

@@ -6,6 +6,7 @@ samples.
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ import torch
 
 from ..formats import Codec, StoredLayer, detect_layer
 from ..formats.detect import QUANTIZED_DTYPES, is_scale
+from ..formats.kinds import find_kinds
 from ..formats.layer_json import CONFIG_KEY, QUANTIZATION_KEY, header_layers, layer_configs
 from ..sources import Source, open_safetensors
 
@@ -56,9 +58,12 @@ def _problems(source: Source, configs: Mapping[str, dict], header: Mapping[str, 
             yield (
                 f"{layer}: its JSON is {header.get(layer)} in the header and {expected.get(layer)} in the {CONFIG_KEY} tensor."
             )
+    foreign = {layer: kind for layer, kind in find_kinds(source).items() if kind.foreign}
+    for kind, count in sorted(Counter(foreign.values()).items()):
+        yield f"{count} layers are in {kind.name}. {kind.support}."
     for name, info in source.tensors.items():
         layer, _, suffix = name.rpartition(".")
-        if layer in configs or layer in header:
+        if layer in foreign or layer in configs or layer in header:
             continue
         if suffix == "weight" and info.dtype in QUANTIZED_DTYPES:
             yield f"{layer}: has quantized values ({info.dtype}) and no {CONFIG_KEY} tensor, so ComfyUI would use them as weights."

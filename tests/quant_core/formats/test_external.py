@@ -211,6 +211,8 @@ def test_inspect_names_the_format(file, made, metadata, name, native):
     assert found.quantized == {name: 1} and found.layers == {name: {"blocks.*.mlp": 1}}
     assert name in found.stock and "Stock ComfyUI loads" not in found.stock
     assert "requantize" in found.stock or "migrate" in found.stock
+    problems = verify_file(found.path).problems
+    assert len(problems) == 1 + (made is READ["W8A8"][0]) and (name in problems[0] or made is READ["W8A8"][0])
 
 
 @CASES
@@ -266,6 +268,10 @@ REFUSED = {  # case: (tensors by last part of the name, name of the format)
         {"qweight": zeros(torch.int32, INNER, OUT // 8), "qzeros": zeros(torch.int32, 2, OUT // 8)}
         | {"scales": torch.ones(2, OUT)},
         "AWQ",
+    ),
+    "AWQ of TinyChat": (
+        {"qweight": zeros(torch.int16, OUT // 4, INNER), "scales": torch.ones(2, OUT), "scaled_zeros": torch.ones(2, OUT)},
+        "AWQ of TinyChat",
     ),
     "quanto INT4": (
         {"weight._data._data": zeros(torch.uint8, OUT, INNER // 2), "weight._scale": torch.ones(OUT, 1)}
@@ -339,6 +345,7 @@ def test_other_formats_are_refused_by_name(file, sentences, tensors, name):
     assert name in found.quantized and found.quantized[name] == 1
     assert "loads it as plain" not in found.stock
     sentences(found.stock)
+    assert verify_file(path).problems
     with SafetensorsFile(path) as opened:
         assert quantized_formats(opened) == [name] and not can_dequantize(opened)
         with sentences.raises(AlreadyQuantizedError):
