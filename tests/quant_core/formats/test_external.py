@@ -445,7 +445,7 @@ def test_json_without_a_format_points_to_migrate(file, tmp_path, capsys, sentenc
     """INT8-Fast wrote ``{"convrot": true}`` before ComfyUI had the format int8_tensorwise."""
     path = file(INT8_FAST)
     assert inspect_file(path).quantized == {"layer JSON without a format (INT8-Fast)": 1}
-    sentences(inspect_file(path).stock, verify_file(path).problems)
+    sentences(inspect_file(path).stock, verify_file(path).problems[0])
     assert "lrq migrate" in inspect_file(path).stock and "lrq migrate" in verify_file(path).problems[0]
     with sentences.raises(AlreadyQuantizedError):
         quantize_file(path, tmp_path / "new.safetensors", Recipe())
