@@ -10,7 +10,7 @@ import torch
 from ...quant_core.errors import QuantizationError
 from ...quant_core.formats import detect_layer
 from ...quant_core.formats.kinds import find_kinds
-from ...quant_core.formats.layer_json import layer_configs
+from ...quant_core.formats.layer_json import layer_configs, loaded_configs
 from ...quant_core.sources import SafetensorsFile
 from ..runtime.decoded_linear import make_decoding_operations
 
@@ -49,7 +49,11 @@ def layers_to_decode(path: Path) -> list[str]:
 
 def check_kinds(file: SafetensorsFile) -> None:
     """Raise QuantizationError for quantized values without layer JSON that ComfyUI would take for weights, or not load."""
-    if wrong := min((kind for kind in find_kinds(file).values() if not kind.loaded), default=None):
+    configs = loaded_configs(file)
+    unread = (
+        kind for layer, kind in find_kinds(file).items() if not (kind.loaded or configs.get(layer, {}).get("format"))
+    )
+    if wrong := min(unread, default=None):
         raise QuantizationError(f"{file.name} cannot be loaded: it contains {wrong.name}. {wrong.support}.")
 
 

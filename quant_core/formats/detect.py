@@ -168,6 +168,7 @@ def detect_layers(source: LayerSource) -> Iterator[StoredLayer]:
             found.setdefault(name, {})
     for name, parts in found.items():
         if name in external:
+            _check_one_scale(source, parts, external[name].parts)
             continue
         config = configs.get(name, {})
         layer = StoredLayer(name, config, parts)
@@ -220,14 +221,25 @@ def _layer_tensors(source: LayerSource) -> dict[str, dict[str, str]]:
         if suffix in _TODAY:
             other = found.setdefault(layer, {}).setdefault(_TODAY[suffix], name)
             if other != name:
-                raise SourceError(
-                    f"{source.name}: {other} and {name} are two names of one tensor, so its value is ambiguous; {_REMAKE}."
-                )
+                raise _two_names(source, other, name)
     for layer, parts in found.items():
         weight = source.tensors.get(f"{layer}.weight")
         if weight is not None and weight.dtype in QUANTIZED_DTYPES:
             parts["weight"] = f"{layer}.weight"
     return found
+
+
+def _check_one_scale(source: LayerSource, parts: Mapping[str, str], external: Mapping[str, str]) -> None:
+    """Raise SourceError where a layer of an external format also has the scale of one of ours."""
+    ours, theirs = parts.get("weight_scale"), external.get("weight_scale")
+    if ours and theirs and ours != theirs:
+        raise _two_names(source, theirs, ours)
+
+
+def _two_names(source: LayerSource, one: str, other: str) -> SourceError:
+    return SourceError(
+        f"{source.name}: {one} and {other} are two names of one tensor, so its value is ambiguous; {_REMAKE}."
+    )
 
 
 def _detect_declared(source: LayerSource, layer: StoredLayer) -> StoredLayer:

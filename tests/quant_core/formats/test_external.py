@@ -403,6 +403,13 @@ def test_two_weights_of_one_layer_are_refused(file, tmp_path, sentences):
         migrate_file(path, tmp_path / "new.safetensors")
 
 
+@pytest.mark.parametrize("ours", ["weight_scale", "scale_weight"])
+def test_two_scales_of_one_layer_are_refused(file, sentences, ours):
+    path = file(hugging_face()[0] | {f"{LAYER}.{ours}": torch.ones(())})
+    with SafetensorsFile(path) as opened, sentences.raises(SourceError):
+        DecodedSource(opened)
+
+
 def test_scales_of_integers_are_refused(file, sentences):
     """Exponents of MXFP8 as bytes, which are no factors."""
     tensors = {"weight": zeros(E4M3, OUT, INNER), "weight_scale": torch.full((OUT, 1), 127, dtype=torch.uint8)}
