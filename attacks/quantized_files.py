@@ -29,6 +29,19 @@ def _with_input_scale(dtype: str, value: bytes) -> bytes:
     return tensors_file(_layer(FP8_CONFIG) | {"a.input_scale": (dtype, [], value)})
 
 
+def _nf4_file(state: object) -> bytes:
+    """Return an 8 × 8 layer of bitsandbytes with that quantization state."""
+    text = json.dumps(state).encode()
+    return tensors_file(
+        {
+            "a.weight": ("U8", [32, 1], bytes(32)),
+            "a.weight.absmax": ("F32", [1], struct.pack("<f", 1.0)),
+            "a.weight.quant_map": ("F32", [16], struct.pack("<f", 0.5) * 16),
+            "a.weight.quant_state.bitsandbytes__nf4": ("U8", [len(text)], text),
+        }
+    )
+
+
 def _rotated_file(size: int) -> bytes:
     """Return a valid INT8 layer of one row that is rotated in one group."""
     config = b'{"format":"int8_tensorwise","convrot":true,"convrot_groupsize":%d}' % size
@@ -96,6 +109,40 @@ QUANTIZED = {
         "x.safetensors",
         _layer_file(b'{"format":"int8_blockwise","group_size":99999999999999999999}'),
         "block size beyond 64 bits",
+    ),
+    "nf4_huge": Attack(
+        "x.safetensors",
+        _nf4_file({"shape": [1 << 40, 1 << 20], "blocksize": 64}),
+        "NF4 weight of 2^60 values in 32 bytes",
+    ),
+    "nf4_block_huge": Attack(
+        "x.safetensors",
+        _nf4_file({"shape": [8, 8], "blocksize": 1 << 62}),
+        "block of 2^62 values, each of which would get its scale",
+    ),
+    "nf4_types": Attack(
+        "x.safetensors",
+        _nf4_file({"shape": "8x8", "blocksize": [64], "nested_offset": {}}),
+        "wrong types in a quantization state",
+    ),
+    "packed_shape_huge": Attack(
+        "x.safetensors",
+        tensors_file(
+            {
+                "a.weight_packed": ("I32", [8, 1], bytes(32)),
+                "a.weight_scale": ("F32", [8, 1], struct.pack("<f", 1.0) * 8),
+                "a.weight_shape": ("I64", [2], struct.pack("<2q", 8, 1 << 60)),
+            }
+        ),
+        "packed weight of 2^60 columns in one word a row",
+    ),
+    "companions": Attack(
+        "x.safetensors",
+        tensors_file(
+            {"a.weight": ("F8_E4M3", [8, 8], bytes(64))}
+            | {f"a.{'_' * 50_000}{n}": ("U8", [1], b"0") for n in range(100)}
+        ),
+        "names of 50,000 separators beside quantized values",
     ),
     "metadata_deep": Attack(
         "x.safetensors",

@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.display import human_bytes
 from ..quant_core.errors import QuantizationError, SourceError
-from ..quant_core.output.inspect import quantized_formats
+from ..quant_core.formats.kinds import quantized_formats
 from ..quant_core.recipes import Recipe
 from ..quant_core.sources import Source as Weights
 from . import host

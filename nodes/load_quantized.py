@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..quant_core.output.inspect import quantized_formats
+from ..quant_core.formats.kinds import quantized_formats
 from ..quant_core.sources import SafetensorsFile
 from . import host
 from .ui.schema import check_inputs, schema, widget

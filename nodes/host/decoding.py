@@ -9,11 +9,19 @@ import torch
 
 from ...quant_core.errors import QuantizationError
 from ...quant_core.formats import detect_layer
-from ...quant_core.formats.layer_json import layer_configs
+from ...quant_core.formats.kinds import find_kinds
+from ...quant_core.formats.layer_json import layer_configs, loaded_configs
 from ...quant_core.sources import SafetensorsFile
 from ..runtime.decoded_linear import make_decoding_operations
 
-__all__ = ["classic_options", "decoding_options", "layers_to_decode", "make_quantized_linear", "supports_format"]
+__all__ = [
+    "check_kinds",
+    "classic_options",
+    "decoding_options",
+    "layers_to_decode",
+    "make_quantized_linear",
+    "supports_format",
+]
 
 
 def supports_format(format: object) -> bool:
@@ -37,6 +45,16 @@ def layers_to_decode(path: Path) -> list[str]:
     except ValueError as error:
         raise QuantizationError(f"{path.name} cannot be loaded: {error}.") from None
     return list(configs)
+
+
+def check_kinds(file: SafetensorsFile) -> None:
+    """Raise QuantizationError for quantized values without layer JSON that ComfyUI would take for weights, or not load."""
+    configs = loaded_configs(file)
+    unread = (
+        kind for layer, kind in find_kinds(file).items() if not (kind.loaded or configs.get(layer, {}).get("format"))
+    )
+    if wrong := min(unread, default=None):
+        raise QuantizationError(f"{file.name} cannot be loaded: it contains {wrong.name}. {wrong.support}.")
 
 
 def classic_options(loader) -> dict:

@@ -15,7 +15,7 @@ from ...quant_core.formats.layer_json import layer_configs
 from ...quant_core.output.metadata import ENCODER_PREFIX
 from ...quant_core.sources import SafetensorsFile
 from ..runtime.decoded_linear import view_as_bytes
-from .decoding import classic_options, decoding_options, layers_to_decode
+from .decoding import check_kinds, classic_options, decoding_options, layers_to_decode
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 from .running import is_interrupt
 from .sources import READS_ENCODERS, is_quantized
@@ -29,9 +29,10 @@ def load_quantized(source: FileSource) -> tuple:
     """(MODEL, CLIP) of a quantized file; an ExecutionBlocker for the one that the file does not contain.
 
     Raises:
-        QuantizationError: the file has no quantized layers, or ComfyUI does not load all of them.
+        QuantizationError: the file has no quantized layers, or those of another quantizer, or ComfyUI does not load all of them.
     """
     with SafetensorsFile(source.path) as file:
+        check_kinds(file)
         if not layer_configs(file)[0]:
             raise QuantizationError(
                 f"{source.path.name} has no quantized layers; load it with ComfyUI's own loader, or quantize it first."

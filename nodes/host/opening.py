@@ -10,7 +10,7 @@ from comfy import model_detection
 
 from ...quant_core.convert.dequantize import DecodedSource
 from ...quant_core.errors import SourceError
-from ...quant_core.output.inspect import quantized_formats
+from ...quant_core.formats.kinds import quantized_formats
 from ...quant_core.recipes.refused import DIFFUSERS, find_refusal
 from ...quant_core.sources import Source, TensorInfo, TensorSource, open_source
 from ...quant_core.sources.source import CPU

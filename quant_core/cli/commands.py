@@ -15,7 +15,7 @@ from ..convert.migrate import migrate_file
 from ..display import escape_control, human_bytes
 from ..errors import OutputError, QuantizationError
 from ..formats import FORMATS
-from ..formats.detect import quantized_formats
+from ..formats.kinds import quantized_formats
 from ..output import inspect_file, keep_apart, verify_file
 from ..recipes import PRESETS, Recipe
 from ..run.estimate import estimate_seconds, estimate_size

@@ -9,14 +9,9 @@ import torch
 
 from ..errors import RecipeError, SourceError
 from ..formats import StoredLayer, detect_layers
-from ..formats.detect import (
-    BITSANDBYTES,
-    UNSCALED_DTYPES,
-    legacy_markers,
-    orphan_problem,
-    quantized_formats,
-    read_scale,
-)
+from ..formats.detect import UNSCALED_DTYPES, check_companions, legacy_markers, orphan_problem
+from ..formats.external import plain_metadata
+from ..formats.kinds import quantized_formats
 from ..formats.layer_json import QUANTIZATION_KEY
 from ..output.metadata import NOTE_KEY, PROVENANCE_KEY
 from ..sources import SampledSource, TensorInfo
@@ -48,31 +43,37 @@ class DecodedSource:
         self.name, self.paths = source.name, getattr(source, "paths", ())
         self.layers: Counter[str] = Counter()
         self._decode: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
-        if BITSANDBYTES in quantized_formats(source):
-            raise SourceError(
-                f"{self.name} is quantized by bitsandbytes, which cannot be dequantized here; give its full-precision original."
-            )
+        layers = list(detect_layers(source))
+        self._stored: dict[str, str] = {}  # name of a weight here → of its quantized values in the file
         shapes: dict[str, tuple[int, ...]] = {}
         hidden = set(legacy_markers(source))
-        for layer in detect_layers(source):
+        for layer in layers:
             hidden.update(name for suffix, name in layer.parts.items() if suffix != "weight")
-            if layer.codec is None:
+            if not layer.shape:
                 self._check_plain(layer)
                 continue
-            self._decode[layer.parts["weight"]] = partial(self._dequantize, layer)
-            shapes[layer.parts["weight"]] = layer.shape
-            self.layers[str(layer.codec)] += 1
-        for name, info in source.tensors.items():
-            if name not in hidden | self._decode.keys() and info.dtype in UNSCALED_DTYPES:
+            name = f"{layer.name}.weight"
+            self._stored[name] = layer.parts["weight"]
+            self._decode[name] = partial(self._dequantize, layer)
+            shapes[name] = layer.shape
+            self.layers[layer.kind] += 1
+        check_companions(source, layers)
+        renamed = {stored: name for name, stored in self._stored.items()}
+        self.tensors: dict[str, TensorInfo] = {}
+        for stored, info in source.tensors.items():
+            name = renamed.get(stored, stored)
+            if stored in hidden:
+                continue
+            if self._stored.get(name, stored) != stored:
+                raise SourceError(
+                    f"{self.name}: {name} and {self._stored[name]} are two weights of one layer; give its full-precision original."
+                )
+            if name not in self._decode and info.dtype in UNSCALED_DTYPES:
                 self._decode[name] = torch.Tensor.float
                 if name.endswith(".weight"):
                     self.layers[f"{DTYPE_NAMES[info.dtype]} without scales"] += 1
-        self.tensors = {
-            name: TensorInfo(PLAIN, shapes.get(name, info.shape)) if name in self._decode else info
-            for name, info in source.tensors.items()
-            if name not in hidden
-        }
-        self.metadata = {key: value for key, value in source.metadata.items() if key not in _OWN_METADATA}
+            self.tensors[name] = TensorInfo(PLAIN, shapes.get(name, info.shape)) if name in self._decode else info
+        self.metadata = {key: value for key, value in plain_metadata(source).items() if key not in _OWN_METADATA}
         if rest := quantized_formats(self):
             raise SourceError(
                 f"{self.name} has {', '.join(rest)} and no scales, so the values are ambiguous; give its full-precision original."
@@ -94,9 +95,13 @@ class DecodedSource:
             )
 
     def _dequantize(self, layer: StoredLayer, qdata: torch.Tensor) -> torch.Tensor:
-        read = read_scale if layer.relabelled else _read
-        names = {suffix: name for suffix, name in layer.parts.items() if suffix in layer.needed}
-        others = {suffix: read(self.origin, name).to(qdata.device) for suffix, name in names.items()}
+        needed = [suffix for suffix in layer.parts if suffix in layer.needed]
+        scaled = layer.relabelled
+        tensors = {
+            suffix: layer.read_scale(self.origin, suffix) if scaled else self.origin.read(layer.parts[suffix])
+            for suffix in needed
+        }
+        others = {suffix: tensor.to(qdata.device) for suffix, tensor in tensors.items()}
         with self._explained(layer):
             return layer.dequantize(qdata, others)
 
@@ -112,17 +117,11 @@ class DecodedSource:
             IndexError,
         ) as error:  # torch's own for shapes that do not fit
             raise SourceError(
-                f"{self.name}: {layer.name} is not a valid layer of format {layer.config.get('format')}: {error}".rstrip(
-                    "."
-                )
+                f"{self.name}: {layer.name} is not a valid layer of format {layer.format_name}: {error}".rstrip(".")
                 + "."
             ) from None
 
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """The tensor on ``device``."""
-        values = self.origin.read(name, device)
+        values = self.origin.read(self._stored.get(name, name), device)
         return self._decode[name](values).to(PLAIN) if name in self._decode else values
-
-
-def _read(source: SampledSource, name: str) -> torch.Tensor:
-    return source.read(name)

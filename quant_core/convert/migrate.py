@@ -15,7 +15,8 @@ import torch
 from ..calibration import Calibration, input_scale
 from ..errors import NothingToQuantizeError, OutputExistsError, SourceError
 from ..formats import Codec, StoredLayer, detect_layers
-from ..formats.detect import UNSCALED_DTYPES, legacy_markers, orphan_problem, read_scale
+from ..formats.detect import UNSCALED_DTYPES, check_companions, legacy_markers, orphan_problem, read_scale
+from ..formats.external import plain_metadata
 from ..formats.layer_json import (
     CONFIG_KEY,
     QUANTIZATION_KEY,
@@ -73,13 +74,13 @@ def migrate_file(
         if destination.exists() and not overwrite:
             raise OutputExistsError(f"{destination} exists; choose another output or overwrite it.")
         relabelling = _Relabelling(opened, calibration, drop_input_scale)
-        metadata = {key: value for key, value in opened.metadata.items() if key != QUANTIZATION_KEY}
+        metadata = {key: value for key, value in plain_metadata(opened).items() if key != QUANTIZATION_KEY}
         metadata |= {QUANTIZATION_KEY: quantization_metadata(relabelling.configs), **loading_note(relabelling.configs)}
         infos = relabelling.infos()
         relabelling.check_valid(infos)
         with SafetensorsWriter(destination, header_bytes(infos.items(), metadata), overwrite=overwrite) as writer:
-            for name in relabelling.copied:
-                values = opened.read(name)
+            for name, stored in relabelling.copied.items():
+                values = opened.read(stored)
                 writer.add(name, values.to(PLAIN) if name in relabelling.plain else values)
             for name, tensor in relabelling.small.items():
                 writer.add(name, tensor)
@@ -93,7 +94,7 @@ class _Relabelling:
 
     Attributes:
         configs: {layer: JSON} of the new file.
-        copied: names of tensors that are copied.
+        copied: new name → name in the source of the tensors that are copied.
         plain: those of them that are FP8 without a scale, and are written as plain weights.
         small: new tensors by name.
         done: what was changed.
@@ -110,18 +111,26 @@ class _Relabelling:
         if self._disputed:
             sentence = f"layers whose {CONFIG_KEY} tensor differed from the header, which ComfyUI reads"
             self.done.changes[sentence] = len(self._disputed)
-        self._replaced = set(markers)
-        for layer in detect_layers(source):
+        self._replaced, self._renamed = set(markers), {}
+        layers = list(detect_layers(source))
+        for layer in layers:
             self._add_layer(layer)
+        check_companions(source, layers)
         if not self.configs:
             raise NothingToQuantizeError(f"{source.name} has no quantized layer; there is nothing to migrate.")
-        self.copied = [name for name in source.tensors if name not in self._replaced]
-        self.plain = {name for name in self.copied if self._is_unscaled(name)}
+        self.copied = {self._renamed.get(name, name): name for name in source.tensors if name not in self._replaced}
+        self.plain = {name for name, stored in self.copied.items() if self._is_unscaled(name, stored)}
         if self.plain:
             sentence = "FP8 tensors without a scale written as plain weights, which ComfyUI takes them for"
             self.done.changes[sentence] = len(self.plain)
 
     def _add_layer(self, layer: StoredLayer) -> None:
+        if layer.external is not None and not layer.external.renamed:
+            raise SourceError(
+                layer.problem
+                or f"{self._source.name}: {layer.name} is in format {layer.external.name}, for which ComfyUI has no format; use lrq quantize "
+                "--requantize, or the full-precision original."
+            )
         if not layer.relabelled:
             self.configs[layer.name] = layer.config
             if layer.name in self._disputed:
@@ -140,13 +149,20 @@ class _Relabelling:
     def _relabel(self, layer: StoredLayer, codec: Codec) -> None:
         config = self.configs[layer.name] = codec.layer_config(layer.shape)
         self.done.layers[str(codec)] += 1
+        stored, name = layer.parts["weight"], f"{layer.name}.weight"
+        if stored != name:
+            if name in self._source.tensors:
+                raise SourceError(
+                    f"{self._source.name}: {name} and {stored} are two weights of one layer; give the full-precision original."
+                )
+            self._renamed[stored] = name
         if config != layer.config:
-            before, now = layer.config.get("format", "without JSON"), codec.format.name
+            before, now = _describe_before(layer), codec.format.name
             renamed = f"layers labelled {now}, before {before}"
             self.done.changes[renamed if now != before else f"{now} layers whose JSON was corrected"] += 1
         for suffix, spec in codec.specs(layer.shape).items():
             if suffix != "weight":
-                scale = read_scale(self._source, layer.parts[suffix]).reshape(spec.shape)
+                scale = layer.read_scale(self._source, suffix).reshape(spec.shape)
                 self._put(layer.name, suffix, scale)
         self._put(layer.name, CONFIG_KEY, config_tensor(config))
         activations = self._input_scale(layer, scale)
@@ -172,14 +188,16 @@ class _Relabelling:
             return None
         return old
 
-    def _is_unscaled(self, name: str) -> bool:
-        return self._source.tensors[name].dtype in UNSCALED_DTYPES and name.rpartition(".")[0] not in self.configs
+    def _is_unscaled(self, name: str, stored: str) -> bool:
+        return self._source.tensors[stored].dtype in UNSCALED_DTYPES and name.rpartition(".")[0] not in self.configs
 
     def infos(self) -> dict[str, TensorInfo]:
         """Name → dtype and shape of all tensors of the new file."""
         infos = {
-            name: replace(self._source.tensors[name], dtype=PLAIN) if name in self.plain else self._source.tensors[name]
-            for name in self.copied
+            name: replace(self._source.tensors[stored], dtype=PLAIN)
+            if name in self.plain
+            else self._source.tensors[stored]
+            for name, stored in self.copied.items()
         }
         return infos | {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self.small.items()}
 
@@ -192,3 +210,10 @@ class _Relabelling:
         made.tensors |= {name: info for name, info in infos.items() if name.rpartition(".")[0] not in copied}
         if problems := verify_source(made).problems:
             raise SourceError(f"{self._source.name} would not become a valid file: {problems[0]}")
+
+
+def _describe_before(layer: StoredLayer) -> str:
+    """What named the format of a layer before."""
+    if layer.external is not None:
+        return f"in format {layer.external.name}"
+    return layer.config.get("format") or ("without a format" if layer.config else "without JSON")

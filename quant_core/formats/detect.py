@@ -4,37 +4,36 @@
 quantized layers of a source, those of older tools with wrong or no JSON included.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..errors import RecipeError, SourceError
 from .codec import Codec, Parts
-from .layer_json import CONFIG_KEY, LayerSource, layer_configs
+from .companions import find_unknown_companions
+from .external import ExternalFormat, find_external
+from .layer_json import CONFIG_KEY, LayerSource, loaded_configs
 from .scaled import ScaledCodec
 from .table import READABLE
 
 __all__ = [
-    "BITSANDBYTES",
     "LEGACY_MARKER",
     "QUANTIZED_DTYPES",
     "UNSCALED_DTYPES",
     "StoredLayer",
+    "check_companions",
     "detect_layer",
     "detect_layers",
     "is_scale",
     "legacy_markers",
-    "loaded_configs",
     "orphan_problem",
-    "quantized_formats",
     "read_scale",
 ]
 
 _SCALED = {name: entry for name, entry in READABLE.items() if issubclass(entry.codec, ScaledCodec)}
 QUANTIZED_DTYPES = {entry.elements.dtype for entry in _SCALED.values()}
 UNSCALED_DTYPES = {dtype for dtype in QUANTIZED_DTYPES if dtype.is_floating_point}  # weights even without a scale
-BITSANDBYTES = "bitsandbytes"
 LEGACY_MARKER = "scaled_fp8"  # tensor by which scaled FP8 was marked before ComfyUI had layer JSON
 # Suffix of a tensor → that of the same tensor today.
 _TODAY = {
@@ -44,8 +43,6 @@ _TODAY = {
     "scale_input": "input_scale",
     CONFIG_KEY: CONFIG_KEY,
 }
-_LEGACY_SUFFIXES = (".scale_weight", LEGACY_MARKER)
-_BITSANDBYTES_SUFFIXES = (".quant_map", ".absmax")
 _BLOCK_SIZES = [2**power for power in range(10, 2, -1)]
 _REMAKE = "make the file again from its full-precision original"
 
@@ -60,11 +57,11 @@ def detect_layer(layer: str, config: Mapping[str, object], tensors: Mapping) -> 
     Raises:
         ValueError: the tensors are not those of the format; the message is one sentence without its full stop.
     """
-    format = READABLE.get(str(config.get("format")))
+    if config.get("format") is None:
+        raise ValueError(f"{layer}: its JSON names no format; run lrq migrate, which adds it")
+    format = READABLE.get(str(config["format"]))
     if format is None:
-        raise ValueError(
-            f"{layer}: format '{config.get('format')}' is not known to this version ({', '.join(READABLE)})"
-        )
+        raise ValueError(f"{layer}: format '{config['format']}' is not known to this version ({', '.join(READABLE)})")
     weight = tensors.get(f"{layer}.weight")
     if weight is None:
         raise ValueError(f"{layer}: has a quantization entry and no weight")
@@ -99,8 +96,9 @@ class StoredLayer:
         config: its JSON as ComfyUI reads it; empty where there is none.
         parts: suffix of today → name of the tensor, the weight included where it holds quantized values.
         codec: how the tensors are stored, whatever the JSON calls it; None where one is missing or the format is unknown.
-        shape: (out, in) of the weight; empty without a codec.
-        problem: why a layer in a known format has no codec, one sentence; empty where it has one.
+        shape: (out, in) of the weight; empty where the layer cannot be dequantized.
+        problem: why a layer in a known format cannot be dequantized, one sentence; empty where it can.
+        external: the format of another quantizer that it is in, None for ours. It may have a decoder in place of a codec.
     """
 
     name: str
@@ -109,24 +107,47 @@ class StoredLayer:
     codec: Codec | None = None
     shape: tuple[int, ...] = ()
     problem: str = ""
+    external: ExternalFormat | None = None
 
     @property
     def relabelled(self) -> bool:
         """The JSON follows from the tensors; that of other formats is left as it is."""
+        if self.external is not None:
+            return self.external.renamed
         return self.config.get("format") is None or self.config["format"] in _SCALED
+
+    @property
+    def format_name(self) -> str:
+        """Name of the format, or of the external one."""
+        return self.external.name if self.external else str(self.config.get("format"))
+
+    @property
+    def kind(self) -> str:
+        """The codec for users, with the external format that it was found in."""
+        if self.codec is None or self.external is None:
+            return str(self.codec or self.format_name)
+        return f"{self.codec} ({self.external.name})"
 
     @property
     def needed(self) -> set[str]:
         """Suffixes of the tensors beside the weight that its values depend on."""
         if self.codec is None:
-            return set()
+            return set(self.parts) - {"weight"} if self.external else set()
         optional = set() if self.relabelled else set(self.codec.optional(self.shape))
         return (set(self.codec.specs(self.shape)) | optional) - {"weight"}
 
     def dequantize(self, qdata: torch.Tensor, others: Parts) -> torch.Tensor:
         """The weight (out, in) as float32; ``others``: the layer's tensors by suffix, without its weight."""
+        parts = {"weight": qdata, **others}
+        if self.external is not None and self.external.decode is not None:
+            return self.external.decode(parts, self.shape)
         assert self.codec is not None
-        return self.codec.dequantize({"weight": qdata, **others}, self.shape)
+        return self.codec.dequantize(parts, self.shape)
+
+    def read_scale(self, source: LayerSource, suffix: str) -> torch.Tensor:
+        """A scale of the layer as float32. Raises SourceError unless it is finite and positive."""
+        divisor = self.external.scale_divisor if self.external and suffix == "weight_scale" else 1.0
+        return read_scale(source, self.parts[suffix]) / divisor
 
 
 def detect_layers(source: LayerSource) -> Iterator[StoredLayer]:
@@ -141,10 +162,14 @@ def detect_layers(source: LayerSource) -> Iterator[StoredLayer]:
         for name in sorted(legacy_markers(source), key=len, reverse=True)
     }
     found = _layer_tensors(source)
+    external = {layer.name: layer for layer in find_external(source, configs)}
     for name, config in configs.items():
         if not StoredLayer(name, config).relabelled and f"{name}.weight" in source.tensors:
             found.setdefault(name, {})
     for name, parts in found.items():
+        if name in external:
+            _check_one_scale(source, parts, external[name].parts)
+            continue
         config = configs.get(name, {})
         layer = StoredLayer(name, config, parts)
         if not layer.relabelled:
@@ -157,12 +182,25 @@ def detect_layers(source: LayerSource) -> Iterator[StoredLayer]:
             yield StoredLayer(name, config, parts, codec, tuple(weight.shape))
         else:
             yield layer
+    for layer in external.values():
+        yield _detect_external(source, StoredLayer(layer.name, {}, dict(layer.parts), external=layer.format))
 
 
-def loaded_configs(source: LayerSource) -> dict[str, dict]:
-    """{layer: JSON} as ComfyUI reads it: the header's over the tensors'."""
-    tensors, header = layer_configs(source)
-    return {**tensors, **header}
+def _detect_external(source: LayerSource, layer: StoredLayer) -> StoredLayer:
+    """The layer of an external format, with codec or shape where it can be dequantized, else with the problem."""
+    format = layer.external
+    assert format is not None
+    where = f"{source.name}: {layer.name} is in format {format.name}"
+    if format.refusal:
+        return replace(layer, problem=f"{where}, whose values cannot be dequantized: {format.refusal}.")
+    if format.renamed:
+        codec = _detect_scaled(source, layer, False)
+        return replace(layer, codec=codec, shape=tuple(source.tensors[layer.parts["weight"]].shape))
+    assert format.read_shape is not None
+    try:
+        return replace(layer, shape=format.read_shape(source, layer.parts))
+    except ValueError as error:
+        return replace(layer, problem=f"{where} and not valid: {error}; download the file again.")
 
 
 def is_scale(suffix: str) -> bool:
@@ -183,14 +221,25 @@ def _layer_tensors(source: LayerSource) -> dict[str, dict[str, str]]:
         if suffix in _TODAY:
             other = found.setdefault(layer, {}).setdefault(_TODAY[suffix], name)
             if other != name:
-                raise SourceError(
-                    f"{source.name}: {other} and {name} are two names of one tensor, so its value is ambiguous; {_REMAKE}."
-                )
+                raise _two_names(source, other, name)
     for layer, parts in found.items():
         weight = source.tensors.get(f"{layer}.weight")
         if weight is not None and weight.dtype in QUANTIZED_DTYPES:
             parts["weight"] = f"{layer}.weight"
     return found
+
+
+def _check_one_scale(source: LayerSource, parts: Mapping[str, str], external: Mapping[str, str]) -> None:
+    """Raise SourceError where a layer of an external format also has the scale of one of ours."""
+    ours, theirs = parts.get("weight_scale"), external.get("weight_scale")
+    if ours and theirs and ours != theirs:
+        raise _two_names(source, theirs, ours)
+
+
+def _two_names(source: LayerSource, one: str, other: str) -> SourceError:
+    return SourceError(
+        f"{source.name}: {one} and {other} are two names of one tensor, so its value is ambiguous; {_REMAKE}."
+    )
 
 
 def _detect_declared(source: LayerSource, layer: StoredLayer) -> StoredLayer:
@@ -215,6 +264,8 @@ def _detect_declared(source: LayerSource, layer: StoredLayer) -> StoredLayer:
 def _detect_scaled(source: LayerSource, layer: StoredLayer, full_precision: bool) -> Codec:
     """The codec of quantized values and one scale tensor, from their dtypes and shapes. Raises SourceError where none fits."""
     weight, scale = (source.tensors[layer.parts[suffix]] for suffix in ("weight", "weight_scale"))
+    if not (scale.dtype.is_floating_point or scale.dtype.is_complex):
+        raise SourceError(f"{layer.name}: its scale is {scale.dtype}, and must be of floating point; {_REMAKE}.")
     granularity, block_size = _granularity(weight.shape, scale.shape)
     format = next(
         (
@@ -287,18 +338,11 @@ def read_scale(source: LayerSource, name: str) -> torch.Tensor:
     return scale
 
 
-def quantized_formats(source: LayerSource) -> list[str]:
-    """Names of the quantizations that a source already has; empty for plain weights."""
-    configs, header = layer_configs(source)
-    found = {str(config.get("format")) for config in (*configs.values(), *header.values())}
-    if any(name.endswith(_LEGACY_SUFFIXES) for name in source.tensors):
-        found.add("scaled fp8 (old)")
-    if any(name.endswith(_BITSANDBYTES_SUFFIXES) for name in source.tensors):
-        found.add(BITSANDBYTES)
-    if not found:
-        matrices = (info for name, info in source.tensors.items() if name.endswith(".weight") and len(info.shape) == 2)
-        dtypes = {info.dtype for info in matrices}
-        found |= {
-            f"plain {entry.elements.name} weights" for entry in _SCALED.values() if entry.elements.dtype in dtypes
-        }
-    return sorted(found)
+def check_companions(source: LayerSource, layers: Iterable[StoredLayer]) -> None:
+    """Raise SourceError for a tensor that changes what the quantized values of one of the layers mean, in an unknown way."""
+    parts = {name for layer in layers for name in layer.parts.values()}
+    for name, owner in find_unknown_companions(source, loaded_configs(source), parts).items():
+        raise SourceError(
+            f"{source.name}: {name} belongs to the quantized values of {owner}, and no known format has it; give the "
+            "full-precision original."
+        )

@@ -16,6 +16,7 @@ __all__ = [
     "config_tensor",
     "header_layers",
     "layer_configs",
+    "loaded_configs",
     "parse_object",
     "quantization_metadata",
     "read_config",
@@ -103,6 +104,12 @@ def layer_configs(source: LayerSource) -> tuple[dict[str, dict], dict[str, dict]
     header = {layer: _flatten(config) for layer, config in header.items()}
     _check_formats(source.name, (*tensors.items(), *header.items()))
     return tensors, header
+
+
+def loaded_configs(source: LayerSource) -> dict[str, dict]:
+    """{layer: JSON} as ComfyUI reads it: the header's over the tensors'."""
+    tensors, header = layer_configs(source)
+    return {**tensors, **header}
 
 
 def _tensor_configs(source: LayerSource) -> dict[str, dict]:

@@ -15,12 +15,12 @@ from .padded import padded_config, padded_shape
 from .scales import CAST_TWO_LEVEL_E4M3, TWO_LEVEL_E4M3
 from .space import SolveSpace
 
-__all__ = ["FORMATS", "NVFP4Codec"]
+__all__ = ["E2M1_VALUES", "FORMATS", "NVFP4Codec"]
 
 _GROUP = 16
 _PADDING = 16  # rows and columns of the stored weight are multiples of this
 _MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # of the codes 0…7; code + 8 is the negative
-_VALUES = torch.cat([_MAGNITUDES, -_MAGNITUDES])
+E2M1_VALUES = torch.cat([_MAGNITUDES, -_MAGNITUDES])
 
 
 class NVFP4Codec(Codec):
@@ -87,7 +87,7 @@ class NVFP4Codec(Codec):
         codes = unpack_nibbles(parts["weight"], high_first=True)
         scale = _group_scales(parts["weight_scale"], codes.shape[0], codes.shape[1] // _GROUP)
         effective = parts["weight_scale_2"].float() * scale
-        values = _VALUES.to(codes.device)[codes].unflatten(1, (-1, _GROUP)) * effective[..., None]
+        values = E2M1_VALUES.to(codes.device)[codes].unflatten(1, (-1, _GROUP)) * effective[..., None]
         weight = values.flatten(1)[: shape[0], : shape[1]]
         return weight * parts["pre_quant_scale"].float() if "pre_quant_scale" in parts else weight
 

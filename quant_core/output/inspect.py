@@ -3,14 +3,15 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..display import bound_lines, human_bytes
 from ..formats import READABLE, detect_layer
-from ..formats.detect import quantized_formats
+from ..formats.kinds import Kind, find_kinds, quantized_formats
 from ..formats.layer_json import layer_configs
 from ..formats.table import release_number
-from ..sources import open_safetensors
+from ..sources import TensorInfo, open_safetensors
 from ..sources.dtypes import DTYPE_NAMES
 from .metadata import ENCODER_PREFIX, provenance
 
@@ -69,13 +70,13 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             counts[DTYPE_NAMES[info.dtype]] += 1
             sizes[DTYPE_NAMES[info.dtype]] += info.nbytes
         configs, header = layer_configs(source)
+        kinds = find_kinds(source)
         layers: dict[str, Counter] = {}
         for layer, config in (configs or header).items():
-            try:
-                kind = str(detect_layer(layer, config, source.tensors))
-            except ValueError:
-                kind = f"{config.get('format')} (broken)"
-            layers.setdefault(kind, Counter())[re.sub(r"\b\d+\b", "*", layer)] += 1
+            if layer not in kinds:
+                layers.setdefault(_describe(layer, config, source.tensors), Counter())[_pattern(layer)] += 1
+        for layer, kind in kinds.items():
+            layers.setdefault(kind.name, Counter())[_pattern(layer)] += 1
         encoders = any(layer.startswith(ENCODER_PREFIX) for layer in configs or header)
         return Inspection(
             path=str(path),
@@ -84,13 +85,34 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             dtypes={name: (counts[name], sizes[name]) for name in sorted(sizes, key=lambda name: -sizes[name])},
             quantized={kind: counts.total() for kind, counts in layers.items()},
             layers={kind: dict(counts) for kind, counts in layers.items()},
-            stock=_stock_support(quantized_formats(source), encoders),
+            stock=_stock_support(quantized_formats(source), set(kinds.values()), encoders),
             made_by=provenance(source),
         )
 
 
-def _stock_support(found: list[str], encoders: bool) -> str:
-    """What stock ComfyUI does with such formats; ``encoders``: text encoders of a checkpoint are quantized."""
+def _pattern(layer: str) -> str:
+    """The name of a layer with * for its numbers."""
+    return re.sub(r"\b\d+\b", "*", layer)
+
+
+def _describe(layer: str, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> str:
+    """The codec of a layer with JSON, for users."""
+    try:
+        return str(detect_layer(layer, config, tensors))
+    except ValueError:
+        return f"{config.get('format')} (broken)"
+
+
+def _stock_support(found: list[str], kinds: set[Kind], encoders: bool) -> str:
+    """What stock ComfyUI does with such formats.
+
+    Args:
+        found: names of all quantizations.
+        kinds: those that no layer JSON names.
+        encoders: text encoders of a checkpoint are quantized.
+    """
+    if problems := sorted(kind for kind in kinds if kind.name in found):
+        return " ".join(f"It contains {kind.name}. {kind.support}." for kind in problems)
     if not found:
         return "Stock ComfyUI loads it as plain weights."
     if unknown := [name for name in found if name not in READABLE]:

@@ -15,6 +15,7 @@ import torch
 from ..cancellation import CancelCheck
 from ..formats import READABLE, Codec, StoredLayer, detect_layer
 from ..formats.detect import LEGACY_MARKER, QUANTIZED_DTYPES, UNSCALED_DTYPES, is_scale, legacy_markers
+from ..formats.kinds import find_kinds
 from ..formats.layer_json import CONFIG_KEY, QUANTIZATION_KEY, header_layers, layer_configs
 from ..formats.table import release_number
 from ..sources import Source, open_safetensors
@@ -173,11 +174,14 @@ class _Verifier:
 
     def _check_unlabelled(self) -> Iterator[Finding]:
         """Quantized tensors of layers without JSON; those of older formats are valid."""
+        foreign = {layer: kind for layer, kind in find_kinds(self._source).items() if kind.foreign}
+        for kind, count in sorted(Counter(foreign.values()).items()):
+            yield Finding(f"{count} layers are in {kind.name}. {kind.support}.")
         unscaled: Counter[str] = Counter()
         legacy: list[str] = []
         for name, info in self._source.tensors.items():
             layer, _, suffix = name.rpartition(".")
-            if layer in self.configs or layer in self.header or suffix == LEGACY_MARKER:
+            if layer in foreign or layer in self.configs or layer in self.header or suffix == LEGACY_MARKER:
                 continue
             if suffix == _LEGACY_SCALE:
                 legacy.append(layer)

@@ -9,7 +9,7 @@ from ..cancellation import CancelCheck
 from ..display import human_bytes, shorten
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..formats import FORMATS, FormatConfig
-from ..formats.detect import BITSANDBYTES, quantized_formats
+from ..formats.kinds import can_dequantize, quantized_formats
 from ..formats.scales import BLOCK_SIZE
 from ..sources import Source, TensorInfo
 from .layers import LayerRule, find_rules, most_specific
@@ -214,7 +214,7 @@ def make_plan(
         RecipeError: a pattern of the rules takes too long to search for.
     """
     if formats := quantized_formats(source):
-        decode = "" if BITSANDBYTES in formats else ", or dequantize it first (requantize)"
+        decode = ", or dequantize it first (requantize)" if can_dequantize(source) else ""
         raise AlreadyQuantizedError(
             f"{source.name} is quantized already ({', '.join(formats)}); quantizing it again would ruin the model, "
             f"so give its full-precision original{decode}."

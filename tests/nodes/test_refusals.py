@@ -64,6 +64,15 @@ def test_quantized_file_is_rejected_with_its_format(comfy, refused):
     refused(graph)
 
 
+def test_layers_of_other_quantizers_are_not_loaded_as_weights(comfy, refused):
+    """ComfyUI itself loads such a file without an error, and its model makes noise."""
+    tensors = {"a.weight._data": torch.zeros(4, 4, dtype=torch.int8), "a.weight._scale": torch.ones(4, 1)}
+    graph = ProbedGraph()
+    loaded = graph.add("LearnedRoundingLoadQuantized", model=put(comfy, "quanto.safetensors", tensors))
+    graph.probe(loaded[0])
+    refused(graph)
+
+
 def test_requantize_dequantizes_a_quantized_file_first(comfy, refused):
     graph = ProbedGraph()
     saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), "to-requantize")

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.formats.kinds import quantized_formats
 from learned_rounding.quant_core.output import inspect_file
-from learned_rounding.quant_core.output.inspect import quantized_formats
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
 
 INT8 = Recipe(format="int8_tensorwise", rounding="nearest")
