@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from itertools import pairwise
 from typing import IO, Protocol
 
 import torch
@@ -195,16 +196,19 @@ class SafetensorsWriter:
 
     def _check_file(self, header: bytes) -> None:
         """Compare the bytes in the file with the header and with the checksums of the tensors."""
-        file = self._partial.file
+        file, entries = self._partial.file, self._layout.entries
         file.seek(0)
+        expected = [byte_checksum(torch.frombuffer(bytearray(header), dtype=torch.uint8))]
+        expected += (self._layout.checksums[name] for name in entries)
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        sizes = [len(header), *(end - begin for begin, end in pairwise([0, *ends]))]
         with FileChecksums(self._partial.check_open) as checksums:
-            header_checksum = byte_checksum(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-            if checksums.next(file, len(header)) != header_checksum:
-                raise self._damaged("its header")
-            for name, entry in self._layout.entries.items():
-                begin, end = entry["data_offsets"]
-                if checksums.next(file, end - begin) != self._layout.checksums[name]:
-                    raise self._damaged(f"tensor {name}")
+            found = checksums.compute(file, sizes)
+            for what, wanted, end in zip(
+                ["its header", *(f"tensor {name}" for name in entries)], expected, [0, *ends], strict=True
+            ):
+                if next(found) != wanted:
+                    raise self._damaged(what)
                 self._checked = end
 
     def _damaged(self, what: str) -> OutputError:

@@ -7,9 +7,13 @@ its parts.
 """
 
 import io
+import os
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +25,8 @@ BLOCK = _WORD * _WORDS  # bytes
 _BLOCKS = {"cpu": 1}  # blocks of one launch: one stays in a CPU's cache
 _BLOCKS_ACCELERATOR = 128
 _CHUNK = 32 * BLOCK  # bytes of a file for one thread
-_THREADS = 4  # that compute the checksums of chunks
+_THREADS = min(8, os.cpu_count() or 1)  # that read and compute the checksums of chunks
+_AHEAD = 2 * _THREADS  # chunks that are read before their result is needed
 _MODULUS = 1 << 64
 _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9)  # of splitmix64
 
@@ -64,7 +69,7 @@ def tensor_checksum(tensor: torch.Tensor) -> int:
 class FileChecksums:
     """Checksums of consecutive parts of an open file, from its current position on. A context manager.
 
-    The caller's thread reads, others compute. Memory: eight chunks of 4 MB.
+    Threads read chunks of 4 MB at their place in the file and compute their checksums; memory: one chunk for each thread.
 
     Args:
         check: called for each chunk; raises to cancel.
@@ -73,42 +78,85 @@ class FileChecksums:
     def __init__(self, check: Callable[[], None]):
         self._check = check
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="learned-rounding-checksum")
-        self._free: list[torch.Tensor] = []
+        self._buffers = threading.local()
 
     def next(self, file: io.FileIO | io.BytesIO, size: int) -> int | None:
         """:func:`byte_checksum` of the next ``size`` bytes; None if the file is shorter."""
-        total, pending = 0, deque[tuple[Future[int], torch.Tensor]]()
-        for offset in range(0, size, _CHUNK):
-            self._check()
-            if len(pending) > _THREADS:
-                total += self._result(*pending.popleft())
-            buffer = self._free.pop() if self._free else torch.empty(_CHUNK, dtype=torch.uint8)
-            part = buffer[: min(size - offset, _CHUNK)]
-            if not _fill(file, part.numpy().data):
-                return None
-            if size <= _CHUNK:
-                self._free.append(buffer)
-                return byte_checksum(part)
-            pending.append((self._pool.submit(byte_checksum, part, offset), buffer))
-        return (total + sum(self._result(*each) for each in pending)) % _MODULUS
+        return next(self.compute(file, [size]))
 
-    def _result(self, future: "Future[int]", buffer: torch.Tensor) -> int:
-        checksum = future.result()
-        self._free.append(buffer)
-        return checksum
+    def compute(self, file: io.FileIO | io.BytesIO, sizes: Iterable[int]) -> Iterator[int | None]:
+        """Yield the checksum of each of consecutive parts with these sizes; the position is then behind the last part."""
+        read = _positional_reader(file)
+        chunks = _split_parts(file.tell(), sizes)
+        pending: deque[tuple[Future[int | None], _Chunk]] = deque()
+        total: int | None = 0
+        while True:
+            for chunk in islice(chunks, _AHEAD - len(pending)):
+                self._check()
+                pending.append((self._pool.submit(self._chunk_checksum, read, chunk), chunk))
+            if not pending:
+                return
+            future, chunk = pending.popleft()
+            checksum = future.result()
+            total = None if total is None or checksum is None else (total + checksum) % _MODULUS
+            if chunk.is_last:
+                file.seek(chunk.position + chunk.size)
+                yield total
+                total = 0
+
+    def _chunk_checksum(self, read: "_Reader", chunk: "_Chunk") -> int | None:
+        buffer = getattr(self._buffers, "chunk", None)
+        if buffer is None:
+            buffer = self._buffers.chunk = torch.empty(_CHUNK, dtype=torch.uint8)
+        part = buffer[: chunk.size]
+        return byte_checksum(part, chunk.offset) if read(part.numpy().data, chunk.position) else None
 
     def __enter__(self) -> "FileChecksums":
         return self
 
     def __exit__(self, *exc) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fill(file: io.FileIO | io.BytesIO, view: memoryview) -> bool:
-    """Read until ``view`` is full; False if the file ends before."""
+class _Chunk(NamedTuple):
+    """Bytes of a part: place in the file, place in the part, number, and whether the part ends with them."""
+
+    position: int
+    offset: int
+    size: int
+    is_last: bool
+
+
+_Reader = Callable[[memoryview, int], bool]
+
+
+def _split_parts(position: int, sizes: Iterable[int]) -> Iterator[_Chunk]:
+    for size in sizes:
+        for offset in range(0, max(size, 1), _CHUNK):
+            length = min(size - offset, _CHUNK)
+            yield _Chunk(position + offset, offset, length, offset + length == size)
+        position += size
+
+
+def _positional_reader(file: io.FileIO | io.BytesIO) -> _Reader:
+    """A function that fills a buffer from a position in the file, in any thread; False if the file ends before."""
+    if isinstance(file, io.FileIO) and hasattr(os, "preadv"):
+        descriptor = file.fileno()
+        return lambda view, position: _fill(view, lambda part, done: os.preadv(descriptor, [part], position + done))
+    lock = threading.Lock()
+
+    def read(view: memoryview, position: int) -> bool:
+        with lock:
+            file.seek(position)
+            return _fill(view, lambda part, done: file.readinto(part))
+
+    return read
+
+
+def _fill(view: memoryview, read_into: Callable[[memoryview, int], int | None]) -> bool:
     done = 0
     while done < len(view):
-        count = file.readinto(view[done:])
+        count = read_into(view[done:], done)
         if not count:
             return False
         done += count

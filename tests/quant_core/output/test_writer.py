@@ -377,15 +377,16 @@ def test_check_of_the_file_is_shown_and_can_be_cancelled(tmp_path, listing, monk
         for name in "ab":
             out.add(name, torch.zeros(1000))
         reading, go_on = threading.Event(), threading.Event()
-        real = writer.FileChecksums.next
+        real = writer.FileChecksums.compute
 
-        def wait(self, file, size):
-            if out._checked:
-                reading.set()
-                assert go_on.wait(60)
-            return real(self, file, size)
+        def wait(self, file, sizes):
+            for checksum in real(self, file, sizes):
+                if out._checked:
+                    reading.set()
+                    assert go_on.wait(60)
+                yield checksum
 
-        monkeypatch.setattr(writer.FileChecksums, "next", wait)
+        monkeypatch.setattr(writer.FileChecksums, "compute", wait)
         try:
             out.finish({}, lambda done, total: shown.append((done, total)))
         finally:

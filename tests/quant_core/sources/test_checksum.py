@@ -85,19 +85,41 @@ def test_tensor_checksum_is_that_of_its_bytes_in_row_major_order():
     assert tensor_checksum(unaligned[1:].view(torch.uint8)) == tensor_checksum(tensor)
 
 
+@pytest.fixture(params=["file", "memory"])
+def open_bytes(request, tmp_path):
+    """open_bytes(data) → file with a descriptor, or without one."""
+    opened = []
+
+    def open_data(data: bytes):
+        (tmp_path / "data").write_bytes(data)
+        opened.append(open(tmp_path / "data", "rb", buffering=0) if request.param == "file" else io.BytesIO(data))
+        return opened[-1]
+
+    yield open_data
+    for file in opened:
+        file.close()
+
+
 @pytest.mark.parametrize("threads", [1, 4])
-def test_checksums_of_parts_of_a_file_equal_those_of_their_bytes(monkeypatch, threads):
+def test_checksums_of_parts_of_a_file_equal_those_of_their_bytes(monkeypatch, open_bytes, threads):
     monkeypatch.setattr(checksum, "_CHUNK", BLOCK)
     monkeypatch.setattr(checksum, "_THREADS", threads)
+    monkeypatch.setattr(checksum, "_AHEAD", 2 * threads)
     sizes = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 20 * BLOCK + 5, 8]
     parts = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
-    file, checks = io.BytesIO(torch.cat(parts).numpy().tobytes()), []
+    expected = [byte_checksum(part) for part in parts]
+    file, checks = open_bytes(torch.cat(parts).numpy().tobytes()), []
     with FileChecksums(lambda: checks.append(1)) as checksums:
-        assert [checksums.next(file, size) for size in sizes] == [byte_checksum(part) for part in parts]
-        assert checksums.next(file, 1) is None and len(checks) == 1 + 1 + 1 + 2 + 21 + 1 + 1
+        assert list(checksums.compute(file, sizes)) == expected
+        assert len(checks) == 1 + 1 + 1 + 1 + 2 + 21 + 1
+        assert checksums.next(file, 1) is None
+        file.seek(0)
+        assert [checksums.next(file, size) for size in sizes] == expected
         file.seek(-2 * BLOCK, io.SEEK_END)
-        assert checksums.next(file, 2 * BLOCK + 1) is None
-        assert len(checksums._free) <= threads + 2
+        assert list(checksums.compute(file, [BLOCK, BLOCK + 1])) == [
+            byte_checksum(torch.cat(parts)[-2 * BLOCK : -BLOCK].clone()),
+            None,
+        ]
 
 
 def test_checksums_of_a_file_can_be_cancelled():
