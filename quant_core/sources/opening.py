@@ -18,6 +18,7 @@ __all__ = ["model_paths", "open_safetensors", "open_source"]
 _IN_FOLDER = (
     ("*.safetensors.index*.json", "safetensors indexes"),
     ("*.safetensors", "safetensors files and no index"),
+    ("*.sft", ".sft files and no index"),
     ("*.index*.json", "indexes"),
     ("*.bin", ".bin files and no index"),
     ("*.gguf", "GGUF files"),

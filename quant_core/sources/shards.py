@@ -57,7 +57,7 @@ def load_weight_map(path: Path, limit: int = MAX_HEADER) -> dict[str, str]:
         or not all(isinstance(file, str) for file in weight_map.values())
     ):
         raise SourceError(
-            f"{path} has no weight_map of tensors to files; give the index of a sharded model, or the model itself.",
+            f"{path} is a JSON file without a weight_map of tensors to files; give the index of a sharded model, or the model itself.",
             file=str(path),
         )
     for file in weight_map.values():

@@ -23,7 +23,7 @@ _MAX_PICKLE = 3 << 20  # bytes; a pickle of 10,000 tensors has 2 MB, and each by
 _NESTED_KEYS = ("state_dict", "model", "module")  # keys of the state dict in a training checkpoint
 _AVERAGED = re.compile(r"(^|_)ema(_|$)")  # in the key of a state dict of averaged weights, such as params_ema
 # Suffix of a file in other zip archives → what the archive is.
-_OTHER_ARCHIVES = {"/constants.pkl": "a TorchScript program", ".npy": "a NumPy archive", "": "a zip archive"}
+_OTHER_ARCHIVES = {"/constants.pkl": "a TorchScript program", ".npy": "a NumPy archive"}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _ZIP_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of the file name and the extra field
 
@@ -86,18 +86,22 @@ class PickleFile(TensorFile):
         try:
             with zipfile.ZipFile(self._file) as archive:
                 files = {entry.filename: entry for entry in archive.infolist()}
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{error}: its directory of tensors, at the end of the file, is missing") from None
+        except zipfile.BadZipFile:
+            raise SourceError(
+                f"{self.path} is truncated: the directory of its zip archive, at the end of the file, is missing; download it again.",
+                file=str(self.path),
+            ) from None
+        pickles = [name for name in files if name.endswith("/data.pkl")]
+        found = [what for suffix, what in _OTHER_ARCHIVES.items() if any(name.endswith(suffix) for name in files)]
+        if found or not pickles:
+            raise SourceError(
+                f"{self.path} is {found[0] if found else 'a zip archive'} and not the state dict of a model; give that, or unpack the "
+                "model in it.",
+                file=str(self.path),
+            )
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in files.values()):
             raise SourceError(
                 f"{self.path} is compressed or encrypted, unlike files of torch.save; unpack it and save it with torch again.",
-                file=str(self.path),
-            )
-        pickles = [name for name in files if name.endswith("/data.pkl")]
-        other = next(suffix for suffix in _OTHER_ARCHIVES if not suffix or any(name.endswith(suffix) for name in files))
-        if other or not pickles:
-            raise SourceError(
-                f"{self.path} is {_OTHER_ARCHIVES[other]} and not the state dict of a model; give that, or unpack the model in it.",
                 file=str(self.path),
             )
         if len(pickles) != 1:
