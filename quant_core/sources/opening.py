@@ -80,6 +80,12 @@ def _open_index(path: Path, kinds: Collection[Kind], what: str) -> ShardedFiles:
     weight_map = load_weight_map(path)
     files = [path.with_name(file) for file in sorted(set(weight_map.values()))]
     require_files(path, files, what)
+    listed = set(files)
+    if missing := next((part.name for part in find_parts(files[0]) if part not in listed), None):
+        raise SourceError(
+            f"{path} does not list {missing}, which the name of {files[0].name} implies; download the index again.",
+            file=str(path),
+        )
     return ShardedFiles(path, files, partial(_open_file, kinds), weight_map)
 
 

@@ -116,7 +116,7 @@ class ShardedFiles:
         path: the file that was given: the index or one of the files.
         files: path of each file, in the order of their tensors.
         open_file: opens a file, given its place in the model.
-        weight_map: tensor name → file name; None if each tensor is in one of the files.
+        weight_map: tensor name → file name, as in the index; None if each tensor is in one of the files.
 
     Attributes:
         paths: the index, where there is one, and all files.
@@ -156,19 +156,17 @@ class ShardedFiles:
     def _assign(self, weight_map: Mapping[str, str] | None) -> dict[str, TensorFile]:
         """Return {tensor name: file that contains it}."""
         found: dict[str, TensorFile] = {}
-        if weight_map is None:
-            for file in self.files:
-                if twice := next((name for name in file.tensors if name in found), None):
+        for file in self.files:
+            for name in file.tensors:
+                if found.setdefault(name, file) is not file and weight_map is None:
                     raise SourceError(
-                        f"{self.path}: tensor {twice} is in {found[twice].name} and in {file.name}, so they are not parts of one "
+                        f"{self.path}: tensor {name} is in {found[name].name} and in {file.name}, so they are not parts of one "
                         "model; give the files of one model.",
                         file=str(self.path),
-                        tensor=twice,
+                        tensor=name,
                     )
-                found |= dict.fromkeys(file.tensors, file)
-            return found
         shards = {file.path.name: file for file in self.files}
-        for name, file in weight_map.items():
+        for name, file in (weight_map or {}).items():
             if name not in shards[file].tensors:
                 raise SourceError(
                     f"{self.path} assigns tensor {name} to {file}, which does not contain it; download both again.",

@@ -124,6 +124,26 @@ def test_every_part_with_an_index_stands_for_the_model(model, tmp_path, check_wh
     assert model_paths(paths[1]) == model_paths(index) == (index, *paths)
 
 
+def test_index_that_lacks_a_shard_is_refused(model, tmp_path, sentences):
+    paths = write_parts(tmp_path, matrices(model), "m-{:05}-of-{:05}.safetensors")
+    index = write_index(tmp_path, paths[:2])
+    for given in (index, paths[0]):
+        with sentences.raises(SourceError):
+            open_source(given)
+
+
+def test_tensors_that_the_index_lacks_are_read(model, tmp_path, check_whole):
+    """As by transformers and diffusers, which read all tensors of the shards."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    index = write_index(folder, write_parts(folder, matrices(model), "m-{:05}-of-{:05}.safetensors"))
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["blocks.1.mlp.0.weight"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    shutil.rmtree(folder / "alone")
+    check_whole(index)
+
+
 def test_shard_whose_name_has_no_number_is_found_in_the_index(model, tmp_path, check_whole):
     folder = tmp_path / "model"
     folder.mkdir()
