@@ -3,13 +3,14 @@
 from .attack import CANARY, Attack
 from .gguf_files import GGUF
 from .index_files import INDEXES
+from .other_files import OTHERS
 from .pickle_files import PICKLES
 from .quantized_files import QUANTIZED
 from .safetensors_files import SAFETENSORS
 
 __all__ = ["CASES", "CANARY", "PATTERNS"]
 
-CASES: dict[str, Attack] = {**SAFETENSORS, **QUANTIZED, **PICKLES, **INDEXES, **GGUF}
+CASES: dict[str, Attack] = {**SAFETENSORS, **QUANTIZED, **PICKLES, **INDEXES, **GGUF, **OTHERS}
 
 PATTERNS = {  # regular expression → purpose
     "(a+)+$": "nested quantifiers, exponential in Python",

@@ -53,7 +53,8 @@ _ORIGINAL_SHAPE = (
 )
 # Keys that describe the GGUF itself; ComfyUI-GGUF gives ComfyUI's loader the others as the metadata of a safetensors file.
 _OWN_KEYS = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.", "comfy.gguf.", QUANTIZATION_KEY)
-_MAX_METADATA = 1 << 24  # characters of all values
+_MAX_METADATA = 1 << 22  # characters of all values; a configuration has thousands
+_MAX_STRING = 1 << 26  # bytes; a tokenizer in JSON has 30 MB
 _TEXT_ENCODERS = ("t5", "t5encoder", "llama", "qwen2vl", "qwen3", "qwen3vl", "gemma2", "gemma3", "mistral3")
 
 
@@ -78,7 +79,10 @@ class _HeaderReader:
         return struct.unpack(format, self.read(struct.calcsize(format)))
 
     def read_string(self) -> bytes:
-        return self.read(*self.unpack("Q"))
+        (length,) = self.unpack("Q")
+        if length > _MAX_STRING:
+            raise ValueError(f"a string of {length:,} bytes")
+        return self.read(length)
 
     def read_value(self) -> object:
         """Return a scalar, a string, or the numbers of an array of at most ``MAX_RANK``; None for any other array."""

@@ -161,11 +161,9 @@ def _is_tensor(value: object) -> TypeGuard[StridedTensor | Opaque]:
     return isinstance(value, StridedTensor) or isinstance(value, Opaque) and value.is_tensor
 
 
-def _holds_tensors(value: object) -> bool:
-    """Whether ``value`` is a state dict, or a training checkpoint inside another one."""
-    if not isinstance(value, dict):
-        return False
-    return any(_is_tensor(each) or isinstance(each, dict) and key in _NESTED_KEYS for key, each in value.items())
+def _holds_tensors(table: dict[str, object]) -> bool:
+    """Whether this is a state dict, or a training checkpoint inside another one."""
+    return any(_is_tensor(value) or isinstance(value, dict) and key in _NESTED_KEYS for key, value in table.items())
 
 
 def _nested_key(loaded: dict[str, object]) -> str | None:
@@ -176,10 +174,12 @@ def _nested_key(loaded: dict[str, object]) -> str | None:
     Raises:
         _SeveralStateDicts: none of them is the one that ComfyUI would read.
     """
-    tables = [key for key, value in loaded.items() if isinstance(value, dict)]
-    found = [key for key in tables if _holds_tensors(loaded[key])]
-    if "state_dict" in tables or len(loaded) == 1 and tables:
-        return "state_dict" if "state_dict" in tables else tables[0]
+    tables = {key: value for key, value in loaded.items() if isinstance(value, dict)}
+    if "state_dict" in tables or len(loaded) == len(tables) == 1:
+        return "state_dict" if "state_dict" in tables else next(iter(tables))
+    distinct = {id(value): value for value in tables.values()}  # a pickle can contain one table any number of times
+    holding = {number for number, value in distinct.items() if _holds_tensors(value)}
+    found = [key for key, value in tables.items() if id(value) in holding]
     known = next((key for key in _NESTED_KEYS if key in found), None)
     if known is None and any(isinstance(value, StridedTensor) and value.info.shape for value in loaded.values()):
         return None

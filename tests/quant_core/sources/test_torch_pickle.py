@@ -184,11 +184,12 @@ def test_several_state_dicts_are_refused_by_name(tmp_path, sentences, name):
 def test_checkpoint_with_a_callback_of_lightning(tmp_path, options, monkeypatch):
     """Checkpoints of Stable Diffusion 1 have one, which ComfyUI's loader accepts; it is not imported."""
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    callback = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    vars(module)["ModelCheckpoint"] = callback
     with monkeypatch.context() as context:
         for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
             context.setitem(sys.modules, name, module)
-        checkpoint = {"callbacks": {module.ModelCheckpoint: {"best": "x"}}, "state_dict": WEIGHTS}
+        checkpoint = {"callbacks": {callback: {"best": "x"}}, "state_dict": WEIGHTS}
         torch.save(checkpoint, tmp_path / "x.ckpt", **options)
     with open_source(tmp_path / "x.ckpt") as source:
         assert source.tensors.keys() == WEIGHTS.keys()
