@@ -30,7 +30,7 @@ class Verification:
 
 
 def verify_file(path: str | os.PathLike) -> Verification:
-    """Check a safetensors file, or shards by their index or folder, layer by layer; weights are not read.
+    """Check a safetensors file, or shards by their index, folder or one of them, layer by layer; weights are not read.
 
     Raises:
         SourceError: the file cannot be read at all.
