@@ -18,7 +18,8 @@ __all__ = ["ShardedFiles", "find_index", "find_parts", "is_index", "load_weight_
 
 _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # diffusers puts the variant before .json: .index.fp16.json
 _PART = re.compile(
-    r"(?P<stem>.+)(?P<before>[-_])(?P<number>\d{1,5})(?P<of>[-_]of[-_])(?P<count>\d{1,5})(?P<suffix>(\.[A-Za-z][\w-]*)+)"
+    r"(?P<stem>.+)(?P<before>[-_])(?P<number>\d{1,5})(?P<of>[-_]of[-_])(?P<count>\d{1,5})"
+    r"(?P<suffix>(\.(fp16|bf16|fp32|ema|non_ema))?\.[A-Za-z]\w*)"  # the variant is after the number in old diffusers
 )
 _MAX_NEIGHBOUR = 1 << 24  # bytes of an index that is searched for the name of a file next to it
 _NAMED = 3  # missing files in a message

@@ -225,6 +225,8 @@ def test_files_of_different_models_are_not_joined(model, tmp_path, sentences):
         "m-00001-of-00001.safetensors",
         "m-00004-of-00003.safetensors",
         "m-00001-of-00003_int8_row.safetensors",
+        "m-00001-of-00003.safetensors.out.safetensors",
+        "m-00001-of-00003.int8.safetensors",
         "step-00010.safetensors",
         "1-of-3.safetensors",
     ],
