@@ -83,16 +83,16 @@ _KINDS = (
     Kind("empty", _AGAIN, lambda head: not head),
     Kind("a download that is not finished: it begins with zeros", _AGAIN, lambda head: len(head) > 8 and not any(head)),
     Kind(
-        "a Git LFS pointer, not the model",
+        "a Git LFS pointer instead of the file",
         "run 'git lfs pull' in its folder, or download the file itself",
         _starts(b"version https://git-lfs.github.com/", b"version https://hawser.github.com/"),
     ),
     Kind(
-        "a web page, not the model",
+        "a web page instead of the file",
         "download the file itself, logged in where the site requires it",
         _begins_text(rb"<(?:!doctype html|!--|html|head|body|script|meta)"),
     ),
-    Kind("an XML document, not the model", _AGAIN, _begins_text(rb"<(?:\?xml|error)")),
+    Kind("an XML document instead of the file", _AGAIN, _begins_text(rb"<(?:\?xml|error)")),
     JSON,
     GGUF,
     Kind("a GGML file of the time before GGUF", _ORIGINAL, _starts(b"lmgg", b"fmgg", b"tjgg", b"algg")),
@@ -113,7 +113,7 @@ _KINDS = (
     Kind("an image, not a model", "give the model", _starts(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF")),
     # ir_version, then producer_name, producer_version, domain, model_version, doc_string, graph or opset_import
     Kind("an ONNX model", _ORIGINAL, lambda head: head[:1] == b"\x08" and head[1:2] < b"\x40" and head[2:3] in b"\x12\x1a\x22\x28\x32\x3a\x42"),
-    Kind("a text file, not the model", _AGAIN, _is_text),
+    Kind("a text file", _AGAIN, _is_text),
 )  # fmt: skip
 _UNKNOWN = Kind("another kind of file", _ORIGINAL, lambda head: True)
 
