@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import MissingPackageError, SourceError
 from .kinds import GGUF, JSON, LEGACY_PICKLE, SAFETENSORS, ZIP, Kind, find_kind, read_head, refuse_kind
 from .safetensors import SafetensorsFile
-from .shards import ShardedFiles, find_index, find_parts, load_weight_map, require_files
+from .shards import ShardedFiles, find_index, find_parts, load_weight_map, model_key, require_files
 from .tensor_file import WHOLE, Part, TensorFile
 from .torch_pickle import PickleFile
 
@@ -29,7 +29,7 @@ def _find_in_folder(folder: Path) -> Path:
     """Return the model of a folder: its index, its only file, or the first of its only set of parts."""
     for pattern, what in _IN_FOLDER:
         found = sorted(folder.glob(pattern))
-        models = {find_parts(path)[0]: path for path in reversed(found)}
+        models = {model_key(path.name) for path in found}
         if len(models) == 1:
             return found[0]
         if models:

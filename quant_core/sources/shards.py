@@ -14,7 +14,7 @@ from .safetensors import parse_bounded_json
 from .source import CPU, TensorInfo
 from .tensor_file import MAX_HEADER, Part, TensorFile, open_regular_file
 
-__all__ = ["ShardedFiles", "find_index", "find_parts", "is_index", "load_weight_map", "model_stem", "require_files"]
+__all__ = ["ShardedFiles", "find_index", "find_parts", "load_weight_map", "model_key", "model_stem", "require_files"]
 
 _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # diffusers puts the variant before .json: .index.fp16.json
 _PART = re.compile(
@@ -25,15 +25,16 @@ _MAX_NEIGHBOUR = 1 << 24  # bytes of an index that is searched for the name of a
 _NAMED = 3  # missing files in a message
 
 
-def is_index(name: str) -> bool:
-    """Whether that is the file name of an index."""
-    return _INDEX.search(name) is not None
-
-
 def model_stem(name: str) -> str:
     """File name of a model without its suffix, the number of a part, and ``.index.json``."""
     part = _PART.fullmatch(name)
     return part["stem"] if part else _INDEX.sub("", name).rpartition(".")[0] or name
+
+
+def model_key(name: str) -> tuple[str, ...]:
+    """Key that is the same for the file names of all numbered parts of a model, and different for other files."""
+    part = _PART.fullmatch(name)
+    return (part["stem"], part["count"], part["suffix"]) if part else (name,)
 
 
 def load_weight_map(path: Path, limit: int = MAX_HEADER) -> dict[str, str]:
