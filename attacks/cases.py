@@ -3,6 +3,7 @@
 from .attack import CANARY, Attack
 from .gguf_files import GGUF
 from .index_files import INDEXES
+from .other_files import OTHERS
 from .pickle_files import PICKLES
 from .quantized_files import QUANTIZED
 from .safetensors_files import SAFETENSORS
@@ -10,7 +11,7 @@ from .texts import TEXTS
 
 __all__ = ["CASES", "CANARY", "PATTERNS", "TEXTS"]
 
-CASES: dict[str, Attack] = {**SAFETENSORS, **QUANTIZED, **PICKLES, **INDEXES, **GGUF}
+CASES: dict[str, Attack] = {**SAFETENSORS, **QUANTIZED, **PICKLES, **INDEXES, **GGUF, **OTHERS}
 
 PATTERNS = {  # regular expression → purpose
     "(a+)+$": "nested quantifiers, exponential in Python",

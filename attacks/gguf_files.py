@@ -59,4 +59,17 @@ GGUF = {
         lambda folder: _gguf((8, 8), 2**40, words=struct.pack("<IIQ", 9, 0, 90_000_000) + bytes(90_000_000)),
         "array of 90 million numbers",
     ),
+    "gguf_part_text": Attack(
+        "x.gguf",
+        _gguf(
+            (8, 8), 0, **{"split.count": struct.pack("<IQ", 8, 1) + b"9", "split.no": struct.pack("<IQ", 8, 1) + b"1"}
+        ),
+        "number of a part that is a string",
+    ),
+    "gguf_part_name": Attack("x-00001-of-99999.gguf", _gguf((8, 8), 0), "part of a model of 99,999 files"),
+    "gguf_metadata": Attack(
+        "x.gguf",
+        lambda folder: _gguf((8, 8), 0, config=struct.pack("<IQ", 8, 90_000_000) + b"\x01" * 90_000_000),
+        "metadata of 90 MB, which JSON escapes to 540 MB",
+    ),
 }

@@ -218,4 +218,20 @@ PICKLES = {
     "pickle_bytearray": Attack(
         "x.pt", _zip(b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"."), "bytearray that declares 1 TB"
     ),
+    "pickle_cycle": Attack(
+        "x.pt",
+        _zip(b"\x80\x02}q\x00X\x05\x00\x00\x00modelh\x00s."),
+        "checkpoint that contains itself as its state dict",
+    ),
+    "pickle_same_table": Attack(
+        "x.pt",
+        _zip(
+            b"\x80\x02}(X\x01\x00\x00\x00a}("
+            + b"".join(struct.pack("<cI5sc", b"X", 5, b"%05d" % number, b"N") for number in range(90_000))
+            + b"uq\x01"
+            + b"".join(struct.pack("<cI5s2s", b"X", 5, b"%05d" % number, b"h\x01") for number in range(90_000))
+            + b"u."
+        ),
+        "90,000 references to a table of 90,000 values as possible state dicts",
+    ),
 }

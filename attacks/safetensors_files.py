@@ -163,4 +163,10 @@ SAFETENSORS = {
     "weights_huge": Attack(
         "x.safetensors", one_tensor(F32_ENTRY, struct.pack("<f", 3e38) * 64), "weights close to the maximum of float32"
     ),
+    "dtype_below_a_byte": Attack(
+        "x.safetensors", one_tensor(header_entry("F4", [8, 8], 0, 32), bytes(32)), "tensor of dtype F4"
+    ),
+    "shard_alone": Attack(
+        "x-00001-of-00002.safetensors", one_tensor(F32_ENTRY, bytes(256)), "one of two shards, without the other one"
+    ),
 }

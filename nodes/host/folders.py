@@ -17,7 +17,8 @@ import folder_paths
 from ...quant_core.errors import OutputError, QuantizationError, SourceError
 from ...quant_core.output import remove_leftovers
 from ...quant_core.output.durable import flush_to_disk
-from ...quant_core.sources import ShardedFiles
+from ...quant_core.sources import model_paths
+from ...quant_core.sources.shards import model_stem
 
 try:
     import fcntl
@@ -49,9 +50,9 @@ log = logging.getLogger(__name__)
 DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS = "diffusion_models", "checkpoints", "text_encoders"
 _KINDS = (DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS)
 _SAFETENSORS = (".safetensors", ".sft")
-_INDEX = ".safetensors.index.json"
-_SOURCES = (*_SAFETENSORS, _INDEX, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
+_INDEXES = (".safetensors.index.json", ".bin.index.json")
+_SOURCES = (*_SAFETENSORS, *_INDEXES, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+_SHARD = re.compile(r"-(?P<number>\d{5})-of-(?!00001)\d{5}\.\w+$")
 # The folders of an absolute path, on any system. The name of a folder may contain spaces and quotes, except as its first and
 # last character. A path ends before another path that follows a space, and before a colon or semicolon with a space.
 _FOLDER = r"""[^\s'"/\\](?:(?:(?!\s[A-Za-z]:[/\\]|[:;]\s)[^\n/\\])*[^\s'"/\\])?[/\\]{1,2}"""
@@ -62,23 +63,44 @@ _CHUNK = 1 << 24  # bytes between checks for an interrupt
 
 
 def model_files() -> list[str]:
-    """Every file that can be a source, as "folder/name"; a sharded model by its index file."""
+    """Every file that can be a source, as "folder/name"; a sharded model by its index file, without one by its first part."""
     return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(_SOURCES)]
 
 
 def safetensors_files() -> list[str]:
     """Every safetensors file that is a whole model, as "folder/name"."""
-    return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(_SAFETENSORS)]
+    return [
+        f"{kind}/{name}"
+        for kind in _KINDS
+        for name in _names(kind)
+        if name.lower().endswith(_SAFETENSORS) and not _SHARD.search(name)
+    ]
+
+
+def _model(name: str) -> tuple[str, str]:
+    """Folder and stem of a model file."""
+    folder, _, file = name.replace("\\", "/").rpartition("/")
+    return folder, model_stem(file)
 
 
 def _names(kind: str) -> list[str]:
-    """The files in a model folder without shards; includes file types that ComfyUI's own loaders do not accept."""
-    found = (
-        name
-        for base in folder_paths.get_folder_paths(kind)
-        for name in folder_paths.recursive_search(base, [".git"])[0]
+    """The files in a model folder, of a model in several parts the index, else the first part.
+
+    Includes file types that ComfyUI's own loaders do not accept.
+    """
+    names = sorted(
+        {
+            name
+            for base in folder_paths.get_folder_paths(kind)
+            for name in folder_paths.recursive_search(base, [".git"])[0]
+        }
     )
-    return sorted({name for name in found if not _SHARD.search(name)})
+    indexed = {_model(name) for name in names if name.lower().endswith(_INDEXES)}
+    return [
+        name
+        for name in names
+        if not (part := _SHARD.search(name)) or part["number"] == "00001" and _model(name) not in indexed
+    ]
 
 
 def clip_types() -> list[str]:
@@ -113,14 +135,11 @@ def file_stamp(path: Path) -> tuple[int, ...]:
 
 
 def _model_parts(path: Path) -> tuple[Path, ...]:
-    """The files of a model: of an index file, its shards too."""
-    if path.name.lower().endswith(_INDEX):
-        try:
-            with ShardedFiles(path) as shards:
-                return shards.paths
-        except QuantizationError:  # reported when the file is opened
-            pass
-    return (path,)
+    """The files of a model that exist: for an index file its shards, for a shard or a part of a GGUF its neighbours."""
+    try:
+        return (path, *(part for part in model_paths(path) if part != path and part.exists()))
+    except QuantizationError:  # reported when the file is opened
+        return (path,)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ...quant_core.errors import QuantizationError
 from ...quant_core.formats.layer_json import layer_configs
 from ...quant_core.output.metadata import ENCODER_PREFIX
-from ...quant_core.sources import SafetensorsFile
+from ...quant_core.sources import SafetensorsFile, model_paths
 from ..runtime.decoded_linear import view_as_bytes
 from .decoding import check_kinds, classic_options, decoding_options, layers_to_decode
 from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
@@ -29,8 +29,13 @@ def load_quantized(source: FileSource) -> tuple:
     """(MODEL, CLIP) of a quantized file; an ExecutionBlocker for the one that the file does not contain.
 
     Raises:
-        QuantizationError: the file has no quantized layers, or those of another quantizer, or ComfyUI does not load all of them.
+        QuantizationError: the file has no quantized layers or those of another quantizer, is one of several shards, or ComfyUI
+            does not load all layers.
     """
+    if len(model_paths(source.path)) > 1:
+        raise QuantizationError(
+            f"{source.path.name} is one of several shards, and ComfyUI's loader reads one file; join them with lrq migrate."
+        )
     with SafetensorsFile(source.path) as file:
         check_kinds(file)
         if not layer_configs(file)[0]:

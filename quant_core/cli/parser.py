@@ -23,7 +23,7 @@ EXIT_CODES = {
 SOURCE, RUN = "Source and target", "Run"
 SECTIONS = (SOURCE, *OPTION_TABLE, RUN)  # titles of the option groups of quantize and plan
 
-_FILE = "a safetensors file, the index.json of shards, or a folder of either"
+_FILE = "a safetensors file, shards by their index.json or one of them, or a folder of either"
 # Options of other tools that change nothing here, and what they ask for.
 _ALWAYS = {
     "--comfy_quant": "write ComfyUI's per-layer format",

@@ -59,7 +59,7 @@ class Inspection:
 
 
 def inspect_file(path: str | os.PathLike) -> Inspection:
-    """Inspect a safetensors file, or shards by their index or folder.
+    """Inspect a safetensors file, or shards by their index, folder or one of them.
 
     Raises:
         SourceError: the file cannot be read.

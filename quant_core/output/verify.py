@@ -53,7 +53,7 @@ def verify_file(
     check: CancelCheck | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Check a safetensors file, or shards by their index or folder, layer by layer, and the values of its quantized tensors.
+    """Check a safetensors file, or shards by their index, folder or one of them, layer by layer, and the values of its quantized tensors.
 
     Args:
         check: called often; raise in it to cancel.

@@ -169,7 +169,7 @@ def _decide(
 ) -> Decision:
     """``start``: name prefix that presets ignore. ``own``: layer rules of the user that match the name. ``role``: see :mod:`.roles`."""
     seen = name.removeprefix(start)
-    if preset and (reason := _find_reason(preset.remove, seen)):
+    if reason := _find_reason((*COMMON.remove, *(preset or GENERAL).remove), seen):
         return Decision("remove", reason)
     if reason := check_eligibility(name, info):
         return Decision("keep", reason)

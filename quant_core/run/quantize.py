@@ -14,6 +14,7 @@ from ..events import Event, Listener, OutputChecked, RunFinished
 from ..output import SafetensorsWriter, final_path, keep_apart, remove_leftovers
 from ..recipes import Plan, Recipe
 from ..sources import Source, TensorSource, open_source
+from ..sources.shards import model_stem
 from .allocate import allocate_formats
 from .fingerprint import FileStates, has_fingerprint, input_paths, may_be_newer, run_fingerprint, run_key
 from .header import check_name_collisions, file_metadata, header_bound, planned_configs
@@ -257,5 +258,5 @@ def output_name(source: str | os.PathLike, label: str) -> Path:
         source = source.absolute()
         stem = source.name
     else:
-        stem = source.name.removesuffix(".index.json").rpartition(".")[0] or source.name
+        stem = model_stem(source.name)
     return source.parent / f"{stem}_{label}.safetensors"

@@ -1,6 +1,6 @@
 """Sources of tensors: safetensors files and shards, PyTorch pickles, GGUF files, state dicts."""
 
-from .opening import open_safetensors, open_source
+from .opening import model_paths, open_safetensors, open_source
 from .safetensors import SafetensorsFile
 from .shards import ShardedFiles
 from .source import SampledSource, Source, TensorInfo
@@ -13,6 +13,7 @@ __all__ = [
     "Source",
     "TensorInfo",
     "TensorSource",
+    "model_paths",
     "open_safetensors",
     "open_source",
 ]

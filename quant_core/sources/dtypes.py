@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["TORCH_DTYPES", "DTYPE_NAMES", "SOURCE_DTYPES"]
+__all__ = ["DTYPE_NAMES", "SOURCE_DTYPES", "TORCH_DTYPES", "UNREADABLE_DTYPES"]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -24,6 +24,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 } | ({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {})
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+UNREADABLE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
+"""Other dtypes of the safetensors format, which ComfyUI does not load; the last one only where torch lacks it."""
 
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """Dtypes of weights that can be quantized; tensors of any other dtype are copied unchanged."""

@@ -5,6 +5,7 @@
 
 import io
 import math
+import os
 import struct
 from collections import Counter
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, dequanti
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
 from ..errors import SourceError
+from ..formats.layer_json import QUANTIZATION_KEY
 from .gguf_shapes import restore_shape
 from .source import CPU, TensorInfo
-from .tensor_file import MAX_HEADER, MAX_RANK, TensorFile
+from .tensor_file import MAX_HEADER, MAX_RANK, WHOLE, Part, TensorFile
 
 __all__ = ["GGUFFile"]
 
@@ -32,6 +34,7 @@ _PLAIN_DTYPES = {
     GGMLQuantizationType.I32: torch.int32,
     GGMLQuantizationType.I64: torch.int64,
 }
+_KNOWN_TYPES = set(GGMLQuantizationType)
 _DEQUANTIZED = torch.bfloat16  # covers the range of every scale; its rounding error is a tenth of that of Q8_0
 _SCALARS = {  # format characters of struct
     GGUFValueType.UINT8: "B",
@@ -49,6 +52,10 @@ _SCALARS = {  # format characters of struct
 _ORIGINAL_SHAPE = (
     "comfy.gguf.orig_shape."  # + tensor name: its shape before it was reshaped into whole blocks (ComfyUI-GGUF)
 )
+# Keys that describe the GGUF itself; ComfyUI-GGUF gives ComfyUI's loader the others as the metadata of a safetensors file.
+_OWN_KEYS = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.", "comfy.gguf.", QUANTIZATION_KEY)
+_MAX_METADATA = 1 << 22  # characters of all values; a configuration has thousands
+_MAX_STRING = 1 << 26  # bytes; a tokenizer in JSON has 30 MB
 
 
 class _HeaderReader:
@@ -72,7 +79,10 @@ class _HeaderReader:
         return struct.unpack(format, self.read(struct.calcsize(format)))
 
     def read_string(self) -> bytes:
-        return self.read(*self.unpack("Q"))
+        (length,) = self.unpack("Q")
+        if length > _MAX_STRING:
+            raise ValueError(f"a string of {length:,} bytes")
+        return self.read(length)
 
     def read_value(self) -> object:
         """Return a scalar, a string, or the numbers of an array of at most ``MAX_RANK``; None for any other array."""
@@ -91,6 +101,20 @@ class _HeaderReader:
         return struct.unpack(f"<{count}{scalar}", data) if count <= MAX_RANK else None
 
 
+def _metadata(values: dict[str, Any]) -> dict[str, str]:
+    """The values that ComfyUI may need, such as ``config`` of LTX-2; ComfyUI tests flags by the truth of the string."""
+    architecture = f"{values.get('general.architecture')}."
+    kept = {key: value for key, value in values.items() if not key.startswith((*_OWN_KEYS, architecture))}
+    texts = {
+        key: ("true" if value else "") if isinstance(value, bool) else str(value)
+        for key, value in kept.items()
+        if isinstance(value, (str, int, float))
+    }
+    if sum(map(len, texts.values())) > _MAX_METADATA:
+        raise ValueError(f"the metadata exceeds {_MAX_METADATA:,} characters")
+    return texts
+
+
 class _Quantized(NamedTuple):
     """Storage of a quantized tensor: its type, and the bytes of one row and of all rows."""
 
@@ -104,13 +128,20 @@ class GGUFFile(TensorFile):
 
     Quantized tensors are dequantized to bfloat16 when they are read.
 
+    Args:
+        part: its place in a split GGUF, whose first file has the shapes of tensors in all files.
+
     Attributes:
+        values: key-value pairs of the header; None for an array of strings or of more than ``MAX_RANK`` numbers.
         layers: quantization type → number of tensors dequantized from it.
-        fields: key-value pairs of the header; None for an array of strings or of more than ``MAX_RANK`` numbers.
 
     Raises:
-        SourceError: the file is damaged.
+        SourceError: the file is damaged, or is another part than ``part``.
     """
+
+    def __init__(self, path: str | os.PathLike, part: Part = WHOLE):
+        self._part = part
+        super().__init__(path)
 
     def _parse_header(self) -> None:
         buffered = io.BufferedReader(self._file)
@@ -121,25 +152,56 @@ class GGUFFile(TensorFile):
 
     def _parse(self, header: _HeaderReader) -> None:
         magic, version, tensors, pairs = header.unpack("4sIQQ")
-        if magic != b"GGUF" or version not in _VERSIONS:
-            raise ValueError("not a GGUF file of version 2 or 3")
+        if magic != b"GGUF":
+            raise ValueError("not a GGUF file")
+        if version not in _VERSIONS:
+            what = f"version {version}" if version < 1 << 16 else "big-endian byte order"
+            raise SourceError(
+                f"{self.path} is a GGUF file of {what}, and only versions 2 and 3 in little-endian byte order are read; give the "
+                "original safetensors file.",
+                file=str(self.path),
+            )
         if max(tensors, pairs) > _MAX_ENTRIES:
             raise ValueError(f"the header has {max(tensors, pairs):,} entries")
-        self.fields: dict[str, Any] = {header.read_string().decode(): header.read_value() for _ in range(pairs)}
+        self.values: dict[str, Any] = {header.read_string().decode(): header.read_value() for _ in range(pairs)}
+        self._check_part()
+        self.metadata = _metadata(self.values)
         entries = []
         for _ in range(tensors):
             name, (rank,) = header.read_string().decode(), header.unpack("I")
             if rank > MAX_RANK:
                 raise ValueError(f"tensor {name} has {rank:,} dimensions")
             entries.append((name, header.unpack(f"{rank}Q"), *header.unpack("IQ")))
-        alignment = self.fields.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+        alignment = self.values.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         data = -(-header.position // alignment) * alignment
         self._quantized: dict[str, _Quantized] = {}
+        shapes = getattr(self._part.first, "values", {}) | self.values
         for name, sides, kind, offset in entries:
+            if kind not in _KNOWN_TYPES:
+                raise SourceError(
+                    f"{self.path}: tensor {name} has the GGML type {kind}, which the installed package gguf does not know; run "
+                    "'pip install -U gguf' in ComfyUI's Python, or give the original safetensors file.",
+                    file=str(self.path),
+                    tensor=name,
+                )
             # GGUF stores the innermost dimension first
-            shape = self.fields.get(_ORIGINAL_SHAPE + name, restore_shape(name, sides[::-1]))
+            shape = shapes.get(_ORIGINAL_SHAPE + name, restore_shape(name, sides[::-1]))
             self._add_entry(name, sides, shape, GGMLQuantizationType(kind), data + offset)
         self.layers = dict(Counter(stored.type.name for stored in self._quantized.values()))
+
+    def _check_part(self) -> None:
+        """Raise SourceError if the header declares another place in a split GGUF than the file name."""
+        number, count = self.values.get("split.no", self._part.number), self.values.get("split.count", self._part.count)
+        if (number, count) == (self._part.number, self._part.count) or count in (0, 1):  # merged files have 0
+            return
+        place = f"part {self._part.number + 1} of {self._part.count} by its name"
+        if self._part.count == 1:
+            place = "has a name without the numbers of the parts"
+        raise SourceError(
+            f"{self.path} is part {number + 1} of {count} of a split GGUF by its header, and {place}; name the parts as "
+            "NAME-00001-of-00002.gguf, or merge them with llama-gguf-split --merge.",
+            file=str(self.path),
+        )
 
     def _add_entry(
         self, name: str, sides: tuple[int, ...], shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int

@@ -117,7 +117,7 @@ def assemble_llama_cpp(source: Source) -> dict[str, Assembly] | None:
     Raises:
         SourceError: the file lacks the number of attention heads, which the order of its rows depends on.
     """
-    fields: Mapping[str, object] = getattr(source, "fields", {})
+    values: Mapping[str, object] = getattr(source, "values", {})
     embedding = source.tensors.get(_EMBEDDING)
     encoder = next(
         (
@@ -125,7 +125,7 @@ def assemble_llama_cpp(source: Source) -> dict[str, Assembly] | None:
             for each in _ENCODERS
             if embedding
             and embedding.shape in each.embeddings
-            and fields.get("general.architecture") in each.architectures
+            and values.get("general.architecture") in each.architectures
         ),
         None,
     )
@@ -138,15 +138,15 @@ def assemble_llama_cpp(source: Source) -> dict[str, Assembly] | None:
         renamed, key = encoder.rename(name), encoder.heads_key(name)
         if renamed is None:
             return None
-        assemblies[renamed] = Assembly((name,), _undo_permutation(source, name, fields, key) if key else None)
+        assemblies[renamed] = Assembly((name,), _undo_permutation(source, name, values, key) if key else None)
     return assemblies
 
 
 def _undo_permutation(
-    source: Source, name: str, fields: Mapping[str, object], key: str
+    source: Source, name: str, values: Mapping[str, object], key: str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The inverse of ``LlamaModel.permute`` in llama.cpp's ``convert_hf_to_gguf.py``, for the tensor ``name``."""
-    heads, rows = fields.get(key), next(iter(source.tensors[name].shape), 1)
+    heads, rows = values.get(key), next(iter(source.tensors[name].shape), 1)
     if type(heads) is not int or heads < 1 or rows % (2 * heads):
         raise SourceError(
             f"{source.name}: {key} is {heads}, which does not divide the {rows} rows of {name}; download it again.",

@@ -1,40 +1,56 @@
-"""Open a model file as a source by its kind: safetensors, sharded safetensors, PyTorch pickle, GGUF."""
+"""Open a model as a source, by the content of its files: safetensors, PyTorch pickle, GGUF; whole, or in several files."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 from ..errors import MissingPackageError, SourceError
 from .diffusers_names import assemble_diffusers
+from .kinds import GGUF, JSON, LEGACY_PICKLE, SAFETENSORS, ZIP, Kind, find_kind, read_head, refuse_kind
 from .llama_cpp_names import assemble_llama_cpp
 from .renaming import RenamedSource
 from .safetensors import SafetensorsFile
-from .shards import INDEX_SUFFIX, ShardedFiles
-from .tensor_file import TensorFile
+from .shards import ShardedFiles, find_index, find_parts, load_weight_map, model_key, require_files
+from .tensor_file import WHOLE, Part, TensorFile
 from .torch_pickle import PickleFile
 
-__all__ = ["open_safetensors", "open_source"]
+__all__ = ["model_paths", "open_safetensors", "open_source"]
+
+# What a folder may contain, in the order of preference: one of the first kind that it has.
+_IN_FOLDER = (
+    ("*.safetensors.index*.json", "safetensors indexes"),
+    ("*.safetensors", "safetensors files and no index"),
+    ("*.sft", ".sft files and no index"),
+    ("*.index*.json", "indexes"),
+    ("*.bin", ".bin files and no index"),
+    ("*.gguf", "GGUF files"),
+)
 
 
 def _find_in_folder(folder: Path) -> Path:
-    """Return the index of a folder, or its only safetensors file."""
-    found = sorted(folder.glob(f"*{INDEX_SUFFIX}")) or sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
+    """Return the model of a folder: its index, its only file, or the first of its only set of parts."""
+    for pattern, what in _IN_FOLDER:
+        found = sorted(folder.glob(pattern))
+        models = {model_key(path.name) for path in found}
+        if len(models) == 1:
+            return found[0]
+        if models:
+            raise SourceError(
+                f"{folder} contains {len(models)} {what}; give one file, or the index of its shards.", file=str(folder)
+            )
     if (folder / "model_index.json").exists():
-        parts = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+        parts = sorted({path.parent.name for kind in ("safetensors", "bin") for path in folder.glob(f"*/*.{kind}")})
         raise SourceError(
             f"{folder} is a diffusers pipeline; give the folder of one model in it: {', '.join(parts) or 'none found'}.",
             file=str(folder),
         )
-    missing = " and no index" if found else ""
     raise SourceError(
-        f"{folder} contains {len(found) or 'no'} safetensors files{missing}; give one file, or the index of its shards.",
-        file=str(folder),
+        f"{folder} contains no safetensors files; give one file, or the index of its shards.", file=str(folder)
     )
 
 
-def _open_gguf(path: Path) -> TensorFile:
+def _open_gguf(path: Path, part: Part) -> TensorFile:
     try:
         from .gguf import GGUFFile
     except ImportError:
@@ -43,42 +59,86 @@ def _open_gguf(path: Path) -> TensorFile:
             "safetensors file.",
             file=str(path),
         ) from None
-    return GGUFFile(path)
+    return GGUFFile(path, part)
 
 
-_OPENERS: dict[str, Callable[[Path], TensorFile]] = {
-    ".gguf": _open_gguf,
-    **dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), PickleFile),
+_READERS: dict[Kind, Callable[[Path, Part], TensorFile]] = {
+    SAFETENSORS: lambda path, part: SafetensorsFile(path),
+    ZIP: lambda path, part: PickleFile(path),
+    LEGACY_PICKLE: lambda path, part: PickleFile(path),
+    GGUF: _open_gguf,
 }
 
 
-def open_safetensors(path: str | os.PathLike) -> SafetensorsFile | ShardedFiles:
-    """Open a safetensors file, the index of sharded files, or a folder that contains either.
+def _open_file(kinds: Collection[Kind], path: Path, part: Part = WHOLE) -> TensorFile:
+    """Open one file of one of these kinds."""
+    head = read_head(path)
+    kind = find_kind(head)
+    if kind not in kinds:
+        raise refuse_kind(path, head)
+    return _READERS[kind](path, part)
 
-    Raises:
-        SourceError: the path is none of these, or a file is damaged.
-    """
-    path = Path(path)
+
+def _open_index(path: Path, kinds: Collection[Kind], what: str) -> ShardedFiles:
+    weight_map = load_weight_map(path)
+    files = [path.with_name(file) for file in sorted(set(weight_map.values()))]
+    require_files(path, files, what)
+    listed = set(files)
+    if missing := next((part.name for part in find_parts(files[0]) if part not in listed), None):
+        raise SourceError(
+            f"{path} does not list {missing}, which the name of {files[0].name} implies; download the index again.",
+            file=str(path),
+        )
+    return ShardedFiles(path, files, partial(_open_file, kinds), weight_map)
+
+
+def _open_model(path: Path, kinds: Collection[Kind]) -> TensorFile | ShardedFiles:
     if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
         path = _find_in_folder(path)
-    return (ShardedFiles if path.name.endswith(INDEX_SUFFIX) else SafetensorsFile)(path)
+    head = read_head(path)
+    if find_kind(head) is JSON:
+        return _open_index(path, kinds, "is an index")
+    if index := find_index(path):
+        return _open_index(index, kinds, f"lists {path.name} as one of several shards")
+    parts = find_parts(path)
+    if len(parts) == 1:
+        return _open_file(kinds, path)
+    require_files(path, parts, f"is one of {len(parts)} parts of a model")
+    return ShardedFiles(path, parts, partial(_open_file, kinds))
+
+
+def open_safetensors(path: str | os.PathLike) -> TensorFile | ShardedFiles:
+    """Open a safetensors file, the index of sharded files, one of them, or a folder that contains any of these.
+
+    Raises:
+        SourceError: the path is none of these, a shard is missing, or a file is damaged.
+    """
+    return _open_model(Path(path), (SAFETENSORS,))
 
 
 def open_source(path: str | os.PathLike) -> TensorFile | ShardedFiles | RenamedSource:
-    """Open a PyTorch pickle or a GGUF file by its suffix, and any other path as :func:`open_safetensors` does.
+    """Open a model of safetensors files, PyTorch pickles or GGUF files, as :func:`open_safetensors` does; suffixes do not matter.
 
     Tensors under names that ComfyUI does not read get ComfyUI's names where this package has a conversion.
 
     Raises:
-        SourceError: the path is none of these, a file is damaged, or some of its tensors have no conversion.
+        SourceError: the path is none of these, a shard is missing, a file is damaged, or some of its tensors have no
+            conversion.
         MissingPackageError: a GGUF file, and the package ``gguf`` is not installed.
     """
-    path = Path(path)
-    opener = None if os.path.isdir(path) else _OPENERS.get(path.suffix.lower())
-    opened = opener(path) if opener else open_safetensors(path)
+    opened = _open_model(Path(path), _READERS)
     try:
         assemblies = assemble_diffusers(opened) or assemble_llama_cpp(opened)
         return RenamedSource(opened, assemblies) if assemblies else opened
     except BaseException:
         opened.close()
         raise
+
+
+def model_paths(path: Path) -> tuple[Path, ...]:
+    """The files that a model is read from, the given one among them, without opening them as models; some may be missing."""
+    with_index = path if path.name.endswith(".json") else find_index(path)
+    if with_index is None:
+        return tuple(find_parts(path))
+    files = {path.with_name(file) for file in load_weight_map(with_index).values()}
+    return (with_index, *sorted(files))

@@ -2,10 +2,12 @@
 
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
-from .dtypes import TORCH_DTYPES
+from .dtypes import TORCH_DTYPES, UNREADABLE_DTYPES
+from .kinds import HEAD, refuse_kind
 from .source import TensorInfo
 from .tensor_file import MAX_HEADER, MAX_RANK, SIZE_LIMIT, TensorFile
 
@@ -13,11 +15,6 @@ __all__ = ["SafetensorsFile", "parse_bounded_json"]
 
 _LENGTH = struct.Struct("<Q")
 _MAX_JSON_VALUES = 2_500_000  # about 100 bytes of memory each; a tensor has eight, and models have thousands of tensors
-_OTHER_FORMATS = (
-    (b"PK\x03\x04", "a pickled PyTorch checkpoint"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x80\x02", "a pickled PyTorch checkpoint"),
-)
 
 
 def parse_bounded_json(text: bytes, **options) -> Any:
@@ -38,9 +35,15 @@ def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def _parse_entry(name: str, entry: dict) -> tuple[int, int, str, TensorInfo]:
+def _parse_entry(path: Path, name: str, entry: dict) -> tuple[int, int, str, TensorInfo]:
     """Return (begin, end, name, info) of one header entry; begin and end are bytes of the data section."""
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in TORCH_DTYPES and dtype in UNREADABLE_DTYPES:
+        raise SourceError(
+            f"{path}: tensor {name} has dtype {dtype}, which ComfyUI does not load; give the model in BF16, F16 or F32.",
+            file=str(path),
+            tensor=name,
+        )
     if dtype not in TORCH_DTYPES:
         raise ValueError(f"tensor {name} has the unknown dtype {dtype}")
     if len(shape) > MAX_RANK:
@@ -63,11 +66,7 @@ class SafetensorsFile(TensorFile):
     def _parse_header(self) -> None:
         start = self._file.read(_LENGTH.size + 1)
         if len(start) < _LENGTH.size + 1 or start[_LENGTH.size :] != b"{":
-            found = next((kind for magic, kind in _OTHER_FORMATS if start.startswith(magic)), "another kind of file")
-            raise SourceError(
-                f"{self.path} is not a safetensors file but {found if self.size else 'empty'}; give a .safetensors file.",
-                file=str(self.path),
-            )
+            raise refuse_kind(self.path, self._read_header(0, min(self.size, HEAD)))
         (length,) = _LENGTH.unpack(start[: _LENGTH.size])
         if length > MAX_HEADER:
             raise SourceError(
@@ -83,7 +82,9 @@ class SafetensorsFile(TensorFile):
         for text in (*header, *self.metadata, *self.metadata.values()):
             text.encode()  # JSON can contain an unpaired surrogate, which cannot be written as UTF-8
         end = 0
-        entries = sorted((_parse_entry(name, entry) for name, entry in header.items()), key=lambda entry: entry[:2])
+        entries = sorted(
+            (_parse_entry(self.path, name, entry) for name, entry in header.items()), key=lambda entry: entry[:2]
+        )
         for begin, stop, name, _ in entries:
             if begin != end:
                 raise ValueError(f"tensor {name} begins at byte {begin:,} instead of {end:,}")

@@ -16,6 +16,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +25,7 @@ from .dtypes import DTYPE_NAMES
 from .source import CPU, TensorInfo
 from .staging import Staging
 
-__all__ = ["TensorFile", "open_regular_file", "MAX_HEADER", "MAX_NAME", "MAX_RANK", "SIZE_LIMIT"]
+__all__ = ["MAX_HEADER", "MAX_NAME", "MAX_RANK", "SIZE_LIMIT", "WHOLE", "Part", "TensorFile", "open_regular_file"]
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_NAME = 1000  # characters of the name of a layer, and of the part after it; those of models have up to two hundred
@@ -219,3 +220,14 @@ class TensorFile(ABC):
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+
+class Part(NamedTuple):
+    """Place of a file in a model: its number from 0, the number of files, and the first file, None for that one itself."""
+
+    number: int
+    count: int
+    first: TensorFile | None
+
+
+WHOLE = Part(0, 1, None)

@@ -4,9 +4,11 @@
 """
 
 import io
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 
@@ -19,11 +21,18 @@ __all__ = ["PickleFile"]
 
 _MAX_PICKLE = 3 << 20  # bytes; a pickle of 10,000 tensors has 2 MB, and each byte can allocate a list of 80 bytes
 _NESTED_KEYS = ("state_dict", "model", "module")  # keys of the state dict in a training checkpoint
+_AVERAGED = re.compile(r"(^|_)ema(_|$)")  # in the key of a state dict of averaged weights, such as params_ema
+# Suffix of a file in other zip archives → what the archive is.
+_OTHER_ARCHIVES = {"/constants.pkl": "a TorchScript program", ".npy": "a NumPy archive"}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _ZIP_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of the file name and the extra field
 
 
 _Places = dict[str, tuple[int, int]]  # storage key → (offset in the file, bytes)
+
+
+class _SeveralStateDicts(Exception):
+    """A checkpoint has several state dicts; the message is their keys."""
 
 
 class PickleFile(TensorFile):
@@ -42,8 +51,15 @@ class PickleFile(TensorFile):
                 "system where you trust it.",
                 file=str(self.path),
             ) from None
+        try:
+            found = list(_find_tensors(loaded))
+        except _SeveralStateDicts as error:
+            raise SourceError(
+                f"{self.path} contains several state dicts ({str(error)[:300]}), and ComfyUI reads none of them; save the one to use alone.",
+                file=str(self.path),
+            ) from None
         self._views: dict[str, StridedTensor] = {}
-        for name, value in _find_tensors(loaded):
+        for name, value in found:
             if isinstance(value, Opaque):
                 raise SourceError(
                     f"{self.path}: tensor {name} is not a plain dense tensor ({value.description}); save the model with plain tensors.",
@@ -67,14 +83,27 @@ class PickleFile(TensorFile):
 
     def _parse_zip(self) -> tuple[object, _Places]:
         """Return the unpickled data of a zip checkpoint and the place of each storage."""
-        with zipfile.ZipFile(self._file) as archive:
-            files = {entry.filename: entry for entry in archive.infolist()}
+        try:
+            with zipfile.ZipFile(self._file) as archive:
+                files = {entry.filename: entry for entry in archive.infolist()}
+        except zipfile.BadZipFile:
+            raise SourceError(
+                f"{self.path} is truncated: the directory of its zip archive, at the end of the file, is missing; download it again.",
+                file=str(self.path),
+            ) from None
+        pickles = [name for name in files if name.endswith("/data.pkl")]
+        found = [what for suffix, what in _OTHER_ARCHIVES.items() if any(name.endswith(suffix) for name in files)]
+        if found or not pickles:
+            raise SourceError(
+                f"{self.path} is {found[0] if found else 'a zip archive'} and not the state dict of a model; give that, or unpack the "
+                "model in it.",
+                file=str(self.path),
+            )
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in files.values()):
             raise SourceError(
                 f"{self.path} is compressed or encrypted, unlike files of torch.save; unpack it and save it with torch again.",
                 file=str(self.path),
             )
-        pickles = [name for name in files if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"the archive has {len(pickles)} files data.pkl")
         folder = pickles[0].removesuffix("data.pkl")
@@ -128,11 +157,43 @@ class PickleFile(TensorFile):
         return self.read(name).flatten().view(torch.uint8)[offset : offset + length].numpy().tobytes()
 
 
+def _is_tensor(value: object) -> TypeGuard[StridedTensor | Opaque]:
+    return isinstance(value, StridedTensor) or isinstance(value, Opaque) and value.is_tensor
+
+
+def _holds_tensors(table: dict[str, object]) -> bool:
+    """Whether this is a state dict, or a training checkpoint inside another one."""
+    return any(_is_tensor(value) or isinstance(value, dict) and key in _NESTED_KEYS for key, value in table.items())
+
+
+def _nested_key(loaded: dict[str, object]) -> str | None:
+    """Key of the state dict in a training checkpoint; None where ``loaded`` is the state dict.
+
+    ``state_dict``, or the only key, is what ComfyUI reads.
+
+    Raises:
+        _SeveralStateDicts: none of them is the one that ComfyUI would read.
+    """
+    tables = {key: value for key, value in loaded.items() if isinstance(value, dict)}
+    if "state_dict" in tables or len(loaded) == len(tables) == 1:
+        return "state_dict" if "state_dict" in tables else next(iter(tables))
+    distinct = {id(value): value for value in tables.values()}  # a pickle can contain one table any number of times
+    holding = {number for number, value in distinct.items() if _holds_tensors(value)}
+    found = [key for key, value in tables.items() if id(value) in holding]
+    known = next((key for key in _NESTED_KEYS if key in found), None)
+    if known is None and any(isinstance(value, StridedTensor) and value.info.shape for value in loaded.values()):
+        return None
+    rivals = [key for key in found if _AVERAGED.search(key)] if known else found[1:]
+    if rivals:
+        raise _SeveralStateDicts(", ".join([known or found[0], *rivals]))
+    return known or next(iter(found), None)
+
+
 def _find_tensors(loaded: object) -> Iterator[tuple[str, StridedTensor | Opaque]]:
     """Yield the tensors of a state dict, or of the state dict in a training checkpoint."""
-    for key in _NESTED_KEYS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
+    for _ in _NESTED_KEYS:
+        key = _nested_key(loaded) if isinstance(loaded, dict) else None
+        loaded = loaded[key] if isinstance(loaded, dict) and key is not None else loaded
     for name, value in loaded.items() if isinstance(loaded, dict) else ():
-        if isinstance(value, StridedTensor) or isinstance(value, Opaque) and value.is_tensor:
+        if _is_tensor(value):
             yield name, value

@@ -16,6 +16,8 @@ __all__ = ["ForbiddenGlobal", "Opaque", "Storage", "StridedTensor", "Unpickler"]
 
 _MAX_GLOBAL = 256  # characters of the module and the name of a global
 _DATA_MODULES = ("torch", "numpy", "collections", "_codecs")  # their globals occur in checkpoints of plain data
+# In checkpoints of Stable Diffusion 1; ComfyUI's loader accepts it too.
+_CALLBACK = ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
 _DATA_BUILTINS = ("set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "complex", "bytearray", "slice")
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -181,7 +183,7 @@ class Unpickler(pickle._Unpickler):
         allowed = (
             name in _DATA_BUILTINS if module in ("builtins", "__builtin__") else module.split(".")[0] in _DATA_MODULES
         )
-        if not allowed:
+        if not allowed and (module, name) != _CALLBACK:
             raise ForbiddenGlobal(f"{module}.{name}")
         return _Global(module, name)
 

@@ -166,7 +166,10 @@ _LAYERS = st.lists(
 
 @st.composite
 def _shards(draw) -> dict[str, bytes]:
-    """Index and two shards; the index may assign a tensor to a wrong or missing shard."""
+    """Index and two shards; the index may assign a tensor to a wrong or missing shard, or be missing itself."""
+    if _one_in(draw, 5):
+        count = draw(st.sampled_from([2, 2, 2, 3, 99_999]))
+        return {f"x-{number:05}-of-{count:05}.safetensors": draw(_files()) for number in (1, 2)}
     shards = {f"{letter}.safetensors": draw(_files()) for letter in "xy"}
     names = {}
     for file, content in shards.items():
@@ -210,6 +213,12 @@ def _gguf(draw) -> dict[str, bytes]:
         )
     if _one_in(draw, 4):
         pairs.append(text("general.alignment") + struct.pack("<II", 4, draw(st.sampled_from([32, 64, 1, 0, 7, 2**31]))))
+    for key in draw(st.lists(st.sampled_from(["split.no", "split.count"]), max_size=2)) if _one_in(draw, 5) else ():
+        pairs.append(
+            text(key) + struct.pack("<IH", draw(st.sampled_from([2, 2, 3, 7])), draw(st.sampled_from([0, 1, 9])))
+        )
+    if _one_in(draw, 4):
+        pairs.append(text("config") + struct.pack("<I", 8) + text(draw(st.text(max_size=9))))
     for key in (
         draw(st.lists(st.sampled_from(["comfy.gguf.orig_shape.a.weight", "a", "b"]), max_size=2))
         if _one_in(draw, 3)
@@ -282,7 +291,14 @@ def _pickles(draw) -> dict[str, bytes]:
         state
         if not _one_in(draw, 3)
         else draw(
-            st.sampled_from([{"state_dict": state, "step": 3, "more": [1.5, None, ("a", {2})]}, list(state.values())])
+            st.sampled_from(
+                [
+                    {"state_dict": state, "step": 3, "more": [1.5, None, ("a", {2})]},
+                    {"model": state, "ema": dict(state)},
+                    {"ema": state, "step": 3, "config": {"a": {}}},
+                    list(state.values()),
+                ]
+            )
         )
     )
     buffer = io.BytesIO()

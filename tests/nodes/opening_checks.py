@@ -159,6 +159,9 @@ def diffusers() -> dict:
     save_file(theirs, MODELS / "diffusers.safetensors")
     save_file(original, MODELS / "comfyui.safetensors")
     torch.save(original, MODELS / "pickle.pt")
+    save_file(original, MODELS / "safetensors.gguf")  # read by content
+    for number in (1, 2):  # without an index
+        torch.save(dict(list(original.items())[number - 1 :: 2]), MODELS / f"parts-{number:05}-of-00002.bin")
     made = {}
     for choice in host.model_files():
         source = host.FileSource.choose(choice, host.clip_types()[0])
@@ -259,4 +262,40 @@ def converted() -> dict:
     }
 
 
-CHECKS = {"opening_diffusers": diffusers, "opening_broken": broken, "opening_converted": converted}
+def checkpoints() -> dict[str, object]:
+    """Whether a source has the state dict that ComfyUI's loader takes from a checkpoint; errors for shards that lack others."""
+    MODELS.mkdir(parents=True, exist_ok=True)
+    weights, averaged = load_file(TINY), {name: tensor * 2 for name, tensor in load_file(TINY).items()}
+    files = {
+        "plain": weights,
+        "state_dict": {"ema": averaged, "state_dict": weights, "epoch": 3},
+        "only averaged": {"ema": averaged},
+        "averaged beside": {"state_dict": weights | {f"model_ema.{name}": tensor for name, tensor in averaged.items()}},
+    }
+    found: dict[str, object] = {}
+    for name, content in files.items():
+        torch.save(content, MODELS / f"{name}.ckpt")
+        stock = comfy.utils.load_torch_file(str(MODELS / f"{name}.ckpt"), safe_load=True)
+        with host.open_file(host.FileSource.choose(f"diffusion_models/{name}.ckpt", host.clip_types()[0])) as source:
+            same = {key: torch.equal(source.read(key), stock[key]) for key in source.tensors}
+        found[name] = same.keys() == stock.keys() and all(same.values())
+    save_file(weights, MODELS / "lost-00002-of-00002.safetensors")
+    choice = "diffusion_models/lost-00002-of-00002.safetensors"
+    for node in (
+        lambda: LoadModel.execute(choice),
+        lambda: host.load_quantized(host.FileSource.choose(choice, host.clip_types()[0])),
+    ):
+        try:
+            node()
+        except QuantizationError as error:
+            found[f"shard {len(found)}"] = str(error)
+    found["listed"] = choice in host.model_files() or choice in host.safetensors_files()
+    return found
+
+
+CHECKS = {
+    "opening_diffusers": diffusers,
+    "opening_broken": broken,
+    "opening_converted": converted,
+    "opening_checkpoints": checkpoints,
+}

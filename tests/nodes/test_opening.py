@@ -14,7 +14,14 @@ def test_invalid_layers_are_rejected_by_name(host, tmp_path, sentences):
 
 def test_all_file_formats_and_names_give_the_same_model(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "opening_diffusers")
-    kinds = ("comfyui.safetensors", "diffusers.safetensors", "pickle.pt", "tiny.safetensors.index.json")
+    kinds = (
+        "comfyui.safetensors",
+        "diffusers.safetensors",
+        "parts-00001-of-00002.bin",
+        "pickle.pt",
+        "safetensors.gguf",
+    )
+    kinds += ("tiny.safetensors.index.json",)
     (told,) = {result.pop("told") for result in found["files"].values()}
     sentences(told)
     assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "quantized alike": True} for kind in kinds}
@@ -43,3 +50,11 @@ def test_names_that_comfyui_does_not_convert_fit_its_classes(host, tmp_path, sen
     assert found["classes"] == {name: None if name in missing else True for name in CONVERTED}
     assert found["class"] == "WAN21" and found["layers"] == 10
     sentences(found["told"])
+
+
+def test_checkpoints_give_the_weights_of_comfyuis_loader(host, tmp_path, sentences):
+    found = in_process(host, tmp_path, "opening_checkpoints")
+    shards = [found.pop(name) for name in list(found) if name.startswith("shard")]
+    assert found.pop("listed") is False and len(found) == 4 and all(found.values())
+    assert len(shards) == 2 and "lost-00001-of-00002.safetensors is missing" in shards[0]
+    sentences(shards)

@@ -25,7 +25,7 @@ def test_two_executions_in_one_prompt_are_one_run(host, tmp_path):
 def test_changed_shard_changes_the_source(host, tmp_path):
     found = in_process(host, tmp_path, "progress_shards")
     assert found["same"] and found["state changed"] and found["result changed"]
-    assert found["without a shard"] == 2  # the index only; the missing shard is reported when it is opened
+    assert found["without a shard"] == 4  # the index and the other shard; the missing one is reported when it is opened
 
 
 def test_progress_reports_the_gain_of_learned_rounding(comfy, request):

@@ -7,6 +7,7 @@ from learned_rounding.quant_core import PRESETS, Recipe
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError
 from learned_rounding.quant_core.recipes import make_plan
 from learned_rounding.quant_core.recipes.layers import parse_rules
+from learned_rounding.quant_core.recipes.presets import COMMON
 from learned_rounding.quant_core.recipes.refused import find_refusal
 from learned_rounding.quant_core.sources import TensorInfo, TensorSource
 from learned_rounding.tests.architectures import architectures, table
@@ -130,6 +131,24 @@ def test_a_decoder_is_left_out_of_a_t5(layer_names, header_source, sentences):
     assert actions == {name: "keep" if name.startswith("encoder") else "remove" for name in extra}
     assert set(plan.output_names()) == {*layer_names("t5"), "encoder.embed_tokens.weight"}
     sentences(plan.decisions["lm_head.weight"].reason)
+
+
+@pytest.mark.parametrize("prefix, copy", [("model.diffusion_model.", "model_ema."), ("net.", "net_ema."), ("", "ema.")])
+def test_averaged_copies_are_left_out(layer_names, header_source, prefix, copy, sentences):
+    """ComfyUI's loader ignores them."""
+    names = layer_names("flux", prefix)
+    copies = layer_names("flux", copy) | {f"{copy}decay": (), "model_ema.diffusion_modelimg_inweight": (64, 64)}
+    plan = make_plan(header_source(copies | names))
+    assert set(plan.names("remove")) == copies.keys()
+    assert {name: plan.decisions[name] for name in names} == make_plan(header_source(names)).decisions
+    with sentences.raises(NothingToQuantizeError):
+        make_plan(header_source({name: shape for name, shape in copies.items() if name.startswith("model_ema.")}))
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_no_model_has_tensors_that_look_like_an_averaged_copy(layer_names, name):
+    (rule,) = COMMON.remove
+    assert not [tensor for tensor in layer_names(name) if rule.pattern.search(tensor)]
 
 
 def test_a_vae_decoder_is_never_removed(layer_names, header_source):

@@ -41,10 +41,13 @@ is available. It also decodes ComfyUI's `nvfp4`, `mxfp8`, `convrot_w4a4` and `as
 bitsandbytes, and compressed-tensors, by their specifications (`tests/quant_core/formats/test_external.py`). SDNQ, GPTQ, AWQ, nunchaku and
 quantized values beside tensors of unknown meaning are refused by name.
 
-* GGUF requires `pip install gguf`. Quantized tensors are dequantized to bfloat16. Text encoders with the tensor names of llama.cpp get those of
-  transformers, which ComfyUI reads: T5-XXL, Llama 3.1 8B, Qwen2.5 3B and Qwen3. Others are refused: ComfyUI's files of them also hold a
-  tokenizer or an image encoder.
-* Pickles (`.ckpt`, `.pt`, `.pth`, `.bin`) are parsed without executing them: only dense tensors are read, at their positions in the file.
+* Files are read by their content; the suffix does not matter. A shard, or a part of a split GGUF, stands for the whole model, whose other files
+  must be in the same folder.
+* GGUF requires `pip install gguf`. Quantized tensors are dequantized to bfloat16. Keys that ComfyUI needs, such as `config` of LTX-2, become
+  metadata of the output. Text encoders with the tensor names of llama.cpp get those of transformers, which ComfyUI reads: T5-XXL, Llama 3.1 8B,
+  Qwen2.5 3B and Qwen3. Others are refused: ComfyUI's files of them also hold a tokenizer or an image encoder.
+* Pickles (`.ckpt`, `.pt`, `.pth`, `.bin`) are parsed without executing them: only dense tensors are read, at their positions in the file. Of a
+  training checkpoint the state dict is read that ComfyUI's loader takes. Averaged copies (`model_ema.` …) are left out of the output.
 * Diffusion models with the layer names of diffusers, sharded or not, can be loaded with **Load Model** in a graph, where ComfyUI converts the
   names (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt; Z-Image not on 0.3.75). The command line cannot convert names without ComfyUI and
   refuses these models, because ComfyUI would lose the scales of the quantized layers when it renames them. Names that ComfyUI has no converter

@@ -1,12 +1,16 @@
 """GGUF reader against ``gguf.GGUFReader`` and ``gguf.dequantize``: the same tensors, bit for bit."""
 
+import json
+
 import gguf
 import numpy
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
+from safetensors import safe_open
 
+from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.errors import SourceError
 from learned_rounding.quant_core.sources import open_source
 
@@ -100,3 +104,37 @@ def test_header_with_every_kind_of_value(tmp_path):
             expected = torch.from_numpy(dequantize(tensor.data, Type.Q8_0)).to(torch.bfloat16)
             assert same_bits(source.read(tensor.name), expected.reshape(SHAPES[tensor.name]))
             assert source.sample(tensor.name, 0, 64) == tensor.data.tobytes()[:64]
+
+
+def test_metadata_for_comfyui_reaches_the_output(tmp_path):
+    """Keys that describe the GGUF itself do not; flags are strings whose truth is that of the value."""
+    config = json.dumps({"transformer": {"num_layers": 48}, "name": "ß"})
+    pairs = [("add_string", "config", config), ("add_string", "modelspec.title", "x"), ("add_int32", "channels", 128)]
+    pairs += [("add_bool", "is_512", True), ("add_bool", "is_1024", False), ("add_array", "words", ["a"])]
+    pairs += [("add_string", "general.name", "x"), ("add_string", "tokenizer.ggml.model", "t5")]
+    pairs += [
+        ("add_string", "flux.extra", "x"),
+        ("add_uint32", "split.count", 1),
+        ("add_string", "_quantization_metadata", "{}"),
+    ]
+    pairs += [("add_array", "comfy.gguf.orig_shape.a.weight", [48, 256])]
+    expected = {"config": config, "modelspec.title": "x", "channels": "128", "is_512": "true", "is_1024": ""}
+    stored = {name: random_blocks(Type.Q8_0, shape, 0) for name, shape in SHAPES.items()}
+    path = write_gguf(tmp_path / "x.gguf", stored, Type.Q8_0, pairs)
+    with open_source(path) as source:
+        assert source.metadata == expected
+    out = tmp_path / "out.safetensors"
+    quantize_file(path, out, Recipe(format="int8_tensorwise", rounding="nearest", preset="none"))
+    with safe_open(out, "pt") as file:
+        assert expected.items() <= file.metadata().items()
+
+
+def test_metadata_is_bounded(tmp_path):
+    pairs = [("add_string", f"config{number}", "x" * ((1 << 21) + 1)) for number in range(2)]
+    pairs.append(("add_string", "tokenizer.huggingface.json", "x" * (1 << 25)))
+    path = write_gguf(tmp_path / "x.gguf", {}, Type.F32, pairs)
+    with pytest.raises(SourceError, match="the metadata exceeds 4,194,304 characters"):
+        open_source(path)
+    path = write_gguf(tmp_path / "x.gguf", {}, Type.F32, [("add_string", "config", "x" * ((1 << 26) + 1))])
+    with pytest.raises(SourceError, match="a string of 67,108,865 bytes"):
+        open_source(path)

@@ -43,7 +43,7 @@ def llama_cpp_names(name: str) -> dict[str, str]:
     }
 
 
-def header(tensors: dict[str, tuple[int, ...]], architecture: str, **fields) -> SimpleNamespace:
+def header(tensors: dict[str, tuple[int, ...]], architecture: str, **values) -> SimpleNamespace:
     infos = {key: TensorInfo(torch.bfloat16, shape) for key, shape in tensors.items()}
     return SimpleNamespace(
         name="model.gguf",
@@ -52,7 +52,7 @@ def header(tensors: dict[str, tuple[int, ...]], architecture: str, **fields) -> 
         size=0,
         metadata={},
         tensors=infos,
-        fields={"general.architecture": architecture, **HEADS, **fields},
+        values={"general.architecture": architecture, **HEADS, **values},
     )
 
 
@@ -106,7 +106,7 @@ def test_rows_of_llama_come_back():
     assert not numpy.array_equal(stored["blk.0.attn_q.weight"], original["blk.0.attn_q.weight"])
     tensors = {name: torch.from_numpy(value) for name, value in stored.items()}
     source = TensorSource({"token_embd.weight": torch.empty(128256, 4096, device="meta"), **tensors})
-    source.fields = {"general.architecture": "llama", **HEADS}
+    source.values = {"general.architecture": "llama", **HEADS}
     source.path, source.paths, source.size = None, (), 0
     renamed = RenamedSource(source, assemble_llama_cpp(source))
     ours = {theirs: ours for theirs, ours in llama_cpp_names("llama3_8b").items()}
@@ -118,7 +118,7 @@ def test_rows_of_llama_come_back():
 @pytest.mark.parametrize("heads", [None, 0, 7, True, "32", (32, 32)])
 def test_a_wrong_number_of_heads_is_an_error(heads, sentences):
     source = whole("llama3_8b")
-    source.fields["llama.attention.head_count"] = heads
+    source.values["llama.attention.head_count"] = heads
     with sentences.raises(SourceError):
         assemble_llama_cpp(source)
 

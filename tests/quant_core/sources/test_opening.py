@@ -170,6 +170,7 @@ def test_a_pickle_without_weights(tmp_path, sentences):
         '{"weight_map": {"a": "/etc/passwd"}}',
         '{"weight_map": {"a": "gone.safetensors"}}',
         '{"weight_map": {"nobody": "model-00001-of-00002.safetensors"}}',
+        '{"weight_map": {"nobody": "model-00001-of-00002.safetensors", "step": "model-00002-of-00002.safetensors"}}',
     ],
 )
 def test_an_index_that_is_wrong(sharded, index, sentences):

@@ -1,10 +1,13 @@
 """Pickle reader against ``torch.load(weights_only=True)``: the same tensors, bit for bit."""
 
+import sys
+import types
 from collections import OrderedDict
 
 import pytest
 import torch
 
+from learned_rounding.quant_core.errors import SourceError
 from learned_rounding.quant_core.sources import open_source
 from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
 
@@ -105,6 +108,92 @@ def test_training_checkpoint(tmp_path, options, key):
     checkpoint = {"optimizer": optimizer.state_dict(), key: model.state_dict(), **values}
     torch.save(checkpoint, tmp_path / "x.pt", **options)
     check_same_as_torch(tmp_path / "x.pt", key)
+
+
+def stock_state_dict(path):
+    """What ComfyUI's ``load_torch_file`` takes from a checkpoint."""
+    loaded = torch.load(path, weights_only=True)
+    if "state_dict" in loaded:
+        return loaded["state_dict"]
+    only = next(iter(loaded.values())) if len(loaded) == 1 else None
+    return only if isinstance(only, dict) else loaded
+
+
+WEIGHTS = {"blocks.0.weight": torch.eye(8)}
+EMA = {"blocks.0.weight": torch.eye(8) * 2}
+OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(8, 8)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}
+# checkpoints that ComfyUI reads
+STOCK = {
+    "plain": WEIGHTS,
+    "state_dict": {"state_dict": WEIGHTS, "optimizer": OPTIMIZER, "epoch": 3},
+    "state_dict and EMA": {"ema": EMA, "state_dict": WEIGHTS, "model_ema": EMA},
+    "only EMA": {"ema": EMA},
+    "only averaged parameters": {"params_ema": EMA},
+    "only another key": {"net": WEIGHTS},
+    "state dict with a table": WEIGHTS | {"config": {"depth": 1}},
+    "one tensor": {"weight": torch.eye(3)},
+}
+# checkpoints that ComfyUI does not read: the key that is chosen
+CHOSEN = {
+    "model": ({"model": WEIGHTS, "optimizer": OPTIMIZER, "rng": torch.zeros(16, dtype=torch.uint8)}, WEIGHTS),
+    "module in model": ({"model": {"module": WEIGHTS}, "epoch": 3}, WEIGHTS),
+    "EMA and a step": ({"ema": EMA, "step": torch.tensor(3), "optimizer": OPTIMIZER}, EMA),
+    "model with an empty EMA": ({"model": WEIGHTS, "ema": None, "ema_decay": 0.99, "ema_state": {"step": 3}}, WEIGHTS),
+    "EMA with a table called model": ({"ema": EMA, "model": {"depth": 1}}, EMA),
+    "loss beside the model": ({"model": WEIGHTS, "loss": {"logvar": torch.zeros(2)}}, WEIGHTS),
+}
+REFUSED = {
+    "model and EMA": {"model": WEIGHTS, "ema": EMA, "epoch": 3},
+    "module and EMA": {"module": WEIGHTS, "module_ema": EMA},
+    "both parameters": {"params": WEIGHTS, "params_ema": EMA},
+    "two networks": {"generator": WEIGHTS, "discriminator": EMA, "epoch": 3},
+}
+
+
+@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("name", STOCK)
+def test_state_dict_is_the_one_that_comfyui_reads(tmp_path, options, name):
+    torch.save(STOCK[name], tmp_path / "x.pt", **options)
+    expected = {
+        key: tensor for key, tensor in stock_state_dict(tmp_path / "x.pt").items() if isinstance(tensor, torch.Tensor)
+    }
+    with open_source(tmp_path / "x.pt") as source:
+        assert {key: source.read(key).tolist() for key in source.tensors} == {
+            key: tensor.tolist() for key, tensor in expected.items()
+        }
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_state_dict_of_other_training_checkpoints(tmp_path, name):
+    checkpoint, expected = CHOSEN[name]
+    torch.save(checkpoint, tmp_path / "x.pt")
+    with open_source(tmp_path / "x.pt") as source:
+        assert {key: source.read(key).tolist() for key in source.tensors} == {
+            key: tensor.tolist() for key, tensor in expected.items()
+        }
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_several_state_dicts_are_refused_by_name(tmp_path, sentences, name):
+    torch.save(REFUSED[name], tmp_path / "x.pt")
+    with sentences.raises(SourceError):
+        open_source(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+def test_checkpoint_with_a_callback_of_lightning(tmp_path, options, monkeypatch):
+    """Checkpoints of Stable Diffusion 1 have one, which ComfyUI's loader accepts; it is not imported."""
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    callback = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    vars(module)["ModelCheckpoint"] = callback
+    with monkeypatch.context() as context:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+            context.setitem(sys.modules, name, module)
+        checkpoint = {"callbacks": {callback: {"best": "x"}}, "state_dict": WEIGHTS}
+        torch.save(checkpoint, tmp_path / "x.ckpt", **options)
+    with open_source(tmp_path / "x.ckpt") as source:
+        assert source.tensors.keys() == WEIGHTS.keys()
+    assert module.__name__ not in sys.modules
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
