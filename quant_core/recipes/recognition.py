@@ -66,9 +66,9 @@ def check_recognized(source: Source, choice: str | Preset, preset: Preset | None
     if choice == NONE or (preset and preset.covers_any(source.tensors)):
         return
     several = [found.name for found in matching_presets(source.tensors)]
-    what = f"Presets {', '.join(several)} all match" if several else f"No preset recognizes the {len(layers)} layers of"
+    what = f"Presets {', '.join(several)} all match" if several else "No preset recognizes"
     raise UnrecognizedModelError(
-        f"{what} {source.name}, such as {_shorten(layers[0])}; name the preset of its family, or apply the general rule with {GENERAL_SWITCH}.",
+        f"{what} the layers of {source.name}, such as {_shorten(layers[0])}; name the preset of its family, or apply the general rule with {GENERAL_SWITCH}.",
         file=source.name,
     )
 

@@ -184,8 +184,8 @@ REFUSED: tuple[Refused, ...] = (
         ),
     ),
     Refused(
-        "a LoRA or another difference to a model; in ComfyUI it is baked in where a MODEL with it goes into Learned Round Quantize, and loads as "
-        "usual after a quantized one",
+        "a LoRA or another difference to a model, which ComfyUI applies to quantized models as well; to bake it in, connect a MODEL with it to "
+        "Learned Round Quantize",
         (
             (r".*[._]lora\d?([._](A|B|up|down|mid|linear_layer)|_(embedding_)?(A|B))\b",),
             (r".*\.(lokr_[wt]\d|hada_[wt]\d|oft_(blocks|diag)|dora_scale|diff_b|set_weight)",),
@@ -231,4 +231,4 @@ def find_refusal(names: Iterable[str], *, general: bool = False) -> str | None:
     kind = next((kind for kind in REFUSED if (kind.always or not general) and kind.matches(lines)), None)
     if kind is None or kind.always:
         return kind and kind.description
-    return f"{kind.description}; to quantize it anyway, use {GENERAL_SWITCH}"
+    return f"{kind.description}, or quantize it anyway with {GENERAL_SWITCH}"

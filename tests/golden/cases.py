@@ -61,7 +61,8 @@ class Case:
         argv = [self.command, "--input", f"{FOLDER_OF_SOURCES}/{self.source}", "--output", OUTPUT, *args]
         if self.command == "quantize":
             argv += ["--device", "cpu", "--verbose", "--report", "report.json"]
-            if _GENERAL in (tree / _PARSER).read_text(encoding="utf-8"):
+            parser = tree / _PARSER
+            if parser.exists() and _GENERAL in parser.read_text(encoding="utf-8"):
                 argv.append(_GENERAL)
         return argv
 
