@@ -396,9 +396,9 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
         "async () => [window.app.graph.serialize(), (await window.app.graphToPrompt()).output]"
     )
     values = {node["type"]: node.get("widgets_values") or [] for node in saved["nodes"]}
-    assert len(values["LearnedRoundingQuantize"]) == 1
+    assert len(values["LearnedRoundingQuantize"]) == 2
     assert (len(values["LearnedRoundingLoadModel"]), len(values["LearnedRoundingSave"])) == (3, 2)
-    assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels"}
+    assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels", "general"}
 
 
 @pytest.mark.parametrize(("saved", "mode"), [(True, "on"), (False, "auto"), ("off", "off")])
