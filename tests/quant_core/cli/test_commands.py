@@ -1009,3 +1009,26 @@ def test_the_help_tells_the_exit_codes(lrq):
     _, out, _ = lrq("--help")
     said = " ".join(out.split())
     assert all(f"{code} {meaning}" in said for code, meaning in parser.EXIT_CODES.items())
+
+
+@pytest.mark.parametrize("command", [["plan"], ["quantize"], ["quantize", "--dry-run"]], ids=" ".join)
+def test_an_unrecognized_model_ends_before_any_work_unless_general_is_given(
+    strict_lrq, model_file, listing, command, sentences
+):
+    source = model_file()
+    code, out, err = strict_lrq(*command, "-i", source)
+    assert (code, out) == (1, "") and listing() == ["model.safetensors"]
+    sentences(err)
+    assert strict_lrq(*command, "-i", source, "--general")[0] == 0
+    none = ["--preset", "none", *(["--overwrite"] if command[0] == "quantize" else [])]
+    assert strict_lrq(*command, "-i", source, *none)[0] == 0  # who names the general rule has asked for it
+
+
+def test_a_choice_that_matches_no_layer_is_a_warning(lrq, model_file, tmp_path, sentences):
+    custom = ["--custom-layers", "mpl", "--custom-type", "fp8", "--exclude-layers", "qvk", "--exclude-layers", "qkv"]
+    for words in (["plan"], ["quantize", "-o", tmp_path / "q.safetensors", "--report", tmp_path / "r.json"]):
+        code, out, err = lrq(*words, "-i", model_file(), "--preset", "flux", *custom)
+        assert code == 0 and len(err) == 1 and err[0].startswith(UNUSED)
+        sentences(err)
+    (warning,) = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["warnings"]
+    assert err == [f"lrq: warning: {warning}"] and warning in out
