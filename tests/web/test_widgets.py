@@ -424,6 +424,14 @@ def test_booleans_of_earlier_workflows_become_modes_of_the_switch(graph, workflo
     assert copied == "on"
 
 
+def test_warnings_are_in_the_last_line_in_place_of_the_hint(graph):
+    warning = "No quantizable layer of model.safetensors matches keep pattern nothing."
+    send(graph, start(2, warnings=[warning]))
+    assert panel(graph)["notice"] == warning
+    send(graph, start(2, prompt="another"))
+    assert warning not in panel(graph)["notice"]
+
+
 def test_the_strip_shows_format_gain_and_what_is_kept(graph):
     learned = {"solver": "gptq", "gain": 0.4, "output_error": 0.01}
     nan = {"state": "kept", "name": NAME.format(3), "shape": [64, 64], "reason": "holds NaN"}
