@@ -1,7 +1,7 @@
 """Kinds of files that ComfyUI does not load quantized: a table of marks in their tensor names."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from .presets import STARTS
@@ -28,13 +28,17 @@ class Refused:
     absent: str = ""
     always: bool = False
 
-    def matches(self, names: str) -> bool:
-        """Whether ``names``, one per line, are those of such a file."""
+    def matches(self, marked: Collection[str], names: Iterable[str]) -> bool:
+        """Whether these are the names of such a file; ``marked``: those that some expression of any kind matches."""
+        if not any(all(_find(mark, marked) for mark in marks) for marks in self.marks):
+            return False
+        return not (self.absent and _find(self.absent, names))
 
-        def found(mark: str) -> bool:
-            return re.search(f"(?m)^(?:{mark})", names) is not None
 
-        return any(all(map(found, marks)) for marks in self.marks) and not (self.absent and found(self.absent))
+def _find(mark: str, names: Iterable[str]) -> bool:
+    """Whether the expression matches the beginning of one of the names."""
+    pattern = re.compile(mark)
+    return any(map(pattern.match, names))
 
 
 _LOADER = "whose loader in ComfyUI does not read quantized layers; use it unquantized"
@@ -222,13 +226,17 @@ REFUSED: tuple[Refused, ...] = (
 )  # fmt: skip
 
 
+_ANY_MARK = re.compile("|".join(f"(?:{mark})" for kind in REFUSED for marks in kind.marks for mark in marks))
+
+
 def find_refusal(names: Iterable[str], *, general: bool = False) -> str | None:
     """Description of the kind of file with these tensor names, and what to do; None for models that can be quantized.
 
     ``general``: the user asked to quantize any kind of file; then only kinds that no switch allows.
     """
-    lines = "\n".join(names)
-    kind = next((kind for kind in REFUSED if (kind.always or not general) and kind.matches(lines)), None)
+    names = list(names)
+    marked = list(filter(_ANY_MARK.match, names))  # few, so that each mark is tried on few names
+    kind = next((kind for kind in REFUSED if (kind.always or not general) and kind.matches(marked, names)), None)
     if kind is None or kind.always:
         return kind and kind.description
     return f"{kind.description}, or quantize it anyway with {GENERAL_SWITCH}"
