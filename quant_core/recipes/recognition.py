@@ -1,4 +1,10 @@
-"""Whether a model is known well enough to be quantized, and what its user should know: refusals and notes of a plan."""
+"""Recognition of models: what is refused, and the warnings of a plan.
+
+A model that no preset recognizes is refused by ``lrq`` and the nodes, and so are kinds of files that ComfyUI does not load
+quantized (:mod:`.refused`), unless ``--general`` or the node's switch allows it. That is an argument of the run, ``general``,
+as ``overwrite`` is, and not part of the recipe: recipes and fingerprints do not depend on it. By default the library, whose
+callers know their tensors, refuses such kinds of files only.
+"""
 
 import re
 from collections.abc import Sequence
