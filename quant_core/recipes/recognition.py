@@ -9,6 +9,7 @@ callers know their tensors, refuses such kinds of files only.
 import re
 from collections.abc import Sequence
 
+from ..display import shorten
 from ..errors import NothingToQuantizeError, RecipeError, UnrecognizedModelError
 from ..sources import Source
 from .layers import LayerRule
@@ -74,7 +75,7 @@ def check_recognized(source: Source, choice: str | Preset, preset: Preset | None
     several = [found.name for found in matching_presets(source.tensors)]
     what = f"Presets {', '.join(several)} all match" if several else "No preset recognizes"
     raise UnrecognizedModelError(
-        f"{what} the layers of {source.name}, such as {_shorten(layers[0])}; name the preset of its family, or apply the general rule with {GENERAL_SWITCH}.",
+        f"{what} the layers of {source.name}, such as {shorten(layers[0], _SHOWN_CHARACTERS)}; name the preset of its family, or apply the general rule with {GENERAL_SWITCH}.",
         file=source.name,
     )
 
@@ -93,7 +94,7 @@ def describe_unused(
         reasons.insert(0, f"preset {choice}")
     if not reasons:
         return None
-    shown = [_shorten(text) for text in reasons[:_SHOWN]]
+    shown = [shorten(text, _SHOWN_CHARACTERS) for text in reasons[:_SHOWN]]
     more = f" and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
     return f"No quantizable layer of {source.name} matches {', '.join(shown)}{more}; check the spelling, or leave out what has no effect."
 
@@ -125,7 +126,3 @@ def _find_noise(*texts: str, folder: str) -> str | None:
     found = {match[1] for word in words if (match := _EXPERT_WORD.fullmatch(word))}
     found |= {match.lower() for match in _EXPERT_FOLDER.findall(folder)}
     return found.pop() if len(found) == 1 else None
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
