@@ -75,7 +75,8 @@ def check_recognized(source: Source, choice: str | Preset, preset: Preset | None
     several = [found.name for found in matching_presets(source.tensors)]
     what = f"Presets {', '.join(several)} all match" if several else "No preset recognizes"
     raise UnrecognizedModelError(
-        f"{what} the layers of {source.name}, such as {shorten(layers[0], _SHOWN_CHARACTERS)}; name the preset of its family, or apply the general rule with {GENERAL_SWITCH}.",
+        f"{what} the layers of {source.name}, such as {shorten(layers[0], _SHOWN_CHARACTERS)}; "
+        f"name the preset of its family, or apply the general rule with {GENERAL_SWITCH}.",
         file=source.name,
     )
 
