@@ -82,8 +82,9 @@ class LoadModel(io.ComfyNode):
 
 
 def _describe_family(weights: Weights) -> str:
-    """The model family that was detected, with the evidence, or the reason why the model cannot be quantized."""
+    """The model family that was detected, with the evidence, or the reason why the model is not quantized."""
     try:
-        return Recipe().plan(weights).explanation
+        plan = Recipe().plan(weights, general=False)
+        return " ".join((plan.explanation, *plan.warnings))
     except QuantizationError as error:
         return str(error)

@@ -45,6 +45,15 @@ class LearnedRoundQuantize(io.ComfyNode):
                     tooltip="This pack's Triton kernels for the MODEL's INT8 layers (per row or tensor). auto: as in the settings, by "
                     "default for every layer shape where they are faster than ComfyUI's own, measured once; on: always; off: never.",
                 ),
+                widget(
+                    io.Boolean,
+                    id="general",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Quantize a model that no preset recognizes by the general rule, and kinds of files that ComfyUI does not load "
+                    "quantized. Off: they are refused.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model, ready for a sampler."),
@@ -67,11 +76,16 @@ class LearnedRoundQuantize(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, source, recipe=None, calibration=None, native_int8_kernels=host.NATIVE_INT8_MODES[0]
+        cls,
+        source,
+        recipe=None,
+        calibration=None,
+        native_int8_kernels=host.NATIVE_INT8_MODES[0],
+        general=False,
     ) -> io.NodeOutput:
         wanted = host.outputs_in_use(cls.hidden.dynprompt, cls.hidden.unique_id)
         with NodeProgress(cls.hidden.unique_id) as progress:
-            quantized = host.quantize(source, recipe or Recipe(), progress, calibration)
+            quantized = host.quantize(source, recipe or Recipe(), progress, calibration, general=general)
             mode = host.native_int8_mode(native_int8_kernels)
             model = host.build_model(source, quantized, mode) if 0 in wanted else None
             clip = host.build_clip(source, quantized) if 1 in wanted else None

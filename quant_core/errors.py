@@ -9,6 +9,7 @@ __all__ = [
     "QuantizationError",
     "SourceError",
     "AlreadyQuantizedError",
+    "UnrecognizedModelError",
     "NothingToQuantizeError",
     "NonFiniteWeightError",
     "OutOfMemoryError",
@@ -45,6 +46,10 @@ class SourceError(QuantizationError):
 
 class AlreadyQuantizedError(SourceError):
     """The source contains quantized values where full-precision weights are required."""
+
+
+class UnrecognizedModelError(SourceError):
+    """No preset recognizes the model, or several do."""
 
 
 class NothingToQuantizeError(QuantizationError):

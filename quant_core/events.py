@@ -66,6 +66,7 @@ class RunStarted(Event):
         bytes_in: size of the source tensors in bytes.
         plan: all weights with two or more dimensions, in the order of the source.
         rounding: rounding of the recipe, with "auto" resolved.
+        warnings: sentences for the user, of the :class:`~.recipes.Plan`.
     """
 
     source: str
@@ -77,6 +78,7 @@ class RunStarted(Event):
     bytes_in: int
     plan: tuple[PlannedLayer, ...] = ()
     rounding: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ const NO_PARTS = Object.freeze({
 
 const FRESH = Object.freeze({
   phase: "running", measuring: false, checked: null, before: NO_PARTS, label: "", source: "", total: 0, finished: 0, layer: null,
-  rounding: "", learned: "", eta: null, rate: null, bytes: 0, since: null, unit: null, worst: [], kept: [], cells: [],
+  rounding: "", learned: "", eta: null, rate: null, bytes: 0, since: null, unit: null, worst: [], kept: [], warnings: [], cells: [],
   places: new Map(),
 });
 
@@ -37,6 +37,9 @@ export const worstError = ({ error, output_error }) => output_error ?? error;
 
 const sumOf = (left, right) =>
   Object.fromEntries([...new Set([...Object.keys(left), ...Object.keys(right)])].map((key) => [key, (left[key] ?? 0) + (right[key] ?? 0)]));
+
+/** Warnings of a state and of a message, each once; messages of earlier releases have none. */
+const withWarnings = (warnings, event) => [...new Set([...warnings, ...(event.warnings ?? [])])];
 
 const andKnown = (values, value) => ((value ?? null) === null ? values : [...values, value]);
 
@@ -82,6 +85,7 @@ const REDUCERS = {
       before: next ? state.parts : NO_PARTS,
       worst: next ? state.worst : [],
       kept: next ? state.kept : [],
+      warnings: withWarnings(next ? state.warnings : [], event),
       cells,
       places: new Map(planned.map(({ name }, place) => [name, cells.length - planned.length + place])),
       label: labelOf(event),
@@ -155,6 +159,7 @@ const REDUCERS = {
       rate: null,
       parts,
       worst: parts.worst,
+      warnings: withWarnings(run.warnings, event),
     };
   },
 

@@ -183,7 +183,9 @@ class ProgressPanel {
     this.cancel.disabled = this.#cancelled !== null && this.#cancelled === this.#state.prompt;
     setText(this.cancel, say(this.cancel.disabled ? "cancelling" : "cancel"), this.cancel.title);
     this.keep.hidden = this.#rule === null || !configureOf(this.#node);
-    if (this.#rule === null) setText(this.notice, this.#state.cells.length ? say("hint") : "");
+    const { cells, warnings = [] } = this.#state;
+    this.notice.classList.toggle("lr-warning", this.#rule === null && warnings.length > 0);
+    if (this.#rule === null) setText(this.notice, warnings.join(" ") || (cells.length ? say("hint") : ""), warnings.join("\n"));
   }
 
   /** Show the card of a layer in place of the worst layers, or these again. */

@@ -59,6 +59,7 @@ class TinyGraph(Graph):
         format: str = "float8_e4m3fn",
         granularity: str = "auto",
         calibration: list | None = None,
+        general: bool = False,
         **options,
     ) -> Node:
         chosen = {name: options.pop(name) for name in list(options) if name in (*OPTIONS, "block_size")}
@@ -67,6 +68,7 @@ class TinyGraph(Graph):
         options = {"preset": "auto", "seed": 0, **options}
         recipe = self.add("LearnedRoundingConfigure", format=format, granularity=granularity, **options)
         optional = {"calibration": calibration} if calibration else {}
+        optional |= {"general": True} if general else {}
         return self.add("LearnedRoundingQuantize", source=source, recipe=recipe[0], **optional)
 
     def save(self, quantized: Node, prefix: str, folder: str = "output") -> Node:

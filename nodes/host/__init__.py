@@ -43,6 +43,7 @@ from .running import (
     progress_bar,
     running_prompt,
     send_message,
+    show_text,
 )
 from .saving import SAVE_FOLDERS, check_name, save_files
 from .verifying import verify_saved
@@ -91,6 +92,7 @@ __all__ = [
     "schedulers",
     "send_message",
     "shorten_paths",
+    "show_text",
     "supports_format",
     "verify_saved",
 ]

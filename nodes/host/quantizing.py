@@ -60,8 +60,8 @@ def _identity(source) -> tuple:
     return weakref.ref(patcher.model), patcher.patches_uuid
 
 
-# (identity, recipe, result) of the last run: connecting another output later does not quantize again.
-_last: tuple[tuple, Recipe, Quantized] | None = None
+# (identity, recipe, general, result) of the last run: connecting another output later does not quantize again.
+_last: tuple[tuple, Recipe, bool, Quantized] | None = None
 
 
 def forget_last_result() -> None:
@@ -70,8 +70,12 @@ def forget_last_result() -> None:
     _last = None
 
 
-def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrated | None" = None) -> Quantized:
+def quantize(
+    source, recipe: Recipe, on_event: Listener, calibration: "Calibrated | None" = None, *, general: bool = False
+) -> Quantized:
     """Quantize a MODEL, CLIP or :class:`FileSource` into files in ComfyUI's temp folder, on ComfyUI's device.
+
+    ``general`` allows models that no preset recognizes, see :func:`make_plan`; every part is checked before the first is quantized.
 
     The last result and files that Save Quantized has saved are used again for the same inputs, see :mod:`.reusing`.
 
@@ -80,10 +84,13 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
     """
     global _last
     identity = (*_identity(source), calibration and calibration.fingerprint)
-    if _last and _last[:2] == (identity, recipe):
-        return _last[2]
+    if _last and _last[:2] == (identity, recipe) and general >= _last[2]:
+        return _last[3]
     forget_last_result()
     kind, parts = split_parts(source)
+    for origin in parts.values():
+        with _open(origin) as weights:
+            _exclude_unreadable(recipe, weights).plan(weights, general=general)
     clip_type = getattr(source, "clip_type", "")
     key = (kind, clip_type, recipe, calibration and calibration.fingerprint)
     with calibration.open() if calibration else contextlib.nullcontext() as statistics:
@@ -92,9 +99,9 @@ def quantize(source, recipe: Recipe, on_event: Listener, calibration: "Calibrate
             show_text(f"Using {names}, saved from the same inputs.")
             files, report = saved.link_to_temp(), saved.report
         else:
-            files, report = _run(kind, parts, recipe, on_event, statistics)
+            files, report = _run(kind, parts, recipe, on_event, statistics, general)
     quantized = Quantized(files, kind, recipe.format.label, report, clip_type, key)
-    _last = (identity, recipe, quantized)
+    _last = (identity, recipe, general, quantized)
     return quantized
 
 
@@ -104,6 +111,7 @@ def _run(
     recipe: Recipe,
     on_event: Listener,
     statistics: CalibrationFile | None,
+    general: bool,
 ) -> tuple[dict[str, Path], Report]:
     """Quantize all parts; returns {part: temporary file} and the report."""
     device = comfy.model_management.get_torch_device()
@@ -121,6 +129,7 @@ def _run(
                     device=device,
                     overwrite=True,  # the name is unique, and overwriting needs no hard links
                     unfinished=f"{part or kind}.safetensors",
+                    general=general,
                     on_event=on_event,
                     check=comfy.model_management.throw_exception_if_processing_interrupted,
                 )
@@ -171,6 +180,7 @@ def _merge_reports(reports: list[Report]) -> Report:
             if field.name in ("layers", "kept", "bytes_in", "bytes_out", "seconds"):
                 setattr(first, field.name, getattr(first, field.name) + getattr(other, field.name))
     first.recognised = " ".join(dict.fromkeys(report.recognised for report in reports))
+    first.warnings = list(dict.fromkeys(warning for report in reports for warning in report.warnings))
     first.output = None  # the file is temporary
     return first
 

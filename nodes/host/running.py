@@ -170,9 +170,9 @@ def _parse_json(body: bytes) -> object:
         raise ValueError("The body is not valid JSON.") from None
 
 
-def show_text(text: str) -> None:
-    """Show a text on the running node, and log it."""
-    log.info("%s", text)
+def show_text(text: str, level: int = logging.INFO) -> None:
+    """Show a text on the running node, and log it on that level of ``logging``."""
+    log.log(level, "%s", text)
     server = getattr(PromptServer, "instance", None)
     if server is not None and server.last_node_id is not None:
         server.send_progress_text(text, server.last_node_id, server.client_id)

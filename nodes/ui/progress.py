@@ -5,6 +5,7 @@ messages of the latest runs are stored for pages that are opened or reloaded dur
 output of its node, for pages and workflows in which the node is cached.
 """
 
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ def _start_message(event: RunStarted) -> dict:
         # [name, shape, index of its reason]; layers share a few reasons, so these are listed once
         "plan": [[layer.name, list(layer.shape), reasons.index(layer.kept)] for layer in event.plan],
         "reasons": reasons,
+        "warnings": list(event.warnings),
     }
 
 
@@ -117,6 +119,7 @@ def _end_message(event: RunFinished) -> dict:
             {"name": layer.name, "error": layer.weight_error, "output_error": layer.output_error}
             for layer in _worst_layers(report)
         ],
+        "warnings": report.warnings,
     }
 
 
@@ -195,6 +198,8 @@ class NodeProgress:
             self._bar = host.progress_bar(event.total, self._node)
         elif isinstance(event, RunStarted):
             self._bar = host.progress_bar(event.layers, self._node)
+            if event.warnings:
+                host.show_text("\n".join(event.warnings), logging.WARNING)
         elif isinstance(event, RunFinished | CalibrationFinished):
             self._finished = event
         elif isinstance(event, LayerMeasured | LayerFinished) or (isinstance(event, LayerKept) and not event.planned):

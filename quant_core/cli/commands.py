@@ -17,7 +17,7 @@ from ..errors import OutputError, QuantizationError
 from ..formats import FORMATS
 from ..formats.kinds import quantized_formats
 from ..output import inspect_file, keep_apart, verify_file
-from ..recipes import PRESETS, Recipe
+from ..recipes import PRESETS, Plan, Recipe
 from ..run.estimate import estimate_seconds, estimate_size
 from ..run.quantize import output_name, quantize_file, usable_device
 from ..sources import Source, open_source
@@ -123,8 +123,9 @@ def _quantize(args: argparse.Namespace) -> int:
                 **texts,
             }
             keep_apart(args.report, inputs, "report")
+        plan = _make_plan(args, recipe, source)
         print_line(
-            f"{escape_control(recipe.plan(source).explanation)} {args.input} → {output}, {recipe.format}, rounding {rounding.rounding}."
+            f"{escape_control(plan.explanation)} {args.input} → {output}, {recipe.format}, rounding {rounding.rounding}."
         )
         progress = Progress(args.verbose)
         try:
@@ -136,6 +137,7 @@ def _quantize(args: argparse.Namespace) -> int:
                     calibration=calibration,
                     device=args.device,
                     overwrite=args.overwrite,
+                    general=args.general,
                     on_event=progress,
                 )
         finally:
@@ -159,8 +161,16 @@ def _plan(args: argparse.Namespace) -> int:
         return _print_plan(args, build_recipe(args), source)
 
 
+def _make_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> Plan:
+    """The plan; its warnings go to standard error."""
+    plan = recipe.plan(source, general=args.general)
+    for warning in plan.warnings:
+        print_error(f"lrq: warning: {escape_control(warning)}")
+    return plan
+
+
 def _print_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> int:
-    plan = recipe.plan(source)
+    plan = _make_plan(args, recipe, source)
     print_line(escape_control(plan.explanation))
     for name, decision in plan.decisions.items():
         own = f"  as {decision.format}" if decision.format else ""

@@ -156,6 +156,11 @@ def _add_shared(parser: argparse.ArgumentParser) -> dict[str, argparse._Argument
         help="dequantize a source that is quantized already; its error remains, a full-precision original is better",
     )
     groups[SOURCE].add_argument(
+        "--general",
+        action="store_true",
+        help="quantize a model that no preset recognizes by the general rule, and kinds of files that ComfyUI does not load quantized",
+    )
+    groups[SOURCE].add_argument(
         "--recipe",
         type=Path,
         metavar="FILE",

@@ -6,23 +6,21 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..cancellation import CancelCheck
-from ..display import human_bytes, shorten
+from ..display import human_bytes
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..formats import FORMATS, FormatConfig
 from ..formats.kinds import can_dequantize, quantized_formats
 from ..formats.scales import BLOCK_SIZE
 from ..sources import Source, TensorInfo
 from .layers import LayerRule, find_rules, most_specific
-from .presets import AUTO, COMMON, GENERAL, NONE, Preset, Rule, find_preset, recognize_preset
-from .refused import find_refusal
+from .presets import AUTO, COMMON, GENERAL, Preset, Rule, recognize_preset
+from .recognition import check_kind, check_recognized, choose_preset, describe_expert, describe_unused
 from .roles import find_roles
 from .rules import check_eligibility, check_heuristic
 
 __all__ = ["Choice", "Decision", "Plan", "make_plan"]
 
 _OUTLINE = 6  # points
-_IDLE_SHOWN = 10  # layer rules
-_REASON = 100  # characters of a layer rule
 
 _TEXT_ENCODER = " Also {}, which ComfyUI 0.33 and newer reads quantized; keep layers ^{} for older versions."
 _ENCODER = re.compile(r"text_encoders\.(?:(?P<part>[^.]+)\.transformer\.)?")
@@ -79,6 +77,7 @@ class Plan:
         choice: result of the bit allocation, for format measured.
         encoders: name prefix of a text encoder inside a checkpoint → its preset.
         idle: layer rules of the user that match no layer.
+        warnings: sentences for the user: choices that match no layer, and other files that the model needs.
     """
 
     decisions: dict[str, Decision]
@@ -87,18 +86,11 @@ class Plan:
     choice: Choice | None = None
     encoders: Mapping[str, Preset] = field(default_factory=dict)
     idle: tuple[LayerRule, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def explanation(self) -> str:
-        """For people: the keep list, the layers that it does not cover, and layer rules that match no layer."""
-        if not self.idle:
-            return self._family
-        further = f" and {len(self.idle) - _IDLE_SHOWN} more" if len(self.idle) > _IDLE_SHOWN else ""
-        idle = ", ".join(shorten(rule.reason, _REASON) for rule in self.idle[:_IDLE_SHOWN])
-        return f"{self._family} No layer matches: {idle}{further}."
-
-    @property
-    def _family(self) -> str:
+        """For people: the keep list, and the layers that it does not cover."""
         if self.preset:
             encoders = "".join(_TEXT_ENCODER.format(preset.title, start) for start, preset in self.encoders.items())
             return f"{'Recognized as' if self.detected else 'Preset'} {self.preset.title}.{encoders} {self._coverage}"
@@ -183,14 +175,6 @@ def _decide(
     return Decision("keep", kept) if kept else Decision("quantize")
 
 
-def _choose_preset(choice: str | Preset, source: Source) -> Preset | None:
-    if isinstance(choice, Preset):
-        return choice
-    if choice == AUTO:
-        return recognize_preset(source.tensors)
-    return None if choice == NONE else find_preset(choice)
-
-
 def make_plan(
     source: Source,
     *,
@@ -198,6 +182,7 @@ def make_plan(
     rules: Iterable[LayerRule] = (),
     heur: bool = False,
     block_size: int = BLOCK_SIZE,
+    general: bool | None = None,
     check: CancelCheck | None = None,
 ) -> Plan:
     """Decide for every tensor of ``source``; small tensors may be read, weights are not.
@@ -206,12 +191,16 @@ def make_plan(
         preset, heur: as in a :class:`~.recipe.Recipe`.
         rules: layer rules of the user; they override preset, roles and ``heur``, unless ComfyUI cannot read the result.
         block_size: side of a block in weights, for ``heur``.
+        general: apply the general rule to a model that no preset recognizes, and quantize kinds of files that ComfyUI does not
+            load quantized. False refuses both, as ``lrq`` and the nodes do unless the user asks for it. None, for programs that
+            know their models, refuses only such kinds.
         check: called often; raises to cancel.
 
     Raises:
         AlreadyQuantizedError: the source is quantized.
         NothingToQuantizeError: no layer would be quantized, or ComfyUI would load none of them.
-        RecipeError: a pattern of the rules takes too long to search for.
+        UnrecognizedModelError: ``general`` is False, and no preset recognizes the source.
+        RecipeError: a pattern of the rules takes too long to search for, or the preset is that of another model.
     """
     if formats := quantized_formats(source):
         decode = ", or dequantize it first (requantize)" if can_dequantize(source) else ""
@@ -219,9 +208,8 @@ def make_plan(
             f"{source.name} is quantized already ({', '.join(formats)}); quantizing it again would ruin the model, "
             f"so give its full-precision original{decode}."
         )
-    if reason := find_refusal(source.tensors):
-        raise NothingToQuantizeError(f"{source.name} is {reason}.")
-    family = _choose_preset(preset, source)
+    check_kind(source, general)
+    family = choose_preset(preset, source)
     encoders = _find_encoders(source.tensors, family) if family else {}
     decisions, own, block = {}, tuple(dict.fromkeys(rules)), block_size if heur else None
     eligible = (name for name, info in source.tensors.items() if check_eligibility(name, info) is None)
@@ -233,10 +221,16 @@ def make_plan(
         decisions[name] = _decide(name, info, seen, preset_of, found.get(name, ()), roles.get(name), block)
     used = {rule for name, its_rules in found.items() if decisions[name].action != "remove" for rule in its_rules}
     idle = tuple(rule for rule in own if rule not in used)
-    plan = Plan(decisions, family, detected=preset == AUTO, encoders=encoders, idle=idle)
-    if next(plan.names("quantize"), None) is None:
+    notes = describe_unused(source, preset, family, idle), describe_expert(source, family)
+    plan = Plan(
+        decisions, family, detected=preset == AUTO, encoders=encoders, idle=idle, warnings=tuple(filter(None, notes))
+    )
+    layers = list(plan.names("quantize"))
+    if not layers:
         reasons = sorted({decision.reason for decision in decisions.values()})
         raise NothingToQuantizeError(
             f"{source.name} has no layer to quantize: all {len(decisions)} tensors are kept ({'; '.join(reasons[:4]) or 'there are none'})."
         )
+    if general is False:
+        check_recognized(source, preset, family, layers)
     return plan

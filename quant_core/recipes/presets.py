@@ -5,7 +5,8 @@ A preset file has
 * ``title``, and ``aliases``: other names of the preset;
 * ``detect``: lists of marks; all marks of one list must match, and ``absent``: marks that must not match. A mark is a tensor
   name and optionally its shape, ``cap_embedder.1.weight 3840x*``. A preset without ``detect`` is used only by its name;
-* ``blocks``: pattern of the layers that the preset covers; the plan reports layers to quantize that it does not cover;
+* ``blocks``: pattern of the layers that the preset covers, by default none; the plan reports layers to quantize that it
+  does not cover;
 * ``encoders``: text encoders of a checkpoint of this family that ComfyUI reads quantized, by the names of their parts (an
   empty name: the checkpoint has one text encoder, without a name); their rules are those of the preset that recognizes them;
 * ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``, optionally ``cannot`` or ``table``, see :class:`Rule`;
@@ -35,11 +36,13 @@ __all__ = [
     "COMMON",
     "GENERAL",
     "PRESETS",
+    "START",
     "STARTS",
     "Mark",
     "Preset",
     "Rule",
     "find_preset",
+    "matching_presets",
     "recognize_preset",
 ]
 
@@ -54,7 +57,7 @@ STARTS = (
     "net.",
 )  # name prefixes of the model in a checkpoint
 _PREFIXES = ("", *STARTS)
-_START = f"^(?:{'|'.join(map(re.escape, STARTS))})?"
+START = f"^(?:{'|'.join(map(re.escape, STARTS))})?"
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,14 @@ class Preset:
         found = any(all(mark.matches(tensors) for mark in marks) for marks in self.detect)
         return found and not any(mark.matches(tensors) for mark in self.absent)
 
+    def covers_any(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether the preset recognizes the tensors or covers one of their weights."""
+        covered = (name for name, info in tensors.items() if len(info.shape) > 1 and self.blocks.search(name))
+        return self.matches(tensors) or next(covered, None) is not None
+
 
 def _pattern(text: str) -> re.Pattern[str]:
-    return re.compile(f"{_START}(?:{text})")
+    return re.compile(f"{START}(?:{text})")
 
 
 @cache
@@ -144,7 +152,7 @@ def _load(name: str) -> Preset:
         aliases=tuple(data.get("aliases", ())),
         keep=rules("keep"),
         remove=rules("remove"),
-        blocks=_pattern(data.get("blocks", "")),
+        blocks=_pattern(data.get("blocks", "(?!)")),
         detect=tuple(tuple(map(Mark.parse, marks)) for marks in data.get("detect", ())),
         absent=tuple(map(Mark.parse, data.get("absent", ()))),
         encoders=tuple(data.get("encoders", ())),
@@ -164,7 +172,12 @@ def find_preset(name: str) -> Preset:
     return known[name]
 
 
+def matching_presets(tensors: Mapping[str, TensorInfo]) -> list[Preset]:
+    """All presets whose marks are among these tensors."""
+    return [preset for preset in PRESETS.values() if preset.matches(tensors)]
+
+
 def recognize_preset(tensors: Mapping[str, TensorInfo]) -> Preset | None:
     """The preset of the family that these tensors belong to; None if none or several match."""
-    matching = [preset for preset in PRESETS.values() if preset.matches(tensors)]
+    matching = matching_presets(tensors)
     return matching[0] if len(matching) == 1 else None

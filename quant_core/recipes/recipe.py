@@ -145,11 +145,24 @@ class Recipe:
             return self
         return Recipe(decision.format, self.rounding, preset=self.preset, heur=self.heur, seed=self.seed)
 
-    def plan(self, source: Source, *, preset: Preset | None = None, check: CancelCheck | None = None) -> Plan:
+    def plan(
+        self,
+        source: Source,
+        *,
+        preset: Preset | None = None,
+        general: bool | None = None,
+        check: CancelCheck | None = None,
+    ) -> Plan:
         """One decision for every tensor of ``source``, see :func:`~.plan.make_plan`; ``preset`` overrides that of the recipe."""
         size = self.format.block_size or BLOCK_SIZE
         return make_plan(
-            source, preset=preset or self.preset, rules=self.rules, heur=self.heur, block_size=size, check=check
+            source,
+            preset=preset or self.preset,
+            rules=self.rules,
+            heur=self.heur,
+            block_size=size,
+            general=general,
+            check=check,
         )
 
     def to_dict(self) -> dict[str, object]:

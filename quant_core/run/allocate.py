@@ -67,6 +67,7 @@ def allocate_formats(
     device: torch.device,
     emit: Listener,
     check: CancelCheck,
+    general: bool | None = None,
 ) -> Plan:
     """``recipe.plan(source)`` with a measured format for every layer.
 
@@ -76,7 +77,7 @@ def allocate_formats(
         RecipeError: the target size is smaller than the model in 8 bits.
         NothingToQuantizeError: the target is so large that no layer is quantized.
     """
-    plan = recipe.plan(source, check=check)
+    plan = recipe.plan(source, general=general, check=check)
     names = _candidate_layers(source, recipe, plan, calibration, check)
     sensitivities = {name: known for name in names if (known := _sensitivity(calibration, name)) is not None}
     default = statistics.median(sensitivities.values()) if sensitivities else 1 / max(len(names), 1)
@@ -103,7 +104,7 @@ def _candidate_layers(
     source: Source, recipe: Recipe, plan: Plan, calibration: Calibration, check: CancelCheck
 ) -> list[str]:
     """Weights that the plan quantizes, and those with a known sensitivity that only the preset skips."""
-    eligible = set(recipe.plan(source, preset=COMMON, check=check).names("quantize"))
+    eligible = set(recipe.plan(source, preset=COMMON, general=True, check=check).names("quantize"))
 
     def is_candidate(name: str, action: str) -> bool:
         if action == "quantize":

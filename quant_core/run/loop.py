@@ -114,6 +114,7 @@ class QuantizationRun:
                 bytes_in=self.report.bytes_in,
                 plan=tuple(self._planned_layers()),
                 rounding=self.report.rounding,
+                warnings=self._plan.warnings,
             )
         )
 

@@ -53,6 +53,7 @@ def quantize_tensors(
     calibration: Calibration | None = None,
     metadata: Mapping[str, str] | None = None,
     device: str | torch.device | None = None,
+    general: bool | None = None,
     on_event: Listener | None = None,
     check: CancelCheck | None = None,
 ) -> QuantizedTensors:
@@ -64,6 +65,7 @@ def quantize_tensors(
         calibration: statistics of input activations; layers without them are rounded as if uncalibrated.
         metadata: header metadata of the source.
         device: device of the arithmetic; None for the first GPU, or the CPU if there is none.
+        general: what to do with tensors that no preset recognizes, see :func:`~..recipes.make_plan`.
         on_event: called with every :class:`~.events.Event`.
         check: called often; raise in it to cancel.
 
@@ -72,9 +74,9 @@ def quantize_tensors(
     """
     source, sink = TensorSource(tensors, metadata), _StateDict()
     emit, check, device = on_event or _ignore_event, check or _never_cancel, usable_device(device)
-    plan = _plan(source, recipe, calibration, check)
+    plan = _plan(source, recipe, calibration, general, check)
     with explain_out_of_memory(f"{device} has too little memory for {source.name}"):
-        plan = _allocate(source, plan, recipe, calibration, device, emit, check)
+        plan = _allocate(source, plan, recipe, calibration, device, general, emit, check)
         run = QuantizationRun(
             source, plan, recipe, calibration, sink=sink, journal=None, device=device, emit=emit, check=check
         )
@@ -97,6 +99,7 @@ def quantize_file(
     device: str | torch.device | None = None,
     overwrite: bool = False,
     unfinished: str | None = None,
+    general: bool | None = None,
     on_event: Listener | None = None,
     check: CancelCheck | None = None,
 ) -> Report:
@@ -115,6 +118,7 @@ def quantize_file(
         overwrite: replace an existing file that was made from something else.
         unfinished: file name that the names of hidden files contain until the run ends; by default that of the output. Runs
             with the same name resume each other, whatever their outputs are named.
+        general: what to do with a model that no preset recognizes, see :func:`~..recipes.make_plan`.
         on_event: called with every :class:`~.events.Event`.
         check: called often; raise in it to cancel.
 
@@ -131,6 +135,7 @@ def quantize_file(
                 device=device,
                 overwrite=overwrite,
                 unfinished=unfinished,
+                general=general,
                 on_event=on_event,
                 check=check,
             )
@@ -140,7 +145,7 @@ def quantize_file(
     inputs = {"source": input_paths(source), "calibration": input_paths(calibration)}
     states = FileStates(path for paths in inputs.values() for path in paths)
     keep_apart(destination, inputs)
-    plan = _plan(source, recipe, calibration, check)
+    plan = _plan(source, recipe, calibration, general, check)
     fingerprint = run_fingerprint(source, recipe, calibration)
     if destination.exists() and _is_done(destination, fingerprint, inputs, overwrite=overwrite):
         remove_leftovers(hidden)
@@ -149,7 +154,7 @@ def quantize_file(
         return report
     with explain_out_of_memory(f"{device} has too little memory for {source.name}"):
         recorded = RecordedSource(source)
-        plan = _allocate(recorded, plan, recipe, calibration, device, emit, check)
+        plan = _allocate(recorded, plan, recipe, calibration, device, general, emit, check)
         journal = _journal(recorded, plan, recipe, fingerprint, FileStates(inputs["calibration"]), device)
         reserve = header_bound(source, plan, recipe, calibrated=calibration is not None, fingerprint=fingerprint)
         with SafetensorsWriter(
@@ -174,10 +179,12 @@ def quantize_file(
     return run.report
 
 
-def _plan(source: Source, recipe: Recipe, calibration: Calibration | None, check: CancelCheck) -> Plan:
+def _plan(
+    source: Source, recipe: Recipe, calibration: Calibration | None, general: bool | None, check: CancelCheck
+) -> Plan:
     """Check the recipe and the calibration, and decide from names and shapes what to quantize."""
     recipe.resolve(calibration is not None)
-    plan = recipe.plan(source, check=check)
+    plan = recipe.plan(source, general=general, check=check)
     if calibration is not None:
         weights = ((name, info.shape) for name, info in source.tensors.items() if name.endswith(".weight"))
         calibration.check({name.removesuffix(".weight"): shape for name, shape in weights})
@@ -190,12 +197,13 @@ def _allocate(
     recipe: Recipe,
     calibration: Calibration | None,
     device: torch.device,
+    general: bool | None,
     emit: Listener,
     check: CancelCheck,
 ) -> Plan:
     """The plan with a format for every layer: that of the recipe or, for mixed precision, one of its own."""
     if recipe.format.measured and calibration is not None:
-        plan = allocate_formats(source, recipe, calibration, device=device, emit=emit, check=check)
+        plan = allocate_formats(source, recipe, calibration, device=device, emit=emit, check=check, general=general)
     check_name_collisions(source, plan, recipe)
     return plan
 

@@ -44,6 +44,7 @@ class Report:
         taken_up: number of layers that were resumed from a killed run.
         choice: curve of the bit allocation and the chosen point, for mixed precision.
         recognised: recognised model and preset.
+        warnings: choices that match no layer, and other files that the model needs.
     """
 
     source: str
@@ -62,6 +63,7 @@ class Report:
     taken_up: int = 0
     choice: Choice | None = None
     recognised: str = ""
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def for_plan(cls, source: str, plan: Plan, recipe: Recipe, *, calibrated: bool) -> "Report":
@@ -74,6 +76,7 @@ class Report:
             preset=plan.preset.name if plan.preset else NONE,
             choice=plan.choice,
             recognised=plan.explanation,
+            warnings=list(plan.warnings),
         )
 
     @property
@@ -178,6 +181,7 @@ class Report:
         ratio = self.bytes_out / self.bytes_in if self.bytes_in else 1.0
         rows = [
             *([("model", self.recognised)] if self.recognised else []),
+            *(("warning", text) for text in self.warnings),
             ("format", f"{self._format}, rounding {self.rounding}"),
             *([("mixed precision", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
             ("layers quantized", f"{len(self.layers)}{resumed}"),

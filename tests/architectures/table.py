@@ -36,8 +36,8 @@ From which files: each of [the kinds of file](sources.md), whose errors by forma
 which it lies with other parts gives the same decisions; *in a checkpoint* a text encoder beside a model whose family ComfyUI reads it quantized with;
 *diffusers* by Load Model in a graph, which has ComfyUI rename its layers, where each tensor gets its own name and shape back
 (`tests/nodes/test_opening.py`), and for WAN, LTX-Video, Flux.2 and Hunyuan Video from any source; a file that has tensors without a
-conversion is refused. Any other model gets the general rule alone, and the
-plan says so.
+conversion is refused. Any other model, as those with *general rule* for a preset, is refused unless `--general`, or the switch *general* of
+Learned Round Quantize, asks for the general rule alone.
 
 """
 COLUMNS = (

@@ -132,7 +132,9 @@ def test_it_is_one_line_for_people(one_case, monkeypatch, capsys, tried, sentenc
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(loop, "quantize_layer", full)
-    assert main(["quantize", "-i", str(one_case.source), "-o", str(one_case.target), "--device", "cpu"]) == 1
+    assert (
+        main(["quantize", "-i", str(one_case.source), "-o", str(one_case.target), "--device", "cpu", "--general"]) == 1
+    )
     sentences(capsys.readouterr().err.splitlines()[-1])
     one_case.check(complete=False)
     tried("out of memory on the command line", 1, "none, one sentence, next run works")

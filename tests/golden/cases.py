@@ -1,17 +1,19 @@
 """Table of golden cases: command lines of ``lrq`` whose output files are compared between two commits.
 
-Only options of release 0.1.0 are used, so that every commit since then can run every case.
+Only options of release 0.1.0 and --general are used, so that every commit since then can run every case.
 """
 
 import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 __all__ = ["CASES", "OUTPUT", "Case"]
 
 OUTPUT = "out.safetensors"
 FOLDER_OF_SOURCES = "../../sources"  # relative to a case's folder, so that no output depends on where the tree is
+_GENERAL, _PARSER = "--general", "quant_core/cli/parser.py"
 _PACKAGES = {"model.gguf": "gguf", "prodigy": "prodigyplus"}  # source or optimizer → package that it needs
 
 
@@ -50,13 +52,18 @@ class Case:
         needed = (_PACKAGES.get(word) for word in (self.source, *self._args))
         return next((name for name in needed if name and importlib.util.find_spec(name) is None), None)
 
-    @property
-    def argv(self) -> list[str]:
-        """Arguments of ``lrq``, to be run in the case's folder."""
+    def argv(self, tree: Path) -> list[str]:
+        """Arguments of the ``lrq`` of a source tree, to be run in the case's folder.
+
+        No preset recognizes most of the sources: commits that refuse such models have an option that allows them.
+        """
         args = [f"{FOLDER_OF_SOURCES}/{arg[1:]}" if arg.startswith("@") else arg for arg in self._args]
         argv = [self.command, "--input", f"{FOLDER_OF_SOURCES}/{self.source}", "--output", OUTPUT, *args]
         if self.command == "quantize":
             argv += ["--device", "cpu", "--verbose", "--report", "report.json"]
+            parser = tree / _PARSER
+            if parser.exists() and _GENERAL in parser.read_text(encoding="utf-8"):
+                argv.append(_GENERAL)
         return argv
 
 

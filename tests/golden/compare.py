@@ -82,7 +82,7 @@ def run_cases(tree: Path, cases: Sequence[Case], work: Path, label: str) -> list
     for case, folder in zip(cases, folders, strict=True):
         folder.mkdir(parents=True)
         kills = [case.kill_after, 0] if case.kill_after else [0]
-        jobs += [{"folder": str(folder), "argv": case.argv, "kill_after": kill} for kill in kills]
+        jobs += [{"folder": str(folder), "argv": case.argv(tree), "kill_after": kill} for kill in kills]
     plan, results = (folders[0].with_suffix(suffix) for suffix in (".jobs", ".results"))
     plan.write_text(json.dumps(jobs), encoding="utf-8")
     command = [sys.executable, str(FOLDER / "driver.py"), str(tree), str(plan), str(results)]
@@ -193,7 +193,7 @@ def main() -> int:
     cases = [case for case in CASES if fnmatch.fnmatch(case.name, args.only)]
     if args.list:
         for case in cases:
-            print(f"{case.name}{'  (hashed)' if case.exact else ''}\n    lrq {' '.join(case.argv)}")
+            print(f"{case.name}{'  (hashed)' if case.exact else ''}\n    lrq {' '.join(case.argv(ROOT))}")
         return 0
     if not args.update_hashes and (args.commit is None or not cases):
         parser.error("OLD_COMMIT is missing" if args.commit is None else f"no case is named {args.only}")

@@ -12,7 +12,7 @@ import torch
 
 from learned_rounding.quant_core.cli import main
 from learned_rounding.tests.golden.cases import CASES, OUTPUT
-from learned_rounding.tests.golden.compare import HASHES, compare_case
+from learned_rounding.tests.golden.compare import HASHES, ROOT, compare_case
 from learned_rounding.tests.golden.outputs import file_differences, file_hashes
 from learned_rounding.tests.golden.sources import write_safetensors, write_sources
 
@@ -48,7 +48,7 @@ def test_file_has_known_hashes(case, work, monkeypatch, capsys):
     folder = work / "new" / case.name
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
-    assert main(case.argv) == 0, capsys.readouterr().err
+    assert main(case.argv(ROOT)) == 0, capsys.readouterr().err
     made = file_hashes(folder / OUTPUT)
     parts = [part for part, value in made.items() if value != KNOWN[case.name][part]]
     assert not parts, f"{case.name}: another {' and '.join(parts)}; {HINT}"

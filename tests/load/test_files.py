@@ -129,7 +129,7 @@ from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.events import LayerFinished
 
 source, target, layers, rounding = sys.argv[1:]
-assert main(["plan", "-i", source, "--int8"]) == 0
+assert main(["plan", "-i", source, "--int8", "--general"]) == 0
 assert main(["inspect", source]) == 0
 
 class Enough(Exception):

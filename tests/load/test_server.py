@@ -37,7 +37,7 @@ def source(comfy):
 
 def graph(source: str, seed: int, save: str | None = None) -> ProbedGraph:
     made = ProbedGraph()
-    quantized = made.quantize(made.source(source)[0], rounding="nearest", seed=seed)
+    quantized = made.quantize(made.source(source)[0], rounding="nearest", seed=seed, general=True)
     if save:
         made.save(quantized, save)
     else:

@@ -33,9 +33,8 @@ def output() -> Path:
 def quantized(format: str = "float8_e4m3fn", kind: str = "diffusion_models", path: Path = TINY) -> host.Quantized:
     """A new run; the cached result is dropped."""
     host.quantizing._last = None
-    return host.quantize(
-        host.FileSource(path, kind, "sd3"), Recipe(format=format, rounding="nearest"), lambda event: None
-    )
+    recipe = Recipe(format=format, rounding="nearest")
+    return host.quantize(host.FileSource(path, kind, "sd3"), recipe, lambda event: None, general=True)
 
 
 def verified(made: host.Quantized, paths: list[Path] | None = None) -> tuple[str, list[str], list[str]]:

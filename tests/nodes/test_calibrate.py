@@ -213,7 +213,7 @@ def test_a_calibration_serves_a_fine_tune_and_no_other_architecture(comfy, reque
     assert error(folder, f"{name}-full", f"{name}-auto") < 0.85 * error(folder, f"{name}-full", f"{name}-nearest")
     other = ProbedGraph()
     calibration = other.calibrate(other.load()[0], samples=4, seed=601, steps=10)
-    other.save(other.quantize(other.source(slow_source)[0], calibration=calibration[0]), name)
+    other.save(other.quantize(other.source(slow_source)[0], calibration=calibration[0], general=True), name)
     with sentences.raises(HostError):
         comfy.queue(other)
 

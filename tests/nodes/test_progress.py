@@ -84,7 +84,7 @@ def test_missed_messages_are_requested_by_workflow(comfy, sentences):
 def test_interrupt_stops_a_run_and_removes_its_files(comfy, request, slow_source):
     before = set((comfy.base / "temp").glob("*")) if (comfy.base / "temp").exists() else set()
     graph = ProbedGraph()
-    graph.save(graph.quantize(graph.source(slow_source)[0], seed=1004), name := unique(request))
+    graph.save(graph.quantize(graph.source(slow_source)[0], seed=1004, general=True), name := unique(request))
     seen = []
 
     def stop(event):

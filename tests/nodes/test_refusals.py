@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from learned_rounding.benchmarks.tiny_model.graph import MODEL
 from learned_rounding.hosts import HostError
-from learned_rounding.tests.nodes.probing import ProbedGraph, probed
+from learned_rounding.tests.nodes.probing import ProbedGraph, probed, progress, text
 
 
 @pytest.fixture
@@ -125,6 +125,48 @@ def test_optimizer_with_missing_package(comfy, refused):
     graph = ProbedGraph()
     graph.save(graph.quantize(graph.source()[0], rounding="principal", optimizer="prodigy"), "x")
     refused(graph)
+
+
+UNKNOWN = {"some.0.weight": torch.ones(64, 64)}
+
+
+def test_unrecognized_model_is_refused_unless_the_switch_is_on(comfy, refused):
+    source = put(comfy, "unknown.safetensors", UNKNOWN)
+    for general in (True, False):  # the cached result of the first run is not used for the second one
+        graph = ProbedGraph()
+        quantized = graph.quantize(graph.source(source)[0], general=general)
+        graph.add("PreviewAny", source=quantized[3])
+        if general:
+            assert progress(comfy.queue(graph))[-1]["state"] == "done"
+        else:
+            refused(graph)
+
+
+def test_audio_encoder_is_refused(comfy, refused):
+    names = ("masked_spec_embed", "feature_projection.projection.weight", "encoder.layers.0.attention.q_proj.weight")
+    source = put(comfy, "wav2vec2.safetensors", {name: torch.ones(64, 64) for name in names})
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.source(source)[0]), "x")
+    refused(graph)
+
+
+def test_preset_of_another_family_is_refused(refused):
+    graph = ProbedGraph()
+    graph.save(graph.quantize(graph.load()[0], preset="wan"), "x")
+    refused(graph)
+
+
+def test_rule_that_matches_no_layer_is_a_warning(comfy, sentences):
+    """In the messages to the panel, on the node, and in the report."""
+    graph = ProbedGraph()
+    quantized = graph.quantize(graph.load()[0], keep="no_such_layer", rounding="nearest", seed=1021)
+    report = graph.add("PreviewAny", source=quantized[3])
+    result = comfy.queue(graph)
+    first, last = progress(result)[0], progress(result)[-1]
+    (warning,) = first["warnings"]
+    assert last["warnings"] == [warning] and warning in text(result, report)
+    assert warning in comfy.log_text()
+    sentences(warning)
 
 
 def test_nothing_left_to_quantize(refused):

@@ -9,7 +9,7 @@ INPUTS = {
     "block_formats layer_config options",
     "LearnedRoundingOptions": "optimizer num_iter lr lr_schedule early_stop top_p min_k max_k full_matrix weight_cost damping sweeps bias_correction "
     "calib_samples block_size",
-    "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels",
+    "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels general",
     "LearnedRoundingSave": "quantized filename_prefix folder",
     "LearnedRoundingCalibrate": "model positive negative latent_image seed steps cfg sampler_name scheduler samples keep tokens "
     "calibration vae sensitivity max_vram_gb",
@@ -44,7 +44,7 @@ ADVANCED = {
     "LearnedRoundingConfigure": {
         "rounding", "keep", "heur", "full_precision_matrix_mult", "target_error", "block_formats", "layer_config",
     },
-    "LearnedRoundingQuantize": {"native_int8_kernels"},
+    "LearnedRoundingQuantize": {"native_int8_kernels", "general"},
     "LearnedRoundingCalibrate": {"tokens", "max_vram_gb"},
     "LearnedRoundingCalibrateText": {"tokens", "max_vram_gb"},
 }  # fmt: skip

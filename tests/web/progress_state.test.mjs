@@ -67,6 +67,15 @@ test("a run goes from idle over its layers to a summary", () => {
   assert.deepEqual(state.words(end), ["8 MB → 4.1 MB (51 %)", "4 layers in 4.0 s · median error 0.02500"]);
 });
 
+test("warnings of all parts are kept once, also where a part's first message was missed", () => {
+  const parts = play([start({ warnings: ["a"] }), layer(0, 0.01), done({ warnings: ["a"] }), start({ warnings: ["b", "a"] })]);
+  assert.deepEqual(parts.warnings, ["a", "b"]);
+  assert.deepEqual(play([layer(0, 0.01), done({ warnings: ["c"] })]).warnings, ["c"]);
+  assert.deepEqual(play([start(), done()]).warnings, []);
+  assert.deepEqual(state.summarised(state.IDLE, [done({ warnings: ["d"] })]).warnings, ["d"]);
+  assert.deepEqual(play([start()], "again", parts).warnings, []);
+});
+
 test("what learned rounding won is told while it runs and at the end", () => {
   const learned = { solver: "gptq", gain: 0.517, output_error: 0.01 };
   const running = play([start(), layer(0, 0.01, learned)]);

@@ -396,9 +396,9 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
         "async () => [window.app.graph.serialize(), (await window.app.graphToPrompt()).output]"
     )
     values = {node["type"]: node.get("widgets_values") or [] for node in saved["nodes"]}
-    assert len(values["LearnedRoundingQuantize"]) == 1
+    assert len(values["LearnedRoundingQuantize"]) == 2
     assert (len(values["LearnedRoundingLoadModel"]), len(values["LearnedRoundingSave"])) == (3, 2)
-    assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels"}
+    assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels", "general"}
 
 
 @pytest.mark.parametrize(("saved", "mode"), [(True, "on"), (False, "auto"), ("off", "off")])
@@ -422,6 +422,14 @@ def test_booleans_of_earlier_workflows_become_modes_of_the_switch(graph, workflo
         QUANTIZE,
     )
     assert copied == "on"
+
+
+def test_warnings_are_in_the_last_line_in_place_of_the_hint(graph):
+    warning = "No quantizable layer of model.safetensors matches keep pattern nothing."
+    send(graph, start(2, warnings=[warning]))
+    assert panel(graph)["notice"] == warning
+    send(graph, start(2, prompt="another"))
+    assert warning not in panel(graph)["notice"]
 
 
 def test_the_strip_shows_format_gain_and_what_is_kept(graph):

@@ -34,8 +34,19 @@ ROOT = Path(learned_rounding.__file__).parent
 
 
 @pytest.fixture
-def lrq(capsys):
-    """lrq(*words) → (exit code, stdout, lines on stderr without the progress bar)."""
+def lrq(strict_lrq):
+    """As strict_lrq, with --general where it is an option: no preset recognizes the made-up models of these tests."""
+
+    def run(command: str = "", *words) -> tuple[int, str, list[str]]:
+        general = ("--general",) if command in ("quantize", "plan") else ()
+        return strict_lrq(*filter(None, (command,)), *words, *general)
+
+    return run
+
+
+@pytest.fixture
+def strict_lrq(capsys):
+    """strict_lrq(*words) → (exit code, stdout, lines on stderr without the progress bar)."""
 
     def run(*words) -> tuple[int, str, list[str]]:
         try:
@@ -54,6 +65,9 @@ def error_lines(text: str) -> list[str]:
     return [
         line for line in re.split(r"[\r\n]+", text) if line.strip() and not re.search(r"\d+%\|.*\| \d+/\d+ \[", line)
     ]
+
+
+UNUSED = "lrq: warning: No quantizable layer of model.safetensors matches "
 
 
 def recipe_of(path) -> dict:
@@ -170,7 +184,7 @@ OPTIONS = {
 def test_options_become_the_recipe(lrq, model_file, tmp_path, words, changed):
     out = tmp_path / "q.safetensors"
     code, _, err = lrq("quantize", "-i", model_file(), "-o", out, *words)
-    assert (code, err) == (0, [])
+    assert (code, [line for line in err if not line.startswith(UNUSED)]) == (0, [])
     assert recipe_of(out) == {**Recipe().to_dict(), **changed}
     assert verify_file(out).problems == []
 
@@ -252,7 +266,7 @@ def test_every_option_that_users_know_acts_or_is_refused_by_name(
     def outcome(*words):
         runs.clear()
         code, out, err = lrq("quantize", "-i", "model.safetensors", "--overwrite", *beside.split(), *words)
-        assert (code, err) == (0, [])
+        assert (code, [line for line in err if not line.startswith(UNUSED)]) == (0, [])
         lines = [re.sub(r"[\d.]+ s$", "", line) for line in out.splitlines() if not line.startswith("time")]
         for made in (*tmp_path.glob("model_*"), *tmp_path.glob("out*")):
             made.unlink()
@@ -574,7 +588,7 @@ def test_a_dry_run_looks_at_every_option(lrq, model_file, tmp_path, listing, mon
     assert lrq("plan", "-i", source, "--device", "nonsense")[0] == 1
 
 
-@pytest.mark.parametrize("words", [["plan", "-i", "model.safetensors"], ["presets"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["plan", "-i", "model.safetensors", "--general"], ["presets"]], ids=" ".join)
 def test_a_reader_that_goes_away_ends_it_quietly(model_file, tmp_path, words):
     """As `lrq plan … | head -1` does, whoever is faster."""
     model_file()
@@ -593,7 +607,8 @@ def test_a_reader_that_goes_away_ends_it_quietly(model_file, tmp_path, words):
     [(">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), ("2>/dev/full", 0), (">/dev/full 2>&-", 1), (">/dev/full", 1)],
 )
 def test_streams_that_are_closed_or_full_do_not_end_the_work(model_file, tmp_path, streams, code, sentences):
-    command = [sys.executable, ROOT, "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--verbose"]
+    words = ["-i", model_file(), "-o", tmp_path / "q.safetensors", "--general", "--verbose"]
+    command = [sys.executable, ROOT, "quantize", *words]
     for words, expected in ((command, code), ([sys.executable, ROOT, "verify", "none"], 1)):
         done = subprocess.run(
             ["sh", "-c", f"{shlex.join(map(str, words))} {streams}"],
@@ -612,7 +627,8 @@ def test_streams_that_are_closed_or_full_do_not_end_the_work(model_file, tmp_pat
 def test_a_terminal_that_is_closed_during_the_work_does_not_end_it(model_file, tmp_path):
     """Writing to it is an input/output error from then on."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, ROOT, "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--verbose"]
+    words = ["-i", model_file(), "-o", tmp_path / "q.safetensors", "--general", "--verbose"]
+    command = [sys.executable, ROOT, "quantize", *words]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
         os.close(theirs)
         os.close(ours)
@@ -948,7 +964,7 @@ def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, lis
     work = tmp_path / "work"
     work.mkdir()
     model_file().rename(work / "model.safetensors")
-    result = run([sys.executable, clone, "quantize", "-i", "model.safetensors", "--int8"], work)
+    result = run([sys.executable, clone, "quantize", "-i", "model.safetensors", "--int8", "--general"], work)
     assert result.returncode == 0, result.stderr
     assert error_lines(result.stderr) == []
     assert verify_file(work / "model_int8_row_convrot.safetensors").problems == []
@@ -993,3 +1009,26 @@ def test_the_help_tells_the_exit_codes(lrq):
     _, out, _ = lrq("--help")
     said = " ".join(out.split())
     assert all(f"{code} {meaning}" in said for code, meaning in parser.EXIT_CODES.items())
+
+
+@pytest.mark.parametrize("command", [["plan"], ["quantize"], ["quantize", "--dry-run"]], ids=" ".join)
+def test_an_unrecognized_model_ends_before_any_work_unless_general_is_given(
+    strict_lrq, model_file, listing, command, sentences
+):
+    source = model_file()
+    code, out, err = strict_lrq(*command, "-i", source)
+    assert (code, out) == (1, "") and listing() == ["model.safetensors"]
+    sentences(err)
+    assert strict_lrq(*command, "-i", source, "--general")[0] == 0
+    none = ["--preset", "none", *(["--overwrite"] if command[0] == "quantize" else [])]
+    assert strict_lrq(*command, "-i", source, *none)[0] == 0  # who names the general rule has asked for it
+
+
+def test_a_choice_that_matches_no_layer_is_a_warning(lrq, model_file, tmp_path, sentences):
+    custom = ["--custom-layers", "mpl", "--custom-type", "fp8", "--exclude-layers", "qvk", "--exclude-layers", "qkv"]
+    for words in (["plan"], ["quantize", "-o", tmp_path / "q.safetensors", "--report", tmp_path / "r.json"]):
+        code, out, err = lrq(*words, "-i", model_file(), "--preset", "flux", *custom)
+        assert code == 0 and len(err) == 1 and err[0].startswith(UNUSED)
+        sentences(err)
+    (warning,) = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["warnings"]
+    assert err == [f"lrq: warning: {warning}"] and warning in out

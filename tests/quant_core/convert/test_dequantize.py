@@ -137,6 +137,7 @@ def test_old_scaled_fp8_becomes_int8(tmp_path, capsys, sentences):
         "--format",
         "int8_tensorwise",
         "--requantize",
+        "--general",
     ]
     assert main(words) == 0
     sentences(capsys.readouterr().out.splitlines()[0])
@@ -233,7 +234,14 @@ def test_fp8_without_scales_is_dequantized_by_its_dtype(tmp_path, capsys, dtype,
     """A common download: the weights of a model, and perhaps its biases, turned to FP8 by themselves."""
     qdata = {name: tensor.to(dtype) for name, tensor in PLAIN.items()}
     save_file(qdata, tmp_path / "plain.safetensors")
-    words = ["quantize", "-i", str(tmp_path / "plain.safetensors"), "-o", str(tmp_path / "new.safetensors")]
+    words = [
+        "quantize",
+        "-i",
+        str(tmp_path / "plain.safetensors"),
+        "-o",
+        str(tmp_path / "new.safetensors"),
+        "--general",
+    ]
     words += ["--format", "int8_tensorwise"]
     assert main(words) == 1
     sentences(capsys.readouterr().err)
@@ -290,6 +298,6 @@ def test_a_plain_file_is_read_as_it_is(tmp_path, capsys):
     save_file(plain(), tmp_path / "model.safetensors")
     outputs = []
     for words in (["--requantize"], []):
-        assert main(["plan", "-i", str(tmp_path / "model.safetensors"), *words]) == 0
+        assert main(["plan", "-i", str(tmp_path / "model.safetensors"), "--general", *words]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]

@@ -296,7 +296,8 @@ def test_own_rules_that_find_no_layer_are_named(layer_names, header_source, sent
     plan = Recipe(
         keep=("img_mpl", "img_mlp", "img_mlp.0.bias"), layer_config='{"nothing": "int8", "linear1": "int8"}'
     ).plan(source)
-    sentences(plan.explanation, Recipe(keep=("img_mlp",)).plan(source).explanation)
+    assert Recipe(keep=("img_mlp",)).plan(source).warnings == ()
+    sentences(plan.explanation, plan.warnings)
 
 
 @pytest.mark.parametrize(
@@ -479,9 +480,9 @@ def test_an_image_encoder_beside_a_text_encoder_is_not_refused(layer_names):
     assert find_refusal(["vision_model.encoder.layers.0.layer_norm1.weight"])
 
 
-def test_explanation_names_a_few_of_many_idle_rules(header_source, sentences):
+def test_warning_names_a_few_of_many_idle_rules(header_source, sentences):
     source = header_source({"blocks.0.weight": (64, 64)})
     rules = parse_rules([f"missing{index}" + "x" * (200 * (index == 0)) for index in range(1000)], "")
     plan = make_plan(source, preset="none", rules=rules)
-    assert len(plan.idle) == 1000 and len(plan.explanation) < 1000
-    sentences(plan.explanation)
+    assert len(plan.idle) == 1000 and len(plan.warnings[0]) < 1000
+    sentences(plan.warnings[0])

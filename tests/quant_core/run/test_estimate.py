@@ -30,12 +30,12 @@ def test_each_shape_is_timed_once(model, model_file, monkeypatch):
 
 
 def test_the_plan_tells_size_and_time(model_file, capsys, sentences):
-    assert main(["plan", "-i", str(model_file()), "--int8", "--time", "--device", "cpu"]) == 0
+    assert main(["plan", "-i", str(model_file()), "--general", "--int8", "--time", "--device", "cpu"]) == 0
     sentences(*capsys.readouterr().out.splitlines()[-2:])
-    assert main(["plan", "-i", str(model_file()), "--time", "--device", "nowhere"]) == 1
+    assert main(["plan", "-i", str(model_file()), "--general", "--time", "--device", "nowhere"]) == 1
     sentences(capsys.readouterr().err)
 
 
 def test_nothing_is_foreseen_of_formats_still_to_be_measured(model_file, capsys, sentences):
-    assert main(["plan", "-i", str(model_file()), "--format", "measured", "--time"]) == 0
+    assert main(["plan", "-i", str(model_file()), "--general", "--format", "measured", "--time"]) == 0
     sentences(capsys.readouterr().out.splitlines()[-1])

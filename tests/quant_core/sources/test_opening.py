@@ -237,10 +237,10 @@ def test_a_quantized_gguf_is_decoded(model, tmp_path, code, error, capsys, sente
         for name in coded:
             assert torch.dist(opened.read(name).float(), tensors[name]) < error * tensors[name].norm()
     out = tmp_path / "out.safetensors"
-    assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple"]) == 0
+    assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple", "--general"]) == 0
     sentences(capsys.readouterr().out.splitlines()[0])
     assert verify_file(out).layers > 0
-    assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple"]) == 0
+    assert cli.main(["quantize", "-i", str(path), "-o", str(out), "--int8", "--simple", "--general"]) == 0
     sentences(capsys.readouterr().out)
 
 
