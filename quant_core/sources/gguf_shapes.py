@@ -10,7 +10,10 @@ _RANKS = tuple(
     (re.compile(f"{_START}(?:{pattern})"), rank)
     for pattern, rank in (
         (r"(x|cap|siglip)_pad_token", 2),  # Z-Image
+        (r"keyframes_abs_pos_embedding", 2),  # LTX-2.5
         (r"(vace_)?blocks\.\d+\.modulation|head(_global)?\.modulation|img_emb\.emb_pos", 3),  # WAN
+        (r"(audio|video)_dit(_2)?\.(blocks\.\d+|head)\.modulation", 3),  # Prism
+        (r"(fusion_blocks\.\d+\.(audio|video)_block|remaining_video_blocks\.\d+)\.modulation", 3),
         (r"(face_encoder|casual_audio_encoder\.encoder)\.padding_tokens|casual_audio_encoder\.weights", 4),  # WAN
         (r"motion_encoder\.enc\.net_app\.convs\.\d+\.(conv\d\.)?\d+\.bias", 4),  # WAN Animate
         (r"pos_embed|positional_encoding|register_tokens|patch_embed\.pos_embedding|(core\.)?y_pos_embedding", 3),
