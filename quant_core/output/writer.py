@@ -21,6 +21,7 @@ from ..errors import OutputError
 from ..sources.checksum import FileChecksums, byte_checksum, tensor_checksum
 from ..sources.source import TensorInfo
 from ..sources.staging import Staging, byte_views
+from .durable import flush_in_background
 from .layout import HEADER_LENGTH, TensorLayout, aligned_size, encode_header
 from .partial import PartialFile
 
@@ -188,7 +189,9 @@ class SafetensorsWriter:
             self._partial.file.seek(0)
             write_all(self._partial.file, header)
             self._start_writeback()
+            flush = flush_in_background(self._partial.submit, [self._partial.file])
             self._check_file(header)
+            flush.result()
             if self._journal is not None:
                 self._journal.wait_for_flush()  # the system reports a failed write only once, to this flush or the next
             self._partial.publish(self._data_start + self._layout.end)

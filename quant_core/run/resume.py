@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from ..events import LayerFinished, LayerKept
-from ..output.durable import flush_to_disk
+from ..output.durable import flush_in_background
 from ..output.layout import TensorLayout
 from ..output.partial import JOURNAL_SUFFIX, PartialFile, check_leftover, claim_partial, open_leftover
 from ..output.publish import flush_folder
@@ -189,13 +189,7 @@ class RunJournal:
             return
         else:
             self._flush.result()
-        with contextlib.ExitStack() as opened:  # duplicates, so that the files may be closed meanwhile
-            copies = []
-            for file in (self._partial.file, self._file.file):
-                copies.append(os.dup(file.fileno()))
-                opened.callback(os.close, copies[-1])
-            self._flush = self._partial.submit(_flush_and_close, copies)
-            opened.pop_all()
+        self._flush = flush_in_background(self._partial.submit, (self._partial.file, self._file.file))
         self._unflushed = 0
 
 
@@ -225,14 +219,6 @@ def _read_tensor(
     if found is None or found != record["checksum"]:
         raise ValueError(f"the bytes of tensor {record['name']} are damaged")
     return record["name"], info, found, payload
-
-
-def _flush_and_close(descriptors: Sequence[int]) -> None:
-    with contextlib.ExitStack() as opened:
-        for descriptor in descriptors:
-            opened.callback(os.close, descriptor)
-        for descriptor in descriptors:
-            flush_to_disk(descriptor)
 
 
 class JournalFile:

@@ -82,10 +82,13 @@ class FileChecksums:
 
     def next(self, file: io.FileIO | io.BytesIO, size: int) -> int | None:
         """:func:`byte_checksum` of the next ``size`` bytes; None if the file is shorter."""
-        return next(self.compute(file, [size]))
+        position = file.tell()
+        (checksum,) = self.compute(file, [size])
+        file.seek(position + size)
+        return checksum
 
     def compute(self, file: io.FileIO | io.BytesIO, sizes: Iterable[int]) -> Iterator[int | None]:
-        """Yield the checksum of each of consecutive parts with these sizes; the position is then behind the last part."""
+        """Yield the checksum of each of consecutive parts with these sizes. The position in the file is not defined then."""
         read = _positional_reader(file)
         chunks = _split_parts(file.tell(), sizes)
         pending: deque[tuple[Future[int | None], _Chunk]] = deque()
@@ -100,7 +103,6 @@ class FileChecksums:
             checksum = future.result()
             total = None if total is None or checksum is None else (total + checksum) % _MODULUS
             if chunk.is_last:
-                file.seek(chunk.position + chunk.size)
                 yield total
                 total = 0
 
