@@ -33,7 +33,8 @@ _DECLARED = {  # of formats that the JSON of a layer names
 }
 _WORDS = r"scale(?!_shift)|zero|absmax|smooth|rotat|hadamard|lora|svd|g_idx|codebook"
 _COMPANION = re.compile(_WORDS)  # in the rest of a name that continues that of quantized values
-_SIBLING = re.compile(rf"_?(?:weight_|[wq])?(?:{_WORDS})[^.]*$")  # beside quantized values that are not called "weight"
+# Beside quantized values that are not called "weight"; torchao calls theirs "_weight_qdata".
+_SIBLING = re.compile(rf"_?(?:weight_[^.]*?|[wq])?(?:{_WORDS})[^.]*$")
 _MAX_ZERO_POINTS = 1 << 20  # bytes of the zero points of a weight that are read
 _DEPTH = 8  # separators from the end of a name at which it may continue that of a quantized tensor
 
@@ -78,16 +79,15 @@ def find_unknown_companions(source: LayerSource, declared: Container[str], known
 def _is_harmless(source: LayerSource, name: str, owner: str, prefix: str, declared: Container[str]) -> bool:
     last = name[len(prefix) :]
     names = _HARMLESS | (_DECLARED if prefix[:-1] in declared else _SCALES)
-    dtype = source.tensors[owner].dtype
-    same = source.tensors[name].dtype is dtype
-    if same and dtype is torch.int8 and last.endswith("zero_point"):
+    dtype = source.tensors[name].dtype
+    if last.endswith("zero_point") and last not in names and (dtype is torch.int8 or dtype.is_floating_point):
         return is_zero(source, name)
-    return last in names or (same and dtype.is_floating_point)
+    return last in names or (dtype is source.tensors[owner].dtype and dtype.is_floating_point)
 
 
 def is_zero(source: LayerSource, name: str) -> bool:
     """Whether zero points are all zero, as those of symmetric quantization are; False for a tensor too large for them."""
-    return source.tensors[name].nbytes <= _MAX_ZERO_POINTS and not bool(source.read(name).any())
+    return source.tensors[name].nbytes <= _MAX_ZERO_POINTS and not bool(source.read(name).float().any())
 
 
 def _prefixes(name: str) -> Iterator[str]:

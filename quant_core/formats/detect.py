@@ -340,7 +340,7 @@ def read_scale(source: LayerSource, name: str) -> torch.Tensor:
 
 def check_companions(source: LayerSource, layers: Iterable[StoredLayer]) -> None:
     """Raise SourceError for a tensor that changes what the quantized values of one of the layers mean, in an unknown way."""
-    parts = {name for layer in layers for name in layer.parts.values()}
+    parts = {name for layer in layers if layer.shape for name in layer.parts.values()}
     for name, owner in find_unknown_companions(source, loaded_configs(source), parts).items():
         raise SourceError(
             f"{source.name}: {name} belongs to the quantized values of {owner}, and no known format has it; give the "

@@ -23,7 +23,7 @@ _ORIGINAL = "give its full-precision original"
 _NO_DECODER = f"this version has no decoder for them; {_ORIGINAL}"
 
 Names = Mapping[str, str]
-"""The tensors of a layer by key: key → name in the file. Every format has a "weight"."""
+"""The tensors of a layer by key: key → name in the file. A layer that is read has a "weight"."""
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,8 @@ TORCHAO = {
     "norm.weight": json.dumps({"_type": "Tensor"}),
 }
 
+TORCHAO_INT8 = TORCHAO | {f"{LAYER}.weight": json.dumps({"_type": "Int8Tensor"})}
+
 
 def torchao():
     q, scale = (random(OUT, INNER) * 20).to(E4M3), random(OUT, 1, seed=1).abs() + 0.1
@@ -174,7 +176,7 @@ READ = {  # case: (tensors and weight, metadata, format, name in inspect, ComfyU
     "torchao": (torchao(), TORCHAO, "torchao", "float8_e4m3fn_rowwise"),
     "torchao INT8": (
         torchao_int8(),
-        TORCHAO | {f"{LAYER}.weight": json.dumps({"_type": "Int8Tensor"})},
+        TORCHAO_INT8,
         "torchao",
         "int8_tensorwise",
     ),
@@ -322,6 +324,15 @@ REFUSED = {  # case: (tensors by last part of the name, name of the format)
         {"float8_data": zeros(E4M3, OUT, INNER), "scale": torch.ones(()), "scale_reciprocal": torch.ones(())},
         "an unknown quantization",
     ),
+    "FP8, scale below the weight": (
+        {"weight": zeros(E4M3, OUT, INNER), "weight.weight_scale": torch.full((), 0.5)},
+        "an unknown quantization",
+    ),
+    "FP8, zero points": (
+        {"weight": zeros(E4M3, OUT, INNER), "weight_scale": torch.ones(OUT, 1)}
+        | {"weight_zero_point": torch.ones(OUT, 1).to(E4M3)},
+        "an unknown quantization",
+    ),
     "packed, unknown": ({"qdata": zeros(torch.int32, OUT, 24), "scales": torch.ones(OUT)}, "an unknown quantization"),
     "Hugging Face, zero points": (
         {"weight": zeros(E4M3, OUT, INNER), "weight_scale_inv": torch.ones(2, 2), "zero_point": torch.ones(2, 2)},
@@ -418,11 +429,22 @@ def test_scales_of_integers_are_refused(file, sentences):
             DecodedSource(opened)
 
 
-def test_zero_points_of_zero_are_no_companions(file):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, E4M3], ids=str)
+def test_zero_points_of_zero_are_no_companions(file, dtype):
     """compressed-tensors and torchao write them for symmetric quantization too."""
-    tensors = PER_ROW | {"weight_zero_point": zeros(torch.int8, OUT, 1)}
+    tensors = PER_ROW | {"weight_zero_point": zeros(dtype, OUT, 1)}
     with SafetensorsFile(file({f"{LAYER}.{key}": tensor for key, tensor in tensors.items()})) as opened:
         assert DecodedSource(opened).layers == {"int8_tensorwise per row": 1}
+
+
+def test_smoothing_factors_of_torchao_are_companions(file, tmp_path, sentences):
+    """Its activations are multiplied by ``act_pre_scale``, so the weight alone is another one."""
+    path = file(torchao_int8()[0] | {f"{LAYER}._weight_act_pre_scale": torch.full((INNER,), 2.0)}, TORCHAO_INT8)
+    assert inspect_file(path).quantized == {"an unknown quantization": 1}
+    with SafetensorsFile(path) as opened, sentences.raises(SourceError):
+        DecodedSource(opened)
+    with sentences.raises(SourceError):
+        migrate_file(path, tmp_path / "new.safetensors")
 
 
 def test_scales_of_activations_and_caches_are_no_companions(file):
