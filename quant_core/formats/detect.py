@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import RecipeError, SourceError
-from .codec import Codec, Parts
+from .codec import Codec, Format, Parts
 from .companions import find_unknown_companions
 from .external import ExternalFormat, find_external
 from .layer_json import CONFIG_KEY, LayerSource, loaded_configs
@@ -25,6 +25,7 @@ __all__ = [
     "check_companions",
     "detect_layer",
     "detect_layers",
+    "has_known_scale",
     "is_scale",
     "legacy_markers",
     "orphan_problem",
@@ -267,14 +268,7 @@ def _detect_scaled(source: LayerSource, layer: StoredLayer, full_precision: bool
     if not (scale.dtype.is_floating_point or scale.dtype.is_complex):
         raise SourceError(f"{layer.name}: its scale is {scale.dtype}, and must be of floating point; {_REMAKE}.")
     granularity, block_size = _granularity(weight.shape, scale.shape)
-    format = next(
-        (
-            entry
-            for entry in _SCALED.values()
-            if entry.elements.dtype is weight.dtype and granularity in entry.granularities
-        ),
-        None,
-    )
+    format = _find_scaled(weight.dtype, granularity)
     if format is None or granularity is None:
         raise SourceError(
             f"{layer.name}: quantized values {weight.dtype} {weight.shape} with a scale of shape {scale.shape} match none of the formats "
@@ -293,6 +287,21 @@ def _detect_scaled(source: LayerSource, layer: StoredLayer, full_precision: bool
         block_size=block_size,
         convrot=layer.config.get("convrot_groupsize", 256) if rotated else None,
         full_precision_matmul=full_precision and format.full_precision_matmul != "never",
+    )
+
+
+def has_known_scale(weight, scale) -> bool:
+    """Whether a format here has quantized values and one scale tensor of these dtypes and shapes."""
+    return scale.dtype.is_floating_point and bool(
+        _find_scaled(weight.dtype, _granularity(weight.shape, scale.shape)[0])
+    )
+
+
+def _find_scaled(dtype: torch.dtype, granularity: str | None) -> Format | None:
+    """The format with one level of scales that has elements of that dtype and that granularity, if there is one."""
+    return next(
+        (entry for entry in _SCALED.values() if entry.elements.dtype is dtype and granularity in entry.granularities),
+        None,
     )
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from .companions import PACKED_DTYPES, find_unknown_companions
-from .detect import LEGACY_MARKER, UNSCALED_DTYPES, legacy_markers
-from .external import ExternalFormat, find_external
+from .detect import LEGACY_MARKER, UNSCALED_DTYPES, has_known_scale, legacy_markers
+from .external import ExternalLayer, find_external
 from .layer_json import LayerSource, layer_configs, loaded_configs
 from .scaled import ScaledCodec
 from .table import READABLE
@@ -60,7 +60,7 @@ def find_kinds(source: LayerSource) -> dict[str, Kind]:
     refused = set()
     layers: dict[str, str] = {}  # name of a tensor of an external format → its layer
     for layer in find_external(source, configs):
-        kinds[layer.name] = _external_kind(layer.format)
+        kinds[layer.name] = _external_kind(source, layer)
         layers |= dict.fromkeys(layer.parts.values(), layer.name)
         if layer.format.refusal:
             refused.add(layer.name)
@@ -84,7 +84,13 @@ def _unknown_kind(companion: str) -> Kind:
     return Kind(_UNKNOWN, support, readable=False, foreign=True)
 
 
-def _external_kind(format: ExternalFormat) -> Kind:
+def _other_scales(name: str) -> Kind:
+    support = f"{_NOT_LOADED}, and no known format has scales of their dtype and shape; use the full-precision original"
+    return Kind(name, support, readable=False, foreign=True)
+
+
+def _external_kind(source: LayerSource, layer: ExternalLayer) -> Kind:
+    format = layer.format
     if format.refusal:
         return Kind(
             format.name,
@@ -92,6 +98,10 @@ def _external_kind(format: ExternalFormat) -> Kind:
             readable=False,
             foreign=True,
         )
+    if format.renamed and not has_known_scale(
+        *(source.tensors[layer.parts[key]] for key in ("weight", "weight_scale"))
+    ):
+        return _other_scales(format.name)
     migrate = "lrq migrate writes them in ComfyUI's format, and " if format.renamed else ""
     return Kind(format.name, f"{_NOT_LOADED}; {migrate}lrq quantize --requantize dequantizes them", foreign=True)
 
@@ -101,9 +111,13 @@ def _unnamed_kind(source: LayerSource, layer: str, dtype: torch.dtype, marked: b
     if f"{layer}.scale_weight" in source.tensors:
         return _LEGACY if marked else _UNMARKED
     name = _ELEMENTS.get(dtype, str(dtype).removeprefix("torch.").upper())
-    if f"{layer}.weight_scale" in source.tensors and dtype in _ELEMENTS:
+    scale = source.tensors.get(f"{layer}.weight_scale")
+    if scale is not None and dtype in _ELEMENTS:
+        without = f"{name} without layer JSON"
+        if not has_known_scale(source.tensors[f"{layer}.weight"], scale):
+            return _other_scales(without)
         support = "ComfyUI takes such values for weights, since their layer JSON is missing; lrq migrate adds it"
-        return Kind(f"{name} without layer JSON", support)
+        return Kind(without, support)
     if dtype in UNSCALED_DTYPES:
         return Kind(
             f"plain {name} weights",

@@ -333,6 +333,15 @@ REFUSED = {  # case: (tensors by last part of the name, name of the format)
         | {"weight_zero_point": torch.ones(OUT, 1).to(E4M3)},
         "an unknown quantization",
     ),
+    "MXFP8 of ModelOpt": (
+        {"weight": zeros(E4M3, OUT, INNER), "weight_scale": zeros(torch.uint8, OUT, INNER // 32)},
+        "E4M3 without layer JSON",
+    ),
+    "INT8, groups": (
+        {"weight": zeros(torch.int8, OUT, INNER), "weight_scale": torch.ones(OUT, 3)},
+        "INT8 without layer JSON",
+    ),
+    "Hugging Face, E5M2": ({"weight": zeros(E5M2, OUT, INNER), "weight_scale_inv": torch.ones(2, 2)}, "Hugging Face FP8"),
     "packed, unknown": ({"qdata": zeros(torch.int32, OUT, 24), "scales": torch.ones(OUT)}, "an unknown quantization"),
     "Hugging Face, zero points": (
         {"weight": zeros(E4M3, OUT, INNER), "weight_scale_inv": torch.ones(2, 2), "zero_point": torch.ones(2, 2)},
@@ -354,7 +363,7 @@ def test_other_formats_are_refused_by_name(file, sentences, tensors, name):
     path = file({f"{LAYER}.{key}": tensor for key, tensor in tensors.items()})
     found = inspect_file(path)
     assert name in found.quantized and found.quantized[name] == 1
-    assert "loads it as plain" not in found.stock
+    assert "loads it as plain" not in found.stock and "lrq migrate" not in found.stock
     sentences(found.stock)
     assert verify_file(path).problems
     with SafetensorsFile(path) as opened:
