@@ -14,6 +14,7 @@ __all__ = [
     "LayerSource",
     "config_bytes",
     "config_tensor",
+    "file_layers",
     "header_layers",
     "layer_configs",
     "loaded_configs",
@@ -65,6 +66,13 @@ def header_layers(configs: Mapping[str, dict[str, object]]) -> dict[str, dict[st
         if layer.startswith(_CHECKPOINT_PREFIX):
             layers[layer.removeprefix(_CHECKPOINT_PREFIX)] = config
     return layers
+
+
+def file_layers(
+    configs: Mapping[str, dict[str, object]], header: Mapping[str, dict[str, object]]
+) -> Mapping[str, dict[str, object]]:
+    """{layer: JSON} of a file: of its JSON tensors, or where it has none of its header, without the second names there."""
+    return configs or {layer: config for layer, config in header.items() if _CHECKPOINT_PREFIX + layer not in header}
 
 
 def quantization_metadata(configs: Mapping[str, dict[str, object]]) -> str:

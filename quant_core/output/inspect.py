@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..display import bound_lines, human_bytes
 from ..formats import READABLE, detect_layer
 from ..formats.kinds import Kind, find_kinds, quantized_formats
-from ..formats.layer_json import layer_configs
+from ..formats.layer_json import file_layers, layer_configs
 from ..formats.table import release_number
 from ..sources import TensorInfo, open_safetensors
 from ..sources.dtypes import DTYPE_NAMES
@@ -69,15 +69,15 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         for info in source.tensors.values():
             counts[DTYPE_NAMES[info.dtype]] += 1
             sizes[DTYPE_NAMES[info.dtype]] += info.nbytes
-        configs, header = layer_configs(source)
+        configs = file_layers(*layer_configs(source))
         kinds = find_kinds(source)
         layers: dict[str, Counter] = {}
-        for layer, config in (configs or header).items():
+        for layer, config in configs.items():
             if layer not in kinds:
                 layers.setdefault(_describe(layer, config, source.tensors), Counter())[_pattern(layer)] += 1
         for layer, kind in kinds.items():
             layers.setdefault(kind.name, Counter())[_pattern(layer)] += 1
-        encoders = any(layer.startswith(ENCODER_PREFIX) for layer in configs or header)
+        encoders = any(layer.startswith(ENCODER_PREFIX) for layer in configs)
         return Inspection(
             path=str(path),
             size=source.size,

@@ -16,7 +16,7 @@ from ..cancellation import CancelCheck
 from ..formats import READABLE, Codec, StoredLayer, detect_layer
 from ..formats.detect import LEGACY_MARKER, QUANTIZED_DTYPES, UNSCALED_DTYPES, is_scale, legacy_markers
 from ..formats.kinds import find_kinds
-from ..formats.layer_json import CONFIG_KEY, QUANTIZATION_KEY, header_layers, layer_configs
+from ..formats.layer_json import CONFIG_KEY, QUANTIZATION_KEY, file_layers, header_layers, layer_configs
 from ..formats.table import release_number
 from ..sources import Source, open_safetensors
 from ..sources.dtypes import DTYPE_NAMES
@@ -75,7 +75,7 @@ def verify_source(
 ) -> Verification:
     """Check tensors that are, or are to become, a file; ``values``: read the weights too. See :func:`verify_file`."""
     verifier = _Verifier(source, values, check, progress)
-    result = Verification(len(verifier.configs or verifier.header))
+    result = Verification(len(verifier.layers))
     for finding in verifier.findings():
         (result.problems if finding.fatal else result.warnings).append(finding.text)
     return result
@@ -86,6 +86,7 @@ class _Verifier:
 
     Attributes:
         configs, header: {layer: JSON} of the JSON tensors and of the header.
+        layers: {layer: JSON} of the layers that are checked.
     """
 
     def __init__(
@@ -97,21 +98,21 @@ class _Verifier:
     ):
         self._source, self._values, self._check, self._progress = source, values, check, progress
         self.configs, self.header = layer_configs(source)
+        self.layers = file_layers(self.configs, self.header)
         self._computed_in = _compute_dtype(source)
         self._markers = [name.removesuffix(LEGACY_MARKER) for name in legacy_markers(source)]  # the prefix of each
         self._done = 0
         self._total = sum(source.tensors[name].nbytes for name in self._quantized_tensors())
 
     def _quantized_tensors(self) -> list[str]:
-        layers = self.configs or self.header
-        weights = {f"{layer}.weight" for layer in layers}
+        weights = {f"{layer}.weight" for layer in self.layers}
         return [
             name for name, info in self._source.tensors.items() if name in weights or info.dtype in QUANTIZED_DTYPES
         ]
 
     def findings(self) -> Iterator[Finding]:
         """All findings, layer by layer in the order of the file."""
-        for layer, config in (self.configs or self.header).items():
+        for layer, config in self.layers.items():
             yield from self._check_layer(layer, config)
         yield from self._check_header()
         yield from self._check_unlabelled()
@@ -124,7 +125,7 @@ class _Verifier:
                 f"The header has no {QUANTIZATION_KEY}, so ComfyUI before {_TENSOR_JSON_SINCE} cannot read the file.",
                 fatal=False,
             )
-        if not header:
+        if not header or not expected:  # ComfyUI reads files with either alone
             return
         for name, config in expected.items():  # the second name of a layer is that of releases without its format
             if name not in self.configs and name not in header and not _needs_header(config):
@@ -215,7 +216,7 @@ class _Verifier:
         """The values of an FP8 tensor without JSON; ``scaled``: it has a scale."""
         if not self._values:
             return
-        expected = not scaled and bool(self.configs or self.header or self._markers)
+        expected = not scaled and bool(self.layers or self._markers)
         yield from check_fp8_values(name, self._read(name), scaled=scaled, scale_expected=expected, check=self._check)
 
     def _check_legacy(self, layer: str) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_tensors
 from learned_rounding.quant_core.errors import SourceError
-from learned_rounding.quant_core.output import verify_file
+from learned_rounding.quant_core.output import inspect_file, verify_file
 
 LAYER = "blocks.0.attn.qkv"
 HEADER = "_quantization_metadata"
@@ -241,6 +241,22 @@ def test_a_missing_header_is_a_warning_for_formats_of_older_releases(verify, sen
     assert result.problems == []
     (warning,) = result.warnings
     sentences(warning)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_files_without_json_tensors_are_valid(verify, tmp_path, prefix):
+    """The only form that ComfyUI's QUANTIZATION.md describes; our header lists the layers of a checkpoint by two names."""
+
+    def remove_json(tensors, metadata):
+        for name in [name for name in tensors if name.endswith(".comfy_quant")]:
+            del tensors[name]
+
+    result = verify(RECIPES["fp8"], remove_json, prefix=prefix)
+    assert result.problems == [] == result.warnings and result.layers == 6
+    assert inspect_file(tmp_path / "q.safetensors").quantized == {"float8_e4m3fn per tensor": 6}
+    put_nan = put("weight", lambda tensors: (tensors[f"{LAYER}.weight"].float() * float("nan")).to(torch.float8_e4m3fn))
+    (problem,) = verify(RECIPES["fp8"], both(remove_json, put_nan)).problems
+    assert problem.startswith(LAYER) and "NaN" in problem
 
 
 @pytest.mark.parametrize("size", [4, 16, 64, 256, 1024, 4096])
