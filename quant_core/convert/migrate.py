@@ -61,7 +61,7 @@ def migrate_file(
     Args:
         calibration: gives FP8 layers per tensor a measured ``input_scale`` in place of the one they have.
         drop_input_scale: leave every input scale out. One that equals the weight's scale is a copy that clips
-            activations and is always left out, as is 1.
+            activations and is always left out, as are 1 and scales of channels.
 
     Raises:
         NothingToQuantizeError: the source has no quantized layer.
@@ -182,11 +182,17 @@ class _Relabelling:
             return input_scale(known.histogram, float(known.amax.max()))
         if "input_scale" not in layer.parts:
             return None
-        old = float(read_scale(self._source, layer.parts["input_scale"]).reshape(-1)[0])
-        if self._drop or not static or old == 1 or (scale.numel() == 1 and old == float(scale)):
+        old = read_scale(self._source, layer.parts["input_scale"])
+        if (
+            self._drop
+            or not static
+            or old.numel() > 1
+            or old == 1
+            or (scale.numel() == 1 and float(old) == float(scale))
+        ):
             self.done.changes["input scales left out"] += 1
             return None
-        return old
+        return float(old)
 
     def _is_unscaled(self, name: str, stored: str) -> bool:
         return self._source.tensors[stored].dtype in UNSCALED_DTYPES and name.rpartition(".")[0] not in self.configs

@@ -177,7 +177,7 @@ class _Verifier:
         """Quantized tensors of layers without JSON; those of older formats are valid."""
         foreign = {layer: kind for layer, kind in find_kinds(self._source).items() if kind.foreign}
         for kind, count in sorted(Counter(foreign.values()).items()):
-            yield Finding(f"{count} layers are in {kind.name}. {kind.support}.")
+            yield Finding(f"Layers in {kind.name}: {count}. {kind.support}.")
         unscaled: Counter[str] = Counter()
         legacy: list[str] = []
         for name, info in self._source.tensors.items():

@@ -76,7 +76,9 @@ def test_old_scaled_fp8(migrate, prefix, marker, full):
 
 
 @pytest.mark.parametrize(
-    "value, stays", [(0.5, True), (1.0, False), (0.02, False)], ids=["measured", "one", "a copy of the weight's"]
+    "value, stays",
+    [(0.5, True), ([0.5], True), (1.0, False), (0.02, False), ([0.5, 0.25], False)],
+    ids=["measured", "of one element", "one", "a copy of the weight's", "of channels"],
 )
 @pytest.mark.parametrize("drop", [False, True])
 def test_input_scales(migrate, value, stays, drop, sentences):
