@@ -50,6 +50,7 @@ _UNMARKED = Kind(
 _NO_FORMAT = Kind(
     "layer JSON without a format (INT8-Fast)", f"{_NOT_LOADED}; lrq migrate writes them in the format of today"
 )
+_SCALES = ("weight_scale", "scale_weight")  # names of today and of older tools
 _UNKNOWN = "an unknown quantization"
 
 
@@ -67,7 +68,9 @@ def find_kinds(source: LayerSource) -> dict[str, Kind]:
     marked = bool(legacy_markers(source))
     for name, info in source.tensors.items():
         layer, _, suffix = name.rpartition(".")
-        if suffix == "weight" and info.dtype in PACKED_DTYPES and len(info.shape) == 2 and layer not in configs:
+        if suffix != "weight" or info.dtype not in PACKED_DTYPES or layer in configs:
+            continue
+        if len(info.shape) == 2 or any(f"{layer}.{scale}" in source.tensors for scale in _SCALES):
             kinds.setdefault(layer, _unnamed_kind(source, layer, info.dtype, marked))
     companions = find_unknown_companions(source, configs, layers)
     for owner in companions.values():
@@ -85,7 +88,7 @@ def _unknown_kind(companion: str) -> Kind:
 
 
 def _other_scales(name: str) -> Kind:
-    support = f"{_NOT_LOADED}, and no known format has scales of their dtype and shape; use the full-precision original"
+    support = f"{_NOT_LOADED}, and no known format has values and scales of these dtypes and shapes; use the full-precision original"
     return Kind(name, support, readable=False, foreign=True)
 
 
@@ -108,13 +111,15 @@ def _external_kind(source: LayerSource, layer: ExternalLayer) -> Kind:
 
 def _unnamed_kind(source: LayerSource, layer: str, dtype: torch.dtype, marked: bool) -> Kind:
     """The quantization of a weight in a dtype of quantized values, without JSON and in no external format."""
-    if f"{layer}.scale_weight" in source.tensors:
-        return _LEGACY if marked else _UNMARKED
+    weight = source.tensors[f"{layer}.weight"]
+    scale, old = (source.tensors.get(f"{layer}.{suffix}") for suffix in _SCALES)
+    if old is not None:
+        is_matrix = len(weight.shape) == 2
+        return (_LEGACY if marked else _UNMARKED) if is_matrix else _other_scales(_LEGACY.name)
     name = _ELEMENTS.get(dtype, str(dtype).removeprefix("torch.").upper())
-    scale = source.tensors.get(f"{layer}.weight_scale")
     if scale is not None and dtype in _ELEMENTS:
         without = f"{name} without layer JSON"
-        if not has_known_scale(source.tensors[f"{layer}.weight"], scale):
+        if not has_known_scale(weight, scale):
             return _other_scales(without)
         support = "ComfyUI takes such values for weights, since their layer JSON is missing; lrq migrate adds it"
         return Kind(without, support)

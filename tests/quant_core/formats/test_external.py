@@ -345,6 +345,14 @@ REFUSED = {  # case: (tensors by last part of the name, name of the format)
         {"weight": zeros(torch.int8, OUT, INNER), "weight_scale": torch.ones(OUT, 3)},
         "INT8 without layer JSON",
     ),
+    "FP8, convolution": (
+        {"weight": zeros(E4M3, OUT, INNER, 3, 3), "weight_scale": torch.full((), 0.5)},
+        "E4M3 without layer JSON",
+    ),
+    "old FP8, convolution": (
+        {"weight": zeros(E4M3, OUT, INNER, 3, 3), "scale_weight": torch.full((), 0.5)},
+        "scaled fp8 (old)",
+    ),
     "Hugging Face, E5M2": ({"weight": zeros(E5M2, OUT, INNER), "weight_scale_inv": torch.ones(2, 2)}, "Hugging Face FP8"),
     "packed, unknown": ({"qdata": zeros(torch.int32, OUT, 24), "scales": torch.ones(OUT)}, "an unknown quantization"),
     "Hugging Face, zero points": (
