@@ -7,7 +7,7 @@ import torch
 
 from .layer_json import CONFIG_KEY, LayerSource
 
-__all__ = ["PACKED_DTYPES", "find_unknown_companions", "is_zero"]
+__all__ = ["PACKED_DTYPES", "find_unknown_companions", "is_weight_scale", "is_zero"]
 
 PACKED_DTYPES = (
     torch.float8_e4m3fn,
@@ -35,6 +35,7 @@ _WORDS = r"scale(?!_shift)|zero|absmax|smooth|rotat|hadamard|lora|svd|g_idx|code
 _COMPANION = re.compile(_WORDS)  # in the rest of a name that continues that of quantized values
 # Beside quantized values that are not called "weight"; torchao calls theirs "_weight_qdata".
 _SIBLING = re.compile(rf"_?(?:weight_[^.]*?|[wq])?(?:{_WORDS})[^.]*$")
+_OF_WEIGHT = re.compile(rf"weight[._][^.]*(?:{_WORDS})|(?:scale_weight|wscales)$")  # in any format
 _MAX_ZERO_POINTS = 1 << 20  # bytes of the zero points of a weight that are read
 _DEPTH = 8  # separators from the end of a name at which it may continue that of a quantized tensor
 
@@ -83,6 +84,14 @@ def _is_harmless(source: LayerSource, name: str, owner: str, prefix: str, declar
     if last.endswith("zero_point") and last not in names and (dtype is torch.int8 or dtype.is_floating_point):
         return is_zero(source, name)
     return last in names or (dtype is source.tensors[owner].dtype and dtype.is_floating_point)
+
+
+def is_weight_scale(name: str, layers: Container[str]) -> bool:
+    """Whether a tensor is named as a scale or a zero point of the weight of one of the layers, in any format."""
+    return any(
+        prefix[-1] == "." and prefix[:-1] in layers and _OF_WEIGHT.match(name, len(prefix))
+        for prefix in _prefixes(name)
+    )
 
 
 def is_zero(source: LayerSource, name: str) -> bool:

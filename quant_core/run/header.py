@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 
 from ..errors import SourceError
+from ..formats.companions import is_weight_scale
 from ..formats.layer_json import QUANTIZATION_KEY, quantization_metadata
 from ..output import PROVENANCE_KEY, header_bytes, loading_note
 from ..recipes import Plan, Recipe
@@ -47,14 +48,15 @@ def header_bound(source: Source, plan: Plan, recipe: Recipe, *, calibrated: bool
 
 
 def check_name_collisions(source: Source, plan: Plan, recipe: Recipe) -> None:
-    """Raise :class:`SourceError` if an unquantized weight already has a tensor with a name that quantizing it adds."""
-    kept = set(plan.names("keep"))
+    """Raise :class:`SourceError` if an unquantized weight already has a scale, or another tensor that quantizing it adds."""
+    layers = {}
     for name in plan.names("quantize"):
-        layer = name.removesuffix(".weight")
         codec, shape = recipe.of(plan.decisions[name]).format.codec, source.tensors[name].shape
-        for suffix in {**codec.file_specs(shape), **codec.optional(shape), "input_scale": None}:
-            if f"{layer}.{suffix}" in kept:
-                raise SourceError(
-                    f"{source.name}: tensor {layer}.{suffix} found for an unquantized weight; the file is damaged or partly "
-                    "quantized: choose the original file."
-                )
+        layers[name.removesuffix(".weight")] = {**codec.file_specs(shape), **codec.optional(shape), "input_scale": None}
+    added = {f"{layer}.{suffix}" for layer, suffixes in layers.items() for suffix in suffixes}
+    for name in plan.names("keep"):
+        if name in added or is_weight_scale(name, layers):
+            raise SourceError(
+                f"{source.name}: tensor {name} found for an unquantized weight; the file is damaged or partly "
+                "quantized: choose the original file."
+            )

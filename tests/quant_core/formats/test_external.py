@@ -10,7 +10,7 @@ from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.convert import DecodedSource, migrate_file
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, SourceError
-from learned_rounding.quant_core.formats.companions import PACKED_DTYPES, find_unknown_companions
+from learned_rounding.quant_core.formats.companions import PACKED_DTYPES, find_unknown_companions, is_weight_scale
 from learned_rounding.quant_core.formats.external import EXTERNAL, find_external, plain_metadata
 from learned_rounding.quant_core.formats.kinds import can_dequantize, quantized_formats
 from learned_rounding.quant_core.formats.layer_json import config_tensor
@@ -542,6 +542,8 @@ def test_no_model_has_companions_by_itself(name, whole):
         for key, found in read(name).items()
     }
     assert find_unknown_companions(Header(tensors), (), ()) == {} and not list(find_external(Header(tensors)))
+    layers = {key.removesuffix(".weight") for key in tensors if key.endswith(".weight")}
+    assert not [key for key in tensors if is_weight_scale(key, layers)]
 
 
 def test_every_row_of_the_table_says_what_to_do():

@@ -834,3 +834,13 @@ def test_a_source_that_has_what_quantizing_makes_is_refused(tmp_path, listing, s
             tmp_path / "model.safetensors", tmp_path / "out.safetensors", Recipe(preset="none", rounding="nearest")
         )
     assert listing() == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "suffix", ["scale_weight", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight._scale", "wscales"]
+)
+def test_a_weight_that_was_cast_without_its_scale_is_refused(suffix, sentences):
+    """Quantized values in bfloat16 beside their scale, as of a tool that casts all tensors of an FP8 file."""
+    tensors = {"a.weight": torch.randn(16, 16).bfloat16(), f"a.{suffix}": torch.full((1,), 0.5)}
+    with sentences.raises(SourceError):
+        quantize_tensors(tensors, Recipe(preset="none", rounding="nearest"))
