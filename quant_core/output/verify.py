@@ -14,7 +14,7 @@ import torch
 
 from ..cancellation import CancelCheck
 from ..formats import READABLE, Codec, StoredLayer, detect_layer
-from ..formats.detect import LEGACY_MARKER, QUANTIZED_DTYPES, UNSCALED_DTYPES, is_scale, legacy_markers
+from ..formats.detect import LEGACY_MARKER, QUANTIZED_DTYPES, UNSCALED_DTYPES, is_scale, legacy_markers, orphan_problem
 from ..formats.kinds import find_kinds
 from ..formats.layer_json import CONFIG_KEY, QUANTIZATION_KEY, file_layers, header_layers, layer_configs
 from ..formats.table import release_number
@@ -188,9 +188,7 @@ class _Verifier:
                 legacy.append(layer)
                 yield from self._check_legacy(layer)
             elif is_scale(suffix):
-                yield Finding(
-                    f"{layer}: has a {suffix} and no {CONFIG_KEY} tensor, so ComfyUI ignores it; run lrq migrate."
-                )
+                yield self._check_scale(layer, suffix)
             elif info.dtype in UNSCALED_DTYPES:
                 scaled = not {f"{layer}.{_LEGACY_SCALE}", f"{layer}.weight_scale"}.isdisjoint(self._source.tensors)
                 unscaled[DTYPE_NAMES[info.dtype]] += not scaled
@@ -211,6 +209,14 @@ class _Verifier:
                 "lrq quantize --requantize gives layers a scale.",
                 fatal=False,
             )
+
+    def _check_scale(self, layer: str, suffix: str) -> Finding:
+        """A scale of a layer without JSON. Migrate refuses one that an unquantized weight may have lost."""
+        weight = self._source.tensors.get(f"{layer}.weight")
+        quantized = weight is None or weight.dtype in QUANTIZED_DTYPES
+        lost = not quantized and orphan_problem(self._source, StoredLayer(layer, {}, {suffix: f"{layer}.{suffix}"}))
+        fix = "make the file again from its full-precision original" if lost else "run lrq migrate"
+        return Finding(f"{layer}: has a {suffix} and no {CONFIG_KEY} tensor, so ComfyUI ignores it; {fix}.")
 
     def _check_fp8(self, name: str, scaled: bool) -> Iterator[Finding]:
         """The values of an FP8 tensor without JSON; ``scaled``: it has a scale."""

@@ -188,6 +188,12 @@ BREAKS = {
         "fp8",
         both(drop("comfy_quant", "weight_scale"), change_header(lambda layers: layers.pop(LAYER))),
     ),
+    "scale of an unquantized weight": (
+        "fp8",
+        lambda tensors, metadata: tensors.update(
+            {"patch.weight": torch.ones(4, 4), "patch.weight_scale": torch.tensor(0.5)}
+        ),
+    ),
     "orphan scale": (
         "fp8",
         lambda tensors, metadata: tensors.update({"patch.weight_scale": torch.tensor(1.0)}),
