@@ -90,7 +90,11 @@ def quantize(
     kind, parts = split_parts(source)
     for origin in parts.values():
         with _open(origin) as weights:
-            _exclude_unreadable(recipe, weights).plan(weights, general=general)
+            _exclude_unreadable(recipe, weights).plan(
+                weights,
+                general=general,
+                check=comfy.model_management.throw_exception_if_processing_interrupted,
+            )
     clip_type = getattr(source, "clip_type", "")
     key = (kind, clip_type, recipe, calibration and calibration.fingerprint)
     with calibration.open() if calibration else contextlib.nullcontext() as statistics:

@@ -216,6 +216,8 @@ def make_plan(
     found = find_rules(own, eligible, check)
     roles = find_roles(source.tensors)
     for name, info in source.tensors.items():
+        if check:
+            check()
         start = _encoder_prefix(name)
         seen, preset_of = (start, encoders[start]) if start in encoders else ("", family)
         decisions[name] = _decide(name, info, seen, preset_of, found.get(name, ()), roles.get(name), block)

@@ -56,6 +56,7 @@ STARTS = (
     "model.",
     "net.",
 )  # name prefixes of the model in a checkpoint
+_WORDS = r"\w+", r"\w{1,64}"  # in a pattern, and as it is searched for: in time linear in the length of a name
 _PREFIXES = ("", *STARTS)
 START = f"^(?:{'|'.join(map(re.escape, STARTS))})?"
 
@@ -134,7 +135,7 @@ class Preset:
 
 
 def _pattern(text: str) -> re.Pattern[str]:
-    return re.compile(f"{START}(?:{text})")
+    return re.compile(f"{START}(?:{text.replace(*_WORDS)})")
 
 
 @cache

@@ -108,15 +108,15 @@ def describe_expert(source: Source, preset: Preset | None) -> str | None:
     """
     if preset is None or preset.name != "wan" or not _WAN_14B.matches(source.tensors):
         return None
-    titles = [source.metadata[key] for key in _TITLES if key in source.metadata]
-    if noise := _find_noise(
-        source.name, *titles, folder=next((path.parent.name for path in getattr(source, "paths", ())), "")
-    ):
+    texts = (source.name, *(source.metadata[key] for key in _TITLES if key in source.metadata))
+    newer = [text for text in texts if not _OLDER.search(text)]  # "low" in the name of a WAN 2.1 is not about noise
+    folder = next((path.parent.name for path in getattr(source, "paths", ())), "")
+    if noise := _find_noise(*newer, folder=folder):
         return (
             f"{source.name} is the {noise}-noise model of WAN 2.2, which works together with the {_OTHER[noise]}-noise model; "
             "quantize that one too."
         )
-    if any(map(_OLDER.search, (source.name, *titles))) or any(map(_WAN_COMPLETE.search, source.tensors)):
+    if len(newer) < len(texts) or any(map(_WAN_COMPLETE.search, source.tensors)):
         return None
     return f"WAN 2.2 14B is two models, one for high and one for low noise; if {source.name} is one of them, quantize the other one too."
 

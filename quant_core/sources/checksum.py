@@ -81,18 +81,21 @@ class FileChecksums:
         self._buffers = threading.local()
 
     def next(self, file: io.FileIO | io.BytesIO, size: int) -> int | None:
-        """:func:`byte_checksum` of the next ``size`` bytes; None if the file is shorter."""
-        position = file.tell()
-        (checksum,) = self.compute(file, [size])
-        file.seek(position + size)
+        """:func:`byte_checksum` of the next ``size`` bytes, to whose end the position moves; None if the file is shorter."""
+        end = file.tell() + size
+        checksum = next(self.compute(file, [size]))
+        file.seek(end)
         return checksum
 
     def compute(self, file: io.FileIO | io.BytesIO, sizes: Iterable[int]) -> Iterator[int | None]:
-        """Yield the checksum of each of consecutive parts with these sizes. The position in the file is not defined then."""
+        """Yield the checksum of each of consecutive parts with these sizes; None, as the last one, if the file is shorter.
+
+        The position of the file is undefined from here on: threads move it where the system has no positional reads.
+        """
         read = _positional_reader(file)
         chunks = _split_parts(file.tell(), sizes)
         pending: deque[tuple[Future[int | None], _Chunk]] = deque()
-        total: int | None = 0
+        total = 0
         while True:
             for chunk in islice(chunks, _AHEAD - len(pending)):
                 self._check()
@@ -101,7 +104,10 @@ class FileChecksums:
                 return
             future, chunk = pending.popleft()
             checksum = future.result()
-            total = None if total is None or checksum is None else (total + checksum) % _MODULUS
+            if checksum is None:
+                yield None
+                return
+            total = (total + checksum) % _MODULUS
             if chunk.is_last:
                 yield total
                 total = 0

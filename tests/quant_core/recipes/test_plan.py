@@ -486,3 +486,17 @@ def test_warning_names_a_few_of_many_idle_rules(header_source, sentences):
     plan = make_plan(source, preset="none", rules=rules)
     assert len(plan.idle) == 1000 and len(plan.warnings[0]) < 1000
     sentences(plan.warnings[0])
+
+
+def test_plan_can_be_cancelled_at_every_tensor(header_source):
+    class Cancelled(Exception):
+        pass
+
+    def check() -> None:
+        checks.append(1)
+        if len(checks) == 3:
+            raise Cancelled
+
+    checks: list[int] = []
+    with pytest.raises(Cancelled):
+        make_plan(header_source({f"blocks.{index}.weight": (64, 64) for index in range(4)}), check=check)

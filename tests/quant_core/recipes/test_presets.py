@@ -166,6 +166,13 @@ TRUE_NAMES = sorted({tensor for name in architectures() for tensor in read(name)
 
 
 @pytest.mark.parametrize("preset", [COMMON, GENERAL, *PRESETS.values()], ids=lambda preset: preset.name)
+def test_patterns_have_bounded_words(preset):
+    """Two unbounded words in a pattern take time quadratic in the length of a name."""
+    patterns = [preset.blocks, *(rule.pattern for rule in (*preset.keep, *preset.remove))]
+    assert not [pattern.pattern for pattern in patterns if r"\w+" in pattern.pattern]
+
+
+@pytest.mark.parametrize("preset", [COMMON, GENERAL, *PRESETS.values()], ids=lambda preset: preset.name)
 def test_patterns_begin_where_the_models_names_begin(preset):
     """Deeper in another model the same words hit nothing, unless a pattern says that it holds anywhere."""
     for rule in (*preset.keep, *preset.remove):

@@ -345,6 +345,7 @@ def test_an_expert_of_wan_is_told_by_its_folder_or_title(sentences):
     [
         ("wan_t2v", "wan2.1_t2v_14B_bf16.safetensors"),
         ("wan_t2v", "Wan2_1-T2V-14B_fp16.safetensors"),
+        ("wan_t2v", "wan2.1_t2v_14B_low_vram.safetensors"),
         *((name, "model.safetensors") for name in architectures() if name.startswith("wan_") and name not in ("wan_t2v", "wan_22_i2v", "wan_22_camera")),
         ("flux", "high_noise.safetensors"),
     ],

@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 
 import numpy
 import pytest
@@ -121,6 +122,29 @@ def test_checksums_of_parts_of_a_file_equal_those_of_their_bytes(monkeypatch, op
             byte_checksum(torch.cat(parts)[-2 * BLOCK : -BLOCK].clone()),
             None,
         ]
+
+
+def test_position_of_a_file_without_positional_reads_is_moved_by_its_readers_only(monkeypatch):
+    """Otherwise a thread could read another part than the one whose position it has just set."""
+
+    class Watched(io.BytesIO):
+        def seek(self, *args) -> int:
+            movers.append(threading.current_thread())
+            return super().seek(*args)
+
+    movers, sizes = [], [BLOCK, 3 * BLOCK, 5]
+    monkeypatch.setattr(checksum, "_CHUNK", BLOCK)
+    with FileChecksums(lambda: None) as checksums:
+        assert None not in list(checksums.compute(Watched(bytes(sum(sizes))), sizes))
+    assert len(movers) == 5 and threading.current_thread() not in movers
+
+
+def test_file_that_is_shorter_than_its_parts_is_not_read_on(open_bytes):
+    checks: list[int] = []
+    file = open_bytes(bytes(10))
+    with FileChecksums(lambda: checks.append(1)) as checksums:
+        assert list(checksums.compute(file, [2, 1 << 60, 3])) == [0, None]
+    assert len(checks) < 100
 
 
 def test_checksums_of_a_file_can_be_cancelled():
