@@ -67,8 +67,6 @@ _T5_LAYERS = {
     "attn_o": "0.SelfAttention.o",
     "attn_rel_b": "0.SelfAttention.relative_attention_bias",
     "attn_norm": "0.layer_norm",
-    "ffn_gate": "1.DenseReluDense.wi_0",
-    "ffn_up": "1.DenseReluDense.wi_1",
     "ffn_down": "1.DenseReluDense.wo",
     "ffn_norm": "1.layer_norm",
 }
@@ -99,7 +97,10 @@ _decoder = partial(
     dropped=("rope_freqs.",),  # ComfyUI computes the frequencies
 )
 _ENCODERS = (
-    _t5(embeddings=((32128, 4096),), layers=_T5_LAYERS),
+    _t5(
+        embeddings=((32128, 4096),),
+        layers=_T5_LAYERS | {"ffn_gate": "1.DenseReluDense.wi_0", "ffn_up": "1.DenseReluDense.wi_1"},
+    ),
     _t5(embeddings=((32128, 1024),), layers=_T5_LAYERS | {"ffn_up": "1.DenseReluDense.wi"}),  # T5 1.0
     _decoder(
         architectures=("llama",),

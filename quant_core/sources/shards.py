@@ -63,7 +63,7 @@ def load_weight_map(path: Path, limit: int = MAX_HEADER) -> dict[str, str]:
             file=str(path),
         )
     for file in weight_map.values():
-        if file in (".", "..") or Path(file).name != file or set("\\\0") & set(file):
+        if file in ("", ".", "..") or Path(file).name != file or set("\\\0") & set(file):
             raise SourceError(
                 f"{path} refers to the file '{file}' outside its folder; download the index again.", file=str(path)
             )

@@ -175,6 +175,13 @@ def test_an_unknown_tensor_leaves_the_file_as_it_is():
     assert assemble_llama_cpp(source) is None and find_refusal(source.tensors)
 
 
+def test_gated_t5_of_the_width_of_t5_1_0_leaves_the_file_as_it_is():
+    """Flan-T5 large: ComfyUI would take its layers for those of T5 1.0, which has no gate."""
+    source = whole("t5_old")
+    source.tensors["enc.blk.0.ffn_gate.weight"] = TensorInfo(torch.bfloat16, (2816, 1024))
+    assert assemble_llama_cpp(source) is None and find_refusal(source.tensors)
+
+
 UMT5 = "token_embedding norm blocks.0.attn.q blocks.0.attn.o blocks.0.ffn.gate.0 blocks.0.ffn.fc1 blocks.0.ffn.fc2 blocks.0.pos_embedding.embedding"
 
 

@@ -168,6 +168,7 @@ def test_a_pickle_without_weights(tmp_path, sentences):
         '{"weight_map": {"a": 3}}',
         '{"weight_map": {"a": "../model.safetensors"}}',
         '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": ""}}',
         '{"weight_map": {"a": "gone.safetensors"}}',
         '{"weight_map": {"nobody": "model-00001-of-00002.safetensors"}}',
         '{"weight_map": {"nobody": "model-00001-of-00002.safetensors", "step": "model-00002-of-00002.safetensors"}}',
