@@ -8,7 +8,7 @@ import comfy.utils
 import torch
 from comfy import model_detection
 
-from ...quant_core.convert.dequantize import DecodedSource
+from ...quant_core.convert.dequantize import decode_source
 from ...quant_core.errors import SourceError
 from ...quant_core.formats.kinds import quantized_formats
 from ...quant_core.recipes.refused import DIFFUSERS, find_refusal
@@ -27,12 +27,17 @@ _WRONG_FOLDER = f"ComfyUI converts files in {DIFFUSION_MODELS} only; move the fi
 def open_file(file: FileSource) -> Iterator[Source]:
     """Open the tensors of a file of any supported file format, renamed from diffusers' names to ComfyUI's.
 
+    A quantized file keeps its names unless it is dequantized: ComfyUI's conversions do not know its scales, and its plan is
+    refused by the name of its format.
+
     Raises:
         SourceError: the file has diffusers' names, and ComfyUI does not convert all of them.
     """
-    with open_source(file.path) as source:
-        if file.requantize and quantized_formats(source):
-            source = DecodedSource(source)
+    with open_source(file.path) as opened:
+        source = decode_source(opened) if file.requantize else opened
+        if quantized_formats(source):
+            yield source
+            return
         convert = _converter(source) if file.kind == DIFFUSION_MODELS else None
         if convert is None and find_refusal(source.tensors) == DIFFUSERS.description:
             raise SourceError(

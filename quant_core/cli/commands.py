@@ -10,12 +10,11 @@ from typing import NoReturn
 
 from ... import kernels
 from ..calibration import CalibrationFile
-from ..convert.dequantize import DecodedSource
+from ..convert.dequantize import decode_source
 from ..convert.migrate import migrate_file
 from ..display import escape_control, human_bytes
 from ..errors import OutputError, QuantizationError
 from ..formats import FORMATS
-from ..formats.kinds import quantized_formats
 from ..output import inspect_file, keep_apart, verify_file
 from ..recipes import PRESETS, Plan, Recipe
 from ..run.estimate import estimate_seconds, estimate_size
@@ -79,7 +78,7 @@ def _describe_unexpected(error: Exception) -> str:
 def _open_source(args: argparse.Namespace) -> Iterator[Source]:
     """The source; GGUF is always dequantized, other quantized sources with --requantize."""
     with open_source(args.input) as opened:
-        source = DecodedSource(opened) if args.requantize and quantized_formats(opened) else opened
+        source = decode_source(opened) if args.requantize else opened
         decoded = getattr(source, "layers", {})
         if decoded:
             found = ", ".join(f"{count} layers of {name}" for name, count in decoded.items())

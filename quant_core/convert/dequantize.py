@@ -14,14 +14,24 @@ from ..formats.external import plain_metadata
 from ..formats.kinds import quantized_formats
 from ..formats.layer_json import QUANTIZATION_KEY
 from ..output.metadata import NOTE_KEY, PROVENANCE_KEY
-from ..sources import SampledSource, TensorInfo
+from ..sources import Source, TensorInfo
 from ..sources.dtypes import DTYPE_NAMES
+from ..sources.opening import convert_names
 from ..sources.source import CPU
 from .migrate import PLAIN
 
-__all__ = ["DecodedSource"]
+__all__ = ["DecodedSource", "decode_source"]
 
 _OWN_METADATA = (QUANTIZATION_KEY, PROVENANCE_KEY, NOTE_KEY)
+
+
+def decode_source(source: Source) -> Source:
+    """The weights of a quantized source under ComfyUI's names, see :class:`DecodedSource`; a source of plain weights itself.
+
+    Raises:
+        SourceError: as :class:`DecodedSource`, or some of the tensors have no conversion.
+    """
+    return convert_names(DecodedSource(source)) if quantized_formats(source) else source
 
 
 class DecodedSource:
@@ -38,7 +48,7 @@ class DecodedSource:
         SourceError: a layer is in a format that cannot be dequantized, or lacks a scale.
     """
 
-    def __init__(self, source: SampledSource):
+    def __init__(self, source: Source):
         self.origin = source
         self.name, self.paths = source.name, getattr(source, "paths", ())
         self.layers: Counter[str] = Counter()

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from ..errors import SourceError
+from ..formats.kinds import quantized_formats
 from .renaming import Assembly
 from .source import Source
 
@@ -74,6 +75,8 @@ def _swap_halves(tensor: torch.Tensor) -> torch.Tensor:
 def assemble_diffusers(source: Source) -> dict[str, Assembly] | None:
     """ComfyUI's tensor names of a diffusers file of one of :data:`FAMILIES`; None for any other file.
 
+    None also for a quantized file whose scales have no such names: it is converted after it is dequantized.
+
     Raises:
         SourceError: the file has tensors that the family does not have, or lacks some that it needs.
     """
@@ -93,6 +96,8 @@ def assemble_diffusers(source: Source) -> dict[str, Assembly] | None:
             ours, number, count = place
             parts.setdefault(ours, [None] * count)[number] = name
     unknown += (found for found in _lone_parts(parts))
+    if unknown and quantized_formats(source):
+        return None
     if unknown:
         raise SourceError(
             f"{refused}: there is no conversion for {len(unknown)} of its {len(source.tensors)} tensors, for example "

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import MissingPackageError, SourceError
 from .diffusers_names import assemble_diffusers
@@ -12,10 +13,13 @@ from .llama_cpp_names import assemble_llama_cpp
 from .renaming import RenamedSource
 from .safetensors import SafetensorsFile
 from .shards import ShardedFiles, find_index, find_parts, load_weight_map, model_key, require_files
+from .source import Source
 from .tensor_file import WHOLE, Part, TensorFile
 from .torch_pickle import PickleFile
 
-__all__ = ["model_paths", "open_safetensors", "open_source"]
+__all__ = ["convert_names", "model_paths", "open_safetensors", "open_source"]
+
+AnySource = TypeVar("AnySource", bound=Source)
 
 # What a folder may contain, in the order of preference: one of the first kind that it has.
 _IN_FOLDER = (
@@ -119,7 +123,8 @@ def open_safetensors(path: str | os.PathLike) -> TensorFile | ShardedFiles:
 def open_source(path: str | os.PathLike) -> TensorFile | ShardedFiles | RenamedSource:
     """Open a model of safetensors files, PyTorch pickles or GGUF files, as :func:`open_safetensors` does; suffixes do not matter.
 
-    Tensors under names that ComfyUI does not read get ComfyUI's names where this package has a conversion.
+    Tensors under names that ComfyUI does not read get ComfyUI's names where this package has a conversion; those of a
+    quantized file get them when it is dequantized.
 
     Raises:
         SourceError: the path is none of these, a shard is missing, a file is damaged, or some of its tensors have no
@@ -128,11 +133,20 @@ def open_source(path: str | os.PathLike) -> TensorFile | ShardedFiles | RenamedS
     """
     opened = _open_model(Path(path), _READERS)
     try:
-        assemblies = assemble_diffusers(opened) or assemble_llama_cpp(opened)
-        return RenamedSource(opened, assemblies) if assemblies else opened
+        return convert_names(opened)
     except BaseException:
         opened.close()
         raise
+
+
+def convert_names(source: AnySource) -> AnySource | RenamedSource:
+    """``source`` under ComfyUI's tensor names, where this package has a conversion, else itself.
+
+    Raises:
+        SourceError: some of its tensors have no conversion.
+    """
+    assemblies = assemble_diffusers(source) or assemble_llama_cpp(source)
+    return RenamedSource(source, assemblies) if assemblies else source
 
 
 def model_paths(path: Path) -> tuple[Path, ...]:

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import SourceError
 from .shards import ShardedFiles
-from .source import CPU, TensorInfo
+from .source import CPU, Source, TensorInfo
 from .tensor_file import TensorFile
 
 __all__ = ["Assembly", "RenamedSource"]
@@ -27,21 +27,22 @@ class Assembly:
 
 
 class RenamedSource:
-    """The tensors of ``origin`` under other names. A context manager that closes ``origin``.
+    """The tensors of ``origin`` under other names. A context manager that closes ``origin`` if that is a file.
 
     Args:
         assemblies: new name → its parts. Tensors of ``origin`` that are no part of any are left out.
 
     Attributes:
-        origin: the file; its fingerprint counts.
+        origin: the file, or the decoded source; its fingerprint counts.
+        paths: files that it is read from.
 
     Raises:
         SourceError: tensors that are to be concatenated differ in dtype or row length.
     """
 
-    def __init__(self, origin: TensorFile | ShardedFiles, assemblies: Mapping[str, Assembly]):
+    def __init__(self, origin: Source, assemblies: Mapping[str, Assembly]):
         self.origin = origin
-        self.name, self.path, self.paths, self.size = origin.name, origin.path, origin.paths, origin.size
+        self.name, self.paths = origin.name, getattr(origin, "paths", ())
         self.metadata, self.layers = origin.metadata, getattr(origin, "layers", {})
         self._assemblies = assemblies
         self.tensors = {name: self._info(assembly) for name, assembly in assemblies.items()}
@@ -64,8 +65,9 @@ class RenamedSource:
         return reorder(tensor) if reorder else tensor
 
     def close(self) -> None:
-        """Close the file."""
-        self.origin.close()
+        """Close the file; a decoded source is closed with its own file."""
+        if isinstance(self.origin, (TensorFile, ShardedFiles)):
+            self.origin.close()
 
     def __enter__(self) -> "RenamedSource":
         return self

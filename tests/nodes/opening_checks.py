@@ -79,7 +79,7 @@ def header(name: str, tensors: dict[str, torch.Tensor]) -> SimpleNamespace:
 
 
 def refused_files() -> dict[str, str]:
-    """Errors for files with diffusers' names that are not whole models."""
+    """Errors for files with diffusers' names that are not whole models, and what the node displays for a quantized one."""
     unet = {"conv_in.weight": torch.zeros(8, 7, 3, 3), "down_blocks.0.resnets.0.norm1.weight": torch.zeros(8)}
     flux2 = {
         "x_embedder.weight": torch.zeros(8, 8),
@@ -91,6 +91,7 @@ def refused_files() -> dict[str, str]:
         "diffusion_models/flux2": flux2,
         "diffusion_models/more": more,
         "checkpoints/more": more,
+        "diffusion_models/quantized": quantized(tiny()),
     }
     said = {}
     for name, tensors in files.items():
@@ -98,10 +99,18 @@ def refused_files() -> dict[str, str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
         try:
-            LoadModel.execute(f"{name}.safetensors")
+            said[name] = LoadModel.execute(f"{name}.safetensors").ui.value
         except SourceError as error:
             said[name] = str(error)
     return said
+
+
+def quantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with one layer in INT8 as bitsandbytes stores it."""
+    layer = next(key.removesuffix(".weight") for key, tensor in tensors.items() if tensor.dim() == 2)
+    rows = tensors[f"{layer}.weight"].float().abs().amax(1).clamp(min=1e-6)
+    values = (tensors[f"{layer}.weight"].float() / rows[:, None] * 127).round().to(torch.int8)
+    return tensors | {f"{layer}.weight": values, f"{layer}.SCB": rows}
 
 
 def own_rules() -> dict:

@@ -1,7 +1,6 @@
 """Diffusers' names to ComfyUI's: names and shapes of diffusers' own classes (``diffusers/*.txt``) become those of ComfyUI's classes."""
 
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
-from learned_rounding.quant_core.errors import SourceError
+from learned_rounding.quant_core.cli.commands import main
+from learned_rounding.quant_core.convert.dequantize import decode_source
+from learned_rounding.quant_core.errors import AlreadyQuantizedError, SourceError
 from learned_rounding.quant_core.recipes import make_plan
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo, open_source
 from learned_rounding.quant_core.sources.diffusers_names import FAMILIES, assemble_diffusers
 from learned_rounding.quant_core.sources.renaming import RenamedSource
+from learned_rounding.quant_core.sources.source import fingerprint
 from learned_rounding.tests.architectures import architectures, read
 from learned_rounding.tests.architectures.table import CONVERTED
 from learned_rounding.tests.quant_core.sources.diffusers_lists import DIFFUSERS_LISTS as LISTS
@@ -24,7 +26,7 @@ PREFIX = "model.diffusion_model."
 
 def header(shapes: dict[str, tuple[int, ...]], name: str = "model.safetensors") -> SimpleNamespace:
     infos = {key: TensorInfo(torch.bfloat16, shape) for key, shape in shapes.items()}
-    return SimpleNamespace(name=name, path=Path(name), paths=(), size=0, metadata={}, tensors=infos)
+    return SimpleNamespace(name=name, metadata={}, tensors=infos)
 
 
 def converted(shapes: dict[str, tuple[int, ...]]) -> RenamedSource:
@@ -118,6 +120,51 @@ def test_a_quantized_file_has_comfyuis_names(tmp_path):
             "double_blocks.0.img_attn.qkv.weight_scale",
             "single_blocks.0.norm.key_norm.scale",
         } <= made.tensors.keys()
+        assert not any("transformer_blocks" in name for name in made.tensors)
+
+
+def block_fp8(tensors: dict[str, torch.Tensor], scale: str) -> dict[str, torch.Tensor]:
+    """The layers of the blocks in FP8 with scales under that name."""
+    made = dict(tensors)
+    for key in tensors:
+        if "blocks." in key and "norm" not in key:
+            values = torch.tensor(2.0) ** torch.arange(tensors[key].numel()).remainder(8)
+            made[key] = values.reshape(tensors[key].shape).to(torch.float8_e4m3fn)
+            made[f"{key.removesuffix('.weight')}.{scale}"] = torch.tensor([[0.5]])
+    return made
+
+
+def test_quantized_files_are_refused_by_the_name_of_the_format(tmp_path, sentences):
+    save_file(block_fp8(tiny_flux2(), "weight_scale_inv"), tmp_path / "flux2.safetensors")
+    with open_source(tmp_path / "flux2.safetensors") as source, sentences.raises(AlreadyQuantizedError):
+        make_plan(source)
+
+
+def test_quantized_files_get_comfyuis_names_when_they_are_dequantized(tmp_path):
+    """Each part of a joined tensor has a scale of its own."""
+    tensors = block_fp8(tiny_flux2(), "weight_scale_inv")
+    block = "transformer_blocks.0.attn."
+    tensors[f"{block}to_k.weight_scale_inv"] = torch.tensor([[4.0]])
+    save_file(tensors, tmp_path / "flux2.safetensors")
+    with open_source(tmp_path / "flux2.safetensors") as source:
+        decoded = decode_source(source)
+        assert (
+            decoded.tensors.keys()
+            == converted({key: tensor.shape for key, tensor in tiny_flux2().items()}).tensors.keys()
+        )
+        assert decoded.paths == (tmp_path / "flux2.safetensors",) and fingerprint(decoded) not in (
+            None,
+            fingerprint(source),
+        )
+        parts = [
+            tensors[f"{block}{part}.weight"].float() * tensors[f"{block}{part}.weight_scale_inv"]
+            for part in ("to_q", "to_k", "to_v")
+        ]
+        assert torch.equal(decoded.read("double_blocks.0.img_attn.qkv.weight").float(), torch.cat(parts))
+    command = ["quantize", "--requantize", "--rounding", "nearest", "-i", str(tmp_path / "flux2.safetensors")]
+    assert main([*command, "-o", str(tmp_path / "out.safetensors")]) == 0
+    with SafetensorsFile(tmp_path / "out.safetensors") as made:
+        assert "double_blocks.0.img_mlp.0.weight_scale" in made.tensors
         assert not any("transformer_blocks" in name for name in made.tensors)
 
 
