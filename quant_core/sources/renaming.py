@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import SourceError
+from .gguf_shapes import restore_shape
 from .shards import ShardedFiles
 from .source import CPU, Source, TensorInfo
 from .tensor_file import TensorFile
@@ -45,12 +46,12 @@ class RenamedSource:
         self.name, self.paths = origin.name, getattr(origin, "paths", ())
         self.metadata, self.layers = origin.metadata, getattr(origin, "layers", {})
         self._assemblies = assemblies
-        self.tensors = {name: self._info(assembly) for name, assembly in assemblies.items()}
+        self.tensors = {name: self._info(name, assembly) for name, assembly in assemblies.items()}
 
-    def _info(self, assembly: Assembly) -> TensorInfo:
+    def _info(self, name: str, assembly: Assembly) -> TensorInfo:
         first, *others = (self.origin.tensors[part] for part in assembly.parts)
-        if not others:
-            return first
+        if not others:  # the dimensions that a GGUF file lacks are known by the new name
+            return TensorInfo(first.dtype, restore_shape(name, first.shape))
         if any((other.dtype, other.shape[1:]) != (first.dtype, first.shape[1:]) for other in others) or not first.shape:
             raise SourceError(
                 f"{self.name}: the tensors {', '.join(assembly.parts)} do not fit together; download it again."
@@ -62,7 +63,7 @@ class RenamedSource:
         parts, reorder = self._assemblies[name].parts, self._assemblies[name].reorder
         loaded = [self.origin.read(part, device) for part in parts]
         tensor = loaded[0] if len(loaded) == 1 else torch.cat(loaded)
-        return reorder(tensor) if reorder else tensor
+        return (reorder(tensor) if reorder else tensor).view(self.tensors[name].shape)
 
     def close(self) -> None:
         """Close the file; a decoded source is closed with its own file."""

@@ -3,6 +3,8 @@
 import math
 from types import SimpleNamespace
 
+import gguf
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,6 +22,7 @@ from learned_rounding.tests.architectures import architectures, read
 from learned_rounding.tests.architectures.table import CONVERTED
 from learned_rounding.tests.quant_core.sources.diffusers_lists import DIFFUSERS_LISTS as LISTS
 from learned_rounding.tests.quant_core.sources.diffusers_lists import read_diffusers as theirs
+from learned_rounding.tests.quant_core.sources.test_gguf_shapes import without_leading_ones
 
 PREFIX = "model.diffusion_model."
 
@@ -40,6 +43,31 @@ def test_names_and_shapes_become_those_of_comfyuis_class(name):
         key.replace("_norm.scale", "_norm.weight"): info.shape for key, info in converted(theirs(name)).tensors.items()
     }  # ComfyUI reads both names of these norms
     assert found == {key: tensor.shape for key, tensor in read(name).items()}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_dimensions_that_a_gguf_file_lacks_come_back(name):
+    stored = converted({key: without_leading_ones(shape) for key, shape in theirs(name).items()})
+    assert stored.tensors == converted(theirs(name)).tensors
+
+
+def test_modulation_of_wan_in_a_gguf_file(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "wan.gguf", "wan")
+    values = numpy.arange(24, dtype=numpy.float32).reshape(6, 4)
+    layers = ("condition_embedder.time_embedder.linear_1.weight", "blocks.0.attn1.to_q.weight")
+    for key, tensor in {
+        "blocks.0.scale_shift_table": values,
+        **dict.fromkeys(layers, numpy.ones((4, 4), "f4")),
+    }.items():
+        writer.add_tensor(key, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open_source(tmp_path / "wan.gguf") as source:
+        read = source.read("blocks.0.modulation")
+        assert read.shape == source.tensors["blocks.0.modulation"].shape == (1, 6, 4)
+        assert (read.numpy()[0] == values).all()
 
 
 @pytest.mark.parametrize("name", LISTS)
