@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ...quant_core.errors import OutputError, QuantizationError, SourceError
 from ...quant_core.output import remove_leftovers
 from ...quant_core.output.durable import flush_to_disk
 from ...quant_core.sources import model_paths
-from ...quant_core.sources.shards import model_stem
+from ...quant_core.sources.shards import model_key, model_stem, part_number
 
 try:
     import fcntl
@@ -52,7 +52,6 @@ _KINDS = (DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS)
 _SAFETENSORS = (".safetensors", ".sft")
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
 _SOURCES = (*_SAFETENSORS, *_INDEXES, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
-_SHARD = re.compile(r"-(?P<number>\d{5})-of-(?!00001)\d{5}\.\w+$")
 # The folders of an absolute path, on any system. The name of a folder may contain spaces and quotes, except as its first and
 # last character. A path ends before another path that follows a space, and before a colon or semicolon with a space.
 _FOLDER = r"""[^\s'"/\\](?:(?:(?!\s[A-Za-z]:[/\\]|[:;]\s)[^\n/\\])*[^\s'"/\\])?[/\\]{1,2}"""
@@ -73,14 +72,14 @@ def safetensors_files() -> list[str]:
         f"{kind}/{name}"
         for kind in _KINDS
         for name in _names(kind)
-        if name.lower().endswith(_SAFETENSORS) and not _SHARD.search(name)
+        if name.lower().endswith(_SAFETENSORS) and part_number(_split(name)[1]) is None
     ]
 
 
-def _model(name: str) -> tuple[str, str]:
-    """Folder and stem of a model file."""
+def _split(name: str) -> tuple[str, str]:
+    """Folder and file name of a model file."""
     folder, _, file = name.replace("\\", "/").rpartition("/")
-    return folder, model_stem(file)
+    return folder, file
 
 
 def _names(kind: str) -> list[str]:
@@ -95,12 +94,18 @@ def _names(kind: str) -> list[str]:
             for name in folder_paths.recursive_search(base, [".git"])[0]
         }
     )
-    indexed = {_model(name) for name in names if name.lower().endswith(_INDEXES)}
-    return [
-        name
-        for name in names
-        if not (part := _SHARD.search(name)) or part["number"] == "00001" and _model(name) not in indexed
-    ]
+    split = {name: _split(name) for name in names}
+    indexed = {(folder, model_stem(file)) for folder, file in split.values() if file.lower().endswith(_INDEXES)}
+    first: dict[tuple[str, ...], str] = {}
+    for name, (folder, file) in split.items():
+        first.setdefault((folder, *model_key(file)), name)
+    return [name for name in first.values() if _is_listed(*split[name], indexed)]
+
+
+def _is_listed(folder: str, file: str, indexed: Container[tuple[str, str]]) -> bool:
+    """Whether a file stands for a model: it is a whole one, or the first part of one without an index."""
+    number = part_number(file)
+    return number is None or number < 2 and (folder, model_stem(file)) not in indexed
 
 
 def clip_types() -> list[str]:

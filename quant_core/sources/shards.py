@@ -14,7 +14,16 @@ from .safetensors import parse_bounded_json
 from .source import CPU, TensorInfo
 from .tensor_file import MAX_HEADER, Part, TensorFile, open_regular_file
 
-__all__ = ["ShardedFiles", "find_index", "find_parts", "load_weight_map", "model_key", "model_stem", "require_files"]
+__all__ = [
+    "ShardedFiles",
+    "find_index",
+    "find_parts",
+    "load_weight_map",
+    "model_key",
+    "model_stem",
+    "part_number",
+    "require_files",
+]
 
 _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")  # diffusers puts the variant before .json: .index.fp16.json
 _PART = re.compile(
@@ -35,6 +44,12 @@ def model_key(name: str) -> tuple[str, ...]:
     """Key that is the same for the file names of all numbered parts of a model, and different for other files."""
     part = _PART.fullmatch(name)
     return (part["stem"], part["count"], part["suffix"]) if part else (name,)
+
+
+def part_number(name: str) -> int | None:
+    """The number in the file name of one of several parts of a model; None for other files."""
+    part = _PART.fullmatch(name)
+    return int(part["number"]) if part and int(part["count"]) > 1 else None
 
 
 def load_weight_map(path: Path, limit: int = MAX_HEADER) -> dict[str, str]:

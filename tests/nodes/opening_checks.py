@@ -171,6 +171,8 @@ def diffusers() -> dict:
     save_file(original, MODELS / "safetensors.gguf")  # read by content
     for number in (1, 2):  # without an index
         torch.save(dict(list(original.items())[number - 1 :: 2]), MODELS / f"parts-{number:05}-of-00002.bin")
+    for number in (0, 1):  # numbered from 0
+        save_file(dict(list(original.items())[number::2]), MODELS / f"zero_{number}_of_2.sft")
     made = {}
     for choice in host.model_files():
         source = host.FileSource.choose(choice, host.clip_types()[0])

@@ -20,6 +20,7 @@ def test_all_file_formats_and_names_give_the_same_model(host, tmp_path, sentence
         "parts-00001-of-00002.bin",
         "pickle.pt",
         "safetensors.gguf",
+        "zero_0_of_2.sft",
     )
     kinds += ("tiny.safetensors.index.json",)
     (told,) = {result.pop("told") for result in found["files"].values()}
