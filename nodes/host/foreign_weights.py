@@ -38,10 +38,13 @@ def hold_weight(model: torch.nn.Module, key: str, name: str) -> HeldWeight:
 
     Raises:
         AlreadyQuantizedError: the weight is quantized, and neither it nor its layer has a method that dequantizes it.
-        SourceError: the weight has no values in memory.
+        SourceError: the weight has no values in memory, or is in the state dict alone.
     """
     layer = key.rpartition(".")[0]
-    module, tensor = comfy.utils.get_attr(model, layer) if layer else model, comfy.utils.get_attr(model, key)
+    try:
+        module, tensor = comfy.utils.get_attr(model, layer) if layer else model, comfy.utils.get_attr(model, key)
+    except AttributeError:
+        raise SourceError(f"The {name} has {key} in its state dict and not in its layers; {_ADVICE}.") from None
     if tensor.is_meta:
         raise SourceError(f"The {name} has no values of {key} in memory ({_describe(module, tensor)}); {_ADVICE}.")
     if decode := _find_decoder(module, tensor):

@@ -120,12 +120,19 @@ def _weight_keys(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> l
     """Keys of the tensors of ``state`` in the model; for several tensors of one quantized weight the key of that weight."""
     keys: dict[str, None] = {}
     for key, tensor in state.items():
-        owner = key.rpartition(".")[0]
-        if isinstance(_find_attribute(model, owner), torch.Tensor):  # quanto: weight._data, weight._scale
+        if owner := _find_owner(model, key):
             keys[owner] = None
         elif not tensor.is_meta or _find_attribute(model, key) is not None:
             keys[key] = None  # ComfyUI-GGUF adds meta tensors that the model does not have, for estimates of memory
     return list(keys)
+
+
+def _find_owner(model: torch.nn.Module, key: str) -> str | None:
+    """Key of the tensor that ``key`` is a part of: quanto's weight._data, weight.quant_state.… of bitsandbytes; None if there is none."""
+    owner = key.rpartition(".")[0]
+    while owner and not isinstance(_find_attribute(model, owner), torch.Tensor):
+        owner = owner.rpartition(".")[0]
+    return owner or None
 
 
 def _find_attribute(model: torch.nn.Module, key: str) -> object:

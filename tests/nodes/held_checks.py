@@ -99,6 +99,21 @@ class SplitLayer(torch.nn.Module):
             destination[f"{prefix}bias"] = self.bias
 
 
+class StatefulLayer(torch.nn.Module):
+    """As a layer of bitsandbytes: the state dict has the quantization state of its weight, of several levels."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight.quant_state.packed__nf4"] = torch.zeros(8, dtype=torch.uint8)
+        destination[f"{prefix}weight"] = self.weight.codes
+
+
+class ExtraLayer(torch.nn.Module):
+    """The state dict has a tensor that is not in the layer."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}scale"] = torch.ones(1)
+
+
 class FourBitLayer(torch.nn.Module):
     """As a layer of nunchaku: quantized values in tensors of its own."""
 
@@ -198,6 +213,8 @@ def refused() -> dict[str, str]:
 
     cases = {
         "no dequantization": (NoDequantization, None),
+        "quantization state": (NoDequantization, StatefulLayer),
+        "state dict alone": (lambda codes: codes.float(), ExtraLayer),
         "packed bytes": (lambda codes: codes, FourBitLayer),
         "meta": (lambda codes: torch.empty(codes.shape, device="meta"), None),
         "fails": (broken(fail), None),

@@ -15,7 +15,15 @@ def test_weights_of_other_packs(host, tmp_path, sentences):
         "kept": True,
     }
     said = found["refused"]
-    assert list(said) == ["no dequantization", "packed bytes", "meta", "fails", "wrong shape"]
+    assert list(said) == [
+        "no dequantization",
+        "quantization state",
+        "state dict alone",
+        "packed bytes",
+        "meta",
+        "fails",
+        "wrong shape",
+    ]
     assert all("joint_blocks" in message or "embedder" in message for message in said.values()), said
     assert "ComfyUI-Other" in said["packed bytes"]
     sentences(*said.values())
