@@ -16,7 +16,7 @@ from ...quant_core.sources import Source, TensorInfo, TensorSource, open_source
 from ...quant_core.sources.source import CPU
 from .folders import DIFFUSION_MODELS, FileSource
 
-__all__ = ["open_file"]
+__all__ = ["meta_tensors", "open_file"]
 
 State = dict[str, torch.Tensor]
 _NOT_CONVERTIBLE = "this ComfyUI has no conversion for it; use a file with ComfyUI's tensor names"
@@ -57,7 +57,7 @@ class RenamedWeights:
         self.paths = getattr(source, "paths", ())
         self._source, self._convert = source, convert
         self._weights: State = {}
-        left = _meta_tensors(source)
+        left = meta_tensors(source)
         self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in convert(left).items()}
         if left:
             raise SourceError(
@@ -76,7 +76,7 @@ class RenamedWeights:
         return TensorSource({name: self.read(name)}).sample(name, offset, length)
 
 
-def _meta_tensors(source: Source) -> State:
+def meta_tensors(source: Source) -> State:
     """Tensors of the same names, dtypes and shapes without data."""
     return {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in source.tensors.items()}
 
@@ -88,7 +88,7 @@ def _is_recognized(state: State) -> bool:
 
 def _converter(source: Source) -> Callable[[State], State] | None:
     """ComfyUI's conversion from diffusers' names, chosen as its loader does; None where it needs or has none."""
-    shapes = _meta_tensors(source)
+    shapes = meta_tensors(source)
     prefix = model_detection.unet_prefix_from_state_dict(shapes)
     if any(name.startswith(prefix) for name in shapes) or _is_recognized(shapes):
         return None

@@ -1,5 +1,6 @@
 """Models as tensor sources: files, and the weights of a MODEL or CLIP with their patches applied."""
 
+import json
 from collections.abc import Callable, Mapping
 
 import comfy.lora
@@ -7,15 +8,17 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
+from comfy import model_detection
 
 from ...quant_core.errors import AlreadyQuantizedError, NothingToQuantizeError, QuantizationError
 from ...quant_core.formats.layer_json import CONFIG_KEY
-from ...quant_core.sources import TensorInfo, TensorSource
+from ...quant_core.sources import Source, TensorInfo, TensorSource
 from ...quant_core.sources.source import CPU
 from ...quant_core.sources.staging import Staging
 from .file_slices import load_weight
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 from .foreign_weights import DECODED, hold_weight
+from .opening import meta_tensors
 
 __all__ = [
     "READS_ENCODERS",
@@ -43,6 +46,7 @@ _PLAIN_ENCODERS = {
     "t5gemma",
 }
 
+_JSON = (bool, int, float, str, list)  # types of values in a configuration
 _PART = 1 << 20  # elements that are compared at a time: fresh memory of a whole weight costs more than the comparison
 
 
@@ -181,7 +185,24 @@ def split_parts(source) -> tuple[str, Mapping[str, FileSource | PatchedWeights]]
 def model_weights(model) -> PatchedWeights:
     """The weights of a MODEL, with the tensor names of diffusion model files."""
     prefix = "diffusion_model."
-    return PatchedWeights(model, "MODEL", lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)
+    weights = PatchedWeights(model, "MODEL", lambda key: key.removeprefix(prefix) if key.startswith(prefix) else None)
+    weights.metadata = _undetected_config(model, weights)
+    return weights
+
+
+def _undetected_config(model, weights: Source) -> dict[str, str]:
+    """Header metadata with what ComfyUI read from the header of the model's own file, and does not detect in the tensors.
+
+    LTX-Video 0.9.5 and LTX-2 have such values, among them the positions of frames.
+    """
+    config = getattr(getattr(model.model, "model_config", None), "unet_config", {})
+    detected = model_detection.detect_unet_config(meta_tensors(weights), "")
+    if detected is None:
+        return {}
+    more = {key: value for key, value in config.items() if key not in detected and isinstance(value, _JSON)}
+    metadata = {"config": json.dumps({"transformer": more})}
+    read = model_detection.detect_unet_config(meta_tensors(weights), "", metadata=dict(metadata))
+    return metadata if read != detected else {}  # ComfyUI reads the header of some families only
 
 
 def encoder_parts(clip) -> dict[str, PatchedWeights]:

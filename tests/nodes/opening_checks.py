@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
@@ -17,7 +18,7 @@ from pack.quant_core import Recipe, quantize_file
 from pack.quant_core.errors import QuantizationError, SourceError
 from pack.quant_core.formats.layer_json import config_tensor
 from pack.quant_core.recipes.refused import find_refusal
-from pack.quant_core.sources import TensorInfo
+from pack.quant_core.sources import SafetensorsFile, TensorInfo
 from pack.quant_core.sources.diffusers_names import assemble_diffusers
 from pack.quant_core.sources.renaming import RenamedSource
 from pack.tests.architectures import read
@@ -273,6 +274,31 @@ def converted() -> dict:
     }
 
 
+def configured() -> dict[str, object]:
+    """Configuration of a quantized LTX-Video that its file has in the header: from the file, and from a MODEL."""
+    MODELS.mkdir(parents=True, exist_ok=True)
+    sides = {2048: 256, 4096: 4096, 8192: 1024, 12288: 1536}
+    shapes = {key: tensor.shape for key, tensor in read("ltxv").items() if not re.search(r"blocks\.[1-9]", key)}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        key: (torch.randn([sides.get(side, side) for side in shape], generator=generator) * 0.05).bfloat16()
+        for key, shape in shapes.items()
+    }
+    found: dict[str, object] = {}
+    for version, config in {"0.9.1": {}, "0.9.5": {"causal_temporal_positioning": True}}.items():
+        metadata = {"config": json.dumps({"transformer": config})} if config else None
+        save_file(tensors, MODELS / "ltxv.safetensors", metadata)
+        source = host.FileSource.choose("diffusion_models/ltxv.safetensors", host.clip_types()[0])
+        for kind, given in {"file": source, "model": comfy.sd.load_diffusion_model(str(source.path))}.items():
+            quantized = host.quantize(given, RECIPE, lambda event: None)
+            with SafetensorsFile(quantized.files[""]) as file:
+                stored = file.metadata.get("config")
+            model = host.build_model(given, quantized)
+            causal = model.model.diffusion_model.causal_temporal_positioning
+            found[f"{version} {kind}"] = [causal, stored and json.loads(stored)["transformer"]]
+    return found
+
+
 def checkpoints() -> dict[str, object]:
     """Whether a source has the state dict that ComfyUI's loader takes from a checkpoint; errors for shards that lack others."""
     MODELS.mkdir(parents=True, exist_ok=True)
@@ -309,4 +335,5 @@ CHECKS = {
     "opening_broken": broken,
     "opening_converted": converted,
     "opening_checkpoints": checkpoints,
+    "opening_configured": configured,
 }

@@ -54,6 +54,18 @@ def test_names_that_comfyui_does_not_convert_fit_its_classes(host, tmp_path, sen
     sentences(found["told"])
 
 
+def test_what_comfyui_reads_from_the_header_is_in_the_quantized_file(host, tmp_path):
+    """The positions of frames of LTX-Video depend on its version, which its tensors do not show."""
+    found = in_process(host, tmp_path, "opening_configured")
+    causal = {"causal_temporal_positioning": True}
+    assert found == {
+        "0.9.1 file": [False, None],
+        "0.9.1 model": [False, None],
+        "0.9.5 file": [True, causal],
+        "0.9.5 model": [True, causal],
+    }
+
+
 def test_checkpoints_give_the_weights_of_comfyuis_loader(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "opening_checkpoints")
     shards = [found.pop(name) for name in list(found) if name.startswith("shard")]
