@@ -14,7 +14,14 @@ from ..formats.scales import BLOCK_SIZE
 from ..sources import Source, TensorInfo
 from .layers import LayerRule, find_rules, most_specific
 from .presets import AUTO, COMMON, GENERAL, Preset, Rule, recognize_preset
-from .recognition import check_kind, check_recognized, choose_preset, describe_expert, describe_unused
+from .recognition import (
+    check_kind,
+    check_recognized,
+    choose_preset,
+    describe_configuration,
+    describe_expert,
+    describe_unused,
+)
 from .roles import find_roles
 from .rules import check_eligibility, check_heuristic
 
@@ -223,7 +230,11 @@ def make_plan(
         decisions[name] = _decide(name, info, seen, preset_of, found.get(name, ()), roles.get(name), block)
     used = {rule for name, its_rules in found.items() if decisions[name].action != "remove" for rule in its_rules}
     idle = tuple(rule for rule in own if rule not in used)
-    notes = describe_unused(source, preset, family, idle), describe_expert(source, family)
+    notes = (
+        describe_unused(source, preset, family, idle),
+        describe_expert(source, family),
+        describe_configuration(source, family),
+    )
     plan = Plan(
         decisions, family, detected=preset == AUTO, encoders=encoders, idle=idle, warnings=tuple(filter(None, notes))
     )

@@ -16,7 +16,14 @@ from .layers import LayerRule
 from .presets import AUTO, NONE, START, Mark, Preset, find_preset, matching_presets, recognize_preset
 from .refused import GENERAL_SWITCH, find_refusal
 
-__all__ = ["check_kind", "check_recognized", "choose_preset", "describe_expert", "describe_unused"]
+__all__ = [
+    "check_kind",
+    "check_recognized",
+    "choose_preset",
+    "describe_configuration",
+    "describe_expert",
+    "describe_unused",
+]
 
 _SHOWN = 5  # rules in a warning
 _SHOWN_CHARACTERS = 100  # of a rule or a name
@@ -30,8 +37,13 @@ _OLDER = re.compile(r"wan[-_. ]?v?2[-_. ]?1", re.IGNORECASE)
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _EXPERT_WORD = re.compile(r"(high|low)(?:noise)?")
 _EXPERT_FOLDER = re.compile(r"(high|low)[-_. ]?noise", re.IGNORECASE)
-_TITLES = ("modelspec.title", "general.name")  # metadata keys
+_TITLES = ("modelspec.title", "general.name")  # keys of the header
 _OTHER = {"high": "low", "low": "high"}
+# Preset → what ComfyUI reads from the header's entry "config" and does not detect in the tensors; end of a sentence.
+_CONFIGURED = {
+    "ltxv": "the positions of frames of LTX-Video 0.9.5 and newer; use a file that has it, unless this is an older version",
+    "ltxv2": "the configuration of LTX-2; use a file that has it",
+}
 
 
 def choose_preset(choice: str | Preset, source: Source) -> Preset | None:
@@ -100,6 +112,21 @@ def describe_unused(
     return f"No quantizable layer of {source.name} matches {', '.join(shown)}{more}; check the spelling, or leave out what has no effect."
 
 
+def describe_configuration(source: Source, preset: Preset | None) -> str | None:
+    """A note that a file lacks the part of its configuration that ComfyUI reads from the header; None for any other source.
+
+    Files of diffusers have it in another file, and conversions to GGUF often leave it out.
+    """
+    if (
+        preset is None
+        or preset.name not in _CONFIGURED
+        or "config" in source.metadata
+        or not getattr(source, "paths", ())
+    ):
+        return None
+    return f"{source.name} has no entry 'config' in its header, from which ComfyUI takes {_CONFIGURED[preset.name]}."
+
+
 def describe_expert(source: Source, preset: Preset | None) -> str | None:
     """A note that WAN 2.2 14B is two models, one for high and one for low noise; None for any other model.
 
@@ -108,7 +135,8 @@ def describe_expert(source: Source, preset: Preset | None) -> str | None:
     """
     if preset is None or preset.name != "wan" or not _WAN_14B.matches(source.tensors):
         return None
-    texts = (source.name, *(source.metadata[key] for key in _TITLES if key in source.metadata))
+    header = {**getattr(source, "values", {}), **source.metadata}  # the values of a GGUF file
+    texts = (source.name, *(title for key in _TITLES if isinstance(title := header.get(key), str)))
     newer = [text for text in texts if not _OLDER.search(text)]  # "low" in the name of a WAN 2.1 is not about noise
     folder = next((path.parent.name for path in getattr(source, "paths", ())), "")
     if noise := _find_noise(*newer, folder=folder):

@@ -336,6 +336,9 @@ def test_an_expert_of_wan_is_told_by_its_folder_or_title(sentences):
         describe_expert(wan("model.safetensors", **{"modelspec.title": "WAN 2.2 I2V high noise"}), PRESETS["wan"]),
         describe_expert(wan("model.safetensors", folder="high_quality"), PRESETS["wan"]),
     ]
+    gguf = wan("model.gguf")
+    gguf.values = {"general.name": "WAN 2.2 low noise", "general.file_type": 7}
+    notes.append(describe_expert(gguf, PRESETS["wan"]))
     sentences(*map(str, notes))
     assert make_plan(wan("wan2.2_i2v_low_noise_14B_fp16.safetensors")).warnings
 
@@ -353,3 +356,17 @@ def test_an_expert_of_wan_is_told_by_its_folder_or_title(sentences):
 def test_models_that_are_complete_have_no_note(architecture, name):
     source = wan(name, architecture)
     assert make_plan(source, general=False).warnings == ()
+
+
+# LTX-Video and LTX-2
+
+
+@pytest.mark.parametrize("architecture", ["ltxv", "ltxv_13b", "ltx2", "ltx23", "ltx25"])
+def test_files_without_the_configuration_that_comfyui_reads_have_a_note(architecture, sentences):
+    source = header(architecture)
+    assert make_plan(source).warnings == ()  # not a file
+    source.paths = (Path("model.safetensors"),)
+    (note,) = make_plan(source, general=False).warnings
+    sentences(note)
+    source.metadata = {"config": '{"transformer": {"causal_temporal_positioning": true}}'}
+    assert make_plan(source).warnings == ()
