@@ -35,7 +35,8 @@ _IN_FOLDER = (
 def _find_in_folder(folder: Path) -> Path:
     """Return the model of a folder: its index, its only file, or the first of its only set of parts."""
     for pattern, what in _IN_FOLDER:
-        found = sorted(folder.glob(pattern))
+        # macOS writes a file ._NAME beside each file on disks of other systems
+        found = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
         models = {model_key(path.name) for path in found}
         if len(models) == 1:
             return found[0]
