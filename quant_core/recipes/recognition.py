@@ -117,12 +117,9 @@ def describe_configuration(source: Source, preset: Preset | None) -> str | None:
 
     Files of diffusers have it in another file, and conversions to GGUF often leave it out.
     """
-    if (
-        preset is None
-        or preset.name not in _CONFIGURED
-        or "config" in source.metadata
-        or not getattr(source, "paths", ())
-    ):
+    if preset is None or preset.name not in _CONFIGURED or not preset.covers_any(source.tensors):
+        return None
+    if "config" in source.metadata or not getattr(source, "paths", ()):
         return None
     return f"{source.name} has no entry 'config' in its header, from which ComfyUI takes {_CONFIGURED[preset.name]}."
 
