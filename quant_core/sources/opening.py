@@ -9,11 +9,13 @@ from ..errors import MissingPackageError, SourceError
 from .diffusers_names import assemble_diffusers
 from .kinds import GGUF, JSON, LEGACY_PICKLE, SAFETENSORS, ZIP, Kind, find_kind, read_head, refuse_kind
 from .llama_cpp_names import assemble_llama_cpp
-from .renaming import RenamedSource
+from .renaming import Assembly, RenamedSource
 from .safetensors import SafetensorsFile
 from .shards import ShardedFiles, find_index, find_parts, load_weight_map, model_key, require_files
+from .source import Source
 from .tensor_file import WHOLE, Part, TensorFile
 from .torch_pickle import PickleFile
+from .wrapper_names import assemble_unwrapped
 
 __all__ = ["model_paths", "open_safetensors", "open_source"]
 
@@ -68,6 +70,14 @@ _READERS: dict[Kind, Callable[[Path, Part], TensorFile]] = {
     LEGACY_PICKLE: lambda path, part: PickleFile(path),
     GGUF: _open_gguf,
 }
+
+
+# From the names in a file to ComfyUI's, in this order.
+_CONVERSIONS: tuple[Callable[[Source], dict[str, Assembly] | None], ...] = (
+    assemble_unwrapped,
+    assemble_diffusers,
+    assemble_llama_cpp,
+)
 
 
 def _open_file(kinds: Collection[Kind], path: Path, part: Part = WHOLE) -> TensorFile:
@@ -128,8 +138,10 @@ def open_source(path: str | os.PathLike) -> TensorFile | ShardedFiles | RenamedS
     """
     opened = _open_model(Path(path), _READERS)
     try:
-        assemblies = assemble_diffusers(opened) or assemble_llama_cpp(opened)
-        return RenamedSource(opened, assemblies) if assemblies else opened
+        for assemble in _CONVERSIONS:
+            if assemblies := assemble(opened):
+                opened = RenamedSource(opened, assemblies)
+        return opened
     except BaseException:
         opened.close()
         raise

@@ -33,13 +33,13 @@ class RenamedSource:
         assemblies: new name → its parts. Tensors of ``origin`` that are no part of any are left out.
 
     Attributes:
-        origin: the file; its fingerprint counts.
+        origin: the file, or a renamed one; its fingerprint counts.
 
     Raises:
         SourceError: tensors that are to be concatenated differ in dtype or row length.
     """
 
-    def __init__(self, origin: TensorFile | ShardedFiles, assemblies: Mapping[str, Assembly]):
+    def __init__(self, origin: "TensorFile | ShardedFiles | RenamedSource", assemblies: Mapping[str, Assembly]):
         self.origin = origin
         self.name, self.path, self.paths, self.size = origin.name, origin.path, origin.paths, origin.size
         self.metadata, self.layers = origin.metadata, getattr(origin, "layers", {})
