@@ -18,7 +18,9 @@ from .metadata import ENCODER_PREFIX, provenance
 __all__ = ["Inspection", "inspect_file"]
 
 _BROKEN = " (broken)"
-_ENCODERS_SINCE = "0.33"  # first ComfyUI known to read quantized text encoders in a checkpoint
+# First ComfyUI known to read quantized text encoders in a checkpoint, and quantized embeddings.
+_ENCODERS_SINCE = "0.33"
+_TABLE = re.compile(r"(?:^|\.)(?:embed_tokens|shared|token_embedding)$")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
                 layers.setdefault(_describe(layer, config, source.tensors), Counter())[_pattern(layer)] += 1
         for layer, kind in kinds.items():
             layers.setdefault(kind.name, Counter())[_pattern(layer)] += 1
-        encoders = any(layer.startswith(ENCODER_PREFIX) for layer in configs)
+        encoders = any(layer.startswith(ENCODER_PREFIX) or _TABLE.search(layer) for layer in configs)
         return Inspection(
             path=str(path),
             size=source.size,
@@ -112,7 +114,7 @@ def _stock_support(found: list[str], kinds: set[Kind], encoders: bool, broken: b
     Args:
         found: names of all quantizations.
         kinds: those that no layer JSON names.
-        encoders: text encoders of a checkpoint are quantized.
+        encoders: text encoders of a checkpoint, or embeddings, are quantized.
         broken: some layers do not have the tensors that their JSON implies.
     """
     if problems := sorted(kind for kind in kinds if kind.name in found):

@@ -103,7 +103,7 @@ class _Verifier:
         self._markers = [name.removesuffix(LEGACY_MARKER) for name in legacy_markers(source)]  # the prefix of each
         self._done = 0
         checked = self._quantized_tensors()
-        self._plain = [name for name, info in source.tensors.items() if checked and info.dtype in _COMPUTE_DTYPES]
+        self._plain = [name for name in source.tensors if checked and self._is_plain(name)]
         self._total = sum(source.tensors[name].nbytes for name in (*checked, *self._plain))
 
     def _quantized_tensors(self) -> list[str]:
@@ -111,6 +111,13 @@ class _Verifier:
         return [
             name for name, info in self._source.tensors.items() if name in weights or info.dtype in QUANTIZED_DTYPES
         ]
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether a tensor is unquantized: no scale, and no other part of a quantized layer than its bias."""
+        layer, _, suffix = name.rpartition(".")
+        part = layer in self.configs or layer in self.header
+        scale = suffix == _LEGACY_SCALE or is_scale(suffix)
+        return self._source.tensors[name].dtype in _COMPUTE_DTYPES and not scale and (not part or suffix == "bias")
 
     def findings(self) -> Iterator[Finding]:
         """All findings, layer by layer in the order of the file."""
