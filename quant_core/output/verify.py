@@ -115,7 +115,7 @@ class _Verifier:
     def _is_plain(self, name: str) -> bool:
         """Whether a tensor is unquantized: no scale, and no other part of a quantized layer than its bias."""
         layer, _, suffix = name.rpartition(".")
-        part = layer in self.configs or layer in self.header
+        part = layer in self.layers
         scale = suffix == _LEGACY_SCALE or is_scale(suffix)
         return self._source.tensors[name].dtype in _COMPUTE_DTYPES and not scale and (not part or suffix == "bias")
 
