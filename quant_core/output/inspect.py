@@ -17,7 +17,10 @@ from .metadata import ENCODER_PREFIX, provenance
 
 __all__ = ["Inspection", "inspect_file"]
 
-_ENCODERS_SINCE = "0.33"  # first ComfyUI known to read quantized text encoders in a checkpoint
+_BROKEN = " (broken)"
+# First ComfyUI known to read quantized text encoders in a checkpoint, and quantized embeddings.
+_ENCODERS_SINCE = "0.33"
+_TABLE = re.compile(r"(?:^|\.)(?:embed_tokens|shared|token_embedding)$")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
                 layers.setdefault(_describe(layer, config, source.tensors), Counter())[_pattern(layer)] += 1
         for layer, kind in kinds.items():
             layers.setdefault(kind.name, Counter())[_pattern(layer)] += 1
-        encoders = any(layer.startswith(ENCODER_PREFIX) for layer in configs)
+        encoders = any(layer.startswith(ENCODER_PREFIX) or _TABLE.search(layer) for layer in configs)
         return Inspection(
             path=str(path),
             size=source.size,
@@ -85,7 +88,9 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             dtypes={name: (counts[name], sizes[name]) for name in sorted(sizes, key=lambda name: -sizes[name])},
             quantized={kind: counts.total() for kind, counts in layers.items()},
             layers={kind: dict(counts) for kind, counts in layers.items()},
-            stock=_stock_support(quantized_formats(source), set(kinds.values()), encoders),
+            stock=_stock_support(
+                quantized_formats(source), set(kinds.values()), encoders, any(kind.endswith(_BROKEN) for kind in layers)
+            ),
             made_by=provenance(source),
         )
 
@@ -100,23 +105,26 @@ def _describe(layer: str, config: Mapping[str, object], tensors: Mapping[str, Te
     try:
         return str(detect_layer(layer, config, tensors))
     except ValueError:
-        return f"{config.get('format')} (broken)"
+        return f"{config.get('format')}{_BROKEN}"
 
 
-def _stock_support(found: list[str], kinds: set[Kind], encoders: bool) -> str:
+def _stock_support(found: list[str], kinds: set[Kind], encoders: bool, broken: bool) -> str:
     """What stock ComfyUI does with such formats.
 
     Args:
         found: names of all quantizations.
         kinds: those that no layer JSON names.
-        encoders: text encoders of a checkpoint are quantized.
+        encoders: text encoders of a checkpoint, or embeddings, are quantized.
+        broken: some layers do not have the tensors that their JSON implies.
     """
     if problems := sorted(kind for kind in kinds if kind.name in found):
         return " ".join(f"It contains {kind.name}. {kind.support}." for kind in problems)
     if not found:
-        return "Stock ComfyUI loads it as plain weights."
+        return "Nothing in it is quantized."
     if unknown := [name for name in found if name not in READABLE]:
         return f"It contains {', '.join(unknown)}, which this version does not know."
+    if broken:
+        return "Some of its layers do not have the tensors that their layer JSON implies; lrq verify names them."
     releases = [READABLE[name].stock_since for name in found] + [_ENCODERS_SINCE] * encoders
     if None in releases:
         ours = [name for name in found if READABLE[name].stock_since is None]

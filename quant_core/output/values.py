@@ -11,7 +11,7 @@ import torch
 from ..cancellation import CancelCheck
 from ..formats import Codec, Parts
 
-__all__ = ["Finding", "check_fp8_values", "check_layer_values"]
+__all__ = ["Finding", "check_fp8_values", "check_layer_values", "is_finite"]
 
 _SLICE = 1 << 24  # bytes
 _AGAIN = "quantize the layer again from its full-precision original"
@@ -75,6 +75,16 @@ def check_fp8_values(
             "download the file again.",
             fatal=scale_expected,
         )
+
+
+def is_finite(tensor: torch.Tensor, check: CancelCheck | None = None) -> bool:
+    """Whether a tensor of floats has neither NaN nor Inf."""
+    for part in tensor.reshape(-1).split(_SLICE):
+        if check:
+            check()
+        if not torch.isfinite(part).all():
+            return False
+    return True
 
 
 def _scale_problem(codec: Codec, suffix: str, scale: torch.Tensor) -> str:

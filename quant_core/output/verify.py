@@ -20,7 +20,7 @@ from ..formats.layer_json import CONFIG_KEY, QUANTIZATION_KEY, file_layers, head
 from ..formats.table import release_number
 from ..sources import Source, open_safetensors
 from ..sources.dtypes import DTYPE_NAMES
-from .values import Finding, check_fp8_values, check_layer_values
+from .values import Finding, check_fp8_values, check_layer_values, is_finite
 
 __all__ = ["Verification", "verify_file", "verify_source"]
 
@@ -57,7 +57,7 @@ def verify_file(
 
     Args:
         check: called often; raise in it to cancel.
-        progress: called with the bytes that have been checked, and the bytes of all quantized tensors.
+        progress: called with the bytes that have been checked, and the bytes of all tensors to check.
 
     Raises:
         SourceError: the file cannot be read at all.
@@ -102,7 +102,9 @@ class _Verifier:
         self._computed_in = _compute_dtype(source)
         self._markers = [name.removesuffix(LEGACY_MARKER) for name in legacy_markers(source)]  # the prefix of each
         self._done = 0
-        self._total = sum(source.tensors[name].nbytes for name in self._quantized_tensors())
+        checked = self._quantized_tensors()
+        self._plain = [name for name in source.tensors if checked and self._is_plain(name)]
+        self._total = sum(source.tensors[name].nbytes for name in (*checked, *self._plain))
 
     def _quantized_tensors(self) -> list[str]:
         weights = {f"{layer}.weight" for layer in self.layers}
@@ -110,12 +112,20 @@ class _Verifier:
             name for name, info in self._source.tensors.items() if name in weights or info.dtype in QUANTIZED_DTYPES
         ]
 
+    def _is_plain(self, name: str) -> bool:
+        """Whether a tensor is unquantized: no scale, and no other part of a quantized layer than its bias."""
+        layer, _, suffix = name.rpartition(".")
+        part = layer in self.layers
+        scale = suffix == _LEGACY_SCALE or is_scale(suffix)
+        return self._source.tensors[name].dtype in _COMPUTE_DTYPES and not scale and (not part or suffix == "bias")
+
     def findings(self) -> Iterator[Finding]:
         """All findings, layer by layer in the order of the file."""
         for layer, config in self.layers.items():
             yield from self._check_layer(layer, config)
         yield from self._check_header()
         yield from self._check_unlabelled()
+        yield from self._check_plain()
 
     def _check_header(self) -> Iterator[Finding]:
         expected = {layer: _stated(config) for layer, config in header_layers(self.configs).items()}
@@ -218,6 +228,16 @@ class _Verifier:
         fix = "make the file again from its full-precision original" if lost else "run lrq migrate"
         return Finding(f"{layer}: has a {suffix} and no {CONFIG_KEY} tensor, so ComfyUI ignores it; {fix}.")
 
+    def _check_plain(self) -> Iterator[Finding]:
+        """NaN and Inf among the unquantized tensors of a quantized file; some models have masks of -Inf."""
+        names = self._plain if self._values else ()
+        found = [name for name in names if not is_finite(self._read(name), self._check)]
+        if found:
+            yield Finding(
+                f"Unquantized tensors with NaN or Inf, such as {found[0]}: {len(found)}; check them in the original.",
+                fatal=False,
+            )
+
     def _check_fp8(self, name: str, scaled: bool) -> Iterator[Finding]:
         """The values of an FP8 tensor without JSON; ``scaled``: it has a scale."""
         if not self._values:
@@ -249,7 +269,7 @@ class _Verifier:
             )
 
     def _read(self, name: str) -> torch.Tensor:
-        """A quantized tensor."""
+        """A tensor that counts in the progress."""
         if self._check:
             self._check()
         tensor = self._source.read(name)

@@ -63,13 +63,16 @@ def _begins_text(pattern: bytes) -> Callable[[bytes], bool]:
 
 _ORIGINAL = "give the original safetensors file"
 _AGAIN = "download it again"
+_CONVERTIBLE = "quantize and plan read it, and other commands need a safetensors file"
 _UNPACK = "unpack it and give the model in it"
 
 SAFETENSORS = Kind("a safetensors file", "give it to a command that reads it", _is_safetensors)
-GGUF = Kind("a GGUF file", _ORIGINAL, _starts(b"GGUF"))
-ZIP = Kind("a pickled PyTorch checkpoint", _ORIGINAL, _starts(b"PK\x03\x04"))
+GGUF = Kind("a GGUF file", _CONVERTIBLE, _starts(b"GGUF"))
+ZIP = Kind("a pickled PyTorch checkpoint", _CONVERTIBLE, _starts(b"PK\x03\x04"))
 LEGACY_PICKLE = Kind(
-    "a pickled PyTorch checkpoint", _ORIGINAL, lambda head: head[:1] == b"\x80" and head[1:2] in b"\x01\x02\x03\x04\x05"
+    "a pickled PyTorch checkpoint",
+    _CONVERTIBLE,
+    lambda head: head[:1] == b"\x80" and head[1:2] in b"\x01\x02\x03\x04\x05",
 )
 JSON = Kind(
     "a JSON file without a weight_map of tensors to files",

@@ -10,12 +10,13 @@ from ..errors import MissingPackageError, SourceError
 from .diffusers_names import assemble_diffusers
 from .kinds import GGUF, JSON, LEGACY_PICKLE, SAFETENSORS, ZIP, Kind, find_kind, read_head, refuse_kind
 from .llama_cpp_names import assemble_llama_cpp
-from .renaming import RenamedSource
+from .renaming import Assembly, RenamedSource
 from .safetensors import SafetensorsFile
 from .shards import ShardedFiles, find_index, find_parts, load_weight_map, model_key, require_files
 from .source import Source
 from .tensor_file import WHOLE, Part, TensorFile
 from .torch_pickle import PickleFile
+from .wrapper_names import assemble_unwrapped
 
 __all__ = ["convert_names", "model_paths", "open_safetensors", "open_source"]
 
@@ -73,6 +74,14 @@ _READERS: dict[Kind, Callable[[Path, Part], TensorFile]] = {
     LEGACY_PICKLE: lambda path, part: PickleFile(path),
     GGUF: _open_gguf,
 }
+
+
+# From the names in a file to ComfyUI's, in this order.
+_CONVERSIONS: tuple[Callable[[Source], dict[str, Assembly] | None], ...] = (
+    assemble_unwrapped,
+    assemble_diffusers,
+    assemble_llama_cpp,
+)
 
 
 def _open_file(kinds: Collection[Kind], path: Path, part: Part = WHOLE) -> TensorFile:
@@ -146,8 +155,11 @@ def convert_names(source: AnySource) -> AnySource | RenamedSource:
     Raises:
         SourceError: some of its tensors have no conversion.
     """
-    assemblies = assemble_diffusers(source) or assemble_llama_cpp(source)
-    return RenamedSource(source, assemblies) if assemblies else source
+    converted: AnySource | RenamedSource = source
+    for assemble in _CONVERSIONS:
+        if assemblies := assemble(converted):
+            converted = RenamedSource(converted, assemblies)
+    return converted
 
 
 def model_paths(path: Path) -> tuple[Path, ...]:

@@ -34,7 +34,7 @@ class RenamedSource:
         assemblies: new name → its parts. Tensors of ``origin`` that are no part of any are left out.
 
     Attributes:
-        origin: the file, or the decoded source; its fingerprint counts.
+        origin: the file, or the decoded or renamed source; its fingerprint counts.
         paths: files that it is read from.
 
     Raises:

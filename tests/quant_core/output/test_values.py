@@ -248,4 +248,23 @@ def test_progress_is_in_bytes(verify):
     seen = []
     others = {"b.weight": WEIGHT.to(torch.float8_e4m3fn), "norm.weight": torch.ones(8)}
     verify(LAYERS["int8_tensorwise"](), others, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(ROWS * COLUMNS, 2 * ROWS * COLUMNS), (2 * ROWS * COLUMNS, 2 * ROWS * COLUMNS)]
+    layer, norm = ROWS * COLUMNS, 8 * 4
+    assert seen == [(done, 2 * layer + norm) for done in (layer, 2 * layer, 2 * layer + norm)]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unquantized_tensors_that_are_not_finite(verify, monkeypatch, value, dtype):
+    monkeypatch.setattr(values, "_SLICE", 4)
+    norm = torch.ones(10, dtype=dtype)
+    norm[9] = value  # in the last slice
+    result = verify(LAYERS["int8_tensorwise"](), {"norm.weight": norm, "a.bias": norm.clone(), "b.bias": torch.ones(3)})
+    assert result.problems == [] and len(result.warnings) == 1
+    assert result.warnings[0].startswith("Unquantized tensors with NaN or Inf, such as a.bias: 2;")
+
+
+def test_plain_files_are_not_read(model_file, model):
+    tensors = model()
+    tensors["blocks.0.norm.weight"][0] = torch.nan
+    read = []
+    assert verify_file(model_file(tensors=tensors), progress=lambda *done: read.append(done)).warnings == [] == read

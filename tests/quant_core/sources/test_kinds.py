@@ -164,7 +164,7 @@ def test_commands_for_safetensors_name_the_kind(model, tmp_path, capsys, save, c
     save(model(), tmp_path / "model.safetensors")
     assert main([*command.split(), str(tmp_path / "model.safetensors")]) == 1
     kind = "a GGUF file" if save not in (save_zip, save_legacy) else "a pickled PyTorch checkpoint"
-    error = f"lrq: {tmp_path}/model.safetensors is {kind}; give the original safetensors file.\n"
+    error = f"lrq: {tmp_path}/model.safetensors is {kind}; quantize and plan read it, and other commands need a safetensors file.\n"
     assert capsys.readouterr().err == error
 
 
