@@ -51,10 +51,15 @@ def check_kinds(file: SafetensorsFile) -> None:
     """Raise QuantizationError for quantized values without layer JSON that ComfyUI would take for weights, or not load."""
     configs = loaded_configs(file)
     unread = (
-        kind for layer, kind in find_kinds(file).items() if not (kind.loaded or configs.get(layer, {}).get("format"))
+        (kind, layer)
+        for layer, kind in find_kinds(file).items()
+        if not (kind.loaded or configs.get(layer, {}).get("format"))
     )
     if wrong := min(unread, default=None):
-        raise QuantizationError(f"{file.name} cannot be loaded: it contains {wrong.name}. {wrong.support}.")
+        kind, layer = wrong
+        raise QuantizationError(
+            f"{file.name} cannot be loaded: it contains {kind.name}, such as {layer}. {kind.support}."
+        )
 
 
 def classic_options(loader) -> dict:

@@ -727,7 +727,7 @@ def test_one_panel_through_collapse_copy_and_subgraph(graph):
         }""",
         QUANTIZE,
     )
-    assert len(copied) == 2 and {count for _, count in copied} == {2}
+    assert len(copied) == 2 and {count for _, count in copied} == {3}  # two inputs and the panel
     graph.wait_for_function("() => document.querySelectorAll('.lr-progress').length === 2")
     states = graph.locator(".lr-progress").evaluate_all("(roots) => roots.map(({dataset}) => dataset.state).sort()")
     assert states == ["idle", "running"]
