@@ -97,6 +97,10 @@ class Descriptors:
 
     def bind(self, tensor: torch.Tensor):
         """Descriptor of ``tensor``, whose shape, strides, dtype and alignment are not checked."""
+        if not tensor.is_cuda:  # Triton's interpreter reads the tensor
+            bound = copy.copy(self._descriptor)
+            bound.base = tensor
+            return bound
         address = tensor.data_ptr()
         bound = self._bound.get(address)
         if bound is None:

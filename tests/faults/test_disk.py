@@ -353,6 +353,7 @@ def test_the_command_line_prints_names_that_its_terminal_cannot(tmp_path, tried)
         "-m",
         "learned_rounding",
         "quantize",
+        "--general",
         "-i",
         case.source,
         "-o",

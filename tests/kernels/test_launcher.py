@@ -67,13 +67,23 @@ def test_arguments_are_analyzed_in_every_call_otherwise(launcher, monkeypatch, c
     assert len(kernel.analyzed) == 2 and not kernel.launched
 
 
+class Matrix(torch.Tensor):
+    """A matrix that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def matrices(count: int) -> list[torch.Tensor]:
+    return [torch.zeros(4, 4).as_subclass(Matrix) for _ in range(count)]
+
+
 class Descriptor:
     def __init__(self, base):
         self.base, self.shape = base, [4, 4]
 
 
 def test_descriptors_are_made_once_per_address_and_keep_no_tensor(launcher, monkeypatch):
-    tensors = [torch.zeros(4, 4) for _ in range(3)]
+    tensors = matrices(3)
     descriptors = launcher.Descriptors(Descriptor(tensors[0]))
     first, second = descriptors.bind(tensors[0]), descriptors.bind(tensors[1])
     assert first is descriptors.bind(tensors[0]) is not second
@@ -83,6 +93,12 @@ def test_descriptors_are_made_once_per_address_and_keep_no_tensor(launcher, monk
     monkeypatch.setattr(launcher, "_MOST_ADDRESSES", 2)
     descriptors.bind(tensors[2])  # the table is full
     assert descriptors.bind(tensors[0]) is not first
+
+
+def test_descriptors_contain_the_tensor_in_the_interpreter(launcher):
+    tensor = torch.zeros(4, 4)
+    descriptors = launcher.Descriptors(Descriptor(tensor))
+    assert descriptors.bind(tensor).base is tensor and descriptors._descriptor.base is None
 
 
 def make_tensordesc_arg(descriptor, metadata):
@@ -107,7 +123,7 @@ def test_tensor_maps_are_made_once_per_address_and_kernel(launcher):
     CREATED.clear()
     original, other = stub_launch("A"), stub_launch("B")
     runs = [launcher._reuse_tensor_maps(run) for run in (original, other)]
-    tensors = [torch.zeros(4, 4) for _ in range(2)]
+    tensors = matrices(2)
     x, y = (tensor.data_ptr() for tensor in tensors)
     descriptors, launched = launcher.Descriptors(Descriptor(tensors[0])), []
     for number in range(2):
