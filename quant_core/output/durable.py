@@ -5,7 +5,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
@@ -30,7 +30,7 @@ def flush_to_disk(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def flush_in_background(submit: Callable[..., "Future[None]"], files: Iterable[IO[bytes]]) -> "Future[None]":
+def flush_in_background(submit: Callable[..., "Future[Any]"], files: Iterable[IO[bytes]]) -> "Future[None]":
     """Flush open files, which may be closed meanwhile, on the thread that ``submit`` chooses."""
     with contextlib.ExitStack() as opened:
         copies: list[int] = []
