@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import io
 import itertools
 import json
 import sys
@@ -21,6 +22,7 @@ from pack.quant_core.errors import QuantizationError
 from torch.nn.functional import linear
 
 native = sys.modules["pack.nodes.host.native_int8"]
+running = sys.modules["pack.nodes.host.running"]
 ACCEPTS = native._accepts
 LAYOUT = "TensorWiseINT8Layout"
 RECIPES = {"row": {}, "tensor": {"granularity": "tensor"}, "convrot": {"convrot": True}}
@@ -111,7 +113,7 @@ def stored() -> dict:
         "{}",
         "[]",
     ]
-    with patch.object(native, "PromptServer", SimpleNamespace()):
+    with patch.object(running, "PromptServer", SimpleNamespace()):
         settings.write_text(values[0])
         with patch.object(native, "_can_run", lambda: False):
             host.add_native_int8_setting()
@@ -377,13 +379,15 @@ def route() -> dict:
             return lambda handler: handlers.append((path, handler))
 
     async def change(handler, value):
-        async def read():
-            return value
+        body = io.BytesIO(json.dumps(value).encode())
 
-        return await handler(SimpleNamespace(json=read))
+        async def read(size):
+            return body.read(size)
+
+        return await handler(SimpleNamespace(content_type="application/json", content=SimpleNamespace(read=read)))
 
     found = {}
-    with on_cpu(), patch.object(native, "PromptServer", SimpleNamespace(instance=SimpleNamespace(routes=Routes()))):
+    with on_cpu(), patch.object(running, "PromptServer", SimpleNamespace(instance=SimpleNamespace(routes=Routes()))):
         host.add_native_int8_setting()
         ((_, handler),) = handlers
         for value in ("on", "off", "auto", True, "fast", None, ["on"]):
