@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from .positional import positional_reader
+
 __all__ = ["BLOCK", "FileChecksums", "byte_checksum", "tensor_checksum"]
 
 _WORD = 8
@@ -92,14 +94,14 @@ class FileChecksums:
 
         The position of the file is undefined from here on: threads move it where the system has no positional reads.
         """
-        read = _positional_reader(file)
+        read_at = positional_reader(file)
         chunks = _split_parts(file.tell(), sizes)
         pending: deque[tuple[Future[int | None], _Chunk]] = deque()
         total = 0
         while True:
             for chunk in islice(chunks, _AHEAD - len(pending)):
                 self._check()
-                pending.append((self._pool.submit(self._chunk_checksum, read, chunk), chunk))
+                pending.append((self._pool.submit(self._chunk_checksum, read_at, chunk), chunk))
             if not pending:
                 return
             future, chunk = pending.popleft()
@@ -112,12 +114,13 @@ class FileChecksums:
                 yield total
                 total = 0
 
-    def _chunk_checksum(self, read: "_Reader", chunk: "_Chunk") -> int | None:
+    def _chunk_checksum(self, read_at: Callable[[memoryview, int], int], chunk: "_Chunk") -> int | None:
         buffer = getattr(self._buffers, "chunk", None)
         if buffer is None:
             buffer = self._buffers.chunk = torch.empty(_CHUNK, dtype=torch.uint8)
         part = buffer[: chunk.size]
-        return byte_checksum(part, chunk.offset) if read(part.numpy().data, chunk.position) else None
+        filled = _fill(part.numpy().data, read_at, chunk.position)
+        return byte_checksum(part, chunk.offset) if filled else None
 
     def __enter__(self) -> "FileChecksums":
         return self
@@ -135,9 +138,6 @@ class _Chunk(NamedTuple):
     is_last: bool
 
 
-_Reader = Callable[[memoryview, int], bool]
-
-
 def _split_parts(position: int, sizes: Iterable[int]) -> Iterator[_Chunk]:
     for size in sizes:
         for offset in range(0, max(size, 1), _CHUNK):
@@ -146,25 +146,11 @@ def _split_parts(position: int, sizes: Iterable[int]) -> Iterator[_Chunk]:
         position += size
 
 
-def _positional_reader(file: io.FileIO | io.BytesIO) -> _Reader:
-    """A function that fills a buffer from a position in the file, in any thread; False if the file ends before."""
-    if isinstance(file, io.FileIO) and hasattr(os, "preadv"):
-        descriptor = file.fileno()
-        return lambda view, position: _fill(view, lambda part, done: os.preadv(descriptor, [part], position + done))
-    lock = threading.Lock()
-
-    def read(view: memoryview, position: int) -> bool:
-        with lock:
-            file.seek(position)
-            return _fill(view, lambda part, done: file.readinto(part))
-
-    return read
-
-
-def _fill(view: memoryview, read_into: Callable[[memoryview, int], int | None]) -> bool:
+def _fill(view: memoryview, read_at: Callable[[memoryview, int], int], position: int) -> bool:
+    """Read until ``view`` is full; False if the file ends before."""
     done = 0
     while done < len(view):
-        count = read_into(view[done:], done)
+        count = read_at(view[done:], position + done)
         if not count:
             return False
         done += count

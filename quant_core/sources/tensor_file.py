@@ -22,6 +22,7 @@ import torch
 
 from ..errors import SourceError
 from .dtypes import DTYPE_NAMES
+from .positional import positional_reader
 from .source import CPU, TensorInfo
 from .staging import Staging
 
@@ -32,7 +33,6 @@ MAX_NAME = 1000  # characters of the name of a layer, and of the part after it; 
 MAX_RANK = 64  # dimensions; the limit of torch operators
 SIZE_LIMIT = 2**63  # torch stores sizes and offsets as int64
 _CHUNK = 1 << 24  # bytes per read; bounds the delay until close() stops a reading thread
-_PARALLEL = hasattr(os, "preadv")  # Windows has no read at a given position
 _PARSE_ERRORS = (
     ValueError,
     TypeError,
@@ -93,13 +93,13 @@ class TensorFile(ABC):
         self.tensors: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._seeking = threading.Lock()  # Windows: the position of the file belongs to one thread
         self._readers = 0  # threads in _read_into
         self._closing = False
         self._staging = Staging()
         if os.path.isdir(self.path):
             raise SourceError(f"{self.path} is a folder; give a file in it.", file=str(self.path))
         self._file = open_regular_file(self.path)
+        self._read_at = positional_reader(self._file)
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             self._parse_header()
@@ -172,14 +172,6 @@ class TensorFile(ABC):
                         file=str(self.path),
                     )
                 done += count
-
-    def _read_at(self, view: memoryview, offset: int) -> int:
-        """One read of the system; returns the number of bytes."""
-        if _PARALLEL:
-            return os.preadv(self._file.fileno(), [view], offset)
-        with self._seeking:
-            self._file.seek(offset)
-            return self._file.readinto(view)
 
     def _read_header(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes of the file from ``offset``."""

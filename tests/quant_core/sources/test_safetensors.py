@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core.errors import SourceError
-from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo
+from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo, positional
 from learned_rounding.quant_core.sources import tensor_file as reader
 from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES, TORCH_DTYPES
 
@@ -130,7 +130,7 @@ def test_reading_from_several_threads(tmp_path):
 @pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "one at a time"])
 def test_file_closed_while_threads_read_it_stays_open_until_they_end(tmp_path, monkeypatch, parallel):
     """``parallel``: False as on Windows, which has no read at a given position."""
-    monkeypatch.setattr(reader, "_PARALLEL", parallel)
+    monkeypatch.setattr(positional, "_PARALLEL", parallel)
     save_file({"a": torch.arange(100.0), "b": torch.arange(50.0)}, tmp_path / "a.safetensors")
     source, started, closed = SafetensorsFile(tmp_path / "a.safetensors"), threading.Barrier(3), threading.Event()
     read_at = source._read_at
