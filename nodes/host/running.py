@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -123,18 +124,13 @@ def add_route(path: str, answer: Callable[[Mapping[str, str]], object]) -> None:
 
     A query with the same name twice is refused.
     """
-    server = getattr(PromptServer, "instance", None)
-    if server is None:
-        return
 
-    @server.routes.get(path)
-    async def get(request):
-        try:
-            if len(set(request.query)) < len(request.query):
-                raise ValueError(f"{path} takes each parameter once.")
-            return web.json_response(answer(request.query))
-        except ValueError as error:
-            return web.Response(status=400, text=str(error))
+    async def answer_query(request) -> object:
+        if len(set(request.query)) < len(request.query):
+            raise ValueError(f"{path} takes each parameter once.")
+        return answer(request.query)
+
+    _add_route("get", path, answer_query)
 
 
 def add_value_route(path: str, change: Callable[[object], object]) -> None:
@@ -143,23 +139,33 @@ def add_value_route(path: str, change: Callable[[object], object]) -> None:
 
     Only the content type of JSON is accepted, which a page of another site cannot send without being asked.
     """
+
+    async def change_value(request) -> object:
+        if request.content_type != "application/json":
+            raise ValueError(f"{path} requires the content type application/json.")
+        body = b""
+        while len(body) <= _BODY and (part := await request.content.read(_BODY + 1 - len(body))):
+            body += part
+        if len(body) > _BODY:
+            raise ValueError(f"{path} takes at most {_BODY:,} bytes.")
+        return change(_parse_json(body))
+
+    _add_route("post", path, change_value)
+
+
+def _add_route(method: str, path: str, answer: Callable[[Any], Awaitable[object]]) -> None:
+    """Add a route to ComfyUI's server, if there is one: ``answer`` of the request as JSON, or its ValueError as a 400 response."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
 
-    @server.routes.post(path)
-    async def post(request):
+    async def respond(request):
         try:
-            if request.content_type != "application/json":
-                raise ValueError(f"{path} requires the content type application/json.")
-            body = b""
-            while len(body) <= _BODY and (part := await request.content.read(_BODY + 1 - len(body))):
-                body += part
-            if len(body) > _BODY:
-                raise ValueError(f"{path} takes at most {_BODY:,} bytes.")
-            return web.json_response(change(_parse_json(body)))
+            return web.json_response(await answer(request))
         except ValueError as error:
             return web.Response(status=400, text=str(error))
+
+    getattr(server.routes, method)(path)(respond)
 
 
 def _parse_json(body: bytes) -> object:
