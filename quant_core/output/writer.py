@@ -131,7 +131,7 @@ class SafetensorsWriter:
             if self._journal is not None:
                 self._journal.record_tensor(name, info, checksum, payload)
             self._layout.add(name, info, checksum, payload)
-            self._start_writeback(_WRITEBACK)
+            self._start_writeback()
         return info.nbytes
 
     def _append(self, views: Iterable[bytes | memoryview]) -> None:
@@ -139,14 +139,14 @@ class SafetensorsWriter:
             self._partial.check_open()
             write_all(self._partial.file, view)
 
-    def _start_writeback(self, least: int = 1) -> None:
+    def _start_writeback(self) -> None:
         """Let the system write to the disk during the computation, so that the final flush is short.
 
-        A thread asks for it, as the system allocates the blocks on the disk before it returns. ``least``: bytes.
+        A thread asks for it, as the system allocates the blocks on the disk before it returns.
         """
         begin, size = self._data_start + self._written_back, self._layout.end - self._written_back
         idle = self._writeback is None or self._writeback.done()
-        if size >= least and idle and hasattr(os, "posix_fadvise"):
+        if size >= _WRITEBACK and idle and hasattr(os, "posix_fadvise"):
             with contextlib.ExitStack() as opened:
                 descriptor = os.dup(self._partial.file.fileno())  # the file may be closed meanwhile
                 opened.callback(os.close, descriptor)
@@ -188,7 +188,6 @@ class SafetensorsWriter:
             header = HEADER_LENGTH.pack(self._header_size) + header.ljust(self._header_size)
             self._partial.file.seek(0)
             write_all(self._partial.file, header)
-            self._start_writeback()
             flush = flush_in_background(self._partial.submit, [self._partial.file])
             self._check_file(header)
             flush.result()
