@@ -11,6 +11,7 @@ from learned_rounding.quant_core import Recipe, quantize_tensors
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.convert.dequantize import DecodedSource
 from learned_rounding.quant_core.sources import SafetensorsFile, open_source
+from learned_rounding.tests.gguf_files import save_gguf
 
 FP8 = torch.float8_e4m3fn
 WIDTH = 64
@@ -246,10 +247,7 @@ def test_gguf_of_an_unknown_architecture(flux, layers, lrq, quantize, tmp_path, 
     writer = gguf.GGUFWriter(path, "pig")
     for name, tensor in flux.items():
         writer.add_tensor(prefix + name, tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save_gguf(writer)
     code, text = lrq("inspect", path)
     assert code == 1 and "quantize and plan read it" in text
     code, _, made = quantize(path)

@@ -148,7 +148,7 @@ def torchao_int8():
 
 
 def w8a8():
-    """Unpacked 8-bit weights of compressed-tensors have the names of ours, and no JSON."""
+    """Unpacked 8-bit weights of compressed-tensors have the names of ComfyUI's formats, and no JSON."""
     q, scale = integers(-127, 128, OUT, INNER).to(torch.int8), (random(OUT, 1, seed=1).abs() + 0.1).bfloat16()
     return {f"{LAYER}.weight": q, f"{LAYER}.weight_scale": scale}, q.float() * scale.float()
 

@@ -159,7 +159,7 @@ PLANTED = {
 @pytest.mark.parametrize("suffix", [".partial", ".journal"])
 @pytest.mark.parametrize("planted", PLANTED)
 def test_planted_file_is_not_followed(tmp_path, tensors, planted, suffix):
-    """The other file has the bytes of the killed run, so that only its place tells that it is none of this run's files."""
+    """The other file has the bytes of the killed run, so that only its place shows that another run wrote it."""
     killed = Run(tmp_path / "a", tensors)
     killed.add("a")
     killed.kill()

@@ -19,6 +19,7 @@ from learned_rounding.quant_core.convert.dequantize import DecodedSource
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.output.inspect import quantized_formats
 from learned_rounding.quant_core.sources import SafetensorsFile, open_source
+from learned_rounding.tests.gguf_files import save_gguf
 
 __all__ = ["DOCUMENT", "SOURCES", "errors", "document"]
 
@@ -41,8 +42,8 @@ is available. It also decodes ComfyUI's `nvfp4`, `mxfp8`, `convrot_w4a4` and `as
 bitsandbytes, and compressed-tensors, by their specifications (`tests/quant_core/formats/test_external.py`). SDNQ, GPTQ, AWQ, nunchaku and
 quantized values beside tensors of unknown meaning are refused by name.
 
-* Files are read by their content; the suffix does not matter. A shard, or a part of a split GGUF, stands for the whole model, whose other files
-  must be in the same folder.
+* Files are read by their content; the suffix does not matter. A shard, or a part of a split GGUF, is opened as the whole model, whose other
+  files must be in the same folder.
 * GGUF requires `pip install gguf`. Quantized tensors are dequantized to bfloat16. Keys that ComfyUI needs, such as `config` of LTX-2, become
   metadata of the output. Text encoders with the tensor names of llama.cpp get those of transformers, which ComfyUI reads: T5-XXL, Llama 3.1 8B,
   Qwen2.5 3B and Qwen3. Others are refused: ComfyUI's files of them also hold a tokenizer or an image encoder.
@@ -123,10 +124,7 @@ def _gguf(code: str) -> Callable[[Weights, Path], Path]:
         for name, tensor in tensors.items():
             kind = gguf.GGMLQuantizationType[code if name in names and tensor.shape[-1] % 32 == 0 else "F32"]
             writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        save_gguf(writer)
         return folder / "model.gguf"
 
     return write

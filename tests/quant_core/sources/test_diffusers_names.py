@@ -20,6 +20,7 @@ from learned_rounding.quant_core.sources.renaming import RenamedSource
 from learned_rounding.quant_core.sources.source import fingerprint
 from learned_rounding.tests.architectures import architectures, read
 from learned_rounding.tests.architectures.table import CONVERTED
+from learned_rounding.tests.gguf_files import save_gguf
 from learned_rounding.tests.quant_core.sources.diffusers_lists import DIFFUSERS_LISTS as LISTS
 from learned_rounding.tests.quant_core.sources.diffusers_lists import read_diffusers as theirs
 from learned_rounding.tests.quant_core.sources.test_gguf_shapes import without_leading_ones
@@ -60,10 +61,7 @@ def test_modulation_of_wan_in_a_gguf_file(tmp_path):
         **dict.fromkeys(layers, numpy.ones((4, 4), "f4")),
     }.items():
         writer.add_tensor(key, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save_gguf(writer)
     with open_source(tmp_path / "wan.gguf") as source:
         read = source.read("blocks.0.modulation")
         assert read.shape == source.tensors["blocks.0.modulation"].shape == (1, 6, 4)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.errors import SourceError
 from learned_rounding.quant_core.sources import open_source
+from learned_rounding.tests.gguf_files import save_gguf
 
 PLAIN = {Type.F64: torch.float64, Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 PLAIN |= {Type.I8: torch.int8, Type.I16: torch.int16, Type.I32: torch.int32, Type.I64: torch.int64}
@@ -36,10 +37,7 @@ def write_gguf(path, tensors: dict[str, numpy.ndarray], kind: Type, pairs=()):
         getattr(writer, write)(*arguments)
     for name, stored in tensors.items():
         writer.add_tensor(name, stored, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save_gguf(writer)
     return path
 
 

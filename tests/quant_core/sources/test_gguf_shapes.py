@@ -8,6 +8,7 @@ from learned_rounding.quant_core.sources import open_source
 from learned_rounding.quant_core.sources.gguf_shapes import restore_shape
 from learned_rounding.tests.architectures import architectures, read
 from learned_rounding.tests.architectures.collect import DIFFUSION
+from learned_rounding.tests.gguf_files import save_gguf
 
 NEVER_IN_GGUF = {"depth_anything_3", "rt_detr", "sam3", "sam31", "triposplat"}
 
@@ -33,10 +34,7 @@ def test_pad_tokens_of_z_image_are_read_in_the_shape_of_comfyuis_model(tmp_path)
     values = numpy.arange(3840, dtype=numpy.float32)
     for name in ("x_pad_token", "cap_pad_token", "cap_embedder.0.weight"):
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save_gguf(writer)
     with open_source(tmp_path / "z.gguf") as source:
         assert {name: info.shape for name, info in source.tensors.items()} == {
             "x_pad_token": (1, 3840),

@@ -16,6 +16,7 @@ from learned_rounding.quant_core.sources import TensorInfo, TensorSource, open_s
 from learned_rounding.quant_core.sources.llama_cpp_names import assemble_llama_cpp
 from learned_rounding.quant_core.sources.renaming import RenamedSource
 from learned_rounding.tests.architectures import read
+from learned_rounding.tests.gguf_files import save_gguf
 
 # List of ComfyUI's tensors → architecture in llama.cpp.
 ENCODERS = {
@@ -149,10 +150,7 @@ def test_encoders_without_a_conversion_are_refused_by_their_names(tmp_path, arch
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
     for name, shape in names.items():
         writer.add_tensor(name, numpy.ones(shape, numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save_gguf(writer)
     with open_source(tmp_path / "model.gguf") as source:
         assert source.tensors.keys() == names.keys()
         with sentences.raises(NothingToQuantizeError):

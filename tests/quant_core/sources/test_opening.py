@@ -17,6 +17,7 @@ from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.run.quantize import output_name
 from learned_rounding.quant_core.sources import SafetensorsFile, open_source
 from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
+from learned_rounding.tests.gguf_files import save_gguf
 
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
 INDEX = "model.safetensors.index.json"
@@ -211,10 +212,7 @@ def gguf_file(path, tensors, code="F32", shapes=None):
         writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
     for name, shape in (shapes or {}).items():
         writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save_gguf(writer)
     return path
 
 

@@ -1,4 +1,4 @@
-"""One file of a model in several files stands for the whole model, or is refused with the names of the missing files."""
+"""One file of a model in several files is opened as the whole model, or refused with the names of the missing files."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from learned_rounding.quant_core.output import inspect_file, verify_file
 from learned_rounding.quant_core.run.quantize import output_name
 from learned_rounding.quant_core.sources import model_paths, open_safetensors, open_source
 from learned_rounding.quant_core.sources.shards import find_parts, model_stem
+from learned_rounding.tests.gguf_files import save_gguf
 
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
 COUNT = 3
@@ -33,10 +34,7 @@ def write_gguf(tensors, path, number=None, pairs=(), count=COUNT):
         getattr(writer, write)(*arguments)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.float().numpy(), raw_dtype=Type.F32)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    save_gguf(writer)
 
 
 SAVE = {
