@@ -103,7 +103,7 @@ def _names(kind: str) -> list[str]:
 
 
 def _is_listed(folder: str, file: str, indexed: Container[tuple[str, str]]) -> bool:
-    """Whether a file stands for a model: it is a whole one, or the first part of one without an index."""
+    """Whether a file is listed as a model: it is a whole one, or the first part of one without an index."""
     number = part_number(file)
     return number is None or number < 2 and (folder, model_stem(file)) not in indexed
 

@@ -238,7 +238,7 @@ class Codec(ABC):
 
     @property
     def magnitude_bits(self) -> int:
-        """Those bits of a stored byte of the weight that are zero for the values 0 and −0; 0 where no byte stands for zero."""
+        """Those bits of a stored byte of the weight that are zero for the values 0 and −0; 0 if the format has no zero."""
         return 0x7F if self.format.elements.floating else 0xFF
 
     @property

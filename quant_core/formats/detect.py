@@ -231,7 +231,7 @@ def _layer_tensors(source: LayerSource) -> dict[str, dict[str, str]]:
 
 
 def _check_one_scale(source: LayerSource, parts: Mapping[str, str], external: Mapping[str, str]) -> None:
-    """Raise SourceError where a layer of an external format also has the scale of one of ours."""
+    """Raise SourceError where a layer of an external format also has the scale of a ComfyUI format."""
     ours, theirs = parts.get("weight_scale"), external.get("weight_scale")
     if ours and theirs and ours != theirs:
         raise _two_names(source, theirs, ours)

@@ -148,17 +148,14 @@ EXTERNAL: tuple[ExternalFormat, ...] = (
         {"input_scale": ".activation_scale"},
         accepts=_has_8_bits,
     ),
-    ExternalFormat(
-        "Hugging Face FP8 experts",
-        {"weight_scale": "_scale_inv", "weight": ""},
-        accepts=_is_expert_bank,
-        refusal=_NO_DECODER,
-    ),
-    ExternalFormat(
-        "Hugging Face FP8 experts",
-        {"weight_scale": "_scales_inv", "weight": ""},
-        accepts=_is_expert_bank,
-        refusal=_NO_DECODER,
+    *(
+        ExternalFormat(
+            "Hugging Face FP8 experts",
+            {"weight_scale": scale, "weight": ""},
+            accepts=_is_expert_bank,
+            refusal=_NO_DECODER,
+        )
+        for scale in ("_scale_inv", "_scales_inv")
     ),
     # DeepSeek's own checkpoints (inference/kernel.py) call the same scales "scale".
     ExternalFormat(

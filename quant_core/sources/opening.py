@@ -125,7 +125,7 @@ def open_safetensors(path: str | os.PathLike) -> TensorFile | ShardedFiles:
     """Open a safetensors file, the index of sharded files, one of them, or a folder that contains any of these.
 
     Raises:
-        SourceError: the path is none of these, a shard is missing, or a file is damaged.
+        SourceError: the path is another kind of file, a shard is missing, or a file is damaged.
     """
     return _open_model(Path(path), (SAFETENSORS,))
 
@@ -137,7 +137,7 @@ def open_source(path: str | os.PathLike) -> TensorFile | ShardedFiles | RenamedS
     quantized file get them when it is dequantized.
 
     Raises:
-        SourceError: the path is none of these, a shard is missing, a file is damaged, or some of its tensors have no
+        SourceError: the path is another kind of file, a shard is missing, a file is damaged, or some of its tensors have no
             conversion.
         MissingPackageError: a GGUF file, and the package ``gguf`` is not installed.
     """

@@ -123,7 +123,7 @@ def load():
 
 
 def change(model, weight, layer_class=None) -> dict[str, torch.Tensor]:
-    """Replace the weights of all linear layers by ``weight(round(16 w))``; returns the state dict that they stand for."""
+    """Replace the weights of all linear layers by ``weight(round(16 w))``; returns the state dict of the replaced values."""
     root = model.model.diffusion_model
     expected = {name: tensor.clone() for name, tensor in root.state_dict().items()}
     for name, module in root.named_modules():
