@@ -19,7 +19,7 @@ import torch
 from ..cancellation import CancelCheck, wait_for
 from ..errors import OutputError
 from ..sources.checksum import FileChecksums, byte_checksum, tensor_checksum
-from ..sources.source import TensorInfo
+from ..sources.source import CPU, TensorInfo
 from ..sources.staging import Staging, byte_views
 from .durable import flush_in_background
 from .layout import HEADER_LENGTH, TensorLayout, aligned_size, encode_header
@@ -73,6 +73,7 @@ class SafetensorsWriter:
         overwrite: replace an existing file; otherwise :meth:`finish` refuses, unless its content is the same.
         unfinished: file name that the hidden file names contain; by default that of ``path``.
         journal: records tensors so that another process can continue; restores those of a killed run.
+        device: where the checksums of the complete file are computed.
         check: called while a thread opens or finishes the file; raise in it to cancel without waiting for the disk.
     """
 
@@ -86,12 +87,13 @@ class SafetensorsWriter:
         overwrite: bool = True,
         unfinished: str | None = None,
         journal: TensorJournal | None = None,
+        device: torch.device = CPU,
         check: CancelCheck = lambda: None,
     ):
         self._partial = PartialFile(path, hidden_name=unfinished, overwrite=overwrite)
         self._header_size = aligned_size(reserve)
         self._data_start = HEADER_LENGTH.size + self._header_size
-        self._journal, self._check = journal, check
+        self._journal, self._device, self._check = journal, device, check
         self._staging = Staging()
         self._checked = 0  # bytes of the complete file that were read again
         self._written_back = 0
@@ -131,7 +133,8 @@ class SafetensorsWriter:
             if self._journal is not None:
                 self._journal.record_tensor(name, info, checksum, payload)
             self._layout.add(name, info, checksum, payload)
-            self._start_writeback()
+            if self._journal is None:  # a journal flushes the file at intervals
+                self._start_writeback()
         return info.nbytes
 
     def _append(self, views: Iterable[bytes | memoryview]) -> None:
@@ -204,7 +207,7 @@ class SafetensorsWriter:
         expected += (self._layout.checksums[name] for name in entries)
         ends = [entry["data_offsets"][1] for entry in entries.values()]
         sizes = [len(header), *(end - begin for begin, end in pairwise([0, *ends]))]
-        with FileChecksums(self._partial.check_open) as checksums:
+        with FileChecksums(self._partial.check_open, self._device) as checksums:
             found = checksums.compute(file, sizes)
             for what, wanted, end in zip(
                 ["its header", *(f"tensor {name}" for name in entries)], expected, [0, *ends], strict=True

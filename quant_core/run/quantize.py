@@ -158,7 +158,13 @@ def quantize_file(
         journal = _journal(recorded, plan, recipe, fingerprint, FileStates(inputs["calibration"]), device)
         reserve = header_bound(source, plan, recipe, calibrated=calibration is not None, fingerprint=fingerprint)
         with SafetensorsWriter(
-            destination, reserve, overwrite=overwrite, unfinished=unfinished, journal=journal, check=check
+            destination,
+            reserve,
+            overwrite=overwrite,
+            unfinished=unfinished,
+            journal=journal,
+            device=device,
+            check=check,
         ) as writer:
             run = QuantizationRun(
                 recorded, plan, recipe, calibration, sink=writer, journal=journal, device=device, emit=emit, check=check

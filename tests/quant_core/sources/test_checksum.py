@@ -101,16 +101,17 @@ def open_bytes(request, tmp_path):
         file.close()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_checksums_of_parts_of_a_file_equal_those_of_their_bytes(monkeypatch, open_bytes, threads):
-    monkeypatch.setattr(checksum, "_CHUNK", BLOCK)
+def test_checksums_of_parts_of_a_file_equal_those_of_their_bytes(monkeypatch, open_bytes, threads, device):
+    monkeypatch.setattr(checksum, "_CHUNK", {device: BLOCK})
     monkeypatch.setattr(checksum, "_THREADS", threads)
     monkeypatch.setattr(checksum, "_AHEAD", 2 * threads)
     sizes = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 20 * BLOCK + 5, 8]
     parts = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
     expected = [byte_checksum(part) for part in parts]
     file, checks = open_bytes(torch.cat(parts).numpy().tobytes()), []
-    with FileChecksums(lambda: checks.append(1)) as checksums:
+    with FileChecksums(lambda: checks.append(1), torch.device(device)) as checksums:
         assert list(checksums.compute(file, sizes)) == expected
         assert len(checks) == 1 + 1 + 1 + 1 + 2 + 21 + 1
         file.seek(0, io.SEEK_END)
@@ -133,7 +134,7 @@ def test_position_of_a_file_without_positional_reads_is_moved_by_its_readers_onl
             return super().seek(*args)
 
     movers, sizes = [], [BLOCK, 3 * BLOCK, 5]
-    monkeypatch.setattr(checksum, "_CHUNK", BLOCK)
+    monkeypatch.setattr(checksum, "_CHUNK", {"cpu": BLOCK})
     with FileChecksums(lambda: None) as checksums:
         assert None not in list(checksums.compute(Watched(bytes(sum(sizes))), sizes))
     assert len(movers) == 5 and threading.current_thread() not in movers
