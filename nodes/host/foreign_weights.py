@@ -94,7 +94,7 @@ def _explain(decode: Decoder, name: str, key: str, tensor: torch.Tensor) -> Load
 
     def decode_weight(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
         try:
-            values = decode(weight if weight.device == device else weight.to(device)).as_subclass(torch.Tensor)
+            values = decode(_move(weight, device)).as_subclass(torch.Tensor)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of another pack
@@ -109,6 +109,16 @@ def _explain(decode: Decoder, name: str, key: str, tensor: torch.Tensor) -> Load
         return values
 
     return decode_weight
+
+
+def _move(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``weight`` on ``device``; where it is, if its class cannot be moved."""
+    if weight.device == device:
+        return weight
+    try:
+        return weight.to(device)
+    except NotImplementedError:
+        return weight
 
 
 def _describe(module: torch.nn.Module, tensor: torch.Tensor) -> str:

