@@ -27,6 +27,7 @@ from ..formats.layer_json import (
 from ..output import SafetensorsWriter, final_path, header_bytes, keep_apart, loading_note, remove_leftovers
 from ..output.verify import verify_source
 from ..sources import Source, TensorInfo, TensorSource, open_safetensors
+from ..sources.diffusers_names import find_family
 
 __all__ = ["PLAIN", "Migration", "migrate_file"]
 
@@ -73,6 +74,11 @@ def migrate_file(
         keep_apart(destination, {"source": opened.paths, "calibration": getattr(calibration, "paths", ())})
         if destination.exists() and not overwrite:
             raise OutputExistsError(f"{destination} exists; choose another output or overwrite it.")
+        if family := find_family(opened.tensors):
+            raise SourceError(
+                f"{opened.name} has diffusers' tensor names of {family.title}, under which ComfyUI loads no quantized layers; run "
+                "lrq quantize --requantize, which gives them ComfyUI's names."
+            )
         relabelling = _Relabelling(opened, calibration, drop_input_scale)
         metadata = {key: value for key, value in plain_metadata(opened).items() if key != QUANTIZATION_KEY}
         metadata |= {QUANTIZATION_KEY: quantization_metadata(relabelling.configs), **loading_note(relabelling.configs)}

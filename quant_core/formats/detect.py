@@ -338,11 +338,11 @@ def orphan_problem(source: LayerSource, layer: StoredLayer) -> str | None:
 
 
 def read_scale(source: LayerSource, name: str) -> torch.Tensor:
-    """A scale as float32. Raises SourceError unless it is finite and positive."""
+    """A scale as float32. Raises SourceError unless it is finite and positive; some, not all, of its values may be 0, of zeros."""
     scale = source.read(name)
     if not scale.is_complex():
         scale = scale.float()
-    if scale.is_complex() or not (scale.numel() and (torch.isfinite(scale) & (scale > 0)).all()):
+    if scale.is_complex() or not (scale.any() and (torch.isfinite(scale) & (scale >= 0)).all()):
         raise SourceError(f"{source.name}: {name} has values that are not finite and positive; {_REMAKE}.")
     return scale
 

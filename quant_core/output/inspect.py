@@ -12,6 +12,7 @@ from ..formats.kinds import Kind, find_kinds, quantized_formats
 from ..formats.layer_json import file_layers, layer_configs
 from ..formats.table import release_number
 from ..sources import TensorInfo, open_safetensors
+from ..sources.diffusers_names import Family, find_family
 from ..sources.dtypes import DTYPE_NAMES
 from .metadata import ENCODER_PREFIX, provenance
 
@@ -89,7 +90,11 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             quantized={kind: counts.total() for kind, counts in layers.items()},
             layers={kind: dict(counts) for kind, counts in layers.items()},
             stock=_stock_support(
-                quantized_formats(source), set(kinds.values()), encoders, any(kind.endswith(_BROKEN) for kind in layers)
+                find_family(source.tensors),
+                quantized_formats(source),
+                set(kinds.values()),
+                encoders,
+                any(kind.endswith(_BROKEN) for kind in layers),
             ),
             made_by=provenance(source),
         )
@@ -108,10 +113,11 @@ def _describe(layer: str, config: Mapping[str, object], tensors: Mapping[str, Te
         return f"{config.get('format')}{_BROKEN}"
 
 
-def _stock_support(found: list[str], kinds: set[Kind], encoders: bool, broken: bool) -> str:
+def _stock_support(family: Family | None, found: list[str], kinds: set[Kind], encoders: bool, broken: bool) -> str:
     """What stock ComfyUI does with such formats.
 
     Args:
+        family: that of diffusers' tensor names.
         found: names of all quantizations.
         kinds: those that no layer JSON names.
         encoders: text encoders of a checkpoint, or embeddings, are quantized.
@@ -125,6 +131,11 @@ def _stock_support(found: list[str], kinds: set[Kind], encoders: bool, broken: b
         return f"It contains {', '.join(unknown)}, which this version does not know."
     if broken:
         return "Some of its layers do not have the tensors that their layer JSON implies; lrq verify names them."
+    if family:
+        return (
+            f"Its tensor names are diffusers' of {family.title}, under which ComfyUI loads no quantized layers; lrq quantize "
+            "--requantize gives them ComfyUI's names."
+        )
     releases = [READABLE[name].stock_since for name in found] + [_ENCODERS_SINCE] * encoders
     if None in releases:
         ours = [name for name in found if READABLE[name].stock_since is None]

@@ -7,7 +7,7 @@ round.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from ..formats.kinds import quantized_formats
 from .renaming import Assembly
 from .source import Source
 
-__all__ = ["FAMILIES", "Family", "assemble_diffusers"]
+__all__ = ["FAMILIES", "Family", "assemble_diffusers", "find_family"]
 
 _BLOCK = re.compile(r"(?<=blocks\.)(\d+)(?=\.)")
 _SUFFIXES = (".weight", ".bias")
@@ -72,6 +72,11 @@ def _swap_halves(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat((tensor[half:], tensor[:half]))
 
 
+def find_family(names: Container[str]) -> "Family | None":
+    """The family of :data:`FAMILIES` in which a file has diffusers' names, from the names of its tensors."""
+    return next((family for family in FAMILIES if all(mark in names for mark in family.marks)), None)
+
+
 def assemble_diffusers(source: Source) -> dict[str, Assembly] | None:
     """ComfyUI's tensor names of a diffusers file of one of :data:`FAMILIES`; None for any other file.
 
@@ -80,7 +85,7 @@ def assemble_diffusers(source: Source) -> dict[str, Assembly] | None:
     Raises:
         SourceError: the file has tensors that the family does not have, or lacks some that it needs.
     """
-    family = next((family for family in FAMILIES if all(mark in source.tensors for mark in family.marks)), None)
+    family = find_family(source.tensors)
     if family is None:
         return None
     refused = f"{source.name} has diffusers' tensor names of {family.title}"

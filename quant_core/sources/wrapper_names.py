@@ -1,4 +1,4 @@
-"""Tensor names of models that were saved inside a wrapper of torch: compiled, checkpointed or distributed."""
+"""Tensor names of models that were saved inside a wrapper: of torch (compiled, checkpointed, distributed) or of ComfyUI."""
 
 import re
 
@@ -10,7 +10,7 @@ __all__ = ["assemble_unwrapped"]
 
 # torch.compile, torch.distributed's checkpoint_wrapper and FullyShardedDataParallel put these between the names of modules.
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-_PARALLEL = "module."  # of DataParallel: the beginning of every name
+_WHOLE = ("module.", "diffusion_model.")  # beginnings of every name: of DataParallel, and of ComfyUI's models in memory
 
 
 def assemble_unwrapped(source: Source) -> dict[str, Assembly] | None:
@@ -20,8 +20,9 @@ def assemble_unwrapped(source: Source) -> dict[str, Assembly] | None:
         SourceError: two tensors would get the same name.
     """
     names = {name: _WRAPPER.sub("", name) for name in source.tensors}
-    if names and all(name.startswith(_PARALLEL) for name in names.values()):
-        names = {name: plain.removeprefix(_PARALLEL) for name, plain in names.items()}
+    for prefix in _WHOLE:
+        if names and all(name.startswith(prefix) for name in names.values()):
+            names = {name: plain.removeprefix(prefix) for name, plain in names.items()}
     if all(name == plain for name, plain in names.items()):
         return None
     assemblies: dict[str, Assembly] = {}
@@ -29,7 +30,7 @@ def assemble_unwrapped(source: Source) -> dict[str, Assembly] | None:
         if plain in assemblies:
             raise SourceError(
                 f"{source.name} contains {assemblies[plain].parts[0]} and {name}, which are one tensor to ComfyUI; "
-                "save the model without the wrapper that torch put around it."
+                "save the model without the wrapper that was put around it."
             )
         assemblies[plain] = Assembly((name,))
     return assemblies

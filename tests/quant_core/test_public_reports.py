@@ -214,10 +214,11 @@ def test_int8_weights_of_turbodiffusion(flux, layers, lrq, quantize, write):
         lambda name: f"_orig_mod.{name}",
         lambda name: f"module.{name}",
         lambda name: f"module._orig_mod.{name}",
+        lambda name: f"diffusion_model.{name}",
         lambda name: name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."),
         lambda name: f"_fsdp_wrapped_module.{name.replace('blocks.0.', 'blocks.0._fsdp_wrapped_module.')}",
     ],
-    ids=["compile", "DataParallel", "both", "checkpoint", "FSDP"],
+    ids=["compile", "DataParallel", "both", "model in memory", "checkpoint", "FSDP"],
 )
 def test_names_of_wrappers(flux, layers, quantize, write, wrap):
     code, text, made = quantize(write({wrap(name): tensor for name, tensor in flux.items()}))

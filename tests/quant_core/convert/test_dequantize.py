@@ -117,6 +117,17 @@ def test_a_scale_of_a_weight_that_is_no_code_is_not_left_out(sentences):
         DecodedSource(TensorSource(qdata | {"b.weight": plain()["b.weight"], "b.scale_weight": torch.tensor([0.5])}))
 
 
+def test_rows_of_zeros_may_have_a_scale_of_zero():
+    """quanto and bitsandbytes write such rows; a scale that is zero throughout is lost."""
+    scale = torch.full((128, 1), 0.5).index_fill(0, torch.tensor([3]), 0.0)
+    codes = torch.ones(128, 128, dtype=torch.int8).index_fill(0, torch.tensor([3]), 0)
+    config = config_tensor({"format": "int8_tensorwise", "per_row": True})
+    made = {"a.weight": codes, "a.weight_scale": scale, "a.comfy_quant": config}
+    assert torch.equal(DecodedSource(TensorSource(made)).read("a.weight").float(), codes * scale)
+    with pytest.raises(SourceError, match="finite and positive"):
+        DecodedSource(TensorSource(made | {"a.weight_scale": torch.zeros(128, 1)})).read("a.weight")
+
+
 def test_old_scaled_fp8_becomes_int8(tmp_path, capsys, sentences):
     qdata = (plain()["a.weight"].float() * 50).clamp(-448, 448).to(torch.float8_e4m3fn)
     old = {

@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.convert.dequantize import decode_source
+from learned_rounding.quant_core.convert.migrate import migrate_file
 from learned_rounding.quant_core.errors import AlreadyQuantizedError, SourceError
+from learned_rounding.quant_core.formats.layer_json import config_tensor
+from learned_rounding.quant_core.output.inspect import inspect_file
 from learned_rounding.quant_core.recipes import make_plan
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo, open_source
 from learned_rounding.quant_core.sources.diffusers_names import FAMILIES, assemble_diffusers
@@ -164,6 +167,18 @@ def test_quantized_files_are_refused_by_the_name_of_the_format(tmp_path, sentenc
     save_file(block_fp8(tiny_flux2(), "weight_scale_inv"), tmp_path / "flux2.safetensors")
     with open_source(tmp_path / "flux2.safetensors") as source, sentences.raises(AlreadyQuantizedError):
         make_plan(source)
+
+
+def test_layer_json_under_diffusers_names_is_for_no_loader(tmp_path, sentences):
+    tensors = block_fp8(tiny_flux2(), "weight_scale")
+    for layer in [name.removesuffix(".weight_scale") for name in tensors if name.endswith("weight_scale")]:
+        tensors[f"{layer}.weight_scale"] = torch.tensor(0.5)
+        tensors[f"{layer}.comfy_quant"] = config_tensor({"format": "float8_e4m3fn"})
+    save_file(tensors, tmp_path / "flux2.safetensors")
+    sentences(inspect_file(tmp_path / "flux2.safetensors").stock)
+    with sentences.raises(SourceError):
+        migrate_file(tmp_path / "flux2.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_quantized_files_get_comfyuis_names_when_they_are_dequantized(tmp_path):
