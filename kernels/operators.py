@@ -81,6 +81,12 @@ def _rounding(name: str):
     return run
 
 
+def _run_round_block(*arguments):
+    matrices, numbers, levels = arguments[:6], arguments[6:9], arguments[9:]
+    arguments = *matrices, ElementArithmetic(*numbers), *levels
+    return implementation("round_block", *arguments)(*arguments)
+
+
 def _quantize_activations_once(x, dtype, block_size, rotate_by):
     arguments = x, dtype, block_size, rotate_by
     qdata, scale = implementation("quantize_inputs", *arguments)(*arguments)(x)
@@ -130,9 +136,9 @@ _scaled_linear = _operator(
 )
 _round_block = _operator(
     "round_block",
-    "(Tensor weight, Tensor shift, Tensor? before, Tensor? coupling, Tensor scale, int tile_rows,"
-    " int mantissa, float smallest, float largest) -> (Tensor, Tensor)",
-    _rounding("round_block"),
+    "(Tensor weight, Tensor shift, Tensor? before, Tensor? coupling, Tensor scale, int tile_rows, int mantissa,"
+    " float smallest, float largest, Tensor? codes=None, Tensor? level_scale=None) -> (Tensor, Tensor)",
+    _run_round_block,
     lambda weight, *_: (weight.new_empty(weight.shape, dtype=torch.float16), torch.empty_like(weight)),
 )
 _scale_errors = _operator(
@@ -303,12 +309,14 @@ def fp8_row_linear(x, codes, scale, bias=None, *, out_dtype=None) -> torch.Tenso
     return _typed_linear(x, codes, scale, bias, FP8, out_dtype=out_dtype)
 
 
-def round_block(weight, shift, before, coupling, scale, tile_rows: int, grid: ElementArithmetic):
+def round_block(
+    weight, shift, before, coupling, scale, tile_rows: int, grid: ElementArithmetic, codes=None, level_scale=None
+):
     """Round a block of columns one by one with error feedback; see :func:`.reference.rounding.round_block`.
 
     ``tile_rows`` is the height of a scale group, ``grid`` the arithmetic of the element format.
     """
-    return _round_block(weight, shift, before, coupling, scale, tile_rows, *grid)
+    return _round_block(weight, shift, before, coupling, scale, tile_rows, *grid, codes, level_scale)
 
 
 def scale_errors(

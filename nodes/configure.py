@@ -54,7 +54,10 @@ _WIDGETS = {
     },
     "block_formats": _ADVANCED,
     "layer_config": {"multiline": True, **_ADVANCED},
+    "bits": {"step": 2, **_ADVANCED},
+    "linear_dtype": _ADVANCED,
 }
+_DEFAULTS = {name: FORMAT_OPTIONS[name].default for name in ("bits", "linear_dtype")}  # as if not given
 
 
 class ConfigureQuantization(io.ComfyNode):
@@ -94,6 +97,8 @@ class ConfigureQuantization(io.ComfyNode):
         target_error=None,
         block_formats=None,
         layer_config=None,
+        bits=None,
+        linear_dtype=None,
     ):
         # None: the value comes from another node; its default contradicts nothing.
         def check(format):
@@ -107,6 +112,8 @@ class ConfigureQuantization(io.ComfyNode):
                 target_size=target_size or None,
                 target_error=target_error or None,
                 block_formats=block_formats or False,
+                bits=bits,
+                linear_dtype=linear_dtype,
             )
 
         return check_inputs(check, format)
@@ -127,6 +134,8 @@ class ConfigureQuantization(io.ComfyNode):
         target_error=0.0,
         block_formats=False,
         layer_config="",
+        bits=_DEFAULTS["bits"],
+        linear_dtype=_DEFAULTS["linear_dtype"],
         options=None,
     ) -> io.NodeOutput:
         recipe = _make_recipe(
@@ -144,6 +153,8 @@ class ConfigureQuantization(io.ComfyNode):
             target_size=target_size or None,
             target_error=target_error or None,
             block_formats=block_formats,
+            bits=bits,
+            linear_dtype=linear_dtype,
         )
         return io.NodeOutput(recipe)
 
@@ -157,6 +168,8 @@ def _make_recipe(
     *,
     full_precision_matmul: bool = False,
     block_size: int | None = None,
+    bits: int | None = None,
+    linear_dtype: str | None = None,
     **others,
 ) -> Recipe:
     """The recipe of the widgets; ``others`` are arguments of :class:`Recipe`.
@@ -177,6 +190,8 @@ def _make_recipe(
         sibling=True,
         block_size=block_size,
         full_precision_matmul=full_precision_matmul,
+        bits=None if bits == _DEFAULTS["bits"] else bits,
+        linear_dtype=None if linear_dtype == _DEFAULTS["linear_dtype"] else linear_dtype,
     )
     patterns = tuple(line.strip() for line in keep.splitlines() if line.strip())
     return Recipe(config, keep=patterns, layer_config=layer_config.strip(), **others)

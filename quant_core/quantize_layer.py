@@ -39,6 +39,8 @@ def quantize_weight(
     block_size: int | None = None,
     convrot: bool | int | str | None = None,
     full_precision_matmul: bool = False,
+    bits: int | None = None,
+    linear_dtype: str | None = None,
     hessian: Hessian | None = None,
     validation_hessian: Hessian | None = None,
     mean: torch.Tensor | None = None,
@@ -62,6 +64,7 @@ def quantize_weight(
             the largest up to it, "auto" by the group, or none, of least error; with validation activations that
             error includes the error of quantized activations.
         full_precision_matmul: ask ComfyUI to dequantize the weight instead of multiplying quantized values.
+        bits, linear_dtype: see :class:`FormatConfig`.
         hessian: H = XᵀX/n of the layer's activations, (in, in), or another :data:`~.calibration.Hessian`. With a
             :class:`~.calibration.PairedHessian`, INT8 weights also compensate the error of quantized activations.
         validation_hessian: of other activations, by which solutions are compared.
@@ -87,7 +90,7 @@ def quantize_weight(
             "give a non-empty matrix of float16, bfloat16 or float32."
         )
     matrix = weight.detach().flatten(1)
-    config = FormatConfig(format, granularity, block_size, convrot, full_precision_matmul)
+    config = FormatConfig(format, granularity, block_size, convrot, full_precision_matmul, bits, linear_dtype)
     codecs = config.codecs(matrix.shape[1])
     if input_scale is not None and not (codecs[0].static_activations and 0 < input_scale < float("inf")):
         raise RecipeError(f"An input scale of {input_scale} has no effect on {codecs[0]}; leave it out.")
@@ -231,14 +234,7 @@ class _LayerRun:
         )
         solution = solver.solve()
         bias, note = self._correct_bias(weight, solution, space)
-        home = layer.weight.device
-        solution = replace(
-            solution,
-            qdata=solution.qdata.to(home),
-            scale=solution.scale.to(home),
-            parent=None if solution.parent is None else solution.parent.to(home),
-        )
-        return QuantizedWeight(solution, codec, shape, bias, note=note)
+        return QuantizedWeight(solution.to(layer.weight.device), codec, shape, bias, note=note)
 
     def _hessian(self, hessian: Hessian | None, space: SolveSpace, device: torch.device) -> torch.Tensor | None:
         """The Hessian in the stored basis, float32 (in, in)."""

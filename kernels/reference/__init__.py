@@ -2,7 +2,7 @@
 
 from .linear import prepare_linear
 from .quantize import LARGEST, SMALLEST_AMAX, dequantize_weight, prepare_quantizer, quantize_inputs, quantize_weight
-from .rounding import element_step, round_block, round_to_element, scale_errors
+from .rounding import element_step, round_block, round_to_element, round_to_levels, scale_errors
 
 __all__ = [
     "LARGEST",
@@ -14,6 +14,7 @@ __all__ = [
     "quantize_inputs",
     "quantize_weight",
     "round_block",
+    "round_to_levels",
     "round_to_element",
     "scale_errors",
 ]

@@ -4,7 +4,7 @@ import torch
 
 from ..element_format import ElementArithmetic
 
-__all__ = ["element_step", "round_to_element", "round_block", "scale_errors"]
+__all__ = ["element_step", "round_to_element", "round_to_levels", "round_block", "scale_errors"]
 
 _EXPONENT = 0x7F800000  # exponent bits of a float32; only they set, the value is 2^⌊log2|x|⌋
 
@@ -24,6 +24,21 @@ def round_to_element(values: torch.Tensor, element: ElementArithmetic) -> torch.
     return (clamped / step).round_() * step
 
 
+def round_to_levels(values: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, largest: float) -> torch.Tensor:
+    """Round each of ``values`` to the nearest of its levels, the lower one of two that are equally near.
+
+    Args:
+        values: float32 (…, n).
+        codes: float32 (k,), ascending.
+        scale: float32 (…), not negative: the levels of ``values[i]`` are round(codes · scale[i]), clamped to ±``largest``.
+    """
+    levels = (scale[..., None] * codes).round_().clamp_(-largest, largest)
+    upper = torch.searchsorted(levels, values.contiguous()).clamp_(max=len(codes) - 1)
+    above = levels.gather(-1, upper)
+    below = levels.gather(-1, upper.sub_(1).clamp_(min=0))
+    return torch.where((above - values).abs_() < (below - values).abs_(), above, below)
+
+
 def round_block(
     weight: torch.Tensor,
     shift: torch.Tensor,
@@ -32,6 +47,8 @@ def round_block(
     scale: torch.Tensor,
     group_rows: int,
     element: ElementArithmetic,
+    codes: torch.Tensor | None = None,
+    level_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a block of B columns one by one, last column first, with error feedback to the other columns of the block.
 
@@ -49,20 +66,28 @@ def round_block(
         scale: float32 (B or 1, ⌈R/group_rows⌉).
         group_rows: height of a scale group in rows.
         element: arithmetic of the element format.
+        codes, level_scale: float32 (k,) and (B, R); q_i is then one of the levels of :func:`round_to_levels` with the scale
+            of its column and row. None: any element.
 
     Returns:
         q as float16 (B, R), exact for every supported element format, and e as float32 (B, R).
     """
     columns, rows = weight.shape
     spread = scale.repeat_interleave(group_rows, dim=1)[:, :rows] if scale.shape[1] > 1 else scale
+
+    def nearest(scaled: torch.Tensor, column: int | slice) -> torch.Tensor:
+        if codes is None or level_scale is None:
+            return round_to_element(scaled, element)
+        return round_to_levels(scaled[..., None], codes, level_scale[column], element.largest)[..., 0]
+
     if coupling is None:
-        values = round_to_element((weight - shift) / spread, element)
+        values = nearest((weight - shift) / spread, slice(None))
         return values.half(), values * spread - weight
     values = torch.empty(columns, rows, dtype=torch.float16, device=weight.device)
     errors, shift = torch.empty_like(weight), shift.clone()
     for column in range(columns - 1, -1, -1):
         step = spread[column if spread.shape[0] > 1 else 0]
-        value = round_to_element((weight[column] - shift[column]) / step, element)
+        value = nearest((weight[column] - shift[column]) / step, column)
         error = value * step - weight[column]
         values[column], errors[column] = value, error
         change = error if before is None else error - before[column]

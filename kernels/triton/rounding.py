@@ -40,12 +40,30 @@ def _round(value, MANTISSA: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.co
 
 
 @triton.jit
+def _round_to_level(value, scale, codes, LEVELS: tl.constexpr, LARGEST: tl.constexpr):
+    """Nearest of round(codes · scale), clamped, the lower one of two that are equally near."""
+    magic = 12582912.0
+    best = value * 0.0
+    least = best + float("inf")
+    for index in tl.static_range(LEVELS):
+        level = (tl.load(codes + index) * scale + magic) - magic
+        level = tl.minimum(tl.maximum(level, -LARGEST), LARGEST)
+        distance = tl.abs(value - level)
+        nearer = distance < least
+        best = tl.where(nearer, level, best)
+        least = tl.where(nearer, distance, least)
+    return best
+
+
+@triton.jit
 def _round_block(
     weight,
     shift,
     before,
     coupling,
     scale,
+    codes,
+    level_scale,
     values,
     errors,
     columns,
@@ -54,6 +72,7 @@ def _round_block(
     scale_column_stride,
     row_stride,
     HAS_BEFORE: tl.constexpr,
+    LEVELS: tl.constexpr,
     MANTISSA: tl.constexpr,
     SMALLEST: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -79,7 +98,12 @@ def _round_block(
         next_s = tl.load(scale + following * scale_column_stride + row // group_rows, mask=inside_row, other=1.0)
         next_feedback = tl.load(coupling + following * columns + column, mask=column < columns, other=0.0)
         own = tl.sum(tl.where(column[:, None] == i, target, 0.0), axis=0)
-        value = _round(tl.div_rn(own, s), MANTISSA, SMALLEST, LARGEST)
+        scaled = tl.div_rn(own, s)
+        if LEVELS:
+            group_scale = tl.load(level_scale + at, mask=inside_row, other=0.0)
+            value = _round_to_level(scaled, group_scale, codes, LEVELS, LARGEST)
+        else:
+            value = _round(scaled, MANTISSA, SMALLEST, LARGEST)
         error = value * s - w
         change = error
         if HAS_BEFORE:
@@ -153,7 +177,7 @@ def square_group_config(columns: int) -> dict[str, int]:
     return {"ROWS": 1024 // columns, "COLUMNS": columns}
 
 
-def round_block(weight, shift, before, coupling, scale, group_rows, element):
+def round_block(weight, shift, before, coupling, scale, group_rows, element, codes=None, level_scale=None):
     """See :func:`..reference.rounding.round_block`; for up to :data:`MAX_COLUMNS` columns."""
     columns, rows = weight.shape
     values = torch.empty(columns, rows, dtype=torch.float16, device=weight.device)
@@ -165,6 +189,8 @@ def round_block(weight, shift, before, coupling, scale, group_rows, element):
         shift if before is None else before.contiguous(),
         coupling.contiguous(),
         scale.contiguous(),
+        scale if codes is None else codes,
+        scale if level_scale is None else level_scale.contiguous(),
         values,
         errors,
         columns,
@@ -173,6 +199,7 @@ def round_block(weight, shift, before, coupling, scale, group_rows, element):
         scale.shape[1] if scale.shape[0] > 1 else 0,
         rows,
         HAS_BEFORE=before is not None,
+        LEVELS=0 if codes is None else len(codes),
         **element_constants(element),
         **constants,
         num_warps=warps,

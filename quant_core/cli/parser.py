@@ -196,8 +196,8 @@ def _add_option(group: argparse._ActionsContainer, name: str, option: Option, **
 def _add_format(group: argparse._ActionsContainer, name: str, option: Option) -> None:
     exclusive = group.add_mutually_exclusive_group()
     _add_option(exclusive, name, option, choices=tuple(dict.fromkeys((*option.choices, *FORMAT_ALIASES))))
-    for alias, target in FORMAT_ALIASES.items():
-        text = f"short for --format {alias}" if target.writable else argparse.SUPPRESS
+    for alias in FORMAT_ALIASES:
+        text = f"short for --format {alias}"
         exclusive.add_argument(f"--{alias}", action="store_const", const=alias, dest=name, help=text)
 
 

@@ -4,11 +4,13 @@ from .codec import Codec, Format, Parts, TensorSpec
 from .config import MEASURED, FormatConfig
 from .detect import StoredLayer, detect_layer, detect_layers
 from .elements import E2M1, E4M3, E5M2, INT4, INT8, ElementFormat
+from .levels import GroupLevels
 from .rotation import GROUP_SIZES, Rotation, rotation_groups
 from .scales import GRANULARITIES, ScaleGroups
+from .solution import Solution
 from .space import SolveSpace
 from .table import FORMATS, READABLE, find_format, find_sibling, make_codec, with_granularity
-from .weight import QuantizedWeight, Solution
+from .weight import QuantizedWeight
 
 __all__ = [
     "E2M1",
@@ -26,6 +28,7 @@ __all__ = [
     "ElementFormat",
     "Format",
     "FormatConfig",
+    "GroupLevels",
     "QuantizedWeight",
     "Rotation",
     "ScaleGroups",

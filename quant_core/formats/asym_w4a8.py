@@ -1,24 +1,54 @@
-"""W4A8: 4-bit indices into a codebook, scaled per group and per channel, of the rotated weight. Read only."""
+"""W4A8 and W6A8: indices into levels of INT8, scaled per group and per row, of the rotated weight.
 
-from collections.abc import Mapping
+Source: comfy-kitchen, ``AsymW4A8Int8Layout``, whose file layout this is.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
-from .codec import Codec, Format, Parts, TensorSpec, read_count
+from .codec import Codec, Format, Parts, ShapedTensor, TensorSpec, read_count
 from .elements import INT8
-from .packing import unpack_nibbles
+from .levels import GroupLevels
+from .packing import pack_nibbles, unpack_nibbles
 from .rotation import Rotation
+from .scales import ScaleGroups
+from .solution import Solution
+from .space import SolveSpace
 
 __all__ = ["FORMATS", "AsymW4A8Codec"]
 
+_GROUP = 16
+# Lloyd-Max levels of the weights of a Gaussian group of 16 relative to their largest magnitude: comfy-kitchen's table, which
+# its kernels have built in.
+_CODEBOOK = torch.tensor(
+    [
+        *(-0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720),
+        *(0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671),
+    ]
+)
+_INTEGERS = torch.arange(-31.0, 32.0)  # of 6 bits
+_ZERO = {4: 8, 6: 32}  # stored index of the code 0, without a codebook
+_COLUMNS = {4: 16, 6: 32}  # input channels are a multiple of this
 
+
+@dataclass(frozen=True)
 class AsymW4A8Codec(Codec):
     """W = R · weight_s_channel · round(weight_s_rel · weight_codebook[index]), clamped to ±127 in between.
 
-    ``weight``: int8 (M, N/2), the even column in the low four bits; ``weight_s_rel``: E4M3 or float32 (M, N/group_size);
-    ``weight_s_channel``: float32 (M,); ``weight_codebook``: float32 (16,), optional, index − 8 without it.
+    ``weight``: int8 (M, N/2), the even column in the low four bits, with 6 bits followed by N/4 bytes with the upper two bits
+    of four adjacent columns; ``weight_s_rel``: E4M3 or float32 (M, N/group_size); ``weight_s_channel``: float32 (M,);
+    ``weight_codebook``: float32 (16,), optional, index − 8 without it, index − 32 with 6 bits.
+
+    Attributes:
+        bits: of an index.
     """
 
+    bits: int = 4
+
+    options: ClassVar[Mapping[str, tuple[object, ...]]] = {"bits": (4, 6)}
     signed = ("weight_codebook",)
 
     @property
@@ -27,7 +57,7 @@ class AsymW4A8Codec(Codec):
 
     @property
     def group_size(self) -> int | None:
-        return self.block_size
+        return self.block_size or _GROUP
 
     @property
     def config(self) -> dict[str, object]:
@@ -36,17 +66,40 @@ class AsymW4A8Codec(Codec):
 
     @classmethod
     def from_config(cls, format: Format, config: Mapping[str, object], granularity: str) -> Codec:
-        rotation = Rotation(read_count(config, "convrot_groupsize", 256))
-        return cls(format, granularity, block_size=read_count(config, "group_size", 16), rotation=rotation)
+        rotation, size = (
+            Rotation(read_count(config, "convrot_groupsize", 256)),
+            read_count(config, "group_size", _GROUP),
+        )
+        return cls(format, granularity, block_size=None if size == _GROUP else size, rotation=rotation)
+
+    def of_tensors(self, find: Callable[[str], ShapedTensor | None]) -> Codec:
+        weight, scale = find("weight"), find("weight_s_rel")
+        if weight is None or scale is None or not weight.shape or not scale.shape:
+            return self
+        columns = scale.shape[-1] * (self.group_size or _GROUP)
+        return replace(self, bits=6 if weight.shape[-1] * 8 == columns * 6 else 4)
+
+    def admits(self, shape: tuple[int, ...]) -> str | None:
+        multiple = _COLUMNS[self.bits]
+        if shape[1] % multiple:
+            return f"its {shape[1]} input channels are not a multiple of {multiple}"
+        return super().admits(shape)
 
     def weight_shape(self, stored: tuple[int, ...], config: Mapping[str, object]) -> tuple[int, int]:
         rows, packed = super().weight_shape(stored, config)
-        return rows, 2 * packed
+        return rows, packed * 8 // self.bits
+
+    def groups(self, shape: tuple[int, ...]) -> ScaleGroups:
+        return ScaleGroups(shape[0], shape[1], 1, shape[1])
+
+    def solve_space(self, shape: tuple[int, ...]) -> SolveSpace:
+        levels = GroupLevels(_CODEBOOK if self.bits == 4 else _INTEGERS, self.group_size or _GROUP)
+        return replace(super().solve_space(shape), levels=levels)
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         out, inner = shape
         return {
-            "weight": TensorSpec(self.format.storage_dtype, (out, inner // 2), views=(torch.uint8,)),
+            "weight": TensorSpec(self.format.storage_dtype, (out, inner * self.bits // 8), views=(torch.uint8,)),
             "weight_s_rel": TensorSpec(
                 torch.float8_e4m3fn, (out, inner // (self.group_size or 1)), views=(torch.uint8, torch.float32)
             ),
@@ -54,19 +107,57 @@ class AsymW4A8Codec(Codec):
         }
 
     def optional(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        return {"weight_codebook": TensorSpec(torch.float32, (16,))}
+        return {"weight_codebook": TensorSpec(torch.float32, (16,))} if self.bits == 4 else {}
+
+    def file_specs(self, shape: tuple[int, ...], *, input_scale: bool = False) -> dict[str, TensorSpec]:
+        return {**super().file_specs(shape, input_scale=input_scale), **self.optional(shape)}
+
+    def store(self, solution: Solution) -> dict[str, torch.Tensor]:
+        levels = solution.levels
+        assert levels is not None and levels.scale is not None
+        indices = levels.indices(solution.qdata)
+        tensors = {
+            "weight_s_rel": levels.scale.to(torch.float8_e4m3fn),
+            "weight_s_channel": solution.scale.flatten(),
+        }
+        if self.bits == 6:
+            return {"weight": _pack_six_bits(indices + 1).view(torch.int8), **tensors}
+        packed = pack_nibbles(indices, high_first=False)
+        return {"weight": packed.view(torch.int8), **tensors, "weight_codebook": levels.codes}
 
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
-        values = unpack_nibbles(parts["weight"], high_first=False)
-        levels = parts["weight_codebook"].float()[values] if "weight_codebook" in parts else values.float() - 8
         scale = parts["weight_s_rel"]
         scale = (scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale).float()
-        if scale.shape[-1] * (self.group_size or 0) != values.shape[-1]:
+        indices = (
+            _unpack_six_bits(parts["weight"]) if self.bits == 6 else unpack_nibbles(parts["weight"], high_first=False)
+        )
+        codebook = parts.get("weight_codebook")
+        codes = indices.float() - _ZERO[self.bits] if codebook is None else codebook.float()[indices]
+        if scale.shape[-1] * (self.group_size or 0) != codes.shape[-1]:
             raise ValueError(
-                f"its group_size {self.group_size} contradicts {scale.shape[-1]} scales for {values.shape[-1]} columns"
+                f"its group_size {self.group_size} contradicts {scale.shape[-1]} scales for {codes.shape[-1]} columns"
             )
-        int8 = (levels.unflatten(1, (scale.shape[-1], -1)) * scale[..., None]).flatten(1).round_().clamp_(-127, 127)
+        int8 = (codes.unflatten(1, (scale.shape[-1], -1)) * scale[..., None]).flatten(1).round_().clamp_(-127, 127)
         return self.unrotate(int8 * parts["weight_s_channel"].float().reshape(-1, 1))
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, {self.bits} bits"
+
+
+def _pack_six_bits(values: torch.Tensor) -> torch.Tensor:
+    """uint8 (rows, n), values 0…63 → uint8 (rows, 3n/4): the low four bits in pairs, then the upper two bits of four columns."""
+    upper = (values >> 4).unflatten(1, (-1, 4))
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=values.device)
+    planes = [pack_nibbles(values & 15, high_first=False), (upper << shifts).sum(dim=-1, dtype=torch.uint8)]
+    return torch.cat(planes, dim=1)
+
+
+def _unpack_six_bits(packed: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`_pack_six_bits`, of any one-byte dtype, as int64."""
+    nibbles = packed.shape[1] * 2 // 3
+    shifts = torch.tensor([0, 2, 4, 6], device=packed.device)
+    upper = (packed[:, nibbles:].view(torch.uint8).long()[..., None] >> shifts) & 3
+    return unpack_nibbles(packed[:, :nibbles].contiguous(), high_first=False) | upper.flatten(1) << 4
 
 
 FORMATS = (
@@ -75,11 +166,11 @@ FORMATS = (
         elements=INT8,
         granularities={"group": {}},
         codec=AsymW4A8Codec,
-        note="4-bit codebook indices of the rotated weight in groups, multiplied as INT8",
+        note="4-bit or 6-bit indices of the rotated weight in groups of 16, multiplied as INT8 from SM 8.0",
         stock_since="0.31",
         activations="token",
         rotated=("group",),
-        writable=False,
+        always_rotated=True,
         storage=torch.int8,
     ),
 )

@@ -6,9 +6,9 @@ module per family. A :class:`Codec` is a format with every choice made: granular
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
@@ -17,12 +17,20 @@ from .elements import ElementFormat
 from .layer_json import CONFIG_KEY, config_bytes
 from .rotation import Rotation
 from .scales import BLOCK_SIZE, FLOAT32, GRANULARITIES, ScaleFormat, ScaleGroups
+from .solution import Solution
 from .space import SolveSpace
 
-__all__ = ["Codec", "Format", "Parts", "TensorSpec", "read_count"]
+__all__ = ["Codec", "Format", "Parts", "ShapedTensor", "TensorSpec", "read_count"]
 
 Parts = Mapping[str, torch.Tensor]
 """The tensors of one layer by the last part of their names: "weight", "weight_scale" …"""
+
+
+class ShapedTensor(Protocol):
+    """Anything with a shape: a tensor, or its entry in a header."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Format:
             dequantized weight and unquantized activations. (0, 0): every card.
         group_size: columns that share a scale, where the format fixes it.
         rotated: granularities for which ConvRot exists.
-        writable: whether this version writes it; others are read only.
+        always_rotated: ConvRot is part of the format.
         storage: dtype of the stored weight; None: that of the elements, one value per item.
     """
 
@@ -80,7 +88,7 @@ class Format:
     native_since: tuple[int, int] = (0, 0)
     group_size: int | None = None
     rotated: tuple[str, ...] = ()
-    writable: bool = True
+    always_rotated: bool = False
     storage: torch.dtype | None = None
 
     @property
@@ -95,8 +103,12 @@ class Format:
         block_size: int | None = None,
         convrot: int | None = None,
         full_precision_matmul: bool = False,
+        **options: object,
     ) -> "Codec":
-        """The codec of these choices; None takes blocks of 128 and no rotation.
+        """The codec of these choices; None takes blocks of 128, no rotation and the first value of an option.
+
+        Args:
+            options: those of the family, see :attr:`Codec.options`.
 
         Raises:
             RecipeError: a choice that the format does not have; every choice has an effect or is refused.
@@ -115,8 +127,17 @@ class Format:
             raise RecipeError(
                 f"full_precision_matrix_mult has no effect on {self.name}: ComfyUI ignores it there; leave it out."
             )
+        given = {name: value for name, value in options.items() if value is not None}
+        for name, value in given.items():
+            allowed = self.codec.options.get(name)
+            if allowed is None:
+                raise RecipeError(f"{name} has no effect on {self.name}; leave it out.")
+            if value not in allowed or type(value) is not type(allowed[0]):
+                names = " or ".join(map(str, allowed))
+                raise RecipeError(f"The {name} of {self.name} can be {names}, not {value!r}.")
         dequantized = full_precision_matmul or self.full_precision_matmul == "always"
-        return self.codec(self, granularity, block_size, Rotation(convrot) if convrot else None, dequantized)
+        rotation = Rotation(convrot) if convrot else None
+        return self.codec(self, granularity, block_size, rotation, dequantized, **given)
 
 
 @dataclass(frozen=True)
@@ -137,6 +158,9 @@ class Codec(ABC):
     rotation: Rotation | None = None
     full_precision_matmul: bool = False
 
+    options: ClassVar[
+        Mapping[str, tuple[object, ...]]
+    ] = {}  # further choices of a family: name → values, the default first
     scales: ClassVar[ScaleFormat] = FLOAT32
     positive: ClassVar[tuple[str, ...]] = ("input_scale",)  # suffixes of tensors whose values must be positive
     signed: ClassVar[tuple[str, ...]] = ()  # suffixes of tensors whose values may be negative
@@ -172,10 +196,16 @@ class Codec(ABC):
             full_precision_matmul=bool(config.get("full_precision_matrix_mult")),
         )
 
+    def of_tensors(self, find: Callable[[str], ShapedTensor | None]) -> "Codec":
+        """The codec with what only the shapes of a layer's tensors tell; ``find``: suffix → tensor, None for a missing one."""
+        return self
+
     def admits(self, shape: tuple[int, ...]) -> str | None:
         """The reason why a weight of that shape (out, in) cannot be stored; None where it can."""
         if self.rotation and shape[1] % self.rotation.size:
             return f"ConvRot groups of {self.rotation.size} do not divide its {shape[1]} input channels"
+        if self.format.always_rotated and not self.rotation:
+            return f"it is always rotated, and no ConvRot group divides its {shape[1]} input channels"
         return None
 
     def groups(self, shape: tuple[int, ...]) -> ScaleGroups:
@@ -210,14 +240,9 @@ class Codec(ABC):
             raise ValueError(f"the weight has shape {tuple(stored)}; only matrices are read as quantized")
         return stored[0], stored[1]
 
-    def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Suffix → tensor of a layer, as in :meth:`specs`; read-only formats have no such method.
-
-        Args:
-            qdata: quantized values (out, in) in the element format's dtype.
-            scale, parent: effective scales float32 (*counts) and their parent level, see :class:`~.scales.ScaleFormat`.
-        """
-        raise NotImplementedError(f"{self.format.name} is read only")
+    @abstractmethod
+    def store(self, solution: Solution) -> dict[str, torch.Tensor]:
+        """Suffix → tensor of a layer, as in :meth:`specs`."""
 
     @abstractmethod
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
@@ -264,12 +289,17 @@ class Codec(ABC):
         if not self.quantizes_activations(capability):
             return x.float()
         values = self.rotation.apply(x) if self.rotation else x.float()
+        elements = self.activation_elements(capability)
         if self.format.activations == "tensor":
-            return self.format.elements.encode(values).float()
+            return elements.encode(values).float()
         tokens, inner = values.shape
         columns = inner if self.format.activations == "token" else self.group_size or inner
         groups = ScaleGroups(tokens, inner, 1, columns)
-        return self.unrotate(SolveSpace(self.format.elements, groups, self.scales).round_nearest(values))
+        return self.unrotate(SolveSpace(elements, groups, self.scales).round_nearest(values))
+
+    def activation_elements(self, capability: tuple[int, int] | None = None) -> ElementFormat:
+        """The elements that ComfyUI quantizes activations to, on a card of that compute capability; None: on any."""
+        return self.format.elements
 
     def __str__(self) -> str:
         """For users: "int8_tensorwise per row, ConvRot 256"."""

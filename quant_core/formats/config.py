@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..errors import RecipeError
 from .codec import Codec
 from .rotation import rotation_groups
-from .table import make_codec
+from .table import find_format, make_codec
 
 __all__ = ["MEASURED", "FormatConfig"]
 
@@ -17,7 +17,11 @@ _TYPES = {
     "block_size": (int, type(None)),
     "convrot": (bool, int, str, type(None)),
     "full_precision_matmul": (bool,),
+    "bits": (int, type(None)),
+    "linear_dtype": (str, type(None)),
 }
+
+_OPTIONS = ("bits", "linear_dtype")  # of single families, see :attr:`~.codec.Codec.options`
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class FormatConfig:
         convrot: ConvRot rotation of the input channels. True: the largest group size that divides them; a number:
             the largest group size up to it; "auto": the group size, or no rotation, with the least error; None: off.
         full_precision_matmul: ask ComfyUI to dequantize the weight instead of multiplying in FP8.
+        bits: of a weight, for asym_w4a8_int8: 4 or 6; None for 4.
+        linear_dtype: for convrot_w4a4, what activations are quantized to: "int8" or, where the card has it, "int4"; None for int8.
 
     Raises:
         RecipeError: (from the constructor) an unknown name, or an option that the format does not have.
@@ -43,19 +49,22 @@ class FormatConfig:
     block_size: int | None = None
     convrot: bool | int | str | None = None
     full_precision_matmul: bool = False
+    bits: int | None = None
+    linear_dtype: str | None = None
 
     def __post_init__(self):
         for field, types in _TYPES.items():
             value = getattr(self, field)
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise RecipeError(f"The {'format' if field == 'name' else field} cannot be {value!r}.")
-        object.__setattr__(self, "convrot", self.convrot or None)
+        rotated = not self.measured and find_format(self.name).always_rotated
+        object.__setattr__(self, "convrot", self.convrot or (True if rotated else None))
         if self.measured:
             self._check_measured()
-        else:
-            codec = self.codec
-            object.__setattr__(self, "granularity", codec.granularity)
-            object.__setattr__(self, "block_size", codec.block_size)
+            return
+        codec = self.codec
+        for field in ("granularity", "block_size", *codec.options):
+            object.__setattr__(self, field, getattr(codec, field))
 
     def _check_measured(self) -> None:
         given = next((field for field in _TYPES if field != "name" and getattr(self, field)), None)
@@ -76,7 +85,9 @@ class FormatConfig:
 
     def codecs(self, channels: int) -> list[Codec]:
         """The codecs to try for a layer with that number of input channels; several for ConvRot "auto"."""
-        return [self._make_codec(size) for size in rotation_groups(self.convrot, channels)]
+        groups = rotation_groups(self.convrot, channels)
+        rotated = [size for size in groups if size] if find_format(self.name).always_rotated else groups
+        return [self._make_codec(size) for size in rotated or groups[:1]]
 
     def _make_codec(self, convrot: int | None) -> Codec:
         return make_codec(
@@ -85,6 +96,7 @@ class FormatConfig:
             block_size=self.block_size,
             convrot=convrot,
             full_precision_matmul=self.full_precision_matmul,
+            **{name: value for name in _OPTIONS if (value := getattr(self, name)) is not None},
         )
 
     @property
@@ -94,7 +106,9 @@ class FormatConfig:
             return MEASURED
         several = len(self.codec.format.granularities) > 1
         name = f"{self.name.removesuffix('_tensorwise')}_{self.granularity}" if several else self.name
-        return name + ("_convrot" if self.convrot else "")
+        if self.bits not in (None, self.codec.options["bits"][0]):
+            name += f"_{self.bits}bit"
+        return name + ("_convrot" if self.convrot and not self.codec.format.always_rotated else "")
 
     def __str__(self) -> str:
         """For people: "int8_tensorwise per row, ConvRot 256"."""

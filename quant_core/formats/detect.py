@@ -70,6 +70,7 @@ def detect_layer(layer: str, config: Mapping[str, object], tensors: Mapping) -> 
     for granularity in format.granularities:
         try:
             codec = format.codec.from_config(format, config, granularity)
+            codec = codec.of_tensors(lambda suffix: tensors.get(f"{layer}.{suffix}"))
             specs = codec.specs(codec.weight_shape(tuple(weight.shape), config))
         except (RecipeError, ValueError) as error:
             problems.append(str(error).rstrip("."))
@@ -251,6 +252,7 @@ def _detect_declared(source: LayerSource, layer: StoredLayer) -> StoredLayer:
     where = f"{source.name}: {layer.name} is not a valid layer of format {format.name}"
     try:
         codec = format.codec.from_config(format, layer.config, next(iter(format.granularities)))
+        codec = codec.of_tensors(lambda suffix: source.tensors.get(f"{layer.name}.{suffix}"))
         shape = codec.weight_shape(tuple(weight.shape), layer.config)
     except (RecipeError, ValueError) as error:
         return replace(layer, problem=f"{where}: {str(error).rstrip('.')}.")

@@ -9,6 +9,7 @@ from .elements import E4M3
 from .packing import pad_matrix, round_up, tile_scales, tiled_shape, untile_scales
 from .padded import padded_config, padded_shape
 from .scales import E8M0
+from .solution import Solution
 
 __all__ = ["FORMATS", "MXFP8Codec"]
 
@@ -48,9 +49,11 @@ class MXFP8Codec(Codec):
         rows, columns = (round_up(side, _PADDING) for side in shape)
         return _group_scales(tensor, rows, columns // _GROUP)
 
-    def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)  # those of float32 have the same bias of 127
-        return {"weight": pad_matrix(qdata, _PADDING), "weight_scale": tile_scales(exponents)}
+    def store(self, solution: Solution) -> dict[str, torch.Tensor]:
+        exponents = (solution.scale.view(torch.int32) >> 23).to(
+            torch.uint8
+        )  # those of float32 have the same bias of 127
+        return {"weight": pad_matrix(solution.qdata, _PADDING), "weight_scale": tile_scales(exponents)}
 
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         qdata = parts["weight"].float()

@@ -13,6 +13,7 @@ from .elements import E2M1
 from .packing import pack_nibbles, pad_matrix, round_up, tile_scales, tiled_shape, unpack_nibbles, untile_scales
 from .padded import padded_config, padded_shape
 from .scales import CAST_TWO_LEVEL_E4M3, TWO_LEVEL_E4M3
+from .solution import Solution
 from .space import SolveSpace
 
 __all__ = ["E2M1_VALUES", "FORMATS", "NVFP4Codec"]
@@ -72,9 +73,10 @@ class NVFP4Codec(Codec):
         rows, columns = (round_up(side, _PADDING) for side in shape)
         return _group_scales(tensor, rows, columns // _GROUP)
 
-    def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def store(self, solution: Solution) -> dict[str, torch.Tensor]:
+        scale, parent = solution.scale, solution.parent
         assert parent is not None
-        values = pad_matrix(qdata, _PADDING).float()
+        values = pad_matrix(solution.qdata, _PADDING).float()
         codes = torch.bucketize(values.abs(), _MAGNITUDES.to(values.device)).to(torch.uint8)
         codes |= torch.signbit(values).to(torch.uint8) << 3
         return {

@@ -6,6 +6,7 @@ import torch
 
 from .codec import Codec, Parts, TensorSpec
 from .scales import CastFloat32
+from .solution import Solution
 from .space import SolveSpace
 
 __all__ = ["ScaledCodec"]
@@ -38,8 +39,9 @@ class ScaledCodec(Codec):
             "weight_scale": TensorSpec(torch.float32, self.scale_shape(shape)),
         }
 
-    def store(self, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        return {"weight": qdata, "weight_scale": scale.reshape(self.scale_shape((qdata.shape[0], qdata.shape[1])))}
+    def store(self, solution: Solution) -> dict[str, torch.Tensor]:
+        shape = (solution.qdata.shape[0], solution.qdata.shape[1])
+        return {"weight": solution.qdata, "weight_scale": solution.scale.reshape(self.scale_shape(shape))}
 
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         space = self.solve_space(shape)

@@ -1,10 +1,11 @@
 """The space a solver works in: representable values of one weight under the scales of its groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .elements import ElementFormat
+from .levels import GroupLevels
 from .rotation import Rotation
 from .scales import ScaleFormat, ScaleGroups
 
@@ -20,12 +21,18 @@ class SolveSpace:
         groups: the parts of the weight that share a scale.
         scales: the numbers a scale can be.
         rotation: ConvRot of the input channels that the stored weight has, or None.
+        levels: the elements that a value of each group can be, or None for all.
     """
 
     elements: ElementFormat
     groups: ScaleGroups
     scales: ScaleFormat
     rotation: Rotation | None = None
+    levels: GroupLevels | None = None
+
+    def of_rows(self, rows: slice | torch.Tensor) -> "SolveSpace":
+        """The space with the levels of some rows."""
+        return replace(self, levels=self.levels.rows(rows)) if self.levels else self
 
     def divisor(self, scale: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """What rows start:stop of the weight are divided by, broadcastable to (rows, in): their scale, 1 where that is 0."""
@@ -37,7 +44,17 @@ class SolveSpace:
         scaled = rows / self.divisor(scale, start, stop)
         if not self.scales.continuous:
             scaled = torch.where(self.groups.spread(scale, start, stop) > 0, scaled, torch.zeros_like(scaled))
+        if self.levels:
+            return self.levels.rows(slice(start, stop)).nearest(scaled).to(self.elements.dtype)
         return self.elements.encode(scaled)
+
+    def neighbours(
+        self, scaled: torch.Tensor, start: int = 0, stop: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`~.elements.ElementFormat.neighbours`, of rows start:stop that are divided by their scales."""
+        if self.levels:
+            return self.levels.rows(slice(start, stop)).neighbours(scaled)
+        return self.elements.neighbours(scaled)
 
     def decode(self, qdata: torch.Tensor, scale: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The values of quantized rows start:stop as float32 (rows, in), in the stored basis."""

@@ -31,7 +31,7 @@ _ALL = [entry for family in _FAMILIES for entry in family]
 READABLE: Mapping[str, Format] = {
     entry.name: entry for entry in sorted(_ALL, key=lambda entry: entry.stock_since is None)
 }
-FORMATS: Mapping[str, Format] = {name: entry for name, entry in READABLE.items() if entry.writable}
+FORMATS = READABLE  # that this version writes
 
 
 def release_number(release: str) -> tuple[int, ...]:
@@ -67,8 +67,12 @@ def make_codec(
     block_size: int | None = None,
     convrot: int | None = None,
     full_precision_matmul: bool = False,
+    **options: object,
 ) -> Codec:
     """The codec of these choices; None takes the format's own granularity, blocks of 128, no rotation.
+
+    Args:
+        options: those of the format's family, see :attr:`Codec.options`.
 
     Raises:
         UnknownNameError: no such format or granularity.
@@ -84,4 +88,6 @@ def make_codec(
         raise RecipeError(
             f"Format {entry.name} has one scale per {' or '.join(entry.granularities)}, not per {granularity}; {hint}."
         )
-    return entry.make(granularity, block_size=block_size, convrot=convrot, full_precision_matmul=full_precision_matmul)
+    return entry.make(
+        granularity, block_size=block_size, convrot=convrot, full_precision_matmul=full_precision_matmul, **options
+    )

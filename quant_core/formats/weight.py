@@ -8,33 +8,9 @@ from ..deprecated import renamed_attribute
 from ..errors import QuantizationError
 from .codec import Codec, Format
 from .layer_json import CONFIG_KEY, config_tensor
+from .solution import Solution
 
-__all__ = ["QuantizedWeight", "Solution"]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """How a weight was rounded, and the error that this makes.
-
-    Attributes:
-        solver: the solver that chose the quantized values; "nearest" for round to nearest.
-        qdata: quantized values (out, in) in the element format's dtype, in the stored basis.
-        scale: effective scales, float32 (*counts).
-        parent: parent level of the scales, None where there is one level.
-        weight_error: ‖Ŵ − W‖/‖W‖, 0 for an all-zero weight.
-        gain: the loss relative to that of round to nearest; below 1 is better, None when nothing was compared.
-        output_error: √(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)), None without a Hessian H.
-    """
-
-    solver: str
-    qdata: torch.Tensor
-    scale: torch.Tensor
-    parent: torch.Tensor | None
-    weight_error: float
-    gain: float | None = None
-    output_error: float | None = None
-
-    winner = renamed_attribute("winner", "solver")
+__all__ = ["QuantizedWeight"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +93,7 @@ class QuantizedWeight:
             raise QuantizationError(
                 f"{layer}: a weight of shape {self.shape} cannot be stored as {self.codec}: {reason}."
             )
-        tensors = self.codec.store(self.qdata, self.solution.scale, self.solution.parent)
+        tensors = self.codec.store(self.solution)
         if self.input_scale is not None:
             tensors["input_scale"] = torch.tensor(self.input_scale)
         tensors[CONFIG_KEY] = config_tensor(self.config)

@@ -3,24 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import RecipeError
-from ..formats import FORMATS, MEASURED, FormatConfig, with_granularity
+from ..formats import MEASURED, FormatConfig, with_granularity
 
 __all__ = ["FORMAT_ALIASES", "FormatAlias", "make_format"]
 
 
 @dataclass(frozen=True)
 class FormatAlias:
-    """Target of a short name: a format, and its granularity and ConvRot unless others are given."""
+    """Target of a short name: a format, and its granularity, ConvRot and bits unless others are given."""
 
     format: str
     granularity: str | None = None
     convrot: bool | None = None
-
-    @property
-    def writable(self) -> bool:
-        """Whether this version can write the format."""
-        return self.format in FORMATS
+    bits: int | None = None
 
 
 FORMAT_ALIASES: Mapping[str, FormatAlias] = {
@@ -28,7 +23,7 @@ FORMAT_ALIASES: Mapping[str, FormatAlias] = {
     "fp8": FormatAlias("float8_e4m3fn"),
     "w4a8": FormatAlias("asym_w4a8_int8"),
     "int4": FormatAlias("asym_w4a8_int8"),
-    "w6a8": FormatAlias("w6a8"),
+    "w6a8": FormatAlias("asym_w4a8_int8", bits=6),
     "w4a4": FormatAlias("convrot_w4a4"),
 }
 
@@ -52,16 +47,14 @@ def make_format(
         options: other fields of :class:`FormatConfig`.
 
     Raises:
-        RecipeError: an unknown name, a format that this version cannot write, or an option that the format lacks.
+        RecipeError: an unknown name, or an option that the format lacks.
     """
     alias = FORMAT_ALIASES.get(name) if isinstance(name, str) else None
     if alias:
-        if not alias.writable:
-            raise RecipeError(
-                f"Format {name} is planned for the next release and cannot be written yet; choose one of {', '.join(FORMATS)}."
-            )
         if convrot is None and granularity in (None, alias.granularity):
             convrot = alias.convrot
+        if options.get("bits") is None and alias.bits:
+            options["bits"] = alias.bits
         name, granularity = alias.format, granularity or alias.granularity
     known = isinstance(name, str) and name != MEASURED and isinstance(granularity, str)
     if known and (alias or sibling):

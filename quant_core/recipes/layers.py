@@ -31,6 +31,8 @@ _KEYS = {
     "block_size": "block_size",
     "convrot": "convrot",
     "full_precision_matrix_mult": "full_precision_matmul",
+    "bits": "bits",
+    "linear_dtype": "linear_dtype",
 }
 
 

@@ -55,14 +55,14 @@ def _has_granularities(codec: Codec | None) -> bool:
 _ALIASES = "; ".join(
     " per ".join(filter(None, (f"{alias}: {target.format}", target.granularity)))
     + (" with ConvRot" if target.convrot else "")
+    + (f" with {target.bits} bits" if target.bits else "")
     for alias, target in FORMAT_ALIASES.items()
-    if target.writable
 )
 
 FORMAT_OPTIONS: Mapping[str, Option] = {
     "format": Option(
         default=FormatConfig.name,
-        choices=(*FORMATS, AUTO, MEASURED, *(name for name, alias in FORMAT_ALIASES.items() if alias.writable)),
+        choices=(*FORMATS, AUTO, MEASURED, *FORMAT_ALIASES),
         metavar="NAME",
         help=f"format of the quantized layers; {AUTO}: the best format for this card, INT8 per row with ConvRot or FP8; "
         f"{MEASURED}: mixed precision, the best format for each layer, needs a calibration; {_ALIASES}",
@@ -75,7 +75,7 @@ FORMAT_OPTIONS: Mapping[str, Option] = {
         help=f"weights that share a scale: {', '.join(GRANULARITIES)}; by default that of the format",
     ),
     "block_size": FormatOption(
-        applies=lambda codec: codec is not None and codec.block_size is not None,
+        applies=lambda codec: codec is not None and codec.granularity == "block",
         kind=int,
         default=BLOCK_SIZE,
         low=8,
@@ -90,7 +90,24 @@ FORMAT_OPTIONS: Mapping[str, Option] = {
         metavar="GROUP",
         help=f"rotate groups of {', '.join(map(str, GROUP_SIZES))} input channels by a Hadamard matrix (ConvRot), which spreads "
         "outliers; on: the largest group size that divides the channels; a number: the largest group size up to it; "
-        "auto: the group size, or no rotation, with the least error",
+        "auto: the group size, or no rotation, with the least error; always on for formats that contain the rotation",
+    ),
+    "bits": FormatOption(
+        applies=lambda codec: codec is not None and "bits" in codec.options,
+        kind=int,
+        default=4,
+        low=4,
+        high=6,
+        metavar="N",
+        help="bits of a weight: 4, or 6 for a third of the error, which needs comfy-kitchen 0.2.36 or newer",
+    ),
+    "linear_dtype": FormatOption(
+        applies=lambda codec: codec is not None and "linear_dtype" in codec.options,
+        default="int8",
+        choices=("int8", "int4"),
+        metavar="DTYPE",
+        help="what ComfyUI quantizes activations to: int8, or int4, which only cards of SM 7.5 and 8.x have and which has six "
+        "times the error",
     ),
     "full_precision_matmul": FormatOption(
         applies=lambda codec: codec is not None and codec.format.full_precision_matmul == "choice",

@@ -213,6 +213,7 @@ _ROUNDING_FIELDS = [field.name for field in dataclasses.fields(RoundingConfig) i
 _FILE_KEYS = (
     *("rounding", *_ROUNDING_FIELDS, "format", "granularity", "block_size", "convrot", "preset", "keep", "heur"),
     *("full_precision_matmul", "seed", "target_size", "target_error", "block_formats", "layer_config"),
+    *("bits", "linear_dtype"),
 )
 # Types of the fields that are not part of the two configurations.
 _TYPES = {

@@ -114,7 +114,7 @@ def round_gptq(
         factorization = factorize(quadratic, weight.shape[1], weight.device, passes=passes)
     qdata = torch.empty(weight.shape, dtype=space.elements.dtype, device=weight.device)
     for rows, scale_rows in _row_parts(weight.shape[0], parts, space):
-        columns = Columns(weight[rows], scale[scale_rows], space, factorization.order)
+        columns = Columns(weight[rows], scale[scale_rows], space.of_rows(rows), factorization.order)
         _feed_forward(columns, factorization.unit, check)
         for _ in range(passes):
             _descend(columns, factorization, check)
@@ -162,6 +162,10 @@ class Columns:
         self._scale = scale if scale.shape[0] == 1 else scale[order // space.groups.columns]
         self._group_rows = space.groups.rows if scale.shape[1] > 1 else self._weight.shape[1]
         self._order, self._elements = order, space.elements
+        self._codes = self._level_scale = None
+        if levels := space.levels:
+            assert levels.scale is not None
+            self._codes, self._level_scale = levels.codes, levels.scale.t()[order // levels.columns]
 
     def round(
         self, block: slice, shift: torch.Tensor, coupling: torch.Tensor | None = None, *, again: bool = False
@@ -175,6 +179,8 @@ class Columns:
             self._scale if self._scale.shape[0] == 1 else self._scale[block],
             self._group_rows,
             self._elements.arithmetic,
+            self._codes,
+            None if self._level_scale is None else self._level_scale[block],
         )
 
     def qdata(self) -> torch.Tensor:

@@ -39,7 +39,7 @@ class _Choice:
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, space: SolveSpace):
         self._spread = space.divisor(scale)
         scaled = weight.float() / self._spread
-        self._low, self._high = space.elements.neighbours(scaled)
+        self._low, self._high = space.neighbours(scaled)
         self.delta = (self._high - self._low) * self._spread
         apart = self._high > self._low
         self.start = torch.where(apart, (scaled - self._low) / (self._high - self._low), torch.full_like(scaled, 0.5))

@@ -13,8 +13,8 @@ from .options import RoundingConfig
 from .principal import Principal, solve_within_bound
 from .projected import round_projected
 from .quadratic import Quadratic, hessian_quadratic
-from .rtn import amax_scale, round_to_nearest, weight_error
-from .scale_search import search_scale
+from .rtn import round_to_nearest, weight_error
+from .scaling import Scaling, search_scaling, start_scaling
 from .slabs import error_slabs, row_slabs
 from .stochastic import round_stochastic
 
@@ -61,48 +61,44 @@ class WeightSolver:
             NonFiniteWeightError: the weight contains NaN or Inf.
             CalibrationError: the Hessian is not positive semi-definite.
         """
-        amax, parent = amax_scale(self.weight, self.space, self.check)
+        start = start_scaling(self.weight, self.space, self.check)
         if self.rounding.rounding == "nearest":
-            return self._with_output_error(self._round_nearest(amax, parent))
+            return self._with_output_error(self._round_nearest(start))
         if self.rounding.rounding == "stochastic":
-            qdata = round_stochastic(self.weight, amax, self.space, seed=self.seed, check=self.check)
-            return self._with_output_error(self._solution("stochastic", qdata, amax, parent))
+            qdata = round_stochastic(self.weight, start.scale, start.space, seed=self.seed, check=self.check)
+            return self._with_output_error(self._solution("stochastic", qdata, start))
         if self.rounding.rounding == "auto":
-            scale, gain = self._search_scale(amax, parent, Quadratic())
-            return self._with_output_error(replace(self._round_nearest(scale, parent), gain=gain))
-        objectives = self._objectives(amax, parent)
-        nearest = self._round_nearest(amax, parent)
-        candidates = [solution for objective in objectives for solution in self._candidates(*objective, nearest)]
+            scaling, gain = self._search_scale(start, Quadratic())
+            return self._with_output_error(replace(self._round_nearest(scaling), gain=gain))
+        objectives = self._objectives(start)
+        nearest = self._round_nearest(start)
+        candidates = [solution for objective in objectives for solution in self._candidates(*objective, start, nearest)]
         return self._choose_best([nearest, *candidates], objectives[-1][0])
 
-    def _objectives(
-        self, amax: torch.Tensor, parent: torch.Tensor | None
-    ) -> list[tuple[Quadratic, Factorization | None]]:
+    def _objectives(self, start: Scaling) -> list[tuple[Quadratic, Factorization | None]]:
         """What is minimised, with its factorization where it is known; one dampening for weights of many rows."""
         quadratics = self._quadratics()
         if len(quadratics) == 1 or self.weight.shape[0] <= 2 * _SAMPLED_ROWS:
             return [(quadratic, None) for quadratic in quadratics]
-        return [self._choose_dampening(quadratics, amax, parent)]
+        return [self._choose_dampening(quadratics, start)]
 
-    def _choose_dampening(
-        self, quadratics: list[Quadratic], amax: torch.Tensor, parent: torch.Tensor | None
-    ) -> tuple[Quadratic, Factorization | None]:
+    def _choose_dampening(self, quadratics: list[Quadratic], start: Scaling) -> tuple[Quadratic, Factorization | None]:
         """The dampening of least loss on some rows, which are rounded as the whole weight will be, by GPTQ."""
-        sample, scale_rows = self._sample_rows()
+        sample, of_sample = self._sample_rows()
         best, factorization, least = quadratics[0], None, float("inf")
         compared = sample._output_error()
         assert compared is not None
         for quadratic in quadratics:  # by ascending dampening
             tried = self._factorize(quadratic, like=factorization)
-            scale, _ = self._search_scale(amax, parent, quadratic)
-            loss = sample._loss(compared, sample._run_solver(scale[scale_rows], parent, quadratic, tried), exact=True)
+            scaling = of_sample(self._search_scale(start, quadratic)[0])
+            loss = sample._loss(compared, sample._run_solver(scaling, quadratic, tried), exact=True)
             if factorization is not None and loss >= least:
                 break  # the loss has one minimum over the dampening
             best, factorization, least = quadratic, tried, loss
         return best, factorization
 
-    def _sample_rows(self) -> tuple["WeightSolver", torch.Tensor | slice]:
-        """The solver of some rows, drawn as whole scale groups, and the rows of scales that belong to them."""
+    def _sample_rows(self) -> tuple["WeightSolver", Callable[[Scaling], Scaling]]:
+        """The solver of some rows, drawn as whole scale groups, and what takes their scales out of all."""
         groups = self.space.groups
         several = groups.counts[0] > 1
         height = groups.rows if several else 1
@@ -111,6 +107,11 @@ class WeightSolver:
         chosen = drawn.sort().values.to(self.weight.device)
         rows = (chosen[:, None] * height + torch.arange(height, device=chosen.device)).flatten()
         sampled = replace(groups, out=len(rows), rows=height if several else len(rows))
+
+        def of_sample(scaling: Scaling) -> Scaling:
+            space = replace(scaling.space.of_rows(rows), groups=sampled)
+            return replace(scaling, scale=scaling.scale[chosen] if several else scaling.scale, space=space)
+
         solver = replace(
             self,
             weight=self.weight[rows],
@@ -118,23 +119,23 @@ class WeightSolver:
             row_weight=None if self.row_weight is None else self.row_weight[rows],
             parts=1,
         )
-        return solver, chosen if several else slice(None)
+        return solver, of_sample
 
     def _factorize(self, quadratic: Quadratic, like: Factorization | None) -> Factorization:
         passes = self.rounding.get("sweeps")
         return factorize(quadratic, self.weight.shape[1], self.weight.device, passes=passes, like=like)
 
     def _candidates(
-        self, quadratic: Quadratic, factorization: Factorization | None, nearest: Solution
+        self, quadratic: Quadratic, factorization: Factorization | None, start: Scaling, nearest: Solution
     ) -> Iterator[Solution]:
         """Round to nearest under the scale searched for an objective, and what the solver makes of it."""
-        scale, _ = self._search_scale(nearest.scale, nearest.parent, quadratic)
-        yield self._round_nearest(scale, nearest.parent)
+        scaling, _ = self._search_scale(start, quadratic)
+        yield self._round_nearest(scaling)
         if quadratic.weight_bound is not None:
-            least = nearest.weight_error * self._search_scale(nearest.scale, nearest.parent, Quadratic())[1]
-            yield from solve_within_bound(lambda form: self._run_solver(scale, nearest.parent, form), quadratic, least)
+            least = nearest.weight_error * self._search_scale(start, Quadratic())[1]
+            yield from solve_within_bound(lambda form: self._run_solver(scaling, form), quadratic, least)
         elif nearest.weight_error:
-            yield self._run_solver(scale, nearest.parent, quadratic, factorization)
+            yield self._run_solver(scaling, quadratic, factorization)
 
     def _quadratics(self) -> list[Quadratic]:
         """What the rounding minimises; several dampenings where validation statistics can choose and the user did not."""
@@ -149,18 +150,15 @@ class WeightSolver:
         return [hessian_quadratic(self.hessian, dampening, self.row_weight) for dampening in dampenings]
 
     def _run_solver(
-        self,
-        scale: torch.Tensor,
-        parent: torch.Tensor | None,
-        quadratic: Quadratic,
-        factorization: Factorization | None = None,
+        self, scaling: Scaling, quadratic: Quadratic, factorization: Factorization | None = None
     ) -> Solution:
+        scale, space = scaling.scale, scaling.space
         if self.rounding.gradient:
             solver = self.rounding.optimizer or "original"
             qdata = round_gradient(
                 self.weight,
                 scale,
-                self.space,
+                space,
                 quadratic,
                 optimizer=solver,
                 num_iter=self.rounding.get("num_iter"),
@@ -171,21 +169,21 @@ class WeightSolver:
             )
         elif quadratic.rows is not None:
             solver = "gptq"
-            qdata = round_projected(self.weight, scale, self.space, quadratic, check=self.check)
+            qdata = round_projected(self.weight, scale, space, quadratic, check=self.check)
         else:
             solver = "gptq"
             passes = self.rounding.get("sweeps")
             qdata = round_gptq(
                 self.weight,
                 scale,
-                self.space,
+                space,
                 quadratic,
                 passes=passes,
                 parts=self.parts,
                 factorization=factorization,
                 check=self.check,
             )
-        return self._solution(solver, qdata, scale, parent)
+        return self._solution(solver, qdata, scaling)
 
     def _choose_best(self, solutions: list[Solution], objective: Quadratic) -> Solution:
         """The solution of least loss by the validation Hessian, else by the objective; the first is round to nearest."""
@@ -215,27 +213,23 @@ class WeightSolver:
         relative = _relative(self._loss(quadratic, solution), self._total(quadratic))
         return replace(solution, output_error=relative)
 
-    def _search_scale(
-        self, amax: torch.Tensor, parent: torch.Tensor | None, quadratic: Quadratic
-    ) -> tuple[torch.Tensor, float]:
-        return search_scale(
+    def _search_scale(self, start: Scaling, quadratic: Quadratic) -> tuple[Scaling, float]:
+        return search_scaling(
             self.weight,
-            amax,
-            parent,
-            self.space,
+            start,
             column_weight=quadratic.column_weight,
             row_weight=quadratic.row_weight,
             seed=self.seed,
             check=self.check,
         )
 
-    def _round_nearest(self, scale: torch.Tensor, parent: torch.Tensor | None) -> Solution:
-        qdata, error = round_to_nearest(self.weight, scale, self.space, self.check)
-        return Solution("nearest", qdata, scale, parent, error)
+    def _round_nearest(self, scaling: Scaling) -> Solution:
+        qdata, error = round_to_nearest(self.weight, scaling.scale, scaling.space, self.check)
+        return Solution("nearest", qdata, scaling.scale, scaling.parent, error, levels=scaling.space.levels)
 
-    def _solution(self, solver: str, qdata: torch.Tensor, scale: torch.Tensor, parent: torch.Tensor | None) -> Solution:
-        error = weight_error(self.weight, qdata, scale, self.space, self.check)
-        return Solution(solver, qdata, scale, parent, error)
+    def _solution(self, solver: str, qdata: torch.Tensor, scaling: Scaling) -> Solution:
+        error = weight_error(self.weight, qdata, scaling.scale, self.space, self.check)
+        return Solution(solver, qdata, scaling.scale, scaling.parent, error, levels=scaling.space.levels)
 
     def _loss(self, quadratic: Quadratic, solution: Solution, *, exact: bool = False) -> float:
         errors = error_slabs(self.weight, solution.qdata, solution.scale, self.space, self.check)

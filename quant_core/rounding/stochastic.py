@@ -21,7 +21,7 @@ def round_stochastic(
     qdata = torch.empty(weight.shape, dtype=space.elements.dtype, device=weight.device)
     for start, stop, rows in row_slabs(weight, check):
         scaled = rows / space.divisor(scale, start, stop)
-        low, high = space.elements.neighbours(scaled)
+        low, high = space.neighbours(scaled, start, stop)
         random = torch.rand(rows.shape, generator=generator, device=weight.device)
         qdata[start:stop] = torch.where(random * (high - low) < scaled - low, high, low).to(space.elements.dtype)
     return qdata

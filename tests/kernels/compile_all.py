@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -17,10 +18,13 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from learned_rounding.kernels.reference import LARGEST
 from learned_rounding.kernels.triton import hopper, linear, quantize, rounding
-from learned_rounding.quant_core.formats import E4M3, E5M2, INT8
+from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8
 
 F32, I32 = "*fp32", "i32"
-BLOCK = dict.fromkeys(("weight", "shift", "before", "coupling", "scale", "errors"), F32) | {"values": "*fp16"}
+BLOCK = dict.fromkeys(("weight", "shift", "before", "coupling", "scale", "codes", "level_scale", "errors"), F32) | {
+    "values": "*fp16"
+}
+LEVELS = (0, 16, 63)  # of a group: any element, a codebook, 6-bit integers
 BLOCK |= dict.fromkeys(("columns", "rows", "group_rows", "scale_column_stride", "row_stride"), I32)
 SEARCH = dict.fromkeys(("scale", "ratios", "column_weight", "errors"), F32) | {"weight": "*bf16"}
 SEARCH |= dict.fromkeys(
@@ -39,11 +43,12 @@ QUANTIZERS = {quantize._quantize_blocks, quantize._quantize_rows, quantize._quan
 
 
 def rounding_cases():
-    for element in (E4M3, E5M2, INT8):
+    for element in (E2M1, E4M3, E5M2, INT4, INT8):
         numbers = rounding.element_constants(element.arithmetic)
         config, warps = rounding.CONFIGS["round_block"]
-        for flag in (False, True):
-            yield rounding._round_block, BLOCK, {"HAS_BEFORE": flag, **numbers, **config}, warps, 3
+        for flag, levels in product((False, True), LEVELS if element == INT8 else (0,)):
+            constants = {"HAS_BEFORE": flag, "LEVELS": levels, **numbers, **config}
+            yield rounding._round_block, BLOCK, constants, warps, 3
         config, warps = rounding.CONFIGS["scale_errors"]
         for shape in (config, rounding.square_group_config(128), rounding.square_group_config(8)):
             for flag in (False, True):

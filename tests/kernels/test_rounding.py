@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from learned_rounding.kernels import reference
-from learned_rounding.quant_core.formats import E4M3, E5M2, INT8
+from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8
 
-ELEMENTS = {"e4m3": E4M3, "e5m2": E5M2, "int8": INT8}
+ELEMENTS = {"e4m3": E4M3, "e5m2": E5M2, "e2m1": E2M1, "int8": INT8, "int4": INT4}
 
 
 @pytest.fixture(params=ELEMENTS, scope="module")
@@ -70,6 +70,54 @@ def test_round_block_matches_plain_torch(fast, device, element, columns, rows, g
     torch.testing.assert_close(got[1][:, same], want[1][:, same], rtol=1e-4, atol=1e-5)
     spread = scale.repeat_interleave(group_rows, dim=1)[:, :rows]
     torch.testing.assert_close(got[1], got[0].float() * spread - weight, rtol=1e-5, atol=1e-5)
+
+
+CODES = {
+    "codebook": torch.linspace(-1, 1, 16).sign() * torch.linspace(-1, 1, 16).abs() ** 1.2,
+    "6 bits": torch.arange(-31.0, 32.0),
+}
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_round_to_levels_chooses_the_nearest_and_of_two_the_lower(codes):
+    codes, scale = CODES[codes], torch.tensor([0.0, 0.3, 4.0, 130.0])
+    values = random(4, 999, seed=5) * 40
+    levels = (codes * scale[:, None]).round().clamp(-127, 127)
+    halves = (levels[:, 1:] + levels[:, :-1]) / 2
+    values = torch.cat([values, levels, halves, values * 10], dim=1)
+    distances = (values[:, :, None] - levels[:, None, :]).abs()
+    want = levels.gather(1, distances.argmin(dim=2))
+    assert torch.equal(reference.round_to_levels(values, codes, scale, 127.0), want)
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("gptq", [True, False], ids=["gptq", "descent"])
+def test_round_block_to_levels_matches_plain_torch(fast, device, codes, gptq):
+    columns, rows = 32, 48
+    codes = CODES[codes].to(device)
+    weight, shift, before = (random(columns, rows, seed=seed, device=device) for seed in range(3))
+    coupling = random(columns, columns, seed=3, device=device) * 0.1
+    coupling = coupling.tril(-1) if gptq else coupling.fill_diagonal_(0)
+    scale = (0.02 + random(1, rows, seed=4, device=device).abs() / 20).contiguous()
+    level_scale = random(columns, rows, seed=6, device=device).abs() * 60 / codes[-1]
+    level_scale[:, 0] = 0
+    arguments = (
+        weight,
+        shift,
+        None if gptq else before * 0.01,
+        coupling,
+        scale,
+        1,
+        INT8.arithmetic,
+        codes,
+        level_scale,
+    )
+    want, got = reference.round_block(*arguments), fast.round_block(*arguments)
+    same = (got[0] == want[0]).all(dim=0)
+    assert same.float().mean() > 0.8
+    levels = (codes * level_scale[..., None]).round().clamp(-127, 127)
+    assert (got[0][..., None] == levels).any(dim=-1).all()
+    torch.testing.assert_close(got[1], got[0].float() * scale - weight, rtol=1e-5, atol=1e-5)
 
 
 def test_round_block_without_coupling_equals_zero_coupling(element):

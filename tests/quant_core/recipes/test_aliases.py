@@ -2,15 +2,19 @@
 
 import pytest
 
-from learned_rounding.quant_core import FORMATS, Recipe
+from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.formats import FormatConfig
-from learned_rounding.quant_core.recipes import FORMAT_ALIASES, aliases, make_format
+from learned_rounding.quant_core.recipes import aliases, make_format
 from learned_rounding.quant_core.recipes.layers import parse_layer_config
 
 EXPECTED = {
     "int8": FormatConfig("int8_tensorwise", "row", convrot=True),
     "fp8": FormatConfig("float8_e4m3fn", "tensor"),
+    "w4a8": FormatConfig("asym_w4a8_int8"),
+    "int4": FormatConfig("asym_w4a8_int8", bits=4),
+    "w6a8": FormatConfig("asym_w4a8_int8", bits=6),
+    "w4a4": FormatConfig("convrot_w4a4", convrot=True, linear_dtype="int8"),
 }
 
 
@@ -41,16 +45,6 @@ def test_format_names_are_exact_unless_a_sibling_is_asked_for(sentences):
         make_format("float8_e4m3fn", "row")
 
 
-def test_a_format_that_cannot_be_written_yet_is_refused_in_one_sentence(sentences):
-    for name in [name for name, alias in FORMAT_ALIASES.items() if alias.format not in FORMATS]:
-        with sentences.raises(RecipeError):
-            Recipe(format=name)
-
-
-def test_adding_a_format_makes_its_alias_work(monkeypatch, sentences):
+def test_adding_a_format_makes_its_alias_work(monkeypatch):
     monkeypatch.setattr(aliases, "FORMAT_ALIASES", {"e5m2": aliases.FormatAlias("float8_e5m2")})
-    monkeypatch.setattr(aliases, "FORMATS", {})
-    with sentences.raises(RecipeError):
-        make_format("e5m2")
-    monkeypatch.setattr(aliases, "FORMATS", FORMATS)
     assert make_format("e5m2") == FormatConfig("float8_e5m2")

@@ -265,7 +265,12 @@ def test_a_rule_for_everything_quantizes_only_what_comfyui_reads(name, format, k
     assert quantized <= (kinds | {"embedding"} if name in GENERAL else kinds)
 
 
-_BYTES_PER_VALUE = {"nvfp4": 1 / 2 + 1 / 16, "mxfp8": 1 + 1 / 32}  # with the scales of groups
+_BYTES_PER_VALUE = {  # with the scales of groups
+    "nvfp4": 1 / 2 + 1 / 16,
+    "mxfp8": 1 + 1 / 32,
+    "asym_w4a8_int8": 1 / 2 + 1 / 16,
+    "convrot_w4a4": 1 / 2,
+}
 
 
 @pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized])

@@ -86,7 +86,6 @@ def test_what_a_rule_says(value, choice):
         '{"x": {"skip": false}}',
         '{"x": {"convrot": true}}',
         '{"x": "int9"}',
-        '{"x": "w4a8"}',
         '{"x": "measured"}',
         '{"x": {"format": 8}}',
         '{"x": {"format": "int8", "granularity": [1]}}',

@@ -49,13 +49,13 @@ def test_an_option_is_accepted_by_the_formats_it_applies_to(name, option, value)
                 FormatConfig(name, granularity, **{option: value})
 
 
-def test_formats_are_offered_with_the_aliases_that_can_be_written():
+def test_formats_are_offered_with_the_aliases():
     choices = FORMAT_OPTIONS["format"].choices
     assert set(choices) == {
         *FORMATS,
         "auto",
         "measured",
-        *(name for name, alias in FORMAT_ALIASES.items() if alias.writable),
+        *FORMAT_ALIASES,
     }
     assert CONVROT["off"] is False and CONVROT["on"] is True
 
