@@ -8,7 +8,7 @@ from ..quant_core import Recipe
 from ..quant_core.errors import RecipeError
 from ..quant_core.formats import GRANULARITIES, MEASURED, Codec
 from ..quant_core.recipes import make_format, recommend_format
-from ..quant_core.recipes.option_table import CONVROT, FORMAT_OPTIONS, OPTION_TABLE, FormatOption
+from ..quant_core.recipes.option_table import CARDS, CONVROT, FORMAT_OPTIONS, OPTION_TABLE, FormatOption
 from ..quant_core.recipes.presets import AUTO
 from . import host
 from .ui.option_widgets import option_widget
@@ -56,6 +56,7 @@ _WIDGETS = {
     "layer_config": {"multiline": True, **_ADVANCED},
     "bits": {"step": 2, **_ADVANCED},
     "linear_dtype": _ADVANCED,
+    "card": {"default": AUTO, "options": [AUTO, *CARDS], "note": "auto: this card.", **_ADVANCED},
 }
 _DEFAULTS = {name: FORMAT_OPTIONS[name].default for name in ("bits", "linear_dtype")}  # as if not given
 
@@ -99,6 +100,7 @@ class ConfigureQuantization(io.ComfyNode):
         layer_config=None,
         bits=None,
         linear_dtype=None,
+        card=None,
     ):
         # None: the value comes from another node; its default contradicts nothing.
         def check(format):
@@ -114,6 +116,7 @@ class ConfigureQuantization(io.ComfyNode):
                 block_formats=block_formats or False,
                 bits=bits,
                 linear_dtype=linear_dtype,
+                card=card or AUTO,
             )
 
         return check_inputs(check, format)
@@ -136,6 +139,7 @@ class ConfigureQuantization(io.ComfyNode):
         layer_config="",
         bits=_DEFAULTS["bits"],
         linear_dtype=_DEFAULTS["linear_dtype"],
+        card=AUTO,
         options=None,
     ) -> io.NodeOutput:
         recipe = _make_recipe(
@@ -155,6 +159,7 @@ class ConfigureQuantization(io.ComfyNode):
             block_formats=block_formats,
             bits=bits,
             linear_dtype=linear_dtype,
+            card=card,
         )
         return io.NodeOutput(recipe)
 
@@ -170,6 +175,7 @@ def _make_recipe(
     block_size: int | None = None,
     bits: int | None = None,
     linear_dtype: str | None = None,
+    card: str = AUTO,
     **others,
 ) -> Recipe:
     """The recipe of the widgets; ``others`` are arguments of :class:`Recipe`.
@@ -194,7 +200,8 @@ def _make_recipe(
         linear_dtype=None if linear_dtype == _DEFAULTS["linear_dtype"] else linear_dtype,
     )
     patterns = tuple(line.strip() for line in keep.splitlines() if line.strip())
-    return Recipe(config, keep=patterns, layer_config=layer_config.strip(), **others)
+    card = None if card == AUTO else card
+    return Recipe(config, keep=patterns, layer_config=layer_config.strip(), card=card, **others)
 
 
 def _matters_for(option) -> list[dict] | None:

@@ -66,7 +66,12 @@ class Layer:
         return replace(self, weight=best, bias=bias, statistics=LayerStatistics(quantized, validation, quantized_mean))
 
 
-def output_error(weight: torch.Tensor, quantized: QuantizedWeight, activations: torch.Tensor) -> float:
+def output_error(
+    weight: torch.Tensor,
+    quantized: QuantizedWeight,
+    activations: torch.Tensor,
+    capability: tuple[int, int] | None = None,
+) -> float:
     """‖X̂·Ŵᵀ − X·Wᵀ‖/‖X·Wᵀ‖ with X̂ the activations as ComfyUI quantizes them; 0 where the outputs are zero.
 
     Formats that not every card multiplies are judged on both kinds of cards, by the larger error: the others multiply X by
@@ -75,15 +80,17 @@ def output_error(weight: torch.Tensor, quantized: QuantizedWeight, activations: 
     Args:
         weight: W, float32 (out, in).
         activations: X, float32 (tokens, in), on the device of ``weight``.
+        capability: compute capability of the card; None for both kinds.
     """
     expected = activations @ weight.t()
     total = torch.linalg.vector_norm(expected, dtype=torch.float64)
     codec = quantized.codec
     products = []
-    if codec.quantizes_activations():
-        products.append((codec.quantize_activations(activations), quantized.dequantize()))
-    if not codec.quantizes_activations(_OLDEST_CARD):
-        products.append((activations, quantized.dequantize_in(torch.bfloat16)))
+    for card in (None, _OLDEST_CARD) if capability is None else (capability,):
+        if codec.quantizes_activations(card):
+            products.append((codec.quantize_activations(activations, card), quantized.dequantize()))
+        else:
+            products.append((activations, quantized.dequantize_in(torch.bfloat16)))
     errors = [
         torch.linalg.vector_norm(x @ made.to(expected).t() - expected, dtype=torch.float64) for x, made in products
     ]

@@ -68,6 +68,8 @@ class Format:
             values, or "never" has an effect.
         activations: what shares a scale when ComfyUI quantizes a layer's activations: the whole "tensor", with the static
             ``input_scale`` that the layer may carry, each "token", or each "group" of a token; None: never quantized.
+        uncalibrated_error: relative error of a layer's output by round to nearest, for formats whose error is expected to be
+            visible: that of Gaussian weights; None for others.
         native_since: first compute capability on which ComfyUI quantizes activations; older cards compute with the
             dequantized weight and unquantized activations. (0, 0): every card.
         group_size: columns that share a scale, where the format fixes it.
@@ -85,6 +87,7 @@ class Format:
     kitchen_since: str | None = None
     full_precision_matmul: Literal["choice", "always", "never"] = "never"
     activations: Literal["tensor", "token", "group"] | None = None
+    uncalibrated_error: float | None = None
     native_since: tuple[int, int] = (0, 0)
     group_size: int | None = None
     rotated: tuple[str, ...] = ()
@@ -265,6 +268,11 @@ class Codec(ABC):
     def magnitude_bits(self) -> int:
         """Those bits of a stored byte of the weight that are zero for the values 0 and −0; 0 if the format has no zero."""
         return 0x7F if self.format.elements.floating else 0xFF
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a stored weight, without scales."""
+        return self.format.elements.bits
 
     @property
     def cast_scale(self) -> str | None:

@@ -106,8 +106,8 @@ class FormatConfig:
             return MEASURED
         several = len(self.codec.format.granularities) > 1
         name = f"{self.name.removesuffix('_tensorwise')}_{self.granularity}" if several else self.name
-        if self.bits not in (None, self.codec.options["bits"][0]):
-            name += f"_{self.bits}bit"
+        if self.bits == 6:
+            name += "_6bit"
         return name + ("_convrot" if self.convrot and not self.codec.format.always_rotated else "")
 
     def __str__(self) -> str:

@@ -1,6 +1,7 @@
 """Recipes: which layer is stored in which format; presets as data, layer rules, recognition of model families."""
 
 from .aliases import FORMAT_ALIASES, make_format
+from .eight_bits import describe_uncalibrated
 from .option_table import OPTION_TABLE
 from .plan import Decision, Plan, make_plan
 from .presets import PRESETS, Preset, find_preset, recognize_preset
@@ -16,6 +17,7 @@ __all__ = [
     "find_preset",
     "recognize_preset",
     "FORMAT_ALIASES",
+    "describe_uncalibrated",
     "make_format",
     "OPTION_TABLE",
     "Recipe",

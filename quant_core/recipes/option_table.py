@@ -10,7 +10,10 @@ from ..rounding import OPTIONS, ROUNDINGS
 from .aliases import FORMAT_ALIASES
 from .presets import AUTO, NONE, PRESETS
 
-__all__ = ["CONVROT", "MEASURED_ONLY", "OPTION_TABLE", "FormatOption"]
+__all__ = ["CARDS", "CONVROT", "MEASURED_ONLY", "OPTION_TABLE", "FormatOption"]
+
+# NVIDIA's compute capabilities between which ComfyUI multiplies other formats.
+CARDS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 # Spelling of a rotation in widgets and options → value in a recipe.
 CONVROT: Mapping[str, bool | int | str] = {
@@ -120,13 +123,21 @@ FORMAT_OPTIONS: Mapping[str, Option] = {
         applies=lambda codec: codec is None,
         kind=float,
         metavar="GB",
-        help="largest size of the file in GB (10⁹ bytes); by default, without target_error, 5 % more than with every layer in 8 bits",
+        help="largest size of the file in GB (10⁹ bytes); by default, without target_error, 5 % more than with every layer in "
+        "8 bits; with a target, formats of 4 bits are tried too",
     ),
     "target_error": FormatOption(
         applies=lambda codec: codec is None,
         kind=float,
         metavar="E",
         help="largest relative error of the model's output; the smallest file within it is made",
+    ),
+    "card": FormatOption(
+        applies=lambda codec: codec is None,
+        choices=CARDS,
+        metavar="SM",
+        help="compute capability of the card that the model is for, which decides what ComfyUI quantizes activations to: "
+        f"{', '.join(CARDS)}; by default that of the card that quantizes",
     ),
     "block_formats": FormatOption(
         applies=lambda codec: codec is None,

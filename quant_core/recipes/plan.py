@@ -12,6 +12,7 @@ from ..formats import FORMATS, FormatConfig
 from ..formats.kinds import can_dequantize, quantized_formats
 from ..formats.scales import BLOCK_SIZE
 from ..sources import Source, TensorInfo
+from .eight_bits import EIGHT_BITS, explain_fallback, find_eight_bits
 from .layers import LayerRule, find_rules, most_specific
 from .presets import AUTO, COMMON, GENERAL, Preset, Rule, recognize_preset
 from .recognition import (
@@ -66,11 +67,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Decision:
-    """Action for one tensor, and its reason (empty for the default); ``format``: of a layer rule, None for that of the recipe."""
+    """Action for one tensor, and its reason (empty for the default).
+
+    Attributes:
+        format: of a layer rule or a fallback, None for that of the recipe.
+        fallback: the layer takes another format than the one asked for, see :mod:`.eight_bits`.
+    """
 
     action: Literal["quantize", "keep", "remove"]
     reason: str = ""
     format: FormatConfig | None = None
+    fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,9 +189,33 @@ def _decide(
     return Decision("keep", kept) if kept else Decision("quantize")
 
 
+def _fall_back(
+    tensors: Mapping[str, TensorInfo],
+    decisions: Mapping[str, Decision],
+    format: FormatConfig,
+    presets: Mapping[str, tuple[str, Preset | None]],
+) -> dict[str, Decision]:
+    """Decisions of the layers that take 8 bits instead of fewer; ``presets``: weight → name prefix that its preset ignores, preset."""
+    fallbacks: dict[str, Decision] = {}
+    rules: dict[str, list[Rule]] = {}
+    for name, decision in decisions.items():
+        if decision.action != "quantize":
+            continue
+        if reason := explain_fallback(decision.format or format, tensors[name].shape):
+            fallbacks[name] = Decision("quantize", reason, EIGHT_BITS, fallback=True)
+        elif decision.format is None:
+            start, preset = presets[name]
+            own = (*COMMON.eight_bits, *(preset or GENERAL).eight_bits)
+            rules[name] = [rule for rule in own if rule.pattern.search(name.removeprefix(start))]
+    for name, reason in find_eight_bits(tensors, format, rules).items():
+        fallbacks[name] = Decision("quantize", reason, EIGHT_BITS, fallback=True)
+    return fallbacks
+
+
 def make_plan(
     source: Source,
     *,
+    format: FormatConfig | None = None,
     preset: str | Preset = AUTO,
     rules: Iterable[LayerRule] = (),
     heur: bool = False,
@@ -195,6 +226,8 @@ def make_plan(
     """Decide for every tensor of ``source``; small tensors may be read, weights are not.
 
     Args:
+        format: of layers without a rule of their own, for which some layers take 8 bits instead; None or format measured:
+            it is chosen later, for each layer.
         preset, heur: as in a :class:`~.recipe.Recipe`.
         rules: layer rules of the user; they override preset, roles and ``heur``, unless ComfyUI cannot read the result.
         block_size: side of a block in weights, for ``heur``.
@@ -221,13 +254,15 @@ def make_plan(
     decisions, own, block = {}, tuple(dict.fromkeys(rules)), block_size if heur else None
     eligible = (name for name, info in source.tensors.items() if check_eligibility(name, info) is None)
     found = find_rules(own, eligible, check)
-    roles = find_roles(source.tensors)
+    roles, presets = find_roles(source.tensors), {}
     for name, info in source.tensors.items():
         if check:
             check()
         start = _encoder_prefix(name)
-        seen, preset_of = (start, encoders[start]) if start in encoders else ("", family)
+        presets[name] = seen, preset_of = (start, encoders[start]) if start in encoders else ("", family)
         decisions[name] = _decide(name, info, seen, preset_of, found.get(name, ()), roles.get(name), block)
+    if format and not format.measured:
+        decisions |= _fall_back(source.tensors, decisions, format, presets)
     used = {rule for name, its_rules in found.items() if decisions[name].action != "remove" for rule in its_rules}
     idle = tuple(rule for rule in own if rule not in used)
     notes = (

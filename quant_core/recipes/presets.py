@@ -10,6 +10,7 @@ A preset file has
 * ``encoders``: text encoders of a checkpoint of this family that ComfyUI reads quantized, by the names of their parts (an
   empty name: the checkpoint has one text encoder, without a name); their rules are those of the preset that recognizes them;
 * ``[[keep]]`` and ``[[remove]]``: rules of ``pattern`` and ``reason``, optionally ``cannot`` or ``table``, see :class:`Rule`;
+* ``[[eight_bits]]``: rules for layers that take INT8 in formats of fewer bits;
 * ``include``: presets whose rules come first.
 
 A mark matches a whole name, a pattern the beginning of a name, both after the prefix of a checkpoint
@@ -118,6 +119,7 @@ class Preset:
     aliases: tuple[str, ...]
     keep: tuple[Rule, ...]
     remove: tuple[Rule, ...]
+    eight_bits: tuple[Rule, ...]
     blocks: re.Pattern[str]
     detect: tuple[tuple[Mark, ...], ...]
     absent: tuple[Mark, ...]
@@ -153,6 +155,7 @@ def _load(name: str) -> Preset:
         aliases=tuple(data.get("aliases", ())),
         keep=rules("keep"),
         remove=rules("remove"),
+        eight_bits=rules("eight_bits"),
         blocks=_pattern(data.get("blocks", "(?!)")),
         detect=tuple(tuple(map(Mark.parse, marks)) for marks in data.get("detect", ())),
         absent=tuple(map(Mark.parse, data.get("absent", ()))),

@@ -8,14 +8,14 @@ from typing import Any
 
 from ..cancellation import CancelCheck
 from ..display import shorten
-from ..errors import RecipeError
+from ..errors import RecipeError, UnknownNameError
 from ..formats import MEASURED, FormatConfig
 from ..formats.scales import BLOCK_SIZE
 from ..rounding import RoundingConfig
 from ..sources import Source
 from .aliases import make_format
 from .layers import LayerRule, check_length, parse_rules
-from .option_table import MEASURED_ONLY
+from .option_table import CARDS, MEASURED_ONLY
 from .plan import Decision, Plan, make_plan
 from .presets import AUTO, NONE, Preset, find_preset
 from .toml import parse_bounded_toml
@@ -41,6 +41,7 @@ class Recipe:
         seed: of all random numbers.
         target_size: for format measured, largest size of the file without its header in GB (10⁹ bytes); None: see there.
         target_error: for format measured, largest relative error of the model's output; None: any.
+        card: for format measured, compute capability of the card that the model is for, as "8.9"; None: the card that quantizes.
         block_formats: for format measured, try the block-wise formats too, which need this node pack to load.
         layer_config: JSON of rules for single layers, see :func:`~.layers.parse_layer_config`; where a rule and ``keep``
             both match a layer, the more specific pattern decides.
@@ -59,6 +60,7 @@ class Recipe:
     target_error: float | None = None
     block_formats: bool = False
     layer_config: str = ""
+    card: str | None = None
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Recipe:
         target_error: float | None = None,
         block_formats: bool = False,
         layer_config: str = "",
+        card: str | None = None,
         **options,
     ):
         own = {
@@ -85,6 +88,7 @@ class Recipe:
             "target_error": target_error,
             "block_formats": block_formats,
             "layer_config": layer_config,
+            "card": card,
         }
         for key, value in own.items():
             _check_type(key, value)
@@ -119,6 +123,8 @@ class Recipe:
             raise RecipeError(
                 f"{given[0]} has no effect on format {self.format.name}, only on format {MEASURED}; leave it out."
             )
+        if self.card is not None and self.card not in CARDS:
+            raise UnknownNameError("card", self.card, CARDS)
         if self.target_size is not None and self.target_error is not None:
             raise RecipeError("target_size and target_error contradict each other; leave one out.")
         for name in ("target_size", "target_error"):
@@ -157,6 +163,7 @@ class Recipe:
         size = self.format.block_size or BLOCK_SIZE
         return make_plan(
             source,
+            format=self.format,
             preset=preset or self.preset,
             rules=self.rules,
             heur=self.heur,
@@ -166,10 +173,11 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values under the flat keys of a recipe file, in their order since version 0.1.0."""
+        """Plain values under the flat keys of a recipe file, in their order since version 0.1.0; later keys only where they are given."""
         own = {name: getattr(self, name) for name in _TYPES} | {"keep": list(self.keep)}
         values = {**vars(self.rounding), **vars(self.format), **own, "format": self.format.name}
-        return {key: values[key] for key in _FILE_KEYS}
+        later = {key: values[key] for key in _LATER_KEYS if values[key] is not None}
+        return {key: values[key] for key in _FILE_KEYS} | later
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -213,8 +221,8 @@ _ROUNDING_FIELDS = [field.name for field in dataclasses.fields(RoundingConfig) i
 _FILE_KEYS = (
     *("rounding", *_ROUNDING_FIELDS, "format", "granularity", "block_size", "convrot", "preset", "keep", "heur"),
     *("full_precision_matmul", "seed", "target_size", "target_error", "block_formats", "layer_config"),
-    *("bits", "linear_dtype"),
 )
+_LATER_KEYS = ("bits", "linear_dtype", "card")
 # Types of the fields that are not part of the two configurations.
 _TYPES = {
     "preset": (str,),
@@ -225,6 +233,7 @@ _TYPES = {
     "target_error": (int, float, type(None)),
     "block_formats": (bool,),
     "layer_config": (str,),
+    "card": (str, type(None)),
 }
 
 

@@ -18,7 +18,7 @@ from itertools import islice
 
 from ..sources import TensorInfo
 
-__all__ = ["find_roles"]
+__all__ = ["find_roles", "find_sensitive"]
 
 _INDEX = re.compile(r"\.(\d+)(?=\.)")  # of a module in a list
 # Time and memory stay linear in the number of names: those of more parts have no role, and lists nested deeper count for none.
@@ -32,6 +32,11 @@ _EXPERT_SIDE = 64  # of the matrices in a tensor of experts at least: the kernel
 _MODULATION = "modulation outside the blocks: few parameters, steers every block"
 _ROUTER = "router of {count} experts: few parameters, selects the experts of a token"
 _FEW_INPUTS = "few inputs ({count}): few parameters, all outputs depend on each of them"
+_LEAST_BLOCKS = 4  # of a list of blocks that has a first and a last one
+_DOWN = 2  # inputs / outputs of a down-projection at least
+_OUTSIDE = "outside the blocks: few parameters, an error there reaches all blocks"
+_ENDS = "first or last block: the rest of the model does not correct its error"
+_DOWN_PROJECTION = "down-projection: its inputs have the largest outliers of a block"
 _FEW_OUTPUTS = "few outputs ({count}), such as one gate per head or expert: few parameters"
 
 Shape = tuple[int, ...]  # (outputs, inputs) of a matrix
@@ -71,6 +76,49 @@ def find_roles(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     lists = _find_lists(matrices)
     narrow = ((name, reason) for name, shape in matrices.items() if (reason := _describe_narrow(shape)))
     return dict((*narrow, *_find_modulations(matrices, lists), *_find_routers(shapes, matrices, lists)))
+
+
+def find_sensitive(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Name → reason, for the weights of a model whose error weighs most in formats of few bits.
+
+    These are layers outside the blocks, those of the first and the last block of each list, and the down-projections of MLPs,
+    whose inputs have the largest outliers (SmoothQuant, arXiv 2211.10438, section 3; llama.cpp gives them more bits in its
+    4-bit mixes).
+
+    Args:
+        tensors: all tensors of a model or checkpoint.
+    """
+    matrices = {
+        name: info.shape
+        for name, info in tensors.items()
+        if len(info.shape) == 2 and name.endswith(".weight") and name.count(".") < _DEEPEST
+    }
+    lists = {
+        path: members
+        for path, members in _find_lists(matrices).items()
+        if sum(len(shapes) >= _BLOCK_MATRICES for shapes in members.values()) > 1
+    }
+    ends = {
+        f"{path}.{index}."
+        for path, members in lists.items()
+        if len(members) >= _LEAST_BLOCKS
+        for index in (min(members, key=_by_number), max(members, key=_by_number))
+    }
+    found = {}
+    for name, (outputs, inputs) in matrices.items():
+        around = [(path, index) for path, index in _enclosing_lists(name) if path in lists]
+        if not around:
+            found[name] = _OUTSIDE
+        elif f"{'.'.join(around[0])}." in ends:
+            found[name] = _ENDS
+        elif inputs >= _DOWN * outputs:
+            found[name] = _DOWN_PROJECTION
+    return found
+
+
+def _by_number(index: str) -> tuple[int, str]:
+    """Sort key of an index, of any number of digits."""
+    return len(index), index
 
 
 def _describe_narrow(shape: Shape) -> str | None:

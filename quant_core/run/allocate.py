@@ -5,6 +5,10 @@ The cost of a candidate is the squared relative error of the layer's output time
 of such an error on the output of the model. Errors of different layers are assumed to add up like independent noise, so the
 best allocation within a size takes the steps with the largest decrease in error per byte (Lagrange multipliers over the
 convex hull of each layer: Shoham & Gersho, Efficient Bit Allocation for an Arbitrary Set of Quantizers, 1988).
+
+Formats of 4 bits are candidates where the user gave a target. They are measured with the rounding of the run: calibrated
+rounding halves their error and leaves that of 8 bits nearly as it is. W6A8 is no candidate, since stock ComfyUI 0.33 does not
+read it.
 """
 
 import math
@@ -14,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..calibration import Calibration, Hessian, LayerStatistics
+from ..calibration import Calibration, LayerStatistics
 from ..cancellation import CancelCheck
 from ..display import human_bytes
 from ..errors import NonFiniteWeightError, NothingToQuantizeError, RecipeError
@@ -33,11 +37,13 @@ __all__ = ["allocate_formats"]
 _MARGIN = 0.05  # without a target, unquantized layers may add this fraction of the size of all layers in 8 bits
 _CURVE_POINTS = 40  # in the report
 _MAX_ROWS = 512  # of validation activations
-_CANDIDATES = (
+_EIGHT_BITS = (
     FormatConfig("int8_tensorwise", "row"),
     *(FormatConfig("int8_tensorwise", "row", convrot=size) for size in GROUP_SIZES),
     FormatConfig("float8_e4m3fn", "tensor"),
 )
+_FEW_BITS = tuple(FormatConfig(name) for name in ("asym_w4a8_int8", "nvfp4", "convrot_w4a4"))
+_NATIVE = tuple(FormatConfig(name) for name in ("mxfp8",))  # of no use on cards that do not multiply them
 _BLOCK_CANDIDATES = (FormatConfig("int8_blockwise", "block"), FormatConfig("float8_e4m3fn_blockwise", "block"))
 
 Point = tuple[int, float]
@@ -74,19 +80,22 @@ def allocate_formats(
     Layers that only the preset skips are candidates too if the calibration has their sensitivities.
 
     Raises:
-        RecipeError: the target size is smaller than the model in 8 bits.
+        RecipeError: the target size is smaller than the smallest possible file.
         NothingToQuantizeError: the target is so large that no layer is quantized.
     """
     plan = recipe.plan(source, general=general, check=check)
     names = _candidate_layers(source, recipe, plan, calibration, check)
     sensitivities = {name: known for name in names if (known := _sensitivity(calibration, name)) is not None}
     default = statistics.median(sensitivities.values()) if sensitivities else 1 / max(len(names), 1)
+    candidates = _find_candidates(recipe, device)
     options: dict[str, list[_Option]] = {}
     for index, name in enumerate(names):
         check()
         emit(LayerMeasured(index=index, total=len(names), name=name))
         known = calibration.layer_statistics(name.removesuffix(".weight")) or LayerStatistics()
-        measured = _measure_options(source, name, recipe, known, sensitivities.get(name, default), device, check)
+        measured = _measure_options(
+            source, name, recipe, candidates, known, sensitivities.get(name, default), device, check
+        )
         options[name] = _lower_hull(measured)
     fixed = sum(source.tensors[name].nbytes for name in plan.output_names() if name not in options)
     chosen, curve = _allocate(options, recipe, fixed)
@@ -122,6 +131,7 @@ def _measure_options(
     source: Source,
     name: str,
     recipe: Recipe,
+    candidates: Iterable[FormatConfig],
     known: LayerStatistics,
     sensitivity: float,
     device: torch.device,
@@ -132,13 +142,16 @@ def _measure_options(
     matrix = weight.float()
     rows = known.validation_activations
     rows = None if rows is None else rows[:_MAX_ROWS].to(device, torch.float32)
-    hessian = known.hessian if rows is None else None
     options = [_Option(size=source.tensors[name].nbytes, cost=0.0)]
-    for choice in _CANDIDATES + (_BLOCK_CANDIDATES if recipe.block_formats else ()):
-        if isinstance(choice.convrot, int) and choice.convrot and matrix.shape[1] % choice.convrot:
+    for choice in candidates:
+        codec = choice.codecs(matrix.shape[1])[0]
+        smaller = type(choice.convrot) is int and (codec.rotation is None or codec.rotation.size != choice.convrot)
+        if smaller or codec.admits((matrix.shape[0], matrix.shape[1])):  # a smaller group is a candidate of its own
             continue
         try:
-            size, error = _quantize(name, weight, matrix, choice, rows, hessian, check)
+            size, error = _quantize(
+                name, weight, matrix, choice, recipe, rows, known, _capability(recipe, device), check
+            )
         except NonFiniteWeightError:
             return options
         options.append(_Option(size=size, cost=sensitivity * error**2, format=choice))
@@ -150,18 +163,45 @@ def _quantize(
     weight: torch.Tensor,
     matrix: torch.Tensor,
     choice: FormatConfig,
+    recipe: Recipe,
     rows: torch.Tensor | None,
-    hessian: Hessian | None,
+    known: LayerStatistics,
+    capability: tuple[int, int] | None,
     check: CancelCheck,
 ) -> tuple[int, float]:
     """Size in bytes and relative output error of a layer in one format, with quantized activations if ``rows`` are given."""
-    layer = Layer(weight, statistics=LayerStatistics(hessian))
-    rounding = RoundingConfig("auto" if hessian is None else "nearest")
+    if choice in _FEW_BITS and known.hessian is not None:
+        layer, rounding = Layer(weight, statistics=known), recipe.rounding
+    else:
+        hessian = known.hessian if rows is None else None
+        layer = Layer(weight, statistics=LayerStatistics(hessian))
+        rounding = RoundingConfig("auto" if hessian is None else "nearest")
     quantized = quantize_layer(layer, choice.codecs(weight.shape[1]), rounding, check=check)
     size = sum(tensor.nbytes for tensor in quantized.tensors(name.removesuffix(".weight")).values())
     if rows is not None:
-        return size, output_error(matrix, quantized, rows)
+        return size, output_error(matrix, quantized, rows, capability)
     return size, quantized.weight_error if quantized.output_error is None else quantized.output_error
+
+
+def _find_candidates(recipe: Recipe, device: torch.device) -> tuple[FormatConfig, ...]:
+    """The formats to try for every layer."""
+    capability = _capability(recipe, device)
+    native = capability is not None and capability >= _NATIVE[0].codec.format.native_since
+    targeted = recipe.target_size is not None or recipe.target_error is not None
+    return (
+        *_EIGHT_BITS,
+        *(_FEW_BITS if targeted else ()),
+        *(_NATIVE if native else ()),
+        *(_BLOCK_CANDIDATES if recipe.block_formats else ()),
+    )
+
+
+def _capability(recipe: Recipe, device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of the card that the model is for; None: not known, any."""
+    if recipe.card is not None:
+        major, minor = recipe.card.split(".")
+        return int(major), int(minor)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _lower_hull(options: list[_Option]) -> list[_Option]:
@@ -231,8 +271,8 @@ def _targets(recipe: Recipe, least: int, layers: int) -> tuple[float, float]:
     allowed = recipe.target_size * 1e9
     if allowed < least:
         raise RecipeError(
-            f"The target size of {human_bytes(allowed)} is too small: with every layer in 8 bits the model takes "
-            f"{human_bytes(least)}; raise the target."
+            f"The target size of {human_bytes(allowed)} is too small: the smallest possible file takes {human_bytes(least)}; "
+            "raise the target."
         )
     return allowed, 0.0
 

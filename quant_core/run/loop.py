@@ -10,7 +10,7 @@ from ..calibration import Calibration, LayerStatistics, input_scale
 from ..cancellation import CancelCheck
 from ..errors import CalibrationError, NonFiniteWeightError, NothingToQuantizeError
 from ..events import LayerFinished, LayerKept, LayerStarted, Listener, PlannedLayer, RunStarted
-from ..formats import QuantizedWeight
+from ..formats import Codec, QuantizedWeight
 from ..layer import Layer
 from ..quantize_layer import quantize_layer
 from ..recipes import Plan, Recipe
@@ -237,10 +237,15 @@ class QuantizationRun:
             solver=solution.solver,
             gain=solution.gain,
             output_error=solution.output_error,
-            note=quantized.note,
+            note="; ".join(filter(None, (quantized.note, self._fallback_note(name, codec)))),
             convrot=codec.rotation and codec.rotation.size,
             scale=(smallest, largest),
         )
+
+    def _fallback_note(self, name: str, codec: Codec) -> str:
+        """Why the layer has another format than the recipe's, for the report; empty where it has that."""
+        decision = self._plan.decisions[name]
+        return f"in {codec.format.name}: {decision.reason}" if decision.fallback else ""
 
     def _kept(self, name: str, reason: str, *, removed: bool = False, planned: bool = True) -> LayerKept:
         """The event of a tensor that is copied or removed; advances the clock."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from ..cancellation import CancelCheck
 from ..errors import OutputExistsError, QuantizationError, SourceError
 from ..events import Event, Listener, OutputChecked, RunFinished
 from ..output import SafetensorsWriter, final_path, keep_apart, remove_leftovers
-from ..recipes import Plan, Recipe
+from ..recipes import Plan, Recipe, describe_uncalibrated
 from ..sources import Source, TensorSource, open_source
 from ..sources.shards import model_stem
 from .allocate import allocate_formats
@@ -191,6 +191,8 @@ def _plan(
     """Check the recipe and the calibration, and decide from names and shapes what to quantize."""
     recipe.resolve(calibration is not None)
     plan = recipe.plan(source, general=general, check=check)
+    if calibration is None and (warning := describe_uncalibrated(recipe.format)):
+        plan = replace(plan, warnings=(*plan.warnings, warning))
     if calibration is not None:
         weights = ((name, info.shape) for name, info in source.tensors.items() if name.endswith(".weight"))
         calibration.check({name.removesuffix(".weight"): shape for name, shape in weights})

@@ -28,9 +28,10 @@ What becomes of the models that ComfyUI knows when nothing but a format is chose
 or read from its sources where the model is newer than ComfyUI 0.33; `tests/architectures/lists`), the presets and the roles of layers. Written by
 `python tests/architectures/table.py`; a test compares.
 
-*quantized* is the share of the parameters in quantized layers; every format takes all of these layers. *ConvRot 256* is the share of the layers
-that rotate in groups of 256 (others take 64 or 16), *blocks of 128* that of layers which whole blocks cover (others have smaller blocks at their
-edge). Then the size of the file in GB for each format, its kept part in 16 bits, as `lrq plan` estimates it.
+*quantized* is the share of the parameters in quantized layers; every format takes all of these layers, where those of 4 bits
+leave some in INT8 (first and last blocks, down-projections, modulation, layers outside the blocks, shapes that they cannot hold). *ConvRot 256* is
+the share of the layers that rotate in groups of 256 (others take 64 or 16), *blocks of 128* that of layers which whole blocks cover (others have
+smaller blocks at their edge). Then the size of the file in GB for each format, its kept part in 16 bits, as `lrq plan` estimates it.
 
 From which files: each of [the kinds of file](sources.md), whose errors by format stand there, and what depends on the model, *also from*: a *checkpoint* in
 which it lies with other parts gives the same decisions; *in a checkpoint* a text encoder beside a model whose family ComfyUI reads it quantized with;
@@ -123,7 +124,10 @@ def examine(name: str) -> Found:
         return Found(preset and preset.name, parameters, {}, True, {}, False)
     layers = {tensor: header.tensors[tensor].shape for tensor in plan.names("quantize")}
     sure = preset is not None and all(preset.blocks.search(tensor) for tensor in layers)
-    sizes = {format: estimate_size(header, Recipe(format=format), plan) for format in FORMATS}
+    sizes = {}
+    for format in FORMATS:
+        recipe = Recipe(format=format)
+        sizes[format] = estimate_size(header, recipe, recipe.plan(header))
     inside = make_plan(source(name, CHECKPOINT)).decisions
     checkpoint = inside == {CHECKPOINT + tensor: decision for tensor, decision in plan.decisions.items()}
     return Found(preset and preset.name, parameters, layers, sure, sizes, checkpoint)

@@ -18,7 +18,7 @@ from learned_rounding.quant_core.sources import TensorInfo
 from learned_rounding.tests.architectures import architectures, read
 
 FILES = sorted((Path(presets.__file__).parent / "presets").glob("*.toml"))
-KEYS = {"title", "aliases", "include", "detect", "absent", "blocks", "encoders", "keep", "remove"}
+KEYS = {"title", "aliases", "include", "detect", "absent", "blocks", "encoders", "keep", "remove", "eight_bits"}
 # The names of the published tool's keep lists, all of them.
 VOCABULARY = """
     t5xxl mistral visual generic_text gemma4 qwen35 flux2 distillation_large distillation_small nerf_large nerf_small
@@ -82,7 +82,7 @@ def test_every_file_parses_and_uses_known_keys(path):
     assert set(data) <= KEYS and data["title"] and set(data) & {"keep", "include"}
     assert all(marks and all(isinstance(mark, str) for mark in marks) for marks in data.get("detect", []))
     assert all((path.parent / f"{other}.toml").exists() for other in data.get("include", []))
-    for rule in (*data.get("keep", ()), *data.get("remove", ())):
+    for rule in (*data.get("keep", ()), *data.get("remove", ()), *data.get("eight_bits", ())):
         assert {"pattern", "reason"} <= set(rule) <= {"pattern", "reason", "cannot", "table"} and rule["reason"]
         re.compile(rule["pattern"])
 

@@ -89,7 +89,9 @@ def test_written_recipes_name_every_field():
     }
     configs = [field.name for config in (FormatConfig, RoundingConfig) for field in dataclasses.fields(config)]
     own = {field.name for field in dataclasses.fields(Recipe)}
-    assert set(recipe.to_dict()) == {*configs, *own} - {"name"}
+    assert set(recipe.to_dict()) == {*configs, *own} - {"name", "bits", "linear_dtype", "card"}
+    assert Recipe(format="w6a8").to_dict()["bits"] == 6
+    assert Recipe.from_toml(Recipe(format="w4a4", linear_dtype="int4").to_toml()).format.linear_dtype == "int4"
 
 
 def test_missing_fields_take_their_defaults():
@@ -104,7 +106,7 @@ def test_recipes_are_values():
 
 
 @pytest.mark.parametrize(
-    "read, text", [(Recipe.from_json, '{"format": "float8_e4m3fn", "bits": 8}'), (Recipe.from_toml, "bits = 8")]
+    "read, text", [(Recipe.from_json, '{"format": "float8_e4m3fn", "width": 8}'), (Recipe.from_toml, "width = 8")]
 )
 def test_unknown_fields_are_refused(read, text, sentences):
     with sentences.raises(RecipeError):
@@ -254,7 +256,7 @@ def test_flat_options_are_distributed_to_both_configurations():
     assert dataclasses.replace(recipe, seed=3).format == recipe.format
 
 
-@pytest.mark.parametrize("field", ["bits", "self", "name", "options"])
+@pytest.mark.parametrize("field", ["width", "self", "name", "options"])
 def test_a_field_that_does_not_exist_is_refused_by_the_constructor(field, sentences):
     with sentences.raises(RecipeError):
         Recipe(**{field: 1})

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics, LowRankHessian
-from learned_rounding.quant_core.errors import NothingToQuantizeError, RecipeError
+from learned_rounding.quant_core.errors import NothingToQuantizeError, RecipeError, UnknownNameError
 from learned_rounding.quant_core.events import LayerMeasured, RunStarted
+from learned_rounding.quant_core.formats import FormatConfig
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.quant_core.run.allocate import allocate_formats
+from learned_rounding.quant_core.run.allocate import _measure_options, allocate_formats
 from learned_rounding.quant_core.sources import TensorSource
 
 CPU = torch.device("cpu")
@@ -107,6 +108,53 @@ def test_a_target_error_takes_as_few_bytes_as_it_can(tensors, curve):
         )
 
 
+def test_a_target_below_eight_bits_is_met_with_four_where_the_error_is_least(tensors):
+    """All layers are alike but for their sensitivity, so the most sensitive ones keep 8 bits."""
+    same = {name: tensors[f"{LAYERS[0]}.weight"].clone() for name in tensors}
+    known = {layer: inputs(9, sensitivity=10.0**index) for index, layer in enumerate(LAYERS)}
+    count = sum(tensor.numel() for tensor in same.values())
+    plan = plan_of(same, Recipe(format="measured", target_size=0.85 * count / 1e9, rounding="nearest"), known)
+    few = [name for name, format in formats(plan).items() if format.codec.weight_bits == 4]
+    assert few == LAYERS[: len(few)] and 0 < len(few) < len(LAYERS)
+    assert plan.choice.chosen[0] <= 0.85 * count
+
+
+def test_four_bits_are_measured_with_the_rounding_of_the_run(tensors):
+    known = {layer: correlated_inputs(index) for index, layer in enumerate(LAYERS)}
+    errors = {}
+    for rounding in ("nearest", "calibrated"):
+        recipe = Recipe(format="measured", rounding=rounding, target_error=10.0)
+        errors[rounding] = plan_of(tensors, recipe, known).choice.chosen[1]
+    assert errors["calibrated"] < 0.8 * errors["nearest"]
+
+
+def correlated_inputs(seed):
+    mix = random(WIDTH, WIDTH, seed=99)
+    rows, held_out = (random(256, WIDTH, seed=2 * seed + part) @ mix @ mix for part in range(2))
+    return LayerStatistics(
+        rows.t() @ rows / len(rows), LowRankHessian(held_out.t() / math.sqrt(len(held_out)), torch.zeros(WIDTH))
+    )
+
+
+def test_the_card_decides_whether_fp4_activations_count(tensors):
+    """ComfyUI multiplies NVFP4 from SM 10.0 on, with activations in FP4; older cards have the error of the weight alone."""
+    known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
+    layer = f"{LAYERS[0]}.weight"
+    made = {}
+    for card in ("8.9", "12.0"):
+        recipe = Recipe(format="measured", target_error=10.0, card=card)
+        options = _measure_options(
+            TensorSource(tensors), layer, recipe, [FormatConfig("nvfp4")], known[LAYERS[0]], 1.0, CPU, lambda: None
+        )
+        made[card] = options[-1].cost ** 0.5
+    assert made["12.0"] > 1.2 * made["8.9"]
+
+
+def test_an_unknown_card_is_refused(sentences):
+    with sentences.raises(UnknownNameError):
+        Recipe(format="measured", card="9.1")
+
+
 def test_a_target_out_of_reach_is_refused(tensors, sentences):
     known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
     with sentences.raises(RecipeError):
@@ -165,6 +213,7 @@ def test_it_takes_a_calibration(tensors, sentences):
         {"format": "measured", "convrot": True},
         {"target_size": 5.0},
         {"block_formats": True},
+        {"card": "8.9"},
         {"format": "measured", "target_size": 1.0, "target_error": 0.1},
         {"format": "measured", "target_size": -1.0},
         {"format": "measured", "target_error": float("nan")},
