@@ -89,6 +89,10 @@ class FormatConfig:
         rotated = [size for size in groups if size] if find_format(self.name).always_rotated else groups
         return [self._make_codec(size) for size in rotated or groups[:1]]
 
+    def codec_for(self, channels: int) -> Codec:
+        """The one of :meth:`codecs` with the largest ConvRot group."""
+        return max(self.codecs(channels), key=lambda codec: codec.rotation.size if codec.rotation else 0)
+
     def _make_codec(self, convrot: int | None) -> Codec:
         return make_codec(
             self.name,

@@ -23,7 +23,8 @@ def _tensor_size(name: str, info: TensorInfo, recipe: Recipe, plan: Plan) -> int
     decision = plan.decisions[name]
     if decision.action != "quantize":
         return info.nbytes
-    return sum(spec.nbytes for spec in recipe.of(decision).format.codec.file_specs(info.shape).values())
+    codec = recipe.of(decision).format.codec_for(info.shape[1])
+    return sum(spec.nbytes for spec in codec.file_specs(info.shape).values())
 
 
 def estimate_seconds(source: Source, recipe: Recipe, plan: Plan, device: torch.device) -> float:

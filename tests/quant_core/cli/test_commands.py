@@ -861,7 +861,7 @@ ERRORS = {
     "a recipe that is no text": (recipe_file(b"\xff\xfe"), [*Q, "--recipe", "recipe.toml"]),
     "a recipe that is no TOML": (recipe_file(b"a = \n\n b"), [*Q, "--recipe", "recipe.toml"]),
     "a recipe that is no JSON": (recipe_file(b"{", "recipe.json"), [*Q, "--recipe", "recipe.json"]),
-    "an unknown field in a recipe": (recipe_file(b"bits = 8"), [*Q, "--recipe", "recipe.toml"]),
+    "an unknown field in a recipe": (recipe_file(b"width = 8"), [*Q, "--recipe", "recipe.toml"]),
     "the source as output": (
         nothing,
         ["quantize", "-i", "model.safetensors", "-o", "model.safetensors"],
