@@ -5,7 +5,7 @@ from .config import MEASURED, FormatConfig
 from .detect import StoredLayer, detect_layer, detect_layers
 from .elements import E2M1, E4M3, E5M2, INT4, INT8, ElementFormat
 from .levels import GroupLevels
-from .rotation import GROUP_SIZES, Rotation, rotation_groups
+from .rotation import GROUP_SIZES, LARGE_GROUP_SIZES, Rotation, rotation_groups
 from .scales import GRANULARITIES, ScaleGroups
 from .solution import Solution
 from .space import SolveSpace
@@ -19,6 +19,7 @@ __all__ = [
     "FORMATS",
     "GRANULARITIES",
     "GROUP_SIZES",
+    "LARGE_GROUP_SIZES",
     "MEASURED",
     "INT4",
     "INT8",

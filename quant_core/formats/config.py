@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..errors import RecipeError
 from .codec import Codec
-from .rotation import rotation_groups
+from .rotation import GROUP_SIZES, rotation_groups
 from .table import find_format, make_codec
 
 __all__ = ["MEASURED", "FormatConfig"]
@@ -81,7 +81,8 @@ class FormatConfig:
     @property
     def codec(self) -> Codec:
         """The codec of a layer whose input channels the largest allowed ConvRot group divides."""
-        return self._make_codec(max((size for size in rotation_groups(self.convrot, 0) if size), default=None))
+        allowed = (size for size in rotation_groups(self.convrot, 0) if size in GROUP_SIZES)
+        return self._make_codec(max(allowed, default=None))
 
     def codecs(self, channels: int) -> list[Codec]:
         """The codecs to try for a layer with that number of input channels; several for ConvRot "auto"."""

@@ -12,20 +12,21 @@ import torch
 from ...kernels.hadamard import rotate
 from ..errors import RecipeError
 
-__all__ = ["GROUP_SIZES", "Rotation", "rotation_groups"]
+__all__ = ["GROUP_SIZES", "LARGE_GROUP_SIZES", "Rotation", "rotation_groups"]
 
-GROUP_SIZES = (256, 64, 16)  # that this project writes
+GROUP_SIZES = (256, 64, 16)  # that kernels rotate and quantize in one pass
+LARGE_GROUP_SIZES = (4096, 1024)  # that ComfyUI rotates in a pass of its own
 
 
 def rotation_groups(convrot: bool | int | str | None, inner: int) -> list[int | None]:
     """The ConvRot group sizes to try for ``inner`` input channels; None is no rotation.
 
     ``convrot``: None or False for none; True for the largest group that divides; a number for the largest up to it;
-    "auto" for no rotation and every group that divides.
+    "auto" for no rotation and every group that divides, the large ones last.
     """
     dividing = [size for size in GROUP_SIZES if inner % size == 0]
     if convrot == "auto":
-        return [None, *dividing]
+        return [None, *dividing, *(size for size in LARGE_GROUP_SIZES if inner % size == 0)]
     if convrot is None or convrot is False:
         return [None]
     if convrot is not True and convrot not in GROUP_SIZES:

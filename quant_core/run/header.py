@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 
 from ..errors import SourceError
+from ..formats import Codec
 from ..formats.companions import is_weight_scale
 from ..formats.layer_json import QUANTIZATION_KEY, quantization_metadata
 from ..output import PROVENANCE_KEY, header_bytes, loading_note
@@ -30,18 +31,21 @@ def file_metadata(
 def planned_configs(source: Source, plan: Plan, recipe: Recipe) -> dict[str, dict[str, object]]:
     """Layer → JSON configuration, of all layers that the plan quantizes."""
     return {
-        name.removesuffix(".weight"): recipe.of(plan.decisions[name]).format.codec.layer_config(
-            source.tensors[name].shape
-        )
+        name.removesuffix(".weight"): _codec(source, plan, recipe, name).layer_config(source.tensors[name].shape)
         for name in plan.names("quantize")
     }
+
+
+def _codec(source: Source, plan: Plan, recipe: Recipe, name: str) -> Codec:
+    """The codec of a layer's format with the longest JSON."""
+    return recipe.of(plan.decisions[name]).format.codec_for(source.tensors[name].shape[1])
 
 
 def header_bound(source: Source, plan: Plan, recipe: Recipe, *, calibrated: bool, fingerprint: str | None) -> int:
     """Upper bound of the header size in bytes, whether each planned layer is quantized or, for NaN, copied."""
     tensors = [(name, source.tensors[name]) for name in plan.output_names()]
     for name in plan.names("quantize"):
-        layer, codec = name.removesuffix(".weight"), recipe.of(plan.decisions[name]).format.codec
+        layer, codec = name.removesuffix(".weight"), _codec(source, plan, recipe, name)
         specs = codec.file_specs(source.tensors[name].shape, input_scale=calibrated)
         tensors += [(f"{layer}.{suffix}", TensorInfo(spec.dtype, spec.shape)) for suffix, spec in specs.items()]
     return header_bytes(tensors, file_metadata(source, recipe, planned_configs(source, plan, recipe), fingerprint))
@@ -51,7 +55,7 @@ def check_name_collisions(source: Source, plan: Plan, recipe: Recipe) -> None:
     """Raise :class:`SourceError` if an unquantized weight already has a scale, or another tensor that quantizing it adds."""
     layers = {}
     for name in plan.names("quantize"):
-        codec, shape = recipe.of(plan.decisions[name]).format.codec, source.tensors[name].shape
+        codec, shape = _codec(source, plan, recipe, name), source.tensors[name].shape
         layers[name.removesuffix(".weight")] = {**codec.file_specs(shape), **codec.optional(shape), "input_scale": None}
     added = {f"{layer}.{suffix}" for layer, suffixes in layers.items() for suffix in suffixes}
     for name in plan.names("keep"):

@@ -74,6 +74,8 @@ def test_an_outlier_spreads_over_its_group_alone():
         ("auto", 512, [None, 256, 64, 16]),
         ("auto", 80, [None, 16]),
         ("auto", 7, [None]),
+        ("auto", 2048, [None, 256, 64, 16, 1024]),
+        ("auto", 8192, [None, 256, 64, 16, 4096, 1024]),
     ],
 )
 def test_the_largest_group_that_divides_is_taken(convrot, inner, groups):

@@ -151,3 +151,12 @@ def test_rotated_weights_compose_with_every_rounding(method, size):
     tried = quantized(weight, ("int8_tensorwise", "row"), method, convrot="auto")
     assert tried.codec.rotation is not None
     assert make_codec("int8_tensorwise", "row", convrot=16) == rotated.codec
+
+
+@pytest.mark.parametrize("outlier, size", [(0.0, 256), (400.0, 1024)])
+def test_large_rotation_groups_are_taken_where_they_win_clearly(outlier, size):
+    weight = torch.randn(8, 1024, generator=torch.Generator().manual_seed(0))
+    weight[:, 3] += outlier
+    tried = quantized(weight, ("int8_tensorwise", "row"), "nearest", convrot="auto")
+    group = tried.codec.rotation and tried.codec.rotation.size
+    assert group == size if outlier else group != 1024
