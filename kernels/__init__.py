@@ -24,6 +24,7 @@ from .operators import (
     round_block,
     scale_errors,
     scaled_linear,
+    search_level_scales,
 )
 from .prepared import fp8_static_linear, has_static_fp8
 
@@ -48,6 +49,7 @@ __all__ = [
     "quantize_int8_row_weight",
     "refusals",
     "round_block",
+    "search_level_scales",
     "scale_errors",
     "scaled_linear",
     "using",

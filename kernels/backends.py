@@ -114,11 +114,19 @@ COUPLED = Need("columns do not depend on each other", lambda weight, shift, befo
 COLUMNS = Need(
     "a block has more columns than the kernel supports", lambda weight, *_: weight.shape[0] <= _max_columns()
 )
+GROUPS = Need(
+    "the length of a group must be a power of two from 4 to 256",
+    lambda values, bits, *_: _is_group(values.shape[1] // bits.shape[1]),
+)
 _KERNEL = (CUDA, NVIDIA, TRITON, AMPERE)
 
 
 def _is_power_of_two(size: int, least: int) -> bool:
     return least <= size <= 1024 and size & (size - 1) == 0
+
+
+def _is_group(size: int) -> bool:
+    return 4 <= size <= 256 and size & (size - 1) == 0
 
 
 def _reference(name: str) -> Implementation:
@@ -155,6 +163,10 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "scale_errors": {
         "triton": Implementation(_from_triton("scale_errors"), (CUDA, NVIDIA, TRITON)),
         "reference": _reference("scale_errors"),
+    },
+    "search_level_scales": {
+        "triton": Implementation(_from_triton("search_level_scales"), (CUDA, NVIDIA, TRITON, GROUPS)),
+        "reference": _reference("search_level_scales"),
     },
 }
 

@@ -29,6 +29,7 @@ __all__ = [
     "quantize_int8_row_weight",
     "round_block",
     "scale_errors",
+    "search_level_scales",
     "scaled_linear",
 ]
 
@@ -149,6 +150,14 @@ _scale_errors = _operator(
     lambda weight, scale, ratios, column_weight, tile_rows, tile_columns, group, *_: scale.new_empty(
         ratios.shape[0], -(-weight.shape[0] // group), scale.shape[1]
     ),
+)
+
+
+_search_level_scales = _operator(
+    "search_level_scales",
+    "(Tensor values, Tensor bits, Tensor codes, Tensor? column_weight, int steps, float largest) -> (Tensor, Tensor)",
+    _dispatched("search_level_scales"),
+    lambda values, bits, *_: (torch.empty_like(bits), values.new_empty(2, *bits.shape)),
 )
 
 
@@ -328,3 +337,8 @@ def scale_errors(
     arithmetic of the element format.
     """
     return _scale_errors(weight, scale, ratios, column_weight, tile_rows, tile_columns, group, *grid)
+
+
+def search_level_scales(values, bits, codes, column_weight, steps: int, largest: float):
+    """The best of some E4M3 scales for levels of groups; see :func:`.reference.rounding.search_level_scales`."""
+    return _search_level_scales(values, bits, codes, column_weight, steps, largest)

@@ -2,7 +2,7 @@
 
 from .linear import prepare_linear
 from .quantize import LARGEST, SMALLEST_AMAX, dequantize_weight, prepare_quantizer, quantize_inputs, quantize_weight
-from .rounding import element_step, round_block, round_to_element, round_to_levels, scale_errors
+from .rounding import element_step, round_block, round_to_element, round_to_levels, scale_errors, search_level_scales
 
 __all__ = [
     "LARGEST",
@@ -17,4 +17,5 @@ __all__ = [
     "round_to_levels",
     "round_to_element",
     "scale_errors",
+    "search_level_scales",
 ]

@@ -4,7 +4,14 @@ import torch
 
 from ..element_format import ElementArithmetic
 
-__all__ = ["element_step", "round_to_element", "round_to_levels", "round_block", "scale_errors"]
+__all__ = [
+    "element_step",
+    "round_block",
+    "round_to_element",
+    "round_to_levels",
+    "scale_errors",
+    "search_level_scales",
+]
 
 _EXPONENT = 0x7F800000  # exponent bits of a float32; only they set, the value is 2^⌊log2|x|⌋
 
@@ -132,3 +139,49 @@ def scale_errors(
         padded = torch.nn.functional.pad(square, (0, groups * group_columns - inner, 0, sums * sum_rows - out))
         errors[candidate] = padded.view(sums, sum_rows, groups, group_columns).sum(dim=(1, 3))
     return errors
+
+
+_LARGEST_BITS = 0x7E  # of a positive finite E4M3 number
+
+
+def search_level_scales(
+    values: torch.Tensor,
+    bits: torch.Tensor,
+    codes: torch.Tensor,
+    column_weight: torch.Tensor | None,
+    steps: int,
+    largest: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The E4M3 scale of each group whose levels are nearest to its values, among those around a start.
+
+    Minimised is Σ d_j·(level − v_j)², where the levels are those of :func:`round_to_levels`. Tried are the numbers up to
+    ``steps`` below and above the start, the nearer ones first; the start stays where none is better.
+
+    Args:
+        values: float32 (rows, columns).
+        bits: uint8 (rows, groups): E4M3 scales of groups of adjacent columns, not negative.
+        codes: float32 (k,), ascending.
+        column_weight: float32 (columns,) d, or None for ones.
+        steps: distance of the farthest scale that is tried.
+        largest: largest magnitude of a level.
+
+    Returns:
+        bits of the best scales, uint8 (rows, groups), and Σ of the start and of the best, float32 (2, rows, groups).
+    """
+    groups = bits.shape[1]
+    grouped = values.unflatten(1, (groups, -1))
+    weights = None if column_weight is None else column_weight.view(groups, -1)
+
+    def measure(candidate: torch.Tensor) -> torch.Tensor:
+        scale = candidate.view(torch.float8_e4m3fn).float()
+        square = round_to_levels(grouped, codes, scale, largest).sub_(grouped).square_()
+        return (square if weights is None else square.mul_(weights)).sum(dim=2)
+
+    best, start = bits, measure(bits)
+    least = start
+    for step in (sign * distance for distance in range(1, steps + 1) for sign in (1, -1)):
+        candidate = (bits.int() + step).clamp_(0, _LARGEST_BITS).to(torch.uint8)
+        error = measure(candidate)
+        better = error < least
+        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
+    return best, torch.stack([start, least])

@@ -2,7 +2,7 @@
 
 from .linear import prepare_autotuned_linear, prepare_linear
 from .quantize import dequantize_weight, prepare_quantizer, prepare_static_quantizer, quantize_weight
-from .rounding import MAX_COLUMNS, round_block, scale_errors
+from .rounding import MAX_COLUMNS, round_block, scale_errors, search_level_scales
 
 __all__ = [
     "MAX_COLUMNS",
@@ -13,5 +13,6 @@ __all__ = [
     "prepare_static_quantizer",
     "quantize_weight",
     "round_block",
+    "search_level_scales",
     "scale_errors",
 ]

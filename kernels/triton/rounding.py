@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..element_format import ElementArithmetic
 
-__all__ = ["CONFIGS", "MAX_COLUMNS", "round_block", "scale_errors"]
+__all__ = ["CONFIGS", "MAX_COLUMNS", "round_block", "scale_errors", "search_level_scales"]
 
 # Shipped launch configurations: kernel name → (constexpr values, warps). round_block is bound by the latency of one
 # column: with one warp its reductions need no shared memory. 128×12288 takes 73 µs on an H200, 127 µs with 4 warps;
@@ -20,6 +20,7 @@ __all__ = ["CONFIGS", "MAX_COLUMNS", "round_block", "scale_errors"]
 CONFIGS = {
     "round_block": ({"COLUMNS": 128, "ROWS": 16}, 1),
     "scale_errors": ({"ROWS": 1, "COLUMNS": 1024}, 4),
+    "search_level_scales": ({"WEIGHTS": 1024}, 4),
 }
 MAX_COLUMNS = CONFIGS["round_block"][0]["COLUMNS"]
 
@@ -165,6 +166,62 @@ def _scale_errors(
     tl.store(errors + offsets, total, mask=index < candidates)
 
 
+@triton.jit
+def _decode_e4m3(bits):
+    """The positive float32 of E4M3 bits, int32."""
+    exponent, mantissa = bits >> 3, bits & 7
+    normal = ((exponent + 120) << 23 | mantissa << 20).to(tl.float32, bitcast=True)
+    return tl.where(exponent > 0, normal, mantissa.to(tl.float32) * 0.001953125)
+
+
+@triton.jit
+def _search_level_scales(
+    values,
+    bits,
+    codes,
+    column_weight,
+    best_bits,
+    errors,
+    groups,
+    row_stride,
+    count,
+    steps,
+    HAS_WEIGHT: tl.constexpr,
+    LEVELS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    inside = group < groups
+    column = group[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    v = tl.load(values + row * row_stride + column, mask=inside[:, None], other=0.0)
+    if HAS_WEIGHT:
+        d = tl.load(column_weight + column, mask=inside[:, None], other=0.0)
+    start = tl.load(bits + row * groups + group, mask=inside, other=0).to(tl.int32)
+    best, least, first = start, tl.zeros([GROUPS], tl.float32), tl.zeros([GROUPS], tl.float32)
+    for index in range(0, 2 * steps + 1):
+        step = (index + 1) // 2
+        step = tl.where(index % 2 == 1, step, -step)
+        candidate = tl.minimum(tl.maximum(start + step, 0), 126)
+        scale = _decode_e4m3(candidate)[:, None]
+        difference = _round_to_level(v, scale, codes, LEVELS, LARGEST) - v
+        square = difference * difference
+        if HAS_WEIGHT:
+            square *= d
+        error = tl.sum(square, axis=1)
+        if index == 0:
+            least, first = error, error
+        better = error < least
+        best = tl.where(better, candidate, best)
+        least = tl.where(better, error, least)
+    at = row * groups + group
+    tl.store(best_bits + at, best.to(tl.uint8), mask=inside)
+    tl.store(errors + at, first, mask=inside)
+    tl.store(errors + count + at, least, mask=inside)
+
+
 def element_constants(element: ElementArithmetic) -> dict[str, object]:
     """Constexpr values of an element format; SMALLEST as an exponent of two."""
     smallest = math.frexp(element.smallest)[1] - 1 if element.mantissa >= 0 else 0
@@ -238,3 +295,35 @@ def scale_errors(weight, scale, ratios, column_weight, group_rows, group_columns
         num_warps=warps,
     )
     return errors
+
+
+def level_groups_config(columns: int) -> dict[str, int]:
+    """Configuration of search_level_scales for groups of ``columns`` columns: several groups at once."""
+    return {"COLUMNS": columns, "GROUPS": CONFIGS["search_level_scales"][0]["WEIGHTS"] // columns}
+
+
+def search_level_scales(values, bits, codes, column_weight, steps, largest):
+    """See :func:`..reference.rounding.search_level_scales`."""
+    values = values if values.stride(1) == 1 else values.contiguous()
+    rows, groups = bits.shape
+    best = torch.empty_like(bits, memory_format=torch.contiguous_format)
+    errors = torch.empty(2, rows, groups, dtype=torch.float32, device=values.device)
+    config = level_groups_config(values.shape[1] // groups)
+    _search_level_scales[(rows, triton.cdiv(groups, config["GROUPS"]))](
+        values,
+        bits.contiguous(),
+        codes,
+        codes if column_weight is None else column_weight,
+        best,
+        errors,
+        groups,
+        values.stride(0),
+        rows * groups,
+        steps,
+        HAS_WEIGHT=column_weight is not None,
+        LEVELS=len(codes),
+        LARGEST=largest,
+        **config,
+        num_warps=CONFIGS["search_level_scales"][1],
+    )
+    return best, errors

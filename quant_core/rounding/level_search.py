@@ -6,8 +6,11 @@ largest dequantized weight of a row to 127. The search tries the E4M3 numbers ar
 Hessian.
 """
 
+import math
+
 import torch
 
+from ... import kernels
 from ..cancellation import CancelCheck
 from ..errors import NonFiniteWeightError
 from ..formats import INT8, GroupLevels, SolveSpace
@@ -17,8 +20,7 @@ __all__ = ["fit_codes", "search_levels", "start_levels"]
 
 _PASSES = 2  # of alternating least squares
 _SMALLEST = 1e-8  # scale
-_STEPS = (0, 1, -1, 2, -2, 3, -3, 4, -4)  # E4M3 numbers above and below the start that are tried, the start first
-_LARGEST_BITS = 0x7E  # of E4M3: 448
+_STEPS = 4  # E4M3 numbers above and below the start that are tried
 _HEAVY_TAILS = -0.1  # excess kurtosis from which on codes are fitted; that of Gaussian groups of 16 is −0.5
 _SAMPLED_ROWS = 1 << 22  # weights, as whole rows, that the codes are chosen on
 _SAMPLED = 1 << 19  # weights of these rows whose kurtosis is measured
@@ -138,26 +140,23 @@ def search_levels(
     Returns:
         levels, and √(Σ error²) relative to that of the start (1 where neither has an error).
     """
-    start, chosen = levels.scale, torch.empty_like(levels.with_scale(levels.scale).scale)
+    start = levels.scale
     assert start is not None
-    before = after = torch.zeros((), dtype=torch.float64, device=weight.device)
+    chosen = torch.empty_like(start)
+    totals = torch.zeros(2, dtype=torch.float64, device=weight.device)  # squared error of the start, and of the best
     for first, last, rows in row_slabs(weight, check):
-        scaled = rows / space.divisor(scale, first, last)
-        bits = start[first:last].to(torch.float8_e4m3fn).view(torch.uint8).int()
-        best = least = initial = None
-        for step in _STEPS:
-            candidate = (bits + step).clamp_(0, _LARGEST_BITS).to(torch.uint8).view(torch.float8_e4m3fn).float()
-            square = levels.with_scale(candidate).nearest(scaled).sub_(scaled).square_()
-            if column_weight is not None:
-                square *= column_weight
-            error = square.unflatten(1, (-1, levels.columns)).sum(dim=-1)
-            if best is None:
-                best, least, initial = candidate, error, error
-            else:
-                best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
-        chosen[first:last] = best
+        bits, errors = kernels.search_level_scales(
+            rows / space.divisor(scale, first, last),
+            start[first:last].to(torch.float8_e4m3fn).view(torch.uint8),
+            levels.codes,
+            column_weight,
+            _STEPS,
+            INT8.max,
+        )
+        chosen[first:last] = bits.view(torch.float8_e4m3fn).float()
         unit = scale[first:last].double().square()
         if row_weight is not None:
             unit = unit * row_weight[first:last, None]
-        before, after = before + (initial * unit).sum(), after + (least * unit).sum()
-    return levels.with_scale(chosen), float((after / before).sqrt()) if before > 0 else 1.0
+        totals += (errors * unit).sum(dim=(1, 2))
+    before, after = totals.tolist()
+    return levels.with_scale(chosen), math.sqrt(after / before) if before > 0 else 1.0

@@ -30,6 +30,9 @@ SEARCH = dict.fromkeys(("scale", "ratios", "column_weight", "errors"), F32) | {"
 SEARCH |= dict.fromkeys(
     ("out", "inner", "row_stride", "candidates", "group_rows", "group_columns", "groups", "sum_rows", "sums"), I32
 )
+SEARCH_LEVELS = dict.fromkeys(("values", "codes", "column_weight", "errors"), F32)
+SEARCH_LEVELS |= dict.fromkeys(("bits", "best_bits"), "*u8")
+SEARCH_LEVELS |= dict.fromkeys(("groups", "row_stride", "count", "steps"), I32)
 QUANTIZE = {"x": "*bf16", "weight": "*bf16", "scale": F32}
 QUANTIZE |= dict.fromkeys(("rows", "columns", "x_stride", "stride", "scale_stride", "row_scaled", "blocks"), I32)
 PRODUCT = {"out": "*bf16", "bias": "*bf16", "input_scale": F32, "scale": F32, "row_scaled": I32}
@@ -59,6 +62,13 @@ def rounding_cases():
                     warps,
                     3,
                 )
+
+
+def level_cases():
+    warps = rounding.CONFIGS["search_level_scales"][1]
+    for columns, levels, flag in product((16, 128), LEVELS[1:], (False, True)):
+        constants = {"HAS_WEIGHT": flag, "LEVELS": levels, "LARGEST": INT8.max, **rounding.level_groups_config(columns)}
+        yield rounding._search_level_scales, SEARCH_LEVELS, constants, warps, 3
 
 
 def quantizing_cases(sm):
@@ -131,6 +141,7 @@ def hopper_cases():
 def cases(sm):
     """Yield (kernel, argument types, constexpr values, warps, stages)."""
     yield from rounding_cases()
+    yield from level_cases()
     yield from quantizing_cases(sm)
     yield from product_cases(sm)
     if sm == 90:

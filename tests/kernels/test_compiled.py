@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 # Shared memory per program in bytes; SM 8.6 and 8.9 have less than data center GPUs.
-SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 KERNELS = {
     "_round_block",
     "_scale_errors",
+    "_search_level_scales",
     "_quantize_blocks",
     "_quantize_rows",
     "_quantize_square_blocks",

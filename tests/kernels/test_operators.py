@@ -21,6 +21,14 @@ ARGUMENTS = {
     "scaled_linear": (X, QDATA, SCALE, None, 32, 0, torch.float32),
     "round_block": (X, X / 9, None, torch.ones(6, 6).tril(-1), torch.ones(1, 1), 96, *E4M3.arithmetic),
     "scale_errors": (X, torch.ones(6, 1), torch.tensor([1.0, 0.9]), X[0].square(), 1, 96, 1, *E4M3.arithmetic),
+    "search_level_scales": (
+        X,
+        torch.full((6, 6), 40, dtype=torch.uint8),
+        torch.arange(-8.0, 8.0),
+        X[0].square(),
+        2,
+        127.0,
+    ),
 }
 
 

@@ -153,3 +153,26 @@ def test_scale_errors_accept_half_precision_weights(fast, device, dtype):
     arguments = (scale, ratios, None, 1, 50, 1, INT8.arithmetic)
     want = reference.scale_errors(weight.float(), *arguments)
     torch.testing.assert_close(fast.scale_errors(weight, *arguments), want, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("columns, group", [(96, 16), (640, 64), (80, 4)])
+def test_search_level_scales_matches_plain_torch(fast, device, columns, group, codes, weighted):
+    values = random(5, columns, device=device) * 40
+    codes = CODES[codes].to(device)
+    largest = values.abs().unflatten(1, (-1, group)).amax(dim=2) / codes[-1]
+    largest[0, 0] = 0.0
+    bits = largest.clamp_max(448).to(torch.float8_e4m3fn).view(torch.uint8)
+    column_weight = random(columns, seed=2, device=device).square() if weighted else None
+    arguments = values, bits, codes, column_weight, 4, 127.0
+    want, got = reference.search_level_scales(*arguments), fast.search_level_scales(*arguments)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)
+    assert (got[0] == want[0]).float().mean() > 0.9  # equal but for sums of squares in another order
+    assert (want[1][1] <= want[1][0]).all() and (want[1][1] < want[1][0]).any()
+    scale = want[0].view(torch.float8_e4m3fn).float()
+    made = reference.round_to_levels(values.unflatten(1, (-1, group)), codes, scale, 127.0) - values.unflatten(
+        1, (-1, group)
+    )
+    square = made.square() if column_weight is None else made.square() * column_weight.view(-1, group)
+    torch.testing.assert_close(square.sum(dim=2), want[1][1])
