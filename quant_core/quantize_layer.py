@@ -119,8 +119,12 @@ def quantize_layer(
     Raises:
         NonFiniteWeightError: the weight contains NaN or Inf.
         CalibrationError: the statistics do not fit the weight, or are damaged.
+        QuantizationError: the format cannot hold the shape.
         RecipeError: the rounding needs a calibration, or an option of it has no effect.
     """
+    shape = (layer.weight.shape[0], layer.weight.shape[1])
+    if reason := codecs[0].admits(shape):
+        raise QuantizationError(f"A weight of shape {shape} cannot be stored as {codecs[0]}: {reason}.")
     run = _LayerRun(layer, rounding.resolve(layer.statistics.hessian is not None), seed, check)
     quantized = [run.quantize(codec) for codec in codecs]
     best = min(quantized, key=run.judge) if len(quantized) > 1 else quantized[0]

@@ -23,7 +23,7 @@ def random(*shape, seed=0):
 
 @pytest.mark.parametrize("format, granularity", TARGETS)
 def test_dtypes_that_hold_the_same_numbers_give_the_same_codes(format, granularity):
-    half = (torch.randint(-200, 200, (16, 24), generator=torch.Generator().manual_seed(0)) / 128).to(torch.bfloat16)
+    half = (torch.randint(-200, 200, (16, 64), generator=torch.Generator().manual_seed(0)) / 128).to(torch.bfloat16)
     results = [
         quantize_weight(half.to(dtype), format, granularity=granularity)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -38,10 +38,16 @@ def test_dtypes_that_hold_the_same_numbers_give_the_same_codes(format, granulari
 @pytest.mark.parametrize("format, granularity", TARGETS)
 def test_the_input_is_left_untouched(format, granularity, dtype, rounding):
     """float32 matters most: there ``.float()`` is no copy, and the grid uses what it is given as scratch."""
-    weight = random(16, 24).to(dtype)
+    weight = random(16, 64).to(dtype)
     before = weight.clone()
     quantize_weight(weight, format, granularity=granularity, rounding=rounding)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("format, channels", [("asym_w4a8_int8", 24), ("convrot_w4a4", 96)])
+def test_a_shape_that_the_format_cannot_hold_is_refused(format, channels, sentences):
+    with sentences.raises(QuantizationError):
+        quantize_weight(random(16, channels), format)
 
 
 def test_parameters_and_views_are_taken():
