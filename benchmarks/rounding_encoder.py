@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -58,89 +58,101 @@ def minilm(args, methods: list[RoundingMethod]) -> list[dict]:
     """
     model = MiniLM(args.tensors, DEVICE)
     texts = {split: model.tokens(split, count) for split, count in _count_texts(args).items()}
-    exact = model.embed(texts["evaluation"])
-    _check_embeddings(exact, model.topics("evaluation", len(exact)))
     statistics = {split: model.statistics(tokens) for split, tokens in texts.items()}
-    evaluation = {name: statistics["evaluation"][name].hessian for name in LAYERS}
+    evaluation = _Evaluation(model, texts["evaluation"], statistics["evaluation"])
     calibration = {
         name: replace(statistics["calibration"][name], validation_hessian=statistics["validation"][name].hessian)
         for name in LAYERS
     }
-    limits = torch.tensor([_noise_shaping_limit(calibration[name].hessian) for name in LAYERS])
-
-    def embedding_error(linear: Linear) -> float:
-        return norm(model.embed(texts["evaluation"], linear) - exact) / norm(exact)
-
-    def card_errors(case: Case, weights: dict[str, torch.Tensor], error: float) -> Iterator[tuple[str, float]]:
-        """Errors on each card; ``error``: that without quantized activations."""
-        codec, errors = case.codec(model.weights[LAYERS[0]].shape[1]), {}
-        for card, capability in CARDS.items():
-            native = codec.quantizes_activations(capability)
-            elements = codec.activation_elements(capability) if native else None
-            if elements not in errors:
-                quantize = partial(quantize_activations, case, capability=capability)
-                linear = _linear(weights, model.biases, quantize)
-                errors[elements] = embedding_error(linear) if native else error
-            yield card, errors[elements]
+    limit = float(torch.tensor([_noise_shaping_limit(calibration[name].hessian) for name in LAYERS]).median())
+    sequential = [Sequential(model, texts["calibration"])] if args.sequential else []
 
     def round_layers(method: RoundingMethod | Sequential, case: Case) -> dict[str, RoundedWeight]:
         if isinstance(method, Sequential):
             return method.round_layers(case)
+        if DEVICE.type == "cuda" and isinstance(method, LibraryMethod):  # kernels are compiled once per shape
+            for name in LAYERS[: len(LAYERS) // 6]:
+                method(model.weights[name], case, calibration[name], model.biases[name])
         return {name: method(model.weights[name], case, calibration[name], model.biases[name]) for name in LAYERS}
 
     rows = []
     rounded: dict[tuple[Case, str], dict[str, RoundedWeight]] = {}  # the dtype of activations does not change weights
     for case in select_cases(CASES, args.formats):
-        rows.append(
-            {
-                "section": "minilm",
-                **case.columns,
-                "method": "exact weights",
-                "embedding": 0.0,
-                **dict(card_errors(case, model.weights, 0.0)),
-                "limit": float(limits.median()),
-            }
-        )
+        columns = {"section": "minilm", **case.columns}
+        exact = evaluation.embedding_errors(case, model.weights)
+        rows.append({**columns, "method": "exact weights", **exact, "limit": limit})
         base: dict[str, float] = {}
-        sequential = [Sequential(model, texts["calibration"])] if args.sequential else []
         for method in (*(method for method in methods if method.covers(case)), *sequential):
-            if DEVICE.type == "cuda" and isinstance(method, LibraryMethod):  # kernels are compiled once per shape
-                for name in LAYERS[: len(LAYERS) // 6]:
-                    method(model.weights[name], case, calibration[name], model.biases[name])
             key = replace(case, linear_dtype=None), method.name
             results = rounded[key] = rounded.get(key) or round_layers(method, case)
             weights = {name: result.weight for name, result in results.items()}
-            losses = {name: output_loss(weights[name] - model.weights[name], evaluation[name]) for name in LAYERS}
+            losses = evaluation.output_losses(weights)
             base = base or losses
-            ratios = torch.tensor([losses[name] / base[name] for name in LAYERS])
-            error = embedding_error(_linear(weights, model.biases))
-            row = {
-                "section": "minilm",
-                **case.columns,
-                "method": method.name,
-                "embedding": error,
-                **dict(card_errors(case, weights, error)),
-            }
+            row = {**columns, "method": method.name, **evaluation.embedding_errors(case, weights)}
             if isinstance(method, LibraryMethod):
-                biases = {name: result.bias for name, result in results.items()}
-                row["bias"] = embedding_error(_linear(weights, biases))
-            solvers = Counter(result.solver for result in results.values())
-            weight_errors = [norm(weights[name] - w) / norm(w) for name, w in model.weights.items()]
-            rows.append(
-                {
-                    **row,
-                    "median": float(ratios.median()),
-                    "worst": float(ratios.max()),
-                    "worse": int((ratios > 1.001).sum()),
-                    "worst layer": LAYERS[int(ratios.argmax())].removeprefix("encoder.layer."),
-                    "weight error": sum(weight_errors) / len(LAYERS),
-                    "seconds": sum(result.seconds for result in results.values()),
-                    **peak(results.values()),
-                    "won by": ", ".join(f"{solver} {count}" for solver, count in solvers.most_common() if solver),
-                }
-            )
+                row["bias"] = evaluation.embedding_error(weights, {name: made.bias for name, made in results.items()})
+            rows.append(row | _compare_layers(losses, base) | _sum_up(results, model))
             print(f"{case.format} {case.columns['per']}, {method.name}", file=sys.stderr, flush=True)  # takes minutes
     return rows
+
+
+class _Evaluation:
+    """Errors on the evaluation texts."""
+
+    def __init__(self, model: MiniLM, tokens: torch.Tensor, statistics: dict[str, LayerStatistics]):
+        self._model, self._tokens, self._statistics = model, tokens, statistics
+        self._exact = model.embed(tokens)
+        _check_embeddings(self._exact, model.topics("evaluation", len(tokens)))
+
+    def embedding_error(
+        self, weights: dict, biases: dict, quantize: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    ) -> float:
+        """Relative error of the embeddings; ``quantize``: of the activations."""
+        embedded = self._model.embed(self._tokens, _linear(weights, biases, quantize))
+        return norm(embedded - self._exact) / norm(self._exact)
+
+    def embedding_errors(self, case: Case, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        """The same with unquantized activations, "embedding", and on each card."""
+        codec, biases = case.codec(self._model.weights[LAYERS[0]].shape[1]), self._model.biases
+        errors = {None: self.embedding_error(weights, biases)}  # by element format of the activations
+        columns = {"embedding": errors[None]}
+        for card, capability in CARDS.items():
+            elements = codec.activation_elements(capability) if codec.quantizes_activations(capability) else None
+            if elements not in errors:
+                quantize = partial(quantize_activations, case, capability=capability)
+                errors[elements] = self.embedding_error(weights, biases, quantize)
+            columns[card] = errors[elements]
+        return columns
+
+    def output_losses(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        """√tr(E·H·Eᵀ) of each layer."""
+        return {
+            name: output_loss(weights[name] - self._model.weights[name], self._statistics[name].hessian)
+            for name in LAYERS
+        }
+
+
+def _compare_layers(losses: dict[str, float], base: dict[str, float]) -> dict[str, object]:
+    """Columns of the layers' output errors relative to those of another method."""
+    ratios = torch.tensor([losses[name] / base[name] for name in LAYERS])
+    return {
+        "median": float(ratios.median()),
+        "worst": float(ratios.max()),
+        "worse": int((ratios > 1.001).sum()),
+        "worst layer": LAYERS[int(ratios.argmax())].removeprefix("encoder.layer."),
+    }
+
+
+def _sum_up(results: dict[str, RoundedWeight], model: MiniLM) -> dict[str, object]:
+    """Columns of the weights' errors and of the cost."""
+    errors = [norm(result.weight - model.weights[name]) / norm(model.weights[name]) for name, result in results.items()]
+    solvers = Counter(result.solver for result in results.values())
+    return {
+        "weight error": sum(errors) / len(errors),
+        "seconds": sum(result.seconds for result in results.values()),
+        **peak(results.values()),
+        "won by": ", ".join(f"{solver} {count}" for solver, count in solvers.most_common() if solver),
+    }
 
 
 class Sequential:

@@ -122,7 +122,7 @@ def plot(result: dict, path: Path) -> None:
     axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.set_xticks(range(len(formats)), [name.replace("_", "\n").replace(" ", "\n", 1) for name in formats])
     axes.set_ylabel("relative error of the final embedding")
-    axes.set_title(f"MiniLM-L6 with 8-bit weights, 36 layers; lower is better ({_describe_run(result)})")
+    axes.set_title(f"MiniLM-L6 with quantized weights, 36 layers; lower is better ({_describe_run(result)})")
     axes.grid(axis="y", linewidth=0.4)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

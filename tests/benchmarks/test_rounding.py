@@ -2,12 +2,14 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from learned_rounding.benchmarks import rounding
-from learned_rounding.benchmarks.minilm import LAYERS, MiniLM
+from learned_rounding.benchmarks import rounding, rounding_encoder
+from learned_rounding.benchmarks.harness import environment
+from learned_rounding.benchmarks.minilm import LAYERS, SPLITS, MiniLM
 from learned_rounding.benchmarks.rounding_encoder import CARDS, Sequential, quantize_activations
 from learned_rounding.benchmarks.rounding_methods import CASES, Case, ComfyKitchen, LibraryMethod, dequantize
 from learned_rounding.benchmarks.rounding_report import markdown
@@ -151,3 +153,24 @@ def test_sequential_calibration_pairs_activations_of_both_models():
     x = activations[second]
     assert not torch.allclose(products[second][0], x.t() @ x / len(x), rtol=0.1)
     assert products[second][1].trace() < 0.5 * (x.t() @ x / len(x)).trace()
+
+
+def test_errors_of_the_text_encoder_are_those_of_each_card(monkeypatch):
+    """NVFP4 activations from SM 10.0; INT4 of ConvRot W4A4 before SM 9.0, with the same weights as for INT8."""
+    monkeypatch.setattr(rounding_encoder, "_check_embeddings", lambda *_: None)
+    tensors = make_text_encoder(texts=2)
+    for split in SPLITS:
+        tensors |= {f"tokens.{split}": tensors["tokens.evaluation"], f"topics.{split}": torch.arange(2)}
+    formats = ["convrot_w4a4", "nvfp4"]
+    args = SimpleNamespace(tensors=tensors, formats=formats, texts=8, quick=False, sequential=False)
+    with torch.no_grad():
+        rows = rounding_encoder.minilm(args, [LibraryMethod("nearest", "nearest")])
+    assert [row["method"] for row in rows] == ["exact weights", "nearest"] * 3
+    measured = {(row["format"], row["per"]): row for row in rows[1::2]}
+    int8, int4 = (measured["convrot_w4a4", f"row, {dtype} activations"] for dtype in ("int8", "int4"))
+    nvfp4, exact = measured["nvfp4", "group"], rows[[row["format"] for row in rows].index("convrot_w4a4")]
+    assert int8["embedding"] == int4["embedding"] and int8["SM 12.0"] == int4["SM 12.0"]
+    assert int8["embedding"] < int8["SM 8.9"] == int8["SM 12.0"] < int4["SM 8.9"]
+    assert nvfp4["embedding"] == nvfp4["SM 8.9"] == nvfp4["SM 9.0"] < nvfp4["SM 12.0"]
+    assert exact["embedding"] == 0 < exact["SM 12.0"] < int8["SM 12.0"] and int8["median"] == 1
+    assert "SM 8.9" in markdown({**environment(), "rows": rows})
