@@ -1,7 +1,7 @@
 """Every format × every rounding method: weight error, output error and run time, compared with the published tool.
 
 Three sections: ``synthetic`` (random weights and activations), ``minilm`` (real weights and activations of a text encoder,
-see :mod:`.minilm`) and ``speed``. Output errors are √(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)) with the Hessian H of evaluation activations,
+see :mod:`.rounding_encoder`) and ``speed``. Output errors are √(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)) with the Hessian H of evaluation activations,
 which are not used in calibration. The published tool is ``convert-to-quant`` with the defaults of its command line, on the
 same tensors and without its bias correction. Run times exclude loading and calibration; peak memory is measured on a GPU
 only.
@@ -10,25 +10,26 @@ only.
 import importlib.util
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from learned_rounding.benchmarks.harness import arguments, environment, finish
-from learned_rounding.benchmarks.minilm import LAYERS, SPLITS, Linear, MiniLM, read_model, save_export
+from learned_rounding.benchmarks.minilm import read_model, save_export
+from learned_rounding.benchmarks.rounding_encoder import minilm
 from learned_rounding.benchmarks.rounding_methods import (
     CASES,
     DEVICE,
     FEW_CASES,
-    Case,
+    ComfyKitchen,
     LibraryMethod,
     PublishedTool,
-    RoundedWeight,
     RoundingMethod,
+    norm,
+    output_loss,
+    peak,
+    select_cases,
 )
 from learned_rounding.benchmarks.rounding_report import markdown, plot
 from learned_rounding.quant_core import FORMATS
@@ -57,31 +58,17 @@ def _build_methods(args) -> list[RoundingMethod]:
         methods += [
             LibraryMethod(f"calibrated, {name}", "calibrated", optimizer=name, **options) for name in optimizers
         ]
+    if importlib.util.find_spec("comfy_kitchen"):
+        methods.insert(1, ComfyKitchen())
+    else:
+        print("Skipped: comfy-kitchen's own quantizers; run 'pip install comfy-kitchen'.")
     if importlib.util.find_spec("convert_to_quant"):
         methods += [PublishedTool(learned=False), PublishedTool(learned=True, iterations=args.peer_iterations)]
         if not importlib.util.find_spec("scipy"):
             print("Skipped: int8_tensorwise of the published tool, which requires scipy; run 'pip install scipy'.")
     else:
         print("Skipped: the published tool; run 'pip install convert-to-quant==1.3.4 scipy' or pass --peer FOLDER.")
-    return methods
-
-
-def _select_cases(args, cases: tuple[Case, ...]) -> list[Case]:
-    return [case for case in cases if case.format in args.formats]
-
-
-def _loss(error: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Compute √tr(E·H·Eᵀ)."""
-    return float(((error @ hessian) * error).sum(dtype=torch.float64).clamp_min(0).sqrt())
-
-
-def _norm(matrix: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-
-
-def _peak(results: Iterable[RoundedWeight]) -> dict[str, float]:
-    peaks = [result.peak_mb for result in results if result.peak_mb is not None]
-    return {"peak MB": max(peaks)} if peaks else {}
+    return [method for method in methods if not args.methods or method.name in args.methods]
 
 
 # -------------------------------------------------------------------------- random weights and activations
@@ -131,7 +118,7 @@ def synthetic(args, methods: list[RoundingMethod]) -> list[dict]:
         calibration = {name: LayerStatistics(sample().to(DEVICE)) for name, sample in samplers.items()}
         evaluation = {name: sample().to(DEVICE) for name, sample in samplers.items()}
         weight = weight.to(DEVICE)
-        for case in _select_cases(args, CASES):
+        for case in select_cases(CASES, args.formats):
             base = None
             for method in methods:
                 if not method.covers(case):
@@ -141,7 +128,7 @@ def synthetic(args, methods: list[RoundingMethod]) -> list[dict]:
                 else:
                     results = dict.fromkeys(calibration, method(weight, case))
                 errors = {name: result.weight - weight for name, result in results.items()}
-                principal = _norm(u.t() @ errors["anisotropic"] @ vt.t())
+                principal = norm(u.t() @ errors["anisotropic"] @ vt.t())
                 base = base or principal
                 rows.append(
                     {
@@ -149,143 +136,17 @@ def synthetic(args, methods: list[RoundingMethod]) -> list[dict]:
                         "weight": f"{kind} {size}²",
                         **case.columns,
                         "method": method.name,
-                        "weight error": _norm(errors["anisotropic"]) / _norm(weight),
+                        "weight error": norm(errors["anisotropic"]) / norm(weight),
                         "principal": principal / base,
-                        **{name: _loss(errors[name], h) / _loss(weight, h) for name, h in evaluation.items()},
+                        **{
+                            name: output_loss(errors[name], h) / output_loss(weight, h)
+                            for name, h in evaluation.items()
+                        },
                         "seconds": results["anisotropic"].seconds,
-                        **_peak(results.values()),
+                        **peak(results.values()),
                     }
                 )
     return rows
-
-
-# ------------------------------------------------------------------------------------------- text encoder
-
-
-def _activation_quantizer(case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that rounds activations (…, in) to 8 bits under amax scales.
-
-    E4M3 with one scale for all; for INT8 formats INT8 with one scale per token, in the rotated basis with ConvRot.
-    """
-    int8 = case.format.startswith("int8")
-    activations = Case("int8_tensorwise", "row", case.rotated) if int8 else Case("float8_e4m3fn", "tensor")
-
-    def quantize(x: torch.Tensor) -> torch.Tensor:
-        codec, tokens = activations.codec(x.shape[-1]), x.flatten(0, -2)
-        rotated = codec.rotation.apply(tokens) if codec.rotation else tokens
-        return codec.unrotate(codec.solve_space(tuple(tokens.shape)).round_nearest(rotated)).view_as(x)
-
-    return quantize
-
-
-def _linear(weights: dict, biases: dict, quantize: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Linear:
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(quantize(x) if quantize else x, weights[name], biases[name])
-
-    return linear
-
-
-def minilm(args, methods: list[RoundingMethod]) -> list[dict]:
-    """Measure all 36 linear layers, calibrated on the activations of the unquantized model.
-
-    ``embedding`` is ‖e − e₀‖/‖e₀‖ over the evaluation texts, ``bias`` the same with corrected biases, ``8-bit`` the same with
-    8-bit activations. ``median`` and ``worst`` are output errors of layers relative to nearest, ``worse`` is the number of
-    layers where this ratio is above 1.001. ``limit`` is the median of :func:`_noise_shaping_limit`.
-    """
-    model = MiniLM(args.tensors, DEVICE)
-    counts = {split: count // 4 if args.quick else count for split, count in SPLITS.items()}
-    texts = {split: model.tokens(split, count) for split, count in counts.items()}
-    exact = model.embed(texts["evaluation"])
-    _check_embeddings(exact, model.topics("evaluation", counts["evaluation"]))
-    statistics = {split: model.statistics(tokens) for split, tokens in texts.items()}
-    evaluation = {name: statistics["evaluation"][name].hessian for name in LAYERS}
-    calibration = {
-        name: replace(statistics["calibration"][name], validation_hessian=statistics["validation"][name].hessian)
-        for name in LAYERS
-    }
-    limits = torch.tensor([_noise_shaping_limit(calibration[name].hessian) for name in LAYERS])
-
-    def embedding_error(linear: Linear) -> float:
-        return _norm(model.embed(texts["evaluation"], linear) - exact) / _norm(exact)
-
-    rows = []
-    for case in _select_cases(args, CASES):
-        quantize = _activation_quantizer(case)
-        rows.append(
-            {
-                "section": "minilm",
-                **case.columns,
-                "method": "exact weights",
-                "embedding": 0.0,
-                "8-bit": embedding_error(_linear(model.weights, model.biases, quantize)),
-                "limit": float(limits.median()),
-            }
-        )
-        base: dict[str, float] = {}
-        for method in methods:
-            if not method.covers(case):
-                continue
-            if DEVICE.type == "cuda" and isinstance(method, LibraryMethod):  # kernels are compiled once per shape
-                for name in LAYERS[: len(LAYERS) // 6]:
-                    method(model.weights[name], case, calibration[name], model.biases[name])
-            results = {
-                name: method(model.weights[name], case, calibration[name], model.biases[name]) for name in LAYERS
-            }
-            weights = {name: result.weight for name, result in results.items()}
-            losses = {name: _loss(weights[name] - model.weights[name], evaluation[name]) for name in LAYERS}
-            base = base or losses
-            ratios = torch.tensor([losses[name] / base[name] for name in LAYERS])
-            row = {
-                "section": "minilm",
-                **case.columns,
-                "method": method.name,
-                "embedding": embedding_error(_linear(weights, model.biases)),
-                "8-bit": embedding_error(_linear(weights, model.biases, quantize)),
-            }
-            if isinstance(method, LibraryMethod):
-                biases = {name: result.bias for name, result in results.items()}
-                row["bias"] = embedding_error(_linear(weights, biases))
-            solvers = Counter(result.solver for result in results.values())
-            weight_errors = [_norm(weights[name] - w) / _norm(w) for name, w in model.weights.items()]
-            rows.append(
-                {
-                    **row,
-                    "median": float(ratios.median()),
-                    "worst": float(ratios.max()),
-                    "worse": int((ratios > 1.001).sum()),
-                    "worst layer": LAYERS[int(ratios.argmax())].removeprefix("encoder.layer."),
-                    "weight error": sum(weight_errors) / len(LAYERS),
-                    "seconds": sum(result.seconds for result in results.values()),
-                    **_peak(results.values()),
-                    "won by": ", ".join(f"{solver} {count}" for solver, count in solvers.most_common() if solver),
-                }
-            )
-            print(f"{case.format} {case.columns['per']}, {method.name}", file=sys.stderr, flush=True)  # takes minutes
-    return rows
-
-
-def _noise_shaping_limit(hessian: torch.Tensor) -> float:
-    """Compute the smallest output error of GPTQ relative to nearest, for a uniform element format with small steps.
-
-    Nearest spreads the error evenly: its loss is the mean of H's diagonal. The loss of GPTQ is the mean of the squared
-    diagonal of the Cholesky factor. The product of these squares is det H, so their mean is smallest when all are equal, at
-    det(H)^(1/in).
-    """
-    dampening = 0.01 * hessian.diagonal().mean()
-    h = hessian.double() + dampening * torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    return float((torch.logdet(h) / len(h)).exp() / h.diagonal().mean()) ** 0.5
-
-
-def _check_embeddings(embeddings: torch.Tensor, topics: torch.Tensor) -> None:
-    """Exit unless texts of one topic are more similar than texts of two topics, as they are with the correct model."""
-    similarity = embeddings @ embeddings.t()
-    same = topics[:, None] == topics
-    within, between = similarity[same.fill_diagonal_(False)].mean(), similarity[topics[:, None] != topics].mean()
-    if within < between + 0.1:
-        raise SystemExit(
-            f"the text encoder is damaged: similarity is {within:.2f} within topics and {between:.2f} between them; "
-            "download it again"
-        )
 
 
 # ---------------------------------------------------------------------------------------- time and memory
@@ -313,7 +174,7 @@ def speed(args, methods: list[RoundingMethod]) -> list[dict]:
         x *= torch.rand(shape[1], generator=generator, device=DEVICE) + 0.1
         statistics = LayerStatistics(x.t() @ x / len(x))
         del x
-        for case in _select_cases(args, FEW_CASES):
+        for case in select_cases(FEW_CASES, args.formats):
             for method in methods:
                 library = isinstance(method, LibraryMethod)
                 if method.name not in measured if library else method.name == "published, nearest":
@@ -329,7 +190,7 @@ def speed(args, methods: list[RoundingMethod]) -> list[dict]:
                         **case.columns,
                         "method": method.name,
                         "seconds": best.seconds,
-                        **_peak([best]),
+                        **peak([best]),
                     }
                 )
     return rows
@@ -343,6 +204,9 @@ def main() -> None:
         __doc__.splitlines()[0],
         ("--only", {"nargs": "+", "choices": SECTIONS, "default": list(SECTIONS), "help": "sections to run"}),
         ("--formats", {"nargs": "+", "choices": FORMATS, "default": list(FORMATS), "help": "formats to run"}),
+        ("--methods", {"nargs": "+", "help": "names of the methods to run, as printed (default: all)"}),
+        ("--sequential", {"action": "store_true", "help": "minilm: also calibrate on activations of rounded layers"}),
+        ("--texts", {"type": int, "help": "texts that minilm is calibrated on (default: 512, quick: 128)"}),
         ("--size", {"type": int, "help": "side of the synthetic weights (default: 1024, quick: 384)"}),
         (
             "--iterations",

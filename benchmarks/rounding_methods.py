@@ -3,9 +3,10 @@
 import contextlib
 import importlib.util
 import inspect
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -13,18 +14,23 @@ import torch
 
 from learned_rounding.quant_core import FORMATS, quantize_weight
 from learned_rounding.quant_core.calibration import LayerStatistics
-from learned_rounding.quant_core.formats import Codec, make_codec, rotation_groups
+from learned_rounding.quant_core.formats import Codec, Format, FormatConfig
 
 __all__ = [
     "CASES",
     "DEVICE",
     "FEW_CASES",
     "Case",
+    "ComfyKitchen",
     "LibraryMethod",
     "PublishedTool",
     "RoundedWeight",
     "RoundingMethod",
     "dequantize",
+    "norm",
+    "output_loss",
+    "peak",
+    "select_cases",
 ]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,28 +40,62 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Case:
-    """Format and granularity; ``rotated``: with ConvRot."""
+    """Format and granularity; ``rotated``: with ConvRot; others as in :class:`FormatConfig`."""
 
     format: str
     granularity: str
     rotated: bool = False
+    bits: int | None = None
+    linear_dtype: str | None = None
+
+    @property
+    def config(self) -> FormatConfig:
+        """The format part of a recipe."""
+        return FormatConfig(
+            self.format,
+            self.granularity,
+            convrot=self.rotated or None,
+            bits=self.bits,
+            linear_dtype=self.linear_dtype,
+        )
 
     def codec(self, in_channels: int) -> Codec:
         """Codec of a layer with ``in_channels`` input channels."""
-        convrot = rotation_groups(True, in_channels)[0] if self.rotated else None
-        return make_codec(self.format, self.granularity, convrot=convrot)
+        return self.config.codecs(in_channels)[0]
 
     @property
     def columns(self) -> dict[str, str]:
         """Columns of a row that identify the case."""
-        return {"format": self.format, "per": f"{self.granularity}, rotated" if self.rotated else self.granularity}
+        parts = (
+            self.granularity,
+            "rotated" if self.rotated else None,
+            f"{self.bits} bits" if self.bits else None,
+            f"{self.linear_dtype} activations" if self.linear_dtype else None,
+        )
+        return {"format": self.format, "per": ", ".join(part for part in parts if part)}
+
+
+def _options(entry: Format) -> list[dict]:
+    """All combinations of the options of a format; [{}] without options."""
+    options = entry.codec.options
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
 
 
 CASES = (
-    *(Case(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities),
+    *(
+        Case(name, granularity, **options)
+        for name, entry in FORMATS.items()
+        for granularity in entry.granularities
+        for options in _options(entry)
+    ),
     Case("int8_tensorwise", "row", rotated=True),
 )
 FEW_CASES = (Case("float8_e4m3fn", "tensor"), Case("int8_tensorwise", "row"))  # for slow methods
+
+
+def select_cases(cases: Iterable[Case], formats: Iterable[str]) -> list[Case]:
+    """Return the cases whose format is among ``formats``."""
+    return [case for case in cases if case.format in formats]
 
 
 @dataclass(frozen=True)
@@ -126,12 +166,50 @@ class LibraryMethod:
             inputs |= {"hessian": statistics.hessian, "validation_hessian": statistics.validation_hessian}
         if statistics.mean is not None:
             inputs |= {"mean": statistics.mean, "bias": bias}
+        config = case.config
+        choices = {name: getattr(config, name) for name in ("granularity", "convrot", "bits", "linear_dtype")}
         quantized, seconds, peak_mb = _measure(
-            lambda: quantize_weight(
-                weight, case.format, granularity=case.granularity, convrot=case.rotated, **inputs, **self._options
-            )
+            lambda: quantize_weight(weight, case.format, **choices, **inputs, **self._options)
         )
         return RoundedWeight(quantized.dequantize(), seconds, peak_mb, quantized.solution.solver, quantized.bias)
+
+
+class ComfyKitchen:
+    """comfy-kitchen's own quantizer of W4A8 and W6A8 with its defaults.
+
+    Its quantizers of the other formats make the same bytes as ``nearest`` (tests/quant_core/formats).
+    """
+
+    name = "comfy-kitchen"
+    calibrated = False
+
+    def covers(self, case: Case) -> bool:
+        return case.format == "asym_w4a8_int8" and (case.bits != 6 or "bits" in self._parameters())
+
+    def __call__(
+        self,
+        weight: torch.Tensor,
+        case: Case,
+        statistics: LayerStatistics | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> RoundedWeight:
+        from comfy_kitchen.tensor import quantize_w4a8_int8_weight
+
+        codec = case.codec(weight.shape[1])
+        assert codec.rotation is not None
+        options = {"convrot_groupsize": codec.rotation.size} | ({"bits": 6} if case.bits == 6 else {})
+        tensors, seconds, peak_mb = _measure(lambda: quantize_w4a8_int8_weight(weight.float(), **options))
+        packed, relative, channel, _, codebook = tensors
+        parts = {"weight": packed, "weight_s_rel": relative, "weight_s_channel": channel}
+        if codebook is not None:
+            parts["weight_codebook"] = codebook
+        return RoundedWeight(codec.dequantize(parts, (weight.shape[0], weight.shape[1])), seconds, peak_mb)
+
+    @staticmethod
+    def _parameters() -> list[str]:
+        from comfy_kitchen.backends.eager.w4a8_int8 import quantize_w4a8_int8_weight
+
+        return list(inspect.signature(quantize_w4a8_int8_weight).parameters)
 
 
 class PublishedTool:
@@ -212,6 +290,22 @@ def dequantize(codec: Codec, qdata: torch.Tensor, scale: torch.Tensor) -> torch.
     space = codec.solve_space(tuple(qdata.shape))
     scale = scale.to(qdata.device, torch.float32).reshape(space.groups.counts)
     return codec.unrotate(space.decode(qdata, scale))
+
+
+def output_loss(error: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Compute √tr(E·H·Eᵀ)."""
+    return float(((error @ hessian) * error).sum(dtype=torch.float64).clamp_min(0).sqrt())
+
+
+def norm(matrix: torch.Tensor) -> float:
+    """Compute the Frobenius norm in float64."""
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+
+
+def peak(results: Iterable[RoundedWeight]) -> dict[str, float]:
+    """Return the column "peak MB" of a row; empty on a CPU."""
+    peaks = [result.peak_mb for result in results if result.peak_mb is not None]
+    return {"peak MB": max(peaks)} if peaks else {}
 
 
 def _parameters(kind: type) -> list[str]:

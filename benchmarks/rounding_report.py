@@ -30,8 +30,8 @@ def markdown(result: dict) -> str:
         common, few = _split_by_coverage(measured)
         exact = [row for row in encoder if row not in measured]
         parts += [
-            "Error of the final embedding: weights only / weights and 8-bit activations.",
-            _pivot(exact + common, _both_errors),
+            f"Error of the final embedding: weights only{_list_cards(encoder)}.",
+            _pivot(exact + common, _errors),
             "Error of the final embedding, weights only, with corrected biases.",
             _pivot([row for row in common if "bias" in row], lambda row: f"{row['bias']:.4f}"),
             "Output error of a layer relative to nearest: median / worst / number of layers with a larger error.",
@@ -42,7 +42,7 @@ def markdown(result: dict) -> str:
         if few:
             parts += [
                 "Other rounding methods: error of the final embedding; output error of a layer; run time in s.",
-                *(_pivot(few, cell) for cell in (_both_errors, _layers, _seconds)),
+                *(_pivot(few, cell) for cell in (_errors, _layers, _seconds)),
             ]
     random = [row for row in result["rows"] if row["section"] == "synthetic"]
     for weight in dict.fromkeys(row["weight"] for row in random):
@@ -122,7 +122,7 @@ def plot(result: dict, path: Path) -> None:
     axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.set_xticks(range(len(formats)), [name.replace("_", "\n").replace(" ", "\n", 1) for name in formats])
     axes.set_ylabel("relative error of the final embedding")
-    axes.set_title(f"MiniLM-L6 with 8-bit weights, 36 layers; lower is better ({_describe_run(result)})")
+    axes.set_title(f"MiniLM-L6 with quantized weights, 36 layers; lower is better ({_describe_run(result)})")
     axes.grid(axis="y", linewidth=0.4)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -137,8 +137,17 @@ def _split_by_coverage(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     return [row for row in rows if row["method"] in most], [row for row in rows if row["method"] not in most]
 
 
-def _both_errors(row: dict) -> str:
-    return f"{row['embedding']:.4f} / {row['8-bit']:.4f}"
+def _cards(row: dict) -> list[str]:
+    """Return the columns of errors with quantized activations."""
+    return [column for column in row if column.startswith("SM ")]
+
+
+def _list_cards(rows: list[dict]) -> str:
+    return "".join(f" / {card}" for card in _cards(rows[0]))
+
+
+def _errors(row: dict) -> str:
+    return " / ".join(f"{row[column]:.4f}" for column in ("embedding", *_cards(row)))
 
 
 def _layers(row: dict) -> str:

@@ -108,7 +108,7 @@ def fit_codes(values: torch.Tensor, count: int) -> torch.Tensor:
         nearest = (sample[:, None] - codes).abs_().argmin(dim=1)
         means = [sample[nearest == index].mean() for index in range(count)]
         codes = torch.stack([mean if mean.isfinite() else code for mean, code in zip(means, codes, strict=True)])
-    return codes
+    return codes.sort().values  # equal quantiles, as those of many zeros, part in any order
 
 
 def _draw(values: torch.Tensor, count: int) -> torch.Tensor:

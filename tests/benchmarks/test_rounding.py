@@ -2,15 +2,18 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from learned_rounding.benchmarks import rounding
-from learned_rounding.benchmarks.minilm import LAYERS, MiniLM
-from learned_rounding.benchmarks.rounding_methods import CASES, Case, dequantize
+from learned_rounding.benchmarks import rounding, rounding_encoder
+from learned_rounding.benchmarks.harness import environment
+from learned_rounding.benchmarks.minilm import LAYERS, SPLITS, MiniLM
+from learned_rounding.benchmarks.rounding_encoder import CARDS, Sequential, quantize_activations
+from learned_rounding.benchmarks.rounding_methods import CASES, Case, ComfyKitchen, LibraryMethod, dequantize
 from learned_rounding.benchmarks.rounding_report import markdown
-from learned_rounding.quant_core import quantize_weight
+from learned_rounding.quant_core import FORMATS, quantize_weight
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +50,14 @@ def test_tables_have_device_and_date(result):
     assert "| float8_e4m3fn tensor | calibrated, 0 sweeps |" in text
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.granularity != "group"], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if FORMATS[case.format].storage is None and case.granularity != "group"], ids=str
+)
 def test_qdata_and_scale_of_another_tool_are_dequantized(case):
     """Also if the scale has another shape: flat instead of one column."""
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
     quantized = quantize_weight(
-        weight, case.format, granularity=case.granularity, convrot=case.rotated, rounding="nearest"
+        weight, case.format, granularity=case.granularity, convrot=case.rotated or None, rounding="nearest"
     )
     codec = case.codec(512)
     assert codec == quantized.codec
@@ -61,15 +66,30 @@ def test_qdata_and_scale_of_another_tool_are_dequantized(case):
         torch.testing.assert_close(dequantize(codec, tensors["a.weight"], scale), quantized.dequantize())
 
 
+@pytest.mark.parametrize("capability", CARDS.values(), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_activations_are_rounded_to_8_bits(case):
+def test_activations_are_quantized_as_on_the_card(case, capability):
     x = torch.randn(2, 8, 256, generator=torch.Generator().manual_seed(0))
-    quantized = rounding._activation_quantizer(case)(x)
+    quantized = quantize_activations(case, x, capability)
     assert quantized.shape == x.shape
-    assert 0.001 < (quantized - x).norm() / x.norm() < 0.04
-    if case.format == "int8_tensorwise":
-        expected = Case("int8_tensorwise", "row", case.rotated).codec(256).quantize_activations(x.flatten(0, -2))
-        torch.testing.assert_close(quantized, expected.view_as(x))
+    codec = case.codec(256)
+    assert torch.equal(quantized.flatten(0, -2), codec.quantize_activations(x.flatten(0, -2), capability))
+    largest = 0.2 if codec.activation_elements(capability).bits == 4 else 0.06
+    assert ((quantized - x).norm() / x.norm() < largest) and codec.quantizes_activations(capability) != torch.equal(
+        quantized, x
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_comfy_kitchen_is_measured_where_it_has_the_format(bits):
+    pytest.importorskip("comfy_kitchen.tensor")
+    case, method = Case("asym_w4a8_int8", "group", bits=bits), ComfyKitchen()
+    if not method.covers(case):
+        pytest.skip("this comfy-kitchen has no 6 bits")
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    errors = [float((made(weight, case).weight - weight).norm()) for made in (method, LibraryMethod("", "nearest"))]
+    # Of 6 bits its default is a scale search.
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3) if bits == 4 else errors[0] < errors[1]
 
 
 def make_text_encoder(texts):
@@ -109,3 +129,48 @@ def test_statistics_of_the_text_encoder_are_those_of_its_activations():
     for name, x in activations.items():
         torch.testing.assert_close(statistics[name].hessian, x.t() @ x / len(x), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(statistics[name].mean, x.mean(dim=0), atol=1e-5, rtol=1e-4)
+
+
+def test_sequential_calibration_pairs_activations_of_both_models():
+    model = MiniLM(make_text_encoder(texts=2), torch.device("cpu"))
+    case, tokens = Case("int8_tensorwise", "row"), model.tokens("evaluation")
+    first, second = "encoder.layer.0.attention.self.query", "encoder.layer.0.attention.output.dense"
+    halved = {name: weight / 2 for name, weight in model.weights.items() if ".0.attention.self." in name}
+    products = {}
+    for name, weights in ((first, {}), (second, halved)):
+        products[name] = Sequential(model, tokens).products(name, case, weights)
+    activations = {}
+
+    def linear(name, x):
+        activations.setdefault(name, x.flatten(0, -2))
+        return model.linear(name, x)
+
+    model.embed(tokens, linear)
+    x = activations[first]
+    quantized = quantize_activations(case, x, (12, 0))
+    torch.testing.assert_close(products[first][0], x.t() @ quantized / len(x))
+    torch.testing.assert_close(products[first][1], quantized.t() @ quantized / len(x))
+    x = activations[second]
+    assert not torch.allclose(products[second][0], x.t() @ x / len(x), rtol=0.1)
+    assert products[second][1].trace() < 0.5 * (x.t() @ x / len(x)).trace()
+
+
+def test_errors_of_the_text_encoder_are_those_of_each_card(monkeypatch):
+    """NVFP4 activations from SM 10.0; INT4 of ConvRot W4A4 before SM 9.0, with the same weights as for INT8."""
+    monkeypatch.setattr(rounding_encoder, "_check_embeddings", lambda *_: None)
+    tensors = make_text_encoder(texts=2)
+    for split in SPLITS:
+        tensors |= {f"tokens.{split}": tensors["tokens.evaluation"], f"topics.{split}": torch.arange(2)}
+    formats = ["convrot_w4a4", "nvfp4"]
+    args = SimpleNamespace(tensors=tensors, formats=formats, texts=8, quick=False, sequential=False)
+    with torch.no_grad():
+        rows = rounding_encoder.minilm(args, [LibraryMethod("nearest", "nearest")])
+    assert [row["method"] for row in rows] == ["exact weights", "nearest"] * 3
+    measured = {(row["format"], row["per"]): row for row in rows[1::2]}
+    int8, int4 = (measured["convrot_w4a4", f"row, {dtype} activations"] for dtype in ("int8", "int4"))
+    nvfp4, exact = measured["nvfp4", "group"], rows[[row["format"] for row in rows].index("convrot_w4a4")]
+    assert int8["embedding"] == int4["embedding"] and int8["SM 12.0"] == int4["SM 12.0"]
+    assert int8["embedding"] < int8["SM 8.9"] == int8["SM 12.0"] < int4["SM 8.9"]
+    assert nvfp4["embedding"] == nvfp4["SM 8.9"] == nvfp4["SM 9.0"] < nvfp4["SM 12.0"]
+    assert exact["embedding"] == 0 < exact["SM 12.0"] < int8["SM 12.0"] and int8["median"] == 1
+    assert "SM 8.9" in markdown({**environment(), "rows": rows})
