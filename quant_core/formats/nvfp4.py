@@ -76,6 +76,7 @@ class NVFP4Codec(Codec):
     def store(self, solution: Solution) -> dict[str, torch.Tensor]:
         scale, parent = solution.scale, solution.parent
         assert parent is not None
+        smoothing = {"pre_quant_scale": self.smoothing.scale} if self.smoothing else {}
         values = pad_matrix(solution.qdata, _PADDING).float()
         codes = torch.bucketize(values.abs(), _MAGNITUDES.to(values.device)).to(torch.uint8)
         codes |= torch.signbit(values).to(torch.uint8) << 3
@@ -83,6 +84,7 @@ class NVFP4Codec(Codec):
             "weight": pack_nibbles(codes, high_first=True),
             "weight_scale": tile_scales((scale / parent).to(torch.float8_e4m3fn)),
             "weight_scale_2": parent,
+            **smoothing,
         }
 
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
@@ -111,6 +113,7 @@ FORMATS = (
         activations="group",
         native_since=(10, 0),
         group_size=_GROUP,
+        smoothed_since="0.30",
         storage=torch.uint8,
     ),
 )
