@@ -100,6 +100,8 @@ def quantize_weight(
     codecs = config.codecs(matrix.shape[1])
     if input_scale is not None and not (codecs[0].static_activations and 0 < input_scale < float("inf")):
         raise RecipeError(f"An input scale of {input_scale} has no effect on {codecs[0]}; leave it out.")
+    if method.smoothing and not codecs[0].format.smoothed_since:
+        raise RecipeError(f"smoothing has no effect on {codecs[0]}; leave it out.")
     layer = Layer(matrix, bias, statistics, output_weight)
     quantized = quantize_layer(layer, codecs, method, input_scale=input_scale, seed=seed, check=check)
     return replace(quantized, shape=tuple(weight.shape))
@@ -215,8 +217,8 @@ class _LayerRun:
         weight, activations = self.layer.weight.float(), self.layer.validation_activations
         hessian = self.layer.statistics.hessian
         assert activations is not None and hessian is not None
-        magnitude = hessian_rms(hessian, weight.shape[1], weight.device)
-        scales = [Smoothing.balance(weight, magnitude, exponent) for exponent in _EXPONENTS]
+        rms = hessian_rms(hessian, weight.shape[1], weight.device)
+        scales = [Smoothing.balance(weight, rms, exponent) for exponent in _EXPONENTS]
         codecs = [codec, *(replace(codec, smoothing=smoothing) for smoothing in scales)]
         errors = [output_errors(weight, self._round_nearest(each), activations) for each in codecs]
         best = min(range(len(codecs)), key=lambda index: max(errors[index]))
