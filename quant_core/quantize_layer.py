@@ -31,9 +31,7 @@ log = logging.getLogger(__name__)
 _CLEARLY = 0.9  # error relative to that of a smaller ConvRot group, from which on a large one is worth its pass
 _PARTS = (1, 4, 16)  # of the rows, tried in this order when a GPU is short of memory; then the CPU
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75)  # of smoothing that are tried; finer steps gain less than 0.3 % (measured)
-_WORTH_SMOOTHING = (
-    0.99  # largest ratio of the errors with and without smoothing, which takes one product per activation
-)
+_WORTHWHILE = 0.99  # error relative to that without smoothing, from which on it is worth a pass over the activations
 
 
 @renamed_keywords(gram="hessian", holdout_gram="validation_hessian", mean_input="mean")
@@ -220,14 +218,19 @@ class _LayerRun:
         rms = hessian_rms(hessian, weight.shape[1], weight.device)
         scales = [Smoothing.balance(weight, rms, exponent) for exponent in _EXPONENTS]
         codecs = [codec, *(replace(codec, smoothing=smoothing) for smoothing in scales)]
-        errors = [output_errors(weight, self._round_nearest(each), activations) for each in codecs]
+        cards = codec.format.native_since, (0, 0)  # that quantize activations, and that do not
+
+        def errors_of(quantized: QuantizedWeight) -> list[float]:
+            return [output_error(weight, quantized, activations, card) for card in cards]
+
+        errors = [errors_of(self._round_nearest(each)) for each in codecs]
         best = min(range(len(codecs)), key=lambda index: max(errors[index]))
-        if max(errors[best]) > _WORTH_SMOOTHING * max(errors[0]):
+        if max(errors[best]) > _WORTHWHILE * max(errors[0]):
             return plain
         smoothed = self._quantize_within_memory(codecs[best])
-        before, after = (output_errors(weight, made, activations) for made in (plain, smoothed))
+        before, after = errors_of(plain), errors_of(smoothed)
         larger = any(new > old for new, old in zip(after, before, strict=True))
-        if larger or max(after) > _WORTH_SMOOTHING * max(before):
+        if larger or max(after) > _WORTHWHILE * max(before):
             return plain
         gain = after[-1] / errors[0][-1] if errors[0][-1] else 1.0
         solution = replace(smoothed.solution, weight_error=self._weight_error(smoothed), gain=gain)

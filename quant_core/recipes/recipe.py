@@ -227,11 +227,12 @@ class Recipe:
 
 _FORMAT_FIELDS = [field.name for field in dataclasses.fields(FormatConfig) if field.name != "name"]
 _ROUNDING_FIELDS = [field.name for field in dataclasses.fields(RoundingConfig) if field.name != "rounding"]
+_LATER_KEYS = ("bits", "linear_dtype", "card", "smoothing")
 _FILE_KEYS = (
-    *("rounding", *_ROUNDING_FIELDS, "format", "granularity", "block_size", "convrot", "preset", "keep", "heur"),
+    *("rounding", *(name for name in _ROUNDING_FIELDS if name not in _LATER_KEYS)),
+    *("format", "granularity", "block_size", "convrot", "preset", "keep", "heur"),
     *("full_precision_matmul", "seed", "target_size", "target_error", "block_formats", "layer_config"),
 )
-_LATER_KEYS = ("bits", "linear_dtype", "card")
 # Types of the fields that are not part of the two configurations.
 _TYPES = {
     "preset": (str,),

@@ -9,13 +9,14 @@ from learned_rounding.quant_core.convert.dequantize import DecodedSource
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.formats import Rotation, Smoothing, detect_layer
 from learned_rounding.quant_core.formats.layer_json import QUANTIZATION_KEY, quantization_metadata
-from learned_rounding.quant_core.layer import output_errors
+from learned_rounding.quant_core.layer import output_error
 from learned_rounding.quant_core.output.verify import verify_source
 from learned_rounding.quant_core.sources import TensorSource
 
 kitchen = pytest.importorskip("comfy_kitchen.tensor")
 
 CHANNELS = 96
+CARDS = (10, 0), (9, 0)  # compute capability: multiplies NVFP4, dequantizes it
 
 
 def random(*shape, seed=0) -> torch.Tensor:
@@ -77,7 +78,7 @@ def test_scales_of_channels_without_values_are_finite():
 def test_smoothing_lowers_the_error_of_outlier_channels(smoothed):
     """On unseen activations, both on cards that multiply NVFP4 and on those that dequantize it."""
     unseen, plain = activations(2000, 9), quantize_weight(WEIGHT, "nvfp4", bias=BIAS, **statistics())
-    errors = [output_errors(WEIGHT, made, unseen) for made in (plain, smoothed)]
+    errors = [[output_error(WEIGHT, made, unseen, card) for card in CARDS] for made in (plain, smoothed)]
     assert plain.codec.smoothing is None and smoothed.codec.smoothing is not None
     assert errors[1][0] < 0.85 * errors[0][0] and errors[1][1] < errors[0][1]
 
@@ -155,4 +156,4 @@ def test_errors_are_those_of_comfyui(smoothed):
     )
     output = quantized @ layout.dequantize(parts["weight"], params).t()
     expected = float((output - x @ WEIGHT.t()).norm() / (x @ WEIGHT.t()).norm())
-    assert output_errors(WEIGHT, smoothed, x)[0] == pytest.approx(expected, rel=1e-4)
+    assert output_error(WEIGHT, smoothed, x, CARDS[0]) == pytest.approx(expected, rel=1e-4)
