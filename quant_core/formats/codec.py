@@ -156,8 +156,7 @@ class Codec(ABC):
         block_size: side of a block; None for other granularities.
         rotation: ConvRot of the input channels, or None.
         full_precision_matmul: ask ComfyUI to dequantize the weight instead of multiplying quantized values.
-        smoothing: of the input channels, instead of a rotation, or None. Codecs of files leave it out: a file has its
-            values, ``pre_quant_scale``, beside the weight.
+        smoothing: of the input channels, instead of a rotation, or None. See :meth:`of_values` for layers of files.
     """
 
     format: Format
@@ -212,6 +211,10 @@ class Codec(ABC):
 
     def of_tensors(self, find: Callable[[str], ShapedTensor | None]) -> "Codec":
         """The codec with what only the shapes of a layer's tensors tell; ``find``: suffix → tensor, None for a missing one."""
+        return self
+
+    def of_values(self, parts: Parts) -> "Codec":
+        """The codec with what only the values of a layer's tensors tell."""
         return self
 
     def admits(self, shape: tuple[int, ...]) -> str | None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Smoothing"]
+__all__ = ["SMOOTHING_KEY", "Smoothing"]
+
+SMOOTHING_KEY = "pre_quant_scale"  # last part of the name of a layer's scale tensor
 
 _LARGEST = 2.0**10  # of a scale and of its inverse; normal numbers of float16, to which ComfyUI may cast scales
 

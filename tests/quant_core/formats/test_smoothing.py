@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from learned_rounding.quant_core import Recipe, quantize_weight
-from learned_rounding.quant_core.calibration import LowRankHessian
+from learned_rounding.quant_core import Recipe, quantize_file, quantize_weight
+from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics, LowRankHessian
+from learned_rounding.quant_core.convert import migrate_file
 from learned_rounding.quant_core.convert.dequantize import DecodedSource
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.formats import Rotation, Smoothing, detect_layer
 from learned_rounding.quant_core.formats.layer_json import QUANTIZATION_KEY, quantization_metadata
 from learned_rounding.quant_core.layer import output_error
+from learned_rounding.quant_core.output import inspect_file, verify_file
 from learned_rounding.quant_core.output.verify import verify_source
 from learned_rounding.quant_core.sources import TensorSource
 
@@ -141,6 +144,36 @@ def test_a_smoothed_file_is_valid_and_dequantizes_to_the_result(smoothed):
     decoded = DecodedSource(source)
     assert torch.equal(decoded.read("a.weight"), smoothed.dequantize().bfloat16())
     assert set(decoded.tensors) == {"a.weight", "a.bias"}
+
+
+def test_a_smoothed_file_names_the_release_that_reads_it(smoothed, tmp_path):
+    metadata = {QUANTIZATION_KEY: quantization_metadata({"a": smoothed.config})}
+    save_file(smoothed.tensors("a"), tmp_path / "a.safetensors", metadata)
+    inspection = inspect_file(tmp_path / "a.safetensors")
+    assert inspection.quantized == {str(smoothed.codec): 1} and "smoothed" in str(smoothed.codec)
+    assert "0.30 and newer" in inspection.stock
+
+
+def test_a_run_writes_smoothed_layers_that_migrate_leaves_as_they_are(smoothed, tmp_path):
+    source, out, moved = (tmp_path / f"{name}.safetensors" for name in ("source", "out", "moved"))
+    save_file({"blocks.0.weight": WEIGHT, "blocks.0.bias": BIAS, "blocks.1.weight": WEIGHT.clone()}, source)
+    calibration = InMemoryCalibration({"blocks.0": LayerStatistics(**statistics())})
+    recipe = Recipe(format="nvfp4", smoothing=True, preset="none", layer_config='{"blocks.1": "int8"}')
+    report = quantize_file(source, out, recipe, calibration=calibration)
+    assert verify_file(out).problems == [] and len(report.layers) == 2
+    made, expected = load_file(out), smoothed.tensors("blocks.0")
+    assert set(expected) <= set(made) and "blocks.1.pre_quant_scale" not in made
+    assert all(torch.equal(made[name].float(), tensor.float()) for name, tensor in expected.items())
+    migrate_file(out, moved)
+    assert torch.equal(load_file(moved)["blocks.0.pre_quant_scale"], made["blocks.0.pre_quant_scale"])
+
+
+def test_activations_of_a_file_are_quantized_as_those_of_the_result(smoothed):
+    tensors, x = smoothed.tensors("a"), activations(20, 12)
+    codec = detect_layer("a", smoothed.config, tensors)
+    read = codec.of_values({name.removeprefix("a."): tensor for name, tensor in tensors.items()})
+    assert torch.equal(read.quantize_activations(x), smoothed.codec.quantize_activations(x))
+    assert not torch.equal(codec.quantize_activations(x), smoothed.codec.quantize_activations(x))
 
 
 def test_errors_are_those_of_comfyui(smoothed):

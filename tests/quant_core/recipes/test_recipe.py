@@ -72,7 +72,9 @@ def test_written_recipes_name_every_field():
     recipe = Recipe(format="int8_tensorwise", keep=(r"\.0\.", 'a"b'), seed=7)
     assert recipe.to_dict() == {
         "rounding": "auto",
-        **dict.fromkeys(OPTIONS),
+        **dict.fromkeys(
+            name for name in OPTIONS if name != "smoothing"
+        ),  # keys since 0.2.0 are written where they are given
         "format": "int8_tensorwise",
         "granularity": "row",
         "block_size": None,
