@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -133,7 +133,7 @@ class Format:
             raise RecipeError(
                 f"full_precision_matrix_mult has no effect on {self.name}: ComfyUI ignores it there; leave it out."
             )
-        given = {name: value for name, value in options.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         for name, value in given.items():
             allowed = self.codec.options.get(name)
             if allowed is None:

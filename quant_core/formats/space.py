@@ -18,23 +18,23 @@ class Basis(Protocol):
     Results are float32.
     """
 
-    def apply(self, values: torch.Tensor) -> torch.Tensor:
+    def apply(self, values: torch.Tensor, /) -> torch.Tensor:
         """values·B along the last dimension (in)."""
         ...
 
-    def restore(self, values: torch.Tensor) -> torch.Tensor:
+    def restore(self, values: torch.Tensor, /) -> torch.Tensor:
         """values·B⁻¹ along the last dimension (in)."""
         ...
 
-    def apply_weight(self, weight: torch.Tensor) -> torch.Tensor:
+    def apply_weight(self, weight: torch.Tensor, /) -> torch.Tensor:
         """W·B⁻ᵀ of a weight (out, in)."""
         ...
 
-    def restore_weight(self, weight: torch.Tensor) -> torch.Tensor:
+    def restore_weight(self, weight: torch.Tensor, /) -> torch.Tensor:
         """W·Bᵀ of a stored weight (out, in)."""
         ...
 
-    def apply_hessian(self, hessian: torch.Tensor) -> torch.Tensor:
+    def apply_hessian(self, hessian: torch.Tensor, /) -> torch.Tensor:
         """Bᵀ·H·B: the Hessian (in, in) of the activations x·B."""
         ...
 

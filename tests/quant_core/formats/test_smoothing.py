@@ -158,7 +158,9 @@ def test_a_run_writes_smoothed_layers_that_migrate_leaves_as_they_are(smoothed, 
     source, out, moved = (tmp_path / f"{name}.safetensors" for name in ("source", "out", "moved"))
     save_file({"blocks.0.weight": WEIGHT, "blocks.0.bias": BIAS, "blocks.1.weight": WEIGHT.clone()}, source)
     calibration = InMemoryCalibration({"blocks.0": LayerStatistics(**statistics())})
-    recipe = Recipe(format="nvfp4", smoothing=True, preset="none", layer_config='{"blocks.1": "int8"}')
+    recipe = Recipe(
+        format="nvfp4", smoothing=True, preset="none", layer_config='{"blocks.0": "nvfp4", "blocks.1": "int8"}'
+    )
     report = quantize_file(source, out, recipe, calibration=calibration)
     assert verify_file(out).problems == [] and len(report.layers) == 2
     made, expected = load_file(out), smoothed.tensors("blocks.0")
