@@ -146,8 +146,8 @@ OPTIONS: Mapping[str, RoundingOption] = {
         acts=_CALIBRATED,
         kind=bool,
         default=False,
-        help="nvfp4: scale the input channels of a layer (pre_quant_scale) where that lowers the error on validation activations; "
-        "such files need ComfyUI 0.30 or newer, and LoRAs its node Load LoRA (Bypass)",
+        help="scale the input channels of nvfp4 layers (pre_quant_scale) where that lowers the error on validation activations; such "
+        "files need ComfyUI 0.30 or newer, which applies LoRAs correctly to these layers only by Load LoRA (Bypass)",
     ),
 }
 
