@@ -1,4 +1,4 @@
-"""Quantize one layer: rotation → scales → solver → never worse than round to nearest → bias → :class:`QuantizedWeight`."""
+"""Quantize one layer: change of basis → scales → solver → never worse than round to nearest → bias → :class:`QuantizedWeight`."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
