@@ -289,7 +289,7 @@ def dequantize(codec: Codec, qdata: torch.Tensor, scale: torch.Tensor) -> torch.
     """
     space = codec.solve_space(tuple(qdata.shape))
     scale = scale.to(qdata.device, torch.float32).reshape(space.groups.counts)
-    return codec.unrotate(space.decode(qdata, scale))
+    return codec.restore_weight(space.decode(qdata, scale))
 
 
 def output_loss(error: torch.Tensor, hessian: torch.Tensor) -> float:

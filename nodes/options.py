@@ -19,7 +19,12 @@ _GRADIENT = [
     *(name for name, option in OPTIONS.items() if option.gradient),
 ]  # any of them: gradient rounding
 _BLOCK_FORMAT = next(name for name in FORMATS if FormatConfig(name).block_size)  # any format with a block size
-_TABLE = {**OPTIONS, "block_size": FORMAT_OPTIONS["block_size"]}
+_SMOOTHED_FORMAT = next(name for name in FORMATS if FormatConfig(name).smoothed)
+_LATER = {
+    "block_size": FORMAT_OPTIONS["block_size"],
+    "smoothing": OPTIONS["smoothing"],
+}  # in the order of their releases
+_TABLE = {name: option for name, option in OPTIONS.items() if name not in _LATER} | _LATER
 
 
 def _make_widget(name: str):
@@ -68,11 +73,16 @@ class RoundingOptions(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, **chosen):
-        return check_inputs(lambda *_: Recipe(_BLOCK_FORMAT, **_given(chosen)), *chosen.values())
+        return check_inputs(lambda *_: Recipe(_find_format(chosen), **_given(chosen)), *chosen.values())
 
     @classmethod
     def execute(cls, **chosen) -> io.NodeOutput:
         return io.NodeOutput(_given(chosen))
+
+
+def _find_format(chosen: dict) -> str:
+    """A format that has the chosen options."""
+    return _SMOOTHED_FORMAT if chosen.get("smoothing") else _BLOCK_FORMAT
 
 
 def _given(chosen: dict) -> dict:

@@ -1,6 +1,7 @@
 """Formats that this ComfyUI cannot run, and layers of this pack that dequantize them."""
 
 import inspect
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import comfy.ops
@@ -11,6 +12,7 @@ from ...quant_core.errors import QuantizationError
 from ...quant_core.formats import detect_layer
 from ...quant_core.formats.kinds import find_kinds
 from ...quant_core.formats.layer_json import layer_configs, loaded_configs
+from ...quant_core.formats.smoothing import SMOOTHING_KEY
 from ...quant_core.sources import SafetensorsFile
 from ..runtime.decoded_linear import make_decoding_operations
 
@@ -21,12 +23,20 @@ __all__ = [
     "layers_to_decode",
     "make_quantized_linear",
     "supports_format",
+    "supports_layer",
 ]
 
 
 def supports_format(format: object) -> bool:
     """Whether this ComfyUI itself runs layers of that format; False of None."""
     return format in getattr(comfy.quant_ops, "QUANT_ALGOS", {})
+
+
+def supports_layer(config: Mapping[str, object], suffixes: Container[str]) -> bool:
+    """Whether this ComfyUI itself runs a layer with that JSON and tensors; before 0.30 it ignores ``pre_quant_scale``."""
+    if not supports_format(config.get("format")):
+        return False
+    return SMOOTHING_KEY not in suffixes or SMOOTHING_KEY in comfy.quant_ops.QUANT_ALGOS[config["format"]]["parameters"]
 
 
 def layers_to_decode(path: Path) -> list[str]:
@@ -37,7 +47,8 @@ def layers_to_decode(path: Path) -> list[str]:
     """
     with SafetensorsFile(path) as file:
         configs, tensors = layer_configs(file)[0], file.tensors
-    if all(supports_format(config.get("format")) for config in configs.values()):
+    suffixes = {layer: {SMOOTHING_KEY} if f"{layer}.{SMOOTHING_KEY}" in tensors else () for layer in configs}
+    if all(supports_layer(config, suffixes[layer]) for layer, config in configs.items()):
         return []
     try:
         for layer, config in configs.items():
@@ -86,7 +97,7 @@ def make_quantized_linear(
         bias: replaces the bias of ``tensors``; without both the layer has no bias.
         dtype: compute dtype of the layer.
     """
-    if supports_format(config["format"]):
+    if supports_layer(config, tensors):
         operations = comfy.ops.mixed_precision_ops({name: config}, dtype, full_precision_mm=True)
     else:
         operations = make_decoding_operations(comfy.ops.manual_cast)

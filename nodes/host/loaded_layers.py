@@ -211,6 +211,7 @@ def _output_error(loaded: LoadedFile, layer: str, codec: Codec, device: torch.de
     """Relative error of a layer's output for random activations, the smaller of that with and without quantized ones."""
     module, parts = loaded.modules[layer].to(device), loaded.layer_parts(layer)
     shape = codec.weight_shape(tuple(parts["weight"].shape), loaded.configs[layer])
+    codec = codec.of_values(parts)
     weight, bias = codec.dequantize(parts, shape), parts.get("bias")
     activations = torch.randn(_TOKENS, shape[1], generator=torch.Generator().manual_seed(0))
     if codec.static_activations and "input_scale" in parts:  # larger activations clip where ComfyUI quantizes them

@@ -20,6 +20,7 @@ __all__ = [
     "TriangularHessian",
     "channel_rms",
     "dense_hessian",
+    "hessian_rms",
     "low_rank_factor",
     "mean_vector",
     "move_hessian",
@@ -121,6 +122,18 @@ def dense_hessian(hessian: Hessian, in_channels: int, device: torch.device) -> t
         matrix = hessian.detach().to(device, torch.float32)
     _check_values(matrix)
     return matrix
+
+
+def hessian_rms(hessian: Hessian, in_channels: int, device: torch.device) -> torch.Tensor:
+    """Return the RMS activation of each channel as float32 (in,) on ``device``. Raises CalibrationError for another shape."""
+    _check_shape(hessian, in_channels)
+    if isinstance(hessian, torch.Tensor):
+        rms = hessian.detach().diagonal().float().sqrt()
+    elif isinstance(hessian, LowRankHessian):
+        rms = (hessian.factor.detach().float().square().sum(dim=1) + hessian.diagonal.float()).sqrt()
+    else:
+        rms = hessian.rms[:in_channels]
+    return rms.to(device, torch.float32)
 
 
 def move_hessian(hessian: Hessian, device: torch.device) -> Hessian:

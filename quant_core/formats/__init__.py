@@ -7,6 +7,7 @@ from .elements import E2M1, E4M3, E5M2, INT4, INT8, ElementFormat
 from .levels import GroupLevels
 from .rotation import GROUP_SIZES, LARGE_GROUP_SIZES, Rotation, rotation_groups
 from .scales import GRANULARITIES, ScaleGroups
+from .smoothing import Smoothing
 from .solution import Solution
 from .space import SolveSpace
 from .table import FORMATS, READABLE, find_format, find_sibling, make_codec, with_granularity
@@ -33,6 +34,7 @@ __all__ = [
     "QuantizedWeight",
     "Rotation",
     "ScaleGroups",
+    "Smoothing",
     "Solution",
     "SolveSpace",
     "StoredLayer",

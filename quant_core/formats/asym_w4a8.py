@@ -113,8 +113,8 @@ class AsymW4A8Codec(Codec):
     def optional(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {"weight_codebook": TensorSpec(torch.float32, (16,))} if self.bits == 4 else {}
 
-    def file_specs(self, shape: tuple[int, ...], *, input_scale: bool = False) -> dict[str, TensorSpec]:
-        return {**super().file_specs(shape, input_scale=input_scale), **self.optional(shape)}
+    def file_specs(self, shape: tuple[int, ...], *, calibrated: bool = False) -> dict[str, TensorSpec]:
+        return {**super().file_specs(shape, calibrated=calibrated), **self.optional(shape)}
 
     def store(self, solution: Solution) -> dict[str, torch.Tensor]:
         levels = solution.levels
@@ -142,7 +142,7 @@ class AsymW4A8Codec(Codec):
                 f"its group_size {self.group_size} contradicts {scale.shape[-1]} scales for {codes.shape[-1]} columns"
             )
         int8 = (codes.unflatten(1, (scale.shape[-1], -1)) * scale[..., None]).flatten(1).round_().clamp_(-127, 127)
-        return self.unrotate(int8 * parts["weight_s_channel"].float().reshape(-1, 1))
+        return self.restore_weight(int8 * parts["weight_s_channel"].float().reshape(-1, 1))
 
     def __str__(self) -> str:
         return f"{super().__str__()}, {self.bits} bits"

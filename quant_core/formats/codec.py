@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -17,8 +17,9 @@ from .elements import ElementFormat
 from .layer_json import CONFIG_KEY, config_bytes
 from .rotation import Rotation
 from .scales import BLOCK_SIZE, FLOAT32, GRANULARITIES, ScaleFormat, ScaleGroups
+from .smoothing import Smoothing
 from .solution import Solution
-from .space import SolveSpace
+from .space import Basis, SolveSpace
 
 __all__ = ["Codec", "Format", "Parts", "ShapedTensor", "TensorSpec", "read_count"]
 
@@ -75,6 +76,7 @@ class Format:
         group_size: columns that share a scale, where the format fixes it.
         rotated: granularities for which ConvRot exists.
         always_rotated: ConvRot is part of the format.
+        smoothed_since: first ComfyUI release that reads ``pre_quant_scale`` in layers of the format; None: none does.
         storage: dtype of the stored weight; None: that of the elements, one value per item.
     """
 
@@ -92,6 +94,7 @@ class Format:
     group_size: int | None = None
     rotated: tuple[str, ...] = ()
     always_rotated: bool = False
+    smoothed_since: str | None = None
     storage: torch.dtype | None = None
 
     @property
@@ -130,7 +133,7 @@ class Format:
             raise RecipeError(
                 f"full_precision_matrix_mult has no effect on {self.name}: ComfyUI ignores it there; leave it out."
             )
-        given = {name: value for name, value in options.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         for name, value in given.items():
             allowed = self.codec.options.get(name)
             if allowed is None:
@@ -153,6 +156,7 @@ class Codec(ABC):
         block_size: side of a block; None for other granularities.
         rotation: ConvRot of the input channels, or None.
         full_precision_matmul: ask ComfyUI to dequantize the weight instead of multiplying quantized values.
+        smoothing: of the input channels, instead of a rotation, or None. See :meth:`of_values` for layers of files.
     """
 
     format: Format
@@ -160,6 +164,7 @@ class Codec(ABC):
     block_size: int | None = None
     rotation: Rotation | None = None
     full_precision_matmul: bool = False
+    smoothing: Smoothing | None = None
 
     options: ClassVar[
         Mapping[str, tuple[object, ...]]
@@ -172,6 +177,11 @@ class Codec(ABC):
     def group_size(self) -> int | None:
         """Side of a block or length of a group; None for other granularities."""
         return self.format.group_size or self.block_size
+
+    @property
+    def basis(self) -> Basis | None:
+        """The basis of the stored weight and of the activations that it multiplies; None for the original one."""
+        return self.rotation or self.smoothing
 
     @property
     def config(self) -> dict[str, object]:
@@ -203,6 +213,10 @@ class Codec(ABC):
         """The codec with what only the shapes of a layer's tensors tell; ``find``: suffix → tensor, None for a missing one."""
         return self
 
+    def of_values(self, parts: Parts) -> "Codec":
+        """The codec with what only the values of a layer's tensors tell."""
+        return self
+
     def admits(self, shape: tuple[int, ...]) -> str | None:
         """The reason why a weight of that shape (out, in) cannot be stored; None where it can."""
         if self.rotation and shape[1] % self.rotation.size:
@@ -218,24 +232,24 @@ class Codec(ABC):
 
     def solve_space(self, shape: tuple[int, ...]) -> SolveSpace:
         """The space in which a weight (out, in) is rounded."""
-        return SolveSpace(self.format.elements, self.groups(shape), self.scales, self.rotation)
+        return SolveSpace(self.format.elements, self.groups(shape), self.scales, self.basis)
 
     @abstractmethod
     def specs(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Suffix → what the layer's tensors are for a weight (out, in); its JSON tensor and optional ones left out."""
 
     def optional(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """The same of tensors that a layer may have."""
+        """The same of tensors that a layer may have; this project writes them with a calibration."""
         return {"input_scale": TensorSpec(torch.float32, ())} if self.format.activations == "tensor" else {}
 
-    def file_specs(self, shape: tuple[int, ...], *, input_scale: bool = False) -> dict[str, TensorSpec]:
+    def file_specs(self, shape: tuple[int, ...], *, calibrated: bool = False) -> dict[str, TensorSpec]:
         """Suffix → what all tensors of a layer are that this project writes: those of :meth:`specs` and the JSON tensor.
 
-        ``input_scale``: the layer may get one.
+        ``calibrated``: those of :meth:`optional` too.
         """
-        scale = {"input_scale": TensorSpec(torch.float32, ())} if input_scale and self.static_activations else {}
+        optional = self.optional(shape) if calibrated else {}
         json = TensorSpec(torch.uint8, (len(config_bytes(self.layer_config(shape))),))
-        return {**self.specs(shape), **scale, CONFIG_KEY: json}
+        return {**self.specs(shape), **optional, CONFIG_KEY: json}
 
     def weight_shape(self, stored: tuple[int, ...], config: Mapping[str, object]) -> tuple[int, int]:
         """(out, in) of the weight whose stored tensor has that shape. Raises ValueError with the reason where none has."""
@@ -255,9 +269,13 @@ class Codec(ABC):
             ValueError, RuntimeError: the tensors contradict each other.
         """
 
-    def unrotate(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight from the stored basis to the original one (the ConvRot matrix is its own inverse)."""
-        return self.rotation.apply(weight) if self.rotation else weight
+    def restore_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight (out, in) from the stored basis to the original one."""
+        return self.basis.restore_weight(weight) if self.basis else weight
+
+    def restore(self, values: torch.Tensor) -> torch.Tensor:
+        """Activations (tokens, in) from the stored basis to the original one."""
+        return self.basis.restore(values) if self.basis else values
 
     def scale_values(self, suffix: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """The numbers of one of the layer's tensors other than its weight, float32, without padding."""
@@ -296,14 +314,14 @@ class Codec(ABC):
         """
         if not self.quantizes_activations(capability):
             return x.float()
-        values = self.rotation.apply(x) if self.rotation else x.float()
+        values = self.basis.apply(x) if self.basis else x.float()
         elements = self.activation_elements(capability)
         if self.format.activations == "tensor":
             return elements.encode(values).float()
         tokens, inner = values.shape
         columns = inner if self.format.activations == "token" else self.group_size or inner
         groups = ScaleGroups(tokens, inner, 1, columns)
-        return self.unrotate(SolveSpace(elements, groups, self.scales).round_nearest(values))
+        return self.restore(SolveSpace(elements, groups, self.scales).round_nearest(values))
 
     def activation_elements(self, capability: tuple[int, int] | None = None) -> ElementFormat:
         """The elements that ComfyUI quantizes activations to, on a card of that compute capability; None: on any."""
@@ -313,7 +331,8 @@ class Codec(ABC):
         """For users: "int8_tensorwise per row, ConvRot 256"."""
         size = f" of {self.group_size}" if self.group_size else ""
         rotation = f", ConvRot {self.rotation.size}" if self.rotation else ""
-        return f"{self.format.name} per {self.granularity}{size}{rotation}"
+        smoothing = ", smoothed" if self.smoothing else ""
+        return f"{self.format.name} per {self.granularity}{size}{rotation}{smoothing}"
 
 
 def read_count(config: Mapping[str, object], key: str, default: int) -> int:

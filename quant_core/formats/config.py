@@ -79,6 +79,11 @@ class FormatConfig:
         return self.name == MEASURED
 
     @property
+    def smoothed(self) -> bool:
+        """Whether layers of the format can be smoothed."""
+        return not self.measured and find_format(self.name).smoothed_since is not None
+
+    @property
     def codec(self) -> Codec:
         """The codec of a layer whose input channels the largest allowed ConvRot group divides."""
         allowed = (size for size in rotation_groups(self.convrot, 0) if size in GROUP_SIZES)

@@ -64,7 +64,7 @@ class ConvRotW4A4Codec(Codec):
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         values = unpack_nibbles(parts["weight"], high_first=False)
         signed = torch.where(values < 8, values, values - 16).float()
-        return self.unrotate(signed * parts["weight_scale"].float().reshape(-1, 1))
+        return self.restore_weight(signed * parts["weight_scale"].float().reshape(-1, 1))
 
     def activation_elements(self, capability: tuple[int, int] | None = None) -> ElementFormat:
         has_int4 = capability is None or _FIRST_INT4 <= capability < _FIRST_WITHOUT

@@ -13,6 +13,7 @@ from .elements import E2M1
 from .packing import pack_nibbles, pad_matrix, round_up, tile_scales, tiled_shape, unpack_nibbles, untile_scales
 from .padded import padded_config, padded_shape
 from .scales import CAST_TWO_LEVEL_E4M3, TWO_LEVEL_E4M3
+from .smoothing import SMOOTHING_KEY, Smoothing
 from .solution import Solution
 from .space import SolveSpace
 
@@ -28,12 +29,18 @@ class NVFP4Codec(Codec):
     """W = weight_scale_2 · weight_scale · E2M1, multiplied by ``pre_quant_scale`` per input channel where there is one.
 
     ``weight``: uint8 (M, N/2), the even column in the high four bits, M and N padded to multiples of 16;
-    ``weight_scale``: E4M3 in cuBLAS's tiles; ``weight_scale_2``: float32 ().
+    ``weight_scale``: E4M3 in cuBLAS's tiles; ``weight_scale_2``: float32 (). ComfyUI multiplies the activations by
+    ``pre_quant_scale`` (N,) before it quantizes them.
+
+    ``input_scale``, float32 (), replaces the scale that ComfyUI computes of all activations of a call, amax/(448·6). It is
+    read and not written. It would save one pass over the activations and not reduce their error: those above 448·6 times
+    the scale clip, as a LoRA or another sampler may make them, and headroom against that takes octaves from the scales of
+    groups. Of the 15 octaves of normal E4M3 numbers a factor of 16 leaves 11.
     """
 
     scales = TWO_LEVEL_E4M3
     positive = ("weight_scale_2", "input_scale")
-    signed = ("pre_quant_scale",)
+    signed = (SMOOTHING_KEY,)
 
     @property
     def magnitude_bits(self) -> int:
@@ -64,8 +71,12 @@ class NVFP4Codec(Codec):
     def optional(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {
             "input_scale": TensorSpec(torch.float32, ()),
-            "pre_quant_scale": TensorSpec(torch.float32, (shape[1],), views=(torch.bfloat16, torch.float16)),
+            SMOOTHING_KEY: TensorSpec(torch.float32, (shape[1],), views=(torch.bfloat16, torch.float16)),
         }
+
+    def of_values(self, parts: Parts) -> Codec:
+        scale = parts.get(SMOOTHING_KEY)
+        return self if scale is None else replace(self, smoothing=Smoothing(scale.float()))
 
     def scale_values(self, suffix: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         if suffix != "weight_scale":
@@ -76,6 +87,7 @@ class NVFP4Codec(Codec):
     def store(self, solution: Solution) -> dict[str, torch.Tensor]:
         scale, parent = solution.scale, solution.parent
         assert parent is not None
+        smoothing = {SMOOTHING_KEY: self.smoothing.scale} if self.smoothing else {}
         values = pad_matrix(solution.qdata, _PADDING).float()
         codes = torch.bucketize(values.abs(), _MAGNITUDES.to(values.device)).to(torch.uint8)
         codes |= torch.signbit(values).to(torch.uint8) << 3
@@ -83,6 +95,7 @@ class NVFP4Codec(Codec):
             "weight": pack_nibbles(codes, high_first=True),
             "weight_scale": tile_scales((scale / parent).to(torch.float8_e4m3fn)),
             "weight_scale_2": parent,
+            **smoothing,
         }
 
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
@@ -91,7 +104,7 @@ class NVFP4Codec(Codec):
         effective = parts["weight_scale_2"].float() * scale
         values = E2M1_VALUES.to(codes.device)[codes].unflatten(1, (-1, _GROUP)) * effective[..., None]
         weight = values.flatten(1)[: shape[0], : shape[1]]
-        return weight * parts["pre_quant_scale"].float() if "pre_quant_scale" in parts else weight
+        return self.of_values(parts).restore_weight(weight)
 
 
 def _group_scales(tiled: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
@@ -111,6 +124,7 @@ FORMATS = (
         activations="group",
         native_since=(10, 0),
         group_size=_GROUP,
+        smoothed_since="0.30",
         storage=torch.uint8,
     ),
 )

@@ -51,6 +51,8 @@ class Rotation:
             raise RecipeError(f"ConvRot groups of {self.size} do not divide {values.shape[-1]} input channels.")
         return rotate(values, self.size)
 
+    restore = apply_weight = restore_weight = apply  # R is symmetric and its own inverse
+
     def apply_hessian(self, hessian: torch.Tensor) -> torch.Tensor:
         """Rᵀ·H·R: the Hessian (in, in) of rotated activations."""
         return self.apply(self.apply(hessian).t()).t()

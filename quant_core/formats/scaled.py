@@ -46,4 +46,4 @@ class ScaledCodec(Codec):
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         space = self.solve_space(shape)
         scale = parts["weight_scale"].float().reshape(space.groups.counts)
-        return self.unrotate(space.decode(parts["weight"], scale))
+        return self.restore_weight(space.decode(parts["weight"], scale))

@@ -1,15 +1,42 @@
 """The space a solver works in: representable values of one weight under the scales of its groups."""
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 from .elements import ElementFormat
 from .levels import GroupLevels
-from .rotation import Rotation
 from .scales import ScaleFormat, ScaleGroups
 
-__all__ = ["SolveSpace"]
+__all__ = ["Basis", "SolveSpace"]
+
+
+class Basis(Protocol):
+    """A change of basis B of the input channels: the stored weight W·B⁻ᵀ multiplies activations x·B.
+
+    Results are float32.
+    """
+
+    def apply(self, values: torch.Tensor, /) -> torch.Tensor:
+        """values·B along the last dimension (in)."""
+        ...
+
+    def restore(self, values: torch.Tensor, /) -> torch.Tensor:
+        """values·B⁻¹ along the last dimension (in)."""
+        ...
+
+    def apply_weight(self, weight: torch.Tensor, /) -> torch.Tensor:
+        """W·B⁻ᵀ of a weight (out, in)."""
+        ...
+
+    def restore_weight(self, weight: torch.Tensor, /) -> torch.Tensor:
+        """W·Bᵀ of a stored weight (out, in)."""
+        ...
+
+    def apply_hessian(self, hessian: torch.Tensor, /) -> torch.Tensor:
+        """Bᵀ·H·B: the Hessian (in, in) of the activations x·B."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,14 +47,14 @@ class SolveSpace:
         elements: the numbers a quantized value can be.
         groups: the parts of the weight that share a scale.
         scales: the numbers a scale can be.
-        rotation: ConvRot of the input channels that the stored weight has, or None.
+        basis: that of the stored weight, None for the original one.
         levels: the elements that a value of each group can be, or None for all.
     """
 
     elements: ElementFormat
     groups: ScaleGroups
     scales: ScaleFormat
-    rotation: Rotation | None = None
+    basis: Basis | None = None
     levels: GroupLevels | None = None
 
     def of_rows(self, rows: slice | torch.Tensor) -> "SolveSpace":

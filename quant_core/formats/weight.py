@@ -74,7 +74,7 @@ class QuantizedWeight:
     def dequantize(self) -> torch.Tensor:
         """Ŵ as float32, in the original's shape and basis."""
         space = self.codec.solve_space(self._matrix_shape)
-        return self.codec.unrotate(space.decode(self.qdata, self.solution.scale)).reshape(self.shape)
+        return self.codec.restore_weight(space.decode(self.qdata, self.solution.scale)).reshape(self.shape)
 
     def dequantize_in(self, dtype: torch.dtype) -> torch.Tensor:
         """Ŵ (out, in) as ComfyUI dequantizes it for a product in ``dtype``, on cards that cannot multiply the format."""

@@ -10,6 +10,7 @@ from ..display import bound_lines, human_bytes
 from ..formats import READABLE, detect_layer
 from ..formats.kinds import Kind, find_kinds, quantized_formats
 from ..formats.layer_json import file_layers, layer_configs
+from ..formats.smoothing import SMOOTHING_KEY
 from ..formats.table import release_number
 from ..sources import TensorInfo, open_safetensors
 from ..sources.diffusers_names import Family, find_family
@@ -81,6 +82,9 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
                 layers.setdefault(_describe(layer, config, source.tensors), Counter())[_pattern(layer)] += 1
         for layer, kind in kinds.items():
             layers.setdefault(kind.name, Counter())[_pattern(layer)] += 1
+        smoothed = {
+            str(config.get("format")) for layer, config in configs.items() if _is_smoothed(layer, source.tensors)
+        }
         encoders = any(layer.startswith(ENCODER_PREFIX) or _TABLE.search(layer) for layer in configs)
         return Inspection(
             path=str(path),
@@ -95,6 +99,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
                 set(kinds.values()),
                 encoders,
                 any(kind.endswith(_BROKEN) for kind in layers),
+                smoothed,
             ),
             made_by=provenance(source),
         )
@@ -108,12 +113,18 @@ def _pattern(layer: str) -> str:
 def _describe(layer: str, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> str:
     """The codec of a layer with JSON, for users."""
     try:
-        return str(detect_layer(layer, config, tensors))
+        return str(detect_layer(layer, config, tensors)) + (", smoothed" if _is_smoothed(layer, tensors) else "")
     except ValueError:
         return f"{config.get('format')}{_BROKEN}"
 
 
-def _stock_support(family: Family | None, found: list[str], kinds: set[Kind], encoders: bool, broken: bool) -> str:
+def _is_smoothed(layer: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    return f"{layer}.{SMOOTHING_KEY}" in tensors
+
+
+def _stock_support(
+    family: Family | None, found: list[str], kinds: set[Kind], encoders: bool, broken: bool, smoothed: set[str]
+) -> str:
     """What stock ComfyUI does with such formats.
 
     Args:
@@ -122,6 +133,7 @@ def _stock_support(family: Family | None, found: list[str], kinds: set[Kind], en
         kinds: those that no layer JSON names.
         encoders: text encoders of a checkpoint, or embeddings, are quantized.
         broken: some layers do not have the tensors that their JSON implies.
+        smoothed: formats of layers that have a ``pre_quant_scale``.
     """
     if problems := sorted(kind for kind in kinds if kind.name in found):
         return " ".join(f"It contains {kind.name}. {kind.support}." for kind in problems)
@@ -137,6 +149,7 @@ def _stock_support(family: Family | None, found: list[str], kinds: set[Kind], en
             "--requantize gives them ComfyUI's names."
         )
     releases = [READABLE[name].stock_since for name in found] + [_ENCODERS_SINCE] * encoders
+    releases += [since for name in smoothed if (since := READABLE[name].smoothed_since)]
     if None in releases:
         ours = [name for name in found if READABLE[name].stock_since is None]
         return f"ComfyUI's own loaders read {', '.join(ours)} only with this node pack installed."

@@ -111,7 +111,7 @@ class Recipe:
             find_preset(self.preset)
         if not -(2**63) <= self.seed < 2**64:
             raise RecipeError(f"The recipe's seed {self.seed} does not fit into 64 bits.")
-        parse_rules(self.keep, self.layer_config)
+        self._check_smoothing(parse_rules(self.keep, self.layer_config))
 
     def _check_measured(self) -> None:
         if self.format.measured and self.layer_config:
@@ -132,6 +132,12 @@ class Recipe:
             if value is not None and not 0 < value < float("inf"):
                 raise RecipeError(f"The recipe's {name} must be a positive number, not {value}.")
 
+    def _check_smoothing(self, rules: Iterable[LayerRule]) -> None:
+        """Raise RecipeError for smoothing where no layer can have a format that has it."""
+        formats = (self.format, *(rule.format for rule in rules if rule.format))
+        if self.rounding.smoothing and not any(format.measured or format.smoothed for format in formats):
+            raise RecipeError(f"smoothing has no effect on {self.format}; leave it out.")
+
     def resolve(self, calibrated: bool) -> RoundingConfig:
         """As :meth:`RoundingConfig.resolve`; format measured is refused without a calibration."""
         if self.format.measured and not calibrated:
@@ -149,7 +155,10 @@ class Recipe:
         """The recipe of the layer that this decision was made for."""
         if decision.format is None:
             return self
-        return Recipe(decision.format, self.rounding, preset=self.preset, heur=self.heur, seed=self.seed)
+        rounding = self.rounding
+        if rounding.smoothing and not decision.format.smoothed:
+            rounding = dataclasses.replace(rounding, smoothing=None)
+        return Recipe(decision.format, rounding, preset=self.preset, heur=self.heur, seed=self.seed)
 
     def plan(
         self,
@@ -218,11 +227,12 @@ class Recipe:
 
 _FORMAT_FIELDS = [field.name for field in dataclasses.fields(FormatConfig) if field.name != "name"]
 _ROUNDING_FIELDS = [field.name for field in dataclasses.fields(RoundingConfig) if field.name != "rounding"]
+_LATER_KEYS = ("bits", "linear_dtype", "card", "smoothing")
 _FILE_KEYS = (
-    *("rounding", *_ROUNDING_FIELDS, "format", "granularity", "block_size", "convrot", "preset", "keep", "heur"),
+    *("rounding", *(name for name in _ROUNDING_FIELDS if name not in _LATER_KEYS)),
+    *("format", "granularity", "block_size", "convrot", "preset", "keep", "heur"),
     *("full_precision_matmul", "seed", "target_size", "target_error", "block_formats", "layer_config"),
 )
-_LATER_KEYS = ("bits", "linear_dtype", "card")
 # Types of the fields that are not part of the two configurations.
 _TYPES = {
     "preset": (str,),

@@ -46,7 +46,7 @@ def header_bound(source: Source, plan: Plan, recipe: Recipe, *, calibrated: bool
     tensors = [(name, source.tensors[name]) for name in plan.output_names()]
     for name in plan.names("quantize"):
         layer, codec = name.removesuffix(".weight"), _codec(source, plan, recipe, name)
-        specs = codec.file_specs(source.tensors[name].shape, input_scale=calibrated)
+        specs = codec.file_specs(source.tensors[name].shape, calibrated=calibrated)
         tensors += [(f"{layer}.{suffix}", TensorInfo(spec.dtype, spec.shape)) for suffix, spec in specs.items()]
     return header_bytes(tensors, file_metadata(source, recipe, planned_configs(source, plan, recipe), fingerprint))
 

@@ -21,6 +21,7 @@ VALUES = {
     "damping": 0.1,
     "sweeps": 2,
     "bias_correction": "none",
+    "smoothing": True,
 }
 
 
