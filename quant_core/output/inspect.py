@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..display import bound_lines, human_bytes
-from ..formats import READABLE, detect_layer
+from ..formats import READABLE, Codec, detect_layer
 from ..formats.kinds import Kind, find_kinds, quantized_formats
 from ..formats.layer_json import file_layers, layer_configs
 from ..formats.table import release_number
@@ -76,9 +76,13 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         configs = file_layers(*layer_configs(source))
         kinds = find_kinds(source)
         layers: dict[str, Counter] = {}
+        kitchens = set()
         for layer, config in configs.items():
             if layer not in kinds:
-                layers.setdefault(_describe(layer, config, source.tensors), Counter())[_pattern(layer)] += 1
+                codec = _detect(layer, config, source.tensors)
+                name = str(codec or f"{config.get('format')}{_BROKEN}")
+                layers.setdefault(name, Counter())[_pattern(layer)] += 1
+                kitchens.add(codec and codec.kitchen_since)
         for layer, kind in kinds.items():
             layers.setdefault(kind.name, Counter())[_pattern(layer)] += 1
         encoders = any(layer.startswith(ENCODER_PREFIX) or _TABLE.search(layer) for layer in configs)
@@ -95,6 +99,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
                 set(kinds.values()),
                 encoders,
                 any(kind.endswith(_BROKEN) for kind in layers),
+                max(filter(None, kitchens), key=release_number, default=""),
             ),
             made_by=provenance(source),
         )
@@ -105,15 +110,17 @@ def _pattern(layer: str) -> str:
     return re.sub(r"\b\d+\b", "*", layer)
 
 
-def _describe(layer: str, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> str:
-    """The codec of a layer with JSON, for users."""
+def _detect(layer: str, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> Codec | None:
+    """The codec of a layer with JSON; None where its tensors contradict the JSON."""
     try:
-        return str(detect_layer(layer, config, tensors))
+        return detect_layer(layer, config, tensors)
     except ValueError:
-        return f"{config.get('format')}{_BROKEN}"
+        return None
 
 
-def _stock_support(family: Family | None, found: list[str], kinds: set[Kind], encoders: bool, broken: bool) -> str:
+def _stock_support(
+    family: Family | None, found: list[str], kinds: set[Kind], encoders: bool, broken: bool, kitchen: str
+) -> str:
     """What stock ComfyUI does with such formats.
 
     Args:
@@ -122,6 +129,7 @@ def _stock_support(family: Family | None, found: list[str], kinds: set[Kind], en
         kinds: those that no layer JSON names.
         encoders: text encoders of a checkpoint, or embeddings, are quantized.
         broken: some layers do not have the tensors that their JSON implies.
+        kitchen: first comfy-kitchen that runs all layers, where it is newer than that of the ComfyUI that reads them.
     """
     if problems := sorted(kind for kind in kinds if kind.name in found):
         return " ".join(f"It contains {kind.name}. {kind.support}." for kind in problems)
@@ -141,4 +149,5 @@ def _stock_support(family: Family | None, found: list[str], kinds: set[Kind], en
         ours = [name for name in found if READABLE[name].stock_since is None]
         return f"ComfyUI's own loaders read {', '.join(ours)} only with this node pack installed."
     since = max(filter(None, releases), key=release_number)
-    return f"Stock ComfyUI {since} and newer loads it."
+    needed = f" with comfy-kitchen {kitchen} or newer" if kitchen else ""
+    return f"Stock ComfyUI {since} and newer loads it{needed}."

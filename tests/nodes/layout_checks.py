@@ -12,11 +12,22 @@ import comfy.utils
 import torch
 from pack.nodes import host
 from pack.quant_core import FORMATS, Recipe
-from pack.quant_core.formats.layer_json import config_tensor, layer_configs
+from pack.quant_core.convert.dequantize import DecodedSource
+from pack.quant_core.formats import detect_layer
+from pack.quant_core.formats.layer_json import CONFIG_KEY, config_tensor, layer_configs
 from pack.quant_core.output import verify_file
 from pack.quant_core.sources import SafetensorsFile
 
 OURS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
+# Name → recipe of the formats below 8 bits and of the microscaling ones.
+STOCK = {
+    "asym_w4a8_int8": {"format": "asym_w4a8_int8"},
+    "asym_w4a8_int8 6 bits": {"format": "asym_w4a8_int8", "bits": 6},
+    "convrot_w4a4": {"format": "convrot_w4a4"},
+    "convrot_w4a4 int4": {"format": "convrot_w4a4", "linear_dtype": "int4"},
+    "nvfp4": {"format": "nvfp4"},
+    "mxfp8": {"format": "mxfp8"},
+}
 DEVICE = comfy.model_management.get_torch_device()
 
 
@@ -71,11 +82,13 @@ def _raised(call, *arguments) -> str:
 
 
 def _bytes(path) -> dict[str, tuple]:
-    """{tensor: (dtype, shape, bytes)} of a file's quantized layers; values as float32 of other tensors."""
+    """{tensor: (dtype, shape, bytes)} of a file's quantized layers without their JSON; values as float32 of other tensors."""
     with SafetensorsFile(path) as opened:
         layers = layer_configs(opened)[0]
         found = {}
         for name, info in opened.tensors.items():
+            if name.endswith(CONFIG_KEY):
+                continue
             tensor = opened.read(name)
             coded = name.rpartition(".")[0].removeprefix("model.diffusion_model.") in {
                 layer.removeprefix("model.diffusion_model.") for layer in layers
@@ -88,12 +101,34 @@ def _bytes(path) -> dict[str, tuple]:
         return found
 
 
+def _codecs(path) -> dict[str, str]:
+    """{layer: codec} of a file."""
+    with SafetensorsFile(path) as opened:
+        return {
+            layer.removeprefix("model.diffusion_model."): str(detect_layer(layer, config, opened.tensors))
+            for layer, config in layer_configs(opened)[0].items()
+        }
+
+
+def _weights(path) -> dict[str, torch.Tensor]:
+    """{tensor: value} of a file whose quantized layers are dequantized."""
+    with SafetensorsFile(path) as opened:
+        decoded = DecodedSource(opened)
+        return {name.removeprefix("model.diffusion_model."): decoded.read(name) for name in decoded.tensors}
+
+
+def _has_same_weights(a, b) -> bool:
+    weights, others = _weights(a), _weights(b)
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
 def loading() -> dict:
-    """Files in own formats through ComfyUI's own functions, before and after the formats are registered."""
+    """Files through ComfyUI's own functions, before and after our formats are registered and layers expanded."""
     tiny = TinyModel()
-    files = {name: tiny.file(format=name, **({"block_size": 64} if "block" in name else {})) for name in OURS}
+    recipes = {name: {"format": name, **({"block_size": 64} if "block" in name else {})} for name in OURS} | STOCK
+    files = {name: tiny.file(**recipe) for name, recipe in recipes.items()}
     paths = {name: str(quantized.files[""]) for name, quantized in files.items()}
-    before = {name: _raised(comfy.sd.load_diffusion_model, path) for name, path in paths.items()}
+    before = {name: _raised(lambda path=path: tiny.run(comfy.sd.load_diffusion_model(path))) for name, path in paths.items()}
     host.add_layouts()
     expected = tiny.run(tiny.original)
     expected_lora = tiny.run(tiny.with_lora(tiny.original))
@@ -112,10 +147,11 @@ def loading() -> dict:
         comfy.sd.save_checkpoint(str(baked), patched)
         comfy.model_management.unload_all_models()
         (ours,) = host.save_files(files[name], "tiny", "output")
+        verified = host.verify_saved(files[name], [ours])
         layers = host.quantized_layers(model)
         found[name] = {
             "before": before[name],
-            "knows": host.supports_format(name),
+            "runs": host.describe_formats(Path(path)),
             "layers": len(layers),
             "codes": sorted(set(layers.values())),
             "error": distance(plain, expected),
@@ -125,15 +161,15 @@ def loading() -> dict:
             "little memory alone": torch.equal(alone, plain),
             "unpatched": torch.equal(unpatched, plain) and torch.equal(tiny.run(model), plain),
             "as in the graph": torch.equal(tiny.run(host.build_model(tiny.original, files[name])), plain),
-            "saved by stock": _bytes(saved) == _bytes(path),
+            "saved by stock": _bytes(saved) == _bytes(path) and _codecs(saved) == _codecs(path),
+            "same weights saved by stock": _has_same_weights(saved, path),
             "saved by us": ours.read_bytes() == Path(path).read_bytes(),
+            "verified": verified,
+            "problems": verify_file(ours).problems,
             "loaded from stock's file": torch.equal(tiny.run(_loaded(saved)), plain),
             "baked": verify_file(baked).problems,
             "baked layers": verify_file(baked).layers,
-            "baked formats": len(
-                {str(config) for config in _configs(baked).values()}
-                | {str(config) for config in _configs(path).values()}
-            ),
+            "baked codecs": len({*_codecs(baked).values(), *_codecs(saved).values()}),
             "baked is as patched": torch.equal(tiny.run(_loaded(baked)), whole),
         }
     return found
@@ -146,11 +182,6 @@ def _loaded(path):
         if type(weight.data) is torch.Tensor:
             weight.data = weight.data.clone()
     return model
-
-
-def _configs(path) -> dict:
-    with SafetensorsFile(path) as opened:
-        return layer_configs(opened)[0]
 
 
 def native() -> dict:
