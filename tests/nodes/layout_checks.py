@@ -103,12 +103,13 @@ def _bytes(path) -> dict[str, tuple]:
 
 
 def _codecs(path) -> dict[str, str]:
-    """{layer: codec} of a file."""
+    """{layer: codec and its JSON} of a file."""
     with SafetensorsFile(path) as opened:
-        return {
-            layer.removeprefix("model.diffusion_model."): str(detect_layer(layer, config, opened.tensors))
+        codecs = {
+            layer.removeprefix("model.diffusion_model."): detect_layer(layer, config, opened.tensors)
             for layer, config in layer_configs(opened)[0].items()
         }
+    return {layer: f"{codec}: {codec.config}" for layer, codec in codecs.items()}
 
 
 def _weights(path) -> dict[str, torch.Tensor]:
@@ -169,7 +170,7 @@ def _loading(recipes: dict[str, dict]) -> dict:
             "loaded from stock's file": torch.equal(tiny.run(_loaded(saved)), plain),
             "problems": [*verify_file(path).problems, *verify_file(saved).problems, *verify_file(baked).problems],
             "baked layers": verify_file(baked).layers,
-            "baked codecs": len({*_codecs(baked).values(), *_codecs(saved).values()}),
+            "baked codecs": _codecs(baked) == _codecs(saved),
             "baked is as patched": torch.equal(tiny.run(_loaded(baked)), whole),
         }
     return found
