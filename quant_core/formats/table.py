@@ -1,6 +1,6 @@
 """The table of formats, each under the exact string that ComfyUI's loader knows. A new format is one file and one line here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..errors import RecipeError, UnknownNameError
 from . import asym_w4a8, convrot_w4a4, fp8, int8, mxfp8, nvfp4
@@ -13,6 +13,7 @@ __all__ = [
     "find_format",
     "find_sibling",
     "make_codec",
+    "newest_release",
     "release_number",
     "with_granularity",
 ]
@@ -37,6 +38,11 @@ FORMATS = READABLE  # that this version writes
 def release_number(release: str) -> tuple[int, ...]:
     """A release as it is written, "0.3.75", in a form that compares by age."""
     return tuple(map(int, release.split(".")))
+
+
+def newest_release(releases: Iterable[str | None]) -> str | None:
+    """The newest of some releases; None where there is none."""
+    return max(filter(None, releases), key=release_number, default=None)
 
 
 def find_format(name: str) -> Format:

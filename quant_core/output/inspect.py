@@ -10,7 +10,7 @@ from ..display import bound_lines, human_bytes
 from ..formats import READABLE, Codec, detect_layer
 from ..formats.kinds import Kind, find_kinds, quantized_formats
 from ..formats.layer_json import file_layers, layer_configs
-from ..formats.table import release_number
+from ..formats.table import newest_release
 from ..sources import TensorInfo, open_safetensors
 from ..sources.diffusers_names import Family, find_family
 from ..sources.dtypes import DTYPE_NAMES
@@ -99,7 +99,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
                 set(kinds.values()),
                 encoders,
                 any(kind.endswith(_BROKEN) for kind in layers),
-                max(filter(None, kitchens), key=release_number, default=""),
+                newest_release(kitchens),
             ),
             made_by=provenance(source),
         )
@@ -119,7 +119,7 @@ def _detect(layer: str, config: Mapping[str, object], tensors: Mapping[str, Tens
 
 
 def _stock_support(
-    family: Family | None, found: list[str], kinds: set[Kind], encoders: bool, broken: bool, kitchen: str
+    family: Family | None, found: list[str], kinds: set[Kind], encoders: bool, broken: bool, kitchen: str | None
 ) -> str:
     """What stock ComfyUI does with such formats.
 
@@ -148,6 +148,6 @@ def _stock_support(
     if None in releases:
         ours = [name for name in found if READABLE[name].stock_since is None]
         return f"ComfyUI's own loaders read {', '.join(ours)} only with this node pack installed."
-    since = max(filter(None, releases), key=release_number)
+    since = newest_release(releases)
     needed = f" with comfy-kitchen {kitchen} or newer" if kitchen else ""
     return f"Stock ComfyUI {since} and newer loads it{needed}."

@@ -97,7 +97,9 @@ def _bytes(path) -> dict[str, tuple]:
             value = (
                 tensor.contiguous().flatten().view(torch.uint8) if coded else tensor.float().flatten().view(torch.uint8)
             )
-            known = (str(info.dtype), info.shape) if coded else info.shape
+            # ComfyUI saves the scales of mxfp8 under the name of their dtype, with the same bytes.
+            dtype = torch.uint8 if info.dtype is torch.float8_e8m0fnu else info.dtype
+            known = (str(dtype), info.shape) if coded else info.shape
             found[name.removeprefix("model.diffusion_model.")] = known, value.numpy().tobytes()
         return found
 
