@@ -145,7 +145,7 @@ def static_inputs() -> tuple:
 def padded(format: str) -> host.Quantized:
     """Layers whose sides are not multiples of 16 or 32, to which the format pads its tensors."""
     path = Path(folder_paths.base_path) / "padded.safetensors"
-    save_file({f"some.{index}.weight": torch.randn(40, 200 + 72 * index) for index in range(2)}, path)
+    save_file({f"some.{index}.weight": torch.randn(40, 200 + 72 * index) for index in range(4)}, path)
     return quantized(format, path=path)
 
 
