@@ -53,9 +53,9 @@ def find_format(name: str) -> Format:
 
 
 def find_sibling(entry: Format, granularity: str) -> Format | None:
-    """The format of the same elements and kind of scales that has this granularity, if there is one."""
-    kind = (entry.elements, entry.codec.scales)
-    others = (other for other in FORMATS.values() if (other.elements, other.codec.scales) == kind)
+    """The format of the same elements and family that has this granularity, if there is one."""
+    kind = (entry.elements, entry.codec)
+    others = (other for other in FORMATS.values() if (other.elements, other.codec) == kind)
     return next((other for other in others if granularity in other.granularities), None)
 
 
