@@ -2,8 +2,6 @@
 
 from comfy_api.latest import io, ui
 
-from ..quant_core.formats.kinds import quantized_formats
-from ..quant_core.sources import SafetensorsFile
 from . import host
 from .ui.schema import check_inputs, schema, widget
 
@@ -55,8 +53,5 @@ class LoadQuantized(io.ComfyNode):
     def execute(cls, model, clip_type=None) -> io.NodeOutput:
         source = host.FileSource.choose(model, clip_type or host.clip_types()[0])
         outputs = host.load_quantized(source)
-        with SafetensorsFile(source.path) as file:
-            formats = quantized_formats(file)
-        decoded = [name for name in formats if not host.supports_format(name)]
-        how = f"decoded as they run: {', '.join(decoded)}" if decoded else "run by ComfyUI itself"
-        return io.NodeOutput(*outputs, ui=ui.PreviewText(f"{source.path.name}: {', '.join(formats)}, {how}"))
+        text = f"{source.path.name}: {host.describe_formats(source.path)}"
+        return io.NodeOutput(*outputs, ui=ui.PreviewText(text))

@@ -11,6 +11,7 @@
 * ``comparing``: run two models on the same inputs and compare their outputs.
 * ``images``: decode sampled latents to images.
 * ``decoding``: formats that this ComfyUI cannot run, and layers of this pack that dequantize them.
+* ``expanding``: layers that this ComfyUI's comfy-kitchen is too old for, as INT8 layers of the same values.
 * ``loading``: load quantized files as a MODEL or CLIP.
 * ``building``: build a MODEL or CLIP from the files of a finished run.
 * ``layouts``: register this pack's formats with ComfyUI's loaders.
@@ -24,7 +25,7 @@ from .building import build_clip, build_model
 from .calibrating import KEEP, calibrate_clip, calibrate_model, samplers, schedulers
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
 from .comparing import compare_clips, compare_models
-from .decoding import supports_format
+from .decoding import describe_formats, supports_format
 from .folders import FileSource, choice_stamp, clip_types, model_files, safetensors_files, shorten_paths
 from .images import decode_images
 from .layouts import add_layouts
@@ -67,6 +68,7 @@ __all__ = [
     "compare_clips",
     "compare_models",
     "decode_images",
+    "describe_formats",
     "FileSource",
     "follow_free_requests",
     "is_interrupt",

@@ -10,7 +10,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...quant_core.formats.layer_json import layer_configs
 from ...quant_core.sources import SafetensorsFile
-from .decoding import make_quantized_linear, supports_layer
+from .decoding import layers_to_decode, make_quantized_linear
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 from .foreign_weights import DECODED
 from .loading import load_clip, load_model
@@ -89,7 +89,7 @@ def _rebuild_clip(clip, quantized: Quantized):
         setattr(rebuilt_model.get_submodule(parent), child, linear)
     rebuilt = clip.clone()
     rebuilt.cond_stage_model = rebuilt_model
-    decoded = not all(supports_layer(config, tensors) for tensors, config in layers.values())
+    decoded = any(layers_to_decode(path) for path in quantized.files.values())
     # Decoding layers need the classic loading, see decoding_options.
     patcher = comfy.model_patcher.ModelPatcher if decoded else type(clip.patcher)
     rebuilt.patcher = patcher(

@@ -1,7 +1,7 @@
 """Formats that this ComfyUI cannot run, and layers of this pack that dequantize them."""
 
 import inspect
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from pathlib import Path
 
 import comfy.ops
@@ -9,22 +9,30 @@ import comfy.quant_ops
 import torch
 
 from ...quant_core.errors import QuantizationError
-from ...quant_core.formats import detect_layer
-from ...quant_core.formats.kinds import find_kinds
+from ...quant_core.formats import Codec, detect_layer
+from ...quant_core.formats.kinds import find_kinds, quantized_formats
 from ...quant_core.formats.layer_json import layer_configs, loaded_configs
 from ...quant_core.formats.smoothing import SMOOTHING_KEY
 from ...quant_core.sources import SafetensorsFile
 from ..runtime.decoded_linear import make_decoding_operations
+from .expanding import is_expanded, runs_in_kitchen
 
 __all__ = [
     "check_kinds",
     "classic_options",
     "decoding_options",
+    "describe_formats",
     "layers_to_decode",
     "make_quantized_linear",
+    "supports_codec",
     "supports_format",
-    "supports_layer",
 ]
+
+
+# What runs a layer, for users.
+_RUN = "run by ComfyUI itself"
+_EXPANDED = "run by ComfyUI as INT8 layers of the same values"
+_DECODED = "decoded as they run"
 
 
 def supports_format(format: object) -> bool:
@@ -32,23 +40,37 @@ def supports_format(format: object) -> bool:
     return format in getattr(comfy.quant_ops, "QUANT_ALGOS", {})
 
 
-def supports_layer(config: Mapping[str, object], suffixes: Container[str]) -> bool:
-    """Whether this ComfyUI itself runs a layer with that JSON and tensors; before 0.30 it ignores ``pre_quant_scale``."""
-    if not supports_format(config.get("format")):
-        return False
-    return SMOOTHING_KEY not in suffixes or SMOOTHING_KEY in comfy.quant_ops.QUANT_ALGOS[config["format"]]["parameters"]
+def _ignores_scale(format: str, suffixes: Container[str]) -> bool:
+    """Whether this ComfyUI leaves the ``pre_quant_scale`` of a layer out, as releases before 0.30 do."""
+    return SMOOTHING_KEY in suffixes and SMOOTHING_KEY not in comfy.quant_ops.QUANT_ALGOS[format]["parameters"]
+
+
+def supports_codec(codec: Codec) -> bool:
+    """Whether this ComfyUI itself runs layers of that codec, or the INT8 layers that they are expanded to."""
+    return supports_format(codec.format.name) and (runs_in_kitchen(codec) or is_expanded(codec))
+
+
+def _describe_way(layer: str, config: dict, tensors) -> str:
+    """How a layer of a file is run here: one of the texts above. Layers that are not valid are left to ComfyUI's loader."""
+    smoothed = {SMOOTHING_KEY} if f"{layer}.{SMOOTHING_KEY}" in tensors else set()
+    if not supports_format(config.get("format")) or _ignores_scale(config["format"], smoothed):
+        return _DECODED
+    try:
+        codec = detect_layer(layer, config, tensors)
+    except ValueError:
+        return _RUN
+    return _RUN if runs_in_kitchen(codec) else _EXPANDED if is_expanded(codec) else _DECODED
 
 
 def layers_to_decode(path: Path) -> list[str]:
-    """The quantized layers of a file with a format that this ComfyUI cannot run; empty where it runs all formats.
+    """The quantized layers of a file with a layer that this ComfyUI cannot run; empty where it runs all of them.
 
     Raises:
         QuantizationError: this pack cannot dequantize one of the layers.
     """
     with SafetensorsFile(path) as file:
         configs, tensors = layer_configs(file)[0], file.tensors
-    suffixes = {layer: {SMOOTHING_KEY} if f"{layer}.{SMOOTHING_KEY}" in tensors else () for layer in configs}
-    if all(supports_layer(config, suffixes[layer]) for layer, config in configs.items()):
+    if all(_describe_way(layer, config, tensors) != _DECODED for layer, config in configs.items()):
         return []
     try:
         for layer, config in configs.items():
@@ -56,6 +78,17 @@ def layers_to_decode(path: Path) -> list[str]:
     except ValueError as error:
         raise QuantizationError(f"{path.name} cannot be loaded: {error}.") from None
     return list(configs)
+
+
+def describe_formats(path: Path) -> str:
+    """The formats of a quantized file and what runs them, for users: "int8_tensorwise, run by ComfyUI itself"."""
+    ways: dict[str, set[str]] = {}
+    with SafetensorsFile(path) as file:
+        formats = quantized_formats(file)
+        for layer, config in layer_configs(file)[0].items():
+            ways.setdefault(_describe_way(layer, config, file.tensors), set()).add(str(config.get("format")))
+    others = [f"{way}: {', '.join(sorted(ways[way]))}" for way in (_DECODED, _EXPANDED) if way in ways]
+    return f"{', '.join(formats)}, {'; '.join(others) or _RUN}"
 
 
 def check_kinds(file: SafetensorsFile) -> None:
@@ -97,14 +130,15 @@ def make_quantized_linear(
         bias: replaces the bias of ``tensors``; without both the layer has no bias.
         dtype: compute dtype of the layer.
     """
-    if supports_layer(config, tensors):
-        operations = comfy.ops.mixed_precision_ops({name: config}, dtype, full_precision_mm=True)
-    else:
-        operations = make_decoding_operations(comfy.ops.manual_cast)
     state = {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
     if bias is not None:
         state[f"{name}.bias"] = bias
-    outer, inner = detect_layer(name, config, state).weight_shape(tuple(tensors["weight"].shape), config)
+    codec = detect_layer(name, config, state)
+    if supports_codec(codec) and not _ignores_scale(codec.format.name, tensors):
+        operations = comfy.ops.mixed_precision_ops({name: config}, dtype, full_precision_mm=True)
+    else:
+        operations = make_decoding_operations(comfy.ops.manual_cast)
+    outer, inner = codec.weight_shape(tuple(tensors["weight"].shape), config)
     linear = operations.Linear(inner, outer, bias=f"{name}.bias" in state, device=device, dtype=dtype)
     linear._load_from_state_dict(state, f"{name}.", {}, True, [], [], [])
     return linear

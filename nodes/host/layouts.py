@@ -16,13 +16,13 @@ import torch
 
 from ...quant_core.formats import FORMATS, detect_layer
 from ...quant_core.formats.layer_json import CONFIG_KEY, config_tensor, read_config
+from .expanding import LOADER, expand_in_place
 from .extended_linear import extend_linear, has_short_forward
 
 __all__ = ["add_layouts"]
 
 log = logging.getLogger(__name__)
 
-_LOADER = "_load_quantized_module"
 _ARGUMENTS = ["module", "super_load", "state_dict", "prefix"]
 _CARRIER = "int8_tensorwise"
 _OWN_FORMATS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
@@ -30,11 +30,11 @@ _OWN_FORMATS = [name for name, entry in FORMATS.items() if entry.stock_since is 
 
 def _find_obstacle() -> str | None:
     """The reason why formats cannot be registered in this ComfyUI; None when they can."""
-    loader = getattr(comfy.ops, _LOADER, None)
+    loader = getattr(comfy.ops, LOADER, None)
     if loader is None:
-        return f"comfy.ops has no {_LOADER}"
+        return f"comfy.ops has no {LOADER}"
     if list(inspect.signature(loader).parameters)[: len(_ARGUMENTS)] != _ARGUMENTS:
-        return f"comfy.ops.{_LOADER} takes other arguments"
+        return f"comfy.ops.{LOADER} takes other arguments"
     if _CARRIER not in comfy.quant_ops.QUANT_ALGOS:
         return f"comfy.quant_ops.QUANT_ALGOS has no {_CARRIER}"
     try:
@@ -68,21 +68,23 @@ def add_layouts() -> None:
         for name in missing:
             own = {"storage_t": FORMATS[name].storage_dtype, "comfy_tensor_layout": LAYOUTS[name].__name__}
             algorithms[name] = {**algorithms[_CARRIER], **own}
-        setattr(comfy.ops, _LOADER, _wrap_loader(getattr(comfy.ops, _LOADER), frozenset(missing)))
+        setattr(comfy.ops, LOADER, _wrap_loader(getattr(comfy.ops, LOADER), frozenset(missing)))
 
 
 def _wrap_loader(load, formats: frozenset[str]):
-    """ComfyUI's function ``load``, :func:`_load_layer` for layers of ``formats``; linear layers get a short forward pass."""
+    """ComfyUI's function ``load``, with our formats ``formats``, expanded layers, and the short forward pass of linear layers."""
 
     @functools.wraps(load)
     def load_quantized_module(module, super_load, state_dict, prefix, *args, **kwargs):
         stored = state_dict.get(prefix + CONFIG_KEY)
         config = {} if stored is None else read_config(stored, prefix + CONFIG_KEY)
         loading = functools.partial(_load_layer, load, config) if config.get("format") in formats else load
+        expand_in_place(config, state_dict, prefix)
         loading(module, super_load, state_dict, prefix, *args, **kwargs)
         if has_short_forward(module):
             module.__class__ = extend_linear(type(module))
 
+    load_quantized_module.expands_layers = True
     return load_quantized_module
 
 

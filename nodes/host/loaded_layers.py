@@ -1,8 +1,9 @@
 """Compare the tensors of a file with those of the model that ComfyUI loaded from it, and run layers of each format."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import comfy.model_management
 import comfy.quant_ops
@@ -13,6 +14,7 @@ from ...quant_core.errors import VerificationError
 from ...quant_core.formats import Codec, TensorSpec, detect_layer
 from ...quant_core.formats.layer_json import CONFIG_KEY
 from .decoding import make_quantized_linear
+from .expanding import ExpandedTensors, expanded_codec, is_expanded, layer_parts
 from .sources import is_quantized
 
 __all__ = [
@@ -36,11 +38,17 @@ class LoadedFile:
     """The tensors of a file, and the model that ComfyUI loaded from it.
 
     Attributes:
-        file: tensors of the file under the names that they have in the model.
+        file: tensors of the file under the names that they have in the model; expanded layers are INT8.
         model: tensors of the model; quantized values, scales and JSON of its quantized layers have the names of a file.
         modules: layers of the model by name.
         elsewhere: names of the file's tensors that this loader does not load.
-        configs: {layer: JSON} of the file's quantized layers.
+        configs: {layer: JSON} of the file's quantized layers; of expanded ones, that of the INT8 layer.
+        codecs: the same layers' codecs.
+        shapes: the same layers' (out, in).
+        expanded: whether some of them are expanded.
+
+    Raises:
+        ValueError: (from the constructor) the tensors of a layer contradict its JSON.
     """
 
     file: Mapping[str, torch.Tensor]
@@ -48,15 +56,23 @@ class LoadedFile:
     modules: Mapping[str, torch.nn.Module]
     elsewhere: Iterable[str] = ()
     configs: dict[str, dict] = field(init=False)
+    codecs: dict[str, Codec] = field(init=False)
+    shapes: dict[str, tuple[int, int]] = field(init=False)
+    expanded: bool = field(init=False)
 
     def __post_init__(self):
         names = [name for name in self.file if name.endswith(JSON_SUFFIX)]
         self.configs = {name.removesuffix(JSON_SUFFIX): _read_json(self.file[name]) for name in names}
-
-    def layer_parts(self, layer: str) -> dict[str, torch.Tensor]:
-        """{suffix: tensor} of one layer of the file."""
-        names = {name.rpartition(".")[2]: name for name in self.file if name.rpartition(".")[0] == layer}
-        return {suffix: self.file[name] for suffix, name in names.items()}
+        self.codecs = {layer: detect_layer(layer, config, self.file) for layer, config in self.configs.items()}
+        self.shapes = {
+            layer: codec.weight_shape(tuple(self.file[f"{layer}.weight"].shape), self.configs[layer])
+            for layer, codec in self.codecs.items()
+        }
+        expanded = {layer: codec for layer, codec in self.codecs.items() if is_expanded(codec)}
+        self.expanded = bool(expanded)
+        self.file = ExpandedTensors(self.file, expanded)
+        self.codecs |= {layer: expanded_codec(codec) for layer, codec in expanded.items()}
+        self.configs |= {layer: self.codecs[layer].config for layer in expanded}
 
 
 def _read_json(tensor: torch.Tensor) -> dict:
@@ -154,7 +170,7 @@ def _check_layer(loaded: LoadedFile, layer: str, config: dict) -> dict[str, Tens
     module = loaded.modules.get(layer)
     if module is None:
         raise VerificationError(f"{layer}: ComfyUI's model has no layer of that name.")
-    codec = detect_layer(layer, config, loaded.file)
+    codec, shape = loaded.codecs[layer], loaded.shapes[layer]
     json_tensor = loaded.model.get(layer + JSON_SUFFIX)
     if json_tensor is not None:
         try:
@@ -167,7 +183,6 @@ def _check_layer(loaded: LoadedFile, layer: str, config: dict) -> dict[str, Tens
         layout = getattr(module, "layout_type", "an unquantized layer")
         raise VerificationError(f"{layer}: {layout} in ComfyUI's model, {codec} in the file.")
     expected = (module.out_features, module.in_features)
-    shape = codec.weight_shape(tuple(loaded.file[f"{layer}.weight"].shape), config)
     if shape != expected:
         raise VerificationError(f"{layer}: weight of shape {shape} in the file, {expected} in ComfyUI's model.")
     return {**codec.specs(shape), **codec.optional(shape)}
@@ -196,22 +211,20 @@ def run_layers(loaded: LoadedFile, device: torch.device) -> dict[str, str]:
     Raises:
         VerificationError: an output differs from that of the file's weights, with and without quantized activations.
     """
-    sizes = {layer: loaded.file[f"{layer}.weight"].numel() for layer in loaded.configs}
-    codecs = {layer: detect_layer(layer, config, loaded.file) for layer, config in loaded.configs.items()}
-    smallest = {str(codecs[layer]): layer for layer in sorted(sizes, key=lambda layer: sizes[layer], reverse=True)}
+    by_size = sorted(loaded.shapes, key=lambda layer: math.prod(loaded.shapes[layer]), reverse=True)
+    smallest = {str(loaded.codecs[layer]): layer for layer in by_size}
     for layer in smallest.values():
         comfy.model_management.throw_exception_if_processing_interrupted()
-        error = _output_error(loaded, layer, codecs[layer], device)
+        error = _output_error(loaded, layer, device)
         if not error < _TOLERANCE:  # true of NaN too
             raise VerificationError(f"{layer}: its output in ComfyUI has a relative error of {error:.3g}.")
     return smallest
 
 
-def _output_error(loaded: LoadedFile, layer: str, codec: Codec, device: torch.device) -> float:
+def _output_error(loaded: LoadedFile, layer: str, device: torch.device) -> float:
     """Relative error of a layer's output for random activations, the smaller of that with and without quantized ones."""
-    module, parts = loaded.modules[layer].to(device), loaded.layer_parts(layer)
-    shape = codec.weight_shape(tuple(parts["weight"].shape), loaded.configs[layer])
-    codec = codec.of_values(parts)
+    module, parts = loaded.modules[layer].to(device), layer_parts(loaded.file, layer)
+    codec, shape = loaded.codecs[layer].of_values(parts), loaded.shapes[layer]
     weight, bias = codec.dequantize(parts, shape), parts.get("bias")
     activations = torch.randn(_TOKENS, shape[1], generator=torch.Generator().manual_seed(0))
     if codec.static_activations and "input_scale" in parts:  # larger activations clip where ComfyUI quantizes them
@@ -219,10 +232,11 @@ def _output_error(loaded: LoadedFile, layer: str, codec: Codec, device: torch.de
     activations = activations.to(_compute_dtype(module))
     output = module(activations.to(device)).float().cpu()
     bias = None if bias is None else bias.float()
-    expected = [
-        torch.nn.functional.linear(x, weight, bias)
-        for x in (activations.float(), codec.quantize_activations(activations))
-    ]
+    # comfy-kitchen without its CUDA kernels quantizes to INT4, whatever linear_dtype is.
+    dtypes = codec.options.get("linear_dtype", ())
+    codecs = [replace(codec, linear_dtype=dtype) for dtype in dtypes] or [codec]
+    quantized = [codec.quantize_activations(activations) for codec in codecs]
+    expected = [torch.nn.functional.linear(x, weight, bias) for x in (activations.float(), *quantized)]
     return min(float((output - each).norm() / each.norm().clamp_min(_TINY)) for each in expected)
 
 

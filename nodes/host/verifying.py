@@ -18,10 +18,11 @@ import torch
 from ...quant_core.errors import QuantizationError, VerificationError
 from ...quant_core.formats import detect_layer
 from ...quant_core.formats.layer_json import layer_configs
-from ...quant_core.output import verify_file
+from ...quant_core.output import inspect_file, verify_file
 from ...quant_core.run.report import Report
 from ...quant_core.sources import SafetensorsFile
 from .decoding import layers_to_decode
+from .expanding import kitchen_version
 from .folders import TEXT_ENCODERS, remove_files
 from .loaded_layers import (
     JSON_SUFFIX,
@@ -161,8 +162,13 @@ def _verify_loading(path: Path, quantized: Quantized) -> str:
     unused = compare_tensors(loaded)
     ran = run_layers(loaded, device)
     others = len(loaded.file) - sum(name.rpartition(".")[0] in loaded.configs for name in loaded.file) - len(unused)
-    if layers_to_decode(path):
+    if decoded := layers_to_decode(path):
         how += ", with decoding layers of this node pack because this ComfyUI cannot run the format"
+    elif loaded.expanded:
+        how += (
+            f", which gets INT8 layers of the same values from this node pack because comfy-kitchen {kitchen_version()} cannot "
+            "run the format"
+        )
     remarks = {
         "Not compared because ComfyUI's model has no such tensor": unused,
         "Outside the reloaded model, and as written": loaded.elsewhere,
@@ -170,4 +176,6 @@ def _verify_loading(path: Path, quantized: Quantized) -> str:
         - loaded.file.keys(),
     }
     summary = [f"Verified: {len(loaded.configs)} layers and {others} other tensors, {how}; ran {', '.join(ran)}."]
+    if decoded or loaded.expanded:
+        summary.append(inspect_file(path).stock)
     return " ".join(summary + [f"{remark}: {_list_names(names)}." for remark, names in remarks.items() if names])

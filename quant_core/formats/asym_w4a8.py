@@ -56,6 +56,10 @@ class AsymW4A8Codec(Codec):
         return self.bits
 
     @property
+    def kitchen_since(self) -> str | None:
+        return "0.2.36" if self.bits == 6 else None
+
+    @property
     def magnitude_bits(self) -> int:
         return 0  # codebooks have no zero
 
@@ -130,6 +134,14 @@ class AsymW4A8Codec(Codec):
         return {"weight": packed.view(torch.int8), **tensors, "weight_codebook": levels.codes}
 
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.restore_weight(self.decode_int8(parts).float() * parts["weight_s_channel"].float().reshape(-1, 1))
+
+    def decode_int8(self, parts: Parts) -> torch.Tensor:
+        """The INT8 values (out, in) that ComfyUI's kernels multiply; ``weight_s_channel`` has their scale per row.
+
+        Raises:
+            ValueError: the tensors contradict the group size.
+        """
         scale = parts["weight_s_rel"]
         scale = (scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale).float()
         indices = (
@@ -141,8 +153,8 @@ class AsymW4A8Codec(Codec):
             raise ValueError(
                 f"its group_size {self.group_size} contradicts {scale.shape[-1]} scales for {codes.shape[-1]} columns"
             )
-        int8 = (codes.unflatten(1, (scale.shape[-1], -1)) * scale[..., None]).flatten(1).round_().clamp_(-127, 127)
-        return self.restore_weight(int8 * parts["weight_s_channel"].float().reshape(-1, 1))
+        values = (codes.unflatten(1, (scale.shape[-1], -1)) * scale[..., None]).flatten(1)
+        return values.round_().clamp_(-127, 127).to(torch.int8)
 
     def __str__(self) -> str:
         return f"{super().__str__()}, {self.bits} bits"

@@ -63,7 +63,6 @@ class Format:
         codec: class of the format's codecs.
         note: one sentence for users.
         stock_since: first ComfyUI release whose loaders read it; None: they need this node pack.
-        kitchen_since: first comfy-kitchen release that it needs; None: any that such a ComfyUI requires.
         full_precision_matmul: whether the JSON key ``full_precision_matrix_mult``, by which ComfyUI dequantizes a weight
             instead of multiplying its quantized values, is a "choice", is "always" set because no card multiplies such
             values, or "never" has an effect.
@@ -86,7 +85,6 @@ class Format:
     codec: type["Codec"]
     note: str
     stock_since: str | None
-    kitchen_since: str | None = None
     full_precision_matmul: Literal["choice", "always", "never"] = "never"
     activations: Literal["tensor", "token", "group"] | None = None
     uncalibrated_error: float | None = None
@@ -281,6 +279,11 @@ class Codec(ABC):
         """The numbers of one of the layer's tensors other than its weight, float32, without padding."""
         spec = {**self.specs(shape), **self.optional(shape)}[suffix]
         return (tensor if tensor.dtype.is_floating_point else tensor.view(spec.dtype)).float()
+
+    @property
+    def kitchen_since(self) -> str | None:
+        """First comfy-kitchen release that runs such layers; None: each that a ComfyUI of ``stock_since`` requires."""
+        return None
 
     @property
     def magnitude_bits(self) -> int:

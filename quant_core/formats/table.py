@@ -1,6 +1,6 @@
 """The table of formats, each under the exact string that ComfyUI's loader knows. A new format is one file and one line here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..errors import RecipeError, UnknownNameError
 from . import asym_w4a8, convrot_w4a4, fp8, int8, mxfp8, nvfp4
@@ -13,6 +13,7 @@ __all__ = [
     "find_format",
     "find_sibling",
     "make_codec",
+    "newest_release",
     "release_number",
     "with_granularity",
 ]
@@ -39,6 +40,11 @@ def release_number(release: str) -> tuple[int, ...]:
     return tuple(map(int, release.split(".")))
 
 
+def newest_release(releases: Iterable[str | None]) -> str | None:
+    """The newest of some releases; None where there is none."""
+    return max(filter(None, releases), key=release_number, default=None)
+
+
 def find_format(name: str) -> Format:
     """The format of that name that this version writes, or :class:`UnknownNameError` with the nearest one."""
     if name not in FORMATS:
@@ -47,9 +53,9 @@ def find_format(name: str) -> Format:
 
 
 def find_sibling(entry: Format, granularity: str) -> Format | None:
-    """The format of the same elements and kind of scales that has this granularity, if there is one."""
-    kind = (entry.elements, entry.codec.scales)
-    others = (other for other in FORMATS.values() if (other.elements, other.codec.scales) == kind)
+    """The format of the same elements and family that has this granularity, if there is one."""
+    kind = (entry.elements, entry.codec)
+    others = (other for other in FORMATS.values() if (other.elements, other.codec) == kind)
     return next((other for other in others if granularity in other.granularities), None)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..display import bound_lines, human_bytes
-from ..formats import READABLE, detect_layer
+from ..formats import READABLE, Codec, detect_layer
 from ..formats.kinds import Kind, find_kinds, quantized_formats
 from ..formats.layer_json import file_layers, layer_configs
 from ..formats.smoothing import SMOOTHING_KEY
-from ..formats.table import release_number
+from ..formats.table import newest_release
 from ..sources import TensorInfo, open_safetensors
 from ..sources.diffusers_names import Family, find_family
 from ..sources.dtypes import DTYPE_NAMES
@@ -19,7 +19,7 @@ from .metadata import ENCODER_PREFIX, provenance
 
 __all__ = ["Inspection", "inspect_file"]
 
-_BROKEN = " (broken)"
+_BROKEN, _SMOOTHED = " (broken)", ", smoothed"
 # First ComfyUI known to read quantized text encoders in a checkpoint, and quantized embeddings.
 _ENCODERS_SINCE = "0.33"
 _TABLE = re.compile(r"(?:^|\.)(?:embed_tokens|shared|token_embedding)$")
@@ -77,9 +77,17 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         configs = file_layers(*layer_configs(source))
         kinds = find_kinds(source)
         layers: dict[str, Counter] = {}
+        kitchens = set()
         for layer, config in configs.items():
             if layer not in kinds:
-                layers.setdefault(_describe(layer, config, source.tensors), Counter())[_pattern(layer)] += 1
+                codec = _detect(layer, config, source.tensors)
+                name = (
+                    f"{codec}{_SMOOTHED * _is_smoothed(layer, source.tensors)}"
+                    if codec
+                    else f"{config.get('format')}{_BROKEN}"
+                )
+                layers.setdefault(name, Counter())[_pattern(layer)] += 1
+                kitchens.add(codec and codec.kitchen_since)
         for layer, kind in kinds.items():
             layers.setdefault(kind.name, Counter())[_pattern(layer)] += 1
         smoothed = {
@@ -100,6 +108,7 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
                 encoders,
                 any(kind.endswith(_BROKEN) for kind in layers),
                 smoothed,
+                newest_release(kitchens),
             ),
             made_by=provenance(source),
         )
@@ -110,12 +119,12 @@ def _pattern(layer: str) -> str:
     return re.sub(r"\b\d+\b", "*", layer)
 
 
-def _describe(layer: str, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> str:
-    """The codec of a layer with JSON, for users."""
+def _detect(layer: str, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> Codec | None:
+    """The codec of a layer with JSON; None where its tensors contradict the JSON."""
     try:
-        return str(detect_layer(layer, config, tensors)) + (", smoothed" if _is_smoothed(layer, tensors) else "")
+        return detect_layer(layer, config, tensors)
     except ValueError:
-        return f"{config.get('format')}{_BROKEN}"
+        return None
 
 
 def _is_smoothed(layer: str, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -123,7 +132,13 @@ def _is_smoothed(layer: str, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def _stock_support(
-    family: Family | None, found: list[str], kinds: set[Kind], encoders: bool, broken: bool, smoothed: set[str]
+    family: Family | None,
+    found: list[str],
+    kinds: set[Kind],
+    encoders: bool,
+    broken: bool,
+    smoothed: set[str],
+    kitchen: str | None,
 ) -> str:
     """What stock ComfyUI does with such formats.
 
@@ -134,6 +149,7 @@ def _stock_support(
         encoders: text encoders of a checkpoint, or embeddings, are quantized.
         broken: some layers do not have the tensors that their JSON implies.
         smoothed: formats of layers that have a ``pre_quant_scale``.
+        kitchen: first comfy-kitchen that runs all layers, where it is newer than that of the ComfyUI that reads them.
     """
     if problems := sorted(kind for kind in kinds if kind.name in found):
         return " ".join(f"It contains {kind.name}. {kind.support}." for kind in problems)
@@ -153,5 +169,6 @@ def _stock_support(
     if None in releases:
         ours = [name for name in found if READABLE[name].stock_since is None]
         return f"ComfyUI's own loaders read {', '.join(ours)} only with this node pack installed."
-    since = max(filter(None, releases), key=release_number)
-    return f"Stock ComfyUI {since} and newer loads it."
+    since = newest_release(releases)
+    needed = f" with comfy-kitchen {kitchen} or newer" if kitchen else ""
+    return f"Stock ComfyUI {since} and newer loads it{needed}."

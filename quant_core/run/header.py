@@ -16,13 +16,14 @@ __all__ = ["check_name_collisions", "file_metadata", "header_bound", "planned_co
 
 
 def file_metadata(
-    source: Source, recipe: Recipe, configs: Mapping[str, dict[str, object]], fingerprint: str | None
+    source: Source, plan: Plan, recipe: Recipe, configs: Mapping[str, dict[str, object]], fingerprint: str | None
 ) -> dict[str, str]:
     """Metadata of the source, of ComfyUI's loader and of this package; ``configs``: layer → JSON configuration."""
+    kitchens = {recipe.of(plan.decisions[name]).format.codec.kitchen_since for name in plan.names("quantize")}
     origin = {"version": VERSION, "fingerprint": fingerprint, "recipe": recipe.to_dict()}
     return {
         **source.metadata,
-        **loading_note(configs),
+        **loading_note(configs, kitchens),
         QUANTIZATION_KEY: quantization_metadata(configs),
         PROVENANCE_KEY: json.dumps(origin, separators=(",", ":")),
     }
@@ -48,7 +49,9 @@ def header_bound(source: Source, plan: Plan, recipe: Recipe, *, calibrated: bool
         layer, codec = name.removesuffix(".weight"), _codec(source, plan, recipe, name)
         specs = codec.file_specs(source.tensors[name].shape, calibrated=calibrated)
         tensors += [(f"{layer}.{suffix}", TensorInfo(spec.dtype, spec.shape)) for suffix, spec in specs.items()]
-    return header_bytes(tensors, file_metadata(source, recipe, planned_configs(source, plan, recipe), fingerprint))
+    return header_bytes(
+        tensors, file_metadata(source, plan, recipe, planned_configs(source, plan, recipe), fingerprint)
+    )
 
 
 def check_name_collisions(source: Source, plan: Plan, recipe: Recipe) -> None:

@@ -85,7 +85,7 @@ def quantize_tensors(
     fingerprint = run_fingerprint(source, recipe, calibration)
     return QuantizedTensors(
         tensors=dict(sink),
-        metadata=file_metadata(source, recipe, run.configs, fingerprint),
+        metadata=file_metadata(source, plan, recipe, run.configs, fingerprint),
         report=run.report,
     )
 
@@ -175,7 +175,7 @@ def quantize_file(
                 if run_fingerprint(source, recipe, calibration) != fingerprint:
                     raise SourceError(f"{source.name} was changed while it was read; run again.")
             run.report.bytes_out = writer.finish(
-                file_metadata(source, recipe, run.configs, fingerprint),
+                file_metadata(source, plan, recipe, run.configs, fingerprint),
                 lambda done, total: emit(OutputChecked(done=done, total=total)),
             )
     run.report.already_done = writer.matched_existing

@@ -1,5 +1,6 @@
 """Checks of this pack's layouts for in_process.py: inside the host's process, with the pack imported as ``pack``."""
 
+import functools
 import logging
 import sys
 from pathlib import Path
@@ -12,11 +13,22 @@ import comfy.utils
 import torch
 from pack.nodes import host
 from pack.quant_core import FORMATS, Recipe
-from pack.quant_core.formats.layer_json import config_tensor, layer_configs
+from pack.quant_core.convert.dequantize import DecodedSource
+from pack.quant_core.formats import detect_layer
+from pack.quant_core.formats.layer_json import CONFIG_KEY, config_tensor, layer_configs
 from pack.quant_core.output import verify_file
 from pack.quant_core.sources import SafetensorsFile
 
 OURS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
+# Name → recipe of the formats below 8 bits and of the microscaling ones.
+STOCK = {
+    "asym_w4a8_int8": {"format": "asym_w4a8_int8"},
+    "asym_w4a8_int8 6 bits": {"format": "asym_w4a8_int8", "bits": 6},
+    "convrot_w4a4": {"format": "convrot_w4a4"},
+    "convrot_w4a4 int4": {"format": "convrot_w4a4", "linear_dtype": "int4"},
+    "nvfp4": {"format": "nvfp4"},
+    "mxfp8": {"format": "mxfp8"},
+}
 DEVICE = comfy.model_management.get_torch_device()
 
 
@@ -71,11 +83,13 @@ def _raised(call, *arguments) -> str:
 
 
 def _bytes(path) -> dict[str, tuple]:
-    """{tensor: (dtype, shape, bytes)} of a file's quantized layers; values as float32 of other tensors."""
+    """{tensor: (dtype, shape, bytes)} of a file's quantized layers without their JSON; values as float32 of other tensors."""
     with SafetensorsFile(path) as opened:
         layers = layer_configs(opened)[0]
         found = {}
         for name, info in opened.tensors.items():
+            if name.endswith(CONFIG_KEY):
+                continue
             tensor = opened.read(name)
             coded = name.rpartition(".")[0].removeprefix("model.diffusion_model.") in {
                 layer.removeprefix("model.diffusion_model.") for layer in layers
@@ -83,31 +97,57 @@ def _bytes(path) -> dict[str, tuple]:
             value = (
                 tensor.contiguous().flatten().view(torch.uint8) if coded else tensor.float().flatten().view(torch.uint8)
             )
-            known = (str(info.dtype), info.shape) if coded else info.shape
+            # ComfyUI saves the scales of mxfp8 under the name of their dtype, with the same bytes.
+            dtype = torch.uint8 if info.dtype is torch.float8_e8m0fnu else info.dtype
+            known = (str(dtype), info.shape) if coded else info.shape
             found[name.removeprefix("model.diffusion_model.")] = known, value.numpy().tobytes()
         return found
 
 
+def _codecs(path) -> dict[str, str]:
+    """{layer: codec and its JSON} of a file."""
+    with SafetensorsFile(path) as opened:
+        codecs = {
+            layer.removeprefix("model.diffusion_model."): detect_layer(layer, config, opened.tensors)
+            for layer, config in layer_configs(opened)[0].items()
+        }
+    return {layer: f"{codec}: {codec.config}" for layer, codec in codecs.items()}
+
+
+def _weights(path) -> dict[str, torch.Tensor]:
+    """{tensor: value} of a file whose quantized layers are dequantized."""
+    with SafetensorsFile(path) as opened:
+        decoded = DecodedSource(opened)
+        return {name.removeprefix("model.diffusion_model."): decoded.read(name) for name in decoded.tensors}
+
+
+def _has_same_weights(a, b) -> bool:
+    weights, others = _weights(a), _weights(b)
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
 def loading() -> dict:
-    """Files in own formats through ComfyUI's own functions, before and after the formats are registered."""
+    """Files in own formats through ComfyUI's own functions, before and after our formats are registered."""
+    return _loading({name: {"format": name, **({"block_size": 64} if "block" in name else {})} for name in OURS})
+
+
+def _loading(recipes: dict[str, dict]) -> dict:
     tiny = TinyModel()
-    files = {name: tiny.file(format=name, **({"block_size": 64} if "block" in name else {})) for name in OURS}
-    paths = {name: str(quantized.files[""]) for name, quantized in files.items()}
-    before = {name: _raised(comfy.sd.load_diffusion_model, path) for name, path in paths.items()}
+    files = {name: tiny.file(**recipe) for name, recipe in recipes.items()}
+    paths = {name: Path(quantized.files[""]) for name, quantized in files.items()}
+    before = {name: _raised(lambda path=path: tiny.run(_loaded(path))) for name, path in paths.items()}
     host.add_layouts()
     expected = tiny.run(tiny.original)
     expected_lora = tiny.run(tiny.with_lora(tiny.original))
+    moved = distance(expected_lora, expected)
     found = {}
     for name, path in paths.items():
-        model = comfy.sd.load_diffusion_model(path)
+        model = comfy.sd.load_diffusion_model(str(path))
         plain = tiny.run(model)
         patched = tiny.with_lora(model)
         whole, little = tiny.run(patched), tiny.run(patched, lowvram_model_memory=1)
         alone, unpatched = tiny.run(model, lowvram_model_memory=1), tiny.run(model)
-        saved, baked = (
-            Path(path).with_name(f"{name}_saved.safetensors"),
-            Path(path).with_name(f"{name}_baked.safetensors"),
-        )
+        saved, baked = path.with_name(f"{name}_saved.safetensors"), path.with_name(f"{name}_baked.safetensors")
         comfy.sd.save_checkpoint(str(saved), model)
         comfy.sd.save_checkpoint(str(baked), patched)
         comfy.model_management.unload_all_models()
@@ -115,25 +155,24 @@ def loading() -> dict:
         layers = host.quantized_layers(model)
         found[name] = {
             "before": before[name],
-            "knows": host.supports_format(name),
+            "runs": host.describe_formats(path),
             "layers": len(layers),
             "codes": sorted(set(layers.values())),
             "error": distance(plain, expected),
-            "the LoRA moves by": distance(expected_lora, expected),
+            "the LoRA moves by": moved,
             "error with the LoRA": distance(whole, expected_lora),
             "error with the LoRA and little memory": distance(little, expected_lora),
             "little memory alone": torch.equal(alone, plain),
-            "unpatched": torch.equal(unpatched, plain) and torch.equal(tiny.run(model), plain),
+            "unpatched": torch.equal(unpatched, plain),
             "as in the graph": torch.equal(tiny.run(host.build_model(tiny.original, files[name])), plain),
-            "saved by stock": _bytes(saved) == _bytes(path),
-            "saved by us": ours.read_bytes() == Path(path).read_bytes(),
+            "saved by stock": _bytes(saved) == _bytes(path) and _codecs(saved) == _codecs(path),
+            "same weights saved by stock": _has_same_weights(saved, path),
+            "saved by us": ours.read_bytes() == path.read_bytes(),
+            "verified": host.verify_saved(files[name], [ours]),
             "loaded from stock's file": torch.equal(tiny.run(_loaded(saved)), plain),
-            "baked": verify_file(baked).problems,
+            "problems": [*verify_file(path).problems, *verify_file(saved).problems, *verify_file(baked).problems],
             "baked layers": verify_file(baked).layers,
-            "baked formats": len(
-                {str(config) for config in _configs(baked).values()}
-                | {str(config) for config in _configs(path).values()}
-            ),
+            "baked codecs": _codecs(baked) == _codecs(saved),
             "baked is as patched": torch.equal(tiny.run(_loaded(baked)), whole),
         }
     return found
@@ -146,11 +185,6 @@ def _loaded(path):
         if type(weight.data) is torch.Tensor:
             weight.data = weight.data.clone()
     return model
-
-
-def _configs(path) -> dict:
-    with SafetensorsFile(path) as opened:
-        return layer_configs(opened)[0]
 
 
 def native() -> dict:
@@ -290,6 +324,7 @@ def changed() -> dict[str, dict]:
 
 CHECKS = {
     "layout_loading": loading,
+    **{f"layout_stock {name}": functools.partial(_loading, {name: recipe}) for name, recipe in STOCK.items()},
     "layout_native": native,
     "layout_damaged": damaged,
     "layout_changed": changed,

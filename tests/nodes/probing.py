@@ -11,8 +11,13 @@ from learned_rounding.quant_core import FORMATS
 
 __all__ = ["CASES", "ProbedGraph", "in_process", "loads", "probed", "progress", "stock_loads", "takes_layouts", "text"]
 
-CASES = [(name, granularity, "off") for name, entry in FORMATS.items() for granularity in entry.granularities]
-CASES.append(("int8_tensorwise", "row", "on"))
+# Format, options of Configure Quantization.
+CASES = [(name, {"granularity": granularity}) for name, entry in FORMATS.items() for granularity in entry.granularities]
+CASES += [
+    ("int8_tensorwise", {"granularity": "row", "convrot": "on"}),
+    ("asym_w4a8_int8", {"bits": 6}),
+    ("convrot_w4a4", {"linear_dtype": "int4"}),
+]
 
 
 class ProbedGraph(TinyGraph):

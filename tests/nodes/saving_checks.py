@@ -30,10 +30,12 @@ def output() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
-def quantized(format: str = "float8_e4m3fn", kind: str = "diffusion_models", path: Path = TINY) -> host.Quantized:
+def quantized(
+    format: str = "float8_e4m3fn", kind: str = "diffusion_models", path: Path = TINY, **options
+) -> host.Quantized:
     """A new run; the cached result is dropped."""
     host.quantizing._last = None
-    recipe = Recipe(format=format, rounding="nearest")
+    recipe = Recipe(format=format, rounding="nearest", **options)
     return host.quantize(host.FileSource(path, kind, "sd3"), recipe, lambda event: None, general=True)
 
 
@@ -146,7 +148,7 @@ def padded(format: str) -> host.Quantized:
     """Layers whose sides are not multiples of 16 or 32, to which the format pads its tensors."""
     path = Path(folder_paths.base_path) / "padded.safetensors"
     save_file({f"some.{index}.weight": torch.randn(40, 200 + 72 * index) for index in range(2)}, path)
-    return quantized(format, path=path)
+    return quantized(format, path=path, layer_config=json.dumps({"some": format}))  # not 8 bits, as outside of blocks
 
 
 def valid() -> dict:

@@ -1,11 +1,20 @@
 """Files in this pack's formats through ComfyUI's own loaders, inside the host's process."""
 
 import pytest
+import torch
 
 from learned_rounding.quant_core import FORMATS
-from learned_rounding.tests.nodes.probing import in_process, takes_layouts
+from learned_rounding.tests.nodes.probing import in_process, stock_loads, takes_layouts
 
 OURS = [name for name, entry in FORMATS.items() if entry.stock_since is None]
+STOCK = [
+    "asym_w4a8_int8",
+    "asym_w4a8_int8 6 bits",
+    "convrot_w4a4",
+    "convrot_w4a4 int4",
+    "nvfp4",
+    "mxfp8",
+]
 # Relative error of the tiny model's prediction for random inputs; round to nearest, quantized activations.
 BOUND = 0.25
 
@@ -32,29 +41,54 @@ def test_every_operation_of_every_layout(host, tmp_path):
     assert wrong == []
 
 
+def check_loaded(name, result, format, expanded=False):
+    """The values that hold for files of every format through ComfyUI's own functions."""
+    assert result["layers"] == result["baked layers"] > 30, (name, result)
+    stored = str(torch.int8 if expanded else FORMATS[format].storage_dtype).removeprefix("torch.")
+    assert {stored} <= set(result["codes"]) <= {stored, "int8"}, (name, result)
+    for error in ("error", "error with the LoRA", "error with the LoRA and little memory"):
+        assert 0 < result[error] < BOUND, (name, error, result)
+    assert result["error with the LoRA"] < result["the LoRA moves by"], (name, result)
+    for what in (
+        "little memory alone",
+        "unpatched",
+        "as in the graph",
+        "same weights saved by stock",
+        "saved by us",
+        "loaded from stock's file",
+        "baked codecs",
+        "baked is as patched",
+    ):
+        assert result[what], (name, what, result)
+    assert result["saved by stock"] is not expanded, (name, result)
+    assert result["problems"] == [], (name, result)
+
+
 @pytest.mark.usefixtures("taught")
 def test_stock_functions_load_run_patch_and_save_own_formats(host, tmp_path):
     found = in_process(host, tmp_path, "layout_loading")
     assert set(found) == set(OURS)
     for name, result in found.items():
-        assert result["before"] == f"KeyError('{name}')" and result["knows"], (name, result)
-        assert result["layers"] == result["baked layers"] > 30, (name, result)
-        assert result["codes"] == [str(FORMATS[name].storage_dtype).removeprefix("torch.")], (name, result)
-        for error in ("error", "error with the LoRA", "error with the LoRA and little memory"):
-            assert 0 < result[error] < BOUND, (name, error, result)
-        assert result["error with the LoRA"] < result["the LoRA moves by"], (name, result)
-        for what in (
-            "little memory alone",
-            "unpatched",
-            "as in the graph",
-            "saved by stock",
-            "saved by us",
-            "loaded from stock's file",
-            "baked is as patched",
-        ):
-            assert result[what], (name, what, result)
-        assert result["baked"] == [], (name, result)
-        assert result["baked formats"] == 1, (name, result)
+        assert result["before"] == f"KeyError('{name}')", (name, result)
+        assert result["runs"] == f"{name}, run by ComfyUI itself"
+        check_loaded(name, result, name)
+
+
+@pytest.mark.usefixtures("taught")
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_functions_load_run_patch_and_save_formats_below_8_bits(host, tmp_path, name, sentences):
+    """The layers that comfy-kitchen 0.2.31 cannot decode run as INT8 layers of the same values, and fail without this pack."""
+    format = name.partition(" ")[0]
+    if not stock_loads(host, format):
+        pytest.skip(f"ComfyUI {host.version} cannot load {format} files")
+    result = in_process(host, tmp_path, f"layout_stock {name}")[name]
+    expanded = "INT8 layers" in result["runs"]
+    assert expanded is result["before"].startswith("ValueError"), result
+    assert expanded or result["before"] == ""
+    if host.version == "0.33.0":
+        assert expanded is name.endswith("6 bits")
+    check_loaded(name, result, format, expanded)
+    sentences(result["runs"], result["verified"])
 
 
 @pytest.mark.usefixtures("taught")

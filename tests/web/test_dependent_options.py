@@ -80,9 +80,11 @@ def test_the_format_decides_what_shows(graph):
     before = size(graph)
     for format, more in {
         "float8_e5m2": {"layer_config"},
-        "measured": {"target_size", "target_error", "block_formats"},
+        "measured": {"target_size", "target_error", "block_formats", "card"},
         "float8_e4m3fn": {"granularity", "full_precision_matrix_mult", "layer_config"},
         "int8_blockwise": {"granularity", "layer_config"},
+        "asym_w4a8_int8": {"convrot", "layer_config", "bits"},
+        "convrot_w4a4": {"convrot", "layer_config", "linear_dtype"},
     }.items():
         choose(graph, format=format)
         assert shown(graph) == ALWAYS | more, format
@@ -122,7 +124,7 @@ def test_a_hidden_option_is_kept_and_does_not_make_a_run_fail(graph, workflow):
     saved = graph.evaluate(
         "(id) => window.app.graph.serialize().nodes.find((node) => node.id === id).widgets_values", CONFIGURE
     )
-    assert (saved[0], saved[1], saved[8], len(saved)) == ("float8_e5m2", "row", "on", 13)
+    assert (saved[0], saved[1], saved[8], len(saved)) == ("float8_e5m2", "row", "on", 16)
     assert queue_prompt(graph)["type"] == "execution_success"
     choose(graph, format="int8_tensorwise")
     assert (inputs(graph)["convrot"], inputs(graph)["granularity"]) == ("on", "row")
@@ -149,7 +151,7 @@ def test_workflows_that_are_opened_undone_and_copied(graph, workflow):
     saved["nodes"][1]["size"] = [360, 500]
     load_workflow(graph, saved)
     graph.evaluate("(id) => { window.app.graph.getNodeById(id).showAdvanced = true }", CONFIGURE)
-    measured = ALWAYS | {"target_size", "target_error", "block_formats"}
+    measured = ALWAYS | {"target_size", "target_error", "block_formats", "card"}
     assert shown(graph) == measured
     if not graph.vue_nodes:
         assert size(graph)[0] == 500, "a saved size is kept"
@@ -214,7 +216,7 @@ def test_what_is_connected_stays(graph):
         }""",
         CONFIGURE,
     )
-    assert graph.evaluate("() => window.shownInside") == 13, "a format that is chosen outside may be any"
+    assert graph.evaluate("() => window.shownInside") == 16, "a format that is chosen outside may be any"
 
 
 @pytest.mark.browser
@@ -254,7 +256,8 @@ def test_what_shows_is_what_a_recipe_does_not_refuse(comfy):
     tried = {
         "convrot": {"convrot": True}, "full_precision_matrix_mult": {"full_precision_matmul": True},
         "target_size": {"target_size": 1.0}, "target_error": {"target_error": 1.0}, "block_formats": {"block_formats": True},
-        "layer_config": {"layer_config": '{"a": "skip"}'},
+        "layer_config": {"layer_config": '{"a": "skip"}'}, "bits": {"bits": 6}, "linear_dtype": {"linear_dtype": "int4"},
+        "card": {"card": "9.0"},
     }  # fmt: skip
     for format, granularity in itertools.product([*FORMATS, "measured"], ["auto", *GRANULARITIES]):
         measured = format == "measured"

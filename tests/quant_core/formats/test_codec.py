@@ -150,3 +150,18 @@ def test_file_specs_are_what_is_stored(name, options, shape):
     assert {f"a.{suffix}": (spec.dtype, spec.shape) for suffix, spec in specs.items()} == {
         key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()
     }
+
+
+@pytest.mark.parametrize("bits, kitchen", [(4, None), (6, "0.2.36")])
+def test_asym_w4a8_layers_are_int8_layers_of_the_same_values(bits, kitchen):
+    """What ComfyUI's loaders get where comfy-kitchen is too old."""
+    weight = torch.randn((6, 256), generator=torch.Generator().manual_seed(0))
+    made = quantize_weight(weight, "asym_w4a8_int8", bits=bits, convrot=64)
+    assert made.codec.kitchen_since == kitchen
+    parts = {name.removeprefix("a."): tensor for name, tensor in made.tensors("a").items()}
+    int8 = {"weight": made.codec.decode_int8(parts), "weight_scale": parts["weight_s_channel"].reshape(-1, 1)}
+    codec = make_codec("int8_tensorwise", "row", convrot=64)
+    assert all(spec.matches(int8[suffix]) for suffix, spec in codec.specs((6, 256)).items())
+    expected = made.codec.dequantize(parts, (6, 256))
+    assert torch.equal(codec.dequantize(int8, (6, 256)), expected)
+    assert 0 < (expected - weight).norm() / weight.norm() < 0.1

@@ -60,3 +60,5 @@ def test_siblings_share_the_elements(name, granularity, other):
 
 def test_a_format_may_have_no_find_sibling():
     assert find_sibling(find_format("float8_e5m2"), "row") is None
+    assert find_sibling(find_format("asym_w4a8_int8"), "row") is None
+    assert find_sibling(find_format("int8_tensorwise"), "group") is None

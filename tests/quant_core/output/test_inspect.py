@@ -71,6 +71,17 @@ def test_a_file_of_both_formats_needs_the_newer_release(tmp_path, sentences):
     assert found.quantized == {"float8_e4m3fn per tensor": 1, "int8_tensorwise per tensor": 1}
 
 
+@pytest.mark.parametrize("bits, kitchen", [(4, False), (6, True)])
+def test_files_of_6_bits_need_a_newer_comfy_kitchen(model_file, tmp_path, bits, kitchen, sentences):
+    recipe = Recipe(format="asym_w4a8_int8", bits=bits, rounding="nearest")
+    quantize_file(model_file(), tmp_path / "q.safetensors", recipe)
+    found = inspect_file(tmp_path / "q.safetensors")
+    sentences(found.stock)
+    assert "0.31" in found.stock and ("comfy-kitchen 0.2.36" in found.stock) is kitchen
+    with SafetensorsFile(tmp_path / "q.safetensors") as file:
+        assert ("comfy-kitchen 0.2.36" in file.metadata.get("note", "")) is kitchen
+
+
 def test_a_broken_layer_counts_as_broken(tmp_path):
     save_file(
         {"a.weight": torch.zeros(4, 4, dtype=torch.int8), "a.comfy_quant": config('{"format":"int8_tensorwise"}')},

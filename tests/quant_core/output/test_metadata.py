@@ -98,4 +98,11 @@ def test_the_note_names_this_pack_for_formats_that_stock_comfyui_does_not_load(s
         "note"
     ]
     sentences(note)
+    assert loading_note({"a": CONFIG}, [None]) == {}
+    newer = loading_note({"a": CONFIG}, [None, "0.2.36", "0.2.4"])["note"]
+    sentences(newer)
+    assert "comfy-kitchen 0.2.36 or newer" in newer
+    assert loading_note({"b": {"format": "int8_blockwise"}}, ["0.2.36"])["note"].startswith(
+        "ComfyUI loads int8_blockwise layers with the node pack"
+    )
     assert project["tool"]["comfy"]["DisplayName"] in note and project["project"]["urls"]["Repository"] in note
