@@ -27,6 +27,7 @@ def describe_uncalibrated(format: FormatConfig) -> str | None:
     if format.measured or format.codec.weight_bits > _FEW:
         return None
     error = format.codec.format.uncalibrated_error
+    assert error is not None
     return (
         f"{format.name} without a calibration: expect an error of about {error:.0%} in the output of each layer, "
         f"{error / _EIGHT_BIT_ERROR:.0f} times that of INT8; calibrate the model first, which more than halves it."
