@@ -84,7 +84,7 @@ def _wrap_loader(load, formats: frozenset[str]):
         if has_short_forward(module):
             module.__class__ = extend_linear(type(module))
 
-    load_quantized_module.expands_layers = True
+    vars(load_quantized_module)["expands_layers"] = True  # see expanding.is_expanded
     return load_quantized_module
 
 

@@ -82,9 +82,9 @@ def test_the_format_decides_what_shows(graph):
         "float8_e5m2": {"layer_config"},
         "measured": {"target_size", "target_error", "block_formats", "card"},
         "float8_e4m3fn": {"granularity", "full_precision_matrix_mult", "layer_config"},
-        "int8_blockwise": {"granularity", "layer_config"},
         "asym_w4a8_int8": {"convrot", "layer_config", "bits"},
         "convrot_w4a4": {"convrot", "layer_config", "linear_dtype"},
+        "int8_blockwise": {"granularity", "layer_config"},
     }.items():
         choose(graph, format=format)
         assert shown(graph) == ALWAYS | more, format
