@@ -15,7 +15,13 @@ TABLE = {name: option for options in OPTION_TABLE.values() for name, option in o
 
 
 def test_every_field_of_a_recipe_is_in_the_table():
-    assert set(TABLE) == {*Recipe().to_dict(), "bits", "linear_dtype", "card", "smoothing"}  # these are written where they are given
+    assert set(TABLE) == {
+        *Recipe().to_dict(),
+        "bits",
+        "linear_dtype",
+        "card",
+        "smoothing",
+    }  # these are written where they are given
     assert sum(map(len, OPTION_TABLE.values())) == len(TABLE)
 
 
