@@ -57,6 +57,10 @@ class SolveSpace:
     basis: Basis | None = None
     levels: GroupLevels | None = None
 
+    def with_levels(self, levels: GroupLevels) -> "SolveSpace":
+        """The space with chosen levels."""
+        return replace(self, levels=levels)
+
     def of_rows(self, rows: slice | torch.Tensor) -> "SolveSpace":
         """The space with the levels of some rows."""
         return replace(self, levels=self.levels.rows(rows)) if self.levels else self

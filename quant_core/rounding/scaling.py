@@ -40,7 +40,7 @@ def start_scaling(weight: torch.Tensor, space: SolveSpace, check: CancelCheck | 
     """
     if space.levels:
         levels, scale = start_levels(weight, space, check)
-        return Scaling(scale, None, replace(space, levels=levels))
+        return Scaling(scale, None, space.with_levels(levels))
     return Scaling(*amax_scale(weight, space, check), space)
 
 
@@ -60,6 +60,6 @@ def search_scaling(
     space, weights = start.space, {"column_weight": column_weight, "row_weight": row_weight}
     if space.levels:
         levels, gain = search_levels(weight, space.levels, start.scale, space, **weights, check=check)
-        return replace(start, space=replace(space, levels=levels)), gain
+        return replace(start, space=space.with_levels(levels)), gain
     scale, gain = search_scale(weight, start.scale, start.parent, space, **weights, seed=seed, check=check)
     return replace(start, scale=scale), gain

@@ -83,10 +83,13 @@ def weight_error():
     """weight_error(quantized, weight) → ‖Ŵ − W‖/‖W‖ in float64, from the quantized values and the scales alone."""
 
     def measure(quantized, weight: torch.Tensor) -> float:
-        exact = weight.double()
+        basis = quantized.codec.basis  # orthogonal where there is one, so that errors are the same
+        exact = (basis.apply_weight(weight) if basis else weight).double()
         scale = quantized.scale.double()
         rows, columns = (-(-side // count) for side, count in zip(exact.shape, scale.shape, strict=True))
-        if size := quantized.codec.group_size:  # groups at the edges are smaller
+        if (
+            size := quantized.codec.group_size
+        ) and quantized.solution.levels is None:  # groups at the edges are smaller
             rows, columns = (size if quantized.granularity == "block" else 1), size
         scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: exact.shape[0], : exact.shape[1]]
         lost = quantized.qdata.double() * scale - exact

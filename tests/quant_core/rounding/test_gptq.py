@@ -3,30 +3,35 @@
 import pytest
 import torch
 
-from learned_rounding.quant_core import FORMATS, quantize_weight
+from learned_rounding.kernels.reference import round_to_levels
+from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.errors import CalibrationError
-from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.rounding import (
     Principal,
     Quadratic,
-    amax_scale,
     gptq,
     hessian_quadratic,
     projected,
     round_gptq,
 )
-
-TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
+from learned_rounding.tests.quant_core.rounding.targets import TARGETS, held_shape, start
 
 
 def space_and_scale(format, granularity, weight):
-    """The solve space of a weight, and its amax scales."""
-    codec = make_codec(format, granularity, block_size=16 if granularity == "block" else None)
-    space = codec.solve_space(tuple(weight.shape))
-    return space, amax_scale(weight, space)[0]
+    """The solve space of a weight, and the scales with which it is rounded to nearest."""
+    scaling = start(weight, format, granularity)
+    return scaling.space, scaling.scale
 
 
-def published_gptq(weight, scale, elements, hessian, dampening):
+def nearest(space, scaled, column):
+    """The nearest elements, or levels of their groups, of one column."""
+    if space.levels is None:
+        return space.elements.encode(scaled).float()
+    levels = space.levels
+    return round_to_levels(scaled[:, None], levels.codes, levels.scale[:, column // levels.columns], 127.0)[:, 0]
+
+
+def published_gptq(weight, scale, space, hessian, dampening):
     """GPTQ as published: columns by falling diagonal, errors through the Cholesky factor of the inverse; float64."""
     order = hessian.diagonal().argsort(stable=True).flip(0)
     h = hessian.double() + dampening * torch.eye(hessian.shape[0])
@@ -34,7 +39,7 @@ def published_gptq(weight, scale, elements, hessian, dampening):
     left, values = weight.double()[:, order].clone(), torch.empty_like(weight)
     spread = scale.double().expand(weight.shape)[:, order]
     for j in range(weight.shape[1]):
-        values[:, j] = elements.encode((left[:, j] / spread[:, j]).float()).float()
+        values[:, j] = nearest(space, (left[:, j] / spread[:, j]).float(), int(order[j]))
         error = (left[:, j] - values[:, j] * spread[:, j]) / upper[j, j]
         left[:, j:] -= error[:, None] * upper[j, j:]
     back = torch.empty_like(values)
@@ -46,19 +51,20 @@ def published_gptq(weight, scale, elements, hessian, dampening):
 @pytest.mark.parametrize("shape", [(24, 200), (7, 40), (1, 9), (5, 1)])
 def test_gptq_matches_the_published_form_in_float64(gaussian, anisotropic, format, granularity, shape):
     """Blocks, the transposed layout and the factor of H instead of its inverse change nothing but ties."""
+    shape = held_shape(format, shape)
     weight, known = gaussian(*shape) * 0.02, anisotropic(shape[1])
     space, scale = space_and_scale(format, granularity, weight)
     quadratic = hessian_quadratic(known.hessian, 0.05)
     got = round_gptq(weight, scale, space, quadratic).float()
-    want = published_gptq(weight, space.groups.spread(scale), space.elements, known.hessian, quadratic.dampening)
+    want = published_gptq(weight, space.groups.spread(scale), space, known.hessian, quadratic.dampening)
     assert (got == want).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("format, granularity", TARGETS)
 def test_gptq_with_a_diagonal_hessian_is_round_to_nearest(gaussian, format, granularity):
-    weight = gaussian(40, 150) * 0.02
+    weight = gaussian(*held_shape(format, (40, 150))) * 0.02
     space, scale = space_and_scale(format, granularity, weight)
-    hessian = torch.diag(torch.linspace(0.1, 3, 150))
+    hessian = torch.diag(torch.linspace(0.1, 3, weight.shape[1]))
     for quadratic in (Quadratic(), hessian_quadratic(hessian, 0.01)):
         qdata = round_gptq(weight, scale, space, quadratic)
         assert torch.equal(qdata.float(), space.encode(weight, scale).float())

@@ -5,12 +5,11 @@ import sys
 import pytest
 import torch
 
-from learned_rounding.quant_core import FORMATS, quantize_weight
+from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.errors import MissingPackageError
 from learned_rounding.quant_core.formats import make_codec
-from learned_rounding.quant_core.rounding import OPTIMIZERS, SCHEDULES, amax_scale, hessian_quadratic, round_gradient
-
-TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
+from learned_rounding.quant_core.rounding import OPTIMIZERS, SCHEDULES, hessian_quadratic, round_gradient
+from learned_rounding.tests.quant_core.rounding.targets import TARGETS, start
 
 
 @pytest.fixture
@@ -19,9 +18,8 @@ def problem(gaussian, anisotropic):
 
     def make(format="int8_tensorwise", granularity="row", shape=(24, 96)):
         weight, known = gaussian(*shape) * 0.02, anisotropic(shape[1])
-        codec = make_codec(format, granularity, block_size=16 if granularity == "block" else None)
-        space = codec.solve_space(shape)
-        return weight, amax_scale(weight, space)[0], space, hessian_quadratic(known.hessian, 0.01)
+        scaling = start(weight, format, granularity)
+        return weight, scaling.scale, scaling.space, hessian_quadratic(known.hessian, 0.01)
 
     return make
 
@@ -36,7 +34,7 @@ def dampened_loss(qdata, weight, scale, space, quadratic) -> float:
 def test_every_optimizer_beats_nearest_with_neighbouring_codes(problem, format, granularity, optimizer):
     weight, scale, space, quadratic = arguments = problem(format, granularity)
     qdata = round_gradient(*arguments, optimizer=optimizer, num_iter=130)
-    low, high = space.elements.neighbours(weight / space.divisor(scale))
+    low, high = space.neighbours(weight / space.divisor(scale))
     assert ((qdata.float() == low) | (qdata.float() == high)).all()
     nearest = space.encode(weight, scale)
     assert dampened_loss(qdata, *arguments) < 0.8 * dampened_loss(nearest, *arguments)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from learned_rounding.quant_core import FORMATS, quantize_weight
+from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.rounding import amax_scale, round_to_nearest
+from learned_rounding.tests.quant_core.rounding.targets import TARGETS, held_shape
 
-TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
 SHAPES = [(1, 1), (1, 300), (300, 1), (7, 13), (64, 96), (33, 127)]
 
 
@@ -61,6 +61,6 @@ def test_representable_weights_are_exact(format):
 @pytest.mark.parametrize("format, granularity", TARGETS)
 @pytest.mark.parametrize("magnitude", [1e-24, 1e-12, 1e-3, 1.0, 1e4, 1e18, 1e24])
 def test_the_reported_error_is_the_real_one(weight_error, format, granularity, magnitude):
-    weight = gaussian(24, 40) * magnitude
+    weight = gaussian(*held_shape(format, (24, 40))) * magnitude
     quantized = quantize_weight(weight, format, granularity=granularity)
     assert quantized.weight_error == pytest.approx(weight_error(quantized, weight), rel=1e-4)

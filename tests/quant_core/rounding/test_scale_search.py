@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from learned_rounding.quant_core import FORMATS, quantize_weight
+from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.errors import NonFiniteWeightError
 from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.rounding import amax_scale, round_to_nearest, search_scale, slabs
 from learned_rounding.quant_core.rounding import scale_search as scales
+from learned_rounding.quant_core.rounding.scaling import search_scaling
+from learned_rounding.tests.quant_core.rounding.targets import TARGETS, held_shape, start
 
-TARGETS = [(name, granularity) for name, entry in FORMATS.items() for granularity in entry.granularities]
 SHAPES = [(1, 257), (257, 1), (1, 1), (3, 5), (40, 64), (31, 97)]
 
 
@@ -44,7 +45,7 @@ KINDS = ["gaussian", "heavy tails", "outlier rows", "uniform", "sparse", "tiny",
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_search_is_never_worse_than_nearest(weight_error, kind, format, granularity):
     for seed, shape in enumerate(SHAPES * 2):
-        weight = draw(kind, shape, seed)
+        weight = draw(kind, held_shape(format, shape), seed)
         plain = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
         searched = quantize_weight(weight, format, granularity=granularity)
         if weight.any():
@@ -105,7 +106,9 @@ def test_the_seed_draws_the_sample(monkeypatch):
 @pytest.mark.parametrize("format, granularity", TARGETS)
 @pytest.mark.parametrize("rounding", ["auto", "nearest"])
 def test_the_same_weight_gives_the_same_bytes_on_any_number_of_threads(format, granularity, rounding):
-    weight = draw("heavy tails", (400, 300), 5).to(torch.bfloat16)  # large enough for torch to share the work
+    weight = draw("heavy tails", held_shape(format, (400, 300)), 5).to(
+        torch.bfloat16
+    )  # large enough for torch to share the work
     before = torch.get_num_threads()
     try:
         results = []
@@ -121,7 +124,7 @@ def test_the_same_weight_gives_the_same_bytes_on_any_number_of_threads(format, g
 @pytest.mark.parametrize("format, granularity", TARGETS)
 @pytest.mark.parametrize("rounding", ["auto", "nearest"])
 def test_slabs_change_nothing(monkeypatch, format, granularity, rounding):
-    weight = draw("outlier rows", (37, 50), 2)
+    weight = draw("outlier rows", held_shape(format, (37, 50)), 2)
     whole = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
     for limit in (1, 50, 101, 37 * 50 - 1):
         monkeypatch.setitem(slabs._SLAB, "cpu", limit)
@@ -134,7 +137,9 @@ def test_slabs_change_nothing(monkeypatch, format, granularity, rounding):
 @pytest.mark.parametrize("format, granularity", TARGETS)
 @pytest.mark.parametrize("rounding", ["auto", "nearest"])
 def test_zeros_get_a_usable_scale(format, granularity, rounding):
-    quantized = quantize_weight(torch.zeros(4, 8), format, granularity=granularity, rounding=rounding)
+    quantized = quantize_weight(
+        torch.zeros(held_shape(format, (4, 8))), format, granularity=granularity, rounding=rounding
+    )
     assert_usable(quantized)
     assert not quantized.qdata.float().any()
     assert quantized.weight_error == 0
@@ -155,7 +160,7 @@ def test_a_zero_row_beside_others_gets_a_usable_scale(weight_error):
 @pytest.mark.parametrize("rounding", ["auto", "nearest"])
 def test_nan_and_inf_are_refused(monkeypatch, format, granularity, dtype, bad, rounding, sentences):
     monkeypatch.setitem(slabs._SLAB, "cpu", 16)  # the bad one lies in neither the first nor the last slab
-    weight = draw("gaussian", (9, 16), 0).to(dtype)
+    weight = draw("gaussian", held_shape(format, (9, 16)), 0).to(dtype)
     weight[4, 7] = bad
     with sentences.raises(NonFiniteWeightError):
         quantize_weight(weight, format, granularity=granularity, rounding=rounding)
@@ -166,7 +171,7 @@ def test_nan_and_inf_are_refused(monkeypatch, format, granularity, dtype, bad, r
 @pytest.mark.parametrize("rounding", ["auto", "nearest"])
 def test_subnormal_weights_survive(format, granularity, dtype, rounding):
     smallest = torch.finfo(dtype).smallest_normal
-    weight = (draw("uniform", (8, 32), 0).double() * smallest).to(dtype)
+    weight = (draw("uniform", held_shape(format, (8, 32)), 0).double() * smallest).to(dtype)
     assert weight.any() and (weight.abs() < smallest).all()
     quantized = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
     assert_usable(quantized)
@@ -177,7 +182,7 @@ def test_subnormal_weights_survive(format, granularity, dtype, rounding):
 @pytest.mark.parametrize("format, granularity", TARGETS)
 def test_enormous_weights_survive(format, granularity):
     """Squares of them are beyond float32; the weights are not."""
-    weight = draw("gaussian", (8, 32), 0) * 2.0**120
+    weight = draw("gaussian", held_shape(format, (8, 32)), 0) * 2.0**120
     quantized = quantize_weight(weight, format, granularity=granularity)
     assert_usable(quantized)
     assert torch.isfinite(quantized.dequantize()).all()
@@ -188,19 +193,18 @@ def test_enormous_weights_survive(format, granularity):
 def test_the_search_minimises_what_it_says(format, granularity):
     """The gain is the ratio of the weighted errors, of the chosen scale and of the start."""
     weight = draw("heavy tails", (40, 96), 1)
-    codec = make_codec(format, granularity, block_size=16 if granularity == "block" else None)
-    space = codec.solve_space((40, 96))
     columns, rows = torch.rand(96, generator=torch.Generator().manual_seed(2)), torch.linspace(0.1, 5, 40)
 
-    def error(scale):
-        lost = space.decode(round_to_nearest(weight, scale, space)[0], scale) - weight
+    def error(scaling):
+        qdata, _ = round_to_nearest(weight, scaling.scale, scaling.space)
+        lost = scaling.space.decode(qdata, scaling.scale) - weight
         return float((lost.double().square() * columns * rows[:, None]).sum().sqrt())
 
-    start, parent = amax_scale(weight, space)
-    scale, gain = search_scale(weight, start, parent, space, column_weight=columns, row_weight=rows)
-    assert gain == pytest.approx(error(scale) / error(start), rel=1e-4)
+    before = start(weight, format, granularity)
+    after, gain = search_scaling(weight, before, column_weight=columns, row_weight=rows)
+    assert gain == pytest.approx(error(after) / error(before), rel=1e-4)
     assert gain <= 1
-    few = space.groups.counts == (1, 1) or format == "mxfp8"  # one scale, or two candidates for each
+    few = before.space.groups.counts == (1, 1) or format == "mxfp8"  # one scale, or two candidates for each
     assert few or gain < 1
 
 
