@@ -124,7 +124,7 @@ FORMAT_OPTIONS: Mapping[str, Option] = {
         kind=float,
         metavar="GB",
         help="largest size of the file in GB (10⁹ bytes); by default, without target_error, 5 % more than with every layer in "
-        "8 bits; with a target, formats of 4 bits are tried too",
+        "8 bits; formats of 4 bits are tried where that is too large",
     ),
     "target_error": FormatOption(
         applies=lambda codec: codec is None,

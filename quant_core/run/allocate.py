@@ -6,8 +6,8 @@ of such an error on the output of the model. Errors of different layers are assu
 best allocation within a size takes the steps with the largest decrease in error per byte (Lagrange multipliers over the
 convex hull of each layer: Shoham & Gersho, Efficient Bit Allocation for an Arbitrary Set of Quantizers, 1988).
 
-Formats of 4 bits are candidates where the user gave a target. They are measured with the rounding of the run: calibrated
-rounding halves their error and leaves that of 8 bits nearly as it is. W6A8 is no candidate, since stock ComfyUI 0.33 does not
+Formats of 4 bits are candidates where the target asks for less than 8 bits. They are measured with the rounding of the run:
+calibrated rounding halves their error and leaves that of 8 bits nearly as it is. W6A8 is no candidate, since stock ComfyUI 0.33 does not
 read it.
 """
 
@@ -87,7 +87,7 @@ def allocate_formats(
     names = _candidate_layers(source, recipe, plan, calibration, check)
     sensitivities = {name: known for name in names if (known := _sensitivity(calibration, name)) is not None}
     default = statistics.median(sensitivities.values()) if sensitivities else 1 / max(len(names), 1)
-    candidates = _find_candidates(recipe, device)
+    candidates = _find_candidates(recipe, device, _size_in_eight_bits(source, plan, names))
     options: dict[str, list[_Option]] = {}
     for index, name in enumerate(names):
         check()
@@ -183,14 +183,26 @@ def _quantize(
     return size, quantized.weight_error if quantized.output_error is None else quantized.output_error
 
 
-def _find_candidates(recipe: Recipe, device: torch.device) -> tuple[FormatConfig, ...]:
-    """The formats to try for every layer."""
+def _size_in_eight_bits(source: Source, plan: Plan, names: Iterable[str]) -> int:
+    """Bytes of the file with every candidate layer in the first of the formats of 8 bits."""
+    quantized = set(names)
+    codec = _EIGHT_BITS[0].codec
+    return sum(
+        sum(spec.nbytes for spec in codec.file_specs(source.tensors[name].shape).values())
+        if name in quantized
+        else source.tensors[name].nbytes
+        for name in plan.output_names()
+    )
+
+
+def _find_candidates(recipe: Recipe, device: torch.device, eight_bits: int) -> tuple[FormatConfig, ...]:
+    """The formats to try for every layer; ``eight_bits``: size of the file in 8 bits."""
     capability = _capability(recipe, device)
     native = capability is not None and capability >= _NATIVE[0].codec.format.native_since
-    targeted = recipe.target_size is not None or recipe.target_error is not None
+    smaller = recipe.target_size is not None and recipe.target_size * 1e9 < eight_bits
     return (
         *_EIGHT_BITS,
-        *(_FEW_BITS if targeted else ()),
+        *(_FEW_BITS if smaller or recipe.target_error is not None else ()),
         *(_NATIVE if native else ()),
         *(_BLOCK_CANDIDATES if recipe.block_formats else ()),
     )
