@@ -281,8 +281,8 @@ def test_every_format_takes_the_plan(name):
     for format, size in plan.sizes.items():
         value = _BYTES_PER_VALUE.get(format, 1)
         expected = plan.parameters * (2 - plan.share * (2 - value))
-        if value < 1:  # some layers take 8 bits
-            assert expected < size <= plan.sizes["int8_tensorwise"], format
+        if value < 1:  # some layers take 8 bits, rotated, whose JSON is longer
+            assert expected < size < plan.sizes["int8_tensorwise"] * 1.001, format
         else:
             assert expected < size < expected * 1.01, format
     assert plan.checkpoint or name in TEXT_ENCODERS or plan.preset is None
