@@ -128,7 +128,9 @@ def test_fp8_without_any_mark(flux, layers, scaled_fp8, lrq, write, tmp_path, pe
 
 # the same report: NVFP4 without layer JSON crashed in the product
 def test_nvfp4_without_any_mark(flux, lrq, quantize, write):
-    made = quantize_tensors(flux, Recipe(format="nvfp4", rounding="nearest", preset="flux"))
+    made = quantize_tensors(
+        flux, Recipe(format="nvfp4", rounding="nearest", preset="flux", layer_config='{"_blocks": "nvfp4"}')
+    )
     path = write({name: tensor for name, tensor in made.tensors.items() if not name.endswith(".comfy_quant")})
     code, text = lrq("verify", path)
     assert code == 1 and "NVFP4 without layer JSON" in text
@@ -346,7 +348,9 @@ def test_int8_embedding(lrq, quantize, write, per_row):
 
 # https://github.com/sgl-project/sglang/pull/36046: NVFP4 whose inputs are multiplied by pre_quant_scale
 def test_nvfp4_with_an_input_scale_per_channel(flux, layers, lrq, quantize, write, tmp_path):
-    made = quantize_tensors(flux, Recipe(format="nvfp4", rounding="nearest", preset="flux"))
+    made = quantize_tensors(
+        flux, Recipe(format="nvfp4", rounding="nearest", preset="flux", layer_config='{"_blocks": "nvfp4"}')
+    )
     columns = {layer: flux[f"{layer}.weight"].shape[1] for layer in layers}
     scales = {f"{layer}.pre_quant_scale": torch.full((count,), 2.0).bfloat16() for layer, count in columns.items()}
     path = write(made.tensors | scales, **made.metadata)
