@@ -2,13 +2,22 @@
 
 from .linear import prepare_linear
 from .quantize import LARGEST, SMALLEST_AMAX, dequantize_weight, prepare_quantizer, quantize_inputs, quantize_weight
-from .rounding import element_step, round_block, round_to_element, round_to_levels, scale_errors, search_level_scales
+from .rounding import (
+    element_step,
+    enclosing_levels,
+    round_block,
+    round_to_element,
+    round_to_levels,
+    scale_errors,
+    search_level_scales,
+)
 
 __all__ = [
     "LARGEST",
     "SMALLEST_AMAX",
     "dequantize_weight",
     "element_step",
+    "enclosing_levels",
     "prepare_linear",
     "prepare_quantizer",
     "quantize_inputs",

@@ -6,6 +6,7 @@ from ..element_format import ElementArithmetic
 
 __all__ = [
     "element_step",
+    "enclosing_levels",
     "round_block",
     "round_to_element",
     "round_to_levels",
@@ -31,6 +32,19 @@ def round_to_element(values: torch.Tensor, element: ElementArithmetic) -> torch.
     return (clamped / step).round_() * step
 
 
+def enclosing_levels(
+    values: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, largest: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two levels that enclose each value, the lower one first; beyond the last level both are that level.
+
+    Args: see :func:`round_to_levels`.
+    """
+    levels = (scale[..., None] * codes).round_().clamp_(-largest, largest)
+    upper = torch.searchsorted(levels, values.contiguous())
+    above = levels.gather(-1, upper.clamp(max=len(codes) - 1))
+    return levels.gather(-1, upper.sub_(1).clamp_(min=0)), above
+
+
 def round_to_levels(values: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, largest: float) -> torch.Tensor:
     """Round each of ``values`` to the nearest of its levels, the lower one of two that are equally near.
 
@@ -39,10 +53,7 @@ def round_to_levels(values: torch.Tensor, codes: torch.Tensor, scale: torch.Tens
         codes: float32 (k,), ascending.
         scale: float32 (…), not negative: the levels of ``values[i]`` are round(codes · scale[i]), clamped to ±``largest``.
     """
-    levels = (scale[..., None] * codes).round_().clamp_(-largest, largest)
-    upper = torch.searchsorted(levels, values.contiguous()).clamp_(max=len(codes) - 1)
-    above = levels.gather(-1, upper)
-    below = levels.gather(-1, upper.sub_(1).clamp_(min=0))
+    below, above = enclosing_levels(values, codes, scale, largest)
     return torch.where((above - values).abs_() < (below - values).abs_(), above, below)
 
 

@@ -164,9 +164,8 @@ class Codec(ABC):
     full_precision_matmul: bool = False
     smoothing: Smoothing | None = None
 
-    options: ClassVar[
-        Mapping[str, tuple[object, ...]]
-    ] = {}  # further choices of a family: name → values, the default first
+    # Further choices of a family: name → values, the default first.
+    options: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     scales: ClassVar[ScaleFormat] = FLOAT32
     positive: ClassVar[tuple[str, ...]] = ("input_scale",)  # suffixes of tensors whose values must be positive
     signed: ClassVar[tuple[str, ...]] = ()  # suffixes of tensors whose values may be negative

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...kernels.reference import round_to_levels
+from ...kernels.reference import enclosing_levels, round_to_levels
 from .elements import INT8
 
 __all__ = ["GroupLevels"]
@@ -47,11 +47,8 @@ class GroupLevels:
 
     def neighbours(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two levels that enclose each value, as :meth:`~.elements.ElementFormat.neighbours` returns elements."""
-        levels = self._levels()
-        grouped = scaled.unflatten(1, (-1, self.columns)).contiguous()
-        upper = torch.searchsorted(levels, grouped)
-        above = levels.gather(-1, upper.clamp(max=len(self.codes) - 1))
-        below = levels.gather(-1, upper.sub_(1).clamp_(min=0))
+        grouped = scaled.unflatten(1, (-1, self.columns))
+        below, above = enclosing_levels(grouped, self.codes, self._chosen, INT8.max)
         return below.flatten(1), above.flatten(1)
 
     def indices(self, qdata: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ __all__ = [
     "CastFloat32",
     "ScaleFormat",
     "ScaleGroups",
+    "divide",
 ]
 
 BLOCK_SIZE = 128
@@ -105,7 +106,7 @@ class ScaleFormat(Protocol):
         ...
 
 
-def _divide(values: torch.Tensor, number: float) -> torch.Tensor:
+def divide(values: torch.Tensor, number: float) -> torch.Tensor:
     """``values / number``, rounded once on every device: a GPU would multiply by the reciprocal of a plain number."""
     return values / torch.full_like(values, number)
 
@@ -121,7 +122,7 @@ class _Float32:
         return tuple(1.0 - step / 64 for step in range(24))
 
     def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, None]:
-        scale = _divide(amax, largest).clamp_min(_SMALLEST)
+        scale = divide(amax, largest).clamp_min(_SMALLEST)
         return torch.where(amax > 0, scale, torch.ones_like(amax)), None
 
     def snap(self, scale: torch.Tensor, parent: torch.Tensor | None) -> torch.Tensor:
@@ -168,7 +169,7 @@ class _E8M0:
         return 1.0, 0.5
 
     def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, None]:
-        needed = _divide(amax, largest).clamp_min_(_SMALLEST)
+        needed = divide(amax, largest).clamp_min_(_SMALLEST)
         return torch.where(amax > 0, self._power(torch.log2(needed).ceil_()), torch.zeros_like(amax)), None
 
     def snap(self, scale: torch.Tensor, parent: torch.Tensor | None) -> torch.Tensor:
@@ -199,11 +200,11 @@ class _TwoLevelE4M3:
         return 1.0, 1.5, *(1.0 - step / 16 for step in range(1, 7))
 
     def from_amax(self, amax: torch.Tensor, largest: float) -> tuple[torch.Tensor, torch.Tensor]:
-        parent = _divide(amax.max(), self._LARGEST * largest)
+        parent = divide(amax.max(), self._LARGEST * largest)
         if self.cast:
             parent = _raise_scale(parent, -16, torch.full_like(parent, self._LARGEST / self._SMALLEST_NORMAL))
         parent = torch.where(parent > 0, parent, torch.ones_like(parent))
-        return self.snap(_divide(amax, largest), parent), parent
+        return self.snap(divide(amax, largest), parent), parent
 
     def snap(self, scale: torch.Tensor, parent: torch.Tensor | None) -> torch.Tensor:
         assert parent is not None

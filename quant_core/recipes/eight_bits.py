@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..formats import FormatConfig
 from ..sources import TensorInfo
+from .aliases import make_format
 from .presets import Rule
 from .roles import find_sensitive
 
 __all__ = ["EIGHT_BITS", "describe_uncalibrated", "explain_fallback", "find_eight_bits"]
 
-EIGHT_BITS = FormatConfig("int8_tensorwise", "row", convrot=True)
+EIGHT_BITS = make_format("int8")
 _FEW = 4  # bits whose error is visible without a calibration
 _EIGHT_BIT_ERROR = 0.0085  # relative error of INT8 weights per row, rotated, of Gaussian values
 _FULL = 8  # bits from which on no layer needs more

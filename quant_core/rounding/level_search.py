@@ -14,6 +14,7 @@ from ... import kernels
 from ..cancellation import CancelCheck
 from ..errors import NonFiniteWeightError
 from ..formats import INT8, GroupLevels, SolveSpace
+from ..formats.scales import divide
 from .slabs import row_slabs
 
 __all__ = ["fit_codes", "search_levels", "start_levels"]
@@ -26,11 +27,6 @@ _SAMPLED_ROWS = 1 << 22  # weights, as whole rows, that the codes are chosen on
 _SAMPLED = 1 << 19  # weights of these rows whose kurtosis is measured
 _FITTED = 300_000  # weights that codes are fitted to
 _FIT_PASSES = 25
-
-
-def _divide(values: torch.Tensor, number: float) -> torch.Tensor:
-    """``values / number``, rounded once on every device: a GPU would multiply by the reciprocal of a plain number."""
-    return values / torch.full_like(values, number)
 
 
 def start_levels(
@@ -58,9 +54,9 @@ def start_levels(
         amax = grouped.abs().amax(dim=-1, keepdim=True)
         if not torch.isfinite(amax).all():
             raise NonFiniteWeightError("The weight contains NaN or Inf, which no scale can represent.")
-        largest = _divide(amax, float(codes[-1])) if integers else amax
+        largest = divide(amax, float(codes[-1])) if integers else amax
         group_scale, values = _alternate(grouped, largest.clamp_min_(_SMALLEST), codes, integers)
-        row_scale = _divide((values * group_scale).abs().amax(dim=(1, 2)), INT8.max).clamp_min_(_SMALLEST)
+        row_scale = divide((values * group_scale).abs().amax(dim=(1, 2)), INT8.max).clamp_min_(_SMALLEST)
         scale[start:stop, 0] = row_scale
         relative[start:stop] = (group_scale[..., 0] / row_scale[:, None]).to(torch.float8_e4m3fn).float()
     return levels.with_scale(relative, codes), scale

@@ -7,7 +7,7 @@ best allocation within a size takes the steps with the largest decrease in error
 convex hull of each layer: Shoham & Gersho, Efficient Bit Allocation for an Arbitrary Set of Quantizers, 1988).
 
 Formats of 4 bits are candidates where the target asks for less than 8 bits. They are measured with the rounding of the run:
-calibrated rounding halves their error and leaves that of 8 bits nearly as it is. W6A8 is no candidate, since stock ComfyUI 0.33 does not
+calibrated rounding halves their error and leaves that of 8 bits nearly as it is. W6A8 is not a candidate, since stock ComfyUI 0.33 does not
 read it.
 """
 
@@ -43,7 +43,7 @@ _EIGHT_BITS = (
     FormatConfig("float8_e4m3fn", "tensor"),
 )
 _FEW_BITS = tuple(FormatConfig(name) for name in ("asym_w4a8_int8", "nvfp4", "convrot_w4a4"))
-_NATIVE = tuple(FormatConfig(name) for name in ("mxfp8",))  # of no use on cards that do not multiply them
+_NATIVE = (FormatConfig("mxfp8"),)  # of no use on cards that do not multiply them
 _BLOCK_CANDIDATES = (FormatConfig("int8_blockwise", "block"), FormatConfig("float8_e4m3fn_blockwise", "block"))
 
 Point = tuple[int, float]

@@ -63,7 +63,7 @@ class Disk:
 
 
 class File:
-    """A file whose operations are told of before they are done. It is no FileIO, so that no read at a position bypasses it."""
+    """A file that reports its operations before they are done. It is not a FileIO, so that no read at a position bypasses it."""
 
     def __init__(self, file, step: Callable, name: str):
         self._file, self._step, self._name = file, step, name
