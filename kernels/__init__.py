@@ -1,4 +1,4 @@
-"""8-bit quantizers, linear layers and rounding kernels behind one dispatch.
+"""Quantizers, linear layers and rounding kernels behind one dispatch.
 
 ``triton`` and ``reference`` (plain torch) implement the same functions. ``operators`` registers them as torch operators
 and defines the public functions, ``prepared`` keeps a linear layer's implementation and launches by shape, ``backends``
@@ -9,6 +9,7 @@ products.
 from .backends import BACKENDS, OPERATIONS, backend, refusals, using
 from .operators import (
     dequantize_weight,
+    expand_w4a8_weight,
     fp8_block_linear,
     fp8_row_linear,
     int8_block_linear,
@@ -25,6 +26,7 @@ from .operators import (
     scale_errors,
     scaled_linear,
     search_level_scales,
+    w4a8_linear,
 )
 from .prepared import fp8_static_linear, has_static_fp8
 
@@ -33,6 +35,7 @@ __all__ = [
     "OPERATIONS",
     "backend",
     "dequantize_weight",
+    "expand_w4a8_weight",
     "fp8_block_linear",
     "fp8_row_linear",
     "fp8_static_linear",
@@ -53,4 +56,5 @@ __all__ = [
     "scale_errors",
     "scaled_linear",
     "using",
+    "w4a8_linear",
 ]

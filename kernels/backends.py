@@ -118,6 +118,11 @@ GROUPS = Need(
     "the length of a group must be a power of two from 4 to 256",
     lambda values, bits, *_: _is_group(values.shape[1] // bits.shape[1]),
 )
+PACKED_GROUPS = Need(
+    "the length of a group must be a power of two from 4 to 256",
+    lambda qdata, group_scale, *_: _is_group(2 * qdata.shape[1] // group_scale.shape[1]),
+)
+LAYER_GROUPS = PACKED_GROUPS._replace(met=lambda x, *weight: PACKED_GROUPS.met(*weight))
 _KERNEL = (CUDA, NVIDIA, TRITON, AMPERE)
 
 
@@ -133,8 +138,8 @@ def _reference(name: str) -> Implementation:
     return Implementation(lambda: getattr(reference, name))
 
 
-# Operation → backend → implementation, best first. Those of quantize_inputs and scaled_linear return a function for
-# activations of one shape, which :mod:`.prepared` keeps.
+# Operation → backend → implementation, best first. Those of quantize_inputs, scaled_linear and w4a8_linear return a
+# function for activations of one shape, which :mod:`.prepared` keeps.
 OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "quantize_inputs": {
         "triton": Implementation(_from_triton("prepare_quantizer"), (*_KERNEL, FLOATS, WEIGHT_BLOCKS)),
@@ -155,6 +160,14 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             lambda: tensor_cores.prepare_linear, (CUDA, NVIDIA, AMPERE, *map(Need._make, tensor_cores.NEEDS))
         ),
         "reference": _reference("prepare_linear"),
+    },
+    "expand_weight": {
+        "triton": Implementation(_from_triton("expand_weight"), (CUDA, NVIDIA, TRITON, PACKED_GROUPS)),
+        "reference": _reference("expand_weight"),
+    },
+    "w4a8_linear": {
+        "triton": Implementation(_from_triton("prepare_w4a8_linear"), (*_KERNEL, FLOATS, LAYER_GROUPS)),
+        "reference": _reference("prepare_w4a8_linear"),
     },
     "round_block": {
         "triton": Implementation(_from_triton("round_block"), (CUDA, NVIDIA, TRITON, COUPLED, COLUMNS)),

@@ -9,12 +9,21 @@ import functools
 import torch
 
 from .backends import implementation
-from .checks import check, check_block_size, check_linear, check_rotation, check_scale
+from .checks import (
+    check,
+    check_block_size,
+    check_linear,
+    check_rotation,
+    check_scale,
+    check_w4a8,
+    check_w4a8_weight,
+)
 from .element_format import ElementArithmetic
-from .prepared import prepared_linear
+from .prepared import prepared_linear, prepared_w4a8_linear
 
 __all__ = [
     "dequantize_weight",
+    "expand_w4a8_weight",
     "fp8_block_linear",
     "fp8_row_linear",
     "int8_block_linear",
@@ -31,6 +40,7 @@ __all__ = [
     "scale_errors",
     "search_level_scales",
     "scaled_linear",
+    "w4a8_linear",
 ]
 
 FP8 = torch.float8_e4m3fn
@@ -111,6 +121,11 @@ def _fake_scaled_linear(x, codes, scale, bias, block_size, rotate_by, out_dtype)
     return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=out_dtype)
 
 
+def _fake_w4a8_linear(x, codes, group_scale, scale, codebook, bias, rotate_by, out_dtype):
+    check_w4a8(x, codes, group_scale, scale, codebook, bias, rotate_by)
+    return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=out_dtype)
+
+
 _quantize_inputs = _operator(
     "quantize_inputs",
     "(Tensor x, ScalarType dtype, int block_size, int rotate_by) -> (Tensor, Tensor)",
@@ -134,6 +149,13 @@ _scaled_linear = _operator(
     "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int block_size, int rotate_by, ScalarType out_dtype) -> Tensor",
     prepared_linear,
     _fake_scaled_linear,
+)
+_w4a8_linear = _operator(
+    "w4a8_linear",
+    "(Tensor x, Tensor codes, Tensor group_scale, Tensor scale, Tensor? codebook, Tensor? bias, int rotate_by,"
+    " ScalarType out_dtype) -> Tensor",
+    prepared_w4a8_linear,
+    _fake_w4a8_linear,
 )
 _round_block = _operator(
     "round_block",
@@ -285,10 +307,64 @@ def scaled_linear(
     Raises:
         ValueError: shapes do not match.
     """
-    # Tracers see an operator; eager calls skip the dispatcher, which takes as long as a launch.
-    eager = type(x) is torch.Tensor and not torch.compiler.is_compiling() and not x.requires_grad
-    run = prepared_linear if eager else _scaled_linear
+    run = prepared_linear if _is_eager(x) else _scaled_linear
     return run(x, codes, scale, bias, block_size, rotate_by, out_dtype or x.dtype)
+
+
+def _is_eager(x: torch.Tensor) -> bool:
+    """Whether a call skips the dispatcher, which takes as long as a launch; tracers see an operator."""
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling() and not x.requires_grad
+
+
+def expand_w4a8_weight(
+    codes: torch.Tensor, group_scale: torch.Tensor, codebook: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Expand a W4A8 weight to the INT8 values that are multiplied: round(level · group scale), clamped to ±127.
+
+    Args:
+        codes: 4-bit indices, one-byte dtype (N, K/2), the even column in the low four bits.
+        group_scale: float8_e4m3fn or float32 (N, groups); groups are of equal length.
+        codebook: level of each index, float32 (16,); None for index − 8.
+
+    Returns:
+        int8 (N, K).
+
+    Raises:
+        ValueError: shapes or dtypes do not match.
+    """
+    check_w4a8_weight(codes, group_scale, codebook)
+    return _dispatched("expand_weight")(codes, group_scale, codebook)
+
+
+def w4a8_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    group_scale: torch.Tensor,
+    scale: torch.Tensor,
+    codebook: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    rotate_by: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Compute x·ŵᵀ + bias with a W4A8 weight; x is quantized to int8 per token.
+
+    Args:
+        x: activations (…, K), float16, bfloat16 or float32.
+        codes, group_scale, codebook: see :func:`expand_w4a8_weight`.
+        scale: float32 (N,), of the INT8 values of each output channel.
+        bias: (N,), or None.
+        rotate_by: group size of the Hadamard rotation applied to x before it is quantized (ConvRot); 0 for none.
+        out_dtype: dtype of the result; None for that of x.
+
+    Returns:
+        (…, N).
+
+    Raises:
+        ValueError: shapes or dtypes do not match.
+    """
+    run = prepared_w4a8_linear if _is_eager(x) else _w4a8_linear
+    return run(x, codes, group_scale, scale, codebook, bias, rotate_by, out_dtype or x.dtype)
 
 
 def _typed_linear(x, qdata, scale, bias, dtype: torch.dtype, **options) -> torch.Tensor:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 
 from . import backends, devices
-from .checks import check, check_linear, check_scale
+from .checks import check, check_linear, check_scale, check_w4a8
 
-__all__ = ["KeptFunctions", "fp8_static_linear", "has_static_fp8", "prepared_linear"]
+__all__ = ["KeptFunctions", "fp8_static_linear", "has_static_fp8", "prepared_linear", "prepared_w4a8_linear"]
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,8 @@ def _is_on_other_gpu(x: torch.Tensor) -> bool:
 def _prepare(key: tuple, x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype):
     """Prepare the function of (x, qdata, scale, bias) for a key, and keep it."""
     check_linear(x, qdata, scale, bias, block_size, rotate_by)
-    shape = x.shape
     arguments = (
-        x.view(-1, shape[-1]),
+        x.view(-1, x.shape[-1]),
         qdata,
         check_scale(qdata, scale, block_size),
         bias,
@@ -80,8 +79,13 @@ def _prepare(key: tuple, x, qdata, scale, bias, block_size: int, rotate_by: int,
     )
     aligned = key[1]
     linear = backends.implementation("scaled_linear", *arguments)(*arguments, keep=aligned)
-    if len(shape) != 2:
-        linear = _flatten_tokens(linear, shape, qdata.shape[0])
+    return _keep_linear(key, linear, x, qdata.shape[0])
+
+
+def _keep_linear(key: tuple, linear, x: torch.Tensor, columns: int):
+    """Keep and return a function of activations (M, K) and other tensors, for activations of the shape of ``x``."""
+    if x.dim() != 2:
+        linear = _flatten_tokens(linear, x.shape, columns)
     if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # nothing is measured during a capture
         _kept.keep(key, linear)
     return linear
@@ -90,7 +94,40 @@ def _prepare(key: tuple, x, qdata, scale, bias, block_size: int, rotate_by: int,
 def _flatten_tokens(linear, shape: torch.Size, columns: int):
     """``linear`` for activations of ``shape``, of which it gets the matrix (M, K)."""
     flat, outputs = (shape[:-1].numel(), shape[-1]), (*shape[:-1], columns)
-    return lambda x, qdata, scale, bias: linear(x.view(flat), qdata, scale, bias).view(outputs)
+    return lambda x, *tensors: linear(x.view(flat), *tensors).view(outputs)
+
+
+def prepared_w4a8_linear(
+    x, qdata, group_scale, scale, codebook, bias, rotate_by: int, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """See :func:`.operators.w4a8_linear`."""
+    if _is_on_other_gpu(x):
+        with torch.cuda.device(x.device):
+            return prepared_w4a8_linear(x, qdata, group_scale, scale, codebook, bias, rotate_by, out_dtype)
+    x, qdata, group_scale, scale = x.contiguous(), qdata.contiguous(), group_scale.contiguous(), scale.contiguous()
+    addresses = x.data_ptr() | qdata.data_ptr() | group_scale.data_ptr() | scale.data_ptr()
+    if codebook is not None:
+        codebook = codebook.contiguous()
+        addresses |= codebook.data_ptr()
+    if bias is not None:
+        bias = bias.contiguous()
+        addresses |= bias.data_ptr()
+    key = (
+        "w4a8", backends.backend(), addresses & 15 == 0, x.shape, x.dtype, x.device, qdata.shape, group_scale.shape,
+        group_scale.dtype, codebook is None, bias if bias is None else bias.dtype, rotate_by, out_dtype,
+    )  # fmt: skip
+    linear = _kept.get(key)
+    if linear is None:
+        linear = _prepare_w4a8(key, x, qdata, group_scale, scale, codebook, bias, rotate_by, out_dtype)
+    return linear(x, qdata, group_scale, scale, codebook, bias)
+
+
+def _prepare_w4a8(key: tuple, x, qdata, group_scale, scale, codebook, bias, rotate_by: int, out_dtype: torch.dtype):
+    """As :func:`_prepare`, for W4A8 weights."""
+    check_w4a8(x, qdata, group_scale, scale, codebook, bias, rotate_by)
+    arguments = x.view(-1, x.shape[-1]), qdata, group_scale, scale, codebook, bias, rotate_by, out_dtype
+    linear = backends.implementation("w4a8_linear", *arguments)(*arguments, keep=key[2])
+    return _keep_linear(key, linear, x, qdata.shape[0])
 
 
 def has_static_fp8(x: torch.Tensor, qdata: torch.Tensor, scale: torch.Tensor, input_scale=None) -> bool:

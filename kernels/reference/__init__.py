@@ -1,5 +1,6 @@
 """Every kernel in plain torch: the oracle of the Triton kernels, and the implementation for devices without Triton."""
 
+from .grouped_levels import expand_weight, prepare_w4a8_linear, scale_levels
 from .linear import prepare_linear
 from .quantize import LARGEST, SMALLEST_AMAX, dequantize_weight, prepare_quantizer, quantize_inputs, quantize_weight
 from .rounding import (
@@ -18,13 +19,16 @@ __all__ = [
     "dequantize_weight",
     "element_step",
     "enclosing_levels",
+    "expand_weight",
     "prepare_linear",
     "prepare_quantizer",
+    "prepare_w4a8_linear",
     "quantize_inputs",
     "quantize_weight",
     "round_block",
     "round_to_levels",
     "round_to_element",
     "scale_errors",
+    "scale_levels",
     "search_level_scales",
 ]

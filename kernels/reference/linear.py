@@ -9,7 +9,7 @@ from .. import devices
 from ..hadamard import rotate
 from .quantize import dequantize_weight, quantize_inputs
 
-__all__ = ["prepare_linear"]
+__all__ = ["compute_linear", "prepare_linear"]
 
 
 def _fake_quantize(x, dtype: torch.dtype, block_size: int, rotate_by: int) -> torch.Tensor:
@@ -20,7 +20,8 @@ def _fake_quantize(x, dtype: torch.dtype, block_size: int, rotate_by: int) -> to
     return qdata.float() * scale
 
 
-def _compute_linear(x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
+def compute_linear(x, qdata, scale, bias, block_size: int, rotate_by: int, out_dtype: torch.dtype) -> torch.Tensor:
+    """Compute :func:`...operators.scaled_linear` from dequantized operands, in float32 (GPU: dtype of x)."""
     dtype = x.dtype if x.is_cuda else torch.float32
     if qdata.dtype is torch.int8 or devices.has_fp8_matmul(x.device):
         activations = _fake_quantize(x, qdata.dtype, block_size, rotate_by)
@@ -39,4 +40,4 @@ def prepare_linear(
     It dequantizes both operands and multiplies in float32 (GPU: dtype of x). The other parameters are those of
     :func:`..triton.linear.prepare_linear`.
     """
-    return functools.partial(_compute_linear, block_size=block_size, rotate_by=rotate_by, out_dtype=out_dtype)
+    return functools.partial(compute_linear, block_size=block_size, rotate_by=rotate_by, out_dtype=out_dtype)

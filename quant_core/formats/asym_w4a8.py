@@ -9,6 +9,8 @@ from typing import ClassVar
 
 import torch
 
+from ... import kernels
+from ...kernels.reference import scale_levels
 from .codec import Codec, Format, Parts, ShapedTensor, TensorSpec, read_count
 from .elements import INT8
 from .levels import GroupLevels
@@ -142,19 +144,16 @@ class AsymW4A8Codec(Codec):
         Raises:
             ValueError: the tensors contradict the group size.
         """
-        scale = parts["weight_s_rel"]
-        scale = (scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale).float()
-        indices = (
-            _unpack_six_bits(parts["weight"]) if self.bits == 6 else unpack_nibbles(parts["weight"], high_first=False)
-        )
-        codebook = parts.get("weight_codebook")
-        codes = indices.float() - _ZERO[self.bits] if codebook is None else codebook.float()[indices]
-        if scale.shape[-1] * (self.group_size or 0) != codes.shape[-1]:
+        packed, scale, codebook = parts["weight"], parts["weight_s_rel"], parts.get("weight_codebook")
+        scale = scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale.float()
+        columns = packed.shape[-1] * 8 // self.bits
+        if scale.shape[-1] * (self.group_size or 0) != columns:
             raise ValueError(
-                f"its group_size {self.group_size} contradicts {scale.shape[-1]} scales for {codes.shape[-1]} columns"
+                f"its group_size {self.group_size} contradicts {scale.shape[-1]} scales for {columns} columns"
             )
-        values = (codes.unflatten(1, (scale.shape[-1], -1)) * scale[..., None]).flatten(1)
-        return values.round_().clamp_(-127, 127).to(torch.int8)
+        if self.bits == 6:
+            return scale_levels(_unpack_six_bits(packed) - _ZERO[6], scale)
+        return kernels.expand_w4a8_weight(packed, scale, codebook if codebook is None else codebook.float())
 
     def __str__(self) -> str:
         return f"{super().__str__()}, {self.bits} bits"
