@@ -119,8 +119,8 @@ GROUPS = Need(
     lambda values, bits, *_: _is_group(values.shape[1] // bits.shape[1]),
 )
 PACKED_GROUPS = Need(
-    "the length of a group must be a power of two from 4 to 256",
-    lambda qdata, group_scale, *_: _is_group(2 * qdata.shape[1] // group_scale.shape[1]),
+    "the length of a group must be a multiple of 16",
+    lambda qdata, group_scale, *_: 2 * qdata.shape[1] // group_scale.shape[1] % 16 == 0,
 )
 LAYER_GROUPS = PACKED_GROUPS._replace(met=lambda x, *weight: PACKED_GROUPS.met(*weight))
 _KERNEL = (CUDA, NVIDIA, TRITON, AMPERE)

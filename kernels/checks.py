@@ -96,7 +96,7 @@ def check_w4a8_weight(qdata, group_scale, codebook) -> None:
         group_scale.dtype,
     )
     check(
-        codebook is None or codebook.shape == (16,) and codebook.dtype is torch.float32,
+        codebook is None or (codebook.shape == (16,) and codebook.dtype is torch.float32),
         "A codebook must have 16 float32 values, not {}.",
         None if codebook is None else f"{codebook.dtype} {tuple(codebook.shape)}",
     )

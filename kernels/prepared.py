@@ -105,6 +105,8 @@ def prepared_w4a8_linear(
         with torch.cuda.device(x.device):
             return prepared_w4a8_linear(x, qdata, group_scale, scale, codebook, bias, rotate_by, out_dtype)
     x, qdata, group_scale, scale = x.contiguous(), qdata.contiguous(), group_scale.contiguous(), scale.contiguous()
+    if qdata.data_ptr() % 8:
+        qdata = qdata.clone()
     addresses = x.data_ptr() | qdata.data_ptr() | group_scale.data_ptr() | scale.data_ptr()
     if codebook is not None:
         codebook = codebook.contiguous()
@@ -114,7 +116,8 @@ def prepared_w4a8_linear(
         addresses |= bias.data_ptr()
     key = (
         "w4a8", backends.backend(), addresses & 15 == 0, x.shape, x.dtype, x.device, qdata.shape, group_scale.shape,
-        group_scale.dtype, codebook is None, bias if bias is None else bias.dtype, rotate_by, out_dtype,
+        group_scale.dtype, scale.shape, codebook if codebook is None else codebook.shape,
+        bias if bias is None else bias.dtype, rotate_by, out_dtype,
     )  # fmt: skip
     linear = _kept.get(key)
     if linear is None:

@@ -1,9 +1,11 @@
 """Linear layers with W4A8 weights in Triton: 4-bit indices of levels, scaled per group to the INT8 values that are multiplied.
 
-For many tokens the weight is expanded to INT8 first, which takes less time than to expand a tile for every tile of tokens. For
-few tokens one kernel expands and multiplies, because reading the weight takes most of the time.
+The INT8 values of the 16 levels of a group are computed once and kept in four registers, from which one instruction selects
+four values by their indices (PTX ``prmt``). For many tokens the weight is expanded to INT8 in memory first. For few tokens one
+kernel expands and multiplies on CUDA cores (``dp4a``), because reading the weight takes most of the time.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -14,114 +16,197 @@ from .launcher import Launcher
 from .linear import Operands, prepare_product, shipped_launch
 from .quantize import decode_e4m3, prepare_quantizer
 
-__all__ = ["EXPAND", "FEW_TOKENS", "FewTokens", "expand_weight", "launch_of_few", "prepare_w4a8_linear"]
+__all__ = ["EXPAND", "FEW_TOKENS", "FewTokens", "expand_weight", "prepare_w4a8_linear"]
 
-EXPAND = ({"GROUPS": 512}, 4)  # constexpr values and warps of the expansion
+UNIT = 16  # columns that a thread expands at once
+EXPAND = ({"UNITS": 512}, 4)  # constexpr values and warps of the expansion
 _MAGIC = tl.constexpr(12582912.0)  # 1.5·2²³: adding it rounds to an integer in the low mantissa bits
+_LARGEST = tl.constexpr(127.0)
+# Triton's interpreter does not run PTX.
+_PTX = os.environ.get("TRITON_INTERPRET") != "1"
 
 
 class FewTokens(NamedTuple):
     """Launch configuration of the product with few tokens.
 
     Attributes:
-        rows, columns: tile sizes M and N.
-        packed: bytes of a row per step, each with two input channels.
+        columns: output channels per program.
+        units: units of 16 input channels per step.
         warps: warps per program.
-        stages: depth of the software pipeline.
     """
 
-    rows: int
     columns: int
-    packed: int
+    units: int
     warps: int
-    stages: int
 
 
-# Shipped launches by the largest number of tokens; the weight is expanded for more tokens.
-FEW_TOKENS = {16: FewTokens(16, 32, 128, 4, 3), 32: FewTokens(32, 32, 128, 4, 3), 64: FewTokens(64, 64, 64, 4, 3)}
-_PROGRAMS = 4  # per multiprocessor, which the input channels are split for
+# Most tokens for which the weight is not expanded in memory first, and the shipped launch by the padded number of tokens.
+FEW_TOKENS = {
+    1: FewTokens(8, 64, 4),
+    2: FewTokens(8, 64, 4),
+    4: FewTokens(8, 64, 4),
+    8: FewTokens(8, 64, 4),
+    16: FewTokens(8, 64, 4),
+}
+_PROGRAMS = 8  # per multiprocessor, which the input channels are split for
 _MOST_SPLITS = 16
 
 
 @triton.jit
-def _decode_scale(scale, E4M3: tl.constexpr):
-    """Group scales as float32."""
-    if E4M3:
-        scale = decode_e4m3(scale).to(tl.float32)
-    return scale
+def _select_bytes(low, high, selector, PTX: tl.constexpr):
+    """Four of the eight bytes of two int32, by the numbers 0…7 in the low four digits of ``selector``."""
+    if PTX:
+        selected = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+        selected = tl.zeros_like(low)
+        for i in tl.static_range(4):
+            shift = ((selector >> (4 * i)) & 7).to(tl.int64) * 8
+            selected |= ((both >> shift) & 255).to(tl.int32) << (8 * i)
+    return selected
 
 
 @triton.jit
-def _expand(index, codebook, scale, HAS_CODEBOOK: tl.constexpr):
-    """Round levels times their scale to int8; ``index``: int32 in 0…15, ``scale``: float32.
+def _multiply_bytes(a, b, total, PTX: tl.constexpr):
+    """Add the products of the four int8 in two int32 to ``total``."""
+    if PTX:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for i in tl.static_range(4):
+            total += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
+    return total
 
-    The clamping keeps the compiler from a fused multiply-add, which would round otherwise than plain torch.
-    """
-    level = tl.load(codebook + index) if HAS_CODEBOOK else (index - 8).to(tl.float32)
-    value = tl.minimum(tl.maximum(level * scale, -127.0), 127.0)
-    return (value + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+@triton.jit
+def _load_scale(scale, at, inside, E4M3: tl.constexpr):
+    """Group scales as float32."""
+    value = tl.load(scale + at, mask=inside, other=0)
+    if E4M3:
+        value = decode_e4m3(value).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _scale_level(codebook, index: tl.constexpr, scale, HAS_CODEBOOK: tl.constexpr, CLAMP: tl.constexpr):
+    """Round a level times its scale to an integer, in the low byte of an int32."""
+    level = tl.load(codebook + index) if HAS_CODEBOOK else index - 8.0
+    value = level * scale
+    if CLAMP:
+        value = tl.minimum(tl.maximum(value, -_LARGEST), _LARGEST)
+    return (value + _MAGIC).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _scale_levels(
+    codebook, first: tl.constexpr, scale, HAS_CODEBOOK: tl.constexpr, CLAMP: tl.constexpr, PTX: tl.constexpr
+):
+    """The scaled levels ``first``…``first + 3`` as the bytes of an int32."""
+    a = _scale_level(codebook, first, scale, HAS_CODEBOOK, CLAMP)
+    b = _scale_level(codebook, first + 1, scale, HAS_CODEBOOK, CLAMP)
+    c = _scale_level(codebook, first + 2, scale, HAS_CODEBOOK, CLAMP)
+    d = _scale_level(codebook, first + 3, scale, HAS_CODEBOOK, CLAMP)
+    zero = tl.zeros_like(a)
+    return _select_bytes(
+        _select_bytes(a, b, zero + 0x0040, PTX), _select_bytes(c, d, zero + 0x0040, PTX), zero + 0x5410, PTX
+    )
+
+
+@triton.jit
+def _expand_unit(indices, codebook, scale, HAS_CODEBOOK: tl.constexpr, CLAMP: tl.constexpr, PTX: tl.constexpr):
+    """INT8 values of 16 columns, the bytes of four int32; ``indices``: int64 with 16 of four bits, the first one lowest."""
+    levels_0 = _scale_levels(codebook, 0, scale, HAS_CODEBOOK, CLAMP, PTX)
+    levels_4 = _scale_levels(codebook, 4, scale, HAS_CODEBOOK, CLAMP, PTX)
+    levels_8 = _scale_levels(codebook, 8, scale, HAS_CODEBOOK, CLAMP, PTX)
+    levels_12 = _scale_levels(codebook, 12, scale, HAS_CODEBOOK, CLAMP, PTX)
+    first = _look_up(indices.to(tl.int32), levels_0, levels_4, levels_8, levels_12, PTX)
+    second = _look_up((indices >> 32).to(tl.int32), levels_0, levels_4, levels_8, levels_12, PTX)
+    return first[0], first[1], second[0], second[1]
+
+
+@triton.jit
+def _look_up(indices, levels_0, levels_4, levels_8, levels_12, PTX: tl.constexpr):
+    """The values of eight indices, the bytes of two int32: those of the lower and of the upper levels, then one of both."""
+    within = indices & 0x77777777
+    half = ((indices >> 1) & 0x44444444) | 0x32103210
+    low = _select_bytes(levels_0, levels_4, within, PTX)
+    high = _select_bytes(levels_8, levels_12, within, PTX)
+    first = _select_bytes(low, high, half, PTX)
+    within, half = within >> 16, half >> 16
+    low = _select_bytes(levels_0, levels_4, within, PTX)
+    high = _select_bytes(levels_8, levels_12, within, PTX)
+    return first, _select_bytes(low, high, half, PTX)
+
+
+@triton.jit
+def _store_unit(values, unit, inside, indices, codebook, scale, HAS_CODEBOOK, CLAMP, PTX, UNITS: tl.constexpr):
+    a, b, c, d = _expand_unit(indices, codebook, scale, HAS_CODEBOOK, CLAMP, PTX)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [UNITS, 4])
+    tl.store(values + unit[:, None] * 4 + tl.arange(0, 4)[None, :], words, mask=inside[:, None])
 
 
 @triton.jit
 def _expand_weight(
-    packed, scale, codebook, values, groups,
-    E4M3: tl.constexpr, HAS_CODEBOOK: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr,
+    packed, scale, codebook, values, units,
+    E4M3: tl.constexpr, HAS_CODEBOOK: tl.constexpr, PER_GROUP: tl.constexpr, PTX: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     # Rows of the weight need not be told apart: groups are consecutive in every tensor.
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    inside = group < groups
-    factor = _decode_scale(tl.load(scale + group, mask=inside, other=0), E4M3)[:, None]
-    byte = group[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    pair = tl.load(packed + byte, mask=inside[:, None], other=0).to(tl.int32)
-    low = _expand(pair & 15, codebook, factor, HAS_CODEBOOK)
-    high = _expand(pair >> 4, codebook, factor, HAS_CODEBOOK)
-    column = group[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    tl.store(values + column, tl.reshape(tl.join(low, high), [GROUPS, 2 * HALF]), mask=inside[:, None])
+    unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
+    inside = unit < units
+    indices = tl.load(packed.to(tl.pointer_type(tl.int64)) + unit, mask=inside, other=0)
+    factor = _load_scale(scale, unit // PER_GROUP, inside, E4M3)
+    words = values.to(tl.pointer_type(tl.int32))
+    largest = 8.0
+    if HAS_CODEBOOK:
+        largest = tl.max(tl.abs(tl.load(codebook + tl.arange(0, 16))), 0)
+    if tl.max(factor, 0) * largest > _LARGEST:  # in files of others: clamping takes a third of the time
+        _store_unit(words, unit, inside, indices, codebook, factor, HAS_CODEBOOK, True, PTX, UNITS)
+    else:
+        _store_unit(words, unit, inside, indices, codebook, factor, HAS_CODEBOOK, False, PTX, UNITS)
 
 
 @triton.jit
 def _multiply_few_tokens(
-    pairs, packed, out, group_scale, codebook, bias, input_scale, scale, sums, arrived,
-    rows, columns, width, groups, steps,
-    E4M3: tl.constexpr, HAS_CODEBOOK: tl.constexpr, HAS_BIAS: tl.constexpr, HALF: tl.constexpr, EVEN: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr,
+    x, packed, out, group_scale, codebook, bias, input_scale, scale, sums, arrived,
+    rows, columns, units, steps,
+    E4M3: tl.constexpr, HAS_CODEBOOK: tl.constexpr, PER_GROUP: tl.constexpr, PTX: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    # A byte of the weight has an even and an odd input channel, as has an int16 of the activations: two products.
     tile, split = tl.program_id(0), tl.program_id(1)
     row, column = tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
     near_row, near_column = tl.minimum(row, rows - 1), tl.minimum(column, columns - 1).to(tl.int64)
-    k, of_group = tl.arange(0, PACKED), tl.arange(0, PACKED // HALF)
-    total = tl.zeros([ROWS, COLUMNS], tl.int32)
+    packed, x = packed.to(tl.pointer_type(tl.int64)), x.to(tl.pointer_type(tl.int64))
+    total = tl.zeros([ROWS, COLUMNS, UNITS], tl.int32)
     for step in range(split * steps, (split + 1) * steps):
-        byte, group = step * PACKED + k, step * (PACKED // HALF) + of_group
-        weights = packed + near_column[None, :] * width + byte[:, None]
-        scales = group_scale + near_column[None, :] * groups + group[:, None]
-        inputs = pairs + near_row[:, None] * width + byte[None, :]
-        if EVEN:
-            index, factor, x = tl.load(weights), tl.load(scales), tl.load(inputs)
-        else:
-            index = tl.load(weights, mask=byte[:, None] < width, other=0)
-            factor = tl.load(scales, mask=group[:, None] < groups, other=0)
-            x = tl.load(inputs, mask=byte[None, :] < width, other=0)
-        factor = tl.broadcast_to(_decode_scale(factor, E4M3)[:, None, :], [PACKED // HALF, HALF, COLUMNS])
-        factor = tl.reshape(factor, [PACKED, COLUMNS])
-        index = index.to(tl.int32)
-        total = tl.dot(x.to(tl.int8), _expand(index & 15, codebook, factor, HAS_CODEBOOK), total, out_dtype=tl.int32)
-        total = tl.dot(
-            (x >> 8).to(tl.int8), _expand(index >> 4, codebook, factor, HAS_CODEBOOK), total, out_dtype=tl.int32
-        )
+        unit = step * UNITS + tl.arange(0, UNITS)
+        inside = unit < units
+        indices = tl.load(packed + near_column[:, None] * units + unit[None, :], mask=inside[None, :], other=0)
+        at = near_column[:, None] * (units // PER_GROUP) + unit[None, :] // PER_GROUP
+        factor = _load_scale(group_scale, at, inside[None, :], E4M3)
+        a, b, c, d = _expand_unit(indices, codebook, factor, HAS_CODEBOOK, True, PTX)
+        inputs = x + near_row[:, None] * (2 * units) + 2 * unit[None, :]
+        first = tl.load(inputs, mask=inside[None, :], other=0)[:, None, :]
+        second = tl.load(inputs + 1, mask=inside[None, :], other=0)[:, None, :]
+        total = _multiply_bytes(a[None, :, :], first.to(tl.int32), total, PTX)
+        total = _multiply_bytes(b[None, :, :], (first >> 32).to(tl.int32), total, PTX)
+        total = _multiply_bytes(c[None, :, :], second.to(tl.int32), total, PTX)
+        total = _multiply_bytes(d[None, :, :], (second >> 32).to(tl.int32), total, PTX)
+    sum = tl.sum(total, 2)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = row[:, None] * columns + column[None, :]
     last = SPLITS == 1
     if SPLITS > 1:
         # Sums of integers do not depend on the order. The last program to arrive scales them.
-        tl.atomic_add(sums + at, total, mask=inside, sem="relaxed")
+        tl.atomic_add(sums + at, sum, mask=inside, sem="relaxed")
         tl.debug_barrier()
         last = tl.atomic_add(arrived + tile, 1) == SPLITS - 1
     if last:
         if SPLITS > 1:
-            total = tl.load(sums + at, mask=inside, other=0, cache_modifier=".cg")
-        value = total.to(tl.float32) * tl.load(input_scale + near_row)[:, None] * tl.load(scale + near_column)[None, :]
+            sum = tl.load(sums + at, mask=inside, other=0, cache_modifier=".cg")
+        value = sum.to(tl.float32) * tl.load(input_scale + near_row)[:, None] * tl.load(scale + near_column)[None, :]
         if HAS_BIAS:
             value += tl.load(bias + near_column).to(tl.float32)[None, :]
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
@@ -132,24 +217,29 @@ def _scale_bits(group_scale: torch.Tensor) -> torch.Tensor:
     return group_scale if group_scale.dtype is torch.float32 else group_scale.view(torch.uint8)
 
 
-def _constants(group_scale: torch.Tensor, codebook: torch.Tensor | None, group: int) -> dict[str, object]:
+def _constants(qdata: torch.Tensor, group_scale: torch.Tensor, codebook: torch.Tensor | None) -> dict[str, object]:
     """Values of the constexpr parameters that both kernels have."""
-    e4m3 = group_scale.dtype is not torch.float32
-    return {"E4M3": e4m3, "HAS_CODEBOOK": codebook is not None, "HALF": group // 2}
+    return {
+        "E4M3": group_scale.dtype is not torch.float32,
+        "HAS_CODEBOOK": codebook is not None,
+        "PER_GROUP": 2 * qdata.numel() // (UNIT * group_scale.numel()),
+        "PTX": _PTX,
+    }
 
 
 def _prepare_expansion(qdata, group_scale, codebook, keep: bool):
     """Prepare the expansion of weights with the shapes, dtypes and alignment of the arguments; returns a function of them."""
-    (out, packed), device, groups = qdata.shape, qdata.device, group_scale.numel()
+    (out, packed), device, units = qdata.shape, qdata.device, 2 * qdata.numel() // UNIT
     config, warps = EXPAND
-    constants = {**_constants(group_scale, codebook, 2 * qdata.numel() // groups), **config}
-    grid = (triton.cdiv(groups, config["GROUPS"]),)
-    run = Launcher(_expand_weight, grid, constants, device, keep=keep, num_warps=warps)
+    constants = {**_constants(qdata, group_scale, codebook), **config}
+    run = Launcher(
+        _expand_weight, (triton.cdiv(units, config["UNITS"]),), constants, device, keep=keep, num_warps=warps
+    )
 
     def expand(qdata, group_scale, codebook) -> torch.Tensor:
         values = torch.empty((out, 2 * packed), dtype=torch.int8, device=device)
         scale = _scale_bits(group_scale)
-        run(qdata.view(torch.uint8), scale, scale if codebook is None else codebook, values, groups)
+        run(qdata, scale, scale if codebook is None else codebook, values, units)
         return values
 
     return expand
@@ -157,18 +247,15 @@ def _prepare_expansion(qdata, group_scale, codebook, keep: bool):
 
 def expand_weight(qdata: torch.Tensor, group_scale: torch.Tensor, codebook: torch.Tensor | None) -> torch.Tensor:
     """See :func:`..reference.grouped_levels.expand_weight`."""
-    arguments = qdata.contiguous(), group_scale.contiguous(), codebook if codebook is None else codebook.contiguous()
+    qdata = qdata.contiguous()
+    qdata = qdata.clone() if qdata.data_ptr() % 8 else qdata
+    arguments = qdata, group_scale.contiguous(), codebook if codebook is None else codebook.contiguous()
     return _prepare_expansion(*arguments, keep=False)(*arguments)
 
 
-def launch_of_few(tokens: int) -> FewTokens | None:
-    """The shipped launch for that many tokens; None where the weight is expanded first."""
-    return next((launch for most, launch in FEW_TOKENS.items() if tokens <= most), None)
-
-
-def _count_splits(launch: FewTokens, columns: int, width: int, processors: int) -> int:
+def _count_splits(launch: FewTokens, columns: int, units: int, processors: int) -> int:
     """In how many parts the input channels are split, so that all multiprocessors have programs; a power of two."""
-    tiles, steps = triton.cdiv(columns, launch.columns), triton.cdiv(width, launch.packed)
+    tiles, steps = triton.cdiv(columns, launch.columns), triton.cdiv(units, launch.units)
     splits = 1
     while splits < _MOST_SPLITS and 2 * splits <= steps and tiles * splits < _PROGRAMS * processors:
         splits *= 2
@@ -178,29 +265,19 @@ def _count_splits(launch: FewTokens, columns: int, width: int, processors: int) 
 def _prepare_few(tensors, quantized, out_dtype: torch.dtype, launch: FewTokens, keep: bool):
     """Prepare the product with few tokens; returns a function of such tensors and quantized activations."""
     qdata, group_scale, _, codebook, bias = tensors
-    (columns, width), device, rows = qdata.shape, qdata.device, quantized[0].shape[0]
-    groups = group_scale.shape[1]
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    splits = _count_splits(launch, columns, width, processors)
-    tiles, steps = triton.cdiv(columns, launch.columns), triton.cdiv(width, launch.packed * splits)
-    constants = _constants(group_scale, codebook, 2 * width // groups) | {
+    (columns, packed), device, rows = qdata.shape, qdata.device, quantized[0].shape[0]
+    units = 2 * packed // UNIT
+    splits = _count_splits(launch, columns, units, torch.cuda.get_device_properties(device).multi_processor_count)
+    tiles, steps = triton.cdiv(columns, launch.columns), triton.cdiv(units, launch.units * splits)
+    constants = _constants(qdata, group_scale, codebook) | {
         "HAS_BIAS": bias is not None,
-        "EVEN": width % (launch.packed * splits) == 0,
         "SPLITS": splits,
-        "ROWS": launch.rows,
+        "ROWS": triton.next_power_of_2(rows),
         "COLUMNS": launch.columns,
-        "PACKED": launch.packed,
+        "UNITS": launch.units,
     }
-    sizes = rows, columns, width, groups, steps
-    run = Launcher(
-        _multiply_few_tokens,
-        (tiles, splits),
-        constants,
-        device,
-        keep=keep,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-    )
+    sizes = rows, columns, units, steps
+    run = Launcher(_multiply_few_tokens, (tiles, splits), constants, device, keep=keep, num_warps=launch.warps)
 
     def multiply(tensors, quantized) -> torch.Tensor:
         qdata, group_scale, scale, codebook, bias = tensors
@@ -211,8 +288,8 @@ def _prepare_few(tensors, quantized, out_dtype: torch.dtype, launch: FewTokens, 
             sums = torch.zeros(rows * columns + tiles, dtype=torch.int32, device=device)
             arrived = sums[rows * columns :]
         run(
-            x.view(torch.int16), qdata.view(torch.uint8), out, _scale_bits(group_scale),
-            scale if codebook is None else codebook, scale if bias is None else bias, input_scale, scale, sums, arrived, *sizes,
+            x, qdata, out, _scale_bits(group_scale), scale if codebook is None else codebook,
+            scale if bias is None else bias, input_scale, scale, sums, arrived, *sizes,
         )  # fmt: skip
         return out
 
@@ -226,7 +303,7 @@ def prepare_w4a8_linear(
 
     Args:
         x: activations (M, K), contiguous.
-        qdata: one-byte dtype (N, K/2), contiguous.
+        qdata: one-byte dtype (N, K/2), contiguous, at an address that is a multiple of 8.
         group_scale: float8_e4m3fn or float32 (N, K/group), contiguous.
         scale: float32 (N,), contiguous.
         codebook: float32 (16,) or None.
@@ -237,7 +314,7 @@ def prepare_w4a8_linear(
     """
     quantize = prepare_quantizer(x, torch.int8, 0, rotate_by, keep)
     quantized = quantize(x)
-    launch = launch_of_few(x.shape[0])
+    launch = FEW_TOKENS.get(triton.next_power_of_2(x.shape[0]))
     if launch is not None:
         multiply = _prepare_few((qdata, group_scale, scale, codebook, bias), quantized, out_dtype, launch, keep)
         return lambda x, *tensors: multiply(tensors, quantize(x))

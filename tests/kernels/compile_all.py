@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from learned_rounding.kernels.reference import LARGEST
-from learned_rounding.kernels.triton import hopper, linear, quantize, rounding
+from learned_rounding.kernels.triton import grouped_levels, hopper, linear, quantize, rounding
 from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8
 
 F32, I32 = "*fp32", "i32"
@@ -39,6 +39,10 @@ PRODUCT = {"out": "*bf16", "bias": "*bf16", "input_scale": F32, "scale": F32, "r
 PRODUCT |= dict.fromkeys(
     ("rows", "columns", "inner", "first", "units", "a_stride", "b_stride", "input_scale_stride", "scale_stride"), I32
 )
+LEVEL_WEIGHT = {"packed": "*i8", "codebook": F32, "values": "*i8", "units": I32}
+LEVEL_PRODUCT = LEVEL_WEIGHT | {"x": "*i8", "out": "*bf16", "bias": "*bf16", "sums": "*i32", "arrived": "*i32"}
+LEVEL_PRODUCT |= dict.fromkeys(("group_scale", "input_scale", "scale"), F32)
+LEVEL_PRODUCT |= dict.fromkeys(("rows", "columns", "steps"), I32)
 # Sizes that are multiples of 16 in real models; at run time Triton specializes on this property.
 EVEN = {"columns", "inner", "x_stride", "stride", "a_stride", "b_stride"}
 
@@ -69,6 +73,25 @@ def level_cases():
     for columns, levels, flag in product((16, 128), LEVELS[1:], (False, True)):
         constants = {"HAS_WEIGHT": flag, "LEVELS": levels, "LARGEST": INT8.max, **rounding.level_groups_config(columns)}
         yield rounding._search_level_scales, SEARCH_LEVELS, constants, warps, 3
+
+
+def w4a8_cases():
+    for e4m3, codebook in product((True, False), (True, False)):
+        scale = "*u8" if e4m3 else F32
+        constants = {"E4M3": e4m3, "HAS_CODEBOOK": codebook, "PER_GROUP": 1, "PTX": True}
+        config, warps = grouped_levels.EXPAND
+        yield grouped_levels._expand_weight, LEVEL_WEIGHT | {"scale": scale}, {**constants, **config}, warps, 3
+        for rows, launch in grouped_levels.FEW_TOKENS.items():
+            for splits in (1, 4):
+                tile = {
+                    "HAS_BIAS": True,
+                    "SPLITS": splits,
+                    "ROWS": rows,
+                    "COLUMNS": launch.columns,
+                    "UNITS": launch.units,
+                }
+                types = LEVEL_PRODUCT | {"group_scale": scale}
+                yield grouped_levels._multiply_few_tokens, types, {**constants, **tile}, launch.warps, 3
 
 
 def quantizing_cases(sm):
@@ -142,6 +165,7 @@ def cases(sm):
     """Yield (kernel, argument types, constexpr values, warps, stages)."""
     yield from rounding_cases()
     yield from level_cases()
+    yield from w4a8_cases()
     yield from quantizing_cases(sm)
     if sm != 100:  # whose products are left to ComfyUI's kernels
         yield from product_cases(sm)

@@ -19,6 +19,8 @@ KERNELS = {
     "_quantize_square_blocks",
     "_quantize_static",
     "_dequantize",
+    "_expand_weight",
+    "_multiply_few_tokens",
 }
 
 

@@ -15,7 +15,7 @@ WEIGHTS = {
     "codebook": (50, 256, 16, CODEBOOK, torch.float8_e4m3fn),
     "uniform": (64, 192, 16, None, torch.float32),
     "long groups": (33, 512, 32, CODEBOOK, torch.float8_e4m3fn),
-    "short groups": (16, 64, 4, None, torch.float8_e4m3fn),
+    "odd groups": (16, 96, 48, None, torch.float8_e4m3fn),
 }
 NAMES = pytest.mark.parametrize("name", WEIGHTS)
 
@@ -30,7 +30,7 @@ def make_weight(name, device="cpu"):
     generator = torch.Generator().manual_seed(1)
     qdata = torch.randint(-128, 128, (out, inner // 2), generator=generator, dtype=torch.int8)
     scale = torch.rand(out, inner // group, generator=generator) * 128
-    scale[0, :3] = torch.tensor([0.0, 2.0**-9, 448.0])
+    scale[:3, 0] = torch.tensor([0.0, 2.0**-9, 448.0])
     channel = torch.rand(out, generator=generator) * 0.01
     tensors = qdata, scale.to(dtype), channel, codebook
     return tuple(None if tensor is None else tensor.to(device) for tensor in tensors)
@@ -56,7 +56,7 @@ def test_expanded_weight_is_the_rounded_product_of_level_and_scale(name):
     qdata, scale, _, codebook = make_weight(name)
     group = WEIGHTS[name][2]
     got = kernels.expand_w4a8_weight(qdata, scale, codebook)
-    for row, column in ((0, 0), (0, group + 1), (0, 2 * group), (7, 9), (15, 63)):
+    for row, column in ((0, 0), (1, 1), (2, 2), (2, 7), (7, 9), (15, group + 2)):
         byte = int(qdata[row, column // 2]) & 255
         index = byte >> 4 if column % 2 else byte & 15
         level = index - 8 if codebook is None else float(codebook[index])
@@ -71,7 +71,7 @@ def test_expansion_in_triton_is_bit_identical(triton_levels, device, name):
     assert torch.equal(triton_levels.expand_weight(qdata, scale, codebook), want)
 
 
-@pytest.mark.parametrize("rotate_by", [0, 64])
+@pytest.mark.parametrize("rotate_by", [0, 16])
 @NAMES
 def test_layer_matches_float64(name, rotate_by):
     qdata, scale, channel, codebook = make_weight(name)
@@ -85,7 +85,7 @@ def test_layer_matches_float64(name, rotate_by):
     assert (got - want).norm() / want.norm() < 0.02
 
 
-@pytest.mark.parametrize("rotate_by", [0, 64])
+@pytest.mark.parametrize("rotate_by", [0, 16])
 @pytest.mark.parametrize("tokens", [1, 16, 20, 50, 70])
 @NAMES
 def test_layer_in_triton_matches_plain_torch(triton_levels, processors, device, name, tokens, rotate_by):
@@ -99,22 +99,19 @@ def test_layer_in_triton_matches_plain_torch(triton_levels, processors, device, 
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-3 * float(want.abs().max()) if rotate_by else 1e-4)
 
 
-@pytest.mark.parametrize("processors_per_tile", [1, 64])
-def test_sums_of_parts_are_those_of_the_whole(triton_levels, device, monkeypatch, processors_per_tile):
-    """The input channels are split where there are more multiprocessors than tiles."""
-    found = SimpleNamespace(multi_processor_count=processors_per_tile, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    qdata = torch.randint(-128, 128, (20, 1040), generator=torch.Generator().manual_seed(3), dtype=torch.int8).to(
+@pytest.mark.parametrize("most_splits", [1, 16])
+def test_sums_of_parts_are_those_of_the_whole(triton_levels, processors, device, monkeypatch, most_splits):
+    monkeypatch.setattr(triton_levels, "_MOST_SPLITS", most_splits)
+    splits = triton_levels._count_splits(triton_levels.FEW_TOKENS[16], 20, 520, 8)
+    assert (splits > 1) == (most_splits > 1)
+    qdata = torch.randint(-128, 128, (20, 4160), generator=torch.Generator().manual_seed(3), dtype=torch.int8).to(
         device
     )
-    scale, channel = torch.full((20, 130), 40.0, device=device), torch.full((20,), 0.01, device=device)
-    launch = triton_levels.launch_of_few(9)
-    splits = triton_levels._count_splits(launch, 20, 1040, processors_per_tile)
-    assert (splits > 1) == (processors_per_tile > 1)
-    arguments = random(9, 2080).to(device), qdata, scale, channel, CODEBOOK.to(device), None
+    scale, channel = torch.full((20, 520), 40.0, device=device), torch.full((20,), 0.01, device=device)
+    arguments = random(9, 8320).to(device), qdata, scale, channel, CODEBOOK.to(device), None
     got = triton_levels.prepare_w4a8_linear(*arguments, 0, torch.float32)(*arguments)
     want = reference.prepare_w4a8_linear(*arguments, 0, torch.float32)(*arguments)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
 
 
 def test_token_with_nan_or_infinity_is_not_finite_and_others_are_unchanged(triton_levels, processors, device):
@@ -148,7 +145,7 @@ def test_compiled_layer_is_one_operator_with_the_shape_of_the_result():
     qdata, scale, channel, codebook = make_weight("codebook")
 
     def run(x):
-        return kernels.w4a8_linear(x, qdata, scale, channel, codebook, rotate_by=64) + 1
+        return kernels.w4a8_linear(x, qdata, scale, channel, codebook, rotate_by=16) + 1
 
     x = random(2, 3, 256, dtype=torch.bfloat16)
     compiled = torch.compile(run, backend="eager", fullgraph=True)(x)
