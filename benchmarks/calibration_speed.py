@@ -49,6 +49,8 @@ CASES = (
     ("float8_e4m3fn", "tensor", None),
     ("int8_tensorwise", "row", None),
     ("int8_tensorwise", "row", True),
+    ("asym_w4a8_int8", "group", None),
+    ("nvfp4", "group", None),
 )
 
 

@@ -26,7 +26,7 @@ class Format:
     Attributes:
         options: fields of the recipe; empty for the source itself.
         calibrated: with a static ``input_scale`` for each layer.
-        has_kernels: ComfyUI's own INT8 layers, which run on its kernels or on ours.
+        has_kernels: ComfyUI's own INT8 and W4A8 layers, which run on its kernels or on ours.
     """
 
     options: Mapping[str, object] = field(default_factory=dict)
@@ -54,13 +54,14 @@ FORMATS = {
     "fp8_row": Format({"format": "float8_e4m3fn_rowwise"}),
     "int8_row": Format({"format": "int8_tensorwise"}, has_kernels=True),
     "int8_convrot": Format({"format": "int8_tensorwise", "convrot": True}, has_kernels=True),
+    "w4a8": Format({"format": "asym_w4a8_int8", "layer_config": '{".": "w4a8"}'}, has_kernels=True),
     "int8_block": Format({"format": "int8_blockwise"}),
     "fp8_block": Format({"format": "float8_e4m3fn_blockwise"}),
     "nvfp4": Format({"format": "nvfp4"}),
     "mxfp8": Format({"format": "mxfp8"}),
 }
 
-# Kernels of ComfyUI's INT8 layers → value of the setting LearnedRounding.NativeInt8.
+# Kernels of ComfyUI's INT8 and W4A8 layers → value of the setting LearnedRounding.NativeInt8.
 KERNELS = {"stock": "off", "ours": "on", "auto": "auto"}
 
 

@@ -15,7 +15,7 @@
 * ``loading``: load quantized files as a MODEL or CLIP.
 * ``building``: build a MODEL or CLIP from the files of a finished run.
 * ``layouts``: register this pack's formats with ComfyUI's loaders.
-* ``native_int8``: ComfyUI's native INT8 layers on this pack's kernels, off, on or auto.
+* ``native_layers``: ComfyUI's native INT8 and W4A8 layers on this pack's kernels; ``native_int8``: off, on or auto.
 * ``saving``: save quantized files in folders that ComfyUI's loaders search.
 * ``verifying``: reload saved files and compare them with what was quantized; ``loaded_layers``: the comparisons.
 * ``running``: the running prompt: outputs in use, progress, messages to pages, interrupts.
@@ -30,7 +30,8 @@ from .folders import FileSource, choice_stamp, clip_types, model_files, safetens
 from .images import decode_images
 from .layouts import add_layouts
 from .loading import load_quantized, quantized_layers
-from .native_int8 import NATIVE_INT8_MODES, add_native_int8_setting, native_int8_mode
+from .native_int8 import add_native_int8_setting, native_int8_mode
+from .native_layers import NATIVE_INT8_MODES
 from .opening import open_file
 from .quantizing import Quantized, quantize
 from .releasing import follow_free_requests

@@ -14,7 +14,8 @@ from .decoding import layers_to_decode, make_quantized_linear
 from .folders import DIFFUSION_MODELS, TEXT_ENCODERS, FileSource
 from .foreign_weights import DECODED
 from .loading import load_clip, load_model
-from .native_int8 import AUTO, use_native_int8
+from .native_int8 import use_native_int8
+from .native_layers import AUTO
 from .quantizing import Quantized
 from .sources import find_module
 

@@ -13,7 +13,7 @@ import torch
 
 from ... import kernels
 from ...quant_core.formats.layer_json import CONFIG_KEY, config_tensor
-from . import native_int8
+from . import native_layers
 
 __all__ = ["extend_linear", "has_short_forward"]
 
@@ -21,13 +21,13 @@ _FP8_LAYOUT = "TensorCoreFP8E4M3Layout"
 _DEVICES = ("cuda",)
 
 
-def _run_int8(x, weight, bias, layer) -> torch.Tensor | None:
-    return None if native_int8.is_native_int8_off() else native_int8.run_native_int8(x, weight, bias)
+def _run_native(multiply, x, weight, bias, layer) -> torch.Tensor | None:
+    return None if native_layers.is_off() else multiply(x, weight, bias)
 
 
 def _run_fp8(x, weight, bias, layer) -> torch.Tensor | None:
     qdata, scale, input_scale = weight._qdata, weight._params.scale, layer._parameters.get("input_scale")
-    if native_int8.is_native_int8_off() or not kernels.has_static_fp8(x, qdata, scale, input_scale):
+    if native_layers.is_off() or not kernels.has_static_fp8(x, qdata, scale, input_scale):
         return None
     return kernels.fp8_static_linear(x, qdata, scale, input_scale, bias)
 
@@ -43,7 +43,12 @@ def _short_forwards() -> Mapping[str, Callable]:
     from ..runtime.layouts import LAYOUTS
 
     own = {layout.__name__: _run_scaled for layout in LAYOUTS.values()}
-    return {native_int8.LAYOUT: _run_int8, _FP8_LAYOUT: _run_fp8, **own}
+    native = native_layers.NATIVE_LAYERS.items()
+    return {
+        **{layout: functools.partial(_run_native, layer.multiply) for layout, layer in native},
+        _FP8_LAYOUT: _run_fp8,
+        **own,
+    }
 
 
 def has_short_forward(layer: torch.nn.Module) -> bool:

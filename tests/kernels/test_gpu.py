@@ -164,3 +164,62 @@ def test_results_are_deterministic():
     with kernels.using("triton"):
         first = run(x)
         assert all(torch.equal(run(x), first) for _ in range(20))
+
+
+def w4a8_weight(out, inner, codebook, dtype):
+    generator = torch.Generator("cuda").manual_seed(1)
+    qdata = torch.randint(-128, 128, (out, inner // 2), generator=generator, dtype=torch.int8, device="cuda")
+    scale = (torch.rand(out, inner // 16, generator=generator, device="cuda") * 160).to(
+        dtype
+    )  # some levels are clamped
+    channel = torch.rand(out, generator=generator, device="cuda") * 1e-3
+    levels = torch.linspace(-0.98, 0.99, 16, device="cuda") if codebook else None
+    return qdata, scale, channel, levels
+
+
+@pytest.mark.parametrize("codebook", [True, False])
+@pytest.mark.parametrize("dtype", [FP8, torch.float32])
+def test_w4a8_weight_expands_to_the_values_of_plain_torch(codebook, dtype):
+    from learned_rounding.kernels import reference
+
+    qdata, scale, _, levels = w4a8_weight(3000, 3072, codebook, dtype)
+    for group_scale in (scale, (scale.float() * 0.5).to(dtype)):  # with and without clamped levels
+        want = reference.expand_weight(qdata, group_scale, levels)
+        with kernels.using("triton"):
+            assert torch.equal(kernels.expand_w4a8_weight(qdata, group_scale, levels), want)
+
+
+@pytest.mark.parametrize("rotate_by", [0, 256])
+@pytest.mark.parametrize(
+    "tokens, out, inner", [(1, 3072, 12288), (2, 700, 512), (3, 3072, 3072), (5, 18432, 3072), (300, 1100, 768)]
+)
+def test_w4a8_layer_matches_the_int8_layer_of_its_values(cache, tokens, out, inner, rotate_by):
+    qdata, scale, channel, levels = w4a8_weight(out, inner, True, FP8)
+    x, bias = random(tokens, inner), random(out, seed=2)
+    with kernels.using("triton"):
+        values = kernels.expand_w4a8_weight(qdata, scale, levels)
+        want = kernels.int8_row_linear(x, values, channel[:, None], bias, rotate_by=rotate_by, out_dtype=torch.float32)
+        for _ in range(3):  # later calls use kept launches
+            got = kernels.w4a8_linear(
+                x, qdata, scale, channel, levels, bias, rotate_by=rotate_by, out_dtype=torch.float32
+            )
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_w4a8_layer_replays_in_a_cuda_graph_and_compiles(cache, tokens):
+    weight = w4a8_weight(1024, 1024, True, FP8)
+    x = random(tokens, 1024)
+
+    def run(x):
+        return kernels.w4a8_linear(x, *weight, rotate_by=256)
+
+    want = run(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(x)
+    x.copy_(random(tokens, 1024, seed=3))
+    graph.replay()
+    assert not torch.equal(out, want) and torch.equal(out, run(x))
+    compiled = torch.compile(lambda x: torch.nn.functional.gelu(run(x)) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(x), torch.nn.functional.gelu(run(x)) * 2, rtol=0.02, atol=0.02)

@@ -86,7 +86,7 @@ def test_layer_matches_float64(name, rotate_by):
 
 
 @pytest.mark.parametrize("rotate_by", [0, 16])
-@pytest.mark.parametrize("tokens", [1, 16, 20, 50, 70])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 70])
 @NAMES
 def test_layer_in_triton_matches_plain_torch(triton_levels, processors, device, name, tokens, rotate_by):
     qdata, scale, channel, codebook = make_weight(name, device)
@@ -102,13 +102,13 @@ def test_layer_in_triton_matches_plain_torch(triton_levels, processors, device, 
 @pytest.mark.parametrize("most_splits", [1, 16])
 def test_sums_of_parts_are_those_of_the_whole(triton_levels, processors, device, monkeypatch, most_splits):
     monkeypatch.setattr(triton_levels, "_MOST_SPLITS", most_splits)
-    splits = triton_levels._count_splits(triton_levels.FEW_TOKENS[16], 20, 520, 8)
+    splits = triton_levels._count_splits(triton_levels.FEW_TOKENS[4], 20, 520, 8)
     assert (splits > 1) == (most_splits > 1)
     qdata = torch.randint(-128, 128, (20, 4160), generator=torch.Generator().manual_seed(3), dtype=torch.int8).to(
         device
     )
     scale, channel = torch.full((20, 520), 40.0, device=device), torch.full((20,), 0.01, device=device)
-    arguments = random(9, 8320).to(device), qdata, scale, channel, CODEBOOK.to(device), None
+    arguments = random(3, 8320).to(device), qdata, scale, channel, CODEBOOK.to(device), None
     got = triton_levels.prepare_w4a8_linear(*arguments, 0, torch.float32)(*arguments)
     want = reference.prepare_w4a8_linear(*arguments, 0, torch.float32)(*arguments)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)

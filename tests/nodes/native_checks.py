@@ -22,10 +22,23 @@ from pack.quant_core.errors import QuantizationError
 from torch.nn.functional import linear
 
 native = sys.modules["pack.nodes.host.native_int8"]
+native_layers = sys.modules["pack.nodes.host.native_layers"]
 running = sys.modules["pack.nodes.host.running"]
-ACCEPTS = native._accepts
+ACCEPTS = native_layers._accepts
 LAYOUT = "TensorWiseINT8Layout"
-RECIPES = {"row": {}, "tensor": {"granularity": "tensor"}, "convrot": {"convrot": True}}
+RECIPES = {
+    "row": {"format": "int8_tensorwise"},
+    "tensor": {"format": "int8_tensorwise", "granularity": "tensor"},
+    "convrot": {"format": "int8_tensorwise", "convrot": True},
+    "w4a8": {"format": "asym_w4a8_int8"},
+}
+# Case → layout, its options of a layer with 256 input channels, the options of a recipe, and the modes that can be compiled:
+# comfy-kitchen has no operator of torch for W4A8, and tracers fail in its code.
+LAYOUTS = {
+    "int8": (LAYOUT, {"per_channel": True}, RECIPES["convrot"], ("on", "auto", "off")),
+    "w4a8": ("AsymW4A8Int8Layout", {"convrot_groupsize": 256}, RECIPES["w4a8"], ("on", "auto")),
+}
+LAYOUTS = {name: case for name, case in LAYOUTS.items() if case[2]["format"] in comfy.quant_ops.QUANT_ALGOS}
 ROTATED = {"per_channel": True, "convrot": True}
 
 
@@ -44,9 +57,9 @@ class Recorded:
 
         return call
 
-    def accepts(self, x, weight, transposed: bool) -> bool:
+    def accepts(self, x, weight, layout: str, transposed: bool) -> bool:
         self.transposed.add(weight._params.transposed)
-        return ACCEPTS(x, weight, transposed)
+        return ACCEPTS(x, weight, layout, transposed)
 
     def fastest(self, key, names, run) -> str:
         if "stock" not in names:  # the choice between our own backends
@@ -75,21 +88,30 @@ def on_cpu():
         registry.disable(name)
     recorded = Recorded()
     eager = registry._backends["eager"]
-    native._registry()
-    anywhere = {"int8_linear": FunctionConstraints()}
-    registry.register("learned_rounding", SimpleNamespace(int8_linear=native.int8_linear), anywhere)
+    native_layers.kitchen_registry()
+    ours = {
+        layer.operation: layer.compute
+        for layer in native_layers.NATIVE_LAYERS.values()
+        if hasattr(eager, layer.operation)
+    }
+    registry.register("learned_rounding", SimpleNamespace(**ours), dict.fromkeys(ours, FunctionConstraints()))
     registry.disable("learned_rounding")
     with (
-        patch.object(native, "_DEVICES", ("cpu", "cuda")),
+        patch.object(native_layers, "_DEVICES", ("cpu", "cuda")),
         patch.object(native, "_can_run", lambda: True),
-        patch.object(native, "_accepts", recorded.accepts),
-        patch.object(native, "_run_ours", recorded.counted("ours", native._run_ours)),
-        patch.object(eager, "int8_linear", recorded.counted("stock", eager.int8_linear)),
+        patch.object(native_layers, "_accepts", recorded.accepts),
+        contextlib.ExitStack() as counted,
         patch.object(registry, "get_capable_backend", recorded.counted("searches", registry.get_capable_backend)),
         patch.object(tuning, "fastest", recorded.fastest),
         patch.object(tuning, "_describe_machine", lambda device: str(device)),
     ):
-        native._kept.clear()
+        for name in ("_run_int8", "_run_w4a8"):
+            counted.enter_context(
+                patch.object(native_layers, name, recorded.counted("ours", getattr(native_layers, name)))
+            )
+        for name in ours:
+            counted.enter_context(patch.object(eager, name, recorded.counted("stock", getattr(eager, name))))
+        native_layers._kept.clear()
         try:
             yield recorded
         finally:
@@ -98,7 +120,7 @@ def on_cpu():
 
 def _set_mode(mode: str) -> None:
     native._set_setting(mode)
-    native._kept.clear()
+    native_layers._kept.clear()
 
 
 def stored() -> dict:
@@ -117,13 +139,13 @@ def stored() -> dict:
         settings.write_text(values[0])
         with patch.object(native, "_can_run", lambda: False):
             host.add_native_int8_setting()
-            without = native._mode, registry.is_available("learned_rounding")
+            without = native_layers._mode, registry.is_available("learned_rounding")
         modes = []
         with on_cpu():
             for value in values:
                 settings.write_text(value)
                 host.add_native_int8_setting()
-                modes.append((native._mode, registry.is_available("learned_rounding")))
+                modes.append((native_layers._mode, registry.is_available("learned_rounding")))
     return {"without a GPU": without, "modes": modes}
 
 
@@ -131,7 +153,7 @@ def constraints() -> dict:
     """What the registry may give to our backend, and the order of backends."""
     from comfy_kitchen.registry import registry
 
-    native._registry()
+    native_layers.kitchen_registry()
     needs = registry.get_constraints("learned_rounding", "int8_linear")
     return {
         "needs": [sorted(needs.default_devices), list(needs.min_compute_capability), sorted(needs.params)],
@@ -158,7 +180,7 @@ def modes() -> dict:
                 inputs = x.clone()  # made in the same mode
 
                 def run(coded=coded, given=given, inputs=inputs, results=results):
-                    results[native._mode] = linear(inputs, coded, None if given is None else given.clone())
+                    results[native_layers._mode] = linear(inputs, coded, None if given is None else given.clone())
 
                 calls = {}
                 for mode in ("off", "on", "auto"):
@@ -190,7 +212,7 @@ def activations() -> dict:
             results = {}
 
             def run(name=name, inputs=inputs, results=results):
-                results[native._mode] = comfy.quant_ops.ck.int8_linear(
+                results[native_layers._mode] = comfy.quant_ops.ck.int8_linear(
                     inputs, coded._qdata, coded._params.scale, None, torch.float32, input_act=name
                 )
 
@@ -237,10 +259,10 @@ def shapes() -> dict:
         found["earlier comfy-kitchen"] = recorded.during(_run_earlier, x[:2].clone(), plain)
         _set_mode("on")
         found["group of 1024, on"] = recorded.during(linear, x, wide)
-        with patch.object(native._kept, "limit", 2):
+        with patch.object(native_layers._kept, "limit", 2):
             for tokens in range(1, 8):
                 linear(x[:1].expand(tokens, -1), plain)
-                assert len(native._kept) <= 2
+                assert len(native_layers._kept) <= 2
         for mode in ("off", "on", "auto"):  # comfy-kitchen refuses float64 in every mode
             _set_mode(mode)
             try:
@@ -256,7 +278,9 @@ def models() -> dict:
     found = {}
     with on_cpu() as recorded:
         for name, options in RECIPES.items():
-            file = tiny.file(format="int8_tensorwise", **options)
+            if options["format"] not in comfy.quant_ops.QUANT_ALGOS:
+                continue
+            file = tiny.file(**options)
             plain = host.build_model(tiny.original, file)
             on, off, auto = (host.build_model(tiny.original, file, mode) for mode in ("on", "off", "auto"))
             expected = tiny.sampled(plain)
@@ -268,7 +292,7 @@ def models() -> dict:
             calls = {
                 "on": recorded.during(sample, "on", on),
                 "auto, setting off": recorded.during(sample, "auto", auto),
-                "mode after it": native._mode,
+                "mode after it": native_layers._mode,
             }
             _set_mode("on")
             calls["off, setting on"] = recorded.during(sample, "off", off)
@@ -307,12 +331,12 @@ def _mode_after_exception(model) -> list:
     seen = []
 
     def execute():
-        seen.append(native._mode)
+        seen.append(native_layers._mode)
         raise RuntimeError
 
     with contextlib.suppress(RuntimeError):
         wrapper(execute)
-    return [*seen, native._mode]
+    return [*seen, native_layers._mode]
 
 
 def _changed_during_run() -> list:
@@ -320,8 +344,8 @@ def _changed_during_run() -> list:
     native._set_setting("auto")
     with native._running_in("off"):
         native._set_setting("on")
-        during = native._mode
-    return [during, native._mode]
+        during = native_layers._mode
+    return [during, native_layers._mode]
 
 
 def _run_in_parallel() -> list:
@@ -333,23 +357,26 @@ def _run_in_parallel() -> list:
         *(functools.partial(run.__exit__, None, None, None) for run in runs),
     ):
         step()
-        seen.append(native._mode)
+        seen.append(native_layers._mode)
     return seen
 
 
 def compiled() -> dict:
     """Compiled layers and models in the modes on and auto."""
+    return {name: _run_compiled(*case) for name, case in LAYOUTS.items()}
+
+
+def _run_compiled(layout: str, options: dict, recipe: dict, modes: tuple[str, ...]) -> dict:
     tiny = TinyModel()
-    file = tiny.file(format="int8_tensorwise", convrot=True)
-    model = host.build_model(tiny.original, file)
-    weight = torch.randn(32, 128, device=DEVICE)
-    coded = comfy.quant_ops.QuantizedTensor.from_float(weight, LAYOUT, per_channel=True)
-    x = torch.randn(3, 128, device=DEVICE)
+    model = host.build_model(tiny.original, tiny.file(**recipe))
+    weight = torch.randn(32, 256, device=DEVICE)
+    coded = comfy.quant_ops.QuantizedTensor.from_float(weight, layout, **options)
+    x = torch.randn(3, 256, device=DEVICE)
     found = {}
     with on_cpu() as recorded:
         eager, whole = linear(x, coded), tiny.run(model)
         diffusion_model = model.model.diffusion_model
-        for backend, mode in itertools.product(("eager", "aot_eager"), ("on", "auto", "off")):
+        for backend, mode in itertools.product(("eager", "aot_eager"), modes):
             _set_mode(mode)
             torch.compiler.reset()
             layer = torch.compile(lambda x: linear(x, coded), backend=backend)
@@ -367,6 +394,41 @@ def compiled() -> dict:
                 "model": distance(results["model"], whole),
             }
             model.model.diffusion_model = diffusion_model
+    return found
+
+
+def w4a8() -> dict:
+    """A W4A8 layer in each mode, with the number of calls; one with a group size, and one in its transposed form."""
+    x, bias = torch.randn(3, 5, 256, device=DEVICE), torch.randn(32, device=DEVICE)
+    weight = torch.randn(32, 256, device=DEVICE)
+    found = {}
+    if "w4a8" not in LAYOUTS:
+        return found
+    cases = {
+        "codebook": {},
+        "uniform": {"codebook": False},
+        "group of 32": {"group_size": 32},
+        "asymmetric": {"symmetric": False, "codebook": False},
+    }
+    with on_cpu() as recorded:
+        for (name, options), inference in itertools.product(cases.items(), (True, False)):
+            coded = comfy.quant_ops.QuantizedTensor.from_float(weight, "AsymW4A8Int8Layout", **options)
+            results, calls = {}, {}
+            recorded.transposed.clear()
+            with torch.inference_mode(inference):
+                inputs = x.clone()
+
+                def run(coded=coded, inputs=inputs, results=results):
+                    results[native_layers._mode] = linear(inputs, coded, bias.clone())
+
+                for mode in ("off", "on", "auto"):
+                    _set_mode(mode)
+                    calls[mode] = [recorded.during(run), recorded.during(run)]
+            found[f"{name}, inference {inference}"] = {
+                "calls": calls,
+                "distance": distance(results["on"], results["off"]),
+                "transposed": list(recorded.transposed),
+            }
     return found
 
 
@@ -392,7 +454,7 @@ def route() -> dict:
         ((_, handler),) = handlers
         for value in ("on", "off", "auto", True, "fast", None, ["on"]):
             answer = asyncio.run(change(handler, value))
-            found[json.dumps(value)] = answer.status, native._mode
+            found[json.dumps(value)] = answer.status, native_layers._mode
     return found
 
 
@@ -412,7 +474,7 @@ def widget() -> dict:
 
 def layers() -> dict:
     """The checks that need no model: starting a process takes longer than any of them."""
-    return {check.__name__: check() for check in (constraints, stored, modes, activations, shapes, route)}
+    return {check.__name__: check() for check in (constraints, stored, modes, w4a8, activations, shapes, route)}
 
 
 CHECKS = {f"native_{check.__name__}": check for check in (layers, models, compiled, widget)}

@@ -54,6 +54,25 @@ def test_each_mode_runs_its_implementation(layers):
         assert result["transposed"] == ["inference False" in name], name  # linear, or mm and addmm
 
 
+def test_w4a8_layers_run_in_each_mode(int8_host, layers):
+    found = layers["w4a8"]
+    assert len(found) == 8 * stock_loads(int8_host, "asym_w4a8_int8")
+    for name, result in found.items():
+        ours = {
+            "off": [calls(stock=1, searches=1)] * 2,
+            "on": [calls(ours=1)] * 2,
+            "auto": [calls(ours=2, stock=1, measured=1), calls(ours=1)],
+        }
+        stock = {
+            **ours,
+            "on": [calls(stock=1)] * 2,
+            "auto": [calls(stock=1)] * 2,
+        }  # our kernels do not support the layer
+        assert result["calls"] == (stock if "asymmetric" in name else ours), name
+        assert result["distance"] < 0.005, (name, result)
+        assert result["transposed"] == ["inference False" in name], name
+
+
 def test_fused_activations_run_in_every_mode(layers):
     found = layers["activations"]
     assert {"gelu_tanh", "swiglu"} <= found.keys()
@@ -81,7 +100,8 @@ def test_each_shape_is_measured_once(layers):
 
 def test_models_run_in_the_mode_of_their_node_or_of_the_setting(int8_host, tmp_path):
     found = in_process(int8_host, tmp_path, "native_models")
-    for name in ("row", "tensor", "convrot"):
+    four_bits = ["w4a8"] if stock_loads(int8_host, "asym_w4a8_int8") else []
+    for name in ("row", "tensor", "convrot", *four_bits):
         result, counted = found[name], found[name]["calls"]
         assert result["layers"] > 30
         assert counted["mode after it"] == "off"
@@ -102,8 +122,10 @@ def test_models_run_in_the_mode_of_their_node_or_of_the_setting(int8_host, tmp_p
 
 def test_compiled_layers_and_models_run_in_every_mode(int8_host, tmp_path):
     found = in_process(int8_host, tmp_path, "native_compiled")
-    assert len(found) == 6
-    for name, result in found.items():
+    assert len(found) == 1 + stock_loads(int8_host, "asym_w4a8_int8")
+    cases = {f"{layout}, {name}": result for layout, modes in found.items() for name, result in modes.items()}
+    assert len(cases) == 6 + 4 * (len(found) - 1)
+    for name, result in cases.items():
         used, unused = ("stock", "ours") if name.endswith("off") else ("ours", "stock")
         assert result["calls"][used] > result["layers"] and not result["calls"][unused], (name, result)
         assert not result["calls"]["measured"], name
