@@ -3,9 +3,9 @@
 ``capture`` runs blocks of linear layers, attention and activation functions on random tokens, with and without a
 :class:`Collector` whose Hessians are on the device, in low rank, or in files. A run is ``--calls`` calls, as in sampling,
 and includes all updates of the Hessians. Runs with and without alternate; reported is the median time of a run divided by
-its calls. ``rounding`` quantizes every layer of the whole model, each with a packed Hessian of its true size and 512
-validation activations, which choose the dampening; reading the Hessians from disk is not included. ``measured`` is the
-time to choose the formats of all layers.
+its calls. ``rounding`` quantizes a layer of each shape, with a packed Hessian of its true size and 512 validation activations, which
+choose the dampening; reading the Hessians from disk is not included. Its seconds are the sum over all layers of the model of
+the median time of their shape. ``measured`` is the time to choose the formats of all layers.
 
 ``file`` quantizes a model file with a calibration file, both written by this script, as ``lrq`` does, on ``--fraction`` of
 the layers of each shape. Its seconds are divided by the fraction. The first run is for warm-up, the second is timed as a
@@ -16,6 +16,7 @@ import itertools
 import statistics
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -139,7 +140,8 @@ def _make_statistics(channels: int) -> LayerStatistics:
     return LayerStatistics(hessian.result(), validation, sensitivity=1.0)
 
 
-def rounding(args) -> list[dict]:
+def _make_layers(args) -> tuple[list, dict, dict]:
+    """(name, shape) of every layer, the statistics by number of channels, and the weight of each shape."""
     width, double, single = (128, 1, 2) if args.quick else (3072, DOUBLE, SINGLE)
     shapes = list(_layer_shapes(width, double, single))
     layer_statistics = {channels: _make_statistics(channels) for channels in {shape[1] for _, shape in shapes}}
@@ -147,6 +149,12 @@ def rounding(args) -> list[dict]:
         shape: (0.02 * torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)).bfloat16()
         for shape in {shape for _, shape in shapes}
     }
+    return shapes, layer_statistics, weights
+
+
+def rounding(args) -> list[dict]:
+    shapes, layer_statistics, weights = _make_layers(args)
+    counts = Counter(shape for _, shape in shapes)
     rows = []
     for format, granularity, convrot in CASES:
 
@@ -161,9 +169,13 @@ def rounding(args) -> list[dict]:
                 rounding="calibrated",
             )
 
-        for shape in weights:
-            _measure_seconds(lambda shape=shape: quantize(shape))
-        times = [(name, shape, _measure_seconds(lambda shape=shape: quantize(shape))) for name, shape in shapes]
+        seconds = {}
+        for shape in counts:
+            quantize(shape)
+            seconds[shape] = statistics.median(
+                _measure_seconds(lambda shape=shape: quantize(shape)) for _ in range(_ROUNDS)
+            )
+        width = min(inner for _, inner in counts)
         rows.append(
             {
                 "section": "rounding",
@@ -171,17 +183,22 @@ def rounding(args) -> list[dict]:
                 "per": granularity + (", rotated" if convrot else ""),
                 "layers": len(shapes),
                 "weights GB": sum(out * channels for _, (out, channels) in shapes) * 2 / 1e9,
-                "seconds": sum(seconds for *_, seconds in times),
-                "slowest": max(seconds for *_, seconds in times),
+                "seconds": sum(seconds[shape] * count for shape, count in counts.items()),
+                "slowest": max(seconds.values()),
+                f"{width}×{4 * width}": seconds[width, 4 * width],
             }
         )
+    return rows
+
+
+def choose_formats(args) -> list[dict]:
+    shapes, layer_statistics, weights = _make_layers(args)
     source = TensorSource({f"{name}.weight": weights[shape] for name, shape in shapes})
     calibration = InMemoryCalibration({name: layer_statistics[shape[1]] for name, shape in shapes})
     recipe = Recipe(format="measured")
     nothing = {"emit": lambda event: None, "check": lambda: None}
     seconds = _measure_seconds(lambda: allocate_formats(source, recipe, calibration, device=DEVICE, **nothing))
-    rows.append({"section": "measured", "layers": len(shapes), "seconds": seconds})
-    return rows
+    return [{"section": "measured", "layers": len(shapes), "seconds": seconds}]
 
 
 def quantize_files(args) -> list[dict]:
@@ -251,7 +268,7 @@ def _write_statistics(path: Path, shapes: dict[str, tuple[int, int]], bits: int)
     write_calibration(path, {name: by_width[shape[1]] for name, shape in shapes.items()}, owners, shapes, {}, {})
 
 
-SECTIONS = {"capture": capture, "rounding": rounding, "file": quantize_files}
+SECTIONS = {"capture": capture, "rounding": rounding, "measured": choose_formats, "file": quantize_files}
 
 
 def main() -> None:
