@@ -7,7 +7,6 @@ layer with rotation. A sampling step is measured by ``comfyui.py``.
 
 import functools
 
-import torch
 from torch import nn
 
 from learned_rounding import kernels

@@ -54,7 +54,7 @@ FORMATS = {
     "fp8_row": Format({"format": "float8_e4m3fn_rowwise"}),
     "int8_row": Format({"format": "int8_tensorwise"}, has_kernels=True),
     "int8_convrot": Format({"format": "int8_tensorwise", "convrot": True}, has_kernels=True),
-    "w4a8": Format({"format": "asym_w4a8_int8", "layer_config": '{".": "w4a8"}'}, has_kernels=True),
+    "w4a8": Format({"format": "asym_w4a8_int8", "layer_config": r'{"(^|_)blocks\\.": "w4a8"}'}, has_kernels=True),
     "int8_block": Format({"format": "int8_blockwise"}),
     "fp8_block": Format({"format": "float8_e4m3fn_blockwise"}),
     "nvfp4": Format({"format": "nvfp4"}),

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .launcher import Launcher
 from .linear import Operands, prepare_product, shipped_launch
-from .quantize import decode_e4m3, prepare_quantizer
+from .quantize import SEPARATE, decode_e4m3, prepare_quantizer
 
 __all__ = ["EXPAND", "FEW_TOKENS", "FewTokens", "expand_weight", "prepare_w4a8_linear"]
 
@@ -226,9 +226,8 @@ def _prepare_expansion(qdata, group_scale, codebook, keep: bool):
     (out, packed), device, units = qdata.shape, qdata.device, 2 * qdata.numel() // UNIT
     config, warps = EXPAND
     constants = {**_constants(qdata, group_scale, codebook), **config}
-    run = Launcher(
-        _expand_weight, (triton.cdiv(units, config["UNITS"]),), constants, device, keep=keep, num_warps=warps
-    )
+    grid = (triton.cdiv(units, config["UNITS"]),)
+    run = Launcher(_expand_weight, grid, constants, device, keep=keep, num_warps=warps, **SEPARATE)
 
     def expand(qdata, group_scale, codebook) -> torch.Tensor:
         values = torch.empty((out, 2 * packed), dtype=torch.int8, device=device)
@@ -271,7 +270,9 @@ def _prepare_few(tensors, quantized, out_dtype: torch.dtype, launch: FewTokens, 
         "UNITS": launch.units,
     }
     sizes = rows, columns, units, steps
-    run = Launcher(_multiply_few_tokens, (tiles, splits), constants, device, keep=keep, num_warps=launch.warps)
+    run = Launcher(
+        _multiply_few_tokens, (tiles, splits), constants, device, keep=keep, num_warps=launch.warps, **SEPARATE
+    )
 
     def multiply(tensors, quantized) -> torch.Tensor:
         qdata, group_scale, scale, codebook, bias = tensors

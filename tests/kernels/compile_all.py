@@ -46,7 +46,14 @@ LEVEL_PRODUCT |= dict.fromkeys(("rows", "columns", "steps"), I32)
 # Sizes that are multiples of 16 in real models; at run time Triton specializes on this property.
 EVEN = {"columns", "inner", "x_stride", "stride", "a_stride", "b_stride"}
 
-QUANTIZERS = {quantize._quantize_blocks, quantize._quantize_rows, quantize._quantize_square_blocks}
+# Kernels without fused multiply-add.
+SEPARATE = {
+    quantize._quantize_blocks,
+    quantize._quantize_rows,
+    quantize._quantize_square_blocks,
+    grouped_levels._expand_weight,
+    grouped_levels._multiply_few_tokens,
+}
 
 
 def rounding_cases():
@@ -184,7 +191,7 @@ def compile_case(kernel, types, constants, warps, stages, sm):
     fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source_type(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages, **(quantize.SEPARATE if kernel in QUANTIZERS else {})}
+    options = {"num_warps": warps, "num_stages": stages, **(quantize.SEPARATE if kernel in SEPARATE else {})}
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
