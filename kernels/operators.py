@@ -1,4 +1,4 @@
-"""The kernels as torch operators, which torch.compile and CUDA graphs accept, and the public functions over them.
+"""The kernels of layers as torch operators, which torch.compile and CUDA graphs accept, and the public functions of all.
 
 Operator schemas and public parameters keep the name ``codes`` for quantized values (``qdata`` elsewhere) and ``tile`` for
 a scale group: they are part of the API.
@@ -82,22 +82,6 @@ def _dispatched(name: str):
     return lambda *arguments: implementation(name, *arguments)(*arguments)
 
 
-def _rounding(name: str):
-    """As :func:`_dispatched`; the last three arguments are the fields of an :class:`ElementArithmetic`."""
-
-    def run(*arguments):
-        arguments = *arguments[:-3], ElementArithmetic(*arguments[-3:])
-        return implementation(name, *arguments)(*arguments)
-
-    return run
-
-
-def _run_round_block(*arguments):
-    matrices, numbers, levels = arguments[:6], arguments[6:9], arguments[9:]
-    arguments = *matrices, ElementArithmetic(*numbers), *levels
-    return implementation("round_block", *arguments)(*arguments)
-
-
 def _quantize_activations_once(x, dtype, block_size, rotate_by):
     arguments = x, dtype, block_size, rotate_by
     qdata, scale = implementation("quantize_inputs", *arguments)(*arguments)(x)
@@ -156,30 +140,6 @@ _w4a8_linear = _operator(
     " ScalarType out_dtype) -> Tensor",
     prepared_w4a8_linear,
     _fake_w4a8_linear,
-)
-_round_block = _operator(
-    "round_block",
-    "(Tensor weight, Tensor shift, Tensor? before, Tensor? coupling, Tensor scale, int tile_rows, int mantissa,"
-    " float smallest, float largest, Tensor? codes=None, Tensor? level_scale=None) -> (Tensor, Tensor)",
-    _run_round_block,
-    lambda weight, *_: (weight.new_empty(weight.shape, dtype=torch.float16), torch.empty_like(weight)),
-)
-_scale_errors = _operator(
-    "scale_errors",
-    "(Tensor weight, Tensor scale, Tensor ratios, Tensor? column_weight, int tile_rows, int tile_columns, int group,"
-    " int mantissa, float smallest, float largest) -> Tensor",
-    _rounding("scale_errors"),
-    lambda weight, scale, ratios, column_weight, tile_rows, tile_columns, group, *_: scale.new_empty(
-        ratios.shape[0], -(-weight.shape[0] // group), scale.shape[1]
-    ),
-)
-
-
-_search_level_scales = _operator(
-    "search_level_scales",
-    "(Tensor values, Tensor bits, Tensor codes, Tensor? column_weight, int steps, float largest) -> (Tensor, Tensor)",
-    _dispatched("search_level_scales"),
-    lambda values, bits, *_: (torch.empty_like(bits), values.new_empty(2, *bits.shape)),
 )
 
 
@@ -401,7 +361,8 @@ def round_block(
 
     ``tile_rows`` is the height of a scale group, ``grid`` the arithmetic of the element format.
     """
-    return _round_block(weight, shift, before, coupling, scale, tile_rows, *grid, codes, level_scale)
+    arguments = weight, shift, before, coupling, scale, tile_rows, grid, codes, level_scale
+    return implementation("round_block", *arguments)(*arguments)
 
 
 def scale_errors(
@@ -412,9 +373,11 @@ def scale_errors(
     ``tile_rows`` × ``tile_columns`` is the shape of a scale group, ``group`` the number of rows per sum, ``grid`` the
     arithmetic of the element format.
     """
-    return _scale_errors(weight, scale, ratios, column_weight, tile_rows, tile_columns, group, *grid)
+    arguments = weight, scale, ratios, column_weight, tile_rows, tile_columns, group, grid
+    return implementation("scale_errors", *arguments)(*arguments)
 
 
 def search_level_scales(values, bits, codes, column_weight, steps: int, largest: float):
     """The best of some E4M3 scales for levels of groups; see :func:`.reference.rounding.search_level_scales`."""
-    return _search_level_scales(values, bits, codes, column_weight, steps, largest)
+    arguments = values, bits, codes, column_weight, steps, largest
+    return implementation("search_level_scales", *arguments)(*arguments)

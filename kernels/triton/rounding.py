@@ -4,13 +4,17 @@ FP8 conversion instructions are not used: they exist only from SM 8.9 on, and ro
 exact (|x/step| < 2²²) and as fast.
 """
 
+import functools
 import math
+import operator
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
 from ..element_format import ElementArithmetic
+from .launcher import Launcher
 
 __all__ = ["CONFIGS", "MAX_COLUMNS", "round_block", "scale_errors", "search_level_scales"]
 
@@ -91,6 +95,8 @@ def _round_block(
     w = tl.load(weight + last.to(tl.int64) * row_stride + row, mask=inside_row, other=0.0)
     s = tl.load(scale + last * scale_column_stride + row // group_rows, mask=inside_row, other=1.0)
     feedback = tl.load(coupling + last * columns + column, mask=column < columns, other=0.0)
+    if LEVELS:
+        group_scale = tl.load(level_scale + last.to(tl.int64) * row_stride + row, mask=inside_row, other=0.0)
     for step in range(0, columns):
         i = last - step
         at = i.to(tl.int64) * row_stride + row
@@ -101,7 +107,8 @@ def _round_block(
         own = tl.sum(tl.where(column[:, None] == i, target, 0.0), axis=0)
         scaled = tl.div_rn(own, s)
         if LEVELS:
-            group_scale = tl.load(level_scale + at, mask=inside_row, other=0.0)
+            next_at = following.to(tl.int64) * row_stride + row
+            next_group_scale = tl.load(level_scale + next_at, mask=inside_row, other=0.0)
             value = _round_to_level(scaled, group_scale, codes, LEVELS, LARGEST)
         else:
             value = _round(scaled, MANTISSA, SMALLEST, LARGEST)
@@ -113,6 +120,8 @@ def _round_block(
         tl.store(errors + at, error, mask=inside_row)
         target -= feedback[:, None] * change[None, :]
         w, s, feedback = next_w, next_s, next_feedback
+        if LEVELS:
+            group_scale = next_group_scale
 
 
 @triton.jit
@@ -234,13 +243,32 @@ def square_group_config(columns: int) -> dict[str, int]:
     return {"ROWS": 1024 // columns, "COLUMNS": columns}
 
 
+@functools.lru_cache(maxsize=256)
+def _prepare_rounding(
+    columns: int,
+    rows: int,
+    group_rows: int,
+    scale_column_stride: int,
+    element: ElementArithmetic,
+    levels: int,
+    has_before: bool,
+    aligned: bool,
+    device: torch.device,
+) -> Callable[..., None]:
+    """The launch of round_block for blocks of one shape, with all arguments but the tensors: GPTQ makes hundreds of equal ones."""
+    config, warps = CONFIGS["round_block"]
+    constants = {"HAS_BEFORE": has_before, "LEVELS": levels, **element_constants(element), **config}
+    grid = (triton.cdiv(rows, config["ROWS"]),)
+    run = Launcher(_round_block, grid, constants, device, keep=aligned, num_warps=warps)
+    return lambda *tensors: run(*tensors, columns, rows, group_rows, scale_column_stride, rows)
+
+
 def round_block(weight, shift, before, coupling, scale, group_rows, element, codes=None, level_scale=None):
     """See :func:`..reference.rounding.round_block`; for up to :data:`MAX_COLUMNS` columns."""
     columns, rows = weight.shape
     values = torch.empty(columns, rows, dtype=torch.float16, device=weight.device)
     errors = torch.empty(columns, rows, dtype=torch.float32, device=weight.device)
-    constants, warps = CONFIGS["round_block"]
-    _round_block[(triton.cdiv(rows, constants["ROWS"]),)](
+    tensors = [
         weight.contiguous(),
         shift.contiguous(),
         shift if before is None else before.contiguous(),
@@ -250,17 +278,19 @@ def round_block(weight, shift, before, coupling, scale, group_rows, element, cod
         scale if level_scale is None else level_scale.contiguous(),
         values,
         errors,
+    ]
+    run = _prepare_rounding(
         columns,
         rows,
         min(group_rows, rows),
         scale.shape[1] if scale.shape[0] > 1 else 0,
-        rows,
-        HAS_BEFORE=before is not None,
-        LEVELS=0 if codes is None else len(codes),
-        **element_constants(element),
-        **constants,
-        num_warps=warps,
+        element,
+        0 if codes is None else len(codes),
+        before is not None,
+        functools.reduce(operator.or_, (tensor.data_ptr() for tensor in tensors)) % 16 == 0,
+        weight.device,
     )
+    run(*tensors)
     return values, errors
 
 

@@ -19,8 +19,22 @@ ARGUMENTS = {
     "quantize_weight": (X, torch.float8_e4m3fn, 32),
     "dequantize_weight": (QDATA, SCALE, 32, 0, torch.bfloat16),
     "scaled_linear": (X, QDATA, SCALE, None, 32, 0, torch.float32),
-    "round_block": (X, X / 9, None, torch.ones(6, 6).tril(-1), torch.ones(1, 1), 96, *E4M3.arithmetic),
-    "scale_errors": (X, torch.ones(6, 1), torch.tensor([1.0, 0.9]), X[0].square(), 1, 96, 1, *E4M3.arithmetic),
+    "w4a8_linear": (
+        X,
+        torch.arange(40 * 48, dtype=torch.int32).to(torch.int8).view(40, 48),
+        torch.ones(40, 6),
+        torch.ones(40),
+        None,
+        None,
+        16,
+        torch.bfloat16,
+    ),
+}
+# Operations of quantization, which no graph contains.
+FUNCTIONS = {
+    "expand_weight": ARGUMENTS["w4a8_linear"][1:3] + (None,),
+    "round_block": (X, X / 9, None, torch.ones(6, 6).tril(-1), torch.ones(1, 1), 96, E4M3.arithmetic),
+    "scale_errors": (X, torch.ones(6, 1), torch.tensor([1.0, 0.9]), X[0].square(), 1, 96, 1, E4M3.arithmetic),
     "search_level_scales": (
         X,
         torch.full((6, 6), 40, dtype=torch.uint8),
@@ -33,7 +47,7 @@ ARGUMENTS = {
 
 
 def test_every_operation_has_operator_arguments():
-    assert ARGUMENTS.keys() == backends.OPERATIONS.keys()
+    assert ARGUMENTS.keys() | FUNCTIONS.keys() == backends.OPERATIONS.keys()
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -105,9 +119,9 @@ def test_package_can_be_imported_under_a_second_name():
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("operation", ARGUMENTS)
+@pytest.mark.parametrize("operation", [*ARGUMENTS, *FUNCTIONS])
 def test_refusals_name_the_unmet_need(operation, sentences):
-    found = kernels.refusals(operation, *ARGUMENTS[operation])
+    found = kernels.refusals(operation, *(ARGUMENTS | FUNCTIONS)[operation])
     assert "reference" not in found
     sentences(found["triton"])
 
