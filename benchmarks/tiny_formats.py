@@ -7,14 +7,18 @@ not trained either, and prompts of the split evaluation. Every seed samples all 
 weights only   the file with its weights dequantized to float32, so that only the weights differ
 as run         the file itself through Load Diffusion Model: ComfyUI also quantizes activations where it does so on this device.
                On a CPU it does not for FP8, mxfp8 and nvfp4, and comfy-kitchen's eager functions run the other formats
+LoRA merged    the calibrated file with a LoRA by Load LoRA (Model), which adds it to the weights and quantizes them again, against
+               the original model with the LoRA
+LoRA beside    the same by Load LoRA (Bypass), which computes it beside the quantized layers
 
 ``latent error`` is the relative error of the latents, ``dB`` the PSNR of the decoded images before rounding to 8 bits, with a
 95 % interval from 10,000 bootstrap draws of prompts with all their seeds. ``gain dB`` is the paired difference to nearest,
-``FP8 dB`` that to FP8 per tensor with round to nearest. Half of the tiny model's blocks are its first and last, which the preset
-makes INT8 in formats below 8 bits, so these have rows with every attention and MLP layer of the blocks in the format too
-(``all layers``); ``bits`` per weight shows the difference.
+``FP8 dB`` that to FP8 per tensor with round to nearest, ``merged dB`` that to the merged LoRA. Half of the tiny model's blocks
+are its first and last, which the preset makes INT8 in formats below 8 bits, so these have rows with every attention and MLP
+layer of the blocks in the format too (``all layers``); ``bits`` per weight shows the difference.
 """
 
+import itertools
 import json
 import math
 import tempfile
@@ -55,7 +59,13 @@ FORMATS |= {
     }
     for name in BELOW_8_BITS
 }
-SECTIONS = ("weights only", "as run")
+# Section → loader of the LoRA.
+SECTIONS = {
+    "weights only": None,
+    "as run": None,
+    "LoRA merged": "LoraLoaderModelOnly",
+    "LoRA beside": "LoraLoaderBypassModelOnly",
+}
 FIRST_CALIBRATION_SEED = 1001  # of consecutive seeds, one per prompt; images use the seeds 0, 1, …
 
 __all__ = ["FORMATS", "bits_per_weight", "main"]
@@ -84,14 +94,23 @@ def _quantize(server: ComfyServer) -> dict[tuple[str, str], Path]:
     return {case: Path(outputs[node.id]["text"][0]) for case, node in saved.items()}
 
 
-def _sample(server: ComfyServer, name: str, prefix: str, prompts: int, seeds: int, steps: int) -> np.ndarray:
+def _sample(
+    server: ComfyServer, name: str, prefix: str, loader: str | None, prompts: int, seeds: int, steps: int
+) -> np.ndarray:
     """Sample all prompts with every seed; returns the latents (seeds, prompts, channels, height, width)."""
     graph = TinyGraph()
     model = graph.load(name)
+    if loader:
+        model = graph.lora(model[0], loader=loader)
     for seed in range(seeds):
         graph.sample_batch(model[0], f"{prefix}-{seed:02}", prompts, seed, steps)
     server.queue(graph, timeout=3600)
     return np.concatenate([latents(server.output_dir, f"{prefix}-{seed:02}") for seed in range(seeds)])
+
+
+def _norm(latents: np.ndarray) -> np.ndarray:
+    """Norm of each latent of (seeds, prompts, channels, height, width)."""
+    return np.linalg.norm(latents.reshape(*latents.shape[:2], -1), axis=-1)
 
 
 def _interval(values: np.ndarray, name: str) -> dict[str, float]:
@@ -105,11 +124,13 @@ def main() -> None:
         ("--prompts", {"type": int, "default": 32, "help": "number of prompts of the images"}),
         ("--seeds", {"type": int, "default": 2, "help": "images per prompt"}),
         ("--steps", {"type": int, "default": STEPS, "help": "sampling steps of the images"}),
+        ("--sections", {"nargs": "+", "choices": SECTIONS, "default": [*SECTIONS], "help": "sections to measure"}),
     )
     splits = prompt_splits()
     prompts = [*splits["unseen"], *splits["evaluation"]][: 8 if args.quick else args.prompts]
     calibrated = splits["calibration"][: 8 if args.quick else None]
     sampling = {"prompts": len(prompts), "seeds": args.seeds, "steps": args.steps}
+    sections = {section: SECTIONS[section] for section in args.sections}
     host, start = find_host(args.host), time.monotonic()
     rows: list[dict] = []
     decibels: dict[tuple[str, str, str], np.ndarray] = {}
@@ -118,28 +139,33 @@ def main() -> None:
         place(base, prompts=calibrated, dataset="calibration")
         with ComfyServer(host, base=base) as server:
             folder = server.models_dir / "diffusion_models"
-            full = _sample(server, MODEL, "full", **sampling)
-            images = decode_latents(full)
+            full, images = {}, {}
+            for loader in (None, SECTIONS["LoRA merged"]):
+                full[bool(loader)] = _sample(server, MODEL, f"full-{loader}", loader, **sampling)
+                images[bool(loader)] = decode_latents(full[bool(loader)])
             files = _quantize(server)
             print(f"{len(files)} files quantized after {time.monotonic() - start:.0f} s", flush=True)
-            for section in SECTIONS:
-                for (name, rounding), file in files.items():
-                    target = file
-                    if section == "weights only":
-                        target = folder / f"decoded-{file.name}"
-                        decode_file(file, target)
-                    sampled = _sample(server, target.name, f"{section[:2]}-{file.stem}", **sampling)
-                    error = np.linalg.norm((sampled - full).reshape(*full.shape[:2], -1), axis=-1)
-                    norm = np.linalg.norm(full.reshape(*full.shape[:2], -1), axis=-1)
-                    values = -10 * np.log10(((decode_latents(sampled) - images) ** 2).mean(axis=(-3, -2, -1)))
-                    decibels[section, name, rounding] = values
-                    row = {"section": section, "format": name, "rounding": rounding, "bits": bits_per_weight(file)}
-                    row |= _interval(error / norm, "latent error") | _interval(values, "dB")
-                    if rounding == "calibrated" and (section, name, "nearest") in decibels:
-                        row |= _interval(values - decibels[section, name, "nearest"], "gain dB")
-                    row |= _interval(values - decibels[section, BASE, "nearest"], "FP8 dB")
-                    rows.append(row)
-                    print(f"{section} {name} {rounding}: {row['dB']:.2f} dB", flush=True)
+            for (section, loader), ((name, rounding), file) in itertools.product(sections.items(), files.items()):
+                if loader and rounding == "nearest":
+                    continue
+                target = file
+                if section == "weights only":
+                    target = folder / f"decoded-{file.name}"
+                    decode_file(file, target)
+                sampled = _sample(server, target.name, f"{section.replace(' ', '')}-{file.stem}", loader, **sampling)
+                expected = full[bool(loader)]
+                values = -10 * np.log10(((decode_latents(sampled) - images[bool(loader)]) ** 2).mean(axis=(-3, -2, -1)))
+                decibels[section, name, rounding] = values
+                row = {"section": section, "format": name, "rounding": rounding, "bits": bits_per_weight(file)}
+                row |= _interval(_norm(sampled - expected) / _norm(expected), "latent error") | _interval(values, "dB")
+                bases = {"gain dB": (section, name, "nearest"), "FP8 dB": (section, BASE, "nearest")}
+                if loader:
+                    bases = {"merged dB": ("LoRA merged", name, rounding)}
+                for column, base_case in bases.items():
+                    if base_case in decibels and base_case != (section, name, rounding):
+                        row |= _interval(values - decibels[base_case], column)
+                rows.append(row)
+                print(f"{section} {name} {rounding}: {row['dB']:.2f} dB", flush=True)
     finish(
         args,
         rows,

@@ -30,8 +30,8 @@ class TinyGraph(Graph):
     def load_quantized(self, name: str) -> Node:
         return self.add("LearnedRoundingLoadQuantized", model=f"diffusion_models/{name}")
 
-    def lora(self, model: list, strength: float = 1.0) -> Node:
-        return self.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=strength)
+    def lora(self, model: list, strength: float = 1.0, loader: str = "LoraLoaderModelOnly") -> Node:
+        return self.add(loader, model=model, lora_name=LORA, strength_model=strength)
 
     def calibrate(self, model: list, seed: int = 101, steps: int = STEPS, dataset: str = DATASET, **options) -> Node:
         """Calibrate with the prompts in ``dataset``."""
