@@ -68,7 +68,7 @@ SECTIONS = {
 }
 FIRST_CALIBRATION_SEED = 1001  # of consecutive seeds, one per prompt; images use the seeds 0, 1, …
 
-__all__ = ["FORMATS", "bits_per_weight", "main"]
+__all__ = ["BELOW_8_BITS", "FORMATS", "LAYERS", "bits_per_weight", "main"]
 
 
 def bits_per_weight(path: Path) -> float:
