@@ -28,8 +28,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from learned_rounding.benchmarks.harness import arguments, finish
-from learned_rounding.benchmarks.tiny_model.graph import MODEL, STEPS, TinyGraph, latents, pictures, psnr
-from learned_rounding.benchmarks.tiny_model.model import Decoder
+from learned_rounding.benchmarks.tiny_model.graph import (
+    MODEL,
+    STEPS,
+    TinyGraph,
+    decode_latents,
+    latents,
+    pictures,
+    psnr,
+)
 from learned_rounding.benchmarks.tiny_model.place import ASSETS, place, prompt_splits
 from learned_rounding.hosts import ComfyServer, find_host
 from learned_rounding.hosts.server import PACK, PACK_NAME
@@ -60,7 +67,7 @@ FIRST_CALIBRATION_SEED = 1001  # of consecutive seeds, one per prompt; evaluatio
 TEXT_ENCODER = Path(__file__).parent / "results" / "rounding_minilm_h200.json"
 DRAWS = 10_000
 
-__all__ = ["FORMATS", "METHODS", "decode_file", "main", "ratio_interval"]
+__all__ = ["FORMATS", "METHODS", "decode_file", "main", "mean_interval", "ratio_interval"]
 
 
 def decode_file(source: Path, target: Path) -> int:
@@ -75,15 +82,20 @@ def decode_file(source: Path, target: Path) -> int:
     return len(layers)
 
 
-def ratio_interval(error: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
-    """Return the geometric mean of ``error / base``, both (seeds, prompts), and its 95 % interval.
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the mean of ``values`` (seeds, prompts) and its 95 % interval.
 
     The bootstrap draws prompts with all their seeds, because images of one prompt are correlated.
     """
-    logs = np.log(error / base)
-    draws = np.random.default_rng(0).integers(logs.shape[1], size=(DRAWS, logs.shape[1]))
-    low, high = np.quantile(logs.mean(axis=0)[draws].mean(axis=1), (0.025, 0.975))
-    return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
+    draws = np.random.default_rng(0).integers(values.shape[1], size=(DRAWS, values.shape[1]))
+    low, high = np.quantile(values.mean(axis=0)[draws].mean(axis=1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def ratio_interval(error: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
+    """Return the geometric mean of ``error / base``, both (seeds, prompts), and its 95 % interval."""
+    mean, low, high = mean_interval(np.log(error / base))
+    return float(np.exp(mean)), float(np.exp(low)), float(np.exp(high))
 
 
 class _Sampler:
@@ -94,8 +106,6 @@ class _Sampler:
 
     def __init__(self, server: ComfyServer, seeds: int):
         self._server, self._seeds = server, seeds
-        self._decoder = Decoder().eval()
-        self._decoder.load_state_dict(load_file(ASSETS / "vae_approx" / "taesd3_decoder.safetensors"))
 
     def __call__(
         self, name: str, prefix: str, quantized_as: Path | None = None
@@ -112,17 +122,10 @@ class _Sampler:
             [np.stack([latents(folder, f"{prefix}-{seed:02}-{mark:02}") for seed in seeds]) for mark in MARKS]
         )
         saved = np.stack([pictures(folder, f"{prefix}-{seed:02}") for seed in seeds])
-        images = self._decode(sampled[-1])
+        images = decode_latents(sampled[-1])
         if np.abs(images - saved).max() > 1.01 / 255:  # ComfyUI truncates to 8 bits
             raise SystemExit(f"{prefix}: the images saved by ComfyUI differ from the decoded latents.")
         return sampled, saved, images
-
-    def _decode(self, sampled: np.ndarray) -> np.ndarray:
-        """Decode latents to images (seeds, prompts, height, width, 3) as ComfyUI does, without rounding to 8 bits."""
-        values = torch.from_numpy(sampled).float().reshape(-1, *sampled.shape[-3:])
-        with torch.no_grad():
-            images = self._decoder((values - 0.0609) * 1.5305).clamp(0, 1)  # SD3 latents → input of the decoder
-        return images.movedim(1, -1).double().numpy().reshape(*sampled.shape[:2], *images.shape[-2:], 3)
 
 
 def _quantize(server: ComfyServer) -> tuple[dict[tuple[str, str], Path], dict, Path, dict[str, str]]:

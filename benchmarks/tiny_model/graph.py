@@ -3,17 +3,19 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from learned_rounding.benchmarks.tiny_model.place import DATASET
+from learned_rounding.benchmarks.tiny_model.model import Decoder
+from learned_rounding.benchmarks.tiny_model.place import ASSETS, DATASET
 from learned_rounding.hosts.workflows import Graph, Node
 from learned_rounding.quant_core.rounding import OPTIONS
 
 MODEL, LORA = "tiny_mmdit_emoji.safetensors", "tiny_lora_red.safetensors"
 STEPS, CFG, SIZE = 20, 4.0, 64
 
-__all__ = ["MODEL", "LORA", "TinyGraph", "latents", "pictures", "psnr"]
+__all__ = ["MODEL", "LORA", "TinyGraph", "decode_latents", "latents", "pictures", "psnr"]
 
 
 class TinyGraph(Graph):
@@ -28,8 +30,8 @@ class TinyGraph(Graph):
     def load_quantized(self, name: str) -> Node:
         return self.add("LearnedRoundingLoadQuantized", model=f"diffusion_models/{name}")
 
-    def lora(self, model: list, strength: float = 1.0) -> Node:
-        return self.add("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=strength)
+    def lora(self, model: list, strength: float = 1.0, loader: str = "LoraLoaderModelOnly") -> Node:
+        return self.add(loader, model=model, lora_name=LORA, strength_model=strength)
 
     def calibrate(self, model: list, seed: int = 101, steps: int = STEPS, dataset: str = DATASET, **options) -> Node:
         """Calibrate with the prompts in ``dataset``."""
@@ -82,6 +84,12 @@ class TinyGraph(Graph):
         self.add("SaveLatent", samples=samples[0], filename_prefix=prefix)
         self.add("SaveImage", images=image[0], filename_prefix=prefix)
 
+    def sample_batch(self, model: list, prefix: str, count: int, seed: int, steps: int = STEPS) -> None:
+        """Sample ``count`` latents at once, for a dataset placed with ``batched``; they are saved in one file."""
+        settings = self._sampling(batch_size=count)
+        samples = self.add("KSampler", model=model, seed=seed, steps=steps, denoise=1.0, **settings)
+        self.add("SaveLatent", samples=samples[0], filename_prefix=prefix)
+
     def sample_in_parts(self, model: list, prefix: str, marks: list[int], seed: int = 1) -> None:
         """As :meth:`sample`, in parts that end after the steps ``marks``; their latents are saved as ``prefix-STEP``."""
         settings = self._sampling()
@@ -104,11 +112,11 @@ class TinyGraph(Graph):
         vae = self.add("VAELoader", vae_name="taesd3")
         self.add("SaveImage", images=self.add("VAEDecode", samples=samples, vae=vae[0])[0], filename_prefix=prefix)
 
-    def _sampling(self, dataset: str = DATASET) -> dict:
+    def _sampling(self, dataset: str = DATASET, batch_size: int = 1) -> dict:
         """Sampling inputs that KSampler and Calibrate have in common."""
         data = self.add("LoadTrainingDataset", folder_name=dataset)
         negative = self.add("ConditioningZeroOut", conditioning=data[1])
-        latent = self.add("EmptySD3LatentImage", width=SIZE, height=SIZE, batch_size=1)
+        latent = self.add("EmptySD3LatentImage", width=SIZE, height=SIZE, batch_size=batch_size)
         return {
             "positive": data[1],
             "negative": negative[0],
@@ -122,6 +130,16 @@ class TinyGraph(Graph):
 def latents(folder: Path, prefix: str) -> np.ndarray:
     """Load the latents that :meth:`TinyGraph.sample` saved as ``prefix`` in the output folder, in the order of prompts."""
     return np.stack([load_file(file)["latent_tensor"].numpy() for file in _find_outputs(folder, f"{prefix}_*.latent")])
+
+
+def decode_latents(sampled: np.ndarray) -> np.ndarray:
+    """Decode latents (…, 16, h, w) to images (…, height, width, 3) as ComfyUI does, without rounding to 8 bits."""
+    decoder = Decoder().eval()
+    decoder.load_state_dict(load_file(ASSETS / "vae_approx" / "taesd3_decoder.safetensors"))
+    values = torch.from_numpy(sampled).float().reshape(-1, *sampled.shape[-3:])
+    with torch.no_grad():
+        images = decoder((values - 0.0609) * 1.5305).clamp(0, 1)  # SD3 latents → input of the decoder
+    return images.movedim(1, -1).double().numpy().reshape(*sampled.shape[:-3], *images.shape[-2:], 3)
 
 
 def pictures(folder: Path, prefix: str) -> np.ndarray:

@@ -68,11 +68,13 @@ def place(
     output_dir: str | Path | None = None,
     prompts: Iterable[str] | None = None,
     dataset: str = DATASET,
+    batched: bool = False,
     assets: Path = ASSETS,
 ) -> list[Path]:
     """Copy the files into `comfy_base_dir` and write the conditioning of `prompts`; returns all written paths.
 
-    `output_dir` is ComfyUI's output folder, `<base>/output` by default.
+    `output_dir` is ComfyUI's output folder, `<base>/output` by default. With `batched` the dataset has one entry with all
+    prompts, for one batch of latents.
     """
     base = Path(comfy_base_dir)
     written = []
@@ -82,14 +84,16 @@ def place(
         written.append(Path(shutil.copyfile(assets / source, target)))
 
     tensors = read_conditioning(prompts, assets)
-    count = len(tensors["context"])
+    size = len(tensors["context"]) if batched else 1
+    parts = {name: [part.clone() for part in tensor.split(size)] for name, tensor in tensors.items()}
     shard = {
-        "latents": [{"samples": tensors["latents"][i : i + 1].clone()} for i in range(count)],
+        "latents": [{"samples": part} for part in parts["latents"]],
         "conditioning": [
-            [[tensors["context"][i : i + 1].clone(), {"pooled_output": tensors["pooled"][i : i + 1].clone()}]]
-            for i in range(count)
+            [[context, {"pooled_output": pooled}]]
+            for context, pooled in zip(parts["context"], parts["pooled"], strict=True)
         ],
     }
+    count = len(shard["latents"])
     for folder in (base / "datasets" / dataset, Path(output_dir or base / "output") / dataset):
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(shard, folder / "shard_0000.pkl")

@@ -18,6 +18,7 @@ from ...quant_core.formats import FORMATS, detect_layer
 from ...quant_core.formats.layer_json import CONFIG_KEY, config_tensor, read_config
 from .expanding import LOADER, expand_in_place
 from .extended_linear import extend_linear, has_short_forward
+from .smoothed_linear import is_smoothed, patch_unsmoothed
 
 __all__ = ["add_layouts"]
 
@@ -72,7 +73,7 @@ def add_layouts() -> None:
 
 
 def _wrap_loader(load, formats: frozenset[str]):
-    """ComfyUI's function ``load``, with our formats ``formats``, expanded layers, and the short forward pass of linear layers."""
+    """ComfyUI's function ``load``, with our formats ``formats``, expanded layers, and our forward pass and patches of linear layers."""
 
     @functools.wraps(load)
     def load_quantized_module(module, super_load, state_dict, prefix, *args, **kwargs):
@@ -83,6 +84,8 @@ def _wrap_loader(load, formats: frozenset[str]):
         loading(module, super_load, state_dict, prefix, *args, **kwargs)
         if has_short_forward(module):
             module.__class__ = extend_linear(type(module))
+        elif is_smoothed(module):
+            module.__class__ = patch_unsmoothed(type(module))
 
     vars(load_quantized_module)["expands_layers"] = True  # see expanding.is_expanded
     return load_quantized_module

@@ -147,7 +147,7 @@ OPTIONS: Mapping[str, RoundingOption] = {
         kind=bool,
         default=False,
         help="scale the input channels of nvfp4 layers (pre_quant_scale) where that lowers the error on validation activations; such "
-        "files need ComfyUI 0.30 or newer, which applies LoRAs correctly to these layers only by Load LoRA (Bypass)",
+        "files need ComfyUI 0.30 or newer; without this node pack, use LoRAs with these layers only by Load LoRA (Bypass)",
     ),
 }
 

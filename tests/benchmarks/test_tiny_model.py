@@ -32,6 +32,15 @@ def test_place_writes_files_for_stock_nodes(tmp_path):
         assert cross.shape == (1, 16, 512) and options["pooled_output"].shape == (1, 512)
 
 
+def test_batched_dataset_has_one_entry_with_all_prompts(tmp_path):
+    place(tmp_path, prompts=("owl", "rocket"), batched=True)
+    shard = torch.load(tmp_path / "datasets/tiny_emoji/shard_0000.pkl", weights_only=True)
+    ((cross, options),) = shard["conditioning"][0]
+    expected = read_conditioning(("owl", "rocket"))
+    assert len(shard["conditioning"]) == len(shard["latents"]) == 1
+    assert torch.equal(cross, expected["context"]) and torch.equal(options["pooled_output"], expected["pooled"])
+
+
 def test_unknown_prompt_is_reported(tmp_path):
     with pytest.raises(KeyError, match="zeppelin"):
         place(tmp_path, prompts=("zeppelin",))

@@ -22,6 +22,8 @@ RECIPES = {
     "int8_tensorwise": Recipe(format="int8_tensorwise", convrot=True, rounding="nearest"),
     "int8_blockwise": Recipe(format="int8_blockwise", block_size=32, rounding="nearest"),
 }
+# Weights whose shape is not that of the layer: a ComfyUI that loads no quantized encoders fails to load them.
+PACKED = {name: Recipe(format=name, rounding="nearest") for name in ("asym_w4a8_int8", "nvfp4")}
 
 
 def clip_of(path: Path, **options):
@@ -41,7 +43,8 @@ def encoder() -> dict:
     weights["first_stage_model.decoder.mid.attn_1.q.weight"] = torch.ones(64, 64)
     save_file(weights, folder / "whole.safetensors")
     before = encode(clip_of(folder / "whole.safetensors"))
-    return {name: _made(folder, recipe, before) for name, recipe in RECIPES.items()}
+    recipes = RECIPES | (PACKED if host.sources.READS_ENCODERS else {})
+    return {name: _made(folder, recipe, before) for name, recipe in recipes.items()}
 
 
 def _made(folder: Path, recipe: Recipe, before: torch.Tensor) -> dict:

@@ -49,6 +49,13 @@ OURS = {
     "float8_e4m3fn_blockwise": Recipe(format="float8_e4m3fn_blockwise", block_size=64),
     "float8_e4m3fn_rowwise": Recipe(format="float8_e4m3fn_rowwise"),
 }
+BELOW_8_BITS = {
+    "asym_w4a8_int8": Recipe(format="asym_w4a8_int8"),
+    "asym_w4a8_int8 6 bits": Recipe(format="asym_w4a8_int8", bits=6),
+    "convrot_w4a4": Recipe(format="convrot_w4a4"),
+    "nvfp4": Recipe(format="nvfp4"),
+    "mxfp8": Recipe(format="mxfp8"),
+}
 TINY_T5 = {"t5xxl_model_config": {"d_model": 64, "d_kv": 32, "num_heads": 2}}
 
 
@@ -124,10 +131,10 @@ def text_encoder(recipes=RECIPES) -> dict:
     return found
 
 
-def taught_text_encoder() -> dict:
-    """The same with this pack's formats on ComfyUI's own layers."""
+def taught_text_encoder(recipes) -> dict:
+    """The same with our formats on ComfyUI's own layers."""
     host.add_layouts()
-    return text_encoder(OURS)
+    return text_encoder(recipes)
 
 
 WORDS = (
@@ -280,7 +287,8 @@ CHECKS = {
     "document": document,
     "nested_rotation": nested_rotation,
     "text_encoder": text_encoder,
-    "taught_text_encoder": taught_text_encoder,
+    "taught_text_encoder": functools.partial(taught_text_encoder, OURS),
+    "small_text_encoder": functools.partial(taught_text_encoder, BELOW_8_BITS),
     "calibrated_text_encoder": calibrated_text_encoder,
 }
 if check not in CHECKS:

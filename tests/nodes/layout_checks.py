@@ -49,8 +49,8 @@ class TinyModel:
         self.time = torch.tensor([500.0], device=DEVICE)
         self.context = {"c_crossattn": context, "y": pooled}
 
-    def file(self, **recipe) -> host.Quantized:
-        return host.quantize(self.original, Recipe(rounding="nearest", **recipe), lambda event: None)
+    def file(self, source=None, **recipe) -> host.Quantized:
+        return host.quantize(source or self.original, Recipe(rounding="nearest", **recipe), lambda event: None)
 
     def with_lora(self, model):
         return comfy.sd.load_lora_for_models(model, None, self.lora, 1.0, 0.0)[0]
@@ -146,7 +146,9 @@ def _loading(recipes: dict[str, dict]) -> dict:
         plain = tiny.run(model)
         patched = tiny.with_lora(model)
         whole, little = tiny.run(patched), tiny.run(patched, lowvram_model_memory=1)
+        beside = tiny.run(comfy.sd.load_bypass_lora_for_models(model, None, tiny.lora, 1.0, 0.0)[0])
         alone, unpatched = tiny.run(model, lowvram_model_memory=1), tiny.run(model)
+        before_it = tiny.file(source=tiny.with_lora(tiny.original), **recipes[name])
         saved, baked = path.with_name(f"{name}_saved.safetensors"), path.with_name(f"{name}_baked.safetensors")
         comfy.sd.save_checkpoint(str(saved), model)
         comfy.sd.save_checkpoint(str(baked), patched)
@@ -162,6 +164,8 @@ def _loading(recipes: dict[str, dict]) -> dict:
             "the LoRA moves by": moved,
             "error with the LoRA": distance(whole, expected_lora),
             "error with the LoRA and little memory": distance(little, expected_lora),
+            "error with the LoRA beside": distance(beside, expected_lora),
+            "error with the LoRA before": distance(tiny.run(host.build_model(tiny.original, before_it)), expected_lora),
             "little memory alone": torch.equal(alone, plain),
             "unpatched": torch.equal(unpatched, plain),
             "as in the graph": torch.equal(tiny.run(host.build_model(tiny.original, files[name])), plain),

@@ -1,6 +1,7 @@
 """Shared by the node tests: graphs with the probe node, formats that a host reads, results."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,20 @@ from learned_rounding.hosts.server import PACK
 from learned_rounding.hosts.workflows import Node
 from learned_rounding.quant_core import FORMATS
 
-__all__ = ["CASES", "ProbedGraph", "in_process", "loads", "probed", "progress", "stock_loads", "takes_layouts", "text"]
+__all__ = [
+    "CASES",
+    "ProbedGraph",
+    "case_name",
+    "in_process",
+    "loads",
+    "probed",
+    "progress",
+    "saved_path",
+    "stock_loads",
+    "takes_layouts",
+    "text",
+    "unique",
+]
 
 # Format, options of Configure Quantization.
 CASES = [(name, {"granularity": granularity}) for name, entry in FORMATS.items() for granularity in entry.granularities]
@@ -18,6 +32,11 @@ CASES += [
     ("asym_w4a8_int8", {"bits": 6}),
     ("convrot_w4a4", {"linear_dtype": "int4"}),
 ]
+
+
+def case_name(value) -> str:
+    """Test ids: "asym_w4a8_int8-6"."""
+    return value if isinstance(value, str) else "-".join(map(str, value.values()))
 
 
 class ProbedGraph(TinyGraph):
@@ -53,6 +72,16 @@ def loads(host, format: str) -> bool:
 def text(result, node: Node) -> str:
     """The text that a node shows."""
     return result.outputs[node.id]["text"][0]
+
+
+def saved_path(result, node: Node) -> Path:
+    """The file of Save Quantized."""
+    return Path(text(result, node))
+
+
+def unique(request, *parts: str) -> str:
+    """A file name that no other test uses."""
+    return re.sub(r"\W+", "-", "-".join((request.node.name, *parts)))
 
 
 def probed(result, node: Node) -> dict:

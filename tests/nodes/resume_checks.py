@@ -16,13 +16,14 @@ from pack.quant_core.run import loop
 
 ASSETS = Path(host.__file__).parents[2] / "assets"
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
+RECIPES = {"file": RECIPE, "model": RECIPE, "four bits": Recipe(format="asym_w4a8_int8", rounding="auto")}
 LAYERS = 20  # finished layers when the server is killed
 
 
 def source(kind: str):
     """A file, or a MODEL with a LoRA."""
     path = ASSETS / "tiny_mmdit_emoji.safetensors"
-    if kind == "file":
+    if kind != "model":
         return host.FileSource(path, "diffusion_models", "")
     lora = comfy.utils.load_torch_file(str(ASSETS / "tiny_lora_red.safetensors"))
     return comfy.sd.load_lora_for_models(comfy.sd.load_diffusion_model(str(path)), None, lora, 1.0, 0.0)[0]
@@ -38,7 +39,7 @@ def die(kind: str) -> None:
             print("RESULT" + json.dumps(files()), flush=True)
             os._exit(0)
 
-    host.quantize(source(kind), RECIPE, listen)
+    host.quantize(source(kind), RECIPES[kind], listen)
 
 
 def files() -> list[str]:
@@ -61,7 +62,7 @@ def run_again(kind: str) -> dict:
 
     loop.quantize_layer = quantize_layer
 
-    def run(recipe=RECIPE) -> tuple[int, bytes, list]:
+    def run(recipe=RECIPES[kind]) -> tuple[int, bytes, list]:
         made.clear()
         events = []
         quantized = host.quantize(source(kind), recipe, events.append)
@@ -119,6 +120,6 @@ def left_for_good() -> dict:
 CHECKS = {
     f"resume_{step.__name__}_{kind}": lambda step=step, kind=kind: step(kind)
     for step in (die, run_again)
-    for kind in ("file", "model")
+    for kind in RECIPES
 }
 CHECKS |= {"resume_at_once": at_once, "resume_left_for_good": left_for_good}

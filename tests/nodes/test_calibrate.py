@@ -13,8 +13,7 @@ from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import CalibrationFile
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.sources import SafetensorsFile
-from learned_rounding.tests.nodes.probing import ProbedGraph, text
-from learned_rounding.tests.nodes.test_graph import saved_path, unique
+from learned_rounding.tests.nodes.probing import ProbedGraph, saved_path, text, unique
 
 # A GPU would also quantize the activations, a CPU does not.
 WEIGHTS_ONLY = {"full_precision_matrix_mult": True}

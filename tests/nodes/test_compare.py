@@ -9,8 +9,7 @@ from PIL import Image
 
 from learned_rounding.benchmarks.tiny_model.graph import latents, pictures, psnr
 from learned_rounding.quant_core.comparison import ssim
-from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, text
-from learned_rounding.tests.nodes.test_graph import unique
+from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, text, unique
 
 SCALE, SHIFT = 1.5305, 0.0609  # of the latent format of SD3
 

@@ -1,8 +1,6 @@
 """Graphs with stock nodes and this pack's nodes, on running servers with the tiny model."""
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +15,17 @@ from learned_rounding.hosts.workflows import Node
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
 from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8, make_codec
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.tests.nodes.probing import CASES, ProbedGraph, loads, probed, progress, takes_layouts, text
+from learned_rounding.tests.nodes.probing import (
+    CASES,
+    ProbedGraph,
+    case_name,
+    loads,
+    probed,
+    progress,
+    saved_path,
+    takes_layouts,
+    unique,
+)
 
 # PSNR in dB against the unquantized model: below the worst image with round to nearest (benchmarks/README.md).
 FLOOR = {E4M3: 38.0, E5M2: 32.0, INT8: 27.0, E2M1: 27.0, INT4: 16.0}
@@ -35,20 +43,6 @@ def floor(host, format: str) -> float:
 def casts_to_fp8(host, format: str) -> bool:
     """Whether ComfyUI's own loader casts the unquantized tensors of the file to FP8, unlike ours."""
     return host.version == "0.3.75" and CAPABILITY >= (8, 9) and FORMATS[format].elements in (E4M3, E5M2)
-
-
-def saved_path(result, node) -> Path:
-    return Path(text(result, node))
-
-
-def unique(request, *parts: str) -> str:
-    """A file name that no other test uses."""
-    return re.sub(r"\W+", "-", "-".join((request.node.name, *parts)))
-
-
-def _case_name(value) -> str:
-    """Test ids: "asym_w4a8_int8-6"."""
-    return value if isinstance(value, str) else "-".join(map(str, value.values()))
 
 
 def test_pack_loads_without_errors(comfy):
@@ -77,7 +71,7 @@ def test_pack_loads_without_errors(comfy):
     assert any("learned_rounding.js" in path for path in comfy.get("/extensions"))
 
 
-@pytest.mark.parametrize("format, options", CASES, ids=_case_name)
+@pytest.mark.parametrize("format, options", CASES, ids=case_name)
 def test_quantized_model_samples_near_full_precision(comfy, request, format, options):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
@@ -99,7 +93,7 @@ def test_quantized_model_samples_near_full_precision(comfy, request, format, opt
         assert floor(comfy.host, format) < psnr(full, ours) < float("inf")
 
 
-@pytest.mark.parametrize("format, options", CASES, ids=_case_name)
+@pytest.mark.parametrize("format, options", CASES, ids=case_name)
 def test_saved_file_samples_bit_for_bit_as_in_the_graph(comfy, request, format, options):
     graph, name = ProbedGraph(), unique(request)
     quantized = graph.quantize(graph.load()[0], format, **options)
@@ -259,56 +253,6 @@ def test_file_and_loaded_model_give_the_same_weights(comfy, request, tmp_path):
     assert all(ours[key].dtype == expected[key].dtype and ours[key].equal(expected[key]) for key in expected)
 
 
-def test_lora_before_quantization_is_applied_and_the_source_is_unchanged(comfy, request):
-    graph, name = ProbedGraph(), unique(request)
-    model = graph.load()
-    patched = graph.lora(model[0])
-    quantized = graph.quantize(patched[0], "int8_tensorwise")
-    graph.sample(model[0], f"{name}-plain")
-    graph.sample(patched[0], f"{name}-lora")
-    graph.sample(quantized[0], f"{name}-quantized")
-    probe = graph.probe(quantized[0])
-    result = comfy.queue(graph)
-    assert probed(result, probe)["patches"] == 0
-    plain, lora, ours = (pictures(comfy.output_dir, f"{name}-{kind}") for kind in ("plain", "lora", "quantized"))
-    assert psnr(lora, ours) > psnr(plain, lora) + 6 and psnr(lora, ours) > psnr(plain, ours) + 6
-    after = ProbedGraph()
-    after.sample(after.lora(after.load()[0])[0], f"{name}-again")
-    comfy.queue(after)
-    assert np.array_equal(latents(comfy.output_dir, f"{name}-lora"), latents(comfy.output_dir, f"{name}-again"))
-
-
-@pytest.mark.parametrize(
-    "format, convrot",
-    [
-        ("float8_e4m3fn", "off"),
-        ("int8_tensorwise", "off"),
-        ("int8_tensorwise", "on"),
-        ("float8_e4m3fn_blockwise", "off"),
-        ("asym_w4a8_int8", "off"),
-    ],
-)
-def test_lora_after_quantization_is_applied_and_removed(comfy, request, format, convrot):
-    graph, name = ProbedGraph(), unique(request)
-    model = graph.load()
-    quantized = graph.quantize(model[0], format, convrot=convrot)
-    graph.sample(quantized[0], f"{name}-before")
-    graph.sample(graph.lora(model[0])[0], f"{name}-reference")
-    graph.sample(graph.lora(quantized[0])[0], f"{name}-lora")
-    comfy.queue(graph)
-    after = ProbedGraph(graph)
-    after.sample(
-        quantized[0], f"{name}-after", steps=19
-    )  # other steps, so that it is sampled again, and then again as before
-    comfy.queue(after)
-    before, reference, lora = (pictures(comfy.output_dir, f"{name}-{kind}") for kind in ("before", "reference", "lora"))
-    assert psnr(reference, lora) > psnr(reference, before) + 3
-    final = ProbedGraph()
-    final.sample(final.quantize(final.load()[0], format, convrot=convrot)[0], f"{name}-final")
-    comfy.queue(final)
-    assert np.array_equal(latents(comfy.output_dir, f"{name}-before"), latents(comfy.output_dir, f"{name}-final"))
-
-
 def test_settings_of_the_incoming_model_are_copied(comfy):
     graph = ProbedGraph()
     shifted = graph.add("ModelSamplingSD3", model=graph.load()[0], shift=1.75)
@@ -357,7 +301,7 @@ def test_saving_never_overwrites_files(comfy, request):
         assert "_quantization_metadata" in opened.metadata() and "learned_rounding" in opened.metadata()
 
 
-@pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_blockwise"])
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_blockwise", "asym_w4a8_int8"])
 def test_checkpoint_keeps_its_other_parts(comfy, request, format):
     """Only the diffusion model is quantized, the VAE is copied bit for bit, and the stock loader loads the file."""
     name = unique(request)

@@ -7,8 +7,7 @@ import numpy as np
 from PIL import Image
 
 from learned_rounding.quant_core.cli.commands import main
-from learned_rounding.tests.nodes.probing import ProbedGraph, text
-from learned_rounding.tests.nodes.test_graph import saved_path, unique
+from learned_rounding.tests.nodes.probing import ProbedGraph, saved_path, text, unique
 
 
 def test_node_and_command_line_report_the_same(comfy, request, sentences):

@@ -11,8 +11,7 @@ import pytest
 from learned_rounding.benchmarks.tiny_model.graph import MODEL, latents
 from learned_rounding.hosts.server import HOST_DEVICE
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, progress, text
-from learned_rounding.tests.nodes.test_graph import saved_path, unique
+from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, progress, saved_path, text, unique
 
 MARGIN = 1 << 20  # bytes of the GPU
 

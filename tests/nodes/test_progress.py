@@ -4,8 +4,7 @@ import pytest
 
 from learned_rounding.hosts import HostError, HostInterrupted
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, progress
-from learned_rounding.tests.nodes.test_graph import saved_path, unique
+from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, progress, saved_path, unique
 
 
 def test_error_messages_to_pages_contain_no_folders(host, tmp_path):

@@ -15,7 +15,7 @@ SEED = 40
 LAYERS = 37  # quantized layers of the tiny model
 
 
-@pytest.mark.parametrize("kind", ["file", "model"])
+@pytest.mark.parametrize("kind", ["file", "model", "four bits"])
 def test_next_server_resumes_after_a_kill(host, tmp_path, tried, kind):
     assert in_process(host, tmp_path, f"resume_die_{kind}") == [".journal", ".partial"]
     found = in_process(host, tmp_path, f"resume_run_again_{kind}")

@@ -2,8 +2,7 @@
 
 import pytest
 
-from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, text
-from learned_rounding.tests.nodes.test_graph import saved_path, unique
+from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, saved_path, text, unique
 
 DAMAGES = [
     "on disk: a kept tensor",

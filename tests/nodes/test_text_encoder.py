@@ -8,6 +8,9 @@ from learned_rounding.tests.nodes.probing import in_process
 BOUNDS = {"float8_e4m3fn": 0.6, "int8_tensorwise": 0.3, "int8 convrot": 0.3, "int8_blockwise": 0.3}
 # LayerStatistics are quantized too; conditionings that have nothing in common would be √2 apart.
 OURS = {"int8_blockwise": 0.4, "float8_e4m3fn_blockwise": 0.9, "float8_e4m3fn_rowwise": 0.9}
+# Sensitive layers take INT8 below 8 bits.
+BELOW_8_BITS = {"asym_w4a8_int8": 0.7, "asym_w4a8_int8 6 bits": 0.4, "convrot_w4a4": 0.9, "nvfp4": 0.9, "mxfp8": 0.5}
+CHECKS = [("text_encoder", BOUNDS), ("taught_text_encoder", OURS), ("small_text_encoder", BELOW_8_BITS)]
 
 
 @pytest.fixture(autouse=True)
@@ -16,13 +19,13 @@ def _small_encoders(host):
         pytest.skip("ComfyUI 0.3.75 recognises only T5 encoders of full width, and loads no quantized ones")
 
 
-@pytest.mark.parametrize("check, bounds", [("text_encoder", BOUNDS), ("taught_text_encoder", OURS)])
+@pytest.mark.parametrize("check, bounds", CHECKS)
 def test_t5_in_the_graph_equals_its_file(host, tmp_path, check, bounds, sentences):
     found = in_process(host, tmp_path, check)
     assert found.keys() == bounds.keys()
     for format, bound in bounds.items():
         result = found[format]
-        assert result["stock_layers"] is (check == "taught_text_encoder" or format != "int8_blockwise")
+        assert result["stock_layers"] is (check != "text_encoder" or format != "int8_blockwise")
         assert result["layers"] == result["loaded_layers"] == 24 * 7
         assert result["offloaded"]  # although the incoming CLIP was loaded
         assert 0 < result["error"] < bound
