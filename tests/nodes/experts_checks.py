@@ -1,5 +1,6 @@
 """Checks of in_process.py: banks of experts in a scaled-down GPT-OSS, quantized and read by ComfyUI's ``MoEExperts``."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -7,13 +8,14 @@ from pathlib import Path
 
 import comfy.ops
 import comfy.sd
-import comfy.utils
 import torch
+from comfy.quant_ops import QuantizedTensor
 from layout_checks import distance
 from pack.nodes import host
-from pack.quant_core import Recipe
-from pack.quant_core.convert.dequantize import DecodedSource
-from pack.quant_core.sources import open_safetensors
+from pack.quant_core import Recipe, quantize_weight
+from pack.quant_core.formats import detect_layers
+from pack.quant_core.formats.layer_json import config_tensor
+from pack.quant_core.sources import TensorSource
 from safetensors.torch import load_file, save_file
 from saving_checks import replaced
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -91,57 +93,99 @@ def encode(clip) -> torch.Tensor:
     return clip.encode_from_tokens(clip.tokenize("a red apple on the table"), return_pooled=False)
 
 
-def banks() -> dict:
-    """Each recipe: the loaded experts against the decoded file, and the conditioning against that of the original."""
-    path = Path(sys.argv[-1]) / "gpt_oss.safetensors"
-    save_file(weights(), path)
-    before, found = encode(load(path)), {}
-    source = host.FileSource(path, "text_encoders", "lens")
-    for name, options in RECIPES.items():
-        recipe = Recipe(format=name.split()[0], rounding="nearest", **options)
-        quantized = host.quantize(source, recipe, lambda event: None)
-        (saved,) = host.save_files(quantized, "gpt_oss", "output")
-        with replaced(comfy.sd, "load_clip", functools.partial(load_small, comfy.sd.load_clip)):
-            verified = host.verify_saved(quantized, [saved])
-        clip = load(saved)
-        state, file = clip.cond_stage_model.state_dict(), load_file(saved)
-        stock, tensors = clip.cond_stage_model.gpt_oss.transformer, {}
-        with open_safetensors(saved) as opened:
-            decoded = DecodedSource(opened)
-            experts = [layer for layer in file if ".experts." in layer and layer.endswith("_proj.weight")]
-            for layer in experts:
-                bank = stock.get_submodule(layer.removesuffix(".weight"))
-                whole = torch.stack([bank.expert_weight(expert).dequantize() for expert in range(EXPERTS)])
-                tensors[layer] = [str(bank.quant_format), distance(whole.float(), decoded.read(layer).float())]
-        found[name] = {
-            "banks": tensors,
-            "notes": sorted({made.note for made in quantized.report.layers if "bank" in made.note}),
-            "verified": verified,
-            "error": distance(encode(clip), before),
-            "saved again": compare_saved(state, file),
-        }
-    return found
+def inspect_bank(bank, name: str, decoded: torch.Tensor, original: torch.Tensor) -> dict:
+    """What ComfyUI makes of a bank, against our reading of the file, and against the original."""
+    x = torch.randn(8, original.shape[2], generator=torch.Generator().manual_seed(1)).to(bank.weight.dtype)
+    whole, outputs, expected = [], [], []
+    for expert in range(EXPERTS):
+        weight = bank.expert_weight(expert)
+        exact = dataclasses.replace(weight._params, orig_dtype=torch.float32)
+        whole.append(QuantizedTensor(weight._qdata, weight._layout_cls, exact).dequantize())
+        outputs.append(bank.expert_linear(x, expert) - bank.bias[expert])
+        expected.append(x.float() @ original[expert].float().t())
+    return {
+        "format": bank.quant_format,
+        "weights": distance(torch.stack(whole), decoded),
+        "output": distance(torch.stack(outputs), torch.stack(expected)),
+    }
 
 
 def compare_saved(state, file) -> list[str]:
-    """Tensors of banks that ComfyUI would save otherwise than they are in the file; JSON without the keys that it leaves out."""
+    """Tensors of banks that ComfyUI would save otherwise than they are in the file; its JSON lacks keys that it does not read."""
     different = []
     for name, tensor in file.items():
-        if ".experts." not in name:
-            continue
-        again = state["gpt_oss.transformer." + name]
+        again = state[f"gpt_oss.transformer.{name}"] if ".experts." in name else tensor
         if name.endswith(".comfy_quant"):
             written, read = (json.loads(value.numpy().tobytes()) for value in (tensor, again))
-            same = all(written[key] == value for key, value in read.items() if key != "linear_dtype")
+            same = read.items() <= written.items() and read.get("num_experts") == written.get("num_experts")
+        elif name.endswith(".bias"):
+            same = torch.equal(again, tensor.to(again.dtype))
         else:
-            same = (
-                tensor.shape == again.shape and torch.equal(tensor.view(torch.uint8), again.view(torch.uint8))
-                if tensor.dim()
-                else False
+            same = tensor.shape == again.shape and torch.equal(
+                *(each.reshape(-1).view(torch.uint8) for each in (tensor, again))
             )
         if not same:
             different.append(name)
     return different
 
 
-CHECKS = {"experts_banks": banks}
+def banks() -> dict:
+    """Each recipe: the banks as ComfyUI loads them, its conditioning, and what it would save."""
+    path = Path(sys.argv[-1]) / "gpt_oss.safetensors"
+    original = weights()
+    save_file(original, path)
+    before, found = encode(load(path)), {}
+    source = host.FileSource(path, "text_encoders", "lens")
+    for name, options in RECIPES.items():
+        format = name.split()[0]
+        rules = json.dumps({"_proj": {"format": format, **options}})  # the first and the last block too
+        recipe = Recipe(format=format, rounding="nearest", layer_config=rules, **options)
+        quantized = host.quantize(source, recipe, lambda event: None)
+        (saved,) = host.save_files(quantized, "gpt_oss", "output")
+        with replaced(comfy.sd, "load_clip", functools.partial(load_small, comfy.sd.load_clip)):
+            verified = host.verify_saved(quantized, [saved])
+        clip, file = load(saved), load_file(saved)
+        model = clip.cond_stage_model.gpt_oss.transformer
+        layers = {layer.name: layer for layer in detect_layers(TensorSource(file)) if layer.is_bank}
+        found[name] = {
+            "banks": {},
+            "notes": sorted({made.note for made in quantized.report.layers if "bank" in made.note}),
+            "verified": verified,
+            "error": distance(encode(clip), before),
+            "saved otherwise": compare_saved(clip.cond_stage_model.state_dict(), file),
+        }
+        for layer, stored in layers.items():
+            parts = {suffix: file[tensor] for suffix, tensor in stored.parts.items()}
+            decoded = stored.dequantize(parts.pop("weight"), parts)
+            bank = model.get_submodule(layer)
+            found[name]["banks"][layer] = inspect_bank(bank, layer, decoded, original[f"{layer}.weight"])
+    return found
+
+
+def unread() -> dict:
+    """What ComfyUI makes of banks that this pack does not write: a rotated one, and one of asym_w4a8_int8."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=generator)
+    operations = comfy.ops.mixed_precision_ops({}, torch.float32, full_precision_mm=True)
+
+    def load_bank(format: str, **options):
+        made = [quantize_weight(matrix, format, rounding="nearest", convrot=64, **options) for matrix in weight]
+        state = {
+            name: torch.stack([one.tensors("a")[name] for one in made])
+            for name in made[0].tensors("a")
+            if not name.endswith("comfy_quant")
+        }
+        state["a.comfy_quant"] = config_tensor({**made[0].config, "num_experts": EXPERTS})
+        bank = operations.MoEExperts(EXPERTS, HIDDEN, HIDDEN, bias=False)
+        bank._load_from_state_dict(state, "a.", {}, True, [], [], [])
+        return bank
+
+    rotated = load_bank("int8_tensorwise").expert_weight(0).dequantize()
+    try:
+        asym = distance(load_bank("asym_w4a8_int8").expert_weight(0).dequantize(), weight[0])
+    except Exception as error:
+        asym = f"{type(error).__name__}: {error}"
+    return {"rotated": distance(rotated, weight[0]), "asym": asym}
+
+
+CHECKS = {"experts_banks": banks, "experts_unread": unread}
