@@ -22,8 +22,9 @@ PartFinder = Callable[[str], TensorSpec | None]
 def count_experts(layer: str, config: Mapping[str, object], tensors: Mapping) -> int | None:
     """Number of experts of the layer whose JSON is ``config``; None for one that is not a bank."""
     weight = tensors.get(f"{layer}.weight")
-    is_bank = weight is not None and len(weight.shape) == 3 and config.get(EXPERTS_KEY) == weight.shape[0]
-    return weight.shape[0] if is_bank else None
+    if weight is None or len(weight.shape) != 3 or config.get(EXPERTS_KEY) != weight.shape[0]:
+        return None
+    return weight.shape[0]
 
 
 def describe_matrix(found, experts: int | None) -> TensorSpec:
