@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from saving_checks import replaced
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 EXPERTS, HIDDEN, INNER, HEADS, HEAD, LAYERS = 4, 64, 80, 4, 16, 2
-WORDS = ("a", "red", "apple", "on", "the", "table", "[UNK]")
+WORDS = ("[UNK]", *(f"word{index}" for index in range(60)))
 SMALL = {
     "gpt_oss_config": {
         "vocab_size": 64,
@@ -89,8 +90,8 @@ def load_small(load_clip, *paths, model_options=None, **options):
     return load_clip(*paths, model_options={**SMALL, **(model_options or {})}, **options)
 
 
-def encode(clip) -> torch.Tensor:
-    return clip.encode_from_tokens(clip.tokenize("a red apple on the table"), return_pooled=False)
+def encode(clip, prompt: str = "word1 word2 word3") -> torch.Tensor:
+    return clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=False)
 
 
 def inspect_bank(bank, name: str, decoded: torch.Tensor, original: torch.Tensor) -> dict:
@@ -188,4 +189,38 @@ def unread() -> dict:
     return {"rotated": distance(rotated, weight[0]), "asym": asym}
 
 
-CHECKS = {"experts_banks": banks, "experts_unread": unread}
+def calibrated() -> dict:
+    """Calibrate the encoder, and quantize it with and without the calibration; errors on another prompt."""
+    path = Path(sys.argv[-1]) / "gpt_oss.safetensors"
+    save_file(weights(), path)
+    clip, draw = load(path), random.Random(0)
+    prompts = [" ".join(draw.choices(WORDS, k=60)) for _ in range(33)]
+    before = encode(clip, prompts[-1])
+    options = {"keep": "full", "tokens": 512, "seed": 0, "sensitivity": True, "on_event": lambda event: None}
+    calibration, summary = host.calibrate_clip(clip, prompts[:-1], **options)
+    with calibration.open() as known:
+        layers = {name: list(shape) for name, shape in known.layers.items()}
+        sensitive = sorted(known.sensitivities)
+    rules = json.dumps({"_proj": "nvfp4"})
+
+    def error(rounding: str, known=None) -> tuple[float, list[str]]:
+        recipe = Recipe(format="nvfp4", rounding=rounding, layer_config=rules)
+        quantized = host.quantize(clip, recipe, lambda event: None, known)
+        (file,) = quantized.files.values()
+        tensors = load_file(file) | {"tokenizer_json": load_file(path)["tokenizer_json"]}
+        save_file(tensors, Path(sys.argv[-1]) / "again.safetensors")
+        made = encode(load(Path(sys.argv[-1]) / "again.safetensors"), prompts[-1])
+        return distance(made, before), sorted({layer.note for layer in quantized.report.layers if "bank" in layer.note})
+
+    return {
+        "layers": layers,
+        "sensitive": sensitive,
+        "summary": summary,
+        "hidden": sum("expert_linear" in vars(module) for module in clip.cond_stage_model.modules()),
+        "unchanged": bool(torch.equal(encode(clip, prompts[-1]), before)),
+        "nearest": error("nearest"),
+        "calibrated": error("calibrated", calibration),
+    }
+
+
+CHECKS = {"experts_banks": banks, "experts_calibrated": calibrated, "experts_unread": unread}

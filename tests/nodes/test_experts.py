@@ -53,3 +53,15 @@ def test_comfyui_loses_what_these_banks_need(host, tmp_path):
     """Why they are not written; a release that reads them fails here."""
     found = in_process(host, tmp_path, "experts_unread")
     assert found["rotated"] > 0.5 and "ValueError" in found["asym"]
+
+
+def test_experts_are_calibrated_with_the_tokens_that_reach_them(host, tmp_path, sentences):
+    found = in_process(host, tmp_path, "experts_calibrated")
+    shapes = {"gate_up_proj": [160, 64], "down_proj": [64, 80]}
+    banks = {f"layers.{block}.mlp.experts.{name}": shape for block in range(2) for name, shape in shapes.items()}
+    assert len(found["layers"]) == 12 and found["layers"].items() >= banks.items()
+    assert len(found["sensitive"]) == 8 and not banks.keys() & set(found["sensitive"])
+    assert found["unchanged"] and not found["hidden"]
+    (nearest, _), (calibrated, notes) = found["nearest"], found["calibrated"]
+    assert calibrated < 0.8 * nearest
+    sentences(notes)
