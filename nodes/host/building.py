@@ -82,7 +82,8 @@ def _rebuild_clip(clip, quantized: Quantized):
         parent, _, child = name.rpartition(".")
         original = model.get_submodule(name)
         bias = None if original.bias is None else original.bias.as_subclass(torch.Tensor)
-        dtype = (original.weight if bias is None else bias).dtype
+        # ComfyUI dequantizes a bank of experts as a whole, which few formats can, unless it has the dtype of the activations.
+        dtype = (original.weight if bias is None or original.weight.ndim == 3 else bias).dtype
         if not dtype.is_floating_point:  # quantized by another pack
             dtype = DECODED
         linear = make_quantized_linear(name, tensors, config, bias, dtype, original.weight.device)

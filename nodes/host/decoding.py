@@ -124,6 +124,8 @@ def make_quantized_linear(
 ):
     """A quantized linear layer outside of a model: ComfyUI's own where it runs the format, else a decoding layer.
 
+    A bank of experts is ComfyUI's own ``MoEExperts``.
+
     Args:
         tensors: the layer's tensors by suffix, as in a file.
         config: the layer's JSON.
@@ -138,7 +140,8 @@ def make_quantized_linear(
         operations = comfy.ops.mixed_precision_ops({name: config}, dtype, full_precision_mm=True)
     else:
         operations = make_decoding_operations(comfy.ops.manual_cast)
-    outer, inner = codec.weight_shape(tuple(tensors["weight"].shape), config)
-    linear = operations.Linear(inner, outer, bias=f"{name}.bias" in state, device=device, dtype=dtype)
+    *bank, outer, inner = codec.original_shape(tuple(tensors["weight"].shape), config)
+    make = operations.MoEExperts if bank else operations.Linear
+    linear = make(*bank, inner, outer, bias=f"{name}.bias" in state, device=device, dtype=dtype)
     linear._load_from_state_dict(state, f"{name}.", {}, True, [], [], [])
     return linear
