@@ -207,6 +207,8 @@ def calibrated() -> dict:
         recipe = Recipe(format="nvfp4", rounding=rounding, layer_config=rules)
         quantized = host.quantize(clip, recipe, lambda event: None, known)
         made = encode(host.build_clip(clip, quantized), prompts[-1])
+        (saved,) = host.save_files(quantized, "calibrated", "output")
+        assert torch.equal(made, encode(load(saved), prompts[-1]))
         return distance(made, before), sorted({layer.note for layer in quantized.report.layers if "bank" in layer.note})
 
     return {
