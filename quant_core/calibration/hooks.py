@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ class Collector:
 
     def __init__(
         self,
-        layers: Mapping[str, torch.nn.Module],
+        layers: Mapping[str, Any],
         folder: str | os.PathLike,
         *,
         device: torch.device,
@@ -357,8 +358,8 @@ def _watch_calls(layer: torch.nn.Module, hook: Callable[[torch.nn.Module, tuple]
         hook(layer, (x,))
         return run(x, expert)
 
-    layer.expert_linear = expert_linear  # hides the method of the class
-    return functools.partial(delattr, layer, "expert_linear")
+    vars(layer)["expert_linear"] = expert_linear  # hides the method of the class
+    return functools.partial(vars(layer).pop, "expert_linear")
 
 
 class _Results(Mapping[str, LayerStatistics]):
