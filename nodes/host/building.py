@@ -5,7 +5,6 @@ import copy
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
-import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...quant_core.formats.layer_json import layer_configs
@@ -82,11 +81,11 @@ def _rebuild_clip(clip, quantized: Quantized):
     for name, (tensors, config) in layers.items():
         parent, _, child = name.rpartition(".")
         original = model.get_submodule(name)
-        bias = None if original.bias is None else original.bias.as_subclass(torch.Tensor)
-        dtype = (original.weight if bias is None else bias).dtype
+        # ComfyUI dequantizes a bank of experts as a whole, which few formats can, unless it has the dtype of the activations.
+        dtype = (original.weight if original.bias is None or original.weight.ndim == 3 else original.bias).dtype
         if not dtype.is_floating_point:  # quantized by another pack
             dtype = DECODED
-        linear = make_quantized_linear(name, tensors, config, bias, dtype, original.weight.device)
+        linear = make_quantized_linear(name, tensors, config, dtype, original.weight.device)
         setattr(rebuilt_model.get_submodule(parent), child, linear)
     rebuilt = clip.clone()
     rebuilt.cond_stage_model = rebuilt_model

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
 import comfy.samplers
 import comfy.utils
 import torch
@@ -50,22 +51,29 @@ def _is_validation(run: int, runs: int) -> bool | None:
 
 def _linear_layers(
     patcher, parts: Mapping[str, PatchedWeights], module_path: Callable[[str, str], str]
-) -> dict[str, torch.nn.Linear]:
-    """Name in the calibration → linear layer, for all layers that a recipe can quantize."""
+) -> dict[str, torch.nn.Module]:
+    """Name in the calibration → linear layer or bank of experts, for all layers that a recipe can quantize."""
     layers = {}
     for part, weights in parts.items():
         for name in make_plan(weights, preset=NONE).names("quantize"):
             layer = name.removesuffix(".weight")
             module = patcher.model.get_submodule(module_path(part, layer))
-            if isinstance(module, torch.nn.Linear):
+            if _takes_activations(module):
                 layers[f"{part}.{layer}" if len(parts) > 1 else layer] = module
     return layers
+
+
+def _takes_activations(module: torch.nn.Module) -> bool:
+    """Whether it is a linear layer, or a bank of experts, of any of ComfyUI's operations; embeddings are not."""
+    if isinstance(module, torch.nn.Linear):
+        return True
+    return isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
 
 
 @contextlib.contextmanager
 def _open_collector(
     patcher,
-    layers: Mapping[str, torch.nn.Linear],
+    layers: Mapping[str, torch.nn.Module],
     *,
     keep: str,
     tokens: int,
@@ -105,9 +113,9 @@ def _describe_memory(collector: Collector) -> str:
     return "up to " + " and ".join(f"{human_bytes(size)} {place}" for place, size in sizes.items() if size)
 
 
-def _compact_rank(layers: Mapping[str, torch.nn.Linear]) -> int:
+def _compact_rank(layers: Mapping[str, torch.nn.Module]) -> int:
     """Return the smallest divisor of :class:`Collector` whose 16-bit factors fit the limit if no layers share activations."""
-    widths = [layer.weight.shape[1] for layer in layers.values()]
+    widths = [layer.weight.shape[-1] for layer in layers.values()]
     fitting = (rank for rank in _COMPACT_RANKS if sum(2 * width * width // rank for width in widths) <= _COMPACT_BYTES)
     return next(fitting, _COMPACT_RANKS[-1])
 
@@ -249,7 +257,7 @@ def _report_steps(model, progress: _Progress, run: int, runs: int):
 
 
 def _make_analysis(
-    layers: Mapping[str, torch.nn.Linear], weights: Mapping[str, PatchedWeights], device, progress: _Progress
+    layers: Mapping[str, torch.nn.Module], weights: Mapping[str, PatchedWeights], device, progress: _Progress
 ) -> SensitivityAnalysis:
     """Make the analysis of the layers of :func:`_linear_layers`; weights are read with the patches of the model."""
     bar = comfy.utils.ProgressBar(len(layers) * len(_PROBES))
@@ -319,8 +327,9 @@ def calibrate_clip(
             progress.advance()
         if sensitivity:
             probed = prompts[: len(_PROBES)]
-            progress = _Progress(on_event, len(layers), "probes", len(layers) * len(probed))
-            analysis = _make_analysis(layers, parts, clip.patcher.load_device, progress)
+            matrices = {name: layer for name, layer in layers.items() if layer.weight.ndim == 2}  # banks have no output
+            progress = _Progress(on_event, len(matrices), "probes", len(matrices) * len(probed))
+            analysis = _make_analysis(matrices, parts, clip.patcher.load_device, progress)
             for prompt in probed:
                 analysis.probe(functools.partial(clip.encode_from_tokens, clip.tokenize(prompt)))
             collector.sensitivities = analysis.sensitivities

@@ -119,26 +119,24 @@ def decoding_options(loader, options: str = "model_options") -> dict:
     return {options: {"custom_operations": make_decoding_operations(comfy.ops.manual_cast)}, **classic_options(loader)}
 
 
-def make_quantized_linear(
-    name: str, tensors: dict[str, torch.Tensor], config: dict, bias=None, dtype=torch.float32, device=None
-):
+def make_quantized_linear(name: str, tensors: dict[str, torch.Tensor], config: dict, dtype=torch.float32, device=None):
     """A quantized linear layer outside of a model: ComfyUI's own where it runs the format, else a decoding layer.
+
+    A bank of experts is ComfyUI's own ``MoEExperts``.
 
     Args:
         tensors: the layer's tensors by suffix, as in a file.
         config: the layer's JSON.
-        bias: replaces the bias of ``tensors``; without both the layer has no bias.
         dtype: compute dtype of the layer.
     """
     state = {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-    if bias is not None:
-        state[f"{name}.bias"] = bias
     codec = detect_layer(name, config, state)
     if supports_codec(codec) and not _ignores_scale(codec.format.name, tensors):
         operations = comfy.ops.mixed_precision_ops({name: config}, dtype, full_precision_mm=True)
     else:
         operations = make_decoding_operations(comfy.ops.manual_cast)
-    outer, inner = codec.weight_shape(tuple(tensors["weight"].shape), config)
-    linear = operations.Linear(inner, outer, bias=f"{name}.bias" in state, device=device, dtype=dtype)
+    *bank, outer, inner = codec.original_shape(tuple(tensors["weight"].shape), config)
+    make = operations.MoEExperts if bank else operations.Linear
+    linear = make(*bank, inner, outer, bias=f"{name}.bias" in state, device=device, dtype=dtype)
     linear._load_from_state_dict(state, f"{name}.", {}, True, [], [], [])
     return linear

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import comfy.model_management
 import comfy.quant_ops
@@ -12,6 +13,7 @@ from comfy import model_detection
 
 from ...quant_core.errors import VerificationError
 from ...quant_core.formats import Codec, TensorSpec, detect_layer
+from ...quant_core.formats.expert_bank import expert_parts
 from ...quant_core.formats.layer_json import CONFIG_KEY
 from .decoding import make_quantized_linear
 from .expanding import ExpandedTensors, expanded_codec, is_expanded, layer_parts
@@ -44,7 +46,7 @@ class LoadedFile:
         elsewhere: names of the file's tensors that this loader does not load.
         configs: {layer: JSON} of the file's quantized layers; of expanded ones, that of the INT8 layer.
         codecs: the same layers' codecs.
-        shapes: the same layers' (out, in).
+        shapes: the same layers' (out, in), or (experts, out, in) of a bank.
         expanded: whether some of them are expanded.
 
     Raises:
@@ -57,7 +59,7 @@ class LoadedFile:
     elsewhere: Iterable[str] = ()
     configs: dict[str, dict] = field(init=False)
     codecs: dict[str, Codec] = field(init=False)
-    shapes: dict[str, tuple[int, int]] = field(init=False)
+    shapes: dict[str, tuple[int, ...]] = field(init=False)
     expanded: bool = field(init=False)
 
     def __post_init__(self):
@@ -65,7 +67,7 @@ class LoadedFile:
         self.configs = {name.removesuffix(JSON_SUFFIX): _read_json(self.file[name]) for name in names}
         self.codecs = {layer: detect_layer(layer, config, self.file) for layer, config in self.configs.items()}
         self.shapes = {
-            layer: codec.weight_shape(tuple(self.file[f"{layer}.weight"].shape), self.configs[layer])
+            layer: codec.original_shape(tuple(self.file[f"{layer}.weight"].shape), self.configs[layer])
             for layer, codec in self.codecs.items()
         }
         expanded = {layer: codec for layer, codec in self.codecs.items() if is_expanded(codec)}
@@ -80,7 +82,7 @@ def _read_json(tensor: torch.Tensor) -> dict:
 
 
 def match_single_layers(tensors: Mapping[str, torch.Tensor]) -> LoadedFile:
-    """The quantized layers of a file, each loaded by itself, for models that ComfyUI does not recognize."""
+    """The quantized matrices of a file, each loaded by itself, for models that ComfyUI does not recognize."""
     layers: dict[str, dict[str, torch.Tensor]] = {
         name.removesuffix(JSON_SUFFIX): {} for name in tensors if name.endswith(JSON_SUFFIX)
     }
@@ -88,6 +90,7 @@ def match_single_layers(tensors: Mapping[str, torch.Tensor]) -> LoadedFile:
         layer, _, suffix = name.rpartition(".")
         if layer in layers:
             layers[layer][suffix] = tensor
+    layers = {layer: parts for layer, parts in layers.items() if parts["weight"].ndim == 2}  # no banks of experts
     modules = {
         layer: make_quantized_linear(layer, dict(parts), _read_json(parts[CONFIG_KEY]))
         for layer, parts in layers.items()
@@ -182,10 +185,11 @@ def _check_layer(loaded: LoadedFile, layer: str, config: dict) -> dict[str, Tens
     elif getattr(module, "layout_type", None) != comfy.quant_ops.QUANT_ALGOS[config["format"]]["comfy_tensor_layout"]:
         layout = getattr(module, "layout_type", "an unquantized layer")
         raise VerificationError(f"{layer}: {layout} in ComfyUI's model, {codec} in the file.")
-    expected = (module.out_features, module.in_features)
+    bank = (module.num_experts,) if len(shape) == 3 else ()
+    expected = (*bank, module.out_features, module.in_features)
     if shape != expected:
         raise VerificationError(f"{layer}: weight of shape {shape} in the file, {expected} in ComfyUI's model.")
-    return {**codec.specs(shape), **codec.optional(shape)}
+    return {**codec.specs(shape[-2:]), **codec.optional(shape[-2:])}
 
 
 def _is_same(tensor: torch.Tensor, found: torch.Tensor) -> bool:
@@ -222,15 +226,21 @@ def run_layers(loaded: LoadedFile, device: torch.device) -> dict[str, str]:
 
 
 def _output_error(loaded: LoadedFile, layer: str, device: torch.device) -> float:
-    """Relative error of a layer's output for random activations, the smaller of that with and without quantized ones."""
+    """Relative error of a layer's output for random activations, the smaller of that with and without quantized ones.
+
+    That of the first expert of a bank.
+    """
     module, parts = loaded.modules[layer].to(device), layer_parts(loaded.file, layer)
-    codec, shape = loaded.codecs[layer].of_values(parts), loaded.shapes[layer]
+    *bank, outer, inner = loaded.shapes[layer]
+    forward = partial(module.expert_linear, i=0) if bank else module
+    parts = expert_parts(parts, 0) if bank else parts
+    codec, shape = loaded.codecs[layer].of_values(parts), (outer, inner)
     weight, bias = codec.dequantize(parts, shape), parts.get("bias")
-    activations = torch.randn(_TOKENS, shape[1], generator=torch.Generator().manual_seed(0))
+    activations = torch.randn(_TOKENS, inner, generator=torch.Generator().manual_seed(0))
     if codec.static_activations and "input_scale" in parts:  # larger activations clip where ComfyUI quantizes them
         activations *= parts["input_scale"] * codec.format.elements.max / activations.abs().max()
     activations = activations.to(_compute_dtype(module))
-    output = module(activations.to(device)).float().cpu()
+    output = forward(activations.to(device)).float().cpu()
     bias = None if bias is None else bias.float()
     # comfy-kitchen without its CUDA kernels quantizes to INT4, whatever linear_dtype is.
     dtypes = codec.options.get("linear_dtype", ())

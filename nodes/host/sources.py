@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import comfy.lora
 import comfy.model_management
@@ -63,6 +64,7 @@ class PatchedWeights:
 
     Args:
         rename: state-dict key → name in a file; None excludes the tensor.
+        others: name → tensor of the file that no module has, such as a tokenizer.
 
     Raises:
         AlreadyQuantizedError: some of the weights are quantized, and their class cannot dequantize them.
@@ -71,8 +73,14 @@ class PatchedWeights:
 
     metadata: Mapping[str, str] = {}
 
-    def __init__(self, patcher, name: str, rename: Callable[[str], str | None]):
-        self.name = name
+    def __init__(
+        self,
+        patcher,
+        name: str,
+        rename: Callable[[str], str | None],
+        others: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ):
+        self.name, self._others = name, dict(others)
         self._patcher = patcher
         state = patcher.model_state_dict()
         self._keys = {new: key for key in _weight_keys(patcher.model, state) if (new := rename(key)) is not None}
@@ -90,7 +98,7 @@ class PatchedWeights:
         dtypes = dict.fromkeys(unpatched, DECODED) | _stored_dtypes(plain)
         self.tensors: Mapping[str, TensorInfo] = {
             new: TensorInfo(dtypes.get(new, torch.float32), tuple(weight.tensor.shape)) for new, weight in held.items()
-        }
+        } | {new: TensorInfo(tensor.dtype, tuple(tensor.shape)) for new, tensor in self._others.items()}
 
     def _unpatched(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` without the patches that ComfyUI applies to the model in memory."""
@@ -100,6 +108,8 @@ class PatchedWeights:
     @torch.inference_mode()
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """Read a tensor onto ``device``, with its patches."""
+        if name in self._others:
+            return self._others[name].to(device)
         key = self._keys[name]
         held = hold_weight(self._patcher.model, key, self.name)
         weight = self._unpatched(key, held.tensor)
@@ -113,6 +123,8 @@ class PatchedWeights:
 
     def sample(self, name: str, offset: int, length: int) -> bytes:
         """See :class:`SampledSource`. Samples of one tensor must be requested one after the other: the last tensor is cached."""
+        if name in self._others:
+            return TensorSource(self._others).sample(name, offset, length)
         if name not in self._sampled.tensors:
             weight = comfy.utils.get_attr(self._patcher.model, self._keys[name])
             device = comfy.model_management.get_torch_device() if self._keys[name] in self._patched else weight.device
@@ -219,7 +231,9 @@ def encoder_parts(clip) -> dict[str, PatchedWeights]:
             key.removeprefix(f"{part}.").removeprefix("transformer.") if key.startswith(f"{part}.") else None
         )
 
-    return {part: PatchedWeights(clip.patcher, f"CLIP ({part})", rename(part)) for part in parts}
+    tokenizer = clip.tokenizer.state_dict() if len(parts) == 1 else {}  # as ComfyUI's CLIPSave writes it
+    others = {name: tensor for name, tensor in tokenizer.items() if isinstance(tensor, torch.Tensor)}
+    return {part: PatchedWeights(clip.patcher, f"CLIP ({part})", rename(part), others) for part in parts}
 
 
 def find_module(model, part: str, layer: str) -> str:

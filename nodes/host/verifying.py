@@ -118,8 +118,8 @@ def _check_contents(report: Report, paths: list[Path]) -> None:
         if layer not in configs:
             continue
         codec = detect_layer(layer, configs[layer], tensors)
-        shape = codec.weight_shape(tensors[made.name].shape, configs[layer])
-        expected |= {f"{layer}.{suffix}" for suffix in codec.specs(shape)}
+        shape = codec.original_shape(tensors[made.name].shape, configs[layer])
+        expected |= {f"{layer}.{suffix}" for suffix in codec.specs(shape[-2:])}
         optional |= {f"{layer}.{suffix}" for suffix in codec.file_specs(shape, calibrated=True)}
         convrot = codec.rotation and codec.rotation.size
         if (codec.format.name, codec.granularity, convrot) != (made.format, made.granularity, made.convrot):

@@ -1,12 +1,14 @@
 """Collect statistics of the input activations of linear layers with forward pre-hooks while a model runs."""
 
 import contextlib
+import functools
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +51,8 @@ class Collector:
     Hessian takes 8·in²/``rank`` bytes on the device. Validation activations take at most 1 GB.
 
     Args:
-        layers: name (of the weight, without ``.weight``) → linear layer.
+        layers: name (of the weight, without ``.weight``) → linear layer, or ComfyUI's ``MoEExperts``, a bank of experts
+            (experts, out, in) that is called by its method ``expert_linear``; all its experts share statistics.
         folder: existing folder for the files.
         device: device of the model.
         device_bytes: device memory for Hessians, in bytes.
@@ -74,7 +77,7 @@ class Collector:
 
     def __init__(
         self,
-        layers: Mapping[str, torch.nn.Linear],
+        layers: Mapping[str, Any],
         folder: str | os.PathLike,
         *,
         device: torch.device,
@@ -88,7 +91,7 @@ class Collector:
         hessian_bits: int = 8,
     ):
         self._layers, self._folder, self._device = dict(layers), Path(folder), device
-        self._shapes = {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
+        self._shapes = {name: tuple(layer.weight.shape[-2:]) for name, layer in self._layers.items()}
         self._budget = self._free_bytes = max(device_bytes, 0)
         self._rank, self._tokens, self._seed = rank, tokens, seed
         self._earlier, self._paired, self._hessian_bits = earlier, quantized_activations, hessian_bits
@@ -153,14 +156,13 @@ class Collector:
         quarter of the tokens for validation.
         """
         self._validation = validation
-        handles = [model.register_forward_pre_hook(self._start_call)]
         try:
-            for name, layer in self._layers.items():
-                handles.append(layer.register_forward_pre_hook(self._make_hook(name)))
-            yield
+            with contextlib.ExitStack() as removals:
+                removals.callback(model.register_forward_pre_hook(self._start_call).remove)
+                for name, layer in self._layers.items():
+                    removals.callback(_watch_calls(layer, self._make_hook(name)))
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             self._recent.clear()
             self._flush()
 
@@ -344,6 +346,20 @@ class Collector:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _watch_calls(layer: torch.nn.Module, hook: Callable[[torch.nn.Module, tuple], None]) -> Callable[[], None]:
+    """Call ``hook`` before each call of a layer, or of an expert of a bank; returns what ends that."""
+    run = getattr(layer, "expert_linear", None)
+    if run is None:
+        return layer.register_forward_pre_hook(hook).remove
+
+    def expert_linear(x: torch.Tensor, expert: int) -> torch.Tensor:
+        hook(layer, (x,))
+        return run(x, expert)
+
+    vars(layer)["expert_linear"] = expert_linear  # hides the method of the class
+    return functools.partial(vars(layer).pop, "expert_linear")
 
 
 class _Results(Mapping[str, LayerStatistics]):

@@ -113,7 +113,7 @@ class DecodedSource:
         }
         others = {suffix: tensor.to(qdata.device) for suffix, tensor in tensors.items()}
         with self._explained(layer):
-            return layer.dequantize(qdata, others)
+            return layer.dequantize(qdata, others, PLAIN)
 
     @contextlib.contextmanager
     def _explained(self, layer: StoredLayer) -> Iterator[None]:

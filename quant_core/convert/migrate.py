@@ -153,7 +153,7 @@ class _Relabelling:
         self._relabel(layer, layer.codec)
 
     def _relabel(self, layer: StoredLayer, codec: Codec) -> None:
-        config = self.configs[layer.name] = codec.layer_config(layer.shape)
+        config = self.configs[layer.name] = codec.file_config(layer.shape)
         self.done.layers[str(codec)] += 1
         stored, name = layer.parts["weight"], f"{layer.name}.weight"
         if stored != name:
@@ -166,9 +166,10 @@ class _Relabelling:
             before, now = _describe_before(layer), codec.format.name
             renamed = f"layers labelled {now}, before {before}"
             self.done.changes[renamed if now != before else f"{now} layers whose JSON was corrected"] += 1
-        for suffix, spec in codec.specs(layer.shape).items():
-            if suffix != "weight":
-                scale = layer.read_scale(self._source, suffix).reshape(spec.shape)
+        for suffix, spec in codec.file_specs(layer.shape).items():
+            if suffix not in ("weight", CONFIG_KEY):
+                scale = layer.read_scale(self._source, suffix)
+                scale = scale.reshape(spec.shape) if scale.dim() else scale.expand(spec.shape).contiguous()
                 self._put(layer.name, suffix, scale)
         self._put(layer.name, CONFIG_KEY, config_tensor(config))
         activations = self._input_scale(layer, scale)

@@ -4,6 +4,7 @@ from .codec import Codec, Format, Parts, TensorSpec
 from .config import MEASURED, FormatConfig
 from .detect import StoredLayer, detect_layer, detect_layers
 from .elements import E2M1, E4M3, E5M2, INT4, INT8, ElementFormat
+from .expert_bank import QuantizedBank
 from .levels import GroupLevels
 from .rotation import GROUP_SIZES, LARGE_GROUP_SIZES, Rotation, rotation_groups
 from .scales import GRANULARITIES, ScaleGroups
@@ -31,6 +32,7 @@ __all__ = [
     "Format",
     "FormatConfig",
     "GroupLevels",
+    "QuantizedBank",
     "QuantizedWeight",
     "Rotation",
     "ScaleGroups",

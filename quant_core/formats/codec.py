@@ -7,14 +7,14 @@ module per family. A :class:`Codec` is a format with every choice made: granular
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
 from ..errors import RecipeError
 from .elements import ElementFormat
-from .layer_json import CONFIG_KEY, config_bytes
+from .layer_json import CONFIG_KEY, EXPERTS_KEY, config_bytes
 from .rotation import Rotation
 from .scales import BLOCK_SIZE, FLOAT32, GRANULARITIES, ScaleFormat, ScaleGroups
 from .smoothing import Smoothing
@@ -77,6 +77,7 @@ class Format:
         always_rotated: ConvRot is part of the format.
         smoothed_since: first ComfyUI release that reads ``pre_quant_scale`` in layers of the format; None: none does.
         storage: dtype of the stored weight; None: that of the elements, one value per item.
+        banks: ComfyUI reads banks of experts in the format.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Format:
     always_rotated: bool = False
     smoothed_since: str | None = None
     storage: torch.dtype | None = None
+    banks: bool = False
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -222,6 +224,14 @@ class Codec(ABC):
             return f"it is always rotated, and no ConvRot group divides its {shape[1]} input channels"
         return None
 
+    def admits_bank(self) -> str | None:
+        """The reason why ComfyUI does not read banks of such matrices; None where it does. Source: ``MoEExperts`` of ComfyUI 0.33."""
+        if not self.format.banks:
+            return f"ComfyUI does not read banks of experts in {self.format.name}"
+        if self.rotation and not self.format.always_rotated:
+            return "ComfyUI ignores the rotation (ConvRot) of INT8 banks of experts"
+        return None
+
     def groups(self, shape: tuple[int, ...]) -> ScaleGroups:
         """The parts of a weight (out, in) that share a scale."""
         out, inner = shape
@@ -242,17 +252,30 @@ class Codec(ABC):
     def file_specs(self, shape: tuple[int, ...], *, calibrated: bool = False) -> dict[str, TensorSpec]:
         """Suffix → what all tensors of a layer are that this project writes: those of :meth:`specs` and the JSON tensor.
 
-        ``calibrated``: those of :meth:`optional` too.
+        Args:
+            shape: (out, in) of a weight, or (experts, out, in) of a bank, whose tensors are those of its matrices, stacked.
+            calibrated: those of :meth:`optional` too, which banks do not have.
         """
-        optional = self.optional(shape) if calibrated else {}
-        json = TensorSpec(torch.uint8, (len(config_bytes(self.layer_config(shape))),))
-        return {**self.specs(shape), **optional, CONFIG_KEY: json}
+        bank, matrix = shape[:-2], shape[-2:]
+        specs = {**self.specs(matrix), **(self.optional(matrix) if calibrated and not bank else {})}
+        stacked = {suffix: replace(spec, shape=(*bank, *spec.shape)) for suffix, spec in specs.items()}
+        return {**stacked, CONFIG_KEY: TensorSpec(torch.uint8, (len(config_bytes(self.file_config(shape))),))}
+
+    def file_config(self, shape: tuple[int, ...]) -> dict[str, object]:
+        """The JSON of a layer (out, in), or of a bank (experts, out, in)."""
+        experts = {EXPERTS_KEY: shape[0]} if len(shape) == 3 else {}
+        return self.layer_config(shape[-2:]) | experts
 
     def weight_shape(self, stored: tuple[int, ...], config: Mapping[str, object]) -> tuple[int, int]:
         """(out, in) of the weight whose stored tensor has that shape. Raises ValueError with the reason where none has."""
         if len(stored) != 2:
             raise ValueError(f"the weight has shape {tuple(stored)}; only matrices are read as quantized")
         return stored[0], stored[1]
+
+    def original_shape(self, stored: tuple[int, ...], config: Mapping[str, object]) -> tuple[int, ...]:
+        """:meth:`weight_shape`, and of a bank (experts, out, in)."""
+        bank = stored[:1] if len(stored) == 3 else ()
+        return (*bank, *self.weight_shape(stored[len(bank) :], config))
 
     @abstractmethod
     def store(self, solution: Solution) -> dict[str, torch.Tensor]:

@@ -84,5 +84,6 @@ FORMATS = (
         rotated=("row",),
         always_rotated=True,
         storage=torch.int8,
+        banks=True,
     ),
 )

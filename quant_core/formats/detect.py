@@ -12,6 +12,7 @@ import torch
 from ..errors import RecipeError, SourceError
 from .codec import Codec, Format, Parts
 from .companions import find_unknown_companions
+from .expert_bank import count_experts, describe_matrix, expert_parts, find_parts
 from .external import ExternalFormat, find_external
 from .layer_json import CONFIG_KEY, LayerSource, loaded_configs
 from .scaled import ScaledCodec
@@ -49,7 +50,7 @@ _REMAKE = "make the file again from its full-precision original"
 
 
 def detect_layer(layer: str, config: Mapping[str, object], tensors: Mapping) -> Codec:
-    """The codec of a layer whose JSON is ``config``, checked against its tensors.
+    """The codec of a layer whose JSON is ``config``, or of the matrices of a bank of experts, checked against its tensors.
 
     Args:
         layer: base name of the layer.
@@ -63,26 +64,31 @@ def detect_layer(layer: str, config: Mapping[str, object], tensors: Mapping) -> 
     format = READABLE.get(str(config["format"]))
     if format is None:
         raise ValueError(f"{layer}: format '{config['format']}' is not known to this version ({', '.join(READABLE)})")
-    weight = tensors.get(f"{layer}.weight")
+    experts = count_experts(layer, config, tensors)
+    find = find_parts(layer, tensors, experts)
+    weight = find("weight")
     if weight is None:
         raise ValueError(f"{layer}: has a quantization entry and no weight")
     expected, problems, suffixes = [], [], ["weight"]
     for granularity in format.granularities:
         try:
             codec = format.codec.from_config(format, config, granularity)
-            codec = codec.of_tensors(lambda suffix: tensors.get(f"{layer}.{suffix}"))
-            specs = codec.specs(codec.weight_shape(tuple(weight.shape), config))
+            codec = codec.of_tensors(find)
+            specs = codec.specs(codec.weight_shape(weight.shape, config))
         except (RecipeError, ValueError) as error:
             problems.append(str(error).rstrip("."))
             continue
-        if all(spec.matches(tensors.get(f"{layer}.{suffix}")) for suffix, spec in specs.items()):
+        if all(spec.matches(find(suffix)) for suffix, spec in specs.items()):
+            if experts and (reason := codec.admits_bank()):
+                raise ValueError(f"{layer}: {reason}")
             return codec
         suffixes = list(specs)
         expected.append(", ".join(f"{suffix} {spec.dtype} {spec.shape}" for suffix, spec in specs.items()))
     if not expected:
         raise ValueError(f"{layer}: {problems[0]}")
-    found = ", ".join(f"{suffix} {_describe(tensors.get(f'{layer}.{suffix}'))}" for suffix in suffixes)
-    raise ValueError(f"{layer}: {format.name} needs {' or '.join(expected)}; the file has {found}")
+    found = ", ".join(f"{suffix} {_describe(find(suffix))}" for suffix in suffixes)
+    each = f" for each of {experts} experts" if experts else ""
+    raise ValueError(f"{layer}: {format.name} needs {' or '.join(expected)}{each}; the file has {found}")
 
 
 def _describe(found) -> str:
@@ -98,7 +104,7 @@ class StoredLayer:
         config: its JSON as ComfyUI reads it; empty where there is none.
         parts: suffix of today → name of the tensor, the weight included where it holds quantized values.
         codec: how the tensors are stored, whatever the JSON calls it; None where one is missing or the format is unknown.
-        shape: (out, in) of the weight; empty where the layer cannot be dequantized.
+        shape: (out, in) of the weight, or (experts, out, in) of a bank; empty where the layer cannot be dequantized.
         problem: why a layer in a known format cannot be dequantized, one sentence; empty where it can.
         external: the format of another quantizer that it is in, None for ours. It may have a decoder in place of a codec.
     """
@@ -135,16 +141,29 @@ class StoredLayer:
         """Suffixes of the tensors beside the weight that its values depend on."""
         if self.codec is None:
             return set(self.parts) - {"weight"} if self.external else set()
-        optional = set() if self.relabelled else set(self.codec.optional(self.shape))
-        return (set(self.codec.specs(self.shape)) | optional) - {"weight"}
+        optional = set() if self.relabelled or self.is_bank else set(self.codec.optional(self.shape))
+        return (set(self.codec.specs(self.shape[-2:])) | optional) - {"weight"}
 
-    def dequantize(self, qdata: torch.Tensor, others: Parts) -> torch.Tensor:
-        """The weight (out, in) as float32; ``others``: the layer's tensors by suffix, without its weight."""
+    @property
+    def is_bank(self) -> bool:
+        """Whether it is a bank of experts."""
+        return len(self.shape) == 3
+
+    def dequantize(self, qdata: torch.Tensor, others: Parts, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight in ``dtype``, computed in float32; ``others``: the layer's tensors by suffix, without its weight.
+
+        The float32 values of one expert of a bank are in memory at a time.
+        """
         parts = {"weight": qdata, **others}
         if self.external is not None and self.external.decode is not None:
-            return self.external.decode(parts, self.shape)
+            return self.external.decode(parts, self.shape).to(dtype)
         assert self.codec is not None
-        return self.codec.dequantize(parts, self.shape)
+        if not self.is_bank:
+            return self.codec.dequantize(parts, self.shape).to(dtype)
+        weights = torch.empty(self.shape, dtype=dtype, device=qdata.device)
+        for expert, weight in enumerate(weights):
+            weight.copy_(self.codec.dequantize(expert_parts(parts, expert), self.shape[1:]))
+        return weights
 
     def read_scale(self, source: LayerSource, suffix: str) -> torch.Tensor:
         """A scale of the layer as float32. Raises SourceError unless it is finite and positive."""
@@ -250,23 +269,29 @@ def _detect_declared(source: LayerSource, layer: StoredLayer) -> StoredLayer:
     if format is None or weight is None:
         return layer
     where = f"{source.name}: {layer.name} is not a valid layer of format {format.name}"
+    experts = count_experts(layer.name, layer.config, source.tensors)
+    bank = (experts,) if experts else ()
     try:
         codec = format.codec.from_config(format, layer.config, next(iter(format.granularities)))
-        codec = codec.of_tensors(lambda suffix: source.tensors.get(f"{layer.name}.{suffix}"))
-        shape = codec.weight_shape(tuple(weight.shape), layer.config)
+        codec = codec.of_tensors(find_parts(layer.name, source.tensors, experts))
+        matrix = codec.weight_shape(tuple(weight.shape)[len(bank) :], layer.config)
     except (RecipeError, ValueError) as error:
         return replace(layer, problem=f"{where}: {str(error).rstrip('.')}.")
-    required = codec.specs(shape)
-    names = {suffix: f"{layer.name}.{suffix}" for suffix in (*required, *codec.optional(shape), CONFIG_KEY)}
+    required = codec.specs(matrix)
+    optional = () if bank else codec.optional(matrix)
+    names = {suffix: f"{layer.name}.{suffix}" for suffix in (*required, *optional, CONFIG_KEY)}
     parts = {suffix: name for suffix, name in names.items() if name in source.tensors}
     if missing := [suffix for suffix in required if suffix not in parts]:
         return replace(layer, problem=f"{where}: its {missing[0]} is missing; download the file again.")
-    return replace(layer, parts=parts, codec=codec, shape=shape)
+    return replace(layer, parts=parts, codec=codec, shape=(*bank, *matrix))
 
 
 def _detect_scaled(source: LayerSource, layer: StoredLayer, full_precision: bool) -> Codec:
     """The codec of quantized values and one scale tensor, from their dtypes and shapes. Raises SourceError where none fits."""
-    weight, scale = (source.tensors[layer.parts[suffix]] for suffix in ("weight", "weight_scale"))
+    experts = count_experts(layer.name, layer.config, source.tensors)
+    weight, scale = (
+        describe_matrix(source.tensors[layer.parts[suffix]], experts) for suffix in ("weight", "weight_scale")
+    )
     if not (scale.dtype.is_floating_point or scale.dtype.is_complex):
         raise SourceError(f"{layer.name}: its scale is {scale.dtype}, and must be of floating point; {_REMAKE}.")
     granularity, block_size = _granularity(weight.shape, scale.shape)

@@ -19,6 +19,7 @@ FORMATS = (
         full_precision_matmul="choice",
         activations="tensor",
         native_since=_TENSOR_CORES,
+        banks=True,
     ),
     Format(
         name="float8_e5m2",
@@ -28,6 +29,7 @@ FORMATS = (
         note="8-bit float with two mantissa bits, dequantized on every card: twice the error of E4M3, for weights of a huge range",
         stock_since="0.8",
         full_precision_matmul="always",  # no NVIDIA card multiplies two E5M2 matrices
+        banks=True,
     ),
     Format(
         name="float8_e4m3fn_rowwise",

@@ -16,6 +16,7 @@ FORMATS = (
         stock_since="0.27",
         activations="token",
         rotated=("row",),
+        banks=True,
     ),
     Format(
         name="int8_blockwise",

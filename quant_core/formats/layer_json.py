@@ -10,6 +10,7 @@ from ..errors import SourceError
 
 __all__ = [
     "CONFIG_KEY",
+    "EXPERTS_KEY",
     "QUANTIZATION_KEY",
     "LayerSource",
     "config_bytes",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 CONFIG_KEY = "comfy_quant"  # last part of the name of a layer's JSON tensor
+EXPERTS_KEY = "num_experts"  # key of the JSON of a bank of experts: the first side of its tensors
 QUANTIZATION_KEY = "_quantization_metadata"  # header entry; overrides the tensors where both are there
 _CHECKPOINT_PREFIX = "model.diffusion_model."
 # Keys of a layer's JSON that ComfyUI reads below "params" too; a key at the top level takes precedence.

@@ -77,5 +77,6 @@ FORMATS = (
         activations="group",
         native_since=(10, 0),
         group_size=_GROUP,
+        banks=True,
     ),
 )

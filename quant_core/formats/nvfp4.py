@@ -126,5 +126,6 @@ FORMATS = (
         group_size=_GROUP,
         smoothed_since="0.30",
         storage=torch.uint8,
+        banks=True,
     ),
 )

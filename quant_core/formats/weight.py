@@ -57,6 +57,22 @@ class QuantizedWeight:
         return self.codec.granularity
 
     @property
+    def scale_range(self) -> tuple[float, float]:
+        """Smallest and largest scale."""
+        smallest, largest = torch.stack(self.scale.aminmax()).tolist()
+        return smallest, largest
+
+    @property
+    def solver(self) -> str:
+        """The solver that chose the quantized values."""
+        return self.solution.solver
+
+    @property
+    def gain(self) -> float | None:
+        """The loss relative to that of round to nearest; None when nothing was compared."""
+        return self.solution.gain
+
+    @property
     def weight_error(self) -> float:
         """‖Ŵ − W‖/‖W‖."""
         return self.solution.weight_error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..display import bound_lines, human_bytes
 from ..formats import READABLE, Codec, detect_layer
+from ..formats.expert_bank import count_experts
 from ..formats.kinds import Kind, find_kinds, quantized_formats
 from ..formats.layer_json import file_layers, layer_configs
 from ..formats.smoothing import SMOOTHING_KEY
@@ -20,7 +21,7 @@ from .metadata import ENCODER_PREFIX, provenance
 __all__ = ["Inspection", "inspect_file"]
 
 _BROKEN, _SMOOTHED = " (broken)", ", smoothed"
-# First ComfyUI known to read quantized text encoders in a checkpoint, and quantized embeddings.
+# First ComfyUI known to read quantized text encoders in a checkpoint, quantized embeddings, and banks of experts.
 _ENCODERS_SINCE = "0.33"
 _TABLE = re.compile(r"(?:^|\.)(?:embed_tokens|shared|token_embedding)$")
 
@@ -93,7 +94,10 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         smoothed = {
             str(config.get("format")) for layer, config in configs.items() if _is_smoothed(layer, source.tensors)
         }
-        encoders = any(layer.startswith(ENCODER_PREFIX) or _TABLE.search(layer) for layer in configs)
+        encoders = any(
+            layer.startswith(ENCODER_PREFIX) or _TABLE.search(layer) or count_experts(layer, config, source.tensors)
+            for layer, config in configs.items()
+        )
         return Inspection(
             path=str(path),
             size=source.size,
@@ -146,7 +150,7 @@ def _stock_support(
         family: that of diffusers' tensor names.
         found: names of all quantizations.
         kinds: those that no layer JSON names.
-        encoders: text encoders of a checkpoint, or embeddings, are quantized.
+        encoders: text encoders of a checkpoint, embeddings or banks of experts are quantized.
         broken: some layers do not have the tensors that their JSON implies.
         smoothed: formats of layers that have a ``pre_quant_scale``.
         kitchen: first comfy-kitchen that runs all layers, where it is newer than that of the ComfyUI that reads them.

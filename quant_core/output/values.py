@@ -28,7 +28,7 @@ class Finding(NamedTuple):
 def check_layer_values(
     layer: str,
     codec: Codec,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     weight: torch.Tensor,
     scales: Parts,
     computed_in: torch.dtype,

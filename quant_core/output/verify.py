@@ -7,14 +7,15 @@ samples.
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from ..cancellation import CancelCheck
-from ..formats import READABLE, Codec, StoredLayer, detect_layer
+from ..formats import READABLE, Codec, StoredLayer, TensorSpec, detect_layer
 from ..formats.detect import LEGACY_MARKER, QUANTIZED_DTYPES, UNSCALED_DTYPES, is_scale, legacy_markers, orphan_problem
+from ..formats.expert_bank import count_experts, expert_parts
 from ..formats.kinds import find_kinds
 from ..formats.layer_json import CONFIG_KEY, QUANTIZATION_KEY, file_layers, header_layers, layer_configs
 from ..formats.table import release_number
@@ -147,11 +148,6 @@ class _Verifier:
                 )
 
     def _check_layer(self, layer: str, config: Mapping[str, object]) -> Iterator[Finding]:
-        weight = self._source.tensors.get(f"{layer}.weight")
-        if weight is not None and len(weight.shape) == 3 and config.get("num_experts") == weight.shape[0]:
-            text = f"{layer}: is a bank of {weight.shape[0]} experts in {config.get('format')}, which this version does not check."
-            yield Finding(text, fatal=str(config.get("format")) not in READABLE)
-            return
         try:
             codec = detect_layer(layer, config, self._source.tensors)
         except ValueError as error:
@@ -169,19 +165,25 @@ class _Verifier:
                 f"{layer}: its JSON lacks full_precision_matrix_mult, and no NVIDIA card multiplies {codec.format.name}; "
                 "lrq migrate adds it."
             )
-        assert weight is not None  # see detect_layer
-        shape = codec.weight_shape(weight.shape, config)
+        experts = count_experts(layer, config, self._source.tensors)
+        shape = codec.original_shape(self._source.tensors[f"{layer}.weight"].shape, config)[-2:]
         if reason := codec.admits(shape):
             yield Finding(f"{layer}: {reason}.")
-        mismatched = [Finding(text) for text in _check_optional(self._source, layer, codec, shape)]
-        yield from mismatched or self._check_values(layer, codec, shape)
+        optional = {} if experts else codec.optional(shape)  # ComfyUI does not read those of a bank
+        mismatched = [Finding(text) for text in _check_optional(self._source, layer, optional)]
+        yield from mismatched or self._check_values(layer, codec, shape, [*codec.specs(shape), *optional], experts)
 
-    def _check_values(self, layer: str, codec: Codec, shape: tuple[int, int]) -> Iterator[Finding]:
-        suffixes = [*codec.specs(shape), *codec.optional(shape)]
+    def _check_values(
+        self, layer: str, codec: Codec, shape: tuple[int, ...], suffixes: Iterable[str], experts: int | None
+    ) -> Iterator[Finding]:
         names = {suffix: f"{layer}.{suffix}" for suffix in suffixes if suffix != "weight"}
         scales = {suffix: self._source.read(name) for suffix, name in names.items() if name in self._source.tensors}
-        weight = self._read(f"{layer}.weight") if self._values else torch.empty(0, dtype=torch.uint8)
-        yield from check_layer_values(layer, codec, shape, weight, scales, self._computed_in, self._check)
+        weight = self._read(f"{layer}.weight") if self._values else torch.empty(experts or 0, 0, dtype=torch.uint8)
+        if not experts:
+            yield from check_layer_values(layer, codec, shape, weight, scales, self._computed_in, self._check)
+        for expert in range(experts or 0):
+            where, parts = f"{layer}, expert {expert}", expert_parts(scales, expert)
+            yield from check_layer_values(where, codec, shape, weight[expert], parts, self._computed_in, self._check)
 
     def _check_unlabelled(self) -> Iterator[Finding]:
         """Quantized tensors of layers without JSON; those of older formats are valid."""
@@ -279,9 +281,9 @@ class _Verifier:
         return tensor
 
 
-def _check_optional(source: Source, layer: str, codec: Codec, shape: tuple[int, int]) -> Iterator[str]:
+def _check_optional(source: Source, layer: str, optional: Mapping[str, TensorSpec]) -> Iterator[str]:
     """Optional tensors of another dtype or number of elements; :func:`detect_layer` checks the others."""
-    for suffix, spec in codec.optional(shape).items():
+    for suffix, spec in optional.items():
         info = source.tensors.get(f"{layer}.{suffix}")
         if info is None:
             continue

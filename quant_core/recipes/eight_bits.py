@@ -8,18 +8,22 @@ from .aliases import make_format
 from .presets import Rule
 from .roles import find_sensitive
 
-__all__ = ["EIGHT_BITS", "describe_uncalibrated", "explain_fallback", "find_eight_bits"]
+__all__ = ["BANK_EIGHT_BITS", "EIGHT_BITS", "describe_uncalibrated", "explain_fallback", "find_eight_bits"]
 
 EIGHT_BITS = make_format("int8")
+BANK_EIGHT_BITS = make_format("int8", convrot=False)  # of banks of experts
 _FEW = 4  # bits whose error is visible without a calibration
 _EIGHT_BIT_ERROR = 0.0085  # relative error of INT8 weights per row, rotated, of Gaussian values
 _FULL = 8  # bits from which on no layer needs more
 
 
 def explain_fallback(format: FormatConfig, shape: Sequence[int]) -> str | None:
-    """Why a weight (out, in) takes another format; None where it can be stored in this one."""
-    out, inner = shape
-    reason = format.codecs(inner)[0].admits((out, inner))
+    """Why a weight (out, in) or a bank (experts, out, in) takes another format; None where it can be stored in this one."""
+    *bank, out, inner = shape
+    codec = format.codec_for(inner)
+    if bank and (reason := codec.admits_bank()):
+        return reason
+    reason = codec.admits((out, inner))
     return f"{format.name} cannot hold it: {reason}" if reason else None
 
 

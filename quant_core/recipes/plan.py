@@ -12,7 +12,8 @@ from ..formats import FORMATS, FormatConfig
 from ..formats.kinds import can_dequantize, quantized_formats
 from ..formats.scales import BLOCK_SIZE
 from ..sources import Source, TensorInfo
-from .eight_bits import EIGHT_BITS, explain_fallback, find_eight_bits
+from .eight_bits import BANK_EIGHT_BITS, EIGHT_BITS, explain_fallback, find_eight_bits
+from .experts import find_banks
 from .layers import LayerRule, find_rules, most_specific
 from .presets import AUTO, COMMON, GENERAL, Preset, Rule, recognize_preset
 from .recognition import (
@@ -29,6 +30,7 @@ from .rules import check_eligibility, check_heuristic
 __all__ = ["Choice", "Decision", "Plan", "make_plan"]
 
 _OUTLINE = 6  # points
+_UNMEASURED = "bank of experts: mixed precision measures linear layers"
 
 _TEXT_ENCODER = " Also {}, which ComfyUI 0.33 and newer reads quantized; keep layers ^{} for older versions."
 _ENCODER = re.compile(r"text_encoders\.(?:(?P<part>[^.]+)\.transformer\.)?")
@@ -191,25 +193,46 @@ def _decide(
 
 def _fall_back(
     tensors: Mapping[str, TensorInfo],
+    matrices: Mapping[str, TensorInfo],
     decisions: Mapping[str, Decision],
     format: FormatConfig,
     presets: Mapping[str, tuple[str, Preset | None]],
 ) -> dict[str, Decision]:
-    """Decisions of the layers that take 8 bits instead of fewer; ``presets``: weight → name prefix that its preset ignores, preset."""
+    """Decisions of the layers that take 8 bits instead of another format.
+
+    Args:
+        matrices: the same tensors, and one expert in place of each bank.
+        presets: weight → name prefix that its preset ignores, preset.
+    """
+
+    def eight_bits(name: str, reason: str) -> Decision:
+        bank = tensors[name] is not matrices[name]
+        return Decision("quantize", reason, BANK_EIGHT_BITS if bank else EIGHT_BITS, fallback=True)
+
     fallbacks: dict[str, Decision] = {}
     rules: dict[str, list[Rule]] = {}
     for name, decision in decisions.items():
         if decision.action != "quantize":
             continue
         if reason := explain_fallback(decision.format or format, tensors[name].shape):
-            fallbacks[name] = Decision("quantize", reason, EIGHT_BITS, fallback=True)
+            fallbacks[name] = eight_bits(name, reason)
         elif decision.format is None:
             start, preset = presets[name]
             own = (*COMMON.eight_bits, *(preset or GENERAL).eight_bits)
             rules[name] = [rule for rule in own if rule.pattern.search(name.removeprefix(start))]
-    for name, reason in find_eight_bits(tensors, format, rules).items():
-        fallbacks[name] = Decision("quantize", reason, EIGHT_BITS, fallback=True)
+    for name, reason in find_eight_bits(matrices, format, rules).items():
+        fallbacks[name] = eight_bits(name, reason)
     return fallbacks
+
+
+def _fix_banks(tensors: Mapping[str, TensorInfo], decisions: Mapping[str, Decision]) -> dict[str, Decision]:
+    """Decisions of the banks of experts in mixed precision, except those with a layer rule of their own."""
+    chosen = Decision("quantize", _UNMEASURED, BANK_EIGHT_BITS, fallback=True)
+    return {
+        name: chosen
+        for name, decision in decisions.items()
+        if decision.action == "quantize" and decision.format is None and len(tensors[name].shape) > 2
+    }
 
 
 def make_plan(
@@ -252,17 +275,20 @@ def make_plan(
     family = choose_preset(preset, source)
     encoders = _find_encoders(source.tensors, family) if family else {}
     decisions, own, block = {}, tuple(dict.fromkeys(rules)), block_size if heur else None
-    eligible = (name for name, info in source.tensors.items() if check_eligibility(name, info) is None)
+    matrices = {**source.tensors, **find_banks(source.tensors)}
+    eligible = (name for name, info in matrices.items() if check_eligibility(name, info) is None)
     found = find_rules(own, eligible, check)
     roles, presets = find_roles(source.tensors), {}
-    for name, info in source.tensors.items():
+    for name, info in matrices.items():
         if check:
             check()
         start = _encoder_prefix(name)
         presets[name] = seen, preset_of = (start, encoders[start]) if start in encoders else ("", family)
         decisions[name] = _decide(name, info, seen, preset_of, found.get(name, ()), roles.get(name), block)
-    if format and not format.measured:
-        decisions |= _fall_back(source.tensors, decisions, format, presets)
+    if format and format.measured:
+        decisions |= _fix_banks(source.tensors, decisions)
+    elif format:
+        decisions |= _fall_back(source.tensors, matrices, decisions, format, presets)
     used = {rule for name, its_rules in found.items() if decisions[name].action != "remove" for rule in its_rules}
     idle = tuple(rule for rule in own if rule not in used)
     notes = (

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 from ..sources import TensorInfo
 from ..sources.dtypes import SOURCE_DTYPES
+from .experts import is_bank
 
 __all__ = ["check_eligibility", "check_heuristic"]
 
 _ELIGIBLE: tuple[tuple[Callable[[str, TensorInfo], bool], str], ...] = (
+    (is_bank, "bank of experts: stock ComfyUI has no loader for quantized experts of this model"),
     (lambda name, info: not name.endswith(".weight"), "not a weight"),
     (lambda name, info: 0 in info.shape, "empty"),
     (lambda name, info: len(info.shape) != 2, "not a matrix: ComfyUI reads only linear layers quantized"),
@@ -31,7 +33,7 @@ _HEURISTICS: tuple[tuple[Callable[[int, int, int], bool], str], ...] = (
 
 
 def check_eligibility(name: str, info: TensorInfo) -> str | None:
-    """Why this tensor cannot be quantized; None if it can."""
+    """Why this tensor cannot be quantized; None if it can. ``info``: of one expert, for a bank that ComfyUI reads quantized."""
     return next((reason for rule, reason in _ELIGIBLE if rule(name, info)), None)
 
 

@@ -31,6 +31,7 @@ from ..recipes.plan import Choice
 from ..recipes.presets import COMMON
 from ..rounding import RoundingConfig
 from ..sources import Source
+from .estimate import tensor_size
 
 __all__ = ["allocate_formats"]
 
@@ -87,7 +88,7 @@ def allocate_formats(
     names = _candidate_layers(source, recipe, plan, calibration, check)
     sensitivities = {name: known for name in names if (known := _sensitivity(calibration, name)) is not None}
     default = statistics.median(sensitivities.values()) if sensitivities else 1 / max(len(names), 1)
-    candidates = _find_candidates(recipe, device, _size_in_eight_bits(source, plan, names))
+    candidates = _find_candidates(recipe, device, _size_in_eight_bits(source, recipe, plan, names))
     options: dict[str, list[_Option]] = {}
     for index, name in enumerate(names):
         check()
@@ -97,7 +98,8 @@ def allocate_formats(
             source, name, recipe, candidates, known, sensitivities.get(name, default), device, check
         )
         options[name] = _lower_hull(measured)
-    fixed = sum(source.tensors[name].nbytes for name in plan.output_names() if name not in options)
+    others = (name for name in plan.output_names() if name not in options)
+    fixed = sum(tensor_size(name, source.tensors[name], recipe, plan) for name in others)
     chosen, curve = _allocate(options, recipe, fixed)
     decisions = {name: _decide(name, chosen, decision) for name, decision in plan.decisions.items()}
     if all(decision.action != "quantize" for decision in decisions.values()):
@@ -112,10 +114,12 @@ def allocate_formats(
 def _candidate_layers(
     source: Source, recipe: Recipe, plan: Plan, calibration: Calibration, check: CancelCheck
 ) -> list[str]:
-    """Weights that the plan quantizes, and those with a known sensitivity that only the preset skips."""
+    """Matrices that the plan quantizes, and those with a known sensitivity that only the preset skips."""
     eligible = set(recipe.plan(source, preset=COMMON, general=True, check=check).names("quantize"))
 
     def is_candidate(name: str, action: str) -> bool:
+        if len(source.tensors[name].shape) > 2:  # banks of experts have a format of the plan
+            return False
         if action == "quantize":
             return True
         return action == "keep" and name in eligible and _sensitivity(calibration, name) is not None
@@ -183,14 +187,14 @@ def _quantize(
     return size, quantized.weight_error if quantized.output_error is None else quantized.output_error
 
 
-def _size_in_eight_bits(source: Source, plan: Plan, names: Iterable[str]) -> int:
+def _size_in_eight_bits(source: Source, recipe: Recipe, plan: Plan, names: Iterable[str]) -> int:
     """Bytes of the file with every candidate layer in the first of the formats of 8 bits."""
     quantized = set(names)
     codec = _EIGHT_BITS[0].codec
     return sum(
         sum(spec.nbytes for spec in codec.file_specs(source.tensors[name].shape).values())
         if name in quantized
-        else source.tensors[name].nbytes
+        else tensor_size(name, source.tensors[name], recipe, plan)
         for name in plan.output_names()
     )
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -11,28 +12,33 @@ from ..quantize_layer import quantize_layer
 from ..recipes import Plan, Recipe
 from ..sources import Source, TensorInfo
 
-__all__ = ["estimate_seconds", "estimate_size"]
+__all__ = ["estimate_seconds", "estimate_size", "tensor_size"]
 
 
 def estimate_size(source: Source, recipe: Recipe, plan: Plan) -> int:
     """Bytes of all tensors of the output, without its header."""
-    return sum(_tensor_size(name, source.tensors[name], recipe, plan) for name in plan.output_names())
+    return sum(tensor_size(name, source.tensors[name], recipe, plan) for name in plan.output_names())
 
 
-def _tensor_size(name: str, info: TensorInfo, recipe: Recipe, plan: Plan) -> int:
+def tensor_size(name: str, info: TensorInfo, recipe: Recipe, plan: Plan) -> int:
+    """Bytes of a source tensor in the output, or of the tensors of its quantized layer."""
     decision = plan.decisions[name]
     if decision.action != "quantize":
         return info.nbytes
-    codec = recipe.of(decision).format.codec_for(info.shape[1])
+    codec = recipe.of(decision).format.codec_for(info.shape[-1])
     return sum(spec.nbytes for spec in codec.file_specs(info.shape).values())
 
 
 def estimate_seconds(source: Source, recipe: Recipe, plan: Plan, device: torch.device) -> float:
     """Time in s of the rounding on ``device`` without a calibration; reading and writing run at the same time and are not included.
 
-    A random weight of each shape and recipe is quantized twice; the second time applies to all layers like it.
+    A random weight of each shape and recipe is quantized twice; the second time applies to all layers and experts like it.
     """
-    layers = Counter((source.tensors[name], recipe.of(plan.decisions[name])) for name in plan.names("quantize"))
+    layers: Counter[tuple[TensorInfo, Recipe]] = Counter()
+    for name in plan.names("quantize"):
+        info = source.tensors[name]
+        bank, matrix = info.shape[:-2], replace(info, shape=info.shape[-2:])
+        layers[matrix, recipe.of(plan.decisions[name])] += math.prod(bank)
     return sum(count * _time_layer(info, layer_recipe, device) for (info, layer_recipe), count in layers.items())
 
 

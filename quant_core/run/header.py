@@ -32,14 +32,14 @@ def file_metadata(
 def planned_configs(source: Source, plan: Plan, recipe: Recipe) -> dict[str, dict[str, object]]:
     """Layer → JSON configuration, of all layers that the plan quantizes."""
     return {
-        name.removesuffix(".weight"): _codec(source, plan, recipe, name).layer_config(source.tensors[name].shape)
+        name.removesuffix(".weight"): _codec(source, plan, recipe, name).file_config(source.tensors[name].shape)
         for name in plan.names("quantize")
     }
 
 
 def _codec(source: Source, plan: Plan, recipe: Recipe, name: str) -> Codec:
     """The codec of a layer's format with the longest JSON."""
-    return recipe.of(plan.decisions[name]).format.codec_for(source.tensors[name].shape[1])
+    return recipe.of(plan.decisions[name]).format.codec_for(source.tensors[name].shape[-1])
 
 
 def header_bound(source: Source, plan: Plan, recipe: Recipe, *, calibrated: bool, fingerprint: str | None) -> int:
@@ -59,7 +59,7 @@ def check_name_collisions(source: Source, plan: Plan, recipe: Recipe) -> None:
     layers = {}
     for name in plan.names("quantize"):
         codec, shape = _codec(source, plan, recipe, name), source.tensors[name].shape
-        layers[name.removesuffix(".weight")] = {**codec.file_specs(shape), **codec.optional(shape), "input_scale": None}
+        layers[name.removesuffix(".weight")] = {**codec.file_specs(shape, calibrated=True), "input_scale": None}
     added = {f"{layer}.{suffix}" for layer, suffixes in layers.items() for suffix in suffixes}
     for name in plan.names("keep"):
         if name in added or is_weight_scale(name, layers):

@@ -10,8 +10,9 @@ from ..calibration import Calibration, LayerStatistics, input_scale
 from ..cancellation import CancelCheck
 from ..errors import CalibrationError, NonFiniteWeightError, NothingToQuantizeError
 from ..events import LayerFinished, LayerKept, LayerStarted, Listener, PlannedLayer, RunStarted
-from ..formats import Codec, QuantizedWeight
+from ..formats import QuantizedBank, QuantizedWeight
 from ..layer import Layer
+from ..quantize_bank import quantize_bank
 from ..quantize_layer import quantize_layer
 from ..recipes import Plan, Recipe
 from ..sources import Source
@@ -27,6 +28,7 @@ __all__ = ["QuantizationRun", "read_device"]
 log = logging.getLogger(__name__)
 
 NON_FINITE = "contains NaN or Inf, so it stays unquantized"
+UNSEEN = "not calibrated: the calibration has no activations of experts"
 BIAS_CORRECTED = "bias of a quantized layer, corrected for the mean output error"
 
 
@@ -146,7 +148,7 @@ class QuantizationRun:
         """(name, device) of the tensors to read; biases that may be corrected are read with their weight."""
         skipped = done | set(self._biases.values())
         return [
-            (name, read_device(self._plan, name, self._device))
+            (name, read_device(self._source, self._plan, name, self._device))
             for name in self._plan.output_names()
             if name not in skipped
         ]
@@ -192,8 +194,8 @@ class QuantizationRun:
         kept_bias = self._kept_bias(bias_name, corrected=quantized.bias is not bias)
         self._write_layer(tensors, finished, *kept_bias)
 
-    def _round(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> QuantizedWeight:
-        """Quantize one weight with the recipe and the calibration statistics of its layer."""
+    def _round(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> QuantizedWeight | QuantizedBank:
+        """Quantize one weight or bank with the recipe and the calibration statistics of its layer."""
         layer, recipe = _base_name(name), self._recipe.of(self._plan.decisions[name])
         statistics, rounding = LayerStatistics(), recipe.rounding
         if self._calibration is not None:
@@ -202,6 +204,18 @@ class QuantizationRun:
         shape = "×".join(map(str, weight.shape))
         try:
             with explain_out_of_memory(f"{self._device} has too little memory for layer {layer}, {shape}"):
+                if weight.ndim == 3:
+                    codec = recipe.format.codec_for(weight.shape[-1])
+                    return quantize_bank(
+                        weight,
+                        bias,
+                        statistics,
+                        codec,
+                        rounding,
+                        device=self._device,
+                        seed=recipe.seed,
+                        check=self._check,
+                    )
                 return quantize_layer(
                     Layer(weight=weight, bias=bias, statistics=statistics),
                     recipe.format.codecs(weight.shape[1]),
@@ -214,11 +228,16 @@ class QuantizationRun:
             raise CalibrationError(f"{layer}: {error}", tensor=name) from error
 
     def _finished(
-        self, name: str, quantized: QuantizedWeight, *, bytes_out: int, index: int, started: float
+        self,
+        name: str,
+        quantized: QuantizedWeight | QuantizedBank,
+        *,
+        bytes_out: int,
+        index: int,
+        started: float,
     ) -> LayerFinished:
         """The event of a quantized layer; advances the clock."""
-        info, codec, solution = self._source.tensors[name], quantized.codec, quantized.solution
-        smallest, largest = torch.stack(solution.scale.aminmax()).tolist()
+        info, codec, scale_range = self._source.tensors[name], quantized.codec, quantized.scale_range
         eta = self._clock.advance(info.nbytes)
         elapsed = self._clock.elapsed
         return LayerFinished(
@@ -228,24 +247,27 @@ class QuantizationRun:
             shape=info.shape,
             format=codec.format.name,
             granularity=codec.granularity,
-            weight_error=solution.weight_error,
+            weight_error=quantized.weight_error,
             seconds=elapsed - started,
             bytes_in=info.nbytes,
             bytes_out=bytes_out,
             elapsed=elapsed,
             eta=eta,
-            solver=solution.solver,
-            gain=solution.gain,
-            output_error=solution.output_error,
-            note="; ".join(filter(None, (quantized.note, self._fallback_note(name, codec)))),
+            solver=quantized.solver,
+            gain=quantized.gain,
+            output_error=quantized.output_error,
+            note="; ".join(filter(None, (quantized.note, *self._notes(name, quantized)))),
             convrot=codec.rotation and codec.rotation.size,
-            scale=(smallest, largest),
+            scale=scale_range,
         )
 
-    def _fallback_note(self, name: str, codec: Codec) -> str:
-        """Why the layer has another format than the recipe's, for the report; empty where it has that."""
+    def _notes(self, name: str, quantized: QuantizedWeight | QuantizedBank) -> Iterator[str]:
+        """For the report: why a bank is not calibrated, and why the layer has another format than the recipe's."""
+        if isinstance(quantized, QuantizedBank) and self._calibration is not None and quantized.output_error is None:
+            yield UNSEEN
         decision = self._plan.decisions[name]
-        return f"in {codec.format.name}: {decision.reason}" if decision.fallback else ""
+        if decision.fallback:
+            yield f"in {quantized.codec.format.name}: {decision.reason}"
 
     def _kept(self, name: str, reason: str, *, removed: bool = False, planned: bool = True) -> LayerKept:
         """The event of a tensor that is copied or removed; advances the clock."""
@@ -274,9 +296,13 @@ class QuantizationRun:
         self._emit(event)
 
 
-def read_device(plan: Plan, name: str, device: torch.device) -> torch.device:
-    """The device that a source tensor is read to: ``device`` for weights to quantize, else the CPU."""
-    return device if plan.decisions[name].action == "quantize" else CPU
+def read_device(source: Source, plan: Plan, name: str, device: torch.device) -> torch.device:
+    """The device that a source tensor is read to: ``device`` for layers to quantize, else the CPU.
+
+    Banks of experts are read to the CPU; an expert takes a small part of their memory.
+    """
+    matrix = len(source.tensors[name].shape) == 2
+    return device if matrix and plan.decisions[name].action == "quantize" else CPU
 
 
 def _base_name(weight: str) -> str:

@@ -194,8 +194,11 @@ def _plan(
     if calibration is None and (warning := describe_uncalibrated(recipe.format)):
         plan = replace(plan, warnings=(*plan.warnings, warning))
     if calibration is not None:
-        weights = ((name, info.shape) for name, info in source.tensors.items() if name.endswith(".weight"))
-        calibration.check({name.removesuffix(".weight"): shape for name, shape in weights})
+        weights = {name: info.shape for name, info in source.tensors.items() if name.endswith(".weight")}
+        matrices = {
+            name: shape[1:] if len(shape) == 3 else shape for name, shape in weights.items()
+        }  # those of experts
+        calibration.check({name.removesuffix(".weight"): shape for name, shape in matrices.items()})
     return plan
 
 
@@ -240,7 +243,7 @@ def _journal(
 ) -> RunJournal | None:
     """The journal from which another run can resume this one; None for a run without a fingerprint."""
     key = run_key(fingerprint, planned_configs(source, plan, recipe), calibration, device)
-    return None if key is None else RunJournal(key, source, lambda name: read_device(plan, name, device))
+    return None if key is None else RunJournal(key, source, lambda name: read_device(source, plan, name, device))
 
 
 def _ignore_event(event: Event) -> None:

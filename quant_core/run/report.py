@@ -142,7 +142,7 @@ class Report:
             return self._already
         rows = self._rows()
         rows += [
-            (f"worst {place}", f"{layer.weight_error:.5f}  {layer.name} {layer.shape[0]}×{layer.shape[1]}")
+            (f"worst {place}", f"{layer.weight_error:.5f}  {layer.name} {'×'.join(map(str, layer.shape))}")
             for place, layer in enumerate(self.worst[:worst], 1)
         ]
         rows += self._note_rows()

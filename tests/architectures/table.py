@@ -29,7 +29,8 @@ or read from its sources where the model is newer than ComfyUI 0.33; `tests/arch
 `python tests/architectures/table.py`; a test compares.
 
 *quantized* is the share of the parameters in quantized layers; every format takes all of these layers, where those of 4 bits
-leave some in INT8 (first and last blocks, down-projections, modulation, layers outside the blocks, shapes that they cannot hold). *ConvRot 256* is
+leave some in INT8 (first and last blocks, down-projections, modulation, layers outside the blocks, shapes that they cannot hold, banks of
+experts that ComfyUI does not read in the format). *ConvRot 256* is
 the share of the layers that rotate in groups of 256 (others take 64 or 16), *blocks of 128* that of layers which whole blocks cover (others have
 smaller blocks at their edge). Then the size of the file in GB for each format, its kept part in 16 bits, as `lrq plan` estimates it.
 
@@ -102,7 +103,7 @@ class Found(NamedTuple):
 
     def fitting(self, step: int, sides: slice = slice(None)) -> float:
         """Share of the quantized layers whose sides (out, in) are multiples of ``step``."""
-        return sum(all(side % step == 0 for side in shape[sides]) for shape in self.quantized.values()) / len(
+        return sum(all(side % step == 0 for side in shape[-2:][sides]) for shape in self.quantized.values()) / len(
             self.quantized
         )
 

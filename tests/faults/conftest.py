@@ -59,9 +59,14 @@ def case(request, tmp_path):
     return make_case(tmp_path, request.param)
 
 
-def make_case(folder: Path, recipe: Recipe = RECIPES["int8 per row"], name: str = "out.safetensors") -> Case:
+def make_case(
+    folder: Path,
+    recipe: Recipe = RECIPES["int8 per row"],
+    name: str = "out.safetensors",
+    model: dict[str, torch.Tensor] | None = None,
+) -> Case:
     source, target = folder / "model.safetensors", folder / name
-    save_file(tensors(), source, {"author": "me"})
+    save_file(model or tensors(), source, {"author": "me"})
     quantize_file(source, target, recipe, device="cpu")
     made = Case(source, target, recipe, target.read_bytes(), hashlib.sha256(source.read_bytes()).hexdigest())
     made.clear()

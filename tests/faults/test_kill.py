@@ -22,6 +22,7 @@ from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerSt
 from learned_rounding.quant_core.run import loop
 from learned_rounding.quant_core.run.resume import JournalFile
 from learned_rounding.quant_core.sources import TensorSource
+from learned_rounding.tests.faults.conftest import make_case
 from learned_rounding.tests.faults.disk import Disk, failing, in_memory, killed, processes, run
 
 SEED = 20
@@ -73,6 +74,26 @@ def test_killed_anywhere_the_next_run_ends_the_same(case, often, tried):
         case.again()
         case.clear()
     tried("kill -9 at a random point, or in the middle of a write", len(tries), "whole or none")
+
+
+def test_banks_of_experts_are_resumed_as_one_layer(tmp_path, often, tried):
+    """Killed between two experts, the run quantizes the bank again, and not those before it."""
+    generator, banks = torch.Generator().manual_seed(0), 4
+    model = {"layers.0.self_attn.sinks": torch.ones(4)}
+    for block in range(banks):
+        model[f"layers.{block}.mlp.experts.down_proj.weight"] = torch.randn(30, 33, 17, generator=generator).bfloat16()
+    case = make_case(tmp_path, Recipe(format="mxfp8", rounding="nearest"), model=model)
+    checks, draw = points(case)["check"], random.Random(SEED)
+    resumed = []
+    tries = [checks - 2, *(draw.randrange(checks) for _ in range(often(6, 60)))]
+    for at in tries:
+        assert killed(case.source, case.target, case.recipe, "check", at)
+        case.check()
+        resumed.append(quantize_file(case.source, case.target, case.recipe, device="cpu").taken_up)
+        case.again()
+        case.clear()
+    assert 0 < max(resumed) <= banks
+    tried("kill -9 between two experts of a bank", len(tries), "whole or none; finished banks are resumed")
 
 
 def test_killed_from_outside_at_a_random_time(one_case, often, tried):

@@ -37,6 +37,33 @@ def model():
 
 
 @pytest.fixture
+def gpt_oss():
+    """gpt_oss(blocks=1, seed=0) → a made-up GPT-OSS text encoder with banks of three experts, of odd sizes."""
+
+    def make(blocks: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return (torch.randn(*shape, generator=generator) * 0.05).to(torch.bfloat16)
+
+        tensors = {"embed_tokens.weight": random(40, 64), "norm.weight": random(64)}
+        for block in range(blocks):
+            layer = f"layers.{block}"
+            tensors |= {
+                f"{layer}.self_attn.q_proj.weight": random(64, 64),
+                f"{layer}.self_attn.sinks": random(4),
+                f"{layer}.mlp.router.weight": random(3, 64),
+                f"{layer}.mlp.experts.gate_up_proj.weight": random(3, 2 * 72, 64),
+                f"{layer}.mlp.experts.gate_up_proj.bias": random(3, 2 * 72),
+                f"{layer}.mlp.experts.down_proj.weight": random(3, 64, 72),
+                f"{layer}.mlp.experts.down_proj.bias": random(3, 64),
+            }
+        return tensors
+
+    return make
+
+
+@pytest.fixture
 def model_file(model, tmp_path):
     """model_file(name="model.safetensors", tensors=None, **metadata) → path of a file written by safetensors itself."""
 

@@ -28,6 +28,7 @@ FLOORS = [
     {"calibration"},
     {"layer"},
     {"recipes", "quantize_layer"},
+    {"quantize_bank"},
     {"run", "convert"},
     {"checkpoints", "requantize"},
     {"cli"},

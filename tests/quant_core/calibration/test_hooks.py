@@ -367,3 +367,45 @@ def test_required_memory_is_reported(block, tmp_path, options):
                 block(make_batches(1)[0])
             files = sum(path.stat().st_size for path in tmp_path.glob("hessian_*"))
         assert files == on_disk and (on_device > 0) == (files == 0)
+
+
+class Bank(nn.Module):
+    """A bank of experts as ComfyUI has it: it is not called itself. Each expert gets the tokens of one sign of a channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 24, WIDTH))
+
+    def expert_linear(self, x, i):
+        return x @ self.weight[i].t()
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bank, self.out = Bank(), nn.Linear(24, WIDTH)
+
+    def forward(self, x):
+        routed = (x[x[:, 0] > 0], x[x[:, 0] <= 0])
+        return self.out(torch.cat([self.bank.expert_linear(part, expert) for expert, part in enumerate(routed)]))
+
+
+def test_experts_of_a_bank_share_statistics(tmp_path):
+    torch.manual_seed(0)
+    model, x = Experts(), flatten(make_batches(4))
+    batches = x.split(TOKENS)
+    before = [model(batch) for batch in batches]
+    layers = {"bank": model.bank, "out": model.out}
+    with Collector(layers, tmp_path, device=CPU, device_bytes=1 << 30, tokens=10**6) as collector:
+        with collector.watching(model, validation=False):
+            assert all(torch.equal(model(batch), output) for batch, output in zip(batches, before, strict=True))
+        with pytest.raises(ValueError), collector.watching(model):
+            raise ValueError
+        assert "expert_linear" not in vars(model.bank) and not model._forward_pre_hooks
+        collector.save(tmp_path / "a.calib.safetensors", {})
+    with CalibrationFile(tmp_path / "a.calib.safetensors") as file:
+        assert file.layers == {"bank": (24, WIDTH), "out": (WIDTH, 24)}
+        found = file.layer_statistics("bank")
+        assert torch.allclose(found.mean, x.mean(dim=0), atol=1e-4)
+        h = dense_hessian(found.hessian, WIDTH, CPU)
+        assert (h - x.t() @ x / len(x)).norm() < 0.02 * h.norm()

@@ -312,3 +312,21 @@ def test_a_plain_file_is_read_as_it_is(tmp_path, capsys):
         assert main(["plan", "-i", str(tmp_path / "model.safetensors"), "--general", *words]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("format", [name for name, entry in FORMATS.items() if entry.banks])
+def test_banks_of_experts_are_dequantized_and_quantized_again(gpt_oss, tmp_path, format):
+    original = gpt_oss()
+    save_file(original, tmp_path / "model.safetensors")
+    recipe = Recipe(format=format, rounding="nearest", preset="none", layer_config=f'{{"experts": "{format}"}}')
+    quantize_file(tmp_path / "model.safetensors", tmp_path / "q.safetensors", recipe)
+    name = "layers.0.mlp.experts.gate_up_proj.weight"
+    with SafetensorsFile(tmp_path / "q.safetensors") as opened:
+        decoded = DecodedSource(opened)
+        assert decoded.tensors[name].shape == original[name].shape and set(decoded.tensors) == set(original)
+        read = decoded.read(name)
+        assert read.dtype is torch.bfloat16 and error(read, original[name]) < 0.2
+        quantize_file(decoded, tmp_path / "again.safetensors", recipe)
+    first, again = (load_file(tmp_path / f"{file}.safetensors") for file in ("q", "again"))
+    assert first.keys() == again.keys() and verify_file(tmp_path / "again.safetensors").problems == []
+    assert error(again[name].view(torch.uint8), first[name].view(torch.uint8)) < 0.3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.calibration import CalibrationFile, InMemoryCalibration, LayerStatistics
 from learned_rounding.quant_core.calibration.histogram import histogram
 from learned_rounding.quant_core.convert.migrate import migrate_file
@@ -299,3 +299,26 @@ def test_what_a_dead_run_left_behind_is_removed(tmp_path, migrate):
     leftover.write_bytes(b"half a file")
     migrate(old_fp8())
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_banks_of_experts_get_the_json_of_today(migrate, shared):
+    """As ComfyUI writes them: without ``per_row``, and maybe with one scale for all experts."""
+    weight = torch.stack([qdata(INT8), qdata(INT8)])
+    scale = torch.tensor(0.5) if shared else random(2, 64, 1).abs()
+    stock = {"format": "int8_tensorwise", "num_experts": 2}
+    _, made, jsons = migrate({"a.weight": weight, "a.weight_scale": scale, "a.comfy_quant": config_tensor(stock)})
+    assert torch.equal(made["a.weight"], weight)
+    assert torch.equal(made["a.weight_scale"], torch.full((2,), 0.5) if shared else scale)
+    assert jsons["a"] == {"format": "int8_tensorwise", **({} if shared else {"per_row": True}), "num_experts": 2}
+
+
+def test_banks_of_declared_formats_are_copied(migrate, gpt_oss):
+    before = quantize_tensors(gpt_oss(), Recipe(format="mxfp8", rounding="nearest", preset="none"))
+    _, made, _ = migrate(before.tensors, before.metadata)
+    assert made.keys() == before.tensors.keys()
+    assert all(
+        torch.equal(made[name].view(torch.uint8), tensor.view(torch.uint8))
+        for name, tensor in before.tensors.items()
+        if tensor.dim()
+    )

@@ -168,3 +168,11 @@ def test_our_own_output_is_recognised(model_file, tmp_path):
     quantize_file(model_file(), tmp_path / "q.safetensors", FP8)
     with SafetensorsFile(tmp_path / "q.safetensors") as source:
         assert quantized_formats(source) == ["float8_e4m3fn"]
+
+
+def test_banks_of_experts_are_read_by_the_comfyui_that_has_them(gpt_oss, model_file, tmp_path, sentences):
+    path = model_file(tensors=gpt_oss())
+    quantize_file(path, tmp_path / "q.safetensors", Recipe(rounding="nearest", preset="none"))
+    found = inspect_file(tmp_path / "q.safetensors")
+    assert found.layers["float8_e4m3fn per tensor"]["layers.*.mlp.experts.down_proj"] == 1
+    sentences(found.stock)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from learned_rounding.quant_core import Recipe, quantize_tensors
+from learned_rounding.quant_core import FORMATS, Recipe, quantize_tensors
 from learned_rounding.quant_core.errors import SourceError
 from learned_rounding.quant_core.output import inspect_file, verify_file
 
 LAYER = "blocks.0.attn.qkv"
+BANK_FORMATS = [name for name, format in FORMATS.items() if format.banks]
 HEADER = "_quantization_metadata"
 RECIPES = {
     "fp8": Recipe(rounding="nearest"),
@@ -303,18 +304,80 @@ def test_a_second_name_is_for_releases_that_have_the_format(verify):
     assert verify(RECIPES["int8 row"], remove, prefix="model.diffusion_model.").problems == []
 
 
-@pytest.mark.parametrize("format, valid", [("nvfp4", True), ("float8_e4m3fn", True), ("nvfp9", False)])
-def test_banks_of_experts_are_not_called_broken(tmp_path, sentences, format, valid):
-    """ComfyUI 0.33 reads a weight of three dimensions in any of its formats."""
-    bank = {
-        "a.weight": torch.ones(4, 16, 32).to(torch.float8_e4m3fn),
-        "a.weight_scale": torch.ones(4),
-        "a.comfy_quant": config({"format": format, "num_experts": 4}),
+BANK = "layers.0.mlp.experts.gate_up_proj"
+BANK_RECIPES = {
+    **{
+        name: Recipe(format=name, rounding="nearest", preset="none", layer_config=f'{{"_proj": "{name}"}}')
+        for name in BANK_FORMATS
+    },
+    "int8 tensor": Recipe(format="int8_tensorwise", granularity="tensor", rounding="nearest", preset="none"),
+}
+
+
+@pytest.fixture
+def verify_bank(gpt_oss, tmp_path):
+    """verify_bank(recipe, change=…) → the problems of a quantized file with banks of experts after ``change(tensors)``."""
+
+    def run(recipe: Recipe, change=lambda tensors: None):
+        tensors = quantize_tensors(gpt_oss(), recipe).tensors
+        change(tensors)
+        save_file(tensors, tmp_path / "q.safetensors", {})
+        return verify_file(tmp_path / "q.safetensors")
+
+    return run
+
+
+@pytest.mark.parametrize("recipe", BANK_RECIPES.values(), ids=BANK_RECIPES)
+def test_banks_of_experts_are_checked_like_layers(verify_bank, recipe):
+    result = verify_bank(recipe)
+    assert result.problems == [] and result.layers == 3
+
+
+def damage(suffix, value):
+    def change(tensors):
+        scale = tensors[f"{BANK}.{suffix}"]
+        tensors[f"{BANK}.{suffix}"] = torch.cat([scale[:1], torch.full_like(scale[1:2], value), scale[2:]])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("int8_tensorwise", damage("weight_scale", -1.0)),
+        ("nvfp4", damage("weight_scale_2", float("nan"))),
+        ("float8_e4m3fn", damage("weight", float("nan"))),
+        ("mxfp8", damage("weight_scale", 255)),
+        ("float8_e4m3fn", lambda tensors: tensors.update({f"{BANK}.weight_scale": torch.ones(2)})),
+        ("int8_tensorwise", lambda tensors: tensors.pop(f"{BANK}.weight_scale")),
+    ],
+    ids=["scale", "tensor scale", "values", "exponent", "scales of fewer experts", "no scale"],
+)
+def test_a_damaged_expert_is_named(verify_bank, sentences, name, change):
+    (problem,) = verify_bank(BANK_RECIPES[name], change).problems
+    sentences(problem)
+
+
+@pytest.mark.parametrize(
+    "bank",
+    [
+        {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16, "num_experts": 3},
+        {"format": "float8_e4m3fn_rowwise", "num_experts": 3},
+        {"format": "int8_tensorwise", "per_row": True, "num_experts": 4},
+        {"format": "nvfp9", "num_experts": 3},
+    ],
+    ids=["rotated", "a format of ours", "another number of experts", "unknown"],
+)
+def test_banks_that_comfyui_misreads_are_not_valid(tmp_path, sentences, bank):
+    dtype = torch.float8_e4m3fn if "float8" in bank["format"] else torch.int8
+    tensors = {
+        "a.weight": torch.ones(3, 16, 32).to(dtype),
+        "a.weight_scale": torch.ones(3, 16, 1),
+        "a.comfy_quant": config(bank),
     }
-    save_file(bank, tmp_path / "a.safetensors")
-    result = verify_file(tmp_path / "a.safetensors")
-    assert (result.problems == []) is valid
-    sentences(result.problems + result.warnings)
+    save_file(tensors, tmp_path / "a.safetensors")
+    (problem,) = verify_file(tmp_path / "a.safetensors").problems
+    sentences(problem)
 
 
 def test_all_broken_layers_are_found(verify):

@@ -35,7 +35,6 @@ LEAST = {
     "t5xxl": 0.81,  # embedding
 }
 ODD = {
-    "gpt_oss_20b": 0.03,  # its experts are no linear layers
     "ltx25": 0.8,  # embeddings connectors of eight blocks
     "yue2_lm": 0.65,  # embedding and head
 }
@@ -115,10 +114,10 @@ def whole(pattern: str | None) -> re.Pattern:
 
 
 @pytest.mark.parametrize("name", architectures())
-def test_models_are_recognised_and_only_linear_layers_quantized(name):
+def test_models_are_recognised_and_only_linear_layers_and_banks_of_experts_quantized(name):
     plan, tensors = found(name), read(name)
     assert (plan.preset is None) == (name in GENERAL)
-    assert {tensors[layer].kind for layer in plan.quantized} <= {"linear"}
+    assert {tensors[layer].kind for layer in plan.quantized} <= {"linear", "experts"}
     if plan.preset in ("clip", "full_precision_text"):
         assert not plan.quantized
     elif plan.preset:
@@ -256,7 +255,9 @@ def test_tables_are_known_by_their_names():
 
 
 @pytest.mark.parametrize("preset", ["auto", "none"])
-@pytest.mark.parametrize("format, kinds", [("float8_e4m3fn", {"linear", "embedding"}), ("int8_blockwise", {"linear"})])
+@pytest.mark.parametrize(
+    "format, kinds", [("float8_e4m3fn", {"linear", "embedding", "experts"}), ("int8_blockwise", {"linear", "experts"})]
+)
 @pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized])
 def test_a_rule_for_everything_quantizes_only_what_comfyui_reads(name, format, kinds, preset):
     """The tables of models that no preset is for have any name."""
@@ -300,3 +301,10 @@ def test_lists_are_what_comfyui_makes(host):
     assert missing == []
     assert set(made) == {name for name in architectures() if version(name) == host.version}
     assert [name for name, tensors in made.items() if tensors != read(name)] == []
+
+
+@pytest.mark.parametrize("name", [name for name in architectures() if found(name).quantized])
+def test_banks_of_experts_are_quantized_where_comfyui_reads_them(name):
+    """Its class ``MoEExperts``, of which the lists have the kind; other tensors of three sides stay."""
+    banks = {tensor for tensor, entry in read(name).items() if entry.kind == "experts" and tensor.endswith(".weight")}
+    assert banks == {tensor for tensor, shape in found(name).quantized.items() if len(shape) == 3}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
+from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.run.estimate import estimate_seconds, estimate_size
-from learned_rounding.quant_core.sources import SafetensorsFile
+from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,17 @@ def test_the_plan_tells_size_and_time(model_file, capsys, sentences):
 def test_nothing_is_foreseen_of_formats_still_to_be_measured(model_file, capsys, sentences):
     assert main(["plan", "-i", str(model_file()), "--general", "--format", "measured", "--time"]) == 0
     sentences(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("format", ["mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"])
+def test_the_size_of_banks_of_experts_is_foreseen(gpt_oss, format):
+    source, recipe = TensorSource(gpt_oss(6)), Recipe(format=format, rounding="nearest")
+    made = quantize_tensors(gpt_oss(6), recipe).tensors
+    assert estimate_size(source, recipe, recipe.plan(source)) == sum(tensor.nbytes for tensor in made.values())
+
+
+def test_the_time_of_a_bank_is_that_of_its_experts(gpt_oss, monkeypatch):
+    timed = "learned_rounding.quant_core.run.estimate._time_layer"
+    monkeypatch.setattr(timed, lambda info, *_: 1.0 if info.shape == (144, 64) else 0.0)
+    source = TensorSource(gpt_oss(6))
+    assert estimate_seconds(source, Recipe(), Recipe().plan(source), torch.device("cpu")) == 6 * 3

@@ -734,6 +734,27 @@ def test_a_file_far_larger_than_its_largest_tensor_needs_little_memory(tmp_path,
     assert peak <= 3 * largest + 400 * MEGABYTE, f"{peak / MEGABYTE:.0f} MB"
 
 
+def test_banks_of_experts_need_no_more_memory_than_other_tensors(tmp_path, raw_model):
+    """The source's bank, the next one, and the quantized tensors of two."""
+    experts, rows, columns, count = 16, 1500, 2000, 8
+    source, total = raw_model(
+        {
+            "layers.0.self_attn.sinks": ("BF16", (64,)),
+            **{
+                f"layers.{index}.mlp.experts.down_proj.weight": ("BF16", (experts, rows, columns))
+                for index in range(count)
+            },
+        }
+    )
+    largest = experts * rows * columns * 2
+    assert largest == 96 * MEGABYTE and total > 760 * MEGABYTE
+    out = tmp_path / "out.safetensors"
+    peak = int(child(PEAK, source, out))
+    assert verify_file(out).layers == count
+    out.unlink()
+    assert peak <= 3 * largest + 400 * MEGABYTE, f"{peak / MEGABYTE:.0f} MB"
+
+
 def test_layers_that_a_calibration_knows_are_calibrated(model, model_file, tmp_path):
     tensors, layer = model(), "blocks.0.attn.qkv"
     inputs = torch.randn(300, 32, generator=torch.Generator().manual_seed(0)) + 0.3
