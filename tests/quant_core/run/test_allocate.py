@@ -13,8 +13,10 @@ from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerSt
 from learned_rounding.quant_core.errors import NothingToQuantizeError, RecipeError, UnknownNameError
 from learned_rounding.quant_core.events import LayerMeasured, RunStarted
 from learned_rounding.quant_core.formats import FormatConfig
+from learned_rounding.quant_core.formats.cards import parse_card
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.quant_core.run.allocate import _measure_options, allocate_formats
+from learned_rounding.quant_core.run.allocate import allocate_formats
+from learned_rounding.quant_core.run.candidates import LayerMeter
 from learned_rounding.quant_core.sources import TensorSource
 
 CPU = torch.device("cpu")
@@ -51,6 +53,15 @@ def plan_of(tensors, recipe, known):
         emit=lambda event: None,
         check=lambda: None,
     )
+
+
+def measure(tensors, recipe, known, format):
+    """Squared output error of the first layer in a format, on the card of the recipe."""
+    capability = parse_card(recipe.card)
+    meter = LayerMeter(
+        TensorSource(tensors), recipe, InMemoryCalibration(known), [format], capability, None, CPU, lambda: None
+    )
+    return meter.measure(f"{LAYERS[0]}.weight", 1.0)[-1].cost
 
 
 def formats(plan):
@@ -139,14 +150,10 @@ def correlated_inputs(seed):
 def test_the_card_decides_whether_fp4_activations_count(tensors):
     """ComfyUI multiplies NVFP4 from SM 10.0 on, with activations in FP4; older cards have the error of the weight alone."""
     known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
-    layer = f"{LAYERS[0]}.weight"
     made = {}
     for card in ("8.9", "12.0"):
         recipe = Recipe(format="measured", target_error=10.0, card=card)
-        options = _measure_options(
-            TensorSource(tensors), layer, recipe, [FormatConfig("nvfp4")], known[LAYERS[0]], 1.0, CPU, lambda: None
-        )
-        made[card] = options[-1].cost ** 0.5
+        made[card] = measure(tensors, recipe, known, FormatConfig("nvfp4")) ** 0.5
     assert made["12.0"] > 1.2 * made["8.9"]
 
 
