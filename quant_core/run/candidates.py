@@ -17,7 +17,7 @@ import torch
 from ..calibration import Calibration, LayerStatistics
 from ..cancellation import CancelCheck
 from ..errors import NonFiniteWeightError
-from ..formats import GROUP_SIZES, INT4, FormatConfig, QuantizedWeight
+from ..formats import GROUP_SIZES, INT4, Codec, FormatConfig, QuantizedWeight
 from ..formats.cards import find_support
 from ..layer import Layer, output_error
 from ..quantize_layer import quantize_layer
@@ -27,7 +27,16 @@ from ..sources import Source
 from .allocation import Option
 from .card_times import CardTimes
 
-__all__ = ["BLOCKS", "EIGHT_BITS", "FEW_BITS", "FEWER_ACTIVATION_BITS", "MICROSCALING", "LayerMeter", "find_candidates"]
+__all__ = [
+    "BLOCKS",
+    "EIGHT_BITS",
+    "FEW_BITS",
+    "FEWER_ACTIVATION_BITS",
+    "MICROSCALING",
+    "LayerMeter",
+    "find_candidates",
+    "find_codec",
+]
 
 _MAX_ROWS = 512  # of validation activations
 
@@ -58,6 +67,13 @@ def find_candidates(recipe: Recipe, capability: tuple[int, int] | None, *, few_b
         *([MICROSCALING] if native else []),
         *(BLOCKS if recipe.block_formats else ()),
     )
+
+
+def find_codec(format: FormatConfig, shape: tuple[int, int]) -> Codec | None:
+    """The codec of a layer (out, in); None where it cannot be stored, or only with a smaller ConvRot group."""
+    codec = format.codecs(shape[1])[0]
+    smaller = type(format.convrot) is int and (codec.rotation is None or codec.rotation.size != format.convrot)
+    return None if smaller or codec.admits(shape) else codec
 
 
 @dataclass
@@ -97,9 +113,7 @@ class LayerMeter:
         time = self.times.find(None, shape) if self.times else None
         options = [Option(self.source.tensors[name].nbytes, 0.0, time=time)]
         for format in self.candidates:
-            codec = format.codecs(shape[1])[0]
-            smaller = type(format.convrot) is int and (codec.rotation is None or codec.rotation.size != format.convrot)
-            if smaller or codec.admits(shape):  # a smaller group is a candidate of its own
+            if find_codec(format, shape) is None:  # a smaller group is a candidate of its own
                 continue
             try:
                 quantized, error = self._quantize(name, weight, format, known, rows)
