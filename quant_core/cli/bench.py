@@ -36,7 +36,7 @@ def _measure(args: argparse.Namespace) -> CardTimes:
     device = usable_device(args.device)
     if device.type != "cuda":
         raise QuantizationError(
-            "lrq bench measures the layers on a GPU, and there is none here; --card shows what is known of another card."
+            "Layers are measured on a GPU, and there is none here; --card shows what is known of another card."
         )
     shapes = FLUX_SHAPES
     if args.input:

@@ -70,7 +70,7 @@ def describe_card(times: CardTimes) -> str:
     lines = [
         f"{times.card or 'card'}, SM {times.capability}; {software or 'not measured'}",
         "",
-        "In stock ComfyUI 0.33:",
+        "Stock ComfyUI 0.33, from its source, not measured:",
     ]
     support = _find_support(times)
     width = max(map(len, support))

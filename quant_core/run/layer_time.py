@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -94,14 +95,15 @@ def _prepare_runs(
     codec: Codec, parts: Parts, shape: tuple[int, int], device: torch.device, *, native: bool
 ) -> Iterator[Run]:
     """The implementations of a layer. ``native``: with quantized activations; else with a dequantized weight."""
+    smoothing = parts.get(SMOOTHING_KEY)
+    codec, parts = replace(codec, smoothing=None), {key: part for key, part in parts.items() if key != SMOOTHING_KEY}
     layers = [prepare_kitchen_layer(codec, parts, shape, _DTYPE, native=native)]
     if not native:
         layers.append(lambda x: F.linear(x, _dequantize(codec, parts, shape)))
     elif runner := _RUNNERS.get(codec.format.name):
         layers.append(runner(codec, parts, device))
-    smoothing = parts.get(SMOOTHING_KEY)
     for layer in filter(None, layers):
-        yield layer if smoothing is None else _smooth(layer, smoothing.to(_DTYPE))
+        yield layer if smoothing is None else _smooth(layer, smoothing.to(device, _DTYPE))
 
 
 def _smooth(layer: Run, scale: torch.Tensor) -> Run:
