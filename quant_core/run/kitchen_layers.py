@@ -4,7 +4,6 @@ comfy-kitchen comes with ComfyUI. It is imported to time its layers only; withou
 for are not measured. The layouts and their parameters are those of ComfyUI 0.33, ``comfy/ops.py``, ``_load_quantized_module``.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -96,6 +95,8 @@ def prepare_kitchen_layer(
 
 
 def _import_tensors() -> ModuleType | None:
-    if kitchen_version() is None:
+    try:
+        from comfy_kitchen import tensor
+    except ImportError:
         return None
-    return importlib.import_module("comfy_kitchen.tensor")
+    return tensor

@@ -68,5 +68,5 @@ def test_formats_are_offered_with_the_aliases():
 
 def test_options_that_act_on_format_measured_alone():
     own = {name for name, option in FORMAT_OPTIONS.items() if getattr(option, "applies", bool)(None)}
-    assert own == {"target_size", "target_error", "block_formats", "card"}
+    assert own == {"target_size", "target_error", "block_formats", "card", "target_time"}
     assert own < {field.name for field in dataclasses.fields(Recipe)}

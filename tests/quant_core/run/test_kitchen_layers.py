@@ -1,5 +1,6 @@
 """Layers of comfy-kitchen from the tensors of a file: the same as those of ComfyUI's loader."""
 
+import sys
 from importlib import metadata
 
 import pytest
@@ -69,4 +70,5 @@ def test_without_comfy_kitchen_there_are_no_layers(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(kitchen_layers, "version", refuse)
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
     assert kitchen_version() is None and prepare(FormatConfig("nvfp4"), native=False)[0] is None
