@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -129,14 +129,9 @@ def present_card(device: torch.device, timer: Timer = measure_milliseconds) -> C
     name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     times = CardTimes(name, f"{major}.{minor}", _find_versions())
     path = _path(times)
-    if path.exists():
-        try:
-            known = _load(path)
-        except QuantizationError as error:
-            log.warning("%s They are measured again.", error)
-        else:
-            if (known.versions, known.tokens) == (times.versions, times.tokens):
-                times = known
+    for known in _load_all([path] if path.exists() else []):
+        if (known.versions, known.tokens) == (times.versions, times.tokens):
+            times = known
     times.measure = partial(measure_layer, device=device, capability=(major, minor), timer=timer)
     return times
 
@@ -156,7 +151,7 @@ def find_card(card: str | None, device: torch.device, *, measure: bool) -> CardT
         if not measure:
             times.measure = None
         return times
-    found = [] if card is None else [times for times in _load_all() if times.capability == card]
+    found = [times for times in _load_all(sorted(cards_folder().glob("*.json"))) if times.capability == card]
     if len(found) == 1:
         return found[0]
     if not measure:
@@ -194,8 +189,13 @@ def _path(times: CardTimes) -> Path:
     return cards_folder() / f"{name}.json"
 
 
-def _load_all() -> Iterable[CardTimes]:
-    return [_load(path) for path in sorted(cards_folder().glob("*.json"))]
+def _load_all(paths: Iterable[Path]) -> Iterator[CardTimes]:
+    """The files that can be read; the log names the others."""
+    for path in paths:
+        try:
+            yield _load(path)
+        except QuantizationError as error:
+            log.warning("%s", error)
 
 
 def _load(path: Path) -> CardTimes:

@@ -88,6 +88,12 @@ def write(path, times):
     return path
 
 
+def test_a_damaged_file_of_another_card_is_left_out(tmp_path, folder, caplog):
+    add_card(write(tmp_path / "a100.json", other()))
+    (folder / "damaged.json").write_text("{")
+    assert find_card("8.0", CPU, measure=True).card == "NVIDIA A100" and len(caplog.messages) == 1
+
+
 def test_a_card_of_another_machine_is_added(tmp_path):
     add_card(write(tmp_path / "a100.json", other()))
     for device in (CPU, GPU if torch.cuda.is_available() else CPU):
