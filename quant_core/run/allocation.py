@@ -8,7 +8,7 @@ such price that keeps the time is found by bisection.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..formats import FormatConfig
@@ -16,7 +16,8 @@ from ..formats import FormatConfig
 __all__ = ["Allocation", "Budget", "Option", "Point", "allocate"]
 
 _GROWTH = 8.0  # factor of the price of time until the time is kept
-_ROUNDS = 64  # of growth and bisection
+_PRECISION = 1.0001  # factor between a price that keeps the time and one that does not, at the end
+_ROUNDS = 64  # of growth and bisection, at most
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,12 @@ def allocate(options: Mapping[str, list[Option]], budget: Budget) -> Allocation:
     """Choose an option for each layer.
 
     Returns:
-        The allocation, which :meth:`Allocation.keeps` the budget if one of those on the convex hull does.
+        The allocation, which :meth:`Allocation.keeps` the budget if one of those on the convex hulls does.
     """
     result = _walk(options, 0.0, budget)
     if result.point.time <= budget.time:
         return result
-    best, low, high = None, 0.0, math.inf
-    price = _first_price(options)
+    best, low, high, price = None, 0.0, math.inf, _first_price(options)
     for _ in range(_ROUNDS):
         result = _walk(options, price, budget)
         if result.point.time > budget.time:
@@ -92,6 +92,8 @@ def allocate(options: Mapping[str, list[Option]], budget: Budget) -> Allocation:
         else:
             high = price
             best = result if best is None or result.keeps(budget) else best
+        if high < low * _PRECISION:
+            break
         if high == math.inf:
             price = low * _GROWTH
         else:
@@ -118,29 +120,28 @@ def _walk(options: Mapping[str, list[Option]], price: float, budget: Budget) -> 
         key=lambda step: -_slope(step[1], step[2], price),
     )
     chosen = {name: hull[0] for name, hull in hulls.items()}
-    start = _locate(chosen.values())
-    curve, cost, size = [start], start.error**2, start.size
+    point = Point(
+        sum(option.size for option in chosen.values()),
+        math.sqrt(sum(option.cost for option in chosen.values())),
+        sum(option.time or 0.0 for option in chosen.values()),
+    )
+    curve = [point]
     finished: set[str] = set()  # layers with a step that was too large: their further steps do not apply
-    reached = start.error <= budget.error
     for name, smaller, larger in steps:
-        more, cost = larger.size - smaller.size, max(cost + larger.cost - smaller.cost, 0.0)
-        time = curve[-1].time + (larger.time or 0.0) - (smaller.time or 0.0)
-        curve.append(Point(curve[-1].size + more, math.sqrt(cost), time))
-        if reached or name in finished or size + more > budget.size:
+        curve.append(_advance(curve[-1], smaller, larger))
+        more = larger.size - smaller.size
+        if point.error <= budget.error or name in finished or point.size + more > budget.size:
             finished.add(name)
         else:
-            chosen[name], size = larger, size + more
-            reached = budget.error > 0 and _locate(chosen.values()).error <= budget.error
-    return Allocation(chosen, _locate(chosen.values()), curve)
+            chosen[name], point = larger, _advance(point, smaller, larger)
+    return Allocation(chosen, point, curve)
 
 
-def _locate(options: Iterable[Option]) -> Point:
-    options = list(options)
-    return Point(
-        sum(option.size for option in options),
-        math.sqrt(sum(option.cost for option in options)),
-        sum(option.time or 0.0 for option in options),
-    )
+def _advance(point: Point, smaller: Option, larger: Option) -> Point:
+    """The point after one step of a layer."""
+    cost = max(point.error**2 + larger.cost - smaller.cost, 0.0)
+    time = point.time + (larger.time or 0.0) - (smaller.time or 0.0)
+    return Point(point.size + larger.size - smaller.size, math.sqrt(cost), time)
 
 
 def _weigh(option: Option, price: float) -> float:
