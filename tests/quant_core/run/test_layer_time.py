@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from learned_rounding.quant_core.formats import FormatConfig, Smoothing
+from learned_rounding.quant_core.formats.cards import find_support
 from learned_rounding.quant_core.run import layer_time
 from learned_rounding.quant_core.run.kitchen_layers import kitchen_version
 from learned_rounding.quant_core.run.layer_time import measure_layer
@@ -110,3 +111,16 @@ def test_running_out_of_memory_is_not_a_missing_implementation():
 
     with pytest.raises(torch.OutOfMemoryError):
         measure_layer(FormatConfig("int8_tensorwise").codec, SHAPE, CPU, (9, 0), tokens=4, timer=fail)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["int8_tensorwise", "float8_e4m3fn", "int8_blockwise", "nvfp4", "mxfp8"])
+def test_layers_are_measured_on_a_gpu(name):
+    device, capability = torch.device("cuda"), torch.cuda.get_device_capability()
+    whole = measure_layer(None, (1024, 1024), device, capability)
+    time = measure_layer(FormatConfig(name).codec, (1024, 1024), device, capability)
+    assert whole is not None and 0 < whole < 1000
+    if time is None:  # nothing here multiplies the format
+        assert find_support(FormatConfig(name).codec, capability) == "native"
+    else:
+        assert 0 < time < 1000
