@@ -36,7 +36,7 @@ def find_shapes(source: Source) -> list[tuple[int, int]]:
     """Shapes (out, in) of the layers of a model that ComfyUI reads quantized, in order of the file."""
     plan = Recipe().plan(source, preset=COMMON, general=True)
     shapes = (source.tensors[name].shape for name in plan.names("quantize"))
-    return list(dict.fromkeys((shape[0], shape[1]) for shape in shapes))
+    return list(dict.fromkeys((shape[0], shape[1]) for shape in shapes if len(shape) == 2))
 
 
 def measure_card(times: CardTimes, shapes: Iterable[tuple[int, int]]) -> None:
