@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["CACHE_VARIABLE", "cache_file", "fastest", "fastest_backend", "shape_key"]
+__all__ = ["CACHE_VARIABLE", "cache_file", "fastest", "fastest_backend", "measure_milliseconds", "shape_key"]
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def shape_key(kind: str, x: torch.Tensor, qdata: torch.Tensor, *details) -> str:
     return "; ".join(map(str, parts))
 
 
-def _measure_milliseconds(call: Callable[[], object], runs: int = 20) -> float:
+def measure_milliseconds(call: Callable[[], object], runs: int = 20) -> float:
     """Median time of ``runs`` consecutive calls in ms, after three warm-up calls.
 
     It is the time on the device or that on the host, whichever is longer: a model whose host is late waits for it.
@@ -126,7 +126,7 @@ def fastest(key: str, names: Sequence[str], run: Callable[[str], object]) -> str
     times, complete = {}, True
     for name in names:
         try:
-            times[name] = _measure_milliseconds(lambda name=name: run(name))
+            times[name] = measure_milliseconds(lambda name=name: run(name))
         except torch.OutOfMemoryError:
             complete = False
         except Exception as error:  # out of shared memory, or a product that this torch does not have

@@ -7,8 +7,9 @@ from comfy_api.latest import io
 from ..quant_core import Recipe
 from ..quant_core.errors import RecipeError
 from ..quant_core.formats import GRANULARITIES, MEASURED, Codec
+from ..quant_core.formats.cards import CARDS
 from ..quant_core.recipes import make_format, recommend_format
-from ..quant_core.recipes.option_table import CARDS, CONVROT, FORMAT_OPTIONS, OPTION_TABLE, FormatOption
+from ..quant_core.recipes.option_table import CONVROT, FORMAT_OPTIONS, OPTION_TABLE, FormatOption
 from ..quant_core.recipes.presets import AUTO
 from . import host
 from .ui.option_widgets import option_widget
@@ -57,6 +58,15 @@ _WIDGETS = {
     "bits": {"step": 2, **_ADVANCED},
     "linear_dtype": _ADVANCED,
     "card": {"default": AUTO, "options": [AUTO, *CARDS], "note": "auto: this card.", **_ADVANCED},
+    "target_time": {
+        "default": 0.0,
+        "min": 0.0,
+        "max": 10.0,
+        "step": 0.01,
+        "round": 0.001,
+        "note": "0: not given.",
+        **_ADVANCED,
+    },
 }
 _DEFAULTS = {name: FORMAT_OPTIONS[name].default for name in ("bits", "linear_dtype")}  # as if not given
 
@@ -101,6 +111,7 @@ class ConfigureQuantization(io.ComfyNode):
         bits=None,
         linear_dtype=None,
         card=None,
+        target_time=None,
     ):
         # None: the value comes from another node; its default contradicts nothing.
         def check(format):
@@ -117,6 +128,7 @@ class ConfigureQuantization(io.ComfyNode):
                 bits=bits,
                 linear_dtype=linear_dtype,
                 card=card or AUTO,
+                target_time=target_time or None,
             )
 
         return check_inputs(check, format)
@@ -140,6 +152,7 @@ class ConfigureQuantization(io.ComfyNode):
         bits=_DEFAULTS["bits"],
         linear_dtype=_DEFAULTS["linear_dtype"],
         card=AUTO,
+        target_time=0.0,
         options=None,
     ) -> io.NodeOutput:
         recipe = _make_recipe(
@@ -160,6 +173,7 @@ class ConfigureQuantization(io.ComfyNode):
             bits=bits,
             linear_dtype=linear_dtype,
             card=card,
+            target_time=target_time or None,
         )
         return io.NodeOutput(recipe)
 

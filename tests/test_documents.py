@@ -99,6 +99,7 @@ INPUTS = {
     "verify": ["quantized.safetensors"],
     "formats": [],
     "presets": [],
+    "bench": ["--card", "9.0"],
 }
 # Placeholder in a command → words that replace it.
 ANY = {

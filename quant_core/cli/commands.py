@@ -20,6 +20,7 @@ from ..recipes import PRESETS, Plan, Recipe
 from ..run.estimate import estimate_seconds, estimate_size
 from ..run.quantize import output_name, quantize_file, usable_device
 from ..sources import Source, open_source
+from .bench import bench
 from .files import check_files
 from .parser import EXIT_CODES, make_parser
 from .progress import Progress, show_bytes
@@ -251,4 +252,5 @@ _COMMANDS = {
     "verify": _verify,
     "formats": _formats,
     "presets": _presets,
+    "bench": bench,
 }

@@ -18,6 +18,7 @@ _INPUTS: dict[str, tuple[str, type[QuantizationError], bool]] = {
     "calibration": ("calibration", CalibrationError, False),
     "recipe": ("recipe", RecipeError, False),
     "layer_config": ("layer config", RecipeError, False),
+    "add": ("file of measurements", QuantizationError, False),
 }
 _OUTPUTS = ("output", "report")
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (

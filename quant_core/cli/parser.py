@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ... import kernels
 from ..display import escape_control
+from ..formats.cards import CARDS
 from ..option import Option
 from ..recipes.aliases import FORMAT_ALIASES
 from ..recipes.option_table import CONVROT, OPTION_TABLE
@@ -95,6 +96,9 @@ def make_parser() -> argparse.ArgumentParser:
         add_command(name, text).add_argument("file", type=Path, help=_FILE)
     add_command("formats", "list the formats that this version writes")
     add_command("presets", "list the keep lists by model family")
+    _add_bench(
+        add_command("bench", "measure how long linear layers take in every format on this card, for --target_time")
+    )
     for each in (parser, *commands.choices.values()):
         text = "show the Python traceback of an error"
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=text)
@@ -138,6 +142,27 @@ def _add_migrate(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, metavar="FILE", help="source of measured input scales for FP8 layers"
     )
     parser.add_argument("--drop_input_scale", action="store_true", help="write no input_scale")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "input",
+        type=Path,
+        nargs="?",
+        metavar="MODEL",
+        help="model whose layers are measured; by default those of Flux.1",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, which --add takes on another machine")
+    parser.add_argument(
+        "--add", type=Path, metavar="FILE", help="add the card of another machine from its JSON, and stop"
+    )
+    parser.add_argument(
+        "--card",
+        choices=CARDS,
+        metavar="SM",
+        help=f"show what is known of a card, without measuring: {', '.join(CARDS)}",
+    )
+    parser.add_argument("--device", help="cuda, cuda:1 …; by default the first GPU")
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> dict[str, argparse._ArgumentGroup]:

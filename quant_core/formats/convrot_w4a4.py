@@ -70,6 +70,9 @@ class ConvRotW4A4Codec(Codec):
         has_int4 = capability is None or _FIRST_INT4 <= capability < _FIRST_WITHOUT
         return INT4 if self.linear_dtype == "int4" and has_int4 else INT8
 
+    def __str__(self) -> str:
+        return super().__str__() + (", linear_dtype int4" if self.linear_dtype == "int4" else "")
+
 
 FORMATS = (
     Format(

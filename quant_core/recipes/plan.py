@@ -45,26 +45,39 @@ class Choice:
             in full precision.
         chosen: the point of the curve that the plan uses.
         sensitive: errors are those of the model's output; otherwise the root mean square of the layers' outputs.
+        times: time of the layers at each point of the curve, relative to bfloat16; empty where it was not measured.
+        time: the same at the chosen point; None where it was not measured.
+        card: name of the card that the times are of.
     """
 
     curve: tuple[tuple[int, float], ...]
     chosen: tuple[int, float]
     sensitive: bool
+    times: tuple[float, ...] = ()
+    time: float | None = None
+    card: str = ""
 
     def __str__(self) -> str:
         """For people: the chosen point and the smallest file."""
         what = "the model's output" if self.sensitive else "the layers' outputs (sensitivities were not measured)"
         (size, error), (least, worst) = self.chosen, self.curve[0]
+        time = "" if self.time is None else f" and {self.time:.2f} of the layers' time in bfloat16 on {self.card}"
         return (
-            f"error of {what} {error:.4f} expected at {human_bytes(size)}; the smallest possible: {worst:.4f} at "
+            f"error of {what} {error:.4f} expected at {human_bytes(size)}{time}; the smallest possible: {worst:.4f} at "
             f"{human_bytes(least)}"
         )
 
     @property
     def outline(self) -> str:
-        """For people: a few points of the curve, from the smallest to the largest file."""
+        """For people: a few points of the curve, from the smallest to the largest file, the chosen one among them."""
         step = max(1, (len(self.curve) - 1) // (_OUTLINE - 1))
-        return ", ".join(f"{human_bytes(size)} {error:.4f}" for size, error in self.curve[::step])
+        shown = sorted({*range(0, len(self.curve), step), self.curve.index(self.chosen)})
+        return ", ".join(map(self._describe_point, shown))
+
+    def _describe_point(self, index: int) -> str:
+        (size, error), chosen = self.curve[index], " (chosen)" if self.curve[index] == self.chosen else ""
+        time = f" {self.times[index]:.2f}×" if self.times else ""
+        return f"{human_bytes(size)} {error:.4f}{time}{chosen}"
 
 
 @dataclass(frozen=True)

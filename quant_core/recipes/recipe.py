@@ -10,12 +10,13 @@ from ..cancellation import CancelCheck
 from ..display import shorten
 from ..errors import RecipeError, UnknownNameError
 from ..formats import MEASURED, FormatConfig
+from ..formats.cards import CARDS
 from ..formats.scales import BLOCK_SIZE
 from ..rounding import RoundingConfig
 from ..sources import Source
 from .aliases import make_format
 from .layers import LayerRule, check_length, parse_rules
-from .option_table import CARDS, MEASURED_ONLY
+from .option_table import MEASURED_ONLY
 from .plan import Decision, Plan, make_plan
 from .presets import AUTO, NONE, Preset, find_preset
 from .toml import parse_bounded_toml
@@ -42,6 +43,8 @@ class Recipe:
         target_size: for format measured, largest size of the file without its header in GB (10⁹ bytes); None: see there.
         target_error: for format measured, largest relative error of the model's output; None: any.
         card: for format measured, compute capability of the card that the model is for, as "8.9"; None: the card that quantizes.
+        target_time: for format measured, largest time of the layers on the card relative to bfloat16, see
+            :mod:`~learned_rounding.quant_core.run.card_times`; None: any.
         block_formats: for format measured, try the block-wise formats too, which need this node pack to load.
         layer_config: JSON of rules for single layers, see :func:`~.layers.parse_layer_config`; where a rule and ``keep``
             both match a layer, the more specific pattern decides.
@@ -61,6 +64,7 @@ class Recipe:
     block_formats: bool = False
     layer_config: str = ""
     card: str | None = None
+    target_time: float | None = None
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class Recipe:
         block_formats: bool = False,
         layer_config: str = "",
         card: str | None = None,
+        target_time: float | None = None,
         **options,
     ):
         own = {
@@ -89,6 +94,7 @@ class Recipe:
             "block_formats": block_formats,
             "layer_config": layer_config,
             "card": card,
+            "target_time": target_time,
         }
         for key, value in own.items():
             _check_type(key, value)
@@ -127,7 +133,7 @@ class Recipe:
             raise UnknownNameError("card", self.card, CARDS)
         if self.target_size is not None and self.target_error is not None:
             raise RecipeError("target_size and target_error contradict each other; leave one out.")
-        for name in ("target_size", "target_error"):
+        for name in ("target_size", "target_error", "target_time"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise RecipeError(f"The recipe's {name} must be a positive number, not {value}.")
@@ -227,7 +233,7 @@ class Recipe:
 
 _FORMAT_FIELDS = [field.name for field in dataclasses.fields(FormatConfig) if field.name != "name"]
 _ROUNDING_FIELDS = [field.name for field in dataclasses.fields(RoundingConfig) if field.name != "rounding"]
-_LATER_KEYS = ("bits", "linear_dtype", "card", "smoothing")
+_LATER_KEYS = ("bits", "linear_dtype", "card", "target_time", "smoothing")
 _FILE_KEYS = (
     *("rounding", *(name for name in _ROUNDING_FIELDS if name not in _LATER_KEYS)),
     *("format", "granularity", "block_size", "convrot", "preset", "keep", "heur"),
@@ -244,6 +250,7 @@ _TYPES = {
     "block_formats": (bool,),
     "layer_config": (str,),
     "card": (str, type(None)),
+    "target_time": (int, float, type(None)),
 }
 
 

@@ -368,6 +368,7 @@ _RECIPE_VALUES = {
     "lr": [None, 0.01],
     "layer_config": ["", '{"a":"fp8"}'],
     "target_size": [None, 1.5],
+    "target_time": [None, 0.8],
 }
 
 

@@ -28,7 +28,7 @@ def clock(monkeypatch):
             raise RuntimeError("out of resources")
         return times[name]
 
-    monkeypatch.setattr(tuning, "_measure_milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "measure_milliseconds", milliseconds)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return times, measured
 
@@ -56,7 +56,7 @@ def test_result_without_a_candidate_that_ran_out_of_memory_is_not_cached(cache, 
             raise torch.OutOfMemoryError
         return 3.0
 
-    monkeypatch.setattr(tuning, "_measure_milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "measure_milliseconds", milliseconds)
     assert choose() == "slow" and not cache.exists()
 
 

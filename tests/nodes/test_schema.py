@@ -6,7 +6,7 @@ import pytest
 INPUTS = {
     "LearnedRoundingLoadModel": "model clip_type requantize",
     "LearnedRoundingConfigure": "format granularity preset seed rounding keep heur full_precision_matrix_mult convrot target_size target_error "
-    "block_formats layer_config bits linear_dtype card options",
+    "block_formats layer_config bits linear_dtype card target_time options",
     "LearnedRoundingOptions": "optimizer num_iter lr lr_schedule early_stop top_p min_k max_k full_matrix weight_cost damping sweeps bias_correction "
     "calib_samples block_size smoothing",
     "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels general",
@@ -43,7 +43,7 @@ ADVANCED = {
     "LearnedRoundingLoadQuantized": {"clip_type"},
     "LearnedRoundingConfigure": {
         "rounding", "keep", "heur", "full_precision_matrix_mult", "target_error", "block_formats", "layer_config",
-        "bits", "linear_dtype", "card",
+        "bits", "linear_dtype", "card", "target_time",
     },
     "LearnedRoundingQuantize": {"native_int8_kernels", "general"},
     "LearnedRoundingCalibrate": {"tokens", "max_vram_gb"},

@@ -80,7 +80,7 @@ def test_the_format_decides_what_shows(graph):
     before = size(graph)
     for format, more in {
         "float8_e5m2": {"layer_config"},
-        "measured": {"target_size", "target_error", "block_formats", "card"},
+        "measured": {"target_size", "target_error", "block_formats", "card", "target_time"},
         "float8_e4m3fn": {"granularity", "full_precision_matrix_mult", "layer_config"},
         "asym_w4a8_int8": {"convrot", "layer_config", "bits"},
         "convrot_w4a4": {"convrot", "layer_config", "linear_dtype"},
@@ -151,7 +151,7 @@ def test_workflows_that_are_opened_undone_and_copied(graph, workflow):
     saved["nodes"][1]["size"] = [360, 500]
     load_workflow(graph, saved)
     graph.evaluate("(id) => { window.app.graph.getNodeById(id).showAdvanced = true }", CONFIGURE)
-    measured = ALWAYS | {"target_size", "target_error", "block_formats", "card"}
+    measured = ALWAYS | {"target_size", "target_error", "block_formats", "card", "target_time"}
     assert shown(graph) == measured
     if not graph.vue_nodes:
         assert size(graph)[0] == 500, "a saved size is kept"
@@ -257,7 +257,7 @@ def test_what_shows_is_what_a_recipe_does_not_refuse(comfy):
         "convrot": {"convrot": True}, "full_precision_matrix_mult": {"full_precision_matmul": True},
         "target_size": {"target_size": 1.0}, "target_error": {"target_error": 1.0}, "block_formats": {"block_formats": True},
         "layer_config": {"layer_config": '{"a": "skip"}'}, "bits": {"bits": 6}, "linear_dtype": {"linear_dtype": "int4"},
-        "card": {"card": "9.0"},
+        "card": {"card": "9.0"}, "target_time": {"target_time": 0.8},
     }  # fmt: skip
     for format, granularity in itertools.product([*FORMATS, "measured"], ["auto", *GRANULARITIES]):
         measured = format == "measured"

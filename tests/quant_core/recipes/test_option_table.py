@@ -20,6 +20,7 @@ def test_every_field_of_a_recipe_is_in_the_table():
         "bits",
         "linear_dtype",
         "card",
+        "target_time",
         "smoothing",
     }  # these are written where they are given
     assert sum(map(len, OPTION_TABLE.values())) == len(TABLE)
@@ -68,5 +69,5 @@ def test_formats_are_offered_with_the_aliases():
 
 def test_options_that_act_on_format_measured_alone():
     own = {name for name, option in FORMAT_OPTIONS.items() if getattr(option, "applies", bool)(None)}
-    assert own == {"target_size", "target_error", "block_formats", "card"}
+    assert own == {"target_size", "target_error", "block_formats", "card", "target_time"}
     assert own < {field.name for field in dataclasses.fields(Recipe)}

@@ -89,7 +89,14 @@ def test_written_recipes_name_every_field():
     }
     configs = [field.name for config in (FormatConfig, RoundingConfig) for field in dataclasses.fields(config)]
     own = {field.name for field in dataclasses.fields(Recipe)}
-    assert set(recipe.to_dict()) == {*configs, *own} - {"name", "bits", "linear_dtype", "card", "smoothing"}
+    assert set(recipe.to_dict()) == {*configs, *own} - {
+        "name",
+        "bits",
+        "linear_dtype",
+        "card",
+        "target_time",
+        "smoothing",
+    }
     assert Recipe(format="w6a8").to_dict()["bits"] == 6
     assert Recipe(format="nvfp4", smoothing=True).to_dict()["smoothing"] is True
     assert Recipe.from_toml(Recipe(format="w4a4", linear_dtype="int4").to_toml()).format.linear_dtype == "int4"

@@ -8,13 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from learned_rounding.kernels import tuning
 from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics, LowRankHessian
 from learned_rounding.quant_core.errors import NothingToQuantizeError, RecipeError, UnknownNameError
 from learned_rounding.quant_core.events import LayerMeasured, RunStarted
 from learned_rounding.quant_core.formats import FormatConfig
+from learned_rounding.quant_core.formats.cards import parse_card
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.quant_core.run.allocate import _measure_options, allocate_formats
+from learned_rounding.quant_core.run import allocate
+from learned_rounding.quant_core.run.allocate import allocate_formats
+from learned_rounding.quant_core.run.candidates import LayerMeter
+from learned_rounding.quant_core.run.card_times import CardTimes
 from learned_rounding.quant_core.sources import TensorSource
 
 CPU = torch.device("cpu")
@@ -51,6 +56,15 @@ def plan_of(tensors, recipe, known):
         emit=lambda event: None,
         check=lambda: None,
     )
+
+
+def measure(tensors, recipe, known, format):
+    """Squared output error of the first layer in a format, on the card of the recipe."""
+    capability = parse_card(recipe.card)
+    meter = LayerMeter(
+        TensorSource(tensors), recipe, InMemoryCalibration(known), [format], capability, None, CPU, lambda: None
+    )
+    return meter.measure(f"{LAYERS[0]}.weight", 1.0)[-1].cost
 
 
 def formats(plan):
@@ -92,16 +106,15 @@ def test_the_curve_falls_ever_more_slowly(curve):
 
 def test_a_target_size_buys_the_least_error_on_the_curve(tensors, curve):
     known, points = curve
-    for size, error in points[:-1]:
-        for spare in (0, 50):  # bytes that buy nothing
-            recipe = Recipe(format="measured", target_size=(size + spare) / 1e9)
-            taken = plan_of(tensors, recipe, known).choice.chosen
-            assert taken[0] <= size + spare and taken[1] <= error * (1 + 1e-9)
+    for (size, error), spare in zip(points[1:-1:4], (0, 50, 0), strict=False):  # bytes that buy nothing
+        recipe = Recipe(format="measured", target_size=(size + spare) / 1e9)
+        taken = plan_of(tensors, recipe, known).choice.chosen
+        assert taken[0] <= size + spare and taken[1] <= error * (1 + 1e-9)
 
 
 def test_a_target_error_takes_as_few_bytes_as_it_can(tensors, curve):
     known, points = curve
-    for (_, worse), point in itertools.pairwise(points[:-1]):
+    for (_, worse), point in list(itertools.pairwise(points[:-1]))[::4]:
         target = (worse + point[1]) / 2
         assert plan_of(tensors, Recipe(format="measured", target_error=target), known).choice.chosen == pytest.approx(
             point
@@ -117,6 +130,19 @@ def test_a_target_below_eight_bits_is_met_with_four_where_the_error_is_least(ten
     few = [name for name, format in formats(plan).items() if format.codec.weight_bits == 4]
     assert few == LAYERS[: len(few)] and 0 < len(few) < len(LAYERS)
     assert plan.choice.chosen[0] <= 0.85 * count
+
+
+def test_a_model_of_24_gb_fits_in_7():
+    """12 billion weights in 7 GB, a ten-thousandth of it: most layers take 4 bits, and the report shows the curve."""
+    layers = {f"blocks.{index}.proj": random(480, 512, seed=index).bfloat16() for index in range(5)}
+    known = {name: LayerStatistics(sensitivity=10.0**index) for index, name in enumerate(layers)}
+    recipe = Recipe(format="measured", target_size=7e-4 * 1.024, rounding="nearest")
+    report = quantize_tensors(
+        {f"{name}.weight": tensor for name, tensor in layers.items()}, recipe, calibration=InMemoryCalibration(known)
+    ).report
+    assert report.bytes_in == 24e5 * 1.024 and report.bytes_out <= 7e5 * 1.024
+    assert report.choice.chosen[0] == report.bytes_out and len(report.choice.curve) > len(layers)
+    assert f"{report.choice.chosen[1]:.4f} (chosen)" in report.table()
 
 
 def test_four_bits_are_measured_with_the_rounding_of_the_run(tensors):
@@ -139,14 +165,10 @@ def correlated_inputs(seed):
 def test_the_card_decides_whether_fp4_activations_count(tensors):
     """ComfyUI multiplies NVFP4 from SM 10.0 on, with activations in FP4; older cards have the error of the weight alone."""
     known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
-    layer = f"{LAYERS[0]}.weight"
     made = {}
     for card in ("8.9", "12.0"):
         recipe = Recipe(format="measured", target_error=10.0, card=card)
-        options = _measure_options(
-            TensorSource(tensors), layer, recipe, [FormatConfig("nvfp4")], known[LAYERS[0]], 1.0, CPU, lambda: None
-        )
-        made[card] = options[-1].cost ** 0.5
+        made[card] = measure(tensors, recipe, known, FormatConfig("nvfp4")) ** 0.5
     assert made["12.0"] > 1.2 * made["8.9"]
 
 
@@ -161,6 +183,95 @@ def test_a_target_out_of_reach_is_refused(tensors, sentences):
         plan_of(tensors, Recipe(format="measured", target_size=1e-5), known)
     with sentences.raises(NothingToQuantizeError):
         plan_of(tensors, Recipe(format="measured", target_size=1.0), known)
+
+
+SPEED = {"float8_e4m3fn": 0.5, "int8_tensorwise": 0.8, "convrot_w4a4": 0.7, "asym_w4a8_int8": 0.85}
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A card on which formats take these fractions of the time of bfloat16; NVFP4 is not measured."""
+
+    def measure(codec, shape):
+        ratio = SPEED.get(codec.format.name) if codec else 1.0
+        return ratio and ratio * shape[0] / 100
+
+    times = CardTimes("NVIDIA Test", "8.9", {}, measure=measure)
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(allocate, "find_card", lambda card, device, *, measure: times)
+    return times
+
+
+def test_a_target_time_is_kept_with_the_least_error(tensors, card):
+    known = {layer: inputs(index, outlier=20, sensitivity=2.0**index) for index, layer in enumerate(LAYERS)}
+    choices = {}
+    for time in (None, 0.9, 0.7, 0.55):
+        choices[time] = plan_of(tensors, Recipe(format="measured", target_time=time), known).choice
+        assert choices[time].time <= (time or 1.0) and choices[time].card == "NVIDIA Test"
+        assert len(choices[time].times) == len(choices[time].curve)
+    errors = [choice.chosen[1] for choice in choices.values()]
+    assert errors == sorted(errors) and errors[0] < errors[-1]
+    assert choices[0.7].time > 0.55
+
+
+def test_a_target_size_and_a_target_time_are_kept_together(tensors, card):
+    known = {layer: inputs(index, sensitivity=2.0**index) for index, layer in enumerate(LAYERS)}
+    count = sum(tensor.numel() for tensor in tensors.values())
+    recipe = Recipe(format="measured", target_size=0.85 * count / 1e9, target_time=0.72, rounding="nearest", card="8.9")
+    plan = plan_of(tensors, recipe, known)
+    assert plan.choice.chosen[0] <= 0.85 * count and plan.choice.time <= 0.72
+    assert {format.name for format in formats(plan).values()} >= {"float8_e4m3fn"}
+
+
+def test_a_target_error_and_a_target_time_are_kept_together(tensors, card):
+    known = {layer: inputs(index, sensitivity=2.0**index) for index, layer in enumerate(LAYERS)}
+    error = plan_of(tensors, Recipe(format="measured"), known).choice.chosen[1]
+    recipe = Recipe(format="measured", target_error=4 * error, target_time=0.75)
+    choice = plan_of(tensors, recipe, known).choice
+    assert choice.chosen[1] <= 4 * error and choice.time <= 0.75
+
+
+def test_a_target_time_out_of_reach_is_refused(tensors, card, sentences):
+    known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
+    for fields in ({}, {"target_error": 0.01}):
+        with sentences.raises(RecipeError):
+            plan_of(tensors, Recipe(format="measured", target_time=0.4, **fields), known)
+
+
+def test_formats_without_a_time_are_left_out_and_named(tensors, card, sentences):
+    known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
+    recipe = Recipe(format="measured", target_error=0.5, target_time=0.9)
+    plan = plan_of(tensors, recipe, known)
+    assert not any(format and format.name == "nvfp4" for format in formats(plan).values())
+    sentences(plan.warnings)
+    assert not plan_of(tensors, Recipe(format="measured", target_error=0.5), known).warnings
+
+
+def test_a_layer_that_the_card_was_not_measured_with_is_refused(tensors, card, monkeypatch, sentences):
+    monkeypatch.setattr(card, "measure", None)
+    with sentences.raises(RecipeError):
+        plan_of(tensors, Recipe(format="measured", target_time=0.9), {layer: inputs(0) for layer in LAYERS})
+    assert plan_of(tensors, Recipe(format="measured"), {layer: inputs(0) for layer in LAYERS}).choice.times == ()
+
+
+def test_a_target_time_needs_a_card(tensors, sentences):
+    with sentences.raises(RecipeError):
+        plan_of(tensors, Recipe(format="measured", target_time=0.9), {})
+
+
+def test_the_report_shows_the_curve_with_times(tensors, card, sentences):
+    known = {layer: inputs(index, sensitivity=1.0) for index, layer in enumerate(LAYERS)}
+    recipe = Recipe(format="measured", target_time=0.7)
+    report = quantize_tensors(tensors, recipe, calibration=InMemoryCalibration(known), device="cpu").report
+    content = json.loads(report.to_json())["choice"]
+    assert (
+        content["chosen"] in content["curve"]
+        and content["time"] == content["times"][content["curve"].index(content["chosen"])]
+    )
+    lines = [line for line in report.table().splitlines() if line.startswith(("mixed precision", "size and error"))]
+    assert lines[1].count("(chosen)") == 1 and "NVIDIA Test" in lines[0]
+    assert report.choice.outline in report.markdown()
+    sentences(lines, numbers=False)
 
 
 def test_layers_of_a_preset_are_candidates_only_where_it_is_known_what_hurts():
@@ -214,6 +325,8 @@ def test_it_takes_a_calibration(tensors, sentences):
         {"target_size": 5.0},
         {"block_formats": True},
         {"card": "8.9"},
+        {"target_time": 0.8},
+        {"format": "measured", "target_time": -0.5},
         {"format": "measured", "target_size": 1.0, "target_error": 0.1},
         {"format": "measured", "target_size": -1.0},
         {"format": "measured", "target_error": float("nan")},
@@ -226,6 +339,7 @@ def test_options_act_or_are_refused(fields, sentences):
 
 
 def test_such_a_recipe_is_written_and_read():
-    recipe = Recipe(format="measured", target_size=6.5, block_formats=True)
+    recipe = Recipe(format="measured", target_size=6.5, block_formats=True, target_time=0.8)
+    assert "target_time" not in Recipe(format="measured").to_dict()
     assert Recipe.from_json(recipe.to_json()) == recipe == Recipe.from_toml(recipe.to_toml())
     assert recipe.format.label == "measured"
