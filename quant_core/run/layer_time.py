@@ -45,8 +45,17 @@ def _run_static_fp8(codec: Codec, parts: Parts, device: torch.device) -> Run:
     return lambda x: kernels.fp8_static_linear(x, weight, scale)
 
 
+def _run_w4a8(codec: Codec, parts: Parts, device: torch.device) -> Run | None:
+    if codec.weight_bits != 4:
+        return None
+    weight = (parts["weight"], parts["weight_s_rel"], parts["weight_s_channel"], parts.get("weight_codebook"))
+    rotation = codec.rotation.size if codec.rotation else 0
+    return lambda x: kernels.w4a8_linear(x, *weight, rotate_by=rotation)
+
+
 # Format → this package's layer with quantized activations. Formats without one are measured with comfy-kitchen or not at all.
-_RUNNERS: Mapping[str, Callable[[Codec, Parts, torch.device], Run]] = {
+_RUNNERS: Mapping[str, Callable[[Codec, Parts, torch.device], Run | None]] = {
+    "asym_w4a8_int8": _run_w4a8,
     "int8_tensorwise": _run_scaled,
     "int8_blockwise": _run_scaled,
     "float8_e4m3fn": _run_static_fp8,
