@@ -361,7 +361,7 @@ def round_block(
 
     ``tile_rows`` is the height of a scale group, ``grid`` the arithmetic of the element format.
     """
-    arguments = weight, shift, before, coupling, scale, tile_rows, grid, codes, level_scale
+    arguments = weight, shift, before, coupling, scale, tile_rows, ElementArithmetic(*grid), codes, level_scale
     return implementation("round_block", *arguments)(*arguments)
 
 
@@ -373,7 +373,7 @@ def scale_errors(
     ``tile_rows`` × ``tile_columns`` is the shape of a scale group, ``group`` the number of rows per sum, ``grid`` the
     arithmetic of the element format.
     """
-    arguments = weight, scale, ratios, column_weight, tile_rows, tile_columns, group, grid
+    arguments = weight, scale, ratios, column_weight, tile_rows, tile_columns, group, ElementArithmetic(*grid)
     return implementation("scale_errors", *arguments)(*arguments)
 
 

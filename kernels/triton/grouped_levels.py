@@ -41,7 +41,7 @@ class FewTokens(NamedTuple):
 
 
 # Padded number of tokens → shipped launch, measured on an H200. For more tokens the weight is expanded in memory first.
-FEW_TOKENS = {1: FewTokens(4, 64, 4), 2: FewTokens(4, 64, 4), 4: FewTokens(8, 64, 4)}
+FEW_TOKENS = {1: FewTokens(4, 64, 4), 2: FewTokens(4, 64, 4), 4: FewTokens(8, 32, 4)}
 _PROGRAMS = 4  # per multiprocessor, which the input channels are split for
 _MOST_SPLITS = 16
 
