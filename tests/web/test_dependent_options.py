@@ -124,7 +124,7 @@ def test_a_hidden_option_is_kept_and_does_not_make_a_run_fail(graph, workflow):
     saved = graph.evaluate(
         "(id) => window.app.graph.serialize().nodes.find((node) => node.id === id).widgets_values", CONFIGURE
     )
-    assert (saved[0], saved[1], saved[8], len(saved)) == ("float8_e5m2", "row", "on", 16)
+    assert (saved[0], saved[1], saved[8], len(saved)) == ("float8_e5m2", "row", "on", 17)
     assert queue_prompt(graph)["type"] == "execution_success"
     choose(graph, format="int8_tensorwise")
     assert (inputs(graph)["convrot"], inputs(graph)["granularity"]) == ("on", "row")
@@ -216,7 +216,7 @@ def test_what_is_connected_stays(graph):
         }""",
         CONFIGURE,
     )
-    assert graph.evaluate("() => window.shownInside") == 16, "a format that is chosen outside may be any"
+    assert graph.evaluate("() => window.shownInside") == 17, "a format that is chosen outside may be any"
 
 
 @pytest.mark.browser
