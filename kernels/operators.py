@@ -1,4 +1,4 @@
-"""The kernels of layers as torch operators, which torch.compile and CUDA graphs accept, and the public functions of all.
+"""The kernels of layers as torch operators, which torch.compile and CUDA graphs accept, and the public functions.
 
 Operator schemas and public parameters keep the name ``codes`` for quantized values (``qdata`` elsewhere) and ``tile`` for
 a scale group: they are part of the API.

@@ -16,7 +16,16 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["CACHE_VARIABLE", "cache_file", "fastest", "fastest_backend", "measure_milliseconds", "shape_key"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "cache_file",
+    "fastest",
+    "fastest_backend",
+    "measure_milliseconds",
+    "package_version",
+    "replace_json",
+    "shape_key",
+]
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +45,15 @@ def cache_file() -> Path:
 @functools.cache
 def _describe_machine(device: torch.device) -> str:
     """GPU name and library versions, as part of a cache key."""
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {package_version('triton')}"
+
+
+def package_version(name: str) -> str:
+    """Version of an installed package; "none" where it is not installed."""
     try:
-        triton = version("triton")
+        return version(name)
     except PackageNotFoundError:
-        triton = "none"
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton}"
+        return "none"
 
 
 @functools.cache
@@ -63,10 +76,7 @@ def _store_result(file: Path, key: str, value: object) -> None:
     cache.update(_read_cache(file))
     cache[key] = value
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as target:
-            json.dump(cache, target, indent=0, sort_keys=True)
-        os.replace(target.name, file)
+        replace_json(file, dict(sorted(cache.items())), indent=0)
     except OSError as error:
         log.warning(
             "Cannot write kernel measurements to %s: %s; set %s to a writable folder, or every process repeats them.",
@@ -74,6 +84,14 @@ def _store_result(file: Path, key: str, value: object) -> None:
             error,
             CACHE_VARIABLE,
         )
+
+
+def replace_json(file: Path, value: object, *, indent: int) -> None:
+    """Write a value as JSON, replacing the file atomically; its folder is made if it does not exist. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as target:
+        json.dump(value, target, indent=indent)
+    os.replace(target.name, file)
 
 
 def bucket(rows: int) -> int:

@@ -1,5 +1,6 @@
 """Workflows with the tiny model for demo, tests and benchmarks, and readers for their outputs."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -132,13 +133,18 @@ def latents(folder: Path, prefix: str) -> np.ndarray:
     return np.stack([load_file(file)["latent_tensor"].numpy() for file in _find_outputs(folder, f"{prefix}_*.latent")])
 
 
-def decode_latents(sampled: np.ndarray) -> np.ndarray:
-    """Decode latents (…, 16, h, w) to images (…, height, width, 3) as ComfyUI does, without rounding to 8 bits."""
+@functools.cache
+def _load_decoder() -> Decoder:
     decoder = Decoder().eval()
     decoder.load_state_dict(load_file(ASSETS / "vae_approx" / "taesd3_decoder.safetensors"))
+    return decoder
+
+
+def decode_latents(sampled: np.ndarray) -> np.ndarray:
+    """Decode latents (…, 16, h, w) to images (…, height, width, 3) as ComfyUI does, without rounding to 8 bits."""
     values = torch.from_numpy(sampled).float().reshape(-1, *sampled.shape[-3:])
     with torch.no_grad():
-        images = decoder((values - 0.0609) * 1.5305).clamp(0, 1)  # SD3 latents → input of the decoder
+        images = _load_decoder()((values - 0.0609) * 1.5305).clamp(0, 1)  # SD3 latents → input of the decoder
     return images.movedim(1, -1).double().numpy().reshape(*sampled.shape[:-3], *images.shape[-2:], 3)
 
 

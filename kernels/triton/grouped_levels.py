@@ -14,13 +14,12 @@ import triton.language as tl
 
 from .launcher import Launcher
 from .linear import Operands, prepare_product, shipped_launch
-from .quantize import SEPARATE, decode_e4m3, prepare_quantizer
+from .quantize import MAGIC, SEPARATE, as_bits, decode_e4m3, prepare_quantizer
 
 __all__ = ["EXPAND", "FEW_TOKENS", "FewTokens", "expand_weight", "prepare_w4a8_linear"]
 
 UNIT = 16  # columns that a thread expands at once
 EXPAND = ({"UNITS": 512}, 4)  # constexpr values and warps of the expansion
-_MAGIC = tl.constexpr(12582912.0)  # 1.5·2²³: adding it rounds to an integer in the low mantissa bits
 _LARGEST = tl.constexpr(127.0)
 # Triton's interpreter does not run PTX.
 _PTX = os.environ.get("TRITON_INTERPRET") != "1"
@@ -91,7 +90,7 @@ def _scale_level(codebook, index: tl.constexpr, scale, HAS_CODEBOOK: tl.constexp
     value = level * scale
     if CLAMP:
         value = tl.minimum(tl.maximum(value, -_LARGEST), _LARGEST)
-    return (value + _MAGIC).to(tl.int32, bitcast=True)
+    return (value + MAGIC).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -206,11 +205,6 @@ def _multiply_few_tokens(
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def _scale_bits(group_scale: torch.Tensor) -> torch.Tensor:
-    """View group scales as kernels expect them: float32 unchanged, float8_e4m3fn as uint8."""
-    return group_scale if group_scale.dtype is torch.float32 else group_scale.view(torch.uint8)
-
-
 def _constants(qdata: torch.Tensor, group_scale: torch.Tensor, codebook: torch.Tensor | None) -> dict[str, object]:
     """Values of the constexpr parameters that both kernels have."""
     return {
@@ -231,7 +225,7 @@ def _prepare_expansion(qdata, group_scale, codebook, keep: bool):
 
     def expand(qdata, group_scale, codebook) -> torch.Tensor:
         values = torch.empty((out, 2 * packed), dtype=torch.int8, device=device)
-        scale = _scale_bits(group_scale)
+        scale = as_bits(group_scale)
         run(qdata, scale, scale if codebook is None else codebook, values, units)
         return values
 
@@ -283,7 +277,7 @@ def _prepare_few(tensors, quantized, out_dtype: torch.dtype, launch: FewTokens, 
             sums = torch.zeros(rows * columns + tiles, dtype=torch.int32, device=device)
             arrived = sums[rows * columns :]
         run(
-            x, qdata, out, _scale_bits(group_scale), scale if codebook is None else codebook,
+            x, qdata, out, as_bits(group_scale), scale if codebook is None else codebook,
             scale if bias is None else bias, input_scale, scale, sums, arrived, *sizes,
         )  # fmt: skip
         return out

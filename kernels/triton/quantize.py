@@ -13,7 +13,9 @@ from .launcher import Launcher
 
 __all__ = [
     "CONFIGS",
+    "MAGIC",
     "SEPARATE",
+    "as_bits",
     "dequantize_weight",
     "prepare_quantizer",
     "prepare_static_quantizer",
@@ -30,7 +32,7 @@ CONFIGS = {
     "dequantize": ({"ROWS": 8, "COLUMNS": 512}, 4),
 }
 _SMALLEST = tl.constexpr(SMALLEST_AMAX)
-_MAGIC = tl.constexpr(12582912.0)  # 1.5·2²³: adding it rounds to an integer in the low mantissa bits
+MAGIC = tl.constexpr(12582912.0)  # 1.5·2²³: adding it rounds to an integer in the low mantissa bits
 
 
 @triton.jit
@@ -60,7 +62,7 @@ def encode_e4m3(value):
     # Normal: drop 20 of 23 mantissa bits, rounding half to even; the exponent bias changes from 127 to 7.
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
     # Subnormal: multiples of 2⁻⁹.
-    small = (bits.to(tl.float32, bitcast=True) * 512.0 + _MAGIC).to(tl.int32, bitcast=True) & 0xF
+    small = (bits.to(tl.float32, bitcast=True) * 512.0 + MAGIC).to(tl.int32, bitcast=True) & 0xF
     return (tl.where(bits < ((127 - 6) << 23), small, normal) | sign).to(tl.uint8)
 
 
@@ -77,7 +79,7 @@ def encode(value, inverse, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
     """Quantize values to int8, or to float8_e4m3fn as uint8 bits. No |value| exceeds the maximum that the scale maps."""
     scaled = value * inverse
     if INTEGER:
-        quantized = (scaled + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+        quantized = (scaled + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
     elif NATIVE:
         quantized = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
@@ -288,8 +290,8 @@ def format_constants(dtype: torch.dtype, device: torch.device) -> dict[str, obje
 
 
 def as_bits(qdata: torch.Tensor) -> torch.Tensor:
-    """View quantized values as kernels expect them: int8 unchanged, float8_e4m3fn as uint8."""
-    return qdata if qdata.dtype is torch.int8 else qdata.view(torch.uint8)
+    """View quantized values or scales as kernels expect them: float8_e4m3fn as uint8, other dtypes unchanged."""
+    return qdata.view(torch.uint8) if qdata.dtype is torch.float8_e4m3fn else qdata
 
 
 def _with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:

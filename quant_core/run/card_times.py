@@ -6,19 +6,16 @@ That of this machine's card holds for the versions of torch, Triton, comfy-kitch
 
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...kernels.tuning import cache_file, measure_milliseconds
+from ...kernels.tuning import cache_file, measure_milliseconds, package_version, replace_json
 from ..errors import QuantizationError, RecipeError
 from ..formats import Codec
 from ..formats.cards import parse_card
@@ -176,12 +173,12 @@ def find_card(card: str | None, device: torch.device, *, measure: bool) -> CardT
 
 
 def _find_versions() -> dict[str, str]:
-    found = {"learned_rounding": VERSION, "torch": torch.__version__, "comfy-kitchen": kitchen_version() or "none"}
-    try:
-        found["triton"] = version("triton")
-    except PackageNotFoundError:
-        found["triton"] = "none"
-    return found
+    return {
+        "learned_rounding": VERSION,
+        "torch": torch.__version__,
+        "comfy-kitchen": kitchen_version() or "none",
+        "triton": package_version("triton"),
+    }
 
 
 def _path(times: CardTimes) -> Path:
@@ -221,12 +218,8 @@ def _save(times: CardTimes) -> None:
 
 def _write(times: CardTimes) -> OSError | None:
     """Replace the card's file atomically; returns the error if that fails."""
-    path = _path(times)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as target:
-            json.dump(times.to_dict(), target, indent=1)
-        os.replace(target.name, path)
+        replace_json(_path(times), times.to_dict(), indent=1)
     except OSError as error:
         return error
     return None
