@@ -42,7 +42,7 @@ class LearnedRoundQuantize(io.ComfyNode):
                     default=host.NATIVE_INT8_MODES[0],
                     optional=True,
                     advanced=True,
-                    tooltip="This pack's Triton kernels for the MODEL's INT8 layers (per row or tensor). auto: as in the settings, by "
+                    tooltip="This pack's Triton kernels for the MODEL's INT8 (per row or tensor) and W4A8 layers. auto: as in the settings, by "
                     "default for every layer shape where they are faster than ComfyUI's own, measured once; on: always; off: never.",
                 ),
                 widget(

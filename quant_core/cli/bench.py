@@ -27,7 +27,7 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def _find_known(card: str, device: str | None) -> CardTimes:
-    """What is known of a card without measuring: facts, and times where it is this machine's or was added."""
+    """Facts of a card, and its times where it is this machine's or was added; nothing is measured."""
     known = find_card(card, usable_device(device), measure=False)
     return known or CardTimes(card="", capability=card, versions={})
 
@@ -36,7 +36,7 @@ def _measure(args: argparse.Namespace) -> CardTimes:
     device = usable_device(args.device)
     if device.type != "cuda":
         raise QuantizationError(
-            "Layers are measured on a GPU, and there is none here; --card shows what is known of another card."
+            "Layers are measured on a GPU, and there is none here; --card shows the facts of another card."
         )
     shapes = FLUX_SHAPES
     if args.input:

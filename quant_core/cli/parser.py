@@ -160,7 +160,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--card",
         choices=CARDS,
         metavar="SM",
-        help=f"show what is known of a card, without measuring: {', '.join(CARDS)}",
+        help=f"show the facts and the added times of a card, without measuring: {', '.join(CARDS)}",
     )
     parser.add_argument("--device", help="cuda, cuda:1 …; by default the first GPU")
 

@@ -366,7 +366,7 @@ def test_a_damaged_expert_is_named(verify_bank, sentences, name, change):
         {"format": "int8_tensorwise", "per_row": True, "num_experts": 4},
         {"format": "nvfp9", "num_experts": 3},
     ],
-    ids=["rotated", "a format of ours", "another number of experts", "unknown"],
+    ids=["rotated", "format of this pack", "another number of experts", "unknown"],
 )
 def test_banks_that_comfyui_misreads_are_not_valid(tmp_path, sentences, bank):
     dtype = torch.float8_e4m3fn if "float8" in bank["format"] else torch.int8
