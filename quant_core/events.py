@@ -9,6 +9,8 @@ __all__ = [
     "PlannedLayer",
     "RunStarted",
     "LayerStarted",
+    "BlockStarted",
+    "BlockFinished",
     "LayerFinished",
     "LayerKept",
     "OutputChecked",
@@ -96,6 +98,41 @@ class LayerStarted(Event):
     total: int
     name: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockStarted(Event):
+    """Sequential rounding begins with one block of the model.
+
+    Attributes:
+        index: number of the block, from 0.
+        total: number of blocks.
+        name: path of its module in the model.
+    """
+
+    index: int
+    total: int
+    name: str
+
+
+@dataclass(frozen=True)
+class BlockFinished(Event):
+    """The layers of one block are rounded and compared; errors are relative ones of its outputs in the validation calls.
+
+    Attributes:
+        index, total, name: as in :class:`BlockStarted`.
+        kept: rounding that was kept.
+        error, calibrated_error: with it, and with calibrated rounding, with activations as the card quantizes them.
+        weights_only_error: with unquantized activations; None where the card quantizes none.
+    """
+
+    index: int
+    total: int
+    name: str
+    kept: str
+    error: float
+    calibrated_error: float
+    weights_only_error: float | None
 
 
 @dataclass(frozen=True)

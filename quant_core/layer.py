@@ -1,17 +1,19 @@
 """Layer: a linear layer with everything that decides how its weight is rounded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from .calibration import LayerStatistics, LowRankHessian, PairedHessian, quantized_hessians
 from .formats import Codec, QuantizedWeight
-from .linalg import lapack
+from .linalg import is_factored, lapack
 
-__all__ = ["Layer", "output_error"]
+__all__ = ["Layer", "compensate_weight", "output_error"]
 
 # Dampenings, relative to the mean diagonal, of the compensated weight; validation activations choose.
 _DAMPENINGS = (0.001, 0.01, 0.1, 1.0)
+_COMPARED_ROWS = 256  # of the weight, on which the dampening is chosen
 _OLDEST_CARD = (0, 0)  # compute capability
 
 
@@ -51,19 +53,51 @@ class Layer:
         assert isinstance(paired, PairedHessian) and rows is not None
         inner, device = weight.shape[1], weight.device
         cross, quantized = quantized_hessians(paired, inner, device)
-        reduced, expected = codec.quantize_activations(rows), rows @ weight.t()
-
-        def target(dampening: float) -> torch.Tensor:
-            ridge = dampening * quantized.diagonal().mean() * torch.eye(inner, device=device)
-            return lapack(torch.linalg.solve, quantized + ridge, (cross + ridge).t() @ weight.t()).t().contiguous()
-
-        best = min(map(target, _DAMPENINGS), key=lambda made: float((reduced @ made.t() - expected).norm()))
+        reduced = codec.quantize_activations(rows)
+        best = compensate_weight(weight, cross, quantized, rows, reduced, _DAMPENINGS)
         mean, quantized_mean = paired.mean.to(device).split(inner)
         bias = self.bias
         if bias is not None and correct_bias:
             bias = (bias.to(device).float() - best @ quantized_mean + weight @ mean).to(bias)
         validation = LowRankHessian(reduced.t() / len(rows) ** 0.5, torch.zeros(inner))
         return replace(self, weight=best, bias=bias, statistics=LayerStatistics(quantized, validation, quantized_mean))
+
+
+def compensate_weight(
+    weight: torch.Tensor,
+    cross: torch.Tensor,
+    hessian: torch.Tensor,
+    activations: torch.Tensor,
+    quantized: torch.Tensor,
+    dampenings: Sequence[float],
+) -> torch.Tensor:
+    """W·(XᵀX̂ + λI)·(X̂ᵀX̂ + λI)⁻¹, which minimises ‖X·Wᵀ − X̂·Ŵᵀ‖² + λ‖Ŵ − W‖² (GPTAQ, arXiv 2504.02692).
+
+    Args:
+        weight: W, float32 (out, in).
+        cross, hessian: XᵀX̂/n and X̂ᵀX̂/n, float32 (in, in).
+        activations, quantized: X and X̂ of other tokens, float32 (tokens, in), on which λ is chosen.
+        dampenings: λ relative to the mean diagonal of ``hessian``.
+    """
+    chosen = torch.linspace(0, len(weight) - 1, min(len(weight), _COMPARED_ROWS), device=weight.device).long()
+    sample = weight[chosen]
+    expected = activations @ sample.t()
+    best, least, mean = weight, torch.linalg.vector_norm(quantized @ sample.t() - expected), hessian.diagonal().mean()
+    for dampening in dampenings:
+        ridged = hessian.clone()
+        ridged.diagonal().add_(dampening * mean)
+        factor, info = lapack(torch.linalg.cholesky_ex, ridged)
+        if not is_factored(factor, info):
+            continue
+        shift = cross - hessian  # (C + λI) = (C − H) + (H + λI)
+
+        def solve(rows: torch.Tensor, factor: torch.Tensor = factor, shift: torch.Tensor = shift) -> torch.Tensor:
+            return rows + lapack(torch.cholesky_solve, shift.t() @ rows.t(), factor).t()
+
+        loss = torch.linalg.vector_norm(quantized @ solve(sample).t() - expected)
+        if loss < least:
+            best, least = solve(weight).contiguous(), loss
+    return best
 
 
 def output_error(

@@ -1,0 +1,212 @@
+"""Rounding of the layers of one block, for the activations of the quantized model.
+
+Layers that share an input are one group; the groups are rounded in the order of their execution. With X the inputs of a group
+in the original model and X̂ those in the quantized model, quantized as at run time, a weight W is replaced by
+
+    W·(XᵀX̂ + λI)·(X̂ᵀX̂ + λI)⁻¹                                                                                     (1)
+
+and rounded under X̂ᵀX̂ (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). λ is chosen on the validation calls.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..calibration import LayerStatistics, LowRankHessian
+from ..calibration.products import add_product, matmul_operand
+from ..cancellation import CancelCheck
+from ..formats import Codec, QuantizedWeight
+from ..layer import Layer, compensate_weight
+from ..quantize_layer import quantize_layer
+from ..rounding import RoundingConfig
+from .capture import InputSampler
+from .linear import LinearFunction, QuantizedLinear, quantize_inputs
+from .streams import Stream, Streams
+
+__all__ = ["BlockRounding", "PendingLayer"]
+
+_DAMPENINGS = (0.01, 0.05, 0.2)  # λ relative to the mean diagonal
+
+Rows = Mapping[int, torch.Tensor]
+"""Call → sampled inputs of a layer (tokens, in)."""
+
+
+@dataclass(frozen=True)
+class PendingLayer:
+    """A layer of a block with its layer-wise result.
+
+    Attributes:
+        layer: weight and bias on the device.
+        plain: the result of calibrated rounding.
+        rounding: how the compensated weight is rounded.
+        seed: of all random draws.
+    """
+
+    layer: Layer
+    plain: QuantizedWeight
+    rounding: RoundingConfig
+    seed: int
+
+    def linear(self, quantized: QuantizedWeight, capability: tuple[int, int]) -> QuantizedLinear:
+        """The layer as it runs with this result."""
+        device = self.layer.weight.device
+        parts = {name.rpartition(".")[2]: part.to(device) for name, part in quantized.tensors("layer").items()}
+        return QuantizedLinear(quantized.codec, parts, quantized.shape, capability)
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """Statistics of the inputs of a group of layers.
+
+    Attributes:
+        cross, hessian: XᵀX̂/n and X̂ᵀX̂/n, float32 (in, in).
+        mean, quantized_mean: means of X and X̂, float32 (in,).
+        validation, quantized_validation: X and X̂ of the validation calls, float32 (tokens, in).
+    """
+
+    cross: torch.Tensor
+    hessian: torch.Tensor
+    mean: torch.Tensor
+    quantized_mean: torch.Tensor
+    validation: torch.Tensor
+    quantized_validation: torch.Tensor
+
+
+class BlockRounding:
+    """Round the layers of the block at which all calls wait.
+
+    Args:
+        layers: by name.
+        groups: names of layers by shared input, in the order of execution.
+        weights: weight of each call in the loss; their mean is 1.
+        linears: layers outside of blocks, as they run quantized.
+        capability: compute capability that activations are quantized for.
+        on_layer: called with the name of each layer that is about to be rounded.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        sampler: InputSampler,
+        layers: Mapping[str, PendingLayer],
+        groups: Sequence[Sequence[str]],
+        *,
+        weights: Mapping[int, float],
+        linears: Mapping[str, LinearFunction],
+        capability: tuple[int, int],
+        check: CancelCheck,
+        on_layer: Callable[[str], None],
+    ):
+        self._streams, self._sampler, self._layers = streams, sampler, layers
+        present = ([name for name in group if name in layers] for group in groups)
+        self._groups = [group for group in present if group]
+        self._weights, self._linears, self._capability = weights, linears, capability
+        self._check, self._on_layer = check, on_layer
+
+    def round(self) -> dict[str, QuantizedWeight]:
+        """The layers after sequential rounding."""
+        original = self._sample_original()
+        results: dict[str, QuantizedWeight] = {}
+        linears = dict(self._linears)
+        for group in self._groups:
+            quantized = self._sample_quantized(group[0], linears)
+            made = dict(self._round_group(group, original.pop(group[0]), quantized))
+            results |= made
+            linears |= {name: self._layers[name].linear(made[name], self._capability) for name in group}
+        return results
+
+    def _sample_original(self) -> dict[str, Rows]:
+        """First layer of each group → its inputs in the original model."""
+        first = [group[0] for group in self._groups]
+        sampled: dict[str, dict[int, torch.Tensor]] = {name: {} for name in first}
+        for index in self._calls:
+            found, _ = self._sampler.sample(Stream.ORIGINAL, index, first, {})
+            for name, rows in found.items():
+                sampled[name][index] = rows
+        return sampled
+
+    def _sample_quantized(self, name: str, linears: Mapping[str, LinearFunction]) -> Rows:
+        """Inputs of a layer in the quantized model."""
+        return {
+            index: self._sampler.sample(Stream.QUANTIZED, index, [name], linears, stop=True)[0][name]
+            for index in self._calls
+        }
+
+    @property
+    def _calls(self) -> list[int]:
+        return [*self._streams.calibration, *self._streams.validation]
+
+    def _round_group(
+        self, group: Sequence[str], original: Rows, quantized: Rows
+    ) -> Iterator[tuple[str, QuantizedWeight]]:
+        """Round layers that share their inputs, whose activations are quantized alike or not."""
+        latest, activations = None, None
+        for name in group:
+            plain = self._layers[name].plain
+            kind = str(plain.codec), plain.input_scale, name if plain.codec.smoothing else ""
+            if activations is None or kind != latest:
+                latest, activations = kind, self._measure(plain.codec, plain.input_scale, original, quantized)
+            self._on_layer(name)
+            yield name, self._round_layer(self._layers[name], activations)
+
+    def _measure(self, codec: Codec, input_scale: float | None, original: Rows, quantized: Rows) -> _Activations:
+        """Statistics of a group with activations quantized for a codec."""
+
+        def pairs(calls: Iterable[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for index in calls:
+                self._check()
+                exact, weight = original[index], self._weights[index] ** 0.5
+                reduced = quantize_inputs(codec, quantized[index], input_scale, self._capability).to(exact)
+                yield (exact, reduced) if weight == 1 else (exact * weight, reduced * weight)
+
+        first = next(iter(original.values()))
+        inner, device = first.shape[1], first.device
+        cross, hessian = torch.zeros(2, inner, inner, device=device)
+        sums, count = torch.zeros(2, inner, dtype=torch.float64, device=device), 0
+        for exact, reduced in pairs(self._streams.calibration):
+            right = matmul_operand(reduced)
+            add_product(cross, matmul_operand(exact).t(), right)
+            add_product(hessian, right.t(), right)
+            sums += torch.stack([exact.sum(dim=0, dtype=torch.float64), reduced.sum(dim=0, dtype=torch.float64)])
+            count += len(exact)
+        judged = list(pairs(self._streams.validation))
+        mean, quantized_mean = (sums / count).float()
+        return _Activations(
+            cross.div_(count),
+            hessian.div_(count),
+            mean,
+            quantized_mean,
+            torch.cat([exact for exact, _ in judged]).float(),
+            torch.cat([reduced for _, reduced in judged]).float(),
+        )
+
+    def _round_layer(self, pending: PendingLayer, activations: _Activations) -> QuantizedWeight:
+        """Round the compensated weight of one layer."""
+        layer, plain = pending.layer, pending.plain
+        weight = layer.weight.float()
+        exact, reduced = activations.validation, activations.quantized_validation
+        target = compensate_weight(weight, activations.cross, activations.hessian, exact, reduced, _DAMPENINGS)
+        bias = layer.bias
+        if bias is not None and pending.rounding.get("bias_correction") == "auto":
+            bias = bias.to(weight.device).float() + weight @ activations.mean - target @ activations.quantized_mean
+        validation = LowRankHessian(reduced.t() / len(reduced) ** 0.5, torch.zeros(len(target[0])))
+        statistics = LayerStatistics(activations.hessian, validation, activations.quantized_mean)
+        made = quantize_layer(
+            Layer(target, bias, statistics),
+            [plain.codec],
+            pending.rounding,
+            input_scale=plain.input_scale,
+            seed=pending.seed,
+            check=self._check,
+        )
+        values = made.dequantize()
+        expected = exact @ weight.t()
+        error = torch.linalg.vector_norm(reduced @ values.t() - expected, dtype=torch.float64)
+        solution = replace(
+            made.solution,
+            weight_error=float((values - weight).norm() / weight.norm().clamp_min(1e-30)),
+            output_error=float(error / torch.linalg.vector_norm(expected, dtype=torch.float64).clamp_min(1e-30)),
+        )
+        bias = None if made.bias is None or layer.bias is None else made.bias.to(layer.bias)
+        return replace(made, solution=solution, bias=bias)
