@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional
 
 from learned_rounding.quant_core.calibration import LayerStatistics
 
-__all__ = ["LAYERS", "SAME_AS_QUERY", "SPLITS", "MiniLM", "read_model", "save_export"]
+__all__ = ["LAYERS", "SAME_AS_QUERY", "SPLITS", "MiniLM", "MiniLMModule", "read_model", "save_export"]
 
 BLOCKS, HEADS = 6, 12
+_EPSILON = 1e-12  # of the layer norms
 LAYERS = tuple(
     f"encoder.layer.{block}.{name}"
     for block in range(BLOCKS)
@@ -212,4 +214,55 @@ class MiniLM:
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"]
-        return functional.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-12)
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, eps=_EPSILON)
+
+
+class MiniLMModule(nn.Module):
+    """The text encoder as a module, whose layers have the names of :data:`LAYERS`.
+
+    Its forward takes token ids (texts, 64) and returns normalized embeddings (texts, 384): those of :meth:`MiniLM.embed`.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        super().__init__()
+        state = {
+            name: tensor.float() for name, tensor in tensors.items() if not name.startswith(("tokens.", "topics."))
+        }
+        names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+        tables = {name: nn.Embedding(*state[f"embeddings.{name}.weight"].shape) for name in names}
+        width = state[_WORDS].shape[1]
+        hidden = len(state["encoder.layer.0.intermediate.dense.weight"])
+        self.embeddings = nn.ModuleDict({**tables, "LayerNorm": nn.LayerNorm(width, _EPSILON)})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(_Block(width, hidden) for _ in range(BLOCKS))})
+        self.load_state_dict(state)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        table = self.embeddings
+        x = table["word_embeddings"](tokens) + table["position_embeddings"].weight
+        x = table["LayerNorm"](x + table["token_type_embeddings"].weight[0])
+        for block in self.encoder["layer"]:
+            x = block(x)
+        return functional.normalize(x.mean(dim=1), dim=-1)
+
+
+class _Block(nn.Module):
+    """A block of :class:`MiniLMModule`: attention and feed-forward layers, each added to its input and normalized."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        heads = nn.ModuleDict({part: nn.Linear(width, width) for part in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"self": heads, "output": _output(width, width)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
+        self.output = _output(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = [layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in self.attention["self"].values()]
+        attended = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        output = self.attention["output"]
+        x = output["LayerNorm"](x + output["dense"](attended))
+        hidden = functional.gelu(self.intermediate["dense"](x))
+        return self.output["LayerNorm"](x + self.output["dense"](hidden))
+
+
+def _output(inner: int, width: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"dense": nn.Linear(inner, width), "LayerNorm": nn.LayerNorm(width, _EPSILON)})

@@ -9,7 +9,7 @@ import torch
 
 from learned_rounding.benchmarks import rounding, rounding_encoder
 from learned_rounding.benchmarks.harness import environment
-from learned_rounding.benchmarks.minilm import LAYERS, SPLITS, MiniLM
+from learned_rounding.benchmarks.minilm import LAYERS, SPLITS, MiniLM, MiniLMModule
 from learned_rounding.benchmarks.rounding_encoder import CARDS, Sequential, quantize_activations
 from learned_rounding.benchmarks.rounding_methods import CASES, Case, ComfyKitchen, LibraryMethod, dequantize
 from learned_rounding.benchmarks.rounding_report import markdown
@@ -129,6 +129,15 @@ def test_statistics_of_the_text_encoder_are_those_of_its_activations():
     for name, x in activations.items():
         torch.testing.assert_close(statistics[name].hessian, x.t() @ x / len(x), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(statistics[name].mean, x.mean(dim=0), atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_module_of_the_text_encoder_has_its_layers_and_embeddings():
+    tensors = make_text_encoder(texts=2)
+    model, module = MiniLM(tensors, torch.device("cpu")), MiniLMModule(tensors)
+    assert {name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)} == set(LAYERS)
+    tokens = model.tokens("evaluation")
+    assert torch.equal(module(tokens), model.embed(tokens))
 
 
 def test_sequential_calibration_pairs_activations_of_both_models():
