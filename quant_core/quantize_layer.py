@@ -88,6 +88,8 @@ def quantize_weight(
         RecipeError: no such format, granularity, rounding or option, or one without effect.
     """
     statistics, method = LayerStatistics(hessian, validation_hessian, mean), RoundingConfig(rounding, **options)
+    if method.runs_model:
+        raise RecipeError(f"Rounding '{rounding}' runs a whole model, which one weight is not; choose 'calibrated'.")
     if weight.ndim < 2 or weight.numel() == 0 or weight.dtype not in SOURCE_DTYPES:
         raise QuantizationError(
             f"A weight of shape {tuple(weight.shape)} and dtype {weight.dtype} cannot be quantized; "
@@ -130,7 +132,7 @@ def quantize_layer(
     shape = (layer.weight.shape[0], layer.weight.shape[1])
     if reason := codecs[0].admits(shape):
         raise QuantizationError(f"A weight of shape {shape} cannot be stored as {codecs[0]}: {reason}.")
-    run = _LayerRun(layer, rounding.resolve(layer.statistics.hessian is not None), seed, check)
+    run = _LayerRun(layer, rounding.layerwise().resolve(layer.statistics.hessian is not None), seed, check)
     quantized = [run.quantize(codec) for codec in codecs]
     best = min(quantized, key=run.judge) if len(quantized) > 1 else quantized[0]
     return replace(best, input_scale=input_scale)

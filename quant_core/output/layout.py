@@ -4,14 +4,17 @@ Every tensor begins at a multiple of 8 bytes and no gaps are allowed, so tensors
 all others, sorted by falling item size.
 """
 
+import errno
 import json
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import IO, TypedDict
 
-from ..sources.dtypes import DTYPE_NAMES
+import torch
+
+from ..sources.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from ..sources.source import TensorInfo
 
 __all__ = ["HEADER_LENGTH", "TensorLayout", "aligned_size", "encode_header", "header_bytes"]
@@ -86,6 +89,27 @@ class TensorLayout:
             self.spool.write(payload)
         else:
             self._append(name, info)
+
+    def read(self, name: str, file: IO[bytes], data_start: int) -> torch.Tensor:
+        """A tensor that was added, from the spool or from ``file``; the positions of both stay as they are."""
+        entry = self.entries.get(name)
+        if entry is not None:
+            info = TensorInfo(TORCH_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            begin = data_start + entry["data_offsets"][0]
+        else:
+            info, begin = next((info, begin) for deferred, info, begin in self._deferred if deferred == name)
+            file = self.spool
+        position = file.tell()
+        file.seek(begin)
+        data = bytearray()
+        while len(data) < info.nbytes and (chunk := file.read(info.nbytes - len(data))):
+            data += chunk
+        file.seek(position)
+        if len(data) < info.nbytes:
+            raise OSError(errno.EIO, f"tensor {name} ends early")
+        if not data:
+            return torch.empty(info.shape, dtype=info.dtype)
+        return torch.frombuffer(data, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
 
     def place_deferred(self) -> Iterator[bytes]:
         """Give the deferred tensors their positions and yield their bytes in this order."""

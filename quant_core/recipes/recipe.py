@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..cancellation import CancelCheck
 from ..display import shorten
 from ..errors import RecipeError, UnknownNameError
 from ..formats import MEASURED, FormatConfig
-from ..formats.cards import CARDS
+from ..formats.cards import CARDS, parse_card
 from ..formats.scales import BLOCK_SIZE
 from ..rounding import RoundingConfig
 from ..sources import Source
@@ -42,7 +44,8 @@ class Recipe:
         seed: of all random numbers.
         target_size: for format measured, largest size of the file without its header in GB (10⁹ bytes); None: see there.
         target_error: for format measured, largest relative error of the model's output; None: any.
-        card: for format measured, compute capability of the card that the model is for, as "8.9"; None: the card that quantizes.
+        card: for format measured and roundings that run the model, compute capability of the card that the model is for, as
+            "8.9"; None: the card that quantizes.
         target_time: for format measured, largest time of the layers on the card relative to bfloat16, see
             :mod:`~learned_rounding.quant_core.run.card_times`; None: any.
         block_formats: for format measured, try the block-wise formats too, which need this node pack to load.
@@ -125,6 +128,8 @@ class Recipe:
                 f"layer_config has no effect on format {MEASURED}, which chooses the format of each layer; leave it out."
             )
         given = [name for name in MEASURED_ONLY if getattr(self, name) not in (None, False)]
+        if self.rounding.runs_model and "card" in given:
+            given.remove("card")
         if given and not self.format.measured:
             raise RecipeError(
                 f"{given[0]} has no effect on format {self.format.name}, only on format {MEASURED}; leave it out."
@@ -151,6 +156,12 @@ class Recipe:
                 f"Format {MEASURED} chooses by the activations of the layers, which needs a calibration; connect or give one."
             )
         return self.rounding.resolve(calibrated)
+
+    def find_capability(self, device: torch.device) -> tuple[int, int] | None:
+        """Compute capability of the card that the model is for; None: not known, any. ``device``: that of the run."""
+        if self.card is not None:
+            return parse_card(self.card)
+        return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
     @property
     def rules(self) -> tuple[LayerRule, ...]:

@@ -9,7 +9,7 @@ from ..errors import RecipeError, UnknownNameError
 from ..option import Option
 from .optimizers import OPTIMIZERS, SCHEDULES
 
-__all__ = ["ROUNDINGS", "BIAS_CORRECTIONS", "OPTIONS", "RoundingConfig", "RoundingOption"]
+__all__ = ["MODEL_ROUNDINGS", "ROUNDINGS", "BIAS_CORRECTIONS", "OPTIONS", "RoundingConfig", "RoundingOption"]
 
 ROUNDINGS: Mapping[str, str] = {
     "auto": "calibrated for layers with calibration statistics, else round to nearest with a scale search",
@@ -17,7 +17,12 @@ ROUNDINGS: Mapping[str, str] = {
     "principal": "least error in the leading singular directions of the weight; data-free, helps only if activations follow them",
     "calibrated": "GPTQ (also known as OPTQ, equivalent to LDLQ): least output error on the calibration activations",
     "stochastic": "round to one of the two neighbouring values at random, unbiased",
+    "sequential": "calibrated, block by block, for the activations that the quantized layers before produce; runs the MODEL in ComfyUI, "
+    "with calls that Calibrate has recorded (replay_calls)",
+    "reconstructed": "sequential, then gradient steps on the output of each block",
 }
+# Roundings that run the model.
+MODEL_ROUNDINGS = ("sequential", "reconstructed")
 
 BIAS_CORRECTIONS: Mapping[str, str] = {
     "auto": "with the calibrated mean activation, none without calibration statistics",
@@ -46,7 +51,8 @@ class RoundingOption(Option):
         return "" if self.acts == _ANY else f"rounding {' or '.join(self.acts)}"
 
 
-_BOTH, _PRINCIPAL, _CALIBRATED = ("principal", "calibrated"), ("principal",), ("calibrated",)
+_PRINCIPAL, _CALIBRATED = ("principal",), ("calibrated", *MODEL_ROUNDINGS)
+_BOTH = ("principal", "calibrated", "reconstructed")  # by gradient steps
 _ANY = tuple(name for name in ROUNDINGS if name != "auto")
 
 OPTIONS: Mapping[str, RoundingOption] = {
@@ -197,7 +203,7 @@ class RoundingConfig:
             raise RecipeError("{} has no effect without {} '{}'; leave it out.".format(name, *option.needs))
         if self.rounding != "auto" and self.rounding not in option.acts:
             raise RecipeError(f"{name} has no effect on rounding '{self.rounding}'; leave it out.")
-        if option.gradient is False and self.gradient:
+        if option.gradient is False and self.gradient and self.rounding != "reconstructed":
             raise RecipeError(f"{name} has no effect on rounding by an optimizer; leave one of them out.")
         clash = next((other for other in self._given if not set(OPTIONS[other].acts) & set(option.acts)), None)
         if clash:
@@ -221,8 +227,9 @@ class RoundingConfig:
         Raises:
             RecipeError: an option has no effect, or rounding calibrated has no calibration.
         """
-        if self.rounding == "calibrated" and not calibrated:
-            raise RecipeError("Calibrated rounding needs a calibration; give one, or choose another rounding.")
+        if self.rounding in _CALIBRATED and not calibrated:
+            title = self.rounding.capitalize()
+            raise RecipeError(f"{title} rounding needs a calibration; give one, or choose another rounding.")
         if self.rounding != "auto":
             return self
         learned = [name for name in self._given if OPTIONS[name].acts != _ANY]
@@ -233,6 +240,18 @@ class RoundingConfig:
             )
         rounding = "calibrated" if calibrated else "principal" if learned else "auto"
         return dataclasses.replace(self, rounding=rounding)
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the rounding runs the model."""
+        return self.rounding in MODEL_ROUNDINGS
+
+    def layerwise(self) -> "RoundingConfig":
+        """The configuration for a single layer: calibrated, by GPTQ, for a rounding that runs the model."""
+        if not self.runs_model:
+            return self
+        idle = {name: None for name in self._given if "sequential" not in OPTIONS[name].acts}
+        return dataclasses.replace(self, rounding="calibrated", **idle)
 
     def uncalibrated(self) -> "RoundingConfig":
         """The configuration of a layer without statistics in a calibrated run: RTN with a scale search."""

@@ -16,7 +16,6 @@ from ..cancellation import CancelCheck
 from ..display import human_bytes
 from ..errors import NothingToQuantizeError, RecipeError
 from ..events import LayerMeasured, Listener
-from ..formats.cards import parse_card
 from ..recipes import Decision, Plan, Recipe
 from ..recipes.plan import Choice
 from ..recipes.presets import COMMON
@@ -56,7 +55,7 @@ def allocate_formats(
     names = _candidate_layers(source, recipe, plan, calibration, check)
     sensitivities = {name: known for name in names if (known := _sensitivity(calibration, name)) is not None}
     default = statistics.median(sensitivities.values()) if sensitivities else 1 / max(len(names), 1)
-    capability = _find_capability(recipe, device)
+    capability = recipe.find_capability(device)
     eight_bits = _size_in_eight_bits(source, recipe, plan, names)
     smaller = recipe.target_size is not None and recipe.target_size * 1e9 < eight_bits
     candidates = find_candidates(recipe, capability, few_bits=smaller or recipe.target_error is not None)
@@ -100,13 +99,6 @@ def _candidate_layers(
 
 def _sensitivity(calibration: Calibration, name: str) -> float | None:
     return calibration.sensitivity(name.removesuffix(".weight"))
-
-
-def _find_capability(recipe: Recipe, device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of the card that the model is for; None: not known, any."""
-    if recipe.card is not None:
-        return parse_card(recipe.card)
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _size_in_eight_bits(source: Source, recipe: Recipe, plan: Plan, names: Iterable[str]) -> int:

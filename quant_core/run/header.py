@@ -11,16 +11,31 @@ from ..output import PROVENANCE_KEY, header_bytes, loading_note
 from ..recipes import Plan, Recipe
 from ..sources import Source, TensorInfo
 from ..version import VERSION
+from .blocks import WalkSummary
 
 __all__ = ["check_name_collisions", "file_metadata", "header_bound", "planned_configs"]
 
+_SUMMARY_BYTES = 1000  # at most, of what is recorded of a run with a model
+
 
 def file_metadata(
-    source: Source, plan: Plan, recipe: Recipe, configs: Mapping[str, dict[str, object]], fingerprint: str | None
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    configs: Mapping[str, dict[str, object]],
+    fingerprint: str | None,
+    summary: WalkSummary | None = None,
 ) -> dict[str, str]:
-    """Metadata of the source, of ComfyUI's loader and of this package; ``configs``: layer → JSON configuration."""
+    """Metadata of the source, of ComfyUI's loader and of this package.
+
+    Args:
+        configs: layer → JSON configuration.
+        summary: of a run with a model.
+    """
     kitchens = {recipe.of(plan.decisions[name]).format.codec.kitchen_since for name in plan.names("quantize")}
-    origin = {"version": VERSION, "fingerprint": fingerprint, "recipe": recipe.to_dict()}
+    origin: dict[str, object] = {"version": VERSION, "fingerprint": fingerprint, "recipe": recipe.to_dict()}
+    if summary is not None:
+        origin["sequential"] = summary.to_dict()
     return {
         **source.metadata,
         **loading_note(configs, kitchens),
@@ -49,9 +64,10 @@ def header_bound(source: Source, plan: Plan, recipe: Recipe, *, calibrated: bool
         layer, codec = name.removesuffix(".weight"), _codec(source, plan, recipe, name)
         specs = codec.file_specs(source.tensors[name].shape, calibrated=calibrated)
         tensors += [(f"{layer}.{suffix}", TensorInfo(spec.dtype, spec.shape)) for suffix, spec in specs.items()]
-    return header_bytes(
-        tensors, file_metadata(source, plan, recipe, planned_configs(source, plan, recipe), fingerprint)
-    )
+    metadata = file_metadata(source, plan, recipe, planned_configs(source, plan, recipe), fingerprint)
+    if recipe.rounding.runs_model:
+        metadata["sequential"] = " " * _SUMMARY_BYTES
+    return header_bytes(tensors, metadata)
 
 
 def check_name_collisions(source: Source, plan: Plan, recipe: Recipe) -> None:

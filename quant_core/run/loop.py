@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +18,7 @@ from ..quantize_layer import quantize_layer
 from ..recipes import Plan, Recipe
 from ..sources import Source
 from ..sources.source import CPU
+from .blocks import BlockQueue
 from .clock import Clock
 from .io_threads import LayerWriter, TensorSink, compute_ahead, read_ahead
 from .memory import explain_out_of_memory
@@ -30,6 +32,28 @@ log = logging.getLogger(__name__)
 NON_FINITE = "contains NaN or Inf, so it stays unquantized"
 UNSEEN = "not calibrated: the calibration has no activations of experts"
 BIAS_CORRECTED = "bias of a quantized layer, corrected for the mean output error"
+
+
+@dataclass(frozen=True)
+class StartedLayer:
+    """A layer that is being quantized.
+
+    Attributes:
+        name: name of its weight.
+        tensors: source tensors of the layer: the weight, and a bias that may be corrected.
+        bias_name: name of that bias, None without.
+        began: time of the run in s.
+    """
+
+    name: str
+    tensors: Mapping[str, torch.Tensor]
+    bias_name: str | None
+    began: float
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias that may be corrected."""
+        return None if self.bias_name is None else self.tensors[self.bias_name]
 
 
 class QuantizationRun:
@@ -47,6 +71,7 @@ class QuantizationRun:
         device: device of the arithmetic.
         emit: listener of the events.
         check: called often; raises to cancel.
+        blocks: layers that are rounded block by block with a running model; None for layer by layer.
 
     Attributes:
         report: grows with the run.
@@ -65,12 +90,17 @@ class QuantizationRun:
         device: torch.device,
         emit: Listener,
         check: CancelCheck,
+        blocks: BlockQueue | None = None,
     ):
         self._source, self._plan, self._recipe, self._calibration = source, plan, recipe, calibration
         self._journal, self._device, self._emit, self._check = journal, device, emit, check
         self._writer = LayerWriter(sink, journal, check)
-        self._total = sum(1 for _ in plan.names("quantize"))
-        self._index = 0
+        self._blocks = blocks
+        self._order = sorted(plan.output_names(), key=blocks.position) if blocks else list(plan.output_names())
+        quantized = [name for name in self._order if plan.decisions[name].action == "quantize"]
+        self._numbers = {name: index for index, name in enumerate(quantized)}
+        self._total = len(quantized)
+        self._done: set[str] = set()  # source tensors of the layers of a killed run
         self._statistics: Iterator[LayerStatistics] = iter(())
         self._biases = _corrected_biases(plan, recipe, calibrated=calibration is not None)
         self.configs: dict[str, dict[str, object]] = {}
@@ -88,8 +118,8 @@ class QuantizationRun:
         self._emit_start()
         for name in self._plan.names("remove"):
             self._report_tensor(self._kept(name, self._plan.decisions[name].reason, removed=True))
-        done = self._restore_finished_layers()
-        reads = self._remaining_reads(done)
+        self._done = self._restore_finished_layers()
+        reads = self._remaining_reads()
         with self._writer, closing(self._read_statistics(reads)) as self._statistics:
             for name, tensor in read_ahead(self._source, reads, self._check):
                 self._check()
@@ -102,6 +132,8 @@ class QuantizationRun:
             raise NothingToQuantizeError(
                 f"{self._source.name}: every layer to quantize {NON_FINITE}; the model is damaged."
             )
+        if self._blocks:
+            self.report.sequential = self._blocks.finish()
         self.report.seconds = self._clock.elapsed
 
     def _emit_start(self) -> None:
@@ -140,16 +172,19 @@ class QuantizationRun:
                 self._report_tensor(event)
         self.report.taken_up = len(self.report.layers)
         log.info("%s: resuming: %d of %d layers already done", self._source.name, self.report.taken_up, self._total)
-        done = {event.name for layer in self._journal.layers for event in layer.events}
-        self._index = sum(1 for name in self._plan.names("quantize") if name in done)
-        return done
+        return {event.name for layer in self._journal.layers for event in layer.events}
 
-    def _remaining_reads(self, done: set[str]) -> list[tuple[str, torch.device]]:
-        """(name, device) of the tensors to read; biases that may be corrected are read with their weight."""
-        skipped = done | set(self._biases.values())
+    def _remaining_reads(self) -> list[tuple[str, torch.device]]:
+        """(name, device) of the tensors to read; biases that may be corrected are read with their weight.
+
+        A block of which some layers are missing is rounded again as a whole.
+        """
+        skipped = self._done | set(self._biases.values())
+        if self._blocks:
+            skipped -= self._blocks.restore(self._done, self.configs)
         return [
             (name, read_device(self._source, self._plan, name, self._device))
-            for name in self._plan.output_names()
+            for name in self._order
             if name not in skipped
         ]
 
@@ -173,29 +208,47 @@ class QuantizationRun:
         self._write_layer({name: tensor}, self._kept(name, self._plan.decisions[name].reason))
 
     def _quantize_layer(self, name: str, weight: torch.Tensor) -> None:
-        """Quantize one weight and correct its bias; a weight with NaN or Inf is copied."""
-        index, self._index = self._index, self._index + 1
-        self._emit(LayerStarted(index=index, total=self._total, name=name, shape=self._source.tensors[name].shape))
-        started = self._clock.elapsed
-        source_tensors, bias_name, bias = {name: weight}, self._biases.get(name), None
+        """Quantize one weight and correct its bias, when the layers of its block are read; a weight with NaN or Inf is copied."""
+        if name not in self._done:
+            shape = self._source.tensors[name].shape
+            self._emit(LayerStarted(index=self._numbers[name], total=self._total, name=name, shape=shape))
+        source_tensors, bias_name = {name: weight}, self._biases.get(name)
         if bias_name is not None:
-            bias = source_tensors[bias_name] = self._source.read(bias_name)
+            source_tensors[bias_name] = self._source.read(bias_name)
+        started = StartedLayer(name, source_tensors, bias_name, self._clock.elapsed)
+        layer, finished = None, []
         try:
-            quantized = self._round(name, weight, bias)
+            layer, quantized = self._round(started)
+            finished = [(started, quantized)]
         except NonFiniteWeightError:
-            damaged = self._kept(name, NON_FINITE, planned=False)
-            self._write_layer(source_tensors, damaged, *self._kept_bias(bias_name))
+            self._copy_damaged(started)
+        if self._blocks:
+            finished = self._blocks.add(started, layer, finished)
+        for each, quantized in finished:
+            self._finish_layer(each, quantized)
+
+    def _copy_damaged(self, started: StartedLayer) -> None:
+        if started.name not in self._done:
+            damaged = self._kept(started.name, NON_FINITE, planned=False)
+            self._write_layer(started.tensors, damaged, *self._kept_bias(started.bias_name))
+
+    def _finish_layer(self, started: StartedLayer, quantized: QuantizedWeight | QuantizedBank) -> None:
+        """Write a quantized layer, and report it."""
+        name, layer = started.name, _base_name(started.name)
+        if name in self._done:
             return
-        tensors = quantized.tensors(_base_name(name))
-        self.configs[_base_name(name)] = quantized.config
+        tensors = quantized.tensors(layer)
+        self.configs[layer] = quantized.config
         size = sum(tensor.nbytes for tensor in tensors.values())
         self._writer.wait_for_room(size)  # the time of a layer includes that of writing earlier ones
-        finished = self._finished(name, quantized, bytes_out=size, index=index, started=started)
-        kept_bias = self._kept_bias(bias_name, corrected=quantized.bias is not bias)
-        self._write_layer(tensors, finished, *kept_bias)
+        finished = self._finished(name, quantized, bytes_out=size, began=started.began)
+        corrected = quantized.bias is not started.bias
+        self._write_layer(tensors, finished, *self._kept_bias(started.bias_name, corrected=corrected))
 
-    def _round(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> QuantizedWeight | QuantizedBank:
-        """Quantize one weight or bank with the recipe and the calibration statistics of its layer."""
+    def _round(self, started: StartedLayer) -> tuple[Layer | None, QuantizedWeight | QuantizedBank]:
+        """Quantize one weight or bank with the recipe and the calibration statistics of its layer; None for the layer of a bank."""
+        name, bias = started.name, started.bias
+        weight = started.tensors[name]
         layer, recipe = _base_name(name), self._recipe.of(self._plan.decisions[name])
         statistics, rounding = LayerStatistics(), recipe.rounding
         if self._calibration is not None:
@@ -206,7 +259,7 @@ class QuantizationRun:
             with explain_out_of_memory(f"{self._device} has too little memory for layer {layer}, {shape}"):
                 if weight.ndim == 3:
                     codec = recipe.format.codec_for(weight.shape[-1])
-                    return quantize_bank(
+                    bank = quantize_bank(
                         weight,
                         bias,
                         statistics,
@@ -216,8 +269,10 @@ class QuantizationRun:
                         seed=recipe.seed,
                         check=self._check,
                     )
-                return quantize_layer(
-                    Layer(weight=weight, bias=bias, statistics=statistics),
+                    return None, bank
+                given = Layer(weight=weight, bias=bias, statistics=statistics)
+                return given, quantize_layer(
+                    given,
                     recipe.format.codecs(weight.shape[1]),
                     rounding,
                     input_scale=_static_input_scale(recipe, statistics),
@@ -233,22 +288,21 @@ class QuantizationRun:
         quantized: QuantizedWeight | QuantizedBank,
         *,
         bytes_out: int,
-        index: int,
-        started: float,
+        began: float,
     ) -> LayerFinished:
         """The event of a quantized layer; advances the clock."""
         info, codec, scale_range = self._source.tensors[name], quantized.codec, quantized.scale_range
         eta = self._clock.advance(info.nbytes)
         elapsed = self._clock.elapsed
         return LayerFinished(
-            index=index,
+            index=self._numbers[name],
             total=self._total,
             name=name,
             shape=info.shape,
             format=codec.format.name,
             granularity=codec.granularity,
             weight_error=quantized.weight_error,
-            seconds=elapsed - started,
+            seconds=elapsed - began,
             bytes_in=info.nbytes,
             bytes_out=bytes_out,
             elapsed=elapsed,

@@ -13,9 +13,11 @@ from ..errors import OutputExistsError, QuantizationError, SourceError
 from ..events import Event, Listener, OutputChecked, RunFinished
 from ..output import SafetensorsWriter, final_path, keep_apart, remove_leftovers
 from ..recipes import Plan, Recipe, describe_uncalibrated
+from ..sequential import ReplayedModel
 from ..sources import Source, TensorSource, open_source
 from ..sources.shards import model_stem
 from .allocate import allocate_formats
+from .blocks import open_blocks
 from .fingerprint import FileStates, has_fingerprint, input_paths, may_be_newer, run_fingerprint, run_key
 from .header import check_name_collisions, file_metadata, header_bound, planned_configs
 from .loop import QuantizationRun, read_device
@@ -54,6 +56,7 @@ def quantize_tensors(
     metadata: Mapping[str, str] | None = None,
     device: str | torch.device | None = None,
     general: bool | None = None,
+    model: ReplayedModel | None = None,
     on_event: Listener | None = None,
     check: CancelCheck | None = None,
 ) -> QuantizedTensors:
@@ -66,6 +69,7 @@ def quantize_tensors(
         metadata: header metadata of the source.
         device: device of the arithmetic; None for the first GPU, or the CPU if there is none.
         general: what to do with tensors that no preset recognizes, see :func:`~..recipes.make_plan`.
+        model: the model of these weights with recorded calls, for roundings that run it.
         on_event: called with every :class:`~.events.Event`.
         check: called often; raise in it to cancel.
 
@@ -77,15 +81,25 @@ def quantize_tensors(
     plan = _plan(source, recipe, calibration, general, check)
     with explain_out_of_memory(f"{device} has too little memory for {source.name}"):
         plan = _allocate(source, plan, recipe, calibration, device, general, emit, check)
-        run = QuantizationRun(
-            source, plan, recipe, calibration, sink=sink, journal=None, device=device, emit=emit, check=check
-        )
-        run.execute()
+        with open_blocks(model, source, plan, recipe, None, emit=emit, check=check) as blocks:
+            run = QuantizationRun(
+                source,
+                plan,
+                recipe,
+                calibration,
+                sink=sink,
+                journal=None,
+                device=device,
+                emit=emit,
+                check=check,
+                blocks=blocks,
+            )
+            run.execute()
     emit(RunFinished(report=run.report))
-    fingerprint = run_fingerprint(source, recipe, calibration)
+    fingerprint = run_fingerprint(source, recipe, calibration, model)
     return QuantizedTensors(
         tensors=dict(sink),
-        metadata=file_metadata(source, plan, recipe, run.configs, fingerprint),
+        metadata=file_metadata(source, plan, recipe, run.configs, fingerprint, run.report.sequential),
         report=run.report,
     )
 
@@ -100,6 +114,7 @@ def quantize_file(
     overwrite: bool = False,
     unfinished: str | None = None,
     general: bool | None = None,
+    model: ReplayedModel | None = None,
     on_event: Listener | None = None,
     check: CancelCheck | None = None,
 ) -> Report:
@@ -119,6 +134,7 @@ def quantize_file(
         unfinished: file name that the names of hidden files contain until the run ends; by default that of the output. Runs
             with the same name resume each other, whatever their outputs are named.
         general: what to do with a model that no preset recognizes, see :func:`~..recipes.make_plan`.
+        model: the model of these weights with recorded calls, for roundings that run it.
         on_event: called with every :class:`~.events.Event`.
         check: called often; raise in it to cancel.
 
@@ -136,6 +152,7 @@ def quantize_file(
                 overwrite=overwrite,
                 unfinished=unfinished,
                 general=general,
+                model=model,
                 on_event=on_event,
                 check=check,
             )
@@ -146,7 +163,7 @@ def quantize_file(
     states = FileStates(path for paths in inputs.values() for path in paths)
     keep_apart(destination, inputs)
     plan = _plan(source, recipe, calibration, general, check)
-    fingerprint = run_fingerprint(source, recipe, calibration)
+    fingerprint = run_fingerprint(source, recipe, calibration, model)
     if destination.exists() and _is_done(destination, fingerprint, inputs, overwrite=overwrite):
         remove_leftovers(hidden)
         report = Report.for_plan(source.name, plan, recipe, calibrated=calibration is not None)
@@ -157,7 +174,7 @@ def quantize_file(
         plan = _allocate(recorded, plan, recipe, calibration, device, general, emit, check)
         journal = _journal(recorded, plan, recipe, fingerprint, FileStates(inputs["calibration"]), device)
         reserve = header_bound(source, plan, recipe, calibrated=calibration is not None, fingerprint=fingerprint)
-        with SafetensorsWriter(
+        writer = SafetensorsWriter(
             destination,
             reserve,
             overwrite=overwrite,
@@ -165,17 +182,27 @@ def quantize_file(
             journal=journal,
             device=device,
             check=check,
-        ) as writer:
+        )
+        with writer, open_blocks(model, recorded, plan, recipe, journal, emit=emit, check=check) as blocks:
             run = QuantizationRun(
-                recorded, plan, recipe, calibration, sink=writer, journal=journal, device=device, emit=emit, check=check
+                recorded,
+                plan,
+                recipe,
+                calibration,
+                sink=writer,
+                journal=journal,
+                device=device,
+                emit=emit,
+                check=check,
+                blocks=blocks,
             )
             run.execute()
             if not states.check_unwritten(source):
                 recorded.check_unchanged(check)
-                if run_fingerprint(source, recipe, calibration) != fingerprint:
+                if run_fingerprint(source, recipe, calibration, model) != fingerprint:
                     raise SourceError(f"{source.name} was changed while it was read; run again.")
             run.report.bytes_out = writer.finish(
-                file_metadata(source, plan, recipe, run.configs, fingerprint),
+                file_metadata(source, plan, recipe, run.configs, fingerprint, run.report.sequential),
                 lambda done, total: emit(OutputChecked(done=done, total=total)),
             )
     run.report.already_done = writer.matched_existing

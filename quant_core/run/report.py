@@ -16,6 +16,7 @@ from ..output.durable import flush_to_disk
 from ..recipes import Plan, Recipe
 from ..recipes.plan import Choice
 from ..recipes.presets import NONE
+from .blocks import WalkSummary
 
 __all__ = ["Report"]
 
@@ -43,6 +44,7 @@ class Report:
         already_done: the output already existed with the same content.
         taken_up: number of layers that were resumed from a killed run.
         choice: curve of the bit allocation and the chosen point, for mixed precision.
+        sequential: errors of the model, of a run with a model.
         recognised: recognised model and preset.
         warnings: choices that match no layer, and other files that the model needs.
     """
@@ -62,6 +64,7 @@ class Report:
     already_done: bool = False
     taken_up: int = 0
     choice: Choice | None = None
+    sequential: WalkSummary | None = None
     recognised: str = ""
     warnings: list[str] = field(default_factory=list)
 
@@ -184,6 +187,7 @@ class Report:
             *(("warning", text) for text in self.warnings),
             ("format", f"{self._format}, rounding {self.rounding}"),
             *([("mixed precision", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
+            *([("model output", str(self.sequential))] if self.sequential else []),
             ("layers quantized", f"{len(self.layers)}{resumed}"),
             ("unquantized", f"{len(self.kept)}" + (f" ({kept})" if kept else "")),
             (

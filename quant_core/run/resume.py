@@ -70,6 +70,8 @@ class RunJournal:
 
     _partial: PartialFile
     _file: "JournalFile"
+    _layout: TensorLayout
+    _data_start: int
 
     def __init__(self, key: str, source: RecordedSource, device_of: Callable[[str], torch.device]):
         self.layers: Sequence[FinishedLayer] = ()
@@ -79,7 +81,7 @@ class RunJournal:
 
     def open(self, partial: PartialFile, data_start: int) -> TensorLayout:
         """Continue the partial file of a killed run, or create a new one with a new journal."""
-        self._partial = partial
+        self._partial, self._data_start = partial, data_start
         for candidate in partial.leftovers():
             layout = self._resume(candidate, data_start)
             if layout is not None:
@@ -88,7 +90,16 @@ class RunJournal:
         self._file = JournalFile(open(partial.journal_path, "x+b", buffering=0))
         partial.attach(self._file.file)
         self._file.append(self._header(data_start))
-        return TensorLayout(partial.path.parent)
+        self._layout = TensorLayout(partial.path.parent)
+        return self._layout
+
+    def read_layer(self, layer: str) -> dict[str, torch.Tensor]:
+        """The tensors of a restored layer by the last part of their names, on the CPU; ``layer``: its base name."""
+        with self._partial.access():
+            names = [name for name in self._layout.checksums if name.rpartition(".")[0] == layer]
+            return {
+                name.rpartition(".")[2]: self._layout.read(name, self._partial.file, self._data_start) for name in names
+            }
 
     def record_tensor(self, name: str, info: TensorInfo, checksum: int, payload: bytes) -> None:
         """Record an appended tensor; ``payload``: its bytes if they are not yet in the file."""
@@ -139,7 +150,7 @@ class RunJournal:
             opened.pop_all()
         self._partial.adopt(hidden, file)
         self._partial.attach(journal.file)
-        self._file, self.layers = journal, layers
+        self._file, self.layers, self._layout = journal, layers, layout
         return layout
 
     def _read_layers(

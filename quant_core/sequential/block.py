@@ -48,7 +48,7 @@ class PendingLayer:
     rounding: RoundingConfig
     seed: int
 
-    def linear(self, quantized: QuantizedWeight, capability: tuple[int, int]) -> QuantizedLinear:
+    def linear(self, quantized: QuantizedWeight, capability: tuple[int, int] | None) -> QuantizedLinear:
         """The layer as it runs with this result."""
         device = self.layer.weight.device
         parts = {name.rpartition(".")[2]: part.to(device) for name, part in quantized.tensors("layer").items()}
@@ -81,7 +81,7 @@ class BlockRounding:
         groups: names of layers by shared input, in the order of execution.
         weights: weight of each call in the loss; their mean is 1.
         linears: layers outside of blocks, as they run quantized.
-        capability: compute capability that activations are quantized for.
+        capability: compute capability that activations are quantized for; None for a card that multiplies the format.
         on_layer: called with the name of each layer that is about to be rounded.
     """
 
@@ -94,7 +94,7 @@ class BlockRounding:
         *,
         weights: Mapping[int, float],
         linears: Mapping[str, LinearFunction],
-        capability: tuple[int, int],
+        capability: tuple[int, int] | None,
         check: CancelCheck,
         on_layer: Callable[[str], None],
     ):
@@ -116,7 +116,7 @@ class BlockRounding:
             linears |= {name: self._layers[name].linear(made[name], self._capability) for name in group}
         return results
 
-    def _sample_original(self) -> dict[str, Rows]:
+    def _sample_original(self) -> dict[str, dict[int, torch.Tensor]]:
         """First layer of each group → its inputs in the original model."""
         first = [group[0] for group in self._groups]
         sampled: dict[str, dict[int, torch.Tensor]] = {name: {} for name in first}

@@ -16,9 +16,12 @@ _SLAB = 1 << 26  # activations that are quantized at a time, in float32
 
 
 def quantize_inputs(
-    codec: Codec, x: torch.Tensor, input_scale: float | None, capability: tuple[int, int]
+    codec: Codec, x: torch.Tensor, input_scale: float | None, capability: tuple[int, int] | None
 ) -> torch.Tensor:
-    """X̂ of activations (tokens, in), float32; ``input_scale``: the static scale that the layer has, None for 1."""
+    """X̂ of activations (tokens, in), float32; ``input_scale``: the static scale that the layer has, None for 1.
+
+    ``capability``: compute capability of the card; None for one that multiplies the format.
+    """
     if input_scale is None or not codec.quantizes_activations(capability):
         return codec.quantize_activations(x, capability)
     return codec.quantize_activations(x.float() / input_scale, capability) * input_scale
@@ -31,32 +34,28 @@ class QuantizedLinear:
         codec: how the layer is stored.
         parts: its tensors in a file by the last part of their names, on the device of the activations.
         shape: (out, in).
-        capability: compute capability of the card.
+        capability: compute capability of the card; None for one that multiplies the format.
     """
 
-    def __init__(self, codec: Codec, parts: Parts, shape: tuple[int, ...], capability: tuple[int, int]):
+    def __init__(self, codec: Codec, parts: Parts, shape: tuple[int, ...], capability: tuple[int, int] | None):
         self._codec, self._capability = codec, capability
         self._weight, self._bias = codec.dequantize(parts, shape), parts.get("bias")
         scale = parts.get("input_scale")
         self._input_scale = None if scale is None else float(scale)
 
     def __call__(self, x: torch.Tensor, *_) -> torch.Tensor:
-        return self._multiply(x, self._capability)
+        rows = x.flatten(0, -2)
+        reduced = [
+            quantize_inputs(self._codec, part, self._input_scale, self._capability).to(x.dtype)
+            for part in rows.split(max(1, _SLAB // rows.shape[1]))
+        ]
+        return self._multiply(torch.cat(reduced).view(x.shape))
 
     def without_activations(self) -> LinearFunction:
         """The same layer with unquantized activations."""
-        return lambda x, *_: self._multiply(x, None)
+        return lambda x, *_: self._multiply(x)
 
-    def _multiply(self, x: torch.Tensor, capability: tuple[int, int] | None) -> torch.Tensor:
-        """x·Ŵᵀ + b; ``capability``: that of the card that quantizes the activations, None for none."""
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self._weight.dtype is not x.dtype:
             self._weight = self._weight.to(x.dtype)
-        if capability is not None and self._codec.quantizes_activations(capability):
-            rows = x.flatten(0, -2)
-            reduced = [
-                quantize_inputs(self._codec, part, self._input_scale, capability).to(x.dtype)
-                for part in rows.split(max(1, _SLAB // rows.shape[1]))
-            ]
-            x = torch.cat(reduced).view(x.shape)
-        bias = None if self._bias is None else self._bias.to(x)
-        return torch.nn.functional.linear(x, self._weight, bias)
+        return torch.nn.functional.linear(x, self._weight, None if self._bias is None else self._bias.to(x))

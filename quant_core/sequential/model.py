@@ -32,7 +32,6 @@ class ReplayedModel:
         device_bytes: device memory for the tensors of suspended calls.
         ram_bytes: main memory for those that do not fit there; the rest is in files in ``folder``.
         fingerprint: changes with the recorded calls.
-        capability: compute capability that activations are quantized for.
     """
 
     root: torch.nn.Module
@@ -45,7 +44,6 @@ class ReplayedModel:
     ram_bytes: int
     folder: Path
     fingerprint: str
-    capability: tuple[int, int]
 
 
 @dataclass(frozen=True)

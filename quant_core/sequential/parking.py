@@ -38,9 +38,7 @@ class Parking:
         folder: existing folder for the files.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, device: torch.device, device_bytes: int, ram_bytes: int, folder: Path
-    ):
+    def __init__(self, model: torch.nn.Module, device: torch.device, device_bytes: int, ram_bytes: int, folder: Path):
         self._model, self._device, self._folder = model, device, folder
         self._device_free, self._ram_free = device_bytes, ram_bytes
         self._on_device: dict[BlockCall, int] = {}

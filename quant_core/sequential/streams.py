@@ -42,7 +42,7 @@ class Streams:
         self._model, self._blocks, self._check = model, blocks, check
         self.validation = [index for index, judges in enumerate(model.validation) if judges]
         self.calibration = [index for index, judges in enumerate(model.validation) if not judges]
-        every = range(len(model.validation))
+        every = list(range(len(model.validation)))
         indices = {Stream.ORIGINAL: every, Stream.QUANTIZED: every}
         if weights_only:
             indices[Stream.WEIGHTS_ONLY] = self.validation

@@ -12,6 +12,7 @@ from ..cancellation import CancelCheck
 from ..events import BlockFinished, BlockStarted, Listener
 from ..formats import Codec, QuantizedWeight
 from ..formats.codec import Parts
+from ..rounding import RoundingConfig
 from .block import BlockRounding, PendingLayer
 from .capture import InputSampler
 from .linear import LinearFunction, QuantizedLinear
@@ -42,6 +43,8 @@ class ModelWalk:
     Args:
         model: the model and its recorded calls.
         layers: names of the layers to quantize.
+        rounding: "sequential" or "reconstructed" with its options.
+        capability: compute capability that activations are quantized for; None for a card that multiplies the format.
         weights_only: also measure the quantized model with unquantized activations.
         seed: of the sampling of tokens.
         emit: receives :class:`~..events.BlockStarted` and :class:`~..events.BlockFinished`.
@@ -58,12 +61,15 @@ class ModelWalk:
         model: ReplayedModel,
         layers: Sequence[str],
         *,
+        rounding: RoundingConfig,
+        capability: tuple[int, int] | None,
         weights_only: bool,
         seed: int,
         emit: Listener,
         check: CancelCheck,
     ):
-        self._model, self._weights_only, self._seed = model, weights_only, seed
+        self._model, self._rounding, self._capability = model, rounding, capability
+        self._weights_only, self._seed = weights_only, seed
         self._emit, self._check = emit, check
         self.unfollowed: str | None = None
         self.results: list[BlockFinished] = []
@@ -104,7 +110,7 @@ class ModelWalk:
         streams = self._open_streams()
         if streams is None:
             return plain
-        index, block, capability = self._next, self.blocks[self._next], self._model.capability
+        index, block, capability = self._next, self.blocks[self._next], self._capability
         self._emit(BlockStarted(index=index, total=len(self.blocks), name=block.name))
         widths = {name: pending.layer.weight.shape[1] for name, pending in layers.items()}
         rounding = BlockRounding(
@@ -125,6 +131,9 @@ class ModelWalk:
         }
         errors = {kind: self._block_error(streams, Stream.QUANTIZED, own) for kind, own in linears.items()}
         kept = min(errors, key=lambda kind: errors[kind])
+        weights_only = None
+        if Stream.WEIGHTS_ONLY in streams.carried:
+            weights_only = self._block_error(streams, Stream.WEIGHTS_ONLY, linears[kept])
         finished = BlockFinished(
             index=index,
             total=len(self.blocks),
@@ -132,7 +141,7 @@ class ModelWalk:
             kept=kept,
             error=errors[kept],
             calibrated_error=errors["calibrated"],
-            weights_only_error=self._block_error(streams, Stream.WEIGHTS_ONLY, linears[kept]),
+            weights_only_error=weights_only,
         )
         self.results.append(finished)
         self._emit(finished)
@@ -189,10 +198,8 @@ class ModelWalk:
         self.unfollowed = str(error)
         log.warning("Sequential rounding stops, and layers are calibrated one by one: %s.", error)
 
-    def _block_error(self, streams: Streams, stream: Stream, linears: Mapping[str, QuantizedLinear]) -> float | None:
-        """Relative error of the block's outputs in the validation calls; None for a stream that is not carried."""
-        if stream not in streams.carried:
-            return None
+    def _block_error(self, streams: Streams, stream: Stream, linears: Mapping[str, QuantizedLinear]) -> float:
+        """Relative error of the block's outputs in the validation calls."""
         replaced: Mapping[str, LinearFunction] = {**self._outside, **linears}
         if stream is Stream.WEIGHTS_ONLY:
             replaced = _without_activations({**self._outside, **linears})
@@ -203,7 +210,7 @@ class ModelWalk:
 
     def _linear(self, codec: Codec, parts: Parts, shape: tuple[int, ...]) -> QuantizedLinear:
         parts = {suffix: part.to(self._model.device) for suffix, part in parts.items()}
-        return QuantizedLinear(codec, parts, shape, self._model.capability)
+        return QuantizedLinear(codec, parts, shape, self._capability)
 
 
 def _without_activations(linears: Mapping[str, QuantizedLinear]) -> dict[str, LinearFunction]:
