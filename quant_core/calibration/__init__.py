@@ -15,10 +15,12 @@ from .hessian import (
 )
 from .histogram import input_scale
 from .hooks import Collector
+from .replay import CALLS_SUFFIX, ReplayRecorder, ReplaySet
 from .sensitivity import SensitivityAnalysis
 from .statistics import Calibration, InMemoryCalibration, LayerStatistics
 
 __all__ = [
+    "CALLS_SUFFIX",
     "Calibration",
     "CalibrationFile",
     "Collector",
@@ -28,6 +30,8 @@ __all__ = [
     "LowRankHessian",
     "PackedHessian",
     "PairedHessian",
+    "ReplayRecorder",
+    "ReplaySet",
     "SUFFIX",
     "SensitivityAnalysis",
     "TriangularHessian",
