@@ -15,7 +15,8 @@ from .hessian import (
 )
 from .histogram import input_scale
 from .hooks import Collector
-from .replay import CALLS_SUFFIX, ReplayRecorder, ReplaySet
+from .recorder import ReplayRecorder
+from .replay import CALLS_SUFFIX, ReplaySet
 from .sensitivity import SensitivityAnalysis
 from .statistics import Calibration, InMemoryCalibration, LayerStatistics
 
