@@ -2,12 +2,13 @@
 
 import contextlib
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import folder_paths
 
-from ...quant_core.calibration import SUFFIX, CalibrationFile
+from ...quant_core.calibration import SUFFIX, CalibrationFile, ReplaySet
 from ...quant_core.display import human_bytes
 from ...quant_core.errors import SourceError
 from .folders import file_stamp, place_file, remove_files, resolve_prefix
@@ -23,11 +24,13 @@ class Calibrated:
         path: of the file.
         fingerprint: changes when the statistics change.
         temporary: remove the file when this object is deleted.
+        replays: part → recorded calls, "" for a diffusion model; empty if none were recorded.
     """
 
     path: Path
     fingerprint: str | None
     temporary: bool = True
+    replays: Mapping[str, ReplaySet] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.temporary:

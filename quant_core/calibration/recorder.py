@@ -78,6 +78,9 @@ class ReplayRecorder:
     branches. Tensors are copied to memory up to ``ram_bytes``, then to memory-mapped files. Objects other than containers,
     tensors and plain values are not kept, see :mod:`.arguments`.
 
+    Attributes:
+        limited: whether fewer calls are kept because of ``max_bytes``.
+
     Args:
         calls: largest number of calls to keep.
         folder: existing folder for the files.
@@ -104,6 +107,7 @@ class ReplayRecorder:
         self._stored: weakref.WeakValueDictionary[str, _HeldTensor] = weakref.WeakValueDictionary()
         self._runs: list[tuple[int, bool | None]] = []  # (calls, validation) of each run
         self._calls = 0
+        self.limited = False
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed)
@@ -129,7 +133,7 @@ class ReplayRecorder:
         heapq.heappush(self._sampled, (-key, self._sample(run, index, args, kwargs)))
         while self._count_bytes(in_file=False) + self._count_bytes(in_file=True) > self._max_bytes:
             heapq.heappop(self._sampled)
-            self._limit = len(self._sampled)
+            self._limit, self.limited = len(self._sampled), True
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -243,11 +243,11 @@ def test_fewer_calls_are_kept_where_the_limit_is_reached(tmp_path):
             for number in range(50):
                 model(torch.full((100,), float(number)))
         replays = recorder.result()
-        assert (0 if replays is None else len(replays)) == expected
+        assert (0 if replays is None else len(replays)) == expected and recorder.limited
     recorder = make_recorder(tmp_path, 0)
     with recorder.watching(model):
         model(torch.zeros(3))
-    assert recorder.result() is None
+    assert recorder.result() is None and not recorder.limited
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
