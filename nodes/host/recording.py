@@ -83,7 +83,7 @@ class CallRecording:
         return {part: replays for part, replays in found.items() if replays is not None}
 
 
-def describe_calls(replays: Mapping[str, ReplaySet], limited: bool) -> str:
+def describe_calls(replays: Mapping[str, ReplaySet], limited: bool = False) -> str:
     """Describe recorded calls and where they are; ``limited``: fewer were recorded because of their size."""
     calls = ", ".join(f"{part}: {len(found)}" if part else str(len(found)) for part, found in replays.items())
     reason = ", limited by their size" if limited else ""

@@ -14,7 +14,7 @@ from comfy.ldm.flux.model import FluxParams
 from comfy.patcher_extension import WrappersMP
 from pack.nodes import host
 from pack.nodes.host.recording import live_arguments
-from pack.quant_core.errors import CalibrationError
+from pack.quant_core.errors import CalibrationError, OutputError, SourceError
 
 DEVICE = comfy.model_management.get_torch_device()
 SAMPLING = {"steps": 3, "cfg": 5.0, "sampler_name": "euler", "scheduler": "simple"}
@@ -214,7 +214,51 @@ def released() -> dict[str, int]:
     return {"during": during, "after": len(list(temp.iterdir())), "summary": summary.splitlines()[-2]}
 
 
+def saved() -> dict:
+    """Calibrations saved with and without their calls, and loaded again."""
+    model = make_model("unet")
+    pairs = [(make_conditioning("unet", 1), make_conditioning("unet", 2))]
+    options = {"seed": 3, "samples": 1, "keep": "compact", "tokens": 64, "on_event": lambda event: None, **SAMPLING}
+    latents = [{"samples": torch.zeros(1, 4, 16, 16)}]
+    calibration, *_ = host.calibrate_model(model, pairs, latents, replay_calls=2, **options)
+    without, *_ = host.calibrate_model(model, pairs, latents, **options | {"seed": 4})
+    path = host.save_calibration(calibration, "[a]", save_calls=True)
+    name = path.name
+    plain = host.save_calibration(calibration, "[a]")
+    loaded, text = host.load_calibration(name)
+    found = {
+        "files": sorted(file.name for file in path.parent.iterdir()),
+        "listed": host.calibration_files(),
+        "same": loaded.replays[""].fingerprint == calibration.replays[""].fingerprint,
+        "text": text.splitlines()[-1],
+        "plain": len(host.load_calibration(plain.name)[0].replays),
+    }
+    state, calls = host.calibration_state(name), path.with_name("[a]_00001_.calls.safetensors")
+    # The calls of a calibration that was removed are not those of a new one of the same name.
+    path.unlink()
+    again = host.save_calibration(without, "[a]")
+    found["reused name"] = [again == path, len(host.load_calibration(name)[0].replays)]
+    try:
+        host.save_calibration(without, "none", save_calls=True)
+    except CalibrationError as error:
+        found["nothing to save"] = str(error)
+    again.unlink()
+    try:
+        host.save_calibration(calibration.__class__(plain, "other", False, calibration.replays), "[a]", save_calls=True)
+    except OutputError:
+        found["existing calls"] = path.exists()
+    path.write_bytes(plain.read_bytes())
+    found["state"] = host.calibration_state(name) != state
+    calls.write_bytes(calls.read_bytes()[:-5])
+    try:
+        host.load_calibration(name)
+    except SourceError as error:
+        found["damaged"] = calls.name in str(error)
+    return found
+
+
 CHECKS = {f"replay_{kind}": lambda kind=kind: replay(kind) for kind in MODELS} | {
     "replay_encoder": encoder,
     "replay_released": released,
+    "replay_saved": saved,
 }

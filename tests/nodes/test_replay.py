@@ -39,3 +39,12 @@ def test_files_of_recorded_calls_are_removed_with_the_calibration(host, tmp_path
     found = in_process(host, tmp_path, "replay_released")
     assert found["during"] > 4 and found["after"] == 0
     assert "in files" in found["summary"] and "RAM" not in found["summary"]
+
+
+def test_recorded_calls_are_saved_beside_a_calibration(host, tmp_path, sentences):
+    found = in_process(host, tmp_path, "replay_saved")
+    names = ["[a]_00001_.calib.safetensors", "[a]_00002_.calib.safetensors"]
+    assert found["files"] == sorted([*names, "[a]_00001_.calls.safetensors"]) and found["listed"] == names
+    assert found["same"] and found["plain"] == 0 and found["reused name"] == [True, 0]
+    assert found["existing calls"] is False and found["state"] and found["damaged"]
+    sentences(found["text"], found["nothing to save"])
