@@ -3,7 +3,14 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .ui.calibration_inputs import earlier_input, keep_input, memory_input, sensitivity_input, tokens_input
+from .ui.calibration_inputs import (
+    earlier_input,
+    keep_input,
+    memory_input,
+    replay_input,
+    sensitivity_input,
+    tokens_input,
+)
 from .ui.progress import NodeProgress, run_summary
 from .ui.sampling_inputs import pair_conditioning, sampling_inputs, single_value
 from .ui.schema import CalibrationType, schema, widget
@@ -48,6 +55,7 @@ class Calibrate(io.ComfyNode):
                 ),
                 sensitivity_input(),
                 memory_input(),
+                replay_input(),
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
@@ -76,6 +84,7 @@ class Calibrate(io.ComfyNode):
         vae=None,
         sensitivity=(False,),
         max_vram_gb=(0.0,),
+        replay_calls=(0,),
     ) -> io.NodeOutput:
         model = single_value("model", model)
         with NodeProgress(cls.hidden.unique_id) as progress:
@@ -89,6 +98,7 @@ class Calibrate(io.ComfyNode):
                 on_event=progress,
                 sensitivity=single_value("sensitivity", sensitivity),
                 max_vram_gb=single_value("max_vram_gb", max_vram_gb),
+                replay_calls=single_value("replay_calls", replay_calls),
                 earlier=single_value("calibration", calibration),
                 seed=single_value("seed", seed),
                 steps=single_value("steps", steps),

@@ -4,7 +4,14 @@ from comfy_api.latest import io
 
 from . import host
 from .prompts import prompt_lines
-from .ui.calibration_inputs import earlier_input, keep_input, memory_input, sensitivity_input, tokens_input
+from .ui.calibration_inputs import (
+    earlier_input,
+    keep_input,
+    memory_input,
+    replay_input,
+    sensitivity_input,
+    tokens_input,
+)
 from .ui.progress import NodeProgress, run_summary
 from .ui.schema import CalibrationType, check_inputs, schema, widget
 
@@ -44,6 +51,7 @@ class CalibrateTextEncoder(io.ComfyNode):
                 earlier_input(),
                 sensitivity_input(),
                 memory_input(),
+                replay_input(),
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
@@ -58,7 +66,7 @@ class CalibrateTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False, max_vram_gb=0.0
+        cls, clip, prompts, keep, seed, tokens=256, calibration=None, sensitivity=False, max_vram_gb=0.0, replay_calls=0
     ) -> io.NodeOutput:
         with NodeProgress(cls.hidden.unique_id) as progress:
             result, text = host.calibrate_clip(
@@ -70,6 +78,7 @@ class CalibrateTextEncoder(io.ComfyNode):
                 on_event=progress,
                 sensitivity=sensitivity,
                 max_vram_gb=max_vram_gb,
+                replay_calls=replay_calls,
                 earlier=calibration,
             )
         return io.NodeOutput(result, text, ui=run_summary(progress.finished))

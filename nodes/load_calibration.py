@@ -23,7 +23,7 @@ class LoadCalibration(io.ComfyNode):
                     io.Combo,
                     id="file",
                     options=host.calibration_files(),
-                    tooltip="From output/calibrations and models/calibrations (.calib.safetensors).",
+                    tooltip="From output/calibrations and models/calibrations (.calib.safetensors), with the calls of the model that were saved beside it.",
                 ),
             ],
             outputs=[

@@ -26,6 +26,15 @@ class SaveCalibration(io.ComfyNode):
                     default="calibration",
                     tooltip="Start of the file name; may hold folders. A number is added.",
                 ),
+                widget(
+                    io.Boolean,
+                    id="save_calls",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Also save the recorded calls of the model (replay_calls of Calibrate) in a file beside it (.calls.safetensors), "
+                    "for sequential rounding after a restart of the server.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="path", tooltip="The file; lrq quantize --calibration takes it too.")
@@ -38,6 +47,6 @@ class SaveCalibration(io.ComfyNode):
         return check_inputs(host.check_name, filename_prefix)
 
     @classmethod
-    def execute(cls, calibration, filename_prefix) -> io.NodeOutput:
-        path = str(host.save_calibration(calibration, filename_prefix))
+    def execute(cls, calibration, filename_prefix, save_calls=False) -> io.NodeOutput:
+        path = str(host.save_calibration(calibration, filename_prefix, save_calls=save_calls))
         return io.NodeOutput(path, ui=ui.PreviewText(path))

@@ -7,6 +7,7 @@
 * ``reusing``: saved files as the result of a run of the same inputs.
 * ``releasing``: release memory and temporary files on request of the user.
 * ``calibrating``: run a model in full precision and collect statistics of its input activations.
+* ``recording``: record calls of a running model, for :class:`~.quant_core.calibration.ReplaySet`.
 * ``calibrations``: calibrations passed between nodes, and calibration files.
 * ``comparing``: run two models on the same inputs and compare their outputs.
 * ``images``: decode sampled latents to images.

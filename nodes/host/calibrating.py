@@ -25,6 +25,7 @@ from ...quant_core.recipes import make_plan
 from ...quant_core.recipes.presets import NONE
 from .calibrations import Calibrated
 from .folders import temporary_folder
+from .recording import CallRecording, describe_calls, estimate_call
 from .running import show_text
 from .sources import PatchedWeights, encoder_parts, find_module, model_weights
 
@@ -80,8 +81,12 @@ def _open_collector(
     seed: int,
     max_vram_gb: float,
     earlier: Calibrated | None,
+    note: str,
 ) -> Iterator[Collector]:
-    """Open a :class:`Collector` that uses the memory ComfyUI can spare; its files are removed at the end."""
+    """Open a :class:`Collector` that uses the memory ComfyUI can spare; its files are removed at the end.
+
+    ``note``: text that is shown after the description of that memory.
+    """
     device = patcher.load_device
     folder = temporary_folder() / f"learned_rounding_hessians_{os.urandom(6).hex()}"
     folder.mkdir()
@@ -91,7 +96,7 @@ def _open_collector(
     try:
         with earlier.open() if earlier else contextlib.nullcontext() as file:
             with Collector(layers, folder, earlier=file, **options) as collector:
-                show_text(f"Calibrating {len(layers)} layers, {_describe_memory(collector)}.")
+                show_text(f"Calibrating {len(layers)} layers, {_describe_memory(collector)}.{note}")
                 yield collector
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,12 +125,20 @@ def _compact_rank(layers: Mapping[str, torch.nn.Module]) -> int:
     return next(fitting, _COMPACT_RANKS[-1])
 
 
-def _save(collector: Collector, provenance: dict, on_event: Listener, began: float) -> tuple[Calibrated, str]:
-    """Save the statistics to a temporary file; returns it and a summary."""
+def _save(
+    collector: Collector,
+    provenance: dict,
+    recording: CallRecording,
+    earlier: Calibrated | None,
+    on_event: Listener,
+    began: float,
+) -> tuple[Calibrated, str]:
+    """Save the statistics to a temporary file; returns it with the recorded calls, and a summary."""
     path = temporary_folder() / f"learned_rounding_{os.urandom(6).hex()}{SUFFIX}"
+    replays = recording.results() or (earlier.replays if earlier else {})
     size = collector.save(path, provenance, comfy.model_management.throw_exception_if_processing_interrupted)
     with CalibrationFile(path) as file:
-        calibration, layers = Calibrated(path, file.fingerprint), len(file.layers)
+        calibration, layers = Calibrated(path, file.fingerprint, replays=replays), len(file.layers)
     lines = [
         f"{layers} linear layers, {collector.distinct_activations} distinct input activations, at least "
         f"{collector.tokens} tokens each",
@@ -135,6 +148,8 @@ def _save(collector: Collector, provenance: dict, on_event: Listener, began: flo
     if sensitivities := collector.sensitivities:
         highest = sorted(sensitivities, key=lambda layer: sensitivities[layer], reverse=True)[:3]
         lines.append(f"most sensitive layers: {', '.join(highest)}")
+    if replays:
+        lines.append(describe_calls(replays, recording.limited))
     if collector.captured_energy < 1:
         lines.append(f"low rank: at least {100 * collector.captured_energy:.0f} % of the activations' energy captured")
     show_text("\n".join(lines))
@@ -165,6 +180,7 @@ def calibrate_model(
     sensitivity: bool = False,
     earlier: Calibrated | None = None,
     max_vram_gb: float = 0.0,
+    replay_calls: int = 0,
     **sampling,
 ) -> tuple[Calibrated, list, str]:
     """Sample with a MODEL as KSampler does and collect statistics of the input activations of its linear layers.
@@ -178,6 +194,7 @@ def calibrate_model(
         sensitivity: also measure the sensitivity of each layer, in one additional run.
         earlier: calibration to continue.
         max_vram_gb: GB of device memory that complete Hessians may take, the others are in files; 0 for half of what is free.
+        replay_calls: number of calls of the model to record; without it those of ``earlier`` are kept.
         sampling: the other arguments of KSampler, by name.
 
     Returns:
@@ -188,10 +205,14 @@ def calibrate_model(
     runs = [(*pair, latents[index % len(latents)]) for index, pair in enumerate(conditioning) for _ in range(samples)]
     sampled, began = [], time.perf_counter()
     progress = _Progress(on_event, len(layers), "steps", len(runs) * sampling["steps"])
+    diffusion_model = model.model.diffusion_model
+    recording = CallRecording({"": diffusion_model}, replay_calls, seed)
     options = {"keep": keep, "tokens": tokens, "seed": seed, "max_vram_gb": max_vram_gb, "earlier": earlier}
+    options["note"] = recording.describe_limit(estimate_call(conditioning, latents))
     with _open_collector(model, layers, **options) as collector:
         for index, (positive, negative, latent) in enumerate(runs):
-            with collector.watching(model.model.diffusion_model, _is_validation(index, len(runs))):
+            validation = _is_validation(index, len(runs))
+            with collector.watching(diffusion_model, validation), recording.watching(validation):
                 (result,) = HOST_NODES.common_ksampler(
                     _report_steps(model, progress, index, len(runs)),
                     seed + index,
@@ -219,7 +240,7 @@ def calibrate_model(
             "keep": keep,
             **sampling,
         }
-        calibration, summary = _save(collector, provenance, on_event, began)
+        calibration, summary = _save(collector, provenance, recording, earlier, on_event, began)
         return calibration, sampled, summary
 
 
@@ -306,6 +327,7 @@ def calibrate_clip(
     sensitivity: bool = False,
     earlier: Calibrated | None = None,
     max_vram_gb: float = 0.0,
+    replay_calls: int = 0,
 ) -> tuple[Calibrated, str]:
     """Encode ``prompts`` with a CLIP and collect statistics; returns the calibration and a summary.
 
@@ -315,13 +337,16 @@ def calibrate_clip(
     parts = encoder_parts(clip)
     model = clip.cond_stage_model
     layers = _linear_layers(clip.patcher, parts, lambda part, layer: find_module(model, part, layer))
+    recording = CallRecording({part: model.get_submodule(part) for part in parts}, replay_calls, seed)
     options = {"keep": keep, "tokens": tokens, "seed": seed, "max_vram_gb": max_vram_gb, "earlier": earlier}
+    options["note"] = recording.describe_limit()
     with _open_collector(clip.patcher, layers, **options) as collector:
         bar = comfy.utils.ProgressBar(len(prompts))
         progress = _Progress(on_event, len(layers), "prompts", len(prompts))
         for index, prompt in enumerate(prompts):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            with collector.watching(model.get_submodule(next(iter(parts))), _is_validation(index, len(prompts))):
+            validation = _is_validation(index, len(prompts))
+            with collector.watching(model.get_submodule(next(iter(parts))), validation), recording.watching(validation):
                 HOST_NODES.CLIPTextEncode().encode(clip, prompt)
             bar.update(1)
             progress.advance()
@@ -341,4 +366,4 @@ def calibrate_clip(
             "tokens per call": tokens,
             "keep": keep,
         }
-        return _save(collector, provenance, on_event, began)
+        return _save(collector, provenance, recording, earlier, on_event, began)

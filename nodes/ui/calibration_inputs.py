@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from .. import host
 from .schema import CalibrationType, widget
 
-__all__ = ["earlier_input", "keep_input", "memory_input", "sensitivity_input", "tokens_input"]
+__all__ = ["earlier_input", "keep_input", "memory_input", "replay_input", "sensitivity_input", "tokens_input"]
 
 
 def keep_input():
@@ -59,6 +59,21 @@ def memory_input():
         advanced=True,
         tooltip="Largest amount of VRAM in GB for the Hessians of keep full; the others are in ComfyUI's temp folder, which is slower. "
         "0: half of the VRAM that the model and its activations leave free.",
+    )
+
+
+def replay_input():
+    """Return the input for the number of recorded calls."""
+    return widget(
+        io.Int,
+        id="replay_calls",
+        default=0,
+        min=0,
+        max=4096,
+        optional=True,
+        advanced=True,
+        tooltip="How many calls of the model are recorded with all their inputs, drawn with the seed over all prompts and steps; "
+        "sequential rounding runs them again, and 64 are usual. They are in RAM, then in ComfyUI's temp folder, while the server runs. 0: none.",
     )
 
 

@@ -15,10 +15,13 @@ from .hessian import (
 )
 from .histogram import input_scale
 from .hooks import Collector
+from .recorder import ReplayRecorder
+from .replay import CALLS_SUFFIX, ReplaySet
 from .sensitivity import SensitivityAnalysis
 from .statistics import Calibration, InMemoryCalibration, LayerStatistics
 
 __all__ = [
+    "CALLS_SUFFIX",
     "Calibration",
     "CalibrationFile",
     "Collector",
@@ -28,6 +31,8 @@ __all__ = [
     "LowRankHessian",
     "PackedHessian",
     "PairedHessian",
+    "ReplayRecorder",
+    "ReplaySet",
     "SUFFIX",
     "SensitivityAnalysis",
     "TriangularHessian",

@@ -12,13 +12,13 @@ INPUTS = {
     "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels general",
     "LearnedRoundingSave": "quantized filename_prefix folder",
     "LearnedRoundingCalibrate": "model positive negative latent_image seed steps cfg sampler_name scheduler samples keep tokens "
-    "calibration vae sensitivity max_vram_gb",
-    "LearnedRoundingCalibrateText": "clip prompts keep seed tokens calibration sensitivity max_vram_gb",
+    "calibration vae sensitivity max_vram_gb replay_calls",
+    "LearnedRoundingCalibrateText": "clip prompts keep seed tokens calibration sensitivity max_vram_gb replay_calls",
     "LearnedRoundingCompare": "reference compared positive negative latent_image seed steps cfg sampler_name scheduler vae",
     "LearnedRoundingCompareText": "reference compared prompts",
     "LearnedRoundingReport": "quantized",
     "LearnedRoundingInspect": "model",
-    "LearnedRoundingSaveCalibration": "calibration filename_prefix",
+    "LearnedRoundingSaveCalibration": "calibration filename_prefix save_calls",
     "LearnedRoundingLoadCalibration": "file",
     "LearnedRoundingLoadQuantized": "model clip_type",
 }
@@ -46,8 +46,9 @@ ADVANCED = {
         "bits", "linear_dtype", "card", "target_time",
     },
     "LearnedRoundingQuantize": {"native_int8_kernels", "general"},
-    "LearnedRoundingCalibrate": {"tokens", "max_vram_gb"},
-    "LearnedRoundingCalibrateText": {"tokens", "max_vram_gb"},
+    "LearnedRoundingCalibrate": {"tokens", "max_vram_gb", "replay_calls"},
+    "LearnedRoundingCalibrateText": {"tokens", "max_vram_gb", "replay_calls"},
+    "LearnedRoundingSaveCalibration": {"save_calls"},
 }  # fmt: skip
 
 
