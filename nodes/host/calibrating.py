@@ -29,7 +29,7 @@ from .recording import CallRecording, describe_calls, estimate_call
 from .running import show_text
 from .sources import PatchedWeights, encoder_parts, find_module, model_weights
 
-__all__ = ["KEEP", "calibrate_clip", "calibrate_model", "samplers", "schedulers"]
+__all__ = ["KEEP", "calibrate_clip", "calibrate_model", "linear_layers", "samplers", "schedulers"]
 
 HOST_NODES: Any = nodes  # ComfyUI's nodes.py; a type checker finds the package of that name here
 
@@ -50,7 +50,7 @@ def _is_validation(run: int, runs: int) -> bool | None:
     return run % _VALIDATION_PERIOD == _VALIDATION_PERIOD - 1
 
 
-def _linear_layers(
+def linear_layers(
     patcher, parts: Mapping[str, PatchedWeights], module_path: Callable[[str, str], str]
 ) -> dict[str, torch.nn.Module]:
     """Name in the calibration → linear layer or bank of experts, for all layers that a recipe can quantize."""
@@ -201,7 +201,7 @@ def calibrate_model(
         the calibration, the sampled LATENTs, and a summary.
     """
     weights = {"": model_weights(model)}
-    layers = _linear_layers(model, weights, lambda part, layer: f"diffusion_model.{layer}")
+    layers = linear_layers(model, weights, lambda part, layer: f"diffusion_model.{layer}")
     runs = [(*pair, latents[index % len(latents)]) for index, pair in enumerate(conditioning) for _ in range(samples)]
     sampled, began = [], time.perf_counter()
     progress = _Progress(on_event, len(layers), "steps", len(runs) * sampling["steps"])
@@ -280,7 +280,7 @@ def _report_steps(model, progress: _Progress, run: int, runs: int):
 def _make_analysis(
     layers: Mapping[str, torch.nn.Module], weights: Mapping[str, PatchedWeights], device, progress: _Progress
 ) -> SensitivityAnalysis:
-    """Make the analysis of the layers of :func:`_linear_layers`; weights are read with the patches of the model."""
+    """Make the analysis of the layers of :func:`linear_layers`; weights are read with the patches of the model."""
     bar = comfy.utils.ProgressBar(len(layers) * len(_PROBES))
 
     def read(name: str) -> torch.Tensor:
@@ -336,7 +336,7 @@ def calibrate_clip(
     began = time.perf_counter()
     parts = encoder_parts(clip)
     model = clip.cond_stage_model
-    layers = _linear_layers(clip.patcher, parts, lambda part, layer: find_module(model, part, layer))
+    layers = linear_layers(clip.patcher, parts, lambda part, layer: find_module(model, part, layer))
     recording = CallRecording({part: model.get_submodule(part) for part in parts}, replay_calls, seed)
     options = {"keep": keep, "tokens": tokens, "seed": seed, "max_vram_gb": max_vram_gb, "earlier": earlier}
     options["note"] = recording.describe_limit()

@@ -16,6 +16,7 @@ from ...quant_core import Recipe, Report, quantize_file
 from ...quant_core.calibration import Calibration, CalibrationFile
 from ...quant_core.events import Listener
 from ...quant_core.output.metadata import ENCODER_PREFIX
+from ...quant_core.run.blocks import walk_fingerprint
 from ...quant_core.run.fingerprint import input_paths, run_fingerprint
 from ...quant_core.sources import Source, TensorInfo
 from .calibrations import Calibrated
@@ -24,6 +25,7 @@ from .opening import open_file
 from .reusing import PartInputs, find_saved
 from .running import show_text
 from .sources import READS_ENCODERS, PatchedWeights, split_parts
+from .walking import open_replayed_model
 
 __all__ = ["Quantized", "forget_last_result", "quantize"]
 
@@ -83,7 +85,8 @@ def quantize(
     resumes it if the server stops. Its final name is unique, so servers that share the folder do not conflict.
     """
     global _last
-    identity = (*_identity(source), calibration and calibration.fingerprint)
+    statistics_key = calibration and (calibration.fingerprint, _calls_key(recipe, calibration))
+    identity = (*_identity(source), statistics_key)
     if _last and _last[:2] == (identity, recipe) and general >= _last[2]:
         return _last[3]
     forget_last_result()
@@ -96,24 +99,26 @@ def quantize(
                 check=comfy.model_management.throw_exception_if_processing_interrupted,
             )
     clip_type = getattr(source, "clip_type", "")
-    key = (kind, clip_type, recipe, calibration and calibration.fingerprint)
+    key = (kind, clip_type, recipe, statistics_key)
     with calibration.open() if calibration else contextlib.nullcontext() as statistics:
-        if saved := find_saved(key, lambda: _read_inputs(parts, recipe, statistics)):
+        if saved := find_saved(key, lambda: _read_inputs(parts, recipe, calibration, statistics)):
             names = ", ".join(path.name for path in saved.files.values())
             show_text(f"Using {names}, saved from the same inputs.")
             files, report = saved.link_to_temp(), saved.report
         else:
-            files, report = _run(kind, parts, recipe, on_event, statistics, general)
+            files, report = _run(source, kind, parts, recipe, on_event, calibration, statistics, general)
     quantized = Quantized(files, kind, recipe.format.label, report, clip_type, key)
     _last = (identity, recipe, general, quantized)
     return quantized
 
 
 def _run(
+    source,
     kind: str,
     parts: Mapping[str, FileSource | PatchedWeights],
     recipe: Recipe,
     on_event: Listener,
+    calibration: Calibrated | None,
     statistics: CalibrationFile | None,
     general: bool,
 ) -> tuple[dict[str, Path], Report]:
@@ -123,8 +128,9 @@ def _run(
     try:
         for part, origin in parts.items():
             finished = new_unfinished(part or kind)
-            with _open(origin) as weights:
-                _free_memory(weights.tensors.values(), recipe, statistics is not None, device)
+            with _open(origin) as weights, _open_model(source, part, origin, recipe, calibration) as model:
+                if model is None:  # else the model is loaded, with room for the layers beside it
+                    _free_memory(weights.tensors.values(), recipe, statistics is not None, device)
                 report = quantize_file(
                     weights,
                     finished,
@@ -134,6 +140,7 @@ def _run(
                     overwrite=True,  # the name is unique, and overwriting needs no hard links
                     unfinished=f"{part or kind}.safetensors",
                     general=general,
+                    model=model,
                     on_event=on_event,
                     check=comfy.model_management.throw_exception_if_processing_interrupted,
                 )
@@ -145,14 +152,26 @@ def _run(
     return files, _merge_reports(reports)
 
 
+def _calls_key(recipe: Recipe, calibration: Calibrated) -> tuple[str, ...]:
+    """Fingerprints of the recorded calls, where the rounding uses them."""
+    replays = calibration.replays.values() if recipe.rounding.runs_model else ()
+    return tuple(replay.fingerprint for replay in replays)
+
+
 def _read_inputs(
-    parts: Mapping[str, FileSource | PatchedWeights], recipe: Recipe, statistics: CalibrationFile | None
+    parts: Mapping[str, FileSource | PatchedWeights],
+    recipe: Recipe,
+    calibration: Calibrated | None,
+    statistics: CalibrationFile | None,
 ) -> dict[str, PartInputs]:
     """The inputs of the run of each part."""
-    inputs = {}
+    inputs, device = {}, comfy.model_management.get_torch_device()
     for part, origin in parts.items():
         with _open(origin) as weights:
-            fingerprint = run_fingerprint(weights, _exclude_unreadable(recipe, weights), _of_part(statistics, part))
+            replays = calibration.replays.get(part) if calibration else None
+            walk = walk_fingerprint(recipe, replays and replays.fingerprint, device)
+            exact = _exclude_unreadable(recipe, weights)
+            fingerprint = run_fingerprint(weights, exact, _of_part(statistics, part), walk)
             inputs[part] = PartInputs(fingerprint, input_paths(weights))
     return inputs
 
@@ -162,6 +181,13 @@ def _open(origin: FileSource | PatchedWeights) -> Iterator[Source]:
     """Open a file; weights in memory need no opening."""
     with open_file(origin) if isinstance(origin, FileSource) else contextlib.nullcontext(origin) as weights:
         yield weights
+
+
+def _open_model(source, part: str, origin: FileSource | PatchedWeights, recipe: Recipe, calibration: Calibrated | None):
+    """Context of the model with its recorded calls, for roundings that run it, else of None."""
+    if not recipe.rounding.runs_model:
+        return contextlib.nullcontext()
+    return open_replayed_model(source, part, origin, calibration)
 
 
 def _of_part(statistics: CalibrationFile | None, part: str) -> Calibration | None:

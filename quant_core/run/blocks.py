@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -19,7 +18,7 @@ from ..sequential import ModelWalk, PendingLayer, ReplayedModel
 from ..sources import Source
 from .resume import RunJournal
 
-__all__ = ["BlockQueue", "WalkSummary", "describe_card", "open_blocks"]
+__all__ = ["BlockQueue", "FinishedLayers", "StartedLayer", "WalkSummary", "open_blocks", "walk_fingerprint"]
 
 _REASON = 300  # characters in the metadata of a file
 NEEDS_MODEL = (
@@ -33,11 +32,29 @@ KEPT = {
 }  # note of the layers of a block by the rounding that is kept
 
 
-class Started(Protocol):
-    """A layer that is being quantized."""
+@dataclass(frozen=True)
+class StartedLayer:
+    """A layer that is being quantized.
+
+    Attributes:
+        name: name of its weight.
+        tensors: source tensors of the layer: the weight, and a bias that may be corrected.
+        bias_name: name of that bias, None without.
+        began: time of the run in s.
+    """
+
+    name: str
+    tensors: Mapping[str, torch.Tensor]
+    bias_name: str | None
+    began: float
 
     @property
-    def name(self) -> str: ...
+    def bias(self) -> torch.Tensor | None:
+        """The bias that may be corrected."""
+        return None if self.bias_name is None else self.tensors[self.bias_name]
+
+
+FinishedLayers = list[tuple[StartedLayer, QuantizedWeight | QuantizedBank]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,16 @@ class WalkSummary:
 def describe_card(capability: tuple[int, int] | None) -> str:
     """``card`` of :class:`WalkSummary`."""
     return "native" if capability is None else ".".join(map(str, capability))
+
+
+def walk_fingerprint(recipe: Recipe, calls: str | None, device: torch.device) -> str | None:
+    """What the result of a run depends on if it runs the model on a device; None for roundings that do not.
+
+    ``calls``: fingerprint of the recorded calls.
+    """
+    if not recipe.rounding.runs_model:
+        return None
+    return f"{calls} {describe_card(recipe.find_capability(device))}"
 
 
 @contextlib.contextmanager
@@ -132,7 +159,7 @@ class BlockQueue:
         self._walk, self._source, self._recipe, self._journal = walk, source, recipe, journal
         self._summary = summary
         self._waiting = [set(block.layers) for block in walk.blocks]  # layers that are not read yet
-        self._pending: dict[str, tuple[Started, PendingLayer]] = {}
+        self._pending: dict[str, tuple[StartedLayer, PendingLayer]] = {}
         self._configs: Mapping[str, Mapping[str, object]] = {}
         self._passed = 0
 
@@ -160,9 +187,7 @@ class BlockQueue:
             again |= (weights & done) if layers else set()
         return again
 
-    def add(
-        self, started: Started, layer: Layer | None, finished: list[tuple[Started, QuantizedWeight | QuantizedBank]]
-    ) -> list[tuple[Started, QuantizedWeight | QuantizedBank]]:
+    def add(self, started: StartedLayer, layer: Layer | None, finished: FinishedLayers) -> FinishedLayers:
         """Add a layer with its layer-wise result; returns the layers that are finished then.
 
         Args:
@@ -184,12 +209,12 @@ class BlockQueue:
         self._waiting[position].discard(name)
         return [] if self._waiting[position] else self._round(position)
 
-    def _round(self, position: int) -> list[tuple[Started, QuantizedWeight | QuantizedBank]]:
+    def _round(self, position: int) -> FinishedLayers:
         self._pass_restored(position)
         self._passed = position + 1
         pending, self._pending = self._pending, {}
         results = self._walk.round_block({name: layer for name, (_, layer) in pending.items()})
-        finished = []
+        finished: FinishedLayers = []
         for name, (started, _) in pending.items():
             made = results[name]
             kept = KEPT[self._walk.results[-1].kept] if self._walk.unfollowed is None else ""

@@ -12,27 +12,26 @@ from ..calibration import Calibration
 from ..errors import QuantizationError, SourceError
 from ..output import provenance
 from ..recipes import Recipe
-from ..sequential import ReplayedModel
 from ..sources import SafetensorsFile, Source
 from ..sources.source import fingerprint
 from ..version import VERSION
-from .blocks import describe_card
 
 __all__ = ["FileStates", "has_fingerprint", "input_paths", "may_be_newer", "run_fingerprint", "run_key"]
 
 
 def run_fingerprint(
-    source: Source, recipe: Recipe, calibration: Calibration | None, model: ReplayedModel | None = None
+    source: Source, recipe: Recipe, calibration: Calibration | None, walk: str | None = None
 ) -> str | None:
-    """Fingerprint of the inputs of a run, from samples of the source; None if they have none, as some sources in memory."""
+    """Fingerprint of the inputs of a run, from samples of the source; None if they have none, as some sources in memory.
+
+    ``walk``: that of the running model, see :func:`~.blocks.walk_fingerprint`.
+    """
     others = [VERSION, recipe.to_json()]
     if calibration is not None:
         if not calibration.fingerprint:
             return None
         others.append(calibration.fingerprint)
-    if model is not None and recipe.rounding.runs_model:
-        others += [model.fingerprint, describe_card(recipe.find_capability(model.device))]
-    return fingerprint(source, *others)
+    return fingerprint(source, *others, *([] if walk is None else [walk]))
 
 
 def has_fingerprint(path: Path, expected: str | None) -> bool:

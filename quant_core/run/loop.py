@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 
@@ -18,7 +17,7 @@ from ..quantize_layer import quantize_layer
 from ..recipes import Plan, Recipe
 from ..sources import Source
 from ..sources.source import CPU
-from .blocks import BlockQueue
+from .blocks import BlockQueue, FinishedLayers, StartedLayer
 from .clock import Clock
 from .io_threads import LayerWriter, TensorSink, compute_ahead, read_ahead
 from .memory import explain_out_of_memory
@@ -32,28 +31,6 @@ log = logging.getLogger(__name__)
 NON_FINITE = "contains NaN or Inf, so it stays unquantized"
 UNSEEN = "not calibrated: the calibration has no activations of experts"
 BIAS_CORRECTED = "bias of a quantized layer, corrected for the mean output error"
-
-
-@dataclass(frozen=True)
-class StartedLayer:
-    """A layer that is being quantized.
-
-    Attributes:
-        name: name of its weight.
-        tensors: source tensors of the layer: the weight, and a bias that may be corrected.
-        bias_name: name of that bias, None without.
-        began: time of the run in s.
-    """
-
-    name: str
-    tensors: Mapping[str, torch.Tensor]
-    bias_name: str | None
-    began: float
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The bias that may be corrected."""
-        return None if self.bias_name is None else self.tensors[self.bias_name]
 
 
 class QuantizationRun:
@@ -216,7 +193,7 @@ class QuantizationRun:
         if bias_name is not None:
             source_tensors[bias_name] = self._source.read(bias_name)
         started = StartedLayer(name, source_tensors, bias_name, self._clock.elapsed)
-        layer, finished = None, []
+        layer, finished = None, FinishedLayers()
         try:
             layer, quantized = self._round(started)
             finished = [(started, quantized)]

@@ -17,7 +17,7 @@ from ..sequential import ReplayedModel
 from ..sources import Source, TensorSource, open_source
 from ..sources.shards import model_stem
 from .allocate import allocate_formats
-from .blocks import open_blocks
+from .blocks import open_blocks, walk_fingerprint
 from .fingerprint import FileStates, has_fingerprint, input_paths, may_be_newer, run_fingerprint, run_key
 from .header import check_name_collisions, file_metadata, header_bound, planned_configs
 from .loop import QuantizationRun, read_device
@@ -96,7 +96,8 @@ def quantize_tensors(
             )
             run.execute()
     emit(RunFinished(report=run.report))
-    fingerprint = run_fingerprint(source, recipe, calibration, model)
+    walk = walk_fingerprint(recipe, model and model.fingerprint, device)
+    fingerprint = run_fingerprint(source, recipe, calibration, walk)
     return QuantizedTensors(
         tensors=dict(sink),
         metadata=file_metadata(source, plan, recipe, run.configs, fingerprint, run.report.sequential),
@@ -163,7 +164,8 @@ def quantize_file(
     states = FileStates(path for paths in inputs.values() for path in paths)
     keep_apart(destination, inputs)
     plan = _plan(source, recipe, calibration, general, check)
-    fingerprint = run_fingerprint(source, recipe, calibration, model)
+    walk = walk_fingerprint(recipe, model and model.fingerprint, device)
+    fingerprint = run_fingerprint(source, recipe, calibration, walk)
     if destination.exists() and _is_done(destination, fingerprint, inputs, overwrite=overwrite):
         remove_leftovers(hidden)
         report = Report.for_plan(source.name, plan, recipe, calibrated=calibration is not None)
@@ -199,7 +201,7 @@ def quantize_file(
             run.execute()
             if not states.check_unwritten(source):
                 recorded.check_unchanged(check)
-                if run_fingerprint(source, recipe, calibration, model) != fingerprint:
+                if run_fingerprint(source, recipe, calibration, walk) != fingerprint:
                     raise SourceError(f"{source.name} was changed while it was read; run again.")
             run.report.bytes_out = writer.finish(
                 file_metadata(source, plan, recipe, run.configs, fingerprint, run.report.sequential),
