@@ -230,6 +230,7 @@ def calibrate_model(
                 wrapper.model, seed, positive=positive, negative=negative, latent=latent, **sampling
             )
             collector.sensitivities = wrapper.analysis.sensitivities
+            collector.step_sensitivities = wrapper.analysis.step_sensitivities
         provenance = {
             "kind": "diffusion model",
             "class": type(model.model).__name__,
@@ -301,7 +302,7 @@ class _SensitivityWrapper:
         self.model = model.clone()
         self._wrapped = model.model_options.get("model_function_wrapper")
         self.model.set_model_unet_function_wrapper(self)
-        self._probed_calls = {int(position * calls) for position in _PROBES}
+        self._probed_calls = {int(position * calls): position for position in _PROBES}
         self._calls = 0
 
     def __call__(self, apply_model, arguments: dict) -> torch.Tensor:
@@ -311,7 +312,7 @@ class _SensitivityWrapper:
             return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
         if self._calls in self._probed_calls:
-            self.analysis.probe(run)
+            self.analysis.probe(run, self._probed_calls[self._calls])
         self._calls += 1
         return run()
 

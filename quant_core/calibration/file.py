@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from ..sources import SafetensorsFile, TensorInfo
 from ..sources.source import fingerprint
 from .hessian import Hessian, LowRankHessian, PackedHessian, PairedHessian, TriangularHessian
 from .histogram import BINS
-from .statistics import Calibration, LayerStatistics
+from .statistics import Calibration, LayerStatistics, StepSensitivity
 
 __all__ = ["SUFFIX", "CalibrationFile", "hash_architecture", "write_calibration"]
 
@@ -72,6 +72,8 @@ class _Header:
             activations were sampled from).
         sensitivity: layer → :attr:`~.statistics.LayerStatistics.sensitivity`.
         provenance: description of the calibration data.
+        step_sensitivity: layer → (position, sensitivity) pairs, see :meth:`~.statistics.Calibration.step_sensitivity`;
+            left out of the file if empty.
     """
 
     version: int
@@ -80,11 +82,13 @@ class _Header:
     tokens: dict[str, tuple[int, int]]
     sensitivity: dict[str, float]
     provenance: dict[str, object]
+    step_sensitivity: dict[str, StepSensitivity] = field(default_factory=dict)
 
     @property
     def metadata(self) -> dict[str, str]:
         """The metadata of a file with this header."""
-        return {_METADATA_KEY: json.dumps(vars(self), separators=(",", ":"))}
+        values = {key: value for key, value in vars(self).items() if value or key != "step_sensitivity"}
+        return {_METADATA_KEY: json.dumps(values, separators=(",", ":"))}
 
     @classmethod
     def parse(cls, path: Path, text: str) -> "_Header":
@@ -111,10 +115,17 @@ class _Header:
             for layer, value in sensitivity.items():
                 if not 0 <= value < float("inf"):
                     raise ValueError(f"sensitivity of {layer} is {value}")
+            steps = {
+                str(k): tuple((float(position), float(value)) for position, value in pairs)
+                for k, pairs in values.get("step_sensitivity", {}).items()
+            }
+            for layer, pairs in steps.items():
+                if not all(0 <= position <= 1 and 0 <= value < float("inf") for position, value in pairs):
+                    raise ValueError(f"step sensitivity of {layer} is {pairs}")
             architecture, provenance = str(values.get("architecture", "")), dict(values.get("provenance", {}))
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CalibrationError(f"{path} has an invalid calibration header ({error}); calibrate again.") from None
-        return cls(version, architecture, layers, tokens, sensitivity, provenance)
+        return cls(version, architecture, layers, tokens, sensitivity, provenance, steps)
 
 
 def hash_architecture(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -136,7 +147,8 @@ class CalibrationFile:
         path: of the file; ``paths``: the same as a tuple.
         fingerprint: changes when the statistics change.
         layers: layer → (out, in), for layers listed in the metadata.
-        sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured.
+        sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured; ``step_sensitivities``: those of
+            single steps, see :meth:`step_sensitivity`.
         provenance: description of the calibration data as passed to :func:`write_calibration`.
 
     Raises:
@@ -161,6 +173,7 @@ class CalibrationFile:
         self.fingerprint = fingerprint(self._file)
         self.layers = {name: (out, inner) for name, (_, out, inner) in header.layers.items()}
         self.sensitivities: Mapping[str, float] = header.sensitivity
+        self.step_sensitivities: Mapping[str, StepSensitivity] = header.step_sensitivity
         self.provenance = header.provenance
         self._owners = {name: owner for name, (owner, _, _) in header.layers.items()}
         self._tokens = header.tokens
@@ -187,6 +200,9 @@ class CalibrationFile:
 
     def sensitivity(self, layer: str) -> float | None:
         return self.sensitivities.get(self._resolve_name(layer))
+
+    def step_sensitivity(self, layer: str) -> StepSensitivity | None:
+        return self.step_sensitivities.get(self._resolve_name(layer))
 
     def tokens(self, layer: str) -> tuple[int, int]:
         """Return the number of tokens in the Hessian, and the number that validation activations were sampled from."""
@@ -286,6 +302,9 @@ class _Part:
     def sensitivity(self, layer: str) -> float | None:
         return self._file.sensitivity(self._prefix + layer)
 
+    def step_sensitivity(self, layer: str) -> StepSensitivity | None:
+        return self._file.step_sensitivity(self._prefix + layer)
+
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         layers = {name: shape for name, shape in self._file.layers.items() if name.startswith(self._prefix)}
         self._file.check_layers(layers, {self._prefix + name: shape for name, shape in shapes.items()})
@@ -293,8 +312,8 @@ class _Part:
 
 def _named_tensors(owner: str, statistics: LayerStatistics) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
     """Yield (name, tensor, dtype) as stored in the file."""
-    for field, suffix in _STATISTICS.items():
-        value = getattr(statistics, field)
+    for statistic, suffix in _STATISTICS.items():
+        value = getattr(statistics, statistic)
         if isinstance(value, torch.Tensor):
             yield f"{owner}.{suffix}", value, torch.float32
         elif value is not None:
@@ -321,6 +340,7 @@ def write_calibration(
     provenance: Mapping[str, object],
     sensitivities: Mapping[str, float] | None = None,
     check: CancelCheck = lambda: None,
+    step_sensitivities: Mapping[str, StepSensitivity] | None = None,
 ) -> int:
     """Write statistics as :class:`CalibrationFile` reads them; returns the size of the file in bytes.
 
@@ -333,6 +353,7 @@ def write_calibration(
         provenance: description of the calibration data, as JSON values.
         sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured.
         check: called often; raise in it to cancel, which leaves no file.
+        step_sensitivities: layer → :meth:`~.statistics.Calibration.step_sensitivity`, where measured.
     """
     header = _Header(
         version=1,
@@ -341,6 +362,7 @@ def write_calibration(
         tokens=dict(tokens),
         sensitivity={layer: value for layer, value in (sensitivities or {}).items() if layer in owners},
         provenance=dict(provenance),
+        step_sensitivity={layer: value for layer, value in (step_sensitivities or {}).items() if layer in owners},
     )
     names = [name for owner in statistics for name in _possible_names(owner)]
     reserve = header_bytes([(name, _LARGEST_TENSOR) for name in names], header.metadata)

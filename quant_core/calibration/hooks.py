@@ -69,7 +69,7 @@ class Collector:
 
     Attributes:
         sensitivities: layer → :attr:`~.statistics.LayerStatistics.sensitivity`, where measured; saved with the
-            statistics.
+            statistics. ``step_sensitivities``: those at single steps, likewise.
 
     Raises:
         CalibrationError: ``earlier`` does not fit ``layers``.
@@ -108,6 +108,7 @@ class Collector:
         self._calls = 0
         self._validation: bool | None = None
         self.sensitivities = dict(earlier.sensitivities) if earlier is not None else {}
+        self.step_sensitivities = dict(earlier.step_sensitivities) if earlier is not None else {}
         if earlier is not None:
             earlier.check(self._shapes)
 
@@ -329,7 +330,8 @@ class Collector:
         shapes = {layer: self._shapes[layer] for layer in owners}
         tokens = {name: (accumulator.tokens, accumulator.validation_tokens) for name, accumulator in used.items()}
         statistics = _Results(used, self._device, self._hessian_bits)
-        return write_calibration(path, statistics, owners, shapes, tokens, provenance, self.sensitivities, check)
+        sensitivities = self.sensitivities, check, self.step_sensitivities
+        return write_calibration(path, statistics, owners, shapes, tokens, provenance, *sensitivities)
 
     def close(self) -> None:
         """Release all memory and remove the files."""

@@ -33,14 +33,16 @@ class SensitivityAnalysis:
         self._layers, self._read, self._check = dict(layers), read, check
         self._model_error = dict.fromkeys(self._layers, 0.0)  # Σ of relative squared errors of the model's output
         self._layer_error = dict.fromkeys(self._layers, 0.0)  # Σ of relative squared errors of the layer's output
+        self._steps: dict[str, list[tuple[float, float]]] = {name: [] for name in self._layers}
 
     @torch.no_grad()
-    def probe(self, run: Callable[[], torch.Tensor]) -> None:
+    def probe(self, run: Callable[[], torch.Tensor], position: float | None = None) -> None:
         """Run the model once unmodified and once per perturbed layer.
 
         Args:
             run: calls the model and returns its output; must be deterministic. Outputs that are zero or not finite
                 are skipped.
+            position: position of the call in a run of the sampler, 0…1; None where there are no steps.
         """
         reference = run().detach().float()
         energy = float(reference.square().sum(dtype=torch.float64))
@@ -56,12 +58,20 @@ class SensitivityAnalysis:
                 handle.remove()
             if perturbation.energy > 0 and math.isfinite(error):
                 self._model_error[name] += error
-                self._layer_error[name] += perturbation.error / perturbation.energy
+                layer_error = perturbation.error / perturbation.energy
+                self._layer_error[name] += layer_error
+                if position is not None and layer_error > 0:
+                    self._steps[name].append((position, error / layer_error))
 
     @property
     def sensitivities(self) -> dict[str, float]:
         """Layer → relative squared error of the model's output per relative squared error of the layer's output."""
         return {name: self._model_error[name] / error for name, error in self._layer_error.items() if error > 0}
+
+    @property
+    def step_sensitivities(self) -> dict[str, tuple[tuple[float, float], ...]]:
+        """Layer → (position, sensitivity) of each probe that had a position."""
+        return {name: tuple(steps) for name, steps in self._steps.items() if steps}
 
 
 class _Perturbation:

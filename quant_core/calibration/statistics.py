@@ -10,7 +10,10 @@ from ..deprecated import renamed_attribute
 from ..errors import CalibrationError
 from .hessian import Hessian, LowRankHessian, move_hessian
 
-__all__ = ["Calibration", "InMemoryCalibration", "LayerStatistics"]
+__all__ = ["Calibration", "InMemoryCalibration", "LayerStatistics", "StepSensitivity"]
+
+StepSensitivity = tuple[tuple[float, float], ...]
+"""(position, sensitivity) of the probes of a layer; position: of the call in a run of the sampler, 0…1."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ class Calibration(Protocol):
         """Return :attr:`LayerStatistics.sensitivity` of a layer without reading its tensors."""
         ...
 
+    def step_sensitivity(self, layer: str) -> StepSensitivity | None:
+        """Return the sensitivity of a layer at single steps of the sampler; None if it was not measured."""
+        ...
+
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that a model with layers of these names and shapes (out, in) has all calibrated layers.
 
@@ -95,6 +102,9 @@ class InMemoryCalibration:
     def sensitivity(self, layer: str) -> float | None:
         statistics = self._layers.get(layer)
         return None if statistics is None else statistics.sensitivity
+
+    def step_sensitivity(self, layer: str) -> StepSensitivity | None:
+        return None
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for layer in self._layers:

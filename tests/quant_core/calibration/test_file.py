@@ -69,6 +69,12 @@ def test_a_sensitivity_must_be_finite_and_non_negative(read, value, sentences):
         read({"layers": {"a": ["a", WIDTH, WIDTH]}, "sensitivity": {"a": value}})
 
 
+@pytest.mark.parametrize("steps", [[[0.5, -1]], [[1.5, 1]], [[0.5]], [[0.5, "x"]], 3, [[0.5, float("inf")]]])
+def test_the_sensitivity_of_a_step_must_be_valid(read, steps):
+    with pytest.raises(CalibrationError, match="invalid calibration header"):
+        read({"layers": {"a": ["a", WIDTH, WIDTH]}, "step_sensitivity": {"a": steps}})
+
+
 def test_a_sensitivity_is_part_of_the_statistics(read):
     assert read({"layers": {"a": ["a", WIDTH, WIDTH]}, "sensitivity": {"a": 0.5}}).sensitivity == 0.5
 

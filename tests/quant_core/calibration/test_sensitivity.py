@@ -49,6 +49,21 @@ def test_sensitivity_is_the_ratio_of_model_error_to_layer_error(model):
             assert sensitivities[name] == pytest.approx(float(model_error / layer_error), rel=1e-3)
 
 
+def test_sensitivities_of_single_steps_are_kept_with_their_positions(model):
+    layers = dict(model.named_children())
+    analysis = SensitivityAnalysis(layers, lambda name: layers[name].weight, lambda: None)
+    batches = [torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    for position, x in zip((0.25, 0.75), batches, strict=True):
+        analysis.probe(lambda x=x: model(x), position)
+    analysis.probe(lambda: torch.zeros(3), 0.9)  # skipped
+    found = analysis.step_sensitivities
+    assert set(found) == {"loud", "quiet"}
+    for name, steps in found.items():
+        alone = [analyze(model, [x])[name] for x in batches]
+        assert steps == ((0.25, pytest.approx(alone[0])), (0.75, pytest.approx(alone[1])))
+        assert min(alone) <= analysis.sensitivities[name] <= max(alone)
+
+
 def test_the_model_is_not_modified(model):
     x = torch.randn(8, WIDTH)
     before = model(x)
@@ -79,11 +94,17 @@ def test_sensitivities_are_saved_and_continued(model, tmp_path):
         model(torch.randn(32, WIDTH))
         collector.sensitivities = {"loud": 2.5, "idle": 1.0}
         collector.save(path, {})
+        steps = {"loud": ((0.25, 2.0), (0.75, 3.0)), "idle": ((0.25, 1.0),)}
+        assert b"step_sensitivity" not in path.read_bytes()  # without steps the file is as before
+        collector.step_sensitivities = steps
+        collector.save(path, {})
     with CalibrationFile(path) as earlier:
+        assert earlier.step_sensitivity("loud") == earlier.step_sensitivity("diffusion_model.loud") == steps["loud"]
+        assert earlier.step_sensitivity("quiet") is None
         assert earlier.layer_statistics("loud").sensitivity == 2.5
         assert earlier.layer_statistics("quiet").sensitivity is None
         with Collector(layers, tmp_path, **options, earlier=earlier) as collector, collector.watching(model, False):
             model(torch.randn(32, WIDTH))
             collector.save(tmp_path / "d.calib.safetensors", {})
     with CalibrationFile(tmp_path / "d.calib.safetensors") as later:
-        assert dict(later.sensitivities) == {"loud": 2.5}
+        assert dict(later.sensitivities) == {"loud": 2.5} and later.step_sensitivities == {"loud": steps["loud"]}
