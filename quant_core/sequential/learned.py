@@ -1,19 +1,23 @@
-"""What is learned of the layers of a block: rounding offsets of weights and gains of scales."""
+"""What is learned of the layers of a block: rounding offsets of weights near a tie."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..formats import QuantizedWeight
-from ..rounding.rtn import weight_error
 from .linear import LinearFunction, reduce_inputs
 
-__all__ = ["LearnedLayer", "Parameters", "RoundedLayer"]
+__all__ = ["LearnedLayer", "Offsets", "RoundedLayer"]
 
-_TOLERANCE = 0.5  # τ
+_TOLERANCE = 0.3  # τ; with the default rates an offset moves by 0.24 at most
 _HIGHEST = 0.45  # largest x at the start
-_PULL = 0.0  # of a step of length r, x goes back to its start by this times r
+# Components of a gradient are limited to this multiple of their root mean square: those of single weights are a hundred times
+# as large.
+_STEEPEST = 3.0
+_UNIT = (
+    1 / 32
+)  # root mean square of the gradients that optimizers get: the first steps of RAdam are proportional to them
 
 
 @dataclass(frozen=True)
@@ -21,20 +25,21 @@ class RoundedLayer:
     """A layer of the block.
 
     Attributes:
-        weight: what was rounded, float32 (out, in), in the original basis; for sequential rounding the compensated weight.
+        weight: (out, in), of the original model.
+        target: what was rounded, (out, in): the compensated weight.
         quantized: the result that reconstruction starts from.
     """
 
     weight: torch.Tensor
+    target: torch.Tensor
     quantized: QuantizedWeight
 
 
 class LearnedLayer:
-    """A layer as a function of its offsets x and of the gains of its scales; tensors that are shared by all steps.
+    """A layer as a function of its offsets x.
 
     Attributes:
         start: x of the weights near a tie, float32 (n,).
-        gains: number of scales that are learned: float32 scales of rows or of the tensor, else 0.
     """
 
     def __init__(self, layer: RoundedLayer, capability: tuple[int, int]):
@@ -42,11 +47,11 @@ class LearnedLayer:
         solution, codec = self.quantized.solution, self.quantized.codec
         space = codec.solve_space((layer.weight.shape[0], layer.weight.shape[1]))
         self._space = space.with_levels(solution.levels) if solution.levels else space
-        self._weight = space.basis.apply_weight(layer.weight) if space.basis else layer.weight.float()
+        self._weight = layer.weight
         self._qdata, self._scale = solution.qdata.clone(), solution.scale.clone()  # not of inference mode
         self._bias = None if self.quantized.bias is None else self.quantized.bias.clone()
-        self.gains = self._scale.numel() if space.scales.continuous and self._scale.shape[1] == 1 else 0
-        self._choose(self._weight / self._space.divisor(self._scale))
+        target = space.basis.apply_weight(layer.target) if space.basis else layer.target.float()
+        self._choose(target / self._space.divisor(self._scale))
 
     def _choose(self, scaled: torch.Tensor) -> None:
         """Find the weights near a tie; ``scaled``: w/s."""
@@ -54,118 +59,89 @@ class LearnedLayer:
         values = self._qdata.float()
         other = torch.where((values < low) | (values == high), low, high)
         position = (scaled - values) / (other - values)  # of a value without another neighbour NaN or ±Inf
-        near = (other != values) & (position > 0.5 - _TOLERANCE)
-        self._chosen = near.flatten().nonzero().squeeze(1)
+        self._near = near = (other != values) & (position > 0.5 - _TOLERANCE)
         self.start = position[near].clamp_(max=_HIGHEST)
         self._values, self._other = values[near], other[near]
         self._distance = ((other - values) * self._space.groups.spread(self._scale))[near]
 
     def qdata(self, x: torch.Tensor) -> torch.Tensor:
         """Quantized values (out, in)."""
-        values = torch.where(x > 0.5, self._other, self._values).to(self._qdata.dtype)
-        flat = self._qdata.flatten().clone()
-        flat[self._chosen] = values
-        return flat.view_as(self._qdata)
+        values = torch.where(x > 0.5, self._other, self._values)
+        return self._qdata.float().masked_scatter_(self._near, values).to(self._qdata.dtype)
 
-    def scale(self, gain: torch.Tensor) -> torch.Tensor:
-        """Effective scales."""
-        if not self.gains:
-            return self._scale
-        return self._space.scales.snap(self._scale * (1 + gain[:, None]), None)
-
-    def dequantize(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    def dequantize(self, x: torch.Tensor) -> torch.Tensor:
         """Ŵ, float32 (out, in) in the original basis."""
-        return self.quantized.codec.restore_weight(self._space.decode(self.qdata(x), self.scale(gain)))
+        return self.quantized.codec.restore_weight(self._space.decode(self.qdata(x), self._scale))
 
-    def gradients(self, gradient: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of the offsets and of the gains from that of Ŵ."""
+    def gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the offsets from that of Ŵ, passed straight through the rounding."""
         stored = self._space.basis.apply(gradient) if self._space.basis else gradient
-        rows = (stored * self._space.decode(self.qdata(x), self._scale)).sum(dim=1)
-        gains = rows if self.gains > 1 else rows.sum(dim=0, keepdim=True)
-        return stored.flatten()[self._chosen] * self._distance, gains[: self.gains]
+        return stored.masked_select(self._near) * self._distance
 
     def linear(self, weight: torch.Tensor) -> "_Linear":
         """The layer as it runs with Ŵ, with a gradient."""
         return _Linear(self.quantized, weight, self._bias, self._capability)
 
-    def result(self, x: torch.Tensor, gain: torch.Tensor) -> QuantizedWeight:
+    def result(self, x: torch.Tensor) -> QuantizedWeight:
         """The layer to store."""
-        qdata, scale = self.qdata(x), self.scale(gain)
-        error = weight_error(self._weight, qdata, scale, self._space)
+        weight = self._weight.float()
+        error = float((self.dequantize(x) - weight).norm() / weight.norm().clamp_min(1e-30))
         solution = replace(
-            self.quantized.solution, qdata=qdata, scale=scale, weight_error=error, solver="reconstructed"
+            self.quantized.solution,
+            solver="reconstructed",
+            qdata=self.qdata(x),
+            weight_error=error,
+            gain=None,
+            output_error=None,
         )
         return replace(self.quantized, solution=solution)
 
 
-class Parameters:
-    """All offsets and gains of a block, two tensors."""
+class Offsets:
+    """The offsets of all layers of a block.
+
+    Attributes:
+        x: float32 (n,), what an optimizer steps.
+    """
 
     def __init__(self, layers: Mapping[str, LearnedLayer]):
         self._layers = layers
-        device = next(iter(layers.values())).start.device
-        self._offsets = torch.nn.Parameter(torch.cat([layer.start for layer in layers.values()]))
-        self._gains = torch.nn.Parameter(torch.zeros(sum(layer.gains for layer in layers.values()), device=device))
-        self._start = self._offsets.detach().clone()
+        self.x = torch.nn.Parameter(torch.cat([layer.start for layer in layers.values()]))
 
-    @property
-    def tensors(self) -> list[torch.nn.Parameter]:
-        """What an optimizer steps."""
-        return [tensor for tensor in (self._offsets, self._gains) if tensor.numel()]
-
-    def _split(self) -> Iterator[tuple[str, LearnedLayer, torch.Tensor, torch.Tensor]]:
-        """Name, layer, offsets and gains of each layer."""
-        layers = self._layers.values()
-        offsets = self._offsets.detach().split([len(layer.start) for layer in layers])
-        gains = self._gains.detach().split([layer.gains for layer in layers])
-        yield from zip(self._layers, layers, offsets, gains, strict=True)
+    def _split(self) -> Iterator[tuple[str, LearnedLayer, torch.Tensor]]:
+        """Name, layer and offsets of each layer."""
+        parts = self.x.detach().split([len(layer.start) for layer in self._layers.values()])
+        yield from zip(self._layers, self._layers.values(), parts, strict=True)
 
     def linears(self) -> dict[str, LinearFunction]:
         """The layers after rounding."""
-        return {name: layer.linear(layer.dequantize(x, gain)) for name, layer, x, gain in self._split()}
+        return {name: layer.linear(layer.dequantize(x)) for name, layer, x in self._split()}
 
     def results(self) -> dict[str, QuantizedWeight]:
         """The layers to store."""
-        return {name: layer.result(x, gain) for name, layer, x, gain in self._split()}
+        return {name: layer.result(x) for name, layer, x in self._split()}
 
-    def gradients(self, loss_of: Callable[[Mapping[str, LinearFunction]], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Gradients of a loss of the layers, by layer for the offsets and for the gains.
+    def gradient(self, loss_of: Callable[[Mapping[str, LinearFunction]], torch.Tensor]) -> torch.Tensor:
+        """The gradient (n,) of a loss of the layers.
 
         Raises:
             RuntimeError: none reaches a layer, or what autograd raises.
         """
-        leaves = {
-            name: layer.linear(layer.dequantize(x, gain).requires_grad_()) for name, layer, x, gain in self._split()
-        }
+        leaves = {name: layer.linear(layer.dequantize(x).requires_grad_()) for name, layer, x in self._split()}
         with torch.enable_grad():
             loss = loss_of(leaves)
-        if not loss.requires_grad:
-            raise RuntimeError("its outputs have no gradient")
         found = torch.autograd.grad(loss, [leaf.weight for leaf in leaves.values()], allow_unused=True)
-        gradients: dict[str, torch.Tensor] = {}
-        for (name, layer, x, _), leaf, gradient in zip(self._split(), leaves.values(), found, strict=True):
+        gradients = []
+        for (name, layer, x), leaf, gradient in zip(self._split(), leaves.values(), found, strict=True):
             if gradient is None and leaf.called:
                 raise RuntimeError(f"no gradient reaches {name}")
-            gradient = torch.zeros_like(leaf.weight) if gradient is None else gradient
-            gradients[f"{name}.offsets"], gradients[f"{name}.gains"] = layer.gradients(gradient, x)
-        return gradients
+            gradients.append(torch.zeros_like(x) if gradient is None else layer.gradient(gradient))
+        return torch.cat(gradients)
 
-    def descend(self, solver: torch.optim.Optimizer, gradients: Mapping[str, torch.Tensor], unit: float) -> None:
-        """One step along gradients, divided by ``unit``."""
-        for tensor, kind in ((self._offsets, "offsets"), (self._gains, "gains")):
-            tensor.grad = torch.cat([gradients[f"{name}.{kind}"] for name in self._layers]).div_(unit)
+    def descend(self, solver: torch.optim.Optimizer, gradient: torch.Tensor, unit: float) -> None:
+        """One step of an optimizer of :attr:`x`; ``unit``: root mean square of a gradient."""
+        self.x.grad = gradient.div_(unit).clamp_(-_STEEPEST, _STEEPEST).mul_(_UNIT)
         solver.step()
-        if _PULL:
-            self._offsets.lerp_(self._start, _PULL * solver.param_groups[0]["lr"])
-
-    def copy(self) -> list[torch.Tensor]:
-        """The state, for :meth:`restore`."""
-        return [tensor.detach().clone() for tensor in (self._offsets, self._gains)]
-
-    def restore(self, state: Sequence[torch.Tensor]) -> None:
-        """Return to a state."""
-        for tensor, value in zip((self._offsets, self._gains), state, strict=True):
-            tensor.copy_(value)
 
 
 class _Linear:

@@ -1,4 +1,4 @@
-"""Reconstruction of a block: roundings and row scales of its layers, learned by gradient on the block's output.
+"""Reconstruction of a block: roundings of its layers, learned by gradient on the block's output.
 
 A weight w that was rounded to q has its other neighbour a on the far side, and the position (w/s − q)/(a − q), which exceeds ½
 where GPTQ has rounded away from w. Weights with a position above ½ − τ are near a tie. Each of them has an offset x that
@@ -22,15 +22,15 @@ from ..formats import QuantizedWeight
 from ..rounding import OPTIMIZERS, SCHEDULES, RoundingConfig
 from ..rounding.optimizers import set_mode
 from .gradients import UndifferentiableError, deterministic_kernels, find_backends
-from .learned import LearnedLayer, Parameters, RoundedLayer
+from .learned import LearnedLayer, Offsets, RoundedLayer
 from .linear import LinearFunction
 
 __all__ = ["BlockCalls", "Reconstruction", "RoundedLayer", "reconstruct_block"]
 
 _STEPS = 120  # if num_iter is not given
 _STEPS_PER_JUDGEMENT = 10
-# Learning rates in units of the distance of two neighbours and of a scale. Those of :data:`OPTIMIZERS` are for exact gradients.
-_RATES: Mapping[str, float] = {"original": 0.001, "adamw": 0.004, "radam": 0.004, "prodigy": 1.0}
+# Learning rates in units of the distance of two neighbours. Those of :data:`OPTIMIZERS` are for exact gradients.
+_RATES: Mapping[str, float] = {"original": 0.002, "adamw": 0.004, "radam": 0.05, "prodigy": 1.0}
 
 
 class BlockCalls(Protocol):
@@ -64,7 +64,7 @@ class Reconstruction:
     """The result of :func:`reconstruct_block`.
 
     Attributes:
-        quantized: name of a layer → its result. Weight errors are those from :attr:`RoundedLayer.weight`.
+        quantized: name of a layer → its result. Errors of the outputs of learned layers are unknown.
         before, after: relative errors of the block's outputs in the validation calls.
         refused: why the block keeps its start, part of a sentence; None where it was learned.
     """
@@ -102,53 +102,53 @@ def reconstruct_block(
         on_step: called after each step with their number so far and in all.
     """
     learned = {name: LearnedLayer(layer, capability) for name, layer in layers.items()}
-    parameters = Parameters(learned)
+    offsets = Offsets(learned)
     objective = _Objective(calls, weights, linears or {}, check)
-    before = objective.error(parameters.linears())
+    before = objective.error(offsets.linears())
     start = {name: layer.quantized for name, layer in layers.items()}
-    if not calls.calibration or not before:
+    if not (before and calls.calibration and offsets.x.numel()):
         return Reconstruction(start, before, before)
     try:
         loss = partial(objective.loss, calls.calibration[0])
-        backends = find_backends(lambda: list(parameters.gradients(loss).values()))
+        backends = find_backends(lambda: [offsets.gradient(loss)])
         with deterministic_kernels(backends):
-            after = _learn(parameters, objective, before, rounding, seed, on_step)
+            after = _learn(offsets, objective, before, rounding, seed, on_step)
     except UndifferentiableError as error:
         return Reconstruction(start, before, before, refused=str(error))
     except torch.OutOfMemoryError:
         return Reconstruction(start, before, before, refused="the device has too little memory for its backward pass")
     if after >= before:
         return Reconstruction(start, before, before)
-    return Reconstruction(parameters.results(), before, after)
+    return Reconstruction(offsets.results(), before, after)
 
 
 def _learn(
-    parameters: Parameters,
+    offsets: Offsets,
     objective: "_Objective",
     best: float,
     rounding: RoundingConfig,
     seed: int,
     on_step: Callable[[int, int], None],
 ) -> float:
-    """Learn the parameters and leave the best state in them; returns its error, ``best`` where none is better."""
+    """Learn the offsets and leave the best state in them; returns its error, ``best`` where none is better."""
     name, steps = rounding.optimizer or "adamw", _STEPS if rounding.num_iter is None else rounding.num_iter
     rate = _RATES[name] if rounding.lr is None else rounding.lr
-    solver = OPTIMIZERS[name].make(parameters.tensors, lr=rate)
+    solver = OPTIMIZERS[name].make([offsets.x], lr=rate)
     schedule = SCHEDULES[rounding.lr_schedule](solver) if rounding.lr_schedule else None
     order = _shuffle(objective.calls.calibration, seed)
-    unit, kept, since = 0.0, parameters.copy(), 0
+    unit, kept, since = 0.0, offsets.x.detach().clone(), 0
     for step in range(steps):
-        gradients = parameters.gradients(partial(objective.loss, next(order)))
-        unit = unit or _rms(list(gradients.values())) or 1.0
-        parameters.descend(solver, gradients, unit)
+        gradient = offsets.gradient(partial(objective.loss, next(order)))
+        unit = unit or float(gradient.square().mean(dtype=torch.float64).sqrt()) or 1.0
+        offsets.descend(solver, gradient, unit)
         judged = (step + 1) % _STEPS_PER_JUDGEMENT == 0 or step + 1 == steps
         improved = False
         if judged:
             set_mode(solver, "eval")
-            error = objective.error(parameters.linears())
+            error = objective.error(offsets.linears())
             improved = error < best
             if improved:
-                best, kept = error, parameters.copy()
+                best, kept = error, offsets.x.detach().clone()
             set_mode(solver, "train")
         if schedule:
             schedule.step(improved, since)
@@ -159,7 +159,7 @@ def _learn(
         on_step(step + 1, steps)
         if judged and rounding.early_stop and since >= rounding.early_stop:
             break
-    parameters.restore(kept)
+    offsets.x.copy_(kept)
     return best
 
 
@@ -211,8 +211,3 @@ def _shuffle(calls: Sequence[int], seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from (calls[index] for index in torch.randperm(len(calls), generator=generator).tolist())
-
-
-def _rms(tensors: Sequence[torch.Tensor]) -> float:
-    squares = sum(float(tensor.square().sum(dtype=torch.float64)) for tensor in tensors)
-    return (squares / max(1, sum(tensor.numel() for tensor in tensors))) ** 0.5

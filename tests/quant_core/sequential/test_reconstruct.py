@@ -70,7 +70,8 @@ def make_case(format="W4A8", **options):
     for name in ("qkv", "out"):
         layer = block.get_submodule(name)
         quantized = quantize_weight(layer.weight, **FORMATS[format], rounding="nearest", bias=layer.bias)
-        layers[name] = RoundedLayer(layer.weight.detach().clone(), quantized)
+        weight = layer.weight.detach().clone()
+        layers[name] = RoundedLayer(weight, weight, quantized)
     return calls, layers
 
 
@@ -92,7 +93,7 @@ def assert_start(result, layers):
 def test_block_error_falls_with_neighbouring_values_that_can_be_stored(format):
     calls, layers = make_case(format)
     result = reconstruct(calls, layers)
-    assert result.refused is None and result.after < 0.98 * result.before
+    assert result.refused is None and result.after < 0.99 * result.before
     for name, layer in layers.items():
         made, start = result.quantized[name], layer.quantized
         space = made.codec.solve_space(made.shape)
@@ -111,7 +112,7 @@ def test_block_error_falls_with_neighbouring_values_that_can_be_stored(format):
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_and_schedule_lowers_the_error(optimizer, schedule):
-    result = reconstruct(*make_case("nvfp4"), optimizer=optimizer, lr_schedule=schedule)
+    result = reconstruct(*make_case("nvfp4"), steps=120, optimizer=optimizer, lr_schedule=schedule)
     assert result.after < result.before
 
 
@@ -119,7 +120,9 @@ def test_every_optimizer_and_schedule_lowers_the_error(optimizer, schedule):
 def test_validation_error_is_that_of_the_stored_layers(format):
     calls, layers = make_case(format)
     result = reconstruct(calls, layers)
-    kept = {name: RoundedLayer(layers[name].weight, made) for name, made in result.quantized.items()}
+    kept = {
+        name: RoundedLayer(layers[name].weight, layers[name].weight, made) for name, made in result.quantized.items()
+    }
     assert reconstruct(calls, kept, steps=0).before == pytest.approx(result.after, rel=1e-5)
 
 
