@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -76,17 +77,18 @@ def without_inference_tensors(module: torch.nn.Module, skipped: Iterable[torch.n
         skipped: modules that keep theirs, because their forward is replaced.
     """
     kept = set(skipped)
-    replaced: list[tuple[dict, str, torch.Tensor]] = []
+    replaced: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
         for inner in module.modules():
-            for table in () if inner in kept else (inner._parameters, inner._buffers):
+            tables: tuple[dict[str, Any], ...] = (inner._parameters, inner._buffers)
+            for table in () if inner in kept else tables:
                 for name, tensor in table.items():
                     if tensor is not None and tensor.is_inference():
                         replaced.append((table, name, tensor))
-                        copy = tensor.detach().clone()
-                        table[name] = (
-                            torch.nn.Parameter(copy, requires_grad=False) if table is inner._parameters else copy
-                        )
+                        copy: Any = tensor.detach().clone()
+                        if table is inner._parameters:
+                            copy = torch.nn.Parameter(copy, requires_grad=False)
+                        table[name] = copy
         yield
     finally:
         for table, name, tensor in replaced:

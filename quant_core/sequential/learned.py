@@ -42,7 +42,7 @@ class LearnedLayer:
         start: x of the weights near a tie, float32 (n,).
     """
 
-    def __init__(self, layer: RoundedLayer, capability: tuple[int, int]):
+    def __init__(self, layer: RoundedLayer, capability: tuple[int, int] | None):
         self.quantized, self._capability = layer.quantized, capability
         solution, codec = self.quantized.solution, self.quantized.codec
         space = codec.solve_space((layer.weight.shape[0], layer.weight.shape[1]))
@@ -153,7 +153,11 @@ class _Linear:
     """
 
     def __init__(
-        self, quantized: QuantizedWeight, weight: torch.Tensor, bias: torch.Tensor | None, capability: tuple[int, int]
+        self,
+        quantized: QuantizedWeight,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        capability: tuple[int, int] | None,
     ):
         self.weight, self.called = weight, False
         self._quantized, self._bias, self._capability = quantized, bias, capability

@@ -82,7 +82,7 @@ def reconstruct_block(
     layers: Mapping[str, RoundedLayer],
     rounding: RoundingConfig,
     *,
-    capability: tuple[int, int],
+    capability: tuple[int, int] | None,
     weights: Mapping[int, float] | None = None,
     linears: Mapping[str, LinearFunction] | None = None,
     seed: int = 0,
@@ -94,7 +94,7 @@ def reconstruct_block(
     Args:
         layers: by the names that :meth:`BlockCalls.run` takes.
         rounding: its options optimizer (default adamw), num_iter, lr, lr_schedule (default: linear to zero) and early_stop.
-        capability: compute capability that activations are quantized for.
+        capability: compute capability that activations are quantized for; None for a card that multiplies the formats.
         weights: weight of each call in the loss; None for 1.
         linears: further layers that are replaced.
         seed: of the order of the calls.
@@ -178,7 +178,7 @@ class _Objective:
             torch.stack([self._weight(call) * _energy(output) for output in _floating(calls.target(call))])
             for call in calls.validation
         ]
-        self._totals = sum(totals).clamp_min(torch.finfo(torch.float64).tiny) if totals else None
+        self._totals = torch.stack(totals).sum(dim=0).clamp_min(1e-300) if totals else torch.ones(())
 
     def loss(self, call: int, linears: Mapping[str, LinearFunction]) -> torch.Tensor:
         """Mean over outputs of the squared error of one call, float64; relative to all validation calls."""
