@@ -16,7 +16,7 @@ import torch
 
 from ..cancellation import CancelCheck
 from ..formats import SolveSpace
-from .optimizers import OPTIMIZERS, SCHEDULES
+from .optimizers import OPTIMIZERS, SCHEDULES, set_mode
 from .quadratic import Quadratic
 
 __all__ = ["round_gradient"]
@@ -59,13 +59,6 @@ class _Choice:
 def _value(quadratic: Quadratic, error: torch.Tensor) -> float:
     """loss(E)² + λ‖E‖²; summed per row, so that no sum depends on the number of threads."""
     return float((quadratic.gradient(error) * error).sum(dim=1).double().sum())
-
-
-def _set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
-    """Switch a schedule-free optimizer between its averaged weights ("eval") and those that it steps ("train")."""
-    switch = getattr(optimizer, mode, None)
-    if switch is not None:
-        switch()
 
 
 @torch.inference_mode(False)  # ComfyUI's nodes run in inference mode, in which optimizers do not work
@@ -128,9 +121,9 @@ def round_gradient(
         gradient.masked_fill_(((x < 0) & (gradient > 0)) | ((x > 1) & (gradient < 0)), 0.0)
         x.grad = gradient.div_(unit)
         solver.step()
-        _set_mode(solver, "eval")
+        set_mode(solver, "eval")
         improved = keep_best()
-        _set_mode(solver, "train")
+        set_mode(solver, "train")
         schedule.step(improved, since)
         since = 0 if improved else since + 1
         if early_stop and since >= early_stop:

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import MissingPackageError
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimizerChoice", "Schedule", "Original"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimizerChoice", "Schedule", "Original", "set_mode"]
 
 
 class Original(torch.optim.Optimizer):
@@ -55,6 +55,13 @@ OPTIMIZERS: Mapping[str, OptimizerChoice] = {
     "radam": OptimizerChoice(lambda params, lr: torch.optim.RAdam(params, lr=lr), 0.05, "exponential"),
     "prodigy": OptimizerChoice(_prodigy, 1.0, "plateau"),
 }
+
+
+def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
+    """Switch a schedule-free optimizer between its averaged weights ("eval") and those that it steps ("train")."""
+    switch = getattr(optimizer, mode, None)
+    if switch is not None:
+        switch()
 
 
 class Schedule(ABC):

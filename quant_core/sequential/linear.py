@@ -7,7 +7,7 @@ import torch
 from ..formats import Codec
 from ..formats.codec import Parts
 
-__all__ = ["LinearFunction", "QuantizedLinear", "quantize_inputs"]
+__all__ = ["LinearFunction", "QuantizedLinear", "quantize_inputs", "reduce_inputs"]
 
 LinearFunction = Callable[[torch.Tensor], torch.Tensor]
 """Replaces the forward of a linear layer: x (…, in) → (…, out)."""
@@ -27,6 +27,18 @@ def quantize_inputs(
     return codec.quantize_activations(x.float() / input_scale, capability) * input_scale
 
 
+def reduce_inputs(
+    codec: Codec, x: torch.Tensor, input_scale: float | None, capability: tuple[int, int] | None
+) -> torch.Tensor:
+    """:func:`quantize_inputs` of activations (…, in), in their shape and dtype, with little memory."""
+    rows = x.flatten(0, -2)
+    reduced = [
+        quantize_inputs(codec, part, input_scale, capability).to(x.dtype)
+        for part in rows.split(max(1, _SLAB // rows.shape[1]))
+    ]
+    return torch.cat(reduced).view(x.shape)
+
+
 class QuantizedLinear:
     """A :data:`LinearFunction` of a quantized layer.
 
@@ -44,12 +56,7 @@ class QuantizedLinear:
         self._input_scale = None if scale is None else float(scale)
 
     def __call__(self, x: torch.Tensor, *_) -> torch.Tensor:
-        rows = x.flatten(0, -2)
-        reduced = [
-            quantize_inputs(self._codec, part, self._input_scale, self._capability).to(x.dtype)
-            for part in rows.split(max(1, _SLAB // rows.shape[1]))
-        ]
-        return self._multiply(torch.cat(reduced).view(x.shape))
+        return self._multiply(reduce_inputs(self._codec, x, self._input_scale, self._capability))
 
     def without_activations(self) -> LinearFunction:
         """The same layer with unquantized activations."""
