@@ -4,7 +4,6 @@ import contextlib
 import math
 import threading
 
-import comfy.model_management
 import torch
 from pack.nodes import host
 from pack.nodes.host.sources import model_weights
@@ -19,7 +18,6 @@ from pack.quant_core.rounding import RoundingConfig
 from pack.quant_core.sequential import ModelWalk, PendingLayer
 from pack.quant_core.sequential.calls import replaced_forward
 from pack.quant_core.sequential.streams import Stream
-
 from replay_checks import DEVICE, MODELS, SAMPLING, Hints, add_patches, make_conditioning, make_model, normal
 
 RECIPE = Recipe("asym_w4a8_int8", rounding="sequential", preset="none")
@@ -32,9 +30,7 @@ def calibrate(model, kind: str):
     extra = {"reference_latents": [normal(1, 128, 4, 4, seed=9).to(DEVICE)]} if kind == "flux2" else hints.get(kind, {})
     pairs = [(make_conditioning(kind, seed, **extra), make_conditioning(kind, 5, **extra)) for seed in (1, 2)]
     options = {"seed": 3, "samples": 2, "keep": "full", "tokens": 256, "on_event": lambda event: None, **SAMPLING}
-    calibration, *_ = host.calibrate_model(
-        model, pairs, [{"samples": torch.zeros(shape)}], replay_calls=8, **options
-    )
+    calibration, *_ = host.calibrate_model(model, pairs, [{"samples": torch.zeros(shape)}], replay_calls=8, **options)
     return calibration
 
 
@@ -56,9 +52,7 @@ def walk(kind: str) -> dict:
         replayed = type(replayed)(**{**vars(replayed), "device_bytes": 0, "ram_bytes": 4 << 20})
         exact = {index: outputs(replayed.run(index)) for index in range(len(replayed.validation))}
         options = {"rounding": RECIPE.rounding, "capability": None, "weights_only": True, "seed": 0}
-        with ModelWalk(
-            replayed, list(replayed.layers), **options, emit=blocks.append, check=lambda: None
-        ) as followed:
+        with ModelWalk(replayed, list(replayed.layers), **options, emit=blocks.append, check=lambda: None) as followed:
             for block in followed.blocks:
                 pending = {name: pend(replayed.layers[name], name) for name in block.layers}
                 results = followed.round_block(pending)
@@ -112,8 +106,7 @@ def quantize(kind: str) -> dict:
     events, before = [], state_of(model)
     recipes = {name: Recipe("asym_w4a8_int8", rounding=name, preset="none") for name in ("calibrated", "sequential")}
     made = {
-        name: host.quantize(model, recipe, events.append, calibration, general=True)
-        for name, recipe in recipes.items()
+        name: host.quantize(model, recipe, events.append, calibration, general=True) for name, recipe in recipes.items()
     }
     again = host.quantize(make_copy(model), recipes["sequential"], events.append, calibration, general=True)
     after, report = state_of(model), made["sequential"].report
@@ -153,7 +146,9 @@ def refuse() -> dict[str, str]:
 
 def compiled(model):
     clone = model.clone()
-    clone.add_wrapper_with_key("apply_model", "torch.compile", lambda executor, *args, **kwargs: executor(*args, **kwargs))
+    clone.add_wrapper_with_key(
+        "apply_model", "torch.compile", lambda executor, *args, **kwargs: executor(*args, **kwargs)
+    )
     return clone
 
 

@@ -28,7 +28,7 @@ FLOORS = [
     {"calibration"},
     {"layer"},
     {"recipes", "quantize_layer"},
-    {"quantize_bank"},
+    {"quantize_bank", "sequential"},
     {"run", "convert"},
     {"checkpoints", "requantize"},
     {"cli"},
