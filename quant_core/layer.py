@@ -82,22 +82,21 @@ def compensate_weight(
     chosen = torch.linspace(0, len(weight) - 1, min(len(weight), _COMPARED_ROWS), device=weight.device).long()
     sample = weight[chosen]
     expected = activations @ sample.t()
-    best, least, mean = weight, torch.linalg.vector_norm(quantized @ sample.t() - expected), hessian.diagonal().mean()
+    best, least = None, torch.linalg.vector_norm(quantized @ sample.t() - expected)
+    shift, mean = cross - hessian, hessian.diagonal().mean()  # (C + λI) = (C − H) + (H + λI)
+
+    def solve(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return rows + lapack(torch.cholesky_solve, shift.t() @ rows.t(), factor).t()
+
     for dampening in dampenings:
         ridged = hessian.clone()
         ridged.diagonal().add_(dampening * mean)
         factor, info = lapack(torch.linalg.cholesky_ex, ridged)
-        if not is_factored(factor, info):
-            continue
-        shift = cross - hessian  # (C + λI) = (C − H) + (H + λI)
-
-        def solve(rows: torch.Tensor, factor: torch.Tensor = factor, shift: torch.Tensor = shift) -> torch.Tensor:
-            return rows + lapack(torch.cholesky_solve, shift.t() @ rows.t(), factor).t()
-
-        loss = torch.linalg.vector_norm(quantized @ solve(sample).t() - expected)
-        if loss < least:
-            best, least = solve(weight).contiguous(), loss
-    return best
+        if is_factored(factor, info):
+            loss = torch.linalg.vector_norm(quantized @ solve(sample, factor).t() - expected)
+            if loss < least:
+                best, least = factor, loss
+    return weight if best is None else solve(weight, best).contiguous()
 
 
 def output_error(

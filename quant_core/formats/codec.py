@@ -339,6 +339,10 @@ class Codec(ABC):
         """
         if not self.quantizes_activations(capability):
             return x.float()
+        return self.restore(self.quantize_stored(x, capability))
+
+    def quantize_stored(self, x: torch.Tensor, capability: tuple[int, int] | None = None) -> torch.Tensor:
+        """:meth:`quantize_activations` in the stored basis, on a card that quantizes them."""
         values = self.basis.apply(x) if self.basis else x.float()
         elements = self.activation_elements(capability)
         if self.format.activations == "tensor":
@@ -346,7 +350,7 @@ class Codec(ABC):
         tokens, inner = values.shape
         columns = inner if self.format.activations == "token" else self.group_size or inner
         groups = ScaleGroups(tokens, inner, 1, columns)
-        return self.restore(SolveSpace(elements, groups, self.scales).round_nearest(values))
+        return SolveSpace(elements, groups, self.scales).round_nearest(values)
 
     def activation_elements(self, capability: tuple[int, int] | None = None) -> ElementFormat:
         """The elements that ComfyUI quantizes activations to, on a card of that compute capability; None: on any."""

@@ -8,7 +8,8 @@ in the original model and X̂ those in the quantized model, quantized as at run 
 and rounded under X̂ᵀX̂ (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). λ is chosen on the validation calls.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,7 @@ from .streams import Stream, Streams
 __all__ = ["BlockRounding", "PendingLayer"]
 
 _DAMPENINGS = (0.01, 0.05, 0.2)  # λ relative to the mean diagonal
+_BATCH = 8192  # tokens of several calls that are quantized together
 
 Rows = Mapping[int, torch.Tensor]
 """Call → sampled inputs of a layer (tokens, in)."""
@@ -76,6 +78,8 @@ class _Activations:
 class BlockRounding:
     """Round the layers of the block at which all calls wait.
 
+    Groups of which none depends on another, such as those of two token streams, are rounded together.
+
     Args:
         layers: by name.
         groups: names of layers by shared input, in the order of execution.
@@ -109,29 +113,59 @@ class BlockRounding:
         original = self._sample_original()
         results: dict[str, QuantizedWeight] = {}
         linears = dict(self._linears)
-        for group in self._groups:
-            quantized = self._sample_quantized(group[0], linears)
-            made = dict(self._round_group(group, original.pop(group[0]), quantized))
+        for level in self._find_levels():
+            quantized = self._sample_quantized([group[0] for group in level], linears)
+            made: dict[str, QuantizedWeight] = {}
+            for group in level:
+                made |= dict(self._round_group(group, original.pop(group[0]), quantized.pop(group[0])))
             results |= made
-            linears |= {name: self._layers[name].linear(made[name], self._capability) for name in group}
+            linears |= {name: self._layers[name].linear(result, self._capability) for name, result in made.items()}
         return results
+
+    def _find_levels(self) -> list[list[list[str]]]:
+        """The groups, each after all whose outputs change its input; found by changing them in one call."""
+        first = [group[0] for group in self._groups]
+        call = self._calls[0]
+        exact, _ = self._sampler.sample(Stream.ORIGINAL, call, first, {})
+        depths: list[int] = []
+        for position, group in enumerate(self._groups):
+            depends = [
+                depths[earlier]
+                for earlier in range(position)
+                if not torch.equal(exact[group[0]], self._changed(earlier)[group[0]])
+            ]
+            depths.append(max(depends, default=-1) + 1)
+        levels: list[list[list[str]]] = [[] for _ in range(max(depths, default=-1) + 1)]
+        for group, depth in zip(self._groups, depths, strict=True):
+            levels[depth].append(group)
+        return levels
+
+    @functools.cache  # noqa: B019 (the object lives as long as one block)
+    def _changed(self, position: int) -> dict[str, torch.Tensor]:
+        """Inputs of all groups in one call of the original model in which the outputs of one group are others."""
+        modules = {name: self._sampler.forward(name) for name in self._groups[position]}
+        linears = {name: lambda x, *_, forward=forward: forward(x).flip(-1) + 1 for name, forward in modules.items()}
+        return self._sampler.sample(Stream.ORIGINAL, self._calls[0], [group[0] for group in self._groups], linears)[0]
 
     def _sample_original(self) -> dict[str, dict[int, torch.Tensor]]:
         """First layer of each group → its inputs in the original model."""
-        first = [group[0] for group in self._groups]
-        sampled: dict[str, dict[int, torch.Tensor]] = {name: {} for name in first}
+        return self._sample(Stream.ORIGINAL, [group[0] for group in self._groups], {})
+
+    def _sample_quantized(
+        self, names: Sequence[str], linears: Mapping[str, LinearFunction]
+    ) -> dict[str, dict[int, torch.Tensor]]:
+        """Layer → its inputs in the quantized model."""
+        return self._sample(Stream.QUANTIZED, names, linears)
+
+    def _sample(
+        self, stream: Stream, names: Sequence[str], linears: Mapping[str, LinearFunction]
+    ) -> dict[str, dict[int, torch.Tensor]]:
+        sampled: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}
         for index in self._calls:
-            found, _ = self._sampler.sample(Stream.ORIGINAL, index, first, {})
+            found, _ = self._sampler.sample(stream, index, names, linears, stop=True)
             for name, rows in found.items():
                 sampled[name][index] = rows
         return sampled
-
-    def _sample_quantized(self, name: str, linears: Mapping[str, LinearFunction]) -> Rows:
-        """Inputs of a layer in the quantized model."""
-        return {
-            index: self._sampler.sample(Stream.QUANTIZED, index, [name], linears, stop=True)[0][name]
-            for index in self._calls
-        }
 
     @property
     def _calls(self) -> list[int]:
@@ -152,25 +186,17 @@ class BlockRounding:
 
     def _measure(self, codec: Codec, input_scale: float | None, original: Rows, quantized: Rows) -> _Activations:
         """Statistics of a group with activations quantized for a codec."""
-
-        def pairs(calls: Iterable[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for index in calls:
-                self._check()
-                exact, weight = original[index], self._weights[index] ** 0.5
-                reduced = quantize_inputs(codec, quantized[index], input_scale, self._capability).to(exact)
-                yield (exact, reduced) if weight == 1 else (exact * weight, reduced * weight)
-
         first = next(iter(original.values()))
         inner, device = first.shape[1], first.device
         cross, hessian = torch.zeros(2, inner, inner, device=device)
         sums, count = torch.zeros(2, inner, dtype=torch.float64, device=device), 0
-        for exact, reduced in pairs(self._streams.calibration):
+        for exact, reduced in self._pairs(codec, input_scale, original, quantized, self._streams.calibration):
             right = matmul_operand(reduced)
             add_product(cross, matmul_operand(exact).t(), right)
             add_product(hessian, right.t(), right)
-            sums += torch.stack([exact.sum(dim=0, dtype=torch.float64), reduced.sum(dim=0, dtype=torch.float64)])
+            sums += torch.stack([exact.sum(dim=0, dtype=torch.float32), reduced.sum(dim=0, dtype=torch.float32)])
             count += len(exact)
-        judged = list(pairs(self._streams.validation))
+        judged = list(self._pairs(codec, input_scale, original, quantized, self._streams.validation))
         mean, quantized_mean = (sums / count).float()
         return _Activations(
             cross.div_(count),
@@ -180,6 +206,27 @@ class BlockRounding:
             torch.cat([exact for exact, _ in judged]).float(),
             torch.cat([reduced for _, reduced in judged]).float(),
         )
+
+    def _pairs(
+        self, codec: Codec, input_scale: float | None, original: Rows, quantized: Rows, calls: Sequence[int]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """X and X̂ of some calls, weighted, a batch at a time."""
+        batch: list[int] = []
+        for index in calls:
+            batch.append(index)
+            if index != calls[-1] and sum(len(original[each]) for each in batch) < _BATCH:
+                continue
+            self._check()
+            exact = torch.cat([original[each] for each in batch])
+            raw = torch.cat([quantized[each] for each in batch])
+            reduced = quantize_inputs(codec, raw, input_scale, self._capability).to(exact)
+            weights = [self._weights[each] ** 0.5 for each in batch]
+            if any(weight != 1 for weight in weights):
+                counts = torch.tensor([len(original[each]) for each in batch], device=exact.device)
+                rows = torch.tensor(weights, device=exact.device).repeat_interleave(counts)[:, None].to(exact)
+                exact, reduced = exact * rows, reduced * rows
+            yield exact, reduced
+            batch = []
 
     def _round_layer(self, pending: PendingLayer, activations: _Activations) -> QuantizedWeight:
         """Round the compensated weight of one layer."""

@@ -29,6 +29,10 @@ class InputSampler:
     def __init__(self, streams: Streams, layers: Mapping[str, torch.nn.Module], widths: Mapping[str, int], seed: int):
         self._streams, self._layers, self._widths, self._seed = streams, layers, widths, seed
 
+    def forward(self, name: str) -> LinearFunction:
+        """The forward of a layer in the original model."""
+        return self._layers[name].forward
+
     def sample(
         self,
         stream: Stream,
@@ -48,7 +52,7 @@ class InputSampler:
         found: dict[str, torch.Tensor] = {}
 
         def probe(name: str) -> LinearFunction:
-            forward: Callable[[torch.Tensor], torch.Tensor] = linears.get(name, self._layers[name].forward)
+            forward: Callable[[torch.Tensor], torch.Tensor] = linears.get(name, self.forward(name))
 
             def function(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
                 if name not in found:

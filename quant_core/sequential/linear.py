@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from ..formats import Codec
+from ...kernels import quantize_int8_row
+from ..formats import INT8, Codec
 from ..formats.codec import Parts
+from ..formats.rotation import GROUP_SIZES
 
 __all__ = ["LinearFunction", "QuantizedLinear", "quantize_inputs", "reduce_inputs"]
 
@@ -31,12 +33,7 @@ def reduce_inputs(
     codec: Codec, x: torch.Tensor, input_scale: float | None, capability: tuple[int, int] | None
 ) -> torch.Tensor:
     """:func:`quantize_inputs` of activations (…, in), in their shape and dtype, with little memory."""
-    rows = x.flatten(0, -2)
-    reduced = [
-        quantize_inputs(codec, part, input_scale, capability).to(x.dtype)
-        for part in rows.split(max(1, _SLAB // rows.shape[1]))
-    ]
-    return torch.cat(reduced).view(x.shape)
+    return _by_slabs(lambda rows: quantize_inputs(codec, rows, input_scale, capability), x)
 
 
 class QuantizedLinear:
@@ -51,18 +48,49 @@ class QuantizedLinear:
 
     def __init__(self, codec: Codec, parts: Parts, shape: tuple[int, ...], capability: tuple[int, int] | None):
         self._codec, self._capability = codec, capability
-        self._weight, self._bias = codec.dequantize(parts, shape), parts.get("bias")
-        scale = parts.get("input_scale")
+        weight = codec.dequantize(parts, shape)
+        self._weight = codec.basis.apply_weight(weight) if codec.basis else weight
+        self._bias, scale = parts.get("bias"), parts.get("input_scale")
         self._input_scale = None if scale is None else float(scale)
 
     def __call__(self, x: torch.Tensor, *_) -> torch.Tensor:
-        return self._multiply(reduce_inputs(self._codec, x, self._input_scale, self._capability))
+        if not self._codec.quantizes_activations(self._capability):
+            return self._multiply(x)
+        return self._multiply_stored(_by_slabs(self._quantize, x))
 
     def without_activations(self) -> LinearFunction:
         """The same layer with unquantized activations."""
         return lambda x, *_: self._multiply(x)
 
+    def _quantize(self, rows: torch.Tensor) -> torch.Tensor:
+        """X̂ of activations (tokens, in) in the stored basis."""
+        codec = self._codec
+        if rows.is_cuda and _has_kernel(codec, self._capability):
+            qdata, scale = quantize_int8_row(rows, rotate_by=codec.rotation.size if codec.rotation else 0)
+            return qdata * scale
+        if self._input_scale is None:
+            return codec.quantize_stored(rows, self._capability)
+        return codec.quantize_stored(rows.float() / self._input_scale, self._capability) * self._input_scale
+
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        basis = self._codec.basis
+        return self._multiply_stored(_by_slabs(basis.apply, x) if basis else x)
+
+    def _multiply_stored(self, x: torch.Tensor) -> torch.Tensor:
         if self._weight.dtype is not x.dtype:
             self._weight = self._weight.to(x.dtype)
         return torch.nn.functional.linear(x, self._weight, None if self._bias is None else self._bias.to(x))
+
+
+def _has_kernel(codec: Codec, capability: tuple[int, int] | None) -> bool:
+    """Whether one kernel rotates and quantizes the activations of a layer."""
+    rotation = codec.rotation
+    fused = rotation is None or rotation.size in GROUP_SIZES
+    return fused and codec.format.activations == "token" and codec.activation_elements(capability) == INT8
+
+
+def _by_slabs(function: LinearFunction, x: torch.Tensor) -> torch.Tensor:
+    """A function of rows (tokens, in) on activations (…, in), in their shape and dtype, with little memory."""
+    rows = x.flatten(0, -2)
+    parts = [function(part).to(x.dtype) for part in rows.split(max(1, _SLAB // rows.shape[1]))]
+    return torch.cat(parts).view(x.shape)
