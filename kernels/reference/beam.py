@@ -53,9 +53,10 @@ def round_block_beam(
 
         t_i = w_i − shift_i − Σ_{c>i} e_c·coupling[c, i],
 
-    which adds (s_i·q − t_i)²·column_cost_i to its cost, and those of least cost are kept. Where costs are equal, the
-    continuation of the one of less cost goes first, and its nearest value before the other. With the width 1 this is
-    :func:`.rounding.round_block`. Source: K-best search of the closest lattice point (M-algorithm).
+    which adds (s_i·q − t_i)²·column_cost_i to its cost, and those of least cost are kept. The one with nearest values only,
+    which is that of :func:`.rounding.round_block`, is always kept and comes first, so that no row costs more than there.
+    Of equal costs, the continuation of an earlier one goes first, and its nearest value before the other. Source: K-best
+    search of the closest lattice point (M-algorithm).
 
     Args:
         weight: float32 (B, R): B columns of R weight rows, transposed.
@@ -87,13 +88,16 @@ def round_block_beam(
         distance = values * step - target[:, None]
         total = distance.square_().mul_(column_cost[column]).add_(cost[:, None])
         total[:, 1].masked_fill_(values[:, 0] == values[:, 1], torch.inf)
-        cost, best = (part[:beam_width] for part in total.flatten(0, 1).sort(dim=0, stable=True))
+        total = total.flatten(0, 1)
+        ranked = torch.cat([torch.full_like(total[:1], -torch.inf), total[1:]])
+        best = ranked.argsort(dim=0, stable=True)[:beam_width]
+        cost = total.gather(0, best)
         parents[column] = best // 2
         chosen[column] = values.flatten(0, 1).gather(0, best) + 0.0  # without negative zeros
         errors = chosen[column] * step - weight[column]
         kept = (parents[column] * rows + lane).flatten()
         shift = shift[:column].index_select(1, kept).add_(coupling[column, :column, None] * errors.flatten())
-    values, state = weight.new_empty(columns, rows), torch.zeros_like(lane)
+    values, state = weight.new_empty(columns, rows), cost.argmin(dim=0)
     for column in range(columns):
         values[column], state = chosen[column, state, lane], parents[column, state, lane]
     return values.half(), values * spread - weight

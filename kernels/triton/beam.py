@@ -59,26 +59,25 @@ def _nearest_levels(value, scale, codes, LEVELS: tl.constexpr, LARGEST: tl.const
 
 @triton.jit
 def _trace_back(
-    survivors, weight, scale, values, errors, row, columns, rows, group_rows, scale_column_stride, row_stride,
+    survivors, state, weight, scale, values, errors, row, columns, rows, group_rows, scale_column_stride, row_stride,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Follow the state of least cost of each row from the first column to the last, and store its values and errors."""
+    """Follow a state of each row from the first column to the last, and store its values and errors."""
     inside = row < rows
-    parent = row * 0
     for i in range(0, columns):
         at = tl.cast(i, tl.int64) * row_stride + row
         w = tl.load(weight + at, mask=inside, other=0.0)
         s = tl.load(scale + i * scale_column_stride + row // group_rows, mask=inside, other=1.0)
-        packed = tl.load(survivors + at * LANES + parent, mask=inside, other=0)
+        packed = tl.load(survivors + at * LANES + state, mask=inside, other=0)
         value = (packed >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-        parent = packed & 0xFFFF
+        state = packed & 0xFFFF
         tl.store(values + at, value, mask=inside)
         tl.store(errors + at, value.to(tl.float32) * s - w, mask=inside)
 
 
 @triton.jit
 def _select(cost_first, cost_second, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The continuations of least cost of each row, in ascending order, and their costs, (ROWS · LANES,).
+    """Continuation 0 and those of least cost of each row, in ascending order, and their costs, (ROWS · LANES,).
 
     Continuation 2k is that of state k by its nearest value, 2k + 1 the one by the other value; of equal costs the first.
     """
@@ -86,7 +85,8 @@ def _select(cost_first, cost_second, ROWS: tl.constexpr, LANES: tl.constexpr):
     option = tl.arange(0, 2 * LANES)
     # The rank of a continuation is the number of those that go before it. Sums are over the first axis, which is in
     # registers of one thread.
-    other, own = tl.trans(total)[:, :, None], total[None, :, :]
+    ranked = tl.where(option[None, :] == 0, float("-inf"), total)  # nearest values only
+    other, own = tl.trans(ranked)[:, :, None], ranked[None, :, :]
     before = (other < own) | ((other == own) & (option[:, None, None] < option[None, None, :]))
     rank = tl.sum(before.to(tl.int32), axis=0)
     kept = tl.trans(rank)[:, :, None] == tl.arange(0, LANES)[None, None, :]
@@ -129,7 +129,8 @@ def _round_block_beam(
     STATES: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    # A program has ROWS rows of LANES partial roundings ("states") in order of their cost; the last LANES − WIDTH are unused.
+    # A program has ROWS rows of LANES partial roundings ("states"): that with nearest values only, then others in order of
+    # their cost; the last LANES − WIDTH are unused.
     ROWS: tl.constexpr = STATES // LANES
     PARTS: tl.constexpr = COLUMNS // PART
     state = tl.arange(0, STATES)
@@ -156,9 +157,7 @@ def _round_block_beam(
             at = i.to(tl.int64) * row_stride + row
             w = tl.load(weight + at, mask=inside, other=0.0)
             s = tl.load(scale + i * scale_column_stride + row // group_rows, mask=inside, other=1.0)
-            feedback = tl.load(
-                coupling + i * columns + first_column + near_column, mask=near_column < count, other=0.0
-            )
+            feedback = tl.load(coupling + i * columns + first_column + near_column, mask=near_column < count, other=0.0)
             target = w - tl.sum(tl.where(near_column[:, None] == own, near, 0.0), axis=0)
             scaled = tl.div_rn(target, s)
             if LEVELS:
@@ -195,9 +194,11 @@ def _round_block_beam(
                 fed += far[:, :, None] * error[None, None, :]
     tl.debug_barrier()  # states are read by other threads than those that stored them
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    best = tl.argmin(tl.reshape(cost, [ROWS, LANES]), axis=1)
     _trace_back(
-        survivors, weight, scale, values, errors, row, columns, rows, group_rows, scale_column_stride, row_stride, LANES
-    )
+        survivors, best, weight, scale, values, errors, row, columns, rows, group_rows, scale_column_stride, row_stride,
+        LANES,
+    )  # fmt: skip
 
 
 def beam_config(beam_width: int) -> dict[str, int]:

@@ -27,11 +27,16 @@ from ..formats import SolveSpace
 from ..linalg import is_factored, lapack
 from .quadratic import Quadratic
 
-__all__ = ["Columns", "Factorization", "column_blocks", "factorize", "round_gptq"]
+__all__ = ["Columns", "Factorization", "column_blocks", "default_beam_width", "factorize", "round_gptq"]
 
 _PANEL = 1024  # columns to which the errors of all others are fed in one product, large enough to fill a GPU
 _BLOCK = 128  # columns that one kernel rounds
 _TO_ZERO = 2.0**100  # divisor for groups with the scale 0, whose quantized values must be 0
+
+
+# Elements → default beam width on a GPU; "levels" are those of W4A8 and W6A8. Floating elements of 8 bits gain 1 %, all
+# others 3 to 6 % of the squared loss (benchmarks/README.md).
+_BEAM_WIDTHS = {"levels": 8, "INT8": 8, "INT4": 8, "E2M1": 8, "E4M3": 1, "E5M2": 1}
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,13 @@ def factorize(
     raise CalibrationError("The Hessian is not positive semi-definite; calibrate again.")
 
 
+def default_beam_width(space: SolveSpace, device: torch.device) -> int:
+    """The beam width of :func:`round_gptq` for a format; 1 on a CPU, where plain torch takes 40 times as long for 8."""
+    if device.type == "cpu":
+        return 1
+    return _BEAM_WIDTHS["levels" if space.levels else space.elements.name]
+
+
 def round_gptq(
     weight: torch.Tensor,
     scale: torch.Tensor,
@@ -131,9 +143,7 @@ def round_gptq(
     return qdata
 
 
-def _feed_forward(
-    columns: "Columns", factorization: Factorization, beam_width: int, check: CancelCheck | None
-) -> None:
+def _feed_forward(columns: "Columns", factorization: Factorization, beam_width: int, check: CancelCheck | None) -> None:
     """Round all columns by (1), or by a beam search in each block."""
     unit = factorization.unit
     for panel in column_blocks(0, len(unit), _PANEL, check):
