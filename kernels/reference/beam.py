@@ -18,7 +18,8 @@ def nearest_elements(values: torch.Tensor, element: ElementArithmetic) -> tuple[
     first = (magnitude / step).round_() * step
     second = torch.where(magnitude < first, first - step, first + step)
     second = torch.where(second > element.largest, first, second)
-    return tuple(torch.where(values < 0, -found, found) for found in (first, second))
+    negative = values < 0
+    return torch.where(negative, -first, first), torch.where(negative, -second, second)
 
 
 def nearest_levels(

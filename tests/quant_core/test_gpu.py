@@ -94,8 +94,9 @@ def anisotropic(inner: int, seed: int = 0) -> torch.Tensor:
 
 
 LEARNED = {
-    "gptq": {"rounding": "calibrated"},
-    "descent": {"rounding": "calibrated", "sweeps": 2},
+    "gptq": {"rounding": "calibrated", "beam_width": 1},
+    "beam": {"rounding": "calibrated", "beam_width": 4},
+    "descent": {"rounding": "calibrated", "beam_width": 1, "sweeps": 2},
     "principal": {"rounding": "principal"},
     "adamw": {"rounding": "calibrated", "optimizer": "adamw", "num_iter": 60},
     "original": {"rounding": "principal", "optimizer": "original", "num_iter": 60},
