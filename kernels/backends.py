@@ -84,6 +84,12 @@ def _max_columns() -> int:
     return triton.MAX_COLUMNS
 
 
+def _max_beam_width() -> int:
+    from . import triton
+
+    return triton.MAX_BEAM_WIDTH
+
+
 CUDA = Need("the tensor is not on a CUDA device", lambda x, *_: x.is_cuda)
 NVIDIA = Need("the GPU is not made by NVIDIA", lambda *_: devices.is_nvidia())
 TRITON = Need("Triton is not installed", lambda *_: has_triton())
@@ -113,6 +119,12 @@ FLOATS = Need(
 COUPLED = Need("columns do not depend on each other", lambda weight, shift, before, coupling, *_: coupling is not None)
 COLUMNS = Need(
     "a block has more columns than the kernel supports", lambda weight, *_: weight.shape[0] <= _max_columns()
+)
+BEAM = Need(
+    "the beam is wider than the kernel supports",
+    lambda weight, shift, coupling, column_cost, scale, group_rows, element, beam_width, *_: (
+        beam_width <= _max_beam_width()
+    ),
 )
 GROUPS = Need(
     "the length of a group must be a power of two from 4 to 256",
@@ -172,6 +184,10 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "round_block": {
         "triton": Implementation(_from_triton("round_block"), (CUDA, NVIDIA, TRITON, COUPLED, COLUMNS)),
         "reference": _reference("round_block"),
+    },
+    "round_block_beam": {
+        "triton": Implementation(_from_triton("round_block_beam"), (CUDA, NVIDIA, TRITON, COLUMNS, BEAM)),
+        "reference": _reference("round_block_beam"),
     },
     "scale_errors": {
         "triton": Implementation(_from_triton("scale_errors"), (CUDA, NVIDIA, TRITON)),

@@ -37,6 +37,7 @@ __all__ = [
     "quantize_int8_row",
     "quantize_int8_row_weight",
     "round_block",
+    "round_block_beam",
     "scale_errors",
     "search_level_scales",
     "scaled_linear",
@@ -363,6 +364,14 @@ def round_block(
     """
     arguments = weight, shift, before, coupling, scale, tile_rows, ElementArithmetic(*grid), codes, level_scale
     return implementation("round_block", *arguments)(*arguments)
+
+
+def round_block_beam(
+    weight, shift, coupling, column_cost, scale, group_rows: int, element, beam_width: int, codes=None, level_scale=None
+):
+    """Round a block of columns by a beam search; see :func:`.reference.beam.round_block_beam`."""
+    arguments = weight, shift, coupling, column_cost, scale, group_rows, element, beam_width, codes, level_scale
+    return implementation("round_block_beam", *arguments)(*arguments)
 
 
 def scale_errors(

@@ -23,6 +23,7 @@ _SMOOTHED_FORMAT = next(name for name in FORMATS if FormatConfig(name).smoothed)
 _LATER = {
     "block_size": FORMAT_OPTIONS["block_size"],
     "smoothing": OPTIONS["smoothing"],
+    "beam_width": OPTIONS["beam_width"],
 }  # in the order of their releases
 _TABLE = {name: option for name, option in OPTIONS.items() if name not in _LATER} | _LATER
 

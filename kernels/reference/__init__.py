@@ -1,5 +1,6 @@
 """Every kernel in plain torch: the oracle of the Triton kernels, and the implementation for devices without Triton."""
 
+from .beam import round_block_beam
 from .grouped_levels import expand_weight, prepare_w4a8_linear, scale_levels
 from .linear import prepare_linear
 from .quantize import LARGEST, SMALLEST_AMAX, dequantize_weight, prepare_quantizer, quantize_inputs, quantize_weight
@@ -26,6 +27,7 @@ __all__ = [
     "quantize_inputs",
     "quantize_weight",
     "round_block",
+    "round_block_beam",
     "round_to_levels",
     "round_to_element",
     "scale_errors",

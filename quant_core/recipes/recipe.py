@@ -244,7 +244,7 @@ class Recipe:
 
 _FORMAT_FIELDS = [field.name for field in dataclasses.fields(FormatConfig) if field.name != "name"]
 _ROUNDING_FIELDS = [field.name for field in dataclasses.fields(RoundingConfig) if field.name != "rounding"]
-_LATER_KEYS = ("bits", "linear_dtype", "card", "target_time", "smoothing")
+_LATER_KEYS = ("bits", "linear_dtype", "card", "target_time", "smoothing", "beam_width")
 _FILE_KEYS = (
     *("rounding", *(name for name in _ROUNDING_FIELDS if name not in _LATER_KEYS)),
     *("format", "granularity", "block_size", "convrot", "preset", "keep", "heur"),

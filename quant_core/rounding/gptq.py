@@ -7,6 +7,9 @@ j of E·L contains e_j and the errors of the columns after it. From the last col
 
 This is GPTQ/OPTQ, equivalent to LDLQ (arXiv 2210.17323, 2307.13304), with one factorization and without an inverse of H.
 
+Instead of one rounding, a beam search carries the partial roundings of least loss through a block of columns. With
+L_jj²·(q_j·s_j − t_j)², t_j being the number that (1) divides by s_j, the squares of column j of E·L add up to the loss.
+
 Coordinate descent afterwards passes over the columns and sets each quantized value to the best one given all others,
 which is (1) with H_ij/H_jj for all i ≠ j: the loss never rises (arXiv 2309.01885).
 """
@@ -17,17 +20,23 @@ from dataclasses import dataclass, replace
 import torch
 
 from ... import kernels
+from ...kernels.element_format import ElementArithmetic
 from ..cancellation import CancelCheck
 from ..errors import CalibrationError
 from ..formats import SolveSpace
 from ..linalg import is_factored, lapack
 from .quadratic import Quadratic
 
-__all__ = ["Columns", "Factorization", "column_blocks", "factorize", "round_gptq"]
+__all__ = ["Columns", "Factorization", "column_blocks", "default_beam_width", "factorize", "round_gptq"]
 
 _PANEL = 1024  # columns to which the errors of all others are fed in one product, large enough to fill a GPU
 _BLOCK = 128  # columns that one kernel rounds
 _TO_ZERO = 2.0**100  # divisor for groups with the scale 0, whose quantized values must be 0
+
+
+# Elements → default beam width on a GPU; "levels" are those of W4A8 and W6A8. Floating elements of 8 bits gain 1 %, all
+# others 3 to 6 % of the squared loss (benchmarks/README.md).
+_BEAM_WIDTHS = {"levels": 8, "INT8": 8, "INT4": 8, "E2M1": 8, "E4M3": 1, "E5M2": 1}
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Factorization:
         order: the columns by ascending diagonal, int64 (in,).
         unit: L_ij/L_jj, float32 (in, in), L being the Cholesky factor.
         diagonal: H_jj, float32 (in,).
+        pivots: L_jj², float32 (in,).
         dampening: λ.
         coupling: H with zeros on the diagonal, float32 (in, in), for coordinate descent; None without.
     """
@@ -45,6 +55,7 @@ class Factorization:
     order: torch.Tensor
     unit: torch.Tensor
     diagonal: torch.Tensor
+    pivots: torch.Tensor
     dampening: float
     coupling: torch.Tensor | None
 
@@ -79,12 +90,20 @@ def factorize(
         factor = matrix.mT  # the same matrix, in the layout that LAPACK factors in place
         lapack(torch.linalg.cholesky_ex, factor, out=(factor, info))
         if is_factored(factor, info):
-            unit = factor.div_(factor.diagonal().clone())
-            return Factorization(order, unit, diagonal, quadratic.dampening, coupling)
+            pivots = factor.diagonal().clone()
+            unit = factor.div_(pivots)
+            return Factorization(order, unit, diagonal, pivots.square_(), quadratic.dampening, coupling)
         # Rounding errors have made a nearly singular H indefinite.
         extra = 10.0 ** (attempt - 4) * float(diagonal.mean() + quadratic.dampening)
         matrix = undamped.matrix(order) if coupling is None else coupling.clone()
     raise CalibrationError("The Hessian is not positive semi-definite; calibrate again.")
+
+
+def default_beam_width(space: SolveSpace, device: torch.device) -> int:
+    """The beam width of :func:`round_gptq` for a format; 1 on a CPU, where plain torch takes 40 times as long for 8."""
+    if device.type == "cpu":
+        return 1
+    return _BEAM_WIDTHS["levels" if space.levels else space.elements.name]
 
 
 def round_gptq(
@@ -94,6 +113,7 @@ def round_gptq(
     quadratic: Quadratic,
     *,
     passes: int = 0,
+    beam_width: int = 1,
     parts: int = 1,
     factorization: Factorization | None = None,
     check: CancelCheck | None = None,
@@ -104,6 +124,7 @@ def round_gptq(
         weight: (out, in), any float dtype, in the stored basis.
         scale: effective scales, float32 (*counts).
         quadratic: without ``rows``; :func:`~.projected.round_projected` is for those.
+        beam_width: number of partial roundings of each row that are kept within a block of columns.
         parts: round the rows in this many parts, for less memory.
         factorization: that of ``quadratic`` for ``passes``, where it is known.
 
@@ -115,20 +136,26 @@ def round_gptq(
     qdata = torch.empty(weight.shape, dtype=space.elements.dtype, device=weight.device)
     for rows, scale_rows in _row_parts(weight.shape[0], parts, space):
         columns = Columns(weight[rows], scale[scale_rows], space.of_rows(rows), factorization.order)
-        _feed_forward(columns, factorization.unit, check)
+        _feed_forward(columns, factorization, beam_width, check)
         for _ in range(passes):
             _descend(columns, factorization, check)
         qdata[rows] = columns.qdata()
     return qdata
 
 
-def _feed_forward(columns: "Columns", unit: torch.Tensor, check: CancelCheck | None) -> None:
-    """Round all columns by (1)."""
+def _feed_forward(columns: "Columns", factorization: Factorization, beam_width: int, check: CancelCheck | None) -> None:
+    """Round all columns by (1), or by a beam search in each block."""
+    unit = factorization.unit
     for panel in column_blocks(0, len(unit), _PANEL, check):
         shift = unit[panel.stop :, panel].t() @ columns.errors[panel.stop :]
         for block in column_blocks(panel.start, panel.stop, _BLOCK, check):
             done, own = slice(block.stop, panel.stop), shift[block.start - panel.start : block.stop - panel.start]
-            columns.round(block, own.addmm_(unit[done, block].t(), columns.errors[done]), unit[block, block].tril(-1))
+            own.addmm_(unit[done, block].t(), columns.errors[done])
+            coupling = unit[block, block].tril(-1)
+            if beam_width == 1:
+                columns.round(block, own, coupling)
+            else:
+                columns.search(block, own, coupling, factorization.pivots[block], beam_width)
 
 
 def _descend(columns: "Columns", factorization: Factorization, check: CancelCheck | None) -> None:
@@ -176,12 +203,32 @@ class Columns:
             shift,
             self.errors[block] if again else None,
             coupling,
-            self._scale if self._scale.shape[0] == 1 else self._scale[block],
-            self._group_rows,
-            self._elements.arithmetic,
-            self._codes,
-            None if self._level_scale is None else self._level_scale[block],
+            *self._scales(block),
+            *self._levels(block),
         )
+
+    def search(
+        self, block: slice, shift: torch.Tensor, coupling: torch.Tensor, column_cost: torch.Tensor, beam_width: int
+    ) -> None:
+        """Round the columns of ``block`` by a beam search, see :func:`~learned_rounding.kernels.round_block_beam`."""
+        self._values[block], self.errors[block] = kernels.round_block_beam(
+            self._weight[block],
+            shift,
+            coupling,
+            column_cost,
+            *self._scales(block),
+            beam_width,
+            *self._levels(block),
+        )
+
+    def _scales(self, block: slice) -> tuple[torch.Tensor, int, ElementArithmetic]:
+        """Scales of the columns of ``block``, the height of their groups, and the arithmetic of the elements."""
+        scale = self._scale if self._scale.shape[0] == 1 else self._scale[block]
+        return scale, self._group_rows, self._elements.arithmetic
+
+    def _levels(self, block: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Codes of the levels, and the scales of these in the columns of ``block``; None without levels."""
+        return self._codes, None if self._level_scale is None else self._level_scale[block]
 
     def qdata(self) -> torch.Tensor:
         """Quantized values (rows, in), in the weight's own order of columns."""

@@ -132,6 +132,15 @@ OPTIONS: Mapping[str, RoundingOption] = {
         gradient=False,
         help="coordinate-descent passes after GPTQ",
     ),
+    "beam_width": RoundingOption(
+        acts=_CALIBRATED,
+        kind=int,
+        low=1,
+        high=16,
+        gradient=False,
+        help="number of partial roundings of an output channel that GPTQ keeps within a block of 128 input channels (beam search); "
+        "by default 8, but 1 for FP8 and on a CPU",
+    ),
     "bias_correction": RoundingOption(
         acts=_ANY,
         default="auto",
@@ -182,6 +191,7 @@ class RoundingConfig:
     bias_correction: str | None = None
     calib_samples: int | None = None
     smoothing: bool | None = None
+    beam_width: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.rounding, str) or self.rounding not in ROUNDINGS:

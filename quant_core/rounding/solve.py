@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..cancellation import CancelCheck
-from ..formats import Solution, SolveSpace
-from .gptq import Factorization, factorize, round_gptq
+from ..formats import INT8, Solution, SolveSpace
+from .gptq import Factorization, default_beam_width, factorize, round_gptq
 from .gradient import round_gradient
 from .options import RoundingConfig
 from .principal import Principal, solve_within_bound
@@ -24,6 +24,7 @@ _CLOSE = 0.02  # losses within this ratio of the smallest are computed again in 
 # Tried where validation statistics can choose, else the first: the fewer different activations a Hessian was made of, the
 # more dampening it needs. Finer steps gain less than 0.3 % (measured).
 _DAMPENINGS = (0.01, 0.1, 1.0)
+_BOTH_SCALES = (INT8,)  # elements for which the start's scale of a row is tried as well
 _SAMPLED_ROWS = 256  # on which the dampening of a weight of more than twice as many rows is chosen
 
 
@@ -90,8 +91,8 @@ class WeightSolver:
         assert compared is not None
         for quadratic in quadratics:  # by ascending dampening
             tried = self._factorize(quadratic, like=factorization)
-            scaling = of_sample(self._search_scale(start, quadratic)[0])
-            loss = sample._loss(compared, sample._run_solver(scaling, quadratic, tried), exact=True)
+            scalings = of_sample(self._search_scale(start, quadratic)[0]), of_sample(start)
+            loss = sample._loss(compared, sample._round_under(*scalings, quadratic, tried), exact=True)
             if factorization is not None and loss >= least:
                 break  # the loss has one minimum over the dampening
             best, factorization, least = quadratic, tried, loss
@@ -135,7 +136,32 @@ class WeightSolver:
             least = nearest.weight_error * self._search_scale(start, Quadratic())[1]
             yield from solve_within_bound(lambda form: self._run_solver(scaling, form), quadratic, least)
         elif nearest.weight_error:
-            yield self._run_solver(scaling, quadratic, factorization)
+            yield self._round_under(scaling, start, quadratic, factorization)
+
+    def _round_under(
+        self, searched: Scaling, start: Scaling, quadratic: Quadratic, factorization: Factorization | None
+    ) -> Solution:
+        """What the solver makes of the searched scales; for INT8 per row, in each row the better of that and of the start's.
+
+        The search minimises the error of round to nearest, which raises the squared loss of GPTQ by 2 % (measured).
+        """
+        groups, levels = searched.space.groups, searched.space.levels
+        per_row = groups.counts == (groups.out, 1) and levels is None
+        if self.rounding.gradient or not per_row or searched.space.elements not in _BOTH_SCALES:
+            return self._run_solver(searched, quadratic, factorization)
+        factorization = factorization or self._factorize(quadratic, like=None)
+        solution, other = (self._run_solver(scaling, quadratic, factorization) for scaling in (searched, start))
+        form = replace(quadratic, row_weight=None)
+        better = self._row_losses(form, other) < self._row_losses(form, solution)
+        qdata = torch.where(better[:, None], other.qdata, solution.qdata)
+        scale = torch.where(better[:, None], start.scale, searched.scale)
+        return self._solution(solution.solver, qdata, replace(searched, scale=scale))
+
+    def _row_losses(self, quadratic: Quadratic, solution: Solution) -> torch.Tensor:
+        """What the solver minimises, of each row, float32 (out,)."""
+        slabs = error_slabs(self.weight, solution.qdata, solution.scale, self.space, self.check)
+        losses = [quadratic.gradient(error, exact=False).mul_(error).sum(dim=1) for _, _, error in slabs]
+        return torch.cat(losses)
 
     def _quadratics(self) -> list[Quadratic]:
         """What the rounding minimises; several dampenings where validation statistics can choose and the user did not."""
@@ -173,12 +199,14 @@ class WeightSolver:
         else:
             solver = "gptq"
             passes = self.rounding.get("sweeps")
+            beam_width = self.rounding.beam_width or default_beam_width(space, self.weight.device)
             qdata = round_gptq(
                 self.weight,
                 scale,
                 space,
                 quadratic,
                 passes=passes,
+                beam_width=beam_width,
                 parts=self.parts,
                 factorization=factorization,
                 check=self.check,

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from learned_rounding.kernels.reference import LARGEST
-from learned_rounding.kernels.triton import grouped_levels, hopper, linear, quantize, rounding
+from learned_rounding.kernels.triton import beam, grouped_levels, hopper, linear, quantize, rounding
 from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8
 
 F32, I32 = "*fp32", "i32"
@@ -26,6 +26,8 @@ BLOCK = dict.fromkeys(("weight", "shift", "before", "coupling", "scale", "codes"
 }
 LEVELS = (0, 16, 63)  # of a group: any element, a codebook, 6-bit integers
 BLOCK |= dict.fromkeys(("columns", "rows", "group_rows", "scale_column_stride", "row_stride"), I32)
+BEAM = BLOCK | {"column_cost": F32, "survivors": "*i32"}
+del BEAM["before"]
 SEARCH = dict.fromkeys(("scale", "ratios", "column_weight", "errors"), F32) | {"weight": "*bf16"}
 SEARCH |= dict.fromkeys(
     ("out", "inner", "row_stride", "candidates", "group_rows", "group_columns", "groups", "sum_rows", "sums"), I32
@@ -48,6 +50,7 @@ EVEN = {"columns", "inner", "x_stride", "stride", "a_stride", "b_stride"}
 
 # Kernels without fused multiply-add.
 SEPARATE = {
+    beam._round_block_beam,
     quantize._quantize_blocks,
     quantize._quantize_rows,
     quantize._quantize_square_blocks,
@@ -73,6 +76,20 @@ def rounding_cases():
                     warps,
                     3,
                 )
+
+
+def beam_cases():
+    warps = beam.CONFIG[1]
+    for element, levels, width in (
+        (INT8, 0, 8),
+        (INT8, 0, 4),
+        (INT8, 16, 8),
+        (INT8, 63, 8),
+        (E2M1, 0, 8),
+        (E4M3, 0, 16),
+    ):
+        numbers = rounding.element_constants(element.arithmetic)
+        yield beam._round_block_beam, BEAM, {"LEVELS": levels, **numbers, **beam.beam_config(width)}, warps, 3
 
 
 def level_cases():
@@ -171,6 +188,7 @@ def hopper_cases():
 def cases(sm):
     """Yield (kernel, argument types, constexpr values, warps, stages)."""
     yield from rounding_cases()
+    yield from beam_cases()
     yield from level_cases()
     yield from w4a8_cases()
     yield from quantizing_cases(sm)

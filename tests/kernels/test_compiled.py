@@ -12,6 +12,7 @@ import pytest
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 KERNELS = {
     "_round_block",
+    "_round_block_beam",
     "_scale_errors",
     "_search_level_scales",
     "_quantize_blocks",

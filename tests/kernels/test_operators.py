@@ -34,6 +34,16 @@ ARGUMENTS = {
 FUNCTIONS = {
     "expand_weight": ARGUMENTS["w4a8_linear"][1:3] + (None,),
     "round_block": (X, X / 9, None, torch.ones(6, 6).tril(-1), torch.ones(1, 1), 96, E4M3.arithmetic),
+    "round_block_beam": (
+        X,
+        X / 9,
+        torch.ones(6, 6).tril(-1),
+        torch.ones(6),
+        torch.ones(1, 1),
+        96,
+        E4M3.arithmetic,
+        4,
+    ),
     "scale_errors": (X, torch.ones(6, 1), torch.tensor([1.0, 0.9]), X[0].square(), 1, 96, 1, E4M3.arithmetic),
     "search_level_scales": (
         X,

@@ -8,7 +8,7 @@ INPUTS = {
     "LearnedRoundingConfigure": "format granularity preset seed rounding keep heur full_precision_matrix_mult convrot target_size target_error "
     "block_formats layer_config bits linear_dtype card target_time options",
     "LearnedRoundingOptions": "optimizer num_iter lr lr_schedule early_stop top_p min_k max_k full_matrix weight_cost damping sweeps bias_correction "
-    "calib_samples block_size smoothing",
+    "calib_samples block_size smoothing beam_width",
     "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels general",
     "LearnedRoundingSave": "quantized filename_prefix folder",
     "LearnedRoundingCalibrate": "model positive negative latent_image seed steps cfg sampler_name scheduler samples keep tokens "

@@ -94,8 +94,9 @@ def anisotropic(inner: int, seed: int = 0) -> torch.Tensor:
 
 
 LEARNED = {
-    "gptq": {"rounding": "calibrated"},
-    "descent": {"rounding": "calibrated", "sweeps": 2},
+    "gptq": {"rounding": "calibrated", "beam_width": 1},
+    "beam": {"rounding": "calibrated", "beam_width": 4},
+    "descent": {"rounding": "calibrated", "beam_width": 1, "sweeps": 2},
     "principal": {"rounding": "principal"},
     "adamw": {"rounding": "calibrated", "optimizer": "adamw", "num_iter": 60},
     "original": {"rounding": "principal", "optimizer": "original", "num_iter": 60},
@@ -240,6 +241,7 @@ def test_many_rows_are_rounded_as_on_a_cpu():
         "hessian": rows[:2500].t() @ rows[:2500] / 2500,
         "validation_hessian": LowRankHessian(rows[2500:].t() / 500**0.5, torch.zeros(1100)),
     }
+    known["beam_width"] = 2
     errors = [quantize_weight(weight.to(device), "int8_tensorwise", **known).output_error for device in ("cpu", "cuda")]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 

@@ -22,6 +22,7 @@ def test_every_field_of_a_recipe_is_in_the_table():
         "card",
         "target_time",
         "smoothing",
+        "beam_width",
     }  # these are written where they are given
     assert sum(map(len, OPTION_TABLE.values())) == len(TABLE)
 

@@ -6,13 +6,17 @@ import torch
 from learned_rounding.kernels.reference import round_to_levels
 from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.errors import CalibrationError
+from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.rounding import (
     Principal,
     Quadratic,
+    RoundingConfig,
+    WeightSolver,
     gptq,
     hessian_quadratic,
     projected,
     round_gptq,
+    solve,
 )
 from learned_rounding.tests.quant_core.rounding.targets import TARGETS, held_shape, start
 
@@ -58,6 +62,104 @@ def test_gptq_matches_the_published_form_in_float64(gaussian, anisotropic, forma
     got = round_gptq(weight, scale, space, quadratic).float()
     want = published_gptq(weight, space.groups.spread(scale), space, known.hessian, quadratic.dampening)
     assert (got == want).float().mean() > 0.99
+
+
+def two_nearest(space, row, column, target):
+    """The one or two numbers that enclose ``target``, in units of the scale; float64."""
+    if levels := space.levels:
+        values = (levels.codes * levels.scale[row, column // levels.columns]).round().clamp(-127, 127)
+    else:
+        codes = torch.arange(-128, 128, dtype=torch.int8)
+        values = codes.view(space.elements.dtype).float()
+        values = values[values.isfinite() & (values.abs() <= space.elements.max)]
+        values = space.elements.encode(values).float()
+    values = values.double().unique()
+    above = int((values < target).sum())
+    return values[max(above - 1, 0) : above + 1].tolist()
+
+
+def beam_in_float64(weight, scale, space, hessian, dampening, width, size=128):
+    """Each row by itself: GPTQ, and the roundings of least cost among continuations of the kept ones, by blocks."""
+    order = hessian.diagonal().argsort(stable=True)
+    lower = torch.linalg.cholesky((hessian.double() + dampening * torch.eye(len(hessian)))[order][:, order])
+    unit, values = lower / lower.diagonal(), torch.empty(weight.shape)
+    for row in range(weight.shape[0]):
+        w, s = weight[row, order].double(), scale[row, order].double()
+        kept = [(0.0, torch.zeros_like(w), torch.zeros_like(w))]
+        for i in range(len(w) - 1, -1, -1):
+            continued = []
+            for rank, (cost, errors, chosen) in enumerate(kept):
+                target = float(w[i] - errors @ unit[:, i])
+                pair = two_nearest(space, row, int(order[i]), target / float(s[i]))
+                for other, value in enumerate(sorted(pair, key=lambda q: abs(q - target / float(s[i])))):
+                    added = (value * float(s[i]) - target) ** 2 * float(lower[i, i]) ** 2
+                    first = rank == 0 and other == 0  # nearest values only
+                    continued.append((not first, cost + added, errors, chosen, value))
+            kept = []
+            for _, cost, errors, chosen, value in sorted(continued, key=lambda entry: entry[:2])[:width]:
+                errors, chosen = errors.clone(), chosen.clone()
+                errors[i], chosen[i] = value * s[i] - w[i], value
+                kept.append((cost, errors, chosen))
+            if (len(w) - i) % size == 0 or i == 0:
+                _, errors, chosen = min(kept, key=lambda entry: entry[0])
+                kept = [(0.0, errors, chosen)]
+        values[row, order] = chosen.float()
+    return values
+
+
+BEAM_TARGETS = [
+    ("int8_tensorwise", "row"),
+    ("float8_e4m3fn", "tensor"),
+    ("asym_w4a8_int8", "group"),
+    ("nvfp4", "group"),
+]
+
+
+@pytest.mark.parametrize("format, granularity", BEAM_TARGETS)
+@pytest.mark.parametrize("shape, width", [((3, 160), 4), ((5, 32), 8)])
+def test_beam_search_matches_float64(gaussian, anisotropic, format, granularity, shape, width):
+    weight, known = gaussian(*shape) * 0.02, anisotropic(shape[1])
+    space, scale = space_and_scale(format, granularity, weight)
+    quadratic = hessian_quadratic(known.hessian, 0.05)
+    got = round_gptq(weight, scale, space, quadratic, beam_width=width).float()
+    spread = space.groups.spread(scale).expand(weight.shape)
+    want = beam_in_float64(weight, spread, space, known.hessian, quadratic.dampening, width)
+    assert (got == want).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+@pytest.mark.parametrize("format, granularity", BEAM_TARGETS)
+def test_beam_search_lowers_the_loss(gaussian, anisotropic, format, granularity, passes):
+    weight, known = gaussian(64, 256) * 0.02, anisotropic(256)
+    space, scale = space_and_scale(format, granularity, weight)
+    quadratic = hessian_quadratic(known.hessian, 0.01)
+
+    def loss(width):
+        qdata = round_gptq(weight, scale, space, quadratic, passes=passes, beam_width=width)
+        error = space.decode(qdata, scale) - weight
+        return float((quadratic.gradient(error) * error).sum())
+
+    losses = [loss(width) for width in (1, 8)]
+    assert losses[1] < losses[0] * (0.97 if format != "float8_e4m3fn" else 1.0)
+
+
+def test_int8_rows_take_the_better_of_two_scales(gaussian, anisotropic, monkeypatch):
+    weight, known = gaussian(48, 256) * gaussian(48, 256, seed=1).abs(), anisotropic(256)
+    space = make_codec("int8_tensorwise", "row").solve_space((48, 256))
+    solver = WeightSolver(weight, space, RoundingConfig("calibrated"), known.hessian)
+    made = solver.solve()
+    monkeypatch.setattr(solve, "_BOTH_SCALES", ())
+    searched = solver.solve()
+    assert 0 < (made.scale != searched.scale).sum() < 48 and made.output_error < searched.output_error
+    form = hessian_quadratic(known.hessian, 0.01)
+    assert (solver._row_losses(form, made) <= solver._row_losses(form, searched) * (1 + 1e-5)).all()
+
+
+def test_a_cpu_searches_only_when_asked():
+    for format, granularity in TARGETS:
+        space = make_codec(format, granularity).solve_space((64, 128))
+        widths = [gptq.default_beam_width(space, torch.device(device)) for device in ("cpu", "cuda")]
+        assert widths == [1, 1 if format.startswith(("float8", "mxfp8")) else 8]
 
 
 @pytest.mark.parametrize("format, granularity", TARGETS)

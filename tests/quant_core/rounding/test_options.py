@@ -22,6 +22,7 @@ VALUES = {
     "sweeps": 2,
     "bias_correction": "none",
     "smoothing": True,
+    "beam_width": 4,
 }
 
 
@@ -59,6 +60,8 @@ def test_an_option_acts_or_is_refused(name, rounding, sentences):
         {"damping": float("nan")},
         {"min_k": 100, "max_k": 50},
         {"sweeps": 1, "num_iter": 5},
+        {"beam_width": 4, "optimizer": "adamw"},
+        {"beam_width": 17},
         {"calib_samples": 10},
         {"top_p": 0.1, "damping": 0.1},
     ],

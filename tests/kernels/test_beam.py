@@ -1,0 +1,140 @@
+"""Beam search over the roundings of a block: Triton against plain torch, and both against all roundings in float64."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from learned_rounding.kernels import reference
+from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8
+
+ELEMENTS = {"e4m3": E4M3, "e5m2": E5M2, "e2m1": E2M1, "int8": INT8, "int4": INT4}
+CODES = {
+    "codebook": torch.linspace(-1, 1, 16).sign() * torch.linspace(-1, 1, 16).abs() ** 1.2,
+    "6 bits": torch.arange(-31.0, 32.0),
+}
+
+
+@pytest.fixture(scope="module")
+def fast(device):
+    from learned_rounding.kernels import triton
+
+    return triton
+
+
+def random(*shape, seed=0, device="cpu"):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def block(element, columns, rows, group_rows, device="cpu"):
+    """Arguments of round_block_beam up to the beam width."""
+    coupling = (random(columns, columns, seed=3, device=device) * 0.3).tril(-1)
+    per_column = 1 if group_rows == rows else columns
+    scale = 0.05 + random(per_column, -(-rows // group_rows), seed=4, device=device).abs() * 3 / element.max
+    weight, shift = (random(columns, rows, seed=seed, device=device) for seed in (0, 1))
+    cost = 0.1 + random(columns, seed=5, device=device).square()
+    return weight, shift, coupling, cost, scale, group_rows, element.arithmetic
+
+
+def block_of_levels(codes, columns, rows, device="cpu"):
+    """The same for groups of levels, and the two arguments after the beam width."""
+    scale = (0.02 + random(1, rows, seed=4, device=device).abs() / 20).contiguous()
+    arguments = (*block(INT8, columns, rows, rows, device)[:4], scale, 1, INT8.arithmetic)
+    level_scale = random(columns, rows, seed=6, device=device).abs() * 60 / codes[-1]
+    level_scale[:, 0] = 0  # a group with one level
+    return arguments, (codes.to(device), level_scale)
+
+
+def cost_of(arguments, errors):
+    """Σ (L_jj·(E·L)_j)² of each row in float64, with what other columns feed to the block."""
+    _, shift, coupling, column_cost = (tensor.double() for tensor in arguments[:4])
+    unit = coupling + torch.eye(len(coupling), dtype=torch.float64)
+    return ((unit.t() @ errors.double() + shift).square() * column_cost[:, None]).sum(dim=0)
+
+
+def assert_identical(got, want):
+    assert torch.equal(got[0].view(torch.int16), want[0].view(torch.int16))  # negative zeros differ
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("width", [3, 8])
+@pytest.mark.parametrize("columns, rows, group_rows", [(5, 9, 9), (18, 3, 1), (16, 4, 2)])
+@pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
+def test_triton_and_plain_torch_are_identical(fast, device, element, columns, rows, group_rows, width):
+    arguments = (*block(element, columns, rows, group_rows, device), width)
+    assert_identical(fast.round_block_beam(*arguments), reference.round_block_beam(*arguments))
+
+
+@pytest.mark.parametrize("width", [1, 6])
+@pytest.mark.parametrize("codes", CODES)
+def test_triton_and_plain_torch_are_identical_for_levels(fast, device, codes, width):
+    arguments, levels = block_of_levels(CODES[codes], 18, 3, device)
+    assert_identical(
+        fast.round_block_beam(*arguments, width, *levels), reference.round_block_beam(*arguments, width, *levels)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [3072, 301])
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_blocks_of_real_size_are_identical(fast, device, rows, width):
+    for element in ELEMENTS.values():
+        arguments = (*block(element, 128, rows, 1, device), width)
+        assert_identical(fast.round_block_beam(*arguments), reference.round_block_beam(*arguments))
+    for codes in CODES.values():
+        arguments, levels = block_of_levels(codes, 128, rows, device)
+        assert_identical(
+            fast.round_block_beam(*arguments, width, *levels), reference.round_block_beam(*arguments, width, *levels)
+        )
+
+
+@pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
+def test_the_width_1_is_round_block(element):
+    weight, shift, coupling, cost, *rest = block(element, 40, 24, 8)
+    got = reference.round_block_beam(weight, shift, coupling, cost, *rest, 1)
+    want = reference.round_block(weight, shift, None, coupling, *rest)
+    same = (got[0] == want[0]).all(dim=0)  # but for ties, where torch.addr may fuse multiplication and addition
+    assert same.float().mean() > 0.8
+    torch.testing.assert_close(got[1][:, same], want[1][:, same])
+
+
+@pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
+def test_no_row_costs_more_than_by_round_block(element):
+    arguments = block(element, 48, 200, 1)
+    greedy, *beams = (cost_of(arguments, reference.round_block_beam(*arguments, width)[1]) for width in (1, 2, 4, 8))
+    assert all((beam <= greedy * (1 + 1e-5)).all() for beam in beams)
+    sums = [float(cost.sum()) for cost in (greedy, *beams)]
+    assert sums == sorted(sums, reverse=True) and sums[-1] < 0.98 * sums[0]
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_no_row_of_levels_costs_more_than_by_round_block(codes):
+    arguments, levels = block_of_levels(CODES[codes], 48, 200)
+    greedy, beam = (cost_of(arguments, reference.round_block_beam(*arguments, width, *levels)[1]) for width in (1, 8))
+    assert (beam <= greedy * (1 + 1e-5)).all() and beam.sum() < 0.98 * greedy.sum()
+
+
+def nearest_two(target, values):
+    """The two of the sorted ``values`` that enclose a number."""
+    above = int((values < target).sum())
+    return {float(values[min(max(index, 0), len(values) - 1)]) for index in (above - 1, above)}
+
+
+@pytest.mark.parametrize("columns", [3, 5])
+def test_a_beam_that_drops_nothing_finds_the_least_cost_in_float64(columns):
+    """All 2ⁿ roundings to one of the two nearest levels, each number from those before it."""
+    arguments, levels = block_of_levels(CODES["codebook"], columns, 30)
+    weight, shift, coupling, column_cost, scale = (tensor.double() for tensor in arguments[:5])
+    _, errors = reference.round_block_beam(*arguments, 2**columns, *levels)
+    tables = (levels[0] * levels[1][..., None]).round().clamp(-127, 127).double()
+    for row in range(1, weight.shape[1]):
+        best = float("inf")
+        for choice in product((0, 1), repeat=columns):
+            error, cost = torch.zeros(columns, dtype=torch.float64), 0.0
+            for i in reversed(range(columns)):
+                target = weight[i, row] - shift[i, row] - coupling[:, i] @ error
+                pair = sorted(nearest_two(target / scale[0, row], tables[i, row]))
+                value = pair[min(choice[i], len(pair) - 1)] * scale[0, row]
+                error[i], cost = value - weight[i, row], cost + (value - target) ** 2 * column_cost[i]
+            best = min(best, float(cost))
+        assert float(cost_of(arguments, errors)[row]) == pytest.approx(best, rel=1e-4)
