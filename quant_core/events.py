@@ -124,6 +124,7 @@ class BlockFinished(Event):
         kept: rounding that was kept.
         error, calibrated_error: with it, and with calibrated rounding, with activations as the card quantizes them.
         weights_only_error: with unquantized activations; None where the card quantizes none.
+        note: one sentence for users, empty when there is nothing to report.
     """
 
     index: int
@@ -133,6 +134,7 @@ class BlockFinished(Event):
     error: float
     calibrated_error: float
     weights_only_error: float | None
+    note: str = ""
 
 
 @dataclass(frozen=True)

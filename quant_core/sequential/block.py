@@ -22,6 +22,7 @@ from ..layer import Layer, compensate_weight
 from ..quantize_layer import quantize_layer
 from ..rounding import RoundingConfig
 from .capture import InputSampler
+from .learned import RoundedLayer
 from .linear import LinearFunction, QuantizedLinear, quantize_inputs
 from .streams import Stream, Streams
 
@@ -108,18 +109,20 @@ class BlockRounding:
         self._weights, self._linears, self._capability = weights, linears, capability
         self._check, self._on_layer = check, on_layer
 
-    def round(self) -> dict[str, QuantizedWeight]:
-        """The layers after sequential rounding."""
+    def round(self) -> dict[str, RoundedLayer]:
+        """The layers after sequential rounding, with their compensated weights."""
         original = self._sample_original()
-        results: dict[str, QuantizedWeight] = {}
+        results: dict[str, RoundedLayer] = {}
         linears = dict(self._linears)
         for level in self._find_levels():
             quantized = self._sample_quantized([group[0] for group in level], linears)
-            made: dict[str, QuantizedWeight] = {}
+            made: dict[str, RoundedLayer] = {}
             for group in level:
                 made |= dict(self._round_group(group, original.pop(group[0]), quantized.pop(group[0])))
             results |= made
-            linears |= {name: self._layers[name].linear(result, self._capability) for name, result in made.items()}
+            linears |= {
+                name: self._layers[name].linear(result.quantized, self._capability) for name, result in made.items()
+            }
         return results
 
     def _find_levels(self) -> list[list[list[str]]]:
@@ -171,9 +174,7 @@ class BlockRounding:
     def _calls(self) -> list[int]:
         return [*self._streams.calibration, *self._streams.validation]
 
-    def _round_group(
-        self, group: Sequence[str], original: Rows, quantized: Rows
-    ) -> Iterator[tuple[str, QuantizedWeight]]:
+    def _round_group(self, group: Sequence[str], original: Rows, quantized: Rows) -> Iterator[tuple[str, RoundedLayer]]:
         """Round layers that share their inputs, whose activations are quantized alike or not."""
         latest, activations = None, None
         for name in group:
@@ -228,7 +229,7 @@ class BlockRounding:
             yield exact, reduced
             batch = []
 
-    def _round_layer(self, pending: PendingLayer, activations: _Activations) -> QuantizedWeight:
+    def _round_layer(self, pending: PendingLayer, activations: _Activations) -> RoundedLayer:
         """Round the compensated weight of one layer."""
         layer, plain = pending.layer, pending.plain
         weight = layer.weight.float()
@@ -256,4 +257,4 @@ class BlockRounding:
             output_error=float(error / torch.linalg.vector_norm(expected, dtype=torch.float64).clamp_min(1e-30)),
         )
         bias = None if made.bias is None or layer.bias is None else made.bias.to(layer.bias)
-        return replace(made, solution=solution, bias=bias)
+        return RoundedLayer(weight, target, replace(made, solution=solution, bias=bias))

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +14,12 @@ from ..formats.codec import Parts
 from ..rounding import RoundingConfig
 from .block import BlockRounding, PendingLayer
 from .capture import InputSampler
+from .errors import ErrorSum
+from .gradients import without_inference_tensors
+from .learned import RoundedLayer
 from .linear import LinearFunction, QuantizedLinear
 from .model import Block, ReplayedModel, UnfollowedModelError, find_blocks
+from .reconstruct import Reconstruction, reconstruct_block
 from .streams import Stream, Streams
 
 __all__ = ["ModelErrors", "ModelWalk"]
@@ -118,22 +121,26 @@ class ModelWalk:
             InputSampler(streams, self._model.layers, widths, self._seed),
             layers,
             block.groups,
-            weights=dict.fromkeys(range(len(self._model.validation)), 1.0),
+            weights=self._call_weights(block),
             linears=self._outside,
             capability=capability,
             check=self._check,
             on_layer=lambda name: None,
         )
-        candidates = {"calibrated": plain, "sequential": {**plain, **rounding.round()}}
-        linears = {
-            kind: {name: layers[name].linear(result, capability) for name, result in results.items()}
-            for kind, results in candidates.items()
-        }
-        errors = {kind: self._block_error(streams, Stream.QUANTIZED, own) for kind, own in linears.items()}
-        kept = min(errors, key=lambda kind: errors[kind])
-        weights_only = None
-        if Stream.WEIGHTS_ONLY in streams.carried:
-            weights_only = self._block_error(streams, Stream.WEIGHTS_ONLY, linears[kept])
+        rounded = rounding.round()
+        sequential = {**plain, **{name: layer.quantized for name, layer in rounded.items()}}
+        candidates, note = {"calibrated": plain, "sequential": sequential}, ""
+        linears = {kind: self._linears_of(layers, results) for kind, results in candidates.items()}
+        errors = self._compare(streams, linears)
+        kept = min(linears, key=lambda kind: errors[kind])
+        if self._rounding.rounding == "reconstructed" and kept == "sequential":
+            learned = self._reconstruct(streams, block, rounded)
+            note = f"not reconstructed: {learned.refused}" if learned.refused else ""
+            if learned.after < learned.before:
+                kept = "reconstructed"
+                candidates[kept] = {**sequential, **learned.quantized}
+                linears[kept] = self._linears_of(layers, candidates[kept])
+                errors = self._compare(streams, {"calibrated": linears["calibrated"], kept: linears[kept]})
         finished = BlockFinished(
             index=index,
             total=len(self.blocks),
@@ -141,12 +148,32 @@ class ModelWalk:
             kept=kept,
             error=errors[kept],
             calibrated_error=errors["calibrated"],
-            weights_only_error=weights_only,
+            weights_only_error=self._weights_only_error(streams, linears[kept]),
+            note=note,
         )
         self.results.append(finished)
         self._emit(finished)
         self._advance(streams, linears[kept])
         return candidates[kept]
+
+    def _linears_of(
+        self, layers: Mapping[str, PendingLayer], results: Mapping[str, QuantizedWeight]
+    ) -> dict[str, QuantizedLinear]:
+        return {name: layers[name].linear(result, self._capability) for name, result in results.items()}
+
+    def _reconstruct(self, streams: Streams, block: Block, layers: Mapping[str, RoundedLayer]) -> Reconstruction:
+        """Learn the roundings of a block from the sequential ones."""
+        modules = [self._model.layers[name] for name in layers]
+        return reconstruct_block(
+            _BlockCalls(streams, block.module, modules),
+            layers,
+            self._rounding,
+            capability=self._capability,
+            weights=self._call_weights(block),
+            linears=self._outside,
+            seed=self._seed,
+            check=self._check,
+        )
 
     def pass_block(self, layers: Mapping[str, tuple[Codec, Parts, tuple[int, ...]]]) -> None:
         """Let all calls go through the next block with layers that were quantized before: codec, tensors, shape."""
@@ -162,9 +189,9 @@ class ModelWalk:
         exact = streams.results(Stream.ORIGINAL)
         errors = {}
         for stream in streams.carried[1:]:
-            found, total = streams.results(stream), _ErrorSum()
+            found, total = streams.results(stream), ErrorSum()
             for index, outputs in exact.items():
-                total.add(found[index], outputs)
+                total.add(found[index], outputs, 1.0)
             errors[stream] = total.value
         return ModelErrors(errors[Stream.QUANTIZED], errors.get(Stream.WEIGHTS_ONLY))
 
@@ -198,15 +225,29 @@ class ModelWalk:
         self.unfollowed = str(error)
         log.warning("Sequential rounding stops, and layers are calibrated one by one: %s.", error)
 
-    def _block_error(self, streams: Streams, stream: Stream, linears: Mapping[str, QuantizedLinear]) -> float:
-        """Relative error of the block's outputs in the validation calls."""
-        replaced: Mapping[str, LinearFunction] = {**self._outside, **linears}
-        if stream is Stream.WEIGHTS_ONLY:
-            replaced = _without_activations({**self._outside, **linears})
-        total = _ErrorSum()
+    def _compare(self, streams: Streams, linears: Mapping[str, Mapping[str, QuantizedLinear]]) -> dict[str, float]:
+        """Relative errors of the block's outputs in the validation calls, for several roundings of its layers."""
+        totals = {kind: ErrorSum() for kind in linears}
+        weights = self._call_weights(self.blocks[self._next])
         for index in streams.validation:
-            total.add(streams.run(stream, index, replaced), streams.run(Stream.ORIGINAL, index, {}))
+            exact = streams.run(Stream.ORIGINAL, index, {})
+            for kind, total in totals.items():
+                found = streams.run(Stream.QUANTIZED, index, {**self._outside, **linears[kind]})
+                total.add(found, exact, weights[index])
+        return {kind: total.value for kind, total in totals.items()}
+
+    def _weights_only_error(self, streams: Streams, linears: Mapping[str, QuantizedLinear]) -> float | None:
+        """The error of the block with unquantized activations; None where the card quantizes none."""
+        if Stream.WEIGHTS_ONLY not in streams.carried:
+            return None
+        total, replaced = ErrorSum(), _without_activations({**self._outside, **linears})
+        for index in streams.validation:
+            total.add(streams.run(Stream.WEIGHTS_ONLY, index, replaced), streams.run(Stream.ORIGINAL, index, {}), 1.0)
         return total.value
+
+    def _call_weights(self, block: Block) -> dict[int, float]:
+        """Weight of each call in the errors of a block; their mean is 1."""
+        return dict.fromkeys(range(len(self._model.validation)), 1.0)
 
     def _linear(self, codec: Codec, parts: Parts, shape: tuple[int, ...]) -> QuantizedLinear:
         parts = {suffix: part.to(self._model.device) for suffix, part in parts.items()}
@@ -217,23 +258,26 @@ def _without_activations(linears: Mapping[str, QuantizedLinear]) -> dict[str, Li
     return {name: linear.without_activations() for name, linear in linears.items()}
 
 
-class _ErrorSum:
-    """Relative error of several outputs over several calls: √ of the mean, over outputs, of Σ‖y − ŷ‖²/Σ‖y‖²."""
+@dataclass(frozen=True)
+class _BlockCalls:
+    """Calls of a block for :func:`~.reconstruct.reconstruct_block`."""
 
-    def __init__(self):
-        self._sums: dict[int, tuple[float, float]] = {}
-
-    def add(self, found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> None:
-        """Add the outputs of one call."""
-        for position, (a, b) in enumerate(zip(found, exact, strict=True)):
-            if b.is_floating_point():
-                error, total = self._sums.get(position, (0.0, 0.0))
-                square = torch.linalg.vector_norm(a.float() - b.float(), dtype=torch.float64).square()
-                energy = torch.linalg.vector_norm(b.float(), dtype=torch.float64).square()
-                self._sums[position] = error + float(square), total + float(energy)
+    streams: Streams
+    block: torch.nn.Module
+    layers: Sequence[torch.nn.Module]
 
     @property
-    def value(self) -> float:
-        """The error of all outputs that were added."""
-        shares = [error / total for error, total in self._sums.values() if total > 0]
-        return math.sqrt(sum(shares) / len(shares)) if shares else 0.0
+    def calibration(self) -> Sequence[int]:
+        return self.streams.calibration
+
+    @property
+    def validation(self) -> Sequence[int]:
+        return self.streams.validation
+
+    def run(self, call: int, linears: Mapping[str, LinearFunction]) -> list[torch.Tensor]:
+        with without_inference_tensors(self.block, self.layers):
+            return self.streams.run(Stream.QUANTIZED, call, linears)
+
+    def target(self, call: int) -> list[torch.Tensor]:
+        with torch.no_grad(), without_inference_tensors(self.block):
+            return self.streams.run(Stream.ORIGINAL, call, {})
