@@ -28,7 +28,7 @@ from .streams import Stream, Streams
 
 __all__ = ["BlockRounding", "PendingLayer"]
 
-_DAMPENINGS = (0.01, 0.05, 0.2)  # λ relative to the mean diagonal
+_DAMPENINGS = (0.05, 0.2, 1.0)  # λ relative to the mean diagonal
 _BATCH = 8192  # tokens of several calls that are quantized together
 
 Rows = Mapping[int, torch.Tensor]
