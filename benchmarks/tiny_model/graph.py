@@ -34,15 +34,17 @@ class TinyGraph(Graph):
     def lora(self, model: list, strength: float = 1.0, loader: str = "LoraLoaderModelOnly") -> Node:
         return self.add(loader, model=model, lora_name=LORA, strength_model=strength)
 
-    def calibrate(self, model: list, seed: int = 101, steps: int = STEPS, dataset: str = DATASET, **options) -> Node:
-        """Calibrate with the prompts in ``dataset``."""
+    def calibrate(
+        self, model: list, seed: int = 101, steps: int = STEPS, dataset: str = DATASET, batch: int = 1, **options
+    ) -> Node:
+        """Calibrate with the prompts in ``dataset``, which was placed with this ``batch``."""
         settings = {
             "samples": 1,
             "keep": "full",
             "tokens": 512,
             "seed": seed,
             "steps": steps,
-            **self._sampling(dataset),
+            **self._sampling(dataset, batch),
         }
         return self.add("LearnedRoundingCalibrate", model=model, **{**settings, **options})
 
@@ -85,15 +87,18 @@ class TinyGraph(Graph):
         self.add("SaveLatent", samples=samples[0], filename_prefix=prefix)
         self.add("SaveImage", images=image[0], filename_prefix=prefix)
 
-    def sample_batch(self, model: list, prefix: str, count: int, seed: int, steps: int = STEPS) -> None:
-        """Sample ``count`` latents at once, for a dataset placed with ``batched``; they are saved in one file."""
-        settings = self._sampling(batch_size=count)
-        samples = self.add("KSampler", model=model, seed=seed, steps=steps, denoise=1.0, **settings)
-        self.add("SaveLatent", samples=samples[0], filename_prefix=prefix)
-
     def sample_in_parts(self, model: list, prefix: str, marks: list[int], seed: int = 1) -> None:
         """As :meth:`sample`, in parts that end after the steps ``marks``; their latents are saved as ``prefix-STEP``."""
-        settings = self._sampling()
+        samples = self.sample_batch(model, prefix, 1, marks, seed)
+        vae = self.add("VAELoader", vae_name="taesd3")
+        self.add("SaveImage", images=self.add("VAEDecode", samples=samples, vae=vae[0])[0], filename_prefix=prefix)
+
+    def sample_batch(self, model: list, prefix: str, count: int, marks: list[int], seed: int) -> list:
+        """Sample ``count`` latents at once, for a dataset placed with this ``batch``; returns the final ones.
+
+        Latents after each of the steps ``marks`` are saved as ``prefix-STEP``, a batch in one file.
+        """
+        settings = self._sampling(batch_size=count)
         samples, total = settings.pop("latent_image"), marks[-1]
         for start, stop in zip([0, *marks], marks, strict=False):
             part = self.add(
@@ -110,8 +115,7 @@ class TinyGraph(Graph):
             )
             samples = part[0]
             self.add("SaveLatent", samples=samples, filename_prefix=f"{prefix}-{stop:02}")
-        vae = self.add("VAELoader", vae_name="taesd3")
-        self.add("SaveImage", images=self.add("VAEDecode", samples=samples, vae=vae[0])[0], filename_prefix=prefix)
+        return samples
 
     def _sampling(self, dataset: str = DATASET, batch_size: int = 1) -> dict:
         """Sampling inputs that KSampler and Calibrate have in common."""

@@ -68,13 +68,13 @@ def place(
     output_dir: str | Path | None = None,
     prompts: Iterable[str] | None = None,
     dataset: str = DATASET,
-    batched: bool = False,
+    batch: int = 1,
     assets: Path = ASSETS,
 ) -> list[Path]:
     """Copy the files into `comfy_base_dir` and write the conditioning of `prompts`; returns all written paths.
 
-    `output_dir` is ComfyUI's output folder, `<base>/output` by default. With `batched` the dataset has one entry with all
-    prompts, for one batch of latents.
+    `output_dir` is ComfyUI's output folder, `<base>/output` by default. Each entry of the dataset has `batch` prompts, for a
+    batch of as many latents.
     """
     base = Path(comfy_base_dir)
     written = []
@@ -84,8 +84,7 @@ def place(
         written.append(Path(shutil.copyfile(assets / source, target)))
 
     tensors = read_conditioning(prompts, assets)
-    size = len(tensors["context"]) if batched else 1
-    parts = {name: [part.clone() for part in tensor.split(size)] for name, tensor in tensors.items()}
+    parts = {name: [part.clone() for part in tensor.split(batch)] for name, tensor in tensors.items()}
     shard = {
         "latents": [{"samples": part} for part in parts["latents"]],
         "conditioning": [

@@ -1,15 +1,27 @@
-"""Benchmark of image formats without ComfyUI: its recipes and the bits per weight."""
+"""Benchmark of image formats without ComfyUI: recipes, bits per weight, metrics, prompts and the report."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from learned_rounding.benchmarks.tiny_formats import BELOW_8_BITS, FORMATS, LAYERS, bits_per_weight
+from learned_rounding.benchmarks.tiny_formats import (
+    BELOW_8_BITS,
+    FORMATS,
+    LAYERS,
+    Images,
+    bits_per_weight,
+    calibration_prompts,
+    family,
+)
+from learned_rounding.benchmarks.tiny_formats_report import main, prompts_needed
 from learned_rounding.benchmarks.tiny_model.graph import MODEL
-from learned_rounding.benchmarks.tiny_model.place import ASSETS
+from learned_rounding.benchmarks.tiny_model.place import ASSETS, prompt_splits
 from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.comparison import ssim
 from learned_rounding.quant_core.sources import SafetensorsFile
 
 
@@ -28,3 +40,51 @@ def test_all_layers_of_the_blocks_are_in_the_format(name):
     layers = [entry for name, entry in decisions.items() if re.search(LAYERS, name) and entry.action == "quantize"]
     assert len(layers) == 29
     assert {decision.format and decision.format.name for decision in layers} == {options["format"]}
+
+
+def test_prompts_of_the_images_are_in_no_calibration():
+    splits = prompt_splits()
+    images = [*splits["unseen"], *splits["evaluation"]][:32]
+    found = calibration_prompts(images, 1000)
+    assert len(found) == len(set(found)) == 96
+    assert not {*images, *splits["unseen"]} & {*found}
+    assert calibration_prompts(images, 50) == splits["calibration"][:48]
+
+
+def test_variants_of_a_format_are_chosen_together():
+    assert [name for name in FORMATS if family(name) == "w4a8"] == ["W4A8", "W4A8, all layers"]
+    assert family("nvfp4, smoothed") == "nvfp4" and family("INT8 per row, ConvRot") == "int8"
+
+
+def test_fewer_prompts_suffice_for_a_larger_difference():
+    assert prompts_needed(1.0, 0.5, 1.5, prompts=32) == 8
+    assert prompts_needed(-0.25, -0.75, 0.25, prompts=32) == 128
+    assert prompts_needed(0.0, -1.0, 1.0, prompts=32) is None
+
+
+def test_metrics_match_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    expected, noise = (torch.randn(2, 2, 3, 16, 8, 8, generator=generator).numpy() for _ in range(2))
+    images = torch.rand(2, 3, 64, 64, 3, generator=generator).double().numpy()
+    found = Images(expected + 0.1 * noise, images * 0.9).compare(Images(expected, images))
+    snr = 10 * np.log10((expected**2).sum(axis=(-3, -2, -1)) / (0.01 * noise**2).sum(axis=(-3, -2, -1)))
+    assert found["SNR dB"] == pytest.approx(snr, rel=1e-4)
+    assert found["latent error"] == pytest.approx(10 ** (-snr[-1] / 20), rel=1e-4)
+    assert found["MSE"] == pytest.approx(0.01 * (images**2).mean(axis=(-3, -2, -1)))
+    assert found["dB"] == pytest.approx(-10 * np.log10(found["MSE"]))
+    assert found["SSIM"][1, 2] == pytest.approx(
+        ssim(torch.from_numpy(images[1, 2:]), torch.from_numpy(0.9 * images[1, 2:]))
+    )
+
+
+def test_report_compares_calibrations_of_the_same_images(tmp_path, monkeypatch, capsys):
+    cases = {"W4A8 / nearest": [30.0, 31.0], "W4A8 / calibrated": [31.0, 32.0], "W4A8 / sequential": [31.5, 32.5]}
+    result = {"device": "CPU", "host_device": "cpu", "prompts": ["owl", "pizza"], "seeds": 2, "steps": 20, "rows": []}
+    for count, change in ((32, 0.0), (64, 0.25)):
+        values = {f"as run / {name}": [value + change for value in line] for name, line in cases.items()}
+        about = {"calibration_prompts": count, "calibration_seed": 1001, "dB_per_prompt": values}
+        (tmp_path / f"{count}.json").write_text(json.dumps(result | about))
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "32.json"), str(tmp_path / "64.json")])
+    main()
+    cells = "+0.50 (+0.50…+0.50) | +0.50 (+0.50…+0.50) | +0.25 (+0.25…+0.25)"
+    assert f"| as run | W4A8 | sequential | {cells} |" in capsys.readouterr().out

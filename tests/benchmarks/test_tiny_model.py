@@ -33,7 +33,7 @@ def test_place_writes_files_for_stock_nodes(tmp_path):
 
 
 def test_batched_dataset_has_one_entry_with_all_prompts(tmp_path):
-    place(tmp_path, prompts=("owl", "rocket"), batched=True)
+    place(tmp_path, prompts=("owl", "rocket"), batch=2)
     shard = torch.load(tmp_path / "datasets/tiny_emoji/shard_0000.pkl", weights_only=True)
     ((cross, options),) = shard["conditioning"][0]
     expected = read_conditioning(("owl", "rocket"))
