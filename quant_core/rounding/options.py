@@ -139,7 +139,7 @@ OPTIONS: Mapping[str, RoundingOption] = {
         high=16,
         gradient=False,
         help="number of partial roundings of an output channel that GPTQ keeps within a block of 128 input channels (beam search); "
-        "by default 8, but 1 for FP8 and on a CPU",
+        "by default 4, but 1 for FP8 and on a CPU",
     ),
     "bias_correction": RoundingOption(
         acts=_ANY,
