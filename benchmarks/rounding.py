@@ -205,7 +205,7 @@ def main() -> None:
         ("--only", {"nargs": "+", "choices": SECTIONS, "default": list(SECTIONS), "help": "sections to run"}),
         ("--formats", {"nargs": "+", "choices": FORMATS, "default": list(FORMATS), "help": "formats to run"}),
         ("--methods", {"nargs": "+", "help": "names of the methods to run, as printed (default: all)"}),
-        ("--sequential", {"action": "store_true", "help": "minilm: also calibrate on activations of rounded layers"}),
+        ("--sequential", {"action": "store_true", "help": "minilm: also sequential and reconstructed rounding"}),
         ("--texts", {"type": int, "help": "texts that minilm is calibrated on (default: 512, quick: 128)"}),
         ("--size", {"type": int, "help": "side of the synthetic weights (default: 1024, quick: 384)"}),
         (

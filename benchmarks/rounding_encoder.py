@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from learned_rounding.benchmarks.minilm import LAYERS, SAME_AS_QUERY, SPLITS, Linear, MiniLM
+from learned_rounding.benchmarks.minilm import LAYERS, SPLITS, Linear, MiniLM
 from learned_rounding.benchmarks.rounding_methods import (
     CASES,
     DEVICE,
@@ -22,12 +22,12 @@ from learned_rounding.benchmarks.rounding_methods import (
     peak,
     select_cases,
 )
+from learned_rounding.benchmarks.rounding_sequential import SequentialMethod
 from learned_rounding.quant_core.calibration import LayerStatistics
 
-__all__ = ["CARDS", "Sequential", "minilm", "quantize_activations"]
+__all__ = ["CARDS", "minilm", "quantize_activations"]
 
 CARDS = {"SM 8.9": (8, 9), "SM 9.0": (9, 0), "SM 12.0": (12, 0)}  # column → compute capability
-_BATCH = 32  # texts whose activations are in memory
 
 
 def quantize_activations(case: Case, x: torch.Tensor, capability: tuple[int, int]) -> torch.Tensor:
@@ -65,10 +65,11 @@ def minilm(args, methods: list[RoundingMethod]) -> list[dict]:
         for name in LAYERS
     }
     limit = float(torch.tensor([_noise_shaping_limit(calibration[name].hessian) for name in LAYERS]).median())
-    sequential = [Sequential(model, texts["calibration"])] if args.sequential else []
+    names = ("sequential", "reconstructed") if args.sequential else ()
+    sequential = [SequentialMethod(name, args.tensors, texts, calibration, max(CARDS.values())) for name in names]
 
-    def round_layers(method: RoundingMethod | Sequential, case: Case) -> dict[str, RoundedWeight]:
-        if isinstance(method, Sequential):
+    def round_layers(method: RoundingMethod | SequentialMethod, case: Case) -> dict[str, RoundedWeight]:
+        if isinstance(method, SequentialMethod):
             return method.round_layers(case)
         if DEVICE.type == "cuda" and isinstance(method, LibraryMethod):  # kernels are compiled once per shape
             for name in LAYERS[: len(LAYERS) // 6]:
@@ -79,7 +80,7 @@ def minilm(args, methods: list[RoundingMethod]) -> list[dict]:
     rounded: dict[tuple[Case, str], dict[str, RoundedWeight]] = {}  # the dtype of activations does not change weights
     for case in select_cases(CASES, args.formats):
         columns = {"section": "minilm", **case.columns}
-        exact = evaluation.embedding_errors(case, model.weights)
+        exact = evaluation.embedding_errors(case, model.weights, model.biases)
         rows.append({**columns, "method": "exact weights", **exact, "limit": limit})
         base: dict[str, float] = {}
         for method in (*(method for method in methods if method.covers(case)), *sequential):
@@ -88,9 +89,11 @@ def minilm(args, methods: list[RoundingMethod]) -> list[dict]:
             weights = {name: result.weight for name, result in results.items()}
             losses = evaluation.output_losses(weights)
             base = base or losses
-            row = {**columns, "method": method.name, **evaluation.embedding_errors(case, weights)}
+            biases = {name: made.bias for name, made in results.items()}
+            own = biases if isinstance(method, SequentialMethod) else model.biases  # chosen with the weights
+            row = {**columns, "method": method.name, **evaluation.embedding_errors(case, weights, own)}
             if isinstance(method, LibraryMethod):
-                row["bias"] = evaluation.embedding_error(weights, {name: made.bias for name, made in results.items()})
+                row["bias"] = evaluation.embedding_error(weights, biases)
             rows.append(row | _compare_layers(losses, base) | _sum_up(results, model))
             print(f"{case.format} {case.columns['per']}, {method.name}", file=sys.stderr, flush=True)  # takes minutes
     return rows
@@ -111,9 +114,11 @@ class _Evaluation:
         embedded = self._model.embed(self._tokens, _linear(weights, biases, quantize))
         return norm(embedded - self._exact) / norm(self._exact)
 
-    def embedding_errors(self, case: Case, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    def embedding_errors(
+        self, case: Case, weights: dict[str, torch.Tensor], biases: dict[str, torch.Tensor]
+    ) -> dict[str, float]:
         """The same with unquantized activations, "embedding", and on each card."""
-        codec, biases = case.codec(self._model.weights[LAYERS[0]].shape[1]), self._model.biases
+        codec = case.codec(self._model.weights[LAYERS[0]].shape[1])
         errors = {None: self.embedding_error(weights, biases)}  # by element format of the activations
         columns = {"embedding": errors[None]}
         for card, capability in CARDS.items():
@@ -153,61 +158,6 @@ def _sum_up(results: dict[str, RoundedWeight], model: MiniLM) -> dict[str, objec
         **peak(results.values()),
         "won by": ", ".join(f"{solver} {count}" for solver, count in solvers.most_common() if solver),
     }
-
-
-class Sequential:
-    """Calibrated rounding of each layer on the activations that the rounded layers before it produce.
-
-    With X̂ these activations, quantized as on the newest card, and X those of the unquantized model for the same tokens, the
-    rounded weight is W·(XᵀX̂ + λI)·(X̂ᵀX̂ + λI)⁻¹ under X̂ᵀX̂ (GPTAQ, arXiv 2504.02692), λ being 0.05 of the mean diagonal.
-    Layers compensate the errors of those before them, so that their own output errors may be larger than by nearest.
-    """
-
-    name = "calibrated, sequential"
-    _RIDGE = 0.05
-
-    def __init__(self, model: MiniLM, tokens: torch.Tensor):
-        self._model, self._tokens = model, tokens
-
-    def round_layers(self, case: Case) -> dict[str, RoundedWeight]:
-        """Round all layers in the order in which the model computes them."""
-        results: dict[str, RoundedWeight] = {}
-        for name in LAYERS:
-            if not name.endswith(SAME_AS_QUERY):
-                cross, hessian = self.products(name, case, {done: made.weight for done, made in results.items()})
-            weight = self._model.weights[name]
-            ridge = self._RIDGE * hessian.diagonal().mean() * torch.eye(len(hessian), device=weight.device)
-            target = torch.linalg.solve((hessian + ridge).double(), ((cross + ridge).t() @ weight.t()).double())
-            statistics = LayerStatistics(hessian.float())
-            results[name] = LibraryMethod("", "calibrated")(target.t().float().contiguous(), case, statistics)
-        return results
-
-    def products(self, name: str, case: Case, weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute XᵀX̂/n and X̂ᵀX̂/n of a layer, after the layers of ``weights``."""
-        model, quantize = self._model, partial(quantize_activations, case, capability=max(CARDS.values()))
-        rounded, products, tokens = _linear({**model.weights, **weights}, model.biases, quantize), [], 0
-        for batch in self._tokens.split(_BATCH):
-            exact, quantized = (
-                self._capture(name, batch, linear).flatten(0, -2)
-                for linear in (model.linear, lambda layer, x: (rounded if layer in weights else model.linear)(layer, x))
-            )
-            quantized = quantize(quantized)
-            products.append(torch.stack([exact.t() @ quantized, quantized.t() @ quantized]))
-            tokens += len(exact)
-        cross, hessian = sum(products) / tokens
-        return cross, hessian
-
-    def _capture(self, name: str, tokens: torch.Tensor, linear: Linear) -> torch.Tensor:
-        """Return the activations of a layer."""
-        captured = []
-
-        def capture(layer: str, x: torch.Tensor) -> torch.Tensor:
-            if layer == name:
-                captured.append(x)
-            return linear(layer, x)
-
-        self._model.embed(tokens, capture)
-        return captured[0]
 
 
 def _count_texts(args) -> dict[str, int]:

@@ -30,7 +30,7 @@ PHASES = {
     "Hessians": ("quant_core.sequential.block", "BlockRounding", "_measure"),
     "compensated weights": ("quant_core.sequential.block", None, "compensate_weight"),
     "rounding": ("quant_core.sequential.block", None, "quantize_layer"),
-    "comparison": ("quant_core.sequential.walk", "ModelWalk", "_block_error"),
+    "comparison": ("quant_core.sequential.walk", "ModelWalk", "_compare"),
     "calls to the next block": ("quant_core.sequential.walk", "ModelWalk", "_advance"),
 }
 

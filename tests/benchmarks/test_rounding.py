@@ -10,9 +10,10 @@ import torch
 from learned_rounding.benchmarks import rounding, rounding_encoder
 from learned_rounding.benchmarks.harness import environment
 from learned_rounding.benchmarks.minilm import LAYERS, SPLITS, MiniLM, MiniLMModule
-from learned_rounding.benchmarks.rounding_encoder import CARDS, Sequential, quantize_activations
+from learned_rounding.benchmarks.rounding_encoder import CARDS, quantize_activations
 from learned_rounding.benchmarks.rounding_methods import CASES, Case, ComfyKitchen, LibraryMethod, dequantize
 from learned_rounding.benchmarks.rounding_report import markdown
+from learned_rounding.benchmarks.rounding_sequential import SequentialMethod
 from learned_rounding.quant_core import FORMATS, quantize_weight
 
 
@@ -140,28 +141,15 @@ def test_module_of_the_text_encoder_has_its_layers_and_embeddings():
     assert torch.equal(module(tokens), model.embed(tokens))
 
 
-def test_sequential_calibration_pairs_activations_of_both_models():
-    model = MiniLM(make_text_encoder(texts=2), torch.device("cpu"))
-    case, tokens = Case("int8_tensorwise", "row"), model.tokens("evaluation")
-    first, second = "encoder.layer.0.attention.self.query", "encoder.layer.0.attention.output.dense"
-    halved = {name: weight / 2 for name, weight in model.weights.items() if ".0.attention.self." in name}
-    products = {}
-    for name, weights in ((first, {}), (second, halved)):
-        products[name] = Sequential(model, tokens).products(name, case, weights)
-    activations = {}
-
-    def linear(name, x):
-        activations.setdefault(name, x.flatten(0, -2))
-        return model.linear(name, x)
-
-    model.embed(tokens, linear)
-    x = activations[first]
-    quantized = quantize_activations(case, x, (12, 0))
-    torch.testing.assert_close(products[first][0], x.t() @ quantized / len(x))
-    torch.testing.assert_close(products[first][1], quantized.t() @ quantized / len(x))
-    x = activations[second]
-    assert not torch.allclose(products[second][0], x.t() @ x / len(x), rtol=0.1)
-    assert products[second][1].trace() < 0.5 * (x.t() @ x / len(x)).trace()
+def test_sequential_rounding_of_the_text_encoder_rounds_every_layer():
+    tensors = make_text_encoder(texts=8)
+    model = MiniLM(tensors, torch.device("cpu"))
+    tokens = model.tokens("evaluation")
+    texts, statistics = {"calibration": tokens, "validation": tokens}, model.statistics(tokens)
+    method = SequentialMethod("sequential", tensors, texts, statistics, (12, 0))
+    made = method.round_layers(Case("asym_w4a8_int8", "group"))
+    assert set(made) == set(LAYERS)
+    assert all(0 < (made[name].weight - model.weights[name]).norm() < model.weights[name].norm() for name in LAYERS)
 
 
 def test_errors_of_the_text_encoder_are_those_of_each_card(monkeypatch):
