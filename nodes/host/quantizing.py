@@ -169,7 +169,7 @@ def _read_inputs(
     for part, origin in parts.items():
         with _open(origin) as weights:
             replays = calibration.replays.get(part) if calibration else None
-            walk = walk_fingerprint(recipe, replays and replays.fingerprint, device)
+            walk = walk_fingerprint(recipe, replays.fingerprint if replays else None, device)
             exact = _exclude_unreadable(recipe, weights)
             fingerprint = run_fingerprint(weights, exact, _of_part(statistics, part), walk)
             inputs[part] = PartInputs(fingerprint, input_paths(weights))

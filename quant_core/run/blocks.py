@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..calibration import LayerStatistics
+from ..calibration import Calibration, LayerStatistics
 from ..cancellation import CancelCheck
 from ..display import shorten
 from ..errors import RecipeError
@@ -112,6 +112,7 @@ def open_blocks(
     source: Source,
     plan: Plan,
     recipe: Recipe,
+    calibration: Calibration | None,
     journal: RunJournal | None,
     *,
     emit: Listener,
@@ -138,6 +139,7 @@ def open_blocks(
         rounding=recipe.rounding,
         capability=capability,
         weights_only=any(codec.quantizes_activations(capability) for codec in codecs),
+        sensitivity=calibration.step_sensitivity if calibration else lambda layer: None,
         seed=recipe.seed,
         emit=emit,
         check=check,

@@ -81,7 +81,7 @@ def quantize_tensors(
     plan = _plan(source, recipe, calibration, general, check)
     with explain_out_of_memory(f"{device} has too little memory for {source.name}"):
         plan = _allocate(source, plan, recipe, calibration, device, general, emit, check)
-        with open_blocks(model, source, plan, recipe, None, emit=emit, check=check) as blocks:
+        with open_blocks(model, source, plan, recipe, calibration, None, emit=emit, check=check) as blocks:
             run = QuantizationRun(
                 source,
                 plan,
@@ -185,7 +185,7 @@ def quantize_file(
             device=device,
             check=check,
         )
-        with writer, open_blocks(model, recorded, plan, recipe, journal, emit=emit, check=check) as blocks:
+        with writer, open_blocks(model, recorded, plan, recipe, calibration, journal, emit=emit, check=check) as blocks:
             run = QuantizationRun(
                 recorded,
                 plan,

@@ -2,11 +2,12 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..calibration.statistics import StepSensitivity
 from ..cancellation import CancelCheck
 from ..events import BlockFinished, BlockStarted, Listener
 from ..formats import Codec, QuantizedWeight
@@ -22,7 +23,7 @@ from .model import Block, ReplayedModel, UnfollowedModelError, find_blocks
 from .reconstruct import Reconstruction, reconstruct_block
 from .streams import Stream, Streams
 
-__all__ = ["ModelErrors", "ModelWalk"]
+__all__ = ["ModelErrors", "ModelWalk", "interpolate"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class ModelWalk:
         layers: names of the layers to quantize.
         rounding: "sequential" or "reconstructed" with its options.
         capability: compute capability that activations are quantized for; None for a card that multiplies the format.
+        sensitivity: layer → its sensitivity at single steps, by which calls are weighted, or None.
         weights_only: also measure the quantized model with unquantized activations.
         seed: of the sampling of tokens.
         emit: receives :class:`~..events.BlockStarted` and :class:`~..events.BlockFinished`.
@@ -67,12 +69,13 @@ class ModelWalk:
         rounding: RoundingConfig,
         capability: tuple[int, int] | None,
         weights_only: bool,
+        sensitivity: Callable[[str], StepSensitivity | None] = lambda layer: None,
         seed: int,
         emit: Listener,
         check: CancelCheck,
     ):
         self._model, self._rounding, self._capability = model, rounding, capability
-        self._weights_only, self._seed = weights_only, seed
+        self._weights_only, self._sensitivity, self._seed = weights_only, sensitivity, seed
         self._emit, self._check = emit, check
         self.unfollowed: str | None = None
         self.results: list[BlockFinished] = []
@@ -246,12 +249,30 @@ class ModelWalk:
         return total.value
 
     def _call_weights(self, block: Block) -> dict[int, float]:
-        """Weight of each call in the errors of a block; their mean is 1."""
-        return dict.fromkeys(range(len(self._model.validation)), 1.0)
+        """Weight of each call in the errors of a block, by what they do to the model's output; their mean is 1."""
+        measured = [found for name in block.layers if (found := self._sensitivity(name))]
+        weights = [sum(interpolate(found, position) for found in measured) for position in self._model.positions]
+        mean = sum(weights) / len(weights)
+        return {index: weight / mean if mean > 0 else 1.0 for index, weight in enumerate(weights)}
 
     def _linear(self, codec: Codec, parts: Parts, shape: tuple[int, ...]) -> QuantizedLinear:
         parts = {suffix: part.to(self._model.device) for suffix, part in parts.items()}
         return QuantizedLinear(codec, parts, shape, self._capability)
+
+
+def interpolate(points: StepSensitivity, position: float) -> float:
+    """The value at a position between (position, value) points in ascending order; beyond them that of the nearest."""
+    before, after = points[0], points[-1]
+    for point in points:
+        if point[0] <= position:
+            before = point
+        else:
+            after = point
+            break
+    if after[0] <= before[0] or position <= before[0]:
+        return before[1]
+    share = min(1.0, (position - before[0]) / (after[0] - before[0]))
+    return before[1] + share * (after[1] - before[1])
 
 
 def _without_activations(linears: Mapping[str, QuantizedLinear]) -> dict[str, LinearFunction]:
