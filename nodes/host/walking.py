@@ -31,8 +31,7 @@ _RAM_BYTES, _RAM_SHARE = 8 << 30, 4  # of main memory for them, at most a quarte
 
 def check_compiled(patcher) -> None:
     """Raise RecipeError for a compiled model: its compiled code does not call the layers that are watched."""
-    wrappers = patcher.model_options.get("transformer_options", {}).get("wrappers", {})
-    compiled = any(_COMPILE_KEY in keys for keys in wrappers.values())
+    compiled = any(_COMPILE_KEY in keys for keys in patcher.wrappers.values())
     modules = (*patcher.model.modules(), *patcher.object_patches.values())
     if compiled or any(hasattr(module, "_orig_mod") for module in modules):
         raise RecipeError(
