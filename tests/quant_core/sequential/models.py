@@ -11,6 +11,7 @@ from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerSt
 from learned_rounding.quant_core.calibration.histogram import histogram
 from learned_rounding.quant_core.layer import Layer
 from learned_rounding.quant_core.quantize_layer import quantize_layer
+from learned_rounding.quant_core.run.loop import _static_input_scale
 from learned_rounding.quant_core.sequential import PendingLayer, ReplayedModel
 
 CPU = torch.device("cpu")
@@ -104,16 +105,15 @@ class UNet(nn.Module):
 
     def __init__(self, children: bool = False):
         super().__init__()
-        member = nn.ModuleList if children else TimedSequential
         self.children_called = children
+
+        def member(*layers: nn.Module) -> nn.Module:
+            return nn.ModuleList(layers) if children else TimedSequential(*layers)
+
         self.time_embed = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
-        self.input_blocks = nn.ModuleList(
-            member([Residual(), Block()]) if children else member(Residual(), Block()) for _ in range(2)
-        )
-        self.middle_block = TimedSequential(Residual(), Block())
-        self.output_blocks = nn.ModuleList(
-            member([Residual(2 * WIDTH)]) if children else member(Residual(2 * WIDTH)) for _ in range(2)
-        )
+        self.input_blocks = nn.ModuleList([member(Residual(), Block()), member(Residual())])
+        self.middle_block = TimedSequential(Residual(), nn.GELU())
+        self.output_blocks = nn.ModuleList(member(Residual(2 * WIDTH)) for _ in range(2))
 
     def _call(self, member, x, time):
         if not self.children_called:
@@ -208,7 +208,13 @@ def pend(model: ReplayedModel, calibration: InMemoryCalibration, recipe: Recipe,
         module = model.layers[name]
         layer = Layer(module.weight, module.bias, calibration.layer_statistics(name) or LayerStatistics())
         rounding = recipe.rounding.layerwise()
-        plain = quantize_layer(layer, recipe.format.codecs(module.weight.shape[1]), rounding, seed=recipe.seed)
+        plain = quantize_layer(
+            layer,
+            recipe.format.codecs(module.weight.shape[1]),
+            rounding if layer.statistics.hessian is not None else rounding.uncalibrated(),
+            input_scale=_static_input_scale(recipe, layer.statistics),
+            seed=recipe.seed,
+        )
         pending[name] = PendingLayer(layer, plain, rounding, recipe.seed)
     return pending
 

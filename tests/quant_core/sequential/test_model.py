@@ -53,16 +53,18 @@ def test_only_layers_to_quantize_count():
 def test_members_of_nested_lists_that_are_called_are_blocks():
     blocks = find(make(UNet))
     assert names(blocks) == [
-        *("input_blocks.0", "input_blocks.1", "middle_block.0", "middle_block.1", "output_blocks.0", "output_blocks.1")
+        *("input_blocks.0", "input_blocks.1", "middle_block.0", "output_blocks.0", "output_blocks.1")
     ]
-    assert groups_of(blocks[2]) == RESIDUAL_GROUPS and groups_of(blocks[3]) == BLOCK_GROUPS
+    inner = tuple(tuple(f"1.{name}" for name in group) for group in BLOCK_GROUPS)
+    assert groups_of(blocks[0]) == (("0.shortcut", "0.body"), ("0.time",), *inner)
+    assert groups_of(blocks[2]) == RESIDUAL_GROUPS
 
 
 def test_children_of_members_are_blocks_where_the_model_calls_them():
     blocks = find(make(UNet, children=True))
     assert names(blocks) == [
-        *("input_blocks.0.0", "input_blocks.0.1", "input_blocks.1.0", "input_blocks.1.1"),
-        *("middle_block.0", "middle_block.1", "output_blocks.0.0", "output_blocks.1.0"),
+        *("input_blocks.0.0", "input_blocks.0.1", "input_blocks.1.0"),
+        *("middle_block.0", "output_blocks.0.0", "output_blocks.1.0"),
     ]
 
 
