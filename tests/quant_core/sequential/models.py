@@ -155,14 +155,15 @@ def linear_layers(root: nn.Module) -> dict[str, nn.Module]:
 
 def replay(root: nn.Module, folder: Path | None = None, **options) -> ReplayedModel:
     """The model with recorded calls, of which the last two are validation calls. ``options``: fields of ReplayedModel."""
-    arguments = options.pop("arguments", None) or make_arguments()
+    arguments = options.pop("arguments", None)
+    arguments = make_arguments() if arguments is None else arguments
     count = len(arguments)
     fields = {
         "root": root,
         "layers": linear_layers(root),
         "run": lambda index: root(*(tensor.clone() for tensor in arguments[index])),
         "validation": [index >= count - 2 for index in range(count)],
-        "positions": [index / count for index in range(count)],
+        "positions": [index / CALLS for index in range(count)],
         "device": CPU,
         "device_bytes": 1 << 30,
         "ram_bytes": 0,

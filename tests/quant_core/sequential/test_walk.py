@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import gc
 import logging
 import threading
+import weakref
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -14,6 +16,7 @@ from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.events import BlockFinished, BlockStarted
 from learned_rounding.quant_core.formats import QuantizedWeight
 from learned_rounding.quant_core.sequential import ModelWalk, PendingLayer, ReplayedModel, block, capture, parking
+from learned_rounding.quant_core.sequential import walk as walking
 from learned_rounding.quant_core.sequential.calls import replaced_forward
 from learned_rounding.quant_core.sequential.streams import Stream
 
@@ -34,6 +37,14 @@ from .models import (
 W4A8 = Recipe("asym_w4a8_int8", rounding="sequential", preset="none")
 INT8 = Recipe("int8_tensorwise", rounding="sequential", preset="none")
 FP8 = Recipe("float8_e4m3fn", rounding="sequential", preset="none")
+OPTIONS = {
+    "rounding": INT8.rounding,
+    "capability": None,
+    "weights_only": False,
+    "seed": 0,
+    "emit": lambda event: None,
+    "check": lambda: None,
+}
 NVFP4 = Recipe("nvfp4", rounding="sequential", preset="none")
 
 
@@ -309,9 +320,9 @@ def test_static_input_scale_is_kept_and_used():
     model = replay(make(Pairs), arguments=arguments)
     made = walk(model, FP8)
     assert made.unfollowed is None
-    for name, pending in made.pending.items():
-        assert pending.plain.input_scale < 1e-3
-        assert made.results[name].input_scale == pending.plain.input_scale
+    scales = {name: pending.plain.input_scale for name, pending in made.pending.items()}
+    assert scales["blocks.0.image"] < 1e-3
+    assert {name: quantized.input_scale for name, quantized in made.results.items()} == scales
     assert made.errors.quantized < 0.05
     assert made.errors.weights_only < made.errors.quantized
 
@@ -405,13 +416,6 @@ def test_layer_that_some_calls_leave_out_is_rounded_with_the_others(calls):
     assert all(event.error <= event.calibrated_error for event in made.finished)
 
 
-def test_one_call_alone(tmp_path):
-    """Nothing to judge on."""
-    model = replay(make(Pairs), arguments=make_arguments(1), validation=[False])
-    made = walk(model)
-    assert len(made.results) == 4
-
-
 # Models that leave the path
 
 
@@ -445,6 +449,30 @@ def test_call_on_another_path_is_named_and_later_blocks_stay_calibrated(detour, 
     assert all(made.results[name] is made.pending[name].plain for name in later)
     assert made.results.keys() == made.pending.keys() and made.errors is None
     assert is_unchanged(root, state)
+
+
+@pytest.mark.parametrize("count, judges", [(1, False), (1, True), (3, False), (0, False)])
+def test_calls_without_others_to_judge_on_are_too_few(count, judges, sentences):
+    model = replay(make(Pairs), arguments=make_arguments(count), validation=[judges] * count)
+    with ModelWalk(model, list(model.layers), **OPTIONS) as followed:
+        sentences(followed.unfollowed)
+        assert followed.blocks == [] and followed.round_block({}) == {} and followed.model_errors() is None
+
+
+def test_nothing_outlives_the_walk_of_a_block():
+    """Weights, sampled inputs and calls are freed."""
+    alive: list[weakref.ref] = []
+
+    class Watched(block.BlockRounding):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            alive.append(weakref.ref(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walking, "BlockRounding", Watched)
+        walk(replay(make(Pairs)), INT8)
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
 
 
 def test_model_without_blocks_has_none(sentences):
