@@ -17,6 +17,7 @@ import torch
 from ..calibration import LayerStatistics, LowRankHessian
 from ..calibration.products import add_product, matmul_operand
 from ..cancellation import CancelCheck
+from ..errors import CalibrationError
 from ..formats import Codec, QuantizedWeight
 from ..layer import Layer, compensate_weight
 from ..quantize_layer import quantize_layer
@@ -110,7 +111,11 @@ class BlockRounding:
         self._check, self._on_layer = check, on_layer
 
     def round(self) -> dict[str, RoundedLayer]:
-        """The layers after sequential rounding, with their compensated weights."""
+        """The layers after sequential rounding, with their compensated weights.
+
+        Raises:
+            CalibrationError: activations contain NaN or Inf.
+        """
         original = self._sample_original()
         results: dict[str, RoundedLayer] = {}
         linears = dict(self._linears)
@@ -186,6 +191,8 @@ class BlockRounding:
             kind = str(plain.codec), plain.input_scale, name if plain.codec.smoothing else ""
             if activations is None or kind != latest:
                 latest, activations = kind, self._measure(plain.codec, plain.input_scale, original, quantized)
+                if not (activations.cross.isfinite().all() and activations.hessian.isfinite().all()):
+                    raise CalibrationError(f"the input activations of {name} contain NaN or Inf.")
             self._on_layer(name)
             yield name, self._round_layer(self._layers[name], activations)
 
