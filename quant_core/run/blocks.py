@@ -215,11 +215,12 @@ class BlockQueue:
         self._pass_restored(position)
         self._passed = position + 1
         pending, self._pending = self._pending, {}
+        compared = len(self._walk.results)
         results = self._walk.round_block({name: layer for name, (_, layer) in pending.items()})
         finished: FinishedLayers = []
         for name, (started, _) in pending.items():
             made = results[name]
-            kept = KEPT[self._walk.results[-1].kept] if self._walk.unfollowed is None else ""
+            kept = KEPT[self._walk.results[-1].kept] if len(self._walk.results) > compared else ""
             finished.append((started, replace(made, note="; ".join(filter(None, (made.note, kept))))))
         return finished
 

@@ -15,7 +15,7 @@ from .blocks import WalkSummary
 
 __all__ = ["check_name_collisions", "file_metadata", "header_bound", "planned_configs"]
 
-_SUMMARY_BYTES = 1000  # at most, of what is recorded of a run with a model
+_SUMMARY_BYTES = 5000  # at most, of what is recorded of a run with a model; 14 for one character of its reason
 
 
 def file_metadata(

@@ -8,7 +8,7 @@ in the original model and X̂ those in the quantized model, quantized as at run 
 and rounded under X̂ᵀX̂ (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). λ is chosen on the validation calls.
 """
 
-import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ import torch
 from ..calibration import LayerStatistics, LowRankHessian
 from ..calibration.products import add_product, matmul_operand
 from ..cancellation import CancelCheck
+from ..errors import CalibrationError
 from ..formats import Codec, QuantizedWeight
 from ..layer import Layer, compensate_weight
 from ..quantize_layer import quantize_layer
@@ -110,7 +111,11 @@ class BlockRounding:
         self._check, self._on_layer = check, on_layer
 
     def round(self) -> dict[str, RoundedLayer]:
-        """The layers after sequential rounding, with their compensated weights."""
+        """The layers after sequential rounding, with their compensated weights.
+
+        Raises:
+            CalibrationError: activations contain NaN or Inf.
+        """
         original = self._sample_original()
         results: dict[str, RoundedLayer] = {}
         linears = dict(self._linears)
@@ -121,34 +126,32 @@ class BlockRounding:
                 made |= dict(self._round_group(group, original.pop(group[0]), quantized.pop(group[0])))
             results |= made
             linears |= {
-                name: self._layers[name].linear(result.quantized, self._capability) for name, result in made.items()
+                name: self._layers[name].linear(
+                    made[name].quantized if name in made else self._layers[name].plain, self._capability
+                )
+                for name in itertools.chain(*level)
             }
         return results
 
     def _find_levels(self) -> list[list[list[str]]]:
         """The groups, each after all whose outputs change its input; found by changing them in one call."""
         first = [group[0] for group in self._groups]
-        call = self._calls[0]
-        exact, _ = self._sampler.sample(Stream.ORIGINAL, call, first, {})
+        exact, _ = self._sampler.sample(Stream.ORIGINAL, self._calls[0], first, {})
+        changed = [self._change(group, first) for group in self._groups[:-1]]
         depths: list[int] = []
-        for position, group in enumerate(self._groups):
-            depends = [
-                depths[earlier]
-                for earlier in range(position)
-                if not torch.equal(exact[group[0]], self._changed(earlier)[group[0]])
-            ]
+        for position, name in enumerate(first):
+            depends = [depths[earlier] for earlier in range(position) if not _are_equal(name, exact, changed[earlier])]
             depths.append(max(depends, default=-1) + 1)
         levels: list[list[list[str]]] = [[] for _ in range(max(depths, default=-1) + 1)]
         for group, depth in zip(self._groups, depths, strict=True):
             levels[depth].append(group)
         return levels
 
-    @functools.cache  # noqa: B019 (the object lives as long as one block)
-    def _changed(self, position: int) -> dict[str, torch.Tensor]:
-        """Inputs of all groups in one call of the original model in which the outputs of one group are others."""
-        modules = {name: self._sampler.forward(name) for name in self._groups[position]}
+    def _change(self, group: Sequence[str], names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Inputs of some layers in one call of the original model in which the outputs of one group are others."""
+        modules = {name: self._sampler.forward(name) for name in group}
         linears = {name: lambda x, *_, forward=forward: forward(x).flip(-1) + 1 for name, forward in modules.items()}
-        return self._sampler.sample(Stream.ORIGINAL, self._calls[0], [group[0] for group in self._groups], linears)[0]
+        return self._sampler.sample(Stream.ORIGINAL, self._calls[0], names, linears)[0]
 
     def _sample_original(self) -> dict[str, dict[int, torch.Tensor]]:
         """First layer of each group → its inputs in the original model."""
@@ -175,13 +178,21 @@ class BlockRounding:
         return [*self._streams.calibration, *self._streams.validation]
 
     def _round_group(self, group: Sequence[str], original: Rows, quantized: Rows) -> Iterator[tuple[str, RoundedLayer]]:
-        """Round layers that share their inputs, whose activations are quantized alike or not."""
+        """Round layers that share their inputs, whose activations are quantized alike or not.
+
+        None where no calibration call or no validation call runs them.
+        """
+        calls = original.keys() & quantized.keys()
+        if calls.isdisjoint(self._streams.calibration) or calls.isdisjoint(self._streams.validation):
+            return
         latest, activations = None, None
         for name in group:
             plain = self._layers[name].plain
             kind = str(plain.codec), plain.input_scale, name if plain.codec.smoothing else ""
             if activations is None or kind != latest:
                 latest, activations = kind, self._measure(plain.codec, plain.input_scale, original, quantized)
+                if not (activations.cross.isfinite().all() and activations.hessian.isfinite().all()):
+                    raise CalibrationError(f"the input activations of {name} contain NaN or Inf.")
             self._on_layer(name)
             yield name, self._round_layer(self._layers[name], activations)
 
@@ -211,7 +222,8 @@ class BlockRounding:
     def _pairs(
         self, codec: Codec, input_scale: float | None, original: Rows, quantized: Rows, calls: Sequence[int]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """X and X̂ of some calls, weighted, a batch at a time."""
+        """X and X̂ of those of some calls that run the layer, weighted, a batch at a time."""
+        calls = [index for index in calls if index in original and index in quantized]
         batch: list[int] = []
         for index in calls:
             batch.append(index)
@@ -258,3 +270,8 @@ class BlockRounding:
         )
         bias = None if made.bias is None or layer.bias is None else made.bias.to(layer.bias)
         return RoundedLayer(weight, target, replace(made, solution=solution, bias=bias))
+
+
+def _are_equal(name: str, left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a layer has the same inputs in two runs of a block."""
+    return name in left and name in right and torch.equal(left[name], right[name])

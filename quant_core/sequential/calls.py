@@ -53,7 +53,8 @@ class SuspendedCall:
         self.result: object = None
         self.ended = False
         self._error: BaseException | None = None
-        self._go: SimpleQueue[bool] = SimpleQueue()  # False: end the thread
+        self._closing = False
+        self._go: SimpleQueue[None] = SimpleQueue()
         self._reached: SimpleQueue[None] = SimpleQueue()
         modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # of a thread, not inherited
         self._thread = threading.Thread(
@@ -73,7 +74,7 @@ class SuspendedCall:
             return None
         self.waiting = None
         if self._started:
-            self._go.put(True)
+            self._go.put(None)
         else:
             self._started = True
             self._thread.start()
@@ -86,7 +87,8 @@ class SuspendedCall:
     def close(self) -> None:
         """End the call where it is suspended."""
         if self._started and not self.ended:
-            self._go.put(False)
+            self._closing = True
+            self._go.put(None)
             self._thread.join()
         self.waiting, self.ended = None, True
 
@@ -105,10 +107,12 @@ class SuspendedCall:
 
     def suspend(self, call: BlockCall) -> None:
         """Wait in the thread of this call until the block may run."""
-        self.waiting = call
-        self._reached.put(None)
-        del call  # its tensors are held by the frames of the model alone
-        if not self._go.get():
+        if not self._closing:  # else the model goes on after _Closed, as in an ``except`` without a class
+            self.waiting = call
+            self._reached.put(None)
+            del call  # its tensors are held by the frames of the model alone
+            self._go.get()
+        if self._closing:
             raise _Closed
 
 

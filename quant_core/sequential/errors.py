@@ -25,6 +25,6 @@ class ErrorSum:
 
     @property
     def value(self) -> float:
-        """The error of all outputs that were added."""
-        shares = [error / total for error, total in self._sums.values() if total > 0]
+        """The error of all outputs that were added; NaN where some contain NaN or Inf."""
+        shares = [error / total for error, total in self._sums.values() if total != 0]
         return math.sqrt(sum(shares) / len(shares)) if shares else 0.0

@@ -73,8 +73,10 @@ def find_blocks(model: ReplayedModel, layers: Sequence[str]) -> list[Block]:
     by another block.
 
     Raises:
-        UnfollowedModelError: a block is called twice, or no block is called.
+        UnfollowedModelError: a block is called twice, a layer by two blocks, or no block is called; or too few calls are recorded.
     """
+    if len(set(model.validation)) < 2:
+        raise UnfollowedModelError("fewer than two of its calls are recorded")
     modules = {model.layers[name]: name for name in layers if name in model.layers}
     candidates = dict(_find_candidates(model.root, modules))
     trace = _Trace(candidates, modules)
@@ -92,6 +94,10 @@ def find_blocks(model: ReplayedModel, layers: Sequence[str]) -> list[Block]:
     blocks = [block for block in blocks if block.groups]
     if not blocks:
         raise UnfollowedModelError("the model calls no block in a list of modules that has a layer to quantize")
+    inside = [name for block in blocks for name in block.layers]
+    shared = next((name for name in inside if inside.count(name) > 1), None)
+    if shared:
+        raise UnfollowedModelError(f"layer {shared} is called by two blocks")
     return blocks
 
 

@@ -6,10 +6,13 @@ Their storages are emptied in place, since the frames of the model hold them as 
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..errors import OutputError
+from ..output.writer import write_all
 from .calls import BlockCall
 
 __all__ = ["Parking", "call_tensors"]
@@ -29,8 +32,26 @@ def call_tensors(values: object) -> Iterator[torch.Tensor]:
             yield from call_tensors(value)
 
 
+@dataclass(frozen=True)
+class _Parked:
+    """A storage whose ``size`` bytes are elsewhere: a tensor in main memory (uint8), or a file."""
+
+    storage: torch.UntypedStorage
+    size: int
+    place: torch.Tensor | Path
+
+    def fill(self, device: torch.device) -> None:
+        """Give the storage its bytes again if it is empty."""
+        if self.storage.nbytes() == 0:
+            copy = self.place
+            if isinstance(copy, Path):
+                copy = torch.from_file(str(copy), shared=False, size=self.size, dtype=torch.uint8)
+            self.storage.resize_(self.size)
+            _view(self.storage, device).copy_(copy)
+
+
 class Parking:
-    """Place of the tensors of suspended calls: on the device, in main memory, then in mapped files.
+    """Place of the tensors of suspended calls: on the device, in main memory, then in files.
 
     Args:
         model: its parameters, buffers and other tensors stay where they are.
@@ -42,62 +63,87 @@ class Parking:
         self._model, self._device, self._folder = model, device, folder
         self._device_free, self._ram_free = device_bytes, ram_bytes
         self._on_device: dict[BlockCall, int] = {}
-        self._parked: dict[BlockCall, list[tuple[torch.UntypedStorage, torch.Tensor, Path | None]]] = {}
+        self._parked: dict[BlockCall, dict[int, _Parked]] = {}
+        self._suspended: dict[BlockCall, set[int]] = {}  # calls with the storages of their tensors
         self._numbers = itertools.count()
 
     def park(self, call: BlockCall) -> None:
-        """Count the tensors of a call that has been suspended, and move them away where the device is full."""
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in self._movable(call)}
+        """Count the tensors of a call that has been suspended, and move them away where the device is full.
+
+        Tensors that another suspended call has too stay on the device.
+        """
+        found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in self._device_tensors(call)}
+        shared = found.keys() & set().union(*self._suspended.values())
+        for other in self._parked:
+            self._bring_back(other, shared)
+        self._suspended[call] = set(found)
+        storages = {
+            key: storage
+            for key, storage in found.items()
+            if key not in shared and storage.nbytes() >= _SMALLEST and storage.resizable()
+        }
         size = sum(storage.nbytes() for storage in storages.values())
         if size <= self._device_free:
             self._device_free -= size
             self._on_device[call] = size
             return
         own = {tensor.untyped_storage()._cdata for tensor in _held_tensors(self._model)}
-        moved = [storage for key, storage in storages.items() if key not in own]
-        self._parked[call] = [(storage, *self._copy_away(storage)) for storage in moved]
+        moved = {key: storage for key, storage in storages.items() if key not in own}
+        self._parked[call] = {key: self._copy_away(storage) for key, storage in moved.items()}
         self.leave(call)
 
     def restore(self, call: BlockCall) -> None:
         """Put the tensors of a call back on the device, until :meth:`leave` or :meth:`release`."""
-        for storage, copy, _ in self._parked.get(call, ()):
-            if storage.nbytes() == 0:
-                storage.resize_(copy.numel())
-                _view(storage, self._device).copy_(copy)
+        for parked in self._parked.get(call, {}).values():
+            parked.fill(self._device)
 
     def leave(self, call: BlockCall) -> None:
         """Free the device memory of a call whose tensors have not been changed."""
-        for storage, _, _ in self._parked.get(call, ()):
-            storage.resize_(0)
+        for parked in self._parked.get(call, {}).values():
+            parked.storage.resize_(0)
 
     def release(self, call: BlockCall) -> None:
         """Restore a call that goes on."""
-        self.restore(call)
+        self._bring_back(call, self._suspended.pop(call, set()))
         self._device_free += self._on_device.pop(call, 0)
-        for _, copy, path in self._parked.pop(call, ()):
-            if path is None:
-                self._ram_free += copy.numel()
+        self._parked.pop(call, None)
+
+    def _bring_back(self, call: BlockCall, keys: Iterable[int]) -> None:
+        """Let these storages of a call stay on the device."""
+        parked = self._parked.get(call, {})
+        for each in [parked.pop(key) for key in keys if key in parked]:
+            each.fill(self._device)
+            if isinstance(each.place, Path):
+                each.place.unlink(missing_ok=True)
             else:
-                path.unlink(missing_ok=True)
+                self._ram_free += each.size
 
-    def _movable(self, call: BlockCall) -> Iterable[torch.Tensor]:
-        return (
-            tensor
-            for tensor in call_tensors((call.args, call.kwargs))
-            if tensor.device.type == self._device.type and tensor.untyped_storage().nbytes() >= _SMALLEST
-        )
+    def _device_tensors(self, call: BlockCall) -> Iterator[torch.Tensor]:
+        tensors = call_tensors((call.args, call.kwargs))
+        return (tensor for tensor in tensors if tensor.device.type == self._device.type)
 
-    def _copy_away(self, storage: torch.UntypedStorage) -> tuple[torch.Tensor, Path | None]:
-        """The bytes of a storage in main memory, or in a file."""
-        size, path = storage.nbytes(), None
+    def _copy_away(self, storage: torch.UntypedStorage) -> _Parked:
+        """Copy the bytes of a storage to main memory, or to a file.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        size = storage.nbytes()
+        copy = torch.empty(size, dtype=torch.uint8).copy_(_view(storage, self._device))
         if size <= self._ram_free:
             self._ram_free -= size
-            copy = torch.empty(size, dtype=torch.uint8)
-        else:
-            path = self._folder / f"call_{os.getpid()}_{next(self._numbers)}"
-            copy = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        copy.copy_(_view(storage, self._device))
-        return copy, path
+            return _Parked(storage, size, copy)
+        path = self._folder / f"call_{os.getpid()}_{next(self._numbers)}"
+        try:
+            with open(path, "xb", buffering=0) as file:  # not mapped: a full disk would end the process with SIGBUS
+                write_all(file, copy.numpy().data)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OutputError(
+                f"Tensors of recorded calls cannot be written to {self._folder}: {error.strerror or error}; free some "
+                "space, or record fewer calls (replay_calls)."
+            ) from error
+        return _Parked(storage, size, path)
 
 
 def _view(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from ..calibration.statistics import StepSensitivity
 from ..cancellation import CancelCheck
+from ..errors import CalibrationError
 from ..events import BlockFinished, BlockStarted, Listener
 from ..formats import Codec, QuantizedWeight
 from ..formats.codec import Parts
@@ -80,15 +82,15 @@ class ModelWalk:
         self.unfollowed: str | None = None
         self.results: list[BlockFinished] = []
         self.blocks: list[Block] = []
+        self._streams: Streams | None = None
+        self._opened = contextlib.ExitStack()
+        self._next = 0
         try:
             self.blocks = find_blocks(model, layers)
         except UnfollowedModelError as error:
             self._give_up(error)
         self._positions = {name: position for position, block in enumerate(self.blocks) for name in block.layers}
         self._outside: dict[str, QuantizedLinear] = {}
-        self._streams: Streams | None = None
-        self._opened = contextlib.ExitStack()
-        self._next = 0
 
     def __enter__(self) -> "ModelWalk":
         return self
@@ -130,11 +132,16 @@ class ModelWalk:
             check=self._check,
             on_layer=lambda name: None,
         )
-        rounded = rounding.round()
-        sequential = {**plain, **{name: layer.quantized for name, layer in rounded.items()}}
-        candidates, note = {"calibrated": plain, "sequential": sequential}, ""
-        linears = {kind: self._linears_of(layers, results) for kind, results in candidates.items()}
-        errors = self._compare(streams, linears)
+        try:
+            rounded = rounding.round()
+            sequential = {**plain, **{name: layer.quantized for name, layer in rounded.items()}}
+            candidates, note = {"calibrated": plain, "sequential": sequential}, ""
+            linears = {kind: self._linears_of(layers, results) for kind, results in candidates.items()}
+            errors = self._compare(streams, linears)
+        except CalibrationError as error:
+            log.warning("The layers of %s are calibrated one by one: %s", block.name, error)
+            self._advance(streams, self._linears_of(layers, plain))
+            return plain
         kept = min(linears, key=lambda kind: errors[kind])
         if self._rounding.rounding == "reconstructed" and kept == "sequential":
             learned = self._reconstruct(streams, block, rounded)
@@ -185,7 +192,7 @@ class ModelWalk:
             self._advance(streams, {name: self._linear(*layer) for name, layer in layers.items()})
 
     def model_errors(self) -> ModelErrors | None:
-        """Errors of the model's output after the last block; None where the calls did not get there."""
+        """Errors of the model's output after the last block; None where the calls did not get there, or it contains NaN or Inf."""
         streams = self._streams
         if streams is None or self._next < len(self.blocks):
             return None
@@ -196,6 +203,8 @@ class ModelWalk:
             for index, outputs in exact.items():
                 total.add(found[index], outputs, 1.0)
             errors[stream] = total.value
+        if not all(map(math.isfinite, errors.values())):
+            return None
         return ModelErrors(errors[Stream.QUANTIZED], errors.get(Stream.WEIGHTS_ONLY))
 
     def _open_streams(self) -> Streams | None:
@@ -221,15 +230,19 @@ class ModelWalk:
                 streams.advance(stream, replaced[stream], self._next)
         except UnfollowedModelError as error:
             self._give_up(error)
-            self._opened.close()
-            self._streams = None
 
     def _give_up(self, error: UnfollowedModelError) -> None:
         self.unfollowed = str(error)
         log.warning("Sequential rounding stops, and layers are calibrated one by one: %s.", error)
+        self._opened.close()
+        self._streams = None
 
     def _compare(self, streams: Streams, linears: Mapping[str, Mapping[str, QuantizedLinear]]) -> dict[str, float]:
-        """Relative errors of the block's outputs in the validation calls, for several roundings of its layers."""
+        """Relative errors of the block's outputs in the validation calls, for several roundings of its layers.
+
+        Raises:
+            CalibrationError: the outputs contain NaN or Inf.
+        """
         totals = {kind: ErrorSum() for kind in linears}
         weights = self._call_weights(self.blocks[self._next])
         for index in streams.validation:
@@ -237,7 +250,10 @@ class ModelWalk:
             for kind, total in totals.items():
                 found = streams.run(Stream.QUANTIZED, index, {**self._outside, **linears[kind]})
                 total.add(found, exact, weights[index])
-        return {kind: total.value for kind, total in totals.items()}
+        errors = {kind: total.value for kind, total in totals.items()}
+        if not all(map(math.isfinite, errors.values())):
+            raise CalibrationError("its outputs contain NaN or Inf.")
+        return errors
 
     def _weights_only_error(self, streams: Streams, linears: Mapping[str, QuantizedLinear]) -> float | None:
         """The error of the block with unquantized activations; None where the card quantizes none."""

@@ -1,0 +1,18 @@
+"""Fixtures of sequential rounding: no call of a model may outlive its test."""
+
+import threading
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_left():
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name == "learned-rounding-call"] == []
