@@ -38,7 +38,7 @@ class FormatOption(Option):
     def scope(self) -> str:
         """Formats, and granularities if they matter, that the option applies to."""
         if self.applies(None):
-            return " or ".join([f"format {MEASURED}", *(f"rounding {name}" for name in self.roundings)])
+            return " or rounding ".join(filter(None, (f"format {MEASURED}", " or ".join(self.roundings))))
         names = [text for name in FORMATS for text in self._describe_format(name)]
         return f"any format but {MEASURED}" if names == list(FORMATS) else ", ".join(names)
 
