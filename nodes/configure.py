@@ -112,6 +112,7 @@ class ConfigureQuantization(io.ComfyNode):
         linear_dtype=None,
         card=None,
         target_time=None,
+        rounding=None,
     ):
         # None: the value comes from another node; its default contradicts nothing.
         def check(format):
@@ -129,6 +130,7 @@ class ConfigureQuantization(io.ComfyNode):
                 linear_dtype=linear_dtype,
                 card=card or AUTO,
                 target_time=target_time or None,
+                rounding=rounding or OPTION_TABLE["Rounding"]["rounding"].default,
             )
 
         return check_inputs(check, format)
@@ -219,7 +221,7 @@ def _make_recipe(
 
 
 def _matters_for(option) -> list[dict] | None:
-    """Formats and granularities that the option applies to, as conditions of :func:`~.schema.widget`; None: all."""
+    """Formats, granularities and roundings that the option applies to, as conditions of :func:`~.schema.widget`; None: all."""
     if not isinstance(option, FormatOption):
         return None
     always, conditions = [], []
@@ -230,6 +232,8 @@ def _matters_for(option) -> list[dict] | None:
             always.append(format)
         elif names:
             conditions.append({"format": [format], "granularity": names})
+    if option.roundings:
+        conditions.append({"rounding": list(option.roundings)})
     return [*([{"format": always}] if always else []), *conditions]
 
 

@@ -33,7 +33,8 @@ class LearnedRoundQuantize(io.ComfyNode):
                 CalibrationType.Input(
                     "calibration",
                     optional=True,
-                    tooltip="From Calibrate or Load Calibration: rounds for the real inputs of each layer, which about halves the error of its output.",
+                    tooltip="From Calibrate or Load Calibration: rounds for the real inputs of each layer, which about halves the error of its output. "
+                    "Rounding sequential and reconstructed need one with recorded calls (replay_calls).",
                 ),
                 widget(
                     io.Combo,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = [
     "Event",
@@ -10,6 +11,8 @@ __all__ = [
     "RunStarted",
     "LayerStarted",
     "BlockStarted",
+    "BlockStep",
+    "BlockAdvanced",
     "BlockFinished",
     "LayerFinished",
     "LayerKept",
@@ -113,6 +116,29 @@ class BlockStarted(Event):
     index: int
     total: int
     name: str
+
+
+BlockStep = Literal["rounding", "comparing", "reconstructing", "running"]
+"""Rounding of groups of layers that share an input; validation calls that compare the results; gradient steps; calls that go on
+to the next block."""
+
+
+@dataclass(frozen=True)
+class BlockAdvanced(Event):
+    """Progress inside a block; pages store every event, so a block has some dozens at most.
+
+    Attributes:
+        index, total, name: as in :class:`BlockStarted`.
+        step: what is done.
+        done, total_steps: finished and all groups, calls or gradient steps of it.
+    """
+
+    index: int
+    total: int
+    name: str
+    step: BlockStep
+    done: int
+    total_steps: int
 
 
 @dataclass(frozen=True)

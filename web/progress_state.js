@@ -1,7 +1,7 @@
 /**
  * State of the progress panels as plain values, without DOM and ComfyUI, so that node can test it.
  *
- * The messages of a run are "measuring", "start", "layer", "kept", "checking", "done", "calibrating", "calibrated", "stopped"
+ * The messages of a run are "measuring", "start", "block", "layer", "kept", "checking", "done", "calibrating", "calibrated", "stopped"
  * (nodes/ui/progress.py), each with the run's prompt and its sequence number. A page that missed some gets all of them
  * again, and until then shows the available ones.
  */
@@ -19,7 +19,7 @@ const NO_PARTS = Object.freeze({
 
 const FRESH = Object.freeze({
   phase: "running", measuring: false, checked: null, before: NO_PARTS, label: "", source: "", total: 0, finished: 0, layer: null,
-  rounding: "", learned: "", eta: null, rate: null, bytes: 0, since: null, unit: null, worst: [], kept: [], warnings: [], cells: [],
+  block: null, rounding: "", learned: "", eta: null, rate: null, bytes: 0, since: null, unit: null, worst: [], kept: [], warnings: [], cells: [],
   places: new Map(),
 });
 
@@ -96,6 +96,10 @@ const REDUCERS = {
     };
   },
 
+  block(state, event) {
+    return { ...running(state), measuring: false, block: blockWords(event) };
+  },
+
   layer(state, event, replaced) {
     const run = running(state);
     const since = run.since ?? event.elapsed - event.seconds;
@@ -155,6 +159,7 @@ const REDUCERS = {
       source: run.source || (event.source ?? ""),
       finished: run.total,
       layer: null,
+      block: null,
       eta: null,
       rate: null,
       parts,
@@ -232,9 +237,10 @@ export function words(state) {
       return [say("idle"), ""];
     case "running": {
       if (state.unit) return calibratingWords(state, join);
-      if (state.layer === null) return [say("reading"), ""];
+      if (state.layer === null && state.block === null) return [say("reading"), ""];
       if (state.measuring) return ["", say("measuring", { number: state.finished + 1, total: state.total })];
       if (state.checked !== null) return ["", say("checking", { percent: Math.floor(100 * state.checked) })];
+      if (state.block !== null && state.finished < state.total) return ["", join(state.block, state.eta !== null && leftWords(state.eta))];
       const eta = state.finished < state.total ? leftWords(state.eta) : say("writing");
       return ["", join(eta, state.rate && `${formatBytes(state.rate)}/s`, state.learned)];
     }
@@ -263,6 +269,18 @@ export function words(state) {
     }
   }
 }
+
+/** Number, name and step of a block, or the rounding that was kept: "block 3 of 57, double_blocks.2: gradient step 40 of 120". */
+function blockWords({ index, total, name, step, done, total_steps: steps, kept, error, calibrated_error: calibrated }) {
+  const what = kept
+    ? say("blockKept", { kept, error: formatError(error), calibrated: formatError(calibrated) })
+    : say(BLOCK_STEPS[step] ?? "blockStarted", { done, steps });
+  return say("block", { number: index + 1, total, name: shortName(name), what });
+}
+
+const BLOCK_STEPS = {
+  rounding: "blockRounding", comparing: "blockComparing", reconstructing: "blockReconstructing", running: "blockRunning",
+};
 
 function calibratingWords({ unit, finished, total, rate, eta }, join) {
   const left = finished < total ? rate && leftWords(eta) : "";

@@ -92,13 +92,14 @@ def _check_copy(path: Path, original: Path) -> None:
 
 
 def _check_file(path: Path) -> list[str]:
-    """Raise VerificationError unless ComfyUI can load the file and its values are finite; returns warnings."""
+    """Raise VerificationError unless ComfyUI can load the file and its values are finite; returns notes and warnings."""
     bar = comfy.utils.ProgressBar(1)
     check = comfy.model_management.throw_exception_if_processing_interrupted
     result = verify_file(path, check=check, progress=bar.update_absolute)
     if result.problems:
         raise VerificationError(result.problems[0])
-    return result.warnings
+    notes = [f"Rounded with the running model: {result.model_run}."] if result.model_run else []
+    return notes + result.warnings
 
 
 def _check_contents(report: Report, paths: list[Path]) -> None:

@@ -73,7 +73,8 @@ def replay_input():
         optional=True,
         advanced=True,
         tooltip="How many calls of the model are recorded with all their inputs, drawn with the seed over all prompts and steps; "
-        "sequential rounding runs them again, and 64 are usual. They are in RAM, then in ComfyUI's temp folder, while the server runs. 0: none.",
+        "rounding sequential and reconstructed run them again, and 64 are usual. They are in RAM, then in ComfyUI's temp folder, while the "
+        "server runs. 0: none.",
     )
 
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from ...quant_core.errors import QuantizationError
 from ...quant_core.events import (
+    BlockAdvanced,
+    BlockFinished,
+    BlockStarted,
     CalibrationAdvanced,
     CalibrationFinished,
     Event,
@@ -133,6 +136,9 @@ def _worst_layers(report: Report) -> list[LayerFinished]:
 _MESSAGES: dict[type, Callable[[Any], dict | None]] = {
     LayerMeasured: lambda event: {"state": "measuring", **vars(event)},
     RunStarted: _start_message,
+    BlockStarted: lambda event: {"state": "block", **vars(event)},
+    BlockAdvanced: lambda event: {"state": "block", **vars(event)},
+    BlockFinished: lambda event: {"state": "block", **vars(event)},
     LayerFinished: _layer_message,
     LayerKept: _kept_message,
     OutputChecked: lambda event: {"state": "checking", **vars(event)},

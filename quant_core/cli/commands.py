@@ -17,6 +17,7 @@ from ..errors import OutputError, QuantizationError
 from ..formats import FORMATS
 from ..output import inspect_file, keep_apart, verify_file
 from ..recipes import PRESETS, Plan, Recipe
+from ..run.blocks import require_model
 from ..run.estimate import estimate_seconds, estimate_size
 from ..run.quantize import output_name, quantize_file, usable_device
 from ..sources import Source, open_source
@@ -105,6 +106,7 @@ def _check_report(report: Path) -> None:
 
 def _quantize(args: argparse.Namespace) -> int:
     recipe = build_recipe(args)
+    require_model(recipe)
     usable_device(args.device)
     if args.report:
         _check_report(args.report)
@@ -156,9 +158,11 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    recipe = build_recipe(args)
+    require_model(recipe)
     usable_device(args.device)
     with _open_source(args) as source:
-        return _print_plan(args, build_recipe(args), source)
+        return _print_plan(args, recipe, source)
 
 
 def _make_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> Plan:
@@ -224,6 +228,8 @@ def _verify(args: argparse.Namespace) -> int:
         print_error(f"{args.file}: {len(result.problems)} problem(s) in {result.layers} quantized layers.")
         return 1
     print_line(f"{args.file}: OK, {result.layers} quantized layers.")
+    if result.model_run:
+        print_line(f"Rounded with the running model: {escape_control(result.model_run)}.")
     return 0
 
 

@@ -16,7 +16,7 @@ from ..formats.table import newest_release
 from ..sources import TensorInfo, open_safetensors
 from ..sources.diffusers_names import Family, find_family
 from ..sources.dtypes import DTYPE_NAMES
-from .metadata import ENCODER_PREFIX, provenance
+from .metadata import ENCODER_PREFIX, MODEL_RUN_KEY, describe_model_run, provenance
 
 __all__ = ["Inspection", "inspect_file"]
 
@@ -61,6 +61,8 @@ class Inspection:
             options = recipe.items() if isinstance(recipe, dict) else ()
             given = [f"{key} {value}" for key, value in options if value not in (None, "", []) and value is not False]
             lines.append(f"  made by learned_rounding {self.made_by.get('version')}: {', '.join(given)}")
+            if run := describe_model_run(self.made_by.get(MODEL_RUN_KEY)):
+                lines.append(f"  rounded with the running model: {run}")
         return bound_lines(lines)
 
 

@@ -7,11 +7,21 @@ from ..formats.layer_json import parse_object
 from ..formats.table import newest_release
 from ..sources import Source
 
-__all__ = ["ENCODER_PREFIX", "NOTE_KEY", "PROVENANCE_KEY", "loading_note", "provenance"]
+__all__ = [
+    "ENCODER_PREFIX",
+    "MODEL_RUN_KEY",
+    "NOTE_KEY",
+    "PROVENANCE_KEY",
+    "describe_model_run",
+    "loading_note",
+    "provenance",
+]
 
 PROVENANCE_KEY = "learned_rounding"  # version, recipe and fingerprint of the run
+MODEL_RUN_KEY = "sequential"  # in it: what a rounding that ran the model recorded
 NOTE_KEY = "note"  # for people whose ComfyUI does not load the file
 ENCODER_PREFIX = "text_encoders."  # of text encoders in a whole checkpoint
+_LARGEST = 1e6  # error or number of calls that is shown
 _HOMEPAGE = "https://github.com/learned-rounding/learned_rounding"
 _PACK = f"the node pack Learned Rounding installed: {_HOMEPAGE}"
 
@@ -35,3 +45,26 @@ def provenance(source: Source) -> dict:
     """The entry that this project writes into the header; empty for other files."""
     text = source.metadata.get(PROVENANCE_KEY)
     return parse_object(text, f"{source.name}: header entry {PROVENANCE_KEY}") if text else {}
+
+
+def describe_model_run(values: object) -> str:
+    """What a rounding that ran the model recorded, for people.
+
+    "error 0.0684 as run on SM 9.0, 0.0651 on cards that do not quantize activations; 64 recorded calls"
+
+    Args:
+        values: those of :data:`MODEL_RUN_KEY`, which a file of unknown origin may have too; what is invalid is left out.
+    """
+    if not isinstance(values, Mapping):
+        return ""
+    error, only, calls = (_number(values.get(key)) for key in ("output_error", "weights_only_error", "calls"))
+    if error is None:
+        return f"{values.get('unfollowed') or 'error not measured'}; layers are calibrated one by one"
+    card = values.get("card")
+    where = "where the format is multiplied" if card == "native" else f"on SM {card}"
+    without = "" if only is None else f", {only:.4f} on cards that do not quantize activations"
+    return f"error {error:.4f} as run {where}{without}" + ("" if calls is None else f"; {calls:.0f} recorded calls")
+
+
+def _number(value: object) -> float | None:
+    return value if isinstance(value, int | float) and abs(value) < _LARGEST else None

@@ -21,6 +21,7 @@ from ..formats.layer_json import CONFIG_KEY, QUANTIZATION_KEY, file_layers, head
 from ..formats.table import release_number
 from ..sources import Source, open_safetensors
 from ..sources.dtypes import DTYPE_NAMES
+from .metadata import MODEL_RUN_KEY, describe_model_run, provenance
 from .values import Finding, check_fp8_values, check_layer_values, is_finite
 
 __all__ = ["Verification", "verify_file", "verify_source"]
@@ -41,11 +42,13 @@ class Verification:
         layers: number of quantized layers.
         problems: one sentence each, empty when the file is valid.
         warnings: one sentence each about a valid file.
+        model_run: what a rounding that ran the model recorded, see :func:`~.metadata.describe_model_run`; empty for others.
     """
 
     layers: int = 0
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    model_run: str = ""
 
 
 def verify_file(
@@ -76,7 +79,7 @@ def verify_source(
 ) -> Verification:
     """Check tensors that are, or are to become, a file; ``values``: read the weights too. See :func:`verify_file`."""
     verifier = _Verifier(source, values, check, progress)
-    result = Verification(len(verifier.layers))
+    result = Verification(len(verifier.layers), model_run=describe_model_run(provenance(source).get(MODEL_RUN_KEY)))
     for finding in verifier.findings():
         (result.problems if finding.fatal else result.warnings).append(finding.text)
     return result

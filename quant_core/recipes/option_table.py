@@ -7,7 +7,7 @@ from ..formats import FORMATS, GRANULARITIES, GROUP_SIZES, MEASURED, Codec, Form
 from ..formats.cards import CARDS
 from ..formats.scales import BLOCK_SIZE
 from ..option import Option
-from ..rounding import OPTIONS, ROUNDINGS
+from ..rounding import MODEL_ROUNDINGS, OPTIONS, ROUNDINGS
 from .aliases import FORMAT_ALIASES
 from .presets import AUTO, NONE, PRESETS
 
@@ -28,15 +28,17 @@ class FormatOption(Option):
 
     Attributes:
         applies: whether it applies to layers with this codec; None is format measured.
+        roundings: roundings with which it applies to every format.
     """
 
     applies: Callable[[Codec | None], bool]
+    roundings: tuple[str, ...] = ()
 
     @property
     def scope(self) -> str:
         """Formats, and granularities if they matter, that the option applies to."""
         if self.applies(None):
-            return f"format {MEASURED}"
+            return " or rounding ".join(filter(None, (f"format {MEASURED}", " or ".join(self.roundings))))
         names = [text for name in FORMATS for text in self._describe_format(name)]
         return f"any format but {MEASURED}" if names == list(FORMATS) else ", ".join(names)
 
@@ -132,6 +134,7 @@ FORMAT_OPTIONS: Mapping[str, Option] = {
     ),
     "card": FormatOption(
         applies=lambda codec: codec is None,
+        roundings=MODEL_ROUNDINGS,
         choices=CARDS,
         metavar="SM",
         help="compute capability of the card that the model is for, which decides what ComfyUI quantizes activations to: "
@@ -197,7 +200,7 @@ OPTION_TABLE: Mapping[str, Mapping[str, Option]] = {
     "Layers": LAYER_OPTIONS,
     "Rounding": ROUNDING_OPTIONS,
 }
-# Recipe fields that act on format measured alone.
-MEASURED_ONLY = tuple(
-    name for name, option in FORMAT_OPTIONS.items() if isinstance(option, FormatOption) and option.applies(None)
-)
+# Recipe field → option, of those that act on no other format than measured, or with some roundings.
+MEASURED_ONLY: Mapping[str, FormatOption] = {
+    name: option for name, option in FORMAT_OPTIONS.items() if isinstance(option, FormatOption) and option.applies(None)
+}

@@ -127,13 +127,12 @@ class Recipe:
             raise RecipeError(
                 f"layer_config has no effect on format {MEASURED}, which chooses the format of each layer; leave it out."
             )
-        given = [name for name in MEASURED_ONLY if getattr(self, name) not in (None, False)]
-        if self.rounding.runs_model and "card" in given:
-            given.remove("card")
-        if given and not self.format.measured:
-            raise RecipeError(
-                f"{given[0]} has no effect on format {self.format.name}, only on format {MEASURED}; leave it out."
-            )
+        for name, option in MEASURED_ONLY.items():
+            idle = not self.format.measured and self.rounding.rounding not in option.roundings
+            if idle and getattr(self, name) not in (None, False):
+                raise RecipeError(
+                    f"{name} has no effect on format {self.format.name}, only on {option.scope}; leave it out."
+                )
         if self.card is not None and self.card not in CARDS:
             raise UnknownNameError("card", self.card, CARDS)
         if self.target_size is not None and self.target_error is not None:

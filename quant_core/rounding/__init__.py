@@ -9,7 +9,7 @@ from .bias import correct_bias, synthetic_mean
 from .gptq import round_gptq
 from .gradient import round_gradient
 from .optimizers import OPTIMIZERS, SCHEDULES
-from .options import BIAS_CORRECTIONS, OPTIONS, ROUNDINGS, RoundingConfig
+from .options import BIAS_CORRECTIONS, MODEL_ROUNDINGS, OPTIONS, ROUNDINGS, RoundingConfig
 from .principal import Principal, principal_rank
 from .projected import round_projected
 from .quadratic import Quadratic, hessian_quadratic
@@ -20,6 +20,7 @@ from .stochastic import round_stochastic
 
 __all__ = [
     "BIAS_CORRECTIONS",
+    "MODEL_ROUNDINGS",
     "OPTIMIZERS",
     "OPTIONS",
     "ROUNDINGS",

@@ -1,8 +1,9 @@
 """Layers of a run that are rounded block by block with a running model, and those of its blocks that a killed run finished."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -10,15 +11,24 @@ from ..calibration import Calibration, LayerStatistics
 from ..cancellation import CancelCheck
 from ..display import shorten
 from ..errors import RecipeError
-from ..events import Listener
+from ..events import LayerFinished, Listener
 from ..formats import QuantizedBank, QuantizedWeight, detect_layer
 from ..layer import Layer
+from ..output.metadata import describe_model_run
 from ..recipes import Plan, Recipe
 from ..sequential import ModelWalk, PendingLayer, ReplayedModel
 from ..sources import Source
 from .resume import RunJournal
 
-__all__ = ["BlockQueue", "FinishedLayers", "StartedLayer", "WalkSummary", "open_blocks", "walk_fingerprint"]
+__all__ = [
+    "BlockQueue",
+    "FinishedLayers",
+    "StartedLayer",
+    "WalkSummary",
+    "open_blocks",
+    "require_model",
+    "walk_fingerprint",
+]
 
 _REASON = 300  # characters in the metadata of a file
 NEEDS_MODEL = (
@@ -67,6 +77,7 @@ class WalkSummary:
         output_error: relative error of the model's output in the validation calls; None where it could not be followed.
         weights_only_error: the same with unquantized activations; None too where the card quantizes none.
         unfollowed: why layers keep their layer-wise result; empty where the model could be followed.
+        blocks: rounding that is kept → number of blocks.
     """
 
     card: str
@@ -74,21 +85,17 @@ class WalkSummary:
     output_error: float | None = None
     weights_only_error: float | None = None
     unfollowed: str = ""
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, without what is not known."""
         values = {**vars(self), "unfollowed": shorten(self.unfollowed, _REASON)}
-        return {name: value for name, value in values.items() if value not in (None, "")}
+        return {name: value for name, value in values.items() if value not in (None, "", {})}
 
     def __str__(self) -> str:
-        """For users: "error 0.0684 as run on SM 9.0, 0.0651 for weights only; 64 recorded calls"."""
-        if self.output_error is None:
-            return f"{self.unfollowed or 'not measured'}; layers are calibrated one by one"
-        card = "where the format is multiplied" if self.card == "native" else f"on SM {self.card}"
-        only = (
-            "" if self.weights_only_error is None else f", {self.weights_only_error:.4f} with unquantized activations"
-        )
-        return f"error {self.output_error:.4f} as run {card}{only}; {self.calls} recorded calls"
+        """For users: what :func:`describe_model_run` returns, and "; blocks: 40 sequential, 17 calibrated"."""
+        kept = ", ".join(f"{count} {rounding}" for rounding, count in self.blocks.items())
+        return "; ".join(filter(None, (describe_model_run(self.to_dict()), kept and f"blocks: {kept}")))
 
 
 def describe_card(capability: tuple[int, int] | None) -> str:
@@ -106,6 +113,12 @@ def walk_fingerprint(recipe: Recipe, calls: str | None, device: torch.device) ->
     return f"{calls} {describe_card(recipe.find_capability(device))}"
 
 
+def require_model(recipe: Recipe, model: ReplayedModel | None = None) -> None:
+    """Raise RecipeError where the rounding runs the model and there is none."""
+    if recipe.rounding.runs_model and model is None:
+        raise RecipeError(NEEDS_MODEL.format(recipe.rounding.rounding))
+
+
 @contextlib.contextmanager
 def open_blocks(
     model: ReplayedModel | None,
@@ -118,16 +131,11 @@ def open_blocks(
     emit: Listener,
     check: CancelCheck,
 ) -> Iterator["BlockQueue | None"]:
-    """The queue of a run whose rounding runs the model; None for other roundings.
-
-    Raises:
-        RecipeError: the rounding needs a model.
-    """
+    """The queue of a run whose rounding runs the model; None for other roundings, which need no ``model``."""
     if not recipe.rounding.runs_model:
         yield None
         return
-    if model is None:
-        raise RecipeError(NEEDS_MODEL.format(recipe.rounding.rounding))
+    assert model is not None  # see :func:`require_model`
     capability = recipe.find_capability(model.device)
     codecs = [
         recipe.of(plan.decisions[name]).format.codec_for(source.tensors[name].shape[-1])
@@ -231,13 +239,24 @@ class BlockQueue:
             self._walk.pass_block({name: self._read(name) for name in quantized})
         self._passed = max(self._passed, stop)
 
-    def finish(self) -> WalkSummary:
-        """What is recorded of the run, after its last layer."""
+    def finish(self, layers: Iterable[LayerFinished]) -> WalkSummary:
+        """What is recorded of the run, after its last layer; ``layers``: all that are quantized."""
         self._pass_restored(len(self._walk.blocks))
-        errors = self._walk.model_errors()
+        errors, summary = self._walk.model_errors(), replace(self._summary, blocks=self._count_blocks(layers))
         if errors is None:
-            return replace(self._summary, unfollowed=self._walk.unfollowed or "")
-        return replace(self._summary, output_error=errors.quantized, weights_only_error=errors.weights_only)
+            return replace(summary, unfollowed=self._walk.unfollowed or "")
+        return replace(summary, output_error=errors.quantized, weights_only_error=errors.weights_only)
+
+    def _count_blocks(self, layers: Iterable[LayerFinished]) -> dict[str, int]:
+        """Rounding that is kept → number of blocks, from the notes of layers: those of a killed run have them too."""
+        roundings = {note: rounding for rounding, note in KEPT.items()}
+        kept = {
+            self.position(layer.name): roundings[note]
+            for layer in layers
+            for note in layer.note.split("; ")
+            if note in roundings
+        }
+        return dict(sorted(Counter(kept.values()).items()))
 
     def _read(self, layer: str):
         """Codec, tensors and shape of a restored layer."""

@@ -110,7 +110,7 @@ class QuantizationRun:
                 f"{self._source.name}: every layer to quantize {NON_FINITE}; the model is damaged."
             )
         if self._blocks:
-            self.report.sequential = self._blocks.finish()
+            self.report.sequential = self._blocks.finish(self.report.layers)
         self.report.seconds = self._clock.elapsed
 
     def _emit_start(self) -> None:

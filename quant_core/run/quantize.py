@@ -17,7 +17,7 @@ from ..sequential import ReplayedModel
 from ..sources import Source, TensorSource, open_source
 from ..sources.shards import model_stem
 from .allocate import allocate_formats
-from .blocks import open_blocks, walk_fingerprint
+from .blocks import open_blocks, require_model, walk_fingerprint
 from .fingerprint import FileStates, has_fingerprint, input_paths, may_be_newer, run_fingerprint, run_key
 from .header import check_name_collisions, file_metadata, header_bound, planned_configs
 from .loop import QuantizationRun, read_device
@@ -76,6 +76,7 @@ def quantize_tensors(
     Raises:
         QuantizationError: see :mod:`.errors`.
     """
+    require_model(recipe, model)
     source, sink = TensorSource(tensors, metadata), _StateDict()
     emit, check, device = on_event or _ignore_event, check or _never_cancel, usable_device(device)
     plan = _plan(source, recipe, calibration, general, check)
@@ -142,6 +143,7 @@ def quantize_file(
     Raises:
         QuantizationError: see :mod:`.errors`; nothing is left in the folder of the output then.
     """
+    require_model(recipe, model)
     if isinstance(source, (str, os.PathLike)):
         with open_source(source) as opened:
             return quantize_file(

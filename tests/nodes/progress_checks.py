@@ -9,7 +9,7 @@ import torch
 from pack.nodes import host
 from pack.nodes.ui import progress
 from pack.quant_core import QuantizationError, Recipe
-from pack.quant_core.events import CalibrationAdvanced, CalibrationFinished
+from pack.quant_core.events import BlockAdvanced, BlockFinished, BlockStarted, CalibrationAdvanced, CalibrationFinished
 from safetensors.torch import save_file
 
 MODELS = Path(folder_paths.models_dir) / "diffusion_models"
@@ -74,6 +74,18 @@ def twice() -> dict:
     return {"sent": sent, "kept": [[message["prompt"], message["seq"]] for message in kept()], "empty": empty}
 
 
+def blocks() -> list:
+    """Messages of one block of a rounding that runs the model, as pages get them."""
+    sent = []
+    host.running_prompt, host.latest_outputs = lambda: {"prompt": "1", "workflow": "4"}, lambda *_: {}
+    host.send_message = lambda event, message, everyone: sent.append(message)
+    with progress.NodeProgress("3") as listener:
+        listener(BlockStarted(2, 57, "double_blocks.2"))
+        listener(BlockAdvanced(2, 57, "double_blocks.2", "rounding", 1, 5))
+        listener(BlockFinished(2, 57, "double_blocks.2", "sequential", 0.25, 0.5, None))
+    return json.loads(json.dumps(sent))
+
+
 def shards() -> dict:
     """A changed shard changes the source for Load Model and for Quantize."""
     MODELS.mkdir(parents=True, exist_ok=True)
@@ -111,4 +123,4 @@ def shards() -> dict:
     }
 
 
-CHECKS = {f"progress_{check.__name__}": check for check in (stopped, twice, shards)}
+CHECKS = {f"progress_{check.__name__}": check for check in (stopped, twice, blocks, shards)}

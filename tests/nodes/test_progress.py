@@ -21,6 +21,14 @@ def test_two_executions_in_one_prompt_are_one_run(host, tmp_path):
     }
 
 
+def test_blocks_and_their_steps_are_sent_to_pages(host, tmp_path):
+    found = in_process(host, tmp_path, "progress_blocks")
+    block = {"state": "block", "index": 2, "total": 57, "name": "double_blocks.2"}
+    assert [{key: message[key] for key in block} for message in found] == [block] * 3
+    assert (found[1]["step"], found[1]["done"], found[1]["total_steps"]) == ("rounding", 1, 5)
+    assert (found[2]["kept"], found[2]["error"], found[2]["calibrated_error"]) == ("sequential", 0.25, 0.5)
+
+
 def test_changed_shard_changes_the_source(host, tmp_path):
     found = in_process(host, tmp_path, "progress_shards")
     assert found["same"] and found["state changed"] and found["result changed"]

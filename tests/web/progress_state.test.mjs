@@ -67,6 +67,27 @@ test("a run goes from idle over its layers to a summary", () => {
   assert.deepEqual(state.words(end), ["8 MB → 4.1 MB (51 %)", "4 layers in 4.0 s · median error 0.02500"]);
 });
 
+test("a rounding that runs the model tells of blocks and of their steps", () => {
+  const block = (more) => ({ state: "block", index: 2, total: 57, name: "double_blocks.2", ...more });
+  const begun = play([start(), block()]);
+  assert.deepEqual(state.words(begun), ["", "block 3 of 57, double_blocks.2: reading its activations"]);
+  const step = (name, done, total_steps) => state.words(play([block({ step: name, done, total_steps })], "run", begun))[1];
+  assert.equal(step("rounding", 1, 5), "block 3 of 57, double_blocks.2: rounding, 1 of 5");
+  assert.equal(step("comparing", 2, 16), "block 3 of 57, double_blocks.2: comparing, call 2 of 16");
+  assert.equal(step("reconstructing", 40, 120), "block 3 of 57, double_blocks.2: gradient step 40 of 120");
+  assert.equal(step("running", 3, 64), "block 3 of 57, double_blocks.2: running it, call 3 of 64");
+  assert.equal(step("of a later release", 3, 64), "block 3 of 57, double_blocks.2: reading its activations");
+  const kept = block({ kept: "sequential", error: 0.0123, calibrated_error: 0.015, weights_only_error: null });
+  const text = "block 3 of 57, double_blocks.2: sequential kept, error 0.01230, calibrated 0.01500";
+  const ended = play([kept, layer(0, 0.01)], "run", begun);
+  assert.deepEqual(state.words(ended), ["", `${text} · 3.0 s left`]);
+  assert.equal(state.percent(ended), 25);
+  const written = play([layer(1, 0.01), layer(2, 0.01), layer(3, 0.01)], "run", ended);
+  assert.ok(state.words(written)[1].startsWith("writing the file"));
+  assert.equal(play([done()], "run", written).block, null);
+  assert.equal(play([start()], "run", ended).block, null);
+});
+
 test("warnings of all parts are kept once, also where a part's first message was missed", () => {
   const parts = play([start({ warnings: ["a"] }), layer(0, 0.01), done({ warnings: ["a"] }), start({ warnings: ["b", "a"] })]);
   assert.deepEqual(parts.warnings, ["a", "b"]);

@@ -9,6 +9,7 @@ from learned_rounding.hosts.browser import load_workflow, queue_prompt
 from learned_rounding.quant_core import FORMATS, Recipe
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.formats import GRANULARITIES, with_granularity
+from learned_rounding.quant_core.rounding import MODEL_ROUNDINGS
 
 CONFIGURE = 2  # its id in workflow.json
 ALWAYS = {"format", "preset", "seed", "rounding", "keep", "heur"}
@@ -98,6 +99,18 @@ def test_the_format_decides_what_shows(graph):
     assert shown(graph) == int8
     if not graph.vue_nodes:
         assert size(graph) == before, "the node has its height again"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("rounding", MODEL_ROUNDINGS)
+def test_a_rounding_that_runs_the_model_shows_the_card(graph, rounding):
+    before = shown(graph)
+    choose(graph, rounding=rounding)
+    assert shown(graph) == before | {"card"}
+    choose(graph, card="9.0")
+    assert inputs(graph)["card"] == "9.0"
+    choose(graph, rounding="calibrated")
+    assert shown(graph) == before and inputs(graph)["card"] == "auto"
 
 
 @pytest.mark.browser
@@ -259,18 +272,20 @@ def test_what_shows_is_what_a_recipe_does_not_refuse(comfy):
         "layer_config": {"layer_config": '{"a": "skip"}'}, "bits": {"bits": 6}, "linear_dtype": {"linear_dtype": "int4"},
         "card": {"card": "9.0"}, "target_time": {"target_time": 0.8},
     }  # fmt: skip
-    for format, granularity in itertools.product([*FORMATS, "measured"], ["auto", *GRANULARITIES]):
+    roundings = ["auto", *MODEL_ROUNDINGS]
+    for format, granularity, rounding in itertools.product([*FORMATS, "measured"], ["auto", *GRANULARITIES], roundings):
         measured = format == "measured"
         own = None if granularity == "auto" or measured else granularity
         resolved = format if measured else with_granularity(format, own)
-        if not accepted(format=resolved, granularity=own):
+        recipe = {"format": resolved, "granularity": own, "rounding": rounding}
+        if not accepted(**recipe):
             continue
         for name, values in tried.items():
-            acts = accepted(format=resolved, granularity=own, **values)
+            acts = accepted(**recipe, **values)
             if name == "full_precision_matrix_mult" and format == "float8_e5m2":
                 acts = False  # it is so there anyway
-            shows = matters(options[name][1]["matters_for"], {"format": format, "granularity": granularity})
-            assert shows == acts, (format, granularity, name)
+            chosen = {"format": format, "granularity": granularity, "rounding": rounding}
+            assert matters(options[name][1]["matters_for"], chosen) == acts, (chosen, name)
 
 
 def accepted(**recipe):

@@ -603,6 +603,7 @@ def test_a_report_stays_whole_on_a_full_disk(lrq, model_file, tmp_path, monkeypa
         ["--calibration", "nofile"],
         ["--report", "no/such/folder/report.json"],
         ["--rounding", "calibrated"],
+        ["--rounding", "sequential"],
     ],
     ids=" ".join,
 )
@@ -914,6 +915,15 @@ ERRORS = {
     "a report in place of a folder": (nothing, [*Q, "--report", "."]),
     "verify a missing file": (nothing, ["verify", "none.safetensors"]),
     "inspect text": (text_file, ["inspect", "text.safetensors"]),
+    "sequential rounding of a missing file": (
+        nothing,
+        ["quantize", "-i", "none.safetensors", "--rounding", "sequential"],
+    ),
+    "reconstructed rounding with a calibration": (
+        nothing,
+        [*Q, "--rounding", "reconstructed", "--calibration", "a.safetensors"],
+    ),
+    "a plan of sequential rounding": (nothing, ["plan", "-i", "model.safetensors", "--rounding", "sequential"]),
     "plan a missing file": (nothing, ["plan", "-i", "none.safetensors"]),
 }
 

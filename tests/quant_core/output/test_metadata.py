@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from learned_rounding.quant_core import Recipe, quantize_file
+from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import SourceError
 from learned_rounding.quant_core.formats.layer_json import layer_configs, quantization_metadata
-from learned_rounding.quant_core.output import loading_note, provenance
+from learned_rounding.quant_core.output import PROVENANCE_KEY, inspect_file, loading_note, provenance, verify_file
+from learned_rounding.quant_core.output.metadata import describe_model_run
 from learned_rounding.quant_core.recipes.toml import tomllib
-from learned_rounding.quant_core.sources import TensorSource
+from learned_rounding.quant_core.run.blocks import WalkSummary
+from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
 
 CONFIG = {"format": "int8_tensorwise", "per_row": True}
 
@@ -106,3 +111,61 @@ def test_the_note_names_this_pack_for_formats_that_stock_comfyui_does_not_load(s
         "ComfyUI loads int8_blockwise layers with the node pack"
     )
     assert project["tool"]["comfy"]["DisplayName"] in note and project["project"]["urls"]["Repository"] in note
+
+
+SUMMARIES = {
+    "activations quantized": WalkSummary("10.0", 64, 0.1234, 0.0651, blocks={"calibrated": 17, "sequential": 40}),
+    "none quantized": WalkSummary("8.9", 64, 0.0651),
+    "any card that multiplies the format": WalkSummary("native", 64, 0.0684, 0.0651),
+    "not followed": WalkSummary("9.0", 64, unfollowed="blocks.3 is called twice"),
+    "not measured": WalkSummary("9.0", 64),
+}
+
+
+@pytest.fixture
+def file_with(model_file, tmp_path):
+    """Function: path of a quantized file whose header has these values of a run with the model."""
+
+    def make(values):
+        path = tmp_path / "q.safetensors"
+        quantize_file(model_file(), path, Recipe(rounding="nearest"))
+        with SafetensorsFile(path) as file:
+            metadata = dict(file.metadata)
+        metadata[PROVENANCE_KEY] = json.dumps({**json.loads(metadata[PROVENANCE_KEY]), "sequential": values})
+        save_file(load_file(path), path, metadata)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_inspect_and_verify_show_the_card_and_both_errors(file_with, name, sentences, capsys):
+    summary = SUMMARIES[name]
+    path = file_with(summary.to_dict())
+    result = verify_file(path)
+    assert result.problems == [] and result.model_run in str(inspect_file(path)) and result.model_run in str(summary)
+    assert main(["verify", str(path)]) == 0 and result.model_run in capsys.readouterr().out
+    sentences(result.model_run, str(summary))
+
+
+def test_other_files_say_nothing_of_it(model_file, tmp_path):
+    quantize_file(model_file(), tmp_path / "q.safetensors", Recipe(rounding="nearest"))
+    assert verify_file(tmp_path / "q.safetensors").model_run == ""
+    assert "running model" not in str(inspect_file(tmp_path / "q.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        None,
+        [],
+        "text",
+        {"output_error": 10**400, "card": {}},
+        {"output_error": float("nan"), "unfollowed": ["x"]},
+        {"output_error": 0.5, "weights_only_error": "0", "calls": 1e300, "card": "x" * 10000},
+    ],
+)
+def test_values_of_unknown_origin_are_left_out(file_with, values):
+    path = file_with(values)
+    assert verify_file(path).problems == [] and max(map(len, str(inspect_file(path)).splitlines())) <= 2000
+    assert isinstance(describe_model_run(values), str)

@@ -30,6 +30,8 @@ LEARNED = {
         "optimizer": "radam",
     },
     "calibrated": {"damping": 0.25, "num_iter": 9, "lr": 0.5, "lr_schedule": "plateau", "early_stop": 0},
+    "sequential": {"damping": 0.25, "sweeps": 2},
+    "reconstructed": {"damping": 0.25, "sweeps": 2, "optimizer": "prodigy", "num_iter": 9},
 }
 
 
@@ -68,11 +70,20 @@ def test_json_and_toml_give_the_recipe_back(recipe):
     assert "\n" not in recipe.to_json()
 
 
+@pytest.mark.parametrize("rounding", ["sequential", "reconstructed"])
+def test_a_rounding_that_runs_the_model_has_a_card(rounding):
+    recipe = Recipe(format="nvfp4", rounding=rounding, card="8.9")
+    assert recipe.find_capability(torch.device("cpu")) == (8, 9)
+    assert Recipe.from_json(recipe.to_json()) == recipe == Recipe.from_toml(recipe.to_toml())
+    with pytest.raises(RecipeError):
+        Recipe(format="nvfp4", rounding=rounding, target_time=0.5)
+
+
 def test_written_recipes_name_every_field():
     recipe = Recipe(format="int8_tensorwise", keep=(r"\.0\.", 'a"b'), seed=7)
     assert recipe.to_dict() == {
         "rounding": "auto",
-        **dict.fromkeys(name for name in OPTIONS if name != "smoothing"),
+        **dict.fromkeys(name for name in OPTIONS if name not in ("smoothing", "beam_width")),
         "format": "int8_tensorwise",
         "granularity": "row",
         "block_size": None,
