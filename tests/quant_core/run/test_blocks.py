@@ -123,6 +123,7 @@ def test_metadata_and_report_name_the_card_the_calls_and_the_errors(case, tmp_pa
     assert provenance(tmp_path / "out")["sequential"] == {
         "card": "native",
         "calls": 6,
+        "blocks": {"sequential": 2},
         "output_error": summary.output_error,
         "weights_only_error": summary.weights_only_error,
     }
