@@ -79,6 +79,21 @@ def test_a_rounding_that_runs_the_model_has_a_card(rounding):
         Recipe(format="nvfp4", rounding=rounding, target_time=0.5)
 
 
+@pytest.mark.parametrize("rounding", ["sequential", "reconstructed"])
+def test_card_of_a_rounding_that_runs_the_model_is_that_of_the_run_by_default(rounding):
+    recipe = Recipe(format="nvfp4", rounding=rounding)
+    assert recipe.find_capability(torch.device("cpu")) is None
+    assert "card" not in recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    "options", [{"rounding": "calibrated", "card": "8.9"}, {"rounding": "sequential", "card": "5.0"}]
+)
+def test_card_without_effect_or_unknown_is_refused(options, sentences):
+    with sentences.raises(RecipeError):
+        Recipe(format="nvfp4", **options)
+
+
 def test_written_recipes_name_every_field():
     recipe = Recipe(format="int8_tensorwise", keep=(r"\.0\.", 'a"b'), seed=7)
     assert recipe.to_dict() == {
@@ -107,6 +122,7 @@ def test_written_recipes_name_every_field():
         "card",
         "target_time",
         "smoothing",
+        "beam_width",
     }
     assert Recipe(format="w6a8").to_dict()["bits"] == 6
     assert Recipe(format="nvfp4", smoothing=True).to_dict()["smoothing"] is True

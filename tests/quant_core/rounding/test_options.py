@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 
 from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
-from learned_rounding.quant_core.rounding import OPTIMIZERS, OPTIONS, ROUNDINGS, SCHEDULES, RoundingConfig
+from learned_rounding.quant_core.rounding import (
+    MODEL_ROUNDINGS,
+    OPTIMIZERS,
+    OPTIONS,
+    ROUNDINGS,
+    SCHEDULES,
+    RoundingConfig,
+)
 
 VALUES = {
     "optimizer": "adamw",
@@ -105,4 +112,48 @@ def test_iterations_alone_mean_gradient_steps():
 
 def test_a_layer_of_unknown_inputs_is_searched():
     method = RoundingConfig("calibrated", damping=0.1, bias_correction="none").uncalibrated()
+    assert method == RoundingConfig(bias_correction="none")
+
+
+# Roundings that run the model
+
+
+@pytest.mark.parametrize("rounding", MODEL_ROUNDINGS)
+def test_model_roundings_need_a_calibration_and_stay_what_they_are(rounding, sentences):
+    method = RoundingConfig(rounding, damping=0.1)
+    assert method.runs_model and method.resolve(calibrated=True) == method
+    with sentences.raises(RecipeError):
+        method.resolve(calibrated=False)
+
+
+@pytest.mark.parametrize("rounding", [name for name in ROUNDINGS if name not in MODEL_ROUNDINGS])
+def test_other_roundings_do_not_run_the_model(rounding):
+    method = RoundingConfig(rounding)
+    assert not method.runs_model and method.layerwise() is method
+
+
+def test_options_of_calibrated_rounding_act_on_model_roundings_too():
+    calibrated = {name for name, option in OPTIONS.items() if "calibrated" in option.acts}
+    steps = {"optimizer", "num_iter", "lr", "lr_schedule", "early_stop"}
+    assert {name for name, option in OPTIONS.items() if "sequential" in option.acts} == calibrated - steps
+    assert {name for name, option in OPTIONS.items() if "reconstructed" in option.acts} == calibrated
+
+
+def test_layers_of_model_roundings_are_calibrated_by_gptq():
+    options = {"damping": 0.1, "sweeps": 2, "beam_width": 4, "bias_correction": "none", "smoothing": True}
+    expected = RoundingConfig("calibrated", **options)
+    assert RoundingConfig("sequential", **options).layerwise() == expected
+    learned = {"optimizer": "adamw", "num_iter": 10, "lr": 0.1, "lr_schedule": "plateau", "early_stop": 5}
+    layerwise = RoundingConfig("reconstructed", **options, **learned).layerwise()
+    assert layerwise == expected and not layerwise.gradient
+
+
+def test_reconstructed_takes_options_of_gptq_and_of_gradient_steps():
+    method = RoundingConfig("reconstructed", optimizer="radam", num_iter=10, sweeps=2)
+    assert (method.optimizer, method.num_iter, method.sweeps) == ("radam", 10, 2)
+
+
+@pytest.mark.parametrize("rounding", MODEL_ROUNDINGS)
+def test_layer_of_unknown_inputs_is_searched_in_a_model_rounding_too(rounding):
+    method = RoundingConfig(rounding, damping=0.1, bias_correction="none").layerwise().uncalibrated()
     assert method == RoundingConfig(bias_correction="none")

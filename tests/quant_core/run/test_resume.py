@@ -254,6 +254,30 @@ def test_source_that_is_changed_in_place_is_resumed_up_to_the_change(tmp_path, l
     assert listing() == ["out", "source.safetensors"]
 
 
+def test_layers_of_a_killed_run_are_read_back(tmp_path):
+    """Also tensors that wait for the end of the file since 8 does not divide their size."""
+    tensors = {
+        "blocks.1.weight": torch.arange(64, dtype=torch.int8).reshape(8, 8),
+        "blocks.1.weight_scale": torch.tensor([0.5, 0.25, 0.125]),
+        "blocks.1.comfy_quant": torch.arange(13, dtype=torch.uint8),
+        "blocks.10.weight": torch.ones(4),
+        "blocks.1.inner.weight": torch.ones(4),
+    }
+    killed = Run(tmp_path / "a", tensors)
+    for name in tensors:
+        killed.add(name)
+    killed.kill()
+    run = Run(tmp_path / "a", tensors)
+    for _ in range(2):
+        found = run.journal.read_layer("blocks.1")
+        assert found.keys() == {"weight", "weight_scale", "comfy_quant"}
+        assert all(torch.equal(tensor, tensors[f"blocks.1.{suffix}"]) for suffix, tensor in found.items())
+    assert run.journal.read_layer("blocks.10").keys() == run.journal.read_layer("blocks.1.inner").keys() == {"weight"}
+    assert run.journal.read_layer("blocks.2") == {}
+    run.writer.finish({})
+    assert all(torch.equal(load_file(tmp_path / "a")[name], tensor) for name, tensor in tensors.items())
+
+
 def test_run_with_a_live_writer_is_not_resumed(tmp_path, tensors):
     alive = Run(tmp_path / "a", tensors)
     alive.add("a")
