@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from learned_rounding.tests.quant_core.sequential.models import (
 FAST = {"damping": 0.1, "sweeps": 0}
 RECIPE = Recipe("int8_tensorwise", rounding="sequential", preset="none", **FAST)
 W4A8 = Recipe("asym_w4a8_int8", rounding="sequential", preset="none", **FAST)
+LEARNED = Recipe("asym_w4a8_int8", rounding="reconstructed", preset="none", num_iter=4, **FAST)
 
 
 class Mixed(nn.Module):
@@ -371,7 +373,7 @@ def resume(case: Case, folder: Path, layers: int, recipe: Recipe = RECIPE):
     return report, (copied / "out").read_bytes()
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, W4A8], ids=lambda recipe: recipe.format.name)
+@pytest.mark.parametrize("recipe", [RECIPE, W4A8, LEARNED], ids=["int8", "w4a8", "w4a8, reconstructed"])
 def test_killed_run_is_resumed_at_every_layer_with_the_same_bytes(case, tmp_path, kill, recipe):
     case.run(tmp_path / "whole", recipe)
     whole = (tmp_path / "whole").read_bytes()
@@ -433,6 +435,37 @@ def test_run_with_other_calls_does_not_resume(case, tmp_path, kill):
     assert report.taken_up == 0
 
 
+class Stop(BaseException):
+    """What a host raises to cancel."""
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, LEARNED], ids=["sequential", "reconstructed"])
+def test_cancelling_at_any_check_leaves_nothing_behind(case, tmp_path, listing, recipe):
+    state, total = {name: tensor.clone() for name, tensor in case.root.state_dict().items()}, 0
+
+    def count():
+        nonlocal total
+        total += 1
+
+    case.run(tmp_path / "out", recipe, check=count)
+    (tmp_path / "out").unlink()
+    for last in (1, *range(2, total, total // 12), total):
+        left = last
+
+        def stop():
+            nonlocal left
+            left -= 1
+            if left <= 0:
+                raise Stop
+
+        with pytest.raises(Stop):
+            case.run(tmp_path / "out", recipe, check=stop)
+        assert listing() == ["in.safetensors"]
+        assert not any("forward" in vars(module) for module in case.root.modules())
+        assert all(torch.equal(tensor, state[name]) for name, tensor in case.root.state_dict().items())
+    assert not [thread for thread in threading.enumerate() if thread.name == "learned-rounding-call"]
+
+
 # With other parts of a recipe
 
 
@@ -445,7 +478,7 @@ def test_measured_format(case, tmp_path):
 
 
 def test_reconstructed_is_no_worse_than_sequential(case, tmp_path):
-    recipe = Recipe("asym_w4a8_int8", rounding="reconstructed", preset="none", num_iter=5, **FAST)
+    recipe = LEARNED
     events: list = []
     case.run(tmp_path / "out", recipe, on_event=events.append)
     learned = [event for event in events if isinstance(event, BlockFinished)]

@@ -82,11 +82,13 @@ def walk(
     outside=(),
     left_out=frozenset(),
     calibration=None,
+    sensitivity=lambda layer: None,
     check=lambda: None,
 ) -> Walk:
     """Round all blocks of a model, but no layer of ``left_out``."""
     made, calibration = Walk(), calibration or calibrate(model)
     options = {"rounding": recipe.rounding, "capability": capability, "weights_only": weights_only, "seed": seed}
+    options["sensitivity"] = sensitivity
     inside = [name for name in model.layers if name not in ("embed", "final", "modulation")]
     with ModelWalk(model, [*inside, *outside], **options, emit=made.events.append, check=check) as followed:
         for name, pending in pend(model, calibration, recipe, outside).items():
@@ -189,6 +191,15 @@ def test_each_stream_is_the_model_run_whole(kind, parked, tmp_path, listing, mon
     assert is_unchanged(root, state) and listing() == []
 
 
+def test_streams_go_through_reconstructed_blocks():
+    model = replay(make(Pairs))
+    made = walk(model, Recipe("asym_w4a8_int8", rounding="reconstructed", preset="none", num_iter=60))
+    found = {index: outputs(value) for index, value in made.streams[Stream.QUANTIZED].items()}
+    assert same(found, run_whole(model, made.linears()))
+    assert "reconstructed" in {event.kept for event in made.finished}
+    assert all(event.error <= event.calibrated_error for event in made.finished)
+
+
 # What is kept
 
 
@@ -252,6 +263,42 @@ def test_errors_of_blocks_are_those_of_their_outputs():
     }.items():
         expected = relative_error(block_outputs(model, layers), exact)
         assert getattr(first, attribute) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "points, position, value",
+    [
+        ([(0.5, 2.0)], 0.0, 2.0),
+        ([(0.5, 2.0)], 1.0, 2.0),
+        ([(0.2, 1.0), (0.6, 3.0)], 0.1, 1.0),
+        ([(0.2, 1.0), (0.6, 3.0)], 0.2, 1.0),
+        ([(0.2, 1.0), (0.6, 3.0)], 0.3, 1.5),
+        ([(0.2, 1.0), (0.6, 3.0)], 0.6, 3.0),
+        ([(0.2, 1.0), (0.6, 3.0)], 0.9, 3.0),
+        ([(0.0, 1.0), (0.5, 3.0), (1.0, 2.0)], 0.75, 2.5),
+    ],
+)
+def test_sensitivity_between_measured_steps_is_interpolated(points, position, value):
+    assert walking.interpolate(points, position) == pytest.approx(value)
+
+
+def test_calls_are_weighted_by_the_sensitivity_of_the_layers_of_the_block():
+    steps = {"blocks.0.image": [(0.0, 1.0), (1.0, 2.0)], "blocks.0.text": [(0.0, 4.0)]}
+    model = replay(make(Pairs))
+    with ModelWalk(model, list(model.layers), **OPTIONS, sensitivity=steps.get) as followed:
+        known, unknown = (followed._call_weights(each) for each in followed.blocks)
+    exact = [5 + position for position in model.positions]
+    assert list(known.values()) == pytest.approx([weight / (sum(exact) / len(exact)) for weight in exact])
+    assert set(unknown.values()) == {1.0}
+
+
+def test_equal_weights_change_nothing_and_others_do():
+    model = replay(make(Pairs))
+    plain = walk(model)
+    equal = walk(model, sensitivity=lambda layer: [(0.0, 7.0)])
+    late = walk(model, sensitivity=lambda layer: [(0.0, 1e-6), (1.0, 1.0)])
+    assert same_bytes(plain, equal) and plain.finished == equal.finished
+    assert plain.finished != late.finished
 
 
 def test_events_of_blocks_are_in_order():
