@@ -225,11 +225,12 @@ class BlockQueue:
         pending, self._pending = self._pending, {}
         compared = len(self._walk.results)
         results = self._walk.round_block({name: layer for name, (_, layer) in pending.items()})
+        block = self._walk.results[-1] if len(self._walk.results) > compared else None
+        notes = (KEPT[block.kept], block.note) if block else ()
         finished: FinishedLayers = []
         for name, (started, _) in pending.items():
             made = results[name]
-            kept = KEPT[self._walk.results[-1].kept] if len(self._walk.results) > compared else ""
-            finished.append((started, replace(made, note="; ".join(filter(None, (made.note, kept))))))
+            finished.append((started, replace(made, note="; ".join(filter(None, (made.note, *notes))))))
         return finished
 
     def _pass_restored(self, stop: int) -> None:

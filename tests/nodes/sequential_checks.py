@@ -13,6 +13,7 @@ from pack.quant_core.errors import QuantizationError
 from pack.quant_core.events import BlockFinished
 from pack.quant_core.formats import QuantizedWeight
 from pack.quant_core.layer import Layer
+from pack.quant_core.output import verify_file
 from pack.quant_core.quantize_layer import quantize_layer
 from pack.quant_core.rounding import RoundingConfig
 from pack.quant_core.sequential import ModelWalk, PendingLayer
@@ -115,6 +116,9 @@ def quantize(kind: str) -> dict:
         "same layers": sorted(layer.name for layer in report.layers)
         == sorted(layer.name for layer in made["calibrated"].report.layers),
         "summary": str(report.sequential),
+        "blocks": report.sequential.blocks,
+        "table": str(report.sequential) in report.table() and str(report.sequential) in report.markdown(),
+        "verified": verify_file(made["sequential"].files[""]).model_run,
         "measured": math.isfinite(report.sequential.output_error),
         "notes": sorted({layer.note.partition(";")[0] for layer in report.layers}),
         "same bytes": made["sequential"].files[""].read_bytes() == again.files[""].read_bytes(),

@@ -31,6 +31,8 @@ def test_quantize_rounds_the_blocks_sequentially_and_leaves_the_model_as_it_was(
     found = in_process(host, tmp_path, f"sequential_quantize_{kind}")
     assert found["layers"] and found["same layers"] and found["measured"]
     assert "sequential" in found["notes"] and found["same bytes"] and found["unchanged"]
+    assert sum(found["blocks"].values()) == len(BLOCKS[kind]) and set(found["blocks"]) <= {"calibrated", "sequential"}
+    assert found["table"] and found["verified"] and found["summary"].startswith(found["verified"])
 
 
 def test_calibrations_without_calls_and_compiled_models_are_refused(host, tmp_path, sentences):
