@@ -88,7 +88,7 @@ class BlockRounding:
         weights: weight of each call in the loss; their mean is 1.
         linears: layers outside of blocks, as they run quantized.
         capability: compute capability that activations are quantized for; None for a card that multiplies the format.
-        on_layer: called with the name of each layer that is about to be rounded.
+        on_layer: called before each layer is rounded.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class BlockRounding:
         linears: Mapping[str, LinearFunction],
         capability: tuple[int, int] | None,
         check: CancelCheck,
-        on_layer: Callable[[str], None],
+        on_layer: Callable[[], None],
     ):
         self._streams, self._sampler, self._layers = streams, sampler, layers
         present = ([name for name in group if name in layers] for group in groups)
@@ -193,7 +193,7 @@ class BlockRounding:
                 latest, activations = kind, self._measure(plain.codec, plain.input_scale, original, quantized)
                 if not (activations.cross.isfinite().all() and activations.hessian.isfinite().all()):
                     raise CalibrationError(f"the input activations of {name} contain NaN or Inf.")
-            self._on_layer(name)
+            self._on_layer()
             yield name, self._round_layer(self._layers[name], activations)
 
     def _measure(self, codec: Codec, input_scale: float | None, original: Rows, quantized: Rows) -> _Activations:

@@ -1,6 +1,7 @@
 """Follow a model block by block, with the state of all its calls, and choose among the results of each block."""
 
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from ..calibration.statistics import StepSensitivity
 from ..cancellation import CancelCheck
 from ..errors import CalibrationError
-from ..events import BlockFinished, BlockStarted, Listener
+from ..events import BlockAdvanced, BlockFinished, BlockStarted, BlockStep, Listener
 from ..formats import Codec, QuantizedWeight
 from ..formats.codec import Parts
 from ..rounding import RoundingConfig
@@ -28,6 +29,8 @@ from .streams import Stream, Streams
 __all__ = ["ModelErrors", "ModelWalk", "interpolate"]
 
 log = logging.getLogger(__name__)
+
+_REPORTED_STEPS = 12  # gradient steps of a block that are reported: pages store every event
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class ModelWalk:
         sensitivity: layer → its sensitivity at single steps, by which calls are weighted, or None.
         weights_only: also measure the quantized model with unquantized activations.
         seed: of the sampling of tokens.
-        emit: receives :class:`~..events.BlockStarted` and :class:`~..events.BlockFinished`.
+        emit: receives :class:`~..events.BlockStarted`, :class:`~..events.BlockAdvanced` and :class:`~..events.BlockFinished`.
         check: called often; raise in it to cancel.
 
     Attributes:
@@ -120,6 +123,7 @@ class ModelWalk:
             return plain
         index, block, capability = self._next, self.blocks[self._next], self._capability
         self._emit(BlockStarted(index=index, total=len(self.blocks), name=block.name))
+        numbers = itertools.count()
         widths = {name: pending.layer.weight.shape[1] for name, pending in layers.items()}
         rounding = BlockRounding(
             streams,
@@ -130,13 +134,14 @@ class ModelWalk:
             linears=self._outside,
             capability=capability,
             check=self._check,
-            on_layer=lambda name: None,
+            on_layer=lambda: self._advanced("rounding", next(numbers), len(layers)),
         )
         try:
             rounded = rounding.round()
             sequential = {**plain, **{name: layer.quantized for name, layer in rounded.items()}}
             candidates, note = {"calibrated": plain, "sequential": sequential}, ""
             linears = {kind: self._linears_of(layers, results) for kind, results in candidates.items()}
+            self._advanced("comparing", 0, 1)
             errors = self._compare(streams, linears)
         except CalibrationError as error:
             log.warning("The layers of %s are calibrated one by one: %s", block.name, error)
@@ -183,12 +188,23 @@ class ModelWalk:
             linears=self._outside,
             seed=self._seed,
             check=self._check,
+            on_step=self._report_gradient_step,
         )
+
+    def _report_gradient_step(self, step: int, total: int) -> None:
+        if step % -(-total // _REPORTED_STEPS) == 0:
+            self._advanced("reconstructing", step, total)
+
+    def _advanced(self, step: BlockStep, done: int, total: int) -> None:
+        """Report a step of the current block."""
+        index, block = self._next, self.blocks[self._next]
+        self._emit(BlockAdvanced(index, len(self.blocks), block.name, step, done, total))
 
     def pass_block(self, layers: Mapping[str, tuple[Codec, Parts, tuple[int, ...]]]) -> None:
         """Let all calls go through the next block with layers that were quantized before: codec, tensors, shape."""
         streams = self._open_streams()
         if streams is not None:
+            self._advanced("running", 0, 1)
             self._advance(streams, {name: self._linear(*layer) for name, layer in layers.items()})
 
     def model_errors(self) -> ModelErrors | None:

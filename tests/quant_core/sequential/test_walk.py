@@ -13,9 +13,17 @@ import torch
 from torch import nn
 
 from learned_rounding.quant_core import Recipe
-from learned_rounding.quant_core.events import BlockFinished, BlockStarted
+from learned_rounding.quant_core.events import BlockAdvanced, BlockFinished, BlockStarted
 from learned_rounding.quant_core.formats import QuantizedWeight
-from learned_rounding.quant_core.sequential import ModelWalk, PendingLayer, ReplayedModel, block, capture, parking
+from learned_rounding.quant_core.sequential import (
+    ModelWalk,
+    PendingLayer,
+    ReplayedModel,
+    block,
+    capture,
+    find_blocks,
+    parking,
+)
 from learned_rounding.quant_core.sequential import walk as walking
 from learned_rounding.quant_core.sequential.calls import replaced_forward
 from learned_rounding.quant_core.sequential.streams import Stream
@@ -303,9 +311,17 @@ def test_equal_weights_change_nothing_and_others_do():
 
 def test_events_of_blocks_are_in_order():
     _, made = walked("two outputs")
-    assert [(type(event), event.index, event.total, event.name) for event in made.events] == [
+    around = [event for event in made.events if not isinstance(event, BlockAdvanced)]
+    assert [(type(event), event.index, event.total, event.name) for event in around] == [
         (kind, index, 2, f"blocks.{index}") for index in range(2) for kind in (BlockStarted, BlockFinished)
     ]
+
+
+def test_each_layer_of_a_block_and_the_comparison_are_reported():
+    model, made = walked("two outputs")
+    steps = [(event.step, event.done) for event in made.events if isinstance(event, BlockAdvanced) and event.index == 0]
+    count = len(find_blocks(model, list(model.layers))[0].layers)
+    assert steps == [*(("rounding", number) for number in range(count)), ("comparing", 0)]
 
 
 def test_layers_outside_of_blocks_are_quantized_in_the_quantized_streams():
