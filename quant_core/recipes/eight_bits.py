@@ -6,14 +6,22 @@ from ..formats import FormatConfig
 from ..sources import TensorInfo
 from .aliases import make_format
 from .presets import Rule
-from .roles import find_sensitive
+from .roles import OUTSIDE, find_sensitive
 
-__all__ = ["BANK_EIGHT_BITS", "EIGHT_BITS", "describe_uncalibrated", "explain_fallback", "find_eight_bits"]
+__all__ = [
+    "BANK_EIGHT_BITS",
+    "EIGHT_BITS",
+    "describe_uncalibrated",
+    "explain_fallback",
+    "find_eight_bits",
+    "find_packed",
+]
 
 EIGHT_BITS = make_format("int8")
 BANK_EIGHT_BITS = make_format("int8", convrot=False)  # of banks of experts
 _FEW = 4  # bits whose error is visible without a calibration
 _EIGHT_BIT_ERROR = 0.0085  # relative error of INT8 weights per row, rotated, of Gaussian values
+_PACKED = "outside the blocks: ComfyUI reads sizes of the model from the shape of the weight, which fewer bits change"
 _FULL = 8  # bits from which on no layer needs more
 
 
@@ -55,3 +63,18 @@ def find_eight_bits(
         if reason := next((rule.reason for rule in its_rules), None):
             found.setdefault(name, reason)
     return {name: f"8 bits: {reason}" for name, reason in found.items() if name in rules}
+
+
+def find_packed(tensors: Mapping[str, TensorInfo], formats: Mapping[str, FormatConfig | None]) -> dict[str, str]:
+    """Name → reason to take 8 bits in spite of a layer rule: ComfyUI reads sizes of a model from the shapes of such weights.
+
+    Args:
+        tensors: all tensors of a model or checkpoint.
+        formats: weight → format of its layer rule, None without one.
+    """
+    below = {name for name, format in formats.items() if format and format.codec.weight_bits < _FULL}
+    if not below:
+        return {}
+    outside = {name for name, reason in find_sensitive(tensors).items() if reason == OUTSIDE}
+    matrices = {name for name, info in tensors.items() if name.endswith(".weight") and len(info.shape) == 2}
+    return dict.fromkeys(below & outside, _PACKED) if matrices - outside else {}  # else the model has no blocks

@@ -12,7 +12,7 @@ from ..formats import FORMATS, FormatConfig
 from ..formats.kinds import can_dequantize, quantized_formats
 from ..formats.scales import BLOCK_SIZE
 from ..sources import Source, TensorInfo
-from .eight_bits import BANK_EIGHT_BITS, EIGHT_BITS, explain_fallback, find_eight_bits
+from .eight_bits import BANK_EIGHT_BITS, EIGHT_BITS, explain_fallback, find_eight_bits, find_packed
 from .experts import find_banks
 from .layers import LayerRule, find_rules, most_specific
 from .presets import AUTO, COMMON, GENERAL, Preset, Rule, recognize_preset
@@ -224,10 +224,11 @@ def _fall_back(
 
     fallbacks: dict[str, Decision] = {}
     rules: dict[str, list[Rule]] = {}
+    packed = find_packed(matrices, {name: decision.format for name, decision in decisions.items()})
     for name, decision in decisions.items():
         if decision.action != "quantize":
             continue
-        if reason := explain_fallback(decision.format or format, tensors[name].shape):
+        if reason := explain_fallback(decision.format or format, tensors[name].shape) or packed.get(name):
             fallbacks[name] = eight_bits(name, reason)
         elif decision.format is None:
             start, preset = presets[name]

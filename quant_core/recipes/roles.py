@@ -18,7 +18,7 @@ from itertools import islice
 
 from ..sources import TensorInfo
 
-__all__ = ["find_roles", "find_sensitive"]
+__all__ = ["OUTSIDE", "find_roles", "find_sensitive"]
 
 _INDEX = re.compile(r"\.(\d+)(?=\.)")  # of a module in a list
 # Time and memory stay linear in the number of names: those of more parts have no role, and lists nested deeper count for none.
@@ -34,7 +34,7 @@ _ROUTER = "router of {count} experts: few parameters, selects the experts of a t
 _FEW_INPUTS = "few inputs ({count}): few parameters, all outputs depend on each of them"
 _LEAST_BLOCKS = 4  # of a list of blocks that has a first and a last one
 _DOWN = 2  # inputs / outputs of a down-projection at least
-_OUTSIDE = "outside the blocks: few parameters, an error there reaches all blocks"
+OUTSIDE = "outside the blocks: few parameters, an error there reaches all blocks"
 _ENDS = "first or last block: the rest of the model does not correct its error"
 _DOWN_PROJECTION = "down-projection: its inputs have the largest outliers of a block"
 _FEW_OUTPUTS = "few outputs ({count}), such as one gate per head or expert: few parameters"
@@ -108,7 +108,7 @@ def find_sensitive(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     for name, (outputs, inputs) in matrices.items():
         around = [(path, index) for path, index in _enclosing_lists(name) if path in lists]
         if not around:
-            found[name] = _OUTSIDE
+            found[name] = OUTSIDE
         elif f"{'.'.join(around[0])}." in ends:
             found[name] = _ENDS
         elif inputs >= _DOWN * outputs:

@@ -108,3 +108,11 @@ def test_layers_of_the_middle_blocks_keep_their_four_bits(name):
     sizes = {layer: math.prod(header.tensors[layer].shape) for layer in plan.names("quantize")}
     left = sum(size for layer, size in sizes.items() if not plan.decisions[layer].fallback)
     assert 0.35 < left / sum(sizes.values()) < 0.8
+
+
+def test_a_rule_cannot_pack_a_layer_outside_the_blocks():
+    """ComfyUI reads the channels of the latents from the shape of Flux's ``img_in``."""
+    rule = Recipe(preset="none", layer_config='{"img_in": "w4a8", "blocks.1.qkv": "w4a8"}')
+    decisions = rule.plan(header(blocks(6))).decisions
+    assert decisions["img_in.weight"].format == EIGHT_BITS and "reads sizes" in decisions["img_in.weight"].reason
+    assert decisions["blocks.1.qkv.weight"].format.codec.weight_bits == 4
