@@ -136,7 +136,7 @@ class BlockRounding:
     def _find_levels(self) -> list[list[list[str]]]:
         """The groups, each after all whose outputs change its input; found by changing them in one call."""
         first = [group[0] for group in self._groups]
-        exact, _ = self._sampler.sample(Stream.ORIGINAL, self._calls[0], first, {})
+        exact = self._sampler.sample(Stream.ORIGINAL, self._calls[0], first, {})
         changed = [self._change(group, first) for group in self._groups[:-1]]
         depths: list[int] = []
         for position, name in enumerate(first):
@@ -151,7 +151,7 @@ class BlockRounding:
         """Inputs of some layers in one call of the original model in which the outputs of one group are others."""
         modules = {name: self._sampler.forward(name) for name in group}
         linears = {name: lambda x, *_, forward=forward: forward(x).flip(-1) + 1 for name, forward in modules.items()}
-        return self._sampler.sample(Stream.ORIGINAL, self._calls[0], names, linears)[0]
+        return self._sampler.sample(Stream.ORIGINAL, self._calls[0], names, linears)
 
     def _sample_original(self) -> dict[str, dict[int, torch.Tensor]]:
         """First layer of each group → its inputs in the original model."""
@@ -168,8 +168,7 @@ class BlockRounding:
     ) -> dict[str, dict[int, torch.Tensor]]:
         sampled: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}
         for index in self._calls:
-            found, _ = self._sampler.sample(stream, index, names, linears, stop=True)
-            for name, rows in found.items():
+            for name, rows in self._sampler.sample(stream, index, names, linears).items():
                 sampled[name][index] = rows
         return sampled
 
@@ -180,7 +179,7 @@ class BlockRounding:
     def _round_group(self, group: Sequence[str], original: Rows, quantized: Rows) -> Iterator[tuple[str, RoundedLayer]]:
         """Round layers that share their inputs, whose activations are quantized alike or not.
 
-        None where no calibration call or no validation call runs them.
+        Nothing is rounded where no calibration call or no validation call runs them.
         """
         calls = original.keys() & quantized.keys()
         if calls.isdisjoint(self._streams.calibration) or calls.isdisjoint(self._streams.validation):

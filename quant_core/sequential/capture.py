@@ -1,5 +1,6 @@
 """Sampled inputs of the layers of a block, in both models."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -39,15 +40,11 @@ class InputSampler:
         index: int,
         names: Sequence[str],
         linears: Mapping[str, LinearFunction],
-        *,
-        stop: bool = False,
-    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Run the block at which a call waits; returns the inputs (tokens, in) of layers in their first
-        calls, and the outputs of the block.
+    ) -> dict[str, torch.Tensor]:
+        """Run the block at which a call waits until layers have been called; returns their inputs (tokens, in) in their first calls.
 
         Args:
             linears: layers that are replaced.
-            stop: end the run when all of ``names`` have been called once; the outputs are then empty.
         """
         found: dict[str, torch.Tensor] = {}
 
@@ -58,18 +55,15 @@ class InputSampler:
                 if name not in found:
                     rows = x.detach().flatten(0, -2)
                     found[name] = rows[self._tokens(name, index, len(rows), rows.device)]
-                if stop and len(found) == len(names):
+                if len(found) == len(names):
                     raise _Reached
                 return forward(x, *args, **kwargs)
 
             return function
 
-        outputs: list[torch.Tensor] = []
-        try:
-            outputs = self._streams.run(stream, index, {**linears, **{name: probe(name) for name in names}})
-        except _Reached:
-            pass
-        return found, outputs
+        with contextlib.suppress(_Reached):
+            self._streams.run(stream, index, {**linears, **{name: probe(name) for name in names}})
+        return found
 
     def _tokens(self, name: str, index: int, count: int, device: torch.device) -> torch.Tensor:
         """Indices of the sampled tokens, ascending."""
