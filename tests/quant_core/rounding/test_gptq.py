@@ -159,7 +159,7 @@ def test_a_cpu_searches_only_when_asked():
     for format, granularity in TARGETS:
         space = make_codec(format, granularity).solve_space((64, 128))
         widths = [gptq.default_beam_width(space, torch.device(device)) for device in ("cpu", "cuda")]
-        assert widths == [1, 1 if format.startswith(("float8", "mxfp8")) else 8]
+        assert widths == [1, 1 if format.startswith(("float8", "mxfp8")) else 4]
 
 
 @pytest.mark.parametrize("format, granularity", TARGETS)
