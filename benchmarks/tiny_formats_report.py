@@ -102,7 +102,7 @@ def _told_apart(result: dict) -> str:
             told = "yes" if needed is not None and needed <= prompts else "no"
             lines.append([row["section"], row["format"], f"{row['rounding']} − {BASES[base]}", _range(values, "+.2f")])
             lines[-1] += [f"{(values[2] - values[1]) / 2:.2f}", "–" if needed is None else str(needed), told]
-    header = ["section", "format", "difference", "dB", "± dB", "prompts needed", f"told by {prompts}"]
+    header = ["section", "format", "difference", "dB", "± dB", "prompts needed", f"{prompts} suffice"]
     return markdown_table(header, lines)
 
 

@@ -109,13 +109,17 @@ class QuantizedWeight:
             raise QuantizationError(
                 f"{layer}: a weight of shape {self.shape} cannot be stored as {self.codec}: {reason}."
             )
+        return {f"{layer}.{suffix}": tensor for suffix, tensor in self.parts().items()}
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors of a matrix in a file by the last part of their names."""
         tensors = self.codec.store(self.solution)
         if self.input_scale is not None:
             tensors["input_scale"] = torch.tensor(self.input_scale)
         tensors[CONFIG_KEY] = config_tensor(self.config)
         if self.bias is not None:
             tensors["bias"] = self.bias
-        return {f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        return tensors
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:

@@ -25,6 +25,7 @@ __all__ = [
     "FinishedLayers",
     "StartedLayer",
     "WalkSummary",
+    "base_name",
     "open_blocks",
     "require_model",
     "walk_fingerprint",
@@ -143,7 +144,7 @@ def open_blocks(
     ]
     with ModelWalk(
         model,
-        [_base_name(name) for name in plan.names("quantize")],
+        [base_name(name) for name in plan.names("quantize")],
         rounding=recipe.rounding,
         capability=capability,
         weights_only=any(codec.quantizes_activations(capability) for codec in codecs),
@@ -175,7 +176,7 @@ class BlockQueue:
 
     def position(self, tensor: str) -> int:
         """Place of a tensor of the source in the order of a run: layers outside of the blocks come first."""
-        found = self._walk.position(_base_name(tensor)) if tensor.endswith(".weight") else None
+        found = self._walk.position(base_name(tensor)) if tensor.endswith(".weight") else None
         return -1 if found is None else found
 
     def restore(self, done: set[str], configs: Mapping[str, Mapping[str, object]]) -> set[str]:
@@ -204,12 +205,12 @@ class BlockQueue:
             layer: None for a bank of experts.
             finished: the layer and its result; empty where it stays unquantized.
         """
-        name = _base_name(started.name)
+        name = base_name(started.name)
         position = self._walk.position(name)
         if position is None:
             for _, quantized in finished:
                 if isinstance(quantized, QuantizedWeight):
-                    self._walk.add_outside(name, quantized.codec, _parts(quantized), quantized.shape)
+                    self._walk.add_outside(name, quantized.codec, quantized.parts(), quantized.shape)
             return finished
         for _, quantized in finished:
             assert layer is not None and isinstance(quantized, QuantizedWeight)
@@ -267,11 +268,6 @@ class BlockQueue:
         return found.of_values(parts), parts, self._source.tensors[f"{layer}.weight"].shape
 
 
-def _parts(quantized: QuantizedWeight) -> dict[str, torch.Tensor]:
-    """Tensors of a quantized layer by the last part of their names."""
-    return {name.rpartition(".")[2]: tensor for name, tensor in quantized.tensors("layer").items()}
-
-
-def _base_name(weight: str) -> str:
+def base_name(weight: str) -> str:
     """Name of a layer from that of its weight."""
     return weight.removesuffix(".weight")

@@ -17,7 +17,7 @@ from ..quantize_layer import quantize_layer
 from ..recipes import Plan, Recipe
 from ..sources import Source
 from ..sources.source import CPU
-from .blocks import BlockQueue, FinishedLayers, StartedLayer
+from .blocks import BlockQueue, FinishedLayers, StartedLayer, base_name
 from .clock import Clock
 from .io_threads import LayerWriter, TensorSink, compute_ahead, read_ahead
 from .memory import explain_out_of_memory
@@ -141,7 +141,7 @@ class QuantizationRun:
             return set()
         for layer in self._journal.layers:
             if layer.config:
-                self.configs[_base_name(layer.events[0].name)] = layer.config
+                self.configs[base_name(layer.events[0].name)] = layer.config
             for event in layer.events:
                 self._clock.exclude(self._source.tensors[event.name].nbytes)
                 if isinstance(event, LayerFinished):
@@ -172,7 +172,7 @@ class QuantizationRun:
             return
 
         def read(name: str) -> LayerStatistics:
-            statistics = calibration.layer_statistics(_base_name(name)) or LayerStatistics()
+            statistics = calibration.layer_statistics(base_name(name)) or LayerStatistics()
             try:
                 return statistics.move_hessian(self._device)
             except torch.OutOfMemoryError:
@@ -211,7 +211,7 @@ class QuantizationRun:
 
     def _finish_layer(self, started: StartedLayer, quantized: QuantizedWeight | QuantizedBank) -> None:
         """Write a quantized layer, and report it."""
-        name, layer = started.name, _base_name(started.name)
+        name, layer = started.name, base_name(started.name)
         if name in self._done:
             return
         tensors = quantized.tensors(layer)
@@ -226,7 +226,7 @@ class QuantizationRun:
         """Quantize one weight or bank with the recipe and the calibration statistics of its layer; None for the layer of a bank."""
         name, bias = started.name, started.bias
         weight = started.tensors[name]
-        layer, recipe = _base_name(name), self._recipe.of(self._plan.decisions[name])
+        layer, recipe = base_name(name), self._recipe.of(self._plan.decisions[name])
         statistics, rounding = LayerStatistics(), recipe.rounding
         if self._calibration is not None:
             statistics = next(self._statistics)
@@ -314,7 +314,7 @@ class QuantizationRun:
     def _write_layer(self, tensors: Mapping[str, torch.Tensor], *events: LayerEvent) -> None:
         """Hand the tensors of a layer to the writer and report its events, the first of which is of its weight."""
         self.report.bytes_out += sum(tensor.nbytes for tensor in tensors.values())
-        self._writer.add(tensors, events, self.configs.get(_base_name(events[0].name)))
+        self._writer.add(tensors, events, self.configs.get(base_name(events[0].name)))
         for event in events:
             self._report_tensor(event)
 
@@ -336,17 +336,12 @@ def read_device(source: Source, plan: Plan, name: str, device: torch.device) -> 
     return device if matrix and plan.decisions[name].action == "quantize" else CPU
 
 
-def _base_name(weight: str) -> str:
-    """Name of a layer from that of its weight."""
-    return weight.removesuffix(".weight")
-
-
 def _corrected_biases(plan: Plan, recipe: Recipe, *, calibrated: bool) -> dict[str, str]:
     """Weight → bias of the layers whose bias may be corrected; both are read and written together."""
     correction = recipe.rounding.get("bias_correction")
     if correction == "none" or (correction == "auto" and not calibrated):
         return {}
-    pairs = ((name, _base_name(name) + ".bias") for name in plan.names("quantize"))
+    pairs = ((name, base_name(name) + ".bias") for name in plan.names("quantize"))
     return {name: bias for name, bias in pairs if bias in plan.decisions and plan.decisions[bias].action == "keep"}
 
 

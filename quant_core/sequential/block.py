@@ -55,7 +55,7 @@ class PendingLayer:
     def linear(self, quantized: QuantizedWeight, capability: tuple[int, int] | None) -> QuantizedLinear:
         """The layer as it runs with this result."""
         device = self.layer.weight.device
-        parts = {name.rpartition(".")[2]: part.to(device) for name, part in quantized.tensors("layer").items()}
+        parts = {suffix: part.to(device) for suffix, part in quantized.parts().items()}
         return QuantizedLinear(quantized.codec, parts, quantized.shape, capability)
 
 

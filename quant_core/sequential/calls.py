@@ -33,7 +33,7 @@ class BlockCall:
 
 
 class _Closed(BaseException):
-    """Ends the thread of a call that is no longer needed."""
+    """Ends the thread of a call whose result is not needed."""
 
 
 class SuspendedCall:

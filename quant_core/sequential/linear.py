@@ -24,9 +24,18 @@ def quantize_inputs(
 
     ``capability``: compute capability of the card; None for one that multiplies the format.
     """
-    if input_scale is None or not codec.quantizes_activations(capability):
-        return codec.quantize_activations(x, capability)
-    return codec.quantize_activations(x.float() / input_scale, capability) * input_scale
+    if not codec.quantizes_activations(capability):
+        return x.float()
+    return codec.restore(_quantize_stored(codec, x, input_scale, capability))
+
+
+def _quantize_stored(
+    codec: Codec, x: torch.Tensor, input_scale: float | None, capability: tuple[int, int] | None
+) -> torch.Tensor:
+    """:func:`quantize_inputs` in the stored basis, on a card that quantizes activations."""
+    if input_scale is None:
+        return codec.quantize_stored(x, capability)
+    return codec.quantize_stored(x.float() / input_scale, capability) * input_scale
 
 
 def reduce_inputs(
@@ -68,9 +77,7 @@ class QuantizedLinear:
         if rows.is_cuda and _has_kernel(codec, self._capability):
             qdata, scale = quantize_int8_row(rows, rotate_by=codec.rotation.size if codec.rotation else 0)
             return qdata * scale
-        if self._input_scale is None:
-            return codec.quantize_stored(rows, self._capability)
-        return codec.quantize_stored(rows.float() / self._input_scale, self._capability) * self._input_scale
+        return _quantize_stored(codec, rows, self._input_scale, self._capability)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         basis = self._codec.basis
@@ -93,4 +100,4 @@ def _by_slabs(function: LinearFunction, x: torch.Tensor) -> torch.Tensor:
     """A function of rows (tokens, in) on activations (…, in), in their shape and dtype, with little memory."""
     rows = x.flatten(0, -2)
     parts = [function(part).to(x.dtype) for part in rows.split(max(1, _SLAB // rows.shape[1]))]
-    return torch.cat(parts).view(x.shape)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)

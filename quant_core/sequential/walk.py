@@ -155,7 +155,7 @@ class ModelWalk:
                 kept = "reconstructed"
                 candidates[kept] = {**sequential, **learned.quantized}
                 linears[kept] = self._linears_of(layers, candidates[kept])
-                errors = self._compare(streams, {"calibrated": linears["calibrated"], kept: linears[kept]})
+                errors |= self._compare(streams, {kept: linears[kept]})
         finished = BlockFinished(
             index=index,
             total=len(self.blocks),
