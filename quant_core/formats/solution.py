@@ -23,6 +23,7 @@ class Solution:
         gain: the loss relative to that of round to nearest; below 1 is better, None when nothing was compared.
         output_error: √(tr(E·H·Eᵀ)/tr(W·H·Wᵀ)), None without a Hessian H.
         levels: those of the quantized values, for formats that store indices of them.
+        dampening: λ of the Hessian that GPTQ used, relative to its mean diagonal; None for other solvers.
     """
 
     solver: str
@@ -33,6 +34,7 @@ class Solution:
     gain: float | None = None
     output_error: float | None = None
     levels: GroupLevels | None = None
+    dampening: float | None = None
 
     winner = renamed_attribute("winner", "solver")
 

@@ -29,6 +29,11 @@ class Quadratic:
     dampening: float = 0.0
     weight_bound: float | None = None
 
+    @property
+    def relative_dampening(self) -> float | None:
+        """λ relative to the mean diagonal of H; None where H is not given."""
+        return None if self.hessian is None else self.dampening / float(self.hessian.diagonal().mean())
+
     @cached_property
     def column_weight(self) -> torch.Tensor | None:
         """Cost of a squared error in each column, averaged over rows, (in,); None when it is the same for all.

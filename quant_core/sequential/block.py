@@ -254,7 +254,7 @@ class BlockRounding:
         made = quantize_layer(
             Layer(target, bias, statistics),
             [plain.codec],
-            pending.rounding,
+            replace(pending.rounding, damping=pending.rounding.damping or plain.solution.dampening),
             input_scale=plain.input_scale,
             seed=pending.seed,
             check=self._check,
