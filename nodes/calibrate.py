@@ -56,11 +56,38 @@ class Calibrate(io.ComfyNode):
                 sensitivity_input(),
                 memory_input(),
                 replay_input(),
+                widget(
+                    io.Int,
+                    id="start_at_step",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="First step, as for KSampler (Advanced): for a model of the last steps, such as the low-noise model of WAN 2.2. "
+                    "latent_image then is the output latents of the Calibrate node of the first steps.",
+                ),
+                widget(
+                    io.Int,
+                    id="end_at_step",
+                    default=10000,
+                    min=1,
+                    max=10000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Step before which sampling stops and leaves its noise: for a model of the first steps, such as the high-noise "
+                    "model of WAN 2.2.",
+                ),
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
                 io.Image.Output(display_name="pictures", tooltip="What was sampled."),
                 io.String.Output(display_name="summary", tooltip="What was learned, as text."),
+                io.Latent.Output(
+                    display_name="latents",
+                    is_output_list=True,
+                    tooltip="What was sampled; for the Calibrate node of the last steps.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -85,6 +112,8 @@ class Calibrate(io.ComfyNode):
         sensitivity=(False,),
         max_vram_gb=(0.0,),
         replay_calls=(0,),
+        start_at_step=(0,),
+        end_at_step=(10000,),
     ) -> io.NodeOutput:
         model = single_value("model", model)
         with NodeProgress(cls.hidden.unique_id) as progress:
@@ -99,6 +128,8 @@ class Calibrate(io.ComfyNode):
                 sensitivity=single_value("sensitivity", sensitivity),
                 max_vram_gb=single_value("max_vram_gb", max_vram_gb),
                 replay_calls=single_value("replay_calls", replay_calls),
+                start_at_step=single_value("start_at_step", start_at_step),
+                end_at_step=single_value("end_at_step", end_at_step),
                 earlier=single_value("calibration", calibration),
                 seed=single_value("seed", seed),
                 steps=single_value("steps", steps),
@@ -108,4 +139,4 @@ class Calibrate(io.ComfyNode):
             )
         images = host.decode_images(model, latents, single_value("vae", vae))
         shown = ui.PreviewImage(images, cls=cls).as_dict() | run_summary(progress.finished)
-        return io.NodeOutput(result, images, text, ui=shown)
+        return io.NodeOutput(result, images, text, latents, ui=shown)

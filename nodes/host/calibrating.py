@@ -20,6 +20,7 @@ import nodes
 
 from ...quant_core.calibration import SUFFIX, CalibrationFile, Collector, SensitivityAnalysis
 from ...quant_core.display import human_bytes
+from ...quant_core.errors import RecipeError
 from ...quant_core.events import CalibrationAdvanced, CalibrationFinished, Listener
 from ...quant_core.recipes import make_plan
 from ...quant_core.recipes.presets import NONE
@@ -167,6 +168,13 @@ def _hash_values(*values) -> str:
     return digest.hexdigest()
 
 
+def _sampling_range(start: int, end: int, steps: int) -> dict[str, object]:
+    """Arguments of ``common_ksampler`` for some of the steps, as KSamplerAdvanced passes them; none for all steps."""
+    if start == 0 and end == steps:
+        return {}
+    return {"disable_noise": start > 0, "start_step": start, "last_step": end, "force_full_denoise": False}
+
+
 def calibrate_model(
     model,
     conditioning: list[tuple[list, list]],
@@ -181,6 +189,8 @@ def calibrate_model(
     earlier: Calibrated | None = None,
     max_vram_gb: float = 0.0,
     replay_calls: int = 0,
+    start_at_step: int = 0,
+    end_at_step: int = 10000,
     **sampling,
 ) -> tuple[Calibrated, list, str]:
     """Sample with a MODEL as KSampler does and collect statistics of the input activations of its linear layers.
@@ -195,16 +205,31 @@ def calibrate_model(
         earlier: calibration to continue.
         max_vram_gb: GB of device memory that complete Hessians may take, the others are in files; 0 for half of what is free.
         replay_calls: number of calls of the model to record; without it those of ``earlier`` are kept.
+        start_at_step: first step, as for KSamplerAdvanced; the latents of the runs, in their order, then contain noise.
+        end_at_step: step before which sampling stops, which leaves noise; after the last one by default.
         sampling: the other arguments of KSampler, by name.
 
     Returns:
-        the calibration, the sampled LATENTs, and a summary.
+        the calibration, the sampled LATENTs of the runs, and a summary.
+
+    Raises:
+        RecipeError: no step is left.
     """
+    end_at_step = min(sampling["steps"], end_at_step)
+    if start_at_step >= end_at_step:
+        raise RecipeError(
+            f"start_at_step {start_at_step} leaves no step before step {end_at_step}; choose a smaller one."
+        )
+    part = _sampling_range(start_at_step, end_at_step, sampling["steps"])
     weights = {"": model_weights(model)}
     layers = linear_layers(model, weights, lambda part, layer: f"diffusion_model.{layer}")
-    runs = [(*pair, latents[index % len(latents)]) for index, pair in enumerate(conditioning) for _ in range(samples)]
+    pairs = [(index, *pair) for index, pair in enumerate(conditioning) for _ in range(samples)]
+    runs = [
+        (positive, negative, latents[(run if start_at_step else index) % len(latents)])
+        for run, (index, positive, negative) in enumerate(pairs)
+    ]
     sampled, began = [], time.perf_counter()
-    progress = _Progress(on_event, len(layers), "steps", len(runs) * sampling["steps"])
+    progress = _Progress(on_event, len(layers), "steps", len(runs) * (end_at_step - start_at_step))
     diffusion_model = model.model.diffusion_model
     recording = CallRecording({"": diffusion_model}, replay_calls, seed)
     options = {"keep": keep, "tokens": tokens, "seed": seed, "max_vram_gb": max_vram_gb, "earlier": earlier}
@@ -220,6 +245,7 @@ def calibrate_model(
                     negative=negative,
                     latent=latent,
                     **sampling,
+                    **part,
                 )
             sampled.append(result)
         if sensitivity:
@@ -227,7 +253,7 @@ def calibrate_model(
             wrapper = _SensitivityWrapper(model, layers, weights, collector.calls // len(runs), progress)
             positive, negative, latent = runs[0]
             HOST_NODES.common_ksampler(
-                wrapper.model, seed, positive=positive, negative=negative, latent=latent, **sampling
+                wrapper.model, seed, positive=positive, negative=negative, latent=latent, **sampling, **part
             )
             collector.sensitivities = wrapper.analysis.sensitivities
             collector.step_sensitivities = wrapper.analysis.step_sensitivities
@@ -240,6 +266,7 @@ def calibrate_model(
             "tokens per call": tokens,
             "keep": keep,
             **sampling,
+            **({"first step": start_at_step, "steps used": end_at_step - start_at_step} if part else {}),
         }
         calibration, summary = _save(collector, provenance, recording, earlier, on_event, began)
         return calibration, sampled, summary

@@ -20,6 +20,8 @@ from pack.quant_core.sequential.calls import replaced_forward
 from pack.quant_core.sequential.streams import Stream
 from replay_checks import DEVICE, MODELS, SAMPLING, Hints, add_patches, make_conditioning, make_model, normal
 
+import nodes
+
 # Model → a layer that gets a patch as of a LoRA.
 PATCHED = {
     "unet": "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q",
@@ -39,6 +41,58 @@ def calibrate(model, kind: str):
     options = {"seed": 3, "samples": 2, "keep": "full", "tokens": 256, "on_event": lambda event: None, **SAMPLING}
     calibration, *_ = host.calibrate_model(model, pairs, [{"samples": torch.zeros(shape)}], replay_calls=8, **options)
     return calibration
+
+
+def experts() -> dict:
+    """Two models of which one samples the first steps and the other the last ones, as those of WAN 2.2."""
+    high, low = make_model("wan"), make_model("wan")
+    for parameter in low.model.diffusion_model.parameters():
+        parameter.mul_(0.5)
+    *_, shape = MODELS["wan"]
+    pairs = [(make_conditioning("wan", seed), make_conditioning("wan", 5)) for seed in (1, 2)]
+    options = {
+        "seed": 3,
+        "samples": 2,
+        "keep": "full",
+        "tokens": 64,
+        "on_event": lambda event: None,
+        "replay_calls": 16,
+    }
+    sampling = SAMPLING | {"steps": 4}
+    first, latents, _ = host.calibrate_model(
+        high, pairs, [{"samples": torch.zeros(shape)}], end_at_step=2, **options, **sampling
+    )
+    second, sampled, summary = host.calibrate_model(low, pairs, latents, start_at_step=2, **options, **sampling)
+    expected = []
+    for run in range(4):
+        positive, negative = pairs[run // 2]
+        given = {"positive": positive, "negative": negative, **sampling, "force_full_denoise": False}
+        empty = {"samples": torch.zeros(shape)}
+        (noisy,) = nodes.common_ksampler(high, 3 + run, latent=empty, start_step=0, last_step=2, **given)
+        steps = {"start_step": 2, "last_step": 4, "disable_noise": True}
+        expected += nodes.common_ksampler(low, 3 + run, latent=noisy, **steps, **given)
+    times = []
+    for calibration in (first, second):
+        replays = calibration.replays[""]
+        calls = [replays.arguments(index, DEVICE, {})[0] for index in range(len(replays))]
+        times.append({float(args[1][0]) for args in calls})
+    made = [
+        host.quantize(model, RECIPE, lambda event: None, calibration, general=True)
+        for model, calibration in ((high, first), (low, second))
+    ]
+    try:
+        host.calibrate_model(low, pairs, latents, start_at_step=4, **options, **sampling)
+        refused = ""
+    except QuantizationError as error:
+        refused = str(error)
+    return {
+        "same latents": [torch.equal(a["samples"], b["samples"]) for a, b in zip(sampled, expected, strict=True)],
+        "steps": [len(found) for found in times],
+        "apart": min(times[0]) > max(times[1]),
+        "blocks": [sum(each.report.sequential.blocks.values()) for each in made],
+        "errors": [each.report.sequential.output_error for each in made],
+        "refused": refused,
+    }
 
 
 def state_of(model) -> dict[str, torch.Tensor]:
@@ -169,5 +223,6 @@ def compiled(model):
 CHECKS = {
     **{f"sequential_walk_{kind}": lambda kind=kind: walk(kind) for kind in MODELS},
     **{f"sequential_quantize_{kind}": lambda kind=kind: quantize(kind) for kind in MODELS},
+    "sequential_experts": experts,
     "sequential_refuse": refuse,
 }

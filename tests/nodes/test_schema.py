@@ -12,7 +12,7 @@ INPUTS = {
     "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels general",
     "LearnedRoundingSave": "quantized filename_prefix folder",
     "LearnedRoundingCalibrate": "model positive negative latent_image seed steps cfg sampler_name scheduler samples keep tokens "
-    "calibration vae sensitivity max_vram_gb replay_calls",
+    "calibration vae sensitivity max_vram_gb replay_calls start_at_step end_at_step",
     "LearnedRoundingCalibrateText": "clip prompts keep seed tokens calibration sensitivity max_vram_gb replay_calls",
     "LearnedRoundingCompare": "reference compared positive negative latent_image seed steps cfg sampler_name scheduler vae",
     "LearnedRoundingCompareText": "reference compared prompts",
@@ -28,7 +28,7 @@ OUTPUTS = {
     "LearnedRoundingOptions": "options",
     "LearnedRoundingQuantize": "MODEL CLIP quantized report",
     "LearnedRoundingSave": "path",
-    "LearnedRoundingCalibrate": "calibration pictures summary",
+    "LearnedRoundingCalibrate": "calibration pictures summary latents",
     "LearnedRoundingCalibrateText": "calibration summary",
     "LearnedRoundingCompare": "reference compared plot report",
     "LearnedRoundingCompareText": "plot report",
@@ -46,7 +46,7 @@ ADVANCED = {
         "bits", "linear_dtype", "card", "target_time",
     },
     "LearnedRoundingQuantize": {"native_int8_kernels", "general"},
-    "LearnedRoundingCalibrate": {"tokens", "max_vram_gb", "replay_calls"},
+    "LearnedRoundingCalibrate": {"tokens", "max_vram_gb", "replay_calls", "start_at_step", "end_at_step"},
     "LearnedRoundingCalibrateText": {"tokens", "max_vram_gb", "replay_calls"},
     "LearnedRoundingSaveCalibration": {"save_calls"},
 }  # fmt: skip

@@ -39,3 +39,11 @@ def test_quantize_rounds_the_blocks_sequentially_and_leaves_the_model_as_it_was(
 def test_calibrations_without_calls_and_compiled_models_are_refused(host, tmp_path, sentences):
     found = in_process(host, tmp_path, "sequential_refuse")
     sentences(found["no calls"], found["compiled"])
+
+
+def test_two_experts_are_calibrated_on_their_own_steps(host, tmp_path, sentences):
+    found = in_process(host, tmp_path, "sequential_experts")
+    assert found["same latents"] == [True] * 4
+    assert found["steps"] == [2, 2] and found["apart"]
+    assert found["blocks"] == [2, 2] and all(0 < error < 1 for error in found["errors"])
+    sentences(found["refused"])
