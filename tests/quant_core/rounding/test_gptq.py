@@ -155,6 +155,18 @@ def test_int8_rows_take_the_better_of_two_scales(gaussian, anisotropic, monkeypa
     assert (solver._row_losses(form, made) <= solver._row_losses(form, searched) * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("rows", [64, 600])
+def test_solution_has_the_dampening_it_was_rounded_with(gaussian, anisotropic, rows):
+    """One is chosen for weights of many rows, on some of them."""
+    weight, activations = gaussian(rows, 96), anisotropic(96)
+    for given in (None, 0.03):
+        options = {"hessian": activations.hessian, "validation_hessian": activations.holdout, "rounding": "calibrated"}
+        made = quantize_weight(weight, "int8_tensorwise", **options, damping=given)
+        candidates = [0.01, 0.1, 1.0] if given is None else [given]
+        assert min(abs(made.solution.dampening / each - 1) for each in candidates) < 1e-5
+    assert quantize_weight(weight, "int8_tensorwise", rounding="nearest").solution.dampening is None
+
+
 def test_a_cpu_searches_only_when_asked():
     for format, granularity in TARGETS:
         space = make_codec(format, granularity).solve_space((64, 128))

@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.events import BlockAdvanced, BlockFinished, BlockStarted
 from learned_rounding.quant_core.formats import QuantizedWeight
+from learned_rounding.quant_core.quantize_layer import quantize_layer
 from learned_rounding.quant_core.sequential import (
     ModelWalk,
     PendingLayer,
@@ -24,6 +26,7 @@ from learned_rounding.quant_core.sequential import (
     find_blocks,
     parking,
 )
+from learned_rounding.quant_core.sequential import block as rounding
 from learned_rounding.quant_core.sequential import walk as walking
 from learned_rounding.quant_core.sequential.calls import replaced_forward
 from learned_rounding.quant_core.sequential.streams import Stream
@@ -217,6 +220,20 @@ def test_layers_after_others_compensate_for_them():
     assert [event.kept for event in made.finished] == ["sequential"] * 5
     calibrated = run_whole(model, made.linears(plain=True))
     assert made.errors.quantized < 0.8 * relative_error(calibrated, run_whole(model, {}))
+
+
+def test_layers_take_the_dampening_of_their_calibrated_rounding(monkeypatch):
+    taken = []
+
+    def quantize(layer, codecs, config, **options):
+        taken.append(config.damping)
+        return quantize_layer(layer, codecs, config, **options)
+
+    monkeypatch.setattr(rounding, "quantize_layer", quantize)
+    made = walk(replay(make(Pairs)))
+    chosen = {name: pending.plain.solution.dampening for name, pending in made.pending.items()}
+    assert set(chosen.values()) > {None}  # of layers that are rounded to nearest
+    assert Counter(taken) == Counter(chosen.values())
 
 
 @pytest.mark.parametrize("recipe", [W4A8, NVFP4, INT8], ids=lambda recipe: recipe.format.name)
