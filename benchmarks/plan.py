@@ -31,7 +31,7 @@ __all__ = ["flux", "make_header", "make_weights"]
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
-    "int8 row nearest": Recipe(format="int8_tensorwise", rounding="nearest"),
+    "int8 row nearest": Recipe(format="int8_tensorwise", convrot=False, rounding="nearest"),
     "fp8 auto": Recipe(),
     "int8 block auto": Recipe(format="int8_blockwise"),
     "int8 row ConvRot principal": Recipe(format="int8_tensorwise", convrot=True, rounding="principal"),

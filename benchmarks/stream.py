@@ -35,10 +35,10 @@ from learned_rounding.quant_core.sources import TensorInfo
 
 PASSES = {
     "fp8 nearest": Recipe(format="float8_e4m3fn", rounding="nearest"),
-    "int8 row nearest": Recipe(format="int8_tensorwise", rounding="nearest"),
+    "int8 row nearest": Recipe(format="int8_tensorwise", convrot=False, rounding="nearest"),
     "int8 row ConvRot nearest": Recipe(format="int8_tensorwise", convrot=True, rounding="nearest"),
     "fp8 auto": Recipe(format="float8_e4m3fn"),
-    "int8 row auto": Recipe(format="int8_tensorwise"),
+    "int8 row auto": Recipe(format="int8_tensorwise", convrot=False),
 }
 QUICK = ("fp8 nearest", "int8 row nearest", "int8 row ConvRot nearest")
 # Format and ConvRot of the comparison of node and command line.

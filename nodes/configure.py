@@ -1,6 +1,7 @@
 """Configure Quantization: the user's choices as a recipe."""
 
 from contextlib import suppress
+from dataclasses import replace
 
 from comfy_api.latest import io
 
@@ -32,8 +33,9 @@ _WIDGETS = {
     "heur": _ADVANCED,
     "full_precision_matmul": {"id": "full_precision_matrix_mult", **_ADVANCED},
     "convrot": {
+        "default": AUTO,
         "optional": True,
-        "note": "off with format auto or a short name: the rotation that comes with it.",
+        "note": "off with format auto or a short name: the rotation that comes with it. auto for formats without rotation: none.",
     },
     "target_size": {
         "default": 0.0,
@@ -200,7 +202,7 @@ def _make_recipe(
         RecipeError: the values contradict each other.
     """
     scale = None if granularity == AUTO else granularity
-    rotation = CONVROT.get(convrot, convrot) or None
+    rotation = None if convrot == AUTO else CONVROT.get(convrot, convrot) or None  # auto suits every format
     if format == AUTO:
         best = recommend_format(int8=host.supports_format("int8_tensorwise"))
         format = best.name
@@ -215,6 +217,8 @@ def _make_recipe(
         bits=None if bits == _DEFAULTS["bits"] else bits,
         linear_dtype=None if linear_dtype == _DEFAULTS["linear_dtype"] else linear_dtype,
     )
+    if convrot == AUTO and (config.rotated_by_choice or config.convrot):
+        config = replace(config, convrot=AUTO)
     patterns = tuple(line.strip() for line in keep.splitlines() if line.strip())
     card = None if card == AUTO else card
     return Recipe(config, keep=patterns, layer_config=layer_config.strip(), card=card, **others)

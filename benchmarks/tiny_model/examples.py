@@ -98,7 +98,7 @@ def place_further(base: Path) -> None:
     quantize_file(
         ASSETS / MODEL,
         models / "diffusion_models" / QUANTIZED,
-        Recipe(format="int8_tensorwise", rounding="nearest"),
+        Recipe(format="int8_tensorwise", convrot=False, rounding="nearest"),
         device="cpu",
     )
     _save(models / "checkpoints" / CHECKPOINT, {f"model.diffusion_model.{key}": value for key, value in model.items()})

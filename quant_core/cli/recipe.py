@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import RecipeError
 from ..formats import FormatConfig
-from ..recipes import Recipe, make_format, recommend_format
+from ..recipes import Recipe, choose_format, make_format, recommend_format
 from ..recipes.layers import LONGEST_TEXT, parse_layer_config
 from ..recipes.option_table import OPTION_TABLE
 from ..recipes.presets import AUTO
@@ -46,11 +46,9 @@ def _choose_format(current: FormatConfig, name: str | None, options: dict) -> Fo
     """The format of the options; a new format drops the choices of the recipe within its own."""
     if name == AUTO:
         best = recommend_format()
-        same = options.get("granularity") in (None, best.granularity)
-        chosen = {"granularity": best.granularity, **({"convrot": best.convrot} if same else {})}
-        return make_format(best.name, **{**chosen, **options})
+        return choose_format(best.name, **{"granularity": best.granularity, **options})
     if name is not None:
-        return make_format(name, **{"full_precision_matmul": current.full_precision_matmul, **options})
+        return choose_format(name, **{"full_precision_matmul": current.full_precision_matmul, **options})
     choices = {field: getattr(current, field) for field in _FORMAT_FIELDS}
     return make_format(current.name, **{**choices, **options}, sibling="granularity" in options)
 

@@ -79,6 +79,14 @@ class FormatConfig:
         return self.name == MEASURED
 
     @property
+    def rotated_by_choice(self) -> bool:
+        """Whether ConvRot exists for the format at this granularity and can be switched off: INT8 per row."""
+        if self.measured:
+            return False
+        format = find_format(self.name)
+        return self.granularity in format.rotated and not format.always_rotated
+
+    @property
     def smoothed(self) -> bool:
         """Whether layers of the format can be smoothed."""
         return not self.measured and find_format(self.name).smoothed_since is not None
@@ -111,14 +119,15 @@ class FormatConfig:
 
     @property
     def label(self) -> str:
-        """Short name for file names: the format, its granularity if it has several, the rotation if it is on."""
+        """Short name for file names: the format, its granularity if it is not the default one, the rotation if it is on."""
         if self.measured:
             return MEASURED
-        several = len(self.codec.format.granularities) > 1
-        name = f"{self.name.removesuffix('_tensorwise')}_{self.granularity}" if several else self.name
+        format = self.codec.format
+        usual = self.granularity == next(iter(format.granularities))
+        name = self.name.removesuffix("_tensorwise") + ("" if usual else f"_{self.granularity}")
         if self.bits == 6:
             name += "_6bit"
-        return name + ("_convrot" if self.convrot and not self.codec.format.always_rotated else "")
+        return name + ("_convrot" if self.convrot and not format.always_rotated else "")
 
     def __str__(self) -> str:
         """For people: "int8_tensorwise per row, ConvRot 256"."""

@@ -1,6 +1,6 @@
 """Recipes: which layer is stored in which format; presets as data, layer rules, recognition of model families."""
 
-from .aliases import FORMAT_ALIASES, make_format
+from .aliases import FORMAT_ALIASES, choose_format, make_format
 from .eight_bits import describe_uncalibrated
 from .option_table import OPTION_TABLE
 from .plan import Decision, Plan, make_plan
@@ -18,6 +18,7 @@ __all__ = [
     "recognize_preset",
     "FORMAT_ALIASES",
     "describe_uncalibrated",
+    "choose_format",
     "make_format",
     "OPTION_TABLE",
     "Recipe",

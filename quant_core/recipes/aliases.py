@@ -1,11 +1,12 @@
 """Short format names, the same in the nodes, ``lrq``, recipes and layer configs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..formats import MEASURED, FormatConfig, with_granularity
+from .presets import AUTO
 
-__all__ = ["FORMAT_ALIASES", "FormatAlias", "make_format"]
+__all__ = ["FORMAT_ALIASES", "FormatAlias", "choose_format", "make_format"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,14 @@ def make_format(
     if known and (alias or sibling):
         name = with_granularity(name, granularity)
     return FormatConfig(name, granularity, convrot=convrot, **options)
+
+
+def choose_format(
+    name: str, granularity: str | None = None, convrot: bool | int | str | None = None, **options
+) -> FormatConfig:
+    """As :func:`make_format`, for new recipes: INT8 per row has ConvRot "auto" unless ``convrot`` is given.
+
+    Recipe files, layer configs and saved workflows use :func:`make_format`, whose defaults are those of version 0.1.0.
+    """
+    config = make_format(name, granularity, convrot, **options)
+    return replace(config, convrot=AUTO) if convrot is None and config.rotated_by_choice else config

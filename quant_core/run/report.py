@@ -207,10 +207,10 @@ class Report:
 
     @property
     def _format(self) -> str:
-        if self.choice is None:
-            return f"{self.format} per {self.granularity}"
         rotated = {layer.name: f", ConvRot {layer.convrot}" if layer.convrot else "" for layer in self.layers}
         counts = Counter(f"{layer.format} per {layer.granularity}{rotated[layer.name]}" for layer in self.layers)
+        if len(counts) < 2:
+            return next(iter(counts), f"{self.format} per {self.granularity}")
         return "; ".join(f"{name}: {count} layers" for name, count in counts.most_common())
 
     def _rounding_rows(self) -> list[tuple[str, str]]:

@@ -11,7 +11,10 @@ from safetensors.torch import save_file
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.output import verify_file
 
-RECIPES = {"int8 per row": Recipe(format="int8_tensorwise"), "fp8 stochastic": Recipe(rounding="stochastic")}
+RECIPES = {
+    "int8 per row": Recipe(format="int8_tensorwise", convrot=False),
+    "fp8 stochastic": Recipe(rounding="stochastic"),
+}
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -13,12 +13,12 @@ from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerSt
 
 RECIPES = {
     "fp8": Recipe(),
-    "int8 per row": Recipe(format="int8_tensorwise"),
+    "int8 per row": Recipe(format="int8_tensorwise", convrot=False),
     "int8 ConvRot": Recipe(format="int8_tensorwise", convrot="auto"),
     "int8 per block": Recipe(format="int8_blockwise"),
-    "principal": Recipe(format="int8_tensorwise", rounding="principal"),
+    "principal": Recipe(format="int8_tensorwise", convrot=False, rounding="principal"),
     "stochastic": Recipe(rounding="stochastic"),
-    "steps": Recipe(format="int8_tensorwise", optimizer="adamw", num_iter=5),
+    "steps": Recipe(format="int8_tensorwise", convrot=False, optimizer="adamw", num_iter=5),
 }
 INNER = 256
 CHILD = """

@@ -19,7 +19,7 @@ from learned_rounding.tests.fuzz.entry_points import TEXTS as TEXT_ENTRY_POINTS
 from learned_rounding.tests.fuzz.entry_points import limit_resources, refusal, try_all
 from learned_rounding.tests.fuzz.strategies import FILES, JOURNALS, TEXTS
 
-NEAREST = Recipe(format="int8_tensorwise", rounding="nearest", preset="none")
+NEAREST = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest", preset="none")
 SETTINGS = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 # Entry points that must accept some files of a kind; otherwise the strategy tests only their header checks.
 ACCEPTING = {".safetensors": set(FILE_ENTRY_POINTS)} | dict.fromkeys(

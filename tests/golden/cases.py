@@ -13,7 +13,7 @@ __all__ = ["CASES", "OUTPUT", "Case"]
 
 OUTPUT = "out.safetensors"
 FOLDER_OF_SOURCES = "../../sources"  # relative to a case's folder, so that no output depends on where the tree is
-_GENERAL, _PARSER = "--general", "quant_core/cli/parser.py"
+_GENERAL, _NO_CONVROT, _PARSER = "--general", "--no-convrot", "quant_core/cli/parser.py"
 _PACKAGES = {"model.gguf": "gguf", "prodigy": "prodigyplus"}  # source or optimizer → package that it needs
 
 
@@ -55,15 +55,17 @@ class Case:
     def argv(self, tree: Path) -> list[str]:
         """Arguments of the ``lrq`` of a source tree, to be run in the case's folder.
 
-        No preset recognizes most of the sources: commits that refuse such models have an option that allows them.
+        No preset recognizes most of the sources: commits that refuse such models have an option that allows them. Commits that
+        rotate INT8 per row by default have an option against it.
         """
         args = [f"{FOLDER_OF_SOURCES}/{arg[1:]}" if arg.startswith("@") else arg for arg in self._args]
         argv = [self.command, "--input", f"{FOLDER_OF_SOURCES}/{self.source}", "--output", OUTPUT, *args]
         if self.command == "quantize":
             argv += ["--device", "cpu", "--verbose", "--report", "report.json"]
             parser = tree / _PARSER
-            if parser.exists() and _GENERAL in parser.read_text(encoding="utf-8"):
-                argv.append(_GENERAL)
+            known = parser.read_text(encoding="utf-8") if parser.exists() else ""
+            unrotated = "--format int8_tensorwise" in " ".join(args) and "--convrot" not in args
+            argv += [_GENERAL] * (_GENERAL in known) + [_NO_CONVROT] * (unrotated and _NO_CONVROT in known)
         return argv
 
 

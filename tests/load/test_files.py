@@ -16,7 +16,7 @@ from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.sources.tensor_file import MAX_HEADER
 from learned_rounding.tests.faults.disk import Disk
 
-RECIPE = Recipe(format="int8_tensorwise", rounding="nearest", preset="none")
+RECIPE = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest", preset="none")
 
 
 def quantized(folder, layers: int) -> tuple[int, int]:
@@ -142,7 +142,7 @@ def listen(event):
         raise Enough
 
 try:
-    quantize_file(source, target, Recipe(format="int8_tensorwise", rounding=rounding), device="cpu", on_event=listen)
+    quantize_file(source, target, Recipe(format="int8_tensorwise", convrot=False, rounding=rounding), device="cpu", on_event=listen)
 except Enough:
     pass
 print("PEAK", peak_memory())

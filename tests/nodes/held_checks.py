@@ -13,7 +13,7 @@ from pack.quant_core.errors import QuantizationError
 from pack.quant_core.sources import SafetensorsFile
 
 TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors"
-RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
+RECIPE = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest")
 LAYER = "joint_blocks.0.x_block.mlp.fc1"
 KEY = f"diffusion_model.{LAYER}.weight"
 

@@ -40,7 +40,7 @@ from saving_checks import replaced, without_links  # noqa: E402
 
 RECIPES = {
     "float8_e4m3fn": Recipe(),
-    "int8_tensorwise": Recipe(format="int8_tensorwise"),
+    "int8_tensorwise": Recipe(format="int8_tensorwise", convrot=False),
     "int8 convrot": Recipe(format="int8_tensorwise", convrot=True),
     "int8_blockwise": Recipe(format="int8_blockwise", block_size=32),
 }
@@ -161,7 +161,9 @@ def calibrated_text_encoder() -> dict:
         sensitive = sum(value > 0 for value in known.sensitivities.values())
 
     def error(rounding, calibration=None):
-        recipe = Recipe(format="int8_tensorwise", rounding=rounding, keep=(r"\.wo\.",))  # 10,240 inputs take minutes
+        recipe = Recipe(
+            format="int8_tensorwise", convrot=False, rounding=rounding, keep=(r"\.wo\.",)
+        )  # 10,240 inputs take minutes
         made = encode(host.build_clip(clip, host.quantize(clip, recipe, lambda event: None, calibration)))
         return float((made - before).norm() / before.norm())
 
@@ -185,7 +187,7 @@ def compared_text_encoders() -> dict:
     path = Path(folder) / "t5.safetensors"
     save_file(t5_weights(), path)
     clip = load(path)
-    recipe = Recipe(format="int8_tensorwise", rounding="nearest")
+    recipe = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest")
     ours = host.build_clip(clip, host.quantize(clip, recipe, lambda event: None))
     measured = host.compare_clips(clip, ours, ["a red apple on a table", "an owl"])
     before, after = encode(clip).double(), encode(ours).double()

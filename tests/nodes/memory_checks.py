@@ -19,7 +19,7 @@ from pack.quant_core.errors import OutOfMemoryError
 from safetensors.torch import save_file
 
 SIDE = 8192  # a layer of 128 MiB
-RECIPE = Recipe(format="int8_tensorwise", rounding="nearest", preset="none")
+RECIPE = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest", preset="none")
 
 
 def weights(count: int) -> dict[str, torch.Tensor]:

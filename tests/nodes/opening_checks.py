@@ -30,7 +30,7 @@ TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors
 MODELS = Path(folder_paths.models_dir) / "diffusion_models"
 # ComfyUI's mappings of diffusers' names.
 MAPS = [getattr(comfy.utils, name) for name in dir(comfy.utils) if name.endswith("_to_diffusers")]
-RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
+RECIPE = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest")
 
 
 def renamed(state: dict[str, torch.Tensor], names: dict) -> dict[str, torch.Tensor]:

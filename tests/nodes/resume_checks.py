@@ -15,7 +15,7 @@ from pack.quant_core.events import LayerFinished, RunFinished
 from pack.quant_core.run import loop
 
 ASSETS = Path(host.__file__).parents[2] / "assets"
-RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
+RECIPE = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest")
 RECIPES = {"file": RECIPE, "model": RECIPE, "four bits": Recipe(format="asym_w4a8_int8", rounding="auto")}
 LAYERS = 20  # finished layers when the server is killed
 

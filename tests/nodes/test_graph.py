@@ -239,7 +239,7 @@ def test_file_and_loaded_model_give_the_same_weights(comfy, request, tmp_path):
     probe = graph.probe(model[0])
     result = comfy.queue(graph)
     source, command_line = comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "lrq.safetensors"
-    recipe = Recipe(format="int8_tensorwise")
+    recipe = Recipe(format="int8_tensorwise", convrot=False)
     quantize_file(source, command_line, recipe, device=HOST_DEVICE)
     assert saved_path(result, from_file).read_bytes() == command_line.read_bytes()
     if probed(result, probe)["dtype"] == "float16":  # ComfyUI 0.3.75 on a GPU; the conversion rounds small weights

@@ -93,7 +93,7 @@ def test_the_output_is_named_beside_an_input_elsewhere(lrq, model_file, tmp_path
     source = model_file()
     monkeypatch.chdir(tmp_path / "cwd")
     assert lrq("quantize", "-i", source, "--int8")[0] == 0
-    assert listing() == ["model.safetensors", "model_int8_row_convrot.safetensors"]
+    assert listing() == ["model.safetensors", "model_int8_convrot.safetensors"]
 
 
 def test_an_output_in_a_new_folder(lrq, model_file, listing, tmp_path):
@@ -102,7 +102,7 @@ def test_an_output_in_a_new_folder(lrq, model_file, listing, tmp_path):
 
 
 ROW = {"format": "int8_tensorwise", "granularity": "row"}
-INT8 = {**ROW, "convrot": True}  # the alias
+INT8 = {**ROW, "convrot": "auto"}  # by default
 # Presets of models whose every layer stays: with them there is nothing to quantize.
 KEEP_ALL = {name for name, preset in PRESETS.items() if any(rule.text == ".*" for rule in preset.keep)}
 
@@ -111,11 +111,14 @@ OPTIONS = {
     "comfy_quant": (["--comfy_quant"], {}),
     "comfy-quant": (["--comfy-quant"], {}),
     "fp8": (["--fp8"], {}),
-    "format": (["--format", "int8_tensorwise"], {"format": "int8_tensorwise", "granularity": "row"}),
-    "format with =": (["--format=int8_tensorwise"], {"format": "int8_tensorwise", "granularity": "row"}),
+    "format": (["--format", "int8_tensorwise"], INT8),
+    "format with =": (["--format=int8_tensorwise"], INT8),
     "int8": (["--int8"], INT8),
     "int8 as a format": (["--format", "int8"], INT8),
     "int8, not rotated": (["--int8", "--convrot", "off"], ROW),
+    "int8 without convrot": (["--no-convrot", "--int8"], ROW),
+    "int8_tensorwise without convrot": (["--format", "int8_tensorwise", "--no_convrot"], ROW),
+    "fp8 without convrot": (["--fp8", "--no-convrot"], {}),
     "fp8 as a format": (["--format", "fp8", "--scaling_mode", "tensor"], {}),
     "int8 block as a format": (
         ["--format=int8", "--scaling_mode=block"],
@@ -446,7 +449,7 @@ def test_formats_are_measured_with_a_calibration(lrq, model, model_file, tmp_pat
 @pytest.mark.parametrize(
     "capability, hip, expected",
     [
-        ((8, 9), None, "int8_row_convrot"),
+        ((8, 9), None, "int8_convrot"),
         ((7, 0), None, "float8_e4m3fn"),
         ((9, 4), "6", "float8_e4m3fn"),
         (None, None, "float8_e4m3fn"),
@@ -1006,12 +1009,12 @@ def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, lis
     result = run([sys.executable, clone, "quantize", "-i", "model.safetensors", "--int8", "--general"], work)
     assert result.returncode == 0, result.stderr
     assert error_lines(result.stderr) == []
-    assert verify_file(work / "model_int8_row_convrot.safetensors").problems == []
-    with safe_open(work / "model_int8_row_convrot.safetensors", "pt") as file:
+    assert verify_file(work / "model_int8_convrot.safetensors").problems == []
+    with safe_open(work / "model_int8_convrot.safetensors", "pt") as file:
         assert json.loads(file.metadata()["learned_rounding"])["version"] == "9.8.7"
     assert [name for name in listing() if name.startswith("work/")] == [
         "work/model.safetensors",
-        "work/model_int8_row_convrot.safetensors",
+        "work/model_int8_convrot.safetensors",
     ]
 
 

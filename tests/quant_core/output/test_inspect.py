@@ -11,7 +11,7 @@ from learned_rounding.quant_core.formats.kinds import quantized_formats
 from learned_rounding.quant_core.output import inspect_file
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
 
-INT8 = Recipe(format="int8_tensorwise", rounding="nearest")
+INT8 = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest")
 INT8_TENSOR = Recipe(format="int8_tensorwise", granularity="tensor", rounding="nearest")
 FP8 = Recipe(rounding="nearest")
 

@@ -17,7 +17,7 @@ RECIPES = {
     "fp8": Recipe(rounding="nearest"),
     "fp8 full precision": Recipe(rounding="nearest", full_precision_matmul=True),
     "e5m2": Recipe(format="float8_e5m2", rounding="nearest"),
-    "int8 row": Recipe(format="int8_tensorwise", rounding="nearest"),
+    "int8 row": Recipe(format="int8_tensorwise", convrot=False, rounding="nearest"),
     "int8 tensor": Recipe(format="int8_tensorwise", granularity="tensor", rounding="nearest"),
     "int8 convrot": Recipe(format="int8_tensorwise", convrot=16, rounding="nearest"),
     "nvfp4": Recipe(format="nvfp4", rounding="nearest"),

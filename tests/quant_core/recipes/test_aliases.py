@@ -1,4 +1,4 @@
-"""Short format names mean the same in recipes, layer configs, lrq and the nodes."""
+"""Short format names mean the same in recipes, layer configs, lrq and the nodes, but for ConvRot of new recipes."""
 
 import pytest
 
@@ -17,10 +17,13 @@ EXPECTED = {
     "w4a4": FormatConfig("convrot_w4a4", convrot=True, linear_dtype="int8"),
 }
 
+INT8_AUTO = FormatConfig("int8_tensorwise", "row", convrot="auto")
+
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_an_alias_is_a_format_configuration_everywhere(name):
-    assert make_format(name) == Recipe(format=name).format == EXPECTED[name]
+    assert make_format(name) == EXPECTED[name]
+    assert Recipe(format=name).format == (INT8_AUTO if name == "int8" else EXPECTED[name])
     assert parse_layer_config(f'{{"x": "{name}"}}')[0].format == EXPECTED[name]
     assert Recipe.from_toml(f'format = "{name}"').format == EXPECTED[name]
 
@@ -30,13 +33,40 @@ def test_an_alias_is_a_format_configuration_everywhere(name):
     [
         ({"convrot": False}, FormatConfig("int8_tensorwise", "row")),
         ({"convrot": 16}, FormatConfig("int8_tensorwise", "row", convrot=16)),
-        ({"granularity": "row"}, FormatConfig("int8_tensorwise", "row", convrot=True)),
         ({"granularity": "tensor"}, FormatConfig("int8_tensorwise", "tensor")),
         ({"granularity": "block", "block_size": 32}, FormatConfig("int8_blockwise", "block", 32)),
     ],
 )
 def test_given_options_override_those_of_an_alias(options, expected):
     assert make_format("int8", **options) == expected == Recipe(format="int8", **options).format
+
+
+def test_new_recipes_of_int8_per_row_have_convrot_auto():
+    for name in ("int8", "int8_tensorwise"):
+        for options in ({}, {"granularity": "row"}, {"convrot": None}):
+            assert Recipe(format=name, **options).format == INT8_AUTO
+        assert Recipe(format=name, convrot=False).format.convrot is None
+        assert Recipe(format=name, granularity="tensor").format.convrot is None
+    for name in ("fp8", "w4a8", "int8_blockwise", "measured"):
+        assert Recipe(format=name).format == make_format(name)
+
+
+@pytest.mark.parametrize(
+    "text, convrot",
+    [
+        ('format = "int8_tensorwise"', None),
+        ('format = "int8_tensorwise"\ngranularity = "row"', None),
+        ('format = "int8_tensorwise"\nconvrot = 64', 64),
+        ('format = "int8"', True),
+        ('format = "int8"\nconvrot = false', None),
+        ('format = "int8"\nconvrot = "auto"', "auto"),
+    ],
+)
+def test_recipe_files_keep_their_rotation(text, convrot):
+    """A file of version 0.1.0 has no line for a rotation that is off."""
+    recipe = Recipe.from_toml(text)
+    assert recipe.format.convrot == convrot
+    assert Recipe.from_toml(recipe.to_toml()) == recipe == Recipe.from_json(recipe.to_json())
 
 
 def test_format_names_are_exact_unless_a_sibling_is_asked_for(sentences):

@@ -95,7 +95,7 @@ def test_card_without_effect_or_unknown_is_refused(options, sentences):
 
 
 def test_written_recipes_name_every_field():
-    recipe = Recipe(format="int8_tensorwise", keep=(r"\.0\.", 'a"b'), seed=7)
+    recipe = Recipe(format="int8_tensorwise", convrot=False, keep=(r"\.0\.", 'a"b'), seed=7)
     assert recipe.to_dict() == {
         "rounding": "auto",
         **dict.fromkeys(name for name in OPTIONS if name not in ("smoothing", "beam_width")),
@@ -130,7 +130,7 @@ def test_written_recipes_name_every_field():
 
 
 def test_missing_fields_take_their_defaults():
-    assert Recipe.from_toml('format = "int8_tensorwise"') == Recipe(format="int8_tensorwise")
+    assert Recipe.from_toml('format = "int8_tensorwise"') == Recipe(format="int8_tensorwise", convrot=False)
     assert Recipe.from_json("{}") == Recipe() == Recipe(format="float8_e4m3fn", granularity="tensor")
 
 
@@ -244,9 +244,9 @@ def test_damaged_text_is_refused_in_one_sentence(read, text, sentences):
     "recipe, label",
     [
         (Recipe(), "float8_e4m3fn"),
-        (Recipe(format="int8_tensorwise"), "int8_row"),
+        (Recipe(format="int8_tensorwise", convrot=False), "int8"),
         (Recipe(format="int8_tensorwise", granularity="tensor"), "int8_tensor"),
-        (Recipe(format="int8_tensorwise", convrot="auto"), "int8_row_convrot"),
+        (Recipe(format="int8_tensorwise", convrot="auto"), "int8_convrot"),
         (Recipe(format="int8_blockwise"), "int8_blockwise"),
         (Recipe(format="float8_e4m3fn_rowwise", rounding="principal"), "float8_e4m3fn_rowwise"),
     ],

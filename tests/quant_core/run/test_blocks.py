@@ -32,7 +32,7 @@ from learned_rounding.tests.quant_core.sequential.models import (
 )
 
 FAST = {"damping": 0.1, "sweeps": 0}
-RECIPE = Recipe("int8_tensorwise", rounding="sequential", preset="none", **FAST)
+RECIPE = Recipe("int8_tensorwise", convrot=False, rounding="sequential", preset="none", **FAST)
 W4A8 = Recipe("asym_w4a8_int8", rounding="sequential", preset="none", **FAST)
 LEARNED = Recipe("asym_w4a8_int8", rounding="reconstructed", preset="none", num_iter=4, **FAST)
 
@@ -184,7 +184,7 @@ def test_model_that_is_not_followed_gives_the_calibrated_file(case, tmp_path, se
     sentences(str(report.sequential))
     assert report.sequential.output_error is None and report.sequential.unfollowed
     assert provenance(tmp_path / "out")["sequential"] == report.sequential.to_dict()
-    calibrated = Recipe("int8_tensorwise", rounding="calibrated", preset="none", **FAST)
+    calibrated = Recipe("int8_tensorwise", convrot=False, rounding="calibrated", preset="none", **FAST)
     quantize_file(case.path, tmp_path / "calibrated", calibrated, calibration=case.calibration, device="cpu")
     expected, written = load_file(tmp_path / "calibrated"), load_file(tmp_path / "out")
     assert written.keys() == expected.keys()
@@ -263,7 +263,9 @@ def test_bank_of_experts_beside_the_blocks(tmp_path):
 def test_run_without_a_model_is_refused(case, tmp_path, listing, sentences):
     for rounding in ("sequential", "reconstructed"):
         with sentences.raises(RecipeError):
-            case.run(tmp_path / "out", Recipe("int8_tensorwise", rounding=rounding, preset="none"), model=None)
+            case.run(
+                tmp_path / "out", Recipe("int8_tensorwise", convrot=False, rounding=rounding, preset="none"), model=None
+            )
     with sentences.raises(RecipeError):
         quantize_tensors(case.tensors, RECIPE, calibration=case.calibration)
     with sentences.raises(RecipeError):
@@ -276,7 +278,7 @@ def test_model_is_not_run_by_other_roundings(case, tmp_path):
         raise AssertionError("the model was called")
 
     model = replay(case.root, run=refuse)
-    recipe = Recipe("int8_tensorwise", rounding="calibrated", preset="none", **FAST)
+    recipe = Recipe("int8_tensorwise", convrot=False, rounding="calibrated", preset="none", **FAST)
     report = case.run(tmp_path / "out", recipe, model=model)
     assert report.sequential is None and "sequential" not in provenance(tmp_path / "out")
 
@@ -292,7 +294,10 @@ def test_fingerprint_depends_on_the_calls_and_the_card(case, tmp_path):
         [
             (RECIPE, "recorded calls"),
             (RECIPE, "other calls"),
-            (Recipe("int8_tensorwise", rounding="sequential", preset="none", card="9.0", **FAST), "recorded calls"),
+            (
+                Recipe("int8_tensorwise", convrot=False, rounding="sequential", preset="none", card="9.0", **FAST),
+                "recorded calls",
+            ),
         ]
     ):
         out = tmp_path / str(number)

@@ -51,7 +51,7 @@ LINEARS = [f"blocks.{block}.{layer}" for block in range(2) for layer in ("attn.q
 RECIPES = {
     "fp8": Recipe(),
     "fp8 nearest": Recipe(rounding="nearest", full_precision_matmul=True),
-    "int8 row": Recipe(format="int8_tensorwise"),
+    "int8 row": Recipe(format="int8_tensorwise", convrot=False),
     "int8 tensor": Recipe(format="int8_tensorwise", granularity="tensor"),
     "int8 convrot": Recipe(format="int8_tensorwise", convrot="auto"),
     "int8 block": Recipe(format="int8_blockwise", block_size=16),
@@ -479,7 +479,12 @@ def test_the_same_run_again_does_nothing(model_file, tmp_path, listing, monkeypa
 
 @pytest.mark.parametrize(
     "recipe",
-    [Recipe(seed=1), Recipe(rounding="nearest"), Recipe(format="int8_tensorwise"), Recipe(keep=("mlp",))],
+    [
+        Recipe(seed=1),
+        Recipe(rounding="nearest"),
+        Recipe(format="int8_tensorwise", convrot=False),
+        Recipe(keep=("mlp",)),
+    ],
     ids=["seed", "rounding", "format", "keep"],
 )
 def test_another_recipe_is_not_taken_for_the_same(model_file, tmp_path, recipe, sentences):
@@ -643,7 +648,9 @@ def test_leftovers_of_dead_runs_go_with_a_finished_one(model_file, tmp_path, lis
 
 def test_outputs_are_named_after_the_recipe():
     assert output_name("a/b.v1.safetensors", Recipe().format.label) == Path("a/b.v1_float8_e4m3fn.safetensors")
-    assert output_name("b.safetensors", Recipe(format="int8_tensorwise").format.label) == Path("b_int8_row.safetensors")
+    assert output_name("b.safetensors", Recipe(format="int8_tensorwise", convrot=False).format.label) == Path(
+        "b_int8.safetensors"
+    )
 
 
 # The same bytes, and little memory
@@ -761,7 +768,7 @@ def test_layers_that_a_calibration_knows_are_calibrated(model, model_file, tmp_p
     inputs = inputs @ torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
     known = LayerStatistics(inputs.t() @ inputs / 300, None, inputs.mean(dim=0))
     events = []
-    recipe = Recipe(format="int8_tensorwise", damping=0.02)
+    recipe = Recipe(format="int8_tensorwise", convrot=False, damping=0.02)
     report = quantize_file(
         model_file(), tmp_path / "q", recipe, calibration=InMemoryCalibration({layer: known}), on_event=events.append
     )
@@ -824,7 +831,7 @@ def test_a_calibration_that_does_not_fit_is_named(model_file, tmp_path, listing,
         (Recipe(), True),
         (Recipe(full_precision_matmul=True), False),
         (Recipe(format="float8_e4m3fn_rowwise"), False),
-        (Recipe(format="int8_tensorwise"), False),
+        (Recipe(format="int8_tensorwise", convrot=False), False),
     ],
     ids=["fp8", "decoded", "fp8 per row", "int8"],
 )

@@ -46,7 +46,9 @@ from .models import (
 )
 
 W4A8 = Recipe("asym_w4a8_int8", rounding="sequential", preset="none")
-INT8 = Recipe("int8_tensorwise", rounding="sequential", preset="none", damping=0.1, sweeps=0)  # the fastest
+INT8 = Recipe(
+    "int8_tensorwise", convrot=False, rounding="sequential", preset="none", damping=0.1, sweeps=0
+)  # the fastest
 FP8 = Recipe("float8_e4m3fn", rounding="sequential", preset="none")
 OPTIONS = {
     "rounding": INT8.rounding,

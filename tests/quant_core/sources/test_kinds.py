@@ -23,7 +23,7 @@ from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
 from learned_rounding.quant_core.sources.kinds import HEAD, SAFETENSORS, find_kind
 from learned_rounding.tests.quant_core.sources.test_opening import gguf_file
 
-RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
+RECIPE = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest")
 SUFFIXES = [".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".GGUF", ""]
 
 

@@ -19,7 +19,7 @@ from learned_rounding.quant_core.sources import SafetensorsFile, open_source
 from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
 from learned_rounding.tests.gguf_files import save_gguf
 
-RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
+RECIPE = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest")
 INDEX = "model.safetensors.index.json"
 
 
@@ -54,7 +54,7 @@ def test_shards(sharded, model_file, tmp_path, given):
     assert again.already_done
     assert (
         output_name(path, RECIPE.format.label).name
-        == f"{'transformer' if given == 'folder' else 'model'}_int8_row.safetensors"
+        == f"{'transformer' if given == 'folder' else 'model'}_int8.safetensors"
     )
 
 

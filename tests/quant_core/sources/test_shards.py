@@ -19,7 +19,7 @@ from learned_rounding.quant_core.sources import model_paths, open_safetensors, o
 from learned_rounding.quant_core.sources.shards import find_parts, model_stem
 from learned_rounding.tests.gguf_files import save_gguf
 
-RECIPE = Recipe(format="int8_tensorwise", rounding="nearest")
+RECIPE = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest")
 COUNT = 3
 
 
@@ -222,7 +222,7 @@ def test_files_of_different_models_are_not_joined(model, tmp_path, sentences):
     [
         "m-00001-of-00001.safetensors",
         "m-00004-of-00003.safetensors",
-        "m-00001-of-00003_int8_row.safetensors",
+        "m-00001-of-00003_int8.safetensors",
         "m-00001-of-00003.safetensors.out.safetensors",
         "m-00001-of-00003.int8.safetensors",
         "step-00010.safetensors",
