@@ -80,7 +80,7 @@ architectures: $(READY) hosts
 	.venv/bin/python tests/architectures/lists.py && .venv/bin/python tests/architectures/table.py
 
 texts: $(READY) hosts
-	.venv/bin/python tests/web/english.py && .venv/bin/python tests/option_tables.py
+	.venv/bin/python tests/web/english.py && .venv/bin/python tests/option_tables.py && .venv/bin/python tests/help_pages.py
 
 # OLD: the commit whose output files the working tree must reproduce byte for byte.
 golden: $(READY)

@@ -19,6 +19,6 @@ here = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
 _load_package(here)
 
-from learned_rounding.quant_core.cli import run  # noqa: E402
+from learned_rounding.command_line import run  # noqa: E402
 
 run()

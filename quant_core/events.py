@@ -9,6 +9,7 @@ __all__ = [
     "LayerMeasured",
     "PlannedLayer",
     "RunStarted",
+    "RunResumed",
     "LayerStarted",
     "BlockStarted",
     "BlockStep",
@@ -84,6 +85,19 @@ class RunStarted(Event):
     plan: tuple[PlannedLayer, ...] = ()
     rounding: str = ""
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunResumed(Event):
+    """The layers that a killed run finished have been reported, with the events of that run; the others follow.
+
+    Attributes:
+        layers: number of quantized layers among them.
+        total: number of layers to quantize.
+    """
+
+    layers: int
+    total: int
 
 
 @dataclass(frozen=True)

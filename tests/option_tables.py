@@ -23,7 +23,7 @@ def render_tables() -> str:
         for group in command._action_groups:
             for action in group._group_actions if group.title in groups else ():
                 if action.help != argparse.SUPPRESS and not (action.dest == "preset" and action.nargs == 0):
-                    names = ", ".join(f"`{option}`" for option in action.option_strings)
+                    names = ", ".join(f"`{option}`" for option in action.option_strings or [action.metavar])
                     groups[group.title].setdefault(names, action.help.replace("%%", "%").replace("|", "\\|"))
     return "\n".join(
         "\n".join(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import CalibrationError, QuantizationError, RecipeError, SourceError
 from ..output import final_path
+from .parser import is_folder
 from .recipe import layer_config_file
 
 __all__ = ["check_files"]
@@ -14,6 +15,7 @@ __all__ = ["check_files"]
 # Attribute of the parsed options → what it names, the error for another kind of file, and whether it may be a folder.
 _INPUTS: dict[str, tuple[str, type[QuantizationError], bool]] = {
     "input": ("source", SourceError, True),
+    "inputs": ("source", SourceError, True),
     "file": ("source", SourceError, True),
     "calibration": ("calibration", CalibrationError, False),
     "recipe": ("recipe", RecipeError, False),
@@ -40,15 +42,17 @@ def check_files(args: argparse.Namespace) -> None:
         kind = _kind(path)
         if kind is not None and not (folder and stat.S_ISDIR(kind[0])):
             raise error(f"The {what} {path} is {kind[1]}; give a regular file.", file=str(path), option=option)
-    for _, path in _named_files(args, _OUTPUTS):
-        final_path(path)
+    for option, path in _named_files(args, _OUTPUTS):
+        if not (option == "output" and hasattr(args, "inputs") and is_folder(str(path))):
+            final_path(path)
 
 
 def _named_files(args: argparse.Namespace, options: Iterable[str]) -> Iterator[tuple[str, Path]]:
     for option in options:
-        path = layer_config_file(args) if option == "layer_config" else getattr(args, option, None)
-        if path is not None:
-            yield option, path
+        named = layer_config_file(args) if option == "layer_config" else getattr(args, option, None)
+        for path in named if isinstance(named, list) else [named]:
+            if path is not None:
+                yield option, Path(path)
 
 
 def _kind(path: Path) -> tuple[int, str] | None:

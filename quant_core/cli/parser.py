@@ -1,18 +1,19 @@
 """The argument parser of ``lrq``. Options of a recipe come from the option table."""
 
 import argparse
-import sys
+import os
 from pathlib import Path
 
 from ... import kernels
-from ..display import escape_control
 from ..formats.cards import CARDS
 from ..option import Option
 from ..recipes.aliases import FORMAT_ALIASES
 from ..recipes.option_table import CONVROT, OPTION_TABLE
 from ..recipes.presets import ALIASES, PRESETS
+from ..version import VERSION
+from .usage import Parser
 
-__all__ = ["EXIT_CODES", "SECTIONS", "make_parser"]
+__all__ = ["EXIT_CODES", "SECTIONS", "is_folder", "make_parser"]
 
 EXIT_CODES = {
     0: "done, or already done",
@@ -24,6 +25,21 @@ EXIT_CODES = {
 SOURCE, RUN = "Source and target", "Run"
 SECTIONS = (SOURCE, *OPTION_TABLE, RUN)  # titles of the option groups of quantize and plan
 
+# Other names of formats that users type → ours. Case does not matter, nor do dashes for underscores.
+_SPELLINGS = {
+    "e4m3": "fp8",
+    "e4m3fn": "fp8",
+    "fp8_e4m3": "fp8",
+    "fp8_e4m3fn": "fp8",
+    "float8": "fp8",
+    "e5m2": "float8_e5m2",
+    "fp8_e5m2": "float8_e5m2",
+    "w8a8": "int8",
+    "int8_convrot": "int8",
+    "fp4": "nvfp4",
+    "int6": "w6a8",
+}
+_SHORT = (*FORMAT_ALIASES, "nvfp4", "mxfp8")  # formats that are options of their own
 _FILE = "a safetensors file, shards by their index.json or one of them, or a folder of either"
 # Options of other tools that change nothing here, and what they ask for.
 _ALWAYS = {
@@ -39,26 +55,6 @@ _REFUSED = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Accepts options with dashes or underscores and refuses abbreviations."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        spellings = {option.replace("_", "-"): option for option in self._option_string_actions}
-
-        def normalize(word: str) -> str:
-            option, equals, value = word.partition("=")
-            return spellings.get(option.replace("_", "-"), option) + equals + value if word.startswith("--") else word
-
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([normalize(word) for word in words], namespace)
-
-    def _print_message(self, message, file=None):
-        super()._print_message(escape_control(message, allowed="\n"), file)
-
-
 class _Refusal(argparse.Action):
     """A known option that is refused with what to do instead."""
 
@@ -68,20 +64,35 @@ class _Refusal(argparse.Action):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; the name of the command is in ``command``."""
-    parser = _Parser(
+    parser = Parser(
         prog="lrq",
         description="Quantize diffusion models and text encoders into files that ComfyUI loads.",
         epilog="exit codes: "
         + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
         + ". The same command resumes a run that was killed.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"lrq {VERSION}", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
 
-    def add_command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    def add_command(name: str, text: str, **settings) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", **settings)
 
-    _add_quantize(add_command("quantize", "quantize a model, one tensor at a time"))
-    _add_plan(add_command("plan", "show the decision for each tensor and the size of the file; reads the header only"))
+    _add_quantize(
+        add_command(
+            "quantize",
+            "quantize models, one tensor at a time",
+            usage="lrq quantize FILE… [-o PATH] [OPTIONS]",
+            check=_check_inputs,
+        )
+    )
+    _add_plan(
+        add_command(
+            "plan",
+            "show the decisions for the tensors of models and the sizes of the files; reads headers only",
+            usage="lrq plan FILE… [OPTIONS]",
+            check=_check_inputs,
+        )
+    )
     _add_migrate(
         add_command(
             "migrate",
@@ -93,7 +104,9 @@ def make_parser() -> argparse.ArgumentParser:
         ("inspect", "show the content of a file and which ComfyUI loads it"),
         ("verify", "check a quantized file layer by layer"),
     ):
-        add_command(name, text).add_argument("file", type=Path, help=_FILE)
+        command = add_command(name, text)
+        command.add_argument("file", type=Path, metavar="FILE", help=_FILE)
+        _add_json(command)
     add_command("formats", "list the formats that this version writes")
     add_command("presets", "list the keep lists by model family")
     _add_bench(
@@ -108,7 +121,13 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     groups = _add_shared(parser)
     source, run = groups[SOURCE], groups[RUN]
-    source.add_argument("-o", "--output", type=Path, help="file to write; by default beside the input, named by format")
+    source.add_argument(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="file to write, or a folder, with / at its end or an existing one, for files named after their inputs; by "
+        "default beside the input, named by format",
+    )
     source.add_argument(
         "--overwrite",
         action="store_true",
@@ -122,16 +141,21 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--kernel_backend",
+        metavar="NAME",
         choices=tuple(kernels.BACKENDS),
         help=f"kernels on a GPU: {', '.join(kernels.BACKENDS)}; torch and reference are plain PyTorch (default: auto)",
     )
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    run.add_argument("--verbose", action="store_true", help="print a line per tensor instead of a progress bar")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     run = _add_shared(parser)[RUN]
     run.add_argument("--time", action="store_true", help="also estimate the time by quantizing a layer of each shape")
+
+
+def _add_json(parser: argparse._ActionsContainer) -> None:
+    text = "print one JSON document to standard output, and messages to standard error"
+    parser.add_argument("--json", action="store_true", help=text)
 
 
 def _add_migrate(parser: argparse.ArgumentParser) -> None:
@@ -169,11 +193,14 @@ def _add_shared(parser: argparse.ArgumentParser) -> dict[str, argparse._Argument
     """Add the options that quantize and plan share; returns the groups by title."""
     groups = {title: parser.add_argument_group(title) for title in SECTIONS}
     groups[SOURCE].add_argument(
-        "-i",
-        "--input",
+        "files",
         type=Path,
-        required=True,
-        help=f"model with FP16, BF16 or FP32 weights: {_FILE}, .ckpt, .pt, .pth, .bin, or .gguf (needs the package gguf)",
+        nargs="*",
+        metavar="FILE",
+        help=f"models with FP16, BF16 or FP32 weights: {_FILE}, .ckpt, .pt, .pth, .bin, or .gguf (needs the package gguf)",
+    )
+    groups[SOURCE].add_argument(
+        "-i", "--input", type=Path, dest="inputs", action="append", metavar="FILE", help="a model; may be repeated"
     )
     groups[SOURCE].add_argument(
         "--requantize",
@@ -200,6 +227,8 @@ def _add_shared(parser: argparse.ArgumentParser) -> dict[str, argparse._Argument
         parser.add_argument(name, nargs="?", action=_Refusal, help=argparse.SUPPRESS)
     for name, text in _ALWAYS.items():
         groups[RUN].add_argument(name, action="store_true", help=f"{text}; always on, for other tools' command lines")
+    groups[RUN].add_argument("--verbose", action="store_true", help="print a line per tensor")
+    _add_json(groups[RUN])
     groups[RUN].add_argument("--device", help="cuda, cuda:1, cpu …; by default the first GPU, else the CPU")
     return groups
 
@@ -215,19 +244,22 @@ def _add_option(group: argparse._ActionsContainer, name: str, option: Option, **
     else:
         choices = settings.pop("choices", None if option.metavar else option.choices or None)
         kind = settings.pop("type", option.kind)
-        group.add_argument(*flags, type=kind, choices=choices, metavar=option.metavar, **settings)
+        metavar = option.metavar or ("NAME" if choices else None)
+        group.add_argument(*flags, type=kind, choices=choices, metavar=metavar, **settings)
 
 
 def _add_format(group: argparse._ActionsContainer, name: str, option: Option) -> None:
     exclusive = group.add_mutually_exclusive_group()
-    _add_option(exclusive, name, option, choices=tuple(dict.fromkeys((*option.choices, *FORMAT_ALIASES))))
-    for alias in FORMAT_ALIASES:
+    _add_option(exclusive, name, option, choices=option.choices, type=_parse_format)
+    for alias in _SHORT:
         text = f"short for --format {alias}"
         exclusive.add_argument(f"--{alias}", action="store_const", const=alias, dest=name, help=text)
 
 
 def _add_convrot(group: argparse._ActionsContainer, name: str, option: Option) -> None:
-    _add_option(group, name, option, nargs="?", const=True, type=_parse_convrot)
+    exclusive = group.add_mutually_exclusive_group()
+    _add_option(exclusive, name, option, nargs="?", const=True, type=_parse_convrot)
+    exclusive.add_argument("--no-convrot", dest=name, action="store_const", const=False, help="short for --convrot off")
     group.add_argument(
         "--convrot-group-size", type=int, metavar="N", help="largest ConvRot group size, with or without --convrot"
     )
@@ -237,10 +269,8 @@ def _add_preset(group: argparse._ActionsContainer, name: str, option: Option) ->
     exclusive = group.add_mutually_exclusive_group()
     text = f"{option.describe()}; every preset is an option of its own too, see lrq presets"
     _add_option(exclusive, name, option, choices=None, help=text)
-    for preset, entry in {**PRESETS, **ALIASES}.items():
-        exclusive.add_argument(
-            f"--{preset}", action="store_const", const=preset, dest=name, help=f"keep list for {entry.title}"
-        )
+    for preset in {**PRESETS, **ALIASES}:
+        exclusive.add_argument(f"--{preset}", action="store_const", const=preset, dest=name, help=argparse.SUPPRESS)
 
 
 def _add_layer_config(group: argparse._ActionsContainer, name: str, option: Option) -> None:
@@ -274,6 +304,30 @@ _ADD = {
 
 def _escape_percent(text: str) -> str:
     return text.replace("%", "%%")  # argparse expands %(name)s
+
+
+def _parse_format(text: str) -> str:
+    name = text.lower().replace("-", "_")
+    return _SPELLINGS.get(name, name)
+
+
+def _check_inputs(parser: Parser, parsed: argparse.Namespace) -> None:
+    """Join the models of both spellings; refuse a command line without any, or with one output for several."""
+    parsed.inputs = list(dict.fromkeys([*parsed.files, *(parsed.inputs or ())]))
+    if not parsed.inputs:
+        parser.error("name at least one FILE")
+    several = len(parsed.inputs) > 1
+    if several and getattr(parsed, "output", None) and not is_folder(parsed.output):
+        parser.error(
+            f"--output {parsed.output} is one file for {len(parsed.inputs)} models; end it with / for a folder"
+        )
+    if several and getattr(parsed, "report", None):
+        parser.error(f"--report {parsed.report} is one file for {len(parsed.inputs)} models; use --json")
+
+
+def is_folder(output: str) -> bool:
+    """Whether an --output names a folder: it ends with a separator, or the folder exists."""
+    return output.endswith(("/", os.sep)) or os.path.isdir(output)
 
 
 def _parse_convrot(text: str) -> bool | int | str:

@@ -1,16 +1,28 @@
-"""Progress of a run in a terminal: a bar over the layers, or a line per tensor."""
+"""Progress of a run in a terminal: a bar over the layers, or a line per tensor. Nothing is drawn where no terminal reads it."""
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 
-from ..display import escape_control
-from ..events import Event, LayerFinished, LayerKept, LayerMeasured, LayerStarted, OutputChecked, RunStarted
+from ..display import escape_control, human_bytes
+from ..events import (
+    Event,
+    LayerFinished,
+    LayerKept,
+    LayerMeasured,
+    LayerStarted,
+    OutputChecked,
+    RunResumed,
+    RunStarted,
+)
 from .streams import print_line
 
-__all__ = ["Progress", "show_bytes"]
+__all__ = ["Progress", "describe_time", "show_bytes"]
 
-_NAME_WIDTH = 48  # characters of a layer name in the bar
+_WIDTH = 79  # columns of the bar at most
+_NAME_WIDTH = 24  # characters of a layer name in the bar
+_FORMAT = "{desc}{percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
 class Progress:
@@ -24,8 +36,12 @@ class Progress:
         self._verbose = verbose
         self._bar = None
         self._broken = False
+        self._bytes = 0  # of the source, since the run started or was resumed
+        self._pace = ""
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, RunResumed):
+            print_line(f"Resuming: {event.layers} of {event.total} layers already done.")
         if self._verbose:
             self._print_event(event)
         elif not self._broken:
@@ -36,28 +52,44 @@ class Progress:
 
     def _draw_event(self, event: Event) -> None:
         if isinstance(event, LayerMeasured) and event.index == 0:
-            self._start(event.total, "measuring")
+            self._start(event.total, "measuring ")
         elif isinstance(event, RunStarted):
             self.close()
             self._start(event.layers)
+        elif isinstance(event, RunResumed):
+            self._bytes, self._pace = 0, ""
         elif isinstance(event, LayerStarted) and self._bar is not None:
-            self._bar.set_postfix_str(escape_control(event.name)[-_NAME_WIDTH:], refresh=False)
+            name = escape_control(event.name.removesuffix(".weight"))
+            self._describe(name if len(name) <= _NAME_WIDTH else f"…{name[1 - _NAME_WIDTH :]}")
         elif isinstance(event, (LayerMeasured, LayerFinished)) and self._bar is not None:
+            if isinstance(event, LayerFinished):
+                self._measure_pace(event)
             self._bar.update()
         elif isinstance(event, OutputChecked) and self._bar is not None:
-            self._bar.set_postfix_str(f"checking the file: {event.done / event.total:.0%}")
+            self._pace = ""
+            self._describe(f"checking the file: {100 * event.done / (event.total or 1):.0f} %")
 
-    def _start(self, layers: int, label: str | None = None) -> None:
+    def _measure_pace(self, event: LayerFinished) -> None:
+        self._bytes += event.bytes_in
+        rate = self._bytes / event.elapsed if event.elapsed else 0.0
+        self._pace = f"{human_bytes(rate)}/s, {describe_time(event.eta)} left, "
+
+    def _describe(self, text: str) -> None:
+        assert self._bar is not None
+        self._bar.set_postfix_str(self._pace + text, refresh=False)
+
+    def _start(self, layers: int, label: str = "") -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=layers, unit="layer", desc=label, dynamic_ncols=True, file=sys.stderr)
+        self._bytes, self._pace = 0, ""
+        self._bar = tqdm(total=layers, desc=label, bar_format=_FORMAT, **_bar_settings())
 
     def _print_event(self, event: Event) -> None:
         if isinstance(event, LayerFinished):
-            output = "" if event.output_error is None else f"  output error {event.output_error:.5f}"
+            output = "" if event.output_error is None else f"  output error {event.output_error:.3g}"
             print_line(
                 f"{escape_control(event.name)}  {event.shape[0]}×{event.shape[1]}  {event.format}  {event.solver}"
-                f"  error {event.weight_error:.5f}{output}  {event.seconds:.2f} s"
+                f"  error {event.weight_error:.3g}{output}  {event.seconds:.3g} s"
             )
         elif isinstance(event, LayerKept):
             action = "removed" if event.removed else "kept"
@@ -68,6 +100,19 @@ class Progress:
         if self._bar is not None and not self._broken:
             with contextlib.suppress(OSError):
                 self._bar.close()
+
+
+def describe_time(seconds: float) -> str:
+    """A duration in one unit: 42 s, 5 min, 1.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
+
+
+def _bar_settings() -> dict:
+    """Stream and width of a bar; it is disabled where standard error is not a terminal."""
+    columns = shutil.get_terminal_size().columns
+    return {"file": sys.stderr, "ncols": min(_WIDTH, columns - 1), "disable": None}
 
 
 @contextlib.contextmanager
@@ -81,7 +126,7 @@ def show_bytes(label: str) -> Iterator[Callable[[int, int], None]]:
         nonlocal bar
         with contextlib.suppress(OSError):  # standard error is full or closed
             if bar is None:
-                bar = tqdm(total=total, unit="B", unit_scale=True, desc=label, dynamic_ncols=True, disable=None)
+                bar = tqdm(total=total, unit="B", unit_scale=True, desc=label, **_bar_settings())
             bar.update(done - bar.n)
 
     try:

@@ -2,18 +2,20 @@
 
 import contextlib
 import errno
+import json
 import os
 import stat
 import sys
 
 from ..display import escape_control, shorten
 
-__all__ = ["flush_output", "prepare_streams", "print_error", "print_line"]
+__all__ = ["flush_output", "prepare_streams", "print_error", "print_json", "print_line", "send_lines"]
 
 _CLOSED = (errno.EIO, errno.EBADF)  # errors of a terminal that was closed
 _failures: list[OSError] = []  # of standard output, since prepare_streams
 _MOST = 32_000_000  # characters that a command prints: names in a file can be long and many
 _room = _MOST
+_lines_to = "stdout"  # or "stderr", where standard output gets a JSON document
 
 
 def prepare_streams() -> None:
@@ -29,12 +31,33 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def print_line(text: object) -> None:
-    """Print to standard output, control characters escaped; :func:`flush_output` reports a failure.
+def send_lines(stream: str) -> None:
+    """Choose where :func:`print_line` prints: "stdout" or "stderr"."""
+    global _lines_to
+    _lines_to = stream
+
+
+def print_json(value: object) -> None:
+    """Print a value as one line of ASCII to standard output.
 
     Raises:
         BrokenPipeError: standard output is a pipe without a reader.
     """
+    with _record_failure():
+        print(json.dumps(value, allow_nan=False))
+
+
+def print_line(text: object) -> None:
+    """Print to standard output, or where :func:`send_lines` says, control characters escaped.
+
+    :func:`flush_output` reports a failure of standard output.
+
+    Raises:
+        BrokenPipeError: standard output is a pipe without a reader.
+    """
+    if _lines_to == "stderr":
+        print_error(str(text))
+        return
     printed = _bound(str(text))
     if printed is not None:
         with _record_failure():

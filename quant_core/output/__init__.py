@@ -1,9 +1,10 @@
 """Quantized files: streaming writer, header metadata, verification, inspection."""
 
+from .disk_space import check_disk_space
 from .inspect import inspect_file
 from .layout import header_bytes
 from .metadata import PROVENANCE_KEY, loading_note, provenance
-from .partial import remove_leftovers
+from .partial import leftover_bytes, remove_leftovers
 from .publish import final_path, keep_apart
 from .verify import verify_file
 from .writer import SafetensorsWriter
@@ -11,10 +12,12 @@ from .writer import SafetensorsWriter
 __all__ = [
     "PROVENANCE_KEY",
     "SafetensorsWriter",
+    "check_disk_space",
     "final_path",
     "header_bytes",
     "inspect_file",
     "keep_apart",
+    "leftover_bytes",
     "loading_note",
     "provenance",
     "remove_leftovers",

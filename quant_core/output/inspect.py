@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..display import bound_lines, human_bytes
+from ..display import bound_lines, human_bytes, mask_numbers
 from ..formats import READABLE, Codec, detect_layer
 from ..formats.expert_bank import count_experts
 from ..formats.kinds import Kind, find_kinds, quantized_formats
@@ -89,10 +89,10 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
                     if codec
                     else f"{config.get('format')}{_BROKEN}"
                 )
-                layers.setdefault(name, Counter())[_pattern(layer)] += 1
+                layers.setdefault(name, Counter())[mask_numbers(layer)] += 1
                 kitchens.add(codec and codec.kitchen_since)
         for layer, kind in kinds.items():
-            layers.setdefault(kind.name, Counter())[_pattern(layer)] += 1
+            layers.setdefault(kind.name, Counter())[mask_numbers(layer)] += 1
         smoothed = {
             str(config.get("format")) for layer, config in configs.items() if _is_smoothed(layer, source.tensors)
         }
@@ -118,11 +118,6 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
             ),
             made_by=provenance(source),
         )
-
-
-def _pattern(layer: str) -> str:
-    """The name of a layer with * for its numbers."""
-    return re.sub(r"\b\d+\b", "*", layer)
 
 
 def _detect(layer: str, config: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> Codec | None:

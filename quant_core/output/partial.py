@@ -26,7 +26,15 @@ from ..errors import OutputError
 from .durable import flush_to_disk
 from .publish import WINDOWS, final_path, flush_folder, output_error, publish_file
 
-__all__ = ["JOURNAL_SUFFIX", "PartialFile", "check_leftover", "claim_partial", "open_leftover", "remove_leftovers"]
+__all__ = [
+    "JOURNAL_SUFFIX",
+    "PartialFile",
+    "check_leftover",
+    "claim_partial",
+    "leftover_bytes",
+    "open_leftover",
+    "remove_leftovers",
+]
 
 PARTIAL_SUFFIX, JOURNAL_SUFFIX = ".partial", ".journal"
 _ABANDONED = 86_400  # s without a write, after which a partial file on a disk without locks belongs to a killed run
@@ -104,6 +112,15 @@ def _hidden_stem(name: str) -> str:
 
 def _leftovers(path: Path, suffix: str) -> list[Path]:
     return sorted(path.parent.glob(f".{glob.escape(_hidden_stem(path.name))}.*{suffix}"))
+
+
+def leftover_bytes(path: Path) -> int:
+    """Bytes that the partial files of other runs with the output ``path`` have: a run may resume one of them."""
+    total = 0
+    for partial in _leftovers(path, PARTIAL_SUFFIX):
+        with contextlib.suppress(OSError):
+            total += partial.lstat().st_size
+    return total
 
 
 def remove_leftovers(path: Path) -> int:

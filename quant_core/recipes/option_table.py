@@ -89,11 +89,11 @@ FORMAT_OPTIONS: Mapping[str, Option] = {
     "convrot": FormatOption(
         applies=lambda codec: codec is not None and codec.granularity in codec.format.rotated,
         choices=tuple(CONVROT),
-        default="off",
         metavar="GROUP",
         help=f"rotate groups of {', '.join(map(str, GROUP_SIZES))} input channels by a Hadamard matrix (ConvRot), which spreads "
         "outliers; on: the largest group size that divides the channels; a number: the largest group size up to it; "
-        "auto: the group size, or no rotation, with the least error; always on for formats that contain the rotation",
+        "auto: the group size, or no rotation, with the least error; always on for formats that contain the rotation; by "
+        "default auto for int8_tensorwise per row",
     ),
     "bits": FormatOption(
         applies=lambda codec: codec is not None and "bits" in codec.options,

@@ -11,13 +11,14 @@ from ..calibration import Calibration
 from ..cancellation import CancelCheck
 from ..errors import OutputExistsError, QuantizationError, SourceError
 from ..events import Event, Listener, OutputChecked, RunFinished
-from ..output import SafetensorsWriter, final_path, keep_apart, remove_leftovers
+from ..output import SafetensorsWriter, check_disk_space, final_path, keep_apart, leftover_bytes, remove_leftovers
 from ..recipes import Plan, Recipe, describe_uncalibrated
 from ..sequential import ReplayedModel
 from ..sources import Source, TensorSource, open_source
 from ..sources.shards import model_stem
 from .allocate import allocate_formats
 from .blocks import open_blocks, require_model, walk_fingerprint
+from .estimate import estimate_size
 from .fingerprint import FileStates, has_fingerprint, input_paths, may_be_newer, run_fingerprint, run_key
 from .header import check_name_collisions, file_metadata, header_bound, planned_configs
 from .loop import QuantizationRun, read_device
@@ -178,6 +179,7 @@ def quantize_file(
         plan = _allocate(recorded, plan, recipe, calibration, device, general, emit, check)
         journal = _journal(recorded, plan, recipe, fingerprint, FileStates(inputs["calibration"]), device)
         reserve = header_bound(source, plan, recipe, calibrated=calibration is not None, fingerprint=fingerprint)
+        check_disk_space(destination, reserve + estimate_size(source, recipe, plan) - leftover_bytes(hidden))
         writer = SafetensorsWriter(
             destination,
             reserve,

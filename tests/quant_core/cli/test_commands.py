@@ -21,7 +21,7 @@ import learned_rounding
 from learned_rounding import kernels
 from learned_rounding.quant_core import FORMATS, PRESETS, Recipe, quantize_weight
 from learned_rounding.quant_core.cli import commands as cli
-from learned_rounding.quant_core.cli import parser
+from learned_rounding.quant_core.cli import parser, runs
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.cli.parser import make_parser
 from learned_rounding.quant_core.convert.dequantize import DecodedSource
@@ -31,6 +31,7 @@ from learned_rounding.quant_core.recipes.presets import ALIASES
 from learned_rounding.quant_core.run import loop
 from learned_rounding.quant_core.run import quantize as pipeline
 from learned_rounding.quant_core.sources import SafetensorsFile
+from learned_rounding.quant_core.version import VERSION
 
 ROOT = Path(learned_rounding.__file__).parent
 
@@ -259,23 +260,23 @@ def test_every_option_that_users_know_acts_or_is_refused_by_name(
             assert code == 2
             sentences(err[-1])
         return
-    plain, runs = pipeline.quantize_file, []
+    plain, made = pipeline.quantize_file, []
 
     def recorded(source, output, recipe, **options):
-        runs.append((source.name, output, recipe, options["device"], kernels.backend()))
+        made.append((source.name, output, recipe, options["device"], kernels.backend()))
         return plain(source, output, recipe, **options)
 
-    monkeypatch.setattr(cli, "quantize_file", recorded)
+    monkeypatch.setattr(runs, "quantize_file", recorded)
     beside, value = TRIED.get(option, ("", ""))
 
     def outcome(*words):
-        runs.clear()
+        made.clear()
         code, out, err = lrq("quantize", "-i", "model.safetensors", "--overwrite", *beside.split(), *words)
         assert (code, [line for line in err if not line.startswith(UNUSED)]) == (0, [])
         lines = [re.sub(r"[\d.]+ s$", "", line) for line in out.splitlines() if not line.startswith("time")]
-        for made in (*tmp_path.glob("model_*"), *tmp_path.glob("out*")):
-            made.unlink()
-        return lines, *runs
+        for path in (*tmp_path.glob("model_*"), *tmp_path.glob("out*")):
+            path.unlink()
+        return lines, *made
 
     assert (outcome(option, *filter(None, [value])) == outcome()) is (option in ALWAYS)
 
@@ -346,7 +347,7 @@ def test_a_kernel_backend_holds_for_the_command(lrq, model_file, tmp_path, monke
     seen = []
     plain = pipeline.quantize_file
     monkeypatch.setattr(
-        "learned_rounding.quant_core.cli.commands.quantize_file",
+        "learned_rounding.quant_core.cli.runs.quantize_file",
         lambda *a, **k: seen.append(kernels.backend()) or plain(*a, **k),
     )
     before = kernels.backend()
@@ -805,14 +806,45 @@ def test_formats_and_presets(lrq):
         ["quantize", "-i", "a", "--rounding", "learned"],
         ["verify"],
         ["formats", "extra"],
+        ["quantise", "a"],
+        ["quantize", "a", "b", "-o", "c.safetensors"],
+        ["quantize", "a", "b", "-o", "c/", "--report", "r.json"],
+        ["plan", "a", "--no-convrot", "--convrot", "64"],
+        ["plan", "a", "--nonsense\nb"],
     ],
     ids=" ".join,
 )
-def test_wrong_usage_exits_with_2(lrq, words):
+def test_wrong_usage_is_one_line_and_exits_with_2(strict_lrq, words, sentences):
     """Unknown options are refused, not ignored; abbreviations are unknown options."""
-    code, out, err = lrq(*words)
-    assert code == 2 and out == ""
-    assert any(line.startswith("lrq") and "error:" in line for line in err)  # argparse's own form
+    code, out, err = strict_lrq(*words)
+    assert code == 2 and out == "" and len(err) == 1
+    sentences(err)
+
+
+@pytest.mark.parametrize(
+    "typed, format",
+    {
+        "INT8": "int8_tensorwise",
+        "w8a8": "int8_tensorwise",
+        "fp8": "float8_e4m3fn",
+        "FP8-E4M3FN": "float8_e4m3fn",
+        "e5m2": "float8_e5m2",
+        "int4": "asym_w4a8_int8",
+        "W4A8": "asym_w4a8_int8",
+        "fp4": "nvfp4",
+        "NVFP4": "nvfp4",
+        "mxfp8": "mxfp8",
+        "w4a4": "convrot_w4a4",
+    }.items(),
+)
+def test_names_that_users_type_are_formats(typed, format):
+    args = make_parser().parse_args(["plan", "x", "--format", typed])
+    assert runs.build_recipe(args).format.name == format
+
+
+@pytest.mark.parametrize("flag", ["nvfp4", "mxfp8"])
+def test_formats_are_options_of_their_own(flag):
+    assert runs.build_recipe(make_parser().parse_args(["plan", "x", f"--{flag}"])).format.name == flag
 
 
 def nan_model(tmp_path):
@@ -900,7 +932,7 @@ ERRORS = {
         ["quantize", "-i", "model.safetensors", "-o", "model.safetensors"],
     ),
     "an output in the way": (in_the_way, Q),
-    "a folder as output": (nothing, ["quantize", "-i", "model.safetensors", "-o", "."]),
+    "a folder as output": (nothing, ["migrate", "-i", "model.safetensors", "-o", "."]),
     "a report that cannot be written": (nothing, [*Q, "--report", "none/report.json"]),
     "a report with a name too long": (nothing, [*Q, "--report", "r" * 300]),
     "a report beside an output with a name too long": (
@@ -1045,6 +1077,10 @@ def test_what_nobody_foresaw_is_one_line_too(lrq, monkeypatch, tmp_path, sentenc
     code, _, err = lrq("inspect", tmp_path, "--debug")
     assert code == 1 and err[0].startswith("Traceback")
     sentences(err[-1])
+
+
+def test_version_is_that_of_the_package(lrq):
+    assert lrq("--version") == (0, f"lrq {VERSION}\n", [])
 
 
 def test_the_help_tells_the_exit_codes(lrq):

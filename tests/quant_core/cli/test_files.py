@@ -32,7 +32,8 @@ FOLDERS = (
     "migrate -i",
     "inspect",
     "verify",
-)  # may be a folder, with the files of a model in it
+    "-o",
+)  # may be a folder, with the files of a model in it, or for outputs
 
 
 @pytest.fixture
