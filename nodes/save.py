@@ -23,8 +23,9 @@ class SaveQuantized(io.ComfyNode):
                 widget(
                     io.String,
                     id="filename_prefix",
-                    default="quantized",
-                    tooltip="Start of the file name; may hold folders. Format and a number are added.",
+                    default=host.MODEL_NAME,
+                    tooltip=f"Start of the file name; may hold folders. {host.MODEL_NAME}: the name of the source model. The format is added, "
+                    "and a number if the name is taken.",
                 ),
                 widget(
                     io.Combo,
@@ -35,6 +36,7 @@ class SaveQuantized(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file, or the files one a line.")],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             is_output_node=True,
         )
 
@@ -44,7 +46,8 @@ class SaveQuantized(io.ComfyNode):
 
     @classmethod
     def execute(cls, quantized, filename_prefix, folder) -> io.NodeOutput:
-        saved = host.save_files(quantized, filename_prefix, folder)
+        prefix = host.insert_model_name(filename_prefix, cls.hidden.dynprompt, cls.hidden.unique_id)
+        saved = host.save_files(quantized, prefix, folder)
         paths = "\n".join(str(path) for path in saved)
         verified = host.verify_saved(quantized, saved)
         host.remember_saved(quantized.key, dict(zip(quantized.files, saved, strict=True)), quantized.report)

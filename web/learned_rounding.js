@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { addDependentOptions } from "./dependent_options.js";
 import { nodeByExecutionId } from "./graph_lookup.js";
+import { afterSaving, refreshLoaderLists } from "./loader_lists.js";
 import { isBlank } from "./panel.js";
 import { addProgressWidget, showProgress, showRun, showSummary } from "./progress_widget.js";
 import { addTextWidget, showText } from "./text_widget.js";
@@ -106,6 +107,7 @@ function oneAtATime(work) {
 }
 
 const catchingUp = oneAtATime(catchUp);
+const refreshing = oneAtATime(refreshLoaderLists);
 
 app.registerExtension({
   name: "LearnedRounding.Widgets",
@@ -146,6 +148,7 @@ app.registerExtension({
   nodeCreated(node) {
     addDependentOptions(node);
     convertNativeInt8Widget(node);
+    afterSaving(node, refreshing);
     if (!(node.comfyClass in WIDGETS)) return;
     WIDGETS[node.comfyClass](node);
     const { onExecuted } = node;

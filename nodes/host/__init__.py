@@ -17,7 +17,7 @@
 * ``building``: build a MODEL or CLIP from the files of a finished run.
 * ``layouts``: register this pack's formats with ComfyUI's loaders.
 * ``native_layers``: ComfyUI's native INT8 and W4A8 layers on this pack's kernels; ``native_int8``: off, on or auto.
-* ``saving``: save quantized files in folders that ComfyUI's loaders search.
+* ``saving``: save quantized files in folders that ComfyUI's loaders search; ``naming``: name of the source model.
 * ``verifying``: reload saved files and compare them with what was quantized; ``loaded_layers``: the comparisons.
 * ``running``: the running prompt: outputs in use, progress, messages to pages, interrupts.
 """
@@ -31,6 +31,7 @@ from .folders import FileSource, choice_stamp, clip_types, model_files, safetens
 from .images import decode_images
 from .layouts import add_layouts
 from .loading import load_quantized, quantized_layers
+from .naming import MODEL_NAME, insert_model_name
 from .native_int8 import add_native_int8_setting, native_int8_mode
 from .native_layers import NATIVE_INT8_MODES
 from .opening import open_file
@@ -52,6 +53,7 @@ from .saving import SAVE_FOLDERS, check_name, save_files
 from .verifying import verify_saved
 
 __all__ = [
+    "MODEL_NAME",
     "NATIVE_INT8_MODES",
     "native_int8_mode",
     "add_layouts",
@@ -73,6 +75,7 @@ __all__ = [
     "describe_formats",
     "FileSource",
     "follow_free_requests",
+    "insert_model_name",
     "is_interrupt",
     "KEEP",
     "latest_outputs",

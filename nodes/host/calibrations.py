@@ -128,7 +128,7 @@ def save_calibration(calibration: Calibrated, prefix: str, *, save_calls: bool =
             "save_calls off."
         )
     folder, stem = resolve_prefix(_calibration_folders()[0], prefix)
-    path = place_file(calibration.path, folder, stem, SUFFIX)
+    path = place_file(calibration.path, folder, stem, SUFFIX, numbered=True)
     files = {part: _calls_path(path, part) for part in (calibration.replays if save_calls else ())}
     saved = [path]
     try:

@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import functools
+import itertools
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import comfy.sd
 import folder_paths
 
 from ...quant_core.errors import OutputError, QuantizationError, SourceError
-from ...quant_core.output import remove_leftovers
+from ...quant_core.output import check_disk_space, remove_leftovers
 from ...quant_core.output.durable import flush_to_disk
 from ...quant_core.sources import model_paths
 from ...quant_core.sources.shards import model_key, model_stem, part_number
@@ -28,11 +30,13 @@ except ImportError:  # Windows, where an open file cannot be deleted
 __all__ = [
     "CHECKPOINTS",
     "DIFFUSION_MODELS",
+    "SOURCE_SUFFIXES",
     "TEXT_ENCODERS",
     "FileSource",
     "clip_types",
     "choice_stamp",
     "file_stamp",
+    "forget_file_list",
     "model_files",
     "move_to_temp",
     "new_unfinished",
@@ -51,7 +55,7 @@ DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS = "diffusion_models", "checkpoints"
 _KINDS = (DIFFUSION_MODELS, CHECKPOINTS, TEXT_ENCODERS)
 _SAFETENSORS = (".safetensors", ".sft")
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
-_SOURCES = (*_SAFETENSORS, *_INDEXES, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+SOURCE_SUFFIXES = (*_SAFETENSORS, *_INDEXES, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 # The folders of an absolute path, on any system. The name of a folder may contain spaces and quotes, except as its first and
 # last character. A path ends before another path that follows a space, and before a colon or semicolon with a space.
 _FOLDER = r"""[^\s'"/\\](?:(?:(?!\s[A-Za-z]:[/\\]|[:;]\s)[^\n/\\])*[^\s'"/\\])?[/\\]{1,2}"""
@@ -63,7 +67,7 @@ _CHUNK = 1 << 24  # bytes between checks for an interrupt
 
 def model_files() -> list[str]:
     """Every file that can be a source, as "folder/name"; a sharded model by its index file, without one by its first part."""
-    return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(_SOURCES)]
+    return [f"{kind}/{name}" for kind in _KINDS for name in _names(kind) if name.lower().endswith(SOURCE_SUFFIXES)]
 
 
 def safetensors_files() -> list[str]:
@@ -244,6 +248,11 @@ def move_to_temp(path: Path) -> Path:
         raise
 
 
+def forget_file_list(kind: str) -> None:
+    """Make ComfyUI read the folders of that kind again when it next lists their files."""
+    folder_paths.filename_list_cache.pop(kind, None)
+
+
 def resolve_prefix(base: Path, prefix: str) -> tuple[Path, str]:
     """(folder, stem) of a user's file name prefix in ``base``. Raises OutputError unless the result is inside ``base``."""
     base, prefix = base.resolve(), prefix.strip().replace("\\", "/")
@@ -258,39 +267,47 @@ def resolve_prefix(base: Path, prefix: str) -> tuple[Path, str]:
     return target.parent, target.name
 
 
-def place_file(path: Path, folder: Path, stem: str, suffix: str) -> Path:
-    """Hard-link ``path`` into ``folder`` as STEM_NUMBER_SUFFIX, or copy it where that fails; returns the new path.
+def place_file(path: Path, folder: Path, stem: str, suffix: str, *, numbered: bool = False) -> Path:
+    """Hard-link ``path`` into ``folder`` as STEM + SUFFIX, or copy it where that fails; returns the new path.
 
-    NUMBER is the first free one. Existing files are never overwritten.
+    Where that name is taken, or with ``numbered``, the first free number is added: STEM_00001_SUFFIX. Existing files are never
+    overwritten.
 
     Raises:
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or its disk has no room for a copy.
     """
+    names = functools.partial(_unique_names, folder, stem, suffix, numbered)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder / _COPY)
         try:
-            return _create_numbered(folder, stem, suffix, lambda target: os.link(path, target))
+            return _create_first(names(), lambda target: os.link(path, target))
         except OSError as error:
             log.info("copying %s into %s, because a hard link failed: %s", path, folder, error.strerror)
-            return _copy_file(path, folder, stem, suffix)
+            check_disk_space(next(names()), path.stat().st_size)
+            return _copy_file(path, folder, names())
     except OSError as error:
         raise OutputError(f"The model cannot be saved in {folder}: {error.strerror or error}.") from error
 
 
-def _create_numbered(folder: Path, stem: str, suffix: str, create: Callable[[Path], None]) -> Path:
-    """The first numbered name that ``create`` accepts without a FileExistsError."""
-    number = 1
-    while True:
-        target = folder / f"{stem}_{number:05}_{suffix}"
-        try:
+def _unique_names(folder: Path, stem: str, suffix: str, numbered: bool) -> Iterator[Path]:
+    """The names to try: without a number unless ``numbered``, then with 1, 2, …"""
+    if not numbered:
+        yield folder / f"{stem}{suffix}"
+    for number in itertools.count(1):
+        yield folder / f"{stem}_{number:05}_{suffix}"
+
+
+def _create_first(names: Iterator[Path], create: Callable[[Path], None]) -> Path:
+    """The first of ``names`` that ``create`` accepts without a FileExistsError."""
+    for target in names:
+        with contextlib.suppress(FileExistsError):
             create(target)
             return target
-        except FileExistsError:
-            number += 1
+    raise AssertionError("the names do not end")
 
 
-def _copy_file(path: Path, folder: Path, stem: str, suffix: str) -> Path:
+def _copy_file(path: Path, folder: Path, names: Iterator[Path]) -> Path:
     """Copy ``path``; the copy has a hidden name until it is complete and on the disk."""
     partial = folder / f".{_COPY}.{os.urandom(4).hex()}.partial"
     try:
@@ -301,7 +318,7 @@ def _copy_file(path: Path, folder: Path, stem: str, suffix: str) -> Path:
             _copy_bytes(source, target)
             target.flush()
             flush_to_disk(target.fileno())
-        return _create_numbered(folder, stem, suffix, lambda target: _rename_new(partial, target))
+        return _create_first(names, lambda target: _rename_new(partial, target))
     finally:
         partial.unlink(missing_ok=True)
 

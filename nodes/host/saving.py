@@ -4,7 +4,15 @@ from pathlib import Path
 
 import folder_paths
 
-from .folders import CHECKPOINTS, DIFFUSION_MODELS, TEXT_ENCODERS, place_file, remove_files, resolve_prefix
+from .folders import (
+    CHECKPOINTS,
+    DIFFUSION_MODELS,
+    TEXT_ENCODERS,
+    forget_file_list,
+    place_file,
+    remove_files,
+    resolve_prefix,
+)
 from .quantizing import Quantized
 
 __all__ = ["SAVE_FOLDERS", "check_name", "save_files"]
@@ -49,4 +57,5 @@ def save_files(quantized: Quantized, prefix: str, folder: str) -> list[Path]:
     except BaseException:
         remove_files(paths)
         raise
+    forget_file_list(quantized.kind)
     return paths

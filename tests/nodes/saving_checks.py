@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.ldm.hunyuan_video.model as hunyuan
 import comfy.model_management
@@ -349,4 +350,12 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-CHECKS = {f"saving_{check.__name__}": check for check in (valid, tampered, tampered_int8)}
+def names() -> dict:
+    """File name prefixes with the source model of the node "1" in a graph."""
+    nodes = json.loads((Path(folder_paths.base_path) / "nodes.json").read_text(encoding="utf-8"))
+    prompt = SimpleNamespace(get_node=lambda node_id: {"inputs": nodes[node_id]})
+    named, plain = (host.insert_model_name(prefix, prompt, "1") for prefix in ("sub/%model%_x", "mine"))
+    return {"named": named, "plain": plain}
+
+
+CHECKS = {f"saving_{check.__name__}": check for check in (valid, tampered, tampered_int8, names)}

@@ -294,7 +294,8 @@ def test_saving_never_overwrites_files(comfy, request):
             graph[saved.id]["inputs"]["filename_prefix"] = f"./sub/{name}"  # the same file, but not the cached node
         paths.append(saved_path(comfy.queue(graph), saved))
     assert len(set(paths)) == 3 and all(path.is_file() for path in paths)
-    assert paths[0].name.endswith("_00001_.safetensors") and paths[1].name.endswith("_00002_.safetensors")
+    assert paths[0].name.endswith("float8_e4m3fn.safetensors")
+    assert paths[1].name == paths[0].name.replace(".safetensors", "_00001_.safetensors")
     assert paths[2].is_relative_to(comfy.models_dir / "diffusion_models" / "sub")
     assert paths[0].read_bytes() == paths[1].read_bytes() == paths[2].read_bytes()
     with safe_open(paths[0], "pt") as opened:

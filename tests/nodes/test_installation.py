@@ -54,4 +54,4 @@ def test_clone_with_its_requirements_runs(host, server_factory, tmp_path):
     server = server_factory(base=base, links={})
     graph = ProbedGraph()
     saved = graph.save(graph.quantize(graph.load()[0]), "installed")
-    assert text(server.queue(graph), saved).endswith("installed_float8_e4m3fn_00001_.safetensors")
+    assert text(server.queue(graph), saved).endswith("installed_float8_e4m3fn.safetensors")

@@ -1,5 +1,8 @@
 """Save Quantized reloads its files: valid files are reported as verified, others are renamed and reported."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, saved_path, text, unique
@@ -66,19 +69,82 @@ def test_node_reports_the_verification(comfy, request, sentences):
     graph = ProbedGraph()
     saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), unique(request))
     result = comfy.queue(graph)
-    assert saved_path(result, saved).is_file() and text(result, saved).endswith("_00001_.safetensors")
+    assert saved_path(result, saved).is_file() and text(result, saved).endswith("_float8_e4m3fn.safetensors")
     sentences(result.outputs[saved.id]["text"][1])
+
+
+def loader_list(server) -> list[str]:
+    """The files that Load Diffusion Model offers."""
+    choices, *_ = server.get("/object_info/UNETLoader")["UNETLoader"]["input"]["required"]["unet_name"]
+    return choices
+
+
+def test_file_is_named_after_the_source_model_and_listed_at_once(comfy, request):
+    folder, paths = unique(request), []
+    for lora in (False, True):
+        before = set(loader_list(comfy))
+        graph = ProbedGraph()
+        model = graph.load()
+        source = graph.lora(model[0]) if lora else model
+        quantized = graph.quantize(source[0], "int8_tensorwise", rounding="nearest", convrot="auto", seed=int(lora))
+        saved = graph.save(quantized, f"{folder}/%model%")
+        paths.append(saved_path(comfy.queue(graph), saved))
+        (new,) = set(loader_list(comfy)) - before
+        assert new.replace("\\", "/") == f"{folder}/{paths[-1].name}"
+    stem = Path(graph[model.id]["inputs"]["unet_name"]).stem
+    assert [path.name for path in paths] == [
+        f"{stem}_int8_convrot.safetensors",
+        f"{stem}_int8_convrot_00001_.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    "nodes, name",
+    [
+        (
+            {
+                "1": {"quantized": ["2", 2]},
+                "2": {"source": ["3", 0]},
+                "3": {"model_file": "diffusion_models/a/flux.gguf"},
+            },
+            "flux",
+        ),
+        (
+            {
+                "1": {"quantized": ["2", 2]},
+                "2": {"source": ["3", 0]},
+                "3": {"lora_name": "x.safetensors", "model": ["4", 0]},
+                "4": {"unet_name": "m-00001-of-00002.safetensors"},
+            },
+            "m",
+        ),
+        (
+            {
+                "1": {"quantized": ["2", 2]},
+                "2": {"recipe": ["5", 0], "source": ["3", 1]},
+                "3": {"clip_name1": "a\\t5.xxl.safetensors", "clip_name2": "b.safetensors"},
+            },
+            "t5.xxl",
+        ),
+        ({"1": {"quantized": ["2", 0]}, "2": {"any": ["3", 0]}, "3": {"text": "no model"}}, "model"),
+        ({"1": {"quantized": ["1", 0]}}, "model"),
+    ],
+    ids=["file", "LoRA", "text encoders", "unknown", "circle"],
+)
+def test_source_model_is_found_through_the_graph(host, tmp_path, nodes, name):
+    (tmp_path / "nodes.json").write_text(json.dumps(nodes))
+    assert in_process(host, tmp_path, "saving_names") == {"named": f"sub/{name}_x", "plain": "mine"}
 
 
 def test_full_disk_leaves_no_partial_save(host, tmp_path, tried, sentences):
     found = in_process(host, tmp_path, "failing_full_disk")
     sentences(found["said"])
     assert found["left"] == []
-    assert found["afterwards"] == ["full_first_label_00001_.safetensors", "full_second_label_00001_.safetensors"]
+    assert found["afterwards"] == ["full_first_label.safetensors", "full_second_label.safetensors"]
     tried("ENOSPC when Save Quantized copies", 1, "none, one sentence, next run works")
 
 
-NAMES = ["verified_float8_e4m3fn_00001_.safetensors", "verified_float8_e4m3fn_00002_.safetensors"]
+NAMES = ["verified_float8_e4m3fn.safetensors", "verified_float8_e4m3fn_00001_.safetensors"]
 
 
 def test_saving_on_other_disks_never_overwrites(host, tmp_path, tried, sentences):

@@ -60,4 +60,4 @@ def test_the_blueprint_is_listed_and_runs(comfy):
         assert {"format", "preset", "steps", "cfg", "sampler_name", "scheduler"} <= set(shown)
         assert queue_prompt(page)["type"] == "execution_success"
     assert pictures(comfy.output_dir, "blueprint").shape[1:] == (64, 64, 3)
-    assert list((comfy.output_dir / "diffusion_models").glob("blueprint_*_00001_.safetensors"))
+    assert list((comfy.output_dir / "diffusion_models").glob("blueprint_*.safetensors"))
