@@ -34,7 +34,10 @@ def refused_at_once(comfy, sentences):
         with pytest.raises(HostError) as caught:
             comfy.queue(graph)
         assert caught.value.kind == "validation"
-        assert [error["class_type"] for error in caught.value.node_errors.values()] == [node]
+        (found,) = caught.value.node_errors.values()
+        assert found["class_type"] == node
+        (error,) = found["errors"]  # one sentence, at one input
+        assert error["message"] == f"Invalid {error['extra_info']['input_name']}"
         assert comfy.get("/history").keys() == before
         sentences(caught)
 
@@ -258,6 +261,25 @@ def test_path_outside_the_folder_is_rejected_before_execution(prefix, refused_at
     calibration = graph.add("LearnedRoundingCalibrateText", clip=clip, prompts="a", keep="full", seed=0)[0]
     graph.add("LearnedRoundingSaveCalibration", calibration=calibration, filename_prefix=prefix)
     refused_at_once(graph, "LearnedRoundingSaveCalibration")
+
+
+def test_the_wrong_input_is_the_one_that_is_marked(comfy):
+    """Of two that contradict each other the later one."""
+
+    def marked(**options) -> str:
+        graph = ProbedGraph()
+        graph.save(graph.quantize(graph.source()[0], **options), "x")
+        with pytest.raises(HostError) as caught:
+            comfy.queue(graph)
+        ((error,),) = (found["errors"] for found in caught.value.node_errors.values())
+        return error["extra_info"]["input_name"]
+
+    assert marked(keep="(unclosed") == marked(keep="(unclosed", layer_config="no JSON") == "keep"
+    assert marked(layer_config="no JSON") == marked(layer_config='{"(unclosed": "fp8"}') == "layer_config"
+    assert marked(format="nvfp4", granularity="row") == "granularity"
+    assert marked(format="float8_e4m3fn", target_size=1.0) == "target_size"
+    assert marked(format="measured", target_size=1.0, layer_config='{"a": "fp8"}') == "layer_config"
+    assert marked(optimizer="adamw", beam_width=4) == "beam_width"
 
 
 def test_missing_files_are_reported_before_execution(refused_at_once):
