@@ -224,7 +224,7 @@ CONFIGURED = [
 OPTIONS = [
     {"min_k": 5, "max_k": 2},
     {"calib_samples": 64},
-    {"sweeps": 3, "optimizer": "adamw"},
+    {"sweeps": 3, "beam_width": 17},
     {"top_p": 0.5, "damping": 0.1},
     {"top_p": 7.0},
     {"optimizer": "sgd"},
@@ -249,6 +249,14 @@ def test_rounding_options_are_validated_before_execution(options, refused_at_onc
     )  # fmt: skip
     graph.save(graph.add("LearnedRoundingQuantize", source=graph.source()[0], recipe=recipe[0]), "x")
     refused_at_once(graph, "LearnedRoundingOptions")
+
+
+def test_options_of_gptq_beside_an_optimizer_are_for_the_rounding_that_has_both(refused):
+    """Rounding Options takes them together: only Configure Quantization has the rounding."""
+    graph = ProbedGraph()
+    quantized = graph.quantize(graph.load()[0], rounding="auto", optimizer="adamw", sweeps=2, beam_width=2)
+    graph.save(quantized, "x")
+    refused(graph)
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -279,7 +287,7 @@ def test_the_wrong_input_is_the_one_that_is_marked(comfy):
     assert marked(format="nvfp4", granularity="row") == "granularity"
     assert marked(format="float8_e4m3fn", target_size=1.0) == "target_size"
     assert marked(format="measured", target_size=1.0, layer_config='{"a": "fp8"}') == "layer_config"
-    assert marked(optimizer="adamw", beam_width=4) == "beam_width"
+    assert marked(optimizer="adamw", top_p=0.5, beam_width=4) == "beam_width"
 
 
 def test_missing_files_are_reported_before_execution(refused_at_once):
