@@ -1,8 +1,9 @@
-"""Text output: byte counts, Markdown tables, escaped control characters, bounded lengths."""
+"""Text output: numbers, byte counts, Markdown tables, escaped control characters, bounded lengths."""
 
+import math
 from collections.abc import Iterable, Sequence
 
-__all__ = ["bound_lines", "escape_control", "human_bytes", "markdown_table", "shorten"]
+__all__ = ["bound_lines", "escape_control", "human_bytes", "markdown_table", "shorten", "size_change", "three_digits"]
 
 _LONGEST = 2000  # characters of a line: a path of the longest kind fits twice
 _LINES = 1000
@@ -16,6 +17,20 @@ def human_bytes(count: float) -> str:
     while count >= 999.5 and power < len(_UNITS) - 1:
         count, power = count / 1000, power + 1
     return f"{count:.3g} {_UNITS[power]}"
+
+
+def three_digits(value: float) -> str:
+    """A number with 3 significant digits and no exponent from 0.0001 on: 0.0263, 12.3, 1230; "–" for NaN."""
+    if math.isnan(value):
+        return "–"
+    text = f"{value:.3g}"
+    return text if "e-" in text else f"{float(text):.15g}"
+
+
+def size_change(before: float, after: float) -> str:
+    """A size relative to that before: "46 % smaller"; empty without a size before."""
+    change = round(100 * (after / before - 1)) if before else 0
+    return f"{abs(change)} % {'larger' if change > 0 else 'smaller'}" if before else ""
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

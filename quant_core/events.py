@@ -9,6 +9,7 @@ __all__ = [
     "LayerMeasured",
     "PlannedLayer",
     "RunStarted",
+    "RunResumed",
     "LayerStarted",
     "BlockStarted",
     "BlockStep",
@@ -84,6 +85,21 @@ class RunStarted(Event):
     plan: tuple[PlannedLayer, ...] = ()
     rounding: str = ""
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunResumed(Event):
+    """The layers of a killed run are restored; their events precede this one.
+
+    Attributes:
+        layers: number of restored layers.
+        total: number of layers to quantize.
+        elapsed: time in s since the run started.
+    """
+
+    layers: int
+    total: int
+    elapsed: float
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from ..calibration import Calibration, LayerStatistics, input_scale
 from ..cancellation import CancelCheck
 from ..errors import CalibrationError, NonFiniteWeightError, NothingToQuantizeError
-from ..events import LayerFinished, LayerKept, LayerStarted, Listener, PlannedLayer, RunStarted
+from ..events import LayerFinished, LayerKept, LayerStarted, Listener, PlannedLayer, RunResumed, RunStarted
 from ..formats import QuantizedBank, QuantizedWeight
 from ..layer import Layer
 from ..quantize_bank import quantize_bank
@@ -148,6 +148,7 @@ class QuantizationRun:
                     self._emit(LayerStarted(index=event.index, total=self._total, name=event.name, shape=event.shape))
                 self._report_tensor(event)
         self.report.taken_up = len(self.report.layers)
+        self._emit(RunResumed(layers=self.report.taken_up, total=self._total, elapsed=self._clock.elapsed))
         log.info("%s: resuming: %d of %d layers already done", self._source.name, self.report.taken_up, self._total)
         return {event.name for layer in self._journal.layers for event in layer.events}
 
