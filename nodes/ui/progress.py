@@ -119,6 +119,7 @@ def _end_message(event: RunFinished) -> dict:
         "median_gain": _nan_to_none(report.median_gain),
         "solvers": report.solvers,
         "resumed": report.taken_up,
+        "rotations": sorted({layer.convrot for layer in report.layers if layer.convrot}),
         "model_errors": _model_errors(report),
         "worst": [
             {"name": layer.name, "error": layer.weight_error, "output_error": layer.output_error}
