@@ -173,7 +173,7 @@ class ProgressPanel {
         swatch.dataset.kind = kind;
         swatch.style.background = background(kind);
       }
-      const shown = `${label} ${count}`;
+      const shown = `${label}: ${count}`;
       if (text.data !== shown) text.data = shown;
     });
     while (this.legend.children.length > entries.length) this.legend.lastChild.remove();
