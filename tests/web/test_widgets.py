@@ -711,6 +711,84 @@ def test_a_frame_paints_a_part_of_many_cells(graph):
     assert graph.locator(".lr-cells").evaluate(with_colour)
 
 
+@pytest.mark.parametrize("key", ["Delete", "Backspace"])
+def test_keys_that_remove_nodes_do_not_after_a_click_on_the_panel(graph, key):
+    send(graph, start(4), layer(0, 4, 0.02))
+    graph.evaluate("(id) => window.app.canvas.selectNode(window.app.graph.getNodeById(id))", QUANTIZE)
+    point(graph, 2, 4, click=True)
+    graph.keyboard.press(key)
+    graph.get_by_role("button", name="Add to keep").click()
+    graph.keyboard.press(key)
+    graph.evaluate(_FRAMES)
+    assert graph.evaluate("() => window.app.graph._nodes.length") == 4
+    assert panel(graph)["notice"].startswith("Added to")
+
+
+def test_buttons_are_large_enough_to_hit(graph):
+    """24 pixels at 100 % (WCAG 2.2, 2.5.8)."""
+    send(graph, start(4), layer(0, 4, 0.02))
+    point(graph, 2, 4, click=True)
+    heights = graph.locator(".lr-button").evaluate_all(
+        "(all) => all.map(({offsetWidth, offsetHeight}) => Math.min(offsetWidth, offsetHeight))"
+    )
+    assert len(heights) == 2 and min(heights) >= 24
+    assert panel(graph)["buttons"] == ["Add to keep", "Cancel"]
+
+
+def test_a_failed_run_looks_failed(graph):
+    send(graph, start(4), layer(0, 4, 0.01), {"state": "stopped", "reason": "The disk is full."})
+    assert panel(graph)["count"] == "Failed · 25 % · 1 / 4"
+    colours = {
+        name: graph.locator(name).evaluate(
+            "(one) => getComputedStyle(one)[one.className === 'lr-fill' ? 'backgroundColor' : 'color']"
+        )
+        for name in (".lr-fill", ".lr-first", ".lr-label")
+    }
+    assert colours[".lr-fill"] == colours[".lr-first"] != colours[".lr-label"]
+    assert min(ratio for _, ratio in graph.locator(".lr-progress").evaluate(_CONTRAST)) >= 4.5
+    graph.evaluate(
+        """() => window.comfyAPI.api.api.dispatchEvent(new CustomEvent('execution_error',
+            {detail: {node_id: '4', exception_message: 'No room for the file.'}}))"""
+    )
+    (failed,) = graph.locator(".lr-text[data-state=failed]").all_inner_texts()
+    assert failed == "No room for the file."
+    assert graph.locator(".lr-text[data-state=failed]").evaluate(_CONTRAST)[0][1] >= 4.5
+
+
+_EMPTY_SPACE = """() => window.app.graph._nodes.map(({id, title, size, graph, computeSize}) => {
+    const node = graph.getNodeById(id)
+    const root = document.querySelector(`[data-node-id="${id}"]`)
+    if (!root) return [title, size[1] - node.computeSize()[1]]
+    const widgets = root.querySelector('.lg-node-widgets')
+    const scale = root.getBoundingClientRect().width / root.offsetWidth
+    const end = (widgets.nextElementSibling ?? root).getBoundingClientRect()
+    return [title, ((widgets.nextElementSibling ? end.top : end.bottom) - widgets.getBoundingClientRect().bottom) / scale]
+})"""
+
+
+def test_nodes_have_no_empty_halves_and_text_boxes_one_line_until_they_are_used(page, workflow):
+    opened = workflow()
+    opened["nodes"][1]["size"][1] = 700
+    load_workflow(page, opened)
+    page.locator(".lr-progress").wait_for(state="visible")
+    for _ in range(10):
+        page.evaluate(_FRAMES)
+    empty = dict(page.evaluate(_EMPTY_SPACE))
+    if page.vue_nodes:
+        assert max(empty.values()) <= 30, empty
+        return
+    assert empty["Configure Quantization"] <= 1
+    box = "() => window.app.graph.getNodeById(2).widgets.find(({name}) => name === 'keep').element"
+    height = f"() => ({box})().offsetHeight"
+    page.evaluate(_FRAMES)
+    one = page.evaluate(height)
+    assert one < 40
+    page.evaluate(f"() => ({box})().focus()")
+    page.wait_for_function(f"(one) => ({box})().offsetHeight > one + 30", arg=one)
+    page.evaluate(f"() => ({box})().blur()")
+    page.wait_for_function(f"(one) => ({box})().offsetHeight <= one + 1", arg=one)
+
+
 def test_one_panel_through_collapse_copy_and_subgraph(graph):
     send(graph, start(4), layer(0, 4, 0.02))
     graph.evaluate("(id) => window.app.graph.getNodeById(id).collapse()", QUANTIZE)
