@@ -86,14 +86,14 @@ class ComfyServer(ComfyClient):
         """
         if self.running:
             return self
-        self.stop()  # a process that has ended leaves its port reserved
+        self._end_process()
         for folder in FOLDERS:
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         for name, target in self.links.items():
             link = self.base / "custom_nodes" / name
             if not link.is_symlink():
                 link.symlink_to(Path(target).resolve(), target_is_directory=True)
-        self._reservation = _reserve_port()
+        self._reservation = self._reservation or _reserve_port()
         self.port = self._reservation.getsockname()[1]
         start = time.monotonic()
         with self.log_path.open("ab") as log:
@@ -144,7 +144,13 @@ class ComfyServer(ComfyClient):
         return self._process.pid if self._process is not None and self.running else None
 
     def stop(self) -> None:
-        """Stop the process; the folders are kept."""
+        """Stop the process and release its port; the folders are kept."""
+        self._end_process()
+        if self._reservation is not None:
+            self._reservation.close()
+            self._reservation = None
+
+    def _end_process(self) -> None:
         if self._process is not None and self.running:
             self._process.terminate()
             try:
@@ -153,12 +159,10 @@ class ComfyServer(ComfyClient):
                 self._process.kill()
                 self._process.wait()
         self._process = None
-        if self._reservation is not None:
-            self._reservation.close()
 
     def restart(self) -> ComfyServer:
-        """Stop the process and start a new one on the same folders."""
-        self.stop()
+        """Stop the process and start a new one on the same folders and port, so that pages reconnect."""
+        self._end_process()
         return self.start()
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ class LearnedRoundingExtension(ComfyExtension):
         host.add_layouts()
         host.add_native_int8_setting()
         host.follow_free_requests()
+        host.report_wrong_inputs()
         add_progress_route()
         return [
             LoadModel,

@@ -11,7 +11,7 @@ from .ui.calibration_inputs import (
     sensitivity_input,
     tokens_input,
 )
-from .ui.progress import NodeProgress, run_summary
+from .ui.progress import NodeProgress
 from .ui.sampling_inputs import pair_conditioning, sampling_inputs, single_value
 from .ui.schema import CalibrationType, schema, widget
 
@@ -138,5 +138,5 @@ class Calibrate(io.ComfyNode):
                 scheduler=single_value("scheduler", scheduler),
             )
         images = host.decode_images(model, latents, single_value("vae", vae))
-        shown = ui.PreviewImage(images, cls=cls).as_dict() | run_summary(progress.finished)
+        shown = ui.PreviewImage(images, cls=cls).as_dict() | progress.summarize(progress.finished)
         return io.NodeOutput(result, images, text, latents, ui=shown)

@@ -12,7 +12,7 @@ from .ui.calibration_inputs import (
     sensitivity_input,
     tokens_input,
 )
-from .ui.progress import NodeProgress, run_summary
+from .ui.progress import NodeProgress
 from .ui.schema import CalibrationType, check_inputs, schema, widget
 
 __all__ = ["CalibrateTextEncoder"]
@@ -81,4 +81,4 @@ class CalibrateTextEncoder(io.ComfyNode):
                 replay_calls=replay_calls,
                 earlier=calibration,
             )
-        return io.NodeOutput(result, text, ui=run_summary(progress.finished))
+        return io.NodeOutput(result, text, ui=progress.summarize(progress.finished))

@@ -10,6 +10,7 @@ from ..quant_core.errors import RecipeError
 from ..quant_core.formats import GRANULARITIES, MEASURED, Codec
 from ..quant_core.formats.cards import CARDS
 from ..quant_core.recipes import make_format, recommend_format
+from ..quant_core.recipes.layers import parse_rules
 from ..quant_core.recipes.option_table import CONVROT, FORMAT_OPTIONS, OPTION_TABLE, FormatOption
 from ..quant_core.recipes.presets import AUTO
 from . import host
@@ -116,14 +117,17 @@ class ConfigureQuantization(io.ComfyNode):
         target_time=None,
         rounding=None,
     ):
-        # None: the value comes from another node; its default contradicts nothing.
-        def check(format):
+        # None: the value comes from another node. Its default contradicts nothing; without a format only patterns are checked.
+        def check(keep, layer_config):
+            if format is None:
+                parse_rules(_split_patterns(keep), layer_config)
+                return
             _make_recipe(
                 format,
                 granularity or AUTO,
                 convrot or _OFF,
-                keep or "",
-                layer_config or "",
+                keep,
+                layer_config,
                 full_precision_matmul=full_precision_matrix_mult or False,
                 target_size=target_size or None,
                 target_error=target_error or None,
@@ -135,7 +139,7 @@ class ConfigureQuantization(io.ComfyNode):
                 rounding=rounding or OPTION_TABLE["Rounding"]["rounding"].default,
             )
 
-        return check_inputs(check, format)
+        return check_inputs(check, keep or "", layer_config or "")
 
     @classmethod
     def execute(
@@ -219,9 +223,13 @@ def _make_recipe(
     )
     if convrot == AUTO and (config.rotated_by_choice or config.convrot):
         config = replace(config, convrot=AUTO)
-    patterns = tuple(line.strip() for line in keep.splitlines() if line.strip())
     card = None if card == AUTO else card
-    return Recipe(config, keep=patterns, layer_config=layer_config.strip(), card=card, **others)
+    return Recipe(config, keep=_split_patterns(keep), layer_config=layer_config.strip(), card=card, **others)
+
+
+def _split_patterns(keep: str) -> tuple[str, ...]:
+    """Patterns of the keep list, one per line."""
+    return tuple(line.strip() for line in keep.splitlines() if line.strip())
 
 
 def _matters_for(option) -> list[dict] | None:

@@ -4,9 +4,12 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.output import inspect_file
 from . import host
-from .ui.schema import check_inputs, schema, widget
+from .ui.file_inputs import check_file, file_input
+from .ui.schema import schema
 
 __all__ = ["Inspect"]
+
+_ADVICE = "put a .safetensors file into ComfyUI's model folders"
 
 
 class Inspect(io.ComfyNode):
@@ -20,10 +23,9 @@ class Inspect(io.ComfyNode):
             description="What is in this file, which layers are quantized and how, and will stock ComfyUI load it? Reads the header only.",
             search_aliases=["file", "format", "metadata", "header"],
             inputs=[
-                widget(
-                    io.Combo,
-                    id="model",
-                    options=host.safetensors_files(),
+                file_input(
+                    "model",
+                    host.safetensors_files(),
                     tooltip="A diffusion model, checkpoint or text encoder (.safetensors) from ComfyUI's model folders.",
                 ),
             ],
@@ -33,7 +35,7 @@ class Inspect(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model=None):
-        return check_inputs(host.choice_stamp, model)
+        return check_file(host.choice_stamp, model, _ADVICE)
 
     @classmethod
     def fingerprint_inputs(cls, model):

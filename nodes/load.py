@@ -8,9 +8,12 @@ from ..quant_core.formats.kinds import quantized_formats
 from ..quant_core.recipes import Recipe
 from ..quant_core.sources import Source as Weights
 from . import host
-from .ui.schema import Source, check_inputs, schema, widget
+from .ui.file_inputs import check_file, file_input
+from .ui.schema import Source, schema, widget
 
 __all__ = ["LoadModel"]
+
+_ADVICE = "put a model into ComfyUI's folder models/diffusion_models, models/checkpoints or models/text_encoders"
 
 
 class LoadModel(io.ComfyNode):
@@ -24,10 +27,9 @@ class LoadModel(io.ComfyNode):
             description="Choose a full-precision model file to quantize. Nothing is loaded into memory: layers stream from disk when they are quantized.",
             search_aliases=["load", "file"],
             inputs=[
-                widget(
-                    io.Combo,
-                    id="model",
-                    options=host.model_files(),
+                file_input(
+                    "model",
+                    host.model_files(),
                     tooltip="Diffusion models, checkpoints and text encoders from ComfyUI's model folders: .safetensors, shards by their index, "
                     ".gguf, .ckpt, .pt, .pth, .bin.",
                 ),
@@ -55,7 +57,7 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model=None):
-        return check_inputs(host.choice_stamp, model)
+        return check_file(host.choice_stamp, model, _ADVICE)
 
     @classmethod
     def fingerprint_inputs(cls, model, clip_type=None, requantize=False):

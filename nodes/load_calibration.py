@@ -3,9 +3,12 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .ui.schema import CalibrationType, check_inputs, schema, widget
+from .ui.file_inputs import check_file, file_input
+from .ui.schema import CalibrationType, schema
 
 __all__ = ["LoadCalibration"]
+
+_ADVICE = "run Calibrate with Save Calibration, or copy a .calib.safetensors file into models/calibrations"
 
 
 class LoadCalibration(io.ComfyNode):
@@ -19,10 +22,9 @@ class LoadCalibration(io.ComfyNode):
             description="Choose a saved calibration. It fits every model whose layers have the same names and shapes.",
             search_aliases=["calibration", "load", "open"],
             inputs=[
-                widget(
-                    io.Combo,
-                    id="file",
-                    options=host.calibration_files(),
+                file_input(
+                    "file",
+                    host.calibration_files(),
                     tooltip="From output/calibrations and models/calibrations (.calib.safetensors), with the calls of the model that were saved beside it.",
                 ),
             ],
@@ -35,7 +37,7 @@ class LoadCalibration(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None):
-        return check_inputs(host.load_calibration, file)
+        return check_file(host.load_calibration, file, _ADVICE)
 
     @classmethod
     def fingerprint_inputs(cls, file):

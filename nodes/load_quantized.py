@@ -3,9 +3,12 @@
 from comfy_api.latest import io, ui
 
 from . import host
-from .ui.schema import check_inputs, schema, widget
+from .ui.file_inputs import check_file, file_input
+from .ui.schema import schema, widget
 
 __all__ = ["LoadQuantized"]
+
+_ADVICE = "save one with Save Quantized, or put one into ComfyUI's model folders"
 
 
 class LoadQuantized(io.ComfyNode):
@@ -19,10 +22,9 @@ class LoadQuantized(io.ComfyNode):
             description="Load a quantized file, also in a format that this ComfyUI cannot run by itself: its layers are then decoded as they run.",
             search_aliases=["load", "blockwise", "quantized"],
             inputs=[
-                widget(
-                    io.Combo,
-                    id="model",
-                    options=host.safetensors_files(),
+                file_input(
+                    "model",
+                    host.safetensors_files(),
                     tooltip="A quantized diffusion model, checkpoint or text encoder (.safetensors) from ComfyUI's model folders.",
                 ),
                 widget(
@@ -43,7 +45,7 @@ class LoadQuantized(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model=None):
-        return check_inputs(host.choice_stamp, model)
+        return check_file(host.choice_stamp, model, _ADVICE)
 
     @classmethod
     def fingerprint_inputs(cls, model, clip_type=None):

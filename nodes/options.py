@@ -18,6 +18,7 @@ _GRADIENT = [
     "optimizer",
     *(name for name, option in OPTIONS.items() if option.gradient),
 ]  # any of them: gradient rounding
+_GPTQ_AND_GRADIENT = "reconstructed"
 _BLOCK_FORMAT = next(name for name in FORMATS if FormatConfig(name).block_size)  # any format with a block size
 _SMOOTHED_FORMAT = next(name for name in FORMATS if FormatConfig(name).smoothed)
 _LATER = {
@@ -53,8 +54,6 @@ def _matters_for(name: str) -> list[dict] | None:
         return [{other: [value]}]
     if option.gradient:
         return [{other: {"not": _NOT_GIVEN}} for other in _GRADIENT]
-    if option.gradient is False:
-        return [dict.fromkeys(_GRADIENT, _NOT_GIVEN)]
     return None
 
 
@@ -74,7 +73,9 @@ class RoundingOptions(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, **chosen):
-        return check_inputs(lambda *_: Recipe(_find_format(chosen), **_given(chosen)), *chosen.values())
+        return check_inputs(
+            lambda *_: Recipe(_find_format(chosen), rounding=_find_rounding(chosen), **_given(chosen)), *chosen.values()
+        )
 
     @classmethod
     def execute(cls, **chosen) -> io.NodeOutput:
@@ -84,6 +85,13 @@ class RoundingOptions(io.ComfyNode):
 def _find_format(chosen: dict) -> str:
     """A format that has the chosen options."""
     return _SMOOTHED_FORMAT if chosen.get("smoothing") else _BLOCK_FORMAT
+
+
+def _find_rounding(chosen: dict) -> str:
+    """A rounding that takes options of GPTQ and of gradient steps together, where both are chosen; Configure Quantization checks its own."""
+    given = _given(chosen)
+    gptq = [name for name in given if name in OPTIONS and OPTIONS[name].gradient is False]
+    return _GPTQ_AND_GRADIENT if gptq and any(name in given for name in _GRADIENT) else AUTO
 
 
 def _given(chosen: dict) -> dict:

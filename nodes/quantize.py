@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..quant_core import Recipe
 from ..quant_core.events import RunFinished
 from . import host
-from .ui.progress import NodeProgress, run_summary
+from .ui.progress import NodeProgress
 from .ui.schema import CalibrationType, QuantizedType, RecipeType, Source, check_inputs, schema, widget
 
 __all__ = ["LearnedRoundQuantize"]
@@ -91,5 +91,5 @@ class LearnedRoundQuantize(io.ComfyNode):
             model = host.build_model(source, quantized, mode) if 0 in wanted else None
             clip = host.build_clip(source, quantized) if 1 in wanted else None
         return io.NodeOutput(
-            model, clip, quantized, quantized.report.table(), ui=run_summary(RunFinished(quantized.report))
+            model, clip, quantized, quantized.report.table(), ui=progress.summarize(RunFinished(quantized.report))
         )

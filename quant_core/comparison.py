@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .display import markdown_table
+from .display import markdown_table, three_digits
 
 __all__ = ["Comparison", "cosine", "lpips", "psnr", "snr", "ssim"]
 
@@ -80,10 +80,17 @@ def lpips(reference: torch.Tensor, other: torch.Tensor) -> float | None:
         return float(LPIPS(net="alex", verbose=False)(a, b).mean())
 
 
-def _format_value(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.4g}" if math.isfinite(value) else "equal" if value > 0 else "-inf"
+def _format_value(value: float, name: str = "dB") -> str:
+    """A score: dB with one decimal, a similarity near 1 with four, others with 3 significant digits."""
+    if math.isinf(value):
+        return "equal" if value > 0 else "-inf"
+    if "dB" in name and not math.isnan(value):
+        return f"{value:.1f}"
+    return f"{value:.4f}" if 0.9 <= value <= 1 else three_digits(value)
+
+
+def _format_scores(scores: Mapping[str, float]) -> list[str]:
+    return [_format_value(value, name) for name, value in scores.items()]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -116,15 +123,15 @@ class Comparison:
     def summary(self) -> str:
         """Means in one line."""
         return ", ".join(
-            f"{name.partition(' (')[0]} {_format_value(value)}{' dB' * ('dB' in name and math.isfinite(value))}"
+            f"{name.partition(' (')[0]} {_format_value(value, name)}{' dB' * ('dB' in name and math.isfinite(value))}"
             for name, value in self.means.items()
         )
 
     def markdown(self) -> str:
         """Return the title, a table of scores per prompt, and a table of SNR per step."""
-        rows = [[f"{number}", *map(_format_value, score.values())] for number, score in enumerate(self.scores, 1)]
+        rows = [[f"{number}", *_format_scores(score)] for number, score in enumerate(self.scores, 1)]
         if len(rows) > 1:
-            rows.append(["mean", *map(_format_value, self.means.values())])
+            rows.append(["mean", *_format_scores(self.means)])
         tables = [markdown_table(["prompt", *self.scores[0]], rows)]
         if self.steps:
             prompts = [f"prompt {number} (dB)" for number in range(1, len(self.steps) + 1)]

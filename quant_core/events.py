@@ -89,15 +89,17 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class RunResumed(Event):
-    """The layers that a killed run finished have been reported, with the events of that run; the others follow.
+    """The layers of a killed run are restored; their events precede this one.
 
     Attributes:
-        layers: number of quantized layers among them.
+        layers: number of restored layers.
         total: number of layers to quantize.
+        elapsed: time in s since the run started.
     """
 
     layers: int
     total: int
+    elapsed: float
 
 
 @dataclass(frozen=True)

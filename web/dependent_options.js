@@ -3,6 +3,8 @@
  * its value, also in the saved workflow, but the prompt gets its default, so that no hidden value has an effect.
  */
 
+import { fitHeight } from "./fitting.js";
+
 const NO_SPACE = [0, -4]; // older canvases reserve 4 below each widget, including hidden ones
 
 /**
@@ -36,11 +38,7 @@ export function addDependentOptions(node) {
     return changed.length > 0;
   };
   const updateAndResize = () => {
-    const before = node.computeSize()[1];
-    if (!update()) return;
-    const after = node.computeSize()[1];
-    node.setSize([node.size[0], Math.max(after, node.size[1] + after - before)]);
-    node.setDirtyCanvas(true, true);
+    if (update()) fitHeight(node);
   };
 
   for (const widget of dependents) {

@@ -1,11 +1,11 @@
 /**
- * All layers of a run as coloured cells. The hue is the format's; its strength grows with the reduction of the error of
- * round to nearest, and a cell without one is grey. Unquantized layers are hatched, pending ones a line at the bottom. One canvas;
+ * All layers of a run as coloured cells. The hue is the format's; its full colour rises from the foot of a cell by the share of
+ * the error of round to nearest that is removed, and the rest of the cell is mixed with grey. Unquantized layers are hatched, pending ones a line at the bottom. One canvas;
  * each frame repaints changed cells only, in batches that keep frames short.
  */
 
 import { element } from "./panel.js";
-import { layout, shade } from "./progress_state.js";
+import { layout, removedShare } from "./progress_state.js";
 import { say } from "./words.js";
 
 // A contrast of at least 3:1 with every dark theme; the style sheet darkens them for light themes.
@@ -21,6 +21,7 @@ const OTHER = "#c264a6"; // a format of a later release
 const GREY = "#8c8c8c";
 const HATCHES = { kept: "#a8a8a8", refused: "#f0706a" }; // brighter, because thin lines look darker
 const FOOT = 0.25; // height of a pending layer, as a fraction of a cell
+const PALE = 0.4; // opacity of a format's colour over grey, where the error of round to nearest remains
 const CELLS_A_FRAME = 400;
 const FINE = 2; // minimum canvas pixels per page pixel, because nodes are also viewed enlarged
 const HATCH = 4; // side of the hatch's tile, in page pixels
@@ -63,7 +64,10 @@ export class LayerStrip {
     });
     this.root.addEventListener("pointermove", ({ offsetX, offsetY }) => this.#point(this.#at(offsetX, offsetY)));
     this.root.addEventListener("pointerleave", () => this.#point(null));
-    this.root.addEventListener("click", ({ offsetX, offsetY }) => this.#choose(this.#at(offsetX, offsetY), true));
+    this.root.addEventListener("click", ({ offsetX, offsetY }) => {
+      this.root.focus({ preventScroll: true }); // the canvas, which had it, would act on keys
+      this.#choose(this.#at(offsetX, offsetY), true);
+    });
     this.root.addEventListener("keydown", (event) => this.#press(event));
     this.root.addEventListener("focus", () => this.#chosen === null && this.root.matches(":focus-visible") && this.#choose(0));
     new ResizeObserver(([{ contentRect }]) => {
@@ -143,7 +147,7 @@ export class LayerStrip {
       });
     }
     this.root.setAttribute("aria-valuenow", (index ?? 0) + 1);
-    this.root.setAttribute("aria-valuetext", cell ? this.describe(cell) : "no layer chosen");
+    this.root.setAttribute("aria-valuetext", cell ? this.describe(cell) : say("noLayer"));
     this.onPoint(cell);
   }
 
@@ -193,9 +197,11 @@ export class LayerStrip {
     else context.fillRect(x, y, width, height);
     if (cell.state !== "quantized") return;
     context.fillStyle = background(cell.format);
-    context.globalAlpha = shade(cell);
-    context.fillRect(x, y, width, height);
+    const removed = Math.round(height * removedShare(cell));
+    context.globalAlpha = PALE;
+    context.fillRect(x, y, width, height - removed);
     context.globalAlpha = 1;
+    context.fillRect(x, y + height - removed, width, removed);
   }
 
   #hatch(context, colour) {

@@ -3,10 +3,11 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { addDependentOptions } from "./dependent_options.js";
+import { fitInVue, fitToContent } from "./fitting.js";
 import { nodeByExecutionId } from "./graph_lookup.js";
 import { afterSaving, refreshLoaderLists } from "./loader_lists.js";
 import { isBlank } from "./panel.js";
-import { addProgressWidget, showProgress, showRun, showSummary } from "./progress_widget.js";
+import { addProgressWidget, endLostRuns, showProgress, showRun, showSummary } from "./progress_widget.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";
 
@@ -16,6 +17,8 @@ const PROGRESS_ROUTE = "/learned_rounding/progress";
 const FILE = { width: 440 }; // wide enough for the name of a file and its folder
 
 const WIDGETS = {
+  LearnedRoundingConfigure: fitToContent,
+  LearnedRoundingOptions: fitToContent,
   LearnedRoundingQuantize: (node) => addProgressWidget(node, "quantize"),
   LearnedRoundingCalibrate: (node) => addProgressWidget(node, "calibrate"),
   LearnedRoundingCalibrateText: (node) => addProgressWidget(node, "calibrate"),
@@ -24,8 +27,10 @@ const WIDGETS = {
   LearnedRoundingLoadCalibration: (node) => addTextWidget(node, say("calibrationText"), { lines: 8, ...FILE }),
   LearnedRoundingSaveCalibration: (node) => addTextWidget(node, say("savedCalibrationText"), { lines: 3 }),
   LearnedRoundingSave: (node) => addTextWidget(node, say("savedText"), { lines: 6 }),
-  LearnedRoundingInspect: (node) => addTextWidget(node, say("fileText"), { lines: 16, width: 480 }),
+  LearnedRoundingInspect: (node) => addTextWidget(node, say("fileText"), { lines: 16, width: 480, columns: true }),
 };
+
+const SHOWS_IMAGES = "LearnedRoundingCalibrate"; // in space that is empty until then
 
 /** The mode of native INT8 layers of a stored value: version 0.1.0 stored booleans. */
 const nativeInt8Mode = (value) => ({ true: "on", false: "auto" })[value] ?? value;
@@ -66,10 +71,10 @@ function convertNativeInt8Widget(node) {
   };
 }
 
-/** Show a node's output in its panel. */
+/** Show a node's output in its panel. Returns whether the panel is complete. */
 function showOutput(node, { text, learned_rounding: summaries }) {
   if (text) showText(node, [text].flat());
-  if (summaries) showSummary(node, summaries);
+  return !summaries || showSummary(node, summaries);
 }
 
 /** Request all messages of the latest runs of the current workflow, and the outputs of other nodes, which the page missed. */
@@ -83,7 +88,12 @@ async function catchUp() {
     if (node && run) showRun(node, run);
     else if (node) showOutput(node, output);
   }
+  if (reconnected) endLostRuns(new Set(nodes.map(({ run }) => run?.at(-1).prompt)));
+  reconnected = false;
 }
+
+/** Whether the connection was lost since the last request: the server may have been restarted. */
+let reconnected = false;
 
 /** Wrap an async function: calls during its execution cause one further execution. */
 function oneAtATime(work) {
@@ -132,7 +142,14 @@ app.registerExtension({
       const node = nodeByExecutionId(app.rootGraph, detail.node);
       if (node && !showProgress(node, detail)) catchingUp();
     });
-    api.addEventListener("reconnected", catchingUp);
+    api.addEventListener("reconnected", () => {
+      reconnected = true;
+      catchingUp();
+    });
+    api.addEventListener("execution_error", ({ detail }) => {
+      const node = nodeByExecutionId(app.rootGraph, detail.node_id);
+      if (node) showText(node, [detail.exception_message.trim()], "failed");
+    });
     api.addEventListener("execution_cached", ({ detail }) => {
       const nodes = (detail.nodes ?? []).map((id) => nodeByExecutionId(app.rootGraph, id));
       if (nodes.some((node) => node && isBlank(node))) catchingUp(); // the node is cached, so ComfyUI sends no event for it
@@ -151,10 +168,11 @@ app.registerExtension({
     afterSaving(node, refreshing);
     if (!(node.comfyClass in WIDGETS)) return;
     WIDGETS[node.comfyClass](node);
+    if (node.comfyClass !== SHOWS_IMAGES) fitInVue(node);
     const { onExecuted } = node;
     node.onExecuted = function (output, ...others) {
       onExecuted?.call(this, output, ...others);
-      showOutput(node, output ?? {});
+      if (!showOutput(node, output ?? {})) catchingUp(); // a result of an earlier run, whose messages the server may have
     };
   },
 });

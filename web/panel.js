@@ -27,6 +27,7 @@ export function setText(target, text, title = "") {
  */
 export function addPanel(node, name, root, { height, width, fixed = false }) {
   root.style.minHeight = `${height}px`; // nodes drawn by Vue measure the element
+  root.classList.add("widget-expands"); // older ones leave space below other elements empty
   const widget = node.addDOMWidget(name, name.toUpperCase(), root, {
     serialize: false, // not a value of the prompt
     hideOnZoom: false,

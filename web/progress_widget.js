@@ -5,20 +5,23 @@ import { api } from "../../scripts/api.js";
 import { originOf } from "./graph_lookup.js";
 import { LayerStrip, background } from "./layer_strip.js";
 import { addPanel, bringIntoView, element, setText } from "./panel.js";
-import {
-  IDLE, WORST, advance, cellLines, follows, formatError, isMeasured, keepRule, legend, percent, replay, shortName, splitName, summarised,
-  words, worstError,
-} from "./progress_state.js";
+import { formatNumber } from "./numbers.js";
+import { IDLE, WORST, advance, endLost, follows, isMeasured, percent, replay, summarised, worstError } from "./progress_state.js";
+import { cellLines, keepRule, labelWords, legend, shortName, splitName, words } from "./progress_text.js";
 import { say } from "./words.js";
 
 export const PROGRESS_WIDGET = "learned_rounding_progress";
 
 // Space for all parts, so that the node keeps its size when a run starts.
-const SIZES = { quantize: { height: 262, width: 360 }, calibrate: { height: 120, width: 340 } };
+const SIZES = { quantize: { height: 268, width: 360 }, calibrate: { height: 120, width: 340 } };
+const KEYS_OF_NODES = new Set(["Delete", "Backspace"]); // ComfyUI would remove the node
 const CONFIGURE = "LearnedRoundingConfigure";
 
 /** Panels by node, as weak references: ComfyUI does not report removed nodes. */
 const panels = new WeakMap();
+
+/** Panels that show a running prompt. */
+const running = new Set();
 
 /** Attach a panel to a node; `task` is a key of the sizes. */
 export function addProgressWidget(node, task) {
@@ -37,9 +40,17 @@ export function showRun(node, run) {
   panels.get(node)?.replay(run);
 }
 
-/** Pass the end of a run to a node's panel, again or without its other messages: {state: "done" or "calibrated", …} of each part. */
+/** Show that runs have ended with a restarted server, which stores none of these panels' prompts: `stored`. */
+export function endLostRuns(stored) {
+  for (const panel of [...running]) panel.endUnless(stored);
+}
+
+/**
+ * Pass the end of a run to a node's panel, again or without its other messages: {state: "done" or "calibrated", …} of each part.
+ * Returns whether the panel knows the run's layers, or needs none.
+ */
 export function showSummary(node, summaries) {
-  panels.get(node)?.summarise(summaries);
+  return panels.get(node)?.summarise(summaries) ?? true;
 }
 
 class ProgressPanel {
@@ -91,6 +102,7 @@ class ProgressPanel {
     ]);
     // On nodes drawn by Vue the event would start a drag.
     for (const target of [this.strip.root, this.keep, this.cancel]) target.addEventListener("pointerdown", (event) => event.stopPropagation());
+    this.root.addEventListener("keydown", (event) => KEYS_OF_NODES.has(event.key) && event.stopPropagation());
     this.root.addEventListener("focusout", ({ relatedTarget }) => this.root.contains(relatedTarget) || this.strip.release());
     this.#draw();
   }
@@ -107,11 +119,19 @@ class ProgressPanel {
 
   summarise(summaries) {
     this.#become(summarised(this.#state, summaries));
+    return this.#state.cells.length > 0 || Boolean(this.#state.calibrated);
+  }
+
+  /** End the run if its prompt is not among these. */
+  endUnless(stored) {
+    if (!stored.has(this.#state.prompt)) this.#become(endLost(this.#state));
   }
 
   #become(state) {
     if (state.prompt !== this.#state.prompt) this.#setRule(null);
     this.#state = state;
+    if (state.phase === "running") running.add(this);
+    else running.delete(this);
     if (this.#scheduled) return; // many small layers may finish between two frames
     this.#scheduled = true;
     requestAnimationFrame(() => {
@@ -126,9 +146,10 @@ class ProgressPanel {
     const share = percent(state);
     const [first, second, detail] = words(state);
     this.root.dataset.state = state.phase;
-    this.root.classList.toggle("lr-failed", state.phase === "stopped" && !state.interrupted);
-    setText(this.label, state.label ?? "", state.source);
-    setText(this.count, state.total ? `${share} % · ${state.finished} / ${state.total}` : "");
+    const failed = state.phase === "stopped" && !state.interrupted;
+    this.root.classList.toggle("lr-failed", failed);
+    setText(this.label, labelWords(state), [labelWords(state), state.source].filter(Boolean).join("\n"));
+    setText(this.count, [failed && say("failed"), state.total && `${share} % · ${state.finished} / ${state.total}`].filter(Boolean).join(" · "));
     this.fill.style.width = `${share}%`;
     this.bar.setAttribute("aria-valuenow", share);
     setText(this.first, first, detail ?? first);
@@ -152,7 +173,7 @@ class ProgressPanel {
         swatch.dataset.kind = kind;
         swatch.style.background = background(kind);
       }
-      const shown = `${label} ${count}`;
+      const shown = `${label}: ${count}`;
       if (text.data !== shown) text.data = shown;
     });
     while (this.legend.children.length > entries.length) this.legend.lastChild.remove();
@@ -173,7 +194,7 @@ class ProgressPanel {
       row.hidden = !layer;
       if (!layer) return;
       name.show(layer.name);
-      setText(error, formatError(worstError(layer)));
+      setText(error, formatNumber(worstError(layer)));
     });
   }
 
@@ -231,10 +252,15 @@ class ProgressPanel {
     setText(this.notice, say(known ? "known" : "added", { node: configure.title }), this.#rule);
   }
 
-  #cancel() {
+  async #cancel() {
     this.#cancelled = this.#state.prompt;
     this.#drawFoot();
-    api.interrupt(this.#state.prompt);
+    try {
+      await api.interrupt(this.#state.prompt);
+    } catch {
+      this.#cancelled = null; // the server does not answer
+      this.#drawFoot();
+    }
   }
 }
 

@@ -9,20 +9,20 @@ const panels = new WeakMap();
 
 const LINE = 16;
 
-/** Attach a text panel of `lines` lines to a node; `placeholder` is shown until it has run. */
-export function addTextWidget(node, placeholder, { lines = 4, width = 320 } = {}) {
-  const root = element("div", "lr-panel lr-text", [placeholder], { role: "status" });
+/** Attach a text panel of `lines` lines to a node; `placeholder` is shown until it has run. `columns`: spaces align the text. */
+export function addTextWidget(node, placeholder, { lines = 4, width = 320, columns = false } = {}) {
+  const root = element("div", `lr-panel lr-text${columns ? " lr-columns" : ""}`, [placeholder], { role: "status" });
   root.dataset.state = "idle";
   addPanel(node, TEXT_WIDGET, root, { height: (lines + 1) * LINE, width });
   panels.set(node, root);
 }
 
-/** Show lines on a node; nodes without a panel are skipped. */
-export function showText(node, lines) {
+/** Show lines on a node, of a run that is "done" or "failed"; nodes without a panel are skipped. */
+export function showText(node, lines, state = "done") {
   const root = panels.get(node);
   if (!root) return;
   const text = lines.join("\n");
   setText(root, text, text);
-  root.dataset.state = "done";
+  root.dataset.state = state;
   bringIntoView(node, root);
 }

@@ -19,6 +19,7 @@
 * ``native_layers``: ComfyUI's native INT8 and W4A8 layers on this pack's kernels; ``native_int8``: off, on or auto.
 * ``saving``: save quantized files in folders that ComfyUI's loaders search; ``naming``: name of the source model.
 * ``verifying``: reload saved files and compare them with what was quantized; ``loaded_layers``: the comparisons.
+* ``validating``: one error for the one wrong input of a node.
 * ``running``: the running prompt: outputs in use, progress, messages to pages, interrupts.
 """
 
@@ -50,6 +51,7 @@ from .running import (
     show_text,
 )
 from .saving import SAVE_FOLDERS, check_name, save_files
+from .validating import report_wrong_inputs
 from .verifying import verify_saved
 
 __all__ = [
@@ -90,6 +92,7 @@ __all__ = [
     "Quantized",
     "quantized_layers",
     "remember_saved",
+    "report_wrong_inputs",
     "running_prompt",
     "safetensors_files",
     "samplers",

@@ -18,6 +18,7 @@ from ...quant_core.events import Listener
 from ...quant_core.output.metadata import ENCODER_PREFIX
 from ...quant_core.run.blocks import walk_fingerprint
 from ...quant_core.run.fingerprint import input_paths, run_fingerprint
+from ...quant_core.run.report import PartSummary
 from ...quant_core.sources import Source, TensorInfo
 from .calibrations import Calibrated
 from .folders import FileSource, file_stamp, move_to_temp, new_unfinished, remove_files
@@ -124,7 +125,7 @@ def _run(
 ) -> tuple[dict[str, Path], Report]:
     """Quantize all parts; returns {part: temporary file} and the report."""
     device = comfy.model_management.get_torch_device()
-    files, reports, finished = {}, [], None
+    files, reports, finished = {}, {}, None
     try:
         for part, origin in parts.items():
             finished = new_unfinished(part or kind)
@@ -145,7 +146,7 @@ def _run(
                     check=comfy.model_management.throw_exception_if_processing_interrupted,
                 )
             files[part] = move_to_temp(finished)
-            reports.append(report)
+            reports[part] = report
     except BaseException:
         remove_files(filter(None, (*files.values(), finished)))
         raise
@@ -202,15 +203,16 @@ def _exclude_unreadable(recipe: Recipe, weights: Source) -> Recipe:
     return dataclasses.replace(recipe, keep=(*recipe.keep, f"^{re.escape(ENCODER_PREFIX)}"))
 
 
-def _merge_reports(reports: list[Report]) -> Report:
-    """One report of all parts: lists and totals are added to those of the first."""
-    first, *others = reports
+def _merge_reports(reports: Mapping[str, Report]) -> Report:
+    """One report of all parts: lists and totals are added to those of the first, summaries are kept for each part."""
+    first, *others = reports.values()
+    if others:
+        first.parts = {part: PartSummary(report.choice, report.sequential) for part, report in reports.items()}
     for other in others:
-        for field in dataclasses.fields(Report):
-            if field.name in ("layers", "kept", "bytes_in", "bytes_out", "seconds"):
-                setattr(first, field.name, getattr(first, field.name) + getattr(other, field.name))
-    first.recognised = " ".join(dict.fromkeys(report.recognised for report in reports))
-    first.warnings = list(dict.fromkeys(warning for report in reports for warning in report.warnings))
+        for name in ("layers", "kept", "bytes_in", "bytes_out", "seconds", "taken_up"):
+            setattr(first, name, getattr(first, name) + getattr(other, name))
+    first.recognised = " ".join(dict.fromkeys(report.recognised for report in reports.values()))
+    first.warnings = list(dict.fromkeys(warning for report in reports.values() for warning in report.warnings))
     first.output = None  # the file is temporary
     return first
 

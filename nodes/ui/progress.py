@@ -7,7 +7,6 @@ output of its node, for pages and workflows in which the node is cached.
 
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,12 +23,14 @@ from ...quant_core.events import (
     LayerMeasured,
     OutputChecked,
     RunFinished,
+    RunResumed,
     RunStarted,
 )
 from ...quant_core.run.report import Report
 from .. import host
+from .runs import Run, find_latest_runs, find_run, open_run, reuse_run
 
-__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route", "run_summary"]
+__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route"]
 
 EVENT = "learned_rounding.progress"
 ROUTE = "/learned_rounding/progress"
@@ -37,7 +38,6 @@ _IDS = "LearnedRounding"  # prefix of the ids of our nodes
 _SUMMARY = "learned_rounding"  # key of a node's output for its panel
 _WORST = 5
 _WORKFLOW = 1000  # characters of the id of a workflow
-_RUNS = 16  # stored runs; 1 MB each for a model of 2,000 layers
 
 
 def _public_reason(error: BaseException) -> str:
@@ -118,12 +118,21 @@ def _end_message(event: RunFinished) -> dict:
         "median_output_error": _nan_to_none(report.median_output_error),
         "median_gain": _nan_to_none(report.median_gain),
         "solvers": report.solvers,
+        "resumed": report.taken_up,
+        "rotations": sorted({layer.convrot for layer in report.layers if layer.convrot}),
+        "model_errors": _model_errors(report),
         "worst": [
             {"name": layer.name, "error": layer.weight_error, "output_error": layer.output_error}
             for layer in _worst_layers(report)
         ],
         "warnings": report.warnings,
     }
+
+
+def _model_errors(report: Report) -> list[float]:
+    """Error of the model's output, of a run that ran the model; one for each text encoder of a CLIP with several."""
+    summaries = [part.sequential for part in report.parts.values()] or [report.sequential]
+    return [summary.output_error for summary in summaries if summary and summary.output_error is not None]
 
 
 def _worst_layers(report: Report) -> list[LayerFinished]:
@@ -136,6 +145,7 @@ def _worst_layers(report: Report) -> list[LayerFinished]:
 _MESSAGES: dict[type, Callable[[Any], dict | None]] = {
     LayerMeasured: lambda event: {"state": "measuring", **vars(event)},
     RunStarted: _start_message,
+    RunResumed: lambda event: {"state": "resumed", **vars(event)},
     BlockStarted: lambda event: {"state": "block", **vars(event)},
     BlockAdvanced: lambda event: {"state": "block", **vars(event)},
     BlockFinished: lambda event: {"state": "block", **vars(event)},
@@ -147,32 +157,31 @@ _MESSAGES: dict[type, Callable[[Any], dict | None]] = {
     CalibrationFinished: lambda event: {"state": "calibrated", **vars(event)},
 }
 
-# (workflow, node) → messages of the node's latest run; the latest run is last.
-_runs: OrderedDict[tuple[str, str], list[dict]] = OrderedDict()
-
-
-def run_summary(event: RunFinished | CalibrationFinished) -> dict:
-    """A node's output for the page (``ui``) with the last message of its run."""
-    return {_SUMMARY: [_MESSAGES[type(event)](event)]}
-
 
 def _answer_query(query: Mapping[str, str]) -> list[dict]:
     """{"node", "run"} with all messages of the latest run, in order, for each node of a workflow whose run is stored.
 
-    For other nodes {"node", "output"}: their latest output for their panel, a text or the summary of a run.
+    For other nodes {"node", "output"}: their latest output for their panel, a text or the summary of a run, where possible with
+    "run", the messages of the run, which was in another workflow.
 
     Raises:
         ValueError: the query has no workflow, or what no page could send.
     """
     if not 0 < len(query.get("workflow", "")) <= _WORKFLOW:
         raise ValueError(f"{ROUTE} requires the id of a workflow: ?workflow=ID")
-    runs = {
-        node: list(messages) for (workflow, node), messages in tuple(_runs.items()) if workflow == query["workflow"]
-    }
+    runs = find_latest_runs(query["workflow"])
     outputs = host.latest_outputs(query["workflow"], _IDS, ("text", _SUMMARY))
-    return [{"node": node, "run": messages} for node, messages in runs.items()] + [
-        {"node": node, "output": output} for node, output in outputs.items() if node not in runs
+    return [{"node": node, "run": list(run.messages)} for node, run in runs.items()] + [
+        {"node": node, "output": output, **_find_messages(output)}
+        for node, output in outputs.items()
+        if node not in runs
     ]
+
+
+def _find_messages(output: Mapping[str, list]) -> dict:
+    """{"run": the messages of the run that an output is of}, if they are stored."""
+    run = next((find_run(summary.get("id")) for summary in output.get(_SUMMARY, ())), None)
+    return {"run": list(run.messages)} if run else {}
 
 
 def add_progress_route() -> None:
@@ -191,13 +200,19 @@ class NodeProgress:
         self._finished: RunFinished | CalibrationFinished | None = None
         self._node = node_id
         self._bar = None
-        self._run = {"node": node_id, **host.running_prompt()}
-        self._messages: list[dict] | None = None
+        self._ids = {"node": node_id, **host.running_prompt()}
+        self._run: Run | None = None
 
     @property
     def finished(self) -> RunFinished | CalibrationFinished:
         assert self._finished is not None, "the run has not ended"
         return self._finished
+
+    def summarize(self, event: RunFinished | CalibrationFinished) -> dict:
+        """The node's output for the page (``ui``): the last message of its run, which may be an earlier one with this result."""
+        if isinstance(event, RunFinished):
+            reuse_run(self._opened(), event.report)
+        return {_SUMMARY: [{**(_MESSAGES[type(event)](event) or {}), "id": self._opened().id}]}
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, LayerMeasured) and event.index == 0:
@@ -208,6 +223,8 @@ class NodeProgress:
                 host.show_text("\n".join(event.warnings), logging.WARNING)
         elif isinstance(event, RunFinished | CalibrationFinished):
             self._finished = event
+            if isinstance(event, RunFinished):
+                self._opened().results.append(event.report)
         elif isinstance(event, LayerMeasured | LayerFinished) or (isinstance(event, LayerKept) and not event.planned):
             assert self._bar is not None  # RunStarted or the first LayerMeasured precedes these events
             self._bar.update(1)
@@ -215,27 +232,16 @@ class NodeProgress:
             self._send(payload)
 
     def _send(self, payload: dict) -> None:
-        if self._messages is None:
-            self._messages = self._stored_messages()
-        message = {**self._run, "seq": len(self._messages), **payload}
-        self._messages.append(message)
+        messages = self._opened().messages
+        message = {**self._ids, "seq": len(messages), **payload}
+        messages.append(message)
         # Without a workflow other pages cannot match the node id.
-        host.send_message(EVENT, message, everyone=self._run["workflow"] is not None)
+        host.send_message(EVENT, message, everyone=self._ids["workflow"] is not None)
 
-    def _stored_messages(self) -> list[dict]:
-        """The list for this run's messages: that of the node's previous run if it was in the same prompt, else a new one.
-
-        ComfyUI executes a node once for each item of a list.
-        """
-        if self._run["workflow"] is None:
-            return []
-        key = self._run["workflow"], self._node
-        if key not in _runs or _runs[key][0]["prompt"] != self._run["prompt"]:
-            _runs[key] = []
-        _runs.move_to_end(key)
-        while len(_runs) > _RUNS:
-            _runs.popitem(last=False)
-        return _runs[key]
+    def _opened(self) -> Run:
+        if self._run is None:
+            self._run = open_run(self._ids["workflow"], self._node, self._ids["prompt"])
+        return self._run
 
     def __enter__(self) -> "NodeProgress":
         return self

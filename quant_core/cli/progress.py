@@ -36,7 +36,7 @@ class Progress:
         self._verbose = verbose
         self._bar = None
         self._broken = False
-        self._bytes = 0  # of the source, since the run started or was resumed
+        self._bytes, self._began = 0, 0.0  # of the source since the run started or was resumed, and when that was
         self._pace = ""
 
     def __call__(self, event: Event) -> None:
@@ -57,7 +57,7 @@ class Progress:
             self.close()
             self._start(event.layers)
         elif isinstance(event, RunResumed):
-            self._bytes, self._pace = 0, ""
+            self._bytes, self._began, self._pace = 0, event.elapsed, ""
         elif isinstance(event, LayerStarted) and self._bar is not None:
             name = escape_control(event.name.removesuffix(".weight"))
             self._describe(name if len(name) <= _NAME_WIDTH else f"…{name[1 - _NAME_WIDTH :]}")
@@ -71,7 +71,8 @@ class Progress:
 
     def _measure_pace(self, event: LayerFinished) -> None:
         self._bytes += event.bytes_in
-        rate = self._bytes / event.elapsed if event.elapsed else 0.0
+        seconds = event.elapsed - self._began
+        rate = self._bytes / seconds if seconds else 0.0
         self._pace = f"{human_bytes(rate)}/s, {describe_time(event.eta)} left, "
 
     def _describe(self, text: str) -> None:
@@ -81,7 +82,7 @@ class Progress:
     def _start(self, layers: int, label: str = "") -> None:
         from tqdm import tqdm
 
-        self._bytes, self._pace = 0, ""
+        self._bytes, self._began, self._pace = 0, 0.0, ""
         self._bar = tqdm(total=layers, desc=label, bar_format=_FORMAT, **_bar_settings())
 
     def _print_event(self, event: Event) -> None:

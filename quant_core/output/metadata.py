@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from ..display import three_digits
 from ..formats import READABLE
 from ..formats.layer_json import parse_object
 from ..formats.table import newest_release
@@ -62,8 +63,10 @@ def describe_model_run(values: object) -> str:
         return f"{values.get('unfollowed') or 'error not measured'}; layers are calibrated one by one"
     card = values.get("card")
     where = "where the format is multiplied" if card == "native" else f"on SM {card}"
-    without = "" if only is None else f", {only:.4f} on cards that do not quantize activations"
-    return f"error {error:.4f} as run {where}{without}" + ("" if calls is None else f"; {calls:.0f} recorded calls")
+    without = "" if only is None else f", {three_digits(only)} on cards that do not quantize activations"
+    return f"error {three_digits(error)} as run {where}{without}" + (
+        "" if calls is None else f"; {calls:.0f} recorded calls"
+    )
 
 
 def _number(value: object) -> float | None:

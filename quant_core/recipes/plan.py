@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..cancellation import CancelCheck
-from ..display import human_bytes
+from ..display import human_bytes, three_digits
 from ..errors import AlreadyQuantizedError, NothingToQuantizeError
 from ..formats import FORMATS, FormatConfig
 from ..formats.kinds import can_dequantize, quantized_formats
@@ -61,9 +61,13 @@ class Choice:
         """For people: the chosen point and the smallest file."""
         what = "the model's output" if self.sensitive else "the layers' outputs (sensitivities were not measured)"
         (size, error), (least, worst) = self.chosen, self.curve[0]
-        time = "" if self.time is None else f" and {self.time:.2f} of the layers' time in bfloat16 on {self.card}"
+        time = (
+            ""
+            if self.time is None
+            else f" and {three_digits(self.time)} of the layers' time in bfloat16 on {self.card}"
+        )
         return (
-            f"error of {what} {error:.4f} expected at {human_bytes(size)}{time}; the smallest possible: {worst:.4f} at "
+            f"error of {what} {three_digits(error)} expected at {human_bytes(size)}{time}; the smallest possible: {three_digits(worst)} at "
             f"{human_bytes(least)}"
         )
 
@@ -76,8 +80,8 @@ class Choice:
 
     def _describe_point(self, index: int) -> str:
         (size, error), chosen = self.curve[index], " (chosen)" if self.curve[index] == self.chosen else ""
-        time = f" {self.times[index]:.2f}×" if self.times else ""
-        return f"{human_bytes(size)} {error:.4f}{time}{chosen}"
+        time = f" {three_digits(self.times[index])}×" if self.times else ""
+        return f"{human_bytes(size)} {three_digits(error)}{time}{chosen}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from ..calibration import Calibration
 from ..cancellation import CancelCheck
-from ..display import human_bytes
+from ..display import human_bytes, three_digits
 from ..errors import NothingToQuantizeError, RecipeError
 from ..events import LayerMeasured, Listener
 from ..recipes import Decision, Plan, Recipe
@@ -150,8 +150,8 @@ def _allocate(options: Mapping[str, list[Option]], recipe: Recipe, fixed: int) -
             "size" if recipe.target_error is None else "error",
         )
         raise RecipeError(
-            f"No formats keep both the target time of {recipe.target_time:g} and the target {other}: the nearest take {time:.2f} of "
-            f"the time of bfloat16 at an error of {allocation.point.error:.4f}; raise one of them.",
+            f"No formats keep both the target time of {recipe.target_time:g} and the target {other}: the nearest take {three_digits(time)} of "
+            f"the time of bfloat16 at an error of {three_digits(allocation.point.error)}; raise one of them.",
             option="target_time",
         )
     return allocation

@@ -148,8 +148,8 @@ class QuantizationRun:
                     self._emit(LayerStarted(index=event.index, total=self._total, name=event.name, shape=event.shape))
                 self._report_tensor(event)
         self.report.taken_up = len(self.report.layers)
+        self._emit(RunResumed(layers=self.report.taken_up, total=self._total, elapsed=self._clock.elapsed))
         log.info("%s: resuming: %d of %d layers already done", self._source.name, self.report.taken_up, self._total)
-        self._emit(RunResumed(layers=self.report.taken_up, total=self._total))
         return {event.name for layer in self._journal.layers for event in layer.events}
 
     def _remaining_reads(self) -> list[tuple[str, torch.device]]:

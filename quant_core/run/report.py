@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..display import human_bytes, markdown_table
+from ..display import human_bytes, markdown_table, size_change, three_digits
 from ..events import LayerFinished, LayerKept
 from ..output.durable import flush_to_disk
 from ..recipes import Plan, Recipe
@@ -18,7 +18,7 @@ from ..recipes.plan import Choice
 from ..recipes.presets import NONE
 from .blocks import WalkSummary
 
-__all__ = ["Report"]
+__all__ = ["PartSummary", "Report"]
 
 
 _MOST_REASONS = 3  # in the summary
@@ -26,6 +26,14 @@ _MOST_REASONS = 3  # in the summary
 
 def _median(values: list[float]) -> float:
     return statistics.median(values) if values else math.nan
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """What a report states for each text encoder of a CLIP by itself: ``choice`` and ``sequential`` of its :class:`Report`."""
+
+    choice: Choice | None = None
+    sequential: WalkSummary | None = None
 
 
 @dataclass
@@ -45,6 +53,7 @@ class Report:
         taken_up: number of layers that were resumed from a killed run.
         choice: curve of the bit allocation and the chosen point, for mixed precision.
         sequential: errors of the model, of a run with a model.
+        parts: name → summary of each text encoder of a CLIP with several; empty for others.
         recognised: recognised model and preset.
         warnings: choices that match no layer, and other files that the model needs.
     """
@@ -65,6 +74,7 @@ class Report:
     taken_up: int = 0
     choice: Choice | None = None
     sequential: WalkSummary | None = None
+    parts: dict[str, PartSummary] = field(default_factory=dict)
     recognised: str = ""
     warnings: list[str] = field(default_factory=list)
 
@@ -145,7 +155,7 @@ class Report:
             return self._already
         rows = self._rows()
         rows += [
-            (f"worst {place}", f"{layer.weight_error:.5f}  {layer.name} {'×'.join(map(str, layer.shape))}")
+            (f"worst {place}", f"{three_digits(layer.weight_error)}  {layer.name} {'×'.join(map(str, layer.shape))}")
             for place, layer in enumerate(self.worst[:worst], 1)
         ]
         rows += self._note_rows()
@@ -163,8 +173,8 @@ class Report:
                 shapes[layer.name],
                 f"{layer.format} per {layer.granularity}",
                 layer.solver,
-                f"{layer.weight_error:.5f}",
-                "–" if layer.output_error is None else f"{layer.output_error:.5f}",
+                three_digits(layer.weight_error),
+                "–" if layer.output_error is None else three_digits(layer.output_error),
             )
             for layer in self.worst[:worst]
         ]
@@ -181,24 +191,35 @@ class Report:
         reasons = Counter(kept.reason for kept in self.kept).most_common(_MOST_REASONS)
         kept = ", ".join(f"{count} {reason}" for reason, count in reasons)
         resumed = f", {self.taken_up} of them resumed" if self.taken_up else ""
-        ratio = self.bytes_out / self.bytes_in if self.bytes_in else 1.0
+        change = size_change(self.bytes_in, self.bytes_out)
         rows = [
             *([("model", self.recognised)] if self.recognised else []),
             *(("warning", text) for text in self.warnings),
             ("format", f"{self._format}, rounding {self.rounding}"),
-            *([("mixed precision", str(self.choice)), ("size and error", self.choice.outline)] if self.choice else []),
-            *([("model output", str(self.sequential))] if self.sequential else []),
+            *self._part_rows(),
             ("layers quantized", f"{len(self.layers)}{resumed}"),
             ("unquantized", f"{len(self.kept)}" + (f" ({kept})" if kept else "")),
             (
                 "weight error",
-                f"median {self.median_error:.5f}, worst {self.worst[0].weight_error:.5f}" if self.layers else "none",
+                f"median {three_digits(self.median_error)}, worst {three_digits(self.worst[0].weight_error)}"
+                if self.layers
+                else "none",
             ),
             *self._rounding_rows(),
-            ("size", f"{human_bytes(self.bytes_in)} → {human_bytes(self.bytes_out)} ({ratio:.0%})"),
-            ("time", f"{self.seconds:.1f} s on {self.device}"),
+            ("size", f"{human_bytes(self.bytes_in)} → {human_bytes(self.bytes_out)}{f' ({change})' if change else ''}"),
+            ("time", f"{three_digits(self.seconds)} s on {self.device}"),
         ]
         return rows + ([("file", self.output)] if self.output else [])
+
+    def _part_rows(self) -> list[tuple[str, str]]:
+        rows = []
+        for name, part in (self.parts or {"": self}).items():
+            where = f", {name}" if name else ""
+            if part.choice:
+                rows += [(f"mixed precision{where}", str(part.choice)), (f"size and error{where}", part.choice.outline)]
+            if part.sequential:
+                rows.append((f"model output{where}", str(part.sequential)))
+        return rows
 
     def _note_rows(self) -> list[tuple[str, str]]:
         notes = Counter(layer.note for layer in self.layers if layer.note)
@@ -217,8 +238,10 @@ class Report:
         rows = []
         if not math.isnan(self.median_output_error):
             errors = [layer.output_error for layer in self.layers if layer.output_error is not None]
-            rows.append(("output error", f"median {self.median_output_error:.5f}, worst {max(errors):.5f}"))
+            rows.append(
+                ("output error", f"median {three_digits(self.median_output_error)}, worst {three_digits(max(errors))}")
+            )
         if not math.isnan(self.median_gain):
             best = ", ".join(f"{solver} {count}" for solver, count in self.solvers.items())
-            rows.append(("relative to RTN", f"median {self.median_gain:.3f}×; best solver: {best}"))
+            rows.append(("relative to RTN", f"median {three_digits(self.median_gain)}×; best solver: {best}"))
         return rows

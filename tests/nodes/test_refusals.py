@@ -34,7 +34,10 @@ def refused_at_once(comfy, sentences):
         with pytest.raises(HostError) as caught:
             comfy.queue(graph)
         assert caught.value.kind == "validation"
-        assert [error["class_type"] for error in caught.value.node_errors.values()] == [node]
+        (found,) = caught.value.node_errors.values()
+        assert found["class_type"] == node
+        (error,) = found["errors"]  # one sentence, at one input
+        assert error["message"] == f"Invalid {error['extra_info']['input_name']}"
         assert comfy.get("/history").keys() == before
         sentences(caught)
 
@@ -221,7 +224,7 @@ CONFIGURED = [
 OPTIONS = [
     {"min_k": 5, "max_k": 2},
     {"calib_samples": 64},
-    {"sweeps": 3, "optimizer": "adamw"},
+    {"sweeps": 3, "beam_width": 17},
     {"top_p": 0.5, "damping": 0.1},
     {"top_p": 7.0},
     {"optimizer": "sgd"},
@@ -248,6 +251,14 @@ def test_rounding_options_are_validated_before_execution(options, refused_at_onc
     refused_at_once(graph, "LearnedRoundingOptions")
 
 
+def test_options_of_gptq_beside_an_optimizer_are_for_the_rounding_that_has_both(refused):
+    """Rounding Options takes them together: only Configure Quantization has the rounding."""
+    graph = ProbedGraph()
+    quantized = graph.quantize(graph.load()[0], rounding="auto", optimizer="adamw", sweeps=2, beam_width=2)
+    graph.save(quantized, "x")
+    refused(graph)
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_path_outside_the_folder_is_rejected_before_execution(prefix, refused_at_once):
     graph = ProbedGraph()
@@ -258,6 +269,25 @@ def test_path_outside_the_folder_is_rejected_before_execution(prefix, refused_at
     calibration = graph.add("LearnedRoundingCalibrateText", clip=clip, prompts="a", keep="full", seed=0)[0]
     graph.add("LearnedRoundingSaveCalibration", calibration=calibration, filename_prefix=prefix)
     refused_at_once(graph, "LearnedRoundingSaveCalibration")
+
+
+def test_the_wrong_input_is_the_one_that_is_marked(comfy):
+    """Of two that contradict each other the later one."""
+
+    def marked(**options) -> str:
+        graph = ProbedGraph()
+        graph.save(graph.quantize(graph.source()[0], **options), "x")
+        with pytest.raises(HostError) as caught:
+            comfy.queue(graph)
+        ((error,),) = (found["errors"] for found in caught.value.node_errors.values())
+        return error["extra_info"]["input_name"]
+
+    assert marked(keep="(unclosed") == marked(keep="(unclosed", layer_config="no JSON") == "keep"
+    assert marked(layer_config="no JSON") == marked(layer_config='{"(unclosed": "fp8"}') == "layer_config"
+    assert marked(format="nvfp4", granularity="row") == "granularity"
+    assert marked(format="float8_e4m3fn", target_size=1.0) == "target_size"
+    assert marked(format="measured", target_size=1.0, layer_config='{"a": "fp8"}') == "layer_config"
+    assert marked(optimizer="adamw", top_p=0.5, beam_width=4) == "beam_width"
 
 
 def test_missing_files_are_reported_before_execution(refused_at_once):

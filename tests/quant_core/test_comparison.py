@@ -77,13 +77,15 @@ def test_markdown_has_a_table_of_prompts_and_a_table_of_steps():
         "",
         "| prompt | SNR (dB) | SSIM |",
         "| :-- | --: | --: |",
-        "| 1 | 20 | 0.5 |",
-        "| 2 | 30 | – |",
+        "| 1 | 20.0 | 0.5 |",
+        "| 2 | 30.0 | – |",
     ]
     assert lines[-4:] == [
         "| step | prompt 1 (dB) | prompt 2 (dB) |",
         "| :-- | --: | --: |",
-        "| 1 | 1 | 2 |",
+        "| 1 | 1.0 | 2.0 |",
         "| 2 | equal | -inf |",
     ]
+    near = Comparison("one", [{"SNR (dB)": 20.04, "SSIM": 0.99871, "LPIPS": 0.012345}])
+    assert "| 1 | 20.0 | 0.9987 | 0.0123 |" in near.markdown()
     assert "mean" not in Comparison("one", [{"SNR (dB)": 20.0}]).markdown()

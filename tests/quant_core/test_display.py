@@ -4,7 +4,7 @@ import pytest
 
 from learned_rounding.quant_core.cli import streams
 from learned_rounding.quant_core.cli.streams import prepare_streams, print_error, print_line
-from learned_rounding.quant_core.display import bound_lines, shorten
+from learned_rounding.quant_core.display import bound_lines, shorten, size_change, three_digits
 from learned_rounding.quant_core.errors import QuantizationError, UnknownNameError
 
 
@@ -13,6 +13,17 @@ def test_long_texts_lose_their_middle(length):
     text = "".join(chr(ord("a") + index % 26) for index in range(length))
     short = shorten(text, 9)
     assert short == text if length <= 9 else (short == f"{text[:4]}…{text[-4:]}" and len(short) <= 9)
+
+
+def test_numbers_have_three_digits():
+    shown = {0.0263412: "0.0263", 0.5: "0.5", 12.345: "12.3", 1234.5: "1230", 0: "0", 0.0000263: "2.63e-05"}
+    assert {value: three_digits(value) for value in shown} == shown
+    assert three_digits(float("nan")) == "–"
+
+
+def test_sizes_are_compared_with_those_before():
+    assert [size_change(100, after) for after in (54, 100, 112)] == ["46 % smaller", "0 % smaller", "12 % larger"]
+    assert size_change(0, 5) == ""
 
 
 def test_many_lines_are_counted():

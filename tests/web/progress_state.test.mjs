@@ -5,8 +5,12 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
 import { nodeByExecutionId, originOf } from "../../web/graph_lookup.js";
-import * as state from "../../web/progress_state.js";
+import * as numbers from "../../web/numbers.js";
+import * as states from "../../web/progress_state.js";
+import * as texts from "../../web/progress_text.js";
 import { ENGLISH, say, speak } from "../../web/words.js";
+
+const state = { ...numbers, ...states, ...texts };
 
 const start = (more) => ({
   state: "start", source: "model.safetensors", format: "int8_tensorwise", granularity: "row", preset: "flux",
@@ -64,7 +68,7 @@ test("a run goes from idle over its layers to a summary", () => {
   const end = play([done()], "run", checking);
   assert.equal(end.phase, "done");
   assert.equal(state.percent(end), 100);
-  assert.deepEqual(state.words(end), ["8 MB → 4.1 MB (51 %)", "4 layers in 4.0 s · median error 0.02500"]);
+  assert.deepEqual(state.words(end), ["8 MB → 4.1 MB, 49 % smaller", "4 layers in 4.0 s · median error 0.025"]);
 });
 
 test("a rounding that runs the model tells of blocks and of their steps", () => {
@@ -78,7 +82,7 @@ test("a rounding that runs the model tells of blocks and of their steps", () => 
   assert.equal(step("running", 3, 64), "block 3 of 57, double_blocks.2: running it, call 3 of 64");
   assert.equal(step("of a later release", 3, 64), "block 3 of 57, double_blocks.2: reading its activations");
   const kept = block({ kept: "sequential", error: 0.0123, calibrated_error: 0.015, weights_only_error: null });
-  const text = "block 3 of 57, double_blocks.2: sequential kept, error 0.01230, calibrated 0.01500";
+  const text = "block 3 of 57, double_blocks.2: sequential kept, error 0.0123, calibrated 0.015";
   const ended = play([kept, layer(0, 0.01)], "run", begun);
   assert.deepEqual(state.words(ended), ["", `${text} · 3.0 s left`]);
   assert.equal(state.percent(ended), 25);
@@ -100,15 +104,15 @@ test("warnings of all parts are kept once, also where a part's first message was
 test("what learned rounding won is told while it runs and at the end", () => {
   const learned = { solver: "gptq", gain: 0.517, output_error: 0.01 };
   const running = play([start(), layer(0, 0.01, learned)]);
-  assert.equal(state.words(running)[1], "3.0 s left · 2 MB/s · gptq 0.52× nearest · output error 0.01000");
+  assert.equal(state.words(running)[1], "3.0 s left · 2 MB/s · gptq 0.517× RTN · output error 0.01");
   const plain = play([layer(1, 0.01, { solver: "nearest", gain: null, output_error: null })], "run", running);
   assert.equal(state.words(plain)[1], "2.0 s left · 2 MB/s");
   const end = play([done({ median_gain: 0.5, solvers: { gptq: 3, nearest: 1 } })], "run", plain);
   assert.deepEqual(state.words(end), [
-    "8 MB → 4.1 MB (51 %) · 0.50× nearest", "4 layers in 4.0 s · median error 0.02500", "Layers won: gptq 3, nearest 1",
+    "8 MB → 4.1 MB, 49 % smaller · 0.5× RTN", "4 layers in 4.0 s · median error 0.025", "Layers won: gptq 3, nearest 1",
   ]);
   const both = play([start(), done({ median_gain: 0.6, solvers: { gptq: 2, adamw: 1 } })], "run", end);
-  assert.equal(state.words(both)[0], "16 MB → 8.2 MB (51 %) · 0.50×–0.60× nearest");
+  assert.equal(state.words(both)[0], "16 MB → 8.2 MB, 49 % smaller · 0.5×–0.6× RTN");
   assert.equal(state.words(both)[2], "Layers won: gptq 5, nearest 1, adamw 1");
 });
 
@@ -187,7 +191,7 @@ test("interruption and errors are told apart, with how far the run came", () => 
 test("parts of one execution are added up, another execution begins anew", () => {
   const first = play([start(), layer(0, 0.01), done({ median_error: 0.02 })]);
   const second = play([start(), done({ median_error: 0.03, worst: [{ name: "b", error: 0.09 }] })], "run", first);
-  assert.deepEqual(state.words(second), ["16 MB → 8.2 MB (51 %)", "8 layers in 8.0 s · median error 0.02000–0.03000"]);
+  assert.deepEqual(state.words(second), ["16 MB → 8.2 MB, 49 % smaller", "8 layers in 8.0 s · median error 0.02–0.03"]);
   assert.deepEqual(second.worst.map(({ name }) => name), ["b", "blocks.3.attn.qkv.weight"]);
   const other = play([start(), done()], "next run", second);
   assert.match(state.words(other)[1], /^4 layers/);
@@ -195,7 +199,7 @@ test("parts of one execution are added up, another execution begins anew", () =>
 
 test("a run without layers has no median", () => {
   const end = play([start({ total: 0 }), done({ layers: 0, median_error: null, worst: [], bytes_out: 8_000_000 })]);
-  assert.deepEqual(state.words(end), ["8 MB → 8 MB (100 %)", "0 layers in 4.0 s"]);
+  assert.deepEqual(state.words(end), ["8 MB → 8 MB, 0 % smaller", "0 layers in 4.0 s"]);
 });
 
 test("every layer has a cell, from the plan on, in the order of the source", () => {
@@ -206,14 +210,14 @@ test("every layer has a cell, from the plan on, in the order of the source", () 
   const end = play([layer(0, 0.02, { gain: 0.5, output_error: 0.01, solver: "gptq", scale: [0.001, 0.00234], convrot: 16 }), nan], "run", begun);
   assert.deepEqual(end.cells.map(({ name }) => name), plan.map(([name]) => name));
   assert.deepEqual(end.cells.map((cell) => state.cellLines(cell, end.rounding)), [
-    ["4×4", "kept in full precision: an embedding"],
-    ["8×8 · int8_tensorwise per row, ConvRot 16", "output error 0.02000 → 0.01000 (0.50× nearest)", "gptq · scale 0.001 to 0.00234"],
-    ["8×8", "kept in full precision: holds NaN"],
+    ["4×4", "unquantized: an embedding"],
+    ["8×8 · int8_tensorwise per row, ConvRot 16", "output error 0.02 → 0.01 (0.5× RTN)", "gptq · scale 0.001 to 0.00234"],
+    ["8×8", "unquantized: holds NaN"],
   ]);
   assert.deepEqual(state.legend(end.cells), [
-    { kind: "kept", label: "kept", count: 1 },
-    { kind: "int8_tensorwise", label: "int8_tensorwise per row", count: 1 },
-    { kind: "refused", label: "kept (NaN or Inf)", count: 1 },
+    { kind: "kept", label: "unquantized", count: 1 },
+    { kind: "int8_tensorwise", label: "int8_tensorwise per row, ConvRot 16", count: 1 },
+    { kind: "refused", label: "unquantized (NaN or Inf)", count: 1 },
   ]);
   assert.deepEqual(state.cellLines(begun.cells[1]), ["8×8", "going to be quantized"]);
   const second = play([done(), start({ plan: [["other.weight", [2, 2], 0]], reasons: [""] })], "run", end);
@@ -222,13 +226,54 @@ test("every layer has a cell, from the plan on, in the order of the source", () 
 
 test("an error before rounding is told only where it is known", () => {
   const error = (more, rounding) => state.cellLines({ ...layer(0, 0.02), state: "quantized", solver: "nearest", ...more }, rounding)[1];
-  assert.equal(error({}, "nearest"), "weight error 0.02000");
-  assert.equal(error({ gain: 0.8 }, "auto"), "weight error 0.02500 → 0.02000 (0.80× nearest)");
-  assert.equal(error({ gain: 0.8, solver: "gptq" }, "principal"), "weight error 0.02000 (0.80× nearest)");
+  assert.equal(error({}, "nearest"), "weight error 0.02");
+  assert.equal(error({ gain: 0.8 }, "auto"), "weight error 0.025 → 0.02 (0.8× RTN)");
+  assert.equal(error({ gain: 0.8, solver: "gptq" }, "principal"), "weight error 0.02 (0.8× RTN)");
 });
 
-test("colours are the stronger the more of nearest's error is gone", () => {
-  assert.deepEqual([{ gain: null }, { gain: 1 }, { gain: 0.7 }, { gain: 0.4 }, { gain: 0.1 }].map(state.shade).map(state.formatGain), ["0.40×", "0.40×", "0.70×", "1.00×", "1.00×"]);
+test("a cell is filled by the share of the error of round to nearest that is removed", () => {
+  assert.deepEqual([{ gain: null }, { gain: 1.2 }, { gain: 1 }, { gain: 0.75 }, { gain: 0 }].map(state.removedShare), [0, 0, 0, 0.25, 1]);
+});
+
+test("the rotation is named in the label, in the legend and on the card", () => {
+  const rotated = (index, convrot) => layer(index, 0.01, { convrot });
+  const half = play([start(planned(4)), rotated(0, 256), layer(1, 0.01)]);
+  assert.equal(state.labelWords(half), "int8_tensorwise per row, ConvRot 256");
+  assert.deepEqual(state.legend(half.cells).map(({ label, count }) => [label, count]), [
+    ["int8_tensorwise per row, ConvRot 256", 1], ["int8_tensorwise per row", 1], ["to do", 2],
+  ]);
+  assert.equal(state.labelWords(play([rotated(2, 64)], "run", half)), "int8_tensorwise per row, ConvRot 64–256");
+  const known = state.summarised(state.IDLE, [done({ format: "int8_tensorwise", granularity: "row", rotations: [16] })]);
+  assert.equal(state.labelWords(known), "int8_tensorwise per row, ConvRot 16");
+});
+
+test("layers of an earlier run are not part of rate and time left, and are told", () => {
+  const old = { elapsed: 500, seconds: 100, eta: 9000 };
+  const resumed = play([start(planned(4)), layer(0, 0.01, old), layer(1, 0.01, old), { state: "resumed", layers: 2, total: 4, elapsed: 0.5 }]);
+  assert.deepEqual([resumed.finished, resumed.rate, resumed.eta], [2, null, null]);
+  assert.deepEqual(state.words(resumed), ["", "resumed at 2 of 4"]);
+  const third = play([layer(2, 0.01, { elapsed: 2.5, seconds: 2, eta: 2 })], "run", resumed);
+  assert.equal(state.words(third)[1], "2.0 s left · 1 MB/s · resumed at 2 of 4");
+  const end = play([done({ resumed: 2 })], "run", third);
+  assert.match(state.words(end)[1], /^4 layers in 4.0 s · 2 of them resumed · median/);
+});
+
+test("a run that ended with its server says how far it came and what to do", () => {
+  const lost = state.endLost(play([start(planned(4)), layer(0, 0.01)]));
+  assert.deepEqual([lost.phase, ...state.words(lost)], ["stopped", "Stopped at 1 of 4; run again to resume.", "ComfyUI was restarted during the run."]);
+  assert.equal(lost.cells.length, 4);
+  const step = { state: "calibrating", layers: 36, unit: "steps", done: 3, total: 40, elapsed: 1 };
+  assert.equal(state.words(state.endLost(play([step])))[0], "Stopped at 3 of 40 steps; run again.");
+  assert.equal(state.words(state.endLost(play([{ state: "block", index: 0, total: 4, name: "blocks.0" }])))[0], "Stopped; run again.");
+  const finished = play([start(), done()]);
+  assert.equal(state.endLost(finished), finished);
+  assert.equal(play([start()], "next", lost).phase, "running");
+});
+
+test("the summary has the model's error of a run that ran the model, of every encoder", () => {
+  const end = play([start(), done({ model_errors: [0.0684] }), start(), done({ model_errors: [0.0123] })]);
+  assert.match(state.words(end)[1], /^8 layers in 8.0 s · model error 0.0123–0.0684 · median/);
+  assert.doesNotMatch(state.words(play([done({ model_errors: [] })]))[1], /model/);
 });
 
 test("a keep rule finds its layer alone", () => {
@@ -277,7 +322,7 @@ test("the end of a run is shown where no message of it was seen, and changes not
   assert.match(state.words(both)[1], /^8 layers in 8.0 s/);
   const calibrated = { state: "calibrated", layers: 36, tokens: 512, bytes: 19_200_000, seconds: 42 };
   const known = state.summarised(state.IDLE, [calibrated]);
-  assert.deepEqual(state.words(known), ["512 tokens or more of each layer's inputs", "19.2 MB in 42 s"]);
+  assert.deepEqual(state.words(known), ["512 tokens or more of each layer's activations", "19.2 MB in 42 s"]);
   assert.equal(state.summarised(known, [calibrated]), known);
   const next = play([start()], "next", fresh);
   assert.deepEqual([next.phase, next.prompt], ["running", "next"]);
@@ -306,11 +351,11 @@ test("a calibration tells of steps, probes, and what it made", () => {
   const half = play([step("steps", 0, 40, 0), step("steps", 20, 40, 10)]);
   assert.equal(half.label, "calibrating 36 layers");
   assert.equal(state.percent(half), 50);
-  assert.deepEqual(state.words(half), ["Sampling with the original model", "10 s left · 2.0 steps/s"]);
+  assert.deepEqual(state.words(half), ["Sampling with the original model", "10 s left · 2 steps/s"]);
   const probing = play([step("probes", 3, 72, 12)], "run", half);
   assert.deepEqual(state.words(probing), ["Measuring what an error of each layer does", "4 min 36 s left · 4.0 s each probe"]);
   const end = play([{ state: "calibrated", layers: 36, tokens: 512, bytes: 19_200_000, seconds: 42 }], "run", probing);
-  assert.deepEqual(state.words(end), ["512 tokens or more of each layer's inputs", "19.2 MB in 42 s"]);
+  assert.deepEqual(state.words(end), ["512 tokens or more of each layer's activations", "19.2 MB in 42 s"]);
   assert.equal(state.percent(end), 100);
   const stopped = play([{ state: "stopped", reason: "interrupted" }], "run", half);
   assert.deepEqual(state.words(stopped), ["Interrupted", "after 20 of 40 steps"]);
@@ -345,7 +390,7 @@ test("numbers", () => {
   const cases = [
     [state.formatBytes, [[0, "0 B"], [999, "999 B"], [999.6, "1 kB"], [19_234_567, "19.2 MB"], [23.8e9, "23.8 GB"], [5e15, "5000 TB"]]],
     [state.formatDuration, [[0.44, "0.4 s"], [9.96, "10 s"], [59.7, "1 min 00 s"], [185, "3 min 05 s"], [7620, "2 h 07 min"], [null, "…"]]],
-    [state.formatError, [[0.0263412, "0.02634"], [null, "–"]]],
+    [state.formatNumber, [[0.0263412, "0.0263"], [12.345, "12.3"], [1234.5, "1230"], [0, "0"], [0.0000263, "2.63e-05"], [0.00002, "2e-05"], [null, "–"]]],
   ];
   for (const [format, pairs] of cases) {
     for (const [value, text] of pairs) assert.equal(format(value), text);

@@ -14,6 +14,7 @@ from PIL import Image
 
 from learned_rounding.hosts.browser import load_workflow, queue_prompt, visit
 from learned_rounding.quant_core import FORMATS
+from learned_rounding.quant_core.display import three_digits
 
 TimeoutError = pytest.importorskip("playwright.sync_api").TimeoutError
 pytestmark = pytest.mark.browser
@@ -74,14 +75,19 @@ _SLOTS = """([origin, name, target]) => {
 
 _CONNECTED = "(type) => window.app.graph._nodes.find((node) => node.type === type).inputs[0].link != null"
 
-# Cells stand in one row. A filled cell has one colour inside, a hatched one has gaps, one that is to do nothing above its foot.
+# Cells stand in one row. A filled cell has one colour in each row of its pixels, a hatched one has gaps, one that is to do nothing
+# above its foot. [kind, colour at the top, colour at the foot, share of the height that has the colour at the foot]
 _CELLS = """(canvas, count) => Array.from({length: count}, (_, index) => {
     const side = canvas.width / count
     const {data} = canvas.getContext('2d').getImageData(Math.ceil(index * side) + 1, 4, Math.floor(side) - 5, canvas.height - 12)
     const pixels = Array.from({length: data.length / 4}, (_, pixel) => [...data.slice(4 * pixel, 4 * pixel + 4)])
     const upper = pixels.slice(0, pixels.length / 2)
-    const kind = upper.every(([, , , alpha]) => alpha === 0) ? 'to do' : new Set(pixels.map(String)).size === 1 ? 'filled' : 'hatched'
-    return [kind, pixels[0]]
+    const width = Math.floor(side) - 5
+    const rows = Array.from({length: pixels.length / width}, (_, row) => pixels.slice(row * width, (row + 1) * width).map(String))
+    const even = rows.every((row) => new Set(row).size === 1) && new Set(rows.map(([one]) => one)).size <= 2
+    const kind = upper.every(([, , , alpha]) => alpha === 0) ? 'to do' : even ? 'filled' : 'hatched'
+    const foot = rows.at(-1)[0]
+    return [kind, pixels[0], pixels.at(-1), rows.filter(([one]) => one === foot).length / rows.length]
 })"""
 
 # [text, contrast ratio of WCAG 2] of all visible text; colours of canvas pixels, whatever notation they come in.
@@ -167,7 +173,7 @@ def node_box(page, node=QUANTIZE):
 
 
 def cells(page, count):
-    """What is painted where each of ``count`` cells is: ("filled", "hatched" or "to do", its colour in RGBA)."""
+    """What is painted where each of ``count`` cells is: ("filled", "hatched" or "to do", colours in RGBA, share of the lower one)."""
     return [tuple(cell) for cell in page.locator(".lr-cells").evaluate(_CELLS, count)]
 
 
@@ -191,9 +197,9 @@ def test_a_real_run_from_start_to_file(graph, model_file, workflow):
     assert (shown["state"], shown["percent"], shown["layer"]) == ("done", 100, "")
     assert shown["label"] == "int8_tensorwise per row"
     assert shown["count"] == f"100 % · {done['layers']} / {done['layers']}"
-    assert shown["worst"] == [[layer["name"], f"{layer['error']:.5f}"] for layer in done["worst"][:3]]
+    assert shown["worst"] == [[layer["name"], three_digits(layer["error"])] for layer in done["worst"][:3]]
     assert f"{done['layers']} layers in " in shown["second"]
-    assert f"median error {done['median_error']:.5f}" in shown["second"]
+    assert f"median error {three_digits(done['median_error'])}" in shown["second"]
 
     bars = graph.evaluate("() => window.bars")
     assert bars == sorted(bars) and bars[-1] == 100
@@ -202,8 +208,8 @@ def test_a_real_run_from_start_to_file(graph, model_file, workflow):
     plan = [events[0]["reasons"][place] for _, _, place in events[0]["plan"]]
     kept = sum(map(bool, plan))
     assert kept and len(plan) == kept + events[0]["total"]
-    assert shown["legend"] == f"kept {kept} int8_tensorwise per row {done['layers']}"
-    assert {kind for kind, _ in cells(graph, len(plan))} == {"hatched", "filled"}
+    assert shown["legend"] == f"unquantized: {kept} int8_tensorwise per row: {done['layers']}"
+    assert {kind for kind, *_ in cells(graph, len(plan))} == {"hatched", "filled"}
 
     loaded, saved = graph.locator(".lr-text").all_inner_texts()
     assert loaded.startswith(f"{model_file[1].name}: ")
@@ -318,7 +324,7 @@ def test_waits_then_follows_the_layers(graph):
     assert shown["filled"] == pytest.approx(0.75, abs=0.01)
     assert shown["layer"] == "double_blocks.5.img_attn.qkv.weight"
     assert shown["second"] == "2.0 s left · 4 MB/s"
-    assert [error for _, error in shown["worst"]] == ["0.06000", "0.05000", "0.04000"]
+    assert [error for _, error in shown["worst"]] == ["0.06", "0.05", "0.04"]
 
 
 def test_interruption_and_error(graph):
@@ -336,7 +342,7 @@ def test_long_names_and_kept_layers_stay_inside(graph):
     kept = {"state": "kept", "name": NAME.format(0), "shape": [64, 64], "reason": "holds NaN"}
     send(graph, start(900), kept, *(layer(index, 900, 0.01, name, eta=5000) for index in range(1, 700)))
     shown = panel(graph)
-    assert "kept (NaN or Inf) 1" in shown["legend"] and len(shown["worst"]) == 3
+    assert "unquantized (NaN or Inf): 1" in shown["legend"] and len(shown["worst"]) == 3
     box = graph.locator(".lr-progress").bounding_box()
     inside, node = [box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]], node_box(graph)
     assert node[0] < inside[0] and node[1] < inside[1] and inside[2] < node[2] and inside[3] < node[3], (inside, node)
@@ -446,23 +452,23 @@ def test_the_strip_shows_format_gain_and_what_is_kept(graph):
         nan,
     )
     painted = cells(graph, 8)
-    assert [kind for kind, _ in painted] == ["hatched"] * 2 + ["filled"] * 3 + ["hatched"] + ["to do"] * 2
-    (*strong, alpha), (*weak, other_alpha) = painted[2][1], painted[3][1]
+    assert [kind for kind, *_ in painted] == ["hatched"] * 2 + ["filled"] * 3 + ["hatched"] + ["to do"] * 2
+    _, (*pale, alpha), (*full, other_alpha), share = painted[2]
     assert alpha == other_alpha == 255
-    assert weak == pytest.approx([0.4 * colour + 0.6 * 0x8C for colour in strong], abs=2), (
-        "one format, one colour, more or less grey"
-    )
-    assert painted[4][1] != painted[2][1]
+    assert pale == pytest.approx([0.4 * colour + 0.6 * 0x8C for colour in full], abs=2), "one format, one colour"
+    assert share == pytest.approx(0.6, abs=0.1), "the share of the error that is removed"
+    assert painted[3][1] == painted[3][2] == [*pale, 255], "no comparison with round to nearest"
+    assert painted[4][2] != painted[2][2]
     assert panel(graph)["legend"] == (
-        "kept 2 int8_tensorwise per row 2 float8_e4m3fn per tensor 1 kept (NaN or Inf) 1 to do 2"
+        "unquantized: 2 int8_tensorwise per row: 2 float8_e4m3fn per tensor: 1 unquantized (NaN or Inf): 1 to do: 2"
     )
     before = graph.locator(".lr-cells").evaluate("(canvas) => canvas.width")
     _, _, right, below = node_box(graph)
     drag(graph, (right - 4, below - 4), (right + 100, below))
     graph.wait_for_function("(before) => document.querySelector('.lr-cells').width > before + 100", arg=before)
-    assert cells(graph, 8)[2:5] == painted[2:5] and [kind for kind, _ in cells(graph, 8)] == [
-        kind for kind, _ in painted
-    ]
+    wider = cells(graph, 8)
+    assert [cell[:3] for cell in wider[2:5]] == [cell[:3] for cell in painted[2:5]]
+    assert [kind for kind, *_ in wider] == [kind for kind, *_ in painted]
 
 
 def test_pointing_at_a_layer_shows_its_card(graph):
@@ -473,12 +479,12 @@ def test_pointing_at_a_layer_shows_its_card(graph):
     assert panel(graph)["card"] == [
         "double_blocks.0.img_attn.qkv.weight",
         "64×64 · int8_tensorwise per row, ConvRot 16",
-        "output error 0.02000 → 0.01000 (0.50× nearest)",
+        "output error 0.02 → 0.01 (0.5× RTN)",
         "gptq · scale 0.001 to 0.002",
     ]
     assert panel(graph)["worst"] == []
     point(graph, 0, 5)
-    assert panel(graph)["card"][:3] == ["txt_in.weight", "32×64", "kept in full precision: first layer"]
+    assert panel(graph)["card"][:3] == ["txt_in.weight", "32×64", "unquantized: first layer"]
     graph.locator(".lr-count").hover()
     assert panel(graph)["card"] == [] and len(panel(graph)["worst"]) == 1
 
@@ -544,12 +550,10 @@ _KEEP = "() => window.app.graph.getNodeById(2).widgets.find(({name}) => name ===
 def test_the_worst_layers_are_told_by_the_error_of_the_summary(graph):
     send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01))
     heading = graph.locator(".lr-heading")
-    assert heading.inner_text() == "Largest weight errors" and panel(graph)["worst"][0][1] == "0.09000"
+    assert heading.inner_text() == "Largest weight errors" and panel(graph)["worst"][0][1] == "0.09"
     learned = {"solver": "gptq", "gain": 0.5, "output_error": 0.02}
     send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01, **learned))
-    assert heading.inner_text() == "Largest output errors" and [error for _, error in panel(graph)["worst"]] == [
-        "0.02000"
-    ]
+    assert heading.inner_text() == "Largest output errors" and [error for _, error in panel(graph)["worst"]] == ["0.02"]
 
 
 def test_adding_a_rule_is_a_step_of_its_own_to_undo(graph):
@@ -707,6 +711,84 @@ def test_a_frame_paints_a_part_of_many_cells(graph):
     assert graph.locator(".lr-cells").evaluate(with_colour)
 
 
+@pytest.mark.parametrize("key", ["Delete", "Backspace"])
+def test_keys_that_remove_nodes_do_not_after_a_click_on_the_panel(graph, key):
+    send(graph, start(4), layer(0, 4, 0.02))
+    graph.evaluate("(id) => window.app.canvas.selectNode(window.app.graph.getNodeById(id))", QUANTIZE)
+    point(graph, 2, 4, click=True)
+    graph.keyboard.press(key)
+    graph.get_by_role("button", name="Add to keep").click()
+    graph.keyboard.press(key)
+    graph.evaluate(_FRAMES)
+    assert graph.evaluate("() => window.app.graph._nodes.length") == 4
+    assert panel(graph)["notice"].startswith("Added to")
+
+
+def test_buttons_are_large_enough_to_hit(graph):
+    """24 pixels at 100 % (WCAG 2.2, 2.5.8)."""
+    send(graph, start(4), layer(0, 4, 0.02))
+    point(graph, 2, 4, click=True)
+    heights = graph.locator(".lr-button").evaluate_all(
+        "(all) => all.map(({offsetWidth, offsetHeight}) => Math.min(offsetWidth, offsetHeight))"
+    )
+    assert len(heights) == 2 and min(heights) >= 24
+    assert panel(graph)["buttons"] == ["Add to keep", "Cancel"]
+
+
+def test_a_failed_run_looks_failed(graph):
+    send(graph, start(4), layer(0, 4, 0.01), {"state": "stopped", "reason": "The disk is full."})
+    assert panel(graph)["count"] == "Failed · 25 % · 1 / 4"
+    colours = {
+        name: graph.locator(name).evaluate(
+            "(one) => getComputedStyle(one)[one.className === 'lr-fill' ? 'backgroundColor' : 'color']"
+        )
+        for name in (".lr-fill", ".lr-first", ".lr-label")
+    }
+    assert colours[".lr-fill"] == colours[".lr-first"] != colours[".lr-label"]
+    assert min(ratio for _, ratio in graph.locator(".lr-progress").evaluate(_CONTRAST)) >= 4.5
+    graph.evaluate(
+        """() => window.comfyAPI.api.api.dispatchEvent(new CustomEvent('execution_error',
+            {detail: {node_id: '4', exception_message: 'No room for the file.'}}))"""
+    )
+    (failed,) = graph.locator(".lr-text[data-state=failed]").all_inner_texts()
+    assert failed == "No room for the file."
+    assert graph.locator(".lr-text[data-state=failed]").evaluate(_CONTRAST)[0][1] >= 4.5
+
+
+_EMPTY_SPACE = """() => window.app.graph._nodes.map(({id, title, size, graph, computeSize}) => {
+    const node = graph.getNodeById(id)
+    const root = document.querySelector(`[data-node-id="${id}"]`)
+    if (!root) return [title, size[1] - node.computeSize()[1]]
+    const widgets = root.querySelector('.lg-node-widgets')
+    const scale = root.getBoundingClientRect().width / root.offsetWidth
+    const end = (widgets.nextElementSibling ?? root).getBoundingClientRect()
+    return [title, ((widgets.nextElementSibling ? end.top : end.bottom) - widgets.getBoundingClientRect().bottom) / scale]
+})"""
+
+
+def test_nodes_have_no_empty_halves_and_text_boxes_one_line_until_they_are_used(page, workflow):
+    opened = workflow()
+    opened["nodes"][1]["size"][1] = 700
+    load_workflow(page, opened)
+    page.locator(".lr-progress").wait_for(state="visible")
+    for _ in range(10):
+        page.evaluate(_FRAMES)
+    empty = dict(page.evaluate(_EMPTY_SPACE))
+    if page.vue_nodes:
+        assert max(empty.values()) <= 30, empty
+        return
+    assert empty["Configure Quantization"] <= 1
+    box = "() => window.app.graph.getNodeById(2).widgets.find(({name}) => name === 'keep').element"
+    height = f"() => ({box})().offsetHeight"
+    page.evaluate(_FRAMES)
+    one = page.evaluate(height)
+    assert one < 40
+    page.evaluate(f"() => ({box})().focus()")
+    page.wait_for_function(f"(one) => ({box})().offsetHeight > one + 30", arg=one)
+    page.evaluate(f"() => ({box})().blur()")
+    page.wait_for_function(f"(one) => ({box})().offsetHeight <= one + 1", arg=one)
+
+
 def test_one_panel_through_collapse_copy_and_subgraph(graph):
     send(graph, start(4), layer(0, 4, 0.02))
     graph.evaluate("(id) => window.app.graph.getNodeById(id).collapse()", QUANTIZE)
@@ -715,7 +797,7 @@ def test_one_panel_through_collapse_copy_and_subgraph(graph):
     graph.evaluate("(id) => window.app.graph.getNodeById(id).collapse()", QUANTIZE)
     graph.locator(".lr-progress").wait_for(state="visible")
     assert panel(graph)["count"] == "50 % · 2 / 4"
-    assert [kind for kind, _ in cells(graph, 4)] == ["filled"] * 2 + ["to do"] * 2
+    assert [kind for kind, *_ in cells(graph, 4)] == ["filled"] * 2 + ["to do"] * 2
 
     copied = graph.evaluate(
         """(id) => {
@@ -749,7 +831,7 @@ def test_calibrate_tells_of_its_steps(graph):
     send(graph, {**step, "done": 0, "elapsed": 0}, {**step, "done": 10, "elapsed": 5.0}, node=node)
     shown = panel(graph)
     assert (shown["state"], shown["percent"], shown["count"]) == ("running", 25, "25 % · 10 / 40")
-    assert (shown["label"], shown["second"]) == ("calibrating 36 layers", "15 s left · 2.0 steps/s")
+    assert (shown["label"], shown["second"]) == ("calibrating 36 layers", "15 s left · 2 steps/s")
     assert shown["buttons"] == ["Cancel"]
     send(graph, {"state": "calibrated", "layers": 36, "tokens": 512, "bytes": 19_200_000, "seconds": 42.0}, node=node)
     shown = panel(graph)
@@ -770,11 +852,11 @@ def test_reloaded_and_further_pages_show_the_whole_run_and_can_cancel_it(comfy, 
         load_workflow(second, running)
         for each in (first, second):
             each.wait_for_function(_REACHED, arg=3)
-            assert re.search(r"row 3 to do \d\d", panel(each)["legend"])
+            assert re.search(r"row: 3 to do: \d\d", panel(each)["legend"])
         gate(2)
         for each in (first, second):
             each.wait_for_function(_REACHED, arg=5)
-            assert re.search(r"row 5 to do \d\d", panel(each)["legend"])
+            assert re.search(r"row: 5 to do: \d\d", panel(each)["legend"])
         second.get_by_role("button", name="Cancel", exact=True).click()
         for each in (first, second):
             each.locator(".lr-progress[data-state=stopped]").wait_for()

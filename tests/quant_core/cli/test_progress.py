@@ -79,8 +79,15 @@ def test_nothing_is_drawn_into_a_pipe_or_file(monkeypatch):
 
 
 def test_the_pace_excludes_resumed_layers(monkeypatch, capsys):
-    events = [started(), layer(0), finished(0, 90.0), layer(1), finished(1, 95.0), RunResumed(layers=2, total=4)]
-    *_, last = draw(monkeypatch, [*events, layer(2), finished(2, 2.0, 2.0), layer(3)])
+    events = [
+        started(),
+        layer(0),
+        finished(0, 90.0),
+        layer(1),
+        finished(1, 95.0),
+        RunResumed(layers=2, total=4, elapsed=1.0),
+    ]
+    *_, last = draw(monkeypatch, [*events, layer(2), finished(2, 3.0, 2.0), layer(3)])
     assert "3/4" in last and "500 MB/s, 2 s left" in last
     assert capsys.readouterr().out == "Resuming: 2 of 4 layers already done.\n"
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.kernels import tuning
 from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics, LowRankHessian
+from learned_rounding.quant_core.display import three_digits
 from learned_rounding.quant_core.errors import NothingToQuantizeError, RecipeError, UnknownNameError
 from learned_rounding.quant_core.events import LayerMeasured, RunStarted
 from learned_rounding.quant_core.formats import FormatConfig
@@ -142,7 +143,7 @@ def test_a_model_of_24_gb_fits_in_7():
     ).report
     assert report.bytes_in == 24e5 * 1.024 and report.bytes_out <= 7e5 * 1.024
     assert report.choice.chosen[0] == report.bytes_out and len(report.choice.curve) > len(layers)
-    assert f"{report.choice.chosen[1]:.4f} (chosen)" in report.table()
+    assert f"{three_digits(report.choice.chosen[1])} (chosen)" in report.table()
 
 
 def test_four_bits_are_measured_with_the_rounding_of_the_run(tensors):

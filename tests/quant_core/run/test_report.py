@@ -9,6 +9,8 @@ import pytest
 from learned_rounding.quant_core import Report
 from learned_rounding.quant_core.display import human_bytes
 from learned_rounding.quant_core.events import LayerFinished, LayerKept
+from learned_rounding.quant_core.run.blocks import WalkSummary
+from learned_rounding.quant_core.run.report import PartSummary
 
 
 def layer(name: str, error: float, index: int = 0) -> LayerFinished:
@@ -96,6 +98,16 @@ def test_the_table_says_what_happened(sentences):
     sentences(made.table())
     five, one = (made.table(worst=count).count("\n") for count in (5, 1))
     assert five == one + 4
+
+
+def test_every_text_encoder_has_its_summary():
+    sequential = {part: WalkSummary("9.0", 4, error) for part, error in {"clip_l": 0.0123456, "t5xxl": 0.05}.items()}
+    made = report(0.1, parts={part: PartSummary(sequential=summary) for part, summary in sequential.items()})
+    assert [line.split()[:4] for line in made.table().splitlines() if line.startswith("model output")] == [
+        ["model", "output,", part, "error"] for part in sequential
+    ]
+    assert "error 0.0123 as run on SM 9.0; 4 recorded calls" in made.markdown()
+    assert json.loads(made.to_json())["parts"]["t5xxl"]["sequential"]["output_error"] == 0.05
 
 
 def test_the_table_says_which_solver_won_and_by_how_much(sentences):
