@@ -6,6 +6,8 @@ import { addDependentOptions } from "./dependent_options.js";
 import { nodeByExecutionId } from "./graph_lookup.js";
 import { isBlank } from "./panel.js";
 import { addProgressWidget, showProgress, showRun, showSummary } from "./progress_widget.js";
+import { QUANTIZE_ENTRY } from "./quantize_entry.js";
+import { addAliasesToSearch } from "./search.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";
 
@@ -110,6 +112,7 @@ const catchingUp = oneAtATime(catchUp);
 app.registerExtension({
   name: "LearnedRounding.Widgets",
   settings: [NATIVE_INT8],
+  ...QUANTIZE_ENTRY,
 
   /** Load the texts of the page's language before nodes are created; they come with the texts of all nodes. */
   async init() {
@@ -136,6 +139,7 @@ app.registerExtension({
       if (nodes.some((node) => node && isBlank(node))) catchingUp(); // the node is cached, so ComfyUI sends no event for it
     });
     await convertNativeInt8Setting();
+    await addAliasesToSearch(app.extensionManager);
   },
 
   /** A workflow was opened or the page reloaded, possibly during a run. Not awaited: ComfyUI would block the user until it ends. */
