@@ -12,7 +12,11 @@ const readAliases = async () => (await fetch(new URL("./search_aliases.json", im
 /** The title in the page's language, and in newer frontends the English one. */
 const titlesOf = ({ display_name: title, search_aliases: aliases = [] }) => [title, ...aliases];
 
-const isNamed = ({ name, display_name: title }, word) => `${name} ${title}`.toLowerCase().includes(word);
+/** Whether a title or id has the words of a phrase; an id is split at its capitals. */
+function isNamed({ name, display_name: title }, phrase) {
+  const spaced = `${title} ${name.replace(/(?<=[a-z])(?=[A-Z])/g, " ")}`.toLowerCase();
+  return ` ${spaced.replace(/[^\p{L}\p{N}]+/gu, " ")} `.includes(` ${phrase} `);
+}
 
 /**
  * Order of the node definitions `found` for `query`, with those of `aliased` that an alias finds.

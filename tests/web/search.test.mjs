@@ -24,6 +24,7 @@ test("a complete alias comes first, however it is typed", () => {
 
 test("a word in the titles of other nodes is theirs first", () => {
   assert.deepEqual(rank("gguf", loader, sampler), ["UnetLoaderGGUF", "Quantize", "Sampler"]);
+  assert.deepEqual(rank("psnr", node("Dpsnramp", "Dpsnramp")), ["Compare", "Dpsnramp"]);
 });
 
 test("the beginning of an alias finds the node without changing the order", () => {
