@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ALIASES = json.loads(
-    (Path(__file__).resolve().parents[2] / "web" / "search_aliases.json").read_text(encoding="utf-8")
-)
+ALIASES = json.loads((Path(__file__).resolve().parents[2] / "web" / "search_aliases.json").read_text(encoding="utf-8"))
 # Saved workflows hold node ids, input names and widget values by place: nothing here may change, new inputs come last.
 INPUTS = {
     "LearnedRoundingLoadModel": "model clip_type requantize",
