@@ -17,7 +17,7 @@ from learned_rounding.hosts import ComfyServer, InstallError, find_host
 from learned_rounding.hosts.workflows import to_api
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = "quantize_then_sample"
+EXAMPLE = "1 Quantize and compare"
 PROMPTS = ("red apple", "owl", "rocket", "guitar", "tropical fish", "hot beverage")
 _GAIN = 8
 _CELL, _GAP, _HEAD = 128, 8, 40

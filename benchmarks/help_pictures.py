@@ -37,13 +37,13 @@ SOURCE, QUANTIZED, CALIBRATION = (
 )
 # Node → example workflow that contains it.
 EXAMPLES = {
-    "LearnedRoundingLoadModel": "quantize_file",
-    "LearnedRoundingConfigure": "quantize_file",
-    "LearnedRoundingQuantize": "calibrate_then_sample",
-    "LearnedRoundingSave": "quantize_file",
-    "LearnedRoundingCalibrate": "calibrate_and_compare",
-    "LearnedRoundingCompare": "calibrate_and_compare",
-    "LearnedRoundingReport": "checkpoint",
+    "LearnedRoundingLoadModel": "2 Quantize a model file",
+    "LearnedRoundingConfigure": "2 Quantize a model file",
+    "LearnedRoundingQuantize": "3 Calibrate and quantize",
+    "LearnedRoundingSave": "2 Quantize a model file",
+    "LearnedRoundingCalibrate": "4 Compare in numbers",
+    "LearnedRoundingCompare": "4 Compare in numbers",
+    "LearnedRoundingReport": "8 Quantize a checkpoint",
 }
 # Nodes whose workflow is not run: they show only widgets, or need a text encoder, which the tiny model does not have.
 NOT_RUN = {f"LearnedRounding{name}" for name in ("Configure", "Options", "CalibrateText", "CompareText")}

@@ -55,12 +55,12 @@ class Shot:
 
 _RESULT = ("LearnedRoundingCalibrate", "LearnedRoundingQuantize", "LearnedRoundingSave", "Original", "Quantized")
 SHOTS = (
-    Shot("widget-running", "calibrate_then_sample", _RESULT[:3], running=25),
-    Shot("widget-done", "calibrate_then_sample", _RESULT),
-    Shot("card", "calibrate_then_sample", ("LearnedRoundingQuantize",), card=0.6),
-    Shot("calibrate", "calibrate_then_sample", ("LearnedRoundingCalibrate",)),
-    Shot("compare", "calibrate_and_compare", ("LearnedRoundingCompare", "How far from full precision, in numbers")),
-    Shot("report", "calibrate_and_compare", ("LearnedRoundingReport",)),
+    Shot("widget-running", "3 Calibrate and quantize", _RESULT[:3], running=25),
+    Shot("widget-done", "3 Calibrate and quantize", _RESULT),
+    Shot("card", "3 Calibrate and quantize", ("LearnedRoundingQuantize",), card=0.6),
+    Shot("calibrate", "3 Calibrate and quantize", ("LearnedRoundingCalibrate",)),
+    Shot("compare", "4 Compare in numbers", ("LearnedRoundingCompare", "How far from full precision, in numbers")),
+    Shot("report", "4 Compare in numbers", ("LearnedRoundingReport",)),
     Shot("inspect", "inspect", ("LearnedRoundingInspect",)),
 )
 

@@ -25,10 +25,9 @@ class Calibrate(io.ComfyNode):
     def define_schema(cls):
         return schema(
             node_id="LearnedRoundingCalibrate",
-            display_name="Calibrate",
+            display_name="Calibrate for Quantization",
             description="Sample with the original MODEL as KSampler does and note what its linear layers are given, "
             "for calibrated rounding. The MODEL stays as it is.",
-            search_aliases=["calibration", "activations", "gram", "learned rounding"],
             is_input_list=True,
             inputs=[
                 io.Model.Input(

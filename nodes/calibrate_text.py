@@ -25,9 +25,8 @@ class CalibrateTextEncoder(io.ComfyNode):
     def define_schema(cls):
         return schema(
             node_id="LearnedRoundingCalibrateText",
-            display_name="Calibrate Text Encoder",
+            display_name="Calibrate Text Encoder for Quantization",
             description="Encode prompts with the original CLIP and note what its linear layers are given, for calibrated rounding. The CLIP stays as it is.",
-            search_aliases=["calibration", "activations", "t5", "clip", "learned rounding"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The full-precision CLIP that is going to be quantized."),
                 widget(

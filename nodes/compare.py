@@ -22,9 +22,8 @@ class Compare(io.ComfyNode):
     def define_schema(cls):
         return schema(
             node_id="LearnedRoundingCompare",
-            display_name="Compare",
+            display_name="Compare Quantized Model",
             description="How far is this model from full precision? Samples both from the same noise and measures latents step by step, and pictures.",
-            search_aliases=["psnr", "ssim", "lpips", "snr", "quality"],
             is_input_list=True,
             inputs=[
                 io.Model.Input("reference", tooltip="The full-precision MODEL."),

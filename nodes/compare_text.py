@@ -17,9 +17,8 @@ class CompareTextEncoders(io.ComfyNode):
     def define_schema(cls):
         return schema(
             node_id="LearnedRoundingCompareText",
-            display_name="Compare Text Encoders",
+            display_name="Compare Quantized Text Encoder",
             description="How far is this text encoder from full precision? Encodes prompts with both CLIPs and compares the conditioning.",
-            search_aliases=["snr", "cosine", "quality", "t5", "clip"],
             inputs=[
                 io.Clip.Input("reference", tooltip="The full-precision CLIP."),
                 io.Clip.Input("compared", tooltip="The quantized CLIP."),

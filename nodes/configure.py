@@ -84,7 +84,6 @@ class ConfigureQuantization(io.ComfyNode):
             node_id="LearnedRoundingConfigure",
             display_name="Configure Quantization",
             description="Format, keep list and rounding for Learned Round Quantize.",
-            search_aliases=["convrot", "recipe"],
             inputs=[
                 *(
                     option_widget(

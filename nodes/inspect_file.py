@@ -19,9 +19,8 @@ class Inspect(io.ComfyNode):
     def define_schema(cls):
         return schema(
             node_id="LearnedRoundingInspect",
-            display_name="Inspect",
+            display_name="Inspect Model File",
             description="What is in this file, which layers are quantized and how, and will stock ComfyUI load it? Reads the header only.",
-            search_aliases=["file", "format", "metadata", "header"],
             inputs=[
                 file_input(
                     "model",

@@ -23,9 +23,8 @@ class LoadModel(io.ComfyNode):
     def define_schema(cls):
         return schema(
             node_id="LearnedRoundingLoadModel",
-            display_name="Load Model (Learned Rounding)",
+            display_name="Load Model File for Quantization",
             description="Choose a full-precision model file to quantize. Nothing is loaded into memory: layers stream from disk when they are quantized.",
-            search_aliases=["load", "file"],
             inputs=[
                 file_input(
                     "model",

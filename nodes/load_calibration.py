@@ -20,7 +20,6 @@ class LoadCalibration(io.ComfyNode):
             node_id="LearnedRoundingLoadCalibration",
             display_name="Load Calibration",
             description="Choose a saved calibration. It fits every model whose layers have the same names and shapes.",
-            search_aliases=["calibration", "load", "open"],
             inputs=[
                 file_input(
                     "file",

@@ -20,7 +20,6 @@ class LoadQuantized(io.ComfyNode):
             node_id="LearnedRoundingLoadQuantized",
             display_name="Load Quantized Model",
             description="Load a quantized file, also in a format that this ComfyUI cannot run by itself: its layers are then decoded as they run.",
-            search_aliases=["load", "blockwise", "quantized"],
             inputs=[
                 file_input(
                     "model",

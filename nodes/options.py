@@ -66,7 +66,6 @@ class RoundingOptions(io.ComfyNode):
             node_id="LearnedRoundingOptions",
             display_name="Rounding Options",
             description="Options of the rounding, for Configure Quantization. An option without effect is refused; one that is not given has its default.",
-            search_aliases=["optimizer", "svd", "iterations", "learned rounding", "block size"],
             inputs=[_make_widget(name) for name in _TABLE],
             outputs=[OptionsType.Output(display_name="options", tooltip="For Configure Quantization.")],
         )

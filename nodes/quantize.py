@@ -18,14 +18,13 @@ class LearnedRoundQuantize(io.ComfyNode):
     def define_schema(cls):
         return schema(
             node_id="LearnedRoundingQuantize",
-            display_name="Learned Round Quantize",
+            display_name="Learned Round Quantize (FP8 / INT8 / INT4)",
             description="Quantize a model layer by layer. LoRAs on the incoming MODEL or CLIP are baked in; the incoming one stays usable.",
-            search_aliases=["rounding"],
             inputs=[
                 io.MultiType.Input(
                     "source",
                     types=[io.Model, io.Clip, Source],
-                    tooltip="A MODEL, a CLIP, or a file from Load Model (Learned Rounding).",
+                    tooltip="A MODEL, a CLIP, or a file from Load Model File for Quantization.",
                 ),
                 RecipeType.Input(
                     "recipe", optional=True, tooltip="From Configure Quantization; without it FP8 with all defaults."
@@ -59,7 +58,7 @@ class LearnedRoundQuantize(io.ComfyNode):
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model, ready for a sampler."),
                 io.Clip.Output(display_name="CLIP", tooltip="The quantized text encoder, ready for CLIP Text Encode."),
-                QuantizedType.Output(display_name="quantized", tooltip="For Save Quantized."),
+                QuantizedType.Output(display_name="quantized", tooltip="For Save Quantized Model."),
                 io.String.Output(display_name="report", tooltip="What was done, as text."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],

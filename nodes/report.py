@@ -24,7 +24,6 @@ class QuantizationReport(io.ComfyNode):
             node_id="LearnedRoundingReport",
             display_name="Quantization Report",
             description="What became of each layer: errors, sizes and solvers, as tables in markdown and as a picture.",
-            search_aliases=["report", "histogram", "error", "size"],
             inputs=[QuantizedType.Input("quantized", tooltip="From Learned Round Quantize.")],
             outputs=[
                 io.String.Output(display_name="report", tooltip="Totals and the worst layers, as tables in markdown."),

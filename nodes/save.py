@@ -1,4 +1,4 @@
-"""Save Quantized: save the result under a name that ComfyUI's loaders find, and verify it."""
+"""Save Quantized Model: save the result under a name that ComfyUI's loaders find, and verify it."""
 
 from comfy_api.latest import io
 
@@ -15,9 +15,8 @@ class SaveQuantized(io.ComfyNode):
     def define_schema(cls):
         return schema(
             node_id="LearnedRoundingSave",
-            display_name="Save Quantized",
+            display_name="Save Quantized Model",
             description="Keep a quantized model as a file that ComfyUI's own loaders find, and verify that they read it. Nothing is ever overwritten.",
-            search_aliases=["save", "export", "verify"],
             inputs=[
                 QuantizedType.Input("quantized", tooltip="From Learned Round Quantize."),
                 widget(

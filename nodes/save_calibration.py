@@ -17,7 +17,6 @@ class SaveCalibration(io.ComfyNode):
             node_id="LearnedRoundingSaveCalibration",
             display_name="Save Calibration",
             description="Keep a calibration as a file in output/calibrations. It serves every fine-tune of the same architecture. Nothing is ever overwritten.",
-            search_aliases=["calibration", "save", "export"],
             inputs=[
                 CalibrationType.Input("calibration", tooltip="From Calibrate or Calibrate Text Encoder."),
                 widget(

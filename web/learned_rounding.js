@@ -8,6 +8,8 @@ import { nodeByExecutionId } from "./graph_lookup.js";
 import { afterSaving, refreshLoaderLists } from "./loader_lists.js";
 import { isBlank } from "./panel.js";
 import { addProgressWidget, endLostRuns, showProgress, showRun, showSummary } from "./progress_widget.js";
+import { QUANTIZE_ENTRY } from "./quantize_entry.js";
+import { addAliasesToSearch } from "./search.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";
 
@@ -122,6 +124,7 @@ const refreshing = oneAtATime(refreshLoaderLists);
 app.registerExtension({
   name: "LearnedRounding.Widgets",
   settings: [NATIVE_INT8],
+  ...QUANTIZE_ENTRY,
 
   /** Load the texts of the page's language before nodes are created; they come with the texts of all nodes. */
   async init() {
@@ -155,6 +158,7 @@ app.registerExtension({
       if (nodes.some((node) => node && isBlank(node))) catchingUp(); // the node is cached, so ComfyUI sends no event for it
     });
     await convertNativeInt8Setting();
+    await addAliasesToSearch(app.extensionManager);
   },
 
   /** A workflow was opened or the page reloaded, possibly during a run. Not awaited: ComfyUI would block the user until it ends. */

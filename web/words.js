@@ -1,6 +1,7 @@
 /** Texts of the panels: English here, other languages in locales/LANGUAGE/main.json under the same keys. */
 
 export const ENGLISH = Object.freeze({
+  quantizeThis: "Quantize this model",
   idle: "Progress appears here while the workflow runs.",
   reading: "Reading the model…",
   measuring: "measuring what each format costs, layer {number} of {total}",

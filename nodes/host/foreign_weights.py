@@ -18,7 +18,7 @@ DECODED = torch.bfloat16  # dtype of weights that another pack dequantizes, as o
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _VALUES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PACKED = (torch.uint8, torch.int8, torch.int16)  # matrices of these dtypes are quantized values
-_ADVICE = "choose its file in Load Model (Learned Rounding), or connect the full-precision original"
+_ADVICE = "choose its file in Load Model File for Quantization, or connect the full-precision original"
 Decoder = Callable[[torch.Tensor], torch.Tensor]
 Loader = Callable[[torch.Tensor, torch.device], torch.Tensor]
 

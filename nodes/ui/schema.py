@@ -1,8 +1,10 @@
 """Node schemas for all supported ComfyUI releases: options that a release does not have are omitted."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 from comfy_api.latest import io
 
@@ -28,7 +30,8 @@ RecipeType = io.Custom("LEARNED_ROUNDING_RECIPE")
 QuantizedType = io.Custom("LEARNED_ROUNDING_QUANTIZED")
 CalibrationType = io.Custom("LEARNED_ROUNDING_CALIBRATION")
 
-_SEARCH_TERMS = ("fp8", "int8", "convert", "quantize")
+# Node id → words that the node search finds it by, besides its title. Pages read the same file: older frontends search titles only.
+_SEARCH_ALIASES = json.loads((Path(__file__).parents[2] / "web" / "search_aliases.json").read_text(encoding="utf-8"))
 
 # Options of later releases than the oldest supported one; they affect the appearance of a node only.
 _NEWER = ("advanced", "search_aliases", "essentials_category")
@@ -59,10 +62,21 @@ def widget(kind, matters_for: list[dict] | None = None, **options):
     return made
 
 
-def schema(search_aliases: Sequence[str] = (), **options):
-    """A node schema with the options that this ComfyUI supports and common search terms in ``search_aliases``."""
+def schema(node_id: str, display_name: str, **options):
+    """A node schema with the options that this ComfyUI supports.
+
+    The English title is a search alias, because a page in another language searches its own titles.
+    """
+    aliases = [display_name, *_SEARCH_ALIASES[node_id]]
     return _call_with_supported(
-        io.Schema, {"category": CATEGORY, "search_aliases": [*search_aliases, *_SEARCH_TERMS], **options}
+        io.Schema,
+        {
+            "node_id": node_id,
+            "display_name": display_name,
+            "category": CATEGORY,
+            "search_aliases": aliases,
+            **options,
+        },
     )
 
 

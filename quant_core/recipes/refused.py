@@ -46,7 +46,7 @@ _PREFIX = f"(?:{'|'.join(map(re.escape, STARTS))})?"
 
 DIFFUSERS = Refused(
     # ComfyUI's loader joins and renames such layers one by one, and drops the tensors of quantized ones.
-    "under diffusers' layer names, which ComfyUI cannot read quantized; choose it in Load Model (Learned Rounding) inside ComfyUI, which "
+    "under diffusers' layer names, which ComfyUI cannot read quantized; choose it in Load Model File for Quantization inside ComfyUI, which "
     "gives it ComfyUI's own names (SD1.5 to SDXL, SD3, Flux.1, AuraFlow, PixArt, Z-Image), or give a file that has those names",
     tuple(
         tuple(_PREFIX + mark for mark in marks)

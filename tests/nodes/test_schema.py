@@ -1,7 +1,11 @@
 """What the page and other people's workflows rely on: ids, order of widgets, tooltips, search words."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+ALIASES = json.loads((Path(__file__).resolve().parents[2] / "web" / "search_aliases.json").read_text(encoding="utf-8"))
 # Saved workflows hold node ids, input names and widget values by place: nothing here may change, new inputs come last.
 INPUTS = {
     "LearnedRoundingLoadModel": "model clip_type requantize",
@@ -91,7 +95,13 @@ def test_rare_options_are_advanced_and_every_node_is_found_by_what_people_search
     }
     assert {name: keys for name, keys in advanced.items() if keys} == ADVANCED
     for name, info in nodes.items():
-        assert {"fp8", "int8", "convert", "quantize"} <= set(info["search_aliases"]), name
+        assert info["search_aliases"] == [info["display_name"], *ALIASES[name]], name
+
+
+def test_every_node_has_search_aliases_of_its_own():
+    aliases = [alias for words in ALIASES.values() for alias in words]
+    assert set(ALIASES) == set(INPUTS) and all(ALIASES.values())
+    assert len(set(aliases)) == len(aliases) and aliases == [alias.lower() for alias in aliases]
 
 
 def test_dependent_inputs_name_inputs_of_their_own_node(nodes):

@@ -1,5 +1,6 @@
 """The shipped workflows run with the tiny model in place of the public ones that they name, and explain what to choose."""
 
+import itertools
 import json
 
 import pytest
@@ -18,6 +19,7 @@ from learned_rounding.benchmarks.tiny_model.graph import pictures, psnr
 from learned_rounding.hosts.workflows import to_api
 from learned_rounding.quant_core.output import verify_file
 
+TITLE = 30  # height of a node's title above its position
 WORKFLOWS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(EXAMPLES.glob("*.json"))}
 
 
@@ -73,19 +75,48 @@ def test_example_is_for_users(name):
     notes = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
     assert len(notes) == 1 and "Choose your" in notes[0] and len(notes[0]) > 200
     for node in nodes:
-        files = [
-            value.split("/")[-1]
-            for value in node["widgets_values"]
-            if isinstance(value, str) and value.endswith(".safetensors")
-        ]
+        files = [value for value in node["widgets_values"] if isinstance(value, str) and value.endswith(".safetensors")]
         models = node["properties"].get("models", [])
-        assert [model["name"] for model in models] == files
+        assert [model["name"] for model in models] == files  # pages look a model up by the value of the widget
         for model in models:
-            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(f"/{model['name']}")
+            file = model["name"].rpartition("/")[2]
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(f"/{file}")
+            assert model["name"] in (file, f"{model['directory']}/{file}")
     if not any(node["type"] == "LearnedRoundingLoadModel" for node in nodes):
         assert {"UNETLoader", "CLIPLoader", "VAELoader", "CLIPTextEncode", "EmptySD3LatentImage"} <= {
             node["type"] for node in nodes
         }
+
+
+def _contains(group, node) -> bool:
+    (x, y, width, height), (left, top), (wide, high) = group["bounding"], node["pos"], node["size"]
+    return x <= left and y <= top - TITLE and left + wide <= x + width and top + high <= y + height
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_groups_of_an_example_are_its_steps(name):
+    """Numbered groups in the order of use; each node but the note is in one of them, and nothing overlaps."""
+    nodes, groups = WORKFLOWS[name]["nodes"], WORKFLOWS[name]["groups"]
+    assert [group["title"].split()[0] for group in groups] == [str(index + 1) for index in range(len(groups))]
+    assert groups[0]["title"] == "1 Load" and any(group["title"].endswith(" Quantize") for group in groups)
+    for before, after in itertools.pairwise(groups):
+        assert before["bounding"][0] + before["bounding"][2] < after["bounding"][0]
+    for node in nodes:
+        assert sum(_contains(group, node) for group in groups) == (node["type"] != "MarkdownNote"), node["type"]
+    for one, other in itertools.combinations(nodes, 2):
+        apart = (
+            abs(2 * (one["pos"][axis] - other["pos"][axis]) + one["size"][axis] - other["size"][axis])
+            - (one["size"][axis] + other["size"][axis])
+            for axis in (0, 1)
+        )
+        assert max(space - 2 * TITLE * axis for axis, space in enumerate(apart)) >= 0, (one["type"], other["type"])
+
+
+def test_examples_are_numbered_in_the_order_of_use():
+    """The first is the one of the README."""
+    names = list(WORKFLOWS)
+    assert [name.split()[0] for name in names] == [str(index + 1) for index in range(len(names))]
+    assert f"→ {names[0]}*" in (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
 
 
 def _workflow_of(picture) -> dict:

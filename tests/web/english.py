@@ -13,7 +13,7 @@ from typing import Any
 
 from learned_rounding.hosts import ComfyServer, available_hosts
 
-__all__ = ["LOCALE", "PAGES", "definitions", "is_plain"]
+__all__ = ["LOCALE", "PAGES", "definitions", "english_titles", "is_plain"]
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCALE = ROOT / "locales" / "en" / "nodeDefs.json"
@@ -25,6 +25,11 @@ _SYNTAX = frozenset("{}@|")
 def is_plain(text: str) -> bool:
     """Whether a translation says what it says: nothing in it is syntax."""
     return not _SYNTAX & set(text)
+
+
+def english_titles() -> dict[str, str]:
+    """{node id: its English title}."""
+    return {name: texts["display_name"] for name, texts in json.loads(LOCALE.read_text(encoding="utf-8")).items()}
 
 
 def definitions(object_info: Mapping[str, Any]) -> dict[str, dict]:
