@@ -22,6 +22,7 @@ from .quantize import LearnedRoundQuantize
 from .report import QuantizationReport
 from .save import SaveQuantized
 from .save_calibration import SaveCalibration
+from .ui.preview import add_preview_route
 from .ui.progress import add_progress_route
 
 __all__ = ["LearnedRoundingExtension"]
@@ -37,6 +38,7 @@ class LearnedRoundingExtension(ComfyExtension):
         host.add_native_int8_setting()
         host.follow_free_requests()
         add_progress_route()
+        add_preview_route()
         return [
             LoadModel,
             ConfigureQuantization,

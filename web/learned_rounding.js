@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js";
 import { addDependentOptions } from "./dependent_options.js";
 import { nodeByExecutionId } from "./graph_lookup.js";
 import { isBlank } from "./panel.js";
+import { followGraph, updatePreviews } from "./preview.js";
 import { addProgressWidget, showProgress, showRun, showSummary } from "./progress_widget.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";
@@ -131,6 +132,7 @@ app.registerExtension({
       if (node && !showProgress(node, detail)) catchingUp();
     });
     api.addEventListener("reconnected", catchingUp);
+    followGraph();
     api.addEventListener("execution_cached", ({ detail }) => {
       const nodes = (detail.nodes ?? []).map((id) => nodeByExecutionId(app.rootGraph, id));
       if (nodes.some((node) => node && isBlank(node))) catchingUp(); // the node is cached, so ComfyUI sends no event for it
@@ -141,6 +143,7 @@ app.registerExtension({
   /** A workflow was opened or the page reloaded, possibly during a run. Not awaited: ComfyUI would block the user until it ends. */
   afterConfigureGraph() {
     catchingUp();
+    updatePreviews();
   },
 
   nodeCreated(node) {

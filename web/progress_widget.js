@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js";
 import { originOf } from "./graph_lookup.js";
 import { LayerStrip, background } from "./layer_strip.js";
 import { addPanel, bringIntoView, element, setText } from "./panel.js";
+import { addPreview } from "./preview.js";
 import {
   IDLE, WORST, advance, cellLines, follows, formatError, isMeasured, keepRule, legend, percent, replay, shortName, splitName, summarised,
   words, worstError,
@@ -25,6 +26,7 @@ export function addProgressWidget(node, task) {
   const panel = new ProgressPanel(node);
   panels.set(node, panel);
   addPanel(node, PROGRESS_WIDGET, panel.root, { ...SIZES[task], fixed: true });
+  if (task === "quantize") addPreview(node, (rows) => panel.preview(rows));
 }
 
 /** Pass a message to a node's panel; returns false if an earlier one is missing. Nodes without a panel return true. */
@@ -59,6 +61,7 @@ class ProgressPanel {
       role: "progressbar", "aria-label": say("progress"), "aria-valuemin": "0", "aria-valuemax": "100",
     });
     this.first = element("div", "lr-first", [], { role: "status" });
+    this.plan = element("dl", "lr-preview");
     this.layer = nameElement("lr-layer");
     this.second = element("div", "lr-second");
     this.strip = new LayerStrip({
@@ -85,7 +88,7 @@ class ProgressPanel {
     this.cancel = button(say("cancel"), say("cancelTip"), () => this.#cancel());
     this.root = element("div", "lr-panel lr-progress", [
       element("div", "lr-head", [this.label, this.count]),
-      this.bar, this.first, this.layer.root, this.second, this.strip.root, this.legend,
+      this.bar, this.plan, this.first, this.layer.root, this.second, this.strip.root, this.legend,
       element("div", "lr-detail", [this.worst, this.card]),
       element("div", "lr-foot", [this.notice, this.keep, this.cancel]),
     ]);
@@ -93,6 +96,12 @@ class ProgressPanel {
     for (const target of [this.strip.root, this.keep, this.cancel]) target.addEventListener("pointerdown", (event) => event.stopPropagation());
     this.root.addEventListener("focusout", ({ relatedTarget }) => this.root.contains(relatedTarget) || this.strip.release());
     this.#draw();
+  }
+
+  /** Show what a run will do: rows [label, text], or one sentence; it is visible until the first run. */
+  preview(rows) {
+    const texts = typeof rows === "string" ? [element("dd", "lr-preview-error", [rows])] : rows.flatMap(([label, text]) => [element("dt", "", [label]), element("dd", "", [text], { title: text })]);
+    this.plan.replaceChildren(...texts);
   }
 
   receive(event) {
