@@ -2,6 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { addComparisonWidget, showComparison } from "./comparison_widget.js";
 import { addDependentOptions } from "./dependent_options.js";
 import { nodeByExecutionId } from "./graph_lookup.js";
 import { isBlank } from "./panel.js";
@@ -23,6 +24,7 @@ const WIDGETS = {
   LearnedRoundingLoadQuantized: (node) => addTextWidget(node, say("quantizedText"), FILE),
   LearnedRoundingLoadCalibration: (node) => addTextWidget(node, say("calibrationText"), { lines: 8, ...FILE }),
   LearnedRoundingSaveCalibration: (node) => addTextWidget(node, say("savedCalibrationText"), { lines: 3 }),
+  LearnedRoundingCompare: addComparisonWidget,
   LearnedRoundingSave: (node) => addTextWidget(node, say("savedText"), { lines: 6 }),
   LearnedRoundingInspect: (node) => addTextWidget(node, say("fileText"), { lines: 16, width: 480 }),
 };
@@ -67,7 +69,8 @@ function convertNativeInt8Widget(node) {
 }
 
 /** Show a node's output in its panel. */
-function showOutput(node, { text, learned_rounding: summaries }) {
+function showOutput(node, { text, learned_rounding: summaries, learned_rounding_comparison: comparisons }) {
+  if (comparisons) showComparison(node, comparisons[0]);
   if (text) showText(node, [text].flat());
   if (summaries) showSummary(node, summaries);
 }

@@ -29,12 +29,13 @@ from ...quant_core.events import (
 from ...quant_core.run.report import Report
 from .. import host
 
-__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route", "run_summary"]
+__all__ = ["COMPARISON", "EVENT", "ROUTE", "NodeProgress", "add_progress_route", "run_summary"]
 
 EVENT = "learned_rounding.progress"
 ROUTE = "/learned_rounding/progress"
 _IDS = "LearnedRounding"  # prefix of the ids of our nodes
 _SUMMARY = "learned_rounding"  # key of a node's output for its panel
+COMPARISON = "learned_rounding_comparison"  # the same, of Compare
 _WORST = 5
 _WORKFLOW = 1000  # characters of the id of a workflow
 _RUNS = 16  # stored runs; 1 MB each for a model of 2,000 layers
@@ -169,7 +170,7 @@ def _answer_query(query: Mapping[str, str]) -> list[dict]:
     runs = {
         node: list(messages) for (workflow, node), messages in tuple(_runs.items()) if workflow == query["workflow"]
     }
-    outputs = host.latest_outputs(query["workflow"], _IDS, ("text", _SUMMARY))
+    outputs = host.latest_outputs(query["workflow"], _IDS, ("text", _SUMMARY, COMPARISON))
     return [{"node": node, "run": messages} for node, messages in runs.items()] + [
         {"node": node, "output": output} for node, output in outputs.items() if node not in runs
     ]
