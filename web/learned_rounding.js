@@ -2,11 +2,13 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { addComparisonWidget, showComparison } from "./comparison_widget.js";
 import { addDependentOptions } from "./dependent_options.js";
 import { fitInVue, fitToContent } from "./fitting.js";
 import { nodeByExecutionId } from "./graph_lookup.js";
 import { afterSaving, refreshLoaderLists } from "./loader_lists.js";
 import { isBlank } from "./panel.js";
+import { followGraph, updatePreviews } from "./preview.js";
 import { addProgressWidget, endLostRuns, showProgress, showRun, showSummary } from "./progress_widget.js";
 import { QUANTIZE_ENTRY } from "./quantize_entry.js";
 import { addAliasesToSearch } from "./search.js";
@@ -28,6 +30,7 @@ const WIDGETS = {
   LearnedRoundingLoadQuantized: (node) => addTextWidget(node, say("quantizedText"), FILE),
   LearnedRoundingLoadCalibration: (node) => addTextWidget(node, say("calibrationText"), { lines: 8, ...FILE }),
   LearnedRoundingSaveCalibration: (node) => addTextWidget(node, say("savedCalibrationText"), { lines: 3 }),
+  LearnedRoundingCompare: addComparisonWidget,
   LearnedRoundingSave: (node) => addTextWidget(node, say("savedText"), { lines: 6 }),
   LearnedRoundingInspect: (node) => addTextWidget(node, say("fileText"), { lines: 16, width: 480, columns: true }),
 };
@@ -74,7 +77,8 @@ function convertNativeInt8Widget(node) {
 }
 
 /** Show a node's output in its panel. Returns whether the panel is complete. */
-function showOutput(node, { text, learned_rounding: summaries }) {
+function showOutput(node, { text, learned_rounding: summaries, learned_rounding_comparison: comparisons }) {
+  if (comparisons) showComparison(node, comparisons[0]);
   if (text) showText(node, [text].flat());
   return !summaries || showSummary(node, summaries);
 }
@@ -145,6 +149,7 @@ app.registerExtension({
       const node = nodeByExecutionId(app.rootGraph, detail.node);
       if (node && !showProgress(node, detail)) catchingUp();
     });
+    followGraph();
     api.addEventListener("reconnected", () => {
       reconnected = true;
       catchingUp();
@@ -164,6 +169,7 @@ app.registerExtension({
   /** A workflow was opened or the page reloaded, possibly during a run. Not awaited: ComfyUI would block the user until it ends. */
   afterConfigureGraph() {
     catchingUp();
+    updatePreviews();
   },
 
   nodeCreated(node) {

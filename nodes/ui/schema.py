@@ -12,6 +12,7 @@ from ...quant_core.errors import QuantizationError
 
 __all__ = [
     "CATEGORY",
+    "ComparisonType",
     "Source",
     "OptionsType",
     "RecipeType",
@@ -28,6 +29,7 @@ Source = io.Custom("LEARNED_ROUNDING_SOURCE")
 OptionsType = io.Custom("LEARNED_ROUNDING_OPTIONS")
 RecipeType = io.Custom("LEARNED_ROUNDING_RECIPE")
 QuantizedType = io.Custom("LEARNED_ROUNDING_QUANTIZED")
+ComparisonType = io.Custom("LEARNED_ROUNDING_COMPARISON")
 CalibrationType = io.Custom("LEARNED_ROUNDING_CALIBRATION")
 
 # Node id → words that the node search finds it by, besides its title. Pages read the same file: older frontends search titles only.
