@@ -1,0 +1,72 @@
+"""Previews of runs: sizes against the files that are written, layers, formats and times."""
+
+import pytest
+import torch
+
+from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
+from learned_rounding.quant_core.errors import RecipeError
+from learned_rounding.quant_core.run.preview import preview_run
+from learned_rounding.quant_core.run.throughput import THROUGHPUT
+from learned_rounding.quant_core.sources import SafetensorsFile
+
+CPU = torch.device("cpu")
+RECIPES = [{"format": name} for name in FORMATS] + [
+    {"format": "int8_tensorwise", "convrot": 16, "keep": ("attn",)},
+    {"format": "asym_w4a8_int8", "bits": 6, "rounding": "nearest"},
+]
+
+
+@pytest.fixture
+def preview(model_file):
+    """preview(calibrated=False, recipe fields) → the preview of the made-up model's file."""
+
+    def make(calibrated: bool = False, **recipe):
+        with SafetensorsFile(model_file(author="someone")) as source:
+            return preview_run(source, Recipe(**recipe), CPU, calibrated=calibrated)
+
+    return make
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_preview_equals_the_written_file(preview, model_file, tmp_path, recipe):
+    found = preview(**recipe)
+    report = quantize_file(model_file(author="someone"), tmp_path / "q.safetensors", Recipe(**recipe))
+    assert found.bytes_in == model_file(author="someone").stat().st_size
+    assert found.bytes_out == (tmp_path / "q.safetensors").stat().st_size == report.bytes_out
+    assert found.layers == len(report.layers) == sum(count for _, count in found.formats.values())
+    assert found.unquantized == sum(not kept.removed for kept in report.kept)
+    assert [codec.format.name for codec, _ in found.formats.values()][0] in {layer.format for layer in report.layers}
+
+
+def test_preview_reads_no_tensor(header_source, layer_names):
+    source = header_source(layer_names("flux"))
+    found = preview_run(source, Recipe(format="int8_tensorwise", convrot=True), CPU)
+    assert found.bytes_out is not None and 0.49 < found.bytes_out / found.bytes_in < 0.54
+    assert list(found.formats) == ["int8_tensorwise per row, ConvRot 256"]
+
+
+def test_seconds_follow_the_table(preview):
+    fast, slow = preview(format="int8_tensorwise", rounding="nearest"), preview(format="int8_tensorwise")
+    assert fast.seconds is not None and slow.seconds is not None and 0 < fast.seconds < slow.seconds
+    assert preview(format="int8_tensorwise", calibrated=True).seconds > slow.seconds
+    assert preview(format="int8_tensorwise", rounding="stochastic").seconds is None  # not in the table
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_sequential_rounding_needs_a_calibration_before_the_run(preview, calibrated):
+    recipe = {"format": "asym_w4a8_int8", "rounding": "sequential"}
+    if calibrated:
+        assert preview(calibrated=True, **recipe).seconds is None  # not measured on a CPU
+        return
+    with pytest.raises(RecipeError):
+        preview(**recipe)
+
+
+def test_mixed_precision_has_its_target_size(preview):
+    assert preview(calibrated=True, format="measured", target_size=0.5).bytes_out == 500_000_000
+    found = preview(calibrated=True, format="measured")
+    assert (found.bytes_out, found.formats, found.seconds) == (None, {}, None) and found.layers == 6
+
+
+def test_every_measurement_names_its_source():
+    assert all(found.parameters_per_second > 0 and found.source for found in THROUGHPUT.values())
