@@ -22,6 +22,7 @@ from .quantize import LearnedRoundQuantize
 from .report import QuantizationReport
 from .save import SaveQuantized
 from .save_calibration import SaveCalibration
+from .ui.preview import add_preview_route
 from .ui.progress import add_progress_route
 
 __all__ = ["LearnedRoundingExtension"]
@@ -38,6 +39,7 @@ class LearnedRoundingExtension(ComfyExtension):
         host.follow_free_requests()
         host.report_wrong_inputs()
         add_progress_route()
+        add_preview_route()
         return [
             LoadModel,
             ConfigureQuantization,

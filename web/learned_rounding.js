@@ -7,6 +7,7 @@ import { fitInVue, fitToContent } from "./fitting.js";
 import { nodeByExecutionId } from "./graph_lookup.js";
 import { afterSaving, refreshLoaderLists } from "./loader_lists.js";
 import { isBlank } from "./panel.js";
+import { followGraph, updatePreviews } from "./preview.js";
 import { addProgressWidget, endLostRuns, showProgress, showRun, showSummary } from "./progress_widget.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";
@@ -150,6 +151,7 @@ app.registerExtension({
       const node = nodeByExecutionId(app.rootGraph, detail.node_id);
       if (node) showText(node, [detail.exception_message.trim()], "failed");
     });
+    followGraph();
     api.addEventListener("execution_cached", ({ detail }) => {
       const nodes = (detail.nodes ?? []).map((id) => nodeByExecutionId(app.rootGraph, id));
       if (nodes.some((node) => node && isBlank(node))) catchingUp(); // the node is cached, so ComfyUI sends no event for it
@@ -160,6 +162,7 @@ app.registerExtension({
   /** A workflow was opened or the page reloaded, possibly during a run. Not awaited: ComfyUI would block the user until it ends. */
   afterConfigureGraph() {
     catchingUp();
+    updatePreviews();
   },
 
   nodeCreated(node) {

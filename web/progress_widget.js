@@ -8,6 +8,7 @@ import { addPanel, bringIntoView, element, setText } from "./panel.js";
 import { formatNumber } from "./numbers.js";
 import { IDLE, WORST, advance, endLost, follows, isMeasured, percent, replay, summarised, worstError } from "./progress_state.js";
 import { cellLines, keepRule, labelWords, legend, shortName, splitName, words } from "./progress_text.js";
+import { addPreview } from "./preview.js";
 import { say } from "./words.js";
 
 export const PROGRESS_WIDGET = "learned_rounding_progress";
@@ -28,6 +29,7 @@ export function addProgressWidget(node, task) {
   const panel = new ProgressPanel(node);
   panels.set(node, panel);
   addPanel(node, PROGRESS_WIDGET, panel.root, { ...SIZES[task], fixed: true });
+  if (task === "quantize") addPreview(node, (rows) => panel.preview(rows));
 }
 
 /** Pass a message to a node's panel; returns false if an earlier one is missing. Nodes without a panel return true. */
@@ -70,6 +72,7 @@ class ProgressPanel {
       role: "progressbar", "aria-label": say("progress"), "aria-valuemin": "0", "aria-valuemax": "100",
     });
     this.first = element("div", "lr-first", [], { role: "status" });
+    this.plan = element("dl", "lr-preview");
     this.layer = nameElement("lr-layer");
     this.second = element("div", "lr-second");
     this.strip = new LayerStrip({
@@ -96,7 +99,7 @@ class ProgressPanel {
     this.cancel = button(say("cancel"), say("cancelTip"), () => this.#cancel());
     this.root = element("div", "lr-panel lr-progress", [
       element("div", "lr-head", [this.label, this.count]),
-      this.bar, this.first, this.layer.root, this.second, this.strip.root, this.legend,
+      this.bar, this.plan, this.first, this.layer.root, this.second, this.strip.root, this.legend,
       element("div", "lr-detail", [this.worst, this.card]),
       element("div", "lr-foot", [this.notice, this.keep, this.cancel]),
     ]);
@@ -105,6 +108,12 @@ class ProgressPanel {
     this.root.addEventListener("keydown", (event) => KEYS_OF_NODES.has(event.key) && event.stopPropagation());
     this.root.addEventListener("focusout", ({ relatedTarget }) => this.root.contains(relatedTarget) || this.strip.release());
     this.#draw();
+  }
+
+  /** Show what a run will do: rows [label, text], or one sentence; it is visible until the first run. */
+  preview(rows) {
+    const texts = typeof rows === "string" ? [element("dd", "lr-preview-error", [rows])] : rows.flatMap(([label, text]) => [element("dt", "", [label]), element("dd", "", [text], { title: text })]);
+    this.plan.replaceChildren(...texts);
   }
 
   receive(event) {

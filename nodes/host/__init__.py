@@ -4,6 +4,7 @@
 * ``sources``: models as tensor sources: files, and the weights of a MODEL or CLIP with their patches applied.
 * ``opening``: open a model file under ComfyUI's tensor names, dequantized on request.
 * ``quantizing``: quantize a source into files in the temp folder.
+* ``previewing``: preview of a run over a model file, for the page.
 * ``reusing``: saved files as the result of a run of the same inputs.
 * ``releasing``: release memory and temporary files on request of the user.
 * ``calibrating``: run a model in full precision and collect statistics of its input activations.
@@ -36,11 +37,13 @@ from .naming import MODEL_NAME, insert_model_name
 from .native_int8 import add_native_int8_setting, native_int8_mode
 from .native_layers import NATIVE_INT8_MODES
 from .opening import open_file
+from .previewing import describe_device, find_stock_support, preview_file
 from .quantizing import Quantized, quantize
 from .releasing import follow_free_requests
 from .reusing import remember_saved
 from .running import (
     add_route,
+    add_value_route,
     is_interrupt,
     latest_outputs,
     outputs_in_use,
@@ -61,6 +64,7 @@ __all__ = [
     "add_layouts",
     "add_native_int8_setting",
     "add_route",
+    "add_value_route",
     "build_clip",
     "build_model",
     "calibrate_clip",
@@ -74,8 +78,10 @@ __all__ = [
     "compare_clips",
     "compare_models",
     "decode_images",
+    "describe_device",
     "describe_formats",
     "FileSource",
+    "find_stock_support",
     "follow_free_requests",
     "insert_model_name",
     "is_interrupt",
@@ -87,6 +93,7 @@ __all__ = [
     "open_file",
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",
+    "preview_file",
     "progress_bar",
     "quantize",
     "Quantized",

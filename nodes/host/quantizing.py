@@ -28,7 +28,7 @@ from .running import show_text
 from .sources import READS_ENCODERS, PatchedWeights, split_parts
 from .walking import open_replayed_model
 
-__all__ = ["Quantized", "forget_last_result", "quantize"]
+__all__ = ["Quantized", "exclude_unreadable", "forget_last_result", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def quantize(
     kind, parts = split_parts(source)
     for origin in parts.values():
         with _open(origin) as weights:
-            _exclude_unreadable(recipe, weights).plan(
+            exclude_unreadable(recipe, weights).plan(
                 weights,
                 general=general,
                 check=comfy.model_management.throw_exception_if_processing_interrupted,
@@ -135,7 +135,7 @@ def _run(
                 report = quantize_file(
                     weights,
                     finished,
-                    _exclude_unreadable(recipe, weights),
+                    exclude_unreadable(recipe, weights),
                     calibration=_of_part(statistics, part),
                     device=device,
                     overwrite=True,  # the name is unique, and overwriting needs no hard links
@@ -171,7 +171,7 @@ def _read_inputs(
         with _open(origin) as weights:
             replays = calibration.replays.get(part) if calibration else None
             walk = walk_fingerprint(recipe, replays.fingerprint if replays else None, device)
-            exact = _exclude_unreadable(recipe, weights)
+            exact = exclude_unreadable(recipe, weights)
             fingerprint = run_fingerprint(weights, exact, _of_part(statistics, part), walk)
             inputs[part] = PartInputs(fingerprint, input_paths(weights))
     return inputs
@@ -196,7 +196,7 @@ def _of_part(statistics: CalibrationFile | None, part: str) -> Calibration | Non
     return statistics.part(part) if statistics and part else statistics
 
 
-def _exclude_unreadable(recipe: Recipe, weights: Source) -> Recipe:
+def exclude_unreadable(recipe: Recipe, weights: Source) -> Recipe:
     """The recipe without the text encoders of a checkpoint where this ComfyUI does not load quantized ones."""
     if READS_ENCODERS or not any(name.startswith(ENCODER_PREFIX) for name in weights.tensors):
         return recipe

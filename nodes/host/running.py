@@ -1,8 +1,10 @@
 """The running prompt: outputs in use, progress, messages to pages, interrupts."""
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import comfy.model_management
@@ -133,22 +135,32 @@ def add_route(path: str, answer: Callable[[Mapping[str, str]], object]) -> None:
     _add_route("get", path, answer_query)
 
 
-def add_value_route(path: str, change: Callable[[object], object]) -> None:
-    """Add a POST route for a short JSON value. ``change`` returns the JSON value of the answer, or raises ValueError with the
-    text of a 400 response.
+def add_value_route(
+    path: str, change: Callable[[object], object], *, limit: int = _BODY, in_thread: bool = False
+) -> None:
+    """Add a POST route for a JSON value. ``change`` returns the JSON value of the answer, or raises ValueError with the text of
+    a 400 response.
 
     Only the content type of JSON is accepted, which a page of another site cannot send without being asked.
+
+    Args:
+        limit: most bytes of the body.
+        in_thread: call ``change`` in a thread of this route, one call after the other, because it reads files.
     """
+    thread = ThreadPoolExecutor(1, f"learned_rounding {path}") if in_thread else None
 
     async def change_value(request) -> object:
         if request.content_type != "application/json":
             raise ValueError(f"{path} requires the content type application/json.")
         body = b""
-        while len(body) <= _BODY and (part := await request.content.read(_BODY + 1 - len(body))):
+        while len(body) <= limit and (part := await request.content.read(limit + 1 - len(body))):
             body += part
-        if len(body) > _BODY:
-            raise ValueError(f"{path} takes at most {_BODY:,} bytes.")
-        return change(_parse_json(body))
+        if len(body) > limit:
+            raise ValueError(f"{path} takes at most {limit:,} bytes.")
+        value = _parse_json(body)
+        return (
+            change(value) if thread is None else await asyncio.get_running_loop().run_in_executor(thread, change, value)
+        )
 
     _add_route("post", path, change_value)
 

@@ -1,0 +1,35 @@
+/** Words of a preview, without DOM and ComfyUI, so that node can test them. */
+
+import { formatBytes } from "./progress_state.js";
+import { say } from "./words.js";
+
+const FORMATS = 3; // most formats with a line of their own
+
+/** [label, text] of each line of a preview, see nodes/ui/preview.py; a string for one sentence. */
+export function previewRows({ error, bytes_in: before, bytes_out: after, layers, unquantized, formats, seconds, device }) {
+  if (error) return error;
+  return [
+    [say("previewSize"), sizeWords(before, after)],
+    [say("previewLayers"), say("previewLayersText", { layers, unquantized })],
+    [say("previewTime"), seconds === null ? say("previewTimeUnknown", { device }) : say("previewTimeText", { time: roughly(seconds), device })],
+    ...formats.slice(0, FORMATS).map(([name, count, support, elements]) => [
+      say("previewStock"),
+      say(`previewStock_${support}`, { format: formats.length > 1 ? `${name} (${count})` : name, elements }),
+    ]),
+  ];
+}
+
+function sizeWords(before, after) {
+  if (after === null) return say("previewSizeUnknown", { before: formatBytes(before) });
+  const change = Math.round(100 * (1 - after / before));
+  const words = { before: formatBytes(before), after: formatBytes(after), percent: Math.abs(change) };
+  return say(change >= 0 ? "previewSizeText" : "previewSizeLarger", words);
+}
+
+const STEPS = [1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60];
+
+/** A time with one or two digits: "40 s", "3 min", "2 h". The estimate is not more exact. */
+export function roughly(seconds) {
+  const [value, unit] = seconds <= 60 ? [seconds, "s"] : seconds <= 3600 ? [seconds / 60, "min"] : [seconds / 3600, "h"];
+  return `${STEPS.find((step) => step >= value * 0.85) ?? Math.round(value)} ${unit}`;
+}
