@@ -26,10 +26,11 @@ function sizeWords(before, after) {
   return say(change >= 0 ? "previewSizeText" : "previewSizeLarger", words);
 }
 
-const STEPS = [1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60];
+const STEPS = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 25, 30, 40, 50, 60];
 
-/** A time with one or two digits: "40 s", "3 min", "2 h". The estimate is not more exact. */
+/** A time in s with one or two digits, as exact as an estimate is: "40 s", "3 min", "2 h". */
 export function roughly(seconds) {
   const [value, unit] = seconds <= 60 ? [seconds, "s"] : seconds <= 3600 ? [seconds / 60, "min"] : [seconds / 3600, "h"];
-  return `${STEPS.find((step) => step >= value * 0.85) ?? Math.round(value)} ${unit}`;
+  const distance = (step) => Math.abs(Math.log(step / value));
+  return `${value > 60 ? Math.round(value) : STEPS.reduce((best, step) => (distance(step) < distance(best) ? step : best))} ${unit}`;
 }

@@ -1,11 +1,15 @@
 """The routes of the pack: requests that no page sends get 400 and a sentence, and change nothing."""
 
+import json
 import urllib.error
 import urllib.request
 
 import pytest
+from safetensors import safe_open
 
-PROGRESS, NATIVE_INT8 = "/learned_rounding/progress", "/learned_rounding/native_int8"
+from learned_rounding.tests.nodes.probing import ProbedGraph, saved_path, unique
+
+PROGRESS, NATIVE_INT8, PREVIEW = (f"/learned_rounding/{name}" for name in ("progress", "native_int8", "preview"))
 JSON = "application/json"
 
 # Bodies for the setting of INT8 kernels: (content type, body).
@@ -26,6 +30,30 @@ BODIES = {
     "text, as a page of another site sends it": ("text/plain", b'"on"'),
     "form": ("application/x-www-form-urlencoded", b'"on"'),
     "without a type": ("", b'"on"'),
+}
+MODEL = "diffusion_models/tiny_mmdit_emoji.safetensors"
+CONFIGURE = {"format": "int8_tensorwise", "granularity": "auto", "preset": "auto", "seed": 0}
+# Requests for a preview that no page sends.
+REQUESTS = {
+    "list": [],
+    "no model": {"recipe": None},
+    "model as a number": {"model": 1},
+    "recipe as a text": {"model": MODEL, "recipe": "int8"},
+    "recipe without a format": {"model": MODEL, "recipe": {"seed": 0}},
+    "unknown input": {"model": MODEL, "recipe": {**CONFIGURE, "colour": "red"}},
+    "keep as a number": {"model": MODEL, "recipe": {**CONFIGURE, "keep": 1}},
+    "options as a list": {"model": MODEL, "recipe": CONFIGURE, "options": ["damping"]},
+    "300 KB": {"model": MODEL, "recipe": {**CONFIGURE, "keep": "x" * 300_000}},
+}
+# Requests for a preview of a run that would be refused.
+REFUSED = {
+    "missing file": {"model": "diffusion_models/missing.safetensors"},
+    "another folder": {"model": "../../etc/passwd"},
+    "null byte": {"model": "diffusion_models/a\0b"},
+    "unknown format": {"model": MODEL, "recipe": {**CONFIGURE, "format": "int9"}},
+    "format as a number": {"model": MODEL, "recipe": {**CONFIGURE, "format": 8}},
+    "pattern": {"model": MODEL, "recipe": {**CONFIGURE, "keep": "("}},
+    "no calibration": {"model": MODEL, "recipe": {**CONFIGURE, "rounding": "calibrated"}},
 }
 QUERIES = {
     "none": "",
@@ -59,6 +87,32 @@ def test_wrong_query_gets_400(comfy, sentences, query):
     code, text = status(comfy, "GET", PROGRESS + QUERIES[query])
     assert code == 400
     sentences(text)
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_wrong_preview_request_gets_400(comfy, sentences, request_):
+    code, text = status(comfy, "POST", PREVIEW, JSON, json.dumps(REQUESTS[request_]).encode())
+    assert code == 400
+    sentences(text)
+
+
+@pytest.mark.parametrize("request_", REFUSED)
+def test_preview_of_a_refused_run_is_one_sentence(comfy, sentences, request_):
+    error = comfy.post(PREVIEW, REFUSED[request_])["error"]
+    assert str(comfy.base) not in error
+    sentences(error)
+
+
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_tensorwise", "asym_w4a8_int8"])
+def test_preview_has_the_size_of_the_saved_file(comfy, request, format):
+    found = comfy.post(PREVIEW, {"model": MODEL, "recipe": {**CONFIGURE, "format": format}})
+    graph = ProbedGraph()
+    node = graph.save(graph.quantize(graph.source()[0], format), unique(request))
+    saved = saved_path(comfy.queue(graph), node)
+    assert found["bytes_out"] == saved.stat().st_size and found["seconds"] > 0
+    with safe_open(saved, "pt") as file:
+        layers = [name for name in file.keys() if name.endswith(".comfy_quant")]
+    assert found["layers"] == len(layers) == sum(count for _, count, *_ in found["formats"])
 
 
 def test_right_requests_are_answered(comfy):
