@@ -1,17 +1,20 @@
 """Node Compare: sample with two MODELs from the same noise and compare latents and images."""
 
+import dataclasses
+
 import torch
 from comfy_api.latest import io, ui
 
-from ..quant_core.comparison import Comparison
+from ..quant_core.comparison import Comparison, format_value
 from . import host
 from .ui.drawing import draw_image_rows, draw_line_chart, stack_images, to_image
+from .ui.progress import COMPARISON
 from .ui.sampling_inputs import pair_conditioning, sampling_inputs, single_value
 from .ui.schema import schema
 
 __all__ = ["Compare"]
 
-_ROWS = 4  # images per column of the plot
+_ROWS = 2  # images per column of the plot, which is readable on a node then
 _GAIN = 8  # factor of the difference image
 
 
@@ -42,8 +45,14 @@ class Compare(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="reference", tooltip="What the full-precision MODEL sampled."),
-                io.Image.Output(display_name="compared", tooltip="What the quantized MODEL sampled."),
+                io.Image.Output(
+                    display_name="reference",
+                    tooltip="What the full-precision MODEL sampled, an image per prompt; for image_a of ComfyUI's Compare Images.",
+                ),
+                io.Image.Output(
+                    display_name="compared",
+                    tooltip="What the quantized MODEL sampled, in the same order; for image_b of ComfyUI's Compare Images.",
+                ),
                 io.Image.Output(display_name="plot", tooltip="SNR by step, and pictures side by side."),
                 io.String.Output(display_name="report", tooltip="All numbers, as tables in markdown."),
             ],
@@ -78,13 +87,24 @@ class Compare(io.ComfyNode):
             scheduler=single_value("scheduler", scheduler),
         )
         plot = to_image(_draw_plot(reference_images, images, comparison))
-        return io.NodeOutput(reference_images, images, plot, comparison.markdown(), ui=ui.PreviewImage(plot, cls=cls))
+        shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), COMPARISON: [_summarize(comparison)]}
+        return io.NodeOutput(reference_images, images, plot, comparison.markdown(), ui=shown)
+
+
+def _summarize(comparison: Comparison) -> dict:
+    """What the node's panel shows, as JSON."""
+    assert comparison.costs is not None
+    return {
+        "scores": {name: format_value(value, name) for name, value in comparison.means.items()},
+        "models": [dataclasses.asdict(cost) for cost in comparison.costs],
+        "notes": comparison.notes,
+    }
 
 
 def _draw_plot(reference: torch.Tensor, compared: torch.Tensor, comparison: Comparison):
     """Draw the SNR per step, and the first images with their difference."""
     lines = {f"prompt {number}": line for number, line in enumerate(comparison.steps, 1)}
-    chart = draw_line_chart(comparison.summary, "step", "SNR of the denoised latent (dB)", lines)
+    chart = draw_line_chart(comparison.summary, "step", "latent SNR (dB)", lines)
     reference, compared = reference[:_ROWS].cpu(), compared[:_ROWS].cpu()
     columns = {
         "reference": reference,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .display import markdown_table, three_digits
+from .display import human_bytes, markdown_table, three_digits
 
-__all__ = ["Comparison", "cosine", "lpips", "psnr", "snr", "ssim"]
+__all__ = ["Comparison", "ModelCost", "cosine", "format_value", "lpips", "psnr", "snr", "ssim"]
 
 # Gaussian window and constants of Wang et al., "Image Quality Assessment", 2004, section III.C, for a data range of 1.
 _WINDOW, _SIGMA = 11, 1.5
@@ -80,7 +80,7 @@ def lpips(reference: torch.Tensor, other: torch.Tensor) -> float | None:
         return float(LPIPS(net="alex", verbose=False)(a, b).mean())
 
 
-def _format_value(value: float, name: str = "dB") -> str:
+def format_value(value: float, name: str = "dB") -> str:
     """A score: dB with one decimal, a similarity near 1 with four, others with 3 significant digits."""
     if math.isinf(value):
         return "equal" if value > 0 else "-inf"
@@ -90,7 +90,7 @@ def _format_value(value: float, name: str = "dB") -> str:
 
 
 def _format_scores(scores: Mapping[str, float]) -> list[str]:
-    return [_format_value(value, name) for name, value in scores.items()]
+    return [format_value(value, name) for name, value in scores.items()]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -98,6 +98,30 @@ def _mean(values: Sequence[float]) -> float:
     different = [value for value in values if value != math.inf]
     undefined = [value for value in different if not math.isfinite(value)]
     return undefined[0] if undefined else statistics.fmean(different) if different else math.inf
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model costs on this device, and how it computes there.
+
+    Attributes:
+        weight_bytes: of the weights in memory.
+        step_seconds: median time of a sampling step in s.
+        quantized_activations: layers of quantized weights whose activations are quantized too.
+        quantized_layers: layers of quantized weights.
+    """
+
+    weight_bytes: int
+    step_seconds: float
+    quantized_activations: int
+    quantized_layers: int
+
+    @property
+    def activations(self) -> str:
+        """How many layers quantize their activations, for users."""
+        if not self.quantized_activations:
+            return "not quantized"
+        return f"quantized in {self.quantized_activations} of {self.quantized_layers} quantized layers"
 
 
 @dataclass
@@ -108,11 +132,15 @@ class Comparison:
         title: title of the report, one line.
         scores: metric → value, for each prompt.
         steps: SNR in dB of the denoised latent of each step, for each prompt; empty for text encoders.
+        costs: of the reference and of the compared model; None for text encoders.
+        notes: sentences for the reader.
     """
 
     title: str
     scores: list[Mapping[str, float]]
     steps: list[list[float]] = field(default_factory=list)
+    costs: tuple[ModelCost, ModelCost] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def means(self) -> dict[str, float]:
@@ -123,22 +151,34 @@ class Comparison:
     def summary(self) -> str:
         """Means in one line."""
         return ", ".join(
-            f"{name.partition(' (')[0]} {_format_value(value, name)}{' dB' * ('dB' in name and math.isfinite(value))}"
+            f"{name.partition(' (')[0]} {format_value(value, name)}{' dB' * ('dB' in name and math.isfinite(value))}"
             for name, value in self.means.items()
         )
 
     def markdown(self) -> str:
-        """Return the title, a table of scores per prompt, and a table of SNR per step."""
+        """Return the title, tables of scores per prompt, of the costs of both models and of SNR per step, and the notes."""
         rows = [[f"{number}", *_format_scores(score)] for number, score in enumerate(self.scores, 1)]
         if len(rows) > 1:
             rows.append(["mean", *_format_scores(self.means)])
         tables = [markdown_table(["prompt", *self.scores[0]], rows)]
+        if self.costs:
+            tables.append(markdown_table(["model", "reference", "compared"], _cost_rows(*self.costs)))
+        tables += self.notes
         if self.steps:
             prompts = [f"prompt {number} (dB)" for number in range(1, len(self.steps) + 1)]
             by_step = (
-                [step, *map(_format_value, values)] for step, values in enumerate(zip(*self.steps, strict=True), 1)
+                [step, *map(format_value, values)] for step, values in enumerate(zip(*self.steps, strict=True), 1)
             )
             tables.append(
                 "SNR of the denoised latent after each step:\n\n" + markdown_table(["step", *prompts], by_step)
             )
         return "\n\n".join([f"## {self.title}", *tables]) + "\n"
+
+
+def _cost_rows(*costs: ModelCost) -> list[list[str]]:
+    """Rows of a table with a column per model."""
+    return [
+        ["weight memory", *(human_bytes(cost.weight_bytes) for cost in costs)],
+        ["time per step (s)", *(three_digits(cost.step_seconds) for cost in costs)],
+        ["activations", *(cost.activations for cost in costs)],
+    ]

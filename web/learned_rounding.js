@@ -2,6 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { addComparisonWidget, showComparison } from "./comparison_widget.js";
 import { addDependentOptions } from "./dependent_options.js";
 import { fitInVue, fitToContent } from "./fitting.js";
 import { nodeByExecutionId } from "./graph_lookup.js";
@@ -27,6 +28,7 @@ const WIDGETS = {
   LearnedRoundingLoadQuantized: (node) => addTextWidget(node, say("quantizedText"), FILE),
   LearnedRoundingLoadCalibration: (node) => addTextWidget(node, say("calibrationText"), { lines: 8, ...FILE }),
   LearnedRoundingSaveCalibration: (node) => addTextWidget(node, say("savedCalibrationText"), { lines: 3 }),
+  LearnedRoundingCompare: addComparisonWidget,
   LearnedRoundingSave: (node) => addTextWidget(node, say("savedText"), { lines: 6 }),
   LearnedRoundingInspect: (node) => addTextWidget(node, say("fileText"), { lines: 16, width: 480, columns: true }),
 };
@@ -73,7 +75,8 @@ function convertNativeInt8Widget(node) {
 }
 
 /** Show a node's output in its panel. Returns whether the panel is complete. */
-function showOutput(node, { text, learned_rounding: summaries }) {
+function showOutput(node, { text, learned_rounding: summaries, learned_rounding_comparison: comparisons }) {
+  if (comparisons) showComparison(node, comparisons[0]);
   if (text) showText(node, [text].flat());
   return !summaries || showSummary(node, summaries);
 }

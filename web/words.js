@@ -92,6 +92,15 @@ export const ENGLISH = Object.freeze({
   quantizedText: "The file's formats, and what runs them, appear here after a run.",
   calibrationText: "What the calibration holds appears here after a run.",
   savedCalibrationText: "The saved file's path appears here after a run.",
+  comparisonText: "Metrics, memory and time of both models appear here after a run.",
+  comparisonReference: "reference",
+  comparisonCompared: "compared",
+  comparisonMemory: "weight memory",
+  comparisonStep: "time per step",
+  comparisonActivations: "activations",
+  comparisonQuantized: "quantized",
+  comparisonPartly: "quantized in {quantized} of {layers} layers",
+  comparisonNotQuantized: "not quantized",
   savedText: "The saved file's path, and how it was verified, appear here after a run.",
 });
 

@@ -9,6 +9,7 @@ from ...quant_core.formats.cards import find_support
 from ...quant_core.run.preview import RunPreview, preview_run
 from .decoding import supports_codec
 from .folders import FileSource
+from .model_facts import device_capability
 from .opening import open_file
 from .quantizing import exclude_unreadable
 
@@ -31,10 +32,8 @@ def describe_device() -> str:
 def find_stock_support(codec: Codec) -> tuple[str, str]:
     """(support, elements of quantized activations) of layers of this codec on ComfyUI's device, without this pack.
 
-    The support is "native", "decoded" or "unsupported", see :data:`~.cards.Support`; the elements are empty unless it is native. A
-    CPU counts as a card without FP8 and FP4: ComfyUI decodes these formats there, and quantizes the activations of the others.
+    The support is "native", "decoded" or "unsupported", see :data:`~.cards.Support`; the elements are empty unless it is native.
     """
-    device = comfy.model_management.get_torch_device()
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else (0, 0)
+    capability = device_capability()
     support = find_support(codec, capability) if supports_codec(codec) else "unsupported"
     return support, codec.activation_elements(capability).name if support == "native" else ""

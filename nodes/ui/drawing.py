@@ -9,15 +9,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 __all__ = ["draw_bar_chart", "draw_image_rows", "draw_line_chart", "draw_named_bars", "stack_images", "to_image"]
 
-_WIDTH, _HEIGHT = 960, 480
-_LEFT, _RIGHT, _TOP, _BOTTOM = 96, 24, 80, 68  # margins of the axes
-_TEXT, _TITLE = 16, 20  # pixels
-_CELL, _GAP = 288, 16
+_WIDTH, _HEIGHT = 960, 560  # a node shows them at about half their size
+_LEFT, _RIGHT, _TOP, _BOTTOM = 130, 28, 118, 96  # margins of the axes
+_TEXT, _TITLE, _LEGEND = 26, 30, 22  # pixels
+_CELL, _GAP, _MARGIN = 288, 16, 32
 _INK, _FAINT, _GRID = "#1b1b1f", "#5c5c66", "#e3e3e8"
 _COLOURS = ("#1f6fd6", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#0b7285")  # they differ in lightness too
-_TICKS, _NAMES = 6, 20
+_TICKS, _NAMES = 5, 10
 # Labels of values that are ∞ (True), or −∞ and NaN (False).
-_BAR_LABELS, _BAR_LABEL_LENGTH = {True: "equal", False: "NaN, Inf"}, 72  # pixels
+_BAR_LABELS, _BAR_LABEL_LENGTH = {True: "equal", False: "NaN, Inf"}, 116  # pixels
 _CHART_LABELS = {True: "equal, bit for bit", False: "NaN or Inf in what was compared"}
 
 
@@ -49,7 +49,7 @@ class _Axes:
         self.image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
         self.draw = ImageDraw.Draw(self.image)
         self._width, self._ys = width, ys
-        self.draw.text((_LEFT, 16), title, fill=_INK, font=_font(_TITLE))
+        self.draw.text((_MARGIN, 16), title, fill=_INK, font=_font(_TITLE))
         for y in ys:
             self.draw.line([self.at(width[0], y), self.at(width[1], y)], fill=_GRID)
             self.draw.text(
@@ -100,13 +100,13 @@ def draw_line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, 
     for index, (name, line) in enumerate(lines.items()):
         colour = _COLOURS[index % len(_COLOURS)]
         points = [axes.at(x, y) for x, y in enumerate(line, 1) if math.isfinite(y)]
-        axes.draw.line(points, fill=colour, width=3, joint="curve")
+        axes.draw.line(points, fill=colour, width=4, joint="curve")
         for x, y in points:
-            axes.draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+            axes.draw.ellipse((x - 6, y - 6, x + 6, y + 6), fill=colour)
         if index < len(_COLOURS):
-            left, middle = _LEFT + 130 * index, _TOP - 22
-            axes.draw.line([(left, middle), (left + 24, middle)], fill=colour, width=3)
-            axes.draw.text((left + 32, middle), name, fill=_INK, font=_font(_TEXT), anchor="lm")
+            left, middle = _LEFT + (_WIDTH - _LEFT) // len(_COLOURS) * index, _TOP - 30
+            axes.draw.line([(left, middle), (left + 20, middle)], fill=colour, width=5)
+            axes.draw.text((left + 28, middle), name, fill=_INK, font=_font(_LEGEND), anchor="lm")
     return axes.image
 
 
@@ -149,7 +149,7 @@ def draw_image_rows(columns: Mapping[str, torch.Tensor]) -> Image.Image:
     cell = (round(width * scale), round(height * scale))
     sheet = Image.new("RGB", (_WIDTH, _TEXT + 24 + rows * (cell[1] + _GAP)), "white")
     for column, (name, images) in enumerate(columns.items()):
-        left = _LEFT // 2 + column * (_CELL + _GAP)
+        left = _MARGIN + column * (_CELL + _GAP)
         ImageDraw.Draw(sheet).text((left, 8), name, fill=_INK, font=_font(_TEXT))
         for row, image in enumerate(images):
             drawn = Image.fromarray((image.clamp(0, 1) * 255).round().byte().cpu().numpy())

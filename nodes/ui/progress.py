@@ -30,12 +30,13 @@ from ...quant_core.run.report import Report
 from .. import host
 from .runs import Run, find_latest_runs, find_run, open_run, reuse_run
 
-__all__ = ["EVENT", "ROUTE", "NodeProgress", "add_progress_route"]
+__all__ = ["COMPARISON", "EVENT", "ROUTE", "NodeProgress", "add_progress_route"]
 
 EVENT = "learned_rounding.progress"
 ROUTE = "/learned_rounding/progress"
 _IDS = "LearnedRounding"  # prefix of the ids of our nodes
 _SUMMARY = "learned_rounding"  # key of a node's output for its panel
+COMPARISON = "learned_rounding_comparison"  # the same, of Compare
 _WORST = 5
 _WORKFLOW = 1000  # characters of the id of a workflow
 
@@ -170,7 +171,7 @@ def _answer_query(query: Mapping[str, str]) -> list[dict]:
     if not 0 < len(query.get("workflow", "")) <= _WORKFLOW:
         raise ValueError(f"{ROUTE} requires the id of a workflow: ?workflow=ID")
     runs = find_latest_runs(query["workflow"])
-    outputs = host.latest_outputs(query["workflow"], _IDS, ("text", _SUMMARY))
+    outputs = host.latest_outputs(query["workflow"], _IDS, ("text", _SUMMARY, COMPARISON))
     return [{"node": node, "run": list(run.messages)} for node, run in runs.items()] + [
         {"node": node, "output": output, **_find_messages(output)}
         for node, output in outputs.items()

@@ -32,7 +32,7 @@ def add_compare(graph, model, other, name, **options):
     return graph.add("PreviewAny", source=node[3]), node
 
 
-def test_metrics_match_the_outputs_of_ksampler(comfy, request):
+def test_metrics_match_the_outputs_of_ksampler(comfy, host, request):
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     quantized = graph.quantize(model[0], "int8_tensorwise", rounding="nearest")
@@ -53,7 +53,18 @@ def test_metrics_match_the_outputs_of_ksampler(comfy, request):
     assert float(first[3]) == pytest.approx(ssim(*(torch.from_numpy(each)[None] for each in (before, after))), abs=0.01)
     assert means[0] == "mean" and float(means[1]) == pytest.approx((float(first[1]) + float(second[1])) / 2, abs=0.02)
 
-    steps = tables(text(result, shown))[1]
+    models = {row[0]: row[1:] for row in tables(text(result, shown))[1]}
+    assert list(models) == ["model", "weight memory", "time per step (s)", "activations"]
+    assert all(float(time) > 0 for time in models["time per step (s)"])
+    native = host.version != "0.3.75"  # which has no INT8; this pack decodes it there
+    quantized = "quantized in 37 of 37 quantized layers" if native else "not quantized"
+    assert models["activations"] == ["not quantized", quantized]
+    (panel,) = result.outputs[node.id]["learned_rounding_comparison"]
+    full, small = (model["weight_bytes"] for model in panel["models"])
+    assert 3.2 < full / small < 4  # the reference is float32 on a CPU
+    assert panel["scores"] == dict(zip(header[1:], means[1:], strict=True)) and panel["notes"] == []
+
+    steps = tables(text(result, shown))[2]
     assert steps[0] == ["step", "prompt 1 (dB)", "prompt 2 (dB)"] and [row[0] for row in steps[1:]] == [
         f"{n}" for n in range(1, 9)
     ]
@@ -79,10 +90,33 @@ def test_a_model_compared_with_itself_is_equal_in_all_metrics(comfy, request):
     shown, node = add_compare(graph, model, model, name, steps=3, seed=5)
     del graph[node.id]["inputs"]["vae"]
     result = comfy.queue(graph)
-    scores, steps = tables(text(result, shown))
+    scores, _, steps = tables(text(result, shown))
     assert scores[0] == ["prompt", "latent SNR (dB)"]  # no image metrics without a VAE
     assert {cell for row in [*scores[1:], *steps[1:]] for cell in row[1:]} == {"equal"}
     assert pictures(comfy.output_dir, f"{name}-reference").shape[1:] == (64, 64, 3)
+
+
+def test_decoded_fp8_is_noted(comfy):
+    """On a CPU FP8 activations are not quantized, so FP8 looks better than on a card."""
+    graph = ProbedGraph()
+    model = graph.load()
+    node = graph.compare(model[0], graph.quantize(model[0], rounding="nearest")[0], steps=2)
+    (panel,) = comfy.queue(graph).outputs[node.id]["learned_rounding_comparison"]
+    assert [model["quantized_activations"] for model in panel["models"]] == [0, 0]
+    assert panel["models"][1]["quantized_layers"] == 37
+    (note,) = panel["notes"]
+    assert note.startswith("float8_e4m3fn: decoded on this device") and "INT8" in note
+
+
+def test_compare_images_takes_the_image_pairs(comfy):
+    if "ImageCompare" not in comfy.object_info():
+        pytest.skip("this ComfyUI has no Compare Images")
+    graph = ProbedGraph()
+    model = graph.load()
+    node = graph.compare(model[0], graph.quantize(model[0], rounding="nearest")[0], steps=2)
+    shown = graph.add("ImageCompare", image_a=node[0], image_b=node[1], compare_view={})
+    output = comfy.queue(graph).outputs[shown.id]
+    assert len(output["a_images"]) == len(output["b_images"]) == 2
 
 
 def test_metrics_of_text_encoders_match_their_conditioning(host, tmp_path):

@@ -36,6 +36,6 @@ def test_report_as_markdown_and_image(comfy, request, sentences):
     sentences(words, numbers=False)
     assert words.count("int8_tensorwise per row | nearest |") == 20
     picture = np.asarray(Image.open(comfy.output_dir / f"{name}_00001_.png"))
-    assert picture.shape == (2 * 480, 960, 3)
+    assert picture.shape == (2 * 560, 960, 3)
     assert all((half == (0x1F, 0x6F, 0xD6)).all(-1).sum() > 5000 for half in np.split(picture, 2))  # bars
     assert len(result.outputs[report.id]["images"]) == 1

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from learned_rounding.quant_core.comparison import Comparison, cosine, lpips, psnr, snr, ssim
+from learned_rounding.quant_core.comparison import Comparison, ModelCost, cosine, lpips, psnr, snr, ssim
 
 # scikit-image 0.26.0: structural_similarity(a, b, channel_axis=-1, gaussian_weights=True, sigma=1.5,
 # use_sample_covariance=False, data_range=1.0) and peak_signal_noise_ratio(a, b, data_range=1.0) of waves(gain).
@@ -89,3 +89,17 @@ def test_markdown_has_a_table_of_prompts_and_a_table_of_steps():
     near = Comparison("one", [{"SNR (dB)": 20.04, "SSIM": 0.99871, "LPIPS": 0.012345}])
     assert "| 1 | 20.0 | 0.9987 | 0.0123 |" in near.markdown()
     assert "mean" not in Comparison("one", [{"SNR (dB)": 20.0}]).markdown()
+
+
+def test_markdown_has_the_costs_of_both_models_and_the_notes():
+    costs = ModelCost(2_000_000, 0.25, 0, 0), ModelCost(1_000_000, 0.1234, 3, 4)
+    lines = Comparison("one", [{"SNR (dB)": 20.0}], costs=costs, notes=["A note."]).markdown().splitlines()
+    assert lines[6:] == [
+        "| model | reference | compared |",
+        "| :-- | --: | --: |",
+        "| weight memory | 2 MB | 1 MB |",
+        "| time per step (s) | 0.25 | 0.123 |",
+        "| activations | not quantized | quantized in 3 of 4 quantized layers |",
+        "",
+        "A note.",
+    ]
