@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import torch
 from comfy_api.latest import io, ui
 
 from ..quant_core.comparison import Comparison, format_value
@@ -10,7 +9,7 @@ from . import host
 from .ui.drawing import draw_image_rows, draw_line_chart, stack_images, to_image
 from .ui.progress import COMPARISON
 from .ui.sampling_inputs import pair_conditioning, sampling_inputs, single_value
-from .ui.schema import schema
+from .ui.schema import ComparisonType, schema
 
 __all__ = ["Compare"]
 
@@ -55,6 +54,9 @@ class Compare(io.ComfyNode):
                 ),
                 io.Image.Output(display_name="plot", tooltip="SNR by step, and pictures side by side."),
                 io.String.Output(display_name="report", tooltip="All numbers, as tables in markdown."),
+                ComparisonType.Output(
+                    display_name="comparison", tooltip="Metrics and images, for the quality card of Save Quantized."
+                ),
             ],
             is_output_node=True,
         )
@@ -74,7 +76,7 @@ class Compare(io.ComfyNode):
         scheduler,
         vae=None,
     ) -> io.NodeOutput:
-        reference_images, images, comparison = host.compare_models(
+        found = host.compare_models(
             single_value("reference", reference),
             single_value("compared", compared),
             pair_conditioning(positive, negative),
@@ -86,9 +88,9 @@ class Compare(io.ComfyNode):
             sampler_name=single_value("sampler_name", sampler_name),
             scheduler=single_value("scheduler", scheduler),
         )
-        plot = to_image(_draw_plot(reference_images, images, comparison))
-        shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), COMPARISON: [_summarize(comparison)]}
-        return io.NodeOutput(reference_images, images, plot, comparison.markdown(), ui=shown)
+        plot = to_image(_draw_plot(found))
+        shown = {**ui.PreviewImage(plot, cls=cls).as_dict(), COMPARISON: [_summarize(found.comparison)]}
+        return io.NodeOutput(found.reference, found.compared, plot, found.comparison.markdown(), found, ui=shown)
 
 
 def _summarize(comparison: Comparison) -> dict:
@@ -101,11 +103,11 @@ def _summarize(comparison: Comparison) -> dict:
     }
 
 
-def _draw_plot(reference: torch.Tensor, compared: torch.Tensor, comparison: Comparison):
+def _draw_plot(found: host.ModelComparison):
     """Draw the SNR per step, and the first images with their difference."""
-    lines = {f"prompt {number}": line for number, line in enumerate(comparison.steps, 1)}
-    chart = draw_line_chart(comparison.summary, "step", "latent SNR (dB)", lines)
-    reference, compared = reference[:_ROWS].cpu(), compared[:_ROWS].cpu()
+    lines = {f"prompt {number}": line for number, line in enumerate(found.comparison.steps, 1)}
+    chart = draw_line_chart(found.comparison.summary, "step", "latent SNR (dB)", lines)
+    reference, compared = found.reference[:_ROWS].cpu(), found.compared[:_ROWS].cpu()
     columns = {
         "reference": reference,
         "compared": compared,

@@ -2,8 +2,10 @@
 
 from comfy_api.latest import io
 
+from ..quant_core.run.quality_card import make_quality_card
 from . import host
-from .ui.schema import QuantizedType, check_inputs, schema, widget
+from .ui.quality_image import draw_quality_card
+from .ui.schema import ComparisonType, QuantizedType, check_inputs, schema, widget
 
 __all__ = ["SaveQuantized"]
 
@@ -34,6 +36,17 @@ class SaveQuantized(io.ComfyNode):
                     default="output",
                     tooltip="output: the output folder, where ComfyUI's loaders look too; models: the models folder itself.",
                 ),
+                widget(
+                    io.Boolean,
+                    id="quality_card",
+                    default=False,
+                    optional=True,
+                    tooltip="Also write a quality card beside the file, as .png and .md, for a Hugging Face or Civitai page: model, format, "
+                    "size, layers and errors, and the images of a connected comparison.",
+                ),
+                ComparisonType.Input(
+                    "comparison", optional=True, tooltip="From Compare: images and metrics for the quality card."
+                ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file, or the files one a line.")],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
@@ -45,10 +58,18 @@ class SaveQuantized(io.ComfyNode):
         return check_inputs(host.check_name, filename_prefix)
 
     @classmethod
-    def execute(cls, quantized, filename_prefix, folder) -> io.NodeOutput:
+    def execute(
+        cls, quantized, filename_prefix, folder, quality_card=False, comparison: host.ModelComparison | None = None
+    ) -> io.NodeOutput:
         prefix = host.insert_model_name(filename_prefix, cls.hidden.dynprompt, cls.hidden.unique_id)
         saved = host.save_files(quantized, prefix, folder)
         paths = "\n".join(str(path) for path in saved)
         verified = host.verify_saved(quantized, saved)
         host.remember_saved(quantized.key, dict(zip(quantized.files, saved, strict=True)), quantized.report)
-        return io.NodeOutput(paths, ui={"text": [paths, verified]})
+        texts = [paths, verified]
+        if quality_card:
+            card = make_quality_card(quantized.report, saved, comparison and comparison.comparison)
+            images = (comparison.reference, comparison.compared) if comparison else (None, None)
+            written = host.save_card(saved[0], card.markdown, draw_quality_card(card, *images))
+            texts.append(f"Quality card: {' and '.join(path.name for path in written)}")
+        return io.NodeOutput(paths, ui={"text": texts})

@@ -27,7 +27,7 @@
 from .building import build_clip, build_model
 from .calibrating import KEEP, calibrate_clip, calibrate_model, samplers, schedulers
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
-from .comparing import compare_clips, compare_models
+from .comparing import ModelComparison, compare_clips, compare_models
 from .decoding import describe_formats, supports_format
 from .folders import FileSource, choice_stamp, clip_types, model_files, safetensors_files, shorten_paths
 from .images import decode_images
@@ -53,7 +53,7 @@ from .running import (
     send_message,
     show_text,
 )
-from .saving import SAVE_FOLDERS, check_name, save_files
+from .saving import SAVE_FOLDERS, check_name, save_card, save_files
 from .validating import report_wrong_inputs
 from .verifying import verify_saved
 
@@ -90,6 +90,7 @@ __all__ = [
     "load_calibration",
     "load_quantized",
     "model_files",
+    "ModelComparison",
     "open_file",
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",
@@ -105,6 +106,7 @@ __all__ = [
     "samplers",
     "save_files",
     "save_calibration",
+    "save_card",
     "SAVE_FOLDERS",
     "schedulers",
     "send_message",

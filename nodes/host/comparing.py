@@ -18,7 +18,7 @@ from ...quant_core.formats import READABLE
 from .images import decode_images
 from .model_facts import count_activations, device_capability, weight_bytes
 
-__all__ = ["compare_clips", "compare_models"]
+__all__ = ["ModelComparison", "compare_clips", "compare_models"]
 
 HOST_NODES: Any = nodes  # ComfyUI's nodes.py; a type checker finds the package of that name here
 
@@ -29,6 +29,14 @@ _DECODED = (
     "{formats}: decoded on this device, without quantized activations. It looks better here than on a card that multiplies it "
     "natively, also next to INT8, whose activations are quantized on every device."
 )
+
+
+class ModelComparison(NamedTuple):
+    """Images (n, height, width, 3) of the reference and of the compared MODEL, in the order of the prompts, and the metrics."""
+
+    reference: torch.Tensor
+    compared: torch.Tensor
+    comparison: Comparison
 
 
 class _Run(NamedTuple):
@@ -62,7 +70,7 @@ def _observe_steps(model, on_step: Callable[[torch.Tensor, float], None]):
 
 def compare_models(
     reference, compared, conditioning: list[tuple[list, list]], latents: list[dict], *, seed: int, vae=None, **sampling
-) -> tuple[torch.Tensor, torch.Tensor, Comparison]:
+) -> ModelComparison:
     """Sample with both MODELs as KSampler does, from the same noise.
 
     Args:
@@ -72,10 +80,6 @@ def compare_models(
         latents: LATENTs, used in turn.
         vae: decodes the images; without it they are previews of the latents, and image metrics are left out.
         sampling: the other arguments of KSampler, by name.
-
-    Returns:
-        images (n, height, width, 3) of the reference and of the compared model, in the order of the prompts, and the
-        metrics.
 
     Raises:
         QuantizationError: the models sample latents of different shapes.
@@ -108,7 +112,7 @@ def compare_models(
     title = f"{len(conditioning)} prompts, {len(steps[0])} steps, seed {seed}"
     costs = _measure_cost(reference, reference_runs), _measure_cost(compared, compared_runs)
     comparison = Comparison(title, scores, steps, costs, _find_notes(compared))
-    return _join_images(reference_runs), _join_images(compared_runs), comparison
+    return ModelComparison(_join_images(reference_runs), _join_images(compared_runs), comparison)
 
 
 def _join_images(runs: list[_Run]) -> torch.Tensor:

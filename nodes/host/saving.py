@@ -1,9 +1,12 @@
 """Save quantized files in folders that ComfyUI's loaders search."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
 
+from ...quant_core.errors import OutputError
+from ...quant_core.output.together import write_together
 from .folders import (
     CHECKPOINTS,
     DIFFUSION_MODELS,
@@ -15,7 +18,7 @@ from .folders import (
 )
 from .quantizing import Quantized
 
-__all__ = ["SAVE_FOLDERS", "check_name", "save_files"]
+__all__ = ["SAVE_FOLDERS", "check_name", "save_card", "save_files"]
 
 # Model folder → subfolder of the output folder that ComfyUI's loaders search for such files.
 _OUTPUT_SUBFOLDERS = {DIFFUSION_MODELS: "diffusion_models", CHECKPOINTS: "checkpoints", TEXT_ENCODERS: "clip"}
@@ -59,3 +62,19 @@ def save_files(quantized: Quantized, prefix: str, folder: str) -> list[Path]:
         raise
     forget_file_list(quantized.kind)
     return paths
+
+
+def save_card(model: Path, markdown: Callable[[str], str], image: bytes) -> list[Path]:
+    """Write a quality card beside a saved model, under its name with .png and .md; returns the paths.
+
+    ``markdown``: the text, from the name of the image.
+
+    Raises:
+        OutputError: a card cannot be written, or another file has its name. Then none of both is left; the model is complete.
+    """
+    picture, text = model.with_suffix(".png"), model.with_suffix(".md")
+    try:
+        write_together({picture: image, text: markdown(picture.name).encode()})
+    except OutputError as error:
+        raise OutputError(f"{error} {model} is complete and verified; only its quality card is missing.") from error
+    return [picture, text]

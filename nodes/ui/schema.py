@@ -10,6 +10,7 @@ from ...quant_core.errors import QuantizationError
 
 __all__ = [
     "CATEGORY",
+    "ComparisonType",
     "Source",
     "OptionsType",
     "RecipeType",
@@ -26,6 +27,7 @@ Source = io.Custom("LEARNED_ROUNDING_SOURCE")
 OptionsType = io.Custom("LEARNED_ROUNDING_OPTIONS")
 RecipeType = io.Custom("LEARNED_ROUNDING_RECIPE")
 QuantizedType = io.Custom("LEARNED_ROUNDING_QUANTIZED")
+ComparisonType = io.Custom("LEARNED_ROUNDING_COMPARISON")
 CalibrationType = io.Custom("LEARNED_ROUNDING_CALIBRATION")
 
 _SEARCH_TERMS = ("fp8", "int8", "convert", "quantize")
