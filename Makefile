@@ -23,10 +23,12 @@ RUFF := .venv/.ruff
 .PHONY: test test-quick test-gpu faults fuzz hosts chromium demo bench lint architectures texts golden clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
+# Of what a recipe line does after it, pip first of all, a line appears every few seconds.
+TICK = (while sleep 4; do echo "$(1) …"; done) & tick=$$!; trap 'kill $$tick' EXIT; echo "$(1) …";
+
 $(READY): pyproject.toml requirements.txt
-	$(PYTHON) -m venv .venv
-	$(PIP) "setuptools>=77" "$(TORCH)"
-	$(PIP) --no-build-isolation -e ".[test]"
+	@$(call TICK,creating .venv with $(TORCH)) $(PYTHON) -m venv .venv && $(PIP) "setuptools>=77" "$(TORCH)"
+	@$(call TICK,installing the requirements of the tests) $(PIP) --no-build-isolation -e ".[test]"
 	rm -f .venv/.ready-*
 	touch $@
 

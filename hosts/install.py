@@ -34,6 +34,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from learned_rounding.hosts.ticker import Ticker
+
 __all__ = [
     "Host",
     "InstallError",
@@ -258,7 +260,7 @@ def _python(venv: Path) -> Path:
 def _install_venv(venv: Path, sources: list[tuple[str, Path]]) -> None:
     if (venv / "complete").exists():
         return
-    with _step(f"virtual environment {venv}"):
+    with _step(f"virtual environment {venv}", ticks=False):
         shutil.rmtree(venv, ignore_errors=True)  # incomplete, from an interrupted run
         run_command([sys.executable, "-m", "venv", str(venv)], "creating the virtual environment")
         python = _python(venv)
@@ -360,11 +362,15 @@ def _lock(path: Path):
 
 
 @contextlib.contextmanager
-def _step(name: str):
-    """Log the start and the duration of a step."""
-    _log(f"{name} …")
+def _step(name: str, *, ticks: bool = True):
+    """Log the start and the duration of a step and, unless it consists of steps, a line every few seconds."""
     start = time.monotonic()
-    yield
+    with Ticker(out=_log) if ticks else contextlib.nullcontext() as ticker:
+        if ticker is None:
+            _log(f"{name} …")
+        else:
+            ticker.tell(f"{name} …")
+        yield
     _log(f"{name}: {time.monotonic() - start:.0f} s")
 
 

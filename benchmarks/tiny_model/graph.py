@@ -87,6 +87,13 @@ class TinyGraph(Graph):
         self.add("SaveLatent", samples=samples[0], filename_prefix=prefix)
         self.add("SaveImage", images=image[0], filename_prefix=prefix)
 
+    def sample_together(self, model: list, prefix: str, count: int, seed: int = 1) -> None:
+        """As :meth:`sample`, ``count`` prompts of a dataset placed with that ``batch`` at once, and without the latents."""
+        settings = self._sampling(batch_size=count)
+        samples = self.add("KSampler", model=model, seed=seed, steps=STEPS, denoise=1.0, **settings)
+        image = self.add("VAEDecode", samples=samples[0], vae=self.add("VAELoader", vae_name="taesd3")[0])
+        self.add("SaveImage", images=image[0], filename_prefix=prefix)
+
     def sample_in_parts(self, model: list, prefix: str, marks: list[int], seed: int = 1) -> None:
         """As :meth:`sample`, in parts that end after the steps ``marks``; their latents are saved as ``prefix-STEP``."""
         samples = self.sample_batch(model, prefix, 1, marks, seed)
