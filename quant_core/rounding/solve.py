@@ -136,7 +136,9 @@ class WeightSolver:
             least = nearest.weight_error * self._search_scale(start, Quadratic())[1]
             yield from solve_within_bound(lambda form: self._run_solver(scaling, form), quadratic, least)
         elif nearest.weight_error:
-            yield replace(self._round_under(scaling, start, quadratic, factorization), dampening=quadratic.relative_dampening)
+            yield replace(
+                self._round_under(scaling, start, quadratic, factorization), dampening=quadratic.relative_dampening
+            )
 
     def _round_under(
         self, searched: Scaling, start: Scaling, quadratic: Quadratic, factorization: Factorization | None
