@@ -7,6 +7,7 @@ import { nodeByExecutionId } from "./graph_lookup.js";
 import { afterSaving, refreshLoaderLists } from "./loader_lists.js";
 import { isBlank } from "./panel.js";
 import { addProgressWidget, showProgress, showRun, showSummary } from "./progress_widget.js";
+import { keepUnrotated } from "./saved_rotation.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";
 
@@ -149,6 +150,7 @@ app.registerExtension({
     addDependentOptions(node);
     convertNativeInt8Widget(node);
     afterSaving(node, refreshing);
+    keepUnrotated(node);
     if (!(node.comfyClass in WIDGETS)) return;
     WIDGETS[node.comfyClass](node);
     const { onExecuted } = node;
