@@ -11,6 +11,7 @@ import { isBlank } from "./panel.js";
 import { followGraph, updatePreviews } from "./preview.js";
 import { addProgressWidget, endLostRuns, showProgress, showRun, showSummary } from "./progress_widget.js";
 import { QUANTIZE_ENTRY } from "./quantize_entry.js";
+import { keepUnrotated } from "./saved_rotation.js";
 import { addAliasesToSearch } from "./search.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";
@@ -176,6 +177,7 @@ app.registerExtension({
     addDependentOptions(node);
     convertNativeInt8Widget(node);
     afterSaving(node, refreshing);
+    keepUnrotated(node);
     if (!(node.comfyClass in WIDGETS)) return;
     WIDGETS[node.comfyClass](node);
     if (node.comfyClass !== SHOWS_IMAGES) fitInVue(node);

@@ -133,7 +133,7 @@ def test_a_hidden_option_is_kept_and_does_not_make_a_run_fail(graph, workflow):
     choose(graph, convrot="on", granularity="row")
     assert inputs(graph)["convrot"] == "on"
     choose(graph, format="float8_e5m2")
-    assert (inputs(graph)["convrot"], inputs(graph)["granularity"]) == ("off", "auto")
+    assert (inputs(graph)["convrot"], inputs(graph)["granularity"]) == ("auto", "auto")
     saved = graph.evaluate(
         "(id) => window.app.graph.serialize().nodes.find((node) => node.id === id).widgets_values", CONFIGURE
     )
@@ -168,7 +168,7 @@ def test_workflows_that_are_opened_undone_and_copied(graph, workflow):
     assert shown(graph) == measured
     if not graph.vue_nodes:
         assert size(graph)[0] == 500, "a saved size is kept"
-    assert (inputs(graph)["target_size"], inputs(graph)["convrot"]) == (3.5, "off")
+    assert (inputs(graph)["target_size"], inputs(graph)["convrot"]) == (3.5, "auto")
     copied = graph.evaluate(
         """(id) => {
             const {canvas, graph} = window.app
