@@ -114,9 +114,10 @@ def test_every_node_has_a_help_page_that_tells_of_all_inputs_and_outputs(comfy):
             assert f"**{told}**" in page, f"{name}: {told}"
 
 
-def test_the_help_is_there_in_chinese_under_the_names_that_a_chinese_page_shows(comfy):
-    for name, texts in read("zh").items():
-        page = comfy.get(f"{HELP}/{name}/zh.md")
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_help_is_translated_under_the_names_that_a_page_in_its_language_shows(comfy, language):
+    for name, texts in read(language).items():
+        page = comfy.get(f"{HELP}/{name}/{language}.md")
         assert page.startswith(f"# {texts['display_name']}\n")
         for told in (*texts["inputs"].values(), *texts["outputs"].values()):
             assert f"**{told['name']}**" in page, f"{name}: {told['name']}"
@@ -124,7 +125,7 @@ def test_the_help_is_there_in_chinese_under_the_names_that_a_chinese_page_shows(
 
 def test_every_help_page_has_a_picture_that_carries_a_workflow_with_the_node(comfy):
     for name in our_nodes(comfy):
-        for page in (f"{name}.md", f"{name}/en.md", f"{name}/zh.md"):
+        for page in (f"{name}.md", *(f"{name}/{language}.md" for language in ("en", *LANGUAGES))):
             assert re.findall(r"!\[.*\]\((.*)\)", comfy.get(f"{HELP}/{page}")) == [
                 f"images/{name}.png"
             ]  # frontends add the folder
@@ -189,7 +190,7 @@ _HELP_IS = """(title) => {
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
 def test_the_help_of_every_node_opens_with_its_picture_and_asks_for_nothing_that_is_not_there(comfy, language):
     """By the info button above a chosen node."""
     with open_page(comfy, settings={"Comfy.Locale": language}) as page:
