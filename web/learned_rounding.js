@@ -136,7 +136,9 @@ app.registerExtension({
     const language = app.ui.settings.getSettingValue("Comfy.Locale");
     if (!language || language === "en") return;
     const answer = await api.fetchApi("/i18n");
-    if (answer.ok) speak((await answer.json())[language]?.learnedRounding);
+    if (!answer.ok) return;
+    const { learnedRounding, learnedRoundingMessages } = (await answer.json())[language] ?? {};
+    speak(learnedRounding, learnedRoundingMessages);
   },
 
   async setup() {

@@ -1,7 +1,7 @@
 /** Texts of the progress panels about a state of progress_state.js, without DOM and ComfyUI, so that node can test it. */
 
 import { formatBytes, formatDuration, formatGain, formatNumber, formatRange } from "./numbers.js";
-import { say } from "./words.js";
+import { say, translate } from "./words.js";
 
 /**
  * [first line, second line, detail]: text about the state; the detail, if there is one, is for a tooltip.
@@ -46,7 +46,7 @@ export function words(state) {
       const { finished, total, unit } = state;
       if (state.lost) return [lostWords(state), say("restarted")];
       const reached = total ? say("reached", { finished, total, unit: say(`${unit ?? "layers"}Unit`) }) : "";
-      return state.interrupted ? [say("interrupted"), reached] : [state.reason, reached];
+      return state.interrupted ? [say("interrupted"), reached] : [translate(state.reason), reached];
     }
   }
 }
@@ -108,7 +108,7 @@ const nearestWords = (gain) => say("nearest", { gain: formatGain(gain) });
 export function cellLines(cell, rounding) {
   const shape = cell.shape?.join("×") ?? "";
   if (cell.state !== "quantized") {
-    return [shape, cell.state === "planned" ? say("planned") : say("keptFor", { reason: cell.reason })];
+    return [shape, cell.state === "planned" ? say("planned") : say("keptFor", { reason: translate(cell.reason) })];
   }
   const [low, high] = cell.scale ?? [];
   const scale = low !== undefined && say(high > low ? "scales" : "scale", { low: formatNumber(low), high: high > low ? formatNumber(high) : "" });

@@ -9,7 +9,7 @@ import { formatNumber } from "./numbers.js";
 import { addPreview } from "./preview.js";
 import { IDLE, WORST, advance, endLost, follows, isMeasured, percent, replay, summarised, worstError } from "./progress_state.js";
 import { cellLines, keepRule, labelWords, legend, shortName, splitName, words } from "./progress_text.js";
-import { say } from "./words.js";
+import { say, translate } from "./words.js";
 
 export const PROGRESS_WIDGET = "learned_rounding_progress";
 
@@ -190,7 +190,7 @@ class ProgressPanel {
   }
 
   #refused() {
-    return (this.#state.kept ?? []).map(({ name, reason }) => `${name}: ${reason}`);
+    return (this.#state.kept ?? []).map(({ name, reason }) => `${name}: ${translate(reason)}`);
   }
 
   #drawWorst() {
@@ -213,7 +213,8 @@ class ProgressPanel {
     this.cancel.disabled = this.#cancelled !== null && this.#cancelled === this.#state.prompt;
     setText(this.cancel, say(this.cancel.disabled ? "cancelling" : "cancel"), this.cancel.title);
     this.keep.hidden = this.#rule === null || !configureOf(this.#node);
-    const { cells, warnings = [] } = this.#state;
+    const { cells } = this.#state;
+    const warnings = (this.#state.warnings ?? []).map(translate);
     this.notice.classList.toggle("lr-warning", this.#rule === null && warnings.length > 0);
     if (this.#rule === null) setText(this.notice, warnings.join(" ") || (cells.length ? say("hint") : ""), warnings.join("\n"));
   }

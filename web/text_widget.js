@@ -1,6 +1,7 @@
 /** Show the text output of a node (`ui.text`) on it; ComfyUI does so for its own nodes only. */
 
 import { addPanel, bringIntoView, element, setText } from "./panel.js";
+import { translate } from "./words.js";
 
 export const TEXT_WIDGET = "learned_rounding_text";
 
@@ -21,7 +22,7 @@ export function addTextWidget(node, placeholder, { lines = 4, width = 320, colum
 export function showText(node, lines, state = "done") {
   const root = panels.get(node);
   if (!root) return;
-  const text = lines.join("\n");
+  const text = lines.flatMap((line) => line.split("\n")).map(translate).join("\n");
   setText(root, text, text);
   root.dataset.state = state;
   bringIntoView(node, root);

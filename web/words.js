@@ -1,4 +1,7 @@
-/** Texts of the panels: English here, other languages in locales/LANGUAGE/main.json under the same keys. */
+/**
+ * Texts of the panels: English here, other languages in locales/LANGUAGE/main.json under the same keys. Messages of the server are
+ * English; the same files have their translations under the English text, with {names} in place of its values.
+ */
 
 export const ENGLISH = Object.freeze({
   quantizeThis: "Quantize this model",
@@ -106,10 +109,32 @@ export const ENGLISH = Object.freeze({
 });
 
 let chosen = {};
+let messages = []; // [pattern of the English text, translation], texts with the most characters of their own first
 
-/** Switch the language; texts that it lacks stay English. */
-export function speak(words = {}) {
+/** Switch the language: texts of the panels, and messages of the server. What it lacks stays English. */
+export function speak(words = {}, translations = {}) {
   chosen = words;
+  const own = (text) => text.replace(VALUE, "").length;
+  messages = Object.entries(translations)
+    .sort(([a], [b]) => own(b) - own(a))
+    .map(([english, translation]) => [patternOf(english), translation]);
+}
+
+const VALUE = /\{(\w+)\}/g;
+
+/** "few inputs ({count})" as a pattern with a group named count. */
+function patternOf(text) {
+  const parts = text.split(VALUE); // every second one is the name of a value
+  return new RegExp(`^${parts.map((part, place) => (place % 2 ? `(?<${part}>.+?)` : part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"))).join("")}$`, "s");
+}
+
+/** A message of the server in the chosen language, its values too where they are messages. */
+export function translate(message) {
+  for (const [pattern, translation] of messages) {
+    const values = pattern.exec(message);
+    if (values) return translation.replace(VALUE, (_, name) => translate(values.groups[name]));
+  }
+  return message;
 }
 
 /** The text of a key, with values in place of {their names}. */

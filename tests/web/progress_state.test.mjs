@@ -8,7 +8,7 @@ import { nodeByExecutionId, originOf } from "../../web/graph_lookup.js";
 import * as numbers from "../../web/numbers.js";
 import * as states from "../../web/progress_state.js";
 import * as texts from "../../web/progress_text.js";
-import { ENGLISH, say, speak } from "../../web/words.js";
+import { ENGLISH, say, speak, translate } from "../../web/words.js";
 
 const state = { ...numbers, ...states, ...texts };
 
@@ -370,6 +370,28 @@ test("words are said in the language that was chosen, and in English where it ha
     speak();
   }
   assert.equal(say("left", { time: "3 s" }), "3 s left");
+});
+
+test("messages of the server are translated with their values, and stay as they are where the language has none", () => {
+  const messages = { "few inputs ({count})": "{count} Eingänge", "8 bits: {reason}": "8 Bit: {reason}", "{a}, {b}": "{b} und {a}", embedding: "Einbettung" };
+  try {
+    speak({}, messages);
+    assert.equal(translate("embedding"), "Einbettung");
+    assert.equal(translate("8 bits: few inputs (16)"), "8 Bit: 16 Eingänge");
+    assert.equal(translate("embedding, a.b"), "a.b und Einbettung");
+    assert.equal(translate("embeddings"), "embeddings");
+    assert.equal(state.cellLines({ state: "kept", name: "a", shape: [2, 2], reason: "embedding" })[1], "unquantized: Einbettung");
+  } finally {
+    speak();
+  }
+  assert.equal(translate("embedding"), "embedding");
+});
+
+test("every language has the messages, with the same values in them", () => {
+  const valuesOf = (text) => [...text.matchAll(/\{\w+\}/g)].map(([value]) => value).sort();
+  const [zh, ja] = ["zh", "ja"].map((language) => JSON.parse(readFileSync(new URL(`../../locales/${language}/main.json`, import.meta.url))).learnedRoundingMessages);
+  assert.deepEqual(Object.keys(zh).sort(), Object.keys(ja).sort());
+  for (const words of [zh, ja]) for (const [english, text] of Object.entries(words)) assert.deepEqual(valuesOf(text), valuesOf(english), english);
 });
 
 test("every language has the panels' words, with the same values in them", () => {

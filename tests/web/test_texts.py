@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import tomllib
 from PIL import Image
 
 from learned_rounding.hosts.browser import load_workflow, open_page
+from learned_rounding.quant_core.recipes import roles
+from learned_rounding.quant_core.recipes import rules as tables
+from learned_rounding.quant_core.run.loop import BIAS_CORRECTED, NON_FINITE
 from learned_rounding.tests.web.english import LOCALE, PAGES, ROOT, definitions, is_plain
 
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir() if path.name != "en")
@@ -60,7 +64,8 @@ def test_every_word_of_the_nodes_is_translated(comfy, language):
 def test_nothing_in_a_translation_is_syntax(language):
     for path in (ROOT / "locales" / language).glob("*.json"):
         texts = json.loads(path.read_text(encoding="utf-8"))
-        texts.pop("learnedRounding", None)  # the panels' own, which web/words.js reads
+        for ours in ("learnedRounding", "learnedRoundingMessages"):  # which web/words.js reads
+            texts.pop(ours, None)
         assert [text for text in strings(texts) if not is_plain(text)] == []
 
 
@@ -77,6 +82,30 @@ def test_settings_and_categories_are_translated(comfy, comfy_page):
         assert main["settingsCategories"].keys() == {part for parts in shown.values() for part in parts}
 
 
+def reasons() -> set[str]:
+    """Every reason for which a layer stays unquantized, as a template."""
+    presets = [
+        tomllib.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "quant_core/recipes/presets").glob("*.toml")
+    ]
+    rules = [rule for preset in presets for part in preset.values() if isinstance(part, list) for rule in part]
+    texts = {rule["reason"] for rule in rules if isinstance(rule, dict) and "reason" in rule}
+    constants = (value for name, value in vars(roles).items() if name.isupper() and isinstance(value, str))
+    return {
+        *texts,
+        *constants,
+        *(reason for _, reason in (*tables._ELIGIBLE, *tables._HEURISTICS)),
+        NON_FINITE,
+        BIAS_CORRECTED,
+    }
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_reason_of_an_unquantized_layer_is_translated(language):
+    found = reasons()
+    assert len(found) > 70
+    assert found - read(language, "main")["learnedRoundingMessages"].keys() == set()
+
+
 def test_every_node_has_a_help_page_that_tells_of_all_inputs_and_outputs(comfy):
     for name, info in our_nodes(comfy).items():
         page = comfy.get(f"{HELP}/{name}.md")
@@ -85,9 +114,10 @@ def test_every_node_has_a_help_page_that_tells_of_all_inputs_and_outputs(comfy):
             assert f"**{told}**" in page, f"{name}: {told}"
 
 
-def test_the_help_is_there_in_chinese_under_the_names_that_a_chinese_page_shows(comfy):
-    for name, texts in read("zh").items():
-        page = comfy.get(f"{HELP}/{name}/zh.md")
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_help_is_translated_under_the_names_that_a_page_in_its_language_shows(comfy, language):
+    for name, texts in read(language).items():
+        page = comfy.get(f"{HELP}/{name}/{language}.md")
         assert page.startswith(f"# {texts['display_name']}\n")
         for told in (*texts["inputs"].values(), *texts["outputs"].values()):
             assert f"**{told['name']}**" in page, f"{name}: {told['name']}"
@@ -95,7 +125,7 @@ def test_the_help_is_there_in_chinese_under_the_names_that_a_chinese_page_shows(
 
 def test_every_help_page_has_a_picture_that_carries_a_workflow_with_the_node(comfy):
     for name in our_nodes(comfy):
-        for page in (f"{name}.md", f"{name}/en.md", f"{name}/zh.md"):
+        for page in (f"{name}.md", *(f"{name}/{language}.md" for language in ("en", *LANGUAGES))):
             assert re.findall(r"!\[.*\]\((.*)\)", comfy.get(f"{HELP}/{page}")) == [
                 f"images/{name}.png"
             ]  # frontends add the folder
@@ -160,7 +190,7 @@ _HELP_IS = """(title) => {
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
 def test_the_help_of_every_node_opens_with_its_picture_and_asks_for_nothing_that_is_not_there(comfy, language):
     """By the info button above a chosen node."""
     with open_page(comfy, settings={"Comfy.Locale": language}) as page:
