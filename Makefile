@@ -79,7 +79,7 @@ lint: $(RUFF)
 	.venv/bin/ruff check .
 
 architectures: $(READY) hosts
-	.venv/bin/python tests/architectures/lists.py && .venv/bin/python tests/architectures/table.py
+	.venv/bin/python tests/architectures/lists.py && .venv/bin/python tests/architectures/table.py && .venv/bin/python tests/architectures/sizes.py
 
 texts: $(READY) hosts
 	.venv/bin/python tests/web/english.py && .venv/bin/python tests/option_tables.py && .venv/bin/python tests/help_pages.py

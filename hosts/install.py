@@ -229,8 +229,8 @@ def _torch_requirement() -> str:
 
 
 def _shared_requirements(sources: list[tuple[str, Path]]) -> list[str]:
-    lines = {*ALSO_NEEDED, *_read_requirements(Path(__file__).resolve().parents[1]).values()}  # and this pack's
-    for _, path in sources:
+    lines = set(ALSO_NEEDED)
+    for path in (Path(__file__).resolve().parents[1], *(path for _, path in sources)):  # this pack and the hosts
         lines |= {
             line for name, line in _read_requirements(path).items() if name not in INSTALLED_SEPARATELY | NOT_NEEDED
         }

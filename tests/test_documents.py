@@ -22,8 +22,10 @@ from learned_rounding.quant_core.recipes import FORMAT_ALIASES, PRESETS
 from learned_rounding.quant_core.recipes.presets import ALIASES
 from learned_rounding.quant_core.recipes.toml import tomllib
 from learned_rounding.quant_core.sources import SafetensorsFile
+from learned_rounding.quant_core.version import VERSION
+from learned_rounding.tests.architectures import sizes
 from learned_rounding.tests.nodes.probing import in_process, takes_layouts
-from learned_rounding.tests.option_tables import MANUAL, render_tables, replace_tables
+from learned_rounding.tests.option_tables import COMMAND_LINE, HELP_PAGES, options_of, render_tables, replace_generated
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -33,6 +35,7 @@ DOCUMENTS = [
     *(ROOT / name / "README.md" for name in ("benchmarks", "assets", "attacks")),
 ]
 MODEL = ROOT / "assets" / "tiny_mmdit_emoji.safetensors"
+CLONE = "ComfyUI/custom_nodes/learned_rounding"  # where a clone belongs
 BLOCK = re.compile(r"^```(\w+)( host)?\n(.*?)^```", re.M | re.S)
 # A command in a sentence: a program and at least one argument.
 INLINE = re.compile(r"`((?:lrq|python|\.venv/bin/python|make|pip|pytest)\s[^`]+)`")
@@ -108,6 +111,7 @@ ANY = {
     "OUT": ["any.safetensors"],
     "OPTIONS": ["--int8"],
     "PATH/TO/CLONE": [str(ROOT)],
+    CLONE: [str(ROOT)],
     "COMFYUI_BASE": ["comfyui"],
     "BENCH=<name>": ["BENCH=rounding"],
 }
@@ -151,7 +155,11 @@ def make(words, _):
 
 def python(words, folder):
     """Run the script in the folder of the examples if it is in SMALL; else check that its help lists every given option."""
+    if words[:2] == ["-m", "pip"]:
+        return pip(words[2:], folder)
     words = [word for each in words for word in ANY.get(each, [each])]
+    if words[0] == str(ROOT) and words[1:]:
+        return lrq(words[1:], folder)
     module = words[0] == "-m"
     script = words[module]
     start = ["-m", script] if module else [str(ROOT / script)]
@@ -171,7 +179,7 @@ def pip(words, _):
     extras = PROJECT["project"]["optional-dependencies"]
     packages = {re.match(r"[\w.-]+", line)[0] for lines in extras.values() for line in lines}
     assert words[0] == "install"
-    assert set(words[1:]) <= {
+    assert {word.removeprefix(f"{CLONE}/") for word in words[1:]} <= {
         "-r",
         "requirements.txt",
         "PATH/TO/CLONE",
@@ -181,6 +189,11 @@ def pip(words, _):
     }
 
 
+def git(words, _):
+    """Check the address and the folder of a clone; tests/nodes/test_installation.py clones."""
+    assert words == ["clone", PROJECT["project"]["urls"]["Repository"], CLONE]
+
+
 def pytest_(words, _):
     """Check that the command collects tests."""
     assert "no tests collected" not in run(
@@ -188,13 +201,23 @@ def pytest_(words, _):
     )
 
 
-RUN = {"lrq": lrq, "make": make, "python": python, ".venv/bin/python": python, "pip": pip, "pytest": pytest_}
+RUN = {
+    "lrq": lrq,
+    "make": make,
+    "python": python,
+    ".venv/bin/python": python,
+    "python_embeded/python.exe": python,
+    "pip": pip,
+    "git": git,
+    "pytest": pytest_,
+}
 
 
 def commands(document: Path) -> list[str]:
-    """Lines of the shell blocks and commands in the sentences of a document, without repetition."""
+    """Lines of the shell blocks (of Windows with slashes) and commands in the sentences of a document, without repetition."""
     text = document.read_text(encoding="utf-8")
-    lines = [line for block in blocks(document, "sh") for line in block.splitlines() if line.strip()]
+    shell = blocks(document, "sh") + [block.replace("\\", "/") for block in blocks(document, "bat")]
+    lines = [line for block in shell for line in block.splitlines() if line.strip()]
     sentences = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     return list(dict.fromkeys([*lines, *(" ".join(line.split()) for line in INLINE.findall(sentences))]))
 
@@ -239,30 +262,34 @@ def test_host_examples_run_in_comfyui(host, folder, monkeypatch, tmp_path):
     assert in_process(host, tmp_path, "document") == {"layers": len(layers)}
 
 
-def options(parser) -> set[str]:
-    return {string for action in parser._actions for string in action.option_strings if string not in ("-h", "--help")}
-
-
 def test_the_manual_names_every_option_and_command():
-    text = (ROOT / "MANUAL.md").read_text(encoding="utf-8")
+    text = COMMAND_LINE.read_text(encoding="utf-8")
     (commands,) = (action.choices for action in make_parser()._actions if getattr(action, "choices", None))
     hidden = {f"--{name}" for name in (*PRESETS, *ALIASES, *FORMAT_ALIASES)} - {"--int8", "--fp8"}
     for name, parser in commands.items():
         assert f"`lrq {name}" in text
-        missing = {option for option in options(parser) - hidden if f"`{option}`" not in text}
+        missing = {option for option in set(options_of(parser)) - hidden if f"`{option}`" not in text}
         assert not missing, f"lrq {name}: {missing}"
 
 
-def test_the_option_tables_of_the_manual_are_those_of_the_parser():
-    """Written by python tests/option_tables.py."""
-    text = MANUAL.read_text(encoding="utf-8")
-    assert replace_tables(text) == text and "`--rounding`" in render_tables()
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_generated_parts_are_those_of_today(path):
+    """Option tables and titles of nodes, by python tests/option_tables.py (make texts); sizes of models, by make architectures."""
+    text = path.read_text(encoding="utf-8")
+    assert replace_generated(text) == text
+    assert sizes.replace_table(text) == text
+
+
+def test_generated_parts_are_complete():
+    text = COMMAND_LINE.read_text(encoding="utf-8")
+    assert "`--rounding`" in render_tables() and render_tables() in text
+    assert sizes.render_table() in sizes.DOCUMENT.read_text(encoding="utf-8")
 
 
 def test_the_manual_says_which_options_one_command_lacks():
-    text = " ".join((ROOT / "MANUAL.md").read_text(encoding="utf-8").split())
+    text = " ".join(COMMAND_LINE.read_text(encoding="utf-8").split())
     (commands,) = (action.choices for action in make_parser()._actions if getattr(action, "choices", None))
-    quantize, plan = (options(commands[name]) for name in ("quantize", "plan"))
+    quantize, plan = (set(options_of(commands[name])) for name in ("quantize", "plan"))
     named = re.search(
         r"Both take all of them, but for (.*?), which only `lrq quantize` has, and (.*?), which only `lrq plan` has",
         text,
@@ -272,9 +299,48 @@ def test_the_manual_says_which_options_one_command_lacks():
 
 
 def test_the_manual_names_every_node():
-    text = (ROOT / "MANUAL.md").read_text(encoding="utf-8")
-    for path in (ROOT / "web" / "docs").glob("*.md"):
-        assert f"[{path.read_text(encoding='utf-8').splitlines()[0][2:]}](web/docs/{path.name})" in text
+    text = (ROOT / "docs" / "quantize.md").read_text(encoding="utf-8")
+    for path in HELP_PAGES.glob("*.md"):
+        assert f"[{path.read_text(encoding='utf-8').splitlines()[0][2:]}](../web/docs/{path.name})" in text
+
+
+def linked_files(document: Path) -> set[Path]:
+    """Files and folders that a document links to or shows."""
+    targets = (target for target, _ in LINK.findall(document.read_text(encoding="utf-8")))
+    return {(document.parent / target).resolve() for target in targets if target and not target.startswith("http")}
+
+
+def test_the_index_names_every_document_of_the_folder():
+    index = ROOT / "docs" / "README.md"
+    assert set((ROOT / "docs").glob("*.md")) <= linked_files(index) | {index}
+
+
+def test_the_manual_of_version_0_1_0_leads_to_the_new_pages():
+    """Its headings are linked from elsewhere."""
+    manual = ROOT / "MANUAL.md"
+    headings = """nodes command-line options-of-lrq-quantize-and-lrq-plan which-format-on-which-card recipes-by-model
+    rules-for-single-layers when-something-is-wrong sequential-rounding"""
+    assert set(headings.split()) <= anchors(manual)
+    sections = re.split(r"^##+ .*$", manual.read_text(encoding="utf-8"), flags=re.M)[1:]
+    assert all("](docs/" in section for section in sections)
+
+
+def test_the_changelog_starts_with_this_version():
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\d+\.\d+\.\d+)", changes, re.M)[0] == VERSION
+
+
+def test_every_image_is_used():
+    """Shown by a document or a help page, the thumbnail of an example, the icon or banner of the registry, or its drawing."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    images = {ROOT / name for name in listed.split("\0") if Path(name).suffix in (".png", ".jpg", ".svg")}
+    pages = [*DOCUMENTS, *HELP_PAGES.rglob("*.md")]
+    used = set().union(*map(linked_files, pages))
+    used |= {path.with_suffix(".jpg") for path in (ROOT / "example_workflows").glob("*.json")}
+    names = {Path(url).name for key, url in PROJECT["tool"]["comfy"].items() if key in ("Icon", "Banner")}
+    used |= {ROOT / "assets" / name for name in names}
+    used |= {path.with_suffix(".svg") for path in used if path.parent == ROOT / "assets"}
+    assert {str(path.relative_to(ROOT)) for path in images - used} == set()
 
 
 def test_findings_state_command_device_and_date():

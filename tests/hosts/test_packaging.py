@@ -1,6 +1,7 @@
 """Packaging metadata for pip and the ComfyUI registry matches the repository."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 try:
@@ -17,7 +19,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
-NOT_SHIPPED = {".ci", "assets", "attacks", "benchmarks", "docs", "hosts", "tests"}
+NOT_SHIPPED = {".ci", "assets", "attacks", "benchmarks", "hosts", "tests"}
 
 
 def git(*words: str) -> set[str]:
@@ -86,6 +88,7 @@ def test_pip_installs_a_clone(data, tmp_path):
     ]
     subprocess.run(pip, check=True, capture_output=True)
     assert {name for name in data if not (target / "learned_rounding" / name).is_file()} == set()
+    assert {"pyproject.toml"} <= data  # from which the package reads its version
     called = {
         "cwd": tmp_path,
         "env": {**os.environ, "PYTHONPATH": str(target)},
@@ -117,13 +120,14 @@ def test_registry_package_contains_modules_data_and_documents(project, shipped, 
         "requirements.txt",
     } <= shipped
     assert len(modules) > 80 and {Path(name).parts[0] for name in data} == {
+        "pyproject.toml",
         "web",
         "locales",
         "example_workflows",
         "subgraphs",
         "quant_core",
     }
-    assert git("ls-files", "web/docs") <= shipped
+    assert git("ls-files", "web/docs", "docs") <= shipped  # the manual, with the images that it shows
 
 
 def test_registry_package_contains_no_developer_files(shipped):
@@ -150,19 +154,36 @@ def test_shipped_modules_use_no_subprocess_no_dynamic_code_and_no_network(shippe
         assert not {name.split(".")[0] for name in imported} & _IMPORTS, path
 
 
-def test_registry_metadata_is_complete(project, shipped):
-    """Icon and banner exist at their URLs in the repository, in the sizes that the registry requires."""
+# Accelerators that the registry and ComfyUI accept after "Environment ::"; any other word there hides all of them.
+_ACCELERATORS = {
+    "GPU :: NVIDIA CUDA",
+    "GPU :: AMD ROCm",
+    "GPU :: Intel Arc",
+    "NPU :: Huawei Ascend",
+    "GPU :: Apple Metal",
+}
+_VERSIONS = r"(<|>|<=|>=|~=|<>|!=)\d+(\.\d+)*"
+_FRONTEND = "comfyui-frontend-package"
+
+
+def test_registry_metadata_follows_the_specification(project):
+    """docs.comfy.org/registry/specifications. Icon and banner exist at their URLs, in the sizes that it requires."""
     about, registry = project["project"], project["tool"]["comfy"]
-    assert re.fullmatch(r"[a-z][a-z0-9_-]{0,99}", about["name"]) and not about["name"].startswith("comfyui")
-    assert (
-        re.fullmatch(r"\d+\.\d+\.\d+", about["version"]) and about["description"] and about["license"] == "Apache-2.0"
-    )
-    assert {"Operating System :: OS Independent", "Environment :: GPU :: NVIDIA CUDA"} <= set(about["classifiers"])
+    name = about["name"]
+    assert re.fullmatch(r"[a-z]+([-_.]?[a-z0-9]+)*", name) and len(name) < 100 and "comfy" not in name
+    assert re.fullmatch(r"\d+\.\d+\.\d+", about["version"]) and "dynamic" not in about
+    assert about["description"] and about["license"] == "Apache-2.0"
+    environments = {line.partition(" :: ")[2] for line in about["classifiers"] if line.startswith("Environment ::")}
+    assert environments == {"GPU :: NVIDIA CUDA"} <= _ACCELERATORS
+    assert "Operating System :: OS Independent" in about["classifiers"]
     assert registry["PublisherId"] and registry["DisplayName"] and registry["requires-comfyui"] == ">=0.3.75"
+    frontends = [line.removeprefix(_FRONTEND) for line in about["dependencies"] if line.startswith(_FRONTEND)]
+    assert frontends == [">=1.32.9"]
+    assert all(re.fullmatch(_VERSIONS, bound) for bound in (*frontends, registry["requires-comfyui"]))
     repository = about["urls"]["Repository"]
-    assert about["urls"]["Bug Tracker"] == f"{repository}/issues" and about["urls"]["Documentation"].startswith(
-        repository
-    )
+    assert about["urls"]["Bug Tracker"] == f"{repository}/issues"
+    documentation = about["urls"]["Documentation"].removeprefix(f"{repository}/blob/main/")
+    assert (ROOT / documentation).is_file()
     raw = repository.replace("github.com", "raw.githubusercontent.com") + "/main/"
     for key, fits in {
         "Icon": lambda width, height: width == height <= 400,
@@ -171,3 +192,28 @@ def test_registry_metadata_is_complete(project, shipped):
         assert registry[key].startswith(raw)
         with Image.open(ROOT / registry[key].removeprefix(raw)) as image:
             assert image.format == "PNG" and fits(*image.size), key
+
+
+def test_comfyui_reads_the_metadata_and_its_frontend_suffices(host, project):
+    """By ComfyUI's own parser, which is that of the registry's command line; pip has nothing to change for its frontend."""
+    code = (
+        f"from comfy_config.config_parser import *; print(extract_node_configuration({str(ROOT)!r}).model_dump_json())"
+    )
+    command = [host.python, "-c", code]
+    read = subprocess.run(command, cwd=host.path, capture_output=True, text=True, check=True).stdout
+    found, about = json.loads(read), project["project"]
+    expected = {
+        "name": about["name"],
+        "version": about["version"],
+        "supported_os": ["OS Independent"],
+        "supported_accelerators": ["GPU :: NVIDIA CUDA"],
+        "supported_comfyui_version": ">=0.3.75",
+        "supported_comfyui_frontend_version": ">=1.32.9",
+    }
+    assert {key: found["project"][key] for key in expected} == expected
+    assert found["project"]["license"]["text"] == about["license"]
+    assert found["tool_comfy"]["publisher_id"] == project["tool"]["comfy"]["PublisherId"]
+    requirements = (host.path / "requirements.txt").read_text(encoding="utf-8")
+    (frontend,) = re.findall(rf"^{_FRONTEND}==(.+)$", requirements, re.M)
+    assert SpecifierSet(expected["supported_comfyui_frontend_version"]).contains(frontend)
+    assert SpecifierSet(expected["supported_comfyui_version"]).contains(host.version)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -12,14 +14,29 @@ from learned_rounding.hosts.install import PYTHON_VARIABLE
 from learned_rounding.hosts.server import PACK
 from learned_rounding.tests.nodes.probing import ProbedGraph, text
 
+FRONTEND = "comfyui-frontend-package"
 
-def pip(host, *arguments: str) -> str:
+
+def pip(host, *arguments: str, path: Path | None = None) -> str:
+    """Output of pip, which also finds the packages in ``path``."""
     command = [host.python, "-m", "pip", "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    env = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
 
 
-def torch_version(host) -> str:
-    return next(line for line in pip(host, "show", "torch").splitlines() if line.startswith("Version"))
+def version(host, package: str, path: Path | None = None) -> str:
+    lines = pip(host, "show", package, path=path).splitlines()
+    return next(line.partition(": ")[2] for line in lines if line.startswith("Version: "))
+
+
+def install_frontend(host, folder: Path) -> str:
+    """Tell pip that the frontend of that ComfyUI is installed, which the tests unpack elsewhere; returns its version."""
+    requirements = (host.path / "requirements.txt").read_text(encoding="utf-8")
+    (number,) = re.findall(rf"^{FRONTEND}==(.+)$", requirements, re.M)
+    metadata = folder / f"comfyui_frontend_package-{number}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {FRONTEND}\nVersion: {number}\n")
+    return number
 
 
 def test_clone_with_its_requirements_runs(host, server_factory, tmp_path):
@@ -32,7 +49,8 @@ def test_clone_with_its_requirements_runs(host, server_factory, tmp_path):
     clone = base / "custom_nodes" / "ComfyUI-Learned-Rounding"
     subprocess.run(["git", "clone", "--quiet", "--depth=1", f"file://{PACK}", clone], check=True)
 
-    before = torch_version(host)
+    frontend = install_frontend(host, tmp_path / "frontend")
+    before = version(host, "torch")
     wanted = json.loads(
         pip(
             host,
@@ -48,8 +66,10 @@ def test_clone_with_its_requirements_runs(host, server_factory, tmp_path):
     )
     names = {package["metadata"]["name"].lower() for package in wanted["install"]}
     assert not {name for name in names if name.startswith(("torch", "nvidia", "triton"))}, names
-    pip(host, "install", "--quiet", "-r", str(clone / "requirements.txt"))
-    assert torch_version(host) == before
+    said = pip(host, "install", "-r", str(clone / "requirements.txt"), path=tmp_path / "frontend")
+    assert f"Requirement already satisfied: {FRONTEND}" in said
+    assert version(host, FRONTEND, tmp_path / "frontend") == frontend
+    assert version(host, "torch") == before
 
     server = server_factory(base=base, links={})
     graph = ProbedGraph()

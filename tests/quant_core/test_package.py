@@ -36,6 +36,7 @@ FLOORS = [
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}
 NEEDED = {"torch", "regex", "tqdm", "filelock", "tomli"}
 # Imported where they are asked for, with a sentence of ours or without their number when they are missing: import name → package.
+FOR_PAGES = {"comfyui-frontend-package"}  # ComfyUI's frontend, which runs the pack's pages
 OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf", "lpips": "lpips"}
 TIMED = {"comfy_kitchen"}  # comes with ComfyUI; its layers are timed where it is installed
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
@@ -161,7 +162,7 @@ def test_front_doors():
 def test_public_names_exist_and_are_listed(path):
     module = import_module(".".join(["learned_rounding", *dotted(path)]))
     assert module.__doc__
-    if path.name not in ("version.py", "checkpoints.py", "requantize.py"):
+    if path.name not in ("checkpoints.py", "requantize.py"):
         assert module.__all__ and all(hasattr(module, name) for name in module.__all__)
         assert len(set(module.__all__)) == len(module.__all__)
 
@@ -178,7 +179,7 @@ def test_every_dependency_is_imported_and_every_import_is_declared():
     required = {re.match(r"[\w.-]+", line)[0].lower() for line in PROJECT["project"]["dependencies"]}
     used = {name.split(".")[0] for path in SHIPPED for _, name in imports(path) if not name.startswith(".")}
     own = {*sys.stdlib_module_names, "tomllib", "learned_rounding"}  # tomllib: not in Python 3.10, which gets tomli
-    assert used - own - PROVIDED - set(OPTIONAL) == required
+    assert used - own - PROVIDED - set(OPTIONAL) == required - FOR_PAGES
     extras = PROJECT["project"]["optional-dependencies"]
     offered = {
         re.match(r"[\w.-]+", line)[0] for extra in extras.keys() - {"test", "lint", "fuzz"} for line in extras[extra]
@@ -195,7 +196,12 @@ def test_kernels_know_nothing_above_them(path):
 
 
 def test_one_version():
+    """Stated in pyproject.toml alone, and without another line there that the reader could take."""
     assert PROJECT["project"]["version"] == VERSION
+    stated = re.compile(rf"""["']{re.escape(VERSION)}["']""")
+    files = [*SHIPPED, ROOT / "pyproject.toml"]
+    found = {path.name: len(stated.findall(path.read_text(encoding="utf-8"))) for path in files}
+    assert {name: count for name, count in found.items() if count} == {"pyproject.toml": 1}
 
 
 def test_every_package_and_every_preset_is_shipped():

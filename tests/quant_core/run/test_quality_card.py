@@ -38,7 +38,9 @@ def test_markdown_names_its_image_and_the_comparison(made):
     text = make_quality_card(report, [path], comparison).markdown("small model_int8.png")
     assert text.startswith("# small model_int8\n\n![Quality card](small%20model_int8.png)\n\n* **format**: ")
     assert "* **weight memory**: 2 MB → 1 MB\n" in text and "* **time per step**: 0.5 s → 0.25 s\n" in text
-    assert "## 2 prompts" in text and "| prompt | PSNR (dB) |" in text and "| 1 | 40.0 |" in text and "| step" not in text
+    assert (
+        "## 2 prompts" in text and "| prompt | PSNR (dB) |" in text and "| 1 | 40.0 |" in text and "| step" not in text
+    )
     assert "| blocks.0.attn.qkv.weight | 96×32 |" in text and text.endswith(" |\n")
 
 
