@@ -1,53 +1,136 @@
-"""Thumbnails of the examples for the template browser: each after a run with the tiny model.
+"""Thumbnails of the examples for the template browser: before | after, with the sizes of the files, from runs with the tiny model.
 
 python benchmarks/thumbnails.py      writes example_workflows/NAME.jpg, with the newest installed host
 """
 
 import argparse
-import io
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from learned_rounding.benchmarks.screenshots import PROMPTS, ROOT, SETTINGS, STYLE, wait_until_finished
-from learned_rounding.benchmarks.tiny_model.examples import place_further, with_tiny_model
+from PIL import Image, ImageDraw, ImageFont
+
+from learned_rounding.benchmarks.tiny_model.examples import EXAMPLES, place_further, with_tiny_model
 from learned_rounding.benchmarks.tiny_model.place import place
-from learned_rounding.hosts import ComfyServer, find_host
-from learned_rounding.hosts.browser import load_workflow, open_page, queue_prompt, view
+from learned_rounding.hosts import ComfyServer, Host, find_host
+from learned_rounding.hosts.workflows import to_api
+from learned_rounding.quant_core.output import inspect_file
 
-FOLDER = ROOT / "example_workflows"
-SIZE = (960, 600)
-PAGE = (1920, 1335)  # the area without toolbars, FREE, has the aspect ratio of SIZE
-FREE = {"x": 90, "y": 120, "width": 1800, "height": 1125}
-# Nodes to show in full; others may be cut off.
-NODES = (
-    "LearnedRoundingQuantize",
-    "LearnedRoundingSave",
-    "LearnedRoundingCalibrate",
-    "LearnedRoundingCompare",
-    "SaveImage",
-    "PreviewImage",
-)
+PROMPTS = ("red apple", "owl", "rocket", "guitar")
+SIZE = (960, 540)
+LOADERS = ("UNETLoader", "LearnedRoundingLoadModel")
+BACKGROUND, TEXT, MUTED, BEFORE, AFTER = "#1b1d22", "#f4f4f5", "#a1a1aa", "#64748b", "#22c55e"
+HEAD, FOOT, MARGIN = 84, 64, 28  # heights above and below the images, and space between, in pixels
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of an example wrote.
+
+    Attributes:
+        before: size of the source in bytes.
+        after: size of the quantized file in bytes.
+        format: most frequent format of its layers.
+        originals: images sampled with the source, in the order of the prompts; none if the example does not sample.
+        quantized: images sampled with the quantized model.
+        chart: the image that Compare saved, if the example has one.
+    """
+
+    before: int
+    after: int
+    format: str
+    originals: Sequence[Image.Image]
+    quantized: Sequence[Image.Image]
+    chart: Image.Image | None
+
+
+def run_example(host: Host, name: str) -> Result:
+    """Run an example with the tiny model in a server of its own."""
+    with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
+        place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
+        place_further(server.base)
+        workflow = with_tiny_model(name, server.object_info())
+        result = server.queue(to_api(workflow, server.object_info()))
+        texts = [entry["text"][0] for entry in result.outputs.values() if "text" in entry]
+        saved = next(Path(text) for text in texts if text.endswith(".safetensors"))
+        loader = next(node for node in workflow["nodes"] if node["type"] in LOADERS)
+        (source,) = server.models_dir.glob(f"*/{loader['widgets_values'][0].rpartition('/')[2]}")
+        originals, quantized, charts = (
+            [Image.open(path).convert("RGB") for path in sorted(server.output_dir.glob(f"{prefix}_*.png"))]
+            for prefix in ("original", "quantized", "comparison")
+        )
+        formats = inspect_file(saved).quantized
+        return Result(
+            source.stat().st_size,
+            saved.stat().st_size,
+            max(formats, key=formats.get),
+            originals,
+            quantized,
+            charts[0] if charts else None,
+        )
+
+
+def draw_thumbnail(name: str, result: Result) -> Image.Image:
+    """Draw the title, both sides with their sizes, and what was saved."""
+    width, height = SIZE
+    sheet = Image.new("RGB", SIZE, BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, 18), name, TEXT, ImageFont.load_default(34))
+    saving = f"{1 - result.after / result.before:.0%} smaller".replace("%", " %")
+    foot = f"{saving}, {result.format}. Run with the tiny emoji model of this pack."
+    draw.text((MARGIN, height - 40), foot, MUTED, ImageFont.load_default(20))
+    area = (MARGIN, HEAD, width - 2 * MARGIN, height - HEAD - FOOT)
+    if result.chart:
+        _paste_centered(sheet, result.chart, area)
+        return sheet
+    half = (area[2] - MARGIN) // 2
+    sides = (("before", result.before, result.originals, BEFORE), ("after", result.after, result.quantized, AFTER))
+    for index, (label, size, images, color) in enumerate(sides):
+        left = MARGIN + index * (half + MARGIN)
+        draw.text((left, HEAD), f"{label}  {size / 1e6:.3g} MB", color, ImageFont.load_default(28))
+        box = (left, HEAD + 44, half, area[3] - 44)
+        if images:
+            _paste_grid(sheet, images, box)
+        else:
+            _draw_bar(draw, box, size / result.before, color)
+    return sheet
+
+
+def _paste_grid(sheet: Image.Image, images: Sequence[Image.Image], box: tuple[int, int, int, int]) -> None:
+    """Two rows of images on white, as large as the box allows."""
+    left, top, width, height = box
+    columns = -(-len(images) // 2)
+    side = min(width // columns, height // 2)
+    for index, image in enumerate(images):
+        at = (left + index % columns * side, top + index // columns * side)
+        sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), at)
+
+
+def _draw_bar(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], share: float, color: str) -> None:
+    """A block whose height is a share of the box."""
+    left, top, width, height = box
+    draw.rounded_rectangle((left, top + round(height * (1 - share)), left + width, top + height), 12, color)
+
+
+def _paste_centered(sheet: Image.Image, image: Image.Image, box: tuple[int, int, int, int]) -> None:
+    """An image, scaled into the box."""
+    left, top, width, height = box
+    scale = min(width / image.width, height / image.height)
+    size = (round(image.width * scale), round(image.height * scale))
+    sheet.paste(image.resize(size, Image.Resampling.LANCZOS), (left + (width - size[0]) // 2, top))
 
 
 def main() -> None:
-    from PIL import Image
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = sorted(path.stem for path in FOLDER.glob("*.json"))
+    names = sorted(path.stem for path in EXAMPLES.glob("*.json"))
     parser.add_argument("--only", choices=names, nargs="+", help="only these examples; default: all")
     args = parser.parse_args()
     host = find_host()
     for name in args.only or names:
-        # A new server per example: ComfyUI does not execute, and show, cached nodes again.
-        with tempfile.TemporaryDirectory(prefix="comfyui-") as base, ComfyServer(host, base=base) as server:
-            place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
-            place_further(server.base)
-            with open_page(server, settings=SETTINGS, size=PAGE, timeout=600) as page:
-                load_workflow(page, with_tiny_model(name, server.object_info()))
-                wait_until_finished(page, queue_prompt(page, wait=False))
-                view(page, NODES)
-                image = Image.open(io.BytesIO(page.screenshot(clip=FREE, style=STYLE))).convert("RGB")
-        image.resize(SIZE, Image.Resampling.LANCZOS).save(FOLDER / f"{name}.jpg", quality=88)
-        print(FOLDER / f"{name}.jpg", flush=True)
+        path = EXAMPLES / f"{name}.jpg"
+        draw_thumbnail(name, run_example(host, name)).save(path, quality=88)
+        print(path, flush=True)
 
 
 if __name__ == "__main__":
