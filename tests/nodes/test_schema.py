@@ -14,7 +14,7 @@ INPUTS = {
     "LearnedRoundingOptions": "optimizer num_iter lr lr_schedule early_stop top_p min_k max_k full_matrix weight_cost damping sweeps bias_correction "
     "calib_samples block_size smoothing beam_width",
     "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels general",
-    "LearnedRoundingSave": "quantized filename_prefix folder",
+    "LearnedRoundingSave": "quantized filename_prefix folder quality_card comparison",
     "LearnedRoundingCalibrate": "model positive negative latent_image seed steps cfg sampler_name scheduler samples keep tokens "
     "calibration vae sensitivity max_vram_gb replay_calls start_at_step end_at_step",
     "LearnedRoundingCalibrateText": "clip prompts keep seed tokens calibration sensitivity max_vram_gb replay_calls",
