@@ -210,8 +210,12 @@ def test_every_package_and_every_preset_is_shipped():
         ".".join(["learned_rounding", *dotted(path)]) for path in MODULES + KERNELS if path.name == "__init__.py"
     }
     assert packages <= set(tools["packages"])
-    patterns = tools["package-data"]["learned_rounding.quant_core.recipes"]
-    shipped = {path for pattern in patterns for path in (CORE / "recipes").glob(pattern)}
+    shipped = {
+        path
+        for package, patterns in tools["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")[1:]).glob(pattern)
+    }
     data = {path for path in CORE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert data and data <= shipped
 
