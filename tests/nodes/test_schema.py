@@ -34,7 +34,7 @@ OUTPUTS = {
     "LearnedRoundingSave": "path",
     "LearnedRoundingCalibrate": "calibration pictures summary latents",
     "LearnedRoundingCalibrateText": "calibration summary",
-    "LearnedRoundingCompare": "reference compared plot report",
+    "LearnedRoundingCompare": "reference compared plot report comparison",
     "LearnedRoundingCompareText": "plot report",
     "LearnedRoundingReport": "report picture",
     "LearnedRoundingInspect": "text",
