@@ -19,8 +19,9 @@ from learned_rounding.quant_core.output import inspect_file
 
 PROMPTS = ("red apple", "owl", "rocket", "guitar")
 SIZE = (960, 540)
+TIMEOUT = 3600  # s
 LOADERS = ("UNETLoader", "LearnedRoundingLoadModel")
-BACKGROUND, TEXT, MUTED, BEFORE, AFTER = "#1b1d22", "#f4f4f5", "#a1a1aa", "#64748b", "#22c55e"
+BACKGROUND, TEXT, MUTED, BEFORE, AFTER = "#1b1d22", "#f4f4f5", "#a1a1aa", "#94a3b8", "#22c55e"
 HEAD, FOOT, MARGIN = 84, 64, 28  # heights above and below the images, and space between, in pixels
 
 
@@ -51,7 +52,7 @@ def run_example(host: Host, name: str) -> Result:
         place(server.base, output_dir=server.output_dir, prompts=PROMPTS)
         place_further(server.base)
         workflow = with_tiny_model(name, server.object_info())
-        result = server.queue(to_api(workflow, server.object_info()))
+        result = server.queue(to_api(workflow, server.object_info()), timeout=TIMEOUT)
         texts = [entry["text"][0] for entry in result.outputs.values() if "text" in entry]
         saved = next(Path(text) for text in texts if text.endswith(".safetensors"))
         loader = next(node for node in workflow["nodes"] if node["type"] in LOADERS)
@@ -78,7 +79,7 @@ def draw_thumbnail(name: str, result: Result) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, 18), name, TEXT, ImageFont.load_default(34))
     saving = f"{1 - result.after / result.before:.0%} smaller".replace("%", " %")
-    foot = f"{saving}, {result.format}. Run with the tiny emoji model of this pack."
+    foot = f"{saving}, {result.format}. Measured with a tiny model."
     draw.text((MARGIN, height - 40), foot, MUTED, ImageFont.load_default(20))
     area = (MARGIN, HEAD, width - 2 * MARGIN, height - HEAD - FOOT)
     if result.chart:
@@ -110,7 +111,7 @@ def _paste_grid(sheet: Image.Image, images: Sequence[Image.Image], box: tuple[in
 def _draw_bar(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], share: float, color: str) -> None:
     """A block whose height is a share of the box."""
     left, top, width, height = box
-    draw.rounded_rectangle((left, top + round(height * (1 - share)), left + width, top + height), 12, color)
+    draw.rounded_rectangle((left, top + round(height * (1 - share)), left + width // 2, top + height), 12, color)
 
 
 def _paste_centered(sheet: Image.Image, image: Image.Image, box: tuple[int, int, int, int]) -> None:

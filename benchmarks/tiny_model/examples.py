@@ -38,6 +38,8 @@ VALUES = {
     "LearnedRoundingCalibrate": _SAMPLING | {"samples": 4},
     "LearnedRoundingCompare": _SAMPLING,
 }
+# Node class → largest widget values, where a user has more time.
+LIMITS = {"LearnedRoundingCalibrate": {"replay_calls": 8}}
 # Node class → replacement: class, widget values, outputs, and the output that replaces the only one of the original.
 REPLACED = {
     "CLIPTextEncode": ("LoadTrainingDataset", [DATASET], {"latents": "LATENT", "conditioning": "CONDITIONING"}, 1),
@@ -78,8 +80,8 @@ def _replace(node: dict, links: list[list]) -> None:
 
 
 def _set_values(node: dict, object_info: Mapping[str, Any]) -> None:
-    overrides = VALUES.get(node["type"], {})
-    names = widget_names(object_info[node["type"]]) if overrides else []
+    overrides, limits = VALUES.get(node["type"], {}), LIMITS.get(node["type"], {})
+    names = widget_names(object_info[node["type"]]) if overrides or limits else []
     values = node.get("widgets_values") or []
     for index, value in enumerate(values):
         if isinstance(value, str):
@@ -87,6 +89,9 @@ def _set_values(node: dict, object_info: Mapping[str, Any]) -> None:
             values[index] = "/".join(filter(None, (folder, FILES.get(file, file))))
     for name, value in overrides.items():
         values[names.index(name)] = value
+    for name, limit in limits.items():
+        index = names.index(name)
+        values[index : index + 1] = [min(value, limit) for value in values[index : index + 1]]
 
 
 def place_further(base: Path) -> None:

@@ -50,10 +50,10 @@ def page(comfy):
         yield page
 
 
-def open_search(page):
+def open_search(page, place=PLACE):
     """Double click on the empty canvas; a page that is slow to hear the second click takes them for two."""
     while not page.locator(INPUT).count():
-        page.mouse.dblclick(*PLACE)
+        page.mouse.dblclick(*place)
         with contextlib.suppress(TimeoutError):
             page.locator(INPUT).wait_for(timeout=3000)
 
