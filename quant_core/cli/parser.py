@@ -139,6 +139,11 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--report", type=Path, metavar="FILE", help="also write the report as JSON; replaces no other file of the run"
     )
+    source.add_argument(
+        "--quality-card",
+        action="store_true",
+        help="also write a quality card beside the output, named .md: model, format, size, layers and errors, for a model page",
+    )
     run.add_argument(
         "--kernel_backend",
         metavar="NAME",

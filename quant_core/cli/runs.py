@@ -11,9 +11,11 @@ from ..convert.dequantize import decode_source
 from ..display import escape_control
 from ..errors import OutputError
 from ..output import keep_apart
+from ..output.together import write_together
 from ..recipes import Plan, Recipe
 from ..run.blocks import require_model
 from ..run.estimate import estimate_seconds
+from ..run.quality_card import make_quality_card
 from ..run.quantize import output_name, quantize_file, usable_device
 from ..run.report import Report
 from ..sources import Source, open_source
@@ -144,6 +146,8 @@ def _quantize_model(args: argparse.Namespace, recipe: Recipe, path: Path, output
     if not args.json:
         print_line(report.table())
     _save_report(args, report, output)
+    if args.quality_card:
+        _save_card(args, report, output)
     if not args.json:
         print_line(next_step)
     return describe_report(report, next_step)
@@ -173,6 +177,18 @@ def _save_report(args: argparse.Namespace, report: Report, output: Path) -> None
             raise OutputError(
                 f"The report {args.report} cannot be written: {error.strerror}; {output} is complete."
             ) from error
+
+
+def _save_card(args: argparse.Namespace, report: Report, output: Path) -> None:
+    """Write the quality card beside the output, under its name with .md."""
+    path = output.with_suffix(".md")
+    if report.already_done:
+        print_line(f"{path} is not written: this run has nothing to report.")
+        return
+    try:
+        write_together({path: make_quality_card(report, [output]).markdown().encode()}, overwrite=args.overwrite)
+    except OutputError as error:
+        raise OutputError(f"{error} {output} is complete.") from error
 
 
 def _make_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> Plan:

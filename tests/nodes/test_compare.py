@@ -51,7 +51,7 @@ def test_metrics_match_the_outputs_of_ksampler(comfy, host, request):
     before, after = (pictures(folder, f"{name}-{kind}")[0] for kind in kinds)
     assert float(first[2]) == pytest.approx(psnr(before, after), abs=1)  # the files have 8 bits
     assert float(first[3]) == pytest.approx(ssim(*(torch.from_numpy(each)[None] for each in (before, after))), abs=0.01)
-    assert means[0] == "mean" and float(means[1]) == pytest.approx((float(first[1]) + float(second[1])) / 2, abs=0.02)
+    assert means[0] == "mean" and float(means[1]) == pytest.approx((float(first[1]) + float(second[1])) / 2, abs=0.101)
 
     models = {row[0]: row[1:] for row in tables(text(result, shown))[1]}
     assert list(models) == ["model", "weight memory", "time per step (s)", "activations"]

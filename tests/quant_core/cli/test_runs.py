@@ -218,3 +218,25 @@ def test_preset_flags_are_accepted_and_not_in_the_help():
         text = commands[command].format_help()
         assert not any(f"--{name.replace('_', '-')} " in text or f"--{name} " in text for name in PRESETS)
     assert parser.parse_args(["plan", "x", "--t5xxl"]).preset == "t5xxl"
+
+
+def test_quality_card_is_written_beside_the_output(lrq, model_file, tmp_path, listing):
+    model_file()
+    words = ("quantize", "model.safetensors", "-o", "q.safetensors", *INT8, "--quality-card")
+    assert lrq(*words)[0] == 0
+    assert listing() == ["model.safetensors", "q.md", "q.safetensors"]
+    assert (tmp_path / "q.md").read_text(encoding="utf-8").startswith("# q\n\n* **format**: int8_tensorwise per row")
+    code, out, _ = lrq(*words)
+    assert code == 0 and "q.md is not written" in out
+
+
+def test_quality_card_replaces_no_other_file_unasked(lrq, model_file, tmp_path):
+    model_file()
+    (tmp_path / "q.md").write_text("of another model")
+    words = ("quantize", "model.safetensors", "-o", "q.safetensors", *INT8, "--quality-card")
+    code, _, (*_, error) = lrq(*words)
+    assert code == 1 and "q.md exists" in error and error.endswith("q.safetensors is complete.")
+    assert (tmp_path / "q.md").read_text() == "of another model"
+    (tmp_path / "q.safetensors").unlink()
+    assert lrq(*words, "--overwrite")[0] == 0
+    assert (tmp_path / "q.md").read_text(encoding="utf-8").startswith("# q\n")
