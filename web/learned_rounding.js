@@ -13,6 +13,7 @@ import { addProgressWidget, endLostRuns, showProgress, showRun, showSummary } fr
 import { QUANTIZE_ENTRY } from "./quantize_entry.js";
 import { keepUnrotated } from "./saved_rotation.js";
 import { addAliasesToSearch } from "./search.js";
+import { renderReports } from "./report_preview.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";
 
@@ -180,6 +181,7 @@ app.registerExtension({
     convertNativeInt8Widget(node);
     afterSaving(node, refreshing);
     keepUnrotated(node);
+    renderReports(node);
     if (!(node.comfyClass in WIDGETS)) return;
     WIDGETS[node.comfyClass](node);
     if (node.comfyClass !== SHOWS_IMAGES) fitInVue(node);
