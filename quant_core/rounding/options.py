@@ -215,7 +215,9 @@ class RoundingConfig:
         if self.rounding != "auto" and self.rounding not in option.acts:
             raise RecipeError(f"{name} has no effect on rounding '{self.rounding}'; leave it out.")
         if option.gradient is False and self.gradient and self.rounding != "reconstructed":
-            raise RecipeError(f"{name} has no effect on rounding by an optimizer; leave one of them out.")
+            raise RecipeError(
+                f"{name} has no effect on rounding by an optimizer; leave one of them out, or choose rounding 'reconstructed'."
+            )
         clash = next((other for other in self._given if not set(OPTIONS[other].acts) & set(option.acts)), None)
         if clash:
             raise RecipeError(

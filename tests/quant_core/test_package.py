@@ -39,7 +39,14 @@ NEEDED = {"torch", "regex", "tqdm", "filelock", "tomli"}
 OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf", "lpips": "lpips"}
 TIMED = {"comfy_kitchen"}  # comes with ComfyUI; its layers are timed where it is installed
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-SHIPPED = [*MODULES, *KERNELS, *sorted((ROOT / "nodes").rglob("*.py")), ROOT / "__init__.py", ROOT / "__main__.py"]
+SHIPPED = [
+    *MODULES,
+    *KERNELS,
+    *sorted((ROOT / "nodes").rglob("*.py")),
+    ROOT / "__init__.py",
+    ROOT / "__main__.py",
+    ROOT / "command_line.py",
+]
 # Packages that ComfyUI or torch bring along.
 PROVIDED = HOST | {"torch", "triton", "numpy", "PIL", "comfy_aimdo", "comfy_kitchen", "comfy_execution"}
 
@@ -204,8 +211,13 @@ def test_every_package_and_every_preset_is_shipped():
         ".".join(["learned_rounding", *dotted(path)]) for path in MODULES + KERNELS if path.name == "__init__.py"
     }
     assert packages <= set(tools["packages"])
-    patterns = tools["package-data"]["learned_rounding.quant_core.recipes"]
-    shipped = {path for pattern in patterns for path in (CORE / "recipes").glob(pattern)}
+    folders = {name: ROOT.joinpath(*name.split(".")[1:]) for name in tools["package-data"]}
+    shipped = {
+        path
+        for name, patterns in tools["package-data"].items()
+        for pattern in patterns
+        for path in folders[name].glob(pattern)
+    }
     data = {path for path in CORE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert data and data <= shipped
 
