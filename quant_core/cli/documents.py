@@ -49,7 +49,7 @@ def describe_report(report: Report, next_step: str) -> Entry:
 def describe_plan(source: Source, recipe: Recipe, plan: Plan, seconds: float | None) -> Entry:
     """The decision for each tensor; sizes are null where the format of a layer is chosen during the run."""
     sizes = tensor_sizes(source, recipe, plan)
-    after = list(sizes.values())
+    after = [size for size in sizes.values() if size is not None]
     tensors = [
         {
             "name": name,
@@ -66,7 +66,7 @@ def describe_plan(source: Source, recipe: Recipe, plan: Plan, seconds: float | N
         "preset": plan.preset.name if plan.preset else None,
         "recipe": recipe.to_dict(),
         "bytes_in": sum(info.nbytes for info in source.tensors.values()),
-        "bytes_out": None if None in after else sum(after),
+        "bytes_out": sum(after) if len(after) == len(sizes) else None,
         "seconds": seconds,
         "tensors": tensors,
         "warnings": list(plan.warnings),

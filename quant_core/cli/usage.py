@@ -11,6 +11,8 @@ from ..errors import UnknownNameError
 
 __all__ = ["Parser"]
 
+_NEAR = 0.7  # similarity from which on an option is suggested
+
 
 class HelpFormatter(argparse.HelpFormatter):
     """Shows the value of an option once, as Python 3.13 does: ``-o, --output PATH``."""
@@ -50,12 +52,12 @@ class Parser(argparse.ArgumentParser):
         """A hint at an option that is named like the first unknown one; empty without one."""
         given = next((word.partition("=")[0] for word in unknown if word.startswith("--")), None)
         shown = (option for option, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS)
-        near = difflib.get_close_matches(given, [*shown], n=1) if given else ()
+        near = difflib.get_close_matches(given, [*shown], n=1, cutoff=_NEAR) if given else ()
         return f"; did you mean {near[0]}?" if near else ""
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            name = action.option_strings[-1] if action.option_strings else (action.metavar or action.dest).lower()
+            name = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest).lower()
             raise argparse.ArgumentError(None, str(UnknownNameError(name, value, action.choices)))
 
     def error(self, message) -> NoReturn:

@@ -40,7 +40,14 @@ FOR_PAGES = {"comfyui-frontend-package"}  # ComfyUI's frontend, which runs the p
 OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf", "lpips": "lpips"}
 TIMED = {"comfy_kitchen"}  # comes with ComfyUI; its layers are timed where it is installed
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-SHIPPED = [*MODULES, *KERNELS, *sorted((ROOT / "nodes").rglob("*.py")), ROOT / "__init__.py", ROOT / "__main__.py"]
+SHIPPED = [
+    *MODULES,
+    *KERNELS,
+    *sorted((ROOT / "nodes").rglob("*.py")),
+    ROOT / "__init__.py",
+    ROOT / "__main__.py",
+    ROOT / "command_line.py",
+]
 # Packages that ComfyUI or torch bring along.
 PROVIDED = HOST | {"torch", "triton", "numpy", "PIL", "comfy_aimdo", "comfy_kitchen", "comfy_execution"}
 
