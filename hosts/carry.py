@@ -38,7 +38,7 @@ __all__ = ["carried_requirements", "pack"]
 _ROOT = Path(__file__).resolve().parents[1]
 # Of the other machine, of this repository, or of the browser tests.
 _NOT_CARRIED = re.compile(
-    r"(torch|torchvision|torchaudio|triton|nvidia-.*|cuda-.*|pip|setuptools|learned.rounding|playwright)$"
+    r"(torch|torchvision|torchaudio|triton|nvidia-.*|cuda-.*|pip|setuptools|learned.rounding|playwright|comfyui.frontend.package)$"
 )
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "linux_x86_64")
 _NOT_PACKED = {".git", "__pycache__", "models", "output", "temp", "user"}

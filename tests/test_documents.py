@@ -249,7 +249,7 @@ def run_examples(document: Path, limit: int | None = None, **names) -> dict:
 def test_every_example_runs(folder, monkeypatch, document):
     monkeypatch.chdir(folder)
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    run_examples(document, weight=weight, H=torch.eye(64))  # names that the example in README uses
+    run_examples(document, weight=weight, H=torch.eye(64))  # names that the example of the library uses
 
 
 def test_host_examples_run_in_comfyui(host, folder, monkeypatch, tmp_path):

@@ -41,8 +41,15 @@ def packed(monkeypatch, tmp_path):
     return make
 
 
-def test_torch_and_this_package_are_left_out(packed):
-    ((command, arguments),), names, _ = packed(["torch==2.13.0", "nvidia-nccl==2", "learned_rounding==0.2", "av==16.0"])
+def test_torch_this_package_and_the_frontend_are_left_out(packed):
+    listed = [
+        "torch==2.13.0",
+        "nvidia-nccl==2",
+        "learned_rounding==0.2",
+        "comfyui_frontend_package==1.49.6",
+        "av==16.0",
+    ]
+    ((command, arguments),), names, _ = packed(listed)
     assert command == "download" and {"--no-deps", "--python-version", "3.12", "av==16.0"} <= set(arguments)
     assert {"torchvision==0.26.0", "torchaudio==2.11.0"} <= set(arguments)
     assert names == ["av", "pytest-xdist", "execnet", "torchvision", "torchaudio"]
