@@ -26,7 +26,7 @@ class Calibrate(io.ComfyNode):
         return schema(
             node_id="LearnedRoundingCalibrate",
             display_name="Calibrate for Quantization",
-            description="Sample with the original MODEL as KSampler does and note what its linear layers are given, "
+            description="Sample with the original MODEL as KSampler does and collect statistics of the input activations of its linear layers, "
             "for calibrated rounding. The MODEL stays as it is.",
             is_input_list=True,
             inputs=[
@@ -35,8 +35,8 @@ class Calibrate(io.ComfyNode):
                 ),
                 *sampling_inputs(
                     positive="Prompts like those the model is meant for: one, or a list of several, which is better.",
-                    seed="Of the noise and of the choice of tokens; each further picture takes the next.",
-                    steps="As for KSampler: all of them are learned from.",
+                    seed="Of the noise and of the choice of tokens; each further image takes the next.",
+                    steps="As for KSampler; activations of all steps are collected.",
                 ),
                 widget(
                     io.Int,
@@ -44,13 +44,13 @@ class Calibrate(io.ComfyNode):
                     default=1,
                     min=1,
                     max=1000,
-                    tooltip="Pictures for each prompt. From four in all on, every fourth is held out to judge the rounding by.",
+                    tooltip="Images for each prompt. With four or more in all, every fourth is for validation.",
                 ),
                 keep_input(),
                 tokens_input(256),
                 earlier_input(),
                 io.Vae.Input(
-                    "vae", optional=True, tooltip="To decode the pictures; without it they have the latents' colours."
+                    "vae", optional=True, tooltip="To decode the images; without it they have the latents' colours."
                 ),
                 sensitivity_input(),
                 memory_input(),
@@ -80,12 +80,12 @@ class Calibrate(io.ComfyNode):
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
-                io.Image.Output(display_name="pictures", tooltip="What was sampled."),
-                io.String.Output(display_name="summary", tooltip="What was learned, as text."),
+                io.Image.Output(display_name="pictures", tooltip="The sampled images."),
+                io.String.Output(display_name="summary", tooltip="Size and coverage of the calibration, as text."),
                 io.Latent.Output(
                     display_name="latents",
                     is_output_list=True,
-                    tooltip="What was sampled; for the Calibrate node of the last steps.",
+                    tooltip="The sampled latents; for the Calibrate node of the last steps.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -26,7 +26,8 @@ class CalibrateTextEncoder(io.ComfyNode):
         return schema(
             node_id="LearnedRoundingCalibrateText",
             display_name="Calibrate Text Encoder for Quantization",
-            description="Encode prompts with the original CLIP and note what its linear layers are given, for calibrated rounding. The CLIP stays as it is.",
+            description="Encode prompts with the original CLIP and collect statistics of the input activations of its linear layers, "
+            "for calibrated rounding. The CLIP stays as it is.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The full-precision CLIP that is going to be quantized."),
                 widget(
@@ -34,7 +35,7 @@ class CalibrateTextEncoder(io.ComfyNode):
                     id="prompts",
                     default="",
                     multiline=True,
-                    tooltip="Prompts like those you use, one a line. From four on, every fourth is held out to judge the rounding by; a few dozen are enough.",
+                    tooltip="Prompts like those you use, one a line. With four or more, every fourth is for validation; a few dozen are enough.",
                 ),
                 keep_input(),
                 widget(
@@ -54,7 +55,7 @@ class CalibrateTextEncoder(io.ComfyNode):
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),
-                io.String.Output(display_name="summary", tooltip="What was learned, as text."),
+                io.String.Output(display_name="summary", tooltip="Size and coverage of the calibration, as text."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -25,7 +25,7 @@ class Compare(io.ComfyNode):
         return schema(
             node_id="LearnedRoundingCompare",
             display_name="Compare Quantized Model",
-            description="How far is this model from full precision? Samples both from the same noise and measures latents step by step, and pictures.",
+            description="How far is this model from full precision? Samples both from the same noise and measures latents step by step, and images.",
             is_input_list=True,
             inputs=[
                 io.Model.Input("reference", tooltip="The full-precision MODEL."),
@@ -38,7 +38,7 @@ class Compare(io.ComfyNode):
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="To decode the pictures and to measure them (PSNR, SSIM, and LPIPS where it is installed); "
+                    tooltip="To decode the images and to measure them (PSNR, SSIM, and LPIPS where it is installed); "
                     "without it they have the latents' colours, and latents alone are measured.",
                 ),
             ],
@@ -51,7 +51,7 @@ class Compare(io.ComfyNode):
                     display_name="compared",
                     tooltip="What the quantized MODEL sampled, in the same order; for image_b of ComfyUI's Compare Images.",
                 ),
-                io.Image.Output(display_name="plot", tooltip="SNR by step, and pictures side by side."),
+                io.Image.Output(display_name="plot", tooltip="SNR by step, and images side by side."),
                 io.String.Output(display_name="report", tooltip="All numbers, as tables in markdown."),
                 ComparisonType.Output(
                     display_name="comparison", tooltip="Metrics and images, for the quality card of Save Quantized."

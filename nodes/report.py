@@ -23,7 +23,7 @@ class QuantizationReport(io.ComfyNode):
         return schema(
             node_id="LearnedRoundingReport",
             display_name="Quantization Report",
-            description="What became of each layer: errors, sizes and solvers, as tables in markdown and as a picture.",
+            description="Errors, sizes and solvers of all layers, as tables in Markdown and as an image.",
             inputs=[QuantizedType.Input("quantized", tooltip="From Learned Round Quantize.")],
             outputs=[
                 io.String.Output(display_name="report", tooltip="Totals and the worst layers, as tables in markdown."),

@@ -25,7 +25,7 @@ class SaveQuantized(io.ComfyNode):
                     io.String,
                     id="filename_prefix",
                     default=host.MODEL_NAME,
-                    tooltip=f"Start of the file name; may hold folders. {host.MODEL_NAME}: the name of the source model. The format is added, "
+                    tooltip=f"Start of the file name; may contain folders. {host.MODEL_NAME}: the name of the source model. The format is added, "
                     "and a number if the name is taken.",
                 ),
                 widget(

@@ -23,7 +23,7 @@ class SaveCalibration(io.ComfyNode):
                     io.String,
                     id="filename_prefix",
                     default="calibration",
-                    tooltip="Start of the file name; may hold folders. A number is added.",
+                    tooltip="Start of the file name; may contain folders. A number is added.",
                 ),
                 widget(
                     io.Boolean,

@@ -31,7 +31,7 @@ def tokens_input(default: int):
         max=65536,
         optional=True,
         advanced=True,
-        tooltip="How many tokens of each call of the model are looked at, drawn with the seed; more is slower and a little better.",
+        tooltip="Number of tokens of each call of the model, drawn with the seed; more is slower and a little better.",
     )
 
 

@@ -24,7 +24,7 @@ __all__ = ["CHECKPOINT", "CONVERTED", "DOCUMENT", "ENCODERS", "RENAMED", "Found"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
 
-What becomes of the models that ComfyUI knows when nothing but a format is chosen, from their true tensors (built from ComfyUI's own classes,
+Plans of the models that ComfyUI supports when only a format is chosen, from their true tensors (built from ComfyUI's own classes,
 or read from its sources where the model is newer than ComfyUI 0.33; `tests/architectures/lists`), the presets and the roles of layers. Written by
 `python tests/architectures/table.py`; a test compares.
 
