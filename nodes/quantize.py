@@ -10,6 +10,8 @@ from .ui.schema import CalibrationType, QuantizedType, RecipeType, Source, check
 
 __all__ = ["LearnedRoundQuantize"]
 
+_WORST = 5  # layers with the largest error in the report
+
 
 class LearnedRoundQuantize(io.ComfyNode):
     """Node; its inputs and outputs are described in the schema."""
@@ -59,7 +61,10 @@ class LearnedRoundQuantize(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model, ready for a sampler."),
                 io.Clip.Output(display_name="CLIP", tooltip="The quantized text encoder, ready for CLIP Text Encode."),
                 QuantizedType.Output(display_name="quantized", tooltip="For Save Quantized Model."),
-                io.String.Output(display_name="report", tooltip="What was done, as text."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was done, as text; a table in Markdown where ComfyUI renders it.",
+                ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
@@ -89,6 +94,6 @@ class LearnedRoundQuantize(io.ComfyNode):
             mode = host.native_int8_mode(native_int8_kernels)
             model = host.build_model(source, quantized, mode) if 0 in wanted else None
             clip = host.build_clip(source, quantized) if 1 in wanted else None
-        return io.NodeOutput(
-            model, clip, quantized, quantized.report.table(), ui=progress.summarize(RunFinished(quantized.report))
-        )
+        report = quantized.report
+        text = report.markdown(_WORST) if host.renders_markdown() else report.table(_WORST)
+        return io.NodeOutput(model, clip, quantized, text, ui=progress.summarize(RunFinished(report)))

@@ -43,9 +43,9 @@ def size_change(before: float, after: float) -> str:
     return f"{abs(change)} % {'larger' if change > 0 else 'smaller'}" if before else ""
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; the first column is left-aligned, the others are right-aligned."""
-    marks = [":--", *["--:"] * (len(header) - 1)]
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: int = 1) -> str:
+    """A Markdown table; the first ``texts`` columns are left-aligned, the others, of numbers, right-aligned."""
+    marks = [":--" if column < texts else "--:" for column in range(len(header))]
     lines = [header, marks, *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

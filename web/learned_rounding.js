@@ -37,6 +37,9 @@ const WIDGETS = {
   LearnedRoundingInspect: (node) => addTextWidget(node, say("fileText"), { lines: 16, width: 480, columns: true }),
 };
 
+/** Height of nodes on the canvas with the image that ComfyUI adds after a run: they do not grow over their neighbours then. */
+const WITH_IMAGE = { LearnedRoundingReport: 420, LearnedRoundingCompareText: 420 };
+
 const SHOWS_IMAGES = "LearnedRoundingCalibrate"; // in space that is empty until then
 
 /** The mode of native INT8 layers of a stored value: version 0.1.0 stored booleans. */
@@ -182,6 +185,7 @@ app.registerExtension({
     afterSaving(node, refreshing);
     keepUnrotated(node);
     renderReports(node);
+    if (node.comfyClass in WITH_IMAGE && !LiteGraph.vueNodesMode) node.setSize([Math.max(node.size[0], 360), WITH_IMAGE[node.comfyClass]]);
     if (!(node.comfyClass in WIDGETS)) return;
     WIDGETS[node.comfyClass](node);
     if (node.comfyClass !== SHOWS_IMAGES) fitInVue(node);

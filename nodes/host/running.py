@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 from aiohttp import web
+from comfyui_version import __version__
 from server import PromptServer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "outputs_in_use",
     "outputs_in_use_of_running_prompt",
     "progress_bar",
+    "renders_markdown",
     "running_prompt",
     "send_message",
     "show_text",
@@ -194,6 +196,11 @@ def show_text(text: str, level: int = logging.INFO) -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None and server.last_node_id is not None:
         server.send_progress_text(text, server.last_node_id, server.client_id)
+
+
+def renders_markdown() -> bool:
+    """Whether pages of this ComfyUI render Markdown in Preview as Text, as those of 0.4 and newer do."""
+    return tuple(map(int, __version__.split(".")[:2])) >= (0, 4)
 
 
 def progress_bar(total: int, node_id: str):

@@ -178,7 +178,7 @@ class Report:
             )
             for layer in self.worst[:worst]
         ]
-        summary = markdown_table(["", self.source], self._rows() + self._note_rows())
+        summary = markdown_table(["", self.source], self._rows() + self._note_rows(), texts=2)
         by_layer = markdown_table(["worst layers", "shape", "format", "solver", "weight error", "output error"], layers)
         return f"{summary}\n\n{by_layer}\n" if layers else f"{summary}\n"
 

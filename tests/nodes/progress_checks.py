@@ -7,9 +7,19 @@ from pathlib import Path
 import folder_paths
 import torch
 from pack.nodes import host
+from pack.nodes.host.quantizing import _merge_reports
 from pack.nodes.ui import progress
 from pack.quant_core import QuantizationError, Recipe
-from pack.quant_core.events import BlockAdvanced, BlockFinished, BlockStarted, CalibrationAdvanced, CalibrationFinished
+from pack.quant_core.events import (
+    BlockAdvanced,
+    BlockFinished,
+    BlockStarted,
+    CalibrationAdvanced,
+    CalibrationFinished,
+    RunFinished,
+)
+from pack.quant_core.run.blocks import WalkSummary
+from pack.quant_core.run.report import Report
 from safetensors.torch import save_file
 
 MODELS = Path(folder_paths.models_dir) / "diffusion_models"
@@ -86,6 +96,48 @@ def blocks() -> list:
     return json.loads(json.dumps(sent))
 
 
+def parts() -> dict:
+    """The merged report of two text encoders, in messages and text: nothing of the second one is lost."""
+    reports = {
+        part: Report(
+            part, "int8_tensorwise", "row", "sequential", "clip", seconds=1.0, bytes_in=4, bytes_out=2, taken_up=taken_up,
+            sequential=WalkSummary("9.0", 4, error),
+        )
+        for part, error, taken_up in (("clip_l", 0.01, 3), ("t5xxl", 0.02, 4))
+    }  # fmt: skip
+    merged = _merge_reports(reports)
+    message = progress._end_message(RunFinished(merged))
+    lines = [line for line in merged.table().splitlines() if line.startswith("model output")]
+    return {"errors": message["model_errors"], "resumed": message["resumed"], "lines": lines}
+
+
+def reused() -> dict:
+    """Messages of a node that uses the result of another node's run, in another workflow too."""
+    ids = {"prompt": "1", "workflow": "first"}
+    host.running_prompt, host.latest_outputs = lambda: dict(ids), lambda *_: {}
+    host.send_message = lambda *_, **__: None
+    report = Report("a", "int8_tensorwise", "row", "nearest", "none")
+
+    def run(node: str, made: bool) -> str:
+        with progress.NodeProgress(node) as listener:
+            if made:
+                listener(RunFinished(report))
+            return listener.summarize(RunFinished(report))["learned_rounding"][0]["id"]
+
+    first = run("3", True)
+    ids.update(prompt="2", workflow="second")
+    second = run("7", False)
+    answers = {name: progress._answer_query({"workflow": name}) for name in ("first", "second")}
+    cached = {"learned_rounding": [{"state": "done", "id": first}]}
+    host.latest_outputs = lambda workflow, *_: {"9": cached} if workflow == "third" else {}
+    (third,) = progress._answer_query({"workflow": "third"})
+    return {
+        "nodes": [[entry["node"] for entry in answer] for answer in answers.values()],
+        "same": answers["first"][0]["run"] == answers["second"][0]["run"] == third["run"] != [],
+        "ids": [first, second],
+    }
+
+
 def shards() -> dict:
     """A changed shard changes the source for Load Model and for Quantize."""
     MODELS.mkdir(parents=True, exist_ok=True)
@@ -123,4 +175,4 @@ def shards() -> dict:
     }
 
 
-CHECKS = {f"progress_{check.__name__}": check for check in (stopped, twice, blocks, shards)}
+CHECKS = {f"progress_{check.__name__}": check for check in (stopped, twice, blocks, parts, reused, shards)}

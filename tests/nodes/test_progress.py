@@ -29,6 +29,20 @@ def test_blocks_and_their_steps_are_sent_to_pages(host, tmp_path):
     assert (found[2]["kept"], found[2]["error"], found[2]["calibrated_error"]) == ("sequential", 0.25, 0.5)
 
 
+def test_the_report_of_a_clip_keeps_the_summary_of_every_encoder(host, tmp_path):
+    found = in_process(host, tmp_path, "progress_parts")
+    assert (found["errors"], found["resumed"]) == ([0.01, 0.02], 7)
+    assert [line.split()[:5] for line in found["lines"]] == [
+        ["model", "output,", "clip_l", "error", "0.01"],
+        ["model", "output,", "t5xxl", "error", "0.02"],
+    ]
+
+
+def test_a_node_that_uses_an_earlier_result_has_the_messages_of_its_run(host, tmp_path):
+    found = in_process(host, tmp_path, "progress_reused")
+    assert found == {"nodes": [["3"], ["7"]], "same": True, "ids": ["1/3", "2/7"]}
+
+
 def test_changed_shard_changes_the_source(host, tmp_path):
     found = in_process(host, tmp_path, "progress_shards")
     assert found["same"] and found["state changed"] and found["result changed"]
