@@ -13,6 +13,7 @@ import { addProgressWidget, endLostRuns, showProgress, showRun, showSummary } fr
 import { QUANTIZE_ENTRY } from "./quantize_entry.js";
 import { keepUnrotated } from "./saved_rotation.js";
 import { addAliasesToSearch } from "./search.js";
+import { orderTemplates } from "./template_order.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";
 
@@ -166,6 +167,7 @@ app.registerExtension({
       if (nodes.some((node) => node && isBlank(node))) catchingUp(); // the node is cached, so ComfyUI sends no event for it
     });
     await convertNativeInt8Setting();
+    orderTemplates(api);
     await addAliasesToSearch(app.extensionManager);
   },
 
