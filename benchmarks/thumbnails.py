@@ -1,4 +1,7 @@
-"""Thumbnails of the examples for the template browser: before | after, with the sizes of the files, from runs with the tiny model.
+"""Thumbnails of the examples for the template browser: before | after, with the sizes of the files.
+
+Images and sizes are those of a run with the tiny model. Some examples show the planned size of the
+model that they name, whose tensors tests/architectures lists.
 
 python benchmarks/thumbnails.py      writes example_workflows/NAME.jpg, with the newest installed host
 """
@@ -15,14 +18,23 @@ from learned_rounding.benchmarks.tiny_model.examples import EXAMPLES, place_furt
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, Host, find_host
 from learned_rounding.hosts.workflows import to_api
+from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.output import inspect_file
+from learned_rounding.quant_core.run.estimate import estimate_size
+from learned_rounding.tests.architectures.table import source
 
 PROMPTS = ("red apple", "owl", "rocket", "guitar")
 SIZE = (960, 540)
 TIMEOUT = 3600  # s
+# Example → title and list of the model, and format.
+PLANNED = {
+    "2 Quantize a model file": ("Z-Image", "zimage", "int8"),
+    "6 W4A8 with sequential rounding": ("Z-Image", "zimage", "w4a8"),
+    "9 Quantize a text encoder": ("T5-XXL", "t5", "fp8"),
+}
 LOADERS = ("UNETLoader", "LearnedRoundingLoadModel")
 BACKGROUND, TEXT, MUTED, BEFORE, AFTER = "#1b1d22", "#f4f4f5", "#a1a1aa", "#94a3b8", "#22c55e"
-HEAD, FOOT, MARGIN = 84, 64, 28  # heights above and below the images, and space between, in pixels
+HEAD, FOOT, MARGIN = 100, 76, 28  # heights above and below the images, and space between, in pixels
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Result:
     Attributes:
         before: size of the source in bytes.
         after: size of the quantized file in bytes.
-        format: most frequent format of its layers.
+        format: most frequent format of its layers, after the model's name if it is planned.
         originals: images sampled with the source, in the order of the prompts; none if the example does not sample.
         quantized: images sampled with the quantized model.
         chart: the image that Compare saved, if the example has one.
@@ -41,9 +53,16 @@ class Result:
     before: int
     after: int
     format: str
-    originals: Sequence[Image.Image]
-    quantized: Sequence[Image.Image]
-    chart: Image.Image | None
+    originals: Sequence[Image.Image] = ()
+    quantized: Sequence[Image.Image] = ()
+    chart: Image.Image | None = None
+
+
+def plan_result(title: str, model: str, format: str) -> Result:
+    """Sizes of a model's true tensors, before and in a format."""
+    header, recipe = source(model), Recipe(format=format)
+    before = sum(info.nbytes for info in header.tensors.values())
+    return Result(before, estimate_size(header, recipe, recipe.plan(header)), f"{title}, {format}")
 
 
 def run_example(host: Host, name: str) -> Result:
@@ -56,14 +75,14 @@ def run_example(host: Host, name: str) -> Result:
         texts = [entry["text"][0] for entry in result.outputs.values() if "text" in entry]
         saved = next(Path(text) for text in texts if text.endswith(".safetensors"))
         loader = next(node for node in workflow["nodes"] if node["type"] in LOADERS)
-        (source,) = server.models_dir.glob(f"*/{loader['widgets_values'][0].rpartition('/')[2]}")
+        (original,) = server.models_dir.glob(f"*/{loader['widgets_values'][0].rpartition('/')[2]}")
         originals, quantized, charts = (
             [Image.open(path).convert("RGB") for path in sorted(server.output_dir.glob(f"{prefix}_*.png"))]
             for prefix in ("original", "quantized", "comparison")
         )
         formats = inspect_file(saved).quantized
         return Result(
-            source.stat().st_size,
+            original.stat().st_size,
             saved.stat().st_size,
             max(formats, key=formats.get),
             originals,
@@ -72,34 +91,37 @@ def run_example(host: Host, name: str) -> Result:
         )
 
 
-def draw_thumbnail(name: str, result: Result) -> Image.Image:
-    """Draw the title, both sides with their sizes, and what was saved."""
+def human_size(size: int) -> str:
+    """Three significant digits of MB or GB."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+def draw_thumbnail(result: Result) -> Image.Image:
+    """Draw both sides with their sizes, and the saving; letters are large because pages show a quarter of the size."""
     width, height = SIZE
     sheet = Image.new("RGB", SIZE, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 18), name, TEXT, ImageFont.load_default(34))
     saving = f"{1 - result.after / result.before:.0%} smaller".replace("%", " %")
-    foot = f"{saving}, {result.format}. Measured with a tiny model."
-    draw.text((MARGIN, height - 40), foot, MUTED, ImageFont.load_default(20))
-    area = (MARGIN, HEAD, width - 2 * MARGIN, height - HEAD - FOOT)
-    if result.chart:
-        _paste_centered(sheet, result.chart, area)
-        return sheet
-    half = (area[2] - MARGIN) // 2
+    draw.text((MARGIN, height - FOOT), saving, TEXT, ImageFont.load_default(52))
+    draw.text((width - MARGIN, height - 28), result.format, MUTED, ImageFont.load_default(26), anchor="rs")
+    half = (width - 3 * MARGIN) // 2
     sides = (("before", result.before, result.originals, BEFORE), ("after", result.after, result.quantized, AFTER))
     for index, (label, size, images, color) in enumerate(sides):
         left = MARGIN + index * (half + MARGIN)
-        draw.text((left, HEAD), f"{label}  {size / 1e6:.3g} MB", color, ImageFont.load_default(28))
-        box = (left, HEAD + 44, half, area[3] - 44)
+        draw.text((left, HEAD - 20), label, color, ImageFont.load_default(38), anchor="ls")
+        draw.text((left + 130, HEAD - 20), human_size(size), color, ImageFont.load_default(64), anchor="ls")
+        box = (left, HEAD, half, height - HEAD - FOOT - MARGIN // 2)
         if images:
             _paste_grid(sheet, images, box)
-        else:
+        elif not result.chart:
             _draw_bar(draw, box, size / result.before, color)
+    if result.chart:
+        _paste_centered(sheet, result.chart, (MARGIN, HEAD, width - 2 * MARGIN, height - HEAD - FOOT - MARGIN // 2))
     return sheet
 
 
 def _paste_grid(sheet: Image.Image, images: Sequence[Image.Image], box: tuple[int, int, int, int]) -> None:
-    """Two rows of images on white, as large as the box allows."""
+    """Two rows of images, as large as the box allows."""
     left, top, width, height = box
     columns = -(-len(images) // 2)
     side = min(width // columns, height // 2)
@@ -130,7 +152,8 @@ def main() -> None:
     host = find_host()
     for name in args.only or names:
         path = EXAMPLES / f"{name}.jpg"
-        draw_thumbnail(name, run_example(host, name)).save(path, quality=88)
+        result = plan_result(*PLANNED[name]) if name in PLANNED else run_example(host, name)
+        draw_thumbnail(result).save(path, quality=88)
         print(path, flush=True)
 
 

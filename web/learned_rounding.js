@@ -11,9 +11,10 @@ import { isBlank } from "./panel.js";
 import { followGraph, updatePreviews } from "./preview.js";
 import { addProgressWidget, endLostRuns, showProgress, showRun, showSummary } from "./progress_widget.js";
 import { QUANTIZE_ENTRY } from "./quantize_entry.js";
+import { renderReports } from "./report_preview.js";
 import { keepUnrotated } from "./saved_rotation.js";
 import { addAliasesToSearch } from "./search.js";
-import { renderReports } from "./report_preview.js";
+import { orderTemplates } from "./template_order.js";
 import { addTextWidget, showText } from "./text_widget.js";
 import { say, speak } from "./words.js";
 
@@ -170,6 +171,7 @@ app.registerExtension({
       if (nodes.some((node) => node && isBlank(node))) catchingUp(); // the node is cached, so ComfyUI sends no event for it
     });
     await convertNativeInt8Setting();
+    orderTemplates(api);
     await addAliasesToSearch(app.extensionManager);
   },
 
