@@ -18,7 +18,7 @@ __all__ = [
 _LONGEST = 2000  # characters of a line: a path of the longest kind fits twice
 _LINES = 1000
 
-_UNITS = ("B", "KB", "MB", "GB", "TB")
+_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def human_bytes(count: float) -> str:

@@ -149,7 +149,7 @@ def test_markdown_holds_the_totals_and_the_worst_layers(sentences):
         (0, "0 B"),
         (1, "1 B"),
         (999, "999 B"),
-        (1000, "1 KB"),
+        (1000, "1 kB"),
         (19_200_000, "19.2 MB"),
         (23_800_000_000, "23.8 GB"),
         (10**12, "1 TB"),
