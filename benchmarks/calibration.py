@@ -183,7 +183,7 @@ def _tensor_bytes(path: Path) -> int:
 def _calibration_gains(path: Path, choices: dict, layers: list[str]) -> list[float]:
     """Return the gain of each layer on the calibration activations."""
     weights = load_file(ASSETS / MODEL)
-    choices = {**choices, "convrot": "convrot" in choices or None}
+    choices = {**choices, "convrot": "convrot" in choices}
     gains = []
     with CalibrationFile(path) as calibration:
         for name in layers:

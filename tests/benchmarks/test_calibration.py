@@ -11,7 +11,7 @@ from learned_rounding.quant_core import Recipe, quantize_file, quantize_weight
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_dequantized_file_has_the_weights_of_the_quantized_file(tmp_path, name):
-    choices = {**FORMATS[name], "convrot": "convrot" in FORMATS[name] or None}
+    choices = {**FORMATS[name], "convrot": "convrot" in FORMATS[name]}
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     source = {"layer.weight": weight, "layer.bias": weight[0].clone(), "norm.weight": weight[1].clone()}
     save_file(source, tmp_path / "model.safetensors")
