@@ -367,6 +367,7 @@ def test_the_command_line_prints_names_that_its_terminal_cannot(tmp_path, tried)
         case.target,
         "--format",
         "int8_tensorwise",
+        "--no-convrot",
         "--device",
         "cpu",
     ]
