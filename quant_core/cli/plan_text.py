@@ -10,6 +10,8 @@ from ..sources import Source
 
 __all__ = ["plan_lines", "tensor_sizes"]
 
+_WIDEST = 80  # characters of an aligned column: names in a file can be long
+
 
 @dataclass
 class _Group:
@@ -46,7 +48,7 @@ def plan_lines(source: Source, recipe: Recipe, plan: Plan, *, verbose: bool = Fa
         group.before += source.tensors[name].nbytes
         group.after = None if group.after is None or size is None else group.after + size
     rows = [(group.decision.action, _title(pattern, group), _change(group)) for (pattern, _), group in groups.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [min(max(map(len, column)), _WIDEST) for column in zip(*rows, strict=True)]
     lines = [
         f"{action:<{widths[0]}}  {name:<{widths[1]}}  {size:<{widths[2]}}{_note(decision)}".rstrip()
         for (action, name, size), (_, decision) in zip(rows, groups, strict=True)

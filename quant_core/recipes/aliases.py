@@ -63,12 +63,10 @@ def make_format(
     return FormatConfig(name, granularity, convrot=convrot, **options)
 
 
-def choose_format(
-    name: str, granularity: str | None = None, convrot: bool | int | str | None = None, **options
-) -> FormatConfig:
-    """As :func:`make_format`, for new recipes: INT8 per row has ConvRot "auto" unless ``convrot`` is given.
+def choose_format(name: str, granularity: str | None = None, **options) -> FormatConfig:
+    """As :func:`make_format`, for new recipes: INT8 per row has ConvRot "auto" unless ``convrot`` is among the options.
 
     Recipe files, layer configs and saved workflows use :func:`make_format`, whose defaults are those of version 0.1.0.
     """
-    config = make_format(name, granularity, convrot, **options)
-    return replace(config, convrot=AUTO) if convrot is None and config.rotated_by_choice else config
+    config = make_format(name, granularity, **options)
+    return replace(config, convrot=AUTO) if "convrot" not in options and config.rotated_by_choice else config

@@ -16,7 +16,7 @@ from ..formats.cards import CARDS, parse_card
 from ..formats.scales import BLOCK_SIZE
 from ..rounding import RoundingConfig
 from ..sources import Source
-from .aliases import choose_format, make_format
+from .aliases import choose_format
 from .layers import LayerRule, check_length, parse_rules
 from .option_table import MEASURED_ONLY
 from .plan import Decision, Plan, make_plan
@@ -32,7 +32,7 @@ class Recipe:
 
     The constructor takes both configurations, or their fields as flat keywords:
     ``Recipe(format="int8_tensorwise", convrot=True, rounding="nearest", preset="flux")``. A format name may be an alias,
-    see :mod:`.aliases`; INT8 per row by name has ConvRot "auto" unless ``convrot`` is given. Files and :meth:`to_dict` are flat.
+    see :mod:`.aliases`; INT8 per row by name has ConvRot "auto" unless ``convrot`` is given; None is that of the name. Files and :meth:`to_dict` are flat.
 
     Attributes:
         format: how quantized layers are stored; format measured chooses for each layer, see
@@ -211,12 +211,8 @@ class Recipe:
         Without ``convrot`` the rotation is that of the format name, as in files of version 0.1.0: on for "int8", off for
         "int8_tensorwise".
         """
-        format = values.get("format", FormatConfig.name)
-        if isinstance(format, FormatConfig):
-            return cls(**values)
-        given = {name: value for name, value in values.items() if name in _FORMAT_FIELDS}
-        others = {name: value for name, value in values.items() if name not in ("format", *_FORMAT_FIELDS)}
-        return cls(make_format(format, **given), **others)
+        named = not isinstance(values.get("format"), FormatConfig)
+        return cls(**{**({"convrot": None} if named else {}), **values})
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -110,6 +110,7 @@ def test_killed_from_outside_at_a_random_time(one_case, often, tried):
         one_case.target,
         "--format",
         "int8_tensorwise",
+        "--no-convrot",
         "--device",
         "cpu",
     ]

@@ -140,7 +140,7 @@ def banks() -> dict:
     for name, options in RECIPES.items():
         format = name.split()[0]
         rules = json.dumps({"_proj": {"format": format, **options}})  # the first and the last block too
-        recipe = Recipe(format=format, rounding="nearest", layer_config=rules, **options)
+        recipe = Recipe(format=format, rounding="nearest", layer_config=rules, **{"convrot": None, **options})
         quantized = host.quantize(source, recipe, lambda event: None)
         (saved,) = host.save_files(quantized, "gpt_oss", "output")
         with replaced(comfy.sd, "load_clip", functools.partial(load_small, comfy.sd.load_clip)):

@@ -229,7 +229,9 @@ def decoding() -> dict:
     recipes = {name: {"format": name} for name in FORMATS if not host.supports_format(name)}
     recipes["asym_w4a8_int8 6 bits"] = {"format": "asym_w4a8_int8", "bits": 6}  # not expanded without add_layouts
     for name, recipe in recipes.items():
-        quantized = host.quantize(original, Recipe(rounding="nearest", **recipe), lambda event: None)
+        quantized = host.quantize(
+            original, Recipe(rounding="nearest", **{"convrot": None, **recipe}), lambda event: None
+        )
         if "decoded as they run" not in host.describe_formats(quantized.files[""]):
             continue  # a newer comfy-kitchen has 6 bits
         model = host.build_model(original, quantized)

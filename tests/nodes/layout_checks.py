@@ -50,7 +50,9 @@ class TinyModel:
         self.context = {"c_crossattn": context, "y": pooled}
 
     def file(self, source=None, **recipe) -> host.Quantized:
-        return host.quantize(source or self.original, Recipe(rounding="nearest", **recipe), lambda event: None)
+        return host.quantize(
+            source or self.original, Recipe(rounding="nearest", **{"convrot": None, **recipe}), lambda event: None
+        )
 
     def with_lora(self, model):
         return comfy.sd.load_lora_for_models(model, None, self.lora, 1.0, 0.0)[0]

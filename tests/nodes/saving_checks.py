@@ -36,7 +36,7 @@ def quantized(
 ) -> host.Quantized:
     """A new run; the cached result is dropped."""
     host.quantizing._last = None
-    recipe = Recipe(format=format, rounding="nearest", **options)
+    recipe = Recipe(format=format, rounding="nearest", **{"convrot": None, **options})
     return host.quantize(host.FileSource(path, kind, "sd3"), recipe, lambda event: None, general=True)
 
 

@@ -206,6 +206,15 @@ def test_every_widget_sets_its_recipe_option(comfy, request):
             {"format": "int8_tensorwise", "convrot": "auto"},
             {"format": "int8_tensorwise", "granularity": "row", "convrot": "auto"},
         ),
+        # a prompt without the input, of a workflow that is older than it
+        ({"format": "int8_tensorwise"}, {"format": "int8_tensorwise", "granularity": "row"}),
+        ({"format": "int8"}, {"format": "int8_tensorwise", "granularity": "row", "convrot": True}),
+        # "auto", the default of new nodes, has no effect on formats without rotation
+        ({"convrot": "auto"}, {}),
+        (
+            {"format": "int8_tensorwise", "granularity": "tensor", "convrot": "auto"},
+            {"format": "int8_tensorwise", "granularity": "tensor"},
+        ),
     ]
     for number, (options, changed) in enumerate(cases):
         graph = ProbedGraph()

@@ -170,6 +170,13 @@ def test_plan_groups_tensors_by_pattern_and_verbose_lists_them(lrq, model_file, 
     sentences(lrq("plan", source, *INT8)[1], lrq("plan", source, *INT8, "--verbose")[1])
 
 
+def test_one_long_name_does_not_widen_all_lines_of_a_plan(lrq, model_file):
+    name = f"blocks.0.{'x' * 900}.weight"
+    source = model_file("long.safetensors", {name: torch.zeros(32, 32), "blocks.1.a.weight": torch.zeros(32, 32)})
+    lines = lrq("plan", source, *INT8)[1].splitlines()
+    assert any("blocks.1.a.weight" in line and len(line) < 150 for line in lines)
+
+
 def test_plan_groups_layers_whose_format_is_chosen_later(lrq, model_file, sentences):
     source = model_file()
     sentences(lrq("plan", source, "--format", "measured", "--general")[1])

@@ -43,9 +43,10 @@ def test_given_options_override_those_of_an_alias(options, expected):
 
 def test_new_recipes_of_int8_per_row_have_convrot_auto():
     for name in ("int8", "int8_tensorwise"):
-        for options in ({}, {"granularity": "row"}, {"convrot": None}):
+        for options in ({}, {"granularity": "row"}):
             assert Recipe(format=name, **options).format == INT8_AUTO
         assert Recipe(format=name, convrot=False).format.convrot is None
+        assert Recipe(format=name, convrot=None).format == make_format(name)
         assert Recipe(format=name, granularity="tensor").format.convrot is None
     for name in ("fp8", "w4a8", "int8_blockwise", "measured"):
         assert Recipe(format=name).format == make_format(name)
@@ -67,6 +68,7 @@ def test_recipe_files_keep_their_rotation(text, convrot):
     recipe = Recipe.from_toml(text)
     assert recipe.format.convrot == convrot
     assert Recipe.from_toml(recipe.to_toml()) == recipe == Recipe.from_json(recipe.to_json())
+    assert Recipe(**recipe.to_dict()) == recipe
 
 
 def test_format_names_are_exact_unless_a_sibling_is_asked_for(sentences):
