@@ -33,11 +33,11 @@ export function words(state) {
         join(`${formatBytes(bytesIn)} → ${formatBytes(bytesOut)}${change}`, gains.length > 0 && say("nearest", { gain: formatRange(gains, formatGain) })),
         join(
           inWords(layersWord(layers), seconds),
-          resumed > 0 && say("resumedOf", { resumed }),
           models.length > 0 && say("modelError", { error: formatRange(models) }),
           outputs.length > 0
             ? say("medianOutputError", { error: formatRange(outputs) })
             : medians.length > 0 && say("medianWeightError", { error: formatRange(medians) }),
+          resumed > 0 && say("resumedOf", { resumed }),
         ),
         gains.length > 0 && say("won", { list: Object.entries(solvers).map(([solver, count]) => `${solver} ${count}`).join(", ") }),
       ].filter(Boolean);

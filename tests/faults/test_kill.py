@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.errors import OutputExistsError
-from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted
+from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted, RunResumed
 from learned_rounding.quant_core.run import loop
 from learned_rounding.quant_core.run.resume import JournalFile
 from learned_rounding.quant_core.sources import TensorSource
@@ -176,7 +176,13 @@ def test_a_process_that_ends_below_a_run_leaves_it_to_the_next(case, tried):
         timeout=120,
     )
     case.check(complete=False)
-    assert quantize_file(case.source, case.target, case.recipe, device="cpu").taken_up >= 3
+    events = []
+    report = quantize_file(case.source, case.target, case.recipe, device="cpu", on_event=events.append)
+    assert report.taken_up >= 3
+    (place,) = (place for place, event in enumerate(events) if isinstance(event, RunResumed))
+    restored = sum(isinstance(event, LayerFinished) for event in events[:place])
+    assert events[place].layers == restored == report.taken_up and events[place].total == report.layers[0].total
+    assert all(event.elapsed >= events[place].elapsed for event in events[place:] if isinstance(event, LayerFinished))
     case.again()
     tried("the process ends in order in the middle of a run", 1, "goes on, same bytes")
 

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from learned_rounding.benchmarks.tiny_model.graph import MODEL
 from learned_rounding.hosts import HostError
+from learned_rounding.tests.conftest import LINKS
 from learned_rounding.tests.nodes.probing import ProbedGraph, probed, progress, text
 
 
@@ -288,6 +289,20 @@ def test_the_wrong_input_is_the_one_that_is_marked(comfy):
     assert marked(format="float8_e4m3fn", target_size=1.0) == "target_size"
     assert marked(format="measured", target_size=1.0, layer_config='{"a": "fp8"}') == "layer_config"
     assert marked(optimizer="adamw", top_p=0.5, beam_width=4) == "beam_width"
+
+
+def test_lists_without_files_say_so_and_what_to_do(server_factory, sentences):
+    server = server_factory(links=LINKS)
+    choices = {"LoadModel": "model", "LoadQuantized": "model", "Inspect": "model", "LoadCalibration": "file"}
+    for name, input_name in choices.items():
+        kind, *options = server.object_info()[f"LearnedRounding{name}"]["input"]["required"][input_name]
+        assert (kind if isinstance(kind, list) else options[0]["options"]) == ["no file found"]
+        graph = ProbedGraph()
+        node = graph.add(f"LearnedRounding{name}", **{input_name: "no file found"})
+        graph.add("PreviewAny", source=node[0])
+        with pytest.raises(HostError) as caught:
+            server.queue(graph)
+        sentences(caught)
 
 
 def test_missing_files_are_reported_before_execution(refused_at_once):

@@ -137,7 +137,21 @@ def test_a_run_whose_server_is_restarted_says_how_far_it_came(server_factory, tm
         assert re.search(r"s left · .* · resumed at [45] of 37$", panel(page)["second"])
         server.post("/probe/gate", {"layers": None})
         page.locator(".lr-progress[data-state=done]").wait_for()
-        assert re.search(r" · [45] of them resumed · ", panel(page)["second"])
+        assert re.search(r" · [45] of them resumed$", panel(page)["second"])
+
+
+def test_a_report_in_a_preview_is_a_table_where_the_page_renders_markdown(page):
+    graph = ProbedGraph()
+    quantized = graph.quantize(graph.source()[0], rounding="nearest", seed=uuid.uuid4().int % 2**31)
+    graph.add("PreviewAny", source=quantized[3])
+    run(page, graph)
+    mode = """() => window.app.graph._nodes.find(({type}) => type === 'PreviewAny')
+        .widgets?.find(({name}) => name === 'preview_mode')?.value ?? null"""
+    if page.evaluate(mode) is None:
+        pytest.skip("this page shows plain text")
+    page.wait_for_function(f"({mode})() === true")
+    page.evaluate(_FOCUS, "PreviewAny")
+    page.get_by_role("cell", name="layers quantized").wait_for()
 
 
 def test_report_shows_its_picture(page):
