@@ -13,12 +13,19 @@ const panels = new WeakMap();
 export function addComparisonWidget(node) {
   const root = element("div", "lr-panel lr-comparison", [say("comparisonText")], { role: "status" });
   root.dataset.state = "idle";
-  addPanel(node, COMPARISON_WIDGET, root, { height: 228, width: 500, fixed: true });
+  const widget = addPanel(node, COMPARISON_WIDGET, root, { height: 228, width: 500, fixed: true });
   node.setSize([node.size[0], node.computeSize()[1] + IMAGE]);
+  if (LiteGraph.vueNodesMode) leaveSpace(widget, root);
   panels.set(node, root);
 }
 
 const IMAGE = 640;
+
+/** Leave the free space of a node drawn by Vue to the image: frontends give half of it to widgets with one of these marks. */
+function leaveSpace(widget, root) {
+  widget.computeLayoutSize = undefined;
+  root.classList.remove("widget-expands");
+}
 
 /** Show {scores: {metric: text}, models: [reference, compared], notes}, see nodes/compare.py. */
 export function showComparison(node, { scores, models, notes }) {

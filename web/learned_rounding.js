@@ -41,7 +41,7 @@ const WIDGETS = {
 /** Height of nodes on the canvas with the image that ComfyUI adds after a run: they do not grow over their neighbours then. */
 const WITH_IMAGE = { LearnedRoundingReport: 420, LearnedRoundingCompareText: 420 };
 
-const SHOWS_IMAGES = "LearnedRoundingCalibrate"; // in space that is empty until then
+const SHOWS_IMAGES = ["LearnedRoundingCalibrate", "LearnedRoundingCompare"]; // in space that is empty until then
 
 /** The mode of native INT8 layers of a stored value: version 0.1.0 stored booleans. */
 const nativeInt8Mode = (value) => ({ true: "on", false: "auto" })[value] ?? value;
@@ -190,7 +190,7 @@ app.registerExtension({
     if (node.comfyClass in WITH_IMAGE && !LiteGraph.vueNodesMode) node.setSize([Math.max(node.size[0], 360), WITH_IMAGE[node.comfyClass]]);
     if (!(node.comfyClass in WIDGETS)) return;
     WIDGETS[node.comfyClass](node);
-    if (node.comfyClass !== SHOWS_IMAGES) fitInVue(node);
+    if (!SHOWS_IMAGES.includes(node.comfyClass)) fitInVue(node);
     const { onExecuted } = node;
     node.onExecuted = function (output, ...others) {
       onExecuted?.call(this, output, ...others);

@@ -30,7 +30,7 @@ class RunPreview:
         bytes_out: size of the output file; None for mixed precision without a target size, which decides it during the run.
         layers: number of layers to quantize.
         unquantized: number of other tensors of the output.
-        formats: codec as text → (codec, number of its layers), the most frequent first; empty for mixed precision.
+        formats: codec as text → (codec, number of its layers), that of the recipe first; empty for mixed precision.
         seconds: estimate of the time in s, see :mod:`.throughput`; None if nothing comparable was measured.
     """
 
@@ -79,11 +79,15 @@ def preview_run(
     layers = (
         (math.prod(source.tensors[name].shape), rounding.rounding, codec.weight_bits) for name, codec in codecs.items()
     )
+
+    def rank(name: str) -> tuple[bool, int]:
+        return by_name[name].format.name != recipe.format.name, -counts[name]
+
     return RunPreview(
         bytes_in=bytes_in,
         bytes_out=HEADER_LENGTH.size + header + estimate_size(source, recipe, plan),
         layers=len(names),
         unquantized=unquantized,
-        formats={name: (by_name[name], count) for name, count in counts.most_common()},
+        formats={name: (by_name[name], counts[name]) for name in sorted(counts, key=rank)},
         seconds=predict_seconds(layers, device),
     )

@@ -44,10 +44,10 @@ def test_the_preview_is_there_before_a_run_and_follows_the_format(show, page, mo
 
 
 def test_the_size_is_that_of_the_run(show, page):
-    size = show()[1].split(",")[0]
+    size = show()[1]
     assert queue_prompt(page)["type"] == "execution_success"
     page.locator(".lr-progress[data-state=done]").wait_for()
-    assert page.locator(".lr-first").inner_text().split(" (")[0].endswith(f"→ {size.split(' → ')[1]}")
+    assert page.locator(".lr-first").inner_text().startswith(size)
     assert not page.locator(".lr-preview").is_visible()
 
 
