@@ -35,7 +35,7 @@ def test_example_runs_with_the_tiny_model(comfy, name, sentences):
     for kind in ("original", "quantized"):  # of other workflows on this server
         for path in comfy.output_dir.glob(f"{kind}_*.png"):
             path.unlink()
-    result = comfy.queue(to_api(workflow, comfy.object_info()))
+    result = comfy.queue(to_api(workflow, comfy.object_info()), timeout=900)
     shown = [entry["text"] for entry in result.outputs.values() if "text" in entry]
     texts = [text[0] for text in shown]
     saved = [text for text in shown if text[0].endswith(".safetensors")]

@@ -44,3 +44,8 @@ def test_an_example_opens_with_all_its_nodes_and_values(page, name):
     assert [
         line for line in page.problems if not line.startswith(_OUTSIDE) and "Content Security Policy" not in line
     ] == []
+
+
+def test_templates_are_listed_in_the_order_of_their_numbers(page):
+    listed = page.evaluate("async () => (await window.comfyAPI.api.api.getWorkflowTemplates()).learned_rounding")
+    assert listed == NAMES
