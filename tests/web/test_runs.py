@@ -152,7 +152,7 @@ def test_a_report_in_a_preview_is_a_table_where_the_page_renders_markdown(page):
     page.wait_for_function(f"({mode})() === true")
     page.evaluate(_FOCUS, "PreviewAny")
     if page.vue_nodes:  # on the canvas ComfyUI shows the Markdown text
-        page.get_by_role("cell", name="layers quantized").wait_for()
+        page.get_by_role("cell", name="layers quantized", exact=True).wait_for()
 
 
 def test_report_shows_its_picture(page):
