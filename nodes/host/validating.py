@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 
 import execution
 
-import nodes
-
 __all__ = ["find_wrong_input", "report_wrong_inputs"]
 
 log = logging.getLogger(__name__)
@@ -30,7 +28,7 @@ def find_wrong_input(check: Check, values: Mapping[str, object]) -> tuple[str, s
     for name, value in values.items():
         if (answer := check(**{name: value})) is not True:
             return name, str(answer)
-    for name in reversed(values):
+    for name in reversed([*values]):
         if check(**{other: value for other, value in values.items() if other != name}) is True:
             break
     return name, str(check(**values))
@@ -53,7 +51,7 @@ def _wrap_check(check_node):
         names = [error["extra_info"]["input_name"] for error in errors if error["type"] == _ANY_INPUT]
         if names and kind.startswith(_OURS):
             values = {name: prompt[node_id]["inputs"][name] for name in names}
-            check = getattr(nodes.NODE_CLASS_MAPPINGS[kind], _FUNCTION)
+            check = getattr(execution.nodes.NODE_CLASS_MAPPINGS[kind], _FUNCTION)
             others = [error for error in errors if error["type"] != _ANY_INPUT]
             errors[:] = [*others, _error(*find_wrong_input(check, values))]  # the list is ComfyUI's record of the node
         return result
