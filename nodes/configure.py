@@ -36,7 +36,7 @@ _WIDGETS = {
     "convrot": {
         "default": AUTO,
         "optional": True,
-        "note": "off with format auto or a short name: the rotation that comes with it. auto for formats without rotation: none.",
+        "note": "off with format auto or a short name, and auto for formats other than INT8 per row: the rotation that comes with the format.",
     },
     "target_size": {
         "default": 0.0,
@@ -220,7 +220,7 @@ def _make_recipe(
         bits=None if bits == _DEFAULTS["bits"] else bits,
         linear_dtype=None if linear_dtype == _DEFAULTS["linear_dtype"] else linear_dtype,
     )
-    if convrot == AUTO and (config.rotated_by_choice or config.convrot):
+    if convrot == AUTO and config.rotated_by_choice:
         config = replace(config, convrot=AUTO)
     card = None if card == AUTO else card
     return Recipe(config, keep=_split_patterns(keep), layer_config=layer_config.strip(), card=card, **others)
