@@ -17,7 +17,7 @@ export function fitToContent(node) {
     Object.assign(options, { getMinHeight: height, getMaxHeight: height });
     for (const event of ["focus", "blur", "input"]) element.addEventListener(event, () => fitHeight(node));
   }
-  whenPlaced(node, () => fitHeight(node));
+  whenPlaced(node, (saved) => fitHeight(node, saved));
 }
 
 /** Remove the empty space of a node that is drawn by Vue; its size on the canvas stays. */
@@ -25,23 +25,24 @@ export function fitInVue(node) {
   whenPlaced(node, () => LiteGraph.vueNodesMode && fitHeight(node));
 }
 
-/** Call a function for a new node, and again when a workflow has set its size. */
+/** Call a function for a new node, and again, with true, when a workflow has set its size. */
 function whenPlaced(node, work) {
   const { onConfigure } = node;
   node.onConfigure = function (...given) {
     onConfigure?.apply(this, given);
-    work();
+    work(true);
   };
-  work();
+  work(false);
 }
 
-/** Set the height of a node to that of its content. */
-export function fitHeight(node) {
+/** Set the height of a node to that of its content; on the canvas a saved height is only raised. */
+export function fitHeight(node, saved = false) {
   if (LiteGraph.vueNodesMode) {
     requestAnimationFrame(() => requestAnimationFrame(() => removeEmptySpace(node))); // once Vue has drawn the change
     return;
   }
-  setHeight(node, node.computeSize()[1]);
+  const height = node.computeSize()[1];
+  setHeight(node, saved ? Math.max(height, node.size[1]) : height);
 }
 
 /** Shorten a node drawn by Vue by the space below its widgets, which the widgets that Vue hides have on the canvas. */
