@@ -403,7 +403,7 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
     )
     values = {node["type"]: node.get("widgets_values") or [] for node in saved["nodes"]}
     assert len(values["LearnedRoundingQuantize"]) == 2
-    assert (len(values["LearnedRoundingLoadModel"]), len(values["LearnedRoundingSave"])) == (3, 2)
+    assert (len(values["LearnedRoundingLoadModel"]), len(values["LearnedRoundingSave"])) == (3, 3)
     assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels", "general"}
 
 
@@ -494,8 +494,9 @@ def test_the_pointer_finds_cells_at_any_zoom(graph, scale):
     graph.evaluate(
         """([scale, id]) => {
             const {canvas, graph} = window.app
-            const [x, y] = graph.getNodeById(id).pos
-            Object.assign(canvas.ds, {scale, offset: [120 / scale - x, 120 / scale - y]})
+            const {pos: [x, y], size: [, height]} = graph.getNodeById(id)
+            const top = Math.min(120, innerHeight - 40 - height * scale) // the whole node is on the page
+            Object.assign(canvas.ds, {scale, offset: [120 / scale - x, top / scale - y]})
             canvas.setDirty(true, true)
         }""",
         [scale, QUANTIZE],

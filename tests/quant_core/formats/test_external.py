@@ -225,7 +225,7 @@ def test_inspect_names_the_format(file, made, metadata, name, native):
 def test_requantize_from_the_command_line(file, tmp_path, capsys, made, metadata, name, native):
     path = file(made[0], metadata)
     words = ["quantize", "-i", str(path), "-o", str(tmp_path / "new.safetensors"), "--format", "int8_tensorwise"]
-    words += ["--preset", "none"]
+    words += ["--no-convrot", "--preset", "none"]
     assert main(words) == 1 and name in capsys.readouterr().err
     assert main([*words, "--requantize"]) == 0
     new = load_file(tmp_path / "new.safetensors")
