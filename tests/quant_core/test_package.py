@@ -49,7 +49,16 @@ SHIPPED = [
     ROOT / "command_line.py",
 ]
 # Packages that ComfyUI or torch bring along.
-PROVIDED = HOST | {"torch", "triton", "numpy", "PIL", "comfy_aimdo", "comfy_kitchen", "comfy_execution"}
+PROVIDED = HOST | {
+    "torch",
+    "triton",
+    "numpy",
+    "PIL",
+    "comfy_aimdo",
+    "comfy_kitchen",
+    "comfy_execution",
+    "comfyui_version",
+}
 
 
 def dotted(path: Path) -> list[str]:
