@@ -16,7 +16,9 @@ _SIZE = "(element) => [element.scrollWidth - element.clientWidth, parseFloat(get
 
 @pytest.fixture
 def comparison(comfy, page):
-    place(comfy.base, output_dir=comfy.output_dir, prompts=("red apple",))
+    place(
+        comfy.base, output_dir=comfy.output_dir, prompts=("red apple", "owl")
+    )  # as for the other tests of this server
     graph = TinyGraph()
     model = graph.load()
     quantized = graph.quantize(model[0], "float8_e4m3fn", rounding="nearest")
