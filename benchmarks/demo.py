@@ -127,7 +127,7 @@ def main() -> None:
     full = columns.pop(FULL)
     for name, images in columns.items():
         print(f"{name:<24} PSNR {np.mean([psnr(*pair) for pair in zip(full, images, strict=True)]):.1f} dB")
-    print("Six images of one seed vary by about 1 dB; docs/results.md compares the roundings on many.")
+    print("Six images of one seed are too few to compare roundings; docs/results.md has the measurements.")
     print(f"image       {sheet}\nsaved file  {saved}")
 
 

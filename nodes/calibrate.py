@@ -9,6 +9,7 @@ from .ui.calibration_inputs import (
     memory_input,
     replay_input,
     sensitivity_input,
+    step_inputs,
     tokens_input,
 )
 from .ui.progress import NodeProgress
@@ -55,28 +56,7 @@ class Calibrate(io.ComfyNode):
                 sensitivity_input(),
                 memory_input(),
                 replay_input(),
-                widget(
-                    io.Int,
-                    id="start_at_step",
-                    default=0,
-                    min=0,
-                    max=10000,
-                    optional=True,
-                    advanced=True,
-                    tooltip="First step, as for KSampler (Advanced): for a model of the last steps, such as the low-noise model of WAN 2.2. "
-                    "latent_image then is the output latents of the Calibrate node of the first steps.",
-                ),
-                widget(
-                    io.Int,
-                    id="end_at_step",
-                    default=10000,
-                    min=1,
-                    max=10000,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Step before which sampling stops and leaves its noise: for a model of the first steps, such as the high-noise "
-                    "model of WAN 2.2.",
-                ),
+                *step_inputs(),
             ],
             outputs=[
                 CalibrationType.Output(display_name="calibration", tooltip="For Learned Round Quantize, or to save."),

@@ -1,7 +1,6 @@
 """Configure Quantization: the user's choices as a recipe."""
 
 from contextlib import suppress
-from dataclasses import replace
 
 from comfy_api.latest import io
 
@@ -9,7 +8,7 @@ from ..quant_core import Recipe
 from ..quant_core.errors import RecipeError
 from ..quant_core.formats import GRANULARITIES, MEASURED, Codec
 from ..quant_core.formats.cards import CARDS
-from ..quant_core.recipes import make_format, recommend_format
+from ..quant_core.recipes import choose_format, recommend_format
 from ..quant_core.recipes.layers import parse_rules
 from ..quant_core.recipes.option_table import CONVROT, FORMAT_OPTIONS, OPTION_TABLE, FormatOption
 from ..quant_core.recipes.presets import AUTO
@@ -205,23 +204,21 @@ def _make_recipe(
         RecipeError: the values contradict each other.
     """
     scale = None if granularity == AUTO else granularity
-    rotation = None if convrot == AUTO else CONVROT.get(convrot, convrot) or None  # auto suits every format
+    rotation = CONVROT.get(convrot, convrot) or None
     if format == AUTO:
         best = recommend_format(int8=host.supports_format("int8_tensorwise"))
         format = best.name
         rotation = rotation or (best.convrot if scale in (None, best.granularity) else None)
-    config = make_format(
+    config = choose_format(
         format,
         scale,
-        rotation,
+        **({} if convrot == AUTO else {"convrot": rotation}),
         sibling=True,
         block_size=block_size,
         full_precision_matmul=full_precision_matmul,
         bits=None if bits == _DEFAULTS["bits"] else bits,
         linear_dtype=None if linear_dtype == _DEFAULTS["linear_dtype"] else linear_dtype,
     )
-    if convrot == AUTO and config.rotated_by_choice:
-        config = replace(config, convrot=AUTO)
     card = None if card == AUTO else card
     return Recipe(config, keep=_split_patterns(keep), layer_config=layer_config.strip(), card=card, **others)
 

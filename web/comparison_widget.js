@@ -1,7 +1,7 @@
 /** The numbers of Compare as a table on the node: metrics, and memory, time and activations of both models. */
 
 import { addPanel, bringIntoView, element } from "./panel.js";
-import { formatBytes, formatDuration } from "./numbers.js";
+import { formatBytes, formatDuration, formatNumber } from "./numbers.js";
 import { say } from "./words.js";
 
 export const COMPARISON_WIDGET = "learned_rounding_comparison";
@@ -48,7 +48,7 @@ export function showComparison(node, { scores, models, notes }) {
 }
 
 /** A time of a step: 0.0123 s has milliseconds. */
-const formatStep = (seconds) => (seconds < 1 ? `${Number((1000 * seconds).toPrecision(3))} ms` : formatDuration(seconds));
+const formatStep = (seconds) => (seconds < 1 ? `${formatNumber(1000 * seconds)} ms` : formatDuration(seconds));
 
 function activations({ quantized_activations: quantized, quantized_layers: layers }) {
   if (!quantized) return say("comparisonNotQuantized");

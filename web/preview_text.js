@@ -1,6 +1,7 @@
 /** Words of a preview, without DOM and ComfyUI, so that node can test them. */
 
 import { formatBytes } from "./numbers.js";
+import { changeWords } from "./progress_text.js";
 import { say } from "./words.js";
 
 const FORMATS = 3; // most formats with a line of their own
@@ -21,9 +22,7 @@ export function previewRows({ error, bytes_in: before, bytes_out: after, layers,
 
 function sizeWords(before, after) {
   if (after === null) return say("previewSizeUnknown", { before: formatBytes(before) });
-  const change = Math.round(100 * (1 - after / before));
-  const words = { before: formatBytes(before), after: formatBytes(after), percent: Math.abs(change) };
-  return say(change >= 0 ? "previewSizeText" : "previewSizeLarger", words);
+  return `${formatBytes(before)} → ${formatBytes(after)}, ${changeWords(after / before)}`;
 }
 
 const STEPS = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 25, 30, 40, 50, 60];

@@ -9,8 +9,6 @@
 import { blockWords, labelOf, layersWord, learnedWords } from "./progress_text.js";
 import { say } from "./words.js";
 
-export { formatBytes, formatDuration } from "./numbers.js";
-
 export const WORST = 3;
 
 export const IDLE = Object.freeze({ phase: "idle", prompt: null, seq: -1, cells: Object.freeze([]) });

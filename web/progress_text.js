@@ -57,7 +57,11 @@ function lostWords({ finished, total, unit }) {
   return unit ? say("lostCalibration", { finished, total, unit: say(`${unit}Unit`) }) : say("lostRun", { finished, total });
 }
 
-const changeWords = (ratio) => say(ratio > 1 ? "larger" : "smaller", { percent: Math.abs(Math.round(100 * (1 - ratio))) });
+/** A size relative to that before: "46 % smaller". */
+export function changeWords(ratio) {
+  const saved = Math.round(100 * (1 - ratio));
+  return say(saved < 0 ? "larger" : "smaller", { percent: Math.abs(saved) });
+}
 
 /** Format and granularity of a layer or of a run, with the rotation: "int8_tensorwise per row, ConvRot 256". */
 export const labelOf = ({ format, granularity, convrot }) =>

@@ -7,8 +7,6 @@ export const ENGLISH = Object.freeze({
   quantizeThis: "Quantize this model",
   idle: "Progress appears here while the workflow runs.",
   previewSize: "Size",
-  previewSizeText: "{before} → {after}, {percent} % smaller",
-  previewSizeLarger: "{before} → {after}, {percent} % larger",
   previewSizeUnknown: "{before} → chosen during the run",
   previewLayers: "Layers",
   previewLayersText: "{layers} quantized, {unquantized} other tensors unchanged",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import comfy.model_management
 import torch
 
+from ...kernels.devices import compute_capability, is_nvidia
 from ...quant_core.formats import READABLE
 from .sources import is_quantized
 
@@ -15,9 +16,7 @@ __all__ = ["count_activations", "device_capability", "weight_bytes"]
 def device_capability() -> tuple[int, int]:
     """Compute capability of ComfyUI's device; (0, 0) for a CPU and other devices without FP8 and FP4, where such weights are decoded."""
     device = comfy.model_management.get_torch_device()
-    if device.type != "cuda" or torch.version.hip:
-        return 0, 0
-    return torch.cuda.get_device_capability(device)
+    return compute_capability(device) if device.type == "cuda" and is_nvidia() else (0, 0)
 
 
 def weight_bytes(model) -> int:

@@ -5,7 +5,15 @@ from comfy_api.latest import io
 from .. import host
 from .schema import CalibrationType, widget
 
-__all__ = ["earlier_input", "keep_input", "memory_input", "replay_input", "sensitivity_input", "tokens_input"]
+__all__ = [
+    "earlier_input",
+    "keep_input",
+    "memory_input",
+    "replay_input",
+    "sensitivity_input",
+    "step_inputs",
+    "tokens_input",
+]
 
 
 def keep_input():
@@ -76,6 +84,30 @@ def replay_input():
         "rounding sequential and reconstructed run them again, and 64 are usual. They are in RAM, then in ComfyUI's temp folder, while the "
         "server runs. 0: none.",
     )
+
+
+def step_inputs():
+    """Return the inputs for the first step and for the step before which sampling stops."""
+    settings = {"max": 10000, "optional": True, "advanced": True}
+    start = widget(
+        io.Int,
+        id="start_at_step",
+        default=0,
+        min=0,
+        **settings,
+        tooltip="First step, as for KSampler (Advanced): for a model of the last steps, such as the low-noise model of WAN 2.2. "
+        "latent_image then is the output latents of the Calibrate node of the first steps.",
+    )
+    end = widget(
+        io.Int,
+        id="end_at_step",
+        default=10000,
+        min=1,
+        **settings,
+        tooltip="Step before which sampling stops and leaves its noise: for a model of the first steps, such as the high-noise "
+        "model of WAN 2.2.",
+    )
+    return start, end
 
 
 def earlier_input():

@@ -14,7 +14,7 @@ class Run:
     """The runs of one node in one prompt: ComfyUI executes a node once for each item of a list.
 
     Attributes:
-        id: number of this server's run; in the output of the node, also where ComfyUI's cache provides it.
+        id: of prompt and node; in the output of the node, also where ComfyUI's cache provides it.
         workflow, node: where its panel is.
         prompt: id of the prompt.
         messages: all messages, in order.

@@ -210,4 +210,4 @@ def _show_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> Entr
         device = usable_device(args.device)
         seconds = estimate_seconds(source, recipe, plan, device)
         print_line(f"Estimated time of rounding: {seconds:.3g} s on {device}, without a calibration.")
-    return describe_plan(source, recipe, plan, seconds)
+    return describe_plan(source, recipe, plan, seconds) if args.json else {}

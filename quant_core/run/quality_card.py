@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..comparison import Comparison, format_value
-from ..display import escape_control, human_bytes, markdown_table
+from ..display import escape_control, human_bytes, markdown_table, size_change
 from ..output import inspect_file
 from ..version import VERSION
 from .report import Report
@@ -47,8 +47,8 @@ class QualityCard:
     @property
     def size(self) -> str:
         """Both sizes and their difference."""
-        change = round(100 * (1 - self.bytes_out / self.bytes_in)) if self.bytes_in else 0
-        return f"{human_bytes(self.bytes_in)} → {human_bytes(self.bytes_out)}, {abs(change)} % {'smaller' if change >= 0 else 'larger'}"
+        change = size_change(self.bytes_in, self.bytes_out)
+        return f"{human_bytes(self.bytes_in)} → {human_bytes(self.bytes_out)}{f', {change}' if change else ''}"
 
     def markdown(self, image: str | None = None) -> str:
         """The card as Markdown; ``image``: name of its image in the same folder."""

@@ -75,7 +75,7 @@ _SLOTS = """([origin, name, target]) => {
 
 _CONNECTED = "(type) => window.app.graph._nodes.find((node) => node.type === type).inputs[0].link != null"
 
-# Cells stand in one row. A filled cell has one colour in each row of its pixels, a hatched one has gaps, one that is to do nothing
+# Cells are in one row. A filled cell has one colour in each row of its pixels, a hatched one has gaps, one that is to do nothing
 # above its foot. [kind, colour at the top, colour at the foot, share of the height that has the colour at the foot]
 _CELLS = """(canvas, count) => Array.from({length: count}, (_, index) => {
     const side = canvas.width / count
