@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Attack", "CANARY", "DEEP_JSON"]
+__all__ = ["CANARY", "DEEP_JSON", "Attack"]
 
 CANARY = "executed"  # name of the file that appears if a pickle was executed
 DEEP_JSON = b"[" * 100_000

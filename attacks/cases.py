@@ -9,7 +9,7 @@ from .quantized_files import QUANTIZED
 from .safetensors_files import SAFETENSORS
 from .texts import TEXTS
 
-__all__ = ["CASES", "CANARY", "PATTERNS", "TEXTS"]
+__all__ = ["CANARY", "CASES", "PATTERNS", "TEXTS"]
 
 CASES: dict[str, Attack] = {**SAFETENSORS, **QUANTIZED, **PICKLES, **INDEXES, **GGUF, **OTHERS}
 

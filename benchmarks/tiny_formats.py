@@ -95,9 +95,9 @@ Case = tuple[str, str]  # format, rounding
 __all__ = [
     "BELOW_8_BITS",
     "FORMATS",
-    "Images",
     "LAYERS",
     "ROUNDINGS",
+    "Images",
     "bits_per_weight",
     "calibration_prompts",
     "family",

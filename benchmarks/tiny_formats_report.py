@@ -52,9 +52,17 @@ def tables(rows: Sequence[dict]) -> str:
             markdown_table(
                 ["format", "rounding", "bits", "s", "model error", "latent error", "MSE ·10⁴", "PSNR, dB", "SSIM"],
                 [
-                    [row["format"], row["rounding"], f"{row['bits']:.1f}", f"{row['seconds']:.1f}"]
-                    + [f"{row['output error']:.4f}" if "output error" in row else "–", f"{row['latent error']:.4f}"]
-                    + [_cell(row, "MSE", ".2f", 1e4), _cell(row, "dB", ".1f"), _cell(row, "SSIM", ".4f")]
+                    [
+                        row["format"],
+                        row["rounding"],
+                        f"{row['bits']:.1f}",
+                        f"{row['seconds']:.1f}",
+                        f"{row['output error']:.4f}" if "output error" in row else "–",
+                        f"{row['latent error']:.4f}",
+                        _cell(row, "MSE", ".2f", 1e4),
+                        _cell(row, "dB", ".1f"),
+                        _cell(row, "SSIM", ".4f"),
+                    ]
                     for row in own
                 ],
             ),
@@ -68,8 +76,12 @@ def tables(rows: Sequence[dict]) -> str:
             markdown_table(
                 ["latent SNR in dB after step", "rounding", *map(str, marks), "last − calibrated"],
                 [
-                    [row["format"], row["rounding"], *(f"{row['SNR dB'][mark][0]:.1f}" for mark in marks)]
-                    + [_range(row["calibrated SNR dB"][marks[-1]], "+.2f") if "calibrated SNR dB" in row else "–"]
+                    [
+                        row["format"],
+                        row["rounding"],
+                        *(f"{row['SNR dB'][mark][0]:.1f}" for mark in marks),
+                        _range(row["calibrated SNR dB"][marks[-1]], "+.2f") if "calibrated SNR dB" in row else "–",
+                    ]
                     for row in own
                 ],
             ),

@@ -78,7 +78,7 @@ def pack(target: Path, python: str, torch: str) -> None:
 def _leave_out(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
     """Files of a host that its server does not need: those of git, of Python and of users."""
     parts = Path(entry.name).parts
-    return None if "__pycache__" in parts or ".git" in parts or parts[2:3] and parts[2] in _NOT_PACKED else entry
+    return None if "__pycache__" in parts or ".git" in parts or (parts[2:3] and parts[2] in _NOT_PACKED) else entry
 
 
 def main() -> int:

@@ -54,9 +54,9 @@ __all__ = [
     "refusals",
     "round_block",
     "round_block_beam",
-    "search_level_scales",
     "scale_errors",
     "scaled_linear",
+    "search_level_scales",
     "using",
     "w4a8_linear",
 ]

@@ -26,4 +26,4 @@ def has_fp8_matmul(device: torch.device) -> bool:
 
     NVIDIA GPUs have FP8 tensor cores from SM 8.9 on. A CPU emulates their result.
     """
-    return device.type != "cuda" or is_nvidia() and compute_capability(device) >= (8, 9)
+    return device.type != "cuda" or (is_nvidia() and compute_capability(device) >= (8, 9))

@@ -39,8 +39,8 @@ __all__ = [
     "round_block",
     "round_block_beam",
     "scale_errors",
-    "search_level_scales",
     "scaled_linear",
+    "search_level_scales",
     "w4a8_linear",
 ]
 

@@ -1,6 +1,7 @@
 """Configure Quantization: the user's choices as a recipe."""
 
 from contextlib import suppress
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -70,7 +71,7 @@ _WIDGETS = {
         **_ADVANCED,
     },
 }
-_DEFAULTS = {name: FORMAT_OPTIONS[name].default for name in ("bits", "linear_dtype")}  # as if not given
+_DEFAULTS: dict[str, Any] = {name: FORMAT_OPTIONS[name].default for name in ("bits", "linear_dtype")}  # as if not given
 
 
 class ConfigureQuantization(io.ComfyNode):
@@ -219,8 +220,13 @@ def _make_recipe(
         bits=None if bits == _DEFAULTS["bits"] else bits,
         linear_dtype=None if linear_dtype == _DEFAULTS["linear_dtype"] else linear_dtype,
     )
-    card = None if card == AUTO else card
-    return Recipe(config, keep=_split_patterns(keep), layer_config=layer_config.strip(), card=card, **others)
+    return Recipe(
+        config,
+        keep=_split_patterns(keep),
+        layer_config=layer_config.strip(),
+        card=None if card == AUTO else card,
+        **others,
+    )
 
 
 def _split_patterns(keep: str) -> tuple[str, ...]:

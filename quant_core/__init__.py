@@ -8,13 +8,13 @@ from .run.quantize import quantize_file, quantize_tensors
 from .run.report import Report
 
 __all__ = [
-    "quantize_weight",
-    "quantize_file",
-    "quantize_tensors",
-    "Recipe",
     "FORMATS",
     "PRESETS",
-    "QuantizedWeight",
-    "Report",
     "QuantizationError",
+    "QuantizedWeight",
+    "Recipe",
+    "Report",
+    "quantize_file",
+    "quantize_tensors",
+    "quantize_weight",
 ]

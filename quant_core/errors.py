@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from .display import shorten
 
 __all__ = [
-    "QuantizationError",
-    "SourceError",
     "AlreadyQuantizedError",
-    "UnrecognizedModelError",
-    "NothingToQuantizeError",
+    "CalibrationError",
+    "MissingPackageError",
     "NonFiniteWeightError",
+    "NothingToQuantizeError",
     "OutOfMemoryError",
     "OutputError",
     "OutputExistsError",
+    "QuantizationError",
     "RecipeError",
-    "CalibrationError",
-    "MissingPackageError",
+    "SourceError",
     "UnknownNameError",
+    "UnrecognizedModelError",
     "VerificationError",
 ]
 

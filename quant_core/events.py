@@ -5,23 +5,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
-    "Event",
-    "LayerMeasured",
-    "PlannedLayer",
-    "RunStarted",
-    "RunResumed",
-    "LayerStarted",
-    "BlockStarted",
-    "BlockStep",
     "BlockAdvanced",
     "BlockFinished",
-    "LayerFinished",
-    "LayerKept",
-    "OutputChecked",
-    "RunFinished",
+    "BlockStarted",
+    "BlockStep",
     "CalibrationAdvanced",
     "CalibrationFinished",
+    "Event",
+    "LayerFinished",
+    "LayerKept",
+    "LayerMeasured",
+    "LayerStarted",
     "Listener",
+    "OutputChecked",
+    "PlannedLayer",
+    "RunFinished",
+    "RunResumed",
+    "RunStarted",
 ]
 
 

@@ -1,7 +1,7 @@
 """Layer: a linear layer with everything that decides how its weight is rounded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,7 +30,7 @@ class Layer:
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
-    statistics: LayerStatistics = LayerStatistics()
+    statistics: LayerStatistics = field(default_factory=LayerStatistics)
     output_weight: torch.Tensor | None = None
 
     @property

@@ -16,7 +16,7 @@ from learned_rounding.quant_core.rounding import OPTIONS
 MODEL, LORA = "tiny_mmdit_emoji.safetensors", "tiny_lora_red.safetensors"
 STEPS, CFG, SIZE = 20, 4.0, 64
 
-__all__ = ["MODEL", "LORA", "TinyGraph", "decode_latents", "latents", "pictures", "psnr"]
+__all__ = ["LORA", "MODEL", "TinyGraph", "decode_latents", "latents", "pictures", "psnr"]
 
 
 class TinyGraph(Graph):

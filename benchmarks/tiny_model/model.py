@@ -3,6 +3,7 @@
 Both state dicts have ComfyUI's keys, so that the trained files load in stock nodes without conversion.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -202,7 +203,7 @@ def sample(model, noise, context, y, *, steps: int = 20, cfg: float = 4.0, shift
     both_context = torch.cat([context, torch.zeros_like(context)])
     both_y = torch.cat([y, torch.zeros_like(y)])
     x = noise * sigmas[0]
-    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, after in itertools.pairwise(sigmas):
         t = (now * 1000).expand(2 * len(x))
         positive, negative = model(torch.cat([x, x]), t, both_context, both_y).float().chunk(2)
         x = x + (negative + cfg * (positive - negative)) * (after - now)

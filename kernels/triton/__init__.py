@@ -19,6 +19,6 @@ __all__ = [
     "quantize_weight",
     "round_block",
     "round_block_beam",
-    "search_level_scales",
     "scale_errors",
+    "search_level_scales",
 ]

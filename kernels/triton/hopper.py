@@ -233,7 +233,7 @@ def occupancy(rows: int, columns: int, device: torch.device) -> float:
 
 def prepare_product(operands, block_size: int, out_dtype: torch.dtype, launch: Specialized, keep: bool = True):
     """As :func:`.linear.prepare_product`; the block size is a multiple of 128."""
-    x, input_scale, qdata, scale, bias = operands
+    x, _input_scale, qdata, scale, bias = operands
     (rows, inner), columns, device = x.shape, qdata.shape[0], x.device
     integer = qdata.dtype is torch.int8
     element = torch.int8 if integer else torch.float8_e4m3fn

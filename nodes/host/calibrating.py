@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import comfy.model_management
 import comfy.ops
@@ -95,10 +95,12 @@ def _open_collector(
     options = {"device": device, "device_bytes": device_bytes, "tokens": tokens, "seed": seed}
     options |= {"rank": _compact_rank(layers)} if KEEP[keep] is None else KEEP[keep]
     try:
-        with earlier.open() if earlier else contextlib.nullcontext() as file:
-            with Collector(layers, folder, earlier=file, **options) as collector:
-                show_text(f"Calibrating {len(layers)} layers, {_describe_memory(collector)}.{note}")
-                yield collector
+        with (
+            earlier.open() if earlier else contextlib.nullcontext() as file,
+            Collector(layers, folder, earlier=file, **options) as collector,
+        ):
+            show_text(f"Calibrating {len(layers)} layers, {_describe_memory(collector)}.{note}")
+            yield collector
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -121,7 +123,7 @@ def _describe_memory(collector: Collector) -> str:
 
 def _compact_rank(layers: Mapping[str, torch.nn.Module]) -> int:
     """Return the smallest divisor of :class:`Collector` whose 16-bit factors fit the limit if no layers share activations."""
-    widths = [layer.weight.shape[-1] for layer in layers.values()]
+    widths = [cast(torch.Tensor, layer.weight).shape[-1] for layer in layers.values()]
     fitting = (rank for rank in _COMPACT_RANKS if sum(2 * width * width // rank for width in widths) <= _COMPACT_BYTES)
     return next(fitting, _COMPACT_RANKS[-1])
 

@@ -81,7 +81,7 @@ def _fits(layer, x, weight, bias) -> bool:
         getattr(weight, "_layout_cls", None) == layer.layout_type  # another node may have replaced the weight
         and weight.dtype is x.dtype
         and weight.device == x.device
-        and (bias is None or bias.dtype is x.dtype and bias.device == x.device)
+        and (bias is None or (bias.dtype is x.dtype and bias.device == x.device))
     )
 
 

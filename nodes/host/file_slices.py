@@ -37,7 +37,7 @@ def _file_reader(weight: torch.Tensor) -> ReadInto | None:
     """
     place = getattr(weight.untyped_storage(), _ATTRIBUTE, None)
     file = getattr(place, "file_ref", None)
-    if file is None or not hasattr(os, "preadv"):
+    if place is None or file is None or not hasattr(os, "preadv"):
         return None
     if place.size != weight.nbytes or weight.storage_offset() or not weight.is_contiguous():
         return None

@@ -33,8 +33,8 @@ __all__ = [
     "SOURCE_SUFFIXES",
     "TEXT_ENCODERS",
     "FileSource",
-    "clip_types",
     "choice_stamp",
+    "clip_types",
     "file_stamp",
     "forget_file_list",
     "model_files",
@@ -109,7 +109,7 @@ def _names(kind: str) -> list[str]:
 def _is_listed(folder: str, file: str, indexed: Container[tuple[str, str]]) -> bool:
     """Whether a file is listed as a model: it is a whole one, or the first part of one without an index."""
     number = part_number(file)
-    return number is None or number < 2 and (folder, model_stem(file)) not in indexed
+    return number is None or (number < 2 and (folder, model_stem(file)) not in indexed)
 
 
 def clip_types() -> list[str]:

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import cast
 
 import comfy.model_management
 import comfy.quant_ops
@@ -232,7 +233,7 @@ def _output_error(loaded: LoadedFile, layer: str, device: torch.device) -> float
     """
     module, parts = loaded.modules[layer].to(device), layer_parts(loaded.file, layer)
     *bank, outer, inner = loaded.shapes[layer]
-    forward = partial(module.expert_linear, i=0) if bank else module
+    forward = partial(cast(Callable[..., torch.Tensor], module.expert_linear), i=0) if bank else module
     parts = expert_parts(parts, 0) if bank else parts
     codec, shape = loaded.codecs[layer].of_values(parts), (outer, inner)
     weight, bias = codec.dequantize(parts, shape), parts.get("bias")

@@ -12,12 +12,12 @@ from ...quant_core.errors import QuantizationError
 
 __all__ = [
     "CATEGORY",
-    "ComparisonType",
-    "Source",
-    "OptionsType",
-    "RecipeType",
-    "QuantizedType",
     "CalibrationType",
+    "ComparisonType",
+    "OptionsType",
+    "QuantizedType",
+    "RecipeType",
+    "Source",
     "check_inputs",
     "schema",
     "widget",

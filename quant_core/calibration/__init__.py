@@ -22,6 +22,7 @@ from .statistics import Calibration, InMemoryCalibration, LayerStatistics
 
 __all__ = [
     "CALLS_SUFFIX",
+    "SUFFIX",
     "Calibration",
     "CalibrationFile",
     "Collector",
@@ -33,7 +34,6 @@ __all__ = [
     "PairedHessian",
     "ReplayRecorder",
     "ReplaySet",
-    "SUFFIX",
     "SensitivityAnalysis",
     "TriangularHessian",
     "dense_hessian",

@@ -91,7 +91,7 @@ class ArgumentEncoder:
 
 def _is_plain(key: object) -> bool:
     """Whether a key of a dict is a scalar, or a tuple of plain keys such as ``("double_block", 3)``."""
-    return type(key) in _SCALARS or type(key) is tuple and all(map(_is_plain, key))
+    return type(key) in _SCALARS or (type(key) is tuple and all(map(_is_plain, key)))
 
 
 def decode_arguments(

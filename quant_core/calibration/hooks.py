@@ -27,7 +27,7 @@ from .hessian import PackedHessian, TriangularHessian, pack_triangle
 from .panels import packed_size
 from .statistics import LayerStatistics
 
-__all__ = ["Collector", "ROTATION"]
+__all__ = ["ROTATION", "Collector"]
 
 ROTATION = 8  # a Hessian in a file is updated in every eighth call, with eight times the tokens
 _MIN_RANK = 16  # of a low-rank Hessian; fewer random signs do not resolve its leading directions

@@ -158,7 +158,7 @@ class _Verifier:
             return
         own = StoredLayer(layer, dict(config)).relabelled  # other formats need no keys that ComfyUI does not read
         for key in _SHAPE_KEYS:
-            required = key in config or own and key != _OPTIONAL_KEY
+            required = key in config or (own and key != _OPTIONAL_KEY)
             if required and config.get(key) != codec.config.get(key):
                 yield Finding(
                     f"{layer}: its JSON has {key}={config.get(key)}, and the shape of its scale implies {codec.config.get(key)}."

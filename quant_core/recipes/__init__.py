@@ -9,18 +9,18 @@ from .recipe import Recipe
 from .recommended import recommend_format
 
 __all__ = [
+    "FORMAT_ALIASES",
+    "OPTION_TABLE",
+    "PRESETS",
     "Decision",
     "Plan",
-    "make_plan",
-    "PRESETS",
     "Preset",
-    "find_preset",
-    "recognize_preset",
-    "FORMAT_ALIASES",
-    "describe_uncalibrated",
-    "choose_format",
-    "make_format",
-    "OPTION_TABLE",
     "Recipe",
+    "choose_format",
+    "describe_uncalibrated",
+    "find_preset",
+    "make_format",
+    "make_plan",
+    "recognize_preset",
     "recommend_format",
 ]

@@ -33,9 +33,9 @@ from .toml import tomllib
 __all__ = [
     "ALIASES",
     "AUTO",
-    "NONE",
     "COMMON",
     "GENERAL",
+    "NONE",
     "PRESETS",
     "START",
     "STARTS",

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import MissingPackageError
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimizerChoice", "Schedule", "Original", "set_mode"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimizerChoice", "Original", "Schedule", "set_mode"]
 
 
 class Original(torch.optim.Optimizer):

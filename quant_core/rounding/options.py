@@ -9,7 +9,7 @@ from ..errors import RecipeError, UnknownNameError
 from ..option import Option
 from .optimizers import OPTIMIZERS, SCHEDULES
 
-__all__ = ["MODEL_ROUNDINGS", "ROUNDINGS", "BIAS_CORRECTIONS", "OPTIONS", "RoundingConfig", "RoundingOption"]
+__all__ = ["BIAS_CORRECTIONS", "MODEL_ROUNDINGS", "OPTIONS", "ROUNDINGS", "RoundingConfig", "RoundingOption"]
 
 ROUNDINGS: Mapping[str, str] = {
     "auto": "calibrated for layers with calibration statistics, else round to nearest with a scale search",

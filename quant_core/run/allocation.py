@@ -7,6 +7,7 @@ multiplier of its own (Everett, Generalized Lagrange Multiplier Method, 1963): e
 such price that keeps the time is found by bisection.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,8 +97,10 @@ def allocate(options: Mapping[str, list[Option]], budget: Budget) -> Allocation:
             break
         if high == math.inf:
             price = low * _GROWTH
+        elif low:
+            price = math.sqrt(low * high)
         else:
-            price = math.sqrt(low * high) if low else high / _GROWTH
+            price = high / _GROWTH
     return best or result
 
 
@@ -112,11 +115,7 @@ def _walk(options: Mapping[str, list[Option]], price: float, budget: Budget) -> 
     """The best allocation within the size and error of the budget; ``price``: squared error that a ms counts as."""
     hulls = {name: _lower_hull(its, price) for name, its in options.items()}
     steps = sorted(
-        (
-            (name, smaller, larger)
-            for name, hull in hulls.items()
-            for smaller, larger in zip(hull, hull[1:], strict=False)
-        ),
+        ((name, smaller, larger) for name, hull in hulls.items() for smaller, larger in itertools.pairwise(hull)),
         key=lambda step: -_slope(step[1], step[2], price),
     )
     chosen = {name: hull[0] for name, hull in hulls.items()}

@@ -30,8 +30,8 @@ from .card_times import CardTimes
 __all__ = [
     "BLOCKS",
     "EIGHT_BITS",
-    "FEW_BITS",
     "FEWER_ACTIVATION_BITS",
+    "FEW_BITS",
     "MICROSCALING",
     "LayerMeter",
     "find_candidates",

@@ -27,7 +27,7 @@ from .recorded import RecordedSource
 from .report import Report
 from .resume import RunJournal
 
-__all__ = ["quantize_file", "quantize_tensors", "QuantizedTensors", "output_name", "usable_device"]
+__all__ = ["QuantizedTensors", "output_name", "quantize_file", "quantize_tensors", "usable_device"]
 
 DEFAULT_RECIPE = Recipe()
 

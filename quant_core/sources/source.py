@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["CPU", "TensorInfo", "Source", "SampledSource", "fingerprint"]
+__all__ = ["CPU", "SampledSource", "Source", "TensorInfo", "fingerprint"]
 
 CPU = torch.device("cpu")
 _SAMPLE_BYTES = 4096

@@ -158,12 +158,12 @@ class PickleFile(TensorFile):
 
 
 def _is_tensor(value: object) -> TypeGuard[StridedTensor | Opaque]:
-    return isinstance(value, StridedTensor) or isinstance(value, Opaque) and value.is_tensor
+    return isinstance(value, StridedTensor) or (isinstance(value, Opaque) and value.is_tensor)
 
 
 def _holds_tensors(table: dict[str, object]) -> bool:
     """Whether this is a state dict, or a training checkpoint inside another one."""
-    return any(_is_tensor(value) or isinstance(value, dict) and key in _NESTED_KEYS for key, value in table.items())
+    return any(_is_tensor(value) or (isinstance(value, dict) and key in _NESTED_KEYS) for key, value in table.items())
 
 
 def _nested_key(loaded: dict[str, object]) -> str | None:

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["LATER", "Tensor", "architectures", "collapse", "expand", "read", "text", "rebuild", "title", "version"]
+__all__ = ["LATER", "Tensor", "architectures", "collapse", "expand", "read", "rebuild", "text", "title", "version"]
 
 _FOLDER = Path(__file__).parent / "lists"
 _VERSION = re.compile(r"ComfyUI ([\w.]+)")

@@ -100,9 +100,11 @@ def test_going_on_fails_anywhere(one_case, often, tried, code):
     )  # at the files of the killed run
     for at in points:
         dead()
-        with Disk(at, once(failing(code)), reads=True).under():
-            with contextlib.nullcontext() if at < looked else contextlib.suppress(OutputError):
-                quantized(case)
+        with (
+            Disk(at, once(failing(code)), reads=True).under(),
+            contextlib.nullcontext() if at < looked else contextlib.suppress(OutputError),
+        ):
+            quantized(case)
         case.check(complete=True if at < looked else None)
         case.again()
         case.clear()
@@ -380,9 +382,8 @@ def test_the_command_line_prints_names_that_its_terminal_cannot(tmp_path, tried)
 def test_a_disk_that_stops_taking_data_does_not_stop_the_check(one_case, often, tried):
     """Each chosen operation, up to the last, goes on only after the run has looked at its cancellation check meanwhile."""
     every = operations(one_case)
-    points = random.Random(SEED).sample(range(every - 6), often(3, 20)) + [
-        *range(every - 6, every)
-    ]  # header, flush, name, flush, two removals
+    last = range(every - 6, every)  # header, flush, name, flush, two removals
+    points = [*random.Random(SEED).sample(range(every - 6), often(3, 20)), *last]
     for at in points:
         looked, waiting = threading.Event(), threading.Event()
 

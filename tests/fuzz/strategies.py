@@ -70,9 +70,9 @@ _EXPECTED = {
     "histogram": [("F32", [512])],
     "gram.panels": [("F16", [136])],
     "gram.factor": [("BF16", [16, 4])],
-    **dict.fromkeys(("scale_weight", "input_scale"), [("F32", [])]),
-    **dict.fromkeys(("mean", "amax", "gram.roots", "gram.diagonal"), [("F32", [16])]),
-    **dict.fromkeys(("gram", "holdout_gram"), [("F32", [16, 16])]),
+    **{key: [("F32", [])] for key in ("scale_weight", "input_scale")},
+    **{key: [("F32", [16])] for key in ("mean", "amax", "gram.roots", "gram.diagonal")},
+    **{key: [("F32", [16, 16])] for key in ("gram", "holdout_gram")},
 }
 _VALUES = [1.0, 1.0, 1.0, 0.0, 1.0, -1.0, float("nan"), float("inf"), 1e-45, 3e38]
 

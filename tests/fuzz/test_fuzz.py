@@ -22,9 +22,9 @@ from learned_rounding.tests.fuzz.strategies import FILES, JOURNALS, TEXTS
 NEAREST = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest", preset="none")
 SETTINGS = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 # Entry points that must accept some files of a kind; otherwise the strategy tests only their header checks.
-ACCEPTING = {".safetensors": set(FILE_ENTRY_POINTS)} | dict.fromkeys(
-    [".safetensors.index.json", ".gguf", ".pt"], {"plan", "quantize", "requantize"}
-)
+ACCEPTING = {".safetensors": set(FILE_ENTRY_POINTS)} | {
+    key: {"plan", "quantize", "requantize"} for key in [".safetensors.index.json", ".gguf", ".pt"]
+}
 
 
 @pytest.mark.parametrize("suffix", FILES)
@@ -112,7 +112,7 @@ PLANTS = {
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name")
 def test_planted_files(interrupted_run, often, tried):
     """Files of a killed run, or anything else with their names that leads to another file of the user."""
-    source, target, expected, partial, records = interrupted_run
+    source, target, expected, partial, _records = interrupted_run
     journal, count, resumed = (source.parent / "journal").read_bytes(), often(30, 1000), []
     plants = st.dictionaries(
         st.sampled_from(["00ab12cd", "ffffffff"]),

@@ -129,23 +129,23 @@ def compare_commits(commit: str, cases: Sequence[Case], work: Path) -> list[Comp
     workers = max(os.cpu_count() or 1, 1)
     count = max(min(-(-len(cases) // BATCH), len(cases)), 1)
     batches = [cases[start::count] for start in range(count)]
-    with tempfile.TemporaryDirectory() as folder, checked_out(commit, Path(folder)) as tree:
-        with ThreadPoolExecutor(workers) as pool:
-            both = [
-                (
-                    batch,
-                    *(
-                        pool.submit(run_cases, path, batch, work, label)
-                        for path, label in ((tree, "old"), (ROOT, "new"))
-                    ),
-                )
-                for batch in batches
-            ]
-            found = {
-                case.name: Comparison(case, before, after)
-                for batch, old, new in both
-                for case, before, after in zip(batch, old.result(), new.result(), strict=True)
-            }
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        checked_out(commit, Path(folder)) as tree,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        both = [
+            (
+                batch,
+                *(pool.submit(run_cases, path, batch, work, label) for path, label in ((tree, "old"), (ROOT, "new"))),
+            )
+            for batch in batches
+        ]
+        found = {
+            case.name: Comparison(case, before, after)
+            for batch, old, new in both
+            for case, before, after in zip(batch, old.result(), new.result(), strict=True)
+        }
     for name, comparison in found.items():
         if comparison.result == "equal":
             comparison.differences = compare_case(work / "old" / name, work / "new" / name)

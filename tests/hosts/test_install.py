@@ -61,7 +61,7 @@ def test_host_is_found_by_version(pip_calls):
     oldest, newer = install_hosts()
     assert find_host() == find_host(newer.version) == newer
     assert find_host(oldest.version) == oldest
-    with pytest.raises(InstallError, match="ComfyUI 9.9"):
+    with pytest.raises(InstallError, match=r"ComfyUI 9\.9"):
         find_host("9.9")
 
 

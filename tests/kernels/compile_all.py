@@ -204,7 +204,7 @@ def compile_case(kernel, types, constants, warps, stages, sm):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name][0] == "*" or name in EVEN and name in types
+        if signature[name][0] == "*" or (name in EVEN and name in types)
     }
     fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource

@@ -38,7 +38,9 @@ def test_shipped_configurations_compile_without_spills(sm):
     assert [case for case in compiled if case["spilled"] or not case["registers"]] == []
     assert [case for case in compiled if case["shared"] > SHARED[sm]] == []
     for case in compiled:
-        if case["kernel"] == "_block_matmul" or case["kernel"] == "_scaled_matmul" and sm == 90 and case["ROWS"] >= 64:
+        if case["kernel"] == "_block_matmul" or (
+            case["kernel"] == "_scaled_matmul" and sm == 90 and case["ROWS"] >= 64
+        ):
             assert case["products"] == ["wgmma"], case  # full tensor core rate on SM 9.0
         elif case["kernel"] == "_scaled_matmul":
             assert case["products"] == ["mma.sync"], case

@@ -130,7 +130,7 @@ def test_tensor_maps_are_made_once_per_address_and_kernel(launcher):
         for run in runs:
             for tensor in tensors:
                 run.launch(launched, descriptors.bind(tensor), number)
-    assert CREATED == [(x, "A"), (y, "A"), (x, "B"), (y, "B")]
+    assert [(x, "A"), (y, "A"), (x, "B"), (y, "B")] == CREATED
     once = [f"map of {x} A", f"map of {y} A", f"map of {x} B", f"map of {y} B"]
     assert launched == [(text, number) for number in range(2) for text in once]
     original.launch([], descriptors.bind(tensors[0]), 0)  # Triton's own launch is as before

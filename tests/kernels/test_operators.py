@@ -32,7 +32,7 @@ ARGUMENTS = {
 }
 # Operations of quantization, which no graph contains.
 FUNCTIONS = {
-    "expand_weight": ARGUMENTS["w4a8_linear"][1:3] + (None,),
+    "expand_weight": (*ARGUMENTS["w4a8_linear"][1:3], None),
     "round_block": (X, X / 9, None, torch.ones(6, 6).tril(-1), torch.ones(1, 1), 96, E4M3.arithmetic),
     "round_block_beam": (
         X,

@@ -76,7 +76,7 @@ def test_nan_or_inf_stays_within_its_scale_group(quantize, device, dtype, block_
     x = random(4, 128, device=device)
     x[1, 70] = bad
     for entry in (quantize, reference):
-        qdata, scale = quantize_inputs(entry, x, dtype, block_size, 0)
+        _qdata, scale = quantize_inputs(entry, x, dtype, block_size, 0)
         spread = scale.repeat_interleave(block_size, 1) if block_size else scale
         broken = ~spread.isfinite().expand(4, 128)
         assert broken[1, 70] and not broken[[0, 2, 3]].any()

@@ -250,7 +250,7 @@ def calibrated(file: str) -> ProbedGraph:
 
 
 def test_no_path_leaves_comfyuis_folders(comfy, source, tried):
-    before = {path for path in comfy.base.parent.iterdir()}
+    before = set(comfy.base.parent.iterdir())
     outputs = {path for path in comfy.output_dir.rglob("*") if path.is_file()}
     saving = [graph(source, seed=9999, save=path) for path in PATHS if path]
     loading = [graph(f"{folder}/{path}", seed=1) for folder in ("diffusion_models", "..", "") for path in PATHS]
@@ -263,7 +263,7 @@ def test_no_path_leaves_comfyuis_folders(comfy, source, tried):
             assert error.kind == "validation" and found, error  # before anything runs
             assert all(entry["message"].startswith("Invalid ") for entry in found), found  # by a sentence of this pack
             assert not any("traceback" in entry["extra_info"] for entry in found)
-    assert {path for path in comfy.base.parent.iterdir()} == before
+    assert set(comfy.base.parent.iterdir()) == before
     for path in {path for path in comfy.output_dir.rglob("*") if path.is_file()} - outputs:
         assert path.resolve().is_relative_to(comfy.output_dir.resolve())
         path.unlink()

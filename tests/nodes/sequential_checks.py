@@ -62,7 +62,7 @@ def experts() -> dict:
     first, latents, _ = host.calibrate_model(
         high, pairs, [{"samples": torch.zeros(shape)}], end_at_step=2, **options, **sampling
     )
-    second, sampled, summary = host.calibrate_model(low, pairs, latents, start_at_step=2, **options, **sampling)
+    second, sampled, _summary = host.calibrate_model(low, pairs, latents, start_at_step=2, **options, **sampling)
     expected = []
     for run in range(4):
         positive, negative = pairs[run // 2]

@@ -27,7 +27,7 @@ def test_all_file_formats_and_names_give_the_same_model(host, tmp_path, sentence
     sentences(told)
     assert found["files"] == {f"diffusion_models/{kind}": {"same": True, "quantized alike": True} for kind in kinds}
     assert found["shards"] == dict.fromkeys(found["shards"], True) and len(found["shards"]) == 3
-    formats = {name: format for name, format in found["own rules"]["formats"]}
+    formats = dict(found["own rules"]["formats"])
     assert found["own rules"]["kept"] == ["fc1", "fc2"]
     assert formats["qkv"] == "float8_e4m3fn" and {format for name, format in formats.items() if name != "qkv"} == {
         "int8_tensorwise"

@@ -249,7 +249,7 @@ def test_a_card_that_cannot_be_written_leaves_nothing_and_keeps_the_file(comfy, 
     occupied = saved.with_suffix(".md")
     occupied.write_text("of another model")
     graph[node.id]["inputs"]["quality_card"] = True
-    with pytest.raises(HostError, match="belongs to another file.*is complete and verified"):
+    with pytest.raises(HostError, match=r"belongs to another file.*is complete and verified"):
         comfy.queue(graph)
     assert {path.name for path in saved.parent.glob(f"{saved.stem}*")} == {occupied.name, saved.name}
     assert occupied.read_text() == "of another model" and not list(saved.parent.glob(".*.partial"))

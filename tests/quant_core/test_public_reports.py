@@ -157,7 +157,7 @@ def test_layer_json_in_the_header_alone(flux, layers, scaled_fp8, lrq, quantize,
     assert "Stock ComfyUI 0.3.75 and newer loads it" in lrq("inspect", path)[1]
     code, text = lrq("verify", path)
     assert code == 0 and f"OK, {len(layers)} quantized layers" in text
-    code, _, made = quantize(path, "--requantize")
+    code, _, _made = quantize(path, "--requantize")
     assert code == 0
     with safe_open(path.with_name("made.safetensors"), "pt") as file:
         listed = json.loads(file.metadata()[HEADER])["layers"]
@@ -297,7 +297,7 @@ def test_differences_to_a_model(layers, lrq, quantize, write, ends):
 def test_nan_and_inf_of_the_source(flux, layers, lrq, quantize, write, tmp_path, value, suffix):
     tensor = flux[f"{layers[3]}.{suffix}"].clone()
     tensor.view(-1)[3] = value
-    code, text, made = quantize(write(flux | {f"{layers[3]}.{suffix}": tensor}))
+    code, text, _made = quantize(write(flux | {f"{layers[3]}.{suffix}": tensor}))
     assert code == 0 and ("contains NaN or Inf, so it stays unquantized" in text) == (suffix == "weight")
     code, text = lrq("verify", tmp_path / "made.safetensors")
     assert code == 0 and f"Unquantized tensors with NaN or Inf, such as {layers[3]}.{suffix}: 1" in text

@@ -168,6 +168,13 @@ class BenchmarkReport:
         return {"ui": {"text": [json.dumps({**times, **read_memory()})]}}
 
 
+_WEIGHTS = {
+    "bf16": None,
+    "int8_row": {"per_channel": True},
+    "int8_convrot": {"per_channel": True, "convrot": True},
+}
+
+
 class BenchmarkHostTime:
     """Host time of ``F.linear`` with a weight in bf16 and in ComfyUI's INT8 layouts, in µs: medians of 1,000 calls."""
 
@@ -176,11 +183,6 @@ class BenchmarkHostTime:
     FUNCTION = "measure"
     CATEGORY = "benchmark"
     CALLS, QUEUED = 1000, 20
-    WEIGHTS = {
-        "bf16": None,
-        "int8_row": {"per_channel": True},
-        "int8_convrot": {"per_channel": True, "convrot": True},
-    }
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -193,7 +195,7 @@ class BenchmarkHostTime:
         shapes = (1, tokens, channels), (channels, channels), (channels,)
         x, weight, bias = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
         found = {}
-        for name, options in self.WEIGHTS.items():
+        for name, options in _WEIGHTS.items():
             layer = weight
             if options is not None:
                 layer = comfy.quant_ops.QuantizedTensor.from_float(weight, "TensorWiseINT8Layout", **options)

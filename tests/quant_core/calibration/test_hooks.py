@@ -132,10 +132,13 @@ def test_hooks_are_removed_after_an_error(block, tmp_path):
     (x,) = make_batches(1)
     block.calls = 1
     before = block(x)
-    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30, hessian_bits=16) as collector:
-        with pytest.raises(ZeroDivisionError), collector.watching(block):
-            block(x)
-            raise ZeroDivisionError
+    with (
+        Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30, hessian_bits=16) as collector,
+        pytest.raises(ZeroDivisionError),
+        collector.watching(block),
+    ):
+        block(x)
+        raise ZeroDivisionError
     assert all(not module._forward_pre_hooks for module in block.modules())
     assert block(x).equal(before)
 
@@ -240,10 +243,12 @@ def test_a_continued_calibration_matches_a_single_one(block, tmp_path, rank, bit
     block.calls = 1
     with calibrate(block, batches, tmp_path, rank=rank, hessian_bits=bits) as file:
         single = file.layer_statistics("q")
-    with calibrate(block, batches[:4], tmp_path / "first", rank=rank, hessian_bits=bits) as first:
-        with calibrate(block, batches[4:], tmp_path, rank=rank, hessian_bits=bits, earlier=first) as file:
-            continued = file.layer_statistics("q")
-            assert file.tokens("q")[0] == 8 * TOKENS
+    with (
+        calibrate(block, batches[:4], tmp_path / "first", rank=rank, hessian_bits=bits) as first,
+        calibrate(block, batches[4:], tmp_path, rank=rank, hessian_bits=bits, earlier=first) as file,
+    ):
+        continued = file.layer_statistics("q")
+        assert file.tokens("q")[0] == 8 * TOKENS
     actual, expected = (dense_hessian(statistics.hessian, WIDTH, CPU) for statistics in (continued, single))
     if rank:  # the first file is truncated to 16 directions
         exact = exact_hessian(flatten(batches))
@@ -271,9 +276,11 @@ def test_other_architectures_are_rejected_with_the_name_of_the_layer(block, tmp_
 
 
 def test_saving_without_a_call_is_an_error(block, tmp_path, sentences):
-    with Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30, hessian_bits=16) as collector:
-        with sentences.raises(CalibrationError):
-            collector.save(tmp_path / "c", {})
+    with (
+        Collector(linear_layers(block), tmp_path, device=CPU, device_bytes=1 << 30, hessian_bits=16) as collector,
+        sentences.raises(CalibrationError),
+    ):
+        collector.save(tmp_path / "c", {})
 
 
 def test_saving_can_be_cancelled_between_layers(block, tmp_path, monkeypatch):

@@ -325,7 +325,7 @@ def test_a_damaged_description_is_refused(saved, change):
     path, tensors, calls = saved
     CHANGES[change](calls)
     save_file(tensors, path, {"learned_rounding_calls": json.dumps(calls)})
-    with pytest.raises(CalibrationError, match="calibrate again|newer version"):
+    with pytest.raises(CalibrationError, match=r"calibrate again|newer version"):
         ReplaySet.load(path)
 
 

@@ -460,7 +460,7 @@ def test_format_auto_is_what_suits_the_card(lrq, model_file, tmp_path, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    code, out, err = lrq("quantize", "-i", model_file(), "--format", "auto", "--device", "cpu")
+    code, _out, err = lrq("quantize", "-i", model_file(), "--format", "auto", "--device", "cpu")
     assert (code, err.count("lrq:")) == (0, 0)
     (made,) = tmp_path.glob("model_*")
     assert made.stem == f"model_{expected}"

@@ -107,9 +107,8 @@ def test_errors_are_of_activations_as_the_card_has_them(format, card, quantize):
         rounding="nearest",
     )
     expected = x @ weight.t()
-    if quantize is None:
-        product = x @ made.dequantize_in(torch.bfloat16).float().t()
-    else:
-        product = quantize(x) @ made.dequantize().t()
+    product = (
+        x @ made.dequantize_in(torch.bfloat16).float().t() if quantize is None else quantize(x) @ made.dequantize().t()
+    )
     error = float((product - expected).norm() / expected.norm())
     assert output_error(weight, made, x, parse_card(card)) == pytest.approx(error, rel=1e-4)

@@ -384,7 +384,7 @@ def test_other_formats_are_refused_by_name(file, sentences, tensors, name):
             Recipe().plan(opened)
         with sentences.raises(SourceError):
             DecodedSource(opened).read(f"{LAYER}.weight")
-    with sentences.raises(Exception):  # noqa: B017 integers alone have nothing to migrate
+    with sentences.raises(Exception):
         migrate_file(path, path.with_name("new.safetensors"))
 
 
@@ -445,9 +445,11 @@ def test_two_scales_of_one_layer_are_refused(file, sentences, ours):
 def test_scales_of_integers_are_refused(file, sentences):
     """Exponents of MXFP8 as bytes, which are no factors."""
     tensors = {"weight": zeros(E4M3, OUT, INNER), "weight_scale": torch.full((OUT, 1), 127, dtype=torch.uint8)}
-    with SafetensorsFile(file({f"{LAYER}.{key}": tensor for key, tensor in tensors.items()})) as opened:
-        with sentences.raises(SourceError):
-            DecodedSource(opened)
+    with (
+        SafetensorsFile(file({f"{LAYER}.{key}": tensor for key, tensor in tensors.items()})) as opened,
+        sentences.raises(SourceError),
+    ):
+        DecodedSource(opened)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, E4M3], ids=str)
@@ -479,9 +481,11 @@ def test_a_layer_with_json_is_in_no_external_format(file):
     """Its JSON decides, and a tensor of another name is a companion of unknown meaning."""
     tensors = {"weight": zeros(E4M3, OUT, INNER), "weight_scale": torch.ones(()), "weight_scale_inv": torch.ones(2, 2)}
     tensors["comfy_quant"] = config_tensor({"format": "float8_e4m3fn"})
-    with SafetensorsFile(file({f"{LAYER}.{key}": tensor for key, tensor in tensors.items()})) as opened:
-        with pytest.raises(SourceError, match="weight_scale_inv belongs to"):
-            DecodedSource(opened)
+    with (
+        SafetensorsFile(file({f"{LAYER}.{key}": tensor for key, tensor in tensors.items()})) as opened,
+        pytest.raises(SourceError, match="weight_scale_inv belongs to"),
+    ):
+        DecodedSource(opened)
 
 
 INT8_FAST = {
@@ -537,7 +541,7 @@ def test_no_model_has_companions_by_itself(name, whole):
     """A file of FP8 layers beside full precision, and one cast to FP8 as a whole."""
     tensors = {
         key: TensorInfo(
-            E4M3 if whole or key.endswith("weight") and len(found.shape) == 2 else torch.float32, found.shape
+            E4M3 if whole or (key.endswith("weight") and len(found.shape) == 2) else torch.float32, found.shape
         )
         for key, found in read(name).items()
     }

@@ -150,9 +150,7 @@ def test_header_fits_into_the_reserved_size(specs, metadata):
             assert set(file.keys()) == set(tensors)
             assert (file.metadata() or {}) == metadata
         with SafetensorsFile(path) as file:
-            assert {name: spec for name, spec in file.tensors.items()} == {
-                name: TensorInfo(*spec) for name, spec in specs.items()
-            }
+            assert dict(file.tensors.items()) == {name: TensorInfo(*spec) for name, spec in specs.items()}
             assert file.metadata == metadata
 
 
@@ -186,10 +184,9 @@ def test_existing_file_is_intact_before_finish(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_error_in_the_context_leaves_nothing(tmp_path, listing, error):
-    with pytest.raises(error):
-        with SafetensorsWriter(tmp_path / "a.safetensors", 4096) as out:
-            out.add("a", torch.zeros(10_000))
-            raise error
+    with pytest.raises(error), SafetensorsWriter(tmp_path / "a.safetensors", 4096) as out:
+        out.add("a", torch.zeros(10_000))
+        raise error
     assert listing() == []
 
 
@@ -214,9 +211,8 @@ def test_duplicate_name_is_refused(tmp_path, listing, size, sentences):
 def test_error_leaves_the_existing_file(tmp_path, listing):
     write(tmp_path / "a.safetensors", {"old": torch.zeros(4)})
     before = (tmp_path / "a.safetensors").read_bytes()
-    with pytest.raises(RuntimeError):
-        with SafetensorsWriter(tmp_path / "a.safetensors", 4096):
-            raise RuntimeError
+    with pytest.raises(RuntimeError), SafetensorsWriter(tmp_path / "a.safetensors", 4096):
+        raise RuntimeError
     assert listing() == ["a.safetensors"] and (tmp_path / "a.safetensors").read_bytes() == before
 
 

@@ -217,9 +217,10 @@ UNTOLD = {
     "wan": {"casual_audio_encoder.encoder.final_linear", "face_encoder.out_proj"},
     "ace_step": {"lyric_embs"},
     "ace_step_15": {"tokenizer.quantizer.project_in", "tokenizer.quantizer.project_out"},
-    **dict.fromkeys(
-        ("generic_text", "qwen35"), {"visual.merger.linear_fc1", "visual.merger.linear_fc2", "audio_decoder.projection"}
-    ),
+    **{
+        key: {"visual.merger.linear_fc1", "visual.merger.linear_fc2", "audio_decoder.projection"}
+        for key in ("generic_text", "qwen35")
+    },
 }
 
 

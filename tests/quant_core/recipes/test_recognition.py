@@ -224,7 +224,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind, names", [(kind, names) for kind, files in KINDS.items() for names in files.values()])
 def test_kinds_of_files_without_a_quantized_loader_are_named_unless_the_switch_allows_them(header_source, kind, names):
-    shapes = {name: (64, 64) for name in [*names.split(), "stages.9.fc.weight"]}
+    shapes = dict.fromkeys([*names.split(), "stages.9.fc.weight"], (64, 64))
     if kind == "a textual inversion embedding":
         shapes.pop("stages.9.fc.weight")
         assert str(find_refusal(shapes)).startswith(kind)

@@ -1,5 +1,6 @@
 """Gradient rounding: only neighbouring codes, judged after rounding, more steps never worse."""
 
+import itertools
 import sys
 
 import pytest
@@ -32,7 +33,7 @@ def dampened_loss(qdata, weight, scale, space, quadratic) -> float:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("format, granularity", TARGETS)
 def test_every_optimizer_beats_nearest_with_neighbouring_codes(problem, format, granularity, optimizer):
-    weight, scale, space, quadratic = arguments = problem(format, granularity)
+    weight, scale, space, _quadratic = arguments = problem(format, granularity)
     qdata = round_gradient(*arguments, optimizer=optimizer, num_iter=130)
     low, high = space.neighbours(weight / space.divisor(scale))
     assert ((qdata.float() == low) | (qdata.float() == high)).all()
@@ -48,7 +49,7 @@ def test_more_steps_are_never_worse(problem, optimizer, schedule):
         dampened_loss(round_gradient(*arguments, optimizer=optimizer, num_iter=steps, lr_schedule=schedule), *arguments)
         for steps in (0, 1, 5, 40, 126, 160)
     ]
-    assert all(after <= before for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before for before, after in itertools.pairwise(losses))
     assert losses[-1] < losses[0]
 
 

@@ -86,7 +86,7 @@ def test_what_hurts_the_model_is_kept(tensors, sentences):
         }
         same = {name: tensors[f"{LAYERS[0]}.weight"].clone() for name in tensors}
         plan = plan_of(same, Recipe(format="measured", target_size=2.2e-5), known)
-        assert [name for name in plan.names("keep")] == [f"{LAYERS[sensitive]}.weight"]
+        assert list(plan.names("keep")) == [f"{LAYERS[sensitive]}.weight"]
         assert plan.choice.sensitive
         sentences(plan.decisions[f"{LAYERS[sensitive]}.weight"].reason)
 

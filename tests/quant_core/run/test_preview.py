@@ -36,7 +36,7 @@ def test_preview_equals_the_written_file(preview, model_file, tmp_path, recipe):
     assert found.bytes_out == (tmp_path / "q.safetensors").stat().st_size == report.bytes_out
     assert found.layers == len(report.layers) == sum(count for _, count in found.formats.values())
     assert found.unquantized == sum(not kept.removed for kept in report.kept)
-    assert [codec.format.name for codec, _ in found.formats.values()][0] in {layer.format for layer in report.layers}
+    assert next(codec.format.name for codec, _ in found.formats.values()) in {layer.format for layer in report.layers}
 
 
 def test_preview_with_convrot_auto_assumes_that_all_layers_are_rotated(preview, model_file, tmp_path):

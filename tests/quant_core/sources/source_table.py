@@ -21,7 +21,7 @@ from learned_rounding.quant_core.output.inspect import quantized_formats
 from learned_rounding.quant_core.sources import SafetensorsFile, open_source
 from learned_rounding.tests.gguf_files import save_gguf
 
-__all__ = ["DOCUMENT", "SOURCES", "errors", "document"]
+__all__ = ["DOCUMENT", "SOURCES", "document", "errors"]
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT = ROOT / "docs" / "sources.md"

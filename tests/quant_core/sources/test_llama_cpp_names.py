@@ -110,7 +110,7 @@ def test_rows_of_llama_come_back():
     source.values = {"general.architecture": "llama", **HEADS}
     source.path, source.paths, source.size = None, (), 0
     renamed = RenamedSource(source, assemble_llama_cpp(source))
-    ours = {theirs: ours for theirs, ours in llama_cpp_names("llama3_8b").items()}
+    ours = dict(llama_cpp_names("llama3_8b").items())
     for name, value in original.items():
         target = ours[name.replace("bias", "weight")].removesuffix("weight") + name.rpartition(".")[2]
         assert torch.equal(renamed.read(target), torch.from_numpy(value)), name

@@ -154,7 +154,7 @@ def test_shard_whose_name_has_no_number_is_found_in_the_index(model, tmp_path, c
     for path in paths:
         check_whole(path)
     paths[0].unlink()
-    with pytest.raises(SourceError, match="first.safetensors is missing"):
+    with pytest.raises(SourceError, match=r"first\.safetensors is missing"):
         open_source(paths[1])
 
 
