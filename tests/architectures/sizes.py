@@ -44,14 +44,14 @@ _ROWS = (
     _Row("`fp8`", {"format": "fp8"}, "fp8_calibrated"),
     _Row("`fp8` per row", {"format": "float8_e4m3fn_rowwise"}, "fp8_row"),
     _Row("`fp8` per block", {"format": "float8_e4m3fn_blockwise"}, "fp8_block"),
-    _Row("`float8_e5m2`", {"format": "float8_e5m2"}),
+    _Row("`float8_e5m2`", {"format": "float8_e5m2"}, "fp8_e5m2"),
     _Row("`int8`", {"format": "int8"}, "int8_convrot:auto"),
     _Row("`int8` per block", {"format": "int8_blockwise"}, "int8_block"),
     _Row("`mxfp8`", {"format": "mxfp8"}),
-    _Row("`w6a8`", {"format": "w6a8"}),
-    _Row("`w4a8`, `int4`", {"format": "w4a8"}),
+    _Row("`w6a8`", {"format": "w6a8"}, "w6a8"),
+    _Row("`w4a8`, `int4`", {"format": "w4a8"}, "w4a8_preset:auto"),
     _Row("`nvfp4`", {"format": "nvfp4"}),
-    _Row("`w4a4`", {"format": "w4a4"}),
+    _Row("`w4a4`", {"format": "w4a4"}, "w4a4"),
 )
 _NOT_MEASURED = "not measured"
 
