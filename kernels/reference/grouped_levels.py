@@ -20,7 +20,7 @@ def scale_levels(levels: torch.Tensor, group_scale: torch.Tensor) -> torch.Tenso
     groups, columns = group_scale.shape[-1], levels.shape[-1]
     if not groups or columns % groups:
         raise ValueError(f"{groups} group scales do not divide {columns} columns")
-    values = levels.float().unflatten(-1, (groups, -1)) * group_scale.float()[..., None]
+    values = levels.to(torch.float32, copy=True).unflatten(-1, (groups, -1)).mul_(group_scale.float()[..., None])
     return values.flatten(-2).round_().clamp_(-127, 127).to(torch.int8)
 
 

@@ -152,7 +152,7 @@ class AsymW4A8Codec(Codec):
                 f"its group_size {self.group_size} contradicts {scale.shape[-1]} scales for {columns} columns"
             )
         if self.bits == 6:
-            return scale_levels(_unpack_six_bits(packed) - _ZERO[6], scale)
+            return scale_levels(_unpack_six_bits(packed).view(torch.int8) - _ZERO[6], scale)
         return kernels.expand_w4a8_weight(packed, scale, codebook if codebook is None else codebook.float())
 
     def __str__(self) -> str:
@@ -168,10 +168,10 @@ def _pack_six_bits(values: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack_six_bits(packed: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`_pack_six_bits`, of any one-byte dtype, as int64."""
+    """Inverse of :func:`_pack_six_bits`, of any one-byte dtype, as uint8."""
     nibbles = packed.shape[1] * 2 // 3
-    shifts = torch.tensor([0, 2, 4, 6], device=packed.device)
-    upper = (packed[:, nibbles:].view(torch.uint8).long()[..., None] >> shifts) & 3
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
+    upper = (packed[:, nibbles:].view(torch.uint8)[..., None] >> shifts) & 3
     return unpack_nibbles(packed[:, :nibbles].contiguous(), high_first=False) | upper.flatten(1) << 4
 
 

@@ -59,7 +59,7 @@ def decode_nvfp4(parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
     """The weight (out, in) as float32: the even column in the low four bits; W = E2M1 · weight_scale / weight_global_scale."""
     codes = unpack_nibbles(parts["weight"], high_first=False)
     scale = parts["weight_scale"].float() / parts["weight_global_scale"].float().reshape(())
-    values = E2M1_VALUES.to(codes.device)[codes].unflatten(1, (-1, _FP4_GROUP))
+    values = E2M1_VALUES.to(codes.device)[codes.long()].unflatten(1, (-1, _FP4_GROUP))
     return (values * scale[..., None]).flatten(1)
 
 

@@ -62,7 +62,7 @@ class ConvRotW4A4Codec(Codec):
         return {"weight": packed.view(torch.int8), "weight_scale": solution.scale.flatten()}
 
     def dequantize(self, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
-        values = unpack_nibbles(parts["weight"], high_first=False)
+        values = unpack_nibbles(parts["weight"], high_first=False).view(torch.int8)
         signed = torch.where(values < 8, values, values - 16).float()
         return self.restore_weight(signed * parts["weight_scale"].float().reshape(-1, 1))
 

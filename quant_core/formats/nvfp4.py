@@ -102,7 +102,7 @@ class NVFP4Codec(Codec):
         codes = unpack_nibbles(parts["weight"], high_first=True)
         scale = _group_scales(parts["weight_scale"], codes.shape[0], codes.shape[1] // _GROUP)
         effective = parts["weight_scale_2"].float() * scale
-        values = E2M1_VALUES.to(codes.device)[codes].unflatten(1, (-1, _GROUP)) * effective[..., None]
+        values = E2M1_VALUES.to(codes.device)[codes.long()].unflatten(1, (-1, _GROUP)) * effective[..., None]
         weight = values.flatten(1)[: shape[0], : shape[1]]
         return self.of_values(parts).restore_weight(weight)
 

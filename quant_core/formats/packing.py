@@ -27,8 +27,8 @@ def pack_nibbles(values: torch.Tensor, *, high_first: bool) -> torch.Tensor:
 
 
 def unpack_nibbles(packed: torch.Tensor, *, high_first: bool) -> torch.Tensor:
-    """Inverse of :func:`pack_nibbles`, of any one-byte dtype, as int64 that can index."""
-    values = packed.view(torch.uint8).long()
+    """Inverse of :func:`pack_nibbles`, of any one-byte dtype, as uint8."""
+    values = packed.view(torch.uint8)
     halves = (values >> 4, values & 15) if high_first else (values & 15, values >> 4)
     return torch.stack(halves, dim=-1).flatten(-2)
 
