@@ -18,7 +18,7 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 
 # A ready venv is marked by a file that names its torch and interpreter, so that another choice installs again.
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
-RUFF := .venv/.ruff
+LINT := .venv/.lint
 
 .PHONY: test test-quick test-gpu faults fuzz hosts chromium demo bench lint architectures texts golden clean
 
@@ -71,12 +71,14 @@ bench: $(READY)
 	@test -n "$(BENCH)" || { echo "usage: make bench BENCH=<name> ARGS=\"--quick --json FILE\"; scripts:"; ls benchmarks/*.py; exit 2; }
 	.venv/bin/python benchmarks/$(BENCH).py $(ARGS)
 
-$(RUFF): $(READY)
+$(LINT): $(READY) pyproject.toml
 	$(PIP) -e ".[lint]" --no-build-isolation
 	touch $@
 
-lint: $(RUFF)
+lint: $(LINT)
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
 
 architectures: $(READY) hosts
 	.venv/bin/python tests/architectures/lists.py && .venv/bin/python tests/architectures/table.py && .venv/bin/python tests/architectures/sizes.py
