@@ -33,9 +33,12 @@ CONTRADICTIONS = {
 def test_tensors_that_contradict_each_other_are_refused(subtests, layer_file, sentences):
     tensors = bitsandbytes_4_bit()[0]
     for name, change in CONTRADICTIONS.items():
-        with subtests.test(name), SafetensorsFile(layer_file(tensors | change)) as opened:
-            with sentences.raises(SourceError):
-                DecodedSource(opened)
+        with (
+            subtests.test(name),
+            SafetensorsFile(layer_file(tensors | change)) as opened,
+            sentences.raises(SourceError),
+        ):
+            DecodedSource(opened)
 
 
 TABLE = torch.linspace(-1, 1, 16)

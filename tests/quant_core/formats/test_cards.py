@@ -103,10 +103,11 @@ def test_errors_are_of_activations_as_the_card_has_them(subtests):
     for format, card, quantize in ACTIVATIONS:
         options = {"convrot": format.convrot, "linear_dtype": format.linear_dtype}
         made = quantize_weight(weight, format.name, rounding="nearest", **options)
-        if quantize is None:
-            product = x @ made.dequantize_in(torch.bfloat16).float().t()
-        else:
-            product = quantize(x) @ made.dequantize().t()
+        product = (
+            x @ made.dequantize_in(torch.bfloat16).float().t()
+            if quantize is None
+            else quantize(x) @ made.dequantize().t()
+        )
         error = float((product - expected).norm() / expected.norm())
         with subtests.test(str(format.codec), card=card):
             assert output_error(weight, made, x, parse_card(card)) == pytest.approx(error, rel=1e-4)

@@ -30,9 +30,12 @@ CONTRADICTIONS = {
 def test_integers_that_contradict_each_other_are_refused(subtests, layer_file, sentences):
     tensors = packed()[0]
     for name, change in CONTRADICTIONS.items():
-        with subtests.test(name), SafetensorsFile(layer_file(tensors | below(change))) as opened:
-            with sentences.raises(SourceError):
-                DecodedSource(opened)
+        with (
+            subtests.test(name),
+            SafetensorsFile(layer_file(tensors | below(change))) as opened,
+            sentences.raises(SourceError),
+        ):
+            DecodedSource(opened)
 
 
 def test_fp4_that_contradicts_itself_is_refused(subtests):

@@ -83,16 +83,18 @@ def test_formats_that_comfyui_does_not_have_are_not_migrated(subtests, layer_fil
 
 def test_other_formats_are_not_quantized_again(subtests, layer_file, sentences):
     for case, (tensors, _) in REFUSED.items():
-        with subtests.test(case), SafetensorsFile(layer_file(below(tensors))) as opened:
-            with sentences.raises(AlreadyQuantizedError):
-                Recipe().plan(opened)
+        with (
+            subtests.test(case),
+            SafetensorsFile(layer_file(below(tensors))) as opened,
+            sentences.raises(AlreadyQuantizedError),
+        ):
+            Recipe().plan(opened)
 
 
 def test_other_formats_are_not_dequantized(subtests, layer_file, sentences):
     for case, (tensors, _) in REFUSED.items():
-        with subtests.test(case), SafetensorsFile(layer_file(below(tensors))) as opened:
-            with sentences.raises(SourceError):
-                DecodedSource(opened).read(f"{LAYER}.weight")
+        with subtests.test(case), SafetensorsFile(layer_file(below(tensors))) as opened, sentences.raises(SourceError):
+            DecodedSource(opened).read(f"{LAYER}.weight")
 
 
 def test_other_formats_are_not_migrated(subtests, layer_file, sentences):
@@ -121,9 +123,11 @@ def test_a_layer_with_json_is_in_no_external_format(layer_file):
     """Its JSON decides, and a tensor of another name is a companion of unknown meaning."""
     tensors = {"weight": zeros(E4M3, OUT, INNER), "weight_scale": torch.ones(()), "weight_scale_inv": torch.ones(2, 2)}
     tensors["comfy_quant"] = config_tensor({"format": "float8_e4m3fn"})
-    with SafetensorsFile(layer_file(below(tensors))) as opened:
-        with pytest.raises(SourceError, match="weight_scale_inv belongs to"):
-            DecodedSource(opened)
+    with (
+        SafetensorsFile(layer_file(below(tensors))) as opened,
+        pytest.raises(SourceError, match="weight_scale_inv belongs to"),
+    ):
+        DecodedSource(opened)
 
 
 def test_layers_are_found_in_the_order_of_the_tensors():

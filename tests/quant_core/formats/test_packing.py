@@ -12,7 +12,6 @@ from learned_rounding.quant_core.formats.packing import (
     untile_scales,
 )
 
-
 SHAPES = ((1, 1), (33, 3), (128, 4), (130, 9))
 
 
