@@ -45,8 +45,9 @@ def hugging_face(dtype=torch.float32, name="weight_scale_inv"):
     """(tensors, weight): the value of every element times the scale of its block of 128 × 128."""
     q = (random(OUT, INNER) * 20).to(E4M3)
     scale = (random(2, 2, seed=1).abs() + 0.1).to(dtype)
+    values, scales = q.float().tolist(), scale.float().tolist()
     weight = torch.tensor(
-        [[float(q[r, c]) * float(scale[r // 128, c // 128]) for c in range(INNER)] for r in range(OUT)]
+        [[values[r][c] * scales[r // 128][c // 128] for c in range(INNER)] for r in range(OUT)]
     )
     return {f"{LAYER}.weight": q, f"{LAYER}.{name}": scale}, weight
 
@@ -85,7 +86,8 @@ def bitsandbytes_4_bit(kind="nf4", nested=False, blocksize=64):
     else:
         tensors[f"{name}.absmax"] = absmax
     tensors[f"{name}.quant_state.bitsandbytes__{kind}"] = js(state)
-    weight = torch.tensor([float(table[code] * absmax[n // blocksize]) for n, code in enumerate(codes.tolist())])
+    numbers, magnitudes = table.tolist(), absmax.tolist()
+    weight = torch.tensor([numbers[code] * magnitudes[n // blocksize] for n, code in enumerate(codes.tolist())])
     return tensors, weight.reshape(OUT, INNER)
 
 
