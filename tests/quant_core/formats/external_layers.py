@@ -46,9 +46,7 @@ def hugging_face(dtype=torch.float32, name="weight_scale_inv"):
     q = (random(OUT, INNER) * 20).to(E4M3)
     scale = (random(2, 2, seed=1).abs() + 0.1).to(dtype)
     values, scales = q.float().tolist(), scale.float().tolist()
-    weight = torch.tensor(
-        [[values[r][c] * scales[r // 128][c // 128] for c in range(INNER)] for r in range(OUT)]
-    )
+    weight = torch.tensor([[values[r][c] * scales[r // 128][c // 128] for c in range(INNER)] for r in range(OUT)])
     return {f"{LAYER}.weight": q, f"{LAYER}.{name}": scale}, weight
 
 

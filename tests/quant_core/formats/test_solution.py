@@ -1,6 +1,5 @@
 """Solutions move between devices with all their tensors."""
 
-import pytest
 import torch
 
 from learned_rounding.quant_core.formats import GroupLevels, Solution
@@ -35,8 +34,3 @@ def test_errors_are_kept():
     assert moved.gain == 0.5
     assert moved.output_error == 0.2
     assert moved.dampening == 0.01
-
-
-def test_the_old_name_of_the_solver_is_deprecated():
-    with pytest.warns(DeprecationWarning, match="winner"):
-        assert Solution("gptq", QDATA, SCALE, None, 0.1).winner == "gptq"

@@ -89,10 +89,3 @@ def test_an_input_scale_is_among_the_tensors(weight):
 def test_the_range_of_the_scales_is_that_of_its_rows(weight):
     weight = weight / weight.abs().amax(1, keepdim=True) * torch.arange(1.0, 7)[:, None] * 127
     assert quantize_weight(weight, "int8_tensorwise", rounding="nearest").scale_range == pytest.approx((1, 6))
-
-
-def test_old_names_are_deprecated(subtests, weight):
-    quantized = quantize_weight(weight, "int8_tensorwise")
-    for old, new in (("codes", "qdata"), ("rounded", "solution")):
-        with subtests.test(old), pytest.warns(DeprecationWarning, match=old):
-            assert getattr(quantized, old) is getattr(quantized, new)

@@ -9,7 +9,7 @@ from learned_rounding.kernels.reference import round_to_levels
 from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.errors import CalibrationError
 from learned_rounding.quant_core.formats import make_codec
-from learned_rounding.quant_core.rounding import Quadratic, gptq, hessian_quadratic, round_gptq
+from learned_rounding.quant_core.rounding import Quadratic, amax_scale, gptq, hessian_quadratic, round_gptq
 from learned_rounding.tests.quant_core.rounding.targets import TARGETS, held_shape, start
 
 
@@ -218,3 +218,29 @@ def test_an_indefinite_hessian_is_rejected(gaussian, sentences):
     hessian[0, 1] = hessian[1, 0] = 50.0
     with sentences.raises(CalibrationError):
         quantize_weight(gaussian(4, 8), "int8_tensorwise", hessian=hessian)
+
+
+def memory_bytes(out: int, inner: int, parts: int, *, passes: int = 0) -> int:
+    """Peak of what round_gptq may allocate, without the weight, its quantized values and the Hessian.
+
+    8·in² while H + λI is put in order, to be factored in place; then 4·in², and 18·⌈out/parts⌉·in for the columns, their
+    errors and values, and a copy of each while it is put in order. Coordinate descent needs 4·in² more.
+    """
+    more = 4 * inner**2 if passes else 0
+    return more + max(8 * inner**2, 4 * inner**2 + 18 * -(-out // parts) * inner)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("passes", [0, 1])
+@pytest.mark.parametrize("shape, parts", [((512, 8192), 1), ((16384, 2048), 1), ((16384, 2048), 4)])
+def test_gptq_needs_the_memory_it_states(gaussian, shape, parts, passes):
+    weight, hessian = gaussian(*shape).bfloat16().cuda(), torch.eye(shape[1], device="cuda")
+    space = make_codec("int8_tensorwise", "row").solve_space(shape)
+    scale, quadratic = amax_scale(weight, space)[0], hessian_quadratic(hessian, 0.01)
+    for _ in range(2):  # the first run also loads libraries, whose workspace stays
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        round_gptq(weight, scale, space, quadratic, passes=passes, parts=parts)
+        used = torch.cuda.max_memory_allocated() - before
+    assert used - weight.numel() <= 1.1 * memory_bytes(*shape, parts, passes=passes) + 2**26
