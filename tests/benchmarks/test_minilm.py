@@ -9,7 +9,7 @@ from learned_rounding.tests.benchmarks.text_encoder import make_text_encoder
 
 @pytest.fixture(scope="module")
 def tensors():
-    return make_text_encoder(texts=2)
+    return make_text_encoder(texts=2, length=16)
 
 
 @pytest.fixture(scope="module")

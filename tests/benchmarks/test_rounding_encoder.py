@@ -38,7 +38,17 @@ def rows():
     args = SimpleNamespace(tensors=tensors, formats=formats, texts=8, quick=False, sequential=False)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(rounding_encoder, "_check_embeddings", lambda *_: None)
+        patch.setattr(rounding_encoder, "_noise_shaping_limit", lambda hessian: 1.0)
         return rounding_encoder.minilm(args, [LibraryMethod("nearest", "nearest")])
+
+
+def test_the_limit_of_equal_channels_is_that_of_round_to_nearest():
+    assert rounding_encoder._noise_shaping_limit(torch.eye(8)) == pytest.approx(1)
+
+
+def test_the_limit_falls_with_the_spread_of_the_spectrum():
+    limits = [rounding_encoder._noise_shaping_limit(torch.diag(torch.logspace(0, -end, 8))) for end in (0, 1, 2)]
+    assert limits == sorted(limits, reverse=True)
 
 
 @pytest.fixture

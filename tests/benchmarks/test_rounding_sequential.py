@@ -10,9 +10,9 @@ from learned_rounding.benchmarks.rounding_sequential import SequentialMethod
 from learned_rounding.tests.benchmarks.text_encoder import make_text_encoder
 
 
-def relative_errors(case: Case, texts: int) -> dict[str, float]:
+def relative_errors(case: Case, texts: int, length: int = 64) -> dict[str, float]:
     """Of the weights that sequential rounding makes."""
-    tensors = make_text_encoder(texts=texts)
+    tensors = make_text_encoder(texts, length)
     model = MiniLM(tensors, torch.device("cpu"))
     tokens = model.tokens("evaluation")
     splits, statistics = {"calibration": tokens, "validation": tokens}, model.statistics(tokens)
@@ -25,7 +25,7 @@ def relative_errors(case: Case, texts: int) -> dict[str, float]:
 
 def test_every_layer_of_a_block_is_rounded(monkeypatch):
     monkeypatch.setattr(rounding_sequential, "LAYERS", LAYERS[:6])
-    errors = relative_errors(Case("float8_e4m3fn", "tensor"), texts=2)
+    errors = relative_errors(Case("float8_e4m3fn", "tensor"), texts=2, length=16)
     assert errors.keys() == set(LAYERS[:6])
     assert [name for name, error in errors.items() if not 0 < error < 1] == []
 
