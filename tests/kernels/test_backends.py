@@ -112,6 +112,7 @@ def test_unknown_backend_is_refused(sentences):
         kernels.backend("fast")
 
 
+@pytest.mark.soak
 def test_unknown_backend_in_the_environment_is_logged_once():
     script = (
         "import torch; from learned_rounding import kernels;"

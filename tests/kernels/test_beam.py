@@ -58,21 +58,21 @@ def assert_identical(got, want):
 
 
 # Columns, rows and rows of a group: one scale for all, one per row, and groups of two rows.
-SHAPES = [(5, 9, 9), (18, 3, 1), (16, 4, 2)]
+SHAPES = [(5, 9, 9), (12, 3, 1), (9, 4, 2)]
 
 
 def test_triton_and_plain_torch_are_identical(subtests, fast, device):
-    """Every element with a narrow and a wide beam, in shapes in turn."""
+    """Every element, INT8 with a narrow and a wide beam, in shapes in turn."""
     for index, (name, element) in enumerate(ELEMENTS.items()):
-        for more, width in enumerate((3, 8)):
-            columns, rows, group_rows = SHAPES[(index + more) % 3]
+        for width in (3, 8) if name == "int8" else ((3, 8)[index % 2],):
+            columns, rows, group_rows = SHAPES[(index + width) % 3]
             arguments = (*block(element, columns, rows, group_rows, device), width)
             with subtests.test(name, width=width, columns=columns, rows=rows):
                 assert_identical(fast.round_block_beam(*arguments), reference.round_block_beam(*arguments))
 
 
 def test_triton_and_plain_torch_are_identical_for_levels(subtests, fast, device):
-    for name, width, columns in (("codebook", 6, 10), ("codebook", 1, 18), ("6 bits", 3, 6)):
+    for name, width, columns in (("codebook", 6, 6), ("codebook", 1, 9), ("6 bits", 3, 4)):
         arguments, levels = block_of_levels(CODES[name], columns, 3, device)
         with subtests.test(name, width=width):
             assert_identical(

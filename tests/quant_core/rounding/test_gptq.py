@@ -109,8 +109,8 @@ BEAM_TARGETS = [
 
 
 def test_beam_search_matches_float64(subtests, gaussian, anisotropic):
-    """Each element with a narrow and a wide beam; the first shape has more columns than a block."""
-    cases = [(target, (5, 32), 8) for target in BEAM_TARGETS] + [(target, (1, 144), 4) for target in BEAM_TARGETS[::2]]
+    """Each element with a narrow and a wide beam; the last shape has more columns than a block."""
+    cases = [(target, (5, 32), 8) for target in BEAM_TARGETS] + [(BEAM_TARGETS[0], (1, 144), 4)]
     for (format, granularity), shape, width in cases:
         weight, known = gaussian(*shape) * 0.02, anisotropic(shape[1])
         space, scale = space_and_scale(format, granularity, weight)

@@ -175,7 +175,7 @@ def test_rows_and_groups_of_zeros_stay_zero(subtests):
 
 def test_an_outlier_does_not_harm_other_rows(subtests):
     """NVFP4 has one scale of the tensor for all rows, so that their scales lose bits; those of others are theirs alone."""
-    weight = torch.randn(12, 512, generator=torch.Generator().manual_seed(0)) * 0.05
+    weight = torch.randn(12, 256, generator=torch.Generator().manual_seed(0)) * 0.05
     weight[4, 9] = 3e3
     others = torch.arange(12) != 4
     for format, granularity in TARGETS:
@@ -219,7 +219,7 @@ def test_rotated_weights_compose_with_every_rounding(subtests):
 
 
 def test_calibration_halves_the_output_error(subtests, gaussian, anisotropic, output_error):
-    weight, known = gaussian(48, 192) * 0.02, anisotropic(192)
+    weight, known = gaussian(32, 128) * 0.02, anisotropic(128)
     statistics = {"hessian": known.hessian, "validation_hessian": known.holdout}
     for format, granularity in TARGETS:
         plain = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
@@ -297,12 +297,12 @@ def test_validation_activations_choose_the_dampening(gaussian, of_tokens):
 
 @pytest.mark.parametrize("tokens", [24, 4096])
 def test_the_dampening_of_many_rows_is_chosen_on_some(subtests, monkeypatch, gaussian, of_tokens, tokens):
-    """The result is that of one dampening, to the last bit, and within 2 % of the best, in every granularity."""
+    """The result is that of one dampening, to the last bit, and within 2 % of the best; each format with one Hessian."""
     monkeypatch.setattr(solve, "_SAMPLED_ROWS", 32)
     weight, known, others = gaussian(150, 64), of_tokens(tokens, 7), of_tokens(512, 8)
     statistics = {"hessian": known.t() @ known / tokens}
     statistics["validation_hessian"] = LowRankHessian(others.t() / 512**0.5, torch.zeros(64))
-    for index, (format, granularity) in enumerate(TARGETS):
+    for index, (format, granularity) in enumerate(TARGETS[tokens == 24 :: 2]):
         options = {"granularity": granularity, "block_size": 16 if granularity == "block" else None, **statistics}
         if index % 2:
             options["output_weight"] = torch.linspace(0.5, 2, 150)
