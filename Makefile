@@ -20,7 +20,7 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 LINT := .venv/.lint
 
-.PHONY: test test-quick test-gpu faults fuzz hosts chromium demo bench lint architectures texts golden clean
+.PHONY: test test-quick test-compile test-gpu faults fuzz hosts chromium demo bench lint architectures texts golden clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
 # Of what a recipe line does after it, pip first of all, a line appears every few seconds.
@@ -47,7 +47,11 @@ test: $(READY) hosts chromium
 	.venv/bin/pytest $(ARGS)
 
 test-quick: $(READY)
-	.venv/bin/pytest -m "not host and not browser" $(ARGS)
+	.venv/bin/pytest -m "not host and not browser and not compile and not soak" $(ARGS)
+
+# All shipped kernel configurations, for every supported card, without a GPU. Results are kept in the cache folder.
+test-compile: $(READY)
+	.venv/bin/pytest -m compile $(ARGS)
 
 # For a machine without a network see CONTRIBUTING.md.
 test-gpu: $(READY) hosts
