@@ -36,7 +36,9 @@ def test_every_help_page_has_its_command():
 @pytest.mark.parametrize("name", PAGES)
 def test_help_works_without_torch(name):
     result = run_without_packages(*([] if name == "lrq" else [name]), "--help")
-    assert (result.returncode, result.stderr) == (0, "") and result.stdout.split() == PAGES[name].split()
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert result.stdout.split() == PAGES[name].split()
 
 
 def test_version_works_without_torch():
@@ -46,7 +48,8 @@ def test_version_works_without_torch():
 @pytest.mark.parametrize("words", [["formats"], ["quantize", "model.safetensors"], []], ids=" ".join)
 def test_other_commands_end_with_one_sentence_without_torch(words, sentences):
     result = run_without_packages(*words)
-    assert (result.returncode, result.stdout) == (1, "")
+    assert result.returncode == 1
+    assert result.stdout == ""
     sentences(result.stderr.replace(sys.executable, "PYTHON"))
 
 
@@ -82,7 +85,8 @@ def test_help_into_a_pipe_without_a_reader_ends_quietly():
     command = [sys.executable, "-I", "-S", ROOT, "quantize", "--help"]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=120)
     os.close(write)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert done.returncode == 141
+    assert done.stderr == b""
 
 
 def test_help_into_an_encoding_without_its_characters():

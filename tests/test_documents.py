@@ -168,7 +168,8 @@ def python(words, folder):
         run(sys.executable, *start, *given, *SMALL[script], cwd=folder)
     else:
         known = run(sys.executable, *start, "--help", cwd=folder)
-        assert known.startswith("usage: ") and all(word in known for word in given if word.startswith("--"))
+        assert known.startswith("usage: ")
+        assert all(word in known for word in given if word.startswith("--"))
 
 
 def pip(words, _):
@@ -282,7 +283,8 @@ def test_generated_parts_are_those_of_today(path):
 
 def test_generated_parts_are_complete():
     text = COMMAND_LINE.read_text(encoding="utf-8")
-    assert "`--rounding`" in render_tables() and render_tables() in text
+    assert "`--rounding`" in render_tables()
+    assert render_tables() in text
     assert sizes.render_table() in sizes.DOCUMENT.read_text(encoding="utf-8")
 
 

@@ -271,7 +271,8 @@ def test_a_link_is_followed(one_case, tmp_path_factory, tried, sentences):
     one_case.target.symlink_to(elsewhere)
     for overwrite in (False, True):
         quantize_file(one_case.source, one_case.target, one_case.recipe, device="cpu", overwrite=overwrite)
-        assert one_case.target.is_symlink() and elsewhere.read_bytes() == one_case.expected
+        assert one_case.target.is_symlink()
+        assert elsewhere.read_bytes() == one_case.expected
         assert [path.name for path in elsewhere.parent.iterdir()] == [elsewhere.name]
         elsewhere.write_bytes(b"another's")
     with sentences.raises(OutputError):
@@ -548,7 +549,8 @@ def test_a_disk_without_locks(one_case, monkeypatch, tried):
     partial, journal = sorted(one_case.target.parent.glob(".*"), reverse=True)
     assert quantized(one_case).taken_up == 0
     one_case.check(complete=True)
-    assert partial.exists() and journal.exists()
+    assert partial.exists()
+    assert journal.exists()
     one_case.clear()
     long_ago = time.time() - 90_000
     os.utime(partial, (long_ago, long_ago))

@@ -28,7 +28,8 @@ def quantized(folder, layers: int) -> tuple[int, int]:
     with Disk().under() as disk:
         quantize_file(source, target, RECIPE, device="cpu", on_event=events.append)
     found = verify_file(target)
-    assert found.layers == layers and not found.problems
+    assert found.layers == layers
+    assert not found.problems
     return len(disk.operations), len(events)
 
 
@@ -165,7 +166,8 @@ def test_a_hundred_gigabytes_need_one_of_memory(tmp_path, often, tried):
     with open(source, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + COUNT * size)
-    assert source.stat().st_size > 100e9 and source.stat().st_blocks * 512 < 1e6
+    assert source.stat().st_size > 100e9
+    assert source.stat().st_blocks * 512 < 1e6
     room = int(shutil.disk_usage(tmp_path).free * 0.8) // (size // 2)
     layers = min(room, often(2, COUNT + 1))  # one more than there are: to the end
     words = [
@@ -183,7 +185,8 @@ def test_a_hundred_gigabytes_need_one_of_memory(tmp_path, often, tried):
     whole = layers > COUNT
     assert {path.name for path in tmp_path.iterdir()} == {source.name, *([target.name] if whole else [])}
     if whole:
-        assert target.stat().st_size > COUNT * size // 2 and not verify_file(target).problems
+        assert target.stat().st_size > COUNT * size // 2
+        assert not verify_file(target).problems
         target.unlink()
     tried(
         f"a file of 107 GB, {'all' if whole else layers} layers of it quantized",

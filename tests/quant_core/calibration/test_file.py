@@ -60,7 +60,8 @@ def test_tensors_that_are_not_floating_point_are_rejected(read, suffix, dtype, s
 def test_tensors_of_any_float_dtype_are_read(read, suffix, dtype):
     field, expected = TENSORS[suffix]
     value = getattr(read(**{suffix: expected.to(dtype)}), field)
-    assert torch.equal(value.float(), expected) and value.max() == expected.max()
+    assert torch.equal(value.float(), expected)
+    assert value.max() == expected.max()
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), -1e300])
@@ -96,7 +97,9 @@ def test_a_file_without_metadata_is_read(tmp_path):
     save_file({"q.gram": 2 * torch.eye(3), "q.mean": torch.ones(3)}, tmp_path / "c")
     with CalibrationFile(tmp_path / "c") as file:
         assert file.layer_statistics("q").hessian.equal(2 * torch.eye(3))
-        assert file.layer_statistics("k") is None and file.layers == {} and file.provenance == {}
+        assert file.layer_statistics("k") is None
+        assert file.layers == {}
+        assert file.provenance == {}
         file.check({})
 
 
@@ -158,5 +161,6 @@ def test_names_and_dtypes_in_the_file_are_those_of_version_1(tmp_path):
     with CalibrationFile(path) as file:
         for owner, expected in statistics.items():
             assert type(file.layer_statistics(owner).hessian) is type(expected.hessian)
-        assert file.layer_statistics("shared").sensitivity == file.sensitivity("shared") == 0.5
+        assert file.layer_statistics("shared").sensitivity == 0.5
+        assert file.sensitivity("shared") == 0.5
         assert file.tokens("shared") == (7, 2)

@@ -19,11 +19,15 @@ def fp8_error(x, scale):
 def test_each_value_is_counted_in_its_bin():
     x = torch.tensor([0.0, 1e-30, 1.05, -1.05, 3.0, 1e30, float("inf"), float("nan")])
     counts, centers = histogram(x), bin_centers()
-    assert counts.sum() == len(x) and counts[0] == 2 and counts[-1] == 3
+    assert counts.sum() == len(x)
+    assert counts[0] == 2
+    assert counts[-1] == 3
     for value, count in ((1.05, 2), (3.0, 1)):
         (index,) = ((centers / value).log2().abs() < 1 / 16 + 1e-6).nonzero().flatten().tolist()
         assert counts[index] == count
-    assert len(counts) == len(centers) == BINS and (centers.diff() > 0).all()
+    assert len(counts) == BINS
+    assert len(centers) == BINS
+    assert (centers.diff() > 0).all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 300.0, 1e4])

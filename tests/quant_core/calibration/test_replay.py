@@ -33,7 +33,8 @@ class Nested(torch.nn.Module):
             hidden = hidden if hint is None else hidden + hint
         for patch in options["patches"].get("attn1", ()):
             hidden = patch(hidden)
-        assert options["same"] is options["also"][0] and isinstance(options["shape"], torch.Size)
+        assert options["same"] is options["also"][0]
+        assert isinstance(options["shape"], torch.Size)
         scale = options["replace"][("block", 3)] * options["scale"]
         return hidden * scale * (1 if options["device"].type == "cpu" else 0)
 
@@ -100,13 +101,18 @@ def test_a_replay_equals_the_call_bit_for_bit(tmp_path, ram_bytes):
     replays = recorder.result()
     replays.save(tmp_path / "saved")
     for again in (replays, ReplaySet.load(tmp_path / "saved"), replays):  # each replay changes its arguments in place
-        assert len(again) == 6 and again.fingerprint == replays.fingerprint
+        assert len(again) == 6
+        assert again.fingerprint == replays.fingerprint
         for index, output in enumerate(outputs):
             args, kwargs = again.arguments(index, CPU, LIVE)
-            assert args[0].is_contiguous(memory_format=torch.channels_last) and not args[0].is_inference()
-            assert kwargs["options"]["ids"] == [uuid.UUID(int=index)] and kwargs["options"]["raw"] == b"\x00\xff"
-            assert kwargs["options"]["dtype"] is torch.float16 and kwargs["options"]["empty"].shape == (0, 3)
-            assert kwargs["flag"] is True and "callbacks" not in kwargs["options"]
+            assert args[0].is_contiguous(memory_format=torch.channels_last)
+            assert not args[0].is_inference()
+            assert kwargs["options"]["ids"] == [uuid.UUID(int=index)]
+            assert kwargs["options"]["raw"] == b"\x00\xff"
+            assert kwargs["options"]["dtype"] is torch.float16
+            assert kwargs["options"]["empty"].shape == (0, 3)
+            assert kwargs["flag"] is True
+            assert "callbacks" not in kwargs["options"]
             assert torch.equal(model(*args, **kwargs), output)
     replayed = replays.arguments(0, CPU, LIVE)[0][0].requires_grad_()  # outside inference mode
     (replayed * 2).sum().backward()
@@ -121,7 +127,8 @@ def test_recording_does_not_change_outputs_and_removes_its_hook(tmp_path):
     assert not model._forward_pre_hooks
     context = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(99))
     args, kwargs = make_call(3, context)
-    assert torch.equal(model(*args, **kwargs), outputs[3]) and len(recorder.result()) == 6
+    assert torch.equal(model(*args, **kwargs), outputs[3])
+    assert len(recorder.result()) == 6
 
 
 def test_objects_that_are_not_stored_come_from_the_model_of_the_replay(tmp_path):
@@ -158,7 +165,8 @@ def test_equal_tensors_are_stored_once(tmp_path):
         model(context.double() * 0 + 1)
         model(torch.ones(1000, 1, dtype=torch.float64))  # the same bytes in another shape
     replays = recorder.result()
-    assert replays.nbytes == 4000 + 8 * 20 + 2 * 8000 and not replays.file_bytes
+    assert replays.nbytes == 4000 + 8 * 20 + 2 * 8000
+    assert not replays.file_bytes
     (first, second, _), _ = replays.arguments(0, CPU)[0][0], None
     first.zero_()
     assert torch.equal(second, context)
@@ -178,7 +186,9 @@ def test_the_sample_covers_runs_steps_and_branches(tmp_path):
         assert calls == sorted(set(calls))
         runs = [sum(run == chosen for run, _ in calls) for chosen in range(8)]
         steps = [sum(call // 10 == quarter for _, call in calls) for quarter in range(4)]
-        assert min(runs) >= 6 and min(steps) >= 13 and {call // 2 for _, call in calls} == set(range(20))
+        assert min(runs) >= 6
+        assert min(steps) >= 13
+        assert {call // 2 for _, call in calls} == set(range(20))
         assert 28 <= sum(call % 2 for _, call in calls) <= 36
         assert list(replays.positions) == [call / 40 for _, call in calls]
         assert list(replays.validation) == [run % 4 == 3 for run, _ in calls]
@@ -195,7 +205,8 @@ def test_the_same_seed_gives_the_same_calls(tmp_path, calls):
         replays.save(tmp_path / f"{seed}")  # refused if the bytes differ
         chosen = tuple(recorded_number(replays, index) for index in range(calls)), replays.validation
         assert found.setdefault(seed, (replays.fingerprint, chosen)) == (replays.fingerprint, chosen)
-    assert len({chosen for _, chosen in found.values()}) > 1 and len({mark for mark, _ in found.values()}) > 1
+    assert len({chosen for _, chosen in found.values()}) > 1
+    assert len({mark for mark, _ in found.values()}) > 1
 
 
 @pytest.mark.parametrize(
@@ -223,13 +234,16 @@ def test_memory_is_limited_and_files_are_removed(tmp_path):
         for number in range(50):
             model(torch.full((100,), float(number)))
             files = list(tmp_path.iterdir())
-            assert len(files) == max(0, min(number + 1, 4) - 2) and all(file.stat().st_size == 400 for file in files)
+            assert len(files) == max(0, min(number + 1, 4) - 2)
+            assert all(file.stat().st_size == 400 for file in files)
     replays = recorder.result()
-    assert (replays.nbytes, replays.file_bytes) == (1600, 800)
+    assert replays.nbytes == 1600
+    assert replays.file_bytes == 800
     del recorder
     gc.collect()
     values = [replays.arguments(index, CPU)[0][0] for index in range(4)]
-    assert all(bool((value == value[0]).all()) for value in values) and len(list(tmp_path.iterdir())) == 2
+    assert all(bool((value == value[0]).all()) for value in values)
+    assert len(list(tmp_path.iterdir())) == 2
     del replays
     gc.collect()
     assert not list(tmp_path.iterdir())
@@ -243,11 +257,13 @@ def test_fewer_calls_are_kept_where_the_limit_is_reached(tmp_path):
             for number in range(50):
                 model(torch.full((100,), float(number)))
         replays = recorder.result()
-        assert (0 if replays is None else len(replays)) == expected and recorder.limited
+        assert (0 if replays is None else len(replays)) == expected
+        assert recorder.limited
     recorder = make_recorder(tmp_path, 0)
     with recorder.watching(model):
         model(torch.zeros(3))
-    assert recorder.result() is None and not recorder.limited
+    assert recorder.result() is None
+    assert not recorder.limited
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -290,7 +306,8 @@ def saved(tmp_path):
 def test_a_file_names_its_calibration_and_is_not_overwritten(saved, tmp_path):
     path, *_ = saved
     loaded = ReplaySet.load(path)
-    assert loaded.calibration == "abc" and loaded.file_bytes == loaded.nbytes > 0
+    assert loaded.calibration == "abc"
+    assert loaded.file_bytes == loaded.nbytes > 0
     with pytest.raises(OutputError):
         loaded.save(path, calibration="def")
     stopped = iter([None, None])

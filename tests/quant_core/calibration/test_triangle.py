@@ -36,8 +36,11 @@ def test_factor_reproduces_the_matrix_and_its_small_eigenvalues(size, tokens):
 
 def test_a_factor_has_half_of_the_bytes():
     levels, scales, diagonal = encode_triangle(torch.eye(700))
-    assert levels.dtype is torch.int8 and len(levels) == packed_size(700, SEGMENT)
-    assert len(scales) == segment_count(700) == 700 + 444 + 188 and len(diagonal) == 700
+    assert levels.dtype is torch.int8
+    assert len(levels) == packed_size(700, SEGMENT)
+    assert len(scales) == 700 + 444 + 188
+    assert segment_count(700) == 700 + 444 + 188
+    assert len(diagonal) == 700
     for size in (3072, 12288, 15360):
         assert packed_size(size, SEGMENT) + 4 * segment_count(size) < 0.56 * size**2
 
@@ -45,7 +48,8 @@ def test_a_factor_has_half_of_the_bytes():
 @pytest.mark.parametrize("small", [0.0, 3e-43, 1e-30])
 def test_rows_of_tiny_elements_have_levels_of_their_sign(small):
     levels, scales, _ = encode_triangle(torch.tensor([[1, small], [small, 1]]))
-    assert levels.min() >= 0 and scales.min() > 0
+    assert levels.min() >= 0
+    assert scales.min() > 0
     assert levels[2] == (127 if small > 1e-37 else 0)
 
 
@@ -56,7 +60,8 @@ def test_16_bit_noise_of_a_singular_matrix_is_covered():
     expected, actual = (dense_hessian(hessian, 300, CPU) for hessian in (noisy, made))
     assert (actual - expected).norm() / expected.norm() < 0.02
     again = unpack_triangle(made, CPU)
-    assert isinstance(again, PackedHessian) and again.panels.dtype is torch.float16
+    assert isinstance(again, PackedHessian)
+    assert again.panels.dtype is torch.float16
     actual.diagonal().copy_(noisy.rms.square())
     assert (dense_hessian(again, 300, CPU) - actual).norm() / actual.norm() < 1e-3
 
@@ -67,7 +72,9 @@ def test_channels_that_are_always_zero_remain_zero():
     made = dense_hessian(
         pack_triangle(PackedHessian(pack_symmetric(matrix, torch.float16), torch.ones(40)), CPU), 40, CPU
     )
-    assert not made[3].any() and not made[:, 3].any() and made.any()
+    assert not made[3].any()
+    assert not made[:, 3].any()
+    assert made.any()
 
 
 def test_what_makes_the_factor_exist_is_not_in_16_bit_correlations():
@@ -76,7 +83,8 @@ def test_what_makes_the_factor_exist_is_not_in_16_bit_correlations():
     made = pack_triangle(PackedHessian(pack_symmetric(matrix, torch.float16), torch.full((300,), 5.0)), CPU)
     again = unpack_symmetric(unpack_triangle(made, CPU).panels, 300)
     assert torch.equal(again.diagonal(), (torch.arange(300) != 3).float())
-    assert not again[3].any() and (again - matrix).norm() / matrix.norm() < 0.02
+    assert not again[3].any()
+    assert (again - matrix).norm() / matrix.norm() < 0.02
 
 
 @pytest.mark.parametrize("damage", ["negative", "nan"])

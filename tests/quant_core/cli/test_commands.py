@@ -82,7 +82,8 @@ def test_a_bare_name_is_quantized_beside_itself(lrq, model_file, tmp_path, listi
     model_file()
     monkeypatch.chdir(tmp_path)
     code, out, err = lrq("quantize", "-i", "model.safetensors")
-    assert (code, err) == (0, [])
+    assert code == 0
+    assert err == []
     assert listing() == ["model.safetensors", "model_float8_e4m3fn.safetensors"]
     assert verify_file("model_float8_e4m3fn.safetensors").problems == []
     assert recipe_of("model_float8_e4m3fn.safetensors") == Recipe().to_dict()
@@ -190,7 +191,8 @@ OPTIONS = {
 def test_options_become_the_recipe(lrq, model_file, tmp_path, words, changed):
     out = tmp_path / "q.safetensors"
     code, _, err = lrq("quantize", "-i", model_file(), "-o", out, *words)
-    assert (code, [line for line in err if not line.startswith(UNUSED)]) == (0, [])
+    assert code == 0
+    assert [line for line in err if not line.startswith(UNUSED)] == []
     assert recipe_of(out) == {**Recipe().to_dict(), **changed}
     assert verify_file(out).problems == []
 
@@ -199,7 +201,8 @@ def test_migrate_says_what_it_did(lrq, tmp_path, sentences):
     old = tmp_path / "old.safetensors"
     save_file({"a.weight": torch.ones(16, 16).to(torch.float8_e4m3fn), "a.scale_weight": torch.tensor(0.5)}, old)
     code, out, _ = lrq("migrate", "-i", old)
-    assert code == 0 and verify_file(tmp_path / "old_native.safetensors").layers == 1
+    assert code == 0
+    assert verify_file(tmp_path / "old_native.safetensors").layers == 1
     sentences(out)
     code, _, err = lrq("migrate", "-i", old)
     assert code == 1
@@ -272,7 +275,8 @@ def test_every_option_that_users_know_acts_or_is_refused_by_name(
     def outcome(*words):
         made.clear()
         code, out, err = lrq("quantize", "-i", "model.safetensors", "--overwrite", *beside.split(), *words)
-        assert (code, [line for line in err if not line.startswith(UNUSED)]) == (0, [])
+        assert code == 0
+        assert [line for line in err if not line.startswith(UNUSED)] == []
         lines = [re.sub(r"[\d.]+ s$", "", line) for line in out.splitlines() if not line.startswith("time")]
         for path in (*tmp_path.glob("model_*"), *tmp_path.glob("out*")):
             path.unlink()
@@ -301,7 +305,8 @@ def test_every_option_is_understood_with_dashes_and_underscores(command):
         value = [] if action.nargs == 0 else [next(iter(action.choices or ()), VALUES.get(action.type, "text"))]
         spelt = {option, f"--{option[2:].replace('-', '_')}", f"--{option[2:].replace('_', '-')}"}
         ways = [vars(lrq.parse_args([command, "-i", "x", way, *value])) for way in spelt]
-        assert all(way == ways[0] for way in ways) and ways[0] != vars(lrq.parse_args([command, "-i", "x"])), option
+        assert all(way == ways[0] for way in ways), option
+        assert ways[0] != vars(lrq.parse_args([command, "-i", "x"])), option
         tried += len(spelt) > 1
     assert tried >= (1 if command == "migrate" else 20)
 
@@ -352,7 +357,8 @@ def test_a_kernel_backend_holds_for_the_command(lrq, model_file, tmp_path, monke
     )
     before = kernels.backend()
     assert lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", spelt, "reference")[0] == 0
-    assert seen == ["reference"] and kernels.backend() == before
+    assert seen == ["reference"]
+    assert kernels.backend() == before
     code, _, err = lrq("quantize", "-i", model_file(), spelt, "fast")
     assert code == 2
     sentences(err[-1])
@@ -366,9 +372,8 @@ def test_options_act(lrq, model_file, tmp_path):
         "blocks.0.attn.qkv.comfy_quant",
         "blocks.1.attn.qkv.comfy_quant",
     }
-    assert tensors["blocks.0.attn.qkv.weight"].dtype == torch.int8 and tensors[
-        "blocks.0.attn.qkv.weight_scale"
-    ].shape == (96, 1)
+    assert tensors["blocks.0.attn.qkv.weight"].dtype == torch.int8
+    assert tensors["blocks.0.attn.qkv.weight_scale"].shape == (96, 1)
 
 
 def test_a_calibration_acts(lrq, model, model_file, tmp_path, sentences):
@@ -382,14 +387,16 @@ def test_a_calibration_acts(lrq, model, model_file, tmp_path, sentences):
     save_file(statistics, tmp_path / "calibration.safetensors")
     words = ["quantize", "-i", model_file(), "--int8", "--report", tmp_path / "report.json", "--calibration"]
     code, out, err = lrq(*words, tmp_path / "calibration.safetensors", "-o", tmp_path / "q.safetensors")
-    assert (code, err) == (0, [])
+    assert code == 0
+    assert err == []
     sentences(out, numbers=False)
     made = {entry["name"]: entry for entry in json.loads((tmp_path / "report.json").read_text())["layers"]}
     assert [entry["solver"] for name, entry in made.items() if layer in name] == ["gptq"]
     assert all(entry["output_error"] is None for name, entry in made.items() if layer not in name)
     assert verify_file(tmp_path / "q.safetensors").problems == []
     tensors, bias = load_file(tmp_path / "q.safetensors"), model()[f"{layer}.bias"]
-    assert tensors[f"{layer}.bias"].dtype is bias.dtype and not torch.equal(tensors[f"{layer}.bias"], bias)
+    assert tensors[f"{layer}.bias"].dtype is bias.dtype
+    assert not torch.equal(tensors[f"{layer}.bias"], bias)
     assert torch.equal(tensors["blocks.1.attn.qkv.bias"], model()["blocks.1.attn.qkv.bias"])
     # Again with the same statistics it is done already; with others it is another run.
     sentences(lrq(*words, tmp_path / "calibration.safetensors", "-o", tmp_path / "q.safetensors")[1])
@@ -438,7 +445,8 @@ def test_formats_are_measured_with_a_calibration(lrq, model, model_file, tmp_pat
     save_file(statistics, tmp_path / "c.safetensors")
     words = ["quantize", "-i", model_file(), "--format", "measured", "--calibration", tmp_path / "c.safetensors", "-o"]
     code, out, err = lrq(*words, tmp_path / "q.safetensors", "--target-error", "0.5")
-    assert (code, err) == (0, [])
+    assert code == 0
+    assert err == []
     sentences(out, numbers=False)
     assert lrq("verify", tmp_path / "q.safetensors")[0] == 0
     sentences(lrq(*words, tmp_path / "q.safetensors", "--target-error", "0.5")[1])
@@ -461,7 +469,8 @@ def test_format_auto_is_what_suits_the_card(lrq, model_file, tmp_path, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     code, _out, err = lrq("quantize", "-i", model_file(), "--format", "auto", "--device", "cpu")
-    assert (code, err.count("lrq:")) == (0, 0)
+    assert code == 0
+    assert err.count("lrq:") == 0
     (made,) = tmp_path.glob("model_*")
     assert made.stem == f"model_{expected}"
 
@@ -526,7 +535,8 @@ def test_a_recipe_file_and_options_over_it(lrq, model_file, tmp_path, write):
         code, _, err = lrq(
             "quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--overwrite", "--recipe", path, *words
         )
-        assert (code, err) == (0, [])
+        assert code == 0
+        assert err == []
         assert recipe_of(tmp_path / "q.safetensors") == {**recipe.to_dict(), **changed}
 
 
@@ -535,7 +545,9 @@ def test_the_report_file(lrq, model_file, tmp_path):
         "quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--report", tmp_path / "report.json"
     )
     values = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert code == 0 and len(values["layers"]) == 6 and values["output"] == str(tmp_path / "q.safetensors")
+    assert code == 0
+    assert len(values["layers"]) == 6
+    assert values["output"] == str(tmp_path / "q.safetensors")
     assert values["bytes_out"] == (tmp_path / "q.safetensors").stat().st_size
 
 
@@ -557,7 +569,8 @@ def test_a_report_replaces_no_file_of_its_run(lrq, model_file, tmp_path, sentenc
         )
         assert code == 1
         sentences(line)
-        assert not out.exists() and all(path.read_bytes() == content for path, content in files.items())
+        assert not out.exists()
+        assert all(path.read_bytes() == content for path, content in files.items())
 
 
 @pytest.mark.parametrize("read", ["--recipe", "--layer-config", "--calibration"])
@@ -597,7 +610,8 @@ def test_a_report_stays_whole_on_a_full_disk(lrq, model_file, tmp_path, monkeypa
     )
     assert code == 1
     sentences(line)
-    assert (tmp_path / "report.json").read_text() == "the one before" and not list(tmp_path.glob(".*"))
+    assert (tmp_path / "report.json").read_text() == "the one before"
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -616,7 +630,8 @@ def test_a_dry_run_looks_at_every_option(lrq, model_file, tmp_path, listing, mon
     monkeypatch.chdir(tmp_path)
     for more in (["--dry-run"], []):
         code, _, err = lrq("quantize", "-i", source, *words, *more)
-        assert code == 1 and len(err) == 1
+        assert code == 1
+        assert len(err) == 1
         sentences(err)
     assert listing() == ["model.safetensors"]
     assert lrq("plan", "-i", source, "--device", "nonsense")[0] == 1
@@ -632,7 +647,8 @@ def test_a_reader_that_goes_away_ends_it_quietly(model_file, tmp_path, words):
         [sys.executable, ROOT, *words], stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, timeout=120
     )
     os.close(write)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert done.returncode == 141
+    assert done.stderr == b""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -651,7 +667,9 @@ def test_streams_that_are_closed_or_full_do_not_end_the_work(model_file, tmp_pat
             cwd=tmp_path,
             timeout=120,
         )
-        assert done.returncode == expected and "Traceback" not in done.stderr and "unexpected" not in done.stderr
+        assert done.returncode == expected
+        assert "Traceback" not in done.stderr
+        assert "unexpected" not in done.stderr
         if words is command:
             if streams == ">/dev/full":
                 sentences(re.sub(r".*\r", "", done.stderr))
@@ -712,21 +730,27 @@ def test_shards_of_a_quantized_model(lrq, model_file, tmp_path, sentences):
         assert lrq("migrate", "-i", given, "-o", tmp_path / "new.safetensors", "--overwrite")[0] == 0
         assert lrq("verify", tmp_path / "new.safetensors")[0] == 0
         made = load_file(tmp_path / "new.safetensors")
-        assert made.keys() == tensors.keys() and all(torch.equal(made[name], tensors[name]) for name in tensors)
-    assert lrq("migrate", "-i", folder)[0] == 0 and (tmp_path / "parts_native.safetensors").exists()
+        assert made.keys() == tensors.keys()
+        assert all(torch.equal(made[name], tensors[name]) for name in tensors)
+    assert lrq("migrate", "-i", folder)[0] == 0
+    assert (tmp_path / "parts_native.safetensors").exists()
 
 
 def test_a_dry_run_writes_nothing(lrq, model_file, listing, sentences):
     source = model_file()
     code, out, err = lrq("quantize", "-i", source, "--dry-run")
-    assert (code, err, listing()) == (0, [], ["model.safetensors"])
+    assert code == 0
+    assert err == []
+    assert listing() == ["model.safetensors"]
     sentences(out)
-    assert lrq("quantize", "-i", source, "--dry_run")[1] == lrq("plan", "-i", source)[1] == out
+    assert lrq("quantize", "-i", source, "--dry_run")[1] == out
+    assert lrq("plan", "-i", source)[1] == out
 
 
 def test_verbose_prints_a_line_per_tensor(lrq, model, model_file, tmp_path):
     code, out, err = lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors", "--verbose")
-    assert (code, err) == (0, [])
+    assert code == 0
+    assert err == []
     assert all(sum(line.startswith(f"{name}  ") for line in out.splitlines()) == 1 for name in model())
 
 
@@ -749,7 +773,8 @@ def test_overwrite(lrq, model_file, tmp_path):
 def test_inspect(lrq, model_file, tmp_path, sentences):
     source = model_file()
     code, out, err = lrq("inspect", source)
-    assert (code, err) == (0, [])
+    assert code == 0
+    assert err == []
     sentences(out)
     lrq("quantize", "-i", source, "-o", tmp_path / "q.safetensors", "--int8")
     sentences(lrq("inspect", tmp_path / "q.safetensors")[1])
@@ -762,29 +787,34 @@ def test_inspect(lrq, model_file, tmp_path, sentences):
 def test_verify_prints_notes_on_a_valid_file(lrq, tmp_path, sentences):
     save_file({"a\x1b.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
     code, out, err = lrq("verify", tmp_path / "a.safetensors")
-    assert (code, err) == (0, [])
+    assert code == 0
+    assert err == []
     sentences(out)
 
 
 def test_verify(lrq, model_file, tmp_path, sentences):
     lrq("quantize", "-i", model_file(), "-o", tmp_path / "q.safetensors")
     code, out, err = lrq("verify", tmp_path / "q.safetensors")
-    assert (code, err) == (0, [])
+    assert code == 0
+    assert err == []
     sentences(out)
     tensors = load_file(tmp_path / "q.safetensors")
     tensors["blocks.0.mlp.0.weight_scale"] = torch.tensor(float("nan"))
     with safe_open(tmp_path / "q.safetensors", "pt") as file:
         save_file(tensors, tmp_path / "bad.safetensors", file.metadata())
     code, out, err = lrq("verify", tmp_path / "bad.safetensors")
-    assert code == 1 and out == ""
+    assert code == 1
+    assert out == ""
     sentences(err)
 
 
 def test_formats_and_presets(lrq):
     code, out, _ = lrq("formats")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(FORMATS)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(FORMATS)
     code, out, _ = lrq("presets")
-    assert code == 0 and all(f"{name}: {preset.title}" in out for name, preset in PRESETS.items())
+    assert code == 0
+    assert all(f"{name}: {preset.title}" in out for name, preset in PRESETS.items())
 
 
 @pytest.mark.parametrize(
@@ -817,7 +847,9 @@ def test_formats_and_presets(lrq):
 def test_wrong_usage_is_one_line_and_exits_with_2(strict_lrq, words, sentences):
     """Unknown options are refused, not ignored; abbreviations are unknown options."""
     code, out, err = strict_lrq(*words)
-    assert code == 2 and out == "" and len(err) == 1
+    assert code == 2
+    assert out == ""
+    assert len(err) == 1
     sentences(err)
 
 
@@ -969,7 +1001,8 @@ def test_an_error_is_one_line(lrq, model_file, tmp_path, monkeypatch, prepare, w
     prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
     code, _, err = lrq(*words)
-    assert code == 1 and len(err) == 1, err
+    assert code == 1, err
+    assert len(err) == 1, err
     sentences(err)
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -981,14 +1014,16 @@ def test_a_full_disk_is_one_line(lrq, model_file, listing, monkeypatch, sentence
     source = model_file()
     monkeypatch.setattr(os, "fsync", full)
     code, _, err = lrq("quantize", "-i", source)
-    assert code == 1 and len(err) == 1
+    assert code == 1
+    assert len(err) == 1
     sentences(err)
     assert listing() == ["model.safetensors"]
 
 
 def test_debug_shows_the_trace(lrq, tmp_path, sentences):
     code, _, err = lrq("--debug", "quantize", "-i", tmp_path / "none.safetensors")
-    assert code == 1 and err[0].startswith("Traceback")
+    assert code == 1
+    assert err[0].startswith("Traceback")
     sentences(err[-1])
 
 
@@ -1004,7 +1039,8 @@ def test_an_interrupt_leaves_nothing(lrq, model_file, listing, monkeypatch, sent
         code, _, err = lrq("quantize", "-i", source)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert code == 130 and len(err) == 1
+    assert code == 130
+    assert len(err) == 1
     sentences(err)
     assert listing() == ["model.safetensors"]
 
@@ -1021,7 +1057,8 @@ def test_the_process_waits_for_no_thread_that_hangs(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", code, "formats"], capture_output=True, text=True, cwd=tmp_path, timeout=120
     )
-    assert result.returncode == 0 and "int8_blockwise" in result.stdout, result.stderr
+    assert result.returncode == 0, result.stderr
+    assert "int8_blockwise" in result.stdout, result.stderr
 
 
 def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, listing):
@@ -1054,7 +1091,8 @@ def test_a_link_to_the_folder_runs_and_an_error_has_no_trace(tmp_path, sentences
     link = tmp_path / "ComfyUI-Learned-Rounding"
     link.symlink_to(ROOT, target_is_directory=True)
     result = run([sys.executable, link, "verify", "none.safetensors"], tmp_path)
-    assert result.returncode == 1 and result.stdout == ""
+    assert result.returncode == 1
+    assert result.stdout == ""
     sentences(result.stderr)
 
 
@@ -1063,7 +1101,8 @@ def test_the_installed_command_runs(tmp_path):
     if not command.exists():
         pytest.skip("the package is not installed beside this interpreter")
     result = run([command, "formats"], tmp_path)
-    assert result.returncode == 0 and "float8_e4m3fn" in result.stdout
+    assert result.returncode == 0
+    assert "float8_e4m3fn" in result.stdout
 
 
 def test_what_nobody_foresaw_is_one_line_too(lrq, monkeypatch, tmp_path, sentences):
@@ -1072,10 +1111,12 @@ def test_what_nobody_foresaw_is_one_line_too(lrq, monkeypatch, tmp_path, sentenc
 
     monkeypatch.setattr(cli, "inspect_file", broken)
     code, _, err = lrq("inspect", tmp_path)
-    assert code == 1 and len(err) == 1
+    assert code == 1
+    assert len(err) == 1
     sentences(err)
     code, _, err = lrq("inspect", tmp_path, "--debug")
-    assert code == 1 and err[0].startswith("Traceback")
+    assert code == 1
+    assert err[0].startswith("Traceback")
     sentences(err[-1])
 
 
@@ -1095,7 +1136,9 @@ def test_an_unrecognized_model_ends_before_any_work_unless_general_is_given(
 ):
     source = model_file()
     code, out, err = strict_lrq(*command, "-i", source)
-    assert (code, out) == (1, "") and listing() == ["model.safetensors"]
+    assert code == 1
+    assert out == ""
+    assert listing() == ["model.safetensors"]
     sentences(err)
     assert strict_lrq(*command, "-i", source, "--general")[0] == 0
     none = ["--preset", "none", *(["--overwrite"] if command[0] == "quantize" else [])]
@@ -1106,7 +1149,10 @@ def test_a_choice_that_matches_no_layer_is_a_warning(lrq, model_file, tmp_path, 
     custom = ["--custom-layers", "mpl", "--custom-type", "fp8", "--exclude-layers", "qvk", "--exclude-layers", "qkv"]
     for words in (["plan"], ["quantize", "-o", tmp_path / "q.safetensors", "--report", tmp_path / "r.json"]):
         code, out, err = lrq(*words, "-i", model_file(), "--preset", "flux", *custom)
-        assert code == 0 and len(err) == 1 and err[0].startswith(UNUSED)
+        assert code == 0
+        assert len(err) == 1
+        assert err[0].startswith(UNUSED)
         sentences(err)
     (warning,) = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["warnings"]
-    assert err == [f"lrq: warning: {warning}"] and warning in out
+    assert err == [f"lrq: warning: {warning}"]
+    assert warning in out

@@ -60,7 +60,9 @@ def test_what_is_no_regular_file_is_refused_before_any_work(folder, capsys, monk
     before = sorted(os.listdir())
     assert main([*OPTIONS[option], name]) == 1
     output, error = capsys.readouterr()
-    assert output == "" and error.count("\n") == 1 and sorted(os.listdir()) == before
+    assert output == ""
+    assert error.count("\n") == 1
+    assert sorted(os.listdir()) == before
     sentences(error)
 
 
@@ -68,7 +70,8 @@ def test_regular_files_and_missing_outputs_are_accepted(folder, capsys):
     (folder / "recipe.toml").write_text('format = "int8_tensorwise"\nrounding = "nearest"\n')
     os.symlink("recipe.toml", "link.toml")
     assert main([*QUANTIZE, "--preset", "none", "--recipe", "link.toml", "--report", "report.json"]) == 0
-    assert (folder / "report.json").is_file() and (folder / "out.safetensors").is_file()
+    assert (folder / "report.json").is_file()
+    assert (folder / "out.safetensors").is_file()
 
 
 @pytest.mark.parametrize("option", ["--recipe", "--layer-config"])
@@ -83,4 +86,5 @@ def test_large_text_files_are_refused_without_reading_them(folder, capsys, sente
 def test_output_names_of_up_to_255_bytes(folder, capsys, size):
     name = "n" * (size - len(".safetensors")) + ".safetensors"
     assert main(["quantize", "-i", "model.safetensors", "-o", name, "--int8", "--preset", "none"]) == 0
-    assert (folder / name).is_file() and not list(folder.glob(".*"))
+    assert (folder / name).is_file()
+    assert not list(folder.glob(".*"))

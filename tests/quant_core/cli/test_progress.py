@@ -64,7 +64,8 @@ RUN = [started(), layer(0), finished(0, 0.5, 1000.0), layer(1), OutputChecked(do
 
 def test_the_bar_fits_80_columns_and_names_pace_and_layer(monkeypatch):
     lines = draw(monkeypatch, RUN)
-    assert lines and all(len(line) < 80 for line in lines)
+    assert lines
+    assert all(len(line) < 80 for line in lines)
     assert any("2 GB/s, 17 min left, …" in line and "img_attn.proj" in line for line in lines)
     assert any("checking the file: 50 %" in line for line in lines)
 
@@ -88,7 +89,8 @@ def test_the_pace_excludes_resumed_layers(monkeypatch, capsys):
         RunResumed(layers=2, total=4, elapsed=1.0),
     ]
     *_, last = draw(monkeypatch, [*events, layer(2), finished(2, 3.0, 2.0), layer(3)])
-    assert "3/4" in last and "500 MB/s, 2 s left" in last
+    assert "3/4" in last
+    assert "500 MB/s, 2 s left" in last
     assert capsys.readouterr().out == "Resuming: 2 of 4 layers already done.\n"
 
 

@@ -60,7 +60,9 @@ def test_two_models_with_one_output_are_refused_before_any_work(lrq, model_file,
     (tmp_path / "sub").mkdir()
     shutil.copy(model_file(), tmp_path / "sub")
     code, out, err = lrq("quantize", "model.safetensors", "sub/model.safetensors", "-o", "out/", *INT8)
-    assert (code, out, listing()) == (1, "", ["model.safetensors", "sub/model.safetensors"])
+    assert code == 1
+    assert out == ""
+    assert listing() == ["model.safetensors", "sub/model.safetensors"]
     sentences(err)
 
 
@@ -68,7 +70,8 @@ def test_after_an_error_the_other_models_follow(lrq, two_models, listing, senten
     code, out, err = lrq(
         "quantize", "a.safetensors", "none.safetensors", "b.safetensors", "-o", "out/", *INT8, "--json"
     )
-    assert code == 1 and [name for name in listing() if "out" in name] == [
+    assert code == 1
+    assert [name for name in listing() if "out" in name] == [
         "out/a_int8_convrot.safetensors",
         "out/b_int8_convrot.safetensors",
     ]
@@ -102,8 +105,11 @@ VERIFY_KEYS = {"input", "error", "valid", "layers", "problems", "warnings", "mod
 def document(text: str, command: str) -> dict:
     """The only entry of the only JSON document on standard output."""
     read = json.loads(text)
-    assert set(read) == {"version", "command", "error", "files"} and text.count("\n") == 1
-    assert (read["version"], read["command"], read["error"]) == (VERSION, command, None)
+    assert set(read) == {"version", "command", "error", "files"}
+    assert text.count("\n") == 1
+    assert read["version"] == VERSION
+    assert read["command"] == command
+    assert read["error"] is None
     (entry,) = read["files"]
     return entry
 
@@ -112,22 +118,34 @@ def test_documents_have_their_keys(lrq, model_file):
     source, made = model_file(), "model_int8_convrot.safetensors"
     code, out, _ = lrq("plan", source, *INT8, "--json")
     plan = document(out, "plan")
-    assert (
-        code == 0 and set(plan) == PLAN_KEYS and plan["recipe"] == Recipe(format="int8", rounding="nearest").to_dict()
-    )
+    assert code == 0
+    assert set(plan) == PLAN_KEYS
+    assert plan["recipe"] == Recipe(format="int8", rounding="nearest").to_dict()
     assert plan["bytes_out"] == sum(tensor["bytes_out"] for tensor in plan["tensors"]) < plan["bytes_in"]
     assert {tensor["action"] for tensor in plan["tensors"]} == {"keep", "quantize"}
     code, out, err = lrq("quantize", "model.safetensors", *INT8, "--json")
     run = document(out, "quantize")
-    assert code == 0 and set(run) == RUN_KEYS and run["output"] == made and run["layers"] == 6
-    assert len(err) == 1 and "model.safetensors → model_int8_convrot.safetensors" in err[0]
+    assert code == 0
+    assert set(run) == RUN_KEYS
+    assert run["output"] == made
+    assert run["layers"] == 6
+    assert len(err) == 1
+    assert "model.safetensors → model_int8_convrot.safetensors" in err[0]
     code, out, _ = lrq("quantize", "model.safetensors", *INT8, "--json")
     again = document(out, "quantize")
-    assert code == 0 and again["already_done"] and again["seconds"] is None and set(again) == RUN_KEYS
+    assert code == 0
+    assert again["already_done"]
+    assert again["seconds"] is None
+    assert set(again) == RUN_KEYS
     code, out, err = lrq("inspect", made, "--json")
-    assert (code, err) == (0, []) and set(document(out, "inspect")) == INSPECT_KEYS
+    assert code == 0
+    assert err == []
+    assert set(document(out, "inspect")) == INSPECT_KEYS
     code, out, err = lrq("verify", made, "--json")
-    assert (code, err) == (0, []) and set(document(out, "verify")) == VERIFY_KEYS and document(out, "verify")["valid"]
+    assert code == 0
+    assert err == []
+    assert set(document(out, "verify")) == VERIFY_KEYS
+    assert document(out, "verify")["valid"]
 
 
 def test_dry_run_has_the_document_of_plan(lrq, model_file):
@@ -141,28 +159,36 @@ def test_verify_reports_problems_in_the_document(lrq, tmp_path):
     save_file(tensors | {"a.weight_scale": torch.full_like(tensors["a.weight_scale"], float("nan"))}, "bad.safetensors")
     code, out, err = lrq("verify", "bad.safetensors", "--json")
     found = document(out, "verify")
-    assert (code, err) == (1, []) and not found["valid"] and len(found["problems"]) == 1
+    assert code == 1
+    assert err == []
+    assert not found["valid"]
+    assert len(found["problems"]) == 1
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_an_error_of_a_command_is_in_the_document(lrq, command, sentences):
     code, out, err = lrq(command, "none.safetensors", "--json")
     read = json.loads(out)
-    assert code == 1 and read["files"] == [] and read["error"]["file"] == "none.safetensors"
+    assert code == 1
+    assert read["files"] == []
+    assert read["error"]["file"] == "none.safetensors"
     assert err == [f"lrq: {read['error']['message']}"]
     sentences(err)
 
 
 def test_a_recipe_error_is_in_the_document(lrq, model_file):
     code, out, err = lrq("plan", model_file(), "--fp8", "--convrot", "64", "--json")
-    assert code == 1 and json.loads(out)["error"]["type"] == "RecipeError" and len(err) == 1
+    assert code == 1
+    assert json.loads(out)["error"]["type"] == "RecipeError"
+    assert len(err) == 1
 
 
 def test_a_header_without_json_numbers_gives_valid_json(lrq, tmp_path, model_file):
     path = model_file(learned_rounding='{"version": "0.1.0", "recipe": {"target_size": NaN, "keep": Infinity}}')
     code, out, _ = lrq("inspect", path, "--json")
     recipe = json.loads(out, parse_constant=pytest.fail)["files"][0]["made_by"]["recipe"]
-    assert code == 0 and recipe == {"target_size": None, "keep": None}
+    assert code == 0
+    assert recipe == {"target_size": None, "keep": None}
 
 
 def test_plan_groups_tensors_by_pattern_and_verbose_lists_them(lrq, model_file, sentences):
@@ -181,14 +207,16 @@ def test_plan_groups_layers_whose_format_is_chosen_later(lrq, model_file, senten
     source = model_file()
     sentences(lrq("plan", source, "--format", "measured", "--general")[1])
     planned = document(lrq("plan", source, "--format", "measured", "--general", "--json")[1], "plan")
-    assert planned["bytes_out"] is None and {tensor["bytes_out"] for tensor in planned["tensors"]} > {None}
+    assert planned["bytes_out"] is None
+    assert {tensor["bytes_out"] for tensor in planned["tensors"]} > {None}
 
 
 def test_a_full_disk_is_reported_before_the_start(lrq, model_file, listing, monkeypatch, sentences):
     source = model_file()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
     code, _, err = lrq("quantize", source, *INT8)
-    assert code == 1 and listing() == ["model.safetensors"]
+    assert code == 1
+    assert listing() == ["model.safetensors"]
     sentences(err)
     code, _, _ = lrq("quantize", source, *INT8, "--dry-run")
     assert code == 0
@@ -214,7 +242,9 @@ def test_resuming_is_shown(lrq, model_file, tmp_path, verbose):
     code, text, _ = lrq("quantize", source, "-o", out, *INT8, "--device", "cpu", *verbose)
     (line,) = [line for line in text.splitlines() if line.startswith("Resuming: ")]
     resumed = int(line.split()[1])
-    assert code == 0 and 0 < resumed <= 4 and line == f"Resuming: {resumed} of 6 layers already done."
+    assert code == 0
+    assert 0 < resumed <= 4
+    assert line == f"Resuming: {resumed} of 6 layers already done."
     assert f"{resumed} of them resumed" in text
 
 
@@ -234,7 +264,8 @@ def test_quality_card_is_written_beside_the_output(lrq, model_file, tmp_path, li
     assert listing() == ["model.safetensors", "q.md", "q.safetensors"]
     assert (tmp_path / "q.md").read_text(encoding="utf-8").startswith("# q\n\n* **format**: int8_tensorwise per row")
     code, out, _ = lrq(*words)
-    assert code == 0 and "q.md is not written" in out
+    assert code == 0
+    assert "q.md is not written" in out
 
 
 def test_quality_card_replaces_no_other_file_unasked(lrq, model_file, tmp_path):
@@ -242,7 +273,9 @@ def test_quality_card_replaces_no_other_file_unasked(lrq, model_file, tmp_path):
     (tmp_path / "q.md").write_text("of another model")
     words = ("quantize", "model.safetensors", "-o", "q.safetensors", *INT8, "--quality-card")
     code, _, (*_, error) = lrq(*words)
-    assert code == 1 and "q.md exists" in error and error.endswith("q.safetensors is complete.")
+    assert code == 1
+    assert "q.md exists" in error
+    assert error.endswith("q.safetensors is complete.")
     assert (tmp_path / "q.md").read_text() == "of another model"
     (tmp_path / "q.safetensors").unlink()
     assert lrq(*words, "--overwrite")[0] == 0

@@ -23,7 +23,9 @@ def config(text: str) -> torch.Tensor:
 def test_plain_weights(model, model_file, sentences):
     path = model_file()
     found = inspect_file(path)
-    assert found.path == str(path) and found.size == path.stat().st_size and found.tensors == len(model())
+    assert found.path == str(path)
+    assert found.size == path.stat().st_size
+    assert found.tensors == len(model())
     assert found.dtypes == {
         "BF16": (6, 2 * (40 * 32 + 32 * 16 + 2 * (96 * 32 + 96))),
         "F32": (4, 4 * 2 * (32 + 32 * 80)),
@@ -31,7 +33,8 @@ def test_plain_weights(model, model_file, sentences):
         "I64": (1, 8),
     }
     assert list(found.dtypes) == ["F32", "BF16", "F16", "I64"]  # by falling size
-    assert found.quantized == {} and found.made_by == {}
+    assert found.quantized == {}
+    assert found.made_by == {}
     sentences(found.stock)
 
 
@@ -49,7 +52,9 @@ def test_safetensors_files(model_file, tmp_path, recipe, quantized, since, sente
     assert found.quantized == quantized
     sentences(found.stock)
     assert since in found.stock
-    assert found.made_by["recipe"] == recipe.to_dict() and found.made_by["version"] and found.made_by["fingerprint"]
+    assert found.made_by["recipe"] == recipe.to_dict()
+    assert found.made_by["version"]
+    assert found.made_by["fingerprint"]
     assert found.dtypes["F8_E4M3" if recipe is FP8 else "I8"][0] == 6
     sentences(str(found).splitlines()[-1])
 
@@ -77,7 +82,8 @@ def test_files_of_6_bits_need_a_newer_comfy_kitchen(model_file, tmp_path, bits, 
     quantize_file(model_file(), tmp_path / "q.safetensors", recipe)
     found = inspect_file(tmp_path / "q.safetensors")
     sentences(found.stock)
-    assert "0.31" in found.stock and ("comfy-kitchen 0.2.36" in found.stock) is kitchen
+    assert "0.31" in found.stock
+    assert ("comfy-kitchen 0.2.36" in found.stock) is kitchen
     with SafetensorsFile(tmp_path / "q.safetensors") as file:
         assert ("comfy-kitchen 0.2.36" in file.metadata.get("note", "")) is kitchen
 

@@ -74,7 +74,8 @@ def written(tmp_path):
 def test_added_tensors_are_read_back(written, name):
     layout, file = written
     found = layout.read(name, file, 10)
-    assert (found.dtype, found.shape) == (TENSORS[name].dtype, TENSORS[name].shape)
+    assert found.dtype == TENSORS[name].dtype
+    assert found.shape == TENSORS[name].shape
     assert to_bytes(found) == to_bytes(TENSORS[name])
     assert found.is_contiguous()
 

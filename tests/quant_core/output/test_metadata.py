@@ -110,7 +110,8 @@ def test_the_note_names_this_pack_for_formats_that_stock_comfyui_does_not_load(s
     assert loading_note({"b": {"format": "int8_blockwise"}}, ["0.2.36"])["note"].startswith(
         "ComfyUI loads int8_blockwise layers with the node pack"
     )
-    assert project["tool"]["comfy"]["DisplayName"] in note and project["project"]["urls"]["Repository"] in note
+    assert project["tool"]["comfy"]["DisplayName"] in note
+    assert project["project"]["urls"]["Repository"] in note
 
 
 SUMMARIES = {
@@ -143,8 +144,11 @@ def test_inspect_and_verify_show_the_card_and_both_errors(file_with, name, sente
     summary = SUMMARIES[name]
     path = file_with(summary.to_dict())
     result = verify_file(path)
-    assert result.problems == [] and result.model_run in str(inspect_file(path)) and result.model_run in str(summary)
-    assert main(["verify", str(path)]) == 0 and result.model_run in capsys.readouterr().out
+    assert result.problems == []
+    assert result.model_run in str(inspect_file(path))
+    assert result.model_run in str(summary)
+    assert main(["verify", str(path)]) == 0
+    assert result.model_run in capsys.readouterr().out
     sentences(result.model_run, str(summary))
 
 
@@ -167,5 +171,6 @@ def test_other_files_say_nothing_of_it(model_file, tmp_path):
 )
 def test_values_of_unknown_origin_are_left_out(file_with, values):
     path = file_with(values)
-    assert verify_file(path).problems == [] and max(map(len, str(inspect_file(path)).splitlines())) <= 2000
+    assert verify_file(path).problems == []
+    assert max(map(len, str(inspect_file(path)).splitlines())) <= 2000
     assert isinstance(describe_model_run(values), str)

@@ -76,14 +76,17 @@ def verify(tmp_path):
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_format_has_no_problems(verify, name):
     result = verify(LAYERS[name](), {"norm.weight": torch.ones(8).bfloat16()})
-    assert result.problems == [] == result.warnings and result.layers == 1
+    assert result.problems == []
+    assert result.warnings == []
+    assert result.layers == 1
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
 @pytest.mark.parametrize("shape", [(1, 1), (33, 100), (130, 264)], ids=str)
 def test_padded_layers_have_no_problems(verify, format, shape):
     result = verify(LAYERS[format](torch.randn(shape)))
-    assert result.problems == [] == result.warnings
+    assert result.problems == []
+    assert result.warnings == []
 
 
 def put_bytes(suffix: str, byte: int, at: int = -1):
@@ -202,7 +205,8 @@ def test_scales_that_float16_cannot_hold(verify, name, sentences):
     assert bool(result.problems) is fatal
     sentences(finding)
     bfloat16 = verify(parts, BFLOAT16)
-    assert bfloat16.problems == [] == bfloat16.warnings
+    assert bfloat16.problems == []
+    assert bfloat16.warnings == []
 
 
 def test_scales_that_comfyui_keeps_in_float32_may_have_any_magnitude(verify):
@@ -210,7 +214,8 @@ def test_scales_that_comfyui_keeps_in_float32_may_have_any_magnitude(verify):
         parts = LAYERS[name]()
         parts["weight_scale"] = torch.full_like(parts["weight_scale"], 1e-9)
         result = verify(parts, HALF)
-        assert result.problems == [] == result.warnings
+        assert result.problems == []
+        assert result.warnings == []
 
 
 def test_plain_fp8_with_nan(tmp_path, sentences):
@@ -259,7 +264,8 @@ def test_unquantized_tensors_that_are_not_finite(verify, monkeypatch, value, dty
     norm = torch.ones(10, dtype=dtype)
     norm[9] = value  # in the last slice
     result = verify(LAYERS["int8_tensorwise"](), {"norm.weight": norm, "a.bias": norm.clone(), "b.bias": torch.ones(3)})
-    assert result.problems == [] and len(result.warnings) == 1
+    assert result.problems == []
+    assert len(result.warnings) == 1
     assert result.warnings[0].startswith("Unquantized tensors with NaN or Inf, such as a.bias: 2;")
 
 
@@ -267,4 +273,5 @@ def test_plain_files_are_not_read(model_file, model):
     tensors = model()
     tensors["blocks.0.norm.weight"][0] = torch.nan
     read = []
-    assert verify_file(model_file(tensors=tensors), progress=lambda *done: read.append(done)).warnings == [] == read
+    assert verify_file(model_file(tensors=tensors), progress=lambda *done: read.append(done)).warnings == []
+    assert read == []

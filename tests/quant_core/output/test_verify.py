@@ -46,12 +46,16 @@ def verify(model, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_good_file_has_no_problems(verify, recipe, prefix):
     result = verify(recipe, prefix=prefix)
-    assert result.problems == [] == result.warnings and result.layers == 6
+    assert result.problems == []
+    assert result.warnings == []
+    assert result.layers == 6
 
 
 def test_plain_weights_have_no_problems(model_file):
     result = verify_file(model_file())
-    assert result.problems == [] == result.warnings and result.layers == 0
+    assert result.problems == []
+    assert result.warnings == []
+    assert result.layers == 0
 
 
 def change_header(edit):
@@ -207,7 +211,8 @@ def test_a_broken_contract_has_its_sentence(verify, name, sentences):
     recipe, change = BREAKS[name]
     (problem,) = verify(RECIPES[recipe], change).problems
     sentences(problem)
-    assert problem.startswith(("blocks.", "ghost: ", "patch: ")) and "\n" not in problem
+    assert problem.startswith(("blocks.", "ghost: ", "patch: "))
+    assert "\n" not in problem
 
 
 def remove_header(tensors, metadata):
@@ -240,7 +245,9 @@ VALID = {
 def test_files_of_other_writers_are_valid(verify, name):
     recipe, change = VALID[name]
     result = verify(RECIPES[recipe], change)
-    assert result.problems == [] == result.warnings and result.layers == 6
+    assert result.problems == []
+    assert result.warnings == []
+    assert result.layers == 6
 
 
 def test_a_missing_header_is_a_warning_for_formats_of_older_releases(verify, sentences):
@@ -259,18 +266,22 @@ def test_files_without_json_tensors_are_valid(verify, tmp_path, prefix):
             del tensors[name]
 
     result = verify(RECIPES["fp8"], remove_json, prefix=prefix)
-    assert result.problems == [] == result.warnings and result.layers == 6
+    assert result.problems == []
+    assert result.warnings == []
+    assert result.layers == 6
     assert inspect_file(tmp_path / "q.safetensors").quantized == {"float8_e4m3fn per tensor": 6}
     put_nan = put("weight", lambda tensors: (tensors[f"{LAYER}.weight"].float() * float("nan")).to(torch.float8_e4m3fn))
     (problem,) = verify(RECIPES["fp8"], both(remove_json, put_nan)).problems
-    assert problem.startswith(LAYER) and "NaN" in problem
+    assert problem.startswith(LAYER)
+    assert "NaN" in problem
 
 
 @pytest.mark.parametrize("size", [4, 16, 64, 256, 1024, 4096])
 def test_rotations_by_any_power_of_four_are_valid(tmp_path, size):
     save_rotated(tmp_path / "a.safetensors", torch.randn(4, 8192), size)
     result = verify_file(tmp_path / "a.safetensors")
-    assert result.problems == [] and result.layers == 1
+    assert result.problems == []
+    assert result.layers == 1
 
 
 @pytest.mark.parametrize("size, columns", [(1024, 512), (512, 8192), (2, 8192), (0, 8192), (True, 8192), ("256", 8192)])
@@ -330,7 +341,8 @@ def verify_bank(gpt_oss, tmp_path):
 @pytest.mark.parametrize("recipe", BANK_RECIPES.values(), ids=BANK_RECIPES)
 def test_banks_of_experts_are_checked_like_layers(verify_bank, recipe):
     result = verify_bank(recipe)
-    assert result.problems == [] and result.layers == 3
+    assert result.problems == []
+    assert result.layers == 3
 
 
 def damage(suffix, value):
@@ -427,7 +439,9 @@ OLD = {
 def test_older_fp8_files_are_valid(tmp_path, name, sentences):
     save_file(OLD[name], tmp_path / "a.safetensors")
     result = verify_file(tmp_path / "a.safetensors")
-    assert result.problems == [] and result.layers == 0 and result.warnings
+    assert result.problems == []
+    assert result.layers == 0
+    assert result.warnings
     sentences(result.warnings)
 
 

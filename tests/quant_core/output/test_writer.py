@@ -63,7 +63,8 @@ def test_safetensors_reads_every_dtype_and_size(tmp_path):
     loaded = load_file(tmp_path / "a.safetensors")
     assert set(loaded) == set(tensors)
     for name, tensor in tensors.items():
-        assert info(loaded[name]) == info(tensor) and raw(loaded[name]) == raw(tensor), name
+        assert info(loaded[name]) == info(tensor), name
+        assert raw(loaded[name]) == raw(tensor), name
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata() == metadata
         assert set(file.keys()) == set(tensors)
@@ -93,7 +94,8 @@ def test_every_tensor_is_aligned_without_gaps(tmp_path):
         assert (start + entry["data_offsets"][0]) % items[entry["dtype"]] == 0, name
         spans.append(tuple(entry["data_offsets"]))
     spans.sort()
-    assert spans[0][0] == 0 and all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+    assert spans[0][0] == 0
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
     assert start + spans[-1][1] == (tmp_path / "a.safetensors").stat().st_size
 
 
@@ -165,7 +167,8 @@ def test_final_name_does_not_exist_before_finish(tmp_path, listing):
         out.add("odd", torch.zeros(3, dtype=torch.uint8))
         assert not path.exists()
         (hidden,) = listing()
-        assert hidden.startswith(".a.safetensors.") and hidden.endswith(".partial")
+        assert hidden.startswith(".a.safetensors.")
+        assert hidden.endswith(".partial")
         out.finish({})
         assert listing() == ["a.safetensors"]
     assert listing() == ["a.safetensors"]
@@ -213,7 +216,8 @@ def test_error_leaves_the_existing_file(tmp_path, listing):
     before = (tmp_path / "a.safetensors").read_bytes()
     with pytest.raises(RuntimeError), SafetensorsWriter(tmp_path / "a.safetensors", 4096):
         raise RuntimeError
-    assert listing() == ["a.safetensors"] and (tmp_path / "a.safetensors").read_bytes() == before
+    assert listing() == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_bytes() == before
 
 
 def test_missing_folder_is_created(tmp_path, listing):
@@ -388,5 +392,6 @@ def test_check_of_the_file_is_shown_and_can_be_cancelled(tmp_path, listing, monk
         finally:
             out.abort()
             go_on.set()
-    assert shown == [(4000, 8000)] and reading.is_set()
+    assert shown == [(4000, 8000)]
+    assert reading.is_set()
     assert listing() == []

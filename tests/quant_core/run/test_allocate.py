@@ -100,9 +100,11 @@ def curve(tensors):
 
 def test_the_curve_falls_ever_more_slowly(curve):
     points = curve[1]
-    assert len(points) > len(LAYERS) and points[-1][1] == pytest.approx(0, abs=1e-6)
+    assert len(points) > len(LAYERS)
+    assert points[-1][1] == pytest.approx(0, abs=1e-6)
     saved = [(a[1] ** 2 - b[1] ** 2) / (b[0] - a[0]) for a, b in itertools.pairwise(points)]
-    assert min(saved) > 0 and saved == pytest.approx(sorted(saved, reverse=True))
+    assert min(saved) > 0
+    assert saved == pytest.approx(sorted(saved, reverse=True))
 
 
 def test_a_target_size_buys_the_least_error_on_the_curve(tensors, curve):
@@ -110,7 +112,8 @@ def test_a_target_size_buys_the_least_error_on_the_curve(tensors, curve):
     for (size, error), spare in zip(points[1:-1:4], (0, 50, 0), strict=False):  # bytes that buy nothing
         recipe = Recipe(format="measured", target_size=(size + spare) / 1e9)
         taken = plan_of(tensors, recipe, known).choice.chosen
-        assert taken[0] <= size + spare and taken[1] <= error * (1 + 1e-9)
+        assert taken[0] <= size + spare
+        assert taken[1] <= error * (1 + 1e-9)
 
 
 def test_a_target_error_takes_as_few_bytes_as_it_can(tensors, curve):
@@ -129,7 +132,8 @@ def test_a_target_below_eight_bits_is_met_with_four_where_the_error_is_least(ten
     count = sum(tensor.numel() for tensor in same.values())
     plan = plan_of(same, Recipe(format="measured", target_size=0.85 * count / 1e9, rounding="nearest"), known)
     few = [name for name, format in formats(plan).items() if format.codec.weight_bits == 4]
-    assert few == LAYERS[: len(few)] and 0 < len(few) < len(LAYERS)
+    assert few == LAYERS[: len(few)]
+    assert 0 < len(few) < len(LAYERS)
     assert plan.choice.chosen[0] <= 0.85 * count
 
 
@@ -141,8 +145,10 @@ def test_a_model_of_24_gb_fits_in_7():
     report = quantize_tensors(
         {f"{name}.weight": tensor for name, tensor in layers.items()}, recipe, calibration=InMemoryCalibration(known)
     ).report
-    assert report.bytes_in == 24e5 * 1.024 and report.bytes_out <= 7e5 * 1.024
-    assert report.choice.chosen[0] == report.bytes_out and len(report.choice.curve) > len(layers)
+    assert report.bytes_in == 24e5 * 1.024
+    assert report.bytes_out <= 7e5 * 1.024
+    assert report.choice.chosen[0] == report.bytes_out
+    assert len(report.choice.curve) > len(layers)
     assert f"{three_digits(report.choice.chosen[1])} (chosen)" in report.table()
 
 
@@ -208,10 +214,12 @@ def test_a_target_time_is_kept_with_the_least_error(tensors, card):
     choices = {}
     for time in (None, 0.9, 0.7, 0.55):
         choices[time] = plan_of(tensors, Recipe(format="measured", target_time=time), known).choice
-        assert choices[time].time <= (time or 1.0) and choices[time].card == "NVIDIA Test"
+        assert choices[time].time <= (time or 1.0)
+        assert choices[time].card == "NVIDIA Test"
         assert len(choices[time].times) == len(choices[time].curve)
     errors = [choice.chosen[1] for choice in choices.values()]
-    assert errors == sorted(errors) and errors[0] < errors[-1]
+    assert errors == sorted(errors)
+    assert errors[0] < errors[-1]
     assert choices[0.7].time > 0.55
 
 
@@ -220,7 +228,8 @@ def test_a_target_size_and_a_target_time_are_kept_together(tensors, card):
     count = sum(tensor.numel() for tensor in tensors.values())
     recipe = Recipe(format="measured", target_size=0.85 * count / 1e9, target_time=0.72, rounding="nearest", card="8.9")
     plan = plan_of(tensors, recipe, known)
-    assert plan.choice.chosen[0] <= 0.85 * count and plan.choice.time <= 0.72
+    assert plan.choice.chosen[0] <= 0.85 * count
+    assert plan.choice.time <= 0.72
     assert {format.name for format in formats(plan).values()} >= {"float8_e4m3fn"}
 
 
@@ -229,7 +238,8 @@ def test_a_target_error_and_a_target_time_are_kept_together(tensors, card):
     error = plan_of(tensors, Recipe(format="measured"), known).choice.chosen[1]
     recipe = Recipe(format="measured", target_error=4 * error, target_time=0.75)
     choice = plan_of(tensors, recipe, known).choice
-    assert choice.chosen[1] <= 4 * error and choice.time <= 0.75
+    assert choice.chosen[1] <= 4 * error
+    assert choice.time <= 0.75
 
 
 def test_a_target_time_out_of_reach_is_refused(tensors, card, sentences):
@@ -265,12 +275,11 @@ def test_the_report_shows_the_curve_with_times(tensors, card, sentences):
     recipe = Recipe(format="measured", target_time=0.7)
     report = quantize_tensors(tensors, recipe, calibration=InMemoryCalibration(known), device="cpu").report
     content = json.loads(report.to_json())["choice"]
-    assert (
-        content["chosen"] in content["curve"]
-        and content["time"] == content["times"][content["curve"].index(content["chosen"])]
-    )
+    assert content["chosen"] in content["curve"]
+    assert content["time"] == content["times"][content["curve"].index(content["chosen"])]
     lines = [line for line in report.table().splitlines() if line.startswith(("mixed precision", "size and error"))]
-    assert lines[1].count("(chosen)") == 1 and "NVIDIA Test" in lines[0]
+    assert lines[1].count("(chosen)") == 1
+    assert "NVIDIA Test" in lines[0]
     assert report.choice.outline in report.markdown()
     sentences(lines, numbers=False)
 
@@ -295,7 +304,8 @@ def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors,
     report = quantize_file(source, target, recipe, calibration=InMemoryCalibration(known), on_event=events.append)
     assert verify_file(target).problems == []
     measured = [event for event in events if isinstance(event, LayerMeasured)]
-    assert len(measured) == len(LAYERS) and isinstance(events[len(LAYERS)], RunStarted)
+    assert len(measured) == len(LAYERS)
+    assert isinstance(events[len(LAYERS)], RunStarted)
     assert report.choice.chosen in report.choice.curve
     sentences(report.table(), numbers=False)
     written = load_file(target)
@@ -342,5 +352,6 @@ def test_options_act_or_are_refused(fields, sentences):
 def test_such_a_recipe_is_written_and_read():
     recipe = Recipe(format="measured", target_size=6.5, block_formats=True, target_time=0.8)
     assert "target_time" not in Recipe(format="measured").to_dict()
-    assert Recipe.from_json(recipe.to_json()) == recipe == Recipe.from_toml(recipe.to_toml())
+    assert Recipe.from_json(recipe.to_json()) == Recipe.from_toml(recipe.to_toml())
+    assert recipe == Recipe.from_toml(recipe.to_toml())
     assert recipe.format.label == "measured"

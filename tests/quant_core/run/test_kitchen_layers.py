@@ -71,4 +71,5 @@ def test_without_comfy_kitchen_there_are_no_layers(monkeypatch):
 
     monkeypatch.setattr(kitchen_layers, "version", refuse)
     monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
-    assert kitchen_version() is None and prepare(FormatConfig("nvfp4"), native=False)[0] is None
+    assert kitchen_version() is None
+    assert prepare(FormatConfig("nvfp4"), native=False)[0] is None

@@ -41,10 +41,15 @@ def test_a_bank_is_one_layer_of_the_file(gpt_oss, tmp_path, recipe):
         alone = quantize_bank(weight, bias, LayerStatistics(), codec, recipe.rounding, device=CPU)
         assert all(torch.equal(raw(made[name]), raw(tensor)) for name, tensor in alone.tensors(layer).items())
         event = finished[f"{layer}.weight"]
-        assert event.shape == weight.shape and event.note == "bank of 3 experts" and event.format == codec.format.name
-        assert event.weight_error == alone.weight_error and event.scale == alone.scale_range
+        assert event.shape == weight.shape
+        assert event.note == "bank of 3 experts"
+        assert event.format == codec.format.name
+        assert event.weight_error == alone.weight_error
+        assert event.scale == alone.scale_range
     started = [event.name for event in events if isinstance(event, LayerStarted)]
-    assert len(started) == len(set(started)) == len(report.layers) == 12 + 6
+    assert len(started) == 12 + 6
+    assert len(set(started)) == 12 + 6
+    assert len(report.layers) == 12 + 6
     assert verify_file(tmp_path / "q.safetensors").problems == []
     assert f"{BANKS[0]}.weight 3×144×64" in report.table(worst=30)
 
@@ -55,7 +60,8 @@ def test_one_expert_with_nan_leaves_the_bank_unquantized(gpt_oss):
     made = quantize_tensors(tensors, MXFP8)
     assert made.tensors[f"{BANKS[2]}.weight"].dtype is torch.bfloat16
     (kept,) = made.report.unplanned
-    assert kept.name == f"{BANKS[2]}.weight" and f"{BANKS[2]}.comfy_quant" not in made.tensors
+    assert kept.name == f"{BANKS[2]}.weight"
+    assert f"{BANKS[2]}.comfy_quant" not in made.tensors
 
 
 def test_a_calibration_without_the_experts_is_reported(gpt_oss, sentences):
@@ -70,7 +76,9 @@ def test_statistics_of_a_bank_are_those_of_all_its_experts(gpt_oss, sentences):
     tensors, layer = gpt_oss(6), BANKS[4]
     made = quantize_tensors(tensors, NVFP4, calibration=InMemoryCalibration({layer: statistics()}))
     (finished,) = [event for event in made.report.layers if event.name == f"{layer}.weight"]
-    assert finished.solver != "nearest" and finished.gain < 1 and finished.output_error is not None
+    assert finished.solver != "nearest"
+    assert finished.gain < 1
+    assert finished.output_error is not None
     assert not torch.equal(made.tensors[f"{layer}.bias"], tensors[f"{layer}.bias"])
     assert made.tensors[f"{layer}.bias"].shape == (3, 144)
     with pytest.raises(CalibrationError) as error:

@@ -97,10 +97,13 @@ def test_a_file_is_quantized_layer_by_layer(model, model_file, tmp_path, listing
         made = quantize_layer(Layer(weight, bias), codecs, recipe.rounding, seed=recipe.seed)
         expected |= made.tensors(layer)
     assert same(load_file(out), expected)
-    assert verify_file(out).problems == [] and verify_file(out).layers == len(LINEARS)
+    assert verify_file(out).problems == []
+    assert verify_file(out).layers == len(LINEARS)
     assert listing() == ["model.safetensors", "out.safetensors"]
     assert source.read_bytes() == before
-    assert report.output == str(out) and report.bytes_out == out.stat().st_size and not report.already_done
+    assert report.output == str(out)
+    assert report.bytes_out == out.stat().st_size
+    assert not report.already_done
     assert report.bytes_in == sum(tensor.nbytes for tensor in tensors.values())
     assert {layer.name for layer in report.layers} == {f"{layer}.weight" for layer in LINEARS}
     assert {kept.name for kept in report.kept} == expected.keys() & tensors.keys() - {
@@ -125,11 +128,8 @@ def test_a_state_dict_gives_what_its_file_gives(model, model_file, tmp_path, rec
     quantize_file(model_file(author="me"), tmp_path / "out.safetensors", recipe)
     assert same(made.tensors, load_file(tmp_path / "out.safetensors"))
     of_file = metadata_of(tmp_path / "out.safetensors")
-    assert (
-        made.metadata.keys()
-        == of_file.keys()
-        == {"author", "_quantization_metadata", "learned_rounding"} | _note(recipe)
-    )
+    assert made.metadata.keys() == {"author", "_quantization_metadata", "learned_rounding"} | _note(recipe)
+    assert of_file.keys() == {"author", "_quantization_metadata", "learned_rounding"} | _note(recipe)
     assert json.loads(made.metadata["_quantization_metadata"]) == json.loads(of_file["_quantization_metadata"])
     assert same(tensors, before)
     save_file(made.tensors, tmp_path / "again.safetensors", made.metadata)
@@ -174,7 +174,8 @@ def test_removed_tensors_are_left_out_and_reported(layer_names, tmp_path):
     save_file(tensors, tmp_path / "t5.safetensors")
     events = []
     report = quantize_file(tmp_path / "t5.safetensors", tmp_path / "out.safetensors", on_event=events.append)
-    assert report.preset == events[0].preset == "t5xxl"
+    assert report.preset == "t5xxl"
+    assert events[0].preset == "t5xxl"
     removed = {kept.name for kept in report.kept if kept.removed}
     assert removed == {"lm_head.weight", "decoder.block.0.layer.0.SelfAttention.q.weight"}
     assert not removed & load_file(tmp_path / "out.safetensors").keys()
@@ -189,33 +190,40 @@ def test_events_come_in_order(model, model_file, tmp_path):
     report = quantize_file(model_file(), tmp_path / "out.safetensors", RECIPES["int8 row"], on_event=events.append)
     first, *middle, last = events
     tensors = model()
-    assert isinstance(first, RunStarted) and isinstance(last, RunFinished) and last.report is report
-    assert (first.source, first.format, first.granularity, first.preset) == (
-        "model.safetensors",
-        "int8_tensorwise",
-        "row",
-        "none",
-    )
-    assert (first.layers, first.kept) == (6, len(tensors) - 6)
+    assert isinstance(first, RunStarted)
+    assert isinstance(last, RunFinished)
+    assert last.report is report
+    assert first.source == "model.safetensors"
+    assert first.format == "int8_tensorwise"
+    assert first.granularity == "row"
+    assert first.preset == "none"
+    assert first.layers == 6
+    assert first.kept == len(tensors) - 6
     assert first.bytes_in == sum(tensor.nbytes for tensor in tensors.values())
-    assert first.rounding == "auto" == report.rounding
+    assert first.rounding == "auto"
+    assert report.rounding == "auto"
     matrices = {
         name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(".weight") and tensor.ndim > 1
     }
     assert {layer.name: layer.shape for layer in first.plan} == matrices
     reasons = {event.name: event.reason for event in middle if isinstance(event, LayerKept)}
-    assert all(layer.kept == reasons.get(layer.name, "") for layer in first.plan) and len(matrices) > 6
+    assert all(layer.kept == reasons.get(layer.name, "") for layer in first.plan)
+    assert len(matrices) > 6
     layers = [event for event in middle if isinstance(event, (LayerStarted, LayerFinished))]
     assert [type(event) for event in layers] == [LayerStarted, LayerFinished] * 6
     for index in range(6):
         started, finished = layers[2 * index : 2 * index + 2]
-        assert (
-            (started.index, started.total, started.name, started.shape)
-            == (finished.index, finished.total, finished.name, finished.shape)
-            == (index, 6, started.name, tuple(tensors[started.name].shape))
-        )
+        assert started.index == index
+        assert started.total == 6
+        assert started.name == started.name
+        assert started.shape == tuple(tensors[started.name].shape)
+        assert finished.index == index
+        assert finished.total == 6
+        assert finished.name == started.name
+        assert finished.shape == tuple(tensors[started.name].shape)
         assert middle.index(finished) == middle.index(started) + 1
-        assert (finished.format, finished.granularity) == ("int8_tensorwise", "row")
+        assert finished.format == "int8_tensorwise"
+        assert finished.granularity == "row"
         assert 0 < finished.weight_error < 0.02
         scale = load_file(tmp_path / "out.safetensors")[f"{finished.name.removesuffix('.weight')}.weight_scale"]
         assert finished.scale == (scale.min().item(), scale.max().item())
@@ -223,9 +231,11 @@ def test_events_come_in_order(model, model_file, tmp_path):
         assert finished.bytes_in == tensors[finished.name].nbytes
         assert finished.bytes_out == rows * columns + 4 * rows + len('{"format":"int8_tensorwise","per_row":true}')
     kept = [event for event in middle if isinstance(event, LayerKept)]
-    assert len(kept) == len(tensors) - 6 and all(event.reason and event.planned and not event.removed for event in kept)
+    assert len(kept) == len(tensors) - 6
+    assert all(event.reason and event.planned and not event.removed for event in kept)
     assert {event.name for event in kept} | {event.name for event in layers} == set(tensors)
-    assert report.layers == [event for event in middle if isinstance(event, LayerFinished)] and report.kept == kept
+    assert report.layers == [event for event in middle if isinstance(event, LayerFinished)]
+    assert report.kept == kept
 
 
 def test_times_are_finite_and_end_at_zero(model_file, tmp_path):
@@ -311,7 +321,8 @@ def test_an_error_inside_a_layer_leaves_nothing_behind(model_file, tmp_path, lis
     monkeypatch.setattr(loop, "quantize_layer", fail)
     with pytest.raises(error):
         quantize_file(model_file(), tmp_path / "out.safetensors")
-    assert listing() == ["model.safetensors"] and working_threads() == []
+    assert listing() == ["model.safetensors"]
+    assert working_threads() == []
 
 
 def test_a_listener_that_fails_stops_the_run(model_file, tmp_path, listing):
@@ -321,7 +332,8 @@ def test_a_listener_that_fails_stops_the_run(model_file, tmp_path, listing):
 
     with pytest.raises(Stop):
         quantize_file(model_file(), tmp_path / "out.safetensors", on_event=listener)
-    assert listing() == ["model.safetensors"] and working_threads() == []
+    assert listing() == ["model.safetensors"]
+    assert working_threads() == []
 
 
 def test_a_source_that_breaks_off_leaves_nothing_behind(model_file, tmp_path, listing, monkeypatch, sentences):
@@ -334,7 +346,8 @@ def test_a_source_that_breaks_off_leaves_nothing_behind(model_file, tmp_path, li
 
     with sentences.raises(SourceError):
         quantize_file(source, tmp_path / "out.safetensors", on_event=cut)
-    assert listing() == ["model.safetensors"] and working_threads() == []
+    assert listing() == ["model.safetensors"]
+    assert working_threads() == []
 
 
 def test_a_full_disk_leaves_nothing_behind(model_file, tmp_path, listing, monkeypatch, sentences):
@@ -357,7 +370,8 @@ def test_a_full_disk_leaves_nothing_behind(model_file, tmp_path, listing, monkey
     monkeypatch.setattr(partial, "open", lambda *args, **options: Full(real(*args, **options)), raising=False)
     with sentences.raises(OutputError):
         quantize_file(source, tmp_path / "out.safetensors")
-    assert listing() == ["model.safetensors"] and working_threads() == []
+    assert listing() == ["model.safetensors"]
+    assert working_threads() == []
 
 
 # Weights that cannot be quantized
@@ -373,11 +387,15 @@ def test_a_layer_with_nan_stays_in_full_precision(model, tmp_path, recipe, bad, 
     report = quantize_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", recipe, on_event=events.append)
     loaded = load_file(tmp_path / "out.safetensors")
     assert raw(loaded["blocks.0.mlp.0.weight"]) == raw(tensors["blocks.0.mlp.0.weight"])
-    assert "blocks.0.mlp.0.comfy_quant" not in loaded and "blocks.0.mlp.0.weight_scale" not in loaded
+    assert "blocks.0.mlp.0.comfy_quant" not in loaded
+    assert "blocks.0.mlp.0.weight_scale" not in loaded
     assert verify_file(tmp_path / "out.safetensors").problems == []
-    assert verify_file(tmp_path / "out.safetensors").layers == len(report.layers) == 5
+    assert verify_file(tmp_path / "out.safetensors").layers == 5
+    assert len(report.layers) == 5
     (kept,) = report.unplanned
-    assert kept.name == "blocks.0.mlp.0.weight" and not kept.planned and kept in events
+    assert kept.name == "blocks.0.mlp.0.weight"
+    assert not kept.planned
+    assert kept in events
     assert f"{kept.name}: {kept.reason}" in report.table()
     sentences(kept.reason)
     assert (
@@ -390,7 +408,8 @@ def test_a_nan_in_a_tensor_that_is_kept_anyway_is_nobodys_concern(model, tmp_pat
     tensors = model()
     tensors["blocks.0.norm.weight"][0] = float("nan")
     report = quantize_tensors(tensors).report
-    assert report.unplanned == [] and len(report.layers) == 6
+    assert report.unplanned == []
+    assert len(report.layers) == 6
 
 
 def test_a_model_of_nan_alone_is_damaged(tmp_path, listing, sentences):
@@ -403,7 +422,8 @@ def test_a_model_of_nan_alone_is_damaged(tmp_path, listing, sentences):
 def test_zero_weights_go_through(tmp_path):
     save_file({"a.weight": torch.zeros(8, 8), "b.weight": torch.ones(8, 8)}, tmp_path / "in.safetensors")
     report = quantize_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
-    assert report.worst[-1].weight_error == 0 and verify_file(tmp_path / "out.safetensors").problems == []
+    assert report.worst[-1].weight_error == 0
+    assert verify_file(tmp_path / "out.safetensors").problems == []
 
 
 # Refusals
@@ -471,9 +491,11 @@ def test_the_same_run_again_does_nothing(model_file, tmp_path, listing, monkeypa
     (tmp_path / ".out.safetensors.00ab12cd.partial").write_bytes(b"of a run that died")
     monkeypatch.setattr(loop, "quantize_layer", None)  # must not be asked for
     report = quantize_file(source, out)
-    assert report.already_done and report.output == str(out)
+    assert report.already_done
+    assert report.output == str(out)
     sentences(report.table())
-    assert (out.stat().st_mtime_ns, out.read_bytes()) == (stamp, data)
+    assert out.stat().st_mtime_ns == stamp
+    assert out.read_bytes() == data
     assert listing() == ["model.safetensors", "out.safetensors"]
 
 
@@ -530,10 +552,13 @@ def test_a_source_that_may_be_newer_is_quantized_again_and_compared(model_file, 
     quantize_file(source, out)
     data, made = out.read_bytes(), made_layers(monkeypatch)
     touch(source)
-    assert quantize_file(source, out).already_done and made
-    assert out.read_bytes() == data and listing() == ["model.safetensors", "out.safetensors"]
+    assert quantize_file(source, out).already_done
+    assert made
+    assert out.read_bytes() == data
+    assert listing() == ["model.safetensors", "out.safetensors"]
     made.clear()
-    assert quantize_file(source, out).already_done and not made
+    assert quantize_file(source, out).already_done
+    assert not made
 
 
 def test_a_source_that_differs_where_no_sample_is_taken_is_another(tmp_path, monkeypatch, sentences):
@@ -571,7 +596,8 @@ def test_a_source_whose_change_time_alone_changes_is_read_again_and_compared(mod
             act(source)
 
     report = quantize_file(source, tmp_path / "out", on_event=listener)
-    assert report.layers and (tmp_path / "out").read_bytes() == (tmp_path / "fresh").read_bytes()
+    assert report.layers
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "fresh").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -593,7 +619,8 @@ def test_a_source_that_is_changed_in_place_with_its_old_time_is_noticed(tmp_path
 
     with sentences.raises(SourceError):
         quantize_file(source, tmp_path / "out", Recipe(preset="none"), on_event=listener)
-    assert changes and listing() == ["model.safetensors"]
+    assert changes
+    assert listing() == ["model.safetensors"]
 
 
 def test_a_source_that_gives_other_bytes_when_it_is_read_again_is_refused(sentences):
@@ -618,14 +645,16 @@ def test_the_check_of_the_file_is_an_event(tmp_path, model_file, monkeypatch):
 
     monkeypatch.setattr(SafetensorsWriter, "finish", finish)
     quantize_file(model_file(), tmp_path / "out", on_event=events.append)
-    assert [type(event) for event in events[-2:]] == [OutputChecked, RunFinished] and events[-2].total == 2
+    assert [type(event) for event in events[-2:]] == [OutputChecked, RunFinished]
+    assert events[-2].total == 2
 
 
 def test_a_finished_file_is_not_made_again_though_it_may_be_overwritten(model_file, tmp_path, monkeypatch):
     source, out = model_file(), tmp_path / "out.safetensors"
     quantize_file(source, out)
     made = made_layers(monkeypatch)
-    assert quantize_file(source, out, overwrite=True).already_done and not made
+    assert quantize_file(source, out, overwrite=True).already_done
+    assert not made
 
 
 @pytest.mark.parametrize("content", [b"", b"some text that was here before", None], ids=["empty", "text", "a model"])
@@ -669,7 +698,8 @@ def test_the_same_bytes_in_every_run_on_any_number_of_threads(tmp_path, recipe):
             results.append((tmp_path / f"{run}.safetensors").read_bytes())
     finally:
         torch.set_num_threads(before)
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[2]
+    assert results[1] == results[2]
 
 
 def child(code: str, *arguments, **environment) -> str:
@@ -733,10 +763,12 @@ def test_a_file_far_larger_than_its_largest_tensor_needs_little_memory(tmp_path,
     source, total = raw_model(
         {f"{index}.weight": ("BF16", (rows, columns, 1, 1) if index % 6 else (rows, columns)) for index in range(count)}
     )
-    assert largest == 96 * MEGABYTE and total > 1200 * MEGABYTE
+    assert largest == 96 * MEGABYTE
+    assert total > 1200 * MEGABYTE
     out = tmp_path / "out.safetensors"
     peak = int(child(PEAK, source, out))
-    assert verify_file(out).layers == 3 and verify_file(out).problems == []
+    assert verify_file(out).layers == 3
+    assert verify_file(out).problems == []
     out.unlink()
     assert peak <= 3 * largest + 400 * MEGABYTE, f"{peak / MEGABYTE:.0f} MB"
 
@@ -754,7 +786,8 @@ def test_banks_of_experts_need_no_more_memory_than_other_tensors(tmp_path, raw_m
         }
     )
     largest = experts * rows * columns * 2
-    assert largest == 96 * MEGABYTE and total > 760 * MEGABYTE
+    assert largest == 96 * MEGABYTE
+    assert total > 760 * MEGABYTE
     out = tmp_path / "out.safetensors"
     peak = int(child(PEAK, source, out))
     assert verify_file(out).layers == count
@@ -774,7 +807,9 @@ def test_layers_that_a_calibration_knows_are_calibrated(model, model_file, tmp_p
     )
     made = {finished.name.removesuffix(".weight"): finished for finished in report.layers}
     assert report.rounding == "calibrated"
-    assert made[layer].solver == "gptq" and made[layer].gain < 0.8 and made[layer].output_error is not None
+    assert made[layer].solver == "gptq"
+    assert made[layer].gain < 0.8
+    assert made[layer].output_error is not None
     assert all(made[other].output_error is None for other in LINEARS if other != layer)
     (corrected,) = [kept for kept in report.kept if "corrected" in kept.reason]
     assert corrected.name == f"{layer}.bias"
@@ -847,7 +882,8 @@ def test_inputs_that_fp8_would_flush_get_a_scale(model_file, tmp_path, recipe, s
     assert found == ({f"{LINEARS[0]}.input_scale"} if scaled else set())
     if scaled:
         scale = written[f"{LINEARS[0]}.input_scale"]
-        assert scale.shape == () and scale.dtype is torch.float32
+        assert scale.shape == ()
+        assert scale.dtype is torch.float32
         codes = (inputs / scale).to(torch.float8_e4m3fn).float()
         assert (codes * scale - inputs).norm() < 0.03 * inputs.norm()
     assert verify_file(tmp_path / "q").problems == []

@@ -30,7 +30,8 @@ def test_the_median_is_that_of_the_layers(errors, median):
 
 
 def test_without_layers_there_is_no_median(sentences):
-    assert math.isnan(report().median_error) and report().worst == []
+    assert math.isnan(report().median_error)
+    assert report().worst == []
     sentences(report().table())
 
 
@@ -55,20 +56,16 @@ def test_json_holds_everything():
         {"name": "a.bias", "shape": [8], "reason": "not a weight", "removed": False, "planned": True},
         {"name": "b", "shape": [2, 2], "reason": "bad", "removed": False, "planned": False},
     ]
-    assert (values["source"], values["format"], values["granularity"], values["rounding"], values["preset"]) == (
-        "model.safetensors",
-        "int8_tensorwise",
-        "row",
-        "auto",
-        "flux",
-    )
-    assert (values["bytes_in"], values["bytes_out"], values["output"], values["already_done"], values["device"]) == (
-        10,
-        5,
-        "out",
-        False,
-        "cpu",
-    )
+    assert values["source"] == "model.safetensors"
+    assert values["format"] == "int8_tensorwise"
+    assert values["granularity"] == "row"
+    assert values["rounding"] == "auto"
+    assert values["preset"] == "flux"
+    assert values["bytes_in"] == 10
+    assert values["bytes_out"] == 5
+    assert values["output"] == "out"
+    assert values["already_done"] is False
+    assert values["device"] == "cpu"
 
 
 def test_json_gives_the_report_back():

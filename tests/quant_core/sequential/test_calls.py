@@ -51,18 +51,25 @@ def test_call_stops_at_each_block_before_it_runs(chain):
         call = start(chain)
         for index, block in enumerate(chain.blocks):
             reached = call.advance()
-            assert reached is call.waiting and reached.block is block
+            assert reached is call.waiting
+            assert reached.block is block
             assert chain.ran == list(range(1, index + 1))
-            assert reached.args == (torch.tensor(10.0 * sum(range(index + 1))),) and reached.kwargs == {"times": 10}
-            assert (call.ended, call.result) == (False, None)
+            assert reached.args == (torch.tensor(10.0 * sum(range(index + 1))),)
+            assert reached.kwargs == {"times": 10}
+            assert call.ended is False
+            assert call.result is None
         assert call.advance() is None
-    assert call.ended and call.waiting is None and call.result == 60
+    assert call.ended
+    assert call.waiting is None
+    assert call.result == 60
 
 
 def test_ended_call_stays_ended(chain):
     call = start(chain)
     assert call.advance() is None  # no block is watched
-    assert call.advance() is None and call.result == 60 and chain.ran == [1, 2, 3]
+    assert call.advance() is None
+    assert call.result == 60
+    assert chain.ran == [1, 2, 3]
     call.close()
     assert call.result == 60
 
@@ -103,7 +110,9 @@ def test_errors_of_the_model_are_raised_where_the_call_is_advanced(chain, error,
         with pytest.raises(error) as caught:
             call.advance()
     assert caught.value is raised
-    assert call.ended and call.waiting is None and call.advance() is None
+    assert call.ended
+    assert call.waiting is None
+    assert call.advance() is None
 
 
 @pytest.mark.parametrize("advanced", range(5))
@@ -114,7 +123,9 @@ def test_closed_call_leaves_no_thread(chain, advanced):
         for _ in range(advanced):
             call.advance()
         call.close()
-        assert call.ended and call.waiting is None and call.advance() is None
+        assert call.ended
+        assert call.waiting is None
+        assert call.advance() is None
         assert chain.ran == list(range(1, advanced))
         call.close()
 
@@ -189,7 +200,8 @@ def test_forwards_are_restored(chain):
     chain.blocks[1].forward = own  # as patches of hosts have it
     with pytest.raises(ZeroDivisionError), suspended_at(chain.blocks) as forwards:
         assert all("forward" in vars(block) for block in chain.blocks)
-        assert forwards[chain.blocks[1]] is own and forwards[chain.blocks[0]] == Add.forward.__get__(chain.blocks[0])
+        assert forwards[chain.blocks[1]] is own
+        assert forwards[chain.blocks[0]] == Add.forward.__get__(chain.blocks[0])
         raise ZeroDivisionError
     assert ["forward" in vars(block) for block in chain.blocks] == [False, True, False]
     assert chain.blocks[1].forward is own

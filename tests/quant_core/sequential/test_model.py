@@ -216,4 +216,5 @@ def test_watching_leaves_no_hooks(tokens):
     with contextlib.suppress(RuntimeError):
         find_blocks(model, list(model.layers))
     for module in root.modules():
-        assert not module._forward_pre_hooks and not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks

@@ -93,7 +93,8 @@ def assert_start(result, layers):
 def test_block_error_falls_with_neighbouring_values_that_can_be_stored(format):
     calls, layers = make_case(format)
     result = reconstruct(calls, layers)
-    assert result.refused is None and result.after < 0.99 * result.before
+    assert result.refused is None
+    assert result.after < 0.99 * result.before
     for name, layer in layers.items():
         made, start = result.quantized[name], layer.quantized
         space = made.codec.solve_space(made.shape)
@@ -102,7 +103,8 @@ def test_block_error_falls_with_neighbouring_values_that_can_be_stored(format):
         low, high = space.neighbours(weight / space.divisor(start.scale))
         values = made.qdata.float()
         assert ((values == low) | (values == high) | (values == start.qdata.float())).all()
-        assert made.qdata.dtype is start.qdata.dtype and made.solver == "reconstructed"
+        assert made.qdata.dtype is start.qdata.dtype
+        assert made.solver == "reconstructed"
         parts = {key.rpartition(".")[2]: tensor for key, tensor in made.tensors(name).items()}
         torch.testing.assert_close(made.codec.dequantize(parts, made.shape), made.dequantize())
         error = (made.dequantize() - layer.weight).norm() / layer.weight.norm()
@@ -154,7 +156,8 @@ def test_inference_mode_outside_changes_nothing():
     expected = all_tensors(reconstruct(*make_case()))
     with torch.inference_mode():
         calls, layers = make_case()
-        assert calls.block.norm.weight.is_inference() and layers["qkv"].weight.is_inference()
+        assert calls.block.norm.weight.is_inference()
+        assert layers["qkv"].weight.is_inference()
         result = reconstruct(calls, layers)
         assert calls.block.norm.weight.is_inference()
     assert result.refused is None
@@ -281,4 +284,5 @@ def test_half_precision_block_is_learned():
     calls, layers = make_case("nvfp4")
     half = Calls(calls.block, torch.bfloat16)
     result = reconstruct(half, layers)
-    assert result.refused is None and result.after < result.before
+    assert result.refused is None
+    assert result.after < result.before

@@ -201,7 +201,8 @@ def test_each_stream_is_the_model_run_whole(kind, parked, tmp_path, listing, mon
     assert same(found[Stream.WEIGHTS_ONLY], run_whole(model, made.linears(weights_only=True)))
     assert made.errors.quantized == pytest.approx(relative_error(found[Stream.QUANTIZED], exact), rel=1e-4)
     assert made.errors.weights_only == pytest.approx(relative_error(found[Stream.WEIGHTS_ONLY], exact), rel=1e-4)
-    assert is_unchanged(root, state) and listing() == []
+    assert is_unchanged(root, state)
+    assert listing() == []
 
 
 def test_streams_go_through_reconstructed_blocks():
@@ -324,7 +325,8 @@ def test_equal_weights_change_nothing_and_others_do():
     plain = walk(model)
     equal = walk(model, sensitivity=lambda layer: [(0.0, 7.0)])
     late = walk(model, sensitivity=lambda layer: [(0.0, 1e-6), (1.0, 1.0)])
-    assert same_bytes(plain, equal) and plain.finished == equal.finished
+    assert same_bytes(plain, equal)
+    assert plain.finished == equal.finished
     assert plain.finished != late.finished
 
 
@@ -356,7 +358,8 @@ def test_same_bytes_twice_and_other_tokens_with_another_seed(monkeypatch):
     monkeypatch.setattr(capture, "_ROWS_PER_CHANNEL", 1)
     model = replay(make(Pairs))
     first, again, other = walk(model), walk(model), walk(model, seed=1)
-    assert same_bytes(first, again) and first.finished == again.finished
+    assert same_bytes(first, again)
+    assert first.finished == again.finished
     assert not same_bytes(first, other)
 
 
@@ -372,7 +375,8 @@ def test_card_decides_whether_activations_are_quantized():
 
 def test_weights_only_is_not_measured_unless_asked():
     made = walk(replay(make(Pairs)), NVFP4, capability=(8, 9), weights_only=False)
-    assert {event.weights_only_error for event in made.finished} == {made.errors.weights_only} == {None}
+    assert {event.weights_only_error for event in made.finished} == {None}
+    assert {made.errors.weights_only} == {None}
     assert list(made.streams) == [Stream.ORIGINAL, Stream.QUANTIZED]
 
 
@@ -438,7 +442,8 @@ def test_layer_without_statistics_is_rounded_with_its_block(monkeypatch):
         known, "layer_statistics", lambda name, real=known.layer_statistics: None if name == unknown else real(name)
     )
     made = walk(model, calibration=known)
-    assert made.unfollowed is None and unknown in made.results
+    assert made.unfollowed is None
+    assert unknown in made.results
     assert made.errors.quantized < 0.1
 
 
@@ -448,7 +453,8 @@ def test_layer_that_stays_unquantized_runs_as_it_is():
     model = replay(root)
     left_out = "blocks.0.text"
     made = walk(model, left_out={left_out})
-    assert left_out not in made.results and len(made.results) == 3
+    assert left_out not in made.results
+    assert len(made.results) == 3
     found = {index: outputs(value) for index, value in made.streams[Stream.QUANTIZED].items()}
     assert same(found, run_whole(model, made.linears()))
 
@@ -461,7 +467,9 @@ def test_activations_that_are_not_finite_leave_calibrated_rounding(bad):
     known = calibrate(model)
     root.blocks[0].image.weight[0, 0] = bad
     made = walk(model, calibration=known, left_out={"blocks.0.image"})
-    assert made.unfollowed is None and made.errors is None and made.finished == []
+    assert made.unfollowed is None
+    assert made.errors is None
+    assert made.finished == []
     assert len(made.results) == 3
     assert all(made.results[name] is pending.plain for name, pending in made.pending.items())
 
@@ -530,7 +538,8 @@ def test_call_on_another_path_is_named_and_later_blocks_stay_calibrated(detour, 
     assert [event.name for event in made.finished] == [f"blocks.{index}" for index in range(followed)]
     later = [name for name in made.pending if int(name.split(".")[1]) >= followed]
     assert all(made.results[name] is made.pending[name].plain for name in later)
-    assert made.results.keys() == made.pending.keys() and made.errors is None
+    assert made.results.keys() == made.pending.keys()
+    assert made.errors is None
     assert is_unchanged(root, state)
 
 
@@ -539,7 +548,9 @@ def test_calls_without_others_to_judge_on_are_too_few(count, judges, sentences):
     model = replay(make(Pairs), arguments=make_arguments(count), validation=[judges] * count)
     with ModelWalk(model, list(model.layers), **OPTIONS) as followed:
         sentences(followed.unfollowed)
-        assert followed.blocks == [] and followed.round_block({}) == {} and followed.model_errors() is None
+        assert followed.blocks == []
+        assert followed.round_block({}) == {}
+        assert followed.model_errors() is None
 
 
 def test_nothing_outlives_the_walk_of_a_block():
@@ -569,7 +580,9 @@ def test_model_without_blocks_has_none(sentences):
 
     made = walk(replay(make(Flat)))
     sentences(made.unfollowed)
-    assert made.results == {} and made.events == [] and made.errors is None
+    assert made.results == {}
+    assert made.events == []
+    assert made.errors is None
 
 
 # Ends
@@ -601,7 +614,8 @@ def test_cancelling_at_any_check_leaves_the_model_as_it_was(tmp_path, listing, m
 
         with pytest.raises(Stop):
             walk(model, INT8, check=stop)
-        assert is_unchanged(root, state) and listing() == []
+        assert is_unchanged(root, state)
+        assert listing() == []
         assert not [thread for thread in threading.enumerate() if thread.name == "learned-rounding-call"]
 
 
