@@ -48,43 +48,45 @@ def read(tmp_path):
     return read
 
 
-@pytest.mark.parametrize("suffix", TENSORS)
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.int64, torch.bool])
-def test_tensors_that_are_not_floating_point_are_rejected(read, suffix, dtype, sentences):
-    with sentences.raises(CalibrationError):
-        read(**{suffix: TENSORS[suffix][1].to(dtype)})
+def test_tensors_that_are_not_floating_point_are_rejected(read, sentences, subtests):
+    for dtype in [torch.complex64, torch.uint16, torch.int64, torch.bool]:
+        for suffix in TENSORS:
+            with subtests.test(suffix, dtype=dtype), sentences.raises(CalibrationError):
+                read(**{suffix: TENSORS[suffix][1].to(dtype)})
 
 
-@pytest.mark.parametrize("suffix", TENSORS)
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])
-def test_tensors_of_any_float_dtype_are_read(read, suffix, dtype):
-    field, expected = TENSORS[suffix]
-    value = getattr(read(**{suffix: expected.to(dtype)}), field)
-    assert torch.equal(value.float(), expected)
-    assert value.max() == expected.max()
+def test_tensors_of_any_float_dtype_are_read(read, subtests):
+    for dtype in [torch.float8_e4m3fn, torch.bfloat16, torch.float64]:
+        for suffix in TENSORS:
+            with subtests.test(suffix, dtype=dtype):
+                field, expected = TENSORS[suffix]
+                value = getattr(read(**{suffix: expected.to(dtype)}), field)
+                assert torch.equal(value.float(), expected)
+                assert value.max() == expected.max()
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), -1e300])
-def test_a_sensitivity_must_be_finite_and_non_negative(read, value, sentences):
-    with sentences.raises(CalibrationError):
-        read({"layers": {"a": ["a", WIDTH, WIDTH]}, "sensitivity": {"a": value}})
+def test_a_sensitivity_must_be_finite_and_non_negative(read, sentences, subtests):
+    for value in [-1.0, float("nan"), float("inf"), -1e300]:
+        with subtests.test(value=value), sentences.raises(CalibrationError):
+            read({"layers": {"a": ["a", WIDTH, WIDTH]}, "sensitivity": {"a": value}})
 
 
-@pytest.mark.parametrize("steps", [[[0.5, -1]], [[1.5, 1]], [[0.5]], [[0.5, "x"]], 3, [[0.5, float("inf")]]])
-def test_the_sensitivity_of_a_step_must_be_valid(read, steps):
-    with pytest.raises(CalibrationError, match="invalid calibration header"):
-        read({"layers": {"a": ["a", WIDTH, WIDTH]}, "step_sensitivity": {"a": steps}})
+def test_the_sensitivity_of_a_step_must_be_valid(read, subtests):
+    for steps in [[[0.5, -1]], [[1.5, 1]], [[0.5]], [[0.5, "x"]], 3, [[0.5, float("inf")]]]:
+        with subtests.test(steps=steps), pytest.raises(CalibrationError, match="invalid calibration header"):
+            read({"layers": {"a": ["a", WIDTH, WIDTH]}, "step_sensitivity": {"a": steps}})
 
 
 def test_a_sensitivity_is_part_of_the_statistics(read):
     assert read({"layers": {"a": ["a", WIDTH, WIDTH]}, "sensitivity": {"a": 0.5}}).sensitivity == 0.5
 
 
-@pytest.mark.parametrize("header", ["{", '{"layers": 3}', '{"layers": {"q": 1}}', "[]"])
-def test_an_invalid_header_is_rejected(tmp_path, header, sentences):
-    save_file({"q.gram": torch.eye(2)}, tmp_path / "c", metadata={METADATA_KEY: header})
-    with sentences.raises(CalibrationError):
-        CalibrationFile(tmp_path / "c")
+def test_an_invalid_header_is_rejected(tmp_path, sentences, subtests):
+    for header in ["{", '{"layers": 3}', '{"layers": {"q": 1}}', "[]"]:
+        with subtests.test(header):
+            save_file({"q.gram": torch.eye(2)}, tmp_path / "c", metadata={METADATA_KEY: header})
+            with sentences.raises(CalibrationError):
+                CalibrationFile(tmp_path / "c")
 
 
 def test_a_newer_version_is_rejected(tmp_path, sentences):

@@ -209,9 +209,8 @@ def test_the_same_seed_gives_the_same_calls(tmp_path, calls):
     assert len({mark for mark, _ in found.values()}) > 1
 
 
-@pytest.mark.parametrize(
-    ("calls", "flags", "expected"),
-    [
+def test_some_calls_are_for_validation(tmp_path, subtests):
+    for calls, flags, expected in [
         (1, [None], {0}),
         (2, [None], {1}),
         (12, [None, None], {3}),
@@ -219,12 +218,11 @@ def test_the_same_seed_gives_the_same_calls(tmp_path, calls):
         (12, [True, True], {11}),
         (12, [False, None], {1}),
         (12, [True, False], {6}),
-    ],
-)
-def test_some_calls_are_for_validation(tmp_path, calls, flags, expected):
-    recorder = make_recorder(tmp_path, calls)
-    record(Nested(), recorder, runs=len(flags), flags=flags)
-    assert {sum(recorder.result().validation)} == expected
+    ]:
+        with subtests.test(calls=calls, flags=flags, expected=expected):
+            recorder = make_recorder(tmp_path, calls)
+            record(Nested(), recorder, runs=len(flags), flags=flags)
+            assert {sum(recorder.result().validation)} == expected
 
 
 def test_memory_is_limited_and_files_are_removed(tmp_path):
@@ -337,21 +335,23 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_damaged_description_is_refused(saved, change):
-    path, tensors, calls = saved
-    CHANGES[change](calls)
-    save_file(tensors, path, {"learned_rounding_calls": json.dumps(calls)})
-    with pytest.raises(CalibrationError, match=r"calibrate again|newer version"):
-        ReplaySet.load(path)
+def test_a_damaged_description_is_refused(saved, subtests):
+    for change in CHANGES:
+        with subtests.test(change):
+            path, tensors, calls = saved
+            CHANGES[change](calls)
+            save_file(tensors, path, {"learned_rounding_calls": json.dumps(calls)})
+            with pytest.raises(CalibrationError, match=r"calibrate again|newer version"):
+                ReplaySet.load(path)
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", "{}", "[" * 100_000, '{"version": "1"}', "3"])
-def test_another_file_is_refused(saved, text):
-    path, tensors, _ = saved
-    save_file(tensors, path, None if text is None else {"learned_rounding_calls": text})
-    with pytest.raises((CalibrationError, SourceError)):
-        ReplaySet.load(path)
+def test_another_file_is_refused(saved, subtests):
+    for text in [None, "", "[]", "{}", "[" * 100_000, '{"version": "1"}', "3"]:
+        with subtests.test(text=text):
+            path, tensors, _ = saved
+            save_file(tensors, path, None if text is None else {"learned_rounding_calls": text})
+            with pytest.raises((CalibrationError, SourceError)):
+                ReplaySet.load(path)
 
 
 def test_a_damaged_file_is_refused(saved):

@@ -22,13 +22,15 @@ def leftover(path: Path, mark: str = "00ab12cd") -> Path:
     return left
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "with space.safetensors", "[x]*?.safetensors", "ü.safetensors"])
-def test_files_of_dead_runs_are_removed(tmp_path, listing, name):
-    path = tmp_path / name
-    leftover(path), leftover(path, "11111111")
-    path.write_bytes(b"the file itself")
-    assert remove_leftovers(path) == 2
-    assert listing() == [name]
+def test_files_of_dead_runs_are_removed(tmp_path, listing, subtests):
+    for name in ["a.safetensors", "with space.safetensors", "[x]*?.safetensors", "ü.safetensors"]:
+        with subtests.test(name):
+            path = tmp_path / name
+            leftover(path), leftover(path, "11111111")
+            path.write_bytes(b"the file itself")
+            assert remove_leftovers(path) == 2
+            assert listing() == [name]
+            path.unlink()
 
 
 def test_files_of_dead_runs_are_removed_on_windows(tmp_path, listing, monkeypatch):

@@ -29,19 +29,19 @@ def test_another_file_of_that_name_stays_and_nothing_is_left(tmp_path, listing, 
     assert (tmp_path / "a.md").read_bytes() == b"of another model"
 
 
-@pytest.mark.parametrize("failing", range(3))
-def test_nothing_is_left_after_a_failed_disk(tmp_path, listing, monkeypatch, failing):
-    calls = []
+def test_nothing_is_left_after_a_failed_disk(tmp_path, listing, monkeypatch, subtests):
+    for failing in range(3):
+        with subtests.test(failing=failing), monkeypatch.context() as patch:
+            results = iter([True] * failing + [False])
 
-    def fsync(descriptor):
-        calls.append(descriptor)
-        if len(calls) == failing + 1:
-            raise OSError(28, "No space left on device")
+            def fsync(descriptor, results=results):
+                if not next(results, True):
+                    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises((OutputError, OSError)):
-        write_together({tmp_path / "a.png": b"image", tmp_path / "a.md": b"text"})
-    assert listing() == []
+            patch.setattr(os, "fsync", fsync)
+            with pytest.raises((OutputError, OSError)):
+                write_together({tmp_path / "a.png": b"image", tmp_path / "a.md": b"text"})
+            assert listing() == []
 
 
 def test_missing_folder_is_an_output_error(tmp_path):

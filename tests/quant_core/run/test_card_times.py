@@ -58,22 +58,24 @@ def test_the_file_has_ratios_to_bfloat16(gpu, folder):
     assert CardTimes.from_dict(content).to_dict() == content
 
 
-@pytest.mark.parametrize("key", ["torch", "triton", "comfy-kitchen", "learned_rounding"])
-def test_other_versions_are_measured_again(gpu, folder, key):
-    times = present_card(GPU)
-    times.versions[key] = "0.1"
-    times.find(INT8, SHAPE)
-    assert present_card(GPU).find(INT8, SHAPE) == 1.0
-    assert len(gpu) == 2
+def test_other_versions_are_measured_again(gpu, folder, subtests):
+    for key in ["torch", "triton", "comfy-kitchen", "learned_rounding"]:
+        with subtests.test(key):
+            times = present_card(GPU)
+            times.versions[key] = "0.1"
+            times.find(INT8, SHAPE)
+            assert present_card(GPU).find(INT8, SHAPE) == 1.0
+            assert len(gpu) == 2
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"card": "x"}'])
-def test_a_damaged_cache_is_measured_again(gpu, folder, content, caplog):
-    folder.mkdir(parents=True)
-    (folder / "nvidia-l4-test.json").write_text(content)
-    assert present_card(GPU).find(INT8, SHAPE) == 1.0
-    assert len(caplog.messages) == 1
-    assert len(json.loads((folder / "nvidia-l4-test.json").read_text())["layers"]) == 1
+def test_a_damaged_cache_is_measured_again(gpu, folder, caplog, subtests):
+    for content in ["{", "[]", "{}", '{"card": "x"}']:
+        with subtests.test(content):
+            folder.mkdir(parents=True)
+            (folder / "nvidia-l4-test.json").write_text(content)
+            assert present_card(GPU).find(INT8, SHAPE) == 1.0
+            assert len(caplog.messages) == 1
+            assert len(json.loads((folder / "nvidia-l4-test.json").read_text())["layers"]) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(gpu, folder, caplog, sentences):
@@ -108,24 +110,21 @@ def test_a_card_of_another_machine_is_added(tmp_path):
         assert times.find(NVFP4, SHAPE) is None
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_other_files_are_not_added(tmp_path, folder, subtests):
+    for change in [
         {"capability": "new"},
         {"layers": 3},
         {"layers": [{"format": "x"}]},
         {"layers": [{"format": "x", "out": 1, "in": 1, "milliseconds": -1}]},
         {"tokens": "many"},
         {"versions": None},
-    ],
-    ids=str,
-)
-def test_other_files_are_not_added(tmp_path, folder, change):
-    content = other().to_dict() | change
-    (tmp_path / "a100.json").write_text(json.dumps(content))
-    with pytest.raises(QuantizationError):
-        add_card(tmp_path / "a100.json")
-    assert not folder.exists()
+    ]:
+        with subtests.test(change=change):
+            content = other().to_dict() | change
+            (tmp_path / "a100.json").write_text(json.dumps(content))
+            with pytest.raises(QuantizationError):
+                add_card(tmp_path / "a100.json")
+            assert not folder.exists()
 
 
 def test_files_that_are_not_measurements_are_refused(tmp_path, sentences):

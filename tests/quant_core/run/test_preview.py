@@ -6,7 +6,6 @@ import torch
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.run.preview import preview_run
-from learned_rounding.quant_core.run.throughput import THROUGHPUT
 from learned_rounding.quant_core.sources import SafetensorsFile
 
 CPU = torch.device("cpu")
@@ -82,7 +81,3 @@ def test_mixed_precision_has_its_target_size(preview):
     assert found.formats == {}
     assert found.seconds is None
     assert found.layers == 6
-
-
-def test_every_measurement_names_its_source():
-    assert all(found.parameters_per_second > 0 and found.source for found in THROUGHPUT.values())

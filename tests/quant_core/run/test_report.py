@@ -140,9 +140,8 @@ def test_markdown_holds_the_totals_and_the_worst_layers(sentences):
     sentences(lines, report().markdown(), report(already_done=True, output="out").markdown())
 
 
-@pytest.mark.parametrize(
-    "count, text",
-    [
+def test_sizes_are_decimal_with_three_digits(subtests):
+    for count, text in [
         (0, "0 B"),
         (1, "1 B"),
         (999, "999 B"),
@@ -153,12 +152,12 @@ def test_markdown_holds_the_totals_and_the_worst_layers(sentences):
         (5 * 10**15, "5e+03 TB"),
         (10**6, "1 MB"),
         (10**9, "1 GB"),
-    ],
-)
-def test_sizes_are_decimal_with_three_digits(count, text):
-    assert human_bytes(count) == text
+    ]:
+        with subtests.test(count=count, text=text):
+            assert human_bytes(count) == text
 
 
-@pytest.mark.parametrize("count", [999_600, 999_999, 999_999_999])
-def test_sizes_just_below_a_unit_are_not_written_as_powers(count):
-    assert "e+" not in human_bytes(count)
+def test_sizes_just_below_a_unit_are_not_written_as_powers(subtests):
+    for count in [999_600, 999_999, 999_999_999]:
+        with subtests.test(count=count):
+            assert "e+" not in human_bytes(count)

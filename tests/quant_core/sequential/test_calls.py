@@ -115,19 +115,19 @@ def test_errors_of_the_model_are_raised_where_the_call_is_advanced(chain, error,
     assert call.advance() is None
 
 
-@pytest.mark.parametrize("advanced", range(5))
-def test_closed_call_leaves_no_thread(chain, advanced):
+def test_closed_call_leaves_no_thread(chain, subtests):
     """Not started, suspended at each block, ended."""
-    with suspended_at(chain.blocks):
-        call = start(chain)
-        for _ in range(advanced):
-            call.advance()
-        call.close()
-        assert call.ended
-        assert call.waiting is None
-        assert call.advance() is None
-        assert chain.ran == list(range(1, advanced))
-        call.close()
+    for advanced in range(5):
+        with subtests.test(advanced=advanced), suspended_at(chain.blocks):
+            call = start(chain)
+            for _ in range(advanced):
+                call.advance()
+            call.close()
+            assert call.ended
+            assert call.waiting is None
+            assert call.advance() is None
+            assert chain.ran == list(range(1, advanced))
+            call.close()
 
 
 class Stubborn(nn.Module):

@@ -293,9 +293,8 @@ def test_errors_of_blocks_are_those_of_their_outputs():
         assert getattr(first, attribute) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "points, position, value",
-    [
+def test_sensitivity_between_measured_steps_is_interpolated(subtests):
+    for points, position, value in [
         ([(0.5, 2.0)], 0.0, 2.0),
         ([(0.5, 2.0)], 1.0, 2.0),
         ([(0.2, 1.0), (0.6, 3.0)], 0.1, 1.0),
@@ -304,10 +303,9 @@ def test_errors_of_blocks_are_those_of_their_outputs():
         ([(0.2, 1.0), (0.6, 3.0)], 0.6, 3.0),
         ([(0.2, 1.0), (0.6, 3.0)], 0.9, 3.0),
         ([(0.0, 1.0), (0.5, 3.0), (1.0, 2.0)], 0.75, 2.5),
-    ],
-)
-def test_sensitivity_between_measured_steps_is_interpolated(points, position, value):
-    assert walking.interpolate(points, position) == pytest.approx(value)
+    ]:
+        with subtests.test(points=points, position=position, value=value):
+            assert walking.interpolate(points, position) == pytest.approx(value)
 
 
 def test_calls_are_weighted_by_the_sensitivity_of_the_layers_of_the_block():
@@ -543,14 +541,15 @@ def test_call_on_another_path_is_named_and_later_blocks_stay_calibrated(detour, 
     assert is_unchanged(root, state)
 
 
-@pytest.mark.parametrize("count, judges", [(1, False), (1, True), (3, False), (0, False)])
-def test_calls_without_others_to_judge_on_are_too_few(count, judges, sentences):
-    model = replay(make(Pairs), arguments=make_arguments(count), validation=[judges] * count)
-    with ModelWalk(model, list(model.layers), **OPTIONS) as followed:
-        sentences(followed.unfollowed)
-        assert followed.blocks == []
-        assert followed.round_block({}) == {}
-        assert followed.model_errors() is None
+def test_calls_without_others_to_judge_on_are_too_few(sentences, subtests):
+    for count, judges in [(1, False), (1, True), (3, False), (0, False)]:
+        with subtests.test(count=count, judges=judges):
+            model = replay(make(Pairs), arguments=make_arguments(count), validation=[judges] * count)
+            with ModelWalk(model, list(model.layers), **OPTIONS) as followed:
+                sentences(followed.unfollowed)
+                assert followed.blocks == []
+                assert followed.round_block({}) == {}
+                assert followed.model_errors() is None
 
 
 def test_nothing_outlives_the_walk_of_a_block():
