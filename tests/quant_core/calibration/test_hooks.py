@@ -80,10 +80,21 @@ def relative_error(actual, expected):
     return float((actual - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("device_bytes", [1 << 30, 0], ids=["in memory", "in files"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits, form, tolerance", [(16, PackedHessian, 1e-3), (8, TriangularHessian, 6e-3)])
-def test_statistics_match_the_activations(block, tmp_path, monkeypatch, device_bytes, dtype, bits, form, tolerance):
+SIXTEEN, EIGHT = (16, PackedHessian, 1e-3), (8, TriangularHessian, 6e-3)
+
+
+@pytest.mark.parametrize(
+    "storage, dtype, device_bytes",
+    [
+        (SIXTEEN, torch.float32, 1 << 30),
+        (SIXTEEN, torch.bfloat16, 0),
+        (EIGHT, torch.float32, 0),
+        (EIGHT, torch.bfloat16, 1 << 30),
+    ],
+    ids=["16 bits in memory", "16 bits in files", "8 bits in files", "8 bits in memory"],
+)
+def test_statistics_match_the_activations(block, tmp_path, monkeypatch, storage, dtype, device_bytes):
+    bits, form, tolerance = storage
     monkeypatch.setattr(hooks, "ROTATION", 1)
     batches = make_batches(6, dtype)
     with calibrate(block.to(dtype), batches, tmp_path, device_bytes=device_bytes, hessian_bits=bits) as file:

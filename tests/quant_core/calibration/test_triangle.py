@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from learned_rounding.quant_core.calibration import TriangularHessian, dense_hessian
-from learned_rounding.quant_core.calibration.hessian import PackedHessian, pack_triangle, unpack_triangle
-from learned_rounding.quant_core.calibration.panels import pack_symmetric, packed_size, unpack_symmetric
+from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.calibration.triangle import SEGMENT, decode_triangle, encode_triangle, segment_count
 from learned_rounding.quant_core.errors import CalibrationError
 
@@ -53,56 +51,12 @@ def test_rows_of_tiny_elements_have_levels_of_their_sign(small):
     assert levels[2] == (127 if small > 1e-37 else 0)
 
 
-def test_16_bit_noise_of_a_singular_matrix_is_covered():
-    matrix = correlations(300, 20)
-    noisy = PackedHessian(pack_symmetric(matrix, torch.float16), torch.linspace(0.1, 50, 300))
-    made = pack_triangle(noisy, CPU)
-    expected, actual = (dense_hessian(hessian, 300, CPU) for hessian in (noisy, made))
-    assert (actual - expected).norm() / expected.norm() < 0.02
-    again = unpack_triangle(made, CPU)
-    assert isinstance(again, PackedHessian)
-    assert again.panels.dtype is torch.float16
-    actual.diagonal().copy_(noisy.rms.square())
-    assert (dense_hessian(again, 300, CPU) - actual).norm() / actual.norm() < 1e-3
-
-
-def test_channels_that_are_always_zero_remain_zero():
-    matrix = correlations(40, 500)
-    matrix[3], matrix[:, 3] = 0, 0
-    made = dense_hessian(
-        pack_triangle(PackedHessian(pack_symmetric(matrix, torch.float16), torch.ones(40)), CPU), 40, CPU
-    )
-    assert not made[3].any()
-    assert not made[:, 3].any()
-    assert made.any()
-
-
-def test_what_makes_the_factor_exist_is_not_in_16_bit_correlations():
-    matrix = correlations(300, 20)
-    matrix[3], matrix[:, 3] = 0, 0
-    made = pack_triangle(PackedHessian(pack_symmetric(matrix, torch.float16), torch.full((300,), 5.0)), CPU)
-    again = unpack_symmetric(unpack_triangle(made, CPU).panels, 300)
-    assert torch.equal(again.diagonal(), (torch.arange(300) != 3).float())
-    assert not again[3].any()
-    assert (again - matrix).norm() / matrix.norm() < 0.02
-
-
 @pytest.mark.parametrize("damage", ["negative", "nan"])
 def test_a_matrix_that_is_not_positive_semi_definite_is_refused(damage, sentences):
     matrix = torch.eye(8)
     matrix[2, 2] = -1 if damage == "negative" else float("nan")
     with sentences.raises(CalibrationError):
         encode_triangle(matrix)
-
-
-def test_parts_that_do_not_fit_the_layer_are_refused(sentences):
-    levels, scales, diagonal = encode_triangle(torch.eye(8))
-    for hessian in (
-        TriangularHessian(levels, scales, diagonal, torch.ones(9)),
-        TriangularHessian(levels[1:], scales, diagonal, torch.ones(8)),
-    ):
-        with sentences.raises(CalibrationError):
-            dense_hessian(hessian, 8, CPU)
 
 
 @pytest.mark.gpu
