@@ -115,9 +115,10 @@ def test_errors_of_the_model_are_raised_where_the_call_is_advanced(chain, error,
     assert call.advance() is None
 
 
-def test_closed_call_leaves_no_thread(chain, subtests):
+def test_closed_call_leaves_no_thread(subtests):
     """Not started, suspended at each block, ended."""
     for advanced in range(5):
+        chain = Chain()
         with subtests.test(advanced=advanced), suspended_at(chain.blocks):
             call = start(chain)
             for _ in range(advanced):

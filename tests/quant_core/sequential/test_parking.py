@@ -1,7 +1,6 @@
 """Parking: where the tensors of suspended calls are, that they come back bit for bit, and that nothing is left."""
 
 import errno
-import threading
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from learned_rounding.quant_core.sequential import Block
 from learned_rounding.quant_core.sequential import parking as parking_module
 from learned_rounding.quant_core.sequential.calls import BlockCall
 from learned_rounding.quant_core.sequential.parking import Parking, call_tensors
-from learned_rounding.quant_core.sequential.streams import Stream, Streams
+from learned_rounding.quant_core.sequential.streams import Streams
 
-from .models import CPU, Pairs, make, make_arguments, outputs, replay
+from .models import CPU, Pairs, make, make_arguments, replay
 
 MIB = 1 << 20
 
@@ -204,30 +203,3 @@ def open_streams(tmp_path, **limits) -> tuple[Streams, nn.Module]:
     model = replay(root, tmp_path, arguments=arguments, **limits)
     blocks = [Block(f"blocks.{index}", block, ()) for index, block in enumerate(root.blocks)]
     return Streams(model, blocks, lambda: None, weights_only=False), root
-
-
-def test_nothing_is_left_of_parked_calls_when_their_streams_are_closed(tmp_path, listing):
-    streams, root = open_streams(tmp_path, device_bytes=0, ram_bytes=0)
-    with streams:
-        for stream in streams.carried:
-            streams.advance(stream, {}, 0)
-        assert len(listing()) == 4  # a file for each call of each stream
-    assert listing() == []
-    assert not any("forward" in vars(module) for module in root.modules())
-    assert not [thread for thread in threading.enumerate() if thread.name == "learned-rounding-call"]
-
-
-@pytest.mark.parametrize("limits", [(1 << 30, 0), (0, 1 << 30), (0, 0), (2 * MIB, 2 * MIB)])
-def test_parked_calls_compute_what_others_compute(tmp_path, listing, limits):
-    streams, root = open_streams(tmp_path, device_bytes=limits[0], ram_bytes=limits[1])
-    model = streams._model
-    expected = {index: model.run(index) for index in streams.validation + streams.calibration}
-    with streams:
-        for position in range(len(root.blocks) + 1):
-            streams.advance(Stream.ORIGINAL, {}, position)
-            if position < len(root.blocks):
-                streams.run(Stream.ORIGINAL, 0, {})
-        found = {index: call.result for index, call in streams._calls[Stream.ORIGINAL].items()}
-    assert listing() == []
-    for index, value in expected.items():
-        assert all(map(torch.equal, outputs(found[index]), outputs(value)))
