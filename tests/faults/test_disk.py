@@ -32,6 +32,8 @@ from learned_rounding.quant_core.sources import tensor_file as reader
 from learned_rounding.tests.faults.conftest import make_case, tensors
 from learned_rounding.tests.faults.disk import Disk, failing, killed, once
 
+pytestmark = pytest.mark.soak
+
 SEED = 30
 NAMES = [
     "with space",

@@ -25,6 +25,8 @@ from learned_rounding.quant_core.sources import TensorSource
 from learned_rounding.tests.faults.conftest import make_case
 from learned_rounding.tests.faults.disk import Disk, failing, in_memory, killed, processes, run
 
+pytestmark = pytest.mark.soak
+
 SEED = 20
 
 

@@ -24,6 +24,8 @@ from learned_rounding.quant_core.run import loop
 from learned_rounding.quant_core.sources import safetensors as reader
 from learned_rounding.tests.faults.disk import Disk, failing
 
+pytestmark = pytest.mark.soak
+
 LAYERS = 8
 NEAREST = Recipe(rounding="nearest", preset="none")
 

@@ -19,6 +19,8 @@ from learned_rounding.tests.fuzz.entry_points import TEXTS as TEXT_ENTRY_POINTS
 from learned_rounding.tests.fuzz.entry_points import limit_resources, refusal, try_all
 from learned_rounding.tests.fuzz.strategies import FILES, JOURNALS, TEXTS
 
+pytestmark = pytest.mark.soak
+
 NEAREST = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest", preset="none")
 SETTINGS = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 # Entry points that must accept some files of a kind; otherwise the strategy tests only their header checks.

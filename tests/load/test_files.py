@@ -16,6 +16,8 @@ from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.sources.tensor_file import MAX_HEADER
 from learned_rounding.tests.faults.disk import Disk
 
+pytestmark = pytest.mark.soak
+
 RECIPE = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest", preset="none")
 
 

@@ -18,6 +18,8 @@ from learned_rounding.hosts import HostError, HostInterrupted
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.tests.nodes.probing import ProbedGraph
 
+pytestmark = pytest.mark.soak
+
 PROGRESS = "learned_rounding.progress"
 GROWTH = 64e6  # bytes: more than what one run leaves to the allocator, a third of what twenty would if nothing was given back
 ON_GPU = 1e6  # bytes: half a layer of one run
