@@ -110,7 +110,7 @@ def test_the_curve_falls_ever_more_slowly(curve):
 
 def test_a_target_size_buys_the_least_error_on_the_curve(tensors, curve):
     known, points = curve
-    for (size, error), spare in zip(points[1:-1:4], (0, 50, 0), strict=False):  # bytes that buy nothing
+    for (size, error), spare in zip(points[1:-1:6], (0, 50), strict=False):  # bytes that buy nothing
         recipe = Recipe(format="measured", rounding="nearest", target_size=(size + spare) / 1e9)
         taken = plan_of(tensors, recipe, known).choice.chosen
         assert taken[0] <= size + spare
@@ -119,7 +119,7 @@ def test_a_target_size_buys_the_least_error_on_the_curve(tensors, curve):
 
 def test_a_target_error_takes_as_few_bytes_as_it_can(tensors, curve):
     known, points = curve
-    for (_, worse), point in list(itertools.pairwise(points[:-1]))[::4]:
+    for (_, worse), point in list(itertools.pairwise(points[:-1]))[::6]:
         target = (worse + point[1]) / 2
         assert plan_of(
             tensors, Recipe(format="measured", rounding="nearest", target_error=target), known
@@ -247,7 +247,7 @@ def test_a_target_time_out_of_reach_is_refused(tensors, card, sentences):
     known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
     for fields in ({}, {"target_error": 0.01}):
         with sentences.raises(RecipeError):
-            plan_of(tensors, Recipe(format="measured", rounding="nearest", target_time=0.4, **fields), known)
+            plan_of(tensors, Recipe(format="measured", target_time=0.4, **fields), known)
 
 
 def test_formats_without_a_time_are_left_out_and_named(tensors, card, sentences):
