@@ -33,6 +33,16 @@ def test_migrate_prints_the_changes_and_replaces_no_file_unasked(lrq, tmp_path, 
     assert lrq("migrate", "-i", old, "--overwrite")[0] == 0
 
 
+def test_migrate_refuses_a_file_whose_provenance_cannot_be_read(lrq, tmp_path, listing, sentences):
+    """It would be copied, and neither inspect nor verify would read the new file."""
+    old = {"a.weight": torch.ones(16, 16).to(torch.float8_e4m3fn), "a.scale_weight": torch.tensor(0.5)}
+    save_file(old, tmp_path / "old.safetensors", {"learned_rounding": "null"})
+    code, _, err = lrq("migrate", "-i", "old.safetensors")
+    assert code == 1
+    sentences(err)
+    assert listing() == ["old.safetensors"]
+
+
 def test_shards_of_a_quantized_model(lrq, model_file, tmp_path, sentences):
     """inspect, verify and migrate take an index or a folder as plan does."""
     lrq("quantize", "-i", model_file(), "-o", tmp_path / "one.safetensors", "--int8", "--simple")
