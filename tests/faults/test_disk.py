@@ -71,7 +71,7 @@ def test_writing_fails_anywhere(case, often, tried, code, sentences):
     """From the first failure on everything fails, removals too: they are left to the next run."""
     every = operations(case)
     named = every - 3  # then: the folder's flush, two removals
-    points = random.Random(SEED).sample(range(every), often(40, every))
+    points = random.Random(SEED).sample(range(every), often(24, every))
     for at in points:
         with Disk(at, failing(code)).under():
             failed = sentences.raises(OutputError, repeated=True)
@@ -95,7 +95,7 @@ def test_going_on_fails_anywhere(one_case, often, tried, code):
     with Disk(reads=True).under() as disk:
         quantized(case)
     case.clear()
-    points = random.Random(SEED).sample(range(len(disk.operations)), often(30, len(disk.operations)))
+    points = random.Random(SEED).sample(range(len(disk.operations)), often(16, len(disk.operations)))
     points += [at for at, operation in enumerate(disk.operations) if operation.startswith("cut")]  # when all was read
     looked = next(
         at for at, operation in enumerate(disk.operations) if operation.startswith("write")
@@ -119,7 +119,7 @@ def test_going_on_fails_anywhere(one_case, often, tried, code):
 
 def test_reading_fails_anywhere(case, often, tried, sentences):
     every = operations(case, reader)
-    points = random.Random(SEED).sample(range(every), often(25, every))
+    points = random.Random(SEED).sample(range(every), often(14, every))
     for at in points:
         with (
             Disk(at, failing(errno.EIO), reads=True).under(reader),

@@ -69,7 +69,7 @@ def test_killed_anywhere_the_next_run_ends_the_same(case, often, tried):
     draw, counts = random.Random(SEED), points(case)
     every = [("disk", at) for at in range(counts["disk"])]  # between any two writes, and in each
     others = [("check", draw.randrange(counts["check"])) for _ in range(often(10, 200))]
-    tries = draw.sample(every, often(60, len(every))) + others
+    tries = draw.sample(every, often(36, len(every))) + others
     for kind, at in tries:
         assert killed(case.source, case.target, case.recipe, kind, at)
         case.check()
@@ -121,7 +121,7 @@ def test_killed_from_outside_at_a_random_time(one_case, often, tried):
     whole, draw, killed_runs = time.perf_counter() - began, random.Random(SEED), 0
     expected = one_case.target.read_bytes()
     one_case.clear()
-    count, folder = often(6, 60), one_case.target.parent
+    count, folder = often(3, 60), one_case.target.parent
     for number in range(count):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started, until = time.perf_counter(), whole * draw.uniform(0.5, 1.0)  # the first half only imports torch
@@ -245,7 +245,7 @@ def test_the_report_is_that_of_one_run(case):
 
 def test_a_power_cut_loses_what_was_not_on_the_disk(case, often, tried):
     """Parts of either file that no flush had reached may be missing, or zero."""
-    draw, count = random.Random(SEED), often(20, 300)
+    draw, count = random.Random(SEED), often(12, 300)
     operations = points(case)["disk"]
     for _ in range(count):
         assert killed(case.source, case.target, case.recipe, "disk", draw.randrange(10, operations - 4))

@@ -191,17 +191,26 @@ def test_a_quantized_source_is_refused_by_the_name_of_its_format(model_file, tmp
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_source_itself_is_no_output(model_file, tmp_path, listing, monkeypatch, overwrite, sentences, subtests):
-    source = model_file()
+    source, alias = model_file(), tmp_path / "alias.safetensors"
     before = source.read_bytes()
-    (tmp_path / "alias.safetensors").symlink_to(source)
-    os.link(source, tmp_path / "hard.safetensors")
     monkeypatch.chdir(tmp_path)
-    for alias in (source, Path("model.safetensors"), tmp_path / "alias.safetensors", tmp_path / "hard.safetensors"):
-        with subtests.test(alias.name, absolute=alias.is_absolute()):
+    for kind, out in {
+        "itself": source,
+        "relative": Path("model.safetensors"),
+        "symlink": alias,
+        "hard link": alias,
+    }.items():
+        with subtests.test(kind):
+            if kind == "symlink":
+                alias.symlink_to(source)
+            elif kind == "hard link":
+                os.link(source, alias)
+            files = listing()
             with sentences.raises(OutputError):
-                quantize_file(source, alias, overwrite=overwrite)
+                quantize_file(source, out, overwrite=overwrite)
             assert source.read_bytes() == before
-            assert len(listing()) == 3
+            assert listing() == files
+            alias.unlink(missing_ok=True)
 
 
 def test_a_folder_is_no_output(model_file, tmp_path, sentences):
