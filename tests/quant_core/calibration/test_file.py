@@ -57,9 +57,8 @@ def test_tensors_that_are_not_floating_point_are_rejected(read, sentences, subte
 
 def test_tensors_of_any_float_dtype_are_read(read, subtests):
     for dtype in [torch.float8_e4m3fn, torch.bfloat16, torch.float64]:
-        for suffix in TENSORS:
+        for suffix, (field, expected) in TENSORS.items():
             with subtests.test(suffix, dtype=dtype):
-                field, expected = TENSORS[suffix]
                 value = getattr(read(**{suffix: expected.to(dtype)}), field)
                 assert torch.equal(value.float(), expected)
                 assert value.max() == expected.max()

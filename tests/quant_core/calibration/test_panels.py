@@ -19,10 +19,11 @@ def width(monkeypatch):
     monkeypatch.setattr(panels.packed_size, "__defaults__", (4,))
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 11])
-def test_unpacked_matrix_is_the_packed_one(width, size):
-    matrix = symmetric(size)
-    assert torch.equal(unpack_symmetric(pack_symmetric(matrix, torch.float32), size), matrix)
+def test_unpacked_matrix_is_the_packed_one(width, subtests):
+    for size in [1, 3, 4, 5, 8, 11]:
+        with subtests.test(size=size):
+            matrix = symmetric(size)
+            assert torch.equal(unpack_symmetric(pack_symmetric(matrix, torch.float32), size), matrix)
 
 
 def test_packed_values_have_the_dtype_and_unpacked_ones_are_float32(width):

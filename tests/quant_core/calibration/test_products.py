@@ -11,11 +11,12 @@ def operands(dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, tor
     return tuple(torch.randn(64, 64, generator=generator).to(device, dtype) for _ in range(2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_operands_on_a_cpu_are_float32_with_the_same_values(dtype):
-    values, _ = operands(dtype)
-    assert matmul_operand(values).dtype is torch.float32
-    assert torch.equal(matmul_operand(values), values.float())
+def test_operands_on_a_cpu_are_float32_with_the_same_values(subtests):
+    for dtype in [torch.float16, torch.bfloat16, torch.float32]:
+        with subtests.test(dtype=dtype):
+            values, _ = operands(dtype)
+            assert matmul_operand(values).dtype is torch.float32
+            assert torch.equal(matmul_operand(values), values.float())
 
 
 def check_products(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -28,9 +29,10 @@ def check_products(a: torch.Tensor, b: torch.Tensor) -> None:
     assert (total - 1 - exact).norm() < 1e-6 * exact.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_products_on_a_cpu_are_those_of_float32(dtype):
-    check_products(*map(matmul_operand, operands(dtype)))
+def test_products_on_a_cpu_are_those_of_float32(subtests):
+    for dtype in [torch.float16, torch.bfloat16, torch.float32]:
+        with subtests.test(dtype=dtype):
+            check_products(*map(matmul_operand, operands(dtype)))
 
 
 @pytest.mark.gpu

@@ -134,16 +134,19 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("prepare, words", ERRORS.values(), ids=ERRORS)
-def test_an_error_is_one_line(lrq, model_file, tmp_path, monkeypatch, prepare, words, sentences):
-    model_file()
-    prepare(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    code, _, err = lrq(*words)
-    assert code == 1, err
-    assert len(err) == 1, err
-    sentences(err)
-    assert not list(tmp_path.rglob("*.partial"))
+def test_an_error_is_one_line(lrq, model_file, tmp_path, sentences, subtests):
+    model = model_file().read_bytes()
+    for title, (prepare, words) in ERRORS.items():
+        with subtests.test(title):
+            for path in tmp_path.iterdir():
+                path.rmdir() if path.is_dir() else path.unlink()
+            (tmp_path / "model.safetensors").write_bytes(model)
+            prepare(tmp_path)
+            code, _, err = lrq(*words)
+            assert code == 1
+            assert len(err) == 1
+            sentences(err)
+            assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_full_disk_is_one_line(lrq, model_file, listing, monkeypatch, sentences):

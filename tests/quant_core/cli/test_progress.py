@@ -5,8 +5,6 @@ import os
 import re
 import sys
 
-import pytest
-
 from learned_rounding.quant_core.cli import progress
 from learned_rounding.quant_core.cli.progress import Progress, describe_time, show_bytes
 from learned_rounding.quant_core.events import LayerFinished, LayerStarted, OutputChecked, RunResumed, RunStarted
@@ -94,8 +92,7 @@ def test_the_pace_excludes_resumed_layers(monkeypatch, capsys):
     assert capsys.readouterr().out == "Resuming: 2 of 4 layers already done.\n"
 
 
-@pytest.mark.parametrize(
-    "seconds, text", [(0, "0 s"), (99.4, "99 s"), (100, "2 min"), (3000, "50 min"), (9000, "2.5 h")]
-)
-def test_times_have_one_unit(seconds, text):
-    assert describe_time(seconds) == text
+def test_times_have_one_unit(subtests):
+    for seconds, text in [(0, "0 s"), (99.4, "99 s"), (100, "2 min"), (3000, "50 min"), (9000, "2.5 h")]:
+        with subtests.test(seconds=seconds, text=text):
+            assert describe_time(seconds) == text

@@ -274,27 +274,24 @@ def test_a_choice_that_matches_no_layer_is_a_warning(lrq, model_file, tmp_path, 
     assert warning in out
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
+def test_a_dry_run_looks_at_every_option(lrq, model_file, tmp_path, listing, monkeypatch, sentences, subtests):
+    for words in [
         ["--device", "nonsense"],
         ["--calibration", "nofile"],
         ["--report", "no/such/folder/report.json"],
         ["--rounding", "calibrated"],
         ["--rounding", "sequential"],
-    ],
-    ids=" ".join,
-)
-def test_a_dry_run_looks_at_every_option(lrq, model_file, tmp_path, listing, monkeypatch, words, sentences):
-    source = model_file()
-    monkeypatch.chdir(tmp_path)
-    for more in (["--dry-run"], []):
-        code, _, err = lrq("quantize", "-i", source, *words, *more)
-        assert code == 1
-        assert len(err) == 1
-        sentences(err)
-    assert listing() == ["model.safetensors"]
-    assert lrq("plan", "-i", source, "--device", "nonsense")[0] == 1
+    ]:
+        with subtests.test(words=words), monkeypatch.context() as patch:
+            source = model_file()
+            patch.chdir(tmp_path)
+            for more in (["--dry-run"], []):
+                code, _, err = lrq("quantize", "-i", source, *words, *more)
+                assert code == 1
+                assert len(err) == 1
+                sentences(err)
+            assert listing() == ["model.safetensors"]
+            assert lrq("plan", "-i", source, "--device", "nonsense")[0] == 1
 
 
 def test_a_full_disk_is_reported_before_the_start(lrq, model_file, listing, monkeypatch, sentences):

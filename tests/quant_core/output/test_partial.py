@@ -117,20 +117,21 @@ def test_incomplete_file_is_not_published(tmp_path, listing, sentences):
     assert listing() == []
 
 
-@pytest.mark.parametrize("letters", ["a", "ü", "層"])
-@pytest.mark.parametrize("size", [237, 238, 239, 254, 255])
-def test_names_of_up_to_255_bytes_have_shorter_hidden_names(tmp_path, listing, letters, size):
+def test_names_of_up_to_255_bytes_have_shorter_hidden_names(tmp_path, listing, subtests):
     """The letters have one, two and three bytes."""
-    repeated = letters * (size // len(letters.encode()))
-    name = repeated + "a" * (size - len(repeated.encode()))
-    path = tmp_path / name
-    with SafetensorsWriter(path, 4096) as out:
-        out.add("a", torch.zeros(10))
-        (hidden,) = tmp_path.glob(".*.partial")
-        assert len(os.fsencode(hidden.name)) <= 255
-        assert PartialFile(path).leftovers() == [hidden]
-        out.finish({})
-    assert listing() == [name]
+    for size in (237, 238, 239, 254, 255):
+        for letters in ("a", "ü", "層"):
+            with subtests.test(letters, size=size):
+                repeated = letters * (size // len(letters.encode()))
+                path = tmp_path / (repeated + "a" * (size - len(repeated.encode())))
+                with SafetensorsWriter(path, 4096) as out:
+                    out.add("a", torch.zeros(10))
+                    (hidden,) = tmp_path.glob(".*.partial")
+                    assert len(os.fsencode(hidden.name)) <= 255
+                    assert PartialFile(path).leftovers() == [hidden]
+                    out.finish({})
+                assert listing() == [path.name]
+                path.unlink()
 
 
 def test_long_names_with_the_same_beginning_do_not_share_hidden_files(tmp_path):

@@ -42,13 +42,14 @@ def verify(model, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_good_file_has_no_problems(verify, recipe, prefix):
-    result = verify(recipe, prefix=prefix)
-    assert result.problems == []
-    assert result.warnings == []
-    assert result.layers == 6
+def test_a_good_file_has_no_problems(verify, subtests):
+    for label, recipe in RECIPES.items():
+        for prefix in ["", "model.diffusion_model."]:
+            with subtests.test(label, prefix=prefix):
+                result = verify(recipe, prefix=prefix)
+                assert result.problems == []
+                assert result.warnings == []
+                assert result.layers == 6
 
 
 def test_plain_weights_have_no_problems(model_file):

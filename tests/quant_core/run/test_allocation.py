@@ -49,33 +49,36 @@ def sizes_and_times(options):
         yield Budget(size=least + size * (most - least), time=time * whole)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_curve_is_convex_and_ends_unquantized(seed):
-    curve = allocate(make_options(seed), Budget(error=10.0)).curve
-    saved = [(a.error**2 - b.error**2) / (b.size - a.size) for a, b in itertools.pairwise(curve)]
-    assert min(saved) > 0
-    assert saved == pytest.approx(sorted(saved, reverse=True))
-    assert curve[-1].error == pytest.approx(0, abs=1e-6)
+def test_curve_is_convex_and_ends_unquantized(subtests):
+    for seed in range(4):
+        with subtests.test(seed=seed):
+            curve = allocate(make_options(seed), Budget(error=10.0)).curve
+            saved = [(a.error**2 - b.error**2) / (b.size - a.size) for a, b in itertools.pairwise(curve)]
+            assert min(saved) > 0
+            assert saved == pytest.approx(sorted(saved, reverse=True))
+            assert curve[-1].error == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_every_point_of_the_curve_is_found_by_its_size(seed):
-    options = make_options(seed)
-    for point in allocate(options, Budget(error=10.0)).curve:
-        for spare in (0, 1):  # bytes that buy nothing, or something of little use
-            taken = allocate(options, Budget(size=point.size + spare)).point
-            assert taken.size <= point.size + spare
-            assert taken.error <= point.error + 1e-9
+def test_every_point_of_the_curve_is_found_by_its_size(subtests):
+    for seed in range(4):
+        with subtests.test(seed=seed):
+            options = make_options(seed)
+            for point in allocate(options, Budget(error=10.0)).curve:
+                for spare in (0, 1):  # bytes that buy nothing, or something of little use
+                    taken = allocate(options, Budget(size=point.size + spare)).point
+                    assert taken.size <= point.size + spare
+                    assert taken.error <= point.error + 1e-9
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_an_error_is_reached_with_the_next_point_of_the_curve(seed):
-    options = make_options(seed)
-    curve = allocate(options, Budget(error=10.0)).curve
-    for worse, point in itertools.pairwise(curve[:-1]):
-        taken = allocate(options, Budget(error=(worse.error + point.error) / 2)).point
-        assert taken.size == point.size
-        assert taken.error == pytest.approx(point.error)
+def test_an_error_is_reached_with_the_next_point_of_the_curve(subtests):
+    for seed in range(4):
+        with subtests.test(seed=seed):
+            options = make_options(seed)
+            curve = allocate(options, Budget(error=10.0)).curve
+            for worse, point in itertools.pairwise(curve[:-1]):
+                taken = allocate(options, Budget(error=(worse.error + point.error) / 2)).point
+                assert taken.size == point.size
+                assert taken.error == pytest.approx(point.error)
 
 
 def test_size_and_time_are_kept_wherever_any_allocation_keeps_them():

@@ -15,19 +15,24 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: str(error)[:20] or type(error).__name__)
-def test_lack_of_memory_is_one_error_with_what_to_do(error):
-    with pytest.raises(OutOfMemoryError) as raised, explain_out_of_memory("cuda has too little memory for a model"):
-        raise error
-    assert str(raised.value) == (
-        "cuda has too little memory for a model; close other programs and models, or choose another device or a lighter "
-        "rounding."
-    )
-    assert raised.value.__cause__ is error
+def test_lack_of_memory_is_one_error_with_what_to_do(subtests):
+    for error in ERRORS:
+        with subtests.test(error):
+            with (
+                pytest.raises(OutOfMemoryError) as raised,
+                explain_out_of_memory("cuda has too little memory for a model"),
+            ):
+                raise error
+            assert str(raised.value) == (
+                "cuda has too little memory for a model; close other programs and models, or choose another device or a lighter "
+                "rounding."
+            )
+            assert raised.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory")], ids=str)
-def test_other_errors_pass(error):
-    with pytest.raises(type(error)) as raised, explain_out_of_memory("problem"):
-        raise error
-    assert raised.value is error
+def test_other_errors_pass(subtests):
+    for error in [RuntimeError("shapes do not match"), ValueError("out of memory")]:
+        with subtests.test(error=error):
+            with pytest.raises(type(error)) as raised, explain_out_of_memory("problem"):
+                raise error
+            assert raised.value is error

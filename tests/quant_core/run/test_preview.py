@@ -27,17 +27,21 @@ def preview(model_file):
     return make
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_preview_equals_the_written_file(preview, model_file, tmp_path, recipe):
-    found = preview(**recipe)
-    report = quantize_file(model_file(author="someone"), tmp_path / "q.safetensors", Recipe(**recipe))
-    assert found.bytes_in == model_file(author="someone").stat().st_size
-    assert found.bytes_out == report.bytes_out
-    assert (tmp_path / "q.safetensors").stat().st_size == report.bytes_out
-    assert found.layers == sum(count for _, count in found.formats.values())
-    assert len(report.layers) == sum(count for _, count in found.formats.values())
-    assert found.unquantized == sum(not kept.removed for kept in report.kept)
-    assert next(codec.format.name for codec, _ in found.formats.values()) in {layer.format for layer in report.layers}
+def test_preview_equals_the_written_file(preview, model_file, tmp_path, subtests):
+    for recipe in RECIPES:
+        with subtests.test(recipe):
+            found = preview(**recipe)
+            source = model_file(author="someone")
+            report = quantize_file(source, tmp_path / "q.safetensors", Recipe(**recipe), overwrite=True)
+            assert found.bytes_in == model_file(author="someone").stat().st_size
+            assert found.bytes_out == report.bytes_out
+            assert (tmp_path / "q.safetensors").stat().st_size == report.bytes_out
+            assert found.layers == sum(count for _, count in found.formats.values())
+            assert len(report.layers) == sum(count for _, count in found.formats.values())
+            assert found.unquantized == sum(not kept.removed for kept in report.kept)
+            assert next(codec.format.name for codec, _ in found.formats.values()) in {
+                layer.format for layer in report.layers
+            }
 
 
 def test_preview_with_convrot_auto_assumes_that_all_layers_are_rotated(preview, model_file, tmp_path):

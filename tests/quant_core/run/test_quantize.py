@@ -41,19 +41,22 @@ from learned_rounding.quant_core.run.quantize import output_name
 from .made_files import LINEARS, RECIPES, Stop, metadata_of, same, working_threads
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_file_has_the_tensors_of_its_layers_and_the_others_unchanged(model, model_file, tmp_path, recipe):
-    tensors, out = model(), tmp_path / "out.safetensors"
-    quantize_file(model_file(), out, recipe)
-    expected = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in LINEARS}
-    for layer in LINEARS:
-        weight = tensors[f"{layer}.weight"]
-        bias = tensors.get(f"{layer}.bias") if recipe.rounding.bias_correction else None
-        codecs = recipe.format.codecs(weight.shape[1])
-        expected |= quantize_layer(Layer(weight, bias), codecs, recipe.rounding, seed=recipe.seed).tensors(layer)
-    assert same(load_file(out), expected)
-    assert verify_file(out).problems == []
-    assert verify_file(out).layers == len(LINEARS)
+def test_file_has_the_tensors_of_its_layers_and_the_others_unchanged(model, model_file, tmp_path, subtests):
+    for label, recipe in RECIPES.items():
+        with subtests.test(label):
+            tensors, out = model(), tmp_path / "out.safetensors"
+            quantize_file(model_file(), out, recipe, overwrite=True)
+            expected = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in LINEARS}
+            for layer in LINEARS:
+                weight = tensors[f"{layer}.weight"]
+                bias = tensors.get(f"{layer}.bias") if recipe.rounding.bias_correction else None
+                codecs = recipe.format.codecs(weight.shape[1])
+                expected |= quantize_layer(Layer(weight, bias), codecs, recipe.rounding, seed=recipe.seed).tensors(
+                    layer
+                )
+            assert same(load_file(out), expected)
+            assert verify_file(out).problems == []
+            assert verify_file(out).layers == len(LINEARS)
 
 
 def test_run_adds_the_output_and_leaves_the_source(model_file, tmp_path, listing):

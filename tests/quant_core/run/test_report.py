@@ -22,11 +22,10 @@ def report(*errors: float, **fields) -> Report:
     return Report("model.safetensors", "int8_tensorwise", "row", "auto", "flux", layers=layers, **fields)
 
 
-@pytest.mark.parametrize(
-    "errors, median", [((0.3,), 0.3), ((0.1, 0.5), 0.3), ((0.5, 0.1, 0.2), 0.2), ((0.4, 0.1, 0.2, 0.9), 0.3)]
-)
-def test_the_median_is_that_of_the_layers(errors, median):
-    assert report(*errors).median_error == pytest.approx(median)
+def test_the_median_is_that_of_the_layers(subtests):
+    for errors, median in [((0.3,), 0.3), ((0.1, 0.5), 0.3), ((0.5, 0.1, 0.2), 0.2), ((0.4, 0.1, 0.2, 0.9), 0.3)]:
+        with subtests.test(errors=errors, median=median):
+            assert report(*errors).median_error == pytest.approx(median)
 
 
 def test_without_layers_there_is_no_median(sentences):

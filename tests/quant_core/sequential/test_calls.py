@@ -95,24 +95,33 @@ def test_forward_that_is_replaced_while_a_call_waits_runs(chain):
     assert call.result.tolist() == [7, 7]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
-@pytest.mark.parametrize("at", [0, 1, 2])
-def test_errors_of_the_model_are_raised_where_the_call_is_advanced(chain, error, at):
-    raised = error("from the model")
+def failing(error: BaseException):
+    """A forward that raises this error."""
 
     def fail(x, **options):
-        raise raised
+        raise error
 
-    with replaced_forward(chain.blocks[at], fail), suspended_at(chain.blocks):
-        call = start(chain)
-        for _ in range(at + 1):
-            call.advance()
-        with pytest.raises(error) as caught:
-            call.advance()
-    assert caught.value is raised
-    assert call.ended
-    assert call.waiting is None
-    assert call.advance() is None
+    return fail
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_errors_of_the_model_are_raised_where_the_call_is_advanced(at, subtests):
+    for kind in (ValueError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        chain, raised = Chain(), kind("from the model")
+        with (
+            subtests.test(kind.__name__),
+            replaced_forward(chain.blocks[at], failing(raised)),
+            suspended_at(chain.blocks),
+        ):
+            call = start(chain)
+            for _ in range(at + 1):
+                call.advance()
+            with pytest.raises(kind) as caught:
+                call.advance()
+            assert caught.value is raised
+            assert call.ended
+            assert call.waiting is None
+            assert call.advance() is None
 
 
 def test_closed_call_leaves_no_thread(subtests):

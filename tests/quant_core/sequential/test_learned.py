@@ -22,12 +22,13 @@ def make_layer(kind: str = "W4A8", seed: int = 0) -> tuple[LearnedLayer, Rounded
     return LearnedLayer(rounded, CARD), rounded
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_start_is_the_rounding_that_is_given(kind):
-    layer, rounded = make_layer(kind)
-    assert torch.equal(layer.qdata(layer.start).float(), rounded.quantized.qdata.float())
-    assert layer.qdata(layer.start).dtype is rounded.quantized.qdata.dtype
-    torch.testing.assert_close(layer.dequantize(layer.start), rounded.quantized.dequantize())
+def test_start_is_the_rounding_that_is_given(subtests):
+    for kind in FORMATS:
+        with subtests.test(kind):
+            layer, rounded = make_layer(kind)
+            assert torch.equal(layer.qdata(layer.start).float(), rounded.quantized.qdata.float())
+            assert layer.qdata(layer.start).dtype is rounded.quantized.qdata.dtype
+            torch.testing.assert_close(layer.dequantize(layer.start), rounded.quantized.dequantize())
 
 
 def test_only_weights_near_a_tie_have_an_offset_and_none_is_past_it(subtests):
@@ -39,15 +40,16 @@ def test_only_weights_near_a_tie_have_an_offset_and_none_is_past_it(subtests):
             assert layer.start.max() <= 0.45
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_offset_above_one_half_rounds_to_the_other_neighbour(kind):
+def test_offset_above_one_half_rounds_to_the_other_neighbour(subtests):
     """The other neighbour is on the far side of the weight, so each error is larger, but less than twice half a step."""
-    layer, rounded = make_layer(kind)
-    moved = layer.qdata(torch.ones_like(layer.start)).float() != rounded.quantized.qdata.float()
-    assert int(moved.sum()) == len(layer.start)
-    one = layer.start.clone()
-    one[3] = 0.51
-    assert int((layer.qdata(one).float() != rounded.quantized.qdata.float()).sum()) == 1
+    for kind in FORMATS:
+        with subtests.test(kind):
+            layer, rounded = make_layer(kind)
+            moved = layer.qdata(torch.ones_like(layer.start)).float() != rounded.quantized.qdata.float()
+            assert int(moved.sum()) == len(layer.start)
+            one = layer.start.clone()
+            one[3] = 0.51
+            assert int((layer.qdata(one).float() != rounded.quantized.qdata.float()).sum()) == 1
 
 
 def test_result_has_its_own_error_and_solver():

@@ -1,6 +1,5 @@
 """A quantized layer as ComfyUI computes it on a card."""
 
-import pytest
 import torch
 from torch.nn import functional
 
@@ -32,19 +31,21 @@ def make(kind: str, capability=HOPPER):
     return made, QuantizedLinear(made.codec, made.parts(), made.shape, capability)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_layer_multiplies_quantized_activations_and_adds_the_bias(kind):
-    made, layer = make(kind)
-    quantized = quantize_inputs(made.codec, X.flatten(0, 1), None, HOPPER)
-    expected = functional.linear(quantized, made.dequantize(), BIAS).view(2, 5, OUT)
-    torch.testing.assert_close(layer(X), expected, rtol=1e-4, atol=1e-4)
+def test_layer_multiplies_quantized_activations_and_adds_the_bias(subtests):
+    for kind in FORMATS:
+        with subtests.test(kind):
+            made, layer = make(kind)
+            quantized = quantize_inputs(made.codec, X.flatten(0, 1), None, HOPPER)
+            expected = functional.linear(quantized, made.dequantize(), BIAS).view(2, 5, OUT)
+            torch.testing.assert_close(layer(X), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_layer_without_activations_multiplies_those_of_the_model(kind):
-    made, layer = make(kind)
-    expected = functional.linear(X, made.dequantize(), BIAS)
-    torch.testing.assert_close(layer.without_activations()(X), expected, rtol=1e-4, atol=1e-4)
+def test_layer_without_activations_multiplies_those_of_the_model(subtests):
+    for kind in FORMATS:
+        with subtests.test(kind):
+            made, layer = make(kind)
+            expected = functional.linear(X, made.dequantize(), BIAS)
+            torch.testing.assert_close(layer.without_activations()(X), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_card_that_does_not_multiply_the_format_has_unquantized_activations():
@@ -69,13 +70,14 @@ def test_layer_takes_its_static_scale_from_the_file():
     assert (layer(X * 1e-3) - expected).norm() < 0.05 * (expected - BIAS).norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_output_has_the_dtype_of_the_activations(dtype):
-    made, layer = make("INT8")
-    found = layer(X.to(dtype))
-    assert found.dtype is dtype
-    expected = functional.linear(X, made.dequantize(), BIAS)
-    assert (found.float() - expected).norm() < 0.02 * expected.norm()
+def test_output_has_the_dtype_of_the_activations(subtests):
+    for dtype in [torch.float16, torch.bfloat16, torch.float32]:
+        with subtests.test(dtype=dtype):
+            made, layer = make("INT8")
+            found = layer(X.to(dtype))
+            assert found.dtype is dtype
+            expected = functional.linear(X, made.dequantize(), BIAS)
+            assert (found.float() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_further_arguments_of_the_call_are_ignored():
