@@ -1,6 +1,5 @@
 """Statistics of a layer, and calibrations in memory."""
 
-import pytest
 import torch
 
 from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics, LowRankHessian
@@ -16,13 +15,14 @@ def test_validation_activations_are_those_whose_hessian_is_stored():
     torch.testing.assert_close(found, X, rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize(
-    "hessian",
-    [None, torch.eye(6), LowRankHessian(X.t(), torch.ones(6))],
-    ids=["none", "dense", "with directions left out"],
-)
-def test_validation_activations_are_none_where_only_their_hessian_is_known(hessian):
-    assert LayerStatistics(validation_hessian=hessian).validation_activations is None
+def test_validation_activations_are_none_where_only_their_hessian_is_known(subtests):
+    for label, hessian in {
+        "none": None,
+        "dense": torch.eye(6),
+        "with directions left out": LowRankHessian(X.t(), torch.ones(6)),
+    }.items():
+        with subtests.test(label):
+            assert LayerStatistics(validation_hessian=hessian).validation_activations is None
 
 
 def test_only_the_hessian_moves_to_a_device():

@@ -19,17 +19,18 @@ def correlations(size, tokens, spread=2.0):
     return x.t() @ x / tokens
 
 
-@pytest.mark.parametrize("size, tokens", [(1, 4), (60, 500), (300, 2000), (600, 100)])
-def test_factor_reproduces_the_matrix_and_its_small_eigenvalues(size, tokens):
-    matrix = correlations(size, tokens)
-    made = decode_triangle(*encode_triangle(matrix))
-    assert (made - matrix).norm() / matrix.norm() < 1e-2
-    assert torch.equal(made, made.t())
-    values, vectors = torch.linalg.eigh(matrix.double())
-    small = vectors[:, values < 0.01]
-    added = torch.einsum("ij,ik,kj->j", small, made.double(), small) - values[values < 0.01]
-    assert (added.abs() < 2e-3).all()  # less than the least dampening, 0.01
-    assert torch.linalg.eigvalsh(made.double()).min() > 0
+def test_factor_reproduces_the_matrix_and_its_small_eigenvalues(subtests):
+    for size, tokens in [(1, 4), (60, 500), (300, 2000), (600, 100)]:
+        with subtests.test(size=size, tokens=tokens):
+            matrix = correlations(size, tokens)
+            made = decode_triangle(*encode_triangle(matrix))
+            assert (made - matrix).norm() / matrix.norm() < 1e-2
+            assert torch.equal(made, made.t())
+            values, vectors = torch.linalg.eigh(matrix.double())
+            small = vectors[:, values < 0.01]
+            added = torch.einsum("ij,ik,kj->j", small, made.double(), small) - values[values < 0.01]
+            assert (added.abs() < 2e-3).all()  # less than the least dampening, 0.01
+            assert torch.linalg.eigvalsh(made.double()).min() > 0
 
 
 def test_a_factor_has_half_of_the_bytes():
@@ -43,12 +44,13 @@ def test_a_factor_has_half_of_the_bytes():
         assert packed_size(size, SEGMENT) + 4 * segment_count(size) < 0.56 * size**2
 
 
-@pytest.mark.parametrize("small", [0.0, 3e-43, 1e-30])
-def test_rows_of_tiny_elements_have_levels_of_their_sign(small):
-    levels, scales, _ = encode_triangle(torch.tensor([[1, small], [small, 1]]))
-    assert levels.min() >= 0
-    assert scales.min() > 0
-    assert levels[2] == (127 if small > 1e-37 else 0)
+def test_rows_of_tiny_elements_have_levels_of_their_sign(subtests):
+    for small in [0.0, 3e-43, 1e-30]:
+        with subtests.test(small=small):
+            levels, scales, _ = encode_triangle(torch.tensor([[1, small], [small, 1]]))
+            assert levels.min() >= 0
+            assert scales.min() > 0
+            assert levels[2] == (127 if small > 1e-37 else 0)
 
 
 @pytest.mark.parametrize("damage", ["negative", "nan"])

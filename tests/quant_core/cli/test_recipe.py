@@ -102,14 +102,14 @@ def test_options_become_the_recipe(subtests):
             assert recipe_for(*words).to_dict() == {**Recipe().to_dict(), **changed}
 
 
-@pytest.mark.parametrize(
-    "title", ["convrot with a value", "rank", "synthetic bias", "exclude twice", "a layer's rule twice"]
-)
-def test_the_recipe_of_the_options_is_in_the_file(lrq, model_file, title):
-    words, changed = OPTIONS[title]
-    assert lrq("quantize", "-i", model_file(), "-o", "q.safetensors", *words)[0] == 0
-    assert recipe_of("q.safetensors") == {**Recipe().to_dict(), **changed}
-    assert verify_file("q.safetensors").problems == []
+def test_the_recipe_of_the_options_is_in_the_file(lrq, model_file, subtests):
+    source = model_file()
+    for title in ("convrot with a value", "rank", "synthetic bias", "exclude twice", "a layer's rule twice"):
+        words, changed = OPTIONS[title]
+        with subtests.test(title):
+            assert lrq("quantize", "-i", source, "-o", "q.safetensors", "--overwrite", *words)[0] == 0
+            assert recipe_of("q.safetensors") == {**Recipe().to_dict(), **changed}
+            assert verify_file("q.safetensors").problems == []
 
 
 CUSTOM = [

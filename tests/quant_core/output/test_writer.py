@@ -137,7 +137,7 @@ NAMES = st.text(min_size=1, max_size=20).filter(lambda name: name != "__metadata
 SHAPES = st.lists(st.integers(0, 3), max_size=6).map(tuple)
 
 
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     st.dictionaries(NAMES, st.tuples(st.sampled_from(list(DTYPE_NAMES)), SHAPES), max_size=8),
     st.dictionaries(st.text(max_size=12), st.text(max_size=40), max_size=4),

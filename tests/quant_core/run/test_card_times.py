@@ -1,6 +1,7 @@
 """Times of a card: measured once, cached by card and versions, and taken from other machines."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -61,6 +62,8 @@ def test_the_file_has_ratios_to_bfloat16(gpu, folder):
 def test_other_versions_are_measured_again(gpu, folder, subtests):
     for key in ["torch", "triton", "comfy-kitchen", "learned_rounding"]:
         with subtests.test(key):
+            shutil.rmtree(folder, ignore_errors=True)
+            gpu.clear()
             times = present_card(GPU)
             times.versions[key] = "0.1"
             times.find(INT8, SHAPE)
@@ -71,7 +74,8 @@ def test_other_versions_are_measured_again(gpu, folder, subtests):
 def test_a_damaged_cache_is_measured_again(gpu, folder, caplog, subtests):
     for content in ["{", "[]", "{}", '{"card": "x"}']:
         with subtests.test(content):
-            folder.mkdir(parents=True)
+            caplog.clear()
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "nvidia-l4-test.json").write_text(content)
             assert present_card(GPU).find(INT8, SHAPE) == 1.0
             assert len(caplog.messages) == 1

@@ -14,7 +14,7 @@ def test_the_size_is_foreseen_to_the_byte(model_file, tmp_path, subtests):
     for options in [{"format": name, **UNROTATED} for name in FORMATS] + [{"format": "int8_tensorwise", "convrot": 16}]:
         with subtests.test(options=options):
             recipe = Recipe(rounding="nearest", **options)
-            quantize_file(model_file(), tmp_path / "q.safetensors", recipe)
+            quantize_file(model_file(), tmp_path / "q.safetensors", recipe, overwrite=True)
             with SafetensorsFile(model_file()) as source, SafetensorsFile(tmp_path / "q.safetensors") as made:
                 assert estimate_size(source, recipe, recipe.plan(source)) == sum(
                     info.nbytes for info in made.tensors.values()

@@ -156,8 +156,17 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".partial", ".journal"])
-@pytest.mark.parametrize("planted", PLANTED)
+@pytest.mark.parametrize(
+    "planted, suffix",
+    [
+        ("link", ".partial"),
+        ("link", ".journal"),
+        ("hard link", ".partial"),
+        ("pipe", ".journal"),
+        ("pipe", ".partial"),
+        ("folder", ".journal"),
+    ],
+)
 def test_planted_file_is_not_followed(tmp_path, tensors, planted, suffix):
     """The other file has the bytes of the killed run, so that only its place shows that another run wrote it."""
     killed = Run(tmp_path / "a", tensors)

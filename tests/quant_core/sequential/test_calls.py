@@ -183,15 +183,17 @@ def test_frames_of_a_closed_call_are_unwound(chain):
     assert left == [True]
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_modes_of_the_thread_are_those_in_which_the_call_is_made(mode):
-    def modes():
-        return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+def test_modes_of_the_thread_are_those_in_which_the_call_is_made(subtests):
+    for mode in [torch.inference_mode, torch.no_grad, torch.enable_grad]:
+        with subtests.test(mode=mode):
 
-    with mode():
-        call, expected = SuspendedCall(modes), modes()
-    call.advance()
-    assert call.result == expected
+            def modes():
+                return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+            with mode():
+                call, expected = SuspendedCall(modes), modes()
+            call.advance()
+            assert call.result == expected
 
 
 def test_context_variables_are_those_in_which_the_call_is_made():
