@@ -97,3 +97,10 @@ def test_reduced_inputs_keep_shape_and_dtype():
     found = reduce_inputs(make_codec("int8_tensorwise"), X.bfloat16(), None, HOPPER)
     assert found.shape == X.shape
     assert found.dtype is torch.bfloat16
+
+
+def test_one_token_without_a_dimension_of_tokens_gives_the_same(subtests):
+    for kind in FORMATS:
+        with subtests.test(kind):
+            _, layer = make(kind)
+            torch.testing.assert_close(layer(X[0, 0]), layer(X[:1, 0])[0])
