@@ -6,6 +6,7 @@ from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.formats import FormatConfig
 from learned_rounding.quant_core.recipes import aliases, make_format
+from learned_rounding.quant_core.recipes.aliases import choose_format
 from learned_rounding.quant_core.recipes.layers import parse_layer_config
 
 EXPECTED = {
@@ -20,12 +21,28 @@ EXPECTED = {
 INT8_AUTO = FormatConfig("int8_tensorwise", "row", convrot="auto")
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_an_alias_is_a_format_configuration_everywhere(name):
-    assert make_format(name) == EXPECTED[name]
-    assert Recipe(format=name).format == (INT8_AUTO if name == "int8" else EXPECTED[name])
-    assert parse_layer_config(f'{{"x": "{name}"}}')[0].format == EXPECTED[name]
-    assert Recipe.from_toml(f'format = "{name}"').format == EXPECTED[name]
+def test_an_alias_is_a_format_configuration(subtests):
+    for name, expected in EXPECTED.items():
+        with subtests.test(name):
+            assert make_format(name) == expected
+
+
+def test_an_alias_is_the_same_in_a_layer_config(subtests):
+    for name, expected in EXPECTED.items():
+        with subtests.test(name):
+            assert parse_layer_config(f'{{"x": "{name}"}}')[0].format == expected
+
+
+def test_an_alias_is_the_same_in_a_recipe_file(subtests):
+    for name, expected in EXPECTED.items():
+        with subtests.test(name):
+            assert Recipe.from_toml(f'format = "{name}"').format == expected
+
+
+def test_an_alias_is_the_same_in_a_new_recipe_but_for_convrot(subtests):
+    for name, expected in EXPECTED.items():
+        with subtests.test(name):
+            assert Recipe(format=name).format == (INT8_AUTO if name == "int8" else expected)
 
 
 @pytest.mark.parametrize(
@@ -38,41 +55,40 @@ def test_an_alias_is_a_format_configuration_everywhere(name):
     ],
 )
 def test_given_options_override_those_of_an_alias(options, expected):
-    assert make_format("int8", **options) == expected == Recipe(format="int8", **options).format
+    assert make_format("int8", **options) == expected
+    assert choose_format("int8", **options) == expected
 
 
-def test_new_recipes_of_int8_per_row_have_convrot_auto():
-    for name in ("int8", "int8_tensorwise"):
-        for options in ({}, {"granularity": "row"}):
-            assert Recipe(format=name, **options).format == INT8_AUTO
-        assert Recipe(format=name, convrot=False).format.convrot is None
-        assert Recipe(format=name, convrot=None).format == make_format(name)
-        assert Recipe(format=name, granularity="tensor").format.convrot is None
-    for name in ("fp8", "w4a8", "int8_blockwise", "measured"):
-        assert Recipe(format=name).format == make_format(name)
+@pytest.mark.parametrize("name", ["int8", "int8_tensorwise"])
+@pytest.mark.parametrize("options", [{}, {"granularity": "row"}])
+def test_new_recipes_of_int8_per_row_have_convrot_auto(name, options):
+    assert choose_format(name, **options) == INT8_AUTO
 
 
-@pytest.mark.parametrize(
-    "text, convrot",
-    [
-        ('format = "int8_tensorwise"', None),
-        ('format = "int8_tensorwise"\ngranularity = "row"', None),
-        ('format = "int8_tensorwise"\nconvrot = 64', 64),
-        ('format = "int8"', True),
-        ('format = "int8"\nconvrot = false', None),
-        ('format = "int8"\nconvrot = "auto"', "auto"),
-    ],
-)
-def test_recipe_files_keep_their_rotation(text, convrot):
-    """A file of version 0.1.0 has no line for a rotation that is off."""
-    recipe = Recipe.from_toml(text)
-    assert recipe.format.convrot == convrot
-    assert Recipe.from_toml(recipe.to_toml()) == recipe == Recipe.from_json(recipe.to_json())
-    assert Recipe(**recipe.to_dict()) == recipe
+@pytest.mark.parametrize("name", ["int8", "int8_tensorwise"])
+def test_new_recipes_of_int8_per_row_may_be_unrotated(name):
+    assert choose_format(name, convrot=False).convrot is None
 
 
-def test_format_names_are_exact_unless_a_sibling_is_asked_for(sentences):
+@pytest.mark.parametrize("name", ["int8", "int8_tensorwise"])
+def test_convrot_none_is_that_of_the_format_name(name):
+    assert choose_format(name, convrot=None) == make_format(name)
+
+
+def test_new_recipes_of_int8_per_tensor_have_no_convrot():
+    assert choose_format("int8", granularity="tensor").convrot is None
+
+
+@pytest.mark.parametrize("name", ["fp8", "w4a8", "int8_blockwise", "measured"])
+def test_new_recipes_of_other_formats_are_those_of_the_name(name):
+    assert choose_format(name) == make_format(name)
+
+
+def test_a_sibling_is_chosen_where_it_is_asked_for():
     assert make_format("float8_e4m3fn", "row", sibling=True).name == "float8_e4m3fn_rowwise"
+
+
+def test_format_names_are_exact(sentences):
     with sentences.raises(RecipeError):
         make_format("float8_e4m3fn", "row")
 
