@@ -1,0 +1,27 @@
+"""Dtype names of the safetensors format, against the library of the format."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES, SOURCE_DTYPES, TORCH_DTYPES, UNREADABLE_DTYPES
+
+
+def test_dtype_names_are_those_that_safetensors_writes(subtests, tmp_path):
+    for dtype, name in DTYPE_NAMES.items():
+        with subtests.test(name):
+            save_file({"a": torch.zeros(2, dtype=dtype)}, tmp_path / "a.safetensors")
+            assert f'"dtype":"{name}"'.encode() in (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_each_dtype_has_one_name():
+    assert {DTYPE_NAMES[dtype]: dtype for dtype in DTYPE_NAMES} == TORCH_DTYPES
+
+
+def test_dtypes_of_weights_are_those_that_files_can_have():
+    assert set(SOURCE_DTYPES) <= DTYPE_NAMES.keys()
+
+
+@pytest.mark.parametrize("name", UNREADABLE_DTYPES)
+def test_no_dtype_is_readable_and_unreadable(name):
+    assert name not in TORCH_DTYPES or name == "F8_E8M0"  # only where torch lacks it
