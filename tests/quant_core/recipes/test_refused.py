@@ -6,6 +6,8 @@ from learned_rounding.quant_core.errors import NothingToQuantizeError
 from learned_rounding.quant_core.recipes import make_plan
 from learned_rounding.quant_core.recipes.refused import DIFFUSERS, GENERAL_SWITCH, REFUSED, find_refusal
 from learned_rounding.tests.architectures import architectures, read
+from learned_rounding.tests.architectures.collect import DIFFUSION
+from learned_rounding.tests.architectures.table import examine
 
 PREFIXES = ["", "model.diffusion_model."]
 OF_DIFFUSERS = {
@@ -63,11 +65,17 @@ def test_diffusers_names_without_a_conversion_are_refused(subtests, header_sourc
             assert "no conversion" in str(error.value)
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_no_model_under_comfyuis_names_is_refused(subtests, prefix):
+def test_no_model_under_comfyuis_names_is_refused(subtests):
     for name in architectures():
         with subtests.test(name):
-            assert find_refusal(prefix + tensor for tensor in read(name)) is None
+            assert find_refusal(read(name)) is None
+
+
+def test_no_checkpoint_under_comfyuis_names_is_refused(subtests):
+    """One of each family: the names of its models differ little."""
+    for name in {examine(name).preset: name for name in DIFFUSION if examine(name).quantized}.values():
+        with subtests.test(name):
+            assert find_refusal(f"model.diffusion_model.{tensor}" for tensor in read(name)) is None
 
 
 OTHERS = {
@@ -265,3 +273,12 @@ def test_a_checkpoint_with_a_vae_and_a_vocoder_is_no_vae(layer_names):
 def test_the_vae_of_minimax_h3_is_unrecognized_since_comfyui_reads_it_quantized():
     """ComfyUI 0.33 gives it layers of mixed precision where the file has formats."""
     assert find_refusal(["decoder.transformer_blocks.0.scale1", "encoder.conv_in.weight"]) is None
+
+
+UMT5 = "token_embedding norm blocks.0.attn.q blocks.0.attn.o blocks.0.ffn.gate.0 blocks.0.ffn.fc1 blocks.0.ffn.fc2 blocks.0.pos_embedding.embedding"
+
+
+def test_umt5_of_wans_repository_is_refused_with_the_file_to_take_instead(header_source, sentences):
+    source = header_source({f"{name}.weight": (64, 64) for name in UMT5.split()})
+    with sentences.raises(NothingToQuantizeError):
+        make_plan(source)
