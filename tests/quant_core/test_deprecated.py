@@ -40,7 +40,8 @@ def test_parameters_of_quantize_weight_have_their_old_names(old, new):
     with pytest.deprecated_call():
         made = quantize_weight(weight, "int8_tensorwise", bias=torch.zeros(8), **{old: value})
     expected = quantize_weight(weight, "int8_tensorwise", bias=torch.zeros(8), **{new: value})
-    assert torch.equal(made.qdata, expected.qdata) and torch.equal(made.bias, expected.bias)
+    assert torch.equal(made.qdata, expected.qdata)
+    assert torch.equal(made.bias, expected.bias)
 
 
 def test_modules_that_moved_have_their_documented_names():
@@ -48,4 +49,5 @@ def test_modules_that_moved_have_their_documented_names():
         from learned_rounding.quant_core.checkpoints import open_source as old_open_source
     with pytest.deprecated_call():
         from learned_rounding.quant_core.requantize import DecodedSource as OldDecodedSource
-    assert old_open_source is open_source and OldDecodedSource is DecodedSource
+    assert old_open_source is open_source
+    assert OldDecodedSource is DecodedSource
