@@ -287,14 +287,15 @@ def test_zimage_under_diffusers_names(lrq, quantize, write):
 
 
 # https://github.com/Comfy-Org/ComfyUI/issues/15602: bytes after the last tensor, with which only some loaders read the file
-@pytest.mark.parametrize("command", ["inspect", "verify", "plan -i"])
-def test_bytes_after_the_last_tensor(flux, lrq, write, command):
-    path = write(flux)
-    with open(path, "ab") as file:
-        file.write(bytes(64))
-    code, text = lrq(*command.split(), path)
-    assert code == 1
-    assert "64 bytes after the last tensor" in text
+def test_bytes_after_the_last_tensor(subtests, flux, lrq, write):
+    for command in ["inspect", "verify", "plan -i"]:
+        with subtests.test(command=command):
+            path = write(flux)
+            with open(path, "ab") as file:
+                file.write(bytes(64))
+            code, text = lrq(*command.split(), path)
+            assert code == 1
+            assert "64 bytes after the last tensor" in text
 
 
 # https://github.com/Comfy-Org/ComfyUI/issues/9753 (LoKr of PEFT) and
@@ -310,38 +311,36 @@ def test_differences_to_a_model(layers, lrq, quantize, write, ends):
 
 
 # https://github.com/huggingface/diffusers/pull/5316: NaN and Inf of a broken LoRA that was merged
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("suffix", ["weight", "bias"])
-def test_nan_and_inf_of_the_source(flux, layers, lrq, quantize, write, tmp_path, value, suffix):
-    tensor = flux[f"{layers[3]}.{suffix}"].clone()
-    tensor.view(-1)[3] = value
-    code, text, _made = quantize(write(flux | {f"{layers[3]}.{suffix}": tensor}))
-    assert code == 0
-    assert ("contains NaN or Inf, so it stays unquantized" in text) == (suffix == "weight")
-    code, text = lrq("verify", tmp_path / "made.safetensors")
-    assert code == 0
-    assert f"Unquantized tensors with NaN or Inf, such as {layers[3]}.{suffix}: 1" in text
+def test_nan_and_inf_of_the_source(subtests, flux, layers, lrq, quantize, write, tmp_path):
+    for value in [float("nan"), float("inf")]:
+        for suffix in ["weight", "bias"]:
+            with subtests.test(value=value, suffix=suffix):
+                tensor = flux[f"{layers[3]}.{suffix}"].clone()
+                tensor.view(-1)[3] = value
+                code, text, _made = quantize(write(flux | {f"{layers[3]}.{suffix}": tensor}), "--overwrite")
+                assert code == 0
+                assert ("contains NaN or Inf, so it stays unquantized" in text) == (suffix == "weight")
+                code, text = lrq("verify", tmp_path / "made.safetensors")
+                assert code == 0
+                assert f"Unquantized tensors with NaN or Inf, such as {layers[3]}.{suffix}: 1" in text
 
 
 # https://github.com/Comfy-Org/ComfyUI/issues/12830: "Unsupported quantization format: int8_blockwise"
 # https://github.com/BobJohnson24/ComfyUI-INT8-Fast/issues/90: "Unsupported quantization format: int8_tensorwise", ConvRot of 64
 # https://github.com/kijai/ComfyUI-KJNodes/issues/682: "KeyError: 'mxfp8'"
-@pytest.mark.parametrize(
-    "recipe, support",
-    [
+def test_formats_that_older_releases_do_not_know(subtests, flux, layers, lrq, write):
+    for recipe, support in [
         (Recipe(format="int8_blockwise"), "int8_blockwise only with this node pack installed"),
         (Recipe(format="int8_tensorwise", convrot=64), "Stock ComfyUI 0.27 and newer loads it"),
         (Recipe(format="mxfp8"), "Stock ComfyUI 0.18 and newer loads it"),
-    ],
-    ids=["int8_blockwise", "ConvRot 64", "mxfp8"],
-)
-def test_formats_that_older_releases_do_not_know(flux, layers, lrq, write, recipe, support):
-    made = quantize_tensors(flux, Recipe(**{**recipe.to_dict(), "rounding": "nearest", "preset": "flux"}))
-    path = write(made.tensors, **made.metadata)
-    assert support in lrq("inspect", path)[1]
-    code, text = lrq("verify", path)
-    assert code == 0
-    assert f"OK, {len(layers)} quantized layers" in text
+    ]:
+        with subtests.test(recipe=recipe, support=support):
+            made = quantize_tensors(flux, Recipe(**{**recipe.to_dict(), "rounding": "nearest", "preset": "flux"}))
+            path = write(made.tensors, **made.metadata)
+            assert support in lrq("inspect", path)[1]
+            code, text = lrq("verify", path)
+            assert code == 0
+            assert f"OK, {len(layers)} quantized layers" in text
 
 
 # https://github.com/sgl-project/sglang/pull/36037 and https://github.com/sgl-project/sglang/pull/36046: text encoders with an

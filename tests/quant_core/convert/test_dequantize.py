@@ -98,33 +98,38 @@ def rotated_by_others(size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor],
     return weight, tensors, config
 
 
-@pytest.mark.parametrize("size", [4, 1024, 4096])
-def test_rotations_of_other_tools_are_undone(size):
-    weight, tensors, _ = rotated_by_others(size)
-    decoded = DecodedSource(TensorSource(tensors))
-    assert dict(decoded.layers) == {f"int8_tensorwise per row, ConvRot {size}": 1}
-    assert error(decoded.read("a.weight"), weight) < 0.02
+def test_rotations_of_other_tools_are_undone(subtests):
+    for size in [4, 1024, 4096]:
+        with subtests.test(size=size):
+            weight, tensors, _ = rotated_by_others(size)
+            decoded = DecodedSource(TensorSource(tensors))
+            assert dict(decoded.layers) == {f"int8_tensorwise per row, ConvRot {size}": 1}
+            assert error(decoded.read("a.weight"), weight) < 0.02
 
 
-@pytest.mark.parametrize("size", [4, 1024, 4096])
-def test_rotations_of_other_tools_are_migrated(tmp_path, size):
-    _, tensors, config = rotated_by_others(size)
-    save_file(tensors, tmp_path / "a.safetensors")
-    result = migrate_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert dict(result.layers) == {f"int8_tensorwise per row, ConvRot {size}": 1}
-    with SafetensorsFile(tmp_path / "b.safetensors") as migrated:
-        assert read_config(migrated.read("a.comfy_quant"), "a") == config | {"per_row": True}
-    assert verify_file(tmp_path / "b.safetensors").problems == []
+def test_rotations_of_other_tools_are_migrated(subtests, tmp_path):
+    for size in [4, 1024, 4096]:
+        with subtests.test(size=size):
+            _, tensors, config = rotated_by_others(size)
+            save_file(tensors, tmp_path / "a.safetensors")
+            result = migrate_file(tmp_path / "a.safetensors", tmp_path / f"{size}.safetensors")
+            assert dict(result.layers) == {f"int8_tensorwise per row, ConvRot {size}": 1}
+            with SafetensorsFile(tmp_path / f"{size}.safetensors") as migrated:
+                assert read_config(migrated.read("a.comfy_quant"), "a") == config | {"per_row": True}
+            assert verify_file(tmp_path / f"{size}.safetensors").problems == []
 
 
-@pytest.mark.parametrize("by_header, by_tensor", [(16, None), (None, 16)])
-def test_the_header_is_read_where_the_tensor_disagrees(tmp_path, by_header, by_tensor):
+def test_the_header_is_read_where_the_tensor_disagrees(subtests, tmp_path):
     """ComfyUI writes the header's JSON over the tensor."""
-    configs = {convrot: make_codec("int8_tensorwise", "row", convrot=convrot).config for convrot in (None, 16)}
-    made = quantize_tensors(plain(), Recipe(format="int8_tensorwise", convrot=by_header, rounding="nearest")).tensors
-    made["a.comfy_quant"] = config_tensor(configs[by_tensor])
-    disputed = TensorSource(made, {"_quantization_metadata": quantization_metadata({"a": configs[by_header]})})
-    assert error(DecodedSource(disputed).read("a.weight"), plain()["a.weight"]) < 0.05
+    for by_header, by_tensor in [(16, None), (None, 16)]:
+        with subtests.test(by_header=by_header, by_tensor=by_tensor):
+            configs = {convrot: make_codec("int8_tensorwise", "row", convrot=convrot).config for convrot in (None, 16)}
+            made = quantize_tensors(
+                plain(), Recipe(format="int8_tensorwise", convrot=by_header, rounding="nearest")
+            ).tensors
+            made["a.comfy_quant"] = config_tensor(configs[by_tensor])
+            disputed = TensorSource(made, {"_quantization_metadata": quantization_metadata({"a": configs[by_header]})})
+            assert error(DecodedSource(disputed).read("a.weight"), plain()["a.weight"]) < 0.05
 
 
 def test_the_header_is_read_for_formats_of_others_too():

@@ -57,13 +57,14 @@ def old_fp8(marker=0, prefix="", **more):
     }
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("marker, full", [(0, False), (2, True)])
-def test_old_scaled_fp8_gets_layer_json(migrate, prefix, marker, full):
-    done, _, jsons = migrate(old_fp8(marker, prefix), {"title": "x"})
-    expected = {"format": "float8_e4m3fn"} | ({"full_precision_matrix_mult": True} if full else {})
-    assert jsons == {f"{prefix}blocks.0.mlp": expected}
-    assert done.layers.total() == 1
+def test_old_scaled_fp8_gets_layer_json(subtests, migrate):
+    for prefix in ["", "model.diffusion_model."]:
+        for marker, full in [(0, False), (2, True)]:
+            with subtests.test(prefix=prefix, marker=marker, full=full):
+                done, _, jsons = migrate(old_fp8(marker, prefix), {"title": "x"}, overwrite=True)
+                expected = {"format": "float8_e4m3fn"} | ({"full_precision_matrix_mult": True} if full else {})
+                assert jsons == {f"{prefix}blocks.0.mlp": expected}
+                assert done.layers.total() == 1
 
 
 @pytest.mark.parametrize("marker, full", [(0, False), (2, True)])
@@ -96,18 +97,20 @@ INPUT_SCALES = {
 }
 
 
-@pytest.mark.parametrize("value, stays", INPUT_SCALES.values(), ids=INPUT_SCALES)
-def test_input_scales_stay_where_they_were_measured(migrate, value, stays, sentences):
-    done, made, _ = migrate(old_fp8(scale_input=torch.tensor(value)))
-    assert ("blocks.0.mlp.input_scale" in made) is stays
-    sentences(str(dict(done.changes)))
+def test_input_scales_stay_where_they_were_measured(subtests, migrate, sentences):
+    for kind, (value, stays) in INPUT_SCALES.items():
+        with subtests.test(kind):
+            done, made, _ = migrate(old_fp8(scale_input=torch.tensor(value)), overwrite=True)
+            assert ("blocks.0.mlp.input_scale" in made) is stays
+            sentences(str(dict(done.changes)))
 
 
-@pytest.mark.parametrize("value", [value for value, _ in INPUT_SCALES.values()], ids=INPUT_SCALES)
-def test_input_scales_can_be_left_out(migrate, value, sentences):
-    done, made, _ = migrate(old_fp8(scale_input=torch.tensor(value)), drop_input_scale=True)
-    assert "blocks.0.mlp.input_scale" not in made
-    sentences(str(dict(done.changes)))
+def test_input_scales_can_be_left_out(subtests, migrate, sentences):
+    for value in [value for value, _ in INPUT_SCALES.values()]:
+        with subtests.test(value=value):
+            done, made, _ = migrate(old_fp8(scale_input=torch.tensor(value)), drop_input_scale=True, overwrite=True)
+            assert "blocks.0.mlp.input_scale" not in made
+            sentences(str(dict(done.changes)))
 
 
 def test_input_scales_from_a_calibration(migrate, sentences):
@@ -239,14 +242,17 @@ def test_what_would_not_be_what_was_meant_is_not_written(subtests, tmp_path, mig
 TWICE = [("weight_scale", "scale_weight"), ("input_scale", "scale_input")]
 
 
-@pytest.mark.parametrize("names", [*TWICE, *(pair[::-1] for pair in TWICE)], ids="/".join)
-def test_a_scale_by_two_names_is_refused(tmp_path, migrate, names, sentences):
+def test_a_scale_by_two_names_is_refused(subtests, tmp_path, migrate, sentences):
     """One of them would be chosen, and the other stay under a name that is written again."""
-    scales = {f"blocks.0.mlp.{name}": torch.tensor(value) for name, value in zip(names, (0.02, 3.0), strict=True)}
-    layer = {"blocks.0.mlp.weight": qdata(), "blocks.0.mlp.weight_scale": torch.tensor(0.02)}
-    with sentences.raises(SourceError):
-        migrate(layer | scales)
-    assert not (tmp_path / "new.safetensors").exists()
+    for names in [*TWICE, *(pair[::-1] for pair in TWICE)]:
+        with subtests.test(names=names):
+            scales = {
+                f"blocks.0.mlp.{name}": torch.tensor(value) for name, value in zip(names, (0.02, 3.0), strict=True)
+            }
+            layer = {"blocks.0.mlp.weight": qdata(), "blocks.0.mlp.weight_scale": torch.tensor(0.02)}
+            with sentences.raises(SourceError):
+                migrate(layer | scales)
+            assert not (tmp_path / "new.safetensors").exists()
 
 
 def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate, sentences):

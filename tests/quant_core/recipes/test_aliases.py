@@ -1,7 +1,5 @@
 """Short format names mean the same in recipes, layer configs, lrq and the nodes, but for ConvRot of new recipes."""
 
-import pytest
-
 from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.formats import FormatConfig
@@ -45,43 +43,45 @@ def test_an_alias_is_the_same_in_a_new_recipe_but_for_convrot(subtests):
             assert Recipe(format=name).format == (INT8_AUTO if name == "int8" else expected)
 
 
-@pytest.mark.parametrize(
-    "options, expected",
-    [
+def test_given_options_override_those_of_an_alias(subtests):
+    for options, expected in [
         ({"convrot": False}, FormatConfig("int8_tensorwise", "row")),
         ({"convrot": 16}, FormatConfig("int8_tensorwise", "row", convrot=16)),
         ({"granularity": "tensor"}, FormatConfig("int8_tensorwise", "tensor")),
         ({"granularity": "block", "block_size": 32}, FormatConfig("int8_blockwise", "block", 32)),
-    ],
-)
-def test_given_options_override_those_of_an_alias(options, expected):
-    assert make_format("int8", **options) == expected
-    assert choose_format("int8", **options) == expected
+    ]:
+        with subtests.test(options=options, expected=expected):
+            assert make_format("int8", **options) == expected
+            assert choose_format("int8", **options) == expected
 
 
-@pytest.mark.parametrize("name", ["int8", "int8_tensorwise"])
-@pytest.mark.parametrize("options", [{}, {"granularity": "row"}])
-def test_new_recipes_of_int8_per_row_have_convrot_auto(name, options):
-    assert choose_format(name, **options) == INT8_AUTO
+def test_new_recipes_of_int8_per_row_have_convrot_auto(subtests):
+    for name in ["int8", "int8_tensorwise"]:
+        for options in [{}, {"granularity": "row"}]:
+            with subtests.test(name=name, options=options):
+                assert choose_format(name, **options) == INT8_AUTO
 
 
-@pytest.mark.parametrize("name", ["int8", "int8_tensorwise"])
-def test_new_recipes_of_int8_per_row_may_be_unrotated(name):
-    assert choose_format(name, convrot=False).convrot is None
+def test_new_recipes_of_int8_per_row_may_be_unrotated(subtests):
+    for name in ["int8", "int8_tensorwise"]:
+        with subtests.test(name=name):
+            assert choose_format(name, convrot=False).convrot is None
 
 
-@pytest.mark.parametrize("name", ["int8", "int8_tensorwise"])
-def test_convrot_none_is_that_of_the_format_name(name):
-    assert choose_format(name, convrot=None) == make_format(name)
+def test_convrot_none_is_that_of_the_format_name(subtests):
+    for name in ["int8", "int8_tensorwise"]:
+        with subtests.test(name=name):
+            assert choose_format(name, convrot=None) == make_format(name)
 
 
 def test_new_recipes_of_int8_per_tensor_have_no_convrot():
     assert choose_format("int8", granularity="tensor").convrot is None
 
 
-@pytest.mark.parametrize("name", ["fp8", "w4a8", "int8_blockwise", "measured"])
-def test_new_recipes_of_other_formats_are_those_of_the_name(name):
-    assert choose_format(name) == make_format(name)
+def test_new_recipes_of_other_formats_are_those_of_the_name(subtests):
+    for name in ["fp8", "w4a8", "int8_blockwise", "measured"]:
+        with subtests.test(name=name):
+            assert choose_format(name) == make_format(name)
 
 
 def test_a_sibling_is_chosen_where_it_is_asked_for():

@@ -43,12 +43,13 @@ def test_formats_of_fewer_bits():
     assert set(FEW_BITS) == {"nvfp4", "asym_w4a8_int8", "convrot_w4a4"}
 
 
-@pytest.mark.parametrize("format", [*FEW_BITS, "w6a8"])
-def test_sensitive_layers_take_eight_bits(format):
-    plan = Recipe(format=format, preset="none").plan(header(blocks(6)))
-    few = {f"blocks.{block}.{layer}.weight" for block in range(1, 5) for layer in ("qkv", "mlp.up")}
-    assert set(plan.names("quantize")) - fallbacks(plan) == few
-    assert {plan.decisions[name].format for name in fallbacks(plan)} == {EIGHT_BITS}
+def test_sensitive_layers_take_eight_bits(subtests):
+    for format in [*FEW_BITS, "w6a8"]:
+        with subtests.test(format=format):
+            plan = Recipe(format=format, preset="none").plan(header(blocks(6)))
+            few = {f"blocks.{block}.{layer}.weight" for block in range(1, 5) for layer in ("qkv", "mlp.up")}
+            assert set(plan.names("quantize")) - fallbacks(plan) == few
+            assert {plan.decisions[name].format for name in fallbacks(plan)} == {EIGHT_BITS}
 
 
 def test_formats_of_eight_bits_take_all_layers(subtests):
@@ -57,22 +58,24 @@ def test_formats_of_eight_bits_take_all_layers(subtests):
             assert not fallbacks(Recipe(format=format, preset="none").plan(header(blocks(6))))
 
 
-@pytest.mark.parametrize("layer, format", [("mlp.down", "asym_w4a8_int8"), ("qkv", "float8_e4m3fn")])
-def test_a_rule_of_the_user_decides_before_the_list(layer, format):
-    plan = Recipe(format="w4a8", preset="none", layer_config=f'{{"{layer}": "{format}"}}').plan(header(blocks(6)))
-    assert {plan.decisions[f"blocks.{block}.{layer}.weight"].format.name for block in range(6)} == {format}
-    assert "blocks.0.mlp.up.weight" in fallbacks(plan)
+def test_a_rule_of_the_user_decides_before_the_list(subtests):
+    for layer, format in [("mlp.down", "asym_w4a8_int8"), ("qkv", "float8_e4m3fn")]:
+        with subtests.test(layer=layer, format=format):
+            plan = Recipe(format="w4a8", preset="none", layer_config=f'{{"{layer}": "{format}"}}').plan(
+                header(blocks(6))
+            )
+            assert {plan.decisions[f"blocks.{block}.{layer}.weight"].format.name for block in range(6)} == {format}
+            assert "blocks.0.mlp.up.weight" in fallbacks(plan)
 
 
-@pytest.mark.parametrize(
-    "format, channels, held", [("w4a8", 80, True), ("w4a8", 72, False), ("w6a8", 80, False), ("w4a4", 80, False)]
-)
-def test_a_shape_that_the_format_cannot_hold_takes_eight_bits_with_the_reason(format, channels, held, sentences):
-    shapes = {f"blocks.{block}.attn.{name}.weight": (96, channels) for block in range(6) for name in ("q", "k")}
-    plan = Recipe(format=format, preset="none").plan(header(shapes))
-    inner = [name for name in shapes if ".0." not in name and ".5." not in name]
-    assert {name in fallbacks(plan) for name in inner} == {not held}
-    sentences(sorted({plan.decisions[name].reason for name in inner}))
+def test_a_shape_that_the_format_cannot_hold_takes_eight_bits_with_the_reason(subtests, sentences):
+    for format, channels, held in [("w4a8", 80, True), ("w4a8", 72, False), ("w6a8", 80, False), ("w4a4", 80, False)]:
+        with subtests.test(format=format, channels=channels, held=held):
+            shapes = {f"blocks.{block}.attn.{name}.weight": (96, channels) for block in range(6) for name in ("q", "k")}
+            plan = Recipe(format=format, preset="none").plan(header(shapes))
+            inner = [name for name in shapes if ".0." not in name and ".5." not in name]
+            assert {name in fallbacks(plan) for name in inner} == {not held}
+            sentences(sorted({plan.decisions[name].reason for name in inner}))
 
 
 def test_a_rule_for_a_format_that_cannot_hold_the_layer_takes_eight_bits():
@@ -108,9 +111,10 @@ def test_formats_of_four_bits_warn_without_a_calibration(sentences):
     sentences([describe_uncalibrated(Recipe(format=name).format) for name in sorted(FEW_BITS)])
 
 
-@pytest.mark.parametrize("format", ["int8", "w6a8", "measured"])
-def test_other_formats_do_not_warn_without_a_calibration(format):
-    assert describe_uncalibrated(Recipe(format=format).format) is None
+def test_other_formats_do_not_warn_without_a_calibration(subtests):
+    for format in ["int8", "w6a8", "measured"]:
+        with subtests.test(format=format):
+            assert describe_uncalibrated(Recipe(format=format).format) is None
 
 
 def test_layers_of_the_middle_blocks_keep_their_four_bits(subtests):

@@ -15,10 +15,13 @@ MIDDLE = [f"layers.2.{bank}" for bank in BANKS]
 CHECKPOINT = "text_encoders.gpt_oss.transformer."
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", CHECKPOINT])
-def test_banks_are_those_of_gpt_oss(gpt_oss, prefix):
-    tensors = TensorSource({prefix + name: tensor for name, tensor in gpt_oss(2).items()}).tensors
-    assert set(find_banks(tensors)) == {f"{prefix}layers.{block}.{bank}" for block in range(2) for bank in BANKS}
+def test_banks_are_those_of_gpt_oss(subtests, gpt_oss):
+    for prefix in ["", "model.", CHECKPOINT]:
+        with subtests.test(prefix=prefix):
+            tensors = TensorSource({prefix + name: tensor for name, tensor in gpt_oss(2).items()}).tensors
+            assert set(find_banks(tensors)) == {
+                f"{prefix}layers.{block}.{bank}" for block in range(2) for bank in BANKS
+            }
 
 
 def test_a_bank_has_the_shape_of_one_expert(gpt_oss):
@@ -87,12 +90,14 @@ def test_mixed_precision_takes_eight_bits_for_banks(gpt_oss, sentences):
     sentences(decisions[MIDDLE[0]].reason)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["blocks.0.mlp.experts.up.weight", "model.layers.0.mlp.experts.gate_up_proj", "blocks.0.moe.w1_experts.weight"],
-)
-def test_other_banks_stay_and_the_plan_says_why(header_source, name, sentences):
-    tensors = {name: (8, 128, 64), "blocks.0.proj.weight": (128, 128), "conv.weight": (64, 64, 3)}
-    decisions = Recipe(preset="none").plan(header_source(tensors)).decisions
-    assert decisions[name].action == "keep"
-    sentences([decisions[name].reason, decisions["conv.weight"].reason])
+def test_other_banks_stay_and_the_plan_says_why(subtests, header_source, sentences):
+    for name in [
+        "blocks.0.mlp.experts.up.weight",
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "blocks.0.moe.w1_experts.weight",
+    ]:
+        with subtests.test(name=name):
+            tensors = {name: (8, 128, 64), "blocks.0.proj.weight": (128, 128), "conv.weight": (64, 64, 3)}
+            decisions = Recipe(preset="none").plan(header_source(tensors)).decisions
+            assert decisions[name].action == "keep"
+            sentences([decisions[name].reason, decisions["conv.weight"].reason])

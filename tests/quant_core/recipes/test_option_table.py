@@ -33,13 +33,14 @@ def test_every_option_has_help(subtests):
             assert not option.help.endswith(".")
 
 
-@pytest.mark.parametrize("command", ["quantize", "plan"])
-def test_every_option_is_one_of_lrq(subtests, command):
-    (commands,) = (action.choices for action in make_parser()._actions if getattr(action, "choices", None))
-    known = commands[command]._option_string_actions.keys()
-    for name, option in TABLE.items():
-        with subtests.test(name):
-            assert known >= set(option.flags or (f"--{name}",))
+def test_every_option_is_one_of_lrq(subtests):
+    for command in ["quantize", "plan"]:
+        with subtests.test(command=command):
+            (commands,) = (action.choices for action in make_parser()._actions if getattr(action, "choices", None))
+            known = commands[command]._option_string_actions.keys()
+            for name, option in TABLE.items():
+                with subtests.test(name):
+                    assert known >= set(option.flags or (f"--{name}",))
 
 
 def test_defaults_are_those_of_the_recipe(subtests):
@@ -51,23 +52,24 @@ def test_defaults_are_those_of_the_recipe(subtests):
 CODECS = [(name, granularity) for name in FORMATS for granularity in FORMATS[name].granularities]
 
 
-@pytest.mark.parametrize("option, value", [("block_size", 64), ("convrot", True), ("full_precision_matmul", True)])
-def test_an_option_is_accepted_by_the_formats_it_applies_to(subtests, option, value):
-    for name, granularity in CODECS:
-        with subtests.test(name, granularity=granularity):
-            if FORMAT_OPTIONS[option].applies(FormatConfig(name, granularity).codec):
-                assert getattr(FormatConfig(name, granularity, **{option: value}), option) == value
-            elif FORMATS[name].full_precision_matmul != "always":
-                with pytest.raises(RecipeError):
-                    FormatConfig(name, granularity, **{option: value})
+def test_an_option_is_accepted_by_the_formats_it_applies_to(subtests):
+    for option, value in [("block_size", 64), ("convrot", True), ("full_precision_matmul", True)]:
+        for name, granularity in CODECS:
+            with subtests.test(name, granularity=granularity, option=option, value=value):
+                if FORMAT_OPTIONS[option].applies(FormatConfig(name, granularity).codec):
+                    assert getattr(FormatConfig(name, granularity, **{option: value}), option) == value
+                elif FORMATS[name].full_precision_matmul != "always":
+                    with pytest.raises(RecipeError):
+                        FormatConfig(name, granularity, **{option: value})
 
 
-@pytest.mark.parametrize("option", ["block_size", "convrot", "full_precision_matmul"])
-def test_the_scope_of_an_option_names_the_formats_it_applies_to(subtests, option):
-    for name, granularity in CODECS:
-        if FORMAT_OPTIONS[option].applies(FormatConfig(name, granularity).codec):
-            with subtests.test(name, granularity=granularity):
-                assert name in FORMAT_OPTIONS[option].scope
+def test_the_scope_of_an_option_names_the_formats_it_applies_to(subtests):
+    for option in ["block_size", "convrot", "full_precision_matmul"]:
+        with subtests.test(option=option):
+            for name, granularity in CODECS:
+                if FORMAT_OPTIONS[option].applies(FormatConfig(name, granularity).codec):
+                    with subtests.test(name, granularity=granularity):
+                        assert name in FORMAT_OPTIONS[option].scope
 
 
 def test_formats_are_offered_with_the_aliases():

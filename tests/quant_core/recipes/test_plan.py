@@ -98,16 +98,17 @@ PRESET_OF = {
 # Presets
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_decisions_of_real_layers(subtests, layer_names, header_source, prefix):
-    for family, actions in EXPECTED.items():
-        if family == "t5" and prefix:
-            continue  # a text encoder is in a file of its own
-        decisions = make_plan(header_source(layer_names(family, prefix))).decisions
-        for action, names in actions.items():
-            with subtests.test(family, action=action):
-                found = {name: decisions[f"{prefix}{name}.weight"].action for name in names.split()}
-                assert found == dict.fromkeys(found, action)
+def test_decisions_of_real_layers(subtests, layer_names, header_source):
+    for prefix in ["", "model.diffusion_model."]:
+        with subtests.test(prefix=prefix):
+            for family, actions in EXPECTED.items():
+                if family == "t5" and prefix:
+                    continue  # a text encoder is in a file of its own
+                decisions = make_plan(header_source(layer_names(family, prefix))).decisions
+                for action, names in actions.items():
+                    with subtests.test(family, action=action):
+                        found = {name: decisions[f"{prefix}{name}.weight"].action for name in names.split()}
+                        assert found == dict.fromkeys(found, action)
 
 
 def test_layers_are_kept_for_a_reason(subtests):
@@ -149,16 +150,17 @@ def test_a_layer_that_the_preset_does_not_know_makes_it_less_sure(layer_names, h
     sentences(*(make_plan(header_source(names)).explanation for names in (layer_names("flux"), more)))
 
 
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_what_qwen35_predicts_further_words_with_is_kept(layer_names, header_source, prefix):
+def test_what_qwen35_predicts_further_words_with_is_kept(subtests, layer_names, header_source):
     """Published files have it, ComfyUI's class has not."""
-    more = {
-        f"{prefix}{name}.weight": (64, 64)
-        for name in ("mtp.fc", "mtp.layers.0.self_attn.q_proj", "mtp.layers.0.mlp.down_proj")
-    }
-    plan = make_plan(header_source({**layer_names("qwen35_2b"), **more}))
-    assert plan.preset is PRESETS["qwen35"]
-    assert {plan.decisions[name].action for name in more} == {"keep"}
+    for prefix in ["", "model."]:
+        with subtests.test(prefix=prefix):
+            more = {
+                f"{prefix}{name}.weight": (64, 64)
+                for name in ("mtp.fc", "mtp.layers.0.self_attn.q_proj", "mtp.layers.0.mlp.down_proj")
+            }
+            plan = make_plan(header_source({**layer_names("qwen35_2b"), **more}))
+            assert plan.preset is PRESETS["qwen35"]
+            assert {plan.decisions[name].action for name in more} == {"keep"}
 
 
 # What is left out
@@ -198,11 +200,12 @@ def averaged_copies(layer_names, copy: str) -> dict:
     return layer_names("flux", copy) | {f"{copy}decay": (), "model_ema.diffusion_modelimg_inweight": (64, 64)}
 
 
-@pytest.mark.parametrize("prefix, copy", COPIES)
-def test_averaged_copies_are_left_out(layer_names, header_source, prefix, copy):
+def test_averaged_copies_are_left_out(subtests, layer_names, header_source):
     """ComfyUI's loader ignores them."""
-    names, copies = layer_names("flux", prefix), averaged_copies(layer_names, copy)
-    assert set(make_plan(header_source(copies | names)).names("remove")) == copies.keys()
+    for prefix, copy in COPIES:
+        with subtests.test(prefix=prefix, copy=copy):
+            names, copies = layer_names("flux", prefix), averaged_copies(layer_names, copy)
+            assert set(make_plan(header_source(copies | names)).names("remove")) == copies.keys()
 
 
 def test_averaged_copies_do_not_change_other_decisions(layer_names, header_source):
@@ -255,11 +258,12 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("preset", ["auto", "none", "flux"])
-def test_text_encoders_and_vae_of_a_whole_checkpoint_stay_as_they_are(layer_names, header_source, preset):
-    plan = make_plan(header_source({**layer_names("flux", "model.diffusion_model."), **WHOLE}), preset=preset)
-    assert {name: plan.decisions[name].action for name in WHOLE} == dict.fromkeys(WHOLE, "keep")
-    assert plan.decisions["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"].action == "quantize"
+def test_text_encoders_and_vae_of_a_whole_checkpoint_stay_as_they_are(subtests, layer_names, header_source):
+    for preset in ["auto", "none", "flux"]:
+        with subtests.test(preset=preset):
+            plan = make_plan(header_source({**layer_names("flux", "model.diffusion_model."), **WHOLE}), preset=preset)
+            assert {name: plan.decisions[name].action for name in WHOLE} == dict.fromkeys(WHOLE, "keep")
+            assert plan.decisions["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"].action == "quantize"
 
 
 def test_the_diffusion_model_of_a_whole_checkpoint_gets_its_own_keep_list(layer_names, header_source):
@@ -296,13 +300,18 @@ def test_each_part_of_a_checkpoint_gets_its_own_rule(subtests, layer_names, head
             sentences(plan.explanation)
 
 
-@pytest.mark.parametrize("family", ["pixart_sigma", None])
-def test_text_encoders_that_comfyui_reads_in_full_precision_stay(layer_names, header_source, family):
+def test_text_encoders_that_comfyui_reads_in_full_precision_stay(subtests, layer_names, header_source):
     """PixArt's T5: ComfyUI does not look for quantized layers there. And that of a model which nothing recognises."""
-    t5 = layer_names("t5", "text_encoders.t5xxl.transformer.")
-    model = layer_names(family, "model.diffusion_model.") if family else {"model.diffusion_model.a.weight": (64, 64)}
-    plan = make_plan(header_source({**model, **t5}))
-    assert {plan.decisions[name].action for name in t5} == {"keep"}
+    for family in ["pixart_sigma", None]:
+        with subtests.test(family=family):
+            t5 = layer_names("t5", "text_encoders.t5xxl.transformer.")
+            model = (
+                layer_names(family, "model.diffusion_model.")
+                if family
+                else {"model.diffusion_model.a.weight": (64, 64)}
+            )
+            plan = make_plan(header_source({**model, **t5}))
+            assert {plan.decisions[name].action for name in t5} == {"keep"}
 
 
 # The general rule
@@ -317,11 +326,14 @@ GENERAL = {
 }
 
 
-@pytest.mark.parametrize("action", GENERAL)
-def test_the_general_rule(header_source, action):
-    names = {f"{name}.weight": (256, 256) for name in [*GENERAL[action].split(), "blocks.9.mlp"]}
-    plan = make_plan(header_source(names), preset="none")
-    assert {name for name in GENERAL[action].split() if plan.decisions[f"{name}.weight"].action != action} == set()
+def test_the_general_rule(subtests, header_source):
+    for action in GENERAL:
+        with subtests.test(action=action):
+            names = {f"{name}.weight": (256, 256) for name in [*GENERAL[action].split(), "blocks.9.mlp"]}
+            plan = make_plan(header_source(names), preset="none")
+            assert {
+                name for name in GENERAL[action].split() if plan.decisions[f"{name}.weight"].action != action
+            } == set()
 
 
 def test_the_general_rule_alone_has_no_preset(header_source):
@@ -405,14 +417,13 @@ def test_own_rules_cannot_ask_for_what_comfyui_does_not_read(subtests, layer_nam
             sentences(decision.reason)
 
 
-@pytest.mark.parametrize(
-    "format, action", [("int8_tensorwise", "quantize"), ("float8_e4m3fn", "quantize"), ("int8_blockwise", "keep")]
-)
-def test_an_embedding_is_quantized_in_what_comfyui_reads_there(layer_names, header_source, format, action, sentences):
+def test_an_embedding_is_quantized_in_what_comfyui_reads_there(subtests, layer_names, header_source, sentences):
     """It looks rows of codes up, and takes the scale for that of the whole table or of each row."""
-    plan = Recipe(layer_config=f'{{"shared": "{format}"}}').plan(header_source(layer_names("t5")))
-    assert plan.decisions["shared.weight"].action == action
-    sentences(plan.decisions["shared.weight"].reason)
+    for format, action in [("int8_tensorwise", "quantize"), ("float8_e4m3fn", "quantize"), ("int8_blockwise", "keep")]:
+        with subtests.test(format=format, action=action):
+            plan = Recipe(layer_config=f'{{"shared": "{format}"}}').plan(header_source(layer_names("t5")))
+            assert plan.decisions["shared.weight"].action == action
+            sentences(plan.decisions["shared.weight"].reason)
 
 
 def check_rule_for_everything(name: str, format: str, kinds: set[str], preset: str) -> None:
@@ -470,28 +481,30 @@ def test_heur_keeps_small_layers(shapes, sentences):
     sentences(*(heur.decisions[name].reason for name in ("b.weight", "c.weight", "d.weight")))
 
 
-@pytest.mark.parametrize("block_size, kept", [(None, True), (64, False), (256, True)])
-def test_heur_goes_by_the_block_size_in_force(header_source, block_size, kept, sentences):
-    source = header_source({"a.weight": (64 * 90, 64 * 111), "b.weight": (8192, 8192)})
-    plan = Recipe(format="int8_blockwise", block_size=block_size, heur=True).plan(source)
-    assert (plan.decisions["a.weight"].action == "keep") is kept
-    sentences(plan.decisions["a.weight"].reason)
+def test_heur_goes_by_the_block_size_in_force(subtests, header_source, sentences):
+    for block_size, kept in [(None, True), (64, False), (256, True)]:
+        with subtests.test(block_size=block_size, kept=kept):
+            source = header_source({"a.weight": (64 * 90, 64 * 111), "b.weight": (8192, 8192)})
+            plan = Recipe(format="int8_blockwise", block_size=block_size, heur=True).plan(source)
+            assert (plan.decisions["a.weight"].action == "keep") is kept
+            sentences(plan.decisions["a.weight"].reason)
 
 
 # Refusals
 
 
-@pytest.mark.parametrize("names", [{}, {"norm.weight": (8, 8)}, {"conv.weight": (8, 8, 3, 3), "a.bias": (8,)}])
-def test_nothing_to_quantize_says_what_was_kept(header_source, names, sentences):
-    with sentences.raises(NothingToQuantizeError):
-        make_plan(header_source(names))
+def test_nothing_to_quantize_says_what_was_kept(subtests, header_source, sentences):
+    for names in [{}, {"norm.weight": (8, 8)}, {"conv.weight": (8, 8, 3, 3), "a.bias": (8,)}]:
+        with subtests.test(names=names), sentences.raises(NothingToQuantizeError):
+            make_plan(header_source(names))
 
 
-@pytest.mark.parametrize("preset", ["auto", "none", "flux"])
-def test_quantized_sources_are_refused_by_the_name_of_their_format(preset, sentences):
-    codes = TensorSource({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e5m2)}, name="old.safetensors")
-    with sentences.raises(AlreadyQuantizedError):
-        make_plan(codes, preset=preset)
+def test_quantized_sources_are_refused_by_the_name_of_their_format(subtests, sentences):
+    for preset in ["auto", "none", "flux"]:
+        with subtests.test(preset=preset):
+            codes = TensorSource({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e5m2)}, name="old.safetensors")
+            with sentences.raises(AlreadyQuantizedError):
+                make_plan(codes, preset=preset)
 
 
 def test_a_plan_can_be_cancelled_at_every_tensor(header_source):

@@ -293,11 +293,12 @@ def test_marks_that_must_be_absent_are_seen_in_a_checkpoint(subtests):
             assert not preset.matches({**marked(preset), **infos(tensor)})
 
 
-@pytest.mark.parametrize("gone", ["distilled_guidance_layer.in_proj.weight", "double_stream_modulation_img.lin.weight"])
-def test_relatives_of_flux_are_no_flux(layer_names, gone):
+def test_relatives_of_flux_are_no_flux(subtests, layer_names):
     """Chroma and Flux.2, should a fine-tune of theirs carry every name that Flux.1 has."""
-    found = recognize_preset(infos([*layer_names("flux"), gone]))
-    assert found is None or found.name != "flux"
+    for gone in ["distilled_guidance_layer.in_proj.weight", "double_stream_modulation_img.lin.weight"]:
+        with subtests.test(gone=gone):
+            found = recognize_preset(infos([*layer_names("flux"), gone]))
+            assert found is None or found.name != "flux"
 
 
 def test_newest_models_have_presets(subtests, layer_names):
@@ -307,19 +308,21 @@ def test_newest_models_have_presets(subtests, layer_names):
                 assert recognize_preset(infos(layer_names(name, prefix))) is PRESETS[preset]
 
 
-@pytest.mark.parametrize("family", ["hunyuan", "hunyuan_1_5"])
-def test_hunyuan_is_recognised_as_published(layer_names, family):
-    published = tencent_spelling(layer_names(family))
-    assert "double_blocks.0.img_attn.qkv.weight" not in published
-    assert recognize_preset(infos(published)).name == "hunyuan"
+def test_hunyuan_is_recognised_as_published(subtests, layer_names):
+    for family in ["hunyuan", "hunyuan_1_5"]:
+        with subtests.test(family=family):
+            published = tencent_spelling(layer_names(family))
+            assert "double_blocks.0.img_attn.qkv.weight" not in published
+            assert recognize_preset(infos(published)).name == "hunyuan"
 
 
-@pytest.mark.parametrize("family", ["hunyuan", "hunyuan_1_5"])
-def test_norms_of_hunyuan_as_published_are_kept(layer_names, family):
-    norms = [name for name in tencent_spelling(layer_names(family)) if "_norm." in name]
-    assert norms
-    rules = find_preset("hunyuan").keep
-    assert [name for name in norms if not any(rule.pattern.search(name) for rule in rules)] == []
+def test_norms_of_hunyuan_as_published_are_kept(subtests, layer_names):
+    for family in ["hunyuan", "hunyuan_1_5"]:
+        with subtests.test(family=family):
+            norms = [name for name in tencent_spelling(layer_names(family)) if "_norm." in name]
+            assert norms
+            rules = find_preset("hunyuan").keep
+            assert [name for name in norms if not any(rule.pattern.search(name) for rule in rules)] == []
 
 
 @pytest.fixture
@@ -338,11 +341,10 @@ def test_a_t5_without_its_shared_embedding_is_recognised(whole_t5):
     assert recognize_preset(infos(whole_t5)).name == "t5xxl"
 
 
-@pytest.mark.parametrize(
-    "names", [[], ["blocks.0.attn.qkv.weight"], ["double_blocks.0.img_attn.qkv.weight", "img_in.weight"]]
-)
-def test_too_few_names_are_recognised_as_nothing(names):
-    assert recognize_preset(infos(names)) is None
+def test_too_few_names_are_recognised_as_nothing(subtests):
+    for names in [[], ["blocks.0.attn.qkv.weight"], ["double_blocks.0.img_attn.qkv.weight", "img_in.weight"]]:
+        with subtests.test(names=names):
+            assert recognize_preset(infos(names)) is None
 
 
 # Patterns

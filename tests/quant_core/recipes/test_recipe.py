@@ -81,28 +81,27 @@ def test_json_is_one_line():
 # Cards
 
 
-@pytest.mark.parametrize("rounding", ["sequential", "reconstructed"])
-def test_a_rounding_that_runs_the_model_has_a_card(rounding):
-    recipe = Recipe(format="nvfp4", rounding=rounding, card="8.9")
-    assert recipe.find_capability(torch.device("cpu")) == (8, 9)
+def test_a_rounding_that_runs_the_model_has_a_card(subtests):
+    for rounding in ["sequential", "reconstructed"]:
+        with subtests.test(rounding=rounding):
+            recipe = Recipe(format="nvfp4", rounding=rounding, card="8.9")
+            assert recipe.find_capability(torch.device("cpu")) == (8, 9)
 
 
-@pytest.mark.parametrize("rounding", ["sequential", "reconstructed"])
-def test_a_rounding_that_runs_the_model_has_no_target_time(rounding):
-    with pytest.raises(RecipeError):
-        Recipe(format="nvfp4", rounding=rounding, target_time=0.5)
+def test_a_rounding_that_runs_the_model_has_no_target_time(subtests):
+    for rounding in ["sequential", "reconstructed"]:
+        with subtests.test(rounding=rounding), pytest.raises(RecipeError):
+            Recipe(format="nvfp4", rounding=rounding, target_time=0.5)
 
 
 def test_card_is_that_of_the_run_by_default():
     assert Recipe(format="nvfp4", rounding="sequential").find_capability(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize(
-    "options", [{"rounding": "calibrated", "card": "8.9"}, {"rounding": "sequential", "card": "5.0"}]
-)
-def test_card_without_effect_or_unknown_is_refused(options, sentences):
-    with sentences.raises(RecipeError):
-        Recipe(format="nvfp4", **options)
+def test_card_without_effect_or_unknown_is_refused(subtests, sentences):
+    for options in [{"rounding": "calibrated", "card": "8.9"}, {"rounding": "sequential", "card": "5.0"}]:
+        with subtests.test(options=options), sentences.raises(RecipeError):
+            Recipe(format="nvfp4", **options)
 
 
 # Written recipes
@@ -138,19 +137,17 @@ def test_every_field_is_written_or_written_where_it_is_given():
     assert Recipe().to_dict().keys() | LATER.keys() == {*configs, *own} - {"name"}
 
 
-@pytest.mark.parametrize(
-    "field, recipe",
-    [
+def test_later_fields_are_written_where_they_are_given(subtests):
+    for field, recipe in [
         ("bits", Recipe(format="w6a8")),
         ("linear_dtype", Recipe(format="w4a4", linear_dtype="int4")),
         ("card", Recipe(format="measured", card="8.9")),
         ("target_time", Recipe(format="measured", target_time=0.5)),
         ("smoothing", Recipe(format="nvfp4", smoothing=True)),
         ("beam_width", Recipe(format="nvfp4", rounding="calibrated", beam_width=2)),
-    ],
-)
-def test_later_fields_are_written_where_they_are_given(field, recipe):
-    assert recipe.to_dict()[field] == LATER[field]
+    ]:
+        with subtests.test(field=field, recipe=recipe):
+            assert recipe.to_dict()[field] == LATER[field]
 
 
 def test_a_file_without_a_rotation_has_none():
@@ -158,22 +155,20 @@ def test_a_file_without_a_rotation_has_none():
     assert Recipe.from_toml('format = "int8_tensorwise"') == Recipe(format="int8_tensorwise", convrot=False)
 
 
-@pytest.mark.parametrize(
-    "text, convrot",
-    [
+def test_recipe_files_keep_their_rotation(subtests):
+    for text, convrot in [
         ('format = "int8_tensorwise"\ngranularity = "row"', None),
         ('format = "int8_tensorwise"\nconvrot = 64', 64),
         ('format = "int8"', True),
         ('format = "int8"\nconvrot = false', None),
         ('format = "int8"\nconvrot = "auto"', "auto"),
-    ],
-)
-def test_recipe_files_keep_their_rotation(text, convrot):
-    recipe = Recipe.from_toml(text)
-    assert recipe.format.convrot == convrot
-    assert Recipe.from_toml(recipe.to_toml()) == recipe
-    assert Recipe.from_json(recipe.to_json()) == recipe
-    assert Recipe(**recipe.to_dict()) == recipe
+    ]:
+        with subtests.test(text=text, convrot=convrot):
+            recipe = Recipe.from_toml(text)
+            assert recipe.format.convrot == convrot
+            assert Recipe.from_toml(recipe.to_toml()) == recipe
+            assert Recipe.from_json(recipe.to_json()) == recipe
+            assert Recipe(**recipe.to_dict()) == recipe
 
 
 def test_missing_fields_take_their_defaults():
@@ -201,12 +196,10 @@ def test_recipes_of_files_of_0_1_0_are_written_as_they_were():
     assert Recipe.from_json(WRITTEN_BY_0_1_0).to_dict() == json.loads(WRITTEN_BY_0_1_0)
 
 
-@pytest.mark.parametrize(
-    "read, text", [(Recipe.from_json, '{"format": "float8_e4m3fn", "width": 8}'), (Recipe.from_toml, "width = 8")]
-)
-def test_unknown_fields_are_refused(read, text, sentences):
-    with sentences.raises(RecipeError):
-        read(text)
+def test_unknown_fields_are_refused(subtests, sentences):
+    for read, text in [(Recipe.from_json, '{"format": "float8_e4m3fn", "width": 8}'), (Recipe.from_toml, "width = 8")]:
+        with subtests.test(read=read, text=text), sentences.raises(RecipeError):
+            read(text)
 
 
 DAMAGED = {
@@ -299,10 +292,10 @@ def test_bad_types_are_refused_by_name(subtests, sentences):
             Recipe(**{field: value})
 
 
-@pytest.mark.parametrize("seed", [2**64, 2**70, -(2**63) - 1])
-def test_seeds_that_no_generator_takes_are_refused(seed, sentences):
-    with sentences.raises(RecipeError):
-        Recipe(seed=seed)
+def test_seeds_that_no_generator_takes_are_refused(subtests, sentences):
+    for seed in [2**64, 2**70, -(2**63) - 1]:
+        with subtests.test(seed=seed), sentences.raises(RecipeError):
+            Recipe(seed=seed)
 
 
 def test_unknown_names_suggest_the_nearest(subtests, sentences):
@@ -316,11 +309,11 @@ def test_unknown_names_suggest_the_nearest(subtests, sentences):
             Recipe(**values)
 
 
-@pytest.mark.parametrize("granularity", [None, "row", "tensor"])
-def test_full_precision_matmul_contradicts_int8(granularity, sentences):
+def test_full_precision_matmul_contradicts_int8(subtests, sentences):
     """ComfyUI ignores the key there, and an option that does nothing is refused."""
-    with sentences.raises(RecipeError):
-        Recipe(format="int8_tensorwise", granularity=granularity, full_precision_matmul=True)
+    for granularity in [None, "row", "tensor"]:
+        with subtests.test(granularity=granularity), sentences.raises(RecipeError):
+            Recipe(format="int8_tensorwise", granularity=granularity, full_precision_matmul=True)
 
 
 def test_full_precision_matmul_is_in_the_layer_json_of_fp8():
@@ -333,10 +326,10 @@ def test_a_granularity_the_format_lacks_is_refused(sentences):
         Recipe(granularity="row")
 
 
-@pytest.mark.parametrize("pattern", ["(", "[a", "*x", "a{2,1}"])
-def test_keep_patterns_must_be_regular_expressions(pattern, sentences):
-    with sentences.raises(RecipeError):
-        Recipe(keep=("norm", pattern))
+def test_keep_patterns_must_be_regular_expressions(subtests, sentences):
+    for pattern in ["(", "[a", "*x", "a{2,1}"]:
+        with subtests.test(pattern=pattern), sentences.raises(RecipeError):
+            Recipe(keep=("norm", pattern))
 
 
 def test_options_without_effect_are_refused(subtests, sentences):
@@ -359,10 +352,10 @@ def test_measured_formats_leave_no_room_for_rules(sentences):
         Recipe(format="measured", layer_config='{"x": "int8"}')
 
 
-@pytest.mark.parametrize("field", ["width", "self", "name", "options"])
-def test_a_field_that_does_not_exist_is_refused_by_the_constructor(field, sentences):
-    with sentences.raises(RecipeError):
-        Recipe(**{field: 1})
+def test_a_field_that_does_not_exist_is_refused_by_the_constructor(subtests, sentences):
+    for field in ["width", "self", "name", "options"]:
+        with subtests.test(field=field), sentences.raises(RecipeError):
+            Recipe(**{field: 1})
 
 
 # The two configurations

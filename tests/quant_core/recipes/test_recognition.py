@@ -48,17 +48,17 @@ def test_the_switch_allows_models_of_comfyui_without_a_preset(subtests):
                 assert make_plan(header(found.name), general=True).decisions == found.plan.decisions
 
 
-@pytest.mark.parametrize("general", [False, True])
-def test_the_switch_changes_no_plan_of_a_recognized_model(subtests, general):
-    for name in ("flux", "wan_22_i2v", "t5", "sd15", "gpt_oss_20b"):
-        with subtests.test(name):
-            assert make_plan(header(name), general=general) == examine(name).plan
+def test_the_switch_changes_no_plan_of_a_recognized_model(subtests):
+    for general in [False, True]:
+        for name in ("flux", "wan_22_i2v", "t5", "sd15", "gpt_oss_20b"):
+            with subtests.test(name, general=general):
+                assert make_plan(header(name), general=general) == examine(name).plan
 
 
-@pytest.mark.parametrize("general", [None, False, True])
-def test_the_switch_allows_no_text_encoder_that_is_read_in_full_precision(general, sentences):
-    with sentences.raises(NothingToQuantizeError):
-        make_plan(header("clip_l"), general=general)
+def test_the_switch_allows_no_text_encoder_that_is_read_in_full_precision(subtests, sentences):
+    for general in [None, False, True]:
+        with subtests.test(general=general), sentences.raises(NothingToQuantizeError):
+            make_plan(header("clip_l"), general=general)
 
 
 @pytest.fixture
@@ -66,12 +66,13 @@ def unknown(header_source):
     return header_source(UNKNOWN)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_an_unrecognized_model_is_refused_with_the_switch_that_allows_it(header_source, prefix, sentences):
-    source = header_source({prefix + name: shape for name, shape in UNKNOWN.items()})
-    with sentences.raises(UnrecognizedModelError):
-        make_plan(source, general=False)
-    assert [*make_plan(source, general=True).names("quantize")] == [f"{prefix}blocks.0.attn.qkv.weight"]
+def test_an_unrecognized_model_is_refused_with_the_switch_that_allows_it(subtests, header_source, sentences):
+    for prefix in ["", "model.diffusion_model."]:
+        with subtests.test(prefix=prefix):
+            source = header_source({prefix + name: shape for name, shape in UNKNOWN.items()})
+            with sentences.raises(UnrecognizedModelError):
+                make_plan(source, general=False)
+            assert [*make_plan(source, general=True).names("quantize")] == [f"{prefix}blocks.0.attn.qkv.weight"]
 
 
 def test_the_library_knows_its_tensors(unknown):
@@ -154,10 +155,10 @@ def test_a_preset_of_another_family_is_refused_by_name(subtests, layer_names, he
             assert raised.value.option == "preset"
 
 
-@pytest.mark.parametrize("general", [False, True])
-def test_the_switch_allows_no_preset_of_another_family(general):
-    with pytest.raises(RecipeError):
-        make_plan(header("flux"), preset="wan", general=general)
+def test_the_switch_allows_no_preset_of_another_family(subtests):
+    for general in [False, True]:
+        with subtests.test(general=general), pytest.raises(RecipeError):
+            make_plan(header("flux"), preset="wan", general=general)
 
 
 def test_presets_of_related_families_are_accepted(subtests):
@@ -243,9 +244,10 @@ def test_an_expert_of_wan_is_told_by_its_name(subtests):
             assert f"is the {noise}-noise model" in describe_expert(wan(name), PRESETS["wan"])
 
 
-@pytest.mark.parametrize("name", ["wan_flow_highres_slow.safetensors", "wan22_high_and_low_merged.safetensors"])
-def test_a_model_of_wan_whose_name_does_not_tell_has_a_conditional_note(name):
-    assert "-noise model" not in describe_expert(wan(name), PRESETS["wan"])
+def test_a_model_of_wan_whose_name_does_not_tell_has_a_conditional_note(subtests):
+    for name in ["wan_flow_highres_slow.safetensors", "wan22_high_and_low_merged.safetensors"]:
+        with subtests.test(name=name):
+            assert "-noise model" not in describe_expert(wan(name), PRESETS["wan"])
 
 
 def test_an_expert_of_wan_is_told_by_its_folder_or_title(sentences):
@@ -286,22 +288,25 @@ def test_models_that_are_complete_have_no_note(subtests):
 # LTX-Video and LTX-2
 
 
-@pytest.mark.parametrize("architecture", ["ltxv", "ltxv_13b", "ltx2", "ltx23", "ltx25"])
-def test_files_without_the_configuration_that_comfyui_reads_have_a_note(architecture, sentences):
-    source = header(architecture)
-    source.paths = (Path("model.safetensors"),)
-    (note,) = make_plan(source, general=False).warnings
-    sentences(note)
+def test_files_without_the_configuration_that_comfyui_reads_have_a_note(subtests, sentences):
+    for architecture in ["ltxv", "ltxv_13b", "ltx2", "ltx23", "ltx25"]:
+        with subtests.test(architecture=architecture):
+            source = header(architecture)
+            source.paths = (Path("model.safetensors"),)
+            (note,) = make_plan(source, general=False).warnings
+            sentences(note)
 
 
-@pytest.mark.parametrize("architecture", ["ltxv", "ltx2"])
-def test_files_with_the_configuration_have_no_note(architecture):
-    source = header(architecture)
-    source.paths = (Path("model.safetensors"),)
-    source.metadata = {"config": '{"transformer": {"causal_temporal_positioning": true}}'}
-    assert make_plan(source).warnings == ()
+def test_files_with_the_configuration_have_no_note(subtests):
+    for architecture in ["ltxv", "ltx2"]:
+        with subtests.test(architecture=architecture):
+            source = header(architecture)
+            source.paths = (Path("model.safetensors"),)
+            source.metadata = {"config": '{"transformer": {"causal_temporal_positioning": true}}'}
+            assert make_plan(source).warnings == ()
 
 
-@pytest.mark.parametrize("architecture", ["ltxv", "ltx2"])
-def test_models_that_are_no_files_have_no_note_on_their_configuration(architecture):
-    assert examine(architecture).plan.warnings == ()
+def test_models_that_are_no_files_have_no_note_on_their_configuration(subtests):
+    for architecture in ["ltxv", "ltx2"]:
+        with subtests.test(architecture=architecture):
+            assert examine(architecture).plan.warnings == ()

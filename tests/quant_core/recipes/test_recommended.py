@@ -18,10 +18,11 @@ def card(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 9), (12, 0)])
-def test_cards_with_int8_tensor_cores_get_rotated_int8(card, capability):
-    card(capability)
-    assert recommend_format() == make_format("int8")
+def test_cards_with_int8_tensor_cores_get_rotated_int8(subtests, card):
+    for capability in [(7, 5), (8, 9), (12, 0)]:
+        with subtests.test(capability=capability):
+            card(capability)
+            assert recommend_format() == make_format("int8")
 
 
 def test_older_cards_get_fp8(card):

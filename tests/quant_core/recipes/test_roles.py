@@ -3,8 +3,6 @@
 import re
 from collections.abc import Mapping
 
-import pytest
-
 from learned_rounding.quant_core.recipes import make_plan
 from learned_rounding.quant_core.recipes.layers import parse_rules
 from learned_rounding.quant_core.recipes.roles import OUTSIDE, find_roles, find_sensitive
@@ -132,13 +130,13 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["moe.selector", "moe.chooser.linear"])
-def test_a_router_has_as_many_outputs_as_experts(subtests, header_source, name, sentences):
-    for kind, experts in EXPERTS.items():
-        with subtests.test(kind):
-            decision = make_plan(header_source(moe(name, experts))).decisions[f"blocks.0.{name}.weight"]
-            assert decision.action == "keep"
-            sentences(decision.reason)
+def test_a_router_has_as_many_outputs_as_experts(subtests, header_source, sentences):
+    for name in ["moe.selector", "moe.chooser.linear"]:
+        for kind, experts in EXPERTS.items():
+            with subtests.test(kind, name=name):
+                decision = make_plan(header_source(moe(name, experts))).decisions[f"blocks.0.{name}.weight"]
+                assert decision.action == "keep"
+                sentences(decision.reason)
 
 
 def test_layers_beside_experts_are_quantized(header_source):
@@ -220,16 +218,15 @@ def test_layers_of_few_inputs_or_outputs_are_kept(subtests, header_source, sente
             sentences(made.decisions["blocks.0.layer.weight"].reason)
 
 
-@pytest.mark.parametrize(
-    "name, layer, count", [("qwen_image_21", "modulation.1", 1), ("minimax_h3_pruned", "adaln_proj", 51)]
-)
-def test_rules_of_the_user_override_roles(name, layer, count, sentences):
-    before = examine(name).plan
-    after = make_plan(header(name), rules=parse_rules((), f'{{"{layer}": "int8"}}'))
-    more = set(after.names("quantize")) - set(before.names("quantize"))
-    assert len(more) == count
-    assert all(layer in tensor for tensor in more)
-    sentences(before.explanation, *sorted({before.decisions[tensor].reason for tensor in more}))
+def test_rules_of_the_user_override_roles(subtests, sentences):
+    for name, layer, count in [("qwen_image_21", "modulation.1", 1), ("minimax_h3_pruned", "adaln_proj", 51)]:
+        with subtests.test(name=name, layer=layer, count=count):
+            before = examine(name).plan
+            after = make_plan(header(name), rules=parse_rules((), f'{{"{layer}": "int8"}}'))
+            more = set(after.names("quantize")) - set(before.names("quantize"))
+            assert len(more) == count
+            assert all(layer in tensor for tensor in more)
+            sentences(before.explanation, *sorted({before.decisions[tensor].reason for tensor in more}))
 
 
 def test_names_of_many_parts_have_no_role(header_source):
@@ -269,7 +266,8 @@ def test_lists_of_few_blocks_have_no_first_and_last_one(header_source):
     )
 
 
-@pytest.mark.parametrize("inputs, found", [(128, True), (127, False)])
-def test_down_projections_are_sensitive(header_source, inputs, found):
-    down = {f"blocks.{block}.down": (64, inputs) for block in range(12)}
-    assert ("blocks.5.down" in sensitive(header_source, BLOCKS | down)) is found
+def test_down_projections_are_sensitive(subtests, header_source):
+    for inputs, found in [(128, True), (127, False)]:
+        with subtests.test(inputs=inputs, found=found):
+            down = {f"blocks.{block}.down": (64, inputs) for block in range(12)}
+            assert ("blocks.5.down" in sensitive(header_source, BLOCKS | down)) is found

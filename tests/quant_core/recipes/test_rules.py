@@ -1,15 +1,15 @@
 """What can be quantized at all, and the size heuristics as users of other tools know them."""
 
-import pytest
 import torch
 
 from learned_rounding.quant_core.recipes.rules import check_eligibility, check_heuristic
 from learned_rounding.quant_core.sources import TensorInfo
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_matrices_of_floats_are_eligible(dtype):
-    assert check_eligibility("a.weight", TensorInfo(dtype, (4, 4))) is None
+def test_matrices_of_floats_are_eligible(subtests):
+    for dtype in [torch.float16, torch.bfloat16, torch.float32]:
+        with subtests.test(dtype=dtype):
+            assert check_eligibility("a.weight", TensorInfo(dtype, (4, 4))) is None
 
 
 def test_what_is_not_eligible_and_why(subtests):
@@ -50,15 +50,13 @@ def test_shapes_that_the_heuristics_keep(subtests):
             assert reason in found
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
+def test_shapes_that_the_heuristics_quantize(subtests):
+    for shape in [
         (1024, 4096),  # exactly 4 to 1
         (5120, 25600),  # 5 to 1, and long enough
         (4096, 4096),
         (9216, 3072),
         (3072, 12288),
-    ],
-)
-def test_shapes_that_the_heuristics_quantize(shape):
-    assert check_heuristic(TensorInfo(torch.bfloat16, shape), 128) is None
+    ]:
+        with subtests.test(shape=shape):
+            assert check_heuristic(TensorInfo(torch.bfloat16, shape), 128) is None

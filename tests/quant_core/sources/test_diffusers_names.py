@@ -153,11 +153,12 @@ def test_tensors_are_read_in_the_shapes_that_are_described(opened_flux2):
 JOINED = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
 
 
-@pytest.mark.parametrize("stream, parts", JOINED.items())
-def test_queries_keys_and_values_are_joined_in_this_order(opened_flux2, stream, parts):
-    original, read, _ = opened_flux2
-    expected = torch.cat([original[f"transformer_blocks.0.attn.{part}.weight"] for part in parts])
-    assert torch.equal(read[f"double_blocks.0.{stream}_attn.qkv.weight"], expected)
+def test_queries_keys_and_values_are_joined_in_this_order(subtests, opened_flux2):
+    for stream, parts in JOINED.items():
+        with subtests.test(stream=stream, parts=parts):
+            original, read, _ = opened_flux2
+            expected = torch.cat([original[f"transformer_blocks.0.attn.{part}.weight"] for part in parts])
+            assert torch.equal(read[f"double_blocks.0.{stream}_attn.qkv.weight"], expected)
 
 
 def test_shift_comes_before_scale_in_the_output(opened_flux2):

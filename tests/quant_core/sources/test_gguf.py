@@ -104,14 +104,15 @@ def test_types_that_gguf_cannot_dequantize_are_refused(subtests, tmp_path):
                 source.read("a.weight")
 
 
-@pytest.mark.parametrize("code, error", [("Q8_0", 0.008), ("Q5_1", 0.05), ("Q4_0", 0.12)])
-def test_a_quantized_model_is_decoded(model, tmp_path, code, error):
-    tensors = {name: tensor.float() for name, tensor in model().items()}
-    with open_source(save_as_gguf(tensors, tmp_path / "model.gguf", code)) as opened:
-        coded = [name for name, info in opened.tensors.items() if info.dtype == torch.bfloat16]
-        assert len(coded) == opened.layers[code] > 0
-        for name in coded:
-            assert torch.dist(opened.read(name).float(), tensors[name]) < error * tensors[name].norm()
+def test_a_quantized_model_is_decoded(subtests, model, tmp_path):
+    for code, error in [("Q8_0", 0.008), ("Q5_1", 0.05), ("Q4_0", 0.12)]:
+        with subtests.test(code=code, error=error):
+            tensors = {name: tensor.float() for name, tensor in model().items()}
+            with open_source(save_as_gguf(tensors, tmp_path / "model.gguf", code)) as opened:
+                coded = [name for name, info in opened.tensors.items() if info.dtype == torch.bfloat16]
+                assert len(coded) == opened.layers[code] > 0
+                for name in coded:
+                    assert torch.dist(opened.read(name).float(), tensors[name]) < error * tensors[name].norm()
 
 
 def test_a_quantized_model_is_quantized_again(model, tmp_path, capsys, sentences):
@@ -139,11 +140,12 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_refused(tmp_path, content, sentences):
-    (tmp_path / "bad.gguf").write_bytes(content)
-    with sentences.raises(SourceError):
-        open_source(tmp_path / "bad.gguf")
+def test_a_damaged_file_is_refused(subtests, tmp_path, sentences):
+    for kind, content in DAMAGED.items():
+        with subtests.test(kind):
+            (tmp_path / "bad.gguf").write_bytes(content)
+            with sentences.raises(SourceError):
+                open_source(tmp_path / "bad.gguf")
 
 
 def test_a_truncated_file_is_refused(subtests, model, tmp_path, sentences):
@@ -213,11 +215,12 @@ def test_metadata_for_comfyui_reaches_the_output(with_metadata, tmp_path):
         assert FOR_COMFYUI.items() <= file.metadata().items()
 
 
-@pytest.mark.parametrize("count, characters", [(2, (1 << 21) + 1), (1, (1 << 22) + 1)])
-def test_metadata_is_bounded(tmp_path, count, characters):
-    pairs = [("add_string", f"config{number}", "x" * characters) for number in range(count)]
-    with pytest.raises(SourceError, match="the metadata exceeds 4,194,304 characters"):
-        open_source(write_gguf(tmp_path / "x.gguf", {}, Type.F32, pairs))
+def test_metadata_is_bounded(subtests, tmp_path):
+    for count, characters in [(2, (1 << 21) + 1), (1, (1 << 22) + 1)]:
+        with subtests.test(count=count, characters=characters):
+            pairs = [("add_string", f"config{number}", "x" * characters) for number in range(count)]
+            with pytest.raises(SourceError, match="the metadata exceeds 4,194,304 characters"):
+                open_source(write_gguf(tmp_path / "x.gguf", {}, Type.F32, pairs))
 
 
 def test_values_that_are_no_metadata_are_not_counted(tmp_path):

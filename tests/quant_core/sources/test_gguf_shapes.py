@@ -42,11 +42,14 @@ def test_shapes_that_are_whole_stay():
     assert [(tensor, shape) for tensor, shape in tensors if restore_shape(tensor, shape) != shape] == []
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_leading_dimensions_of_1_come_back(stored_tensors, prefix):
-    lost = [(name, shape) for name, shape in stored_tensors if without_leading_ones(shape) != shape]
-    assert lost
-    assert [name for name, shape in lost if restore_shape(prefix + name, without_leading_ones(shape)) != shape] == []
+def test_leading_dimensions_of_1_come_back(subtests, stored_tensors):
+    for prefix in ["", "model.diffusion_model."]:
+        with subtests.test(prefix=prefix):
+            lost = [(name, shape) for name, shape in stored_tensors if without_leading_ones(shape) != shape]
+            assert lost
+            assert [
+                name for name, shape in lost if restore_shape(prefix + name, without_leading_ones(shape)) != shape
+            ] == []
 
 
 def test_no_other_tensor_gets_dimensions(stored_tensors):

@@ -125,15 +125,16 @@ def test_other_kinds_are_named(subtests, tmp_path, sentences):
             assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".gguf"])
-def test_other_kinds_are_named_under_other_suffixes(subtests, tmp_path, suffix):
-    path = tmp_path / f"model{suffix}"
-    for kind, (content, words) in KINDS.items():
-        with subtests.test(kind):
-            path.write_bytes(content)
-            with pytest.raises(SourceError) as caught:
-                open_source(path)
-            assert words in str(caught.value)
+def test_other_kinds_are_named_under_other_suffixes(subtests, tmp_path):
+    for suffix in [".pt", ".gguf"]:
+        with subtests.test(suffix=suffix):
+            path = tmp_path / f"model{suffix}"
+            for kind, (content, words) in KINDS.items():
+                with subtests.test(kind):
+                    path.write_bytes(content)
+                    with pytest.raises(SourceError) as caught:
+                        open_source(path)
+                    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("command", ["quantize --int8 -i", "plan --int8 -i", "inspect", "verify", "migrate -i"])
@@ -148,32 +149,38 @@ def test_commands_name_other_kinds_in_one_line(subtests, tmp_path, capsys, comma
             assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "migrate -i"])
-@pytest.mark.parametrize("format", ["pickle", "GGUF"])
-def test_commands_for_safetensors_name_the_kind(tmp_path, capsys, sentences, command, format):
-    SAVE[format]({"a.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
-    assert main([*command.split(), str(tmp_path / "model.safetensors")]) == 1
-    sentences(capsys.readouterr().err)
+def test_commands_for_safetensors_name_the_kind(subtests, tmp_path, capsys, sentences):
+    for command in ["inspect", "verify", "migrate -i"]:
+        for format in ["pickle", "GGUF"]:
+            with subtests.test(command=command, format=format):
+                SAVE[format]({"a.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+                assert main([*command.split(), str(tmp_path / "model.safetensors")]) == 1
+                sentences(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(
-    "format, kind", [("safetensors", SAFETENSORS), ("pickle", ZIP), ("legacy pickle", LEGACY_PICKLE), ("GGUF", GGUF)]
-)
-def test_kinds_of_models(tmp_path, format, kind):
-    SAVE[format]({"a.weight": torch.zeros(4, 4)}, tmp_path / "model")
-    assert find_kind(read_head(tmp_path / "model")) is kind
+def test_kinds_of_models(subtests, tmp_path):
+    for format, kind in [
+        ("safetensors", SAFETENSORS),
+        ("pickle", ZIP),
+        ("legacy pickle", LEGACY_PICKLE),
+        ("GGUF", GGUF),
+    ]:
+        with subtests.test(format=format, kind=kind):
+            SAVE[format]({"a.weight": torch.zeros(4, 4)}, tmp_path / "model")
+            assert find_kind(read_head(tmp_path / "model")) is kind
 
 
-@pytest.mark.parametrize(
-    "length", [0x7B, 0x0780, 0x120708, 0x88B1F, 0x5A425A, 0x0280], ids=["{", "80 07", "ONNX", "gzip", "BZ", "80 02"]
-)
-def test_length_of_a_header_that_looks_like_magic_bytes(tmp_path, length):
-    header = json.dumps({"a.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(length)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", length) + header[:length] + bytes(8))
-    assert find_kind(read_head(path)) is SAFETENSORS
-    with SafetensorsFile(path) as direct, open_source(path) as source:
-        assert source.tensors == direct.tensors
+def test_length_of_a_header_that_looks_like_magic_bytes(subtests, tmp_path):
+    for length in [0x7B, 0x0780, 0x120708, 0x88B1F, 0x5A425A, 0x0280]:
+        with subtests.test(length=length):
+            header = (
+                json.dumps({"a.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(length)
+            )
+            path = tmp_path / "model.safetensors"
+            path.write_bytes(struct.pack("<Q", length) + header[:length] + bytes(8))
+            assert find_kind(read_head(path)) is SAFETENSORS
+            with SafetensorsFile(path) as direct, open_source(path) as source:
+                assert source.tensors == direct.tensors
 
 
 def test_the_head_of_a_file_is_bounded(tmp_path):

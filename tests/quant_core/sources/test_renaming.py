@@ -45,10 +45,10 @@ def test_dimensions_that_a_gguf_file_lacks_come_back():
     assert renamed.read("blocks.0.modulation").shape == (1, 6, 4)
 
 
-@pytest.mark.parametrize("other", ["wide", "half", "one"], ids=["row length", "dtype", "scalar"])
-def test_tensors_that_do_not_fit_together_are_refused(origin, other, sentences):
-    with sentences.raises(SourceError):
-        RenamedSource(origin, {"both": Assembly(("q", other))})
+def test_tensors_that_do_not_fit_together_are_refused(subtests, origin, sentences):
+    for other in ["wide", "half", "one"]:
+        with subtests.test(other=other), sentences.raises(SourceError):
+            RenamedSource(origin, {"both": Assembly(("q", other))})
 
 
 def test_scalars_do_not_fit_together(origin, sentences):

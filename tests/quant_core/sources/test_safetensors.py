@@ -58,10 +58,10 @@ def test_metadata_is_that_of_the_header(tmp_path):
         assert source.metadata == metadata
 
 
-@pytest.mark.parametrize("metadata", [{}, {"__metadata__": None}, {"__metadata__": {}}], ids=["none", "null", "empty"])
-def test_no_metadata_is_an_empty_mapping(raw_file, metadata):
-    with SafetensorsFile(raw_file({**metadata, "a": ENTRY}, bytes(8))) as source:
-        assert source.metadata == {}
+def test_no_metadata_is_an_empty_mapping(subtests, raw_file):
+    for metadata in [{}, {"__metadata__": None}, {"__metadata__": {}}]:
+        with subtests.test(metadata=metadata), SafetensorsFile(raw_file({**metadata, "a": ENTRY}, bytes(8))) as source:
+            assert source.metadata == {}
 
 
 def test_padding_after_the_header_is_allowed(raw_file):
@@ -117,23 +117,26 @@ def test_other_kinds_of_file(subtests, tmp_path, refused):
             refused(path)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_real_pickled_checkpoint(tmp_path, refused, zipped):
-    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-    refused(tmp_path / "a.pt")
+def test_a_real_pickled_checkpoint(subtests, tmp_path, refused):
+    for zipped in [True, False]:
+        with subtests.test(zipped=zipped):
+            torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+            refused(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("end", [9, 30, 100, -1])
-def test_truncated_files(model_file, end, refused):
+def test_truncated_files(subtests, model_file, refused):
     """In the header, and in the data."""
-    path = model_file()
-    path.write_bytes(path.read_bytes()[:end])
-    refused(path)
+    for end in [9, 30, 100, -1]:
+        with subtests.test(end=end):
+            path = model_file()
+            path.write_bytes(path.read_bytes()[:end])
+            refused(path)
 
 
-@pytest.mark.parametrize("length", [100_000_001, 2**64 - 1])
-def test_a_header_larger_than_the_format_allows(raw_file, refused, length):
-    refused(raw_file('{"a":1}', length=length))
+def test_a_header_larger_than_the_format_allows(subtests, raw_file, refused):
+    for length in [100_000_001, 2**64 - 1]:
+        with subtests.test(length=length):
+            refused(raw_file('{"a":1}', length=length))
 
 
 DAMAGED = [
@@ -190,9 +193,10 @@ def test_data_behind_the_last_tensor_is_refused(raw_file, refused):
     refused(path)
 
 
-@pytest.mark.parametrize("header", [b'{"a":[]}', b'{"a":1}'])
-def test_entries_that_are_no_tables_are_refused(raw_file, header, refused):
-    refused(raw_file(header))
+def test_entries_that_are_no_tables_are_refused(subtests, raw_file, refused):
+    for header in [b'{"a":[]}', b'{"a":1}']:
+        with subtests.test(header=header):
+            refused(raw_file(header))
 
 
 def test_dtypes_that_comfyui_does_not_load_are_refused_by_name(subtests, raw_file, sentences):

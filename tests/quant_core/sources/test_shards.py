@@ -168,22 +168,20 @@ def test_parts_of_a_name(tmp_path):
     assert names == [f"m-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(
-    "name, number", [("m-00002-of-00003.safetensors", 2), ("m-00001-of-00001.gguf", None), ("m.safetensors", None)]
-)
-def test_number_of_a_part(name, number):
-    assert part_number(name) == number
+def test_number_of_a_part(subtests):
+    for name, number in [("m-00002-of-00003.safetensors", 2), ("m-00001-of-00001.gguf", None), ("m.safetensors", None)]:
+        with subtests.test(name=name, number=number):
+            assert part_number(name) == number
 
 
 def test_parts_of_a_model_have_one_key():
     assert model_key("m-00001-of-00003.safetensors") == model_key("m-00002-of-00003.safetensors")
 
 
-@pytest.mark.parametrize(
-    "other", ["m-00001-of-00002.safetensors", "m-00001-of-00003.gguf", "n-00001-of-00003.safetensors"]
-)
-def test_parts_of_other_models_have_other_keys(other):
-    assert model_key(other) != model_key("m-00001-of-00003.safetensors")
+def test_parts_of_other_models_have_other_keys(subtests):
+    for other in ["m-00001-of-00002.safetensors", "m-00001-of-00003.gguf", "n-00001-of-00003.safetensors"]:
+        with subtests.test(other=other):
+            assert model_key(other) != model_key("m-00001-of-00003.safetensors")
 
 
 def test_model_stems(subtests):
@@ -330,15 +328,16 @@ def test_missing_parts_are_named(subtests, tensors, tmp_path, sentences, pattern
 COMMANDS = ["quantize --int8 -i", "plan --int8 -i", "inspect", "verify", "migrate -i"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_name_missing_parts_in_one_line(tensors, tmp_path, capsys, command):
-    paths = write_parts(tmp_path, tensors, SAFETENSORS)
-    paths[0].unlink()
-    before = os.listdir(tmp_path)
-    assert main([*command.split(), str(paths[1])]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert paths[0].name in line
-    assert os.listdir(tmp_path) == before
+def test_commands_name_missing_parts_in_one_line(subtests, tensors, tmp_path, capsys):
+    for command in COMMANDS:
+        with subtests.test(command=command):
+            paths = write_parts(tmp_path, tensors, SAFETENSORS)
+            paths[0].unlink()
+            before = os.listdir(tmp_path)
+            assert main([*command.split(), str(paths[1])]) == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            assert paths[0].name in line
+            assert os.listdir(tmp_path) == before
 
 
 def test_missing_parts_of_a_gguf_are_named(tensors, tmp_path, sentences):
@@ -424,11 +423,12 @@ def test_shards_are_quantized_as_one_file(tensors, folder, tmp_path, given):
     assert quantize_file(path, tmp_path / "out.safetensors", RECIPE).already_done
 
 
-@pytest.mark.parametrize("number", range(COUNT))
-def test_no_part_becomes_the_output(tensors, tmp_path, sentences, number):
-    paths = write_parts(tmp_path, tensors, SAFETENSORS)
-    with sentences.raises(OutputError):
-        quantize_file(paths[0], paths[number], RECIPE, overwrite=True)
+def test_no_part_becomes_the_output(subtests, tensors, tmp_path, sentences):
+    for number in range(COUNT):
+        with subtests.test(number=number):
+            paths = write_parts(tmp_path, tensors, SAFETENSORS)
+            with sentences.raises(OutputError):
+                quantize_file(paths[0], paths[number], RECIPE, overwrite=True)
 
 
 def test_output_is_named_after_the_model(tensors, folder):

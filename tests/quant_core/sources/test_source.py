@@ -73,13 +73,14 @@ def test_fingerprint_of_a_derived_source_is_that_of_its_origin_marked():
     assert fingerprint(renamed) != fingerprint(origin)
 
 
-@pytest.mark.parametrize("name", ["x.safetensors", "missing.safetensors"])
-def test_errors_name_the_file(tmp_path, name):
-    (tmp_path / "x.safetensors").write_bytes(b"text")
-    with pytest.raises(SourceError) as caught:
-        SafetensorsFile(tmp_path / name)
-    assert caught.value.file == str(tmp_path / name)
-    assert caught.value.tensor is None
+def test_errors_name_the_file(subtests, tmp_path):
+    for name in ["x.safetensors", "missing.safetensors"]:
+        with subtests.test(name=name):
+            (tmp_path / "x.safetensors").write_bytes(b"text")
+            with pytest.raises(SourceError) as caught:
+                SafetensorsFile(tmp_path / name)
+            assert caught.value.file == str(tmp_path / name)
+            assert caught.value.tensor is None
 
 
 def test_errors_name_the_tensor(tmp_path):

@@ -22,5 +22,6 @@ def test_document_has_a_column_for_each_format(rows):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_document_matches_measured_errors():
     assert DOCUMENT.read_text(encoding="utf-8") == document()

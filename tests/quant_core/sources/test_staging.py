@@ -104,8 +104,9 @@ def test_error_of_a_read_ends_the_threads(device):
     assert not any(thread.name.startswith("learned-rounding-fill") for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
-def test_byte_views_are_the_bytes_in_row_major_order(dtype):
-    tensor = torch.arange(60).view(5, 12).to(dtype)
-    expected = tensor.t().contiguous().view(torch.uint8).numpy().tobytes()
-    assert b"".join(map(bytes, byte_views(tensor.t(), Staging()))) == expected
+def test_byte_views_are_the_bytes_in_row_major_order(subtests):
+    for dtype in [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool]:
+        with subtests.test(dtype=dtype):
+            tensor = torch.arange(60).view(5, 12).to(dtype)
+            expected = tensor.t().contiguous().view(torch.uint8).numpy().tobytes()
+            assert b"".join(map(bytes, byte_views(tensor.t(), Staging()))) == expected

@@ -1,6 +1,5 @@
 """State dicts as sources."""
 
-import pytest
 import torch
 
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo, TensorSource
@@ -45,7 +44,8 @@ def test_samples_are_those_of_its_file(subtests, model, model_file):
                 assert source.sample(name, half, info.nbytes - half) == file.sample(name, half, info.nbytes - half)
 
 
-@pytest.mark.parametrize("view", [lambda tensor: tensor.t(), lambda tensor: torch.nn.Parameter(tensor.t())])
-def test_samples_are_those_of_the_contiguous_tensor(view):
-    tensor = view(torch.arange(12.0).view(3, 4))
-    assert TensorSource({"a": tensor}).sample("a", 4, 8) == tensor.detach().contiguous().numpy().tobytes()[4:12]
+def test_samples_are_those_of_the_contiguous_tensor(subtests):
+    for view in [lambda tensor: tensor.t(), lambda tensor: torch.nn.Parameter(tensor.t())]:
+        with subtests.test(view=view):
+            tensor = view(torch.arange(12.0).view(3, 4))
+            assert TensorSource({"a": tensor}).sample("a", 4, 8) == tensor.detach().contiguous().numpy().tobytes()[4:12]

@@ -30,10 +30,10 @@ def test_a_pipe_is_refused(tmp_path, sentences):
         open_regular_file(tmp_path / "pipe")
 
 
-@pytest.mark.parametrize("name", ["a" * 300, "a\0b"], ids=["long", "null"])
-def test_names_that_no_disk_takes_are_refused(tmp_path, name, sentences):
-    with sentences.raises(SourceError):
-        open_regular_file(tmp_path / name)
+def test_names_that_no_disk_takes_are_refused(subtests, tmp_path, sentences):
+    for name in ["a" * 300, "a\0b"]:
+        with subtests.test(name=name), sentences.raises(SourceError):
+            open_regular_file(tmp_path / name)
 
 
 class Numbers(TensorFile):
@@ -87,10 +87,10 @@ INVALID = {
 }
 
 
-@pytest.mark.parametrize("attributes", INVALID.values(), ids=INVALID)
-def test_invalid_tensors_make_a_damaged_file(numbers, attributes, sentences):
-    with sentences.raises(SourceError):
-        type("Invalid", (Numbers,), attributes)(numbers)
+def test_invalid_tensors_make_a_damaged_file(subtests, numbers, sentences):
+    for attributes in INVALID.values():
+        with subtests.test(attributes=attributes), sentences.raises(SourceError):
+            type("Invalid", (Numbers,), attributes)(numbers)
 
 
 def test_a_tensor_that_occurs_twice_makes_a_damaged_file(numbers):
@@ -103,16 +103,18 @@ def test_a_tensor_that_occurs_twice_makes_a_damaged_file(numbers):
         Twice(numbers)
 
 
-@pytest.mark.parametrize(
-    "error", [RecursionError, MemoryError, KeyError, EOFError, UnicodeDecodeError("a", b"", 0, 0, "")]
-)
-def test_errors_of_a_parser_make_a_damaged_file(numbers, error):
-    class Broken(Numbers):
-        def _parse_header(self) -> None:
-            raise error
+def test_errors_of_a_parser_make_a_damaged_file(subtests, numbers):
+    for error in [RecursionError, MemoryError, KeyError, EOFError, UnicodeDecodeError("a", b"", 0, 0, "")]:
+        with subtests.test(error=error):
 
-    with pytest.raises(SourceError, match="is damaged"):
-        Broken(numbers)
+            class Broken(Numbers):
+                raised = error
+
+                def _parse_header(self) -> None:
+                    raise self.raised
+
+            with pytest.raises(SourceError, match="is damaged"):
+                Broken(numbers)
 
 
 def test_a_header_beyond_the_end_makes_a_damaged_file(numbers):

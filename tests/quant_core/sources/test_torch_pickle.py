@@ -76,12 +76,15 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_views_of_one_storage(tmp_path, options, dtype):
-    base = random_bits(dtype, 8, 12)
-    torch.save({"base": base} | {name: view(base) for name, view in VIEWS.items()}, tmp_path / "x.pt", **options)
-    check_same_as_torch(tmp_path / "x.pt")
+def test_views_of_one_storage(subtests, tmp_path):
+    for options in FORMATS.values():
+        for dtype in [torch.float32, torch.bfloat16]:
+            with subtests.test(options=options, dtype=dtype):
+                base = random_bits(dtype, 8, 12)
+                torch.save(
+                    {"base": base} | {name: view(base) for name, view in VIEWS.items()}, tmp_path / "x.pt", **options
+                )
+                check_same_as_torch(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
@@ -92,26 +95,27 @@ def test_tied_weights(tmp_path, options):
     check_same_as_torch(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model", "module"])
-@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
-def test_training_checkpoint(tmp_path, options, key):
+def test_training_checkpoint(subtests, tmp_path):
     """The state dict is nested beside an optimizer state and plain Python values."""
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-    more = {
-        "epoch": 3,
-        "losses": [0.5, -1e300, 2**40, -(2**70)],
-        "names": ("a", None, True, {"b", 1}),
-        "by number": {1: torch.ones(2), (2, 3): "x"},
-        "betas": OrderedDict(first=0.9, second=complex(1, 2)),
-        "raw": b"bytes",
-        "array": bytearray(b"more"),
-        "device": torch.device("cpu"),
-        "dtype": torch.float16,
-        "size": torch.Size([1, 2]),
-    }
-    checkpoint = {"optimizer": OPTIMIZER, key: model.state_dict(), **more}
-    torch.save(checkpoint, tmp_path / "x.pt", **options)
-    check_same_as_torch(tmp_path / "x.pt", key)
+    for key in ["state_dict", "model", "module"]:
+        for options in FORMATS.values():
+            with subtests.test(key=key, options=options):
+                model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+                more = {
+                    "epoch": 3,
+                    "losses": [0.5, -1e300, 2**40, -(2**70)],
+                    "names": ("a", None, True, {"b", 1}),
+                    "by number": {1: torch.ones(2), (2, 3): "x"},
+                    "betas": OrderedDict(first=0.9, second=complex(1, 2)),
+                    "raw": b"bytes",
+                    "array": bytearray(b"more"),
+                    "device": torch.device("cpu"),
+                    "dtype": torch.float16,
+                    "size": torch.Size([1, 2]),
+                }
+                checkpoint = {"optimizer": OPTIMIZER, key: model.state_dict(), **more}
+                torch.save(checkpoint, tmp_path / "x.pt", **options)
+                check_same_as_torch(tmp_path / "x.pt", key)
 
 
 def stock_state_dict(path):
@@ -210,14 +214,17 @@ def test_checkpoint_with_a_callback_of_lightning(tmp_path, options, monkeypatch)
     assert module.__name__ not in sys.modules
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_pickle_protocols_that_torch_load_rejects(tmp_path, protocol):
-    tensors = {"a": random_bits(torch.bfloat16, 5, 3), "b": random_bits(torch.float8_e4m3fn, 7)}
-    more = {"raw": bytearray(b"more"), "set": frozenset("ab")}
-    torch.save(tensors | more, tmp_path / "x.pt", pickle_protocol=protocol)
-    with open_source(tmp_path / "x.pt") as source:
-        assert source.tensors.keys() == tensors.keys()
-        assert all(torch.equal(raw_bytes(source.read(name)), raw_bytes(tensor)) for name, tensor in tensors.items())
+def test_pickle_protocols_that_torch_load_rejects(subtests, tmp_path):
+    for protocol in [3, 4, 5]:
+        with subtests.test(protocol=protocol):
+            tensors = {"a": random_bits(torch.bfloat16, 5, 3), "b": random_bits(torch.float8_e4m3fn, 7)}
+            more = {"raw": bytearray(b"more"), "set": frozenset("ab")}
+            torch.save(tensors | more, tmp_path / "x.pt", pickle_protocol=protocol)
+            with open_source(tmp_path / "x.pt") as source:
+                assert source.tensors.keys() == tensors.keys()
+                assert all(
+                    torch.equal(raw_bytes(source.read(name)), raw_bytes(tensor)) for name, tensor in tensors.items()
+                )
 
 
 def test_ordered_dict_of_python_2(tmp_path):
@@ -246,22 +253,24 @@ def test_a_pickle_is_never_run(tmp_path, monkeypatch, sentences, options):
     assert not (tmp_path / "was-here").exists()
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04 no zip", b"\x80\x02 no pickle", b"\x80\x02"])
-def test_a_damaged_pickle_is_refused(tmp_path, content):
-    (tmp_path / "bad.pt").write_bytes(content)
-    with pytest.raises(SourceError):
-        open_source(tmp_path / "bad.pt")
-
-
-@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
-def test_truncated_checkpoints_are_refused(subtests, tmp_path, options):
-    torch.save({"a.weight": torch.zeros(64, 64)}, tmp_path / "x.pt", **options)
-    whole = (tmp_path / "x.pt").read_bytes()
-    for end in range(2, len(whole), len(whole) // 12):
-        with subtests.test(end=end):
-            (tmp_path / "x.pt").write_bytes(whole[:end])
+def test_a_damaged_pickle_is_refused(subtests, tmp_path):
+    for content in [b"PK\x03\x04 no zip", b"\x80\x02 no pickle", b"\x80\x02"]:
+        with subtests.test(content=content):
+            (tmp_path / "bad.pt").write_bytes(content)
             with pytest.raises(SourceError):
-                open_source(tmp_path / "x.pt")
+                open_source(tmp_path / "bad.pt")
+
+
+def test_truncated_checkpoints_are_refused(subtests, tmp_path):
+    for kind, options in FORMATS.items():
+        with subtests.test(kind):
+            torch.save({"a.weight": torch.zeros(64, 64)}, tmp_path / "x.pt", **options)
+            whole = (tmp_path / "x.pt").read_bytes()
+            for end in range(2, len(whole), len(whole) // 12):
+                with subtests.test(end=end):
+                    (tmp_path / "x.pt").write_bytes(whole[:end])
+                    with pytest.raises(SourceError):
+                        open_source(tmp_path / "x.pt")
 
 
 def rewrite(path, change) -> None:
@@ -281,12 +290,13 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_damaged_archives_are_refused(tmp_path, sentences, change):
-    torch.save({"a.weight": torch.zeros(8, 8)}, tmp_path / "x.pt")
-    rewrite(tmp_path / "x.pt", change)
-    with sentences.raises(SourceError):
-        open_source(tmp_path / "x.pt")
+def test_damaged_archives_are_refused(subtests, tmp_path, sentences):
+    for kind, change in CHANGES.items():
+        with subtests.test(kind):
+            torch.save({"a.weight": torch.zeros(8, 8)}, tmp_path / "x.pt")
+            rewrite(tmp_path / "x.pt", change)
+            with sentences.raises(SourceError):
+                open_source(tmp_path / "x.pt")
 
 
 def test_compressed_archives_are_refused(tmp_path, sentences):

@@ -1,6 +1,5 @@
 """Names of tensors of models that were saved inside a wrapper."""
 
-import pytest
 import torch
 
 from learned_rounding.quant_core.errors import SourceError
@@ -27,9 +26,10 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_names_are_those_without_the_wrapper(wrap):
-    assert unwrapped(map(wrap, NAMES)) == {name: Assembly((wrap(name),)) for name in NAMES}
+def test_names_are_those_without_the_wrapper(subtests):
+    for kind, wrap in WRAPPERS.items():
+        with subtests.test(kind):
+            assert unwrapped(map(wrap, NAMES)) == {name: Assembly((wrap(name),)) for name in NAMES}
 
 
 def test_names_without_a_wrapper_stay():
@@ -40,9 +40,10 @@ def test_no_names_stay():
     assert unwrapped([]) is None
 
 
-@pytest.mark.parametrize("prefix", ["module.", "diffusion_model."])
-def test_a_module_of_that_name_beside_others_stays(prefix):
-    assert unwrapped([*NAMES, f"{prefix}weight"]) is None
+def test_a_module_of_that_name_beside_others_stays(subtests):
+    for prefix in ["module.", "diffusion_model."]:
+        with subtests.test(prefix=prefix):
+            assert unwrapped([*NAMES, f"{prefix}weight"]) is None
 
 
 def test_a_module_whose_name_ends_like_a_wrapper_stays():
