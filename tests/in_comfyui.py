@@ -57,6 +57,8 @@ class ComfyProcess:
         self.folder = Path(self._temporary.name).resolve()
         removed = ("PYTHONPATH", "PYTEST_ADDOPTS", "PYTEST_PLUGINS")
         env = {name: value for name, value in os.environ.items() if name not in removed}
+        if ON_CPU:
+            env["OMP_NUM_THREADS"] = "1"  # the threads of a pool would be missing in a child process
         with (self.folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [host.python, __file__, host.path],
@@ -163,7 +165,7 @@ def call_in_new_process(function, *arguments) -> None:
 
 
 def _import_comfyui(source: str) -> None:
-    """Import ComfyUI as its main.py does, and make this pack importable under its name."""
+    """Import ComfyUI as its main.py does, and this pack under its name."""
     sys.path.insert(0, source)
     sys.argv = ["main.py", *(["--cpu"] if ON_CPU else [])]
     import comfy.options
@@ -172,12 +174,13 @@ def _import_comfyui(source: str) -> None:
     import utils.install_util  # noqa: F401 (ComfyUI's, before a dependency finds another one)
 
     # isort: split
-    import comfy.sd  # noqa: F401
+    import comfy.sd
 
     place = PACK / "__init__.py"
     spec = importlib.util.spec_from_file_location("learned_rounding", place, submodule_search_locations=[str(PACK)])
     sys.modules["learned_rounding"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["learned_rounding"])
+    importlib.import_module("learned_rounding.nodes.host")
 
 
 class Reports:

@@ -5,7 +5,6 @@ Quantized values are never taken for weights. The stand-ins have the attributes 
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from learned_rounding.quant_core import Recipe, quantize_tensors
 from learned_rounding.quant_core.errors import QuantizationError
@@ -17,7 +16,7 @@ if IN_COMFYUI:
     import comfy.sd
     import comfy.utils
 
-    from learned_rounding.nodes import host
+    from learned_rounding.nodes import host as pack
     from learned_rounding.tests.nodes.host.tiny_model import TINY
     from learned_rounding.tests.nodes.host.tiny_t5 import encode, load_t5, save_t5
 
@@ -166,24 +165,26 @@ def decoded(request, model):
 
 def test_weights_are_the_dequantized_values(decoded):
     model, expected = decoded
-    source = host.sources.model_weights(model)
+    source = pack.sources.model_weights(model)
     assert source.tensors.keys() == expected.keys()
     assert {name: info.shape for name, info in source.tensors.items()} == {
         name: tensor.shape for name, tensor in expected.items()
     }
-    different = [name for name, tensor in expected.items() if not torch.equal(source.read(name).float(), tensor.float())]
+    different = [
+        name for name, tensor in expected.items() if not torch.equal(source.read(name).float(), tensor.float())
+    ]
     assert different == []  # each value is one of a 16-bit dtype
 
 
 def test_file_equals_that_of_the_dequantized_values(decoded):
     model, expected = decoded
-    quantized = host.quantize(model, RECIPE, lambda event: None)
+    quantized = pack.quantize(model, RECIPE, lambda event: None)
     with SafetensorsFile(quantized.files[""]) as file:
         made = {name: file.read(name) for name in file.tensors}
     same = quantize_tensors({name: tensor.bfloat16() for name, tensor in expected.items()}, RECIPE).tensors
     assert made.keys() == same.keys()
     assert [name for name in same if not torch.equal(made[name], same[name])] == []
-    assert len(host.quantized_layers(host.build_model(model, quantized))) > 0
+    assert len(pack.quantized_layers(pack.build_model(model, quantized))) > 0
 
 
 def test_loras_are_applied_once_also_while_another_clone_is_loaded_with_its_own(model, subtests):
@@ -194,7 +195,7 @@ def test_loras_are_applied_once_also_while_another_clone_is_loaded_with_its_own(
     weight = comfy.utils.get_attr(model.model, KEY)
 
     def read(patcher) -> torch.Tensor:
-        return host.sources.model_weights(patcher).read(f"{LAYER}.weight")
+        return pack.sources.model_weights(patcher).read(f"{LAYER}.weight")
 
     for state, patches in {"unloaded": [], "loaded": [(ours.patches[KEY], KEY)]}.items():
         weight.patches = patches
@@ -235,7 +236,7 @@ def test_weights_that_cannot_be_dequantized_are_refused_by_name(sentences, subte
             model = comfy.sd.load_diffusion_model(str(TINY))
             change(model, weight, layer_class)
             with pytest.raises(QuantizationError) as error:
-                host.sources.model_weights(model).read(f"{LAYER}.weight")
+                pack.sources.model_weights(model).read(f"{LAYER}.weight")
             sentences(f"{type(error.value).__name__}: {error.value}")
 
 
@@ -257,7 +258,7 @@ def test_packed_text_encoder_is_quantized_as_its_dequantized_values(host_with_sm
         module.__class__ = type("Linear", (PackingLayer, type(module)), {})
         module.weight = torch.nn.Parameter(packed(codes), requires_grad=False)
     expected, ours = (
-        host.build_clip(clip, host.quantize(clip, RECIPE, lambda event: None)) for clip in (plain, packed_clip)
+        pack.build_clip(clip, pack.quantize(clip, RECIPE, lambda event: None)) for clip in (plain, packed_clip)
     )
-    assert len(host.quantized_layers(ours.patcher)) == 168
+    assert len(pack.quantized_layers(ours.patcher)) == 168
     assert torch.equal(encode(ours), encode(expected))

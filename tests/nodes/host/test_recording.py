@@ -14,7 +14,7 @@ if IN_COMFYUI:
     import comfy.model_management
     import folder_paths
 
-    from learned_rounding.nodes import host
+    from learned_rounding.nodes import host as pack
     from learned_rounding.nodes.host import recording
     from learned_rounding.tests.nodes.host.small_models import (
         MODELS,
@@ -46,14 +46,12 @@ def test_a_recorded_call_gives_the_same_output_bit_for_bit(kind, sentences):
     plain = make_model(kind)
     model = add_patches(plain, kind)
     extra = make_extra_conditioning(kind)
-    pairs = [
-        (make_conditioning(kind, seed, **extra), make_conditioning(kind, 5, **extra)) for seed in (1, 2)
-    ]
+    pairs = [(make_conditioning(kind, seed, **extra), make_conditioning(kind, 5, **extra)) for seed in (1, 2)]
     latents = [{"samples": torch.zeros(MODELS[kind][2])}]
     options = {"seed": 3, "samples": 2, "keep": "compact", "tokens": 64, "on_event": lambda event: None, **SAMPLING}
     diffusion_model, outputs = model.model.diffusion_model, []
     handle = diffusion_model.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
-    calibration, *_, summary = host.calibrate_model(model, pairs, latents, replay_calls=100, **options)
+    calibration, *_, summary = pack.calibrate_model(model, pairs, latents, replay_calls=100, **options)
     handle.remove()
     assert len(outputs) == CALLS
     assert len({float(output.double().sum()) for output in outputs}) == CALLS
@@ -76,7 +74,7 @@ def test_a_recorded_call_gives_the_same_output_bit_for_bit(kind, sentences):
     sentences(refused, summary.splitlines()[-2], numbers=False)
 
     def calibrate(**more):
-        return host.calibrate_model(model, pairs[:1], latents, **options, **more)[0]
+        return pack.calibrate_model(model, pairs[:1], latents, **options, **more)[0]
 
     assert len(calibrate(replay_calls=5, sensitivity=True).replays[""]) == 5  # its probes are not recorded
     assert calibrate(earlier=calibration).replays is calibration.replays
@@ -92,7 +90,7 @@ def test_recorded_calls_of_a_text_encoder_give_the_same_output(host_with_small_e
     part = clip.cond_stage_model.t5xxl
     handle = part.register_forward_hook(lambda module, args, output: outputs.append(output[0].clone()))
     options = {"keep": "compact", "tokens": 64, "seed": 0, "on_event": lambda event: None}
-    calibration, summary = host.calibrate_clip(clip, PROMPTS[:6], replay_calls=10, **options)
+    calibration, summary = pack.calibrate_clip(clip, PROMPTS[:6], replay_calls=10, **options)
     handle.remove()
     comfy.model_management.load_models_gpu([clip.patcher])
     ((name, replays),) = calibration.replays.items()
@@ -110,7 +108,7 @@ def calibrate_unet(model, replay_calls: int = 0, seed: int = 3):
     pairs = [(make_conditioning("unet", 1), make_conditioning("unet", 2))]
     options = {"samples": 1, "keep": "compact", "tokens": 64, "on_event": lambda event: None, **SAMPLING}
     latents = [{"samples": torch.zeros(1, 4, 16, 16)}]
-    calibration, _, summary = host.calibrate_model(
+    calibration, _, summary = pack.calibrate_model(
         model, pairs, latents, replay_calls=replay_calls, seed=seed, **options
     )
     return calibration, summary
@@ -133,8 +131,8 @@ def test_files_of_recorded_calls_are_removed_with_the_calibration():
 def saved():
     """A calibration, its file saved with the recorded calls, and one saved without."""
     calibration, _ = calibrate_unet(make_model("unet"), replay_calls=2)
-    path = host.save_calibration(calibration, "[a]", save_calls=True)
-    return calibration, path, host.save_calibration(calibration, "[a]")
+    path = pack.save_calibration(calibration, "[a]", save_calls=True)
+    return calibration, path, pack.save_calibration(calibration, "[a]")
 
 
 def test_recorded_calls_are_saved_beside_a_calibration(saved, sentences):
@@ -142,13 +140,13 @@ def test_recorded_calls_are_saved_beside_a_calibration(saved, sentences):
     names = ["[a]_00001_.calib.safetensors", "[a]_00002_.calib.safetensors"]
     assert [path.name, plain.name] == names
     assert sorted(file.name for file in path.parent.iterdir()) == sorted([*names, "[a]_00001_.calls.safetensors"])
-    assert host.calibration_files() == names
-    loaded, text = host.load_calibration(path.name)
+    assert pack.calibration_files() == names
+    loaded, text = pack.load_calibration(path.name)
     assert loaded.replays[""].fingerprint == calibration.replays[""].fingerprint
-    assert len(host.load_calibration(plain.name)[0].replays) == 0
+    assert len(pack.load_calibration(plain.name)[0].replays) == 0
     without, _ = calibrate_unet(make_model("unet"), seed=4)
     with pytest.raises(CalibrationError) as refused:
-        host.save_calibration(without, "none", save_calls=True)
+        pack.save_calibration(without, "none", save_calls=True)
     sentences(text.splitlines()[-1], refused)
 
 
@@ -156,20 +154,20 @@ def test_calls_of_a_removed_calibration_are_not_those_of_a_new_one_of_the_same_n
     calibration, path, plain = saved
     path.unlink()
     without, _ = calibrate_unet(make_model("unet"), seed=4)
-    assert host.save_calibration(without, "[a]") == path
-    assert len(host.load_calibration(path.name)[0].replays) == 0
+    assert pack.save_calibration(without, "[a]") == path
+    assert len(pack.load_calibration(path.name)[0].replays) == 0
     path.unlink()
     other = type(calibration)(plain, "other", False, calibration.replays)
     with pytest.raises(OutputError):
-        host.save_calibration(other, "[a]", save_calls=True)  # the file of the calls exists
+        pack.save_calibration(other, "[a]", save_calls=True)  # the file of the calls exists
     assert not path.exists()
 
 
 def test_changed_calls_change_the_state_and_damaged_ones_are_refused_by_name(saved):
     _, path, plain = saved
-    calls, state = path.with_name("[a]_00001_.calls.safetensors"), host.calibration_state(path.name)
+    calls, state = path.with_name("[a]_00001_.calls.safetensors"), pack.calibration_state(path.name)
     path.write_bytes(plain.read_bytes())
-    assert host.calibration_state(path.name) != state
+    assert pack.calibration_state(path.name) != state
     calls.write_bytes(calls.read_bytes()[:-5])
     with pytest.raises(SourceError, match=r"\[a\]_00001_\.calls\.safetensors"):
-        host.load_calibration(path.name)
+        pack.load_calibration(path.name)

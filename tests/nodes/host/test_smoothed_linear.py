@@ -16,7 +16,7 @@ if IN_COMFYUI:
     import comfy.model_patcher
     import comfy.quant_ops
 
-    from learned_rounding.nodes import host
+    from learned_rounding.nodes import host as pack
     from learned_rounding.nodes.host.decoding import make_quantized_linear
     from learned_rounding.nodes.host.layouts import add_layouts
     from learned_rounding.tests.nodes.host.tiny_model import distance
@@ -60,7 +60,7 @@ def test_smoothed_layer_is_decoded_only_where_comfyui_ignores_the_scale(_host_wi
     if not reads_scale:
         entry = {**entry, "parameters": entry["parameters"] - {"pre_quant_scale"}}
     with mock.patch.dict(comfy.quant_ops.QUANT_ALGOS, nvfp4=entry):
-        assert bool(host.decoding.layers_to_decode(path)) is not reads_scale
+        assert bool(pack.decoding.layers_to_decode(path)) is not reads_scale
         assert distance(layer_of(made)(x), x @ made.dequantize().t()) < 1e-5
 
 

@@ -21,8 +21,7 @@ from learned_rounding.tests.in_comfyui import IN_COMFYUI
 
 if IN_COMFYUI:
     import nodes  # ComfyUI's
-
-    from learned_rounding.nodes import host
+    from learned_rounding.nodes import host as pack
     from learned_rounding.nodes.host.sources import model_weights
     from learned_rounding.nodes.host.walking import open_replayed_model
     from learned_rounding.tests.nodes.host.small_models import (
@@ -67,7 +66,7 @@ def calibrate(model, kind: str):
     pairs = [(make_conditioning(kind, seed, **extra), make_conditioning(kind, 5, **extra)) for seed in (1, 2)]
     options = {"seed": 3, "samples": 2, "keep": "full", "tokens": 256, "on_event": lambda event: None, **SAMPLING}
     latents = [{"samples": torch.zeros(MODELS[kind][2])}]
-    return host.calibrate_model(model, pairs, latents, replay_calls=8, **options)[0]
+    return pack.calibrate_model(model, pairs, latents, replay_calls=8, **options)[0]
 
 
 def state_of(model) -> dict[str, torch.Tensor]:
@@ -144,7 +143,7 @@ def test_quantize_rounds_the_blocks_sequentially_and_leaves_the_model_as_it_was(
     calibration, before = calibrate(model, kind), state_of(model)
 
     def quantize(model, rounding: str):
-        return host.quantize(model, make_recipe(rounding), lambda event: None, calibration, general=True)
+        return pack.quantize(model, make_recipe(rounding), lambda event: None, calibration, general=True)
 
     calibrated, made = quantize(model, "calibrated"), quantize(model, "sequential")
     report, summary = made.report, str(made.report.sequential)
@@ -177,7 +176,7 @@ def test_calibration_without_calls_and_compiled_models_are_refused(sentences):
     )
     for source, given in ((model, without_calls), (compiled, calibration)):
         with sentences.raises(QuantizationError):
-            host.quantize(source, make_recipe(), lambda event: None, given, general=True)
+            pack.quantize(source, make_recipe(), lambda event: None, given, general=True)
 
 
 def test_two_experts_are_calibrated_on_their_own_steps(sentences):
@@ -191,8 +190,8 @@ def test_two_experts_are_calibrated_on_their_own_steps(sentences):
     options |= {"replay_calls": 16}
     sampling = SAMPLING | {"steps": 4}
     empty = {"samples": torch.zeros(shape)}
-    first, latents, _ = host.calibrate_model(high, pairs, [empty], end_at_step=2, **options, **sampling)
-    second, sampled, _ = host.calibrate_model(low, pairs, latents, start_at_step=2, **options, **sampling)
+    first, latents, _ = pack.calibrate_model(high, pairs, [empty], end_at_step=2, **options, **sampling)
+    second, sampled, _ = pack.calibrate_model(low, pairs, latents, start_at_step=2, **options, **sampling)
     for run, found in enumerate(sampled):
         positive, negative = pairs[run // 2]
         given = {"positive": positive, "negative": negative, **sampling, "force_full_denoise": False}
@@ -209,8 +208,8 @@ def test_two_experts_are_calibrated_on_their_own_steps(sentences):
     assert [len(found) for found in times] == [2, 2]
     assert min(times[0]) > max(times[1])
     for model, calibration in ((high, first), (low, second)):
-        report = host.quantize(model, make_recipe(), lambda event: None, calibration, general=True).report
+        report = pack.quantize(model, make_recipe(), lambda event: None, calibration, general=True).report
         assert sum(report.sequential.blocks.values()) == 2
         assert 0 < report.sequential.output_error < 1
     with sentences.raises(QuantizationError):
-        host.calibrate_model(low, pairs, latents, start_at_step=4, **options, **sampling)
+        pack.calibrate_model(low, pairs, latents, start_at_step=4, **options, **sampling)

@@ -6,7 +6,7 @@ import comfy.sd
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["LAYERS", "PROMPTS", "TINY_T5", "encode", "load_tiny", "load_t5", "save_t5", "t5_weights"]
+__all__ = ["LAYERS", "PROMPTS", "TINY_T5", "encode", "load_t5", "load_tiny", "save_t5", "t5_weights"]
 
 TINY_T5 = {"t5xxl_model_config": {"d_model": 64, "d_kv": 32, "num_heads": 2}}
 LAYERS = 24 * 7
