@@ -1,81 +1,69 @@
-"""Checks of in_process.py: files of Save Quantized, and the damages that it finds."""
+"""Saved files are loaded again: valid ones are reported as verified, others are renamed and reported."""
 
 import dataclasses
-import errno
 import json
-import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import patch
 
-import comfy.ldm.hunyuan_video.model as hunyuan
-import comfy.model_management
-import comfy.ops
-import comfy.utils
-import folder_paths
+import pytest
 import torch
-from pack.nodes import host
-from pack.quant_core import FORMATS, QuantizationError, Recipe
-from pack.quant_core.formats.layer_json import config_tensor
 from safetensors.torch import load_file, save_file
 
-TINY = Path(host.__file__).parents[2] / "assets" / "tiny_mmdit_emoji.safetensors"
+from learned_rounding.quant_core import FORMATS, QuantizationError
+from learned_rounding.quant_core.formats.layer_json import config_tensor
+from learned_rounding.tests.in_comfyui import IN_COMFYUI
+
+if IN_COMFYUI:
+    import comfy.ldm.hunyuan_video.model as hunyuan
+    import comfy.ops
+    import comfy.utils
+
+    from learned_rounding.nodes import host as pack
+    from learned_rounding.nodes.host import verifying
+    from learned_rounding.tests.nodes.host.saved_files import output, quantize_tiny
+    from learned_rounding.tests.nodes.host.tiny_model import TINY
+
+pytestmark = pytest.mark.usefixtures("in_comfyui")
+
 LAYER = "joint_blocks.0.x_block.mlp.fc1"  # 1024×256
 KEPT = "x_embedder.proj.weight"
 _HEADER = "_quantization_metadata"
-PADDED = ("nvfp4", "mxfp8")
 
 
-def output() -> Path:
-    return Path(folder_paths.get_output_directory())
+def save(made) -> list[Path]:
+    return pack.save_files(made, "verified", "output")
 
 
-def quantized(
-    format: str = "float8_e4m3fn", kind: str = "diffusion_models", path: Path = TINY, **options
-) -> host.Quantized:
-    """A new run; the cached result is dropped."""
-    host.quantizing._last = None
-    recipe = Recipe(format=format, rounding="nearest", **{"convrot": None, **options})
-    return host.quantize(host.FileSource(path, kind, "sd3"), recipe, lambda event: None, general=True)
+def verify(made, paths: list[Path] | None = None) -> str:
+    """The summary of a valid file, which is left as it is."""
+    paths = paths or save(made)
+    said = pack.verify_saved(made, paths)
+    assert [path for path in paths if not path.exists()] == []
+    assert [path.name for path in output().rglob("*.failed*")] == []
+    return said
 
 
-def verified(made: host.Quantized, paths: list[Path] | None = None) -> tuple[str, list[str], list[str]]:
-    """(summary or error of Save Quantized, names of renamed files, names of saved files)."""
-    paths = paths or host.save_files(made, "verified", "output")
-    try:
-        said = host.verify_saved(made, paths)
-    except QuantizationError as error:
-        said = str(error)
-    left = [path.name for path in paths if path.exists()]
-    failed = [path.name for path in output().rglob("*.failed*")]
-    for path in output().rglob("verified*"):
-        path.unlink()
-    return said, failed, left
+def find_damage(made, paths: list[Path] | None = None) -> str:
+    """The error of a damaged file, which is renamed."""
+    paths = paths or save(made)
+    with pytest.raises(QuantizationError) as error:
+        pack.verify_saved(made, paths)
+    assert [path for path in paths if path.exists()] == []
+    (renamed,) = output().rglob("*.failed*")
+    assert renamed.name in str(error.value)
+    return str(error.value)
 
 
-@contextmanager
-def replaced(place: object, name: str, value: object):
-    """Replace an attribute temporarily."""
-    before = getattr(place, name)
-    setattr(place, name, value)
-    try:
-        yield
-    finally:
-        setattr(place, name, before)
+@pytest.fixture(autouse=True)
+def _layouts(in_comfyui, request):
+    if "damage" not in request.node.name:
+        pack.add_layouts()
 
 
-def without_links(call: Callable, links_within: Path | None = None):
-    """Run ``call`` without hard links, or with hard links only inside ``links_within``, as between two disks."""
-    link = os.link
-
-    def refuse(path, target):
-        if links_within is None or links_within not in Path(path).parents:
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        link(path, target)
-
-    with replaced(os, "link", refuse):
-        return call()
+@pytest.mark.parametrize("format", FORMATS)
+def test_valid_file_is_verified(format, sentences):
+    sentences(verify(quantize_tiny(format)))
 
 
 def hunyuan_image(names: Callable[[str], str]) -> dict[str, torch.Tensor]:
@@ -122,9 +110,56 @@ def as_published(name: str) -> str:
     return with_scales(name)
 
 
-def static_inputs() -> tuple:
-    """A file with small static activation scales, on a host that quantizes activations as one with a GPU does."""
-    made, reload = quantized(), host.verifying.reload_file
+def checkpoint() -> dict[str, torch.Tensor]:
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(TINY).items()}
+    return {**tensors, "first_stage_model.decoder.bias": torch.ones(4)}
+
+
+def without_bias() -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in load_file(TINY).items() if name != "final_layer.linear.bias"}
+
+
+def plain_layers() -> dict[str, torch.Tensor]:
+    return {f"some.{index}.weight": torch.randn(64, 64) for index in range(2)}
+
+
+# Model file → its tensors and kind.
+FILES = {
+    "checkpoint": (checkpoint, "checkpoints"),
+    "renamed norms": (lambda: hunyuan_image(with_scales), "diffusion_models"),
+    "renamed layers": (lambda: hunyuan_image(as_published), "diffusion_models"),
+    "a tensor that ComfyUI does not know": (
+        lambda: {**load_file(TINY), "unknown.bias": torch.ones(4)},
+        "diffusion_models",
+    ),
+    "a tensor that the source lacks": (without_bias, "diffusion_models"),
+    "no model": (plain_layers, "diffusion_models"),
+    "no text encoder": (plain_layers, "text_encoders"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_valid_file_of_another_kind_is_verified(host, tmp_path, name, sentences):
+    make, kind = FILES[name]
+    save_file(make(), tmp_path / f"{name}.safetensors")
+    made = quantize_tiny(kind=kind, path=tmp_path / f"{name}.safetensors")
+    # 0.3.75 looks up names that the model's own rules have changed.
+    check = find_damage if name == "renamed layers" and host.version == "0.3.75" else verify
+    sentences(check(made))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
+def test_padded_layers_are_verified(tmp_path, format, sentences):
+    """Layers whose sides are not multiples of 16 or 32, to which the format pads its tensors."""
+    path = tmp_path / "padded.safetensors"
+    save_file({f"some.{index}.weight": torch.randn(40, 200 + 72 * index) for index in range(2)}, path)
+    rules = json.dumps({"some": format})  # not 8 bits, as outside of blocks
+    sentences(verify(quantize_tiny(format, path=path, layer_config=rules)))
+
+
+def test_static_activation_scales_are_verified(sentences):
+    """Small ones, on a host that quantizes activations as one with a GPU does."""
+    made, reload = quantize_tiny(), verifying.reload_file
 
     def add_scales(tensors, _) -> None:
         tensors |= {
@@ -140,56 +175,20 @@ def static_inputs() -> tuple:
                 module._full_precision_mm = False
         return patcher
 
-    rewritten(made.files[""], add_scales)
-    with replaced(host.verifying, "reload_file", quantizing):
-        return verified(made)
+    rewrite(made.files[""], add_scales)
+    with patch.object(verifying, "reload_file", quantizing):
+        sentences(verify(made))
 
 
-def padded(format: str) -> host.Quantized:
-    """Layers whose sides are not multiples of 16 or 32, to which the format pads its tensors."""
-    path = Path(folder_paths.base_path) / "padded.safetensors"
-    save_file({f"some.{index}.weight": torch.randn(40, 200 + 72 * index) for index in range(2)}, path)
-    return quantized(format, path=path, layer_config=json.dumps({"some": format}))  # not 8 bits, as outside of blocks
-
-
-def valid() -> dict:
-    """Valid files of all formats and kinds."""
-    host.add_layouts()
-    found = {name: verified(quantized(name)) for name in FORMATS}
-    base = Path(folder_paths.base_path)
-    checkpoint = {f"model.diffusion_model.{name}": tensor for name, tensor in load_file(TINY).items()}
-    files = {
-        "checkpoint": ({**checkpoint, "first_stage_model.decoder.bias": torch.ones(4)}, "checkpoints"),
-        "renamed norms": (hunyuan_image(with_scales), "diffusion_models"),
-        "renamed layers": (hunyuan_image(as_published), "diffusion_models"),
-        "a tensor that ComfyUI does not know": ({**load_file(TINY), "unknown.bias": torch.ones(4)}, "diffusion_models"),
-        "a tensor that the source lacks": (
-            {name: tensor for name, tensor in load_file(TINY).items() if name != "final_layer.linear.bias"},
-            "diffusion_models",
-        ),
-        "no model": ({f"some.{index}.weight": torch.randn(64, 64) for index in range(2)}, "diffusion_models"),
-        "no text encoder": ({f"some.{index}.weight": torch.randn(64, 64) for index in range(2)}, "text_encoders"),
-    }
-    for name, (tensors, kind) in files.items():
-        path = base / f"{name}.safetensors"
-        save_file(tensors, path)
-        found[name] = verified(quantized(kind=kind, path=path))
-    found |= {f"padded {name}": verified(padded(name)) for name in PADDED}
-    found["static inputs"] = static_inputs()
-
+def test_file_is_kept_if_memory_is_too_small_to_load_it(sentences):
     def too_large(*_):
         raise MemoryError
 
-    with replaced(host.verifying, "reload_file", too_large):
-        too_little = verified(quantized())
-    return {
-        "found": found,
-        "too little memory": too_little,
-        "knows": [name for name in FORMATS if host.supports_format(name)],
-    }
+    with patch.object(verifying, "reload_file", too_large):
+        sentences(verify(quantize_tiny()))
 
 
-def rewritten(path: Path, change: Callable) -> None:
+def rewrite(path: Path, change: Callable) -> None:
     """Apply ``change(tensors, metadata)`` to a file; the result is not a hard link to another file."""
     tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     tensors, metadata = {name: tensor.clone() for name, tensor in tensors.items()}, dict(metadata)
@@ -296,7 +295,7 @@ def louder(module) -> None:
 
 
 # Damages of the model that ComfyUI loaded from a valid file.
-IN_COMFYUI = {
+IN_COMFYUI_MODEL = {
     "a kept tensor": lambda model: setattr(
         model.x_embedder.proj, "weight", parameter(model.x_embedder.proj.weight * 2)
     ),
@@ -316,46 +315,40 @@ IN_COMFYUI = {
 }
 
 
-def tampered(format: str = "float8_e4m3fn") -> dict:
-    """Every kind of damage at every place where it can occur."""
-    found = {}
-    for name, change in ON_DISK.items():
-        made = quantized(format)
-        paths = host.save_files(made, "verified", "output")
-        rewritten(paths[0], change)
-        found[f"on disk: {name}"] = verified(made, paths)
-    for name, change in AS_QUANTIZED.items():
-        made = quantized(format)
-        rewritten(made.files[""], change)
-        found[f"as quantized: {name}"] = verified(made)
-    reload = host.verifying.reload_file
-    for name, change in IN_COMFYUI.items():
-
-        def changed(*args, change=change):
-            patcher = reload(*args)
-            change(patcher.model.diffusion_model)
-            return patcher
-
-        with replaced(host.verifying, "reload_file", changed):
-            found[f"in ComfyUI: {name}"] = verified(quantized(format))
-    return found
+# On the disk, before it is saved, or in ComfyUI.
+DAMAGES = {
+    **{f"on disk: {name}": (ON_DISK, name) for name in ON_DISK},
+    **{f"as quantized: {name}": (AS_QUANTIZED, name) for name in AS_QUANTIZED},
+    **{f"in ComfyUI: {name}": (IN_COMFYUI_MODEL, name) for name in IN_COMFYUI_MODEL},
+}
 
 
-def tampered_int8() -> dict:
-    """The same for a format that ComfyUI 0.3.75 runs on decoding layers."""
-    return tampered("int8_tensorwise")
+def damage_and_verify(format: str, place: dict, name: str) -> str:
+    change, made = place[name], quantize_tiny(format)
+    if place is ON_DISK:
+        paths = save(made)
+        rewrite(paths[0], change)
+        return find_damage(made, paths)
+    if place is AS_QUANTIZED:
+        rewrite(made.files[""], change)
+        return find_damage(made)
+    reload = verifying.reload_file
+
+    def changed(*args):
+        patcher = reload(*args)
+        change(patcher.model.diffusion_model)
+        return patcher
+
+    with patch.object(verifying, "reload_file", changed):
+        return find_damage(made)
 
 
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-def names() -> dict:
-    """File name prefixes with the source model of the node "1" in a graph."""
-    nodes = json.loads((Path(folder_paths.base_path) / "nodes.json").read_text(encoding="utf-8"))
-    prompt = SimpleNamespace(get_node=lambda node_id: {"inputs": nodes[node_id]})
-    named, plain = (host.insert_model_name(prefix, prompt, "1") for prefix in ("sub/%model%_x", "mine"))
-    return {"named": named, "plain": plain}
-
-
-CHECKS = {f"saving_{check.__name__}": check for check in (valid, tampered, tampered_int8, names)}
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_tensorwise"])  # decoding layers run INT8 on ComfyUI 0.3.75
+def test_every_damage_is_found_and_the_file_renamed(format, tried, sentences, subtests):
+    for damage, (place, name) in DAMAGES.items():
+        with subtests.test(damage):
+            sentences(damage_and_verify(format, place, name), measured=True)
+        for path in output().rglob("verified*"):
+            path.unlink()
+    what = "a saved file, or what ComfyUI's loader made of it, is not what was quantized"
+    tried(what, len(DAMAGES), "renamed and reported")
