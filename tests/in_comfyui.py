@@ -74,7 +74,7 @@ class ComfyProcess:
         """Run a test; returns its reports as serialized by pytest.
 
         Raises:
-            RuntimeError: the child process ended without reports; the message has the end of the log.
+            FailedInComfyUI: the test module cannot be imported, or the child process ended without reports.
         """
         self._count += 1
         folder = self.folder / str(self._count)
@@ -84,8 +84,11 @@ class ComfyProcess:
         self._process.stdout.readline()
         if not reports.exists():
             log = (self.folder / "log").read_text(encoding="utf-8", errors="replace")
-            raise RuntimeError(f"the process of the test ended without a result\n{log[-8000:]}")
-        return json.loads(reports.read_text(encoding="utf-8"))
+            raise FailedInComfyUI(f"the process of the test ended without a result\n{log[-8000:]}")
+        found, errors = json.loads(reports.read_text(encoding="utf-8"))
+        if errors:
+            raise FailedInComfyUI("\n".join(errors))
+        return found
 
     def close(self) -> None:
         self._process.kill()
@@ -126,7 +129,7 @@ class ComfyTest(pytest.Item):
         return [*subtests, last]
 
     def repr_failure(self, excinfo, style=None):
-        if isinstance(excinfo.value, FailedInComfyUI | RuntimeError):
+        if isinstance(excinfo.value, FailedInComfyUI):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
 
@@ -184,10 +187,11 @@ def _import_comfyui(source: str) -> None:
 
 
 class Reports:
-    """Plugin of pytest that collects the serialized reports of a run."""
+    """Plugin of pytest that collects the serialized reports of a run, and errors of an import."""
 
     def __init__(self):
         self.found: list[dict] = []
+        self.errors: list[str] = []
 
     def pytest_configure(self, config):
         self._config = config
@@ -195,12 +199,16 @@ class Reports:
     def pytest_runtest_logreport(self, report):
         self.found.append(self._config.hook.pytest_report_to_serializable(config=self._config, report=report))
 
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.errors.append(report.longreprtext)
+
 
 def _run_test(arguments: list[str], target: str) -> None:
     """Run pytest with these arguments, and write its reports."""
     reports = Reports()
     pytest.main([*arguments, "-p", "no:cacheprovider", "-p", "no:terminal"], plugins=[reports])
-    Path(target).write_text(json.dumps(reports.found), encoding="utf-8")
+    Path(target).write_text(json.dumps([reports.found, reports.errors]), encoding="utf-8")
 
 
 def _serve(source: str) -> None:

@@ -1,4 +1,4 @@
-"""Memory and temporary files: what ComfyUI's requests to free memory release, and a GPU that another model occupies."""
+"""Memory and temporary files: what ComfyUI's requests to free memory release."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 from learned_rounding.benchmarks.tiny_model.graph import MODEL, latents
 from learned_rounding.hosts.server import HOST_DEVICE
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, progress, saved_path, text, unique
+from learned_rounding.tests.nodes.probing import ProbedGraph, progress, saved_path, text, unique
 
 MARGIN = 1 << 20  # bytes of the GPU
 
@@ -135,18 +135,3 @@ def test_changed_file_or_inputs_are_quantized_again(comfy, request, change):
         source.write_bytes(source.read_bytes())
     _, quantized = run(first + (change == "another recipe"))
     assert quantized
-
-
-def test_requests_are_followed_once_beside_wrappers_of_another_pack(host, tmp_path):
-    assert in_process(host, tmp_path, "memory_requests") == [0, 1, 2, 3]
-
-
-@pytest.mark.gpu
-def test_run_frees_the_memory_of_another_model(host, tmp_path, tried):
-    found = in_process(host, tmp_path, "memory_squeezed")
-    assert found["same"] and found["came back"], found
-    assert found["gave way"] > 0 and not found["warned"], found
-    assert found["stayed without"] and found["failed or warned without"], (
-        found
-    )  # the run needs the memory of the other model
-    tried("the GPU full with another model", 1, "that one gives way and comes back, same bytes")

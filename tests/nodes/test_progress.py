@@ -1,52 +1,10 @@
-"""Messages to pages, and the identity of runs and sources."""
+"""Progress of Learned Round Quantize in a workflow, as clients of the server get it."""
 
 import pytest
 
 from learned_rounding.hosts import HostError, HostInterrupted
 from learned_rounding.quant_core.output import verify_file
-from learned_rounding.tests.nodes.probing import ProbedGraph, in_process, progress, saved_path, unique
-
-
-def test_error_messages_to_pages_contain_no_folders(host, tmp_path):
-    found = in_process(host, tmp_path, "progress_stopped")
-    assert found["sent"] == found["wanted"]
-    assert found["kept"] == found["wanted"][-1:]  # stored: the latest run of the node
-
-
-def test_two_executions_in_one_prompt_are_one_run(host, tmp_path):
-    assert in_process(host, tmp_path, "progress_twice") == {
-        "sent": [0, 1, 2, 3, 0, 1],
-        "kept": [["third", 0], ["third", 1]],
-        "empty": [],
-    }
-
-
-def test_blocks_and_their_steps_are_sent_to_pages(host, tmp_path):
-    found = in_process(host, tmp_path, "progress_blocks")
-    block = {"state": "block", "index": 2, "total": 57, "name": "double_blocks.2"}
-    assert [{key: message[key] for key in block} for message in found] == [block] * 3
-    assert (found[1]["step"], found[1]["done"], found[1]["total_steps"]) == ("rounding", 1, 5)
-    assert (found[2]["kept"], found[2]["error"], found[2]["calibrated_error"]) == ("sequential", 0.25, 0.5)
-
-
-def test_the_report_of_a_clip_keeps_the_summary_of_every_encoder(host, tmp_path):
-    found = in_process(host, tmp_path, "progress_parts")
-    assert (found["errors"], found["resumed"]) == ([0.01, 0.02], 7)
-    assert [line.split()[:5] for line in found["lines"]] == [
-        ["model", "output,", "clip_l", "error", "0.01"],
-        ["model", "output,", "t5xxl", "error", "0.02"],
-    ]
-
-
-def test_a_node_that_uses_an_earlier_result_has_the_messages_of_its_run(host, tmp_path):
-    found = in_process(host, tmp_path, "progress_reused")
-    assert found == {"nodes": [["3"], ["7"]], "same": True, "ids": ["1/3", "2/7"]}
-
-
-def test_changed_shard_changes_the_source(host, tmp_path):
-    found = in_process(host, tmp_path, "progress_shards")
-    assert found["same"] and found["state changed"] and found["result changed"]
-    assert found["without a shard"] == 4  # the index and the other shard; the missing one is reported when it is opened
+from learned_rounding.tests.nodes.probing import ProbedGraph, progress, saved_path, unique
 
 
 def test_progress_reports_the_gain_of_learned_rounding(comfy, request):
