@@ -77,6 +77,18 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_sessionfinish(session):
+    """Tell the process that controls the workers of pytest-xdist what was collected here."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["collected"] = sorted(session.config.stash.get(COLLECTED, ()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    found = getattr(node, "workeroutput", {}).get("collected", ())  # none from a worker that was killed
+    node.config.stash.setdefault(COLLECTED, set()).update(found)
+
+
 @pytest.fixture(scope="session", params=HOSTS or [None], ids=lambda host: host.version if host else "no-host")
 def host(request):
     if request.param is None:
