@@ -4,7 +4,8 @@ in_comfyui      runs the test in ComfyUI's process, with ComfyUI's folders in it
 comfy           a running server with this pack, the tiny model and a probe node; every test that asks for it runs once per host
 server_factory  makes further servers of the same host, for tests that restart one or set it up differently
 host            the host itself, without a server
-comfy_page      the page of `comfy` in headless Chromium
+comfy_page      the page of `comfy` in headless Chromium, as after its start
+open_comfy_page open_comfy_page(vue_nodes=…, settings=…) → the same page, opened again with these settings
 tried           tried(fault, count, outcome) adds a row to the fault table of docs/reliability.md (evidence.py)
 sentences       checks texts for users against golden/sentences.json (sentences.py)
 often           often(default, thorough) → how often to try, by --thorough
@@ -21,7 +22,7 @@ import pytest
 
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
-from learned_rounding.hosts.browser import chromium_path, open_page
+from learned_rounding.hosts.browser import chromium_path, open_page, reopen
 from learned_rounding.tests.evidence import DOCUMENT, collect_fault_patterns, format_table, update_document
 from learned_rounding.tests.in_comfyui import IN_COMFYUI, ComfyProcess, ComfyTest, change_base_directory
 from learned_rounding.tests.sentences import GOLDEN, Sentences, entry_name, load_golden, merge_entries, save_golden
@@ -62,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
         fixtures = _fixtures(item)
         if "host" in fixtures:
             item.add_marker("host")
-        if "comfy_page" in fixtures:
+        if "comfy_tab" in fixtures:
             item.add_marker("browser")
         if item.get_closest_marker("browser") and chromium_path() is None and not STRICT:
             item.add_marker(pytest.mark.skip(reason=NO_CHROMIUM))
@@ -156,10 +157,29 @@ def server_factory(host, tmp_path_factory):
         server.close()
 
 
-@pytest.fixture
-def comfy_page(comfy):
-    with open_page(comfy) as page:
+@pytest.fixture(scope="session")
+def comfy_tab(comfy):
+    """One tab of one browser for all tests: a start of Chromium takes three times as long as a page."""
+    problems = []
+    with open_page(comfy, problems=problems, timeout=60) as page:
+        page.problems = problems
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         yield page
+
+
+@pytest.fixture(scope="session")
+def open_comfy_page(comfy, comfy_tab):
+    def open_again(**options):
+        reopen(comfy_tab, comfy, **options)
+        comfy_tab.problems.clear()
+        return comfy_tab
+
+    return open_again
+
+
+@pytest.fixture
+def comfy_page(open_comfy_page):
+    return open_comfy_page()
 
 
 @pytest.fixture

@@ -166,29 +166,32 @@ def test_layer_config_has_comfyuis_names(stored_alike):
     assert set(formats.values()) == {"int8_tensorwise"}
 
 
-def comes_back(name: str, to_diffusers) -> bool:
+def comes_back(name: str, tensors: dict, to_diffusers) -> bool:
     """Whether a mapping has all tensor names of a model, and the conversion restores all names and shapes."""
     names = to_diffusers(copy.deepcopy(DIFFUSION[name].options))
     known = {place if isinstance(place, str) else place[0] for place in names.values()}
-    shapes = {}
-    for key, tensor in read(name).items():  # ComfyUI 0.3.75 calls the weight of a norm "scale"
-        key = key if key in known else re.sub(r"_norm\.weight$", "_norm.scale", key)
-        shapes[key] = torch.empty(tensor.shape, device="meta")
-    if not shapes.keys() <= known:
+    # ComfyUI 0.3.75 calls the weight of a norm "scale".
+    ours = {key if key in known else re.sub(r"_norm\.weight$", "_norm.scale", key): key for key in tensors}
+    if not ours.keys() <= known:
         return False
+    shapes = {key: torch.empty(tensors[there].shape, device="meta") for key, there in ours.items()}
     theirs = renamed(shapes, names)
-    assert theirs.keys().isdisjoint({key for key in shapes if key.endswith("qkv.weight")})
+    assert [key for key in shapes if key.endswith("qkv.weight") and key in theirs] == []
+    assert "diffusers" in find_refusal(theirs)
+    assert find_refusal(shapes) is None
     source = header(name, theirs)
-    assert "diffusers" in find_refusal(theirs) and find_refusal(shapes) is None
     convert = pack.opening._converter(source)
-    ours = pack.opening.RenamedWeights(source, convert).tensors if convert else {}
-    return {key: info.shape for key, info in ours.items()} == {key: tuple(value.shape) for key, value in shapes.items()}
+    again = pack.opening.RenamedWeights(source, convert).tensors if convert else {}
+    return {key: info.shape for key, info in again.items()} == {
+        key: tuple(value.shape) for key, value in shapes.items()
+    }
 
 
 def test_models_that_comfyui_converts_are_renamed(host):
     maps = [getattr(comfy.utils, name) for name in dir(comfy.utils) if name.endswith("_to_diffusers")]
-    renamed = {name for name in DIFFUSION if any(comes_back(name, to_diffusers) for to_diffusers in maps)}
-    assert renamed == RENAMED - ({"zimage"} if host.version == "0.3.75" else set())
+    tensors = {name: read(name) for name in DIFFUSION}
+    found = {name for name in DIFFUSION if any(comes_back(name, tensors[name], to_map) for to_map in maps)}
+    assert found == RENAMED - ({"zimage"} if host.version == "0.3.75" else set())
 
 
 def quantize_as_bitsandbytes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
