@@ -39,6 +39,10 @@ def case_name(value) -> str:
 class ProbedGraph(TinyGraph):
     """A graph of the tiny model with a node that inspects a MODEL."""
 
+    def sample(self, model: list, prefix: str, seed: int = 1, steps: int = 6) -> None:
+        """Sample as :class:`TinyGraph` does; 6 steps are enough to compare two models bit for bit."""
+        super().sample(model, prefix, seed, steps)
+
     def probe(self, model: list) -> Node:
         return self.add("ProbeModel", model=model)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from learned_rounding.benchmarks.tiny_model.graph import MODEL, latents, pictures, psnr
+from learned_rounding.benchmarks.tiny_model.graph import MODEL, STEPS, latents, pictures, psnr
 from learned_rounding.benchmarks.tiny_model.place import prompt_names, read_conditioning
 from learned_rounding.hosts.server import HOST_DEVICE
 from learned_rounding.hosts.workflows import Node
@@ -76,8 +76,8 @@ def test_quantized_model_samples_near_full_precision(comfy, request, format, opt
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     quantized = graph.quantize(model[0], format, seed=1000, **options)
-    graph.sample(model[0], f"{name}-full")
-    graph.sample(quantized[0], f"{name}-quantized")
+    graph.sample(model[0], f"{name}-full", steps=STEPS)
+    graph.sample(quantized[0], f"{name}-quantized", steps=STEPS)
     probe = graph.probe(quantized[0])
     result = comfy.queue(graph)
 
@@ -122,12 +122,12 @@ def test_saved_microscaling_file_samples_near_full_precision(comfy, request, for
     """Microscaling formats through Load Diffusion Model, or Load Quantized Model where the host cannot run them."""
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
-    graph.sample(model[0], f"{name}-full")
+    graph.sample(model[0], f"{name}-full", steps=STEPS)
     saved = graph.save(graph.quantize(model[0], format, **rounding), name)
     path = saved_path(comfy.queue(graph), saved)
     again = ProbedGraph()
     loaded = (again.load if loads(comfy.host, format) else again.load_quantized)(path.name)
-    again.sample(loaded[0], f"{name}-quantized")
+    again.sample(loaded[0], f"{name}-quantized", steps=STEPS)
     probe = again.probe(loaded[0])
     layers = probed(comfy.queue(again), probe)["layers"]
     assert len(layers) == verify_file(path).layers > 30
@@ -352,7 +352,7 @@ def test_checkpoint_keeps_its_other_parts(comfy, request, format):
 
 def test_quantized_tiny_model_draws_the_prompts(comfy, request):
     graph, name = ProbedGraph(), unique(request)
-    graph.sample(graph.quantize(graph.load()[0])[0], name, seed=3)
+    graph.sample(graph.quantize(graph.load()[0])[0], name, seed=3, steps=STEPS)
     comfy.queue(graph)
     drawn, known = latents(comfy.output_dir, name), read_conditioning()["latents"].numpy()
     distances = ((drawn.reshape(len(drawn), 1, -1) - known.reshape(1, len(known), -1)) ** 2).sum(-1)

@@ -11,7 +11,7 @@ from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts.browser import SETTINGS, load_workflow, queue_prompt, visit
 from learned_rounding.tests.conftest import LINKS
 from learned_rounding.tests.nodes.probing import ProbedGraph
-from learned_rounding.tests.web.test_widgets import node_box, panel, pixels
+from learned_rounding.tests.web.test_progress_widget import node_box, panel, pixels
 
 pytestmark = pytest.mark.browser
 

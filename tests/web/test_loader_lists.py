@@ -1,4 +1,4 @@
-"""In a page: saved files are in the lists of loaders, new nodes rotate by default, and nodes of old workflows do not."""
+"""In a page: saved files are in the lists of loaders."""
 
 import pytest
 
@@ -33,15 +33,3 @@ def test_a_saved_file_is_in_the_lists_of_loaders_without_a_key(graph, workflow, 
     )
     (choice,) = (choice for choice in graph.evaluate(_CHOICES, [loader, "unet_name"]) if name in choice)
     assert choice.replace("\\", "/") == f"{name}/model_int8.safetensors"
-
-
-def test_new_nodes_rotate_by_default_and_old_workflows_do_not(graph, workflow):
-    new = graph.evaluate(_ADD, "LearnedRoundingConfigure")
-    assert graph.evaluate(_VALUE, [new, "convrot"]) == "auto"
-    save = graph.evaluate(_ADD, "LearnedRoundingSave")
-    assert graph.evaluate(_VALUE, [save, "filename_prefix"]) == "%model%"
-    old = workflow()
-    (configure,) = (node for node in old["nodes"] if node["type"] == "LearnedRoundingConfigure")
-    configure["widgets_values"] = configure["widgets_values"][:8]  # before the widget existed
-    load_workflow(graph, old)
-    assert graph.evaluate(_VALUE, [configure["id"], "convrot"]) == "off"
