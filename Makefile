@@ -65,7 +65,7 @@ test-gpu: $(READY) hosts
 	LEARNED_ROUNDING_HOST_DEVICE=cuda OMP_NUM_THREADS=2 .venv/bin/pytest -v -m "gpu or host" -n $(or $(WORKERS),8) --dist worksteal $(ARGS)
 
 faults: $(READY) hosts
-	.venv/bin/pytest tests/faults tests/fuzz tests/load tests/nodes/test_resume.py tests/nodes/test_save.py tests/nodes/test_memory.py --thorough --faults-table $(ARGS)
+	.venv/bin/pytest tests/faults tests/fuzz tests/load tests/nodes/test_resume.py tests/nodes/host/test_quantizing.py tests/nodes/host/test_saving.py tests/nodes/host/test_verifying.py --thorough --faults-table $(ARGS)
 
 # Guided by coverage; SECONDS for each kind of file, and for texts.
 SECONDS ?= 300

@@ -67,7 +67,8 @@ def test_pack_loads_without_errors(comfy):
     assert f"diffusion_models/{MODEL}" in str(ours["LearnedRoundingLoadModel"]["input"]["required"]["model"])
     start = comfy.log_text().partition("To see the GUI")[0]
     mentions = [line for line in start.splitlines() if "custom_nodes/learned_rounding" in line]
-    assert mentions and not [line for line in mentions if "FAILED" in line or "File" in line or "ERROR" in line]
+    assert mentions
+    assert not [line for line in mentions if "FAILED" in line or "File" in line or "ERROR" in line]
     assert any("learned_rounding.js" in path for path in comfy.get("/extensions"))
 
 
@@ -102,7 +103,8 @@ def test_saved_file_samples_bit_for_bit_as_in_the_graph(comfy, request, format, 
     path = saved_path(comfy.queue(graph), saved)
     assert path.is_relative_to(comfy.output_dir / "diffusion_models")
     verification = verify_file(path)
-    assert verification.layers > 30 and not verification.problems
+    assert verification.layers > 30
+    assert not verification.problems
     again = ProbedGraph()
     again.sample(again.load_quantized(path.name)[0], f"{name}-ours")
     ways = ["ours"]
@@ -163,9 +165,8 @@ def test_stock_nodes_load_patch_and_save_own_formats(comfy, request, format):
     result = comfy.queue(graph)
     for kind, probe in probes.items():
         found = probed(result, probe)
-        assert len(found["layers"]) > 30 and set(found["layers"].values()) == {
-            str(FORMATS[format].storage_dtype).removeprefix("torch.")
-        }
+        assert len(found["layers"]) > 30
+        assert set(found["layers"].values()) == {str(FORMATS[format].storage_dtype).removeprefix("torch.")}
         made = comfy.output_dir / "diffusion_models" / f"{name}-{kind}_00001_.safetensors"
         assert verify_file(made).layers == len(found["layers"])
         if (
@@ -302,13 +303,15 @@ def test_saving_never_overwrites_files(comfy, request):
         if len(paths) == 1:
             graph[saved.id]["inputs"]["filename_prefix"] = f"./sub/{name}"  # the same file, but not the cached node
         paths.append(saved_path(comfy.queue(graph), saved))
-    assert len(set(paths)) == 3 and all(path.is_file() for path in paths)
+    assert len(set(paths)) == 3
+    assert all(path.is_file() for path in paths)
     assert paths[0].name.endswith("float8_e4m3fn.safetensors")
     assert paths[1].name == paths[0].name.replace(".safetensors", "_00001_.safetensors")
     assert paths[2].is_relative_to(comfy.models_dir / "diffusion_models" / "sub")
     assert paths[0].read_bytes() == paths[1].read_bytes() == paths[2].read_bytes()
     with safe_open(paths[0], "pt") as opened:
-        assert "_quantization_metadata" in opened.metadata() and "learned_rounding" in opened.metadata()
+        assert "_quantization_metadata" in opened.metadata()
+        assert "learned_rounding" in opened.metadata()
 
 
 @pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_blockwise", "asym_w4a8_int8"])
@@ -330,7 +333,8 @@ def test_checkpoint_keeps_its_other_parts(comfy, request, format):
     assert not verify_file(path).problems
     made = load_file(path)
     vae = "first_stage_model.decoder.mid.attn_1.q.weight"
-    assert made[vae].dtype == torch.bfloat16 and made[vae].equal(checkpoint[vae])
+    assert made[vae].dtype == torch.bfloat16
+    assert made[vae].equal(checkpoint[vae])
     if not loads(comfy.host, format):
         pytest.skip(f"ComfyUI {comfy.host.version} cannot load {format} files; the file was verified only")
     again = ProbedGraph()

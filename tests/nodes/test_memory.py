@@ -48,16 +48,20 @@ def test_unloading_models_keeps_the_result_and_freeing_memory_deletes_its_file(c
 
     graph = build(seed())
     result = comfy.queue(graph)
-    assert progress(result) and len(made := temporary(comfy)) == 1
+    assert progress(result)
+    assert len(made := temporary(comfy)) == 1
     during = comfy.get("/probe/memory")
     unloaded = free(comfy, graph, free_memory=False)
     assert temporary(comfy) == made
     again = comfy.queue(graph)
-    assert again.executed == [] and temporary(comfy) == made
+    assert again.executed == []
+    assert temporary(comfy) == made
     quantize = next(key for key, node in graph.items() if node["class_type"] == "LearnedRoundingQuantize")
     graph.add("PreviewAny", source=[quantize, 3])
     again = comfy.queue(graph)
-    assert quantize in again.executed and not progress(again) and temporary(comfy) == made
+    assert quantize in again.executed
+    assert not progress(again)
+    assert temporary(comfy) == made
     freed = free(comfy)
     assert temporary(comfy) == set()
     assert progress(comfy.queue(graph))  # nothing was saved
@@ -89,16 +93,21 @@ def test_freed_run_uses_its_saved_file(comfy, request, source):
     path, expected = saved_path(first, saved), latents(comfy.output_dir, name)
     content = path.read_bytes()
     free(comfy)
-    assert temporary(comfy) == set() and path.read_bytes() == content
+    assert temporary(comfy) == set()
+    assert path.read_bytes() == content
 
     second = comfy.queue(graph)
-    assert quantized.id in second.executed and progress(first) and not progress(second)
+    assert quantized.id in second.executed
+    assert progress(first)
+    assert not progress(second)
     assert all(text(second, node) == text(first, node) for node in (shown, report))
-    assert saved_path(second, saved) != path and saved_path(second, saved).read_bytes() == content
+    assert saved_path(second, saved) != path
+    assert saved_path(second, saved).read_bytes() == content
     assert not verify_file(path).problems
     assert np.array_equal(latents(comfy.output_dir, name)[len(expected) :], expected)
     free(comfy)
-    assert temporary(comfy) == set() and path.read_bytes() == content  # the user's file stays
+    assert temporary(comfy) == set()
+    assert path.read_bytes() == content  # the user's file stays
 
 
 CHANGES = ["saved file deleted", "saved file written to", "saved file of another run", "newer source", "another recipe"]

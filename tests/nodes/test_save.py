@@ -13,7 +13,8 @@ def test_node_reports_the_verification(comfy, request, sentences):
     graph = ProbedGraph()
     saved = graph.save(graph.quantize(graph.source()[0], rounding="nearest"), unique(request))
     result = comfy.queue(graph)
-    assert saved_path(result, saved).is_file() and text(result, saved).endswith("_float8_e4m3fn.safetensors")
+    assert saved_path(result, saved).is_file()
+    assert text(result, saved).endswith("_float8_e4m3fn.safetensors")
     sentences(result.outputs[saved.id]["text"][1])
 
 
@@ -63,7 +64,9 @@ def test_quality_card_is_written_beside_the_file(comfy, request):
     for fact in ("int8_tensorwise per row", "37 quantized", "PSNR (dB)", "weight memory"):
         assert fact in written
     with Image.open(saved.with_suffix(".png")) as image:
-        assert image.format == "PNG" and image.width == 1200 and image.height > 1200
+        assert image.format == "PNG"
+        assert image.width == 1200
+        assert image.height > 1200
 
 
 def test_without_a_comparison_the_card_has_no_images(comfy, request):
@@ -94,4 +97,5 @@ def test_a_card_that_cannot_be_written_leaves_nothing_and_keeps_the_file(comfy, 
     with pytest.raises(HostError, match=r"belongs to another file.*is complete and verified"):
         comfy.queue(graph)
     assert {path.name for path in saved.parent.glob(f"{saved.stem}*")} == {occupied.name, saved.name}
-    assert occupied.read_text() == "of another model" and not list(saved.parent.glob(".*.partial"))
+    assert occupied.read_text() == "of another model"
+    assert not list(saved.parent.glob(".*.partial"))

@@ -130,7 +130,8 @@ def send(page, *details, node=QUANTIZE):
 def panel(page):
     """What the panel shows. No line of it is ever squeezed, and nothing of it cut off."""
     shown = page.locator(".lr-progress").evaluate(_PANEL)
-    assert (shown.pop("overflow"), shown.pop("squeezed")) == ([0, 0, 0, 0], [])
+    assert shown.pop("overflow") == [0, 0, 0, 0]
+    assert shown.pop("squeezed") == []
     return shown
 
 
@@ -194,7 +195,9 @@ def test_a_real_run_from_start_to_file(graph, model_file, workflow):
     assert [event["state"] for event in events] == ["start", *["layer"] * events[0]["total"], "done"]
 
     shown, done = panel(graph), events[-1]
-    assert (shown["state"], shown["percent"], shown["layer"]) == ("done", 100, "")
+    assert shown["state"] == "done"
+    assert shown["percent"] == 100
+    assert shown["layer"] == ""
     assert shown["label"] == "int8_tensorwise per row"
     assert shown["count"] == f"100 % · {done['layers']} / {done['layers']}"
     assert shown["worst"] == [[layer["name"], three_digits(layer["error"])] for layer in done["worst"][:3]]
@@ -202,19 +205,23 @@ def test_a_real_run_from_start_to_file(graph, model_file, workflow):
     assert f"median error {three_digits(done['median_error'])}" in shown["second"]
 
     bars = graph.evaluate("() => window.bars")
-    assert bars == sorted(bars) and bars[-1] == 100
+    assert bars == sorted(bars)
+    assert bars[-1] == 100
     assert any(0 < value < 100 for value in bars), "the bar was never seen on its way"
 
     plan = [events[0]["reasons"][place] for _, _, place in events[0]["plan"]]
     kept = sum(map(bool, plan))
-    assert kept and len(plan) == kept + events[0]["total"]
+    assert kept
+    assert len(plan) == kept + events[0]["total"]
     assert shown["legend"] == f"unquantized: {kept} int8_tensorwise per row: {done['layers']}"
     assert {kind for kind, *_ in cells(graph, len(plan))} == {"hatched", "filled"}
 
     loaded, saved = graph.locator(".lr-text").all_inner_texts()
     assert loaded.startswith(f"{model_file[1].name}: ")
     path, verified = saved.splitlines()
-    assert Path(path).is_file() and Path(path).suffix == ".safetensors" and verified
+    assert Path(path).is_file()
+    assert Path(path).suffix == ".safetensors"
+    assert verified
 
 
 RIGHT = 1310, 600  # of all nodes, where these tests have them
@@ -309,18 +316,23 @@ def test_a_node_dragged_from_the_library_is_connected_and_runs(unfinished):
     entry.wait_for(state="hidden")
     page.locator(".lr-progress").wait_for(state="visible")
     left, top, right, bottom = node_box(page, page.evaluate("() => window.app.graph._nodes.at(-1).id"))
-    assert left - 40 < RIGHT[0] < right and top - 60 < RIGHT[1] < bottom
+    assert left - 40 < RIGHT[0] < right
+    assert top - 60 < RIGHT[1] < bottom
     connect_and_run(page)
 
 
 def test_waits_then_follows_the_layers(graph):
     shown = panel(graph)
-    assert (shown["state"], shown["percent"], shown["worst"]) == ("idle", 0, [])
+    assert shown["state"] == "idle"
+    assert shown["percent"] == 0
+    assert shown["worst"] == []
     assert shown["first"] == "Progress appears here while the workflow runs."
 
     send(graph, start(8), *(layer(index, 8, error) for index, error in enumerate([0.03, 0.01, 0.06, 0.02, 0.05, 0.04])))
     shown = panel(graph)
-    assert (shown["state"], shown["percent"], shown["count"]) == ("running", 75, "75 % · 6 / 8")
+    assert shown["state"] == "running"
+    assert shown["percent"] == 75
+    assert shown["count"] == "75 % · 6 / 8"
     assert shown["filled"] == pytest.approx(0.75, abs=0.01)
     assert shown["layer"] == "double_blocks.5.img_attn.qkv.weight"
     assert shown["second"] == "2.0 s left · 4 MB/s"
@@ -330,11 +342,14 @@ def test_waits_then_follows_the_layers(graph):
 def test_interruption_and_error(graph):
     send(graph, start(4), layer(0, 4, 0.01), {"state": "stopped", "reason": "interrupted"})
     shown = panel(graph)
-    assert (shown["state"], shown["first"], shown["second"]) == ("stopped", "Interrupted", "after 1 of 4 layers")
+    assert shown["state"] == "stopped"
+    assert shown["first"] == "Interrupted"
+    assert shown["second"] == "after 1 of 4 layers"
 
     send(graph, start(4), layer(0, 4, 0.01), {"state": "stopped", "reason": "There is no room. " * 40})
     shown = panel(graph)
-    assert shown["state"] == "stopped" and shown["first"].startswith("There is no room.")
+    assert shown["state"] == "stopped"
+    assert shown["first"].startswith("There is no room.")
 
 
 def test_long_names_and_kept_layers_stay_inside(graph):
@@ -342,10 +357,14 @@ def test_long_names_and_kept_layers_stay_inside(graph):
     kept = {"state": "kept", "name": NAME.format(0), "shape": [64, 64], "reason": "holds NaN"}
     send(graph, start(900), kept, *(layer(index, 900, 0.01, name, eta=5000) for index in range(1, 700)))
     shown = panel(graph)
-    assert "unquantized (NaN or Inf): 1" in shown["legend"] and len(shown["worst"]) == 3
+    assert "unquantized (NaN or Inf): 1" in shown["legend"]
+    assert len(shown["worst"]) == 3
     box = graph.locator(".lr-progress").bounding_box()
     inside, node = [box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]], node_box(graph)
-    assert node[0] < inside[0] and node[1] < inside[1] and inside[2] < node[2] and inside[3] < node[3], (inside, node)
+    assert node[0] < inside[0], (inside, node)
+    assert node[1] < inside[1], (inside, node)
+    assert inside[2] < node[2], (inside, node)
+    assert inside[3] < node[3], (inside, node)
 
 
 def into_subgraph(graph) -> tuple[int, int]:
@@ -403,7 +422,8 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
     )
     values = {node["type"]: node.get("widgets_values") or [] for node in saved["nodes"]}
     assert len(values["LearnedRoundingQuantize"]) == 2
-    assert (len(values["LearnedRoundingLoadModel"]), len(values["LearnedRoundingSave"])) == (3, 3)
+    assert len(values["LearnedRoundingLoadModel"]) == 3
+    assert len(values["LearnedRoundingSave"]) == 3
     assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels", "general"}
 
 
@@ -486,7 +506,8 @@ def test_pointing_at_a_layer_shows_its_card(graph):
     point(graph, 0, 5)
     assert panel(graph)["card"][:3] == ["txt_in.weight", "32×64", "unquantized: first layer"]
     graph.locator(".lr-count").hover()
-    assert panel(graph)["card"] == [] and len(panel(graph)["worst"]) == 1
+    assert panel(graph)["card"] == []
+    assert len(panel(graph)["worst"]) == 1
 
 
 @pytest.mark.parametrize("scale", [0.7, 1.7])
@@ -551,10 +572,12 @@ _KEEP = "() => window.app.graph.getNodeById(2).widgets.find(({name}) => name ===
 def test_the_worst_layers_are_told_by_the_error_of_the_summary(graph):
     send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01))
     heading = graph.locator(".lr-heading")
-    assert heading.inner_text() == "Largest weight errors" and panel(graph)["worst"][0][1] == "0.09"
+    assert heading.inner_text() == "Largest weight errors"
+    assert panel(graph)["worst"][0][1] == "0.09"
     learned = {"solver": "gptq", "gain": 0.5, "output_error": 0.02}
     send(graph, start(3), layer(0, 3, 0.09), layer(1, 3, 0.01, **learned))
-    assert heading.inner_text() == "Largest output errors" and [error for _, error in panel(graph)["worst"]] == ["0.02"]
+    assert heading.inner_text() == "Largest output errors"
+    assert [error for _, error in panel(graph)["worst"]] == ["0.02"]
 
 
 def test_adding_a_rule_is_a_step_of_its_own_to_undo(graph):
@@ -614,14 +637,17 @@ def test_names_and_contrast_in_both_themes(graph, theme):
     graph.get_by_role("slider").press("Escape")
     assert {text: ratio for text, ratio in graph.locator(".lr-progress").evaluate(_CONTRAST) if ratio < 4.5} == {}
     texts = [text for panel in graph.locator(".lr-text").all() for text in panel.evaluate(_CONTRAST)]
-    assert len(texts) == 2 and {text: ratio for text, ratio in texts if ratio < 4.5} == {}, "that wait for a run"
+    assert len(texts) == 2, "that wait for a run"
+    assert {text: ratio for text, ratio in texts if ratio < 4.5} == {}, "that wait for a run"
     graph.evaluate("() => window.app.graph._nodes.forEach((node) => node.onExecuted?.({text: ['what was found']}))")
     texts = [text for panel in graph.locator(".lr-text").all() for text in panel.evaluate(_CONTRAST)]
-    assert [text for text, _ in texts] == ["what was found"] * 2 and all(ratio >= 4.5 for _, ratio in texts)
+    assert [text for text, _ in texts] == ["what was found"] * 2
+    assert all(ratio >= 4.5 for _, ratio in texts)
     roles = graph.locator(".lr-progress").evaluate(
         "(root) => [...root.querySelectorAll('[tabindex], button, [role=progressbar]')].map((one) => [one.tagName, one.title || one.ariaLabel])"
     )
-    assert len(roles) == 4 and all(name for _, name in roles), roles
+    assert len(roles) == 4, roles
+    assert all(name for _, name in roles), roles
     graph.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
 
 
@@ -662,7 +688,8 @@ def test_every_cell_stands_out_from_either_theme(graph, theme):
         f"swatch {place}": max(contrast(pixel, ground) for pixel in pixels(graph, box))
         for place, box in enumerate(swatches)
     }
-    assert len(ratios) > count and {state: ratio for state, ratio in ratios.items() if ratio < 3} == {}
+    assert len(ratios) > count
+    assert {state: ratio for state, ratio in ratios.items() if ratio < 3} == {}
     graph.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
 
 
@@ -707,7 +734,8 @@ def test_a_frame_paints_a_part_of_many_cells(graph):
     graph.wait_for_function("() => window.painted.reduce((sum, count) => sum + count, 0) >= 2000")
     graph.evaluate(_FRAMES)
     counts = [count for count in graph.evaluate("() => window.stopCounting()") if count]
-    assert max(counts) <= 400 and sum(counts) == 2000, counts
+    assert max(counts) <= 400, counts
+    assert sum(counts) == 2000, counts
     with_colour = "(canvas) => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.filter((_, at) => at % 4 === 3).some(Boolean)"
     assert graph.locator(".lr-cells").evaluate(with_colour)
 
@@ -732,7 +760,8 @@ def test_buttons_are_large_enough_to_hit(graph):
     heights = graph.locator(".lr-button").evaluate_all(
         "(all) => all.map(({offsetWidth, offsetHeight}) => Math.min(offsetWidth, offsetHeight))"
     )
-    assert len(heights) == 2 and min(heights) >= 24
+    assert len(heights) == 2
+    assert min(heights) >= 24
     assert panel(graph)["buttons"] == ["Add to keep", "Cancel"]
 
 
@@ -813,7 +842,8 @@ def test_one_panel_through_collapse_copy_and_subgraph(graph):
         }""",
         QUANTIZE,
     )
-    assert len(copied) == 2 and {count for _, count in copied} == {3}  # two inputs and the panel
+    assert len(copied) == 2
+    assert {count for _, count in copied} == {3}  # two inputs and the panel
     graph.wait_for_function("() => document.querySelectorAll('.lr-progress').length === 2")
     states = graph.locator(".lr-progress").evaluate_all("(roots) => roots.map(({dataset}) => dataset.state).sort()")
     assert states == ["idle", "running"]
@@ -834,12 +864,17 @@ def test_calibrate_tells_of_its_steps(graph):
     step = {"state": "calibrating", "layers": 36, "unit": "steps", "total": 40}
     send(graph, {**step, "done": 0, "elapsed": 0}, {**step, "done": 10, "elapsed": 5.0}, node=node)
     shown = panel(graph)
-    assert (shown["state"], shown["percent"], shown["count"]) == ("running", 25, "25 % · 10 / 40")
-    assert (shown["label"], shown["second"]) == ("calibrating 36 layers", "15 s left · 2 steps/s")
+    assert shown["state"] == "running"
+    assert shown["percent"] == 25
+    assert shown["count"] == "25 % · 10 / 40"
+    assert shown["label"] == "calibrating 36 layers"
+    assert shown["second"] == "15 s left · 2 steps/s"
     assert shown["buttons"] == ["Cancel"]
     send(graph, {"state": "calibrated", "layers": 36, "tokens": 512, "bytes": 19_200_000, "seconds": 42.0}, node=node)
     shown = panel(graph)
-    assert (shown["state"], shown["percent"], shown["second"]) == ("done", 100, "19.2 MB in 42 s")
+    assert shown["state"] == "done"
+    assert shown["percent"] == 100
+    assert shown["second"] == "19.2 MB in 42 s"
     assert shown["buttons"] == []
 
 
@@ -864,7 +899,8 @@ def test_reloaded_and_further_pages_show_the_whole_run_and_can_cancel_it(comfy, 
         second.get_by_role("button", name="Cancel", exact=True).click()
         for each in (first, second):
             each.locator(".lr-progress[data-state=stopped]").wait_for()
-            assert panel(each)["first"] == "Interrupted" and panel(each)["buttons"] == []
+            assert panel(each)["first"] == "Interrupted"
+            assert panel(each)["buttons"] == []
         second.evaluate(
             """async (id) => {
                 const {changeTracker} = window.app.extensionManager.workflow.activeWorkflow

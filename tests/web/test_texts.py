@@ -56,7 +56,8 @@ def test_every_word_of_the_nodes_is_translated(comfy, language):
         assert set(texts[name]["inputs"]) == inputs_of(info)
         assert set(texts[name]["outputs"]) == {str(slot) for slot in range(len(info["output"]))}
         for text in [*texts[name]["inputs"].values(), *texts[name]["outputs"].values()]:
-            assert text["name"] and text["tooltip"]
+            assert text["name"]
+            assert text["tooltip"]
     assert set(read(language)) == set(our_nodes(comfy))
 
 

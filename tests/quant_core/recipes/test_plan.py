@@ -408,7 +408,7 @@ DIFFUSERS = {
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("family", DIFFUSERS)
 def test_diffusers_names_are_refused_because_comfyui_drops_their_scales(header_source, family, prefix, sentences):
-    """ComfyUI's own converters make such names of real models in tests/nodes/test_opening.py."""
+    """ComfyUI's own converters make such names of real models in tests/nodes/host/test_opening.py."""
     source = header_source({prefix + name: (64, 64) for name in DIFFUSERS[family].split()})
     with sentences.raises(NothingToQuantizeError):
         make_plan(source)
