@@ -234,5 +234,8 @@ def test_interrupt_during_run_or_save_leaves_no_files(tmp_path, tried, subtests)
         with subtests.test(point):
             assert interrupted > 0
     assert quantize_save_and_verify() == whole
-    what = "ComfyUI's interrupt at a random call of reading, rounding, writing, saving or verifying"
-    tried(what, tries, "whole or none")
+    tried(
+        "ComfyUI's interrupt at a random call of reading, rounding, writing, saving or verifying",
+        tries,
+        "whole or none",
+    )

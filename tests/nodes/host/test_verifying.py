@@ -350,5 +350,8 @@ def test_every_damage_is_found_and_the_file_renamed(format, tried, sentences, su
             sentences(damage_and_verify(format, place, name), measured=True)
         for path in output().rglob("verified*"):
             path.unlink()
-    what = "a saved file, or what ComfyUI's loader made of it, is not what was quantized"
-    tried(what, len(DAMAGES), "renamed and reported")
+    tried(
+        "a saved file, or what ComfyUI's loader made of it, is not what was quantized",
+        len(DAMAGES),
+        "renamed and reported",
+    )
