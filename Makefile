@@ -1,11 +1,10 @@
 # TORCH   the torch requirement of both virtual environments (the tests' and the hosts')
 # PYTHON  the interpreter they are made with
 # ARGS    passed on to pytest or to the script
-# WORKERS number of processes of test-gpu, each with its own servers
+# WORKERS number of test processes, each with its own servers: 2, or 8 with test-gpu
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 ARGS ?=
-WORKERS ?= 8
 
 # Threads that wait must not spin: two processes on two cores would take ten times as long.
 OMP_WAIT_POLICY ?= PASSIVE
@@ -20,7 +19,11 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 LINT := .venv/.lint
 
-.PHONY: test test-quick test-compile test-gpu faults fuzz hosts chromium demo bench lint architectures texts golden clean
+# Idle processes take tests of the others, from the end: the tests of a module and of a host stay together.
+PYTEST := .venv/bin/pytest -n $(or $(WORKERS),2) --dist worksteal
+
+.PHONY: test test-quick test-compile test-host test-browser test-soak test-gpu faults fuzz planted hosts chromium demo bench lint
+.PHONY: architectures texts golden clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
 # Of what a recipe line does after it, pip first of all, a line appears every few seconds.
@@ -44,22 +47,30 @@ chromium:
 	else echo "chromium is not installed: browser tests use another Chrome if there is one, else they are skipped"; fi
 
 test: $(READY) hosts chromium
-	.venv/bin/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-quick: $(READY)
-	.venv/bin/pytest -m "not host and not browser and not compile and not soak" $(ARGS)
+	$(PYTEST) -m "not host and not browser and not compile and not soak" $(ARGS)
 
 # All shipped kernel configurations, for every supported card, without a GPU. Results are kept in the cache folder.
 test-compile: $(READY)
-	.venv/bin/pytest -m compile $(ARGS)
+	$(PYTEST) -m compile $(ARGS)
+
+test-host: $(READY) hosts
+	$(PYTEST) -m "host and not browser" $(ARGS)
+
+test-browser: $(READY) hosts chromium
+	$(PYTEST) -m browser $(ARGS)
+
+test-soak: $(READY) hosts
+	$(PYTEST) -m soak $(ARGS)
 
 # For a machine without a network see CONTRIBUTING.md.
 test-gpu: $(READY) hosts
-	$(PIP) pytest-xdist
-	LEARNED_ROUNDING_HOST_DEVICE=cuda OMP_NUM_THREADS=2 .venv/bin/pytest -v -m "gpu or host" -n $(WORKERS) --dist worksteal $(ARGS)
+	LEARNED_ROUNDING_HOST_DEVICE=cuda OMP_NUM_THREADS=2 .venv/bin/pytest -v -m "gpu or host" -n $(or $(WORKERS),8) --dist worksteal $(ARGS)
 
 faults: $(READY) hosts
-	.venv/bin/pytest tests/faults tests/fuzz tests/load tests/nodes/test_resume.py tests/nodes/test_save.py tests/nodes/test_memory.py --thorough --faults-table $(ARGS)
+	.venv/bin/pytest tests/faults tests/fuzz tests/load tests/nodes/test_resume.py tests/nodes/host/test_quantizing.py tests/nodes/host/test_saving.py tests/nodes/host/test_verifying.py --thorough --faults-table $(ARGS)
 
 # Guided by coverage; SECONDS for each kind of file, and for texts.
 SECONDS ?= 300
@@ -67,6 +78,10 @@ fuzz: $(READY)
 	$(PIP) --no-build-isolation -e ".[fuzz]"
 	for what in texts .safetensors .safetensors.index.json .gguf .pt; do \
 		.venv/bin/python tests/fuzz/guided.py $$what -max_total_time=$(SECONDS) || exit 1; done
+
+# Bugs that the tests must find; writes the table of docs/testing.md.
+planted: $(READY) hosts chromium
+	.venv/bin/python tests/planted_bugs.py $(ARGS)
 
 demo: $(READY) hosts
 	.venv/bin/python benchmarks/demo.py $(ARGS)

@@ -50,7 +50,7 @@ def carried_requirements(torch: str) -> list[str]:
     installed = {line for python in pythons for line in _list_packages(python)}
     kept = (line for line in installed if not _NOT_CARRIED.match(line.partition("==")[0].lower()))
     pinned = {line.partition("==")[0].lower(): line for line in sorted(kept)}  # one version of each package
-    return [*pinned.values(), "pytest-xdist", "execnet", *companion_requirements(torch)]
+    return [*pinned.values(), *companion_requirements(torch)]
 
 
 def _list_packages(python: Path) -> list[str]:

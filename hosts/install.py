@@ -61,7 +61,10 @@ INSTALLED_SEPARATELY = {"torch", "torchvision", "torchaudio", "comfy-kitchen", "
 NOT_NEEDED = {
     "comfyui-workflow-templates", "comfyui-embedded-docs", "kornia", "spandrel", "pyopengl", "comfy-angle",
 }  # fmt: skip
-ALSO_NEEDED = ["requests", "packaging"]  # imported by the hosts, but missing from some requirements.txt
+ALSO_NEEDED = [
+    "requests", "packaging",  # imported by the hosts, but missing from some requirements.txt
+    "pytest>=9", "websocket-client",  # for tests in ComfyUI's process
+]  # fmt: skip
 RECIPE = "1"  # increment it when the steps below change, to invalidate existing virtual environments
 
 

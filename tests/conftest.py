@@ -1,9 +1,11 @@
-"""Fixtures for all tests: real ComfyUI servers, and one line on what this run covers.
+"""Fixtures for all tests: real ComfyUI servers, tests in ComfyUI's process, and one line on what this run covers.
 
+in_comfyui      runs the test in ComfyUI's process, with ComfyUI's folders in its `tmp_path` (in_comfyui.py)
 comfy           a running server with this pack, the tiny model and a probe node; every test that asks for it runs once per host
 server_factory  makes further servers of the same host, for tests that restart one or set it up differently
 host            the host itself, without a server
-comfy_page      the page of `comfy` in headless Chromium
+comfy_page      the page of `comfy` in headless Chromium, as after its start
+open_comfy_page open_comfy_page(vue_nodes=…, settings=…) → the same page, opened again with these settings
 tried           tried(fault, count, outcome) adds a row to the fault table of docs/reliability.md (evidence.py)
 sentences       checks texts for users against golden/sentences.json (sentences.py)
 often           often(default, thorough) → how often to try, by --thorough
@@ -11,6 +13,7 @@ often           often(default, thorough) → how often to try, by --thorough
 Tests that ask for these are marked `host` (and `browser`) by that alone.
 """
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -19,8 +22,9 @@ import pytest
 
 from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
-from learned_rounding.hosts.browser import chromium_path, open_page
+from learned_rounding.hosts.browser import chromium_path, open_page, reopen
 from learned_rounding.tests.evidence import DOCUMENT, collect_fault_patterns, format_table, update_document
+from learned_rounding.tests.in_comfyui import IN_COMFYUI, ComfyProcess, ComfyTest, change_base_directory
 from learned_rounding.tests.sentences import GOLDEN, Sentences, entry_name, load_golden, merge_entries, save_golden
 
 HOSTS = available_hosts()
@@ -32,6 +36,7 @@ NO_CHROMIUM = "no Chromium on this machine: make chromium"
 # Where everything is installed on purpose, a missing part is a fault and not a reason to skip.
 STRICT = bool(os.environ.get("CI"))
 LOG_LINES = 60
+PROCESSES = pytest.StashKey()  # function host → its ComfyProcess
 COLLECTED = pytest.StashKey[set[str]]()  # entry names of the collected tests that use `sentences`
 
 
@@ -55,13 +60,15 @@ def pytest_collection_modifyitems(config, items):
         name for item in items if "sentences" in getattr(item, "fixturenames", ()) for name in _entry_names(item.nodeid)
     }
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
+        fixtures = _fixtures(item)
         if "host" in fixtures:
             item.add_marker("host")
-        if "comfy_page" in fixtures:
+        if "comfy_tab" in fixtures:
             item.add_marker("browser")
         if item.get_closest_marker("browser") and chromium_path() is None and not STRICT:
             item.add_marker(pytest.mark.skip(reason=NO_CHROMIUM))
+    if not IN_COMFYUI:
+        items[:] = [_make_comfy_test(config, item) if "in_comfyui" in _fixtures(item) else item for item in items]
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
         import torch
@@ -71,11 +78,59 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_sessionfinish(session):
+    """Tell the process that controls the workers of pytest-xdist what was collected here."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["collected"] = sorted(session.config.stash.get(COLLECTED, ()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    found = getattr(node, "workeroutput", {}).get("collected", ())  # none from a worker that was killed
+    node.config.stash.setdefault(COLLECTED, set()).update(found)
+
+
 @pytest.fixture(scope="session", params=HOSTS or [None], ids=lambda host: host.version if host else "no-host")
 def host(request):
     if request.param is None:
         (pytest.fail if STRICT else pytest.skip)(NO_HOST)
     return request.param
+
+
+def _fixtures(item):
+    return getattr(item, "fixturenames", ())
+
+
+def _make_comfy_test(config, item):
+    """The same test in ComfyUI's process, or the test itself without a host."""
+    if item.callspec.params["host"] is None:
+        return item
+    return ComfyTest.from_parent(item.parent, name=item.name, function=item, process=_comfy_processes(config))
+
+
+def _comfy_processes(config):
+    """Function host → its process, which is started when it is first needed and closed at the end."""
+    if PROCESSES not in config.stash:
+
+        @functools.cache
+        def start(host):
+            options = [name for name in ("--thorough", "--update-sentences") if config.getoption(name)]
+            process = ComfyProcess(host, options)
+            config.add_cleanup(process.close)
+            return process
+
+        config.stash[PROCESSES] = start
+    return config.stash[PROCESSES]
+
+
+@pytest.fixture
+def in_comfyui(host, tmp_path):
+    """The test runs in ComfyUI's process; the value is its base directory."""
+    import torch
+
+    change_base_directory(tmp_path)
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        yield tmp_path
 
 
 @pytest.fixture(scope="session")
@@ -102,10 +157,29 @@ def server_factory(host, tmp_path_factory):
         server.close()
 
 
-@pytest.fixture
-def comfy_page(comfy):
-    with open_page(comfy) as page:
+@pytest.fixture(scope="session")
+def comfy_tab(comfy):
+    """One tab of one browser for all tests: a start of Chromium takes three times as long as a page."""
+    problems = []
+    with open_page(comfy, problems=problems, timeout=60) as page:
+        page.problems = problems
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         yield page
+
+
+@pytest.fixture(scope="session")
+def open_comfy_page(comfy, comfy_tab):
+    def open_again(**options):
+        reopen(comfy_tab, comfy, **options)
+        comfy_tab.problems.clear()
+        return comfy_tab
+
+    return open_again
+
+
+@pytest.fixture
+def comfy_page(open_comfy_page):
+    return open_comfy_page()
 
 
 @pytest.fixture
@@ -162,7 +236,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--faults-table"):
         text = update_document(DOCUMENT.read_text(encoding="utf-8"), tries, collect_fault_patterns())
         DOCUMENT.write_text(text, encoding="utf-8")
-    if config.getoption("--update-sentences") and not config.option.collectonly:
+    if config.getoption("--update-sentences") and not IN_COMFYUI and not config.option.collectonly:
         _update_golden(terminalreporter, config)
 
 

@@ -25,7 +25,7 @@ from learned_rounding.quant_core.recipes.toml import tomllib
 from learned_rounding.quant_core.sources import SafetensorsFile
 from learned_rounding.quant_core.version import VERSION
 from learned_rounding.tests.architectures import sizes
-from learned_rounding.tests.nodes.probing import in_process, takes_layouts
+from learned_rounding.tests.nodes.probing import takes_layouts
 from learned_rounding.tests.option_tables import COMMAND_LINE, HELP_PAGES, options_of, render_tables, replace_generated
 
 ROOT = Path(__file__).parents[1]
@@ -333,14 +333,19 @@ def test_every_example_runs(folder, monkeypatch, document):
     run_examples(document, weight=weight, H=torch.eye(64))  # names that the example of the library uses
 
 
-def test_host_examples_run_in_comfyui(host, folder, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("in_comfyui")
+def test_host_examples_run_in_comfyui(host, folder, monkeypatch):
     if not takes_layouts(host):
         pytest.skip("this ComfyUI has no layouts of comfy-kitchen")
     monkeypatch.chdir(folder)
-    layers = run_examples(ROOT / "docs" / "integration.md", limit=1)["layers"]
-    (tmp_path / "example.py").write_text("\n".join(blocks(ROOT / "docs" / "integration.md", "python", host=True)))
-    shutil.copy(folder / "by_hand.safetensors", tmp_path)
-    assert in_process(host, tmp_path, "document") == {"layers": len(layers)}
+    document = ROOT / "docs" / "integration.md"
+    layers = run_examples(document, limit=1)["layers"]
+    file = folder / "by_hand.safetensors"
+    with SafetensorsFile(file) as stored:
+        count = sum(name.endswith(".comfy_quant") for name in stored.tensors)
+    names = {"__name__": "example", "example_file": str(file), "example_layers": count}
+    exec(compile("\n".join(blocks(document, "python", host=True)), document.name, "exec"), names)
+    assert len(names["layers"]) == len(layers)
 
 
 def test_the_manual_names_every_option_and_command():

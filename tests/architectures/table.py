@@ -50,7 +50,7 @@ smaller blocks at their edge). Then the size of the file in GB for each format, 
 From which files: each of [the kinds of file](sources.md), whose errors by format stand there, and what depends on the model, *also from*: a *checkpoint* in
 which it lies with other parts gives the same decisions; *in a checkpoint* a text encoder beside a model whose family ComfyUI reads it quantized with;
 *diffusers* by Load Model in a graph, which has ComfyUI rename its layers, where each tensor gets its own name and shape back
-(`tests/nodes/test_opening.py`), and for WAN, LTX-Video, Flux.2 and Hunyuan Video from any source; a file that has tensors without a
+(`tests/nodes/host/test_opening.py`), and for WAN, LTX-Video, Flux.2 and Hunyuan Video from any source; a file that has tensors without a
 conversion is refused. Any other model, as those with *general rule* for a preset, is refused unless `--general`, or the switch *general* of
 Learned Round Quantize, asks for the general rule alone.
 
@@ -66,7 +66,7 @@ COLUMNS = (
     *(f"`{name}`" for name in FORMATS),
     "also from",
 )
-# Lists of models of which ComfyUI renames every tensor from diffusers' names, as tests/nodes/test_opening.py finds.
+# Lists of models of which ComfyUI renames every tensor from diffusers' names, as tests/nodes/host/test_opening.py finds.
 RENAMED = {
     "auraflow", "flux", "flux_fill", "flux_schnell", "koala_1b", "koala_700m", "longcat_image", "lotus_d", "pixart_alpha", "pixart_sigma", "sd15",
     "sd15_inpaint", "sd20", "sd21_unclip_h", "sd21_unclip_l", "sd35_large", "sd35_medium", "sd3_medium", "sdxl", "sdxl_instructpix2pix", "sdxl_refiner",

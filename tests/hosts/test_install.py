@@ -38,9 +38,13 @@ def pip_calls(tmp_path, monkeypatch):
 
 def test_hosts_share_one_environment_but_not_the_frontend(pip_calls, tmp_path):
     oldest, newer = install_hosts()
-    assert (oldest.name, oldest.version, newer.name, newer.version) == ("oldest", "0.3.75", "newer", "0.33.0")
+    assert oldest.name == "oldest"
+    assert oldest.version == "0.3.75"
+    assert newer.name == "newer"
+    assert newer.version == "0.33.0"
     assert oldest.python == newer.python
-    assert (oldest.frontend.name, newer.frontend.name) == ("frontend-1.32.9", "frontend-1.49.6")
+    assert oldest.frontend.name == "frontend-1.32.9"
+    assert newer.frontend.name == "frontend-1.49.6"
     assert pip_calls[0] == ("install", "torch==2.13.0")
     asked = (oldest.python.parents[1] / "requirements.txt").read_text().split()
     assert {"av>=14.2.0", "av>=16.0.0"} <= set(asked)
@@ -110,4 +114,5 @@ def test_given_interpreter_is_used_without_installing(pip_calls, monkeypatch, tm
         ("0.33.0", "/usr/bin/python3"),
     ]
     assert all((host.frontend / "index.html").exists() for host in hosts)
-    assert pip_calls == [] and available_hosts() == hosts
+    assert pip_calls == []
+    assert available_hosts() == hosts

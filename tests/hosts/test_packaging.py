@@ -121,7 +121,8 @@ def test_registry_package_contains_modules_data_and_documents(project, shipped, 
         "pyproject.toml",
         "requirements.txt",
     } <= shipped
-    assert len(modules) > 80 and {Path(name).parts[0] for name in data} == {
+    assert len(modules) > 80
+    assert {Path(name).parts[0] for name in data} == {
         "pyproject.toml",
         "web",
         "locales",
@@ -172,13 +173,19 @@ def test_registry_metadata_follows_the_specification(project):
     """docs.comfy.org/registry/specifications. Icon and banner exist at their URLs, in the sizes that it requires."""
     about, registry = project["project"], project["tool"]["comfy"]
     name = about["name"]
-    assert re.fullmatch(r"[a-z]+([-_.]?[a-z0-9]+)*", name) and len(name) < 100 and "comfy" not in name
-    assert re.fullmatch(r"\d+\.\d+\.\d+", about["version"]) and "dynamic" not in about
-    assert about["description"] and about["license"] == "Apache-2.0"
+    assert re.fullmatch(r"[a-z]+([-_.]?[a-z0-9]+)*", name)
+    assert len(name) < 100
+    assert "comfy" not in name
+    assert re.fullmatch(r"\d+\.\d+\.\d+", about["version"])
+    assert "dynamic" not in about
+    assert about["description"]
+    assert about["license"] == "Apache-2.0"
     environments = {line.partition(" :: ")[2] for line in about["classifiers"] if line.startswith("Environment ::")}
     assert environments == {"GPU :: NVIDIA CUDA"} <= _ACCELERATORS
     assert "Operating System :: OS Independent" in about["classifiers"]
-    assert registry["PublisherId"] and registry["DisplayName"] and registry["requires-comfyui"] == ">=0.3.75"
+    assert registry["PublisherId"]
+    assert registry["DisplayName"]
+    assert registry["requires-comfyui"] == ">=0.3.75"
     frontends = [line.removeprefix(_FRONTEND) for line in about["dependencies"] if line.startswith(_FRONTEND)]
     assert frontends == [">=1.32.9"]
     assert all(re.fullmatch(_VERSIONS, bound) for bound in (*frontends, registry["requires-comfyui"]))
@@ -193,7 +200,8 @@ def test_registry_metadata_follows_the_specification(project):
     }.items():
         assert registry[key].startswith(raw)
         with Image.open(ROOT / registry[key].removeprefix(raw)) as image:
-            assert image.format == "PNG" and fits(*image.size), key
+            assert image.format == "PNG", key
+            assert fits(*image.size), key
 
 
 def test_comfyui_reads_the_metadata_and_its_frontend_suffices(host, project):

@@ -23,11 +23,14 @@ def test_queue_records_events_in_order(comfy, image_workflow):
     kinds = [event.type for event in result.events]
     assert kinds.index("execution_start") < kinds.index("executing") < kinds.index("execution_success")
     times = [event.at for event in result.events]
-    assert times == sorted(times) and times[0] >= 0 and result.seconds == times[-1]
+    assert times == sorted(times)
+    assert times[0] >= 0
+    assert result.seconds == times[-1]
     (path,) = result.images
     assert path.parent == comfy.output_dir
     with Image.open(path) as image:
-        assert image.size == (64, 32) and image.convert("RGB").getpixel((5, 5)) == (255, 255, 0)
+        assert image.size == (64, 32)
+        assert image.convert("RGB").getpixel((5, 5)) == (255, 255, 0)
 
 
 def test_repeated_workflow_is_served_from_the_cache(comfy, image_workflow):
@@ -46,7 +49,9 @@ def test_error_of_a_failed_node_has_its_details(comfy, image_workflow):
     with pytest.raises(HostError, match=r"node 2 \(LoadLatent\): .*[Hh]eader") as caught:
         comfy.queue(workflow)
     error = caught.value
-    assert (error.kind, error.node_id, error.node_type) == ("execution", "2", "LoadLatent")
+    assert error.kind == "execution"
+    assert error.node_id == "2"
+    assert error.node_type == "LoadLatent"
     assert "load" in error.traceback
     assert [e.type for e in error.events if e.type == "execution_error"]
 

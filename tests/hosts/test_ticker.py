@@ -20,7 +20,8 @@ def test_news_are_printed_at_once_and_again_without_news():
         assert first.wait(60)
         ticker.tell("second")
         assert repeated.wait(60)
-    assert lines[0] == "first" and lines[-1] == "second"
+    assert lines[0] == "first"
+    assert lines[-1] == "second"
 
 
 def test_nothing_is_printed_before_the_first_news():

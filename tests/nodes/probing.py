@@ -2,11 +2,9 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 from learned_rounding.benchmarks.tiny_model.graph import TinyGraph
-from learned_rounding.hosts.server import PACK
 from learned_rounding.hosts.workflows import Node
 from learned_rounding.quant_core import FORMATS
 
@@ -14,7 +12,6 @@ __all__ = [
     "CASES",
     "ProbedGraph",
     "case_name",
-    "in_process",
     "loads",
     "probed",
     "progress",
@@ -41,6 +38,10 @@ def case_name(value) -> str:
 
 class ProbedGraph(TinyGraph):
     """A graph of the tiny model with a node that inspects a MODEL."""
+
+    def sample(self, model: list, prefix: str, seed: int = 1, steps: int = 6) -> None:
+        """Sample as :class:`TinyGraph` does; 6 steps are enough to compare two models bit for bit."""
+        super().sample(model, prefix, seed, steps)
 
     def probe(self, model: list) -> Node:
         return self.add("ProbeModel", model=model)
@@ -92,14 +93,3 @@ def probed(result, node: Node) -> dict:
 def progress(result) -> list[dict]:
     """The payloads of this pack's progress events, in order."""
     return [event.data for event in result.of("learned_rounding.progress")]
-
-
-def in_process(host, folder: Path, check: str) -> dict:
-    """Run a check of in_process.py in the host's own Python, with ``folder`` as base directory."""
-    for name in ("custom_nodes", "models", "output", "temp"):
-        (folder / name).mkdir(exist_ok=True)
-    script = Path(__file__).with_name("in_process.py")
-    command = [host.python, script, host.path, PACK, folder, check]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.split("RESULT")[1])

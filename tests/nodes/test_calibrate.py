@@ -49,7 +49,7 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request, sentences):
     result = comfy.queue(graph)
 
     after = ProbedGraph()
-    after.sample(after.load()[0], f"{name}-after", steps=19)  # other steps, so that ComfyUI does not reuse the result
+    after.sample(after.load()[0], f"{name}-after", steps=5)  # other steps, so that ComfyUI does not reuse the result
     comfy.queue(after)
     again = ProbedGraph(after)
     again.sample(again.load()[0], f"{name}-again")
@@ -61,12 +61,14 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request, sentences):
     shown_on_node = b"".join(event.data for event in result.of("binary"))
     assert text(result, shown).encode() in shown_on_node
     path = saved_path(result, saved)
-    assert not verify_file(path).problems and any(key.endswith(".input_scale") for key in load_file(path))
+    assert not verify_file(path).problems
+    assert any(key.endswith(".input_scale") for key in load_file(path))
     events = [event.data for event in result.of("learned_rounding.progress") if event.data["node"] == calibration.id]
     assert [event["seq"] for event in events] == list(range(len(events)))
     assert [event["done"] for event in events[:-1]] == list(range(2 * 4 * 10 + 1))  # prompts × samples × steps, from 0
     assert {(event["unit"], event["total"]) for event in events[:-1]} == {("steps", 80)}
-    assert events[-1]["state"] == "calibrated" and events[-1]["layers"] == events[0]["layers"] > 30
+    assert events[-1]["state"] == "calibrated"
+    assert events[-1]["layers"] == events[0]["layers"] > 30
     assert len(result.outputs[calibration.id]["images"]) == 2 * 4  # prompts × samples
     with pytest.raises(AssertionError):
         np.testing.assert_array_equal(pictures(folder, f"{name}-auto"), pictures(folder, f"{name}-nearest"))
@@ -74,17 +76,21 @@ def test_calibrate_quantize_and_sample_in_one_graph(comfy, request, sentences):
 
 @pytest.mark.parametrize("keep", ["full", "compact"])
 def test_a_saved_calibration_gives_the_same_file_in_a_workflow_and_in_python(comfy, request, keep, tmp_path):
-    name, recipe = unique(request), Recipe(format="int8_tensorwise", convrot=True)
+    name, others = unique(request), r"joint_blocks\.[023]"  # one block is quantized
+    recipe = Recipe(format="int8_tensorwise", convrot=True, keep=(others,))
     graph = ProbedGraph()
     model = graph.load()
-    calibration = graph.calibrate(model[0], keep=keep, samples=2, seed=201, steps=10)
+    calibration = graph.calibrate(model[0], keep=keep, samples=2, seed=201, steps=3)
     saved = saved_calibration(graph, calibration, name)
     path = saved_path(comfy.queue(graph), saved)
     assert path.is_relative_to(comfy.output_dir / "calibrations")
     with CalibrationFile(path) as file:
-        assert file.provenance["runs"] == 4 and file.provenance["keep"] == keep
-        assert file.provenance["steps"] == 10 and len(file.provenance["prompts"]) == 2
-        assert min(file.tokens(layer)[0] for layer in file.layers) > 0 and len(file.layers) > 30
+        assert file.provenance["runs"] == 4
+        assert file.provenance["keep"] == keep
+        assert file.provenance["steps"] == 3
+        assert len(file.provenance["prompts"]) == 2
+        assert min(file.tokens(layer)[0] for layer in file.layers) > 0
+        assert len(file.layers) > 30
         quantize_file(
             comfy.models_dir / "diffusion_models" / MODEL, tmp_path / "q", recipe, calibration=file, device=HOST_DEVICE
         )
@@ -92,7 +98,8 @@ def test_a_saved_calibration_gives_the_same_file_in_a_workflow_and_in_python(com
     again = ProbedGraph()
     loaded = again.add("LearnedRoundingLoadCalibration", file=path.name)
     source = again.source()
-    made = again.save(again.quantize(source[0], "int8_tensorwise", convrot="on", calibration=loaded[0]), name)
+    quantized = again.quantize(source[0], "int8_tensorwise", convrot="on", keep=others, calibration=loaded[0])
+    made = again.save(quantized, name)
     assert saved_path(comfy.queue(again), made).read_bytes() == (tmp_path / "q").read_bytes()
 
 
@@ -120,7 +127,8 @@ def test_formats_are_measured_by_what_hurts(comfy, request, sentences):
     result = comfy.queue(graph)
     events = [event.data for event in result.of("learned_rounding.progress") if event.data["node"] == quantized.id]
     measuring = [event for event in events if event["state"] == "measuring"]
-    assert len(measuring) == measuring[0]["total"] and events[len(measuring)]["state"] == "start"
+    assert len(measuring) == measuring[0]["total"]
+    assert events[len(measuring)]["state"] == "start"
     sentences(text(result, report), numbers=False)
     path = saved_path(result, saved["measured"])
     assert not verify_file(path).problems
@@ -148,7 +156,8 @@ def test_an_interrupted_calibration_leaves_no_files_and_no_hooks(comfy, request)
 
     with pytest.raises(HostInterrupted):
         comfy.queue(graph, on_event=stop)
-    assert temporary_files(comfy) <= before and not list((comfy.output_dir / "calibrations").glob(f"{name}*"))
+    assert temporary_files(comfy) <= before
+    assert not list((comfy.output_dir / "calibrations").glob(f"{name}*"))
     plain = ProbedGraph()
     model = plain.load()
     plain.sample(model[0], f"{name}-other", seed=12)
@@ -172,7 +181,8 @@ def test_a_continued_calibration_has_the_tokens_of_both(comfy, request):
     for node in nodes:
         with CalibrationFile(saved_path(result, node)) as file:
             tokens.append(sum(file.tokens(next(iter(file.layers)))))
-    assert tokens[0] == tokens[1] and tokens[2] == 2 * tokens[0]
+    assert tokens[0] == tokens[1]
+    assert tokens[2] == 2 * tokens[0]
 
 
 def test_a_lora_is_applied_during_calibration(comfy, request):

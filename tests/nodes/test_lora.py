@@ -27,7 +27,7 @@ def test_calibrated_file_samples_bit_for_bit_as_in_the_graph(comfy, request, for
     graph, name = ProbedGraph(), unique(request)
     model = graph.load()
     calibration = graph.calibrate(model[0], samples=2, steps=4, keep="compact", tokens=64)
-    options = {"smoothing": True} if smoothing else {}
+    options = {"keep": r"joint_blocks\.[023]", **({"smoothing": True} if smoothing else {})}  # one block is quantized
     quantized = graph.quantize(model[0], format, rounding="calibrated", calibration=calibration[0], **options)
     graph.sample(graph.lora(model[0])[0], f"{name}-reference")
     graph.sample(quantized[0], f"{name}-graph")
@@ -63,7 +63,8 @@ def test_lora_before_quantization_is_applied_and_the_source_is_unchanged(comfy, 
     result = comfy.queue(graph)
     assert probed(result, probe)["patches"] == 0
     plain, lora, ours = (pictures(comfy.output_dir, f"{name}-{kind}") for kind in ("plain", "lora", "quantized"))
-    assert psnr(lora, ours) > psnr(plain, lora) + 6 and psnr(lora, ours) > psnr(plain, ours) + 6
+    assert psnr(lora, ours) > psnr(plain, lora) + 6
+    assert psnr(lora, ours) > psnr(plain, ours) + 6
     after = ProbedGraph()
     after.sample(after.lora(after.load()[0])[0], f"{name}-again")
     comfy.queue(after)
@@ -94,7 +95,7 @@ def test_lora_after_quantization_is_applied_and_removed(comfy, request, format, 
     comfy.queue(graph)
     after = ProbedGraph(graph)
     after.sample(
-        quantized[0], f"{name}-after", steps=19
+        quantized[0], f"{name}-after", steps=5
     )  # other steps, so that it is sampled again, and then again as before
     comfy.queue(after)
     before, reference, lora = (pictures(comfy.output_dir, f"{name}-{kind}") for kind in ("before", "reference", "lora"))

@@ -9,31 +9,10 @@ import pytest
 from learned_rounding.hosts import HostError
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.tests.conftest import LINKS
-from learned_rounding.tests.nodes.probing import ProbedGraph, in_process
+from learned_rounding.tests.nodes.probing import ProbedGraph
 
 SEED = 40
 LAYERS = 37  # quantized layers of the tiny model
-
-
-@pytest.mark.parametrize("kind", ["file", "model", "four bits"])
-def test_next_server_resumes_after_a_kill(host, tmp_path, tried, kind):
-    assert in_process(host, tmp_path, f"resume_die_{kind}") == [".journal", ".partial"]
-    found = in_process(host, tmp_path, f"resume_run_again_{kind}")
-    assert 0 < found["made"] <= found["all"] - 18  # layers that were being written may be lost
-    assert found["same"] and found["told"]
-    assert found["left"] == [".safetensors"]  # the last result, cached for other outputs
-    tried("server killed while a node quantizes, then the same run in the next server", 1, "goes on, same bytes")
-
-
-def test_two_servers_in_one_folder_write_separate_files(host, tmp_path, tried):
-    found = in_process(host, tmp_path, "resume_at_once")
-    assert found["found"] == dict.fromkeys(found["found"], True) and len(found["found"]) == 4
-    assert found["left"] == [".safetensors"]  # the last result, cached for other outputs
-    tried("another server on the same folder quantizes meanwhile", len(found["found"]), "each its own file, whole")
-
-
-def test_abandoned_files_are_deleted_after_a_day(host, tmp_path):
-    assert in_process(host, tmp_path, "resume_left_for_good")["left"] == ["diffusion_models_new.safetensors"]
 
 
 def quantize(server, seed: int, layers: int | None = None, on_event=None) -> tuple[int, bytes]:
@@ -72,7 +51,8 @@ def test_restarted_server_resumes_after_signals(server_factory, tiny_base, often
     server.restart()
     for seed, (layers, some, resumed) in gone_on.items():
         every, undisturbed = quantize(server, seed)
-        assert every == LAYERS and some <= every - layers + 2  # layers that were being written may be lost
+        assert every == LAYERS
+        assert some <= every - layers + 2  # layers that were being written may be lost
         assert resumed == undisturbed
     for how in dict.fromkeys(signals):
         tried(f"a running server gets {how.name} at a random layer, and is started again", times, "goes on, same bytes")

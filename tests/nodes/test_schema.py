@@ -100,8 +100,10 @@ def test_rare_options_are_advanced_and_every_node_is_found_by_what_people_search
 
 def test_every_node_has_search_aliases_of_its_own():
     aliases = [alias for words in ALIASES.values() for alias in words]
-    assert set(ALIASES) == set(INPUTS) and all(ALIASES.values())
-    assert len(set(aliases)) == len(aliases) and aliases == [alias.lower() for alias in aliases]
+    assert set(ALIASES) == set(INPUTS)
+    assert all(ALIASES.values())
+    assert len(set(aliases)) == len(aliases)
+    assert aliases == [alias.lower() for alias in aliases]
 
 
 def test_dependent_inputs_name_inputs_of_their_own_node(nodes):
@@ -111,7 +113,8 @@ def test_dependent_inputs_name_inputs_of_their_own_node(nodes):
         for key, spec in options(info).items()
         if "matters_for" in spec
     }
-    assert {name for name, _ in found} == {"LearnedRoundingConfigure", "LearnedRoundingOptions"} and len(found) > 10
+    assert {name for name, _ in found} == {"LearnedRoundingConfigure", "LearnedRoundingOptions"}
+    assert len(found) > 10
     for (name, key), conditions in found.items():
         assert conditions, f"{name}: nothing makes {key} matter"
         assert {other for condition in conditions for other in condition} <= options(nodes[name]).keys()

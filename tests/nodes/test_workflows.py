@@ -39,7 +39,8 @@ def test_example_runs_with_the_tiny_model(comfy, name, sentences):
     shown = [entry["text"] for entry in result.outputs.values() if "text" in entry]
     texts = [text[0] for text in shown]
     saved = [text for text in shown if text[0].endswith(".safetensors")]
-    assert len(saved) == 1 and verify_file(saved[0][0]).layers > 30
+    assert len(saved) == 1
+    assert verify_file(saved[0][0]).layers > 30
     sentences(saved[0][1], measured=True)
     assert any("layers quantized" in text for text in texts)
     if any(node["type"] == "LearnedRoundingCompare" for node in workflow["nodes"]):
@@ -73,14 +74,17 @@ def test_example_is_for_users(name):
     """An example has stock loaders and nodes of both hosts, public files with their addresses, and a note for the user."""
     nodes = WORKFLOWS[name]["nodes"]
     notes = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
-    assert len(notes) == 1 and "Choose your" in notes[0] and len(notes[0]) > 200
+    assert len(notes) == 1
+    assert "Choose your" in notes[0]
+    assert len(notes[0]) > 200
     for node in nodes:
         files = [value for value in node["widgets_values"] if isinstance(value, str) and value.endswith(".safetensors")]
         models = node["properties"].get("models", [])
         assert [model["name"] for model in models] == files  # pages look a model up by the value of the widget
         for model in models:
             file = model["name"].rpartition("/")[2]
-            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(f"/{file}")
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith(f"/{file}")
             assert model["name"] in (file, f"{model['directory']}/{file}")
     if not any(node["type"] == "LearnedRoundingLoadModel" for node in nodes):
         assert {"UNETLoader", "CLIPLoader", "VAELoader", "CLIPTextEncode", "EmptySD3LatentImage"} <= {
@@ -98,7 +102,8 @@ def test_groups_of_an_example_are_its_steps(name):
     """Numbered groups in the order of use; each node but the note is in one of them, and nothing overlaps."""
     nodes, groups = WORKFLOWS[name]["nodes"], WORKFLOWS[name]["groups"]
     assert [group["title"].split()[0] for group in groups] == [str(index + 1) for index in range(len(groups))]
-    assert groups[0]["title"] == "1 Load" and any(group["title"].endswith(" Quantize") for group in groups)
+    assert groups[0]["title"] == "1 Load"
+    assert any(group["title"].endswith(" Quantize") for group in groups)
     for before, after in itertools.pairwise(groups):
         assert before["bounding"][0] + before["bounding"][2] < after["bounding"][0]
     for node in nodes:
@@ -138,4 +143,5 @@ def test_template_browser_lists_the_examples_with_images(comfy):
     assert set(WORKFLOWS) == set(listed["learned_rounding"])
     for name in WORKFLOWS:
         with Image.open(EXAMPLES / f"{name}.jpg") as picture:
-            assert picture.format == "JPEG" and min(picture.size) >= 360
+            assert picture.format == "JPEG"
+            assert min(picture.size) >= 360

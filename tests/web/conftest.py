@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from learned_rounding.benchmarks.tiny_model.model import MMDiT
-from learned_rounding.hosts.browser import load_workflow, open_page
+from learned_rounding.hosts.browser import load_workflow
 
 WORKFLOW = json.loads((Path(__file__).parent / "workflow.json").read_text(encoding="utf-8"))
 SEED = 3  # its place among the widgets of Configure Quantization
@@ -49,15 +49,12 @@ def gate(comfy):
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["canvas-nodes", "vue-nodes"])
-def page(comfy, model_file, request):
+def page(open_comfy_page, model_file, request):
     """One page for all tests of a module: opening one takes longer than any of them."""
-    problems = []
-    with open_page(comfy, vue_nodes=request.param, problems=problems, timeout=60) as page:
-        page.problems = problems
-        page.vue_nodes = request.param
-        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        page.evaluate(_RECORD)
-        yield page
+    page = open_comfy_page(vue_nodes=request.param)
+    page.vue_nodes = request.param
+    page.evaluate(_RECORD)
+    return page
 
 
 @pytest.fixture

@@ -1,16 +1,12 @@
 // Run by plain node (`node --test tests/web`), and by pytest through test_progress_state.py.
 
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
-import { nodeByExecutionId, originOf } from "../../web/graph_lookup.js";
-import * as numbers from "../../web/numbers.js";
 import * as states from "../../web/progress_state.js";
 import * as texts from "../../web/progress_text.js";
-import { ENGLISH, say, speak, translate } from "../../web/words.js";
 
-const state = { ...numbers, ...states, ...texts };
+const state = { ...states, ...texts };
 
 const start = (more) => ({
   state: "start", source: "model.safetensors", format: "int8_tensorwise", granularity: "row", preset: "flux",
@@ -131,28 +127,6 @@ test("layers are ranked by the error of the output where it is known, as the sum
   assert.deepEqual(end.worst.map(({ name }) => name), ["b", "a"]);
 });
 
-// A graph of {id: node}, whose nodes have inputs [{link}] and links {id: {origin_id, origin_slot}}.
-const graphOf = (nodes, links = {}) => {
-  const graph = { nodes: Object.values(nodes), getNodeById: (id) => nodes[id] ?? null, getLink: (id) => links[id] };
-  for (const node of graph.nodes) node.graph = graph;
-  return graph;
-};
-
-test("an origin is found through reroutes and the edges of subgraphs", () => {
-  const quantize = { inputs: [{ link: null }, { link: 1 }] };
-  const inner = graphOf({ 3: quantize }, { 1: { origin_id: "-10", origin_slot: 1 } });
-  const recipe = {};
-  const made = graphOf({ 8: recipe }, { 5: { origin_id: 8, origin_slot: 0 } });
-  made.outputs = [{ linkIds: [5] }];
-  const maker = { subgraph: made, inputs: [] };
-  const reroute = { isVirtualNode: true, inputs: [{ link: 2 }] };
-  const outer = { subgraph: inner, inputs: [{ link: null }, { link: 3 }] };
-  const root = graphOf({ 1: maker, 2: reroute, 4: outer }, { 2: { origin_id: 1, origin_slot: 0 }, 3: { origin_id: 2, origin_slot: 0 } });
-  assert.equal(originOf(root, quantize, 1), recipe);
-  assert.equal(originOf(root, quantize, 0), null);
-  assert.equal(originOf(graphOf({}), quantize, 1), null);
-});
-
 test("states are values: an event leaves the one before as it was", () => {
   const before = play([start(), layer(0, 0.01)]);
   const copy = structuredClone(before);
@@ -224,13 +198,6 @@ test("every layer has a cell, from the plan on, in the order of the source", () 
   assert.equal(second.cells.length, 4);
 });
 
-test("an error before rounding is told only where it is known", () => {
-  const error = (more, rounding) => state.cellLines({ ...layer(0, 0.02), state: "quantized", solver: "nearest", ...more }, rounding)[1];
-  assert.equal(error({}, "nearest"), "weight error 0.02");
-  assert.equal(error({ gain: 0.8 }, "auto"), "weight error 0.025 → 0.02 (0.8× RTN)");
-  assert.equal(error({ gain: 0.8, solver: "gptq" }, "principal"), "weight error 0.02 (0.8× RTN)");
-});
-
 test("a cell is filled by the share of the error of round to nearest that is removed", () => {
   assert.deepEqual([{ gain: null }, { gain: 1.2 }, { gain: 1 }, { gain: 0.75 }, { gain: 0 }].map(state.removedShare), [0, 0, 0, 0.25, 1]);
 });
@@ -274,14 +241,6 @@ test("the summary has the model's error of a run that ran the model, of every en
   const end = play([start(), done({ model_errors: [0.0684] }), start(), done({ model_errors: [0.0123] })]);
   assert.match(state.words(end)[1], /^8 layers in 8.0 s · model error 0.0123–0.0684 · median/);
   assert.doesNotMatch(state.words(play([done({ model_errors: [] })]))[1], /model/);
-});
-
-test("a keep rule finds its layer alone", () => {
-  const name = "model.blocks.1.attn(0)[x]+$\\.weight";
-  const rule = new RegExp(state.keepRule(name));
-  assert.ok(rule.test(name));
-  for (const other of [name.replace(".", "x"), `a${name}`, `${name}a`]) assert.ok(!rule.test(other));
-  assert.equal(state.keepRule("blocks.1.w.weight"), "^blocks\\.1\\.w\\.weight$");
 });
 
 test("a strip shows all its cells, none too narrow to be hit", () => {
@@ -361,77 +320,7 @@ test("a calibration tells of steps, probes, and what it made", () => {
   assert.deepEqual(state.words(stopped), ["Interrupted", "after 20 of 40 steps"]);
 });
 
-test("words are said in the language that was chosen, and in English where it has none", () => {
-  try {
-    speak({ left: "noch {time}" });
-    assert.equal(say("left", { time: "3 s" }), "noch 3 s");
-    assert.equal(say("layers", { count: 4 }), "4 layers");
-  } finally {
-    speak();
-  }
-  assert.equal(say("left", { time: "3 s" }), "3 s left");
-});
-
-test("messages of the server are translated with their values, and stay as they are where the language has none", () => {
-  const messages = { "few inputs ({count})": "{count} Eingänge", "8 bits: {reason}": "8 Bit: {reason}", "{a}, {b}": "{b} und {a}", embedding: "Einbettung" };
-  try {
-    speak({}, messages);
-    assert.equal(translate("embedding"), "Einbettung");
-    assert.equal(translate("8 bits: few inputs (16)"), "8 Bit: 16 Eingänge");
-    assert.equal(translate("embedding, a.b"), "a.b und Einbettung");
-    assert.equal(translate("embeddings"), "embeddings");
-    assert.equal(state.cellLines({ state: "kept", name: "a", shape: [2, 2], reason: "embedding" })[1], "unquantized: Einbettung");
-  } finally {
-    speak();
-  }
-  assert.equal(translate("embedding"), "embedding");
-});
-
-test("every language has the messages, with the same values in them", () => {
-  const valuesOf = (text) => [...text.matchAll(/\{\w+\}/g)].map(([value]) => value).sort();
-  const [zh, ja] = ["zh", "ja"].map((language) => JSON.parse(readFileSync(new URL(`../../locales/${language}/main.json`, import.meta.url))).learnedRoundingMessages);
-  assert.deepEqual(Object.keys(zh).sort(), Object.keys(ja).sort());
-  for (const words of [zh, ja]) for (const [english, text] of Object.entries(words)) assert.deepEqual(valuesOf(text), valuesOf(english), english);
-});
-
-test("every language has the panels' words, with the same values in them", () => {
-  const valuesOf = (text) => [...text.matchAll(/\{\w+\}/g)].map(([value]) => value).sort();
-  for (const language of ["zh", "ja"]) {
-    const words = JSON.parse(readFileSync(new URL(`../../locales/${language}/main.json`, import.meta.url))).learnedRounding;
-    assert.deepEqual(Object.keys(words).sort(), Object.keys(ENGLISH).sort());
-    for (const [key, text] of Object.entries(ENGLISH)) assert.deepEqual(valuesOf(words[key]), valuesOf(text), `${language}: ${key}`);
-  }
-});
-
 test("unknown events change nothing", () => {
   const now = play([start()]);
   assert.equal(state.advance(now, { state: "of a later release" }), now);
-});
-
-test("numbers", () => {
-  const cases = [
-    [state.formatBytes, [[0, "0 B"], [999, "999 B"], [999.6, "1 kB"], [19_234_567, "19.2 MB"], [23.8e9, "23.8 GB"], [5e15, "5000 TB"]]],
-    [state.formatDuration, [[0.44, "0.4 s"], [9.96, "10 s"], [59.7, "1 min 00 s"], [185, "3 min 05 s"], [7620, "2 h 07 min"], [null, "…"]]],
-    [state.formatNumber, [[0.0263412, "0.0263"], [12.345, "12.3"], [1234.5, "1230"], [0, "0"], [0.0000263, "2.63e-05"], [0.00002, "2e-05"], [null, "–"]]],
-  ];
-  for (const [format, pairs] of cases) {
-    for (const [value, text] of pairs) assert.equal(format(value), text);
-  }
-});
-
-test("names are shown from the block's number on", () => {
-  const shown = (name) => state.splitName(state.shortName(name));
-  assert.deepEqual(shown("model.diffusion_model.double_blocks.12.img_attn.qkv.weight"), ["double_blocks", ".12.img_attn.qkv"]);
-  assert.deepEqual(shown("context_embedder.weight"), ["", "context_embedder"]);
-  assert.deepEqual(shown("time_in.in_layer.weight"), ["time_in", ".in_layer"]);
-});
-
-test("nodes are found by execution id, in subgraphs too", () => {
-  const graph = (nodes) => ({ getNodeById: (id) => nodes[id] });
-  const inner = { id: 3 };
-  const root = graph({ 7: { id: 7 }, 12: { id: 12, subgraph: graph({ 5: { id: 5, subgraph: graph({ 3: inner }) }, 3: { id: 3 } }) } });
-  assert.equal(nodeByExecutionId(root, "7").id, 7);
-  assert.equal(nodeByExecutionId(root, 7).id, 7);
-  assert.equal(nodeByExecutionId(root, "12:5:3"), inner);
-  for (const missing of ["8", "8:3", "7:3", "12:4", "12:3:1"]) assert.equal(nodeByExecutionId(root, missing), null);
 });

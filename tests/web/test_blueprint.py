@@ -6,7 +6,7 @@ import pytest
 
 from learned_rounding.benchmarks.tiny_model.graph import MODEL, pictures
 from learned_rounding.benchmarks.tiny_model.place import DATASET
-from learned_rounding.hosts.browser import load_workflow, open_page, queue_prompt
+from learned_rounding.hosts.browser import load_workflow, queue_prompt
 
 pytestmark = pytest.mark.browser
 
@@ -49,15 +49,14 @@ _CONNECT = r"""(around) => {
 }"""
 
 
-def test_the_blueprint_is_listed_and_runs(comfy):
+def test_the_blueprint_is_listed_and_runs(comfy, comfy_page):
     listed = comfy.get("/global_subgraphs")
     (entry,) = (key for key, value in listed.items() if value["info"]["node_pack"].endswith("learned_rounding"))
     assert listed[entry]["name"] == NAME
     blueprint = json.loads(comfy.get(f"/global_subgraphs/{entry}")["data"])
-    with open_page(comfy) as page:
-        load_workflow(page, blueprint)
-        shown = page.evaluate(_CONNECT, _AROUND)
-        assert {"format", "preset", "steps", "cfg", "sampler_name", "scheduler"} <= set(shown)
-        assert queue_prompt(page)["type"] == "execution_success"
+    load_workflow(comfy_page, blueprint)
+    shown = comfy_page.evaluate(_CONNECT, _AROUND)
+    assert {"format", "preset", "steps", "cfg", "sampler_name", "scheduler"} <= set(shown)
+    assert queue_prompt(comfy_page)["type"] == "execution_success"
     assert pictures(comfy.output_dir, "blueprint").shape[1:] == (64, 64, 3)
     assert list((comfy.output_dir / "diffusion_models").glob("blueprint_*.safetensors"))

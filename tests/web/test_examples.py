@@ -34,8 +34,10 @@ def test_an_example_opens_with_all_its_nodes_and_values(page, name):
     load_workflow(page, {"nodes": [], "links": [], "version": 0.4})
     page.problems.clear()
     opened = page.evaluate(_OPEN, name)
-    assert opened["unknown"] == [] and opened["loose"] == 0
-    assert len(set(opened["links"])) == 1 and opened["links"][0]
+    assert opened["unknown"] == []
+    assert opened["loose"] == 0
+    assert len(set(opened["links"])) == 1
+    assert opened["links"][0]
     shown = {node_id: (kind, values) for node_id, kind, values in opened["shown"]}
     for node_id, kind, values in opened["saved"]:
         assert shown[node_id][0] == kind

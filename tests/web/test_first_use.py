@@ -4,8 +4,8 @@ import pytest
 
 from learned_rounding.benchmarks.tiny_model.graph import MODEL
 from learned_rounding.hosts.browser import load_workflow
+from learned_rounding.tests.web.test_progress_widget import _CONNECTED, _SLOTS
 from learned_rounding.tests.web.test_search import INPUT, open_search
-from learned_rounding.tests.web.test_widgets import _CONNECTED, _SLOTS
 
 pytestmark = pytest.mark.browser
 

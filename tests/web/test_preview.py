@@ -36,7 +36,9 @@ def show(page, workflow):
 def test_the_preview_is_there_before_a_run_and_follows_the_format(show, page, model_file):
     rows = dict(zip(*[iter(show())] * 2, strict=True))
     assert list(rows) == ["Size", "Layers", "Time", "Stock ComfyUI"]
-    assert rows["Size"].endswith("% smaller") and "quantized" in rows["Layers"] and rows["Time"].endswith("(estimate)")
+    assert rows["Size"].endswith("% smaller")
+    assert "quantized" in rows["Layers"]
+    assert rows["Time"].endswith("(estimate)")
     assert rows["Stock ComfyUI"].startswith("int8_tensorwise per row: ")
     page.evaluate(_CHOOSE, ["LearnedRoundingConfigure", "format", "float8_e4m3fn"])
     page.wait_for_function(f"() => ({_ROWS})()?.at(-1).startsWith('float8_e4m3fn per tensor: ')")
@@ -59,7 +61,8 @@ def test_a_damaged_file_is_refused_in_one_sentence(show, comfy, model_file):
         graph["nodes"][0]["widgets_values"][0] = f"diffusion_models/{damaged.name}"
 
     (sentence,) = show(choose)
-    assert damaged.name in sentence and str(damaged.parent) not in sentence
+    assert damaged.name in sentence
+    assert str(damaged.parent) not in sentence
 
 
 def test_the_model_of_a_loader_has_a_preview_too(show, model_file):

@@ -11,7 +11,7 @@ from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts.browser import SETTINGS, load_workflow, queue_prompt, visit
 from learned_rounding.tests.conftest import LINKS
 from learned_rounding.tests.nodes.probing import ProbedGraph
-from learned_rounding.tests.web.test_widgets import node_box, panel, pixels
+from learned_rounding.tests.web.test_progress_widget import node_box, panel, pixels
 
 pytestmark = pytest.mark.browser
 
@@ -59,7 +59,8 @@ def test_inspect_shows_what_the_file_holds_and_still_does_after_a_reload(comfy, 
     run(page, graph)
     saved = run(page, graph)  # of another workflow, for which ComfyUI has the result at hand
     shown = text(page, "LearnedRoundingInspect")
-    assert MODEL in shown and "tensors" in shown
+    assert MODEL in shown
+    assert "tensors" in shown
     with contextlib.closing(page.context.new_page()) as again:
         visit(again, comfy)
         load_workflow(again, saved)
@@ -78,7 +79,8 @@ def test_a_result_that_was_at_hand_is_summarised(comfy, page):
         shown = page.locator(".lr-progress").evaluate_all(
             "(all) => all.map((one) => ['.lr-label', '.lr-first', '.lr-second'].map((name) => one.querySelector(name).innerText))"
         )
-        assert shown[0] == shown[1] and all(shown[0])
+        assert shown[0] == shown[1]
+        assert all(shown[0])
         return shown
 
     run(page, graph)
@@ -104,7 +106,8 @@ def test_a_cached_run_keeps_its_strip(comfy, page):
 
     run(page, graph)
     made = legends(page)
-    assert made[0] == made[1] and "float8_e4m3fn per tensor" in made[0]
+    assert made[0] == made[1]
+    assert "float8_e4m3fn per tensor" in made[0]
     saved = run(page, graph)
     assert legends(page) == made
     with contextlib.closing(page.context.new_page()) as again:
@@ -130,7 +133,8 @@ def test_a_run_whose_server_is_restarted_says_how_far_it_came(server_factory, tm
         server.restart()
         page.locator(".lr-progress[data-state=stopped]").wait_for()
         stopped = panel(page)
-        assert (stopped["first"], stopped["buttons"]) == ("Stopped at 5 of 37; run again to resume.", [])
+        assert stopped["first"] == "Stopped at 5 of 37; run again to resume."
+        assert stopped["buttons"] == []
         server.post("/probe/gate", {"layers": 4})
         assert queue_prompt(page, wait=False)["type"] == "queued"
         page.wait_for_function("() => / [789] \\/ 37/.test(document.querySelector('.lr-count').innerText)")
@@ -161,7 +165,8 @@ def test_report_shows_its_picture(page):
     graph.add("LearnedRoundingReport", quantized=quantized[2])
     run(page, graph)
     width, height = picture(page, "LearnedRoundingReport")
-    assert width > 300 and height > 300
+    assert width > 300
+    assert height > 300
 
 
 def test_compare_shows_its_plot(page):
@@ -170,7 +175,8 @@ def test_compare_shows_its_plot(page):
     graph.compare(model[0], graph.quantize(model[0], rounding="nearest")[0], steps=2, seed=uuid.uuid4().int % 2**31)
     run(page, graph)
     width, height = picture(page, "LearnedRoundingCompare")
-    assert width > 300 and height > 300
+    assert width > 300
+    assert height > 300
 
 
 def test_calibrate_tells_of_its_steps_and_shows_its_pictures_and_the_file_that_holds_it(comfy, page):
@@ -182,8 +188,10 @@ def test_calibrate_tells_of_its_steps_and_shows_its_pictures_and_the_file_that_h
     done = page.locator(".lr-progress[data-state=done]")
     done.wait_for()
     shown = panel(page)
-    assert shown["label"].startswith("calibrated ") and shown["count"].startswith("100 %")
-    assert shown["first"].endswith("of each layer's activations") and " in " in shown["second"]
+    assert shown["label"].startswith("calibrated ")
+    assert shown["count"].startswith("100 %")
+    assert shown["first"].endswith("of each layer's activations")
+    assert " in " in shown["second"]
     assert text(page, "LearnedRoundingSaveCalibration").endswith(".calib.safetensors")
     made = max((comfy.output_dir / "calibrations").glob("from-a-page*"), key=lambda path: path.stat().st_mtime)
     graph = ProbedGraph()
@@ -198,14 +206,16 @@ def test_what_is_refused_is_shown_on_its_node(graph):
         "() => { window.app.graph.getNodeById(2).widgets.find(({name}) => name === 'keep').value = '(unclosed' }"
     )
     refused = queue_prompt(graph)
-    assert refused["type"] == "refused" and list(refused["data"]["node_errors"]) == ["2"]
+    assert refused["type"] == "refused"
+    assert list(refused["data"]["node_errors"]) == ["2"]
     assert [error["extra_info"]["input_name"] for error in refused["data"]["node_errors"]["2"]["errors"]] == ["keep"]
     words = graph.locator(":text('is not a valid regular expression'):not(.lr-preview-error)")  # of ComfyUI
     words.first.wait_for()  # without a click
     if not graph.get_by_role("button", name="View details").count():  # older pages show a dialog
         graph.keyboard.press("Escape")
         words.first.wait_for(state="hidden")
-    assert (red(graph, 2, "LearnedRoundingConfigure"), red(graph, 4, "LearnedRoundingSave")) == (True, False)
+    assert red(graph, 2, "LearnedRoundingConfigure") is True
+    assert red(graph, 4, "LearnedRoundingSave") is False
 
 
 def red(page, node, kind):

@@ -17,7 +17,7 @@ ERRORS = [
 
 def test_lack_of_memory_is_one_error_with_what_to_do(subtests):
     for error in ERRORS:
-        with subtests.test(error):
+        with subtests.test(str(error)):
             with (
                 pytest.raises(OutOfMemoryError) as raised,
                 explain_out_of_memory("cuda has too little memory for a model"),
@@ -32,7 +32,7 @@ def test_lack_of_memory_is_one_error_with_what_to_do(subtests):
 
 def test_other_errors_pass(subtests):
     for error in [RuntimeError("shapes do not match"), ValueError("out of memory")]:
-        with subtests.test(error=error):
+        with subtests.test(str(error)):
             with pytest.raises(type(error)) as raised, explain_out_of_memory("problem"):
                 raise error
             assert raised.value is error

@@ -37,7 +37,7 @@ and verifies every source, and a test compares the result. The selection of laye
 TAIL = """
 `--requantize` (in a graph, the switch of **Load Model**) is required for sources that are already quantized; use the original model where it
 is available. It also decodes ComfyUI's `nvfp4`, `mxfp8`, `convrot_w4a4` and `asym_w4a8_int8`, bit for bit as ComfyUI does
-(`tests/nodes/test_foreign.py`), and block FP8 of Hugging Face and DeepSeek, 8-bit layers of quanto and torchao, NF4, FP4 and INT8 of
+(`tests/nodes/host/test_foreign_formats.py`), and block FP8 of Hugging Face and DeepSeek, 8-bit layers of quanto and torchao, NF4, FP4 and INT8 of
 bitsandbytes, and compressed-tensors, by their specifications (`tests/quant_core/formats/test_external.py`). SDNQ, GPTQ, AWQ, nunchaku and
 quantized values beside tensors of unknown meaning are refused by name.
 
