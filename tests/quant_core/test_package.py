@@ -283,51 +283,22 @@ def test_the_command_is_installed_under_its_name():
 
 # Modules without a test of their own stem, by the reason. A folder stands for its modules by their stems.
 WITHOUT_TEST: dict[str, dict[str, str]] = {
-    "declarations without behaviour: names of version 0.1.0 for other modules, see test_deprecated.py": {
-        "quant_core": "checkpoints requantize",
+    "declarations: names of version 0.1.0, see test_deprecated.py; the events of a run, see run/test_loop.py": {
+        "quant_core": "checkpoints events requantize",
     },
-    # Delete the lines of a folder where each of its modules has a test.
-    "tested under other stems: calibration": {
-        "quant_core/calibration": "arguments background hessian panels products recorder statistics",
-    },
-    "tested under other stems: command line": {
-        "quant_core/cli": "documents failures parser plan_text recipe streams usage",
-    },
-    "tested under other stems: formats": {
-        "quant_core/formats": """
-            asym_w4a8 bitsandbytes companions compressed_tensors convrot_w4a4 detect fp8 int8 kinds layer_json levels mxfp8
-            nvfp4 padded scaled solution space
-        """,
-    },
-    "tested under other stems: rounding": {
-        "quant_core/rounding": "level_search optimizers projected scaling solve svd",
-    },
-    "tested under other stems: runs": {
-        "quant_core/run": "clock fingerprint header memory recorded throughput",
-    },
-    "tested under other stems: sequential": {
-        "quant_core/sequential": "block capture errors gradients learned linear streams",
-    },
-    "tested under other stems: modules of the library itself": {
-        "quant_core": "cancellation events option quantize_layer version",
-    },
-    "tested under other stems: kernels": {
-        "kernels": "checks devices element_format hadamard tensor_cores",
-    },
-    "tested under other stems: nodes": {
+    "seen only in a workflow that runs: tests/nodes/test_graph.py, test_schema.py, test_refusals.py, test_workflows.py": {
         "nodes": """
-            calibrate_text compare_text configure inspect_file load load_calibration load_quantized options prompts quantize
-            report save_calibration
+            calibrate_text compare_text configure load load_calibration load_quantized options prompts report save_calibration
         """,
-        "nodes/host": """
-            building calibrating calibrations comparing decoding expanding extended_linear file_slices folders foreign_weights
-            images layouts loaded_layers loading model_facts naming native_int8 native_layers opening previewing quantizing
-            recording releasing reusing running saving smoothed_linear sources validating verifying walking
-        """,
-        "nodes/runtime": "decoded_linear layouts",
-        "nodes/ui": """
-            calibration_inputs drawing file_inputs option_widgets preview progress quality_image runs sampling_inputs schema
-        """,
+        "nodes/host": "calibrations decoding images running validating",
+        "nodes/ui": "calibration_inputs drawing file_inputs option_widgets quality_image sampling_inputs schema",
+    },
+    "seen only in a page: tests/web/test_preview.py, tests/web/test_runs.py": {
+        "nodes/host": "model_facts previewing",
+        "nodes/ui": "preview runs",
+    },
+    "a step of loading and verifying files: tests/nodes/host/test_loading.py, test_verifying.py, test_layouts.py": {
+        "nodes/host": "expanding loaded_layers reusing",
     },
 }
 # kernels/triton and kernels/reference implement the operators of kernels/ under the same stems: tests/kernels.
