@@ -18,9 +18,9 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 
 # A ready venv is marked by a file that names its torch and interpreter, so that another choice installs again.
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
-RUFF := .venv/.ruff
+LINT := .venv/.lint
 
-.PHONY: test test-quick test-gpu faults fuzz hosts chromium demo bench lint architectures texts golden clean
+.PHONY: test test-quick test-compile test-gpu faults fuzz hosts chromium demo bench lint architectures texts golden clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
 # Of what a recipe line does after it, pip first of all, a line appears every few seconds.
@@ -47,7 +47,11 @@ test: $(READY) hosts chromium
 	.venv/bin/pytest $(ARGS)
 
 test-quick: $(READY)
-	.venv/bin/pytest -m "not host and not browser" $(ARGS)
+	.venv/bin/pytest -m "not host and not browser and not compile and not soak" $(ARGS)
+
+# All shipped kernel configurations, for every supported card, without a GPU. Results are kept in the cache folder.
+test-compile: $(READY)
+	.venv/bin/pytest -m compile $(ARGS)
 
 # For a machine without a network see CONTRIBUTING.md.
 test-gpu: $(READY) hosts
@@ -71,12 +75,14 @@ bench: $(READY)
 	@test -n "$(BENCH)" || { echo "usage: make bench BENCH=<name> ARGS=\"--quick --json FILE\"; scripts:"; ls benchmarks/*.py; exit 2; }
 	.venv/bin/python benchmarks/$(BENCH).py $(ARGS)
 
-$(RUFF): $(READY)
+$(LINT): $(READY) pyproject.toml
 	$(PIP) -e ".[lint]" --no-build-isolation
 	touch $@
 
-lint: $(RUFF)
+lint: $(LINT)
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
 
 architectures: $(READY) hosts
 	.venv/bin/python tests/architectures/lists.py && .venv/bin/python tests/architectures/table.py && .venv/bin/python tests/architectures/sizes.py

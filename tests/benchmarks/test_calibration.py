@@ -25,7 +25,8 @@ def test_dequantized_file_has_the_weights_of_the_quantized_file(tmp_path, name):
     assert torch.equal(dequantized["layer.bias"], weight[0].float())
     error = quantize_weight(weight, rounding="nearest", **choices).weight_error
     measured = float((dequantized["layer.weight"] - weight.float()).norm() / weight.float().norm())
-    assert measured == pytest.approx(error, rel=1e-3) and 0 < error < 0.05
+    assert measured == pytest.approx(error, rel=1e-3)
+    assert 0 < error < 0.05
 
 
 def test_interval_draws_prompts_with_all_their_seeds():
@@ -33,5 +34,6 @@ def test_interval_draws_prompts_with_all_their_seeds():
     assert ratio_interval(base / 2, base) == pytest.approx((0.5, 0.5, 0.5))
     factors = np.tile(np.exp(np.linspace(-1, 1, 8)), (4, 1))  # one factor per prompt, equal for all seeds
     middle, low, high = ratio_interval(base * factors, base)
-    assert middle == pytest.approx(1) and low == pytest.approx(1 / high, rel=0.05)
+    assert middle == pytest.approx(1)
+    assert low == pytest.approx(1 / high, rel=0.05)
     assert 1.3 < high < 1.8  # log(high) = 1.96 × 0.65 / √8; with independent images it would be smaller by √4

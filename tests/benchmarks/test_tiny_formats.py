@@ -1,6 +1,5 @@
-"""Benchmark of image formats without ComfyUI: recipes, bits per weight, metrics, prompts and the report."""
+"""Benchmark of image formats without ComfyUI: recipes, bits per weight, metrics and prompts."""
 
-import json
 import re
 
 import numpy as np
@@ -17,7 +16,6 @@ from learned_rounding.benchmarks.tiny_formats import (
     calibration_prompts,
     family,
 )
-from learned_rounding.benchmarks.tiny_formats_report import main, prompts_needed
 from learned_rounding.benchmarks.tiny_model.graph import MODEL
 from learned_rounding.benchmarks.tiny_model.place import ASSETS, prompt_splits
 from learned_rounding.quant_core import Recipe, quantize_file
@@ -32,14 +30,15 @@ def test_bits_count_quantized_layers_with_their_scales(tmp_path):
     assert bits_per_weight(target) == pytest.approx(8 + 32 / 256, abs=0.05)
 
 
-@pytest.mark.parametrize("name", BELOW_8_BITS)
-def test_all_layers_of_the_blocks_are_in_the_format(name):
-    options = FORMATS[f"{name}, all layers"]
-    with SafetensorsFile(ASSETS / MODEL) as source:
-        decisions = Recipe(**options, rounding="calibrated").plan(source).decisions
-    layers = [entry for name, entry in decisions.items() if re.search(LAYERS, name) and entry.action == "quantize"]
-    assert len(layers) == 29
-    assert {decision.format and decision.format.name for decision in layers} == {options["format"]}
+def test_all_layers_of_the_blocks_are_in_the_format(subtests):
+    for format in BELOW_8_BITS:
+        options = FORMATS[f"{format}, all layers"]
+        with SafetensorsFile(ASSETS / MODEL) as source:
+            decisions = Recipe(**options, rounding="calibrated").plan(source).decisions
+        layers = [entry for name, entry in decisions.items() if re.search(LAYERS, name) and entry.action == "quantize"]
+        with subtests.test(format):
+            assert len(layers) == 29
+            assert {decision.format and decision.format.name for decision in layers} == {options["format"]}
 
 
 def test_prompts_of_the_images_are_in_no_calibration():
@@ -53,13 +52,8 @@ def test_prompts_of_the_images_are_in_no_calibration():
 
 def test_variants_of_a_format_are_chosen_together():
     assert [name for name in FORMATS if family(name) == "w4a8"] == ["W4A8", "W4A8, all layers"]
-    assert family("nvfp4, smoothed") == "nvfp4" and family("INT8 per row, ConvRot") == "int8"
-
-
-def test_fewer_prompts_suffice_for_a_larger_difference():
-    assert prompts_needed(1.0, 0.5, 1.5, prompts=32) == 8
-    assert prompts_needed(-0.25, -0.75, 0.25, prompts=32) == 128
-    assert prompts_needed(0.0, -1.0, 1.0, prompts=32) is None
+    assert family("nvfp4, smoothed") == "nvfp4"
+    assert family("INT8 per row, ConvRot") == "int8"
 
 
 def test_metrics_match_their_definitions():
@@ -75,16 +69,3 @@ def test_metrics_match_their_definitions():
     assert found["SSIM"][1, 2] == pytest.approx(
         ssim(torch.from_numpy(images[1, 2:]), torch.from_numpy(0.9 * images[1, 2:]))
     )
-
-
-def test_report_compares_calibrations_of_the_same_images(tmp_path, monkeypatch, capsys):
-    cases = {"W4A8 / nearest": [30.0, 31.0], "W4A8 / calibrated": [31.0, 32.0], "W4A8 / sequential": [31.5, 32.5]}
-    result = {"device": "CPU", "host_device": "cpu", "prompts": ["owl", "pizza"], "seeds": 2, "steps": 20, "rows": []}
-    for count, change in ((32, 0.0), (64, 0.25)):
-        values = {f"as run / {name}": [value + change for value in line] for name, line in cases.items()}
-        about = {"calibration_prompts": count, "calibration_seed": 1001, "dB_per_prompt": values}
-        (tmp_path / f"{count}.json").write_text(json.dumps(result | about))
-    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "32.json"), str(tmp_path / "64.json")])
-    main()
-    cells = "+0.50 (+0.50…+0.50) | +0.50 (+0.50…+0.50) | +0.25 (+0.25…+0.25)"
-    assert f"| as run | W4A8 | sequential | {cells} |" in capsys.readouterr().out

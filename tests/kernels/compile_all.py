@@ -1,13 +1,16 @@
 """Compile every shipped configuration for one SM, without a GPU: python compile_all.py SM. Prints one JSON line each.
 
+A line has the configuration and its resources, or the error. Results are kept between runs, see compile_cache.py.
 Runs in a separate process, because kernels imported for the interpreter cannot be compiled.
 """
 
+import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from learned_rounding.kernels.reference import LARGEST
 from learned_rounding.kernels.triton import beam, grouped_levels, hopper, linear, quantize, rounding
 from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8
+from learned_rounding.tests.kernels.compile_cache import CompileCache, compile_cache_file, make_key
 
 F32, I32 = "*fp32", "i32"
 BLOCK = dict.fromkeys(("weight", "shift", "before", "coupling", "scale", "codes", "level_scale", "errors"), F32) | {
@@ -198,6 +202,17 @@ def cases(sm):
         yield from hopper_cases()
 
 
+def compiler_options(kernel, warps: int, stages: int) -> dict[str, object]:
+    return {"num_warps": warps, "num_stages": stages, **(quantize.SEPARATE if kernel in SEPARATE else {})}
+
+
+def cache_key(kernel, types, constants, warps, stages, sm) -> str:
+    """Of the kernel with all that it calls, the configuration, this compilation, and the releases of Triton and its compiler."""
+    code = inspect.getsource(compile_case) + inspect.getsource(compiler_options) + repr(sorted(EVEN))
+    options = compiler_options(kernel, warps, stages)
+    return make_key(triton.__version__, code, kernel.__name__, kernel.cache_key, types, constants, options, sm)
+
+
 def compile_case(kernel, types, constants, warps, stages, sm):
     """Compile one case; returns its registers, spilled bytes, shared memory and tensor core instructions."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -209,7 +224,7 @@ def compile_case(kernel, types, constants, warps, stages, sm):
     fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source_type(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages, **(quantize.SEPARATE if kernel in SEPARATE else {})}
+    options = compiler_options(kernel, warps, stages)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -221,7 +236,19 @@ def compile_case(kernel, types, constants, warps, stages, sm):
     return {"registers": registers, "spilled": stack + local, "shared": compiled.metadata.shared, "products": products}
 
 
+def main(sm: int) -> None:
+    cache = CompileCache(compile_cache_file(sm))
+    for kernel, types, constants, warps, stages in cases(sm):
+        described = {"kernel": kernel.__name__, **constants, "warps": warps, "stages": stages}
+        arguments = kernel, types, constants, warps, stages, sm
+        try:
+            result = cache.find(cache_key(*arguments), partial(compile_case, *arguments))
+        except Exception as error:  # any error of the compiler; the other configurations are compiled too
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(described | result), flush=True)
+    cache.save()
+    print(f"{cache.hits} results from {cache.file}", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    for kernel, types, constants, warps, stages in cases(int(sys.argv[1])):
-        resources = compile_case(kernel, types, constants, warps, stages, int(sys.argv[1]))
-        print(json.dumps({"kernel": kernel.__name__, **constants, "warps": warps, "stages": stages, **resources}))
+    main(int(sys.argv[1]))

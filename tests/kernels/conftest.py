@@ -38,3 +38,15 @@ def bfloat16_products():
         return multiply(self, to_float32(a), to_float32(b), *rest)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """Path of an empty measurement cache; no function is kept from other tests' measurements."""
+    from learned_rounding.kernels import prepared, tuning
+
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    prepared._kept.clear()
+    tuning._load_cache.cache_clear()
+    yield tuning.cache_file()
+    tuning._load_cache.cache_clear()

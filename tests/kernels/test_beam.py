@@ -57,61 +57,80 @@ def assert_identical(got, want):
     assert torch.equal(got[1], want[1])
 
 
-@pytest.mark.parametrize("width", [3, 8])
-@pytest.mark.parametrize("columns, rows, group_rows", [(5, 9, 9), (18, 3, 1), (16, 4, 2)])
-@pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
-def test_triton_and_plain_torch_are_identical(fast, device, element, columns, rows, group_rows, width):
-    arguments = (*block(element, columns, rows, group_rows, device), width)
-    assert_identical(fast.round_block_beam(*arguments), reference.round_block_beam(*arguments))
+# Columns, rows and rows of a group: one scale for all, one per row, and groups of two rows.
+SHAPES = [(5, 9, 9), (12, 3, 1), (9, 4, 2)]
 
 
-@pytest.mark.parametrize("width", [1, 6])
-@pytest.mark.parametrize("codes", CODES)
-def test_triton_and_plain_torch_are_identical_for_levels(fast, device, codes, width):
-    arguments, levels = block_of_levels(CODES[codes], 18, 3, device)
-    assert_identical(
-        fast.round_block_beam(*arguments, width, *levels), reference.round_block_beam(*arguments, width, *levels)
-    )
+def test_triton_and_plain_torch_are_identical(subtests, fast, device):
+    """Every element, INT8 with a narrow and a wide beam, in shapes in turn."""
+    for index, (name, element) in enumerate(ELEMENTS.items()):
+        for width in (3, 8) if name == "int8" else ((3, 8)[index % 2],):
+            columns, rows, group_rows = SHAPES[(index + width) % 3]
+            arguments = (*block(element, columns, rows, group_rows, device), width)
+            with subtests.test(name, width=width, columns=columns, rows=rows):
+                assert_identical(fast.round_block_beam(*arguments), reference.round_block_beam(*arguments))
+
+
+def test_triton_and_plain_torch_are_identical_for_levels(subtests, fast, device):
+    for name, width, columns in (("codebook", 6, 6), ("codebook", 1, 9), ("6 bits", 3, 4)):
+        arguments, levels = block_of_levels(CODES[name], columns, 3, device)
+        with subtests.test(name, width=width):
+            assert_identical(
+                fast.round_block_beam(*arguments, width, *levels),
+                reference.round_block_beam(*arguments, width, *levels),
+            )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [3072, 301])
 @pytest.mark.parametrize("width", [2, 4, 8])
-def test_blocks_of_real_size_are_identical(fast, device, rows, width):
-    for element in ELEMENTS.values():
+def test_blocks_of_real_size_are_identical(subtests, fast, device, rows, width):
+    for name, element in ELEMENTS.items():
         arguments = (*block(element, 128, rows, 1, device), width)
-        assert_identical(fast.round_block_beam(*arguments), reference.round_block_beam(*arguments))
-    for codes in CODES.values():
+        with subtests.test(name):
+            assert_identical(fast.round_block_beam(*arguments), reference.round_block_beam(*arguments))
+    for name, codes in CODES.items():
         arguments, levels = block_of_levels(codes, 128, rows, device)
-        assert_identical(
-            fast.round_block_beam(*arguments, width, *levels), reference.round_block_beam(*arguments, width, *levels)
+        with subtests.test(name):
+            assert_identical(
+                fast.round_block_beam(*arguments, width, *levels),
+                reference.round_block_beam(*arguments, width, *levels),
+            )
+
+
+def test_the_width_1_is_round_block(subtests):
+    for name, element in ELEMENTS.items():
+        weight, shift, coupling, cost, *rest = block(element, 40, 24, 8)
+        got = reference.round_block_beam(weight, shift, coupling, cost, *rest, 1)
+        want = reference.round_block(weight, shift, None, coupling, *rest)
+        same = (got[0] == want[0]).all(dim=0)  # but for ties, where torch.addr may fuse multiplication and addition
+        with subtests.test(name):
+            assert same.float().mean() > 0.8
+            torch.testing.assert_close(got[1][:, same], want[1][:, same])
+
+
+def test_no_row_costs_more_than_by_round_block(subtests):
+    for name, element in ELEMENTS.items():
+        arguments = block(element, 48, 200, 1)
+        greedy, *beams = (
+            cost_of(arguments, reference.round_block_beam(*arguments, width)[1]) for width in (1, 2, 4, 8)
         )
+        sums = [float(cost.sum()) for cost in (greedy, *beams)]
+        with subtests.test(name):
+            assert all((beam <= greedy * (1 + 1e-5)).all() for beam in beams)
+            assert sums == sorted(sums, reverse=True)
+            assert sums[-1] < 0.98 * sums[0]
 
 
-@pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
-def test_the_width_1_is_round_block(element):
-    weight, shift, coupling, cost, *rest = block(element, 40, 24, 8)
-    got = reference.round_block_beam(weight, shift, coupling, cost, *rest, 1)
-    want = reference.round_block(weight, shift, None, coupling, *rest)
-    same = (got[0] == want[0]).all(dim=0)  # but for ties, where torch.addr may fuse multiplication and addition
-    assert same.float().mean() > 0.8
-    torch.testing.assert_close(got[1][:, same], want[1][:, same])
-
-
-@pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
-def test_no_row_costs_more_than_by_round_block(element):
-    arguments = block(element, 48, 200, 1)
-    greedy, *beams = (cost_of(arguments, reference.round_block_beam(*arguments, width)[1]) for width in (1, 2, 4, 8))
-    assert all((beam <= greedy * (1 + 1e-5)).all() for beam in beams)
-    sums = [float(cost.sum()) for cost in (greedy, *beams)]
-    assert sums == sorted(sums, reverse=True) and sums[-1] < 0.98 * sums[0]
-
-
-@pytest.mark.parametrize("codes", CODES)
-def test_no_row_of_levels_costs_more_than_by_round_block(codes):
-    arguments, levels = block_of_levels(CODES[codes], 48, 200)
-    greedy, beam = (cost_of(arguments, reference.round_block_beam(*arguments, width, *levels)[1]) for width in (1, 8))
-    assert (beam <= greedy * (1 + 1e-5)).all() and beam.sum() < 0.98 * greedy.sum()
+def test_no_row_of_levels_costs_more_than_by_round_block(subtests):
+    for name, codes in CODES.items():
+        arguments, levels = block_of_levels(codes, 48, 200)
+        greedy, beam = (
+            cost_of(arguments, reference.round_block_beam(*arguments, width, *levels)[1]) for width in (1, 8)
+        )
+        with subtests.test(name):
+            assert (beam <= greedy * (1 + 1e-5)).all()
+            assert beam.sum() < 0.98 * greedy.sum()
 
 
 def nearest_two(target, values):

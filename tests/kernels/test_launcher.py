@@ -64,11 +64,12 @@ def test_arguments_are_analyzed_in_every_call_otherwise(launcher, monkeypatch, c
     run = make(launcher, kernel, keep=keep)
     run("a", 10)
     run("b", 10)
-    assert len(kernel.analyzed) == 2 and not kernel.launched
+    assert len(kernel.analyzed) == 2
+    assert not kernel.launched
 
 
 class Matrix(torch.Tensor):
-    """A matrix that says that it is on a GPU."""
+    """A matrix that reports to be on a GPU."""
 
     is_cuda = True
 
@@ -88,8 +89,10 @@ def test_descriptors_are_made_once_per_address_and_keep_no_tensor(launcher, monk
     first, second = descriptors.bind(tensors[0]), descriptors.bind(tensors[1])
     assert first is descriptors.bind(tensors[0]) is not second
     for bound, tensor in ((first, tensors[0]), (second, tensors[1])):
-        assert bound.base.data_ptr() == tensor.data_ptr() and bound.base.dtype is tensor.dtype
-        assert bound.shape == [4, 4] and not isinstance(bound.base, torch.Tensor)
+        assert bound.base.data_ptr() == tensor.data_ptr()
+        assert bound.base.dtype is tensor.dtype
+        assert bound.shape == [4, 4]
+        assert not isinstance(bound.base, torch.Tensor)
     monkeypatch.setattr(launcher, "_MOST_ADDRESSES", 2)
     descriptors.bind(tensors[2])  # the table is full
     assert descriptors.bind(tensors[0]) is not first
@@ -98,7 +101,8 @@ def test_descriptors_are_made_once_per_address_and_keep_no_tensor(launcher, monk
 def test_descriptors_contain_the_tensor_in_the_interpreter(launcher):
     tensor = torch.zeros(4, 4)
     descriptors = launcher.Descriptors(Descriptor(tensor))
-    assert descriptors.bind(tensor).base is tensor and descriptors._descriptor.base is None
+    assert descriptors.bind(tensor).base is tensor
+    assert descriptors._descriptor.base is None
 
 
 def make_tensordesc_arg(descriptor, metadata):

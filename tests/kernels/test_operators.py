@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from learned_rounding import kernels
 from learned_rounding.kernels import backends, operators, reference
 from learned_rounding.quant_core.formats import E4M3
+from learned_rounding.tests.kernels.gpu_layers import LAYERS, make_layer, replay_in_graph
+from learned_rounding.tests.kernels.gpu_layers import random as on_gpu
 
 X = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
 QDATA, SCALE = kernels.quantize_int8_block_weight(torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), 32)
@@ -60,30 +63,35 @@ def test_every_operation_has_operator_arguments():
     assert ARGUMENTS.keys() | FUNCTIONS.keys() == backends.OPERATIONS.keys()
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_operators_pass_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.learned_rounding, name).default, ARGUMENTS[name])
+def test_operators_pass_opcheck(subtests):
+    for name, arguments in ARGUMENTS.items():
+        with subtests.test(name):
+            torch.library.opcheck(getattr(torch.ops.learned_rounding, name).default, arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("block_size", [0, 32, 64])
-def test_fake_results_have_the_shapes_and_strides_of_real_ones(dtype, block_size):
-    for name in ("quantize_inputs", "quantize_weight"):
-        arguments = (X, dtype, block_size, 0) if name == "quantize_inputs" else (X, dtype, block_size)
-        real = getattr(reference, name)(*arguments)
-        fake = getattr(operators, f"_fake_{name}")(*arguments)
-        assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in fake]
+def test_fake_results_have_the_shapes_and_strides_of_real_ones(subtests):
+    for dtype, block_size in product((torch.int8, torch.float8_e4m3fn), (0, 32, 64)):
+        for name, arguments in (
+            ("quantize_inputs", (X, dtype, block_size, 0)),
+            ("quantize_weight", (X, dtype, block_size)),
+        ):
+            real = getattr(reference, name)(*arguments)
+            fake = getattr(operators, f"_fake_{name}")(*arguments)
+            with subtests.test(name, dtype=dtype, block_size=block_size):
+                assert [(t.shape, t.dtype, t.stride()) for t in real] == [(t.shape, t.dtype, t.stride()) for t in fake]
 
 
-@pytest.mark.parametrize(
-    "before, coupling", [(None, None), (X / 7, torch.ones(6, 6).fill_diagonal_(0)), (None, torch.ones(6, 6).tril(-1))]
-)
-def test_rounding_does_not_modify_its_arguments(before, coupling):
-    arguments = X, X / 9, before, coupling, torch.ones(1, 1)
-    copies = [None if argument is None else argument.clone() for argument in arguments]
-    kernels.round_block(*arguments, 96, E4M3.arithmetic)
-    for argument, copy in zip(arguments, copies, strict=True):
-        assert argument is copy is None or torch.equal(argument, copy)
+def test_rounding_does_not_modify_its_arguments(subtests):
+    for name, before, coupling in (
+        ("apart", None, None),
+        ("descent", X / 7, torch.ones(6, 6).fill_diagonal_(0)),
+        ("gptq", None, torch.ones(6, 6).tril(-1)),
+    ):
+        arguments = [tensor for tensor in (X, X / 9, before, coupling, torch.ones(1, 1)) if tensor is not None]
+        copies = [tensor.clone() for tensor in arguments]
+        kernels.round_block(X, arguments[1], before, coupling, arguments[-1], 96, E4M3.arithmetic)
+        with subtests.test(name):
+            assert all(map(torch.equal, arguments, copies))
 
 
 def test_rounding_does_not_import_torchs_compiler():
@@ -129,29 +137,32 @@ def test_package_can_be_imported_under_a_second_name():
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("operation", [*ARGUMENTS, *FUNCTIONS])
-def test_refusals_name_the_unmet_need(operation, sentences):
-    found = kernels.refusals(operation, *(ARGUMENTS | FUNCTIONS)[operation])
-    assert "reference" not in found
-    sentences(found["triton"])
+def test_refusals_name_the_unmet_need(subtests, sentences):
+    for operation, arguments in (ARGUMENTS | FUNCTIONS).items():
+        found = kernels.refusals(operation, *arguments)
+        with subtests.test(operation):
+            assert "reference" not in found
+            sentences(found["triton"])
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x, qdata, scale: kernels.int8_block_linear(x[:, :64], qdata, scale, block_size=32),
-        lambda x, qdata, scale: kernels.int8_block_linear(x, qdata, scale),
-        lambda x, qdata, scale: kernels.fp8_block_linear(x, qdata, scale, block_size=32),
-        lambda x, qdata, scale: kernels.int8_block_linear(x, qdata, scale, torch.ones(3), block_size=32),
-        lambda x, qdata, scale: kernels.int8_row_linear(x, qdata, scale, rotate_by=256),
-        lambda x, qdata, scale: kernels.int8_row_linear(x, qdata, scale, rotate_by=5),
-        lambda x, qdata, scale: kernels.scaled_linear(x, qdata, scale, block_size=32, rotate_by=16),
-        lambda x, qdata, scale: kernels.dequantize_weight(qdata, scale, block_size=32, rotate_by=16),
-        lambda x, qdata, scale: kernels.quantize_int8_block(x, 0),
-        lambda x, qdata, scale: kernels.backend("fast"),
-    ],
-)
-def test_invalid_arguments_raise_a_value_error_with_the_reason(call, sentences):
-    x = torch.ones(2, 96)
-    with sentences.raises(ValueError):
-        call(x, *kernels.quantize_int8_block_weight(torch.ones(8, 96), 32))
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_replays_in_a_cuda_graph(empty_cache, name):
+    run, x = make_layer(name, on_gpu(1024, 1024, seed=1)), on_gpu(512, 1024)
+    want = run(x)
+    out = replay_in_graph(run, x, on_gpu(512, 1024, seed=3))
+    assert not torch.equal(out, want)
+    assert torch.equal(out, run(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_of_real_size_compiles_without_a_graph_break(empty_cache, name):
+    run = make_layer(name, on_gpu(1024, 1024, seed=1))
+    block = torch.compile(lambda x: torch.nn.functional.gelu(run(x)) * 2, fullgraph=True)
+    for tokens in (512, 384):
+        x = on_gpu(tokens, 1024, seed=tokens)
+        torch.testing.assert_close(block(x), torch.nn.functional.gelu(run(x)) * 2, rtol=0.02, atol=0.02)

@@ -1,11 +1,15 @@
 """Measurements are cached; a corrupt or read-only cache is not an error."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from learned_rounding import kernels
 from learned_rounding.kernels import tuning
+from learned_rounding.tests.kernels.gpu_layers import make_layer, relative
+from learned_rounding.tests.kernels.gpu_layers import random as on_gpu
 
 
 @pytest.fixture
@@ -38,10 +42,16 @@ def choose(names=("slow", "quick"), key="a shape"):
 
 
 def test_fastest_is_measured_once(cache, clock):
-    assert choose() == "quick" and choose() == "quick"
+    assert choose() == "quick"
+    assert choose() == "quick"
     assert clock[1] == ["slow", "quick"]
+
+
+def test_another_process_takes_the_cached_result(cache, clock):
+    choose()
     tuning._load_cache.cache_clear()  # as another process would
-    assert choose() == "quick" and len(clock[1]) == 2
+    assert choose() == "quick"
+    assert len(clock[1]) == 2
     assert json.loads(cache.read_text()) == {"a shape": "quick"}
 
 
@@ -57,12 +67,14 @@ def test_result_without_a_candidate_that_ran_out_of_memory_is_not_cached(cache, 
         return 3.0
 
     monkeypatch.setattr(tuning, "measure_milliseconds", milliseconds)
-    assert choose() == "slow" and not cache.exists()
+    assert choose() == "slow"
+    assert not cache.exists()
 
 
 def test_nothing_is_cached_if_every_candidate_fails(cache, clock):
     clock[0].update(quick=None, slow=None)
-    assert choose() == "slow" and not cache.exists()
+    assert choose() == "slow"
+    assert not cache.exists()
 
 
 def test_entries_of_other_processes_are_kept(cache, clock):
@@ -72,11 +84,14 @@ def test_entries_of_other_processes_are_kept(cache, clock):
     assert set(json.loads(cache.read_text())) == {"first", "of another", "second"}
 
 
-@pytest.mark.parametrize("content", ["{", "[1, 2]", "\x00", '{"a shape": "gone"}', '{"a shape": 3}'])
-def test_corrupt_cache_is_replaced(cache, clock, content):
+def test_corrupt_cache_is_replaced(subtests, cache, clock):
     cache.parent.mkdir(parents=True)
-    cache.write_text(content)
-    assert choose() == "quick" and json.loads(cache.read_text())["a shape"] == "quick"
+    for content in ("{", "[1, 2]", "\x00", '{"a shape": "gone"}', '{"a shape": 3}'):
+        cache.write_text(content)
+        tuning._load_cache.cache_clear()
+        with subtests.test(content):
+            assert choose() == "quick"
+            assert json.loads(cache.read_text())["a shape"] == "quick"
 
 
 def test_unwritable_cache_folder_is_logged(tmp_path, monkeypatch, clock, caplog, sentences):
@@ -85,7 +100,8 @@ def test_unwritable_cache_folder_is_logged(tmp_path, monkeypatch, clock, caplog,
     tuning._load_cache.cache_clear()
     assert choose() == "quick"
     sentences(caplog.messages)
-    assert choose() == "quick" and len(clock[1]) == 2
+    assert choose() == "quick"
+    assert len(clock[1]) == 2
 
 
 def test_token_count_is_rounded_up_to_a_quarter_of_a_power_of_two():
@@ -97,4 +113,46 @@ def test_token_count_is_rounded_up_to_a_quarter_of_a_power_of_two():
 
 def test_nothing_is_measured_during_graph_capture(cache, clock, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert choose() == "slow" and clock[1] == []
+    assert choose() == "slow"
+    assert clock[1] == []
+
+
+def test_a_single_candidate_is_not_measured(cache, clock):
+    assert choose(("slow",)) == "slow"
+    assert clock[1] == []
+
+
+def test_autotuned_and_reference_are_no_candidates_of_the_fastest_backend(cache, clock, monkeypatch):
+    monkeypatch.setattr(tuning, "shape_key", lambda *parts: "a shape")
+    entries = {
+        name: SimpleNamespace(load=lambda name=name: lambda *arguments: lambda *tensors: name) for name in clock[0]
+    }
+    names = ["autotuned", "slow", "quick", "reference"]
+    assert tuning.fastest_backend(names, entries, (None,) * 7) == "quick"
+    assert clock[1] == ["slow", "quick"]
+
+
+def test_the_cache_is_in_the_folder_of_the_variable_or_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    assert tuning.cache_file() == tmp_path / "kernels.json"
+    monkeypatch.delenv(tuning.CACHE_VARIABLE)
+    monkeypatch.setattr(tuning.os, "name", "posix")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert tuning.cache_file() == tmp_path / "user" / "learned_rounding" / "kernels.json"
+
+
+def test_the_version_of_a_missing_package_is_none():
+    assert tuning.package_version("a-package-that-does-not-exist") == "none"
+
+
+@pytest.mark.gpu
+def test_autotuning_caches_its_result_on_disk(empty_cache):
+    x, run = on_gpu(512, 1024), make_layer("int8_block_linear", on_gpu(1024, 1024, seed=1))
+    with kernels.using("triton"):
+        want = run(x)
+    with kernels.using("autotuned"):
+        first, again = run(x), run(x)
+    assert torch.equal(first, again)
+    assert relative(first, want.double()) < 1e-2
+    assert "launch; " in empty_cache.read_text()
+    assert torch.cuda.get_device_name() in empty_cache.read_text()

@@ -25,16 +25,28 @@ def waves(gain: float) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("gain", SCIKIT_IMAGE)
 def test_ssim_and_psnr_match_scikit_image(gain):
     a, b = waves(gain)
-    assert (ssim(a, b), psnr(a, b)) == pytest.approx(SCIKIT_IMAGE[gain], rel=1e-9)
-    assert (ssim(b, a), psnr(b, a)) == pytest.approx(SCIKIT_IMAGE[gain], rel=1e-9)
-    both = [torch.cat(pair) for pair in zip((a, b), (b, a), strict=True)]
-    assert ssim(*both) == pytest.approx(ssim(a, b))
+    expected_ssim, expected_psnr = SCIKIT_IMAGE[gain]
+    assert ssim(a, b) == pytest.approx(expected_ssim, rel=1e-9)
+    assert psnr(a, b) == pytest.approx(expected_psnr, rel=1e-9)
+
+
+def test_ssim_and_psnr_are_symmetric():
+    a, b = waves(0.3)
+    assert ssim(b, a) == pytest.approx(ssim(a, b), rel=1e-9)
+    assert psnr(b, a) == pytest.approx(psnr(a, b), rel=1e-9)
+
+
+def test_ssim_is_the_mean_over_images_in_any_precision():
+    a, b = waves(0.3)
+    assert ssim(torch.cat([a, b]), torch.cat([b, a])) == pytest.approx(ssim(a, b))
     assert ssim(a.float(), b.float()) == pytest.approx(ssim(a, b), rel=1e-5)
 
 
 def test_metrics_of_equal_images():
     a, _ = waves(0)
-    assert ssim(a, a) == pytest.approx(1) and psnr(a, a) == math.inf == snr(a, a)
+    assert ssim(a, a) == pytest.approx(1)
+    assert psnr(a, a) == math.inf
+    assert snr(a, a) == math.inf
 
 
 def test_ssim_is_nan_for_images_smaller_than_the_window():
@@ -50,7 +62,7 @@ def test_snr_and_cosine_match_their_formulas():
     assert cosine(a, torch.tensor([[3.0, 4.0], [5.0, 0.0]])) == pytest.approx(0.5)
 
 
-def test_lpips_is_none_without_its_package_or_its_weights(monkeypatch, tmp_path):
+def test_lpips_needs_its_weights_and_its_package(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     module = ModuleType("lpips")
     module.LPIPS = lambda net, verbose: lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True)
@@ -64,15 +76,19 @@ def test_lpips_is_none_without_its_package_or_its_weights(monkeypatch, tmp_path)
     assert lpips(a, b) is None
 
 
-def test_markdown_has_a_table_of_prompts_and_a_table_of_steps():
-    comparison = Comparison(
-        "a | b",
-        [{"SNR (dB)": 20.0, "SSIM": 0.5}, {"SNR (dB)": 30.0, "SSIM": math.nan}],
-        [[1.0, math.inf], [2.0, -math.inf]],
-    )
-    assert comparison.means["SNR (dB)"] == 25
-    lines = comparison.markdown().splitlines()
-    assert lines[:6] == [
+PROMPTS = Comparison(
+    "a | b",
+    [{"SNR (dB)": 20.0, "SSIM": 0.5}, {"SNR (dB)": 30.0, "SSIM": math.nan}],
+    [[1.0, math.inf], [2.0, -math.inf]],
+)
+
+
+def test_means_are_those_of_the_prompts():
+    assert PROMPTS.means["SNR (dB)"] == 25
+
+
+def test_markdown_has_a_table_of_prompts():
+    assert PROMPTS.markdown().splitlines()[:6] == [
         "## a | b",
         "",
         "| prompt | SNR (dB) | SSIM |",
@@ -80,14 +96,23 @@ def test_markdown_has_a_table_of_prompts_and_a_table_of_steps():
         "| 1 | 20.0 | 0.5 |",
         "| 2 | 30.0 | – |",
     ]
-    assert lines[-4:] == [
+
+
+def test_markdown_has_a_table_of_steps():
+    assert PROMPTS.markdown().splitlines()[-4:] == [
         "| step | prompt 1 (dB) | prompt 2 (dB) |",
         "| :-- | --: | --: |",
         "| 1 | 1.0 | 2.0 |",
         "| 2 | equal | -inf |",
     ]
+
+
+def test_markdown_rounds_each_metric_to_its_precision():
     near = Comparison("one", [{"SNR (dB)": 20.04, "SSIM": 0.99871, "LPIPS": 0.012345}])
     assert "| 1 | 20.0 | 0.9987 | 0.0123 |" in near.markdown()
+
+
+def test_markdown_of_one_prompt_has_no_mean():
     assert "mean" not in Comparison("one", [{"SNR (dB)": 20.0}]).markdown()
 
 

@@ -1,5 +1,7 @@
 """Banks of experts are quantized expert by expert, each as a layer of its own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from learned_rounding.quant_core.errors import NonFiniteWeightError
 from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.quantize_bank import quantize_bank
 from learned_rounding.quant_core.rounding import RoundingConfig
+from learned_rounding.tests.quant_core.formats.weights import raw
 
 CPU = torch.device("cpu")
 SHAPE = (3, 24, 64)
@@ -16,10 +19,6 @@ SHAPE = (3, 24, 64)
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def statistics(**more) -> LayerStatistics:
@@ -33,29 +32,51 @@ def quantize(weights, rounding=None, known=None, *, bias=None, format="nvfp4", c
     return quantize_bank(weights, bias, known, make_codec(format), rounding, device=CPU, check=check, seed=seed)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "auto", "stochastic", "principal", "calibrated"])
-def test_experts_are_rounded_as_layers(rounding):
-    weights, known = random(*SHAPE), statistics() if rounding == "calibrated" else LayerStatistics()
-    made = quantize(weights, RoundingConfig(rounding), known, seed=3)
-    again = quantize(weights, RoundingConfig(rounding), known, seed=3)
-    assert all(torch.equal(raw(made.parts[key]), raw(again.parts[key])) for key in made.parts)
-    layers = [quantize_weight(w, "nvfp4", rounding=rounding, hessian=known.hessian, seed=3) for w in weights]
-    for index, layer in enumerate(layers):
-        own = layer.tensors("a")
-        for suffix, tensor in made.parts.items():
-            assert torch.equal(raw(tensor[index]), raw(own[f"a.{suffix}"]))
-    lost = torch.stack([layer.dequantize() for layer in layers]) - weights
-    assert made.weight_error == pytest.approx(float(lost.norm() / weights.norm()), rel=1e-4)
-    assert made.scale_range == (
-        min(layer.scale_range[0] for layer in layers),
-        max(layer.scale_range[1] for layer in layers),
+@pytest.fixture(params=["nearest", "auto", "stochastic", "principal", "calibrated"])
+def bank(request):
+    """A bank of one rounding, and its experts quantized as layers."""
+    rounding, weights = request.param, random(*SHAPE)
+    known = statistics() if rounding == "calibrated" else LayerStatistics()
+    return SimpleNamespace(
+        rounding=rounding,
+        weights=weights,
+        known=known,
+        made=quantize(weights, RoundingConfig(rounding), known, seed=3),
+        layers=[quantize_weight(w, "nvfp4", rounding=rounding, hessian=known.hessian, seed=3) for w in weights],
     )
-    if rounding == "calibrated":
+
+
+def test_experts_are_rounded_as_layers(subtests, bank):
+    for index, layer in enumerate(bank.layers):
+        own = layer.tensors("a")
+        for suffix, tensor in bank.made.parts.items():
+            with subtests.test(suffix, expert=index):
+                assert torch.equal(raw(tensor[index]), raw(own[f"a.{suffix}"]))
+
+
+def test_the_same_seed_gives_the_same_bytes(bank):
+    again = quantize(bank.weights, RoundingConfig(bank.rounding), bank.known, seed=3)
+    made = bank.made.parts
+    assert [key for key in made if not torch.equal(raw(made[key]), raw(again.parts[key]))] == []
+
+
+def test_errors_are_those_of_the_experts_together(bank):
+    made, layers = bank.made, bank.layers
+    lost = torch.stack([layer.dequantize() for layer in layers]) - bank.weights
+    assert made.weight_error == pytest.approx(float(lost.norm() / bank.weights.norm()), rel=1e-4)
+    if bank.rounding == "calibrated":
         assert made.output_error == pytest.approx(sum(layer.output_error for layer in layers) / 3)
-        assert made.gain == pytest.approx(sum(layer.gain for layer in layers) / 3) and made.gain < 1
+        assert made.gain == pytest.approx(sum(layer.gain for layer in layers) / 3)
+        assert made.gain < 1
     else:
         assert made.output_error is None
-    assert made.note.startswith("bank of 3 experts") and made.shape == SHAPE
+
+
+def test_the_bank_is_described_as_a_whole(bank):
+    smallest, largest = zip(*(layer.scale_range for layer in bank.layers), strict=True)
+    assert bank.made.scale_range == (min(smallest), max(largest))
+    assert bank.made.note.startswith("bank of 3 experts")
+    assert bank.made.shape == SHAPE
 
 
 def test_biases_are_corrected_per_expert():
@@ -63,9 +84,15 @@ def test_biases_are_corrected_per_expert():
     known = statistics(mean=torch.ones(64))
     made = quantize(weights, RoundingConfig("calibrated"), known, bias=bias)
     alone = quantize_weight(weights[1], "nvfp4", mean=known.mean, hessian=known.hessian, bias=bias[1])
-    assert torch.equal(made.bias[1], alone.bias) and not torch.equal(made.bias, bias)
-    assert made.bias.dtype is torch.bfloat16 and torch.equal(made.tensors("a")["a.bias"], made.bias)
-    assert quantize(weights, bias=bias).bias is bias
+    assert torch.equal(made.bias[1], alone.bias)
+    assert not torch.equal(made.bias, bias)
+    assert made.bias.dtype is torch.bfloat16
+    assert torch.equal(made.tensors("a")["a.bias"], made.bias)
+
+
+def test_a_bias_without_a_mean_is_kept():
+    bias = random(3, 24).bfloat16()
+    assert quantize(random(*SHAPE), bias=bias).bias is bias
 
 
 def test_banks_are_not_smoothed():

@@ -31,18 +31,21 @@ NATIVE = {  # format → cards whose ComfyUI quantizes activations, as read in i
 INNER = 256
 
 
-@pytest.mark.parametrize("name", NATIVE)
-def test_support_is_what_comfyui_does(name):
-    native = [card for card in CARDS if find_support(FormatConfig(name).codec, parse_card(card)) == "native"]
-    assert native == list(NATIVE[name])
-    others = {find_support(FormatConfig(name).codec, parse_card(card)) for card in CARDS if card not in native}
-    assert others <= {"decoded"}
+def test_support_is_what_comfyui_does(subtests):
+    for name, expected in NATIVE.items():
+        codec = FormatConfig(name).codec
+        found = {card: find_support(codec, parse_card(card)) for card in CARDS}
+        with subtests.test(name):
+            assert [card for card in CARDS if found[card] == "native"] == list(expected)
+            assert {found[card] for card in CARDS if card not in expected} <= {"decoded"}
 
 
-def test_formats_that_stock_comfyui_does_not_read_are_unsupported_on_every_card():
+def test_formats_that_stock_comfyui_does_not_read_are_unsupported_on_every_card(subtests):
     unread = [FormatConfig(name) for name in FORMATS if name not in NATIVE] + [FormatConfig("asym_w4a8_int8", bits=6)]
     assert len(unread) == 4
-    assert {find_support(format.codec, parse_card(card)) for format in unread for card in CARDS} == {"unsupported"}
+    for format in unread:
+        with subtests.test(str(format.codec)):
+            assert {find_support(format.codec, parse_card(card)) for card in CARDS} == {"unsupported"}
 
 
 def test_int4_activations_exist_between_sm_7_5_and_9_0():
@@ -53,12 +56,11 @@ def test_int4_activations_exist_between_sm_7_5_and_9_0():
     assert {found[card] for card in CARDS if card not in few} == {"native, INT8 activations"}
 
 
-def test_smallest_capabilities_are_those_of_comfy_kitchen():
+def test_smallest_capabilities_are_those_of_comfy_kitchen(subtests):
     kitchen = pytest.importorskip("comfy_kitchen.tensor")
-    layouts = {"float8_e4m3fn": "FP8", "nvfp4": "NVFP4", "mxfp8": "MXFP8"}
-    for name, layout in layouts.items():
-        least = getattr(kitchen, f"TensorCore{layout}Layout").MIN_SM_VERSION
-        assert FORMATS[name].native_since == least
+    for name, layout in {"float8_e4m3fn": "FP8", "nvfp4": "NVFP4", "mxfp8": "MXFP8"}.items():
+        with subtests.test(name):
+            assert FORMATS[name].native_since == getattr(kitchen, f"TensorCore{layout}Layout").MIN_SM_VERSION
     assert parse_card(CARDS[0]) == kitchen.TensorWiseINT8Layout.MIN_SM_VERSION
 
 
@@ -76,39 +78,36 @@ def in_groups_of_16(x):
     return SolveSpace(E2M1, ScaleGroups(len(x), INNER, 1, 16), TWO_LEVEL_E4M3).round_nearest(x)
 
 
-@pytest.mark.parametrize(
-    ("format", "card", "quantize"),
-    [
-        (FormatConfig("nvfp4"), "8.9", None),
-        (FormatConfig("nvfp4"), "9.0", None),
-        (FormatConfig("nvfp4"), "10.0", in_groups_of_16),
-        (FormatConfig("mxfp8"), "9.0", None),
-        (FormatConfig("float8_e4m3fn"), "8.6", None),
-        (FormatConfig("float8_e4m3fn"), "8.9", lambda x: E4M3.encode(x).float()),
-        (FormatConfig("asym_w4a8_int8"), "7.5", per_token(INT8, Rotation(256))),
-        (FormatConfig("asym_w4a8_int8"), "12.0", per_token(INT8, Rotation(256))),
-        (FormatConfig("convrot_w4a4", linear_dtype="int4"), "7.5", per_token(INT4, Rotation(256))),
-        (FormatConfig("convrot_w4a4", linear_dtype="int4"), "8.9", per_token(INT4, Rotation(256))),
-        (FormatConfig("convrot_w4a4", linear_dtype="int4"), "9.0", per_token(INT8, Rotation(256))),
-        (FormatConfig("convrot_w4a4", linear_dtype="int4"), "12.0", per_token(INT8, Rotation(256))),
-        (FormatConfig("convrot_w4a4"), "8.6", per_token(INT8, Rotation(256))),
-        (FormatConfig("int8_tensorwise", convrot=256), "8.6", per_token(INT8, Rotation(256))),
-    ],
-    ids=lambda value: getattr(value, "name", value if isinstance(value, str) else ""),
-)
-def test_errors_are_of_activations_as_the_card_has_them(format, card, quantize):
+ACTIVATIONS = [  # format, card, how the card quantizes activations (None: it multiplies the dequantized weight)
+    (FormatConfig("nvfp4"), "8.9", None),
+    (FormatConfig("nvfp4"), "9.0", None),
+    (FormatConfig("nvfp4"), "10.0", in_groups_of_16),
+    (FormatConfig("mxfp8"), "9.0", None),
+    (FormatConfig("float8_e4m3fn"), "8.6", None),
+    (FormatConfig("float8_e4m3fn"), "8.9", lambda x: E4M3.encode(x).float()),
+    (FormatConfig("asym_w4a8_int8"), "7.5", per_token(INT8, Rotation(256))),
+    (FormatConfig("asym_w4a8_int8"), "12.0", per_token(INT8, Rotation(256))),
+    (FormatConfig("convrot_w4a4", linear_dtype="int4"), "7.5", per_token(INT4, Rotation(256))),
+    (FormatConfig("convrot_w4a4", linear_dtype="int4"), "8.9", per_token(INT4, Rotation(256))),
+    (FormatConfig("convrot_w4a4", linear_dtype="int4"), "9.0", per_token(INT8, Rotation(256))),
+    (FormatConfig("convrot_w4a4", linear_dtype="int4"), "12.0", per_token(INT8, Rotation(256))),
+    (FormatConfig("convrot_w4a4"), "8.6", per_token(INT8, Rotation(256))),
+    (FormatConfig("int8_tensorwise", convrot=256), "8.6", per_token(INT8, Rotation(256))),
+]
+
+
+def test_errors_are_of_activations_as_the_card_has_them(subtests):
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(64, INNER, generator=generator), torch.randn(48, INNER, generator=generator)
-    made = quantize_weight(
-        weight,
-        format.name,
-        convrot=format.convrot,
-        linear_dtype=format.linear_dtype,
-        rounding="nearest",
-    )
     expected = x @ weight.t()
-    product = (
-        x @ made.dequantize_in(torch.bfloat16).float().t() if quantize is None else quantize(x) @ made.dequantize().t()
-    )
-    error = float((product - expected).norm() / expected.norm())
-    assert output_error(weight, made, x, parse_card(card)) == pytest.approx(error, rel=1e-4)
+    for format, card, quantize in ACTIVATIONS:
+        options = {"convrot": format.convrot, "linear_dtype": format.linear_dtype}
+        made = quantize_weight(weight, format.name, rounding="nearest", **options)
+        product = (
+            x @ made.dequantize_in(torch.bfloat16).float().t()
+            if quantize is None
+            else quantize(x) @ made.dequantize().t()
+        )
+        error = float((product - expected).norm() / expected.norm())
+        with subtests.test(str(format.codec), card=card):
+            assert output_error(weight, made, x, parse_card(card)) == pytest.approx(error, rel=1e-4)

@@ -1,51 +1,67 @@
 """Packed bytes and tiled scales, element by element."""
 
-import pytest
 import torch
 
 from learned_rounding.quant_core.formats.packing import (
     pack_nibbles,
     pad_matrix,
+    round_up,
     tile_scales,
     tiled_shape,
     unpack_nibbles,
     untile_scales,
 )
 
-
-@pytest.mark.parametrize("high_first, byte", [(True, 0x1E), (False, 0xE1)])
-def test_the_even_column_is_in_the_named_half(high_first, byte):
-    assert pack_nibbles(torch.tensor([[1, 14]], dtype=torch.uint8), high_first=high_first).tolist() == [[byte]]
+SHAPES = ((1, 1), (33, 3), (128, 4), (130, 9))
 
 
-@pytest.mark.parametrize("high_first", [True, False])
-def test_unpack_inverts_pack(high_first):
+def test_the_even_column_is_in_the_named_half():
+    pair = torch.tensor([[1, 14]], dtype=torch.uint8)
+    assert pack_nibbles(pair, high_first=True).tolist() == [[0x1E]]
+    assert pack_nibbles(pair, high_first=False).tolist() == [[0xE1]]
+
+
+def test_unpack_inverts_pack(subtests):
     values = torch.randint(0, 16, (5, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert torch.equal(unpack_nibbles(pack_nibbles(values, high_first=high_first), high_first=high_first), values)
+    for high_first in (True, False):
+        with subtests.test(high_first=high_first):
+            packed = pack_nibbles(values, high_first=high_first)
+            assert torch.equal(unpack_nibbles(packed, high_first=high_first), values)
 
 
 def test_padding_appends_zeros():
     matrix = torch.ones(3, 5).to(torch.float8_e4m3fn)
     padded = pad_matrix(matrix, 4).float()
     assert padded.shape == (4, 8)
-    assert torch.equal(padded[:3, :5], matrix.float()) and padded.sum() == 15
+    assert torch.equal(padded[:3, :5], matrix.float())
+    assert padded.sum() == 15
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (33, 3), (128, 4), (130, 9)])
-def test_tiles_have_the_layout_of_cublas(rows, columns):
+def test_sides_are_rounded_up_to_multiples():
+    assert [round_up(side, 16) for side in (1, 16, 17, 32)] == [16, 16, 32, 32]
+
+
+def random_scales(rows: int, columns: int) -> torch.Tensor:
+    return torch.randint(1, 255, (rows, columns), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_tiles_have_the_layout_of_cublas(subtests):
     """Row r, column c is at byte (r mod 32)·16 + (r div 32 mod 4)·4 + (c mod 4) of tile (r div 128, c div 4)."""
-    scales = torch.randint(1, 255, (rows, columns), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    high, wide = tiled_shape(rows, columns)
-    flat = tile_scales(scales).flatten()
-    assert flat.numel() == high * wide
-    for r in range(rows):
-        for c in range(columns):
-            tile = (r // 128) * (wide // 4) + c // 4
-            assert flat[tile * 512 + (r % 32) * 16 + (r // 32 % 4) * 4 + c % 4] == scales[r, c]
-    assert int((flat > 0).sum()) == rows * columns
+    for rows, columns in SHAPES:
+        scales = random_scales(rows, columns)
+        high, wide = tiled_shape(rows, columns)
+        flat = tile_scales(scales).flatten()
+        expected = torch.zeros(high * wide, dtype=torch.uint8)
+        for r in range(rows):
+            for c in range(columns):
+                tile = (r // 128) * (wide // 4) + c // 4
+                expected[tile * 512 + (r % 32) * 16 + (r // 32 % 4) * 4 + c % 4] = scales[r, c]
+        with subtests.test(rows=rows, columns=columns):
+            assert torch.equal(flat, expected)
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (33, 3), (128, 4), (130, 9)])
-def test_untile_inverts_tile(rows, columns):
-    scales = torch.randint(0, 255, (rows, columns), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert torch.equal(untile_scales(tile_scales(scales), rows, columns), scales)
+def test_untile_inverts_tile(subtests):
+    for rows, columns in SHAPES:
+        scales = random_scales(rows, columns)
+        with subtests.test(rows=rows, columns=columns):
+            assert torch.equal(untile_scales(tile_scales(scales), rows, columns), scales)

@@ -7,10 +7,8 @@ import pytest
 from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
 from learned_rounding.quant_core.rounding import (
     MODEL_ROUNDINGS,
-    OPTIMIZERS,
     OPTIONS,
     ROUNDINGS,
-    SCHEDULES,
     RoundingConfig,
 )
 
@@ -33,27 +31,32 @@ VALUES = {
 }
 
 
-def test_the_table_is_the_method():
+def test_every_option_is_a_field_with_a_value_to_try():
     assert {field.name for field in dataclasses.fields(RoundingConfig)} == {"rounding", *OPTIONS}
     assert set(VALUES) | {"calib_samples"} == set(OPTIONS)
-    for option in OPTIONS.values():
-        assert set(option.acts) <= set(ROUNDINGS)
-    assert all(choice.schedule in SCHEDULES for choice in OPTIMIZERS.values())
 
 
-@pytest.mark.parametrize("rounding", [name for name in ROUNDINGS if name != "auto"])
-@pytest.mark.parametrize("name", VALUES)
-def test_an_option_acts_or_is_refused(name, rounding, sentences):
-    if rounding in OPTIONS[name].acts:
-        assert getattr(RoundingConfig(rounding, **{name: VALUES[name]}), name) == VALUES[name]
-    else:
-        with sentences.raises(RecipeError):
-            RoundingConfig(rounding, **{name: VALUES[name]})
+def test_options_act_on_roundings_that_exist(subtests):
+    for name, option in OPTIONS.items():
+        with subtests.test(name):
+            assert set(option.acts) <= set(ROUNDINGS)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_an_option_acts_or_is_refused(subtests, sentences):
+    for name, value in VALUES.items():
+        for rounding in ROUNDINGS:
+            if rounding == "auto":
+                continue
+            with subtests.test(name, rounding=rounding):
+                if rounding in OPTIONS[name].acts:
+                    assert getattr(RoundingConfig(rounding, **{name: value}), name) == value
+                else:
+                    with sentences.raises(RecipeError):
+                        RoundingConfig(rounding, **{name: value})
+
+
+def test_values_without_meaning_are_refused(subtests, sentences):
+    for options in (
         {"optimizer": "adamww"},
         {"lr_schedule": "cosine"},
         {"bias_correction": "yes"},
@@ -71,46 +74,58 @@ def test_an_option_acts_or_is_refused(name, rounding, sentences):
         {"beam_width": 17},
         {"calib_samples": 10},
         {"top_p": 0.1, "damping": 0.1},
-    ],
-)
-def test_what_makes_no_sense_is_refused(options, sentences):
-    with sentences.raises((RecipeError, UnknownNameError)):
-        RoundingConfig(**options)
+    ):
+        with subtests.test(**options), sentences.raises((RecipeError, UnknownNameError)):
+            RoundingConfig(**options)
 
 
 def test_an_unknown_rounding_suggests_the_nearest(sentences):
     with sentences.raises(UnknownNameError):
         RoundingConfig("neerest")
+
+
+def test_a_rounding_that_is_no_name_is_refused():
     with pytest.raises(UnknownNameError):
         RoundingConfig(7)
 
 
-def test_auto_becomes_what_the_layer_allows(sentences):
-    assert RoundingConfig().resolve(calibrated=True).rounding == "calibrated"
-    assert RoundingConfig().resolve(calibrated=False).rounding == "auto"
-    assert RoundingConfig(top_p=0.1).resolve(calibrated=False).rounding == "principal"
-    assert RoundingConfig(num_iter=10).resolve(calibrated=False).rounding == "principal"
-    assert RoundingConfig(num_iter=10).resolve(calibrated=True).rounding == "calibrated"
-    assert RoundingConfig(bias_correction="none").resolve(calibrated=False).rounding == "auto"
-    assert RoundingConfig("nearest").resolve(calibrated=True).rounding == "nearest"
-    with sentences.raises(RecipeError):
-        RoundingConfig(top_p=0.1).resolve(calibrated=True)
-    with sentences.raises(RecipeError):
-        RoundingConfig(damping=0.1).resolve(calibrated=False)
-    with sentences.raises(RecipeError):
-        RoundingConfig("calibrated").resolve(calibrated=False)
+def test_auto_becomes_what_options_and_calibration_allow(subtests):
+    for method, calibrated, expected in (
+        (RoundingConfig(), True, "calibrated"),
+        (RoundingConfig(), False, "auto"),
+        (RoundingConfig(top_p=0.1), False, "principal"),
+        (RoundingConfig(num_iter=10), False, "principal"),
+        (RoundingConfig(num_iter=10), True, "calibrated"),
+        (RoundingConfig(bias_correction="none"), False, "auto"),
+        (RoundingConfig("nearest"), True, "nearest"),
+    ):
+        with subtests.test(str(method), calibrated=calibrated):
+            assert method.resolve(calibrated=calibrated).rounding == expected
 
 
-def test_iterations_alone_mean_gradient_steps():
-    assert (
-        RoundingConfig(num_iter=10).gradient
-        and RoundingConfig(optimizer="radam").gradient
-        and RoundingConfig(early_stop=0).gradient
-    )
-    assert not RoundingConfig().gradient and not RoundingConfig(top_p=0.1).gradient
+def test_options_without_effect_on_the_resolved_rounding_are_refused(subtests, sentences):
+    for method, calibrated in (
+        (RoundingConfig(top_p=0.1), True),
+        (RoundingConfig(damping=0.1), False),
+        (RoundingConfig("calibrated"), False),
+    ):
+        with subtests.test(str(method), calibrated=calibrated), sentences.raises(RecipeError):
+            method.resolve(calibrated=calibrated)
 
 
-def test_a_layer_of_unknown_inputs_is_searched():
+def test_options_of_gradient_steps_ask_for_them(subtests):
+    for options in ({"num_iter": 10}, {"optimizer": "radam"}, {"early_stop": 0}):
+        with subtests.test(**options):
+            assert RoundingConfig(**options).gradient
+
+
+def test_other_options_ask_for_no_gradient_steps(subtests):
+    for options in ({}, {"top_p": 0.1}):
+        with subtests.test(**options):
+            assert not RoundingConfig(**options).gradient
+
+
+def test_a_layer_without_statistics_is_searched():
     method = RoundingConfig("calibrated", damping=0.1, bias_correction="none").uncalibrated()
     assert method == RoundingConfig(bias_correction="none")
 
@@ -121,15 +136,19 @@ def test_a_layer_of_unknown_inputs_is_searched():
 @pytest.mark.parametrize("rounding", MODEL_ROUNDINGS)
 def test_model_roundings_need_a_calibration_and_stay_what_they_are(rounding, sentences):
     method = RoundingConfig(rounding, damping=0.1)
-    assert method.runs_model and method.resolve(calibrated=True) == method
+    assert method.runs_model
+    assert method.resolve(calibrated=True) == method
     with sentences.raises(RecipeError):
         method.resolve(calibrated=False)
 
 
-@pytest.mark.parametrize("rounding", [name for name in ROUNDINGS if name not in MODEL_ROUNDINGS])
-def test_other_roundings_do_not_run_the_model(rounding):
-    method = RoundingConfig(rounding)
-    assert not method.runs_model and method.layerwise() is method
+def test_other_roundings_do_not_run_the_model(subtests):
+    for rounding in ROUNDINGS:
+        if rounding not in MODEL_ROUNDINGS:
+            method = RoundingConfig(rounding)
+            with subtests.test(rounding):
+                assert not method.runs_model
+                assert method.layerwise() is method
 
 
 def test_options_of_calibrated_rounding_act_on_model_roundings_too():
@@ -145,15 +164,18 @@ def test_layers_of_model_roundings_are_calibrated_by_gptq():
     assert RoundingConfig("sequential", **options).layerwise() == expected
     learned = {"optimizer": "adamw", "num_iter": 10, "lr": 0.1, "lr_schedule": "plateau", "early_stop": 5}
     layerwise = RoundingConfig("reconstructed", **options, **learned).layerwise()
-    assert layerwise == expected and not layerwise.gradient
+    assert layerwise == expected
+    assert not layerwise.gradient
 
 
 def test_reconstructed_takes_options_of_gptq_and_of_gradient_steps():
     method = RoundingConfig("reconstructed", optimizer="radam", num_iter=10, sweeps=2)
-    assert (method.optimizer, method.num_iter, method.sweeps) == ("radam", 10, 2)
+    assert method.optimizer == "radam"
+    assert method.num_iter == 10
+    assert method.sweeps == 2
 
 
 @pytest.mark.parametrize("rounding", MODEL_ROUNDINGS)
-def test_layer_of_unknown_inputs_is_searched_in_a_model_rounding_too(rounding):
+def test_a_layer_without_statistics_is_searched_in_a_model_rounding_too(rounding):
     method = RoundingConfig(rounding, damping=0.1, bias_correction="none").layerwise().uncalibrated()
     assert method == RoundingConfig(bias_correction="none")

@@ -19,9 +19,6 @@ def quadratics(gaussian) -> dict[str, Quadratic]:
     }
 
 
-KINDS = ["identity", "hessian", "weighted", "factor", "two-sided"]
-
-
 def slabs(error):
     for start in range(0, error.shape[0], 4):
         yield start, min(start + 4, error.shape[0]), error[start : start + 4]
@@ -42,44 +39,48 @@ def direct(quadratic: Quadratic, error: torch.Tensor) -> float:
     return float(((error @ h) * error).sum())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_is_the_root_of_the_form(gaussian, kind):
-    quadratic, error = quadratics(gaussian)[kind], gaussian(9, 12, seed=5)
-    for exact in (True, False):
-        assert quadratic.loss(slabs(error), exact=exact) == pytest.approx(direct(quadratic, error) ** 0.5, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_is_that_of_the_damped_loss(gaussian, kind):
-    quadratic, error = quadratics(gaussian)[kind], gaussian(9, 12, seed=5)
-    step = gaussian(9, 12, seed=6) * 1e-3
-
-    def objective(e):
-        return direct(quadratic, e) + quadratic.dampening * float(e.double().square().sum())
-
-    slope = (objective(error + step) - objective(error - step)) / 2
-    assert float((2 * quadratic.gradient(error) * step).sum()) == pytest.approx(slope, rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_matrix_and_column_weight_are_h_with_damping(gaussian, kind):
-    quadratic = quadratics(gaussian)[kind]
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    matrix = quadratic.matrix(order)
+def test_the_loss_is_the_root_of_the_form(subtests, gaussian):
     error = gaussian(9, 12, seed=5)
-    if quadratic.rows is None and quadratic.row_weight is None:
-        expected = direct(quadratic, error) + quadratic.dampening * float(error.double().square().sum())
-        assert float(((error[:, order] @ matrix) * error[:, order]).sum()) == pytest.approx(expected, rel=1e-5)
-    if quadratic.column_weight is not None:  # of one error in each column in turn, on average over rows
-        costs = []
-        for column in range(12):
-            gradients = []
-            for row in range(9):
+    for kind, quadratic in quadratics(gaussian).items():
+        for exact in (True, False):
+            with subtests.test(kind, exact=exact):
+                loss = quadratic.loss(slabs(error), exact=exact)
+                assert loss == pytest.approx(direct(quadratic, error) ** 0.5, rel=1e-5)
+
+
+def dampened(quadratic: Quadratic, error: torch.Tensor) -> float:
+    return direct(quadratic, error) + quadratic.dampening * float(error.double().square().sum())
+
+
+def test_the_gradient_is_that_of_the_dampened_loss(subtests, gaussian):
+    error, step = gaussian(9, 12, seed=5), gaussian(9, 12, seed=6) * 1e-3
+    for kind, quadratic in quadratics(gaussian).items():
+        slope = (dampened(quadratic, error + step) - dampened(quadratic, error - step)) / 2
+        with subtests.test(kind):
+            assert float((2 * quadratic.gradient(error) * step).sum()) == pytest.approx(slope, rel=1e-3)
+
+
+def test_the_matrix_is_the_dampened_hessian_in_any_order(subtests, gaussian):
+    error, order = gaussian(9, 12, seed=5), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    for kind, quadratic in quadratics(gaussian).items():
+        if quadratic.rows is None and quadratic.row_weight is None:
+            form = float(((error[:, order] @ quadratic.matrix(order)) * error[:, order]).sum())
+            with subtests.test(kind):
+                assert form == pytest.approx(dampened(quadratic, error), rel=1e-5)
+
+
+def test_the_column_weight_is_the_cost_of_one_error_on_average_over_rows(subtests, gaussian):
+    for kind, quadratic in quadratics(gaussian).items():
+        if quadratic.column_weight is None:
+            continue
+        costs = torch.zeros(9, 12)
+        for row in range(9):
+            for column in range(12):
                 single = torch.zeros(9, 12)
                 single[row, column] = 1
-                gradients.append(quadratic.gradient(single)[row, column])
-            costs.append(torch.stack(gradients).mean())
-        torch.testing.assert_close(torch.stack(costs), quadratic.column_weight, rtol=1e-4, atol=1e-5)
+                costs[row, column] = quadratic.gradient(single)[row, column]
+        with subtests.test(kind):
+            torch.testing.assert_close(costs.mean(dim=0), quadratic.column_weight, rtol=1e-4, atol=1e-5)
 
 
 def test_dampening_is_relative_to_the_mean_of_the_diagonal():

@@ -8,11 +8,11 @@ import torch
 from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.errors import NonFiniteWeightError
 from learned_rounding.quant_core.formats import make_codec
-from learned_rounding.quant_core.rounding import amax_scale, round_to_nearest, search_scale, slabs
+from learned_rounding.quant_core.rounding import amax_scale, search_scale, slabs
 from learned_rounding.quant_core.rounding import scale_search as scales
-from learned_rounding.quant_core.rounding.scaling import search_scaling
-from learned_rounding.tests.quant_core.rounding.targets import TARGETS, held_shape, start
+from learned_rounding.tests.quant_core.rounding.targets import TARGETS, held_shape
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = [(1, 257), (257, 1), (1, 1), (3, 5), (40, 64), (31, 97)]
 
 
@@ -35,114 +35,147 @@ def draw(kind: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
 def assert_usable(quantized) -> None:
     """Scales are finite; they are positive, or 0 in formats where that stands for a group of zeros."""
     smallest = torch.finfo(torch.float32).smallest_normal if quantized.codec.scales.continuous else 0
-    assert torch.isfinite(quantized.scale).all() and (quantized.scale >= smallest).all()
+    assert torch.isfinite(quantized.scale).all()
+    assert (quantized.scale >= smallest).all()
 
 
 KINDS = ["gaussian", "heavy tails", "outlier rows", "uniform", "sparse", "tiny", "huge", "small", "large"]
 
 
-@pytest.mark.parametrize("format, granularity", TARGETS)
+def assert_never_worse(weight_error, kind: str, format: str, granularity: str, shape: tuple[int, int], seed: int):
+    weight = draw(kind, held_shape(format, shape), seed)
+    plain = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
+    searched = quantize_weight(weight, format, granularity=granularity)
+    if weight.any():
+        assert weight_error(searched, weight) <= weight_error(plain, weight) * (1 + 1e-6)
+    assert_usable(searched)
+    assert torch.isfinite(searched.dequantize()).all()
+
+
+def test_the_search_is_never_worse_than_nearest(subtests, weight_error):
+    """Every format with every kind of weight, and every shape."""
+    for number, (format, granularity) in enumerate(TARGETS):
+        for index, kind in enumerate(KINDS):
+            shape = SHAPES[(number + index) % len(SHAPES)]
+            with subtests.test(kind, format=format, granularity=granularity, shape=shape):
+                assert_never_worse(weight_error, kind, format, granularity, shape, seed=index)
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_search_is_never_worse_than_nearest(weight_error, kind, format, granularity):
-    for seed, shape in enumerate(SHAPES * 2):
-        weight = draw(kind, held_shape(format, shape), seed)
-        plain = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
-        searched = quantize_weight(weight, format, granularity=granularity)
-        if weight.any():
-            assert weight_error(searched, weight) <= weight_error(plain, weight) * (1 + 1e-6), (shape, seed)
-        assert_usable(searched)
-        assert torch.isfinite(searched.dequantize()).all()
+def test_the_search_is_never_worse_than_nearest_in_any_shape(subtests, weight_error, kind):
+    for format, granularity in TARGETS:
+        for seed, shape in enumerate(SHAPES * 2):
+            with subtests.test(format, granularity=granularity, shape=shape, seed=seed):
+                assert_never_worse(weight_error, kind, format, granularity, shape, seed)
 
 
-@pytest.mark.parametrize(
-    "format, granularity, columns, gain",
-    [
+def test_the_search_helps(subtests, weight_error):
+    """Rare large weights stretch an INT8 scale; where the largest is within an FP8 octave is luck."""
+    for format, granularity, columns, gain in (
         ("float8_e4m3fn", "tensor", 128, 0.98),
         ("int8_tensorwise", "row", 2048, 0.995),
         ("int8_tensorwise", "tensor", 2048, 0.95),
-    ],
-)
-def test_the_search_helps(weight_error, format, granularity, columns, gain):
-    """Rare large weights stretch an INT8 scale; where the largest falls within an FP8 octave is luck."""
-    weight = draw("gaussian", (64, columns), 0)
-    weight[0, 0] = 6.5 * 0.02
-    plain = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
-    searched = quantize_weight(weight, format, granularity=granularity)
-    assert weight_error(searched, weight) < gain * weight_error(plain, weight)
+    ):
+        weight = draw("gaussian", (64, columns), 0)
+        weight[0, 0] = 6.5 * 0.02
+        plain = quantize_weight(weight, format, granularity=granularity, rounding="nearest")
+        searched = quantize_weight(weight, format, granularity=granularity)
+        with subtests.test(format, granularity=granularity):
+            assert weight_error(searched, weight) < gain * weight_error(plain, weight)
 
 
-def test_the_search_looks_above_amax_for_fp8_and_below_for_int8():
+def search_ratio(format: str) -> torch.Tensor:
     weight = draw("gaussian", (64, 2048), 3)
-    for format in ("float8_e4m3fn", "int8_tensorwise"):
-        space = make_codec(format).solve_space((64, 2048))
-        start, parent = amax_scale(weight, space)
-        ratio = search_scale(weight, start, parent, space)[0] / start
-        assert ((ratio >= 1) & (ratio < 2)).all() if space.elements.floating else ((ratio > 0.5) & (ratio <= 1)).all()
-        assert (ratio != 1).any()
+    space = make_codec(format).solve_space((64, 2048))
+    start, parent = amax_scale(weight, space)
+    return search_scale(weight, start, parent, space)[0] / start
 
 
-@pytest.mark.parametrize("format", ["float8_e4m3fn", "int8_tensorwise"])
-def test_a_sampled_search_is_never_worse_either(weight_error, monkeypatch, format):
+def test_the_search_looks_above_amax_for_fp8():
+    ratio = search_ratio("float8_e4m3fn")
+    assert ((ratio >= 1) & (ratio < 2)).all()
+    assert (ratio != 1).any()
+
+
+def test_the_search_looks_below_amax_for_int8():
+    ratio = search_ratio("int8_tensorwise")
+    assert ((ratio > 0.5) & (ratio <= 1)).all()
+    assert (ratio != 1).any()
+
+
+def test_a_sampled_search_is_never_worse_either(subtests, weight_error, monkeypatch):
     """The sample misses the rows that matter; the whole weight has the last word."""
     monkeypatch.setattr(scales, "_SAMPLE", 256)
-    for seed in range(12):
-        weight = draw("outlier rows", (96, 64), seed)
-        plain = quantize_weight(weight, format, granularity="tensor", rounding="nearest")
-        searched = quantize_weight(weight, format, granularity="tensor", seed=seed)
-        assert weight_error(searched, weight) <= weight_error(plain, weight) * (1 + 1e-6), seed
+    for format in ("float8_e4m3fn", "int8_tensorwise"):
+        for seed in range(12):
+            weight = draw("outlier rows", (96, 64), seed)
+            plain = quantize_weight(weight, format, granularity="tensor", rounding="nearest")
+            searched = quantize_weight(weight, format, granularity="tensor", seed=seed)
+            with subtests.test(format, seed=seed):
+                assert weight_error(searched, weight) <= weight_error(plain, weight) * (1 + 1e-6)
 
 
 def test_the_seed_draws_the_sample(monkeypatch):
     monkeypatch.setattr(scales, "_SAMPLE", 512)  # one row of many
     weight = draw("gaussian", (64, 512), 0)
-    found = [
+    first, again, *others = (
         quantize_weight(weight, "int8_tensorwise", granularity="tensor", seed=seed).scale.item()
         for seed in (0, 0, 1, 2, 3, 4, 5)
-    ]
-    assert found[0] == found[1]
-    assert len(set(found)) > 1
-
-
-@pytest.mark.parametrize("format, granularity", TARGETS)
-@pytest.mark.parametrize("rounding", ["auto", "nearest"])
-def test_the_same_weight_gives_the_same_bytes_on_any_number_of_threads(format, granularity, rounding):
-    weight = draw("heavy tails", held_shape(format, (400, 300)), 5).to(
-        torch.bfloat16
-    )  # large enough for torch to share the work
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 2, 1):
-            torch.set_num_threads(threads)
-            quantized = quantize_weight(weight, format, granularity=granularity, rounding=rounding, seed=1)
-            results.append((quantized.qdata.view(torch.uint8).numpy().tobytes(), quantized.scale.numpy().tobytes()))
-    finally:
-        torch.set_num_threads(before)
-    assert len(set(results)) == 1
-
-
-@pytest.mark.parametrize("format, granularity", TARGETS)
-@pytest.mark.parametrize("rounding", ["auto", "nearest"])
-def test_slabs_change_nothing(monkeypatch, format, granularity, rounding):
-    weight = draw("outlier rows", held_shape(format, (37, 50)), 2)
-    whole = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
-    for limit in (1, 50, 101, 37 * 50 - 1):
-        monkeypatch.setitem(slabs._SLAB, "cpu", limit)
-        parts = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
-        assert torch.equal(parts.qdata.view(torch.uint8), whole.qdata.view(torch.uint8))
-        assert torch.equal(parts.scale, whole.scale)
-        assert parts.weight_error == pytest.approx(whole.weight_error, rel=1e-9)
-
-
-@pytest.mark.parametrize("format, granularity", TARGETS)
-@pytest.mark.parametrize("rounding", ["auto", "nearest"])
-def test_zeros_get_a_usable_scale(format, granularity, rounding):
-    quantized = quantize_weight(
-        torch.zeros(held_shape(format, (4, 8))), format, granularity=granularity, rounding=rounding
     )
-    assert_usable(quantized)
-    assert not quantized.qdata.float().any()
-    assert quantized.weight_error == 0
+    assert first == again
+    assert {*others} != {first}
+
+
+def raw(quantized) -> tuple[bytes, bytes]:
+    return quantized.qdata.view(torch.uint8).numpy().tobytes(), quantized.scale.numpy().tobytes()
+
+
+@pytest.fixture
+def threads():
+    """threads(count): number of torch's threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rounding", ["auto", "nearest"])
+def test_the_same_weight_gives_the_same_bytes_on_any_number_of_threads(subtests, threads, rounding):
+    for format, granularity in TARGETS:
+        # Large enough for torch to share the work.
+        weight = draw("heavy tails", held_shape(format, (256, 300)), 5).to(torch.bfloat16)
+        results = []
+        for count in (1, 2, 2):
+            threads(count)
+            results.append(raw(quantize_weight(weight, format, granularity=granularity, rounding=rounding, seed=1)))
+        with subtests.test(format, granularity=granularity):
+            assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("rounding", ["auto", "nearest"])
+def test_slabs_change_nothing(subtests, monkeypatch, rounding):
+    for index, (format, granularity) in enumerate(TARGETS):
+        weight = draw("outlier rows", held_shape(format, (19, 50)), 2)
+        monkeypatch.setitem(slabs._SLAB, "cpu", 10**9)
+        whole = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
+        for limit in {1, (50, 101, 19 * 50 - 1)[index % 3]}:
+            monkeypatch.setitem(slabs._SLAB, "cpu", limit)
+            parts = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
+            with subtests.test(format, granularity=granularity, limit=limit):
+                assert torch.equal(parts.qdata.view(torch.uint8), whole.qdata.view(torch.uint8))
+                assert torch.equal(parts.scale, whole.scale)
+                assert parts.weight_error == pytest.approx(whole.weight_error, rel=1e-9)
+
+
+@pytest.mark.parametrize("rounding", ["auto", "nearest"])
+def test_zeros_get_a_usable_scale(subtests, rounding):
+    for format, granularity in TARGETS:
+        weight = torch.zeros(held_shape(format, (4, 8)))
+        quantized = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
+        with subtests.test(format, granularity=granularity):
+            assert_usable(quantized)
+            assert not quantized.qdata.float().any()
+            assert quantized.weight_error == 0
 
 
 def test_a_zero_row_beside_others_gets_a_usable_scale(weight_error):
@@ -154,61 +187,43 @@ def test_a_zero_row_beside_others_gets_a_usable_scale(weight_error):
     assert math.isclose(quantized.weight_error, weight_error(quantized, weight), rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("format, granularity", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("rounding", ["auto", "nearest"])
-def test_nan_and_inf_are_refused(monkeypatch, format, granularity, dtype, bad, rounding, sentences):
-    monkeypatch.setitem(slabs._SLAB, "cpu", 16)  # the bad one lies in neither the first nor the last slab
-    weight = draw("gaussian", held_shape(format, (9, 16)), 0).to(dtype)
-    weight[4, 7] = bad
-    with sentences.raises(NonFiniteWeightError):
-        quantize_weight(weight, format, granularity=granularity, rounding=rounding)
+def test_nan_and_inf_in_a_slab_between_others_are_refused(subtests, monkeypatch, rounding, sentences):
+    monkeypatch.setitem(slabs._SLAB, "cpu", 16)
+    bad = (float("nan"), float("inf"), -float("inf"))
+    for index, (format, granularity) in enumerate(TARGETS):
+        weight = draw("gaussian", held_shape(format, (9, 16)), 0).to(DTYPES[index % 3])
+        weight[4, 7] = bad[index // 3 % 3]
+        with subtests.test(format, granularity=granularity), sentences.raises(NonFiniteWeightError):
+            quantize_weight(weight, format, granularity=granularity, rounding=rounding)
 
 
-@pytest.mark.parametrize("format, granularity", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rounding", ["auto", "nearest"])
-def test_subnormal_weights_survive(format, granularity, dtype, rounding):
-    smallest = torch.finfo(dtype).smallest_normal
-    weight = (draw("uniform", held_shape(format, (8, 32)), 0).double() * smallest).to(dtype)
-    assert weight.any() and (weight.abs() < smallest).all()
-    quantized = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
-    assert_usable(quantized)
-    assert (quantized.dequantize().double() - weight.double()).norm() <= weight.double().norm()
-    assert math.isfinite(quantized.weight_error)
+def test_subnormal_weights_survive(subtests, rounding):
+    for format, granularity in TARGETS:
+        for dtype in DTYPES:
+            smallest = torch.finfo(dtype).smallest_normal
+            weight = (draw("uniform", held_shape(format, (8, 32)), 0).double() * smallest).to(dtype)
+            quantized = quantize_weight(weight, format, granularity=granularity, rounding=rounding)
+            with subtests.test(format, granularity=granularity, dtype=dtype):
+                assert 0 < weight.abs().max() < smallest
+                assert_usable(quantized)
+                assert (quantized.dequantize().double() - weight.double()).norm() <= weight.double().norm()
+                assert math.isfinite(quantized.weight_error)
 
 
-@pytest.mark.parametrize("format, granularity", TARGETS)
-def test_enormous_weights_survive(format, granularity):
+def test_enormous_weights_survive(subtests):
     """Squares of them are beyond float32; the weights are not."""
-    weight = draw("gaussian", held_shape(format, (8, 32)), 0) * 2.0**120
-    quantized = quantize_weight(weight, format, granularity=granularity)
-    assert_usable(quantized)
-    assert torch.isfinite(quantized.dequantize()).all()
-    assert math.isfinite(quantized.weight_error)
+    for format, granularity in TARGETS:
+        weight = draw("gaussian", held_shape(format, (8, 32)), 0) * 2.0**120
+        quantized = quantize_weight(weight, format, granularity=granularity)
+        with subtests.test(format, granularity=granularity):
+            assert_usable(quantized)
+            assert torch.isfinite(quantized.dequantize()).all()
+            assert math.isfinite(quantized.weight_error)
 
 
-@pytest.mark.parametrize("format, granularity", TARGETS)
-def test_the_search_minimises_what_it_says(format, granularity):
-    """The gain is the ratio of the weighted errors, of the chosen scale and of the start."""
-    weight = draw("heavy tails", (40, 96), 1)
-    columns, rows = torch.rand(96, generator=torch.Generator().manual_seed(2)), torch.linspace(0.1, 5, 40)
-
-    def error(scaling):
-        qdata, _ = round_to_nearest(weight, scaling.scale, scaling.space)
-        lost = scaling.space.decode(qdata, scaling.scale) - weight
-        return float((lost.double().square() * columns * rows[:, None]).sum().sqrt())
-
-    before = start(weight, format, granularity)
-    after, gain = search_scaling(weight, before, column_weight=columns, row_weight=rows)
-    assert gain == pytest.approx(error(after) / error(before), rel=1e-4)
-    assert gain <= 1
-    few = before.space.groups.counts == (1, 1) or format == "mxfp8"  # one scale, or two candidates for each
-    assert few or gain < 1
-
-
-def test_weights_of_columns_and_rows_move_the_scale():
+def test_weights_of_columns_move_the_scale():
     weight = draw("gaussian", (8, 512), 0)
     weight[:, 0] = 1.0  # an outlier column in every row
     space = make_codec("int8_tensorwise").solve_space((8, 512))
@@ -217,4 +232,17 @@ def test_weights_of_columns_and_rows_move_the_scale():
     only_others[0], only_outlier[0] = 0, 1
     clipped, _ = search_scale(weight, start, parent, space, column_weight=only_others)
     kept, _ = search_scale(weight, start, parent, space, column_weight=only_outlier)
-    assert (clipped < 0.7 * start).all() and torch.equal(kept, start)
+    assert (clipped < 0.7 * start).all()
+    assert torch.equal(kept, start)
+
+
+def test_weights_of_rows_move_a_shared_scale():
+    weight = torch.cat([draw("gaussian", (8, 512), 0), torch.full((1, 512), 1.0)])
+    space = make_codec("int8_tensorwise", "tensor").solve_space((9, 512))
+    start, parent = amax_scale(weight, space)
+    counts = torch.ones(9)
+    kept, _ = search_scale(weight, start, parent, space, row_weight=counts)
+    counts[8] = 0
+    clipped, _ = search_scale(weight, start, parent, space, row_weight=counts)
+    assert (clipped < 0.7 * start).all()
+    assert torch.equal(kept, start)
