@@ -20,7 +20,7 @@ PIP := .venv/bin/python -m pip install --quiet --progress-bar off
 READY := .venv/.ready-$(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 LINT := .venv/.lint
 
-.PHONY: test test-quick test-compile test-gpu faults fuzz hosts chromium demo bench lint architectures texts golden clean
+.PHONY: test test-quick test-windows test-compile test-gpu faults fuzz hosts chromium demo bench lint architectures texts golden clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
 # Of what a recipe line does after it, pip first of all, a line appears every few seconds.
@@ -48,6 +48,10 @@ test: $(READY) hosts chromium
 
 test-quick: $(READY)
 	.venv/bin/pytest -m "not host and not browser and not compile and not soak" $(ARGS)
+
+# The same, with what Windows lacks taken away (tests/windows.py); on Linux.
+test-windows: $(READY)
+	.venv/bin/pytest --windows -m "not host and not browser and not compile and not soak" $(ARGS)
 
 # All shipped kernel configurations, for every supported card, without a GPU. Results are kept in the cache folder.
 test-compile: $(READY)
