@@ -255,7 +255,8 @@ def _hash_requirements(sources: list[tuple[str, Path]]) -> str:
 
 
 def _python(venv: Path) -> Path:
-    return Path(venv, *(("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")))
+    scripts = venv / "Scripts"  # on Windows
+    return scripts / "python.exe" if scripts.is_dir() else venv / "bin" / "python"
 
 
 def _install_venv(venv: Path, sources: list[tuple[str, Path]]) -> None:

@@ -211,11 +211,12 @@ def _link_folder(link: Path, target: Path) -> None:
     try:
         link.symlink_to(target, target_is_directory=True)
     except OSError:
-        if os.name != "nt":
-            raise
-        import _winapi
+        with contextlib.suppress(ImportError):
+            from _winapi import CreateJunction
 
-        _winapi.CreateJunction(str(target), str(link))  # pyright: ignore[reportAttributeAccessIssue]
+            CreateJunction(str(target), str(link))
+            return
+        raise
 
 
 def _reserve_port() -> socket.socket:

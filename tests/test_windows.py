@@ -53,6 +53,17 @@ def names_of(path: Path) -> set[str]:
     return found
 
 
+def opens_in_code_page(node: ast.AST) -> bool:
+    """Whether a call opens a text file without its encoding, which is a code page on Windows."""
+    if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+        return False
+    if isinstance(node.func, ast.Attribute):
+        return node.func.attr in ("read_text", "write_text")
+    modes = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+    binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
+    return isinstance(node.func, ast.Name) and node.func.id == "open" and not binary
+
+
 @pytest.fixture(scope="module")
 def uses():
     """Name → shipped files that use it."""
@@ -71,6 +82,15 @@ def test_functions_that_behave_otherwise_are_called_where_that_is_known(uses, su
     for name, files in CALLS.items():
         with subtests.test(name):
             assert uses.get(name, set()) <= files
+
+
+def test_text_files_are_opened_with_their_encoding():
+    files = [*SHIPPED, *(ROOT / "hosts").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    trees = {path: ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}" for path in files for node in trees[path] if opens_in_code_page(node)
+    ]
+    assert not found
 
 
 def test_modules_find_what_windows_has(windows, subtests):
