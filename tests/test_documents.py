@@ -1,6 +1,7 @@
 """Tests of the documents: commands and examples run, options, nodes, paths and links exist, findings state their origin."""
 
 import ast
+import functools
 import io
 import re
 import shlex
@@ -78,7 +79,7 @@ def folder(tmp_path_factory):
         shapes = {
             name.removesuffix(".weight"): info.shape
             for name, info in model.tensors.items()
-            if name.endswith(".weight") and "joint_blocks" in name and len(info.shape) == 2
+            if name.endswith(".weight") and "joint_blocks.0." in name and len(info.shape) == 2
         }
     calibrate(folder / "model.calib.safetensors", shapes)
     generator = torch.Generator().manual_seed(0)
@@ -131,47 +132,61 @@ def run(program, *words, cwd=ROOT) -> str:
     return result.stdout
 
 
-def lrq(words, _):
+def replace_placeholders(words: list[str]) -> list[str]:
+    return [word for each in words for word in ANY.get(each, [each])]
+
+
+def complete(words: list[str]) -> list[str]:
+    """The command of lrq with the inputs that sentences omit."""
     command, *more = words
-    if command in ("--help", "--version"):
-        with pytest.raises(SystemExit, match="0"):
-            cli.main(words)
-        return
-    if command == "verify" and "FILE" in more:
-        more = []
-    more = [word for each in more for word in ANY.get(each, [each])]
-    assert (
-        cli.main([command, *more, *([] if any(word.endswith(".safetensors") for word in more) else INPUTS[command])])
-        == 0
-    )
+    more = [] if command == "verify" and "FILE" in more else replace_placeholders(more)
+    return [command, *more, *([] if any(word.endswith(".safetensors") for word in more) else INPUTS[command])]
 
 
-def make(words, _):
-    """Dry run. The targets themselves run pytest, or scripts that are checked as commands of their own."""
-    words = [word for each in words for word in ANY.get(each, [each])]
-    assert [word for word in words if "=" not in word]
-    run("make", "--dry-run", *words)
+def split_script(words: list[str]) -> tuple[str, list[str]]:
+    """The script or module of a command of Python, and its arguments."""
+    words = replace_placeholders(words)
+    return words[words[0] == "-m"], words[(words[0] == "-m") + 1 :]
 
 
-def python(words, folder):
-    """Run the script in the folder of the examples if it is in SMALL; else check that its help lists every given option."""
+def script_path(script: str) -> Path:
+    if script.startswith("learned_rounding."):
+        return ROOT.joinpath(*script.split(".")[1:]).with_suffix(".py")
+    return ROOT / script
+
+
+def targets_of_make() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+
+
+# Checks of the syntax of a command, which run nothing
+
+
+def parse_lrq(words):
+    if words[0] not in ("--help", "--version"):
+        make_parser().parse_args(complete(words))
+
+
+def parse_make(words):
+    targets = [word for word in replace_placeholders(words) if "=" not in word]
+    assert targets
+    assert set(targets) <= targets_of_make()
+
+
+def parse_python(words):
     if words[:2] == ["-m", "pip"]:
-        return pip(words[2:], folder)
-    words = [word for each in words for word in ANY.get(each, [each])]
-    if words[0] == str(ROOT) and words[1:]:
-        return lrq(words[1:], folder)
-    module = words[0] == "-m"
-    script = words[module]
-    start = ["-m", script] if module else [str(ROOT / script)]
-    given = words[module + 1 :]
-    if script in SMALL and not NEEDS_HOST & set(given):
-        run(sys.executable, *start, *given, *SMALL[script], cwd=folder)
-    else:
-        known = run(sys.executable, *start, "--help", cwd=folder)
-        assert known.startswith("usage: ") and all(word in known for word in given if word.startswith("--"))
+        return parse_pip(words[2:])
+    script, given = split_script(words)
+    if script == str(ROOT):
+        return parse_lrq(given or ["formats"])
+    options = {word for word in given if word.startswith("--")}
+    path = script_path(script)
+    assert path.exists()
+    texts = [beside.read_text(encoding="utf-8") for beside in path.parent.glob("*.py")]  # some options are shared
+    assert [option for option in options if not any(f'"{option}"' in text for text in texts)] == []
 
 
-def pip(words, _):
+def parse_pip(words):
     """Check that the project, its requirements or its optional packages are installed.
 
     tests/hosts/test_packaging.py installs a clone, tests/nodes/test_installation.py the requirements into ComfyUI's environment.
@@ -189,27 +204,80 @@ def pip(words, _):
     }
 
 
-def git(words, _):
+def parse_git(words):
     """Check the address and the folder of a clone; tests/nodes/test_installation.py clones."""
     assert words == ["clone", PROJECT["project"]["urls"]["Repository"], CLONE]
 
 
-def pytest_(words, _):
-    """Check that the command collects tests."""
-    assert "no tests collected" not in run(
-        str(Path(sys.executable).with_name("pytest")), "--collect-only", "-q", *words
-    )
+def parse_pytest(words):
+    for path in (word for word in words if word.startswith("tests/")):
+        assert (ROOT / path).exists()
+
+
+PARSE = {
+    "lrq": parse_lrq,
+    "make": parse_make,
+    "python": parse_python,
+    ".venv/bin/python": parse_python,
+    "python_embeded/python.exe": parse_python,
+    "pip": parse_pip,
+    "git": parse_git,
+    "pytest": parse_pytest,
+}
+
+
+# Runs of the commands
+
+
+def run_lrq(words, _):
+    if words[0] in ("--help", "--version"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(words)
+        return
+    assert cli.main(complete(words)) == 0
+
+
+def run_make(words, _):
+    """Dry run. The targets themselves run pytest, or scripts that are checked as commands of their own."""
+    run("make", "--dry-run", *replace_placeholders(words))
+
+
+@functools.cache
+def help_of(script: str) -> str:
+    module = ["-m"] if script.startswith("learned_rounding.") else []
+    return run(sys.executable, *module, script if module else str(ROOT / script), "--help")
+
+
+def run_python(words, folder):
+    """Run the script in the folder of the examples if it is in SMALL; else check that its help lists every given option."""
+    if words[:2] == ["-m", "pip"]:
+        return
+    script, given = split_script(words)
+    if script == str(ROOT) and given:
+        return run_lrq(given, folder)
+    if script in SMALL and not NEEDS_HOST & set(given):
+        module = ["-m", script] if script.startswith("learned_rounding.") else [str(ROOT / script)]
+        run(sys.executable, *module, *given, *SMALL[script], cwd=folder)
+    else:
+        known = help_of(script)
+        assert known.startswith("usage: ")
+        assert [word for word in given if word.startswith("--") and word not in known] == []
+
+
+def run_pytest(words, _):
+    """Check that the command collects tests; without a path, those of one module."""
+    paths = [] if any(word.startswith("tests/") for word in words) else ["tests/test_evidence.py"]
+    collected = run(str(Path(sys.executable).with_name("pytest")), "--collect-only", "-q", *words, *paths)
+    assert "no tests collected" not in collected
 
 
 RUN = {
-    "lrq": lrq,
-    "make": make,
-    "python": python,
-    ".venv/bin/python": python,
-    "python_embeded/python.exe": python,
-    "pip": pip,
-    "git": git,
-    "pytest": pytest_,
+    "lrq": run_lrq,
+    "make": run_make,
+    "python": run_python,
+    ".venv/bin/python": run_python,
+    "python_embeded/python.exe": run_python,
+    "pytest": run_pytest,
 }
 
 
@@ -222,18 +290,30 @@ def commands(document: Path) -> list[str]:
     return list(dict.fromkeys([*lines, *(" ".join(line.split()) for line in INLINE.findall(sentences))]))
 
 
-COMMANDS = [(path, line) for path in DOCUMENTS for line in commands(path)]
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize(
-    ("path", "line"), COMMANDS, ids=lambda value: str(value.relative_to(ROOT)) if isinstance(value, Path) else value
-)
-def test_every_command_runs(folder, monkeypatch, capsys, path, line):
+def test_commands_are_understood(subtests):
+    """Commands of lrq by the parser, targets of make, scripts and their options, addresses and packages."""
+    for path in DOCUMENTS:
+        for line in commands(path):
+            with subtests.test(name_of(path), line=line):
+                program, *words = shlex.split(line, comments=True)
+                PARSE[program](words)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("program", ["lrq", "make", "python", "pytest"])
+def test_commands_run(folder, monkeypatch, capsys, program, subtests):
+    """Each command once, in the order of the documents."""
     monkeypatch.chdir(folder)
-    if "by_hand.safetensors" in line:
-        run_examples(ROOT / "docs" / "integration.md", limit=1)
-    program, *words = shlex.split(line, comments=True)
-    RUN[program](words, folder)
+    run_examples(ROOT / "docs" / "integration.md", limit=1)  # writes by_hand.safetensors
+    for line in dict.fromkeys(line for path in DOCUMENTS for line in commands(path)):
+        first, *words = shlex.split(line, comments=True)
+        if RUN.get(first) is RUN[program]:
+            with subtests.test(line):
+                RUN[first](words, folder)
 
 
 def run_examples(document: Path, limit: int | None = None, **names) -> dict:
@@ -245,6 +325,7 @@ def run_examples(document: Path, limit: int | None = None, **names) -> dict:
     return names
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if blocks(path, "python")], ids=lambda path: path.stem)
 def test_every_example_runs(folder, monkeypatch, document):
     monkeypatch.chdir(folder)
@@ -272,18 +353,29 @@ def test_the_manual_names_every_option_and_command():
         assert not missing, f"lrq {name}: {missing}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_generated_parts_are_those_of_today(path):
-    """Option tables and titles of nodes, by python tests/option_tables.py (make texts); sizes of models, by make architectures."""
-    text = path.read_text(encoding="utf-8")
-    assert replace_generated(text) == text
+def test_generated_parts_are_those_of_today(subtests):
+    """Option tables and titles of nodes, by python tests/option_tables.py (make texts)."""
+    for path in DOCUMENTS:
+        with subtests.test(name_of(path)):
+            text = path.read_text(encoding="utf-8")
+            assert replace_generated(text) == text
+
+
+def test_manual_has_the_option_tables():
+    assert "`--rounding`" in render_tables()
+    assert render_tables() in COMMAND_LINE.read_text(encoding="utf-8")
+
+
+def test_sizes_of_models_are_those_of_today():
+    """By python tests/architectures/sizes.py (make architectures)."""
+    text = sizes.DOCUMENT.read_text(encoding="utf-8")
+    assert "<!-- model sizes -->" in text
     assert sizes.replace_table(text) == text
 
 
-def test_generated_parts_are_complete():
-    text = COMMAND_LINE.read_text(encoding="utf-8")
-    assert "`--rounding`" in render_tables() and render_tables() in text
-    assert sizes.render_table() in sizes.DOCUMENT.read_text(encoding="utf-8")
+def test_only_one_document_has_the_sizes_of_models():
+    marked = [path for path in DOCUMENTS if "<!-- model sizes -->" in path.read_text(encoding="utf-8")]
+    assert marked == [sizes.DOCUMENT]
 
 
 def test_the_manual_says_which_options_one_command_lacks():
@@ -379,14 +471,15 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_link_targets_exist(path):
-    for target, anchor in LINK.findall(path.read_text(encoding="utf-8")):
-        if target.startswith("http"):
-            continue
-        file = path.parent / target if target else path
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+def test_link_targets_exist(subtests):
+    for path in DOCUMENTS:
+        for target, anchor in LINK.findall(path.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            with subtests.test(name_of(path), target=target, anchor=anchor):
+                file = path.parent / target if target else path
+                assert file.exists()
+                assert not anchor or anchor in anchors(file)
 
 
 def test_paths_in_the_documents_exist():

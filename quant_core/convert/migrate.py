@@ -24,7 +24,7 @@ from ..formats.layer_json import (
     layer_configs,
     quantization_metadata,
 )
-from ..output import SafetensorsWriter, final_path, header_bytes, keep_apart, loading_note, remove_leftovers
+from ..output import SafetensorsWriter, final_path, header_bytes, keep_apart, loading_note, provenance, remove_leftovers
 from ..output.verify import verify_source
 from ..sources import Source, TensorInfo, TensorSource, open_safetensors
 from ..sources.diffusers_names import find_family
@@ -79,6 +79,7 @@ def migrate_file(
                 f"{opened.name} has diffusers' tensor names of {family.title}, under which ComfyUI loads no quantized layers; run "
                 "lrq quantize --requantize, which gives them ComfyUI's names."
             )
+        provenance(opened)  # is copied: one that cannot be read is refused before anything is written
         relabelling = _Relabelling(opened, calibration, drop_input_scale)
         metadata = {key: value for key, value in plain_metadata(opened).items() if key != QUANTIZATION_KEY}
         metadata |= {QUANTIZATION_KEY: quantization_metadata(relabelling.configs), **loading_note(relabelling.configs)}

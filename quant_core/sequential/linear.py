@@ -98,6 +98,6 @@ def _has_kernel(codec: Codec, capability: tuple[int, int] | None) -> bool:
 
 def _by_slabs(function: LinearFunction, x: torch.Tensor) -> torch.Tensor:
     """A function of rows (tokens, in) on activations (…, in), in their shape and dtype, with little memory."""
-    rows = x.flatten(0, -2)
+    rows = x.reshape(-1, x.shape[-1])
     parts = [function(part).to(x.dtype) for part in rows.split(max(1, _SLAB // rows.shape[1]))]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics
 
+pytestmark = pytest.mark.soak
+
 RECIPES = {
     "fp8": Recipe(),
     "int8 per row": Recipe(format="int8_tensorwise", convrot=False),

@@ -119,7 +119,8 @@ def refusal(entry_point: Callable, value: object) -> QuantizationError | None:
     try:
         entry_point(value)
     except QuantizationError as error:
-        assert str(error).strip() and len(str(error)) <= 2000
+        assert str(error).strip()
+        assert len(str(error)) <= 2000
         return error
     return None
 
@@ -140,7 +141,8 @@ def _check_problems(path: Path, problems: list[str]) -> None:
     with SafetensorsFile(path) as output:
         quantized = set().union(*layer_configs(output))
     for problem in problems:
-        assert ": " in problem and not any(problem.startswith(f"{layer}: ") for layer in quantized), problem
+        assert ": " in problem, problem
+        assert not any(problem.startswith(f"{layer}: ") for layer in quantized), problem
 
 
 def try_all(path: Path) -> dict[str, QuantizationError | None]:
@@ -152,7 +154,8 @@ def try_all(path: Path) -> dict[str, QuantizationError | None]:
     for name, entry_point in FILES.items():
         errors[name] = refusal(entry_point, path)
         if output.parent.exists():
-            assert [entry.name for entry in output.parent.iterdir()] == [OUT] and errors[name] is None
+            assert [entry.name for entry in output.parent.iterdir()] == [OUT]
+            assert errors[name] is None
             problems = verify_file(output).problems
             if name.startswith("quantize"):
                 _check_problems(output, problems)

@@ -19,6 +19,8 @@ from learned_rounding.tests.fuzz.entry_points import TEXTS as TEXT_ENTRY_POINTS
 from learned_rounding.tests.fuzz.entry_points import limit_resources, refusal, try_all
 from learned_rounding.tests.fuzz.strategies import FILES, JOURNALS, TEXTS
 
+pytestmark = pytest.mark.soak
+
 NEAREST = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest", preset="none")
 SETTINGS = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 # Entry points that must accept some files of a kind; otherwise the strategy tests only their header checks.
@@ -29,7 +31,8 @@ ACCEPTING = {".safetensors": set(FILE_ENTRY_POINTS)} | {
 
 @pytest.mark.parametrize("suffix", FILES)
 def test_files(suffix, often, tried):
-    count = often(250, 5000)
+    few = suffix == ".safetensors.index.json"  # of which fewer are accepted
+    count = often(250 if few else 100, 5000)
     accepted = dict.fromkeys(FILE_ENTRY_POINTS, 0)
 
     @settings(SETTINGS, max_examples=count)
@@ -78,7 +81,7 @@ def interrupted_run(tmp_path_factory):
 
 def test_journals(interrupted_run, often, tried):
     source, target, expected, partial, records = interrupted_run
-    count, resumed = often(200, 5000), []
+    count, resumed = often(80, 5000), []
 
     @settings(SETTINGS, max_examples=count)
     @given(JOURNALS(records))
@@ -94,7 +97,8 @@ def test_journals(interrupted_run, often, tried):
         assert [path.name for path in target.parent.iterdir()] == [target.name]
 
     every()
-    assert sum(map(bool, resumed)) > count / 4 and 0 in resumed
+    assert sum(map(bool, resumed)) > count / 4
+    assert 0 in resumed
     tried("a mutated journal", count, "valid records are resumed, same bytes")
 
 
@@ -135,7 +139,9 @@ def test_planted_files(interrupted_run, often, tried):
                     if kind is not None:
                         PLANTS[kind](target.with_name(f".{target.name}.{mark}{suffix}"), other)
             resumed.append(quantize_file(source, target, NEAREST, device="cpu").taken_up)
-            assert target.read_bytes() == expected and not target.is_symlink() and target.stat().st_nlink == 1
+            assert target.read_bytes() == expected
+            assert not target.is_symlink()
+            assert target.stat().st_nlink == 1
             assert all(other.read_bytes() == content for other, content in others.items())
             left = [path for path in target.parent.iterdir() if path != target and not path.is_dir()]
             assert not any(path.suffix == ".partial" for path in left), left
@@ -147,7 +153,7 @@ def test_planted_files(interrupted_run, often, tried):
 
 @pytest.mark.parametrize("name", TEXT_ENTRY_POINTS)
 def test_texts(name, often, tried):
-    count, accepted = often(400, 10_000), []
+    count, accepted = often(150, 10_000), []
 
     @settings(SETTINGS, max_examples=count)
     @given(TEXTS[name])

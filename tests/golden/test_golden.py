@@ -41,17 +41,18 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
-def test_file_has_known_hashes(case, work, monkeypatch, capsys):
-    if case.missing_package:
-        pytest.skip(f"package {case.missing_package} is not installed")
-    folder = work / "new" / case.name
-    folder.mkdir(parents=True)
-    monkeypatch.chdir(folder)
-    assert main(case.argv(ROOT)) == 0, capsys.readouterr().err
-    made = file_hashes(folder / OUTPUT)
-    parts = [part for part, value in made.items() if value != KNOWN[case.name][part]]
-    assert not parts, f"{case.name}: another {' and '.join(parts)}; {HINT}"
+def test_file_has_known_hashes(work, monkeypatch, capsys, subtests):
+    for case in EXACT:
+        with subtests.test(case.name), monkeypatch.context() as patch:
+            if case.missing_package:
+                pytest.skip(f"package {case.missing_package} is not installed")
+            folder = work / "new" / case.name
+            folder.mkdir(parents=True)
+            patch.chdir(folder)
+            assert main(case.argv(ROOT)) == 0, capsys.readouterr().err
+            made = file_hashes(folder / OUTPUT)
+            parts = [part for part, value in made.items() if value != KNOWN[case.name][part]]
+            assert not parts, f"{case.name}: another {' and '.join(parts)}; {HINT}"
 
 
 def test_every_hashed_case_has_an_entry():

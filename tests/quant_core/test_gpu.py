@@ -148,7 +148,7 @@ def test_formats_are_measured_as_on_a_cpu():
     plans = [
         allocate_formats(
             TensorSource(tensors),
-            Recipe(format="measured"),
+            Recipe(format="measured", beam_width=1),  # a CPU searches no beam by default
             InMemoryCalibration(known),
             device=torch.device(device),
             emit=lambda event: None,

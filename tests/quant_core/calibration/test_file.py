@@ -48,42 +48,44 @@ def read(tmp_path):
     return read
 
 
-@pytest.mark.parametrize("suffix", TENSORS)
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.int64, torch.bool])
-def test_tensors_that_are_not_floating_point_are_rejected(read, suffix, dtype, sentences):
-    with sentences.raises(CalibrationError):
-        read(**{suffix: TENSORS[suffix][1].to(dtype)})
+def test_tensors_that_are_not_floating_point_are_rejected(read, sentences, subtests):
+    for dtype in [torch.complex64, torch.uint16, torch.int64, torch.bool]:
+        for suffix in TENSORS:
+            with subtests.test(suffix, dtype=dtype), sentences.raises(CalibrationError):
+                read(**{suffix: TENSORS[suffix][1].to(dtype)})
 
 
-@pytest.mark.parametrize("suffix", TENSORS)
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])
-def test_tensors_of_any_float_dtype_are_read(read, suffix, dtype):
-    field, expected = TENSORS[suffix]
-    value = getattr(read(**{suffix: expected.to(dtype)}), field)
-    assert torch.equal(value.float(), expected) and value.max() == expected.max()
+def test_tensors_of_any_float_dtype_are_read(read, subtests):
+    for dtype in [torch.float8_e4m3fn, torch.bfloat16, torch.float64]:
+        for suffix, (field, expected) in TENSORS.items():
+            with subtests.test(suffix, dtype=dtype):
+                value = getattr(read(**{suffix: expected.to(dtype)}), field)
+                assert torch.equal(value.float(), expected)
+                assert value.max() == expected.max()
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), -1e300])
-def test_a_sensitivity_must_be_finite_and_non_negative(read, value, sentences):
-    with sentences.raises(CalibrationError):
-        read({"layers": {"a": ["a", WIDTH, WIDTH]}, "sensitivity": {"a": value}})
+def test_a_sensitivity_must_be_finite_and_non_negative(read, sentences, subtests):
+    for value in [-1.0, float("nan"), float("inf"), -1e300]:
+        with subtests.test(value=value), sentences.raises(CalibrationError):
+            read({"layers": {"a": ["a", WIDTH, WIDTH]}, "sensitivity": {"a": value}})
 
 
-@pytest.mark.parametrize("steps", [[[0.5, -1]], [[1.5, 1]], [[0.5]], [[0.5, "x"]], 3, [[0.5, float("inf")]]])
-def test_the_sensitivity_of_a_step_must_be_valid(read, steps):
-    with pytest.raises(CalibrationError, match="invalid calibration header"):
-        read({"layers": {"a": ["a", WIDTH, WIDTH]}, "step_sensitivity": {"a": steps}})
+def test_the_sensitivity_of_a_step_must_be_valid(read, subtests):
+    for steps in [[[0.5, -1]], [[1.5, 1]], [[0.5]], [[0.5, "x"]], 3, [[0.5, float("inf")]]]:
+        with subtests.test(steps=steps), pytest.raises(CalibrationError, match="invalid calibration header"):
+            read({"layers": {"a": ["a", WIDTH, WIDTH]}, "step_sensitivity": {"a": steps}})
 
 
 def test_a_sensitivity_is_part_of_the_statistics(read):
     assert read({"layers": {"a": ["a", WIDTH, WIDTH]}, "sensitivity": {"a": 0.5}}).sensitivity == 0.5
 
 
-@pytest.mark.parametrize("header", ["{", '{"layers": 3}', '{"layers": {"q": 1}}', "[]"])
-def test_an_invalid_header_is_rejected(tmp_path, header, sentences):
-    save_file({"q.gram": torch.eye(2)}, tmp_path / "c", metadata={METADATA_KEY: header})
-    with sentences.raises(CalibrationError):
-        CalibrationFile(tmp_path / "c")
+def test_an_invalid_header_is_rejected(tmp_path, sentences, subtests):
+    for header in ["{", '{"layers": 3}', '{"layers": {"q": 1}}', "[]"]:
+        with subtests.test(header):
+            save_file({"q.gram": torch.eye(2)}, tmp_path / "c", metadata={METADATA_KEY: header})
+            with sentences.raises(CalibrationError):
+                CalibrationFile(tmp_path / "c")
 
 
 def test_a_newer_version_is_rejected(tmp_path, sentences):
@@ -96,7 +98,9 @@ def test_a_file_without_metadata_is_read(tmp_path):
     save_file({"q.gram": 2 * torch.eye(3), "q.mean": torch.ones(3)}, tmp_path / "c")
     with CalibrationFile(tmp_path / "c") as file:
         assert file.layer_statistics("q").hessian.equal(2 * torch.eye(3))
-        assert file.layer_statistics("k") is None and file.layers == {} and file.provenance == {}
+        assert file.layer_statistics("k") is None
+        assert file.layers == {}
+        assert file.provenance == {}
         file.check({})
 
 
@@ -158,5 +162,6 @@ def test_names_and_dtypes_in_the_file_are_those_of_version_1(tmp_path):
     with CalibrationFile(path) as file:
         for owner, expected in statistics.items():
             assert type(file.layer_statistics(owner).hessian) is type(expected.hessian)
-        assert file.layer_statistics("shared").sensitivity == file.sensitivity("shared") == 0.5
+        assert file.layer_statistics("shared").sensitivity == 0.5
+        assert file.sensitivity("shared") == 0.5
         assert file.tokens("shared") == (7, 2)

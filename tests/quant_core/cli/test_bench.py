@@ -41,21 +41,25 @@ def gpu(monkeypatch):
 def test_without_a_gpu_one_sentence_and_an_error(lrq, monkeypatch, sentences):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, err = lrq("--json")
-    assert (code, out) == (1, "")
+    assert code == 1
+    assert out == ""
     sentences(err)
 
 
 def test_what_is_known_of_a_card_needs_no_gpu(lrq):
     code, out, _ = lrq("--card", "12.0", "--json")
     summary = json.loads(out)
-    assert code == 0 and summary["capability"] == "12.0" and summary["layers"] == []
+    assert code == 0
+    assert summary["capability"] == "12.0"
+    assert summary["layers"] == []
     assert summary["formats"]["nvfp4 per group of 16"] == "native, E2M1 activations"
     assert "not measured" in lrq("--card", "12.0")[1]
 
 
 def test_json_of_one_machine_is_added_on_another(lrq, gpu, tmp_path, monkeypatch, sentences):
     code, out, _ = lrq("--json")
-    assert code == 0 and json.loads(out)["card"] == "NVIDIA Test"
+    assert code == 0
+    assert json.loads(out)["card"] == "NVIDIA Test"
     (tmp_path / "card.json").write_text(out)
     monkeypatch.undo()
     monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path / "other machine"))
@@ -69,7 +73,9 @@ def test_json_of_one_machine_is_added_on_another(lrq, gpu, tmp_path, monkeypatch
 def test_layers_of_a_model_are_measured(lrq, gpu, tmp_path):
     save_file({"blocks.0.weight": torch.randn(48, 64)}, tmp_path / "model.safetensors")
     code, out, _ = lrq(tmp_path / "model.safetensors")
-    assert code == 0 and "48×64, 4096 tokens" in out and "3072" not in out
+    assert code == 0
+    assert "48×64, 4096 tokens" in out
+    assert "3072" not in out
 
 
 def test_a_file_that_is_not_one_of_measurements_is_refused(lrq, tmp_path, sentences):

@@ -49,38 +49,45 @@ def folder(tmp_path, monkeypatch):
         yield tmp_path
 
 
-@pytest.mark.parametrize("name", ["pipe", "socket", "folder", "link to a pipe", "/dev/zero", "/dev/full"])
-@pytest.mark.parametrize("option", OPTIONS)
-def test_what_is_no_regular_file_is_refused_before_any_work(folder, capsys, monkeypatch, sentences, option, name):
+def test_what_is_not_a_regular_file_is_refused_before_any_work(folder, capsys, monkeypatch, sentences, subtests):
     def work(*_):
         raise AssertionError("work has begun")
 
-    if name != "folder" or option not in FOLDERS:
-        monkeypatch.setattr(commands, "_COMMANDS", dict.fromkeys(commands._COMMANDS, work))
-    before = sorted(os.listdir())
-    assert main([*OPTIONS[option], name]) == 1
-    output, error = capsys.readouterr()
-    assert output == "" and error.count("\n") == 1 and sorted(os.listdir()) == before
-    sentences(error)
+    commands_of_today, before = dict(commands._COMMANDS), sorted(os.listdir())
+    for option, words in OPTIONS.items():
+        for name in ("pipe", "socket", "folder", "link to a pipe", "/dev/zero", "/dev/full"):
+            with subtests.test(option, name=name), monkeypatch.context() as patch:
+                if name != "folder" or option not in FOLDERS:
+                    patch.setattr(commands, "_COMMANDS", dict.fromkeys(commands_of_today, work))
+                assert main([*words, name]) == 1
+                output, error = capsys.readouterr()
+                assert output == ""
+                assert error.count("\n") == 1
+                assert sorted(os.listdir()) == before
+                sentences(error)
 
 
 def test_regular_files_and_missing_outputs_are_accepted(folder, capsys):
     (folder / "recipe.toml").write_text('format = "int8_tensorwise"\nrounding = "nearest"\n')
     os.symlink("recipe.toml", "link.toml")
     assert main([*QUANTIZE, "--preset", "none", "--recipe", "link.toml", "--report", "report.json"]) == 0
-    assert (folder / "report.json").is_file() and (folder / "out.safetensors").is_file()
+    assert (folder / "report.json").is_file()
+    assert (folder / "out.safetensors").is_file()
 
 
-@pytest.mark.parametrize("option", ["--recipe", "--layer-config"])
-def test_large_text_files_are_refused_without_reading_them(folder, capsys, sentences, option):
-    with open("large", "wb") as file:
-        file.truncate(1 << 40)
-    assert main([*QUANTIZE, option, "large"]) == 1
-    sentences(capsys.readouterr().err)
+def test_large_text_files_are_refused_without_reading_them(folder, capsys, sentences, subtests):
+    for option in ["--recipe", "--layer-config"]:
+        with subtests.test(option):
+            with open("large", "wb") as file:
+                file.truncate(1 << 40)
+            assert main([*QUANTIZE, option, "large"]) == 1
+            sentences(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("size", [236, 237, 238, 250, 255])
-def test_output_names_of_up_to_255_bytes(folder, capsys, size):
-    name = "n" * (size - len(".safetensors")) + ".safetensors"
-    assert main(["quantize", "-i", "model.safetensors", "-o", name, "--int8", "--preset", "none"]) == 0
-    assert (folder / name).is_file() and not list(folder.glob(".*"))
+def test_output_names_of_up_to_255_bytes(folder, capsys, subtests):
+    for size in [236, 237, 238, 250, 255]:
+        with subtests.test(size=size):
+            name = "n" * (size - len(".safetensors")) + ".safetensors"
+            assert main(["quantize", "-i", "model.safetensors", "-o", name, "--int8", "--preset", "none"]) == 0
+            assert (folder / name).is_file()
+            assert not list(folder.glob(".*"))

@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-import pytest
-
 from learned_rounding.quant_core.errors import OutputError
 from learned_rounding.quant_core.output import check_disk_space
 
@@ -36,9 +34,10 @@ def test_a_disk_that_does_not_answer_is_not_checked(tmp_path, monkeypatch):
     check_disk_space(tmp_path / "a", 10**18)
 
 
-@pytest.mark.parametrize("path", ["a.safetensors", "new/a.safetensors"])
-def test_relative_paths(tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)
-    asked = free(monkeypatch, 1)
-    check_disk_space(Path(path), 1)
-    assert asked == [tmp_path]
+def test_relative_paths(tmp_path, monkeypatch, subtests):
+    for path in ["a.safetensors", "new/a.safetensors"]:
+        with subtests.test(path), monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            asked = free(patch, 1)
+            check_disk_space(Path(path), 1)
+            assert asked == [tmp_path]

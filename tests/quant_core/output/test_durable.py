@@ -33,13 +33,13 @@ def calls(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize(
-    "error, expected", [(0, [FULL]), (errno.ENOTSUP, [FULL, "fsync"]), (errno.ENOTTY, [FULL, "fsync"])]
-)
-def test_a_full_flush_where_the_disk_has_one(calls, error, expected):
-    calls.error = error
-    durable.flush_to_disk(0)
-    assert calls == expected
+def test_a_full_flush_where_the_disk_has_one(calls, subtests):
+    for error, expected in [(0, [FULL]), (errno.ENOTSUP, [FULL, "fsync"]), (errno.ENOTTY, [FULL, "fsync"])]:
+        with subtests.test(error=error):
+            calls.clear()
+            calls.error = error
+            durable.flush_to_disk(0)
+            assert calls == expected
 
 
 def test_a_full_flush_that_fails_is_told_of(calls):

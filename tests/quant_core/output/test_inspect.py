@@ -23,7 +23,9 @@ def config(text: str) -> torch.Tensor:
 def test_plain_weights(model, model_file, sentences):
     path = model_file()
     found = inspect_file(path)
-    assert found.path == str(path) and found.size == path.stat().st_size and found.tensors == len(model())
+    assert found.path == str(path)
+    assert found.size == path.stat().st_size
+    assert found.tensors == len(model())
     assert found.dtypes == {
         "BF16": (6, 2 * (40 * 32 + 32 * 16 + 2 * (96 * 32 + 96))),
         "F32": (4, 4 * 2 * (32 + 32 * 80)),
@@ -31,27 +33,28 @@ def test_plain_weights(model, model_file, sentences):
         "I64": (1, 8),
     }
     assert list(found.dtypes) == ["F32", "BF16", "F16", "I64"]  # by falling size
-    assert found.quantized == {} and found.made_by == {}
+    assert found.quantized == {}
+    assert found.made_by == {}
     sentences(found.stock)
 
 
-@pytest.mark.parametrize(
-    "recipe, quantized, since",
-    [
+def test_safetensors_files(model_file, tmp_path, sentences, subtests):
+    for recipe, quantized, since in [
         (FP8, {"float8_e4m3fn per tensor": 6}, "0.3.75"),
         (INT8, {"int8_tensorwise per row": 6}, "0.27"),
         (INT8_TENSOR, {"int8_tensorwise per tensor": 6}, "0.27"),
-    ],
-)
-def test_safetensors_files(model_file, tmp_path, recipe, quantized, since, sentences):
-    quantize_file(model_file(), tmp_path / "q.safetensors", recipe)
-    found = inspect_file(tmp_path / "q.safetensors")
-    assert found.quantized == quantized
-    sentences(found.stock)
-    assert since in found.stock
-    assert found.made_by["recipe"] == recipe.to_dict() and found.made_by["version"] and found.made_by["fingerprint"]
-    assert found.dtypes["F8_E4M3" if recipe is FP8 else "I8"][0] == 6
-    sentences(str(found).splitlines()[-1])
+    ]:
+        with subtests.test(quantized=quantized):
+            quantize_file(model_file(), tmp_path / "q.safetensors", recipe, overwrite=True)
+            found = inspect_file(tmp_path / "q.safetensors")
+            assert found.quantized == quantized
+            sentences(found.stock)
+            assert since in found.stock
+            assert found.made_by["recipe"] == recipe.to_dict()
+            assert found.made_by["version"]
+            assert found.made_by["fingerprint"]
+            assert found.dtypes["F8_E4M3" if recipe is FP8 else "I8"][0] == 6
+            sentences(str(found).splitlines()[-1])
 
 
 def test_a_file_of_both_formats_needs_the_newer_release(tmp_path, sentences):
@@ -77,7 +80,8 @@ def test_files_of_6_bits_need_a_newer_comfy_kitchen(model_file, tmp_path, bits, 
     quantize_file(model_file(), tmp_path / "q.safetensors", recipe)
     found = inspect_file(tmp_path / "q.safetensors")
     sentences(found.stock)
-    assert "0.31" in found.stock and ("comfy-kitchen 0.2.36" in found.stock) is kitchen
+    assert "0.31" in found.stock
+    assert ("comfy-kitchen 0.2.36" in found.stock) is kitchen
     with SafetensorsFile(tmp_path / "q.safetensors") as file:
         assert ("comfy-kitchen 0.2.36" in file.metadata.get("note", "")) is kitchen
 
@@ -113,48 +117,47 @@ def test_layers_that_only_the_header_lists_are_counted(tmp_path):
 FP8_WEIGHT = torch.zeros(4, 4).to(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize(
-    "tensors, formats",
-    [
-        ({"a.weight": torch.zeros(4, 4)}, []),
-        ({"a.weight": torch.zeros(4, 4), "scaled_fp8": torch.zeros(2, dtype=torch.float32)}, ["scaled fp8 (old)"]),
-        ({"model.diffusion_model.scaled_fp8": torch.zeros(0), "a.weight": FP8_WEIGHT}, ["scaled fp8 (old)"]),
-        ({"a.weight": FP8_WEIGHT, "a.scale_weight": torch.tensor(1.0)}, ["scaled fp8 (old)"]),
-        ({"a.weight": FP8_WEIGHT}, ["plain E4M3 weights"]),
-        ({"a.weight": torch.zeros(4, 4).to(torch.float8_e5m2)}, ["plain E5M2 weights"]),
-        (
+def test_quantizations_a_source_may_carry(subtests):
+    for label, (tensors, formats) in {
+        "plain": ({"a.weight": torch.zeros(4, 4)}, []),
+        "marker": (
+            {"a.weight": torch.zeros(4, 4), "scaled_fp8": torch.zeros(2, dtype=torch.float32)},
+            ["scaled fp8 (old)"],
+        ),
+        "prefixed marker": (
+            {"model.diffusion_model.scaled_fp8": torch.zeros(0), "a.weight": FP8_WEIGHT},
+            ["scaled fp8 (old)"],
+        ),
+        "scale_weight": ({"a.weight": FP8_WEIGHT, "a.scale_weight": torch.tensor(1.0)}, ["scaled fp8 (old)"]),
+        "e4m3": ({"a.weight": FP8_WEIGHT}, ["plain E4M3 weights"]),
+        "e5m2": ({"a.weight": torch.zeros(4, 4).to(torch.float8_e5m2)}, ["plain E5M2 weights"]),
+        "two": (
             {"a.weight": FP8_WEIGHT, "b.weight": torch.zeros(4, 4, dtype=torch.int8)},
             ["plain E4M3 weights", "plain INT8 weights"],
         ),
-        ({"a.weight": torch.zeros(16, 1, dtype=torch.uint8), "a.weight.absmax": torch.zeros(1)}, ["bitsandbytes"]),
-        ({"a.weight": torch.zeros(16, 1, dtype=torch.uint8), "a.weight.quant_map": torch.zeros(16)}, ["bitsandbytes"]),
-        (
+        "bitsandbytes": (
+            {"a.weight": torch.zeros(16, 1, dtype=torch.uint8), "a.weight.absmax": torch.zeros(1)},
+            ["bitsandbytes"],
+        ),
+        "bitsandbytes 4 bit": (
+            {"a.weight": torch.zeros(16, 1, dtype=torch.uint8), "a.weight.quant_map": torch.zeros(16)},
+            ["bitsandbytes"],
+        ),
+        "int8": (
             {"a.comfy_quant": config('{"format":"int8_tensorwise"}'), "a.weight": torch.zeros(4, 4, dtype=torch.int8)},
             ["int8_tensorwise"],
         ),
-        (
+        "others": (
             {"a.comfy_quant": config('{"format":"mxfp8"}'), "b.comfy_quant": config('{"format":"nvfp4"}')},
             ["mxfp8", "nvfp4"],
         ),
-        ({"position_ids": torch.zeros(1, 4, dtype=torch.int8), "mask": torch.zeros(4, 4, dtype=torch.int8)}, []),
-    ],
-    ids=[
-        "plain",
-        "marker",
-        "prefixed marker",
-        "scale_weight",
-        "e4m3",
-        "e5m2",
-        "two",
-        "bitsandbytes",
-        "bitsandbytes 4 bit",
-        "int8",
-        "others",
-        "integers",
-    ],
-)
-def test_quantizations_a_source_may_carry(tensors, formats):
-    assert quantized_formats(TensorSource(tensors)) == formats
+        "integers": (
+            {"position_ids": torch.zeros(1, 4, dtype=torch.int8), "mask": torch.zeros(4, 4, dtype=torch.int8)},
+            [],
+        ),
+    }.items():
+        with subtests.test(label):
+            assert quantized_formats(TensorSource(tensors)) == formats
 
 
 def test_a_source_quantized_by_its_header_alone():

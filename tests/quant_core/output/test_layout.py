@@ -70,13 +70,15 @@ def written(tmp_path):
     return layout, file
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_added_tensors_are_read_back(written, name):
-    layout, file = written
-    found = layout.read(name, file, 10)
-    assert (found.dtype, found.shape) == (TENSORS[name].dtype, TENSORS[name].shape)
-    assert to_bytes(found) == to_bytes(TENSORS[name])
-    assert found.is_contiguous()
+def test_added_tensors_are_read_back(written, subtests):
+    for name in TENSORS:
+        with subtests.test(name):
+            layout, file = written
+            found = layout.read(name, file, 10)
+            assert found.dtype == TENSORS[name].dtype
+            assert found.shape == TENSORS[name].shape
+            assert to_bytes(found) == to_bytes(TENSORS[name])
+            assert found.is_contiguous()
 
 
 def test_reading_leaves_the_positions_for_the_next_tensor(written):

@@ -38,24 +38,21 @@ def test_header_entry_names_its_version_and_is_one_line():
 NESTED = {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 64, "note": 1}}
 
 
-@pytest.mark.parametrize(
-    "more, expected",
-    [
-        ({}, {"convrot": True, "convrot_groupsize": 64}),
-        ({"convrot_groupsize": 16}, {"convrot": True, "convrot_groupsize": 16}),
-        ({"convrot": False}, {"convrot": False, "convrot_groupsize": 64}),
-    ],
-    ids=["only under params", "a size on top", "switched off on top"],
-)
-def test_params_are_read_as_comfyui_does(more, expected):
+def test_params_are_read_as_comfyui_does(subtests):
     """What stands beside ``params`` comes first, and what ComfyUI does not read there stays there."""
-    config = NESTED | more
-    header = {"_quantization_metadata": json.dumps({"layers": {"a": config}})}
-    flat = {"format": "int8_tensorwise", "params": {"note": 1}} | expected
-    assert (
-        layer_configs(TensorSource({"a.comfy_quant": config_tensor(json.dumps(config).encode())}, header))
-        == ({"a": flat},) * 2
-    )
+    for label, (more, expected) in {
+        "only under params": ({}, {"convrot": True, "convrot_groupsize": 64}),
+        "a size on top": ({"convrot_groupsize": 16}, {"convrot": True, "convrot_groupsize": 16}),
+        "switched off on top": ({"convrot": False}, {"convrot": False, "convrot_groupsize": 64}),
+    }.items():
+        with subtests.test(label):
+            config = NESTED | more
+            header = {"_quantization_metadata": json.dumps({"layers": {"a": config}})}
+            flat = {"format": "int8_tensorwise", "params": {"note": 1}} | expected
+            assert (
+                layer_configs(TensorSource({"a.comfy_quant": config_tensor(json.dumps(config).encode())}, header))
+                == ({"a": flat},) * 2
+            )
 
 
 def test_params_that_are_no_options_stay():
@@ -70,25 +67,22 @@ def test_plain_weights_have_no_configs():
     assert provenance(TensorSource({"a.weight": torch.zeros(2, 2)})) == {}
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
+def test_damaged_config_tensors(sentences, subtests):
+    for tensor in [
         config_tensor(b"{"),
         config_tensor(b"\xff\xfe\xfd"),
         config_tensor(b"[1]"),
         config_tensor(b""),
         torch.zeros(4),
-    ],
-)
-def test_damaged_config_tensors(tensor, sentences):
-    with sentences.raises(SourceError):
-        layer_configs(TensorSource({"a.comfy_quant": tensor}, name="f.safetensors"))
+    ]:
+        with subtests.test(tensor=tensor), sentences.raises(SourceError):
+            layer_configs(TensorSource({"a.comfy_quant": tensor}, name="f.safetensors"))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"layers": []}', '{"layers": {"a": 1}}', '{"layers": null}'])
-def test_damaged_header_entries(text, sentences):
-    with sentences.raises(SourceError):
-        layer_configs(TensorSource({}, {"_quantization_metadata": text}, name="f.safetensors"))
+def test_damaged_header_entries(sentences, subtests):
+    for text in ["", "{", "[]", '{"layers": []}', '{"layers": {"a": 1}}', '{"layers": null}']:
+        with subtests.test(text), sentences.raises(SourceError):
+            layer_configs(TensorSource({}, {"_quantization_metadata": text}, name="f.safetensors"))
 
 
 def test_damaged_provenance(sentences):
@@ -110,7 +104,8 @@ def test_the_note_names_this_pack_for_formats_that_stock_comfyui_does_not_load(s
     assert loading_note({"b": {"format": "int8_blockwise"}}, ["0.2.36"])["note"].startswith(
         "ComfyUI loads int8_blockwise layers with the node pack"
     )
-    assert project["tool"]["comfy"]["DisplayName"] in note and project["project"]["urls"]["Repository"] in note
+    assert project["tool"]["comfy"]["DisplayName"] in note
+    assert project["project"]["urls"]["Repository"] in note
 
 
 SUMMARIES = {
@@ -127,25 +122,29 @@ def file_with(model_file, tmp_path):
     """Function: path of a quantized file whose header has these values of a run with the model."""
 
     def make(values):
-        path = tmp_path / "q.safetensors"
-        quantize_file(model_file(), path, Recipe(rounding="nearest"))
-        with SafetensorsFile(path) as file:
-            metadata = dict(file.metadata)
-        metadata[PROVENANCE_KEY] = json.dumps({**json.loads(metadata[PROVENANCE_KEY]), "sequential": values})
-        save_file(load_file(path), path, metadata)
+        provenance = {**json.loads(metadata[PROVENANCE_KEY]), "sequential": values}
+        save_file(tensors, path, {**metadata, PROVENANCE_KEY: json.dumps(provenance)})
         return path
 
+    path = tmp_path / "q.safetensors"
+    quantize_file(model_file(), path, Recipe(rounding="nearest"))
+    tensors = load_file(path)
+    with SafetensorsFile(path) as file:
+        metadata = dict(file.metadata)
     return make
 
 
-@pytest.mark.parametrize("name", SUMMARIES)
-def test_inspect_and_verify_show_the_card_and_both_errors(file_with, name, sentences, capsys):
-    summary = SUMMARIES[name]
-    path = file_with(summary.to_dict())
-    result = verify_file(path)
-    assert result.problems == [] and result.model_run in str(inspect_file(path)) and result.model_run in str(summary)
-    assert main(["verify", str(path)]) == 0 and result.model_run in capsys.readouterr().out
-    sentences(result.model_run, str(summary))
+def test_inspect_and_verify_show_the_card_and_both_errors(file_with, sentences, capsys, subtests):
+    for name, summary in SUMMARIES.items():
+        with subtests.test(name):
+            path = file_with(summary.to_dict())
+            result = verify_file(path)
+            assert result.problems == []
+            assert result.model_run in str(inspect_file(path))
+            assert result.model_run in str(summary)
+            assert main(["verify", str(path)]) == 0
+            assert result.model_run in capsys.readouterr().out
+            sentences(result.model_run, str(summary))
 
 
 def test_other_files_say_nothing_of_it(model_file, tmp_path):
@@ -154,18 +153,17 @@ def test_other_files_say_nothing_of_it(model_file, tmp_path):
     assert "running model" not in str(inspect_file(tmp_path / "q.safetensors"))
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
+def test_values_of_unknown_origin_are_left_out(file_with, subtests):
+    for values in [
         None,
         [],
         "text",
         {"output_error": 10**400, "card": {}},
         {"output_error": float("nan"), "unfollowed": ["x"]},
         {"output_error": 0.5, "weights_only_error": "0", "calls": 1e300, "card": "x" * 10000},
-    ],
-)
-def test_values_of_unknown_origin_are_left_out(file_with, values):
-    path = file_with(values)
-    assert verify_file(path).problems == [] and max(map(len, str(inspect_file(path)).splitlines())) <= 2000
-    assert isinstance(describe_model_run(values), str)
+    ]:
+        with subtests.test(values=values):
+            path = file_with(values)
+            assert verify_file(path).problems == []
+            assert max(map(len, str(inspect_file(path)).splitlines())) <= 2000
+            assert isinstance(describe_model_run(values), str)

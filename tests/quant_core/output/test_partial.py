@@ -22,13 +22,15 @@ def leftover(path: Path, mark: str = "00ab12cd") -> Path:
     return left
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "with space.safetensors", "[x]*?.safetensors", "ü.safetensors"])
-def test_files_of_dead_runs_are_removed(tmp_path, listing, name):
-    path = tmp_path / name
-    leftover(path), leftover(path, "11111111")
-    path.write_bytes(b"the file itself")
-    assert remove_leftovers(path) == 2
-    assert listing() == [name]
+def test_files_of_dead_runs_are_removed(tmp_path, listing, subtests):
+    for name in ["a.safetensors", "with space.safetensors", "[x]*?.safetensors", "ü.safetensors"]:
+        with subtests.test(name):
+            path = tmp_path / name
+            leftover(path), leftover(path, "11111111")
+            path.write_bytes(b"the file itself")
+            assert remove_leftovers(path) == 2
+            assert listing() == [name]
+            path.unlink()
 
 
 def test_files_of_dead_runs_are_removed_on_windows(tmp_path, listing, monkeypatch):
@@ -58,7 +60,8 @@ def test_files_of_other_outputs_are_not_removed(tmp_path, listing):
     before = listing()
     assert remove_leftovers(tmp_path / "a.safetensors") == 0
     assert remove_leftovers(tmp_path / "[ax].safetensors") == 0
-    assert listing() == before and all(other.exists() for other in others)
+    assert listing() == before
+    assert all(other.exists() for other in others)
 
 
 def test_file_of_a_live_run_in_this_process_is_not_removed(tmp_path):
@@ -80,10 +83,12 @@ def test_file_of_a_live_run_in_another_process_is_not_removed(tmp_path):
         [sys.executable, "-c", hold, str(left)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        assert remove_leftovers(tmp_path / "a.safetensors") == 0 and left.exists()
+        assert remove_leftovers(tmp_path / "a.safetensors") == 0
+        assert left.exists()
         holder.stdin.close()
         holder.wait()
-    assert remove_leftovers(tmp_path / "a.safetensors") == 1 and not left.exists()
+    assert remove_leftovers(tmp_path / "a.safetensors") == 1
+    assert not left.exists()
 
 
 def test_writer_locks_its_partial_file(tmp_path):
@@ -114,26 +119,29 @@ def test_incomplete_file_is_not_published(tmp_path, listing, sentences):
     assert listing() == []
 
 
-@pytest.mark.parametrize("letters", ["a", "ü", "層"])
-@pytest.mark.parametrize("size", [237, 238, 239, 254, 255])
-def test_names_of_up_to_255_bytes_have_shorter_hidden_names(tmp_path, listing, letters, size):
+def test_names_of_up_to_255_bytes_have_shorter_hidden_names(tmp_path, listing, subtests):
     """The letters have one, two and three bytes."""
-    repeated = letters * (size // len(letters.encode()))
-    name = repeated + "a" * (size - len(repeated.encode()))
-    path = tmp_path / name
-    with SafetensorsWriter(path, 4096) as out:
-        out.add("a", torch.zeros(10))
-        (hidden,) = tmp_path.glob(".*.partial")
-        assert len(os.fsencode(hidden.name)) <= 255 and PartialFile(path).leftovers() == [hidden]
-        out.finish({})
-    assert listing() == [name]
+    for size in (237, 238, 239, 254, 255):
+        for letters in ("a", "ü", "層"):
+            with subtests.test(letters, size=size):
+                repeated = letters * (size // len(letters.encode()))
+                path = tmp_path / (repeated + "a" * (size - len(repeated.encode())))
+                with SafetensorsWriter(path, 4096) as out:
+                    out.add("a", torch.zeros(10))
+                    (hidden,) = tmp_path.glob(".*.partial")
+                    assert len(os.fsencode(hidden.name)) <= 255
+                    assert PartialFile(path).leftovers() == [hidden]
+                    out.finish({})
+                assert listing() == [path.name]
+                path.unlink()
 
 
 def test_long_names_with_the_same_beginning_do_not_share_hidden_files(tmp_path):
     one, other = (PartialFile(tmp_path / ("a" * 250 + end)) for end in ("x", "y"))
     with one.access():
         one.create()
-    assert len(one.leftovers()) == 1 and other.leftovers() == []
+    assert len(one.leftovers()) == 1
+    assert other.leftovers() == []
     assert remove_leftovers(tmp_path / ("a" * 250 + "y")) == 0
     one.abort()
 
@@ -145,7 +153,8 @@ def test_links_are_removed_and_not_followed(tmp_path, listing, suffix):
     (tmp_path / f".a.00ab12cd{suffix}").symlink_to(other)
     (tmp_path / f".a.11111111{suffix}").symlink_to(tmp_path / "missing")
     remove_leftovers(tmp_path / "a")
-    assert listing() == ["other"] and other.read_bytes() == b"somebody else's"
+    assert listing() == ["other"]
+    assert other.read_bytes() == b"somebody else's"
 
 
 def test_hidden_files_are_not_followed_where_the_system_cannot_refuse_links(tmp_path, monkeypatch):

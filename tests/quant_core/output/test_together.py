@@ -10,7 +10,8 @@ from learned_rounding.quant_core.output.together import write_together
 
 def test_all_files_are_written(tmp_path, listing):
     write_together({tmp_path / "a.png": b"\0image", tmp_path / "a.md": b"text"})
-    assert listing() == ["a.md", "a.png"] and (tmp_path / "a.png").read_bytes() == b"\0image"
+    assert listing() == ["a.md", "a.png"]
+    assert (tmp_path / "a.png").read_bytes() == b"\0image"
 
 
 def test_same_content_is_accepted(tmp_path, listing):
@@ -24,22 +25,23 @@ def test_another_file_of_that_name_stays_and_nothing_is_left(tmp_path, listing, 
     with pytest.raises(OutputError) as raised:
         write_together({tmp_path / "a.png": b"image", tmp_path / "a.md": b"text"})
     sentences(str(raised.value))
-    assert listing() == ["a.md"] and (tmp_path / "a.md").read_bytes() == b"of another model"
+    assert listing() == ["a.md"]
+    assert (tmp_path / "a.md").read_bytes() == b"of another model"
 
 
-@pytest.mark.parametrize("failing", range(3))
-def test_nothing_is_left_after_a_failed_disk(tmp_path, listing, monkeypatch, failing):
-    calls = []
+def test_nothing_is_left_after_a_failed_disk(tmp_path, listing, monkeypatch, subtests):
+    for failing in range(3):
+        with subtests.test(failing=failing), monkeypatch.context() as patch:
+            results = iter([True] * failing + [False])
 
-    def fsync(descriptor):
-        calls.append(descriptor)
-        if len(calls) == failing + 1:
-            raise OSError(28, "No space left on device")
+            def fsync(descriptor, results=results):
+                if not next(results, True):
+                    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises((OutputError, OSError)):
-        write_together({tmp_path / "a.png": b"image", tmp_path / "a.md": b"text"})
-    assert listing() == []
+            patch.setattr(os, "fsync", fsync)
+            with pytest.raises((OutputError, OSError)):
+                write_together({tmp_path / "a.png": b"image", tmp_path / "a.md": b"text"})
+            assert listing() == []
 
 
 def test_missing_folder_is_an_output_error(tmp_path):

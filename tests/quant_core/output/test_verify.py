@@ -42,16 +42,21 @@ def verify(model, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_good_file_has_no_problems(verify, recipe, prefix):
-    result = verify(recipe, prefix=prefix)
-    assert result.problems == [] == result.warnings and result.layers == 6
+def test_a_good_file_has_no_problems(verify, subtests):
+    for label, recipe in RECIPES.items():
+        for prefix in ["", "model.diffusion_model."]:
+            with subtests.test(label, prefix=prefix):
+                result = verify(recipe, prefix=prefix)
+                assert result.problems == []
+                assert result.warnings == []
+                assert result.layers == 6
 
 
 def test_plain_weights_have_no_problems(model_file):
     result = verify_file(model_file())
-    assert result.problems == [] == result.warnings and result.layers == 0
+    assert result.problems == []
+    assert result.warnings == []
+    assert result.layers == 0
 
 
 def change_header(edit):
@@ -202,12 +207,13 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_contract_has_its_sentence(verify, name, sentences):
-    recipe, change = BREAKS[name]
-    (problem,) = verify(RECIPES[recipe], change).problems
-    sentences(problem)
-    assert problem.startswith(("blocks.", "ghost: ", "patch: ")) and "\n" not in problem
+def test_a_broken_contract_has_its_sentence(verify, sentences, subtests):
+    for name, (recipe, change) in BREAKS.items():
+        with subtests.test(name):
+            (problem,) = verify(RECIPES[recipe], change).problems
+            sentences(problem)
+            assert problem.startswith(("blocks.", "ghost: ", "patch: "))
+            assert "\n" not in problem
 
 
 def remove_header(tensors, metadata):
@@ -236,11 +242,13 @@ VALID = {
 }
 
 
-@pytest.mark.parametrize("name", VALID)
-def test_files_of_other_writers_are_valid(verify, name):
-    recipe, change = VALID[name]
-    result = verify(RECIPES[recipe], change)
-    assert result.problems == [] == result.warnings and result.layers == 6
+def test_files_of_other_writers_are_valid(verify, subtests):
+    for name, (recipe, change) in VALID.items():
+        with subtests.test(name):
+            result = verify(RECIPES[recipe], change)
+            assert result.problems == []
+            assert result.warnings == []
+            assert result.layers == 6
 
 
 def test_a_missing_header_is_a_warning_for_formats_of_older_releases(verify, sentences):
@@ -259,25 +267,31 @@ def test_files_without_json_tensors_are_valid(verify, tmp_path, prefix):
             del tensors[name]
 
     result = verify(RECIPES["fp8"], remove_json, prefix=prefix)
-    assert result.problems == [] == result.warnings and result.layers == 6
+    assert result.problems == []
+    assert result.warnings == []
+    assert result.layers == 6
     assert inspect_file(tmp_path / "q.safetensors").quantized == {"float8_e4m3fn per tensor": 6}
     put_nan = put("weight", lambda tensors: (tensors[f"{LAYER}.weight"].float() * float("nan")).to(torch.float8_e4m3fn))
     (problem,) = verify(RECIPES["fp8"], both(remove_json, put_nan)).problems
-    assert problem.startswith(LAYER) and "NaN" in problem
+    assert problem.startswith(LAYER)
+    assert "NaN" in problem
 
 
-@pytest.mark.parametrize("size", [4, 16, 64, 256, 1024, 4096])
-def test_rotations_by_any_power_of_four_are_valid(tmp_path, size):
-    save_rotated(tmp_path / "a.safetensors", torch.randn(4, 8192), size)
-    result = verify_file(tmp_path / "a.safetensors")
-    assert result.problems == [] and result.layers == 1
+def test_rotations_by_any_power_of_four_are_valid(tmp_path, subtests):
+    for size in [4, 16, 64, 256, 1024, 4096]:
+        with subtests.test(size=size):
+            save_rotated(tmp_path / "a.safetensors", torch.randn(4, 8192), size)
+            result = verify_file(tmp_path / "a.safetensors")
+            assert result.problems == []
+            assert result.layers == 1
 
 
-@pytest.mark.parametrize("size, columns", [(1024, 512), (512, 8192), (2, 8192), (0, 8192), (True, 8192), ("256", 8192)])
-def test_other_rotations_are_not(tmp_path, size, columns, sentences):
-    save_rotated(tmp_path / "a.safetensors", torch.randn(4, columns), size)
-    (problem,) = verify_file(tmp_path / "a.safetensors").problems
-    sentences(problem)
+def test_other_rotations_are_not(tmp_path, sentences, subtests):
+    for size, columns in [(1024, 512), (512, 8192), (2, 8192), (0, 8192), (True, 8192), ("256", 8192)]:
+        with subtests.test(size=size, columns=columns):
+            save_rotated(tmp_path / "a.safetensors", torch.randn(4, columns), size)
+            (problem,) = verify_file(tmp_path / "a.safetensors").problems
+            sentences(problem)
 
 
 def save_rotated(path, values, size):
@@ -327,10 +341,12 @@ def verify_bank(gpt_oss, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("recipe", BANK_RECIPES.values(), ids=BANK_RECIPES)
-def test_banks_of_experts_are_checked_like_layers(verify_bank, recipe):
-    result = verify_bank(recipe)
-    assert result.problems == [] and result.layers == 3
+def test_banks_of_experts_are_checked_like_layers(verify_bank, subtests):
+    for label, recipe in BANK_RECIPES.items():
+        with subtests.test(label):
+            result = verify_bank(recipe)
+            assert result.problems == []
+            assert result.layers == 3
 
 
 def damage(suffix, value):
@@ -341,43 +357,46 @@ def damage(suffix, value):
     return change
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("int8_tensorwise", damage("weight_scale", -1.0)),
-        ("nvfp4", damage("weight_scale_2", float("nan"))),
-        ("float8_e4m3fn", damage("weight", float("nan"))),
-        ("mxfp8", damage("weight_scale", 255)),
-        ("float8_e4m3fn", lambda tensors: tensors.update({f"{BANK}.weight_scale": torch.ones(2)})),
-        ("int8_tensorwise", lambda tensors: tensors.pop(f"{BANK}.weight_scale")),
-    ],
-    ids=["scale", "tensor scale", "values", "exponent", "scales of fewer experts", "no scale"],
-)
-def test_a_damaged_expert_is_named(verify_bank, sentences, name, change):
-    (problem,) = verify_bank(BANK_RECIPES[name], change).problems
-    sentences(problem)
+def test_a_damaged_expert_is_named(verify_bank, sentences, subtests):
+    for label, (name, change) in {
+        "scale": ("int8_tensorwise", damage("weight_scale", -1.0)),
+        "tensor scale": ("nvfp4", damage("weight_scale_2", float("nan"))),
+        "values": ("float8_e4m3fn", damage("weight", float("nan"))),
+        "exponent": ("mxfp8", damage("weight_scale", 255)),
+        "scales of fewer experts": (
+            "float8_e4m3fn",
+            lambda tensors: tensors.update({f"{BANK}.weight_scale": torch.ones(2)}),
+        ),
+        "no scale": ("int8_tensorwise", lambda tensors: tensors.pop(f"{BANK}.weight_scale")),
+    }.items():
+        with subtests.test(label):
+            (problem,) = verify_bank(BANK_RECIPES[name], change).problems
+            sentences(problem)
 
 
-@pytest.mark.parametrize(
-    "bank",
-    [
-        {"format": "int8_tensorwise", "per_row": True, "convrot": True, "convrot_groupsize": 16, "num_experts": 3},
-        {"format": "float8_e4m3fn_rowwise", "num_experts": 3},
-        {"format": "int8_tensorwise", "per_row": True, "num_experts": 4},
-        {"format": "nvfp9", "num_experts": 3},
-    ],
-    ids=["rotated", "format of this pack", "another number of experts", "unknown"],
-)
-def test_banks_that_comfyui_misreads_are_not_valid(tmp_path, sentences, bank):
-    dtype = torch.float8_e4m3fn if "float8" in bank["format"] else torch.int8
-    tensors = {
-        "a.weight": torch.ones(3, 16, 32).to(dtype),
-        "a.weight_scale": torch.ones(3, 16, 1),
-        "a.comfy_quant": config(bank),
-    }
-    save_file(tensors, tmp_path / "a.safetensors")
-    (problem,) = verify_file(tmp_path / "a.safetensors").problems
-    sentences(problem)
+def test_banks_that_comfyui_misreads_are_not_valid(tmp_path, sentences, subtests):
+    for label, bank in {
+        "rotated": {
+            "format": "int8_tensorwise",
+            "per_row": True,
+            "convrot": True,
+            "convrot_groupsize": 16,
+            "num_experts": 3,
+        },
+        "format of this pack": {"format": "float8_e4m3fn_rowwise", "num_experts": 3},
+        "another number of experts": {"format": "int8_tensorwise", "per_row": True, "num_experts": 4},
+        "unknown": {"format": "nvfp9", "num_experts": 3},
+    }.items():
+        with subtests.test(label):
+            dtype = torch.float8_e4m3fn if "float8" in bank["format"] else torch.int8
+            tensors = {
+                "a.weight": torch.ones(3, 16, 32).to(dtype),
+                "a.weight_scale": torch.ones(3, 16, 1),
+                "a.comfy_quant": config(bank),
+            }
+            save_file(tensors, tmp_path / "a.safetensors")
+            (problem,) = verify_file(tmp_path / "a.safetensors").problems
+            sentences(problem)
 
 
 def test_all_broken_layers_are_found(verify):
@@ -423,12 +442,15 @@ OLD = {
 }
 
 
-@pytest.mark.parametrize("name", OLD)
-def test_older_fp8_files_are_valid(tmp_path, name, sentences):
-    save_file(OLD[name], tmp_path / "a.safetensors")
-    result = verify_file(tmp_path / "a.safetensors")
-    assert result.problems == [] and result.layers == 0 and result.warnings
-    sentences(result.warnings)
+def test_older_fp8_files_are_valid(tmp_path, sentences, subtests):
+    for name in OLD:
+        with subtests.test(name):
+            save_file(OLD[name], tmp_path / "a.safetensors")
+            result = verify_file(tmp_path / "a.safetensors")
+            assert result.problems == []
+            assert result.layers == 0
+            assert result.warnings
+            sentences(result.warnings)
 
 
 def test_older_layers_beside_one_of_today(tmp_path, sentences):
@@ -458,12 +480,13 @@ MISREAD = {
 }
 
 
-@pytest.mark.parametrize("name", MISREAD)
-def test_older_fp8_files_that_comfyui_misreads(tmp_path, name, sentences):
-    save_file(MISREAD[name], tmp_path / "a.safetensors")
-    (problem,) = verify_file(tmp_path / "a.safetensors").problems
-    sentences(problem)
-    assert problem.startswith(("a", "b.weight"))
+def test_older_fp8_files_that_comfyui_misreads(tmp_path, sentences, subtests):
+    for name in MISREAD:
+        with subtests.test(name):
+            save_file(MISREAD[name], tmp_path / "a.safetensors")
+            (problem,) = verify_file(tmp_path / "a.safetensors").problems
+            sentences(problem)
+            assert problem.startswith(("a", "b.weight"))
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path, sentences):

@@ -63,7 +63,8 @@ def test_safetensors_reads_every_dtype_and_size(tmp_path):
     loaded = load_file(tmp_path / "a.safetensors")
     assert set(loaded) == set(tensors)
     for name, tensor in tensors.items():
-        assert info(loaded[name]) == info(tensor) and raw(loaded[name]) == raw(tensor), name
+        assert info(loaded[name]) == info(tensor), name
+        assert raw(loaded[name]) == raw(tensor), name
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata() == metadata
         assert set(file.keys()) == set(tensors)
@@ -93,7 +94,8 @@ def test_every_tensor_is_aligned_without_gaps(tmp_path):
         assert (start + entry["data_offsets"][0]) % items[entry["dtype"]] == 0, name
         spans.append(tuple(entry["data_offsets"]))
     spans.sort()
-    assert spans[0][0] == 0 and all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+    assert spans[0][0] == 0
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
     assert start + spans[-1][1] == (tmp_path / "a.safetensors").stat().st_size
 
 
@@ -135,7 +137,7 @@ NAMES = st.text(min_size=1, max_size=20).filter(lambda name: name != "__metadata
 SHAPES = st.lists(st.integers(0, 3), max_size=6).map(tuple)
 
 
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     st.dictionaries(NAMES, st.tuples(st.sampled_from(list(DTYPE_NAMES)), SHAPES), max_size=8),
     st.dictionaries(st.text(max_size=12), st.text(max_size=40), max_size=4),
@@ -165,7 +167,8 @@ def test_final_name_does_not_exist_before_finish(tmp_path, listing):
         out.add("odd", torch.zeros(3, dtype=torch.uint8))
         assert not path.exists()
         (hidden,) = listing()
-        assert hidden.startswith(".a.safetensors.") and hidden.endswith(".partial")
+        assert hidden.startswith(".a.safetensors.")
+        assert hidden.endswith(".partial")
         out.finish({})
         assert listing() == ["a.safetensors"]
     assert listing() == ["a.safetensors"]
@@ -182,12 +185,13 @@ def test_existing_file_is_intact_before_finish(tmp_path):
     assert set(load_file(path)) == {"new"}
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])
-def test_error_in_the_context_leaves_nothing(tmp_path, listing, error):
-    with pytest.raises(error), SafetensorsWriter(tmp_path / "a.safetensors", 4096) as out:
-        out.add("a", torch.zeros(10_000))
-        raise error
-    assert listing() == []
+def test_error_in_the_context_leaves_nothing(tmp_path, listing, subtests):
+    for error in [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit]:
+        with subtests.test(error=error):
+            with pytest.raises(error), SafetensorsWriter(tmp_path / "a.safetensors", 4096) as out:
+                out.add("a", torch.zeros(10_000))
+                raise error
+            assert listing() == []
 
 
 def test_leaving_without_finish_leaves_nothing(tmp_path, listing):
@@ -213,7 +217,8 @@ def test_error_leaves_the_existing_file(tmp_path, listing):
     before = (tmp_path / "a.safetensors").read_bytes()
     with pytest.raises(RuntimeError), SafetensorsWriter(tmp_path / "a.safetensors", 4096):
         raise RuntimeError
-    assert listing() == ["a.safetensors"] and (tmp_path / "a.safetensors").read_bytes() == before
+    assert listing() == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_bytes() == before
 
 
 def test_missing_folder_is_created(tmp_path, listing):
@@ -238,37 +243,52 @@ class _Full:
         return getattr(self._file, name)
 
 
-CODES = [errno.ENOSPC, errno.EDQUOT, errno.EIO]
-
-
-@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
-@pytest.mark.parametrize("room", [0, 5000, 41_000], ids=["first tensor", "second tensor", "end"])
-def test_failing_disk_leaves_nothing(tmp_path, listing, monkeypatch, room, code, sentences):
-    """Both large tensors fit into 41,000 bytes; the deferred one and the header do not."""
+def fill_disk(patch, room: int, code: int) -> None:
+    """Let partial files fail with this error after ``room`` bytes."""
     real = open
-    monkeypatch.setattr(
+    patch.setattr(
         partial, "open", lambda path, mode, **options: _Full(real(path, mode, **options), room, code), raising=False
     )
-    with sentences.raises(OutputError):
-        write(
-            tmp_path / "a.safetensors",
-            {"a": torch.zeros(1000), "b": torch.zeros(9000), "odd": torch.zeros(1001, dtype=torch.uint8)},
-        )
-    monkeypatch.undo()
-    assert listing() == []
 
 
-@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_failing_fsync_or_rename_leaves_nothing(tmp_path, listing, monkeypatch, call, code, sentences):
+def failing(code: int):
+    """A function that raises this error of the system."""
+
     def fail(*args, **options):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, call, fail)
-    with sentences.raises(OutputError):
-        write(tmp_path / "a.safetensors", {"a": torch.zeros(1000)})
-    monkeypatch.undo()
-    assert listing() == []
+    return fail
+
+
+def test_failing_disk_leaves_nothing(tmp_path, listing, monkeypatch, sentences, subtests):
+    """Both large tensors fit into 41,000 bytes; the deferred one and the header do not."""
+    tensors = {"a": torch.zeros(1000), "b": torch.zeros(9000), "odd": torch.zeros(1001, dtype=torch.uint8)}
+    for label, room, code in [
+        ("first tensor", 0, errno.ENOSPC),
+        ("second tensor", 5000, errno.EDQUOT),
+        ("end", 41_000, errno.EIO),
+    ]:
+        with subtests.test(label), monkeypatch.context() as patch:
+            fill_disk(patch, room, code)
+            with sentences.raises(OutputError):
+                write(tmp_path / "a.safetensors", tensors)
+            patch.undo()
+            assert listing() == []
+
+
+def test_failing_fsync_or_rename_leaves_nothing(tmp_path, listing, monkeypatch, sentences, subtests):
+    for call, code in [
+        ("fsync", errno.ENOSPC),
+        ("fsync", errno.EIO),
+        ("replace", errno.EDQUOT),
+        ("replace", errno.EIO),
+    ]:
+        with subtests.test(call, code=errno.errorcode[code]), monkeypatch.context() as patch:
+            patch.setattr(os, call, failing(code))
+            with sentences.raises(OutputError):
+                write(tmp_path / "a.safetensors", {"a": torch.zeros(1000)})
+            patch.undo()
+            assert listing() == []
 
 
 def test_short_writes_are_completed(tmp_path, monkeypatch):
@@ -291,15 +311,13 @@ def test_short_writes_are_completed(tmp_path, monkeypatch):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS], ids=errno.errorcode.get)
-def test_read_only_folder_is_reported(tmp_path, listing, monkeypatch, code, sentences):
-    def refuse(*args, **options):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(partial, "open", refuse, raising=False)
-    with sentences.raises(OutputError):
-        SafetensorsWriter(tmp_path / "a.safetensors", 100)
-    assert listing() == []
+def test_read_only_folder_is_reported(tmp_path, listing, monkeypatch, sentences, subtests):
+    for code in [errno.EACCES, errno.EPERM, errno.EROFS]:
+        with subtests.test(code=code), monkeypatch.context() as patch:
+            patch.setattr(partial, "open", failing(code), raising=False)
+            with sentences.raises(OutputError):
+                SafetensorsWriter(tmp_path / "a.safetensors", 100)
+            assert listing() == []
 
 
 def test_folder_that_cannot_be_created_is_reported(tmp_path, listing, sentences):
@@ -323,39 +341,45 @@ CHECKED = {
 }
 
 
-@pytest.mark.parametrize("damaged", ["header", *CHECKED])
-def test_file_that_another_process_wrote_to_is_not_published(tmp_path, listing, monkeypatch, sentences, damaged):
-    real = SafetensorsWriter._check_file
+def test_file_that_another_process_wrote_to_is_not_published(tmp_path, listing, monkeypatch, sentences, subtests):
+    for damaged in ["header", *CHECKED]:
+        with subtests.test(damaged=damaged), monkeypatch.context() as patch:
+            real = SafetensorsWriter._check_file
 
-    def check(out: SafetensorsWriter, header: bytes) -> None:
-        place = 20 if damaged == "header" else out._data_start + out._layout.entries[damaged]["data_offsets"][1] - 1
-        (hidden,) = tmp_path.glob(".*.partial")
-        with open(hidden, "r+b") as file:
-            file.seek(place)
-            (byte,) = file.read(1)
-            file.seek(place)
-            file.write(bytes([byte ^ 1]))
-        real(out, header)
+            def check(out: SafetensorsWriter, header: bytes, damaged=damaged, real=real) -> None:
+                place = (
+                    20 if damaged == "header" else out._data_start + out._layout.entries[damaged]["data_offsets"][1] - 1
+                )
+                (hidden,) = tmp_path.glob(".*.partial")
+                with open(hidden, "r+b") as file:
+                    file.seek(place)
+                    (byte,) = file.read(1)
+                    file.seek(place)
+                    file.write(bytes([byte ^ 1]))
+                real(out, header)
 
-    monkeypatch.setattr(SafetensorsWriter, "_check_file", check)
-    with sentences.raises(OutputError):
-        write(tmp_path / "x.safetensors", CHECKED, {"key": "value"})
-    assert listing() == []
+            patch.setattr(SafetensorsWriter, "_check_file", check)
+            with sentences.raises(OutputError):
+                write(tmp_path / "x.safetensors", CHECKED, {"key": "value"})
+            assert listing() == []
 
 
-@pytest.mark.parametrize("damaged", CHECKED)
-def test_bytes_that_were_damaged_on_the_way_to_the_file_are_noticed(tmp_path, listing, monkeypatch, sentences, damaged):
-    real = writer.byte_views
+def test_bytes_that_were_damaged_on_the_way_to_the_file_are_noticed(
+    tmp_path, listing, monkeypatch, sentences, subtests
+):
+    for damaged in CHECKED:
+        with subtests.test(damaged), monkeypatch.context() as patch:
+            real = writer.byte_views
 
-    def damage(tensor, staging):
-        wrong = tensor.clone()
-        wrong.view(torch.uint8)[-100] ^= 1
-        return real(wrong if tensor is CHECKED[damaged] else tensor, staging)
+            def damage(tensor, staging, damaged=damaged, real=real):
+                wrong = tensor.clone()
+                wrong.view(torch.uint8)[-100] ^= 1
+                return real(wrong if tensor is CHECKED[damaged] else tensor, staging)
 
-    monkeypatch.setattr(writer, "byte_views", damage)
-    with sentences.raises(OutputError):
-        write(tmp_path / "x.safetensors", CHECKED)
-    assert listing() == []
+            patch.setattr(writer, "byte_views", damage)
+            with sentences.raises(OutputError):
+                write(tmp_path / "x.safetensors", CHECKED)
+            assert listing() == []
 
 
 def test_check_of_the_file_is_shown_and_can_be_cancelled(tmp_path, listing, monkeypatch):
@@ -388,5 +412,6 @@ def test_check_of_the_file_is_shown_and_can_be_cancelled(tmp_path, listing, monk
         finally:
             out.abort()
             go_on.set()
-    assert shown == [(4000, 8000)] and reading.is_set()
+    assert shown == [(4000, 8000)]
+    assert reading.is_set()
     assert listing() == []

@@ -49,30 +49,36 @@ def sizes_and_times(options):
         yield Budget(size=least + size * (most - least), time=time * whole)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_curve_is_convex_and_ends_unquantized(seed):
-    curve = allocate(make_options(seed), Budget(error=10.0)).curve
-    saved = [(a.error**2 - b.error**2) / (b.size - a.size) for a, b in itertools.pairwise(curve)]
-    assert min(saved) > 0 and saved == pytest.approx(sorted(saved, reverse=True))
-    assert curve[-1].error == pytest.approx(0, abs=1e-6)
+def test_curve_is_convex_and_ends_unquantized(subtests):
+    for seed in range(4):
+        with subtests.test(seed=seed):
+            curve = allocate(make_options(seed), Budget(error=10.0)).curve
+            saved = [(a.error**2 - b.error**2) / (b.size - a.size) for a, b in itertools.pairwise(curve)]
+            assert min(saved) > 0
+            assert saved == pytest.approx(sorted(saved, reverse=True))
+            assert curve[-1].error == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_every_point_of_the_curve_is_found_by_its_size(seed):
-    options = make_options(seed)
-    for point in allocate(options, Budget(error=10.0)).curve:
-        for spare in (0, 1):  # bytes that buy nothing, or something of little use
-            taken = allocate(options, Budget(size=point.size + spare)).point
-            assert taken.size <= point.size + spare and taken.error <= point.error + 1e-9
+def test_every_point_of_the_curve_is_found_by_its_size(subtests):
+    for seed in range(4):
+        with subtests.test(seed=seed):
+            options = make_options(seed)
+            for point in allocate(options, Budget(error=10.0)).curve:
+                for spare in (0, 1):  # bytes that buy nothing, or something of little use
+                    taken = allocate(options, Budget(size=point.size + spare)).point
+                    assert taken.size <= point.size + spare
+                    assert taken.error <= point.error + 1e-9
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_an_error_is_reached_with_the_next_point_of_the_curve(seed):
-    options = make_options(seed)
-    curve = allocate(options, Budget(error=10.0)).curve
-    for worse, point in itertools.pairwise(curve[:-1]):
-        taken = allocate(options, Budget(error=(worse.error + point.error) / 2)).point
-        assert (taken.size, taken.error) == (point.size, pytest.approx(point.error))
+def test_an_error_is_reached_with_the_next_point_of_the_curve(subtests):
+    for seed in range(4):
+        with subtests.test(seed=seed):
+            options = make_options(seed)
+            curve = allocate(options, Budget(error=10.0)).curve
+            for worse, point in itertools.pairwise(curve[:-1]):
+                taken = allocate(options, Budget(error=(worse.error + point.error) / 2)).point
+                assert taken.size == point.size
+                assert taken.error == pytest.approx(point.error)
 
 
 def test_size_and_time_are_kept_wherever_any_allocation_keeps_them():
@@ -90,8 +96,10 @@ def test_size_and_time_are_kept_wherever_any_allocation_keeps_them():
             else:
                 missed += best is not None
     # The hull leaves out allocations: those within it may need a little more time, or have a little more error.
-    assert kept > 100 and missed < 0.1 * kept
-    assert sorted(ratios)[len(ratios) // 2] < 1.02 and sorted(ratios)[int(0.9 * len(ratios))] < 1.4
+    assert kept > 100
+    assert missed < 0.1 * kept
+    assert sorted(ratios)[len(ratios) // 2] < 1.02
+    assert sorted(ratios)[int(0.9 * len(ratios))] < 1.4
 
 
 def test_less_time_costs_error():
@@ -100,7 +108,8 @@ def test_less_time_costs_error():
     points = [allocate(options, Budget(size=1.1 * size, time=time * whole)).point for time in (1.0, 0.65, 0.6, 0.55)]
     assert all(point.time <= time * whole for point, time in zip(points, (1.0, 0.65, 0.6, 0.55), strict=True))
     errors = [point.error for point in points]
-    assert errors == sorted(errors) and errors[0] < errors[-1]
+    assert errors == sorted(errors)
+    assert errors[0] < errors[-1]
 
 
 def test_error_and_time_are_kept_together_or_the_allocation_reports_that_it_keeps_neither():
@@ -108,7 +117,8 @@ def test_error_and_time_are_kept_together_or_the_allocation_reports_that_it_keep
     whole, easy = sum(its[0].time for its in options.values()), allocate(options, Budget(error=0.3)).point
     budget = Budget(error=0.3, time=0.98 * easy.time)
     made = allocate(options, budget)
-    assert made.keeps(budget) and made.point.size >= easy.size
+    assert made.keeps(budget)
+    assert made.point.size >= easy.size
     assert not allocate(options, Budget(error=1e-3, time=0.5 * whole)).keeps(Budget(error=1e-3, time=0.5 * whole))
 
 
@@ -117,7 +127,9 @@ def test_options_without_times_are_allocated_by_size_alone():
     plain = {name: [Option(option.size, option.cost) for option in its] for name, its in timed.items()}
     size = sum(its[1].size for its in timed.values())
     taken = [allocate(options, Budget(size=size)).point for options in (timed, plain)]
-    assert (taken[0].size, taken[0].error) == (taken[1].size, taken[1].error) and taken[1].time == 0
+    assert taken[0].size == taken[1].size
+    assert taken[0].error == taken[1].error
+    assert taken[1].time == 0
 
 
 def test_of_equal_options_the_first_is_taken():

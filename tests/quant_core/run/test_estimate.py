@@ -1,6 +1,5 @@
 """What is foreseen is what comes."""
 
-import pytest
 import torch
 
 from learned_rounding.quant_core import FORMATS, Recipe, quantize_file, quantize_tensors
@@ -11,16 +10,15 @@ from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
 UNROTATED = {"convrot": False}  # "auto" decides layer by layer, which changes the JSON of a layer
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"format": name, **UNROTATED} for name in FORMATS] + [{"format": "int8_tensorwise", "convrot": 16}],
-    ids=str,
-)
-def test_the_size_is_foreseen_to_the_byte(model_file, tmp_path, options):
-    recipe = Recipe(rounding="nearest", **options)
-    quantize_file(model_file(), tmp_path / "q.safetensors", recipe)
-    with SafetensorsFile(model_file()) as source, SafetensorsFile(tmp_path / "q.safetensors") as made:
-        assert estimate_size(source, recipe, recipe.plan(source)) == sum(info.nbytes for info in made.tensors.values())
+def test_the_size_is_foreseen_to_the_byte(model_file, tmp_path, subtests):
+    for options in [{"format": name, **UNROTATED} for name in FORMATS] + [{"format": "int8_tensorwise", "convrot": 16}]:
+        with subtests.test(options=options):
+            recipe = Recipe(rounding="nearest", **options)
+            quantize_file(model_file(), tmp_path / "q.safetensors", recipe, overwrite=True)
+            with SafetensorsFile(model_file()) as source, SafetensorsFile(tmp_path / "q.safetensors") as made:
+                assert estimate_size(source, recipe, recipe.plan(source)) == sum(
+                    info.nbytes for info in made.tensors.values()
+                )
 
 
 def test_each_shape_is_timed_once(model, model_file, monkeypatch):
@@ -45,11 +43,12 @@ def test_nothing_is_foreseen_of_formats_still_to_be_measured(model_file, capsys,
     sentences(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("format", ["mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"])
-def test_the_size_of_banks_of_experts_is_foreseen(gpt_oss, format):
-    source, recipe = TensorSource(gpt_oss(6)), Recipe(format=format, rounding="nearest", **UNROTATED)
-    made = quantize_tensors(gpt_oss(6), recipe).tensors
-    assert estimate_size(source, recipe, recipe.plan(source)) == sum(tensor.nbytes for tensor in made.values())
+def test_the_size_of_banks_of_experts_is_foreseen(gpt_oss, subtests):
+    for format in ["mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"]:
+        with subtests.test(format):
+            source, recipe = TensorSource(gpt_oss(6)), Recipe(format=format, rounding="nearest", **UNROTATED)
+            made = quantize_tensors(gpt_oss(6), recipe).tensors
+            assert estimate_size(source, recipe, recipe.plan(source)) == sum(tensor.nbytes for tensor in made.values())
 
 
 def test_the_time_of_a_bank_is_that_of_its_experts(gpt_oss, monkeypatch):

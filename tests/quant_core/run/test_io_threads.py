@@ -64,28 +64,26 @@ def never() -> None:
     """A check that does not cancel."""
 
 
-@pytest.mark.parametrize(
-    "sizes, ahead",
-    [
+def test_tensors_are_read_ahead_up_to_a_number_of_bytes_or_one_tensor(monkeypatch, subtests):
+    for sizes, ahead in [
         ([10, 10, 10, 10, 10, 10], 4),
         ([10, 100, 10, 10], 1),
         ([100, 100, 100], 1),
         ([0, 0, 0, 0], 3),
         ([40, 30, 9, 2], 2),
-    ],
-)
-def test_tensors_are_read_ahead_up_to_a_number_of_bytes_or_one_tensor(monkeypatch, sizes, ahead):
-    monkeypatch.setattr(io_threads, "_QUEUE", 40)
-    monkeypatch.setattr(io_threads, "ThreadPoolExecutor", InlineExecutor)
-    source = RecordingSource(sizes)
-    tensors = read_ahead(source, [(name, CPU) for name in source.tensors], never)
-    found = [next(tensors)]
-    assert source.reads == list(source.tensors)[: 1 + ahead]
-    found += tensors
-    assert [(name, tensor.tolist()) for name, tensor in found] == [
-        (str(index), [index] * size) for index, size in enumerate(sizes)
-    ]
-    assert source.reads == list(source.tensors)
+    ]:
+        with subtests.test(sizes=sizes, ahead=ahead), monkeypatch.context() as patch:
+            patch.setattr(io_threads, "_QUEUE", 40)
+            patch.setattr(io_threads, "ThreadPoolExecutor", InlineExecutor)
+            source = RecordingSource(sizes)
+            tensors = read_ahead(source, [(name, CPU) for name in source.tensors], never)
+            found = [next(tensors)]
+            assert source.reads == list(source.tensors)[: 1 + ahead]
+            found += tensors
+            assert [(name, tensor.tolist()) for name, tensor in found] == [
+                (str(index), [index] * size) for index, size in enumerate(sizes)
+            ]
+            assert source.reads == list(source.tensors)
 
 
 def test_error_of_a_read_is_raised_at_its_tensor():

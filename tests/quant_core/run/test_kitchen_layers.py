@@ -29,9 +29,8 @@ def prepare(format: FormatConfig, *, native: bool):
     return prepare_kitchen_layer(made.codec, parts, SHAPE, torch.float32, native=native), made
 
 
-@pytest.mark.parametrize(
-    "format",
-    [
+def test_dequantized_layers_have_the_weight_of_the_codec(subtests):
+    for format in [
         FormatConfig("int8_tensorwise"),
         FormatConfig("int8_tensorwise", convrot=64),
         FormatConfig("nvfp4"),
@@ -39,14 +38,12 @@ def prepare(format: FormatConfig, *, native: bool):
         FormatConfig("convrot_w4a4"),
         FormatConfig("convrot_w4a4", linear_dtype="int4"),
         FormatConfig("asym_w4a8_int8"),
-    ],
-    ids=str,
-)
-def test_dequantized_layers_have_the_weight_of_the_codec(format):
-    pytest.importorskip("comfy_kitchen.tensor")
-    layer, made = prepare(format, native=False)
-    assert layer is not None
-    torch.testing.assert_close(layer(torch.eye(SHAPE[1])).t(), made.dequantize(), rtol=1e-3, atol=1e-4)
+    ]:
+        with subtests.test(format=format):
+            pytest.importorskip("comfy_kitchen.tensor")
+            layer, made = prepare(format, native=False)
+            assert layer is not None
+            torch.testing.assert_close(layer(torch.eye(SHAPE[1])).t(), made.dequantize(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -71,4 +68,5 @@ def test_without_comfy_kitchen_there_are_no_layers(monkeypatch):
 
     monkeypatch.setattr(kitchen_layers, "version", refuse)
     monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
-    assert kitchen_version() is None and prepare(FormatConfig("nvfp4"), native=False)[0] is None
+    assert kitchen_version() is None
+    assert prepare(FormatConfig("nvfp4"), native=False)[0] is None

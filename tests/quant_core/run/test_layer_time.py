@@ -43,49 +43,54 @@ def test_bfloat16_is_a_linear_layer():
     assert output.std() == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    ("format", "largest"),
-    [
+def test_layers_of_this_package_compute_the_product(subtests):
+    for format, largest in [
         (FormatConfig("int8_tensorwise"), 0.02),
         (FormatConfig("int8_tensorwise", convrot=64), 0.02),
         (FormatConfig("int8_blockwise", "block"), 0.03),
         (FormatConfig("float8_e4m3fn"), 0.05),
         (FormatConfig("float8_e4m3fn_rowwise"), 0.05),
         (FormatConfig("float8_e4m3fn_blockwise", "block"), 0.05),
-    ],
-    ids=str,
-)
-def test_layers_of_this_package_compute_the_product(format, largest):
-    (expected,) = outputs(None)
-    made = outputs(format.codecs(SHAPE[1])[0])
-    assert made and all(error(output, expected) < largest for output in made)
+    ]:
+        with subtests.test(format=format, largest=largest):
+            (expected,) = outputs(None)
+            made = outputs(format.codecs(SHAPE[1])[0])
+            assert made
+            assert all(error(output, expected) < largest for output in made)
 
 
 @needs_kitchen
-@pytest.mark.parametrize(
-    ("name", "capability", "count"),
-    [("asym_w4a8_int8", (8, 9), 1), ("nvfp4", (8, 9), 2), ("mxfp8", (9, 0), 2), ("convrot_w4a4", (8, 9), 1)],
-)
-def test_layers_of_comfy_kitchen_compute_the_product(name, capability, count):
-    (expected,) = outputs(None)
-    made = outputs(FormatConfig(name).codecs(SHAPE[1])[0], capability)
-    assert len(made) >= count and all(error(output, expected) < 0.25 for output in made)
+def test_layers_of_comfy_kitchen_compute_the_product(subtests):
+    for name, capability, count in [
+        ("asym_w4a8_int8", (8, 9), 1),
+        ("nvfp4", (8, 9), 2),
+        ("mxfp8", (9, 0), 2),
+        ("convrot_w4a4", (8, 9), 1),
+    ]:
+        with subtests.test(name=name, capability=capability, count=count):
+            (expected,) = outputs(None)
+            made = outputs(FormatConfig(name).codecs(SHAPE[1])[0], capability)
+            assert len(made) >= count
+            assert all(error(output, expected) < 0.25 for output in made)
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "float8_e4m3fn"])
-def test_cards_that_do_not_multiply_a_format_dequantize_it(name):
+def test_cards_that_do_not_multiply_a_format_dequantize_it(subtests):
     """The output is that of unquantized activations."""
-    codec = FormatConfig(name).codec
-    (expected,), decoded = outputs(None), outputs(codec, (8, 6))
-    weight_error = {"nvfp4": 0.1, "mxfp8": 0.03, "float8_e4m3fn": 0.03}[name]
-    assert decoded and all(error(output, expected) < weight_error for output in decoded)
+    for name in ["nvfp4", "mxfp8", "float8_e4m3fn"]:
+        with subtests.test(name):
+            codec = FormatConfig(name).codec
+            (expected,), decoded = outputs(None), outputs(codec, (8, 6))
+            weight_error = {"nvfp4": 0.1, "mxfp8": 0.03, "float8_e4m3fn": 0.03}[name]
+            assert decoded
+            assert all(error(output, expected) < weight_error for output in decoded)
 
 
 def test_activations_of_smoothed_layers_are_multiplied_first():
     scale = torch.linspace(0.5, 2, SHAPE[1]).bfloat16().float()
     (expected,) = outputs(None)
     smoothed = outputs(replace(FormatConfig("nvfp4").codec, smoothing=Smoothing(scale)))
-    assert smoothed and all(error(output, expected) < 0.12 for output in smoothed)
+    assert smoothed
+    assert all(error(output, expected) < 0.12 for output in smoothed)
 
 
 @needs_kitchen
@@ -119,7 +124,8 @@ def test_layers_are_measured_on_a_gpu(name):
     device, capability = torch.device("cuda"), torch.cuda.get_device_capability()
     whole = measure_layer(None, (1024, 1024), device, capability)
     time = measure_layer(FormatConfig(name).codec, (1024, 1024), device, capability)
-    assert whole is not None and 0 < whole < 1000
+    assert whole is not None
+    assert 0 < whole < 1000
     if time is None:  # nothing here multiplies the format
         assert find_support(FormatConfig(name).codec, capability) == "native"
     else:

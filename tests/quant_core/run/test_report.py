@@ -22,15 +22,15 @@ def report(*errors: float, **fields) -> Report:
     return Report("model.safetensors", "int8_tensorwise", "row", "auto", "flux", layers=layers, **fields)
 
 
-@pytest.mark.parametrize(
-    "errors, median", [((0.3,), 0.3), ((0.1, 0.5), 0.3), ((0.5, 0.1, 0.2), 0.2), ((0.4, 0.1, 0.2, 0.9), 0.3)]
-)
-def test_the_median_is_that_of_the_layers(errors, median):
-    assert report(*errors).median_error == pytest.approx(median)
+def test_the_median_is_that_of_the_layers(subtests):
+    for errors, median in [((0.3,), 0.3), ((0.1, 0.5), 0.3), ((0.5, 0.1, 0.2), 0.2), ((0.4, 0.1, 0.2, 0.9), 0.3)]:
+        with subtests.test(errors=errors, median=median):
+            assert report(*errors).median_error == pytest.approx(median)
 
 
 def test_without_layers_there_is_no_median(sentences):
-    assert math.isnan(report().median_error) and report().worst == []
+    assert math.isnan(report().median_error)
+    assert report().worst == []
     sentences(report().table())
 
 
@@ -55,20 +55,16 @@ def test_json_holds_everything():
         {"name": "a.bias", "shape": [8], "reason": "not a weight", "removed": False, "planned": True},
         {"name": "b", "shape": [2, 2], "reason": "bad", "removed": False, "planned": False},
     ]
-    assert (values["source"], values["format"], values["granularity"], values["rounding"], values["preset"]) == (
-        "model.safetensors",
-        "int8_tensorwise",
-        "row",
-        "auto",
-        "flux",
-    )
-    assert (values["bytes_in"], values["bytes_out"], values["output"], values["already_done"], values["device"]) == (
-        10,
-        5,
-        "out",
-        False,
-        "cpu",
-    )
+    assert values["source"] == "model.safetensors"
+    assert values["format"] == "int8_tensorwise"
+    assert values["granularity"] == "row"
+    assert values["rounding"] == "auto"
+    assert values["preset"] == "flux"
+    assert values["bytes_in"] == 10
+    assert values["bytes_out"] == 5
+    assert values["output"] == "out"
+    assert values["already_done"] is False
+    assert values["device"] == "cpu"
 
 
 def test_json_gives_the_report_back():
@@ -143,9 +139,8 @@ def test_markdown_holds_the_totals_and_the_worst_layers(sentences):
     sentences(lines, report().markdown(), report(already_done=True, output="out").markdown())
 
 
-@pytest.mark.parametrize(
-    "count, text",
-    [
+def test_sizes_are_decimal_with_three_digits(subtests):
+    for count, text in [
         (0, "0 B"),
         (1, "1 B"),
         (999, "999 B"),
@@ -156,12 +151,12 @@ def test_markdown_holds_the_totals_and_the_worst_layers(sentences):
         (5 * 10**15, "5e+03 TB"),
         (10**6, "1 MB"),
         (10**9, "1 GB"),
-    ],
-)
-def test_sizes_are_decimal_with_three_digits(count, text):
-    assert human_bytes(count) == text
+    ]:
+        with subtests.test(count=count, text=text):
+            assert human_bytes(count) == text
 
 
-@pytest.mark.parametrize("count", [999_600, 999_999, 999_999_999])
-def test_sizes_just_below_a_unit_are_not_written_as_powers(count):
-    assert "e+" not in human_bytes(count)
+def test_sizes_just_below_a_unit_are_not_written_as_powers(subtests):
+    for count in [999_600, 999_999, 999_999_999]:
+        with subtests.test(count=count):
+            assert "e+" not in human_bytes(count)

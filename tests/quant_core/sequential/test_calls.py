@@ -51,18 +51,25 @@ def test_call_stops_at_each_block_before_it_runs(chain):
         call = start(chain)
         for index, block in enumerate(chain.blocks):
             reached = call.advance()
-            assert reached is call.waiting and reached.block is block
+            assert reached is call.waiting
+            assert reached.block is block
             assert chain.ran == list(range(1, index + 1))
-            assert reached.args == (torch.tensor(10.0 * sum(range(index + 1))),) and reached.kwargs == {"times": 10}
-            assert (call.ended, call.result) == (False, None)
+            assert reached.args == (torch.tensor(10.0 * sum(range(index + 1))),)
+            assert reached.kwargs == {"times": 10}
+            assert call.ended is False
+            assert call.result is None
         assert call.advance() is None
-    assert call.ended and call.waiting is None and call.result == 60
+    assert call.ended
+    assert call.waiting is None
+    assert call.result == 60
 
 
 def test_ended_call_stays_ended(chain):
     call = start(chain)
     assert call.advance() is None  # no block is watched
-    assert call.advance() is None and call.result == 60 and chain.ran == [1, 2, 3]
+    assert call.advance() is None
+    assert call.result == 60
+    assert chain.ran == [1, 2, 3]
     call.close()
     assert call.result == 60
 
@@ -88,35 +95,49 @@ def test_forward_that_is_replaced_while_a_call_waits_runs(chain):
     assert call.result.tolist() == [7, 7]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
-@pytest.mark.parametrize("at", [0, 1, 2])
-def test_errors_of_the_model_are_raised_where_the_call_is_advanced(chain, error, at):
-    raised = error("from the model")
+def failing(error: BaseException):
+    """A forward that raises this error."""
 
     def fail(x, **options):
-        raise raised
+        raise error
 
-    with replaced_forward(chain.blocks[at], fail), suspended_at(chain.blocks):
-        call = start(chain)
-        for _ in range(at + 1):
-            call.advance()
-        with pytest.raises(error) as caught:
-            call.advance()
-    assert caught.value is raised
-    assert call.ended and call.waiting is None and call.advance() is None
+    return fail
 
 
-@pytest.mark.parametrize("advanced", range(5))
-def test_closed_call_leaves_no_thread(chain, advanced):
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_errors_of_the_model_are_raised_where_the_call_is_advanced(at, subtests):
+    for kind in (ValueError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        chain, raised = Chain(), kind("from the model")
+        with (
+            subtests.test(kind.__name__),
+            replaced_forward(chain.blocks[at], failing(raised)),
+            suspended_at(chain.blocks),
+        ):
+            call = start(chain)
+            for _ in range(at + 1):
+                call.advance()
+            with pytest.raises(kind) as caught:
+                call.advance()
+            assert caught.value is raised
+            assert call.ended
+            assert call.waiting is None
+            assert call.advance() is None
+
+
+def test_closed_call_leaves_no_thread(subtests):
     """Not started, suspended at each block, ended."""
-    with suspended_at(chain.blocks):
-        call = start(chain)
-        for _ in range(advanced):
-            call.advance()
-        call.close()
-        assert call.ended and call.waiting is None and call.advance() is None
-        assert chain.ran == list(range(1, advanced))
-        call.close()
+    for advanced in range(5):
+        chain = Chain()
+        with subtests.test(advanced=advanced), suspended_at(chain.blocks):
+            call = start(chain)
+            for _ in range(advanced):
+                call.advance()
+            call.close()
+            assert call.ended
+            assert call.waiting is None
+            assert call.advance() is None
+            assert chain.ran == list(range(1, advanced))
+            call.close()
 
 
 class Stubborn(nn.Module):
@@ -162,15 +183,17 @@ def test_frames_of_a_closed_call_are_unwound(chain):
     assert left == [True]
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_modes_of_the_thread_are_those_in_which_the_call_is_made(mode):
-    def modes():
-        return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+def test_modes_of_the_thread_are_those_in_which_the_call_is_made(subtests):
+    for mode in [torch.inference_mode, torch.no_grad, torch.enable_grad]:
+        with subtests.test(mode=mode):
 
-    with mode():
-        call, expected = SuspendedCall(modes), modes()
-    call.advance()
-    assert call.result == expected
+            def modes():
+                return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+            with mode():
+                call, expected = SuspendedCall(modes), modes()
+            call.advance()
+            assert call.result == expected
 
 
 def test_context_variables_are_those_in_which_the_call_is_made():
@@ -189,7 +212,8 @@ def test_forwards_are_restored(chain):
     chain.blocks[1].forward = own  # as patches of hosts have it
     with pytest.raises(ZeroDivisionError), suspended_at(chain.blocks) as forwards:
         assert all("forward" in vars(block) for block in chain.blocks)
-        assert forwards[chain.blocks[1]] is own and forwards[chain.blocks[0]] == Add.forward.__get__(chain.blocks[0])
+        assert forwards[chain.blocks[1]] is own
+        assert forwards[chain.blocks[0]] == Add.forward.__get__(chain.blocks[0])
         raise ZeroDivisionError
     assert ["forward" in vars(block) for block in chain.blocks] == [False, True, False]
     assert chain.blocks[1].forward is own

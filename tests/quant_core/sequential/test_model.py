@@ -199,14 +199,14 @@ class Flat(nn.Module):
         return self.b(self.a(x))
 
 
-@pytest.mark.parametrize(
-    "root, layers",
-    [(Flat, None), (Transformer, ["embed", "final"]), (Transformer, [])],
-    ids=["no list", "no layer in a list", "no layer"],
-)
-def test_model_without_blocks_is_not_followed(root, layers, sentences):
-    with sentences.raises(UnfollowedModelError):
-        find(make(root), layers)
+def test_model_without_blocks_is_not_followed(sentences, subtests):
+    for label, (root, layers) in {
+        "no list": (Flat, None),
+        "no layer in a list": (Transformer, ["embed", "final"]),
+        "no layer": (Transformer, []),
+    }.items():
+        with subtests.test(label), sentences.raises(UnfollowedModelError):
+            find(make(root), layers)
 
 
 @pytest.mark.parametrize("tokens", [WIDTH, WIDTH + 1], ids=["success", "error in a block"])
@@ -216,4 +216,5 @@ def test_watching_leaves_no_hooks(tokens):
     with contextlib.suppress(RuntimeError):
         find_blocks(model, list(model.layers))
     for module in root.modules():
-        assert not module._forward_pre_hooks and not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
