@@ -5,21 +5,34 @@ python tests/architectures/table.py      writes it again
 
 import argparse
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 
 from learned_rounding.quant_core import FORMATS, PRESETS, Recipe
 from learned_rounding.quant_core.errors import NothingToQuantizeError
-from learned_rounding.quant_core.recipes import make_plan, recognize_preset
+from learned_rounding.quant_core.recipes import Plan, make_plan, recognize_preset
 from learned_rounding.quant_core.run.estimate import estimate_size
 from learned_rounding.quant_core.sources import TensorInfo
 from learned_rounding.tests.architectures.collect import TEXT_ENCODERS
 from learned_rounding.tests.architectures.lists import architectures, read, title
 
-__all__ = ["CHECKPOINT", "CONVERTED", "DOCUMENT", "ENCODERS", "RENAMED", "Found", "document", "examine", "source"]
+__all__ = [
+    "CHECKPOINT",
+    "CONVERTED",
+    "DOCUMENT",
+    "ENCODERS",
+    "RENAMED",
+    "Found",
+    "document",
+    "examine",
+    "row",
+    "source",
+]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 HEAD = """# Models
@@ -77,24 +90,28 @@ ENCODERS = {
 CHECKPOINT = "model.diffusion_model."
 
 
-class Found(NamedTuple):
-    """What the plan of a model is.
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What becomes of a model with nothing but detection.
 
     Attributes:
-        preset: name of the preset that recognises it, or None.
+        name: of the list.
+        preset: name of the preset that recognizes it, or None.
+        plan: None if ComfyUI reads all of the model in full precision only.
         parameters: of the whole model.
         quantized: shapes of the layers to quantize, by tensor name.
-        sure: the preset knows every one of them.
-        sizes: format → bytes of the file.
-        checkpoint: the decisions are the same in a whole checkpoint.
     """
 
+    name: str
     preset: str | None
+    plan: Plan | None
     parameters: int
     quantized: dict[str, tuple[int, ...]]
-    sure: bool
-    sizes: dict[str, int]
-    checkpoint: bool
+
+    @property
+    def sure(self) -> bool:
+        """Whether the preset covers every layer to quantize."""
+        return self.preset is not None and all(PRESETS[self.preset].blocks.search(tensor) for tensor in self.quantized)
 
     @property
     def share(self) -> float:
@@ -107,6 +124,21 @@ class Found(NamedTuple):
             self.quantized
         )
 
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Format → bytes of the file; empty without a plan."""
+        recipes = {format: Recipe(format=format) for format in FORMATS if self.plan}
+        header = source(self.name)
+        return {format: estimate_size(header, recipe, recipe.plan(header)) for format, recipe in recipes.items()}
+
+    @cached_property
+    def checkpoint(self) -> bool:
+        """Whether the decisions are the same in a whole checkpoint."""
+        if self.plan is None:
+            return False
+        inside = make_plan(source(self.name, CHECKPOINT)).decisions
+        return inside == {CHECKPOINT + tensor: decision for tensor, decision in self.plan.decisions.items()}
+
 
 def source(name: str, prefix: str = "") -> SimpleNamespace:
     """The header of a bfloat16 file of that model."""
@@ -114,24 +146,18 @@ def source(name: str, prefix: str = "") -> SimpleNamespace:
     return SimpleNamespace(name=name, tensors=infos, metadata={})
 
 
+@cache
 def examine(name: str) -> Found:
-    """The plan of the model of that list, with nothing but detection, and what becomes of it in each format."""
+    """What becomes of the model of that list."""
     header = source(name)
     parameters = sum(math.prod(info.shape) for info in header.tensors.values())
     preset = recognize_preset(header.tensors)
     try:
         plan = make_plan(header)
     except NothingToQuantizeError:
-        return Found(preset and preset.name, parameters, {}, True, {}, False)
+        return Found(name, preset and preset.name, None, parameters, {})
     layers = {tensor: header.tensors[tensor].shape for tensor in plan.names("quantize")}
-    sure = preset is not None and all(preset.blocks.search(tensor) for tensor in layers)
-    sizes = {}
-    for format in FORMATS:
-        recipe = Recipe(format=format)
-        sizes[format] = estimate_size(header, recipe, recipe.plan(header))
-    inside = make_plan(source(name, CHECKPOINT)).decisions
-    checkpoint = inside == {CHECKPOINT + tensor: decision for tensor, decision in plan.decisions.items()}
-    return Found(preset and preset.name, parameters, layers, sure, sizes, checkpoint)
+    return Found(name, preset and preset.name, plan, parameters, layers)
 
 
 def _origins(name: str, found: Found) -> str:
@@ -146,7 +172,7 @@ def _origins(name: str, found: Found) -> str:
     return ", ".join(["checkpoint"] * found.checkpoint + renamed) or "–"
 
 
-def _row(name: str) -> list[str]:
+def _cells(name: str) -> list[str]:
     found = examine(name)
     cells = [title(name), found.preset or "general rule", f"{found.parameters / 1e9:.2f} B"]
     if not found.quantized:
@@ -164,10 +190,19 @@ def _row(name: str) -> list[str]:
     ]
 
 
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def row(name: str) -> str:
+    """The line of the model of that list."""
+    return _line(_cells(name))
+
+
 def document() -> str:
     """The whole document."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *map(_row, sorted(architectures(), key=lambda name: title(name).lower()))]
-    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    head = _line(COLUMNS) + _line(["---"] * len(COLUMNS))
+    return HEAD + head + "".join(map(row, sorted(architectures(), key=lambda name: title(name).lower())))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from learned_rounding.quant_core import Recipe, quantize_file, quantize_tensors
 from learned_rounding.quant_core.calibration import CalibrationFile, InMemoryCalibration, LayerStatistics
 from learned_rounding.quant_core.calibration.histogram import histogram
 from learned_rounding.quant_core.convert.migrate import migrate_file
-from learned_rounding.quant_core.errors import NothingToQuantizeError, OutputError, SourceError
+from learned_rounding.quant_core.errors import NothingToQuantizeError, OutputError, OutputExistsError, SourceError
 from learned_rounding.quant_core.formats.layer_json import config_tensor, layer_configs
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.sources import SafetensorsFile
@@ -57,34 +57,60 @@ def old_fp8(marker=0, prefix="", **more):
     }
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_old_scaled_fp8_gets_layer_json(subtests, migrate):
+    for prefix in ["", "model.diffusion_model."]:
+        for marker, full in [(0, False), (2, True)]:
+            with subtests.test(prefix=prefix, marker=marker, full=full):
+                done, _, jsons = migrate(old_fp8(marker, prefix), {"title": "x"}, overwrite=True)
+                expected = {"format": "float8_e4m3fn"} | ({"full_precision_matrix_mult": True} if full else {})
+                assert jsons == {f"{prefix}blocks.0.mlp": expected}
+                assert done.layers.total() == 1
+
+
 @pytest.mark.parametrize("marker, full", [(0, False), (2, True)])
-def test_old_scaled_fp8(migrate, prefix, marker, full):
-    old = old_fp8(marker, prefix, scale_input=torch.tensor(0.5))
-    done, made, jsons = migrate(old, {"title": "x"})
-    layer = f"{prefix}blocks.0.mlp"
-    expected = {"format": "float8_e4m3fn"} | ({"full_precision_matrix_mult": True} if full else {})
-    assert jsons == {layer: expected} and done.layers.total() == 1
-    assert set(made) == {
-        *(f"{layer}.{name}" for name in ("weight", "weight_scale", "bias", "comfy_quant")),
-        *([f"{layer}.input_scale"] if not full else []),
-        f"{prefix}norm.weight",
-    }
-    assert torch.equal(made[f"{layer}.weight"].view(torch.uint8), old[f"{layer}.weight"].view(torch.uint8))
-    assert made[f"{layer}.weight_scale"].shape == () and float(made[f"{layer}.weight_scale"]) == pytest.approx(0.02)
-    assert torch.equal(made[f"{layer}.bias"], old[f"{layer}.bias"])
+def test_old_scaled_fp8_gets_the_names_of_today(migrate, marker, full):
+    """An input scale is of no use to a layer in full precision."""
+    _, made, _ = migrate(old_fp8(marker, scale_input=torch.tensor(0.5)))
+    names = ("weight", "weight_scale", "bias", "comfy_quant", *([] if full else ["input_scale"]))
+    assert set(made) == {*(f"blocks.0.mlp.{name}" for name in names), "norm.weight"}
 
 
-@pytest.mark.parametrize(
-    "value, stays",
-    [(0.5, True), ([0.5], True), (1.0, False), (0.02, False), ([0.5, 0.25], False)],
-    ids=["measured", "of one element", "one", "a copy of the weight's", "of channels"],
-)
-@pytest.mark.parametrize("drop", [False, True])
-def test_input_scales(migrate, value, stays, drop, sentences):
-    done, made, _ = migrate(old_fp8(scale_input=torch.tensor(value)), drop_input_scale=drop)
-    assert ("blocks.0.mlp.input_scale" in made) is (stays and not drop)
-    sentences(str(dict(done.changes)))
+def test_old_scaled_fp8_keeps_its_values(migrate):
+    old = old_fp8()
+    _, made, _ = migrate(old)
+    assert torch.equal(made["blocks.0.mlp.weight"].view(torch.uint8), old["blocks.0.mlp.weight"].view(torch.uint8))
+    assert torch.equal(made["blocks.0.mlp.bias"], old["blocks.0.mlp.bias"])
+
+
+def test_old_scaled_fp8_keeps_its_scale_as_a_scalar(migrate):
+    _, made, _ = migrate(old_fp8())
+    assert made["blocks.0.mlp.weight_scale"].shape == ()
+    assert float(made["blocks.0.mlp.weight_scale"]) == pytest.approx(0.02)
+
+
+INPUT_SCALES = {
+    "measured": (0.5, True),
+    "of one element": ([0.5], True),
+    "one": (1.0, False),
+    "a copy of the weight's": (0.02, False),
+    "of channels": ([0.5, 0.25], False),
+}
+
+
+def test_input_scales_stay_where_they_were_measured(subtests, migrate, sentences):
+    for kind, (value, stays) in INPUT_SCALES.items():
+        with subtests.test(kind):
+            done, made, _ = migrate(old_fp8(scale_input=torch.tensor(value)), overwrite=True)
+            assert ("blocks.0.mlp.input_scale" in made) is stays
+            sentences(str(dict(done.changes)))
+
+
+def test_input_scales_can_be_left_out(subtests, migrate, sentences):
+    for value in [value for value, _ in INPUT_SCALES.values()]:
+        with subtests.test(value=value):
+            done, made, _ = migrate(old_fp8(scale_input=torch.tensor(value)), drop_input_scale=True, overwrite=True)
+            assert "blocks.0.mlp.input_scale" not in made
+            sentences(str(dict(done.changes)))
 
 
 def test_input_scales_from_a_calibration(migrate, sentences):
@@ -95,27 +121,28 @@ def test_input_scales_from_a_calibration(migrate, sentences):
     assert float(made["blocks.0.mlp.input_scale"]) > 4
 
 
-@pytest.mark.parametrize(
-    "dtype, shape, label, expected",
-    [
-        (FP8, (64, 1), "float8_e4m3fn", {"format": "float8_e4m3fn_rowwise"}),
-        (FP8, (64,), "float8_e4m3fn", {"format": "float8_e4m3fn_rowwise"}),
-        (FP8, (2, 3), "float8_e4m3fn", {"format": "float8_e4m3fn_blockwise", "group_size": 32}),
-        (INT8, (4, 6), "int8_tensorwise", {"format": "int8_blockwise", "group_size": 16}),
-        (INT8, (64, 1), "int8_blockwise", {"format": "int8_tensorwise", "per_row": True}),
-        (INT8, (1,), "int8_tensorwise", {"format": "int8_tensorwise"}),
-        (FP8, (), None, {"format": "float8_e4m3fn"}),
-        (torch.float8_e5m2, (), None, {"format": "float8_e5m2", "full_precision_matrix_mult": True}),
-        (torch.float8_e5m2, (), "float8_e5m2", {"format": "float8_e5m2", "full_precision_matrix_mult": True}),
-    ],
-)
-def test_labels_follow_the_scales(migrate, dtype, shape, label, expected):
-    old = {"a.weight": qdata(dtype), "a.weight_scale": random(*shape).abs() + 0.1}
-    if label:
-        old["a.comfy_quant"] = config_tensor({"format": label})
-    _, made, jsons = migrate(old)
-    assert jsons == {"a": expected}
-    assert torch.equal(made["a.weight_scale"].flatten(), old["a.weight_scale"].flatten())
+LABELS = [
+    (FP8, (64, 1), "float8_e4m3fn", {"format": "float8_e4m3fn_rowwise"}),
+    (FP8, (64,), "float8_e4m3fn", {"format": "float8_e4m3fn_rowwise"}),
+    (FP8, (2, 3), "float8_e4m3fn", {"format": "float8_e4m3fn_blockwise", "group_size": 32}),
+    (INT8, (4, 6), "int8_tensorwise", {"format": "int8_blockwise", "group_size": 16}),
+    (INT8, (64, 1), "int8_blockwise", {"format": "int8_tensorwise", "per_row": True}),
+    (INT8, (1,), "int8_tensorwise", {"format": "int8_tensorwise"}),
+    (FP8, (), None, {"format": "float8_e4m3fn"}),
+    (torch.float8_e5m2, (), None, {"format": "float8_e5m2", "full_precision_matrix_mult": True}),
+    (torch.float8_e5m2, (), "float8_e5m2", {"format": "float8_e5m2", "full_precision_matrix_mult": True}),
+]
+
+
+def test_labels_follow_the_scales(subtests, migrate):
+    for dtype, shape, label, expected in LABELS:
+        with subtests.test(str(expected), shape=shape, label=label):
+            old = {"a.weight": qdata(dtype), "a.weight_scale": random(*shape).abs() + 0.1}
+            if label:
+                old["a.comfy_quant"] = config_tensor({"format": label})
+            _, made, jsons = migrate(old, overwrite=True)
+            assert jsons == {"a": expected}
+            assert torch.equal(made["a.weight_scale"].flatten(), old["a.weight_scale"].flatten())
 
 
 def test_a_rotation_under_params_stays(migrate):
@@ -189,39 +216,43 @@ def test_each_part_of_a_checkpoint_has_its_own_mark(migrate):
     assert full == {"model.diffusion_model.blocks.0.mlp": False, "text_encoders.t5xxl.transformer.blocks.0.mlp": True}
 
 
-@pytest.mark.parametrize(
-    "tensors, config",
-    [
-        (
-            {"a.weight": qdata(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)},
-            {"format": "int8_tensorwise", "convrot": True},
-        ),
-        ({"a.weight": qdata(INT8), "a.weight_scale": torch.ones(())}, {"format": "int8_tensorwise", "convrot": True}),
-        (
-            {"a.weight": qdata(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)},
-            {"format": "int8_blockwise", "group_size": 100},
-        ),
-        ({"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(), None),
-        ({"a.weight": qdata(INT8)} | old_fp8(), None),
-    ],
-)
-def test_what_would_not_be_what_was_meant_is_not_written(tmp_path, migrate, tensors, config, sentences):
-    with sentences.raises(SourceError):
-        migrate({**tensors, **({"a.comfy_quant": config_tensor(config)} if config else {})})
-    assert not (tmp_path / "new.safetensors").exists()
+AMBIGUOUS = [
+    (
+        {"a.weight": qdata(INT8, 64, 64), "a.weight_scale": torch.ones(64, 1)},
+        {"format": "int8_tensorwise", "convrot": True},
+    ),
+    ({"a.weight": qdata(INT8), "a.weight_scale": torch.ones(())}, {"format": "int8_tensorwise", "convrot": True}),
+    (
+        {"a.weight": qdata(INT8, 200, 200), "a.weight_scale": torch.ones(2, 2)},
+        {"format": "int8_blockwise", "group_size": 100},
+    ),
+    ({"a.weight": random(64, 64), "a.scale_weight": torch.tensor(0.5)} | old_fp8(), None),
+    ({"a.weight": qdata(INT8)} | old_fp8(), None),
+]
+
+
+def test_what_would_not_be_what_was_meant_is_not_written(subtests, tmp_path, migrate, sentences):
+    for number, (tensors, config) in enumerate(AMBIGUOUS):
+        with subtests.test(str(config), number=number):
+            with sentences.raises(SourceError):
+                migrate({**tensors, **({"a.comfy_quant": config_tensor(config)} if config else {})})
+            assert not (tmp_path / "new.safetensors").exists()
 
 
 TWICE = [("weight_scale", "scale_weight"), ("input_scale", "scale_input")]
 
 
-@pytest.mark.parametrize("names", [*TWICE, *(pair[::-1] for pair in TWICE)], ids="/".join)
-def test_a_scale_by_two_names_is_refused(tmp_path, migrate, names, sentences):
+def test_a_scale_by_two_names_is_refused(subtests, tmp_path, migrate, sentences):
     """One of them would be chosen, and the other stay under a name that is written again."""
-    scales = {f"blocks.0.mlp.{name}": torch.tensor(value) for name, value in zip(names, (0.02, 3.0), strict=True)}
-    layer = {"blocks.0.mlp.weight": qdata(), "blocks.0.mlp.weight_scale": torch.tensor(0.02)}
-    with sentences.raises(SourceError):
-        migrate(layer | scales)
-    assert not (tmp_path / "new.safetensors").exists()
+    for names in [*TWICE, *(pair[::-1] for pair in TWICE)]:
+        with subtests.test(names=names):
+            scales = {
+                f"blocks.0.mlp.{name}": torch.tensor(value) for name, value in zip(names, (0.02, 3.0), strict=True)
+            }
+            layer = {"blocks.0.mlp.weight": qdata(), "blocks.0.mlp.weight_scale": torch.tensor(0.02)}
+            with sentences.raises(SourceError):
+                migrate(layer | scales)
+            assert not (tmp_path / "new.safetensors").exists()
 
 
 def test_fp8_without_a_scale_becomes_the_weights_it_stands_for(migrate, sentences):
@@ -262,35 +293,54 @@ def test_a_sound_file_stays_as_it_is(tmp_path, migrate):
     )
     before = load_file(tmp_path / "q.safetensors")
     done, made, _ = migrate(before)
-    assert not done.changes and made.keys() == before.keys()
+    assert not done.changes
+    assert made.keys() == before.keys()
     assert all(torch.equal(made[name], before[name]) for name in before)
 
 
-def test_what_is_refused(tmp_path, migrate, sentences):
+def test_an_unquantized_file_is_refused(migrate, sentences):
     with sentences.raises(NothingToQuantizeError):
         migrate({"a.weight": random(8, 8)})
+
+
+def test_a_scale_that_does_not_fit_is_refused(tmp_path, migrate, sentences):
     with sentences.raises(SourceError):
         migrate({"a.weight": qdata(), "a.weight_scale": torch.ones(3, 5)})
     assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_an_output_that_exists_is_kept(migrate, sentences):
+    migrate(old_fp8())
+    with sentences.raises(OutputExistsError):
+        migrate(old_fp8())
+
+
+def test_an_output_that_exists_is_overwritten_where_that_is_asked_for(migrate):
+    migrate(old_fp8())
+    migrate(old_fp8(), overwrite=True)
+
+
+def test_the_source_is_not_overwritten(tmp_path, migrate, sentences):
     migrate(old_fp8())
     with sentences.raises(OutputError):
-        migrate(old_fp8())
-    with sentences.raises(OutputError):
         migrate_file(tmp_path / "old.safetensors", tmp_path / "old.safetensors", overwrite=True)
+
+
+def test_the_calibration_is_not_overwritten(tmp_path, migrate, sentences):
+    migrate(old_fp8())
     save_file({"blocks.0.mlp.gram": torch.eye(8)}, tmp_path / "x.calib.safetensors")
-    statistics = (tmp_path / "x.calib.safetensors").read_bytes()
-    with (
-        CalibrationFile(tmp_path / "x.calib.safetensors") as known,
-        sentences.raises(OutputError),
-    ):
+    before = (tmp_path / "x.calib.safetensors").read_bytes()
+    with CalibrationFile(tmp_path / "x.calib.safetensors") as known, sentences.raises(OutputError):
         migrate_file(tmp_path / "old.safetensors", tmp_path / "x.calib.safetensors", calibration=known, overwrite=True)
-    assert (tmp_path / "x.calib.safetensors").read_bytes() == statistics
-    migrate(old_fp8(), overwrite=True)
+    assert (tmp_path / "x.calib.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("scale", [float("nan"), 2.0 + 0j], ids=["NaN", "complex"])
+def test_a_refused_migration_leaves_what_was_there(tmp_path, migrate, sentences, scale):
+    migrate(old_fp8())
     with sentences.raises(SourceError):
-        migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(float("nan"))}, overwrite=True)
-    with sentences.raises(SourceError):
-        migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(2.0 + 0j)}, overwrite=True)
-    assert verify_file(tmp_path / "new.safetensors").problems == []  # what was there is not lost
+        migrate(old_fp8() | {"blocks.0.mlp.scale_weight": torch.tensor(scale)}, overwrite=True)
+    assert verify_file(tmp_path / "new.safetensors").problems == []
     assert not list(tmp_path.glob(".*partial"))
 
 

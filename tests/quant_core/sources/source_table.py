@@ -4,7 +4,6 @@ python tests/quant_core/sources/source_table.py
 """
 
 import argparse
-import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping
@@ -191,9 +190,8 @@ def document() -> str:
     """Return the document."""
     lines = [f"| source | {' | '.join(f'`{name}`' for name in FORMATS)} |", f"| --- |{' --- |' * len(FORMATS)}"]
     for kind in SOURCES:
-        with contextlib.ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            cells = [f"{100 * error:.1f} %" for error in errors(kind, folder).values()]
+        with tempfile.TemporaryDirectory() as folder:
+            cells = [f"{100 * error:.1f} %" for error in errors(kind, Path(folder)).values()]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return HEAD + "\n".join(lines) + "\n" + TAIL
 

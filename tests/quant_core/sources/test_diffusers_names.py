@@ -22,13 +22,12 @@ from learned_rounding.quant_core.sources.diffusers_names import FAMILIES, assemb
 from learned_rounding.quant_core.sources.renaming import RenamedSource
 from learned_rounding.quant_core.sources.source import fingerprint
 from learned_rounding.tests.architectures import architectures, read
-from learned_rounding.tests.architectures.table import CONVERTED
+from learned_rounding.tests.architectures.table import CONVERTED, examine
+from learned_rounding.tests.architectures.table import source as models_header
 from learned_rounding.tests.gguf_files import save_gguf
 from learned_rounding.tests.quant_core.sources.diffusers_lists import DIFFUSERS_LISTS as LISTS
 from learned_rounding.tests.quant_core.sources.diffusers_lists import read_diffusers as theirs
 from learned_rounding.tests.quant_core.sources.test_gguf_shapes import without_leading_ones
-
-PREFIX = "model.diffusion_model."
 
 
 def header(shapes: dict[str, tuple[int, ...]], name: str = "model.safetensors") -> SimpleNamespace:
@@ -41,18 +40,21 @@ def converted(shapes: dict[str, tuple[int, ...]]) -> RenamedSource:
     return RenamedSource(source, assemble_diffusers(source))
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_names_and_shapes_become_those_of_comfyuis_class(name):
-    found = {
-        key.replace("_norm.scale", "_norm.weight"): info.shape for key, info in converted(theirs(name)).tensors.items()
-    }  # ComfyUI reads both names of these norms
-    assert found == {key: tensor.shape for key, tensor in read(name).items()}
+def test_names_and_shapes_become_those_of_comfyuis_class(subtests):
+    for name in LISTS:
+        with subtests.test(name):
+            found = {
+                key.replace("_norm.scale", "_norm.weight"): info.shape
+                for key, info in converted(theirs(name)).tensors.items()
+            }  # ComfyUI reads both names of these norms
+            assert found == {key: tensor.shape for key, tensor in read(name).items()}
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_dimensions_that_a_gguf_file_lacks_come_back(name):
-    stored = converted({key: without_leading_ones(shape) for key, shape in theirs(name).items()})
-    assert stored.tensors == converted(theirs(name)).tensors
+def test_dimensions_that_a_gguf_file_lacks_come_back(subtests):
+    for name in LISTS:
+        with subtests.test(name):
+            stored = converted({key: without_leading_ones(shape) for key, shape in theirs(name).items()})
+            assert stored.tensors == converted(theirs(name)).tensors
 
 
 def test_modulation_of_wan_in_a_gguf_file(tmp_path):
@@ -71,12 +73,13 @@ def test_modulation_of_wan_in_a_gguf_file(tmp_path):
         assert (read.numpy()[0] == values).all()
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_the_plan_is_that_of_comfyuis_names(name):
-    plan = make_plan(converted(theirs(name)))
-    expected = make_plan(header({key: tensor.shape for key, tensor in read(name).items()}))
-    assert plan.explanation == expected.explanation and plan.preset is expected.preset is not None
-    assert set(plan.names("quantize")) == set(expected.names("quantize"))
+def test_the_plan_is_that_of_comfyuis_names(subtests):
+    for name in LISTS:
+        with subtests.test(name):
+            plan, expected = make_plan(converted(theirs(name))), examine(name).plan
+            assert plan.explanation == expected.explanation
+            assert plan.preset is expected.preset
+            assert set(plan.names("quantize")) == set(expected.names("quantize"))
 
 
 def test_the_second_time_embedding_of_hunyuan_video_15():
@@ -86,19 +89,34 @@ def test_the_second_time_embedding_of_hunyuan_video_15():
     assert names == {"time_r_in.in_layer.weight", "time_r_in.out_layer.weight"}
 
 
-@pytest.mark.parametrize("name", architectures())
-def test_comfyuis_names_are_left_alone(name):
-    shapes = {key: tensor.shape for key, tensor in read(name).items()}
-    assert assemble_diffusers(header(shapes)) is None
-    assert assemble_diffusers(header({PREFIX + key: shape for key, shape in shapes.items()})) is None
+def test_comfyuis_names_are_left_alone(subtests):
+    for name in architectures():
+        with subtests.test(name):
+            assert assemble_diffusers(models_header(name)) is None
 
 
-def test_every_family_has_a_list():
+def test_comfyuis_names_in_a_checkpoint_are_left_alone(subtests):
+    for name in LISTS:
+        with subtests.test(name):
+            assert assemble_diffusers(models_header(name, "model.diffusion_model.")) is None
+
+
+def test_lists_are_of_the_models_that_are_converted():
     assert set(LISTS) == CONVERTED
-    refused = [family for family in FAMILIES if family.lacks]
-    used = [family for family in FAMILIES for name in LISTS if set(family.marks) <= theirs(name).keys()]
-    assert {family.title for family in (*used, *refused)} == {family.title for family in FAMILIES}
-    assert all(sum(set(family.marks) <= theirs(name).keys() for family in FAMILIES) == 1 for name in LISTS)
+
+
+def families_of(name: str) -> list:
+    return [family for family in FAMILIES if set(family.marks) <= theirs(name).keys()]
+
+
+def test_every_family_has_a_list_or_is_refused():
+    used = {family.title for name in LISTS for family in families_of(name)}
+    refused = {family.title for family in FAMILIES if family.lacks}
+    assert used | refused == {family.title for family in FAMILIES}
+
+
+def test_every_list_is_of_one_family():
+    assert [name for name in LISTS if len(families_of(name)) != 1] == []
 
 
 def tiny_flux2() -> dict[str, torch.Tensor]:
@@ -116,35 +134,66 @@ def tiny_flux2() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_joined_and_swapped_values(tmp_path):
-    """Queries, keys and values in this order; shift before scale in the output."""
+@pytest.fixture
+def opened_flux2(tmp_path):
+    """(tensors of the file, tensors that are read, source)"""
     original = tiny_flux2()
     save_file(original, tmp_path / "flux2.safetensors")
     with open_source(tmp_path / "flux2.safetensors") as source:
-        read = {name: source.read(name) for name in source.tensors}
-        assert all(tuple(read[name].shape) == info.shape for name, info in source.tensors.items())
-    block = "transformer_blocks.0.attn."
-    joined = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
-    for stream, parts in joined.items():
-        expected = torch.cat([original[f"{block}{part}.weight"] for part in parts])
-        assert torch.equal(read[f"double_blocks.0.{stream}_attn.qkv.weight"], expected)
+        yield original, {name: source.read(name) for name in source.tensors}, source
+
+
+def test_tensors_are_read_in_the_shapes_that_are_described(opened_flux2):
+    _, read, source = opened_flux2
+    assert {name: tuple(tensor.shape) for name, tensor in read.items()} == {
+        name: info.shape for name, info in source.tensors.items()
+    }
+
+
+JOINED = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
+
+
+def test_queries_keys_and_values_are_joined_in_this_order(subtests, opened_flux2):
+    for stream, parts in JOINED.items():
+        with subtests.test(stream=stream, parts=parts):
+            original, read, _ = opened_flux2
+            expected = torch.cat([original[f"transformer_blocks.0.attn.{part}.weight"] for part in parts])
+            assert torch.equal(read[f"double_blocks.0.{stream}_attn.qkv.weight"], expected)
+
+
+def test_shift_comes_before_scale_in_the_output(opened_flux2):
+    original, read, _ = opened_flux2
     scale, shift = original["norm_out.linear.weight"].chunk(2)
     assert torch.equal(read["final_layer.adaLN_modulation.1.weight"], torch.cat((shift, scale)))
-    assert torch.equal(
-        read["single_blocks.0.linear1.weight"], original["single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight"]
-    )
-    values = torch.cat([tensor.flatten() for tensor in read.values()])
+
+
+def test_a_renamed_tensor_is_the_same(opened_flux2):
+    original, read, _ = opened_flux2
+    expected = original["single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight"]
+    assert torch.equal(read["single_blocks.0.linear1.weight"], expected)
+
+
+def test_every_value_is_read_once(opened_flux2):
+    values = torch.cat([tensor.flatten() for tensor in opened_flux2[1].values()])
     assert torch.equal(values.sort().values, torch.arange(values.numel(), dtype=torch.float32))
 
 
-def test_a_quantized_file_has_comfyuis_names(tmp_path):
-    """Two runs over the same file: the second one finds the output of the first."""
+@pytest.fixture
+def quantized_flux2(tmp_path):
+    """run() quantizes the same file to the same output."""
     save_file({key: tensor.bfloat16() for key, tensor in tiny_flux2().items()}, tmp_path / "flux2.safetensors")
     recipe = Recipe(rounding="nearest", preset="none")
-    out = tmp_path / "out.safetensors"
-    first = quantize_file(tmp_path / "flux2.safetensors", out, recipe)
-    assert not first.already_done and quantize_file(tmp_path / "flux2.safetensors", out, recipe).already_done
-    with SafetensorsFile(out) as made:
+    return lambda: quantize_file(tmp_path / "flux2.safetensors", tmp_path / "out.safetensors", recipe)
+
+
+def test_a_second_run_finds_the_output_of_the_first(quantized_flux2):
+    assert not quantized_flux2().already_done
+    assert quantized_flux2().already_done
+
+
+def test_a_quantized_file_has_comfyuis_names(quantized_flux2, tmp_path):
+    quantized_flux2()
+    with SafetensorsFile(tmp_path / "out.safetensors") as made:
         assert {
             "double_blocks.0.img_attn.qkv.weight_scale",
             "single_blocks.0.norm.key_norm.scale",
@@ -169,40 +218,62 @@ def test_quantized_files_are_refused_by_the_name_of_the_format(tmp_path, sentenc
         make_plan(source)
 
 
-def test_layer_json_under_diffusers_names_is_for_no_loader(tmp_path, sentences):
+@pytest.fixture
+def with_layer_json(tmp_path):
+    """A file with FP8 layers and their JSON under diffusers' names."""
     tensors = block_fp8(tiny_flux2(), "weight_scale")
     for layer in [name.removesuffix(".weight_scale") for name in tensors if name.endswith("weight_scale")]:
         tensors[f"{layer}.weight_scale"] = torch.tensor(0.5)
         tensors[f"{layer}.comfy_quant"] = config_tensor({"format": "float8_e4m3fn"})
     save_file(tensors, tmp_path / "flux2.safetensors")
-    sentences(inspect_file(tmp_path / "flux2.safetensors").stock)
+    return tmp_path / "flux2.safetensors"
+
+
+def test_layer_json_under_diffusers_names_is_for_no_loader(with_layer_json, sentences):
+    sentences(inspect_file(with_layer_json).stock)
+
+
+def test_layer_json_under_diffusers_names_is_not_migrated(with_layer_json, tmp_path, sentences):
     with sentences.raises(SourceError):
-        migrate_file(tmp_path / "flux2.safetensors", tmp_path / "out.safetensors")
+        migrate_file(with_layer_json, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_quantized_files_get_comfyuis_names_when_they_are_dequantized(tmp_path):
-    """Each part of a joined tensor has a scale of its own."""
+@pytest.fixture
+def fp8_flux2(tmp_path):
+    """(tensors, path) of FP8 layers; one part of a joined tensor has a scale of its own."""
     tensors = block_fp8(tiny_flux2(), "weight_scale_inv")
-    block = "transformer_blocks.0.attn."
-    tensors[f"{block}to_k.weight_scale_inv"] = torch.tensor([[4.0]])
+    tensors["transformer_blocks.0.attn.to_k.weight_scale_inv"] = torch.tensor([[4.0]])
     save_file(tensors, tmp_path / "flux2.safetensors")
-    with open_source(tmp_path / "flux2.safetensors") as source:
-        decoded = decode_source(source)
-        assert (
-            decoded.tensors.keys()
-            == converted({key: tensor.shape for key, tensor in tiny_flux2().items()}).tensors.keys()
-        )
-        assert decoded.paths == (tmp_path / "flux2.safetensors",) and fingerprint(decoded) not in (
-            None,
-            fingerprint(source),
-        )
-        parts = [
-            tensors[f"{block}{part}.weight"].float() * tensors[f"{block}{part}.weight_scale_inv"]
-            for part in ("to_q", "to_k", "to_v")
-        ]
-        assert torch.equal(decoded.read("double_blocks.0.img_attn.qkv.weight").float(), torch.cat(parts))
-    command = ["quantize", "--requantize", "--rounding", "nearest", "-i", str(tmp_path / "flux2.safetensors")]
+    return tensors, tmp_path / "flux2.safetensors"
+
+
+def test_dequantized_files_get_comfyuis_names(fp8_flux2):
+    with open_source(fp8_flux2[1]) as source:
+        expected = converted({key: tensor.shape for key, tensor in tiny_flux2().items()})
+        assert decode_source(source).tensors.keys() == expected.tensors.keys()
+
+
+def test_each_part_of_a_joined_tensor_is_dequantized_with_its_own_scale(fp8_flux2):
+    tensors, path = fp8_flux2
+    names = [f"transformer_blocks.0.attn.{part}.weight" for part in ("to_q", "to_k", "to_v")]
+    expected = torch.cat([tensors[name].float() * tensors[f"{name}_scale_inv"] for name in names])
+    with open_source(path) as source:
+        assert torch.equal(decode_source(source).read("double_blocks.0.img_attn.qkv.weight").float(), expected)
+
+
+def test_dequantized_files_are_those_of_their_paths(fp8_flux2):
+    with open_source(fp8_flux2[1]) as source:
+        assert decode_source(source).paths == (fp8_flux2[1],)
+
+
+def test_dequantized_files_have_a_fingerprint_of_their_own(fp8_flux2):
+    with open_source(fp8_flux2[1]) as source:
+        assert fingerprint(decode_source(source)) not in (None, fingerprint(source))
+
+
+def test_requantized_files_have_comfyuis_names(fp8_flux2, tmp_path):
+    command = ["quantize", "--requantize", "--rounding", "nearest", "-i", str(fp8_flux2[1])]
     assert main([*command, "-o", str(tmp_path / "out.safetensors")]) == 0
     with SafetensorsFile(tmp_path / "out.safetensors") as made:
         assert "double_blocks.0.img_mlp.0.weight_scale" in made.tensors
@@ -221,10 +292,10 @@ def changed(change: str) -> dict[str, tuple[int, ...]]:
     return shapes | {query: (3072, 3073)}
 
 
-@pytest.mark.parametrize("change", ["unknown", "missing", "scalar", "width"])
-def test_files_that_are_not_whole_are_refused(change, sentences):
-    with sentences.raises(SourceError):
-        converted(changed(change))
+def test_files_that_are_not_whole_are_refused(subtests, sentences):
+    for change in ("unknown", "missing", "scalar", "width"):
+        with subtests.test(change), sentences.raises(SourceError):
+            converted(changed(change))
 
 
 LTX2 = "audio_proj_in.weight proj_in.weight time_embed.emb.timestep_embedder.linear_1.weight transformer_blocks.0.attn1.to_q.weight"

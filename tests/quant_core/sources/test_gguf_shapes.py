@@ -1,5 +1,8 @@
 """Dimensions that GGUF files lose, for the tensors of every diffusion model that ComfyUI knows."""
 
+import re
+from collections.abc import Iterable
+
 import gguf
 import numpy
 import pytest
@@ -19,26 +22,59 @@ def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[first:]
 
 
-@pytest.mark.parametrize("name", architectures())
-def test_shapes_come_back(name):
-    for tensor, (_, shape) in read(name).items():
-        assert restore_shape(tensor, shape) == shape
-        if name in DIFFUSION and name not in NEVER_IN_GGUF:
-            assert restore_shape(tensor, without_leading_ones(shape)) == shape
-            prefixed = f"model.diffusion_model.{tensor}"
-            assert restore_shape(prefixed, without_leading_ones(shape)) == shape
+LATER_MODULE = re.compile(r"\.([1-9]|\d\d+)\.")  # of a list
 
 
-def test_pad_tokens_of_z_image_are_read_in_the_shape_of_comfyuis_model(tmp_path):
+def tensors_of(names: Iterable[str]) -> set[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of the tensors of these models, in lists of modules those of the first."""
+    tensors = ((tensor, entry.shape) for name in names for tensor, entry in read(name).items())
+    return {(tensor, shape) for tensor, shape in tensors if not LATER_MODULE.search(tensor)}
+
+
+@pytest.fixture(scope="module")
+def stored_tensors():
+    """Of the models that there are GGUF files of."""
+    return tensors_of(name for name in architectures() if name in DIFFUSION and name not in NEVER_IN_GGUF)
+
+
+def test_shapes_that_are_whole_stay():
+    tensors = tensors_of(architectures())
+    assert [(tensor, shape) for tensor, shape in tensors if restore_shape(tensor, shape) != shape] == []
+
+
+def test_leading_dimensions_of_1_come_back(subtests, stored_tensors):
+    for prefix in ["", "model.diffusion_model."]:
+        with subtests.test(prefix=prefix):
+            lost = [(name, shape) for name, shape in stored_tensors if without_leading_ones(shape) != shape]
+            assert lost
+            assert [
+                name for name, shape in lost if restore_shape(prefix + name, without_leading_ones(shape)) != shape
+            ] == []
+
+
+def test_no_other_tensor_gets_dimensions(stored_tensors):
+    others = [(name, shape) for name, shape in stored_tensors if without_leading_ones(shape) == shape]
+    assert [name for name, shape in others if restore_shape(name, shape) != shape] == []
+
+
+@pytest.fixture
+def pad_tokens(tmp_path):
+    """A GGUF of Z-Image with tensors of 3840 values."""
     writer = gguf.GGUFWriter(tmp_path / "z.gguf", "lumina2")
-    values = numpy.arange(3840, dtype=numpy.float32)
     for name in ("x_pad_token", "cap_pad_token", "cap_embedder.0.weight"):
-        writer.add_tensor(name, values)
+        writer.add_tensor(name, numpy.arange(3840, dtype=numpy.float32))
     save_gguf(writer)
     with open_source(tmp_path / "z.gguf") as source:
-        assert {name: info.shape for name, info in source.tensors.items()} == {
-            "x_pad_token": (1, 3840),
-            "cap_pad_token": (1, 3840),
-            "cap_embedder.0.weight": (3840,),
-        }
-        assert (source.read("x_pad_token").numpy() == values).all()
+        yield source
+
+
+def test_pad_tokens_of_z_image_have_the_shape_of_comfyuis_model(pad_tokens):
+    assert {name: info.shape for name, info in pad_tokens.tensors.items()} == {
+        "x_pad_token": (1, 3840),
+        "cap_pad_token": (1, 3840),
+        "cap_embedder.0.weight": (3840,),
+    }
+
+
+def test_pad_tokens_of_z_image_have_their_values(pad_tokens):
+    assert pad_tokens.read("x_pad_token").tolist() == [list(range(3840))]

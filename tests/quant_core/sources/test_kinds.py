@@ -1,4 +1,4 @@
-"""Files are read by their content; other kinds, and failed downloads, are named."""
+"""What a file is, by its first bytes: other kinds than models, and failed downloads, are named."""
 
 import bz2
 import gzip
@@ -13,46 +13,20 @@ import zipfile
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import SourceError
 from learned_rounding.quant_core.sources import SafetensorsFile, open_source
-from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
-from learned_rounding.quant_core.sources.kinds import HEAD, SAFETENSORS, find_kind
-from learned_rounding.tests.quant_core.sources.test_opening import gguf_file
-
-RECIPE = Recipe(format="int8_tensorwise", convrot=False, rounding="nearest")
-SUFFIXES = [".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".GGUF", ""]
-
-
-def save_safetensors(tensors, path):
-    save_file(tensors, path)
-
-
-def save_zip(tensors, path):
-    torch.save(tensors, path)
-
-
-def save_legacy(tensors, path):
-    torch.save(tensors, path, _use_new_zipfile_serialization=False)
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("save", [save_safetensors, save_zip, save_legacy, lambda t, path: gguf_file(path, t, "BF16")])
-def test_suffix_does_not_matter(model, tmp_path, save, suffix):
-    path = tmp_path / f"model{suffix}"
-    tensors = {name: tensor for name, tensor in model().items() if tensor.dtype is torch.bfloat16 and tensor.ndim == 2}
-    save(tensors, path)
-    with open_source(path) as source:
-        assert all(torch.equal(source.read(name).to(tensor.dtype), tensor) for name, tensor in tensors.items())
-    quantize_file(path, tmp_path / "out.safetensors", RECIPE)
-    original = tmp_path / "original"
-    save_file(tensors, original)
-    quantize_file(original, tmp_path / "expected.safetensors", RECIPE)
-    made, expected = load_file(tmp_path / "out.safetensors"), load_file(tmp_path / "expected.safetensors")
-    assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
+from learned_rounding.quant_core.sources.kinds import (
+    GGUF,
+    HEAD,
+    LEGACY_PICKLE,
+    SAFETENSORS,
+    ZIP,
+    find_kind,
+    read_head,
+)
+from learned_rounding.tests.quant_core.sources.model_files import SAVE
 
 
 def zip_of(**files: bytes) -> bytes:
@@ -137,46 +111,81 @@ KINDS = {
         "GGML type 99",
     ),
 }
-COMMANDS = ["quantize --int8 -i", "plan --int8 -i", "inspect", "verify", "migrate -i"]
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_kinds_are_named(tmp_path, capsys, sentences, kind, suffix):
-    content, words = KINDS[kind]
-    path = tmp_path / f"model{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(SourceError) as caught:
-        open_source(path)
-    if suffix == ".safetensors":
-        sentences(caught.value)
-    assert str(path) in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
-    for command in COMMANDS:
-        assert main([*command.split(), str(path)]) == 1
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith(f"lrq: {path}")
-    assert os.listdir(tmp_path) == [path.name]
-
-
-@pytest.mark.parametrize("command", ["inspect", "verify", "migrate -i"])
-@pytest.mark.parametrize("save", [save_zip, save_legacy, lambda t, path: gguf_file(path, t)])
-def test_commands_for_safetensors_name_the_kind(model, tmp_path, capsys, save, command):
-    save(model(), tmp_path / "model.safetensors")
-    assert main([*command.split(), str(tmp_path / "model.safetensors")]) == 1
-    kind = "a GGUF file" if save not in (save_zip, save_legacy) else "a pickled PyTorch checkpoint"
-    error = f"lrq: {tmp_path}/model.safetensors is {kind}; quantize and plan read it, and other commands need a safetensors file.\n"
-    assert capsys.readouterr().err == error
-
-
-@pytest.mark.parametrize(
-    "length", [0x7B, 0x0780, 0x120708, 0x88B1F, 0x5A425A, 0x0280], ids=["{", "80 07", "ONNX", "gzip", "BZ", "80 02"]
-)
-def test_length_of_a_header_that_looks_like_magic_bytes(tmp_path, length):
-    header = json.dumps({"a.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(length)
+def test_other_kinds_are_named(subtests, tmp_path, sentences):
     path = tmp_path / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", length) + header[:length] + bytes(8))
-    with SafetensorsFile(path) as direct, open_source(path) as source:
-        assert source.tensors == direct.tensors and find_kind(path.read_bytes()[:HEAD]) is SAFETENSORS
+    for kind, (content, words) in KINDS.items():
+        with subtests.test(kind):
+            path.write_bytes(content)
+            with sentences.raises(SourceError) as caught:
+                open_source(path)
+            assert str(path) in str(caught.value)
+            assert words in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+def test_other_kinds_are_named_under_other_suffixes(subtests, tmp_path):
+    for suffix in [".pt", ".gguf"]:
+        with subtests.test(suffix=suffix):
+            path = tmp_path / f"model{suffix}"
+            for kind, (content, words) in KINDS.items():
+                with subtests.test(kind):
+                    path.write_bytes(content)
+                    with pytest.raises(SourceError) as caught:
+                        open_source(path)
+                    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["quantize --int8 -i", "plan --int8 -i", "inspect", "verify", "migrate -i"])
+def test_commands_name_other_kinds_in_one_line(subtests, tmp_path, capsys, command):
+    path = tmp_path / "model.safetensors"
+    for kind in ("empty", "web page", "error in JSON", "zip", "anything else"):
+        with subtests.test(kind):
+            path.write_bytes(KINDS[kind][0])
+            assert main([*command.split(), str(path)]) == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"lrq: {path}")
+            assert os.listdir(tmp_path) == [path.name]
+
+
+def test_commands_for_safetensors_name_the_kind(subtests, tmp_path, capsys, sentences):
+    for command in ["inspect", "verify", "migrate -i"]:
+        for format in ["pickle", "GGUF"]:
+            with subtests.test(command=command, format=format):
+                SAVE[format]({"a.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+                assert main([*command.split(), str(tmp_path / "model.safetensors")]) == 1
+                sentences(capsys.readouterr().err)
+
+
+def test_kinds_of_models(subtests, tmp_path):
+    for format, kind in [
+        ("safetensors", SAFETENSORS),
+        ("pickle", ZIP),
+        ("legacy pickle", LEGACY_PICKLE),
+        ("GGUF", GGUF),
+    ]:
+        with subtests.test(format=format, kind=kind):
+            SAVE[format]({"a.weight": torch.zeros(4, 4)}, tmp_path / "model")
+            assert find_kind(read_head(tmp_path / "model")) is kind
+
+
+def test_length_of_a_header_that_looks_like_magic_bytes(subtests, tmp_path):
+    for length in [0x7B, 0x0780, 0x120708, 0x88B1F, 0x5A425A, 0x0280]:
+        with subtests.test(length=length):
+            header = (
+                json.dumps({"a.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(length)
+            )
+            path = tmp_path / "model.safetensors"
+            path.write_bytes(struct.pack("<Q", length) + header[:length] + bytes(8))
+            assert find_kind(read_head(path)) is SAFETENSORS
+            with SafetensorsFile(path) as direct, open_source(path) as source:
+                assert source.tensors == direct.tensors
+
+
+def test_the_head_of_a_file_is_bounded(tmp_path):
+    (tmp_path / "model").write_bytes(bytes(HEAD * 2))
+    assert read_head(tmp_path / "model") == bytes(HEAD)
 
 
 def test_text_in_a_message_is_bounded(tmp_path):
@@ -185,36 +194,3 @@ def test_text_in_a_message_is_bounded(tmp_path):
     with pytest.raises(SourceError) as caught:
         open_source(path)
     assert len(str(caught.value)) < len(str(path)) + 150
-
-
-DTYPES = ["F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_that_comfyui_does_not_load_are_refused_by_name(tmp_path, raw_file, capsys, sentences, dtype):
-    entry = {"dtype": dtype, "shape": [32, 32], "data_offsets": [0, 512]}
-    path = raw_file({"blocks.0.a.weight": entry}, bytes(512))
-    with sentences.raises(SourceError) as caught:
-        open_source(path)
-    assert caught.value.tensor == "blocks.0.a.weight" and f"dtype {dtype}," in str(caught.value)
-    for command in COMMANDS:
-        assert main([*command.split(), str(path)]) == 1
-        assert capsys.readouterr().err == f"lrq: {caught.value}\n"
-
-
-def test_unquantized_tensors_of_every_dtype_are_copied_byte_for_byte(tmp_path, model):
-    generator = torch.Generator().manual_seed(0)
-    others = {
-        f"table.{name}": torch.randint(
-            0, 2 if dtype is torch.bool else 256, (3, 8, dtype.itemsize), dtype=torch.uint8, generator=generator
-        )
-        .view(dtype)
-        .squeeze(-1)
-        for dtype, name in DTYPE_NAMES.items()
-    }
-    save_file(model() | others, tmp_path / "model.safetensors")
-    quantize_file(tmp_path / "model.safetensors", tmp_path / "out.safetensors", RECIPE)
-    made = load_file(tmp_path / "out.safetensors")
-    for name, tensor in others.items():
-        assert made[name].dtype is tensor.dtype
-        assert torch.equal(made[name].view(torch.uint8), tensor.view(torch.uint8))

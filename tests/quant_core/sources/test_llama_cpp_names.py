@@ -16,6 +16,7 @@ from learned_rounding.quant_core.sources import TensorInfo, TensorSource, open_s
 from learned_rounding.quant_core.sources.llama_cpp_names import assemble_llama_cpp
 from learned_rounding.quant_core.sources.renaming import RenamedSource
 from learned_rounding.tests.architectures import read
+from learned_rounding.tests.architectures.table import examine
 from learned_rounding.tests.gguf_files import save_gguf
 
 # List of ComfyUI's tensors → architecture in llama.cpp.
@@ -67,17 +68,38 @@ def whole(name: str) -> SimpleNamespace:
     return header(tensors | more, ENCODERS[name])
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_names_become_those_of_comfyuis_class(name):
-    source = whole(name)
-    assert all(re.match(r"((enc|dec)\.)?blk\.\d+\.|token_embd|(enc\.)?output|rope", key) for key in source.tensors)
-    renamed = RenamedSource(source, assemble_llama_cpp(source))
-    found = {
-        key.replace("lm_head", "model.lm_head"): info.shape for key, info in renamed.tensors.items()
-    }  # as ComfyUI does
-    assert found == {key: tensor.shape for key, tensor in read(name).items()}
-    plan = make_plan(renamed)
-    assert plan.preset and not any("embed_tokens" in key or "shared" in key for key in plan.names("quantize"))
+def renamed(source) -> RenamedSource:
+    return RenamedSource(source, assemble_llama_cpp(source))
+
+
+def test_names_of_the_tests_are_llama_cpps(subtests):
+    for name in ENCODERS:
+        with subtests.test(name):
+            names = whole(name).tensors
+            assert all(re.match(r"((enc|dec)\.)?blk\.\d+\.|token_embd|(enc\.)?output|rope", key) for key in names)
+
+
+def test_names_become_those_of_comfyuis_class(subtests):
+    for name in ENCODERS:
+        with subtests.test(name):
+            tensors = renamed(whole(name)).tensors
+            found = {
+                key.replace("lm_head", "model.lm_head"): info.shape for key, info in tensors.items()
+            }  # as ComfyUI does
+            assert found == {key: tensor.shape for key, tensor in read(name).items()}
+
+
+def test_converted_encoders_are_recognized(subtests):
+    for name in ENCODERS:
+        with subtests.test(name):
+            assert make_plan(renamed(whole(name))).preset is examine(name).plan.preset
+
+
+def test_embeddings_of_converted_encoders_are_kept(subtests):
+    for name in ENCODERS:
+        with subtests.test(name):
+            quantized = make_plan(renamed(whole(name))).names("quantize")
+            assert not any("embed_tokens" in key or "shared" in key for key in quantized)
 
 
 def permute(weights: numpy.ndarray, heads: int) -> numpy.ndarray:
@@ -89,101 +111,100 @@ def permute(weights: numpy.ndarray, heads: int) -> numpy.ndarray:
     )
 
 
-def test_rows_of_llama_come_back():
-    """Queries and keys by their own number of heads, weights and biases; all other tensors as they are."""
+ROWS = {"attn_q": 4096, "attn_k": 1024, "attn_v": 1024, "attn_output": 4096, "ffn_up": 512}
+HEADS_OF = {"attn_q": 32, "attn_k": 8}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """(tensors in transformers' order, the same in llama.cpp's)"""
     rng = numpy.random.default_rng(0)
-    rows = {"attn_q": 4096, "attn_k": 1024, "attn_v": 1024, "attn_output": 4096, "ffn_up": 512}
-    original = {
-        f"blk.0.{layer}.weight": rng.standard_normal((count, 6), numpy.float32) for layer, count in rows.items()
-    }
-    original |= {
-        f"blk.0.{layer}.bias": rng.standard_normal(rows[layer], numpy.float32) for layer in ("attn_q", "attn_k")
-    }
-    heads = {"attn_q": 32, "attn_k": 8}
+    shapes = {f"blk.0.{layer}.weight": (rows, 6) for layer, rows in ROWS.items()}
+    shapes |= {f"blk.0.{layer}.bias": (ROWS[layer],) for layer in HEADS_OF}
+    original = {name: rng.standard_normal(shape, numpy.float32) for name, shape in shapes.items()}
     stored = {
-        name: permute(value, heads[layer]) if (layer := name.split(".")[2]) in heads else value
+        name: permute(value, HEADS_OF[layer]) if (layer := name.split(".")[2]) in HEADS_OF else value
         for name, value in original.items()
     }
+    return original, stored
+
+
+def test_llama_cpps_order_of_rows_is_another(llama):
+    original, stored = llama
     assert not numpy.array_equal(stored["blk.0.attn_q.weight"], original["blk.0.attn_q.weight"])
+
+
+def test_rows_of_llama_come_back(subtests, llama):
+    """Queries and keys by their own number of heads, weights and biases; all other tensors as they are."""
+    original, stored = llama
     tensors = {name: torch.from_numpy(value) for name, value in stored.items()}
     source = TensorSource({"token_embd.weight": torch.empty(128256, 4096, device="meta"), **tensors})
     source.values = {"general.architecture": "llama", **HEADS}
-    source.path, source.paths, source.size = None, (), 0
-    renamed = RenamedSource(source, assemble_llama_cpp(source))
-    ours = dict(llama_cpp_names("llama3_8b").items())
+    made, names = renamed(source), llama_cpp_names("llama3_8b")
     for name, value in original.items():
-        target = ours[name.replace("bias", "weight")].removesuffix("weight") + name.rpartition(".")[2]
-        assert torch.equal(renamed.read(target), torch.from_numpy(value)), name
+        with subtests.test(name):
+            target = names[name.replace("bias", "weight")].removesuffix("weight") + name.rpartition(".")[2]
+            assert torch.equal(made.read(target), torch.from_numpy(value))
 
 
-@pytest.mark.parametrize("heads", [None, 0, 7, True, "32", (32, 32)])
-def test_a_wrong_number_of_heads_is_an_error(heads, sentences):
-    source = whole("llama3_8b")
-    source.values["llama.attention.head_count"] = heads
-    with sentences.raises(SourceError):
-        assemble_llama_cpp(source)
+def test_a_wrong_number_of_heads_is_an_error(subtests, sentences):
+    for heads in (None, 0, 7, True, "32", (32, 32)):
+        with subtests.test(heads=heads):
+            source = whole("llama3_8b")
+            source.values["llama.attention.head_count"] = heads
+            with sentences.raises(SourceError):
+                assemble_llama_cpp(source)
 
 
-OTHERS = (
-    "gemma2",
-    "gemma3",
-    "gemma4",
-    "qwen35",
-    "gpt-oss",
-    "qwen2",
-    "qwen3moe",
-    "qwen3vl",
-    "mistral3",
-    "llama",
-    "t5encoder",
-    "clip",
-)
+OTHERS = "gemma2 gemma3 gemma4 qwen35 gpt-oss qwen2 qwen3moe qwen3vl mistral3 llama t5encoder clip".split()
 
 
-@pytest.mark.parametrize("architecture", OTHERS)
-def test_encoders_without_a_conversion_are_refused_by_their_names(tmp_path, architecture, sentences):
+def test_encoders_without_a_conversion_are_refused_by_their_names(subtests, tmp_path, sentences):
     """Whatever the architecture is called, also of sizes that ComfyUI's encoders of this architecture do not have."""
-    block = {"t5encoder": "enc.blk.0.", "clip": "v.blk.0."}.get(architecture, "blk.0.")
-    names = {f"{block}attn_q.weight": (64, 32), f"{block}ffn_up.weight": (64, 32), "output_norm.weight": (32,)}
-    if architecture != "clip":
-        names["token_embd.weight"] = (100, 32)
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
-    for name, shape in names.items():
-        writer.add_tensor(name, numpy.ones(shape, numpy.float32))
-    save_gguf(writer)
-    with open_source(tmp_path / "model.gguf") as source:
-        assert source.tensors.keys() == names.keys()
-        with sentences.raises(NothingToQuantizeError):
-            make_plan(source)
+    for architecture in OTHERS:
+        block = {"t5encoder": "enc.blk.0.", "clip": "v.blk.0."}.get(architecture, "blk.0.")
+        names = {f"{block}attn_q.weight": (64, 32), f"{block}ffn_up.weight": (64, 32), "output_norm.weight": (32,)}
+        if architecture != "clip":
+            names["token_embd.weight"] = (100, 32)
+        writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+        for name, shape in names.items():
+            writer.add_tensor(name, numpy.ones(shape, numpy.float32))
+        save_gguf(writer)
+        with subtests.test(architecture), open_source(tmp_path / "model.gguf") as source:
+            assert source.tensors.keys() == names.keys()
+            with sentences.raises(NothingToQuantizeError):
+                make_plan(source)
 
 
-@pytest.mark.parametrize("name", [*ENCODERS, "qwen25_7b", "gemma2_2b", "mistral3_24b"])
-def test_each_of_llama_cpps_names_of_a_layer_is_refused_alone(name):
-    arch = MODEL_ARCH.get(ENCODERS.get(name, ""), gguf.MODEL_ARCH.LLAMA)
-    table = gguf.get_tensor_name_map(arch, 64)
-    named = {key: table.get_name(key, try_suffixes=(".weight", ".bias")) for key in read(name)}
-    layers = [theirs for theirs in named.values() if theirs and "norm" not in theirs and theirs.endswith(".weight")]
-    assert layers and all(find_refusal([layer]) for layer in layers)
-    assert find_refusal(read(name)) is None
+def test_each_of_llama_cpps_names_of_a_layer_is_refused_alone(subtests):
+    for name in (*ENCODERS, "qwen25_7b", "gemma2_2b", "mistral3_24b"):
+        with subtests.test(name):
+            arch = MODEL_ARCH.get(ENCODERS.get(name, ""), gguf.MODEL_ARCH.LLAMA)
+            table = gguf.get_tensor_name_map(arch, 64)
+            named = [table.get_name(key, try_suffixes=(".weight", ".bias")) for key in read(name)]
+            layers = [each for each in named if each and "norm" not in each and each.endswith(".weight")]
+            assert layers
+            assert [layer for layer in layers if not find_refusal([layer])] == []
 
 
-def test_an_unknown_tensor_leaves_the_file_as_it_is():
-    source = whole("qwen3_4b")
-    source.tensors["blk.0.attn_sinks.weight"] = TensorInfo(torch.bfloat16, (32,))
-    assert assemble_llama_cpp(source) is None and find_refusal(source.tensors)
+# Qwen3 with a tensor that transformers lacks; Flan-T5 large, whose layers ComfyUI would take for those of T5 1.0,
+# which has no gate.
+UNKNOWN = {
+    "qwen3_4b": {"blk.0.attn_sinks.weight": (32,)},
+    "t5_old": {"enc.blk.0.ffn_gate.weight": (2816, 1024)},
+}
 
 
-def test_gated_t5_of_the_width_of_t5_1_0_leaves_the_file_as_it_is():
-    """Flan-T5 large: ComfyUI would take its layers for those of T5 1.0, which has no gate."""
-    source = whole("t5_old")
-    source.tensors["enc.blk.0.ffn_gate.weight"] = TensorInfo(torch.bfloat16, (2816, 1024))
-    assert assemble_llama_cpp(source) is None and find_refusal(source.tensors)
+@pytest.fixture(params=UNKNOWN)
+def with_unknown_tensor(request):
+    source = whole(request.param)
+    source.tensors |= {name: TensorInfo(torch.bfloat16, shape) for name, shape in UNKNOWN[request.param].items()}
+    return source
 
 
-UMT5 = "token_embedding norm blocks.0.attn.q blocks.0.attn.o blocks.0.ffn.gate.0 blocks.0.ffn.fc1 blocks.0.ffn.fc2 blocks.0.pos_embedding.embedding"
+def test_an_unknown_tensor_leaves_the_file_as_it_is(with_unknown_tensor):
+    assert assemble_llama_cpp(with_unknown_tensor) is None
 
 
-def test_umt5_of_wans_repository_is_refused_with_the_file_to_take_instead(header_source, sentences):
-    source = header_source({f"{name}.weight": (64, 64) for name in UMT5.split()})
-    with sentences.raises(NothingToQuantizeError):
-        make_plan(source)
+def test_a_file_that_is_left_as_it_is_is_refused(with_unknown_tensor):
+    assert find_refusal(with_unknown_tensor.tensors)

@@ -48,28 +48,43 @@ def random_bytes(size: int) -> torch.Tensor:
     return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("inference", [False, True])
-def test_threads_fill_every_byte(device, size, inference):
-    expected, ring = random_bytes(size), Staging()
-
+def fill(ring: Staging, expected: torch.Tensor, device: torch.device) -> torch.Tensor:
     def read_into(view: memoryview, offset: int) -> None:
         view[:] = expected[offset : offset + len(view)].numpy().data
 
-    with torch.inference_mode(inference):  # of the caller; the threads do not inherit it
-        for _ in range(3):
-            target = torch.zeros(size, dtype=torch.uint8, device=device)
-            ring.fill(target, read_into)
-            assert torch.equal(target.cpu(), expected)
+    target = torch.zeros(expected.numel(), dtype=torch.uint8, device=device)
+    ring.fill(target, read_into)
+    return target.cpu()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_fill_every_byte(subtests, device, inference):
+    for size in SIZES:
+        expected, ring = random_bytes(size), Staging()
+        with subtests.test(size=size), torch.inference_mode(inference):  # threads do not inherit it
+            for _ in range(3):
+                assert torch.equal(fill(ring, expected, device), expected)
+
+
+def test_drained_parts_are_all_bytes(subtests, device):
+    for size in SIZES:
+        expected, ring = random_bytes(size), Staging()
+        with subtests.test(size=size):
+            for _ in range(3):
+                assert b"".join(map(bytes, ring.drain(expected.to(device)))) == expected.numpy().tobytes()
+
+
+def test_buffers_to_fill_are_as_many_as_threads(device):
+    ring = Staging()
+    for _ in range(3):
+        fill(ring, random_bytes(SIZES[-1]), device)
     assert len(ring._ring) <= staging._THREADS
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_drained_parts_are_all_bytes(device, size):
-    expected, ring = random_bytes(size), Staging()
+def test_buffers_to_drain_are_bounded(device):
+    ring = Staging()
     for _ in range(3):
-        parts = [bytes(view) for view in ring.drain(expected.to(device))]
-        assert b"".join(parts) == expected.numpy().tobytes()
+        assert all(ring.drain(random_bytes(SIZES[-1]).to(device)))
     assert len(ring._ring) <= staging._BUFFERS
 
 
@@ -89,8 +104,9 @@ def test_error_of_a_read_ends_the_threads(device):
     assert not any(thread.name.startswith("learned-rounding-fill") for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
-def test_byte_views_are_the_bytes_in_row_major_order(dtype):
-    tensor = torch.arange(60).view(5, 12).to(dtype)
-    expected = tensor.t().contiguous().view(torch.uint8).numpy().tobytes()
-    assert b"".join(map(bytes, byte_views(tensor.t(), Staging()))) == expected
+def test_byte_views_are_the_bytes_in_row_major_order(subtests):
+    for dtype in [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool]:
+        with subtests.test(dtype=dtype):
+            tensor = torch.arange(60).view(5, 12).to(dtype)
+            expected = tensor.t().contiguous().view(torch.uint8).numpy().tobytes()
+            assert b"".join(map(bytes, byte_views(tensor.t(), Staging()))) == expected

@@ -1,14 +1,16 @@
 """Pickle reader against ``torch.load(weights_only=True)``: the same tensors, bit for bit."""
 
+import os
 import sys
 import types
+import zipfile
 from collections import OrderedDict
 
 import pytest
 import torch
 
 from learned_rounding.quant_core.errors import SourceError
-from learned_rounding.quant_core.sources import open_source
+from learned_rounding.quant_core.sources import TensorInfo, open_source
 from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
 
 FORMATS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
@@ -39,19 +41,24 @@ def check_same_as_torch(path, key: str | None = None) -> None:
         assert list(source.tensors) == list(expected)
         for name, tensor in expected.items():
             read = source.read(name)
-            assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape) and read.is_contiguous()
-            assert (source.tensors[name].dtype, source.tensors[name].shape) == (tensor.dtype, tuple(tensor.shape))
+            assert source.tensors[name] == TensorInfo(tensor.dtype, tuple(tensor.shape))
+            assert read.dtype is tensor.dtype
+            assert read.shape == tensor.shape
+            assert read.is_contiguous()
             raw = raw_bytes(tensor)
             assert torch.equal(raw_bytes(read), raw)
             start, length = len(raw) // 3, len(raw) // 2
             assert source.sample(name, start, length) == raw[start : start + length].numpy().tobytes()
 
 
-@pytest.mark.parametrize("format, dtype", [(format, dtype) for format in FORMATS for dtype in DTYPES[format]])
-def test_every_dtype(tmp_path, format, dtype):
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_dtype(subtests, tmp_path, format):
     shapes = [(), (1,), (0,), (0, 4), (3, 5), (2, 1, 3)]
-    torch.save({str(shape): random_bits(dtype, *shape) for shape in shapes}, tmp_path / "x.pt", **FORMATS[format])
-    check_same_as_torch(tmp_path / "x.pt")
+    for dtype in DTYPES[format]:
+        with subtests.test(str(dtype)):
+            tensors = {str(shape): random_bits(dtype, *shape) for shape in shapes}
+            torch.save(tensors, tmp_path / "x.pt", **FORMATS[format])
+            check_same_as_torch(tmp_path / "x.pt")
 
 
 VIEWS = {
@@ -69,12 +76,15 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
-def test_views_of_one_storage(tmp_path, options, dtype):
-    base = random_bits(dtype, 8, 12)
-    torch.save({"base": base} | {name: view(base) for name, view in VIEWS.items()}, tmp_path / "x.pt", **options)
-    check_same_as_torch(tmp_path / "x.pt")
+def test_views_of_one_storage(subtests, tmp_path):
+    for options in FORMATS.values():
+        for dtype in [torch.float32, torch.bfloat16]:
+            with subtests.test(options=options, dtype=dtype):
+                base = random_bits(dtype, 8, 12)
+                torch.save(
+                    {"base": base} | {name: view(base) for name, view in VIEWS.items()}, tmp_path / "x.pt", **options
+                )
+                check_same_as_torch(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
@@ -85,29 +95,27 @@ def test_tied_weights(tmp_path, options):
     check_same_as_torch(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model", "module"])
-@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
-def test_training_checkpoint(tmp_path, options, key):
+def test_training_checkpoint(subtests, tmp_path):
     """The state dict is nested beside an optimizer state and plain Python values."""
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.ones(1, 3, 8, 8)).sum().backward()
-    optimizer.step()
-    values = {
-        "epoch": 3,
-        "losses": [0.5, -1e300, 2**40, -(2**70)],
-        "names": ("a", None, True, {"b", 1}),
-        "by number": {1: torch.ones(2), (2, 3): "x"},
-        "betas": OrderedDict(first=0.9, second=complex(1, 2)),
-        "raw": b"bytes",
-        "array": bytearray(b"more"),
-        "device": torch.device("cpu"),
-        "dtype": torch.float16,
-        "size": torch.Size([1, 2]),
-    }
-    checkpoint = {"optimizer": optimizer.state_dict(), key: model.state_dict(), **values}
-    torch.save(checkpoint, tmp_path / "x.pt", **options)
-    check_same_as_torch(tmp_path / "x.pt", key)
+    for key in ["state_dict", "model", "module"]:
+        for options in FORMATS.values():
+            with subtests.test(key=key, options=options):
+                model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+                more = {
+                    "epoch": 3,
+                    "losses": [0.5, -1e300, 2**40, -(2**70)],
+                    "names": ("a", None, True, {"b", 1}),
+                    "by number": {1: torch.ones(2), (2, 3): "x"},
+                    "betas": OrderedDict(first=0.9, second=complex(1, 2)),
+                    "raw": b"bytes",
+                    "array": bytearray(b"more"),
+                    "device": torch.device("cpu"),
+                    "dtype": torch.float16,
+                    "size": torch.Size([1, 2]),
+                }
+                checkpoint = {"optimizer": OPTIMIZER, key: model.state_dict(), **more}
+                torch.save(checkpoint, tmp_path / "x.pt", **options)
+                check_same_as_torch(tmp_path / "x.pt", key)
 
 
 def stock_state_dict(path):
@@ -121,7 +129,10 @@ def stock_state_dict(path):
 
 WEIGHTS = {"blocks.0.weight": torch.eye(8)}
 EMA = {"blocks.0.weight": torch.eye(8) * 2}
-OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(8, 8)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}
+OPTIMIZER = {
+    "state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(8, 8)}},
+    "param_groups": [{"lr": 1.0, "betas": (0.9, 0.999), "params": [0], "foreach": None}],
+}
 # checkpoints that ComfyUI reads
 STOCK = {
     "plain": WEIGHTS,
@@ -150,34 +161,42 @@ REFUSED = {
 }
 
 
+def values(tensors) -> dict[str, list]:
+    return {name: tensor.tolist() for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+
+
+def read_values(path) -> dict[str, list]:
+    with open_source(path) as source:
+        return values({name: source.read(name) for name in source.tensors})
+
+
 @pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("name", STOCK)
-def test_state_dict_is_the_one_that_comfyui_reads(tmp_path, options, name):
-    torch.save(STOCK[name], tmp_path / "x.pt", **options)
-    expected = {
-        key: tensor for key, tensor in stock_state_dict(tmp_path / "x.pt").items() if isinstance(tensor, torch.Tensor)
-    }
-    with open_source(tmp_path / "x.pt") as source:
-        assert {key: source.read(key).tolist() for key in source.tensors} == {
-            key: tensor.tolist() for key, tensor in expected.items()
-        }
+def test_state_dict_is_the_one_that_comfyui_reads(subtests, tmp_path, options):
+    for kind, checkpoint in STOCK.items():
+        with subtests.test(kind):
+            torch.save(checkpoint, tmp_path / "x.pt", **options)
+            assert read_values(tmp_path / "x.pt") == values(stock_state_dict(tmp_path / "x.pt"))
 
 
-@pytest.mark.parametrize("name", CHOSEN)
-def test_state_dict_of_other_training_checkpoints(tmp_path, name):
-    checkpoint, expected = CHOSEN[name]
-    torch.save(checkpoint, tmp_path / "x.pt")
-    with open_source(tmp_path / "x.pt") as source:
-        assert {key: source.read(key).tolist() for key in source.tensors} == {
-            key: tensor.tolist() for key, tensor in expected.items()
-        }
+def test_state_dict_of_other_training_checkpoints(subtests, tmp_path):
+    for kind, (checkpoint, expected) in CHOSEN.items():
+        with subtests.test(kind):
+            torch.save(checkpoint, tmp_path / "x.pt")
+            assert read_values(tmp_path / "x.pt") == values(expected)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_several_state_dicts_are_refused_by_name(tmp_path, sentences, name):
-    torch.save(REFUSED[name], tmp_path / "x.pt")
+def test_several_state_dicts_are_refused_by_name(subtests, tmp_path, sentences):
+    for kind, checkpoint in REFUSED.items():
+        with subtests.test(kind):
+            torch.save(checkpoint, tmp_path / "x.pt")
+            with sentences.raises(SourceError):
+                open_source(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_without_weights_is_refused(tmp_path, sentences):
+    torch.save([1, 2], tmp_path / "list.pt")
     with sentences.raises(SourceError):
-        open_source(tmp_path / "x.pt")
+        open_source(tmp_path / "list.pt")
 
 
 @pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
@@ -191,20 +210,21 @@ def test_checkpoint_with_a_callback_of_lightning(tmp_path, options, monkeypatch)
             context.setitem(sys.modules, name, module)
         checkpoint = {"callbacks": {callback: {"best": "x"}}, "state_dict": WEIGHTS}
         torch.save(checkpoint, tmp_path / "x.ckpt", **options)
-    with open_source(tmp_path / "x.ckpt") as source:
-        assert source.tensors.keys() == WEIGHTS.keys()
+    assert read_values(tmp_path / "x.ckpt") == values(WEIGHTS)
     assert module.__name__ not in sys.modules
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_pickle_protocols_that_torch_load_rejects(tmp_path, protocol):
-    tensors = {"a": random_bits(torch.bfloat16, 5, 3), "b": random_bits(torch.float8_e4m3fn, 7)}
-    torch.save(
-        tensors | {"raw": bytearray(b"more"), "set": frozenset("ab")}, tmp_path / "x.pt", pickle_protocol=protocol
-    )
-    with open_source(tmp_path / "x.pt") as source:
-        assert source.tensors.keys() == tensors.keys()
-        assert all(torch.equal(raw_bytes(source.read(name)), raw_bytes(tensor)) for name, tensor in tensors.items())
+def test_pickle_protocols_that_torch_load_rejects(subtests, tmp_path):
+    for protocol in [3, 4, 5]:
+        with subtests.test(protocol=protocol):
+            tensors = {"a": random_bits(torch.bfloat16, 5, 3), "b": random_bits(torch.float8_e4m3fn, 7)}
+            more = {"raw": bytearray(b"more"), "set": frozenset("ab")}
+            torch.save(tensors | more, tmp_path / "x.pt", pickle_protocol=protocol)
+            with open_source(tmp_path / "x.pt") as source:
+                assert source.tensors.keys() == tensors.keys()
+                assert all(
+                    torch.equal(raw_bytes(source.read(name)), raw_bytes(tensor)) for name, tensor in tensors.items()
+                )
 
 
 def test_ordered_dict_of_python_2(tmp_path):
@@ -217,3 +237,74 @@ def test_ordered_dict_of_python_2(tmp_path):
     tensors = Python2Dict(a=random_bits(torch.float32, 4, 3), b=random_bits(torch.int64, 2))
     torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     check_same_as_torch(tmp_path / "x.pt")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("was-here",)
+
+
+@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+def test_a_pickle_is_never_run(tmp_path, monkeypatch, sentences, options):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Evil()}, tmp_path / "evil.pt", **options)
+    with sentences.raises(SourceError):
+        open_source(tmp_path / "evil.pt")
+    assert not (tmp_path / "was-here").exists()
+
+
+def test_a_damaged_pickle_is_refused(subtests, tmp_path):
+    for content in [b"PK\x03\x04 no zip", b"\x80\x02 no pickle", b"\x80\x02"]:
+        with subtests.test(content=content):
+            (tmp_path / "bad.pt").write_bytes(content)
+            with pytest.raises(SourceError):
+                open_source(tmp_path / "bad.pt")
+
+
+def test_truncated_checkpoints_are_refused(subtests, tmp_path):
+    for kind, options in FORMATS.items():
+        with subtests.test(kind):
+            torch.save({"a.weight": torch.zeros(64, 64)}, tmp_path / "x.pt", **options)
+            whole = (tmp_path / "x.pt").read_bytes()
+            for end in range(2, len(whole), len(whole) // 12):
+                with subtests.test(end=end):
+                    (tmp_path / "x.pt").write_bytes(whole[:end])
+                    with pytest.raises(SourceError):
+                        open_source(tmp_path / "x.pt")
+
+
+def rewrite(path, change) -> None:
+    """Write the archive again; ``change(name, content)`` → content, or None to leave the file out."""
+    with zipfile.ZipFile(path) as archive:
+        files = {name: change(name, archive.read(name)) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            if content is not None:
+                archive.writestr(name, content)
+
+
+CHANGES = {
+    "big-endian": lambda name, content: b"big" if name.endswith("byteorder") else content,
+    "a storage is missing": lambda name, content: None if name.endswith("/data/0") else content,
+    "a short storage": lambda name, content: content[:-4] if name.endswith("/data/0") else content,
+}
+
+
+def test_damaged_archives_are_refused(subtests, tmp_path, sentences):
+    for kind, change in CHANGES.items():
+        with subtests.test(kind):
+            torch.save({"a.weight": torch.zeros(8, 8)}, tmp_path / "x.pt")
+            rewrite(tmp_path / "x.pt", change)
+            with sentences.raises(SourceError):
+                open_source(tmp_path / "x.pt")
+
+
+def test_compressed_archives_are_refused(tmp_path, sentences):
+    torch.save({"a.weight": torch.zeros(8, 8)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    with sentences.raises(SourceError):
+        open_source(tmp_path / "x.pt")
