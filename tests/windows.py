@@ -43,7 +43,7 @@ FLAGS = tuple(
 AT_IMPORT: dict[str, dict[str, object]] = {
     "quant_core.file_system": {"WINDOWS": True},
     "quant_core.output.durable": {"fcntl": None, "_FULL_FSYNC": None},
-    "quant_core.output.partial": {"WINDOWS": True, "_NO_FOLLOW": 0},
+    "quant_core.output.partial": {"WINDOWS": True, "_NO_FOLLOW": 0, "_PATIENCE": 2},
     "quant_core.output.publish": {"WINDOWS": True},
     "quant_core.sources.positional": {"_PARALLEL": False},
 }

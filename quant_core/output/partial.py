@@ -43,6 +43,7 @@ _ABANDONED = 86_400  # s without a write, after which a partial file on a disk w
 _NAME_BYTES = 255  # longest file name of most file systems
 _MARK_BYTES = 4  # random bytes in a hidden name
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_PATIENCE = 2 if WINDOWS else 0  # s that abort() waits for a write: Windows removes no open file
 _THREADS = 3  # one opens or publishes the file, one starts to write it to the disk, one flushes
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -151,7 +152,8 @@ def remove_leftovers(path: Path) -> int:
 class PartialFile:
     """The hidden, locked file of one output, with the journal next to it if there is one.
 
-    One thread writes at a time, inside :meth:`access`; any thread may :meth:`abort` meanwhile, without waiting for the disk.
+    One thread writes at a time, inside :meth:`access`; any thread may :meth:`abort` meanwhile, without waiting for the disk
+    (on Windows for two seconds at most).
 
     Args:
         path: final name; a symbolic link is followed.
@@ -258,7 +260,7 @@ class PartialFile:
         try:
             self.matched_existing = not publish_file(self._hidden, self.path, overwrite=self._overwrite)
         except PermissionError:  # Windows replaces no open file; the next run then finds the layers finished
-            self.abort(keep=WINDOWS and self.journal_path.is_file())
+            self._ended, self._kept = True, WINDOWS and self.journal_path.is_file()
             raise
         if self.matched_existing:
             with contextlib.suppress(OSError):
@@ -284,7 +286,7 @@ class PartialFile:
     def _close(self) -> None:
         """Remove the hidden files and close them; a thread that is still writing calls this again at its end."""
         self._remove()
-        if self._writing.acquire(blocking=False):
+        if self._writing.acquire(timeout=_PATIENCE):
             try:
                 self._threads.shutdown(wait=False)
                 for file in self._files:
