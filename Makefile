@@ -22,7 +22,7 @@ LINT := .venv/.lint
 # Idle processes take tests of the others, from the end: the tests of a module and of a host stay together.
 PYTEST := .venv/bin/pytest -n $(or $(WORKERS),2) --dist worksteal
 
-.PHONY: test test-quick test-compile test-host test-browser test-soak test-gpu faults fuzz planted hosts chromium demo bench lint
+.PHONY: test test-quick test-windows test-compile test-host test-browser test-soak test-gpu faults fuzz planted hosts chromium demo bench lint
 .PHONY: architectures texts golden clean
 
 # torch and setuptools go in first: the package names no torch, and builds with the setuptools that is there.
@@ -51,6 +51,10 @@ test: $(READY) hosts chromium
 
 test-quick: $(READY)
 	$(PYTEST) -m "not host and not browser and not compile and not soak" $(ARGS)
+
+# The same, with what Windows lacks taken away (tests/windows.py); on Linux.
+test-windows: $(READY)
+	$(PYTEST) --windows -m "not host and not browser and not compile and not soak" $(ARGS)
 
 # All shipped kernel configurations, for every supported card, without a GPU. Results are kept in the cache folder.
 test-compile: $(READY)

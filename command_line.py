@@ -1,6 +1,7 @@
 """Entry point of the command ``lrq``. Its help and version need no other package, not even torch."""
 
 import contextlib
+import errno
 import os
 import runpy
 import sys
@@ -46,7 +47,9 @@ def print_text(text: str) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(text, end="", flush=True)
-    except BrokenPipeError:
+    except OSError as error:  # EINVAL is that of Windows
+        if error.errno not in (errno.EPIPE, errno.EINVAL):
+            raise
         return 141
     return 0
 

@@ -314,7 +314,11 @@ def _parameters(kind: type) -> list[str]:
 
 @contextlib.contextmanager
 def _suppress_output() -> Iterator[None]:
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as null,
+        contextlib.redirect_stdout(null),
+        contextlib.redirect_stderr(null),
+    ):
         yield
 
 

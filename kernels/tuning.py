@@ -38,7 +38,7 @@ def cache_file() -> Path:
     folder = os.environ.get(CACHE_VARIABLE)
     if folder:
         return Path(folder) / "kernels.json"
-    parent = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    parent = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME")  # the first is set on Windows only
     return (Path(parent) if parent else Path.home() / ".cache") / "learned_rounding" / "kernels.json"
 
 
@@ -64,7 +64,7 @@ def _load_cache(file: Path) -> dict[str, object]:
 
 def _read_cache(file: Path) -> dict[str, object]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -87,11 +87,19 @@ def _store_result(file: Path, key: str, value: object) -> None:
 
 
 def replace_json(file: Path, value: object, *, indent: int) -> None:
-    """Write a value as JSON, replacing the file atomically; its folder is made if it does not exist. Raises OSError."""
+    """Write a value as JSON, replacing the file atomically; its folder is made if it does not exist.
+
+    Raises:
+        OSError: the file cannot be written, or another process has it open, on Windows. It is left as it was.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8") as target:
         json.dump(value, target, indent=indent)
-    os.replace(target.name, file)
+    try:
+        os.replace(target.name, file)
+    except OSError:
+        os.unlink(target.name)
+        raise
 
 
 def bucket(rows: int) -> int:

@@ -133,7 +133,7 @@ def main() -> None:
         draw_sheet(args.sheet, columns, ["training\nimage", "sampled", "with LoRA"])
     if args.json:
         result = {"scores": scores, "steps": args.steps, "device": str(device), "torch": torch.__version__}
-        args.json.write_text(json.dumps(result, indent=1))
+        args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def place(
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(shard, folder / "shard_0000.pkl")
         about = {"num_samples": count, "num_shards": 1, "shard_size": count}
-        (folder / "metadata.json").write_text(json.dumps(about, indent=2))
+        (folder / "metadata.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
         written += [folder / "shard_0000.pkl", folder / "metadata.json"]
     return written
 

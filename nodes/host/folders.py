@@ -17,15 +17,11 @@ import comfy.sd
 import folder_paths
 
 from ...quant_core.errors import OutputError, QuantizationError, SourceError
-from ...quant_core.output import check_disk_space, remove_leftovers
+from ...quant_core.file_system import remove_file
+from ...quant_core.output import check_disk_space, check_name, lock_file, remove_leftovers
 from ...quant_core.output.durable import flush_to_disk
 from ...quant_core.sources import model_paths
 from ...quant_core.sources.shards import model_key, model_stem, part_number
-
-try:
-    import fcntl
-except ImportError:  # Windows, where an open file cannot be deleted
-    fcntl = None
 
 __all__ = [
     "CHECKPOINTS",
@@ -186,9 +182,7 @@ def shorten_paths(text: str) -> str:
 def remove_files(paths: Iterable[Path]) -> None:
     """Delete files; one that cannot be deleted now is left to ComfyUI's next start, which empties its temp folder."""
     for path in paths:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError:  # Windows: a model maps the file into memory
+        if not remove_file(path):  # Windows: a model maps the file into memory
             log.debug("could not remove %s", path)
 
 
@@ -264,6 +258,7 @@ def resolve_prefix(base: Path, prefix: str) -> tuple[Path, str]:
         raise OutputError(
             f"'{prefix}' is not a file name inside {base}; use a name, optionally with folders before it."
         )
+    check_name(target.relative_to(base).with_name(f"{target.name}.safetensors"))
     return target.parent, target.name
 
 
@@ -312,15 +307,13 @@ def _copy_file(path: Path, folder: Path, names: Iterator[Path]) -> Path:
     partial = folder / f".{_COPY}.{os.urandom(4).hex()}.partial"
     try:
         with open(path, "rb") as source, open(partial, "xb") as target:
-            if fcntl:  # the lock ends with this process; the next one then deletes the file
-                with contextlib.suppress(OSError):  # some network file systems have no locks
-                    fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(target)  # until it is closed or this process ends; the next one then deletes the file
             _copy_bytes(source, target)
             target.flush()
             flush_to_disk(target.fileno())
         return _create_first(names, lambda target: _rename_new(partial, target))
     finally:
-        partial.unlink(missing_ok=True)
+        remove_file(partial)
 
 
 def _copy_bytes(source, target) -> None:

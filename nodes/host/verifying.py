@@ -46,7 +46,8 @@ def verify_saved(quantized: Quantized, paths: list[Path]) -> str:
     """Reload the saved files of ``quantized`` as ComfyUI does and compare them with what was quantized; returns a summary.
 
     Raises:
-        VerificationError: a file differs from what was quantized. All files are then renamed to NAME.failed.safetensors.
+        VerificationError: a file differs from what was quantized. All files are then renamed to NAME.failed.safetensors, unless
+            Windows refuses.
     """
     warnings: list[str] = []
     try:
@@ -63,7 +64,13 @@ def verify_saved(quantized: Quantized, paths: list[Path]) -> str:
             remove_files(paths)
             raise
         reason = str(error) if isinstance(error, QuantizationError) else f"ComfyUI's loader raised {error!r}."
-        names = ", ".join(_rename_failed(path).name for path in paths)
+        try:
+            names = ", ".join(_rename_failed(path).name for path in paths)
+        except PermissionError:  # Windows renames no file that the failed loader still maps
+            names = ", ".join(path.name for path in paths)
+            raise VerificationError(
+                f"The saved file failed verification; it is still open, so restart ComfyUI and delete {names}: {reason}"
+            ) from error
         raise VerificationError(f"The saved file failed verification and was renamed to {names}: {reason}") from error
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ..cancellation import CancelCheck
 from ..errors import CalibrationError, OutputError
+from ..file_system import remove_file
 from .accumulate import (
     HessianAccumulator,
     LowRankHessianAccumulator,
@@ -340,7 +341,7 @@ class Collector:
         self._workers.clear()
         self._accumulators.clear()
         for path in self._files:
-            path.unlink(missing_ok=True)
+            remove_file(path)  # on Windows not while a Hessian maps it; its folder is removed later
         self._files.clear()
 
     def __enter__(self) -> "Collector":

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import OutputError
+from ..file_system import remove_file
 from ..sources import TensorInfo
 from ..sources.source import CPU
 from ..sources.staging import Staging, byte_views
@@ -30,13 +31,12 @@ class _HeldTensor:
 
     def __init__(self, tensor: torch.Tensor, digest: str, path: Path | None):
         self.info, self.digest, self.in_file = TensorInfo(tensor.dtype, tuple(tensor.shape)), digest, path is not None
-        self._tensor = tensor
+        self._tensors = [tensor if path is None else _write_mapped(tensor, path)]
         if path is not None:
-            self._tensor = _write_mapped(tensor, path)
-            weakref.finalize(self, _remove, path)
+            weakref.finalize(self, _unmap_and_remove, self._tensors, path)
 
     def read(self) -> torch.Tensor:
-        return self._tensor
+        return self._tensors[0]
 
 
 def _write_mapped(tensor: torch.Tensor, path: Path) -> torch.Tensor:
@@ -46,7 +46,7 @@ def _write_mapped(tensor: torch.Tensor, path: Path) -> torch.Tensor:
             for view in byte_views(tensor, Staging()):
                 file.write(view)
     except OSError as error:
-        _remove(path)
+        remove_file(path)
         raise OutputError(
             f"Recorded calls of the model cannot be written to {path.parent}: {error.strerror or error}; free some "
             "space, or record fewer calls."
@@ -55,9 +55,9 @@ def _write_mapped(tensor: torch.Tensor, path: Path) -> torch.Tensor:
     return mapped.view(tensor.dtype).view(tensor.shape)
 
 
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # Windows: a mapped file stays until the folder is emptied
-        path.unlink()
+def _unmap_and_remove(tensors: list[torch.Tensor], path: Path) -> None:
+    tensors.clear()  # Windows removes no mapped file
+    remove_file(path)
 
 
 @dataclass(frozen=True)

@@ -103,4 +103,6 @@ def _record_failure():
     except BrokenPipeError:
         raise
     except OSError as error:
+        if error.errno == errno.EINVAL and stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error  # how Windows reports it
         _failures.append(error)

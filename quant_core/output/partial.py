@@ -23,8 +23,9 @@ from typing import IO, ParamSpec, TypeVar
 from filelock import lock_descriptor
 
 from ..errors import OutputError
+from ..file_system import WINDOWS, remove_file
 from .durable import flush_to_disk
-from .publish import WINDOWS, final_path, flush_folder, output_error, publish_file
+from .publish import final_path, flush_folder, output_error, publish_file
 
 __all__ = [
     "JOURNAL_SUFFIX",
@@ -32,6 +33,7 @@ __all__ = [
     "check_leftover",
     "claim_partial",
     "leftover_bytes",
+    "lock_file",
     "open_leftover",
     "remove_leftovers",
 ]
@@ -41,12 +43,13 @@ _ABANDONED = 86_400  # s without a write, after which a partial file on a disk w
 _NAME_BYTES = 255  # longest file name of most file systems
 _MARK_BYTES = 4  # random bytes in a hidden name
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_PATIENCE = 2 if WINDOWS else 0  # s that abort() waits for a write: Windows removes no open file
 _THREADS = 3  # one opens or publishes the file, one starts to write it to the disk, one flushes
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def _lock(file: IO[bytes]) -> bool | None:
+def lock_file(file: IO[bytes]) -> bool | None:
     """Lock a file until it is closed or the process ends; False if it is locked, None if the disk has no locks."""
     try:
         return lock_descriptor(file.fileno(), blocking=False)
@@ -56,7 +59,7 @@ def _lock(file: IO[bytes]) -> bool | None:
 
 def claim_partial(file: IO[bytes]) -> bool:
     """Lock the partial file of a killed run; False if its run is active."""
-    locked = _lock(file)
+    locked = lock_file(file)
     return bool(locked) or (locked is None and time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED)
 
 
@@ -149,7 +152,8 @@ def remove_leftovers(path: Path) -> int:
 class PartialFile:
     """The hidden, locked file of one output, with the journal next to it if there is one.
 
-    One thread writes at a time, inside :meth:`access`; any thread may :meth:`abort` meanwhile, without waiting for the disk.
+    One thread writes at a time, inside :meth:`access`; any thread may :meth:`abort` meanwhile, without waiting for the disk
+    (on Windows for two seconds at most).
 
     Args:
         path: final name; a symbolic link is followed.
@@ -193,10 +197,10 @@ class PartialFile:
             stem, mark = _hidden_stem(self._prefix.name), secrets.token_hex(_MARK_BYTES)
             self._hidden = self.path.with_name(f".{stem}.{mark}{PARTIAL_SUFFIX}")
             self.file = open(self._hidden, "x+b", buffering=0)
-            if _lock(self.file) is not False and os.fstat(self.file.fileno()).st_nlink:
+            if lock_file(self.file) is not False and os.fstat(self.file.fileno()).st_nlink:
                 break
             self.file.close()  # another run claimed the new file before it was locked, and removes it
-            self._hidden.unlink(missing_ok=True)
+            remove_file(self._hidden)
         self._files.append(self.file)
 
     def adopt(self, hidden: Path, file: io.FileIO) -> None:
@@ -210,7 +214,10 @@ class PartialFile:
 
     def submit(self, function: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -> "Future[_T]":
         """Run a function on a thread of this file."""
-        return self._threads.submit(function, *args, **options)
+        future = self._threads.submit(function, *args, **options)
+        if WINDOWS:  # which removes no open file: a flush that ends after abort() had one open
+            future.add_done_callback(lambda _: self._remove() if self._ended else None)
+        return future
 
     @contextlib.contextmanager
     def access(self) -> Iterator[None]:
@@ -250,7 +257,11 @@ class PartialFile:
         if WINDOWS:
             self.file.close()  # Windows renames no open file
         # Elsewhere the file keeps its lock until it has its name: an unlocked one would look like that of a killed run.
-        self.matched_existing = not publish_file(self._hidden, self.path, overwrite=self._overwrite)
+        try:
+            self.matched_existing = not publish_file(self._hidden, self.path, overwrite=self._overwrite)
+        except PermissionError:  # Windows replaces no open file; the next run then finds the layers finished
+            self._ended, self._kept = True, WINDOWS and self.journal_path.is_file()
+            raise
         if self.matched_existing:
             with contextlib.suppress(OSError):
                 os.utime(self.path)  # newer than its source again, so that the next run need not repeat the work
@@ -275,7 +286,7 @@ class PartialFile:
     def _close(self) -> None:
         """Remove the hidden files and close them; a thread that is still writing calls this again at its end."""
         self._remove()
-        if self._writing.acquire(blocking=False):
+        if self._writing.acquire(timeout=_PATIENCE):
             try:
                 self._threads.shutdown(wait=False)
                 for file in self._files:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import OutputError, OutputExistsError
+from ..file_system import WINDOWS, find_invalid_part, is_same_path, long_path, rename_file, replace_file
 from .durable import flush_to_disk
 
-__all__ = ["WINDOWS", "final_path", "flush_folder", "keep_apart", "output_error", "publish_file"]
+__all__ = ["check_name", "final_path", "flush_folder", "keep_apart", "output_error", "publish_file"]
 
-WINDOWS = os.name == "nt"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_HARD_LINKS = (
@@ -33,9 +33,25 @@ def output_error(error: OSError, path: Path) -> OutputError:
         return OutputError(
             f"The disk is full: {path} could not be written and nothing of it is left; free some space and run again."
         )
+    if WINDOWS and error.errno in _READ_ONLY and path.is_file():
+        return OutputError(
+            f"{path} cannot be replaced: another program has it open, or it is read-only; close that program, and run again."
+        )
     if error.errno in _READ_ONLY:
         return OutputError(f"The folder {path.parent} is read-only for this user; choose another output.")
     return OutputError(f"{path} cannot be written: {error.strerror or error}; check the disk and the folder.")
+
+
+def check_name(path: Path) -> None:
+    """Raise :class:`OutputError` if a file or folder of ``path`` has a name that Windows cannot store.
+
+    Other systems have files of such names, so that they are refused on Windows only.
+    """
+    part = find_invalid_part(path)
+    if part is not None:
+        raise OutputError(
+            f"'{part}' in {path} is not a valid name of a file or folder on Windows; choose another name."
+        )
 
 
 def final_path(path: str | os.PathLike) -> Path:
@@ -45,6 +61,8 @@ def final_path(path: str | os.PathLike) -> Path:
         OutputError: the path is a folder, a device or a pipe, or not a valid file name.
     """
     path = Path(os.path.realpath(path) if os.path.islink(path) else path)
+    check_name(path)
+    path = long_path(path)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -65,8 +83,7 @@ def keep_apart(path: Path, others: Mapping[str, Iterable[Path | None]], what: st
     """
     for role, files in others.items():
         for file in filter(None, files):
-            same_name = os.path.realpath(path) == os.path.realpath(file)
-            if same_name or (os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)):
+            if is_same_path(path, file):
                 raise OutputError(f"{path} is the {role} itself; choose another {what}.")
 
 
@@ -80,7 +97,7 @@ def publish_file(hidden: Path, path: Path, *, overwrite: bool) -> bool:
         OSError: the disk failed.
     """
     if overwrite:
-        os.replace(hidden, path)
+        replace_file(hidden, path)
         return True
     try:
         _link_unless_exists(hidden, path)
@@ -96,7 +113,7 @@ def publish_file(hidden: Path, path: Path, *, overwrite: bool) -> bool:
 def _link_unless_exists(hidden: Path, path: Path) -> None:
     """Name ``hidden`` also ``path``, or rename it where hard links are not supported. Raises FileExistsError."""
     if WINDOWS:
-        os.rename(hidden, path)  # raises FileExistsError instead of replacing
+        rename_file(hidden, path)
         return
     try:
         os.link(hidden, path)
@@ -106,13 +123,11 @@ def _link_unless_exists(hidden: Path, path: Path) -> None:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
         # Without hard links, a file created between the check and this line is replaced.
-        os.replace(hidden, path)
+        replace_file(hidden, path)
 
 
 def flush_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the file system supports it."""
-    if os.name != "posix":
-        return
+    """Make the names in a folder durable, where the system opens folders and the file system supports it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:

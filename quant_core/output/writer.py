@@ -10,7 +10,7 @@ device: a faulty transfer, disk or memory, or another process that wrote to the 
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from itertools import pairwise
 from typing import IO, Protocol
 
@@ -192,7 +192,10 @@ class SafetensorsWriter:
             self._partial.file.seek(0)
             write_all(self._partial.file, header)
             flush = flush_in_background(self._partial.submit, [self._partial.file])
-            self._check_file(header)
+            try:
+                self._check_file(header)
+            finally:
+                wait([flush])  # it has the file open, and Windows removes no open file
             flush.result()
             if self._journal is not None:
                 self._journal.wait_for_flush()  # the system reports a failed write only once, to this flush or the next

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..display import human_bytes, markdown_table, size_change, three_digits
 from ..events import LayerFinished, LayerKept
+from ..file_system import long_path, remove_file, replace_file
 from ..output.durable import flush_to_disk
 from ..recipes import Plan, Recipe
 from ..recipes.plan import Choice
@@ -138,16 +139,16 @@ class Report:
         if path.exists() and not path.is_file():  # a terminal or a pipe
             path.write_text(text, encoding="utf-8")
             return
-        target = Path(os.path.realpath(path))
+        target = long_path(Path(os.path.realpath(path)))
         partial = target.with_name(f".{secrets.token_hex(4)}.partial")
         try:
             with open(partial, "x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 flush_to_disk(file.fileno())
-            os.replace(partial, target)
+            replace_file(partial, target)
         finally:
-            partial.unlink(missing_ok=True)
+            remove_file(partial)
 
     def table(self, worst: int = 5) -> str:
         """Text table: totals, the layers with the largest error, and layers that cannot be quantized."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import OutputError
+from ..file_system import remove_file
 from ..output.writer import write_all
 from .calls import BlockCall
 
@@ -114,7 +115,7 @@ class Parking:
         for each in [parked.pop(key) for key in keys if key in parked]:
             each.fill(self._device)
             if isinstance(each.place, Path):
-                each.place.unlink(missing_ok=True)
+                remove_file(each.place)
             else:
                 self._ram_free += each.size
 
@@ -138,7 +139,7 @@ class Parking:
             with open(path, "xb", buffering=0) as file:  # not mapped: a full disk would end the process with SIGBUS
                 write_all(file, copy.numpy().data)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            remove_file(path)
             raise OutputError(
                 f"Tensors of recorded calls cannot be written to {self._folder}: {error.strerror or error}; free some "
                 "space, or record fewer calls (replay_calls)."

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import SourceError
+from ..file_system import long_path
 from .dtypes import DTYPE_NAMES
 from .positional import positional_reader
 from .source import CPU, TensorInfo
@@ -57,7 +58,10 @@ def open_regular_file(path: Path) -> io.FileIO:
     """
     try:
         file = open(
-            path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+            long_path(path),
+            "rb",
+            buffering=0,
+            opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)),
         )
     except FileNotFoundError:
         raise SourceError(f"There is no file {path}; check the path.", file=str(path)) from None

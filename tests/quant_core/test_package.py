@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Each part may import those of lower layers, and itself. A part that is not listed here needs a place first.
 LAYERS = [
-    {"display"},
+    {"display", "file_system"},
     {"cancellation", "errors", "events", "version", "linalg", "deprecated"},
     {"formats", "comparison", "option"},
     {"rounding", "sources"},

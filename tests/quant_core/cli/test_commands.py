@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import learned_rounding
 from learned_rounding.quant_core import FORMATS, PRESETS
@@ -63,7 +63,7 @@ def test_shards_of_a_quantized_model(lrq, model_file, tmp_path, sentences):
         sentences(lrq("inspect", given)[1])
         assert lrq("migrate", "-i", given, "-o", tmp_path / "new.safetensors", "--overwrite")[0] == 0
         assert lrq("verify", tmp_path / "new.safetensors")[0] == 0
-        made = load_file(tmp_path / "new.safetensors")
+        made = load((tmp_path / "new.safetensors").read_bytes())  # not mapped: Windows replaces no mapped file
         assert made.keys() == tensors.keys()
         assert all(torch.equal(made[name], tensors[name]) for name in tensors)
     assert lrq("migrate", "-i", folder)[0] == 0

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from learned_rounding.quant_core.cli import commands
 from learned_rounding.quant_core.cli.commands import main
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="no pipes, sockets or devices by name")
+pytestmark = pytest.mark.posix(reason="pipes, sockets and devices have names")
 
 QUANTIZE = ("quantize", "-i", "model.safetensors", "-o", "out.safetensors", "--int8")
 # Command line up to the name of the file.

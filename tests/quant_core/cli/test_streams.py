@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import pty
 import re
 import shlex
 import subprocess
@@ -69,9 +68,10 @@ def test_full_standard_error_is_not_an_error(redirect):
     assert main(["verify", "none"]) == 1
 
 
+@pytest.mark.posix(reason="a terminal is made with pty")
 def test_a_terminal_that_was_closed_is_not_an_error(redirect):
     """Writing to it is an input/output error from then on."""
-    ours, theirs = pty.openpty()
+    ours, theirs = os.openpty()
     os.close(ours)
     redirect("stdout", os.fdopen(theirs, "w"))
     assert main(["formats"]) == 0
@@ -180,9 +180,10 @@ def test_process_with_such_streams_fails_where_the_command_does(tmp_path, redire
 
 
 @pytest.mark.soak
+@pytest.mark.posix(reason="a terminal is made with pty")
 def test_a_terminal_that_is_closed_during_the_work_does_not_end_it(model_file, tmp_path):
     """Writing to it is an input/output error from then on."""
-    ours, theirs = pty.openpty()
+    ours, theirs = os.openpty()
     words = ["-i", model_file(), "-o", tmp_path / "q.safetensors", "--general", "--verbose"]
     command = [sys.executable, ROOT, "quantize", *words]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:

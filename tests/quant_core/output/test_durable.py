@@ -33,6 +33,7 @@ def calls(monkeypatch):
     return made
 
 
+@pytest.mark.posix(reason="the full flush of macOS is in fcntl")
 def test_a_full_flush_where_the_disk_has_one(calls, subtests):
     for error, expected in [(0, [FULL]), (errno.ENOTSUP, [FULL, "fsync"]), (errno.ENOTTY, [FULL, "fsync"])]:
         with subtests.test(error=error):
@@ -42,6 +43,7 @@ def test_a_full_flush_where_the_disk_has_one(calls, subtests):
             assert calls == expected
 
 
+@pytest.mark.posix(reason="the full flush of macOS is in fcntl")
 def test_a_full_flush_that_fails_is_told_of(calls):
     calls.error = errno.EIO
     with pytest.raises(OSError, match="Input/output error"):

@@ -29,6 +29,7 @@ def test_another_file_of_that_name_stays_and_nothing_is_left(tmp_path, listing, 
     assert (tmp_path / "a.md").read_bytes() == b"of another model"
 
 
+@pytest.mark.posix(reason="the third flush is that of the folder")
 def test_nothing_is_left_after_a_failed_disk(tmp_path, listing, monkeypatch, subtests):
     for failing in range(3):
         with subtests.test(failing=failing), monkeypatch.context() as patch:

@@ -118,6 +118,7 @@ ASIDE = {
 }
 
 
+@pytest.mark.posix(reason="an open file is renamed")
 @pytest.mark.parametrize("act", ASIDE.values(), ids=ASIDE)
 def test_a_source_whose_change_time_alone_changes_is_read_again_and_compared(model_file, tmp_path, act):
     """Its content is the same: the run goes on."""

@@ -181,7 +181,7 @@ def test_reading_from_several_threads(tmp_path):
     assert not wrong
 
 
-@pytest.mark.parametrize("parallel", [True, False], ids=["parallel", "one at a time"])
+@pytest.mark.parametrize("parallel", [positional._PARALLEL, False], ids=["parallel", "one at a time"])
 def test_file_closed_while_threads_read_it_stays_open_until_they_end(tmp_path, monkeypatch, parallel):
     """``parallel``: False as on Windows, which has no read at a given position."""
     monkeypatch.setattr(positional, "_PARALLEL", parallel)
