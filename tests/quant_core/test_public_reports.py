@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from learned_rounding.quant_core import Recipe, quantize_tensors
 from learned_rounding.quant_core.cli.commands import main
@@ -98,7 +98,7 @@ def quantize(lrq, tmp_path):
     def run(path, *options):
         made = tmp_path / "made.safetensors"
         code, text = lrq("quantize", "-i", path, "-o", made, "--int8", "--rounding", "nearest", *options)
-        return code, text, load_file(made) if made.exists() else {}
+        return code, text, load(made.read_bytes()) if made.exists() else {}
 
     return run
 
