@@ -123,6 +123,7 @@ def test_registry_package_contains_modules_data_and_documents(project, shipped, 
     } <= shipped
     assert len(modules) > 80
     assert {Path(name).parts[0] for name in data} == {
+        "py.typed",
         "pyproject.toml",
         "web",
         "locales",

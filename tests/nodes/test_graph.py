@@ -169,12 +169,9 @@ def test_stock_nodes_load_patch_and_save_own_formats(comfy, request, format):
         assert set(found["layers"].values()) == {str(FORMATS[format].storage_dtype).removeprefix("torch.")}
         made = comfy.output_dir / "diffusion_models" / f"{name}-{kind}_00001_.safetensors"
         assert verify_file(made).layers == len(found["layers"])
-        if (
-            kind == "lora" and HOST_DEVICE == "cuda"
-        ):  # a streamed layer with a LoRA is quantized again only when it is saved
-            assert (
-                psnr(*(pictures(comfy.output_dir, f"{name}-{kind}{end}") for end in ("", "-again"))) > FLOOR_FP8_INPUTS
-            )
+        # On a GPU a streamed layer with a LoRA is quantized again only when it is saved.
+        if kind == "lora" and HOST_DEVICE == "cuda":
+            assert psnr(*(pictures(comfy.output_dir, f"{name}-{kind}{end}") for end in ("", "-again"))) > 22
         else:
             assert np.array_equal(*(latents(comfy.output_dir, f"{name}-{kind}{end}") for end in ("", "-again")))
     assert psnr(*(pictures(comfy.output_dir, f"{name}-{kind}") for kind in models)) < 40

@@ -1,5 +1,6 @@
 """Quantize one layer: what is taken and refused, less memory, smoothing and rotation by error, and the same result on a GPU."""
 
+import gc
 import logging
 from types import SimpleNamespace
 
@@ -393,6 +394,7 @@ def capped():
     total = torch.cuda.get_device_properties(0).total_memory
 
     def cap(limit: float) -> None:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
 

@@ -39,7 +39,10 @@ def test_a_t5_is_calibrated_with_prompts(tmp_path, sentences):
 
     def error(rounding, calibration=None) -> float:
         keep = (r"\.wo\.",)  # 10,240 inputs take minutes
-        recipe = Recipe(format="int8_tensorwise", convrot=False, rounding=rounding, keep=keep)
+        # of the weights alone: the quantized activations of a T5 without rotation, as a card has them, weigh more
+        recipe = Recipe(
+            format="int8_tensorwise", convrot=False, rounding=rounding, keep=keep, full_precision_matmul=True
+        )
         quantized = pack.quantize(clip, recipe, lambda event: None, calibration)
         return distance(encode(pack.build_clip(clip, quantized)), before)
 

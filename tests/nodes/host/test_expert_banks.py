@@ -135,7 +135,7 @@ def compare_saved(state, file) -> list[str]:
     """Tensors of banks that ComfyUI would save otherwise than they are in the file; its JSON lacks keys that it does not read."""
     different = []
     for name, tensor in file.items():
-        again = state[f"gpt_oss.transformer.{name}"] if ".experts." in name else tensor
+        again = state[f"gpt_oss.transformer.{name}"].cpu() if ".experts." in name else tensor
         if name.endswith(".comfy_quant"):
             written, read = (json.loads(value.numpy().tobytes()) for value in (tensor, again))
             same = read.items() <= written.items() and read.get("num_experts") == written.get("num_experts")
