@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from learned_rounding.quant_core import Recipe
-from learned_rounding.tests.in_comfyui import IN_COMFYUI
+from learned_rounding.tests.in_comfyui import IN_COMFYUI, ON_CPU
 
 if IN_COMFYUI:
     from learned_rounding.nodes import host as pack
