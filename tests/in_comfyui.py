@@ -32,7 +32,15 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["IN_COMFYUI", "ComfyProcess", "ComfyTest", "Reports", "call_in_new_process", "change_base_directory"]
+__all__ = [
+    "IN_COMFYUI",
+    "ON_CPU",
+    "ComfyProcess",
+    "ComfyTest",
+    "Reports",
+    "call_in_new_process",
+    "change_base_directory",
+]
 
 IN_COMFYUI = "comfy" in sys.modules
 PACK = Path(__file__).resolve().parents[1]
