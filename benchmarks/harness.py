@@ -6,7 +6,9 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,12 +30,18 @@ def arguments(description: str, *extra) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _command(words: Sequence[str]) -> str:
+    """The command that repeats the measurement: quoted for a shell, without the file that the results are written to."""
+    kept = [word for before, word in zip(["", *words], words, strict=False) if "--json" not in (before, word)]
+    return shlex.join(["python", *kept])
+
+
 def environment() -> dict[str, object]:
     """Date, command, device and versions of a measurement."""
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(sys.argv),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
