@@ -35,7 +35,7 @@ class Bug:
         name: for ``--only``.
         file: of the repository.
         right, wrong: text that occurs once in the file, and what it becomes.
-        tests: what pytest runs: files or folders of tests/.
+        tests: what pytest runs, files or folders of tests/: those of the package, or of the module where it needs a server.
         effect: what a user would see.
     """
 
@@ -269,7 +269,7 @@ BUGS = (
         "nodes/host/naming.py",
         'file.replace("\\\\", "/").rpartition',
         "file.rpartition",
-        ("nodes",),
+        ("nodes/host/test_naming.py",),
         "on Windows a saved file is named after its folders",
     ),
     Bug(
@@ -277,7 +277,7 @@ BUGS = (
         "nodes/runtime/layouts.py",
         "if stochastic_rounding:",
         "if False:",
-        ("nodes",),
+        ("nodes/runtime/test_layouts.py",),
         "LoRAs on our formats are rounded to nearest",
     ),
     Bug(
@@ -285,7 +285,7 @@ BUGS = (
         "nodes/save.py",
         "verified = host.verify_saved(quantized, saved)",
         'verified = "Verified."',
-        ("nodes",),
+        ("nodes/test_save.py",),
         "a damaged file is reported as verified",
     ),
     Bug(
@@ -293,19 +293,31 @@ BUGS = (
         "nodes/ui/file_inputs.py",
         "if file == NO_FILE:",
         "if False:",
-        ("nodes",),
+        ("nodes/test_refusals.py",),
         "an empty folder gives a Python error instead of a sentence",
     ),
     Bug(
-        "gap between nodes", "web/free_place.js", "end + gap", "end", ("web",), "inserted nodes touch their neighbours"
+        "gap between nodes",
+        "web/free_place.js",
+        "end + gap",
+        "end",
+        ("web/test_progress_state.py",),
+        "inserted nodes touch their neighbours",
     ),
-    Bug("megabytes", "web/numbers.js", "count >= 999.5", "count >= 1024", ("web",), "sizes of panel and report differ"),
+    Bug(
+        "megabytes",
+        "web/numbers.js",
+        "count >= 999.5",
+        "count >= 1024",
+        ("web/test_progress_state.py",),
+        "sizes of panel and report differ",
+    ),
     Bug(
         "resumed time",
         "web/progress_state.js",
         "since: elapsed",
         "since: 0",
-        ("web",),
+        ("web/test_progress_state.py",),
         "after a restart the time left is wrong",
     ),
     Bug(
@@ -313,7 +325,7 @@ BUGS = (
         "hosts/server.py",
         "self._process.poll() is None",
         "True",
-        ("hosts",),
+        ("hosts/test_server.py",),
         "a server that ends at its start is waited for until the timeout",
     ),
     Bug(

@@ -96,3 +96,23 @@ def test_times_have_one_unit(subtests):
     for seconds, text in [(0, "0 s"), (99.4, "99 s"), (100, "2 min"), (3000, "50 min"), (9000, "2.5 h")]:
         with subtests.test(seconds=seconds, text=text):
             assert describe_time(seconds) == text
+
+
+class ClosedTerminal(Terminal):
+    """A terminal that was closed after the first state of the bar."""
+
+    def write(self, text):
+        if self.getvalue():
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+
+def test_a_terminal_that_is_closed_does_not_end_the_run(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", ClosedTerminal())
+    bar = Progress(verbose=False)
+    bar(started())
+    bar._bar.mininterval = bar._bar.miniters = 0  # drawn at every event
+    for event in (layer(0), finished(0, 20.0), layer(1), finished(1, 40.0)):
+        bar(event)
+    bar.close()
+    assert bar._broken
