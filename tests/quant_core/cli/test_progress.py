@@ -1,5 +1,6 @@
 """The bar fits a terminal of 80 columns, is not drawn elsewhere, and its pace excludes resumed layers."""
 
+import errno
 import io
 import os
 import re
@@ -103,7 +104,7 @@ class ClosedTerminal(Terminal):
 
     def write(self, text):
         if self.getvalue():
-            raise OSError(5, "Input/output error")
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # tqdm itself bears EIO alone
         return super().write(text)
 
 
