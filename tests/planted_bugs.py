@@ -221,7 +221,7 @@ BUGS = (
         "quant_core/display.py",
         "char if char.isprintable() or char in allowed else",
         "char if True else",
-        ("quant_core",),
+        ("quant_core/test_display.py",),
         "names of tensors write escape sequences to the terminal",
     ),
     Bug(
@@ -229,7 +229,7 @@ BUGS = (
         "quant_core/display.py",
         'if math.isnan(value):\n        return "–"\n',
         'if math.isnan(value):\n        return "0"\n',
-        ("quant_core",),
+        ("quant_core/test_display.py",),
         "an unknown error is shown as none",
     ),
     Bug(
@@ -297,12 +297,12 @@ BUGS = (
         "an empty folder gives a Python error instead of a sentence",
     ),
     Bug(
-        "gap between nodes",
+        "free place",
         "web/free_place.js",
-        "end + gap",
-        "end",
+        "distance(places[0]) < distance(places[1])",
+        "distance(places[0]) > distance(places[1])",
         ("web/test_progress_state.py",),
-        "inserted nodes touch their neighbours",
+        "nodes are inserted at the farther of two free places",
     ),
     Bug(
         "megabytes",
