@@ -323,10 +323,10 @@ BUGS = (
     Bug(
         "dead server",
         "hosts/server.py",
-        "self._process.poll() is None",
-        "True",
+        'kind="died"',
+        'kind="http"',
         ("hosts/test_server.py",),
-        "a server that ends at its start is waited for until the timeout",
+        "a server that died is taken for one that is slow",
     ),
     Bug(
         "missing text",
