@@ -31,8 +31,7 @@ ACCEPTING = {".safetensors": set(FILE_ENTRY_POINTS)} | {
 
 @pytest.mark.parametrize("suffix", FILES)
 def test_files(suffix, often, tried):
-    few = suffix == ".safetensors.index.json"  # of which fewer are accepted
-    count = often(250 if few else 100, 5000)
+    count = often(250, 5000)
     accepted = dict.fromkeys(FILE_ENTRY_POINTS, 0)
 
     @settings(SETTINGS, max_examples=count)
