@@ -21,7 +21,7 @@ OF_DIFFUSERS = {
 
 
 def test_diffusers_names_are_refused_because_comfyui_drops_their_scales(subtests, header_source, sentences):
-    """ComfyUI's own converters make such names of real models in tests/nodes/test_opening.py."""
+    """ComfyUI's own converters make such names of real models in tests/nodes/host/test_opening.py."""
     for prefix in PREFIXES:
         for family, names in OF_DIFFUSERS.items():
             with subtests.test(family, prefix=prefix), sentences.raises(NothingToQuantizeError):
