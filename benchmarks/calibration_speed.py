@@ -41,6 +41,7 @@ from learned_rounding.quant_core.calibration.panels import packed_size
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes
 from learned_rounding.quant_core.run.allocate import allocate_formats
 from learned_rounding.quant_core.sources import TensorInfo, TensorSource
+from learned_rounding.quant_core.workers import InProcess
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DOUBLE, SINGLE = 19, 38  # blocks of Flux.1
@@ -197,7 +198,10 @@ def choose_formats(args) -> list[dict]:
     calibration = InMemoryCalibration({name: layer_statistics[shape[1]] for name, shape in shapes})
     recipe = Recipe(format="measured")
     nothing = {"emit": lambda event: None, "check": lambda: None}
-    seconds = _measure_seconds(lambda: allocate_formats(source, recipe, calibration, device=DEVICE, **nothing))
+    pool = InProcess(DEVICE, **nothing)
+    seconds = _measure_seconds(
+        lambda: allocate_formats(source, recipe, calibration, pool=pool, device=DEVICE, **nothing)
+    )
     return [{"section": "measured", "layers": len(shapes), "seconds": seconds}]
 
 

@@ -22,9 +22,9 @@ from learned_rounding.benchmarks.harness import arguments, finish
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes
 from learned_rounding.quant_core.run.estimate import estimate_seconds, estimate_size
-from learned_rounding.quant_core.run.quantize import usable_device
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorInfo
 from learned_rounding.quant_core.sources.dtypes import DTYPE_NAMES
+from learned_rounding.quant_core.workers import usable_device
 from learned_rounding.tests.architectures import read
 
 __all__ = ["flux", "make_header", "make_weights"]

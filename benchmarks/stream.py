@@ -30,8 +30,8 @@ from learned_rounding.hosts.server import PACK
 from learned_rounding.hosts.workflows import Graph
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes
-from learned_rounding.quant_core.run.quantize import usable_device
 from learned_rounding.quant_core.sources import TensorInfo
+from learned_rounding.quant_core.workers import usable_device
 
 PASSES = {
     "fp8 nearest": Recipe(format="float8_e4m3fn", rounding="nearest"),

@@ -1,10 +1,10 @@
 """Cancellation: the check that long operations call, and waiting for a thread while calling it."""
 
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Collection
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
-__all__ = ["CancelCheck", "wait_for"]
+__all__ = ["CancelCheck", "wait_for", "wait_for_any"]
 
 CancelCheck = Callable[[], None]
 """Called often during a run; raise in it to cancel."""
@@ -18,3 +18,9 @@ def wait_for(future: "Future[_T]", check: CancelCheck) -> _T:
     while not wait([future], timeout=_POLL).done:
         check()
     return future.result()
+
+
+def wait_for_any(futures: "Collection[Future]", check: CancelCheck) -> None:
+    """Wait until one of the futures is done; call ``check`` while waiting."""
+    while not wait(futures, timeout=_POLL, return_when=FIRST_COMPLETED).done:
+        check()

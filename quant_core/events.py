@@ -11,6 +11,7 @@ __all__ = [
     "BlockStep",
     "CalibrationAdvanced",
     "CalibrationFinished",
+    "DeviceFailed",
     "Event",
     "LayerFinished",
     "LayerKept",
@@ -231,6 +232,21 @@ class LayerKept(Event):
     reason: str
     removed: bool = False
     planned: bool = True
+
+
+@dataclass(frozen=True)
+class DeviceFailed(Event):
+    """A device of several could not quantize a layer, which another one repeats.
+
+    Attributes:
+        device: name of the device.
+        lost: it is no longer used; otherwise it had too little memory for the layer.
+        text: sentence for users.
+    """
+
+    device: str
+    lost: bool
+    text: str
 
 
 @dataclass(frozen=True)

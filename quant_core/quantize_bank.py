@@ -40,6 +40,7 @@ def quantize_bank(
     device: torch.device,
     seed: int = 0,
     check: CancelCheck | None = None,
+    cpu_fallback: bool = True,
 ) -> QuantizedBank:
     """Quantize the experts one after the other. Memory: the bank as stored, on the CPU, and one expert on ``device``.
 
@@ -49,7 +50,7 @@ def quantize_bank(
         statistics: of the activations of all experts.
         codec: of each expert, one that :meth:`~.formats.Codec.admits_bank`.
         device: device of the arithmetic.
-        seed, check: as for :func:`quantize_layer`.
+        seed, check, cpu_fallback: as for :func:`quantize_layer`.
 
     Raises:
         QuantizationError: as :func:`quantize_layer`, for any of the experts.
@@ -64,7 +65,7 @@ def quantize_bank(
         if check:
             check()
         layer = Layer(weight.to(device), None if bias is None else bias[index], statistics)
-        made = quantize_layer(layer, [codec], rounding, seed=seed, check=check)
+        made = quantize_layer(layer, [codec], rounding, seed=seed, check=check, cpu_fallback=cpu_fallback)
         for suffix, tensor in made.codec.store(made.solution).items():
             if suffix not in parts:
                 parts[suffix] = torch.empty((len(weights), *tensor.shape), dtype=tensor.dtype)

@@ -115,6 +115,7 @@ def quantize_layer(
     input_scale: float | None = None,
     seed: int = 0,
     check: CancelCheck | None = None,
+    cpu_fallback: bool = True,
 ) -> QuantizedWeight:
     """Quantize a layer with each of ``codecs`` and return the result of least error.
 
@@ -122,6 +123,8 @@ def quantize_layer(
         input_scale: static scale of the activations, for float8_e4m3fn; None for 1.
         seed: of all random draws.
         check: called often; raise in it to cancel.
+        cpu_fallback: when the device has too little memory for parts of the rows, round on the CPU, or leave out what needs
+            more; otherwise torch.OutOfMemoryError is raised.
 
     Raises:
         NonFiniteWeightError: the weight contains NaN or Inf.
@@ -132,7 +135,8 @@ def quantize_layer(
     shape = (layer.weight.shape[0], layer.weight.shape[1])
     if reason := codecs[0].admits(shape):
         raise QuantizationError(f"A weight of shape {shape} cannot be stored as {codecs[0]}: {reason}.")
-    run = _LayerRun(layer, rounding.layerwise().resolve(layer.statistics.hessian is not None), seed, check)
+    resolved = rounding.layerwise().resolve(layer.statistics.hessian is not None)
+    run = _LayerRun(layer, resolved, seed, check, cpu_fallback)
     quantized = [run.quantize(codec) for codec in codecs]
     best = min(quantized, key=run.judge) if len(quantized) > 1 else quantized[0]
     return replace(best, input_scale=input_scale)
@@ -146,6 +150,7 @@ class _LayerRun:
     rounding: RoundingConfig
     seed: int
     check: CancelCheck | None
+    cpu_fallback: bool = True
 
     def quantize(self, codec: Codec) -> QuantizedWeight:
         """The best result for one codec."""
@@ -156,7 +161,7 @@ class _LayerRun:
         try:
             return refine(codec, plain)
         except torch.OutOfMemoryError:
-            if self.layer.weight.device.type == "cpu":
+            if self.layer.weight.device.type == "cpu" or not self.cpu_fallback:
                 raise
         log.warning(
             "%s has too little free memory to reduce the activations' error in a layer of shape %s; "
@@ -252,11 +257,12 @@ class _LayerRun:
 
     def _quantize_within_memory(self, codec: Codec) -> QuantizedWeight:
         """:meth:`_quantize_on`, repeated with less memory, then on the CPU, while the device has too little."""
-        for device, parts in self._attempts():
+        attempts = list(self._attempts())
+        for device, parts in attempts:
             try:
                 return self._quantize_on(codec, device, parts)
             except torch.OutOfMemoryError:
-                if device.type == "cpu":
+                if (device, parts) == attempts[-1]:
                     raise
             # Outside of the handler, so that the exception no longer holds the tensors of its frames.
             log.warning(
@@ -266,14 +272,15 @@ class _LayerRun:
                 parts,
             )
             torch.cuda.empty_cache()
-        raise AssertionError("the last attempt is on the CPU")
+        raise AssertionError("the last attempt returns or raises")
 
     def _attempts(self) -> Iterator[tuple[torch.device, int]]:
         device = self.layer.weight.device
         if device.type != "cpu":
             divisible = self.rounding.rounding == "calibrated" and not self.rounding.gradient
             yield from ((device, parts) for parts in (_PARTS if divisible else _PARTS[:1]))
-        yield torch.device("cpu"), 1
+        if device.type == "cpu" or self.cpu_fallback:
+            yield torch.device("cpu"), 1
 
     def _quantize_on(self, codec: Codec, device: torch.device, parts: int) -> QuantizedWeight:
         """Quantize on a device, with the rows in ``parts`` parts."""

@@ -7,8 +7,8 @@ from ..display import escape_control
 from ..errors import QuantizationError
 from ..run.card_bench import FLUX_SHAPES, describe_card, find_shapes, measure_card, summarize_card
 from ..run.card_times import CardTimes, add_card, find_card, present_card
-from ..run.quantize import usable_device
 from ..sources import open_source
+from ..workers import usable_device
 from .streams import print_line
 
 __all__ = ["bench"]

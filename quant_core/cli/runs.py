@@ -16,9 +16,10 @@ from ..recipes import Plan, Recipe
 from ..run.blocks import require_model
 from ..run.estimate import estimate_seconds
 from ..run.quality_card import make_quality_card
-from ..run.quantize import output_name, quantize_file, usable_device
+from ..run.quantize import output_name, quantize_file
 from ..run.report import Report
 from ..sources import Source, open_source
+from ..workers import usable_device
 from .documents import Entry, describe_plan, describe_report
 from .failures import report_error
 from .next_step import describe_next_step

@@ -15,11 +15,12 @@ from ..calibration import Calibration
 from ..cancellation import CancelCheck
 from ..display import human_bytes, three_digits
 from ..errors import NothingToQuantizeError, RecipeError
-from ..events import LayerMeasured, Listener
+from ..events import Listener
 from ..recipes import Decision, Plan, Recipe
 from ..recipes.plan import Choice
 from ..recipes.presets import COMMON
 from ..sources import Source
+from ..workers import TaskPool
 from .allocation import Allocation, Budget, Option, Point, allocate
 from .candidates import EIGHT_BITS, LayerMeter, find_candidates
 from .card_times import CardTimes, find_card
@@ -36,6 +37,7 @@ def allocate_formats(
     recipe: Recipe,
     calibration: Calibration,
     *,
+    pool: TaskPool,
     device: torch.device,
     emit: Listener,
     check: CancelCheck,
@@ -44,6 +46,11 @@ def allocate_formats(
     """``recipe.plan(source)`` with a measured format for every layer.
 
     Layers that only the preset skips are candidates too if the calibration has their sensitivities.
+
+    Args:
+        pool: devices that measure the layers.
+        device: the first of them, where weights are read to, and whose times count.
+        general: see :func:`~..recipes.make_plan`.
 
     Raises:
         RecipeError: the target size is smaller than the smallest possible file, or the target time shorter than possible, or
@@ -59,12 +66,9 @@ def allocate_formats(
     eight_bits = _size_in_eight_bits(source, recipe, plan, names)
     smaller = recipe.target_size is not None and recipe.target_size * 1e9 < eight_bits
     candidates = find_candidates(recipe, capability, few_bits=smaller or recipe.target_error is not None)
-    meter = LayerMeter(source, recipe, calibration, candidates, capability, times, device, check)
-    options: dict[str, list[Option]] = {}
-    for index, name in enumerate(names):
-        check()
-        emit(LayerMeasured(index=index, total=len(names), name=name))
-        options[name] = meter.measure(name, sensitivities.get(name, default))
+    meter = LayerMeter(source, recipe, calibration, candidates, capability, times, pool, device, check)
+    wanted = {name: sensitivities.get(name, default) for name in names}
+    options = dict(meter.measure(wanted, emit))
     others = (name for name in plan.output_names() if name not in options)
     fixed = sum(tensor_size(name, source.tensors[name], recipe, plan) for name in others)
     warnings = plan.warnings

@@ -51,13 +51,13 @@ class StartedLayer:
         name: name of its weight.
         tensors: source tensors of the layer: the weight, and a bias that may be corrected.
         bias_name: name of that bias, None without.
-        began: time of the run in s.
+        began: time of the run in s; None where other layers are quantized at the same time.
     """
 
     name: str
     tensors: Mapping[str, torch.Tensor]
     bias_name: str | None
-    began: float
+    began: float | None
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -1,7 +1,9 @@
-"""Quantize a state dict or a model file. Nodes and command line both call these functions."""
+"""Quantize a state dict, or a model file into one or several files. Nodes and command line both call these functions."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,20 +18,43 @@ from ..recipes import Plan, Recipe, describe_uncalibrated
 from ..sequential import ReplayedModel
 from ..sources import Source, TensorSource, open_source
 from ..sources.shards import model_stem
+from ..workers import Devices, TaskPool, open_pool, parse_devices
 from .allocate import allocate_formats
 from .blocks import open_blocks, require_model, walk_fingerprint
 from .estimate import estimate_size
 from .fingerprint import FileStates, has_fingerprint, input_paths, may_be_newer, run_fingerprint, run_key
 from .header import check_name_collisions, file_metadata, header_bound, planned_configs
-from .loop import QuantizationRun, read_device
+from .loop import QuantizationLoop, read_device
 from .memory import explain_out_of_memory
+from .output_run import OutputRun
 from .recorded import RecordedSource
 from .report import Report
 from .resume import RunJournal
 
-__all__ = ["QuantizedTensors", "output_name", "quantize_file", "quantize_tensors", "usable_device"]
+__all__ = ["QuantizedTensors", "Target", "output_name", "quantize_file", "quantize_files", "quantize_tensors"]
 
 DEFAULT_RECIPE = Recipe()
+ONE_DEVICE = "Rounding '{}' uses one device, {}: the layers of a block are rounded for the outputs of the quantized blocks before it."
+
+
+def _ignore_event(event: Event) -> None:
+    """Default listener."""
+
+
+def _never_cancel() -> None:
+    """Default cancellation check."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One output of :func:`quantize_files`; the attributes are the arguments of :func:`quantize_file`."""
+
+    destination: Path
+    recipe: Recipe = DEFAULT_RECIPE
+    calibration: Calibration | None = None
+    overwrite: bool = False
+    unfinished: str | None = None
+    on_event: Listener = _ignore_event
 
 
 @dataclass(frozen=True)
@@ -55,7 +80,7 @@ def quantize_tensors(
     *,
     calibration: Calibration | None = None,
     metadata: Mapping[str, str] | None = None,
-    device: str | torch.device | None = None,
+    device: Devices = None,
     general: bool | None = None,
     model: ReplayedModel | None = None,
     on_event: Listener | None = None,
@@ -68,7 +93,8 @@ def quantize_tensors(
         recipe: what to quantize, and how.
         calibration: statistics of input activations; layers without them are rounded as if uncalibrated.
         metadata: header metadata of the source.
-        device: device of the arithmetic; None for the first GPU, or the CPU if there is none.
+        device: device of the arithmetic, or several, see :func:`~..workers.parse_devices`; None for the first GPU, or the
+            CPU if there is none.
         general: what to do with tensors that no preset recognizes, see :func:`~..recipes.make_plan`.
         model: the model of these weights with recorded calls, for roundings that run it.
         on_event: called with every :class:`~.events.Event`.
@@ -79,26 +105,31 @@ def quantize_tensors(
     """
     require_model(recipe, model)
     source, sink = TensorSource(tensors, metadata), _StateDict()
-    emit, check, device = on_event or _ignore_event, check or _never_cancel, usable_device(device)
-    plan = _plan(source, recipe, calibration, general, check)
-    with explain_out_of_memory(f"{device} has too little memory for {source.name}"):
-        plan = _allocate(source, plan, recipe, calibration, device, general, emit, check)
+    emit, check, devices = on_event or _ignore_event, check or _never_cancel, parse_devices(device)
+    first = devices[0]
+    plan = _plan(source, recipe, calibration, general, check, devices)
+    with (
+        explain_out_of_memory(f"{first} has too little memory for {source.name}"),
+        open_pool(_useful_devices(devices, [recipe]), _ignore_event, check) as pool,
+    ):
+        plan = _allocate(source, plan, recipe, calibration, pool, first, general, emit, check)
         with open_blocks(model, source, plan, recipe, calibration, None, emit=emit, check=check) as blocks:
-            run = QuantizationRun(
+            run = OutputRun(
                 source,
                 plan,
                 recipe,
-                calibration,
+                calibrated=calibration is not None,
                 sink=sink,
                 journal=None,
-                device=device,
+                devices=pool.devices,
                 emit=emit,
                 check=check,
                 blocks=blocks,
             )
-            run.execute()
+            QuantizationLoop(source, [run], calibration, pool, first, check).execute()
+            run.finish()
     emit(RunFinished(report=run.report))
-    walk = walk_fingerprint(recipe, model and model.fingerprint, device)
+    walk = walk_fingerprint(recipe, model and model.fingerprint, first)
     fingerprint = run_fingerprint(source, recipe, calibration, walk)
     return QuantizedTensors(
         tensors=dict(sink),
@@ -113,7 +144,7 @@ def quantize_file(
     recipe: Recipe = DEFAULT_RECIPE,
     *,
     calibration: Calibration | None = None,
-    device: str | torch.device | None = None,
+    device: Devices = None,
     overwrite: bool = False,
     unfinished: str | None = None,
     general: bool | None = None,
@@ -132,7 +163,8 @@ def quantize_file(
         destination: path of the output; a symbolic link is followed.
         recipe: what to quantize, and how.
         calibration: statistics of input activations; layers without them are rounded as if uncalibrated.
-        device: device of the arithmetic; None for the first GPU, or the CPU if there is none.
+        device: device of the arithmetic, or several, see :func:`~..workers.parse_devices`; None for the first GPU, or the
+            CPU if there is none. The output has the same bytes with any number of devices.
         overwrite: replace an existing file that was made from something else.
         unfinished: file name that the names of hidden files contain until the run ends; by default that of the output. Runs
             with the same name resume each other, whatever their outputs are named.
@@ -144,88 +176,265 @@ def quantize_file(
     Raises:
         QuantizationError: see :mod:`.errors`; nothing is left in the folder of the output then.
     """
-    require_model(recipe, model)
-    if isinstance(source, (str, os.PathLike)):
-        with open_source(source) as opened:
-            return quantize_file(
-                opened,
-                destination,
-                recipe,
-                calibration=calibration,
-                device=device,
-                overwrite=overwrite,
-                unfinished=unfinished,
-                general=general,
-                model=model,
-                on_event=on_event,
-                check=check,
-            )
-    destination = final_path(destination)
-    hidden = destination.with_name(unfinished or destination.name)
-    emit, check, device = on_event or _ignore_event, check or _never_cancel, usable_device(device)
-    inputs = {"source": input_paths(source), "calibration": input_paths(calibration)}
-    states = FileStates(path for paths in inputs.values() for path in paths)
-    keep_apart(destination, inputs)
-    plan = _plan(source, recipe, calibration, general, check)
-    walk = walk_fingerprint(recipe, model and model.fingerprint, device)
-    fingerprint = run_fingerprint(source, recipe, calibration, walk)
-    if destination.exists() and _is_done(destination, fingerprint, inputs, overwrite=overwrite):
-        remove_leftovers(hidden)
-        report = Report.for_plan(source.name, plan, recipe, calibrated=calibration is not None)
-        report.output, report.already_done = str(destination), True
-        return report
-    with explain_out_of_memory(f"{device} has too little memory for {source.name}"):
-        recorded = RecordedSource(source)
-        plan = _allocate(recorded, plan, recipe, calibration, device, general, emit, check)
-        journal = _journal(recorded, plan, recipe, fingerprint, FileStates(inputs["calibration"]), device)
-        reserve = header_bound(source, plan, recipe, calibrated=calibration is not None, fingerprint=fingerprint)
-        check_disk_space(destination, reserve + estimate_size(source, recipe, plan) - leftover_bytes(hidden))
-        writer = SafetensorsWriter(
-            destination,
-            reserve,
-            overwrite=overwrite,
-            unfinished=unfinished,
-            journal=journal,
-            device=device,
-            check=check,
+    target = Target(Path(destination), recipe, calibration, overwrite, unfinished, on_event or _ignore_event)
+    (result,) = _quantize(source, [target], device, general, model, check)
+    if isinstance(result, QuantizationError):
+        raise result
+    return result
+
+
+def quantize_files(
+    source: str | os.PathLike | Source,
+    targets: Sequence[Target],
+    *,
+    device: Devices = None,
+    general: bool | None = None,
+    check: CancelCheck | None = None,
+) -> list[Report | QuantizationError]:
+    """Quantize a model into several files, as :func:`quantize_file` does into each, and read each of its tensors once.
+
+    The outputs share the read, the statistics of each layer, and what is computed from them.
+
+    Args:
+        source, device, general, check: as for :func:`quantize_file`.
+        targets: the outputs; those with a calibration have the same one.
+
+    Returns:
+        For each target its report, or the error for which it was not made. An existing output, or a recipe that selects no
+        layer, concerns one target; an error during the run concerns all that are not complete.
+
+    Raises:
+        QuantizationError: the source cannot be opened, or a device cannot be used.
+    """
+    return _quantize(source, targets, device, general, None, check)
+
+
+def _quantize(
+    source: str | os.PathLike | Source,
+    targets: Sequence[Target],
+    device: Devices,
+    general: bool | None,
+    model: ReplayedModel | None,
+    check: CancelCheck | None,
+) -> list[Report | QuantizationError]:
+    """See :func:`quantize_files`; ``model`` for a single target."""
+    for target in targets:
+        require_model(target.recipe, model)
+    opened = open_source(source) if isinstance(source, (str, os.PathLike)) else contextlib.nullcontext(source)
+    with opened as source:
+        return _TargetsRun(source, targets, parse_devices(device), general, model, check or _never_cancel).execute()
+
+
+class _TargetsRun:
+    """A run with one or several targets: what comes before the loop and after it."""
+
+    def __init__(
+        self,
+        source: Source,
+        targets: Sequence[Target],
+        devices: Sequence[torch.device],
+        general: bool | None,
+        model: ReplayedModel | None,
+        check: CancelCheck,
+    ):
+        self._source, self._targets, self._devices = source, targets, devices
+        self._general, self._model, self._check = general, model, check
+        self._recorded = RecordedSource(source)
+        self._results: dict[int, Report | QuantizationError] = {}  # by number of the target
+        self._space: Counter[Path] = Counter()  # folder → bytes that targets need there
+
+    def execute(self) -> list[Report | QuantizationError]:
+        """See :func:`quantize_files`."""
+        files: dict[int, _TargetFile] = {}
+        for number in range(len(self._targets)):
+            with self._collected(number):
+                file = self._prepare(self._targets[number])
+                if report := file.find_done():
+                    self._results[number] = report
+                else:
+                    files[number] = file
+        try:
+            if files:
+                self._run(files)
+        except QuantizationError as error:
+            if len(self._targets) == 1:
+                raise
+            self._results = dict.fromkeys(files, error) | self._results
+        return [self._results[number] for number in range(len(self._targets))]
+
+    @contextlib.contextmanager
+    def _collected(self, number: int) -> Iterator[None]:
+        """Keep an error as the result of a target; raise that of a single target."""
+        try:
+            yield
+        except QuantizationError as error:
+            if len(self._targets) == 1:
+                raise
+            self._results[number] = error
+
+    def _prepare(self, target: Target) -> "_TargetFile":
+        plan = _plan(self._source, target.recipe, target.calibration, self._general, self._check, self._devices)
+        walk = walk_fingerprint(target.recipe, self._model and self._model.fingerprint, self._devices[0])
+        return _TargetFile(self._source, target, plan, walk)
+
+    def _run(self, files: "Mapping[int, _TargetFile]") -> None:
+        device, recipes = self._devices[0], [file.target.recipe for file in files.values()]
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(explain_out_of_memory(f"{device} has too little memory for {self._source.name}"))
+            pool = opened.enter_context(open_pool(_useful_devices(self._devices, recipes), _ignore_event, self._check))
+            for number, file in files.items():
+                with self._collected(number):
+                    self._open(file, [each.plan for each in files.values()], pool, opened)
+            runs = {number: file.run for number, file in files.items() if file.run is not None}
+            calibrations = [file.target.calibration for file in files.values() if file.target.calibration is not None]
+            if not runs:
+                return
+            calibration = calibrations[0] if calibrations else None
+            QuantizationLoop(self._recorded, list(runs.values()), calibration, pool, device, self._check).execute()
+            for number in runs:
+                with self._collected(number):
+                    self._results[number] = files[number].finish(self._recorded, self._check)
+
+    def _open(self, file: "_TargetFile", plans: Sequence[Plan], pool: TaskPool, opened: contextlib.ExitStack) -> None:
+        """Open the writer of a target, and what its loop needs; ``plans``: of all targets."""
+        target, device = file.target, self._devices[0]
+        recipe, calibration = target.recipe, target.calibration
+        file.plan = plan = _allocate(
+            self._recorded, file.plan, recipe, calibration, pool, device, self._general, target.on_event, self._check
         )
-        with writer, open_blocks(model, recorded, plan, recipe, calibration, journal, emit=emit, check=check) as blocks:
-            run = QuantizationRun(
-                recorded,
+        journal = _journal(self._recorded, plan, plans, recipe, file.fingerprint, file.calibration_states, device)
+        calibrated = calibration is not None
+        reserve = header_bound(self._source, plan, recipe, calibrated=calibrated, fingerprint=file.fingerprint)
+        needed = reserve + estimate_size(self._source, recipe, plan) - leftover_bytes(file.hidden)
+        check_disk_space(file.destination, needed + self._space[file.destination.parent])
+        self._space[file.destination.parent] += needed
+        file.writer = opened.enter_context(
+            SafetensorsWriter(
+                file.destination,
+                reserve,
+                overwrite=target.overwrite,
+                unfinished=target.unfinished,
+                journal=journal,
+                device=device,
+                check=self._check,
+            )
+        )
+        blocks = opened.enter_context(
+            open_blocks(
+                self._model,
+                self._recorded,
                 plan,
                 recipe,
                 calibration,
-                sink=writer,
-                journal=journal,
-                device=device,
-                emit=emit,
-                check=check,
-                blocks=blocks,
+                journal,
+                emit=target.on_event,
+                check=self._check,
             )
-            run.execute()
-            if not states.check_unwritten(source):
-                recorded.check_unchanged(check)
-                if run_fingerprint(source, recipe, calibration, walk) != fingerprint:
-                    raise SourceError(f"{source.name} was changed while it was read; run again.")
-            run.report.bytes_out = writer.finish(
-                file_metadata(source, plan, recipe, run.configs, fingerprint, run.report.sequential),
-                lambda done, total: emit(OutputChecked(done=done, total=total)),
-            )
-    run.report.already_done = writer.matched_existing
-    remove_leftovers(hidden)
-    run.report.output = str(destination)
-    emit(RunFinished(report=run.report))
-    return run.report
+        )
+        file.run = OutputRun(
+            self._recorded,
+            plan,
+            recipe,
+            calibrated=calibrated,
+            sink=file.writer,
+            journal=journal,
+            devices=pool.devices,
+            emit=target.on_event,
+            check=self._check,
+            blocks=blocks,
+        )
+
+
+class _TargetFile:
+    """A target with its plan and its inputs, then with its open writer and its run.
+
+    Attributes:
+        target, plan: as given.
+        destination: final path of the output.
+        hidden: path whose name the names of hidden files contain.
+        fingerprint: of the inputs, see :func:`.fingerprint.run_fingerprint`.
+        calibration_states: of the files of the calibration, at the start.
+        writer, run: None until the target is opened.
+    """
+
+    def __init__(self, source: Source, target: Target, plan: Plan, walk: str | None):
+        self.target, self.plan = target, plan
+        self._source, self._walk = source, walk
+        self.destination = final_path(target.destination)
+        self.hidden = self.destination.with_name(target.unfinished or self.destination.name)
+        self._inputs = {"source": input_paths(source), "calibration": input_paths(target.calibration)}
+        self._states = FileStates(path for paths in self._inputs.values() for path in paths)
+        self.calibration_states = FileStates(self._inputs["calibration"])
+        keep_apart(self.destination, self._inputs)
+        self.fingerprint = self._compute_fingerprint()
+        self.writer: SafetensorsWriter | None = None
+        self.run: OutputRun | None = None
+
+    def _compute_fingerprint(self) -> str | None:
+        return run_fingerprint(self._source, self.target.recipe, self.target.calibration, self._walk)
+
+    def find_done(self) -> Report | None:
+        """The report of an output that exists and needs no run. Raises :class:`OutputExistsError` for any other file."""
+        if not self.destination.exists():
+            return None
+        if not _is_done(self.destination, self.fingerprint, self._inputs, overwrite=self.target.overwrite):
+            return None
+        remove_leftovers(self.hidden)
+        calibrated = self.target.calibration is not None
+        report = Report.for_plan(self._source.name, self.plan, self.target.recipe, calibrated=calibrated)
+        report.output, report.already_done = str(self.destination), True
+        return report
+
+    def finish(self, recorded: RecordedSource, check: CancelCheck) -> Report:
+        """Check that the inputs are unchanged, and give the complete file its name.
+
+        Raises:
+            SourceError: the source was changed while it was read.
+            NothingToQuantizeError, OutputError: as :meth:`OutputRun.finish` and :meth:`SafetensorsWriter.finish`.
+        """
+        run, writer, emit = self.run, self.writer, self.target.on_event
+        assert run is not None and writer is not None
+        run.finish()
+        if not self._states.check_unwritten(self._source):
+            recorded.check_unchanged(check)
+            if self._compute_fingerprint() != self.fingerprint:
+                raise SourceError(f"{self._source.name} was changed while it was read; run again.")
+        report = run.report
+        report.bytes_out = writer.finish(
+            file_metadata(
+                self._source, self.plan, self.target.recipe, run.configs, self.fingerprint, report.sequential
+            ),
+            lambda done, total: emit(OutputChecked(done=done, total=total)),
+        )
+        report.already_done = writer.matched_existing
+        remove_leftovers(self.hidden)
+        report.output = str(self.destination)
+        emit(RunFinished(report=report))
+        return report
+
+
+def _useful_devices(devices: Sequence[torch.device], recipes: Iterable[Recipe]) -> Sequence[torch.device]:
+    """The devices that a run can use at the same time."""
+    return devices[:1] if any(recipe.rounding.runs_model for recipe in recipes) else devices
 
 
 def _plan(
-    source: Source, recipe: Recipe, calibration: Calibration | None, general: bool | None, check: CancelCheck
+    source: Source,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    general: bool | None,
+    check: CancelCheck,
+    devices: Sequence[torch.device],
 ) -> Plan:
     """Check the recipe and the calibration, and decide from names and shapes what to quantize."""
     recipe.resolve(calibration is not None)
     plan = recipe.plan(source, general=general, check=check)
+    warnings = []
     if calibration is None and (warning := describe_uncalibrated(recipe.format)):
-        plan = replace(plan, warnings=(*plan.warnings, warning))
+        warnings.append(warning)
+    if recipe.rounding.runs_model and len(devices) > 1:
+        warnings.append(ONE_DEVICE.format(recipe.rounding.rounding, devices[0]))
+    plan = replace(plan, warnings=(*plan.warnings, *warnings))
     if calibration is not None:
         weights = {name: info.shape for name, info in source.tensors.items() if name.endswith(".weight")}
         matrices = {
@@ -240,6 +449,7 @@ def _allocate(
     plan: Plan,
     recipe: Recipe,
     calibration: Calibration | None,
+    pool: TaskPool,
     device: torch.device,
     general: bool | None,
     emit: Listener,
@@ -247,7 +457,9 @@ def _allocate(
 ) -> Plan:
     """The plan with a format for every layer: that of the recipe or, for mixed precision, one of its own."""
     if recipe.format.measured and calibration is not None:
-        plan = allocate_formats(source, recipe, calibration, device=device, emit=emit, check=check, general=general)
+        plan = allocate_formats(
+            source, recipe, calibration, pool=pool, device=device, emit=emit, check=check, general=general
+        )
     check_name_collisions(source, plan, recipe)
     return plan
 
@@ -269,38 +481,18 @@ def _is_done(
 def _journal(
     source: RecordedSource,
     plan: Plan,
+    plans: Sequence[Plan],
     recipe: Recipe,
     fingerprint: str | None,
     calibration: FileStates,
     device: torch.device,
 ) -> RunJournal | None:
-    """The journal from which another run can resume this one; None for a run without a fingerprint."""
-    key = run_key(fingerprint, planned_configs(source, plan, recipe), calibration, device)
-    return None if key is None else RunJournal(key, source, lambda name: read_device(source, plan, name, device))
+    """The journal from which another run can resume this one; None for a run without a fingerprint.
 
-
-def _ignore_event(event: Event) -> None:
-    """Default listener."""
-
-
-def _never_cancel() -> None:
-    """Default cancellation check."""
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; None for the first GPU, or the CPU if there is none.
-
-    Raises:
-        QuantizationError: the device does not exist or does not work.
+    ``plans``: of all outputs, which decide where a tensor is read to.
     """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise QuantizationError(f"The device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
-    return chosen
+    key = run_key(fingerprint, planned_configs(source, plan, recipe), calibration, device)
+    return None if key is None else RunJournal(key, source, lambda name: read_device(source, plans, name, device))
 
 
 def output_name(source: str | os.PathLike, label: str) -> Path:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.errors import OutputExistsError
 from learned_rounding.quant_core.events import LayerFinished, LayerKept, LayerStarted, RunResumed
-from learned_rounding.quant_core.run import loop
+from learned_rounding.quant_core.run import layer_task
 from learned_rounding.quant_core.run.resume import JournalFile
 from learned_rounding.quant_core.sources import TensorSource
 from learned_rounding.tests.faults.conftest import make_case
@@ -55,13 +55,13 @@ def noted(folder: Path) -> list[str]:
 @pytest.fixture
 def made(monkeypatch):
     """made → shapes of the weights that were quantized from here on."""
-    shapes, real = [], loop.quantize_layer
+    shapes, real = [], layer_task.quantize_layer
 
     def quantize(layer, *args, **options):
         shapes.append(tuple(layer.weight.shape))
         return real(layer, *args, **options)
 
-    monkeypatch.setattr(loop, "quantize_layer", quantize)
+    monkeypatch.setattr(layer_task, "quantize_layer", quantize)
     return shapes
 
 

@@ -20,7 +20,7 @@ from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import OutOfMemoryError, OutputError
 from learned_rounding.quant_core.events import LayerFinished
 from learned_rounding.quant_core.output import verify_file, writer
-from learned_rounding.quant_core.run import loop
+from learned_rounding.quant_core.run import layer_task
 from learned_rounding.quant_core.sources import safetensors as reader
 from learned_rounding.tests.faults.disk import Disk, failing
 
@@ -48,7 +48,7 @@ FAILURES = {
     "torch's on a CPU": _more_than_there_is,
 }
 PLACES = {
-    "a layer": (loop, "quantize_layer"),
+    "a layer": (layer_task, "quantize_layer"),
     "a read": (reader.SafetensorsFile, "read"),
     "a write": (writer, "byte_views"),
 }
@@ -111,7 +111,7 @@ def test_runs_that_fail_give_back_what_they_took(tmp_path, monkeypatch, often, t
         with Disk(6, failing(errno.ENOSPC)).under(), pytest.raises(OutputError):
             quantize_file(source, target, NEAREST, device="cpu")
         with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError):
-            patch.setattr(loop, "quantize_layer", _raising(MemoryError()))
+            patch.setattr(layer_task, "quantize_layer", _raising(MemoryError()))
             quantize_file(source, target, NEAREST, device="cpu")
 
     for _ in range(3):
@@ -134,7 +134,7 @@ def test_it_is_one_line_for_people(one_case, monkeypatch, capsys, tried, sentenc
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(loop, "quantize_layer", full)
+    monkeypatch.setattr(layer_task, "quantize_layer", full)
     assert (
         main(["quantize", "-i", str(one_case.source), "-o", str(one_case.target), "--device", "cpu", "--general"]) == 1
     )

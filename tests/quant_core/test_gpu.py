@@ -19,6 +19,7 @@ from learned_rounding.quant_core.calibration.triangle import encode_triangle
 from learned_rounding.quant_core.output import SafetensorsWriter, header_bytes, verify_file
 from learned_rounding.quant_core.run.allocate import allocate_formats
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
+from learned_rounding.quant_core.workers import InProcess
 
 pytestmark = pytest.mark.gpu
 
@@ -150,6 +151,7 @@ def test_formats_are_measured_as_on_a_cpu():
             TensorSource(tensors),
             Recipe(format="measured", beam_width=1),  # a CPU searches no beam by default
             InMemoryCalibration(known),
+            pool=InProcess(torch.device(device), print, lambda: None),
             device=torch.device(device),
             emit=lambda event: None,
             check=lambda: None,

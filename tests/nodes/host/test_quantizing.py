@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.errors import OutOfMemoryError
 from learned_rounding.quant_core.events import LayerFinished, RunFinished
-from learned_rounding.quant_core.run import loop
+from learned_rounding.quant_core.run import layer_task
 from learned_rounding.quant_core.run.blocks import WalkSummary
 from learned_rounding.quant_core.run.report import Report
 from learned_rounding.tests.in_comfyui import IN_COMFYUI, call_in_new_process
@@ -73,7 +73,7 @@ def test_next_server_resumes_after_a_kill(tried, kind):
     call_in_new_process(quantize_and_die, kind)
     assert suffixes() == [".journal", ".partial"]
     shutil.rmtree(folder_paths.get_temp_directory())  # as ComfyUI does when it starts
-    quantize_layer, made = loop.quantize_layer, []
+    quantize_layer, made = layer_task.quantize_layer, []
 
     def count(*args, **options):
         made.append(args)
@@ -87,7 +87,7 @@ def test_next_server_resumes_after_a_kill(tried, kind):
         quantized = pack.quantize(open_source(kind), recipe, listen)
         return len(made), quantized.files[""].read_bytes(), told
 
-    with patch.object(loop, "quantize_layer", count):
+    with patch.object(layer_task, "quantize_layer", count):
         some, resumed, told = run()
         run(Recipe(rounding="nearest"))  # replaces the cached result
         every, undisturbed, told_again = run()

@@ -58,10 +58,12 @@ class Gate:
             self.made = 0
             self._changed.notify_all()
         if not self._wrapped:
-            loop = next(
-                module for name, module in sys.modules.items() if name.endswith("learned_rounding.quant_core.run.loop")
+            layer_task = next(
+                module
+                for name, module in sys.modules.items()
+                if name.endswith("learned_rounding.quant_core.run.layer_task")
             )
-            loop.quantize_layer, self._wrapped = self._behind(loop.quantize_layer), True
+            layer_task.quantize_layer, self._wrapped = self._behind(layer_task.quantize_layer), True
 
     def _behind(self, quantize_layer):
         def waiting(*args, check, **options):

@@ -22,6 +22,7 @@ from learned_rounding.quant_core.run.allocate import allocate_formats
 from learned_rounding.quant_core.run.candidates import LayerMeter
 from learned_rounding.quant_core.run.card_times import CardTimes
 from learned_rounding.quant_core.sources import TensorSource
+from learned_rounding.quant_core.workers import InProcess
 
 CPU = torch.device("cpu")
 LAYERS = [f"blocks.{index}.proj" for index in range(4)]
@@ -54,6 +55,7 @@ def plan_of(tensors, recipe, known):
         TensorSource(tensors),
         recipe,
         InMemoryCalibration(known),
+        pool=InProcess(CPU, print, lambda: None),
         device=CPU,
         emit=lambda event: None,
         check=lambda: None,
@@ -64,9 +66,18 @@ def measure(tensors, recipe, known, format):
     """Squared output error of the first layer in a format, on the card of the recipe."""
     capability = parse_card(recipe.card)
     meter = LayerMeter(
-        TensorSource(tensors), recipe, InMemoryCalibration(known), [format], capability, None, CPU, lambda: None
+        TensorSource(tensors),
+        recipe,
+        InMemoryCalibration(known),
+        [format],
+        capability,
+        None,
+        InProcess(CPU, print, lambda: None),
+        CPU,
+        lambda: None,
     )
-    return meter.measure(f"{LAYERS[0]}.weight", 1.0)[-1].cost
+    ((_, options),) = meter.measure({f"{LAYERS[0]}.weight": 1.0}, lambda event: None)
+    return options[-1].cost
 
 
 def formats(plan):

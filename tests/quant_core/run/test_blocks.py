@@ -318,13 +318,13 @@ def test_fingerprint_depends_on_the_calls_and_the_card(case, tmp_path):
 def test_summary_fits_into_the_reserved_header(case, tmp_path, monkeypatch):
     """The longest reason, with characters that JSON escapes."""
     summary = WalkSummary("native", 10**6, 1 / 3, 1 / 7, '\N{SNAKE}"\\' * 500)
-    finish = quantize.QuantizationRun.execute
+    finish = quantize.OutputRun.finish
 
     def execute(self):
         finish(self)
         self.report.sequential = summary
 
-    monkeypatch.setattr(quantize.QuantizationRun, "execute", execute)
+    monkeypatch.setattr(quantize.OutputRun, "finish", execute)
     case.run(tmp_path / "out")
     assert provenance(tmp_path / "out")["sequential"] == summary.to_dict()
 
@@ -351,10 +351,10 @@ def kill(monkeypatch):
             called.append("execute")
 
         called, abort = [], PartialFile.abort
-        metadata, run = quantize.file_metadata, quantize.QuantizationRun.execute
+        metadata, run = quantize.file_metadata, quantize.OutputRun.finish
         with monkeypatch.context() as patch:
             patch.setattr(quantize, "file_metadata", stop)
-            patch.setattr(quantize.QuantizationRun, "execute", execute)
+            patch.setattr(quantize.OutputRun, "finish", execute)
             patch.setattr(PartialFile, "abort", lambda self, *, keep=False: abort(self, keep=True))
             with pytest.raises(Killed):
                 case.run(out, recipe)

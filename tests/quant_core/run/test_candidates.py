@@ -15,6 +15,7 @@ from learned_rounding.quant_core.run import candidates
 from learned_rounding.quant_core.run.candidates import FEWER_ACTIVATION_BITS, LayerMeter, find_candidates
 from learned_rounding.quant_core.run.card_times import CardTimes
 from learned_rounding.quant_core.sources import TensorSource
+from learned_rounding.quant_core.workers import InProcess
 
 CPU = torch.device("cpu")
 WIDTH = 64
@@ -42,12 +43,28 @@ def meter(formats, recipe=None, capability=HOPPER, times=None, known=None, tenso
     known = known or {name: statistics(index) for index, name in enumerate(names)}
     recipe = recipe or Recipe(format="measured")
     return LayerMeter(
-        TensorSource(tensors), recipe, InMemoryCalibration(known), formats, capability, times, CPU, lambda: None
+        TensorSource(tensors),
+        recipe,
+        InMemoryCalibration(known),
+        formats,
+        capability,
+        times,
+        InProcess(CPU, ignore, lambda: None),
+        CPU,
+        lambda: None,
     )
 
 
+def ignore(event) -> None:
+    """Listener."""
+
+
+def options_of(measured, name: str, sensitivity: float = 1.0):
+    return dict(measured.measure({name: sensitivity}, ignore))[name]
+
+
 def error(measured, layer=0) -> float:
-    return measured.measure(f"blocks.{layer}.proj.weight", 1.0)[-1].cost ** 0.5
+    return options_of(measured, f"blocks.{layer}.proj.weight", 1.0)[-1].cost ** 0.5
 
 
 def names(found) -> set[str]:
@@ -113,7 +130,7 @@ def test_another_shape_or_name_has_a_ratio_of_its_own(monkeypatch):
     known = {name.removesuffix(".weight"): statistics() for name in tensors}
     measured = meter([FormatConfig("int8_tensorwise")], known=known, tensors=tensors)
     for name in tensors:
-        measured.measure(name, 1.0)
+        options_of(measured, name, 1.0)
     assert len(measured._ratios) == 3
 
 
@@ -130,9 +147,10 @@ def test_nvfp4_is_smoothed_where_the_recipe_asks_for_it(capability):
 def test_the_size_of_a_smoothed_layer_includes_its_scales():
     known = {"blocks.0.proj": statistics(outlier=30.0)}
     sizes = [
-        meter([FormatConfig("nvfp4")], Recipe(format="measured", smoothing=smoothing), known=known)
-        .measure("blocks.0.proj.weight", 1.0)[-1]
-        .size
+        options_of(
+            meter([FormatConfig("nvfp4")], Recipe(format="measured", smoothing=smoothing), known=known),
+            "blocks.0.proj.weight",
+        )[-1].size
         for smoothing in (None, True)
     ]
     assert sizes[1] == sizes[0] + 4 * WIDTH
@@ -143,14 +161,14 @@ def test_times_are_those_of_the_codec_of_the_layer(tmp_path, monkeypatch):
     times = CardTimes("", "9.0", {}, measure=lambda codec, shape: len(str(codec)))
     known = {"blocks.0.proj": statistics(outlier=30.0)}
     recipe = Recipe(format="measured", smoothing=True)
-    options = meter([FormatConfig("nvfp4")], recipe, times=times, known=known).measure("blocks.0.proj.weight", 1.0)
+    measured = meter([FormatConfig("nvfp4")], recipe, times=times, known=known)
+    options = options_of(measured, "blocks.0.proj.weight")
     assert [option.time for option in options] == [len("None"), len("nvfp4 per group of 16, smoothed")]
 
 
 def test_layers_that_cannot_be_quantized_have_one_option():
     weight = random(48, WIDTH)
     weight[3, 4] = float("nan")
-    options = meter([FormatConfig("int8_tensorwise")], tensors={"blocks.0.proj.weight": weight}).measure(
-        "blocks.0.proj.weight", 1.0
-    )
+    measured = meter([FormatConfig("int8_tensorwise")], tensors={"blocks.0.proj.weight": weight})
+    options = options_of(measured, "blocks.0.proj.weight")
     assert [option.format for option in options] == [None]

@@ -12,16 +12,16 @@ from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import InMemoryCalibration
 from learned_rounding.quant_core.errors import OutputExistsError, SourceError
 from learned_rounding.quant_core.events import LayerFinished, RunStarted
-from learned_rounding.quant_core.run import loop
+from learned_rounding.quant_core.run import layer_task
 from learned_rounding.quant_core.run.fingerprint import FileStates, has_fingerprint, run_fingerprint, run_key
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
 
 
 def made_layers(monkeypatch) -> list:
     """The weights that are quantized from here on."""
-    made, real = [], loop.quantize_layer
+    made, real = [], layer_task.quantize_layer
     monkeypatch.setattr(
-        loop,
+        layer_task,
         "quantize_layer",
         lambda layer, *args, **options: made.append(layer.weight) or real(layer, *args, **options),
     )
@@ -33,7 +33,7 @@ def test_the_same_run_again_does_nothing(model_file, tmp_path, listing, monkeypa
     quantize_file(source, out)
     stamp, data = out.stat().st_mtime_ns, out.read_bytes()
     (tmp_path / ".out.safetensors.00ab12cd.partial").write_bytes(b"of a run that died")
-    monkeypatch.setattr(loop, "quantize_layer", None)  # must not be asked for
+    monkeypatch.setattr(layer_task, "quantize_layer", None)  # must not be asked for
     report = quantize_file(source, out)
     assert report.already_done
     assert report.output == str(out)

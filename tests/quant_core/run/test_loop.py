@@ -20,7 +20,7 @@ from learned_rounding.quant_core.formats import make_codec
 from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.quantize_bank import quantize_bank
 from learned_rounding.quant_core.quantize_layer import quantize_layer
-from learned_rounding.quant_core.run import loop
+from learned_rounding.quant_core.run import layer_task
 from learned_rounding.quant_core.run.loop import read_device
 from learned_rounding.quant_core.sources import TensorSource
 
@@ -177,7 +177,7 @@ def test_an_error_inside_a_layer_leaves_nothing_behind(model_file, tmp_path, lis
         done.append(1)
         return quantize_layer(*args, **options)
 
-    monkeypatch.setattr(loop, "quantize_layer", fail)
+    monkeypatch.setattr(layer_task, "quantize_layer", fail)
     with pytest.raises(error):
         quantize_file(model_file(), tmp_path / "out.safetensors")
     assert listing() == ["model.safetensors"]
@@ -428,6 +428,6 @@ def test_mixed_precision_leaves_banks_to_eight_bits(gpt_oss):
 def test_experts_go_to_the_device_one_by_one(gpt_oss):
     source = TensorSource(gpt_oss(6))
     plan, gpu = MXFP8.plan(source), torch.device("meta")
-    assert read_device(source, plan, f"{BANKS[4]}.weight", gpu) == CPU
-    assert read_device(source, plan, "layers.2.self_attn.q_proj.weight", gpu) == gpu
-    assert read_device(source, plan, "norm.weight", gpu) == CPU
+    assert read_device(source, [plan], f"{BANKS[4]}.weight", gpu) == CPU
+    assert read_device(source, [plan], "layers.2.self_attn.q_proj.weight", gpu) == gpu
+    assert read_device(source, [plan], "norm.weight", gpu) == CPU

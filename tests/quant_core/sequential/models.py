@@ -11,7 +11,7 @@ from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerSt
 from learned_rounding.quant_core.calibration.histogram import histogram
 from learned_rounding.quant_core.layer import Layer
 from learned_rounding.quant_core.quantize_layer import quantize_layer
-from learned_rounding.quant_core.run.loop import _static_input_scale
+from learned_rounding.quant_core.run.layer_task import _static_input_scale
 from learned_rounding.quant_core.sequential import PendingLayer, ReplayedModel
 
 CPU = torch.device("cpu")

@@ -1,0 +1,273 @@
+"""Pools of devices: tasks in this process one after the other, or in one worker process per device.
+
+A pool of processes sends the largest of the waiting tasks to the device that is free first. Each process has one more task
+than it works on, so that its next weight is transferred during the arithmetic. A task whose device was lost, or has too
+little memory for it, is repeated by another device; when the memory of none is large enough, the part that does not fit is
+computed on the CPU, as in a run on one device.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ..cancellation import CancelCheck
+from ..errors import OutOfMemoryError, QuantizationError
+from ..events import Listener
+from ..sources.source import CPU
+from .process import WorkerProcess
+from .task import DeviceFailure, Task
+
+__all__ = ["InProcess", "TaskPool", "WorkerPool", "open_pool"]
+
+_AHEAD = 2  # tasks that a process has at a time: the one that it works on and the next
+_WAITING = 1  # further tasks per device, among which the largest is next
+
+
+class TaskPool(Protocol):
+    """Devices that do tasks.
+
+    Attributes:
+        devices: names of the devices, for the report.
+        device: where tensors of a task should be: the device of the arithmetic, or the CPU if they are sent elsewhere.
+        capacity: number of unfinished tasks that keep all devices busy; more only take memory.
+    """
+
+    devices: str
+    device: torch.device
+    capacity: int
+
+    def submit(self, task: Task, size: int) -> "Future[Any]":
+        """Do a task; ``size``: that of its tensors in bytes. The largest of several waiting tasks is next."""
+        ...
+
+    def take_failures(self) -> list[DeviceFailure]:
+        """Failures of devices since the last call."""
+        ...
+
+
+class InProcess:
+    """A :class:`TaskPool` of one device, which does each task during :meth:`submit`."""
+
+    capacity = 1
+
+    def __init__(self, device: torch.device, emit: Listener, check: CancelCheck):
+        self.device, self.devices = device, str(device)
+        self._emit, self._check = emit, check
+
+    def submit(self, task: Task, size: int) -> "Future[Any]":
+        future: Future[Any] = Future()
+        try:
+            future.set_result(task.run(self.device, self._emit, self._check, cpu_fallback=True))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def take_failures(self) -> list[DeviceFailure]:
+        return []
+
+
+@dataclass(eq=False)
+class _Submitted:
+    """A task and what is known of it.
+
+    Attributes:
+        number: in the order of submission.
+        refused: workers whose memory is too small for it.
+    """
+
+    number: int
+    task: Task
+    size: int
+    future: "Future[Any]" = field(default_factory=Future)
+    refused: set["_Worker"] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process and the tasks that it has, by number."""
+
+    process: WorkerProcess
+    tasks: dict[int, _Submitted] = field(default_factory=dict)
+
+
+class WorkerPool:
+    """A :class:`TaskPool` of one process per device; a context manager, which ends the processes.
+
+    Args:
+        devices: one process for each.
+        emit: listener of the events of tasks; called by threads.
+    """
+
+    device = CPU
+
+    def __init__(self, devices: Sequence[torch.device], emit: Listener):
+        self.devices = ", ".join(map(str, devices))
+        self.capacity = (_AHEAD + _WAITING) * len(devices)
+        self._emit = emit
+        self._changed = threading.Condition()  # guards everything below
+        self._closed = False
+        self._number = 0
+        self._waiting: list[_Submitted] = []
+        self._failures: list[DeviceFailure] = []
+        self._end = ""  # why there are no workers any more
+        self._workers: list[_Worker] = []
+        try:
+            for device in devices:
+                self._workers.append(_Worker(WorkerProcess(device)))
+        except BaseException:
+            self._kill()
+            raise
+        for worker in self._workers:
+            for work in (self._feed, self._collect):
+                threading.Thread(target=work, args=(worker,), name="learned-rounding-worker", daemon=True).start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the running processes."""
+        with self._changed:
+            return [worker.process.pid for worker in self._workers]
+
+    def submit(self, task: Task, size: int) -> "Future[Any]":
+        with self._changed:
+            submitted = _Submitted(self._number, task, size)
+            self._number += 1
+            if self._workers:
+                self._waiting.append(submitted)
+                self._changed.notify_all()
+            else:
+                self._give_up(submitted)
+        return submitted.future
+
+    def take_failures(self) -> list[DeviceFailure]:
+        with self._changed:
+            failures, self._failures = self._failures, []
+        return failures
+
+    def _feed(self, worker: _Worker) -> None:
+        """Send tasks to a worker."""
+        while True:
+            with self._changed:
+                while (chosen := self._choose(worker)) is None and not self._is_over(worker):
+                    self._changed.wait()
+                if chosen is None:
+                    return
+                self._waiting.remove(chosen)
+                worker.tasks[chosen.number] = chosen
+                last_resort = chosen.refused >= set(self._workers)
+            try:
+                worker.process.send((chosen.number, chosen.task, last_resort))
+            except OSError:
+                return  # the other thread finds out why
+            except Exception as error:  # the task cannot be pickled
+                with self._changed:
+                    worker.tasks.pop(chosen.number, None)
+                chosen.future.set_exception(error)
+
+    def _choose(self, worker: _Worker) -> _Submitted | None:
+        """The largest waiting task that the worker should do now."""
+        if self._is_over(worker) or len(worker.tasks) >= _AHEAD:
+            return None
+        everyone = set(self._workers)
+        fitting = [each for each in self._waiting if worker not in each.refused or each.refused >= everyone]
+        return max(fitting, key=lambda each: (each.size, -each.number), default=None)
+
+    def _is_over(self, worker: _Worker) -> bool:
+        return self._closed or worker not in self._workers
+
+    def _collect(self, worker: _Worker) -> None:
+        """Receive the results of a worker until it ends."""
+        reason = ""
+        while True:
+            try:
+                kind, content = worker.process.receive()
+            except (EOFError, OSError, ValueError):  # ValueError: the pool has closed the file
+                break
+            if kind == "event":
+                self._emit(content)
+                continue
+            number, result = content
+            if kind == "lost":
+                reason = _first_line(result)
+                break
+            self._finish(worker, number, kind, result)
+        self._lose(worker, reason)
+
+    def _finish(self, worker: _Worker, number: int, kind: str, result: Any) -> None:
+        with self._changed:
+            submitted = worker.tasks.pop(number)
+            self._changed.notify_all()
+            if (
+                kind == "failed"
+                and isinstance(result, OutOfMemoryError)
+                and not submitted.refused >= set(self._workers)
+            ):
+                submitted.refused.add(worker)
+                self._waiting.append(submitted)
+                if not submitted.refused >= set(self._workers):
+                    name = str(worker.process.device)
+                    self._failures.append(DeviceFailure(name, lost=False, reason=_first_line(result), repeated=1))
+                return
+        if kind == "failed":
+            submitted.future.set_exception(result)
+        else:
+            submitted.future.set_result(result)
+
+    def _lose(self, worker: _Worker, reason: str) -> None:
+        """Give the tasks of a worker that has ended to the others."""
+        with self._changed:
+            if self._closed:
+                return
+        reason = reason or worker.process.describe_end()
+        worker.process.kill()
+        with self._changed:
+            if self._closed:
+                return
+            self._workers.remove(worker)
+            self._failures.append(DeviceFailure(str(worker.process.device), True, reason, len(worker.tasks)))
+            self._waiting += worker.tasks.values()
+            if not self._workers:
+                self._end = reason
+                for submitted in self._waiting:
+                    self._give_up(submitted)
+                self._waiting.clear()
+            self._changed.notify_all()
+
+    def _give_up(self, submitted: _Submitted) -> None:
+        submitted.future.set_exception(
+            QuantizationError(
+                f"All of the devices {self.devices} were lost, the last one as {self._end}; see the log of the driver, "
+                "and run the same command again, with other devices if these do not work."
+            )
+        )
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._kill()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def open_pool(devices: Sequence[torch.device], emit: Listener, check: CancelCheck) -> Iterator[TaskPool]:
+    """The pool of a run: processes for several devices, else this process."""
+    if len(devices) == 1:
+        yield InProcess(devices[0], emit, check)
+        return
+    with WorkerPool(devices, emit) as pool:
+        yield pool

@@ -1,0 +1,150 @@
+"""One worker process: its start, its main function, and the connection to it."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import torch
+
+from ... import kernels
+from ..errors import OutOfMemoryError
+from ..sources.source import CPU
+from .messages import RemoteTraceback, pack_error, read_message, write_message
+
+__all__ = ["WorkerProcess", "serve"]
+
+_ROOT = Path(__file__).resolve().parents[2]  # folder of the package, which may be a custom node of any name
+_PACKAGE = __name__.removesuffix(".quant_core.workers.process")
+# The package is imported under the name that it has in this process, so that pickled classes are found. Its own
+# ``__init__`` needs ComfyUI and is left out.
+_START = """
+import importlib, json, sys, types
+name, root, path = sys.argv[1:4]
+sys.path[:] = json.loads(path)
+package = types.ModuleType(name)
+package.__path__ = [root]
+sys.modules[name] = package
+importlib.import_module(name + ".quant_core.workers.process").serve(*sys.argv[4:])
+"""
+_WAIT = 10  # s for a killed process to end, and for the exit code of one whose pipe is closed
+
+
+class WorkerProcess:
+    """A process that runs tasks one after the other on one device, and ends with this one.
+
+    Args:
+        device: device of its arithmetic.
+
+    Attributes:
+        device: the same.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        command = [sys.executable, "-c", _START, _PACKAGE, str(_ROOT), json.dumps(sys.path)]
+        arguments = [str(device), kernels.backend(), str(torch.get_num_threads())]
+        self._process = subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def send(self, message: Any) -> None:
+        """Send a task with its number and options. Raises OSError if the process has ended."""
+        write_message(self._stdin, message)
+
+    def receive(self) -> tuple[str, Any]:
+        """Wait for the next message: ("done", (number, result)), ("event", event), or ("failed", (number, error)) or
+        ("lost", (number, error)) after an error of a task or of the device.
+
+        Raises:
+            EOFError: the process has ended.
+        """
+        kind, content = read_message(self._stdout)
+        if kind in ("failed", "lost"):
+            number, (error, trace) = content
+            error.__cause__ = RemoteTraceback(trace)
+            return kind, (number, error)
+        return kind, content
+
+    def describe_end(self) -> str:
+        """Why the process has ended, as a phrase."""
+        try:
+            code = self._process.wait(_WAIT)
+        except subprocess.TimeoutExpired:
+            return "its process no longer answers"
+        if code < 0:
+            return f"its process was ended by {signal.Signals(-code).name}"
+        return f"its process ended with exit code {code}"
+
+    def kill(self) -> None:
+        """End the process without waiting for its task."""
+        self._process.kill()
+        self._process.wait(_WAIT)
+        for file in (self._stdin, self._stdout):
+            with contextlib.suppress(OSError):  # of what was not yet written
+                file.close()
+
+
+def serve(device: str, backend: str, threads: str) -> NoReturn:
+    """Main function of a worker process: run the tasks that arrive on standard input until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    torch.set_num_threads(int(threads))  # sums of a CPU depend on it
+    chosen = torch.device(device) if torch.device(device).type != "cpu" else CPU  # "cpu:1" is a name, not a device
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    messages, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print
+    tasks: queue.SimpleQueue[tuple[int, Any, bool]] = queue.SimpleQueue()
+    threading.Thread(target=_read_tasks, args=(messages, tasks), daemon=True).start()
+    with kernels.using(backend):
+        while True:
+            _run_task(chosen, replies, *tasks.get())
+
+
+def _read_tasks(messages: IO[bytes], tasks: "queue.SimpleQueue[tuple[int, Any, bool]]") -> None:
+    """Queue the tasks that arrive during another one; end the process when the other one has ended."""
+    try:
+        while True:
+            tasks.put(read_message(messages))
+    finally:
+        os._exit(0)
+
+
+def _run_task(device: torch.device, replies: IO[bytes], number: int, task: Any, cpu_fallback: bool) -> None:
+    """Run one task and send its result; end the process if the device is lost."""
+
+    def emit(event: Any) -> None:
+        write_message(replies, ("event", event))
+
+    lost = False
+    try:
+        reply = "done", (number, task.run(device, emit, lambda: None, cpu_fallback=cpu_fallback))
+    except Exception as error:
+        lost = _is_lost(device, error)
+        reply = "lost" if lost else "failed", (number, pack_error(error))
+    write_message(replies, reply)
+    if lost:
+        os._exit(1)
+
+
+def _is_lost(device: torch.device, error: Exception) -> bool:
+    """Whether the device works no longer: after an error of CUDA other than for memory, every further call fails."""
+    if device.type != "cuda" or isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
+        return False
+    try:
+        torch.cuda.empty_cache()
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as after:
+        return not isinstance(after, torch.OutOfMemoryError)
+    return False
