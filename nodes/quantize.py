@@ -56,6 +56,16 @@ class LearnedRoundQuantize(io.ComfyNode):
                     tooltip="Quantize a model that no preset recognizes by the general rule, and kinds of files that ComfyUI does not load "
                     "quantized. Off: they are refused.",
                 ),
+                widget(
+                    io.Combo,
+                    id="devices",
+                    options=list(host.DEVICE_CHOICES),
+                    default=host.DEVICE_CHOICES[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Cards that quantize; the file is the same. auto: all cards of this card's model where that is faster, which is for "
+                    "large models and roundings longer than reading the weights; rounding sequential uses this card.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model, ready for a sampler."),
@@ -87,10 +97,13 @@ class LearnedRoundQuantize(io.ComfyNode):
         calibration=None,
         native_int8_kernels=host.NATIVE_INT8_MODES[0],
         general=False,
+        devices=host.DEVICE_CHOICES[0],
     ) -> io.NodeOutput:
         wanted = host.outputs_in_use(cls.hidden.dynprompt, cls.hidden.unique_id)
         with NodeProgress(cls.hidden.unique_id) as progress:
-            quantized = host.quantize(source, recipe or Recipe(), progress, calibration, general=general)
+            quantized = host.quantize(
+                source, recipe or Recipe(), progress, calibration, general=general, devices=devices
+            )
             mode = host.native_int8_mode(native_int8_kernels)
             model = host.build_model(source, quantized, mode) if 0 in wanted else None
             clip = host.build_clip(source, quantized) if 1 in wanted else None

@@ -3,6 +3,7 @@
 * ``folders``: model files in ComfyUI's folders, and folders and names for files of this pack.
 * ``sources``: models as tensor sources: files, and the weights of a MODEL or CLIP with their patches applied.
 * ``opening``: open a model file under ComfyUI's tensor names, dequantized on request.
+* ``devices``: cards of a run.
 * ``quantizing``: quantize a source into files in the temp folder.
 * ``previewing``: preview of a run over a model file, for the page.
 * ``reusing``: saved files as the result of a run of the same inputs.
@@ -29,6 +30,7 @@ from .calibrating import KEEP, calibrate_clip, calibrate_model, samplers, schedu
 from .calibrations import Calibrated, calibration_files, calibration_state, load_calibration, save_calibration
 from .comparing import ModelComparison, compare_clips, compare_models
 from .decoding import describe_formats, supports_format
+from .devices import DEVICE_CHOICES
 from .folders import FileSource, choice_stamp, clip_types, model_files, safetensors_files, shorten_paths
 from .images import decode_images
 from .layouts import add_layouts
@@ -59,6 +61,7 @@ from .validating import report_wrong_inputs
 from .verifying import verify_saved
 
 __all__ = [
+    "DEVICE_CHOICES",
     "KEEP",
     "MODEL_NAME",
     "NATIVE_INT8_MODES",

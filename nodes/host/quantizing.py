@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import re
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ...quant_core.run.fingerprint import input_paths, run_fingerprint
 from ...quant_core.run.report import PartSummary
 from ...quant_core.sources import Source, TensorInfo
 from .calibrations import Calibrated
+from .devices import THIS_CARD, choose_devices
 from .folders import FileSource, file_stamp, move_to_temp, new_unfinished, remove_files
 from .opening import open_file
 from .reusing import PartInputs, find_saved
@@ -74,9 +75,16 @@ def forget_last_result() -> None:
 
 
 def quantize(
-    source, recipe: Recipe, on_event: Listener, calibration: "Calibrated | None" = None, *, general: bool = False
+    source,
+    recipe: Recipe,
+    on_event: Listener,
+    calibration: "Calibrated | None" = None,
+    *,
+    general: bool = False,
+    devices: str = THIS_CARD,
 ) -> Quantized:
-    """Quantize a MODEL, CLIP or :class:`FileSource` into files in ComfyUI's temp folder, on ComfyUI's device.
+    """Quantize a MODEL, CLIP or :class:`FileSource` into files in ComfyUI's temp folder, on ComfyUI's device or, with
+    ``devices``, on several, see :func:`.devices.choose_devices`; the files have the same bytes.
 
     ``general`` allows models that no preset recognizes, see :func:`make_plan`; every part is checked before the first is quantized.
 
@@ -107,7 +115,7 @@ def quantize(
             show_text(f"Using {names}, saved from the same inputs.")
             files, report = saved.link_to_temp(), saved.report
         else:
-            files, report = _run(source, kind, parts, recipe, on_event, calibration, statistics, general)
+            files, report = _run(source, kind, parts, recipe, on_event, calibration, statistics, general, devices)
     quantized = Quantized(files, kind, recipe.format.label, report, clip_type, key)
     _last = (identity, recipe, general, quantized)
     return quantized
@@ -122,22 +130,23 @@ def _run(
     calibration: Calibrated | None,
     statistics: CalibrationFile | None,
     general: bool,
+    devices: str,
 ) -> tuple[dict[str, Path], Report]:
     """Quantize all parts; returns {part: temporary file} and the report."""
-    device = comfy.model_management.get_torch_device()
     files, reports, finished = {}, {}, None
     try:
         for part, origin in parts.items():
             finished = new_unfinished(part or kind)
             with _open(origin) as weights, _open_model(source, part, origin, recipe, calibration) as model:
+                chosen = choose_devices(devices, recipe, weights, calibrated=statistics is not None)
                 if model is None:  # else the model is loaded, with room for the layers beside it
-                    _free_memory(weights.tensors.values(), recipe, statistics is not None, device)
+                    _free_memory(weights.tensors.values(), recipe, statistics is not None, chosen)
                 report = quantize_file(
                     weights,
                     finished,
                     exclude_unreadable(recipe, weights),
                     calibration=_of_part(statistics, part),
-                    device=device,
+                    device=chosen,
                     overwrite=True,  # the name is unique, and overwriting needs no hard links
                     unfinished=f"{part or kind}.safetensors",
                     general=general,
@@ -217,11 +226,16 @@ def _merge_reports(reports: Mapping[str, Report]) -> Report:
     return first
 
 
-def _free_memory(infos: Collection[TensorInfo], recipe: Recipe, calibrated: bool, device: torch.device) -> None:
+def _free_memory(
+    infos: Collection[TensorInfo], recipe: Recipe, calibrated: bool, devices: Sequence[torch.device]
+) -> None:
     """Make ComfyUI free the memory that the largest layer needs: weight, quantized values, float32 scratch of the solver."""
     largest = max((info.nbytes for info in infos), default=0)
     method = recipe.resolve(calibrated)
     times = 32 if method.gradient else 16 if method.rounding == "principal" else 6
     inner = max((info.shape[1] for info in infos if len(info.shape) == 2), default=0) if calibrated else 0
     # Four float32 matrices (in, in): H, its coupling, and the factors of two dampenings; and the next H in 16 bits.
-    comfy.model_management.free_memory(times * largest + 18 * inner**2, device)
+    for device in devices:
+        comfy.model_management.free_memory(times * largest + 18 * inner**2, device)
+    if len(devices) > 1:  # worker processes cannot use what the allocator of this one holds
+        comfy.model_management.soft_empty_cache()

@@ -17,6 +17,7 @@ from ...quant_core.events import (
     BlockStarted,
     CalibrationAdvanced,
     CalibrationFinished,
+    DeviceFailed,
     Event,
     LayerFinished,
     LayerKept,
@@ -222,6 +223,8 @@ class NodeProgress:
             self._bar = host.progress_bar(event.layers, self._node)
             if event.warnings:
                 host.show_text("\n".join(event.warnings), logging.WARNING)
+        elif isinstance(event, DeviceFailed):
+            host.show_text(event.text, logging.WARNING)
         elif isinstance(event, RunFinished | CalibrationFinished):
             self._finished = event
             if isinstance(event, RunFinished):

@@ -234,7 +234,11 @@ def _add_shared(parser: argparse.ArgumentParser) -> dict[str, argparse._Argument
         groups[RUN].add_argument(name, action="store_true", help=f"{text}; always on, for other tools' command lines")
     groups[RUN].add_argument("--verbose", action="store_true", help="print a line per tensor")
     _add_json(groups[RUN])
-    groups[RUN].add_argument("--device", help="cuda, cuda:1, cpu …; by default the first GPU, else the CPU")
+    groups[RUN].add_argument(
+        "--device",
+        help="cuda, cuda:1, cpu …, several separated by commas, or all for all GPUs of one model; by default the first GPU, "
+        "else the CPU",
+    )
     return groups
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from ..display import escape_control, human_bytes
 from ..events import (
+    DeviceFailed,
     Event,
     LayerFinished,
     LayerKept,
@@ -16,7 +17,7 @@ from ..events import (
     RunResumed,
     RunStarted,
 )
-from .streams import print_line
+from .streams import print_error, print_line
 
 __all__ = ["Progress", "describe_time", "show_bytes"]
 
@@ -42,6 +43,8 @@ class Progress:
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunResumed):
             print_line(f"Resuming: {event.layers} of {event.total} layers already done.")
+        if isinstance(event, DeviceFailed):
+            print_error(f"lrq: warning: {escape_control(event.text)}")
         if self._verbose:
             self._print_event(event)
         elif not self._broken:

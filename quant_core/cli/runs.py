@@ -19,7 +19,7 @@ from ..run.quality_card import make_quality_card
 from ..run.quantize import output_name, quantize_file
 from ..run.report import Report
 from ..sources import Source, open_source
-from ..workers import usable_device
+from ..workers import parse_devices
 from .documents import Entry, describe_plan, describe_report
 from .failures import report_error
 from .next_step import describe_next_step
@@ -36,7 +36,7 @@ def quantize(args: argparse.Namespace) -> int:
     """Quantize each model, or print its plan for --dry-run; returns the exit code."""
     recipe = build_recipe(args)
     require_model(recipe)
-    usable_device(args.device)
+    parse_devices(args.device)
     if args.report:
         _check_report(args.report)
     outputs = _choose_outputs(args.inputs, args.output, recipe.format.label)
@@ -47,7 +47,7 @@ def plan(args: argparse.Namespace) -> int:
     """Print the plan of each model; returns the exit code."""
     recipe = build_recipe(args)
     require_model(recipe)
-    usable_device(args.device)
+    parse_devices(args.device)
 
     def work(path: Path) -> Entry:
         with _open_source(args, path) as source:
@@ -208,7 +208,7 @@ def _show_plan(args: argparse.Namespace, recipe: Recipe, source: Source) -> Entr
         for line in plan_lines(source, recipe, plan, verbose=args.verbose):
             print_line(line)
     if getattr(args, "time", False) and not recipe.format.measured:
-        device = usable_device(args.device)
+        device = parse_devices(args.device)[0]
         seconds = estimate_seconds(source, recipe, plan, device)
         print_line(f"Estimated time of rounding: {seconds:.3g} s on {device}, without a calibration.")
     return describe_plan(source, recipe, plan, seconds) if args.json else {}

@@ -1,6 +1,6 @@
 """Worker processes: tasks of a run on several devices, one process per device."""
 
-from .devices import Devices, parse_devices, usable_device
+from .devices import Devices, parse_devices, same_model, usable_device
 from .pool import InProcess, TaskPool, WorkerPool, open_pool
 from .task import DeviceFailure, Task
 
@@ -13,5 +13,6 @@ __all__ = [
     "WorkerPool",
     "open_pool",
     "parse_devices",
+    "same_model",
     "usable_device",
 ]

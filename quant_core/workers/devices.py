@@ -6,7 +6,7 @@ import torch
 
 from ..errors import QuantizationError
 
-__all__ = ["ALL", "parse_devices", "usable_device"]
+__all__ = ["ALL", "Devices", "parse_devices", "same_model", "usable_device"]
 
 ALL = "all"
 
@@ -24,7 +24,11 @@ def parse_devices(devices: Devices) -> tuple[torch.device, ...]:
         QuantizationError: one does not exist or does not work, is named twice, or is another kind of device or GPU.
     """
     if devices == ALL:
-        devices = _same_gpus()
+        if not torch.cuda.is_available():
+            raise QuantizationError(
+                "'all' asks for all GPUs, and none is found here; leave the device out to use the CPU.", option="device"
+            )
+        devices = same_model(torch.device("cuda", 0))
     if devices is None or isinstance(devices, torch.device):
         return (usable_device(devices),)
     names = [name.strip() for name in devices.split(",")] if isinstance(devices, str) else list(devices)
@@ -39,14 +43,12 @@ def parse_devices(devices: Devices) -> tuple[torch.device, ...]:
     return tuple(chosen)
 
 
-def _same_gpus() -> list[torch.device]:
-    if not torch.cuda.is_available():
-        raise QuantizationError(
-            "'all' asks for all GPUs, and none is found here; leave the device out to use the CPU.", option="device"
-        )
-    model = torch.cuda.get_device_name(0)
-    count = torch.cuda.device_count()
-    return [torch.device("cuda", index) for index in range(count) if torch.cuda.get_device_name(index) == model]
+def same_model(device: torch.device) -> tuple[torch.device, ...]:
+    """A GPU and all others of its model that this process sees."""
+    first = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    every = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    model = torch.cuda.get_device_name(first)
+    return first, *(each for each in every if each != first and torch.cuda.get_device_name(each) == model)
 
 
 def _check_together(devices: Sequence[torch.device]) -> None:
