@@ -72,6 +72,7 @@ class PatchedWeights:
     """
 
     metadata: Mapping[str, str] = {}
+    computed = True
 
     def __init__(
         self,

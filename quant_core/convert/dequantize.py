@@ -48,6 +48,8 @@ class DecodedSource:
         SourceError: a layer is in a format that cannot be dequantized, or lacks a scale.
     """
 
+    computed = True
+
     def __init__(self, source: Source):
         self.origin = source
         self.name, self.paths = source.name, getattr(source, "paths", ())

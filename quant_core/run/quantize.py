@@ -18,6 +18,7 @@ from ..recipes import Plan, Recipe, describe_uncalibrated
 from ..sequential import ReplayedModel
 from ..sources import Source, TensorSource, open_source
 from ..sources.shards import model_stem
+from ..sources.source import is_computed
 from ..workers import Devices, TaskPool, open_pool, parse_devices
 from .allocate import allocate_formats
 from .blocks import open_blocks, require_model, walk_fingerprint
@@ -126,7 +127,8 @@ def quantize_tensors(
                 check=check,
                 blocks=blocks,
             )
-            QuantizationLoop(source, [run], calibration, pool, first, check).execute()
+            reading = _reading_device(source, pool, first)
+            QuantizationLoop(source, [run], calibration, pool, reading, check).execute()
             run.finish()
     emit(RunFinished(report=run.report))
     walk = walk_fingerprint(recipe, model and model.fingerprint, first)
@@ -298,11 +300,14 @@ class _TargetsRun:
     def _open(self, file: "_TargetFile", plans: Sequence[Plan], pool: TaskPool, opened: contextlib.ExitStack) -> None:
         """Open the writer of a target, and what its loop needs; ``plans``: of all targets."""
         target, device = file.target, self._devices[0]
+        reading = _reading_device(self._source, pool, device)
         recipe, calibration = target.recipe, target.calibration
         file.plan = plan = _allocate(
             self._recorded, file.plan, recipe, calibration, pool, device, self._general, target.on_event, self._check
         )
-        journal = _journal(self._recorded, plan, plans, recipe, file.fingerprint, file.calibration_states, device)
+        journal = _journal(
+            self._recorded, plan, plans, recipe, file.fingerprint, file.calibration_states, device, reading
+        )
         calibrated = calibration is not None
         reserve = header_bound(self._source, plan, recipe, calibrated=calibrated, fingerprint=file.fingerprint)
         needed = reserve + estimate_size(self._source, recipe, plan) - leftover_bytes(file.hidden)
@@ -315,7 +320,7 @@ class _TargetsRun:
                 overwrite=target.overwrite,
                 unfinished=target.unfinished,
                 journal=journal,
-                device=device,
+                device=pool.device,
                 check=self._check,
             )
         )
@@ -413,6 +418,11 @@ class _TargetFile:
         return report
 
 
+def _reading_device(source: Source, pool: TaskPool, device: torch.device) -> torch.device:
+    """Where weights are read to: ``device``, the first of a run; the CPU if they are sent elsewhere and are the same bytes there."""
+    return device if is_computed(source) else pool.device
+
+
 def _useful_devices(devices: Sequence[torch.device], recipes: Iterable[Recipe]) -> Sequence[torch.device]:
     """The devices that a run can use at the same time."""
     return devices[:1] if any(recipe.rounding.runs_model for recipe in recipes) else devices
@@ -486,13 +496,14 @@ def _journal(
     fingerprint: str | None,
     calibration: FileStates,
     device: torch.device,
+    reading: torch.device,
 ) -> RunJournal | None:
     """The journal from which another run can resume this one; None for a run without a fingerprint.
 
-    ``plans``: of all outputs, which decide where a tensor is read to.
+    ``plans``: of all outputs, which decide where a tensor is read to: to ``reading`` or the CPU.
     """
     key = run_key(fingerprint, planned_configs(source, plan, recipe), calibration, device)
-    return None if key is None else RunJournal(key, source, lambda name: read_device(source, plans, name, device))
+    return None if key is None else RunJournal(key, source, lambda name: read_device(source, plans, name, reading))
 
 
 def output_name(source: str | os.PathLike, label: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["CPU", "SampledSource", "Source", "TensorInfo", "fingerprint"]
+__all__ = ["CPU", "SampledSource", "Source", "TensorInfo", "fingerprint", "is_computed"]
 
 CPU = torch.device("cpu")
 _SAMPLE_BYTES = 4096
@@ -48,6 +48,13 @@ class Source(Protocol):
     def read(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """Load one tensor onto ``device``."""
         ...
+
+
+def is_computed(source: Source) -> bool:
+    """Whether the bytes of a tensor may depend on the device that it is read to: those of a source with ``computed``, and of
+    sources that are read from one, their ``origin``."""
+    origin = getattr(source, "origin", None)
+    return getattr(source, "computed", False) or (origin is not None and is_computed(origin))
 
 
 class SampledSource(Source, Protocol):
