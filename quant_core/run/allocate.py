@@ -25,6 +25,7 @@ from .allocation import Allocation, Budget, Option, Point, allocate
 from .candidates import EIGHT_BITS, LayerMeter, find_candidates
 from .card_times import CardTimes, find_card
 from .estimate import tensor_size
+from .loop import weight_device
 
 __all__ = ["allocate_formats"]
 
@@ -49,7 +50,7 @@ def allocate_formats(
 
     Args:
         pool: devices that measure the layers.
-        device: the first of them, where weights are read to, and whose times count.
+        device: the first of them, whose times count.
         general: see :func:`~..recipes.make_plan`.
 
     Raises:
@@ -66,7 +67,8 @@ def allocate_formats(
     eight_bits = _size_in_eight_bits(source, recipe, plan, names)
     smaller = recipe.target_size is not None and recipe.target_size * 1e9 < eight_bits
     candidates = find_candidates(recipe, capability, few_bits=smaller or recipe.target_error is not None)
-    meter = LayerMeter(source, recipe, calibration, candidates, capability, times, pool, device, check)
+    reading = weight_device(source, pool, device)
+    meter = LayerMeter(source, recipe, calibration, candidates, capability, times, pool, reading, check)
     wanted = {name: sensitivities.get(name, default) for name in names}
     options = dict(meter.measure(wanted, emit))
     others = (name for name in plan.output_names() if name not in options)

@@ -13,14 +13,14 @@ from ..cancellation import CancelCheck, wait_for_any
 from ..errors import NonFiniteWeightError
 from ..recipes import Plan
 from ..sources import Source
-from ..sources.source import CPU
+from ..sources.source import CPU, is_computed
 from ..workers import TaskPool
 from .blocks import StartedLayer, base_name
 from .io_threads import compute_ahead, read_ahead
 from .layer_task import LayerOrder, LayerResult, LayerTask, move_statistics, quantize_ordered
 from .output_run import OutputRun
 
-__all__ = ["QuantizationLoop", "read_device"]
+__all__ = ["QuantizationLoop", "read_device", "weight_device"]
 
 _MOST_PENDING = 1 << 32  # bytes of source tensors that are read and not yet written; one may be larger
 
@@ -184,6 +184,11 @@ class QuantizationLoop:
 
 def _are_calibrated(orders: Mapping[OutputRun, LayerOrder]) -> bool:
     return any(order.calibrated for order in orders.values())
+
+
+def weight_device(source: Source, pool: TaskPool, device: torch.device) -> torch.device:
+    """Where weights are read to: ``device``, the first of a run; the CPU if they are sent elsewhere and have the same bytes there."""
+    return device if is_computed(source) else pool.device
 
 
 def read_device(source: Source, plans: Sequence[Plan], name: str, device: torch.device) -> torch.device:

@@ -18,14 +18,13 @@ from ..recipes import Plan, Recipe, describe_uncalibrated
 from ..sequential import ReplayedModel
 from ..sources import Source, TensorSource, open_source
 from ..sources.shards import model_stem
-from ..sources.source import is_computed
 from ..workers import Devices, TaskPool, open_pool, parse_devices
 from .allocate import allocate_formats
 from .blocks import open_blocks, require_model, walk_fingerprint
 from .estimate import estimate_size
 from .fingerprint import FileStates, has_fingerprint, input_paths, may_be_newer, run_fingerprint, run_key
 from .header import check_name_collisions, file_metadata, header_bound, planned_configs
-from .loop import QuantizationLoop, read_device
+from .loop import QuantizationLoop, read_device, weight_device
 from .memory import explain_out_of_memory
 from .output_run import OutputRun
 from .recorded import RecordedSource
@@ -127,7 +126,7 @@ def quantize_tensors(
                 check=check,
                 blocks=blocks,
             )
-            reading = _reading_device(source, pool, first)
+            reading = weight_device(source, pool, first)
             QuantizationLoop(source, [run], calibration, pool, reading, check).execute()
             run.finish()
     emit(RunFinished(report=run.report))
@@ -292,7 +291,8 @@ class _TargetsRun:
             if not runs:
                 return
             calibration = calibrations[0] if calibrations else None
-            QuantizationLoop(self._recorded, list(runs.values()), calibration, pool, device, self._check).execute()
+            reading = weight_device(self._source, pool, device)
+            QuantizationLoop(self._recorded, list(runs.values()), calibration, pool, reading, self._check).execute()
             for number in runs:
                 with self._collected(number):
                     self._results[number] = files[number].finish(self._recorded, self._check)
@@ -300,7 +300,7 @@ class _TargetsRun:
     def _open(self, file: "_TargetFile", plans: Sequence[Plan], pool: TaskPool, opened: contextlib.ExitStack) -> None:
         """Open the writer of a target, and what its loop needs; ``plans``: of all targets."""
         target, device = file.target, self._devices[0]
-        reading = _reading_device(self._source, pool, device)
+        reading = weight_device(self._source, pool, device)
         recipe, calibration = target.recipe, target.calibration
         file.plan = plan = _allocate(
             self._recorded, file.plan, recipe, calibration, pool, device, self._general, target.on_event, self._check
@@ -416,11 +416,6 @@ class _TargetFile:
         report.output = str(self.destination)
         emit(RunFinished(report=report))
         return report
-
-
-def _reading_device(source: Source, pool: TaskPool, device: torch.device) -> torch.device:
-    """Where weights are read to: ``device``, the first of a run; the CPU if they are sent elsewhere and are the same bytes there."""
-    return device if is_computed(source) else pool.device
 
 
 def _useful_devices(devices: Sequence[torch.device], recipes: Iterable[Recipe]) -> Sequence[torch.device]:
