@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pytest
 
-from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.browser import chromium_path, open_page, reopen
 from learned_rounding.tests.evidence import DOCUMENT, collect_fault_patterns, format_table, update_document
@@ -135,6 +134,8 @@ def in_comfyui(host, tmp_path):
 
 @pytest.fixture(scope="session")
 def comfy(host, tmp_path_factory):
+    from learned_rounding.benchmarks.tiny_model.place import place
+
     base = tmp_path_factory.mktemp(f"comfyui-{host.version}-")
     place(base, prompts=PROMPTS)
     with ComfyServer(host, base=base, links=LINKS) as server:
