@@ -14,6 +14,7 @@ Tests that ask for these are marked `host` (and `browser`) by that alone.
 """
 
 import functools
+import logging
 import os
 import re
 from pathlib import Path
@@ -75,6 +76,13 @@ def pytest_collection_modifyitems(config, items):
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish():
+    """Let torch's loggers propagate: pytest adds its handlers to each of the fifty that do not, at every subtest."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger) and not IN_COMFYUI:
+            logger.propagate = True
 
 
 def pytest_sessionfinish(session):

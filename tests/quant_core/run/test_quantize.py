@@ -103,10 +103,11 @@ def test_quantized_state_dict_is_a_valid_file(model, tmp_path):
 # Stopping
 
 
-def test_cancelling_at_any_check_leaves_nothing_behind(model_file, tmp_path, listing, monkeypatch, subtests):
+def test_cancelling_at_any_check_leaves_nothing_behind(model, model_file, tmp_path, listing, monkeypatch, subtests):
     """Slabs of one row: most checks are inside a layer."""
     monkeypatch.setitem(slabs._SLAB, "cpu", 32)
-    source, out = model_file(), tmp_path / "new" / "out.safetensors"
+    tensors = {name: tensor for name, tensor in model().items() if not name.startswith("blocks.1.")}
+    source, out = model_file(tensors=tensors), tmp_path / "new" / "out.safetensors"
     checks = []
     quantize_file(source, out, check=lambda: checks.append(None))
     total, finished = len(checks), out.read_bytes()
