@@ -37,6 +37,7 @@ from learned_rounding.quant_core.quantize_layer import quantize_layer
 from learned_rounding.quant_core.rounding import slabs
 from learned_rounding.quant_core.run import io_threads
 from learned_rounding.quant_core.run.quantize import output_name
+from learned_rounding.tests.system import needs_symlinks
 
 from .made_files import LINEARS, RECIPES, Stop, metadata_of, same, working_threads
 
@@ -193,6 +194,7 @@ def test_a_quantized_source_is_refused_by_the_name_of_its_format(model_file, tmp
             assert listing() == ["model.safetensors", "once.safetensors"]
 
 
+@needs_symlinks
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_source_itself_is_no_output(model_file, tmp_path, listing, monkeypatch, overwrite, sentences, subtests):
     source, alias = model_file(), tmp_path / "alias.safetensors"
