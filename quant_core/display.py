@@ -1,4 +1,4 @@
-"""Text output: numbers, byte counts, Markdown tables, escaped control characters, bounded lengths."""
+"""Text output: numbers, byte counts, Markdown tables, escaped control characters, bounded lengths, causes."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 __all__ = [
     "bound_lines",
+    "describe_cause",
     "escape_control",
     "human_bytes",
     "markdown_table",
@@ -65,6 +66,12 @@ def shorten(text: str, longest: int = _LONGEST) -> str:
         return text
     half = (longest - 1) // 2
     return f"{text[:half]}…{text[-half:]}"
+
+
+def describe_cause(error: BaseException) -> str:
+    """The text of an exception of Python or a library, at most 300 characters; that of a KeyError is only the key."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return text[:300] or type(error).__name__
 
 
 def bound_lines(lines: Sequence[str], most: int = _LINES) -> str:

@@ -14,13 +14,13 @@ Tests that ask for these are marked `host` (and `browser`) by that alone.
 """
 
 import functools
+import logging
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from learned_rounding.benchmarks.tiny_model.place import place
 from learned_rounding.hosts import ComfyServer, available_hosts
 from learned_rounding.hosts.browser import chromium_path, open_page, reopen
 from learned_rounding.tests.evidence import DOCUMENT, collect_fault_patterns, format_table, update_document
@@ -76,6 +76,13 @@ def pytest_collection_modifyitems(config, items):
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish():
+    """Let torch's loggers propagate: pytest adds its handlers to each of the fifty that do not, at every subtest."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "torch" and isinstance(logger, logging.Logger) and not IN_COMFYUI:
+            logger.propagate = True
 
 
 def pytest_sessionfinish(session):
@@ -135,6 +142,8 @@ def in_comfyui(host, tmp_path):
 
 @pytest.fixture(scope="session")
 def comfy(host, tmp_path_factory):
+    from learned_rounding.benchmarks.tiny_model.place import place
+
     base = tmp_path_factory.mktemp(f"comfyui-{host.version}-")
     place(base, prompts=PROMPTS)
     with ComfyServer(host, base=base, links=LINKS) as server:

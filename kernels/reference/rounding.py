@@ -28,6 +28,8 @@ def element_step(values: torch.Tensor, element: ElementArithmetic) -> torch.Tens
 def round_to_element(values: torch.Tensor, element: ElementArithmetic) -> torch.Tensor:
     """Round ``values`` (float32) to the nearest value of the element format, ties to even; clamp at its largest value."""
     clamped = values.clamp(-element.largest, element.largest)
+    if element.mantissa < 0:
+        return clamped.round_()
     step = element_step(clamped, element)
     return (clamped / step).round_() * step
 
@@ -101,16 +103,15 @@ def round_block(
     if coupling is None:
         values = nearest((weight - shift) / spread, slice(None))
         return values.half(), values * spread - weight
-    values = torch.empty(columns, rows, dtype=torch.float16, device=weight.device)
-    errors, shift = torch.empty_like(weight), shift.clone()
-    for column in range(columns - 1, -1, -1):
-        step = spread[column if spread.shape[0] > 1 else 0]
-        value = nearest((weight[column] - shift[column]) / step, column)
-        error = value * step - weight[column]
-        values[column], errors[column] = value, error
-        change = error if before is None else error - before[column]
-        shift.addr_(coupling[column], change)
-    return values, errors
+    values, errors, shift = torch.empty_like(weight), torch.empty_like(weight), shift.clone()
+    # Views of the columns, made at once: on a CPU, indexing takes as long as the arithmetic on short columns.
+    steps = spread.unbind() if spread.shape[0] > 1 else spread.unbind() * columns
+    unbound = (*(tensor.unbind() for tensor in (weight, shift, values, errors, coupling)), steps)
+    for column, (target, shifted, value, error, coupled, step) in reversed(list(enumerate(zip(*unbound, strict=True)))):
+        value.copy_(nearest((target - shifted).div_(step), column))
+        torch.mul(value, step, out=error).sub_(target)
+        shift.addr_(coupled, error if before is None else error - before[column])
+    return values.half(), errors
 
 
 def scale_errors(
@@ -140,15 +141,20 @@ def scale_errors(
     out, inner = weight.shape
     sums, groups = -(-out // sum_rows), scale.shape[1]
     errors = torch.empty(len(ratios), sums, groups, device=weight.device)
-    rows = torch.arange(out, device=weight.device) // group_rows
-    spread = scale[rows].repeat_interleave(group_columns, dim=1)[:, :inner] if groups > 1 else scale[rows]
+    spread = scale  # as it is, if a group is a row or all rows
+    if group_rows > 1 and scale.shape[0] > 1:
+        spread = spread[torch.arange(out, device=weight.device) // group_rows]
+    if groups > 1:
+        spread = spread.repeat_interleave(group_columns, dim=1)[:, :inner]
+    margins = (0, groups * group_columns - inner, 0, sums * sum_rows - out)
     for candidate, ratio in enumerate(ratios):
         scaled = weight.float() / (spread * ratio)
         square = round_to_element(scaled, element).sub_(scaled).square_()
         if column_weight is not None:
             square *= column_weight
-        padded = torch.nn.functional.pad(square, (0, groups * group_columns - inner, 0, sums * sum_rows - out))
-        errors[candidate] = padded.view(sums, sum_rows, groups, group_columns).sum(dim=(1, 3))
+        if any(margins):
+            square = torch.nn.functional.pad(square, margins)
+        errors[candidate] = square.view(sums, sum_rows, groups, group_columns).sum(dim=(1, 3))
     return errors
 
 

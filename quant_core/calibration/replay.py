@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from ..cancellation import CancelCheck
+from ..display import describe_cause
 from ..errors import CalibrationError, OutputError
 from ..output import SafetensorsWriter, header_bytes
 from ..sources import SafetensorsFile, TensorInfo
@@ -202,7 +203,7 @@ class ReplaySet:
             file.close()
             if isinstance(error, (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)):
                 raise CalibrationError(
-                    f"{path} does not contain valid calls of a model ({type(error).__name__}: {error}); calibrate again.",
+                    f"{path} does not contain valid calls of a model ({describe_cause(error)}); calibrate again.",
                     file=str(path),
                 ) from None
             raise

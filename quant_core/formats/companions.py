@@ -61,6 +61,8 @@ def find_unknown_companions(source: LayerSource, declared: Container[str], known
                 values |= {f"{name}{separator}": name for separator in "._"}
                 if layer:
                     siblings.setdefault(f"{layer}.", name)
+    if not (layers or values):  # most sources are not quantized; names have many prefixes
+        return {}
     found = {}
     for name in source.tensors:
         if name in known:

@@ -255,7 +255,10 @@ class PartialFile:
         if not (WINDOWS or _is_at(status, self._hidden)):  # Windows neither removes nor renames an open file
             raise OSError(errno.ESTALE, f"its hidden file {self._hidden.name} was removed or replaced during the run")
         if WINDOWS:
-            self.file.close()  # Windows renames no open file
+            # Windows renames no open file, and a closed one has no lock: until it has its name, another run with this output
+            # may take it for that of a killed run. If it resumes from it, the file is open there and the name is refused here;
+            # if it removes it, this run fails. In neither case a file is published that another run writes.
+            self.file.close()
         # Elsewhere the file keeps its lock until it has its name: an unlocked one would look like that of a killed run.
         try:
             self.matched_existing = not publish_file(self._hidden, self.path, overwrite=self._overwrite)

@@ -1,5 +1,6 @@
 """Layer rules of the user: a format, or full precision, for layers by name. The most specific rule decides."""
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -91,10 +92,10 @@ def parse_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
     Raises:
         RecipeError: the layer config or a pattern is not valid, or the patterns are too large together.
     """
-    kept = tuple(LayerRule(pattern, None, "keep pattern") for pattern in keep)
-    rules = (*kept, *parse_layer_config(config))
+    rules: list[LayerRule] = []
+    kept = (LayerRule(pattern, None, "keep pattern") for pattern in keep)
     total = 0
-    for rule in rules:
+    for rule in itertools.chain(kept, parse_layer_config(config)):
         try:
             total += max(Pattern(rule.pattern).size, _LEAST)
         except RecipeError as error:
@@ -103,7 +104,8 @@ def parse_rules(keep: Iterable[str], config: str) -> tuple[LayerRule, ...]:
             raise RecipeError(
                 f"The {rule.origin}: all patterns have more than {LARGEST:,} characters and repeats together; use fewer or simpler ones."
             )
-    return rules
+        rules.append(rule)
+    return tuple(rules)
 
 
 def parse_layer_config(text: str) -> tuple[LayerRule, ...]:

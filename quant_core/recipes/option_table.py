@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..formats import FORMATS, GRANULARITIES, GROUP_SIZES, MEASURED, Codec, FormatConfig, find_sibling
 from ..formats.cards import CARDS
@@ -34,7 +35,7 @@ class FormatOption(Option):
     applies: Callable[[Codec | None], bool]
     roundings: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def scope(self) -> str:
         """Formats, and granularities if they matter, that the option applies to."""
         if self.applies(None):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...kernels.tuning import cache_file, measure_milliseconds, package_version, replace_json
+from ..display import describe_cause
 from ..errors import QuantizationError, RecipeError
 from ..formats import Codec
 from ..formats.cards import parse_card
@@ -205,7 +206,7 @@ def _load(path: Path) -> CardTimes:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise QuantizationError(
-            f"{path} does not contain the measurements that lrq bench --json prints: {type(error).__name__} {error}; make it "
+            f"{path} does not contain the measurements that lrq bench --json prints ({describe_cause(error)}); make it "
             "again, or remove it.",
             file=str(path),
         ) from error

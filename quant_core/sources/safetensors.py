@@ -37,7 +37,16 @@ def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _parse_entry(path: Path, name: str, entry: dict) -> tuple[int, int, str, TensorInfo]:
     """Return (begin, end, name, info) of one header entry; begin and end are bytes of the data section."""
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(entry, dict):
+        raise ValueError(f"the header entry of tensor {name} is not a JSON object")
+    if missing := [key for key in ("dtype", "shape", "data_offsets") if key not in entry]:
+        raise ValueError(f"tensor {name} has no {', '.join(missing)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"the dtype of tensor {name} is not a string")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"shape and data_offsets of tensor {name} are not a list and a list of two numbers")
+    begin, end = offsets
     if dtype not in TORCH_DTYPES and dtype in UNREADABLE_DTYPES:
         raise SourceError(
             f"{path}: tensor {name} has dtype {dtype}, which ComfyUI does not load; give the model in BF16, F16 or F32.",

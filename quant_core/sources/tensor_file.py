@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..display import describe_cause
 from ..errors import SourceError
 from ..file_system import long_path
 from .dtypes import DTYPE_NAMES
@@ -115,9 +116,8 @@ class TensorFile(ABC):
                 ) from error
             if isinstance(error, _PARSE_ERRORS):
                 error.with_traceback(None)  # its frames hold all that was parsed, which can be hundreds of megabytes
-                reason = str(error)[:300] or type(error).__name__
                 raise SourceError(
-                    f"{self.path} is damaged ({reason}); download it again.", file=str(self.path)
+                    f"{self.path} is damaged ({describe_cause(error)}); download it again.", file=str(self.path)
                 ) from None
             raise
 

@@ -66,6 +66,8 @@ class PickleFile(TensorFile):
                     file=str(self.path),
                     tensor=name,
                 )
+            if value.storage.key not in places:
+                raise ValueError(f"the storage {value.storage.key!r} of tensor {name} is missing")
             self._add_view(name, value, *places[value.storage.key])
         if not self.tensors:
             raise SourceError(

@@ -21,8 +21,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from learned_rounding.kernels.reference import LARGEST
 from learned_rounding.kernels.triton import beam, grouped_levels, hopper, linear, quantize, rounding
-from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8
+from learned_rounding.quant_core.formats import E2M1, E4M3, INT8
 from learned_rounding.tests.kernels.compile_cache import CompileCache, compile_cache_file, make_key
+from learned_rounding.tests.kernels.element_formats import ELEMENTS
 
 F32, I32 = "*fp32", "i32"
 BLOCK = dict.fromkeys(("weight", "shift", "before", "coupling", "scale", "codes", "level_scale", "errors"), F32) | {
@@ -64,7 +65,7 @@ SEPARATE = {
 
 
 def rounding_cases():
-    for element in (E2M1, E4M3, E5M2, INT4, INT8):
+    for element in ELEMENTS.values():
         numbers = rounding.element_constants(element.arithmetic)
         config, warps = rounding.CONFIGS["round_block"]
         for flag, levels in product((False, True), LEVELS if element == INT8 else (0,)):

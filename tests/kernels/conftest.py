@@ -1,6 +1,8 @@
 """Select Triton's interpreter on machines without a GPU, before the kernels are imported."""
 
+import functools
 import importlib.util
+import inspect
 import os
 
 import numpy as np
@@ -38,6 +40,27 @@ def bfloat16_products():
         return multiply(self, to_float32(a), to_float32(b), *rest)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Have Triton's interpreter list the functions of ``triton.language`` once, not at each call of a device function."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def names(package):
+        return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+    def patch_builtin(package, builder, scope):
+        for name in names(package):
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):  # not one that is patched already
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from learned_rounding.kernels import reference
-from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8
-
-ELEMENTS = {"e4m3": E4M3, "e5m2": E5M2, "e2m1": E2M1, "int8": INT8, "int4": INT4}
+from learned_rounding.quant_core.formats import INT8
+from learned_rounding.tests.kernels.element_formats import ELEMENTS
 
 
 @pytest.fixture(scope="module")

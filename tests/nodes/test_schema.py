@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from learned_rounding.quant_core.recipes.option_table import OPTION_TABLE
+
 ALIASES = json.loads((Path(__file__).resolve().parents[2] / "web" / "search_aliases.json").read_text(encoding="utf-8"))
 # Saved workflows hold node ids, input names and widget values by place: nothing here may change, new inputs come last.
 INPUTS = {
@@ -26,6 +28,7 @@ INPUTS = {
     "LearnedRoundingLoadCalibration": "file",
     "LearnedRoundingLoadQuantized": "model clip_type",
 }
+WIDGETS_OF_RECIPE = ("LearnedRoundingConfigure", "LearnedRoundingOptions")
 OUTPUTS = {
     "LearnedRoundingLoadModel": "source",
     "LearnedRoundingConfigure": "recipe",
@@ -60,6 +63,12 @@ ADVANCED = {
 def nodes(comfy):
     """Node id → its definition, as pages get it."""
     return {name: info for name, info in comfy.object_info().items() if name.startswith("LearnedRounding")}
+
+
+def test_every_option_of_the_recipe_has_a_widget():
+    """In Configure Quantization, or in Rounding Options if it is one of the rounding."""
+    widgets = " ".join(INPUTS[node] for node in WIDGETS_OF_RECIPE).replace("matrix_mult", "matmul").split()
+    assert [name for names in OPTION_TABLE.values() for name in names if name not in widgets] == []
 
 
 def options(info):

@@ -4,7 +4,7 @@ import pytest
 
 from learned_rounding.quant_core.cli import streams
 from learned_rounding.quant_core.cli.streams import prepare_streams, print_error, print_line
-from learned_rounding.quant_core.display import bound_lines, shorten, size_change, three_digits
+from learned_rounding.quant_core.display import bound_lines, describe_cause, shorten, size_change, three_digits
 from learned_rounding.quant_core.errors import QuantizationError, UnknownNameError
 
 
@@ -30,6 +30,17 @@ def test_many_lines_are_counted():
     assert bound_lines(["a", "b"], 2) == "a\nb"
     assert bound_lines(["x" * 100_000, *"abc"], 2).split("\n")[1:] == ["a", "… 2 more lines"]
     assert len(bound_lines(["x" * 100_000])) <= 2000
+
+
+def test_causes_are_named_whatever_the_exception_says(subtests):
+    for error, text in [
+        (KeyError("dtype"), "'dtype' is missing"),
+        (IndexError("list index out of range"), "list index out of range"),
+        (MemoryError(), "MemoryError"),
+        (ValueError("x" * 1000), "x" * 300),
+    ]:
+        with subtests.test(type(error).__name__):
+            assert describe_cause(error) == text
 
 
 def test_message_of_an_error_is_bounded():

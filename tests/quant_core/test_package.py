@@ -35,6 +35,8 @@ LAYERS = [
     {"cli"},
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}
+# Of the host, outside of nodes/host: what declares nodes, and tensors whose layouts are ours to define.
+OF_HOST = {"nodes": {"comfy_api.latest"}, "nodes/ui": {"comfy_api.latest"}, "nodes/runtime": {"comfy_kitchen.tensor"}}
 DEPRECATED = {"quant_core/checkpoints.py", "quant_core/requantize.py"}  # names of version 0.1.0 for other modules
 NEEDED = {"torch", "regex", "tqdm", "filelock", "tomli"}
 # Imported where they are asked for, with a sentence of ours or without their number when they are missing: import name → package.
@@ -107,6 +109,15 @@ def test_the_library_imports_no_host(subtests):
         with subtests.test(short(path)):
             others = [(line, name) for line, name in imports(path) if not name.startswith(".")]
             assert [each for each in others if each[1].split(".")[0] not in known] == []
+
+
+def test_only_one_package_of_the_nodes_imports_comfyuis_internals(subtests):
+    of_host = PROVIDED - {"torch", "triton", "numpy", "PIL"}
+    paths = [path for path in sorted((ROOT / "nodes").rglob("*.py")) if short(path.parent) != "nodes/host"]
+    for path in paths:
+        with subtests.test(short(path)):
+            found = [(line, name) for line, name in imports(path) if name.split(".")[0] in of_host]
+            assert [each for each in found if each[1] not in OF_HOST[short(path.parent)]] == []
 
 
 LAYER = {name: height for height, names in enumerate(LAYERS) for name in names}
@@ -283,8 +294,8 @@ def test_the_command_is_installed_under_its_name():
 
 # Modules without a test of their own stem, by the reason. A folder stands for its modules by their stems.
 WITHOUT_TEST: dict[str, dict[str, str]] = {
-    "declarations: names of version 0.1.0, see test_deprecated.py; the events of a run, see run/test_loop.py": {
-        "quant_core": "checkpoints events requantize",
+    "declarations: names of version 0.1.0, see test_deprecated.py": {
+        "quant_core": "checkpoints requantize",
     },
     "seen only in a workflow that runs: tests/nodes/test_graph.py, test_schema.py, test_refusals.py, test_workflows.py": {
         "nodes": """

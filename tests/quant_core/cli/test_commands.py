@@ -14,6 +14,7 @@ from safetensors.torch import load, load_file, save_file
 import learned_rounding
 from learned_rounding.quant_core import FORMATS, PRESETS
 from learned_rounding.quant_core.output import verify_file
+from learned_rounding.tests.system import needs_symlinks
 
 from .reading import error_lines
 
@@ -165,6 +166,7 @@ def test_a_clone_under_another_name_runs_from_anywhere(model_file, tmp_path, lis
     ]
 
 
+@needs_symlinks
 def test_a_link_to_the_folder_runs_and_an_error_has_no_trace(tmp_path, sentences):
     link = tmp_path / "ComfyUI-Learned-Rounding"
     link.symlink_to(ROOT, target_is_directory=True)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from learned_rounding.quant_core.cli import commands
 from learned_rounding.quant_core.cli.commands import main
+from learned_rounding.tests.system import FULL_DEVICE
 
 pytestmark = pytest.mark.posix(reason="pipes, sockets and devices have names")
 
@@ -54,9 +55,11 @@ def test_what_is_not_a_regular_file_is_refused_before_any_work(folder, capsys, m
         raise AssertionError("work has begun")
 
     commands_of_today, before = dict(commands._COMMANDS), sorted(os.listdir())
-    for option, words in OPTIONS.items():
-        for name in ("pipe", "socket", "folder", "link to a pipe", "/dev/zero", "/dev/full"):
+    for name in ("pipe", "socket", "folder", "link to a pipe", "/dev/zero", str(FULL_DEVICE)):
+        for option, words in OPTIONS.items():
             with subtests.test(option, name=name), monkeypatch.context() as patch:
+                if name == str(FULL_DEVICE) and not FULL_DEVICE.exists():
+                    pytest.skip("only Linux has /dev/full")
                 if name != "folder" or option not in FOLDERS:
                     patch.setattr(commands, "_COMMANDS", dict.fromkeys(commands_of_today, work))
                 assert main([*words, name]) == 1

@@ -18,6 +18,7 @@ from learned_rounding.quant_core.output import verify_file
 from learned_rounding.quant_core.output.partial import PartialFile
 from learned_rounding.quant_core.run import quantize as pipeline
 from learned_rounding.quant_core.sources import SafetensorsFile
+from learned_rounding.tests.system import needs_symlinks
 
 from .reading import UNUSED, recipe_of
 
@@ -348,6 +349,7 @@ def test_the_report_file(lrq, model_file, tmp_path):
     assert values["bytes_out"] == (tmp_path / "q.safetensors").stat().st_size
 
 
+@needs_symlinks
 def test_a_report_replaces_no_file_of_its_run(lrq, model_file, tmp_path, sentences):
     source, out, calibration, recipe = (
         model_file(),

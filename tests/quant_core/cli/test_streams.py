@@ -17,6 +17,7 @@ import learned_rounding
 from learned_rounding.quant_core.cli import streams
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.output import verify_file
+from learned_rounding.tests.system import needs_full_device, needs_shell
 
 ROOT = Path(learned_rounding.__file__).parent
 
@@ -36,9 +37,6 @@ def redirect(monkeypatch):
             stream.close()
 
 
-needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-
-
 def test_a_reader_that_goes_away_ends_the_command(redirect):
     """As `lrq presets | head -1` does, whoever is faster."""
     read, write = os.pipe()
@@ -54,14 +52,14 @@ def test_closed_streams_do_not_end_the_command(monkeypatch):
     assert main(["verify", "none"]) == 1
 
 
-@needs_full
+@needs_full_device
 def test_lost_output_is_an_error_after_the_work(redirect, capfd, sentences):
     redirect("stdout", open("/dev/full", "w"))
     assert main(["formats"]) == 1
     sentences(capfd.readouterr().err)
 
 
-@needs_full
+@needs_full_device
 def test_full_standard_error_is_not_an_error(redirect):
     redirect("stderr", open("/dev/full", "w"))
     assert main(["formats"]) == 0
@@ -146,7 +144,8 @@ def test_a_process_without_a_reader_ends_quietly(model_file, tmp_path, words):
 
 
 @pytest.mark.soak
-@needs_full
+@needs_shell
+@needs_full_device
 @pytest.mark.parametrize(
     "redirection, code",
     [(">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), ("2>/dev/full", 0), (">/dev/full 2>&-", 1), (">/dev/full", 1)],
@@ -169,7 +168,8 @@ def test_process_with_streams_that_are_closed_or_full_does_its_work(model_file, 
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("redirection", ["2>&-", ">/dev/full"])
+@needs_shell
+@pytest.mark.parametrize("redirection", ["2>&-", pytest.param(">/dev/full", marks=needs_full_device)])
 def test_process_with_such_streams_fails_where_the_command_does(tmp_path, redirection):
     words = shlex.join([sys.executable, str(ROOT), "verify", "none"])
     done = subprocess.run(

@@ -2,9 +2,11 @@
 
 import torch
 
-from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2, INT4, INT8
+from learned_rounding.quant_core import formats
+from learned_rounding.quant_core.formats import E2M1, E4M3, E5M2
+from learned_rounding.tests.kernels.element_formats import ELEMENTS as ELEMENT_FORMATS
 
-ELEMENTS = (E4M3, E5M2, E2M1, INT8, INT4)
+ELEMENTS = tuple(ELEMENT_FORMATS.values())
 OCP_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # OCP MX v1.0, table 5
 
 
@@ -107,3 +109,13 @@ def test_both_neighbours_beyond_the_end_are_the_end(subtests):
             with subtests.test(elements.name, end=end):
                 assert low.tolist() == [end] * 2
                 assert high.tolist() == [end] * 2
+
+
+def test_every_element_format_is_public_and_in_a_format(subtests):
+    """The tests of elements and kernels, and the compilation of kernels, take all of them by their names."""
+    used = {format.elements for format in formats.FORMATS.values()}
+    for name, elements in ELEMENT_FORMATS.items():
+        with subtests.test(name):
+            assert elements.name.lower() == name
+            assert getattr(formats, elements.name) is elements
+            assert elements in used

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from learned_rounding.quant_core.errors import OutputError
 from learned_rounding.quant_core.output import SafetensorsWriter, partial, remove_leftovers
 from learned_rounding.quant_core.output.partial import PartialFile
+from learned_rounding.tests.system import needs_long_names, needs_symlinks
 
 
 def leftover(path: Path, mark: str = "00ab12cd") -> Path:
@@ -108,6 +109,7 @@ def test_incomplete_file_is_not_published(tmp_path, listing, sentences):
     assert listing() == []
 
 
+@needs_long_names
 def test_names_of_up_to_255_bytes_have_shorter_hidden_names(tmp_path, listing, subtests):
     """The letters have one, two and three bytes."""
     for size in (237, 238, 239, 254, 255):
@@ -125,6 +127,7 @@ def test_names_of_up_to_255_bytes_have_shorter_hidden_names(tmp_path, listing, s
                 path.unlink()
 
 
+@needs_long_names
 def test_long_names_with_the_same_beginning_do_not_share_hidden_files(tmp_path):
     one, other = (PartialFile(tmp_path / ("a" * 250 + end)) for end in ("x", "y"))
     with one.access():
@@ -135,6 +138,7 @@ def test_long_names_with_the_same_beginning_do_not_share_hidden_files(tmp_path):
     one.abort()
 
 
+@needs_symlinks
 @pytest.mark.parametrize("suffix", [".partial", ".journal"])
 def test_links_are_removed_and_not_followed(tmp_path, listing, suffix):
     other = tmp_path / "other"

@@ -11,6 +11,7 @@ from learned_rounding.quant_core.errors import OutputError
 from learned_rounding.quant_core.output import SafetensorsWriter, remove_leftovers
 from learned_rounding.quant_core.output.durable import flush_in_background
 from learned_rounding.quant_core.output.partial import PartialFile, open_leftover
+from learned_rounding.tests.system import needs_symlinks
 
 RECIPE = Recipe(format="int8_tensorwise", rounding="nearest", preset="none")
 
@@ -75,6 +76,7 @@ def test_file_of_a_live_run_is_not_removed(windows, tmp_path):
         assert len(list(tmp_path.glob(".*.partial"))) == 1
 
 
+@needs_symlinks
 def test_link_is_not_followed(windows, tmp_path):
     (tmp_path / "other").write_bytes(b"somebody else's")
     (tmp_path / ".a.00ab12cd.partial").symlink_to(tmp_path / "other")

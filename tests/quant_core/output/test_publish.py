@@ -8,6 +8,7 @@ import pytest
 from learned_rounding.quant_core.errors import OutputError, OutputExistsError
 from learned_rounding.quant_core.output import final_path, keep_apart
 from learned_rounding.quant_core.output.publish import publish_file
+from learned_rounding.tests.system import needs_symlinks
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def test_file_of_other_content_is_replaced_only_on_request(tmp_path, hidden, lin
     assert (tmp_path / "a").read_bytes() == b"content"
 
 
+@needs_symlinks
 def test_link_is_followed(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "target")
     assert final_path(tmp_path / "link") == (tmp_path / "target").resolve()

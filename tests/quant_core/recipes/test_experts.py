@@ -36,7 +36,8 @@ def test_models_without_attention_sinks_have_no_banks(gpt_oss):
 
 def test_banks_of_all_models_are_quantized_where_comfyui_reads_them(subtests):
     """Its class ``MoEExperts``, of which the lists have the kind; other tensors of three sides stay."""
-    for name in architectures():
+    with_three_sides = [name for name in architectures() if any(len(entry.shape) == 3 for entry in read(name).values())]
+    for name in with_three_sides:
         with subtests.test(name):
             banks = {
                 layer for layer, entry in read(name).items() if entry.kind == "experts" and layer.endswith(".weight")

@@ -258,7 +258,7 @@ def test_a_target_time_out_of_reach_is_refused(tensors, card, sentences):
     known = {layer: inputs(index) for index, layer in enumerate(LAYERS)}
     for fields in ({}, {"target_error": 0.01}):
         with sentences.raises(RecipeError):
-            plan_of(tensors, Recipe(format="measured", target_time=0.4, **fields), known)
+            plan_of(tensors, Recipe(format="measured", rounding="nearest", target_time=0.4, **fields), known)
 
 
 def test_formats_without_a_time_are_left_out_and_named(tensors, card, sentences):
@@ -321,7 +321,7 @@ def test_a_file_of_several_formats_is_sound_and_tells_how_it_came_about(tensors,
     known = {layer: inputs(index, outlier=1 + 99 * (index % 2), sensitivity=1.0) for index, layer in enumerate(LAYERS)}
     source, target, events = tmp_path / "model.safetensors", tmp_path / "q.safetensors", []
     save_file({**tensors, "norm.weight": torch.ones(WIDTH)}, source)
-    recipe = Recipe(format="measured", block_formats=True)
+    recipe = Recipe(format="measured", block_formats=True, damping=0.1, sweeps=0)
     report = quantize_file(source, target, recipe, calibration=InMemoryCalibration(known), on_event=events.append)
     assert verify_file(target).problems == []
     measured = [event for event in events if isinstance(event, LayerMeasured)]

@@ -29,13 +29,16 @@ def total(options, attribute: str) -> float:
     return sum(getattr(option, attribute) for option in options)
 
 
-def least_cost(options, budget: Budget) -> float | None:
-    """By trying every combination."""
-    within = (
-        total(chosen, "cost")
+def combine(options) -> list[tuple[float, float, float]]:
+    """(cost, size, time) of every combination."""
+    return [
+        tuple(total(chosen, attribute) for attribute in ("cost", "size", "time"))
         for chosen in itertools.product(*options.values())
-        if total(chosen, "size") <= budget.size and total(chosen, "time") <= budget.time
-    )
+    ]
+
+
+def least_cost(combinations, budget: Budget) -> float | None:
+    within = (cost for cost, size, time in combinations if size <= budget.size and time <= budget.time)
     return min(within, default=None)
 
 
@@ -85,8 +88,9 @@ def test_size_and_time_are_kept_wherever_any_allocation_keeps_them():
     kept, missed, ratios = 0, 0, []
     for seed in range(12):
         options = make_options(seed)
+        combinations = combine(options)
         for budget in sizes_and_times(options):
-            best, made = least_cost(options, budget), allocate(options, budget)
+            best, made = least_cost(combinations, budget), allocate(options, budget)
             assert made.point.size <= budget.size
             assert made.keeps(budget) is (made.point.time <= budget.time)
             if made.keeps(budget):

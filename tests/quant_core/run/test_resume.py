@@ -17,6 +17,7 @@ from learned_rounding.quant_core.run.recorded import RecordedSource
 from learned_rounding.quant_core.run.resume import JournalFile, RunJournal
 from learned_rounding.quant_core.sources import SafetensorsFile, TensorSource
 from learned_rounding.quant_core.sources.source import CPU
+from learned_rounding.tests.system import needs_symlinks
 
 
 class Run:
@@ -160,8 +161,8 @@ PLANTED = {
 @pytest.mark.parametrize(
     "planted, suffix",
     [
-        ("link", ".partial"),
-        ("link", ".journal"),
+        pytest.param("link", ".partial", marks=needs_symlinks),
+        pytest.param("link", ".journal", marks=needs_symlinks),
         ("hard link", ".partial"),
         pytest.param("pipe", ".journal", marks=NEEDS_PIPES),
         pytest.param("pipe", ".partial", marks=NEEDS_PIPES),

@@ -5,11 +5,19 @@ import threading
 import pytest
 import torch
 
+from . import models
+
 
 @pytest.fixture(autouse=True)
 def _no_gradients():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def twice_as_wide(monkeypatch):
+    """Models whose layers have enough channels for what the solvers choose to differ between layers and seeds."""
+    monkeypatch.setattr(models, "WIDTH", 2 * models.WIDTH)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from learned_rounding.quant_core.run.layer_task import _static_input_scale
 from learned_rounding.quant_core.sequential import PendingLayer, ReplayedModel
 
 CPU = torch.device("cpu")
-WIDTH, TOKENS, CALLS = 64, 48, 6
+WIDTH, TOKENS, CALLS = 32, 48, 6
 
 
 class Block(nn.Module):

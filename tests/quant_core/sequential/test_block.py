@@ -22,7 +22,7 @@ def test_layers_after_others_compensate_for_them():
     assert made.errors.quantized < 0.8 * relative_error(calibrated, run_whole(model, {}))
 
 
-def test_layers_take_the_dampening_of_their_calibrated_rounding(monkeypatch):
+def test_layers_take_the_dampening_of_their_calibrated_rounding(monkeypatch, twice_as_wide):
     taken = []
 
     def quantize(layer, codecs, config, **options):

@@ -120,7 +120,7 @@ def test_advancing_can_be_cancelled_before_each_call():
 
 def large_arguments():
     """Two calls with tensors of more than 1 MiB."""
-    return [(x.repeat(1, 100, 1), time) for x, time in make_arguments(2)]
+    return [(x.repeat(1, 200, 1), time) for x, time in make_arguments(2)]
 
 
 def test_nothing_is_left_of_parked_calls_when_their_streams_are_closed(tmp_path, listing):

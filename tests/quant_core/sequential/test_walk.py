@@ -76,7 +76,7 @@ def test_each_stream_is_the_model_run_whole(kind, parked, tmp_path, listing, mon
     assert listing() == []
 
 
-def test_streams_go_through_reconstructed_blocks():
+def test_streams_go_through_reconstructed_blocks(twice_as_wide):
     model = replay(make(Pairs))
     made = walk(model, Recipe("asym_w4a8_int8", rounding="reconstructed", preset="none", num_iter=60))
     found = {index: outputs(value) for index, value in made.streams[Stream.QUANTIZED].items()}
@@ -183,7 +183,7 @@ def test_layers_outside_of_blocks_are_quantized_in_the_quantized_streams():
     assert not torch.equal(without.results["blocks.0.q"].qdata, beside.results["blocks.0.q"].qdata)
 
 
-def test_same_bytes_twice_and_other_tokens_with_another_seed(monkeypatch):
+def test_same_bytes_twice_and_other_tokens_with_another_seed(monkeypatch, twice_as_wide):
     monkeypatch.setattr(capture, "_LEAST_ROWS", 64)
     monkeypatch.setattr(capture, "_ROWS_PER_CHANNEL", 1)
     model = replay(make(Pairs))

@@ -6,17 +6,20 @@ import io
 import json
 import lzma
 import os
+import re
 import struct
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
+import learned_rounding
 from learned_rounding.quant_core.cli.commands import main
 from learned_rounding.quant_core.errors import SourceError
-from learned_rounding.quant_core.sources import SafetensorsFile, open_source
+from learned_rounding.quant_core.sources import SafetensorsFile, kinds, open_source, opening
 from learned_rounding.quant_core.sources.kinds import (
     GGUF,
     HEAD,
@@ -27,6 +30,8 @@ from learned_rounding.quant_core.sources.kinds import (
     read_head,
 )
 from learned_rounding.tests.quant_core.sources.model_files import SAVE
+
+ROOT = Path(learned_rounding.__file__).parent
 
 
 def zip_of(**files: bytes) -> bytes:
@@ -194,3 +199,31 @@ def test_text_in_a_message_is_bounded(tmp_path):
     with pytest.raises(SourceError) as caught:
         open_source(path)
     assert len(str(caught.value)) < len(str(path)) + 150
+
+
+# Suffixes of the files of each kind that is read.
+PICKLES = ("ckpt", "pt", "pth", "bin")
+SUFFIXES = {SAFETENSORS: ("safetensors",), GGUF: ("gguf",), ZIP: PICKLES, LEGACY_PICKLE: PICKLES}
+LISTS = (
+    "nodes/host/folders.py",
+    "nodes/load.py",
+    "quant_core/cli/help/quantize.txt",
+    "quant_core/cli/help/plan.txt",
+    "docs/sources.md",
+    "web/docs/LearnedRoundingLoadModel.md",
+    *(f"web/docs/LearnedRoundingLoadModel/{language}.md" for language in ("en", "ja", "zh")),
+)
+
+
+def test_every_kind_that_is_read_has_a_reader_and_a_suffix():
+    readable = {kind for kind in kinds._KINDS if kind is SAFETENSORS or kind.advice == kinds._CONVERTIBLE}
+    assert opening._READERS.keys() == readable
+    assert SUFFIXES.keys() == readable
+
+
+def test_every_suffix_is_in_the_list_of_comfyuis_folders_and_in_the_texts(subtests):
+    for name in LISTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        with subtests.test(name):
+            words = set(re.findall(r"\w+", text))
+            assert [suffix for suffixes in SUFFIXES.values() for suffix in suffixes if suffix not in words] == []

@@ -1,6 +1,8 @@
 """Text encoders under llama.cpp's names: those of ``gguf``'s own tables become transformers' names, rows in transformers' order."""
 
+import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,9 +38,15 @@ MODEL_ARCH = {"t5encoder": gguf.MODEL_ARCH.T5, "t5": gguf.MODEL_ARCH.T5} | {
 }
 
 
-def llama_cpp_names(name: str) -> dict[str, str]:
+@functools.cache
+def name_map(arch: gguf.MODEL_ARCH) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(arch, 64)
+
+
+@functools.cache
+def llama_cpp_names(name: str) -> Mapping[str, str]:
     """llama.cpp's name, as its own converter chooses it → ComfyUI's name, of all tensors of a list."""
-    table = gguf.get_tensor_name_map(MODEL_ARCH[ENCODERS[name]], 64)
+    table = name_map(MODEL_ARCH[ENCODERS[name]])
     return {
         table.get_name(key.removeprefix("model.") if "lm_head" in key else key, (".weight", ".bias")): key
         for key in read(name)
@@ -180,7 +188,7 @@ def test_each_of_llama_cpps_names_of_a_layer_is_refused_alone(subtests):
     for name in (*ENCODERS, "qwen25_7b", "gemma2_2b", "mistral3_24b"):
         with subtests.test(name):
             arch = MODEL_ARCH.get(ENCODERS.get(name, ""), gguf.MODEL_ARCH.LLAMA)
-            table = gguf.get_tensor_name_map(arch, 64)
+            table = name_map(arch)
             named = [table.get_name(key, try_suffixes=(".weight", ".bias")) for key in read(name)]
             layers = [each for each in named if each and "norm" not in each and each.endswith(".weight")]
             assert layers
