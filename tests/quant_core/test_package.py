@@ -31,7 +31,7 @@ LAYERS = [
     {"recipes", "quantize_layer"},
     {"quantize_bank", "sequential"},
     {"run", "convert"},
-    {"checkpoints", "requantize"},
+    {"batch", "checkpoints", "requantize"},
     {"cli"},
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}
