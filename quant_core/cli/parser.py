@@ -7,7 +7,7 @@ from pathlib import Path
 from ... import kernels
 from ..formats.cards import CARDS
 from ..option import Option
-from ..recipes.aliases import FORMAT_ALIASES
+from ..recipes.aliases import FORMAT_ALIASES, find_format_name
 from ..recipes.option_table import CONVROT, OPTION_TABLE
 from ..recipes.presets import ALIASES, PRESETS
 from ..version import VERSION
@@ -25,20 +25,6 @@ EXIT_CODES = {
 SOURCE, RUN = "Source and target", "Run"
 SECTIONS = (SOURCE, *OPTION_TABLE, RUN)  # titles of the option groups of quantize and plan
 
-# Other names of formats that users type → ours. Case does not matter, nor do dashes for underscores.
-_SPELLINGS = {
-    "e4m3": "fp8",
-    "e4m3fn": "fp8",
-    "fp8_e4m3": "fp8",
-    "fp8_e4m3fn": "fp8",
-    "float8": "fp8",
-    "e5m2": "float8_e5m2",
-    "fp8_e5m2": "float8_e5m2",
-    "w8a8": "int8",
-    "int8_convrot": "int8",
-    "fp4": "nvfp4",
-    "int6": "w6a8",
-}
 _SHORT = (*FORMAT_ALIASES, "nvfp4", "mxfp8")  # formats that are options of their own
 _FILE = "a safetensors file, shards by their index.json or one of them, or a folder of either"
 # Options of other tools that change nothing here, and what they ask for.
@@ -259,7 +245,7 @@ def _add_option(group: argparse._ActionsContainer, name: str, option: Option, **
 
 def _add_format(group: argparse._ActionsContainer, name: str, option: Option) -> None:
     exclusive = group.add_mutually_exclusive_group()
-    _add_option(exclusive, name, option, choices=option.choices, type=_parse_format)
+    _add_option(exclusive, name, option, choices=option.choices, type=find_format_name)
     for alias in _SHORT:
         text = f"short for --format {alias}"
         exclusive.add_argument(f"--{alias}", action="store_const", const=alias, dest=name, help=text)
@@ -313,11 +299,6 @@ _ADD = {
 
 def _escape_percent(text: str) -> str:
     return text.replace("%", "%%")  # argparse expands %(name)s
-
-
-def _parse_format(text: str) -> str:
-    name = text.lower().replace("-", "_")
-    return _SPELLINGS.get(name, name)
 
 
 def _check_inputs(parser: Parser, parsed: argparse.Namespace) -> None:
