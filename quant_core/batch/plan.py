@@ -81,7 +81,7 @@ class Outcome:
         output: path of the file.
         status: "done", "already done", "failed" or "not run".
         seconds: time from the start of its group to the end of this output, in s.
-        error: description of the error as in :func:`~..errors.describe_error`; None without one.
+        error: description of the error as in :func:`~..failures.describe_error`; None without one.
         summary: as :meth:`~..run.report.Report.summarize`; None without a report.
         traceback: of the error, for ``--debug``; not part of the report.
     """

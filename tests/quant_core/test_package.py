@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LAYERS = [
     {"display", "file_system"},
     {"cancellation", "errors", "events", "version", "linalg", "deprecated"},
-    {"formats", "comparison", "option"},
+    {"formats", "comparison", "option", "failures"},
     {"rounding", "sources"},
     {"output"},
     {"calibration"},
