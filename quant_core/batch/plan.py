@@ -60,7 +60,7 @@ class BatchPlan:
     Attributes:
         path: of the plan file.
         groups: in the order of the sources.
-        report: path of the report without its suffix; it is written as .json and as .md.
+        report: path of the report without its suffix.
         device: devices that the plan names, as ``--device`` does; None: the default.
     """
 
@@ -68,6 +68,11 @@ class BatchPlan:
     groups: tuple[Group, ...]
     report: Path
     device: str | None = None
+
+    @property
+    def report_files(self) -> tuple[Path, Path]:
+        """Files of the report: JSON and Markdown."""
+        return self.report.with_name(f"{self.report.name}.json"), self.report.with_name(f"{self.report.name}.md")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ All paths are relative to the folder of the plan file. ::
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,24 +98,27 @@ class _PlanReader:
 
     def read(self) -> BatchPlan:
         check_template(self._problems, "the plan", self._values.get("output"))
-        report = self._find_report()
-        reports = (report.with_name(f"{report.name}.json"), report.with_name(f"{report.name}.md"))
+        plan = BatchPlan(self._problems.path, (), self._find_report(), self._values.get("device"))
         recipes = self._read_recipes()
         sources = read_sources(self._problems, self._require("sources", SourceError, "list models or patterns in it"))
         for source in sources:
             check_template(self._problems, str(source.path), source.output)
         calibrations = self._check_calibrations(sources, recipes)
         if len(self._problems):
-            return BatchPlan(self._problems.path, (), report)
-        sources = self._leave_out(sources, recipes, (*reports, *calibrations))
+            return plan
+        for recipe in recipes:
+            if not any(_recipes_of(source, [recipe]) for source in sources):
+                text = f"[recipes.{show(recipe.name)}] is for none of the sources; correct its sources."
+                self._problems.add(RecipeError, text, "sources")
+        sources = self._leave_out(sources, recipes, (*plan.report_files, *calibrations))
         groups = tuple(group for source in sources for group in self._make_groups(source, recipes))
-        names = OutputNames(self._problems, reports)
+        names = OutputNames(self._problems, plan.report_files)
         names.add_inputs("source", (file for source in sources for file in list_files(source.path)))
         names.add_inputs("calibration", calibrations)
         names.add_inputs("recipe", self._recipe_files)
         names.add_inputs("plan", [self._problems.path])
         names.check(groups)
-        return BatchPlan(self._problems.path, groups, report, self._values.get("device"))
+        return replace(plan, groups=groups)
 
     def _require(self, key: str, kind: type[QuantizationError], advice: str) -> Any:
         """The value of a key that every plan has; an empty one is a problem."""
