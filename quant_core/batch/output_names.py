@@ -29,14 +29,10 @@ def check_template(problems: Problems, where: str, template: str | None) -> None
             "output",
         )
         return
-    for _, name, spec, conversion in parts:
-        if name is not None and (name not in _PLACEHOLDERS or spec or conversion):
-            known = ", ".join(f"{{{each}}}" for each in _PLACEHOLDERS)
-            problems.add(
-                OutputError,
-                f"output '{show(template)}' of {where} has the unknown placeholder {{{show(name)}}}; choose of {known}.",
-                "output",
-            )
+    if any(name is not None and (name not in _PLACEHOLDERS or spec or how) for _, name, spec, how in parts):
+        known = ", ".join(f"{{{each}}}" for each in _PLACEHOLDERS)
+        text = f"output '{show(template)}' of {where} has a placeholder that is none of {known}; use only these."
+        problems.add(OutputError, text, "output")
 
 
 def fill_template(template: str | None, folder: Path, source: Path, values: Mapping[str, str]) -> Path:

@@ -89,7 +89,7 @@ class BatchReport:
             parts.append(f"Ended early: {_escape(str(error['message']))}")
         for source, outcomes in groupby(self.outcomes, key=lambda outcome: outcome.source):
             members = list(outcomes)
-            parts += [f"## {_escape(members[0].source_name)}", _escape(source), _make_table(members)]
+            parts += [f"## {_escape(members[0].source_name)}", _show_path(source), _make_table(members)]
             failed = [outcome for outcome in members if outcome.error]
             if failed:
                 lines = (f"* {_escape(each.name)}: {_escape(str((each.error or {})['message']))}" for each in failed)
@@ -136,7 +136,7 @@ def _make_table(outcomes: Sequence[Outcome]) -> str:
             (
                 _escape(outcome.name),
                 outcome.status,
-                _escape(Path(outcome.output).name),
+                _show_path(Path(outcome.output).name),
                 "–" if after is None else human_bytes(after),
                 f"{100 * after / before:.3g} %" if before and after is not None else "–",
                 *(_number(entry.get(name)) for name in ("median_error", "median_output_error", "seconds")),
@@ -153,6 +153,11 @@ def _number(value: float | None) -> str:
 def _escape(text: str) -> str:
     """A text of a file for Markdown: control characters are escaped, and so are marks of Markdown and HTML."""
     return "".join(f"\\{char}" if char in "\\`*_<>#[]" else char for char in escape_control(text))
+
+
+def _show_path(path: str) -> str:
+    """A path as code in Markdown."""
+    return "`{}`".format(escape_control(path).replace("`", "'"))
 
 
 def _read_earlier(path: Path) -> dict[str, dict[str, Any]]:
