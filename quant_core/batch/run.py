@@ -104,6 +104,8 @@ def run_group(group: Group, device: torch.device, emit: Listener, check: CancelC
             results = quantize_files(source, targets, device=device, general=group.general, check=check)
             for output, result in zip(group.outputs, results, strict=True):
                 run.finish(output, result)
+    except BrokenPipeError:  # the reader of the progress has gone away
+        raise
     except Exception as error:
         check()  # of a batch that is cancelled, nothing has failed
         for output in group.outputs:

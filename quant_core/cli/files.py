@@ -19,6 +19,7 @@ _INPUTS: dict[str, tuple[str, type[QuantizationError], bool]] = {
     "file": ("source", SourceError, True),
     "calibration": ("calibration", CalibrationError, False),
     "recipe": ("recipe", RecipeError, False),
+    "plan": ("plan", RecipeError, False),
     "layer_config": ("layer config", RecipeError, False),
     "add": ("file of measurements", QuantizationError, False),
 }

@@ -71,6 +71,11 @@ def make_parser() -> argparse.ArgumentParser:
             check=_check_inputs,
         )
     )
+    _add_batch(
+        add_command(
+            "batch", "quantize many models by many recipes, as a plan file in TOML describes; done ones are skipped"
+        )
+    )
     _add_plan(
         add_command(
             "plan",
@@ -130,13 +135,44 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write a quality card beside the output, named .md: model, format, size, layers and errors, for a model page",
     )
-    run.add_argument(
+    _add_backend(run)
+    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "plan",
+        type=Path,
+        metavar="PLAN",
+        help="plan in TOML: sources, recipes and outputs; its paths are relative to it",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would run and what is already done, and stop"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace outputs that were made from another source or recipe"
+    )
+    _add_verbose(parser)
+    _add_json(parser)
+    _add_backend(parser)
+    parser.add_argument(
+        "--device",
+        help="cuda:1, cpu …, several with commas, or all for all GPUs, each with a process of its own; by default that of "
+        "the plan, else the first GPU, else the CPU",
+    )
+
+
+def _add_backend(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--kernel_backend",
         metavar="NAME",
         choices=tuple(kernels.BACKENDS),
         help=f"kernels on a GPU: {', '.join(kernels.BACKENDS)}; torch and reference are plain PyTorch (default: auto)",
     )
-    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def _add_verbose(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--verbose", action="store_true", help="print a line per tensor")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -218,7 +254,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> dict[str, argparse._Argument
         parser.add_argument(name, nargs="?", action=_Refusal, help=argparse.SUPPRESS)
     for name, text in _ALWAYS.items():
         groups[RUN].add_argument(name, action="store_true", help=f"{text}; always on, for other tools' command lines")
-    groups[RUN].add_argument("--verbose", action="store_true", help="print a line per tensor")
+    _add_verbose(groups[RUN])
     _add_json(groups[RUN])
     groups[RUN].add_argument(
         "--device",
