@@ -105,6 +105,8 @@ class BatchProgress:
                 change()
             except OSError:  # standard error is full or closed
                 self._broken = True
+                if self._bar is not None:
+                    self._bar.disable = True  # it would write at its end
 
 
 def describe_finished(outcome: Outcome) -> str:
