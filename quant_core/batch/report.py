@@ -39,6 +39,7 @@ class BatchReport:
             for group in plan.groups
             for output in group.outputs
         }
+        self._warnings: list[str] = []
         self._earlier = _read_earlier(self.paths[0])
 
     @property
@@ -62,6 +63,10 @@ class BatchReport:
             outcome = dataclasses.replace(outcome, summary=self._carry(outcome, outcome.summary))
         self._outcomes[outcome.output] = outcome
 
+    def warn(self, text: str) -> None:
+        """Add a sentence on the batch as a whole."""
+        self._warnings.append(text)
+
     def _carry(self, outcome: Outcome, summary: dict[str, Any]) -> dict[str, Any]:
         """The summary of an output that is already done, with the values of the earlier report of the same file."""
         earlier = self._earlier.get(outcome.output, {})
@@ -78,6 +83,7 @@ class BatchReport:
             "error": error,
             "plan": str(self._plan.path),
             "device": self._devices,
+            "warnings": self._warnings,
             "files": [describe_outcome(outcome) for outcome in self.outcomes],
         }
 
@@ -87,6 +93,7 @@ class BatchReport:
         parts = [f"# {_escape(self._plan.path.name)}", f"{counts}, on {self._devices}; learned_rounding {VERSION}."]
         if error:
             parts.append(f"Ended early: {_escape(str(error['message']))}")
+        parts += map(_escape, self._warnings)
         for source, outcomes in groupby(self.outcomes, key=lambda outcome: outcome.source):
             members = list(outcomes)
             parts += [f"## {_escape(members[0].source_name)}", _show_path(source), _make_table(members)]

@@ -16,7 +16,7 @@ from ..calibration import CalibrationFile
 from ..cancellation import CancelCheck, wait_for_any
 from ..convert.dequantize import decode_source
 from ..errors import OutputExistsError, QuantizationError
-from ..events import Event, Listener, RunFinished
+from ..events import DeviceFailed, Event, Listener, RunFinished
 from ..failures import describe_error
 from ..output import remove_leftovers
 from ..run.estimate import estimate_size
@@ -74,8 +74,13 @@ class GroupTask:
     def run(
         self, device: torch.device, emit: Listener, check: CancelCheck, *, cpu_fallback: bool
     ) -> tuple[Outcome, ...]:
-        """Run the group; the run falls back to the CPU by itself where the memory of the device is too small."""
-        return run_group(self.group, device, emit, check)
+        """Make the outputs; what the memory of the device is too small for is computed on the CPU in any case.
+
+        An unexpected error is raised, as it may be the end of the device, which only the process can find out.
+        """
+        run = _GroupRun(self.group, emit)
+        run.make_outputs(device, check)
+        return run.all_outcomes
 
 
 def run_group(group: Group, device: torch.device, emit: Listener, check: CancelCheck) -> tuple[Outcome, ...]:
@@ -89,28 +94,13 @@ def run_group(group: Group, device: torch.device, emit: Listener, check: CancelC
     """
     run = _GroupRun(group, emit)
     try:
-        with _open_group(group) as (source, calibration):
-            emit(GroupStarted(group, str(device), _describe_decoded(source)))
-            targets = [
-                Target(
-                    output.path,
-                    output.recipe,
-                    calibration=calibration if output.calibrated else None,
-                    overwrite=output.overwrite,
-                    on_event=partial(run.receive, output),
-                )
-                for output in group.outputs
-            ]
-            results = quantize_files(source, targets, device=device, general=group.general, check=check)
-            for output, result in zip(group.outputs, results, strict=True):
-                run.finish(output, result)
+        run.make_outputs(device, check)
     except BrokenPipeError:  # the reader of the progress has gone away
         raise
     except Exception as error:
         check()  # of a batch that is cancelled, nothing has failed
-        for output in group.outputs:
-            run.finish(output, error)
-    return tuple(run.outcomes[output.path] for output in group.outputs)
+        run.fail(error)
+    return run.all_outcomes
 
 
 def run_plan(plan: BatchPlan, devices: Sequence[torch.device], emit: Listener, check: CancelCheck) -> None:
@@ -119,7 +109,7 @@ def run_plan(plan: BatchPlan, devices: Sequence[torch.device], emit: Listener, c
     Args:
         plan: the groups.
         devices: one: the groups follow each other in this process; several: a process for each, to which the largest
-            of the waiting groups goes next.
+            of the waiting groups goes next. The group of a device that is lost goes to another one.
         emit: listener of the events of this module, in this thread.
         check: called often; raises to cancel. Then, or after Ctrl-C, complete outputs stay, others are removed.
     """
@@ -142,14 +132,17 @@ def run_plan(plan: BatchPlan, devices: Sequence[torch.device], emit: Listener, c
         check()
         while not received.empty():
             deliver(received.get())
+        for failure in pool.take_failures():
+            text = f"{failure.device} was lost ({failure.reason}); other devices make its outputs."
+            emit(DeviceFailed(device=failure.device, lost=failure.lost, text=text))
 
     try:
-        with WorkerPool(devices, received.put) as pool:
+        with WorkerPool(devices, received.put, ahead=1) as pool:
             futures = [pool.submit(GroupTask(group), group.size * len(group.outputs)) for group in plan.groups]
             for group, future in zip(plan.groups, futures, strict=True):
                 wait_for_any([future], poll)
                 poll()
-                if (error := future.exception()) is not None:  # all devices were lost
+                if (error := future.exception()) is not None:
                     for output in group.outputs:
                         deliver(OutputFinished(_fail(_not_run(group, output), error)))
     except BaseException:
@@ -181,6 +174,39 @@ class _GroupRun:
         self._group, self._emit = group, emit
         self._began = time.perf_counter()
         self.outcomes: dict[Path, Outcome] = {}
+
+    @property
+    def all_outcomes(self) -> tuple[Outcome, ...]:
+        """In the order of the outputs."""
+        return tuple(self.outcomes[output.path] for output in self._group.outputs)
+
+    def make_outputs(self, device: torch.device, check: CancelCheck) -> None:
+        """Make the outputs; errors of a user are outcomes."""
+        group = self._group
+        try:
+            with _open_group(group) as (source, calibration):
+                self._emit(GroupStarted(group, str(device), _describe_decoded(source)))
+                targets = [
+                    Target(
+                        output.path,
+                        output.recipe,
+                        calibration=calibration if output.calibrated else None,
+                        overwrite=output.overwrite,
+                        on_event=partial(self.receive, output),
+                    )
+                    for output in group.outputs
+                ]
+                results = quantize_files(source, targets, device=device, general=group.general, check=check)
+            for output, result in zip(group.outputs, results, strict=True):
+                self.finish(output, result)
+        except QuantizationError as error:
+            check()  # of a batch that is cancelled, nothing has failed
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Report an error of all outputs that are not complete."""
+        for output in self._group.outputs:
+            self.finish(output, error)
 
     def receive(self, output: Output, event: Event) -> None:
         """Listener of the run of an output."""

@@ -10,7 +10,7 @@ from ..batch.report import BatchReport, describe_outcome
 from ..batch.run import OutputFinished, preview_group, run_plan
 from ..display import escape_control, human_bytes
 from ..errors import OutputError
-from ..events import Event
+from ..events import DeviceFailed, Event
 from ..failures import describe_error
 from ..workers import parse_devices
 from .batch_progress import BatchProgress
@@ -33,6 +33,8 @@ def batch(args: argparse.Namespace) -> int:
         if isinstance(event, OutputFinished):
             report.add(event.outcome)
             _print_trace(args, event.outcome)
+        elif isinstance(event, DeviceFailed):
+            report.warn(event.text)
         progress(event)
 
     try:

@@ -6,7 +6,7 @@ from typing import Any
 from ..batch.plan import ALREADY_DONE, DONE, Outcome
 from ..batch.run import GroupStarted, OutputAdvanced, OutputFinished
 from ..display import escape_control, human_bytes, size_change, three_digits
-from ..events import Event, LayerFinished, LayerMeasured, RunResumed, RunStarted
+from ..events import DeviceFailed, Event, LayerFinished, LayerMeasured, RunResumed, RunStarted
 from .progress import describe_time, open_bar, print_event
 from .streams import print_error, print_line
 
@@ -35,6 +35,9 @@ class BatchProgress:
             self._finish_output(event.outcome)
         elif isinstance(event, OutputAdvanced):
             self._advance(event)
+        elif isinstance(event, DeviceFailed):
+            self._clear()
+            print_error(f"lrq: warning: {escape_control(event.text)}")
 
     def close(self) -> None:
         """End the bar."""

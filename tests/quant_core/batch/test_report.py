@@ -78,7 +78,7 @@ def test_statuses_are_counted(report):
 
 
 def test_the_keys_of_a_document_are_stable(report):
-    assert list(report.to_dict()) == ["version", "command", "error", "plan", "device", "files"]
+    assert list(report.to_dict()) == ["version", "command", "error", "plan", "device", "warnings", "files"]
 
 
 def test_the_keys_of_an_output_are_stable(report):
@@ -107,6 +107,12 @@ def test_the_table_in_markdown(report, sentences):
 def test_a_batch_that_ended_early_is_reported(report, sentences):
     text = report.markdown({"type": "KeyboardInterrupt", "message": "interrupted."})
     sentences(text.split("\n\n")[2])
+
+
+def test_warnings_are_reported(report):
+    report.warn("cuda:1 was lost.")
+    assert report.to_dict()["warnings"] == ["cuda:1 was lost."]
+    assert "cuda:1 was lost." in report.markdown()
 
 
 def test_names_cannot_become_markdown(plan, tmp_path):

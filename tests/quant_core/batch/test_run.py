@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from learned_rounding.quant_core.batch.run import (
     run_plan,
 )
 from learned_rounding.quant_core.calibration import CalibrationFile
-from learned_rounding.quant_core.events import LayerFinished, LayerStarted
+from learned_rounding.quant_core.events import DeviceFailed, LayerFinished, LayerStarted
 
 CPU = torch.device("cpu")
 TWO = [torch.device("cpu", 0), torch.device("cpu", 1)]
@@ -228,6 +229,20 @@ def test_two_devices_write_the_same_files_as_one(planned, models, events, tmp_pa
                 output.path.unlink()
                 quantize_file(group.source, output.path, output.recipe, device=CPU)
                 assert made == output.path.read_bytes()
+
+
+def test_the_group_of_a_lost_device_goes_to_another(planned, models, events):
+    """The process of one device is killed before its group."""
+    killed = []
+
+    def kill():
+        if not killed:
+            killed.append(psutil.Process().children()[0])
+            killed[0].kill()
+
+    run_plan(planned(SEVERAL), TWO, events, kill)
+    assert statuses(event.outcome for event in events.of(OutputFinished)) == ["done"] * 4
+    assert [(event.lost, event.device) for event in events.of(DeviceFailed)] == [(True, "cpu:0")]
 
 
 @pytest.mark.soak

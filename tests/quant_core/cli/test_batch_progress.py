@@ -13,7 +13,7 @@ from learned_rounding.quant_core.batch import Group, Outcome, Output
 from learned_rounding.quant_core.batch.run import GroupStarted, OutputAdvanced, OutputFinished
 from learned_rounding.quant_core.cli import progress
 from learned_rounding.quant_core.cli.batch_progress import BatchProgress, describe_finished
-from learned_rounding.quant_core.events import RunResumed
+from learned_rounding.quant_core.events import DeviceFailed, RunResumed
 
 from .test_progress import ClosedTerminal, Terminal, finished, started
 
@@ -88,6 +88,11 @@ def test_lines_of_started_and_finished_outputs(draw, capsys, sentences):
 def test_resumed_layers_are_shown(draw, capsys):
     draw([RUN[0], advanced("r", RunResumed(layers=2, total=4, elapsed=0.0))], io.StringIO())
     assert "a_r.safetensors: resuming, 2 of 4 layers already done." in capsys.readouterr().out
+
+
+def test_a_lost_device_is_a_warning(draw):
+    lines = draw([DeviceFailed(device="cuda:1", lost=True, text="cuda:1 was lost.")], io.StringIO())
+    assert lines == ["lrq: warning: cuda:1 was lost."]
 
 
 def test_warnings_are_printed(draw):
