@@ -1,9 +1,13 @@
 """Plan files: what they mean, and that every mistake is one sentence before any work."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import learned_rounding
 from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.batch.plan_file import read_plan
 from learned_rounding.quant_core.errors import (
@@ -230,6 +234,21 @@ def test_a_plan_that_cannot_be_read_is_one_sentence(tmp_path, subtests, sentence
             with pytest.raises(RecipeError) as caught:
                 read_plan(tmp_path / name)
             sentences(caught.value)
+
+
+def test_the_example_of_the_manual_is_a_plan(plan_file, touch, calibration, tmp_path):
+    document = Path(learned_rounding.__file__).parent / "docs" / "batch.md"
+    (example,) = re.findall(r"```toml\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    touch("fine-tunes/a.safetensors", "flux1-dev.safetensors")
+    calibration("flux.calib.safetensors")
+    (tmp_path / "my_recipe.toml").write_text(Recipe(format="w4a8").to_toml())
+    assert outputs(read_plan(plan_file(example))) == [
+        "quantized/a_int8.safetensors",
+        "quantized/a_w4a8.safetensors",
+        "quantized/flux1-dev_int8.safetensors",
+        "quantized/flux1-dev_w4a8.safetensors",
+        "quantized/flux1-dev_fp8.safetensors",
+    ]
 
 
 def test_the_error_names_the_plan_file_and_the_key(planned, folder):
