@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import CalibrationFile
-from ..errors import CalibrationError, QuantizationError, RecipeError, SourceError
+from ..errors import CalibrationError, OutputError, QuantizationError, RecipeError, SourceError
 from ..file_system import find_special_kind
 from ..recipes import Recipe
 from ..recipes.aliases import find_format_name
@@ -34,9 +34,10 @@ from .plan import BatchPlan, Group, Output
 from .problems import Problems, show
 from .source_list import PlannedSource, count_bytes, expand_all, list_files, path_key, read_sources
 
-__all__ = ["read_plan"]
+__all__ = ["PLAN_KEYS", "RECIPE_KEYS", "read_plan"]
 
-_KEYS = {
+# Keys of a plan, and of a recipe in it beside those of a recipe file → type of the value.
+PLAN_KEYS: Mapping[str, type] = {
     "sources": list,
     "recipes": dict,
     "output": str,
@@ -47,7 +48,7 @@ _KEYS = {
     "device": str,
     "report": str,
 }
-_RECIPE_KEYS = {"recipe": str, "calibration": str, "output": str, "sources": list}
+RECIPE_KEYS: Mapping[str, type] = {"recipe": str, "calibration": str, "output": str, "sources": list}
 _OPTIONS = tuple(name for options in OPTION_TABLE.values() for name in options)
 
 
@@ -92,7 +93,7 @@ class _PlanReader:
         self._problems = problems
         self._folder = problems.path.parent
         self._given = values
-        self._values = problems.check_table("the plan", values, _KEYS)
+        self._values = problems.check_table("the plan", values, PLAN_KEYS)
         self._overwrite = overwrite or self._values.get("overwrite", False)
         self._recipe_files: list[Path] = []
 
@@ -129,7 +130,10 @@ class _PlanReader:
     def _find_report(self) -> Path:
         """Path of the report without a suffix; by default that of the plan."""
         given = self._values.get("report")
-        path = self._problems.path if given is None else self._folder / given
+        path = self._folder / given if given else self._problems.path
+        if path.name in ("", ".."):
+            self._problems.add(OutputError, f"the report '{show(given or '')}' is a folder; give a name.", "report")
+            return self._problems.path
         return path.with_suffix("") if path.suffix in (".toml", ".json", ".md") else path
 
     def _read_recipes(self) -> list[_PlannedRecipe]:
@@ -143,11 +147,11 @@ class _PlanReader:
             self._problems.add(RecipeError, f"{where} must be a table with a format, not {show(table)}.", "recipes")
             return None
         self._problems.check_name("a recipe", name)
-        values = self._problems.check_table(where, table, _RECIPE_KEYS, _OPTIONS)
+        values = self._problems.check_table(where, table, RECIPE_KEYS, _OPTIONS)
         check_template(self._problems, where, values.get("output"))
         sources = values.get("sources")
         limited = None if sources is None else expand_all(self._problems, f"sources of {where}", sources)
-        options = {key: value for key, value in values.items() if key not in _RECIPE_KEYS}
+        options = {key: value for key, value in values.items() if key not in RECIPE_KEYS}
         if isinstance(options.get("format"), str):
             options["format"] = find_format_name(options["format"])
         try:

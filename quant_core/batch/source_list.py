@@ -1,7 +1,7 @@
 """The sources of a plan: paths, patterns, and tables with either."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -14,9 +14,10 @@ from ..sources.opening import model_paths
 from ..sources.shards import model_stem
 from .problems import Problems, show
 
-__all__ = ["PlannedSource", "count_bytes", "expand_all", "list_files", "path_key", "read_sources"]
+__all__ = ["SOURCE_KEYS", "PlannedSource", "count_bytes", "expand_all", "list_files", "path_key", "read_sources"]
 
-_KEYS = {"path": str, "name": str, "calibration": str, "output": str}
+# Keys of a source → type of the value.
+SOURCE_KEYS: Mapping[str, type] = {"path": str, "name": str, "calibration": str, "output": str}
 _SUFFIXES = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")  # of what a pattern finds
 
 
@@ -85,7 +86,10 @@ def count_bytes(path: Path) -> int:
 
 def path_key(path: Path) -> str:
     """Equal for two names of one path, whether it exists or not."""
-    return os.path.normcase(os.path.realpath(path))
+    try:
+        return os.path.normcase(os.path.realpath(path))
+    except ValueError:  # null character, which is reported when the file is checked
+        return str(path)
 
 
 def _read_entry(problems: Problems, index: int, entry: object) -> Iterator[PlannedSource]:
@@ -95,7 +99,7 @@ def _read_entry(problems: Problems, index: int, entry: object) -> Iterator[Plann
     if not isinstance(entry, dict):
         problems.add(SourceError, f"{where} must be a path in quotes or a table, not {show(entry)}.", "sources")
         return
-    values = problems.check_table(where, entry, _KEYS)
+    values = problems.check_table(where, entry, SOURCE_KEYS)
     if not values.get("path"):
         if not entry.get("path"):
             problems.add(SourceError, f"{where} has no path; give a model or a pattern.", "sources")

@@ -1,5 +1,6 @@
 """Plan files: what they mean, and that every mistake is one sentence before any work."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from safetensors.torch import save_file
 
 import learned_rounding
 from learned_rounding.quant_core import Recipe
-from learned_rounding.quant_core.batch.plan_file import read_plan
+from learned_rounding.quant_core.batch.plan_file import PLAN_KEYS, RECIPE_KEYS, read_plan
+from learned_rounding.quant_core.batch.source_list import SOURCE_KEYS
 from learned_rounding.quant_core.errors import (
     CalibrationError,
     OutputError,
@@ -17,6 +19,7 @@ from learned_rounding.quant_core.errors import (
     RecipeError,
     SourceError,
 )
+from learned_rounding.quant_core.recipes.option_table import OPTION_TABLE
 from learned_rounding.quant_core.recipes.overriding import override_recipe
 
 TWO = """
@@ -249,6 +252,47 @@ def test_the_example_of_the_manual_is_a_plan(plan_file, touch, calibration, tmp_
         "quantized/flux1-dev_w4a8.safetensors",
         "quantized/flux1-dev_fp8.safetensors",
     ]
+
+
+def test_the_manual_names_every_key():
+    text = (Path(learned_rounding.__file__).parent / "docs" / "batch.md").read_text(encoding="utf-8")
+    assert [key for key in {*PLAN_KEYS, *RECIPE_KEYS, *SOURCE_KEYS} - {"recipes"} if f"`{key}`" not in text] == []
+
+
+ODD = (
+    '"/"',
+    '".."',
+    "0",
+    "-1",
+    "true",
+    '""',
+    '"x"',
+    '"*"',
+    '"\\u0000"',
+    "[]",
+    "[1]",
+    '["x"]',
+    "{}",
+    "{x = 1}",
+    "[[]]",
+    "nan",
+    "2026-01-01",
+)
+OPTIONS = [name for options in OPTION_TABLE.values() for name in options]
+PLACES = {
+    "plan": (PLAN_KEYS, "{0}\n" + A + R),
+    "source": (SOURCE_KEYS, 'sources = [{{path = "a.safetensors", {0}}}]\n' + R),
+    "recipe": ([*RECIPE_KEYS, *OPTIONS], A + R + "{0}\n"),
+}
+
+
+def test_a_value_of_any_type_is_a_plan_or_one_sentence(planned, folder, subtests):
+    for place, (keys, text) in PLACES.items():
+        for key in keys:
+            with subtests.test(place, key=key):
+                for value in ODD:
+                    with contextlib.suppress(QuantizationError):
+                        planned(text.format(f"{key} = {value}"))
 
 
 def test_the_error_names_the_plan_file_and_the_key(planned, folder):
