@@ -129,7 +129,7 @@ def describe_outcome(outcome: Outcome) -> dict[str, Any]:
         "output": outcome.output,
         "status": outcome.status,
         "error": outcome.error,
-        "seconds": outcome.seconds if outcome.status == FAILED or seconds is None else seconds,
+        "seconds": outcome.seconds if outcome.status == FAILED else seconds,
         **{key: value for key, value in summary.items() if key != "output"},
     }
 

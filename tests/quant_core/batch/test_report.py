@@ -162,3 +162,8 @@ def test_an_earlier_file_that_is_no_report_is_ignored(plan, tmp_path, subtests):
         with subtests.test(text[:30]):
             (tmp_path / "plan.json").write_text(text)
             assert BatchReport(plan, CPU).counts == {"not run": 4}
+
+
+def test_an_output_that_was_done_before_has_no_time_of_this_batch(plan):
+    summary = {**SUMMARY, "already_done": True, "seconds": None}
+    assert describe_outcome(outcome(plan, 0, 0, "already done", summary=summary))["seconds"] is None
