@@ -41,7 +41,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 ON_DEVICES = ("w4a8", "int8")  # of section devices
 NOT_MEASURED = "not measured"  # with fewer GPUs than asked for
 GOAL_NEAREST, GOAL_CALIBRATED = 1.1, 0.6
-_WIDTH, _QUICK_WIDTH = 3072, 256
+_WIDTH, _QUICK_WIDTH = 3072, 128
 
 Row = dict[str, Any]
 
