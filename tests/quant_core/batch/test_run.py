@@ -246,19 +246,22 @@ def test_the_group_of_a_lost_device_goes_to_another(planned, models, events):
 
 
 @pytest.mark.soak
-def test_after_a_cancellation_of_two_devices_nothing_incomplete_is_left(planned, models, events, listing):
+def test_after_a_cancellation_of_two_devices_nothing_incomplete_is_left(planned, model_file, tmp_path, listing):
+    """The layers take long enough for hidden files to be seen."""
+    generator = torch.Generator().manual_seed(0)
+    layers = {f"blocks.{index}.a.weight": torch.randn(512, 512, generator=generator) for index in range(24)}
+    for name in ("a.safetensors", "b.safetensors"):
+        model_file(name, layers)
+    plan = planned(SEVERAL.replace('"nearest"', '"principal"'))
     before = listing()
 
     def check():
-        if events.of(OutputAdvanced):
+        if any(tmp_path.glob(".*.partial")):
             raise Stopped
 
     with pytest.raises(Stopped):
-        run_plan(planned(SEVERAL), TWO, events, check)
-    finished = [f"{event.outcome.source_name}_{event.outcome.name}.safetensors" for event in events.of(OutputFinished)]
-    left = set(listing()) - {*before, "plan.toml"}
-    assert {name for name in left if name.startswith(".")} == set()
-    assert set(finished) <= left
+        run_plan(plan, TWO, Events(), check)
+    assert listing() == before
 
 
 def test_a_preview_shows_what_is_done_and_what_would_run(planned, models, tmp_path):
