@@ -103,7 +103,7 @@ def capture(args) -> list[dict]:
     return rows
 
 
-def _layer_shapes(width: int, double: int, single: int):
+def layer_shapes(width: int, double: int, single: int):
     """Yield (name, (out, in)) for each linear layer."""
     for block in range(double):
         for stream in range(2):
@@ -123,7 +123,7 @@ def _layer_shapes(width: int, double: int, single: int):
         yield f"single.{block}.mod", (3 * width, width)
 
 
-def _make_statistics(channels: int) -> LayerStatistics:
+def make_statistics(channels: int) -> LayerStatistics:
     """Make a packed Hessian and validation activations, on the device, from activations with a decaying spectrum."""
     generator = torch.Generator(DEVICE).manual_seed(channels)
     packed = torch.zeros(packed_size(channels), dtype=torch.float16, device=DEVICE)
@@ -144,8 +144,8 @@ def _make_statistics(channels: int) -> LayerStatistics:
 def _make_layers(args) -> tuple[list, dict, dict]:
     """(name, shape) of every layer, the statistics by number of channels, and the weight of each shape."""
     width, double, single = (128, 1, 2) if args.quick else (3072, DOUBLE, SINGLE)
-    shapes = list(_layer_shapes(width, double, single))
-    layer_statistics = {channels: _make_statistics(channels) for channels in {shape[1] for _, shape in shapes}}
+    shapes = list(layer_shapes(width, double, single))
+    layer_statistics = {channels: make_statistics(channels) for channels in {shape[1] for _, shape in shapes}}
     weights = {
         shape: (0.02 * torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)).bfloat16()
         for shape in {shape for _, shape in shapes}
@@ -207,7 +207,7 @@ def choose_formats(args) -> list[dict]:
 
 def quantize_files(args) -> list[dict]:
     width, double, single = (128, 1, 2) if args.quick else (3072, DOUBLE, SINGLE)
-    shapes = list(_layer_shapes(width, double, single))
+    shapes = list(layer_shapes(width, double, single))
     period = max(1, round(1 / args.fraction))
     selected = {
         f"blocks.{name}": shape for index, (name, shape) in enumerate(shapes) if _in_sample(index, double, period)
@@ -216,9 +216,9 @@ def quantize_files(args) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         source, calibration = Path(folder) / "model.safetensors", Path(folder) / "c.calib.safetensors"
-        _write_model(source, selected)
+        write_model(source, selected)
         for bits in args.bits:
-            _write_statistics(calibration, selected, bits)
+            write_statistics(calibration, selected, bits)
             options = {"format": "int8_tensorwise", "granularity": "row", "convrot": True, "preset": "none"}
 
             def quantize(options=options):
@@ -250,7 +250,7 @@ def _in_sample(index: int, double: int, period: int) -> bool:
     return group % period == 0
 
 
-def _write_model(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
+def write_model(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
     """Write random bfloat16 weights."""
     infos = [(f"{name}.weight", TensorInfo(torch.bfloat16, shape)) for name, shape in shapes.items()]
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -260,11 +260,11 @@ def _write_model(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
         writer.finish({})
 
 
-def _write_statistics(path: Path, shapes: dict[str, tuple[int, int]], bits: int) -> None:
+def write_statistics(path: Path, shapes: dict[str, tuple[int, int]], bits: int) -> None:
     """Write statistics of each layer; layers of a width have equal ones, stored for each."""
     by_width = {}
     for channels in {inner for _, inner in shapes.values()}:
-        found = _make_statistics(channels)
+        found = make_statistics(channels)
         assert isinstance(found.hessian, PackedHessian)
         hessian = pack_triangle(found.hessian, DEVICE) if bits == 8 else found.hessian
         by_width[channels] = LayerStatistics(hessian, found.validation_hessian)

@@ -7,11 +7,22 @@ these functions and takes them away.
 import contextlib
 import os
 import re
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["WINDOWS", "find_invalid_part", "is_same_path", "long_path", "remove_file", "rename_file", "replace_file"]
+__all__ = [
+    "FOLDER",
+    "WINDOWS",
+    "find_invalid_part",
+    "find_special_kind",
+    "is_same_path",
+    "long_path",
+    "remove_file",
+    "rename_file",
+    "replace_file",
+]
 
 WINDOWS = not hasattr(os, "geteuid")  # by what it lacks, so that tests can take it away
 _WAITS = (
@@ -37,7 +48,23 @@ _DEVICES = frozenset(
         *(kind + number for kind in ("COM", "LPT") for number in "123456789¹²³"),
     )
 )
+FOLDER = "a folder"
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, FOLDER),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: True, "a device"),
+)
 _CHARACTERS = re.compile(r'[<>:"|?*\x01-\x1f]')
+
+
+def find_special_kind(path: Path) -> str | None:
+    """What is at ``path``, without opening it; None for a regular file, or if that cannot be found out."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # ValueError: null character in the path
+        return None
+    return None if stat.S_ISREG(mode) else next(kind for test, kind in _KINDS if test(mode))
 
 
 def find_invalid_part(path: Path) -> str | None:

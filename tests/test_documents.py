@@ -91,12 +91,14 @@ def folder(tmp_path_factory):
     }
     save_file(old, folder / "old_fp8.safetensors")
     quantize_file(folder / "model.safetensors", folder / "quantized.safetensors", Recipe(format="float8_e4m3fn"))
+    (folder / "plan.toml").write_text('sources = ["in.safetensors"]\n[recipes.int8]\nformat = "int8"\n')
     return folder
 
 
 # Command of lrq → arguments that sentences omit.
 INPUTS = {
     "quantize": ["-i", "model.safetensors"],
+    "batch": ["plan.toml"],
     "plan": ["-i", "model.safetensors"],
     "migrate": ["-i", "old_fp8.safetensors"],
     "inspect": ["model.safetensors"],
@@ -111,6 +113,7 @@ ANY = {
     "FILE…": ["model.safetensors"],
     "OUT": ["any.safetensors"],
     "OPTIONS": ["--int8"],
+    "PLAN": ["plan.toml"],
     "PATH/TO/CLONE": [str(ROOT)],
     CLONE: [str(ROOT)],
     "COMFYUI_BASE": ["comfyui"],
@@ -140,7 +143,8 @@ def complete(words: list[str]) -> list[str]:
     """The command of lrq with the inputs that sentences omit."""
     command, *more = words
     more = [] if command == "verify" and "FILE" in more else replace_placeholders(more)
-    return [command, *more, *([] if any(word.endswith(".safetensors") for word in more) else INPUTS[command])]
+    named = any(word.endswith(".safetensors") or word in INPUTS["batch"] for word in more)
+    return [command, *more, *([] if named else INPUTS[command])]
 
 
 def split_script(words: list[str]) -> tuple[str, list[str]]:

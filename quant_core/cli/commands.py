@@ -11,6 +11,7 @@ from ..formats import FORMATS
 from ..output import inspect_file, verify_file
 from ..recipes import PRESETS
 from ..run.quantize import output_name
+from .batch import batch
 from .bench import bench
 from .documents import describe_inspection, describe_verification, print_document
 from .failures import report_error
@@ -137,9 +138,16 @@ def _presets(args: argparse.Namespace) -> int:
     return 0
 
 
-_DOCUMENTED = ("quantize", "plan", "inspect", "verify")  # commands whose --json prints the document of documents.py
+_DOCUMENTED = (
+    "quantize",
+    "batch",
+    "plan",
+    "inspect",
+    "verify",
+)  # commands whose --json prints the document of documents.py
 _COMMANDS = {
     "quantize": quantize,
+    "batch": batch,
     "plan": plan,
     "migrate": _migrate,
     "inspect": _inspect,

@@ -6,7 +6,6 @@ input, with ``input`` and ``error``; without an error also the keys of the funct
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,19 +30,7 @@ def print_document(command: str, files: Sequence[Entry], error: Entry | None) ->
 
 def describe_report(report: Report, next_step: str) -> Entry:
     """The summary of a run, with null for what was not measured; ``--report`` writes all layers."""
-    names = ("output", "already_done", "format", "granularity", "rounding", "preset")
-    measured = {name: getattr(report, name) for name in ("bytes_in", "bytes_out", "seconds", "device")}
-    return {
-        **{name: getattr(report, name) for name in names},
-        **(dict.fromkeys(measured) if report.already_done else measured),
-        "layers": len(report.layers),
-        "resumed": report.taken_up,
-        "unquantized": len(report.kept),
-        "median_error": _finite(report.median_error),
-        "median_output_error": _finite(report.median_output_error),
-        "warnings": report.warnings,
-        "next_step": next_step,
-    }
+    return {**report.summarize(), "next_step": next_step}
 
 
 def describe_plan(source: Source, recipe: Recipe, plan: Plan, seconds: float | None) -> Entry:
@@ -84,7 +71,3 @@ def describe_inspection(found: Inspection) -> Entry:
 def describe_verification(result: Verification) -> Entry:
     """The result of a check."""
     return {"valid": not result.problems, **dataclasses.asdict(result)}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -4,10 +4,10 @@ import argparse
 import traceback
 
 from ..display import escape_control
-from ..errors import QuantizationError
+from ..failures import describe_error
 from .streams import print_error
 
-__all__ = ["describe_error", "report_error"]
+__all__ = ["report_error"]
 
 
 def report_error(args: argparse.Namespace, error: Exception) -> dict[str, object]:
@@ -17,15 +17,3 @@ def report_error(args: argparse.Namespace, error: Exception) -> dict[str, object
     described = describe_error(error)
     print_error(f"lrq: {escape_control(str(described['message']))}")
     return described
-
-
-def describe_error(error: Exception) -> dict[str, object]:
-    """Class and message of an error, and the file, tensor and option that it concerns, or None."""
-    known = isinstance(error, QuantizationError)
-    concerned = {name: getattr(error, name) if known else None for name in ("file", "tensor", "option")}
-    return {"type": type(error).__name__, "message": str(error) if known else _describe_unexpected(error), **concerned}
-
-
-def _describe_unexpected(error: Exception) -> str:
-    description = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"unexpected error ({description}); run again with --debug for the traceback, and report it."

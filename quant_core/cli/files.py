@@ -1,11 +1,11 @@
 """Check of the files that options name, before any work: devices, pipes and sockets are refused without opening them."""
 
 import argparse
-import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import CalibrationError, QuantizationError, RecipeError, SourceError
+from ..file_system import FOLDER, find_special_kind
 from ..output import final_path
 from .parser import is_folder
 from .recipe import layer_config_file
@@ -19,16 +19,11 @@ _INPUTS: dict[str, tuple[str, type[QuantizationError], bool]] = {
     "file": ("source", SourceError, True),
     "calibration": ("calibration", CalibrationError, False),
     "recipe": ("recipe", RecipeError, False),
+    "plan": ("plan", RecipeError, False),
     "layer_config": ("layer config", RecipeError, False),
     "add": ("file of measurements", QuantizationError, False),
 }
 _OUTPUTS = ("output", "report")
-_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (lambda mode: True, "a device"),
-)
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -39,9 +34,9 @@ def check_files(args: argparse.Namespace) -> None:
     """
     for option, path in _named_files(args, _INPUTS):
         what, error, folder = _INPUTS[option]
-        kind = _kind(path)
-        if kind is not None and not (folder and stat.S_ISDIR(kind[0])):
-            raise error(f"The {what} {path} is {kind[1]}; give a regular file.", file=str(path), option=option)
+        kind = find_special_kind(path)
+        if kind is not None and not (folder and kind == FOLDER):
+            raise error(f"The {what} {path} is {kind}; give a regular file.", file=str(path), option=option)
     for option, path in _named_files(args, _OUTPUTS):
         if not (option == "output" and hasattr(args, "inputs") and is_folder(str(path))):
             final_path(path)
@@ -53,12 +48,3 @@ def _named_files(args: argparse.Namespace, options: Iterable[str]) -> Iterator[t
         for path in named if isinstance(named, list) else [named]:
             if path is not None:
                 yield option, Path(path)
-
-
-def _kind(path: Path) -> tuple[int, str] | None:
-    """Mode and kind of what is at ``path``; None for a regular file, or if that cannot be found out."""
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):  # ValueError: null character in the path
-        return None
-    return None if stat.S_ISREG(mode) else (mode, next(kind for test, kind in _KINDS if test(mode)))

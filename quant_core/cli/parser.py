@@ -7,7 +7,7 @@ from pathlib import Path
 from ... import kernels
 from ..formats.cards import CARDS
 from ..option import Option
-from ..recipes.aliases import FORMAT_ALIASES
+from ..recipes.aliases import FORMAT_ALIASES, find_format_name
 from ..recipes.option_table import CONVROT, OPTION_TABLE
 from ..recipes.presets import ALIASES, PRESETS
 from ..version import VERSION
@@ -25,20 +25,6 @@ EXIT_CODES = {
 SOURCE, RUN = "Source and target", "Run"
 SECTIONS = (SOURCE, *OPTION_TABLE, RUN)  # titles of the option groups of quantize and plan
 
-# Other names of formats that users type → ours. Case does not matter, nor do dashes for underscores.
-_SPELLINGS = {
-    "e4m3": "fp8",
-    "e4m3fn": "fp8",
-    "fp8_e4m3": "fp8",
-    "fp8_e4m3fn": "fp8",
-    "float8": "fp8",
-    "e5m2": "float8_e5m2",
-    "fp8_e5m2": "float8_e5m2",
-    "w8a8": "int8",
-    "int8_convrot": "int8",
-    "fp4": "nvfp4",
-    "int6": "w6a8",
-}
 _SHORT = (*FORMAT_ALIASES, "nvfp4", "mxfp8")  # formats that are options of their own
 _FILE = "a safetensors file, shards by their index.json or one of them, or a folder of either"
 # Options of other tools that change nothing here, and what they ask for.
@@ -83,6 +69,11 @@ def make_parser() -> argparse.ArgumentParser:
             "quantize models, one tensor at a time",
             usage="lrq quantize FILE… [-o PATH] [OPTIONS]",
             check=_check_inputs,
+        )
+    )
+    _add_batch(
+        add_command(
+            "batch", "quantize many models by many recipes, as a plan file in TOML describes; done ones are skipped"
         )
     )
     _add_plan(
@@ -144,13 +135,44 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write a quality card beside the output, named .md: model, format, size, layers and errors, for a model page",
     )
-    run.add_argument(
+    _add_backend(run)
+    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "plan",
+        type=Path,
+        metavar="PLAN",
+        help="plan in TOML: sources, recipes and outputs; its paths are relative to it",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would run and what is already done, and stop"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace outputs that were made from another source or recipe"
+    )
+    _add_verbose(parser)
+    _add_json(parser)
+    _add_backend(parser)
+    parser.add_argument(
+        "--device",
+        help="cuda:1, cpu …, several with commas, or all for all GPUs, each with a process of its own; by default that of "
+        "the plan, else the first GPU, else the CPU",
+    )
+
+
+def _add_backend(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--kernel_backend",
         metavar="NAME",
         choices=tuple(kernels.BACKENDS),
         help=f"kernels on a GPU: {', '.join(kernels.BACKENDS)}; torch and reference are plain PyTorch (default: auto)",
     )
-    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def _add_verbose(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--verbose", action="store_true", help="print a line per tensor")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -232,7 +254,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> dict[str, argparse._Argument
         parser.add_argument(name, nargs="?", action=_Refusal, help=argparse.SUPPRESS)
     for name, text in _ALWAYS.items():
         groups[RUN].add_argument(name, action="store_true", help=f"{text}; always on, for other tools' command lines")
-    groups[RUN].add_argument("--verbose", action="store_true", help="print a line per tensor")
+    _add_verbose(groups[RUN])
     _add_json(groups[RUN])
     groups[RUN].add_argument(
         "--device",
@@ -259,7 +281,7 @@ def _add_option(group: argparse._ActionsContainer, name: str, option: Option, **
 
 def _add_format(group: argparse._ActionsContainer, name: str, option: Option) -> None:
     exclusive = group.add_mutually_exclusive_group()
-    _add_option(exclusive, name, option, choices=option.choices, type=_parse_format)
+    _add_option(exclusive, name, option, choices=option.choices, type=find_format_name)
     for alias in _SHORT:
         text = f"short for --format {alias}"
         exclusive.add_argument(f"--{alias}", action="store_const", const=alias, dest=name, help=text)
@@ -313,11 +335,6 @@ _ADD = {
 
 def _escape_percent(text: str) -> str:
     return text.replace("%", "%%")  # argparse expands %(name)s
-
-
-def _parse_format(text: str) -> str:
-    name = text.lower().replace("-", "_")
-    return _SPELLINGS.get(name, name)
 
 
 def _check_inputs(parser: Parser, parsed: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ..display import escape_control, human_bytes
 from ..events import (
@@ -19,7 +20,7 @@ from ..events import (
 )
 from .streams import print_error, print_line
 
-__all__ = ["Progress", "describe_time", "show_bytes"]
+__all__ = ["Progress", "describe_time", "open_bar", "print_event", "show_bytes"]
 
 _WIDTH = 79  # columns of the bar at most
 _NAME_WIDTH = 24  # characters of a layer name in the bar
@@ -46,7 +47,7 @@ class Progress:
         if isinstance(event, DeviceFailed):
             print_error(f"lrq: warning: {escape_control(event.text)}")
         if self._verbose:
-            self._print_event(event)
+            print_event(event)
         elif not self._broken:
             try:
                 self._draw_event(event)
@@ -83,27 +84,34 @@ class Progress:
         self._bar.set_postfix_str(self._pace + text, refresh=False)
 
     def _start(self, layers: int, label: str = "") -> None:
-        from tqdm import tqdm
-
         self._bytes, self._began, self._pace = 0, 0.0, ""
-        self._bar = tqdm(total=layers, desc=label, bar_format=_FORMAT, **_bar_settings())
-
-    def _print_event(self, event: Event) -> None:
-        if isinstance(event, LayerFinished):
-            output = "" if event.output_error is None else f"  output error {event.output_error:.3g}"
-            print_line(
-                f"{escape_control(event.name)}  {event.shape[0]}×{event.shape[1]}  {event.format}  {event.solver}"
-                f"  error {event.weight_error:.3g}{output}  {event.seconds:.3g} s"
-            )
-        elif isinstance(event, LayerKept):
-            action = "removed" if event.removed else "kept"
-            print_line(f"{escape_control(event.name)}  {action}: {escape_control(event.reason)}")
+        self._bar = open_bar(layers, label)
 
     def close(self) -> None:
         """End the bar."""
         if self._bar is not None and not self._broken:
             with contextlib.suppress(OSError):
                 self._bar.close()
+
+
+def open_bar(layers: int, label: str = "") -> Any:
+    """A bar of tqdm over layers."""
+    from tqdm import tqdm
+
+    return tqdm(total=layers, desc=label, bar_format=_FORMAT, **_bar_settings())
+
+
+def print_event(event: Event) -> None:
+    """Print the line of a tensor for --verbose."""
+    if isinstance(event, LayerFinished):
+        output = "" if event.output_error is None else f"  output error {event.output_error:.3g}"
+        print_line(
+            f"{escape_control(event.name)}  {event.shape[0]}×{event.shape[1]}  {event.format}  {event.solver}"
+            f"  error {event.weight_error:.3g}{output}  {event.seconds:.3g} s"
+        )
+    elif isinstance(event, LayerKept):
+        action = "removed" if event.removed else "kept"
+        print_line(f"{escape_control(event.name)}  {action}: {escape_control(event.reason)}")
 
 
 def describe_time(seconds: float) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from ..formats import MEASURED, FormatConfig, with_granularity
 from .presets import AUTO
 
-__all__ = ["FORMAT_ALIASES", "FormatAlias", "choose_format", "make_format"]
+__all__ = ["FORMAT_ALIASES", "FormatAlias", "choose_format", "find_format_name", "make_format"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,26 @@ FORMAT_ALIASES: Mapping[str, FormatAlias] = {
     "w6a8": FormatAlias("asym_w4a8_int8", bits=6),
     "w4a4": FormatAlias("convrot_w4a4"),
 }
+# Other names of formats that users type → ours. Case does not matter, nor do dashes for underscores.
+_SPELLINGS = {
+    "e4m3": "fp8",
+    "e4m3fn": "fp8",
+    "fp8_e4m3": "fp8",
+    "fp8_e4m3fn": "fp8",
+    "float8": "fp8",
+    "e5m2": "float8_e5m2",
+    "fp8_e5m2": "float8_e5m2",
+    "w8a8": "int8",
+    "int8_convrot": "int8",
+    "fp4": "nvfp4",
+    "int6": "w6a8",
+}
+
+
+def find_format_name(text: str) -> str:
+    """Our name of a format under one that users type; an unknown one is returned in lower case."""
+    name = text.lower().replace("-", "_")
+    return _SPELLINGS.get(name, name)
 
 
 def make_format(

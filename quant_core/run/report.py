@@ -9,6 +9,7 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..display import human_bytes, markdown_table, size_change, three_digits
 from ..events import LayerFinished, LayerKept
@@ -27,6 +28,10 @@ _MOST_REASONS = 3  # in the summary
 
 def _median(values: list[float]) -> float:
     return statistics.median(values) if values else math.nan
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,21 @@ class Report:
     def unplanned(self) -> list[LayerKept]:
         """Layers that were to be quantized but cannot be, with the reason."""
         return [kept for kept in self.kept if not kept.planned]
+
+    def summarize(self) -> dict[str, Any]:
+        """The summary in JSON documents, whose keys are stable: plain values, None for what was not measured."""
+        names = ("output", "already_done", "format", "granularity", "rounding", "preset")
+        measured = {name: getattr(self, name) for name in ("bytes_in", "bytes_out", "seconds", "device")}
+        return {
+            **{name: getattr(self, name) for name in names},
+            **(dict.fromkeys(measured) if self.already_done else measured),
+            "layers": len(self.layers),
+            "resumed": self.taken_up,
+            "unquantized": len(self.kept),
+            "median_error": _finite(self.median_error),
+            "median_output_error": _finite(self.median_output_error),
+            "warnings": self.warnings,
+        }
 
     def to_dict(self) -> dict:
         """The fields and summary statistics as plain values; None for NaN."""

@@ -101,14 +101,15 @@ class WorkerPool:
     Args:
         devices: one process for each.
         emit: listener of the events of tasks; called by threads.
+        ahead: tasks that a process has at a time: 1 for long tasks, so that none waits for a busy device.
     """
 
     device = CPU
 
-    def __init__(self, devices: Sequence[torch.device], emit: Listener):
+    def __init__(self, devices: Sequence[torch.device], emit: Listener, *, ahead: int = _AHEAD):
         self.devices = ", ".join(map(str, devices))
-        self.capacity = (_AHEAD + _WAITING) * len(devices)
-        self._emit = emit
+        self.capacity = (ahead + _WAITING) * len(devices)
+        self._emit, self._ahead = emit, ahead
         self._changed = threading.Condition()  # guards everything below
         self._closed = False
         self._number = 0
@@ -170,7 +171,7 @@ class WorkerPool:
 
     def _choose(self, worker: _Worker) -> _Submitted | None:
         """The largest waiting task that the worker should do now."""
-        if self._is_over(worker) or len(worker.tasks) >= _AHEAD:
+        if self._is_over(worker) or len(worker.tasks) >= self._ahead:
             return None
         everyone = set(self._workers)
         fitting = [each for each in self._waiting if worker not in each.refused or each.refused >= everyone]

@@ -9,7 +9,9 @@ import torch
 
 from learned_rounding.quant_core import file_system
 from learned_rounding.quant_core.file_system import (
+    FOLDER,
     find_invalid_part,
+    find_special_kind,
     is_same_path,
     long_path,
     remove_file,
@@ -156,3 +158,14 @@ def test_other_systems_try_once(tmp_path, monkeypatch):
     monkeypatch.setattr(file_system.time, "sleep", sleep)
     with pytest.raises(PermissionError):
         replace_file(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_folder_is_a_special_kind(tmp_path):
+    assert find_special_kind(tmp_path) == FOLDER
+
+
+def test_regular_and_missing_files_have_no_special_kind(tmp_path, subtests):
+    (tmp_path / "a").touch()
+    for name in ("a", "none", "null\0"):
+        with subtests.test(name):
+            assert find_special_kind(tmp_path / name) is None

@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 LAYERS = [
     {"display", "file_system"},
     {"cancellation", "errors", "events", "version", "linalg", "deprecated"},
-    {"formats", "comparison", "option"},
+    {"formats", "comparison", "option", "failures"},
     {"rounding", "sources"},
     {"output"},
     {"calibration"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"recipes", "quantize_layer"},
     {"quantize_bank", "sequential"},
     {"run", "convert"},
-    {"checkpoints", "requantize"},
+    {"batch", "checkpoints", "requantize"},
     {"cli"},
 ]
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution", "web", "aiohttp"}

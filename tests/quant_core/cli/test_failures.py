@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from learned_rounding.quant_core import quantize_weight
 from learned_rounding.quant_core.cli import commands as cli
-from learned_rounding.quant_core.cli.failures import describe_error, report_error
-from learned_rounding.quant_core.errors import RecipeError, SourceError
+from learned_rounding.quant_core.cli.failures import report_error
+from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.quantize_layer import quantize_layer
 from learned_rounding.quant_core.run import loop
 
@@ -211,26 +211,6 @@ def test_debug_shows_the_trace_of_an_unexpected_error(lrq, tmp_path, sentences):
     assert code == 1
     assert err[0].startswith("Traceback")
     sentences(err[-1])
-
-
-def test_known_errors_are_described_with_what_they_concern():
-    described = describe_error(SourceError("It is damaged.", file="a.safetensors", tensor="b.weight"))
-    assert described == {
-        "type": "SourceError",
-        "message": "It is damaged.",
-        "file": "a.safetensors",
-        "tensor": "b.weight",
-        "option": None,
-    }
-
-
-def test_unexpected_errors_ask_for_a_report():
-    described = describe_error(KeyError("name"))
-    assert described["type"] == "KeyError"
-    assert described["message"] == (
-        "unexpected error (KeyError: 'name'); run again with --debug for the traceback, and report it."
-    )
-    assert described["file"] is None
 
 
 def test_reported_error_is_printed_once_with_control_characters_escaped(capsys):

@@ -26,6 +26,7 @@ OPTIONS = {
     **{option: (*QUANTIZE, option) for option in ("--calibration", "--recipe", "--layer-config", "--report")},
     "migrate --calibration": ("migrate", "-i", "model.safetensors", "--calibration"),
     "plan --recipe": ("plan", "-i", "model.safetensors", "--recipe"),
+    "batch": ("batch",),
 }
 FOLDERS = (
     "quantize -i",

@@ -4,7 +4,7 @@ from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.formats import FormatConfig
 from learned_rounding.quant_core.recipes import aliases, make_format
-from learned_rounding.quant_core.recipes.aliases import choose_format
+from learned_rounding.quant_core.recipes.aliases import choose_format, find_format_name
 from learned_rounding.quant_core.recipes.layers import parse_layer_config
 
 EXPECTED = {
@@ -96,3 +96,13 @@ def test_format_names_are_exact(sentences):
 def test_adding_a_format_makes_its_alias_work(monkeypatch):
     monkeypatch.setattr(aliases, "FORMAT_ALIASES", {"e5m2": aliases.FormatAlias("float8_e5m2")})
     assert make_format("e5m2") == FormatConfig("float8_e5m2")
+
+
+def test_other_spellings_of_format_names(subtests):
+    for text, name in {"FP8": "fp8", "e4m3": "fp8", "float8-e5m2": "float8_e5m2", "int8-convrot": "int8"}.items():
+        with subtests.test(text):
+            assert find_format_name(text) == name
+
+
+def test_an_unknown_format_name_is_only_normalized():
+    assert find_format_name("No-Such") == "no_such"

@@ -160,3 +160,16 @@ def test_sizes_just_below_a_unit_are_not_written_as_powers(subtests):
     for count in [999_600, 999_999, 999_999_999]:
         with subtests.test(count=count):
             assert "e+" not in human_bytes(count)
+
+
+def test_the_summary_has_no_nan():
+    assert report(bytes_in=10).summarize()["median_error"] is None
+
+
+def test_the_summary_of_an_output_that_was_done_has_no_sizes():
+    assert report(0.1, bytes_in=10, already_done=True).summarize()["bytes_in"] is None
+
+
+def test_the_summary_is_plain_data():
+    made = report(0.1, 0.3, bytes_in=10, bytes_out=5, output="out")
+    assert json.loads(json.dumps(made.summarize())) == made.summarize()
