@@ -15,12 +15,12 @@ import torch
 from ..calibration import CalibrationFile
 from ..cancellation import CancelCheck, wait_for_any
 from ..convert.dequantize import decode_source
-from ..errors import OutputExistsError, QuantizationError
+from ..errors import QuantizationError
 from ..events import DeviceFailed, Event, Listener, RunFinished
 from ..failures import describe_error
 from ..output import remove_leftovers
 from ..run.estimate import estimate_size
-from ..run.fingerprint import has_fingerprint, input_paths, may_be_newer, run_fingerprint
+from ..run.fingerprint import input_paths, is_done, run_fingerprint
 from ..run.quantize import Target, quantize_files
 from ..run.report import Report
 from ..sources import Source, open_source
@@ -254,28 +254,13 @@ def _preview_output(group: Group, output: Output, source: Source, calibration: C
             "layers": len(list(plan.names("quantize"))),
             "warnings": list(plan.warnings),
         }
-        status = ALREADY_DONE if _is_done(output, source, used) else NOT_RUN
+        fingerprint = run_fingerprint(source, output.recipe, used)
+        inputs = {"source": input_paths(source), "calibration": input_paths(used)}
+        done = is_done(output.path, fingerprint, **inputs, overwrite=output.overwrite)
+        status = ALREADY_DONE if done else NOT_RUN
         return replace(outcome, status=status, summary=sizes)
     except QuantizationError as error:
         return _fail(outcome, error)
-
-
-def _is_done(output: Output, source: Source, calibration: CalibrationFile | None) -> bool:
-    """Whether an output exists and needs no run, as :func:`~..run.quantize.quantize_file` decides.
-
-    Raises:
-        OutputExistsError: a file was made from something else, and must not be replaced.
-    """
-    if not output.path.exists():
-        return False
-    if has_fingerprint(output.path, run_fingerprint(source, output.recipe, calibration)):
-        inputs = input_paths(source)
-        return bool(inputs) and not may_be_newer((*inputs, *input_paths(calibration)), output.path)
-    if not output.overwrite:
-        raise OutputExistsError(
-            f"{output.path} exists and was made from something else; choose another output or overwrite it."
-        )
-    return False
 
 
 def _not_run(group: Group, output: Output) -> Outcome:

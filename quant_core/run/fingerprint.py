@@ -2,21 +2,21 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ... import kernels
 from ..calibration import Calibration
-from ..errors import QuantizationError, SourceError
+from ..errors import OutputExistsError, QuantizationError, SourceError
 from ..output import provenance
 from ..recipes import Recipe
 from ..sources import SafetensorsFile, Source
 from ..sources.source import fingerprint
 from ..version import VERSION
 
-__all__ = ["FileStates", "has_fingerprint", "input_paths", "may_be_newer", "run_fingerprint", "run_key"]
+__all__ = ["FileStates", "has_fingerprint", "input_paths", "is_done", "may_be_newer", "run_fingerprint", "run_key"]
 
 
 def run_fingerprint(
@@ -57,6 +57,31 @@ def may_be_newer(inputs: Iterable[Path], output: Path) -> bool:
     """
     made = output.stat().st_mtime_ns
     return any(max(status.st_mtime_ns, status.st_ctime_ns) > made for status in (path.stat() for path in inputs))
+
+
+def is_done(
+    output: Path, expected: str | None, *, source: Sequence[Path], calibration: Sequence[Path], overwrite: bool
+) -> bool:
+    """Whether an output exists and needs no run.
+
+    Args:
+        expected: fingerprint of the run.
+        source, calibration: their files, see :func:`input_paths`.
+        overwrite: whether another file may be replaced.
+
+    Raises:
+        OutputExistsError: the file was made from something else, and must not be replaced.
+    """
+    if not output.exists():
+        return False
+    if has_fingerprint(output, expected):
+        # The fingerprint has samples only. Weights in memory have no time of change, so they are always compared.
+        return bool(source) and not may_be_newer((*source, *calibration), output)
+    if not overwrite:
+        raise OutputExistsError(
+            f"{output} exists and was made from something else; choose another output or overwrite it."
+        )
+    return False
 
 
 class FileStates:

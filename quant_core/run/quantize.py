@@ -11,7 +11,7 @@ import torch
 
 from ..calibration import Calibration
 from ..cancellation import CancelCheck
-from ..errors import OutputExistsError, QuantizationError, SourceError
+from ..errors import QuantizationError, SourceError
 from ..events import Event, Listener, OutputChecked, RunFinished
 from ..output import SafetensorsWriter, check_disk_space, final_path, keep_apart, leftover_bytes, remove_leftovers
 from ..recipes import Plan, Recipe, describe_uncalibrated
@@ -22,7 +22,7 @@ from ..workers import Devices, TaskPool, open_pool, parse_devices
 from .allocate import allocate_formats
 from .blocks import open_blocks, require_model, walk_fingerprint
 from .estimate import estimate_size
-from .fingerprint import FileStates, has_fingerprint, input_paths, may_be_newer, run_fingerprint, run_key
+from .fingerprint import FileStates, input_paths, is_done, run_fingerprint, run_key
 from .header import check_name_collisions, file_metadata, header_bound, planned_configs
 from .loop import QuantizationLoop, read_device, weight_device
 from .memory import explain_out_of_memory
@@ -380,9 +380,7 @@ class _TargetFile:
 
     def find_done(self) -> Report | None:
         """The report of an output that exists and needs no run. Raises :class:`OutputExistsError` for any other file."""
-        if not self.destination.exists():
-            return None
-        if not _is_done(self.destination, self.fingerprint, self._inputs, overwrite=self.target.overwrite):
+        if not is_done(self.destination, self.fingerprint, **self._inputs, overwrite=self.target.overwrite):
             return None
         remove_leftovers(self.hidden)
         calibrated = self.target.calibration is not None
@@ -467,20 +465,6 @@ def _allocate(
         )
     check_name_collisions(source, plan, recipe)
     return plan
-
-
-def _is_done(
-    destination: Path, fingerprint: str | None, inputs: Mapping[str, tuple[Path, ...]], *, overwrite: bool
-) -> bool:
-    """Whether the existing output needs no run. Raises :class:`OutputExistsError` if it must not be replaced."""
-    if has_fingerprint(destination, fingerprint):
-        # The fingerprint has samples only. Weights in memory have no time of change, so they are always compared.
-        return bool(inputs["source"]) and not may_be_newer((*inputs["source"], *inputs["calibration"]), destination)
-    if not overwrite:
-        raise OutputExistsError(
-            f"{destination} exists and was made from something else; choose another output or overwrite it."
-        )
-    return False
 
 
 def _journal(

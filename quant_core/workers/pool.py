@@ -173,6 +173,8 @@ class WorkerPool:
         """The largest waiting task that the worker should do now."""
         if self._is_over(worker) or len(worker.tasks) >= self._ahead:
             return None
+        if len(worker.tasks) > min(len(each.tasks) for each in self._workers):
+            return None  # another one has less to do
         everyone = set(self._workers)
         fitting = [each for each in self._waiting if worker not in each.refused or each.refused >= everyone]
         return max(fitting, key=lambda each: (each.size, -each.number), default=None)
@@ -241,8 +243,8 @@ class WorkerPool:
     def _give_up(self, submitted: _Submitted) -> None:
         submitted.future.set_exception(
             QuantizationError(
-                f"All of the devices {self.devices} were lost, the last one as {self._end}; see the log of the driver, "
-                "and run the same command again, with other devices if these do not work."
+                f"All of {self.devices} were lost, the last one because {self._end}; run again, on other devices if the "
+                "driver reports errors of these."
             )
         )
 

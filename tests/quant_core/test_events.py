@@ -17,7 +17,10 @@ IGNORED_BY_CLI = {
     "it calibrates nothing": {"CalibrationAdvanced", "CalibrationFinished"},
     "the report follows, which it prints": {"RunFinished"},
 }
-IGNORED_BY_NODES = {"pages show the layers that are finished": {"LayerStarted"}}
+IGNORED_BY_NODES = {
+    "pages show the layers that are finished": {"LayerStarted"},
+    "its text is a message of the node, and the report has it": {"DeviceFailed"},
+}
 
 
 def messages_of_nodes() -> set[str]:

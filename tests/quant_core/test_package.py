@@ -30,6 +30,7 @@ LAYERS = [
     {"layer"},
     {"recipes", "quantize_layer"},
     {"quantize_bank", "sequential"},
+    {"workers"},
     {"run", "convert"},
     {"batch", "checkpoints", "requantize"},
     {"cli"},
