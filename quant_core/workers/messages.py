@@ -6,10 +6,10 @@ from typing import IO, Any
 
 import torch
 
-__all__ = ["RemoteTraceback", "pack_error", "read_message", "write_message"]
+__all__ = ["Pickler", "RemoteTraceback", "pack_error", "read_message", "write_message"]
 
 
-class _Pickler(pickle.Pickler):
+class Pickler(pickle.Pickler):
     """Pickles tensors as their bytes, those on the CPU without a copy; others become tensors on the CPU."""
 
     def reducer_override(self, value: Any) -> Any:
@@ -27,7 +27,7 @@ def _restore_tensor(data: bytearray, dtype: torch.dtype, shape: tuple[int, ...])
 
 def write_message(file: IO[bytes], message: Any) -> None:
     """Write one message. Raises OSError if the other process has ended."""
-    _Pickler(file, protocol=5).dump(message)
+    Pickler(file, protocol=5).dump(message)
     file.flush()
 
 

@@ -18,7 +18,7 @@ from ..errors import OutOfMemoryError
 from ..sources.source import CPU
 from .messages import RemoteTraceback, pack_error, read_message, write_message
 
-__all__ = ["WorkerProcess", "serve"]
+__all__ = ["WorkerProcess", "is_lost", "serve"]
 
 _ROOT = Path(__file__).resolve().parents[2]  # folder of the package, which may be a custom node of any name
 _PACKAGE = __name__.removesuffix(".quant_core.workers.process")
@@ -131,14 +131,14 @@ def _run_task(device: torch.device, replies: IO[bytes], number: int, task: Any, 
     try:
         reply = "done", (number, task.run(device, emit, lambda: None, cpu_fallback=cpu_fallback))
     except Exception as error:
-        lost = _is_lost(device, error)
+        lost = is_lost(device, error)
         reply = "lost" if lost else "failed", (number, pack_error(error))
     write_message(replies, reply)
     if lost:
         os._exit(1)
 
 
-def _is_lost(device: torch.device, error: Exception) -> bool:
+def is_lost(device: torch.device, error: Exception) -> bool:
     """Whether the device works no longer: after an error of CUDA other than for memory, every further call fails."""
     if device.type != "cuda" or isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
         return False
