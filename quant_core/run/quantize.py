@@ -11,7 +11,7 @@ import torch
 
 from ..calibration import Calibration
 from ..cancellation import CancelCheck
-from ..errors import OutputExistsError, QuantizationError, SourceError
+from ..errors import ClusterLostError, OutputExistsError, QuantizationError, SourceError
 from ..events import Event, Listener, OutputChecked, RunFinished
 from ..output import SafetensorsWriter, check_disk_space, final_path, keep_apart, leftover_bytes, remove_leftovers
 from ..recipes import Plan, Recipe, describe_uncalibrated
@@ -264,7 +264,7 @@ class _TargetsRun:
             if files:
                 self._run(files)
         except QuantizationError as error:
-            if len(self._targets) == 1:
+            if len(self._targets) == 1 or isinstance(error, ClusterLostError):
                 raise
             self._results = dict.fromkeys(files, error) | self._results
         return [self._results[number] for number in range(len(self._targets))]
@@ -494,7 +494,9 @@ def _is_done(
     return False
 
 
-def _journal(key: str | None, source: RecordedSource, plans: Sequence[Plan], reading: torch.device) -> RunJournal | None:
+def _journal(
+    key: str | None, source: RecordedSource, plans: Sequence[Plan], reading: torch.device
+) -> RunJournal | None:
     """The journal from which another run with the same key can resume this one; None for a run without a key.
 
     ``plans``: of all outputs, which decide where a tensor is read to: to ``reading`` or the CPU.

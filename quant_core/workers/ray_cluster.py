@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..display import shorten
-from ..errors import MissingPackageError, QuantizationError
+from ..errors import ClusterLostError, MissingPackageError, QuantizationError
 
 __all__ = ["Node", "NodeCheck", "RayCluster", "describe_missing", "first_line"]
 
@@ -115,9 +115,9 @@ class RayCluster:
         return self._lost
 
     def check_lost(self) -> None:
-        """Raise :class:`QuantizationError` once the cluster answers no longer."""
+        """Raise :class:`ClusterLostError` once the cluster answers no longer."""
         if self._lost:
-            raise QuantizationError(self._lost)
+            raise ClusterLostError(self._lost)
 
     def report_lost(self, reason: object) -> None:
         """Note that the cluster answers no longer."""

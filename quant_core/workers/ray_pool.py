@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ... import kernels
-from ..errors import OutOfMemoryError, QuantizationError
+from ..errors import ClusterLostError, OutOfMemoryError, QuantizationError
 from ..events import Listener
 from ..sources.source import CPU
 from .messages import RemoteTraceback
@@ -175,7 +175,7 @@ class RayPool:
             self._submitted.clear()
             self._references.clear()
         for submitted in waiting:
-            submitted.future.set_exception(QuantizationError(self._cluster.lost))
+            submitted.future.set_exception(ClusterLostError(self._cluster.lost))
 
     def __enter__(self) -> "RayPool":
         return self

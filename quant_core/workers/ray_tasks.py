@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ... import kernels
@@ -22,12 +21,14 @@ from .task import Task
 
 __all__ = ["Packed", "check_node", "pack", "run_task", "unpack"]
 
-Packed = tuple[bytes, list[np.ndarray]]
-"""An object, pickled, and the bytes of its tensors, which Ray places in its object store without a copy."""
+Packed = tuple[bytes, list[Any]]
+"""An object, pickled, and arrays of the bytes of its tensors, which Ray places in its object store without a copy."""
 
 
 def pack(value: Any) -> Packed:
     """Pickle an object for :func:`unpack`."""
+    import numpy as np  # Ray needs it, other runs do not
+
     file, buffers = io.BytesIO(), []
     Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
     return file.getvalue(), [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
