@@ -71,6 +71,8 @@ def run_plan_on_ray(plan: BatchPlan, cluster: RayCluster, emit: Listener) -> Non
     if not plan.split:
         run_in_pool(plan, lambda receive: RayPool(cluster, receive), _NodeTask, emit, cluster.check_lost)
         return
-    for group in plan.groups:
-        with RayPool(cluster, lambda event: None, group.name) as pool:
+    with RayPool(cluster, lambda event: None) as pool:
+        for group in plan.groups:
+            pool.label = group.name
             run_group(group, pool.device, emit, cluster.check_lost, pool)
+            pool.cancel()  # what an error has left

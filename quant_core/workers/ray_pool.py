@@ -53,16 +53,19 @@ class RayPool:
     Args:
         cluster: connection to the cluster.
         emit: listener of the events of tasks; called by a thread.
-        label: what the tasks belong to, as part of their names in Ray's dashboard.
+
+    Attributes:
+        label: what the tasks belong to, as part of their names in Ray's dashboard; empty for nothing.
     """
 
     device = CPU
 
-    def __init__(self, cluster: RayCluster, emit: Listener, label: str = ""):
+    def __init__(self, cluster: RayCluster, emit: Listener):
         self.devices, self.capacity = cluster.devices, _AHEAD * cluster.workers
         self.model: str | None = next(node.model for node in cluster.nodes) or "GPU" if cluster.cuda else CPU.type
-        self._cluster, self._emit, self._label = cluster, emit, label
+        self._cluster, self._emit, self.label = cluster, emit, ""
         self._ray = cluster.ray
+        self._run = self._ray.remote(**cluster.options, max_retries=_RETRIES)(run_task)
         self._setting = kernels.backend(), torch.get_num_threads()
         self._changed = threading.Condition()  # guards everything below
         self._closed = False
@@ -79,7 +82,7 @@ class RayPool:
     def submit(self, task: Task, size: int) -> "Future[Any]":
         """See :class:`~.pool.TaskPool`; the order of tasks is Ray's."""
         self._cluster.check_lost()
-        title = f"{task.title} of {self._label}" if self._label else task.title
+        title = f"{task.title} of {self.label}" if self.label else task.title
         submitted = _Submitted(title, self._ray.put(pack(task)))
         with self._changed:
             number = self._number
@@ -93,9 +96,27 @@ class RayPool:
             failures, self._failures = self._failures, []
         return failures
 
+    def cancel(self) -> None:
+        """End all unfinished tasks; their futures are never done."""
+        with self._changed:
+            references = list(self._references)
+            self._references.clear()
+            self._submitted.clear()
+        if self._cluster.lost or not references:
+            return
+        with contextlib.suppress(Exception):  # of a cluster that is being lost
+            for reference in references:
+                self._ray.cancel(reference, force=True)
+            self._ray.wait(references, num_returns=len(references), timeout=_CANCELLED, fetch_local=False)
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the processes that have begun a task."""
+        with self._changed:
+            return [submitted.worker for submitted in self._submitted.values() if submitted.worker]
+
     def _start(self, number: int, submitted: _Submitted) -> None:
-        remote = self._ray.remote(run_task).options(**self._cluster.options, max_retries=_RETRIES, name=submitted.title)
-        reference = remote.remote(
+        reference = self._run.options(name=submitted.title).remote(
             submitted.packed, number, self._events, self._cluster.cuda, self._setting, submitted.cpu_fallback
         )
         self._submitted[number] = submitted
@@ -123,15 +144,21 @@ class RayPool:
                 return
 
     def _receive(self, reference: Any) -> None:
+        with self._changed:
+            if reference not in self._references:  # cancelled
+                return
+            submitted = self._submitted[self._references[reference]]
         try:
             kind, result = unpack(self._ray.get(reference))
         except (self._ray.exceptions.LocalRayletDiedError, ConnectionError):
             raise
         except Exception as error:
-            kind, result = "failed", (self._describe(self._references[reference], error), "")
+            kind, result = "failed", (_describe(submitted, error), "")
         with self._changed:
-            number = self._references.pop(reference)
-            submitted = self._submitted.pop(number)
+            number = self._references.pop(reference, None)
+            if number is None:
+                return
+            del self._submitted[number]
             if kind == "failed":
                 error, trace = result
                 if isinstance(error, OutOfMemoryError) and not submitted.cpu_fallback:
@@ -142,16 +169,6 @@ class RayPool:
                 submitted.future.set_exception(error)
             else:
                 submitted.future.set_result(result)
-
-    def _describe(self, number: int, error: Exception) -> QuantizationError:
-        """The error of a task that Ray could not run."""
-        submitted = self._submitted[number]
-        if "No module named" in str(error):
-            return QuantizationError(describe_missing(submitted.worker or "of the Ray cluster", error))
-        return QuantizationError(
-            f"{submitted.title} was lost on the Ray cluster {_RETRIES + 1} times, last with {type(error).__name__} "
-            f"({first_line(error)}); see Ray's logs, and run the same command again."
-        )
 
     def _receive_events(self) -> None:
         """Pass on the events of tasks; a second process that begins a task shows that the first one was lost."""
@@ -184,12 +201,17 @@ class RayPool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            references = list(self._references)
-        if self._cluster.lost:
-            return
-        with contextlib.suppress(Exception):  # of a cluster that is being lost
-            for reference in references:
-                self._ray.cancel(reference, force=True)
-            if references:
-                self._ray.wait(references, num_returns=len(references), timeout=_CANCELLED, fetch_local=False)
-            self._events.shutdown(force=True)
+        self.cancel()
+        if not self._cluster.lost:
+            with contextlib.suppress(Exception):  # of a cluster that is being lost
+                self._events.shutdown(force=True)
+
+
+def _describe(submitted: _Submitted, error: Exception) -> QuantizationError:
+    """The error of a task that Ray could not run."""
+    if "No module named" in str(error):
+        return QuantizationError(describe_missing(submitted.worker or "of the Ray cluster", error))
+    return QuantizationError(
+        f"{submitted.title} was lost on the Ray cluster {_RETRIES + 1} times, last with {type(error).__name__} "
+        f"({first_line(error)}); see Ray's logs, and run the same command again."
+    )
