@@ -6,6 +6,7 @@ environment, so that a clone and an installed package work alike; the nodes need
 """
 
 import contextlib
+import logging
 import platform
 import re
 import shutil
@@ -23,6 +24,8 @@ import torch
 
 from ..display import shorten
 from ..errors import ClusterLostError, MissingPackageError, QuantizationError
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Node", "NodeCheck", "RayCluster", "describe_missing", "first_line"]
 
@@ -77,7 +80,8 @@ class RayCluster:
         address: "auto", "HOST:6379" or "ray://HOST:10001".
 
     Attributes:
-        nodes: those that do tasks: all with GPUs of the model that most GPUs are of or, without any GPU, all with a CPU.
+        nodes: those that do tasks: all with GPUs of the model that most GPUs are of or, without any GPU, all with
+            as many CPUs as a task has threads.
         cuda: tasks run on GPUs, one each.
         workers: number of tasks that the cluster does at a time.
         options: resources of a task, as options of ``ray.remote``.
@@ -94,6 +98,8 @@ class RayCluster:
         self._lost = ""
         self._folder = tempfile.TemporaryDirectory(prefix="learned_rounding_")
         self.ray = _import_ray()
+        # Ray prints errors of nodes to standard output, which may be for a JSON document; those of tasks are reported here.
+        self.ray._private.worker.print_to_stdstream = _log_message
         try:
             self._connect()
             self._choose_nodes()
@@ -235,16 +241,18 @@ class RayCluster:
             if others:
                 self.note = f"Only GPUs of the model {model or 'GPU'} are used, as others may round ties differently: not {others}."
         else:
-            self.nodes = [node for node in nodes if node.cpus >= 1]
-            self.workers = int(sum(node.cpus for node in self.nodes))
-            self.options = {"num_cpus": 1}
+            most = max((int(node.cpus) for node in nodes), default=0)
+            each = max(1, min(torch.get_num_threads(), most))  # threads of a task, as in this process
+            self.nodes = [node for node in nodes if node.cpus >= each]
+            self.workers = sum(int(node.cpus) // each for node in self.nodes)
+            self.options = {"num_cpus": each}
         if not self.workers:
             raise QuantizationError(
                 f"The Ray cluster {self.address} has neither a GPU nor a CPU for tasks; start nodes with some.",
                 option="ray",
             )
         kind = "GPU" if self.cuda else "CPU"
-        if not self.note and self.ray.available_resources().get(kind, 0) < 1:
+        if not self.note and not self.ray.available_resources().get(kind):
             self.note = f"Every {kind} of the Ray cluster is in use; tasks wait until one is free."
 
     def _watch(self) -> None:
@@ -294,6 +302,10 @@ def _import_ray() -> Any:
             option="ray",
         ) from None
     return ray
+
+
+def _log_message(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+    log.info("%s", "\n".join(data["lines"]))
 
 
 def _python_version() -> str:
