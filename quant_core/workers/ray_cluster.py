@@ -129,7 +129,7 @@ class RayCluster:
         """Note that the cluster answers no longer."""
         if not self._lost and not self._closed.is_set():
             self._lost = (
-                f"The Ray cluster {self.address} answers no longer ({first_line(reason)}); complete outputs are kept: start the "
+                f"The Ray cluster {self.address} answers no longer ({shorten(first_line(reason), 100)}); complete outputs are kept: start the "
                 "cluster again and run the same command to continue."
             )
 

@@ -172,8 +172,12 @@ class RayPool:
 
     def _receive_events(self) -> None:
         """Pass on the events of tasks; a second process that begins a task shows that the first one was lost."""
-        waiting = self._events.qsize()
-        for number, packed in self._events.get_nowait_batch(waiting) if waiting else ():
+        try:
+            waiting = self._events.qsize()
+            received = self._events.get_nowait_batch(waiting) if waiting else ()
+        except Exception:  # without events tasks still do their work; whether the cluster answers is seen elsewhere
+            return
+        for number, packed in received:
             event = pickle.loads(packed)
             if not isinstance(event, str):
                 self._emit(event)
