@@ -1,6 +1,6 @@
 """A batch on a Ray cluster: each group is a task of Ray, or its layers are, one group after the other."""
 
-import socket
+import platform
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ class _NodeTask(GroupTask):
     ) -> tuple[Outcome, ...]:
         def receive(event: Event) -> Any:
             if isinstance(event, GroupStarted):
-                event = replace(event, device=f"{event.device} of {socket.gethostname()}")
+                event = replace(event, device=f"{event.device} of {platform.node()}")
             emit(event)
 
         return super().run(device, receive, check, cpu_fallback=cpu_fallback)

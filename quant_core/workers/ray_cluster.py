@@ -24,10 +24,11 @@ import torch
 
 from ..display import shorten
 from ..errors import ClusterLostError, MissingPackageError, QuantizationError
+from .ray_tasks import NodeCheck, check_node
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Node", "NodeCheck", "RayCluster", "describe_missing", "first_line"]
+__all__ = ["Node", "RayCluster", "describe_missing", "first_line"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = __name__.removesuffix(".quant_core.workers.ray_cluster")
@@ -55,22 +56,6 @@ class Node:
     gpus: float
     cpus: float
     model: str
-
-
-@dataclass(frozen=True)
-class NodeCheck:
-    """What a node reports before a run.
-
-    Attributes:
-        python, torch: versions, the latter without the part that names CUDA.
-        cuda: torch is built for CUDA.
-        problem: phrase on the paths of the run; empty if the node can use them.
-    """
-
-    python: str
-    torch: str
-    cuda: bool
-    problem: str = ""
 
 
 class RayCluster:
@@ -143,8 +128,6 @@ class RayCluster:
         Raises:
             QuantizationError: a node lacks something; the first one found is named.
         """
-        from .ray_tasks import check_node
-
         strategies = self.ray.util.scheduling_strategies
         with _place_markers(folders) as markers:
             read = [str(path.absolute()) for path in sources]

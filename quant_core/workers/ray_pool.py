@@ -5,7 +5,6 @@ once with the part that does not fit on the CPU, as in a run on one device.
 """
 
 import contextlib
-import pickle
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from ... import kernels
 from ..errors import ClusterLostError, OutOfMemoryError, QuantizationError
 from ..events import Listener
 from ..sources.source import CPU
-from .messages import RemoteTraceback
+from .messages import RemoteTraceback, pack, unpack
 from .ray_cluster import RayCluster, describe_missing, first_line
-from .ray_tasks import pack, run_task, unpack
+from .ray_tasks import run_task
 from .task import DeviceFailure, Task
 
 __all__ = ["RayPool"]
@@ -178,7 +177,7 @@ class RayPool:
         except Exception:  # without events tasks still do their work; whether the cluster answers is seen elsewhere
             return
         for number, packed in received:
-            event = pickle.loads(packed)
+            event = unpack(packed)
             if not isinstance(event, str):
                 self._emit(event)
                 continue

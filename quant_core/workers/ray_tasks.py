@@ -1,12 +1,11 @@
 """What runs on the nodes of a Ray cluster."""
 
 import contextlib
-import io
 import os
-import pickle
-import socket
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,27 @@ import torch
 
 from ... import kernels
 from ..sources.source import CPU
-from .messages import Pickler, pack_error
+from .messages import Packed, pack, pack_error, unpack
 from .process import is_lost
-from .ray_cluster import NodeCheck
 from .task import Task
 
-__all__ = ["Packed", "check_node", "pack", "run_task", "unpack"]
-
-Packed = tuple[bytes, list[Any]]
-"""An object, pickled, and arrays of the bytes of its tensors, which Ray places in its object store without a copy."""
+__all__ = ["NodeCheck", "check_node", "run_task"]
 
 
-def pack(value: Any) -> Packed:
-    """Pickle an object for :func:`unpack`."""
-    import numpy as np  # Ray needs it, other runs do not
+@dataclass(frozen=True)
+class NodeCheck:
+    """What a node reports before a run.
 
-    file, buffers = io.BytesIO(), []
-    Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
-    return file.getvalue(), [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+    Attributes:
+        python, torch: versions, the latter without the part that names CUDA.
+        cuda: torch is built for CUDA.
+        problem: phrase on the paths of the run; empty if the node can use them.
+    """
 
-
-def unpack(packed: Packed) -> Any:
-    """The object; its tensors are copies, which may be written to."""
-    data, buffers = packed
-    return pickle.loads(data, buffers=[bytearray(buffer) for buffer in buffers])
+    python: str
+    torch: str
+    cuda: bool
+    problem: str = ""
 
 
 def run_task(
@@ -48,7 +44,7 @@ def run_task(
     Args:
         packed: the :class:`.Task`.
         number: number of the task in events.
-        events: a ``ray.util.queue.Queue`` for (number, pickled event), first the name of this process.
+        events: a ``ray.util.queue.Queue`` for (number, packed event), first the name of this process.
         cuda: use the GPU that Ray has assigned, not the CPU.
         setting: backend of the kernels and number of threads, as in the process that submits the task.
         cpu_fallback: see :meth:`.Task.run`.
@@ -56,11 +52,11 @@ def run_task(
 
     def emit(event: Any) -> None:
         with contextlib.suppress(Exception):  # events are for display only; their actor may be on a node that is lost
-            events.put_nowait((number, pickle.dumps(event)))
+            events.put_nowait((number, pack(event)))
 
     backend, threads = setting
     device = torch.device("cuda", 0) if cuda else CPU
-    emit(f"process {os.getpid()} on {socket.gethostname()}")
+    emit(f"process {os.getpid()} on {platform.node()}")
     torch.set_num_threads(threads)  # sums of a CPU depend on it
     task: Task = unpack(packed)
     del packed

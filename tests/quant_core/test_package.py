@@ -41,7 +41,7 @@ DEPRECATED = {"quant_core/checkpoints.py", "quant_core/requantize.py"}  # names 
 NEEDED = {"torch", "regex", "tqdm", "filelock", "tomli"}
 # Imported where they are asked for, with a sentence of ours or without their number when they are missing: import name → package.
 FOR_PAGES = {"comfyui-frontend-package"}  # ComfyUI's frontend, which runs the pack's pages
-OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf", "lpips": "lpips"}
+OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf", "lpips": "lpips", "ray": "ray"}
 TIMED = {"comfy_kitchen"}  # comes with ComfyUI; its layers are timed where it is installed
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 SHIPPED = [

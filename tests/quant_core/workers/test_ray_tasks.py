@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from learned_rounding.quant_core.workers.ray_tasks import check_node, pack, unpack
+from learned_rounding.quant_core.workers.messages import pack, unpack
+from learned_rounding.quant_core.workers.ray_tasks import check_node
 
 
 def test_packed_tensors_are_the_same():
