@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 
 import psutil
 import pytest
@@ -14,6 +13,7 @@ from learned_rounding.quant_core.calibration import LayerStatistics
 from learned_rounding.quant_core.errors import CalibrationError
 from learned_rounding.quant_core.run.layer_task import LayerOrder, LayerTask
 from learned_rounding.quant_core.run.quantize import Target, quantize_files
+from learned_rounding.quant_core.sources.source import CPU
 from learned_rounding.quant_core.workers.ray_cluster import RayCluster
 from learned_rounding.quant_core.workers.ray_pool import RayPool
 from learned_rounding.tests.quant_core.ray_nodes import LONG, wait_until
@@ -80,19 +80,14 @@ def test_the_report_names_the_cluster(pool, source):
     assert quantize_on(pool, source, FAST)[0].device == "3 × CPU on 3 nodes of a Ray cluster"
 
 
-def test_the_layer_of_a_killed_worker_is_repeated(pool, source):
-    lost = []
-
-    def kill():
-        lost.append(wait_until(lambda: pool.running, "a layer in progress")[0])
-        os.kill(int(lost[0].split()[1]), signal.SIGKILL)
-
-    killing = threading.Thread(target=kill)
-    killing.start()
-    report, made = quantize_on(pool, source, SLOW)
-    killing.join()
-    assert made == quantize_here(source, SLOW)
-    assert [lost[0] in warning for warning in report.warnings] == [True]
+def test_the_layer_of_a_killed_worker_is_repeated(pool):
+    task = layer(SLOW, 1500)  # takes seconds
+    future = pool.submit(task, 1)
+    (name,) = wait_until(lambda: pool.running, "a layer in progress")
+    os.kill(int(name.split()[1]), signal.SIGKILL)
+    (made,), (expected,) = future.result(LONG), task.run(CPU, print, lambda: None, cpu_fallback=True)
+    assert all(torch.equal(made.tensors[key], expected.tensors[key]) for key in expected.tensors)
+    assert [failure.device for failure in pool.take_failures()] == [name]
 
 
 def test_an_error_of_a_task_is_raised_here(pool):
