@@ -8,6 +8,7 @@ from .display import shorten
 __all__ = [
     "AlreadyQuantizedError",
     "CalibrationError",
+    "ClusterLostError",
     "MissingPackageError",
     "NonFiniteWeightError",
     "NothingToQuantizeError",
@@ -82,6 +83,10 @@ class CalibrationError(QuantizationError):
 
 class MissingPackageError(QuantizationError):
     """An option requires a package that is not installed; the message gives the install command."""
+
+
+class ClusterLostError(QuantizationError):
+    """A cluster answers no longer; what is incomplete is kept for the next run."""
 
 
 class VerificationError(QuantizationError):

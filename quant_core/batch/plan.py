@@ -62,12 +62,14 @@ class BatchPlan:
         groups: in the order of the sources.
         report: path of the report without its suffix.
         device: devices that the plan names, as ``--device`` does; None: the default.
+        split: on a cluster, the layers of one model at a time are split among the nodes.
     """
 
     path: Path
     groups: tuple[Group, ...]
     report: Path
     device: str | None = None
+    split: bool = False
 
     @property
     def report_files(self) -> tuple[Path, Path]:

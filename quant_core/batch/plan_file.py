@@ -47,6 +47,7 @@ PLAN_KEYS: Mapping[str, type] = {
     "general": bool,
     "device": str,
     "report": str,
+    "split": bool,
 }
 RECIPE_KEYS: Mapping[str, type] = {"recipe": str, "calibration": str, "output": str, "sources": list}
 _OPTIONS = tuple(name for options in OPTION_TABLE.values() for name in options)
@@ -99,7 +100,9 @@ class _PlanReader:
 
     def read(self) -> BatchPlan:
         check_template(self._problems, "the plan", self._values.get("output"))
-        plan = BatchPlan(self._problems.path, (), self._find_report(), self._values.get("device"))
+        plan = BatchPlan(
+            self._problems.path, (), self._find_report(), self._values.get("device"), self._values.get("split", False)
+        )
         recipes = self._read_recipes()
         sources = read_sources(self._problems, self._require("sources", SourceError, "list models or patterns in it"))
         for source in sources:

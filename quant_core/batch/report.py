@@ -8,8 +8,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..display import escape_control, human_bytes, markdown_table, three_digits
 from ..output.publish import output_error
 from ..output.together import write_together
@@ -32,7 +30,7 @@ class BatchReport:
         devices: that run it.
     """
 
-    def __init__(self, plan: BatchPlan, devices: Sequence[torch.device]):
+    def __init__(self, plan: BatchPlan, devices: Sequence[object]):
         self._plan, self._devices = plan, ", ".join(map(str, devices))
         self._outcomes = {
             str(output.path): Outcome(str(group.source), group.name, output.name, str(output.path), NOT_RUN)

@@ -4,7 +4,8 @@ import contextlib
 import queue
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from ..calibration import CalibrationFile
 from ..cancellation import CancelCheck, wait_for_any
 from ..convert.dequantize import decode_source
-from ..errors import QuantizationError
+from ..errors import ClusterLostError, QuantizationError
 from ..events import DeviceFailed, Event, Listener, RunFinished
 from ..failures import describe_error
 from ..output import remove_leftovers
@@ -24,10 +25,19 @@ from ..run.fingerprint import input_paths, is_done, run_fingerprint
 from ..run.quantize import Target, quantize_files
 from ..run.report import Report
 from ..sources import Source, open_source
-from ..workers import WorkerPool
+from ..workers import Task, TaskPool, WorkerPool
 from .plan import ALREADY_DONE, DONE, FAILED, NOT_RUN, BatchPlan, Group, Outcome, Output
 
-__all__ = ["GroupStarted", "GroupTask", "OutputAdvanced", "OutputFinished", "preview_group", "run_group", "run_plan"]
+__all__ = [
+    "GroupStarted",
+    "GroupTask",
+    "OutputAdvanced",
+    "OutputFinished",
+    "preview_group",
+    "run_group",
+    "run_in_pool",
+    "run_plan",
+]
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,13 @@ class OutputFinished(Event):
 
 @dataclass(frozen=True)
 class GroupTask:
-    """A group as a task of a :class:`~..workers.WorkerPool`."""
+    """A group as a task of a :class:`~..workers.TaskPool`."""
 
     group: Group
+
+    @property
+    def title(self) -> str:
+        return f"{self.group.name}: {', '.join(output.name for output in self.group.outputs)}"
 
     def run(
         self, device: torch.device, emit: Listener, check: CancelCheck, *, cpu_fallback: bool
@@ -83,7 +97,9 @@ class GroupTask:
         return run.all_outcomes
 
 
-def run_group(group: Group, device: torch.device, emit: Listener, check: CancelCheck) -> tuple[Outcome, ...]:
+def run_group(
+    group: Group, device: torch.device, emit: Listener, check: CancelCheck, pool: TaskPool | None = None
+) -> tuple[Outcome, ...]:
     """Make the outputs of a group; what is already done stays, and an error is an outcome.
 
     Args:
@@ -91,11 +107,15 @@ def run_group(group: Group, device: torch.device, emit: Listener, check: CancelC
         device: device of the arithmetic.
         emit: listener of the events of this module.
         check: called often; raises to cancel, which is no outcome.
+        pool: other machines that quantize the layers; this process reads and writes.
+
+    Raises:
+        ClusterLostError: the machines of the pool answer no longer.
     """
     run = _GroupRun(group, emit)
     try:
-        run.make_outputs(device, check)
-    except BrokenPipeError:  # the reader of the progress has gone away
+        run.make_outputs(device, check, pool)
+    except (BrokenPipeError, ClusterLostError):  # BrokenPipeError: the reader of the progress has gone away
         raise
     except Exception as error:
         check()  # of a batch that is cancelled, nothing has failed
@@ -117,6 +137,27 @@ def run_plan(plan: BatchPlan, devices: Sequence[torch.device], emit: Listener, c
         for group in plan.groups:
             run_group(group, devices[0], emit, check)
         return
+    run_in_pool(plan, lambda receive: WorkerPool(devices, receive, ahead=1), GroupTask, emit, check)
+
+
+def run_in_pool(
+    plan: BatchPlan,
+    open_pool: Callable[[Listener], AbstractContextManager[TaskPool]],
+    make_task: Callable[[Group], Task],
+    emit: Listener,
+    check: CancelCheck,
+) -> None:
+    """Make the outputs of a plan, each group as a task of a pool.
+
+    Args:
+        plan: the groups.
+        open_pool: opens the pool, which calls a listener in any thread.
+        make_task: the task of a group.
+        emit, check: as for :func:`run_plan`.
+
+    Raises:
+        ClusterLostError: the machines of the pool answer no longer; what is incomplete is kept.
+    """
     received: queue.SimpleQueue[Event] = queue.SimpleQueue()
     finished: set[str] = set()
 
@@ -137,14 +178,19 @@ def run_plan(plan: BatchPlan, devices: Sequence[torch.device], emit: Listener, c
             emit(DeviceFailed(device=failure.device, lost=failure.lost, text=text))
 
     try:
-        with WorkerPool(devices, received.put, ahead=1) as pool:
-            futures = [pool.submit(GroupTask(group), group.size * len(group.outputs)) for group in plan.groups]
+        with open_pool(received.put) as pool:
+            futures = [pool.submit(make_task(group), group.size * len(group.outputs)) for group in plan.groups]
             for group, future in zip(plan.groups, futures, strict=True):
                 wait_for_any([future], poll)
                 poll()
-                if (error := future.exception()) is not None:
+                error = future.exception()
+                if isinstance(error, ClusterLostError):
+                    raise error
+                if error is not None:
                     for output in group.outputs:
                         deliver(OutputFinished(_fail(_not_run(group, output), error)))
+    except ClusterLostError:
+        raise
     except BaseException:
         for output in (output for group in plan.groups for output in group.outputs):
             if str(output.path) not in finished:
@@ -180,12 +226,12 @@ class _GroupRun:
         """In the order of the outputs."""
         return tuple(self.outcomes[output.path] for output in self._group.outputs)
 
-    def make_outputs(self, device: torch.device, check: CancelCheck) -> None:
+    def make_outputs(self, device: torch.device, check: CancelCheck, pool: TaskPool | None = None) -> None:
         """Make the outputs; errors of a user are outcomes."""
         group = self._group
         try:
             with _open_group(group) as (source, calibration):
-                self._emit(GroupStarted(group, str(device), _describe_decoded(source)))
+                self._emit(GroupStarted(group, pool.devices if pool else str(device), _describe_decoded(source)))
                 targets = [
                     Target(
                         output.path,
@@ -196,9 +242,11 @@ class _GroupRun:
                     )
                     for output in group.outputs
                 ]
-                results = quantize_files(source, targets, device=device, general=group.general, check=check)
+                results = quantize_files(source, targets, device=device, general=group.general, pool=pool, check=check)
             for output, result in zip(group.outputs, results, strict=True):
                 self.finish(output, result)
+        except ClusterLostError:
+            raise
         except QuantizationError as error:
             check()  # of a batch that is cancelled, nothing has failed
             self.fail(error)

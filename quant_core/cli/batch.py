@@ -1,18 +1,22 @@
 """The command ``lrq batch``: many models and many recipes from one plan file."""
 
 import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ... import kernels
 from ..batch.plan import ALREADY_DONE, FAILED, NOT_RUN, BatchPlan, Outcome
 from ..batch.plan_file import read_plan
+from ..batch.ray_run import absolute_plan, check_cluster, run_plan_on_ray
 from ..batch.report import BatchReport, describe_outcome
 from ..batch.run import OutputFinished, preview_group, run_plan
 from ..display import escape_control, human_bytes
-from ..errors import OutputError
-from ..events import DeviceFailed, Event
+from ..errors import OutputError, QuantizationError
+from ..events import DeviceFailed, Event, Listener
 from ..failures import describe_error
 from ..workers import parse_devices
+from ..workers.ray_cluster import RayCluster
 from .batch_progress import BatchProgress
 from .parser import EXIT_CODES
 from .streams import print_error, print_line
@@ -23,9 +27,37 @@ __all__ = ["batch"]
 def batch(args: argparse.Namespace) -> int:
     """Run a plan, or print what it would do for --dry-run; returns the exit code."""
     plan = read_plan(args.plan, overwrite=args.overwrite)
+    _check_options(args)
+    if args.ray is not None:
+        return _run_on_ray(args, absolute_plan(replace(plan, split=plan.split or args.split)))
     devices = parse_devices(args.device or plan.device)
     if args.dry_run:
         return _preview(args, plan)
+    return _run(args, plan, devices, lambda receive: run_plan(plan, devices, receive, lambda: None))
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options without an effect."""
+    if args.ray is None and args.split:
+        raise QuantizationError("--split needs --ray ADDRESS; without a cluster, leave it out.", option="split")
+    if args.ray is not None and args.device:
+        raise QuantizationError("--ray uses the devices of the cluster; leave --device out.", option="device")
+
+
+def _run_on_ray(args: argparse.Namespace, plan: BatchPlan) -> int:
+    """As :func:`batch`, on a cluster."""
+    if args.dry_run:
+        return _preview(args, plan)
+    with RayCluster(args.ray) as cluster:
+        print_line(f"{args.ray}: {cluster.devices}")
+        if cluster.note:
+            print_error(f"lrq: warning: {cluster.note}")
+        check_cluster(plan, cluster)
+        return _run(args, plan, [cluster.devices], lambda receive: run_plan_on_ray(plan, cluster, receive))
+
+
+def _run(args: argparse.Namespace, plan: BatchPlan, devices: Sequence[object], work: Callable[[Listener], None]) -> int:
+    """Do the work of a batch with its progress and its report; returns the exit code."""
     report = BatchReport(plan, devices)
     progress = BatchProgress(args.verbose, sum(len(group.outputs) for group in plan.groups))
 
@@ -39,7 +71,7 @@ def batch(args: argparse.Namespace) -> int:
 
     try:
         with kernels.using(args.kernel_backend or kernels.backend()):
-            run_plan(plan, devices, receive, lambda: None)
+            work(receive)
     except BaseException as error:
         progress.close()
         _save(report, _describe_end(error))

@@ -160,6 +160,16 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
         help="cuda:1, cpu …, several with commas, or all for all GPUs, each with a process of its own; by default that of "
         "the plan, else the first GPU, else the CPU",
     )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run on a Ray cluster: auto, HOST:6379 or ray://HOST:10001; a GPU for each model, whose paths all nodes share",
+    )
+    parser.add_argument(
+        "--split",
+        action="store_true",
+        help="with --ray: split the layers of one model at a time among the nodes; only this machine reads and writes",
+    )
 
 
 def _add_backend(parser: argparse._ActionsContainer) -> None:

@@ -17,7 +17,7 @@ from typing import IO, Protocol
 import torch
 
 from ..cancellation import CancelCheck, wait_for
-from ..errors import OutputError
+from ..errors import ClusterLostError, OutputError
 from ..sources.checksum import FileChecksums, byte_checksum, tensor_checksum
 from ..sources.source import CPU, TensorInfo
 from ..sources.staging import Staging, byte_views
@@ -234,4 +234,5 @@ class SafetensorsWriter:
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         exiting = isinstance(error, RuntimeError) and _INTERPRETER_EXIT in str(error)
-        self._partial.abort(keep=exiting and self._journal is not None)  # the next process resumes the run
+        resumable = exiting or isinstance(error, ClusterLostError)
+        self._partial.abort(keep=resumable and self._journal is not None)  # the next process resumes the run

@@ -127,6 +127,10 @@ class MeasureTask:
     rounding: RoundingConfig
     capability: tuple[int, int] | None
 
+    @property
+    def title(self) -> str:
+        return f"formats of layer {self.name}"
+
     def run(
         self, device: torch.device, emit: Listener, check: CancelCheck, *, cpu_fallback: bool
     ) -> list[Measurement] | None:

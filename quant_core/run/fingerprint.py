@@ -119,14 +119,19 @@ def _read_states(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
 
 
 def run_key(
-    expected: str | None, configs: Mapping[str, Mapping[str, object]], calibration: FileStates, device: torch.device
+    expected: str | None,
+    configs: Mapping[str, Mapping[str, object]],
+    calibration: FileStates,
+    device: torch.device | str,
 ) -> str | None:
     """Key of the runs that write the same bytes, for :class:`~.resume.RunJournal`; None for a run without a fingerprint.
 
     ``configs``: layer → planned JSON configuration. The journal compares the tensors of the source by their checksums. The
-    GPU, torch and the kernels are part of the key, since they may round ties differently.
+    GPU, torch and the kernels are part of the key, since they may round ties differently; ``device``: of the arithmetic, or
+    the name of its model where it is that of another machine.
     """
     if expected is None:
         return None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return json.dumps([expected, configs, calibration.to_json(), [name, torch.__version__, kernels.backend()]])
+    if isinstance(device, torch.device):
+        device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return json.dumps([expected, configs, calibration.to_json(), [device, torch.__version__, kernels.backend()]])

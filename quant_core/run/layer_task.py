@@ -100,6 +100,10 @@ class LayerTask:
     statistics: LayerStatistics | None
     orders: Sequence[LayerOrder]
 
+    @property
+    def title(self) -> str:
+        return f"layer {self.name}"
+
     def run(
         self, device: torch.device, emit: Listener, check: CancelCheck, *, cpu_fallback: bool
     ) -> list[LayerResult | NonFiniteWeightError]:

@@ -11,13 +11,14 @@ import torch
 
 from ..calibration import Calibration
 from ..cancellation import CancelCheck
-from ..errors import QuantizationError, SourceError
+from ..errors import ClusterLostError, QuantizationError, SourceError
 from ..events import Event, Listener, OutputChecked, RunFinished
 from ..output import SafetensorsWriter, check_disk_space, final_path, keep_apart, leftover_bytes, remove_leftovers
 from ..recipes import Plan, Recipe, describe_uncalibrated
 from ..sequential import ReplayedModel
 from ..sources import Source, TensorSource, open_source
 from ..sources.shards import model_stem
+from ..sources.source import CPU
 from ..workers import Devices, TaskPool, open_pool, parse_devices
 from .allocate import allocate_formats
 from .blocks import open_blocks, require_model, walk_fingerprint
@@ -190,6 +191,7 @@ def quantize_files(
     *,
     device: Devices = None,
     general: bool | None = None,
+    pool: TaskPool | None = None,
     check: CancelCheck | None = None,
 ) -> list[Report | QuantizationError]:
     """Quantize a model into several files, as :func:`quantize_file` does into each, and read each of its tensors once.
@@ -199,6 +201,7 @@ def quantize_files(
     Args:
         source, device, general, check: as for :func:`quantize_file`.
         targets: the outputs; those with a calibration have the same one.
+        pool: other machines that quantize, instead of ``device``; this process reads and writes.
 
     Returns:
         For each target its report, or the error for which it was not made. An existing output, or a recipe that selects no
@@ -207,7 +210,7 @@ def quantize_files(
     Raises:
         QuantizationError: the source cannot be opened, or a device cannot be used.
     """
-    return _quantize(source, targets, device, general, None, check)
+    return _quantize(source, targets, CPU if pool else device, general, None, check, pool)
 
 
 def _quantize(
@@ -217,13 +220,15 @@ def _quantize(
     general: bool | None,
     model: ReplayedModel | None,
     check: CancelCheck | None,
+    pool: TaskPool | None = None,
 ) -> list[Report | QuantizationError]:
     """See :func:`quantize_files`; ``model`` for a single target."""
     for target in targets:
         require_model(target.recipe, model)
     opened = open_source(source) if isinstance(source, (str, os.PathLike)) else contextlib.nullcontext(source)
     with opened as source:
-        return _TargetsRun(source, targets, parse_devices(device), general, model, check or _never_cancel).execute()
+        run = _TargetsRun(source, targets, parse_devices(device), general, model, check or _never_cancel, pool)
+        return run.execute()
 
 
 class _TargetsRun:
@@ -237,8 +242,9 @@ class _TargetsRun:
         general: bool | None,
         model: ReplayedModel | None,
         check: CancelCheck,
+        pool: TaskPool | None,
     ):
-        self._source, self._targets, self._devices = source, targets, devices
+        self._source, self._targets, self._devices, self._pool = source, targets, devices, pool
         self._general, self._model, self._check = general, model, check
         self._recorded = RecordedSource(source)
         self._results: dict[int, Report | QuantizationError] = {}  # by number of the target
@@ -258,7 +264,7 @@ class _TargetsRun:
             if files:
                 self._run(files)
         except QuantizationError as error:
-            if len(self._targets) == 1:
+            if len(self._targets) == 1 or isinstance(error, ClusterLostError):
                 raise
             self._results = dict.fromkeys(files, error) | self._results
         return [self._results[number] for number in range(len(self._targets))]
@@ -282,7 +288,8 @@ class _TargetsRun:
         device, recipes = self._devices[0], [file.target.recipe for file in files.values()]
         with contextlib.ExitStack() as opened:
             opened.enter_context(explain_out_of_memory(f"{device} has too little memory for {self._source.name}"))
-            pool = opened.enter_context(open_pool(_useful_devices(self._devices, recipes), _ignore_event, self._check))
+            useful = _useful_devices(self._devices, recipes)
+            pool = self._pool or opened.enter_context(open_pool(useful, _ignore_event, self._check))
             for number, file in files.items():
                 with self._collected(number):
                     self._open(file, [each.plan for each in files.values()], pool, opened)
@@ -305,9 +312,13 @@ class _TargetsRun:
         file.plan = plan = _allocate(
             self._recorded, file.plan, recipe, calibration, pool, device, self._general, target.on_event, self._check
         )
-        journal = _journal(
-            self._recorded, plan, plans, recipe, file.fingerprint, file.calibration_states, device, reading
+        key = run_key(
+            file.fingerprint,
+            planned_configs(self._recorded, plan, recipe),
+            file.calibration_states,
+            pool.model or device,
         )
+        journal = _journal(key, self._recorded, plans, reading)
         calibrated = calibration is not None
         reserve = header_bound(self._source, plan, recipe, calibrated=calibrated, fingerprint=file.fingerprint)
         needed = reserve + estimate_size(self._source, recipe, plan) - leftover_bytes(file.hidden)
@@ -468,20 +479,12 @@ def _allocate(
 
 
 def _journal(
-    source: RecordedSource,
-    plan: Plan,
-    plans: Sequence[Plan],
-    recipe: Recipe,
-    fingerprint: str | None,
-    calibration: FileStates,
-    device: torch.device,
-    reading: torch.device,
+    key: str | None, source: RecordedSource, plans: Sequence[Plan], reading: torch.device
 ) -> RunJournal | None:
-    """The journal from which another run can resume this one; None for a run without a fingerprint.
+    """The journal from which another run with the same key can resume this one; None for a run without a key.
 
     ``plans``: of all outputs, which decide where a tensor is read to: to ``reading`` or the CPU.
     """
-    key = run_key(fingerprint, planned_configs(source, plan, recipe), calibration, device)
     return None if key is None else RunJournal(key, source, lambda name: read_device(source, plans, name, reading))
 
 

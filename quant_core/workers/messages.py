@@ -1,12 +1,16 @@
 """Messages between a run and its worker processes: pickled objects, with the bytes of tensors as they are in memory."""
 
+import io
 import pickle
 import traceback
 from typing import IO, Any
 
 import torch
 
-__all__ = ["RemoteTraceback", "pack_error", "read_message", "write_message"]
+__all__ = ["Packed", "RemoteTraceback", "pack", "pack_error", "read_message", "unpack", "write_message"]
+
+Packed = tuple[bytes, list[Any]]
+"""An object, pickled, and arrays of the bytes of its tensors, which Ray places in its object store without a copy."""
 
 
 class _Pickler(pickle.Pickler):
@@ -37,6 +41,24 @@ def read_message(file: IO[bytes]) -> Any:
         return pickle.load(file)
     except pickle.UnpicklingError as error:
         raise EOFError(f"a message ended early: {error}") from error
+
+
+def pack(value: Any) -> Packed:
+    """Pickle an object for :func:`unpack`."""
+    file, buffers = io.BytesIO(), []
+    _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
+    return file.getvalue(), [_make_array(buffer.raw()) for buffer in buffers]
+
+
+def unpack(packed: Packed) -> Any:
+    """The object; its tensors are copies, which may be written to."""
+    data, buffers = packed
+    return pickle.loads(data, buffers=[bytearray(buffer) for buffer in buffers])
+
+
+def _make_array(data: memoryview) -> Any:
+    """An array of NumPy, the kind of buffer that Ray places in shared memory."""
+    return torch.frombuffer(data, dtype=torch.uint8).numpy() if len(data) else torch.empty(0, dtype=torch.uint8).numpy()
 
 
 class RemoteTraceback(Exception):

@@ -33,11 +33,13 @@ class TaskPool(Protocol):
 
     Attributes:
         devices: names of the devices, for the report.
+        model: of the devices of other machines, which do the same arithmetic; None for devices of this machine.
         device: where tensors of a task should be: the device of the arithmetic, or the CPU if they are sent elsewhere.
         capacity: number of unfinished tasks that keep all devices busy; more only take memory.
     """
 
     devices: str
+    model: str | None
     device: torch.device
     capacity: int
 
@@ -54,6 +56,7 @@ class InProcess:
     """A :class:`TaskPool` of one device, which does each task during :meth:`submit`."""
 
     capacity = 1
+    model: str | None = None
 
     def __init__(self, device: torch.device, emit: Listener, check: CancelCheck):
         self.device, self.devices = device, str(device)
@@ -105,6 +108,7 @@ class WorkerPool:
     """
 
     device = CPU
+    model: str | None = None
 
     def __init__(self, devices: Sequence[torch.device], emit: Listener, *, ahead: int = _AHEAD):
         self.devices = ", ".join(map(str, devices))

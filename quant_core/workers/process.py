@@ -18,21 +18,11 @@ from ..errors import OutOfMemoryError
 from ..sources.source import CPU
 from .messages import RemoteTraceback, pack_error, read_message, write_message
 
-__all__ = ["WorkerProcess", "serve"]
+__all__ = ["WorkerProcess", "is_lost", "serve"]
 
 _ROOT = Path(__file__).resolve().parents[2]  # folder of the package, which may be a custom node of any name
 _PACKAGE = __name__.removesuffix(".quant_core.workers.process")
-# The package is imported under the name that it has in this process, so that pickled classes are found. Its own
-# ``__init__`` needs ComfyUI and is left out.
-_START = """
-import importlib, json, sys, types
-name, root, path = sys.argv[1:4]
-sys.path[:] = json.loads(path)
-package = types.ModuleType(name)
-package.__path__ = [root]
-sys.modules[name] = package
-importlib.import_module(name + ".quant_core.workers.process").serve(*sys.argv[4:])
-"""
+_START = Path(__file__).with_name("start.py")
 _WAIT = 10  # s for a killed process to end, and for the exit code of one whose pipe is closed
 
 
@@ -48,7 +38,7 @@ class WorkerProcess:
 
     def __init__(self, device: torch.device):
         self.device = device
-        command = [sys.executable, "-c", _START, _PACKAGE, str(_ROOT), json.dumps(sys.path)]
+        command = [sys.executable, str(_START), _PACKAGE, str(_ROOT), json.dumps(sys.path)]
         arguments = [str(device), kernels.backend(), str(torch.get_num_threads())]
         self._process = subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -131,14 +121,14 @@ def _run_task(device: torch.device, replies: IO[bytes], number: int, task: Any, 
     try:
         reply = "done", (number, task.run(device, emit, lambda: None, cpu_fallback=cpu_fallback))
     except Exception as error:
-        lost = _is_lost(device, error)
+        lost = is_lost(device, error)
         reply = "lost" if lost else "failed", (number, pack_error(error))
     write_message(replies, reply)
     if lost:
         os._exit(1)
 
 
-def _is_lost(device: torch.device, error: Exception) -> bool:
+def is_lost(device: torch.device, error: Exception) -> bool:
     """Whether the device works no longer: after an error of CUDA other than for memory, every further call fails."""
     if device.type != "cuda" or isinstance(error, (torch.OutOfMemoryError, OutOfMemoryError)):
         return False

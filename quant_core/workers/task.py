@@ -12,7 +12,14 @@ __all__ = ["DeviceFailure", "Task"]
 
 
 class Task(Protocol):
-    """Work that any device can do. It and its result are pickled; tensors arrive on the CPU."""
+    """Work that any device can do. It and its result are pickled; tensors arrive on the CPU.
+
+    Attributes:
+        title: name for users, in the dashboard of a cluster.
+    """
+
+    @property
+    def title(self) -> str: ...
 
     def run(self, device: torch.device, emit: Listener, check: CancelCheck, *, cpu_fallback: bool) -> Any:
         """Do the work.

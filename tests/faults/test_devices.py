@@ -101,7 +101,7 @@ def workers() -> list[psutil.Process]:
     """Worker processes of this one."""
     children = psutil.Process().children()
     return [
-        child for child in children if child.is_running() and any("workers.process" in word for word in child.cmdline())
+        child for child in children if child.is_running() and any(word.endswith("start.py") for word in child.cmdline())
     ]
 
 

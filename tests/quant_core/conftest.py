@@ -10,6 +10,14 @@ from safetensors.torch import save_file
 
 from learned_rounding.quant_core.sources import TensorInfo
 from learned_rounding.tests.architectures import read
+from learned_rounding.tests.quant_core.ray_nodes import local_cluster
+
+
+@pytest.fixture(scope="session")
+def ray_nodes():
+    """A Ray cluster of three nodes with a CPU each; see ray_nodes.py."""
+    with local_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ DEPRECATED = {"quant_core/checkpoints.py", "quant_core/requantize.py"}  # names 
 NEEDED = {"torch", "regex", "tqdm", "filelock", "tomli"}
 # Imported where they are asked for, with a sentence of ours or without their number when they are missing: import name → package.
 FOR_PAGES = {"comfyui-frontend-package"}  # ComfyUI's frontend, which runs the pack's pages
-OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf", "lpips": "lpips"}
+OPTIONAL = {"prodigyplus": "prodigy-plus-schedule-free", "gguf": "gguf", "lpips": "lpips", "ray": "ray"}
 TIMED = {"comfy_kitchen"}  # comes with ComfyUI; its layers are timed where it is installed
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 SHIPPED = [
@@ -309,6 +309,7 @@ WITHOUT_TEST: dict[str, dict[str, str]] = {
         "nodes/host": "model_facts previewing",
         "nodes/ui": "preview runs",
     },
+    "the main file of a process: tests/quant_core/workers/test_process.py": {"quant_core/workers": "start"},
     "a step of loading and verifying files: tests/nodes/host/test_loading.py, test_verifying.py, test_layouts.py": {
         "nodes/host": "expanding loaded_layers reusing",
     },

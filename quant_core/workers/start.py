@@ -1,0 +1,18 @@
+"""Main file of a worker process, run by its path: ``python start.py PACKAGE ROOT PATH ARGUMENTS…``.
+
+It imports the package under the name that it has in the process that starts it, which for a custom node is no module path, so
+that pickled classes are found. The ``__init__`` of the package needs ComfyUI and is left out.
+"""
+
+import importlib
+import json
+import sys
+import types
+
+if __name__ == "__main__":
+    name, root, path, *arguments = sys.argv[1:]
+    sys.path[:] = json.loads(path)
+    package = types.ModuleType(name)
+    package.__path__ = [root]
+    sys.modules[name] = package
+    importlib.import_module(f"{name}.quant_core.workers.process").serve(*arguments)
