@@ -8,6 +8,7 @@ import torch
 from .calibration import LayerStatistics, LowRankHessian, PairedHessian, quantized_hessians
 from .formats import Codec, QuantizedWeight
 from .linalg import is_factored, lapack
+from .rounding import MatrixMemo
 
 __all__ = ["Layer", "compensate_weight", "output_error"]
 
@@ -26,12 +27,14 @@ class Layer:
         bias: (out,), or None.
         statistics: of the layer's activations, in the original basis.
         output_weight: float (out,), weight of each output channel in the loss; None for ones.
+        memo: matrices that other formats of this layer have computed; None where it has one format.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     statistics: LayerStatistics = field(default_factory=LayerStatistics)
     output_weight: torch.Tensor | None = None
+    memo: MatrixMemo | None = None
 
     @property
     def validation_activations(self) -> torch.Tensor | None:

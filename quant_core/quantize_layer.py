@@ -19,9 +19,19 @@ from .calibration import (
 from .cancellation import CancelCheck
 from .deprecated import renamed_keywords
 from .errors import QuantizationError, RecipeError
-from .formats import INT8, LARGE_GROUP_SIZES, Codec, FormatConfig, QuantizedWeight, Smoothing, Solution, SolveSpace
+from .formats import (
+    INT8,
+    LARGE_GROUP_SIZES,
+    Codec,
+    FormatConfig,
+    QuantizedWeight,
+    Rotation,
+    Smoothing,
+    Solution,
+    SolveSpace,
+)
 from .layer import Layer, output_error
-from .rounding import Quadratic, RoundingConfig, WeightSolver, correct_bias, synthetic_mean
+from .rounding import Quadratic, RoundingConfig, WeightSolver, correct_bias, recall, synthetic_mean
 from .sources.dtypes import SOURCE_DTYPES
 
 __all__ = ["quantize_layer", "quantize_weight"]
@@ -265,6 +275,8 @@ class _LayerRun:
                 if (device, parts) == attempts[-1]:
                     raise
             # Outside of the handler, so that the exception no longer holds the tensors of its frames.
+            if self.layer.memo is not None:
+                self.layer.memo.clear()
             log.warning(
                 "%s has too little free memory for a layer of shape %s in %d part(s); trying with less.",
                 device,
@@ -298,6 +310,7 @@ class _LayerRun:
             validated=layer.statistics.validation_hessian is not None,
             row_weight=None if layer.output_weight is None else layer.output_weight.to(device, torch.float32),
             parts=parts,
+            memo=layer.memo,
             seed=self.seed,
             check=self.check,
         )
@@ -309,8 +322,13 @@ class _LayerRun:
         """The Hessian in the stored basis, float32 (in, in)."""
         if hessian is None:
             return None
-        dense = dense_hessian(hessian, self.layer.weight.shape[1], device)
-        return space.basis.apply_hessian(dense) if space.basis else dense
+        memo, basis = self.layer.memo, space.basis
+        dense = recall(memo, hessian, device, lambda: dense_hessian(hessian, self.layer.weight.shape[1], device))
+        if basis is None:
+            return dense
+        if isinstance(basis, Rotation):  # other bases are of one format
+            return recall(memo, hessian, (device, basis), lambda: basis.apply_hessian(dense))
+        return basis.apply_hessian(dense)
 
     def _validation(self, space: SolveSpace, device: torch.device) -> Quadratic | None:
         """The error of the output for the validation activations, in the stored basis."""

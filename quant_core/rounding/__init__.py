@@ -8,6 +8,7 @@ and the comparison with round to nearest. :mod:`.options` are a user's choices.
 from .bias import correct_bias, synthetic_mean
 from .gptq import round_gptq
 from .gradient import round_gradient
+from .memo import MatrixMemo, recall
 from .optimizers import OPTIMIZERS, SCHEDULES
 from .options import BIAS_CORRECTIONS, MODEL_ROUNDINGS, OPTIONS, ROUNDINGS, RoundingConfig
 from .principal import Principal, principal_rank
@@ -25,6 +26,7 @@ __all__ = [
     "OPTIONS",
     "ROUNDINGS",
     "SCHEDULES",
+    "MatrixMemo",
     "Principal",
     "Quadratic",
     "RoundingConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "correct_bias",
     "hessian_quadratic",
     "principal_rank",
+    "recall",
     "round_gptq",
     "round_gradient",
     "round_projected",

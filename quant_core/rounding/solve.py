@@ -9,6 +9,7 @@ from ..cancellation import CancelCheck
 from ..formats import INT8, Solution, SolveSpace
 from .gptq import Factorization, default_beam_width, factorize, round_gptq
 from .gradient import round_gradient
+from .memo import MatrixMemo, recall
 from .options import RoundingConfig
 from .principal import Principal, solve_within_bound
 from .projected import round_projected
@@ -42,6 +43,7 @@ class WeightSolver:
         validated: :attr:`validation` will return one.
         row_weight: float32 (out,), weight of each output channel in the loss; None for ones.
         parts: the rows are rounded in this many parts, for less memory.
+        memo: factorizations that other formats of the layer have computed.
     """
 
     weight: torch.Tensor
@@ -52,6 +54,7 @@ class WeightSolver:
     validated: bool = False
     row_weight: torch.Tensor | None = None
     parts: int = 1
+    memo: MatrixMemo | None = None
     seed: int = 0
     check: CancelCheck | None = None
 
@@ -124,7 +127,11 @@ class WeightSolver:
 
     def _factorize(self, quadratic: Quadratic, like: Factorization | None) -> Factorization:
         passes = self.rounding.get("sweeps")
-        return factorize(quadratic, self.weight.shape[1], self.weight.device, passes=passes, like=like)
+
+        def make() -> Factorization:
+            return factorize(quadratic, self.weight.shape[1], self.weight.device, passes=passes, like=like)
+
+        return recall(self.memo, quadratic.hessian, (quadratic.dampening, passes), make)
 
     def _candidates(
         self, quadratic: Quadratic, factorization: Factorization | None, start: Scaling, nearest: Solution
@@ -200,17 +207,15 @@ class WeightSolver:
             qdata = round_projected(self.weight, scale, space, quadratic, check=self.check)
         else:
             solver = "gptq"
-            passes = self.rounding.get("sweeps")
-            beam_width = self.rounding.beam_width or default_beam_width(space, self.weight.device)
             qdata = round_gptq(
                 self.weight,
                 scale,
                 space,
                 quadratic,
-                passes=passes,
-                beam_width=beam_width,
+                passes=self.rounding.get("sweeps"),
+                beam_width=self.rounding.beam_width or default_beam_width(space, self.weight.device),
                 parts=self.parts,
-                factorization=factorization,
+                factorization=factorization or self._factorize(quadratic, like=None),
                 check=self.check,
             )
         return self._solution(solver, qdata, scaling)

@@ -15,6 +15,7 @@ from ..layer import Layer
 from ..quantize_bank import quantize_bank
 from ..quantize_layer import quantize_layer
 from ..recipes import Recipe
+from ..rounding import MatrixMemo
 from .memory import explain_out_of_memory
 
 __all__ = ["LayerOrder", "LayerResult", "LayerTask", "move_statistics", "quantize_ordered"]
@@ -114,11 +115,12 @@ class LayerTask:
             OutOfMemoryError: the device has too little memory.
         """
         task = replace(self, statistics=self.statistics and move_statistics(self.statistics, device))
+        memo = MatrixMemo(device) if len(self.orders) > 1 else None
         results: list[LayerResult | NonFiniteWeightError] = []
         for order in self.orders:
             began = time.perf_counter()
             try:
-                _, quantized = quantize_ordered(task, order, device, check, cpu_fallback=cpu_fallback)
+                _, quantized = quantize_ordered(task, order, device, check, memo, cpu_fallback=cpu_fallback)
             except NonFiniteWeightError as error:
                 results.append(error)
                 continue
@@ -128,9 +130,15 @@ class LayerTask:
 
 
 def quantize_ordered(
-    task: LayerTask, order: LayerOrder, device: torch.device, check: CancelCheck, *, cpu_fallback: bool = True
+    task: LayerTask,
+    order: LayerOrder,
+    device: torch.device,
+    check: CancelCheck,
+    memo: MatrixMemo | None = None,
+    *,
+    cpu_fallback: bool = True,
 ) -> tuple[Layer | None, QuantizedWeight | QuantizedBank]:
-    """The layer and its result for one order; None for the layer of a bank.
+    """The layer and its result for one order; None for the layer of a bank. ``memo``: of all orders of the task.
 
     Raises:
         NonFiniteWeightError: the weight contains NaN or Inf.
@@ -157,7 +165,7 @@ def quantize_ordered(
                     check=check,
                     cpu_fallback=cpu_fallback,
                 )
-            layer = Layer(task.weight.to(device), bias, statistics)
+            layer = Layer(task.weight.to(device), bias, statistics, memo=memo)
             return layer, quantize_layer(
                 layer,
                 format.codecs(task.weight.shape[1]),

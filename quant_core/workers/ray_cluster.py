@@ -280,7 +280,7 @@ def _import_ray() -> Any:
         import ray.util.scheduling_strategies
     except ImportError:
         raise MissingPackageError(
-            "A Ray cluster needs a package that is not installed here: run 'pip install \"learned_rounding[ray]\"' in the "
+            "A Ray cluster needs a package that is not installed here: run 'pip install ray' in the "
             "Python of lrq, or leave --ray out.",
             option="ray",
         ) from None

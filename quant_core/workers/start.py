@@ -9,10 +9,17 @@ import json
 import sys
 import types
 
-if __name__ == "__main__":
-    name, root, path, *arguments = sys.argv[1:]
+__all__ = ["start"]
+
+
+def start(name: str, root: str, path: str, *arguments: str) -> None:
+    """Import the package as ``name`` from the folder ``root``, with the JSON of ``sys.path``, and run tasks."""
     sys.path[:] = json.loads(path)
     package = types.ModuleType(name)
     package.__path__ = [root]
     sys.modules[name] = package
     importlib.import_module(f"{name}.quant_core.workers.process").serve(*arguments)
+
+
+if __name__ == "__main__":
+    start(*sys.argv[1:])
