@@ -131,6 +131,10 @@ class MeasureTask:
     def title(self) -> str:
         return f"formats of layer {self.name}"
 
+    def load(self, device: torch.device) -> "MeasureTask":
+        """The task with the weight and the Hessian on a device."""
+        return replace(self, weight=self.weight.to(device), statistics=move_statistics(self.statistics, device))
+
     def run(
         self, device: torch.device, emit: Listener, check: CancelCheck, *, cpu_fallback: bool
     ) -> list[Measurement] | None:

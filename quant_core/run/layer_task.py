@@ -105,6 +105,11 @@ class LayerTask:
     def title(self) -> str:
         return f"layer {self.name}"
 
+    def load(self, device: torch.device) -> "LayerTask":
+        """The task with the weight and the Hessian on a device; experts of a bank go there one by one."""
+        weight = self.weight if self.weight.ndim == 3 else self.weight.to(device)
+        return replace(self, weight=weight, statistics=self.statistics and move_statistics(self.statistics, device))
+
     def run(
         self, device: torch.device, emit: Listener, check: CancelCheck, *, cpu_fallback: bool
     ) -> list[LayerResult | NonFiniteWeightError]:

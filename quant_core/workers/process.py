@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -96,19 +98,51 @@ def serve(device: str, backend: str, threads: str) -> NoReturn:
     messages, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print
     tasks: queue.SimpleQueue[tuple[int, Any, bool]] = queue.SimpleQueue()
-    threading.Thread(target=_read_tasks, args=(messages, tasks), daemon=True).start()
+    threading.Thread(target=_read_tasks, args=(messages, tasks, chosen), daemon=True).start()
     with kernels.using(backend):
         while True:
             _run_task(chosen, replies, *tasks.get())
 
 
-def _read_tasks(messages: IO[bytes], tasks: "queue.SimpleQueue[tuple[int, Any, bool]]") -> None:
-    """Queue the tasks that arrive during another one; end the process when the other one has ended."""
+def _read_tasks(
+    messages: IO[bytes], tasks: "queue.SimpleQueue[tuple[int, Any, bool]]", device: torch.device
+) -> NoReturn:
+    """Queue the tasks that arrive during another one, loaded; end the process when the other process has ended."""
+    code = 1
     try:
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         while True:
-            tasks.put(read_message(messages))
+            number, task, cpu_fallback = read_message(messages)
+            tasks.put((number, _load_task(task, device, stream), cpu_fallback))
+    except EOFError:
+        code = 0
     finally:
-        os._exit(0)
+        os._exit(code)
+
+
+def _load_task(task: Any, device: torch.device, stream: Any) -> Any:
+    """The task with its large tensors on a GPU, copied beside the arithmetic of the current one."""
+    if stream is None or not hasattr(task, "load"):
+        return task
+    try:
+        with torch.cuda.stream(stream):
+            loaded = task.load(device)
+        stream.synchronize()
+    except torch.OutOfMemoryError:  # the current task needs it
+        return task
+    for tensor in _find_tensors(loaded):
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.default_stream(device))  # which must be done with it before it is reused
+    return loaded
+
+
+def _find_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a dataclass, and of dataclasses in its fields."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif is_dataclass(value):
+        for part in vars(value).values():
+            yield from _find_tensors(part)
 
 
 def _run_task(device: torch.device, replies: IO[bytes], number: int, task: Any, cpu_fallback: bool) -> None:

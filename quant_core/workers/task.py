@@ -14,6 +14,9 @@ __all__ = ["DeviceFailure", "Task"]
 class Task(Protocol):
     """Work that any device can do. It and its result are pickled; tensors arrive on the CPU.
 
+    A task with large tensors also has a method ``load(device)``, which returns it with those tensors on the device where its
+    memory is large enough. A worker process calls it during the task before.
+
     Attributes:
         title: name for users, in the dashboard of a cluster.
     """
