@@ -29,10 +29,11 @@ class TensorSink(Protocol):
 
 
 def read_ahead(
-    source: Source, reads: Iterable[tuple[str, torch.device]], check: CancelCheck
+    source: Source, reads: Iterable[tuple[str, torch.device]], check: CancelCheck, *, threads: int = 1
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read tensors to their devices; the next ones, up to 64 MB or one, are read while the caller works on the current one."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="learned-rounding-read")
+    """Read tensors to their devices; the next ones, up to 64 MB or one per thread, are read while the caller works on the
+    current one."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="learned-rounding-read")
     remaining = deque(reads)
     pending: deque[tuple[str, Future[torch.Tensor]]] = deque()
     queued = 0
@@ -42,7 +43,7 @@ def read_ahead(
         while remaining:
             name, device = remaining[0]
             size = source.tensors[name].nbytes
-            if pending and queued + size > _QUEUE:
+            if len(pending) >= threads and queued + size > _QUEUE:
                 return
             remaining.popleft()
             pending.append((name, pool.submit(source.read, name, device)))

@@ -22,6 +22,7 @@ from .output_run import OutputRun
 
 __all__ = ["QuantizationLoop", "read_device", "weight_device"]
 
+_READERS = 4  # threads that read weights for other processes
 _MOST_PENDING = 1 << 32  # bytes of source tensors that are read and not yet written; one may be larger
 
 
@@ -81,12 +82,17 @@ class QuantizationLoop:
             for output in self.outputs:
                 opened.enter_context(output)
             statistics = opened.enter_context(closing(self._read_statistics(reads)))
-            for name, tensor in read_ahead(self.source, reads, self.check):
+            for name, tensor in read_ahead(self.source, reads, self.check, threads=self._reading_threads):
                 self.check()
                 self._begin(name, tensor, statistics)
                 del tensor  # its memory is free before the thread reads the next tensor
                 self._write_finished(self.pool.capacity)
             self._write_finished(1)
+
+    @property
+    def _reading_threads(self) -> int:
+        """Fresh memory of a CPU is filled more slowly than several devices need weights; those of a GPU have buffers."""
+        return 1 if self.pool.capacity == 1 or is_computed(self.source) else _READERS
 
     def _merge_reads(self) -> Iterator[tuple[str, torch.device]]:
         """(name, device) of the tensors to read."""

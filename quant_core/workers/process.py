@@ -25,6 +25,10 @@ __all__ = ["WorkerProcess", "is_lost", "serve"]
 _ROOT = Path(__file__).resolve().parents[2]  # folder of the package, which may be a custom node of any name
 _PACKAGE = __name__.removesuffix(".quant_core.workers.process")
 _START = Path(__file__).with_name("start.py")
+_PIPE_BYTES = 1 << 20  # where the system lets it be chosen
+_SWITCH = (
+    2e-4  # s after which the arithmetic lets the thread go on that receives: it asks after each part of a pipe's size
+)
 _WAIT = 10  # s for a killed process to end, and for the exit code of one whose pipe is closed
 
 
@@ -42,7 +46,8 @@ class WorkerProcess:
         self.device = device
         command = [sys.executable, str(_START), _PACKAGE, str(_ROOT), json.dumps(sys.path)]
         arguments = [str(device), kernels.backend(), str(torch.get_num_threads())]
-        self._process = subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "pipesize": _PIPE_BYTES}
+        self._process = subprocess.Popen([*command, *arguments], **pipes)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
@@ -91,6 +96,7 @@ class WorkerProcess:
 def serve(device: str, backend: str, threads: str) -> NoReturn:
     """Main function of a worker process: run the tasks that arrive on standard input until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    sys.setswitchinterval(_SWITCH)
     torch.set_num_threads(int(threads))  # sums of a CPU depend on it
     chosen = torch.device(device) if torch.device(device).type != "cpu" else CPU  # "cpu:1" is a name, not a device
     if chosen.type == "cuda":
