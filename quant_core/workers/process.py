@@ -46,8 +46,9 @@ class WorkerProcess:
         self.device = device
         command = [sys.executable, str(_START), _PACKAGE, str(_ROOT), json.dumps(sys.path)]
         arguments = [str(device), kernels.backend(), str(torch.get_num_threads())]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "pipesize": _PIPE_BYTES}
-        self._process = subprocess.Popen([*command, *arguments], **pipes)
+        self._process = subprocess.Popen(
+            [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=_PIPE_BYTES
+        )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
