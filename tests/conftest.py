@@ -29,6 +29,7 @@ from learned_rounding.tests.sentences import GOLDEN, Sentences, entry_name, load
 
 HOSTS = available_hosts()
 TESTS = Path(__file__).resolve().parent
+BENCHMARKS = TESTS / "benchmarks"
 LINKS = {"learned_rounding": TESTS.parent, "probe": TESTS / "nodes" / "probe"}
 PROMPTS = ("red apple", "owl")  # each is one picture a run
 NO_HOST = "no ComfyUI on this machine: make hosts"
@@ -65,6 +66,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("host")
         if "comfy_tab" in fixtures:
             item.add_marker("browser")
+        if BENCHMARKS in item.path.parents:  # each runs a whole benchmark
+            item.add_marker("soak")
         if item.get_closest_marker("browser") and chromium_path() is None and not STRICT:
             item.add_marker(pytest.mark.skip(reason=NO_CHROMIUM))
     if not IN_COMFYUI:

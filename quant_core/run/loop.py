@@ -163,6 +163,7 @@ class QuantizationLoop:
     def _write_finished(self, most: int) -> None:
         """Write what is finished, in order, and wait while ``most`` or more layers are unfinished, or too many bytes wait."""
         while True:
+            self.check()
             while self._pending and self._pending[0].is_done:
                 self._write(self._pending.popleft())
             futures = [each.future for each in self._pending if each.future is not None and not each.future.done()]

@@ -40,6 +40,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("one_thread")
 def test_file_has_known_hashes(work, monkeypatch, capsys, subtests):
     for case in EXACT:

@@ -69,6 +69,7 @@ def data(project):
     return git("ls-files", *patterns)
 
 
+@pytest.mark.soak
 def test_pip_installs_a_clone(data, tmp_path):
     """Into a separate folder, with all data files and the command."""
     clone, target = tmp_path / "clone", tmp_path / "target"

@@ -11,7 +11,7 @@ from PIL import Image
 from learned_rounding.hosts.browser import load_workflow
 from learned_rounding.quant_core.recipes import roles
 from learned_rounding.quant_core.recipes import rules as tables
-from learned_rounding.quant_core.run.loop import BIAS_CORRECTED, NON_FINITE
+from learned_rounding.quant_core.run.output_run import BIAS_CORRECTED, NON_FINITE
 from learned_rounding.tests.web.english import LOCALE, PAGES, ROOT, definitions, is_plain
 
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir() if path.name != "en")

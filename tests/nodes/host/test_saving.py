@@ -12,7 +12,7 @@ import pytest
 
 from learned_rounding.quant_core import QuantizationError
 from learned_rounding.quant_core.output import SafetensorsWriter
-from learned_rounding.quant_core.run import loop
+from learned_rounding.quant_core.run import layer_task
 from learned_rounding.quant_core.sources import SafetensorsFile
 from learned_rounding.tests.in_comfyui import IN_COMFYUI, call_in_new_process
 
@@ -169,7 +169,7 @@ SEED, TRIES = 30, 4  # per point
 INTERRUPTED = {
     "reading": lambda: (SafetensorsFile, "read"),
     "writing": lambda: (SafetensorsWriter, "add"),
-    "rounding": lambda: (loop, "quantize_layer"),
+    "rounding": lambda: (layer_task, "quantize_layer"),
     "moving": lambda: (quantizing, "move_to_temp"),
     "copying": lambda: (folders, "_copy_bytes"),
     "naming": lambda: (folders, "_rename_new"),

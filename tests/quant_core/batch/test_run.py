@@ -213,6 +213,7 @@ def test_a_cancelled_group_has_no_outcomes(planned, models, events):
     assert events.of(OutputFinished) == []
 
 
+@pytest.mark.soak
 def test_two_devices_write_the_same_files_as_one(planned, models, events, tmp_path, subtests):
     """A damaged source among them leaves the other groups."""
     (tmp_path / "c.safetensors").write_text("damaged")
@@ -231,6 +232,7 @@ def test_two_devices_write_the_same_files_as_one(planned, models, events, tmp_pa
                 assert made == output.path.read_bytes()
 
 
+@pytest.mark.soak
 def test_the_group_of_a_lost_device_goes_to_another(planned, models, events):
     """The process of one device is killed before its group."""
     killed = []

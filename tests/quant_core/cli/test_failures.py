@@ -13,7 +13,7 @@ from learned_rounding.quant_core.cli import commands as cli
 from learned_rounding.quant_core.cli.failures import report_error
 from learned_rounding.quant_core.errors import RecipeError
 from learned_rounding.quant_core.quantize_layer import quantize_layer
-from learned_rounding.quant_core.run import loop
+from learned_rounding.quant_core.run import layer_task
 
 
 def nan_model(tmp_path):
@@ -175,7 +175,7 @@ def test_an_interrupt_leaves_nothing(lrq, model_file, listing, monkeypatch, sent
         return quantize_layer(*args, **options)
 
     source = model_file()
-    monkeypatch.setattr(loop, "quantize_layer", interrupt)
+    monkeypatch.setattr(layer_task, "quantize_layer", interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are without
     try:
         code, _, err = lrq("quantize", "-i", source)

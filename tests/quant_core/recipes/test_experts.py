@@ -34,6 +34,7 @@ def test_models_without_attention_sinks_have_no_banks(gpt_oss):
     assert not find_banks({name: info for name, info in tensors.items() if name != "layers.0.self_attn.sinks"})
 
 
+@pytest.mark.soak
 def test_banks_of_all_models_are_quantized_where_comfyui_reads_them(subtests):
     """Its class ``MoEExperts``, of which the lists have the kind; other tensors of three sides stay."""
     with_three_sides = [name for name in architectures() if any(len(entry.shape) == 3 for entry in read(name).values())]

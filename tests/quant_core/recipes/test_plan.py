@@ -278,6 +278,7 @@ ENCODERS = [(preset, encoder) for preset in PRESETS.values() for encoder in pres
 LISTS = {part: name for name, parts in table.ENCODERS.items() for part in parts}
 
 
+@pytest.mark.soak
 def test_each_part_of_a_checkpoint_gets_its_own_rule(subtests, layer_names, header_source, sentences):
     """The text encoder alone and in the checkpoint: the same decisions, removals included."""
     others = layer_names("clip_l", "text_encoders.clip_l.transformer.")

@@ -27,6 +27,7 @@ UNKNOWN = {"blocks.0.attn.qkv.weight": (96, 32), "blocks.0.norm.weight": (32,)}
 # Models that no preset is for, and the switch "general"
 
 
+@pytest.mark.soak
 def test_models_of_comfyui_with_a_preset_are_recognized(subtests):
     for found in map(examine, architectures()):
         if found.preset and found.quantized:

@@ -149,6 +149,7 @@ def test_a_target_below_eight_bits_is_met_with_four_where_the_error_is_least(ten
     assert plan.choice.chosen[0] <= 0.85 * count
 
 
+@pytest.mark.soak
 def test_a_model_of_24_gb_fits_in_7():
     """12 billion weights in 7 GB, a ten-thousandth of it: most layers take 4 bits, and the report shows the curve."""
     layers = {f"blocks.{index}.proj": random(480, 512, seed=index).bfloat16() for index in range(5)}

@@ -429,6 +429,7 @@ def test_model_is_not_run_for_blocks_that_are_done(case, tmp_path, kill):
     assert report.taken_up == 6
 
 
+@pytest.mark.soak
 def test_killed_run_with_a_bank_and_a_damaged_layer_is_resumed(tmp_path, kill):
     """All activations after the damaged layer are NaN."""
     case = Case(make(Mixed), tmp_path / "in.safetensors", make_bank())
@@ -467,6 +468,7 @@ class Stop(BaseException):
     """What a host raises to cancel."""
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("recipe", [RECIPE, LEARNED], ids=["sequential", "reconstructed"])
 def test_cancelling_at_any_check_leaves_nothing_behind(case, tmp_path, listing, recipe):
     state, total = {name: tensor.clone() for name, tensor in case.root.state_dict().items()}, 0

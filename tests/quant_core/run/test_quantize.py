@@ -104,6 +104,7 @@ def test_quantized_state_dict_is_a_valid_file(model, tmp_path):
 # Stopping
 
 
+@pytest.mark.soak
 def test_cancelling_at_any_check_leaves_nothing_behind(model, model_file, tmp_path, listing, monkeypatch, subtests):
     """Slabs of one row: most checks are inside a layer."""
     monkeypatch.setitem(slabs._SLAB, "cpu", 32)

@@ -326,6 +326,7 @@ class Stop(BaseException):
     """What a host raises to cancel."""
 
 
+@pytest.mark.soak
 def test_cancelling_at_any_check_leaves_the_model_as_it_was(tmp_path, listing, monkeypatch):
     monkeypatch.setattr(parking, "_SMALLEST", 1)
     root = make(Pairs)
