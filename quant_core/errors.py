@@ -86,7 +86,7 @@ class MissingPackageError(QuantizationError):
 
 
 class ClusterLostError(QuantizationError):
-    """A cluster answers no longer; what is incomplete is kept for the next run."""
+    """A cluster does not answer; what is incomplete is kept for the next run."""
 
 
 class VerificationError(QuantizationError):

@@ -12,6 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 __all__ = [
     "FOLDER",
     "WINDOWS",
@@ -22,6 +27,7 @@ __all__ = [
     "remove_file",
     "rename_file",
     "replace_file",
+    "widen_pipe",
 ]
 
 WINDOWS = not hasattr(os, "geteuid")  # by what it lacks, so that tests can take it away
@@ -35,6 +41,7 @@ _WAITS = (
     1,
 )  # s between attempts: a virus scanner or an indexer opens new files for a moment
 _LONGEST = 247  # characters of a path of a folder; that of a file may have 259
+_PIPE_BYTES = 1 << 20
 _HIDDEN = 18  # characters that the name of a hidden file has more than that of its output
 _PREFIX, _SHARE = "\\\\?\\", "\\\\?\\UNC\\"  # of paths of up to 32,767 characters
 _DEVICES = frozenset(
@@ -125,3 +132,10 @@ def _repeat(rename: Callable[[Path, Path], None], path: Path, target: Path) -> N
         except PermissionError:
             time.sleep(wait)
     return rename(path, target)
+
+
+def widen_pipe(descriptor: int) -> None:
+    """Let a pipe hold a megabyte, where the system has such pipes and its limits for this user allow it."""
+    if fcntl is not None and hasattr(fcntl, "F_SETPIPE_SZ"):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # type: ignore[attr-defined]

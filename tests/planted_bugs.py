@@ -177,6 +177,22 @@ BUGS = (
         "device memory counts as taken for good, and calls go to the disk",
     ),
     Bug(
+        "largest first",
+        "quant_core/workers/pool.py",
+        "return max(fitting,",
+        "return min(fitting,",
+        ("quant_core/workers",),
+        "the largest layer comes last, and one GPU works on it alone",
+    ),
+    Bug(
+        "outputs of one name",
+        "quant_core/batch/output_names.py",
+        "key = path_key(output.path).casefold()",
+        "key = path_key(output.path)",
+        ("quant_core/batch",),
+        "on Windows and macOS one output of a plan replaces another",
+    ),
+    Bug(
         "another run",
         "quant_core/run/resume.py",
         "if next(records, (None,))[0] != self._header(data_start):",

@@ -18,7 +18,7 @@ SHIPPED = [
 ]
 # What Windows lacks → the only modules that use it. Each looks it up first, and has a test with the fixture `windows`.
 USES = {
-    "fcntl": {"quant_core/output/durable.py"},
+    "fcntl": {"quant_core/file_system.py", "quant_core/output/durable.py"},
     "geteuid": {"quant_core/file_system.py", "quant_core/output/partial.py"},
     "posix_fadvise": {"quant_core/output/writer.py"},
     "preadv": {"quant_core/sources/positional.py", "nodes/host/file_slices.py"},

@@ -41,7 +41,7 @@ FLAGS = tuple(
 
 # Module → what it looks up when it is imported, and what it finds on Windows.
 AT_IMPORT: dict[str, dict[str, object]] = {
-    "quant_core.file_system": {"WINDOWS": True},
+    "quant_core.file_system": {"WINDOWS": True, "fcntl": None},
     "quant_core.output.durable": {"fcntl": None, "_FULL_FSYNC": None},
     "quant_core.output.partial": {"WINDOWS": True, "_NO_FOLLOW": 0, "_PATIENCE": 2},
     "quant_core.output.publish": {"WINDOWS": True},

@@ -66,7 +66,7 @@ def run_plan_on_ray(plan: BatchPlan, cluster: RayCluster, emit: Listener) -> Non
         emit: listener of the events of :mod:`.run`, in this thread.
 
     Raises:
-        ClusterLostError: the cluster answers no longer; what is incomplete is kept, and the same plan continues it.
+        ClusterLostError: the cluster does not answer; what is incomplete is kept, and the same plan continues it.
     """
     if not plan.split:
         run_in_pool(plan, lambda receive: RayPool(cluster, receive), _NodeTask, emit, cluster.check_lost)

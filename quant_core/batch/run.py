@@ -156,10 +156,11 @@ def run_in_pool(
         emit, check: as for :func:`run_plan`.
 
     Raises:
-        ClusterLostError: the machines of the pool answer no longer; what is incomplete is kept.
+        ClusterLostError: the machines of the pool do not answer; what is incomplete is kept.
     """
     received: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    finished: set[str] = set()
+    started: set[Path] = set()  # sources
+    finished: set[str] = set()  # outputs
 
     def deliver(event: Event) -> None:
         """Emit an event; a group that another device repeats reports its outputs once."""
@@ -167,6 +168,8 @@ def run_in_pool(
             if event.outcome.output in finished:
                 return
             finished.add(event.outcome.output)
+        if isinstance(event, GroupStarted):
+            started.add(event.group.source)
         emit(event)
 
     def poll() -> None:
@@ -174,7 +177,8 @@ def run_in_pool(
         while not received.empty():
             deliver(received.get())
         for failure in pool.take_failures():
-            text = f"{failure.device} was lost ({failure.reason}); other devices make its outputs."
+            others = "; another device makes its outputs" if failure.repeated else ""
+            text = f"{failure.device} was lost ({failure.reason}){others}."
             emit(DeviceFailed(device=failure.device, lost=failure.lost, text=text))
 
     try:
@@ -186,13 +190,17 @@ def run_in_pool(
                 error = future.exception()
                 if isinstance(error, ClusterLostError):
                     raise error
-                if error is not None:
-                    for output in group.outputs:
-                        deliver(OutputFinished(_fail(_not_run(group, output), error)))
+                outcomes = (
+                    future.result()
+                    if error is None
+                    else [_fail(_not_run(group, each), error) for each in group.outputs]
+                )
+                for outcome in outcomes:  # also where events are lost on the way
+                    deliver(OutputFinished(outcome))
     except ClusterLostError:
         raise
     except BaseException:
-        for output in (output for group in plan.groups for output in group.outputs):
+        for output in (output for group in plan.groups if group.source in started for output in group.outputs):
             if str(output.path) not in finished:
                 remove_leftovers(output.path)
         raise

@@ -48,6 +48,14 @@ class LayerStatistics:
             return None
         return (hessian.factor.t() * hessian.factor.shape[1] ** 0.5).float()
 
+    @property
+    def hessian_bytes(self) -> int:
+        """Size of the Hessian as it is stored, in bytes."""
+        if self.hessian is None:
+            return 0
+        parts = [self.hessian] if isinstance(self.hessian, torch.Tensor) else vars(self.hessian).values()
+        return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+
     def move_hessian(self, device: torch.device) -> "LayerStatistics":
         """The same statistics with the Hessian on ``device``."""
         return self if self.hessian is None else replace(self, hessian=move_hessian(self.hessian, device))

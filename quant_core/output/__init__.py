@@ -1,6 +1,6 @@
 """Quantized files: streaming writer, header metadata, verification, inspection."""
 
-from .disk_space import check_disk_space
+from .disk_space import check_disk_space, find_disk
 from .inspect import inspect_file
 from .layout import header_bytes
 from .metadata import PROVENANCE_KEY, loading_note, provenance
@@ -15,6 +15,7 @@ __all__ = [
     "check_disk_space",
     "check_name",
     "final_path",
+    "find_disk",
     "header_bytes",
     "inspect_file",
     "keep_apart",

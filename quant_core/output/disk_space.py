@@ -6,7 +6,7 @@ from pathlib import Path
 from ..display import human_bytes
 from ..errors import OutputError
 
-__all__ = ["check_disk_space"]
+__all__ = ["check_disk_space", "find_disk"]
 
 
 def check_disk_space(path: Path, size: int) -> None:
@@ -19,7 +19,7 @@ def check_disk_space(path: Path, size: int) -> None:
     Raises:
         OutputError: the disk has fewer free bytes.
     """
-    folder = next((folder for folder in path.absolute().parents if folder.is_dir()), path.absolute().parent)
+    folder = _existing_folder(path)
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
@@ -29,3 +29,15 @@ def check_disk_space(path: Path, size: int) -> None:
             f"{path} needs {human_bytes(size)}, and its disk has {human_bytes(free)} free; free some space there or choose "
             "another folder."
         )
+
+
+def find_disk(path: Path) -> int:
+    """A number of the disk of a file, whose folder need not exist; 0 where it cannot be found out."""
+    try:
+        return _existing_folder(path).stat().st_dev
+    except OSError:
+        return 0
+
+
+def _existing_folder(path: Path) -> Path:
+    return next((folder for folder in path.absolute().parents if folder.is_dir()), path.absolute().parent)

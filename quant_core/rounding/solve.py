@@ -131,7 +131,8 @@ class WeightSolver:
         def make() -> Factorization:
             return factorize(quadratic, self.weight.shape[1], self.weight.device, passes=passes, like=like)
 
-        return recall(self.memo, quadratic.hessian, (quadratic.dampening, passes), make)
+        like_dampening = None if like is None else like.dampening  # whose order of columns is used
+        return recall(self.memo, quadratic.hessian, (quadratic.dampening, passes, like_dampening), make)
 
     def _candidates(
         self, quadratic: Quadratic, factorization: Factorization | None, start: Scaling, nearest: Solution

@@ -23,30 +23,46 @@ from .output_run import OutputRun
 __all__ = ["QuantizationLoop", "read_device", "weight_device"]
 
 _READERS = 4  # threads that read weights for other processes
-_MOST_PENDING = 1 << 32  # bytes of source tensors that are read and not yet written; one may be larger
+_MOST_PENDING = 1 << 32  # bytes of tensors that are read and not yet written; one may be larger
 
 
 @dataclass
-class _Pending:
-    """A tensor that is read and not yet written.
+class _Copy:
+    """A tensor that is read, and copied to outputs when it is its turn."""
+
+    name: str
+    tensor: torch.Tensor
+    outputs: Sequence[OutputRun]
+    future: None = None
+
+    @property
+    def size(self) -> int:
+        return self.tensor.nbytes
+
+    def write(self) -> None:
+        for output in self.outputs:
+            output.copy(self.name, self.tensor)
+
+
+@dataclass
+class _Quantization:
+    """A layer that is being quantized, and written to outputs when it is its turn.
 
     Attributes:
-        started: its name, and with a weight its bias.
-        size: bytes of the source tensors.
-        copies: outputs that it is copied to.
-        outputs: outputs that it is quantized for.
-        future: of their results; None where it is only copied.
+        started: its name and source tensors.
+        size: bytes of the source tensors, and of a Hessian that is sent with them.
+        outputs: those that ordered it.
+        future: of their results.
     """
 
     started: StartedLayer
     size: int
-    copies: Sequence[OutputRun]
-    outputs: Sequence[OutputRun] = ()
-    future: "Future[list[LayerResult | NonFiniteWeightError]] | None" = None
+    outputs: Sequence[OutputRun]
+    future: "Future[list[LayerResult | NonFiniteWeightError]]"
 
-    @property
-    def is_done(self) -> bool:
-        return self.future is None or self.future.done()
+    def write(self) -> None:
+        for output, result in zip(self.outputs, self.future.result(), strict=True):
+            output.finish_layer(self.started, result)
 
 
 @dataclass
@@ -71,7 +87,7 @@ class QuantizationLoop:
     pool: TaskPool
     device: torch.device
     check: CancelCheck
-    _pending: "deque[_Pending]" = field(default_factory=deque)
+    _pending: "deque[_Copy | _Quantization]" = field(default_factory=deque)
     _needed: Mapping[OutputRun, set[str]] = field(default_factory=dict)
 
     def execute(self) -> None:
@@ -97,9 +113,9 @@ class QuantizationLoop:
     def _merge_reads(self) -> Iterator[tuple[str, torch.device]]:
         """(name, device) of the tensors to read."""
         order = self.outputs[0].order if len(self.outputs) == 1 else self.source.tensors
+        plans = [output.plan for output in self.outputs]
         for name in order:
-            plans = [output.plan for output, names in self._needed.items() if name in names]
-            if plans:
+            if any(name in names for names in self._needed.values()):
                 yield name, read_device(self.source, plans, name, self.device)
 
     def _read_statistics(self, reads: Sequence[tuple[str, torch.device]]) -> Generator[LayerStatistics, None, None]:
@@ -124,27 +140,31 @@ class QuantizationLoop:
         """Let a tensor be quantized for the outputs that order it; the others copy it when it is its turn."""
         orders = self._orders(name)
         copies = [output for output, names in self._needed.items() if name in names and output not in orders]
-        tensors = {name: tensor}
-        biases = {output.biases[name] for output in orders if name in output.biases}
-        tensors |= {bias: self.source.read(bias) for bias in biases}
-        size = sum(each.nbytes for each in tensors.values())
+        if copies:
+            exact = tensor.device == CPU or not is_computed(self.source)  # else an output alone would read other bytes
+            self._pending.append(_Copy(name, tensor if exact else self.source.read(name), copies))
+        if orders:
+            self._begin_layer(name, tensor, orders, next(statistics) if _are_calibrated(orders) else None)
+
+    def _begin_layer(
+        self, name: str, weight: torch.Tensor, orders: Mapping[OutputRun, LayerOrder], known: LayerStatistics | None
+    ) -> None:
         alone = self.pool.capacity == 1 and len(self.outputs) == 1
         began = self.outputs[0].elapsed if alone else None
-        bias_name = next(iter(biases), None)
         for output in orders:
             output.start_layer(name)
-        known = next(statistics) if _are_calibrated(orders) else None
-        if not orders:
-            self._pending.append(_Pending(StartedLayer(name, tensors, None, began), size, copies))
-            return
-        tensors[name] = tensor = tensor.to(self.pool.device)
-        started = StartedLayer(name, tensors, bias_name, began)
-        task = LayerTask(base_name(name), tensor, started.bias, known, list(orders.values()))
+        bias = next((output.biases[name] for output in orders if name in output.biases), None)
+        tensors = {name: weight.to(self.pool.device)}
+        if bias is not None:
+            tensors[bias] = self.source.read(bias)
+        started = StartedLayer(name, tensors, bias, began)
+        task = LayerTask(base_name(name), tensors[name], started.bias, known, list(orders.values()))
         if self.outputs[0].blocks:
             self._quantize_in_blocks(self.outputs[0], started, task)
             return
-        future = self.pool.submit(task, size)
-        self._pending.append(_Pending(started, size, copies, list(orders), future))
+        sent = 0 if known is None or self.pool.capacity == 1 else known.hessian_bytes
+        size = sum(each.nbytes for each in tensors.values()) + sent
+        self._pending.append(_Quantization(started, size, list(orders), self.pool.submit(task, size)))
 
     def _quantize_in_blocks(self, output: OutputRun, started: StartedLayer, task: LayerTask) -> None:
         """Quantize a layer here, and write the layers that are finished with it: all of a block, or none."""
@@ -164,24 +184,15 @@ class QuantizationLoop:
         """Write what is finished, in order, and wait while ``most`` or more layers are unfinished, or too many bytes wait."""
         while True:
             self.check()
-            while self._pending and self._pending[0].is_done:
-                self._write(self._pending.popleft())
+            while self._pending and (self._pending[0].future is None or self._pending[0].future.done()):
+                self._pending.popleft().write()
+                self._report_failures()
             futures = [each.future for each in self._pending if each.future is not None and not each.future.done()]
             waiting = sum(each.size for each in self._pending)
             if len(futures) < most and waiting <= _MOST_PENDING:
                 return
             wait_for_any(futures, self.check)
             self._report_failures()
-
-    def _write(self, pending: _Pending) -> None:
-        for output in pending.copies:
-            output.copy(pending.started.name, pending.started.tensors[pending.started.name])
-        if pending.future is None:
-            return
-        results = pending.future.result()
-        self._report_failures()
-        for output, result in zip(pending.outputs, results, strict=True):
-            output.finish_layer(pending.started, result)
 
     def _report_failures(self) -> None:
         for failure in self.pool.take_failures():

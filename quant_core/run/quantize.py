@@ -11,9 +11,17 @@ import torch
 
 from ..calibration import Calibration
 from ..cancellation import CancelCheck
-from ..errors import ClusterLostError, QuantizationError, SourceError
+from ..errors import ClusterLostError, OutputError, QuantizationError, SourceError
 from ..events import Event, Listener, OutputChecked, RunFinished
-from ..output import SafetensorsWriter, check_disk_space, final_path, keep_apart, leftover_bytes, remove_leftovers
+from ..output import (
+    SafetensorsWriter,
+    check_disk_space,
+    final_path,
+    find_disk,
+    keep_apart,
+    leftover_bytes,
+    remove_leftovers,
+)
 from ..recipes import Plan, Recipe, describe_uncalibrated
 from ..sequential import ReplayedModel
 from ..sources import Source, TensorSource, open_source
@@ -208,7 +216,8 @@ def quantize_files(
         layer, concerns one target; an error during the run concerns all that are not complete.
 
     Raises:
-        QuantizationError: the source cannot be opened, or a device cannot be used.
+        QuantizationError: the source cannot be opened, a device cannot be used, or two targets have the same output.
+        ValueError: two targets have different calibrations.
     """
     return _quantize(source, targets, CPU if pool else device, general, None, check, pool)
 
@@ -225,6 +234,11 @@ def _quantize(
     """See :func:`quantize_files`; ``model`` for a single target."""
     for target in targets:
         require_model(target.recipe, model)
+    if len({id(target.calibration) for target in targets if target.calibration is not None}) > 1:
+        raise ValueError("the targets have different calibrations; call once for each calibration")
+    for path, count in Counter(os.path.realpath(target.destination) for target in targets).items():
+        if count > 1:
+            raise OutputError(f"{path} is the output of {count} targets; give each its own.")
     opened = open_source(source) if isinstance(source, (str, os.PathLike)) else contextlib.nullcontext(source)
     with opened as source:
         run = _TargetsRun(source, targets, parse_devices(device), general, model, check or _never_cancel, pool)
@@ -248,7 +262,7 @@ class _TargetsRun:
         self._general, self._model, self._check = general, model, check
         self._recorded = RecordedSource(source)
         self._results: dict[int, Report | QuantizationError] = {}  # by number of the target
-        self._space: Counter[Path] = Counter()  # folder → bytes that targets need there
+        self._space: Counter[int] = Counter()  # disk → bytes that targets need there
 
     def execute(self) -> list[Report | QuantizationError]:
         """See :func:`quantize_files`."""
@@ -292,7 +306,11 @@ class _TargetsRun:
             pool = self._pool or opened.enter_context(open_pool(useful, _ignore_event, self._check))
             for number, file in files.items():
                 with self._collected(number):
-                    self._open(file, [each.plan for each in files.values()], pool, opened)
+                    self._allocate(file, pool)
+            allocated = {number: file for number, file in files.items() if number not in self._results}
+            for number, file in allocated.items():
+                with self._collected(number):
+                    self._open(file, [each.plan for each in allocated.values()], pool, opened)
             runs = {number: file.run for number, file in files.items() if file.run is not None}
             calibrations = [file.target.calibration for file in files.values() if file.target.calibration is not None]
             if not runs:
@@ -304,14 +322,27 @@ class _TargetsRun:
                 with self._collected(number):
                     self._results[number] = files[number].finish(self._recorded, self._check)
 
+    def _allocate(self, file: "_TargetFile", pool: TaskPool) -> None:
+        """Give every layer of a target its format."""
+        target = file.target
+        file.plan = _allocate(
+            self._recorded,
+            file.plan,
+            target.recipe,
+            target.calibration,
+            pool,
+            self._devices[0],
+            self._general,
+            target.on_event,
+            self._check,
+        )
+
     def _open(self, file: "_TargetFile", plans: Sequence[Plan], pool: TaskPool, opened: contextlib.ExitStack) -> None:
         """Open the writer of a target, and what its loop needs; ``plans``: of all targets."""
         target, device = file.target, self._devices[0]
         reading = weight_device(self._source, pool, device)
         recipe, calibration = target.recipe, target.calibration
-        file.plan = plan = _allocate(
-            self._recorded, file.plan, recipe, calibration, pool, device, self._general, target.on_event, self._check
-        )
+        plan = file.plan
         key = run_key(
             file.fingerprint,
             planned_configs(self._recorded, plan, recipe),
@@ -322,8 +353,9 @@ class _TargetsRun:
         calibrated = calibration is not None
         reserve = header_bound(self._source, plan, recipe, calibrated=calibrated, fingerprint=file.fingerprint)
         needed = reserve + estimate_size(self._source, recipe, plan) - leftover_bytes(file.hidden)
-        check_disk_space(file.destination, needed + self._space[file.destination.parent])
-        self._space[file.destination.parent] += needed
+        disk = find_disk(file.destination)
+        check_disk_space(file.destination, needed + self._space[disk])
+        self._space[disk] += needed
         file.writer = opened.enter_context(
             SafetensorsWriter(
                 file.destination,

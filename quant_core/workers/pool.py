@@ -7,6 +7,7 @@ computed on the CPU, as in a run on one device.
 """
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -24,7 +25,10 @@ from .task import DeviceFailure, Task
 
 __all__ = ["InProcess", "TaskPool", "WorkerPool", "open_pool"]
 
+log = logging.getLogger(__name__)
+
 _AHEAD = 2  # tasks that a process has at a time: the one that it works on and the next
+_MOST_LOSSES = 2  # of devices by one task, which then is the likely cause
 _WAITING = 1  # further tasks per device, among which the largest is next
 
 
@@ -81,6 +85,7 @@ class _Submitted:
     Attributes:
         number: in the order of submission.
         refused: workers whose memory is too small for it.
+        losses: number of devices that were lost while they worked on it.
     """
 
     number: int
@@ -88,6 +93,7 @@ class _Submitted:
     size: int
     future: "Future[Any]" = field(default_factory=Future)
     refused: set["_Worker"] = field(default_factory=set)
+    losses: int = 0
 
 
 @dataclass(eq=False)
@@ -168,10 +174,13 @@ class WorkerPool:
                 worker.process.send((chosen.number, chosen.task, last_resort))
             except OSError:
                 return  # the other thread finds out why
-            except Exception as error:  # the task cannot be pickled
+            except Exception as error:  # the task cannot be pickled, and a part of it is in the pipe
                 with self._changed:
-                    worker.tasks.pop(chosen.number, None)
+                    if worker.tasks.pop(chosen.number, None) is None:  # another one has it
+                        return
                 chosen.future.set_exception(error)
+                worker.process.kill()
+                return
 
     def _choose(self, worker: _Worker) -> _Submitted | None:
         """The largest waiting task that the worker should do now."""
@@ -188,21 +197,26 @@ class WorkerPool:
 
     def _collect(self, worker: _Worker) -> None:
         """Receive the results of a worker until it ends."""
-        reason = ""
+        try:
+            reason = self._receive(worker)
+        except (EOFError, OSError):
+            reason = ""  # that of the process
+        except Exception as error:  # of a message or of the listener; of a file that the pool has closed
+            log.debug("receiving from %s", worker.process.device, exc_info=True)
+            reason = _first_line(error)
+        self._lose(worker, reason)
+
+    def _receive(self, worker: _Worker) -> str:
+        """Receive results until the device is lost; returns why. Raises EOFError if the process ends."""
         while True:
-            try:
-                kind, content = worker.process.receive()
-            except (EOFError, OSError, ValueError):  # ValueError: the pool has closed the file
-                break
+            kind, content = worker.process.receive()
             if kind == "event":
                 self._emit(content)
                 continue
             number, result = content
             if kind == "lost":
-                reason = _first_line(result)
-                break
+                return _first_line(result)
             self._finish(worker, number, kind, result)
-        self._lose(worker, reason)
 
     def _finish(self, worker: _Worker, number: int, kind: str, result: Any) -> None:
         with self._changed:
@@ -235,20 +249,36 @@ class WorkerPool:
             if self._closed:
                 return
             self._workers.remove(worker)
-            self._failures.append(DeviceFailure(str(worker.process.device), True, reason, len(worker.tasks)))
-            self._waiting += worker.tasks.values()
-            if not self._workers:
-                self._end = reason
-                for submitted in self._waiting:
+            self._end = reason
+            current = min(worker.tasks, default=None)  # tasks are sent in turn: the others wait behind the first
+            for number, submitted in worker.tasks.items():
+                submitted.losses += number == current
+            repeated = [each for each in worker.tasks.values() if each.losses < _MOST_LOSSES]
+            for submitted in worker.tasks.values():
+                if submitted.losses >= _MOST_LOSSES:
+                    self._refuse(submitted)
+            if self._workers:
+                self._failures.append(DeviceFailure(str(worker.process.device), True, reason, len(repeated)))
+                self._waiting += repeated
+            else:
+                for submitted in (*self._waiting, *repeated):
                     self._give_up(submitted)
                 self._waiting.clear()
             self._changed.notify_all()
 
+    def _refuse(self, submitted: _Submitted) -> None:
+        submitted.future.set_exception(
+            QuantizationError(
+                f"{submitted.task.title}: {_MOST_LOSSES} devices were lost during this, the last one because {self._end}; "
+                "use devices with more memory, or leave it out."
+            )
+        )
+
     def _give_up(self, submitted: _Submitted) -> None:
         submitted.future.set_exception(
             QuantizationError(
-                f"All of {self.devices} were lost, the last one because {self._end}; run again, on other devices if the "
-                "driver reports errors of these."
+                f"All of {self.devices} were lost, the last one because {self._end}; run again, with fewer programs on these "
+                "devices, or on others."
             )
         )
 

@@ -2,13 +2,15 @@
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -17,18 +19,19 @@ import torch
 
 from ... import kernels
 from ..errors import OutOfMemoryError
+from ..file_system import widen_pipe
 from ..sources.source import CPU
 from .messages import RemoteTraceback, pack_error, read_message, write_message
 
 __all__ = ["WorkerProcess", "is_lost", "serve"]
 
+log = logging.getLogger(__name__)
+
 _ROOT = Path(__file__).resolve().parents[2]  # folder of the package, which may be a custom node of any name
 _PACKAGE = __name__.removesuffix(".quant_core.workers.process")
 _START = Path(__file__).with_name("start.py")
-_PIPE_BYTES = 1 << 20  # where the system lets it be chosen
-_SWITCH = (
-    2e-4  # s after which the arithmetic lets the thread go on that receives: it asks after each part of a pipe's size
-)
+# Seconds after which the arithmetic lets the thread continue that receives: it asks for each part of a message.
+_SWITCH_INTERVAL = 2e-4
 _WAIT = 10  # s for a killed process to end, and for the exit code of one whose pipe is closed
 
 
@@ -45,12 +48,12 @@ class WorkerProcess:
     def __init__(self, device: torch.device):
         self.device = device
         command = [sys.executable, str(_START), _PACKAGE, str(_ROOT), json.dumps(sys.path)]
-        arguments = [str(device), kernels.backend(), str(torch.get_num_threads())]
-        self._process = subprocess.Popen(
-            [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=_PIPE_BYTES
-        )
+        arguments = [str(device), kernels.backend(), json.dumps(torch_settings())]
+        self._process = subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        for file in (self._stdin, self._stdout):
+            widen_pipe(file.fileno())
 
     @property
     def pid(self) -> int:
@@ -59,7 +62,12 @@ class WorkerProcess:
 
     def send(self, message: Any) -> None:
         """Send a task with its number and options. Raises OSError if the process has ended."""
-        write_message(self._stdin, message)
+        try:
+            write_message(self._stdin, message)
+        except ValueError as error:
+            if self._stdin.closed:
+                raise BrokenPipeError from error
+            raise
 
     def receive(self) -> tuple[str, Any]:
         """Wait for the next message: ("done", (number, result)), ("event", event), or ("failed", (number, error)) or
@@ -80,30 +88,55 @@ class WorkerProcess:
         try:
             code = self._process.wait(_WAIT)
         except subprocess.TimeoutExpired:
-            return "its process no longer answers"
+            return "its process does not end"
         if code < 0:
-            return f"its process was ended by {signal.Signals(-code).name}"
+            names = {each.value: each.name for each in signal.Signals}
+            return f"its process was ended by {names.get(-code, f'signal {-code}')}"
         return f"its process ended with exit code {code}"
 
     def kill(self) -> None:
-        """End the process without waiting for its task."""
+        """End the process without waiting for its task. One that the driver of a lost GPU does not let end is left alone."""
         self._process.kill()
-        self._process.wait(_WAIT)
+        try:
+            self._process.wait(_WAIT)
+        except subprocess.TimeoutExpired:
+            log.warning("The process %d of %s does not end.", self.pid, self.device)
+            return
         for file in (self._stdin, self._stdout):
             with contextlib.suppress(OSError):  # of what was not yet written
                 file.close()
 
 
-def serve(device: str, backend: str, threads: str) -> NoReturn:
+def torch_settings() -> dict[str, Any]:
+    """Settings of torch on which the results of sums depend."""
+    return {
+        "threads": torch.get_num_threads(),
+        "float32": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "bf16": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    }
+
+
+def apply_torch_settings(settings: Mapping[str, Any]) -> None:
+    """Apply the :func:`torch_settings` of another process."""
+    torch.set_num_threads(settings["threads"])
+    torch.set_float32_matmul_precision(settings["float32"])
+    torch.use_deterministic_algorithms(settings["deterministic"])
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = settings["bf16"]
+
+
+def serve(device: str, backend: str, settings: str) -> NoReturn:
     """Main function of a worker process: run the tasks that arrive on standard input until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    sys.setswitchinterval(_SWITCH)
-    torch.set_num_threads(int(threads))  # sums of a CPU depend on it
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    apply_torch_settings(json.loads(settings))
     chosen = torch.device(device) if torch.device(device).type != "cpu" else CPU  # "cpu:1" is a name, not a device
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     messages, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print
+    with open(os.devnull, "rb") as nothing:  # compilers that a kernel starts do not inherit the pipe
+        os.dup2(nothing.fileno(), 0)
     tasks: queue.SimpleQueue[tuple[int, Any, bool]] = queue.SimpleQueue()
     threading.Thread(target=_read_tasks, args=(messages, tasks, chosen), daemon=True).start()
     with kernels.using(backend):
@@ -123,6 +156,8 @@ def _read_tasks(
             tasks.put((number, _load_task(task, device, stream), cpu_fallback))
     except EOFError:
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 

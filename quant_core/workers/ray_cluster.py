@@ -102,19 +102,19 @@ class RayCluster:
 
     @property
     def lost(self) -> str:
-        """Sentence for users once the cluster answers no longer; empty as long as it does."""
+        """Sentence for users once the cluster does not answer; empty as long as it does."""
         return self._lost
 
     def check_lost(self) -> None:
-        """Raise :class:`ClusterLostError` once the cluster answers no longer."""
+        """Raise :class:`ClusterLostError` once the cluster does not answer."""
         if self._lost:
             raise ClusterLostError(self._lost)
 
     def report_lost(self, reason: object) -> None:
-        """Note that the cluster answers no longer."""
+        """Note that the cluster does not answer."""
         if not self._lost and not self._closed.is_set():
             self._lost = (
-                f"The Ray cluster {self.address} answers no longer ({shorten(first_line(reason), 100)}); complete outputs are kept: start the "
+                f"The Ray cluster {self.address} does not answer ({shorten(first_line(reason), 100)}); complete outputs are kept: start the "
                 "cluster again and run the same command to continue."
             )
 

@@ -10,13 +10,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ... import kernels
 from ..errors import ClusterLostError, OutOfMemoryError, QuantizationError
 from ..events import Listener
 from ..sources.source import CPU
 from .messages import RemoteTraceback, pack, unpack
+from .process import torch_settings
 from .ray_cluster import RayCluster, describe_missing, first_line
 from .ray_tasks import run_task
 from .task import DeviceFailure, Task
@@ -65,7 +64,7 @@ class RayPool:
         self._cluster, self._emit, self.label = cluster, emit, ""
         self._ray = cluster.ray
         self._run = self._ray.remote(**cluster.options, max_retries=_RETRIES)(run_task)
-        self._setting = kernels.backend(), torch.get_num_threads()
+        self._setting = kernels.backend(), torch_settings()
         self._changed = threading.Condition()  # guards everything below
         self._closed = False
         self._number = 0

@@ -14,7 +14,7 @@ import torch
 from ... import kernels
 from ..sources.source import CPU
 from .messages import Packed, pack, pack_error, unpack
-from .process import is_lost
+from .process import apply_torch_settings, is_lost
 from .task import Task
 
 __all__ = ["NodeCheck", "check_node", "run_task"]
@@ -37,7 +37,7 @@ class NodeCheck:
 
 
 def run_task(
-    packed: Packed, number: int, events: Any, cuda: bool, setting: tuple[str, int], cpu_fallback: bool
+    packed: Packed, number: int, events: Any, cuda: bool, setting: tuple[str, dict[str, Any]], cpu_fallback: bool
 ) -> Packed:
     """Run a task; returns, packed, ("done", result) or ("failed", error and traceback).
 
@@ -46,7 +46,7 @@ def run_task(
         number: number of the task in events.
         events: a ``ray.util.queue.Queue`` for (number, packed event), first the name of this process.
         cuda: use the GPU that Ray has assigned, not the CPU.
-        setting: backend of the kernels and number of threads, as in the process that submits the task.
+        setting: backend of the kernels and :func:`.process.torch_settings` of the process that submits the task.
         cpu_fallback: see :meth:`.Task.run`.
     """
 
@@ -54,10 +54,10 @@ def run_task(
         with contextlib.suppress(Exception):  # events are for display only; their actor may be on a node that is lost
             events.put_nowait((number, pack(event)))
 
-    backend, threads = setting
+    backend, settings = setting
     device = torch.device("cuda", 0) if cuda else CPU
     emit(f"process {os.getpid()} on {platform.node()}")
-    torch.set_num_threads(threads)  # sums of a CPU depend on it
+    apply_torch_settings(settings)
     task: Task = unpack(packed)
     del packed
     try:

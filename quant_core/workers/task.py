@@ -55,6 +55,8 @@ class DeviceFailure:
 
     def __str__(self) -> str:
         """A sentence for users."""
+        if self.lost and not self.repeated:
+            return f"{self.device} was lost ({self.reason})."
         if self.lost:
             layers = f"{self.repeated} layer{'' if self.repeated == 1 else 's'}"
             return f"{self.device} was lost ({self.reason}); {layers} in progress there continued on other devices."

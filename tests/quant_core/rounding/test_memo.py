@@ -90,6 +90,12 @@ def test_formats_that_share_have_the_bytes_of_each_by_itself():
     assert results(RECIPES) == [results([recipe])[0] for recipe in RECIPES]
 
 
+def test_a_given_dampening_has_the_bytes_of_a_run_of_its_own():
+    """A dampening that was tried after a smaller one has the column order of that one."""
+    chosen = [Recipe(format="int8_tensorwise", convrot=False, damping=damping) for damping in (0.1, 1.0)]
+    assert results([RECIPES[0], *chosen]) == [results([recipe])[0] for recipe in (RECIPES[0], *chosen)]
+
+
 def test_each_hessian_is_factored_once_per_dampening(monkeypatch):
     factored = []
 

@@ -6,7 +6,16 @@ import torch
 
 from learned_rounding.quant_core.errors import QuantizationError, RecipeError
 from learned_rounding.quant_core.workers import InProcess, WorkerPool, open_pool
-from learned_rounding.tests.quant_core.workers.tasks import Add, Die, Fail, Gate, Hold, NeedMemory, process_id
+from learned_rounding.tests.quant_core.workers.tasks import (
+    Add,
+    Die,
+    DieAlways,
+    Fail,
+    Gate,
+    Hold,
+    NeedMemory,
+    process_id,
+)
 
 DEVICES = [torch.device("cpu", index) for index in range(2)]
 WAIT = 120  # s
@@ -49,13 +58,32 @@ def test_errors_come_back(pool):
         pool.submit(Fail(), 0).result(WAIT)
 
 
-def test_a_task_that_cannot_be_pickled_is_an_error_of_its_own(pool):
+@pytest.mark.soak  # starts processes
+def test_a_task_that_cannot_be_pickled_is_an_error_of_its_own():
     class Local:
         """Cannot be pickled: it is not the attribute of a module."""
 
-    with pytest.raises((AttributeError, TypeError), match="pickle"):
-        pool.submit(Local(), 0).result(WAIT)
-    assert pool.submit(process_id, 0).result(WAIT)
+    with WorkerPool(DEVICES, ignore) as pool:
+        with pytest.raises((AttributeError, TypeError), match="pickle"):
+            pool.submit(Local(), 0).result(WAIT)
+        assert pool.submit(process_id, 0).result(WAIT)
+
+
+@pytest.mark.soak  # starts processes
+def test_a_task_during_which_two_devices_are_lost_is_an_error_of_its_own(tmp_path, sentences):
+    with WorkerPool([torch.device("cpu", index) for index in range(3)], ignore) as pool:
+        with sentences.raises(QuantizationError):
+            pool.submit(DieAlways(), 0).result(WAIT)
+        assert pool.submit(process_id, 0).result(WAIT) in pool.pids
+
+
+@pytest.mark.soak  # starts processes
+def test_a_listener_that_fails_does_not_stop_the_others():
+    def fail(event) -> None:
+        raise ValueError("the listener")
+
+    with WorkerPool(DEVICES[:1], fail) as pool:
+        assert isinstance(pool.submit(Add(torch.ones(1)), 4).exception(WAIT), QuantizationError)
 
 
 def test_names_of_the_devices_are_those_given(pool):
