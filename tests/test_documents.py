@@ -238,6 +238,8 @@ def run_lrq(words, _):
         with pytest.raises(SystemExit, match="0"):
             cli.main(words)
         return
+    if "--ray" in words:  # on a cluster: tests/quant_core/batch/test_ray_run.py
+        return
     assert cli.main(complete(words)) == 0
 
 

@@ -19,7 +19,7 @@ from ..convert.dequantize import decode_source
 from ..errors import ClusterLostError, QuantizationError
 from ..events import DeviceFailed, Event, Listener, RunFinished
 from ..failures import describe_error
-from ..output import remove_leftovers
+from ..output import leftover_bytes, remove_leftovers
 from ..run.estimate import estimate_size
 from ..run.fingerprint import input_paths, is_done, run_fingerprint
 from ..run.quantize import Target, quantize_files
@@ -159,8 +159,11 @@ def run_in_pool(
         ClusterLostError: the machines of the pool do not answer; what is incomplete is kept.
     """
     received: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    started: set[Path] = set()  # sources
     finished: set[str] = set()  # outputs
+    outputs = {output.path: group.source for group in plan.groups for output in group.outputs}
+    # What a killed batch has left of groups that this one does not reach stays.
+    older = {path for path in outputs if leftover_bytes(path)}
+    started: set[Path] = set()  # sources
 
     def deliver(event: Event) -> None:
         """Emit an event; a group that another device repeats reports its outputs once."""
@@ -200,9 +203,12 @@ def run_in_pool(
     except ClusterLostError:
         raise
     except BaseException:
-        for output in (output for group in plan.groups if group.source in started for output in group.outputs):
-            if str(output.path) not in finished:
-                remove_leftovers(output.path)
+        while not received.empty():
+            if isinstance(event := received.get(), GroupStarted):
+                started.add(event.group.source)
+        for path, source in outputs.items():
+            if str(path) not in finished and (path not in older or source in started):
+                remove_leftovers(path)
         raise
 
 

@@ -3,6 +3,7 @@
 Worker processes on the CPU stand for cards.
 """
 
+import contextlib
 import hashlib
 import subprocess
 import sys
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.soak
 
 FOUR, TWO = "cpu:0,cpu:1,cpu:2,cpu:3", "cpu:0,cpu:1"
 WIDTH, LAYERS, FEW = 64, 24, 8
+MIDDLE = 12  # number of a layer that is sent to a device when others are finished
 CALIBRATED = {
     "calibrated W4A8": Recipe(format="asym_w4a8_int8", preset="none"),
     "calibrated INT8 with ConvRot": Recipe(format="int8_tensorwise", convrot=64, preset="none"),
@@ -98,11 +100,12 @@ def quantized(source, folder: Path, recipe: Recipe, devices: str, **options) -> 
 
 
 def workers() -> list[psutil.Process]:
-    """Worker processes of this one."""
-    children = psutil.Process().children()
-    return [
-        child for child in children if child.is_running() and any(word.endswith("start.py") for word in child.cmdline())
-    ]
+    """Worker processes of this one that have not ended."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it ends meanwhile
+            found += [child] if any(word.endswith("start.py") for word in child.cmdline()) else []
+    return found
 
 
 @pytest.fixture
@@ -186,7 +189,7 @@ def test_the_layers_of_a_killed_device_are_made_by_the_others(source, expected, 
 
     def kill_one(event) -> None:
         events.append(event)
-        if isinstance(event, LayerFinished) and event.index == 4:
+        if isinstance(event, LayerStarted) and event.index == MIDDLE:
             workers()[1].kill()
 
     found, report = quantized(source, tmp_path, RTN, FOUR, on_event=kill_one)
@@ -198,11 +201,11 @@ def test_the_layers_of_a_killed_device_are_made_by_the_others(source, expected, 
 
 def test_when_all_devices_are_killed_nothing_is_left(source, tmp_path, tried):
     def kill_all(event) -> None:
-        if isinstance(event, LayerFinished) and event.index == 4:
+        if isinstance(event, LayerStarted) and event.index == MIDDLE:
             for worker in workers():
                 worker.kill()
 
-    with pytest.raises(QuantizationError, match="All of cpu:0, cpu:1 were lost"):
+    with pytest.raises(QuantizationError, match="were lost"):
         quantized(source, tmp_path, RTN, TWO, on_event=kill_all)
     assert list(tmp_path.iterdir()) == []
     tried("kill -9 of the processes of all devices", 1, "none")
@@ -213,15 +216,14 @@ class Cancelled(Exception):
 
 
 def test_a_cancelled_run_leaves_no_file_and_no_process(source, tmp_path):
-    finished, running = [], []
+    running: list[psutil.Process] = []
 
     def listen(event) -> None:
-        if isinstance(event, LayerFinished):
-            finished.append(event)
+        if isinstance(event, LayerStarted) and event.index == MIDDLE:
             running[:] = workers()
 
     def check() -> None:
-        if len(finished) >= 3:
+        if running:
             raise Cancelled
 
     with pytest.raises(Cancelled):

@@ -15,7 +15,7 @@ INPUTS = {
     "block_formats layer_config bits linear_dtype card target_time options",
     "LearnedRoundingOptions": "optimizer num_iter lr lr_schedule early_stop top_p min_k max_k full_matrix weight_cost damping sweeps bias_correction "
     "calib_samples block_size smoothing beam_width",
-    "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels general",
+    "LearnedRoundingQuantize": "source recipe calibration native_int8_kernels general devices",
     "LearnedRoundingSave": "quantized filename_prefix folder quality_card comparison",
     "LearnedRoundingCalibrate": "model positive negative latent_image seed steps cfg sampler_name scheduler samples keep tokens "
     "calibration vae sensitivity max_vram_gb replay_calls start_at_step end_at_step",
@@ -52,7 +52,7 @@ ADVANCED = {
         "rounding", "keep", "heur", "full_precision_matrix_mult", "target_error", "block_formats", "layer_config",
         "bits", "linear_dtype", "card", "target_time",
     },
-    "LearnedRoundingQuantize": {"native_int8_kernels", "general"},
+    "LearnedRoundingQuantize": {"native_int8_kernels", "general", "devices"},
     "LearnedRoundingCalibrate": {"tokens", "max_vram_gb", "replay_calls", "start_at_step", "end_at_step"},
     "LearnedRoundingCalibrateText": {"tokens", "max_vram_gb", "replay_calls"},
     "LearnedRoundingSaveCalibration": {"save_calls"},

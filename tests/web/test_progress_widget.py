@@ -421,7 +421,7 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
         "async () => [window.app.graph.serialize(), (await window.app.graphToPrompt()).output]"
     )
     values = {node["type"]: node.get("widgets_values") or [] for node in saved["nodes"]}
-    assert len(values["LearnedRoundingQuantize"]) == 2
+    assert len(values["LearnedRoundingQuantize"]) == 3
     assert len(values["LearnedRoundingLoadModel"]) == 3
     assert len(values["LearnedRoundingSave"]) == 3
     assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels", "general"}
@@ -843,7 +843,7 @@ def test_one_panel_through_collapse_copy_and_subgraph(graph):
         QUANTIZE,
     )
     assert len(copied) == 2
-    assert {count for _, count in copied} == {3}  # two inputs and the panel
+    assert {count for _, count in copied} == {4}  # three inputs and the panel
     graph.wait_for_function("() => document.querySelectorAll('.lr-progress').length === 2")
     states = graph.locator(".lr-progress").evaluate_all("(roots) => roots.map(({dataset}) => dataset.state).sort()")
     assert states == ["idle", "running"]
