@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-LONG = 120  # s that a cluster or a run may take on a busy machine
+LONG = 600  # s that a cluster or a run may take on a busy machine
 
 # Ray reads these when it is imported. Its nodes are started by this process and inherit them.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}

@@ -424,7 +424,7 @@ def test_widgets_are_no_part_of_workflow_or_prompt(graph):
     assert len(values["LearnedRoundingQuantize"]) == 3
     assert len(values["LearnedRoundingLoadModel"]) == 3
     assert len(values["LearnedRoundingSave"]) == 3
-    assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels", "general"}
+    assert set(prompt[str(QUANTIZE)]["inputs"]) == {"source", "recipe", "native_int8_kernels", "general", "devices"}
 
 
 @pytest.mark.parametrize(("saved", "mode"), [(True, "on"), (False, "auto"), ("off", "off")])
