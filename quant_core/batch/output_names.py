@@ -36,7 +36,7 @@ def check_template(problems: Problems, where: str, template: str | None) -> None
 
 
 def fill_template(template: str | None, folder: Path, source: Path, values: Mapping[str, str]) -> Path:
-    """The path that a valid template stands for.
+    """The path that a valid template gives.
 
     Args:
         template: relative to ``folder``; with / at its end a folder for files named by source and recipe; None: such

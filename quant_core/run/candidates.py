@@ -31,7 +31,7 @@ from ..workers import TaskPool
 from .allocation import Option
 from .card_times import CardTimes
 from .layer_task import move_statistics
-from .memory import explain_out_of_memory
+from .memory import explain_layer_memory
 
 __all__ = [
     "BLOCKS",
@@ -139,26 +139,23 @@ class MeasureTask:
         self, device: torch.device, emit: Listener, check: CancelCheck, *, cpu_fallback: bool
     ) -> list[Measurement] | None:
         """A measurement of each format; None for a weight with NaN or Inf."""
-        shape = "×".join(map(str, self.weight.shape))
-        with explain_out_of_memory(f"{device} has too little memory for layer {self.name}, {shape}"):
-            weight = self.weight.to(device)
-            rows = self.statistics.validation_activations
+        with explain_layer_memory(device, self.name, self.weight.shape):
+            task, rows = self.load(device), self.statistics.validation_activations
             rows = None if rows is None else rows[:_MAX_ROWS].to(device, torch.float32)
-            known = move_statistics(self.statistics, device)
             try:
-                return [self._measure(format, weight, known, rows, check, cpu_fallback) for format in self.formats]
+                return [task._measure(format, rows, check, cpu_fallback) for format in self.formats]
             except NonFiniteWeightError:
                 return None
 
     def _measure(
         self,
         format: FormatConfig,
-        weight: torch.Tensor,
-        known: LayerStatistics,
         rows: torch.Tensor | None,
         check: CancelCheck,
         cpu_fallback: bool,
     ) -> Measurement:
+        weight, known = self.weight, self.statistics
+
         def quantize(statistics: LayerStatistics, rounding: RoundingConfig) -> tuple[QuantizedWeight, float]:
             made = quantize_layer(
                 Layer(weight, statistics=statistics),

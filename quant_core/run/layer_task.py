@@ -16,7 +16,7 @@ from ..quantize_bank import quantize_bank
 from ..quantize_layer import quantize_layer
 from ..recipes import Recipe
 from ..rounding import MatrixMemo
-from .memory import explain_out_of_memory
+from .memory import explain_layer_memory
 
 __all__ = ["LayerOrder", "LayerResult", "LayerTask", "move_statistics", "quantize_ordered"]
 
@@ -119,7 +119,8 @@ class LayerTask:
             CalibrationError: the statistics do not fit the weight, or are damaged.
             OutOfMemoryError: the device has too little memory.
         """
-        task = replace(self, statistics=self.statistics and move_statistics(self.statistics, device))
+        with explain_layer_memory(device, self.name, self.weight.shape):
+            task = self.load(device)  # once for all orders
         memo = MatrixMemo(device) if len(self.orders) > 1 else None
         results: list[LayerResult | NonFiniteWeightError] = []
         for order in self.orders:
@@ -154,9 +155,8 @@ def quantize_ordered(
     if order.calibrated and statistics.hessian is None:
         rounding = rounding.uncalibrated()
     bias, format = task.bias if order.corrected else None, order.recipe.format
-    shape = "×".join(map(str, task.weight.shape))
     try:
-        with explain_out_of_memory(f"{device} has too little memory for layer {task.name}, {shape}"):
+        with explain_layer_memory(device, task.name, task.weight.shape):
             if task.weight.ndim == 3:
                 codec = format.codec_for(task.weight.shape[-1])
                 return None, quantize_bank(

@@ -77,7 +77,7 @@ class QuantizationLoop:
         outputs: the outputs.
         calibration: statistics of input activations; layers without are rounded as if uncalibrated.
         pool: devices that quantize.
-        device: where weights are read to: the first device.
+        device: where weights are read to, see :func:`weight_device`.
         check: called often; raises to cancel.
     """
 

@@ -1,13 +1,13 @@
 """Out-of-memory errors of torch, CUDA and Python as one error."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..errors import OutOfMemoryError
 
-__all__ = ["explain_out_of_memory"]
+__all__ = ["explain_layer_memory", "explain_out_of_memory"]
 
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")  # of plain RuntimeErrors
 
@@ -25,3 +25,11 @@ def explain_out_of_memory(problem: str) -> Iterator[None]:
         raise OutOfMemoryError(
             f"{problem}; close other programs and models, or choose another device or a lighter rounding."
         ) from error
+
+
+def explain_layer_memory(
+    device: torch.device, layer: str, shape: Sequence[int]
+) -> contextlib.AbstractContextManager[None]:
+    """:func:`explain_out_of_memory` for the weight of a layer."""
+    sides = "×".join(map(str, shape))
+    return explain_out_of_memory(f"{device} has too little memory for layer {layer}, {sides}")

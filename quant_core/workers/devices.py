@@ -17,7 +17,7 @@ Devices = str | torch.device | Sequence[str | torch.device] | None
 def parse_devices(devices: Devices) -> tuple[torch.device, ...]:
     """The devices of a run, each of which works.
 
-    "all" stands for the GPUs of the same model as the first one: others may round ties differently, and the same run has to
+    "all" means the GPUs of the same model as the first one: others may round ties differently, and the same run has to
     write the same bytes. "cpu:0,cpu:1" are two processes on the CPU.
 
     Raises:

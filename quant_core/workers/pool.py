@@ -21,7 +21,7 @@ from ..errors import OutOfMemoryError, QuantizationError
 from ..events import Listener
 from ..sources.source import CPU
 from .process import WorkerProcess
-from .task import DeviceFailure, Task
+from .task import DeviceFailure, Task, first_line
 
 __all__ = ["InProcess", "TaskPool", "WorkerPool", "open_pool"]
 
@@ -80,7 +80,7 @@ class InProcess:
 
 @dataclass(eq=False)
 class _Submitted:
-    """A task and what is known of it.
+    """A task that was submitted.
 
     Attributes:
         number: in the order of submission.
@@ -203,7 +203,7 @@ class WorkerPool:
             reason = ""  # that of the process
         except Exception as error:  # of a message or of the listener; of a file that the pool has closed
             log.debug("receiving from %s", worker.process.device, exc_info=True)
-            reason = _first_line(error)
+            reason = first_line(error)
         self._lose(worker, reason)
 
     def _receive(self, worker: _Worker) -> str:
@@ -215,7 +215,7 @@ class WorkerPool:
                 continue
             number, result = content
             if kind == "lost":
-                return _first_line(result)
+                return first_line(result)
             self._finish(worker, number, kind, result)
 
     def _finish(self, worker: _Worker, number: int, kind: str, result: Any) -> None:
@@ -231,7 +231,7 @@ class WorkerPool:
                 self._waiting.append(submitted)
                 if not submitted.refused >= set(self._workers):
                     name = str(worker.process.device)
-                    self._failures.append(DeviceFailure(name, lost=False, reason=_first_line(result), repeated=1))
+                    self._failures.append(DeviceFailure(name, lost=False, reason=first_line(result), repeated=1))
                 return
         if kind == "failed":
             submitted.future.set_exception(result)
@@ -294,10 +294,6 @@ class WorkerPool:
     def _kill(self) -> None:
         for worker in self._workers:
             worker.process.kill()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -25,10 +25,11 @@ import torch
 from ..display import shorten
 from ..errors import ClusterLostError, MissingPackageError, QuantizationError
 from .ray_tasks import NodeCheck, check_node
+from .task import first_line
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Node", "RayCluster", "describe_missing", "first_line"]
+__all__ = ["Node", "RayCluster", "describe_missing"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = __name__.removesuffix(".quant_core.workers.ray_cluster")
@@ -344,9 +345,3 @@ def _place_markers(folders: Sequence[Path]) -> Iterator[list[str]]:
                 marker = opened.enter_context(tempfile.NamedTemporaryFile(prefix=".learned_rounding_", dir=folder))
                 markers.append(marker.name)
         yield markers
-
-
-def first_line(error: object) -> str:
-    """First line of an error, as part of a sentence."""
-    text = str(error).strip() or type(error).__name__
-    return shorten(text.splitlines()[0].rstrip(".:"), 300)

@@ -16,9 +16,9 @@ from ..events import Listener
 from ..sources.source import CPU
 from .messages import RemoteTraceback, pack, unpack
 from .process import torch_settings
-from .ray_cluster import RayCluster, describe_missing, first_line
+from .ray_cluster import RayCluster, describe_missing
 from .ray_tasks import run_task
-from .task import DeviceFailure, Task
+from .task import DeviceFailure, Task, first_line
 
 __all__ = ["RayPool"]
 
@@ -30,7 +30,7 @@ _CANCELLED = 10  # s for tasks that are cancelled to end
 
 @dataclass(eq=False)
 class _Submitted:
-    """A task and what is known of it.
+    """A task that was submitted.
 
     Attributes:
         packed: reference to the packed task in the object store.

@@ -1,6 +1,6 @@
 """Main file of a worker process, run by its path: ``python start.py PACKAGE ROOT PATH ARGUMENTS…``.
 
-It imports the package under the name that it has in the process that starts it, which for a custom node is no module path, so
+It imports the package under the name that it has in the process that starts it, which for a custom node need not be importable, so
 that pickled classes are found. The ``__init__`` of the package needs ComfyUI and is left out.
 """
 

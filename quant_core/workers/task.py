@@ -6,9 +6,10 @@ from typing import Any, Protocol
 import torch
 
 from ..cancellation import CancelCheck
+from ..display import shorten
 from ..events import Listener
 
-__all__ = ["DeviceFailure", "Task"]
+__all__ = ["DeviceFailure", "Task", "first_line"]
 
 
 class Task(Protocol):
@@ -61,3 +62,9 @@ class DeviceFailure:
             layers = f"{self.repeated} layer{'' if self.repeated == 1 else 's'}"
             return f"{self.device} was lost ({self.reason}); {layers} in progress there continued on other devices."
         return f"{self.device} had too little memory for a layer, which another device quantized ({self.reason})."
+
+
+def first_line(error: object) -> str:
+    """First line of an error, as part of a sentence."""
+    text = str(error).strip() or type(error).__name__
+    return shorten(text.splitlines()[0].rstrip(".:"), 300)
