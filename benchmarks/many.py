@@ -224,7 +224,7 @@ def measure_calibrated(bench: Bench, args) -> list[Row]:
 def measure_devices(bench: Bench, args) -> list[Row]:
     rows = []
     with bench.statistics() as calibration:
-        for name in ON_DEVICES:
+        for name in args.formats:
             one = None
             for count in args.devices:
                 row: Row = {"section": "devices", "format": name, "GPUs": count}
@@ -258,6 +258,15 @@ def main() -> None:
             },
         ),
         ("--devices", {"nargs": "+", "type": int, "default": (1, 2), "help": "numbers of GPUs (default: 1 2)"}),
+        (
+            "--formats",
+            {
+                "nargs": "+",
+                "choices": list(FORMATS),
+                "default": ON_DEVICES,
+                "help": f"of section devices (default: {' '.join(ON_DEVICES)})",
+            },
+        ),
         ("--rounds", {"type": int, "default": 3, "help": "runs of each kind after the first (default: 3)"}),
         ("--folder", {"type": Path, "help": "folder for the files (default: the temporary folder)"}),
     )

@@ -267,21 +267,28 @@ class _TargetsRun:
     def execute(self) -> list[Report | QuantizationError]:
         """See :func:`quantize_files`."""
         files: dict[int, _TargetFile] = {}
-        for number in range(len(self._targets)):
-            with self._collected(number):
-                file = self._prepare(self._targets[number])
-                if report := file.find_done():
-                    self._results[number] = report
-                else:
-                    files[number] = file
-        try:
-            if files:
-                self._run(files)
-        except QuantizationError as error:
-            if len(self._targets) == 1 or isinstance(error, ClusterLostError):
-                raise
-            self._results = dict.fromkeys(files, error) | self._results
+        with self._open_pool() as pool:  # whose processes start while the targets are planned
+            for number in range(len(self._targets)):
+                with self._collected(number):
+                    file = self._prepare(self._targets[number])
+                    if report := file.find_done():
+                        self._results[number] = report
+                    else:
+                        files[number] = file
+            try:
+                if files:
+                    self._run(files, pool)
+            except QuantizationError as error:
+                if len(self._targets) == 1 or isinstance(error, ClusterLostError):
+                    raise
+                self._results = dict.fromkeys(files, error) | self._results
         return [self._results[number] for number in range(len(self._targets))]
+
+    def _open_pool(self) -> contextlib.AbstractContextManager[TaskPool]:
+        if self._pool is not None:
+            return contextlib.nullcontext(self._pool)
+        devices = _useful_devices(self._devices, [target.recipe for target in self._targets])
+        return open_pool(devices, _ignore_event, self._check)
 
     @contextlib.contextmanager
     def _collected(self, number: int) -> Iterator[None]:
@@ -298,12 +305,10 @@ class _TargetsRun:
         walk = walk_fingerprint(target.recipe, self._model and self._model.fingerprint, self._devices[0])
         return _TargetFile(self._source, target, plan, walk)
 
-    def _run(self, files: "Mapping[int, _TargetFile]") -> None:
-        device, recipes = self._devices[0], [file.target.recipe for file in files.values()]
+    def _run(self, files: "Mapping[int, _TargetFile]", pool: TaskPool) -> None:
+        device = self._devices[0]
         with contextlib.ExitStack() as opened:
             opened.enter_context(explain_out_of_memory(f"{device} has too little memory for {self._source.name}"))
-            useful = _useful_devices(self._devices, recipes)
-            pool = self._pool or opened.enter_context(open_pool(useful, _ignore_event, self._check))
             for number, file in files.items():
                 with self._collected(number):
                     self._allocate(file, pool)
@@ -363,7 +368,7 @@ class _TargetsRun:
                 overwrite=target.overwrite,
                 unfinished=target.unfinished,
                 journal=journal,
-                device=pool.device,
+                device=device if device.type != "cpu" else CPU,  # "cpu:0" is a name
                 check=self._check,
             )
         )

@@ -20,15 +20,16 @@ _THREADS = 4  # that fill buffers
 
 
 class Staging:
-    """Ring of page-locked buffers for one direction and one caller at a time."""
+    """Rings of page-locked buffers, one for each GPU, for one direction and one caller at a time."""
 
     def __init__(self):
-        self._ring: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._rings: dict[torch.device, deque[tuple[torch.Tensor, torch.cuda.Event]]] = {}
 
-    def _take(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+    @staticmethod
+    def _take(ring: "deque[tuple[torch.Tensor, torch.cuda.Event]]") -> tuple[torch.Tensor, torch.cuda.Event]:
         """The buffer that was given back first, after its copy has ended; a new one if all are in use."""
         try:
-            buffer, copied = self._ring.popleft()
+            buffer, copied = ring.popleft()
         except IndexError:
             return torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()
         copied.synchronize()
@@ -39,19 +40,19 @@ class Staging:
 
         Threads call ``read_into`` at the same time for parts of a large target.
         """
-        stream = torch.cuda.current_stream(target.device)
+        stream, ring = torch.cuda.current_stream(target.device), self._rings.setdefault(target.device, deque())
 
         # Inference mode, as a thread cannot otherwise write to a tensor that its caller made in this mode.
         @torch.inference_mode()
         def fill_part(start: int) -> None:
             part = target[start : start + _BUFFER]
             with torch.cuda.stream(stream):
-                buffer, copied = self._take()
+                buffer, copied = self._take(ring)
                 view = buffer[: part.numel()]
                 read_into(view.numpy().data, start)
                 part.copy_(view, non_blocking=True)
                 copied.record(stream)
-            self._ring.append((buffer, copied))
+            ring.append((buffer, copied))
 
         starts = range(0, target.numel(), _BUFFER)
         with ExitStack() as stack:
@@ -68,12 +69,12 @@ class Staging:
         The next parts are copied meanwhile.
         """
         starts, copying = iter(range(0, source.numel(), _BUFFER)), deque()
-        stream = torch.cuda.current_stream(source.device)
+        stream, ring = torch.cuda.current_stream(source.device), self._rings.setdefault(source.device, deque())
         while True:
             while len(copying) < _BUFFERS and (start := next(starts, None)) is not None:
                 part = source[start : start + _BUFFER]
                 with torch.cuda.stream(stream):
-                    buffer, copied = self._take()
+                    buffer, copied = self._take(ring)
                     buffer[: part.numel()].copy_(part, non_blocking=True)
                     copied.record(stream)
                 copying.append((buffer, copied, part.numel()))
@@ -82,7 +83,7 @@ class Staging:
             buffer, copied, size = copying.popleft()
             copied.synchronize()
             yield buffer[:size].numpy().data
-            self._ring.append((buffer, copied))
+            ring.append((buffer, copied))
 
 
 def byte_views(tensor: torch.Tensor, staging: Staging) -> Iterator[memoryview]:

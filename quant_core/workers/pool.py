@@ -1,15 +1,16 @@
 """Pools of devices: tasks in this process one after the other, or in one worker process per device.
 
 A pool of processes sends the largest of the waiting tasks to the device that is free first. Each process has one more task
-than it works on, so that its next weight is transferred during the arithmetic. A task whose device was lost, or has too
-little memory for it, is repeated by another device; when the memory of none is large enough, the part that does not fit is
-computed on the CPU, as in a run on one device.
+than it works on, so that its next weight is transferred during the arithmetic. A process takes seconds to start and to do its
+first task; until then, a thread of this process works on its GPU. A task whose device was lost, or has too little memory for it,
+is repeated by another device; when the memory of none is large enough, the part that does not fit is computed on the CPU, as in
+a run on one device.
 """
 
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from ..cancellation import CancelCheck
 from ..errors import OutOfMemoryError, QuantizationError
 from ..events import Listener
 from ..sources.source import CPU
-from .process import WorkerProcess
+from .process import WorkerProcess, is_lost
 from .task import DeviceFailure, Task, first_line
 
 __all__ = ["InProcess", "TaskPool", "WorkerPool", "open_pool"]
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 _AHEAD = 2  # tasks that a process has at a time: the one that it works on and the next
 _MOST_LOSSES = 2  # of devices by one task, which then is the likely cause
 _WAITING = 1  # further tasks per device, among which the largest is next
+_REHEARSAL = -1  # number of a task whose result nobody needs
 
 
 class TaskPool(Protocol):
@@ -98,10 +100,21 @@ class _Submitted:
 
 @dataclass(eq=False)
 class _Worker:
-    """A process and the tasks that it has, by number."""
+    """A process and the tasks that it has, by number.
+
+    Attributes:
+        started: the process waits for tasks.
+        ready: it is also as fast as it will be.
+    """
 
     process: WorkerProcess
     tasks: dict[int, _Submitted] = field(default_factory=dict)
+    started: bool = False
+    ready: bool = False
+
+
+class _Closed(Exception):
+    """The pool was closed during a task in this process."""
 
 
 class WorkerPool:
@@ -111,12 +124,20 @@ class WorkerPool:
         devices: one process for each.
         emit: listener of the events of tasks; called by threads.
         ahead: tasks that a process has at a time: 1 for long tasks, so that none waits for a busy device.
+        threads: work on each device in a thread of this process until its process is ready.
     """
 
     device = CPU
     model: str | None = None
 
-    def __init__(self, devices: Sequence[torch.device], emit: Listener, *, ahead: int = _AHEAD):
+    def __init__(
+        self,
+        devices: Sequence[torch.device],
+        emit: Listener,
+        *,
+        ahead: int = _AHEAD,
+        threads: bool = False,
+    ):
         self.devices = ", ".join(map(str, devices))
         self.capacity = (ahead + _WAITING) * len(devices)
         self._emit, self._ahead = emit, ahead
@@ -126,16 +147,26 @@ class WorkerPool:
         self._waiting: list[_Submitted] = []
         self._failures: list[DeviceFailure] = []
         self._end = ""  # why there are no workers any more
+        self._rehearsed = threads
+        self._rehearsal: _Submitted | None = None  # the smallest task
         self._workers: list[_Worker] = []
         try:
             for device in devices:
-                self._workers.append(_Worker(WorkerProcess(device)))
+                self._workers.append(_Worker(WorkerProcess(device, slots=ahead)))
         except BaseException:
             self._kill()
             raise
         for worker in self._workers:
             for work in (self._feed, self._collect):
-                threading.Thread(target=work, args=(worker,), name="learned-rounding-worker", daemon=True).start()
+                self._start_thread(work, worker)
+        inference = torch.is_inference_mode_enabled()
+        here = self._workers if threads else ()
+        self._threads = [self._start_thread(self._work_here, worker, inference) for worker in here]
+
+    def _start_thread(self, work: Callable[..., None], *arguments: Any) -> threading.Thread:
+        thread = threading.Thread(target=work, args=arguments, name="learned-rounding-worker", daemon=True)
+        thread.start()
+        return thread
 
     @property
     def pids(self) -> list[int]:
@@ -147,11 +178,9 @@ class WorkerPool:
         with self._changed:
             submitted = _Submitted(self._number, task, size)
             self._number += 1
-            if self._workers:
-                self._waiting.append(submitted)
-                self._changed.notify_all()
-            else:
-                self._give_up(submitted)
+            if self._rehearsed and (self._rehearsal is None or size < self._rehearsal.size):
+                self._rehearsal = submitted
+            self._add(submitted)
         return submitted.future
 
     def take_failures(self) -> list[DeviceFailure]:
@@ -161,6 +190,8 @@ class WorkerPool:
 
     def _feed(self, worker: _Worker) -> None:
         """Send tasks to a worker."""
+        if self._rehearsed:
+            self._rehearse(worker)
         while True:
             with self._changed:
                 while (chosen := self._choose(worker)) is None and not self._is_over(worker):
@@ -171,7 +202,7 @@ class WorkerPool:
                 worker.tasks[chosen.number] = chosen
                 last_resort = chosen.refused >= set(self._workers)
             try:
-                worker.process.send((chosen.number, chosen.task, last_resort))
+                worker.process.send(chosen.number, chosen.task, cpu_fallback=last_resort)
             except OSError:
                 return  # the other thread finds out why
             except Exception as error:  # the task cannot be pickled, and a part of it is in the pipe
@@ -182,15 +213,73 @@ class WorkerPool:
                 worker.process.kill()
                 return
 
+    def _rehearse(self, worker: _Worker) -> None:
+        """Let a new process do a task of another one: its first one takes seconds for libraries and kernels to load."""
+        with self._changed:
+            while not (worker.started and self._rehearsal) and not self._is_over(worker):
+                self._changed.wait()
+            if self._is_over(worker) or self._rehearsal is None:
+                return
+            task = self._rehearsal.task
+        try:
+            worker.process.send(_REHEARSAL, task, cpu_fallback=False)
+        except OSError:
+            return
+        except Exception:  # it cannot be pickled, which its own process reports
+            log.debug("rehearsal on %s", worker.process.device, exc_info=True)
+            worker.process.kill()
+
+    def _work_here(self, worker: _Worker, inference: bool) -> None:
+        """Do tasks on the device of a worker until its process has started; ``inference``: in PyTorch's inference mode."""
+        device = worker.process.device
+
+        def check() -> None:
+            if self._closed:
+                raise _Closed
+
+        context = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with context, torch.inference_mode(inference):
+            while True:
+                with self._changed:
+                    while not self._waiting and not worker.ready and not self._is_over(worker):
+                        self._changed.wait()
+                    if worker.ready or self._is_over(worker):
+                        return
+                    chosen = self._largest(self._waiting)
+                    self._waiting.remove(chosen)
+                try:
+                    result = chosen.task.run(device, self._emit, check, cpu_fallback=False)
+                except Exception as error:
+                    if not isinstance(error, (_Closed, OutOfMemoryError)) and not is_lost(device, error):
+                        chosen.future.set_exception(error)
+                        continue
+                    log.debug("%s in this process: %s", device, first_line(error))
+                    with self._changed:
+                        self._add(chosen)
+                    return
+                chosen.future.set_result(result)
+
+    def _add(self, submitted: _Submitted) -> None:
+        """Let a task wait for a worker."""
+        if self._workers:
+            self._waiting.append(submitted)
+            self._changed.notify_all()
+        else:
+            self._give_up(submitted)
+
     def _choose(self, worker: _Worker) -> _Submitted | None:
         """The largest waiting task that the worker should do now."""
-        if self._is_over(worker) or len(worker.tasks) >= self._ahead:
+        if self._is_over(worker) or not worker.ready or len(worker.tasks) >= self._ahead:
             return None
         if len(worker.tasks) > min(len(each.tasks) for each in self._workers):
-            return None  # another one has less to do
+            return None  # another one has less to do, or will have
         everyone = set(self._workers)
         fitting = [each for each in self._waiting if worker not in each.refused or each.refused >= everyone]
-        return max(fitting, key=lambda each: (each.size, -each.number), default=None)
+        return self._largest(fitting) if fitting else None
+
+    @staticmethod
+    def _largest(waiting: Sequence[_Submitted]) -> _Submitted:
+        return max(waiting, key=lambda each: (each.size, -each.number))
 
     def _is_over(self, worker: _Worker) -> bool:
         return self._closed or worker not in self._workers
@@ -211,12 +300,26 @@ class WorkerPool:
         while True:
             kind, content = worker.process.receive()
             if kind == "event":
-                self._emit(content)
+                if worker.ready:
+                    self._emit(content)
+                continue
+            if kind == "started":
+                self._set_state(worker, ready=not self._rehearsed)
                 continue
             number, result = content
+            if number == _REHEARSAL and kind != "lost":
+                self._set_state(worker, ready=True)
+                continue
             if kind == "lost":
                 return first_line(result)
             self._finish(worker, number, kind, result)
+
+    def _set_state(self, worker: _Worker, *, ready: bool) -> None:
+        with self._changed:
+            worker.started, worker.ready = True, ready
+            if all(each.ready for each in self._workers):
+                self._rehearsed, self._rehearsal = False, None
+            self._changed.notify_all()
 
     def _finish(self, worker: _Worker, number: int, kind: str, result: Any) -> None:
         with self._changed:
@@ -250,7 +353,7 @@ class WorkerPool:
                 return
             self._workers.remove(worker)
             self._end = reason
-            current = min(worker.tasks, default=None)  # tasks are sent in turn: the others wait behind the first
+            current = next(iter(worker.tasks), None)  # in the order in which they were sent: the others wait behind it
             for number, submitted in worker.tasks.items():
                 submitted.losses += number == current
             repeated = [each for each in worker.tasks.values() if each.losses < _MOST_LOSSES]
@@ -290,6 +393,8 @@ class WorkerPool:
             self._closed = True
             self._changed.notify_all()
         self._kill()
+        for thread in self._threads:
+            thread.join()
 
     def _kill(self) -> None:
         for worker in self._workers:
@@ -302,5 +407,6 @@ def open_pool(devices: Sequence[torch.device], emit: Listener, check: CancelChec
     if len(devices) == 1:
         yield InProcess(devices[0], emit, check)
         return
-    with WorkerPool(devices, emit) as pool:
+    threads = devices[0].type == "cuda"  # processes of a CPU start faster, and share its cores
+    with WorkerPool(devices, emit, threads=threads) as pool:
         yield pool

@@ -1,4 +1,7 @@
-"""One worker process: its start, its main function, and the connection to it."""
+"""One worker process: its start, its main function, and the connection to it.
+
+A task and its result have a slot, of which the process has as many as tasks at a time: memory for the tensors of each direction.
+"""
 
 import contextlib
 import json
@@ -10,7 +13,8 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -22,6 +26,7 @@ from ..errors import OutOfMemoryError
 from ..file_system import widen_pipe
 from ..sources.source import CPU
 from .messages import RemoteTraceback, pack_error, read_message, write_message
+from .shared_memory import SharedMemory
 
 __all__ = ["WorkerProcess", "is_lost", "serve"]
 
@@ -40,16 +45,27 @@ class WorkerProcess:
 
     Args:
         device: device of its arithmetic.
+        slots: number of tasks that it has at a time.
 
     Attributes:
         device: the same.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, slots: int = 1):
         self.device = device
+        self._free, self._taken = deque(range(slots)), dict[int, int]()  # slots; number of a task → its slot
+        shared = slots if SharedMemory.exists() else 0
+        self._tasks, self._results = ([SharedMemory() for _ in range(shared)] for _ in range(2))
+        tasks, results = ([memory.descriptor for memory in memories] for memories in (self._tasks, self._results))
         command = [sys.executable, str(_START), _PACKAGE, str(_ROOT), json.dumps(sys.path)]
-        arguments = [str(device), kernels.backend(), json.dumps(torch_settings())]
-        self._process = subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        arguments = [str(device), kernels.backend(), json.dumps(torch_settings()), json.dumps([tasks, results])]
+        try:
+            self._process = subprocess.Popen(
+                [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(*tasks, *results)
+            )
+        except BaseException:
+            self._close_memory()
+            raise
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         for file in (self._stdin, self._stdout):
@@ -60,27 +76,31 @@ class WorkerProcess:
         """Process id."""
         return self._process.pid
 
-    def send(self, message: Any) -> None:
-        """Send a task with its number and options. Raises OSError if the process has ended."""
+    def send(self, number: int, task: Any, *, cpu_fallback: bool) -> None:
+        """Send a task. Raises OSError if the process has ended, IndexError if it has a task in each slot."""
+        slot = self._taken[number] = self._free.popleft()
+        memory = self._tasks[slot] if self._tasks else None
         try:
-            write_message(self._stdin, message)
+            write_message(self._stdin, (number, slot, task, cpu_fallback), slot, memory)
         except ValueError as error:
             if self._stdin.closed:
                 raise BrokenPipeError from error
             raise
 
     def receive(self) -> tuple[str, Any]:
-        """Wait for the next message: ("done", (number, result)), ("event", event), or ("failed", (number, error)) or
-        ("lost", (number, error)) after an error of a task or of the device.
+        """Wait for the next message: ("started", None) once, then ("done", (number, result)), ("event", event), or
+        ("failed", (number, error)) or ("lost", (number, error)) after an error of a task or of the device.
 
         Raises:
             EOFError: the process has ended.
         """
-        kind, content = read_message(self._stdout)
+        kind, content = read_message(self._stdout, self._results, copy=True)
         if kind in ("failed", "lost"):
             number, (error, trace) = content
             error.__cause__ = RemoteTraceback(trace)
-            return kind, (number, error)
+            content = number, error
+        if kind in ("failed", "lost", "done"):
+            self._free.append(self._taken.pop(content[0]))
         return kind, content
 
     def describe_end(self) -> str:
@@ -105,6 +125,11 @@ class WorkerProcess:
         for file in (self._stdin, self._stdout):
             with contextlib.suppress(OSError):  # of what was not yet written
                 file.close()
+        self._close_memory()
+
+    def _close_memory(self) -> None:
+        for memory in (*self._tasks, *self._results):
+            memory.close()
 
 
 def torch_settings() -> dict[str, Any]:
@@ -125,7 +150,7 @@ def apply_torch_settings(settings: Mapping[str, Any]) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = settings["bf16"]
 
 
-def serve(device: str, backend: str, settings: str) -> NoReturn:
+def serve(device: str, backend: str, settings: str, descriptors: str) -> NoReturn:
     """Main function of a worker process: run the tasks that arrive on standard input until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     sys.setswitchinterval(_SWITCH_INTERVAL)
@@ -137,23 +162,29 @@ def serve(device: str, backend: str, settings: str) -> NoReturn:
     os.dup2(2, 1)  # what libraries print
     with open(os.devnull, "rb") as nothing:  # compilers that a kernel starts do not inherit the pipe
         os.dup2(nothing.fileno(), 0)
-    tasks: queue.SimpleQueue[tuple[int, Any, bool]] = queue.SimpleQueue()
-    threading.Thread(target=_read_tasks, args=(messages, tasks, chosen), daemon=True).start()
+    task_memory, result_memory = ([SharedMemory(each) for each in opened] for opened in json.loads(descriptors))
+    tasks: queue.SimpleQueue[tuple[int, int, Any, bool]] = queue.SimpleQueue()
+    torch.zeros(1, device=chosen).cpu()  # initializes CUDA
+    threading.Thread(target=_read_tasks, args=(messages, task_memory, tasks, chosen), daemon=True).start()
+    write_message(replies, ("started", None))
     with kernels.using(backend):
         while True:
-            _run_task(chosen, replies, *tasks.get())
+            _run_task(chosen, replies, result_memory, *tasks.get())
 
 
 def _read_tasks(
-    messages: IO[bytes], tasks: "queue.SimpleQueue[tuple[int, Any, bool]]", device: torch.device
+    messages: IO[bytes],
+    memories: Sequence[SharedMemory],
+    tasks: "queue.SimpleQueue[tuple[int, int, Any, bool]]",
+    device: torch.device,
 ) -> NoReturn:
     """Queue the tasks that arrive during another one, loaded; end the process when the other process has ended."""
     code = 1
     try:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         while True:
-            number, task, cpu_fallback = read_message(messages)
-            tasks.put((number, _load_task(task, device, stream), cpu_fallback))
+            number, slot, task, cpu_fallback = read_message(messages, memories)
+            tasks.put((number, slot, _load_task(task, device, stream), cpu_fallback))
     except EOFError:
         code = 0
     except BaseException:
@@ -187,7 +218,15 @@ def _find_tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _find_tensors(part)
 
 
-def _run_task(device: torch.device, replies: IO[bytes], number: int, task: Any, cpu_fallback: bool) -> None:
+def _run_task(
+    device: torch.device,
+    replies: IO[bytes],
+    memories: Sequence[SharedMemory],
+    number: int,
+    slot: int,
+    task: Any,
+    cpu_fallback: bool,
+) -> None:
     """Run one task and send its result; end the process if the device is lost."""
 
     def emit(event: Any) -> None:
@@ -199,7 +238,7 @@ def _run_task(device: torch.device, replies: IO[bytes], number: int, task: Any, 
     except Exception as error:
         lost = is_lost(device, error)
         reply = "lost" if lost else "failed", (number, pack_error(error))
-    write_message(replies, reply)
+    write_message(replies, reply, slot, memories[slot] if memories else None)
     if lost:
         os._exit(1)
 

@@ -78,14 +78,14 @@ def test_buffers_to_fill_are_as_many_as_threads(device):
     ring = Staging()
     for _ in range(3):
         fill(ring, random_bytes(SIZES[-1]), device)
-    assert len(ring._ring) <= staging._THREADS
+    assert [len(buffers) <= staging._THREADS for buffers in ring._rings.values()] == [True]
 
 
 def test_buffers_to_drain_are_bounded(device):
     ring = Staging()
     for _ in range(3):
         assert all(ring.drain(random_bytes(SIZES[-1]).to(device)))
-    assert len(ring._ring) <= staging._BUFFERS
+    assert [len(buffers) <= staging._BUFFERS for buffers in ring._rings.values()] == [True]
 
 
 def test_drained_part_is_valid_until_the_next_one_is_requested(device):

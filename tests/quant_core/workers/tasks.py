@@ -9,7 +9,7 @@ import torch
 
 from learned_rounding.quant_core.errors import OutOfMemoryError, RecipeError
 
-__all__ = ["Add", "Die", "DieAlways", "Fail", "Gate", "Hold", "NeedMemory", "Print", "process_id"]
+__all__ = ["Add", "CheckForever", "Die", "DieAlways", "Fail", "Gate", "Hold", "NeedMemory", "Print", "process_id"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,15 @@ class Hold:
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1)
         return self.name
+
+
+@dataclass(frozen=True)
+class CheckForever:
+    """Calls the cancellation check until that raises."""
+
+    def run(self, device, emit, check, *, cpu_fallback):
+        while True:
+            check()
 
 
 @dataclass(frozen=True)

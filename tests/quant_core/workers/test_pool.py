@@ -1,5 +1,9 @@
 """Pools: the order of tasks, results and errors, devices that fail, and the end."""
 
+import os
+import sys
+from traceback import extract_stack
+
 import psutil
 import pytest
 import torch
@@ -8,6 +12,7 @@ from learned_rounding.quant_core.errors import QuantizationError, RecipeError
 from learned_rounding.quant_core.workers import InProcess, WorkerPool, open_pool
 from learned_rounding.tests.quant_core.workers.tasks import (
     Add,
+    CheckForever,
     Die,
     DieAlways,
     Fail,
@@ -151,6 +156,40 @@ def test_all_devices_lost_is_one_sentence(sentences):
 
 
 @pytest.mark.soak  # starts processes
+def test_threads_work_until_the_processes_are_ready():
+    with WorkerPool(DEVICES, ignore, threads=True) as pool:
+        found = [pool.submit(process_id, 0).result(WAIT)]
+        assert found == [os.getpid()]
+        while len(set(found)) < 3:
+            found.append(pool.submit(process_id, 0).result(WAIT))
+        assert set(found) == {os.getpid(), *pool.pids}
+
+
+@pytest.mark.soak  # starts processes
+def test_an_error_in_a_thread_of_this_process_is_that_of_the_task():
+    with WorkerPool(DEVICES, ignore, threads=True) as pool:
+        assert isinstance(pool.submit(Fail(), 0).exception(WAIT), RecipeError)
+
+
+@pytest.mark.soak  # starts processes
+def test_a_task_that_this_process_has_no_memory_for_is_for_another(tmp_path):
+    with WorkerPool(DEVICES, ignore, threads=True) as pool:
+        assert pool.submit(NeedMemory(tmp_path), 0).result(WAIT) is True
+    ours = str(os.getpid())
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(ours)} == {f"{ours} False"}
+
+
+@pytest.mark.soak  # starts processes
+def test_the_end_stops_the_threads():
+    with WorkerPool(DEVICES, ignore, threads=True) as pool:
+        future = pool.submit(CheckForever(), 0)
+    assert not future.done()
+    assert "_work_here" not in {
+        frame.name for stack in sys._current_frames().values() for frame in extract_stack(stack)
+    }
+
+
+@pytest.mark.soak  # starts processes
 def test_the_end_does_not_wait_for_tasks():
     with Gate() as gate:
         with WorkerPool(DEVICES, ignore) as pool:
@@ -166,10 +205,10 @@ def test_a_device_that_cannot_start_leaves_no_process(monkeypatch):
     started = []
     from learned_rounding.quant_core.workers import pool as module
 
-    def start(device):
+    def start(device, slots):
         if started:
             raise OSError("no more processes")
-        started.append(module_process(device))
+        started.append(module_process(device, slots))
         return started[0]
 
     module_process = module.WorkerProcess

@@ -20,12 +20,13 @@ pytestmark = pytest.mark.soak  # each starts processes
 @pytest.fixture(scope="module")
 def worker():
     process = WorkerProcess(CPU)
+    assert process.receive() == ("started", None)
     yield process
     process.kill()
 
 
 def reply(worker, task):
-    worker.send((7, task, False))
+    worker.send(7, task, cpu_fallback=False)
     return worker.receive()
 
 
@@ -34,7 +35,7 @@ def test_a_result_has_the_number_of_its_task(worker):
 
 
 def test_events_precede_the_result(worker):
-    worker.send((1, Add(torch.ones(2)), False))
+    worker.send(1, Add(torch.ones(2)), cpu_fallback=False)
     assert worker.receive() == ("event", ("added", "cpu"))
     assert worker.receive()[1][1].tolist() == [2, 2]
 
@@ -62,7 +63,8 @@ def test_the_end_of_a_killed_process_is_described(sentences):
     process = WorkerProcess(CPU)
     psutil.Process(process.pid).kill()
     with pytest.raises(EOFError):
-        process.receive()
+        while process.receive():
+            pass
     sentences(process.describe_end())
     process.kill()
 
@@ -72,8 +74,10 @@ _STARTS = """
 import torch
 from learned_rounding.quant_core.workers.process import WorkerProcess
 process = WorkerProcess(torch.device("cpu"))
-process.send((0, __import__("learned_rounding.tests.quant_core.workers.tasks", fromlist=["process_id"]).process_id, False))
-process.receive()
+tasks = __import__("learned_rounding.tests.quant_core.workers.tasks", fromlist=["process_id"])
+process.send(0, tasks.process_id, cpu_fallback=False)
+while process.receive()[0] != "done":
+    pass
 print(process.pid, flush=True)
 __import__("os")._exit(0)
 """
