@@ -242,10 +242,10 @@ def implementation(operation: str, *arguments) -> Callable:
     name = selected if selected in entries else _FALLBACKS.get(selected, selected)
     if name in entries and not entries[name].refusal(*arguments):
         return entries[name].load()
-    refused = refusals(operation, *arguments)
-    possible = [name for name in entries if name not in refused]
-    if possible == ["reference"]:
-        _log_once(f"Kernels run in plain torch: {refused['triton']}.")
+    usable = (name for name, entry in entries.items() if not entry.refusal(*arguments))
+    first = next(usable)
+    if first == "reference":
+        _log_once(f"Kernels run in plain torch: {entries['triton'].refusal(*arguments)}.")
     elif selected == "auto" and operation == "scaled_linear":
-        possible = [tuning.fastest_backend(possible, entries, arguments)]
-    return entries[possible[0]].load()
+        first = tuning.fastest_backend([first, *usable], entries, arguments)
+    return entries[first].load()

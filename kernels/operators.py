@@ -356,22 +356,43 @@ def fp8_row_linear(x, codes, scale, bias=None, *, out_dtype=None) -> torch.Tenso
 
 
 def round_block(
-    weight, shift, before, coupling, scale, tile_rows: int, grid: ElementArithmetic, codes=None, level_scale=None
+    weight,
+    shift,
+    before,
+    coupling,
+    scale,
+    tile_rows: int,
+    grid: ElementArithmetic,
+    codes=None,
+    level_scale=None,
+    *,
+    out=None,
 ):
     """Round a block of columns one by one with error feedback; see :func:`.reference.rounding.round_block`.
 
     ``tile_rows`` is the height of a scale group, ``grid`` the arithmetic of the element format.
     """
     arguments = weight, shift, before, coupling, scale, tile_rows, ElementArithmetic(*grid), codes, level_scale
-    return implementation("round_block", *arguments)(*arguments)
+    return implementation("round_block", *arguments)(*arguments, out=out)
 
 
 def round_block_beam(
-    weight, shift, coupling, column_cost, scale, group_rows: int, element, beam_width: int, codes=None, level_scale=None
+    weight,
+    shift,
+    coupling,
+    column_cost,
+    scale,
+    group_rows: int,
+    element,
+    beam_width: int,
+    codes=None,
+    level_scale=None,
+    *,
+    out=None,
 ):
     """Round a block of columns by a beam search; see :func:`.reference.beam.round_block_beam`."""
     arguments = weight, shift, coupling, column_cost, scale, group_rows, element, beam_width, codes, level_scale
-    return implementation("round_block_beam", *arguments)(*arguments)
+    return implementation("round_block_beam", *arguments)(*arguments, out=out)
 
 
 def scale_errors(

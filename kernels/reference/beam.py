@@ -3,7 +3,7 @@
 import torch
 
 from ..element_format import ElementArithmetic
-from .rounding import element_step, enclosing_levels
+from .rounding import element_step, enclosing_levels, store_results
 
 __all__ = ["nearest_elements", "nearest_levels", "round_block_beam"]
 
@@ -47,6 +47,8 @@ def round_block_beam(
     beam_width: int,
     codes: torch.Tensor | None = None,
     level_scale: torch.Tensor | None = None,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a block of B columns as GPTQ does, keeping the best ``beam_width`` partial roundings of each row.
 
@@ -64,7 +66,7 @@ def round_block_beam(
         shift: float32 (B, R): error feedback from columns outside this block.
         coupling: float32 (B, B), strictly lower triangular: L_ij/L_jj of the Cholesky factor of H.
         column_cost: float32 (B,): L_jj².
-        scale, group_rows, element, codes, level_scale: see :func:`.rounding.round_block`.
+        scale, group_rows, element, codes, level_scale, out: see :func:`.rounding.round_block`.
         beam_width: number of partial roundings per row.
 
     Returns:
@@ -101,4 +103,4 @@ def round_block_beam(
     values, state = weight.new_empty(columns, rows), cost.argmin(dim=0)
     for column in range(columns):
         values[column], state = chosen[column, state, lane], parents[column, state, lane]
-    return values.half(), values * spread - weight
+    return store_results(values.half(), values * spread - weight, out)

@@ -12,6 +12,7 @@ __all__ = [
     "round_to_levels",
     "scale_errors",
     "search_level_scales",
+    "store_results",
 ]
 
 _EXPONENT = 0x7F800000  # exponent bits of a float32; only they set, the value is 2^⌊log2|x|⌋
@@ -69,6 +70,8 @@ def round_block(
     element: ElementArithmetic,
     codes: torch.Tensor | None = None,
     level_scale: torch.Tensor | None = None,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a block of B columns one by one, last column first, with error feedback to the other columns of the block.
 
@@ -88,6 +91,7 @@ def round_block(
         element: arithmetic of the element format.
         codes, level_scale: float32 (k,) and (B, R); q_i is then one of the levels of :func:`round_to_levels` with the scale
             of its column and row. None: any element.
+        out: where the results are written, contiguous; the second may be ``before``. None: to new memory.
 
     Returns:
         q as float16 (B, R), exact for every supported element format, and e as float32 (B, R).
@@ -102,7 +106,7 @@ def round_block(
 
     if coupling is None:
         values = nearest((weight - shift) / spread, slice(None))
-        return values.half(), values * spread - weight
+        return store_results(values.half(), values * spread - weight, out)
     values, errors, shift = torch.empty_like(weight), torch.empty_like(weight), shift.clone()
     # Views of the columns, made at once: on a CPU, indexing takes as long as the arithmetic on short columns.
     steps = spread.unbind() if spread.shape[0] > 1 else spread.unbind() * columns
@@ -111,7 +115,14 @@ def round_block(
         value.copy_(nearest((target - shifted).div_(step), column))
         torch.mul(value, step, out=error).sub_(target)
         shift.addr_(coupled, error if before is None else error - before[column])
-    return values.half(), errors
+    return store_results(values.half(), errors, out)
+
+
+def store_results(
+    values: torch.Tensor, errors: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results of a block, copied to ``out`` where it is given."""
+    return (values, errors) if out is None else (out[0].copy_(values), out[1].copy_(errors))
 
 
 def scale_errors(

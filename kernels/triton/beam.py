@@ -11,7 +11,7 @@ import triton.language as tl
 from ..element_format import ElementArithmetic
 from .launcher import Launcher
 from .quantize import SEPARATE
-from .rounding import element_constants
+from .rounding import element_constants, new_results
 
 __all__ = ["CONFIG", "MAX_BEAM_WIDTH", "beam_config", "round_block_beam"]
 
@@ -227,7 +227,18 @@ def _prepare_search(
 
 
 def round_block_beam(
-    weight, shift, coupling, column_cost, scale, group_rows, element, beam_width, codes=None, level_scale=None
+    weight,
+    shift,
+    coupling,
+    column_cost,
+    scale,
+    group_rows,
+    element,
+    beam_width,
+    codes=None,
+    level_scale=None,
+    *,
+    out=None,
 ):
     """See :func:`..reference.beam.round_block_beam`; for up to :data:`.rounding.MAX_COLUMNS` columns."""
     columns, rows = weight.shape
@@ -241,8 +252,7 @@ def round_block_beam(
         scale if codes is None else codes,
         scale if level_scale is None else level_scale.contiguous(),
         torch.empty(columns, rows, width, dtype=torch.int32, device=device),
-        torch.empty(columns, rows, dtype=torch.float16, device=device),
-        torch.empty(columns, rows, dtype=torch.float32, device=device),
+        *(out or new_results(columns, rows, device)),
     ]
     run = _prepare_search(
         columns,

@@ -243,6 +243,12 @@ def square_group_config(columns: int) -> dict[str, int]:
     return {"ROWS": 1024 // columns, "COLUMNS": columns}
 
 
+def new_results(columns: int, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the values and the errors of a block."""
+    values = torch.empty(columns, rows, dtype=torch.float16, device=device)
+    return values, torch.empty(columns, rows, dtype=torch.float32, device=device)
+
+
 @functools.lru_cache(maxsize=256)
 def _prepare_rounding(
     columns: int,
@@ -263,11 +269,10 @@ def _prepare_rounding(
     return lambda *tensors: run(*tensors, columns, rows, group_rows, scale_column_stride, rows)
 
 
-def round_block(weight, shift, before, coupling, scale, group_rows, element, codes=None, level_scale=None):
+def round_block(weight, shift, before, coupling, scale, group_rows, element, codes=None, level_scale=None, *, out=None):
     """See :func:`..reference.rounding.round_block`; for up to :data:`MAX_COLUMNS` columns."""
     columns, rows = weight.shape
-    values = torch.empty(columns, rows, dtype=torch.float16, device=weight.device)
-    errors = torch.empty(columns, rows, dtype=torch.float32, device=weight.device)
+    values, errors = out or new_results(columns, rows, weight.device)
     tensors = [
         weight.contiguous(),
         shift.contiguous(),

@@ -198,20 +198,22 @@ class Columns:
         self, block: slice, shift: torch.Tensor, coupling: torch.Tensor | None = None, *, again: bool = False
     ) -> None:
         """Round the columns of ``block``, see :func:`~learned_rounding.kernels.round_block`; ``again``: replace their errors."""
-        self._values[block], self.errors[block] = kernels.round_block(
+        values, errors = self._values[block], self.errors[block]
+        kernels.round_block(
             self._weight[block],
             shift,
-            self.errors[block] if again else None,
+            errors if again else None,
             coupling,
             *self._scales(block),
             *self._levels(block),
+            out=(values, errors),
         )
 
     def search(
         self, block: slice, shift: torch.Tensor, coupling: torch.Tensor, column_cost: torch.Tensor, beam_width: int
     ) -> None:
         """Round the columns of ``block`` by a beam search, see :func:`~learned_rounding.kernels.round_block_beam`."""
-        self._values[block], self.errors[block] = kernels.round_block_beam(
+        kernels.round_block_beam(
             self._weight[block],
             shift,
             coupling,
@@ -219,6 +221,7 @@ class Columns:
             *self._scales(block),
             beam_width,
             *self._levels(block),
+            out=(self._values[block], self.errors[block]),
         )
 
     def _scales(self, block: slice) -> tuple[torch.Tensor, int, ElementArithmetic]:
