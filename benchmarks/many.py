@@ -4,11 +4,12 @@
 file is read; what the process reads in all (``/proc/self/io``, Linux) has the check of the finished outputs too. The time is
 compared with that of reading the source once, tensor by tensor to the device as a run does, and that of writing the bytes of all
 outputs to the same disk and flushing them. ``calibrated`` is the same by GPTQ with statistics of realistic size. ``devices``
-quantizes with one GPU and with several. The first run of each kind is for warm-up; the median of ``--rounds`` further ones is
-reported, all of them are in the JSON. Files that are read are in the page cache.
+quantizes with one GPU and with several. The first run of each kind is for warm-up, that of ``devices`` on one block of each kind;
+the median of ``--rounds`` further ones is reported, all of them are in the JSON. Files that are read are in the page cache.
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import shutil
@@ -92,15 +93,15 @@ class Bench:
         if not self.calibration.exists():
             write_statistics(self.calibration, self._shapes, 8)
 
-    def time(self, label: str, work: Callable[[], object]) -> float:
-        """Median time in s of ``work``, each time with an empty folder of outputs."""
+    def time(self, label: str, work: Callable[[], object], first: Callable[[], object] | None = None) -> float:
+        """Median time in s of ``work``, each time with an empty folder of outputs; ``first``: what is done for warm-up."""
         times = []
-        for _ in range(self._rounds + 1):
+        for call in (first or work, *[work] * self._rounds):
             shutil.rmtree(self._out, ignore_errors=True)
             self._out.mkdir()
             self._wait()
             start = time.perf_counter()
-            work()
+            call()
             self._wait()
             times.append(time.perf_counter() - start)
         self.runs[label] = times[1:]
@@ -145,10 +146,19 @@ class Bench:
         with CalibrationFile(self.calibration) as opened:
             yield opened
 
-    def quantize(self, name: str, calibration: CalibrationFile, devices: str) -> None:
+    def write_part(self, blocks: tuple[int, int]) -> Path:
+        """Write the first blocks of the model as a model of its own; returns its path."""
+        path, names = (
+            self.source.with_name("part.safetensors"),
+            {f"blocks.{name}" for name, _ in layer_shapes(1, *blocks)},
+        )
+        write_model(path, {name: shape for name, shape in self._shapes.items() if name in names})
+        return path
+
+    def quantize(self, source: Path, name: str, calibration: CalibrationFile, devices: str) -> None:
         """Make one output on these devices."""
         target = self._out / f"{name}.safetensors"
-        quantize_file(self.source, target, recipe(name, "calibrated"), calibration=calibration, device=devices)
+        quantize_file(source, target, recipe(name, "calibrated"), calibration=calibration, device=devices)
 
 
 def recipe(name: str, rounding: str) -> Recipe:
@@ -222,7 +232,7 @@ def measure_calibrated(bench: Bench, args) -> list[Row]:
 
 
 def measure_devices(bench: Bench, args) -> list[Row]:
-    rows = []
+    rows, part = [], bench.write_part((1, 1))
     with bench.statistics() as calibration:
         for name in args.formats:
             one = None
@@ -232,10 +242,11 @@ def measure_devices(bench: Bench, args) -> list[Row]:
                     rows.append(row | {"seconds": NOT_MEASURED})
                     continue
                 devices = ",".join(f"cuda:{index}" for index in range(count))
-                seconds = bench.time(
-                    f"devices: {name} on {count}",
-                    lambda name=name, devices=devices: bench.quantize(name, calibration, devices),
+                work, first = (
+                    functools.partial(bench.quantize, source, name, calibration, devices)
+                    for source in (bench.source, part)
                 )
+                seconds = bench.time(f"devices: {name} on {count}", work, first)
                 one = one or seconds
                 rows.append(row | {"seconds": seconds, "x the first": seconds / one})
     return rows

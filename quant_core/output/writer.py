@@ -98,6 +98,7 @@ class SafetensorsWriter:
         self._checked = 0  # bytes of the complete file that were read again
         self._written_back = 0
         self._writeback: Future[None] | None = None
+        self._finishing: Future[int] | None = None
         try:
             wait_for(self._partial.submit(self._open), check)
         except BaseException:
@@ -157,12 +158,18 @@ class SafetensorsWriter:
                 opened.pop_all()
             self._written_back = self._layout.end
 
+    def start_to_finish(self, metadata: Mapping[str, str]) -> None:
+        """Let a thread do what :meth:`finish` waits for, while other files are finished."""
+        self._finishing = self._partial.submit(self._finish, metadata)
+
     def finish(
-        self, metadata: Mapping[str, str], on_check: Callable[[int, int], None] = lambda done, total: None
+        self, metadata: Mapping[str, str] | None = None, on_check: Callable[[int, int], None] = lambda done, total: None
     ) -> int:
         """Write the header, check the file, flush it to the disk and give it its name; returns its size in bytes.
 
-        ``on_check``: called with the checked bytes and all bytes while the file is read again, up to a hundred times.
+        Args:
+            metadata: of the header; None after :meth:`start_to_finish`.
+            on_check: called with the checked bytes and all bytes while the file is read again, up to a hundred times.
 
         Raises:
             OutputExistsError: a file of other content has the name and must not be overwritten.
@@ -179,7 +186,10 @@ class SafetensorsWriter:
                 shown = done * 100 // total
                 on_check(done, total)
 
-        return wait_for(self._partial.submit(self._finish, metadata), check)
+        if metadata is not None:
+            self.start_to_finish(metadata)
+        assert self._finishing is not None, "start_to_finish was not called"
+        return wait_for(self._finishing, check)
 
     def _finish(self, metadata: Mapping[str, str]) -> int:
         with self._partial.access():

@@ -325,7 +325,11 @@ class _TargetsRun:
             QuantizationLoop(self._recorded, list(runs.values()), calibration, pool, reading, self._check).execute()
             for number in runs:
                 with self._collected(number):
-                    self._results[number] = files[number].finish(self._recorded, self._check)
+                    files[number].start_to_finish(self._recorded, self._check)
+            for number in runs:
+                if number not in self._results:
+                    with self._collected(number):
+                        self._results[number] = files[number].finish()
 
     def _allocate(self, file: "_TargetFile", pool: TaskPool) -> None:
         """Give every layer of a target its format."""
@@ -436,27 +440,32 @@ class _TargetFile:
         report.output, report.already_done = str(self.destination), True
         return report
 
-    def finish(self, recorded: RecordedSource, check: CancelCheck) -> Report:
-        """Check that the inputs are unchanged, and give the complete file its name.
+    def start_to_finish(self, recorded: RecordedSource, check: CancelCheck) -> None:
+        """Check that the inputs are unchanged, and begin to give the complete file its name.
 
         Raises:
             SourceError: the source was changed while it was read.
-            NothingToQuantizeError, OutputError: as :meth:`OutputRun.finish` and :meth:`SafetensorsWriter.finish`.
+            NothingToQuantizeError: as :meth:`OutputRun.finish`.
         """
-        run, writer, emit = self.run, self.writer, self.target.on_event
+        run, writer = self.run, self.writer
         assert run is not None and writer is not None
         run.finish()
         if not self._states.check_unwritten(self._source):
             recorded.check_unchanged(check)
             if self._compute_fingerprint() != self.fingerprint:
                 raise SourceError(f"{self._source.name} was changed while it was read; run again.")
-        report = run.report
-        report.bytes_out = writer.finish(
+        writer.start_to_finish(
             file_metadata(
-                self._source, self.plan, self.target.recipe, run.configs, self.fingerprint, report.sequential
-            ),
-            lambda done, total: emit(OutputChecked(done=done, total=total)),
+                self._source, self.plan, self.target.recipe, run.configs, self.fingerprint, run.report.sequential
+            )
         )
+
+    def finish(self) -> Report:
+        """Wait until the file has its name. Raises :class:`OutputError` as :meth:`SafetensorsWriter.finish`."""
+        run, writer, emit = self.run, self.writer, self.target.on_event
+        assert run is not None and writer is not None
+        report = run.report
+        report.bytes_out = writer.finish(on_check=lambda done, total: emit(OutputChecked(done=done, total=total)))
         report.already_done = writer.matched_existing
         remove_leftovers(self.hidden)
         report.output = str(self.destination)
