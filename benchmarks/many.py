@@ -14,6 +14,7 @@ import itertools
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -79,12 +80,13 @@ class Bench:
         source, calibration: path of the model and of its statistics.
     """
 
-    def __init__(self, args, folder: Path):
+    def __init__(self, args, folder: Path, blocks: tuple[int, int]):
+        folder.mkdir(exist_ok=True)
         self.device = usable_device(None)
         self.runs: dict[str, list[float]] = {}
         self.source, self.calibration = folder / "model.safetensors", folder / "model.calib.safetensors"
         self._rounds, self._out = args.rounds, folder / "out"
-        width, blocks = (_QUICK_WIDTH, (1, 1)) if args.quick else (_WIDTH, args.blocks)
+        width = _QUICK_WIDTH if args.quick else _WIDTH
         self._shapes = {f"blocks.{name}": shape for name, shape in layer_shapes(width, *blocks)}
         write_model(self.source, self._shapes)
 
@@ -104,6 +106,7 @@ class Bench:
             call()
             self._wait()
             times.append(time.perf_counter() - start)
+            print(f"{label}: {times[-1]:.2f} s", file=sys.stderr)
         self.runs[label] = times[1:]
         return statistics.median(times[1:])
 
@@ -145,15 +148,6 @@ class Bench:
         self.write_calibration()
         with CalibrationFile(self.calibration) as opened:
             yield opened
-
-    def write_part(self, blocks: tuple[int, int]) -> Path:
-        """Write the first blocks of the model as a model of its own; returns its path."""
-        path, names = (
-            self.source.with_name("part.safetensors"),
-            {f"blocks.{name}" for name, _ in layer_shapes(1, *blocks)},
-        )
-        write_model(path, {name: shape for name, shape in self._shapes.items() if name in names})
-        return path
 
     def quantize(self, source: Path, name: str, calibration: CalibrationFile, devices: str) -> None:
         """Make one output on these devices."""
@@ -232,8 +226,8 @@ def measure_calibrated(bench: Bench, args) -> list[Row]:
 
 
 def measure_devices(bench: Bench, args) -> list[Row]:
-    rows, part = [], bench.write_part((1, 1))
-    with bench.statistics() as calibration:
+    rows, few = [], Bench(args, bench.source.with_name("few"), (1, 1))
+    with bench.statistics() as calibration, few.statistics() as few_statistics:
         for name in args.formats:
             one = None
             for count in args.devices:
@@ -243,8 +237,8 @@ def measure_devices(bench: Bench, args) -> list[Row]:
                     continue
                 devices = ",".join(f"cuda:{index}" for index in range(count))
                 work, first = (
-                    functools.partial(bench.quantize, source, name, calibration, devices)
-                    for source in (bench.source, part)
+                    functools.partial(bench.quantize, source, name, known, devices)
+                    for source, known in ((bench.source, calibration), (few.source, few_statistics))
                 )
                 seconds = bench.time(f"devices: {name} on {count}", work, first)
                 one = one or seconds
@@ -283,7 +277,7 @@ def main() -> None:
     )
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
-        bench = Bench(args, folder)
+        bench = Bench(args, folder, (1, 1) if args.quick else args.blocks)
         rows = list(itertools.chain.from_iterable(SECTIONS[name](bench, args) for name in args.only))
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         finish(args, rows, source_gb=bench.source.stat().st_size / 1e9, gpus=gpus, runs=bench.runs)
