@@ -25,6 +25,7 @@ from ..errors import SourceError
 from ..file_system import long_path
 from .dtypes import DTYPE_NAMES
 from .positional import positional_reader
+from .recycled import RecycledMemory
 from .source import CPU, TensorInfo
 from .staging import Staging
 
@@ -35,6 +36,7 @@ MAX_NAME = 1000  # characters of the name of a layer, and of the part after it; 
 MAX_RANK = 64  # dimensions; the limit of torch operators
 SIZE_LIMIT = 2**63  # torch stores sizes and offsets as int64
 _CHUNK = 1 << 24  # bytes per read; bounds the delay until close() stops a reading thread
+_TENSORS_OF_ONE_DEVICE = 4  # that a run holds at most: being read, quantized and written
 _PARSE_ERRORS = (
     ValueError,
     TypeError,
@@ -100,7 +102,7 @@ class TensorFile(ABC):
         self._lock = threading.Lock()
         self._readers = 0  # threads in _read_into
         self._closing = False
-        self._staging = Staging()
+        self._staging, self._memory = Staging(), RecycledMemory(_TENSORS_OF_ONE_DEVICE)
         if os.path.isdir(self.path):
             raise SourceError(f"{self.path} is a folder; give a file in it.", file=str(self.path))
         self._file = open_regular_file(self.path)
@@ -188,7 +190,8 @@ class TensorFile(ABC):
     def _read_bytes(self, name: str, offset: int, length: int, device: torch.device) -> torch.Tensor:
         """Return ``length`` stored bytes of a tensor from ``offset``, as uint8 on ``device``."""
         begin = self._offsets[name] + offset
-        buffer = torch.empty(length, dtype=torch.uint8, device=device)
+        on_cpu = torch.device(device).type == "cpu"
+        buffer = self._memory.empty(length) if on_cpu else torch.empty(length, dtype=torch.uint8, device=device)
         if buffer.is_cuda:
             self._staging.fill(buffer, lambda view, done: self._read_into(view, begin + done, f"tensor {name}"))
         elif length:

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import torch
 
+from ..sources.recycled import RecycledMemory
 from .shared_memory import SharedMemory
 
 __all__ = ["Packed", "RemoteTraceback", "pack", "pack_error", "read_message", "unpack", "write_message"]
@@ -62,14 +63,14 @@ class _SharingPickler(pickle.Pickler):
 class _SharingUnpickler(pickle.Unpickler):
     """Makes the tensors of a :class:`_SharingPickler`."""
 
-    def __init__(self, file: IO[bytes], memory: SharedMemory | None, copy: bool):
+    def __init__(self, file: IO[bytes], memory: SharedMemory | None, copies: RecycledMemory | None):
         super().__init__(file)
-        self._memory, self._copy = memory, copy
+        self._memory, self._copies = memory, copies
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         assert self._memory is not None
         tensor = self._memory.tensor(*pid)
-        return tensor.clone() if self._copy else tensor
+        return tensor if self._copies is None else self._copies.copy(tensor)
 
 
 def write_message(file: IO[bytes], message: Any, slot: int | None = None, memory: SharedMemory | None = None) -> None:
@@ -104,19 +105,19 @@ def _share_tensors(message: Any, memory: SharedMemory) -> tuple[int, bytes] | No
     return pickler.size, content.getvalue()
 
 
-def read_message(file: IO[bytes], memories: Sequence[SharedMemory] = (), *, copy: bool = False) -> Any:
+def read_message(file: IO[bytes], memories: Sequence[SharedMemory] = (), copies: RecycledMemory | None = None) -> Any:
     """Read the next message. Raises EOFError if the other process has ended, also in the middle of a message.
 
     Args:
         memories: shared memory of each slot.
-        copy: copy the tensors out of it; otherwise they are valid until the next message with the same slot.
+        copies: where tensors are copied to; None: they are valid until the next message with the same slot.
     """
     try:
         slot, size = pickle.load(file)
         memory = None if slot is None else memories[slot]
         if memory is not None:
             memory.reserve(size)
-        return _SharingUnpickler(file, memory, copy).load()
+        return _SharingUnpickler(file, memory, copies).load()
     except pickle.UnpicklingError as error:
         raise EOFError(f"a message ended early: {error}") from error
 

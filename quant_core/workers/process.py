@@ -24,6 +24,7 @@ import torch
 from ... import kernels
 from ..errors import OutOfMemoryError
 from ..file_system import widen_pipe
+from ..sources.recycled import RecycledMemory
 from ..sources.source import CPU
 from .messages import RemoteTraceback, pack_error, read_message, write_message
 from .shared_memory import SharedMemory
@@ -54,6 +55,7 @@ class WorkerProcess:
     def __init__(self, device: torch.device, slots: int = 1):
         self.device = device
         self._free, self._taken = deque(range(slots)), dict[int, int]()  # slots; number of a task → its slot
+        self._copies = RecycledMemory()
         shared = slots if SharedMemory.exists() else 0
         self._tasks, self._results = ([SharedMemory() for _ in range(shared)] for _ in range(2))
         tasks, results = ([memory.descriptor for memory in memories] for memories in (self._tasks, self._results))
@@ -94,7 +96,7 @@ class WorkerProcess:
         Raises:
             EOFError: the process has ended.
         """
-        kind, content = read_message(self._stdout, self._results, copy=True)
+        kind, content = read_message(self._stdout, self._results, self._copies)
         if kind in ("failed", "lost"):
             number, (error, trace) = content
             error.__cause__ = RemoteTraceback(trace)

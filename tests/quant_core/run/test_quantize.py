@@ -245,7 +245,7 @@ def test_a_missing_source(tmp_path, listing, sentences):
 def test_the_check_of_the_file_is_an_event(tmp_path, model_file, monkeypatch):
     real, events = SafetensorsWriter.finish, []
 
-    def finish(self, metadata, on_check) -> int:
+    def finish(self, metadata=None, on_check=lambda done, total: None) -> int:
         on_check(1, 2)
         return real(self, metadata)
 

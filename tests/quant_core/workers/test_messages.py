@@ -11,6 +11,7 @@ import torch
 
 from learned_rounding.quant_core.errors import RecipeError, UnknownNameError
 from learned_rounding.quant_core.sources.dtypes import TORCH_DTYPES
+from learned_rounding.quant_core.sources.recycled import RecycledMemory
 from learned_rounding.quant_core.workers.messages import RemoteTraceback, pack_error, read_message, write_message
 from learned_rounding.quant_core.workers.shared_memory import SharedMemory
 
@@ -104,7 +105,7 @@ def test_copied_tensors_stay_when_the_memory_is_used_again():
             file = io.BytesIO()
             write_message(file, torch.full((3,), value), 0, memory)
             file.seek(0)
-            got += read_message(file, [memory], copy=True).tolist()
+            got += read_message(file, [memory], RecycledMemory()).tolist()
         assert got == [1, 1, 1, 2, 2, 2]
 
 
