@@ -32,6 +32,7 @@ from ..run.blocks import require_model
 from .output_names import OutputNames, check_template, fill_template
 from .plan import BatchPlan, Group, Output
 from .problems import Problems, show
+from .report import find_other_file
 from .source_list import PlannedSource, count_bytes, expand_all, list_files, path_key, read_sources
 
 __all__ = ["PLAN_KEYS", "RECIPE_KEYS", "read_plan"]
@@ -103,6 +104,7 @@ class _PlanReader:
         plan = BatchPlan(
             self._problems.path, (), self._find_report(), self._values.get("device"), self._values.get("split", False)
         )
+        self._check_report(plan)
         recipes = self._read_recipes()
         sources = read_sources(self._problems, self._require("sources", SourceError, "list models or patterns in it"))
         for source in sources:
@@ -129,6 +131,13 @@ class _PlanReader:
         if not self._given.get(key):
             self._problems.add(kind, f"the plan has no {key}; {advice}.", key)
         return self._values.get(key) or ()
+
+    def _check_report(self, plan: BatchPlan) -> None:
+        """Add a problem if the report would replace another file."""
+        other = None if self._overwrite else find_other_file(*plan.report_files)
+        if other is not None:
+            text = f"{other} exists and is not the report of a batch; name the report otherwise, or overwrite it."
+            self._problems.add(OutputError, text, "report")
 
     def _find_report(self) -> Path:
         """Path of the report without a suffix; by default that of the plan."""

@@ -14,10 +14,11 @@ from ..output.together import write_together
 from ..version import VERSION
 from .plan import ALREADY_DONE, FAILED, NOT_RUN, BatchPlan, Outcome
 
-__all__ = ["BatchReport", "describe_outcome"]
+__all__ = ["BatchReport", "describe_outcome", "find_other_file"]
 
 _CARRIED = ("seconds", "device", "layers", "resumed", "unquantized", "median_error", "median_output_error")
 _LONGEST = 100_000_000  # bytes of an earlier report that is read
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 class BatchReport:
@@ -165,12 +166,26 @@ def _show_path(path: str) -> str:
     return "`{}`".format(escape_control(path).replace("`", "'"))
 
 
+def find_other_file(as_json: Path, as_markdown: Path) -> Path | None:
+    """The first of the files of a report that exists and is not an earlier report; None if there is no such file."""
+    try:
+        if _read_document(as_json)["command"] == "batch":
+            return None
+    except _UNREADABLE:
+        pass
+    return next((path for path in (as_json, as_markdown) if path.exists()), None)
+
+
 def _read_earlier(path: Path) -> dict[str, dict[str, Any]]:
     """Output → its entry in the earlier report at ``path``; empty without one that can be read."""
     try:
-        if path.stat().st_size > _LONGEST:
-            return {}
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {entry["output"]: entry for entry in files}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {entry["output"]: entry for entry in _read_document(path)["files"]}
+    except _UNREADABLE:
         return {}
+
+
+def _read_document(path: Path) -> Any:
+    """The content of a JSON file that is not too long for a report. Raises one of ``_UNREADABLE``."""
+    if path.stat().st_size > _LONGEST:
+        raise ValueError(f"{path} is longer than a report")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import learned_rounding
 from learned_rounding.quant_core import Recipe
 from learned_rounding.quant_core.batch.plan_file import PLAN_KEYS, RECIPE_KEYS, read_plan
+from learned_rounding.quant_core.batch.report import BatchReport
 from learned_rounding.quant_core.batch.source_list import SOURCE_KEYS
 from learned_rounding.quant_core.errors import (
     CalibrationError,
@@ -207,6 +208,8 @@ WRONG: dict[str, type[QuantizationError]] = {
     f"{A}output = 'x.safetensors'\n[recipes.r]\n[recipes.s]\n": OutputError,
     f"{A}output = '{{recipe}}.safetensors'\n[recipes.r]\n[recipes.R]\n": OutputError,
     f"{A}report = 'folder/r'\noutput = 'folder/r.md'\n{R}": OutputError,
+    f"{A}report = 'notes'\n{R}": OutputError,
+    f"{A}report = 'settings'\n{R}": OutputError,
     f"sources = ['a.safetensors', 'a.safetensors']\n{R}": OutputError,
     f"{A}overwrite = 1\noutput = 5\n[recipes.r]\nformt = 'int8'\n": RecipeError,
 }  # fmt: skip
@@ -218,7 +221,19 @@ def folder(touch, model_file, calibration, tmp_path):
     model_file("a.safetensors")
     touch("b.safetensors", "folder/x")
     calibration("c.calib.safetensors")
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    (tmp_path / "settings.json").write_text('{"command": "quantize"}')
     return tmp_path
+
+
+def test_another_file_is_replaced_by_a_report_where_that_is_asked_for(planned, folder):
+    assert planned(f"{A}report = 'notes'\noverwrite = true\n{R}").report == folder / "notes"
+
+
+def test_an_earlier_report_is_replaced(planned, folder):
+    plan = planned(f"{A}{R}")
+    BatchReport(plan, ["cpu"]).save()
+    assert planned(f"{A}{R}").report_files == plan.report_files
 
 
 def test_mistakes_are_one_sentence(planned, folder, subtests, sentences):
