@@ -16,6 +16,7 @@ which is (1) with H_ij/H_jj for all i ≠ j: the loss never rises (arXiv 2309.01
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -58,6 +59,18 @@ class Factorization:
     pivots: torch.Tensor
     dampening: float
     coupling: torch.Tensor | None
+
+    @cached_property
+    def feedback(self) -> dict[int, torch.Tensor]:
+        """First column of a block → L_ij/L_jj of its columns for i > j, else 0, float32 (block, block)."""
+        return {block.start: self.unit[block, block].tril(-1) for block in _all_blocks(len(self.unit))}
+
+    @cached_property
+    def descent(self) -> dict[int, torch.Tensor]:
+        """First column of a block → H_ij/(H_jj + λ) of its columns for i ≠ j, else 0, float32 (block, block)."""
+        assert self.coupling is not None
+        divisor = self.diagonal + self.dampening
+        return {block.start: self.coupling[block, block] / divisor[block] for block in _all_blocks(len(divisor))}
 
 
 def factorize(
@@ -150,8 +163,9 @@ def _feed_forward(columns: "Columns", factorization: Factorization, beam_width: 
         shift = unit[panel.stop :, panel].t() @ columns.errors[panel.stop :]
         for block in column_blocks(panel.start, panel.stop, _BLOCK, check):
             done, own = slice(block.stop, panel.stop), shift[block.start - panel.start : block.stop - panel.start]
-            own.addmm_(unit[done, block].t(), columns.errors[done])
-            coupling = unit[block, block].tril(-1)
+            if done.start < done.stop:
+                own.addmm_(unit[done, block].t(), columns.errors[done])
+            coupling = factorization.feedback[block.start]
             if beam_width == 1:
                 columns.round(block, own, coupling)
             else:
@@ -169,7 +183,7 @@ def _descend(columns: "Columns", factorization: Factorization, check: CancelChec
         for block in column_blocks(panel.start, panel.stop, _BLOCK, check):
             own = shift[block.start - panel.start : block.stop - panel.start]
             own.addmm_(coupling[block, panel], errors[panel]).div_(diagonal[block, None])
-            columns.round(block, own, coupling[block, block] / diagonal[block], again=True)
+            columns.round(block, own, factorization.descent[block.start], again=True)
 
 
 class Columns:
@@ -236,6 +250,12 @@ class Columns:
     def qdata(self) -> torch.Tensor:
         """Quantized values (rows, in), in the weight's own order of columns."""
         return self._values[self._order.argsort()].t().to(self._elements.dtype)
+
+
+def _all_blocks(count: int) -> Iterator[slice]:
+    """The blocks of all panels of ``count`` columns."""
+    for panel in column_blocks(0, count, _PANEL, None):
+        yield from column_blocks(panel.start, panel.stop, _BLOCK, None)
 
 
 def column_blocks(start: int, stop: int, size: int, check: CancelCheck | None) -> Iterator[slice]:
