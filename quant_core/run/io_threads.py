@@ -113,6 +113,20 @@ class LayerWriter:
         ):
             self._wait_for_first()
 
+    def wait(self) -> None:
+        """Wait until all layers are written."""
+        while self._pending:
+            self._wait_for_first()
+
+    def abandon(self) -> None:
+        """Write no further layers; leaving the context waits for none."""
+        self._pending.clear()
+        self._stop()
+
+    def _stop(self) -> None:
+        """Begin no further write; one that hangs ends on its own."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def _wait_for_first(self) -> None:
         """Wait until the first layer of the queue is written. Raises the error with which that failed."""
         future, size = self._pending[0]
@@ -125,8 +139,7 @@ class LayerWriter:
 
     def __exit__(self, kind, *_) -> None:
         try:
-            while kind is None and self._pending:
-                self._wait_for_first()
+            if kind is None:
+                self.wait()
         finally:
-            # After an error or a cancellation, a write that hangs ends on its own.
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._stop()

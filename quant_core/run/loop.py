@@ -1,7 +1,8 @@
 """The quantization loop: every tensor of the source, read once, to all outputs of a run, layer by layer."""
 
+import functools
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import torch
 
 from ..calibration import Calibration, LayerStatistics
 from ..cancellation import CancelCheck, wait_for_any
-from ..errors import NonFiniteWeightError
+from ..errors import NonFiniteWeightError, OutputError
 from ..recipes import Plan
 from ..sources import Source
 from ..sources.source import CPU, is_computed
@@ -39,9 +40,9 @@ class _Copy:
     def size(self) -> int:
         return self.tensor.nbytes
 
-    def write(self) -> None:
-        for output in self.outputs:
-            output.copy(self.name, self.tensor)
+    def write(self, number: int) -> None:
+        """Write it to the output of this number."""
+        self.outputs[number].copy(self.name, self.tensor)
 
 
 @dataclass
@@ -60,9 +61,9 @@ class _Quantization:
     outputs: Sequence[OutputRun]
     future: "Future[list[LayerResult | NonFiniteWeightError]]"
 
-    def write(self) -> None:
-        for output, result in zip(self.outputs, self.future.result(), strict=True):
-            output.finish_layer(self.started, result)
+    def write(self, number: int) -> None:
+        """Write it to the output of this number."""
+        self.outputs[number].finish_layer(self.started, self.future.result()[number])
 
 
 @dataclass
@@ -70,7 +71,8 @@ class QuantizationLoop:
     """Reads tensors in order, lets the devices of a pool quantize them, and writes the results in the same order.
 
     The next tensors are read and the previous layers are written by threads. Several outputs share each read, the statistics
-    of a layer and what is computed from them; an output that is rounded block by block is the only one.
+    of a layer and what is computed from them; an output that is rounded block by block is the only one. An output that cannot
+    be written does not stop the others.
 
     Attributes:
         source: where tensors are read.
@@ -79,6 +81,7 @@ class QuantizationLoop:
         pool: devices that quantize.
         device: where weights are read to, see :func:`weight_device`.
         check: called often; raises to cancel.
+        failed: outputs that could not be written, and why.
     """
 
     source: Source
@@ -87,11 +90,16 @@ class QuantizationLoop:
     pool: TaskPool
     device: torch.device
     check: CancelCheck
+    failed: dict[OutputRun, OutputError] = field(default_factory=dict)
     _pending: "deque[_Copy | _Quantization]" = field(default_factory=deque)
     _needed: Mapping[OutputRun, set[str]] = field(default_factory=dict)
 
     def execute(self) -> None:
-        """Quantize, copy or remove every tensor of all outputs. An error leaves nothing to wait for."""
+        """Quantize, copy or remove every tensor of all outputs. An error leaves nothing to wait for.
+
+        Raises:
+            OutputError: none of the outputs can be written.
+        """
         self._needed = {output: output.start() for output in self.outputs}
         reads = list(self._merge_reads())
         with ExitStack() as opened:
@@ -104,6 +112,8 @@ class QuantizationLoop:
                 del tensor  # its memory is free before the thread reads the next tensor
                 self._write_finished(self.pool.capacity)
             self._write_finished(1)
+            for output in self.outputs:
+                self._write(output, output.wait)
 
     @property
     def _reading_threads(self) -> int:
@@ -152,7 +162,8 @@ class QuantizationLoop:
         alone = self.pool.capacity == 1 and len(self.outputs) == 1
         began = self.outputs[0].elapsed if alone else None
         for output in orders:
-            output.start_layer(name)
+            if output not in self.failed:
+                output.start_layer(name)
         bias = next((output.biases[name] for output in orders if name in output.biases), None)
         tensors = {name: weight.to(self.pool.device)}
         if bias is not None:
@@ -185,7 +196,9 @@ class QuantizationLoop:
         while True:
             self.check()
             while self._pending and (self._pending[0].future is None or self._pending[0].future.done()):
-                self._pending.popleft().write()
+                finished = self._pending.popleft()
+                for number, output in enumerate(finished.outputs):
+                    self._write(output, functools.partial(finished.write, number))
                 self._report_failures()
             futures = [each.future for each in self._pending if each.future is not None and not each.future.done()]
             waiting = sum(each.size for each in self._pending)
@@ -193,6 +206,18 @@ class QuantizationLoop:
                 return
             wait_for_any(futures, self.check)
             self._report_failures()
+
+    def _write(self, output: OutputRun, write: Callable[[], None]) -> None:
+        """Let an output write, unless it has failed; after its error the others continue without it."""
+        if output in self.failed:
+            return
+        try:
+            write()
+        except OutputError as error:
+            self.failed[output] = error
+            output.abandon()
+            if len(self.failed) == len(self.outputs):
+                raise
 
     def _report_failures(self) -> None:
         for failure in self.pool.take_failures():

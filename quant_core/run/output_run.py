@@ -144,6 +144,14 @@ class OutputRun:
         finished = self._finished(started, result, bytes_out=size)
         self._write_layer(result.tensors, finished, *self._kept_bias(bias_name, corrected=result.bias_corrected))
 
+    def wait(self) -> None:
+        """Wait until all of the output that was handed over is written."""
+        self._writer.wait()
+
+    def abandon(self) -> None:
+        """Write nothing more, after an error of this output."""
+        self._writer.abandon()
+
     def report_failure(self, failure: DeviceFailure) -> None:
         """Report a device that failed; the report names each sentence once."""
         if (text := str(failure)) not in self.report.warnings:

@@ -212,8 +212,9 @@ def quantize_files(
         pool: other machines that quantize, instead of ``device``; this process reads and writes.
 
     Returns:
-        For each target its report, or the error for which it was not made. An existing output, or a recipe that selects no
-        layer, concerns one target; an error during the run concerns all that are not complete.
+        For each target its report, or the error for which it was not made. An existing output, a recipe that selects no
+        layer, and an output that cannot be written concern one target; another error during the run concerns all that are
+        not complete.
 
     Raises:
         QuantizationError: the source cannot be opened, a device cannot be used, or two targets have the same output.
@@ -322,11 +323,16 @@ class _TargetsRun:
                 return
             calibration = calibrations[0] if calibrations else None
             reading = weight_device(self._source, pool, device)
-            QuantizationLoop(self._recorded, list(runs.values()), calibration, pool, reading, self._check).execute()
-            for number in runs:
+            loop = QuantizationLoop(self._recorded, list(runs.values()), calibration, pool, reading, self._check)
+            try:
+                loop.execute()
+            finally:
+                self._results |= {number: loop.failed[run] for number, run in runs.items() if run in loop.failed}
+            written = [number for number, run in runs.items() if run not in loop.failed]
+            for number in written:
                 with self._collected(number):
                     files[number].start_to_finish(self._recorded, self._check)
-            for number in runs:
+            for number in written:
                 if number not in self._results:
                     with self._collected(number):
                         self._results[number] = files[number].finish()

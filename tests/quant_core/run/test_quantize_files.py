@@ -1,5 +1,6 @@
 """Several outputs of one source in one run: what they share, and what concerns one of them."""
 
+import errno
 from collections import Counter
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from learned_rounding.quant_core import Recipe, quantize_file
 from learned_rounding.quant_core.calibration import InMemoryCalibration, LayerStatistics
 from learned_rounding.quant_core.errors import NothingToQuantizeError, OutputError, OutputExistsError
 from learned_rounding.quant_core.events import LayerFinished, RunFinished
+from learned_rounding.quant_core.output import SafetensorsWriter
 from learned_rounding.quant_core.run.quantize import Target, quantize_files
 from learned_rounding.quant_core.run.report import Report
 from learned_rounding.quant_core.sources import open_source
@@ -105,6 +107,44 @@ def test_an_error_during_the_run_concerns_all_that_are_not_complete(model, model
     made = targets(tmp_path, *NAMES[:2])
     errors = quantize_files(model_file(tensors=tensors), made, device="cpu", general=True)
     assert {type(error) for error in errors} == {NothingToQuantizeError}
+    assert listing() == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("devices", ["cpu", pytest.param("cpu:0,cpu:1", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("tensor", ["first", "last"])
+def test_an_output_that_cannot_be_written_does_not_stop_the_others(
+    model_file, tmp_path, monkeypatch, listing, devices, tensor
+):
+    made, real, added = targets(tmp_path, *NAMES), SafetensorsWriter.add, []
+
+    def add(writer, name, value):
+        if writer._partial.path == made[1].destination:
+            added.append(name)
+            if tensor == "first" or len(added) == last:
+                with writer._partial.access():
+                    raise OSError(errno.ENOSPC, "No space left on device")
+        return real(writer, name, value)
+
+    source = model_file()
+    quantize_file(source, tmp_path / "alone.safetensors", made[1].recipe, device="cpu", general=True)
+    with open_source(tmp_path / "alone.safetensors") as alone:
+        last = len(alone.tensors)
+    monkeypatch.setattr(SafetensorsWriter, "add", add)
+    results = quantize_files(source, made, device=devices, general=True)
+    assert [type(result) for result in results] == [Report, OutputError, Report, Report]
+    expected = {"model.safetensors", "alone.safetensors", *(target.destination.name for target in made)}
+    assert set(listing()) == expected - {made[1].destination.name}
+
+
+def test_where_no_output_can_be_written_each_has_its_error(model_file, tmp_path, monkeypatch, listing):
+    def add(writer, name, value):
+        with writer._partial.access():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SafetensorsWriter, "add", add)
+    made = targets(tmp_path, *NAMES[:2])
+    results = quantize_files(model_file(), made, device="cpu", general=True)
+    assert [str(target.destination) in str(result) for target, result in zip(made, results, strict=True)] == [True] * 2
     assert listing() == ["model.safetensors"]
 
 
