@@ -6,11 +6,13 @@ cache; so the memory of a tensor that is gone is kept for the next one.
 
 import threading
 import weakref
+from typing import Any
 
-import numpy as np
 import torch
 
 __all__ = ["RecycledMemory"]
+
+Array = Any  # of NumPy
 
 _LARGE = 1 << 22  # bytes from which on memory is kept; the system's allocator keeps that of smaller tensors
 _MOST_KEPT = 1 << 29  # bytes
@@ -26,7 +28,7 @@ class RecycledMemory:
 
     def __init__(self, others: int = 0):
         self._others, self._used = others, 0
-        self._kept: list[np.ndarray] = []
+        self._kept: list[Array] = []
         self._lock = threading.RLock()  # memory can be given back at any point, also of this class
 
     def empty(self, size: int) -> torch.Tensor:
@@ -46,7 +48,7 @@ class RecycledMemory:
         """A copy of a contiguous tensor on the CPU."""
         return self.empty(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
-    def _take(self, size: int) -> np.ndarray | None:
+    def _take(self, size: int) -> Array | None:
         """Memory of about the size out of what is kept. Where there is none, the oldest is freed: sizes have changed."""
         with self._lock:
             for index, whole in enumerate(self._kept):
@@ -56,7 +58,7 @@ class RecycledMemory:
             del self._kept[:1]
             return None
 
-    def give_back(self, whole: np.ndarray) -> None:
+    def give_back(self, whole: Array) -> None:
         """Keep memory that is not used any more, unless there is much already."""
         with self._lock:
             self._used -= 1
@@ -65,7 +67,7 @@ class RecycledMemory:
                 self._kept.append(whole)
 
 
-def _give_back(owner: "weakref.ref[RecycledMemory]", whole: np.ndarray) -> None:
+def _give_back(owner: "weakref.ref[RecycledMemory]", whole: Array) -> None:
     memory = owner()
     if memory is not None:
         memory.give_back(whole)
