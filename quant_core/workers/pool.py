@@ -230,34 +230,46 @@ class WorkerPool:
             worker.process.kill()
 
     def _work_here(self, worker: _Worker, inference: bool) -> None:
-        """Do tasks on the device of a worker until its process has started; ``inference``: in PyTorch's inference mode."""
+        """Do tasks on the device of a worker until its process is ready; ``inference``: in PyTorch's inference mode."""
         device = worker.process.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            with torch.inference_mode(inference):
+                while (chosen := self._choose_here(worker)) is not None and self._do_here(chosen, device):
+                    pass
+            if device.type == "cuda":
+                with contextlib.suppress(RuntimeError):  # of a GPU that is lost
+                    torch.cuda.empty_cache()  # the process needs the memory
+
+    def _choose_here(self, worker: _Worker) -> _Submitted | None:
+        """Wait for the largest waiting task; None when the process of the worker is ready, or nothing is left to do."""
+        with self._changed:
+            while not self._waiting and not worker.ready and not self._is_over(worker):
+                self._changed.wait()
+            if worker.ready or self._is_over(worker):
+                return None
+            chosen = self._largest(self._waiting)
+            self._waiting.remove(chosen)
+            return chosen
+
+    def _do_here(self, submitted: _Submitted, device: torch.device) -> bool:
+        """Do a task in this thread; False where the device cannot, and the task is left to the processes."""
 
         def check() -> None:
             if self._closed:
                 raise _Closed
 
-        context = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with context, torch.inference_mode(inference):
-            while True:
+        try:
+            result = submitted.task.run(device, self._emit, check, cpu_fallback=False)
+        except Exception as error:
+            if isinstance(error, (_Closed, OutOfMemoryError)) or is_lost(device, error):
+                log.debug("%s in this process: %s", device, first_line(error))
                 with self._changed:
-                    while not self._waiting and not worker.ready and not self._is_over(worker):
-                        self._changed.wait()
-                    if worker.ready or self._is_over(worker):
-                        return
-                    chosen = self._largest(self._waiting)
-                    self._waiting.remove(chosen)
-                try:
-                    result = chosen.task.run(device, self._emit, check, cpu_fallback=False)
-                except Exception as error:
-                    if not isinstance(error, (_Closed, OutOfMemoryError)) and not is_lost(device, error):
-                        chosen.future.set_exception(error)
-                        continue
-                    log.debug("%s in this process: %s", device, first_line(error))
-                    with self._changed:
-                        self._add(chosen)
-                    return
-                chosen.future.set_result(result)
+                    self._add(submitted)
+                return False
+            submitted.future.set_exception(error)
+        else:
+            submitted.future.set_result(result)
+        return True
 
     def _add(self, submitted: _Submitted) -> None:
         """Let a task wait for a worker."""
