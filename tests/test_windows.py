@@ -24,6 +24,8 @@ USES = {
     "preadv": {"quant_core/sources/positional.py", "nodes/host/file_slices.py"},
     "O_NOFOLLOW": {"quant_core/output/partial.py"},
     "O_NONBLOCK": {"quant_core/output/partial.py", "quant_core/sources/tensor_file.py"},
+    "memfd_create": {"quant_core/workers/shared_memory.py"},  # else tensors travel in pipes
+    "mmap": {"quant_core/workers/shared_memory.py"},
     "signal": {"quant_core/workers/process.py"},  # SIGINT, which Windows has, and names of signals that ended a process
 }
 LACKING = {*masked.MODULES, *masked.FUNCTIONS, *masked.FLAGS, "signal", "select", "multiprocessing", "mmap"}

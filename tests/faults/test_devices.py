@@ -28,6 +28,7 @@ from learned_rounding.quant_core.events import (
 )
 from learned_rounding.quant_core.run.quantize import Target, quantize_files
 from learned_rounding.quant_core.sources import open_source
+from learned_rounding.tests.quant_core.ray_nodes import wait_until
 
 pytestmark = pytest.mark.soak
 
@@ -190,7 +191,9 @@ def test_the_layers_of_a_killed_device_are_made_by_the_others(source, expected, 
     def kill_one(event) -> None:
         events.append(event)
         if isinstance(event, LayerStarted) and event.index == MIDDLE:
-            workers()[1].kill()
+            worker = workers()[1]
+            worker.kill()
+            wait_until(lambda: not psutil.pid_exists(worker.pid), "the pool asks why the process has ended")
 
     found, report = quantized(source, tmp_path, RTN, FOUR, on_event=kill_one)
     assert found == expected
