@@ -167,7 +167,7 @@ def _show_path(path: str) -> str:
 
 
 def find_other_file(as_json: Path, as_markdown: Path) -> Path | None:
-    """The first of the files of a report that exists and is not an earlier report; None if there is no such file."""
+    """The first existing file of the two, unless they are an earlier report; else None."""
     try:
         if _read_document(as_json)["command"] == "batch":
             return None

@@ -98,7 +98,7 @@ class QuantizationLoop:
         """Quantize, copy or remove every tensor of all outputs. An error leaves nothing to wait for.
 
         Raises:
-            OutputError: none of the outputs can be written.
+            OutputError: every output has failed, the last one with this error.
         """
         self._needed = {output: output.start() for output in self.outputs}
         reads = list(self._merge_reads())

@@ -27,7 +27,7 @@ from ..sequential import ReplayedModel
 from ..sources import Source, TensorSource, open_source
 from ..sources.shards import model_stem
 from ..sources.source import CPU
-from ..workers import Devices, TaskPool, open_pool, parse_devices
+from ..workers import Devices, TaskPool, open_pool, parse_devices, without_number
 from .allocate import allocate_formats
 from .blocks import open_blocks, require_model, walk_fingerprint
 from .estimate import estimate_size
@@ -378,7 +378,7 @@ class _TargetsRun:
                 overwrite=target.overwrite,
                 unfinished=target.unfinished,
                 journal=journal,
-                device=device if device.type != "cpu" else CPU,  # "cpu:0" is a name
+                device=without_number(device),
                 check=self._check,
             )
         )

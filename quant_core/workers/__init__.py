@@ -1,6 +1,6 @@
 """Worker processes: tasks of a run on several devices, one process per device."""
 
-from .devices import Devices, parse_devices, same_model, usable_device
+from .devices import Devices, parse_devices, same_model, usable_device, without_number
 from .pool import InProcess, TaskPool, WorkerPool, open_pool
 from .task import DeviceFailure, Task
 
@@ -15,4 +15,5 @@ __all__ = [
     "parse_devices",
     "same_model",
     "usable_device",
+    "without_number",
 ]

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import QuantizationError
+from ..sources.source import CPU
 
-__all__ = ["ALL", "Devices", "parse_devices", "same_model", "usable_device"]
+__all__ = ["ALL", "Devices", "parse_devices", "same_model", "usable_device", "without_number"]
 
 ALL = "all"
 
@@ -69,6 +70,11 @@ def _check_together(devices: Sequence[torch.device]) -> None:
                 "ties differently; name cards of one model.",
                 option="device",
             )
+
+
+def without_number(device: torch.device) -> torch.device:
+    """The device of the arithmetic: "cpu:1" is the name of a process, whose tensors are on the CPU."""
+    return CPU if device.type == "cpu" else device
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

@@ -25,7 +25,7 @@ from ... import kernels
 from ..errors import OutOfMemoryError
 from ..file_system import widen_pipe
 from ..sources.recycled import RecycledMemory
-from ..sources.source import CPU
+from .devices import without_number
 from .messages import RemoteTraceback, pack_error, read_message, write_message
 from .shared_memory import SharedMemory
 
@@ -157,7 +157,7 @@ def serve(device: str, backend: str, settings: str, descriptors: str) -> NoRetur
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     sys.setswitchinterval(_SWITCH_INTERVAL)
     apply_torch_settings(json.loads(settings))
-    chosen = torch.device(device) if torch.device(device).type != "cpu" else CPU  # "cpu:1" is a name, not a device
+    chosen = without_number(torch.device(device))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     messages, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")

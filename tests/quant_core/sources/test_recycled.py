@@ -1,6 +1,6 @@
 """Memory that is used again: never while a tensor or a view of it lives, and only so much is kept."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -85,17 +85,10 @@ def test_copies_have_the_same_values():
 
 
 def test_threads_have_different_memory():
-    memory, wrong = RecycledMemory(), []
+    memory = RecycledMemory()
 
-    def work(value: int) -> None:
-        for _ in range(30):
-            tensor = memory.empty(LARGE).fill_(value)
-            if not bool((tensor == value).all()):
-                wrong.append(value)
+    def is_own(value: int) -> bool:
+        return all(bool((memory.empty(LARGE).fill_(value) == value).all()) for _ in range(30))
 
-    threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(is_own, range(4))) == [True] * 4
